@@ -5,8 +5,13 @@ arXiv 2103.00020, tables 19 and 20. On disk this is transformers' config.json, b
 checkpoints come with; its names for our fields are the two tables below. Needs no torch.
 """
 
+import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
@@ -26,6 +31,37 @@ class ContextLengthError(ValueError):
 
 class ImageError(ValueError):
     """An image cannot be read, or is in a form that has no exact reading as pixels."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a CheckpointError that names the file if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: expected a JSON file that can be read: {reason}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to. The file takes the place of `path` when it is whole, and never before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # The defaults below are ViT-B/32's. They are also what transformers assumes for a field that a

@@ -1,0 +1,396 @@
+"""From a name to a model, and back to a directory.
+
+    name -> directory -> tensors in the file's own names -> tensors in ours -> model
+
+A name is an embedded checkpoint, a directory, a weights file or a repository on the Hugging Face
+hub. Nothing is guessed and nothing is repaired: every tensor in the file must have its place in
+the model and every parameter its tensor, of the same shape, and no weight is changed on the way.
+"""
+
+import re
+import zipfile
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from miniclip.config import CheckpointError, CLIPConfig, read_json, replacing, write_json
+from miniclip.model import CLIP
+from miniclip.tokenizer import Tokenizer
+from miniclip.transform import ImageTransform
+
+# ------------------------------------------------------------------------------------------------
+# A layout is a table: our name for a parameter, or for the module that holds its weight and bias,
+# and the layout's. {} is the number of the block.
+
+_TRANSFORMERS_BLOCK = {
+    "ln_1": "layer_norm1",
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+TRANSFORMERS = {
+    "logit_scale": "logit_scale",
+    "vision.class_embed": "vision_model.embeddings.class_embedding",
+    "vision.patch_embed": "vision_model.embeddings.patch_embedding",
+    "vision.pos_embed": "vision_model.embeddings.position_embedding.weight",
+    "vision.ln_pre": "vision_model.pre_layrnorm",  # sic: the spelling is in every checkpoint
+    "vision.ln_post": "vision_model.post_layernorm",
+    "vision.proj": "visual_projection",
+    "text.token_embed": "text_model.embeddings.token_embedding",
+    "text.pos_embed": "text_model.embeddings.position_embedding.weight",
+    "text.ln_final": "text_model.final_layer_norm",
+    "text.proj": "text_projection",
+} | {
+    f"{tower}.blocks.{{}}.{ours}": f"{tower}_model.encoder.layers.{{}}.{theirs}"
+    for tower in ("vision", "text")
+    for ours, theirs in _TRANSFORMERS_BLOCK.items()
+}
+LAYOUTS = {"transformers": TRANSFORMERS}
+
+
+def layout_name(name: str, layout: dict[str, str]) -> str:
+    """A parameter's name in another layout.
+
+    >>> layout_name("vision.blocks.3.ln_1.bias", TRANSFORMERS)
+    'vision_model.encoder.layers.3.layer_norm1.bias'
+    """
+    block = re.search(r"blocks\.(\d+)\.", name)
+    template = re.sub(r"blocks\.\d+\.", "blocks.{}.", name)
+    module, _, kind = template.rpartition(".")
+    theirs = layout[template] if template in layout else f"{layout[module]}.{kind}"
+    return theirs.format(block[1]) if block else theirs
+
+
+# ------------------------------------------------------------------------------------------------
+# name -> directory
+
+PACKAGE = Path(__file__).resolve().parent
+# The weights lie inside an installed package, and beside it in a checkout of the repository.
+EMBEDDED = next(
+    (d for d in (PACKAGE / "weights", PACKAGE.parent / "weights") if d.is_dir()), PACKAGE / "weights"
+)
+
+HUB_FILES = {
+    "config": (["config.json"],),
+    "model": (
+        ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
+        ["config.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"],
+    ),
+    "tokenizer": (
+        ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+        + ["added_tokens.json", "tokenizer.json"],
+    ),
+    "transform": (["preprocessor_config.json", "processor_config.json"],),
+}
+SUFFIXES = (".safetensors", ".bin", ".pt")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def embedded_names() -> list[str]:
+    """The checkpoints that come with the package."""
+    return sorted(config.parent.name for config in EMBEDDED.glob("*/config.json"))
+
+
+def resolve(
+    name: str | PathLike[str],
+    kind: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The directory of a checkpoint, or the part of it that `kind` names in HUB_FILES.
+
+    An embedded name wins over a directory of that name: write ./cifar10 for the directory. Of a
+    hub repository only the files of that kind are downloaded. Raises CheckpointError.
+    """
+    embedded = embedded_names()
+    if name in embedded:
+        return EMBEDDED / name
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return path.parent
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or path.suffix in SUFFIXES:
+        raise CheckpointError(
+            f"no checkpoint called {str(name)!r}: expected one of {', '.join(embedded)}, a "
+            "directory, a weights file, or a hub id such as openai/clip-vit-base-patch32"
+        )
+    return _download(str(name), kind, revision, cache_dir, local_files_only)
+
+
+def _download(
+    repository: str,
+    kind: str,
+    revision: str | None,
+    cache_dir: str | PathLike[str] | None,
+    local_files_only: bool,
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    for patterns in HUB_FILES[kind]:
+        try:
+            directory = snapshot_download(
+                repository,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=patterns,
+            )
+        except Exception as error:  # the hub client's errors have no base class of their own
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{repository} is no directory, and cannot be had from the hub: {type(error).__name__}: {reason}. "
+                f"Without a network there are {', '.join(embedded_names())}, which come with "
+                "miniclip, and directories"
+            ) from error
+        if kind != "model" or _weights_in(Path(directory)):
+            break
+    return Path(directory)
+
+
+# ------------------------------------------------------------------------------------------------
+# directory -> tensors
+
+
+def _weights_in(directory: Path) -> Path | None:
+    return next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a weights file or of a sharded index, mapped into memory and not yet read.
+
+    Pickled code in .bin and .pt files is never run: torch.load reads them with weights_only.
+    """
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        zipped = zipfile.is_zipfile(path)  # as torch.save writes since 2020; the older cannot map
+        tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except Exception as error:  # damage shows itself in many ways, all of them the file's
+        raise CheckpointError(
+            f"{path}: no weights file that can be read, or one cut short "
+            f"({path.stat().st_size:,} bytes): {str(error).partition(chr(10))[0]}"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise CheckpointError(f"{path}: expected a dictionary of tensors and nothing else")
+    return tensors
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(s, str) for s in places.values()):
+        raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index}: names a shard {shard!r} that is not a file beside it")
+        tensors |= read_tensors(index.parent / shard)
+    absent = sorted(places.keys() - tensors.keys())
+    if absent:
+        raise CheckpointError(f"{index}: {len(absent)} tensors are in no shard: {_listed(absent)}")
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------
+# tensors -> model
+
+
+def _fit(tensors: dict[str, Tensor], model: CLIP, path: Path) -> dict[str, Tensor]:
+    """The tensors under the model's names; an error lists everything that does not fit."""
+    parameters = model.state_dict()
+    theirs = {layout_name(ours, TRANSFORMERS): ours for ours in parameters}
+    tensors = _without_position_ids(tensors, path)
+    complaints = [
+        f"missing: {name} {tuple(parameters[ours].shape)}, our {ours}"
+        for name, ours in theirs.items()
+        if name not in tensors
+    ]
+    complaints += [
+        f"unexpected: {name} {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name not in theirs
+    ]
+    complaints += [
+        f"wrong shape: {name} {tuple(tensors[name].shape)}, our {ours} "
+        f"{tuple(parameters[ours].shape)}"
+        for name, ours in theirs.items()
+        if name in tensors and tensors[name].shape != parameters[ours].shape
+    ]
+    complaints += [
+        f"wrong type: {name} holds {tensors[name].dtype}, expected floating point numbers"
+        for name in theirs
+        if name in tensors and not tensors[name].is_floating_point()
+    ]
+    if complaints:
+        raise CheckpointError(
+            f"{path}: {len(complaints)} tensors do not fit the model that config.json describes; "
+            f"the first, {complaints[0]}\n" + "\n".join(complaints)
+        )
+    return {ours: tensors[name] for name, ours in theirs.items()}
+
+
+def _without_position_ids(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Drop the buffers 0..n-1 that transformers saved until 4.31, having checked that they are."""
+    kept = {k: t for k, t in tensors.items() if not k.endswith("embeddings.position_ids")}
+    for name in tensors.keys() - kept.keys():
+        ids = tensors[name].flatten()
+        if not torch.equal(ids, torch.arange(len(ids), dtype=ids.dtype)):
+            raise CheckpointError(
+                f"{path}: {name} is not 0, 1, 2, ..., so the positions of this checkpoint are "
+                "in an order that no CLIP uses"
+            )
+    return kept
+
+
+def _listed(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
+
+
+def read_config(directory: Path) -> CLIPConfig:
+    """The config.json of a directory. Raises CheckpointError."""
+    path = directory / "config.json"
+    try:
+        return CLIPConfig.from_dict(read_json(path))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_model(
+    name: str | PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> CLIP:
+    """The model of a checkpoint alone, which needs no tokenizer or transform files.
+
+    In the file's own dtype on a CPU the parameters are the mapped file, and cost no memory of
+    their own until they are used or changed; a change never reaches the file.
+    """
+    options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    directory = resolve(name, "model", **options)
+    path = Path(name).expanduser()
+    weights = path if path.is_file() else _weights_in(directory)
+    config = read_config(directory)
+    if weights is None:
+        raise CheckpointError(f"{directory}: no weights; expected {' or '.join(WEIGHTS[:3])}")
+    tensors = read_tensors(weights)
+    _check_depth(config, tensors, weights)
+    with torch.device("meta"):
+        model = CLIP(config)
+    tensors = _fit(tensors, model, weights)
+    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def _check_depth(config: CLIPConfig, tensors: dict[str, Tensor], path: Path) -> None:
+    """Before a model is built: a wrong number of layers would fill the error with their names."""
+    for tower, expected in (("vision", config.vision.layers), ("text", config.text.layers)):
+        blocks = {re.search(rf"{tower}_model\..*layers\.(\d+)\.", name) for name in tensors}
+        found = len({block[1] for block in blocks if block})
+        if found != expected:
+            raise CheckpointError(
+                f"{path}: the {tower} tower has {found} layers in transformers' layout, "
+                f"but config.json says {expected}"
+            )
+
+
+class Loaded(NamedTuple):
+    """All that stands between a photograph and its logits."""
+
+    model: CLIP
+    tokenizer: Tokenizer
+    transform: ImageTransform
+
+
+def load(
+    name: str | PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    reference: str = "transformers",
+    revision: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Loaded:
+    """A checkpoint as (model, tokenizer, transform), ready to run.
+
+    `name`: an embedded checkpoint ("cifar10"), a directory, a weights file (.safetensors, .bin,
+    .pt) with the other files beside it, or a hub id ("openai/clip-vit-base-patch32").
+    `reference`: whose text cleaning and image arithmetic to match, "transformers" or "openai".
+    Raises CheckpointError, which says which file, what was expected and what was found.
+
+    >>> model, tokenizer, transform = load("cifar10")
+    >>> model.encode_text(tokenizer(["a cat", "a dog"])).shape[0]
+    2
+    """
+    options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    model = load_model(name, device=device, dtype=dtype, **options)
+    tokenizer = Tokenizer.from_pretrained(name, reference=reference, **options)
+    transform = ImageTransform.from_pretrained(name, reference=reference, **options)
+    return Loaded(model, tokenizer, transform)
+
+
+# ------------------------------------------------------------------------------------------------
+# model -> directory
+
+
+def save_model(
+    directory: str | PathLike[str], model: CLIP, *, layout: str = "transformers"
+) -> None:
+    """Write config.json and model.safetensors in the weights' own dtype. See `save`."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    tensors = {
+        layout_name(name, LAYOUTS[layout]): tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        write_json(directory / "config.json", model.config.to_dict())
+
+
+def save(
+    directory: str | PathLike[str],
+    model: CLIP,
+    tokenizer: Tokenizer,
+    transform: ImageTransform,
+    *,
+    layout: str = "transformers",
+) -> None:
+    """Write a whole checkpoint that `load` and transformers read back bit for bit.
+
+    Each file is written beside the old one and takes its place when it is whole; files that are
+    not the checkpoint's are left alone.
+    """
+    save_model(directory, model, layout=layout)
+    tokenizer.save_pretrained(directory)
+    transform.save_pretrained(directory)

@@ -1,0 +1,212 @@
+"""The `miniclip` command: parses, calls, prints.
+
+Exit status 0 if all went well, 1 if a check failed, 2 on bad input, which is one line on stderr.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+DEFAULT_MODEL = "openai/clip-vit-base-patch32"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the return value is the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as error:  # every error of miniclip's own is one
+        complain(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+        sys.stdout = None
+        return 0
+
+
+def complain(error: Exception) -> None:
+    """The first line of an error says it all; an exception in Python has the long lists."""
+    print(f"miniclip: error: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> Any:
+        complain(ValueError(f"{message} (see {self.prog} --help)"))
+        sys.exit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="miniclip", description="CLIP: photographs and words in one space.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, description: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=description,
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print JSON for a program to read")
+        return sub
+
+    def model_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--reference",
+            choices=("transformers", "openai"),
+            default="transformers",
+            help="whose text cleaning and image arithmetic to match (default: %(default)s)",
+        )
+        sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
+
+    sub = command(
+        "classify",
+        classify,
+        "Which of these labels does a photograph show?",
+        'miniclip classify cat.jpg --labels cat dog "a cup of coffee" --model cifar10',
+    )
+    sub.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    sub.add_argument("--labels", nargs="+", required=True, metavar="LABEL")
+    sub.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
+    sub.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="a sentence with {} for the label; give several to average them",
+    )
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    model_options(sub)
+
+    sub = command(
+        "info",
+        info,
+        "A model's architecture, parameters and multiply-adds, from its config alone.",
+        "miniclip info openai/clip-vit-base-patch32",
+    )
+    sub.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="default: %(default)s")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
+
+    sub = command(
+        "tokenize",
+        tokenize,
+        "What happens to a text on its way to token ids, stage by stage.",
+        'miniclip tokenize "a photo of a cat" --model cifar10',
+    )
+    sub.add_argument("text")
+    sub.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
+    model_options(sub)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def classify(args: argparse.Namespace) -> int:
+    from miniclip.checkpoint import load
+    from miniclip.config import ImageError
+    from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier
+
+    model, tokenizer, transform = load(
+        args.model, device=args.device, reference=args.reference, revision=args.revision
+    )
+    templates = args.template or [TEMPLATE]
+    classifier = ZeroShotClassifier(model, tokenizer, args.labels, templates)
+    results, status = [], 0
+    for path in progress(args.images, "image"):
+        try:
+            pixels = transform(path)
+        except ImageError as error:
+            complain(error)
+            status = 2
+            continue
+        logits = classifier(pixels[None])[0]
+        scores = zip(args.labels, logits.tolist(), logits.softmax(0).tolist(), strict=True)
+        ranking = [
+            {"label": label, "logit": logit, "probability": probability}
+            for label, logit, probability in sorted(scores, key=lambda score: -score[1])
+        ]
+        results.append({"image": path, "labels": ranking})
+    if args.json:
+        print_json(results)
+    else:
+        print("\n\n".join(ranking_table(r["image"], r["labels"]) for r in results))
+    return status
+
+
+def ranking_table(image: str, ranking: list[dict[str, Any]]) -> str:
+    width = min(30, max(len(row["label"]) for row in ranking))
+    bar = 80 - width - 12
+    lines = [image]
+    for row in ranking:
+        label = shorten(row["label"], width)
+        filled = round(row["probability"] * bar)
+        lines.append(
+            f"  {label:<{width}} {row['probability']:7.1%} {'█' * filled}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def info(args: argparse.Namespace) -> int:
+    from miniclip.bench import parts
+    from miniclip.checkpoint import read_config, resolve
+
+    config = read_config(resolve(args.model, "config", revision=args.revision))
+    rows = parts(config)
+    if args.json:
+        print_json({"config": config.to_dict(), "parts": [row._asdict() for row in rows]})
+        return 0
+    print(f"{args.model}: {config.embed_dim}-dimensional embeddings\n")
+    for tower in (config.vision, config.text):
+        fields = vars(tower).items()
+        print_wrapped(f"{type(tower).__name__}: ", [f"{name} {value}" for name, value in fields])
+    print(f"\n{'part':<24}{'weights':<26}{'parameters':>13}{'multiply-adds':>17}")
+    for row in rows:
+        print(f"{row.name:<24}{row.weights:<26}{row.parameters:>13,}{row.multiply_adds:>17,}")
+    for name in ("vision", "text", ""):
+        chosen = [row for row in rows if row.name.startswith(name)]
+        parameters = sum(row.parameters for row in chosen)
+        multiply_adds = sum(row.multiply_adds for row in chosen)
+        print(f"{name or 'both towers':<50}{parameters:>13,}{multiply_adds:>17,}")
+    print("\nMultiply-adds are for one image, and for one text as long as the context.")
+    return 0
+
+
+def tokenize(args: argparse.Namespace) -> int:
+    from miniclip.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(
+        args.model, reference=args.reference, revision=args.revision
+    )
+    stages = tokenizer.explain(args.text)
+    print(stages)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def progress(items: Sequence[Any], unit: str) -> Iterator[Any]:
+    """The items, with a progress bar once they have taken two seconds and someone watches."""
+    from tqdm import tqdm
+
+    return tqdm(items, unit=unit, delay=2, disable=None, leave=False)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_wrapped(head: str, words: list[str]) -> None:
+    import textwrap
+
+    print(textwrap.fill(", ".join(words), 80, initial_indent=head, subsequent_indent="  "))
+
+
+def shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,17 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real vocabularies, golden values and hard images, which is not in the repo."""
+    folder = Path(os.environ.get("MINICLIP_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}; set MINICLIP_TEST_DATA to its folder")
+    return folder
