@@ -77,7 +77,8 @@ def layout_name(name: str, layout: dict[str, str]) -> str:
 PACKAGE = Path(__file__).resolve().parent
 # The weights lie inside an installed package, and beside it in a checkout of the repository.
 EMBEDDED = next(
-    (d for d in (PACKAGE / "weights", PACKAGE.parent / "weights") if d.is_dir()), PACKAGE / "weights"
+    (d for d in (PACKAGE / "weights", PACKAGE.parent / "weights") if d.is_dir()),
+    PACKAGE / "weights",
 )
 
 HUB_FILES = {
@@ -156,9 +157,9 @@ def _download(
         except Exception as error:  # the hub client's errors have no base class of their own
             reason = " ".join(str(error).split())
             raise CheckpointError(
-                f"{repository} is no directory, and cannot be had from the hub: {type(error).__name__}: {reason}. "
-                f"Without a network there are {', '.join(embedded_names())}, which come with "
-                "miniclip, and directories"
+                f"{repository} is no directory, and cannot be had from the hub: "
+                f"{type(error).__name__}: {reason}. Without a network there are "
+                f"{', '.join(embedded_names())}, which come with miniclip, and directories"
             ) from error
         if kind != "model" or _weights_in(Path(directory)):
             break

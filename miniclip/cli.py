@@ -7,7 +7,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from miniclip.zeroshot import Score
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 
@@ -101,6 +104,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("text")
     sub.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
     model_options(sub)
+
+    sub = command(
+        "demo",
+        demo,
+        "Classify scikit-image's photographs offline and draw the result.",
+        "miniclip demo -o demo.png",
+    )
+    sub.add_argument("-o", "--out", default="miniclip-demo.png", metavar="PNG", help="the picture")
     return parser
 
 
@@ -125,31 +136,49 @@ def classify(args: argparse.Namespace) -> int:
             complain(error)
             status = 2
             continue
-        logits = classifier(pixels[None])[0]
-        scores = zip(args.labels, logits.tolist(), logits.softmax(0).tolist(), strict=True)
-        ranking = [
-            {"label": label, "logit": logit, "probability": probability}
-            for label, logit, probability in sorted(scores, key=lambda score: -score[1])
-        ]
-        results.append({"image": path, "labels": ranking})
+        results.append((path, classifier.rank(pixels[None])[0]))
     if args.json:
-        print_json(results)
+        print_json(
+            [{"image": path, "labels": [s._asdict() for s in scores]} for path, scores in results]
+        )
     else:
-        print("\n\n".join(ranking_table(r["image"], r["labels"]) for r in results))
+        print("\n\n".join(ranking_table(path, scores) for path, scores in results))
     return status
 
 
-def ranking_table(image: str, ranking: list[dict[str, Any]]) -> str:
-    width = min(30, max(len(row["label"]) for row in ranking))
-    bar = 80 - width - 12
-    lines = [image]
-    for row in ranking:
-        label = shorten(row["label"], width)
-        filled = round(row["probability"] * bar)
-        lines.append(
-            f"  {label:<{width}} {row['probability']:7.1%} {'█' * filled}".rstrip()
-        )
+def ranking_table(title: str, scores: "list[Score]") -> str:
+    """A title and a line for each label, 80 columns wide."""
+    width = min(30, max(len(score.label) for score in scores))
+    longest_bar = 80 - width - 12
+    lines = [title]
+    for label, _, probability in scores:
+        bar = "█" * round(probability * longest_bar)
+        lines.append(f"  {shorten(label, width):<{width}} {probability:7.1%} {bar}".rstrip())
     return "\n".join(lines)
+
+
+def demo(args: argparse.Namespace) -> int:
+    from miniclip.checkpoint import load
+    from miniclip.demo import LABELS, draw, photographs
+    from miniclip.zeroshot import ZeroShotClassifier
+
+    pictures = photographs()
+    model, tokenizer, transform = load("cifar10")
+    classifier = ZeroShotClassifier(model, tokenizer, LABELS)
+    rankings = classifier.rank(transform(list(pictures.values())))
+    if args.json:
+        print_json(
+            [
+                {"image": name, "labels": [score._asdict() for score in scores]}
+                for name, scores in zip(pictures, rankings, strict=True)
+            ]
+        )
+    else:
+        for name, scores in zip(pictures, rankings, strict=True):
+            print(ranking_table(name, scores[:3]), end="\n\n")
+    draw(pictures, rankings, args.out)
+    print(f"picture: {args.out}", file=sys.stderr)
+    return 0
 
 
 def info(args: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ class Site(nn.Identity):
 
 
 def is_watched(site: nn.Module) -> bool:
-    """Whether anyone looks at this tensor: a hook is on the site, or another module in its place."""
+    """Whether someone looks at the tensor: a hook is on the site, or a module in its place."""
     hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)
     return type(site) is not Site or any(hooks)
 

@@ -5,6 +5,7 @@ embedded, and their mean is the weight vector of the class.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from miniclip.tokenizer import Tokenizer
 
 TEMPLATE = "a photo of a {}."
 """What the paper uses where one sentence has to do for everything (section 3.1.4)."""
+
+
+class Score(NamedTuple):
+    """How well a label fits an image. The probabilities of an image's labels sum to 1."""
+
+    label: str
+    logit: float  # exp(logit_scale) * cosine
+    probability: float  # says which of the labels, not whether any of them fits
 
 
 class ZeroShotClassifier:
@@ -45,6 +54,17 @@ class ZeroShotClassifier:
     def __call__(self, pixels: Tensor) -> Tensor:
         image_embeds = self.model.encode_image(pixels.to(self.weights.device), normalize=True)
         return self.model.logit_scale.exp() * image_embeds @ self.weights.T  # (B, C)
+
+    def rank(self, pixels: Tensor) -> list[list[Score]]:
+        """For each image every label with its score, best first."""
+        rankings = []
+        for logits in self(pixels).float():
+            probabilities = logits.softmax(dim=0)
+            order = logits.argsort(descending=True).tolist()
+            rankings.append(
+                [Score(self.labels[i], logits[i].item(), probabilities[i].item()) for i in order]
+            )
+        return rankings
 
 
 @torch.inference_mode()

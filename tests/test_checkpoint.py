@@ -1,0 +1,369 @@
+"""Loading and saving: transformers' layout, directories, files, shards, and damage to them."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
+from twin import TINY, randomize, twins
+
+from miniclip import CLIP, CheckpointError, Tokenizer, load, save
+from miniclip.checkpoint import embedded_names, load_model, resolve
+from miniclip.transform import ImageTransform
+
+
+@pytest.fixture(scope="module")
+def model():
+    return twins(TINY)[0]
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    vision, text = TINY.vision, TINY.text
+    pixels = torch.randn(
+        3, vision.channels, vision.image_size, vision.image_size, generator=generator
+    )
+    ids = torch.randint(0, text.vocab_size, (2, 9), generator=generator)
+    ids[:, -1] = text.eos_token_id
+    return pixels, ids
+
+
+def rewrite(directory, change):
+    """Change the dictionary of tensors in a saved checkpoint."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def rewrite_config(directory, **changes):
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(config))
+
+
+def assert_same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@torch.no_grad()
+def assert_same_logits(model, peer, pixels, ids):
+    ours = model(pixels, ids).logits_per_image
+    theirs = peer(pixel_values=pixels, input_ids=ids).logits_per_image
+    assert torch.equal(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------- the real one
+
+
+@pytest.fixture(scope="module")
+def official(data, tmp_path_factory):
+    """A file laid out like openai/clip-vit-base-patch32's, byte for byte but for the numbers."""
+    header = json.loads(
+        (data / "headers/openai_clip-vit-base-patch32.reconstructed_header.json").read_text()
+    )
+    header.pop("__metadata__")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, entry in header.items():
+        shape = entry["shape"]
+        if entry["dtype"] == "I64":
+            tensors[name] = torch.arange(shape[-1])[None]
+        else:
+            tensors[name] = torch.randn(shape, generator=generator) * 0.03
+            if re.search(r"norm\d?\.weight|layrnorm\.weight", name):
+                tensors[name] += 1
+    tensors["logit_scale"] = torch.tensor(100.0).log()
+    directory = tmp_path_factory.mktemp("official")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    tower = {"layer_norm_eps": 1e-05, "hidden_act": "quick_gelu", "num_hidden_layers": 12}
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8} | tower
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} | tower
+    config = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": 512,
+        "logit_scale_init_value": 2.6592,
+        "text_config": text | {"eos_token_id": 2, "bos_token_id": 0, "projection_dim": 768},
+        "text_config_dict": text | {"eos_token_id": 2, "projection_dim": 768},
+        "vision_config": vision | {"image_size": 224, "patch_size": 32, "projection_dim": 768},
+        "vision_config_dict": None,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_official_file_has_the_official_size(official):
+    assert (official / "model.safetensors").stat().st_size == 605_157_884
+    assert len(load_file(official / "model.safetensors")) == 400
+
+
+def test_official_file_gives_the_logits_of_transformers(official):
+    model = load_model(official)
+    peer = CLIPModel.from_pretrained(official, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(2, 3, 224, 224, generator=generator)
+    ids = torch.randint(0, 49406, (3, 12), generator=generator)
+    ids[:, 8:] = 49407
+    assert model.config.text.eos_token_id == 2
+    assert_same_logits(model, peer, pixels, ids)
+
+
+def test_loading_takes_the_memory_of_the_file(official):
+    script = f"""
+import resource, torch
+from miniclip.checkpoint import load_model
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = load_model({str(official)!r})
+total = sum(p.double().sum() if p.numel() < 10**6 else p.sum() for p in model.parameters())
+print(peak() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 1.15 * 605_157_884
+
+
+# -------------------------------------------------------------------------------------- round trips
+
+
+def test_transformers_loads_what_we_save(model, saved, inputs):
+    assert_same_logits(model, CLIPModel.from_pretrained(saved, dtype=torch.float32).eval(), *inputs)
+
+
+def test_we_load_what_transformers_saves(tmp_path, inputs):
+    model, peer = twins(TINY)
+    peer.save_pretrained(tmp_path)
+    assert_same_logits(load_model(tmp_path), peer, *inputs)
+
+
+def test_we_load_the_shards_that_transformers_saves(tmp_path, inputs):
+    model, peer = twins(TINY)
+    peer.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert_same_logits(load_model(tmp_path), peer, *inputs)
+
+
+def test_load_save_load_is_bit_exact(model, saved, tmp_path):
+    again = load_model(saved)
+    again.save_pretrained(tmp_path / "again")
+    assert_same_weights(model, again)
+    for name in ("model.safetensors", "config.json"):
+        assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_checkpoint_can_be_saved_over_the_file_it_is_mapped_from(model, saved):
+    loaded = load_model(saved)
+    loaded.save_pretrained(saved)
+    assert_same_weights(loaded, model)
+    assert_same_weights(load_model(saved), model)
+
+
+def test_changing_a_loaded_model_leaves_the_file_alone(model, saved):
+    loaded = load_model(saved)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.add_(1)
+    assert_same_weights(load_model(saved), model)
+
+
+def test_a_single_file_is_loaded_with_the_config_beside_it(model, saved):
+    assert_same_weights(CLIP.from_pretrained(saved / "model.safetensors"), model)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pytorch_model_bin_is_read_without_running_pickles(model, saved, zipped):
+    tensors = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    torch.save(tensors, saved / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert_same_weights(load_model(saved), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_is_the_one_asked_for(model, saved, dtype):
+    loaded = load_model(saved, dtype=dtype)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert_same_weights(loaded, twins(TINY)[0].to(dtype))
+
+
+def test_position_ids_are_checked_and_dropped(model, saved):
+    name = "text_model.embeddings.position_ids"
+    rewrite(saved, lambda tensors: tensors.update({name: torch.arange(20)[None]}))
+    assert_same_weights(load_model(saved), model)
+    rewrite(saved, lambda tensors: tensors.update({name: torch.arange(20).flip(0)[None]}))
+    with pytest.raises(CheckpointError, match="position_ids is not 0, 1, 2"):
+        load_model(saved)
+
+
+def test_save_writes_everything_that_load_and_transformers_need(model, tmp_path):
+    tokenizer = Tokenizer.train(["a photo of a cat", "a photo of a dog"], TINY.text.vocab_size)
+    transform = ImageTransform(TINY.vision.image_size)
+    (tmp_path / "notes.txt").write_text("mine")
+    save(tmp_path, model, tokenizer, transform)
+    loaded = load(tmp_path)
+    assert_same_weights(loaded.model, model)
+    assert torch.equal(loaded.tokenizer(["a cat"]), tokenizer(["a cat"]))
+    assert loaded.transform.size == transform.size
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(model, saved, monkeypatch):
+    def power_cut(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    changed = load_model(saved)
+    torch.nn.init.zeros_(changed.vision.class_embed)
+    monkeypatch.setattr("os.replace", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        changed.save_pretrained(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert_same_weights(load_model(saved), model)
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved):
+    def damage(tensors):
+        del tensors["logit_scale"]
+        tensors["visual_projection.weight"] = tensors["visual_projection.weight"].T.contiguous()
+        tensors["extra.bias"] = torch.zeros(3)
+
+    rewrite(saved, damage)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(saved)
+    message = str(caught.value)
+    wide, high = TINY.vision.width, TINY.embed_dim
+    assert "3 tensors do not fit" in message.splitlines()[0]
+    assert "missing: logit_scale ()" in message
+    assert "unexpected: extra.bias (3,)" in message
+    assert (
+        f"visual_projection.weight ({wide}, {high}), our vision.proj.weight ({high}, {wide})"
+        in message
+    )
+
+
+def integer_weights(tensors):
+    tensors["visual_projection.weight"] = tensors["visual_projection.weight"].to(torch.int8)
+
+
+def without_last_layer(tensors):
+    for name in [name for name in tensors if re.match(r"vision_model.*layers\.0\.", name)]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [(integer_weights, "torch.int8, expected floating"), (without_last_layer, "vision tower has")],
+)
+def test_tensors_that_are_no_weights_of_this_model(saved, change, message):
+    rewrite(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, 5000, -1])
+def test_a_truncated_file_is_an_error(saved, keep):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        load_model(saved)
+
+
+def test_garbage_is_an_error(saved):
+    (saved / "model.safetensors").write_bytes(b"not a tensor in sight" * 100)
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        load_model(saved)
+
+
+def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "proof"), "w"))
+
+    (saved / "model.safetensors").unlink()
+    torch.save({"logit_scale": Harmful()}, saved / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+        load_model(saved)
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "config.json: expected a JSON file"),
+        ("[]", "expected a JSON object"),
+        ('{"model_type": "bert"}', "model_type is 'bert'"),
+        ("{}", "not the config of a CLIP"),
+        ("[" * 100_000, "config.json: expected a JSON file"),
+    ],
+)
+def test_a_config_that_describes_no_clip(saved, text, message):
+    (saved / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_model(saved)
+
+
+def test_a_config_of_another_size(saved):
+    rewrite_config(saved, projection_dim=TINY.embed_dim + 1)
+    with pytest.raises(CheckpointError, match="2 tensors do not fit"):
+        load_model(saved)
+
+
+def test_missing_files_are_named(saved):
+    (saved / "config.json").rename(saved / "other.json")
+    with pytest.raises(CheckpointError, match="config.json: .*No such file"):
+        load_model(saved)
+    (saved / "other.json").rename(saved / "config.json")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights; expected model.safetensors or"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "absent.safetensors"])
+def test_a_shard_index_reaches_no_other_folder(saved, shard):
+    shutil.move(saved / "model.safetensors", saved.parent / "secret.safetensors")
+    index = {"weight_map": {"logit_scale": shard}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not a file beside it"):
+        load_model(saved)
+
+
+# -------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["cifar11", "no/such/folder", "weights.safetensors", ""])
+def test_an_unknown_name_is_told_the_known_ones(name):
+    with pytest.raises(CheckpointError, match="no checkpoint called .* cifar10"):
+        resolve(name, "model")
+
+
+def test_without_a_network_the_error_names_the_embedded_checkpoints(monkeypatch, tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be had from the hub: .* cifar10"):
+        load("openai/clip-vit-base-patch32", local_files_only=True, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", embedded_names())
+def test_embedded_checkpoints_give_the_logits_of_transformers(name):
+    model, tokenizer, transform = load(name)
+    peer = CLIPModel.from_pretrained(resolve(name, "model"), dtype=torch.float32).eval()
+    size = model.config.vision.image_size
+    pixels = transform([torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8) for _ in range(4)])
+    assert pixels.shape == (4, 3, size, size)
+    assert_same_logits(model, peer, pixels, tokenizer(["a cat", "a photo of a dog"]))
+    randomize(model)  # and the weights are the model's own: changing them changes no file
+    assert not torch.equal(load_model(name).vision.class_embed, model.vision.class_embed)
