@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -106,6 +107,17 @@ def build_parser() -> argparse.ArgumentParser:
     model_options(sub)
 
     sub = command(
+        "train",
+        train,
+        "Train a small CLIP on folders of pictures, one folder for each class.",
+        "miniclip train cifar10/train --out runs/cifar10",
+    )
+    sub.add_argument("data", help="a folder of folders of images")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where the checkpoint goes")
+    sub.add_argument("--epochs", type=int, default=6, help="default: %(default)s")
+    sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    sub = command(
         "demo",
         demo,
         "Classify scikit-image's photographs offline and draw the result.",
@@ -155,6 +167,16 @@ def ranking_table(title: str, scores: "list[Score]") -> str:
         bar = "█" * round(probability * longest_bar)
         lines.append(f"  {shorten(label, width):<{width}} {probability:7.1%} {bar}".rstrip())
     return "\n".join(lines)
+
+
+def train(args: argparse.Namespace) -> int:
+    from miniclip.training import Recipe, train_from_folders
+
+    recipe = Recipe(epochs=args.epochs, seed=args.seed)
+    train_from_folders(Path(args.data), Path(args.out), recipe)
+    if args.json:
+        print_json([json.loads(line) for line in open(Path(args.out) / "metrics.jsonl")])
+    return 0
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -1,0 +1,165 @@
+"""The command, run as its users run it: output, JSON, exit status and errors of one line."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from miniclip import load
+from miniclip.cli import main
+
+LABELS = ["cat", "dog", "ship", "truck", "frog"]
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    return str(tmp_path / "noise.png")
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*argv):
+        try:
+            status = main(argv)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def assert_one_line_error(result, *words):
+    status, out, err = result
+    assert status == 2
+    assert err.startswith("miniclip: error: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_classify_sorts_the_labels_of_every_image(run, picture):
+    command = ["classify", picture, picture, "--model", "cifar10", "--labels", *LABELS]
+    status, out, err = run(*command)
+    assert status == 0 and err == ""
+    assert out.count(picture) == 2
+    assert max(len(line) for line in out.splitlines() if picture not in line) <= 80
+    status, out, err = run(*command, "--json")
+    first, second = json.loads(out)
+    assert first == second and first["image"] == picture
+    assert sorted(row["label"] for row in first["labels"]) == sorted(LABELS)
+    probabilities = [row["probability"] for row in first["labels"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1)
+
+
+def test_classify_gives_the_numbers_of_the_model(run, picture):
+    model, tokenizer, transform = load("cifar10")
+    template = "a blurry photo of the {}."
+    ids = tokenizer([template.replace("{}", label) for label in LABELS])
+    logits = model(transform([picture]), ids).logits_per_image[0].tolist()
+    _, out, _ = run(
+        "classify", picture, "--model", "cifar10", "--template", template, "--json",
+        "--labels", *LABELS,
+    )  # fmt: skip
+    found = {row["label"]: row["logit"] for row in json.loads(out)[0]["labels"]}
+    assert found == pytest.approx(dict(zip(LABELS, logits, strict=True)), abs=1e-4)
+
+
+def test_a_cat_is_a_cat(run, data):
+    photograph = str(data / "images" / "skimage" / "chelsea.png")
+    _, out, _ = run("classify", photograph, "--model", "cifar10", "--json", "--labels", *LABELS)
+    assert json.loads(out)[0]["labels"][0]["label"] == "cat"
+
+
+def test_a_bad_image_does_not_take_the_good_ones_with_it(run, picture, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    status, out, err = run(
+        "classify", str(tmp_path / "bad.png"), picture, "--model", "cifar10", "--labels", "cat"
+    )
+    assert_one_line_error((status, out, err), "bad.png")
+    assert picture in out
+
+
+def damaged(tmp_path, kind):
+    path = tmp_path / f"{kind}.png"
+    if kind == "text":
+        path.write_text("this is not an image")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "truncated":
+        Image.new("RGB", (300, 300), "red").save(path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "bomb":
+        Image.new("1", (20_000, 20_000)).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["absent", "text", "folder", "truncated", "bomb"])
+def test_images_that_cannot_be_read(run, tmp_path, kind):
+    path = damaged(tmp_path, kind)
+    result = run("classify", path, "--model", "cifar10", "--labels", "cat", "dog")
+    assert_one_line_error(result, path)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--labels", "cat", ""], ["label is empty"]),
+        (["--labels", "cat", "  "], ["label is empty"]),
+        (["--labels", "word " * 500], ["tokens"]),
+        (["--labels", "cat", "--template", "a photo"], ["{}"]),
+        (["--labels", "cat", "--model", "cifar11"], ["cifar11", "cifar10"]),
+        (["--labels", "cat", "--device", "toaster"], ["toaster"]),
+        (["--labels"], ["--labels"]),
+        ([], ["--labels"]),
+    ],
+)
+def test_options_that_make_no_sense(run, picture, options, words):
+    model = [] if "--model" in options else ["--model", "cifar10"]
+    assert_one_line_error(run("classify", picture, *model, *options), *words)
+
+
+@pytest.mark.parametrize("command", [["classify", "x.png", "--labels", "cat"], ["info"]])
+def test_no_network_names_the_embedded_checkpoints(run, command, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert_one_line_error(run(*command), "openai/clip-vit-base-patch32", "cifar10")
+
+
+def test_info_counts_the_parameters_of_the_model(run):
+    status, out, err = run("info", "cifar10")
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 80
+    parameters = sum(p.numel() for p in load("cifar10").model.parameters())
+    assert f"{parameters:,}" in out
+    _, out, _ = run("info", "cifar10", "--json")
+    assert sum(part["parameters"] for part in json.loads(out)["parts"]) == parameters
+
+
+def test_info_reads_no_weights(run, tmp_path):
+    _, out, _ = run("info", "cifar10", "--json")
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(out)["config"]))
+    assert run("info", str(tmp_path))[0] == 0
+
+
+def test_tokenize_ends_in_the_ids_of_the_tokenizer(run):
+    tokenizer = load("cifar10").tokenizer
+    status, out, err = run("tokenize", "A photo of  a Cat!", "--model", "cifar10", "--json")
+    assert status == 0
+    assert json.loads(out)["ids"] == tokenizer.encode("a photo of a cat!")
+    status, out, err = run("tokenize", "A photo of  a Cat!", "--model", "cifar10")
+    assert status == 0 and str(tokenizer.encode("cat")[0]) in out
+
+
+@pytest.mark.parametrize("argv", [[], ["dance"], ["classify"], ["info", "--frob"]])
+def test_unknown_commands_and_options(run, argv):
+    assert_one_line_error(run(*argv), "--help")
+
+
+@pytest.mark.parametrize("name", ["classify", "info", "tokenize", "demo"])
+def test_help_shows_an_example(run, name):
+    status, out, err = run(name, "--help")
+    assert status == 0 and f"example:\n  miniclip {name}" in out

