@@ -124,7 +124,7 @@ def resolve(
     if name in embedded:
         return EMBEDDED / name
     path = Path(name).expanduser()
-    if path.is_dir():
+    if str(name) and path.is_dir():
         return path
     if path.is_file():
         return path.parent
@@ -155,11 +155,11 @@ def _download(
                 allow_patterns=patterns,
             )
         except Exception as error:  # the hub client's errors have no base class of their own
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).rstrip(".")
             raise CheckpointError(
-                f"{repository} is no directory, and cannot be had from the hub: "
-                f"{type(error).__name__}: {reason}. Without a network there are "
-                f"{', '.join(embedded_names())}, which come with miniclip, and directories"
+                f"{repository} is no directory here, and cannot be had from the hub: "
+                f"{type(error).__name__}: {reason}. Offline there are directories, and the "
+                f"embedded checkpoints: {', '.join(embedded_names())}"
             ) from error
         if kind != "model" or _weights_in(Path(directory)):
             break

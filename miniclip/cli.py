@@ -235,7 +235,10 @@ def tokenize(args: argparse.Namespace) -> int:
         args.model, reference=args.reference, revision=args.revision
     )
     stages = tokenizer.explain(args.text)
-    print(stages)
+    if args.json:
+        print_json(stages._asdict() | {"words": [word._asdict() for word in stages.words]})
+    else:
+        print(stages)
     return 0
 
 

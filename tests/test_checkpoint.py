@@ -221,6 +221,16 @@ def test_save_writes_everything_that_load_and_transformers_need(model, tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
+def test_files_have_the_permissions_of_any_new_file_or_keep_their_own(model, saved):
+    (saved / "new").touch()
+    usual = (saved / "new").stat().st_mode
+    assert {path.stat().st_mode for path in saved.iterdir()} == {usual}
+    (saved / "model.safetensors").chmod(0o640)
+    model.save_pretrained(saved)
+    assert (saved / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    assert (saved / "config.json").stat().st_mode == usual
+
+
 def test_an_interrupted_save_leaves_the_old_checkpoint(model, saved, monkeypatch):
     def power_cut(*args, **kwargs):
         raise KeyboardInterrupt

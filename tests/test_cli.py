@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 
 from miniclip import load
@@ -68,10 +69,17 @@ def test_classify_gives_the_numbers_of_the_model(run, picture):
     assert found == pytest.approx(dict(zip(LABELS, logits, strict=True)), abs=1e-4)
 
 
-def test_a_cat_is_a_cat(run, data):
-    photograph = str(data / "images" / "skimage" / "chelsea.png")
+def test_a_cat_is_a_cat(run, tmp_path):
+    photograph = str(tmp_path / "chelsea.png")
+    Image.fromarray(skimage.data.chelsea()).save(photograph)
     _, out, _ = run("classify", photograph, "--model", "cifar10", "--json", "--labels", *LABELS)
     assert json.loads(out)[0]["labels"][0]["label"] == "cat"
+
+
+def test_demo_draws_a_picture(run, tmp_path):
+    status, out, err = run("demo", "--out", str(tmp_path / "demo.png"))
+    assert status == 0 and "chelsea" in out
+    assert Image.open(tmp_path / "demo.png").width > 800
 
 
 def test_a_bad_image_does_not_take_the_good_ones_with_it(run, picture, tmp_path):

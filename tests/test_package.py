@@ -58,7 +58,6 @@ def test_the_reference_imports_no_tool(name):
 
 
 def test_the_example_in_the_readme_prints_what_the_readme_says():
-    pytest.importorskip("skimage", reason="the example needs the demo extra")
     readme = (ROOT / "README.md").read_text()
     code, output = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", readme, re.DOTALL).groups()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
