@@ -1,4 +1,4 @@
-"""A miniclip CLIP and a transformers CLIPModel that hold the same weights, every one of them random.
+"""A miniclip CLIP and a transformers CLIPModel with the same weights, every one of them random.
 
 Freshly initialised weights hide faults: a bias that is zero can be lost, a LayerNorm that is the
 identity can be swapped with another. So every parameter is redrawn, and the logit scale is ln 100,

@@ -1,0 +1,240 @@
+"""Configs: what is refused, and that config.json means to us what it means to transformers."""
+
+import dataclasses
+import json
+import math
+import re
+from copy import deepcopy
+
+import pytest
+import transformers
+from twin import TINY, transformers_config
+
+from miniclip import CLIPConfig, TextConfig, VisionConfig
+from miniclip.config import LEGACY_EOS
+
+TOWER_FIELDS = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "act": "hidden_act",
+    "ln_eps": "layer_norm_eps",
+}
+VISION_FIELDS = {"image_size": "image_size", "patch_size": "patch_size", "channels": "num_channels"}
+TEXT_FIELDS = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+}
+
+
+def assert_same_meaning(ours: CLIPConfig, theirs: transformers.CLIPConfig) -> None:
+    assert ours.embed_dim == theirs.projection_dim
+    assert ours.logit_scale_init == theirs.logit_scale_init_value
+    for name, peer in (TOWER_FIELDS | VISION_FIELDS).items():
+        assert getattr(ours.vision, name) == getattr(theirs.vision_config, peer), name
+    for name, peer in (TOWER_FIELDS | TEXT_FIELDS).items():
+        assert getattr(ours.text, name) == getattr(theirs.text_config, peer), name
+
+
+# Every number another, so that no field can be read from another's place.
+DISTINCT = CLIPConfig(
+    vision=VisionConfig(96, 5, 6, 200, "gelu", 1e-6, 60, 12, 4),
+    text=TextConfig(80, 3, 2, 300, "gelu_pytorch_tanh", 3e-5, 1000, 50, 7, 11),
+    embed_dim=44,
+    logit_scale_init=1.5,
+)
+
+
+# ------------------------------------------------------------------------------ with transformers
+
+
+def test_the_test_config_has_no_number_twice():
+    numbers = [v for tower in (DISTINCT.vision, DISTINCT.text) for v in vars(tower).values()]
+    numbers += [DISTINCT.embed_dim, DISTINCT.logit_scale_init]
+    assert len(set(numbers)) == len(numbers)
+    assert {f.name for f in dataclasses.fields(VisionConfig)} == {*TOWER_FIELDS, *VISION_FIELDS}
+    assert {f.name for f in dataclasses.fields(TextConfig)} == {*TOWER_FIELDS, *TEXT_FIELDS}
+
+
+@pytest.mark.parametrize("config", [CLIPConfig(), TINY, DISTINCT], ids=["B/32", "tiny", "distinct"])
+def test_transformers_reads_what_we_write(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(theirs) is transformers.CLIPConfig
+    assert_same_meaning(config, theirs)
+    assert theirs.text_config.projection_dim == config.embed_dim
+    assert theirs.vision_config.projection_dim == config.embed_dim
+
+
+@pytest.mark.parametrize("config", [CLIPConfig(), TINY, DISTINCT], ids=["B/32", "tiny", "distinct"])
+def test_we_read_what_transformers_writes(config, tmp_path):
+    theirs = transformers_config(config)
+    assert_same_meaning(config, theirs)
+    theirs.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert CLIPConfig.from_dict(written) == config
+    assert CLIPConfig.from_dict(theirs.to_dict()) == config
+
+
+@pytest.mark.parametrize("config", [CLIPConfig(), TINY, DISTINCT], ids=["B/32", "tiny", "distinct"])
+def test_to_dict_and_back_is_the_same_config(config):
+    assert CLIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("section, field", [
+    *(("vision_config", name) for name in (TOWER_FIELDS | VISION_FIELDS).values()),
+    *(("text_config", name) for name in (TOWER_FIELDS | TEXT_FIELDS).values()),
+    (None, "projection_dim"),
+    (None, "logit_scale_init_value"),
+])  # fmt: skip
+def test_an_absent_field_is_what_transformers_assumes(section, field):
+    config = CLIPConfig(logit_scale_init=1.5, embed_dim=44).to_dict()
+    del (config[section] if section else config)[field]
+    assert_same_meaning(CLIPConfig.from_dict(config), transformers.CLIPConfig.from_dict(config))
+
+
+@pytest.mark.parametrize("config", [
+    {"model_type": "clip", "text_config": {}, "vision_config": {}},
+    {"text_config": {}, "vision_config": {}},
+    {"model_type": "clip", "vision_config": {"patch_size": 16}},
+    {"vision_config_dict": {"patch_size": 16}, "text_config_dict": None},
+], ids=["empty sections", "no model_type", "no text section", "only the old section"])  # fmt: skip
+def test_sparse_configs_mean_what_they_mean_to_transformers(config):
+    # transformers changes the dictionary it is given
+    copy = json.loads(json.dumps(config))
+    assert_same_meaning(CLIPConfig.from_dict(config), transformers.CLIPConfig.from_dict(copy))
+
+
+@pytest.mark.parametrize("tower, default", [("text", 512), ("vision", 768)])
+def test_an_old_style_section_replaces_the_new_one_defaults_and_all(tower, default):
+    config = CLIPConfig().to_dict()
+    config[f"{tower}_config"] |= {"hidden_size": 96, "num_hidden_layers": 3}
+    config[f"{tower}_config_dict"] = {"num_hidden_layers": 5}
+    ours = CLIPConfig.from_dict(config)
+    assert getattr(ours, tower).layers == 5
+    assert getattr(ours, tower).width == default  # not 96: what the old section lacks is a default
+    assert_same_meaning(ours, transformers.CLIPConfig.from_dict(config))
+
+
+def test_projection_dim_inside_a_tower_section_is_ignored():
+    config = CLIPConfig(embed_dim=768).to_dict()
+    config["text_config"]["projection_dim"] = config["vision_config"]["projection_dim"] = 512
+    assert CLIPConfig.from_dict(config).embed_dim == 768
+
+
+def test_what_the_model_does_not_need_is_ignored():
+    config = CLIPConfig().to_dict() | {"torch_dtype": "float16", "initializer_factor": 2.0}
+    config["text_config"] |= {"pad_token_id": 1, "attention_dropout": 0.0, "id2label": {}}
+    assert CLIPConfig.from_dict(config) == CLIPConfig()
+
+
+def test_the_published_safety_checker_is_a_clip_l14(data):
+    config = json.loads((data / "configs/sd15_safety_checker_config.json").read_text())
+    ours = CLIPConfig.from_dict(config)
+    assert (ours.vision.width, ours.vision.layers, ours.vision.heads) == (1024, 24, 16)
+    assert (ours.vision.patch_size, ours.vision.patches, ours.embed_dim) == (14, 256, 768)
+    assert (ours.text.width, ours.text.layers, ours.text.heads) == (768, 12, 12)
+    assert_same_meaning(ours, transformers.CLIPConfig.from_dict(deepcopy(config)))
+    # its old text section lacks an end token, and so overrules the 2 of the new one
+    assert config["text_config"]["eos_token_id"] == LEGACY_EOS != ours.text.eos_token_id == 49407
+
+
+@pytest.mark.parametrize("name", [
+    "ipadapter_h14_image_encoder_config.json",
+    "sd15_text_encoder_config.json",
+    "sd21_text_encoder_config.json",
+])  # fmt: skip
+def test_a_published_config_of_one_tower_alone_is_refused(data, name):
+    config = json.loads((data / "configs" / name).read_text())
+    with pytest.raises(ValueError, match=f"model_type is '{config['model_type']}'"):
+        CLIPConfig.from_dict(config)
+
+
+# --------------------------------------------------------------------------------------- validation
+
+POSITIVE_INTS = [
+    *((VisionConfig, n) for n in ("width", "layers", "heads", "mlp_width")),
+    *((VisionConfig, n) for n in ("image_size", "patch_size", "channels")),
+    *((TextConfig, n) for n in ("width", "layers", "heads", "mlp_width")),
+    *((TextConfig, n) for n in ("vocab_size", "context_length")),
+    (CLIPConfig, "embed_dim"),
+]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 64.0, "64", None, True, [64], math.nan])
+@pytest.mark.parametrize("cls, field", POSITIVE_INTS)
+def test_sizes_must_be_positive_whole_numbers(cls, field, value):
+    message = f"{cls.__name__}: {field} is {value!r}; expected a positive whole number"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cls(**{field: value})
+
+
+@pytest.mark.parametrize("cls, field", [(TextConfig, "bos_token_id"), (TextConfig, "eos_token_id")])
+@pytest.mark.parametrize("value", [-1, 49408, 2.0, None, True, [49407]])
+def test_special_tokens_must_be_in_the_vocabulary(cls, field, value):
+    message = f"{field} is {value!r}; expected an id from 0 to 49407, as vocab_size is 49408"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cls(**{field: value})
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: VisionConfig(width=100), "width 100 does not divide into 12 heads of equal width"),
+    (lambda: TextConfig(heads=7), "width 512 does not divide into 7 heads of equal width"),
+    (lambda: VisionConfig(image_size=31), "patch_size 32 is larger than image_size 31"),
+    (lambda: VisionConfig(act="relu"), "VisionConfig: act is 'relu'; expected one of quick_gelu"),
+    (lambda: TextConfig(act=None), "TextConfig: act is None; expected one of quick_gelu"),
+    (lambda: TextConfig(act=["gelu"]), "TextConfig: act is ['gelu']; expected one of"),
+    (lambda: CLIPConfig(vision=TextConfig()), "vision must be a VisionConfig, not TextConfig"),
+    (lambda: CLIPConfig(text={}), "text must be a TextConfig, not dict"),
+])  # fmt: skip
+def test_numbers_that_do_not_go_together_are_named(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+BAD_NUMBERS = [math.nan, math.inf, -math.inf, "1e-5", None, True, 10**400]
+
+
+@pytest.mark.parametrize("cls", [VisionConfig, TextConfig])
+@pytest.mark.parametrize("value", [0, 0.0, -1e-5, *BAD_NUMBERS], ids=lambda v: str(v)[:9])
+def test_ln_eps_must_be_above_zero(cls, value):
+    with pytest.raises(ValueError, match="ln_eps is .*; expected a number above 0"):
+        cls(ln_eps=value)
+
+
+@pytest.mark.parametrize("value", BAD_NUMBERS, ids=lambda v: str(v)[:9])
+def test_logit_scale_init_must_be_finite(value):
+    with pytest.raises(ValueError, match="logit_scale_init is .*; expected a finite number"):
+        CLIPConfig(logit_scale_init=value)
+
+
+@pytest.mark.parametrize("config, message", [
+    ([], "expected a JSON object, found list"),
+    (None, "expected a JSON object, found NoneType"),
+    ({}, "not the config of a CLIP with two towers: model_type is 'clip'"),
+    ({"model_type": "siglip", "vision_config": {}}, "model_type is 'siglip' (expected 'clip'"),
+    ({"model_type": ["clip"], "vision_config": {}}, "model_type is ['clip'] (expected 'clip'"),
+    ({"vision_config": []}, "vision_config must be a JSON object, found list"),
+    ({"vision_config": {}, "text_config": 3}, "text_config must be a JSON object, found int"),
+    ({"vision_config": {"patch_size": [14, 14]}}, "in vision_config: VisionConfig: patch_size is "),
+    ({"vision_config": {"hidden_act": "silu"}}, "in vision_config: VisionConfig: act is 'silu'"),
+    ({"vision_config": {}, "text_config": {"eos_token_id": [2]}}, "in text_config: TextConfig: "),
+    ({"vision_config": {}, "projection_dim": None}, "CLIPConfig: embed_dim is None"),
+])  # fmt: skip
+def test_a_config_that_describes_no_clip_is_refused(config, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CLIPConfig.from_dict(config)
+
+
+def test_configs_are_frozen_and_hashable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CLIPConfig().embed_dim = 3
+    assert len({CLIPConfig(), CLIPConfig(), TINY}) == 2
+
+
+@pytest.mark.parametrize("size, patch, patches", [(224, 32, 49), (336, 14, 576), (225, 32, 49)])
+def test_a_partial_patch_is_dropped(size, patch, patches):
+    assert VisionConfig(image_size=size, patch_size=patch).patches == patches

@@ -1,0 +1,958 @@
+"""The model against transformers' CLIPModel and against formulas written out, in tiers.
+
+Unit, then module by module in float64 with every parameter random, then float32 bit for bit, then
+shapes that no preset has, the official shapes at full size, half precision, sites, compilers, and
+faults planted on purpose. The tolerances are those of the table in the README.
+"""
+
+import copy
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPModel
+from twin import TINY, copy_weights, random_inputs, randomize, twins
+
+import miniclip
+from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
+from miniclip.checkpoint import TRANSFORMERS, layout_name
+from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
+
+FLOAT64 = 1e-10
+REORDERED = 2e-5  # float32 on a CPU, at logit scale 100, the operations in another order
+CUDA = 1e-4  # float32 on a GPU without TF32, at logit scale 100
+
+pytestmark = [
+    # torch.compile and torch.export of torch 2.13 warn of themselves, in ways no caller can mend.
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*"),
+]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        assert not torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+    return request.param
+
+
+@torch.no_grad()
+def logits(model, pixels, ids):
+    if isinstance(model, CLIPModel):
+        return model(pixel_values=pixels, input_ids=ids).logits_per_image
+    return model(pixels, ids).logits_per_image
+
+
+def difference(ours, theirs):
+    assert ours.shape == theirs.shape and ours.isfinite().all()
+    return (ours.double() - theirs.double()).abs().max().item()
+
+
+@torch.no_grad()
+def watch(model, names, *inputs):
+    """The outputs of the named modules in one forward pass, and the model's own."""
+    seen, handles = {}, []
+    for name in names:
+        keep = lambda module, args, out, name=name: seen.__setitem__(name, out)  # noqa: E731
+        handles.append(model.get_submodule(name).register_forward_hook(keep))
+    output = model(*inputs)
+    for handle in handles:
+        handle.remove()
+    return {n: o[0] if isinstance(o, tuple) else o for n, o in seen.items()}, output
+
+
+# --------------------------------------------------------------------------------------------- unit
+
+
+def site_shapes(config, B, C, T):
+    """Every module whose output is a named tensor, in both towers, and the shape of it."""
+    shapes = {}
+    for tower, batch, tokens, part in (
+        ("vision", B, 1 + config.vision.patches, config.vision),
+        ("text", C, T, config.text),
+    ):
+        stream = (batch, tokens, part.width)
+        heads = (batch, tokens, part.heads, part.width // part.heads)
+        square = (batch, part.heads, tokens, tokens)
+        for i in range(part.layers):
+            block = {
+                "ln_1": stream,
+                "attn.q_proj": stream,
+                "attn.k_proj": stream,
+                "attn.v_proj": stream,
+                "attn.q": heads,
+                "attn.k": heads,
+                "attn.v": heads,
+                "attn.scores": square,
+                "attn.pattern": square,
+                "attn.z": heads,
+                "attn.out_proj": stream,
+                "attn": stream,
+                "resid_mid": stream,
+                "ln_2": stream,
+                "mlp.fc1": (batch, tokens, part.mlp_width),
+                "mlp.act": (batch, tokens, part.mlp_width),
+                "mlp.fc2": stream,
+                "mlp": stream,
+            }
+            shapes |= {f"{tower}.blocks.{i}.{name}": shape for name, shape in block.items()}
+            shapes[f"{tower}.blocks.{i}"] = stream
+        shapes[f"{tower}.blocks"] = stream
+        shapes[f"{tower}.proj"] = shapes[tower] = (batch, config.embed_dim)
+    side = config.vision.image_size // config.vision.patch_size
+    shapes["vision.patch_embed"] = (B, config.vision.width, side, side)
+    shapes["vision.ln_pre"] = (B, 1 + config.vision.patches, config.vision.width)
+    shapes["vision.ln_post"] = (B, config.vision.width)  # the class token alone
+    shapes["text.token_embed"] = shapes["text.ln_final"] = (C, T, config.text.width)
+    return shapes
+
+
+def test_every_site_has_the_shape_of_the_table():
+    model, _ = twins(TINY)
+    expected = site_shapes(TINY, B=2, C=3, T=9)
+    names = [name for name, _ in model.named_modules() if name]
+    assert set(names) == set(expected)
+    seen, output = watch(model, names, *random_inputs(TINY, images=2, texts=3, tokens=9))
+    assert {name: tuple(tensor.shape) for name, tensor in seen.items()} == expected
+    assert [tuple(t.shape) for t in output] == [(2, 3), (3, 2), (2, 36), (3, 36)]
+
+
+def test_quick_gelu_is_its_formula():
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    values = [v / (1 + math.exp(-1.702 * v)) for v in x.tolist()]
+    expected = torch.tensor(values, dtype=torch.float64)
+    assert difference(QuickGELU()(x), expected) < 1e-14
+    assert difference(F.gelu(x), expected) > 0.02  # the approximation is not the function
+
+
+def test_unit_norm_divides_by_the_length():
+    x = torch.randn(5, 7, dtype=torch.float64)
+    rows = [[v / math.sqrt(math.fsum(w * w for w in row)) for v in row] for row in x.tolist()]
+    assert difference(unit_norm(x), torch.tensor(rows, dtype=torch.float64)) < 1e-15
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_a_token_sees_itself_and_the_tokens_before_it(kind):
+    attention = Attention(12, 3, causal=True).double()
+    attention.eager = kind == "eager"
+    x = torch.randn(1, 6, 12, dtype=torch.float64, requires_grad=True)
+    for t in range(6):
+        (gradient,) = torch.autograd.grad(attention(x)[0, t].square().sum(), x)
+        assert (gradient[0].abs().sum(-1) > 0).tolist() == [s <= t for s in range(6)]
+
+
+def test_attention_without_a_mask_sees_everything():
+    x = torch.randn(1, 6, 12, requires_grad=True)
+    Attention(12, 3, causal=False)(x)[0, 0].square().sum().backward()
+    assert (x.grad.abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_its_formula(causal):
+    """Written with loops over images, heads and tokens."""
+    attention = Attention(12, 3, causal).double()
+    randomize(attention)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    q, k, v = (
+        x @ linear.weight.T + linear.bias
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    z = torch.zeros_like(x)
+    for b in range(2):
+        for h in range(3):
+            head = slice(4 * h, 4 * h + 4)
+            for t in range(5):
+                sources = range(t + 1) if causal else range(5)
+                e = [math.exp(q[b, t, head] @ k[b, s, head] / math.sqrt(4)) for s in sources]
+                z[b, t, head] = sum(w / sum(e) * v[b, s, head] for w, s in zip(e, sources))
+    expected = z @ attention.out_proj.weight.T + attention.out_proj.bias
+    for attention.eager in (False, True):
+        assert difference(attention(x), expected) < 1e-13
+
+
+def test_logits_are_scaled_cosines():
+    model, _ = twins(TINY, dtype=torch.float64)
+    pixels, ids = random_inputs(TINY)
+    with torch.no_grad():
+        out = model(pixels, ids)
+        image, text = model.encode_image(pixels), model.encode_text(ids)
+    cosines = F.cosine_similarity(image[:, None], text[None], dim=-1)
+    assert difference(out.logits_per_image, 100 * cosines) < 1e-12
+    assert torch.equal(out.logits_per_image, out.logits_per_text.T)
+    assert torch.equal(out.image_embeds, unit_norm(image))
+    assert torch.equal(out.text_embeds, model.encode_text(ids, normalize=True))
+
+
+def openai_init_stds(config):
+    """openai/CLIP, model.py: VisionTransformer.__init__ and CLIP.initialize_parameters."""
+    v, t = config.vision, config.text
+    conv_fan_in = v.channels * v.patch_size**2
+    proj_std = t.width**-0.5 * (2 * t.layers) ** -0.5
+    return {
+        "vision.class_embed": v.width**-0.5,
+        "vision.pos_embed": v.width**-0.5,
+        "vision.proj.weight": v.width**-0.5,
+        # what the code leaves to PyTorch: kaiming_uniform(sqrt 5), of variance 1 / (3 fan_in)
+        "vision.patch_embed.weight": (3 * conv_fan_in) ** -0.5,
+        "vision.blocks.0.attn.out_proj.weight": (3 * v.width) ** -0.5,
+        "vision.blocks.0.mlp.fc1.weight": (3 * v.width) ** -0.5,
+        "vision.blocks.0.mlp.fc2.weight": (3 * v.mlp_width) ** -0.5,
+        # nn.MultiheadAttention: xavier_uniform of the (3 W, W) matrix, of variance 2 / (4 W)
+        "vision.blocks.0.attn.q_proj.weight": (2 / (4 * v.width)) ** 0.5,
+        "vision.blocks.0.attn.k_proj.weight": (2 / (4 * v.width)) ** 0.5,
+        "vision.blocks.0.attn.v_proj.weight": (2 / (4 * v.width)) ** 0.5,
+        "text.token_embed.weight": 0.02,
+        "text.pos_embed": 0.01,
+        "text.proj.weight": t.width**-0.5,
+        "text.blocks.0.attn.q_proj.weight": t.width**-0.5,
+        "text.blocks.0.attn.k_proj.weight": t.width**-0.5,
+        "text.blocks.0.attn.v_proj.weight": t.width**-0.5,
+        "text.blocks.0.attn.out_proj.weight": proj_std,
+        "text.blocks.0.mlp.fc1.weight": (2 * t.width) ** -0.5,
+        "text.blocks.0.mlp.fc2.weight": proj_std,
+    }
+
+
+def test_init_follows_openai():
+    config = CLIPConfig(
+        vision=VisionConfig(width=192, layers=1, heads=4, mlp_width=400, patch_size=16),
+        text=TextConfig(width=128, layers=1, heads=4, mlp_width=300, vocab_size=1000,
+                        bos_token_id=1, eos_token_id=2),
+        embed_dim=160,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    parameters = dict(CLIP(config).named_parameters())
+    for name, std in openai_init_stds(config).items():
+        values = parameters.pop(name)
+        few = 5 * (2 * values.numel()) ** -0.5  # five standard errors of a standard deviation
+        assert values.std().item() == pytest.approx(std, rel=few), name
+        assert abs(values.mean().item()) < 5 * std * values.numel() ** -0.5, name
+    assert parameters.pop("logit_scale").item() == pytest.approx(math.log(1 / 0.07), abs=1e-4)
+    for name, values in parameters.items():
+        if name.endswith("weight"):
+            assert "ln_" in name and (values == 1).all(), name
+        elif "mlp" in name:  # nn.Linear's own: uniform up to fan_in ** -0.5
+            fan_in = config.vision.width if "vision" in name else config.text.width
+            fan_in = fan_in if "fc1" in name else {"v": 400, "t": 300}[name[0]]
+            assert 0.9 * fan_in**-0.5 < values.abs().max() <= fan_in**-0.5, name
+        else:
+            assert (values == 0).all(), name
+
+
+def shape(patch, v, t, embed, size=224, v_mlp=4.0, v_heads=None, act="quick_gelu"):
+    (v_width, v_layers), (t_width, t_layers) = v, t
+    return CLIPConfig(
+        VisionConfig(v_width, v_layers, v_heads or v_width // 64, int(v_width * v_mlp), act,
+                     image_size=size, patch_size=patch),
+        TextConfig(t_width, t_layers, t_width // 64, 4 * t_width, act),
+        embed,
+    )  # fmt: skip
+
+
+OFFICIAL = {
+    "B/32": shape(32, (768, 12), (512, 12), 512),
+    "B/16": shape(16, (768, 12), (512, 12), 512),
+    "L/14": shape(14, (1024, 24), (768, 12), 768),
+    "L/14-336": shape(14, (1024, 24), (768, 12), 768, 336),
+}
+LAION = {
+    "H/14": shape(14, (1280, 32), (1024, 24), 1024, v_heads=16, act="gelu"),
+    "g/14": shape(14, (1408, 40), (1024, 24), 1024, v_heads=16, v_mlp=4.3637, act="gelu"),
+    "bigG/14": shape(14, (1664, 48), (1280, 32), 1280, v_heads=16, v_mlp=4.9231, act="gelu"),
+}
+# openai/CLIP's notebooks print 151,277,313; B/16 is from keras-cv's presets; the others are from
+# keras-hub's (clip_presets.py @71453d08), less the position ids that it counts.
+PARAMETERS = {
+    "B/32": 151277313,
+    "B/16": 149620737,
+    "L/14": 427616513,
+    "L/14-336": 427944193,
+    "H/14": 986109441,
+    "g/14": 1366678273,
+    "bigG/14": 2539567105,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_the_published_ones(name):
+    with torch.device("meta"):
+        model = CLIP((OFFICIAL | LAION)[name])
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert sum(t.numel() for t in model.state_dict().values()) == PARAMETERS[name]
+
+
+# ----------------------------------------------------------- module by module, in float64, to 1e-10
+
+
+@pytest.fixture(scope="module")
+def double():
+    """(ours, theirs, pixels, ids) in float64. Theirs runs sdpa: the softmax of its eager attention
+    is taken in float32 whatever the weights are, so its `attentions` are good to 1e-7 only."""
+    pixels, ids = random_inputs(TINY)
+    return *twins(TINY, dtype=torch.float64), pixels.double(), ids
+
+
+TOWERS = ["vision", "text"]
+
+
+def modules(double, tower):
+    ours, theirs, *_ = double
+    return getattr(ours, tower), getattr(theirs, f"{tower}_model")
+
+
+def residual_stream(tower, seed=3):
+    part = getattr(TINY, tower)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 9, part.width, dtype=torch.float64, generator=generator)
+
+
+@torch.no_grad()
+def test_embeddings(double):
+    ours, theirs, pixels, ids = double
+    vision = theirs.vision_model
+    expected = vision.pre_layrnorm(vision.embeddings(pixels))
+    assert difference(ours.vision.embed(pixels), expected) < FLOAT64
+    assert difference(ours.text.embed(ids), theirs.text_model.embeddings(ids)) < FLOAT64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_attention(double, tower, kind):
+    ours, theirs = modules(double, tower)
+    x = residual_stream(tower)
+    for block, layer in zip(ours.blocks, theirs.encoder.layers, strict=True):
+        attention = copy.deepcopy(block.attn)
+        attention.eager = kind == "eager"
+        expected, _ = layer.self_attn(x, is_causal=tower == "text")
+        assert difference(attention(x), expected) < FLOAT64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", TOWERS)
+def test_mlp_and_layer_norms(double, tower):
+    ours, theirs = modules(double, tower)
+    x = residual_stream(tower)
+    for block, layer in zip(ours.blocks, theirs.encoder.layers, strict=True):
+        assert difference(block.mlp(x), layer.mlp(x)) < FLOAT64
+        assert difference(block.ln_1(x), layer.layer_norm1(x)) < FLOAT64
+        assert difference(block.ln_2(x), layer.layer_norm2(x)) < FLOAT64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", TOWERS)
+def test_block(double, tower):
+    ours, theirs = modules(double, tower)
+    x = residual_stream(tower)
+    for block, layer in zip(ours.blocks, theirs.encoder.layers, strict=True):
+        assert difference(block(x), layer(x, None, is_causal=tower == "text")) < FLOAT64
+
+
+@torch.no_grad()
+def test_hidden_states_pooled_and_projected(double):
+    ours, theirs, pixels, ids = double
+    for tower, x in (("vision", pixels), ("text", ids)):
+        mine, peer = modules(double, tower)
+        expected = peer(x, output_hidden_states=True)
+        stream = mine.embed(x)
+        assert len(expected.hidden_states) == 1 + len(mine.blocks)
+        assert difference(stream, expected.hidden_states[0]) < FLOAT64
+        for block, state in zip(mine.blocks, expected.hidden_states[1:], strict=True):
+            stream = block(stream)
+            assert difference(stream, state) < FLOAT64
+        if tower == "vision":
+            pooled = mine.ln_post(stream[:, 0])
+        else:
+            rows = torch.arange(len(ids))
+            pooled = mine.ln_final(stream)[rows, mine.end_positions(ids)]
+        assert difference(pooled, expected.pooler_output) < FLOAT64
+    image = theirs.get_image_features(pixels).pooler_output
+    text = theirs.get_text_features(ids).pooler_output
+    assert difference(ours.encode_image(pixels), image) < FLOAT64
+    assert difference(ours.encode_text(ids), text) < FLOAT64
+
+
+def test_logits(double):
+    ours, theirs, pixels, ids = double
+    assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < FLOAT64
+
+
+@torch.no_grad()
+def test_every_site_is_the_tensor_it_is_called(double):
+    """Against transformers where it has the tensor, and the formula for scores and pattern."""
+    ours, theirs, pixels, ids = double
+    seen, _ = watch(ours, site_shapes(TINY, B=2, C=3, T=9), pixels, ids)
+    expected = transformers_sites(theirs, pixels, ids)
+    assert expected.keys() == seen.keys()
+    for name, tensor in expected.items():
+        past = tensor.isneginf()
+        assert torch.equal(past, seen[name].isneginf()), name
+        found, wanted = seen[name].masked_fill(past, 0), tensor.masked_fill(past, 0)
+        assert difference(found, wanted) < FLOAT64, name
+
+
+@torch.no_grad()
+def transformers_sites(theirs, pixels, ids):
+    """Our names -> transformers' tensors, gathered with hooks of our own."""
+    inputs, outputs, handles = {}, {}, []
+    for name, module in theirs.named_modules():
+        if not name:
+            continue
+
+        def keep(module, args, kwargs, out, name=name):
+            inputs[name] = args[0] if args else next(iter(kwargs.values()))
+            outputs[name] = out[0] if isinstance(out, tuple) else out
+
+        handles.append(module.register_forward_hook(keep, with_kwargs=True))
+    theirs(pixel_values=pixels, input_ids=ids)
+    for handle in handles:
+        handle.remove()
+
+    sites = {
+        "vision": outputs["visual_projection"],
+        "vision.proj": outputs["visual_projection"],
+        "vision.patch_embed": outputs["vision_model.embeddings.patch_embedding"],
+        "vision.ln_pre": outputs["vision_model.pre_layrnorm"],
+        "vision.ln_post": outputs["vision_model.post_layernorm"],
+        "text": outputs["text_projection"],
+        "text.proj": outputs["text_projection"],
+        "text.token_embed": outputs["text_model.embeddings.token_embedding"],
+        "text.ln_final": outputs["text_model.final_layer_norm"],
+    }
+    for tower in TOWERS:
+        part = getattr(TINY, tower)
+        for i in range(part.layers):
+            ours, peer = f"{tower}.blocks.{i}", f"{tower}_model.encoder.layers.{i}"
+            sites[ours] = sites[f"{tower}.blocks"] = outputs[peer]
+            sites[f"{ours}.resid_mid"] = inputs[f"{peer}.layer_norm2"]
+            for mine, other in {
+                "ln_1": "layer_norm1",
+                "attn": "self_attn",
+                "attn.q_proj": "self_attn.q_proj",
+                "attn.k_proj": "self_attn.k_proj",
+                "attn.v_proj": "self_attn.v_proj",
+                "attn.out_proj": "self_attn.out_proj",
+                "ln_2": "layer_norm2",
+                "mlp": "mlp",
+                "mlp.fc1": "mlp.fc1",
+                "mlp.act": "mlp.activation_fn",
+                "mlp.fc2": "mlp.fc2",
+            }.items():
+                sites[f"{ours}.{mine}"] = outputs[f"{peer}.{other}"]
+            heads = (part.heads, part.width // part.heads)
+            q, k, v = (
+                outputs[f"{peer}.self_attn.{c}_proj"].unflatten(-1, heads) for c in ("q", "k", "v")
+            )
+            sites |= {f"{ours}.attn.q": q, f"{ours}.attn.k": k, f"{ours}.attn.v": v}
+            sites[f"{ours}.attn.z"] = inputs[f"{peer}.self_attn.out_proj"].unflatten(-1, heads)
+            scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(heads[1])
+            if tower == "text":
+                t = torch.arange(scores.shape[-1])
+                scores[:, :, t[:, None] < t[None]] = -math.inf
+            exp = scores.exp()
+            sites[f"{ours}.attn.scores"] = scores
+            sites[f"{ours}.attn.pattern"] = exp / exp.sum(-1, keepdim=True)
+    return sites
+
+
+@torch.no_grad()
+def test_pattern_is_the_attentions_of_transformers_to_float32():
+    pixels, ids = random_inputs(TINY)
+    ours, theirs = twins(TINY, attention="eager", dtype=torch.float64)
+    for tower, x in (("vision", pixels.double()), ("text", ids)):
+        names = [f"{tower}.blocks.{i}.attn.pattern" for i in range(getattr(TINY, tower).layers)]
+        seen, _ = watch(ours, names, pixels.double(), ids)
+        attentions = getattr(theirs, f"{tower}_model")(x, output_attentions=True).attentions
+        for name, expected in zip(names, attentions, strict=True):
+            assert difference(seen[name], expected) < 1e-6
+
+
+# -------------------------------------------------------------------- float32 on a CPU, bit for bit
+
+
+@torch.no_grad()
+def assert_bit_equal(ours, theirs, pixels, ids):
+    mine, peer = ours(pixels, ids), theirs(pixel_values=pixels, input_ids=ids)
+    for name in mine._fields:
+        assert torch.equal(getattr(mine, name), getattr(peer, name)), name
+    assert torch.equal(ours.encode_image(pixels), theirs.get_image_features(pixels).pooler_output)
+    assert torch.equal(ours.encode_text(ids), theirs.get_text_features(ids).pooler_output)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_float32_is_bit_equal_at_every_batch_size(attention):
+    ours, theirs = twins(TINY, attention=attention)
+    for batch in range(1, 17):
+        inputs = random_inputs(TINY, images=batch, texts=17 - batch, tokens=4 + batch, seed=batch)
+        assert_bit_equal(ours, theirs, *inputs)
+
+
+def unusual(vision=None, text=None, **shared):
+    return CLIPConfig(
+        VisionConfig(**{**vars(TINY.vision), **(vision or {})}),
+        TextConfig(**{**vars(TINY.text), **(text or {})}),
+        **{"embed_dim": TINY.embed_dim, **shared},
+    )
+
+
+UNUSUAL = {
+    "head width 80, as H/14": unusual({"width": 160, "heads": 2}, {"width": 240, "heads": 3}),
+    "head width 104, as bigG/14": unusual({"width": 208, "heads": 2}, {"width": 104, "heads": 1}),
+    "gelu": unusual({"act": "gelu"}, {"act": "gelu"}),
+    "gelu_pytorch_tanh": unusual({"act": "gelu_pytorch_tanh"}, {"act": "gelu_pytorch_tanh"}),
+    "an activation for each tower": unusual({"act": "gelu"}, {"act": "quick_gelu"}),
+    "context 248": unusual(text={"context_length": 248}),
+    "MLP narrower than the stream": unusual({"mlp_width": 31}, {"mlp_width": 7}),
+    "embedding wider than both": unusual(embed_dim=129),
+    "one layer and many": unusual({"layers": 1}, {"layers": 7}),
+    "grey images": unusual({"channels": 1}),
+    "four channels": unusual({"channels": 4}),
+    "a partial patch": unusual({"image_size": 45}),
+    "one patch": unusual({"image_size": 15}),
+    "end token below added ones": unusual(text={"eos_token_id": 300, "bos_token_id": 299}),
+    "legacy end token": unusual(text={"eos_token_id": 2}),
+    "eps 1e-6": unusual({"ln_eps": 1e-6}, {"ln_eps": 1e-3}),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_shapes_that_no_preset_has(name, device):
+    config = UNUSUAL[name]
+    tokens = config.text.context_length if "context" in name else 9
+    pixels, ids = (x.to(device) for x in random_inputs(config, tokens=tokens))
+    ours, theirs = twins(config, device=device)
+    if device == "cpu":
+        assert_bit_equal(ours, theirs, pixels, ids)
+    assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < CUDA
+    ours, theirs, pixels = ours.double(), theirs.double(), pixels.double()
+    assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < FLOAT64
+
+
+def test_custom_end_token_is_not_the_largest_id():
+    """So that the test above can tell the two rules of pooling apart."""
+    config = UNUSUAL["end token below added ones"]
+    _, ids = random_inputs(config)
+    model, _ = twins(config)
+    assert not torch.equal(model.text.end_positions(ids), ids.argmax(-1))
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_shapes_at_full_size(name, device):
+    ours, theirs = twins(OFFICIAL[name], device=device)
+    assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
+    inputs = random_inputs(OFFICIAL[name], images=1, texts=2, tokens=12)
+    pixels, ids = (x.to(device) for x in inputs)
+    if device == "cpu":
+        assert_bit_equal(ours, theirs, pixels, ids)
+    else:
+        assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < CUDA
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_on_every_device(attention, device):
+    ours, theirs = twins(TINY, attention=attention, device=device)
+    pixels, ids = (x.to(device) for x in random_inputs(TINY, images=8, texts=8, tokens=20))
+    assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < CUDA
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
+    pixels, ids = (x.to(device) for x in random_inputs(TINY, images=16, texts=16, tokens=20))
+    ours, theirs = twins(TINY, attention=attention, dtype=dtype, device=device)
+    exact = logits(copy.deepcopy(ours).double(), pixels.to(dtype).double(), ids)
+    error = (logits(ours, pixels, ids).double() - exact).abs()
+    peer_error = (logits(theirs, pixels, ids).double() - exact).abs()
+    assert logits(ours, pixels, ids).dtype == dtype
+    assert 0 < error.mean() <= 1.1 * peer_error.mean()
+    assert error.max() <= 1.1 * peer_error.max()
+
+
+# -------------------------------------------------------------------------- what the towers promise
+
+
+@torch.no_grad()
+def test_nothing_after_the_end_token_can_reach_the_embedding():
+    """Why there is no padding mask."""
+    model, _ = twins(TINY)
+    _, ids = random_inputs(TINY, texts=1, tokens=20)
+    ids[0, 11:] = TINY.text.eos_token_id
+    expected = model.encode_text(ids)
+    for fill in (0, 5, TINY.text.vocab_size - 1):
+        padded = ids.clone()
+        padded[0, 12:] = fill
+        assert torch.equal(model.encode_text(padded), expected)
+    assert difference(model.encode_text(ids[:, :12]), expected) < 1e-6
+    for position in range(11):
+        changed = ids.clone()
+        changed[0, position] = (ids[0, position] + 1) % 590
+        assert difference(model.encode_text(changed), expected) > 1e-3, position
+
+
+def test_text_is_read_at_its_first_end_token():
+    model = twins(TINY)[0].text
+    end = TINY.text.eos_token_id
+    assert model.end_positions(torch.tensor([[1, end, 2, end], [end, 1, 1, 1]])).tolist() == [1, 0]
+
+
+def test_a_row_without_an_end_token_is_an_error():
+    model, _ = twins(TINY)
+    ids = random_inputs(TINY)[1]
+    ids[1] = 5
+    with pytest.raises(ValueError, match=r"row 1 of ids has no end token \(599\)"):
+        model.encode_text(ids)
+
+
+def test_too_many_tokens_are_an_error():
+    model, _ = twins(TINY)
+    ids = torch.full((2, 21), TINY.text.eos_token_id)
+    with pytest.raises(ContextLengthError, match="21 tokens; this text tower has 20 positions"):
+        model.encode_text(ids)
+    model.encode_text(ids[:, :20])
+
+
+@pytest.mark.parametrize("size", [(3, 40, 40), (1, 4, 40, 40), (1, 3, 40, 48), (1, 3, 80, 40)])
+def test_pixels_of_another_shape_are_an_error(size):
+    model, _ = twins(TINY)
+    with pytest.raises(ValueError, match=r"pixels have shape .*; .* reads \(B, 3, 40, 40\)"):
+        model.encode_image(torch.zeros(size))
+
+
+def test_ids_without_a_batch_are_an_error():
+    model, _ = twins(TINY)
+    with pytest.raises(ValueError, match=r"ids have shape \(9,\); expected \(B, T\)"):
+        model.encode_text(torch.zeros(9, dtype=torch.long))
+
+
+def test_attention_of_another_kind_is_an_error():
+    with pytest.raises(ValueError, match="attention kind is 'flash'; expected 'eager' or 'sdpa'"):
+        twins(TINY)[0].set_attention("flash")
+
+
+# -------------------------------------------------------------------------------------------- sites
+
+
+class Untouched(Attention):
+    """Attention as it would be written without sites."""
+
+    def forward(self, x):
+        B, T, W = x.shape
+        heads = (B, T, W // self.head_width, self.head_width)
+        q, k, v = (
+            f(x).view(heads).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(z.transpose(1, 2).reshape(B, T, W))
+
+
+def test_sites_that_nobody_uses_change_no_bit():
+    model, _ = twins(TINY)
+    bare = copy.deepcopy(model)
+    for module in bare.modules():
+        if isinstance(module, Attention):
+            module.__class__ = Untouched
+        elif isinstance(module, Block):
+            module.forward = lambda x, b=module: (
+                lambda mid: mid + b.mlp(b.ln_2(mid))
+            )(x + b.attn(b.ln_1(x)))  # fmt: skip
+    inputs = random_inputs(TINY)
+    assert torch.equal(logits(model, *inputs), logits(bare, *inputs))
+
+
+def test_sites_have_no_parameters_and_no_keys():
+    model, _ = twins(TINY)
+    sites = [name for name, module in model.named_modules() if type(module) is Site]
+    assert len(sites) == 7 * (TINY.vision.layers + TINY.text.layers)
+    assert not any(key.startswith(tuple(f"{s}." for s in sites)) for key in model.state_dict())
+    assert not any(True for s in sites for _ in model.get_submodule(s).parameters())
+
+
+SITES = [name for name in site_shapes(TINY, 1, 1, 1) if ".blocks." in name]
+READS = [name for name in SITES if not name.endswith(("pattern", "scores"))]
+
+
+@pytest.mark.parametrize("kind, names", [("eager", SITES), ("sdpa", READS)], ids=["eager", "sdpa"])
+def test_reading_changes_no_bit(kind, names):
+    model, _ = twins(TINY, attention=kind)
+    inputs = random_inputs(TINY)
+    expected = logits(model, *inputs)
+    _, output = watch(model, names, *inputs)
+    assert torch.equal(output.logits_per_image, expected)
+
+
+@pytest.mark.parametrize("site", ["scores", "pattern"])
+def test_reading_what_sdpa_never_makes_agrees_to_rounding(site):
+    model, _ = twins(TINY)
+    inputs = random_inputs(TINY)
+    name = f"vision.blocks.1.attn.{site}"
+    seen, output = watch(model, [name], *inputs)
+    assert difference(output.logits_per_image, logits(model, *inputs)) < REORDERED
+    model.set_attention("eager")
+    assert difference(seen[name], watch(model, [name], *inputs)[0][name]) < REORDERED
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_editing_any_site_changes_the_output_and_letting_go_restores_it(kind):
+    model, _ = twins(TINY, attention=kind)
+    inputs = random_inputs(TINY)
+    expected = logits(model, *inputs)
+    generator = torch.Generator().manual_seed(1)
+    for name in SITES:
+
+        def edit(module, args, out):
+            return out * (1 + torch.rand(out.shape, generator=generator))
+
+        handle = model.get_submodule(name).register_forward_hook(edit)
+        assert difference(logits(model, *inputs), expected) > 1e-3, name
+        handle.remove()
+        assert torch.equal(logits(model, *inputs), expected), name
+
+
+def test_a_module_in_the_place_of_a_site_is_called():
+    model, _ = twins(TINY)
+    inputs = random_inputs(TINY)
+    expected = logits(model, *inputs)
+    attention = model.vision.blocks[0].attn
+    attention.pattern = nn.Identity()
+    assert difference(logits(model, *inputs), expected) < REORDERED
+    attention.pattern = nn.Softmax(-1)
+    assert difference(logits(model, *inputs), expected) > 1e-3
+    attention.pattern = Site()
+    assert torch.equal(logits(model, *inputs), expected)
+
+
+@torch.no_grad()
+def test_zeroing_a_head_is_removing_its_columns_of_the_output():
+    model, _ = twins(TINY, dtype=torch.float64)
+    pixels, _ = random_inputs(TINY)
+    pixels, attention = pixels.double(), model.vision.blocks[1].attn
+    D = attention.head_width
+
+    def zero_head_2(module, args, out):
+        return out * torch.tensor([1.0, 1, 0, 1], dtype=out.dtype)[:, None]
+
+    handle = attention.z.register_forward_hook(zero_head_2)
+    edited = model.encode_image(pixels)
+    handle.remove()
+    attention.out_proj.weight[:, 2 * D : 3 * D] = 0
+    assert difference(edited, model.encode_image(pixels)) < FLOAT64
+
+
+# ------------------------------------------------------------------------------ compilers and grads
+
+
+def test_compiles_into_one_graph():
+    model, theirs = twins(TINY)
+    inputs = random_inputs(TINY)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor")
+    assert difference(logits(compiled, *inputs), logits(theirs, *inputs)) < REORDERED
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_exports_with_any_batch(tower):
+    model, _ = twins(TINY)
+    module = getattr(model, tower)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    example = random_inputs(TINY, images=3, texts=3)[tower == "text"]
+    with torch.no_grad():
+        exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},)).module()
+        for count in (2, 5):
+            x = random_inputs(TINY, images=count, texts=count, seed=4)[tower == "text"]
+            assert difference(exported(x), module(x)) < REORDERED
+
+
+def test_every_parameter_has_the_gradient_it_has_in_transformers():
+    ours, theirs = twins(TINY, dtype=torch.float64)
+    pixels, ids = random_inputs(TINY, images=4, texts=4)
+    target = torch.arange(4)
+    F.cross_entropy(ours(pixels, ids).logits_per_image, target).backward()
+    peer = theirs(pixel_values=pixels, input_ids=ids).logits_per_image
+    F.cross_entropy(peer, target).backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        expected = gradients[layout_name(name, TRANSFORMERS)]
+        assert difference(parameter.grad, expected) < FLOAT64, name
+        if "k_proj.bias" not in name:  # a softmax is blind to what all its scores share
+            assert parameter.grad.abs().max() > 1e-9, name
+
+
+# ----------------------------------------------------------------------------------- planted faults
+
+
+def gelu_for_quick_gelu(model):
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.act = nn.GELU()
+
+
+def tanh_gelu_in_one_layer(model):
+    model.text.blocks[0].mlp.act = nn.GELU(approximate="tanh")
+
+
+def another_eps(model):
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+
+
+def another_eps_in_the_last_norm(model):
+    model.text.ln_final.eps = 1e-6
+
+
+def no_causal_mask(model):
+    for block in model.text.blocks:
+        block.attn.causal = False
+
+
+def causal_images(model):
+    for block in model.vision.blocks:
+        block.attn.causal = True
+
+
+def swapped_norms(model):
+    block = model.text.blocks[0]
+    block.ln_1, block.ln_2 = block.ln_2, block.ln_1
+
+
+def wrong_end_token(model):
+    model.text.config = TextConfig(**{**vars(TINY.text), "eos_token_id": 2})
+
+
+def missing_ln_pre(model):
+    model.vision.ln_pre = nn.Identity()
+
+
+def norm_of_the_text_left_out(model):
+    model.text.ln_final = nn.Identity()
+
+
+def transposed_projection(model):
+    weight = model.text.blocks[0].attn.out_proj.weight
+    weight.data = weight.data.T.contiguous()
+
+
+def missing_bias(model):
+    model.vision.blocks[2].mlp.fc2.bias.data.zero_()
+
+
+def missing_value_bias(model):
+    model.vision.blocks[0].attn.v_proj.bias.data.zero_()
+
+
+def swapped_queries_and_keys(model):
+    attention = model.vision.blocks[0].attn
+    attention.q_proj, attention.k_proj = attention.k_proj, attention.q_proj
+
+
+def flipped_values(model):
+    attention = model.text.blocks[1].attn
+    attention.v_proj.weight.data = attention.v_proj.weight.data.flip(0)
+
+
+def shifted_positions(model):
+    model.text.pos_embed.data = model.text.pos_embed.data.roll(1, 0)
+
+
+def read_at_a_patch(model):
+    model.vision.ln_pre.register_forward_hook(lambda module, args, out: out.roll(1, 1))
+
+
+def lower_logit_scale(model):
+    model.logit_scale.data -= 1e-6
+
+
+@pytest.mark.parametrize("fault", [
+    gelu_for_quick_gelu, tanh_gelu_in_one_layer, another_eps, another_eps_in_the_last_norm,
+    no_causal_mask, causal_images, swapped_norms, wrong_end_token, missing_ln_pre,
+    norm_of_the_text_left_out, transposed_projection, missing_bias, missing_value_bias,
+    swapped_queries_and_keys, flipped_values, shifted_positions, read_at_a_patch,
+    lower_logit_scale,
+])  # fmt: skip
+def test_a_planted_fault_is_seen(fault, double):
+    ours, theirs, pixels, ids = double
+    faulty = copy.deepcopy(ours)
+    expected = logits(theirs, pixels, ids)
+    assert difference(logits(faulty, pixels, ids), expected) < FLOAT64
+    fault(faulty)
+    # far out of the float64 tolerance, and out of the float32 one where that is the only check
+    assert difference(logits(faulty, pixels, ids), expected) > REORDERED
+
+
+def test_twins_share_no_memory():
+    ours, theirs = twins(TINY)
+    inputs = random_inputs(TINY)
+    expected = logits(theirs, *inputs)
+    randomize(ours, seed=1)
+    assert torch.equal(logits(theirs, *inputs), expected)
+    assert not torch.equal(logits(ours, *inputs), expected)
+    copy_weights(ours, theirs)
+    assert torch.equal(logits(ours, *inputs), logits(theirs, *inputs))
+
+
+# --------------------------------------------------------------------------------- the real weights
+
+
+@pytest.fixture(scope="module")
+def real():
+    if os.environ.get("MINICLIP_HUB") != "1":
+        pytest.skip("needs openai/clip-vit-base-patch32 from the hub: set MINICLIP_HUB=1")
+    return miniclip.load("openai/clip-vit-base-patch32")
+
+
+def numbers(path):
+    return torch.tensor([float(n) for n in path.read_text().replace(",", " ").split()])
+
+
+CAPTIONS = [[49406, 320, 1125, 539, 320, 2368, 49407], [49406, 320, 1125, 539, 320, 1929, 49407]]
+
+
+@pytest.mark.hub
+@torch.no_grad()
+def test_real_weights_give_the_logits_that_bumblebee_recorded(real):
+    # elixir-nx/bumblebee, test/bumblebee/multimodal/clip_test.exs @7e58bbd
+    pixels = torch.stack([torch.full((3, 224, 224), 0.25), torch.full((3, 224, 224), 0.75)])
+    expected = torch.tensor([[22.7866, 23.2389], [22.8397, 22.8406]])
+    assert difference(logits(real.model, pixels, torch.tensor(CAPTIONS)), expected) < 2e-4
+
+
+@pytest.mark.hub
+@torch.no_grad()
+def test_real_weights_give_the_hidden_states_that_bumblebee_recorded(real):
+    # elixir-nx/bumblebee, test/bumblebee/vision/clip_vision_test.exs @627cd04
+    tower = real.model.vision
+    stream = tower.blocks(tower.embed(torch.full((1, 3, 224, 224), 0.5)))
+    expected = torch.tensor(
+        [[0.3465, -0.3939, -0.5297], [0.3588, -0.2529, -0.5606], [0.3958, -0.2688, -0.5367]]
+    )
+    assert difference(stream[0, 1:4, 1:4], expected) < 2e-4
+    pooled = tower.ln_post(stream[:, 0])
+    assert difference(pooled[0, 1:4], torch.tensor([0.3602, 0.3658, -0.2337])) < 2e-4
+
+
+@pytest.mark.hub
+@torch.no_grad()
+def test_real_weights_give_the_text_embedding_that_fastembed_recorded(real):
+    # qdrant/fastembed, tests/test_text_onnx_embeddings.py
+    found = real.model.encode_text(real.tokenizer(["hello world"]), normalize=True)[0, :5]
+    expected = torch.tensor([0.0083, 0.0103, -0.0138, 0.0199, -0.0069])
+    assert difference(found, expected) < 1e-3
+
+
+@pytest.mark.hub
+@torch.no_grad()
+def test_real_weights_give_the_embeddings_that_clip_cpp_recorded(real, data):
+    # monatis/clip.cpp, tests/white-ref.txt and apple-ref.txt @9783048: a white image, a red apple
+    white = torch.tensor([1.9303361, 2.0748837, 2.1458969])[None, :, None, None]
+    image = real.model.encode_image(white.expand(1, 3, 224, 224))[0]
+    folder = data / "golden/clipcpp"
+    assert difference(image, numbers(folder / "b32_white_jpg.get_image_features.txt")) < 1e-4
+    text = real.model.encode_text(real.tokenizer(["a red apple"]))[0]
+    assert difference(text, numbers(folder / "b32_text_a_red_apple.get_text_features.txt")) < 1e-4
+    class_embed = numbers(folder / "b32_vision_class_embedding.txt")
+    assert torch.equal(real.model.vision.class_embed, class_embed)
