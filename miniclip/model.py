@@ -166,7 +166,7 @@ class VisionTower(nn.Module):
         # Pixels come as float32; here, as in transformers, they take the precision of the weights.
         x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))  # (B, W, P**0.5, P**0.5)
         x = x.flatten(2).transpose(1, 2)  # (B, P, W)
-        x = torch.cat([self.class_embed.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + P, W)
+        x = torch.cat([self.class_embed.expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1 + P, W)
         return self.ln_pre(x + self.pos_embed)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.ln_final(self.blocks(self.embed(ids)))  # (B, T, W)
-        x = x[torch.arange(len(ids), device=ids.device), self.end_positions(ids)]  # (B, W)
+        x = x[torch.arange(ids.shape[0], device=ids.device), self.end_positions(ids)]  # (B, W)
         return self.proj(x)  # (B, E)
 
     def end_positions(self, ids: Tensor) -> Tensor:
