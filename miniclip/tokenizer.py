@@ -432,8 +432,10 @@ class Tokenizer:
         for i, text in enumerate(texts):
             try:
                 row = [self.bos_token_id, *self.encode(text), self.eos_token_id]
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"text {i}: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"text {i}: {error}") from None
+            except TypeError as error:
+                raise TypeError(f"text {i}: {error}") from None
             if len(row) > limit:
                 if not truncate:
                     raise ContextLengthError(
@@ -550,20 +552,22 @@ class Tokenizer:
         them. Raises CheckpointError.
         """
         directory = Path(directory)
-        vocab, merges = read_vocabulary(directory)
+        source, vocab, merges = read_vocabulary(directory)
         special, added, context_length = read_special_tokens(directory)
-        for token, (_, id) in sorted(
-            added.items(), key=lambda item: (item[1][1] is None, item[1][1])
-        ):
-            if vocab.setdefault(token, len(vocab)) != (vocab[token] if id is None else id):
-                raise CheckpointError(
-                    f"{directory}: the added token {token!r} is to have the id {id}, and in the "
-                    f"vocabulary {vocab[token]} is next or its own; the files must belong together"
-                )
         try:
             check_parts(vocab, merges, [])
+            listed = {token: id for token, (_, id) in added.items() if id is not None}
+            for token, id in sorted(listed.items(), key=lambda item: item[1]):
+                if vocab.setdefault(token, len(vocab)) != id:
+                    raise ValueError(
+                        f"the added token {token!r} should have the id {id}, and has "
+                        f"{vocab[token]}; the files must come from the same tokenizer"
+                    )
+            check_parts(vocab, [], [special["bos_token"], special["eos_token"]])
         except ValueError as error:
-            raise CheckpointError(f"{directory}: {error}") from None
+            raise CheckpointError(f"{source}: {error}") from None
+        for token in added:  # what has no id by now gets the next one, as in transformers
+            vocab.setdefault(token, len(vocab))
         return cls(
             vocab,
             merges,
@@ -676,13 +680,12 @@ def learn_merges(counts: Mapping[str, int], limit: int) -> list[Pair]:
 
 def check_parts(vocab: Mapping[str, int], merges: Iterable[Pair], added: Iterable[str]) -> None:
     """Raise ValueError unless ids are 0 to n-1 and every token that is spoken of has one."""
-    owner = {id: token for token, id in vocab.items()}
-    for id in range(len(vocab)):
-        if id not in owner or type(vocab[owner[id]]) is not int:
-            raise ValueError(
-                f"expected the {len(vocab)} tokens to have the ids 0 to {len(vocab) - 1}, each "
-                f"once; no token has {id}"
-            )
+    ids = {id for id in vocab.values() if type(id) is int}
+    if missing := set(range(len(vocab))) - ids:
+        raise ValueError(
+            f"expected the {len(vocab)} tokens to have the ids 0 to {len(vocab) - 1}, each once; "
+            f"no token has {min(missing)}"
+        )
     for token in added:
         if token not in vocab:
             raise ValueError(f"the special token {token!r} is not in the vocabulary")
@@ -695,22 +698,22 @@ def check_parts(vocab: Mapping[str, int], merges: Iterable[Pair], added: Iterabl
                 )
 
 
-def read_vocabulary(directory: Path) -> tuple[dict[str, int], list[Pair]]:
-    """The vocabulary and the merges in a directory, in whichever form they are there."""
+def read_vocabulary(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
+    """The vocabulary and the merges in a directory, and the file of the form they are there in."""
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     whole, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
     if vocab.is_file() and (merges.is_file() or not whole.is_file()):
         lines = [line for line in _read_lines(merges) if not line.startswith("#version")]
-        return read_json(vocab), _pairs(merges, lines)
+        return vocab, read_json(vocab), _pairs(merges, lines)
     if whole.is_file():
         model = read_json(whole).get("model")
         found = model if isinstance(model, dict) else {}
         if not isinstance(found.get("vocab"), dict) or not isinstance(found.get("merges"), list):
             raise CheckpointError(f"{whole}: expected a model with a vocab and merges (type BPE)")
-        return found["vocab"], _pairs(whole, found["merges"])
+        return whole, found["vocab"], _pairs(whole, found["merges"])
     if simple.is_file():
         pairs = _pairs(simple, _read_lines(simple)[1 : OPENAI_MERGES + 1])
-        return vocabulary(pairs), pairs
+        return simple, vocabulary(pairs), pairs
     raise CheckpointError(
         f"{directory}: no tokenizer here; expected vocab.json and merges.txt, or tokenizer.json, "
         f"or {OPENAI_VOCABULARY}. Most CLIPs use those of openai/clip-vit-base-patch32"
@@ -736,6 +739,7 @@ def read_special_tokens(
         defaults = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
         named = {key: config.get(key) or token for key, token in defaults.items()}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra = list(extra.values() if isinstance(extra, dict) else extra)
         if not complete:
             specials = {name for token in [*named.values(), *extra] for name in _added_token(token)}
             for token, id in _read_if_there(directory / "added_tokens.json").items():
@@ -765,6 +769,8 @@ def _added_token(token: Any, id: int | None = None) -> dict[str, tuple[bool, int
             raise ValueError(f"{flag} of {token['content']!r} is set, which no CLIP is known to do")
     if not isinstance(token["content"], str) or not token["content"]:
         raise ValueError(f"expected the content of a token, found {token['content']!r}")
+    if id is not None and type(id) is not int:
+        raise ValueError(f"expected the id of {token['content']!r} to be a number, found {id!r}")
     special = token.get("special", id is None)
     return {token["content"]: (bool(token.get("normalized", not special)), id)}
 
@@ -784,8 +790,12 @@ def _read_lines(path: Path) -> list[str]:
 
 def _pairs(path: Path, merges: Iterable[Any]) -> list[Pair]:
     """Merges are written "a b", or in newer tokenizer.json files ["a", "b"]."""
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    for number, pair in enumerate(pairs):
-        if len(pair) != 2 or not all(isinstance(token, str) and token for token in pair):
-            raise CheckpointError(f"{path}: merge {number}: expected two tokens, found {pair!r}")
+    pairs = []
+    for rank, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(type(t) is str and t for t in pair)
+        ):
+            raise CheckpointError(f"{path}: merge {rank}: expected two tokens, found {merge!r}")
+        pairs.append((pair[0], pair[1]))
     return pairs
