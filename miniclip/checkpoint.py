@@ -293,6 +293,11 @@ def load_model(
     In the file's own dtype on a CPU the parameters are the mapped file, and cost no memory of
     their own until they are used or changed; a change never reaches the file.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
     options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     directory = resolve(name, "model", **options)
     path = Path(name).expanduser()

@@ -331,9 +331,11 @@ class Tokenizer:
         context_length: int = 77,
         reference: str = "transformers",
     ) -> None:
-        if reference not in REFERENCES:
+        check_reference(reference)
+        if type(context_length) is not int or context_length < 2:
             raise ValueError(
-                f"reference is {reference!r}; expected {' or '.join(map(repr, REFERENCES))}"
+                f"context_length is {context_length!r}; expected a number from 2 on, as even an "
+                "empty text has a start and an end token"
             )
         self.reference = reference
         self.context_length = context_length
@@ -354,6 +356,8 @@ class Tokenizer:
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._raw = [token for token, normalized in self.added.items() if not normalized]
         self._cleaned = {clean_transformers(t): t for t in self.added if t not in self._raw}
+        for cleaned, token in self._cleaned.items():
+            self._tokens[self.vocab[token]] = cleaned  # which is how transformers decodes it
         self._split_raw, self._split_cleaned = _any_of(self._raw), _any_of(self._cleaned)
         self._has_spaces = any(c.isspace() for token in self.added for c in token)
         self._split = split_openai if reference == "openai" else split_transformers
@@ -375,7 +379,8 @@ class Tokenizer:
         known = self._chunk_ids
         ids: list[int] = []
         for chunk in [text] if self._has_spaces else text.split(" "):
-            ids += known[chunk] if chunk in known else self._encode_chunk(chunk)
+            found = known.get(chunk)
+            ids += self._encode_chunk(chunk) if found is None else found
         return ids
 
     def _encode_chunk(self, chunk: str) -> list[int]:
@@ -404,7 +409,7 @@ class Tokenizer:
                 yield cleaned, self._cleaned[cleaned] if j % 2 else None
 
     def _symbols(self, word: str) -> list[str]:
-        if self.reference == "openai" and word in (BOS, EOS):
+        if self.reference == "openai" and word in (BOS, EOS) and word in self.vocab:
             return [word]
         unknown = self.special_tokens["unk_token"]
         try:
@@ -510,14 +515,15 @@ class Tokenizer:
         The vocabulary is smaller than `vocab_size` where the texts run out of pairs. It depends on
         the words of the texts alone, not on their order.
         """
+        check_reference(reference)
         least = len(vocabulary([]))
         if vocab_size < least:
             raise ValueError(
                 f"vocab_size is {vocab_size}; expected at least {least}, for the bytes"
             )
-        clean, split = clean_transformers, split_transformers
-        if reference == "openai":
-            clean, split = clean_openai, split_openai
+        openai = reference == "openai"
+        clean = clean_openai if openai else clean_transformers
+        split = split_openai if openai else split_transformers
         counts = Counter(word for text in texts for word in split(clean(text)))
         counts -= Counter({BOS: counts[BOS], EOS: counts[EOS]})
         merges = learn_merges(counts, vocab_size - least)
@@ -678,6 +684,13 @@ def learn_merges(counts: Mapping[str, int], limit: int) -> list[Pair]:
 # -- files ---------------------------------------------------------------------------------------
 
 
+def check_reference(reference: str) -> None:
+    if reference not in REFERENCES:
+        raise ValueError(
+            f"reference is {reference!r}; expected {' or '.join(map(repr, REFERENCES))}"
+        )
+
+
 def check_parts(vocab: Mapping[str, int], merges: Iterable[Pair], added: Iterable[str]) -> None:
     """Raise ValueError unless ids are 0 to n-1 and every token that is spoken of has one."""
     ids = {id for id in vocab.values() if type(id) is int}
@@ -736,8 +749,10 @@ def read_special_tokens(
             listed |= _added_token(token, int(id))
         if not complete:
             config |= _read_if_there(directory / "special_tokens_map.json")
-        defaults = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+        defaults = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "sep_token": None}
+        defaults |= {"pad_token": EOS, "cls_token": None, "mask_token": None}
         named = {key: config.get(key) or token for key, token in defaults.items()}
+        named = {key: token for key, token in named.items() if token}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         extra = list(extra.values() if isinstance(extra, dict) else extra)
         if not complete:
@@ -749,7 +764,10 @@ def read_special_tokens(
         added: dict[str, tuple[bool, int | None]] = {}
         for token in [*named.values(), *extra]:
             added |= _added_token(token)
-        special = {key: next(iter(_added_token(token))) for key, token in named.items()}
+        content = {key: next(iter(_added_token(token))) for key, token in named.items()}
+        special = {
+            key: content[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory}: the special tokens in tokenizer_config.json, special_tokens_map.json, "
@@ -764,11 +782,13 @@ def _added_token(token: Any, id: int | None = None) -> dict[str, tuple[bool, int
     """{content: (normalized, id)}. transformers takes a bare string for a special token."""
     if isinstance(token, str):
         token = {"content": token}
-    for flag in ("lstrip", "rstrip", "single_word"):
-        if token.get(flag):
-            raise ValueError(f"{flag} of {token['content']!r} is set, which no CLIP is known to do")
     if not isinstance(token["content"], str) or not token["content"]:
         raise ValueError(f"expected the content of a token, found {token['content']!r}")
+    # lstrip and rstrip take in the whitespace around a token, which has no ids anyway.
+    if token.get("single_word"):
+        raise ValueError(
+            f"single_word of {token['content']!r} is set, which no CLIP is known to do"
+        )
     if id is not None and type(id) is not int:
         raise ValueError(f"expected the id of {token['content']!r} to be a number, found {id!r}")
     special = token.get("special", id is None)

@@ -79,7 +79,8 @@ def test_a_cat_is_a_cat(run, tmp_path):
 def test_demo_draws_a_picture(run, tmp_path):
     status, out, err = run("demo", "--out", str(tmp_path / "demo.png"))
     assert status == 0 and "chelsea" in out
-    assert Image.open(tmp_path / "demo.png").width > 800
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.width > 800
 
 
 def test_a_bad_image_does_not_take_the_good_ones_with_it(run, picture, tmp_path):

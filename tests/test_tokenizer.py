@@ -27,7 +27,7 @@ from miniclip.tokenizer import BOS, EOS, Tokenizer, clean_transformers, merge, m
 # ---- texts -------------------------------------------------------------------------------------
 
 WORDS = """a photo of the cat's dog, riding two big RED horses and people in street; it's they've
-I'LL don't we'd you're She'M 2024 3.14 100% state-of-the-art (really?) C++ #tag @name e-mail""".split()
+I'LL don't we'd you're She'M 2024 3.14 100% state-of-the-art (really?) C++ #tag e-mail""".split()
 
 SCRIPTS = {
     "latin": "éÉñÑßẞœŒøØåÅçÇÿŸŁłĐđǅǆſŉ",
@@ -501,7 +501,7 @@ def test_tokenizer_json_as_transformers_writes_it(trained, tmp_path):
 
 def test_the_vocabulary_as_openai_packs_it(folder, tmp_path):
     lines = (folder / "merges.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    if len(lines) - 1 == module.OPENAI_MERGES - 256 * 0 or len(lines) > 40_000:
+    if len(lines) - 1 == module.OPENAI_MERGES:
         lines += ["Ġ Ġ", "Ġ !"]  # OpenAI's file goes on after the last merge that CLIP uses
     packed = gzip.compress("\n".join(lines).encode() + b"\n")
     (tmp_path / module.OPENAI_VOCABULARY).write_bytes(packed)
@@ -544,12 +544,19 @@ LAYOUTS = {
     "textual inversion": {"added_tokens.json": {"<Cat-Toy>": 1500, "<é>": 1501}},
     "added tokens with a space": {"added_tokens.json": {"new york": 1500, "cat": 1501}},
     "pad token of its own": {"special_tokens_map.json": {"pad_token": "[PAD]"}},
+    "stripping and named in other ways": {
+        "tokenizer_config.json": {
+            "mask_token": flags("<mask>", True, lstrip=True, rstrip=True)
+            | {"__type": "AddedToken"},
+            "cls_token": "cls",
+        }
+    },
     "added_tokens_decoder": {
         "tokenizer_config.json": {
             "added_tokens_decoder": {
                 "1499": flags(EOS, False, special=True),
                 "1500": flags("<X>", True, special=False),
-                "1501": flags("<X>y", False, special=True),
+                "1501": flags("<X>y", False, special=True, rstrip=True),
             },
             "additional_special_tokens": ["<X>y"],
         },
@@ -574,6 +581,7 @@ def test_special_tokens_are_those_of_transformers(layout, copy):
         "<e\u0301> <É>",
         "in New York cat's",
         "hi !! [PAD]",
+        "a <MASK> cls",
     ]
     some += ["a<x>b <X>y <x>y", "new  york", *PHRASES, *texts(300)]
     assert different(ours, copy, some) == []
@@ -668,9 +676,9 @@ def damage_vocab(change):
         (
             damage(
                 "tokenizer_config.json",
-                {"added_tokens_decoder": {"1500": {"content": "<x>", "lstrip": True}}},
+                {"added_tokens_decoder": {"1500": {"content": "<x>", "single_word": True}}},
             ),
-            "lstrip of '<x>' is set",
+            "single_word of '<x>' is set",
         ),
     ],
 )
