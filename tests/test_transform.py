@@ -414,7 +414,7 @@ def test_open_image_says_what_is_wrong_with_a_path(tmp_path):
             assert path in str(caught.value)
 
 
-@pytest.mark.parametrize("path", [3, None, 2.5])
+@pytest.mark.parametrize("path", [3, None, io.BytesIO(encoded("png"))])
 def test_open_image_takes_paths_only(path):
     with pytest.raises(TypeError):
         open_image(path)
@@ -474,6 +474,13 @@ def test_a_strip_that_would_grow_enormous_is_refused_unresized(size, tmp_path, m
             ImageTransform(reference=reference)(tmp_path / "strip.png")
 
 
+def test_the_limit_is_on_the_pixels_of_the_resized_image(monkeypatch):
+    monkeypatch.setattr(steps, "MAX_PIXELS", 2000)
+    assert_equal_to("transformers", noise("RGB", 200, 10), 10)
+    with pytest.raises(ImageError, match="resized to 10 x 201 it would have more than 2000 pixels"):
+        ImageTransform(10)(noise("RGB", 10, 201))
+
+
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_an_image_without_pixels_is_an_image_error(mode, size):
@@ -492,6 +499,15 @@ def test_damage_that_shows_only_when_pillow_reads_is_an_image_error(tmp_path):
     image.close()
     with pytest.raises(ImageError, match="closed"):
         ImageTransform()(image)
+
+
+def test_a_size_that_changes_when_pillow_reads_is_heeded(tmp_path):
+    noise("RGB", 97, 50).save(tmp_path / "image.jp2")
+    with Image.open(tmp_path / "image.jp2") as image, Image.open(tmp_path / "image.jp2") as same:
+        image.reduce = same.reduce = 1  # half the size; the size still says otherwise
+        expected = transformers_pixels(same, 32)
+        assert same.size == (49, 25)
+        assert torch.equal(ImageTransform(32)(image), expected)
 
 
 def corrupt_exif(path):
@@ -692,7 +708,10 @@ def write(directory, settings, name="preprocessor_config.json"):
     return directory
 
 
-@pytest.mark.parametrize("form", [OLD_FORM, NEW_FORM, {}, {"size": 96, "crop_size": 80}])
+NULLS = dict.fromkeys(["do_resize", "resample", "crop_size", "image_mean", "image_processor_type"])
+
+
+@pytest.mark.parametrize("form", [OLD_FORM, NEW_FORM, {}, NULLS, {"size": 96, "crop_size": 80}])
 def test_both_forms_of_the_file_give_the_pixels_of_transformers(form, tmp_path):
     write(tmp_path, form)
     transform = ImageTransform.from_pretrained(tmp_path)
