@@ -15,6 +15,26 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 
+# The fields of training.Recipe, which has their defaults; importing it here would import torch.
+RECIPE: dict[str, tuple[type, str]] = {
+    "epochs": (int, "passes over the data"),
+    "batch": (int, "pairs in a step, over all processes"),
+    "lr": (float, "AdamW's learning rate at its peak"),
+    "muon_lr": (float, "above 0, Muon trains the matrices of the blocks, at this peak"),
+    "weight_decay": (float, "of matrices"),
+    "warmup": (float, "share of the steps in which the learning rate rises"),
+    "clip_gradient": (float, "the longest gradient"),
+    "patch_dropout": (float, "share of an image's patches left out (FLIP)"),
+    "full_epochs": (int, "epochs at the end without patch dropout"),
+    "augment": (bool, "mirror and shift the pictures"),
+    "hard_negatives": (bool, "learn from false captions too, where the data has them (NegCLIP)"),
+    "chunk": (int, "rows in memory at once, in two passes (GradCache); 0 for all"),
+    "checkpoint_blocks": (bool, "compute blocks twice instead of remembering them"),
+    "precision": (str, "float32, or bfloat16 by autocast"),
+    "compile": (bool, "compile the towers"),
+    "seed": (int, "decides all that is random"),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the return value is the exit status."""
@@ -69,6 +89,14 @@ def build_parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
 
+    def recipe_options(sub: argparse.ArgumentParser) -> None:
+        for name, (kind, meaning) in RECIPE.items():
+            flag = f"--{name.replace('_', '-')}"
+            if kind is bool:
+                sub.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
+            else:
+                sub.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=meaning)
+
     sub = command(
         "classify",
         classify,
@@ -109,13 +137,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "train",
         train,
-        "Train a small CLIP on folders of pictures, one folder for each class.",
-        "miniclip train cifar10/train --out runs/cifar10",
+        "Train a CLIP on pictures and captions, from scratch or from a checkpoint.",
+        "miniclip train cifar10/train --recipe cifar10 --out runs/cifar10",
     )
-    sub.add_argument("data", help="a folder of folders of images")
+    sub.add_argument(
+        "data",
+        help="a folder of class folders, of pictures with metadata.jsonl or metadata.csv "
+        "(file_name, text), or of WebDataset .tar shards; or the drawn world `shapes`",
+    )
     sub.add_argument("--out", required=True, metavar="DIR", help="where the checkpoint goes")
-    sub.add_argument("--epochs", type=int, default=6, help="default: %(default)s")
-    sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    sub.add_argument("--model", help="the checkpoint to start from (default: random weights)")
+    sub.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="train as this checkpoint was trained: its recipe.json, and, from scratch, its shape",
+    )
+    sub.add_argument("--config", metavar="JSON", help="from scratch: the shape, as a config.json")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    sub.add_argument("--plot", metavar="PNG", help="draw the curves")
+    recipe_options(sub)
 
     sub = command(
         "demo",
@@ -170,12 +210,19 @@ def ranking_table(title: str, scores: "list[Score]") -> str:
 
 
 def train(args: argparse.Namespace) -> int:
-    from miniclip.training import Recipe, train_from_folders
+    from miniclip.training import process_group, set_up, train
 
-    recipe = Recipe(epochs=args.epochs, seed=args.seed)
-    train_from_folders(Path(args.data), Path(args.out), recipe)
+    overrides = {name: getattr(args, name) for name in RECIPE if getattr(args, name) is not None}
+    with process_group(args.device) as device:
+        setup = set_up(args.data, args.model, args.recipe, args.config, overrides, device)
+        train(*setup, args.out)
+    rows = [json.loads(line) for line in open(Path(args.out) / "metrics.jsonl")]
+    if args.plot:
+        from miniclip.figures import draw_curves
+
+        draw_curves(rows, args.plot)
     if args.json:
-        print_json([json.loads(line) for line in open(Path(args.out) / "metrics.jsonl")])
+        print_json(rows)
     return 0
 
 

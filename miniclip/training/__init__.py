@@ -1,5 +1,6 @@
-"""Contrastive training: the loss (loss.py), pictures and captions (data.py), the loop (loop.py)."""
+"""Contrastive training: pairs (data.py), the loss (loss.py), optimizers (optim.py), the loop
+(loop.py), and a world to train on (shapes.py)."""
 
-from miniclip.training.data import ClassFolders, augment, captions, read_class_folders
-from miniclip.training.loop import PatchDropout, Recipe, train, train_from_folders
-from miniclip.training.loss import clamp_logit_scale, contrastive_loss
+from miniclip.training.data import Batch, Pair, Source, batches, open_data
+from miniclip.training.loop import Recipe, process_group, read_recipe, set_up, train
+from miniclip.training.loss import average_gradients, clamp_logit_scale, contrastive_loss, gather

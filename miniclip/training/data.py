@@ -1,17 +1,28 @@
-"""Pictures in class folders, and the captions that are made for them."""
+"""Pictures and their captions, from folders, from metadata files or from tar shards.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+Whatever the source, a batch is decided by three numbers: the seed, the epoch and the step. So a
+run that is resumed, or spread over more processes, sees what an undisturbed run would have seen.
+"""
+
+import csv
+import json
+import os
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from zlib import crc32
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from miniclip.config import ImageError
-from miniclip.transform import open_image
+from miniclip.transform import ImageTransform, open_image
 
 TEMPLATES = (
     "{}",
@@ -42,65 +53,322 @@ SYNONYMS = {
     "truck": ("truck", "lorry", "fire truck", "pickup truck"),
 }
 
-
-@dataclass
-class ClassFolders:
-    """Small pictures, all in memory, and the class of each."""
-
-    pixels: Tensor  # (N, 3, S, S) uint8
-    labels: Tensor  # (N,)
-    classes: list[str]
-    skipped: list[str] = field(default_factory=list)  # why each unreadable file was left out
+MEMORY = 2**31
+"""Pictures are decoded once and kept, where all of a data set takes at most so many bytes."""
 
 
-def read_class_folders(root: Path, size: int) -> ClassFolders:
-    """Every image in `root`/<class>/, as (size, size). Damaged files are skipped and named.
+class Pair(NamedTuple):
+    """A picture and a caption that is true of it."""
 
-    Raises ValueError where there is no class or no image.
-    """
-    root = Path(root)
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    files = [(path, i) for i, folder in enumerate(folders) for path in sorted(folder.iterdir())]
-    pixels, labels, skipped = [], [], []
-    for path, label in tqdm(files, desc=f"reading {root.name}", delay=2, disable=None):
+    pixels: Tensor  # (3, S, S) uint8
+    caption: str
+    label: int  # pairs of equal label are true of each other
+    negative: str = ""  # a caption that is false of the picture, if the source makes such
+
+
+class Batch(NamedTuple):
+    """B pairs."""
+
+    pixels: Tensor  # (B, 3, S, S) uint8
+    captions: list[str]
+    labels: Tensor  # (B,)
+    negatives: list[str]
+
+
+class Source(Protocol):
+    """Where pairs come from. `data[item, draw]` draws one of an item's captions by `draw`."""
+
+    skipped: list[str]  # why each unreadable picture was left out
+
+    def __len__(self) -> int: ...
+    def items(self, seed: int) -> Iterator[Any]: ...
+    def captions(self) -> Iterable[str]: ...
+    def __getitem__(self, item_and_draw: tuple[Any, int]) -> Pair | None: ...
+
+
+def caption_label(caption: str) -> int:
+    """Equal captions share a label, in every process of every run."""
+    return crc32(caption.encode())
+
+
+def shuffled(count: int, seed: int) -> Iterator[int]:
+    """0 to count - 1 in an order that the seed decides."""
+    return iter(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+class Pictures:
+    """Picture files, each with the captions that are true of it, and a label or None."""
+
+    def __init__(
+        self,
+        entries: Sequence[tuple[Path, Sequence[str], int | None]],
+        transform: ImageTransform,
+    ) -> None:
+        self.entries = entries
+        self.skipped: list[str] = []
+        self._to_bytes = _to_bytes(transform)
+        self._kept: dict[int, Tensor] | None = None
+        if len(entries) * 3 * transform.crop_size**2 <= MEMORY:
+            self._kept = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def items(self, seed: int) -> Iterator[int]:
+        return shuffled(len(self), seed)
+
+    def captions(self) -> Iterator[str]:
+        """Every caption, once for each set of captions that it stands in."""
+        for captions in {id(captions): captions for _, captions, _ in self.entries}.values():
+            yield from captions
+
+    def __getitem__(self, item_and_draw: tuple[int, int]) -> Pair | None:
+        i, draw = item_and_draw
+        path, captions, label = self.entries[i]
+        caption = random.Random(draw).choice(captions)
+        pixels = self._pixels(i, path)
+        if pixels is None:
+            return None
+        return Pair(pixels, caption, caption_label(caption) if label is None else label)
+
+    def _pixels(self, i: int, path: Path) -> Tensor | None:
+        if self._kept is not None and i in self._kept:
+            return self._kept[i]
         try:
-            image = open_image(path).convert("RGB")
+            pixels = self._to_bytes(open_image(path))
         except ImageError as error:
-            skipped.append(str(error))
-            continue
-        if image.size != (size, size):
-            image = image.resize((size, size))
-        pixels.append(np.asarray(image))
-        labels.append(label)
-    if not pixels:
-        raise ValueError(f"{root}: no images; expected folders of them, one for each class")
-    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return ClassFolders(stacked, torch.tensor(labels), [f.name for f in folders], skipped)
+            note_once(self.skipped, str(error) if str(path) in str(error) else f"{path}: {error}")
+            return None
+        if self._kept is not None:
+            self._kept[i] = pixels
+        return pixels
 
 
-def captions(classes: Sequence[str]) -> list[list[str]]:
-    """For each class everything that may be said of it: every synonym in every template.
+def _to_bytes(transform: ImageTransform) -> Any:
+    """The transform up to the crop: a picture to uint8 (3, S, S)."""
+    plain = replace(transform, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+    return lambda picture: (plain(picture) * 255).round().to(torch.uint8)
 
-    >>> captions(["tea cup"])[0][3]
+
+def note_once(notes: list[str], note: str) -> None:
+    if note not in notes:
+        notes.append(note)
+
+
+def class_captions(name: str) -> tuple[str, ...]:
+    """Everything that may be said of a picture in the folder `name`: each synonym, each template.
+
+    >>> class_captions("tea_cup")[3]
     'a photo of a tea cup.'
     """
-    return [
-        [
-            template.replace("{}", word)
-            for word in SYNONYMS.get(name, (name,))
-            for template in TEMPLATES
-        ]
-        for name in classes
-    ]
+    words = SYNONYMS.get(name, (name.replace("_", " "),))
+    return tuple(template.replace("{}", word) for word in words for template in TEMPLATES)
 
 
-def augment(pixels: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Mirror half of the pictures, and shift each by up to `padding` pixels. (B, 3, S, S) uint8."""
+def class_folders(root: Path, transform: ImageTransform) -> Pictures:
+    """`root`/<class>/<picture>. Raises ValueError where there are no two classes."""
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    entries = []
+    for label, folder in enumerate(folders):
+        captions = class_captions(folder.name)
+        paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        entries += [(path, captions, label) for path in paths]
+    if len({label for _, _, label in entries}) < 2:
+        raise ValueError(
+            f"{root}: expected at least two folders of pictures, one for each class, found "
+            f"{len({label for _, _, label in entries})}: with nothing to tell apart there is "
+            "nothing to learn"
+        )
+    return Pictures(entries, transform)
+
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+def captioned_pictures(metadata: Path, transform: ImageTransform) -> Pictures:
+    """The `imagefolder` convention of Hugging Face's datasets: a row for each picture beside the
+    file, with its `file_name` and its `text`. Raises ValueError, which names the row."""
+    entries = []
+    for row, values in _rows(metadata):
+        name, text = values.get("file_name"), values.get("text")
+        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{metadata}, row {row}: expected a file_name and a text")
+        entries.append((metadata.parent / name, (text,), None))
+    if not entries:
+        raise ValueError(f"{metadata}: no rows; expected one for each picture")
+    return Pictures(entries, transform)
+
+
+def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with open(metadata, encoding="utf-8", newline="") as file:
+            lines: Iterable[Any] = file
+            if metadata.suffix == ".csv":
+                yield from enumerate(csv.DictReader(file), 1)
+                return
+            for i, line in enumerate(lines, 1):
+                value = json.loads(line) if line.strip() else None
+                if isinstance(value, dict):
+                    yield i, value
+                elif value is not None:
+                    raise ValueError(f"row {i} is not an object")
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{metadata}: expected rows that can be read: {error}") from None
+
+
+class Shards:
+    """WebDataset tars: samples of files with one stem, a picture and a .txt beside it.
+
+    Every process reads all shards and decodes its own share, so that batches do not depend on how
+    many processes there are. A shuffle buffer mixes neighbours; the shards' order is drawn too.
+    """
+
+    PICTURES = ("jpg", "jpeg", "png", "webp")
+    BUFFER = 1000  # samples
+
+    def __init__(self, paths: Sequence[Path], transform: ImageTransform) -> None:
+        self.paths = sorted(paths)
+        self.skipped: list[str] = []
+        self._to_bytes = _to_bytes(transform)
+        self._count: int | None = None
+
+    def __len__(self) -> int:
+        if self._count is None:
+            self._count = sum(1 for _ in self._samples(self.paths))
+        return self._count
+
+    def items(self, seed: int) -> Iterator[dict[str, Any]]:
+        from webdataset.filters import shuffle
+
+        order = [self.paths[i] for i in shuffled(len(self.paths), seed)]
+        yield from shuffle(self.BUFFER, rng=random.Random(seed))(self._samples(order))
+
+    def captions(self) -> Iterator[str]:
+        return (sample["txt"].decode("utf-8", "replace") for sample in self._samples(self.paths))
+
+    def _samples(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+        """Whole samples, still as bytes. A damaged shard is noted and left where the damage is."""
+        from webdataset import WebDataset
+
+        def note(error: Exception) -> bool:
+            note_once(self.skipped, str(error))
+            return True
+
+        urls = [str(path) for path in paths]
+        stream = WebDataset(urls, handler=note, shardshuffle=False, nodesplitter=None)
+        for sample in stream:
+            if "txt" not in sample or not any(kind in sample for kind in self.PICTURES):
+                note_once(self.skipped, f"{_place(sample)}: expected a picture and a .txt")
+            else:
+                yield sample
+
+    def __getitem__(self, item_and_draw: tuple[dict[str, Any], int]) -> Pair | None:
+        import io
+
+        from PIL import Image
+
+        sample, _ = item_and_draw
+        kind = next(kind for kind in self.PICTURES if kind in sample)
+        try:
+            pixels = self._to_bytes(Image.open(io.BytesIO(sample[kind])))
+        except (ImageError, OSError, ValueError) as error:
+            note_once(self.skipped, f"{_place(sample)}.{kind}: {error}")
+            return None
+        caption = sample["txt"].decode("utf-8", "replace")
+        return Pair(pixels, caption, caption_label(caption))
+
+
+def _place(sample: dict[str, Any]) -> str:
+    return f"{sample.get('__url__', '')}: {sample.get('__key__', '')}"
+
+
+def open_data(name: str | os.PathLike[str], transform: ImageTransform) -> Source:
+    """The training data that a name stands for: `shapes`, the world this package draws; a folder
+    with metadata.jsonl or metadata.csv; a folder of tar shards, or one; a folder of class folders.
+
+    Raises ValueError, which says what was found instead.
+    """
+    if name == "shapes":
+        from miniclip.training.shapes import Shapes
+
+        return Shapes()
+    root = Path(name).expanduser()
+    if root.is_file() and root.suffix == ".tar":
+        return Shards([root], transform)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder of training data, nor a .tar")
+    for metadata in (root / file for file in METADATA):
+        if metadata.is_file():
+            return captioned_pictures(metadata, transform)
+    shards = list(root.glob("*.tar"))
+    return Shards(shards, transform) if shards else class_folders(root, transform)
+
+
+def batches(
+    data: Source, batch: int, seed: int, first: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """This process's share of every batch from step `first` on, without end.
+
+    A batch has `batch` pairs over all processes; an epoch's last, incomplete batch is left out.
+    Pictures are decoded by threads, ahead of the model: Pillow works outside Python's lock. Where
+    one cannot be read another of the batch takes its place.
+    """
+    steps = len(data) // batch
+    drawn = (
+        [((item, draw_seed(seed, step, i))) for i, item in share]
+        for step, share in _shares(data, batch, seed, first, steps, rank, world)
+    )
+    spare: list[Pair] = []
+    for loaded in _loaded(data, drawn):
+        pairs = [pair for pair in loaded if pair is not None]
+        spare = pairs or spare
+        if not spare:
+            raise ValueError(
+                f"none of the first {len(loaded)} pictures can be read; the first: "
+                f"{data.skipped[0] if data.skipped else 'no reason given'}"
+            )
+        pairs += [spare[i % len(spare)] for i in range(len(loaded) - len(pairs))]
+        pixels, captions, labels, negatives = zip(*pairs, strict=True)
+        yield Batch(torch.stack(pixels), list(captions), torch.tensor(labels), list(negatives))
+
+
+def draw_seed(seed: int, step: int, i: int = 0) -> int:
+    """One number for each (seed, step, place in the batch), to draw from."""
+    return ((seed * 1_000_003 + step) * 1_000_003 + i) % 2**63
+
+
+def _shares(
+    data: Source, batch: int, seed: int, first: int, steps: int, rank: int, world: int
+) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
+    step = first
+    while True:
+        epoch, skip = divmod(step, steps)
+        items = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
+        for _ in range(steps - skip):
+            yield (
+                step,
+                [pair for pair in enumerate(islice(items, batch)) if pair[0] % world == rank],
+            )
+            step += 1
+
+
+def _loaded(data: Source, batches: Iterable[list[Any]], ahead: int = 2) -> Iterator[list[Any]]:
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
+        pending: deque[list[Any]] = deque()
+        for batch in batches:
+            pending.append([pool.submit(data.__getitem__, item) for item in batch])
+            if len(pending) > ahead:
+                yield [future.result() for future in pending.popleft()]
+
+
+def augment(pixels: Tensor) -> Tensor:
+    """Mirror half of the pictures, and shift each by up to an eighth. (B, 3, S, S) uint8."""
     b, _, s, _ = pixels.shape
-    mirrored = torch.rand(b, generator=generator) < 0.5
+    reach = s // 8
+    mirrored = torch.rand(b) < 0.5
     pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-    padded = F.pad(pixels, [padding] * 4, mode="reflect")
-    top, left = torch.randint(0, 2 * padding + 1, (2, b, 1, 1), generator=generator)
+    padded = F.pad(pixels, [reach] * 4, mode="reflect")
+    top, left = torch.randint(0, 2 * reach + 1, (2, b, 1, 1))
     rows = top + torch.arange(s)[None, :, None]  # (B, S, 1)
     columns = left + torch.arange(s)[None, None, :]  # (B, 1, S)
     return padded[torch.arange(b)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)

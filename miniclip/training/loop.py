@@ -1,38 +1,96 @@
-"""The training loop: batches in, a checkpoint out."""
+"""The training loop: a model, pairs and a recipe in, a checkpoint out.
+
+What is random in a step is drawn from (seed, step), so a run that was killed and is started again
+with the same command gives the weights, bit for bit, that it would have given undisturbed.
+
+    miniclip train DATA --out DIR
+    torchrun --nproc-per-node N -m miniclip train DATA --out DIR
+"""
 
 import json
-import math
+import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from miniclip.checkpoint import save
-from miniclip.config import CLIPConfig, TextConfig, VisionConfig
+from miniclip.checkpoint import load, read_config, resolve, save
+from miniclip.config import (
+    CheckpointError,
+    CLIPConfig,
+    ContextLengthError,
+    TextConfig,
+    VisionConfig,
+    read_json,
+    replacing,
+    write_json,
+)
 from miniclip.model import CLIP, VisionTower
 from miniclip.tokenizer import Tokenizer
-from miniclip.training.data import ClassFolders, augment, captions, read_class_folders
-from miniclip.training.loss import clamp_logit_scale, contrastive_loss
+from miniclip.training.data import Source, augment, batches, draw_seed, open_data
+from miniclip.training.loss import (
+    average_gradients,
+    backward,
+    clamp_logit_scale,
+    contrastive_loss,
+    gather,
+)
+from miniclip.training.optim import make_optimizers, schedule, set_learning_rate
 from miniclip.transform import ImageTransform
+
+LOG_EVERY = 50  # steps
+SAVE_EVERY = 300  # seconds
+STATE = "training.pt"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run. AdamW as in the paper, table 18."""
+    """The numbers of a run."""
 
-    epochs: int = 6
-    batch: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    warmup: float = 0.1  # share of the steps
-    patch_dropout: float = 0.5
+    epochs: int = 30
+    batch: int = 256  # pairs, over all processes
+    lr: float = 1e-3  # of AdamW, at its peak
+    muon_lr: float = 0.0  # above 0, Muon trains the matrices of the blocks
+    weight_decay: float = 0.1  # of matrices
+    warmup: float = 0.05  # share of the steps
+    clip_gradient: float = 1.0  # the longest gradient
+    patch_dropout: float = 0.0  # share of the patches (FLIP)
     full_epochs: int = 1  # at the end, without patch dropout: as the model will be used
-    clip_gradient: float = 1.0
+    augment: bool = False  # mirror and shift; a mirror makes captions of left and right false
+    hard_negatives: bool = False  # NegCLIP, where the data has false captions
+    chunk: int = 0  # rows in memory at once (GradCache); 0 for all
+    checkpoint_blocks: bool = False  # compute blocks twice instead of remembering them
+    precision: str = "float32"  # or bfloat16, by autocast
+    compile: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"patch_dropout is {self.patch_dropout}; expected 0 or more, below 1")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision is {self.precision!r}; expected float32 or bfloat16")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe.json, as every run writes one. Raises ValueError."""
+    values = read_json(path)
+    unknown = values.keys() - {field.name for field in fields(Recipe)}
+    if unknown:
+        raise CheckpointError(f"{path}: unknown entries {', '.join(sorted(unknown))}")
+    return Recipe(**values)
 
 
 class PatchDropout:
@@ -45,7 +103,7 @@ class PatchDropout:
 
     def __init__(self, tower: VisionTower, share: float) -> None:
         self.share = share
-        tower.ln_pre.register_forward_hook(self)
+        self.remove = tower.ln_pre.register_forward_hook(self).remove
 
     def __call__(self, module: nn.Module, inputs: object, x: Tensor) -> Tensor:
         if not module.training or not self.share:
@@ -58,122 +116,302 @@ class PatchDropout:
         return x.gather(1, chosen[:, :, None].expand(-1, -1, width))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for matrices alone: not for biases, norms, the class token or the logit scale."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+def checkpoint_blocks(model: CLIP) -> None:
+    """Remember only what passes between blocks, and compute the rest again going backwards."""
+    for block in (*model.vision.blocks, *model.text.blocks):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up, then half a cosine down to zero, as a share of the peak."""
-    rising = max(1, round(steps * warmup))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+@contextmanager
+def process_group(device: str) -> Iterator[str]:
+    """This process's device. Under torchrun, which says so by RANK and its like, the processes
+    are joined for the time of the context."""
+    if "RANK" not in os.environ:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def from_scratch(config: CLIPConfig, data: Source, seed: int = 0) -> tuple[CLIP, Tokenizer]:
+    """A random model of this shape, and a tokenizer learnt from the data's captions.
+
+    `config.text.vocab_size` is the most that the vocabulary may have; the model's is what it has.
+    """
+    tokenizer = Tokenizer.train(data.captions(), config.text.vocab_size)
+    tokenizer.context_length = config.text.context_length
+    text = replace(
+        config.text,
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(seed)
+    return CLIP(replace(config, text=text)), tokenizer
+
+
+# A CLIP that two cores can train, where neither a checkpoint nor a config says otherwise.
+SMALL = CLIPConfig(
+    VisionConfig(width=128, layers=4, heads=4, mlp_width=512, image_size=32, patch_size=4),
+    TextConfig(
+        width=64, layers=2, heads=2, mlp_width=256, vocab_size=1000, context_length=32,
+        bos_token_id=0, eos_token_id=0,
+    ),
+    embed_dim=64,
+)  # fmt: skip
+
+
+class Setup(NamedTuple):
+    """All that `train` needs to know."""
+
+    model: CLIP
+    tokenizer: Tokenizer
+    transform: ImageTransform
+    data: Source
+    recipe: Recipe
+
+
+def set_up(
+    data: str,
+    model: str | None = None,
+    like: str | None = None,
+    config: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Setup:
+    """From names to what they stand for.
+
+    `model`: the checkpoint to fine-tune; without one the weights are random, in the shape of the
+    file `config` or of the checkpoint `like`, whose recipe is followed, but for `overrides`.
+    """
+    directory = resolve(like, "config") if like else None
+    recipe = read_recipe(directory / "recipe.json") if directory else Recipe()
+    recipe = replace(recipe, **overrides or {})
+    if model:
+        loaded = load(model, device=device)
+        return Setup(*loaded, open_data(data, loaded.transform), recipe)
+    shape = SMALL
+    if config:
+        shape = CLIPConfig.from_dict(read_json(Path(config)))
+    elif directory:
+        shape = read_config(directory)
+    transform = ImageTransform(shape.vision.image_size)
+    source = open_data(data, transform)
+    random, tokenizer = from_scratch(shape, source, recipe.seed)
+    return Setup(random.to(device), tokenizer, transform, source, recipe)
 
 
 def train(
-    config: CLIPConfig,
+    model: CLIP,
     tokenizer: Tokenizer,
     transform: ImageTransform,
-    data: ClassFolders,
-    texts: list[list[str]],
-    out: Path,
+    data: Source,
     recipe: Recipe,
+    out: str | os.PathLike[str],
 ) -> CLIP:
-    """Train a CLIP from scratch, writing `out` after every epoch, and metrics.jsonl with it.
+    """Train `model` on `data` and write the checkpoint `out`, with recipe.json and metrics.jsonl.
 
-    `texts` has the captions of each class; one is drawn for an image each time it is seen.
+    Saves every epoch and every five minutes; what a killed run had saved is continued. Returns the
+    model in evaluation mode. Under torchrun each process calls it, and the first one writes.
+    Raises ValueError where `out` holds something else, or the data is too little.
     """
-    torch.manual_seed(recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    model = CLIP(config)
-    dropout = PatchDropout(model.vision, recipe.patch_dropout)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98), eps=1e-6
-    )
-    count = len(data.labels)
-    batch = min(recipe.batch, count)
-    steps_per_epoch = count // batch
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if len(data) < 2:
+        raise ValueError(f"{len(data)} pictures to train on; expected at least two")
+    recipe = replace(recipe, batch=min(recipe.batch, len(data)))
+    if recipe.batch % world:
+        raise ValueError(f"a batch of {recipe.batch} cannot be shared by {world} processes")
+    steps_per_epoch = len(data) // recipe.batch
     steps = recipe.epochs * steps_per_epoch
-    mean = torch.tensor(transform.image_mean)[:, None, None] * 255
-    std = torch.tensor(transform.image_std)[:, None, None] * 255
-    ids = [tokenizer(captions, pad_to=config.text.context_length) for captions in texts]
 
-    out.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    with open(out / "metrics.jsonl", "w") as metrics, tqdm(total=steps, disable=None) as bar:
-        print(json.dumps(asdict(recipe)), file=metrics, flush=True)
-        for epoch in range(recipe.epochs):
-            model.train()
-            if epoch >= recipe.epochs - recipe.full_epochs:
-                dropout.share = 0.0
-            losses = []
-            order = torch.randperm(count, generator=generator)[: steps_per_epoch * batch]
-            for i, chosen in enumerate(order.split(batch)):
-                rate = learning_rate(epoch * steps_per_epoch + i, steps, recipe.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * rate
-                labels = data.labels[chosen]
-                pixels = (augment(data.pixels[chosen], generator).float() - mean) / std
-                loss = contrastive_loss(
-                    model.encode_image(pixels, normalize=True),
-                    model.encode_text(draw_captions(ids, labels, generator), normalize=True),
-                    model.logit_scale,
-                    labels,
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
+    run = Run(Path(out), model, recipe, writes=rank == 0)
+    dropout = PatchDropout(model.vision, recipe.patch_dropout)
+    if recipe.checkpoint_blocks:
+        checkpoint_blocks(model)
+    if recipe.compile:
+        model.vision.compile()
+        model.text.compile()
+    device = model.logit_scale.device
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    encode_image = cast(partial(model.encode_image, normalize=True))
+    encode_text = cast(partial(model.encode_text, normalize=True))
+
+    model.train()
+    stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)
+    bar = tqdm(total=steps, initial=run.step, unit="step", disable=None if rank == 0 else True)
+    with bar:
+        while run.step < steps:
+            batch = next(stream)
+            if recipe.hard_negatives and not all(batch.negatives):
+                raise ValueError("hard_negatives: this data has no false captions to learn from")
+            torch.manual_seed(draw_seed(recipe.seed, run.step, recipe.batch + rank))
+            set_learning_rate(run.optimizers, schedule(run.step, steps, recipe.warmup))
+            epoch = run.step // steps_per_epoch
+            dropout.share = recipe.patch_dropout * (epoch < recipe.epochs - recipe.full_epochs)
+            captions = batch.captions + batch.negatives * recipe.hard_negatives
+            loss = backward(
+                encode_image,
+                encode_text,
+                normalized(batch.pixels, transform, recipe.augment).to(device),
+                tokenized(captions, tokenizer, run).to(device),
+                partial(loss_of_batch, model.logit_scale, batch.labels.to(device)),
+                recipe.chunk,
+            )
+            average_gradients(model)
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
+            for optimizer in run.optimizers:
                 optimizer.step()
-                clamp_logit_scale(model)
-                losses.append(loss.item())
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                bar.update()
-            save(out, model.eval(), tokenizer, transform)
-            row = {
-                "epoch": epoch + 1,
-                "loss": sum(losses) / len(losses),
-                "logit_scale": model.logit_scale.exp().item(),
-                "seconds": round(time.time() - start, 1),
-            }
-            print(json.dumps(row), file=metrics, flush=True)
-    return model
+                optimizer.zero_grad()
+            clamp_logit_scale(model)
+
+            run.note(loss.item(), epoch_ended=(run.step + 1) % steps_per_epoch == 0)
+            run.report(data.skipped)
+            if run.is_time_to_save or run.step % steps_per_epoch == 0:
+                run.save(tokenizer, transform)
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
+    dropout.remove()
+    run.finish()
+    return model.eval()
 
 
-def draw_captions(ids: list[Tensor], labels: Tensor, generator: torch.Generator) -> Tensor:
-    """One of the captions of each label, as ids (B, T)."""
-    drawn = torch.rand(len(labels), generator=generator).tolist()
-    rows = [ids[k][int(u * len(ids[k]))] for k, u in zip(labels.tolist(), drawn, strict=True)]
-    return torch.stack(rows)
-
-
-def train_from_folders(root: Path, out: Path, recipe: Recipe, image_size: int = 32) -> CLIP:
-    """Train a small CLIP on `root`/<class>/ from nothing, its tokenizer included."""
-    data = read_class_folders(root, image_size)
-    for reason in data.skipped:
-        tqdm.write(f"skipped: {reason}", file=sys.stderr)
-    texts = captions(data.classes)
-    tokenizer = Tokenizer.train([text for of_class in texts for text in of_class], 700)
-    config = CLIPConfig(
-        VisionConfig(
-            width=128, layers=4, heads=4, mlp_width=512, image_size=image_size, patch_size=4
-        ),
-        TextConfig(
-            width=64,
-            layers=2,
-            heads=2,
-            mlp_width=256,
-            vocab_size=tokenizer.vocab_size,
-            context_length=16,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-        embed_dim=64,
+def loss_of_batch(
+    logit_scale: Tensor, labels: Tensor, image_embeds: Tensor, text_embeds: Tensor
+) -> Tensor:
+    """The loss over all processes. Captions are the first B texts; the rest are false ones."""
+    captions, negatives = text_embeds[: len(labels)], text_embeds[len(labels) :]
+    return contrastive_loss(
+        gather(image_embeds),
+        gather(captions),
+        logit_scale,
+        gather(labels),
+        gather(negatives) if len(negatives) else None,
     )
-    tokenizer.context_length = config.text.context_length
-    return train(config, tokenizer, ImageTransform(image_size), data, texts, out, recipe)
+
+
+def normalized(pixels: Tensor, transform: ImageTransform, augmented: bool) -> Tensor:
+    """Bytes (B, 3, S, S) to what the vision tower reads, as the transform's last step does it."""
+    pixels = augment(pixels) if augmented else pixels
+    mean, std = (
+        torch.tensor(values)[:, None, None]
+        for values in (transform.image_mean, transform.image_std)
+    )
+    return (pixels / 255 - mean) / std
+
+
+def tokenized(captions: list[str], tokenizer: Tokenizer, run: "Run") -> Tensor:
+    """Token ids (B, T). A caption that is too long is cut, and the first is reported."""
+    try:
+        return tokenizer(captions)
+    except ContextLengthError as error:
+        run.report([f"captions longer than the text tower are cut; the first: {error}"], most=1)
+        return tokenizer(captions, truncate=True)
+
+
+class Run:
+    """The state of a run: its step, its optimizers, and what it has written to `out`."""
+
+    def __init__(self, out: Path, model: CLIP, recipe: Recipe, writes: bool) -> None:
+        self.out, self.model, self.writes = out, model, writes
+        self.optimizers = make_optimizers(model, recipe.lr, recipe.muon_lr, recipe.weight_decay)
+        self.settings = {"recipe": asdict(recipe), "config": model.config.to_dict()}
+        self.batch = recipe.batch
+        self.step = 0
+        self.losses: list[float] = []  # since the last row
+        self.rows: list[dict[str, float]] = []
+        self.seconds = 0.0  # of training, over all starts
+        self.reported: set[str] = set()
+        if (out / STATE).is_file():
+            self._continue()
+        elif (out / "model.safetensors").exists():
+            raise ValueError(f"{out}: already holds a checkpoint; choose another folder")
+        self.saved_at = self.started = time.monotonic()
+        if writes:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "recipe.json", asdict(recipe))
+            (out / "metrics.jsonl").write_text("".join(map(_line, self.rows)))
+
+    def _continue(self) -> None:
+        path = self.out / STATE
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            found = state["settings"]
+        except Exception as error:  # damage shows itself in many ways
+            raise CheckpointError(f"{path}: cannot be continued: {error}") from error
+        for kind, values in self.settings.items():
+            changed = [k for k, value in values.items() if found[kind].get(k) != value]
+            if changed:
+                raise ValueError(
+                    f"{self.out}: holds an unfinished run with another {', '.join(changed)}; "
+                    "start that one again to continue it, or choose another folder"
+                )
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.losses, self.rows = state["step"], state["losses"], state["rows"]
+        self.seconds = state["seconds"]
+        self.report([f"{self.out}: continued at step {self.step}"])
+
+    @property
+    def is_time_to_save(self) -> bool:
+        return time.monotonic() - self.saved_at > SAVE_EVERY
+
+    def note(self, loss: float, epoch_ended: bool) -> None:
+        """Count a step; after some, write a row of metrics."""
+        self.step += 1
+        self.losses.append(loss)
+        if self.step % LOG_EVERY and not epoch_ended:
+            return
+        seconds = self.seconds + time.monotonic() - self.started
+        row = {
+            "step": self.step,
+            "loss": sum(self.losses) / len(self.losses),
+            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "logit_scale": self.model.logit_scale.exp().item(),
+            "seconds": round(seconds, 1),
+        }
+        self.losses = []
+        self.rows.append(row)
+        if self.writes:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(_line(row))
+
+    def report(self, notes: list[str], most: int | None = None) -> None:
+        """Print what has not been printed yet, beside the progress bar."""
+        for note in notes[:most]:
+            if note not in self.reported:
+                self.reported.add(note)
+                tqdm.write(note, file=sys.stderr)
+
+    def save(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
+        """Write the checkpoint, and all that is needed to go on from here."""
+        self.saved_at = time.monotonic()
+        if not self.writes:
+            return
+        save(self.out, self.model, tokenizer, transform)
+        state = {
+            "settings": self.settings,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "losses": self.losses,
+            "rows": self.rows,
+            "seconds": self.seconds + time.monotonic() - self.started,
+        }
+        with replacing(self.out / STATE) as temporary:
+            torch.save(state, temporary)
+
+    def finish(self) -> None:
+        """A finished run leaves its checkpoint and nothing to continue."""
+        if self.writes:
+            (self.out / STATE).unlink(missing_ok=True)
+
+
+def _line(row: dict[str, float]) -> str:
+    return json.dumps(row) + "\n"

@@ -1,0 +1,90 @@
+"""Optimizers and the learning rate: AdamW as in the paper's table 18, and Muon."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+BETAS, EPS = (0.9, 0.98), 1e-6  # the paper's for ViTs
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024,
+    "Muon: An optimizer for hidden layers in neural networks").
+
+    torch.optim.Muon does the same and insists on bfloat16, which takes a CPU without instructions
+    for it sixty times as long. This one works in the precision of the gradient.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p.grad)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalized(p.grad.lerp(state["momentum"], group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """About U V^T of the matrix's U S V^T: all singular values become roughly 1.
+
+    Five steps of a Newton-Schulz iteration, whose coefficients are Jordan's.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def make_optimizers(
+    model: nn.Module, lr: float, muon_lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or, with a `muon_lr` above 0, Muon for the matrices of the blocks.
+
+    Matrices decay and nothing else does: not biases, norms, the class token or the logit scale.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if muon_lr and p.ndim == 2 and ".blocks." in name]
+    taken = set(map(id, hidden))
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS)
+    ]
+    if hidden:
+        optimizers.append(Muon(hidden, lr=muon_lr, weight_decay=weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+    """The share of each group's peak that `schedule` gives."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over a share of the steps, then half a cosine down to zero; in 0..1."""
+    rising = max(1, round(steps * warmup))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
