@@ -1,20 +1,43 @@
 """Labels and templates in, a classifier out: CLIP's zero-shot transfer.
 
 Section 3.1 of the paper (arXiv 2103.00020): a label is put into one or more sentences, each is
-embedded, and their mean is the weight vector of the class.
+embedded, and their mean is the weight vector of the class. The second half of this file measures
+how often that is right: folders of photographs in, accuracies and a confusion matrix out.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from miniclip.config import ImageError
+from miniclip.imagenet import (
+    CIFAR_TEMPLATES,
+    IMAGENET_CLASSES,
+    IMAGENET_TEMPLATES,
+    IMAGENET_WNIDS,
+    SIMPLE_TEMPLATES,
+)
 from miniclip.model import CLIP, unit_norm
 from miniclip.tokenizer import Tokenizer
+from miniclip.transform import ImageTransform
 
 TEMPLATE = "a photo of a {}."
 """What the paper uses where one sentence has to do for everything (section 3.1.4)."""
+
+TEMPLATE_SETS = {
+    "imagenet": IMAGENET_TEMPLATES,
+    "simple": SIMPLE_TEMPLATES,
+    "cifar": CIFAR_TEMPLATES,
+}
+"""Published templates by the names that `find_templates` knows; `imagenet.py` says what each is."""
 
 
 class Score(NamedTuple):
@@ -52,7 +75,7 @@ class ZeroShotClassifier:
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
-        image_embeds = self.model.encode_image(pixels.to(self.weights.device), normalize=True)
+        image_embeds = self.model.encode_image(pixels.to(self.weights), normalize=True)
         return self.model.logit_scale.exp() * image_embeds @ self.weights.T  # (B, C)
 
     def rank(self, pixels: Tensor) -> list[list[Score]]:
@@ -84,8 +107,193 @@ def class_embeddings(
         raise ValueError("no templates: expected at least one, such as 'a photo of a {}.'")
     device = model.logit_scale.device
     rows = []
-    for label in labels:
-        ids = tokenizer([template.replace("{}", label) for template in templates])
-        prompts = model.encode_text(ids.to(device), normalize=True)  # (templates, E)
-        rows.append(unit_norm(prompts.mean(dim=0)))
-    return torch.stack(rows)
+    at_once = max(1, 256 // len(templates))  # labels, so that a batch has some 256 prompts
+    for start in tqdm(range(0, len(labels), at_once), "embedding labels", delay=2, disable=None):
+        some = labels[start : start + at_once]
+        ids = tokenizer([t.replace("{}", label) for label in some for t in templates])
+        prompts = model.encode_text(ids.to(device), normalize=True)  # (labels * templates, E)
+        rows.append(unit_norm(prompts.unflatten(0, (len(some), -1)).mean(dim=1)))
+    return torch.cat(rows)
+
+
+def find_templates(names: Sequence[str]) -> list[str]:
+    """Sentences with {} as they are, and the sentences of each set that is named.
+
+    >>> find_templates(["simple", "my {}"])[-2:]
+    ['a photo of the small {}.', 'my {}']
+    """
+    templates: list[str] = []
+    for name in names:
+        if name not in TEMPLATE_SETS and "{}" not in name:
+            raise ValueError(
+                f"template {name!r} has no {{}} for the label to go into, and is none of the sets "
+                f"{', '.join(TEMPLATE_SETS)}"
+            )
+        templates.extend(TEMPLATE_SETS.get(name, (name,)))
+    return templates
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+class LabelledImages(NamedTuple):
+    """Files in class folders. A class is a position: two of ImageNet's may have the same label."""
+
+    folders: list[str]  # names of the C class folders
+    labels: list[str]  # what each is called in a prompt
+    paths: list[Path]  # of the N files
+    classes: list[int]  # of each file, 0 to C - 1
+
+
+def labelled_images(
+    root: str | PathLike[str], labels: Sequence[str] | None = None
+) -> LabelledImages:
+    """Find the files in `root`/<class>/, and deeper, and name the classes.
+
+    The folders are sorted, by number where all their names are numbers. `labels`, in that order,
+    say what they are called. Without them, folders named by ImageNet's WordNet ids (n01440764;
+    all 1,000 or some, as in ImageNet-R) or by its positions (0 to 999, as in ImageNet-V2) have
+    OpenAI's class names, and any other folder its own name: fire_truck is "fire truck".
+
+    Raises ValueError where there is no class or no file, or another number of labels.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; expected one with a folder for each class")
+    found = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if not found:
+        raise ValueError(f"{root}: no folders in it; expected one for each class, of images")
+    if all(folder.name.isdecimal() for folder in found):
+        found.sort(key=lambda folder: (int(folder.name), folder.name))
+    else:
+        found.sort()
+    folders = [folder.name for folder in found]
+    if labels is not None and len(labels) != len(folders):
+        raise ValueError(f"{len(labels)} labels for the {len(folders)} class folders of {root}")
+    paths, classes = [], []
+    for i, folder in enumerate(found):
+        files = sorted(path for path in folder.rglob("*") if is_visible_file(path, folder))
+        paths += files
+        classes += [i] * len(files)
+    if not paths:
+        raise ValueError(f"{root}: no files in its {len(folders)} class folders")
+    return LabelledImages(folders, list(labels or folder_labels(folders)), paths, classes)
+
+
+def is_visible_file(path: Path, folder: Path) -> bool:
+    """Not a folder, and nothing that a desktop or an editor hid there, such as .DS_Store."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.is_file()
+
+
+def folder_labels(folders: Sequence[str]) -> list[str]:
+    """What sorted class folders are called.
+
+    >>> folder_labels(["n01440764", "n01443537"]), folder_labels(["fire_truck", "n01443537"])
+    (['tench', 'goldfish'], ['fire truck', 'n01443537'])
+    """
+    names = dict(zip(IMAGENET_WNIDS, IMAGENET_CLASSES, strict=True))
+    if names.keys() >= set(folders):
+        return [names[folder] for folder in folders]
+    if len(folders) == 1000 and all(f.isdecimal() and int(f) == i for i, f in enumerate(folders)):
+        return list(IMAGENET_CLASSES)
+    return [folder.replace("_", " ") for folder in folders]
+
+
+class Evaluation(NamedTuple):
+    """What a classifier made of labelled images. Accuracies are fractions; nan where of nothing."""
+
+    labels: list[str]
+    confusion: Tensor  # (C, C) int64, images of the row's class that were given the column's
+    in_top5: Tensor  # (C,) int64, images of the class that had it among the five best labels
+    skipped: list[str]  # for each file that could not be read, which and why; counted nowhere else
+
+    @property
+    def images(self) -> Tensor:
+        """How many images of each class were classified, (C,)."""
+        return self.confusion.sum(dim=1)
+
+    @property
+    def top1(self) -> float:
+        return self.confusion.diagonal().sum().item() / self.confusion.sum().item()
+
+    @property
+    def top5(self) -> float:
+        return self.in_top5.sum().item() / self.confusion.sum().item()
+
+    @property
+    def class_accuracy(self) -> Tensor:
+        """Top-1 of each class, (C,)."""
+        return self.confusion.diagonal().double() / self.images
+
+    def mistakes(self) -> list[tuple[int, int, int]]:
+        """(true class, predicted class, images) for every confusion, the most frequent first."""
+        wrong = self.confusion - self.confusion.diagonal().diag()
+        counts = [(i, j, wrong[i, j].item()) for i, j in wrong.nonzero().tolist()]
+        return sorted(counts, key=lambda mistake: -mistake[2])
+
+
+@torch.inference_mode()
+def evaluate(
+    classifier: Callable[[Tensor], Tensor],
+    transform: ImageTransform,
+    images: LabelledImages,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Classify every image, and count.
+
+    `classifier` takes pixels (B, 3, S, S) to logits (B, C), as a ZeroShotClassifier of the images'
+    labels does. Threads decode the images ahead of it, so that it need not wait. A file that
+    cannot be read is left out and listed in `skipped`. Raises ValueError if none can be.
+
+    Of two equal logits either may count as the best: OpenAI's evaluation, too, takes what `topk`
+    gives, and the two classes of ImageNet that are both called "missile" are always equal.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1 image")
+    count = len(images.labels)
+    confusion = torch.zeros(count, count, dtype=torch.int64)
+    in_top5 = torch.zeros(count, dtype=torch.int64)
+    skipped: list[str] = []
+
+    def readable() -> Iterator[tuple[Tensor, int]]:
+        results = read_ahead(transform, images.paths, ahead=2 * batch_size)
+        bar = tqdm(results, total=len(images.paths), unit="image", delay=2, disable=None)
+        for pixels, true in zip(bar, images.classes, strict=True):
+            if isinstance(pixels, ImageError):
+                skipped.append(str(pixels))
+            else:
+                yield pixels, true
+
+    stream = readable()
+    while batch := list(islice(stream, batch_size)):
+        true = torch.tensor([true for _, true in batch])  # (B,)
+        logits = classifier(torch.stack([pixels for pixels, _ in batch]))  # (B, C)
+        best = logits.topk(min(5, count)).indices.cpu()  # (B, 5)
+        confusion.index_put_((true, best[:, 0]), torch.ones_like(true), accumulate=True)
+        in_top5 += true[(best == true[:, None]).any(dim=1)].bincount(minlength=count)
+    if not confusion.any():
+        raise ValueError(f"none of the {len(skipped)} files can be read; the first is {skipped[0]}")
+    return Evaluation(images.labels, confusion, in_top5, skipped)
+
+
+def read_ahead(
+    transform: ImageTransform, paths: Iterable[Path], ahead: int
+) -> Iterator[Tensor | ImageError]:
+    """The pixels of each file, or why there are none, in order. Threads (as many as torch uses;
+    Pillow works outside Python's lock) are up to `ahead` files further on than the reader."""
+
+    def read(path: Path) -> Tensor | ImageError:
+        try:
+            return transform(path)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        waiting: deque[Future[Tensor | ImageError]] = deque()
+        for path in paths:
+            waiting.append(pool.submit(read, path))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
