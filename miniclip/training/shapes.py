@@ -33,6 +33,7 @@ from tqdm import trange
 
 from miniclip.model import CLIP
 from miniclip.tokenizer import Tokenizer
+from miniclip.training.data import Pair, caption_label, shuffled
 from miniclip.transform import ImageTransform
 
 IMAGE_SIZE = 64
@@ -58,8 +59,8 @@ HELD_OUT = frozenset(
 SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
 CLEAR = 8
-"""A relation is said to hold where the centres are at least this many pixels apart along it. Two
-objects that do not touch are always that far apart along one axis at least."""
+"""Pixels. A relation is spoken of where the centres are so far apart along it, and one pixel is
+enough to make it true. Two objects are always so far apart along one axis at least."""
 
 
 # -- what a scene is ------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def holds(claim: Claim, scene: Scene) -> bool:
     """Whether the claim is true: some choice of different objects fits its phrases and relation."""
     return any(
         all(map(fits, claim.phrases, chosen))
-        and (not claim.relation or stands(claim.relation, *chosen))
+        and (not claim.relation or apart(claim.relation, *chosen) > 0)
         for chosen in permutations(scene.objects, len(claim.phrases))
     )
 
@@ -289,9 +290,10 @@ def fits(phrase: Phrase, object: Object) -> bool:
     )
 
 
-def stands(relation: str, first: Object, second: Object) -> bool:
+def apart(relation: str, first: Object, second: Object) -> int:
+    """How clearly the relation holds: pixels between the centres; negative where it is reversed."""
     axis, sign = RELATIONS[relation]
-    return sign * (getattr(second, axis) - getattr(first, axis)) >= CLEAR
+    return sign * (getattr(second, axis) - getattr(first, axis))
 
 
 def singles(scene: Scene) -> list[Claim]:
@@ -309,7 +311,7 @@ def relations(scene: Scene) -> list[Claim]:
         Claim(relation, pair)
         for a, b in permutations(scene.objects, 2)
         for relation in RELATIONS
-        if stands(relation, a, b)
+        if apart(relation, a, b) >= CLEAR
         for pair in (
             *product(named(a), named(b)),
             (coloured(a), coloured(b)),
@@ -402,10 +404,10 @@ class Caption(NamedTuple):
 
 def captions(scene: Scene) -> list[Caption]:
     """Everything that may be said of a scene, each with the captions that it is told from."""
+    true = dict.fromkeys(claim for kind in kinds(scene) for claim in kind(scene))  # each once
     return [
         Caption(say(claim), [say(false) for false in chain(*negatives(claim, scene).values())])
-        for kind in kinds(scene)
-        for claim in kind(scene)
+        for claim in true
     ]
 
 
@@ -419,26 +421,20 @@ def say_something(scene: Scene, random: Random) -> tuple[str, str]:
 # -- the data set ---------------------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
-    pixels: Tensor  # (3, S, S) uint8
-    caption: str
-    label: int | None
-    negative: str
-
-
 class Shapes:
     """`count` scenes, drawn once and kept in memory: 12 kB each, half a millisecond each.
 
-    `data[index, seed]` is the scene's picture with a caption and a false caption that `seed`
-    chooses, so that each epoch can speak of the same scene in other words. Pictures are never to
-    be mirrored: "to the left of" would become false.
+    `data[index, draw]` is the scene's picture with a caption and a false caption that the number
+    `draw` chooses, so that each epoch can speak of the same scene in other words. Pictures are
+    never to be mirrored: "to the left of" would become false.
     """
 
     image_size = IMAGE_SIZE
 
-    def __init__(self, count: int, seed: int = 0) -> None:
+    def __init__(self, count: int = 40_000, seed: int = 0) -> None:
         if seed == SCORE_SEED:
             raise ValueError(f"seed {seed} draws the scenes that `score` asks about")
+        self.skipped: list[str] = []  # no picture is ever unreadable
         self.scenes = [scene(i, seed=seed) for i in range(count)]
         self.pixels = torch.empty(count, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
         for i in trange(count, desc="drawing scenes", delay=2, disable=None):
@@ -448,14 +444,17 @@ class Shapes:
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __getitem__(self, key: tuple[int, int]) -> Pair:
-        index, seed = key
-        caption, negative = say_something(self.scenes[index], Random(f"{index} {seed}"))
-        return Pair(self.pixels[index], caption, None, negative)
+    def items(self, seed: int) -> Iterator[int]:
+        return shuffled(len(self), seed)
+
+    def __getitem__(self, index_and_draw: tuple[int, int]) -> Pair:
+        index, draw = index_and_draw
+        caption, negative = say_something(self.scenes[index], Random(draw))
+        return Pair(self.pixels[index], caption, caption_label(caption), negative)
 
     def captions(self) -> Iterator[str]:
         """One caption of each scene: every word of the world, to train a tokenizer on."""
-        return (self[index, 0].caption for index in range(len(self)))
+        return (self[index, index].caption for index in range(len(self)))
 
 
 # -- the score ------------------------------------------------------------------------------------

@@ -1,0 +1,258 @@
+"""The world of shapes: masks against pixels, captions against masks, and no hint in the words."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from twin import TINY
+
+from miniclip import CLIP, ImageTransform
+from miniclip.tokenizer import Tokenizer
+from miniclip.training import shapes
+from miniclip.training.shapes import (
+    COLOURS,
+    HELD_OUT,
+    SEEN,
+    SHAPES,
+    Shapes,
+    captions,
+    draw,
+    negatives,
+    paint,
+    relations,
+    say,
+    say_something,
+    scene,
+    score,
+)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [scene(i) for i in range(150)] + [scene(i, held_out=True) for i in range(30)]
+
+
+# -- scenes and pictures --------------------------------------------------------------------------
+
+
+def test_a_scene_is_a_function_of_its_numbers():
+    assert scene(7, seed=3) == scene(7, seed=3)
+    assert len({scene(i, seed=seed) for i in range(20) for seed in range(3)}) == 60
+    pictures = [np.array(draw(scene(7))[0]) for _ in range(2)]
+    assert np.array_equal(*pictures)
+
+
+def test_scenes_are_the_same_on_every_machine():
+    """These numbers were printed once, and weights/shapes was trained on what they stand for."""
+    (object,) = scene(0, count=1).objects
+    assert object == ("green", "square", "large", 14, 0, 49, 28)
+
+
+def test_scenes_have_one_to_three_objects_and_all_there_is():
+    drawn = [scene(i) for i in range(600)]
+    assert {len(s.objects) for s in drawn} == {1, 2, 3}
+    assert {len(scene(i, count=2).objects) for i in range(20)} == {2}
+    objects = [o for s in drawn for o in s.objects]
+    assert {(o.colour, o.shape) for o in objects} == set(SEEN)
+    assert {o.size for o in objects} == {"small", "plain", "large"}
+    assert {s.background.kind for s in drawn} == set(shapes.BACKGROUNDS)
+
+
+def test_masks_are_the_pixels_of_the_objects(scenes):
+    """How far a pixel is on the way from the background to the object's colour is how much of it
+    the object covers; the mask has those that are half-way and more."""
+    for s in scenes:
+        picture, masks = draw(s)
+        assert picture.size == (64, 64) and picture.mode == "RGB"
+        assert masks.shape == (len(s.objects), 64, 64) and masks.dtype == bool
+        assert masks.sum(axis=0).max() == 1  # no object covers another
+        pixels, behind = np.array(picture).astype(float), paint(s.background).astype(float)
+        rest = np.full((64, 64), True)
+        for object, mask in zip(s.objects, masks, strict=True):
+            way = COLOURS[object.colour] - behind
+            cover = ((pixels - behind) * way).sum(axis=2) / (way**2).sum(axis=2)
+            near = dilated(mask)
+            assert abs(pixels - behind - cover[:, :, None] * way)[near].max() < 1  # no third colour
+            assert (mask == (cover >= 0.5))[near & (abs(cover - 0.5) > 0.02)].all()
+            assert (cover[mask] > 0.99).mean() > 0.4
+            rest &= ~dilated(near)
+        assert abs(pixels - behind)[rest].max() <= 0.5  # rounding
+
+
+def dilated(mask):
+    padded = np.pad(mask, 1)
+    return np.any([padded[y : y + 64, x : x + 64] for y in range(3) for x in range(3)], axis=0)
+
+
+def test_masks_have_the_size_and_the_place_of_the_object(scenes):
+    for s in scenes:
+        for object, mask in zip(s.objects, draw(s)[1], strict=True):
+            rows, columns = np.nonzero(mask)
+            away = np.hypot(columns + 0.5 - object.x, rows + 0.5 - object.y)
+            assert object.radius - 2 < away.max() < object.radius + 1
+
+
+def test_colours_are_far_from_each_other_and_from_every_background():
+    ours = np.array(list(COLOURS.values()), float)
+    apart = np.linalg.norm(ours[:, None] - ours[None], axis=2) + 1e9 * np.eye(len(ours))
+    assert apart.min() > 75
+    for i in range(100):
+        behind = paint(scene(i).background).reshape(-1, 1, 3)
+        assert np.linalg.norm(behind - ours, axis=2).min() > 40
+
+
+# -- captions, read by someone else ---------------------------------------------------------------
+
+BELIEFS = {
+    "to the left of": lambda a, b: a[0] < b[0],
+    "to the right of": lambda a, b: a[0] > b[0],
+    "above": lambda a, b: a[1] < b[1],
+    "below": lambda a, b: a[1] > b[1],
+}
+
+
+def is_true(caption, s):
+    """Read the English, and look at the picture for the colours. The rest, which is hard to see, is
+    taken from the scene, where masks have been compared with it above."""
+    picture, masks = draw(s)
+    pixels, things = np.array(picture), []
+    for object, mask in zip(s.objects, masks, strict=True):
+        colour = Counter(map(tuple, pixels[mask].tolist())).most_common(1)[0][0]
+        name = next(name for name, value in COLOURS.items() if value == colour)
+        words = {name, object.shape, object.size}
+        things.append((words, (object.x, object.y)))
+    relation = next((r for r in BELIEFS if f" {r} " in caption), None)
+    parts = re.split(f" {relation} " if relation else ", | and ", caption)
+    wanted = [set(part.split()) - {"a", "an", "something"} for part in parts]
+    assert all(wanted)
+    return any(believes(relation, wanted, chosen) for chosen in arrangements(things, len(wanted)))
+
+
+def arrangements(things, count):
+    if count == 0:
+        return [[]]
+    return [
+        [thing, *rest]
+        for i, thing in enumerate(things)
+        for rest in arrangements(things[:i] + things[i + 1 :], count - 1)
+    ]
+
+
+def believes(relation, wanted, chosen):
+    fit = all(words <= has for words, (has, _) in zip(wanted, chosen, strict=True))
+    return fit and (relation is None or BELIEFS[relation](chosen[0][1], chosen[1][1]))
+
+
+def test_captions_are_true_and_their_negatives_false(scenes):
+    checked = Counter()
+    for s in scenes:
+        random = Random(str(s.objects))
+        said = captions(s)
+        assert len({c.text for c in said}) == len(said) > 2
+        for caption in random.sample(said, 3):
+            assert is_true(caption.text, s), caption
+            assert caption.negatives, caption
+            false = random.choice(caption.negatives)
+            assert not is_true(false, s), (caption.text, false)
+            checked[len(caption.text.split())] += 1
+    assert len(checked) > 4  # short ones and long ones
+
+
+def test_what_a_scene_says_is_among_its_captions(scenes):
+    for i, s in enumerate(scenes):
+        text, negative = say_something(s, Random(i))
+        assert negative in dict(captions(s))[text]
+
+
+# -- no answer without a look ---------------------------------------------------------------------
+
+
+def test_held_out_pairs_are_neither_shown_nor_named_in_training():
+    assert len(HELD_OUT) + len(SEEN) == len(COLOURS) * len(SHAPES)
+    assert 1 / 8 <= len(HELD_OUT) / 64 <= 1 / 6
+    assert {c for c, _ in SEEN} == set(COLOURS) and {s for _, s in SEEN} == set(SHAPES)
+    never = re.compile("|".join(f"{colour} {shape}" for colour, shape in HELD_OUT))
+    for i in range(300):
+        s = scene(i)
+        assert not HELD_OUT & {(o.colour, o.shape) for o in s.objects}
+        texts = [t for draw in range(5) for t in say_something(s, Random(draw))]
+        assert not any(map(never.search, texts))
+        assert HELD_OUT >= {(o.colour, o.shape) for o in scene(i, held_out=True).objects}
+
+
+def test_swapped_captions_have_the_same_words():
+    for i in range(100):
+        s = scene(i, count=2)
+        for claim in relations(s):
+            for what, made in negatives(claim, s).items():
+                assert what in ("places", "colours")
+                for false in made:
+                    assert words(false) == words(claim)
+
+
+def words(claim):
+    return sorted(say(claim).replace("an ", "a ").split())
+
+
+@pytest.mark.parametrize("what", ["places", "colours"])
+def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
+    """Over many scenes each word is as frequent at each place: a guesser that reads the caption and
+    sees no picture is at chance. Differences are within 4.5 standard deviations of none."""
+    true, false = Counter(), Counter()
+    for i in range(1500):
+        s = scene(i, count=2)
+        claim = Random(i).choice(relations(s))
+        if made := negatives(claim, s).get(what):
+            true.update(enumerate(say(claim).split()))
+            false.update(enumerate(say(made[0]).split()))
+    assert sum(true.values()) > 5000
+    for word in true | false:
+        assert abs(true[word] - false[word]) <= 4.5 * (true[word] + false[word]) ** 0.5, word
+
+
+def test_no_place_is_likelier_for_one_object_than_for_another():
+    """And one that sees the picture alone learns nothing of what is said first."""
+    said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
+    assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)
+
+
+# -- the data set and the score -------------------------------------------------------------------
+
+
+def test_data_set():
+    data = Shapes(30)
+    pair = data[3, 0]
+    assert len(data) == 30 and sorted(data.items(0)) == list(range(30))
+    assert pair.pixels.shape == (3, 64, 64) and pair.pixels.dtype == torch.uint8
+    assert np.array_equal(pair.pixels.permute(1, 2, 0).numpy(), np.array(draw(scene(3))[0]))
+    assert pair[1:] == data[3, 0][1:]
+    assert len({data[3, i].caption for i in range(20)}) > 2
+    assert all(data[i, 0].caption and data[i, 0].negative for i in range(30))
+    assert len(list(data.captions())) == 30
+    with pytest.raises(ValueError, match="score"):
+        Shapes(1, seed=shapes.SCORE_SEED)
+
+
+def test_score_of_a_model_that_knows_nothing():
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(Shapes(100).captions(), 600)
+    model = CLIP(small(tokenizer))
+    scores = score(model, tokenizer, ImageTransform(64), scenes=40)
+    assert scores.seen < 0.2 and scores.unseen < 0.2
+    assert all(0.15 < share < 0.85 for share in (scores.relations, scores.binding))
+
+
+def small(tokenizer):
+    vision = replace(TINY.vision, image_size=64, patch_size=8)
+    text = replace(
+        TINY.text,
+        vocab_size=tokenizer.vocab_size,
+        context_length=20,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return replace(TINY, vision=vision, text=text)
