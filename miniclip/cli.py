@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from miniclip.zeroshot import Score
+    from miniclip.zeroshot import Evaluation, Score
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 
@@ -158,6 +158,34 @@ def build_parser() -> argparse.ArgumentParser:
     recipe_options(sub)
 
     sub = command(
+        "eval",
+        evaluation,
+        "Zero-shot accuracy on photographs in class folders.",
+        "miniclip eval --data imagenet/val --templates imagenet --plot confusions.png",
+    )
+    sub.add_argument("--data", required=True, metavar="DIR", help="a folder of class folders")
+    sub.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
+    sub.add_argument(
+        "--templates",
+        nargs="+",
+        metavar="TEXT",
+        help="sentences with {} for the label, averaged, or published sets of them: imagenet "
+        "(80), simple (7 of the 80), cifar (18) (default: 'a photo of a {}.')",
+    )
+    sub.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="what the classes are called, one a line, in the order of the sorted folders "
+        "(default: the folders' names, and OpenAI's for ImageNet's)",
+    )
+    sub.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)"
+    )
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    sub.add_argument("--plot", metavar="PNG", help="draw the confusions")
+    model_options(sub)
+
+    sub = command(
         "demo",
         demo,
         "Classify scikit-image's photographs offline and draw the result.",
@@ -224,6 +252,100 @@ def train(args: argparse.Namespace) -> int:
     if args.json:
         print_json(rows)
     return 0
+
+
+def evaluation(args: argparse.Namespace) -> int:
+    from miniclip.checkpoint import load
+    from miniclip.zeroshot import (
+        TEMPLATE,
+        ZeroShotClassifier,
+        evaluate,
+        find_templates,
+        labelled_images,
+    )
+
+    if args.plot:  # before the work, so that a missing matplotlib shows at once
+        from miniclip.figures import draw_confusion
+    templates = find_templates(args.templates or [TEMPLATE])
+    images = labelled_images(args.data, read_lines(args.labels) if args.labels else None)
+    model, tokenizer, transform = load(
+        args.model, device=args.device, reference=args.reference, revision=args.revision
+    )
+    classifier = ZeroShotClassifier(model, tokenizer, images.labels, templates)
+    result = evaluate(classifier, transform, images, args.batch)
+    for reason in result.skipped:
+        print(f"miniclip: skipped {reason}", file=sys.stderr)
+    if args.json:
+        print_json(
+            {"model": args.model, "templates": templates} | evaluation_dict(images.folders, result)
+        )
+    else:
+        print(f"model      {args.model}")
+        print(f"templates  {' '.join(args.templates or templates)}")
+        print(evaluation_table(result))
+    if args.plot:
+        draw_confusion(result, args.plot)
+        print(f"picture: {args.plot}", file=sys.stderr)
+    return 0
+
+
+def evaluation_dict(folders: list[str], result: "Evaluation") -> dict[str, Any]:
+    """Everything that was counted. Classes go by their folders, whose names differ."""
+    counts = zip(
+        folders,
+        result.labels,
+        result.images.tolist(),
+        result.confusion.diagonal().tolist(),
+        result.in_top5.tolist(),
+        strict=True,
+    )
+    return {
+        "top1": result.top1,
+        "top5": result.top5,
+        "images": sum(result.images.tolist()),
+        "skipped": result.skipped,
+        "classes": [
+            {"folder": folder, "label": label, "images": images, "right": right, "in_top5": in_top5}
+            for folder, label, images, right, in_top5 in counts
+        ],
+        "confusions": [
+            {"true": folders[true], "predicted": folders[predicted], "images": images}
+            for true, predicted, images in result.mistakes()
+        ],
+    }
+
+
+def evaluation_table(result: "Evaluation", most: int = 50) -> str:
+    """Accuracies, a line for each class (the best and the worst, where there are more than `most`),
+    and the ten most frequent confusions; 80 columns wide."""
+    images, accuracy = result.images.tolist(), result.class_accuracy.tolist()
+    lines = [f"images     {sum(images):,}, in {len(images):,} folders"]
+    if result.skipped:
+        lines.append(f"skipped    {len(result.skipped):,}, which cannot be read")
+    lines.append(f"top-1      {result.top1:.2%}")
+    if len(images) > 5:
+        lines.append(f"top-5      {result.top5:.2%}")
+
+    width = min(30, max(5, *map(len, result.labels)))
+    longest_bar = 80 - width - 18
+    rows = []
+    for i in sorted(range(len(images)), key=lambda i: -accuracy[i] if images[i] else 1):
+        percent = f"{accuracy[i]:7.1%}" if images[i] else "      -"
+        bar = "█" * round(accuracy[i] * longest_bar) if images[i] else ""
+        label = shorten(result.labels[i], width)
+        rows.append(f"{label:<{width}} {images[i]:8,} {percent} {bar}".rstrip())
+    if len(rows) > most:
+        hidden = f"... {len(rows) - most:,} classes between these (--json has all)"
+        rows[most // 2 : -most // 2] = [hidden]
+    lines += ["", f"{'class':<{width}} {'images':>8} {'top-1':>7}", *rows]
+
+    mistakes = result.mistakes()[:10]
+    if mistakes:
+        lines += ["", f"{'most frequent confusions':<54}{'images':>8}{'of class':>10}"]
+    for true, predicted, count in mistakes:
+        pair = f"{shorten(result.labels[true], 25)} → {shorten(result.labels[predicted], 25)}"
+        lines.append(f"{pair:<54}{count:8,}{count / images[true]:10.1%}")
+    return "\n".join(lines)
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -297,6 +419,13 @@ def progress(items: Sequence[Any], unit: str) -> Iterator[Any]:
     from tqdm import tqdm
 
     return tqdm(items, unit=unit, delay=2, disable=None, leave=False)
+
+
+def read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
 
 
 def print_json(value: Any) -> None:

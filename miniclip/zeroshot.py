@@ -108,7 +108,8 @@ def class_embeddings(
     device = model.logit_scale.device
     rows = []
     at_once = max(1, 256 // len(templates))  # labels, so that a batch has some 256 prompts
-    for start in tqdm(range(0, len(labels), at_once), "embedding labels", delay=2, disable=None):
+    starts = range(0, len(labels), at_once)
+    for start in tqdm(starts, "embedding labels", delay=2, disable=None, leave=False):
         some = labels[start : start + at_once]
         ids = tokenizer([t.replace("{}", label) for label in some for t in templates])
         prompts = model.encode_text(ids.to(device), normalize=True)  # (labels * templates, E)
@@ -158,9 +159,11 @@ def labelled_images(
     Raises ValueError where there is no class or no file, or another number of labels.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; expected one with a folder for each class")
-    found = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    try:
+        entries = list(root.iterdir())
+    except OSError as error:
+        raise ValueError(f"{root}: {error.strerror}; expected a folder of class folders") from None
+    found = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
     if not found:
         raise ValueError(f"{root}: no folders in it; expected one for each class, of images")
     if all(folder.name.isdecimal() for folder in found):
@@ -258,8 +261,10 @@ def evaluate(
 
     def readable() -> Iterator[tuple[Tensor, int]]:
         results = read_ahead(transform, images.paths, ahead=2 * batch_size)
-        bar = tqdm(results, total=len(images.paths), unit="image", delay=2, disable=None)
-        for pixels, true in zip(bar, images.classes, strict=True):
+        results = tqdm(
+            results, total=len(images.paths), unit="image", delay=2, disable=None, leave=False
+        )
+        for pixels, true in zip(results, images.classes, strict=True):
             if isinstance(pixels, ImageError):
                 skipped.append(str(pixels))
             else:
