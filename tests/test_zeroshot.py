@@ -1,11 +1,32 @@
-"""Zero-shot classification: prompts, their mean, and the scores that come of it."""
+"""Zero-shot classification: prompts, their mean, the scores that come of it, and how often they
+are right."""
 
+import hashlib
+import math
+import time
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from twin import TINY, random_inputs, twins
 
-from miniclip import Tokenizer, ZeroShotClassifier
-from miniclip.zeroshot import class_embeddings
+from miniclip import ImageTransform, Tokenizer, ZeroShotClassifier
+from miniclip.imagenet import (
+    CIFAR_TEMPLATES,
+    IMAGENET_CLASSES,
+    IMAGENET_TEMPLATES,
+    IMAGENET_WNIDS,
+    SIMPLE_TEMPLATES,
+)
+from miniclip.zeroshot import (
+    class_embeddings,
+    evaluate,
+    find_templates,
+    folder_labels,
+    labelled_images,
+    read_ahead,
+)
 
 LABELS = ["cat", "small dog", "cup"]
 TEMPLATES = ["a {}.", "the {} again", "{}"]
@@ -37,6 +58,12 @@ def test_prompts_are_normalised_averaged_and_normalised_again(model, tokenizer):
         torch.testing.assert_close(row, total / total.norm())
 
 
+def test_labels_may_fill_more_than_one_batch(model, tokenizer):
+    expected = class_embeddings(model, tokenizer, LABELS, TEMPLATES)
+    many = TEMPLATES * 34  # of which two labels fit into a batch; the mean is the same
+    torch.testing.assert_close(class_embeddings(model, tokenizer, LABELS, many), expected)
+
+
 def test_one_template_gives_the_logits_of_the_model(model, tokenizer):
     pixels, _ = random_inputs(TINY, images=4)
     ids = tokenizer([f"a {label}." for label in LABELS])
@@ -66,3 +93,289 @@ def test_ranking_is_sorted_and_sums_to_one(model, tokenizer):
 def test_prompts_that_would_say_nothing(model, tokenizer, labels, templates, message):
     with pytest.raises(ValueError, match=message):
         class_embeddings(model, tokenizer, labels, templates)
+
+
+# ------------------------------------------------------------------------------------------------
+# The published lists. The checksums are of open_clip 3.3.0's lists, and of timm 1.0.31's wnids.
+
+
+@pytest.mark.parametrize(
+    "lines, count, unique, checksum",
+    [
+        (IMAGENET_CLASSES, 1000, 998, "571ae1c583b4be7da87519494c52bf405a46af05"),
+        (IMAGENET_WNIDS, 1000, 1000, "385e0240499426c022b773be1ae4da780f057b89"),
+        (IMAGENET_TEMPLATES, 80, 80, "4f976686fb651bb5803d4689dcd849f75efe0ef1"),
+        (SIMPLE_TEMPLATES, 7, 7, "6ef3883987d224b7949da69fe0b615af152e1560"),
+        (CIFAR_TEMPLATES, 18, 18, "9bbf912e1144ca4c7de308d478b5ced7ea3df9e6"),
+    ],
+)  # fmt: skip
+def test_published_lists_are_whole(lines, count, unique, checksum):
+    assert (len(lines), len(set(lines))) == (count, unique)
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40] == checksum
+
+
+def test_published_lists_here_and_there():
+    classes = dict(enumerate(IMAGENET_CLASSES))
+    assert [classes[i] for i in (0, 21, 134, 517, 999)] == [
+        "tench", "kite (bird of prey)", "crane bird", "construction crane", "toilet paper",
+    ]  # fmt: skip
+    assert [i for i in classes if classes[i] == "missile"] == [657, 744]
+    assert [i for i in classes if classes[i] == "sunglasses"] == [836, 837]
+    assert list(IMAGENET_WNIDS) == sorted(IMAGENET_WNIDS)
+    assert IMAGENET_WNIDS[281] == "n02123045" and classes[281] == "tabby cat"
+    assert set(SIMPLE_TEMPLATES) < set(IMAGENET_TEMPLATES)
+    assert all(t.count("{}") == 1 for t in (*IMAGENET_TEMPLATES, *CIFAR_TEMPLATES))
+
+
+def test_templates_by_name():
+    assert find_templates(["a {}", "imagenet"]) == ["a {}", *IMAGENET_TEMPLATES]
+    with pytest.raises(ValueError, match="imagnet.*none of the sets imagenet, simple, cifar"):
+        find_templates(["imagnet"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders
+
+
+def make_folders(root, names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / name / "a.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    "folders, labels",
+    [
+        (["fire_truck", "cat", "Zebra"], ["Zebra", "cat", "fire truck"]),
+        (["10", "9", "1"], ["1", "9", "10"]),
+        (["n02123045", "n01440764"], ["tench", "tabby cat"]),  # a part of ImageNet
+        (["n02123045", "n00000000"], ["n00000000", "n02123045"]),  # not ImageNet
+    ],
+)
+def test_folders_name_the_classes(tmp_path, folders, labels):
+    images = labelled_images(make_folders(tmp_path, folders))
+    assert images.labels == labels
+    assert [path.parent.name for path in images.paths] == images.folders
+    assert images.classes == list(range(len(folders)))
+
+
+@pytest.mark.parametrize("form", ["{}", "{:03}"])
+def test_positions_of_imagenet_are_sorted_as_numbers(tmp_path, form):
+    for i in range(1000):
+        (tmp_path / form.format(i)).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / form.format(744) / "a.png")
+    images = labelled_images(tmp_path)
+    assert images.labels == list(IMAGENET_CLASSES)
+    assert images.classes == [744] and images.folders[2] == form.format(2)
+
+
+def test_all_of_imagenet_by_wnid():
+    assert folder_labels(IMAGENET_WNIDS) == list(IMAGENET_CLASSES)
+
+
+def test_labels_can_be_given(tmp_path):
+    make_folders(tmp_path, ["0", "1"])
+    assert labelled_images(tmp_path, ["zero", "one"]).labels == ["zero", "one"]
+    with pytest.raises(ValueError, match="3 labels for the 2 class folders"):
+        labelled_images(tmp_path, ["zero", "one", "two"])
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    make_folders(tmp_path, ["cat", "cat/deeper", "cat/.cache", ".git"])
+    (tmp_path / "cat" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "README").write_text("beside the folders")
+    images = labelled_images(tmp_path)
+    assert images.labels == ["cat"]
+    assert [str(p.relative_to(tmp_path)) for p in images.paths] == ["cat/a.png", "cat/deeper/a.png"]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda root: None, "No such file"),
+        (lambda root: root.write_text("a file"), "Not a directory"),
+        (lambda root: root.mkdir(), "no folders in it"),
+        (lambda root: (root / "cat").mkdir(parents=True), "no files in its 1 class folders"),
+    ],
+)
+def test_folders_without_images(tmp_path, make, message):
+    make(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        labelled_images(tmp_path / "data")
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation, by a classifier that is told what to say: an image's grey level is a row of `answers`.
+
+GREY = ImageTransform(8, image_mean=(0, 0, 0), image_std=(1, 1, 1))
+
+
+def planted(answers):
+    def classifier(pixels):
+        rows = (pixels.mean((1, 2, 3)) * 255 / 10).round().long()
+        return torch.as_tensor(answers, dtype=torch.float32)[rows]
+
+    return classifier
+
+
+def save_grey(path, row):
+    Image.new("L", (8, 8), 10 * row).save(path)
+
+
+def save_planted(root, confusion):
+    """An image for each count of the matrix, whose grey level is the class to be predicted."""
+    for true, row in enumerate(confusion):
+        (root / f"class_{true}").mkdir(parents=True)
+        for predicted, count in enumerate(row):
+            for n in range(count):
+                save_grey(root / f"class_{true}" / f"{n}-{predicted}.png", predicted)
+    return labelled_images(root)
+
+
+CONFUSION = [[2, 1, 0], [0, 0, 3], [1, 0, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_confusions_are_counted_by_true_and_predicted_class(tmp_path, batch_size):
+    images = save_planted(tmp_path, CONFUSION)
+    result = evaluate(planted(torch.eye(4)), GREY, images, batch_size)
+    assert result.confusion[:, :3].tolist() == CONFUSION and not result.confusion[:, 3].any()
+    assert result.labels == ["class 0", "class 1", "class 2", "class 3"]
+    assert result.images.tolist() == [3, 3, 2, 0]
+    assert result.top1 == 3 / 8 and result.top5 == 1 and result.skipped == []
+    assert result.class_accuracy[:3].tolist() == [2 / 3, 0, 1 / 2]
+    assert math.isnan(result.class_accuracy[3])
+    assert result.mistakes() == [(1, 2, 3), (0, 1, 1), (2, 0, 1)]
+
+
+def test_top5_is_the_five_best(tmp_path):
+    for true in range(7):
+        (tmp_path / str(true)).mkdir()
+    for row in range(7):  # seven images of class 2, which comes row-th in the answer to the row-th
+        save_grey(tmp_path / "2" / f"{row}.png", row)
+    order = [[c for c in range(7) if c != 2] for _ in range(7)]
+    answers = torch.zeros(7, 7)
+    for row, classes in enumerate(order):
+        classes.insert(row, 2)
+        answers[row, classes] = torch.arange(7, 0, -1).float()
+    result = evaluate(planted(answers), GREY, labelled_images(tmp_path))
+    assert result.in_top5.tolist() == [0, 0, 5, 0, 0, 0, 0]
+    assert result.top5 == 5 / 7 and result.top1 == 1 / 7
+
+
+def test_one_class_is_always_right(tmp_path):
+    result = evaluate(planted(torch.ones(1, 1)), GREY, save_planted(tmp_path, [[3]]))
+    assert (result.top1, result.top5, result.mistakes()) == (1, 1, [])
+
+
+def test_classes_with_one_label_are_counted_by_position(tmp_path, model, tokenizer):
+    images = save_planted(tmp_path, [[2, 0, 0], [0, 1, 0], [0, 0, 4]])
+    images = images._replace(labels=["missile", "cat", "missile"])
+    result = evaluate(planted(torch.eye(3)), GREY, images)
+    assert result.labels == ["missile", "cat", "missile"]
+    assert result.images.tolist() == [2, 1, 4] and result.top1 == 1
+    classifier = ZeroShotClassifier(model, tokenizer, images.labels)
+    assert classifier.weights.shape[0] == 3
+    assert torch.equal(classifier.weights[0], classifier.weights[2])
+
+
+def test_unreadable_files_are_skipped_and_named(tmp_path):
+    images = save_planted(tmp_path, CONFUSION)
+    for name, damage in {"1-9": b"", "text": b"no image", "0-9": None}.items():
+        path = tmp_path / "class_1" / f"{name}.png"
+        if damage is None:
+            noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
+            damage = path.read_bytes()[:1000]
+        path.write_bytes(damage)
+    images = labelled_images(tmp_path)
+    result = evaluate(planted(torch.eye(4)), GREY, images, batch_size=2)
+    assert result.confusion[:, :3].tolist() == CONFUSION
+    assert len(result.skipped) == 3
+    for name, reason in zip(("0-9", "1-9", "text"), result.skipped, strict=True):
+        assert str(tmp_path / "class_1" / f"{name}.png") in reason
+
+
+def test_nothing_but_unreadable_files(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.txt").write_text("no image")
+    with pytest.raises(ValueError, match="none of the 1 files can be read.*a.txt"):
+        evaluate(planted(torch.ones(1, 1)), GREY, labelled_images(tmp_path))
+
+
+def test_a_batch_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        evaluate(planted([[1]]), GREY, save_planted(tmp_path, [[1]]), batch_size=0)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "webp", "gif"]
+)
+def test_odd_modes_are_read(tmp_path, mode):
+    (tmp_path / "cat").mkdir()
+    suffix = {"CMYK": "tif", "webp": "webp", "gif": "gif"}.get(mode, "png")
+    Image.new("RGB" if mode == suffix else mode, (9, 13)).save(tmp_path / "cat" / f"a.{suffix}")
+    result = evaluate(lambda x: x.mean((2, 3)), GREY, labelled_images(tmp_path, ["cat"]))
+    assert (result.images.tolist(), result.skipped) == ([1], [])
+
+
+def test_reading_ahead_keeps_the_order_and_its_distance():
+    started = []
+
+    def transform(i):
+        started.append(i)
+        time.sleep(0.01 if i % 3 == 0 else 0)  # the first of each three is overtaken
+        return torch.tensor(i)
+
+    results = read_ahead(transform, range(30), ahead=5)
+    for i, result in enumerate(results):
+        assert result == i
+        assert max(started) <= i + 5
+    assert sorted(started) == list(range(30))
+
+
+def test_accuracy_is_that_of_transformers(tmp_path, tokenizer):
+    ours, theirs = twins(TINY)
+    labels = [*LABELS, "the cup", "dog again"]
+    rng = np.random.default_rng(0)
+    for label in labels:
+        (tmp_path / label.replace(" ", "_")).mkdir()
+        for i in range(12):
+            # Large blots, for all noise looks the same to a model.
+            blots = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+            image = Image.fromarray(blots).resize((50, 44), Image.Resampling.NEAREST)
+            image.save(tmp_path / label.replace(" ", "_") / f"{i}.png")
+    images = labelled_images(tmp_path)
+    transform = ImageTransform(TINY.vision.image_size)
+    classifier = ZeroShotClassifier(ours, tokenizer, images.labels, TEMPLATES)
+    found = evaluate(classifier, transform, images, batch_size=7)
+
+    expected = torch.zeros(len(labels), len(labels), dtype=torch.int64)
+    prompts = [t.replace("{}", label) for label in images.labels for t in TEMPLATES]
+    with torch.no_grad():
+        output = theirs(tokenizer(prompts), transform(images.paths))  # both embeddings unit vectors
+    sums = [sum(output.text_embeds[3 * i : 3 * i + 3]) for i in range(len(labels))]
+    for path, image_embeds in zip(images.paths, output.image_embeds, strict=True):
+        scores = [torch.cosine_similarity(x, image_embeds, dim=0).item() for x in sums]
+        expected[images.folders.index(path.parent.name), int(np.argmax(scores))] += 1
+    assert torch.equal(found.confusion, expected)
+    assert (expected.sum(dim=0) > 0).sum() > 1  # not all alike
+    assert found.top1 == expected.diagonal().sum().item() / 60
+
+
+@pytest.mark.parametrize("count", [1, 3, 60])
+def test_confusions_are_drawn(tmp_path, count):
+    from miniclip.figures import draw_confusion
+    from miniclip.zeroshot import Evaluation
+
+    confusion = 5 * torch.eye(count, dtype=torch.int64)
+    confusion[0, -1] += 7
+    confusion[-1] = 0  # a class without images
+    confusion[0, 0] += 1
+    result = Evaluation(["missile"] * count, confusion, confusion.diagonal(), [])
+    draw_confusion(result, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 1000 and len(picture.getcolors(1 << 20)) > 10
+    with pytest.raises(ValueError, match="cannot be written"):
+        draw_confusion(result, tmp_path / "absent" / "picture.png")
