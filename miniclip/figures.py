@@ -43,7 +43,7 @@ def draw_cells(axes: Axes, result: Evaluation) -> None:
     labels = [shorten(label) for label in result.labels]
     share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
     # The square root of the share: a confusion of 4 % is a fifth as dark as 100 %, not a 25th.
-    axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(length=0, labelsize=11 if len(labels) <= MOST_NUMBERS else 7)
