@@ -7,6 +7,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+import miniclip
 from miniclip import load
 from miniclip.cli import main
 
@@ -138,6 +139,98 @@ def test_no_network_names_the_embedded_checkpoints(run, command, monkeypatch, tm
     assert_one_line_error(run(*command), "openai/clip-vit-base-patch32", "cifar10")
 
 
+@pytest.fixture
+def photographs(tmp_path):
+    """Eight noisy images in seven class folders, one of them empty, and a file that is no image."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "photographs"
+    for i, name in enumerate(["cat", "dog", "fire_truck", "frog", "horse", "ship", "none"]):
+        (root / name).mkdir(parents=True)
+        for n in range((2, 1, 2, 1, 1, 1, 0)[i]):
+            pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{n}.png")
+    (root / "cat" / "notes.txt").write_text("not an image")
+    return root
+
+
+def test_eval_counts_what_the_classifier_says(run, photographs):
+    command = [
+        "eval",
+        "--data",
+        str(photographs),
+        "--model",
+        "cifar10",
+        "--templates",
+        "a {}",
+        "{}",
+    ]
+    status, out, err = run(*command, "--json")
+    assert status == 0
+    assert err.startswith("miniclip: skipped ") and "notes.txt" in err and err.count("\n") == 1
+    found = json.loads(out)
+    assert found["images"] == 8 and len(found["skipped"]) == 1
+    assert found["templates"] == ["a {}", "{}"]
+
+    model, tokenizer, transform = load("cifar10")
+    labels = ["cat", "dog", "fire truck", "frog", "horse", "none", "ship"]
+    classifier = miniclip.ZeroShotClassifier(model, tokenizer, labels, ["a {}", "{}"])
+    right = in_top5 = 0
+    for row in found["classes"]:
+        assert row["label"] == row["folder"].replace("_", " ")
+        paths = sorted((photographs / row["folder"]).glob("*.png"))
+        best = classifier(transform(paths)).topk(5).indices.tolist()
+        guesses = [[labels[i] for i in guess] for guess in best]
+        assert row["images"] == len(paths)
+        assert row["right"] == sum(guess[0] == row["label"] for guess in guesses)
+        right += row["right"]
+        in_top5 += sum(row["label"] in guess for guess in guesses)
+    assert found["top1"] == right / 8 and found["top5"] == in_top5 / 8
+    assert sum(row["images"] for row in found["confusions"]) == 8 - right
+
+
+def test_eval_prints_a_table_and_draws(run, photographs, tmp_path):
+    picture = str(tmp_path / "confusions.png")
+    command = ["eval", "--data", str(photographs), "--model", "cifar10"]
+    status, out, err = run(*command, "--plot", picture)
+    assert status == 0 and picture in err
+    assert max(map(len, out.splitlines())) <= 80
+    for words in ("top-1 ", "top-5 ", "skipped    1", "fire truck", "most frequent confusions"):
+        assert words in out
+    with Image.open(picture) as drawn:
+        assert drawn.width > 1000
+    for name in ("cat", "dog"):  # with five classes, top-5 would be all
+        (photographs / name).rename(tmp_path / name)
+    _, out, _ = run(*command)
+    assert "top-1 " in out and "top-5" not in out
+
+
+def test_eval_reads_labels_from_a_file(run, photographs, tmp_path):
+    (tmp_path / "labels.txt").write_text("cat\ndog\nlorry\nfrog\nhorse\nnothing\nboat\n")
+    command = ["eval", "--data", str(photographs), "--model", "cifar10", "--json"]
+    _, out, _ = run(*command, "--labels", str(tmp_path / "labels.txt"))
+    found = {row["folder"]: row["label"] for row in json.loads(out)["classes"]}
+    assert found["ship"] == "boat" and found["none"] == "nothing"
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--data", "absent"], ["absent", "No such file"]),
+        (["--data", "DATA/cat"], ["no folders"]),
+        (["--data", "DATA", "--templates", "imagenett"], ["imagenett", "imagenet", "simple"]),
+        (["--data", "DATA", "--templates", "word " * 500 + "{}"], ["tokens"]),
+        (["--data", "DATA", "--labels", "absent.txt"], ["absent.txt", "No such file"]),
+        (["--data", "DATA", "--labels", "DATA/cat/notes.txt"], ["1 labels", "7 class folders"]),
+        (["--data", "DATA", "--batch", "0"], ["batch_size is 0"]),
+        (["--data", "DATA", "--batch", "x"], ["--batch"]),
+        ([], ["--data"]),
+    ],
+)
+def test_eval_of_what_makes_no_sense(run, photographs, options, words):
+    options = [option.replace("DATA", str(photographs)) for option in options]
+    assert_one_line_error(run("eval", *options, "--model", "cifar10"), *words)
+
+
 def test_info_counts_the_parameters_of_the_model(run):
     status, out, err = run("info", "cifar10")
     assert status == 0
@@ -168,7 +261,7 @@ def test_unknown_commands_and_options(run, argv):
     assert_one_line_error(run(*argv), "--help")
 
 
-@pytest.mark.parametrize("name", ["classify", "info", "tokenize", "demo"])
+@pytest.mark.parametrize("name", ["classify", "info", "tokenize", "demo", "eval"])
 def test_help_shows_an_example(run, name):
     status, out, err = run(name, "--help")
     assert status == 0 and f"example:\n  miniclip {name}" in out
