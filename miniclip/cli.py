@@ -281,7 +281,7 @@ def evaluation(args: argparse.Namespace) -> int:
         )
     else:
         print(f"model      {args.model}")
-        print(f"templates  {' '.join(args.templates or templates)}")
+        print(f"templates  {shorten(' | '.join(args.templates or templates), 69)}")
         print(evaluation_table(result))
     if args.plot:
         draw_confusion(result, args.plot)
