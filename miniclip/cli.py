@@ -5,6 +5,7 @@ Exit status 0 if all went well, 1 if a check failed, 2 on bad input, which is on
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -244,7 +245,10 @@ def train(args: argparse.Namespace) -> int:
     with process_group(args.device) as device:
         setup = set_up(args.data, args.model, args.recipe, args.config, overrides, device)
         train(*setup, args.out)
-    rows = [json.loads(line) for line in open(Path(args.out) / "metrics.jsonl")]
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # of several processes, the first one speaks
+    lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     if args.plot:
         from miniclip.figures import draw_curves
 

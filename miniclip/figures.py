@@ -5,6 +5,7 @@ once, not after an hour's work. The colours are of Okabe and Ito's, or run from 
 that the colour-blind tell them apart, and a grey printer too.
 """
 
+from collections.abc import Sequence
 from os import PathLike
 
 from miniclip.zeroshot import Evaluation
@@ -101,3 +102,23 @@ def save(figure: Figure, path: str | PathLike[str]) -> None:
         figure.savefig(path, dpi=120)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> None:
+    """The metrics of a training run against its steps."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    curves = {
+        "loss": ("loss", BLUE),
+        "logit_scale": ("exp(logit scale)", ORANGE),
+        "lr": ("learning rate", "#009e73"),
+    }
+    steps = [row["step"] for row in rows]
+    for axes, (name, (title, color)) in zip(
+        figure.subplots(1, 3, width_ratios=(2, 1, 1)), curves.items(), strict=True
+    ):
+        axes.plot(steps, [row[name] for row in rows], color=color, linewidth=1.5)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)

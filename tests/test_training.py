@@ -1,51 +1,84 @@
-"""Contrastive training: the loss against its formula, and a run that learns."""
+"""Training: the loss against its formula, the shortcuts against the long way, runs against runs."""
 
+import csv
+import io
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice, product
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import transformers
 from PIL import Image
-from twin import TINY, random_inputs, twins
+from twin import TINY, random_inputs, transformers_config, twins
 
-from miniclip import load
+from miniclip import CLIP, ImageTransform, TextConfig, VisionConfig, load
+from miniclip.cli import main
+from miniclip.config import CheckpointError
 from miniclip.model import unit_norm
 from miniclip.training import (
-    PatchDropout,
     Recipe,
-    augment,
+    average_gradients,
+    batches,
     clamp_logit_scale,
     contrastive_loss,
-    read_class_folders,
-    train_from_folders,
+    from_scratch,
+    gather,
+    open_data,
+    read_recipe,
+    train,
 )
-from miniclip.training.loop import learning_rate, parameter_groups
+from miniclip.training import loop as loop_module
+from miniclip.training.data import augment, class_captions
+from miniclip.training.loop import SMALL, PatchDropout, checkpoint_blocks, loss_of_batch
+from miniclip.training.loss import backward
+from miniclip.training.optim import Muon, make_optimizers, schedule
 from miniclip.zeroshot import ZeroShotClassifier
+
+# ------------------------------------------------------------------------------------------------
+# the loss
 
 
 @pytest.fixture
 def embeddings():
     generator = torch.Generator().manual_seed(0)
-    image, text = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
-    return unit_norm(image), unit_norm(text), torch.tensor(2.0, dtype=torch.float64)
+    image, text, wrong = torch.randn(3, 6, 5, generator=generator, dtype=torch.float64)
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    return unit_norm(image), unit_norm(text), scale, unit_norm(wrong)
 
 
-def slow_loss(image, text, scale, labels):
+def slow_loss(image, text, scale, labels, wrong=()):
     """Mean negative log probability of the pairs that belong together, pair by pair."""
-    logits = [[math.exp(scale) * float(a @ b) for b in text] for a in image]
-    total = 0.0
-    for table in (logits, list(zip(*logits, strict=True))):
-        for i, row in enumerate(table):
-            partners = [j for j in range(len(row)) if labels[i] == labels[j]]
-            norm = math.log(sum(math.exp(score) for score in row))
-            total += sum(norm - row[j] for j in partners) / len(partners) / len(table) / 2
-    return total
+
+    def direction(rows, columns, extra=()):
+        total = 0.0
+        for i, row in enumerate(rows):
+            scores = [math.exp(math.exp(scale) * float(row @ c)) for c in (*columns, *extra)]
+            partners = [j for j in range(len(columns)) if labels[i] == labels[j]]
+            total -= sum(math.log(scores[j] / sum(scores)) for j in partners) / len(partners)
+        return total / len(rows)
+
+    return (direction(image, text, wrong) + direction(text, image)) / 2
 
 
 @pytest.mark.parametrize("labels", [None, [0, 1, 0, 2, 1, 0], [3] * 6])
-def test_loss_is_the_formula_of_the_paper(embeddings, labels):
-    expected = slow_loss(*embeddings, labels or list(range(6)))
-    found = contrastive_loss(*embeddings, None if labels is None else torch.tensor(labels))
+@pytest.mark.parametrize("hard", [False, True])
+def test_loss_is_the_formula_of_the_paper(embeddings, labels, hard):
+    image, text, scale, wrong = embeddings
+    expected = slow_loss(image, text, scale, labels or list(range(6)), wrong if hard else ())
+    given = None if labels is None else torch.tensor(labels)
+    found = contrastive_loss(image, text, scale, given, wrong if hard else None)
     assert found.item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -65,93 +98,624 @@ def test_logit_scale_is_clamped_at_100():
     assert model.logit_scale.exp().item() == pytest.approx(100)
 
 
+# ------------------------------------------------------------------------------------------------
+# the same gradients by other ways
+
+BATCH = 6
+LABELS = torch.tensor([0, 1, 2, 0, 3, 4])
+
+
+def batch_of(dtype):
+    """Pixels, ids of captions and then of false captions, labels."""
+    pixels, ids = random_inputs(TINY, images=BATCH, texts=2 * BATCH)
+    return pixels.to(dtype), ids, LABELS
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(found, expected, tolerance):
+    for name, value in expected.items():
+        worst = (found[name] - value).abs().max().item()
+        assert worst <= tolerance * max(1.0, value.abs().max().item()), (name, worst)
+
+
+def plain_step(model, chunk=0):
+    pixels, ids, labels = batch_of(model.logit_scale.dtype)
+    loss = backward(
+        partial(model.encode_image, normalize=True),
+        partial(model.encode_text, normalize=True),
+        pixels,
+        ids,
+        partial(loss_of_batch, model.logit_scale, labels),
+        chunk,
+    )
+    return loss
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_two_passes_in_chunks_give_the_gradients_of_one(dtype, tolerance, chunk):
+    model, again = (twins(TINY, dtype=dtype)[0] for _ in range(2))
+    expected = plain_step(model)
+    found = plain_step(again, chunk)
+    assert found.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert_same(gradients(again), gradients(model), tolerance)
+
+
+def test_the_two_passes_drop_the_same_patches():
+    model = twins(TINY, dtype=torch.float64)[0].train()
+    PatchDropout(model.vision, 0.5)
+    torch.manual_seed(5)
+    image_seed, text_seed = torch.randint(2**62, (2,)).tolist()
+    torch.manual_seed(5)
+    found = plain_step(model, chunk=100)
+    in_chunks = gradients(model)
+    model.zero_grad()
+    torch.manual_seed(image_seed)
+    expected = plain_step(model)
+    assert found.item() == expected.item()
+    assert_same(in_chunks, gradients(model), 1e-12)
+
+
+def test_blocks_computed_twice_give_the_same_gradients():
+    model, again = (twins(TINY)[0].train() for _ in range(2))
+    checkpoint_blocks(again)
+    for each in (model, again):
+        PatchDropout(each.vision, 0.5)
+        torch.manual_seed(0)
+        plain_step(each)
+    assert_same(gradients(again), gradients(model), 0.0)
+
+
+RATES = {"equal": (0.1, 0.1), "unequal": (0.1, 0.003)}
+
+
+def three_steps(model, rates, rank=0, world=1):
+    """Three steps of gradient descent, each tower at its own rate, on one share of the batch."""
+    pixels, ids, labels = batch_of(model.logit_scale.dtype)
+    ids = torch.cat([ids[:BATCH][rank::world], ids[BATCH:][rank::world]])
+    pixels, labels = pixels[rank::world], labels[rank::world]
+    towers = zip((model.vision, model.text), RATES[rates], strict=True)
+    optimizer = torch.optim.SGD([{"params": t.parameters(), "lr": lr} for t, lr in towers], lr=0.1)
+    optimizer.add_param_group({"params": [model.logit_scale]})
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = backward(
+            partial(model.encode_image, normalize=True),
+            partial(model.encode_text, normalize=True),
+            pixels,
+            ids,
+            partial(loss_of_batch, model.logit_scale, labels),
+        )
+        average_gradients(model)
+        losses.append(loss.item())
+        optimizer.step()
+    return losses
+
+
+def one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    for rates, dtype in product(RATES, (torch.float32, torch.float64)):
+        model = twins(TINY, dtype=dtype)[0]
+        losses = three_steps(model, rates, rank, 2)
+        found = {"losses": losses, "grads": gradients(model), "weights": model.state_dict()}
+        torch.save(found, f"{folder}/{rates} {dtype} {rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    mp.start_processes(one_of_two, (str(folder),), nprocs=2, start_method="spawn")
+    return folder
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_two_processes_give_the_gradients_of_one_big_batch(dtype, tolerance, two_processes):
+    for rates in RATES:
+        model = twins(TINY, dtype=dtype)[0]
+        losses = three_steps(model, rates)
+        for rank in (0, 1):
+            found = torch.load(two_processes / f"{rates} {dtype} {rank}.pt")
+            assert found["losses"] == pytest.approx(losses, rel=10 * tolerance)
+            assert_same(found["grads"], gradients(model), 10 * tolerance)
+            assert_same(found["weights"], model.state_dict(), tolerance)
+
+
+def test_gather_alone_is_the_identity():
+    x = torch.randn(3, 2)
+    assert gather(x) is x
+
+
+# ------------------------------------------------------------------------------------------------
+# optimizers and their schedule
+
+
 def test_only_matrices_decay():
     model = twins(TINY)[0]
-    decayed, spared = parameter_groups(model, 0.1)
-    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+    (adamw,) = make_optimizers(model, 1e-3, 0.0, 0.1)
+    decayed, spared = adamw.param_groups
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
+    assert all(p.ndim >= 2 for p in decayed["params"])
     names = {id(p): name for name, p in model.named_parameters()}
     spared_names = {names[id(p)].rpartition(".")[2] for p in spared["params"]}
     assert spared_names == {"bias", "weight", "class_embed", "logit_scale"}
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = twins(TINY)[0]
+    adamw, muon = make_optimizers(model, 1e-3, 0.02, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    theirs = [[names[id(p)] for g in o.param_groups for p in g["params"]] for o in (adamw, muon)]
+    assert all(".blocks." in name and name.endswith(".weight") for name in theirs[1])
+    assert len(theirs[1]) == 6 * (TINY.vision.layers + TINY.text.layers)
+    assert sorted(sum(theirs, [])) == sorted(names.values())
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
+def test_muon_is_torchs_but_for_its_precision(shape):
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    options = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    optimizers = [Muon([ours], **options), torch.optim.Muon([theirs], **options)]
+    for _ in range(5):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    # theirs orthogonalises in bfloat16, which keeps two to three digits
+    assert (ours - theirs).norm() < 0.03 * 5 * 0.02 * min(shape) ** 0.5
+    assert (ours - theirs).abs().max() < 0.003
+
+
 def test_learning_rate_rises_and_falls():
-    rates = [learning_rate(step, 100, 0.1) for step in range(100)]
+    rates = [schedule(step, 100, 0.1) for step in range(100)]
     assert max(rates) == 1 and rates[9] == 1 and rates[0] == 0.1
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------
+# what is done to the pictures
 
 
 def test_patch_dropout_keeps_the_class_token_and_some_patches_in_order():
     model = twins(TINY)[0]
     pixels, _ = random_inputs(TINY)
     whole = model.vision.embed(pixels)
-    PatchDropout(model.vision, 0.6)
+    dropout = PatchDropout(model.vision, 0.6)
     assert torch.equal(model.vision.embed(pixels), whole)  # not while evaluating
     part = model.train().vision.embed(pixels)
     assert part.shape[1] == 1 + round(0.4 * TINY.vision.patches)
     for kept, full in zip(part, whole, strict=True):
         places = [(full == token).all(-1).nonzero().item() for token in kept]
         assert places[0] == 0 and places == sorted(set(places))
+    dropout.remove()
+    assert torch.equal(model.vision.embed(pixels), whole)
 
 
 def test_augmentation_moves_and_mirrors_and_invents_nothing():
-    generator = torch.Generator().manual_seed(0)
-    ramp = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(50, 3, 8, 8)
-    moved = augment(ramp, generator, padding=2)
+    torch.manual_seed(0)
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(50, 3, 16, 16)
+    moved = augment(ramp)
     assert moved.shape == ramp.shape and moved.dtype == torch.uint8
-    assert len({tuple(picture.flatten().tolist()) for picture in moved}) > 20
-    rises = (moved[:, 0, 4, 4].int() - moved[:, 0, 4, 3].int()).tolist()
+    assert len({tuple(picture.flatten().tolist()) for picture in moved}) > 30
+    rises = (moved[:, 0, 8, 8].int() - moved[:, 0, 8, 7].int()).tolist()
     assert set(rises) == {1, -1}
+
+
+# ------------------------------------------------------------------------------------------------
+# pairs
+
+SIZE = 16
+SHAPE = replace(
+    SMALL,
+    vision=VisionConfig(
+        width=32, layers=2, heads=2, mlp_width=64, image_size=SIZE, patch_size=4
+    ),
+    text=TextConfig(
+        width=32, layers=1, heads=2, mlp_width=64, vocab_size=600, context_length=24,
+        bos_token_id=0, eos_token_id=0,
+    ),
+    embed_dim=16,
+)  # fmt: skip
+QUICK = Recipe(epochs=3, batch=32, muon_lr=0.02, patch_dropout=0.25, augment=True)
+
+
+def bars(kind, generator):
+    """A picture of stripes that stand or lie."""
+    rows = generator.integers(0, 256, (1, SIZE, 3)).repeat(SIZE, axis=0)
+    return Image.fromarray(
+        (rows if kind == "upright" else rows.transpose(1, 0, 2)).astype(np.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Two classes, stripes that stand and stripes that lie, and one file that is no image."""
+    """Two classes of 80 pictures, and one file that is no image."""
     root = tmp_path_factory.mktemp("stripes")
     generator = np.random.default_rng(0)
-    for name in ("upright", "level"):
-        (root / name).mkdir()
+    for kind in ("upright", "level"):
+        (root / kind).mkdir()
         for i in range(80):
-            bars = generator.integers(0, 256, (1, 16, 3)).repeat(16, axis=0)
-            bars = bars if name == "upright" else bars.transpose(1, 0, 2)
-            Image.fromarray(bars.astype(np.uint8)).save(root / name / f"{i:03}.png")
+            bars(kind, generator).save(root / kind / f"{i:03}.png")
     (root / "level" / "broken.png").write_bytes(b"no image")
     return root
 
 
-def test_broken_images_are_skipped_and_named(stripes):
-    data = read_class_folders(stripes, 16)
-    assert data.classes == ["level", "upright"] and len(data.labels) == 160
-    assert len(data.skipped) == 1 and "broken.png" in data.skipped[0]
+def captioned(root, kind, pictures=12, broken=3):
+    """A folder of pictures with metadata of a kind, jsonl, csv or tar, or in tar shards."""
+    generator = np.random.default_rng(1)
+    rows = []
+    for i in range(pictures):
+        name = "level" if i % 2 else "upright"
+        data = io.BytesIO()
+        bars(name, generator).save(data, "png")
+        rows.append((f"{i:03}.png", f"{name} bars", data.getvalue()))
+    if broken is not None:
+        rows[broken] = (*rows[broken][:2], rows[broken][2][:60])
+    if kind == "tar":
+        for shard in range(2):
+            with tarfile.open(root / f"{shard}.tar", "w") as tar:
+                for name, text, data in rows[shard::2]:
+                    for suffix, content in ((".png", data), (".txt", text.encode())):
+                        member = tarfile.TarInfo(name.removesuffix(".png") + suffix)
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        return
+    for name, _, data in rows:
+        (root / name).write_bytes(data)
+    with open(root / f"metadata.{kind}", "w", newline="") as file:
+        if kind == "jsonl":
+            for name, text, _ in rows:
+                print(json.dumps({"file_name": name, "text": text}), file=file)
+        else:
+            writer = csv.writer(file)
+            writer.writerows([("file_name", "text"), *((name, text) for name, text, _ in rows)])
 
 
-def test_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no images"):
-        read_class_folders(tmp_path, 16)
-    with pytest.raises(ValueError, match="no images"):
-        read_class_folders(tmp_path / "absent", 16)
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tar"])
+def test_every_source_gives_its_pairs_and_names_what_it_cannot_read(kind, tmp_path):
+    captioned(tmp_path, kind)
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert len(data) == 12
+    assert set(data.captions()) == {"upright bars", "level bars"}
+    for batch in islice(batches(data, 4, seed=0), 6):
+        assert batch.pixels.shape == (4, 3, SIZE, SIZE) and batch.pixels.dtype == torch.uint8
+        for pixels, caption in zip(batch.pixels, batch.captions, strict=True):
+            stands = (pixels == pixels[:, :1]).all().item()
+            assert caption == ("upright bars" if stands else "level bars")
+        same = [[a == b for b in batch.captions] for a in batch.captions]
+        assert (batch.labels[:, None] == batch.labels).tolist() == same
+    (skipped,) = data.skipped
+    assert "003" in skipped
 
 
-def test_a_short_run_learns_and_its_checkpoint_loads(stripes, tmp_path):
-    recipe = Recipe(epochs=10, batch=32)
-    trained = train_from_folders(stripes, tmp_path, recipe, image_size=16)
+@pytest.mark.parametrize("kind", ["jsonl", "tar"])
+def test_batches_do_not_depend_on_where_they_start_or_how_they_are_shared(kind, tmp_path):
+    captioned(tmp_path, kind, broken=None)
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    whole = list(islice(batches(data, 4, seed=3), 8))
+    late = list(islice(batches(data, 4, seed=3, first=5), 3))
+    for a, b in zip(whole[5:], late, strict=True):
+        assert torch.equal(a.pixels, b.pixels) and a.captions == b.captions
+    shares = [list(islice(batches(data, 4, seed=3, rank=r, world=2), 8)) for r in (0, 1)]
+    for i, batch in enumerate(whole):
+        for rank in (0, 1):
+            assert torch.equal(batch.pixels[rank::2], shares[rank][i].pixels)
+            assert batch.captions[rank::2] == shares[rank][i].captions
+    other = next(batches(data, 4, seed=4))
+    assert not torch.equal(other.pixels, whole[0].pixels)
+
+
+def test_every_epoch_shows_every_picture_once(stripes):
+    data = open_data(stripes, ImageTransform(SIZE))
+    epochs = [list(data.items(seed)) for seed in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(161))
+    assert epochs[0] != epochs[1]
+
+
+def test_broken_pictures_are_skipped_and_named(stripes):
+    data = open_data(stripes, ImageTransform(SIZE))
+    for _ in islice(batches(data, 32, seed=0), 12):
+        pass
+    (skipped,) = data.skipped
+    assert "broken.png" in skipped
+
+
+def test_a_class_is_called_by_every_synonym_in_every_template():
+    assert "a photo of a kitten." in class_captions("cat")
+    assert class_captions("tea_cup")[3] == "a photo of a tea cup."
+
+
+def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
+    transform = ImageTransform(SIZE)
+    with pytest.raises(ValueError, match="no such folder"):
+        open_data(tmp_path / "absent", transform)
+    with pytest.raises(ValueError, match="at least two folders.*found 0"):
+        open_data(tmp_path, transform)
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "one.png").touch()
+    with pytest.raises(ValueError, match="at least two folders.*found 1"):
+        open_data(tmp_path, transform)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(ValueError, match="no rows"):
+        open_data(tmp_path, transform)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,\n")
+    with pytest.raises(ValueError, match="row 1: expected a file_name and a text"):
+        open_data(tmp_path, transform)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n{"file')
+    with pytest.raises(ValueError, match="rows that can be read"):
+        open_data(tmp_path, transform)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n')
+    with pytest.raises(ValueError, match="none of the first 1 pictures can be read.*a.png"):
+        next(batches(open_data(tmp_path, transform), 1, seed=0))
+
+
+# ------------------------------------------------------------------------------------------------
+# runs
+
+
+def run(data, out, recipe=QUICK, transform=None):
+    transform = transform or ImageTransform(SIZE)
+    source = open_data(data, transform)
+    model, tokenizer = from_scratch(SHAPE, source, recipe.seed)
+    return train(model, tokenizer, transform, source, recipe, out)
+
+
+def assert_equal_models(a, b):
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stripes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    return run(stripes, out), out
+
+
+def test_a_run_learns_and_its_checkpoint_loads_here_and_in_transformers(stripes, tmp_path):
+    trained = run(stripes, tmp_path, replace(QUICK, epochs=12))
     model, tokenizer, transform = load(tmp_path)
-    assert torch.equal(model.vision.pos_embed, trained.vision.pos_embed)
-    data = read_class_folders(stripes, 16)
-    classifier = ZeroShotClassifier(model, tokenizer, data.classes)
-    found = classifier(transform(list(data.pixels))).argmax(1)
-    assert (found == data.labels).float().mean() > 0.9
+    assert_equal_models(model, trained)
+    kinds = ["level", "upright"]
+    generator = np.random.default_rng(7)
+    pixels = transform([bars(kinds[i % 2], generator) for i in range(40)])
+    classifier = ZeroShotClassifier(model, tokenizer, kinds)
+    right = classifier(pixels).argmax(1) == torch.arange(40) % 2
+    assert right.float().mean() > 0.9
+    ids = tokenizer(kinds)
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = theirs(pixel_values=pixels, input_ids=ids).logits_per_image
+        assert torch.equal(model(pixels, ids).logits_per_image, expected)
 
 
-def test_a_run_is_decided_by_its_seed(stripes, tmp_path):
-    runs = [
-        train_from_folders(stripes, tmp_path / str(i), Recipe(epochs=1, seed=seed), 16)
-        for i, seed in enumerate((0, 0, 1))
-    ]
-    first, again, other = (run.vision.pos_embed for run in runs)
-    assert torch.equal(first, again) and not torch.equal(first, other)
+def test_a_run_writes_down_what_it_did(undisturbed):
+    _, out = undisturbed
+    assert read_recipe(out / "recipe.json") == QUICK
+    rows = list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+    assert [row["step"] for row in rows] == [5, 10, 15]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert not (out / "training.pt").exists()
+
+
+def test_a_run_is_decided_by_its_seed(stripes, undisturbed, tmp_path):
+    assert_equal_models(run(stripes, tmp_path / "again"), undisturbed[0])
+    other = run(stripes, tmp_path / "other", replace(QUICK, seed=1))
+    assert not torch.equal(other.vision.pos_embed, undisturbed[0].vision.pos_embed)
+
+
+@pytest.mark.parametrize("save_every", [0, 300])
+@pytest.mark.parametrize("at", [7, 10])
+def test_a_run_that_is_stopped_and_started_again_gives_the_same_bits(
+    stripes, undisturbed, tmp_path, monkeypatch, at, save_every
+):
+    note = loop_module.Run.note
+
+    def stop(self, *args, **kwargs):
+        if self.step == at:
+            raise KeyboardInterrupt
+        note(self, *args, **kwargs)
+
+    monkeypatch.setattr(loop_module, "SAVE_EVERY", save_every)
+    monkeypatch.setattr(loop_module.Run, "note", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(stripes, tmp_path)
+    monkeypatch.setattr(loop_module.Run, "note", note)
+    assert_equal_models(run(stripes, tmp_path), undisturbed[0])
+    found, expected = ((d / "metrics.jsonl").read_text() for d in (tmp_path, undisturbed[1]))
+    for a, b in zip(found.splitlines(), expected.splitlines(), strict=True):
+        assert json.loads(a)["loss"] == json.loads(b)["loss"]
+
+
+def test_a_finished_run_is_not_overwritten(stripes, undisturbed):
+    before = (undisturbed[1] / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="already holds a checkpoint"):
+        run(stripes, undisturbed[1])
+    assert (undisturbed[1] / "model.safetensors").read_bytes() == before
+
+
+def test_another_recipe_does_not_continue_a_run(stripes, tmp_path):
+    torch.save({"settings": {"recipe": asdict(QUICK), "config": {}}}, tmp_path / "training.pt")
+    with pytest.raises(ValueError, match="unfinished run with another epochs, seed"):
+        run(stripes, tmp_path, replace(QUICK, epochs=1, seed=2))
+    (tmp_path / "training.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="cannot be continued"):
+        run(stripes, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "bfloat16"},
+        {"chunk": 10},
+        {"checkpoint_blocks": True},
+        {"compile": True},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch.compile's own
+def test_shortcuts_reach_nearly_the_loss_of_the_long_way(stripes, tmp_path, change):
+    plain = replace(QUICK, epochs=1, patch_dropout=0.0)
+    losses = []
+    for i, recipe in enumerate((plain, replace(plain, **change))):
+        run(stripes, tmp_path / str(i), recipe)
+        losses.append(json.loads((tmp_path / str(i) / "metrics.jsonl").read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
 
 
 def test_a_batch_larger_than_the_data_is_the_data(stripes, tmp_path):
-    train_from_folders(stripes, tmp_path, Recipe(epochs=1, batch=10_000), image_size=16)
-    assert (tmp_path / "model.safetensors").is_file()
+    run(stripes, tmp_path, replace(QUICK, epochs=1, batch=10_000))
+    assert read_recipe(tmp_path / "recipe.json").batch == 161
+
+
+def test_a_caption_of_500_words_is_cut_and_said_to_be(tmp_path, capsys):
+    captioned(tmp_path, "jsonl")
+    with open(tmp_path / "metadata.jsonl", "a") as file:
+        print(json.dumps({"file_name": "000.png", "text": "upright bars " * 250}), file=file)
+    run(tmp_path, tmp_path / "out", replace(QUICK, epochs=1, batch=13))
+    said = capsys.readouterr().err
+    assert "captions longer than the text tower are cut" in said
+    assert "003.png" in said  # the broken picture is named too
+
+
+def test_hard_negatives_need_data_that_has_them(stripes, tmp_path):
+    with pytest.raises(ValueError, match="no false captions"):
+        run(stripes, tmp_path, replace(QUICK, hard_negatives=True))
+
+
+@pytest.mark.parametrize(
+    "change", [{"epochs": 0}, {"batch": 0}, {"patch_dropout": 1.0}, {"precision": "float16"}]
+)
+def test_a_recipe_is_checked(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Recipe(**change)
+
+
+# ------------------------------------------------------------------------------------------------
+# the command
+
+
+def command(*args):
+    return [sys.executable, "-m", "miniclip", "train", *map(str, args)]
+
+
+@pytest.fixture(scope="module")
+def like(tmp_path_factory):
+    """A folder with a recipe and a shape to train like."""
+    folder = tmp_path_factory.mktemp("like")
+    (folder / "recipe.json").write_text(json.dumps(asdict(QUICK)))
+    (folder / "config.json").write_text(json.dumps(SHAPE.to_dict()))
+    return folder
+
+
+def loaded(folder):
+    return CLIP.from_pretrained(folder)
+
+
+def test_a_killed_command_is_continued_by_the_same_command(stripes, like, tmp_path):
+    line = command(stripes, "--recipe", like, "--epochs", 12, "--out", tmp_path / "killed")
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (tmp_path / "killed" / "training.pt").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(line, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "continued at step" in again.stderr and "broken.png" in again.stderr
+    run(stripes, tmp_path / "whole", replace(QUICK, epochs=12))
+    assert_equal_models(loaded(tmp_path / "killed"), loaded(tmp_path / "whole"))
+
+
+def test_torchrun_with_two_processes_gives_the_weights_of_one(like, tmp_path):
+    (tmp_path / "data").mkdir()
+    captioned(tmp_path / "data", "tar", pictures=24, broken=None)
+    options = ["--recipe", like, "--batch", 8, "--patch-dropout", 0, "--no-augment", "--muon-lr", 0]
+    line = command(tmp_path / "data", *options, "--out")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    done = subprocess.run(
+        [*launcher, *line[1:], str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert main([*line[3:], str(tmp_path / "one")]) == 0
+    one, two = (loaded(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert_same(two, one, 1e-4)
+
+
+def test_fine_tuning_starts_from_the_checkpoint(stripes, undisturbed, tmp_path):
+    line = [
+        "train",
+        stripes,
+        "--model",
+        undisturbed[1],
+        "--epochs",
+        1,
+        "--lr",
+        0,
+        "--out",
+        tmp_path,
+    ]
+    assert main(list(map(str, line))) == 0
+    assert_equal_models(loaded(tmp_path), undisturbed[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["absent"], "no such folder"),
+        (["."], "at least two folders"),
+        ([".", "--model", "absent"], "no checkpoint called 'absent'"),
+        ([".", "--recipe", "absent"], "no checkpoint called 'absent'"),
+        ([".", "--config", "absent"], "absent: expected a JSON file"),
+        ([".", "--epochs", "0"], "epochs is 0"),
+        ([".", "--device", "warp"], "device"),
+    ],
+)
+def test_bad_input_is_one_line(args, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *args, "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("miniclip: error: ") and err.count("\n") == 1
+    assert reason in err
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(stripes, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written"):
+        run(stripes, tmp_path / "file" / "out")
+
+
+def test_curves_are_drawn(stripes, like, tmp_path, capsys):
+    line = ["train", stripes, "--recipe", like, "--epochs", 2, "--out", tmp_path / "out"]
+    line += ["--plot", tmp_path / "curves.png", "--json"]
+    assert main(list(map(str, line))) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["step"] for row in rows] == [5, 10]
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 1000
+
+
+def test_initial_weights_are_spread_as_openai_spreads_them():
+    torch.manual_seed(0)
+    shape = replace(SHAPE, text=replace(SHAPE.text, width=128, layers=3, vocab_size=2000))
+    text = CLIP(shape).text
+    attn = text.blocks[0].attn
+    assert text.token_embed.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert attn.q_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    assert attn.out_proj.weight.std().item() == pytest.approx(128**-0.5 * 6**-0.5, rel=0.05)
+    # transformers has these two the other way round
+    theirs = transformers.CLIPModel(transformers_config(shape)).text_model.encoder.layers[0]
+    swapped = theirs.self_attn.q_proj.weight.std().item()
+    assert swapped == pytest.approx(128**-0.5 * 6**-0.5, rel=0.05)

@@ -2,5 +2,13 @@
 (loop.py), and a world to train on (shapes.py)."""
 
 from miniclip.training.data import Batch, Pair, Source, batches, open_data
-from miniclip.training.loop import Recipe, process_group, read_recipe, set_up, train
+from miniclip.training.loop import (
+    Recipe,
+    Setup,
+    from_scratch,
+    process_group,
+    read_recipe,
+    set_up,
+    train,
+)
 from miniclip.training.loss import average_gradients, clamp_logit_scale, contrastive_loss, gather

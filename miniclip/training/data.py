@@ -248,15 +248,19 @@ class Shards:
 
     def _samples(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
         """Whole samples, still as bytes. A damaged shard is noted and left where the damage is."""
-        from webdataset import WebDataset
+        from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def note(error: Exception) -> bool:
-            note_once(self.skipped, str(error))
+            note_once(self.skipped, f"{path}: {error.args[0] if error.args else error}")
             return True
 
-        urls = [str(path) for path in paths]
-        stream = WebDataset(urls, handler=note, shardshuffle=False, nodesplitter=None)
-        for sample in stream:
+        for path in paths:
+            with open(path, "rb") as stream:
+                files = tar_file_expander([{"url": str(path), "stream": stream}], handler=note)
+                yield from self._whole(group_by_keys(files, handler=note))
+
+    def _whole(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
             if "txt" not in sample or not any(kind in sample for kind in self.PICTURES):
                 note_once(self.skipped, f"{_place(sample)}: expected a picture and a .txt")
             else:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from miniclip.checkpoint import load, read_config, resolve, save
+from miniclip.checkpoint import check_device, load, read_config, resolve, save
 from miniclip.config import (
     CheckpointError,
     CLIPConfig,
@@ -87,9 +87,14 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """A recipe.json, as every run writes one. Raises ValueError."""
     values = read_json(path)
-    unknown = values.keys() - {field.name for field in fields(Recipe)}
-    if unknown:
-        raise CheckpointError(f"{path}: unknown entries {', '.join(sorted(unknown))}")
+    kinds = {field.name: type(field.default) for field in fields(Recipe)}
+    for name, value in values.items():
+        if name not in kinds:
+            raise CheckpointError(f"{path}: unknown entry {name!r}")
+        if type(value) not in (kinds[name], *(int,) * (kinds[name] is float)):
+            raise CheckpointError(
+                f"{path}: {name} is {value!r}, not of type {kinds[name].__name__}"
+            )
     return Recipe(**values)
 
 
@@ -190,6 +195,7 @@ def set_up(
     `model`: the checkpoint to fine-tune; without one the weights are random, in the shape of the
     file `config` or of the checkpoint `like`, whose recipe is followed, but for `overrides`.
     """
+    check_device(device)
     directory = resolve(like, "config") if like else None
     recipe = read_recipe(directory / "recipe.json") if directory else Recipe()
     recipe = replace(recipe, **overrides or {})
@@ -244,7 +250,13 @@ def train(
 
     model.train()
     stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)
-    bar = tqdm(total=steps, initial=run.step, unit="step", disable=None if rank == 0 else True)
+    bar = tqdm(
+        total=steps * recipe.batch,
+        initial=run.step * recipe.batch,
+        unit="pair",
+        unit_scale=True,
+        disable=None if rank == 0 else True,
+    )
     with bar:
         while run.step < steps:
             batch = next(stream)
@@ -275,7 +287,7 @@ def train(
             if run.is_time_to_save or run.step % steps_per_epoch == 0:
                 run.save(tokenizer, transform)
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            bar.update()
+            bar.update(recipe.batch)
     dropout.remove()
     run.finish()
     return model.eval()
@@ -333,9 +345,12 @@ class Run:
             raise ValueError(f"{out}: already holds a checkpoint; choose another folder")
         self.saved_at = self.started = time.monotonic()
         if writes:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "recipe.json", asdict(recipe))
-            (out / "metrics.jsonl").write_text("".join(map(_line, self.rows)))
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                write_json(out / "recipe.json", asdict(recipe))
+                (out / "metrics.jsonl").write_text("".join(map(_line, self.rows)))
+            except OSError as error:
+                raise ValueError(f"{out}: cannot be written: {error.strerror}") from error
 
     def _continue(self) -> None:
         path = self.out / STATE
