@@ -7,6 +7,8 @@ hub. Nothing is guessed and nothing is repaired: every tensor in the file must h
 the model and every parameter its tensor, of the same shape, and no weight is changed on the way.
 """
 
+import os
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -123,17 +125,23 @@ def resolve(
     embedded = embedded_names()
     if name in embedded:
         return EMBEDDED / name
-    path = Path(name).expanduser()
-    if str(name) and path.is_dir():
+    path = _as_path(name)
+    if str(name) and os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         return path.parent
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or path.suffix in SUFFIXES:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or path.suffix in SUFFIXES:
         raise CheckpointError(
             f"no checkpoint called {str(name)!r}: expected one of {', '.join(embedded)}, a "
             "directory, a weights file, or a hub id such as openai/clip-vit-base-patch32"
         )
     return _download(str(name), kind, revision, cache_dir, local_files_only)
+
+
+def _as_path(name: str | PathLike[str]) -> Path:
+    # os.path, here and where this is asked about: unlike Path's methods it never raises, whatever
+    # the name is; it may be a hub id, or nonsense.
+    return Path(os.path.expanduser(name))
 
 
 def _download(
@@ -157,9 +165,9 @@ def _download(
         except Exception as error:  # the hub client's errors have no base class of their own
             reason = " ".join(str(error).split()).rstrip(".")
             raise CheckpointError(
-                f"{repository} is no directory here, and cannot be had from the hub: "
-                f"{type(error).__name__}: {reason}. Offline there are directories, and the "
-                f"embedded checkpoints: {', '.join(embedded_names())}"
+                f"{repository} is no directory here, and cannot be had from the hub. Offline there "
+                f"are directories, and the embedded checkpoints: {', '.join(embedded_names())}. "
+                f"The hub's client says {type(error).__name__}: {reason}"
             ) from error
         if kind != "model" or _weights_in(Path(directory)):
             break
@@ -188,13 +196,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         zipped = zipfile.is_zipfile(path)  # as torch.save writes since 2020; the older cannot map
         tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # damage shows itself in many ways, all of them the file's
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's advice is to run the code
+            reason = "it holds more than tensors, and pickled code is never run"
         raise CheckpointError(
             f"{path}: no weights file that can be read, or one cut short "
-            f"({path.stat().st_size:,} bytes): {str(error).partition(chr(10))[0]}"
+            f"({path.stat().st_size:,} bytes): {reason}"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(map(_is_named_tensor, tensors.items())):
         raise CheckpointError(f"{path}: expected a dictionary of tensors and nothing else")
     return tensors
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    name, tensor = item
+    dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+    return isinstance(name, str) and dense
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -203,9 +220,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise CheckpointError(f"{index}: names a shard {shard!r} that is not a file beside it")
-        tensors |= read_tensors(index.parent / shard)
+        path = index.parent / shard
+        if Path(shard).name != shard or path.suffix not in SUFFIXES or not path.is_file():
+            raise CheckpointError(
+                f"{index}: names a shard {shard!r} that is not a weights file beside it"
+            )
+        more = read_tensors(path)
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise CheckpointError(f"{path}: tensors of another shard again: {_listed(twice)}")
+        tensors |= more
     absent = sorted(places.keys() - tensors.keys())
     if absent:
         raise CheckpointError(f"{index}: {len(absent)} tensors are in no shard: {_listed(absent)}")
@@ -252,10 +275,10 @@ def _fit(tensors: dict[str, Tensor], model: CLIP, path: Path) -> dict[str, Tenso
 
 def _without_position_ids(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Drop the buffers 0..n-1 that transformers saved until 4.31, having checked that they are."""
-    kept = {k: t for k, t in tensors.items() if not k.endswith("embeddings.position_ids")}
-    for name in tensors.keys() - kept.keys():
-        ids = tensors[name].flatten()
-        if not torch.equal(ids, torch.arange(len(ids), dtype=ids.dtype)):
+    kept = dict(tensors)
+    for name in ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"):
+        ids = kept.pop(name).flatten().tolist() if name in kept else []
+        if ids != [*range(len(ids))]:
             raise CheckpointError(
                 f"{path}: {name} is not 0, 1, 2, ..., so the positions of this checkpoint are "
                 "in an order that no CLIP uses"
@@ -279,6 +302,15 @@ def read_config(directory: Path) -> CLIPConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def check_device(device: str | torch.device) -> None:
+    """Raises ValueError where tensors cannot be put on this device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
+
+
 def load_model(
     name: str | PathLike[str],
     *,
@@ -293,22 +325,24 @@ def load_model(
     In the file's own dtype on a CPU the parameters are the mapped file, and cost no memory of
     their own until they are used or changed; a change never reaches the file.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
+    check_device(device)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; expected one of floating point, as torch.float32")
     options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     directory = resolve(name, "model", **options)
-    path = Path(name).expanduser()
-    weights = path if path.is_file() else _weights_in(directory)
+    path = _as_path(name)
+    weights = path if os.path.isfile(path) else _weights_in(directory)
     config = read_config(directory)
     if weights is None:
         raise CheckpointError(f"{directory}: no weights; expected {' or '.join(WEIGHTS[:3])}")
     tensors = read_tensors(weights)
     _check_depth(config, tensors, weights)
-    with torch.device("meta"):
-        model = CLIP(config)
+    try:
+        with torch.device("meta"):
+            model = CLIP(config)
+    except (RuntimeError, TypeError) as error:  # more bytes than 64 bits can count
+        path = directory / "config.json"
+        raise CheckpointError(f"{path}: no model can be so large: {error}") from None
     tensors = _fit(tensors, model, weights)
     tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
@@ -360,6 +394,11 @@ def load(
     model = load_model(name, device=device, dtype=dtype, **options)
     tokenizer = Tokenizer.from_pretrained(name, reference=reference, **options)
     transform = ImageTransform.from_pretrained(name, reference=reference, **options)
+    if tokenizer.vocab_size > model.config.text.vocab_size:
+        raise CheckpointError(
+            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens and the model embeds only "
+            f"{model.config.text.vocab_size}; they must come from the same checkpoint"
+        )
     return Loaded(model, tokenizer, transform)
 
 
@@ -370,18 +409,34 @@ def load(
 def save_model(
     directory: str | PathLike[str], model: CLIP, *, layout: str = "transformers"
 ) -> None:
-    """Write config.json and model.safetensors in the weights' own dtype. See `save`."""
+    """Write config.json and model.safetensors in the weights' own dtype. See `save`.
+
+    Raises CheckpointError, where nothing can be written, or the model is not what its config says.
+    """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    tensors = {
-        layout_name(name, LAYOUTS[layout]): tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with replacing(directory / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        write_json(directory / "config.json", model.config.to_dict())
+    with torch.device("meta"):
+        expected = {name: t.shape for name, t in CLIP(model.config).state_dict().items()}
+    tensors = model.state_dict()
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if odd := sorted(dict(expected.items() ^ found.items())):
+        raise CheckpointError(
+            f"{directory}: not saved, for nothing could load it: {len(odd)} tensors are missing, "
+            f"unexpected or not of the shape in model.config: {_listed(odd)}"
+        )
+    try:
+        tensors = {
+            layout_name(name, LAYOUTS[layout]): tensor.cpu().contiguous()
+            for name, tensor in tensors.items()
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        with replacing(directory / "model.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            write_json(directory / "config.json", model.config.to_dict())
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory}: cannot save here: {reason}") from error
 
 
 def save(

@@ -227,13 +227,15 @@ class TextTower(nn.Module):
         if self.config.eos_token_id == LEGACY_EOS:
             return ids.argmax(-1)
         is_end = ids == self.config.eos_token_id
-        if not torch.compiler.is_compiling() and not is_end.any(-1).all():
-            row = is_end.any(-1).int().argmin().item()
+        has_end = is_end.any(-1)
+        if not torch.compiler.is_compiling() and not has_end.all():
             raise ValueError(
-                f"row {row} of ids has no end token ({self.config.eos_token_id}), so there is no "
-                "place to read the text at. The Tokenizer that belongs to the model adds one"
+                f"row {has_end.int().argmin()} of ids has no end token "
+                f"({self.config.eos_token_id}), so there is no place to read the text at. The "
+                "Tokenizer that belongs to the model adds one"
             )
-        return is_end.int().argmax(-1)
+        # A compiled graph cannot raise. There the place is past the last token, and reading fails.
+        return torch.where(has_end, is_end.int().argmax(-1), ids.shape[1])
 
     @torch.no_grad()
     def init_weights(self) -> None:

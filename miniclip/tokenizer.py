@@ -531,22 +531,16 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | PathLike[str],
-        *,
-        reference: str = "transformers",
-        revision: str | None = None,
-        cache_dir: str | PathLike[str] | None = None,
-        local_files_only: bool = False,
+        cls, name: str | PathLike[str], *, reference: str = "transformers", **options: Any
     ) -> "Tokenizer":
         """The tokenizer of a checkpoint: an embedded name, a directory, a weights file or a hub id.
 
-        Raises CheckpointError.
+        `options` are the `revision`, `cache_dir` and `local_files_only` of `miniclip.load`. Raises
+        CheckpointError.
         """
         from miniclip.checkpoint import resolve  # here, because it imports this file
 
-        where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        return cls.from_directory(resolve(name, "tokenizer", **where), reference=reference)
+        return cls.from_directory(resolve(name, "tokenizer", **options), reference=reference)
 
     @classmethod
     def from_directory(

@@ -198,29 +198,17 @@ class ImageTransform:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | PathLike[str],
-        *,
-        reference: str = "transformers",
-        revision: str | None = None,
-        cache_dir: str | PathLike[str] | None = None,
-        local_files_only: bool = False,
+        cls, name: str | PathLike[str], *, reference: str = "transformers", **options: Any
     ) -> "ImageTransform":
-        """Read the transform of a checkpoint: an embedded name, a directory or a hub id.
+        """The transform of a checkpoint: an embedded name, a directory, a weights file or a hub id.
 
-        Raises CheckpointError where the file is missing or damaged, or asks for a step that is
-        none of the four.
+        `options` are the `revision`, `cache_dir` and `local_files_only` of `miniclip.load`. Raises
+        CheckpointError where the file is missing or damaged, or asks for a step that is none of
+        the four.
         """
-        from miniclip.checkpoint import resolve
+        from miniclip.checkpoint import resolve  # here, because it imports this file
 
-        directory = resolve(
-            name,
-            "transform",
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        path, settings = _read_settings(directory)
+        path, settings = _read_settings(resolve(name, "transform", **options))
         try:
             return cls.from_dict(settings, reference=reference)
         except ValueError as error:

@@ -208,6 +208,22 @@ def test_position_ids_are_checked_and_dropped(model, saved):
         load_model(saved)
 
 
+@pytest.mark.parametrize(
+    "name, ids, complaint",
+    [
+        ("text_model.embeddings.position_ids", torch.ones(20, dtype=torch.bool), "is not 0, 1, 2"),
+        ("vision_model.embeddings.position_ids", torch.arange(26).to(torch.uint16), None),
+        ("audio_model.embeddings.position_ids", torch.arange(26), "unexpected: audio_model"),
+    ],
+)
+def test_position_ids_of_other_types_and_of_no_tower(model, saved, name, ids, complaint):
+    rewrite(saved, lambda tensors: tensors.update({name: ids}))
+    if complaint is None:
+        return assert_same_weights(load_model(saved), model)
+    with pytest.raises(CheckpointError, match=complaint):
+        load_model(saved)
+
+
 def test_save_writes_everything_that_load_and_transformers_need(model, tmp_path):
     tokenizer = Tokenizer.train(["a photo of a cat", "a photo of a dog"], TINY.text.vocab_size)
     transform = ImageTransform(TINY.vision.image_size)
@@ -242,6 +258,57 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(model, saved, monkeypatch
         changed.save_pretrained(saved)
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
     assert_same_weights(load_model(saved), model)
+
+
+def no_block(model):
+    model.vision.blocks[0] = torch.nn.Identity()
+
+
+def no_projection(model):
+    model.text.proj = torch.nn.Identity()
+
+
+def pruned_head(model):
+    attention = model.text.blocks[1].attn
+    attention.v_proj = torch.nn.Linear(TINY.text.width, attention.head_width)
+
+
+def something_more(model):
+    model.text.adapter = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("change", [no_block, no_projection, pruned_head, something_more])
+def test_a_model_that_its_config_does_not_describe_is_not_saved(saved, change):
+    changed, before = load_model(saved), (saved / "model.safetensors").read_bytes()
+    change(changed)
+    with pytest.raises(CheckpointError, match="nothing could load it: .* tensors are missing"):
+        changed.save_pretrained(saved)
+    assert (saved / "model.safetensors").read_bytes() == before
+
+
+def tied(model):
+    model.text.blocks[0].mlp.fc1.weight = model.text.blocks[1].mlp.fc1.weight
+
+
+def without_data(model):
+    model.to("meta")
+
+
+@pytest.mark.parametrize("change", [tied, without_data])
+def test_tensors_that_cannot_be_written_are_a_checkpoint_error(saved, change):
+    changed = load_model(saved)
+    change(changed)
+    with pytest.raises(CheckpointError, match="cannot save here: .+"):
+        changed.save_pretrained(saved)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "folder"])
+def test_where_nothing_can_be_written_is_a_checkpoint_error(model, tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f"{place}: cannot save here: "):
+        model.save_pretrained(tmp_path / place)
+    assert not list(tmp_path.glob("*/.*"))
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -307,9 +374,27 @@ def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
 
     (saved / "model.safetensors").unlink()
     torch.save({"logit_scale": Harmful()}, saved / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: .* pickled code is never run"):
         load_model(saved)
     assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {0: torch.zeros(3)},
+        {"logit_scale": None},
+        {"state_dict": {"logit_scale": torch.zeros(())}},
+        {"logit_scale": torch.zeros(3).to_sparse()},
+        {"logit_scale": torch.zeros((), device="meta")},
+        [torch.zeros(3)],
+    ],
+)
+def test_a_pickle_of_something_else_is_an_error(saved, value):
+    (saved / "model.safetensors").unlink()
+    torch.save(value, saved / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="expected a dictionary of tensors and nothing else"):
+        load_model(saved)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +419,24 @@ def test_a_config_of_another_size(saved):
         load_model(saved)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_config": {"vocab_size": 10**30}},
+        {"text_config": {"intermediate_size": 10**18}},
+        {"vision_config": {"image_size": 10**9, "patch_size": 1}},
+        {"projection_dim": 2**63},
+    ],
+)
+def test_a_config_of_an_impossible_size(saved, changes):
+    config = json.loads((saved / "config.json").read_text())
+    for section in ("text_config", "vision_config"):
+        changes = changes | {section: config[section] | changes.get(section, {})}
+    rewrite_config(saved, **changes)
+    with pytest.raises(CheckpointError, match="config.json: no model can be so large"):
+        load_model(saved)
+
+
 def test_missing_files_are_named(saved):
     (saved / "config.json").rename(saved / "other.json")
     with pytest.raises(CheckpointError, match="config.json: .*No such file"):
@@ -344,26 +447,92 @@ def test_missing_files_are_named(saved):
         load_model(saved)
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "absent.safetensors"])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "absent.safetensors",
+        "config.json",
+        "model.safetensors.index.json",
+    ],
+)
 def test_a_shard_index_reaches_no_other_folder(saved, shard):
     shutil.move(saved / "model.safetensors", saved.parent / "secret.safetensors")
     index = {"weight_map": {"logit_scale": shard}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="not a file beside it"):
+    with pytest.raises(CheckpointError, match="not a weights file beside it"):
         load_model(saved)
+
+
+def test_a_tensor_in_two_shards_is_an_error(saved):
+    shutil.move(saved / "model.safetensors", saved / "a.safetensors")
+    save_file({"logit_scale": torch.zeros(())}, saved / "b.safetensors")
+    index = {"weight_map": {"logit_scale": "a.safetensors", "visual_projection": "b.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="b.safetensors: .* another shard again: logit_scale"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "float16", None])
+def test_a_dtype_that_is_none_for_weights(saved, dtype):
+    with pytest.raises(ValueError, match="dtype is .*; expected one of floating point"):
+        load_model(saved, dtype=dtype)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(model, tmp_path):
+    texts = [" ".join("abcdefghij"[i:] + "abcdefghij"[:j] for i in range(9)) for j in range(9)]
+    tokenizer = Tokenizer.train(texts, TINY.text.vocab_size + 1)
+    assert tokenizer.vocab_size == 601
+    save(tmp_path, model, tokenizer, ImageTransform(TINY.vision.image_size))
+    with pytest.raises(CheckpointError, match="tokenizer has 601 tokens .* embeds only 600"):
+        load(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["cifar11", "no/such/folder", "weights.safetensors", ""])
-def test_an_unknown_name_is_told_the_known_ones(name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "cifar11",
+            "no/such/folder",
+            "weights.safetensors",
+            "",
+            "\0",
+            "a\0/b",
+            "./cifar11",
+            "~/no",
+        ),
+        *("~nobody-of-that-name/clip", "a" * 5000, "a" * 300 + "/b/c"),
+    ],
+    ids=lambda name: ascii(name[:20]),
+)
+@pytest.mark.parametrize("read", [CLIP, Tokenizer, ImageTransform])
+def test_an_unknown_name_is_told_the_known_ones(name, read):
     with pytest.raises(CheckpointError, match="no checkpoint called .* cifar10"):
-        resolve(name, "model")
+        read.from_pretrained(name)
+
+
+def test_each_part_alone_has_every_kind_of_name(model, tmp_path, monkeypatch):
+    tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
+    save(tmp_path / "odd näme %s {}", model, tokenizer, ImageTransform(40))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    directory = tmp_path / "odd näme %s {}"
+    for name in (
+        *(directory, str(directory), "odd näme %s {}", "./odd näme %s {}/", "~/odd näme %s {}"),
+        *(directory / "model.safetensors", "~/odd näme %s {}/model.safetensors"),
+    ):
+        assert_same_weights(CLIP.from_pretrained(name), model)
+        assert Tokenizer.from_pretrained(name, reference="openai").merges == tokenizer.merges
+        assert ImageTransform.from_pretrained(name, revision="main").size == 40
+    assert {type(part) for part in load(directory)} == {CLIP, Tokenizer, ImageTransform}
 
 
 def test_without_a_network_the_error_names_the_embedded_checkpoints(monkeypatch, tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be had from the hub: .* cifar10"):
+    with pytest.raises(CheckpointError, match="cannot be had from the hub.* cifar10"):
         load("openai/clip-vit-base-patch32", local_files_only=True, cache_dir=tmp_path)
 
 

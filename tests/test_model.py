@@ -20,6 +20,7 @@ import miniclip
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
 from miniclip.checkpoint import TRANSFORMERS, layout_name
 from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
+from miniclip.parity import OFFICIAL
 
 FLOAT64 = 1e-10
 REORDERED = 2e-5  # float32 on a CPU, at logit scale 100, the operations in another order
@@ -245,26 +246,19 @@ def test_init_follows_openai():
             assert (values == 0).all(), name
 
 
-def shape(patch, v, t, embed, size=224, v_mlp=4.0, v_heads=None, act="quick_gelu"):
-    (v_width, v_layers), (t_width, t_layers) = v, t
+def laion(vision, text, embed_dim, mlp_ratio=4.0):
+    (v_width, v_layers), (t_width, t_layers) = vision, text
     return CLIPConfig(
-        VisionConfig(v_width, v_layers, v_heads or v_width // 64, int(v_width * v_mlp), act,
-                     image_size=size, patch_size=patch),
-        TextConfig(t_width, t_layers, t_width // 64, 4 * t_width, act),
-        embed,
-    )  # fmt: skip
+        VisionConfig(v_width, v_layers, 16, int(v_width * mlp_ratio), "gelu", patch_size=14),
+        TextConfig(t_width, t_layers, t_width // 64, 4 * t_width, "gelu"),
+        embed_dim,
+    )
 
 
-OFFICIAL = {
-    "B/32": shape(32, (768, 12), (512, 12), 512),
-    "B/16": shape(16, (768, 12), (512, 12), 512),
-    "L/14": shape(14, (1024, 24), (768, 12), 768),
-    "L/14-336": shape(14, (1024, 24), (768, 12), 768, 336),
-}
 LAION = {
-    "H/14": shape(14, (1280, 32), (1024, 24), 1024, v_heads=16, act="gelu"),
-    "g/14": shape(14, (1408, 40), (1024, 24), 1024, v_heads=16, v_mlp=4.3637, act="gelu"),
-    "bigG/14": shape(14, (1664, 48), (1280, 32), 1280, v_heads=16, v_mlp=4.9231, act="gelu"),
+    "H/14": laion((1280, 32), (1024, 24), 1024),
+    "g/14": laion((1408, 40), (1024, 24), 1024, mlp_ratio=4.3637),
+    "bigG/14": laion((1664, 48), (1280, 32), 1280, mlp_ratio=4.9231),
 }
 # openai/CLIP's notebooks print 151,277,313; B/16 is from keras-cv's presets; the others are from
 # keras-hub's (clip_presets.py @71453d08), less the position ids that it counts.
@@ -752,6 +746,23 @@ def test_compiles_into_one_graph():
     inputs = random_inputs(TINY)
     compiled = torch.compile(model, fullgraph=True, backend="inductor")
     assert difference(logits(compiled, *inputs), logits(theirs, *inputs)) < REORDERED
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+def test_a_graph_has_no_embedding_for_a_row_without_an_end_token(how):
+    """It cannot say which row, as the model itself does, but must not read the text anywhere."""
+    model = twins(TINY)[0].text
+    ids = random_inputs(TINY)[1]
+    if how == "compiled":
+        graph = torch.compile(model, fullgraph=True)
+    else:
+        graph = torch.export.export(model, (ids,)).module()
+    assert difference(graph(ids), model(ids)) < REORDERED
+    ids[1] = 5
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        graph(ids)
     torch._dynamo.reset()
 
 
