@@ -39,17 +39,21 @@ RECIPE: dict[str, tuple[type, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the return value is the exit status."""
+    if getattr(sys.stdout, "errors", "") == "strict":
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has a bar, or every script
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
-    except ValueError as error:  # every error of miniclip's own is one
-        complain(error)
-        return 2
+        status = args.run(args)
+        sys.stdout.flush()  # here, where a disk that is full can still be an error of one line
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         sys.stdout = None
         return 0
+    except (ValueError, OSError, RuntimeError) as error:  # our own, the file system's and torch's
+        complain(error)
+        return 2
 
 
 def complain(error: Exception) -> None:
@@ -134,6 +138,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("text")
     sub.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
     model_options(sub)
+
+    sub = command(
+        "parity",
+        parity,
+        "How far the numbers are from those of transformers, tensor by tensor.",
+        "miniclip parity --random B/32",
+    )
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("model", nargs="?", help=f"default: {DEFAULT_MODEL}")
+    which.add_argument(
+        "--random",
+        metavar="SHAPE",
+        help="weights drawn at random, in the shape of B/32, B/16, L/14 or L/14-336",
+    )
 
     sub = command(
         "train",
@@ -222,7 +240,7 @@ def classify(args: argparse.Namespace) -> int:
         print_json(
             [{"image": path, "labels": [s._asdict() for s in scores]} for path, scores in results]
         )
-    else:
+    elif results:
         print("\n\n".join(ranking_table(path, scores) for path, scores in results))
     return status
 
@@ -413,6 +431,26 @@ def tokenize(args: argparse.Namespace) -> int:
     else:
         print(stages)
     return 0
+
+
+def parity(args: argparse.Namespace) -> int:
+    from miniclip import parity
+
+    if args.random:
+        rows = parity.against_transformers_at_random(args.random)
+    else:
+        rows = parity.against_transformers(args.model or DEFAULT_MODEL)
+    failed = [row.site for row in rows if not row.within_tolerance]
+    if args.json:
+        print_json([row._asdict() | {"within_tolerance": row.site not in failed} for row in rows])
+        return int(bool(failed))
+    print(f"{'largest absolute difference':<32}{'float32':>12}{'float64':>12}{'rounding':>12}")
+    for row in parity.summarize(rows):
+        print(f"{row.site:<32}{row.float32:>12.1e}{row.float64:>12.1e}{row.rounding:>12.1e}")
+    print(f"\n{parity.environment()}")
+    if failed:
+        print(f"out of tolerance at {len(failed)} of {len(rows)} sites, first at {failed[0]}")
+    return int(bool(failed))
 
 
 # ------------------------------------------------------------------------------------------------
