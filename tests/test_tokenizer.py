@@ -248,6 +248,19 @@ def test_every_code_point_is_in_the_class_that_transformers_has_it_in(theirs, ou
             assert ours.sub("", text) == theirs.normalize_str(text), hex(first)
 
 
+@pytest.mark.parametrize("reference", module.REFERENCES)
+def test_every_code_point_has_the_ids_of_the_reference(reference, trained):
+    """In order, so that scripts stay together and words, digits and marks meet their like."""
+    points = (range(first, first + 64) for first in range(0, 0x110000, 64))
+    every = ["".join(map(chr, some)) for some in points if not 0xD800 <= some[0] < 0xE000]
+    ours = Tokenizer.from_directory(trained, reference=reference)
+    if reference == "transformers":
+        assert different(ours, trained, every) == []
+    else:
+        theirs = OpenAI(trained)
+        assert [text for text in every if ours.encode(text) != theirs.encode(text)] == []
+
+
 # ---- mutants: what the comparison above would see ----------------------------------------------
 
 PROBES = ["cafe\u0301", "ΟΔΟΣ ΑΣ", EOS.upper() + ">", "it's 20", "\U0001e6c0a"]
