@@ -302,27 +302,16 @@ def apart(relation: str, first: Object, second: Object) -> int:
 
 
 def singles(scene: Scene) -> list[Claim]:
-    """Of single objects: "a large green star", "a green star", "something green", "a star"."""
-    return [
-        Claim("", (phrase,))
-        for object in scene.objects
-        for phrase in (*named(object), coloured(object), shaped(object))
-    ]
+    """Of one object: "a green star", "a large green star"."""
+    return [Claim("", (phrase,)) for object in scene.objects for phrase in named(object)]
 
 
 def relations(scene: Scene) -> list[Claim]:
     """Of two objects' places: "a red circle to the left of a small blue square"."""
     return [
         Claim(relation, pair)
-        for a, b in permutations(scene.objects, 2)
-        for relation in RELATIONS
-        if apart(relation, a, b) >= CLEAR
-        for pair in (
-            *product(named(a), named(b)),
-            (coloured(a), coloured(b)),
-            (shaped(a), shaped(b)),
-        )
-        if pair[0] != pair[1]
+        for a, b, relation in clear_relations(scene)
+        for pair in product(named(a), named(b))
     ]
 
 
@@ -334,9 +323,29 @@ def lists(scene: Scene) -> list[Claim]:
     ]
 
 
+def vague(scene: Scene) -> list[Claim]:
+    """Of a colour or a shape alone: "something red", "a star above a heart"."""
+    alone = [Claim("", (part(object),)) for object in scene.objects for part in (coloured, shaped)]
+    return alone + [
+        Claim(relation, (part(a), part(b)))
+        for a, b, relation in clear_relations(scene)
+        for part in (coloured, shaped)
+        if part(a) != part(b)
+    ]
+
+
 def kinds(scene: Scene) -> tuple[Callable[[Scene], list[Claim]], ...]:
-    """Three kinds of true claims; of one object alone there is only the first to make."""
+    """What may be said of a scene, each true, in words that name colour and shape."""
     return (singles, relations, lists) if len(scene.objects) > 1 else (singles,)
+
+
+def clear_relations(scene: Scene) -> list[tuple[Object, Object, str]]:
+    return [
+        (a, b, relation)
+        for a, b in permutations(scene.objects, 2)
+        for relation in RELATIONS
+        if apart(relation, a, b) >= CLEAR
+    ]
 
 
 def named(object: Object) -> list[Phrase]:
@@ -408,7 +417,9 @@ class Caption(NamedTuple):
 
 def captions(scene: Scene) -> list[Caption]:
     """Everything that may be said of a scene, each with the captions that it is told from."""
-    true = dict.fromkeys(claim for kind in kinds(scene) for claim in kind(scene))  # each once
+    true = dict.fromkeys(
+        claim for kind in (*kinds(scene), vague) for claim in kind(scene)
+    )  # each once
     return [
         Caption(say(claim), [say(false) for false in chain(*negatives(claim, scene).values())])
         for claim in true
@@ -416,8 +427,13 @@ def captions(scene: Scene) -> list[Caption]:
 
 
 def say_something(scene: Scene, random: Random) -> tuple[str, str]:
-    """A caption of the scene and a false one. Kinds are equally frequent, however many claims."""
-    claim = random.choice(random.choice(kinds(scene))(scene))
+    """A caption of the scene and a false one.
+
+    One in five is vague, so that each word is learnt by itself. The others name what they speak
+    of, because that teaches more: "something red" is true of every third picture of a batch.
+    """
+    kind = vague if random.random() < 0.2 else random.choice(kinds(scene))
+    claim = random.choice(kind(scene))
     false = random.choice(random.choice(list(negatives(claim, scene).values())))
     return say(claim), say(false)
 
@@ -502,7 +518,7 @@ def score(
         return mean(pairs[k] == s.objects[0][:2] for k, s in zip(best, asked, strict=True))
 
     asked = [scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)]
-    chosen = [relate(s, Random(i)) for i, s in enumerate(asked)]
+    chosen = [Random(i).choice(relations(s)) for i, s in enumerate(asked)]
     images = embed_scenes(asked)  # (scenes, E)
     similarity = (images * embed_texts([say(claim) for claim in chosen])).sum(dim=1)
     false = [negatives(claim, s) for claim, s in zip(chosen, asked, strict=True)]
@@ -525,9 +541,3 @@ def score(
         above_below=preferring("places", "y"),
         binding=preferring("colours"),
     )
-
-
-def relate(scene: Scene, random: Random) -> Claim:
-    """A relation of the scene that names both objects by colour and shape."""
-    whole = [c for c in relations(scene) if all(p.colour and p.shape for p in c.phrases)]
-    return random.choice(whole)
