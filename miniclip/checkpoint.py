@@ -340,7 +340,7 @@ def load_model(
     try:
         with torch.device("meta"):
             model = CLIP(config)
-    except (RuntimeError, TypeError) as error:  # more bytes than 64 bits can count
+    except RuntimeError as error:  # more bytes than 64 bits can count
         path = directory / "config.json"
         raise CheckpointError(f"{path}: no model can be so large: {error}") from None
     tensors = _fit(tensors, model, weights)

@@ -234,9 +234,10 @@ def _tower_from_dict(cls: type, names: dict[str, str], config: dict[str, Any], s
 def _check_positive_ints(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 0 < value < 2**31:
             raise ValueError(
                 f"{type(config).__name__}: {name} is {value!r}; expected a positive whole number"
+                " of at most 31 bits"
             )
 
 

@@ -228,7 +228,7 @@ def environment() -> str:
     """The versions and the processor that numbers were measured with."""
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     versions = f"torch {torch.__version__}, transformers {_transformers().__version__}"
-    return f"{versions}, CPU with {capability}, {threads} threads"
+    return f"{versions}, CPU with {capability}, threads: {threads}"
 
 
 def _transformers():

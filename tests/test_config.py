@@ -164,7 +164,9 @@ POSITIVE_INTS = [
 ]
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, 64.0, "64", None, True, [64], math.nan])
+@pytest.mark.parametrize(
+    "value", [0, -1, 2**31, 10**30, 1.5, 64.0, "64", None, True, [64], math.nan]
+)
 @pytest.mark.parametrize("cls, field", POSITIVE_INTS)
 def test_sizes_must_be_positive_whole_numbers(cls, field, value):
     message = f"{cls.__name__}: {field} is {value!r}; expected a positive whole number"

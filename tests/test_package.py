@@ -1,5 +1,6 @@
 """The package as a stranger gets it: the wheel, what importing it costs, the README's example."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ("config", "model", "tokenizer", "transform", "checkpoint")
@@ -62,3 +64,25 @@ def test_the_example_in_the_readme_prints_what_the_readme_says():
     code, output = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", readme, re.DOTALL).groups()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == output
+
+
+def command(*argv, **options):
+    argv = [sys.executable, "-m", "miniclip", *argv, "--model", "cifar10"]
+    return subprocess.run(argv, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_an_error_of_one_line():
+    with open("/dev/full", "w") as full:
+        done = command("tokenize", "a cat", stdout=full)
+    assert done.returncode == 2
+    assert done.stderr == "miniclip: error: [Errno 28] No space left on device\n"
+
+
+def test_a_terminal_without_the_characters_shows_the_rest(tmp_path):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    argv = ["classify", str(tmp_path / "red.png"), "--labels", "cat", "château"]
+    done = command(*argv, stdout=subprocess.PIPE, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ch?teau" in done.stdout and "%" in done.stdout
