@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice, product
@@ -39,6 +40,7 @@ from miniclip.training import (
     read_recipe,
     train,
 )
+from miniclip.training import data as data_module
 from miniclip.training import loop as loop_module
 from miniclip.training.data import augment, class_captions
 from miniclip.training.loop import SMALL, PatchDropout, checkpoint_blocks, loss_of_batch
@@ -161,18 +163,23 @@ def test_the_two_passes_drop_the_same_patches():
 
 def test_blocks_computed_twice_give_the_same_gradients():
     model, again = (twins(TINY)[0].train() for _ in range(2))
-    checkpoint_blocks(again)
-    for each in (model, again):
+    calls = []
+    again.text.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    for each, way in ((model, nullcontext()), (again, checkpoint_blocks(again))):
         PatchDropout(each.vision, 0.5)
         torch.manual_seed(0)
-        plain_step(each)
+        with way:
+            plain_step(each)
     assert_same(gradients(again), gradients(model), 0.0)
+    assert len(calls) == 2
+    plain_step(again)
+    assert len(calls) == 3  # and once more is once again
 
 
 RATES = {"equal": (0.1, 0.1), "unequal": (0.1, 0.003)}
 
 
-def three_steps(model, rates, rank=0, world=1):
+def three_steps(model, rates, rank=0, world=1, chunk=0):
     """Three steps of gradient descent, each tower at its own rate, on one share of the batch."""
     pixels, ids, labels = batch_of(model.logit_scale.dtype)
     ids = torch.cat([ids[:BATCH][rank::world], ids[BATCH:][rank::world]])
@@ -189,6 +196,7 @@ def three_steps(model, rates, rank=0, world=1):
             pixels,
             ids,
             partial(loss_of_batch, model.logit_scale, labels),
+            chunk,
         )
         average_gradients(model)
         losses.append(loss.item())
@@ -200,11 +208,14 @@ def one_of_two(rank, folder):
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    for rates, dtype in product(RATES, (torch.float32, torch.float64)):
+    for rates, dtype, chunk in product(RATES, (torch.float32, torch.float64), (0, 2)):
         model = twins(TINY, dtype=dtype)[0]
-        losses = three_steps(model, rates, rank, 2)
+        losses = three_steps(model, rates, rank, 2, chunk)
         found = {"losses": losses, "grads": gradients(model), "weights": model.state_dict()}
-        torch.save(found, f"{folder}/{rates} {dtype} {rank}.pt")
+        torch.save(found, f"{folder}/{rates} {dtype} {chunk} {rank}.pt")
+    x, y = (torch.ones(n, requires_grad=True) for n in (1, 2))
+    ((gather(x) + y) * torch.tensor([3.0, 5.0])).sum().backward()
+    torch.save((x.grad, y.grad), f"{folder}/sum {rank}.pt")
     dist.destroy_process_group()
 
 
@@ -220,11 +231,17 @@ def test_two_processes_give_the_gradients_of_one_big_batch(dtype, tolerance, two
     for rates in RATES:
         model = twins(TINY, dtype=dtype)[0]
         losses = three_steps(model, rates)
-        for rank in (0, 1):
-            found = torch.load(two_processes / f"{rates} {dtype} {rank}.pt")
+        for chunk, rank in product((0, 2), (0, 1)):
+            found = torch.load(two_processes / f"{rates} {dtype} {chunk} {rank}.pt")
             assert found["losses"] == pytest.approx(losses, rel=10 * tolerance)
             assert_same(found["grads"], gradients(model), 10 * tolerance)
             assert_same(found["weights"], model.state_dict(), tolerance)
+
+
+def test_gathering_leaves_the_gradient_of_what_it_is_added_to(two_processes):
+    for rank, own in enumerate((3.0, 5.0)):
+        x, y = torch.load(two_processes / f"sum {rank}.pt")
+        assert x.tolist() == [2 * own] and y.tolist() == [3, 5]
 
 
 def test_gather_alone_is_the_identity():
@@ -296,7 +313,7 @@ def test_patch_dropout_keeps_the_class_token_and_some_patches_in_order():
     for kept, full in zip(part, whole, strict=True):
         places = [(full == token).all(-1).nonzero().item() for token in kept]
         assert places[0] == 0 and places == sorted(set(places))
-    dropout.remove()
+    dropout.close()
     assert torch.equal(model.vision.embed(pixels), whole)
 
 
@@ -431,14 +448,105 @@ def test_broken_pictures_are_skipped_and_named(stripes):
 
 def test_a_class_is_called_by_every_synonym_in_every_template():
     assert "a photo of a kitten." in class_captions("cat")
-    assert class_captions("tea_cup")[3] == "a photo of a tea cup."
+    assert class_captions("tea cup")[3] == "a photo of a tea cup."
+
+
+def test_class_folders_are_read_as_they_are_evaluated(tmp_path):
+    """Whatever the suffix, folders in folders too, and ImageNet's ids by their names."""
+    picture = bars("level", np.random.default_rng(0))
+    for name in ("n01440764/deep/a.JPG", "n01440764/b.jpeg", "n01443537/c.PNG"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / name)
+    (tmp_path / "n01443537" / ".DS_Store").touch()
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert [label for _, _, label in data.entries] == [0, 0, 1]
+    assert {"a photo of a tench.", "goldfish"} <= set(data.captions())
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # a byte order mark, as Excel writes it
+def test_metadata_may_name_folders_and_letters_of_any_script(start, tmp_path):
+    (tmp_path / "deep").mkdir()
+    bars("level", np.random.default_rng(0)).save(tmp_path / "deep" / "é.png")
+    rows = 'file_name,text\r\ndeep/é.png,"Käse, quergestreift"\r\nabsent.png,猫\r\n'
+    (tmp_path / "metadata.csv").write_bytes(start + rows.encode())
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert list(data.captions()) == ["Käse, quergestreift", "猫"]
+    assert next(batches(data, 2, seed=0)).captions == ["Käse, quergestreift"] * 2
+    assert "absent.png" in data.skipped[0]
+    (tmp_path / "metadata.csv").write_bytes(rows.encode("latin-1", "replace"))
+    with pytest.raises(ValueError, match="metadata.csv: expected rows that can be read.*utf-8"):
+        open_data(tmp_path, ImageTransform(SIZE))
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def as_bytes(picture, kind="png", **options):
+    data = io.BytesIO()
+    picture.save(data, kind, **options)
+    return data.getvalue()
+
+
+def test_shards_are_turned_upright_and_their_damage_is_named_once(tmp_path):
+    generator = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[274] = 6  # a camera held on its side: lying bars that are to be shown upright
+    members = {
+        "a.JPG": as_bytes(bars("level", generator), "jpeg", exif=exif, quality=100),
+        "a.txt": b"\xef\xbb\xbfupright",
+        "half.png": as_bytes(bars("level", generator))[:70],
+        "half.txt": b"half",
+        "no.png": b"no image",
+        "no.txt": b"none",
+        "mute.png": as_bytes(bars("level", generator)),
+        "empty.png": as_bytes(bars("level", generator)),
+        "empty.txt": b" ",
+        "blind.txt": b"a caption alone",
+    }
+    tar_of(tmp_path / "0.tar", members)
+    (tmp_path / "1.tar").write_bytes(b"no shard")
+    (tmp_path / "2.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert len(data) == 3 and list(data.captions()) == ["upright", "half", "none"]
+    for batch in islice(batches(data, 3, seed=0), 3):
+        assert batch.captions == ["upright"] * 3
+        columns = batch.pixels.float().std(dim=2).mean()  # along a bar that stands
+        assert columns < batch.pixels.float().std(dim=3).mean() / 5
+    named = ["half.png", "no.png", "mute", "empty", "blind", "1.tar", "2.tar"]
+    assert len(data.skipped) == len(named)
+    for name in named:
+        assert sum(name in reason for reason in data.skipped) == 1, (name, data.skipped)
+
+
+def test_shards_without_the_library_are_an_error(tmp_path, monkeypatch):
+    tar_of(tmp_path / "0.tar", {})
+    monkeypatch.setattr(data_module, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install 'miniclip\\[train\\]'"):
+        open_data(tmp_path, ImageTransform(SIZE))
+
+
+def test_a_batch_that_cannot_be_read_is_replaced_whatever_came_before(tmp_path):
+    captioned(tmp_path, "jsonl", broken=None)
+    for i in range(11):
+        (tmp_path / f"{i:03}.png").write_bytes(b"")
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    whole = list(islice(batches(data, 2, seed=0), 9))
+    assert all(batch.captions == ["level bars"] * 2 for batch in whole)
+    for first in range(1, 9):
+        late = next(batches(data, 2, seed=0, first=first))
+        assert torch.equal(late.pixels, whole[first].pixels)
 
 
 def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
     transform = ImageTransform(SIZE)
     with pytest.raises(ValueError, match="no such folder"):
         open_data(tmp_path / "absent", transform)
-    with pytest.raises(ValueError, match="at least two folders.*found 0"):
+    with pytest.raises(ValueError, match="no folders in it"):
         open_data(tmp_path, transform)
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "one.png").touch()
@@ -454,8 +562,15 @@ def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="rows that can be read"):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n')
-    with pytest.raises(ValueError, match="none of the first 1 pictures can be read.*a.png"):
+    with pytest.raises(ValueError, match="no picture can be read, of 1; the first: .*a.png"):
         next(batches(open_data(tmp_path, transform), 1, seed=0))
+    with pytest.raises(ValueError, match="1 pictures are fewer than a batch of 2"):
+        next(batches(open_data(tmp_path, transform), 2, seed=0))
+    with pytest.raises(ValueError, match="1 pictures to train on; expected at least 2"):
+        run(tmp_path, tmp_path / "out")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' * 3)
+    with pytest.raises(ValueError, match="every caption is 'a'"):
+        run(tmp_path, tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -535,6 +650,46 @@ def test_a_run_that_is_stopped_and_started_again_gives_the_same_bits(
         assert json.loads(a)["loss"] == json.loads(b)["loss"]
 
 
+@pytest.mark.parametrize("at_epoch", [1, 3])
+def test_a_run_that_is_killed_while_it_saves_can_be_continued(
+    stripes, undisturbed, tmp_path, monkeypatch, at_epoch
+):
+    saves = []
+
+    def killed(*args):
+        saves.append(args)
+        if len(saves) == at_epoch:
+            raise KeyboardInterrupt
+        save(*args)
+
+    save = loop_module.save
+    monkeypatch.setattr(loop_module, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(stripes, tmp_path)
+    monkeypatch.setattr(loop_module, "save", save)
+    run(stripes, tmp_path)
+    assert_equal_models(loaded(tmp_path), undisturbed[0])
+    assert not (tmp_path / "training.pt").exists()
+
+
+def test_a_model_whose_training_was_interrupted_is_as_it_was(stripes, tmp_path, monkeypatch):
+    source = open_data(stripes, ImageTransform(SIZE))
+    model, tokenizer = from_scratch(SHAPE, source)
+    monkeypatch.setattr(loop_module.Run, "note", lambda *args, **kwargs: 1 / 0)
+    recipe = replace(QUICK, checkpoint_blocks=True)
+    with pytest.raises(ZeroDivisionError):
+        train(model, tokenizer, ImageTransform(SIZE), source, recipe, tmp_path)
+    assert not model.vision.ln_pre._forward_hooks
+    assert "forward" not in vars(model.vision.blocks[0])
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(stripes, tmp_path):
+    with pytest.raises(ValueError, match="the loss is nan after [0-9]+ steps"):
+        run(stripes, tmp_path, replace(QUICK, lr=1e30, muon_lr=0.0))
+    if (tmp_path / "model.safetensors").exists():
+        assert all(p.isfinite().all() for p in loaded(tmp_path).parameters())
+
+
 def test_a_finished_run_is_not_overwritten(stripes, undisturbed):
     before = (undisturbed[1] / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="already holds a checkpoint"):
@@ -546,8 +701,15 @@ def test_another_recipe_does_not_continue_a_run(stripes, tmp_path):
     torch.save({"settings": {"recipe": asdict(QUICK), "config": {}}}, tmp_path / "training.pt")
     with pytest.raises(ValueError, match="unfinished run with another epochs, seed"):
         run(stripes, tmp_path, replace(QUICK, epochs=1, seed=2))
-    (tmp_path / "training.pt").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="cannot be continued"):
+
+
+@pytest.mark.parametrize("state", [b"damaged", b"", [], {}, {"settings": {}}, {"settings": 0}])
+def test_damage_to_what_a_killed_run_saved_is_an_error(state, stripes, tmp_path):
+    if isinstance(state, bytes):
+        (tmp_path / "training.pt").write_bytes(state)
+    else:
+        torch.save(state, tmp_path / "training.pt")
+    with pytest.raises(CheckpointError, match="training.pt: cannot be continued: .*Error"):
         run(stripes, tmp_path)
 
 
@@ -579,11 +741,14 @@ def test_a_batch_larger_than_the_data_is_the_data(stripes, tmp_path):
 def test_a_caption_of_500_words_is_cut_and_said_to_be(tmp_path, capsys):
     captioned(tmp_path, "jsonl")
     with open(tmp_path / "metadata.jsonl", "a") as file:
-        print(json.dumps({"file_name": "000.png", "text": "upright bars " * 250}), file=file)
-    run(tmp_path, tmp_path / "out", replace(QUICK, epochs=1, batch=13))
+        for words in (250, 300):
+            row = {"file_name": "000.png", "text": "upright bars " * words}
+            print(json.dumps(row), file=file)
+    run(tmp_path, tmp_path / "out", replace(QUICK, epochs=3, batch=7))
     said = capsys.readouterr().err
-    assert "captions longer than the text tower are cut" in said
-    assert "003.png" in said  # the broken picture is named too
+    assert said.count("captions too long for the text tower are cut") == 1
+    assert said.count("003.png") == 1  # the broken picture is named too, and counted
+    assert "1 pictures or shards were skipped" in said
 
 
 def test_hard_negatives_need_data_that_has_them(stripes, tmp_path):
@@ -592,7 +757,16 @@ def test_hard_negatives_need_data_that_has_them(stripes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"epochs": 0}, {"batch": 0}, {"patch_dropout": 1.0}, {"precision": "float16"}]
+    "change",
+    [
+        {"epochs": 0},
+        {"batch": 1},
+        {"lr": math.nan},
+        {"chunk": -1},
+        {"clip_gradient": 0.0},
+        {"patch_dropout": 1.0},
+        {"precision": "float16"},
+    ],
 )
 def test_a_recipe_is_checked(change):
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -637,13 +811,15 @@ def test_a_killed_command_is_continued_by_the_same_command(stripes, like, tmp_pa
 
 def test_torchrun_with_two_processes_gives_the_weights_of_one(like, tmp_path):
     (tmp_path / "data").mkdir()
-    captioned(tmp_path / "data", "tar", pictures=24, broken=None)
-    options = ["--recipe", like, "--batch", 8, "--patch-dropout", 0, "--no-augment", "--muon-lr", 0]
+    captioned(tmp_path / "data", "tar", pictures=25, broken=None)
+    options = ["--recipe", like, "--patch-dropout", 0, "--no-augment", "--muon-lr", 0]
+    options += ["--batch", 24, "--epochs", 6]
     line = command(tmp_path / "data", *options, "--out")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     done = subprocess.run(
-        [*launcher, *line[1:], str(tmp_path / "two")],
+        # a batch larger than the data is what two can share of it, 24 of 25
+        [*launcher, *line[1:], str(tmp_path / "two"), "--batch", "1000"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -675,16 +851,21 @@ def test_fine_tuning_starts_from_the_checkpoint(stripes, undisturbed, tmp_path):
     ("args", "reason"),
     [
         (["absent"], "no such folder"),
-        (["."], "at least two folders"),
+        (["."], "no folders in it"),
         ([".", "--model", "absent"], "no checkpoint called 'absent'"),
         ([".", "--recipe", "absent"], "no checkpoint called 'absent'"),
         ([".", "--config", "absent"], "absent: expected a JSON file"),
+        ([".", "--model", "cifar10", "--config", "x"], "give one of the two"),
+        ([".", "--recipe", "odd.json"], "odd.json: unknown entry 'speed'"),
+        ([".", "--recipe", "typed.json"], "typed.json: epochs is '3', not of type int"),
         ([".", "--epochs", "0"], "epochs is 0"),
         ([".", "--device", "warp"], "device"),
     ],
 )
 def test_bad_input_is_one_line(args, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.json").write_text('{"speed": 1}')
+    (tmp_path / "typed.json").write_text('{"epochs": "3"}')
     assert main(["train", *args, "--out", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("miniclip: error: ") and err.count("\n") == 1

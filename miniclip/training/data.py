@@ -5,6 +5,7 @@ run that is resumed, or spread over more processes, sees what an undisturbed run
 """
 
 import csv
+import io
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,10 +21,12 @@ from zlib import crc32
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from miniclip.config import ImageError
 from miniclip.transform import ImageTransform, open_image
+from miniclip.zeroshot import labelled_images
 
 TEMPLATES = (
     "{}",
@@ -155,31 +159,28 @@ def note_once(notes: list[str], note: str) -> None:
         notes.append(note)
 
 
-def class_captions(name: str) -> tuple[str, ...]:
-    """Everything that may be said of a picture in the folder `name`: each synonym, each template.
+def class_captions(label: str) -> tuple[str, ...]:
+    """Everything that may be said of a picture of this class: each synonym, in each template.
 
-    >>> class_captions("tea_cup")[3]
+    >>> class_captions("tea cup")[3]
     'a photo of a tea cup.'
     """
-    words = SYNONYMS.get(name, (name.replace("_", " "),))
+    words = SYNONYMS.get(label, (label,))
     return tuple(template.replace("{}", word) for word in words for template in TEMPLATES)
 
 
 def class_folders(root: Path, transform: ImageTransform) -> Pictures:
-    """`root`/<class>/<picture>. Raises ValueError where there are no two classes."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    entries = []
-    for label, folder in enumerate(folders):
-        captions = class_captions(folder.name)
-        paths = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-        entries += [(path, captions, label) for path in paths]
-    if len({label for _, _, label in entries}) < 2:
+    """`root`/<class>/, with pictures in it and deeper; the classes are called as `miniclip eval`
+    calls them. Raises ValueError where there are no two."""
+    images = labelled_images(root)
+    if (found := len(set(images.classes))) < 2:
         raise ValueError(
             f"{root}: expected at least two folders of pictures, one for each class, found "
-            f"{len({label for _, _, label in entries})}: with nothing to tell apart there is "
-            "nothing to learn"
+            f"{found}: with nothing to tell apart there is nothing to learn"
         )
-    return Pictures(entries, transform)
+    captions = [class_captions(label) for label in images.labels]
+    entries = zip(images.paths, images.classes, strict=True)
+    return Pictures([(path, captions[label], label) for path, label in entries], transform)
 
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -201,12 +202,11 @@ def captioned_pictures(metadata: Path, transform: ImageTransform) -> Pictures:
 
 def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with open(metadata, encoding="utf-8", newline="") as file:
-            lines: Iterable[Any] = file
+        with open(metadata, encoding="utf-8-sig", newline="") as file:  # -sig: Excel writes one
             if metadata.suffix == ".csv":
                 yield from enumerate(csv.DictReader(file), 1)
                 return
-            for i, line in enumerate(lines, 1):
+            for i, line in enumerate(file, 1):
                 value = json.loads(line) if line.strip() else None
                 if isinstance(value, dict):
                     yield i, value
@@ -227,6 +227,8 @@ class Shards:
     BUFFER = 1000  # samples
 
     def __init__(self, paths: Sequence[Path], transform: ImageTransform) -> None:
+        if find_spec("webdataset") is None:
+            raise ValueError("tar shards need webdataset: pip install 'miniclip[train]'")
         self.paths = sorted(paths)
         self.skipped: list[str] = []
         self._to_bytes = _to_bytes(transform)
@@ -244,14 +246,15 @@ class Shards:
         yield from shuffle(self.BUFFER, rng=random.Random(seed))(self._samples(order))
 
     def captions(self) -> Iterator[str]:
-        return (sample["txt"].decode("utf-8", "replace") for sample in self._samples(self.paths))
+        return map(_caption, self._samples(self.paths))
 
     def _samples(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
         """Whole samples, still as bytes. A damaged shard is noted and left where the damage is."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def note(error: Exception) -> bool:
-            note_once(self.skipped, f"{path}: {error.args[0] if error.args else error}")
+            reason = str(error.args[0] if error.args else error).partition(" @ ")[0]
+            note_once(self.skipped, f"{path}: {reason}")
             return True
 
         for path in paths:
@@ -261,25 +264,29 @@ class Shards:
 
     def _whole(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for sample in samples:
-            if "txt" not in sample or not any(kind in sample for kind in self.PICTURES):
-                note_once(self.skipped, f"{_place(sample)}: expected a picture and a .txt")
+            has_picture = any(kind in sample for kind in self.PICTURES)
+            if not has_picture or not _caption(sample).strip():
+                note_once(self.skipped, f"{_place(sample)}: expected a picture and a .txt of it")
             else:
                 yield sample
 
     def __getitem__(self, item_and_draw: tuple[dict[str, Any], int]) -> Pair | None:
-        import io
-
-        from PIL import Image
-
         sample, _ = item_and_draw
         kind = next(kind for kind in self.PICTURES if kind in sample)
         try:
-            pixels = self._to_bytes(Image.open(io.BytesIO(sample[kind])))
-        except (ImageError, OSError, ValueError) as error:
-            note_once(self.skipped, f"{_place(sample)}.{kind}: {error}")
+            image = Image.open(io.BytesIO(sample[kind]))
+            ImageOps.exif_transpose(image, in_place=True)  # as `open_image` does it
+            pixels = self._to_bytes(image)
+        except Exception as error:  # Pillow's parsers raise whatever they trip over
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            note_once(self.skipped, f"{_place(sample)}.{kind}: cannot be read: {reason}")
             return None
-        caption = sample["txt"].decode("utf-8", "replace")
+        caption = _caption(sample)
         return Pair(pixels, caption, caption_label(caption))
+
+
+def _caption(sample: dict[str, Any]) -> str:
+    return sample.get("txt", b"").decode("utf-8-sig", "replace")
 
 
 def _place(sample: dict[str, Any]) -> str:
@@ -315,25 +322,28 @@ def batches(
 
     A batch has `batch` pairs over all processes; an epoch's last, incomplete batch is left out.
     Pictures are decoded by threads, ahead of the model: Pillow works outside Python's lock. Where
-    one cannot be read another of the batch takes its place.
+    one cannot be read another of the batch takes its place. Raises ValueError if none can.
     """
     steps = len(data) // batch
+    if not steps:
+        raise ValueError(f"{len(data)} pictures are fewer than a batch of {batch}")
     drawn = (
-        [((item, draw_seed(seed, step, i))) for i, item in share]
+        [(item, draw_seed(seed, step, i)) for i, item in share]
         for step, share in _shares(data, batch, seed, first, steps, rank, world)
     )
-    spare: list[Pair] = []
     for loaded in _loaded(data, drawn):
-        pairs = [pair for pair in loaded if pair is not None]
-        spare = pairs or spare
-        if not spare:
-            raise ValueError(
-                f"none of the first {len(loaded)} pictures can be read; the first: "
-                f"{data.skipped[0] if data.skipped else 'no reason given'}"
-            )
-        pairs += [spare[i % len(spare)] for i in range(len(loaded) - len(pairs))]
+        pairs = [pair for pair in loaded if pair is not None] or [_readable(data, seed)]
+        pairs += [pairs[i % len(pairs)] for i in range(len(loaded) - len(pairs))]
         pixels, captions, labels, negatives = zip(*pairs, strict=True)
         yield Batch(torch.stack(pixels), list(captions), torch.tensor(labels), list(negatives))
+
+
+def _readable(data: Source, seed: int) -> Pair:
+    """A pair to stand in for a whole batch that cannot be read."""
+    for item in data.items(seed):
+        if (pair := data[item, seed]) is not None:
+            return pair
+    raise ValueError(f"no picture can be read, of {len(data)}; the first: {data.skipped[0]}")
 
 
 def draw_seed(seed: int, step: int, i: int = 0) -> int:
@@ -349,20 +359,21 @@ def _shares(
         epoch, skip = divmod(step, steps)
         items = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
         for _ in range(steps - skip):
-            yield (
-                step,
-                [pair for pair in enumerate(islice(items, batch)) if pair[0] % world == rank],
-            )
+            numbered = enumerate(islice(items, batch))
+            yield step, [(i, item) for i, item in numbered if i % world == rank]
             step += 1
 
 
-def _loaded(data: Source, batches: Iterable[list[Any]], ahead: int = 2) -> Iterator[list[Any]]:
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
-        pending: deque[list[Any]] = deque()
-        for batch in batches:
+def _loaded(data: Source, drawn: Iterable[list[Any]], ahead: int = 2) -> Iterator[list[Any]]:
+    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1))
+    pending: deque[list[Any]] = deque()
+    try:
+        for batch in drawn:
             pending.append([pool.submit(data.__getitem__, item) for item in batch])
             if len(pending) > ahead:
                 yield [future.result() for future in pending.popleft()]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def augment(pixels: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ with the same command gives the weights, bit for bit, that it would have given u
 """
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -75,9 +76,13 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in (field.name for field in fields(self) if type(field.default) in (int, float)):
+            # A batch of one: its caption cannot be told from those of other pictures.
+            least = {"epochs": 1, "batch": 2}.get(name, 0)
+            if not getattr(self, name) >= least:  # nor is nan
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if not self.clip_gradient > 0:
+            raise ValueError(f"clip_gradient is {self.clip_gradient}; expected more than 0")
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"patch_dropout is {self.patch_dropout}; expected 0 or more, below 1")
         if self.precision not in ("float32", "bfloat16"):
@@ -108,7 +113,7 @@ class PatchDropout:
 
     def __init__(self, tower: VisionTower, share: float) -> None:
         self.share = share
-        self.remove = tower.ln_pre.register_forward_hook(self).remove
+        self.close = tower.ln_pre.register_forward_hook(self).remove
 
     def __call__(self, module: nn.Module, inputs: object, x: Tensor) -> Tensor:
         if not module.training or not self.share:
@@ -121,10 +126,17 @@ class PatchDropout:
         return x.gather(1, chosen[:, :, None].expand(-1, -1, width))
 
 
-def checkpoint_blocks(model: CLIP) -> None:
+@contextmanager
+def checkpoint_blocks(model: CLIP) -> Iterator[None]:
     """Remember only what passes between blocks, and compute the rest again going backwards."""
-    for block in (*model.vision.blocks, *model.text.blocks):
+    blocks = (*model.vision.blocks, *model.text.blocks)
+    for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own is below
 
 
 @contextmanager
@@ -136,6 +148,7 @@ def process_group(device: str) -> Iterator[str]:
         return
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
@@ -196,8 +209,12 @@ def set_up(
     file `config` or of the checkpoint `like`, whose recipe is followed, but for `overrides`.
     """
     check_device(device)
+    if model and config:
+        raise ValueError(f"{model} has a shape, which {config} cannot change: give one of the two")
     directory = resolve(like, "config") if like else None
-    recipe = read_recipe(directory / "recipe.json") if directory else Recipe()
+    recipe = Recipe()
+    if directory:  # `like` may be a recipe itself, under any name
+        recipe = read_recipe(Path(like) if like.endswith(".json") else directory / "recipe.json")
     recipe = replace(recipe, **overrides or {})
     if model:
         loaded = load(model, device=device)
@@ -225,12 +242,12 @@ def train(
 
     Saves every epoch and every five minutes; what a killed run had saved is continued. Returns the
     model in evaluation mode. Under torchrun each process calls it, and the first one writes.
-    Raises ValueError where `out` holds something else, or the data is too little.
+    Raises ValueError where `out` holds something else, the data is too little, or the loss is no
+    number any more.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if len(data) < 2:
-        raise ValueError(f"{len(data)} pictures to train on; expected at least two")
-    recipe = replace(recipe, batch=min(recipe.batch, len(data)))
+    check_data(data, least=max(2, world))
+    recipe = replace(recipe, batch=min(recipe.batch, len(data) - len(data) % world))
     if recipe.batch % world:
         raise ValueError(f"a batch of {recipe.batch} cannot be shared by {world} processes")
     steps_per_epoch = len(data) // recipe.batch
@@ -238,8 +255,6 @@ def train(
 
     run = Run(Path(out), model, recipe, writes=rank == 0)
     dropout = PatchDropout(model.vision, recipe.patch_dropout)
-    if recipe.checkpoint_blocks:
-        checkpoint_blocks(model)
     if recipe.compile:
         model.vision.compile()
         model.text.compile()
@@ -257,7 +272,8 @@ def train(
         unit_scale=True,
         disable=None if rank == 0 else True,
     )
-    with bar:
+    checkpointed = checkpoint_blocks(model) if recipe.checkpoint_blocks else nullcontext()
+    with bar, checkpointed, closing(dropout), closing(stream):
         while run.step < steps:
             batch = next(stream)
             if recipe.hard_negatives and not all(batch.negatives):
@@ -274,7 +290,9 @@ def train(
                 tokenized(captions, tokenizer, run).to(device),
                 partial(loss_of_batch, model.logit_scale, batch.labels.to(device)),
                 recipe.chunk,
-            )
+            ).item()
+            if not math.isfinite(loss):  # stop before it is saved
+                raise ValueError(f"the loss is {loss} after {run.step} steps; try a smaller lr")
             average_gradients(model)
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
@@ -282,15 +300,40 @@ def train(
                 optimizer.zero_grad()
             clamp_logit_scale(model)
 
-            run.note(loss.item(), epoch_ended=(run.step + 1) % steps_per_epoch == 0)
-            run.report(data.skipped)
+            run.note(loss, epoch_ended=(run.step + 1) % steps_per_epoch == 0)
+            for reason in data.skipped:
+                run.report(reason)
             if run.is_time_to_save or run.step % steps_per_epoch == 0:
                 run.save(tokenizer, transform)
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update(recipe.batch)
-    dropout.remove()
-    run.finish()
+    skipped = of_all_processes(data.skipped)
+    if skipped and rank == 0:
+        run.report(f"{len(skipped)} pictures or shards were skipped, as named above")
+    run.finish(tokenizer, transform)
     return model.eval()
+
+
+def check_data(data: Source, least: int) -> None:
+    """Raises ValueError where there are too few pictures, or only one thing is said of them."""
+    if len(data) < least:
+        reason = f"; {data.skipped[0]}" if data.skipped else ""
+        raise ValueError(f"{len(data)} pictures to train on; expected at least {least}{reason}")
+    captions = iter(data.captions())
+    first = next(captions)
+    if all(caption == first for caption in captions):
+        raise ValueError(
+            f"every caption is {first!r}: with nothing to tell apart there is nothing to learn"
+        )
+
+
+def of_all_processes(notes: list[str]) -> list[str]:
+    """What any of them has noted, once each."""
+    if not dist.is_initialized():
+        return notes
+    theirs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, notes)
+    return sorted(set().union(*theirs))
 
 
 def loss_of_batch(
@@ -322,7 +365,7 @@ def tokenized(captions: list[str], tokenizer: Tokenizer, run: "Run") -> Tensor:
     try:
         return tokenizer(captions)
     except ContextLengthError as error:
-        run.report([f"captions longer than the text tower are cut; the first: {error}"], most=1)
+        run.report(f"captions too long for the text tower are cut; the first: {error}", "cut")
         return tokenizer(captions, truncate=True)
 
 
@@ -333,7 +376,6 @@ class Run:
         self.out, self.model, self.writes = out, model, writes
         self.optimizers = make_optimizers(model, recipe.lr, recipe.muon_lr, recipe.weight_decay)
         self.settings = {"recipe": asdict(recipe), "config": model.config.to_dict()}
-        self.batch = recipe.batch
         self.step = 0
         self.losses: list[float] = []  # since the last row
         self.rows: list[dict[str, float]] = []
@@ -341,7 +383,7 @@ class Run:
         self.reported: set[str] = set()
         if (out / STATE).is_file():
             self._continue()
-        elif (out / "model.safetensors").exists():
+        elif any((out / name).exists() for name in ("config.json", "model.safetensors")):
             raise ValueError(f"{out}: already holds a checkpoint; choose another folder")
         self.saved_at = self.started = time.monotonic()
         if writes:
@@ -357,21 +399,28 @@ class Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             found = state["settings"]
+            changed = [
+                name
+                for kind, values in self.settings.items()
+                for name, value in values.items()
+                if found[kind].get(name) != value
+            ]
+            if not changed:
+                self.model.load_state_dict(state["model"])
+                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(saved)
+                self.step, self.losses, self.rows = state["step"], state["losses"], state["rows"]
+                self.seconds = state["seconds"]
         except Exception as error:  # damage shows itself in many ways
-            raise CheckpointError(f"{path}: cannot be continued: {error}") from error
-        for kind, values in self.settings.items():
-            changed = [k for k, value in values.items() if found[kind].get(k) != value]
-            if changed:
-                raise ValueError(
-                    f"{self.out}: holds an unfinished run with another {', '.join(changed)}; "
-                    "start that one again to continue it, or choose another folder"
-                )
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.losses, self.rows = state["step"], state["losses"], state["rows"]
-        self.seconds = state["seconds"]
-        self.report([f"{self.out}: continued at step {self.step}"])
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{path}: cannot be continued: {reason}") from error
+        if changed:
+            raise ValueError(
+                f"{self.out}: holds an unfinished run with another {', '.join(changed)}; "
+                "start that one again to continue it, or choose another folder"
+            )
+        if self.writes:
+            self.report(f"{self.out}: continued at step {self.step}")
 
     @property
     def is_time_to_save(self) -> bool:
@@ -397,19 +446,18 @@ class Run:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(_line(row))
 
-    def report(self, notes: list[str], most: int | None = None) -> None:
-        """Print what has not been printed yet, beside the progress bar."""
-        for note in notes[:most]:
-            if note not in self.reported:
-                self.reported.add(note)
-                tqdm.write(note, file=sys.stderr)
+    def report(self, note: str, about: str = "") -> None:
+        """Print a note beside the progress bar, unless it, or one `about` the same, has been."""
+        if (about or note) not in self.reported:
+            self.reported.add(about or note)
+            tqdm.write(note, file=sys.stderr)
 
     def save(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
-        """Write the checkpoint, and all that is needed to go on from here."""
+        """Write all that is needed to go on from here, and then the checkpoint: a checkpoint alone
+        would be taken for a finished run."""
         self.saved_at = time.monotonic()
         if not self.writes:
             return
-        save(self.out, self.model, tokenizer, transform)
         state = {
             "settings": self.settings,
             "model": self.model.state_dict(),
@@ -421,10 +469,12 @@ class Run:
         }
         with replacing(self.out / STATE) as temporary:
             torch.save(state, temporary)
+        save(self.out, self.model, tokenizer, transform)
 
-    def finish(self) -> None:
+    def finish(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
         """A finished run leaves its checkpoint and nothing to continue."""
         if self.writes:
+            save(self.out, self.model, tokenizer, transform)  # it may have been killed before this
             (self.out / STATE).unlink(missing_ok=True)
 
 

@@ -24,9 +24,10 @@ def contrastive_loss(
     `logit_scale` is a logarithm. With `labels` (B,), pairs of equal label count as positives of
     each other and share the target, instead of being pushed apart: where a batch is many times
     larger than the number of classes, most of its "negatives" are none (UniCL, Yang et al. 2022,
-    arXiv 2204.03610). `negative_embeds` (B, E) are captions that are wrong of every image, such
-    as the true ones with two words swapped: one column more for each, in the choice of a caption
-    for an image alone (NegCLIP, Yuksekgonul et al. 2022, arXiv 2210.01936).
+    arXiv 2204.03610). `negative_embeds` (B, E) are false captions, such as the true ones with
+    two words swapped: one column more for each, in the choice of a caption for an image alone,
+    where each counts as wrong of every image, not only of its own (NegCLIP, Yuksekgonul et al.
+    2022, arXiv 2210.01936).
     """
     logits = logit_scale.exp() * image_embeds @ text_embeds.T  # (B, B)
     if labels is None:
@@ -59,7 +60,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        # A copy, for autograd may have handed the same tensor to another operation.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -107,6 +109,7 @@ def backward(
         return value.detach()
 
     parts = [(encode_image, part) for part in pixels.split(chunk)]
+    image_chunks = len(parts)
     parts += [(encode_text, part) for part in ids.split(chunk)]
     seeds = torch.randint(2**62, (len(parts),)).tolist()  # the two passes draw the same patches
     embeds = []
@@ -114,7 +117,6 @@ def backward(
         torch.manual_seed(seed)
         with torch.no_grad():
             embeds.append(encode(part))
-    image_chunks = len(pixels.split(chunk))
     leaves = [
         torch.cat(half).requires_grad_() for half in (embeds[:image_chunks], embeds[image_chunks:])
     ]
