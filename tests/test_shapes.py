@@ -114,6 +114,12 @@ BELIEFS = {
     "above": lambda a, b: a[1] < b[1],
     "below": lambda a, b: a[1] > b[1],
 }
+PLACES = {
+    "on the left": lambda a: a[0] < 32,
+    "on the right": lambda a: a[0] > 32,
+    "at the top": lambda a: a[1] < 32,
+    "at the bottom": lambda a: a[1] > 32,
+}
 
 
 def is_true(caption, s):
@@ -126,6 +132,9 @@ def is_true(caption, s):
         name = next(name for name, value in COLOURS.items() if value == colour)
         words = {name, object.shape, object.size}
         things.append((words, (object.x, object.y)))
+    if place := next((place for place in PLACES if caption.endswith(f" {place}")), None):
+        caption = caption.removesuffix(f" {place}")
+        things = [thing for thing in things if PLACES[place](thing[1])]
     relation = next((r for r in BELIEFS if f" {r} " in caption), None)
     parts = re.split(f" {relation} " if relation else ", | and ", caption)
     wanted = [set(part.split()) - {"a", "an", "something"} for part in parts]
@@ -226,16 +235,27 @@ def test_no_place_is_likelier_for_one_object_than_for_another():
 
 def test_data_set():
     data = Shapes(30)
-    pair = data[3, 0]
-    assert len(data) == 30 and sorted(data.items(0)) == list(range(30))
-    assert pair.pixels.shape == (3, 64, 64) and pair.pixels.dtype == torch.uint8
-    assert np.array_equal(pair.pixels.permute(1, 2, 0).numpy(), np.array(draw(scene(3))[0]))
-    assert pair[1:] == data[3, 0][1:]
-    assert len({data[3, i].caption for i in range(20)}) > 2
+    order = list(data.items(0))
+    assert len(data) == 30 and sorted(order) == list(range(30))
+    assert order == list(data.items(0)) != list(data.items(1))
+    easy = [len(data.scene(index).objects) == 1 for index in order]
+    assert all(easy[: data.easy]) and not all(easy[data.easy :])  # one object first
+    for index in (0, 29):
+        pair = data[index, 0]
+        assert pair.pixels.shape == (3, 64, 64) and pair.pixels.dtype == torch.uint8
+        picture, _ = draw(data.scene(index))
+        assert np.array_equal(pair.pixels.permute(1, 2, 0).numpy(), np.array(picture))
+        assert pair[1:] == data[index, 0][1:]
+        assert len({data[index, i].caption for i in range(20)}) > 2
     assert all(data[i, 0].caption and data[i, 0].negative for i in range(30))
-    assert len(list(data.captions())) == 30
     with pytest.raises(ValueError, match="score"):
         Shapes(1, seed=shapes.SCORE_SEED)
+
+
+def test_a_tokenizer_learns_every_word_as_one_token():
+    words = {*COLOURS, *SHAPES, "small", "large", "something", "left", "above", "bottom"}
+    tokenizer = Tokenizer.train(Shapes(5000).captions(), 1000)
+    assert [word for word in words if len(tokenizer.encode(word)) > 1] == []
 
 
 def test_score_of_a_model_that_knows_nothing():

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import trange
 
 from miniclip.model import CLIP
 from miniclip.tokenizer import Tokenizer
@@ -231,12 +230,19 @@ def outline(shape: str) -> tuple[np.ndarray, ...]:
 
 # -- what may be said of it -----------------------------------------------------------------------
 
-RELATIONS = {  # the axis, and the sign of the second object's place minus the first's
+RELATIONS = {  # of two objects: the axis, and the sign of the second's place minus the first's
     "to the left of": ("x", 1),
     "to the right of": ("x", -1),
     "above": ("y", 1),
     "below": ("y", -1),
 }
+PLACES = {  # of one object: the same, the middle of the picture standing for the second
+    "on the left": ("x", 1),
+    "on the right": ("x", -1),
+    "at the top": ("y", 1),
+    "at the bottom": ("y", -1),
+}
+OPPOSITE = dict(zip(PLACES, ("on the right", "on the left", "at the bottom", "at the top")))
 
 
 class Phrase(NamedTuple):
@@ -250,7 +256,8 @@ class Phrase(NamedTuple):
 class Claim(NamedTuple):
     """What a caption says: there are these different objects, and the first stands so to the other.
 
-    `relation` is a key of RELATIONS, between two phrases, or "" between any number of them.
+    `relation` is a key of RELATIONS between two phrases, a key of PLACES after one, or "" with any
+    number of them.
     """
 
     relation: str
@@ -265,10 +272,12 @@ def say(claim: Claim) -> str:
     'a red circle to the left of a small blue square'
     >>> say(Claim("", (Phrase("", "", "star"), red, Phrase("", "orange", ""))))
     'a star, a red circle and something orange'
+    >>> say(Claim("at the top", (red,)))
+    'a red circle at the top'
     """
     *most, last = map(say_phrase, claim.phrases)
     if not most:
-        return last
+        return f"{last} {claim.relation}".rstrip()
     return f"{', '.join(most)} {claim.relation or 'and'} {last}"
 
 
@@ -295,15 +304,27 @@ def fits(phrase: Phrase, object: Object) -> bool:
     )
 
 
-def apart(relation: str, first: Object, second: Object) -> int:
+def apart(relation: str, first: Object, second: Object | None = None) -> int:
     """How clearly the relation holds: pixels between the centres; negative where it is reversed."""
-    axis, sign = RELATIONS[relation]
-    return sign * (getattr(second, axis) - getattr(first, axis))
+    axis, sign = (RELATIONS | PLACES)[relation]
+    there = getattr(second, axis) if second else IMAGE_SIZE // 2
+    return sign * (there - getattr(first, axis))
 
 
 def singles(scene: Scene) -> list[Claim]:
     """Of one object: "a green star", "a large green star"."""
     return [Claim("", (phrase,)) for object in scene.objects for phrase in named(object)]
+
+
+def located(scene: Scene) -> list[Claim]:
+    """Of one object's place: "a green star at the top"."""
+    return [
+        Claim(place, (phrase,))
+        for object in scene.objects
+        for place in PLACES
+        if apart(place, object) >= CLEAR
+        for phrase in named(object)
+    ]
 
 
 def relations(scene: Scene) -> list[Claim]:
@@ -335,8 +356,12 @@ def vague(scene: Scene) -> list[Claim]:
 
 
 def kinds(scene: Scene) -> tuple[Callable[[Scene], list[Claim]], ...]:
-    """What may be said of a scene, each true, in words that name colour and shape."""
-    return (singles, relations, lists) if len(scene.objects) > 1 else (singles,)
+    """What may be said of a scene, each true, in words that name colour and shape.
+
+    Relations come twice, because they are the hardest to learn.
+    """
+    several = (relations, relations, lists) if len(scene.objects) > 1 else ()
+    return (singles, *((located,) if located(scene) else ()), *several)
 
 
 def clear_relations(scene: Scene) -> list[tuple[Object, Object, str]]:
@@ -366,10 +391,11 @@ def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
     """Claims that are false of the scene and differ from a true one in one thing, by that thing.
 
     Two objects change "places", or their "colours": a false caption of the same words as the true
-    one. Where neither makes it false, one word becomes another: a "size", a "colour", a "shape".
+    one. One object's place becomes the opposite. Where there is nothing to swap or to move, one
+    word becomes another: a "size", a "colour", a "shape".
     None names a held-out pair, unless `claim` does.
     """
-    changed = swaps(claim) if len(claim.phrases) > 1 else {}
+    changed = swaps(claim) if len(claim.phrases) > 1 else moved(claim)
     known = {(p.colour, p.shape) for p in claim.phrases}
 
     def fair(claim: Claim) -> bool:
@@ -393,6 +419,12 @@ def swaps(claim: Claim) -> dict[str, list[Claim]]:
             swapped[i], swapped[j] = first, second
             made[what].append(claim._replace(phrases=tuple(swapped)))
     return made
+
+
+def moved(claim: Claim) -> dict[str, list[Claim]]:
+    """To the other side of the picture."""
+    opposite = OPPOSITE.get(claim.relation)
+    return {"places": [claim._replace(relation=opposite)]} if opposite else {}
 
 
 WORDS = {"size": ("small", "large"), "colour": tuple(COLOURS), "shape": SHAPES}
@@ -442,39 +474,45 @@ def say_something(scene: Scene, random: Random) -> tuple[str, str]:
 
 
 class Shapes:
-    """`count` scenes, drawn once and kept in memory: 12 kB each, half a millisecond each.
+    """`count` scenes, each drawn when it is asked for, in about half a millisecond.
 
     `data[index, draw]` is the scene's picture with a caption and a false caption that the number
-    `draw` chooses, so that each epoch can speak of the same scene in other words. Pictures are
-    never to be mirrored: "to the left of" would become false.
+    `draw` chooses. The first scenes have one object each, as the first pages of a picture book:
+    with several, a model learns colours and then, for very long, nothing else. Pictures are never
+    to be mirrored: "to the left of" would become false.
     """
 
     image_size = IMAGE_SIZE
 
-    def __init__(self, count: int = 40_000, seed: int = 0) -> None:
+    def __init__(self, count: int = 400_000, seed: int = 0) -> None:
         if seed == SCORE_SEED:
             raise ValueError(f"seed {seed} draws the scenes that `score` asks about")
+        self.count, self.seed = count, seed
+        self.easy = count // 5
         self.skipped: list[str] = []  # no picture is ever unreadable
-        self.scenes = [scene(i, seed=seed) for i in range(count)]
-        self.pixels = torch.empty(count, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-        for i in trange(count, desc="drawing scenes", delay=2, disable=None):
-            picture, _ = draw(self.scenes[i])
-            self.pixels[i] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return self.count
 
     def items(self, seed: int) -> Iterator[int]:
-        return shuffled(len(self), seed)
+        yield from shuffled(self.easy, seed)
+        yield from (self.easy + i for i in shuffled(self.count - self.easy, seed))
+
+    def scene(self, index: int) -> Scene:
+        return scene(index, seed=self.seed, count=1 if index < self.easy else None)
 
     def __getitem__(self, index_and_draw: tuple[int, int]) -> Pair:
-        index, draw = index_and_draw
-        caption, negative = say_something(self.scenes[index], Random(draw))
-        return Pair(self.pixels[index], caption, caption_label(caption), negative)
+        index, choice = index_and_draw
+        scene = self.scene(index)
+        picture, _ = draw(scene)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        caption, negative = say_something(scene, Random(choice))
+        return Pair(pixels, caption, caption_label(caption), negative)
 
     def captions(self) -> Iterator[str]:
-        """One caption of each scene: every word of the world, to train a tokenizer on."""
-        return (self[index, index].caption for index in range(len(self)))
+        """A caption of some thousands of scenes: every word, for a tokenizer to learn from."""
+        for index in range(0, self.count, max(1, self.count // 5000)):
+            yield say_something(self.scene(index), Random(index))[0]
 
 
 # -- the score ------------------------------------------------------------------------------------
