@@ -182,7 +182,12 @@ def build_parser() -> argparse.ArgumentParser:
         "Zero-shot accuracy on photographs in class folders.",
         "miniclip eval --data imagenet/val --templates imagenet --plot confusions.png",
     )
-    sub.add_argument("--data", required=True, metavar="DIR", help="a folder of class folders")
+    sub.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="a folder of class folders; or `shapes`, to be asked about the drawn world",
+    )
     sub.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
     sub.add_argument(
         "--templates",
@@ -207,7 +212,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "demo",
         demo,
-        "Classify scikit-image's photographs offline and draw the result.",
+        "Describe a drawn scene and photographs, offline, and draw the result.",
         "miniclip demo -o demo.png",
     )
     sub.add_argument("-o", "--out", default="miniclip-demo.png", metavar="PNG", help="the picture")
@@ -247,7 +252,7 @@ def classify(args: argparse.Namespace) -> int:
 
 def ranking_table(title: str, scores: "list[Score]") -> str:
     """A title and a line for each label, 80 columns wide."""
-    width = min(30, max(len(score.label) for score in scores))
+    width = min(50, max(len(score.label) for score in scores))
     longest_bar = 80 - width - 12
     lines = [title]
     for label, _, probability in scores:
@@ -259,6 +264,8 @@ def ranking_table(title: str, scores: "list[Score]") -> str:
 def train(args: argparse.Namespace) -> int:
     from miniclip.training import process_group, set_up, train
 
+    if args.plot:  # before the work, so that a missing matplotlib shows at once
+        from miniclip.figures import draw_curves
     overrides = {name: getattr(args, name) for name in RECIPE if getattr(args, name) is not None}
     with process_group(args.device) as device:
         setup = set_up(args.data, args.model, args.recipe, args.config, overrides, device)
@@ -268,8 +275,6 @@ def train(args: argparse.Namespace) -> int:
     lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     if args.plot:
-        from miniclip.figures import draw_curves
-
         draw_curves(rows, args.plot)
     if args.json:
         print_json(rows)
@@ -286,6 +291,8 @@ def evaluation(args: argparse.Namespace) -> int:
         labelled_images,
     )
 
+    if args.data == "shapes":
+        return shapes_evaluation(args)
     if args.plot:  # before the work, so that a missing matplotlib shows at once
         from miniclip.figures import draw_confusion
     templates = find_templates(args.templates or [TEMPLATE])
@@ -308,6 +315,27 @@ def evaluation(args: argparse.Namespace) -> int:
     if args.plot:
         draw_confusion(result, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr)
+    return 0
+
+
+def shapes_evaluation(args: argparse.Namespace) -> int:
+    from miniclip.checkpoint import load
+    from miniclip.training.shapes import score
+
+    scores = score(*load(args.model, device=args.device, reference=args.reference))
+    if args.json:
+        print_json({"model": args.model} | scores._asdict())
+        return 0
+    print(f"model  {args.model}, on scenes that no training set has\n")
+    for question, share, chance in (
+        ("which colour and shape, of 64: pairs seen in training", scores.seen, "1.6 %"),
+        ("the same: pairs never seen in training", scores.unseen, "1.6 %"),
+        ("the caption, or the objects' places swapped", scores.relations, "50 %"),
+        ("    of left and right", scores.left_right, "50 %"),
+        ("    of above and below", scores.above_below, "50 %"),
+        ("the caption, or the objects' colours swapped", scores.binding, "50 %"),
+    ):
+        print(f"{question:<56}{share:>7.1%}  (chance {chance})")
     return 0
 
 
@@ -371,26 +399,32 @@ def evaluation_table(result: "Evaluation", most: int = 50) -> str:
 
 
 def demo(args: argparse.Namespace) -> int:
-    from miniclip.checkpoint import load
-    from miniclip.demo import LABELS, draw, photographs
-    from miniclip.zeroshot import ZeroShotClassifier
+    from miniclip.demo import photograph_exhibits, scene_exhibit
 
-    pictures = photographs()
-    model, tokenizer, transform = load("cifar10")
-    classifier = ZeroShotClassifier(model, tokenizer, LABELS)
-    rankings = classifier.rank(transform(list(pictures.values())))
+    scene, heats = scene_exhibit()
+    missing = None
+    try:
+        from miniclip.figures import draw_demo
+
+        photographs = photograph_exhibits()
+    except ValueError as error:  # the demo extra is not installed; a scene needs none of it
+        photographs, missing = [], error
+    exhibits = [scene, *photographs]
     if args.json:
         print_json(
             [
                 {"image": name, "labels": [score._asdict() for score in scores]}
-                for name, scores in zip(pictures, rankings, strict=True)
+                for name, _, scores in exhibits
             ]
         )
     else:
-        for name, scores in zip(pictures, rankings, strict=True):
-            print(ranking_table(name, scores[:3]), end="\n\n")
-    draw(pictures, rankings, args.out)
-    print(f"picture: {args.out}", file=sys.stderr)
+        for name, _, scores in exhibits:
+            print(ranking_table(name, scores[:4]), end="\n\n")
+    if missing:
+        print(f"no picture was drawn: {missing}", file=sys.stderr)
+    else:
+        draw_demo(scene, heats, photographs, args.out)
+        print(f"picture: {args.out}", file=sys.stderr)
     return 0
 
 

@@ -1,16 +1,77 @@
-"""`miniclip demo`: scikit-image's photographs, classified offline by the embedded checkpoint."""
+"""`miniclip demo`: what the two embedded checkpoints can do, offline, in seconds.
 
-import numpy as np
+A scene is drawn and described by the checkpoint `shapes`; photographs that come with scikit-image
+are classified by the checkpoint `cifar10`.
+"""
 
-from miniclip.zeroshot import Score
+from random import Random
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from miniclip.checkpoint import Loaded, load
+from miniclip.training.shapes import (
+    Claim,
+    Phrase,
+    Scene,
+    draw,
+    holds,
+    replacements,
+    say,
+    say_phrase,
+    scene,
+)
+from miniclip.zeroshot import Score, ZeroShotClassifier
 
 LABELS = ["airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-ORANGE = "#d55e00"  # of Okabe and Ito's colours, which the colour-blind tell apart
 PHOTOGRAPHS = ("chelsea", "rocket", "horse", "coffee")
+SEED = 7  # of a world of scenes that no checkpoint was trained on
 
 
-def photographs() -> dict[str, np.ndarray]:
-    """Photographs that lie inside scikit-image's package, as uint8 arrays (H, W, 3).
+class Exhibit(NamedTuple):
+    """A picture and what it was taken for."""
+
+    name: str
+    picture: Image.Image
+    scores: list[Score]
+
+
+class Heat(NamedTuple):
+    """Where a phrase is seen in a picture, and where what it names is."""
+
+    phrase: str
+    lost: Tensor  # (S / patch, S / patch), of the cosine, when this patch is covered
+    mask: Tensor  # (S, S) bool
+
+
+def scene_exhibit(index: int = 0) -> tuple[Exhibit, list[Heat]]:
+    """A scene of two objects, described by a true caption and by false ones, wrong in one word."""
+    drawn = scene(index, seed=SEED, count=2)
+    picture, masks = draw(drawn)
+    phrases = [Phrase("", object.colour, object.shape) for object in drawn.objects]
+    true = Claim("", tuple(phrases))
+    random = Random(index)
+    false = [random.choice(made) for made in negatives_by_word(true, drawn) for _ in range(2)]
+    loaded = load("shapes")
+    captions = [say(claim) for claim in (true, *false)]
+    pixels = loaded.transform(picture)
+    (scores,) = ZeroShotClassifier(*loaded[:2], captions, ["{}"]).rank(pixels[None])
+    words = [say_phrase(phrase) for phrase in phrases]
+    lost = occlusion(loaded, pixels, words)
+    heats = [Heat(*row) for row in zip(words, lost, torch.from_numpy(masks), strict=True)]
+    return Exhibit("a drawn scene", picture, scores), heats
+
+
+def negatives_by_word(claim: Claim, scene: Scene) -> list[list[Claim]]:
+    """What the claim becomes with another colour, and with another shape, where that is false."""
+    made = replacements(claim)
+    return [[c for c in made[word] if not holds(c, scene)] for word in ("colour", "shape")]
+
+
+def photograph_exhibits() -> list[Exhibit]:
+    """Photographs that lie inside scikit-image's package. Raises ValueError where it is missing.
 
     The first is one of the ten things that the checkpoint `cifar10` knows. Of a rocket, the
     silhouette of a horse, and a cup of coffee it has never seen the like, and it shows.
@@ -18,35 +79,35 @@ def photographs() -> dict[str, np.ndarray]:
     try:
         import skimage.data
     except ImportError:
-        raise ValueError("the demo needs photographs: pip install 'miniclip[demo]'") from None
-    pictures = {}
-    for name in PHOTOGRAPHS:
-        picture = getattr(skimage.data, name)()
-        if picture.dtype == bool:
-            picture = picture.astype(np.uint8) * 255
-        if picture.ndim == 2:
-            picture = np.stack([picture] * 3, axis=-1)
-        pictures[name] = picture
-    return pictures
+        raise ValueError("photographs come with: pip install 'miniclip[demo]'") from None
+    pictures = [
+        Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOGRAPHS
+    ]
+    model, tokenizer, transform = load("cifar10")
+    rankings = ZeroShotClassifier(model, tokenizer, LABELS).rank(transform(pictures))
+    return [Exhibit(*row) for row in zip(PHOTOGRAPHS, pictures, rankings, strict=True)]
 
 
-def draw(pictures: dict[str, np.ndarray], rankings: list[list[Score]], path: str) -> None:
-    """Each picture above the bars of its five best labels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+@torch.inference_mode()
+def occlusion(loaded: Loaded, pixels: Tensor, phrases: list[str]) -> Tensor:
+    """How much of each phrase's cosine each patch holds: (3, S, S) -> (phrases, S / P, S / P).
 
-    figure = Figure(figsize=(3 * len(pictures), 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(pictures), height_ratios=(3, 2), squeeze=False)
-    for top, bottom, picture, scores in zip(*axes, pictures.values(), rankings, strict=True):
-        top.imshow(picture)
-        top.set_axis_off()
-        best = scores[:5][::-1]
-        bars = bottom.barh([score.label for score in best], [s.probability for s in best])
-        bars[-1].set_color(ORANGE)
-        bottom.bar_label(bars, [f"{score.probability:.0%}" for score in best], padding=3)
-        bottom.set_xlim(0, 1.2)
-        bottom.set_xticks([])
-        bottom.spines[:].set_visible(False)
-        bottom.tick_params(length=0)
-    figure.savefig(path, dpi=120)
+    Windows of two by two patches are covered with grey, one after another, and what the cosine
+    loses is shared out among the patches that were covered (Zeiler and Fergus 2013,
+    arXiv 1311.2901). Positive: the picture is less like the phrase without this patch.
+    """
+    model, tokenizer, _ = loaded
+    patch = model.config.vision.patch_size
+    side = model.config.vision.image_size // patch
+    corners = [(i, j) for i in range(side - 1) for j in range(side - 1)]
+    covered = pixels.repeat(1 + len(corners), 1, 1, 1)
+    for picture, (i, j) in zip(covered[1:], corners, strict=True):
+        picture[:, i * patch : (i + 2) * patch, j * patch : (j + 2) * patch] = 0
+    texts = model.encode_text(tokenizer(phrases), normalize=True)
+    cosines = texts @ model.encode_image(covered, normalize=True).T  # (phrases, 1 + windows)
+    lost = cosines[:, :1] - cosines[:, 1:]
+    heat, times = torch.zeros(len(phrases), side, side), torch.zeros(side, side)
+    for k, (i, j) in enumerate(corners):
+        heat[:, i : i + 2, j : j + 2] += lost[:, k, None, None]
+        times[i : i + 2, j : j + 2] += 1
+    return heat / times

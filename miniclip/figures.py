@@ -8,7 +8,8 @@ that the colour-blind tell them apart, and a grey printer too.
 from collections.abc import Sequence
 from os import PathLike
 
-from miniclip.zeroshot import Evaluation
+from miniclip.demo import Exhibit, Heat
+from miniclip.zeroshot import Evaluation, Score
 
 try:
     from matplotlib.axes import Axes
@@ -122,3 +123,67 @@ def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> 
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
+
+
+def draw_demo(
+    scene: Exhibit, heats: Sequence[Heat], photographs: Sequence[Exhibit], path: str | PathLike[str]
+) -> None:
+    """A drawn scene with its captions and heat maps, above photographs with their labels."""
+    figure = Figure(figsize=(13, 9 if photographs else 4), layout="constrained")
+    top, *bottom = figure.subfigures(2, 1, height_ratios=(4, 5)) if photographs else [figure]
+    axes = top.subplots(1, 2 + len(heats), width_ratios=(2, 3, *(2 for _ in heats)))
+    show_picture(axes[0], scene)
+    draw_bars(axes[1], scene.scores, inside=True)
+    for axis, heat in zip(axes[2:], heats, strict=True):
+        draw_heat(axis, scene, heat)
+    if photographs:
+        rows = bottom[0].subplots(2, len(photographs), height_ratios=(3, 2), squeeze=False)
+        for above, below, photograph in zip(*rows, photographs, strict=True):
+            show_picture(above, photograph)
+            draw_bars(below, photograph.scores[:5])
+    save(figure, path)
+
+
+def show_picture(axes: Axes, exhibit: Exhibit) -> None:
+    axes.imshow(exhibit.picture)
+    axes.set_title(exhibit.name, loc="left", fontsize=11)
+    axes.set_axis_off()
+
+
+def draw_bars(axes: Axes, scores: Sequence[Score], inside: bool = False) -> None:
+    """A bar for each label, best on top; long labels stand above their bars."""
+    best = scores[::-1]
+    bars = axes.barh(range(len(best)), [s.probability for s in best], color=BLUE, height=0.5)
+    bars[-1].set_color(ORANGE)
+    axes.bar_label(bars, [f"{score.probability:.0%}" for score in best], padding=3)
+    if inside:
+        axes.set_yticks([])
+        for i, score in enumerate(best):
+            axes.text(0, i + 0.32, score.label, fontsize=10, va="bottom")
+        axes.set_ylim(-0.5, len(best) - 0.1)
+    else:
+        axes.set_yticks(range(len(best)), [score.label for score in best])
+    axes.set_xlim(0, 1.2)
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def draw_heat(axes: Axes, scene: Exhibit, heat: Heat) -> None:
+    """Where the phrase is seen, over the picture in grey; the object's true outline in black."""
+    size = scene.picture.size[0]
+    axes.imshow(scene.picture.convert("L"), cmap="gray", vmin=0, vmax=255, alpha=0.5)
+    warmest = max(heat.lost.max().item(), 1e-6)
+    shown = heat.lost.clamp(min=0).numpy() / warmest
+    axes.imshow(
+        shown,
+        cmap="inferno",
+        alpha=0.7,
+        interpolation="bilinear",
+        extent=(-0.5, size - 0.5, size - 0.5, -0.5),
+        vmin=0,
+        vmax=1,
+    )
+    axes.contour(heat.mask.numpy(), levels=[0.5], colors="white", linewidths=1.5)
+    axes.set_title(heat.phrase, loc="left", fontsize=11)
+    axes.set_axis_off()

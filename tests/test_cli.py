@@ -1,6 +1,7 @@
 """The command, run as its users run it: output, JSON, exit status and errors of one line."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -79,9 +80,25 @@ def test_a_cat_is_a_cat(run, tmp_path):
 
 def test_demo_draws_a_picture(run, tmp_path):
     status, out, err = run("demo", "--out", str(tmp_path / "demo.png"))
-    assert status == 0 and "chelsea" in out
+    assert status == 0 and "a drawn scene" in out and "chelsea" in out
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > 800
+
+
+def test_demo_without_its_extra_describes_the_scene_alone(run, tmp_path, monkeypatch):
+    for module in ("matplotlib.figure", "matplotlib.axes"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "miniclip.figures", raising=False)
+    status, out, err = run("demo", "--out", str(tmp_path / "demo.png"))
+    assert status == 0 and "a drawn scene" in out and "chelsea" not in out
+    assert "miniclip[demo]" in err and not (tmp_path / "demo.png").exists()
+
+
+def test_eval_of_the_drawn_world(run):
+    status, out, err = run("eval", "--data", "shapes", "--model", "shapes", "--json")
+    scores = json.loads(out)
+    assert status == 0
+    assert scores["seen"] >= 0.95 and scores["unseen"] >= 0.85
 
 
 def test_a_bad_image_does_not_take_the_good_ones_with_it(run, picture, tmp_path):
