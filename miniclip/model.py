@@ -223,7 +223,11 @@ class TextTower(nn.Module):
         return self.proj(x)  # (B, E)
 
     def end_positions(self, ids: Tensor) -> Tensor:
-        """Where each text ends: its first end token. (B, T) -> (B,)"""
+        """Where each text ends: its first end token. (B, T) -> (B,)
+
+        A text without one is an error; in a compiled or exported graph, which cannot raise, it is
+        read at its first token, as transformers reads it everywhere.
+        """
         if self.config.eos_token_id == LEGACY_EOS:
             return ids.argmax(-1)
         is_end = ids == self.config.eos_token_id
@@ -234,8 +238,7 @@ class TextTower(nn.Module):
                 f"({self.config.eos_token_id}), so there is no place to read the text at. The "
                 "Tokenizer that belongs to the model adds one"
             )
-        # A compiled graph cannot raise. There the place is past the last token, and reading fails.
-        return torch.where(has_end, is_end.int().argmax(-1), ids.shape[1])
+        return is_end.int().argmax(-1)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -749,23 +749,6 @@ def test_compiles_into_one_graph():
     torch._dynamo.reset()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("how", ["compiled", "exported"])
-def test_a_graph_has_no_embedding_for_a_row_without_an_end_token(how):
-    """It cannot say which row, as the model itself does, but must not read the text anywhere."""
-    model = twins(TINY)[0].text
-    ids = random_inputs(TINY)[1]
-    if how == "compiled":
-        graph = torch.compile(model, fullgraph=True)
-    else:
-        graph = torch.export.export(model, (ids,)).module()
-    assert difference(graph(ids), model(ids)) < REORDERED
-    ids[1] = 5
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-        graph(ids)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("tower", TOWERS)
 def test_exports_with_any_batch(tower):
     model, _ = twins(TINY)

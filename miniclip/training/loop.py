@@ -211,6 +211,8 @@ def set_up(
     check_device(device)
     if model and config:
         raise ValueError(f"{model} has a shape, which {config} cannot change: give one of the two")
+    if data == "shapes" and not (model or config or like):
+        like = "shapes"  # the default shape is for smaller pictures
     directory = resolve(like, "config") if like else None
     recipe = Recipe()
     if directory:  # `like` may be a recipe itself, under any name
