@@ -73,8 +73,8 @@ def negatives_by_word(claim: Claim, scene: Scene) -> list[list[Claim]]:
 def photograph_exhibits() -> list[Exhibit]:
     """Photographs that lie inside scikit-image's package. Raises ValueError where it is missing.
 
-    The first is one of the ten things that the checkpoint `cifar10` knows. Of a rocket, the
-    silhouette of a horse, and a cup of coffee it has never seen the like, and it shows.
+    A cat is one of the ten things that the checkpoint `cifar10` knows, though not so close. Of a
+    rocket, the silhouette of a horse, and a cup of coffee it has never seen the like, and it shows.
     """
     try:
         import skimage.data
