@@ -13,8 +13,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024,
     "Muon: An optimizer for hidden layers in neural networks").
 
-    torch.optim.Muon does the same and insists on bfloat16, which takes a CPU without instructions
-    for it sixty times as long. This one works in the precision of the gradient.
+    torch.optim.Muon does the same and insists on bfloat16, which is very slow on a CPU without
+    instructions for it. This one works in the precision of the gradient.
     """
 
     def __init__(
