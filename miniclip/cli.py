@@ -322,6 +322,10 @@ def shapes_evaluation(args: argparse.Namespace) -> int:
     from miniclip.checkpoint import load
     from miniclip.training.shapes import score
 
+    if args.templates or args.labels or args.plot:
+        raise ValueError(
+            "the drawn world asks in its own words: no --templates, --labels or --plot"
+        )
     scores = score(*load(args.model, device=args.device, reference=args.reference))
     if args.json:
         print_json({"model": args.model} | scores._asdict())

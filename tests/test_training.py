@@ -123,9 +123,8 @@ def assert_same(found, expected, tolerance):
         assert worst <= tolerance * max(1.0, value.abs().max().item()), (name, worst)
 
 
-def plain_step(model, chunk=0):
-    pixels, ids, labels = batch_of(model.logit_scale.dtype)
-    loss = backward(
+def step(model, pixels, ids, labels, chunk=0):
+    return backward(
         partial(model.encode_image, normalize=True),
         partial(model.encode_text, normalize=True),
         pixels,
@@ -133,7 +132,10 @@ def plain_step(model, chunk=0):
         partial(loss_of_batch, model.logit_scale, labels),
         chunk,
     )
-    return loss
+
+
+def plain_step(model, chunk=0):
+    return step(model, *batch_of(model.logit_scale.dtype), chunk)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -190,14 +192,7 @@ def three_steps(model, rates, rank=0, world=1, chunk=0):
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        loss = backward(
-            partial(model.encode_image, normalize=True),
-            partial(model.encode_text, normalize=True),
-            pixels,
-            ids,
-            partial(loss_of_batch, model.logit_scale, labels),
-            chunk,
-        )
+        loss = step(model, pixels, ids, labels, chunk)
         average_gradients(model)
         losses.append(loss.item())
         optimizer.step()

@@ -50,9 +50,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
 RADII = {"small": 6, "plain": 9, "large": 13}  # of a circle around it, in pixels
 TILTS = (-12, 0, 12)  # degrees
-GRID = (
-    4  # centres are at multiples of so many pixels: fewer pictures to learn from, no fewer places
-)
+GRID = 4  # pixels; centres are at multiples of it, so that there are fewer pictures to learn from
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 
 HELD_OUT = frozenset(
@@ -481,8 +479,6 @@ class Shapes:
     with several, a model learns colours and then, for very long, nothing else. Pictures are never
     to be mirrored: "to the left of" would become false.
     """
-
-    image_size = IMAGE_SIZE
 
     def __init__(self, count: int = 400_000, seed: int = 0) -> None:
         if seed == SCORE_SEED:
