@@ -63,15 +63,19 @@ def embeddings():
 def slow_loss(image, text, scale, labels, wrong=()):
     """Mean negative log probability of the pairs that belong together, pair by pair."""
 
-    def direction(rows, columns, extra=()):
+    def direction(rows, columns):
         total = 0.0
         for i, row in enumerate(rows):
-            scores = [math.exp(math.exp(scale) * float(row @ c)) for c in (*columns, *extra)]
+            scores = [math.exp(math.exp(scale) * float(row @ c)) for c in columns]
             partners = [j for j in range(len(columns)) if labels[i] == labels[j]]
             total -= sum(math.log(scores[j] / sum(scores)) for j in partners) / len(partners)
         return total / len(rows)
 
-    return (direction(image, text, wrong) + direction(text, image)) / 2
+    loss = (direction(image, text) + direction(text, image)) / 2
+    for i, false in enumerate(wrong):
+        true, false = (math.exp(math.exp(scale) * float(image[i] @ c)) for c in (text[i], false))
+        loss -= math.log(true / (true + false)) / len(wrong)
+    return loss
 
 
 @pytest.mark.parametrize("labels", [None, [0, 1, 0, 2, 1, 0], [3] * 6])
@@ -312,14 +316,21 @@ def test_patch_dropout_keeps_the_class_token_and_some_patches_in_order():
     assert torch.equal(model.vision.embed(pixels), whole)
 
 
-def test_augmentation_moves_and_mirrors_and_invents_nothing():
+def test_augmentation_mirrors_zooms_and_moves_and_invents_nothing():
     torch.manual_seed(0)
-    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(50, 3, 16, 16)
-    moved = augment(ramp)
-    assert moved.shape == ramp.shape and moved.dtype == torch.uint8
-    assert len({tuple(picture.flatten().tolist()) for picture in moved}) > 30
-    rises = (moved[:, 0, 8, 8].int() - moved[:, 0, 8, 7].int()).tolist()
-    assert set(rises) == {1, -1}
+    across = torch.arange(0, 256, 8, dtype=torch.uint8)  # (32,)
+    ramps = torch.stack([across.expand(32, 32), across[:, None].expand(32, 32)])
+    moved = augment(ramps[[0, 1, 0]].expand(200, 3, 32, 32))
+    assert moved.shape == (200, 3, 32, 32) and moved.dtype == torch.uint8
+    middle = moved[:, :, 16, 16].double()
+    steps_x = (moved[:, :, 16, 18].double() - moved[:, :, 16, 14].double()) / 4
+    steps_y = (moved[:, :, 18, 16].double() - moved[:, :, 14, 16].double()) / 4
+    assert steps_x[:, 1].abs().max() == 0 and steps_y[:, 0].abs().max() == 0  # axes stay axes
+    assert torch.equal(moved[:, 0], moved[:, 2])  # all channels of a picture go together
+    zoom = steps_x[:, 0].abs() / 8  # of the ramp's steps: 1 for the whole, 1/2 for the half
+    assert 0.47 < zoom.min() < 0.55 and 0.95 < zoom.max() < 1.03
+    assert 70 < (steps_x[:, 0] > 0).sum() < 130 and steps_y[:, 1].min() > 0  # never upside down
+    assert 30 < 128 - middle[:, :2].min() < 47 and 30 < middle[:, :2].max() - 128 < 47
 
 
 # ------------------------------------------------------------------------------------------------

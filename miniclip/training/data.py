@@ -377,13 +377,16 @@ def _loaded(data: Source, drawn: Iterable[list[Any]], ahead: int = 2) -> Iterato
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Mirror half of the pictures, and shift each by up to an eighth. (B, 3, S, S) uint8."""
-    b, _, s, _ = pixels.shape
-    reach = s // 8
-    mirrored = torch.rand(b) < 0.5
-    pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-    padded = F.pad(pixels, [reach] * 4, mode="reflect")
-    top, left = torch.randint(0, 2 * reach + 1, (2, b, 1, 1))
-    rows = top + torch.arange(s)[None, :, None]  # (B, S, 1)
-    columns = left + torch.arange(s)[None, None, :]  # (B, 1, S)
-    return padded[torch.arange(b)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
+    """Mirror half of the pictures, zoom into each by up to 2, and move it by up to a seventh.
+
+    (B, 3, S, S) uint8. What comes in over an edge is the picture's own reflection.
+    """
+    b = len(pixels)
+    side = 1 - 0.5 * torch.rand(b)  # of the square that is cut out; the picture's is 1
+    x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # its centre; the picture's edges are at -1 and 1
+    mirror = torch.randint(0, 2, (b,)) * 2 - 1
+    none = torch.zeros(b)
+    affine = torch.stack([side * mirror, none, x, none, side, y], dim=1).view(b, 2, 3)
+    grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
+    cut = F.grid_sample(pixels.float(), grid, padding_mode="reflection", align_corners=False)
+    return cut.round().to(torch.uint8)

@@ -67,7 +67,7 @@ class Recipe:
     clip_gradient: float = 1.0  # the longest gradient
     patch_dropout: float = 0.0  # share of the patches (FLIP)
     full_epochs: int = 1  # at the end, without patch dropout: as the model will be used
-    augment: bool = False  # mirror and shift; a mirror makes captions of left and right false
+    augment: bool = False  # mirror, zoom, move; a mirror makes captions of left and right false
     hard_negatives: bool = False  # NegCLIP, where the data has false captions
     chunk: int = 0  # rows in memory at once (GradCache); 0 for all
     checkpoint_blocks: bool = False  # compute blocks twice instead of remembering them
@@ -363,12 +363,14 @@ def normalized(pixels: Tensor, transform: ImageTransform, augmented: bool) -> Te
 
 
 def tokenized(captions: list[str], tokenizer: Tokenizer, run: "Run") -> Tensor:
-    """Token ids (B, T). A caption that is too long is cut, and the first is reported."""
+    """Token ids (B, T), as wide as the longest: attention is causal, so the padding after a text's
+    end changes nothing. A caption that is too long is cut, and the first is reported."""
     try:
-        return tokenizer(captions)
+        ids = tokenizer(captions)
     except ContextLengthError as error:
         run.report(f"captions too long for the text tower are cut; the first: {error}", "cut")
-        return tokenizer(captions, truncate=True)
+        ids = tokenizer(captions, truncate=True)
+    return ids[:, : int(run.model.text.end_positions(ids).max()) + 1]
 
 
 class Run:

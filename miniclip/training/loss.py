@@ -24,22 +24,23 @@ def contrastive_loss(
     `logit_scale` is a logarithm. With `labels` (B,), pairs of equal label count as positives of
     each other and share the target, instead of being pushed apart: where a batch is many times
     larger than the number of classes, most of its "negatives" are none (UniCL, Yang et al. 2022,
-    arXiv 2204.03610). `negative_embeds` (B, E) are false captions, such as the true ones with
-    two words swapped: one column more for each, in the choice of a caption for an image alone,
-    where each counts as wrong of every image, not only of its own (NegCLIP, Yuksekgonul et al.
-    2022, arXiv 2210.01936).
+    arXiv 2204.03610).
+
+    `negative_embeds` (B, E) are false captions, row i of image i, such as the true ones with two
+    words swapped: the hard negatives of NegCLIP (Yuksekgonul et al. 2022, arXiv 2210.01936). There
+    they are B more columns of the matrix, where an image's own false caption is one of 2 B; here
+    each image chooses between the true and the false one alone, by the logistic loss.
     """
     logits = logit_scale.exp() * image_embeds @ text_embeds.T  # (B, B)
     if labels is None:
         labels = torch.arange(len(logits), device=logits.device)
     same = (labels[:, None] == labels[None, :]).to(logits.dtype)
     target = same / same.sum(dim=1)  # symmetric, so that it serves both directions
-    text_loss = F.cross_entropy(logits.T, target)
-    if negative_embeds is not None:
-        wrong = logit_scale.exp() * image_embeds @ negative_embeds.T  # (B, B)
-        logits = torch.cat([logits, wrong], dim=1)  # (B, 2 B)
-        target = torch.cat([target, torch.zeros_like(wrong)], dim=1)
-    return (F.cross_entropy(logits, target) + text_loss) / 2
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    if negative_embeds is None:
+        return loss
+    wrong = logit_scale.exp() * (image_embeds * negative_embeds).sum(dim=1)  # (B,)
+    return loss + F.softplus(wrong - logits.diagonal()).mean()
 
 
 @torch.no_grad()
