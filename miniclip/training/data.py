@@ -377,12 +377,12 @@ def _loaded(data: Source, drawn: Iterable[list[Any]], ahead: int = 2) -> Iterato
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Mirror half of the pictures, zoom into each by up to 2, and move it by up to a seventh.
+    """Mirror half of the pictures, zoom into half by up to 2, and move each by up to a seventh.
 
     (B, 3, S, S) uint8. What comes in over an edge is the picture's own reflection.
     """
     b = len(pixels)
-    side = 1 - 0.5 * torch.rand(b)  # of the square that is cut out; the picture's is 1
+    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # of the square cut out; the picture's is 1
     x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # its centre; the picture's edges are at -1 and 1
     mirror = torch.randint(0, 2, (b,)) * 2 - 1
     none = torch.zeros(b)

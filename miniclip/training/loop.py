@@ -227,6 +227,8 @@ def set_up(
     elif directory:
         shape = read_config(directory)
     transform = ImageTransform(shape.vision.image_size)
+    if directory and not config and (directory / "preprocessor_config.json").is_file():
+        transform = ImageTransform.from_pretrained(directory)
     source = open_data(data, transform)
     random, tokenizer = from_scratch(shape, source, recipe.seed)
     return Setup(random.to(device), tokenizer, transform, source, recipe)
