@@ -32,7 +32,7 @@ multiply_adds=115605504)
     text = replace(config.text, eos_token_id=LEGACY_EOS)
     with torch.device("meta"):
         model = CLIP(replace(config, text=text))
-        pixels = torch.empty(1, config.vision.channels, *[config.vision.image_size] * 2)
+        pixels = torch.empty(1, config.vision.channels, *config.vision.height_width)
         ids = torch.empty(1, config.text.context_length, dtype=torch.long)
     model.set_attention("eager")  # its two matrix products are counted, which sdpa would hide
     return [
