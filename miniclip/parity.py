@@ -203,8 +203,8 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 def random_inputs(
     config: CLIPConfig, images: int = 2, texts: int = 3, tokens: int = 9, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Noise (images, channels, height, width), and ids (texts, tokens) whose end token moves from row to row
-    and is followed by random ids, as no padding is fixed."""
+    """Noise (images, channels, height, width), and ids (texts, tokens) whose end token moves from
+    row to row and is followed by random ids, as no padding is fixed."""
     generator = torch.Generator().manual_seed(seed)
     vision, text = config.vision, config.text
     size = (images, vision.channels, *vision.height_width)

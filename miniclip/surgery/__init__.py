@@ -9,6 +9,7 @@ What a function leaves is a CLIP like any other: it is saved and loaded bit for 
 transformers cannot express its shape, transformers refuses to load it (`CLIPConfig.to_dict`).
 """
 
+from miniclip.surgery.attention import dense_features
 from miniclip.surgery.geometry import (
     add_registers,
     add_tokens,
@@ -16,5 +17,7 @@ from miniclip.surgery.geometry import (
     resize_image,
     resize_patch,
 )
+from miniclip.surgery.interventions import ablate_heads, patch_dropout, patch_from, splice
+from miniclip.surgery.lora import add_lora, merge_lora, unmerge_lora
 from miniclip.surgery.structure import keep_layers, prune_heads, prune_neurons
 from miniclip.surgery.weights import TaskVector, average, freeze, interpolate, layer_groups
