@@ -276,7 +276,7 @@ def _tower_to_dict(config: VisionConfig | TextConfig, names: dict[str, str]) -> 
     if beyond_transformers(config):
         more = {theirs: getattr(config, ours, None) for ours, theirs in _BEYOND.items()}
         values |= {theirs: value for theirs, value in more.items() if value}
-        values["num_attention_heads"] = per_layer(config, "heads")
+        values["num_attention_heads"] = per_layer(config, "heads")  # the list it stops at
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 

@@ -15,10 +15,17 @@ from miniclip.config import LEGACY_EOS
 from miniclip.model import CLIP
 from miniclip.surgery.structure import reconfigure
 
+
+def _antialiased(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    if grid[1] == 1:  # in one call, torch 2.13 gets all rows but the first wrong on a CPU
+        x = F.interpolate(x, (grid[0], x.shape[3]), mode="bicubic", antialias=True)
+    return F.interpolate(x, grid, mode="bicubic", antialias=True)
+
+
 # (1, W, rows, columns) at the old grid, and the new grid (rows, columns)
 RESAMPLE: dict[str, Callable[[Tensor, tuple[int, int]], Tensor]] = {
     "transformers": lambda x, grid: F.interpolate(x, grid, mode="bicubic"),
-    "timm": lambda x, grid: F.interpolate(x, grid, mode="bicubic", antialias=True),
+    "timm": _antialiased,
     # How OpenAI made L/14 at 336 pixels: openai/CLIP, issue 214.
     "openai-bilinear": lambda x, grid: F.interpolate(x, grid, mode="bilinear"),
     # DINO asks for 0.1 of a patch more, so that the size does not round down, and by that samples
