@@ -527,12 +527,17 @@ def test_what_was_frozen_or_set_stays_so():
         assert all(b.attn.eager for b in changed.vision.blocks) and not changed.training
 
 
-def test_surgically_changed_models_compile_and_train():
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
+def test_surgically_changed_models_train_compile_and_export():
     model = BEYOND["all of them"](twins(TINY)[0])
     pixels, ids = inputs_of(model)
-    out = model(pixels, ids)
-    out.logits_per_image.square().sum().backward()
+    expected = model(pixels, ids).logits_per_image
+    expected.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_close(compiled(pixels, ids).logits_per_image, expected)
+    exported = torch.export.export(model, (pixels, ids)).module()
+    assert_close(exported(pixels, ids).logits_per_image, expected)
 
 
 # -------------------------------------------------------------------------------------- refusals
