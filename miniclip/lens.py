@@ -124,14 +124,10 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
             f"{len(pixels)} images and {len(ids)} texts; expected pairs: repeat what is asked "
             "about several times, as by pixels.expand(len(ids), -1, -1, -1)"
         )
-    patterns = "*.blocks.*.attn.pattern"
     # Also where the caller has switched gradients off; a tensor from there must be copied.
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        cache(model, patterns, grad=True) as acts,
-    ):
-        logits = model(pixels.clone(), ids.clone()).logits_per_image.diagonal()  # (B,)
+    with torch.inference_mode(False), torch.enable_grad():
+        with cache(model, "*.blocks.*.attn.pattern", grad=True) as acts:
+            logits = model(pixels.clone(), ids.clone()).logits_per_image.diagonal()  # (B,)
         slopes = torch.autograd.grad(logits.sum(), list(acts.values()))
 
     def accumulate(tower: str, x: Tensor) -> Tensor:
@@ -459,7 +455,7 @@ class Localisation(NamedTuple):
     iou: float  # of the object with as many of the warmest pixels; the mean
 
 
-def localise(loaded: Loaded, scenes: int = 250) -> dict[str, list[Localisation]]:
+def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]:
     """Every method on drawn scenes of two objects, each object asked for by colour and shape.
 
     For the model as it is, "trained", and for one of its shape with weights drawn anew, "random".
