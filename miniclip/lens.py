@@ -13,7 +13,6 @@ changes a weight.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -391,17 +390,20 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     rows, columns = patch_grid(model.vision, pixels)
     corners = [(i, j) for i in range(max(rows - 1, 1)) for j in range(max(columns - 1, 1))]
     texts = model.encode_text(ids, normalize=True)  # (B, E)
-    heat = torch.zeros(len(pixels), rows, columns, dtype=texts.dtype, device=texts.device)
-    times = torch.zeros_like(heat[0])
-    for i, j in corners:
-        times[i : i + 2, j : j + 2] += 1
-    for picture, text, map in zip(pixels, texts, heat):
+    heat, times = texts.new_zeros(len(texts), rows, columns), texts.new_zeros(rows, columns)
+    # A picture with several texts in a row is covered and encoded once.
+    pictures, which = torch.unique_consecutive(pixels, dim=0, return_inverse=True)
+    for k, picture in enumerate(pictures):
         covered = picture.repeat(1 + len(corners), 1, 1, 1)
         for one, (i, j) in zip(covered[1:], corners):
             one[:, i * patch : (i + 2) * patch, j * patch : (j + 2) * patch] = 0
-        cosines = model.encode_image(covered, normalize=True) @ text  # (1 + windows,)
-        for (i, j), cosine in zip(corners, cosines[1:]):
-            map[i : i + 2, j : j + 2] += cosines[0] - cosine
+        embeds = model.encode_image(covered, normalize=True)  # (1 + windows, E)
+        cosines = texts[which == k] @ embeds.T
+        for n, (i, j) in enumerate(corners, 1):
+            lost = cosines[:, 0] - cosines[:, n]
+            heat[which == k, i : i + 2, j : j + 2] += lost[:, None, None]
+    for i, j in corners:
+        times[i : i + 2, j : j + 2] += 1
     return heat / times
 
 
@@ -414,24 +416,30 @@ METHODS: dict[str, Callable[[CLIP, Tensor, Tensor], Tensor]] = {
 }
 
 
+def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Tensor:
+    """Where the text is seen in the image, patch by patch: (rows, columns). See `heatmap`."""
+    if method not in METHODS:
+        raise ValueError(f"no method is called {method!r}; expected one of {', '.join(METHODS)}")
+    model, tokenizer, transform = loaded
+    device = model.logit_scale.device
+    pixels, ids = transform([image]).to(device), tokenizer([text]).to(device)
+    return METHODS[method](model, pixels, ids)[0].float().cpu()
+
+
 def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Image.Image:
     """A picture of where the text is seen: the image as the model sees it, in grey, under colours.
 
-    `method` is a key of METHODS. What speaks against the text is left dark, as what is neutral.
+    `method` is a key of METHODS; what speaks against the text is left dark, as what is neutral.
+    Raises ImageError, and ValueError for another method.
 
     >>> import miniclip
     >>> heatmap(Image.new("RGB", (80, 64)), "a red circle", miniclip.load("shapes")).size
     (64, 64)
     """
-    if method not in METHODS:
-        raise ValueError(f"no method is called {method!r}; expected one of {', '.join(METHODS)}")
-    model, tokenizer, transform = loaded
-    device = model.logit_scale.device
-    pixels, ids = transform([image]), tokenizer([text])
-    heat = METHODS[method](model, pixels.to(device), ids.to(device))[0].float().cpu()
-    bytes = pixels[0].permute(1, 2, 0) * torch.tensor(transform.image_std)
-    bytes = ((bytes + torch.tensor(transform.image_mean)) * 255).round().to(torch.uint8)
-    return overlay(Image.fromarray(bytes.numpy()), heat)
+    heat, transform = text_map(image, text, loaded, method), loaded.transform
+    mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)
+    seen = (transform(image).permute(1, 2, 0) * std + mean) * 255  # (S, S, 3)
+    return overlay(Image.fromarray(seen.round().to(torch.uint8).numpy()), heat)
 
 
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
@@ -455,44 +463,66 @@ class Localisation(NamedTuple):
     iou: float  # of the object with as many of the warmest pixels; the mean
 
 
+class Question(NamedTuple):
+    """Where is the object of this colour and shape?"""
+
+    picture: Image.Image
+    phrase: str
+    named: Tensor  # (S, S) bool, its pixels
+    other: Tensor  # (S, S) bool, those of the second object
+
+
+def questions(scenes: int) -> list[Question]:
+    """Two for each scene of two objects; no training set has these scenes."""
+    from miniclip.training.shapes import SCORE_SEED, Phrase, draw, say_phrase, scene
+
+    asked = []
+    for drawn in (scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)):
+        picture, masks = draw(drawn)
+        first, second = torch.from_numpy(masks)
+        for object, named, other in zip(drawn.objects, (first, second), (second, first)):
+            phrase = say_phrase(Phrase("", object.colour, object.shape))
+            asked.append(Question(picture, phrase, named, other))
+    return asked
+
+
+def answers(loaded: Loaded, asked: list[Question], method: str, batch: int = 50) -> Tensor:
+    """A map for each question, (N, rows, columns)."""
+    model, tokenizer, transform = loaded
+    device = model.logit_scale.device
+    maps = []
+    for i in range(0, len(asked), batch):
+        pixels = transform([question.picture for question in asked[i : i + batch]])
+        ids = tokenizer([question.phrase for question in asked[i : i + batch]])
+        maps.append(METHODS[method](model, pixels.to(device), ids.to(device)).cpu())
+    return torch.cat(maps)
+
+
 def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]:
-    """Every method on drawn scenes of two objects, each object asked for by colour and shape.
+    """Every method on drawn scenes of two objects, each asked for by its colour and shape.
 
     For the model as it is, "trained", and for one of its shape with weights drawn anew, "random".
-    Under "limits" are what a random map gets, and the true mask averaged over each patch: no map
-    of patches can be much better.
+    Under "limits" are a random map, and the true mask averaged over each patch, which no map of
+    patches can much surpass.
     """
     from tqdm import tqdm
 
-    from miniclip.training.shapes import SCORE_SEED, Phrase, draw, say_phrase, scene
-
-    drawn = [scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)]
-    pictures, masks = zip(*map(draw, drawn), strict=True)
-    masks = torch.from_numpy(np.stack(masks))  # (scenes, 2, S, S)
-    model, tokenizer, transform = loaded
-    model.eval()
-    device = model.logit_scale.device
-    pixels = transform(list(pictures)).repeat_interleave(2, dim=0).to(device)
-    ids = tokenizer(
-        [say_phrase(Phrase("", o.colour, o.shape)) for s in drawn for o in s.objects]
-    ).to(device)
+    asked = questions(scenes)
+    named, other = (torch.stack(masks) for masks in list(zip(*asked))[2:])  # (N, S, S)
+    model = loaded.model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        models = {"trained": model, "random": CLIP(model.config).to(model.logit_scale).eval()}
-        chance = torch.rand(2 * scenes, *patch_grid(model.vision, pixels))
-    named, other = masks.flatten(0, 1), masks.flip(1).flatten(0, 1)  # (2 scenes, S, S)
-    ceiling = F.interpolate(named[:, None].float(), chance.shape[1:], mode="area")[:, 0]
-    limits = {"a random map": chance, "the mask itself": ceiling}
-    found = {"limits": [localisation(name, map, named, other) for name, map in limits.items()]}
+        untrained = CLIP(model.config).to(model.logit_scale).eval()
+    models = {"trained": loaded, "random": loaded._replace(model=untrained)}
+    found: dict[str, list[Localisation]] = {weights: [] for weights in (*models, "limits")}
     runs = [(weights, method) for weights in models for method in METHODS]
     for weights, method in tqdm(runs, unit="method", delay=2, disable=None, leave=False):
-        heat = torch.cat(
-            [
-                METHODS[method](models[weights], *pairs).cpu()
-                for pairs in zip(pixels.split(50), ids.split(50), strict=True)
-            ]
-        )
-        found.setdefault(weights, []).append(localisation(method, heat, named, other))
+        maps = answers(models[weights], asked, method)
+        found[weights].append(localisation(method, maps, named, other))
+    chance = torch.rand(maps.shape, generator=torch.Generator().manual_seed(0))
+    ceiling = F.interpolate(named[:, None].float(), maps.shape[1:], mode="area")[:, 0]
+    for name, maps in (("a random map", chance), ("the mask itself", ceiling)):
+        found["limits"].append(localisation(name, maps, named, other))
     return found
 
 

@@ -477,9 +477,8 @@ def test_the_score_of_maps_with_known_answers():
 def test_methods_that_read_the_text_find_the_named_object():
     """On the embedded checkpoint, whatever its training: better than chance, and no worse than the
     methods that are told nothing. Those must fall on either object equally often."""
-    found = localise(miniclip.load("shapes"), scenes=20)
-    scores = {method: score for rows in found.values() for method, *score in rows[:0]}
-    assert not scores and found.keys() == {"limits", "trained", "random"}
+    found = localise(miniclip.load("shapes"), scenes=10)
+    assert list(found) == ["trained", "random", "limits"]
     trained = {row.method: row for row in found["trained"]}
     chance, ceiling = found["limits"]
     assert list(trained) == list(METHODS)
