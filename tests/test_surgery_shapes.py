@@ -13,10 +13,14 @@ from transformers import AutoModel, CLIPModel
 from twin import TINY, random_inputs, randomize, twins
 
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
+from miniclip.bench import parts
+from miniclip.cli import main
 from miniclip.config import beyond_transformers
+from miniclip.lens import decompose
 from miniclip.parity import transformers_twin
 from miniclip.sites import hooks
 from miniclip.surgery import (
+    add_lora,
     add_registers,
     add_tokens,
     extend_context,
@@ -513,6 +517,34 @@ def test_operations_on_different_parts_commute():
     assert_same_weights(one, other)
     twice = prune_heads(prune_heads(model, "vision", {1: [0]}), "vision", {1: [1]})
     assert_same_weights(twice, prune_heads(model, "vision", {1: [0, 2]}))  # numbered as they are
+
+
+@pytest.mark.parametrize("by", ["layer", "head", "token"])
+@pytest.mark.parametrize("name", [*BEYOND, "LoRA"])
+def test_what_surgery_made_is_decomposed_exactly(name, by):
+    model, _ = twins(TINY, dtype=torch.float64)
+    model = add_lora(model) if name == "LoRA" else BEYOND[name](model)
+    for parameter in model.parameters():
+        if not parameter.any():  # registers and B begin as zeros
+            parameter.data.normal_()
+    for tower, x in zip(TOWERS, inputs_of(model)):
+        whole = run(model, tower)
+        terms = decompose(model, x, by=by).values()
+        total = sum(part.flatten(1, -2).sum(1) if part.ndim > 2 else part for part in terms)
+        assert (total - whole).abs().max() < 1e-12 * whole.abs().max()
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_the_table_of_parts_counts_every_parameter(name):
+    model = BEYOND[name](twins(TINY)[0])
+    rows = parts(model.config)
+    assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_parity_command_says_what_it_cannot_compare(tmp_path, capsys):
+    add_registers(twins(TINY)[0], 4).save_pretrained(tmp_path)
+    assert main(["parity", str(tmp_path)]) == 2
+    assert "transformers' CLIP cannot express registers 4" in capsys.readouterr().err
 
 
 def test_what_was_frozen_or_set_stays_so():
