@@ -5,7 +5,6 @@ way of doing so; each method here is named after whose numbers it gives.
 """
 
 from collections.abc import Callable
-from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from miniclip.config import LEGACY_EOS
 from miniclip.model import CLIP
 from miniclip.surgery.structure import reconfigure
+from miniclip.surgery.weights import copied
 
 
 def _antialiased(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -42,7 +42,8 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     `method` names whose resampling of the position embedding: "transformers"
     (interpolate_pos_encoding), "timm" (and open_clip), "openai-bilinear" or "dino". The class
     token's position stays. Resize the original each time: resampling twice blurs. transformers
-    can express square images only. Raises ValueError for a size below one patch.
+    can express square images only; for those ImageTransform(size) makes the pixels. Raises
+    ValueError for a size below one patch.
 
     >>> from miniclip import load
     >>> wide = resize_image(load("shapes").model, (64, 96))
@@ -51,7 +52,7 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     """
     if method not in RESAMPLE:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(RESAMPLE)}")
-    new = reconfigure(deepcopy(model), "vision", image_size=size)
+    new = reconfigure(copied(model), "vision", image_size=size)
     old_grid, grid = model.config.vision.grid, new.config.vision.grid
     if grid == old_grid:
         return new
@@ -77,7 +78,7 @@ def resize_patch(model: CLIP, size: int) -> CLIP:
     """
     rows, columns = model.config.vision.grid
     old, image = model.config.vision.patch_size, (rows * size, columns * size)
-    new = deepcopy(model)
+    new = copied(model)
     if size == old:
         return new
     reconfigure(new, "vision", patch_size=size, image_size=image)
@@ -110,7 +111,7 @@ def extend_context(
     if method not in ("longclip", "linear"):
         raise ValueError(f"method is {method!r}; expected longclip or linear")
     keep = (20 if method == "longclip" else 0) if keep is None else keep
-    new, old = deepcopy(model), model.config.text.context_length
+    new, old = copied(model), model.config.text.context_length
     if length == old:
         return new
     if length < old or not 0 <= keep <= old - 2:
@@ -143,7 +144,7 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     >>> add_tokens(model, 2).config.text.vocab_size - model.config.text.vocab_size
     2
     """
-    new, old = deepcopy(model), model.config.text.vocab_size
+    new, old = copied(model), model.config.text.vocab_size
     table = new.text.token_embed.weight
     rows = _rows(tokens, table, _precise(table).mean(0))
     fields = {"eos_token_id": old - 1} if model.config.text.eos_token_id == LEGACY_EOS else {}
@@ -164,7 +165,7 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     >>> add_registers(load("shapes").model, 4).config.vision.registers
     4
     """
-    new = deepcopy(model)
+    new = copied(model)
     old = new.vision.register_embed
     rows = _rows(registers, new.vision.pos_embed, torch.zeros(()))
     rows = rows if old is None else torch.cat([old, rows])

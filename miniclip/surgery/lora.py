@@ -7,13 +7,13 @@ the same modules: `get_peft_model(model, LoraConfig(target_modules=["q_proj", "v
 """
 
 from collections.abc import Callable, Collection
-from copy import deepcopy
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from miniclip.model import CLIP
 from miniclip.sites import find
+from miniclip.surgery.weights import copied
 
 ATTENTION_QV = ("*.blocks.*.attn.q_proj", "*.blocks.*.attn.v_proj")
 """What the paper adapts: the queries and values of every layer, here in both towers."""
@@ -53,7 +53,7 @@ def add_lora(
     """
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank is {rank!r}; expected a positive whole number")
-    new = deepcopy(model).requires_grad_(False)
+    new = copied(model).requires_grad_(False)
     for name, linear in dict(pair for glob in sites for pair in find(new, glob)).items():
         if type(linear) is not nn.Linear:
             raise ValueError(f"{name} is a {type(linear).__name__}; expected a plain Linear")
@@ -73,7 +73,7 @@ def merge_lora(model: CLIP) -> CLIP:
     >>> merge_lora(add_lora(model)).state_dict().keys() == model.state_dict().keys()
     True
     """
-    new = deepcopy(model)
+    new = copied(model)
     for parent, name, adapted in _children(new, _is_adapted):
         plain = nn.Linear(adapted.in_features, adapted.out_features, device="meta")
         plain.weight = nn.Parameter(adapted.weight.detach().clone(), False)
@@ -95,7 +95,7 @@ def unmerge_lora(model: CLIP) -> CLIP:
     >>> unmerge_lora(merge_lora(model)).state_dict().keys() == model.state_dict().keys()
     True
     """
-    new = deepcopy(model)
+    new = copied(model)
     for parent, name, plain in _children(new, lambda module: hasattr(module, "unmerged")):
         setattr(parent, name, plain.unmerged.to(plain.weight.device))
     return new

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from miniclip.config import per_layer
 from miniclip.model import CLIP, Block
+from miniclip.surgery.weights import copied
 
 
 def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -> CLIP:
@@ -29,7 +30,7 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
     >>> prune_heads(model, "vision", {0: [1], 2: [0, 2]}).config.vision.heads
     (2, 3, 1, 3)
     """
-    new = deepcopy(model)
+    new = copied(model)
     counts = list(per_layer(_config(model, tower), "heads"))
     for layer, gone in heads.items():
         attn = _block(new, tower, layer).attn
@@ -55,7 +56,7 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
     >>> prune_neurons(model, "vision", thin).config.vision.mlp_width, model.config.vision.mlp_width
     (284, 384)
     """
-    new = deepcopy(model)
+    new = copied(model)
     counts = list(per_layer(_config(model, tower), "mlp_width"))
     for layer, gone in neurons.items():
         mlp = _block(new, tower, layer).mlp
@@ -79,7 +80,7 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
     if not layers:
         raise ValueError(f"no layers of the {tower} tower to keep; expected at least one")
     config = _config(model, tower)
-    new = deepcopy(model)
+    new = copied(model)
     blocks = [deepcopy(_block(new, tower, layer)) for layer in layers]
     getattr(new, tower).blocks = nn.Sequential(*blocks)
     shape = {

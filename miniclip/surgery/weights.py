@@ -69,7 +69,7 @@ class TaskVector:
 
     def apply(self, model: CLIP, scale: float = 1.0) -> CLIP:
         """A new model: the one given, plus `scale` times this vector."""
-        new = deepcopy(model)
+        new = copied(model)
         weights = _parameters(new)
         _check_same_shapes(weights, self.tensors)
         for name, weight in weights.items():
@@ -130,11 +130,27 @@ def freeze(tower: VisionTower | TextTower, groups: int) -> None:
             parameter.requires_grad_(i >= groups)
 
 
+def copied(model: CLIP) -> CLIP:
+    """A copy that shares no memory with the model, and has none of its forward hooks.
+
+    Hooks belong to who registered them on the model; a copy of one could never be removed again.
+
+    >>> from miniclip import load
+    >>> model = load("shapes").model
+    >>> copied(model).logit_scale.data_ptr() == model.logit_scale.data_ptr()
+    False
+    """
+    new = deepcopy(model)
+    for module in new.modules():
+        module._forward_hooks.clear()
+    return new
+
+
 # ------------------------------------------------------------------------------------------------
 
 
 def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
-    new = deepcopy(models[0])
+    new = copied(models[0])
     sources = [_parameters(model) for model in models]
     for source in sources[1:]:
         _check_same_shapes(sources[0], source)
