@@ -102,6 +102,7 @@ def extend_context(
     trained, and the rest is stretched linearly from its first row, past its last: Zhang et al.
     2024, arXiv 2403.15378. "linear": PyTorch's linear interpolation, of the whole table unless
     `keep` is given, as open_clip does. A text that ends in the rows kept keeps its embedding.
+    The Tokenizer has a `context_length` of its own, to be set as well.
     Raises ValueError for a context that is shorter, or of which there is too little to stretch.
 
     >>> from miniclip import load
