@@ -32,7 +32,7 @@ multiply_adds=115605504)
     text = replace(config.text, eos_token_id=LEGACY_EOS)
     with torch.device("meta"):
         model = CLIP(replace(config, text=text))
-        pixels = torch.empty(1, config.vision.channels, *[config.vision.image_size] * 2)
+        pixels = torch.empty(1, config.vision.channels, *config.vision.height_width)
         ids = torch.empty(1, config.text.context_length, dtype=torch.long)
     model.set_attention("eager")  # its two matrix products are counted, which sdpa would hide
     return [
@@ -49,16 +49,18 @@ def _tower_parts(prefix: str, tower: VisionTower | TextTower, inputs: torch.Tens
         name.partition(".")[2]: sum(by_operation.values())
         for name, by_operation in counter.get_flop_counts().items()
     }
-    depth = len(tower.blocks)
+    shapes = (tower.config.heads, tower.config.mlp_width)
+    depth = 1 if any(isinstance(n, tuple) for n in shapes) else len(tower.blocks)  # in one row
     rows = []
-    for name, part in _in_order(tower):
+    for name, part in _in_order(tower, len(tower.blocks) // depth):
         weights = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
         if not weights:
             continue  # a Site
+        label = name.replace("blocks.0", f"blocks.0-{depth - 1}") if depth > 1 else name
         copies = depth if name.startswith("blocks.") else 1
         rows.append(
             Part(
-                f"{prefix}.{name.replace('blocks.0', f'blocks.0-{depth - 1}')}",
+                f"{prefix}.{label}",
                 _shapes(weights),
                 copies * sum(weight.numel() for weight in weights),
                 copies * flops.get(name, 0) // 2,  # a multiply-add is two operations
@@ -67,13 +69,17 @@ def _tower_parts(prefix: str, tower: VisionTower | TextTower, inputs: torch.Tens
     return rows
 
 
-def _in_order(tower: VisionTower | TextTower) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+def _in_order(
+    tower: VisionTower | TextTower, blocks: int
+) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
     embeddings = dict(tower.named_parameters(recurse=False))
     for name, child in tower.named_children():
         if name != "blocks":
             yield name, child
         else:
-            yield from ((f"blocks.0.{part}", module) for part, module in child[0].named_children())
+            for i, block in enumerate(child[:blocks]):
+                for part, module in block.named_children():
+                    yield f"blocks.{i}.{part}", module
         yield from embeddings.items()  # they come second: after the first embedding
         embeddings = {}
 

@@ -45,6 +45,7 @@ TRANSFORMERS = {
     "vision.class_embed": "vision_model.embeddings.class_embedding",
     "vision.patch_embed": "vision_model.embeddings.patch_embedding",
     "vision.pos_embed": "vision_model.embeddings.position_embedding.weight",
+    "vision.register_embed": "vision_model.embeddings.register_tokens",  # no CLIP of theirs has any
     "vision.ln_pre": "vision_model.pre_layrnorm",  # sic: the spelling is in every checkpoint
     "vision.ln_post": "vision_model.post_layernorm",
     "vision.proj": "visual_projection",

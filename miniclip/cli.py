@@ -210,6 +210,36 @@ def build_parser() -> argparse.ArgumentParser:
     model_options(sub)
 
     sub = command(
+        "explain",
+        explain,
+        "Where in a photograph is a text seen? Draws it, or scores the methods that can.",
+        'miniclip explain cat.jpg "a cat" --out where.png --model cifar10\n'
+        "  miniclip explain --score shapes --model shapes --plot methods.png",
+    )
+    sub.add_argument("image", nargs="?", metavar="IMAGE", help="an image file")
+    sub.add_argument("text", nargs="?", metavar="TEXT")
+    sub.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
+    sub.add_argument(
+        "--method",
+        default="relevance",
+        metavar="NAME",
+        help="attention, rollout, relevance, tokens or occlusion (default: %(default)s)",
+    )
+    sub.add_argument("--out", metavar="PNG", help="the picture (default: miniclip-explain.png)")
+    sub.add_argument(
+        "--score",
+        choices=("shapes",),
+        help="instead of IMAGE and TEXT: how often does each method find the object that is "
+        "named, in drawn scenes of two objects?",
+    )
+    sub.add_argument(
+        "--scenes", type=int, metavar="N", help="how many scenes to score on (default: 200)"
+    )
+    sub.add_argument("--plot", metavar="PNG", help="with --score: draw the first scenes' maps")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    model_options(sub)
+
+    sub = command(
         "demo",
         demo,
         "Describe a drawn scene and photographs, offline, and draw the result.",
@@ -399,6 +429,91 @@ def evaluation_table(result: "Evaluation", most: int = 50) -> str:
     for true, predicted, count in mistakes:
         pair = f"{shorten(result.labels[true], 25)} → {shorten(result.labels[predicted], 25)}"
         lines.append(f"{pair:<54}{count:8,}{count / images[true]:10.1%}")
+    return "\n".join(lines)
+
+
+def explain(args: argparse.Namespace) -> int:
+    from miniclip.checkpoint import load
+    from miniclip.lens import heatmap, text_map
+    from miniclip.transform import open_image
+
+    if args.score:
+        return explanation_score(args)
+    if args.text is None or args.plot or args.scenes:
+        raise ValueError(
+            "expected an image and a text, and for these --out; or --score shapes, and for this "
+            "--scenes and --plot"
+        )
+    loaded = load(args.model, device=args.device, reference=args.reference, revision=args.revision)
+    question = (open_image(args.image), args.text, loaded, args.method)
+    if args.json:
+        print_json(
+            {
+                "image": args.image,
+                "text": args.text,
+                "method": args.method,
+                "map": text_map(*question).tolist(),
+            }
+        )
+    if args.out or not args.json:
+        out = args.out or "miniclip-explain.png"
+        save_picture(heatmap(*question), out)
+        print(f"picture: {out}", file=sys.stderr)
+    return 0
+
+
+def save_picture(picture: Any, path: str) -> None:
+    try:
+        picture.resize((512, 512)).save(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be written: {error}") from None
+
+
+def explanation_score(args: argparse.Namespace) -> int:
+    from miniclip.checkpoint import load
+    from miniclip.lens import METHODS, answers, localise, questions
+
+    scenes = 200 if args.scenes is None else args.scenes
+    if args.image or args.out or scenes < 1:
+        raise ValueError("--score draws its own scenes, one or more: no IMAGE, TEXT or --out")
+    if args.plot:  # before the work, so that a missing matplotlib shows at once
+        from miniclip.figures import draw_explanations
+    loaded = load(args.model, device=args.device, reference=args.reference, revision=args.revision)
+    found = localise(loaded, scenes)
+    if args.json:
+        rows = {weights: [row._asdict() for row in rows] for weights, rows in found.items()}
+        print_json({"model": args.model, "scenes": scenes} | rows)
+    else:
+        print(f"model   {args.model}\nscenes  {scenes} of two objects, two questions each\n")
+        print(explanation_table(found))
+    if args.plot:
+        asked = questions(3)
+        draw_explanations(
+            asked, {method: answers(loaded, asked, method) for method in METHODS}, args.plot
+        )
+        print(f"picture: {args.plot}", file=sys.stderr)
+    return 0
+
+
+def explanation_table(found: dict[str, list[Any]]) -> str:
+    """A line for each method, trained and random weights side by side; 80 columns wide."""
+
+    def shares(row: Any) -> str:
+        return "".join(f"{share:>10.1%}" for share in row[1:])
+
+    lines = [
+        f"{'':<17}{'trained weights':>30}{'random weights':>30}",
+        f"{'method':<17}{'named':>10}{'other':>10}{'IoU':>10}{'named':>10}{'other':>10}{'IoU':>10}",
+    ]
+    pairs = zip(found["trained"], found["random"], strict=True)
+    lines += [f"{a.method:<17}{shares(a)}{shares(b)}" for a, b in pairs]
+    lines += ["", *(f"{row.method:<17}{shares(row)}" for row in found["limits"])]
+    lines += [
+        "",
+        "named, other: the warmest pixel is on the object that the text names, on the",
+        "other. IoU: of the object with as many of the warmest pixels. attention and",
+        "rollout do not read the text.",
+    ]
     return "\n".join(lines)
 
 

@@ -3,6 +3,8 @@
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
 arXiv 2103.00020, tables 19 and 20. On disk this is transformers' config.json, because that is what
 checkpoints come with; its names for our fields are the two tables below. Needs no torch.
+
+A model that surgery has reshaped may be beyond what transformers' CLIP can be: see `to_dict`.
 """
 
 import json
@@ -72,31 +74,49 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. Sizes are in pixels and must be square."""
+    """The vision tower. Sizes are in pixels; an image that is not square is (height, width)."""
 
     width: int = 768  # of the residual stream
     layers: int = 12
-    heads: int = 12
-    mlp_width: int = 3072
+    heads: int | tuple[int, ...] = 12  # of every layer, or one number for each
+    mlp_width: int | tuple[int, ...] = 3072  # the same
     act: str = "quick_gelu"  # OpenAI's weights; LAION's and most later ones use gelu
     ln_eps: float = 1e-5
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     patch_size: int = 32
     channels: int = 3
+    head_width: int | None = None  # None is width // heads, as in every published CLIP
+    registers: int = 0  # extra tokens between the class token and the patches
 
     def __post_init__(self) -> None:
-        _check_positive_ints(self, "image_size", "patch_size", "channels")
+        _check_positive_ints(self, "patch_size", "channels")
+        _check_one_or_each(self, "image_size", 2, "one for the height and one for the width")
         _check_transformer(self)
-        if self.patch_size > self.image_size:
+        if type(self.registers) is not int or not 0 <= self.registers < 2**31:
+            raise ValueError(f"VisionConfig: registers is {self.registers!r}; expected 0 or more")
+        if self.patch_size > min(self.height_width):
             raise ValueError(
                 f"VisionConfig: patch_size {self.patch_size} is larger than "
                 f"image_size {self.image_size}; an image needs at least one patch"
             )
 
     @property
+    def height_width(self) -> tuple[int, int]:
+        """The two sides of an image."""
+        size = self.image_size
+        return size if isinstance(size, tuple) else (size, size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches: 7, 7 at 224 pixels, patch 32. A partial patch is dropped."""
+        height, width = self.height_width
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def patches(self) -> int:
-        """Patches in an image: 49 at 224 pixels and patch 32. A partial patch is dropped."""
-        return (self.image_size // self.patch_size) ** 2
+        """Patches in an image: 49 at 224 pixels and patch 32."""
+        rows, columns = self.grid
+        return rows * columns
 
 
 @dataclass(frozen=True)
@@ -105,14 +125,15 @@ class TextConfig:
 
     width: int = 512  # of the residual stream
     layers: int = 12
-    heads: int = 8
-    mlp_width: int = 2048
+    heads: int | tuple[int, ...] = 8
+    mlp_width: int | tuple[int, ...] = 2048
     act: str = "quick_gelu"
     ln_eps: float = 1e-5
     vocab_size: int = 49408
     context_length: int = 77
     bos_token_id: int = 49406
     eos_token_id: int = 49407
+    head_width: int | None = None
 
     def __post_init__(self) -> None:
         _check_positive_ints(self, "vocab_size", "context_length")
@@ -177,9 +198,13 @@ class CLIPConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The same config as transformers writes it, for config.json."""
-        vision = {theirs: getattr(self.vision, ours) for ours, theirs in _VISION.items()}
-        text = {theirs: getattr(self.text, ours) for ours, theirs in _TEXT.items()}
+        """The same config as transformers writes it, for config.json.
+
+        A tower that is `beyond_transformers` has entries more, and its number of heads is a list,
+        one for each layer, where transformers takes a single number and stops at anything else.
+        So miniclip reads the whole model back, and transformers refuses it: it would otherwise
+        overlook the entries it does not know, and run another model.
+        """
         return {
             "architectures": ["CLIPModel"],
             "model_type": "clip",
@@ -187,12 +212,12 @@ class CLIPConfig:
             "text_config": {
                 "model_type": "clip_text_model",
                 "projection_dim": self.embed_dim,
-                **text,
+                **_tower_to_dict(self.text, _TEXT),
             },
             "vision_config": {
                 "model_type": "clip_vision_model",
                 "projection_dim": self.embed_dim,
-                **vision,
+                **_tower_to_dict(self.vision, _VISION),
             },
         }
 
@@ -220,13 +245,50 @@ _TEXT = _TRANSFORMER | {
 }
 
 
+# Written only where transformers cannot say it, under the names that its other models have for it.
+_BEYOND = {"head_width": "head_dim", "registers": "num_register_tokens"}
+
+
+def beyond_transformers(config: VisionConfig | TextConfig) -> list[str]:
+    """What transformers' CLIP has no place for in this tower: nothing, in a published model.
+
+    >>> beyond_transformers(VisionConfig(image_size=(224, 336), registers=4))
+    ['image_size (224, 336)', 'registers 4']
+    """
+    fields = ("heads", "mlp_width", "head_width", "image_size", "registers")
+    values = {name: getattr(config, name, None) for name in fields}
+    odd = {name: v for name, v in values.items() if isinstance(v, tuple) or (name in _BEYOND and v)}
+    return [f"{name} {value}" for name, value in odd.items()]
+
+
+def per_layer(config: VisionConfig | TextConfig, name: str) -> tuple[int, ...]:
+    """`heads` or `mlp_width` layer by layer.
+
+    >>> per_layer(VisionConfig(layers=3), "heads")
+    (12, 12, 12)
+    """
+    value = getattr(config, name)
+    return value if isinstance(value, tuple) else (value,) * config.layers
+
+
+def _tower_to_dict(config: VisionConfig | TextConfig, names: dict[str, str]) -> dict[str, Any]:
+    values = {theirs: getattr(config, ours) for ours, theirs in names.items()}
+    if beyond_transformers(config):
+        more = {theirs: getattr(config, ours, None) for ours, theirs in _BEYOND.items()}
+        values |= {theirs: value for theirs, value in more.items() if value}
+        values["num_attention_heads"] = per_layer(config, "heads")  # the list it stops at
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
 def _tower_from_dict(cls: type, names: dict[str, str], config: dict[str, Any], section: str) -> Any:
     replacement = config.get(f"{section}_dict")
     values = config.get(section, {}) if replacement is None else replacement
     if not isinstance(values, dict):
         raise ValueError(f"{section} must be a JSON object, found {type(values).__name__}")
+    names = names | {ours: _BEYOND[ours] for ours in _BEYOND if hasattr(cls, ours)}
+    values = {ours: values[theirs] for ours, theirs in names.items() if theirs in values}
     try:
-        return cls(**{ours: values[theirs] for ours, theirs in names.items() if theirs in values})
+        return cls(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
     except ValueError as error:
         raise ValueError(f"in {section}: {error}") from None
 
@@ -241,10 +303,34 @@ def _check_positive_ints(config: object, *names: str) -> None:
             )
 
 
+def _check_one_or_each(config: object, name: str, count: int, each: str, least: int = 1) -> None:
+    """A positive whole number, or `count` of them; as one number where they are all the same."""
+    value = getattr(config, name)
+    if not isinstance(value, tuple):
+        return _check_positive_ints(config, name)
+    if len(value) != count or not all(type(v) is int and least <= v < 2**31 for v in value):
+        raise ValueError(
+            f"{type(config).__name__}: {name} is {value!r}; expected one positive whole number, or "
+            f"{count} of them, {each}"
+        )
+    if len(set(value)) == 1 and value[0]:
+        object.__setattr__(config, name, value[0])
+
+
 def _check_transformer(config: VisionConfig | TextConfig) -> None:
-    _check_positive_ints(config, "width", "layers", "heads", "mlp_width")
+    _check_positive_ints(config, "width", "layers")
+    for name in ("heads", "mlp_width"):  # 0 in a layer that has lost them all
+        _check_one_or_each(config, name, config.layers, "one for each layer", least=0)
     kind = type(config).__name__
-    if config.width % config.heads:
+    if config.head_width is not None:
+        _check_positive_ints(config, "head_width")
+        if config.heads == config.width / config.head_width:
+            object.__setattr__(config, "head_width", None)
+    elif isinstance(config.heads, tuple):
+        raise ValueError(
+            f"{kind}: heads is {config.heads}, which differ, so head_width must be given"
+        )
+    elif config.width % config.heads:
         raise ValueError(
             f"{kind}: width {config.width} does not divide into {config.heads} heads of equal width"
         )

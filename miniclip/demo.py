@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from miniclip.checkpoint import Loaded, load
+from miniclip.checkpoint import load
+from miniclip.lens import occlusion
 from miniclip.training.shapes import (
     Claim,
     Phrase,
@@ -59,7 +60,7 @@ def scene_exhibit(index: int = 0) -> tuple[Exhibit, list[Heat]]:
     pixels = loaded.transform(picture)
     (scores,) = ZeroShotClassifier(*loaded[:2], captions, ["{}"]).rank(pixels[None])
     words = [say_phrase(phrase) for phrase in phrases]
-    lost = occlusion(loaded, pixels, words)
+    lost = occlusion(loaded.model, pixels.repeat(len(words), 1, 1, 1), loaded.tokenizer(words))
     heats = [Heat(*row) for row in zip(words, lost, torch.from_numpy(masks), strict=True)]
     return Exhibit("a drawn scene", picture, scores), heats
 
@@ -86,28 +87,3 @@ def photograph_exhibits() -> list[Exhibit]:
     model, tokenizer, transform = load("cifar10")
     rankings = ZeroShotClassifier(model, tokenizer, LABELS).rank(transform(pictures))
     return [Exhibit(*row) for row in zip(PHOTOGRAPHS, pictures, rankings, strict=True)]
-
-
-@torch.inference_mode()
-def occlusion(loaded: Loaded, pixels: Tensor, phrases: list[str]) -> Tensor:
-    """How much of each phrase's cosine each patch holds: (3, S, S) -> (phrases, S / P, S / P).
-
-    Windows of two by two patches are covered with grey, one after another, and what the cosine
-    loses is shared out among the patches that were covered (Zeiler and Fergus 2013,
-    arXiv 1311.2901). Positive: the picture is less like the phrase without this patch.
-    """
-    model, tokenizer, _ = loaded
-    patch = model.config.vision.patch_size
-    side = model.config.vision.image_size // patch
-    corners = [(i, j) for i in range(side - 1) for j in range(side - 1)]
-    covered = pixels.repeat(1 + len(corners), 1, 1, 1)
-    for picture, (i, j) in zip(covered[1:], corners, strict=True):
-        picture[:, i * patch : (i + 2) * patch, j * patch : (j + 2) * patch] = 0
-    texts = model.encode_text(tokenizer(phrases), normalize=True)
-    cosines = texts @ model.encode_image(covered, normalize=True).T  # (phrases, 1 + windows)
-    lost = cosines[:, :1] - cosines[:, 1:]
-    heat, times = torch.zeros(len(phrases), side, side), torch.zeros(side, side)
-    for k, (i, j) in enumerate(corners):
-        heat[:, i : i + 2, j : j + 2] += lost[:, k, None, None]
-        times[i : i + 2, j : j + 2] += 1
-    return heat / times

@@ -8,7 +8,10 @@ that the colour-blind tell them apart, and a grey printer too.
 from collections.abc import Sequence
 from os import PathLike
 
+from torch import Tensor
+
 from miniclip.demo import Exhibit, Heat
+from miniclip.lens import Question
 from miniclip.zeroshot import Evaluation, Score
 
 try:
@@ -141,6 +144,22 @@ def draw_demo(
         for above, below, photograph in zip(*rows, photographs, strict=True):
             show_picture(above, photograph)
             draw_bars(below, photograph.scores[:5])
+    save(figure, path)
+
+
+def draw_explanations(
+    asked: Sequence[Question], maps: dict[str, Tensor], path: str | PathLike[str]
+) -> None:
+    """A line for each question: the picture, and where each method sees what is asked for."""
+    size = (2 * (1 + len(maps)), 2.2 * len(asked))
+    figure = Figure(figsize=size, layout="constrained")
+    for i, (row, question) in enumerate(
+        zip(figure.subplots(len(asked), 1 + len(maps), squeeze=False), asked, strict=True)
+    ):
+        exhibit = Exhibit(question.phrase, question.picture, [])
+        show_picture(row[0], exhibit)
+        for axes, (method, heats) in zip(row[1:], maps.items(), strict=True):
+            draw_heat(axes, exhibit, Heat(method, heats[i], question.named))
     save(figure, path)
 
 

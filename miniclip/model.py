@@ -9,6 +9,9 @@ A letter means one thing in every shape comment of this package:
 
     B batch   T tokens   W width of the residual stream   H heads   D width of a head, W = H * D
     P patches of an image   E width of the shared embedding   C captions, where B counts images
+
+Surgery may leave a layer fewer heads than H = W / D, and an image R register tokens, of which the
+published models have none.
 """
 
 from collections.abc import Callable
@@ -25,6 +28,7 @@ from miniclip.config import (
     ContextLengthError,
     TextConfig,
     VisionConfig,
+    per_layer,
 )
 
 
@@ -49,15 +53,16 @@ class Attention(nn.Module):
     `causal`, a token sees itself and the tokens before it.
     """
 
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, causal: bool, head_width: int | None = None) -> None:
         super().__init__()
-        self.head_width = width // heads
+        self.head_width = head_width or width // heads
         self.causal = causal
         self.eager = False
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        inner = heads * self.head_width  # the width again, unless heads have been pruned
+        self.q_proj = nn.Linear(width, inner)
+        self.k_proj = nn.Linear(width, inner)
+        self.v_proj = nn.Linear(width, inner)
+        self.out_proj = nn.Linear(inner, width)
         self.q = Site()
         self.k = Site()
         self.v = Site()
@@ -121,13 +126,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer: attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, config: VisionConfig | TextConfig, causal: bool) -> None:
+    def __init__(self, config: VisionConfig | TextConfig, layer: int, causal: bool) -> None:
         super().__init__()
+        heads, mlp_width = (per_layer(config, name)[layer] for name in ("heads", "mlp_width"))
         self.ln_1 = nn.LayerNorm(config.width, eps=config.ln_eps)
-        self.attn = Attention(config.width, config.heads, causal)
+        self.attn = Attention(config.width, heads, causal, config.head_width)
         self.resid_mid = Site()
         self.ln_2 = nn.LayerNorm(config.width, eps=config.ln_eps)
-        self.mlp = MLP(config.width, config.mlp_width, config.act)
+        self.mlp = MLP(config.width, mlp_width, config.act)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resid_mid(x + self.attn(self.ln_1(x)))
@@ -135,7 +141,7 @@ class Block(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Pixels (B, channels, image_size, image_size) -> embeddings (B, E).
+    """Pixels (B, channels, height, width) -> embeddings (B, E).
 
     A ViT (Dosovitskiy et al. 2020, arXiv 2010.11929) with a LayerNorm of CLIP's own before the
     first block. The image is read at its class token; the patches' last outputs go unused.
@@ -150,27 +156,33 @@ class VisionTower(nn.Module):
         self.class_embed = nn.Parameter(torch.empty(width))
         self.pos_embed = nn.Parameter(torch.empty(1 + config.patches, width))
         self.ln_pre = nn.LayerNorm(width, eps=config.ln_eps)
-        self.blocks = nn.Sequential(*(Block(config, causal=False) for _ in range(config.layers)))
+        registers = nn.Parameter(torch.zeros(config.registers, width)) if config.registers else None
+        self.register_parameter("register_embed", registers)
+        self.blocks = nn.Sequential(*(Block(config, i, causal=False) for i in range(config.layers)))
         self.ln_post = nn.LayerNorm(width, eps=config.ln_eps)
         self.proj = nn.Linear(width, embed_dim, bias=False)
         self.init_weights()
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """The residual stream before the first block, (B, 1 + P, W)."""
-        c, s = self.config.channels, self.config.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (c, s, s):
+        """The residual stream before the first block, (B, 1 + R + P, W)."""
+        c, (h, w) = self.config.channels, self.config.height_width
+        if pixels.ndim != 4 or pixels.shape[1:] != (c, h, w):
             raise ValueError(
-                f"pixels have shape {tuple(pixels.shape)}; this vision tower reads (B, {c}, {s}, "
-                f"{s}). The ImageTransform that belongs to it makes such pixels"
+                f"pixels have shape {tuple(pixels.shape)}; this vision tower reads (B, {c}, {h}, "
+                f"{w}). The ImageTransform that belongs to it makes such pixels"
             )
         # Pixels come as float32; here, as in transformers, they take the precision of the weights.
-        x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))  # (B, W, P**0.5, P**0.5)
+        x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))  # (B, W, rows, columns)
         x = x.flatten(2).transpose(1, 2)  # (B, P, W)
         x = torch.cat([self.class_embed.expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1 + P, W)
-        return self.ln_pre(x + self.pos_embed)
+        x = x + self.pos_embed
+        if self.register_embed is not None:  # they stand nowhere in the image: no position
+            registers = self.register_embed.expand(x.shape[0], -1, -1)  # (B, R, W)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)  # (B, 1 + R + P, W)
+        return self.ln_pre(x)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.blocks(self.embed(pixels))  # (B, 1 + P, W)
+        x = self.blocks(self.embed(pixels))  # (B, 1 + R + P, W)
         return self.proj(self.ln_post(x[:, 0]))  # (B, E)
 
     @torch.no_grad()
@@ -201,7 +213,7 @@ class TextTower(nn.Module):
         self.config = config
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.blocks = nn.Sequential(*(Block(config, causal=True) for _ in range(config.layers)))
+        self.blocks = nn.Sequential(*(Block(config, i, causal=True) for i in range(config.layers)))
         self.ln_final = nn.LayerNorm(config.width, eps=config.ln_eps)
         self.proj = nn.Linear(config.width, embed_dim, bias=False)
         self.init_weights()
@@ -210,17 +222,33 @@ class TextTower(nn.Module):
         """The residual stream before the first block, (B, T, W)."""
         if ids.ndim != 2:
             raise ValueError(f"ids have shape {tuple(ids.shape)}; expected (B, T), a row per text")
-        if ids.shape[1] > len(self.pos_embed):
+        return self.add_positions(self.token_embed(ids))
+
+    def add_positions(self, x: Tensor) -> Tensor:
+        """The same from the vectors of tokens, (B, T, W), that need not be in the vocabulary."""
+        if x.ndim != 3 or x.shape[2] != self.config.width:
+            raise ValueError(
+                f"inputs_embeds have shape {tuple(x.shape)}; expected (B, T, {self.config.width})"
+            )
+        if x.shape[1] > len(self.pos_embed):
             raise ContextLengthError(
-                f"texts of {ids.shape[1]} tokens; this text tower has {len(self.pos_embed)} "
+                f"texts of {x.shape[1]} tokens; this text tower has {len(self.pos_embed)} "
                 "positions. Shorten the texts, or tokenize with truncate=True"
             )
-        return self.token_embed(ids) + self.pos_embed[: ids.shape[1]]
+        return x + self.pos_embed[: x.shape[1]]
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.ln_final(self.blocks(self.embed(ids)))  # (B, T, W)
-        x = x[torch.arange(ids.shape[0], device=ids.device), self.end_positions(ids)]  # (B, W)
-        return self.proj(x)  # (B, E)
+    def forward(
+        self,
+        ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        eot: Tensor | None = None,
+    ) -> Tensor:
+        if ids is None and (inputs_embeds is None or eot is None):
+            raise ValueError("expected ids, or both inputs_embeds and eot in their place")
+        x = self.embed(ids) if inputs_embeds is None else self.add_positions(inputs_embeds)
+        x = self.ln_final(self.blocks(x))  # (B, T, W)
+        end = self.end_positions(ids) if eot is None else eot  # (B,)
+        return self.proj(x[torch.arange(x.shape[0], device=x.device), end])  # (B, E)
 
     def end_positions(self, ids: Tensor) -> Tensor:
         """Where each text ends: its first end token. (B, T) -> (B,)
@@ -297,9 +325,21 @@ class CLIP(nn.Module):
         x = self.vision(pixels)
         return unit_norm(x) if normalize else x
 
-    def encode_text(self, ids: Tensor, normalize: bool = False) -> Tensor:
-        """Token ids from a Tokenizer (B, T) -> embeddings (B, E), of length 1 if `normalize`."""
-        x = self.text(ids)
+    def encode_text(
+        self,
+        ids: Tensor | None = None,
+        normalize: bool = False,
+        *,
+        inputs_embeds: Tensor | None = None,
+        eot: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids from a Tokenizer (B, T) -> embeddings (B, E), of length 1 if `normalize`.
+
+        For prompts that are learned vectors and not words (CoOp, Zhou et al. 2021, arXiv
+        2109.01134): `inputs_embeds` (B, T, W) stands in for the token embeddings of the ids, and
+        `eot` (B,), the position a text is read at, for that of its end token. Given both, no ids.
+        """
+        x = self.text(ids, inputs_embeds, eot)
         return unit_norm(x) if normalize else x
 
     def forward(self, pixels: Tensor, ids: Tensor) -> CLIPOutput:

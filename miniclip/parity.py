@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from miniclip.checkpoint import TRANSFORMERS, layout_name, load_model, resolve
-from miniclip.config import LEGACY_EOS, CLIPConfig, TextConfig, VisionConfig
+from miniclip.config import (
+    LEGACY_EOS,
+    CLIPConfig,
+    TextConfig,
+    VisionConfig,
+    beyond_transformers,
+)
 from miniclip.model import CLIP
 
 if TYPE_CHECKING:
@@ -136,8 +142,9 @@ def against_transformers(name: str | os.PathLike[str], **options: object) -> lis
     if os.path.isfile(name):
         raise ValueError(f"{name} is a file; transformers loads directories: name the one it is in")
     directory = resolve(name, "model", **options)
-    theirs = transformers.CLIPModel.from_pretrained(directory, dtype=torch.float32)
-    return compare(load_model(directory), theirs)
+    ours = load_model(directory)
+    _check_expressible(ours.config)
+    return compare(ours, transformers.CLIPModel.from_pretrained(directory, dtype=torch.float32))
 
 
 def against_transformers_at_random(shape: str, *, seed: int = 0) -> list[Difference]:
@@ -152,13 +159,19 @@ def against_transformers_at_random(shape: str, *, seed: int = 0) -> list[Differe
 
 
 def transformers_twin(model: CLIP) -> "CLIPModel":
-    """A CLIPModel of transformers with a copy of our weights."""
+    """A CLIPModel of transformers with a copy of our weights, if it can be one."""
     transformers = _transformers()
+    _check_expressible(model.config)
     config = transformers.CLIPConfig.from_dict(model.config.to_dict())
     with torch.device("meta"):
         theirs = transformers.CLIPModel(config)
     copy_weights(model, theirs)
     return theirs.eval()
+
+
+def _check_expressible(config: CLIPConfig) -> None:
+    if odd := beyond_transformers(config.vision) + beyond_transformers(config.text):
+        raise ValueError(f"transformers' CLIP cannot express {', '.join(odd)}: nothing to compare")
 
 
 def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
@@ -185,7 +198,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
         if name == "logit_scale":
             parameter.fill_(math.log(100))
             continue
-        is_table = name.endswith(("token_embed.weight", "pos_embed"))
+        is_table = name.endswith(("token_embed.weight", "pos_embed", "register_embed"))
         std = 0.3 if parameter.ndim < 2 or is_table else parameter[0].numel() ** -0.5
         mean = 1.0 if re.search(r"ln_\w+\.weight$", name) else 0.0
         parameter.copy_(torch.empty(parameter.shape).normal_(mean, std, generator=generator))
@@ -194,11 +207,11 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 def random_inputs(
     config: CLIPConfig, images: int = 2, texts: int = 3, tokens: int = 9, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Noise (images, channels, S, S), and ids (texts, tokens) whose end token moves from row to row
-    and is followed by random ids, as no padding is fixed."""
+    """Noise (images, channels, height, width), and ids (texts, tokens) whose end token moves from
+    row to row and is followed by random ids, as no padding is fixed."""
     generator = torch.Generator().manual_seed(seed)
     vision, text = config.vision, config.text
-    size = (images, vision.channels, vision.image_size, vision.image_size)
+    size = (images, vision.channels, *vision.height_width)
     ids = torch.randint(3, text.vocab_size - 2, (texts, tokens), generator=generator)
     end = text.eos_token_id if text.eos_token_id != LEGACY_EOS else text.vocab_size - 1
     rows = torch.arange(texts)

@@ -11,6 +11,7 @@ from PIL import Image
 import miniclip
 from miniclip import load
 from miniclip.cli import main
+from miniclip.lens import METHODS
 
 LABELS = ["cat", "dog", "ship", "truck", "frog"]
 
@@ -96,6 +97,55 @@ def test_demo_without_its_extra_describes_the_scene_alone(run, tmp_path, monkeyp
     status, out, err = run("demo", "--out", str(tmp_path / "demo.png"))
     assert status == 0 and "a drawn scene" in out and "chelsea" not in out
     assert "miniclip[demo]" in err and not (tmp_path / "demo.png").exists()
+
+
+def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
+    command = ["explain", picture, "a red circle", "--model", "shapes"]
+    status, out, err = run(*command, "--out", str(tmp_path / "where.png"))
+    assert (status, out, err) == (0, "", f"picture: {tmp_path / 'where.png'}\n")
+    with Image.open(tmp_path / "where.png") as drawn:
+        assert drawn.size == (512, 512) and drawn.getextrema()[0] != (0, 0)
+    status, out, err = run(*command, "--json", "--method", "rollout")
+    assert status == 0 and err == ""
+    heat = json.loads(out)["map"]
+    assert [len(row) for row in heat] == [8] * 8 and 0 < sum(map(sum, heat)) < 1
+
+
+def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
+    for slow in ("occlusion", "relevance"):
+        monkeypatch.delitem(METHODS, slow)
+    command = ["explain", "--score", "shapes", "--model", "shapes", "--scenes", "3"]
+    status, out, err = run(*command, "--plot", str(tmp_path / "methods.png"))
+    assert status == 0 and err == f"picture: {tmp_path / 'methods.png'}\n"
+    assert max(map(len, out.splitlines())) <= 80
+    assert "tokens" in out and "a random map" in out and "random weights" in out
+    with Image.open(tmp_path / "methods.png") as drawn:
+        assert drawn.width > 500
+    status, out, err = run(*command, "--json")
+    scores = json.loads(out)
+    assert scores["scenes"] == 3 and [row["method"] for row in scores["trained"]] == list(METHODS)
+    assert all(0 <= row["iou"] <= 1 for row in scores["random"])
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ([], ["an image and a text"]),
+        (["missing.png", "a cat"], ["missing.png"]),
+        (["a.png", "a cat", "--plot", "b.png"], ["--score"]),
+        (["a.png", "--score", "shapes"], ["no IMAGE"]),
+        (["--score", "shapes", "--scenes", "0"], ["one or more"]),
+    ],
+)
+def test_explain_what_makes_no_sense(run, options, words):
+    assert_one_line_error(run("explain", *options, "--model", "shapes"), *words)
+
+
+def test_explain_by_a_method_that_there_is_not(run, picture, tmp_path):
+    command = ["explain", picture, "a cat", "--model", "shapes"]
+    assert_one_line_error(run(*command, "--method", "gradcam"), "gradcam", "rollout")
+    lost = str(tmp_path / "no" / "where.png")
+    assert_one_line_error(run(*command, "--out", lost), lost, "cannot be written")
 
 
 def test_eval_of_the_drawn_world(run):
@@ -282,7 +332,7 @@ def test_unknown_commands_and_options(run, argv):
     assert_one_line_error(run(*argv), "--help")
 
 
-@pytest.mark.parametrize("name", ["classify", "info", "tokenize", "demo", "eval"])
+@pytest.mark.parametrize("name", ["classify", "info", "tokenize", "demo", "eval", "explain"])
 def test_help_shows_an_example(run, name):
     status, out, err = run(name, "--help")
     assert status == 0 and f"example:\n  miniclip {name}" in out

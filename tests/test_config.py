@@ -52,11 +52,14 @@ DISTINCT = CLIPConfig(
 
 
 def test_the_test_config_has_no_number_twice():
-    numbers = [v for tower in (DISTINCT.vision, DISTINCT.text) for v in vars(tower).values()]
+    values = [v for tower in (DISTINCT.vision, DISTINCT.text) for v in vars(tower).values()]
+    numbers = [v for v in values if v is not None]
     numbers += [DISTINCT.embed_dim, DISTINCT.logit_scale_init]
     assert len(set(numbers)) == len(numbers)
-    assert {f.name for f in dataclasses.fields(VisionConfig)} == {*TOWER_FIELDS, *VISION_FIELDS}
-    assert {f.name for f in dataclasses.fields(TextConfig)} == {*TOWER_FIELDS, *TEXT_FIELDS}
+    vision, text = {*TOWER_FIELDS, *VISION_FIELDS}, {*TOWER_FIELDS, *TEXT_FIELDS}
+    beyond = {"head_width", "registers"}  # of transformers, and so of a published model
+    assert {f.name for f in dataclasses.fields(VisionConfig)} == vision | beyond
+    assert {f.name for f in dataclasses.fields(TextConfig)} == text | {"head_width"}
 
 
 @pytest.mark.parametrize("config", [CLIPConfig(), TINY, DISTINCT], ids=["B/32", "tiny", "distinct"])

@@ -36,7 +36,8 @@ from miniclip.config import (
     replacing,
     write_json,
 )
-from miniclip.model import CLIP, VisionTower
+from miniclip.model import CLIP
+from miniclip.surgery.interventions import PatchDropout
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import Source, augment, batches, draw_seed, open_data
 from miniclip.training.loss import (
@@ -101,29 +102,6 @@ def read_recipe(path: Path) -> Recipe:
                 f"{path}: {name} is {value!r}, not of type {kinds[name].__name__}"
             )
     return Recipe(**values)
-
-
-class PatchDropout:
-    """Train on a random part of each image's patches (FLIP, Li et al. 2022, arXiv 2212.00794).
-
-    A hook on `vision.ln_pre`, whose output is the residual stream before the first block. The
-    class token stays, the patches that stay keep their order and, having been added already,
-    their positions.
-    """
-
-    def __init__(self, tower: VisionTower, share: float) -> None:
-        self.share = share
-        self.close = tower.ln_pre.register_forward_hook(self).remove
-
-    def __call__(self, module: nn.Module, inputs: object, x: Tensor) -> Tensor:
-        if not module.training or not self.share:
-            return x
-        batch, tokens, width = x.shape
-        kept = max(1, round((tokens - 1) * (1 - self.share)))
-        order = torch.rand(batch, tokens - 1, device=x.device).argsort(dim=1)
-        chosen = order[:, :kept].sort(dim=1).values + 1  # (B, kept)
-        chosen = torch.cat([torch.zeros_like(chosen[:, :1]), chosen], dim=1)  # the class token
-        return x.gather(1, chosen[:, :, None].expand(-1, -1, width))
 
 
 @contextmanager

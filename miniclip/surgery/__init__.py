@@ -1,0 +1,24 @@
+"""Change what a model computes, what it weighs or what shape it has, and know what stayed exact.
+
+One rule for all of it. A function that changes weights or shapes returns a new model, config and
+all; the one given is left as it was, keeps its hooks, and shares no memory with the new one. A
+context manager changes the model given for as long as it is open. So operations compose, and
+nothing has to be undone. (`freeze` alone works in place: what is trained is no part of what a
+model is.) Compile a model after surgery, not before.
+
+What a function leaves is a CLIP like any other: it is saved and loaded bit for bit. Where
+transformers cannot express its shape, transformers refuses to load it (`CLIPConfig.to_dict`).
+"""
+
+from miniclip.surgery.attention import dense_features
+from miniclip.surgery.geometry import (
+    add_registers,
+    add_tokens,
+    extend_context,
+    resize_image,
+    resize_patch,
+)
+from miniclip.surgery.interventions import ablate_heads, patch_dropout, patch_from, splice
+from miniclip.surgery.lora import add_lora, merge_lora, unmerge_lora
+from miniclip.surgery.structure import keep_layers, prune_heads, prune_neurons
+from miniclip.surgery.weights import TaskVector, average, freeze, interpolate, layer_groups

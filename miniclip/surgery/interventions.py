@@ -1,0 +1,166 @@
+"""Run a model with a part switched off, taken from another run, replaced or left out.
+
+Each is a context manager, or makes the functions for one; nothing is left behind.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from miniclip.model import CLIP, VisionTower
+from miniclip.sites import Edit, hooks
+
+
+@contextmanager
+def ablate_heads(
+    model: CLIP, tower: str, heads: Mapping[int, Collection[int]], mode: str = "zero"
+) -> Iterator[None]:
+    """Silence heads, {layer: [head, ...]}, for as long as the block lasts.
+
+    "zero" takes what a head adds to the residual stream away, as `prune_heads` does for good.
+    "mean" puts the mean over the batch in its place, which keeps what the head adds to every
+    input alike (Nanda et al.; Gandelsman et al. 2023, arXiv 2310.05916). ValueError for a layer
+    or head that is not there.
+
+    >>> from miniclip import load
+    >>> model, pixels = load("shapes").model, torch.zeros(1, 3, 64, 64)
+    >>> with ablate_heads(model, "vision", {2: [0, 1], 3: [2]}):
+    ...     without = model.encode_image(pixels)
+    """
+    if mode not in ("zero", "mean"):
+        raise ValueError(f"mode is {mode!r}; expected 'zero' or 'mean'")
+    edits = {
+        f"{tower}.blocks.{layer}.attn.z": partial(_silenced, heads=list(chosen), mode=mode)
+        for layer, chosen in heads.items()
+    }
+    with hooks(model, edits):
+        yield
+
+
+def _silenced(z: Tensor, name: str, heads: list[int], mode: str) -> Tensor:
+    if absent := sorted(set(heads) - set(range(z.shape[2]))):
+        raise ValueError(f"{name}: no heads {absent}; expected numbers from 0 to {z.shape[2] - 1}")
+    z = z.clone()  # (B, T, H, D)
+    z[:, :, heads] = 0 if mode == "zero" else z[:, :, heads].mean(0)
+    return z
+
+
+def patch_from(
+    acts: Mapping[str, Tensor],
+    *,
+    positions: Collection[int] | slice = slice(None),
+    heads: Collection[int] | None = None,
+) -> dict[str, Edit]:
+    """Functions for `hooks` that put cached tensors in the place of a run's own.
+
+    Activation patching (Meng et al. 2022, arXiv 2202.05262): `acts` is of `cache`, the tensors
+    (B, T, ...). `positions` are the tokens to replace, `heads` the heads, where the tensor is
+    (B, T, H, D). A ValueError for a cached tensor of another shape.
+
+    >>> from miniclip import load
+    >>> from miniclip.sites import cache
+    >>> model, (one, other) = load("shapes").model, torch.rand(2, 1, 3, 64, 64)
+    >>> with cache(model, "vision.blocks.1") as acts: expected = model.encode_image(one)
+    >>> with hooks(model, patch_from(acts)): found = model.encode_image(other)
+    >>> torch.equal(found, expected)
+    True
+    """
+    positions = positions if isinstance(positions, slice) else list(positions)
+
+    def patch(tensor: Tensor, name: str) -> Tensor:
+        source = acts[name]
+        if source.shape != tensor.shape:
+            raise ValueError(
+                f"{name}: the cached tensor has shape {tuple(source.shape)}, the run's own "
+                f"{tuple(tensor.shape)}; expected the same number of inputs and tokens"
+            )
+        if heads is not None and not name.endswith((".q", ".k", ".v", ".z")):
+            raise ValueError(f"{name}: has no heads to choose from; expected attn.q, k, v or z")
+        whole = torch.zeros(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
+        whole[:, positions] = True  # (B, T)
+        chosen = whole.view(*whole.shape, *[1] * (tensor.ndim - 2))
+        if heads is not None:
+            wanted = torch.zeros(tensor.shape[2], 1, dtype=torch.bool, device=tensor.device)
+            wanted[list(heads)] = True
+            chosen = chosen & wanted  # (B, T, H, 1)
+        return torch.where(chosen, source.to(tensor), tensor)
+
+    return dict.fromkeys(acts, patch)
+
+
+@contextmanager
+def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) -> Iterator[None]:
+    """Send the tensor at a site, or at all that a glob matches, through a module of your own.
+
+    An adapter, say, or a sparse autoencoder. With `error_term`, what an autoencoder fails to
+    reconstruct is added back as a constant: the output is the model's own, while gradients pass
+    through the autoencoder's features (Marks et al. 2024, arXiv 2403.19647). The module must
+    return the shape it is given.
+
+    >>> from miniclip import load
+    >>> model, pixels = load("shapes").model, torch.zeros(1, 3, 64, 64)
+    >>> with splice(model, "vision.blocks.2", nn.Identity()): spliced = model.encode_image(pixels)
+    >>> torch.equal(spliced, model.encode_image(pixels))
+    True
+    """
+
+    def through(tensor: Tensor, name: str) -> Tensor:
+        out = module(tensor)
+        if out.shape != tensor.shape:
+            raise ValueError(
+                f"{name}: the spliced module returned shape {tuple(out.shape)}; expected that of "
+                f"its input, {tuple(tensor.shape)}"
+            )
+        return out + (tensor - out).detach() if error_term else out
+
+    with hooks(model, {site: through}):
+        yield
+
+
+@contextmanager
+def patch_dropout(model: CLIP, share: float) -> Iterator[None]:
+    """Train on a random part of each image's patches; `share` of them is left out.
+
+    In evaluation mode nothing changes. See PatchDropout. ValueError for a share outside [0, 1).
+
+    >>> from miniclip import load
+    >>> from miniclip.sites import cache
+    >>> model, pixels = load("shapes").model.train(), torch.zeros(1, 3, 64, 64)
+    >>> with patch_dropout(model, 0.75), cache(model, "vision.blocks.0") as acts:
+    ...     _ = model.encode_image(pixels)
+    >>> acts["vision.blocks.0"].shape[1]  # the class token and 16 of 64 patches
+    17
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share is {share}; expected 0 or more, and less than 1")
+    with closing(PatchDropout(model.vision, share)):
+        yield
+
+
+class PatchDropout:
+    """Train on a random part of each image's patches (FLIP, Li et al. 2022, arXiv 2212.00794).
+
+    A hook on `vision.ln_pre`, whose output is the residual stream before the first block. The
+    class token and registers stay, the patches that stay keep their order and, having been added
+    already, their positions.
+    """
+
+    def __init__(self, tower: VisionTower, share: float) -> None:
+        self.share = share
+        self.ahead = 1 + tower.config.registers  # tokens that are no patches
+        self.close = tower.ln_pre.register_forward_hook(self).remove
+
+    def __call__(self, module: nn.Module, inputs: object, x: Tensor) -> Tensor:
+        if not module.training or not self.share:
+            return x
+        batch, tokens, width = x.shape
+        patches = tokens - self.ahead
+        kept = max(1, round(patches * (1 - self.share)))
+        order = torch.rand(batch, patches, device=x.device).argsort(dim=1)
+        chosen = order[:, :kept].sort(dim=1).values + self.ahead  # (B, kept)
+        ahead = torch.arange(self.ahead, device=x.device).expand(batch, -1)
+        chosen = torch.cat([ahead, chosen], dim=1)
+        return x.gather(1, chosen[:, :, None].expand(-1, -1, width))

@@ -1,0 +1,122 @@
+"""Train a low-rank change to some weights and leave the rest alone.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank) B A, where A is (rank, in) and B is
+(out, rank). The sum is a parametrization of the Linear (torch.nn.utils.parametrize), so that
+`linear.weight` is at all times the weight that is computed with, whoever reads it. PEFT works on
+the same modules: `get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))`.
+"""
+
+from collections.abc import Callable, Collection
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from miniclip.model import CLIP
+from miniclip.sites import find
+from miniclip.surgery.weights import copied
+
+ATTENTION_QV = ("*.blocks.*.attn.q_proj", "*.blocks.*.attn.v_proj")
+"""What the paper adapts: the queries and values of every layer, here in both towers."""
+
+
+class LowRank(nn.Module):
+    """weight -> weight + scale * B @ A. B begins as zero, so that nothing changes at first."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.scale = alpha / rank
+        self.A = nn.Parameter(weight.new_empty(rank, columns))
+        self.B = nn.Parameter(weight.new_zeros(rows, rank))
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as nn.Linear does, and the paper's own code
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.B @ self.A)
+
+
+def add_lora(
+    model: CLIP,
+    sites: Collection[str] = ATTENTION_QV,
+    *,
+    rank: int = 4,
+    alpha: float | None = None,
+) -> CLIP:
+    """A model with LoRA on every Linear that the globs match, and nothing else left to train.
+
+    `alpha` is `rank` unless given, a scale of 1. `merge_lora` first to save it or to prune it.
+    Raises ValueError for a glob without a match, and for a module that is no plain Linear.
+
+    >>> from miniclip import load
+    >>> model = add_lora(load("shapes").model, ["text.blocks.*.attn.q_proj"], rank=2)
+    >>> [n for n, p in model.named_parameters() if p.requires_grad][0]
+    'text.blocks.0.attn.q_proj.parametrizations.weight.0.A'
+    """
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank is {rank!r}; expected a positive whole number")
+    new = copied(model).requires_grad_(False)
+    for name, linear in dict(pair for glob in sites for pair in find(new, glob)).items():
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"{name} is a {type(linear).__name__}; expected a plain Linear")
+        low_rank = LowRank(linear.weight.detach(), rank, rank if alpha is None else alpha)
+        parametrize.register_parametrization(linear, "weight", low_rank)
+    return new
+
+
+def merge_lora(model: CLIP) -> CLIP:
+    """A model of plain Linears, each with its low-rank change added to its weight.
+
+    It is saved, exported and cut like any other, and remembers what it was made of until then:
+    see `unmerge_lora`. Raises ValueError for a model without LoRA.
+
+    >>> from miniclip import load
+    >>> model = load("shapes").model
+    >>> merge_lora(add_lora(model)).state_dict().keys() == model.state_dict().keys()
+    True
+    """
+    new = copied(model)
+    for parent, name, adapted in _children(new, _is_adapted):
+        plain = nn.Linear(adapted.in_features, adapted.out_features, device="meta")
+        plain.weight = nn.Parameter(adapted.weight.detach().clone(), False)
+        plain.bias = adapted.bias
+        # Not a submodule: to a state dict, an optimizer or a save there is a plain Linear here.
+        object.__setattr__(plain, "unmerged", adapted)
+        setattr(parent, name, plain.train(adapted.training))
+    return new
+
+
+def unmerge_lora(model: CLIP) -> CLIP:
+    """A model as it was before `merge_lora`: weight, A and B are restored, not computed back.
+
+    Subtracting what was added would leave the rounding of both. What was done to the merged
+    weights since is lost. Raises ValueError for a model that `merge_lora` has not made.
+
+    >>> from miniclip import load
+    >>> model = add_lora(load("shapes").model)
+    >>> unmerge_lora(merge_lora(model)).state_dict().keys() == model.state_dict().keys()
+    True
+    """
+    new = copied(model)
+    for parent, name, plain in _children(new, lambda module: hasattr(module, "unmerged")):
+        setattr(parent, name, plain.unmerged.to(plain.weight.device))
+    return new
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module, "weight") and isinstance(
+        module.parametrizations.weight[0], LowRank
+    )
+
+
+def _children(
+    model: nn.Module, wanted: Callable[[nn.Module], bool]
+) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every (parent, name, module) whose module is wanted; ValueError if there is none."""
+    found = [
+        (parent, name, module)
+        for parent in model.modules()
+        for name, module in parent.named_children()
+        if wanted(module)
+    ]
+    if not found:
+        raise ValueError("no Linear here has LoRA to merge or unmerge; see add_lora")
+    return found

@@ -1,0 +1,136 @@
+"""Fewer heads, neurons or layers, or layers in another order.
+
+Head counts and MLP widths may then differ from layer to layer, which the config says with a tuple
+and transformers' CLIP cannot be told; a model where they are the same in every layer, and whose
+heads are all there, still loads in transformers and gives the same logits.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miniclip.config import per_layer
+from miniclip.model import CLIP, Block
+from miniclip.surgery.weights import copied
+
+
+def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -> CLIP:
+    """Take heads out of a tower: `heads` says which, layer by layer, as {layer: [head, ...]}.
+
+    What a head added to the residual stream is gone, as if its z were zero; the bias of out_proj
+    stays. Heads are numbered as they are now. Michel et al. 2019, arXiv 1905.10650. transformers
+    cannot express the result. Raises ValueError for a layer or head that is not there.
+
+    >>> from miniclip import load
+    >>> model = load("shapes").model
+    >>> prune_heads(model, "vision", {0: [1], 2: [0, 2]}).config.vision.heads
+    (2, 3, 1, 3)
+    """
+    new = copied(model)
+    counts = list(per_layer(_config(model, tower), "heads"))
+    for layer, gone in heads.items():
+        attn = _block(new, tower, layer).attn
+        kept = _others(gone, counts[layer], f"heads of {tower} layer {layer}")
+        rows = (kept[:, None] * attn.head_width + torch.arange(attn.head_width)).flatten()
+        for linear in (attn.q_proj, attn.k_proj, attn.v_proj):
+            _cut(linear, 0, rows)
+        _cut(attn.out_proj, 1, rows)
+        counts[layer] = len(kept)
+    width = _block(new, tower, 0).attn.head_width
+    return reconfigure(new, tower, heads=tuple(counts), head_width=width)
+
+
+def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]]) -> CLIP:
+    """Take neurons out of the MLPs of a tower, as {layer: [neuron, ...]}.
+
+    As if their activations were zero; the bias of fc2 stays. transformers can express the result
+    if the same number goes from every layer. ValueError for a layer or neuron that is not there.
+
+    >>> from miniclip import load
+    >>> model = load("shapes").model
+    >>> thin = {layer: range(100) for layer in range(4)}
+    >>> prune_neurons(model, "vision", thin).config.vision.mlp_width, model.config.vision.mlp_width
+    (284, 384)
+    """
+    new = copied(model)
+    counts = list(per_layer(_config(model, tower), "mlp_width"))
+    for layer, gone in neurons.items():
+        mlp = _block(new, tower, layer).mlp
+        kept = _others(gone, counts[layer], f"neurons of {tower} layer {layer}")
+        _cut(mlp.fc1, 0, kept)
+        _cut(mlp.fc2, 1, kept)
+        counts[layer] = len(kept)
+    return reconfigure(new, tower, mlp_width=tuple(counts))
+
+
+def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
+    """A tower of these layers, in this order: drop some, reorder them, or name one twice.
+
+    Transformers so cut, as Sajjad et al. 2020, arXiv 2004.03844, read the remaining residual
+    stream through the same last LayerNorm. ValueError for a layer that is not there, or for none.
+
+    >>> from miniclip import load
+    >>> keep_layers(load("shapes").model, "vision", range(3)).config.vision.layers
+    3
+    """
+    if not layers:
+        raise ValueError(f"no layers of the {tower} tower to keep; expected at least one")
+    config = _config(model, tower)
+    new = copied(model)
+    blocks = [deepcopy(_block(new, tower, layer)) for layer in layers]
+    getattr(new, tower).blocks = nn.Sequential(*blocks)
+    shape = {
+        name: tuple(per_layer(config, name)[layer] for layer in layers)
+        for name in ("heads", "mlp_width")
+    }
+    width = blocks[0].attn.head_width
+    return reconfigure(new, tower, layers=len(layers), head_width=width, **shape)
+
+
+def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
+    """Change fields in a tower's config, in place; returns the model."""
+    part = getattr(model, tower)
+    part.config = replace(part.config, **fields)
+    model.config = replace(model.config, **{tower: part.config})
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _config(model: CLIP, tower: str) -> Any:
+    if tower not in ("vision", "text"):
+        raise ValueError(f"tower is {tower!r}; expected 'vision' or 'text'")
+    return getattr(model, tower).config
+
+
+def _block(model: CLIP, tower: str, layer: int) -> Block:
+    blocks = getattr(model, tower).blocks
+    if layer not in range(len(blocks)):
+        raise ValueError(f"no layer {layer} in the {tower} tower: expected 0 to {len(blocks) - 1}")
+    return blocks[layer]
+
+
+def _others(gone: Collection[int], count: int, what: str) -> Tensor:
+    if absent := sorted(set(gone) - set(range(count))):
+        raise ValueError(f"no {absent} among the {what}; expected numbers from 0 to {count - 1}")
+    return torch.tensor([i for i in range(count) if i not in gone], dtype=torch.long)
+
+
+def _cut(linear: nn.Linear, dim: int, kept: Tensor) -> None:
+    """Keep these outputs (dim 0) or inputs (dim 1) of a Linear, and no others, in place."""
+    if type(linear) is not nn.Linear:
+        raise ValueError(
+            f"expected a plain Linear to cut, found {type(linear).__name__}; merge adapters first"
+        )
+    kept = kept.to(linear.weight.device)
+    for name, parameter in [*linear.named_parameters()]:
+        if name == "bias" and dim == 1:
+            continue
+        rest = parameter.detach().index_select(dim, kept)
+        setattr(linear, name, nn.Parameter(rest, parameter.requires_grad))
+    linear.out_features, linear.in_features = linear.weight.shape

@@ -1,0 +1,489 @@
+"""What the lens shows, against transformers, against slow formulas, and against what must hold.
+
+Every parameter is random, so that a bias or a LayerNorm that is lost shows; float64 decides.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from twin import TINY, random_inputs, twins
+
+import miniclip
+from miniclip.lens import (
+    METHODS,
+    attention_maps,
+    decompose,
+    forward_intermediates,
+    heatmap,
+    localisation,
+    localise,
+    logit_lens,
+    occlusion,
+    on_grid,
+    relevance,
+    rollout,
+)
+from miniclip.sites import cache, hooks
+
+FLOAT64 = 1e-10
+TOWERS = ["vision", "text"]
+
+
+@pytest.fixture
+def double():
+    model, _ = twins(TINY, attention="eager", dtype=torch.float64)
+    pixels, ids = random_inputs(TINY)
+    return model, {"vision": pixels.double(), "text": ids}
+
+
+def encode(model, tower, x):
+    with torch.no_grad():
+        return getattr(model, tower)(x)
+
+
+def distance(one, other):
+    assert one.shape == other.shape
+    return (one - other).abs().max().item()
+
+
+def total(parts, E=TINY.embed_dim):
+    return sum(part.reshape(len(part), -1, E).sum(1) for part in parts.values())
+
+
+def positions(model, tower, x):
+    return model.text.end_positions(x) if tower == "text" else torch.zeros(len(x)).long()
+
+
+# --------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_attention_maps_are_the_attentions_of_transformers(tower):
+    ours, theirs = twins(TINY, attention="eager")
+    x = random_inputs(TINY)[tower == "text"]
+    with torch.no_grad():
+        peer = getattr(theirs, f"{tower}_model")(x, output_attentions=True).attentions
+    maps = attention_maps(ours, x)
+    assert len(maps) == len(peer) and all(map(torch.equal, maps, peer))
+    bare = attention_maps(getattr(ours, tower), x)
+    assert all(map(torch.equal, maps, bare))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_rollout_is_the_walk_of_a_chance_reader(double, tower):
+    """Token by token: half the time it stays, half the time it follows a head's pattern."""
+    model, inputs = double
+    x = inputs[tower]
+    maps = attention_maps(model, x)
+    result = rollout(model, x)
+    for b, start in enumerate(positions(model, tower, x).tolist()):
+        share = {start: 1.0}
+        for pattern in reversed(maps):
+            after = {}
+            for token, weight in share.items():
+                after[token] = after.get(token, 0) + weight / 2
+                for to, p in enumerate(pattern[b, :, token].mean(0).tolist()):
+                    after[to] = after.get(to, 0) + weight * p / 2
+            share = after
+        expected = torch.tensor([share.get(t, 0) for t in range(result.shape[1])]).double()
+        assert distance(result[b], expected) < 1e-7  # the numbers above were floats of a list
+    assert distance(result.sum(1), torch.ones(len(x)).double()) < FLOAT64
+    assert distance(result, rollout(getattr(model, tower), x)) == 0
+
+
+def test_relevance_is_its_formula_with_slopes_measured(double):
+    """One head's slope by finite differences, then equations 5 and 6 in loops."""
+    model, inputs = double
+    pixels, ids = inputs["vision"], inputs["text"][:2]
+    result = relevance(model, pixels, ids)
+    names = [f"{t}.blocks.{i}.attn.pattern" for t in TOWERS for i in range(3 - (t == "text"))]
+    with cache(model, *names, grad=True) as acts:
+        logits = model(pixels, ids).logits_per_image
+    slopes = {
+        n: torch.autograd.grad(logits.diag().sum(), acts[n], retain_graph=True)[0] for n in names
+    }
+
+    name, place = "vision.blocks.1.attn.pattern", (1, 2, 5, 3)
+    nudge = torch.zeros_like(slopes[name])
+    nudge[place] = 1e-5
+    with torch.no_grad():
+        with hooks(model, {name: lambda x, _: x + nudge}):
+            up = model(pixels, ids).logits_per_image[1, 1]
+        with hooks(model, {name: lambda x, _: x - nudge}):
+            down = model(pixels, ids).logits_per_image[1, 1]
+    assert abs((up - down).item() / 2e-5 - slopes[name][place].item()) < 1e-5
+
+    for tower, x, got in (("vision", pixels, result.image), ("text", ids, result.text)):
+        for b, at in enumerate(positions(model, tower, x).tolist()):
+            R = np.eye(got.shape[1])
+            for n in names:
+                if n.startswith(tower):
+                    heads = zip(acts[n][b].detach().numpy(), slopes[n][b].numpy(), strict=True)
+                    R = R + np.mean([np.maximum(a * g, 0) for a, g in heads], axis=0) @ R
+            assert distance(got[b], torch.from_numpy(R[at])) < FLOAT64 * np.abs(R).max()
+
+
+def test_relevance_of_a_pair_is_its_own(double):
+    model, inputs = double
+    pixels, ids = inputs["vision"], inputs["text"][:2]
+    both = relevance(model, pixels, ids)
+    alone = relevance(model, pixels[1:], ids[1:])
+    assert torch.allclose(both.image[1:], alone.image, rtol=1e-9)
+    assert torch.allclose(both.text[1:], alone.text, rtol=1e-9)
+    swapped = relevance(model, pixels, ids.flip(0))
+    assert distance(swapped.image, both.image) > 1e-2  # another text, another map
+    with pytest.raises(ValueError, match="2 images and 3 texts"):
+        relevance(model, pixels, inputs["text"])
+
+
+def test_relevance_needs_no_gradients_of_the_caller(double):
+    model, inputs = double
+    pixels, ids = inputs["vision"], inputs["text"][:2]
+    expected = relevance(model, pixels, ids)
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        result = relevance(model, pixels * 1, ids)
+    assert torch.equal(result.image, expected.image) and torch.equal(result.text, expected.text)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_relevance_from_the_last_block_alone(double):
+    model, inputs = double
+    pixels, ids = inputs["vision"], inputs["text"][:2]
+    last = relevance(model, pixels, ids, start=-1)
+    name = "vision.blocks.2.attn.pattern"
+    with cache(model, name, grad=True) as acts:
+        logits = model(pixels, ids).logits_per_image
+    (slope,) = torch.autograd.grad(logits.diag().sum(), acts[name])
+    expected = (slope * acts[name]).clamp(min=0).mean(1)[:, 0].detach()
+    expected[:, 0] += 1
+    assert torch.allclose(last.image, expected, rtol=1e-9)
+
+
+# ----------------------------------------------------------------------------------- decomposition
+
+
+@pytest.mark.parametrize("by", ["layer", "head", "token"])
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_parts_sum_to_the_embedding(by, tower, attention):
+    for dtype, relative in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        model, _ = twins(TINY, attention=attention, dtype=dtype)
+        x = random_inputs(TINY)[tower == "text"]
+        x = x.to(dtype) if tower == "vision" else x
+        expected = encode(model, tower, x)
+        parts = decompose(model, x, by)
+        assert (total(parts) - expected).norm() / expected.norm() < relative
+        for lost in parts:  # each part counts: without any one of them it is not the embedding
+            rest = {name: part for name, part in parts.items() if name != lost}
+            assert (total(rest) - expected).norm() / expected.norm() > 1e-4, lost
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_coarse_parts_are_sums_of_fine_ones(double, tower):
+    model, inputs = double
+    by = {by: decompose(model, inputs[tower], by) for by in ("layer", "head", "token")}
+    T = inputs[tower].shape[1] if tower == "text" else 26
+    part = getattr(TINY, tower)
+    for name, layer in by["layer"].items():
+        head, token = by["head"][name], by["token"][name]
+        if name.endswith("attn"):
+            assert token.shape == (len(layer), part.heads, T, TINY.embed_dim)
+            head, token = head.sum(1), token.sum((1, 2))
+        assert distance(layer, head) < FLOAT64 and distance(layer, token) < FLOAT64
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
+    """Each by a run of its own: the stream less what a head or a bias wrote, under the LayerNorm
+    whose length is held where it was. Slow, and with no formula in common."""
+    model, inputs = double
+    half = getattr(model, tower)
+    x = inputs[tower]
+    parts = decompose(half, x, "head")
+    norm = half.ln_post if tower == "vision" else half.ln_final
+    rows, at = torch.arange(len(x)), positions(model, tower, x)
+    last = f"blocks.{len(half.blocks) - 1}"
+    with torch.no_grad(), cache(half, last, "blocks.1.attn.z", "blocks.0.mlp.act") as acts:
+        half(x)
+    stream = acts[last][rows, at]
+    length = (stream.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+
+    def read(stream):
+        return half.proj(
+            (stream - stream.mean(-1, keepdim=True)) / length * norm.weight + norm.bias
+        )
+
+    attn, mlp = half.blocks[1].attn, half.blocks[0].mlp
+    D = attn.head_width
+    z = acts["blocks.1.attn.z"][rows, at]  # (B, H, D)
+    with torch.no_grad():
+        for h in range(z.shape[1]):
+            columns = attn.out_proj.weight[:, h * D : (h + 1) * D]
+            wrote = (z[:, h] - attn.v_proj.bias[h * D : (h + 1) * D]) @ columns.T
+            lost = read(stream) - read(stream - wrote)
+            assert distance(parts["blocks.1.attn"][:, h], lost) < FLOAT64
+        wrote = acts["blocks.0.mlp.act"][rows, at] @ mlp.fc2.weight.T
+        assert distance(parts["blocks.0.mlp"], read(stream) - read(stream - wrote)) < FLOAT64
+        lost = read(stream) - read(stream - mlp.fc2.bias)
+        assert distance(parts["blocks.0.mlp.fc2.bias"], lost) < FLOAT64
+
+
+def test_a_head_that_writes_nothing_is_nothing(double):
+    model, inputs = double
+    attn = model.vision.blocks[1].attn
+    with torch.no_grad():
+        attn.out_proj.weight[:, 2 * attn.head_width : 3 * attn.head_width] = 0
+    heads = decompose(model, inputs["vision"], "head")["blocks.1.attn"]
+    assert heads[:, 2].abs().max() == 0 and heads[:, [0, 1, 3]].abs().min() > 0
+
+
+def test_a_text_has_no_part_from_after_its_end(double):
+    model, inputs = double
+    ids = inputs["text"]
+    tokens = decompose(model, ids, "token")["blocks.0.attn"].abs().sum((1, 3))  # (B, T)
+    for row, end in zip(tokens, model.text.end_positions(ids).tolist()):
+        assert (row[: end + 1] > 0).all() and (row[end + 1 :] == 0).all()
+
+
+def test_an_edit_that_the_parts_leave_out_is_an_error(double):
+    model, inputs = double
+    x = inputs["vision"]
+    with hooks(model, {"vision.blocks.1": lambda out, name: out * 1.1}):
+        with pytest.raises(ValueError, match="the parts miss the embedding by"):
+            decompose(model, x)
+    # An edit of what is a part is no contradiction.
+    with hooks(model, {"vision.blocks.1.mlp": lambda out, name: out * 1.1}):
+        assert distance(total(decompose(model, x, "token")), encode(model, "vision", x)) < FLOAT64
+    with pytest.raises(ValueError, match="'layer', 'head', 'token'"):
+        decompose(model, x, by="neuron")
+
+
+def test_the_sum_holds_with_an_adapter_in_a_linears_place(double):
+    class Adapted(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+            self.down = nn.Linear(linear.in_features, 2, bias=False).double()
+            self.up = nn.Linear(2, linear.out_features, bias=False).double()
+
+        @property
+        def bias(self):
+            return self.linear.bias
+
+        def forward(self, x):
+            return self.linear(x) + self.up(self.down(x))
+
+    model, inputs = double
+    x, attn = inputs["vision"], model.vision.blocks[1].attn
+    before = encode(model, "vision", x)
+    attn.v_proj, attn.out_proj = Adapted(attn.v_proj), Adapted(attn.out_proj)
+    after = encode(model, "vision", x)
+    assert distance(before, after) > 1e-3
+    for by in ("layer", "token"):
+        assert distance(total(decompose(model, x, by)), after) < FLOAT64
+
+
+def test_only_what_the_read_token_needs_is_kept():
+    """By token, at most the result itself and a few tensors of a layer are alive at once."""
+    model, _ = twins(TINY)
+    pixels, _ = random_inputs(TINY)
+    largest = []
+    result = decompose(model, pixels, "token")["blocks.0.attn"].numel()
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest.append(out.numel())
+            return out
+
+    with Sizes():
+        decompose(model, pixels, "token")
+    assert max(largest) <= result  # (B, H, T, E), where all query tokens would be T times that
+
+
+# -------------------------------------------------------------------------------------- logit lens
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_lens_after_all_blocks_is_the_embedding(double, tower):
+    model, inputs = double
+    x = inputs[tower]
+    for ln in ("recompute", "final"):
+        lens = logit_lens(model, x, ln)
+        assert lens.shape == (len(x), 1 + getattr(TINY, tower).layers, TINY.embed_dim)
+        assert distance(lens[:, -1], encode(model, tower, x)) < FLOAT64
+    with pytest.raises(ValueError, match="'recompute' or 'final'"):
+        logit_lens(model, x, ln="cached")
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_lens_is_the_tower_cut_short(double, tower):
+    model, inputs = double
+    x, half = inputs[tower], getattr(model, tower)
+    recomputed, final = logit_lens(half, x), logit_lens(half, x, ln="final")
+    parts = decompose(half, x)
+    blocks, half.blocks = half.blocks, nn.Sequential()
+    for k in range(len(blocks) + 1):
+        half.blocks = blocks[:k]
+        assert distance(recomputed[:, k], encode(model, tower, x)) < FLOAT64
+    for k in range(len(blocks)):  # additive: the difference is what the block wrote
+        wrote = sum(part for name, part in parts.items() if name.startswith(f"blocks.{k}."))
+        assert distance(final[:, k + 1] - final[:, k], wrote) < FLOAT64
+        assert distance(recomputed[:, k + 1] - recomputed[:, k], wrote) > 1e-2  # not so this one
+
+
+# ----------------------------------------------------------------------------------- intermediates
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_intermediates_are_the_hidden_states_of_transformers(tower):
+    ours, theirs = twins(TINY)
+    x = random_inputs(TINY)[tower == "text"]
+    peer = getattr(theirs, f"{tower}_model")
+    with torch.no_grad():
+        states = peer(x, output_hidden_states=True).hidden_states[1:]
+        final, kept = forward_intermediates(ours, x, output_fmt="NLC")
+    skip = 1 if tower == "vision" else 0
+    assert len(kept) == len(states)
+    assert all(torch.equal(one, state[:, skip:]) for one, state in zip(kept, states))
+    norm = peer.post_layernorm if tower == "vision" else peer.final_layer_norm
+    with torch.no_grad():
+        assert torch.equal(final, norm(states[-1]))
+        (normed,) = forward_intermediates(
+            ours, x, 1, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        assert torch.equal(normed, norm(states[-1])[:, skip:])
+
+
+def test_intermediates_as_maps_and_prefixes(double):
+    model, inputs = double
+    x = inputs["vision"]
+    with torch.no_grad(), cache(model, "vision.blocks.*") as acts:
+        model.encode_image(x)
+    streams = [acts[f"vision.blocks.{i}"] for i in range(3)]
+    pairs = forward_intermediates(
+        model, x, [0, -1], return_prefix_tokens=True, intermediates_only=True
+    )
+    for (spatial, prefix), stream in zip(pairs, (streams[0], streams[2]), strict=True):
+        assert torch.equal(prefix, stream[:, :1])
+        for row in range(5):
+            for column in range(5):
+                assert torch.equal(spatial[:, :, row, column], stream[:, 1 + 5 * row + column])
+
+
+def test_stopping_early_runs_no_block_too_many(double):
+    model, inputs = double
+    ran = []
+    with hooks(model, {"vision.blocks.*": lambda x, name: ran.append(name)}):
+        options = dict(indices=[1], intermediates_only=True)
+        (early,) = forward_intermediates(model, inputs["vision"], stop_early=True, **options)
+        assert ran == ["vision.blocks.0", "vision.blocks.1"]
+        (late,) = forward_intermediates(model, inputs["vision"], **options)
+    assert len(ran) == 5 and torch.equal(early, late)
+    early.sum().backward()
+    assert model.vision.patch_embed.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "tower, options",
+    [
+        ("vision", dict(indices=4)),
+        ("vision", dict(indices=0)),
+        ("vision", dict(indices=[3])),
+        ("vision", dict(indices=[])),
+        ("vision", dict(output_fmt="NHWC")),
+        ("text", dict()),
+        ("text", dict(output_fmt="NLC", return_prefix_tokens=True)),
+    ],
+)
+def test_intermediates_that_make_no_sense(double, tower, options):
+    model, inputs = double
+    with pytest.raises(ValueError, match="expected|for images"):
+        forward_intermediates(model, inputs[tower], **options)
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def test_maps_are_row_by_row(double):
+    model, inputs = double
+    tokens = torch.arange(26.0).expand(2, 26)
+    assert on_grid(model, inputs["vision"], tokens)[1].tolist() == [
+        [1.0 + 5 * row + column for column in range(5)] for row in range(5)
+    ]
+
+
+def test_occlusion_is_its_definition(double):
+    model, inputs = double
+    pixels, ids = inputs["vision"], inputs["text"][:2]
+    result = occlusion(model, pixels, ids)
+    row, column = 0, 3  # a patch at the upper edge: in two windows
+    losses = []
+    with torch.no_grad():
+        for left in (2, 3):
+            covered = pixels.clone()
+            covered[:, :, 0:16, 8 * left : 8 * left + 16] = 0
+            text = model.encode_text(ids, normalize=True)
+            cosines = [
+                (model.encode_image(p, normalize=True) * text).sum(1) for p in (pixels, covered)
+            ]
+            losses.append(cosines[0] - cosines[1])
+    assert distance(result[:, row, column], sum(losses) / 2) < FLOAT64
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_map_for_each_pair(double, method):
+    model, inputs = double
+    pixels, ids = inputs["vision"], inputs["text"][:2]
+    maps = METHODS[method](model, pixels, ids)
+    assert maps.shape == (2, 5, 5) and maps.isfinite().all() and not maps.requires_grad
+    alone = METHODS[method](model, pixels[1:], ids[1:])
+    assert torch.allclose(maps[1:], alone, rtol=1e-9)
+
+
+def test_a_heatmap_is_warm_where_the_map_is(monkeypatch):
+    loaded = miniclip.load("shapes")
+    corner = torch.full((1, 8, 8), -1.0)
+    corner[0, 1, 6] = 1
+    monkeypatch.setitem(METHODS, "corner", lambda *_: corner)
+    picture = heatmap(Image.new("RGB", (128, 128), "grey"), "a star", loaded, "corner")
+    warmth = np.asarray(picture, float).sum(2)
+    row, column = np.unravel_index(warmth.argmax(), warmth.shape)
+    assert picture.size == (64, 64) and (row // 8, column // 8) == (1, 6)
+    with pytest.raises(ValueError, match="gradcam"):
+        heatmap(picture, "a star", loaded, "gradcam")
+
+
+def test_the_score_of_maps_with_known_answers():
+    named, other = torch.zeros(2, 1, 16, 16).bool()
+    named[0, :8, :8] = True
+    other[0, 8:, 8:] = True
+    heat = named[:, ::8, ::8].float()  # (1, 2, 2): the quarter itself
+    right = localisation("right", heat, named, other)
+    wrong = localisation("wrong", -heat + other[:, ::8, ::8], named, other)
+    assert right.pointing == 1 and right.distracted == 0 and right.iou > 0.8
+    assert wrong.pointing == 0 and wrong.distracted == 1 and wrong.iou == 0
+    pixels = torch.zeros(1, 16, 16)
+    pixels[0, :8, 4:12] = 1 + torch.rand(8, 8)  # half of it is on the object
+    assert math.isclose(localisation("half", pixels, named, other).iou, 1 / 3, rel_tol=1e-6)
+
+
+def test_methods_that_read_the_text_find_the_named_object():
+    """On the embedded checkpoint, whatever its training: better than chance, and no worse than the
+    methods that are told nothing. Those must fall on either object equally often."""
+    found = localise(miniclip.load("shapes"), scenes=10)
+    assert list(found) == ["trained", "random", "limits"]
+    trained = {row.method: row for row in found["trained"]}
+    chance, ceiling = found["limits"]
+    assert list(trained) == list(METHODS)
+    for method in ("attention", "rollout"):
+        assert trained[method].pointing == trained[method].distracted
+    for method in ("relevance", "tokens", "occlusion"):
+        assert trained[method].pointing > trained[method].distracted
+        assert chance.iou < trained[method].iou < ceiling.iou

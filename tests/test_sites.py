@@ -1,0 +1,374 @@
+"""Sites by name: what hooks may do, that they leave no trace, and that every name means its tensor.
+
+The values of the sites are compared with transformers, module by module, in test_model.py; here
+they are compared with it through `cache`, and with each other.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from twin import TINY, random_inputs, twins
+
+from miniclip.parity import compare
+from miniclip.sites import KINDS, cache, find, hooks, matches, site
+
+FLOAT64 = 1e-10
+REORDERED = 2e-5
+
+# torch.compile of torch 2.13 warns of itself, in ways no caller can mend.
+pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
+
+TOWERS = [("vision", TINY.vision.layers), ("text", TINY.text.layers)]
+READ_OFF = ["vision.ln_post", "vision.proj", "text.ln_final", "text.proj"]
+IN_BLOCKS = [
+    site(kind, tower=tower, layer=layer)
+    for tower, layers in TOWERS
+    for layer in range(layers)
+    for kind in KINDS
+]
+
+
+@pytest.fixture
+def tiny():
+    model, _ = twins(TINY, attention="eager")
+    return model, random_inputs(TINY)
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(*inputs).logits_per_image
+
+
+def handles(model):
+    return {name: dict(module._forward_hooks) for name, module in model.named_modules()}
+
+
+def nothing(tensor, name):
+    return None
+
+
+# ------------------------------------------------------------------------------------------- hooks
+
+
+def test_a_hook_that_returns_nothing_changes_no_bit(tiny):
+    model, inputs = tiny
+    expected = logits(model, inputs)
+    every = [name for name, _ in model.named_modules() if name]
+    seen = []
+    with hooks(model, {name: lambda x, name: seen.append(name) for name in every}):
+        assert torch.equal(logits(model, inputs), expected)
+    assert sorted(seen) == sorted(every)
+    assert torch.equal(logits(model, inputs), expected)
+
+
+def test_with_sdpa_only_looking_at_scores_and_pattern_costs_rounding():
+    model, _ = twins(TINY)
+    inputs = random_inputs(TINY)
+    expected = logits(model, inputs)
+    for name in IN_BLOCKS:
+        with hooks(model, {name: nothing}):
+            watched = logits(model, inputs)
+        if name.endswith(("scores", "pattern")):
+            assert (watched - expected).abs().max() < REORDERED
+        else:
+            assert torch.equal(watched, expected), name
+
+
+def test_an_edit_at_every_site_reaches_the_output(tiny):
+    model, inputs = tiny
+    expected = logits(model, inputs)
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(x, name):
+        return x * (1 + torch.rand(x.shape, generator=generator))
+
+    for name in [*IN_BLOCKS, *READ_OFF, "vision.ln_pre", "vision.patch_embed", "text.token_embed"]:
+        with hooks(model, {name: noise}):
+            assert (logits(model, inputs) - expected).abs().max() > 1e-4, name
+        assert torch.equal(logits(model, inputs), expected), name
+
+
+def test_an_edit_is_the_edit_it_says_it_is(tiny):
+    """Zeroing a head at z is zeroing its columns of the output projection."""
+    model, (pixels, _) = tiny
+    model, pixels = model.double(), pixels.double()
+    D = model.vision.blocks[1].attn.head_width
+    keep = torch.tensor([1.0, 1, 0, 1], dtype=torch.float64)[:, None]
+    with torch.no_grad(), hooks(model, {"vision.blocks.1.attn.z": lambda z, name: z * keep}):
+        edited = model.encode_image(pixels)
+        model.vision.blocks[1].attn.out_proj.weight[:, 2 * D : 3 * D] = 0
+    with torch.no_grad():
+        assert (edited - model.encode_image(pixels)).abs().max() < FLOAT64
+
+
+def test_functions_run_in_the_order_they_are_given_in(tiny):
+    model, inputs = tiny
+    seen = []
+    name = "text.blocks.0"
+    edits = {name: lambda x, _: x + 1, "text.blocks.[0]": lambda x, _: seen.append(x)}
+    with cache(model, name) as before, hooks(model, edits), cache(model, name) as after:
+        model(*inputs)
+    assert torch.equal(seen[0], before[name] + 1) and torch.equal(after[name], seen[0])
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("returns", [True, False])
+def test_an_edit_in_place_is_an_error(tiny, mode, returns):
+    model, inputs = tiny
+
+    def zero_a_head(z, name):
+        with torch.no_grad():
+            z[:, :, 1] = 0
+        return z if returns else None
+
+    with mode(), pytest.raises(ValueError, match=r"vision.blocks.0.attn.z: .* in place"):
+        with hooks(model, {"vision.blocks.0.attn.z": zero_a_head}):
+            model(*inputs)
+
+
+def test_reading_a_nan_is_no_edit(tiny):
+    model, (pixels, ids) = tiny
+    pixels[:] = torch.nan
+    with torch.inference_mode(), hooks(model, {"vision.blocks.*": nothing}):
+        model(pixels, ids)
+
+
+def test_what_a_hook_may_return_and_see(tiny):
+    model, inputs = tiny
+    with pytest.raises(ValueError, match="text.proj: the hook returned a float"):
+        with hooks(model, {"text.proj": lambda x, name: x.sum().item()}):
+            model(*inputs)
+    with pytest.raises(ValueError, match="0: its output is no tensor, but a tuple"):
+        lstm = nn.Sequential(nn.LSTM(3, 3))
+        with hooks(lstm, {"0": nothing}):
+            lstm(torch.zeros(1, 3))
+
+
+# ----------------------------------------------------------------------------------- what is left
+
+
+def test_only_own_handles_are_removed(tiny):
+    model, inputs = tiny
+    calls = []
+    block = model.vision.blocks[0]
+    mine = block.register_forward_hook(lambda *_: calls.append("mine"))
+    before = handles(model)
+    with hooks(model, {"vision.blocks.0": nothing, "*.blocks.*.attn.z": nothing}):
+        with cache(model, "vision.blocks.*"):
+            assert handles(model) != before
+            model(*inputs)
+    assert handles(model) == before and calls == ["mine"]
+
+    with pytest.raises(ZeroDivisionError):
+        with cache(model, "vision.blocks.*.attn.z"):
+            with hooks(model, {"vision.blocks.*": lambda x, name: 1 / 0}):
+                model(*inputs)
+    assert handles(model) == before
+    mine.remove()
+
+
+def test_a_pattern_without_a_match_leaves_nothing_behind(tiny):
+    model, _ = tiny
+    before = handles(model)
+    with pytest.raises(ValueError, match=r"'vision.blocks.7.attn.z'.*nearest.*vision.blocks.\d"):
+        with hooks(model, {"vision.blocks.0": nothing, "vision.blocks.7.attn.z": nothing}):
+            pass
+    assert handles(model) == before
+    with pytest.raises(ValueError, match=r"vision.blocks.\d.attn.pattern"):
+        with cache(model, "vision.blocks.*.attn.patern"):
+            pass
+    with pytest.raises(ValueError, match="no sites named"):
+        with cache(model):
+            pass
+    with pytest.raises(TypeError):
+        with cache(model, "vision.blocks.*", incl_bwd=True):
+            pass
+
+
+def test_a_model_is_what_it_was(tiny):
+    model, inputs = tiny
+    keys, expected = list(model.state_dict()), logits(model, inputs)
+    with cache(model, "*.blocks.*.attn.*"):
+        model(*inputs)
+    assert list(model.state_dict()) == keys
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin, inputs), expected)
+    assert all(row.float32 == row.float64 == 0 for row in compare(model, copy.deepcopy(model)))
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+def test_a_star_is_one_part_of_a_name(tiny):
+    model, _ = tiny
+    names = [name for name, _ in find(model, "vision.blocks.*")]
+    assert names == [f"vision.blocks.{i}" for i in range(TINY.vision.layers)]
+    assert len(find(model, "*.blocks.*.attn.[qkv]")) == 3 * (TINY.vision.layers + TINY.text.layers)
+    assert not matches("vision.blocks.10", "vision.blocks.1")
+
+
+def test_a_bare_tower_and_any_other_module(tiny):
+    model, (pixels, _) = tiny
+    with cache(model.vision, "blocks.*.attn.z") as acts:
+        model.vision(pixels)
+    assert list(acts) == [f"blocks.{i}.attn.z" for i in range(TINY.vision.layers)]
+    with cache(nn.Sequential(nn.Linear(3, 2)), "0") as acts:
+        pass
+    assert acts == {}
+
+
+def test_names_of_transformer_lens(tiny):
+    model, _ = tiny
+    assert site("attn_scores", tower="vision", layer=2) == "vision.blocks.2.attn.scores"
+    assert site("resid_post", tower="text", layer=1) == "text.blocks.1"
+    assert site("resid_pre", tower="vision", layer=0) == "vision.ln_pre"
+    assert all(find(model, name) for name in IN_BLOCKS)
+    for wrong in (
+        dict(kind="resid", tower="vision", layer=0),
+        dict(kind="z", tower="image", layer=0),
+        dict(kind="z", tower="vision", layer=-1),
+        dict(kind="resid_pre", tower="text", layer=0),
+    ):
+        with pytest.raises(ValueError):
+            site(**wrong)
+
+
+# ------------------------------------------------------------------------------------------- cache
+
+
+def test_the_stream_is_the_sum_it_is_said_to_be(tiny):
+    model, inputs = tiny
+    with torch.no_grad(), cache(model, *IN_BLOCKS, "vision.ln_pre") as acts:
+        model(*inputs)
+    for tower, layers in TOWERS:
+        for layer in range(layers):
+            if (tower, layer) == ("text", 0):
+                continue  # its first stream is no module's output
+            names = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+            pre, attn, mid, mlp, post = (
+                acts[site(kind, tower=tower, layer=layer)] for kind in names
+            )
+            assert torch.equal(mid, pre + attn) and torch.equal(post, mid + mlp)
+            assert not torch.equal(post, pre + mlp)
+
+
+def test_patterns_and_streams_are_those_of_transformers():
+    """Patterns are compared in float32, in which their eager softmax is computed always."""
+    ours, theirs = twins(TINY, attention="eager")
+    pixels, ids = random_inputs(TINY)
+    with torch.no_grad(), cache(ours, "*.blocks.*.attn.pattern", "*.blocks.*") as acts:
+        ours(pixels, ids)
+        options = {"output_attentions": True, "output_hidden_states": True}
+        peers = {
+            "vision": theirs.vision_model(pixels, **options),
+            "text": theirs.text_model(ids, **options),
+        }
+    for tower, layers in TOWERS:
+        for i in range(layers):
+            block = f"{tower}.blocks.{i}"
+            assert torch.equal(acts[f"{block}.attn.pattern"], peers[tower].attentions[i])
+            assert torch.equal(acts[block], peers[tower].hidden_states[i + 1])
+
+
+def test_attention_is_made_of_its_sites(tiny):
+    model, (pixels, ids) = tiny
+    with torch.no_grad(), cache(model.double(), "*.blocks.*.attn.*") as acts:
+        model(pixels.double(), ids)
+    for tower, layers in TOWERS:
+        for i in range(layers):
+            q, k, v, scores, pattern, z = (
+                acts[f"{tower}.blocks.{i}.attn.{name}"]
+                for name in ("q", "k", "v", "scores", "pattern", "z")
+            )
+            products = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+            if tower == "text":
+                assert pattern.triu(1).abs().max() == 0
+                products[..., ~torch.ones_like(pattern[0, 0]).tril().bool()] = -torch.inf
+            assert torch.allclose(scores, products, rtol=0, atol=FLOAT64)
+            assert (pattern - products.softmax(-1)).abs().max() < FLOAT64
+            assert (z - torch.einsum("bhqk,bkhd->bqhd", pattern, v)).abs().max() < FLOAT64
+
+
+def test_copies_are_copies(tiny):
+    model, inputs = tiny
+    name = "vision.blocks.0.attn.q"
+    held = []
+    with torch.no_grad(), cache(model, name) as acts:
+        with hooks(model, {name: lambda x, _: held.append(x)}):
+            model(*inputs)
+    assert torch.equal(acts[name], held[0])
+    held[0].zero_()
+    assert acts[name].abs().max() > 0 and not acts[name].requires_grad
+    first = acts[name]
+    with torch.no_grad(), cache(model, name) as acts:
+        model(*inputs)
+        model(inputs[0] + 1, inputs[1])
+    assert not torch.equal(acts[name], first)  # the last run's
+
+
+def test_another_device_is_for_the_copy(tiny):
+    model, inputs = tiny
+    with cache(model, "vision.blocks.*", device="meta") as acts:
+        model(*inputs)
+    assert {x.device.type for x in acts.values()} == {"meta"}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_gradients_at_a_site_are_slopes(tiny):
+    model, (pixels, _) = tiny
+    model, pixels = model.double().requires_grad_(False), pixels.double()
+    name = "vision.blocks.1.attn.pattern"
+    expected = model.encode_image(pixels)
+    with cache(model, name, grad=True) as acts:
+        output = model.encode_image(pixels)
+    assert torch.equal(output, expected)
+    (slope,) = torch.autograd.grad(output[0, 5], acts[name])
+    for place in ((0, 2, 0, 7), (0, 3, 4, 1), (1, 2, 0, 7)):
+        nudge = torch.zeros_like(slope)
+        nudge[place] = 1e-5
+        with hooks(model, {name: lambda x, _: x + nudge}):
+            up = model.encode_image(pixels)[0, 5]
+        with hooks(model, {name: lambda x, _: x - nudge}):
+            down = model.encode_image(pixels)[0, 5]
+        assert ((up - down) / 2e-5 - slope[place]).abs() < 1e-7
+    with torch.no_grad(), pytest.raises(ValueError, match="grad=True"):
+        with cache(model, name, grad=True):
+            model.encode_image(pixels)
+
+
+# ----------------------------------------------------------------------------------------- compiled
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a tower"])
+def test_hooks_of_a_compiled_model_fire(tiny, how):
+    model, inputs = tiny
+    expected = logits(model, inputs)
+    called = model
+    if how == "wrapped":
+        called = torch.compile(model, backend="eager", fullgraph=True)
+    elif how == "in place":
+        model.compile(backend="eager", fullgraph=True)
+    else:
+        model.vision = torch.compile(model.vision, backend="eager", fullgraph=True)
+    assert torch.equal(logits(called, inputs), expected)
+    name = "vision.blocks.0.attn.z"
+    for whole in {model, called}:  # the compiled model, or the one that was compiled
+        with cache(whole, name) as acts, hooks(whole, {name: lambda z, _: 0 * z}):
+            assert (logits(called, inputs) - expected).abs().max() > 1e-3
+        assert acts[name].abs().max() > 0
+        assert torch.equal(logits(called, inputs), expected)
+    torch._dynamo.reset()
+
+
+def test_without_the_stance_a_compiled_model_ignores_hooks(tiny):
+    """Why `hooks` sets one. If this fails, torch looks for new hooks, and it need not be set."""
+    model, inputs = tiny
+    compiled = torch.compile(model, backend="eager")
+    expected = logits(compiled, inputs)
+    handle = model.vision.blocks[0].attn.z.register_forward_hook(lambda *args: 0 * args[-1])
+    assert torch.equal(logits(compiled, inputs), expected)
+    handle.remove()
+    torch._dynamo.reset()

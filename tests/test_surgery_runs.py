@@ -1,0 +1,417 @@
+"""Interventions, dense features and prompts that are vectors: one run at a time, nothing kept."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPModel
+from twin import TINY, random_inputs, twins
+
+from miniclip import CLIP, ContextLengthError
+from miniclip.sites import cache, hooks
+from miniclip.surgery import (
+    ablate_heads,
+    add_registers,
+    add_tokens,
+    dense_features,
+    patch_dropout,
+    patch_from,
+    prune_heads,
+    resize_image,
+    splice,
+)
+from miniclip.surgery.attention import PRESETS
+
+FLOAT64, FLOAT32 = 1e-10, 1e-5
+TOWERS = ["vision", "text"]
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def model(request):
+    return twins(TINY, dtype=request.param)[0]
+
+
+def inputs(model, tower, count=3, seed=0):
+    pixels, ids = random_inputs(model.config, images=count, texts=count, tokens=9, seed=seed)
+    return pixels.to(model.logit_scale.dtype) if tower == "vision" else ids
+
+
+@torch.no_grad()
+def encode(model, tower, x):
+    return model.encode_image(x) if tower == "vision" else model.encode_text(x)
+
+
+def assert_close(one, other):
+    assert one.shape == other.shape and one.isfinite().all()
+    tolerance = FLOAT64 if one.dtype == torch.float64 else FLOAT32
+    assert (one - other).abs().max() < tolerance * max(1, other.abs().max())
+
+
+def assert_far(one, other):
+    assert one.shape == other.shape and (one - other).abs().max() > 1e-3
+
+
+def handles(model):
+    return [len(module._forward_hooks) for module in model.modules()]
+
+
+# --------------------------------------------------------------------------------- interventions
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_ablated_heads_are_pruned_for_the_time_being(model, tower):
+    x, heads = inputs(model, tower), {0: [0], 1: [1]}
+    whole = encode(model, tower, x)
+    with ablate_heads(model, tower, heads):
+        ablated = encode(model, tower, x)
+    assert_close(ablated, encode(prune_heads(model, tower, heads), tower, x))
+    assert_far(ablated, encode(prune_heads(model, tower, {0: [1], 1: [1]}), tower, x))
+    assert torch.equal(encode(model, tower, x), whole) and not any(handles(model))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_mean_ablation(model, tower):
+    x = inputs(model, tower)
+    alike = x[:1].expand_as(x)
+    whole = encode(model, tower, alike)
+    heads = {0: [0, 1], 1: [1]}
+    with ablate_heads(model, tower, heads, mode="mean"):
+        assert_close(encode(model, tower, alike), whole)
+        found = encode(model, tower, x)
+        with cache(model, f"{tower}.blocks.1.attn.z") as acts:
+            encode(model, tower, x)
+    assert_far(found, encode(model, tower, x))
+    assert acts[f"{tower}.blocks.1.attn.z"][:, :, 1].std(0).max() < 1e-6
+    assert acts[f"{tower}.blocks.1.attn.z"][:, :, 0].std(0).max() > 1e-3
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_patching_from_another_run(model, tower):
+    one, other = inputs(model, tower), inputs(model, tower, seed=1)
+    last = getattr(TINY, tower).layers - 1
+    end = f"{tower}.blocks.{last}"
+    if tower == "text":  # read at the same places
+        other = other.where(one != 599, 599).where((one == 599) | (other != 599), 5)
+    with cache(model, f"{tower}.blocks.*", f"{tower}.blocks.*.attn.z") as acts:
+        expected = encode(model, tower, one)
+    with hooks(model, patch_from({end: acts[end]})):
+        assert torch.equal(encode(model, tower, other), expected)
+    with hooks(model, patch_from(acts)):  # with what it has anyway
+        assert torch.equal(encode(model, tower, one), expected)
+    plain = encode(model, tower, other)
+    assert_far(plain, expected)
+    ends = {0} if tower == "vision" else set((one == 599).int().argmax(1).tolist())
+    others = [t for t in range(9) if t not in ends]
+    with hooks(model, patch_from({end: acts[end]}, positions=others)):
+        assert torch.equal(encode(model, tower, other), plain)  # nobody reads those
+    with hooks(model, patch_from({end: acts[end]}, positions=ends)):
+        assert torch.equal(encode(model, tower, other), expected)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_patching_some_heads_at_some_positions(model, tower):
+    one, other = inputs(model, tower), inputs(model, tower, seed=1)
+    site = f"{tower}.blocks.0.attn.z"
+    with cache(model, site) as source:
+        encode(model, tower, one)
+    with cache(model, site) as plain:
+        encode(model, tower, other)
+    patches = patch_from(source, positions=[1, 4], heads=[1])
+    with hooks(model, patches), cache(model, site) as patched:
+        encode(model, tower, other)
+    for t in range(9):
+        for head in range(2):
+            origin = source if t in (1, 4) and head == 1 else plain
+            assert torch.equal(patched[site][:, t, head], origin[site][:, t, head])
+    with pytest.raises(ValueError, match="the cached tensor has shape"), hooks(model, patches):
+        encode(model, tower, other[:2])
+    with pytest.raises(ValueError, match="has no heads to choose from"):
+        stream = {f"{tower}.blocks.0": torch.zeros(3, 9, getattr(TINY, tower).width)}
+        if tower == "vision":
+            stream = {f"{tower}.blocks.0": torch.zeros(3, 26, 48)}
+        with hooks(model, patch_from(stream, heads=[0])):
+            encode(model, tower, other)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x).relu())
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_splicing(model, tower):
+    x, site = inputs(model, tower), f"{tower}.blocks.0.resid_mid"
+    width = getattr(TINY, tower).width
+    sae = Autoencoder(width).to(model.logit_scale.dtype)
+    whole = encode(model, tower, x)
+    with splice(model, site, nn.Identity()):
+        assert torch.equal(encode(model, tower, x), whole)
+    with splice(model, site, sae):
+        spliced = encode(model, tower, x)
+    with hooks(model, {site: lambda tensor, name: sae(tensor)}):
+        assert torch.equal(encode(model, tower, x), spliced)
+    assert_far(spliced, whole)
+    with splice(model, site, sae, error_term=True):
+        assert_close(encode(model, tower, x), whole)
+        out = model.encode_image(x) if tower == "vision" else model.encode_text(x)
+    (gradient,) = torch.autograd.grad(out.square().sum(), [sae.encoder.weight])
+    assert gradient.abs().max() > 0
+    with pytest.raises(ValueError, match="returned shape"):
+        with splice(model, site, nn.Linear(width, 3).to(model.logit_scale.dtype)):
+            encode(model, tower, x)
+    assert torch.equal(encode(model, tower, x), whole) and not any(handles(model))
+
+
+def test_a_rotation_and_its_inverse_spliced_in_a_row_cancel(model):
+    x = inputs(model, "vision")
+    rotation = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64))[0].to(x.dtype)
+    turn, back = nn.Linear(48, 48, bias=False), nn.Linear(48, 48, bias=False)
+    turn.weight, back.weight = nn.Parameter(rotation), nn.Parameter(rotation.T.contiguous())
+    whole = encode(model, "vision", x)
+    with splice(model, "vision.blocks.1", turn):
+        assert_far(encode(model, "vision", x), whole)
+        with splice(model, "vision.blocks.1", back):
+            assert_close(encode(model, "vision", x), whole)
+
+
+@torch.no_grad()
+def test_patch_dropout_is_a_gather_of_the_patches_kept(model):
+    model = add_registers(model, torch.randn(2, TINY.vision.width))
+    x = inputs(model, "vision")
+    whole = encode(model, "vision", x)
+    embedded = model.vision.embed(x)
+    with patch_dropout(model, 0.6):
+        assert torch.equal(encode(model, "vision", x), whole)  # not while evaluating
+        model.train()
+        with cache(model, "vision.ln_pre", "vision.blocks.2") as acts:
+            found = model.encode_image(x)
+    kept = []
+    for image, tokens in zip(embedded, acts["vision.ln_pre"], strict=True):
+        kept.append([(image == token).all(-1).nonzero().item() for token in tokens])
+    assert all(places[:3] == [0, 1, 2] and len(places) == 3 + 10 for places in kept)
+    assert all(places == sorted(set(places)) for places in kept) and kept[0] != kept[1]
+    gathered = torch.stack([image[places] for image, places in zip(embedded, kept)])
+    stream = model.vision.blocks(gathered)
+    assert_close(found, model.vision.proj(model.vision.ln_post(stream[:, 0])))
+    assert torch.equal(model.encode_image(x), whole) and not any(handles(model))
+
+
+@pytest.mark.parametrize("context, words", [
+    (lambda m: ablate_heads(m, "vision", {0: [4]}), "no heads [4]; expected numbers from 0 to 3"),
+    (lambda m: ablate_heads(m, "vision", {3: [0]}), "no site is called 'vision.blocks.3.attn.z'"),
+    (lambda m: ablate_heads(m, "vision", {0: [0]}, "noise"), "expected 'zero' or 'mean'"),
+    (lambda m: splice(m, "vision.blocks.9", nn.Identity()), "no site is called"),
+    (lambda m: patch_dropout(m, 1.0), "share is 1.0; expected 0 or more, and less than 1"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_said_and_leaves_nothing(context, words):
+    model, _ = twins(TINY)
+    with pytest.raises(ValueError, match=re.escape(words)), context(model):
+        model.encode_image(inputs(model, "vision"))
+    assert not any(handles(model))
+
+
+# -------------------------------------------------------------------------------- dense features
+
+
+def stream_before_last(model, x, last=1):
+    return model.vision.blocks[:-last](model.vision.embed(x))
+
+
+def projected(model, x):
+    tokens = x[:, 1:] if not model.config.vision.registers else x[:, -model.config.vision.patches :]
+    return model.vision.proj(model.vision.ln_post(tokens))
+
+
+def attention(block, x, weights_of):
+    """A head at a time: weights_of(q, k, v) -> (B, T, T), then the heads side by side."""
+    y, D, z = block.ln_1(x), block.attn.head_width, []
+    q, k, v = block.attn.q_proj(y), block.attn.k_proj(y), block.attn.v_proj(y)
+    for first in range(0, q.shape[-1], D):
+        head = slice(first, first + D)
+        z.append(weights_of(q[..., head], k[..., head], v[..., head]) @ v[..., head])
+    return block.attn.out_proj(torch.cat(z, -1))
+
+
+def softmax(a, b):
+    return torch.exp(a @ b.mT / a.shape[-1] ** 0.5) / torch.exp(a @ b.mT / a.shape[-1] ** 0.5).sum(
+        -1, keepdim=True
+    )
+
+
+def clip(model, x):
+    return projected(model, model.vision.blocks(model.vision.embed(x)))
+
+
+def maskclip(model, x):
+    block, x = model.vision.blocks[-1], stream_before_last(model, x)
+    x = x + block.attn.out_proj(block.attn.v_proj(block.ln_1(x)))
+    return projected(model, x + block.mlp(block.ln_2(x)))
+
+
+def sclip(model, x):
+    block, x = model.vision.blocks[-1], stream_before_last(model, x)
+    x = x + attention(block, x, lambda q, k, v: softmax(q, q) + softmax(k, k))
+    return projected(model, x + block.mlp(block.ln_2(x)))
+
+
+def clearclip(model, x):
+    block, x = model.vision.blocks[-1], stream_before_last(model, x)
+    return projected(model, attention(block, x, lambda q, k, v: softmax(q, q)))
+
+
+def naclip(model, x):
+    block, x = model.vision.blocks[-1], stream_before_last(model, x)
+    rows, columns = model.config.vision.grid
+    bias = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
+    first = x.shape[1] - rows * columns
+    for i in range(rows * columns):
+        for j in range(rows * columns):
+            d = (i // columns - j // columns) ** 2 + (i % columns - j % columns) ** 2
+            bias[first + i, first + j] = math.exp(-d / (2 * 5.0**2))
+    weights = lambda q, k, v: (k @ k.mT / k.shape[-1] ** 0.5 + bias).softmax(-1)  # noqa: E731
+    return projected(model, attention(block, x, weights))
+
+
+def clip_surgery(model, x):
+    depth = min(6, len(model.vision.blocks))
+    original = stream_before_last(model, x, depth)
+    new = original
+    for block in model.vision.blocks[-depth:]:
+        new = new + attention(block, original, lambda q, k, v: softmax(v, v))
+        original = original + attention(block, original, lambda q, k, v: softmax(q, k))
+        original = original + block.mlp(block.ln_2(original))
+    return projected(model, new)
+
+
+DERIVED = {
+    "clip": clip,
+    "maskclip": maskclip,
+    "sclip": sclip,
+    "clip-surgery": clip_surgery,
+    "clearclip": clearclip,
+    "naclip": naclip,
+}
+
+
+@pytest.mark.parametrize("shape", ["square", "wide, pruned, with registers", "deep"])
+@pytest.mark.parametrize("preset", DERIVED)
+@torch.no_grad()
+def test_each_preset_is_its_derivation(model, preset, shape):
+    if shape == "wide, pruned, with registers":
+        model = add_registers(resize_image(prune_heads(model, "vision", {2: [1]}), (24, 56)), 2)
+        model.vision.register_embed.data.normal_()
+    if shape == "deep":
+        config = TINY.vision.__class__(**{**vars(TINY.vision), "layers": 8})
+        model = twins(TINY.__class__(config, TINY.text, 36), dtype=model.logit_scale.dtype)[0]
+    x = inputs(model, "vision")
+    found = dense_features(model, x, preset)
+    assert found.shape == (3, model.config.vision.patches, 36)
+    assert_close(found, DERIVED[preset](model, x))
+    for other in DERIVED.keys() - {preset}:  # no two are one
+        assert_far(found, DERIVED[other](model, x))
+
+
+def test_every_preset_is_derived():
+    assert PRESETS.keys() == DERIVED.keys()
+
+
+@torch.no_grad()
+def test_dense_features_leave_the_model_alone_and_are_hooked_like_it(model):
+    x = inputs(model, "vision")
+    whole = encode(model, "vision", x)
+    before = dense_features(model, x, "sclip")
+    with ablate_heads(model, "vision", {2: [0]}):
+        ablated = dense_features(model, x, "sclip")
+    assert_close(ablated, dense_features(prune_heads(model, "vision", {2: [0]}), x, "sclip"))
+    assert_far(ablated, before)
+    assert torch.equal(encode(model, "vision", x), whole)
+    assert_close(dense_features(model, x[:1], "sclip"), before[:1])
+    with pytest.raises(ValueError, match="preset is 'dino'; expected one of clip, maskclip"):
+        dense_features(model, x, "dino")
+
+
+# ---------------------------------------------------------------------- prompts that are vectors
+
+
+@torch.no_grad()
+def test_the_vectors_of_tokens_give_what_the_tokens_give(model):
+    ids = inputs(model, "text")
+    vectors, ends = model.text.token_embed(ids), (ids == 599).int().argmax(-1)
+    for normalize in (False, True):
+        expected = model.encode_text(ids, normalize)
+        for found in (
+            model.encode_text(inputs_embeds=vectors, eot=ends, normalize=normalize),
+            model.encode_text(ids, normalize, inputs_embeds=vectors),
+            model.encode_text(ids, normalize, eot=ends),
+        ):
+            assert torch.equal(found, expected)
+    assert_far(model.encode_text(inputs_embeds=vectors, eot=ends - 1), model.encode_text(ids))
+
+
+@torch.no_grad()
+def test_vectors_reach_transformers_blocks_as_they_reach_ours():
+    ours, theirs = twins(TINY, dtype=torch.float64)
+    ids = inputs(ours, "text")
+    vectors = torch.randn(3, 9, 40, dtype=torch.float64)
+    x = theirs.text_model.embeddings(inputs_embeds=vectors)
+    for layer in theirs.text_model.encoder.layers:
+        x = layer(x, None, is_causal=True)
+    ends = torch.tensor([8, 2, 5])
+    x = theirs.text_model.final_layer_norm(x)[torch.arange(3), ends]
+    expected = theirs.text_projection(x)
+    assert_close(ours.encode_text(inputs_embeds=vectors, eot=ends), expected)
+    assert_far(ours.encode_text(inputs_embeds=vectors, eot=ends), ours.encode_text(ids))
+
+
+def test_learned_context_vectors_get_the_gradient_and_the_model_none():
+    """CoOp: the same four vectors before each class's own tokens."""
+    model, _ = twins(TINY)
+    model.requires_grad_(False)
+    ids = inputs(model, "text")
+    ids[:, 8] = 599  # every text ends last, so that the vectors come before the end
+    ids[:, :8] = ids[:, :8].clamp(max=590)
+    context = nn.Parameter(torch.randn(4, 40))
+    vectors = model.text.token_embed(ids)
+    prompt = torch.cat([vectors[:, :1], context.expand(3, -1, -1), vectors[:, 5:]], dim=1)
+    model.encode_text(ids, normalize=True, inputs_embeds=prompt)[:, 0].sum().backward()
+    assert context.grad.abs().sum(1).min() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda m: m.encode_text(), ValueError, "expected ids, or both inputs_embeds and eot"),
+    (lambda m: m.encode_text(eot=torch.zeros(2)), ValueError, "expected ids, or both"),
+    (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 5, 40)), ValueError, "expected ids, or"),
+    (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 40), eot=torch.zeros(2)), ValueError,
+     "inputs_embeds have shape (2, 40); expected (B, T, 40)"),
+    (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 21, 40), eot=torch.zeros(2)),
+     ContextLengthError, "texts of 21 tokens; this text tower has 20 positions"),
+])  # fmt: skip
+def test_prompts_that_are_not_whole(call, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        call(twins(TINY)[0])
+
+
+@torch.no_grad()
+def test_textual_inversion_saves_a_learned_word(tmp_path):
+    """A vector that was learned becomes a token, in miniclip and in transformers."""
+    model, _ = twins(TINY, dtype=torch.float64)
+    word, ids = torch.randn(1, 40, dtype=torch.float64), inputs(model, "text")
+    vectors, ends = model.text.token_embed(ids), (ids == 599).int().argmax(-1)
+    vectors[:, 0] = word
+    expected = model.encode_text(inputs_embeds=vectors, eot=ends)
+    ids[:, 0] = 600
+    add_tokens(model, word).save_pretrained(tmp_path)
+    assert torch.equal(
+        CLIP.from_pretrained(tmp_path, dtype=torch.float64).encode_text(ids), expected
+    )
+    theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert_close(theirs.get_text_features(ids).pooler_output, expected)
+    assert F.cosine_similarity(expected, model.encode_text(inputs(model, "text"))).max() < 0.999
