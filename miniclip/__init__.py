@@ -10,6 +10,7 @@ from miniclip.config import (
     VisionConfig,
 )
 from miniclip.model import CLIP, CLIPOutput, TextTower, VisionTower
+from miniclip.sites import cache, hooks
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
 from miniclip.zeroshot import ZeroShotClassifier

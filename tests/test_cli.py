@@ -72,10 +72,6 @@ def test_classify_gives_the_numbers_of_the_model(run, picture):
     assert found == pytest.approx(dict(zip(LABELS, logits, strict=True)), abs=1e-4)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the embedded checkpoint takes this close-up of a cat for a dog (46 to 32 %)",
-)
 def test_a_cat_is_a_cat(run, tmp_path):
     photograph = str(tmp_path / "chelsea.png")
     Image.fromarray(skimage.data.chelsea()).save(photograph)

@@ -20,7 +20,7 @@ and the score. Everything is a pure function of numbers: scene 7 of seed 0 is al
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import chain, combinations, permutations, product
+from itertools import chain, combinations, pairwise, permutations, product
 from random import Random
 from statistics import fmean as mean
 from typing import NamedTuple
@@ -456,15 +456,19 @@ def captions(scene: Scene) -> list[Caption]:
     ]
 
 
-def say_something(scene: Scene, random: Random, first_words: bool = False) -> tuple[str, str]:
+def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, str]:
     """A caption of the scene and a false one.
 
-    One in five is vague, so that each word is learnt by itself. The others name what they speak
-    of, because that teaches more: "something red" is true of every third picture of a batch.
-    `first_words` are of colour, shape and place at once, where the place is clear.
+    In the first lessons, 0 and 1, objects are named with their places, in the next with what they
+    stand beside as well. After these anything is said. One caption in five is then vague, so that
+    each word is learnt by itself. The others name what they speak of, because that teaches more:
+    "something red" is true of every third picture of a batch.
     """
-    if first_words:
-        kind = located if located(scene) else singles
+    places = located if located(scene) else singles
+    if lesson < 2:
+        kind = places
+    elif lesson == 2:
+        kind = random.choice((places, relations, relations))
     else:
         kind = vague if random.random() < 0.2 else random.choice(kinds(scene))
     claim = random.choice(kind(scene))
@@ -479,34 +483,43 @@ class Shapes:
     """`count` scenes, each drawn when it is asked for, in about half a millisecond.
 
     `data[index, draw]` is the scene's picture with a caption and a false caption that the number
-    `draw` chooses. The first scenes have one object each, as the first pages of a picture book:
-    with several, a model learns colours and then, for very long, nothing else. Pictures are never
-    to be mirrored: "to the left of" would become false.
+    `draw` chooses. Three lessons come first, each a fifth of all: scenes of one object and where it
+    is, of two and where each is, of two and how they stand to each other (`say_something`). With
+    everything from the start a model learns colours and then, for very long, nothing else. Pictures
+    are never to be mirrored: "to the left of" would become false.
     """
 
-    def __init__(self, count: int = 200_000, seed: int = 0) -> None:
+    OBJECTS = (1, 2, 2)  # in the scenes of each lesson
+
+    def __init__(self, count: int = 180_000, seed: int = 0) -> None:
         if seed == SCORE_SEED:
             raise ValueError(f"seed {seed} draws the scenes that `score` asks about")
         self.count, self.seed = count, seed
-        self.easy = count // 5
+        self.fifth = count // 5
         self.skipped: list[str] = []  # no picture is ever unreadable
 
     def __len__(self) -> int:
         return self.count
 
     def items(self, seed: int) -> Iterator[int]:
-        yield from shuffled(self.easy, seed)
-        yield from (self.easy + i for i in shuffled(self.count - self.easy, seed))
+        """All scenes, lesson after lesson, each in an order that the seed decides."""
+        for first, end in pairwise((0, self.fifth, 2 * self.fifth, 3 * self.fifth, self.count)):
+            yield from (first + i for i in shuffled(end - first, seed))
+
+    def lesson(self, index: int) -> int:
+        """0 to 2, and 3 for all the rest."""
+        return min(index // self.fifth, 3) if self.fifth else 3
 
     def scene(self, index: int) -> Scene:
-        return scene(index, seed=self.seed, count=1 if index < self.easy else None)
+        lesson = self.lesson(index)
+        return scene(index, seed=self.seed, count=self.OBJECTS[lesson] if lesson < 3 else None)
 
     def __getitem__(self, index_and_draw: tuple[int, int]) -> Pair:
         index, choice = index_and_draw
         scene = self.scene(index)
         picture, _ = draw(scene)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        caption, negative = say_something(scene, Random(choice), index < self.easy)
+        caption, negative = say_something(scene, Random(choice), self.lesson(index))
         return Pair(pixels, caption, caption_label(caption), negative)
 
     def captions(self) -> Iterator[str]:
