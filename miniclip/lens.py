@@ -94,7 +94,9 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
     maps = attention_maps(model, x)
     paths = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=x.device)  # (T, T)
     for pattern in maps:
-        paths = (pattern.mean(1) @ paths + paths) / 2  # (B, T, T)
+        if pattern.shape[1]:  # a layer that has lost all its heads mixes nothing
+            paths = (pattern.mean(1) @ paths + paths) / 2  # (B, T, T)
+    paths = paths.expand(len(x), -1, -1)
     return take(paths, read_positions(tower_for(model, x), x))
 
 
@@ -131,7 +133,7 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
 
     def accumulate(tower: str, x: Tensor) -> Tensor:
         weighted = [
-            (slope * pattern).clamp(min=0).mean(1)  # (B, T, T)
+            (slope * pattern).clamp(min=0).sum(1) / max(pattern.shape[1], 1)  # (B, T, T)
             for slope, (name, pattern) in zip(slopes, acts.items())
             if name.startswith(tower)
         ]

@@ -164,6 +164,26 @@ def test_relevance_from_the_last_block_alone(double):
     assert torch.allclose(last.image, expected, rtol=1e-9)
 
 
+def test_a_layer_without_heads_mixes_nothing(double):
+    """As pruning leaves it: its projections have no rows left, and its output is a bias."""
+    model, inputs = double
+    pixels, ids = inputs["vision"], inputs["text"][:2]
+    attn = model.vision.blocks[1].attn
+    for linear in (attn.q_proj, attn.k_proj, attn.v_proj):
+        linear.weight, linear.bias = (nn.Parameter(p[:0]) for p in linear.parameters())
+    attn.out_proj.weight = nn.Parameter(attn.out_proj.weight[:, :0])
+    first, none, last = attention_maps(model, pixels)
+    assert none.shape[1] == 0
+    eye = torch.eye(26, dtype=torch.float64)
+    expected = (last.mean(1) + eye) / 2 @ (first.mean(1) + eye) / 2
+    assert distance(rollout(model, pixels), expected[:, 0]) < FLOAT64
+    assert relevance(model, pixels, ids).image.isfinite().all()
+    for by in ("layer", "head", "token"):
+        parts = decompose(model, pixels, by)
+        assert distance(total(parts), encode(model, "vision", pixels)) < FLOAT64
+        assert parts["blocks.1.attn"].abs().sum() == 0
+
+
 # ----------------------------------------------------------------------------------- decomposition
 
 
