@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPModel
-from twin import TINY, random_inputs, twins
+from twin import TINY, assert_close, assert_far, random_inputs, twins
 
 from miniclip import CLIP, ContextLengthError
 from miniclip.sites import cache, hooks
@@ -25,7 +25,6 @@ from miniclip.surgery import (
 )
 from miniclip.surgery.attention import PRESETS
 
-FLOAT64, FLOAT32 = 1e-10, 1e-5
 TOWERS = ["vision", "text"]
 
 
@@ -42,16 +41,6 @@ def inputs(model, tower, count=3, seed=0):
 @torch.no_grad()
 def encode(model, tower, x):
     return model.encode_image(x) if tower == "vision" else model.encode_text(x)
-
-
-def assert_close(one, other):
-    assert one.shape == other.shape and one.isfinite().all()
-    tolerance = FLOAT64 if one.dtype == torch.float64 else FLOAT32
-    assert (one - other).abs().max() < tolerance * max(1, other.abs().max())
-
-
-def assert_far(one, other):
-    assert one.shape == other.shape and (one - other).abs().max() > 1e-3
 
 
 def handles(model):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModel, CLIPModel
-from twin import TINY, random_inputs, randomize, twins
+from twin import TINY, assert_close, assert_far, random_inputs, randomize, twins
 
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
 from miniclip.bench import parts
@@ -34,7 +34,6 @@ from miniclip.surgery import (
     resize_patch,
 )
 
-FLOAT64, FLOAT32 = 1e-10, 1e-5
 TOWERS = ["vision", "text"]
 DTYPES = [torch.float64, torch.float32]
 
@@ -54,16 +53,6 @@ def run(model, tower, **counts):
     """The tower's embeddings of its random inputs."""
     pixels, ids = inputs_of(model, **counts)
     return model.encode_image(pixels) if tower == "vision" else model.encode_text(ids)
-
-
-def assert_close(one, other):
-    assert one.shape == other.shape and one.isfinite().all()
-    tolerance = FLOAT64 if one.dtype == torch.float64 else FLOAT32
-    assert (one - other).abs().max() < tolerance * max(1, other.abs().max())
-
-
-def assert_far(one, other):
-    assert one.shape == other.shape and (one - other).abs().max() > 1e-3
 
 
 def assert_same_weights(one, other):

@@ -6,7 +6,10 @@ import transformers
 from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from miniclip.parity import copy_weights, random_inputs, randomize
 
-__all__ = ["TINY", "copy_weights", "random_inputs", "randomize", "transformers_config", "twins"]
+__all__ = [
+    "TINY", "assert_close", "assert_far", "copy_weights", "random_inputs", "randomize",
+    "transformers_config", "twins",
+]  # fmt: skip
 
 # The two towers differ in every number they can differ in, so that none can stand in for another.
 TINY = CLIPConfig(
@@ -73,3 +76,15 @@ def transformers_config(config: CLIPConfig) -> transformers.CLIPConfig:
             projection_dim=config.embed_dim,
         ),
     )
+
+
+def assert_close(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Equal within the rounding of a few layers, 1e-10 in float64 and 1e-5 in float32."""
+    assert one.shape == other.shape and one.isfinite().all()
+    tolerance = 1e-10 if one.dtype == torch.float64 else 1e-5
+    assert (one - other).abs().max() < tolerance * max(1, other.abs().max())
+
+
+def assert_far(one: torch.Tensor, other: torch.Tensor) -> None:
+    """A control: what `assert_close` must not take for equal."""
+    assert one.shape == other.shape and (one - other).abs().max() > 1e-3
