@@ -28,7 +28,7 @@ RECIPE: dict[str, tuple[type, str]] = {
     "patch_dropout": (float, "share of an image's patches left out (FLIP)"),
     "full_epochs": (int, "epochs at the end without patch dropout"),
     "augment": (bool, "mirror, zoom into and move the pictures"),
-    "hard_negatives": (bool, "learn from false captions too, where the data has them (NegCLIP)"),
+    "hard_negatives": (bool, "learn from false captions too, where the data has them"),
     "chunk": (int, "rows in memory at once, in two passes (GradCache); 0 for all"),
     "checkpoint_blocks": (bool, "compute blocks twice instead of remembering them"),
     "precision": (str, "float32, or bfloat16 by autocast"),
@@ -356,7 +356,8 @@ def shapes_evaluation(args: argparse.Namespace) -> int:
         raise ValueError(
             "the drawn world asks in its own words: no --templates, --labels or --plot"
         )
-    scores = score(*load(args.model, device=args.device, reference=args.reference))
+    loaded = load(args.model, device=args.device, reference=args.reference, revision=args.revision)
+    scores = score(*loaded)
     if args.json:
         print_json({"model": args.model} | scores._asdict())
         return 0

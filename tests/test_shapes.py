@@ -13,6 +13,7 @@ from twin import TINY
 from miniclip import CLIP, ImageTransform
 from miniclip.tokenizer import Tokenizer
 from miniclip.training import shapes
+from miniclip.training.loop import set_up
 from miniclip.training.shapes import (
     COLOURS,
     HELD_OUT,
@@ -260,6 +261,11 @@ def test_a_tokenizer_learns_every_word_as_one_token():
     words = {*COLOURS, *SHAPES, "small", "large", "something", "left", "above", "bottom"}
     tokenizer = Tokenizer.train(Shapes(5000).captions(), 1000)
     assert [word for word in words if len(tokenizer.encode(word)) > 1] == []
+
+
+def test_a_new_model_sees_the_pixels_of_the_checkpoint_it_is_like():
+    assert set_up("shapes").transform == ImageTransform.from_pretrained("shapes")
+    assert ImageTransform.from_pretrained("shapes") != ImageTransform(64)
 
 
 def test_score_of_a_model_that_knows_nothing():

@@ -377,7 +377,7 @@ def _loaded(data: Source, drawn: Iterable[list[Any]], ahead: int = 2) -> Iterato
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Mirror half of the pictures, zoom into half by up to 2, and move each by up to a seventh.
+    """Mirror half of the pictures, zoom into half by up to 2, and move each by up to 15 %.
 
     (B, 3, S, S) uint8. What comes in over an edge is the picture's own reflection.
     """

@@ -184,7 +184,8 @@ def set_up(
     """From names to what they stand for.
 
     `model`: the checkpoint to fine-tune; without one the weights are random, in the shape of the
-    file `config` or of the checkpoint `like`, whose recipe is followed, but for `overrides`.
+    file `config` or of the checkpoint `like`, whose recipe, but for `overrides`, and scale of
+    pixels are followed.
     """
     check_device(device)
     if model and config:
