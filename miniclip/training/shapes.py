@@ -483,7 +483,7 @@ class Shapes:
     """`count` scenes, each drawn when it is asked for, in about half a millisecond.
 
     `data[index, draw]` is the scene's picture with a caption and a false caption that the number
-    `draw` chooses. Three lessons come first, each a fifth of all: scenes of one object and where it
+    `draw` chooses. Three lessons come first, each a sixth of all: scenes of one object and where it
     is, of two and where each is, of two and how they stand to each other (`say_something`). With
     everything from the start a model learns colours and then, for very long, nothing else. Pictures
     are never to be mirrored: "to the left of" would become false.
@@ -491,11 +491,11 @@ class Shapes:
 
     OBJECTS = (1, 2, 2)  # in the scenes of each lesson
 
-    def __init__(self, count: int = 180_000, seed: int = 0) -> None:
+    def __init__(self, count: int = 225_000, seed: int = 0) -> None:
         if seed == SCORE_SEED:
             raise ValueError(f"seed {seed} draws the scenes that `score` asks about")
         self.count, self.seed = count, seed
-        self.fifth = count // 5
+        self.lesson_length = count // 6
         self.skipped: list[str] = []  # no picture is ever unreadable
 
     def __len__(self) -> int:
@@ -503,12 +503,13 @@ class Shapes:
 
     def items(self, seed: int) -> Iterator[int]:
         """All scenes, lesson after lesson, each in an order that the seed decides."""
-        for first, end in pairwise((0, self.fifth, 2 * self.fifth, 3 * self.fifth, self.count)):
+        starts = [lesson * self.lesson_length for lesson in range(4)]
+        for first, end in pairwise((*starts, self.count)):
             yield from (first + i for i in shuffled(end - first, seed))
 
     def lesson(self, index: int) -> int:
         """0 to 2, and 3 for all the rest."""
-        return min(index // self.fifth, 3) if self.fifth else 3
+        return min(index // self.lesson_length, 3) if self.lesson_length else 3
 
     def scene(self, index: int) -> Scene:
         lesson = self.lesson(index)
