@@ -7,6 +7,7 @@ hub. Nothing is guessed and nothing is repaired: every tensor in the file must h
 the model and every parameter its tensor, of the same shape, and no weight is changed on the way.
 """
 
+import hashlib
 import os
 import pickle
 import re
@@ -21,7 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miniclip.config import CheckpointError, CLIPConfig, read_json, replacing, write_json
+from miniclip.config import (
+    SAVED,
+    CheckpointError,
+    CLIPConfig,
+    finish_save,
+    read_json,
+    replacing,
+    write_json,
+)
 from miniclip.model import CLIP
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
@@ -128,9 +137,9 @@ def resolve(
         return EMBEDDED / name
     path = _as_path(name)
     if str(name) and os.path.isdir(path):
-        return path
+        return _finished(path)
     if os.path.isfile(path):
-        return path.parent
+        return _finished(path.parent)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or path.suffix in SUFFIXES:
         raise CheckpointError(
             f"no checkpoint called {str(name)!r}: expected one of {', '.join(embedded)}, a "
@@ -145,6 +154,18 @@ def _as_path(name: str | PathLike[str]) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def _finished(directory: Path) -> Path:
+    """The directory, after the last step of a save that was killed before it; see `saving`."""
+    try:
+        finish_save(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: a save was cut short here, and the files that it left in {SAVED} cannot "
+            f"be moved to their places: {error}"
+        ) from error
+    return directory
+
+
 def _download(
     repository: str,
     kind: str,
@@ -152,16 +173,21 @@ def _download(
     cache_dir: str | PathLike[str] | None,
     local_files_only: bool,
 ) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    blobs = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    blobs = blobs / f"models--{repository.replace('/', '--')}" / "blobs"
     for patterns in HUB_FILES[kind]:
+        known = {blob.name for blob in blobs.glob("*")}
         try:
-            directory = snapshot_download(
-                repository,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=patterns,
+            directory = Path(
+                snapshot_download(
+                    repository,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    allow_patterns=patterns,
+                )
             )
         except Exception as error:  # the hub client's errors have no base class of their own
             reason = " ".join(str(error).split()).rstrip(".")
@@ -170,9 +196,37 @@ def _download(
                 f"are directories, and the embedded checkpoints: {', '.join(embedded_names())}. "
                 f"The hub's client says {type(error).__name__}: {reason}"
             ) from error
-        if kind != "model" or _weights_in(Path(directory)):
+        for file in directory.glob("*"):
+            blob = file.resolve()
+            if blob.name not in known and not _has_its_hash(blob):
+                file.unlink()
+                blob.unlink()  # the client has no such check, and would trust it from now on
+                raise CheckpointError(
+                    f"{repository}: {file.name} came damaged from the hub, for its hash is not the "
+                    "one that it was announced with. It is deleted; load again to download it again"
+                )
+        if kind != "model" or _weights_in(directory):
             break
-    return Path(directory)
+    return directory
+
+
+def _has_its_hash(blob: Path) -> bool:
+    """False if the name is a hash, as in the hub's cache, and of something else.
+
+    Large files are stored there under their sha256, small ones under git's sha1; a mirror of the
+    hub may have the plain sha1, or a name that is none of these.
+    """
+    if len(blob.name) == 64:
+        digests = [hashlib.sha256()]
+    elif len(blob.name) == 40:
+        digests = [hashlib.sha1(b"blob %d\0" % blob.stat().st_size), hashlib.sha1()]
+    else:
+        return True
+    with open(blob, "rb") as file:
+        while chunk := file.read(1 << 20):
+            for digest in digests:
+                digest.update(chunk)
+    return blob.name in [digest.hexdigest() for digest in digests]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,8 +9,11 @@ A model that surgery has reshaped may be beyond what transformers' CLIP can be: 
 
 import json
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,53 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def saving(directory: Path) -> Iterator[Path]:
+    """A folder to write files to. They take their places in `directory` all together, or none.
+
+    An empty file there removes the one of its name. Killed at any moment, the process leaves files
+    that are all old or all new: one rename makes the folder a complete save, and whoever comes to
+    the directory next calls `finish_save`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for abandoned in directory.glob(".saving-*"):
+        if time.time() - abandoned.stat().st_mtime > 3600:  # its process was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        yield folder
+        for file in folder.iterdir():
+            place = directory / file.name
+            if place.is_dir():  # now, for nothing may fail once the save is complete
+                raise IsADirectoryError(f"{place} is a directory")
+            if place.exists():
+                file.chmod(place.stat().st_mode)
+        finish_save(directory)
+        os.replace(folder, directory / SAVED)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    finish_save(directory)
+
+
+SAVED = ".saved"  # a complete save, whose files are still to be moved to their places
+
+
+def finish_save(directory: Path) -> None:
+    """Move the files of a complete save to their places, if a process was killed over it."""
+    saved = directory / SAVED
+    if saved.is_symlink() or not saved.is_dir():
+        return
+    with suppress(FileNotFoundError):  # another process is at it too, here and below
+        for file in saved.iterdir():
+            with suppress(FileNotFoundError):
+                if file.stat().st_size:
+                    os.replace(file, directory / file.name)
+                else:
+                    (directory / file.name).unlink(missing_ok=True)
+                    file.unlink()
+        saved.rmdir()
 
 
 # The defaults below are ViT-B/32's. They are also what transformers assumes for a field that a
