@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from miniclip.checkpoint import TRANSFORMERS, layout_name, load_model, resolve
+from miniclip.checkpoint import load_model, resolve
 from miniclip.config import (
     LEGACY_EOS,
     CLIPConfig,
@@ -23,6 +23,7 @@ from miniclip.config import (
     VisionConfig,
     beyond_transformers,
 )
+from miniclip.layouts import TRANSFORMERS, layout_name
 from miniclip.model import CLIP
 
 if TYPE_CHECKING:
