@@ -334,6 +334,16 @@ def read_config(directory: Path) -> CLIPConfig:
     return config
 
 
+def load_config(name: str | PathLike[str], *, revision: str | None = None) -> CLIPConfig:
+    """The config of a checkpoint, by any of the names of `load`. Raises CheckpointError."""
+    if not os.path.isfile(_as_path(name)):
+        return read_config(resolve(name, "config", revision=revision))
+    config = _find(name, None)[0].config
+    if not isinstance(config, CLIPConfig):
+        raise CheckpointError(f"{name}: a {config.name} tower alone; expected a whole CLIP")
+    return config
+
+
 def _read_config(directory: Path, layout: str) -> CLIPConfig | TowerConfig:
     path = directory / CONFIGS[layout]
     settings = read_json(path)

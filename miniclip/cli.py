@@ -563,9 +563,9 @@ def demo(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     from miniclip.bench import parts
-    from miniclip.checkpoint import read_config, resolve
+    from miniclip.checkpoint import load_config
 
-    config = read_config(resolve(args.model, "config", revision=args.revision))
+    config = load_config(args.model, revision=args.revision)
     rows = parts(config)
     if args.json:
         print_json({"config": config.to_dict(), "parts": [row._asdict() for row in rows]})
