@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -247,31 +247,53 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
-        zipped = zipfile.is_zipfile(path)  # as torch.save writes since 2020; the older cannot map
-        tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        else:
+            tensors = _read_pickle(path)
     except Exception as error:  # damage shows itself in many ways, all of them the file's
         reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = "".join(filter(str.isprintable, reason))  # it may quote the file
         if isinstance(error, pickle.UnpicklingError):  # torch's advice is to run the code
             reason = "it holds more than tensors, and pickled code is never run"
+        size = f"{path.stat().st_size:,} bytes" if path.exists() else "no such file"
         raise CheckpointError(
-            f"{path}: no weights file that can be read, or one cut short "
-            f"({path.stat().st_size:,} bytes): {reason}"
+            f"{path}: no weights file that can be read, or one cut short ({size}): {reason}"
         ) from error
     if not isinstance(tensors, dict) or not all(map(_is_named_tensor, tensors.items())):
         raise CheckpointError(f"{path}: expected a dictionary of tensors and nothing else")
     return tensors
 
 
+def _read_pickle(path: Path) -> Any:
+    zipped = zipfile.is_zipfile(path)  # as torch.save writes since 2020; the older cannot map
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(record.file_size for record in archive.infolist())
+        if size > path.stat().st_size:  # torch compresses nothing, but would believe it
+            raise ValueError(f"its records claim to hold {size:,} bytes")
+    return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+
+
 def _is_named_tensor(item: tuple[object, object]) -> bool:
+    """A name that can be printed, and a tensor with a number in the file for each it seems to have.
+
+    A view may repeat one number 10^12 times, and sparse ones leave most out.
+    """
     name, tensor = item
     dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-    return isinstance(name, str) and dense
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and dense
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(s, str) for s in places.values()):
+    if not isinstance(places, dict) or not all(
+        name.isprintable() and isinstance(shard, str) for name, shard in places.items()
+    ):
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
