@@ -234,18 +234,19 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
         return _read_shards(path, dtype)
     try:
         if path.suffix == ".safetensors":
-            return _read_safetensors(path, dtype)
-        if is_torchscript(path):
-            return read_torchscript(path)
-        zipped = zipfile.is_zipfile(path)  # as torch.save writes since 2020; the older cannot map
-        tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+            tensors = _read_safetensors(path, dtype)
+        elif is_torchscript(path):
+            tensors = read_torchscript(path)
+        else:
+            tensors = _read_pickle(path)
     except Exception as error:  # damage shows itself in many ways, all of them the file's
         reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = "".join(filter(str.isprintable, reason))  # it may quote the file
         if isinstance(error, pickle.UnpicklingError):  # torch's advice is to run the code
             reason = "it holds more than tensors, and pickled code is never run"
+        size = f"{path.stat().st_size:,} bytes" if path.exists() else "no such file"
         raise CheckpointError(
-            f"{path}: no weights file that can be read, or one cut short "
-            f"({path.stat().st_size:,} bytes): {reason}"
+            f"{path}: no weights file that can be read, or one cut short ({size}): {reason}"
         ) from error
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]  # open_clip's training keeps the optimizer's beside it
@@ -267,15 +268,36 @@ def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor
     return {name: tensors[name] for name in size}
 
 
+def _read_pickle(path: Path) -> Any:
+    zipped = zipfile.is_zipfile(path)  # as torch.save writes since 2020; the older cannot map
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(record.file_size for record in archive.infolist())
+        if size > path.stat().st_size:  # torch compresses nothing, but would believe it
+            raise ValueError(f"its records claim to hold {size:,} bytes")
+    return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+
+
 def _is_named_tensor(item: tuple[object, object]) -> bool:
+    """A name that can be printed, and a tensor with a number in the file for each it seems to have.
+
+    A view may repeat one number 10^12 times, and sparse ones leave most out.
+    """
     name, tensor = item
     dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-    return isinstance(name, str) and dense
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and dense
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(s, str) for s in places.values()):
+    if not isinstance(places, dict) or not all(
+        name.isprintable() and isinstance(shard, str) for name, shard in places.items()
+    ):
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
