@@ -5,6 +5,7 @@ Each is a context manager, or makes the functions for one; nothing is left behin
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -96,9 +97,9 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     """Send the tensor at a site, or at all that a glob matches, through a module of your own.
 
     An adapter, say, or a sparse autoencoder. With `error_term`, what an autoencoder fails to
-    reconstruct is added back as a constant: the output is the model's own, while gradients pass
-    through the autoencoder's features (Marks et al. 2024, arXiv 2403.19647). The module must
-    return the shape it is given.
+    reconstruct is added back as a constant (Marks et al. 2024, arXiv 2403.19647): the output is the
+    model's own, while gradients pass through the autoencoder's features, and what `hooks` on the
+    autoencoder change is all that changes. The module must return the shape it is given.
 
     >>> from miniclip import load
     >>> model, pixels = load("shapes").model, torch.zeros(1, 3, 64, 64)
@@ -107,6 +108,8 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     True
     """
 
+    unhooked = _unhooked(module) if error_term else None
+
     def through(tensor: Tensor, name: str) -> Tensor:
         out = module(tensor)
         if out.shape != tensor.shape:
@@ -114,10 +117,19 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
                 f"{name}: the spliced module returned shape {tuple(out.shape)}; expected that of "
                 f"its input, {tuple(tensor.shape)}"
             )
-        return out + (tensor - out).detach() if error_term else out
+        return out if unhooked is None else out + (tensor - unhooked(tensor)).detach()
 
     with hooks(model, {site: through}):
         yield
+
+
+def _unhooked(module: nn.Module) -> nn.Module:
+    """The module over again, of the same parameters, without its forward hooks."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    twin = deepcopy(module, tensors)
+    for part in twin.modules():
+        part._forward_hooks.clear()
+    return twin
 
 
 @contextmanager
