@@ -176,10 +176,11 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
     Each part is a vector of the shared space: multiply it by a text's embedding to see what it is
     for. "embed" is the stream before the first block; "blocks.3.mlp" is (B, E), and "blocks.3.attn"
     (B, E), by="head" (B, H, E), by="token" (B, H, T, E), where T are the tokens looked at. Biases
-    are parts of their own, under their own names; that of the values belongs to no token, because a
-    head's pattern sums to 1. The last LayerNorm divides by the length that the stream has, and so
-    the sum is exact. Gandelsman et al. 2023, arXiv 2310.05916; here without the part of a head that
-    cannot reach the embedding: memory is that of the result.
+    are parts of their own, under their own names. That of the values belongs to no token, because a
+    head's pattern sums to 1, but to a head it does: by head and token, "blocks.3.attn.v_proj.bias"
+    is (B, H, E), and the rest of what its heads write. The last LayerNorm divides by the
+    length that the stream has, and so the sum is exact. Gandelsman et al. 2023, arXiv 2310.05916;
+    here without the part of a head that cannot reach the embedding: memory is that of the result.
 
     Raises ValueError where the sum is not the embedding, as when a hook edits the stream.
 
@@ -212,21 +213,25 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
     def read(part: Tensor) -> Tensor:
         return part @ readout.T / length  # (B, W) or (W) -> (B, E)
 
+    def read_heads(mixed: Tensor, per_head: Tensor, grain: str) -> Tensor:
+        written = torch.einsum(GRAINS[grain], mixed, per_head)
+        return written / length.view(-1, *[1] * (written.ndim - 1))
+
     parts = {"embed": read(rows["embed"])}
     for i, block in enumerate(tower.blocks):
         name, attn = f"blocks.{i}", block.attn
-        out = weight_of(attn.out_proj, attn.v_proj.bias.numel())  # (W, H * D)
-        v_bias = attn.v_proj.bias
         heads = (-1, attn.head_width)
+        bias = attn.v_proj.bias.unflatten(0, heads)  # (H, D)
+        out = weight_of(attn.out_proj, bias.numel())  # (W, H * D)
         per_head = (readout @ out).unflatten(1, heads)  # (E, H, D)
         if by == "token":
-            values = rows[f"{name}.attn.v"] - v_bias.unflatten(0, heads)  # (B, T, H, D)
+            values = rows[f"{name}.attn.v"] - bias  # (B, T, H, D)
             mixed = torch.einsum("bht,bthd->bhtd", rows[f"{name}.attn.pattern"], values)
         else:
-            mixed = rows[f"{name}.attn.z"] - v_bias.unflatten(0, heads)  # (B, H, D)
-        written = torch.einsum(GRAINS[by], mixed, per_head)
-        parts[f"{name}.attn"] = written / length.view(-1, *[1] * (written.ndim - 1))
-        parts[f"{name}.attn.v_proj.bias"] = read(out @ v_bias)
+            mixed = rows[f"{name}.attn.z"] - bias  # (B, H, D)
+        parts[f"{name}.attn"] = read_heads(mixed, per_head, by)
+        coarse = "layer" if by == "layer" else "head"
+        parts[f"{name}.attn.v_proj.bias"] = read_heads(bias[None], per_head, coarse)
         parts[f"{name}.attn.out_proj.bias"] = read(attn.out_proj.bias)
         parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"] - block.mlp.fc2.bias)
         parts[f"{name}.mlp.fc2.bias"] = read(block.mlp.fc2.bias)
