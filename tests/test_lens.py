@@ -3,10 +3,12 @@
 Every parameter is random, so that a bias or a LayerNorm that is lost shows; float64 decides.
 """
 
+import json
 import math
 
 import numpy as np
 import pytest
+import record_timm
 import torch
 from PIL import Image
 from torch import nn
@@ -401,6 +403,26 @@ def test_intermediates_as_maps_and_prefixes(double):
         for row in range(5):
             for column in range(5):
                 assert torch.equal(spatial[:, :, row, column], stream[:, 1 + 5 * row + column])
+
+
+def test_intermediates_are_those_of_timm():
+    """Recorded, for each call, from timm's own ViT with the same weights: see record_timm.py."""
+    recorded = json.loads(record_timm.PATH.read_text())
+    tower, pixels = record_timm.small_tower(), record_timm.waves(1, 3, 12, 8)
+    assert furthest(tower(pixels), recorded["timm.embedding"]) < 1e-9
+    for call, expected in zip(record_timm.CALLS, recorded["timm.intermediates"], strict=True):
+        assert furthest(forward_intermediates(tower, pixels, **call), expected) < 1e-9
+        wrong = call | {"norm": "norm" not in call}
+        assert furthest(forward_intermediates(tower, pixels, **wrong), expected) > 1e-3
+
+
+def furthest(found, values):
+    """The largest difference of two nests of lists, which must be nested alike."""
+    if isinstance(values, float):
+        return abs(found - values)
+    found = record_timm.plain(found)
+    assert isinstance(found, list) and len(found) == len(values)
+    return max(map(furthest, found, values))
 
 
 def test_stopping_early_runs_no_block_too_many(double):
