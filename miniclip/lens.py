@@ -10,6 +10,7 @@ image or the end token of a text; it is here called the token that is read. Noth
 changes a weight.
 """
 
+import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -505,32 +506,52 @@ def answers(loaded: Loaded, asked: list[Question], method: str, batch: int = 50)
     return torch.cat(maps)
 
 
+RANDOM = 5
+"""Draws of random weights that a method is scored on: one may point anywhere, by chance."""
+
+
 def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]:
     """Every method on drawn scenes of two objects, each asked for by its colour and shape.
 
-    For the model as it is, "trained", and for one of its shape with weights drawn anew, "random".
-    Under "limits" are a random map, and the true mask averaged over each patch, which no map of
-    patches can much surpass.
+    For the model as it is, "trained", and for RANDOM models of its shape with weights drawn anew:
+    "random" is the mean of their scores, "spread" the standard deviation. Under "limits" are a
+    random map, and the true mask averaged over each patch, which no map of patches can much
+    surpass.
     """
     from tqdm import tqdm
 
     asked = questions(scenes)
     named, other = (torch.stack(masks) for masks in list(zip(*asked))[2:])  # (N, S, S)
     model = loaded.model.eval()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        untrained = CLIP(model.config).to(model.logit_scale).eval()
-    models = {"trained": loaded, "random": loaded._replace(model=untrained)}
-    found: dict[str, list[Localisation]] = {weights: [] for weights in (*models, "limits")}
-    runs = [(weights, method) for weights in models for method in METHODS]
-    for weights, method in tqdm(runs, unit="method", delay=2, disable=None, leave=False):
-        maps = answers(models[weights], asked, method)
-        found[weights].append(localisation(method, maps, named, other))
-    chance = torch.rand(maps.shape, generator=torch.Generator().manual_seed(0))
-    ceiling = F.interpolate(named[:, None].float(), maps.shape[1:], mode="area")[:, 0]
-    for name, maps in (("a random map", chance), ("the mask itself", ceiling)):
-        found["limits"].append(localisation(name, maps, named, other))
+    untrained = [loaded._replace(model=untrained_like(model, seed)) for seed in range(RANDOM)]
+    found: dict[str, list[Localisation]] = {"trained": [], "random": [], "spread": [], "limits": []}
+    for method in METHODS:
+        models = tqdm(
+            [loaded, *untrained], method, unit="model", delay=2, disable=None, leave=False
+        )
+        maps = [answers(one, asked, method) for one in models]
+        trained, *others = (localisation(method, heat, named, other) for heat in maps)
+        found["trained"].append(trained)
+        found["random"].append(summary(statistics.mean, others))
+        found["spread"].append(summary(statistics.stdev, others))
+    grid = (len(asked), *model.config.vision.grid)
+    chance = torch.rand(grid, generator=torch.Generator().manual_seed(0))
+    ceiling = F.interpolate(named[:, None].float(), grid[1:], mode="area")[:, 0]
+    for name, heat in (("a random map", chance), ("the mask itself", ceiling)):
+        found["limits"].append(localisation(name, heat, named, other))
     return found
+
+
+def untrained_like(model: CLIP, seed: int) -> CLIP:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIP(model.config).to(model.logit_scale).eval()
+
+
+def summary(function: Callable[[list[float]], float], rows: list[Localisation]) -> Localisation:
+    """A function of each share that several rows of one method have."""
+    _, *shares = zip(*rows)
+    return Localisation(rows[0].method, *map(function, shares))
 
 
 def localisation(method: str, heat: Tensor, named: Tensor, other: Tensor) -> Localisation:

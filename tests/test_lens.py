@@ -17,6 +17,8 @@ from twin import TINY, random_inputs, twins
 import miniclip
 from miniclip.lens import (
     METHODS,
+    RANDOM,
+    answers,
     attention_maps,
     decompose,
     forward_intermediates,
@@ -26,6 +28,7 @@ from miniclip.lens import (
     logit_lens,
     occlusion,
     on_grid,
+    questions,
     relevance,
     rollout,
 )
@@ -522,11 +525,26 @@ def test_the_score_of_maps_with_known_answers():
     assert math.isclose(localisation("half", pixels, named, other).iou, 1 / 3, rel_tol=1e-6)
 
 
+def test_random_weights_are_scored_over_several_draws():
+    """Mean and deviation are those of the draws one by one; and the draws differ."""
+    loaded, method = miniclip.load("shapes"), "attention"
+    asked = questions(4)
+    named, other = (torch.stack([getattr(q, name) for q in asked]) for name in ("named", "other"))
+    ious = []
+    for seed in range(RANDOM):
+        torch.manual_seed(seed)
+        untrained = loaded._replace(model=miniclip.CLIP(loaded.model.config).eval())
+        ious.append(localisation(method, answers(untrained, asked, method), named, other).iou)
+    found = localise(loaded, scenes=4)
+    assert math.isclose(found["random"][0].iou, np.mean(ious))
+    assert math.isclose(found["spread"][0].iou, np.std(ious, ddof=1)) and len(set(ious)) == RANDOM
+
+
 def test_methods_that_read_the_text_find_the_named_object():
     """On the embedded checkpoint, whatever its training: better than chance, and no worse than the
     methods that are told nothing. Those must fall on either object equally often."""
     found = localise(miniclip.load("shapes"), scenes=10)
-    assert list(found) == ["trained", "random", "limits"]
+    assert list(found) == ["trained", "random", "spread", "limits"]
     trained = {row.method: row for row in found["trained"]}
     chance, ceiling = found["limits"]
     assert list(trained) == list(METHODS)
