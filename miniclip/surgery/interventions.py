@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from miniclip.model import CLIP, VisionTower
 from miniclip.sites import Edit, hooks
+from miniclip.surgery.weights import without_hooks
 
 
 @contextmanager
@@ -108,7 +109,9 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     True
     """
 
-    unhooked = _unhooked(module) if error_term else None
+    # What hooks on the module change is no error of its own. The copy has the same parameters.
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    unhooked = without_hooks(deepcopy(module, tensors)) if error_term else module
 
     def through(tensor: Tensor, name: str) -> Tensor:
         out = module(tensor)
@@ -117,19 +120,10 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
                 f"{name}: the spliced module returned shape {tuple(out.shape)}; expected that of "
                 f"its input, {tuple(tensor.shape)}"
             )
-        return out if unhooked is None else out + (tensor - unhooked(tensor)).detach()
+        return out + (tensor - unhooked(tensor)).detach() if error_term else out
 
     with hooks(model, {site: through}):
         yield
-
-
-def _unhooked(module: nn.Module) -> nn.Module:
-    """The module over again, of the same parameters, without its forward hooks."""
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    twin = deepcopy(module, tensors)
-    for part in twin.modules():
-        part._forward_hooks.clear()
-    return twin
 
 
 @contextmanager
