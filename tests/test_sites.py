@@ -225,6 +225,15 @@ class BareBlock(Block):
         return x + self.mlp(self.ln_2(x))
 
 
+def without_sites(tower):
+    """The same tower, of the same parameters, as it would be written if it had no sites."""
+    bare = copy.deepcopy(tower, {id(p): p for p in tower.parameters()})
+    for module in bare.modules():
+        kind = type(module)
+        module.__class__ = {Attention: BareAttention, Block: BareBlock}.get(kind, kind)
+    return bare
+
+
 def processor_time(block, x):
     start = time.thread_time()
     block(x)
@@ -238,11 +247,7 @@ def test_what_sites_cost_that_nobody_uses():
     with torch.device("meta"):
         tower = VisionTower(VisionConfig(), 512)
     randomize(tower.to_empty(device="cpu"))
-    bare = copy.deepcopy(tower, {id(p): p for p in tower.parameters()})
-    for module in bare.modules():
-        module.__class__ = {Attention: BareAttention, Block: BareBlock}.get(
-            type(module), type(module)
-        )
+    bare = without_sites(tower)
     x, order, ratios = torch.randn(1, 50, 768), random.Random(0), []
     assert torch.equal(tower.blocks(x), bare.blocks(x))
     threads = torch.get_num_threads()
@@ -258,6 +263,17 @@ def test_what_sites_cost_that_nobody_uses():
         f"unused sites: {cost:+.2%} of the time of a block of ViT-B/32 (standard error {error:.2%})"
     )
     assert cost < 0.02 + 3 * error
+
+
+def test_of_unused_sites_nothing_is_left_in_a_graph():
+    model, _ = twins(TINY)
+    pixels, _ = random_inputs(TINY)
+    graphs = [
+        torch.export.export(tower, (pixels,)).graph
+        for tower in (model.vision, without_sites(model.vision))
+    ]
+    steps, bare = ([(node.op, node.target) for node in graph.nodes] for graph in graphs)
+    assert steps == bare and len(steps) > 100
 
 
 # ------------------------------------------------------------------------------------------- names
