@@ -144,7 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
         "parity",
         parity,
         "How far the numbers are from transformers', or another model's, tensor by tensor.",
-        "miniclip parity --random B/32\n  miniclip parity runs/fork --against cifar10 --plot depth.png",
+        "miniclip parity --random B/32\n"
+        "  miniclip parity runs/fork --against cifar10 --plot depth.png",
     )
     which = sub.add_mutually_exclusive_group()
     which.add_argument("model", nargs="?", metavar="MODEL", help=f"default: {DEFAULT_MODEL}")
@@ -627,7 +628,9 @@ def parity(args: argparse.Namespace) -> int:
         "environment": parity.environment(args.device),
     }
     if args.json:
-        print_json(about | {"first": report.first, "cause": report.cause, "rows": rows_dict(report)})
+        print_json(
+            about | {"first": report.first, "cause": report.cause, "rows": rows_dict(report)}
+        )
     else:
         print(parity_table(about, report))
     if args.plot:

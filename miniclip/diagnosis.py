@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from miniclip.config import LEGACY_EOS, CLIPConfig, TextConfig
+from miniclip.transform import OPENAI_MEAN, OPENAI_STD
 
 Named = Mapping[str, Tensor]
 Options = dict[str, Any]
@@ -35,39 +36,53 @@ class Side(NamedTuple):
     config: CLIPConfig
 
 
-def near(one: Tensor, other: Tensor, tolerance: float = 1e-9) -> bool:
-    """Whether two tensors of one shape are equal but for rounding, measured by the larger size."""
-    if one.shape != other.shape:
-        return False
-    return bool((one - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()))
-
-
 def cause_in_model(site: str, model: Side, other: Side) -> str:
     """What, put into one model's formula for the site, gives the other's tensor there.
 
     The site is the first that differs. An empty text if nothing is known.
     """
-    one, two = model.tensors[site], other.tensors[site]
-    if one.shape != two.shape:
-        return f"shape {tuple(one.shape)} in model, {tuple(two.shape)} in other"
+    ours, theirs = model.tensors[site], other.tensors[site]
+    if ours.shape != theirs.shape:
+        return f"shape {tuple(ours.shape)} in model, {tuple(theirs.shape)} in other"
+    for name, tensor in (("model", ours), ("other", theirs)):
+        if not tensor.isfinite().all():
+            return f"{name} has numbers that are not finite"
     # transformers takes the softmax of a pattern in float32, whatever the model's precision.
-    tolerance = 1e-6 if site.endswith("pattern") else 1e-9
-    sane = []
-    for name, source, target in (("model", other, model), ("other", model, other)):
-        parts = _parts(site, source)
-        if not near(_compute(site, *parts), source.tensors[site], tolerance):
+    tolerance = 1e-6 if site.endswith(".pattern") else 1e-9
+    followers = []
+    for source, target, names in ((other, model, NAMES[::-1]), (model, other, NAMES)):
+        x, weights, options = _parts(site, source)
+        found = _compute(site, x, weights, options)
+        if not near(found, source.tensors[site], tolerance):
             continue
-        sane.append("other" if source is other else "model")
-        for fault, weights, options in _faults(site, source, target, *parts):
-            try:
-                found = _compute(site, parts[0], weights, options)
-            except RuntimeError:  # a fault that these shapes cannot have
-                continue
-            if near(found, target.tensors[site], tolerance):
-                return f"{name} has {fault}"
-    if len(sane) == 2:
+        followers.append(names[0])
+        for fault, *changed in _faults(site, source, target, weights, options):
+            found = _compute(site, x, *changed)
+            if near(found, target.tensors[site], tolerance) and not near(
+                found, source.tensors[site], 10 * tolerance
+            ):
+                return f"{names[1]} has {fault}"
+    if moved := _block_moved(site, model, other):
+        return moved
+    if len(followers) == 2:
         return _differing_weights(site, model, other)
-    return f"only {sane[0]} follows CLIP's formula here" if sane else ""
+    return (
+        ""
+        if not followers
+        else (
+            f"{NAMES[followers == ['model']]} does not compute CLIP's formula with its own weights"
+        )
+    )
+
+
+NAMES = ("model", "other")
+
+
+def near(one: Tensor | None, other: Tensor, tolerance: float) -> bool:
+    """Whether two tensors are equal but for rounding, relative to the largest number above 1."""
+    if one is None or one.shape != other.shape:
+        return False
+    return bool((one - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -132,13 +147,13 @@ def _attn_out(x: Named, w: Named, o: Options) -> Tensor:
 
 
 def _mlp_out(x: Named, w: Named, o: Options) -> Tensor:
-    stream = x["resid_pre"] if o["parallel"] else x["resid_pre"] + x["attn_out"]
+    stream = sum(x[term] for term in o["resid_mid"])
     neurons = ACTIVATIONS[o["act"]](_linear(_norm(stream, w, "ln_2", o), w, "mlp.fc1"))
     return _linear(neurons, w, "mlp.fc2")
 
 
 def _resid_post(x: Named, w: Named, o: Options) -> Tensor:
-    return sum(x[name] for name in ("resid_pre", "attn_out", "mlp_out") if name != o["left_out"])
+    return sum(x[term] for term in o["resid_post"])
 
 
 def _vision_pooled(x: Named, w: Named, o: Options) -> Tensor:
@@ -187,9 +202,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _compute(site: str, x: Named, w: Named, o: Options) -> Tensor:
+def _compute(site: str, x: Named, w: Named, o: Options) -> Tensor | None:
+    """None for a model that lacks what the formula asks for, and for shapes that do not fit."""
     kind = site.rpartition(".")[2]
-    return FORMULAS[kind if kind in FORMULAS else site](x, w, o)
+    try:
+        return FORMULAS[kind if kind in FORMULAS else site](x, w, o)
+    except (IndexError, KeyError, RuntimeError):
+        return None
 
 
 def _parts(site: str, side: Side) -> tuple[Named, Named, Options]:
@@ -216,8 +235,8 @@ def _parts(site: str, side: Side) -> tuple[Named, Named, Options]:
         "scale": head_width**-0.5,
         "skipped": None,
         "interleaved": False,
-        "parallel": False,
-        "left_out": None,
+        "resid_mid": ("resid_pre", "attn_out"),
+        "resid_post": ("resid_pre", "attn_out", "mlp_out"),
         "class_last": False,
         "pixels": lambda pixels: pixels,
         "patches": lambda patches: patches,
@@ -250,9 +269,7 @@ def _end_of(config: TextConfig) -> Callable[[Tensor], Tensor]:
 Fault = tuple[str, Named, Options]
 
 
-def _faults(
-    site: str, source: Side, target: Side, x: Named, w: Named, o: Options
-) -> Iterator[Fault]:
+def _faults(site: str, source: Side, target: Side, w: Named, o: Options) -> Iterator[Fault]:
     """Each fault with the weights and the options that have it. One that has no part in the site's
     formula changes nothing there, and so is never taken for the cause."""
     for fault, changed in _faults_of_options(site, source, target, o):
@@ -302,9 +319,11 @@ def _faults_of_options(
         )
     for name in ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final"):
         yield f"no {name}", {"skipped": name}
-    yield "the MLP beside attention, and not after it", {"parallel": True}
-    for name in ("resid_pre", "attn_out", "mlp_out"):
-        yield f"a residual stream without {name}", {"left_out": name}
+    yield "the MLP beside attention, and not after it", {"resid_mid": ("resid_pre",)}
+    yield "no residual connection around attention", {"resid_mid": ("attn_out",)}
+    yield "no residual connection around the MLP", {"resid_post": ("mlp_out",)}
+    yield "no MLP in the residual stream", {"resid_post": ("resid_pre", "attn_out")}
+    yield "no attention in the residual stream", {"resid_post": ("resid_pre", "mlp_out")}
     yield "the class token last", {"class_last": True}
     yield "the colours in the order BGR", {"pixels": lambda x: x.flip(1)}
     yield "rows and columns of pixels exchanged", {"pixels": lambda x: x.mT}
@@ -325,7 +344,7 @@ def _wrong_positions(
         ("texts read at their first token", lambda ids: torch.zeros_like(ids[:, 0])),
         ("texts read at their last token", lambda ids: torch.full_like(ids[:, 0], -1)),
         ("texts read before their end token", lambda ids: end(ids) - 1),
-        ("texts read after their end token", lambda ids: end(ids) + 1),
+        ("texts read after their end token", lambda ids: (end(ids) + 1) % ids.shape[1]),
     ):
         yield words, {"position": position}
 
@@ -361,6 +380,16 @@ def _faults_of_weights(w: Named) -> Iterator[tuple[str, Named]]:
     for dtype in (torch.float16, torch.bfloat16):
         rounded = {name: tensor.to(dtype).double() for name, tensor in w.items()}
         yield f"weights rounded to {str(dtype).removeprefix('torch.')}", rounded
+
+
+def _block_moved(site: str, model: Side, other: Side) -> str:
+    """Whether another block of one model reads what this block of the other reads."""
+    stack, _, kind = site.rpartition(".")
+    if kind == "resid_pre":
+        for place, tensor in model.tensors.items():
+            if place.endswith(".resid_pre") and near(tensor, other.tensors[site], 1e-9):
+                return f"model has {place.removesuffix('.resid_pre')} in the place of {stack}"
+    return ""
 
 
 def _differing_weights(site: str, model: Side, other: Side) -> str:
@@ -509,6 +538,7 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
     "bytes divided by 255 twice": {"divisor": 255.0**2},
     "bytes divided by 256": {"divisor": 256.0},
     "no mean and std": {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)},
+    "OpenAI's mean and std": {"mean": OPENAI_MEAN, "std": OPENAI_STD},
     "a mean and std of 0.5": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     "ImageNet's mean and std": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
 } | {
@@ -528,8 +558,11 @@ def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tenso
         if a != b:
             return f"{name} is {a} in model, {b} in other"
     steps = Steps(ours.size, ours.crop_size, ours.image_mean, ours.image_std)
+    drawn = pictures(ours.size)
     for fault, changed in FAULTS_OF_PIXELS.items():
-        faulty = [pixels_of(p, steps._replace(**changed)) for p in pictures(ours.size)]
+        if steps._replace(**changed) == steps:  # no fault here
+            continue
+        faulty = [pixels_of(picture, steps._replace(**changed)) for picture in drawn]
         for name, found in (("model", one), ("other", other)):
             pairs = zip(faulty, found, strict=True)
             if all(near(torch.from_numpy(a), b.double(), 1e-5) for a, b in pairs):

@@ -223,14 +223,21 @@ def draw_parity(report: Report, path: str | PathLike[str]) -> None:
         "other_error": ("error of other", "#e69f00", ":"),
     }
     for axes, tower in zip(panels, ("vision", "text"), strict=True):
-        rows = [row for row in report.rows if row.site == "logits" or row.site.startswith(tower)]
+        # Patterns are left out: in float64, transformers' are rounded to float32.
+        rows = [
+            row
+            for row in report.rows
+            if row.site == "logits"
+            or (
+                row.site.startswith(tower)
+                and (".pattern" not in row.site or row.site == report.first)
+            )
+        ]
         for name, (label, color, style) in curves.items():
             values = [min(max(getattr(row, name), NOTHING), 1e3) for row in rows]
             axes.plot(values, color=color, linestyle=style, linewidth=1.5, label=label)
         starts = [i for i, row in enumerate(rows) if row.site.endswith(".resid_pre")]
-        axes.set_xticks(
-            [0, *starts, len(rows) - 1], ["embeddings", *range(len(starts)), "logits"], fontsize=8
-        )
+        axes.set_xticks([*starts, len(rows) - 1], [*range(len(starts)), "logits"], fontsize=8)
         for i, row in enumerate(rows):
             if row.site == report.first:
                 axes.axvline(i, color="0.5", linewidth=1)

@@ -199,7 +199,7 @@ def _compare_models(
     failed = next((row for row in rows if not row.within_tolerance), None)
     if failed is None:
         return rows, None
-    if errors and failed.absolute == math.inf:
+    if any(failed.site not in tensors for tensors, _ in runs):
         return rows, errors[0]
     if failed.float64 <= _limit(failed.site, torch.float64, runs[-1][0][failed.site], device):
         return rows, "rounding: in float64 the two agree"
@@ -281,11 +281,11 @@ def _run(
     theirs = _is_theirs(model)
     seen: dict[str, Tensor] = {}
 
-    def forward(patterns: bool) -> None:
+    def forward(patterns: bool) -> str:
         """Patterns have a run of their own: to look at them makes a model take another path."""
         handles = []
         for site, module, read in _sites(model):
-            if site.endswith(".pattern") == patterns and module is not None:
+            if site.endswith(".pattern") == patterns and isinstance(module, nn.Module):
 
                 def keep(module, args, out, site=site, read=read):
                     seen.setdefault(site, read(args, out).cpu())
@@ -293,19 +293,19 @@ def _run(
                 handles.append(module.register_forward_hook(keep))
         try:
             output = model(pixel_values=pixels, input_ids=ids) if theirs else model(pixels, ids)
+            seen.setdefault("logits", output.logits_per_image.cpu())
+        except (IndexError, RuntimeError, ValueError) as error:
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         finally:
             for handle in handles:
                 handle.remove()
-        seen.setdefault("logits", output.logits_per_image.cpu())
+        return ""
 
-    try:
-        forward(patterns=False)
-        if theirs:
-            model.set_attn_implementation("eager")
-        forward(patterns=True)
-    except (IndexError, RuntimeError, ValueError) as error:
-        return seen, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return seen, ""
+    errors = [forward(patterns=False)]
+    if theirs:
+        model.set_attn_implementation("eager")
+    errors.append(forward(patterns=True))
+    return seen, next(filter(None, errors), "")
 
 
 def _is_theirs(model: nn.Module) -> bool:
@@ -401,12 +401,12 @@ def load_pair(
     `miniclip.load` that say where from. Tokenizer and transform are None where a directory has
     only weights. Raises CheckpointError; ValueError where transformers cannot load such a model.
     """
-    ours = _load(name, options)
     if against != "transformers":
-        return ours, _load(against, options)
-    _check_expressible(ours.model.config)
+        return _load(name, options), _load(against, options)
     if os.path.isfile(name):
         raise ValueError(f"{name} is a file; transformers loads directories: name the one it is in")
+    ours = _load(name, options)
+    _check_expressible(ours.model.config)
     return ours, _load_with_transformers(name, ours, options)
 
 
