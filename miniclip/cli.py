@@ -7,11 +7,13 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from miniclip.checkpoint import Mapped
     from miniclip.parity import Report
     from miniclip.zeroshot import Evaluation, Score
 
@@ -169,6 +171,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
     sub.add_argument("--plot", metavar="PNG", help="draw the differences against depth")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
+
+    sub = command(
+        "convert",
+        convert,
+        "Write a checkpoint in the layout of transformers, OpenAI or open_clip.",
+        "miniclip convert ViT-B-32.pt clip-vit-base-patch32 --layout transformers",
+    )
+    sub.add_argument("source", help="a checkpoint in any of the three")
+    sub.add_argument("destination", help="a directory")
+    sub.add_argument("--layout", choices=("transformers", "openai", "open_clip"), required=True)
     sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
 
     sub = command(
@@ -662,6 +675,45 @@ def parity_table(about: dict[str, str], report: "Report") -> str:
         lines.append(f"{row.site:<29}{numbers}{row.other_error:>11.1e}")
     counts = ", ".join(f"{name} at {count}" for name, count in nearer(report.rows).items())
     return "\n".join([*lines, f"\nnearer to float64: {counts}", about["environment"], str(report)])
+
+
+def convert(args: argparse.Namespace) -> int:
+    from miniclip.checkpoint import convert
+
+    done = convert(args.source, args.destination, args.layout, revision=args.revision)
+    if args.json:
+        rows = [
+            {
+                "source": row.source._asdict(),
+                "name": row.name,
+                "destination": row.destination._asdict(),
+                "shape": row.shape,
+                "dtype": str(row.dtype).removeprefix("torch."),
+            }
+            for row in done.parameters
+        ]
+        print_json(done._asdict() | {"parameters": rows})
+        return 0
+    read = {row.source.key for row in done.parameters}
+    written = {row.destination.key for row in done.parameters}
+    print(f"{args.source} ({done.layout}): {len(read):,} tensors")
+    print(f"{args.destination} ({args.layout}): {len(written):,} tensors\n")
+    print(f"{len(done.parameters):>9,} parameters, with the same bits")
+    for change, count in Counter(map(conversion, done.parameters)).items():
+        print(f"{count:>9,} {change}")
+    for name, there in (("tokenizer", done.tokenizer), ("transform", done.transform)):
+        print(f"{name:>9} {'written' if there else 'not found beside the weights'}")
+    return 0
+
+
+def conversion(row: "Mapped") -> str:
+    """What has been done to a parameter on its way from one file to the other."""
+    before, after = row.source.form, row.destination.form
+    if before == after:
+        return "as they were"
+    if "T" in (before, after):
+        return "transposed"
+    return "of q, k and v, taken apart" if before else "of q, k and v, put under one another"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,11 +9,14 @@ A model that surgery has reshaped may be beyond what transformers' CLIP can be: 
 
 import json
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
@@ -66,6 +69,53 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def saving(directory: Path) -> Iterator[Path]:
+    """A folder to write files to. They take their places in `directory` all together, or none.
+
+    An empty file there removes the one of its name. Killed at any moment, the process leaves files
+    that are all old or all new: one rename makes the folder a complete save, and whoever comes to
+    the directory next calls `finish_save`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for abandoned in directory.glob(".saving-*"):
+        if time.time() - abandoned.stat().st_mtime > 3600:  # its process was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        yield folder
+        for file in folder.iterdir():
+            place = directory / file.name
+            if place.is_dir():  # now, for nothing may fail once the save is complete
+                raise IsADirectoryError(f"{place} is a directory")
+            if place.exists():
+                file.chmod(place.stat().st_mode)
+        finish_save(directory)
+        os.replace(folder, directory / SAVED)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    finish_save(directory)
+
+
+SAVED = ".saved"  # a complete save, whose files are still to be moved to their places
+
+
+def finish_save(directory: Path) -> None:
+    """Move the files of a complete save to their places, if a process was killed over it."""
+    saved = directory / SAVED
+    if saved.is_symlink() or not saved.is_dir():
+        return
+    with suppress(FileNotFoundError):  # another process is at it too, here and below
+        for file in saved.iterdir():
+            with suppress(FileNotFoundError):
+                if file.stat().st_size:
+                    os.replace(file, directory / file.name)
+                else:
+                    (directory / file.name).unlink(missing_ok=True)
+                    file.unlink()
+        saved.rmdir()
 
 
 # The defaults below are ViT-B/32's. They are also what transformers assumes for a field that a
@@ -245,6 +295,9 @@ _TEXT = _TRANSFORMER | {
 }
 
 
+# transformers' model_type of one tower alone
+TOWERS = {"clip_vision_model": (VisionConfig, _VISION), "clip_text_model": (TextConfig, _TEXT)}
+
 # Written only where transformers cannot say it, under the names that its other models have for it.
 _BEYOND = {"head_width": "head_dim", "registers": "num_register_tokens"}
 
@@ -280,17 +333,41 @@ def _tower_to_dict(config: VisionConfig | TextConfig, names: dict[str, str]) -> 
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
+class TowerConfig(NamedTuple):
+    """One tower alone, as Stable Diffusion has of texts and IP-Adapter of images."""
+
+    name: str  # "vision" or "text"
+    tower: VisionConfig | TextConfig
+    embed_dim: int  # counts where there is a projection, which only the weights say
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "TowerConfig":
+        """Read the config.json of a tower, parsed. Raises ValueError.
+
+        >>> TowerConfig.from_dict({"model_type": "clip_text_model"}).tower.width
+        512
+        """
+        kind, names = TOWERS[config["model_type"]]
+        tower = _tower(kind, names, config)
+        embed_dim = CLIPConfig(embed_dim=config.get("projection_dim", 512)).embed_dim  # checked
+        return cls("vision" if kind is VisionConfig else "text", tower, embed_dim)
+
+
 def _tower_from_dict(cls: type, names: dict[str, str], config: dict[str, Any], section: str) -> Any:
     replacement = config.get(f"{section}_dict")
     values = config.get(section, {}) if replacement is None else replacement
     if not isinstance(values, dict):
         raise ValueError(f"{section} must be a JSON object, found {type(values).__name__}")
-    names = names | {ours: _BEYOND[ours] for ours in _BEYOND if hasattr(cls, ours)}
-    values = {ours: values[theirs] for ours, theirs in names.items() if theirs in values}
     try:
-        return cls(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
+        return _tower(cls, names, values)
     except ValueError as error:
         raise ValueError(f"in {section}: {error}") from None
+
+
+def _tower(cls: type, names: dict[str, str], section: dict[str, Any]) -> Any:
+    names = names | {ours: _BEYOND[ours] for ours in _BEYOND if hasattr(cls, ours)}
+    values = {ours: section[theirs] for ours, theirs in names.items() if theirs in section}
+    return cls(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
 
 
 def _check_positive_ints(config: object, *names: str) -> None:
@@ -345,3 +422,36 @@ def _check_transformer(config: VisionConfig | TextConfig) -> None:
 
 def _is_finite(value: object) -> bool:
     return type(value) in (int, float) and -1e30 < value < 1e30
+
+
+# ------------------------------------------------------------------------------------------------
+# Shapes with a name
+
+
+def _preset(vision: tuple[int, ...], text: tuple[int, ...], act: str = "quick_gelu") -> CLIPConfig:
+    width, layers, heads, mlp_width, patch_size, image_size = vision
+    text_width, text_layers, embed_dim = text
+    return CLIPConfig(
+        VisionConfig(width, layers, heads, mlp_width, act, 1e-5, image_size, patch_size),
+        TextConfig(text_width, text_layers, text_width // 64, 4 * text_width, act),
+        embed_dim,
+    )
+
+
+PRESETS = {
+    # vision: width, layers, heads, MLP width, patch, image; text: width, layers; embedding
+    "B/32": _preset((768, 12, 12, 3072, 32, 224), (512, 12, 512)),
+    "B/16": _preset((768, 12, 12, 3072, 16, 224), (512, 12, 512)),
+    "L/14": _preset((1024, 24, 16, 4096, 14, 224), (768, 12, 768)),
+    "L/14-336": _preset((1024, 24, 16, 4096, 14, 336), (768, 12, 768)),
+    "H/14": _preset((1280, 32, 16, 5120, 14, 224), (1024, 24, 1024), "gelu"),
+    "g/14": _preset((1408, 40, 16, 6144, 14, 224), (1024, 24, 1024), "gelu"),
+    "bigG/14": _preset((1664, 48, 16, 8192, 14, 224), (1280, 32, 1280), "gelu"),
+    "TinyCLIP-8M/16": _preset((256, 10, 4, 1024, 16, 224), (256, 3, 512)),
+    "TinyCLIP-39M/16": _preset((512, 12, 8, 2048, 16, 224), (512, 6, 512)),
+    "TinyCLIP-40M/32": _preset((512, 12, 8, 2048, 32, 224), (512, 6, 512)),
+    "TinyCLIP-61M/32": _preset((640, 12, 10, 2560, 32, 224), (512, 9, 512)),
+}
+"""Shapes that people use: OpenAI's four (tables 19 and 20 of the paper), those LAION trained with
+open_clip (github.com/mlfoundations/open_clip, model_configs), and TinyCLIP's (Wu et al. 2023, arXiv
+2309.12314). The end token is the tokenizer's, 49407; OpenAI's own files say 2 (LEGACY_EOS)."""

@@ -19,15 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from miniclip import diagnosis
-from miniclip.checkpoint import (
-    HUB_FILES,
-    TRANSFORMERS,
-    Loaded,
-    check_device,
-    layout_name,
-    load_model,
-    resolve,
-)
+from miniclip.checkpoint import HUB_FILES, Loaded, check_device, load_model, resolve
 from miniclip.config import (
     LEGACY_EOS,
     CLIPConfig,
@@ -35,6 +27,7 @@ from miniclip.config import (
     VisionConfig,
     beyond_transformers,
 )
+from miniclip.layouts import TRANSFORMERS, layout_name
 from miniclip.model import CLIP
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform

@@ -18,7 +18,7 @@ from twin import TINY, copy_weights, random_inputs, randomize, twins
 
 import miniclip
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
-from miniclip.checkpoint import TRANSFORMERS, layout_name
+from miniclip.layouts import TRANSFORMERS, layout_name
 from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.parity import OFFICIAL
 
