@@ -217,10 +217,10 @@ def draw_parity(report: Report, path: str | PathLike[str]) -> None:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     curves = {
-        "absolute": ("difference", ORANGE, "-"),
-        "float64": ("difference in float64", BLUE, "-"),
-        "model_error": ("error of model", "#009e73", "--"),
-        "other_error": ("error of other", "#e69f00", ":"),
+        "absolute": ("difference", ORANGE, "-", 4),  # broad, to be seen under the next
+        "float64": ("difference in float64", BLUE, "-", 1.5),
+        "model_error": ("error of model", "#009e73", "--", 1.5),
+        "other_error": ("error of other", "#e69f00", ":", 1.5),
     }
     for axes, tower in zip(panels, ("vision", "text"), strict=True):
         # Patterns are left out: in float64, transformers' are rounded to float32.
@@ -233,9 +233,9 @@ def draw_parity(report: Report, path: str | PathLike[str]) -> None:
                 and (".pattern" not in row.site or row.site == report.first)
             )
         ]
-        for name, (label, color, style) in curves.items():
+        for name, (label, color, style, width) in curves.items():
             values = [min(max(getattr(row, name), NOTHING), 1e3) for row in rows]
-            axes.plot(values, color=color, linestyle=style, linewidth=1.5, label=label)
+            axes.plot(values, color=color, linestyle=style, linewidth=width, label=label)
         starts = [i for i, row in enumerate(rows) if row.site.endswith(".resid_pre")]
         axes.set_xticks([*starts, len(rows) - 1], [*range(len(starts)), "logits"], fontsize=8)
         for i, row in enumerate(rows):
