@@ -662,6 +662,8 @@ def rows_dict(report: "Report") -> list[dict[str, Any]]:
 
 def parity_table(about: dict[str, str], report: "Report") -> str:
     """A line for each kind of site; 80 columns wide."""
+    import textwrap
+
     from miniclip.parity import nearer, summarize
 
     model, other = shorten(about["model"], 50), shorten(about["other"], 50)
@@ -674,7 +676,8 @@ def parity_table(about: dict[str, str], report: "Report") -> str:
         numbers = "".join(f"{number:>10.1e}" for number in row[1:-2])
         lines.append(f"{row.site:<29}{numbers}{row.other_error:>11.1e}")
     counts = ", ".join(f"{name} at {count}" for name, count in nearer(report.rows).items())
-    return "\n".join([*lines, f"\nnearer to float64: {counts}", about["environment"], str(report)])
+    verdict = [textwrap.fill(line, 80) for line in str(report).splitlines()]
+    return "\n".join([*lines, f"\nnearer to float64: {counts}", about["environment"], *verdict])
 
 
 def convert(args: argparse.Namespace) -> int:

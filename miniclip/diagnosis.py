@@ -49,30 +49,25 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
             return f"{name} has numbers that are not finite"
     # transformers takes the softmax of a pattern in float32, whatever the model's precision.
     tolerance = 1e-6 if site.endswith(".pattern") else 1e-9
-    followers = []
+    followers = []  # of CLIP's formula, with their own weights and config
     for source, target, names in ((other, model, NAMES[::-1]), (model, other, NAMES)):
         x, weights, options = _parts(site, source)
-        found = _compute(site, x, weights, options)
-        if not near(found, source.tensors[site], tolerance):
+        right = _compute(site, x, weights, options)
+        if not near(right, source.tensors[site], tolerance):
             continue
         followers.append(names[0])
-        for fault, *changed in _faults(site, source, target, weights, options):
-            found = _compute(site, x, *changed)
-            if near(found, target.tensors[site], tolerance) and not near(
-                found, source.tensors[site], 10 * tolerance
-            ):
+        for fault, *faulty in _faults(site, source, target, weights, options):
+            found = _compute(site, x, *faulty)
+            if near(found, target.tensors[site], tolerance) and not near(found, right, tolerance):
                 return f"{names[1]} has {fault}"
     if moved := _block_moved(site, model, other):
         return moved
-    if len(followers) == 2:
+    if followers == list(NAMES[::-1]):
         return _differing_weights(site, model, other)
-    return (
-        ""
-        if not followers
-        else (
-            f"{NAMES[followers == ['model']]} does not compute CLIP's formula with its own weights"
-        )
-    )
+    if followers:
+        faulty = "model" if followers == ["other"] else "other"
+        return f"{faulty} does not compute CLIP's formula with its own weights"
+    return ""
 
 
 NAMES = ("model", "other")
@@ -435,7 +430,14 @@ CLEANING: dict[str, Callable[[str], str]] = {
 def cause_in_tokens(
     model: Callable[[Sequence[str]], Tensor], other: Callable[[Sequence[str]], Tensor]
 ) -> str:
-    """What sets two tokenizers apart on TEXTS. They give ids (B, T) and cut what is too long."""
+    """What sets two tokenizers apart on TEXTS. They give ids (B, T) and cut what is too long.
+
+    >>> from miniclip import Tokenizer
+    >>> one = Tokenizer.from_pretrained("cifar10", reference="transformers")
+    >>> other = Tokenizer.from_pretrained("cifar10", reference="openai")
+    >>> cause_in_tokens(lambda t: one(t, truncate=True), lambda t: other(t, truncate=True))
+    "model lacks OpenAI's cleaning (ftfy, html)"
+    """
     ours, theirs = model(TEXTS).tolist(), other(TEXTS).tolist()
     if _without_padding(ours) == _without_padding(theirs):
         if len(ours[0]) != len(theirs[0]):
@@ -552,6 +554,10 @@ def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tenso
     """What sets two transforms apart that made `one` and `other` of `pictures(ours.size)`.
 
     They are ImageTransforms; for `theirs`, any function will do.
+
+    >>> from miniclip import ImageTransform
+    >>> cause_in_pixels(ImageTransform(64), ImageTransform(64, crop_size=60), [], [])
+    'crop_size is 64 in model, 60 in other'
     """
     for name in ("size", "crop_size", "image_mean", "image_std", "reference"):
         a, b = getattr(ours, name), getattr(theirs, name, getattr(ours, name))

@@ -267,6 +267,8 @@ def _run(
 
     The weights are rounded to `dtype`, and then, for an `exact` run, computed with in float64.
     """
+    if exact and device.type == "mps":  # which has no float64
+        device = torch.device("cpu")
     model = copy.deepcopy(model).to(device, dtype).eval()
     pixels, ids = pixels.to(device, dtype), ids.to(device)
     if exact:
