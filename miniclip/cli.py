@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from miniclip.checkpoint import Mapped
+    from miniclip.parity import Report
     from miniclip.zeroshot import Evaluation, Score
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
@@ -144,16 +145,33 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "parity",
         parity,
-        "How far the numbers are from those of transformers, tensor by tensor.",
-        "miniclip parity --random B/32",
+        "How far the numbers are from transformers', or another model's, tensor by tensor.",
+        "miniclip parity --random B/32\n"
+        "  miniclip parity runs/fork --against cifar10 --plot depth.png",
     )
     which = sub.add_mutually_exclusive_group()
-    which.add_argument("model", nargs="?", help=f"default: {DEFAULT_MODEL}")
+    which.add_argument("model", nargs="?", metavar="MODEL", help=f"default: {DEFAULT_MODEL}")
     which.add_argument(
         "--random",
         metavar="SHAPE",
         help="weights drawn at random, in the shape of B/32, B/16, L/14 or L/14-336",
     )
+    sub.add_argument(
+        "--against",
+        default="transformers",
+        metavar="OTHER",
+        help="transformers, which loads the same files, or another checkpoint, that of the "
+        "original (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float64", "bfloat16", "float16"),
+        help="what is compared beside float64 (default: %(default)s)",
+    )
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    sub.add_argument("--plot", metavar="PNG", help="draw the differences against depth")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
 
     sub = command(
         "convert",
@@ -604,23 +622,65 @@ def tokenize(args: argparse.Namespace) -> int:
 
 
 def parity(args: argparse.Namespace) -> int:
+    import torch
+
     from miniclip import parity
 
-    if args.random:
-        rows = parity.against_transformers_at_random(args.random)
-    else:
-        rows = parity.against_transformers(args.model or DEFAULT_MODEL)
-    failed = [row.site for row in rows if not row.within_tolerance]
+    if args.plot:  # before the work, so that a missing matplotlib shows at once
+        from miniclip.figures import draw_parity
+    if args.random and args.against != "transformers":
+        raise ValueError("--random draws weights for miniclip and transformers: no --against")
+    name = args.model or DEFAULT_MODEL
+    pair = (
+        parity.random_pair(args.random)
+        if args.random
+        else parity.load_pair(name, args.against, revision=args.revision)
+    )
+    report = parity.compare(*pair, dtype=getattr(torch, args.dtype), device=args.device)
+    about = {
+        "model": args.random or name,
+        "other": args.against,
+        "dtype": args.dtype,
+        "environment": parity.environment(args.device),
+    }
     if args.json:
-        print_json([row._asdict() | {"within_tolerance": row.site not in failed} for row in rows])
-        return int(bool(failed))
-    print(f"{'largest absolute difference':<32}{'float32':>12}{'float64':>12}{'rounding':>12}")
-    for row in parity.summarize(rows):
-        print(f"{row.site:<32}{row.float32:>12.1e}{row.float64:>12.1e}{row.rounding:>12.1e}")
-    print(f"\n{parity.environment()}")
-    if failed:
-        print(f"out of tolerance at {len(failed)} of {len(rows)} sites, first at {failed[0]}")
-    return int(bool(failed))
+        print_json(
+            about | {"first": report.first, "cause": report.cause, "rows": rows_dict(report)}
+        )
+    else:
+        print(parity_table(about, report))
+    if args.plot:
+        draw_parity(report, args.plot)
+        print(f"picture: {args.plot}", file=sys.stderr)
+    return int(report.first is not None)
+
+
+def rows_dict(report: "Report") -> list[dict[str, Any]]:
+    """JSON has no infinity, which is how far apart two tensors of different shape are."""
+    return [
+        {name: None if value == float("inf") else value for name, value in row._asdict().items()}
+        for row in report.rows
+    ]
+
+
+def parity_table(about: dict[str, str], report: "Report") -> str:
+    """A line for each kind of site; 80 columns wide."""
+    import textwrap
+
+    from miniclip.parity import nearer, summarize
+
+    model, other = shorten(about["model"], 50), shorten(about["other"], 50)
+    lines = [
+        f"model  {model}\nother  {other}\n",
+        f"{'':<29}{'largest difference':^20}{'in':>10}{'error in ' + about['dtype']:>21}",
+        f"{'site':<29}{'absolute':>10}{'relative':>10}{'float64':>10}{'model':>10}{'other':>11}",
+    ]
+    for row in summarize(report.rows):
+        numbers = "".join(f"{number:>10.1e}" for number in row[1:-2])
+        lines.append(f"{row.site:<29}{numbers}{row.other_error:>11.1e}")
+    counts = ", ".join(f"{name} at {count}" for name, count in nearer(report.rows).items())
+    verdict = [textwrap.fill(line, 80) for line in str(report).splitlines()]
+    return "\n".join([*lines, f"\nnearer to float64: {counts}", about["environment"], *verdict])
 
 
 def convert(args: argparse.Namespace) -> int:

@@ -203,7 +203,9 @@ def test_a_model_is_what_it_was(tiny):
     assert list(model.state_dict()) == keys
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin, inputs), expected)
-    assert all(row.float32 == row.float64 == 0 for row in compare(model, copy.deepcopy(model)))
+    assert all(
+        row.absolute == row.float64 == 0 for row in compare(model, copy.deepcopy(model)).rows
+    )
 
 
 # --------------------------------------------------------------------------------------- their cost
