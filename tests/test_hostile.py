@@ -49,8 +49,8 @@ DEEP = [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000]
 # What JSON can say where a whole number is expected.
 VALUES = [
     -1, 0, 1, 2, 3, 7, 10**6, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**12, 10**30,
-    -(2**63), 0.5, -0.0, 8.0, 1e300, 1e-300, float("inf"), float("-inf"), float("nan"), "8", "", "x",
-    True, False, None, [], [8], [8, 8], [0], [1e9], {}, {"8": 8}, [[8]], "quick_gelu", [2] * 10**4,
+    -(2**63), 0.5, -0.0, 8.0, 1e300, 1e-300, float("inf"), float("-inf"), float("nan"), "8", "",
+    "x", True, False, None, [], [8], [8, 8], [0], [1e9], {}, {"8": 8}, [[8]], "quick_gelu", [2] * 10**4,  # noqa: E501
 ]  # fmt: skip
 
 
