@@ -11,7 +11,7 @@ changes a weight.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -548,7 +548,7 @@ def untrained_like(model: CLIP, seed: int) -> CLIP:
         return CLIP(model.config).to(model.logit_scale).eval()
 
 
-def summary(function: Callable[[list[float]], float], rows: list[Localisation]) -> Localisation:
+def summary(function: Callable[[Sequence[float]], float], rows: list[Localisation]) -> Localisation:
     """A function of each share that several rows of one method have."""
     _, *shares = zip(*rows)
     return Localisation(rows[0].method, *map(function, shares))
