@@ -9,6 +9,7 @@ of the same shape, and no weight is changed on the way.
 """
 
 import hashlib
+import math
 import os
 import pickle
 import re
@@ -24,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from miniclip.config import (
     SAVED,
@@ -221,28 +223,30 @@ def _weights_in(directory: Path, names: tuple[str, ...] = WEIGHTS) -> Path | Non
     return next((directory / name for name in names if (directory / name).is_file()), None)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Every tensor of a weights file or of a sharded index, mapped into memory and not yet read.
 
-    Pickled code in .bin and .pt files is never run: torch.load reads them with weights_only.
+    Floating point numbers in another `dtype` than the one asked for are converted; of safetensors
+    a few tensors at a time, so that the file never lies in memory beside the model. Pickled code in
+    .bin and .pt files is never run: torch.load reads them with weights_only.
     """
     if path.name.endswith(".index.json"):
-        return _read_shards(path)
+        return _read_shards(path, dtype)
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
-        if is_torchscript(path):
-            return read_torchscript(path)
-        zipped = zipfile.is_zipfile(path)  # as torch.save writes since 2020; the older cannot map
-        tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+            tensors = _read_safetensors(path, dtype)
+        elif is_torchscript(path):
+            tensors = read_torchscript(path)
+        else:
+            tensors = _read_pickle(path)
     except Exception as error:  # damage shows itself in many ways, all of them the file's
         reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = "".join(filter(str.isprintable, reason))  # it may quote the file
         if isinstance(error, pickle.UnpicklingError):  # torch's advice is to run the code
             reason = "it holds more than tensors, and pickled code is never run"
+        size = f"{path.stat().st_size:,} bytes" if path.exists() else "no such file"
         raise CheckpointError(
-            f"{path}: no weights file that can be read, or one cut short "
-            f"({path.stat().st_size:,} bytes): {reason}"
+            f"{path}: no weights file that can be read, or one cut short ({size}): {reason}"
         ) from error
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]  # open_clip's training keeps the optimizer's beside it
@@ -251,15 +255,49 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    file = safe_open(path, framework="pt")
+    size = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
+    for i, name in enumerate(sorted(size, key=size.__getitem__, reverse=True)):
+        mapped = file.get_tensor(name)
+        tensors[name] = mapped.to(dtype) if mapped.is_floating_point() else mapped
+        if i % 8 == 0 and tensors[name] is not mapped:
+            del mapped  # with the last of them go the pages of the file that have been read
+            file = safe_open(path, framework="pt")
+    return {name: tensors[name] for name in size}
+
+
+def _read_pickle(path: Path) -> Any:
+    zipped = zipfile.is_zipfile(path)  # as torch.save writes since 2020; the older cannot map
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(record.file_size for record in archive.infolist())
+        if size > path.stat().st_size:  # torch compresses nothing, but would believe it
+            raise ValueError(f"its records claim to hold {size:,} bytes")
+    return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+
+
 def _is_named_tensor(item: tuple[object, object]) -> bool:
+    """A name that can be printed, and a tensor with a number in the file for each it seems to have.
+
+    A view may repeat one number 10^12 times, and sparse ones leave most out.
+    """
     name, tensor = item
     dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-    return isinstance(name, str) and dense
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and dense
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(s, str) for s in places.values()):
+    if not isinstance(places, dict) or not all(
+        name.isprintable() and isinstance(shard, str) for name, shard in places.items()
+    ):
         raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
@@ -268,7 +306,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{index}: names a shard {shard!r} that is not a weights file beside it"
             )
-        more = read_tensors(path)
+        more = read_tensors(path, dtype)
         if twice := sorted(tensors.keys() & more.keys()):
             raise CheckpointError(f"{path}: tensors of another shard again: {_listed(twice)}")
         tensors |= more
@@ -318,6 +356,16 @@ def read_config(directory: Path) -> CLIPConfig:
     return config
 
 
+def load_config(name: str | PathLike[str], *, revision: str | None = None) -> CLIPConfig:
+    """The config of a checkpoint, by any of the names of `load`. Raises CheckpointError."""
+    if not os.path.isfile(_as_path(name)):
+        return read_config(resolve(name, "config", revision=revision))
+    config = _find(name, None)[0].config
+    if not isinstance(config, CLIPConfig):
+        raise CheckpointError(f"{name}: a {config.name} tower alone; expected a whole CLIP")
+    return config
+
+
 def _read_config(directory: Path, layout: str) -> CLIPConfig | TowerConfig:
     path = directory / CONFIGS[layout]
     settings = read_json(path)
@@ -328,8 +376,8 @@ def _read_config(directory: Path, layout: str) -> CLIPConfig | TowerConfig:
         return (TowerConfig if is_tower else CLIPConfig).from_dict(settings)
 
 
-def _read_contents(directory: Path, weights: Path) -> Contents:
-    tensors = read_tensors(weights)
+def _read_contents(directory: Path, weights: Path, dtype: torch.dtype | None = None) -> Contents:
+    tensors = read_tensors(weights, dtype)
     with _blaming(weights):
         layout, table, tensors = recognize(tensors)
     if layout == "openai or open_clip":
@@ -362,11 +410,29 @@ def _without_position_ids(tensors: dict[str, Tensor], path: Path) -> dict[str, T
     return kept
 
 
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Models that are made in this block have shapes and no weights.
+
+    Not even drawn ones: to draw a normal on its meta device, torch imports its whole compiler.
+    """
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _skeleton(contents: Contents, path: Path) -> Model:
     """The model on the meta device: shapes without weights."""
     config, _, table, tensors = contents
     try:
-        with torch.device("meta"):
+        with meta_device():
             if isinstance(config, CLIPConfig):
                 _check_depth("vision", config.vision, contents, path)
                 _check_depth("text", config.text, contents, path)
@@ -482,12 +548,12 @@ def _load(
     check_device(device)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; expected one of floating point, as torch.float32")
-    contents, path = _find(name, **options)
+    contents, path = _find(name, dtype, **options)
     whole = _skeleton(contents, path)
     tensors = _fit(contents, whole, path)
     model = getattr(whole, part) if part and isinstance(whole, CLIP) else whole
     state = {
-        name: tensors[full].to(device, dtype)
+        name: tensors[full].to(device, dtype).contiguous()
         for name, full in zip(model.state_dict(), _parameters(model), strict=True)
     }
     _warn_of_damage(state, path)
@@ -495,12 +561,14 @@ def _load(
     return model.eval(), contents.layout
 
 
-def _find(name: str | PathLike[str], **options: Any) -> tuple[Contents, Path]:
+def _find(
+    name: str | PathLike[str], dtype: torch.dtype | None, **options: Any
+) -> tuple[Contents, Path]:
     directory, path = resolve(name, "model", **options), _as_path(name)
     weights = path if os.path.isfile(path) else _weights_in(directory)
     if weights is None:
         raise CheckpointError(f"{directory}: no weights; expected {' or '.join(WEIGHTS[::2])}")
-    return _read_contents(directory, weights), weights
+    return _read_contents(directory, weights, dtype), weights
 
 
 def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:
@@ -678,7 +746,7 @@ def _write_model(
 
 
 def _check_parameters(directory: Path, model: CLIP) -> None:
-    with torch.device("meta"):
+    with meta_device():
         expected = {name: t.shape for name, t in CLIP(model.config).state_dict().items()}
     found = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if odd := sorted(dict(expected.items() ^ found.items())):
@@ -720,7 +788,7 @@ def convert(
     CheckpointError.
     """
     options = {"revision": revision}
-    contents, path = _find(source, **options)
+    contents, path = _find(source, None, **options)
     model = _skeleton(contents, path)
     if not isinstance(model, CLIP):
         raise CheckpointError(f"{path}: one tower alone; only a whole CLIP is converted")

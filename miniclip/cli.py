@@ -529,6 +529,7 @@ def explanation_score(args: argparse.Namespace) -> int:
 
 def explanation_table(found: dict[str, list[Any]]) -> str:
     """A line for each method, trained and random weights side by side; 80 columns wide."""
+    from miniclip.lens import RANDOM
 
     def shares(row: Any) -> str:
         return "".join(f"{share:>10.1%}" for share in row[1:])
@@ -540,8 +541,10 @@ def explanation_table(found: dict[str, list[Any]]) -> str:
     pairs = zip(found["trained"], found["random"], strict=True)
     lines += [f"{a.method:<17}{shares(a)}{shares(b)}" for a, b in pairs]
     lines += ["", *(f"{row.method:<17}{shares(row)}" for row in found["limits"])]
+    spread = max(share for row in found["spread"] for share in row[1:])
     lines += [
         "",
+        f"random weights: the mean of {RANDOM} draws, of standard deviation {spread:.1%} at most.",
         "named, other: the warmest pixel is on the object that the text names, on the",
         "other. IoU: of the object with as many of the warmest pixels. attention and",
         "rollout do not read the text.",
@@ -581,9 +584,9 @@ def demo(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     from miniclip.bench import parts
-    from miniclip.checkpoint import read_config, resolve
+    from miniclip.checkpoint import load_config
 
-    config = read_config(resolve(args.model, "config", revision=args.revision))
+    config = load_config(args.model, revision=args.revision)
     rows = parts(config)
     if args.json:
         print_json({"config": config.to_dict(), "parts": [row._asdict() for row in rows]})

@@ -80,9 +80,10 @@ def saving(directory: Path) -> Iterator[Path]:
     the directory next calls `finish_save`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for abandoned in directory.glob(".saving-*"):
-        if time.time() - abandoned.stat().st_mtime > 3600:  # its process was killed
-            shutil.rmtree(abandoned, ignore_errors=True)
+    for folder in directory.glob(".saving-*"):
+        with suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > 3600:  # its process was killed
+                shutil.rmtree(folder, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     try:
         yield folder
@@ -105,16 +106,18 @@ SAVED = ".saved"  # a complete save, whose files are still to be moved to their 
 def finish_save(directory: Path) -> None:
     """Move the files of a complete save to their places, if a process was killed over it."""
     saved = directory / SAVED
-    if saved.is_symlink() or not saved.is_dir():
+    try:
+        names = [] if saved.is_symlink() else os.listdir(saved)
+    except (FileNotFoundError, NotADirectoryError):
         return
-    with suppress(FileNotFoundError):  # another process is at it too, here and below
-        for file in saved.iterdir():
-            with suppress(FileNotFoundError):
-                if file.stat().st_size:
-                    os.replace(file, directory / file.name)
-                else:
-                    (directory / file.name).unlink(missing_ok=True)
-                    file.unlink()
+    for name in names:
+        with suppress(FileNotFoundError):  # another process is at it too
+            if (saved / name).stat().st_size:
+                os.replace(saved / name, directory / name)
+            else:
+                (directory / name).unlink(missing_ok=True)
+                (saved / name).unlink()
+    with suppress(OSError):  # it may be gone, or already the next one
         saved.rmdir()
 
 

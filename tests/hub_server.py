@@ -1,4 +1,4 @@
-"""A hub on loopback, for huggingface_hub's own client: its protocol, and everything that goes wrong.
+"""A hub on loopback, for huggingface_hub's own client: its protocol, and all that goes wrong.
 
 Read off the requests that huggingface_hub 2.4 makes (huggingface_hub/hf_api.py, file_download.py).
 As on the real hub, large files (here the weights) are stored under their sha256 on another path,

@@ -191,7 +191,7 @@ def test_a_repository_without_weights(hub):
         (Fault("", status=401), "401 Unauthorized"),
         (
             Fault("", status=401, code="RepoNotFound"),
-            "private or gated repo, make sure you are auth",
+            "private or gated repo, make sure",
         ),
         (Fault("", status=403, code="GatedRepo"), "GatedRepoError: 403 .*Cannot access gated repo"),
         (Fault("resolve", status=403, code="GatedRepo"), "GatedRepoError: 403"),
@@ -214,9 +214,7 @@ def test_a_repository_without_weights(hub):
 @pytest.mark.parametrize("read", [miniclip.load, CLIP.from_pretrained])
 def test_a_refusal_is_one_clear_error_and_the_next_load_is_well(hub, model, fault, complaint, read):
     hub.faults = [fault]
-    with pytest.raises(
-        CheckpointError, match=f"{NAME} .* cifar10.* client says .*{complaint}"
-    ) as it:
+    with pytest.raises(CheckpointError, match=f"{NAME} .* cifar10.* says .*{complaint}") as it:
         read(NAME)
     assert "\n" not in str(it.value)
     hub.faults = []

@@ -1,0 +1,700 @@
+"""Files that lie. Every one of them is a CheckpointError, soon and in little memory, or is loaded
+as what it says: the weights and settings that an independent reading of the file finds in it.
+
+The promise: a directory or a repository that cannot be trusted runs no code, reads no file outside
+of it but through symbolic links (the hub's cache consists of them), and takes no longer and no more
+memory than its size accounts for.
+"""
+
+import gzip
+import io
+import itertools
+import json
+import pickle
+import random
+import re
+import struct
+import time
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import miniclip
+from miniclip import (
+    CLIP,
+    CheckpointError,
+    CLIPConfig,
+    ImageTransform,
+    TextConfig,
+    Tokenizer,
+    VisionConfig,
+)
+from miniclip.checkpoint import load_model
+from miniclip.parity import randomize
+
+CONFIG = CLIPConfig(
+    VisionConfig(width=8, layers=1, heads=2, mlp_width=12, image_size=16, patch_size=8),
+    TextConfig(
+        width=6, layers=2, heads=3, mlp_width=10, vocab_size=560, context_length=12,
+        bos_token_id=558, eos_token_id=559,
+    ),
+    embed_dim=10,
+)  # fmt: skip
+
+DEEP = [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000]
+# What JSON can say where a whole number is expected.
+VALUES = [
+    -1, 0, 1, 2, 3, 7, 10**6, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**12, 10**30,
+    -(2**63), 0.5, -0.0, 8.0, 1e300, 1e-300, float("inf"), float("-inf"), float("nan"), "8", "",
+    "x", True, False, None, [], [8], [8, 8], [0], [1e9], {}, {"8": 8}, [[8]], "quick_gelu", [2] * 10**4,  # noqa: E501
+]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- the referee
+
+
+class Referee:
+    """Loads a directory with some of its files changed, and notes whatever should not happen."""
+
+    def __init__(self, files, directory):
+        self.files, self.directory, self.complaints = files, directory, []
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
+
+    @contextmanager
+    def changed(self, changes):
+        """The directory with these files instead; None removes one."""
+        try:
+            for name, data in changes.items():
+                (self.directory / name).unlink(missing_ok=True)
+                if data is not None:
+                    (self.directory / name).write_bytes(data)
+            yield
+        finally:
+            for name in changes:
+                (self.directory / name).unlink(missing_ok=True)
+                if name in self.files:
+                    (self.directory / name).write_bytes(self.files[name])
+
+    def judge(self, cases, load, is_as_stated):
+        """How many of the cases were errors, and how many were loaded; fails if one was neither."""
+        errors = loads = slowest = 0
+        reset_peak()
+        before = peak()
+        for label, changes in cases:
+            with self.changed(changes):
+                start = time.process_time()
+                try:
+                    loaded = load(self.directory)
+                except CheckpointError as error:
+                    errors += 1
+                    if not str(error).partition("\n")[0].isprintable():
+                        self.complaints.append(f"{label}: a message of odd characters {error!r}")
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as error:  # a panic in Rust is no Exception
+                    self.complaints.append(f"{label}: {type(error).__name__}: {error}"[:300])
+                else:
+                    loads += 1
+                    if not is_as_stated(loaded, label):
+                        self.complaints.append(f"{label}: loaded, and not as the files say")
+                seconds = time.process_time() - start
+                slowest = max(slowest, seconds)
+                if seconds > 1:
+                    self.complaints.append(f"{label}: took {seconds:.1f} s")
+        if (growth := peak() - before) > 200e6:
+            self.complaints.append(f"memory grew by {growth / 1e6:.0f} MB")
+        print(f"{errors} errors, {loads} loads, {growth / 1e6:.0f} MB, slowest {slowest:.2f} s")
+        assert not self.complaints, f"{len(self.complaints)}\n" + "\n".join(self.complaints[:40])
+        return errors, loads
+
+
+def reset_peak():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not Linux: the peak is then of the whole process, and growth shows all the same
+
+
+def peak():
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    except OSError:
+        resource = pytest.importorskip("resource")
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A whole checkpoint, {name: contents}."""
+    directory = tmp_path_factory.mktemp("whole")
+    model = CLIP(CONFIG)
+    randomize(model)
+    tokenizer = Tokenizer.train(["a photo of a cat and of a dog"], CONFIG.text.vocab_size)
+    miniclip.save(directory, model, tokenizer, ImageTransform(16))
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def referee(files, tmp_path):
+    return Referee(files, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def their_names(files, tmp_path_factory):
+    """{our name: the file's}, by what is in them, for all are random and none is twice."""
+    directory = tmp_path_factory.mktemp("names")
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    theirs = load_file(directory / "model.safetensors")
+    ours = load_model(directory).state_dict()
+    names = {o: [t for t in theirs if torch.equal(theirs[t], ours[o])] for o in ours}
+    assert all(len(same) == 1 for same in names.values()) and len(names) == len(theirs)
+    return {ours: same[0] for ours, same in names.items()}
+
+
+# ---------------------------------------------------------------------- weights, as safetensors has
+
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def split(data):
+    """(header, tensors) of a safetensors file."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def join(header, body, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+def as_safetensors_says(model, data, their_names):
+    """The weights are what the file says, read by hand: the last of two entries of a name wins."""
+    header, body = split(data)
+    for ours, tensor in model.state_dict().items():
+        entry = header[their_names[ours]]
+        start, end = entry["data_offsets"]
+        stated = torch.frombuffer(bytearray(body[start:end]), dtype=DTYPES[entry["dtype"]])
+        same = stated.reshape(entry["shape"]).to(tensor.dtype)
+        if not torch.equal(tensor.nan_to_num(7e7), same.nan_to_num(7e7)):
+            return False
+    return True
+
+
+def truncated(data):
+    """Cut at each boundary there is: of the header's every token, of every tensor; and about it."""
+    header, body = split(data)
+    start = len(data) - len(body)
+    ends = {end for key, e in header.items() if key != "__metadata__" for end in e["data_offsets"]}
+    tokens = {8 + m.end() for m in re.finditer(rb'[{}\[\]:,"]', data[8:start])}
+    near = {at + i for at in (0, start, *(start + e for e in ends)) for i in (-1, 0, 1)}
+    for cut in sorted({*range(9), *tokens, *near} & {*range(len(data))}):
+        yield f"cut at {cut}", data[:cut]
+        if cut >= start:
+            yield f"zeros from {cut}", data[:cut] + bytes(len(data) - cut)
+    yield "one byte more", data + b"\0"
+    yield "twice", data * 2
+
+
+def lengths(data):
+    header, body = split(data)
+    text = data[8 : len(data) - len(body)]
+    for near in (0, 1, 2, len(text), len(data), 10**8, 2**31, 2**32, 2**53, 2**63, 2**64):
+        for length in {near - 9, near - 8, near - 1, near, near + 1}:
+            if 0 <= length < 2**64:
+                yield f"header of {length}", join(text, body, length)
+
+
+def lying_entries(data):
+    """One field of one tensor's entry is something else."""
+    header, body = split(data)
+    names = [name for name in header if name != "__metadata__"]
+    for name in names[::4]:
+        entry = header[name]
+        start, end = entry["data_offsets"]
+        shape = entry["shape"]
+        offsets = [(start + i, end + j) for i in (-4, -1, 0, 1, 4) for j in (-4, -1, 0, 1, 4)]
+        offsets += [(end, start), (0, len(body)), (len(body), len(body)), (0, end - start), (0, 0)]
+        offsets += [(start, 2**63), (2**64 - 4, 2**64 - 4 + end - start), (start, 10**30)]
+        changes = [{"data_offsets": list(pair)} for pair in offsets if pair != (start, end)]
+        changes += [{"data_offsets": odd} for odd in ([], [start], [start, end, end], None, "0, 4")]
+        shapes = [[10**12], [10**6, 10**6], [2**32, 2**32], [2**64], [-1], [0], [1] * 100, None, 5]
+        shapes += [[*shape, 10**12], [*shape, 0], [*shape, 1], [1, *shape], shape[::-1] + [2], "8"]
+        shapes += [[0, 10**12], [s + 0.5 for s in shape] or [0.5]]
+        changes += [{"shape": odd} for odd in shapes]
+        changes += [{"dtype": odd} for odd in [*SIZES, "F8_E4M3", "F4", "f32", "", "C64", 32, None]]
+        changes += [{"dtype": "F16", "shape": [*shape, 2]}, {"dtype": "F64"}]
+        for change in changes:
+            yield f"{name} {change}", join(header | {name: entry | change}, body)
+        for field in entry:
+            rest = {key: value for key, value in entry.items() if key != field}
+            yield f"{name} without {field}", join(header | {name: rest}, body)
+        yield f"without {name}", join({n: e for n, e in header.items() if n != name}, body)
+        yield f"{name} renamed", join({n + "x" * (n == name): e for n, e in header.items()}, body)
+        for other in random.Random(name).sample(names, 3):
+            swapped = header | {name: header[other], other: entry}
+            yield f"{name} for {other}", join(swapped, body)
+            yield f"{name} as {other}", join(header | {name: header[other]}, body)
+            double = json.dumps({name: header[other]}).encode()[:-1] + b","
+            text = json.dumps(header).encode()
+            yield f"{name} twice, first as {other}", join(double + text[1:], body)
+            yield (
+                f"{name} twice, last as {other}",
+                join(text[:-1] + b"," + double[1:-1] + b"}", body),
+            )
+        double = json.dumps({name: entry}).encode()[:-1] + b","
+        yield f"{name} twice", join(double + json.dumps(header).encode()[1:], body)
+
+
+def odd_headers(data):
+    header, body = split(data)
+    text = json.dumps(header).encode()
+    for odd in [
+        *DEEP,
+        b"",
+        b"null",
+        b"[]",
+        b"1",
+        b'""',
+        b"{}",
+        b"{",
+        b"\xff" * 9,
+        b"\xef\xbb\xbf{}",
+    ]:
+        yield f"header {odd[:9]}", join(odd, body)
+    deep = text[:-1] + b', "deep": ' + DEEP[2] + b"}"
+    yield "a deep entry", join(deep, body)
+    for value in VALUES:
+        yield f"metadata {value!r:.50}", join(header | {"__metadata__": value}, body)
+        yield f"metadata of {value!r:.50}", join(header | {"__metadata__": {"format": value}}, body)
+        yield f"an entry more, {value!r:.50}", join(header | {"more": value}, body)
+    for odd in ("", "\0", "\ud800", "é", "a" * 10**5, "../../x", "\n", "\x1b[2J"):
+        entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        yield f"a tensor called {odd!r:.50}", join(header | {odd: entry}, body)
+    many = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}
+    yield "twenty thousand empty tensors", join(header | many, body)
+    yield "only them", join(many, b"")
+    yield "spaces", join(text + b" " * 10**6, body)
+
+
+def flipped(data, count, seed=0):
+    """Some bytes are others, mostly in the header."""
+    dice = random.Random(seed)
+    start = len(data) - len(split(data)[1])
+    for _ in range(count):
+        damaged = bytearray(data)
+        limit = start if dice.random() < 0.8 else len(data)
+        places = [dice.randrange(8, limit) for _ in range(dice.choice([1, 1, 2, 5]))]
+        for place in places:
+            damaged[place] = dice.randrange(256) if dice.random() < 0.5 else data[place] ^ 1
+        yield f"other bytes at {places}", bytes(damaged)
+
+
+def safetensors_cases(files):
+    data = files["model.safetensors"]
+    families = truncated(data), lengths(data), lying_entries(data), odd_headers(data)
+    return [*itertools.chain(*families, flipped(data, 600))]
+
+
+def test_safetensors_that_lie(referee, files, their_names):
+    cases = safetensors_cases(files)
+
+    def is_as_stated(model, label):
+        data = (referee.directory / "model.safetensors").read_bytes()
+        return model.config == CONFIG and as_safetensors_says(model, data, their_names)
+
+    changes = [(label, {"model.safetensors": data}) for label, data in cases]
+    errors, loads = referee.judge(changes, load_model, is_as_stated)
+    assert errors > 3000 and loads > 50
+
+
+def test_weights_that_are_not_finite_are_named_and_loaded_as_they_are(files, tmp_path):
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    tensors = load_file(tmp_path / "model.safetensors")
+    changed = {name: tensor.clone() for name, tensor in tensors.items()}
+    changed["visual_projection.weight"][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    save_file(changed, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="NaN or infinity in 1 tensors: vision.proj.weight"):
+        model = load_model(tmp_path)
+    assert torch.equal(model.vision.proj.weight.nan_to_num(7e7)[0, :1], torch.tensor([7e7]))
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    assert bad == ["vision.proj.weight"]
+
+
+# ----------------------------------------------------------------------------- weights, as pickles
+
+
+def pickled(tensors, **options):
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer, **options)
+    return buffer.getvalue()
+
+
+class Harmful:
+    """What runs when it is unpickled, and leaves a file behind."""
+
+    def __init__(self, proof):
+        self.proof = str(proof)
+
+    def __reduce__(self):
+        return (open, (self.proof, "w"))
+
+
+def zip_boundaries(data):
+    """Where records, their headers and the directory of the archive begin, and near it."""
+    at = [
+        m.start() for m in re.finditer(rb"PK\x03\x04|PK\x01\x02|PK\x05\x06|PK\x06[\x06\x07]", data)
+    ]
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        at += [info.header_offset + 30 + len(info.filename) for info in archive.infolist()]
+    return sorted({cut for place in at for cut in (place - 1, place, place + 1, place + 12)})
+
+
+def rezipped(data, change):
+    """The archive with (name, contents) of each record put through `change`."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for info in old.infolist():
+            for name, contents in change(info.filename, old.read(info)):
+                new.writestr(name, contents)
+    return buffer.getvalue()
+
+
+def compressed(data):
+    """An archive of a kilobyte or so for each megabyte, that torch would blow up in memory."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old:
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
+            for info in old.infolist():
+                contents = old.read(info)
+                if info.filename.endswith("data.pkl"):
+                    contents += bytes(250_000_000)
+                new.writestr(info.filename, contents)
+    return buffer.getvalue()
+
+
+def pickle_cases(files, tensors, proof):
+    modern = pickled(tensors)
+    legacy = pickled(tensors, _use_new_zipfile_serialization=False)
+    for cut in zip_boundaries(modern):
+        yield f"archive cut at {cut}", modern[:cut]
+    for cut in [*range(0, 700, 7), *range(700, len(legacy), 191)]:
+        yield f"legacy file cut at {cut}", legacy[:cut]
+    dice = random.Random(0)
+    start, end = modern.index(b"data.pkl"), modern.index(b"data/0")
+    for data, first, last in ((modern, start, end), (modern, 0, len(modern)), (legacy, 0, 4000)):
+        for _ in range(150):
+            damaged = bytearray(data)
+            places = [dice.randrange(first, last) for _ in range(dice.choice([1, 1, 2, 5]))]
+            for place in places:
+                damaged[place] = dice.randrange(256)
+            yield f"other bytes of {len(data)} at {places}", bytes(damaged)
+    yield "compressed", compressed(modern)
+    for name in ("data.pkl", "version", "byteorder", "data/0"):
+        kept = [(lambda n, c, name=name: [] if n.endswith("/" + name) else [(n, c)])]
+        kept.append(lambda n, c, name=name: [(n, b"" if n.endswith("/" + name) else c)])
+        kept.append(lambda n, c, name=name: [(n, c[:-1] if n.endswith("/" + name) else c)])
+        for change in kept:
+            yield f"a lying record {name}", rezipped(modern, change)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    name = "visual_projection.weight"
+    lies = [
+        {name: torch.zeros(1).expand(10**12)},
+        {name: torch.zeros(1).expand(shapes[name])},
+        {name: torch.zeros(10**4).as_strided(shapes[name], (1, 0))},
+        {name: torch.zeros(0, 10**12)},
+        {"text_model.embeddings.position_ids": torch.zeros(1, dtype=torch.long).expand(10**10)},
+        {"text_model.embeddings.position_ids": torch.zeros(1, dtype=torch.long).expand(10**12)},
+        {"vision_model.embeddings.position_ids": torch.zeros(0, 10**12, dtype=torch.long)},
+        {name: torch.nn.Parameter(torch.zeros(shapes[name]), requires_grad=False).T},
+        {name: torch.quantize_per_tensor(torch.zeros(shapes[name]), 0.1, 0, torch.qint8)},
+        {name: torch.zeros(shapes[name], dtype=torch.complex64)},
+        {name: torch.zeros(shapes[name]).to_sparse_csr()},
+        {name: [0.0]}, {name: Harmful(proof)}, {("a", 1): torch.zeros(1)}, {name: {name: name}},
+    ]  # fmt: skip
+    for lie in lies:
+        for zipped in (True, False):
+            value = pickled(tensors | lie, _use_new_zipfile_serialization=zipped)
+            yield f"{lie!r:.90} {zipped}", value
+    for odd in (
+        tensors["logit_scale"],
+        [tensors],
+        "text",
+        None,
+        10**100,
+        {},
+        tensors | {"epoch": 3},
+    ):
+        yield f"a pickle of {odd!r:.30}", pickled(odd)
+    for protocol in range(6):
+        yield f"bare code {protocol}", pickle.dumps(Harmful(proof), protocol)
+        yield f"code after {protocol}", legacy + pickle.dumps(Harmful(proof), protocol)
+    yield "numbers that call", b"cos\nsystem\n(S'touch " + str(proof).encode() + b"'\ntR."
+    yield "nothing", b""
+    yield "an archive of nothing", rezipped(modern, lambda name, contents: [])
+    yield "safetensors under this name", files["model.safetensors"]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::DeprecationWarning"
+)  # torch, as it saves
+def test_pickles_that_lie(referee, files, their_names, tmp_path):
+    tensors = load_file(referee.directory / "model.safetensors")
+    proof = tmp_path / "proof"
+    cases = pickle_cases(files, tensors, proof)
+
+    def is_as_stated(model, label):
+        path = referee.directory / "pytorch_model.bin"
+        try:
+            stated = torch.load(path, weights_only=True)
+        except (RuntimeError, OSError):  # a checksum is wrong, which is not looked at in a mapping
+            stated = torch.load(path, weights_only=True, mmap=True)
+        weights = model.state_dict()
+        return model.config == CONFIG and all(
+            torch.equal(weights[ours].nan_to_num(7e7), stated[theirs].float().nan_to_num(7e7))
+            for ours, theirs in their_names.items()
+        )
+
+    gone = {"model.safetensors": None}
+    changes = [(label, gone | {"pytorch_model.bin": data}) for label, data in cases]
+    errors, loads = referee.judge(changes, load_model, is_as_stated)
+    assert errors > 500 and loads > 20
+    assert not proof.exists()
+
+
+# ------------------------------------------------------------------------------------------ shards
+
+
+def shard_cases(files):
+    names = list(split(files["model.safetensors"])[0])[1:]
+    whole = {name: "a.safetensors" for name in names}
+    shards = [
+        "../a.safetensors", "../../a.safetensors", "/etc/passwd", "/a.safetensors", "", ".", "..",
+        "./a.safetensors", "b/../a.safetensors", "a.safetensors/", "a.safetensors\0", "a" * 300,
+        "absent.safetensors", "config.json", "model.safetensors.index.json", "..\\a.safetensors",
+        "~/a.safetensors", "http://127.0.0.1/a.safetensors", "loop.safetensors", "\ud800.bin",
+        "folder.safetensors", "a.SAFETENSORS", None, 3, [], {}, ["a.safetensors"],
+    ]  # fmt: skip
+    for shard in shards:
+        yield f"all in {shard!r:.40}", {"weight_map": dict.fromkeys(names, shard)}
+        yield f"one in {shard!r:.40}", {"weight_map": whole | {names[0]: shard}}
+        yield f"one more, in {shard!r:.40}", {"weight_map": whole | {"more": shard}}
+    for value in VALUES:
+        yield f"map {value!r:.40}", {"weight_map": value}
+    yield "no map", {}
+    yield "empty map", {"weight_map": {}}
+    for name in names:
+        yield f"{name} in two", {"weight_map": whole | {name: "again.safetensors"}}
+    yield "sizes that lie", {"weight_map": whole, "metadata": {"total_size": -1}}
+
+
+def test_an_index_of_shards_that_lies(referee, files, their_names):
+    directory = referee.directory
+    (directory.parent / "a.safetensors").write_bytes(files["model.safetensors"])
+    (directory / "loop.safetensors").symlink_to("loop.safetensors")
+    (directory / "folder.safetensors").mkdir()
+    data = files["model.safetensors"]
+    one = {"logit_scale": torch.zeros(())}
+    save_file(one, directory / "again.safetensors")
+    fixed = {"model.safetensors": None, "a.safetensors": data}
+    name = "model.safetensors.index.json"
+    cases = [(label, json.dumps(index).encode()) for label, index in shard_cases(files)]
+    cases += [(f"deep {text[:6]}", text) for text in DEEP]
+    whole = json.dumps({"weight_map": {"logit_scale": "a.safetensors"}}).encode()
+    cases += [(f"cut at {cut}", whole[:cut]) for cut in range(len(whole))]
+    cases += [("not UTF-8", whole.replace(b"logit", b"\xff\xfe")), ("the rest unsaid", whole)]
+
+    def is_as_stated(model, label):
+        return as_safetensors_says(model, data, their_names)
+
+    changes = [(label, fixed | {name: text}) for label, text in cases]
+    errors, loads = referee.judge(changes, load_model, is_as_stated)
+    assert errors > 150 and loads > 1
+
+
+# ------------------------------------------------------------------------------------------ config
+
+
+def config_cases(files):
+    """(label, config, {where: value}): every number of a config is everything it should not be."""
+    config = json.loads(files["config.json"])
+    places = [
+        (section, key) for section in ("text_config", "vision_config") for key in config[section]
+    ]
+    for section, key in [
+        *places,
+        ("text_config", "head_dim"),
+        ("vision_config", "num_register_tokens"),
+    ]:
+        rest = {k: v for k, v in config[section].items() if k != key}
+        yield f"{section} without {key}", config | {section: rest}, {}
+        for value in VALUES:
+            changed = config | {section: config[section] | {key: value}}
+            yield f"{section}.{key} {value!r:.40}", changed, {(section, key): value}
+    for key in config:
+        yield f"without {key}", {k: v for k, v in config.items() if k != key}, {}
+        for value in VALUES:
+            yield f"{key} {value!r:.40}", config | {key: value}, {(key,): value}
+    for key in ("text_config_dict", "vision_config_dict"):
+        for value in VALUES:
+            yield f"{key} {value!r:.40}", config | {key: value}, {}
+
+
+def test_a_config_that_lies(referee, files, their_names):
+    cases = [*config_cases(files)]
+    stated = {label: values for label, _, values in cases}
+    texts = [(label, json.dumps(config).encode()) for label, config, _ in cases]
+    whole = files["config.json"]
+    texts += [(f"deep {text[:6]}", text) for text in DEEP]
+    texts += [(f"cut at {cut}", whole[:cut]) for cut in range(0, len(whole), 5)]
+    texts += [("not UTF-8", whole.replace(b"clip", b"\xff\xfe")), ("a long number", b"9" * 10**5)]
+    texts += [("UTF-16", whole.decode().encode("utf-16")), ("with a mark", b"\xef\xbb\xbf" + whole)]
+
+    def is_as_stated(model, label):
+        """The model says of itself what the file said, where that is read at all."""
+        for place, value in stated.get(label, {}).items():
+            found = model.config.to_dict()
+            for key in place:
+                found = found.get(key, value)  # other names for what is said elsewhere
+            unread = value is None or place[-1] in ("architectures", "model_type", "projection_dim")
+            if not unread and value not in (found, [found]):
+                return False
+        return as_safetensors_says(model, files["model.safetensors"], their_names)
+
+    changes = [(label, {"config.json": text}) for label, text in texts]
+    errors, loads = referee.judge(changes, load_model, is_as_stated)
+    assert errors > 600 and loads > 50
+
+
+# ------------------------------------------------------------------------- tokenizer and transform
+
+
+def as_merges(lines):
+    return ("#version: 0.2\n" + "\n".join(lines) + "\n").encode()
+
+
+def tokenizer_cases(files):
+    vocab = json.loads(files["vocab.json"])
+    lines = files["merges.txt"].decode().splitlines()[1:]
+    last, end = len(vocab) - 1, "<|endoftext|>"
+
+    def with_vocab(changes):
+        return json.dumps({t: id for t, id in (vocab | changes).items() if id is not ...}).encode()
+
+    for value in VALUES:
+        for token in ("a", lines[0].replace(" ", ""), end):
+            yield f"{token} has {value!r:.40}", {"vocab.json": with_vocab({token: value})}
+        yield f"one more has {value!r:.40}", {"vocab.json": with_vocab({"more": value})}
+        yield f"vocab {value!r:.40}", {"vocab.json": json.dumps(value).encode()}
+    for token in list(vocab)[::7] + [end]:
+        yield f"no {token}", {"vocab.json": with_vocab({token: ...})}
+        yield f"{token} twice", {"vocab.json": with_vocab({token: last})}
+    for at in range(len(lines)):
+        yield f"merge {at} missing", {"merges.txt": as_merges(lines[:at] + lines[at + 1 :])}
+        yield f"merge {at} twice", {"merges.txt": as_merges([*lines[:at], *lines[at - 1 :]])}
+        yield f"gap at {at}", {"merges.txt": as_merges([*lines[:at], "", *lines[at:]])}
+        for odd in ("a", "a b c", " ", "a  b", "a b ", "\ud83d".encode("utf-8", "surrogatepass"),
+                    b"\xff \xfe", "x" * 10**5 + " y", "\0 \0", "a é", "#version a"):  # fmt: skip
+            odd = odd if isinstance(odd, bytes) else odd.encode()
+            lie = as_merges(lines).replace(lines[at].encode() + b"\n", odd + b"\n", 1)
+            yield f"merge {at} is {odd[:20]}", {"merges.txt": lie}
+    yield "merges backwards", {"merges.txt": as_merges(lines[::-1])}
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        yield f"no {name}", {name: None}
+        for text in [*DEEP, b"", b"\0", b"\xff\xfe", files[name].decode().encode("utf-16")]:
+            yield f"{name} {text[:9]}", {name: text}
+        for cut in range(1, len(files[name]), len(files[name]) // 25):
+            yield f"{name} cut at {cut}", {name: files[name][:cut]}
+    config = json.loads(files["tokenizer_config.json"])
+    for key in [*config, "added_tokens_decoder", "extra_special_tokens", "cls_token"]:
+        for value in VALUES:
+            lie = json.dumps(config | {key: value}).encode()
+            yield f"{key} {value!r:.40}", {"tokenizer_config.json": lie}
+    gone = {"vocab.json": None, "merges.txt": None}
+    for value in VALUES:
+        for model in (value, {"vocab": value, "merges": lines}, {"vocab": vocab, "merges": value}):
+            lie = json.dumps({"model": model}).encode()
+            yield f"tokenizer.json {model!r:.60}", gone | {"tokenizer.json": lie}
+    simple = gzip.compress(as_merges(lines))
+    for cut in range(0, len(simple), 9):
+        yield (
+            f"the archive cut at {cut}",
+            gone | {miniclip.tokenizer.OPENAI_VOCABULARY: simple[:cut]},
+        )
+
+
+def test_a_tokenizer_that_lies(referee, files):
+    def is_as_stated(tokenizer, label):
+        if tokenizer.encode("a cat")[:2] == []:
+            return False
+        try:
+            vocab = json.loads((referee.directory / "vocab.json").read_bytes())
+        except FileNotFoundError:
+            return True
+        lines = (referee.directory / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+        return tokenizer.vocab.items() >= vocab.items() and list(tokenizer.merges) == merges
+
+    errors, loads = referee.judge(tokenizer_cases(files), Tokenizer.from_pretrained, is_as_stated)
+    assert errors > 500 and loads > 20
+
+
+def transform_cases(files):
+    settings = json.loads(files["preprocessor_config.json"])
+    name = "preprocessor_config.json"
+    odd = [[0.5] * 3, [0.5, 0.5, "0.5"], [0.5, 0.5, float("nan")], {"height": 8, "width": 9}]
+    odd += [{"shortest_edge": value} for value in VALUES]
+    for key in [*settings, "do_pad", "resize_mode"]:
+        for value in VALUES + odd:
+            yield f"{key} {value!r:.40}", {name: json.dumps(settings | {key: value}).encode()}
+    for text in [*DEEP, b"", b"[]", b"\xff\xfe"]:
+        yield f"{text[:9]}", {name: text}
+        yield f"processor {text[:9]}", {"processor_config.json": text}
+    for cut in range(0, len(files[name]), 9):
+        yield f"cut at {cut}", {name: files[name][:cut]}
+
+
+def test_a_transform_that_lies(referee, files):
+    picture = torch.zeros(3, 20, 30, dtype=torch.uint8)
+
+    def is_as_stated(transform, label):
+        side = transform.crop_size
+        return side > 4096 or transform(picture).shape == (3, side, side)
+
+    cases = transform_cases(files)
+    errors, loads = referee.judge(cases, ImageTransform.from_pretrained, is_as_stated)
+    assert errors > 300 and loads > 20
+
+
+def test_parts_that_disagree(referee, files):
+    """A model that embeds fewer tokens than the tokenizer has is found by `load` alone."""
+    longer = json.loads(files["vocab.json"])
+    longer |= {f"more{i}": len(longer) + i for i in range(600 - len(longer))}
+    cases = [("more tokens", {"vocab.json": json.dumps(longer).encode()})]
+    for name in files:
+        cases.append((f"no {name}", {name: None}))
+        cases.append((f"empty {name}", {name: b""}))
+    errors, loads = referee.judge(cases, miniclip.load, lambda loaded, label: True)
+    assert errors > len(files) and loads < len(cases) / 2
+
+
+def test_there_are_five_thousand_of_them(files, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    families = [
+        safetensors_cases(files),
+        pickle_cases(files, tensors, tmp_path / "proof"),
+        shard_cases(files),
+        config_cases(files),
+        tokenizer_cases(files),
+        transform_cases(files),
+    ]
+    assert sum(1 for family in families for _ in family) >= 5000

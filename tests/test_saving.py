@@ -1,0 +1,293 @@
+"""A save that is killed, or runs out of disk, leaves the old checkpoint or the new one, whole."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import miniclip
+from miniclip import (
+    CLIP,
+    CheckpointError,
+    CLIPConfig,
+    ImageTransform,
+    TextConfig,
+    Tokenizer,
+    VisionConfig,
+)
+from miniclip.config import SAVED, finish_save, saving
+from miniclip.parity import randomize
+
+# Two checkpoints that differ in every file. The shapes of their weights are the same, so that no
+# error would come of the weights of one beside the configuration of the other.
+VISION = VisionConfig(width=24, layers=1, heads=2, mlp_width=40, image_size=16, patch_size=8)
+TEXT = TextConfig(
+    width=16, layers=1, heads=2, mlp_width=24, vocab_size=600, context_length=12,
+    bos_token_id=598, eos_token_id=599,
+)  # fmt: skip
+OLD = CLIPConfig(VISION, TEXT, embed_dim=12)
+NEW = replace(OLD, vision=replace(VISION, act="gelu"), text=replace(TEXT, act="gelu"))
+
+
+def checkpoint(config, seed, words):
+    tokenizer = Tokenizer.train([words], config.text.vocab_size, context_length=10 + seed)
+    transform = ImageTransform(16 + seed, crop_size=16)
+    model = CLIP(config).eval()
+    randomize(model, seed)
+    return model, tokenizer, transform
+
+
+def old():
+    return checkpoint(OLD, 0, "a photo of a cat")
+
+
+def new():
+    return checkpoint(NEW, 1, "a small drawing of the moon")
+
+
+def contents(loaded):
+    """All there is to a checkpoint, comparable."""
+    model, tokenizer, transform = loaded
+    weights = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+    tokens = tokenizer.vocab, tokenizer.merges, tokenizer.context_length
+    return model.config, weights, tokens, transform
+
+
+# A process that does nothing but save one and the other, and is killed.
+SCRIPT = """
+import os, random, signal, sys, time
+from miniclip import load, save
+from test_saving import contents, new, old
+
+directory, times = sys.argv[1], int(sys.argv[2])
+parts = [old(), new()]
+states = [contents(part) for part in parts]
+save(directory, *parts[0])
+start = time.perf_counter()
+save(directory, *parts[0])
+duration = time.perf_counter() - start
+ends = [0, 0]
+
+def outcome(victim):
+    pid = os.fork()
+    if not pid:
+        victim()
+        os._exit(0)
+    return pid
+
+def check():
+    state = contents(load(directory))
+    assert state in states, "a mixture"
+    ends[states.index(state)] += 1
+
+def save_for_ever():
+    while True:
+        for part in parts:
+            save(directory, *part)
+
+random.seed(0)
+for _ in range(times):
+    pid = outcome(save_for_ever)
+    time.sleep(random.uniform(0.5, 4) * duration)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    check()
+
+def save_until(operation):
+    left = [operation]
+    def hook(event, args):
+        if event == "open" or event.startswith(("os.", "shutil.")):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    save(directory, *parts[1])
+
+operation, status = 0, 1
+while status:
+    operation += 1
+    save(directory, *parts[0])
+    status = os.waitpid(outcome(lambda: save_until(operation)), 0)[1]
+    check()
+save(directory, *parts[1])
+assert contents(load(directory)) == states[1]
+print(operation - 1, *ends)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new(tmp_path):
+    """A hundred times at random, and then before each of its operations on files."""
+    paths = [str(Path(miniclip.__file__).parent.parent), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), "100"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    operations, olds, news = map(int, run.stdout.split())
+    assert operations > 20 and min(olds, news) > 10, run.stdout
+
+
+# ------------------------------------------------------------------------------------------ no room
+
+
+@contextmanager
+def disk_of(size):
+    """Files can be no longer than this. Python ignores the signal, so that it is an OSError."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    miniclip.save(tmp_path / "saved", *old())
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("size", [0, 100, 500, 5_000, 50_000])
+def test_a_full_disk_is_an_error_that_leaves_the_old_checkpoint(saved, size):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert size < max(map(len, before.values()))
+    with disk_of(size), pytest.raises(CheckpointError, match="saved.*: cannot save.*: .*too large"):
+        miniclip.save(saved, *new())
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert contents(miniclip.load(saved)) == contents(old())
+
+
+@pytest.mark.parametrize("part", range(3), ids=["model", "tokenizer", "transform"])
+def test_a_full_disk_for_one_part_alone(saved, part):
+    with disk_of(100), pytest.raises(CheckpointError, match="cannot save"):
+        new()[part].save_pretrained(saved)
+    assert contents(miniclip.load(saved)) == contents(old())
+    assert not list(saved.glob(".*"))
+
+
+# --------------------------------------------------------------------------------- the other files
+
+
+def test_other_files_and_permissions_are_respected(saved):
+    (saved / "README.md").write_text("mine")
+    (saved / "empty").touch()
+    (saved / "runs" / "1").mkdir(parents=True)
+    (saved / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    for number, path in enumerate(sorted(saved.glob("*.*"))):
+        path.chmod(0o600 + number)
+    before = {path.name: path.stat().st_mode for path in saved.iterdir()}
+    miniclip.save(saved, *new())
+    assert {path.name: path.stat().st_mode for path in saved.iterdir()} == before
+    assert (saved / "README.md").read_text() == "mine"
+    assert "CLIPProcessor" in (saved / "processor_config.json").read_text()
+    assert contents(miniclip.load(saved)) == contents(new())
+
+
+def test_the_files_of_a_tokenizer_in_another_form_are_superseded(saved):
+    (saved / "tokenizer.json").write_text("of another")
+    (saved / "added_tokens.json").write_text("of another")
+    miniclip.save(saved, *new())
+    assert not {"tokenizer.json", "added_tokens.json"} & {path.name for path in saved.iterdir()}
+    assert contents(miniclip.load(saved)) == contents(new())
+
+
+def test_the_weights_say_that_they_are_pytorch_s(saved):
+    with safe_open(saved / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+# -------------------------------------------------------------------------------- the steps of it
+
+
+def test_nothing_is_in_place_before_all_is_written(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), saving(tmp_path) as folder:
+        (folder / "a").write_text("new")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_complete_save_is_finished_by_whoever_comes_next(saved):
+    miniclip.save(saved / SAVED, *new())  # as left behind by a process killed before its last step
+    (saved / "tokenizer.json").write_text("of another")
+    (saved / SAVED / "tokenizer.json").touch()
+    assert contents(miniclip.load(saved)) == contents(new())
+    assert not (saved / SAVED).exists() and not (saved / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_a_complete_save_is_finished_for_each_part_and_file(saved, name):
+    for part, kind in enumerate([CLIP, Tokenizer, ImageTransform]):
+        miniclip.save(saved / SAVED, *old())
+        miniclip.save(saved, *new())
+        miniclip.save(saved / SAVED, *old())
+        kind.from_pretrained(saved / name)
+        assert contents(miniclip.load(saved)) == contents(old()), part
+
+
+def test_a_complete_save_that_cannot_be_finished_is_an_error(saved, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    miniclip.save(saved / SAVED, *new())
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", refuse)
+        with pytest.raises(CheckpointError, match="a save was cut short here.*Read-only"):
+            miniclip.load(saved)
+    assert contents(miniclip.load(saved)) == contents(new())
+
+
+def test_a_link_is_no_save_to_finish(saved, tmp_path):
+    miniclip.save(tmp_path / "elsewhere", *new())
+    (saved / SAVED).symlink_to(tmp_path / "elsewhere")
+    assert contents(miniclip.load(saved)) == contents(old())
+    assert contents(miniclip.load(tmp_path / "elsewhere")) == contents(new())
+
+
+def test_what_killed_processes_left_is_cleared_away_after_an_hour(saved):
+    for name, age in ((".saving-old", 4000), (".saving-new", 60)):
+        (saved / name).mkdir()
+        (saved / name / "model.safetensors").touch()
+        os.utime(saved / name, (time.time() - age,) * 2)
+    miniclip.save(saved, *new())
+    assert [path.name for path in saved.glob(".*")] == [".saving-new"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
+    (saved / "vocab.json").unlink()
+    (saved / "vocab.json").mkdir()
+    before = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="cannot save here: .*vocab.json is a directory"):
+        miniclip.save(saved, *new())
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert not list(saved.glob(".*"))
+
+
+def test_two_savers_and_a_finisher_at_once_leave_one_of_the_two(tmp_path):
+    """Two threads do as two processes would; whoever is late gets the error of a busy folder."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def save_often(text):
+        for _ in range(50):
+            try:
+                with saving(tmp_path) as folder:
+                    for name in "abc":
+                        (folder / name).write_text(text)
+            except OSError as error:
+                assert error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+
+    with ThreadPoolExecutor(3) as pool:
+        tasks = [pool.submit(save_often, text) for text in ("one", "two")]
+        tasks.append(pool.submit(lambda: [finish_save(tmp_path) for _ in range(500)]))
+        for task in tasks:
+            task.result()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
