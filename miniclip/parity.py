@@ -154,9 +154,9 @@ def _compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:
     pictures = diagnosis.pictures(ours.size)
     one, other = ([transform(picture) for picture in pictures] for transform in (ours, theirs))
     row = _exact("pixels", *(torch.cat([x.flatten() for x in pixels]) for pixels in (one, other)))
-    return [row], None if row.within_tolerance else diagnosis.cause_in_pixels(
-        ours, theirs, one, other
-    )
+    if row.within_tolerance:
+        return [row], None
+    return [row], diagnosis.cause_in_pixels(ours, theirs, one, other)
 
 
 def _exact(site: str, one: Tensor, other: Tensor) -> Difference:
