@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from miniclip.retrieval import Throughput
     from miniclip.zeroshot import Evaluation, Score
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
@@ -254,9 +255,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--out",
-        required=True,
         metavar="FILE",
         help="the index, a safetensors file; killed, the same command goes on where it was",
+    )
+    sub.add_argument(
+        "--time",
+        action="store_true",
+        help="instead of --out: images/s of decoding alone, of the encoder alone, and of both",
     )
     sub.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
     sub.add_argument(
@@ -277,7 +282,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "search",
         search,
-        "The pictures of an index that are nearest to a text, a picture, or a sum of them.",
+        "The pictures of an index nearest to a text, a picture, or a sum of several.",
         'miniclip search index.safetensors "a red bicycle" --sheet bicycles.png\n'
         "  miniclip search index.safetensors --image dog.jpg --minus grass",
     )
@@ -584,9 +589,11 @@ def embed(args: argparse.Namespace) -> int:
     import torch
 
     from miniclip.checkpoint import load
-    from miniclip.retrieval import build_index, describe, find_pictures, lasting_name
+    from miniclip.retrieval import build_index, describe, find_pictures, lasting_name, throughput
     from miniclip.training import process_group
 
+    if bool(args.out) == args.time:
+        raise ValueError("expected one of --out, the index to write, and --time")
     pictures, damage = find_pictures(args.paths)
     with process_group(args.device) as device:
         loaded = load(
@@ -596,6 +603,10 @@ def embed(args: argparse.Namespace) -> int:
             reference=args.reference,
             revision=args.revision,
         )
+        if args.time:
+            return embedding_speed(
+                throughput(loaded, pictures, args.batch, args.workers), args.json
+            )
         encoder = describe(loaded, *lasting_name(args.model, args.revision))
         index = build_index(args.out, loaded, pictures, encoder, damage, args.batch, args.workers)
     if os.environ.get("RANK", "0") != "0":
@@ -624,13 +635,28 @@ def embed(args: argparse.Namespace) -> int:
     return 0
 
 
+def embedding_speed(found: "Throughput", as_json: bool) -> int:
+    if as_json:
+        print_json(found._asdict())
+        return 0
+    print(f"{'decoding alone':<16}{found.decoding:10,.1f} images/s")
+    print(f"{'encoder alone':<16}{found.encoding:10,.1f} images/s")
+    share = found.together / min(found.decoding, found.encoding)
+    print(f"{'together':<16}{found.together:10,.1f} images/s, {share:.0%} of the slower")
+    return 0
+
+
 def search(args: argparse.Namespace) -> int:
+    from time import perf_counter
+
     from miniclip.retrieval import Index, draw_sheet, embed_query
 
     index = Index.load(args.index)
     loaded = index.load_encoder(args.model, args.device)
     query = embed_query(loaded, args.texts, args.image, args.minus, args.minus_image)
+    start = perf_counter()
     hits = index.search(query, args.k)
+    seconds = perf_counter() - start
     if args.json:
         print_json([hit._asdict() for hit in hits])
     else:
@@ -642,6 +668,7 @@ def search(args: argparse.Namespace) -> int:
         for reason in draw_sheet(index, hits, title, args.sheet):
             print(f"miniclip: not on the sheet: {reason}", file=sys.stderr)
         print(f"picture: {args.sheet}", file=sys.stderr)
+    print(f"{len(index):,} pictures searched in {seconds:.2f} s", file=sys.stderr)
     return 0
 
 

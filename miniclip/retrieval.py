@@ -31,9 +31,11 @@ import os
 import shutil
 import sys
 import tarfile
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from itertools import chain, islice
 from os import PathLike
@@ -410,6 +412,7 @@ def embed_images(
     Threads (`workers`, or as many as torch uses) decode ahead of the encoder. A picture that cannot
     be read is listed in `skipped`. Raises ValueError where an embedding is no unit vector.
     """
+    check_counts(batch, workers)
     ((embeddings, paths, skipped),) = embed_parts(loaded, [pictures], batch, workers)
     return Index(embeddings, Strings.pack(paths), describe(loaded, name), skipped, os.getcwd())
 
@@ -430,9 +433,12 @@ def build_index(
     under torchrun, each of whose processes calls this. Raises ValueError where the folder holds the
     parts of another build, or no picture can be read.
     """
+    check_counts(batch, workers)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     barrier = dist.barrier if dist.is_initialized() else lambda: None
     out = Path(out)
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; expected the name of a file to be written")
     folder = out.with_name(f"{out.name}.parts")
     parts = [pictures[i : i + PART] for i in range(0, len(pictures), PART)]
     files = [folder / f"{i:06}.safetensors" for i in range(len(parts))]
@@ -460,6 +466,11 @@ def build_index(
     return Index.load(out)
 
 
+def check_counts(batch: int, workers: int | None) -> None:
+    if batch < 1 or (workers is not None and workers < 1):
+        raise ValueError(f"batch is {batch}, workers {workers}; expected at least 1 of each")
+
+
 def embed_parts(
     loaded: Loaded,
     parts: Sequence[Sequence[Source]],
@@ -472,12 +483,9 @@ def embed_parts(
     Which pictures share a batch is decided by their places in the part alone: the rounding of an
     embedding depends on it.
     """
-    if batch < 1 or (workers is not None and workers < 1):
-        raise ValueError(f"batch is {batch}, workers {workers}; expected at least 1 of each")
     model, _, transform = loaded
-    decoded = read_ahead(
-        lambda source: pixels_of(source, transform), chain(*parts), 2 * batch, workers
-    )
+    decode = partial(pixels_of, transform=transform)
+    decoded = read_ahead(decode, chain(*parts), 2 * batch, workers)
     total = sum(map(len, parts))
     with tqdm(total=total, unit="image", delay=2, disable=silent or None, leave=False) as bar:
         for part in parts:
@@ -553,6 +561,36 @@ def merged(parts: Sequence[Index], damage: Sequence[str], scratch: Path) -> Inde
     torch.cat([part.embeddings for part in parts], out=embeddings)
     paths = Strings.pack(chain(*(part.paths for part in parts)))
     return Index(embeddings, paths, parts[0].encoder, skipped, parts[0].folder)
+
+
+class Throughput(NamedTuple):
+    """Pictures a second."""
+
+    decoding: float  # to pixels, by the workers, with nothing else to do
+    encoding: float  # by the vision tower, of pixels that are there
+    together: float
+
+
+def throughput(
+    loaded: Loaded, pictures: Sequence[Source], batch: int = 64, workers: int | None = None
+) -> Throughput:
+    """How fast `embed_images` is, and how fast each half of its work alone."""
+    check_counts(batch, workers)
+    model, _, transform = loaded
+    pixels = torch.zeros(batch, 3, transform.crop_size, transform.crop_size)
+    sizes = [min(batch, len(pictures) - i) for i in range(0, len(pictures), batch)]
+    embed(model, pixels)  # the first call of a model takes longer
+
+    def rate(work: Iterable[Any]) -> float:
+        start = time.perf_counter()
+        deque(work, maxlen=0)
+        return len(pictures) / (time.perf_counter() - start)
+
+    return Throughput(
+        rate(read_ahead(partial(pixels_of, transform=transform), pictures, 2 * batch, workers)),
+        rate(embed(model, pixels[:size]) for size in sizes),
+        rate(embed_parts(loaded, [pictures], batch, workers)),
+    )
 
 
 # ------------------------------------------------------------------------------------------------
