@@ -527,6 +527,7 @@ def build_settings(
         "transform": repr(encoder.transform),
         "device": loaded.model.logit_scale.device.type,
         "batch": batch,
+        "part": PART,
         "pictures": sha256(listed).hexdigest(),
         "folder": os.getcwd(),
     }
