@@ -101,7 +101,7 @@ def find_pictures(paths: Iterable[str | PathLike[str]]) -> tuple[list[Source], l
     """
     found: dict[Source, None] = {}
     damage: list[str] = []
-    for path in map(os.fspath, paths):
+    for path in (os.fspath(path) for path in paths):
         known_damage = len(damage)
         pictures: list[Source] = []
         for name in _files(path):
@@ -610,19 +610,22 @@ def embed_query(
     Raises ValueError where nothing is left, and the errors of the tokenizer and the transform.
 
     >>> import miniclip
-    >>> embed_query(miniclip.load("cifar10"), ["a ship"], minus=["a truck"]).norm()
-    tensor(1.)
+    >>> query = embed_query(miniclip.load("cifar10"), ["a ship"], minus=["a truck"])
+    >>> round(query.norm().item(), 5)
+    1.0
     """
     model, tokenizer, transform = loaded
+    texts, minus = ([x] if isinstance(x, str) else x for x in (texts, minus))
     if not all(text.strip() for text in (*texts, *minus)):
         raise ValueError("a text is empty: expected at least one word in it")
     rows = [torch.empty(0, model.config.embed_dim)]
-    if both := [*texts, *minus]:
+    if texts or minus:
         with torch.inference_mode():
-            x = model.encode_text(tokenizer(both).to(model.logit_scale.device))
+            x = model.encode_text(tokenizer([*texts, *minus]).to(model.logit_scale.device))
         rows.append(unit_norm(x.float()).cpu())
-    if both := [*pictures, *minus_pictures]:
-        rows.append(embed(model, torch.stack([pixels_of(picture, transform) for picture in both])))
+    if pictures or minus_pictures:
+        pixels = [pixels_of(picture, transform) for picture in (*pictures, *minus_pictures)]
+        rows.append(embed(model, torch.stack(pixels)))
     signs = [1] * len(texts) + [-1] * len(minus) + [1] * len(pictures) + [-1] * len(minus_pictures)
     query = torch.tensor(signs, dtype=torch.float32) @ torch.cat(rows)
     if query.norm() < 1e-3:
@@ -672,7 +675,12 @@ def draw_sheet(
     return lost
 
 
-def fitting(text: str, font: ImageFont.FreeTypeFont, width: int, keep_end: bool = False) -> str:
+def fitting(
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    width: int,
+    keep_end: bool = False,
+) -> str:
     """As much of a text as `width` pixels have room for: its beginning, or its end."""
     text = " ".join(text.split())
     shown = text

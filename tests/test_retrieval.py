@@ -458,6 +458,7 @@ def test_a_query_is_the_sum_and_the_difference_of_unit_vectors(loaded, tmp_path)
         pictures = model.encode_image(transform([one, two]), normalize=True)
     for query, expected in [
         (embed_query(loaded, ["a cat"]), texts[0]),
+        (embed_query(loaded, "a cat"), texts[0]),  # one text, not five letters
         (embed_query(loaded, pictures=[one]), pictures[0]),
         (embed_query(loaded, minus=["a dog"]), -texts[1]),
         (
