@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from miniclip.checkpoint import Mapped
     from miniclip.parity import Report
+    from miniclip.retrieval import Throughput
     from miniclip.zeroshot import Evaluation, Score
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
@@ -269,6 +270,72 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--plot", metavar="PNG", help="with --score: draw the first scenes' maps")
     sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
     model_options(sub)
+
+    sub = command(
+        "embed",
+        embed,
+        "Read pictures into an index that `miniclip search` searches.",
+        "miniclip embed photographs --out index.safetensors\n"
+        "  torchrun --nproc-per-node 8 -m miniclip embed shards --out index.safetensors",
+    )
+    sub.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="pictures, folders, WebDataset .tar shards, or patterns such as '2024/**/*.jpg'",
+    )
+    sub.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the index, a safetensors file; killed, the same command goes on where it was",
+    )
+    sub.add_argument(
+        "--time",
+        action="store_true",
+        help="instead of --out: images/s of decoding alone, of the encoder alone, and of both",
+    )
+    sub.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
+    sub.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the model (default: %(default)s)",
+    )
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    sub.add_argument(
+        "--workers", type=int, metavar="N", help="threads that decode (default: one for each core)"
+    )
+    model_options(sub)
+
+    sub = command(
+        "search",
+        search,
+        "The pictures of an index nearest to a text, a picture, or a sum of several.",
+        'miniclip search index.safetensors "a red bicycle" --sheet bicycles.png\n'
+        "  miniclip search index.safetensors --image dog.jpg --minus grass",
+    )
+    sub.add_argument("index", metavar="INDEX", help="what `miniclip embed` wrote")
+    sub.add_argument("texts", nargs="*", metavar="TEXT", help="several are added up")
+    sub.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="add a picture to the query"
+    )
+    sub.add_argument(
+        "--minus", action="append", default=[], metavar="TEXT", help="take a text from the query"
+    )
+    sub.add_argument(
+        "--minus-image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="take a picture from the query",
+    )
+    sub.add_argument("-k", type=int, default=12, metavar="N", help="pictures (default: 12)")
+    sub.add_argument("--sheet", metavar="PNG", help="show the pictures with their scores")
+    sub.add_argument("--model", help="where the model is now, if not where it was")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
 
     sub = command(
         "demo",
@@ -550,6 +617,93 @@ def explanation_table(found: dict[str, list[Any]]) -> str:
         "rollout do not read the text.",
     ]
     return "\n".join(lines)
+
+
+def embed(args: argparse.Namespace) -> int:
+    import torch
+
+    from miniclip.checkpoint import load
+    from miniclip.retrieval import build_index, describe, find_pictures, lasting_name, throughput
+    from miniclip.training import process_group
+
+    if bool(args.out) == args.time:
+        raise ValueError("expected one of --out, the index to write, and --time")
+    pictures, damage = find_pictures(args.paths)
+    with process_group(args.device) as device:
+        loaded = load(
+            args.model,
+            device=device,
+            dtype=getattr(torch, args.dtype),
+            reference=args.reference,
+            revision=args.revision,
+        )
+        if args.time:
+            return embedding_speed(
+                throughput(loaded, pictures, args.batch, args.workers), args.json
+            )
+        encoder = describe(loaded, *lasting_name(args.model, args.revision))
+        index = build_index(args.out, loaded, pictures, encoder, damage, args.batch, args.workers)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # of several processes, the first one speaks
+    if index.skipped:
+        print(
+            f"miniclip: skipped {len(index.skipped):,}, which the index lists; the first: "
+            f"{index.skipped[0]}",
+            file=sys.stderr,
+        )
+    if args.json:
+        print_json(
+            {
+                "index": args.out,
+                "images": len(index),
+                "width": index.embeddings.shape[1],
+                "skipped": list(index.skipped),
+            }
+            | {
+                name: getattr(encoder, name)
+                for name in ("model", "revision", "fingerprint", "dtype")
+            }
+        )
+    else:
+        print(f"{args.out}: {len(index):,} images, by {encoder}")
+    return 0
+
+
+def embedding_speed(found: "Throughput", as_json: bool) -> int:
+    if as_json:
+        print_json(found._asdict())
+        return 0
+    print(f"{'decoding alone':<16}{found.decoding:10,.1f} images/s")
+    print(f"{'encoder alone':<16}{found.encoding:10,.1f} images/s")
+    share = found.together / min(found.decoding, found.encoding)
+    print(f"{'together':<16}{found.together:10,.1f} images/s, {share:.0%} of the slower")
+    return 0
+
+
+def search(args: argparse.Namespace) -> int:
+    from time import perf_counter
+
+    from miniclip.retrieval import Index, draw_sheet, embed_query
+
+    index = Index.load(args.index)
+    loaded = index.load_encoder(args.model, args.device)
+    query = embed_query(loaded, args.texts, args.image, args.minus, args.minus_image)
+    start = perf_counter()
+    hits = index.search(query, args.k)
+    seconds = perf_counter() - start
+    if args.json:
+        print_json([hit._asdict() for hit in hits])
+    else:
+        for i, hit in enumerate(hits, 1):
+            print(f"{i:>4} {hit.score:7.4f}  {hit.path}")
+    if args.sheet:
+        plus = " + ".join([*args.texts, *args.image])
+        title = " - ".join([plus, *args.minus, *args.minus_image]).strip()
+        for reason in draw_sheet(index, hits, title, args.sheet):
+            print(f"miniclip: not on the sheet: {reason}", file=sys.stderr)
+        print(f"picture: {args.sheet}", file=sys.stderr)
+    print(f"{len(index):,} pictures searched in {seconds:.2f} s", file=sys.stderr)
+    return 0
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -283,18 +283,18 @@ def evaluate(
 
 
 def read_ahead(
-    transform: ImageTransform, paths: Iterable[Path], ahead: int
+    transform: Callable[[Any], Tensor], paths: Iterable[Any], ahead: int, threads: int | None = None
 ) -> Iterator[Tensor | ImageError]:
     """The pixels of each file, or why there are none, in order. Threads (as many as torch uses;
     Pillow works outside Python's lock) are up to `ahead` files further on than the reader."""
 
-    def read(path: Path) -> Tensor | ImageError:
+    def read(path: Any) -> Tensor | ImageError:
         try:
             return transform(path)
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
         waiting: deque[Future[Tensor | ImageError]] = deque()
         for path in paths:
             waiting.append(pool.submit(read, path))

@@ -5,7 +5,6 @@ run that is resumed, or spread over more processes, sees what an undisturbed run
 """
 
 import csv
-import io
 import json
 import os
 import random
@@ -21,10 +20,10 @@ from zlib import crc32
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from miniclip.config import ImageError
+from miniclip.retrieval import image_from_bytes, naming
 from miniclip.transform import ImageTransform, open_image
 from miniclip.zeroshot import labelled_images
 
@@ -141,7 +140,7 @@ class Pictures:
         try:
             pixels = self._to_bytes(open_image(path))
         except ImageError as error:
-            note_once(self.skipped, str(error) if str(path) in str(error) else f"{path}: {error}")
+            note_once(self.skipped, naming(str(path), error))
             return None
         if self._kept is not None:
             self._kept[i] = pixels
@@ -273,13 +272,11 @@ class Shards:
     def __getitem__(self, item_and_draw: tuple[dict[str, Any], int]) -> Pair | None:
         sample, _ = item_and_draw
         kind = next(kind for kind in self.PICTURES if kind in sample)
+        name = f"{_place(sample)}.{kind}"
         try:
-            image = Image.open(io.BytesIO(sample[kind]))
-            ImageOps.exif_transpose(image, in_place=True)  # as `open_image` does it
-            pixels = self._to_bytes(image)
-        except Exception as error:  # Pillow's parsers raise whatever they trip over
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            note_once(self.skipped, f"{_place(sample)}.{kind}: cannot be read: {reason}")
+            pixels = self._to_bytes(image_from_bytes(sample[kind], name))
+        except ImageError as error:
+            note_once(self.skipped, naming(name, error))
             return None
         caption = _caption(sample)
         return Pair(pixels, caption, caption_label(caption))

@@ -1,0 +1,747 @@
+"""Pictures into an index and out again: what is found, in which order, after which accidents."""
+
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from twin import TINY, twins
+
+import miniclip
+from miniclip import ImageError, ImageTransform, retrieval
+from miniclip.checkpoint import Loaded
+from miniclip.cli import main
+from miniclip.retrieval import (
+    Encoder,
+    Index,
+    Strings,
+    build_index,
+    describe,
+    draw_sheet,
+    embed_images,
+    embed_query,
+    find_pictures,
+    fingerprint,
+    lasting_name,
+)
+
+ENCODER = Encoder("a model", None, "0" * 64, "float32", ImageTransform(40))
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Random weights, and the tokenizer of a model that has fewer tokens."""
+    config = replace(TINY, text=replace(TINY.text, vocab_size=2000, eos_token_id=2))
+    model = twins(config)[0]
+    tokenizer = miniclip.load("cifar10").tokenizer
+    tokenizer.context_length = config.text.context_length
+    return Loaded(model, tokenizer, ImageTransform(40))
+
+
+def blots(seed, size=(50, 44)):
+    """Large blots, for all noise looks the same to a model."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+def encoded(image, kind="png"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def make_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Eleven pictures, four of them in a tar, with all that lies about in real folders."""
+    root = tmp_path / "photographs"
+    (root / "b" / ".thumbnails").mkdir(parents=True)
+    for i, name in enumerate(
+        ["z.png", "a.JPG", "b/[1].png", "b/é.bmp", "b/x.webp", "b/y.gif", "c.tiff"]
+    ):
+        blots(i).convert("RGB").save(root / name)
+    (root / "b" / ".thumbnails" / "z.png").write_bytes(b"")
+    (root / "z.txt").write_text("a caption")
+    (root / "z.json").write_text("{}")
+    members = {f"{i}.png": encoded(blots(i)) for i in (7, 8, 9)}
+    make_tar(
+        root / "b" / "0.tar",
+        {"7.txt": b"a", "7.json": b"{}"} | members | {"k/10.jpg": encoded(blots(10), "jpeg")},
+    )
+    return root
+
+
+def names(pictures, root):
+    return [str(picture).removeprefix(f"{root}/") for picture in pictures]
+
+
+IN_TAR = ["b/0.tar/7.png", "b/0.tar/8.png", "b/0.tar/9.png", "b/0.tar/k/10.jpg"]
+IN_B = [*IN_TAR, "b/[1].png", "b/x.webp", "b/y.gif", "b/é.bmp"]
+
+
+@pytest.mark.parametrize(
+    "paths, found",
+    [
+        ([""], ["a.JPG", *IN_B, "c.tiff", "z.png"]),
+        (["z.png", ""], ["z.png", "a.JPG", *IN_B, "c.tiff"]),
+        (["", "z.png"], ["a.JPG", *IN_B, "c.tiff", "z.png"]),
+        (["b/0.tar"], IN_TAR),
+        (["z.txt"], ["z.txt"]),  # named, so that it is to be reported
+        (["*.png"], ["z.png"]),
+        (["**/*.[pw]*"], ["b/[1].png", "b/x.webp", "z.png"]),
+        (["b/[1].png"], ["b/[1].png"]),  # a file's name before it is a pattern
+        (["?"], IN_B),
+    ],
+)
+def test_what_paths_stand_for(photographs, paths, found):
+    pictures, damage = find_pictures(photographs / path for path in paths)
+    assert names(pictures, photographs) == found and damage == []
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: None, "no such file or folder"),
+        (lambda path: path.mkdir(), "no pictures"),
+        (lambda path: make_tar(path.with_name("x.tar"), {"a.txt": b"a"}), "no such file or folder"),
+    ],
+)
+def test_paths_that_stand_for_nothing(tmp_path, make, message):
+    make(tmp_path / "x")
+    with pytest.raises(ValueError, match=message):
+        find_pictures([tmp_path / "x"])
+
+
+def test_a_tar_without_pictures(tmp_path):
+    make_tar(tmp_path / "x.tar", {"a.txt": b"a"})
+    with pytest.raises(ValueError, match="x.tar: no pictures"):
+        find_pictures([tmp_path / "x.tar"])
+
+
+@pytest.mark.parametrize("kept, found", [(0, 0), (100, 0), (0.6, 2), (1, 4)])
+def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
+    make_tar(tmp_path / "x.tar", {f"{i}.bmp": encoded(blots(i), "bmp") for i in range(4)})
+    data = (tmp_path / "x.tar").read_bytes()
+    cut = data[: int(kept * 4 * (512 + 6656)) + 512 if isinstance(kept, float) else kept or None]
+    (tmp_path / "x.tar").write_bytes(cut if kept != 1 else data)
+    if kept == 0:
+        (tmp_path / "x.tar").write_bytes(b"no tar at all, but some text" * 100)
+    pictures, damage = find_pictures([tmp_path])
+    assert len(pictures) in (found, found + 1)  # the last one's header may be whole
+    assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
+
+
+# ------------------------------------------------------------------------------------------------
+# Embeddings
+
+
+def test_embeddings_are_those_of_the_model(loaded, photographs):
+    pictures, _ = find_pictures([photographs])
+    index = embed_images(loaded, pictures, batch=4)
+    assert list(index.paths) == list(map(str, pictures)) and list(index.skipped) == []
+    opened = [index.open(path) for path in index.paths]
+    with torch.no_grad():
+        expected = torch.cat(
+            [
+                loaded.model.encode_image(loaded.transform(opened[i : i + 4]), normalize=True)
+                for i in range(0, 11, 4)
+            ]
+        )
+    assert torch.equal(index.embeddings, expected)
+    assert len({tuple(row) for row in expected.tolist()}) == 11
+
+
+def test_a_picture_in_a_tar_is_the_picture(loaded, tmp_path):
+    data = {f"{i}.{kind}": encoded(blots(i), kind) for i, kind in enumerate(["jpeg", "png", "gif"])}
+    exif = Image.Exif()
+    exif[274] = 6  # on its side
+    buffer = io.BytesIO()
+    blots(3).save(buffer, "jpeg", exif=exif)
+    data["3.jpg"] = buffer.getvalue()
+    make_tar(tmp_path / "x.tar", data)
+    (tmp_path / "files").mkdir()
+    for name, content in data.items():
+        (tmp_path / "files" / name).write_bytes(content)
+    inside, beside = (
+        embed_images(loaded, find_pictures([tmp_path / name])[0]) for name in ("x.tar", "files")
+    )
+    assert torch.equal(inside.embeddings, beside.embeddings)
+
+
+def test_what_cannot_be_read_is_listed_and_the_rest_is_there(loaded, photographs, tmp_path):
+    good = embed_images(loaded, find_pictures([photographs])[0])
+    (photographs / "b" / "empty.png").write_bytes(b"")
+    (photographs / "cut.png").write_bytes((photographs / "z.png").read_bytes()[:60])
+    make_tar(photographs / "1.tar", {"no.jpg": b"not a picture", "thin.png": encoded(thin())})
+    index = embed_images(loaded, find_pictures([photographs])[0])
+    assert list(index.paths) == list(good.paths)
+    assert len(index.skipped) == 4
+    for name, reason in zip(
+        ["1.tar/no.jpg", "1.tar/thin.png", "b/empty.png", "cut.png"], index.skipped, strict=True
+    ):
+        assert str(photographs / name) in reason
+    torch.testing.assert_close(index.embeddings, good.embeddings)
+
+
+def thin():
+    """Fit to be opened, but not to be resized: it would be 40 x 12,000,000 pixels."""
+    return Image.new("1", (1, 300_000))
+
+
+def test_half_precision_gives_unit_vectors_all_the_same(loaded, photographs):
+    single = embed_images(loaded, find_pictures([photographs])[0])
+    model = twins(loaded.model.config, dtype=torch.bfloat16)[0]
+    half = embed_images(loaded._replace(model=model), find_pictures([photographs])[0])
+    assert half.embeddings.dtype == torch.float32 and half.encoder.dtype == "bfloat16"
+    assert (half.embeddings.norm(dim=1) - 1).abs().max() < 1e-6
+    assert (half.embeddings * single.embeddings).sum(1).min() > 0.99
+    assert not torch.equal(half.embeddings, single.embeddings)
+
+
+def test_an_embedding_that_is_no_number_is_an_error(loaded, photographs):
+    model = twins(loaded.model.config)[0]
+    model.vision.ln_post.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        embed_images(loaded._replace(model=model), find_pictures([photographs])[0])
+
+
+@pytest.mark.parametrize("options", [{"batch": 0}, {"workers": 0}])
+def test_batches_and_workers_of_none(loaded, photographs, options):
+    with pytest.raises(ValueError, match="expected at least 1 of each"):
+        embed_images(loaded, [str(photographs / "z.png")], **options)
+
+
+# ------------------------------------------------------------------------------------------------
+# The file
+
+
+def index_of(rows, **options):
+    paths = Strings.pack(f"{i}.jpg" for i in range(len(rows)))
+    return Index(rows, paths, options.pop("encoder", ENCODER), **options)
+
+
+def test_an_index_is_read_back_as_it_was(tmp_path):
+    strange = ["a.jpg", "", "ü/日本.png", "line\nbreak", os.fsdecode(b"\xff\xfe.gif"), "z"]
+    encoder = Encoder("m", "c0ffee", "1" * 64, "bfloat16", ImageTransform(3, reference="openai"))
+    rows = torch.randn(6, 5)
+    Index(rows, Strings.pack(strange), encoder, ["x: bad"], "/home").save(tmp_path / "i")
+    index = Index.load(tmp_path / "i")
+    assert torch.equal(index.embeddings, rows) and len(index) == 6
+    assert list(index.paths) == strange and index.paths[-1] == "z"
+    assert list(index.skipped) == ["x: bad"]
+    assert (index.encoder, index.folder) == (encoder, "/home")
+    with pytest.raises(IndexError):
+        index.paths[6]
+    index_of(rows[:0]).save(tmp_path / "i")
+    assert len(Index.load(tmp_path / "i")) == 0
+
+
+def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
+    index_of(torch.eye(3)).save(tmp_path / "i")
+    monkeypatch.setattr(retrieval, "save_file", lambda *args, **kw: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        index_of(torch.ones(2, 2)).save(tmp_path / "i")
+    assert torch.equal(Index.load(tmp_path / "i").embeddings, torch.eye(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["i"]
+
+
+def damaged(path, how):
+    if how == "text":
+        path.write_text("no index")
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif how == "weights":
+        save_file({"weight": torch.ones(3)}, path)
+    elif how == "absent":
+        path.unlink()
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        tensors = load_file(path)
+        with retrieval.safe_open(path, framework="pt") as file:
+            about = file.metadata()
+        if how == "rows":
+            tensors["embeddings"] = tensors["embeddings"][:2].clone()
+        elif how == "half":
+            tensors["embeddings"] = tensors["embeddings"].half()
+        elif how == "about":
+            about = {"miniclip.index": "{}"}
+        save_file(tensors, path, metadata=about)
+
+
+@pytest.mark.parametrize(
+    "how", ["text", "cut", "weights", "absent", "folder", "rows", "half", "about"]
+)
+def test_files_that_are_no_index(tmp_path, how):
+    index_of(torch.eye(3)).save(tmp_path / "index.safetensors")
+    damaged(tmp_path / "index.safetensors", how)
+    with pytest.raises(ValueError, match="index.safetensors: "):
+        Index.load(tmp_path / "index.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------
+# The search
+
+
+def unit_rows(n, width, seed=0):
+    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(rows)
+
+
+def best_by_float64(rows, query, k):
+    """By Python's sort and sum: neither torch nor blocks have a say in it."""
+    scores = [
+        math.fsum(a * b for a, b in zip(row, query, strict=True)) for row in rows.double().tolist()
+    ]
+    return sorted(range(len(rows)), key=lambda i: (-scores[i], i))[:k]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 8192])
+@pytest.mark.parametrize("k", [1, 5, 300, 1000])
+def test_the_search_is_exact(monkeypatch, block, k):
+    monkeypatch.setattr(retrieval, "BLOCK", block)
+    rows, query = unit_rows(300, 48), unit_rows(1, 48, seed=1)[0]
+    hits = index_of(rows).search(query, k)
+    assert [hit.row for hit in hits] == best_by_float64(rows, query.tolist(), k)
+    for hit in hits:
+        assert hit.path == f"{hit.row}.jpg"
+        expected = (rows[hit.row].double() @ query.double()).item()
+        assert hit.score == pytest.approx(expected, abs=1e-12)
+
+
+def crowd(n=1500, width=256):
+    """A query, and rows so near to it that float32 cannot put their cosines in order."""
+    query = unit_rows(1, width, seed=1)[0]
+    return torch.nn.functional.normalize(query + 2e-4 * unit_rows(n, width, seed=2)), query
+
+
+def test_the_search_is_exact_where_float32_is_not(monkeypatch):
+    monkeypatch.setattr(retrieval, "BLOCK", 128)
+    rows, query = crowd()
+    expected = best_by_float64(rows, query.tolist(), 10)
+    assert [hit.row for hit in index_of(rows).search(query, 10)] == expected
+    assert (rows @ query).argsort(descending=True, stable=True)[:10].tolist() != expected
+
+
+def test_of_equals_the_first_come_first(monkeypatch):
+    monkeypatch.setattr(retrieval, "BLOCK", 50)
+    rows = unit_rows(3, 32).repeat(200, 1)
+    query = rows[1]
+    hits = index_of(rows).search(query, 250)
+    assert [hit.row for hit in hits[:200]] == list(range(1, 600, 3))
+    assert len({hit.score for hit in hits[:200]}) == 1
+
+
+def test_a_query_of_any_length_finds_the_same(monkeypatch):
+    monkeypatch.setattr(retrieval, "BLOCK", 128)
+    rows, query = crowd()
+    expected = [hit.row for hit in index_of(rows).search(query, 10)]
+    for length in (1e-4, 1e4):
+        found = index_of(rows).search(query.double() * length, 10)
+        assert [hit.row for hit in found] == expected
+
+
+@pytest.mark.parametrize(
+    "query, k", [(torch.ones(3), 1), (torch.ones(1, 4), 1), (torch.ones(4), 0)]
+)
+def test_queries_that_make_no_sense(query, k):
+    with pytest.raises(ValueError, match="expected"):
+        index_of(torch.eye(4)).search(query, k)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_search_takes_the_memory_of_a_block(tmp_path):
+    index_of(unit_rows(200_000, 128)).save(tmp_path / "i")  # 102 MB
+    script = f"""
+import re, torch
+from miniclip.retrieval import Index
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+torch.ones(9) @ torch.ones(9)
+before = anonymous()
+index = Index.load({str(tmp_path / "i")!r})
+found = index.search(index.embeddings[150_000], 5)
+print(found[0].row, anonymous() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    row, kilobytes = map(int, done.stdout.split())
+    assert row == 150_000 and kilobytes < 25_000, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # of SWIG, in faiss
+def test_faiss_reads_the_file_and_finds_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    index_of(unit_rows(3000, 64)).save("index.safetensors")
+    index, query = Index.load("index.safetensors"), unit_rows(1, 64, seed=1)[0]
+    (code,) = re.findall(r"^    import faiss\n(?:(?:    .*)?\n)*?(?=\S)", retrieval.__doc__, re.M)
+    assert len(code.strip().splitlines()) <= 10
+    exec(re.sub("^    ", "", code, flags=re.M), {"index": index, "query": query})
+    assert capsys.readouterr().out == f"{[hit.path for hit in index.search(query, 12)]}\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# The right model
+
+
+def test_the_fingerprint_is_of_every_weight(loaded):
+    model = twins(loaded.model.config)[0]
+    first = fingerprint(model)
+    assert first == fingerprint(loaded.model) and len(first) == 64
+    seen = {first}
+    for parameter in model.parameters():
+        value = parameter.data.view(-1)[-1].clone()
+        parameter.data.view(-1)[-1] += 1e-3
+        seen.add(fingerprint(model))
+        parameter.data.view(-1)[-1] = value
+    assert len(seen) == 1 + len(list(model.parameters()))
+    assert fingerprint(model) == first
+    assert fingerprint(model.double()) not in seen
+
+
+def test_another_model_is_an_error_that_names_both(loaded):
+    index = index_of(torch.eye(3), encoder=describe(loaded, "the first"))
+    index.check(loaded)
+    other = twins(loaded.model.config, seed=1)[0]
+    with pytest.raises(ValueError, match="by the first .weights .*not by the second .weights"):
+        index.check(loaded._replace(model=other), "the second")
+    with pytest.raises(ValueError, match="float32.*bfloat16"):
+        model = twins(loaded.model.config)[0].bfloat16()
+        index.check(loaded._replace(model=model))
+    with pytest.raises(ValueError, match="ImageTransform.*size=40.*ImageTransform.*size=41"):
+        index.check(loaded._replace(transform=ImageTransform(41, crop_size=40)))
+    with pytest.raises(ValueError, match="openai"):
+        index.check(loaded._replace(transform=ImageTransform(40, reference="openai")))
+
+
+def test_names_that_last(tmp_path, monkeypatch):
+    assert lasting_name("cifar10") == ("cifar10", None)
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    assert lasting_name("model") == (str(tmp_path / "model"), None)
+    snapshot = tmp_path / "snapshots" / "c0ffee"
+    monkeypatch.setattr(retrieval, "resolve", lambda *args, **kwargs: snapshot)
+    assert lasting_name("openai/clip", "main") == ("openai/clip", "c0ffee")
+
+
+# ------------------------------------------------------------------------------------------------
+# Queries
+
+
+def test_a_query_is_the_sum_and_the_difference_of_unit_vectors(loaded, tmp_path):
+    for i in (1, 2):
+        blots(i).save(tmp_path / f"{i}.png")
+    one, two = (str(tmp_path / f"{i}.png") for i in (1, 2))
+    model, tokenizer, transform = loaded
+    with torch.no_grad():
+        texts = model.encode_text(tokenizer(["a cat", "a dog", "a frog"]), normalize=True)
+        pictures = model.encode_image(transform([one, two]), normalize=True)
+    for query, expected in [
+        (embed_query(loaded, ["a cat"]), texts[0]),
+        (embed_query(loaded, "a cat"), texts[0]),  # one text, not five letters
+        (embed_query(loaded, pictures=[one]), pictures[0]),
+        (embed_query(loaded, minus=["a dog"]), -texts[1]),
+        (
+            embed_query(loaded, ["a cat", "a frog"], [one], ["a dog"], [two]),
+            texts[0] - texts[1] + texts[2] + pictures[0] - pictures[1],
+        ),
+    ]:
+        torch.testing.assert_close(query, expected / expected.norm())
+
+
+@pytest.mark.parametrize(
+    "texts, minus, message",
+    [
+        ([], [], "nothing is left"),
+        (["a cat"], ["a cat"], "nothing is left"),
+        (["a cat", " "], [], "a text is empty"),
+        (["a cat"], [""], "a text is empty"),
+        (["a cat " * 50], [], "tokens"),
+    ],
+)
+def test_queries_of_nothing(loaded, texts, minus, message):
+    with pytest.raises(ValueError, match=message):
+        embed_query(loaded, texts, minus=minus)
+
+
+def test_a_query_picture_that_cannot_be_read(loaded, tmp_path):
+    with pytest.raises(ImageError, match="absent.png"):
+        embed_query(loaded, pictures=[str(tmp_path / "absent.png")])
+
+
+@pytest.mark.parametrize("k", [1, 3, 11])
+def test_the_sheet_shows_what_was_found(loaded, photographs, tmp_path, k):
+    index = embed_images(loaded, find_pictures([photographs])[0])
+    hits = index.search(index.embeddings[0], k)
+    assert draw_sheet(index, hits, "a title that is far too long" * 20, tmp_path / "s.png") == []
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.width == min(k, 4) * 256 + 16
+        for i in range(k):  # the middle of each tile is the middle of its picture
+            place = (16 + i % 4 * 256 + 120, 54 + i // 4 * 300 + 120)
+            shown, true = sheet.getpixel(place), index.open(hits[i].path).convert("RGB")
+            middle = true.resize(
+                (1, 1),
+                box=(
+                    true.width / 2 - 1,
+                    true.height / 2 - 1,
+                    true.width / 2 + 1,
+                    true.height / 2 + 1,
+                ),
+            )
+            assert np.abs(np.subtract(shown, middle.getpixel((0, 0)))).max() < 12
+
+
+def test_pictures_that_have_gone_leave_their_places_empty(loaded, photographs, tmp_path):
+    index = embed_images(loaded, find_pictures([photographs])[0])
+    hits = index.search(index.embeddings[0], 11)
+    (photographs / "z.png").unlink()
+    (photographs / "b" / "0.tar").unlink()
+    lost = draw_sheet(index, hits, "", tmp_path / "s.png")
+    assert len(lost) == 5 and sum("0.tar/k/10.jpg" in reason for reason in lost) == 1
+    with pytest.raises(ValueError, match="cannot be written"):
+        draw_sheet(index, hits, "", tmp_path / "absent" / "s.png")
+    with pytest.raises(ValueError, match="cannot be written"):
+        draw_sheet(index, hits, "", tmp_path / "s.nothing")
+
+
+# ------------------------------------------------------------------------------------------------
+# Building: interrupted, shared, wrong
+
+
+@pytest.fixture
+def build(loaded, photographs, monkeypatch):
+    monkeypatch.setattr(retrieval, "PART", 4)
+
+    def build(out, pictures=None, batch=2, damage=()):
+        pictures = find_pictures([photographs])[0] if pictures is None else pictures
+        return build_index(out, loaded, pictures, describe(loaded, "tiny"), damage, batch=batch)
+
+    return build
+
+
+def test_a_build_is_what_embedding_in_memory_gives(build, loaded, photographs, tmp_path):
+    (photographs / "a.png").write_bytes(b"")
+    built = build(tmp_path / "i", damage=["a tar"])
+    whole = embed_images(loaded, find_pictures([photographs])[0])
+    assert list(built.paths) == list(whole.paths)
+    torch.testing.assert_close(built.embeddings, whole.embeddings)
+    assert list(built.skipped) == ["a tar", *whole.skipped] and len(whole.skipped) == 1
+    assert not (tmp_path / "i.parts").exists()
+
+
+def test_an_interrupted_build_continues(build, tmp_path, monkeypatch, capsys):
+    build(tmp_path / "whole")
+    save, saved = Index.save, []
+
+    def interrupted(index, path):
+        save(index, path)
+        saved.append(path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Index, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "i")
+    assert len(list((tmp_path / "i.parts").glob("*.safetensors"))) == 2
+    assert not (tmp_path / "i").exists()
+    with pytest.raises(ValueError, match="i.parts: holds an unfinished .*another batch;"):
+        build(tmp_path / "i", batch=3)
+    with pytest.raises(ValueError, match="another pictures"):
+        build(tmp_path / "i", pictures=["a.png"])
+    capsys.readouterr()
+    build(tmp_path / "i")
+    assert "continued, 2 of 3 parts" in capsys.readouterr().err
+    assert len(saved) == 4  # the third part, and the whole
+    assert (tmp_path / "i").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "i.parts").exists()
+
+
+def test_nothing_that_can_be_read(build, photographs, tmp_path):
+    with pytest.raises(ValueError, match="none of the pictures can be read, 2; the first: .*z.txt"):
+        build(tmp_path / "i", pictures=[str(photographs / name) for name in ("z.txt", "z.json")])
+    assert not (tmp_path / "i").exists() and not (tmp_path / "i.parts").exists()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """1,099 pictures in two folders and a tar: three parts, the last of them not full."""
+    root = tmp_path_factory.mktemp("many")
+    pictures = [encoded(blots(i, size=(40, 32))) for i in range(50)]
+    for i in range(900):
+        folder = root / f"{i % 2}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i:04}.png").write_bytes(pictures[i % 50])
+    (root / "1" / "broken.png").write_bytes(b"")
+    make_tar(root / "x.tar", {f"{i:03}.png": pictures[i % 50] for i in range(199)})
+    return root
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def command(many, loaded):
+    """The command line that embeds `many`, and a picture more, into a file yet to be named."""
+    model, last = many.with_name("model"), many.with_name("last.png")
+    miniclip.save(model, *loaded)
+    blots(99).save(last)
+    line = [sys.executable, "-m", "miniclip", "embed", many, last, "--model", model, "--out"]
+    return list(map(str, line))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(many, command):
+    """The index of one run."""
+    out = many.with_name("whole")
+    subprocess.run([*command, str(out)], check=True, capture_output=True, env=ONE_THREAD)
+    return out.read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe to be stuck at")
+def test_a_killed_command_is_continued_by_the_same_command(many, command, uninterrupted, tmp_path):
+    last, line = many.with_name("last.png"), [*command, str(tmp_path / "i")]
+    last.rename(tmp_path / "last.png")
+    os.mkfifo(last)  # nobody writes to it, so that the run is stuck before its last part is whole
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    until = time.monotonic() + 120
+    while not (tmp_path / "i.parts" / "000001.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "i").exists()
+    (tmp_path / "last.png").replace(last)
+    again = subprocess.run(line, capture_output=True, text=True, env=ONE_THREAD)
+    assert again.returncode == 0, again.stderr
+    assert "continued, 2 of 3 parts were done" in again.stderr and "broken.png" in again.stderr
+    assert "1,100 images" in again.stdout
+    assert (tmp_path / "i").read_bytes() == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["i"]
+
+
+def test_two_processes_write_what_one_writes(command, uninterrupted, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    line = [*command, str(tmp_path / "i"), "--json"]
+    done = subprocess.run([*launcher, *line[1:]], capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == 1100  # and one of them speaks
+    assert (tmp_path / "i").read_bytes() == uninterrupted
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*argv):
+        try:
+            status = main(list(map(str, argv)))
+        except SystemExit as stop:
+            status = stop.code
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def indexed(run, photographs, tmp_path):
+    status, out, err = run(
+        "embed", photographs, "--model", "cifar10", "--out", tmp_path / "index.safetensors"
+    )
+    assert (status, err) == (0, "") and "11 images, by cifar10" in out
+    return tmp_path / "index.safetensors"
+
+
+def test_search_prints_what_is_nearest(run, indexed, photographs):
+    status, out, err = run("search", indexed, "--image", photographs / "z.png", "-k", 3)
+    assert status == 0 and re.fullmatch(r"11 pictures searched in \d+\.\d\d s\n", err)
+    assert len(out.splitlines()) == 3
+    assert out.splitlines()[0].split() == ["1", "1.0000", str(photographs / "z.png")]
+    query = embed_query(miniclip.load("cifar10"), ["a cat"], minus=["a dog"])
+    expected = [hit._asdict() for hit in Index.load(indexed).search(query, 12)]
+    status, out, err = run("search", indexed, "a cat", "--minus", "a dog", "--json")
+    assert (status, json.loads(out)) == (0, expected) and len(expected) == 11
+
+
+def test_search_draws_a_sheet_from_any_folder(run, photographs, tmp_path, monkeypatch):
+    monkeypatch.chdir(photographs)
+    run("embed", ".", "--model", "cifar10", "--out", "index.safetensors")
+    monkeypatch.chdir(tmp_path)
+    line = ["search", photographs / "index.safetensors", "a cat", "--sheet", tmp_path / "s.png"]
+    status, out, err = run(*line)
+    assert status == 0 and err.startswith(f"picture: {tmp_path / 's.png'}\n") and "z.png" in out
+    (photographs / "z.png").unlink()
+    status, out, err = run(*line)
+    assert status == 0 and "not on the sheet" in err and "z.png" in err
+
+
+def test_search_by_another_model_names_both(run, indexed):
+    status, out, err = run("search", indexed, "a cat", "--model", "shapes")
+    assert status == 2 and err.startswith("miniclip: error: ") and err.count("\n") == 1
+    assert "by cifar10" in err and "not by shapes" in err
+    assert run("search", indexed, "a cat", "--model", "cifar10")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["search", "INDEX"], ["nothing is left"]),
+        (["search", "absent", "a cat"], ["absent", "no such file", "miniclip embed"]),
+        (["search", "PHOTO", "a cat"], ["z.png", "no index"]),
+        (["search", "INDEX", "a cat", "-k", "0"], ["k is 0"]),
+        (["search", "INDEX", "--image", "absent.png"], ["absent.png"]),
+        (["search", "INDEX", "word " * 500], ["tokens"]),
+        (["search", "INDEX", "a cat", "--sheet", "no/such/sheet.png"], ["cannot be written"]),
+        (["search", "INDEX", "a cat", "--device", "toaster"], ["toaster"]),
+        (["embed", "absent", "--out", "i", "--model", "cifar10"], ["absent", "no such file"]),
+        (["embed", "PHOTO", "--out", "i", "--model", "cifar11"], ["cifar11"]),
+        (["embed", "PHOTO", "--out", "i", "--model", "cifar10", "--batch", "0"], ["batch is 0"]),
+        (["embed", "PHOTO", "--model", "cifar10"], ["--out", "--time"]),
+        (["embed", "PHOTO", "--out", "i", "--time"], ["--out", "--time"]),
+        (["embed", "PHOTO", "--out", ".", "--model", "cifar10"], ["is a folder"]),
+        (["embed", "--out", "i"], ["PATH"]),
+    ],
+)
+def test_commands_that_make_no_sense(run, indexed, photographs, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    real = {"INDEX": indexed, "PHOTO": photographs / "z.png"}
+    status, out, err = run(*(real.get(word, word) for word in argv))
+    assert status == 2 and err.startswith("miniclip: error: ") and err.count("\n") == 1
+    assert all(word in err for word in words)
+    assert not Path("i").exists() and not Path("i.parts").exists()
+
+
+def test_embed_times_itself(run, photographs):
+    line = ["embed", photographs, "--model", "cifar10", "--time"]
+    status, out, err = run(*line)
+    assert (status, err) == (0, "") and re.search(r"together .* images/s, \d+% of the slower", out)
+    found = json.loads(run(*line, "--json")[1])
+    assert found["together"] < 1.2 * min(found["decoding"], found["encoding"])
+
+
+@pytest.mark.parametrize("name", ["embed", "search"])
+def test_help_shows_an_example(run, name):
+    status, out, err = run(name, "--help")
+    assert status == 0 and f"example:\n  miniclip {name}" in out
+    assert max(map(len, out.splitlines())) <= 80
