@@ -245,6 +245,25 @@ def build_parser() -> argparse.ArgumentParser:
     model_options(sub)
 
     sub = command(
+        "serve",
+        serve,
+        "A page in the browser to try models on, for this machine alone.",
+        "miniclip serve --model cifar10 shapes",
+    )
+    sub.add_argument(
+        "--model",
+        nargs="+",
+        default=[DEFAULT_MODEL],
+        metavar="NAME",
+        help=f"one, or several to choose from (default: {DEFAULT_MODEL})",
+    )
+    sub.add_argument("--index", metavar="FILE", help="pictures to search, from `miniclip embed`")
+    sub.add_argument(
+        "--port", type=int, metavar="N", help="this one and no other (default: a free one)"
+    )
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+
+    sub = command(
         "demo",
         demo,
         "Describe a drawn scene and photographs, offline, and draw the result.",
@@ -525,6 +544,20 @@ def explanation_table(found: dict[str, list[Any]]) -> str:
         "rollout do not read the text.",
     ]
     return "\n".join(lines)
+
+
+def serve(args: argparse.Namespace) -> int:
+    from miniclip.checkpoint import load
+    from miniclip.serve import create_app, listen, open_index, run
+
+    socket = listen(args.port)  # before the work, so that a port that is taken shows at once
+    models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
+    find = open_index(args.index) if args.index else None
+    app = create_app(models, find)
+    url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+    print(json.dumps({"url": url}) if args.json else f"{url}  (Ctrl-C ends it)", flush=True)
+    run(app, socket)
+    return 0
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from miniclip.demo import Exhibit, Heat
-from miniclip.lens import HEAT_COLOURS, Question, overlay
+from miniclip.lens import BLIND, HEAT_COLOURS, Question, overlay
 from miniclip.zeroshot import Evaluation, Score
 
 try:
@@ -213,7 +213,7 @@ def draw_heat(axes: Axes, scene: Exhibit, heat: Heat) -> None:
     axes.set_axis_off()
 
 
-# What the numbers of a map say, and the methods whose maps are the same for every text.
+# What the numbers of a map say.
 UNITS = {
     "attention": "{} of the attention",
     "rollout": "{} of the attention",
@@ -221,7 +221,6 @@ UNITS = {
     "tokens": "{} written towards the text",
     "occlusion": "{} of cosine lost if covered",
 }
-BLIND = ("attention", "rollout")
 MOST_COLUMNS = 4  # of heat maps, beside the picture
 
 
@@ -230,8 +229,9 @@ def draw_text_maps(
 ) -> None:
     """A picture beside where each of C texts is seen in it.
 
-    `maps` has (C, rows, columns) for each method. Of one method the texts stand side by side, of several the methods, with a line for each text.
-    A map is as bright as any at its warmest patch; under it stands how much that is.
+    `maps` has (C, rows, columns) for each method. Of one method the texts stand side by side, of
+    several the methods, with a line for each text. Every map is as bright as the others at its
+    warmest patch; under it stands how much that is.
     """
     if len(maps) == 1:
         ((method, heats),) = maps.items()

@@ -433,6 +433,7 @@ METHODS: dict[str, Callable[[CLIP, Tensor, Tensor], Tensor]] = {
     "tokens": token_map,
     "occlusion": occlusion,
 }
+BLIND = ("attention", "rollout")  # the methods whose map is the same for every text
 
 
 def text_maps(

@@ -12,8 +12,7 @@ from PIL import Image
 import miniclip
 from miniclip import load
 from miniclip.cli import main
-from miniclip.figures import BLIND
-from miniclip.lens import METHODS, questions, text_map
+from miniclip.lens import BLIND, METHODS, questions, text_map
 
 LABELS = ["cat", "dog", "ship", "truck", "frog"]
 

@@ -1,0 +1,234 @@
+"""`miniclip serve`: a page to try models on, in the browser of the same machine.
+
+The page is serve.html, which holds all it needs: it asks this server and nobody else. A picture
+goes both ways as a data: URL inside JSON, so no upload is ever written to a disk. Nothing here
+computes: the numbers are zeroshot.py's and retrieval.py's, the maps lens.py's.
+"""
+
+import base64
+import io
+import json
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from miniclip.checkpoint import Loaded
+from miniclip.config import ImageError
+from miniclip.demo import LABELS, PHOTOGRAPHS, photographs
+from miniclip.lens import (
+    BLIND,
+    HEAT_COLOURS,
+    METHODS,
+    head_map,
+    overlay,
+    questions,
+    seen,
+    text_maps,
+)
+from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier, find_templates
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+except ImportError:
+    raise ValueError("the page needs Starlette: pip install 'miniclip[demo]'") from None
+
+HOST = "127.0.0.1"
+FIRST_PORT = 8400
+MAX_BYTES = 20_000_000  # of an upload
+TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would start programs for some others
+SIDE = 448  # pixels of a picture on the page, at least
+
+# The browser itself is told to load nothing from anywhere else.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+Find = Callable[[str], list[tuple[str, float, Image.Image]]]
+
+
+def open_index(path: str) -> Find:
+    """A function from a text to the best of the index's pictures: (path, cosine, picture)."""
+    from miniclip.retrieval import Index, embed_query
+
+    index = Index.load(path)
+    encoder = index.load_encoder()
+
+    def find(text: str) -> list[tuple[str, float, Image.Image]]:
+        hits = index.search(embed_query(encoder, [text]))
+        return [(hit.path, hit.score, index.open(hit.path)) for hit in hits]
+
+    return find
+
+
+def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starlette:
+    """The server of a page on which to choose among `models`, and to search with `find`."""
+
+    def about(asked: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "models": {name: describe(loaded) for name, loaded in models.items()},
+            "methods": [*METHODS, "head"],
+            "blind": [*BLIND, "head"],
+            "colours": HEAT_COLOURS,
+            "template": TEMPLATE,
+            "examples": examples(),
+            "search": find is not None,
+            "max_bytes": MAX_BYTES,
+        }
+
+    def classify(asked: dict[str, Any]) -> dict[str, Any]:
+        """{model, picture, labels, templates} -> what the model sees, and its scores."""
+        model, tokenizer, transform = models[asked["model"]]
+        picture = read_picture(asked["picture"])
+        templates = find_templates(asked["templates"])
+        classifier = ZeroShotClassifier(model, tokenizer, asked["labels"], templates)
+        (scores,) = classifier.rank(transform([picture]))
+        return {"seen": write_picture(enlarged(picture, models[asked["model"]]))} | {
+            "scores": [score._asdict() for score in scores]
+        }
+
+    def explain(asked: dict[str, Any]) -> dict[str, Any]:
+        """{model, picture, label, templates, method} or {..., layer, head} -> a heat map."""
+        loaded, picture = models[asked["model"]], read_picture(asked["picture"])
+        text = find_templates(asked["templates"])[0].replace("{}", asked["label"])
+        if asked["method"] == "head":
+            pixels = loaded.transform([picture]).to(loaded.model.logit_scale.device)
+            heat = head_map(loaded.model, pixels, asked["layer"], asked["head"])[0].float().cpu()
+        else:
+            heat = text_maps(picture, [text], loaded, asked["method"])[0]
+        return {
+            "text": text,
+            "warmest": heat.max().item(),
+            "heat": write_picture(overlay(enlarged(picture, loaded), heat)),
+        }
+
+    def search(asked: dict[str, Any]) -> list[dict[str, Any]]:
+        """{text} -> the best pictures of the index."""
+        if find is None:
+            raise ValueError("no index to search: start with --index")
+        return [
+            {"path": path, "score": score, "picture": write_picture(thumbnail(picture))}
+            for path, score, picture in find(asked["text"])
+        ]
+
+    one_at_a_time = threading.Lock()  # lens.py hooks the model, and would see another's tensors
+
+    def route(answer: Callable[[dict[str, Any]], Any]) -> Route:
+        def locked(asked: dict[str, Any]) -> Any:
+            with one_at_a_time:
+                return answer(asked)
+
+        async def endpoint(request: Request) -> Response:
+            try:
+                return JSONResponse(await run_in_threadpool(locked, await read_question(request)))
+            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+                known = isinstance(error, (ValueError, RuntimeError))
+                message = str(error) if known else f"not a question this page asks: {error!r}"
+                return JSONResponse({"error": message.partition("\n")[0]}, status_code=400)
+
+        return Route(f"/{answer.__name__}", endpoint, methods=["POST"])
+
+    page = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+    home = Route("/", lambda _: HTMLResponse(page, headers={"content-security-policy": POLICY}))
+    return Starlette(
+        routes=[home, *map(route, (about, classify, explain, search))],
+        # A page of another site may not pass itself off as ours by a name of its own.
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
+    )
+
+
+def describe(loaded: Loaded) -> dict[str, Any]:
+    blocks = loaded.model.vision.blocks
+    heads = [block.attn.q_proj.weight.shape[0] // block.attn.head_width for block in blocks]
+    return {"size": loaded.transform.crop_size, "heads": heads}
+
+
+def examples() -> list[dict[str, Any]]:
+    """A photograph, where scikit-image is there, and a drawn scene; with the model that knows it,
+    and labels of which some are true."""
+    asked = questions(3)
+    scene = {
+        "name": "a drawn scene",
+        "model": "shapes",
+        "labels": [question.phrase for question in asked],
+        "templates": ["{}"],
+        "picture": write_picture(asked[0].picture),
+    }
+    try:
+        photograph = write_picture(photographs()[0])
+    except ValueError:
+        return [scene]
+    cat = {"model": "cifar10", "labels": LABELS, "templates": [TEMPLATE], "picture": photograph}
+    return [{"name": PHOTOGRAPHS[0]} | cat, scene]
+
+
+async def read_question(request: Request) -> dict[str, Any]:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:  # in base64, and the words
+            raise ValueError(f"the picture is larger than {MAX_BYTES // 10**6} MB")
+    return json.loads(body)
+
+
+def read_picture(url: str) -> Image.Image:
+    """The picture in a data: URL, upright, its first frame. Raises ImageError."""
+    try:
+        data = base64.b64decode(url.partition(",")[2])
+        picture = Image.open(io.BytesIO(data), formats=TYPES)
+        return ImageOps.exif_transpose(picture)  # reads the pixels
+    except UnidentifiedImageError:
+        raise ImageError(f"not a picture: expected {', '.join(TYPES)}") from None
+    except Exception as error:  # Pillow's parsers raise whatever they trip over
+        raise ImageError(f"the picture cannot be read: {error}") from error
+
+
+def write_picture(picture: Image.Image) -> str:
+    """A picture as a data: URL."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def enlarged(picture: Image.Image, loaded: Loaded) -> Image.Image:
+    """What the model sees, with more pixels."""
+    return seen(picture, loaded.transform, -(-SIDE // loaded.transform.crop_size))
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    small = picture.convert("RGB")
+    small.thumbnail((SIDE // 2, SIDE // 2))
+    return small
+
+
+def listen(port: int | None) -> socket.socket:
+    """A socket of this machine's own address, at `port` or else the first free one from FIRST_PORT.
+
+    Raises ValueError.
+    """
+    reason = None
+    for candidate in range(FIRST_PORT, FIRST_PORT + 100) if port is None else [port]:
+        try:
+            return socket.create_server((HOST, candidate))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+    raise ValueError(
+        f"port {candidate} of {HOST} cannot be had: {reason}. Without --port a free one is found"
+    )
+
+
+def run(app: Starlette, listening: socket.socket) -> None:
+    """Answer until Ctrl-C, which is raised again as KeyboardInterrupt."""
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=3)
+    uvicorn.Server(config).run(sockets=[listening])
