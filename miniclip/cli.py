@@ -552,7 +552,7 @@ def serve(args: argparse.Namespace) -> int:
 
     socket = listen(args.port)  # before the work, so that a port that is taken shows at once
     models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
-    find = open_index(args.index) if args.index else None
+    find = open_index(args.index, args.device) if args.index else None
     app = create_app(models, find)
     url = f"http://127.0.0.1:{socket.getsockname()[1]}"
     print(json.dumps({"url": url}) if args.json else f"{url}  (Ctrl-C ends it)", flush=True)

@@ -58,16 +58,22 @@ POLICY = (
 Find = Callable[[str], list[tuple[str, float, Image.Image]]]
 
 
-def open_index(path: str) -> Find:
+def open_index(path: str, device: str) -> Find:
     """A function from a text to the best of the index's pictures: (path, cosine, picture)."""
     from miniclip.retrieval import Index, embed_query
 
     index = Index.load(path)
-    encoder = index.load_encoder()
+    encoder = index.load_encoder(device=device)
 
     def find(text: str) -> list[tuple[str, float, Image.Image]]:
         hits = index.search(embed_query(encoder, [text]))
-        return [(hit.path, hit.score, index.open(hit.path)) for hit in hits]
+        return [(hit.path, hit.score, open_hit(hit.path)) for hit in hits]
+
+    def open_hit(path: str) -> Image.Image:
+        try:
+            return index.open(path)
+        except ImageError:  # moved or changed since; its name and score still say something
+            return Image.new("RGB", (1, 1))
 
     return find
 
@@ -217,12 +223,13 @@ def listen(port: int | None) -> socket.socket:
 
     Raises ValueError.
     """
-    reason = None
+    if port is not None and not 0 <= port < 2**16:
+        raise ValueError(f"port is {port}; expected one from 1 to 65535, or 0 for any that is free")
     for candidate in range(FIRST_PORT, FIRST_PORT + 100) if port is None else [port]:
         try:
             return socket.create_server((HOST, candidate))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
+        except OSError as error:
+            reason = error.strerror
     raise ValueError(
         f"port {candidate} of {HOST} cannot be had: {reason}. Without --port a free one is found"
     )

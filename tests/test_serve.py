@@ -53,6 +53,7 @@ class Server:
         if not line:
             raise RuntimeError(self.end()[1])
         self.url = json.loads(line)["url"]
+        log.write_text("")  # until here torch was imported, which tries out the temporary folder
 
     def post(self, path, question, **headers):
         """(status, the answer)"""
@@ -228,38 +229,28 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
-@pytest.mark.parametrize(
-    "kind, message",
-    [
-        ("text", "not a picture"),
-        ("cut", "cannot be read"),
-        ("bomb", "decompression bomb"),
-        ("large", "larger than 20 MB"),
-        ("eps", "not a picture"),
-    ],
-)
-def test_what_is_no_picture_is_refused_in_words(page, tmp_path, coffee, kind, message):
-    path = tmp_path / f"{kind}.jpg"
-    if kind == "text":
-        path.write_text("no picture")
-    elif kind == "cut":
-        path.write_bytes(coffee.read_bytes()[:2000])
-    elif kind == "bomb":
-        Image.new("1", (20_000, 20_000)).save(path, "PNG")
-    elif kind == "large":
-        path.touch()
-        os.truncate(path, MAX_BYTES + 1)
-    else:
-        Image.new("RGB", (8, 8)).save(path, "EPS")
-    before = bars(page)
-    page.set_input_files("#file", path)
-    page.wait_for_selector("#error:visible")
-    assert message in page.inner_text("#error")
-    page.fill("#labels", "cat\ndog\nplane")  # it goes on with the picture that it had
-    page.wait_for_selector("#bars button:has-text('plane')")
+def test_what_is_no_picture_is_refused_in_words(page, tmp_path, coffee):
+    uploads = {name: tmp_path / f"{name}.jpg" for name in ("text", "cut", "bomb", "large", "eps")}
+    uploads["text"].write_text("no picture")
+    uploads["cut"].write_bytes(coffee.read_bytes()[:2000])
+    Image.new("1", (20_000, 20_000)).save(uploads["bomb"], "PNG")
+    uploads["large"].touch()
+    os.truncate(uploads["large"], MAX_BYTES + 1)
+    Image.new("RGB", (8, 8)).save(uploads["eps"], "EPS")  # Pillow would start Ghostscript
+    messages = {
+        "text": "not a picture",
+        "cut": "cannot be read",
+        "bomb": "decompression bomb",
+        "large": "larger than 20 MB",
+        "eps": "not a picture",
+    }
+    for kind, message in messages.items():
+        page.set_input_files("#file", uploads[kind])
+        page.wait_for_selector(f"#error:visible:has-text('{message}')")
+    page.fill("#labels", "cat\ndog\nzebra")  # it goes on with the picture that it had
+    page.wait_for_selector("#bars button:has-text('zebra')")
     settle(page)
-    assert bars(page)[0][0] == before[0][0] == "cat"
-    assert not page.is_visible("#error")
+    assert bars(page)[0][0] == "cat" and not page.is_visible("#error")
 
 
 def test_words_that_are_refused(page):
@@ -335,9 +326,8 @@ def test_search(tmp_path, chromium):
 
 def test_nothing_is_written_and_nobody_called(server, tmp_path):
     """The last test of the page: what its server did in all the others, by its own account."""
-    lines = server.log.read_text().splitlines()
-    done = [line for line in lines if "/dev/null" not in line]
-    assert done == [f"socket.bind {line}" for line in bound(done)] and len(done) == 1
+    done = server.log.read_text().splitlines()
+    assert [line for line in done if "/dev/null" not in line] == []
     log = tmp_path / "log"
     log.touch()
     guilty = "import socket; open(sys.argv[1], 'w'); socket.socket().connect(('127.0.0.1', 9))"
@@ -346,10 +336,6 @@ def test_nothing_is_written_and_nobody_called(server, tmp_path):
         stderr=subprocess.DEVNULL,
     )
     assert [line.split()[0] for line in log.read_text().splitlines()] == ["open", "socket.connect"]
-
-
-def bound(lines):
-    return [line.partition(" ")[2] for line in lines if "('127.0.0.1', 0)" in line]
 
 
 def test_control_c_ends_it(server):
@@ -364,8 +350,9 @@ def test_a_port_that_is_taken(capsys):
         assert FIRST_PORT <= port < second.getsockname()[1]
         assert main(["serve", "--model", "nonsense", "--port", str(port)]) == 2
         assert main(["serve", "--model", "nonsense", "--port", "70000"]) == 2
-    for line in capsys.readouterr().err.splitlines():
-        assert line.startswith("miniclip: error: port") and "Without --port" in line
+    taken, impossible = capsys.readouterr().err.splitlines()
+    assert taken.startswith(f"miniclip: error: port {port} of 127.0.0.1") and "Without" in taken
+    assert impossible.startswith("miniclip: error: port is 70000")
 
 
 def test_without_its_extra(capsys, monkeypatch):
