@@ -5,11 +5,11 @@ goes both ways as a data: URL inside JSON, so no upload is ever written to a dis
 computes: the numbers are zeroshot.py's and retrieval.py's, the maps lens.py's.
 """
 
+import asyncio
 import base64
 import io
 import json
 import socket
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,16 +128,16 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
             for path, score, picture in find(asked["text"])
         ]
 
-    one_at_a_time = threading.Lock()  # lens.py hooks the model, and would see another's tensors
+    one_at_a_time = asyncio.Lock()  # lens.py hooks the model, and would see another's tensors
 
     def route(answer: Callable[[dict[str, Any]], Any]) -> Route:
-        def locked(asked: dict[str, Any]) -> Any:
-            with one_at_a_time:
-                return answer(asked)
-
         async def endpoint(request: Request) -> Response:
             try:
-                return JSONResponse(await run_in_threadpool(locked, await read_question(request)))
+                asked = await read_question(request)
+                async with one_at_a_time:
+                    if await request.is_disconnected():  # the page has a newer question by now
+                        return Response()
+                    return JSONResponse(await run_in_threadpool(answer, asked))
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 known = isinstance(error, (ValueError, RuntimeError))
                 message = str(error) if known else f"not a question this page asks: {error!r}"
@@ -236,6 +236,6 @@ def listen(port: int | None) -> socket.socket:
 
 
 def run(app: Starlette, listening: socket.socket) -> None:
-    """Answer until Ctrl-C, which is raised again as KeyboardInterrupt."""
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=3)
+    """Answer until Ctrl-C, and then what was asked before; it is raised again."""
+    config = uvicorn.Config(app, log_level="warning", lifespan="off")
     uvicorn.Server(config).run(sockets=[listening])
