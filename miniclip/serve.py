@@ -16,19 +16,11 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from miniclip import lens
 from miniclip.checkpoint import Loaded
 from miniclip.config import ImageError
 from miniclip.demo import LABELS, PHOTOGRAPHS, photographs
-from miniclip.lens import (
-    BLIND,
-    HEAT_COLOURS,
-    METHODS,
-    head_map,
-    overlay,
-    questions,
-    seen,
-    text_maps,
-)
+from miniclip.transform import to_rgb
 from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier, find_templates
 
 try:
@@ -48,6 +40,7 @@ FIRST_PORT = 8400
 MAX_BYTES = 20_000_000  # of an upload
 TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would start programs for some others
 SIDE = 448  # pixels of a picture on the page, at least
+THUMBNAIL = (224, 224)  # pixels of one that was found, at most
 
 # The browser itself is told to load nothing from anywhere else.
 POLICY = (
@@ -71,7 +64,7 @@ def open_index(path: str, device: str) -> Find:
 
     def open_hit(path: str) -> Image.Image:
         try:
-            return index.open(path)
+            return to_rgb(index.open(path))
         except ImageError:  # moved or changed since; its name and score still say something
             return Image.new("RGB", (1, 1))
 
@@ -84,10 +77,9 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
     def about(asked: dict[str, Any]) -> dict[str, Any]:
         return {
             "models": {name: describe(loaded) for name, loaded in models.items()},
-            "methods": [*METHODS, "head"],
-            "blind": [*BLIND, "head"],
-            "colours": HEAT_COLOURS,
-            "template": TEMPLATE,
+            "methods": [*lens.METHODS, "head"],
+            "blind": [*lens.BLIND, "head"],
+            "colours": lens.HEAT_COLOURS,
             "examples": examples(),
             "search": find is not None,
             "max_bytes": MAX_BYTES,
@@ -95,14 +87,12 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
 
     def classify(asked: dict[str, Any]) -> dict[str, Any]:
         """{model, picture, labels, templates} -> what the model sees, and its scores."""
-        model, tokenizer, transform = models[asked["model"]]
-        picture = read_picture(asked["picture"])
+        loaded, picture = models[asked["model"]], read_picture(asked["picture"])
         templates = find_templates(asked["templates"])
-        classifier = ZeroShotClassifier(model, tokenizer, asked["labels"], templates)
-        (scores,) = classifier.rank(transform([picture]))
-        return {"seen": write_picture(enlarged(picture, models[asked["model"]]))} | {
-            "scores": [score._asdict() for score in scores]
-        }
+        classifier = ZeroShotClassifier(*loaded[:2], asked["labels"], templates)
+        (scores,) = classifier.rank(loaded.transform([picture]))
+        seen = write_picture(enlarged(picture, loaded))
+        return {"seen": seen, "scores": [score._asdict() for score in scores]}
 
     def explain(asked: dict[str, Any]) -> dict[str, Any]:
         """{model, picture, label, templates, method} or {..., layer, head} -> a heat map."""
@@ -110,13 +100,15 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
         text = find_templates(asked["templates"])[0].replace("{}", asked["label"])
         if asked["method"] == "head":
             pixels = loaded.transform([picture]).to(loaded.model.logit_scale.device)
-            heat = head_map(loaded.model, pixels, asked["layer"], asked["head"])[0].float().cpu()
+            heat = (
+                lens.head_map(loaded.model, pixels, asked["layer"], asked["head"])[0].float().cpu()
+            )
         else:
-            heat = text_maps(picture, [text], loaded, asked["method"])[0]
+            heat = lens.text_maps(picture, [text], loaded, asked["method"])[0]
         return {
             "text": text,
             "warmest": heat.max().item(),
-            "heat": write_picture(overlay(enlarged(picture, loaded), heat)),
+            "heat": write_picture(lens.overlay(enlarged(picture, loaded), heat)),
         }
 
     def search(asked: dict[str, Any]) -> list[dict[str, Any]]:
@@ -124,8 +116,8 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
         if find is None:
             raise ValueError("no index to search: start with --index")
         return [
-            {"path": path, "score": score, "picture": write_picture(thumbnail(picture))}
-            for path, score, picture in find(asked["text"])
+            {"path": path, "score": score, "picture": write_picture(ImageOps.contain(p, THUMBNAIL))}
+            for path, score, p in find(asked["text"])
         ]
 
     one_at_a_time = asyncio.Lock()  # lens.py hooks the model, and would see another's tensors
@@ -163,7 +155,7 @@ def describe(loaded: Loaded) -> dict[str, Any]:
 def examples() -> list[dict[str, Any]]:
     """A photograph, where scikit-image is there, and a drawn scene; with the model that knows it,
     and labels of which some are true."""
-    asked = questions(3)
+    asked = lens.questions(3)
     scene = {
         "name": "a drawn scene",
         "model": "shapes",
@@ -209,13 +201,7 @@ def write_picture(picture: Image.Image) -> str:
 
 def enlarged(picture: Image.Image, loaded: Loaded) -> Image.Image:
     """What the model sees, with more pixels."""
-    return seen(picture, loaded.transform, -(-SIDE // loaded.transform.crop_size))
-
-
-def thumbnail(picture: Image.Image) -> Image.Image:
-    small = picture.convert("RGB")
-    small.thumbnail((SIDE // 2, SIDE // 2))
-    return small
+    return lens.seen(picture, loaded.transform, -(-SIDE // loaded.transform.crop_size))
 
 
 def listen(port: int | None) -> socket.socket:

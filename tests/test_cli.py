@@ -372,7 +372,9 @@ def test_unknown_commands_and_options(run, argv):
     assert_one_line_error(run(*argv), "--help")
 
 
-@pytest.mark.parametrize("name", ["classify", "info", "tokenize", "demo", "eval", "explain"])
+@pytest.mark.parametrize(
+    "name", ["classify", "info", "tokenize", "demo", "eval", "explain", "serve"]
+)
 def test_help_shows_an_example(run, name):
     status, out, err = run(name, "--help")
     assert status == 0 and f"example:\n  miniclip {name}" in out
