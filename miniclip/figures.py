@@ -217,9 +217,9 @@ def draw_heat(axes: Axes, scene: Exhibit, heat: Heat) -> None:
 UNITS = {
     "attention": "{} of the attention",
     "rollout": "{} of the attention",
-    "relevance": "relevance {}",
+    "relevance": "{}",
     "tokens": "{} written towards the text",
-    "occlusion": "{} of cosine lost if covered",
+    "occlusion": "{} of the cosine lost",
 }
 MOST_COLUMNS = 4  # of heat maps, beside the picture
 
