@@ -245,19 +245,24 @@ def build_parser() -> argparse.ArgumentParser:
         "explain",
         explain,
         "Where in a photograph is a text seen? Draws it, or scores the methods that can.",
-        'miniclip explain cat.jpg "a cat" --out where.png --model cifar10\n'
+        'miniclip explain cat.jpg "a cat" "a dog" --all -o where.png --model cifar10\n'
         "  miniclip explain --score shapes --model shapes --plot methods.png",
     )
     sub.add_argument("image", nargs="?", metavar="IMAGE", help="an image file")
-    sub.add_argument("text", nargs="?", metavar="TEXT")
+    sub.add_argument("texts", nargs="*", metavar="TEXT", help="what to look for, one or several")
     sub.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
-    sub.add_argument(
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument(
         "--method",
-        default="relevance",
+        action="append",
         metavar="NAME",
-        help="attention, rollout, relevance, tokens or occlusion (default: %(default)s)",
+        help="attention, rollout, relevance, tokens or occlusion; give several to see them side by "
+        "side (default: relevance)",
     )
-    sub.add_argument("--out", metavar="PNG", help="the picture (default: miniclip-explain.png)")
+    which.add_argument("--all", action="store_true", help="every method, side by side")
+    sub.add_argument(
+        "-o", "--out", metavar="PNG", help="the picture (default: miniclip-explain.png)"
+    )
     sub.add_argument(
         "--score",
         choices=("shapes",),
@@ -335,6 +340,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("-k", type=int, default=12, metavar="N", help="pictures (default: 12)")
     sub.add_argument("--sheet", metavar="PNG", help="show the pictures with their scores")
     sub.add_argument("--model", help="where the model is now, if not where it was")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+
+    sub = command(
+        "serve",
+        serve,
+        "A page in the browser to try models on, for this machine alone.",
+        "miniclip serve --model cifar10 shapes",
+    )
+    sub.add_argument(
+        "--model",
+        nargs="+",
+        default=[DEFAULT_MODEL],
+        metavar="NAME",
+        help=f"one, or several to choose from (default: {DEFAULT_MODEL})",
+    )
+    sub.add_argument("--index", metavar="FILE", help="pictures to search, from `miniclip embed`")
+    sub.add_argument(
+        "--port", type=int, metavar="N", help="this one and no other (default: a free one)"
+    )
     sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
 
     sub = command(
@@ -533,39 +557,40 @@ def evaluation_table(result: "Evaluation", most: int = 50) -> str:
 
 def explain(args: argparse.Namespace) -> int:
     from miniclip.checkpoint import load
-    from miniclip.lens import heatmap, text_map
+    from miniclip.lens import METHODS, seen, text_maps
     from miniclip.transform import open_image
 
     if args.score:
         return explanation_score(args)
-    if args.text is None or args.plot or args.scenes:
+    if not args.texts or args.plot or args.scenes:
         raise ValueError(
             "expected an image and a text, and for these --out; or --score shapes, and for this "
             "--scenes and --plot"
         )
+    out = args.out or (None if args.json else "miniclip-explain.png")
+    if out:  # before the work, so that a missing matplotlib or folder shows at once
+        from miniclip.figures import check_writable, draw_text_maps
+
+        check_writable(out)
+    image = open_image(args.image)
     loaded = load(args.model, device=args.device, reference=args.reference, revision=args.revision)
-    question = (open_image(args.image), args.text, loaded, args.method)
+    methods = METHODS if args.all else args.method or ["relevance"]
+    maps = {
+        method: text_maps(image, args.texts, loaded, method)
+        for method in progress(list(methods), "method")
+    }
     if args.json:
-        print_json(
-            {
-                "image": args.image,
-                "text": args.text,
-                "method": args.method,
-                "map": text_map(*question).tolist(),
-            }
-        )
-    if args.out or not args.json:
-        out = args.out or "miniclip-explain.png"
-        save_picture(heatmap(*question), out)
+        found = [
+            {"image": args.image, "text": text, "method": method, "map": heat.tolist()}
+            for method, heats in maps.items()
+            for text, heat in zip(args.texts, heats, strict=True)
+        ]
+        print_json(found if len(found) > 1 else found[0])
+    if out:
+        scale = -(-512 // loaded.transform.crop_size)
+        draw_text_maps(seen(image, loaded.transform, scale), args.texts, maps, out)
         print(f"picture: {out}", file=sys.stderr)
     return 0
-
-
-def save_picture(picture: Any, path: str) -> None:
-    try:
-        picture.resize((512, 512)).save(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be written: {error}") from None
 
 
 def explanation_score(args: argparse.Namespace) -> int:
@@ -573,8 +598,11 @@ def explanation_score(args: argparse.Namespace) -> int:
     from miniclip.lens import METHODS, answers, localise, questions
 
     scenes = 200 if args.scenes is None else args.scenes
-    if args.image or args.out or scenes < 1:
-        raise ValueError("--score draws its own scenes, one or more: no IMAGE, TEXT or --out")
+    if args.image or args.out or args.all or args.method or scenes < 1:
+        raise ValueError(
+            "--score draws its own scenes, one or more, for every method: no IMAGE, TEXT, --method "
+            "or --out"
+        )
     if args.plot:  # before the work, so that a missing matplotlib shows at once
         from miniclip.figures import draw_explanations
     loaded = load(args.model, device=args.device, reference=args.reference, revision=args.revision)
@@ -703,6 +731,20 @@ def search(args: argparse.Namespace) -> int:
             print(f"miniclip: not on the sheet: {reason}", file=sys.stderr)
         print(f"picture: {args.sheet}", file=sys.stderr)
     print(f"{len(index):,} pictures searched in {seconds:.2f} s", file=sys.stderr)
+    return 0
+
+
+def serve(args: argparse.Namespace) -> int:
+    from miniclip.checkpoint import load
+    from miniclip.serve import create_app, listen, open_index, run
+
+    socket = listen(args.port)  # before the work, so that a port that is taken shows at once
+    models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
+    find = open_index(args.index, args.device) if args.index else None
+    app = create_app(models, find)
+    url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+    print(json.dumps({"url": url}) if args.json else f"{url}  (Ctrl-C ends it)", flush=True)
+    run(app, socket)
     return 0
 
 

@@ -71,19 +71,22 @@ def negatives_by_word(claim: Claim, scene: Scene) -> list[list[Claim]]:
     return [[c for c in made[word] if not holds(c, scene)] for word in ("colour", "shape")]
 
 
-def photograph_exhibits() -> list[Exhibit]:
-    """Photographs that lie inside scikit-image's package. Raises ValueError where it is missing.
-
-    A cat is one of the ten things that the checkpoint `cifar10` knows, though not so close. Of a
-    rocket, the silhouette of a horse, and a cup of coffee it has never seen the like, and it shows.
-    """
+def photographs() -> list[Image.Image]:
+    """Those that lie inside scikit-image's package. Raises ValueError where it is missing."""
     try:
         import skimage.data
     except ImportError:
         raise ValueError("photographs come with: pip install 'miniclip[demo]'") from None
-    pictures = [
-        Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOGRAPHS
-    ]
+    return [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOGRAPHS]
+
+
+def photograph_exhibits() -> list[Exhibit]:
+    """The photographs, classified.
+
+    A cat is one of the ten things that the checkpoint `cifar10` knows, though not so close. Of a
+    rocket, the silhouette of a horse, and a cup of coffee it has never seen the like, and it shows.
+    """
+    pictures = photographs()
     model, tokenizer, transform = load("cifar10")
     rankings = ZeroShotClassifier(model, tokenizer, LABELS).rank(transform(pictures))
     return [Exhibit(*row) for row in zip(PHOTOGRAPHS, pictures, rankings, strict=True)]

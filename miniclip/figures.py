@@ -5,19 +5,24 @@ once, not after an hour's work. The colours are of Okabe and Ito's, or run from 
 that the colour-blind tell them apart, and a grey printer too.
 """
 
+import textwrap
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from miniclip.demo import Exhibit, Heat
-from miniclip.lens import Question
+from miniclip.lens import BLIND, HEAT_COLOURS, Question, overlay
 from miniclip.parity import Report
 from miniclip.zeroshot import Evaluation, Score
 
 try:
     from matplotlib.axes import Axes
-    from matplotlib.colors import PowerNorm
+    from matplotlib.backend_bases import FigureCanvasBase
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
     from matplotlib.figure import Figure
 except ImportError:
     raise ValueError("pictures need matplotlib: pip install 'miniclip[demo]'") from None
@@ -252,3 +257,84 @@ def draw_parity(report: Report, path: str | PathLike[str]) -> None:
     panels[1].legend(frameon=False, fontsize=9)
     figure.suptitle(str(report).replace("\n", "; "), fontsize=11)
     save(figure, path)
+
+
+# What the numbers of a map say.
+UNITS = {
+    "attention": "{} of the attention",
+    "rollout": "{} of the attention",
+    "relevance": "{}",
+    "tokens": "{} written towards the text",
+    "occlusion": "{} of the cosine lost",
+}
+MOST_COLUMNS = 4  # of heat maps, beside the picture
+
+
+def draw_text_maps(
+    picture: Image.Image, texts: Sequence[str], maps: dict[str, Tensor], path: str | PathLike[str]
+) -> None:
+    """A picture beside where each of C texts is seen in it.
+
+    `maps` has (C, rows, columns) for each method. Of one method the texts stand side by side, of
+    several the methods, with a line for each text. Every map is as bright as the others at its
+    warmest patch; under it stands how much that is.
+    """
+    if len(maps) == 1:
+        ((method, heats),) = maps.items()
+        panels = [(text, method, heat) for text, heat in zip(texts, heats, strict=True)]
+        lines = [panels[i : i + MOST_COLUMNS] for i in range(0, len(panels), MOST_COLUMNS)]
+        names = [f"by {method}"] * len(lines)
+    else:
+        names = list(texts)
+        lines = [
+            [(name, name, heats[i]) for name, heats in maps.items()] for i in range(len(texts))
+        ]
+    columns = 1 + max(map(len, lines))
+    figure = Figure(figsize=(2.9 * columns, 3.5 * len(lines) + 0.5), layout="constrained")
+    rows = figure.subplots(len(lines), columns, squeeze=False)
+    for axes in rows.flat:
+        axes.set_axis_off()
+    for row, name, line in zip(rows, names, lines, strict=True):
+        show_panel(row[0], picture, name)
+        for axes, (title, method, heat) in zip(row[1:], line):
+            show_panel(axes, overlay(picture, heat), title, warmth(method, heat))
+    colours = LinearSegmentedColormap.from_list("heat", HEAT_COLOURS)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, 1), colours),
+        ax=rows, location="bottom", ticks=[], shrink=2 / columns, aspect=30, pad=0.02,
+    )  # fmt: skip
+    bar.outline.set_visible(False)
+    bar.set_label("nothing, or against the text  →  a map's warmest patch", fontsize=9)
+    save(figure, path)
+
+
+def warmth(method: str, heat: Tensor) -> str:
+    """How much the warmest patch of a map is."""
+    if heat.max() <= 0:
+        return "nowhere"
+    blind = "; whatever the text" if method in BLIND else ""
+    return f"up to {UNITS[method].format(f'{heat.max():.2g}')}{blind}"
+
+
+def show_panel(axes: Axes, picture: Image.Image, title: str, below: str = "") -> None:
+    axes.imshow(picture)
+    lines = textwrap.wrap(title, 28, max_lines=3, placeholder=" …")
+    # As text, for a $ would begin a formula.
+    axes.set_title("\n".join(lines), loc="left", fontsize=11, parse_math=False)
+    lines = textwrap.wrap(below, 36)
+    axes.text(0, -0.03, "\n".join(lines), transform=axes.transAxes, fontsize=9, va="top")
+
+
+def check_writable(path: str | PathLike[str]) -> None:
+    """Before the work, so that no work is lost: raises ValueError where `save` could not write."""
+    path = Path(path)
+    kinds = FigureCanvasBase.filetypes
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"{path}: cannot be written: expected a name in .{', .'.join(kinds)}")
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+    if not existed:
+        path.unlink()

@@ -12,6 +12,7 @@ changes a weight.
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from miniclip.checkpoint import Loaded
 from miniclip.model import CLIP, TextTower, VisionTower
 from miniclip.sites import cache, hooks
-from miniclip.transform import Picture
+from miniclip.transform import ImageTransform, Picture
 
 Tower = VisionTower | TextTower
 
@@ -368,6 +369,22 @@ def last_attention(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     return on_grid(model, pixels, attention_maps(model, pixels)[-1][:, :, 0].mean(1))
 
 
+def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
+    """What the class token looks at, by one head of one block; blind to any text.
+
+    (B, rows, columns). Raises ValueError where there is no such block or head.
+
+    >>> import miniclip
+    >>> head_map(miniclip.load("shapes").model, torch.zeros(1, 3, 64, 64), layer=3, head=0).shape
+    torch.Size([1, 8, 8])
+    """
+    maps = attention_maps(model, pixels)
+    if not 0 <= layer < len(maps) or not 0 <= head < maps[layer].shape[1]:
+        heads = [pattern.shape[1] for pattern in maps]
+        raise ValueError(f"no head {head} in layer {layer}; the layers, from 0, have {heads} heads")
+    return on_grid(model, pixels, maps[layer][:, head, 0])
+
+
 def rollout_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     """`rollout`; blind to the text."""
     return on_grid(model, pixels, rollout(model, pixels))
@@ -422,16 +439,34 @@ METHODS: dict[str, Callable[[CLIP, Tensor, Tensor], Tensor]] = {
     "tokens": token_map,
     "occlusion": occlusion,
 }
+BLIND = ("attention", "rollout")  # the methods whose map is the same for every text
 
 
-def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Tensor:
-    """Where the text is seen in the image, patch by patch: (rows, columns). See `heatmap`."""
+def text_maps(
+    image: Picture, texts: list[str], loaded: Loaded, method: str = "relevance"
+) -> Tensor:
+    """Where each of C texts is seen in the image, patch by patch: (C, rows, columns).
+
+    `method` is a key of METHODS. Raises ImageError, ContextLengthError, and ValueError for another
+    method.
+
+    >>> import miniclip
+    >>> picture, texts = Image.new("RGB", (80, 64)), ["a red circle", "a blue star"]
+    >>> text_maps(picture, texts, miniclip.load("shapes")).shape
+    torch.Size([2, 8, 8])
+    """
     if method not in METHODS:
         raise ValueError(f"no method is called {method!r}; expected one of {', '.join(METHODS)}")
     model, tokenizer, transform = loaded
     device = model.logit_scale.device
-    pixels, ids = transform([image]).to(device), tokenizer([text]).to(device)
-    return METHODS[method](model, pixels, ids)[0].float().cpu()
+    ids = tokenizer(texts).to(device)  # (C, T)
+    pixels = transform([image]).to(device).expand(len(ids), -1, -1, -1)
+    return METHODS[method](model, pixels, ids).float().cpu()
+
+
+def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Tensor:
+    """The same for one text: (rows, columns)."""
+    return text_maps(image, [text], loaded, method)[0]
 
 
 def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Image.Image:
@@ -444,19 +479,37 @@ def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance"
     >>> heatmap(Image.new("RGB", (80, 64)), "a red circle", miniclip.load("shapes")).size
     (64, 64)
     """
-    heat, transform = text_map(image, text, loaded, method), loaded.transform
+    return overlay(seen(image, loaded.transform), text_map(image, text, loaded, method))
+
+
+def seen(image: Picture, transform: ImageTransform, scale: int = 1) -> Image.Image:
+    """The part of an image that the model sees, S x S pixels at `scale` 1, as a picture again.
+
+    A larger scale is for people: the same crop with `scale` times as many pixels along a side.
+    """
+    larger = replace(transform, size=transform.size * scale, crop_size=transform.crop_size * scale)
     mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)
-    seen = (transform(image).permute(1, 2, 0) * std + mean) * 255  # (S, S, 3)
-    return overlay(Image.fromarray(seen.round().to(torch.uint8).numpy()), heat)
+    pixels = (larger(image).permute(1, 2, 0) * std + mean) * 255  # (scale * S, scale * S, 3)
+    return Image.fromarray(pixels.round().to(torch.uint8).numpy())
 
 
-def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """Heat (rows, columns), its positive part, laid over the picture: black, red, yellow."""
+# From no heat to the most. Three colours of matplotlib's "inferno": for the colour-blind, and grey
+# printers, they run from dark to light.
+HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")
+
+
+def overlay(picture: Image.Image, heat: Tensor, warmest: float | None = None) -> Image.Image:
+    """Heat (rows, columns), its positive part, laid over the picture in grey: the more, the denser.
+
+    The last of HEAT_COLOURS stands for `warmest`, which is the warmest of this heat unless given.
+    """
     shown = heat.clamp(min=0)
-    shown = (shown / shown.max().clamp(min=1e-12) * 255).to(torch.uint8).numpy()
+    warmest = shown.max().item() if warmest is None else warmest
+    shown = (shown / max(warmest, 1e-12) * 255).clamp(max=255).to(torch.uint8).numpy()
     smooth = Image.fromarray(shown).resize(picture.size, Image.Resampling.BILINEAR)
-    colours = ImageOps.colorize(smooth, black="#000004", mid="#bc3754", white="#fcffa4")
-    return Image.blend(picture.convert("L").convert("RGB"), colours, 0.6)
+    colours = ImageOps.colorize(smooth, *HEAT_COLOURS[::2], mid=HEAT_COLOURS[1])
+    density = smooth.point(lambda h: 90 + h // 2)  # of 255: where it is cold, the picture shows
+    return Image.composite(colours, picture.convert("L").convert("RGB"), density)
 
 
 # -- how often it is right ------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import sys
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from PIL import Image
 
 import miniclip
 from miniclip import load
 from miniclip.cli import main
-from miniclip.lens import METHODS
+from miniclip.lens import BLIND, METHODS, questions, text_map
 
 LABELS = ["cat", "dog", "ship", "truck", "frog"]
 
@@ -97,14 +98,36 @@ def test_demo_without_its_extra_describes_the_scene_alone(run, tmp_path, monkeyp
 
 def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
     command = ["explain", picture, "a red circle", "--model", "shapes"]
-    status, out, err = run(*command, "--out", str(tmp_path / "where.png"))
+    status, out, err = run(*command, "-o", str(tmp_path / "where.png"))
     assert (status, out, err) == (0, "", f"picture: {tmp_path / 'where.png'}\n")
     with Image.open(tmp_path / "where.png") as drawn:
-        assert drawn.size == (512, 512) and drawn.getextrema()[0] != (0, 0)
+        assert drawn.width > 600 and drawn.convert("RGB").getextrema()[0] == (0, 255)
     status, out, err = run(*command, "--json", "--method", "rollout")
     assert status == 0 and err == ""
-    heat = json.loads(out)["map"]
+    found = json.loads(out)
+    assert found["text"] == "a red circle" and found["method"] == "rollout"
+    heat = found["map"]
     assert [len(row) for row in heat] == [8] * 8 and 0 < sum(map(sum, heat)) < 1
+
+
+def test_explain_all_methods_for_several_texts(run, tmp_path):
+    picture, out_path = str(tmp_path / "scene.png"), str(tmp_path / "where.png")
+    questions(1)[0].picture.save(picture)
+    texts = [question.phrase for question in questions(1)]
+    command = ["explain", picture, *texts, "--model", "shapes", "--json"]
+    status, out, err = run(*command, "--all", "--out", out_path)
+    assert status == 0 and err == f"picture: {out_path}\n"
+    found = {(row["method"], row["text"]): torch.tensor(row["map"]) for row in json.loads(out)}
+    assert list(found) == [(method, text) for method in METHODS for text in texts]
+    loaded = load("shapes")
+    for (method, text), heat in found.items():
+        alone = text_map(picture, text, loaded, method)
+        assert torch.allclose(heat, alone, rtol=1e-3, atol=1e-5)
+    for method in METHODS:
+        same = torch.equal(found[method, texts[0]], found[method, texts[1]])
+        assert same == (method in BLIND)
+    _, out, _ = run(*command, "--method", "tokens", "--method", "rollout")
+    assert [row["method"] for row in json.loads(out)] == ["tokens", "tokens", "rollout", "rollout"]
 
 
 def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
@@ -131,17 +154,38 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
         (["a.png", "a cat", "--plot", "b.png"], ["--score"]),
         (["a.png", "--score", "shapes"], ["no IMAGE"]),
         (["--score", "shapes", "--scenes", "0"], ["one or more"]),
+        (["--score", "shapes", "--all"], ["for every method"]),
+        (["a.png", "a cat", "--all", "--method", "tokens"], ["--method"]),
     ],
 )
 def test_explain_what_makes_no_sense(run, options, words):
     assert_one_line_error(run("explain", *options, "--model", "shapes"), *words)
 
 
-def test_explain_by_a_method_that_there_is_not(run, picture, tmp_path):
-    command = ["explain", picture, "a cat", "--model", "shapes"]
+def test_explain_what_cannot_be_explained(run, picture, tmp_path):
+    command = ["explain", picture, "a cat", "--model", "shapes", "-o", str(tmp_path / "a.png")]
     assert_one_line_error(run(*command, "--method", "gradcam"), "gradcam", "rollout")
-    lost = str(tmp_path / "no" / "where.png")
-    assert_one_line_error(run(*command, "--out", lost), lost, "cannot be written")
+    assert_one_line_error(run(*command[:3], "word " * 500, *command[3:]), "tokens")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    command[1] = str(tmp_path / "bad.png")
+    assert_one_line_error(run(*command), "bad.png")
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("name", ["no/where.png", "where", "where.txt", "folder.png"])
+def test_explain_says_at_once_where_it_cannot_write(run, tmp_path, name):
+    (tmp_path / "folder.png").mkdir()
+    lost = str(tmp_path / name)
+    result = run("explain", "missing.png", "a cat", "--model", "nonsense", "--out", lost)
+    assert_one_line_error(result, lost, "cannot be written")
+
+
+def test_explain_without_its_extra(run, picture, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "miniclip.figures", raising=False)
+    command = ["explain", picture, "a cat", "--model", "shapes"]
+    assert_one_line_error(run(*command), "miniclip[demo]")
+    assert run(*command, "--json")[0] == 0
 
 
 def test_eval_of_the_drawn_world(run):
@@ -328,7 +372,9 @@ def test_unknown_commands_and_options(run, argv):
     assert_one_line_error(run(*argv), "--help")
 
 
-@pytest.mark.parametrize("name", ["classify", "info", "tokenize", "demo", "eval", "explain"])
+@pytest.mark.parametrize(
+    "name", ["classify", "info", "tokenize", "demo", "eval", "explain", "serve"]
+)
 def test_help_shows_an_example(run, name):
     status, out, err = run(name, "--help")
     assert status == 0 and f"example:\n  miniclip {name}" in out

@@ -1,0 +1,227 @@
+"""`miniclip serve`: a page to try models on, in the browser of the same machine.
+
+The page is serve.html, which holds all it needs: it asks this server and nobody else. A picture
+goes both ways as a data: URL inside JSON, so no upload is ever written to a disk. Nothing here
+computes: the numbers are zeroshot.py's and retrieval.py's, the maps lens.py's.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from miniclip import lens
+from miniclip.checkpoint import Loaded
+from miniclip.config import ImageError
+from miniclip.demo import LABELS, PHOTOGRAPHS, photographs
+from miniclip.transform import to_rgb
+from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier, find_templates
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+except ImportError:
+    raise ValueError("the page needs Starlette: pip install 'miniclip[demo]'") from None
+
+HOST = "127.0.0.1"
+FIRST_PORT = 8400
+MAX_BYTES = 20_000_000  # of an upload
+TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would start programs for some others
+SIDE = 448  # pixels of a picture on the page, at least
+THUMBNAIL = (224, 224)  # pixels of one that was found, at most
+
+# The browser itself is told to load nothing from anywhere else.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+Find = Callable[[str], list[tuple[str, float, Image.Image]]]
+
+
+def open_index(path: str, device: str) -> Find:
+    """A function from a text to the best of the index's pictures: (path, cosine, picture)."""
+    from miniclip.retrieval import Index, embed_query
+
+    index = Index.load(path)
+    encoder = index.load_encoder(device=device)
+
+    def find(text: str) -> list[tuple[str, float, Image.Image]]:
+        hits = index.search(embed_query(encoder, [text]))
+        return [(hit.path, hit.score, open_hit(hit.path)) for hit in hits]
+
+    def open_hit(path: str) -> Image.Image:
+        try:
+            return to_rgb(index.open(path))
+        except ImageError:  # moved or changed since; its name and score still say something
+            return Image.new("RGB", (1, 1))
+
+    return find
+
+
+def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starlette:
+    """The server of a page on which to choose among `models`, and to search with `find`."""
+
+    def about(asked: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "models": {name: describe(loaded) for name, loaded in models.items()},
+            "methods": [*lens.METHODS, "head"],
+            "blind": [*lens.BLIND, "head"],
+            "colours": lens.HEAT_COLOURS,
+            "examples": examples(),
+            "search": find is not None,
+            "max_bytes": MAX_BYTES,
+        }
+
+    def classify(asked: dict[str, Any]) -> dict[str, Any]:
+        """{model, picture, labels, templates} -> what the model sees, and its scores."""
+        loaded, picture = models[asked["model"]], read_picture(asked["picture"])
+        templates = find_templates(asked["templates"])
+        classifier = ZeroShotClassifier(*loaded[:2], asked["labels"], templates)
+        (scores,) = classifier.rank(loaded.transform([picture]))
+        seen = write_picture(enlarged(picture, loaded))
+        return {"seen": seen, "scores": [score._asdict() for score in scores]}
+
+    def explain(asked: dict[str, Any]) -> dict[str, Any]:
+        """{model, picture, label, templates, method} or {..., layer, head} -> a heat map."""
+        loaded, picture = models[asked["model"]], read_picture(asked["picture"])
+        text = find_templates(asked["templates"])[0].replace("{}", asked["label"])
+        if asked["method"] == "head":
+            pixels = loaded.transform([picture]).to(loaded.model.logit_scale.device)
+            heat = (
+                lens.head_map(loaded.model, pixels, asked["layer"], asked["head"])[0].float().cpu()
+            )
+        else:
+            heat = lens.text_maps(picture, [text], loaded, asked["method"])[0]
+        return {
+            "text": text,
+            "warmest": heat.max().item(),
+            "heat": write_picture(lens.overlay(enlarged(picture, loaded), heat)),
+        }
+
+    def search(asked: dict[str, Any]) -> list[dict[str, Any]]:
+        """{text} -> the best pictures of the index."""
+        if find is None:
+            raise ValueError("no index to search: start with --index")
+        return [
+            {"path": path, "score": score, "picture": write_picture(ImageOps.contain(p, THUMBNAIL))}
+            for path, score, p in find(asked["text"])
+        ]
+
+    one_at_a_time = asyncio.Lock()  # lens.py hooks the model, and would see another's tensors
+
+    def route(answer: Callable[[dict[str, Any]], Any]) -> Route:
+        async def endpoint(request: Request) -> Response:
+            try:
+                asked = await read_question(request)
+                async with one_at_a_time:
+                    if await request.is_disconnected():  # the page has a newer question by now
+                        return Response()
+                    return JSONResponse(await run_in_threadpool(answer, asked))
+            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+                known = isinstance(error, (ValueError, RuntimeError))
+                message = str(error) if known else f"not a question this page asks: {error!r}"
+                return JSONResponse({"error": message.partition("\n")[0]}, status_code=400)
+
+        return Route(f"/{answer.__name__}", endpoint, methods=["POST"])
+
+    page = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+    home = Route("/", lambda _: HTMLResponse(page, headers={"content-security-policy": POLICY}))
+    return Starlette(
+        routes=[home, *map(route, (about, classify, explain, search))],
+        # A page of another site may not pass itself off as ours by a name of its own.
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
+    )
+
+
+def describe(loaded: Loaded) -> dict[str, Any]:
+    blocks = loaded.model.vision.blocks
+    heads = [block.attn.q_proj.weight.shape[0] // block.attn.head_width for block in blocks]
+    return {"size": loaded.transform.crop_size, "heads": heads}
+
+
+def examples() -> list[dict[str, Any]]:
+    """A photograph, where scikit-image is there, and a drawn scene; with the model that knows it,
+    and labels of which some are true."""
+    asked = lens.questions(3)
+    scene = {
+        "name": "a drawn scene",
+        "model": "shapes",
+        "labels": [question.phrase for question in asked],
+        "templates": ["{}"],
+        "picture": write_picture(asked[0].picture),
+    }
+    try:
+        photograph = write_picture(photographs()[0])
+    except ValueError:
+        return [scene]
+    cat = {"model": "cifar10", "labels": LABELS, "templates": [TEMPLATE], "picture": photograph}
+    return [{"name": PHOTOGRAPHS[0]} | cat, scene]
+
+
+async def read_question(request: Request) -> dict[str, Any]:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:  # in base64, and the words
+            raise ValueError(f"the picture is larger than {MAX_BYTES // 10**6} MB")
+    return json.loads(body)
+
+
+def read_picture(url: str) -> Image.Image:
+    """The picture in a data: URL, upright, its first frame. Raises ImageError."""
+    try:
+        data = base64.b64decode(url.partition(",")[2])
+        picture = Image.open(io.BytesIO(data), formats=TYPES)
+        return ImageOps.exif_transpose(picture)  # reads the pixels
+    except UnidentifiedImageError:
+        raise ImageError(f"not a picture: expected {', '.join(TYPES)}") from None
+    except Exception as error:  # Pillow's parsers raise whatever they trip over
+        raise ImageError(f"the picture cannot be read: {error}") from error
+
+
+def write_picture(picture: Image.Image) -> str:
+    """A picture as a data: URL."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def enlarged(picture: Image.Image, loaded: Loaded) -> Image.Image:
+    """What the model sees, with more pixels."""
+    return lens.seen(picture, loaded.transform, -(-SIDE // loaded.transform.crop_size))
+
+
+def listen(port: int | None) -> socket.socket:
+    """A socket of this machine's own address, at `port` or else the first free one from FIRST_PORT.
+
+    Raises ValueError.
+    """
+    if port is not None and not 0 <= port < 2**16:
+        raise ValueError(f"port is {port}; expected one from 1 to 65535, or 0 for any that is free")
+    for candidate in range(FIRST_PORT, FIRST_PORT + 100) if port is None else [port]:
+        try:
+            return socket.create_server((HOST, candidate))
+        except OSError as error:
+            reason = error.strerror
+    raise ValueError(
+        f"port {candidate} of {HOST} cannot be had: {reason}. Without --port a free one is found"
+    )
+
+
+def run(app: Starlette, listening: socket.socket) -> None:
+    """Answer until Ctrl-C, and then what was asked before; it is raised again."""
+    config = uvicorn.Config(app, log_level="warning", lifespan="off")
+    uvicorn.Server(config).run(sockets=[listening])
