@@ -1,7 +1,7 @@
-"""What a CLIP costs: its multiply-adds, counted; and its time beside that of others, measured.
+"""The same work by miniclip and by its peers, side by side, timed.
 
-The measuring alternates: one round is one trial of miniclip and one of every peer, and a ratio is
-taken within a round. Nothing is timed before its output has been found equal to miniclip's.
+A round is one trial of each, A B A B, and a ratio is taken within a round: what slows the machine
+for a while slows them all. Nothing is timed before its output is found equal to miniclip's.
 """
 
 import gzip
@@ -29,15 +29,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 from tqdm import tqdm
 
-from miniclip.checkpoint import check_device, load, load_model, save
-from miniclip.config import LEGACY_EOS, CLIPConfig
+from miniclip.checkpoint import check_device, save
+from miniclip.config import CLIPConfig
 from miniclip.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
-from miniclip.model import CLIP, TextTower, VisionTower, unit_norm
+from miniclip.model import CLIP, unit_norm
 from miniclip.parity import OFFICIAL, random_inputs, randomize
+from miniclip.parts import parts
+from miniclip.peers import Library, libraries
 from miniclip.tokenizer import OPENAI_VOCABULARY, Tokenizer
 from miniclip.training.loss import contrastive_loss
 from miniclip.transform import ImageTransform, resize_short_side
@@ -48,87 +49,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 SECONDS = 6.0  # for each case
 
 
-class Part(NamedTuple):
-    """A part of a CLIP. What stands in every block is one part, counted over all of them."""
-
-    name: str
-    weights: str  # their shapes
-    parameters: int
-    multiply_adds: int  # for one image, or for one text as long as the context
-
-
-def parts(config: CLIPConfig) -> list[Part]:
-    """The architecture in the order data flows through it. No weights are made or read.
-
-    >>> parts(CLIPConfig())[0]
-    Part(name='vision.patch_embed', weights='(768, 3, 32, 32)', parameters=2359296, \
-multiply_adds=115605504)
-    """
-    # Without data there is no end token to look for; the legacy rule does not look for one.
-    text = replace(config.text, eos_token_id=LEGACY_EOS)
-    with torch.device("meta"):
-        model = CLIP(replace(config, text=text))
-        pixels = torch.empty(1, config.vision.channels, *config.vision.height_width)
-        ids = torch.empty(1, config.text.context_length, dtype=torch.long)
-    model.set_attention("eager")  # its two matrix products are counted, which sdpa would hide
-    return [
-        *_tower_parts("vision", model.vision, pixels),
-        *_tower_parts("text", model.text, ids),
-        Part("logit_scale", "()", 1, 0),
-    ]
-
-
-def _tower_parts(prefix: str, tower: VisionTower | TextTower, inputs: torch.Tensor) -> list[Part]:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        tower(inputs)
-    flops = {
-        name.partition(".")[2]: sum(by_operation.values())
-        for name, by_operation in counter.get_flop_counts().items()
-    }
-    shapes = (tower.config.heads, tower.config.mlp_width)
-    depth = 1 if any(isinstance(n, tuple) for n in shapes) else len(tower.blocks)  # in one row
-    rows = []
-    for name, part in _in_order(tower, len(tower.blocks) // depth):
-        weights = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-        if not weights:
-            continue  # a Site
-        label = name.replace("blocks.0", f"blocks.0-{depth - 1}") if depth > 1 else name
-        copies = depth if name.startswith("blocks.") else 1
-        rows.append(
-            Part(
-                f"{prefix}.{label}",
-                _shapes(weights),
-                copies * sum(weight.numel() for weight in weights),
-                copies * flops.get(name, 0) // 2,  # a multiply-add is two operations
-            )
-        )
-    return rows
-
-
-def _in_order(
-    tower: VisionTower | TextTower, blocks: int
-) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-    embeddings = dict(tower.named_parameters(recurse=False))
-    for name, child in tower.named_children():
-        if name != "blocks":
-            yield name, child
-        else:
-            for i, block in enumerate(child[:blocks]):
-                for part, module in block.named_children():
-                    yield f"blocks.{i}.{part}", module
-        yield from embeddings.items()  # they come second: after the first embedding
-        embeddings = {}
-
-
-def _shapes(weights: list[nn.Parameter]) -> str:
-    """The shapes of the matrices, or of the vectors where there are no matrices."""
-    shapes = [tuple(w.shape) for w in weights if w.ndim > 1] or [tuple(weights[0].shape)]
-    counts = {shape: shapes.count(shape) for shape in shapes}
-    return ", ".join(f"{n} x {shape}" if n > 1 else str(shape) for shape, n in counts.items())
-
-
 # ------------------------------------------------------------------------------------------------
 # The same work by miniclip and by others: what is compared, and how
+
+
+Trial = Callable[[], tuple[float, Any]]
 
 
 class Contender(NamedTuple):
@@ -138,7 +63,7 @@ class Contender(NamedTuple):
     """
 
     name: str
-    trial: Callable[[], tuple[float, Any]]
+    trial: Trial
 
 
 class Case(NamedTuple):
@@ -227,7 +152,7 @@ def distance(one: Any, other: Any) -> float:
     return math.inf if math.isnan(far) else far
 
 
-def timed(run: Callable[[], Any], device: str = "cpu") -> Callable[[], tuple[float, Any]]:
+def timed(run: Callable[[], Any], device: str = "cpu") -> Trial:
     """A trial that costs the seconds that `run` takes, to the end of what it started on a GPU."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
@@ -242,15 +167,14 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> Callable[[], tuple[flo
 
 
 # ------------------------------------------------------------------------------------------------
-# The libraries, all with the weights, the vocabulary and the settings of one checkpoint
+# What there is to work on: random weights, a vocabulary, captions and photographs, all made here
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the suites work with."""
+    """What the suites work with, made when it is first needed."""
 
-    directory: Path  # a checkpoint with random weights
-    config: CLIPConfig
+    directory: Path  # of a checkpoint with random weights
     shape: str
     device: str
     dtype: torch.dtype
@@ -258,173 +182,29 @@ class Setting:
     batch: int
 
     @cached_property
-    def libraries(self) -> "list[Library]":
-        found = [use_miniclip(self), use_transformers(self)]
-        for use in (use_open_clip, use_openai):
-            try:
-                found.append(use(self))
-            except ImportError:
-                pass  # not installed, or not without torchvision
-        return found
+    def config(self) -> CLIPConfig:
+        return prepare(self.directory, self.shape)
+
+    @cached_property
+    def libraries(self) -> list[Library]:
+        assert self.config  # the checkpoint is written
+        return libraries(self.directory, self.device, self.dtype)
 
     @cached_property
     def photographs(self) -> list[Path]:
         return [photograph(self.directory / f"{i}.jpg", i) for i in range(16)]
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
-class Library(NamedTuple):
-    """A CLIP, used as its documentation uses it."""
+    def timed(self, run: Callable[[], Any]) -> Trial:
+        return timed(run, self.device)
 
-    name: str
-    model: nn.Module
-    encode_image: Callable[[Tensor], Tensor]  # pixels (B, 3, S, S) -> (B, E)
-    encode_text: Callable[[Tensor], Tensor]  # its own ids (B, T) -> (B, E)
-    tokenize: Callable[[list[str]], Tensor]
-    transform: Callable[[list[Path]], Tensor]
-
-
-def use_miniclip(setting: Setting) -> Library:
-    model, tokenizer, transform = load(
-        setting.directory, device=setting.device, dtype=setting.dtype
-    )
-    return Library("miniclip", model, model.encode_image, model.encode_text, tokenizer, transform)
-
-
-def use_transformers(setting: Setting) -> Library:
-    try:
-        import transformers
-        from transformers.models.clip import CLIPImageProcessorPil
-    except ImportError:
-        raise ValueError("nothing to compare with: pip install 'miniclip[test]'") from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.CLIPModel.from_pretrained(setting.directory, dtype=setting.dtype)
-    model.to(setting.device).eval()
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(setting.directory)
-    processor = CLIPImageProcessorPil.from_pretrained(setting.directory)
-
-    def transform(paths: list[Path]) -> Tensor:
-        return processor([Image.open(path) for path in paths], return_tensors="pt").pixel_values
-
-    return Library(
-        "transformers",
-        model,
-        lambda pixels: model.get_image_features(pixels).pooler_output,
-        lambda ids: model.get_text_features(ids).pooler_output,
-        lambda texts: tokenizer(texts, padding=True, return_tensors="pt").input_ids,
-        transform,
-    )
-
-
-def use_open_clip(setting: Setting) -> Library:
-    import open_clip
-    from open_clip.tokenizer import SimpleTokenizer
-
-    vision, text = setting.config.vision, setting.config.text
-    model = open_clip.CLIP(
-        setting.config.embed_dim,
-        dict(
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            width=vision.width,
-            layers=vision.layers,
-            head_width=vision.width // vision.heads,
-        ),
-        dict(
-            context_length=text.context_length,
-            vocab_size=text.vocab_size,
-            width=text.width,
-            layers=text.layers,
-            heads=text.heads,
-        ),
-        quick_gelu=True,
-    )
-    tokenizer = SimpleTokenizer(str(setting.directory / OPENAI_VOCABULARY))
-    preprocess = open_clip.image_transform(vision.image_size, is_train=False)
-    return _of_openai_layout("open_clip", model, tokenizer, preprocess, setting)
-
-
-def use_openai(setting: Setting) -> Library:
-    from clip import clip, model, simple_tokenizer
-
-    vision, text = setting.config.vision, setting.config.text
-    clip._tokenizer = simple_tokenizer.SimpleTokenizer(str(setting.directory / OPENAI_VOCABULARY))
-    theirs = model.CLIP(
-        setting.config.embed_dim,
-        vision.image_size,
-        vision.layers,
-        vision.width,
-        vision.patch_size,
-        text.context_length,
-        text.vocab_size,
-        text.width,
-        text.heads,
-        text.layers,
-    )
-    preprocess = clip._transform(vision.image_size)
-    return _of_openai_layout("openai/CLIP", theirs, clip.tokenize, preprocess, setting)
-
-
-def _of_openai_layout(
-    name: str,
-    model: nn.Module,
-    tokenize: Callable[[list[str]], Tensor],
-    preprocess: Callable[[Image.Image], Tensor],
-    setting: Setting,
-) -> Library:
-    weights = openai_weights(load_model(setting.directory))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        raise RuntimeError(f"the weights do not fit {name}: {[*missing, *unexpected][:3]}")
-    model.to(setting.device, setting.dtype).eval()
-    return Library(
-        name,
-        model,
-        lambda pixels: model.encode_image(pixels.to(setting.dtype)),
-        model.encode_text,
-        tokenize,
-        lambda paths: torch.stack([preprocess(Image.open(path)) for path in paths]),
-    )
-
-
-def openai_weights(model: CLIP) -> dict[str, Tensor]:
-    """Our weights under the names of openai/CLIP, which open_clip shares: q, k and v as one matrix,
-    and projections that multiply from the right."""
-    ours = model.state_dict()
-    theirs = {
-        "logit_scale": ours["logit_scale"],
-        "visual.class_embedding": ours["vision.class_embed"],
-        "visual.positional_embedding": ours["vision.pos_embed"],
-        "visual.conv1.weight": ours["vision.patch_embed.weight"],
-        "visual.proj": ours["vision.proj.weight"].T,
-        "token_embedding.weight": ours["text.token_embed.weight"],
-        "positional_embedding": ours["text.pos_embed"],
-        "text_projection": ours["text.proj.weight"].T,
-    }
-    for tower, prefix, norms in (
-        ("vision", "visual.", ("ln_pre", "ln_post")),
-        ("text", "", ("ln_final",)),
-    ):
-        for kind in ("weight", "bias"):
-            for norm in norms:
-                theirs[f"{prefix}{norm}.{kind}"] = ours[f"{tower}.{norm}.{kind}"]
-            for i in range(len(getattr(model, tower).blocks)):
-                block, layer = f"{tower}.blocks.{i}.", f"{prefix}transformer.resblocks.{i}."
-                qkv = [ours[f"{block}attn.{name}_proj.{kind}"] for name in "qkv"]
-                theirs[f"{layer}attn.in_proj_{kind}"] = torch.cat(qkv)
-                for name, part in (
-                    ("attn.out_proj", "attn.out_proj"),
-                    ("ln_1", "ln_1"),
-                    ("ln_2", "ln_2"),
-                    ("mlp.c_fc", "mlp.fc1"),
-                    ("mlp.c_proj", "mlp.fc2"),
-                ):
-                    theirs[f"{layer}{name}.{kind}"] = ours[f"{block}{part}.{kind}"]
-    return theirs
-
-
-# ------------------------------------------------------------------------------------------------
-# What there is to work on: random weights, a vocabulary, captions and photographs, all made here
+    def case(self, suite: str, work: str, count: int, unit: str, *rest: Any) -> Case:
+        """Work of the model, whose result depends on rounding."""
+        work = f"{work}, {self.shape}, {self.dtype_name}"
+        return Case(suite, work, count, unit, *rest, tolerance=TOLERANCE[self.dtype])
 
 
 def prepare(directory: Path, shape: str) -> CLIPConfig:
@@ -515,45 +295,30 @@ def photograph(path: Path, seed: int) -> Path:
 
 
 def vision_suite(setting: Setting) -> Iterator[Case]:
-    config = setting.config
-    multiply_adds = tower_multiply_adds(config, "vision")
+    multiply_adds = tower_multiply_adds(setting.config, "vision")
     for count in sorted({1, setting.batch}):
-        pixels = random_inputs(config, images=count)[0].to(setting.device)
-        work = f"{count} image{'s' * (count > 1)}, {setting.shape}, {dtype_name(setting)}"
+        pixels = random_inputs(setting.config, images=count)[0].to(setting.device)
         contenders = encoders(setting, "encode_image", [pixels] * len(setting.libraries))
         contenders.append(ceiling(setting, count * multiply_adds))
-        yield Case(
-            "vision", work, count, "images", contenders, directions, TOLERANCE[setting.dtype]
-        )
+        yield setting.case("vision", plural(count, "image"), count, "images", contenders, unit_rows)
 
 
 def text_suite(setting: Setting) -> Iterator[Case]:
     texts = captions(setting.batch)
     ids = [library.tokenize(texts).to(setting.device) for library in setting.libraries]
-    length = ids[0].shape[1]
+    count, length = ids[0].shape
     contenders = encoders(setting, "encode_text", ids)
-    contenders.append(
-        ceiling(setting, len(texts) * tower_multiply_adds(setting.config, "text", length))
-    )
-    work = f"{len(texts)} captions of at most {length} tokens, {setting.shape}, "
-    yield Case(
-        "text",
-        work + dtype_name(setting),
-        len(texts),
-        "texts",
-        contenders,
-        directions,
-        TOLERANCE[setting.dtype],
-    )
+    multiply_adds = tower_multiply_adds(setting.config, "text", length)
+    contenders.append(ceiling(setting, count * multiply_adds))
+    work = f"{plural(count, 'caption')} of at most {length} tokens"
+    yield setting.case("text", work, count, "texts", contenders, unit_rows)
 
 
 def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> list[Contender]:
-    """Each library's encoder on its input. With `compile`, miniclip's and transformers' compiled
-    ones as well, and miniclip's goes first."""
-    runs = {
-        library.name: (getattr(library, method), x)
-        for library, x in zip(setting.libraries, inputs, strict=True)
-    }
+    """Each library's encoder on its input. With `compile` those of miniclip and transformers
+    compiled as well, and then miniclip's compiled one is what all are held against."""
+    pairs = zip(setting.libraries, inputs, strict=True)
+    runs = {library.name: (getattr(library, method), x) for library, x in pairs}
     if setting.compile:
         mode = "reduce-overhead" if setting.device.startswith("cuda") else "default"
         compiled = {
@@ -562,48 +327,54 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> list[Conten
         }
         runs = compiled | runs
 
-    def trial(encode: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Any]:
-        return timed(torch.inference_mode()(lambda: encode(x)), setting.device)
+    def trial(encode: Callable[[Tensor], Tensor], x: Tensor) -> Trial:
+        return setting.timed(torch.inference_mode()(lambda: encode(x)))
 
     return [Contender(name, trial(*run)) for name, run in runs.items()]
 
 
 def ceiling(setting: Setting, multiply_adds: int) -> Contender:
-    """As many multiply-adds in one large matrix product: what this machine can do at best."""
+    """So many multiply-adds at the speed of one large matrix product, this machine's best."""
     n = 8192 if setting.device.startswith("cuda") else 2048
     a, b = torch.randn(2, n, n, device=setting.device, dtype=setting.dtype)
-    trial = timed(lambda: torch.mm(a, b), setting.device)
+    trial = setting.timed(lambda: torch.mm(a, b))
     return Contender("one matrix product", lambda: (trial()[0] * multiply_adds / n**3, None))
 
 
+@cache
+def tower_multiply_adds(config: CLIPConfig, tower: str, tokens: int | None = None) -> int:
+    """Of one image, or of one text of so many tokens."""
+    if tokens is not None:
+        config = replace(config, text=replace(config.text, context_length=tokens))
+    return sum(part.multiply_adds for part in parts(config) if part.name.startswith(tower))
+
+
+def unit_rows(embeds: Tensor) -> Tensor:
+    return unit_norm(embeds.double().cpu())
+
+
 def tokenizer_suite(setting: Setting) -> Iterator[Case]:
-    end = setting.config.text.eos_token_id
+    end, count = setting.config.text.eos_token_id, 1000
 
-    def form(ids: Tensor) -> list[list[int]]:
-        rows = [row.tolist() for row in ids]
-        return [row[: row.index(end)] for row in rows]  # without the padding, which differs
+    def without_padding(ids: Tensor) -> list[list[int]]:
+        return [row[: row.index(end)] for row in ids.tolist()]
 
-    count = 1000
-    streams = {
+    streams: dict[str, Callable[[], Iterator[list[str]]]] = {
         "ASCII captions": lambda: itertools.repeat(captions(count)),
         "mixed scripts and emoji": lambda: itertools.repeat(mixed_captions(count)),
         "words never seen before": lambda: invented_captions(count),
     }
     for work, stream in streams.items():
-        contenders = []
-        for library in setting.libraries:
-            texts = stream()
-            run = lambda tokenize=library.tokenize, texts=texts: tokenize(next(texts))  # noqa: E731
-            contenders.append(Contender(library.name, timed(run)))
-        yield Case("tokenizer", f"{count:,} texts, {work}", count, "texts", contenders, form)
+        contenders = [
+            Contender(library.name, timed(lambda f=library.tokenize, x=stream(): f(next(x))))
+            for library in setting.libraries
+        ]
+        work = f"{plural(count, 'text')}, {work}"
+        yield Case("tokenizer", work, count, "texts", contenders, without_padding)
 
 
 def transform_suite(setting: Setting) -> Iterator[Case]:
     size = setting.config.vision.image_size
-    ours = setting.libraries[0].transform
-
-    def form(pixels: Tensor) -> Tensor:
-        return pixels.reshape(-1, 3, size, size)
 
     def pillow_alone() -> None:
         resize_short_side(Image.open(setting.photographs[0]), size)
@@ -611,19 +382,16 @@ def transform_suite(setting: Setting) -> Iterator[Case]:
     for paths in (setting.photographs[:1], setting.photographs):
         runs = {library.name: partial(library.transform, paths) for library in setting.libraries}
         if len(paths) == 1:
-            runs["miniclip"] = partial(ours, paths[0])
-            runs["Pillow's decode and resize"] = pillow_alone
+            runs["miniclip"] = lambda path=paths[0]: setting.libraries[0].transform(path)[None]
+            runs["Pillow, decode + resize"] = pillow_alone
         contenders = [Contender(name, timed(run)) for name, run in runs.items()]
-        work = f"{len(paths)} JPEG file{'s' * (len(paths) > 1)} of 640 x 480 pixels"
-        yield Case("transform", work, len(paths), "images", contenders, form)
+        work = f"{plural(len(paths), 'JPEG file')} of 640 x 480 pixels"
+        yield Case("transform", work, len(paths), "images", contenders, lambda pixels: pixels)
 
 
 def zeroshot_suite(setting: Setting) -> Iterator[Case]:
     labels, templates = IMAGENET_CLASSES[::100], IMAGENET_TEMPLATES
     ours, *peers = setting.libraries
-    tokenizer = ours.tokenize
-    lengths = [len(tokenizer.encode(t.replace("{}", x))) + 2 for x in labels for t in templates]
-    multiply_adds = sum(tower_multiply_adds(setting.config, "text", n) for n in lengths)
 
     @torch.inference_mode()
     def class_by_class(library: Library) -> Tensor:
@@ -635,56 +403,46 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
             rows.append(unit_norm(embeds.mean(dim=0)))
         return torch.stack(rows)
 
-    runs = {"miniclip": partial(class_embeddings, ours.model, tokenizer, labels, templates)}
+    runs = {"miniclip": partial(class_embeddings, ours.model, ours.tokenize, labels, templates)}
     runs |= {library.name: partial(class_by_class, library) for library in peers}
-    contenders = [Contender(name, timed(run, setting.device)) for name, run in runs.items()]
+    contenders = [Contender(name, setting.timed(run)) for name, run in runs.items()]
+    prompts = [template.replace("{}", label) for label in labels for template in templates]
+    lengths = [2 + len(ours.tokenize.encode(prompt)) for prompt in prompts]
+    multiply_adds = sum(tower_multiply_adds(setting.config, "text", n) for n in lengths)
     contenders.append(ceiling(setting, multiply_adds))
-    work = f"{len(labels)} labels x {len(templates)} templates, {setting.shape}, "
-    yield Case(
-        "zeroshot",
-        work + dtype_name(setting),
-        len(lengths),
-        "texts",
-        contenders,
-        directions,
-        TOLERANCE[setting.dtype],
-    )
+    work = f"{len(labels)} labels x {len(templates)} templates"
+    yield setting.case("zeroshot", work, len(prompts), "texts", contenders, unit_rows)
 
 
 def train_suite(setting: Setting) -> Iterator[Case]:
-    pixels = random_inputs(setting.config, images=setting.batch)[0].to(setting.device)
     texts = captions(setting.batch)
+    pixels = random_inputs(setting.config, images=len(texts))[0].to(setting.device)
 
-    def gradients(library: Library, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        images = unit_norm(library.encode_image(pixels))
-        loss = contrastive_loss(
-            images, unit_norm(library.encode_text(ids)), library.model.logit_scale
-        )
-        return loss, torch.autograd.grad(loss, list(library.model.parameters()))
+    def gradients(library: Library, ids: Tensor) -> tuple[Tensor, ...]:
+        image_embeds = unit_norm(library.encode_image(pixels))
+        text_embeds = unit_norm(library.encode_text(ids))
+        loss = contrastive_loss(image_embeds, text_embeds, library.model.logit_scale)
+        return torch.autograd.grad(loss, list(library.model.parameters()))
 
-    def form(output: tuple[Tensor, tuple[Tensor, ...]]) -> Tensor:
-        loss, grads = output
-        norm = torch.stack([grad.double().norm() for grad in grads]).norm()
-        return torch.stack([loss.double(), norm]).detach().cpu()[:, None]
+    def length(gradients: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([g.double().norm().cpu() for g in gradients]).norm()[None]
 
     contenders = []
     for library in setting.libraries:
         ids = library.tokenize(texts).to(setting.device)
-        run = timed(partial(gradients, library, ids), setting.device)
-        contenders.append(Contender(library.name, run))
-    work = f"loss and gradients of {len(texts)} pairs, {setting.shape}, {dtype_name(setting)}"
-    # The loss sees each embedding's rounding a hundred times: the logit scale.
-    tolerance = 100 * TOLERANCE[setting.dtype]
-    yield Case("train", work, len(texts), "pairs", contenders, form, tolerance)
+        contenders.append(Contender(library.name, setting.timed(partial(gradients, library, ids))))
+    work = f"the loss of {plural(len(texts), 'pair')} and its gradients"
+    yield setting.case("train", work, len(texts), "pairs", contenders, length)
 
 
-# As source, because two of the suites below run it in a process of its own.
+# From the files to the first logits: as source, for it is also run in a process of its own.
 IMPORTS = {
     "miniclip": "import miniclip",
     "transformers": """
+import transformers
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
-from transformers.models.clip import CLIPImageProcessorPil
+from transformers.models.clip import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+transformers.utils.logging.disable_progress_bar()
 """,
 }
 FIRST_LOGITS = {
@@ -706,19 +464,19 @@ with torch.inference_mode():
 """,
 }
 PROCESS = """
-import json, sys
+import json, os, sys
 import torch
 directory, photograph, texts, device, dtype = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
 {imports}
 if device == "cpu":
-    import resource
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    from resource import RUSAGE_SELF, getrusage
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    before = getrusage(RUSAGE_SELF).ru_maxrss
 {first_logits}
 logits = logits.tolist()
 if device == "cpu":
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = scale * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    peak = kilobyte * (getrusage(RUSAGE_SELF).ru_maxrss - before)
 else:
     peak = torch.cuda.max_memory_allocated()
 print(json.dumps([logits, peak]))
@@ -726,55 +484,44 @@ print(json.dumps([logits, peak]))
 
 
 def load_suite(setting: Setting) -> Iterator[Case]:
-    directory, photograph, texts, device, _ = first_inputs(setting)
+    names = ("directory", "photograph", "texts", "device")
+    inputs = dict(zip(names, first_inputs(setting)), torch=torch, dtype=setting.dtype)
 
-    def run(name: str) -> Tensor:
-        scope = dict(directory=directory, photograph=photograph, texts=texts, device=device)
-        scope |= dict(torch=torch, dtype=setting.dtype)
-        exec(IMPORTS[name] + FIRST_LOGITS[name], scope)
+    def first_logits(library: str) -> Tensor:
+        scope = dict(inputs)
+        exec(IMPORTS[library] + FIRST_LOGITS[library], scope)
         return scope["logits"]
 
-    contenders = [Contender(name, timed(partial(run, name), device)) for name in IMPORTS]
-    yield first_case(setting, "load", "from files to logits", "times", contenders)
+    contenders = [Contender(name, setting.timed(partial(first_logits, name))) for name in IMPORTS]
+    yield setting.case("load", "files to logits", 1, "times", contenders, unit_rows)
 
 
 def startup_suite(setting: Setting) -> Iterator[Case]:
     contenders = [
-        Contender(name, timed(partial(lambda name: in_process(setting, name)[0], name)))
-        for name in IMPORTS
+        Contender(name, timed(lambda name=name: in_process(setting, name)[1])) for name in IMPORTS
     ]
-    yield first_case(setting, "startup", "a new process, to its first logits", "times", contenders)
+    work = "a new process, files to logits"
+    yield setting.case("startup", work, 1, "times", contenders, unit_rows)
 
 
 def memory_suite(setting: Setting) -> Iterator[Case]:
-    contenders = [
-        Contender(name, partial(lambda name: in_process(setting, name)[::-1], name))
-        for name in IMPORTS
-    ]
+    contenders = [Contender(name, partial(in_process, setting, name)) for name in IMPORTS]
     size = (setting.directory / "model.safetensors").stat().st_size
     contenders.append(Contender("the weights file", lambda: (size, None)))
-    yield first_case(
-        setting, "memory", "peak from the imports to the first logits", "bytes", contenders
-    )
+    work = "most at once, files to logits"
+    yield setting.case("memory", work, 1, "bytes", contenders, unit_rows)
 
 
 def first_inputs(setting: Setting) -> tuple[str, str, list[str], str, str]:
+    assert setting.config  # the checkpoint is written
     texts = ["a photo of a cat", "a photo of two dogs"]
     photograph = str(setting.photographs[0])
-    return str(setting.directory), photograph, texts, setting.device, dtype_name(setting)
+    return str(setting.directory), photograph, texts, setting.device, setting.dtype_name
 
 
-def first_case(
-    setting: Setting, suite: str, work: str, unit: str, contenders: list[Contender]
-) -> Case:
-    work = f"{work}, {setting.shape}, {dtype_name(setting)}"
-    tolerance = TOLERANCE[setting.dtype]
-    return Case(suite, work, 1, unit, contenders, lambda x: x.double().cpu(), tolerance)
-
-
-def in_process(setting: Setting, name: str) -> tuple[Tensor, int]:
-    """The logits of a new process, and the bytes it took at most since its imports."""
-    source = PROCESS.format(imports=IMPORTS[name], first_logits=FIRST_LOGITS[name])
+def in_process(setting: Setting, library: str) -> tuple[float, Tensor]:
+    """The bytes that a new process takes after its imports, at most, and its first logits."""
+    source = PROCESS.format(imports=IMPORTS[library], first_logits=FIRST_LOGITS[library])
     paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", source, json.dumps(first_inputs(setting))],
@@ -783,27 +530,14 @@ def in_process(setting: Setting, name: str) -> tuple[Tensor, int]:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"{name} in a process of its own: {reason}")
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RuntimeError(f"{library} failed in a process of its own: {reason}")
     logits, peak = json.loads(done.stdout)
-    return torch.tensor(logits), peak
+    return max(peak, 1), torch.tensor(logits)
 
 
-def directions(embeds: Tensor) -> Tensor:
-    """Embeddings as they are compared: of length 1, in float64."""
-    return unit_norm(embeds.detach().double().cpu())
-
-
-def dtype_name(setting: Setting) -> str:
-    return str(setting.dtype).removeprefix("torch.")
-
-
-@cache
-def tower_multiply_adds(config: CLIPConfig, tower: str, tokens: int | None = None) -> int:
-    """Of one image, or of one text of so many tokens."""
-    if tokens is not None:
-        config = replace(config, text=replace(config.text, context_length=tokens))
-    return sum(part.multiply_adds for part in parts(config) if part.name.startswith(tower))
+def plural(count: int, unit: str) -> str:
+    return f"{count:,} {unit}{'s' * (count > 1)}"
 
 
 SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
@@ -849,8 +583,7 @@ def bench(
     check_device(device)
     rows: list[Row] = []
     with TemporaryDirectory() as folder, exact_float32():
-        config = prepare(Path(folder), shape)
-        setting = Setting(Path(folder), config, shape, device, dtype, compile, batch)
+        setting = Setting(Path(folder), shape, device, dtype, compile, batch)
         bar = tqdm(suites, unit="suite", delay=2, disable=None, leave=False)
         for name in bar:
             bar.set_description(name)
@@ -905,20 +638,20 @@ def processor() -> str:
 def table(rows: Sequence[Row]) -> str:
     """A paragraph for each case, 80 columns wide."""
     lines = []
-    for (suite, work), group in itertools.groupby(rows, key=lambda row: (row.suite, row.work)):
+    for (suite, work), group in itertools.groupby(rows, key=lambda row: row[:2]):
         lines += ["", f"{suite}: {work}"]
-        for row in group:
-            name = f"  {row.contender:<27}"
-            if row.cost is None:
-                lines.append(f"{name} not timed: its output differs by {row.difference:.1g}")
-                continue
-            _, median, _ = row.cost
-            if row.unit == "bytes":
-                numbers = f"{median / 1e6:>11,.0f} MB" + " " * 16
-            else:
-                rate = f"{row.count / median:,.{0 if row.count / median >= 100 else 1}f}"
-                numbers = f"{median * 1e3:>11,.1f} ms{rate:>9} {row.unit}/s"
-            lower, middle, upper = row.ratio
-            spread = f"{middle:>6.2f}x ({lower:.2f} to {upper:.2f})"
-            lines.append(f"{name}{numbers:<31}{spread}".rstrip())
+        lines += [f"  {row.contender:<24}{_numbers(row)}" for row in group]
     return "\n".join(lines[1:])
+
+
+def _numbers(row: Row) -> str:
+    if row.cost is None or row.ratio is None:
+        return f"not timed: its output is another, by {row.difference:.1g}"
+    _, cost, _ = row.cost
+    if row.unit == "bytes":
+        amount = f"{cost / 1e6:>9,.0f} MB{'':13}"
+    else:
+        rate = row.count / cost
+        amount = f"{cost * 1e3:>9,.1f} ms{rate:>10,.{int(rate < 100)}f}/s "
+    lower, median, upper = row.ratio
+    return f"{amount}{median:>7.2f}x ({lower:.2f} to {upper:.2f})"
