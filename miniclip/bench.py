@@ -117,7 +117,7 @@ def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
 
 
 def alternate(
-    contenders: list[Contender], seconds: float, *, least: int = 5, most: int = 40
+    contenders: list[Contender], seconds: float, *, least: int = 3, most: int = 40
 ) -> list[list[float]]:
     """Rounds of a trial each, A B A B: what slows the machine for a while slows all of them."""
     start = time.perf_counter()
@@ -172,9 +172,10 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> Trial:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the suites work with, made when it is first needed."""
+    """What the suites work with; the libraries and the photographs are made when first needed."""
 
     directory: Path  # of a checkpoint with random weights
+    config: CLIPConfig
     shape: str
     device: str
     dtype: torch.dtype
@@ -182,12 +183,7 @@ class Setting:
     batch: int
 
     @cached_property
-    def config(self) -> CLIPConfig:
-        return prepare(self.directory, self.shape)
-
-    @cached_property
     def libraries(self) -> list[Library]:
-        assert self.config  # the checkpoint is written
         return libraries(self.directory, self.device, self.dtype)
 
     @cached_property
@@ -232,7 +228,7 @@ def prepare(directory: Path, shape: str) -> CLIPConfig:
 
 
 def captions(count: int) -> list[str]:
-    """OpenAI's templates with OpenAI's class names in them, all different up to 80,000.
+    """OpenAI's templates with OpenAI's class names in them; up to 80,000 hardly any comes twice.
 
     >>> captions(2)
     ['a bad photo of a tench.', 'a photo of many tusker.']
@@ -253,7 +249,7 @@ MIXED_SCRIPTS = [
     "כל בני האדם נולדו בני חורין ושווים בערכם ובזכויותיהם.",
     "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।",
     "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ",
-    "人人生而自由，在尊严和权利上一律平等。",
+    "人人生而自由,在尊严和权利上一律平等。",
     "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。",
     "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.",
     "a photo of 🐈 and 🐕‍🦺, 👩🏽‍🚀 ❤️ 🇫🇷 no. 42",
@@ -464,22 +460,23 @@ with torch.inference_mode():
 """,
 }
 PROCESS = """
-import json, os, sys
+import json, re, sys
 import torch
 directory, photograph, texts, device, dtype = json.loads(sys.argv[1])
 dtype = getattr(torch, dtype)
+def kilobytes(field):  # not getrusage, whose peak a new process inherits from its parent
+    with open("/proc/self/status") as status:
+        return int(re.search(field + r":\\s*(\\d+) kB", status.read())[1])
 {imports}
-if device == "cpu":
-    from resource import RUSAGE_SELF, getrusage
-    kilobyte = 1 if sys.platform == "darwin" else 1024
-    before = getrusage(RUSAGE_SELF).ru_maxrss
+on_linux = sys.platform == "linux"
+before = kilobytes("VmRSS") if on_linux else 0
 {first_logits}
 logits = logits.tolist()
-if device == "cpu":
-    peak = kilobyte * (getrusage(RUSAGE_SELF).ru_maxrss - before)
+if device.startswith("cuda"):
+    most = torch.cuda.max_memory_allocated()
 else:
-    peak = torch.cuda.max_memory_allocated()
-print(json.dumps([logits, peak]))
+    most = 1024 * (kilobytes("VmHWM") - before) if on_linux else 0
+print(json.dumps([logits, most]))
 """
 
 
@@ -505,6 +502,9 @@ def startup_suite(setting: Setting) -> Iterator[Case]:
 
 
 def memory_suite(setting: Setting) -> Iterator[Case]:
+    """Of the GPU, or of the process, which only Linux tells."""
+    if not setting.device.startswith("cuda") and sys.platform != "linux":
+        return
     contenders = [Contender(name, partial(in_process, setting, name)) for name in IMPORTS]
     size = (setting.directory / "model.safetensors").stat().st_size
     contenders.append(Contender("the weights file", lambda: (size, None)))
@@ -513,7 +513,6 @@ def memory_suite(setting: Setting) -> Iterator[Case]:
 
 
 def first_inputs(setting: Setting) -> tuple[str, str, list[str], str, str]:
-    assert setting.config  # the checkpoint is written
     texts = ["a photo of a cat", "a photo of two dogs"]
     photograph = str(setting.photographs[0])
     return str(setting.directory), photograph, texts, setting.device, setting.dtype_name
@@ -532,8 +531,8 @@ def in_process(setting: Setting, library: str) -> tuple[float, Tensor]:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise RuntimeError(f"{library} failed in a process of its own: {reason}")
-    logits, peak = json.loads(done.stdout)
-    return max(peak, 1), torch.tensor(logits)
+    logits, most = json.loads(done.stdout)
+    return most, torch.tensor(logits)
 
 
 def plural(count: int, unit: str) -> str:
@@ -561,13 +560,11 @@ def bench(
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
     batch: int | None = None,
-    seconds: float = SECONDS,
 ) -> list[Row]:
     """Do the same work with miniclip and with every peer that is installed, and take the time.
 
     `suites` are names from SUITES; `shape` is one of parity.OFFICIAL, with random weights; `batch`
-    is 16, on a GPU 256, unless given; each case takes about `seconds`, and at least five rounds.
-    Peers are transformers, and open_clip and openai/CLIP where they can be imported.
+    is 16, on a GPU 256, unless given. The peers are those of `peers.libraries`.
     """
     for name in suites:
         if name not in SUITES:
@@ -583,12 +580,13 @@ def bench(
     check_device(device)
     rows: list[Row] = []
     with TemporaryDirectory() as folder, exact_float32():
-        setting = Setting(Path(folder), shape, device, dtype, compile, batch)
+        config = prepare(Path(folder), shape)
+        setting = Setting(Path(folder), config, shape, device, dtype, compile, batch)
         bar = tqdm(suites, unit="suite", delay=2, disable=None, leave=False)
         for name in bar:
             bar.set_description(name)
             for case in SUITES[name](setting):
-                rows += measure(case, seconds)
+                rows += measure(case)
     return rows
 
 
