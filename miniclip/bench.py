@@ -38,7 +38,7 @@ from miniclip.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
 from miniclip.model import CLIP, unit_norm
 from miniclip.parity import OFFICIAL, random_inputs, randomize
 from miniclip.parts import parts
-from miniclip.peers import Library, libraries
+from miniclip.peers import Library, import_transformers, libraries
 from miniclip.tokenizer import OPENAI_VOCABULARY, Tokenizer
 from miniclip.training.loss import contrastive_loss
 from miniclip.transform import ImageTransform, resize_short_side
@@ -578,6 +578,7 @@ def bench(
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1")
     check_device(device)
+    import_transformers()  # before the work, so that a missing one shows at once
     rows: list[Row] = []
     with TemporaryDirectory() as folder, exact_float32():
         config = prepare(Path(folder), shape)
@@ -635,11 +636,11 @@ def processor() -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """A paragraph for each case, 80 columns wide."""
-    lines = []
+    lines = ["Medians, and the cost as a multiple of miniclip's (quartiles over the rounds)."]
     for (suite, work), group in itertools.groupby(rows, key=lambda row: row[:2]):
         lines += ["", f"{suite}: {work}"]
         lines += [f"  {row.contender:<24}{_numbers(row)}" for row in group]
-    return "\n".join(lines[1:])
+    return "\n".join(lines)
 
 
 def _numbers(row: Row) -> str:

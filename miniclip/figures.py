@@ -224,7 +224,8 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
     axes.axvline(1, color="0.6", linewidth=1, zorder=0)
     for y, line in enumerate(lines):
         if isinstance(line, str):
-            axes.text(0, y, line, transform=axes.get_yaxis_transform(), va="center", weight="bold")
+            title = axes.text(0, y, line, transform=axes.get_yaxis_transform(), va="center")
+            title.set(weight="bold", backgroundcolor="white")
             continue
         lower, median, upper = line.ratio
         color = ORANGE if line.contender.startswith("miniclip") else BLUE
@@ -240,6 +241,7 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
     axes.set_yticks(range(len(lines)), names)
     axes.set_ylim(len(lines) - 0.5, -0.7)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.1)
     axes.set_xlabel("cost, as a multiple of miniclip's (logarithmic)")
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ def libraries(directory: Path, device: str, dtype: torch.dtype) -> list[Library]
     """miniclip, transformers, and of open_clip and openai/CLIP those that can be imported.
 
     The directory holds a checkpoint as `miniclip.save` writes it, and OpenAI's form of its
-    vocabulary. ValueError without transformers.
+    vocabulary. Raises ValueError without transformers.
     """
     found = [use_miniclip(directory, device, dtype), use_transformers(directory, device, dtype)]
     for use in (use_open_clip, use_openai):
@@ -45,17 +46,22 @@ def use_miniclip(directory: Path, device: str, dtype: torch.dtype) -> Library:
     return Library("miniclip", model, model.encode_image, model.encode_text, *functions)
 
 
-def use_transformers(directory: Path, device: str, dtype: torch.dtype) -> Library:
+def import_transformers() -> ModuleType:
+    """Raises ValueError, for it is the one peer that has to be there."""
     try:
         import transformers
-        from transformers.models.clip import CLIPImageProcessorPil
     except ImportError:
         raise ValueError("nothing to compare with: pip install 'miniclip[test]'") from None
+    return transformers
+
+
+def use_transformers(directory: Path, device: str, dtype: torch.dtype) -> Library:
+    transformers = import_transformers()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = transformers.CLIPModel.from_pretrained(directory, dtype=dtype).to(device).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(directory)
-    processor = CLIPImageProcessorPil.from_pretrained(directory)
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(directory)
 
     def transform(paths: list[Path]) -> Tensor:
         return processor([Image.open(path) for path in paths], return_tensors="pt").pixel_values

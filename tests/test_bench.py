@@ -127,13 +127,13 @@ def test_the_table_is_80_columns_wide():
             longest._replace(work="other"),
         ]
     ).splitlines()
-    assert max(map(len, lines)) <= 80 and len(lines) == 7
-    assert lines[:2] == [
+    assert max(map(len, lines)) <= 80 and len(lines) == 9
+    assert lines[2:4] == [
         "vision: 256 images, L/14-336, bfloat16",
         "  transformers, compiled   99,900.0 ms       2.6/s   22.22x (11.11 to 33.33)",
     ]
-    assert "650 MB" in lines[2]
-    assert lines[3].endswith("not timed: its output is another, by 0.01")
+    assert "650 MB" in lines[4]
+    assert lines[5].endswith("not timed: its output is another, by 0.01")
 
 
 # ------------------------------------------------------------------------------------------------
