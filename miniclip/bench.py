@@ -231,7 +231,7 @@ def captions(count: int) -> list[str]:
     """OpenAI's templates with OpenAI's class names in them; up to 80,000 hardly any comes twice.
 
     >>> captions(2)
-    ['a bad photo of a tench.', 'a photo of many tusker.']
+    ['a bad photo of a tench.', 'a photo of many rooster.']
     """
     return [
         IMAGENET_TEMPLATES[i % 80].replace("{}", IMAGENET_CLASSES[(i // 80 + 7 * i) % 1000])
