@@ -1,7 +1,7 @@
 """The same work by miniclip and by its peers, side by side, timed.
 
-A round is one trial of each, A B A B, and a ratio is taken within a round: what slows the machine
-for a while slows them all. Nothing is timed before its output is found equal to miniclip's.
+A round is one trial of each, and a ratio is taken within a round: what slows the machine for a
+while slows them all. Nothing is timed before its output is found equal to miniclip's.
 """
 
 import gzip
@@ -119,11 +119,17 @@ def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
 def alternate(
     contenders: list[Contender], seconds: float, *, least: int = 3, most: int = 40
 ) -> list[list[float]]:
-    """Rounds of a trial each, A B A B: what slows the machine for a while slows all of them."""
+    """Rounds of a trial each, so that what slows the machine for a while slows all of them.
+
+    The order is drawn anew in each round: who follows the one large product finds the caches full
+    of it, and that must not always be the same one. Costs are in the given order.
+    """
+    draw = random.Random(0)
     start = time.perf_counter()
     rounds: list[list[float]] = []
     while len(rounds) < least or (len(rounds) < most and time.perf_counter() - start < seconds):
-        rounds.append([contender.trial()[0] for contender in contenders])
+        cost = {c.name: c.trial()[0] for c in draw.sample(contenders, len(contenders))}
+        rounds.append([cost[contender.name] for contender in contenders])
     return rounds
 
 

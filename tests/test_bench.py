@@ -68,10 +68,16 @@ def test_rounds_alternate_and_end_with_the_time(monkeypatch):
     log = []
     pair = [contender(name, [1.0], 0, log) for name in "AB"]
     assert alternate(pair, seconds=0) == [[1.0, 1.0]] * 3
-    assert "".join(log) == "ABABAB"
+    assert [sorted(log[i : i + 2]) for i in (0, 2, 4)] == [["A", "B"]] * 3
     monkeypatch.setattr(bench.time, "perf_counter", lambda: len(log))  # a second for each trial
     assert len(alternate(pair, seconds=16)) == 8
     assert len(alternate(pair, seconds=1000)) == 40
+    assert {"".join(log[i : i + 2]) for i in range(0, len(log), 2)} == {
+        "AB",
+        "BA",
+    }  # no fixed order
+    pair = [contender("A", [1.0, 2.0], 0), contender("B", [3.0, 4.0], 0)]
+    assert alternate(pair, seconds=0) == [[1.0, 3.0], [2.0, 4.0], [1.0, 3.0]]
 
 
 def test_time_is_that_of_the_work(monkeypatch):
