@@ -175,6 +175,39 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
 
     sub = command(
+        "bench",
+        bench,
+        "The same work by miniclip and by its peers, side by side, timed.",
+        "miniclip bench --suite vision text --batch 8 --plot bench.png",
+    )
+    sub.add_argument(
+        "--suite",
+        nargs="+",
+        metavar="NAME",
+        help="vision, text, tokenizer, transform, load, startup, zeroshot, train, memory "
+        "(default: all)",
+    )
+    sub.add_argument(
+        "--shape",
+        default="B/32",
+        help="of the random weights: B/32, B/16, L/14 or L/14-336 (default: %(default)s)",
+    )
+    sub.add_argument("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--compile", action="store_true", help="time compiled encoders too, ours and transformers'"
+    )
+    sub.add_argument(
+        "--batch", type=int, metavar="N", help="images or texts (default: 16, on a GPU 256)"
+    )
+    sub.add_argument("--plot", metavar="PNG", help="draw the ratios")
+
+    sub = command(
         "convert",
         convert,
         "Write a checkpoint in the layout of transformers, OpenAI or open_clip.",
@@ -779,8 +812,8 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
-    from miniclip.bench import parts
     from miniclip.checkpoint import load_config
+    from miniclip.parts import parts
 
     config = load_config(args.model, revision=args.revision)
     rows = parts(config)
@@ -877,6 +910,33 @@ def parity_table(about: dict[str, str], report: "Report") -> str:
     counts = ", ".join(f"{name} at {count}" for name, count in nearer(report.rows).items())
     verdict = [textwrap.fill(line, 80) for line in str(report).splitlines()]
     return "\n".join([*lines, f"\nnearer to float64: {counts}", about["environment"], *verdict])
+
+
+def bench(args: argparse.Namespace) -> int:
+    import torch
+
+    from miniclip.bench import SUITES, bench, environment, table
+
+    if args.plot:  # before the work, so that a missing matplotlib shows at once
+        from miniclip.figures import draw_bench
+    rows = bench(
+        args.suite or tuple(SUITES),
+        shape=args.shape,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        compile=args.compile,
+        batch=args.batch,
+    )
+    measured_with = environment(args.device)
+    if args.json:
+        print_json({"environment": measured_with, "rows": [row._asdict() for row in rows]})
+    else:
+        print(table(rows), end="\n\n")
+        print_wrapped("", [f"{name} {value}" for name, value in measured_with.items()])
+    if args.plot:
+        draw_bench(rows, args.plot)
+        print(f"picture: {args.plot}", file=sys.stderr)
+    return 0
 
 
 def convert(args: argparse.Namespace) -> int:

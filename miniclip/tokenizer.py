@@ -51,6 +51,8 @@ CACHED_CHUNKS, CACHED_CHARACTERS = 100_000, 64  # at most some 30 MB
 
 # -- clean ---------------------------------------------------------------------------------------
 
+WHITESPACE = regex.compile(r"\s+")
+
 
 def clean_transformers(text: str) -> str:
     r"""Compose characters (NFC), make each run of whitespace one space, lower-case each character.
@@ -64,7 +66,7 @@ def clean_transformers(text: str) -> str:
         parts = re.split(NEW_MARK, text)  # NFC reaches across none of these
         text = "".join(unicodedata.normalize("NFC", part) for part in parts)
         text = text.translate(_new_capitals())
-    return regex.sub(r"\s+", " ", text).lower()
+    return WHITESPACE.sub(" ", text).lower()
 
 
 def clean_openai(text: str) -> str:
@@ -78,7 +80,7 @@ def clean_openai(text: str) -> str:
     import ftfy  # here, because it is slow to import and most captions never need it
 
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return regex.sub(r"\s+", " ", text).strip().lower()
+    return WHITESPACE.sub(" ", text).strip().lower()
 
 
 # transformers' tokenizer stands on three Rust libraries, each with the Unicode of its own year, and
@@ -207,7 +209,8 @@ def to_symbols(word: str) -> list[str]:
     >>> to_symbols("né")
     ['n', 'Ã', '©</w>']
     """
-    symbols = [byte_symbols()[byte] for byte in word.encode()]
+    visible = byte_symbols()
+    symbols = [visible[byte] for byte in word.encode()]
     symbols[-1] += END_OF_WORD
     return symbols
 

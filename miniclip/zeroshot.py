@@ -105,16 +105,29 @@ def class_embeddings(
             raise ValueError(f"template {template!r} has no {{}} for the label to go into")
     if not templates:
         raise ValueError("no templates: expected at least one, such as 'a photo of a {}.'")
-    device = model.logit_scale.device
-    rows = []
-    at_once = max(1, 256 // len(templates))  # labels, so that a batch has some 256 prompts
-    starts = range(0, len(labels), at_once)
-    for start in tqdm(starts, "embedding labels", delay=2, disable=None, leave=False):
-        some = labels[start : start + at_once]
-        ids = tokenizer([t.replace("{}", label) for label in some for t in templates])
-        prompts = model.encode_text(ids.to(device), normalize=True)  # (labels * templates, E)
-        rows.append(unit_norm(prompts.unflatten(0, (len(some), -1)).mean(dim=1)))
-    return torch.cat(rows)
+    prompts = [t.replace("{}", label) for label in labels for t in templates]
+    prompt_embeds = embed_texts(model, tokenizer, prompts)  # (labels * templates, E)
+    return unit_norm(prompt_embeds.unflatten(0, (len(labels), -1)).mean(dim=1))
+
+
+@torch.inference_mode()
+def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """A unit vector for each text, (B, E), whatever their number: in batches, with a progress bar.
+
+    Texts of like length share a batch, so that little is computed for padding, and a text that
+    occurs again is embedded once.
+    """
+    places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    ids = tokenizer(list(places))
+    lengths = model.text.end_positions(ids) + 1  # no text is read beyond its end token
+    embeds = model.logit_scale.new_empty(len(ids), model.config.embed_dim)
+    # Enough batches to sort texts into, each large enough to be worth the reading of the weights.
+    at_once = min(256, max(32, len(ids) // 16))
+    batches = lengths.argsort().split(at_once)
+    for rows in tqdm(batches, "embedding texts", delay=2, disable=None, leave=False):
+        batch = ids[rows, : lengths[rows].max()]
+        embeds[rows] = model.encode_text(batch.to(embeds.device), normalize=True)
+    return embeds[[places[text] for text in texts]]
 
 
 def find_templates(names: Sequence[str]) -> list[str]:

@@ -14,11 +14,11 @@ from transformers import AutoModel, CLIPModel
 from twin import TINY, assert_close, assert_far, random_inputs, randomize, twins
 
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
-from miniclip.bench import parts
 from miniclip.cli import main
 from miniclip.config import beyond_transformers
 from miniclip.lens import decompose
 from miniclip.parity import transformers_twin
+from miniclip.parts import parts
 from miniclip.sites import hooks
 from miniclip.surgery import (
     add_lora,

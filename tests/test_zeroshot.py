@@ -21,6 +21,7 @@ from miniclip.imagenet import (
 )
 from miniclip.zeroshot import (
     class_embeddings,
+    embed_texts,
     evaluate,
     find_templates,
     folder_labels,
@@ -62,6 +63,27 @@ def test_labels_may_fill_more_than_one_batch(model, tokenizer):
     expected = class_embeddings(model, tokenizer, LABELS, TEMPLATES)
     many = TEMPLATES * 34  # of which two labels fit into a batch; the mean is the same
     torch.testing.assert_close(class_embeddings(model, tokenizer, LABELS, many), expected)
+
+
+def test_texts_are_embedded_once_and_in_company_of_their_length(model, tokenizer, monkeypatch):
+    texts = [f"{i} {'cat ' * (i % 7)}" for i in range(100)]
+    texts += texts[::-1]
+    batches = []
+    encode_text = model.encode_text
+
+    def seen(ids, **options):
+        batches.append(ids)
+        return encode_text(ids, **options)
+
+    monkeypatch.setattr(model, "encode_text", seen)
+    found = embed_texts(model, tokenizer, texts)
+    assert [len(ids) for ids in batches] == [32, 32, 32, 4]
+    ends = [model.text.end_positions(ids) for ids in batches]
+    assert all(end.max() + 1 == ids.shape[1] for end, ids in zip(ends, batches, strict=True))
+    lengths = torch.cat(ends)
+    assert torch.cat([end.sort().values for end in ends]).equal(lengths.sort().values)
+    one_by_one = [encode_text(tokenizer(text), normalize=True)[0] for text in texts]
+    torch.testing.assert_close(found, torch.stack(one_by_one).detach(), atol=1e-6, rtol=0)
 
 
 def test_one_template_gives_the_logits_of_the_model(model, tokenizer):

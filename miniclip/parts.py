@@ -1,0 +1,91 @@
+"""What a CLIP is made of: its parts, their parameters and their multiply-adds."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from miniclip.config import LEGACY_EOS, CLIPConfig
+from miniclip.model import CLIP, TextTower, VisionTower
+
+
+class Part(NamedTuple):
+    """A part of a CLIP. What stands in every block is one part, counted over all of them."""
+
+    name: str
+    weights: str  # their shapes
+    parameters: int
+    multiply_adds: int  # for one image, or for one text as long as the context
+
+
+def parts(config: CLIPConfig) -> list[Part]:
+    """The architecture in the order data flows through it. No weights are made or read.
+
+    >>> parts(CLIPConfig())[0]
+    Part(name='vision.patch_embed', weights='(768, 3, 32, 32)', parameters=2359296, \
+multiply_adds=115605504)
+    """
+    # Without data there is no end token to look for; the legacy rule does not look for one.
+    text = replace(config.text, eos_token_id=LEGACY_EOS)
+    with torch.device("meta"):
+        model = CLIP(replace(config, text=text))
+        pixels = torch.empty(1, config.vision.channels, *config.vision.height_width)
+        ids = torch.empty(1, config.text.context_length, dtype=torch.long)
+    model.set_attention("eager")  # its two matrix products are counted, which sdpa would hide
+    return [
+        *_tower_parts("vision", model.vision, pixels),
+        *_tower_parts("text", model.text, ids),
+        Part("logit_scale", "()", 1, 0),
+    ]
+
+
+def _tower_parts(prefix: str, tower: VisionTower | TextTower, inputs: torch.Tensor) -> list[Part]:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower(inputs)
+    flops = {
+        name.partition(".")[2]: sum(by_operation.values())
+        for name, by_operation in counter.get_flop_counts().items()
+    }
+    shapes = (tower.config.heads, tower.config.mlp_width)
+    depth = 1 if any(isinstance(n, tuple) for n in shapes) else len(tower.blocks)  # in one row
+    rows = []
+    for name, part in _in_order(tower, len(tower.blocks) // depth):
+        weights = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+        if not weights:
+            continue  # a Site
+        label = name.replace("blocks.0", f"blocks.0-{depth - 1}") if depth > 1 else name
+        copies = depth if name.startswith("blocks.") else 1
+        rows.append(
+            Part(
+                f"{prefix}.{label}",
+                _shapes(weights),
+                copies * sum(weight.numel() for weight in weights),
+                copies * flops.get(name, 0) // 2,  # a multiply-add is two operations
+            )
+        )
+    return rows
+
+
+def _in_order(
+    tower: VisionTower | TextTower, blocks: int
+) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    embeddings = dict(tower.named_parameters(recurse=False))
+    for name, child in tower.named_children():
+        if name != "blocks":
+            yield name, child
+        else:
+            for i, block in enumerate(child[:blocks]):
+                for part, module in block.named_children():
+                    yield f"blocks.{i}.{part}", module
+        yield from embeddings.items()  # they come second: after the first embedding
+        embeddings = {}
+
+
+def _shapes(weights: list[nn.Parameter]) -> str:
+    """The shapes of the matrices, or of the vectors where there are no matrices."""
+    shapes = [tuple(w.shape) for w in weights if w.ndim > 1] or [tuple(weights[0].shape)]
+    counts = {shape: shapes.count(shape) for shape in shapes}
+    return ", ".join(f"{n} x {shape}" if n > 1 else str(shape) for shape, n in counts.items())

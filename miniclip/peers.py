@@ -1,0 +1,165 @@
+"""One checkpoint in the hands of several libraries, each used as its own documentation uses it."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from miniclip.checkpoint import load, load_model
+from miniclip.model import CLIP
+from miniclip.tokenizer import OPENAI_VOCABULARY
+
+
+class Library(NamedTuple):
+    """A CLIP that was read from a directory. Ids are padded as the library pads them."""
+
+    name: str
+    model: nn.Module
+    encode_image: Callable[[Tensor], Tensor]  # pixels (B, 3, S, S) -> (B, E)
+    encode_text: Callable[[Tensor], Tensor]  # ids (B, T) -> (B, E)
+    tokenize: Callable[[list[str]], Tensor]  # texts -> ids (B, T)
+    transform: Callable[[list[Path]], Tensor]  # files -> pixels (B, 3, S, S)
+
+
+def libraries(directory: Path, device: str, dtype: torch.dtype) -> list[Library]:
+    """miniclip, transformers, and of open_clip and openai/CLIP those that can be imported.
+
+    The directory holds a checkpoint as `miniclip.save` writes it, and OpenAI's form of its
+    vocabulary. Raises ValueError without transformers.
+    """
+    found = [use_miniclip(directory, device, dtype), use_transformers(directory, device, dtype)]
+    for use in (use_open_clip, use_openai):
+        try:
+            found.append(use(directory, device, dtype))
+        except ImportError:
+            pass  # it is not installed, or torchvision is not
+    return found
+
+
+def use_miniclip(directory: Path, device: str, dtype: torch.dtype) -> Library:
+    model, *functions = load(directory, device=device, dtype=dtype)
+    return Library("miniclip", model, model.encode_image, model.encode_text, *functions)
+
+
+def import_transformers() -> ModuleType:
+    """Raises ValueError, for it is the one peer that has to be there."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("nothing to compare with: pip install 'miniclip[test]'") from None
+    return transformers
+
+
+def use_transformers(directory: Path, device: str, dtype: torch.dtype) -> Library:
+    transformers = import_transformers()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.CLIPModel.from_pretrained(directory, dtype=dtype).to(device).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(directory)
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(directory)
+
+    def transform(paths: list[Path]) -> Tensor:
+        return processor([Image.open(path) for path in paths], return_tensors="pt").pixel_values
+
+    return Library(
+        "transformers",
+        model,
+        lambda pixels: model.get_image_features(pixels).pooler_output,
+        lambda ids: model.get_text_features(ids).pooler_output,
+        lambda texts: tokenizer(texts, padding=True, return_tensors="pt").input_ids,
+        transform,
+    )
+
+
+def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
+    import open_clip
+
+    ours = load_model(directory)
+    vision, text = ours.config.vision, ours.config.text
+    shared = ("width", "layers")
+    vision_config = {name: getattr(vision, name) for name in (*shared, "image_size", "patch_size")}
+    text_names = (*shared, "heads", "context_length", "vocab_size")
+    text_config = {name: getattr(text, name) for name in text_names}
+    vision_config["head_width"] = vision.width // vision.heads
+    model = open_clip.CLIP(ours.config.embed_dim, vision_config, text_config, quick_gelu=True)
+    tokenizer = open_clip.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))
+    preprocess = open_clip.image_transform(vision.image_size, is_train=False)
+    model = with_weights(model, ours).to(device, dtype)
+    return in_openai_style("open_clip", model, tokenizer, preprocess, dtype)
+
+
+def use_openai(directory: Path, device: str, dtype: torch.dtype) -> Library:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports pkg_resources, which warns that it will go
+        from clip import clip, model, simple_tokenizer
+
+    ours = load_model(directory)
+    vision, text = ours.config.vision, ours.config.text
+    theirs = model.CLIP(
+        ours.config.embed_dim,
+        *(vision.image_size, vision.layers, vision.width, vision.patch_size),
+        *(text.context_length, text.vocab_size, text.width, text.heads, text.layers),
+    )
+    # The vocabulary that clip.tokenize reads is a variable of its module.
+    clip._tokenizer = simple_tokenizer.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))
+    theirs = with_weights(theirs, ours).to(device, dtype)
+    preprocess = clip._transform(vision.image_size)
+    return in_openai_style("openai/CLIP", theirs, clip.tokenize, preprocess, dtype)
+
+
+def in_openai_style(
+    name: str,
+    model: nn.Module,
+    tokenize: Callable[[list[str]], Tensor],
+    preprocess: Callable[[Image.Image], Tensor],
+    dtype: torch.dtype,
+) -> Library:
+    return Library(
+        name,
+        model.eval(),
+        lambda pixels: model.encode_image(pixels.to(dtype)),
+        model.encode_text,
+        tokenize,
+        lambda paths: torch.stack([preprocess(Image.open(path)) for path in paths]),
+    )
+
+
+def with_weights(theirs: nn.Module, ours: CLIP) -> nn.Module:
+    """Give a model of openai/CLIP or open_clip our weights, under the names that they share."""
+    theirs.load_state_dict(openai_weights(ours), strict=True)
+    return theirs
+
+
+def openai_weights(model: CLIP) -> dict[str, Tensor]:
+    """Our weights under OpenAI's names: q, k and v are one matrix, and the projections multiply
+    from the right."""
+    ours = model.state_dict()
+    theirs = {
+        "logit_scale": ours["logit_scale"],
+        "visual.class_embedding": ours["vision.class_embed"],
+        "visual.positional_embedding": ours["vision.pos_embed"],
+        "visual.conv1.weight": ours["vision.patch_embed.weight"],
+        "visual.proj": ours["vision.proj.weight"].T,
+        "token_embedding.weight": ours["text.token_embed.weight"],
+        "positional_embedding": ours["text.pos_embed"],
+        "text_projection": ours["text.proj.weight"].T,
+    }
+    same = {"ln_1": "ln_1", "attn.out_proj": "attn.out_proj", "ln_2": "ln_2"}
+    same |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for kind in ("weight", "bias"):
+        for norm in ("ln_pre", "ln_post"):
+            theirs[f"visual.{norm}.{kind}"] = ours[f"vision.{norm}.{kind}"]
+        theirs[f"ln_final.{kind}"] = ours[f"text.ln_final.{kind}"]
+        for tower, prefix in (("vision", "visual."), ("text", "")):
+            for i in range(len(getattr(model, tower).blocks)):
+                block, layer = f"{tower}.blocks.{i}", f"{prefix}transformer.resblocks.{i}"
+                qkv = [ours[f"{block}.attn.{name}_proj.{kind}"] for name in "qkv"]
+                theirs[f"{layer}.attn.in_proj_{kind}"] = torch.cat(qkv)
+                for name, our_name in same.items():
+                    theirs[f"{layer}.{name}.{kind}"] = ours[f"{block}.{our_name}.{kind}"]
+    return theirs
