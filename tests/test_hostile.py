@@ -49,8 +49,9 @@ DEEP = [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000]
 # What JSON can say where a whole number is expected.
 VALUES = [
     -1, 0, 1, 2, 3, 7, 10**6, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**12, 10**30,
-    -(2**63), 0.5, -0.0, 8.0, 1e300, 1e-300, float("inf"), float("-inf"), float("nan"), "8", "", "x", True,
-    False, None, [], [8], [8, 8], [0], [1e9], {}, {"8": 8}, [[8]], "quick_gelu", [2] * 10**4,
+    -(2**63), 0.5, -0.0, 8.0, 1e300, 1e-300, float("inf"), float("-inf"), float("nan"), "8", "",
+    "x", True, False, None, [], [8], [8, 8], [0], [1e9], {}, {"8": 8}, [[8]], "quick_gelu",
+    [2] * 10**4,
 ]  # fmt: skip
 
 
@@ -127,6 +128,12 @@ def peak():
     except OSError:
         resource = pytest.importorskip("resource")
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.fixture(autouse=True)
+def no_first_weights(monkeypatch):
+    """Each load replaces them, and to draw them on the meta device is most of its time."""
+    monkeypatch.setattr("torch.nn.init.normal_", lambda tensor, *args, **kwargs: tensor)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +223,7 @@ def lying_entries(data):
     """One field of one tensor's entry is something else."""
     header, body = split(data)
     names = [name for name in header if name != "__metadata__"]
-    for name in names[::4]:
+    for name in names[::8]:
         entry = header[name]
         start, end = entry["data_offsets"]
         shape = entry["shape"]
@@ -300,7 +307,7 @@ def flipped(data, count, seed=0):
 def safetensors_cases(files):
     data = files["model.safetensors"]
     families = truncated(data), lengths(data), lying_entries(data), odd_headers(data)
-    return [*itertools.chain(*families, flipped(data, 600))]
+    return [*itertools.chain(*families, flipped(data, 500))]
 
 
 def test_safetensors_that_lie(referee, files, their_names):
@@ -312,7 +319,7 @@ def test_safetensors_that_lie(referee, files, their_names):
 
     changes = [(label, {"model.safetensors": data}) for label, data in cases]
     errors, loads = referee.judge(changes, load_model, is_as_stated)
-    assert errors > 3000 and loads > 50
+    assert errors > 2000 and loads > 50
 
 
 def test_weights_that_are_not_finite_are_loaded_as_they_are(files, tmp_path):
@@ -387,12 +394,12 @@ def pickle_cases(files, tensors, proof):
     legacy = pickled(tensors, _use_new_zipfile_serialization=False)
     for cut in zip_boundaries(modern):
         yield f"archive cut at {cut}", modern[:cut]
-    for cut in [*range(0, 700, 7), *range(700, len(legacy), 191)]:
+    for cut in [*range(0, 700, 11), *range(700, len(legacy), 391)]:
         yield f"legacy file cut at {cut}", legacy[:cut]
     dice = random.Random(0)
     start, end = modern.index(b"data.pkl"), modern.index(b"data/0")
     for data, first, last in ((modern, start, end), (modern, 0, len(modern)), (legacy, 0, 4000)):
-        for _ in range(150):
+        for _ in range(120):
             damaged = bytearray(data)
             places = [dice.randrange(first, last) for _ in range(dice.choice([1, 1, 2, 5]))]
             for place in places:
@@ -549,6 +556,7 @@ def config_cases(files):
             yield f"{key} {value!r:.40}", config | {key: value}, {}
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # an MLP of no neurons
 def test_a_config_that_lies(referee, files, their_names):
     cases = [*config_cases(files)]
     stated = {label: values for label, _, values in cases}
