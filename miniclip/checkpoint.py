@@ -3,16 +3,21 @@
     name -> directory -> tensors in the file's own names -> tensors in ours -> model
 
 A name is an embedded checkpoint, a directory, a weights file or a repository on the Hugging Face
-hub. Nothing is guessed and nothing is repaired: every tensor in the file must have its place in
-the model and every parameter its tensor, of the same shape, and no weight is changed on the way.
+hub; layouts.py has the names that others give the tensors. Nothing is guessed and nothing is
+repaired: every tensor in the file must have its place in the model and every parameter its tensor,
+of the same shape, and no weight is changed on the way.
 """
 
 import hashlib
+import math
 import os
 import pickle
 import re
+import shutil
+import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,68 +25,44 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from miniclip.config import (
     SAVED,
+    TOWERS,
     CheckpointError,
     CLIPConfig,
+    TextConfig,
+    TowerConfig,
+    VisionConfig,
     finish_save,
     read_json,
     replacing,
+    saving,
     write_json,
 )
-from miniclip.model import CLIP
-from miniclip.tokenizer import Tokenizer
+from miniclip.layouts import (
+    LAYOUTS,
+    OPENAI_NUMBERS,
+    Layout,
+    Place,
+    config_from_open_clip,
+    config_from_shapes,
+    config_to_open_clip,
+    depth,
+    layout_name,
+    openai_numbers,
+    pack,
+    place,
+    preprocessing_to_open_clip,
+    recognize,
+    refuse_unsayable,
+)
+from miniclip.model import CLIP, TextTower, VisionTower
+from miniclip.tokenizer import OPENAI_VOCABULARY, Tokenizer
+from miniclip.torchscript import is_torchscript, read_torchscript
 from miniclip.transform import ImageTransform
-
-# ------------------------------------------------------------------------------------------------
-# A layout is a table: our name for a parameter, or for the module that holds its weight and bias,
-# and the layout's. {} is the number of the block.
-
-_TRANSFORMERS_BLOCK = {
-    "ln_1": "layer_norm1",
-    "attn.q_proj": "self_attn.q_proj",
-    "attn.k_proj": "self_attn.k_proj",
-    "attn.v_proj": "self_attn.v_proj",
-    "attn.out_proj": "self_attn.out_proj",
-    "ln_2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-TRANSFORMERS = {
-    "logit_scale": "logit_scale",
-    "vision.class_embed": "vision_model.embeddings.class_embedding",
-    "vision.patch_embed": "vision_model.embeddings.patch_embedding",
-    "vision.pos_embed": "vision_model.embeddings.position_embedding.weight",
-    "vision.register_embed": "vision_model.embeddings.register_tokens",  # no CLIP of theirs has any
-    "vision.ln_pre": "vision_model.pre_layrnorm",  # sic: the spelling is in every checkpoint
-    "vision.ln_post": "vision_model.post_layernorm",
-    "vision.proj": "visual_projection",
-    "text.token_embed": "text_model.embeddings.token_embedding",
-    "text.pos_embed": "text_model.embeddings.position_embedding.weight",
-    "text.ln_final": "text_model.final_layer_norm",
-    "text.proj": "text_projection",
-} | {
-    f"{tower}.blocks.{{}}.{ours}": f"{tower}_model.encoder.layers.{{}}.{theirs}"
-    for tower in ("vision", "text")
-    for ours, theirs in _TRANSFORMERS_BLOCK.items()
-}
-LAYOUTS = {"transformers": TRANSFORMERS}
-
-
-def layout_name(name: str, layout: dict[str, str]) -> str:
-    """A parameter's name in another layout.
-
-    >>> layout_name("vision.blocks.3.ln_1.bias", TRANSFORMERS)
-    'vision_model.encoder.layers.3.layer_norm1.bias'
-    """
-    block = re.search(r"blocks\.(\d+)\.", name)
-    template = re.sub(r"blocks\.\d+\.", "blocks.{}.", name)
-    module, _, kind = template.rpartition(".")
-    theirs = layout[template] if template in layout else f"{layout[module]}.{kind}"
-    return theirs.format(block[1]) if block else theirs
-
 
 # ------------------------------------------------------------------------------------------------
 # name -> directory
@@ -93,17 +74,20 @@ EMBEDDED = next(
     PACKAGE / "weights",
 )
 
+CONFIGS = {"transformers": "config.json", "open_clip": "open_clip_config.json"}
 HUB_FILES = {
-    "config": (["config.json"],),
+    "config": ([*CONFIGS.values()],),
     "model": (
         ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
         ["config.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"],
+        ["open_clip_config.json", "open_clip_model.safetensors"],
+        ["open_clip_config.json", "open_clip_pytorch_model.bin"],
     ),
     "tokenizer": (
         ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
-        + ["added_tokens.json", "tokenizer.json"],
+        + ["added_tokens.json", "tokenizer.json", OPENAI_VOCABULARY],
     ),
-    "transform": (["preprocessor_config.json", "processor_config.json"],),
+    "transform": (["preprocessor_config.json", "processor_config.json", "open_clip_config.json"],),
 }
 SUFFIXES = (".safetensors", ".bin", ".pt")
 WEIGHTS = (
@@ -111,6 +95,8 @@ WEIGHTS = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
 
 
@@ -233,21 +219,24 @@ def _has_its_hash(blob: Path) -> bool:
 # directory -> tensors
 
 
-def _weights_in(directory: Path) -> Path | None:
-    return next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+def _weights_in(directory: Path, names: tuple[str, ...] = WEIGHTS) -> Path | None:
+    return next((directory / name for name in names if (directory / name).is_file()), None)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Every tensor of a weights file or of a sharded index, mapped into memory and not yet read.
 
-    Pickled code in .bin and .pt files is never run: torch.load reads them with weights_only.
+    Floating point numbers in another `dtype` than the one asked for are converted; of safetensors
+    a few tensors at a time, so that the file never lies in memory beside the model. Pickled code in
+    .bin and .pt files is never run: torch.load reads them with weights_only.
     """
     if path.name.endswith(".index.json"):
-        return _read_shards(path)
+        return _read_shards(path, dtype)
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = _read_safetensors(path, dtype)
+        elif is_torchscript(path):
+            tensors = read_torchscript(path)
         else:
             tensors = _read_pickle(path)
     except Exception as error:  # damage shows itself in many ways, all of them the file's
@@ -259,9 +248,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: no weights file that can be read, or one cut short ({size}): {reason}"
         ) from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]  # open_clip's training keeps the optimizer's beside it
     if not isinstance(tensors, dict) or not all(map(_is_named_tensor, tensors.items())):
         raise CheckpointError(f"{path}: expected a dictionary of tensors and nothing else")
     return tensors
+
+
+def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    file = safe_open(path, framework="pt")
+    size = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
+    for i, name in enumerate(sorted(size, key=size.__getitem__, reverse=True)):
+        mapped = file.get_tensor(name)
+        tensors[name] = mapped.to(dtype) if mapped.is_floating_point() else mapped
+        if i % 8 == 0 and tensors[name] is not mapped:
+            del mapped  # with the last of them go the pages of the file that have been read
+            file = safe_open(path, framework="pt")
+    return {name: tensors[name] for name in size}
 
 
 def _read_pickle(path: Path) -> Any:
@@ -289,7 +293,7 @@ def _is_named_tensor(item: tuple[object, object]) -> bool:
     )
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(
         name.isprintable() and isinstance(shard, str) for name, shard in places.items()
@@ -302,7 +306,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{index}: names a shard {shard!r} that is not a weights file beside it"
             )
-        more = read_tensors(path)
+        more = read_tensors(path, dtype)
         if twice := sorted(tensors.keys() & more.keys()):
             raise CheckpointError(f"{path}: tensors of another shard again: {_listed(twice)}")
         tensors |= more
@@ -315,39 +319,82 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------
 # tensors -> model
 
+Model = CLIP | VisionTower | TextTower
 
-def _fit(tensors: dict[str, Tensor], model: CLIP, path: Path) -> dict[str, Tensor]:
-    """The tensors under the model's names; an error lists everything that does not fit."""
-    parameters = model.state_dict()
-    theirs = {layout_name(ours, TRANSFORMERS): ours for ours in parameters}
-    tensors = _without_position_ids(tensors, path)
-    complaints = [
-        f"missing: {name} {tuple(parameters[ours].shape)}, our {ours}"
-        for name, ours in theirs.items()
-        if name not in tensors
-    ]
-    complaints += [
-        f"unexpected: {name} {tuple(tensor.shape)}"
-        for name, tensor in tensors.items()
-        if name not in theirs
-    ]
-    complaints += [
-        f"wrong shape: {name} {tuple(tensors[name].shape)}, our {ours} "
-        f"{tuple(parameters[ours].shape)}"
-        for name, ours in theirs.items()
-        if name in tensors and tensors[name].shape != parameters[ours].shape
-    ]
-    complaints += [
-        f"wrong type: {name} holds {tensors[name].dtype}, expected floating point numbers"
-        for name in theirs
-        if name in tensors and not tensors[name].is_floating_point()
-    ]
-    if complaints:
-        raise CheckpointError(
-            f"{path}: {len(complaints)} tensors do not fit the model that config.json describes; "
-            f"the first, {complaints[0]}\n" + "\n".join(complaints)
-        )
-    return {ours: tensors[name] for name, ours in theirs.items()}
+
+class Contents(NamedTuple):
+    """What a weights file holds: the tensors of which model, under the names of which layout."""
+
+    config: CLIPConfig | TowerConfig
+    layout: str
+    table: Layout
+    tensors: dict[str, Tensor]
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """An error about what a file says becomes a CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_config(directory: Path) -> CLIPConfig:
+    """The config of a checkpoint of two towers, from its config file, or where OpenAI's layout has
+    none from the shapes of the weights. Raises CheckpointError."""
+    layout = next((layout for layout, name in CONFIGS.items() if (directory / name).is_file()), "")
+    weights = _weights_in(directory)
+    if layout or weights is None:
+        config = _read_config(directory, layout or "transformers")
+    else:
+        config = _read_contents(directory, weights).config
+    if not isinstance(config, CLIPConfig):
+        raise CheckpointError(f"{directory}: a {config.name} tower alone; expected a whole CLIP")
+    return config
+
+
+def load_config(name: str | PathLike[str], *, revision: str | None = None) -> CLIPConfig:
+    """The config of a checkpoint, by any of the names of `load`. Raises CheckpointError."""
+    if not os.path.isfile(_as_path(name)):
+        return read_config(resolve(name, "config", revision=revision))
+    config = _find(name, None)[0].config
+    if not isinstance(config, CLIPConfig):
+        raise CheckpointError(f"{name}: a {config.name} tower alone; expected a whole CLIP")
+    return config
+
+
+def _read_config(directory: Path, layout: str) -> CLIPConfig | TowerConfig:
+    path = directory / CONFIGS[layout]
+    settings = read_json(path)
+    with _blaming(path):
+        if layout == "open_clip":
+            return config_from_open_clip(settings)
+        is_tower = settings.get("model_type") in [*TOWERS]
+        return (TowerConfig if is_tower else CLIPConfig).from_dict(settings)
+
+
+def _read_contents(directory: Path, weights: Path, dtype: torch.dtype | None = None) -> Contents:
+    tensors = read_tensors(weights, dtype)
+    with _blaming(weights):
+        layout, table, tensors = recognize(tensors)
+    if layout == "openai or open_clip":
+        layout = "open_clip" if (directory / CONFIGS["open_clip"]).is_file() else "openai"
+        if layout == "openai":
+            warnings.warn(
+                f"{weights}: read as OpenAI's, with QuickGELU and heads of 64. If it is of "
+                "open_clip, put its open_clip_config.json beside it",
+                stacklevel=2,
+            )
+    if layout == "openai":
+        with _blaming(weights):
+            config: CLIPConfig | TowerConfig = config_from_shapes(tensors)
+    else:
+        config = _read_config(directory, layout)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in OPENAI_NUMBERS}
+    return Contents(config, layout, table, _without_position_ids(tensors, weights))
 
 
 def _without_position_ids(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -363,20 +410,99 @@ def _without_position_ids(tensors: dict[str, Tensor], path: Path) -> dict[str, T
     return kept
 
 
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Models that are made in this block have shapes and no weights.
+
+    Not even drawn ones: to draw a normal on its meta device, torch imports its whole compiler.
+    """
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _skeleton(contents: Contents, path: Path) -> Model:
+    """The model on the meta device: shapes without weights."""
+    config, _, table, tensors = contents
+    try:
+        with meta_device():
+            if isinstance(config, CLIPConfig):
+                _check_depth("vision", config.vision, contents, path)
+                _check_depth("text", config.text, contents, path)
+                return CLIP(config)
+            _check_depth(config.name, config.tower, contents, path)
+            is_projected = layout_name(f"{config.name}.proj.weight", table) in tensors
+            tower = VisionTower if config.name == "vision" else TextTower
+            return tower(config.tower, config.embed_dim if is_projected else None)
+    except RuntimeError as error:  # more bytes than 64 bits can count
+        path = path.parent / CONFIGS.get(contents.layout, path.name)
+        raise CheckpointError(f"{path}: no model can be so large: {error}") from None
+
+
+def _check_depth(
+    tower: str, config: VisionConfig | TextConfig, contents: Contents, path: Path
+) -> None:
+    """Before a model is built: a wrong number of layers would fill the error with their names."""
+    found = depth(tower, contents.table, contents.tensors)
+    if found != config.layers:
+        raise CheckpointError(
+            f"{path}: the {tower} tower has {found} layers in the layout of {contents.layout}, "
+            f"but its config says {config.layers}"
+        )
+
+
+def _parameters(model: Model) -> dict[str, Tensor]:
+    """By their names in a CLIP, of which the model may be one tower."""
+    prefix = {VisionTower: "vision.", TextTower: "text."}.get(type(model), "")
+    return {prefix + name: parameter for name, parameter in model.state_dict().items()}
+
+
+def _fit(contents: Contents, model: Model, path: Path) -> dict[str, Tensor]:
+    """The tensors under the model's names; an error lists everything that does not fit."""
+    tensors, parameters = contents.tensors, _parameters(model)
+    places = {ours: place(ours, contents.table) for ours in parameters}
+    expected = {
+        where.key: (where.stored_shape(parameters[ours].shape), ours)
+        for ours, where in reversed(places.items())  # of q, k and v in one tensor, q is named
+    }
+    complaints = [
+        f"missing: {key} {shape}, our {ours}"
+        for key, (shape, ours) in reversed(expected.items())
+        if key not in tensors
+    ]
+    complaints += [
+        f"unexpected: {key} {tuple(tensor.shape)}"
+        for key, tensor in tensors.items()
+        if key not in expected
+    ]
+    complaints += [
+        f"wrong shape: {key} {tuple(tensors[key].shape)}, our {ours} {shape}"
+        for key, (shape, ours) in expected.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
+    ]
+    complaints += [
+        f"wrong type: {key} holds {tensors[key].dtype}, expected floating point numbers"
+        for key in expected
+        if key in tensors and not tensors[key].is_floating_point()
+    ]
+    if complaints:
+        raise CheckpointError(
+            f"{path}: {len(complaints)} tensors do not fit the model that its config describes; "
+            f"the first, {complaints[0]}\n" + "\n".join(complaints)
+        )
+    return {ours: where.take(tensors[where.key]) for ours, where in places.items()}
+
+
 def _listed(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
-
-
-def read_config(directory: Path) -> CLIPConfig:
-    """The config.json of a directory. Raises CheckpointError."""
-    path = directory / "config.json"
-    try:
-        return CLIPConfig.from_dict(read_json(path))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
 def check_device(device: str | torch.device) -> None:
@@ -388,58 +514,81 @@ def check_device(device: str | torch.device) -> None:
         raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
 
 
-def load_model(
+def load_model(name: str | PathLike[str], **options: Any) -> CLIP:
+    """The model of a checkpoint alone, which needs no tokenizer or transform files.
+
+    The options are those of `load`, but for `reference`. In the file's own dtype on a CPU the
+    parameters are the mapped file, and cost no memory of their own until they are used or changed;
+    a change never reaches the file.
+    """
+    model = _load(name, **options)[0]
+    if not isinstance(model, CLIP):
+        kind = type(model).__name__
+        raise CheckpointError(f"{name}: one tower alone: load it with {kind}.from_pretrained")
+    return model
+
+
+def load_tower(name: str | PathLike[str], tower: str, **options: Any) -> Any:
+    """The "vision" or the "text" tower of a checkpoint of two or of that one. See `load_model`."""
+    model = _load(name, tower, **options)[0]
+    if not isinstance(model, {"vision": VisionTower, "text": TextTower}[tower]):
+        raise CheckpointError(f"{name}: has no {tower} tower, but a {type(model).__name__} alone")
+    return model
+
+
+def _load(
     name: str | PathLike[str],
+    part: str = "",
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    cache_dir: str | PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> CLIP:
-    """The model of a checkpoint alone, which needs no tokenizer or transform files.
-
-    In the file's own dtype on a CPU the parameters are the mapped file, and cost no memory of
-    their own until they are used or changed; a change never reaches the file.
-    """
+    **options: Any,
+) -> tuple[Model, str]:
+    """A model, or one tower of it where a part is named, and the layout that it was found in."""
     check_device(device)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; expected one of floating point, as torch.float32")
-    options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    directory = resolve(name, "model", **options)
-    path = _as_path(name)
+    contents, path = _find(name, dtype, **options)
+    whole = _skeleton(contents, path)
+    tensors = _fit(contents, whole, path)
+    model = getattr(whole, part) if part and isinstance(whole, CLIP) else whole
+    state = {
+        name: tensors[full].to(device, dtype).contiguous()
+        for name, full in zip(model.state_dict(), _parameters(model), strict=True)
+    }
+    _warn_of_damage(state, path)
+    model.load_state_dict(state, assign=True)
+    return model.eval(), contents.layout
+
+
+def _find(
+    name: str | PathLike[str], dtype: torch.dtype | None, **options: Any
+) -> tuple[Contents, Path]:
+    directory, path = resolve(name, "model", **options), _as_path(name)
     weights = path if os.path.isfile(path) else _weights_in(directory)
-    config = read_config(directory)
     if weights is None:
-        raise CheckpointError(f"{directory}: no weights; expected {' or '.join(WEIGHTS[:3])}")
-    tensors = read_tensors(weights)
-    _check_depth(config, tensors, weights)
-    try:
-        with torch.device("meta"):
-            model = CLIP(config)
-    except RuntimeError as error:  # more bytes than 64 bits can count
-        path = directory / "config.json"
-        raise CheckpointError(f"{path}: no model can be so large: {error}") from None
-    tensors = _fit(tensors, model, weights)
-    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
+        raise CheckpointError(f"{directory}: no weights; expected {' or '.join(WEIGHTS[::2])}")
+    return _read_contents(directory, weights, dtype), weights
 
 
-def _check_depth(config: CLIPConfig, tensors: dict[str, Tensor], path: Path) -> None:
-    """Before a model is built: a wrong number of layers would fill the error with their names."""
-    for tower, expected in (("vision", config.vision.layers), ("text", config.text.layers)):
-        blocks = {re.search(rf"{tower}_model\..*layers\.(\d+)\.", name) for name in tensors}
-        found = len({block[1] for block in blocks if block})
-        if found != expected:
-            raise CheckpointError(
-                f"{path}: the {tower} tower has {found} layers in transformers' layout, "
-                f"but config.json says {expected}"
-            )
+def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:
+    """What is no number makes every logit none, many layers later and without a word."""
+    odd = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax())
+    ]
+    if odd:
+        warnings.warn(
+            f"{path}: NaN or infinity in {len(odd)} tensors: {_listed(odd)}", stacklevel=4
+        )
 
 
 class Loaded(NamedTuple):
-    """All that stands between a photograph and its logits."""
+    """All that stands between a photograph and its logits.
+
+    Of a checkpoint of one tower, `model` is that tower, and None stands for what it has no use for.
+    """
 
     model: CLIP
     tokenizer: Tokenizer
@@ -459,7 +608,8 @@ def load(
     """A checkpoint as (model, tokenizer, transform), ready to run.
 
     `name`: an embedded checkpoint ("cifar10"), a directory, a weights file (.safetensors, .bin,
-    .pt) with the other files beside it, or a hub id ("openai/clip-vit-base-patch32").
+    .pt) with the other files beside it, or a hub id ("openai/clip-vit-base-patch32"), in the layout
+    of transformers, OpenAI or open_clip.
     `reference`: whose text cleaning and image arithmetic to match, "transformers" or "openai".
     Raises CheckpointError, which says which file, what was expected and what was found.
 
@@ -468,15 +618,48 @@ def load(
     2
     """
     options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    model = load_model(name, device=device, dtype=dtype, **options)
+    model, layout = _load(name, device=device, dtype=dtype, **options)
+    # Of one tower alone these files are often in another folder: there they may be missing.
+    tokenizer = transform = None
+    if isinstance(model, CLIP) or _has_files("tokenizer", name, options):
+        tokenizer = _tokenizer(name, model, reference, options)
+    if isinstance(model, CLIP) or _has_files("transform", name, options):
+        transform = _transform(name, model, layout, reference, options)
+    return Loaded(model, tokenizer, transform)
+
+
+def _has_files(kind: str, name: str | PathLike[str], options: dict[str, Any]) -> bool:
+    directory = resolve(name, kind, **options)
+    return any((directory / file).is_file() for file in HUB_FILES[kind][0])
+
+
+def _tokenizer(
+    name: str | PathLike[str], model: Model, reference: str, options: dict[str, Any]
+) -> Tokenizer | None:
+    if isinstance(model, VisionTower):
+        return None
     tokenizer = Tokenizer.from_pretrained(name, reference=reference, **options)
-    transform = ImageTransform.from_pretrained(name, reference=reference, **options)
-    if tokenizer.vocab_size > model.config.text.vocab_size:
+    vocab_size = (model.config.text if isinstance(model, CLIP) else model.config).vocab_size
+    if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
             f"{name}: the tokenizer has {tokenizer.vocab_size} tokens and the model embeds only "
-            f"{model.config.text.vocab_size}; they must come from the same checkpoint"
+            f"{vocab_size}; they must come from the same checkpoint"
         )
-    return Loaded(model, tokenizer, transform)
+    return tokenizer
+
+
+def _transform(
+    name: str | PathLike[str], model: Model, layout: str, reference: str, options: dict[str, Any]
+) -> ImageTransform | None:
+    if isinstance(model, TextTower):
+        return None
+    if (
+        layout == "openai"
+        and isinstance(model, CLIP)
+        and not _has_files("transform", name, options)
+    ):
+        return ImageTransform(model.config.vision.image_size, reference=reference)
+    return ImageTransform.from_pretrained(name, reference=reference, **options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -486,34 +669,8 @@ def load(
 def save_model(
     directory: str | PathLike[str], model: CLIP, *, layout: str = "transformers"
 ) -> None:
-    """Write config.json and model.safetensors in the weights' own dtype. See `save`.
-
-    Raises CheckpointError, where nothing can be written, or the model is not what its config says.
-    """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    directory = Path(directory)
-    with torch.device("meta"):
-        expected = {name: t.shape for name, t in CLIP(model.config).state_dict().items()}
-    tensors = model.state_dict()
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if odd := sorted(dict(expected.items() ^ found.items())):
-        raise CheckpointError(
-            f"{directory}: not saved, for nothing could load it: {len(odd)} tensors are missing, "
-            f"unexpected or not of the shape in model.config: {_listed(odd)}"
-        )
-    try:
-        tensors = {
-            layout_name(name, LAYOUTS[layout]): tensor.cpu().contiguous()
-            for name, tensor in tensors.items()
-        }
-        directory.mkdir(parents=True, exist_ok=True)
-        with replacing(directory / "model.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            write_json(directory / "config.json", model.config.to_dict())
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{directory}: cannot save here: {reason}") from error
+    """Write a model's weights in their own dtype, and its config. See `save`."""
+    _save(Path(directory), model, None, None, layout)
 
 
 def save(
@@ -524,11 +681,129 @@ def save(
     *,
     layout: str = "transformers",
 ) -> None:
-    """Write a whole checkpoint that `load` and transformers read back bit for bit.
+    """Write a whole checkpoint that `load` reads back bit for bit.
 
-    Each file is written beside the old one and takes its place when it is whole; files that are
-    not the checkpoint's are left alone.
+    `layout`: "transformers" (config.json, model.safetensors), "openai" (model.safetensors, which
+    openai/CLIP's build_model takes) or "open_clip" (open_clip_config.json,
+    open_clip_model.safetensors). A process that is killed at any moment leaves all files old or
+    all new; files that are not the checkpoint's are left alone. Raises CheckpointError, where
+    nothing can be written, the model is not what its config says, or the layout cannot express it.
     """
-    save_model(directory, model, layout=layout)
-    tokenizer.save_pretrained(directory)
-    transform.save_pretrained(directory)
+    _save(Path(directory), model, tokenizer, transform, layout)
+
+
+def _save(
+    directory: Path,
+    model: CLIP,
+    tokenizer: Tokenizer | None,
+    transform: ImageTransform | None,
+    layout: str,
+) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    with _blaming(directory):
+        refuse_unsayable(model.config, layout)
+        preprocessing = {}
+        if transform and layout == "open_clip":
+            preprocessing = preprocessing_to_open_clip(transform)
+    _check_parameters(directory, model)
+    try:
+        with saving(directory) as folder:
+            _write_model(folder, directory, model, layout, preprocessing)
+            if tokenizer:
+                tokenizer.save_pretrained(folder)
+                for stale in ("tokenizer.json", "added_tokens.json"):
+                    (folder / stale).touch()  # goes, for transformers would read it first
+            if transform:
+                processor = directory / "processor_config.json"
+                if processor.is_file():
+                    shutil.copy(processor, folder)  # where it is brought up to date
+                transform.save_pretrained(folder)
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory}: cannot save here: {reason}") from error
+
+
+def _write_model(
+    folder: Path, directory: Path, model: CLIP, layout: str, preprocessing: dict[str, Any]
+) -> None:
+    tensors = pack({name: t.cpu() for name, t in model.state_dict().items()}, LAYOUTS[layout])
+    weights = "model.safetensors"
+    if layout == "open_clip":
+        weights = f"open_clip_{weights}"
+        if other := _weights_in(directory, WEIGHTS[: WEIGHTS.index(weights)]):
+            raise CheckpointError(f"{directory}: has {other.name}, which would be loaded instead")
+        settings = {"model_cfg": config_to_open_clip(model.config)}
+        write_json(folder / CONFIGS[layout], settings | {"preprocess_cfg": preprocessing})
+    elif layout == "openai":
+        tensors |= openai_numbers(model.config)
+    else:
+        write_json(folder / CONFIGS[layout], model.config.to_dict())
+    with replacing(folder / weights) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def _check_parameters(directory: Path, model: CLIP) -> None:
+    with meta_device():
+        expected = {name: t.shape for name, t in CLIP(model.config).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if odd := sorted(dict(expected.items() ^ found.items())):
+        raise CheckpointError(
+            f"{directory}: not saved, for nothing could load it: {len(odd)} tensors are missing, "
+            f"unexpected or not of the shape in model.config: {_listed(odd)}"
+        )
+
+
+class Mapped(NamedTuple):
+    """A parameter's places in two files, and the name and form it has in between."""
+
+    source: Place
+    name: str
+    destination: Place
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Conversion(NamedTuple):
+    """What `convert` did."""
+
+    layout: str  # of the source
+    parameters: list[Mapped]
+    tokenizer: bool  # whether it was there to be written too
+    transform: bool
+
+
+def convert(
+    source: str | PathLike[str],
+    destination: str | PathLike[str],
+    layout: str,
+    *,
+    revision: str | None = None,
+) -> Conversion:
+    """Write a checkpoint in another layout: each weight with the same bits, in its own dtype.
+
+    The tokenizer and the transform come along where the source has files for them. Raises
+    CheckpointError.
+    """
+    options = {"revision": revision}
+    contents, path = _find(source, None, **options)
+    model = _skeleton(contents, path)
+    if not isinstance(model, CLIP):
+        raise CheckpointError(f"{path}: one tower alone; only a whole CLIP is converted")
+    parameters = _fit(contents, model, path)
+    model.load_state_dict(parameters, assign=True)
+    tokenizer = transform = None
+    if _has_files("tokenizer", source, options):
+        tokenizer = _tokenizer(source, model, "transformers", options)
+    if contents.layout == "openai" or _has_files("transform", source, options):
+        transform = _transform(source, model, contents.layout, "transformers", options)
+    _save(Path(destination), model, tokenizer, transform, layout)
+    rows = [
+        Mapped(
+            place(name, contents.table), name, place(name, LAYOUTS[layout]), tuple(t.shape), t.dtype
+        )
+        for name, t in parameters.items()
+    ]
+    return Conversion(contents.layout, rows, tokenizer is not None, transform is not None)

@@ -7,11 +7,14 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from miniclip.checkpoint import Mapped
+    from miniclip.parity import Report
     from miniclip.zeroshot import Evaluation, Score
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
@@ -142,16 +145,44 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "parity",
         parity,
-        "How far the numbers are from those of transformers, tensor by tensor.",
-        "miniclip parity --random B/32",
+        "How far the numbers are from transformers', or another model's, tensor by tensor.",
+        "miniclip parity --random B/32\n"
+        "  miniclip parity runs/fork --against cifar10 --plot depth.png",
     )
     which = sub.add_mutually_exclusive_group()
-    which.add_argument("model", nargs="?", help=f"default: {DEFAULT_MODEL}")
+    which.add_argument("model", nargs="?", metavar="MODEL", help=f"default: {DEFAULT_MODEL}")
     which.add_argument(
         "--random",
         metavar="SHAPE",
         help="weights drawn at random, in the shape of B/32, B/16, L/14 or L/14-336",
     )
+    sub.add_argument(
+        "--against",
+        default="transformers",
+        metavar="OTHER",
+        help="transformers, which loads the same files, or another checkpoint, that of the "
+        "original (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float64", "bfloat16", "float16"),
+        help="what is compared beside float64 (default: %(default)s)",
+    )
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    sub.add_argument("--plot", metavar="PNG", help="draw the differences against depth")
+    sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
+
+    sub = command(
+        "convert",
+        convert,
+        "Write a checkpoint in the layout of transformers, OpenAI or open_clip.",
+        "miniclip convert ViT-B-32.pt clip-vit-base-patch32 --layout transformers",
+    )
+    sub.add_argument("source", help="a checkpoint in any of the three")
+    sub.add_argument("destination", help="a directory")
+    sub.add_argument("--layout", choices=("transformers", "openai", "open_clip"), required=True)
+    sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
 
     sub = command(
         "train",
@@ -498,6 +529,7 @@ def explanation_score(args: argparse.Namespace) -> int:
 
 def explanation_table(found: dict[str, list[Any]]) -> str:
     """A line for each method, trained and random weights side by side; 80 columns wide."""
+    from miniclip.lens import RANDOM
 
     def shares(row: Any) -> str:
         return "".join(f"{share:>10.1%}" for share in row[1:])
@@ -509,8 +541,10 @@ def explanation_table(found: dict[str, list[Any]]) -> str:
     pairs = zip(found["trained"], found["random"], strict=True)
     lines += [f"{a.method:<17}{shares(a)}{shares(b)}" for a, b in pairs]
     lines += ["", *(f"{row.method:<17}{shares(row)}" for row in found["limits"])]
+    spread = max(share for row in found["spread"] for share in row[1:])
     lines += [
         "",
+        f"random weights: the mean of {RANDOM} draws, of standard deviation {spread:.1%} at most.",
         "named, other: the warmest pixel is on the object that the text names, on the",
         "other. IoU: of the object with as many of the warmest pixels. attention and",
         "rollout do not read the text.",
@@ -550,9 +584,9 @@ def demo(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     from miniclip.bench import parts
-    from miniclip.checkpoint import read_config, resolve
+    from miniclip.checkpoint import load_config
 
-    config = read_config(resolve(args.model, "config", revision=args.revision))
+    config = load_config(args.model, revision=args.revision)
     rows = parts(config)
     if args.json:
         print_json({"config": config.to_dict(), "parts": [row._asdict() for row in rows]})
@@ -588,23 +622,104 @@ def tokenize(args: argparse.Namespace) -> int:
 
 
 def parity(args: argparse.Namespace) -> int:
+    import torch
+
     from miniclip import parity
 
-    if args.random:
-        rows = parity.against_transformers_at_random(args.random)
-    else:
-        rows = parity.against_transformers(args.model or DEFAULT_MODEL)
-    failed = [row.site for row in rows if not row.within_tolerance]
+    if args.plot:  # before the work, so that a missing matplotlib shows at once
+        from miniclip.figures import draw_parity
+    if args.random and args.against != "transformers":
+        raise ValueError("--random draws weights for miniclip and transformers: no --against")
+    name = args.model or DEFAULT_MODEL
+    pair = (
+        parity.random_pair(args.random)
+        if args.random
+        else parity.load_pair(name, args.against, revision=args.revision)
+    )
+    report = parity.compare(*pair, dtype=getattr(torch, args.dtype), device=args.device)
+    about = {
+        "model": args.random or name,
+        "other": args.against,
+        "dtype": args.dtype,
+        "environment": parity.environment(args.device),
+    }
     if args.json:
-        print_json([row._asdict() | {"within_tolerance": row.site not in failed} for row in rows])
-        return int(bool(failed))
-    print(f"{'largest absolute difference':<32}{'float32':>12}{'float64':>12}{'rounding':>12}")
-    for row in parity.summarize(rows):
-        print(f"{row.site:<32}{row.float32:>12.1e}{row.float64:>12.1e}{row.rounding:>12.1e}")
-    print(f"\n{parity.environment()}")
-    if failed:
-        print(f"out of tolerance at {len(failed)} of {len(rows)} sites, first at {failed[0]}")
-    return int(bool(failed))
+        print_json(
+            about | {"first": report.first, "cause": report.cause, "rows": rows_dict(report)}
+        )
+    else:
+        print(parity_table(about, report))
+    if args.plot:
+        draw_parity(report, args.plot)
+        print(f"picture: {args.plot}", file=sys.stderr)
+    return int(report.first is not None)
+
+
+def rows_dict(report: "Report") -> list[dict[str, Any]]:
+    """JSON has no infinity, which is how far apart two tensors of different shape are."""
+    return [
+        {name: None if value == float("inf") else value for name, value in row._asdict().items()}
+        for row in report.rows
+    ]
+
+
+def parity_table(about: dict[str, str], report: "Report") -> str:
+    """A line for each kind of site; 80 columns wide."""
+    import textwrap
+
+    from miniclip.parity import nearer, summarize
+
+    model, other = shorten(about["model"], 50), shorten(about["other"], 50)
+    lines = [
+        f"model  {model}\nother  {other}\n",
+        f"{'':<29}{'largest difference':^20}{'in':>10}{'error in ' + about['dtype']:>21}",
+        f"{'site':<29}{'absolute':>10}{'relative':>10}{'float64':>10}{'model':>10}{'other':>11}",
+    ]
+    for row in summarize(report.rows):
+        numbers = "".join(f"{number:>10.1e}" for number in row[1:-2])
+        lines.append(f"{row.site:<29}{numbers}{row.other_error:>11.1e}")
+    counts = ", ".join(f"{name} at {count}" for name, count in nearer(report.rows).items())
+    verdict = [textwrap.fill(line, 80) for line in str(report).splitlines()]
+    return "\n".join([*lines, f"\nnearer to float64: {counts}", about["environment"], *verdict])
+
+
+def convert(args: argparse.Namespace) -> int:
+    from miniclip.checkpoint import convert
+
+    done = convert(args.source, args.destination, args.layout, revision=args.revision)
+    if args.json:
+        rows = [
+            {
+                "source": row.source._asdict(),
+                "name": row.name,
+                "destination": row.destination._asdict(),
+                "shape": row.shape,
+                "dtype": str(row.dtype).removeprefix("torch."),
+            }
+            for row in done.parameters
+        ]
+        print_json(done._asdict() | {"parameters": rows})
+        return 0
+    read = {row.source.key for row in done.parameters}
+    written = {row.destination.key for row in done.parameters}
+    print(f"{args.source} ({done.layout}): {len(read):,} tensors")
+    print(f"{args.destination} ({args.layout}): {len(written):,} tensors\n")
+    print(f"{len(done.parameters):>9,} parameters, with the same bits")
+    for change, count in Counter(map(conversion, done.parameters)).items():
+        print(f"{count:>9,} {change}")
+    for name, there in (("tokenizer", done.tokenizer), ("transform", done.transform)):
+        print(f"{name:>9} {'written' if there else 'not found beside the weights'}")
+    return 0
+
+
+def conversion(row: "Mapped") -> str:
+    """What has been done to a parameter on its way from one file to the other."""
+    before, after = row.source.form, row.destination.form
+    if before == after:
+        return "as they were"
+    if "T" in (before, after):
+        return "transposed"
+    return "of q, k and v, taken apart" if before else "of q, k and v, put under one another"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 
@@ -298,6 +298,9 @@ _TEXT = _TRANSFORMER | {
 }
 
 
+# transformers' model_type of one tower alone
+TOWERS = {"clip_vision_model": (VisionConfig, _VISION), "clip_text_model": (TextConfig, _TEXT)}
+
 # Written only where transformers cannot say it, under the names that its other models have for it.
 _BEYOND = {"head_width": "head_dim", "registers": "num_register_tokens"}
 
@@ -333,17 +336,41 @@ def _tower_to_dict(config: VisionConfig | TextConfig, names: dict[str, str]) -> 
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
+class TowerConfig(NamedTuple):
+    """One tower alone, as Stable Diffusion has of texts and IP-Adapter of images."""
+
+    name: str  # "vision" or "text"
+    tower: VisionConfig | TextConfig
+    embed_dim: int  # counts where there is a projection, which only the weights say
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "TowerConfig":
+        """Read the config.json of a tower, parsed. Raises ValueError.
+
+        >>> TowerConfig.from_dict({"model_type": "clip_text_model"}).tower.width
+        512
+        """
+        kind, names = TOWERS[config["model_type"]]
+        tower = _tower(kind, names, config)
+        embed_dim = CLIPConfig(embed_dim=config.get("projection_dim", 512)).embed_dim  # checked
+        return cls("vision" if kind is VisionConfig else "text", tower, embed_dim)
+
+
 def _tower_from_dict(cls: type, names: dict[str, str], config: dict[str, Any], section: str) -> Any:
     replacement = config.get(f"{section}_dict")
     values = config.get(section, {}) if replacement is None else replacement
     if not isinstance(values, dict):
         raise ValueError(f"{section} must be a JSON object, found {type(values).__name__}")
-    names = names | {ours: _BEYOND[ours] for ours in _BEYOND if hasattr(cls, ours)}
-    values = {ours: values[theirs] for ours, theirs in names.items() if theirs in values}
     try:
-        return cls(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
+        return _tower(cls, names, values)
     except ValueError as error:
         raise ValueError(f"in {section}: {error}") from None
+
+
+def _tower(cls: type, names: dict[str, str], section: dict[str, Any]) -> Any:
+    names = names | {ours: _BEYOND[ours] for ours in _BEYOND if hasattr(cls, ours)}
+    values = {ours: section[theirs] for ours, theirs in names.items() if theirs in section}
+    return cls(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
 
 
 def _check_positive_ints(config: object, *names: str) -> None:
@@ -398,3 +425,36 @@ def _check_transformer(config: VisionConfig | TextConfig) -> None:
 
 def _is_finite(value: object) -> bool:
     return type(value) in (int, float) and -1e30 < value < 1e30
+
+
+# ------------------------------------------------------------------------------------------------
+# Shapes with a name
+
+
+def _preset(vision: tuple[int, ...], text: tuple[int, ...], act: str = "quick_gelu") -> CLIPConfig:
+    width, layers, heads, mlp_width, patch_size, image_size = vision
+    text_width, text_layers, embed_dim = text
+    return CLIPConfig(
+        VisionConfig(width, layers, heads, mlp_width, act, 1e-5, image_size, patch_size),
+        TextConfig(text_width, text_layers, text_width // 64, 4 * text_width, act),
+        embed_dim,
+    )
+
+
+PRESETS = {
+    # vision: width, layers, heads, MLP width, patch, image; text: width, layers; embedding
+    "B/32": _preset((768, 12, 12, 3072, 32, 224), (512, 12, 512)),
+    "B/16": _preset((768, 12, 12, 3072, 16, 224), (512, 12, 512)),
+    "L/14": _preset((1024, 24, 16, 4096, 14, 224), (768, 12, 768)),
+    "L/14-336": _preset((1024, 24, 16, 4096, 14, 336), (768, 12, 768)),
+    "H/14": _preset((1280, 32, 16, 5120, 14, 224), (1024, 24, 1024), "gelu"),
+    "g/14": _preset((1408, 40, 16, 6144, 14, 224), (1024, 24, 1024), "gelu"),
+    "bigG/14": _preset((1664, 48, 16, 8192, 14, 224), (1280, 32, 1280), "gelu"),
+    "TinyCLIP-8M/16": _preset((256, 10, 4, 1024, 16, 224), (256, 3, 512)),
+    "TinyCLIP-39M/16": _preset((512, 12, 8, 2048, 16, 224), (512, 6, 512)),
+    "TinyCLIP-40M/32": _preset((512, 12, 8, 2048, 32, 224), (512, 6, 512)),
+    "TinyCLIP-61M/32": _preset((640, 12, 10, 2560, 32, 224), (512, 9, 512)),
+}
+"""Shapes that people use: OpenAI's four (tables 19 and 20 of the paper), those LAION trained with
+open_clip (github.com/mlfoundations/open_clip, model_configs), and TinyCLIP's (Wu et al. 2023, arXiv
+2309.12314). The end token is the tokenizer's, 49407; OpenAI's own files say 2 (LEGACY_EOS)."""

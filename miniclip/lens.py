@@ -10,7 +10,8 @@ image or the end token of a text; it is here called the token that is read. Noth
 changes a weight.
 """
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -176,10 +177,11 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
     Each part is a vector of the shared space: multiply it by a text's embedding to see what it is
     for. "embed" is the stream before the first block; "blocks.3.mlp" is (B, E), and "blocks.3.attn"
     (B, E), by="head" (B, H, E), by="token" (B, H, T, E), where T are the tokens looked at. Biases
-    are parts of their own, under their own names; that of the values belongs to no token, because a
-    head's pattern sums to 1. The last LayerNorm divides by the length that the stream has, and so
-    the sum is exact. Gandelsman et al. 2023, arXiv 2310.05916; here without the part of a head that
-    cannot reach the embedding: memory is that of the result.
+    are parts of their own, under their own names. That of the values belongs to no token, because a
+    head's pattern sums to 1, but to a head it does: by head and token, "blocks.3.attn.v_proj.bias"
+    is (B, H, E), and the rest of what its heads write. The last LayerNorm divides by the
+    length that the stream has, and so the sum is exact. Gandelsman et al. 2023, arXiv 2310.05916;
+    here without the part of a head that cannot reach the embedding: memory is that of the result.
 
     Raises ValueError where the sum is not the embedding, as when a hook edits the stream.
 
@@ -212,21 +214,25 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
     def read(part: Tensor) -> Tensor:
         return part @ readout.T / length  # (B, W) or (W) -> (B, E)
 
+    def read_heads(mixed: Tensor, per_head: Tensor, grain: str) -> Tensor:
+        written = torch.einsum(GRAINS[grain], mixed, per_head)
+        return written / length.view(-1, *[1] * (written.ndim - 1))
+
     parts = {"embed": read(rows["embed"])}
     for i, block in enumerate(tower.blocks):
         name, attn = f"blocks.{i}", block.attn
-        out = weight_of(attn.out_proj, attn.v_proj.bias.numel())  # (W, H * D)
-        v_bias = attn.v_proj.bias
         heads = (-1, attn.head_width)
+        bias = attn.v_proj.bias.unflatten(0, heads)  # (H, D)
+        out = weight_of(attn.out_proj, bias.numel())  # (W, H * D)
         per_head = (readout @ out).unflatten(1, heads)  # (E, H, D)
         if by == "token":
-            values = rows[f"{name}.attn.v"] - v_bias.unflatten(0, heads)  # (B, T, H, D)
+            values = rows[f"{name}.attn.v"] - bias  # (B, T, H, D)
             mixed = torch.einsum("bht,bthd->bhtd", rows[f"{name}.attn.pattern"], values)
         else:
-            mixed = rows[f"{name}.attn.z"] - v_bias.unflatten(0, heads)  # (B, H, D)
-        written = torch.einsum(GRAINS[by], mixed, per_head)
-        parts[f"{name}.attn"] = written / length.view(-1, *[1] * (written.ndim - 1))
-        parts[f"{name}.attn.v_proj.bias"] = read(out @ v_bias)
+            mixed = rows[f"{name}.attn.z"] - bias  # (B, H, D)
+        parts[f"{name}.attn"] = read_heads(mixed, per_head, by)
+        coarse = "layer" if by == "layer" else "head"
+        parts[f"{name}.attn.v_proj.bias"] = read_heads(bias[None], per_head, coarse)
         parts[f"{name}.attn.out_proj.bias"] = read(attn.out_proj.bias)
         parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"] - block.mlp.fc2.bias)
         parts[f"{name}.mlp.fc2.bias"] = read(block.mlp.fc2.bias)
@@ -500,32 +506,52 @@ def answers(loaded: Loaded, asked: list[Question], method: str, batch: int = 50)
     return torch.cat(maps)
 
 
+RANDOM = 5
+"""Draws of random weights that a method is scored on: one may point anywhere, by chance."""
+
+
 def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]:
     """Every method on drawn scenes of two objects, each asked for by its colour and shape.
 
-    For the model as it is, "trained", and for one of its shape with weights drawn anew, "random".
-    Under "limits" are a random map, and the true mask averaged over each patch, which no map of
-    patches can much surpass.
+    For the model as it is, "trained", and for RANDOM models of its shape with weights drawn anew:
+    "random" is the mean of their scores, "spread" the standard deviation. Under "limits" are a
+    random map, and the true mask averaged over each patch, which no map of patches can much
+    surpass.
     """
     from tqdm import tqdm
 
     asked = questions(scenes)
     named, other = (torch.stack(masks) for masks in list(zip(*asked))[2:])  # (N, S, S)
     model = loaded.model.eval()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        untrained = CLIP(model.config).to(model.logit_scale).eval()
-    models = {"trained": loaded, "random": loaded._replace(model=untrained)}
-    found: dict[str, list[Localisation]] = {weights: [] for weights in (*models, "limits")}
-    runs = [(weights, method) for weights in models for method in METHODS]
-    for weights, method in tqdm(runs, unit="method", delay=2, disable=None, leave=False):
-        maps = answers(models[weights], asked, method)
-        found[weights].append(localisation(method, maps, named, other))
-    chance = torch.rand(maps.shape, generator=torch.Generator().manual_seed(0))
-    ceiling = F.interpolate(named[:, None].float(), maps.shape[1:], mode="area")[:, 0]
-    for name, maps in (("a random map", chance), ("the mask itself", ceiling)):
-        found["limits"].append(localisation(name, maps, named, other))
+    untrained = [loaded._replace(model=untrained_like(model, seed)) for seed in range(RANDOM)]
+    found: dict[str, list[Localisation]] = {"trained": [], "random": [], "spread": [], "limits": []}
+    for method in METHODS:
+        models = tqdm(
+            [loaded, *untrained], method, unit="model", delay=2, disable=None, leave=False
+        )
+        maps = [answers(one, asked, method) for one in models]
+        trained, *others = (localisation(method, heat, named, other) for heat in maps)
+        found["trained"].append(trained)
+        found["random"].append(summary(statistics.mean, others))
+        found["spread"].append(summary(statistics.stdev, others))
+    grid = (len(asked), *model.config.vision.grid)
+    chance = torch.rand(grid, generator=torch.Generator().manual_seed(0))
+    ceiling = F.interpolate(named[:, None].float(), grid[1:], mode="area")[:, 0]
+    for name, heat in (("a random map", chance), ("the mask itself", ceiling)):
+        found["limits"].append(localisation(name, heat, named, other))
     return found
+
+
+def untrained_like(model: CLIP, seed: int) -> CLIP:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIP(model.config).to(model.logit_scale).eval()
+
+
+def summary(function: Callable[[Sequence[float]], float], rows: list[Localisation]) -> Localisation:
+    """A function of each share that several rows of one method have."""
+    _, *shares = zip(*rows)
+    return Localisation(rows[0].method, *map(function, shares))
 
 
 def localisation(method: str, heat: Tensor, named: Tensor, other: Tensor) -> Localisation:

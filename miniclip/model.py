@@ -147,7 +147,7 @@ class VisionTower(nn.Module):
     first block. The image is read at its class token; the patches' last outputs go unused.
     """
 
-    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+    def __init__(self, config: VisionConfig, embed_dim: int | None) -> None:
         super().__init__()
         self.config = config
         size, width = config.patch_size, config.width
@@ -160,7 +160,7 @@ class VisionTower(nn.Module):
         self.register_parameter("register_embed", registers)
         self.blocks = nn.Sequential(*(Block(config, i, causal=False) for i in range(config.layers)))
         self.ln_post = nn.LayerNorm(width, eps=config.ln_eps)
-        self.proj = nn.Linear(width, embed_dim, bias=False)
+        self.proj = projection(width, embed_dim)
         self.init_weights()
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -185,6 +185,16 @@ class VisionTower(nn.Module):
         x = self.blocks(self.embed(pixels))  # (B, 1 + R + P, W)
         return self.proj(self.ln_post(x[:, 0]))  # (B, E)
 
+    @classmethod
+    def from_pretrained(cls, name: str | PathLike[str], **options: Any) -> "VisionTower":
+        """The vision tower of a checkpoint of two towers or of one; options as of `miniclip.load`.
+
+        Without projection (`proj` passes on what it gets) where the checkpoint has none.
+        """
+        from miniclip.checkpoint import load_tower
+
+        return load_tower(name, "vision", **options)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """OpenAI's init: openai/CLIP, model.py, VisionTransformer; the rest is PyTorch's default.
@@ -192,7 +202,7 @@ class VisionTower(nn.Module):
         The default of q, k and v is that of nn.MultiheadAttention, which draws them as one matrix.
         """
         std = self.config.width**-0.5
-        for weight in (self.class_embed, self.pos_embed, self.proj.weight):
+        for weight in (self.class_embed, self.pos_embed, *self.proj.parameters()):
             nn.init.normal_(weight, std=std)
         for block in self.blocks:
             attn = block.attn
@@ -208,14 +218,14 @@ class TextTower(nn.Module):
     causal, so nothing that follows the end token can reach it, whatever the padding is.
     """
 
-    def __init__(self, config: TextConfig, embed_dim: int) -> None:
+    def __init__(self, config: TextConfig, embed_dim: int | None) -> None:
         super().__init__()
         self.config = config
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, config.width))
         self.blocks = nn.Sequential(*(Block(config, i, causal=True) for i in range(config.layers)))
         self.ln_final = nn.LayerNorm(config.width, eps=config.ln_eps)
-        self.proj = nn.Linear(config.width, embed_dim, bias=False)
+        self.proj = projection(config.width, embed_dim)
         self.init_weights()
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -268,6 +278,17 @@ class TextTower(nn.Module):
             )
         return is_end.int().argmax(-1)
 
+    @classmethod
+    def from_pretrained(cls, name: str | PathLike[str], **options: Any) -> "TextTower":
+        """The text tower of a checkpoint of two towers or of one; options as of `miniclip.load`.
+
+        Without projection (`proj` passes on what it gets) where the checkpoint has none, as that of
+        Stable Diffusion 1 and 2.
+        """
+        from miniclip.checkpoint import load_tower
+
+        return load_tower(name, "text", **options)
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """OpenAI's init: openai/CLIP, model.py, CLIP.initialize_parameters.
@@ -279,7 +300,8 @@ class TextTower(nn.Module):
         residual_std = std * (2 * self.config.layers) ** -0.5  # 2 L terms sum to variance 1
         nn.init.normal_(self.token_embed.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
-        nn.init.normal_(self.proj.weight, std=std)
+        for weight in self.proj.parameters():
+            nn.init.normal_(weight, std=std)
         for block in self.blocks:
             attn, mlp = block.attn, block.mlp
             for linear in (attn.q_proj, attn.k_proj, attn.v_proj):
@@ -288,6 +310,11 @@ class TextTower(nn.Module):
             nn.init.normal_(mlp.fc1.weight, std=(2 * self.config.width) ** -0.5)
             nn.init.normal_(mlp.fc2.weight, std=residual_std)
             zero_attention_biases(attn)
+
+
+def projection(width: int, embed_dim: int | None) -> nn.Module:
+    """Into the shared space; a tower that is used for its own vectors alone may have none."""
+    return nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim, bias=False)
 
 
 def zero_attention_biases(attn: Attention) -> None:

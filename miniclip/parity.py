@@ -1,21 +1,25 @@
-"""The same input through miniclip and through transformers, compared tensor by tensor.
+"""The same input through two CLIPs, compared tensor by tensor in the order data flows.
 
-Both run in float32 and in float64. In float32 the unchanged model agrees to the last bit, and one
-whose operations are in another order to rounding. In float64 a difference that is more than
-rounding has nowhere left to hide.
+The two are miniclip and transformers, or a fork and the original. Both run in one precision and in
+float64. In float32 the unchanged model agrees with transformers to the last bit, and one whose
+operations are in another order to rounding. In float64 a difference that is more than rounding has
+nowhere left to hide. The first tensor that differs is explained by `diagnosis.py`.
 """
 
 import copy
 import math
 import os
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from miniclip.checkpoint import TRANSFORMERS, layout_name, load_model, resolve
+from miniclip import diagnosis
+from miniclip.checkpoint import HUB_FILES, Loaded, check_device, load_model, resolve
 from miniclip.config import (
     LEGACY_EOS,
     CLIPConfig,
@@ -23,12 +27,20 @@ from miniclip.config import (
     VisionConfig,
     beyond_transformers,
 )
+from miniclip.layouts import TRANSFORMERS, layout_name
 from miniclip.model import CLIP
+from miniclip.tokenizer import Tokenizer
+from miniclip.transform import ImageTransform
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+"""What rounding explains on a CPU: of logits, and of other tensors relative to the largest number
+there if it is above 1."""
+ON_DEVICES = 1e-4  # the same in float32 where the adding up is in another order, as on GPUs
+IN_PATTERN = 1e-6  # in float64, as transformers takes its softmax in float32 even there
+HALF = 2.0  # in half precision: how much larger our largest error may be than the other's
 
 _L14 = {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096, "patch_size": 14}
 _L14_TEXT = TextConfig(width=768, heads=12, mlp_width=3072)
@@ -42,43 +54,183 @@ OFFICIAL = {
 
 
 class Difference(NamedTuple):
-    """How far two models are apart at a site: the largest absolute difference of any number."""
+    """How far two models are apart at a site: the largest difference of any number.
+
+    The truth, for the errors, is what the second model computes in float64.
+    """
 
     site: str
-    float32: float
-    float64: float
-    rounding: float  # for scale: from the first model's float32 to its own float64
-
-    @property
-    def within_tolerance(self) -> bool:
-        """Whether both differences are what rounding can explain."""
-        return self.float32 <= TOLERANCE[torch.float32] and self.float64 <= TOLERANCE[torch.float64]
+    absolute: float
+    relative: float  # to the largest number there
+    float64: float  # absolute, where both run in float64
+    model_error: float  # how far the first model is from the truth
+    other_error: float  # how far the second is
+    within_tolerance: bool
 
 
-def compare(model: CLIP, other: "CLIP | CLIPModel", *, seed: int = 0) -> list[Difference]:
-    """Run two models of one shape on the same random input; compare them in the order data flows.
+class Report(NamedTuple):
+    """Every site in the order data flows, the first out of tolerance, and what it looks like."""
 
-    The sites are the residual stream before the first block, what every attention and MLP adds to
-    it, the stream after each block, the vector that is read off at the end, its projection, and the
-    logits. Four images and four texts are run, on copies: both models stay as they are.
+    rows: list[Difference]
+    first: str | None
+    cause: str | None  # "" where nothing is known
+
+    def __str__(self) -> str:
+        if self.first is None:
+            return f"within tolerance at all {len(self.rows)} sites"
+        failed = sum(not row.within_tolerance for row in self.rows)
+        verdict = f"out of tolerance at {failed} of {len(self.rows)} sites, first at {self.first}"
+        return f"{verdict}\nlikely cause: {self.cause}" if self.cause else verdict
+
+
+def compare(
+    model: "CLIP | CLIPModel | Loaded",
+    other: "CLIP | CLIPModel | Loaded",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Report:
+    """Run two models of one shape on the same random input; compare them site by site.
+
+    Where a tokenizer and a transform come with both, as from `miniclip.load`, `tokens` and `pixels`
+    are the first sites. Then come, for each tower, `embeddings`; for each block `resid_pre`, `q`,
+    `k`, `v`, `pattern`, `attn_out`, `mlp_out`, `resid_post`; `pooled` and `projected`; and `logits`
+    at last. A model of another class will do if its modules have our names, or transformers'; what
+    only one of the two models has is left out. All is done on copies, rounded to `dtype`.
+    Raises ValueError for models of different depth.
+
+    >>> from miniclip import load
+    >>> report = compare(load("shapes"), load("shapes"))
+    >>> report.first is None, report.rows[0].site, report.rows[-1].site
+    (True, 'tokens', 'logits')
     """
+    check_device(device)
+    ours, theirs = (m if isinstance(m, tuple) else Loaded(m, None, None) for m in (model, other))
+    stages = []
+    if ours.tokenizer and theirs.tokenizer:
+        stages.append(_compare_tokenizers(ours.tokenizer, theirs.tokenizer))
+    if ours.transform and theirs.transform:
+        stages.append(_compare_transforms(ours.transform, theirs.transform))
+    stages.append(_compare_models(ours.model, theirs.model, dtype, torch.device(device), seed))
+    rows = [row for stage, _ in stages for row in stage]
+    first = next((row.site for row in rows if not row.within_tolerance), None)
+    cause = next((cause for _, cause in stages if cause is not None), None)
+    return Report(rows, first, cause)
+
+
+def assert_parity(
+    model: "CLIP | CLIPModel | Loaded", other: "CLIP | CLIPModel | Loaded", **options: Any
+) -> None:
+    """For a fork's own tests: raises an AssertionError that names the first site and the cause.
+
+    Arguments as for `compare`.
+
+    >>> from miniclip import load
+    >>> assert_parity(load("shapes").model, load("shapes").model)
+    """
+    report = compare(model, other, **options)
+    if report.first is not None:
+        row = next(row for row in report.rows if row.site == report.first)
+        raise AssertionError(
+            f"{report}\nthere: absolute {row.absolute:.1e}, relative {row.relative:.1e}, "
+            f"in float64 {row.float64:.1e}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# The three stages. Each gives rows, and the cause of the first that is out of tolerance, or None.
+
+Stage = tuple[list[Difference], str | None]
+
+
+def _compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
+    one, other = (partial(tokenizer, truncate=True) for tokenizer in (ours, theirs))
+    row = _exact("tokens", one(diagnosis.TEXTS), other(diagnosis.TEXTS))
+    return [row], None if row.within_tolerance else diagnosis.cause_in_tokens(one, other)
+
+
+def _compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:
+    pictures = diagnosis.pictures(ours.size)
+    one, other = ([transform(picture) for picture in pictures] for transform in (ours, theirs))
+    row = _exact("pixels", *(torch.cat([x.flatten() for x in pixels]) for pixels in (one, other)))
+    if row.within_tolerance:
+        return [row], None
+    return [row], diagnosis.cause_in_pixels(ours, theirs, one, other)
+
+
+def _exact(site: str, one: Tensor, other: Tensor) -> Difference:
+    """For what has to be equal: no rounding is there to explain a difference."""
+    distance, size = _distance(one, other), max(other.abs().max().item(), 1e-30)
+    return Difference(site, distance, distance / size, distance, distance, 0.0, distance == 0)
+
+
+def _compare_models(
+    ours: "CLIP | CLIPModel",
+    theirs: "CLIP | CLIPModel",
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> Stage:
+    if _depths(ours) != _depths(theirs):
+        raise ValueError(
+            f"the two models differ in their number of blocks: {_depths(ours)} and "
+            f"{_depths(theirs)} in the vision and the text tower; expected the same"
+        )
+    configs = [_config(model) for model in (ours, theirs)]
+    inputs = _inputs(*configs, seed)
+    plan = [(model, exact) for model in (ours, theirs) for exact in (False, True)]
+    runs = [_run(model, dtype, exact, device, *inputs) for model, exact in _progress(plan)]
+    errors = [f"{name} raises {error}" for name, (_, error) in zip(_NAMES, runs) if error]
+    rows = []
+    for site in dict.fromkeys(site for model in (ours, theirs) for site, *_ in _sites(model)):
+        found = [tensors[site] for tensors, _ in runs if site in tensors]
+        if len(found) == len(runs):
+            rows.append(_difference(site, *found, dtype, device))
+        elif errors:
+            rows.append(Difference(site, *[math.inf] * 5, within_tolerance=False))
+    failed = next((row for row in rows if not row.within_tolerance), None)
+    if failed is None:
+        return rows, None
+    if any(failed.site not in tensors for tensors, _ in runs):
+        return rows, errors[0]
+    if failed.float64 <= _limit(failed.site, torch.float64, runs[-1][0][failed.site], device):
+        return rows, "rounding: in float64 the two agree"
+    named = {"pixels": inputs[0].to(dtype), "ids": inputs[1]}
+    sides = [
+        diagnosis.Side(named | tensors, _weights(model, config, dtype), config)
+        for model, config, (tensors, _) in zip((ours, theirs), configs, runs[1::2], strict=True)
+    ]
+    return rows, diagnosis.cause_in_model(failed.site, *sides)
+
+
+_NAMES = ("model", "model in float64", "other", "other in float64")
+
+
+def _progress(plan: list[Any]) -> Iterator[Any]:
     from tqdm import tqdm
 
-    inputs = random_inputs(model.config, images=4, texts=4, tokens=12, seed=seed)
-    runs = [(m, dtype) for m in (model, other) for dtype in TOLERANCE]
-    bar = tqdm(runs, unit="run", delay=2, disable=None, leave=False)
-    ours32, ours64, theirs32, theirs64 = (_tensors(m, dtype, *inputs) for m, dtype in bar)
-    if ours32.keys() != theirs32.keys():
-        raise ValueError("the two models differ in their number of blocks")
-    return [
-        Difference(
-            site,
-            _distance(ours32[site], theirs32[site]),
-            _distance(ours64[site], theirs64[site]),
-            _distance(ours32[site], ours64[site]),
-        )
-        for site in ours32
-    ]
+    return tqdm(plan, unit="run", delay=2, disable=None, leave=False)
+
+
+def _difference(
+    site: str,
+    ours: Tensor,
+    ours_64: Tensor,
+    theirs: Tensor,
+    theirs_64: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Difference:
+    absolute, float64 = _distance(ours, theirs), _distance(ours_64, theirs_64)
+    model_error, other_error = _distance(ours, theirs_64), _distance(theirs, theirs_64)
+    if dtype in TOLERANCE:
+        within = absolute <= _limit(site, dtype, theirs_64, device)
+    else:
+        within = model_error <= HALF * other_error
+    within &= float64 <= _limit(site, torch.float64, theirs_64, device)
+    relative = absolute / max(theirs_64.abs().max().item(), 1e-30)
+    return Difference(site, absolute, relative, float64, model_error, other_error, within)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
@@ -88,74 +240,226 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return math.inf if math.isnan(distance) else distance
 
 
-@torch.no_grad()
-def _tensors(
-    model: "CLIP | CLIPModel", dtype: torch.dtype, pixels: Tensor, ids: Tensor
-) -> dict[str, Tensor]:
-    """The tensor at each site in one forward pass on a CPU, in the order of the sites."""
-    model = copy.deepcopy(model).to("cpu", dtype).eval()
-    seen: dict[str, Tensor] = {}
-    for site, module, is_input in _sites(model):
-        seen[site] = torch.empty(0)  # so that the order is that of the sites
-
-        def keep(module, args, kwargs, out, site=site, is_input=is_input):
-            x = [*args, *kwargs.values()][0] if is_input else out
-            seen[site] = x[0] if isinstance(x, tuple) else x  # theirs returns the pattern as well
-
-        module.register_forward_hook(keep, with_kwargs=True)
-    output = model(pixel_values=pixels, input_ids=ids) if _is_theirs(model) else model(pixels, ids)
-    return seen | {"logits_per_image": output.logits_per_image}
-
-
-def _is_theirs(model: nn.Module) -> bool:
-    return not isinstance(model, CLIP)
-
-
-def _sites(model: "CLIP | CLIPModel") -> Iterator[tuple[str, nn.Module, bool]]:
-    """Our name of a site, the module that it is at, and whether it is the module's input."""
-    for tower, projection in (("vision", "visual_projection"), ("text", "text_projection")):
-        if _is_theirs(model):
-            blocks = getattr(model, f"{tower}_model").encoder.layers
-            proj = getattr(model, projection)
-        else:
-            blocks, proj = getattr(model, tower).blocks, getattr(model, tower).proj
-        yield f"{tower}.embed", blocks[0], True
-        for i, block in enumerate(blocks):
-            attn = block.self_attn if _is_theirs(model) else block.attn
-            yield f"{tower}.blocks.{i}.attn", attn, False
-            yield f"{tower}.blocks.{i}.mlp", block.mlp, False
-            yield f"{tower}.blocks.{i}", block, False
-        yield f"{tower}.pooled", proj, True
-        yield f"{tower}.proj", proj, False
+def _limit(site: str, dtype: torch.dtype, truth: Tensor, device: torch.device) -> float:
+    """The largest difference at a site that is within tolerance."""
+    limit = TOLERANCE[dtype]
+    if dtype == torch.float64 and site.endswith(".pattern"):
+        limit = IN_PATTERN
+    elif dtype == torch.float32 and device.type != "cpu":
+        limit = ON_DEVICES
+    return limit if site == "logits" else limit * max(1.0, truth.abs().max().item())
 
 
 # ------------------------------------------------------------------------------------------------
-# Two models with the same weights
+# The tensors of one model
 
 
-def against_transformers(name: str | os.PathLike[str], **options: object) -> list[Difference]:
-    """Compare a checkpoint's weights, loaded by us, with the same files loaded by transformers.
+@torch.no_grad()
+def _run(
+    model: "CLIP | CLIPModel",
+    dtype: torch.dtype,
+    exact: bool,
+    device: torch.device,
+    pixels: Tensor,
+    ids: Tensor,
+) -> tuple[dict[str, Tensor], str]:
+    """The tensor at every site, on a CPU, and what the model raised, if it did.
 
-    `name` is an embedded name, a directory or a hub id; `options` are those of `miniclip.load`.
+    The weights are rounded to `dtype`, and then, for an `exact` run, computed with in float64.
     """
-    transformers = _transformers()
+    if exact and device.type == "mps":  # which has no float64
+        device = torch.device("cpu")
+    model = copy.deepcopy(model).to(device, dtype).eval()
+    pixels, ids = pixels.to(device, dtype), ids.to(device)
+    if exact:
+        model, pixels = model.double(), pixels.double()
+    theirs = _is_theirs(model)
+    seen: dict[str, Tensor] = {}
+
+    def forward(patterns: bool) -> str:
+        """Patterns have a run of their own: to look at them makes a model take another path."""
+        handles = []
+        for site, module, read in _sites(model):
+            if site.endswith(".pattern") == patterns and isinstance(module, nn.Module):
+
+                def keep(module, args, out, site=site, read=read):
+                    seen.setdefault(site, read(args, out).cpu())
+
+                handles.append(module.register_forward_hook(keep))
+        try:
+            output = model(pixel_values=pixels, input_ids=ids) if theirs else model(pixels, ids)
+            seen.setdefault("logits", output.logits_per_image.cpu())
+        except (IndexError, RuntimeError, ValueError) as error:
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        finally:
+            for handle in handles:
+                handle.remove()
+        return ""
+
+    errors = [forward(patterns=False)]
+    if theirs:
+        model.set_attn_implementation("eager")
+    errors.append(forward(patterns=True))
+    return seen, next(filter(None, errors), "")
+
+
+def _is_theirs(model: nn.Module) -> bool:
+    return hasattr(model, "vision_model")
+
+
+Read = Callable[[tuple, Any], Tensor]
+
+
+def _sites(model: "CLIP | CLIPModel") -> Iterator[tuple[str, nn.Module | None, Read]]:
+    """Each site, the module it is at, and how it is read off the module's arguments and output."""
+
+    def argument(args: tuple, out: Any) -> Tensor:
+        return args[0]
+
+    def output(args: tuple, out: Any) -> Tensor:
+        return out[0] if isinstance(out, tuple) else out  # their attention returns two
+
+    def heads_joined(args: tuple, out: Tensor) -> Tensor:
+        return out.flatten(2)  # (B, T, W), of ours (B, T, H, D)
+
+    def pattern(args: tuple, out: Any) -> Tensor:
+        return out[1] if isinstance(out, tuple) else out
+
+    theirs = _is_theirs(model)
+    for tower, projection in (("vision", "visual_projection"), ("text", "text_projection")):
+        root = getattr(model, f"{tower}_model" if theirs else tower)
+        blocks = root.encoder.layers if theirs else root.blocks
+        proj = getattr(model, projection) if theirs else root.proj
+        # Of the two places the first that is run counts: the text tower has no LayerNorm there.
+        ln_pre = getattr(root, "pre_layrnorm" if theirs else "ln_pre", None)
+        yield f"{tower}.embeddings", ln_pre, argument
+        yield f"{tower}.embeddings", blocks[0], argument
+        for i, block in enumerate(blocks):
+            attn = block.self_attn if theirs else block.attn
+            site = f"{tower}.blocks.{i}"
+            yield f"{site}.resid_pre", block, argument
+            for name in ("q", "k", "v"):
+                module = getattr(attn, f"{name}_proj" if theirs else name, None)
+                yield f"{site}.{name}", module, heads_joined
+            yield f"{site}.pattern", attn if theirs else getattr(attn, "pattern", None), pattern
+            yield f"{site}.attn_out", attn, output
+            yield f"{site}.mlp_out", block.mlp, output
+            yield f"{site}.resid_post", block, output
+        yield f"{tower}.pooled", proj, argument
+        yield f"{tower}.projected", proj, output
+    yield "logits", None, output
+
+
+def _depths(model: "CLIP | CLIPModel") -> tuple[int, int]:
+    sites = [site for site, *_ in _sites(model) if site.endswith(".resid_post")]
+    vision = sum(site.startswith("vision.") for site in sites)
+    return vision, len(sites) - vision
+
+
+def _config(model: "CLIP | CLIPModel") -> CLIPConfig:
+    return CLIPConfig.from_dict(model.config.to_dict()) if _is_theirs(model) else model.config
+
+
+def _weights(
+    model: "CLIP | CLIPModel", config: CLIPConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The parameters under our names."""
+    weights = model.state_dict()
+    if _is_theirs(model):
+        with torch.device("meta"):
+            names = CLIP(config).state_dict()
+        weights = {name: weights[layout_name(name, TRANSFORMERS)] for name in names}
+    return {name: weight.cpu().to(dtype) for name, weight in weights.items()}
+
+
+def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Two images, and eight texts in which either model finds its start and its end token."""
+    tokens = min(12, ours.text.context_length)
+    pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)
+    ids[:, 0] = ours.text.bos_token_id
+    if theirs.text.eos_token_id not in (ours.text.eos_token_id, LEGACY_EOS):
+        rows, end = torch.arange(8), tokens - 1 - torch.arange(8) % (tokens - 1)
+        ids[rows, 1 + end % (tokens - 1)] = theirs.text.eos_token_id
+    return pixels, ids
+
+
+# ------------------------------------------------------------------------------------------------
+# Pairs to compare
+
+
+def load_pair(
+    name: str | os.PathLike[str], against: str | os.PathLike[str] = "transformers", **options: Any
+) -> tuple[Loaded, Loaded]:
+    """A checkpoint as we load it, and its files as transformers does, or another checkpoint.
+
+    `name` and `against` are embedded names, directories or hub ids; `options` are those of
+    `miniclip.load` that say where from. Tokenizer and transform are None where a directory has
+    only weights. Raises CheckpointError; ValueError where transformers cannot load such a model.
+    """
+    if against != "transformers":
+        return _load(name, options), _load(against, options)
     if os.path.isfile(name):
         raise ValueError(f"{name} is a file; transformers loads directories: name the one it is in")
+    ours = _load(name, options)
+    _check_expressible(ours.model.config)
+    return ours, _load_with_transformers(name, ours, options)
+
+
+def _load(name: str | os.PathLike[str], options: dict[str, Any]) -> Loaded:
+    model = load_model(name, **options)
+    parts = {"tokenizer": Tokenizer, "transform": ImageTransform}
+    return Loaded(
+        model,
+        *(
+            part.from_pretrained(name, **options) if _has(name, kind, options) else None
+            for kind, part in parts.items()
+        ),
+    )
+
+
+def _has(name: str | os.PathLike[str], kind: str, options: dict[str, Any]) -> bool:
+    directory = resolve(name, kind, **options)
+    return any((directory / file).is_file() for file in HUB_FILES[kind][0])
+
+
+def _load_with_transformers(
+    name: str | os.PathLike[str], ours: Loaded, options: dict[str, Any]
+) -> Loaded:
+    """Theirs, the tokenizer and the transform in functions that are called like ours."""
+    transformers = _transformers()
     directory = resolve(name, "model", **options)
-    ours = load_model(directory)
-    _check_expressible(ours.config)
-    return compare(ours, transformers.CLIPModel.from_pretrained(directory, dtype=torch.float32))
+    model = transformers.CLIPModel.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = transform = None
+    if ours.tokenizer:
+        directory = resolve(name, "tokenizer", **options)
+        their_tokenizer = transformers.CLIPTokenizer.from_pretrained(directory)
+
+        def tokenizer(texts, truncate):
+            rows = their_tokenizer(list(texts), padding=True, truncation=truncate)
+            return torch.tensor(rows["input_ids"])
+
+    if ours.transform:
+        directory = resolve(name, "transform", **options)
+        processor = transformers.CLIPImageProcessorPil.from_pretrained(directory)
+
+        def transform(picture):
+            return processor(picture, return_tensors="pt")["pixel_values"][0]
+
+    return Loaded(model, tokenizer, transform)
 
 
-def against_transformers_at_random(shape: str, *, seed: int = 0) -> list[Difference]:
-    """Compare weights drawn at random, in one of the OFFICIAL shapes. Needs no checkpoint."""
+def random_pair(shape: str, *, seed: int = 0) -> "tuple[CLIP, CLIPModel]":
+    """Ours and transformers' with the same weights, drawn at random, in one of the OFFICIAL shapes.
+
+    Needs no checkpoint. Raises ValueError for another shape.
+    """
     if shape not in OFFICIAL:
         raise ValueError(f"no official shape is called {shape!r}; expected {', '.join(OFFICIAL)}")
     _transformers()
     with torch.device("meta"):
         model = CLIP(OFFICIAL[shape])
     randomize(model.to_empty(device="cpu"), seed)
-    return compare(model, transformers_twin(model), seed=seed)
+    return model, transformers_twin(model)
 
 
 def transformers_twin(model: CLIP) -> "CLIPModel":
@@ -224,23 +528,34 @@ def random_inputs(
 
 def summarize(rows: list[Difference]) -> list[Difference]:
     """One row for all blocks of a tower, with the largest of their differences."""
-    depth = {
-        tower: sum(re.fullmatch(rf"{tower}\.blocks\.\d+", row.site) is not None for row in rows)
-        for tower in ("vision", "text")
-    }
+    depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:
-        tower = row.site.partition(".")[0]
-        site = re.sub(r"blocks\.\d+", f"blocks.0-{depth.get(tower, 0) - 1}", row.site)
-        numbers = zip(largest.get(site, row)[1:], row[1:])
-        largest[site] = Difference(site, *map(max, numbers))
+        last = depth[row.site.partition(".")[0]] - 1
+        site = re.sub(r"blocks\.\d+", f"blocks.0-{last}", row.site)
+        seen = largest.get(site, row)
+        numbers = map(max, seen[1:-1], row[1:-1])
+        within = seen.within_tolerance and row.within_tolerance
+        largest[site] = Difference(site, *numbers, within)
     return list(largest.values())
 
 
-def environment() -> str:
+def nearer(rows: list[Difference]) -> dict[str, int]:
+    """At how many sites of the models which of them is nearer to the truth."""
+    errors = [row[4:6] for row in rows if row.site not in ("tokens", "pixels")]
+    return {
+        "model": sum(ours < theirs for ours, theirs in errors),
+        "other": sum(ours > theirs for ours, theirs in errors),
+        "equal": sum(ours == theirs for ours, theirs in errors),
+    }
+
+
+def environment(device: str | torch.device = "cpu") -> str:
     """The versions and the processor that numbers were measured with."""
-    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     versions = f"torch {torch.__version__}, transformers {_transformers().__version__}"
+    if torch.device(device).type == "cuda":
+        return f"{versions}, {torch.cuda.get_device_name(device)}"
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     return f"{versions}, CPU with {capability}, threads: {threads}"
 
 

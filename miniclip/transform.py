@@ -31,6 +31,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from miniclip.config import CheckpointError, ImageError, read_json, write_json
+from miniclip.layouts import preprocessing_from_open_clip
 
 REFERENCES = ("transformers", "openai")
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1 over OpenAI's training set
@@ -210,6 +211,8 @@ class ImageTransform:
 
         path, settings = _read_settings(resolve(name, "transform", **options))
         try:
+            if path.name.startswith("open_clip"):
+                settings = preprocessing_from_open_clip(settings)
             return cls.from_dict(settings, reference=reference)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -367,6 +370,8 @@ def _read_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
         if isinstance(settings, dict):
             return processor, settings
     path = directory / "preprocessor_config.json"
+    if not path.is_file() and (directory / "open_clip_config.json").is_file():
+        path = directory / "open_clip_config.json"
     if not path.is_file():
         raise CheckpointError(
             f"{directory}: no preprocessor_config.json, which says how images are resized and "

@@ -384,7 +384,7 @@ def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
     [
         {0: torch.zeros(3)},
         {"logit_scale": None},
-        {"state_dict": {"logit_scale": torch.zeros(())}},
+        {"model": {"logit_scale": torch.zeros(())}},
         {"logit_scale": torch.zeros(3).to_sparse()},
         {"logit_scale": torch.zeros((), device="meta")},
         [torch.zeros(3)],

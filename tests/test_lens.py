@@ -3,10 +3,12 @@
 Every parameter is random, so that a bias or a LayerNorm that is lost shows; float64 decides.
 """
 
+import json
 import math
 
 import numpy as np
 import pytest
+import record_timm
 import torch
 from PIL import Image
 from torch import nn
@@ -15,6 +17,8 @@ from twin import TINY, random_inputs, twins
 import miniclip
 from miniclip.lens import (
     METHODS,
+    RANDOM,
+    answers,
     attention_maps,
     decompose,
     forward_intermediates,
@@ -24,6 +28,7 @@ from miniclip.lens import (
     logit_lens,
     occlusion,
     on_grid,
+    questions,
     relevance,
     rollout,
 )
@@ -213,7 +218,10 @@ def test_coarse_parts_are_sums_of_fine_ones(double, tower):
         head, token = by["head"][name], by["token"][name]
         if name.endswith("attn"):
             assert token.shape == (len(layer), part.heads, T, TINY.embed_dim)
-            head, token = head.sum(1), token.sum((1, 2))
+            token = token.sum(2)
+        if "attn" in name and not name.endswith("out_proj.bias"):
+            assert head.shape == (len(layer), part.heads, TINY.embed_dim)
+            head, token = head.sum(1), token.sum(1)
         assert distance(layer, head) < FLOAT64 and distance(layer, token) < FLOAT64
 
 
@@ -247,6 +255,9 @@ def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
             wrote = (z[:, h] - attn.v_proj.bias[h * D : (h + 1) * D]) @ columns.T
             lost = read(stream) - read(stream - wrote)
             assert distance(parts["blocks.1.attn"][:, h], lost) < FLOAT64
+            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # with its share of the bias
+            whole = parts["blocks.1.attn"] + parts["blocks.1.attn.v_proj.bias"]
+            assert distance(whole[:, h], lost) < FLOAT64
         wrote = acts["blocks.0.mlp.act"][rows, at] @ mlp.fc2.weight.T
         assert distance(parts["blocks.0.mlp"], read(stream) - read(stream - wrote)) < FLOAT64
         lost = read(stream) - read(stream - mlp.fc2.bias)
@@ -397,6 +408,26 @@ def test_intermediates_as_maps_and_prefixes(double):
                 assert torch.equal(spatial[:, :, row, column], stream[:, 1 + 5 * row + column])
 
 
+def test_intermediates_are_those_of_timm():
+    """Recorded, for each call, from timm's own ViT with the same weights: see record_timm.py."""
+    recorded = json.loads(record_timm.PATH.read_text())
+    tower, pixels = record_timm.small_tower(), record_timm.waves(1, 3, 12, 8)
+    assert furthest(tower(pixels), recorded["timm.embedding"]) < 1e-9
+    for call, expected in zip(record_timm.CALLS, recorded["timm.intermediates"], strict=True):
+        assert furthest(forward_intermediates(tower, pixels, **call), expected) < 1e-9
+        wrong = call | {"norm": "norm" not in call}
+        assert furthest(forward_intermediates(tower, pixels, **wrong), expected) > 1e-3
+
+
+def furthest(found, values):
+    """The largest difference of two nests of lists, which must be nested alike."""
+    if isinstance(values, float):
+        return abs(found - values)
+    found = record_timm.plain(found)
+    assert isinstance(found, list) and len(found) == len(values)
+    return max(map(furthest, found, values))
+
+
 def test_stopping_early_runs_no_block_too_many(double):
     model, inputs = double
     ran = []
@@ -494,11 +525,26 @@ def test_the_score_of_maps_with_known_answers():
     assert math.isclose(localisation("half", pixels, named, other).iou, 1 / 3, rel_tol=1e-6)
 
 
+def test_random_weights_are_scored_over_several_draws():
+    """Mean and deviation are those of the draws one by one; and the draws differ."""
+    loaded, method = miniclip.load("shapes"), "attention"
+    asked = questions(4)
+    named, other = (torch.stack([getattr(q, name) for q in asked]) for name in ("named", "other"))
+    ious = []
+    for seed in range(RANDOM):
+        torch.manual_seed(seed)
+        untrained = loaded._replace(model=miniclip.CLIP(loaded.model.config).eval())
+        ious.append(localisation(method, answers(untrained, asked, method), named, other).iou)
+    found = localise(loaded, scenes=4)
+    assert math.isclose(found["random"][0].iou, np.mean(ious))
+    assert math.isclose(found["spread"][0].iou, np.std(ious, ddof=1)) and len(set(ious)) == RANDOM
+
+
 def test_methods_that_read_the_text_find_the_named_object():
     """On the embedded checkpoint, whatever its training: better than chance, and no worse than the
     methods that are told nothing. Those must fall on either object equally often."""
     found = localise(miniclip.load("shapes"), scenes=10)
-    assert list(found) == ["trained", "random", "limits"]
+    assert list(found) == ["trained", "random", "spread", "limits"]
     trained = {row.method: row for row in found["trained"]}
     chance, ceiling = found["limits"]
     assert list(trained) == list(METHODS)

@@ -36,10 +36,6 @@ OLD = CLIPConfig(VISION, TEXT, embed_dim=12)
 NEW = replace(OLD, vision=replace(VISION, act="gelu"), text=replace(TEXT, act="gelu"))
 
 
-# `save` and `save_model` rename each file on its own, and are still to be written with `saving`.
-not_yet = pytest.mark.xfail(strict=True, reason="save does not use config.saving")
-
-
 def checkpoint(config, seed, words):
     tokenizer = Tokenizer.train([words], config.text.vocab_size, context_length=10 + seed)
     transform = ImageTransform(16 + seed, crop_size=16)
@@ -126,7 +122,6 @@ print(operation - 1, *ends)
 """
 
 
-@not_yet
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new(tmp_path):
     """A hundred times at random, and then before each of its operations on files."""
@@ -258,7 +253,6 @@ def test_a_link_is_no_save_to_finish(saved, tmp_path):
     assert contents(miniclip.load(tmp_path / "elsewhere")) == contents(new())
 
 
-@not_yet
 def test_what_killed_processes_left_is_cleared_away_after_an_hour(saved):
     for name, age in ((".saving-old", 4000), (".saving-new", 60)):
         (saved / name).mkdir()
@@ -268,7 +262,6 @@ def test_what_killed_processes_left_is_cleared_away_after_an_hour(saved):
     assert [path.name for path in saved.glob(".*")] == [".saving-new"]
 
 
-@not_yet
 def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
     (saved / "vocab.json").unlink()
     (saved / "vocab.json").mkdir()

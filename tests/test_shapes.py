@@ -236,23 +236,23 @@ def test_no_place_is_likelier_for_one_object_than_for_another():
 
 
 def test_data_set():
-    data = Shapes(30)
+    data = Shapes(36)
     order = list(data.items(0))
-    assert len(data) == 30 and sorted(order) == list(range(30))
+    assert len(data) == 36 and sorted(order) == list(range(36))
     assert order == list(data.items(0)) != list(data.items(1))
     counts = [len(data.scene(index).objects) for index in order]
     assert counts[:6] == [1] * 6 and counts[6:18] == [2] * 12 and {*counts[18:]} == {1, 2, 3}
     for index in order[:12]:  # the first lessons say where a thing is, unless it is in the middle
         assert data[index, 0].caption.endswith(tuple(PLACES)) or not located(data.scene(index))
     assert any(" the " in data[index, 0].caption for index in order[12:18])
-    for index in (29, 12):
+    for index in (35, 12):
         pair = data[index, 0]
         assert pair.pixels.shape == (3, 64, 64) and pair.pixels.dtype == torch.uint8
         picture, _ = draw(data.scene(index))
         assert np.array_equal(pair.pixels.permute(1, 2, 0).numpy(), np.array(picture))
         assert pair[1:] == data[index, 0][1:]
         assert len({data[index, i].caption for i in range(20)}) > 2, index
-    assert all(data[i, 0].caption and data[i, 0].negative for i in range(30))
+    assert all(data[i, 0].caption and data[i, 0].negative for i in range(36))
     with pytest.raises(ValueError, match="score"):
         Shapes(1, seed=shapes.SCORE_SEED)
 

@@ -5,13 +5,20 @@ they are compared with it through `cache`, and with each other.
 """
 
 import copy
+import math
 import pickle
+import random
+import statistics
+import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from twin import TINY, random_inputs, twins
+from twin import TINY, random_inputs, randomize, twins
 
+from miniclip import VisionConfig, VisionTower
+from miniclip.model import Attention, Block
 from miniclip.parity import compare
 from miniclip.sites import KINDS, cache, find, hooks, matches, site
 
@@ -196,7 +203,79 @@ def test_a_model_is_what_it_was(tiny):
     assert list(model.state_dict()) == keys
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin, inputs), expected)
-    assert all(row.float32 == row.float64 == 0 for row in compare(model, copy.deepcopy(model)))
+    assert all(
+        row.absolute == row.float64 == 0 for row in compare(model, copy.deepcopy(model)).rows
+    )
+
+
+# --------------------------------------------------------------------------------------- their cost
+
+
+class BareAttention(Attention):
+    def forward(self, x):
+        heads = (-1, self.head_width)
+        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(z.transpose(1, 2).flatten(2))
+
+
+class BareBlock(Block):
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+def without_sites(tower):
+    """The same tower, of the same parameters, as it would be written if it had no sites."""
+    bare = copy.deepcopy(tower, {id(p): p for p in tower.parameters()})
+    for module in bare.modules():
+        kind = type(module)
+        module.__class__ = {Attention: BareAttention, Block: BareBlock}.get(kind, kind)
+    return bare
+
+
+def processor_time(block, x):
+    start = time.thread_time()
+    block(x)
+    return time.thread_time() - start
+
+
+@torch.inference_mode()
+def test_what_sites_cost_that_nobody_uses():
+    """`pytest -s` prints it: blocks of ViT-B/32 with sites and without, one of each in turn, on
+    one image. Processor time, so that other work on the machine counts for little."""
+    with torch.device("meta"):
+        tower = VisionTower(VisionConfig(), 512)
+    randomize(tower.to_empty(device="cpu"))
+    bare = without_sites(tower)
+    x, order, ratios = torch.randn(1, 50, 768), random.Random(0), []
+    assert torch.equal(tower.blocks(x), bare.blocks(x))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(10):
+        for pair in zip(tower.blocks, bare.blocks):
+            times = {block: processor_time(block, x) for block in order.sample(pair, 2)}
+            ratios.append(math.log(times[pair[0]] / times[pair[1]]))
+    torch.set_num_threads(threads)
+    error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5
+    cost = statistics.median(ratios)
+    print(
+        f"unused sites: {cost:+.2%} of the time of a block of ViT-B/32 (standard error {error:.2%})"
+    )
+    assert cost < 0.02 + 3 * error
+
+
+def test_of_unused_sites_nothing_is_left_in_a_graph():
+    model, _ = twins(TINY)
+    pixels, _ = random_inputs(TINY)
+    graphs = [
+        torch.export.export(tower, (pixels,)).graph
+        for tower in (model.vision, without_sites(model.vision))
+    ]
+    steps, bare = ([(node.op, node.target) for node in graph.nodes] for graph in graphs)
+    assert steps == bare and len(steps) > 100
 
 
 # ------------------------------------------------------------------------------------------- names

@@ -152,6 +152,15 @@ def test_splicing(model, tower):
         out = model.encode_image(x) if tower == "vision" else model.encode_text(x)
     (gradient,) = torch.autograd.grad(out.square().sum(), [sae.encoder.weight])
     assert gradient.abs().max() > 0
+    with splice(model, site, sae, error_term=True), torch.no_grad():
+        sae.decoder.weight.add_(1)  # a step of training: the error is that of the new weights
+        assert_close(encode(model, tower, x), whole)
+        with hooks(sae, {"encoder": lambda out, name: 0 * out}):  # what a hook takes is gone
+            gone = encode(model, tower, x)
+    wrote = lambda r, name: r - sae(r) + sae.decoder.bias  # noqa: E731
+    with hooks(model, {site: wrote}):
+        assert_close(gone, encode(model, tower, x))
+    assert_far(gone, whole)
     with pytest.raises(ValueError, match="returned shape"):
         with splice(model, site, nn.Linear(width, 3).to(model.logit_scale.dtype)):
             encode(model, tower, x)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import record_timm
 import torch
 import torch.nn.functional as F
 from transformers import AutoModel, CLIPModel
@@ -249,6 +250,74 @@ def test_half_precision_is_resampled_in_float32():
     found = resize_image(model, 72).vision.pos_embed
     expected = resize_image(model.float(), 72).vision.pos_embed.bfloat16()
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """What timm and open_clip gave for the tables of record_timm.py, which says how."""
+    return json.loads(record_timm.PATH.read_text())
+
+
+def assert_recorded(found, values, tolerance=1e-6):
+    """Within the rounding of float32, in which timm resamples whatever it is given."""
+    values = torch.tensor(values, dtype=torch.float64)
+    assert found.shape == values.shape and (found.detach() - values).abs().max() < tolerance
+
+
+def resized_table(old, new, method):
+    config = VisionConfig(width=2, layers=1, heads=1, image_size=old, patch_size=1)
+    model = CLIP(replace(TINY, vision=config)).double()
+    model.vision.pos_embed.data = record_timm.waves(1 + old[0] * old[1], 2)
+    return resize_image(model, new, method).vision.pos_embed
+
+
+def test_resized_as_timm_and_open_clip_resample(recorded):
+    for (old, new), values in zip(record_timm.GRIDS, recorded["timm.pos_embed"], strict=True):
+        assert_recorded(resized_table(old, new, "timm"), values)
+        for other in ("transformers", "openai-bilinear", "dino"):
+            with pytest.raises(AssertionError):
+                assert_recorded(resized_table(old, new, other), values, tolerance=1e-3)
+    square = [(old, new) for old, new in record_timm.GRIDS if old[0] == old[1]]
+    for (old, new), values in zip(square, recorded["open_clip.pos_embed"], strict=True):
+        if math.prod(old) == math.prod(new):
+            continue  # which open_clip leaves as it is, whatever the shape
+        assert_recorded(resized_table(old, new, "timm"), values)
+
+
+def test_patches_resized_as_timm_resamples_them(recorded):
+    for (old, new), values in zip(record_timm.PATCHES, recorded["timm.patch_embed"], strict=True):
+        config = VisionConfig(
+            width=1, layers=1, heads=1, image_size=old, patch_size=old, channels=2
+        )
+        model = CLIP(replace(TINY, vision=config)).double()
+        model.vision.patch_embed.weight.data = record_timm.waves(1, 2, old, old)
+        found = resize_patch(model, new).vision.patch_embed.weight
+        assert_recorded(found, values, tolerance=1e-5)  # its pseudo-inverse is of float32
+        with pytest.raises(AssertionError):
+            assert_recorded(found.flip(2), values, tolerance=1e-3)
+
+
+def test_contexts_stretched_as_open_clip_stretches_them(recorded):
+    values = recorded["open_clip.text_pos_embed"]
+    for (old, new), values in zip(record_timm.CONTEXTS, values, strict=True):
+        config = replace(TINY.text, width=2, heads=1, context_length=old)
+        model = CLIP(replace(TINY, text=config)).double()
+        model.text.pos_embed.data = record_timm.waves(old, 2)
+        assert_recorded(extend_context(model, new, method="linear").text.pos_embed, values)
+        with pytest.raises(AssertionError):
+            assert_recorded(extend_context(model, new, keep=0).text.pos_embed, values, 1e-3)
+
+
+def test_a_model_resized_as_timm_resizes_it(recorded):
+    tower = record_timm.small_tower()
+    model = CLIP(CLIPConfig(record_timm.VISION, TINY.text, record_timm.EMBED_DIM)).double()
+    model.vision = tower
+    pixels = record_timm.waves(1, 3, 20, 16)
+    resized = resize_image(model, (20, 16), "timm").encode_image(pixels)
+    assert_recorded(resized, recorded["timm.resized_embedding"])
+    other = resize_image(model, (20, 16), "transformers").encode_image(pixels)
+    with pytest.raises(AssertionError):
+        assert_recorded(other, recorded["timm.resized_embedding"], tolerance=1e-3)
 
 
 def resize_matrix(old, new):

@@ -42,8 +42,8 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     `method` names whose resampling of the position embedding: "transformers"
     (interpolate_pos_encoding), "timm" (and open_clip), "openai-bilinear" or "dino". The class
     token's position stays. Resize the original each time: resampling twice blurs. transformers
-    can express square images only; for those ImageTransform(size) makes the pixels. Raises
-    ValueError for a size below one patch.
+    can express square images only; for those, of side S, the checkpoint's transform becomes
+    `dataclasses.replace(transform, size=S, crop_size=S)`. ValueError for a size below one patch.
 
     >>> from miniclip import load
     >>> wide = resize_image(load("shapes").model, (64, 96))

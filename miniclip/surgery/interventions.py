@@ -5,6 +5,7 @@ Each is a context manager, or makes the functions for one; nothing is left behin
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from miniclip.model import CLIP, VisionTower
 from miniclip.sites import Edit, hooks
+from miniclip.surgery.weights import without_hooks
 
 
 @contextmanager
@@ -96,9 +98,9 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     """Send the tensor at a site, or at all that a glob matches, through a module of your own.
 
     An adapter, say, or a sparse autoencoder. With `error_term`, what an autoencoder fails to
-    reconstruct is added back as a constant: the output is the model's own, while gradients pass
-    through the autoencoder's features (Marks et al. 2024, arXiv 2403.19647). The module must
-    return the shape it is given.
+    reconstruct is added back as a constant (Marks et al. 2024, arXiv 2403.19647): the output is the
+    model's own, while gradients pass through the autoencoder's features, and what `hooks` on the
+    autoencoder change is all that changes. The module must return the shape it is given.
 
     >>> from miniclip import load
     >>> model, pixels = load("shapes").model, torch.zeros(1, 3, 64, 64)
@@ -107,6 +109,10 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     True
     """
 
+    # What hooks on the module change is no error of its own. The copy has the same parameters.
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    unhooked = without_hooks(deepcopy(module, tensors)) if error_term else module
+
     def through(tensor: Tensor, name: str) -> Tensor:
         out = module(tensor)
         if out.shape != tensor.shape:
@@ -114,7 +120,7 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
                 f"{name}: the spliced module returned shape {tuple(out.shape)}; expected that of "
                 f"its input, {tuple(tensor.shape)}"
             )
-        return out + (tensor - out).detach() if error_term else out
+        return out + (tensor - unhooked(tensor)).detach() if error_term else out
 
     with hooks(model, {site: through}):
         yield

@@ -140,10 +140,14 @@ def copied(model: CLIP) -> CLIP:
     >>> copied(model).logit_scale.data_ptr() == model.logit_scale.data_ptr()
     False
     """
-    new = deepcopy(model)
-    for module in new.modules():
-        module._forward_hooks.clear()
-    return new
+    return without_hooks(deepcopy(model))
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The module, of whose parts none has a forward hook any more; they are cleared in place."""
+    for part in module.modules():
+        part._forward_hooks.clear()
+    return module
 
 
 # ------------------------------------------------------------------------------------------------

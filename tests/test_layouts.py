@@ -1,0 +1,889 @@
+"""The layouts of OpenAI and open_clip, towers alone, and conversion between them all.
+
+Held to models of these layouts: one written here around torch's own nn.MultiheadAttention, whose
+fused matrices and transposed projections are the originals', and, where they are installed, the
+classes of openai/CLIP (`pip install openai-clip`) and open_clip themselves, which need torchvision.
+"""
+
+import json
+import warnings
+import zipfile
+from collections import OrderedDict
+from itertools import product
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
+from twin import TINY, randomize, twins
+
+from miniclip import (
+    CLIP,
+    CheckpointError,
+    CLIPConfig,
+    TextConfig,
+    TextTower,
+    VisionConfig,
+    VisionTower,
+    load,
+    save,
+)
+from miniclip.checkpoint import convert, load_model, read_config
+from miniclip.config import LEGACY_EOS, PRESETS, TowerConfig
+from miniclip.layouts import (
+    LAYOUTS,
+    config_from_open_clip,
+    config_to_open_clip,
+    pack,
+    preprocessing_from_open_clip,
+)
+from miniclip.transform import ImageTransform
+
+# ------------------------------------------------------------------ a CLIP as OpenAI's code has it
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, mlp_width, act):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, mlp_width), act=act, c_proj=nn.Linear(mlp_width, width)
+            )
+        )
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x, mask):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, tower, act):
+        super().__init__()
+        shape = (tower.width, tower.heads, tower.mlp_width)
+        self.resblocks = nn.ModuleList(Block(*shape, act) for _ in range(tower.layers))
+
+    def forward(self, x, mask=None):  # (B, T, W); the attention takes (T, B, W)
+        x = x.transpose(0, 1)
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x.transpose(0, 1)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Visual(nn.Module):
+    def __init__(self, c, act):
+        super().__init__()
+        v = c.vision
+        self.conv1 = nn.Conv2d(3, v.width, v.patch_size, v.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(v.width))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + v.patches, v.width))
+        self.ln_pre = nn.LayerNorm(v.width)
+        self.transformer = Transformer(v, act)
+        self.ln_post = nn.LayerNorm(v.width)
+        self.proj = nn.Parameter(torch.empty(v.width, c.embed_dim))
+
+    def forward(self, pixels):
+        x = self.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+        x = self.transformer(self.ln_pre(x + self.positional_embedding))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class TextHalf(nn.Module):
+    """What is CLIP's own in openai/CLIP, and the module `text` in open_clip's CustomTextCLIP."""
+
+    def __init__(self, c, act):
+        super().__init__()
+        t = c.text
+        self.positional_embedding = nn.Parameter(torch.empty(t.context_length, t.width))
+        self.text_projection = nn.Parameter(torch.empty(t.width, c.embed_dim))
+        self.transformer = Transformer(t, act)
+        self.token_embedding = nn.Embedding(t.vocab_size, t.width)
+        self.ln_final = nn.LayerNorm(t.width)
+
+    def encode_text(self, ids):
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        mask = torch.full((ids.shape[1],) * 2, -torch.inf).triu(1).to(x.dtype)
+        x = self.ln_final(self.transformer(x, mask))
+        return x[torch.arange(len(x)), ids.argmax(-1)] @ self.text_projection
+
+
+class Original(TextHalf):
+    def __init__(self, config):
+        act = QuickGELU() if config.vision.act == "quick_gelu" else nn.GELU()
+        super().__init__(config, act)
+        self.visual = Visual(config, act)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+
+    def encode_image(self, pixels):
+        return self.visual(pixels)
+
+
+OPENAI = CLIPConfig(
+    VisionConfig(width=128, layers=3, heads=2, mlp_width=320, image_size=64, patch_size=16),
+    TextConfig(
+        width=64, layers=2, heads=1, mlp_width=200, vocab_size=500, context_length=20,
+        bos_token_id=498, eos_token_id=LEGACY_EOS,
+    ),
+    embed_dim=48,
+)  # fmt: skip
+
+
+def variant(**changes):
+    """OPENAI with fields of both towers changed, as open_clip's models differ."""
+    vision, text = vars(OPENAI.vision) | changes, vars(OPENAI.text) | changes
+    return CLIPConfig(VisionConfig(**vision), TextConfig(**text), OPENAI.embed_dim)
+
+
+@torch.no_grad()
+def original(config, dtype=torch.float64):
+    """With every parameter random."""
+    model = Original(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        std = 0.3 if parameter.ndim < 2 or "embedding" in name else parameter.shape[-1] ** -0.5
+        parameter.normal_(
+            1.0 if "ln_" in name and "weight" in name else 0.0, std, generator=generator
+        )
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 499, (4, 20), generator=generator)
+    ids[torch.arange(4), torch.tensor([19, 3, 7, 1])] = 499
+    ids[3] = torch.randint(0, 499, (20,), generator=generator)  # no end token: the largest id
+    return torch.randn(3, 3, 64, 64, generator=generator, dtype=torch.float64), ids
+
+
+@torch.no_grad()
+def assert_same_embeddings(model, peer, pixels, ids, atol=1e-12):
+    pixels = pixels.to(peer.logit_scale.dtype)
+    for ours, theirs in (
+        (model.encode_image(pixels), peer.encode_image(pixels)),
+        (model.encode_text(ids), peer.encode_text(ids)),
+    ):
+        assert theirs.abs().mean() > 0.1
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def assert_same_model(one, other):
+    assert one.config == other.config
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def write_open_clip(directory, model, config, custom_text=False, **changes):
+    directory.mkdir(exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if custom_text:
+        towers = ("visual", "logit_scale")
+        tensors = {n if n.startswith(towers) else f"text.{n}": t for n, t in tensors.items()}
+    save_file(tensors, directory / "open_clip_model.safetensors")
+    settings = {
+        "model_cfg": config | changes,
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.3] * 3},
+    }
+    (directory / "open_clip_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+OPEN_CLIP = {  # as open_clip writes it
+    "embed_dim": 48,
+    "vision_cfg": {"image_size": 64, "layers": 3, "width": 128, "patch_size": 16, "mlp_ratio": 2.5},
+    "text_cfg": {
+        "context_length": 20, "vocab_size": 500, "width": 64, "heads": 1, "layers": 2,
+        "mlp_ratio": 3.125,
+    },
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- OpenAI's
+
+
+def write_openai(path, model):
+    tensors = model.state_dict()
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    return path
+
+
+NO_NUMBERS = "ignore:.*read as OpenAI's"
+
+
+@pytest.mark.filterwarnings(NO_NUMBERS)
+@pytest.mark.parametrize("name", ["model.safetensors", "ViT-B-32.pt", "epoch_1.pt"])
+def test_openai_state_dict_alone_is_a_whole_model(tmp_path, inputs, name):
+    peer = original(OPENAI)
+    if name == "epoch_1.pt":  # of a training by open_clip's code, on several GPUs
+        tensors = {f"module.{key}": tensor for key, tensor in peer.state_dict().items()}
+        torch.save({"epoch": 1, "state_dict": tensors}, tmp_path / name)
+    else:
+        write_openai(tmp_path / name, peer)
+    model = load_model(tmp_path / name, dtype=torch.float64)
+    assert model.config == OPENAI
+    assert_same_embeddings(model, peer, *inputs)
+
+
+def mutations():
+    def gelu(model):
+        for block in model.vision.blocks:
+            block.mlp.act = nn.GELU()
+
+    def transposed(model):
+        weight = model.text.blocks[0].attn.out_proj.weight
+        weight.data = weight.data.T.contiguous()
+
+    def q_for_k(model):
+        attn = model.vision.blocks[1].attn
+        attn.q_proj, attn.k_proj = attn.k_proj, attn.q_proj
+
+    return [gelu, transposed, q_for_k]
+
+
+@pytest.mark.filterwarnings(NO_NUMBERS)
+@pytest.mark.parametrize("fault", mutations(), ids=lambda fault: fault.__name__)
+def test_a_fault_in_the_mapping_would_show(tmp_path, inputs, fault):
+    peer = original(OPENAI)
+    model = load_model(write_openai(tmp_path / "x.pt", peer), dtype=torch.float64)
+    fault(model)
+    with pytest.raises(AssertionError):
+        assert_same_embeddings(model, peer, *inputs)
+
+
+def test_a_file_that_may_be_openais_or_open_clips_is_said_to_be(tmp_path):
+    path = write_openai(tmp_path / "x.pt", original(OPENAI))
+    with pytest.warns(UserWarning, match="read as OpenAI's.*open_clip_config.json"):
+        load_model(path)
+
+
+def test_openais_mixed_precision_is_read_and_kept(tmp_path, inputs):
+    """Matrices in float16 and the rest in float32, as `clip.load` leaves a model on a GPU."""
+    peer = original(OPENAI, torch.float32)
+    mixed = {n: t.half() if t.ndim > 1 else t for n, t in peer.state_dict().items()}
+    peer.load_state_dict(mixed)
+    numbers = {"input_resolution": 64, "context_length": 20, "vocab_size": 500}
+    torch.save(mixed | {n: torch.tensor(v) for n, v in numbers.items()}, tmp_path / "mixed.pt")
+    model = load_model(tmp_path / "mixed.pt")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert_same_embeddings(model, peer, *inputs, atol=1e-5)
+
+    convert(tmp_path / "mixed.pt", tmp_path / "there", "transformers")
+    convert(tmp_path / "there", tmp_path / "back", "openai")
+    back = load_file(tmp_path / "back/model.safetensors")
+    assert back.keys() == mixed.keys() | numbers.keys()
+    for name, tensor in mixed.items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+
+
+class Archive(nn.Module):
+    """OpenAI's archives have three numbers as buffers, and things that are no tensors."""
+
+    def __init__(self, peer):
+        super().__init__()
+        for name, child in peer.named_children():
+            self.add_module(name, child)
+        for name, parameter in peer.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.register_buffer("input_resolution", torch.tensor(64))
+        self.register_buffer("context_length", torch.tensor(20))
+        self.register_buffer("vocab_size", torch.tensor(500))
+
+    def forward(self, pixels):
+        return self.visual(pixels)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    peer = original(OPENAI, torch.float32)
+    path = tmp_path_factory.mktemp("archive") / "ViT-B-32.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and OpenAI's files remain
+        torch.jit.trace(Archive(peer).eval(), torch.zeros(1, 3, 64, 64)).save(path)
+    return peer, path
+
+
+def test_a_torchscript_archive_is_read_without_its_code(archive, inputs, monkeypatch):
+    peer, path = archive
+    monkeypatch.setattr(torch.jit, "load", None)
+    model = load_model(path, dtype=torch.float64)
+    assert model.config == OPENAI
+    assert_same_embeddings(model, peer.double(), *inputs)
+
+
+def rezip(path, to, change):
+    """An archive with one file in it changed."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(to, "w") as target:
+        for name in source.namelist():
+            data = change(name, source.read(name))
+            if data is not None:
+                target.writestr(name, data)
+
+
+def other_function(name, data):
+    return data.replace(b"ctorch._utils\n_rebuild_tensor_v2", b"cos\nsystem")
+
+
+def short_storage(name, data):
+    return data[:-4] if name.endswith("/data/1") else data
+
+
+def no_storage(name, data):
+    return None if name.endswith("/data/1") else data
+
+
+@pytest.mark.parametrize("change", [other_function, short_storage, no_storage])
+def test_an_archive_that_lies_is_an_error(archive, tmp_path, change):
+    rezip(archive[1], tmp_path / "x.pt", change)
+    assert change is no_storage or (tmp_path / "x.pt").stat().st_size
+    with pytest.raises(CheckpointError, match="x.pt: no weights file that can be read"):
+        load_model(tmp_path / "x.pt")
+
+
+def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
+    """Its transform has no file; its tokenizer's is OpenAI's vocabulary, or any other."""
+    model, tokenizer, transform = load("shapes")
+    config = CLIPConfig(
+        OPENAI.vision,
+        TextConfig(**vars(OPENAI.text) | {"vocab_size": tokenizer.vocab_size, "bos_token_id": 1}),
+        OPENAI.embed_dim,
+    )
+    CLIP(config).save_pretrained(tmp_path, layout="openai")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    with pytest.raises(CheckpointError, match="no tokenizer here"):
+        load(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load(tmp_path, reference="openai")
+    assert loaded.transform == ImageTransform(64, reference="openai")
+    assert read_config(tmp_path) == loaded.model.config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_resolution": torch.tensor(48)}, r"input_resolution is \[48\].* say 64"),
+        ({"vocab_size": torch.tensor(7)}, r"vocab_size is \[7\].* say 500"),
+        ({"visual.conv1.weight": torch.zeros(100, 3, 16, 16)}, "width 100; OpenAI's heads are 64"),
+        ({"text_projection": None}, "no tensor text_projection of 2 dimensions"),
+        ({"visual.proj": None}, "missing: visual.proj .128, 48."),
+        (
+            {"visual.proj": torch.zeros(48, 128)},
+            r"wrong shape: visual.proj \(48, 128\), our vision",
+        ),
+        (
+            {"transformer.resblocks.1.attn.in_proj_weight": torch.zeros(128, 64)},
+            r"wrong shape: \S+in_proj_weight \(128, 64\), our text.blocks.1.attn.q_proj.weight",
+        ),
+        ({"visual.layer1.0.conv1.weight": torch.zeros(1)}, "a ResNet"),
+        ({"visual.trunk.blocks.0.norm1.weight": torch.zeros(1)}, "timm"),
+        ({"logit_bias": torch.zeros(())}, "SigLIP"),
+        ({"text_decoder.ln.weight": torch.zeros(1)}, "CoCa"),
+        ({"more": torch.zeros(2)}, r"unexpected: more \(2,\)"),
+    ],
+)
+def test_what_is_no_model_in_openais_layout(tmp_path, change, message):
+    CLIP(OPENAI).save_pretrained(tmp_path, layout="openai")
+    tensors = {k: v.clone() for k, v in load_file(tmp_path / "model.safetensors").items()} | change
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- open_clip's
+
+
+@pytest.mark.parametrize("custom_text", [False, True], ids=["plain", "custom_text"])
+@pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
+def test_open_clip(tmp_path, inputs, custom_text, quick_gelu):
+    config = variant(act="quick_gelu" if quick_gelu else "gelu")
+    peer = original(config)
+    changes = {"quick_gelu": True} if quick_gelu else {}
+    changes |= {"custom_text": True} if custom_text else {}
+    directory = write_open_clip(tmp_path / "oc", peer, OPEN_CLIP, **changes)
+    model = load_model(directory, dtype=torch.float64)
+    assert model.config == config == read_config(directory)
+    assert_same_embeddings(model, peer, *inputs)
+    transform = ImageTransform.from_pretrained(directory)
+    assert transform == ImageTransform(64, image_mean=(0.5,) * 3, image_std=(0.3,) * 3)
+
+
+def test_open_clip_heads_and_eps(tmp_path, inputs):
+    settings = json.loads(json.dumps(OPEN_CLIP))
+    settings["vision_cfg"] |= {"head_width": 32}
+    for tower in ("vision_cfg", "text_cfg"):
+        settings[tower] |= {"norm_kwargs": {"eps": 1e-3}}
+    vision = vars(OPENAI.vision) | {"heads": 4, "act": "gelu", "ln_eps": 1e-3}
+    text = vars(OPENAI.text) | {"act": "gelu", "ln_eps": 1e-3}
+    config = CLIPConfig(VisionConfig(**vision), TextConfig(**text), OPENAI.embed_dim)
+    peer = original(config)
+    for module in peer.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-3
+    model = load_model(write_open_clip(tmp_path, peer, settings), dtype=torch.float64)
+    assert model.config == config
+    assert_same_embeddings(model, peer, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("", {"multimodal_cfg": {"width": 8}}, "multimodal_cfg"),
+        ("", {"init_logit_bias": -10}, "init_logit_bias"),
+        ("", {"embed_dim": None}, "embed_dim is None"),
+        ("", {"vision_cfg": None}, "expected a section vision_cfg"),
+        ("vision_cfg", {"timm_model_name": "vit_base"}, "vision_cfg.timm_model_name"),
+        ("vision_cfg", {"pool_type": "avg"}, "vision_cfg.pool_type is 'avg'"),
+        ("vision_cfg", {"attentional_pool": True}, "vision_cfg.attentional_pool"),
+        ("vision_cfg", {"no_ln_pre": True}, "vision_cfg.no_ln_pre"),
+        ("vision_cfg", {"ls_init_value": 0.1}, "vision_cfg.ls_init_value"),
+        ("vision_cfg", {"pos_embed_type": "sin_cos_2d"}, "pos_embed_type"),
+        ("vision_cfg", {"layers": [3, 4, 6, 3]}, "a ResNet"),
+        ("vision_cfg", {"head_width": 60}, "head_width 60 does not divide"),
+        ("vision_cfg", {"head_width": 0}, "no number"),
+        ("vision_cfg", {"width": "wide"}, "no number"),
+        ("vision_cfg", {"mlp_ratio": float("nan")}, "no number|cannot convert"),
+        ("vision_cfg", {"norm_kwargs": {"bias": False}}, "norm_kwargs has bias"),
+        ("vision_cfg", {"act_kwargs": {"approximate": "tanh"}}, "act_kwargs"),
+        ("vision_cfg", {"a_field_of_tomorrow": 1}, "a_field_of_tomorrow"),
+        ("text_cfg", {"hf_model_name": "roberta-base"}, "text_cfg.hf_model_name"),
+        ("text_cfg", {"no_causal_mask": True}, "text_cfg.no_causal_mask"),
+        ("text_cfg", {"pool_type": "last"}, "text_cfg.pool_type is 'last'"),
+        ("text_cfg", {"pool_type": "eos"}, "text_cfg.eos_id is 2"),
+        ("text_cfg", {"proj_type": "none"}, "text_cfg.proj_type"),
+        ("text_cfg", {"proj_bias": True}, "text_cfg.proj_bias"),
+        ("text_cfg", {"embed_cls": True}, "text_cfg.embed_cls"),
+    ],
+)
+def test_what_open_clip_has_and_this_architecture_has_not(tmp_path, section, change, message):
+    settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
+    (settings["model_cfg"][section] if section else settings["model_cfg"]).update(change)
+    with pytest.raises(ValueError, match=message):
+        config_from_open_clip(settings)
+    write_open_clip(tmp_path, original(variant(act="gelu")), settings["model_cfg"])
+    with pytest.raises(CheckpointError, match=f"open_clip_config.json: .*({message})"):
+        load_model(tmp_path)
+
+
+def test_what_open_clip_writes_and_no_number_depends_on():
+    """Every field of its two dataclasses at its default, and what only training heeds."""
+    settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP}))
+    plain = config_from_open_clip(settings)
+    settings["model_cfg"]["vision_cfg"] |= {
+        "ls_init_value": None, "patch_dropout": 0.5, "attentional_pool": False,
+        "attn_pooler_queries": 256, "attn_pooler_heads": 8, "no_ln_pre": False, "head_width": 64,
+        "pos_embed_type": "learnable", "final_ln_after_pool": False, "pool_type": "tok",
+        "output_tokens": True, "act_kwargs": {}, "norm_kwargs": {}, "block_type": "default",
+        "qk_norm": False, "timm_model_name": None, "timm_pool": "avg", "timm_proj": "linear",
+        "timm_model_pretrained": False, "timm_drop": 0.0, "timm_drop_path": None,
+    }  # fmt: skip
+    settings["model_cfg"]["text_cfg"] |= {
+        "hf_tokenizer_name": "openai/clip-vit-base-patch32", "tokenizer_kwargs": {"clean": "lower"},
+        "pad_id": 0, "eos_id": 2, "pool_type": "argmax", "proj_type": "linear", "proj_bias": False,
+        "hf_model_name": None, "hf_model_pretrained": True, "hf_pooler_type": "mean_pooler",
+        "hf_proj_type": "mlp",
+    }  # fmt: skip
+    assert config_from_open_clip(settings) == plain
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interpolation": "bilinear"}, "interpolation is 'bilinear'"),
+        ({"resize_mode": "squash"}, "resize_mode is 'squash'"),
+        ({"size": [64, 32]}, r"size is \[64, 32\]"),
+        ({"mean": [0.5]}, "image_mean"),
+    ],
+)
+def test_a_transform_of_open_clip_that_is_none_of_clips(tmp_path, change, message):
+    write_open_clip(tmp_path, original(variant(act="gelu")), OPEN_CLIP)
+    settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": change}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=f"open_clip_config.json: .*{message}"):
+        ImageTransform.from_pretrained(tmp_path)
+
+
+def test_open_clip_names_for_a_square_transform():
+    settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": {"size": [32, 32], "fill_color": 0}}
+    assert preprocessing_from_open_clip(settings)["size"] == 32
+
+
+# ---------------------------------------------------------------------------- there and back again
+
+
+@pytest.mark.parametrize(("one", "other"), [*product(LAYOUTS, LAYOUTS)])
+def test_every_pair_of_layouts_there_and_back(tmp_path, one, other, inputs):
+    model = CLIP(OPENAI).double()
+    randomize(model)
+    model.save_pretrained(tmp_path / "a", layout=one)
+    convert(tmp_path / "a", tmp_path / "b", other)
+    convert(tmp_path / "b", tmp_path / "c", one)
+    assert_same_model(load_model(tmp_path / "c", dtype=torch.float64), model)
+    (weights,) = (path.name for path in (tmp_path / "a").glob("*.safetensors"))
+    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "c" / weights).read_bytes()
+    peer = Original(OPENAI).double().eval()
+    if other != "transformers":
+        tensors = load_file(next((tmp_path / "b").glob("*.safetensors")))
+        tensors = {n: t for n, t in tensors.items() if n in peer.state_dict()}
+        peer.load_state_dict(tensors, strict=True)
+        assert_same_embeddings(model, peer, *inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_whole_checkpoint_in_every_layout(tmp_path, layout):
+    shapes = load("shapes")
+    vision = vars(OPENAI.vision) | {"image_size": 64, "patch_size": 8}
+    text = vars(OPENAI.text) | {"vocab_size": shapes.tokenizer.vocab_size, "bos_token_id": 1}
+    model = CLIP(CLIPConfig(VisionConfig(**vision), TextConfig(**text), 48))
+    save(tmp_path, model, shapes.tokenizer, shapes.transform, layout=layout)
+    loaded = load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), model.parameters()))
+    assert loaded.transform == shapes.transform
+    text = "a red circle to the left of a blue square"
+    assert torch.equal(loaded.tokenizer([text]), shapes.tokenizer([text]))
+    with safe_open(next(tmp_path.glob("*.safetensors")), framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+UNSAYABLE = {
+    "gelu": (variant(act="gelu"), {"openai"}),
+    "tanh": (variant(act="gelu_pytorch_tanh"), {"openai", "open_clip"}),
+    "eps": (variant(ln_eps=1e-6), {"openai"}),
+    "heads": (variant(heads=4), {"openai"}),
+    "two activations": (
+        CLIPConfig(variant(act="gelu").vision, OPENAI.text, 48), {"openai", "open_clip"},
+    ),
+    "registers": (
+        CLIPConfig(VisionConfig(**vars(OPENAI.vision) | {"registers": 2}), OPENAI.text, 48),
+        {"openai", "open_clip"},
+    ),
+    "channels": (
+        CLIPConfig(VisionConfig(**vars(OPENAI.vision) | {"channels": 1}), OPENAI.text, 48),
+        {"openai", "open_clip"},
+    ),
+    "partial patch": (
+        CLIPConfig(VisionConfig(**vars(OPENAI.vision) | {"image_size": 70}), OPENAI.text, 48),
+        {"openai"},
+    ),
+    "end token": (
+        CLIPConfig(OPENAI.vision, TextConfig(**vars(OPENAI.text) | {"eos_token_id": 7}), 48),
+        {"openai", "open_clip"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSAYABLE)
+def test_a_layout_says_what_it_cannot_express(tmp_path, name):
+    config, refusing = UNSAYABLE[name]
+    model = CLIP(config)
+    for layout in LAYOUTS:
+        if layout in refusing:
+            with pytest.raises(CheckpointError, match=f"layout '{layout}' cannot express"):
+                model.save_pretrained(tmp_path / layout, layout=layout)
+            assert not (tmp_path / layout).exists()
+        else:
+            model.save_pretrained(tmp_path / layout, layout=layout)
+            assert_same_model(load_model(tmp_path / layout), model)
+
+
+def test_open_clip_beside_weights_that_go_first_is_refused(tmp_path):
+    model = CLIP(OPENAI)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="model.safetensors, which would be loaded instead"):
+        model.save_pretrained(tmp_path, layout="open_clip")
+    assert_same_model(load_model(tmp_path), model)
+
+
+def test_an_open_clip_mlp_ratio_gives_back_the_width():
+    for width, mlp_width in [(1408, 6144), (1664, 8192), (96, 385), (7, 3), (49, 1000)]:
+        vision = VisionConfig(width=width, heads=1, mlp_width=mlp_width)
+        config = CLIPConfig(vision, TextConfig(width=width, heads=1, mlp_width=mlp_width))
+        again = config_from_open_clip({"model_cfg": config_to_open_clip(config)})
+        assert again.vision.mlp_width == again.text.mlp_width == mlp_width
+
+
+def test_packing_shares_no_memory():
+    model = CLIP(OPENAI)
+    packed = pack(model.state_dict(), LAYOUTS["openai"])
+    name = "visual.transformer.resblocks.0.attn.in_proj_weight"
+    packed[name].zero_()
+    assert model.vision.blocks[0].attn.q_proj.weight.any()
+
+
+def test_the_convert_report(tmp_path):
+    CLIP(OPENAI).save_pretrained(tmp_path / "a")
+    done = convert(tmp_path / "a", tmp_path / "b", "openai")
+    rows = {row.name: row for row in done.parameters}
+    assert done.layout == "transformers" and not done.tokenizer and not done.transform
+    row = rows["text.blocks.1.attn.v_proj.bias"]
+    assert row.source == ("text_model.encoder.layers.1.self_attn.v_proj.bias", "")
+    assert row.destination == ("transformer.resblocks.1.attn.in_proj_bias", "2")
+    assert rows["vision.proj.weight"].destination == ("visual.proj", "T")
+
+
+# ------------------------------------------------------------------------------------ towers alone
+
+VISION = dict(
+    hidden_size=48, intermediate_size=100, num_hidden_layers=3, num_attention_heads=4,
+    image_size=40, patch_size=8, projection_dim=36, hidden_act="gelu",
+)  # fmt: skip
+TEXT = dict(
+    hidden_size=40, intermediate_size=92, num_hidden_layers=2, num_attention_heads=2,
+    vocab_size=600, max_position_embeddings=20, projection_dim=36, eos_token_id=2, bos_token_id=0,
+)  # fmt: skip
+
+
+def tower_inputs(kind):
+    generator = torch.Generator().manual_seed(0)
+    if kind == "vision":
+        return {"pixel_values": torch.randn(2, 3, 40, 40, generator=generator)}
+    return {"input_ids": torch.randint(3, 600, (3, 9), generator=generator)}
+
+
+PEERS = {
+    "vision": (CLIPVisionModel, CLIPVisionConfig, VISION),
+    "vision, projected": (CLIPVisionModelWithProjection, CLIPVisionConfig, VISION),
+    "text": (CLIPTextModel, CLIPTextConfig, TEXT),
+    "text, projected": (CLIPTextModelWithProjection, CLIPTextConfig, TEXT),
+}
+
+
+@pytest.mark.parametrize("prefixed", [True, False], ids=["prefix", "as saved"])
+@pytest.mark.parametrize("name", PEERS)
+@torch.no_grad()
+def test_one_tower_of_transformers(tmp_path, name, prefixed):
+    model_class, config_class, shape = PEERS[name]
+    kind = name.partition(",")[0]
+    peer = model_class(config_class(**shape))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in peer.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    peer.eval().save_pretrained(tmp_path)
+    if prefixed:  # as transformers wrote a tower without projection until 5.6
+        path = tmp_path / "model.safetensors"
+        tensors = load_file(path)
+        if "projected" not in name:
+            tensors = {f"{kind}_model.{key}": tensor for key, tensor in tensors.items()}
+        tensors[f"{kind}_model.embeddings.position_ids"] = torch.arange(26)[None]
+        save_file(tensors, path)
+
+    tower = load(tmp_path).model
+    assert type(tower) is {"vision": VisionTower, "text": TextTower}[kind]
+    inputs = tower_inputs(kind)
+    output = peer(**inputs)
+    theirs = (
+        output.pooler_output
+        if "projected" not in name
+        else getattr(output, {"vision": "image_embeds", "text": "text_embeds"}[kind])
+    )
+    assert torch.equal(tower(*inputs.values()), theirs)
+    same, other = (VisionTower, TextTower) if kind == "vision" else (TextTower, VisionTower)
+    assert torch.equal(same.from_pretrained(tmp_path)(*inputs.values()), theirs)
+    with pytest.raises(CheckpointError, match="has no (vision|text) tower"):
+        other.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"load it with {same.__name__}.from_pretrained"):
+        CLIP.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="one tower alone"):
+        convert(tmp_path, tmp_path / "out", "openai")
+    with pytest.raises(CheckpointError, match="a (vision|text) tower alone"):
+        read_config(tmp_path)
+
+
+def test_one_tower_of_a_whole_checkpoint(tmp_path):
+    model = twins(TINY)[0]
+    model.save_pretrained(tmp_path)
+    vision, text = VisionTower.from_pretrained(tmp_path), TextTower.from_pretrained(tmp_path)
+    for tower, whole in ((vision, model.vision), (text, model.text)):
+        assert tower.state_dict().keys() == whole.state_dict().keys()
+        assert all(map(torch.equal, tower.parameters(), whole.parameters()))
+    half = VisionTower.from_pretrained(tmp_path, dtype=torch.float16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+
+
+def test_towers_bring_the_files_that_are_theirs(tmp_path):
+    shapes = load("shapes")
+    CLIPTextModel(CLIPTextConfig(**TEXT | {"vocab_size": 700})).save_pretrained(tmp_path)
+    assert load(tmp_path)[1:] == (None, None)  # as in Stable Diffusion, which has it elsewhere
+    shapes.tokenizer.save_pretrained(tmp_path)
+    shapes.transform.save_pretrained(tmp_path)
+    _, tokenizer, transform = load(tmp_path)
+    assert tokenizer.vocab == shapes.tokenizer.vocab and transform is None
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "act"),
+    [
+        ("sd15_text_encoder_config.json", 12, 768, "quick_gelu"),
+        ("sd21_text_encoder_config.json", 23, 1024, "gelu"),
+        ("ipadapter_h14_image_encoder_config.json", 32, 1280, "gelu"),
+    ],
+)
+def test_published_configs_of_one_tower(data, name, layers, width, act):
+    config = TowerConfig.from_dict(json.loads((data / "configs" / name).read_text()))
+    tower = config.tower
+    assert (tower.layers, tower.width, tower.act) == (layers, width, act)
+    assert config.name == ("text" if "text" in name else "vision")
+
+
+@pytest.mark.parametrize("projection_dim", [0, -1, "wide", None, 2**40])
+def test_a_tower_whose_embeddings_have_no_width(tmp_path, projection_dim):
+    CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text()) | {"projection_dim": projection_dim}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="config.json: .*embed_dim is"):
+        load_model(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- presets
+
+PUBLISHED = {  # millions, to the last digit that is published; whole numbers to the last parameter
+    "B/32": 151_277_313,  # openai/CLIP, notebook "Interacting with CLIP"
+    "B/16": 149.62,  # open_clip, docs/openclip_results.csv, here and below
+    "L/14": 427.62,
+    "L/14-336": 427_944_193,
+    "H/14": 986.11,
+    "g/14": 1366.68,
+    "bigG/14": 2539.57,
+}
+PUBLISHED_TOWERS = {  # TinyCLIP, in its models' names: image and text tower without its vocabulary
+    "TinyCLIP-8M/16": (8, 3),
+    "TinyCLIP-39M/16": (39, 19),
+    "TinyCLIP-40M/32": (40, 19),
+    "TinyCLIP-61M/32": (61, 29),
+}
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_numbers_of_parameters(name):
+    with torch.device("meta"):
+        model = CLIP(PRESETS[name])
+    if name in PUBLISHED_TOWERS:
+        text = count(model.text) - count(model.text.token_embed)
+        assert (round(count(model.vision) / 1e6), round(text / 1e6)) == PUBLISHED_TOWERS[name]
+    else:
+        published = PUBLISHED[name]
+        exact = isinstance(published, int)
+        assert (count(model) if exact else round(count(model) / 1e6, 2)) == published
+    for layout in LAYOUTS.values():
+        assert len(pack(model.state_dict(), layout)) > 100
+
+
+@pytest.mark.parametrize(
+    ("preset", "file"),
+    [
+        ("B/32", "openai_clip-vit-base-patch32"),
+        ("L/14", "openai_clip-vit-large-patch14"),
+        ("TinyCLIP-8M/16", "TinyCLIP-8M"),
+    ],
+)
+def test_presets_have_the_shapes_of_the_published_files(data, preset, file):
+    header = json.loads((data / f"headers/{file}.reconstructed_header.json").read_text())
+    published = {n: entry["shape"] for n, entry in header.items() if entry.get("dtype") == "F32"}
+    with torch.device("meta"):
+        model = CLIP(PRESETS[preset])
+    ours = pack(model.state_dict(), LAYOUTS["transformers"])
+    assert {name: list(tensor.shape) for name, tensor in ours.items()} == published
+
+
+# --------------------------------------------------------------------------------- what is damaged
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path):
+    model = twins(TINY)[0]
+    model.vision.blocks[1].mlp.fc1.bias.data[3] = torch.nan
+    model.text.pos_embed.data[0, 0] = torch.inf
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"NaN or infinity in 2 tensors: vision\.blocks\.1\.mlp"):
+        loaded = load_model(tmp_path)
+    assert torch.isnan(loaded.vision.blocks[1].mlp.fc1.bias[3])
+    with pytest.warns(UserWarning, match="in 1 tensors: blocks.1.mlp.fc1.bias"):
+        VisionTower.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_dtype_is_converted_tensor_by_tensor(tmp_path, dtype, layout):
+    model = CLIP(OPENAI)
+    randomize(model)
+    model.save_pretrained(tmp_path, layout=layout)
+    loaded = load_model(tmp_path, dtype=dtype)
+    for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert theirs.is_contiguous() and torch.equal(ours.to(dtype), theirs)
+
+
+# ---------------------------------------------------------- the originals, where they are installed
+
+
+@pytest.fixture(scope="module")
+def openai_model():
+    clip = pytest.importorskip("clip", reason="openai/CLIP's own classes: pip install openai-clip")
+    return clip.model
+
+
+@pytest.fixture(scope="module")
+def open_clip():
+    return pytest.importorskip(
+        "open_clip", reason="open_clip's classes: pip install open_clip_torch"
+    )
+
+
+@torch.no_grad()
+def random_weights(model):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings(NO_NUMBERS)
+def test_openais_own_model(openai_model, tmp_path, inputs):
+    peer = random_weights(openai_model.CLIP(48, 64, 3, 128, 16, 20, 500, 64, 1, 2))
+    torch.save(peer.state_dict(), tmp_path / "x.pt")
+    pixels, ids = inputs
+    model = load_model(tmp_path / "x.pt")
+    assert_same_embeddings(model, peer, pixels.float(), ids, atol=1e-5)
+    model.save_pretrained(tmp_path / "back", layout="openai")
+    tensors = load_file(tmp_path / "back/model.safetensors")
+    assert openai_model.build_model(dict(tensors)).visual.input_resolution == 64
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in peer.state_dict().items())
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_open_clips_own_model(open_clip, tmp_path, inputs, custom_text, quick_gelu):
+    kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    peer = random_weights(kind(**OPEN_CLIP, quick_gelu=quick_gelu))
+    settings = OPEN_CLIP | {"quick_gelu": quick_gelu, "custom_text": custom_text}
+    write_open_clip(tmp_path / "a", peer, settings)
+    model = load_model(tmp_path / "a")
+    pixels, ids = inputs
+    assert_same_embeddings(model, peer, pixels.float(), ids, atol=1e-5)
+    save(tmp_path / "b", model, load("shapes").tokenizer, ImageTransform(64), layout="open_clip")
+    again = open_clip.create_model(f"local-dir:{tmp_path / 'b'}").eval()
+    assert_same_embeddings(model, again, pixels.float(), ids, atol=1e-5)
