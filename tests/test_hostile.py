@@ -50,7 +50,8 @@ DEEP = [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000]
 VALUES = [
     -1, 0, 1, 2, 3, 7, 10**6, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**12, 10**30,
     -(2**63), 0.5, -0.0, 8.0, 1e300, 1e-300, float("inf"), float("-inf"), float("nan"), "8", "",
-    "x", True, False, None, [], [8], [8, 8], [0], [1e9], {}, {"8": 8}, [[8]], "quick_gelu", [2] * 10**4,  # noqa: E501
+    "x", True, False, None, [], [8], [8, 8], [0], [1e9], {}, {"8": 8}, [[8]], "quick_gelu",
+    [2] * 10**4,
 ]  # fmt: skip
 
 
@@ -216,7 +217,7 @@ def lying_entries(data):
     """One field of one tensor's entry is something else."""
     header, body = split(data)
     names = [name for name in header if name != "__metadata__"]
-    for name in names[::4]:
+    for name in names[::8]:
         entry = header[name]
         start, end = entry["data_offsets"]
         shape = entry["shape"]
@@ -300,7 +301,7 @@ def flipped(data, count, seed=0):
 def safetensors_cases(files):
     data = files["model.safetensors"]
     families = truncated(data), lengths(data), lying_entries(data), odd_headers(data)
-    return [*itertools.chain(*families, flipped(data, 600))]
+    return [*itertools.chain(*families, flipped(data, 500))]
 
 
 def test_safetensors_that_lie(referee, files, their_names):
@@ -312,7 +313,7 @@ def test_safetensors_that_lie(referee, files, their_names):
 
     changes = [(label, {"model.safetensors": data}) for label, data in cases]
     errors, loads = referee.judge(changes, load_model, is_as_stated)
-    assert errors > 3000 and loads > 50
+    assert errors > 2000 and loads > 50
 
 
 def test_weights_that_are_not_finite_are_named_and_loaded_as_they_are(files, tmp_path):
@@ -386,12 +387,12 @@ def pickle_cases(files, tensors, proof):
     legacy = pickled(tensors, _use_new_zipfile_serialization=False)
     for cut in zip_boundaries(modern):
         yield f"archive cut at {cut}", modern[:cut]
-    for cut in [*range(0, 700, 7), *range(700, len(legacy), 191)]:
+    for cut in [*range(0, 700, 11), *range(700, len(legacy), 391)]:
         yield f"legacy file cut at {cut}", legacy[:cut]
     dice = random.Random(0)
     start, end = modern.index(b"data.pkl"), modern.index(b"data/0")
     for data, first, last in ((modern, start, end), (modern, 0, len(modern)), (legacy, 0, 4000)):
-        for _ in range(150):
+        for _ in range(120):
             damaged = bytearray(data)
             places = [dice.randrange(first, last) for _ in range(dice.choice([1, 1, 2, 5]))]
             for place in places:
