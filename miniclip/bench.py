@@ -33,10 +33,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from miniclip.checkpoint import check_device, save
-from miniclip.config import CLIPConfig
+from miniclip.config import PRESETS, CLIPConfig
 from miniclip.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
 from miniclip.model import CLIP, unit_norm
-from miniclip.parity import OFFICIAL, random_inputs, randomize
+from miniclip.parity import random_inputs, randomize
 from miniclip.parts import parts
 from miniclip.peers import Library, import_transformers, libraries
 from miniclip.tokenizer import OPENAI_VOCABULARY, Tokenizer
@@ -216,7 +216,7 @@ def prepare(directory: Path, shape: str) -> CLIPConfig:
     embedding has as many rows as the published models' all the same.
     """
     tokenizer = Tokenizer.train([*captions(2000), *MIXED_SCRIPTS], 4096)
-    config = OFFICIAL[shape]
+    config = PRESETS[shape]
     text = replace(
         config.text,
         bos_token_id=tokenizer.bos_token_id,
@@ -569,14 +569,14 @@ def bench(
 ) -> list[Row]:
     """Do the same work with miniclip and with every peer that is installed, and take the time.
 
-    `suites` are names from SUITES; `shape` is one of parity.OFFICIAL, with random weights; `batch`
+    `suites` are names from SUITES; `shape` is one of config.PRESETS, with random weights; `batch`
     is 16, on a GPU 256, unless given. The peers are those of `peers.libraries`.
     """
     for name in suites:
         if name not in SUITES:
             raise ValueError(f"no suite is called {name!r}; expected {', '.join(SUITES)}")
-    if shape not in OFFICIAL:
-        raise ValueError(f"no official shape is called {shape!r}; expected {', '.join(OFFICIAL)}")
+    if shape not in PRESETS:
+        raise ValueError(f"no shape is called {shape!r}; expected {', '.join(PRESETS)}")
     if dtype not in TOLERANCE:
         names = ", ".join(str(known).removeprefix("torch.") for known in TOLERANCE)
         raise ValueError(f"dtype is {dtype}; expected one of {names}")

@@ -621,14 +621,15 @@ def load(
     model, layout = _load(name, device=device, dtype=dtype, **options)
     # Of one tower alone these files are often in another folder: there they may be missing.
     tokenizer = transform = None
-    if isinstance(model, CLIP) or _has_files("tokenizer", name, options):
+    if isinstance(model, CLIP) or has_files("tokenizer", name, options):
         tokenizer = _tokenizer(name, model, reference, options)
-    if isinstance(model, CLIP) or _has_files("transform", name, options):
+    if isinstance(model, CLIP) or has_files("transform", name, options):
         transform = _transform(name, model, layout, reference, options)
     return Loaded(model, tokenizer, transform)
 
 
-def _has_files(kind: str, name: str | PathLike[str], options: dict[str, Any]) -> bool:
+def has_files(kind: str, name: str | PathLike[str], options: dict[str, Any]) -> bool:
+    """Whether a checkpoint has files of a kind in HUB_FILES; `options` are those of `resolve`."""
     directory = resolve(name, kind, **options)
     return any((directory / file).is_file() for file in HUB_FILES[kind][0])
 
@@ -653,11 +654,7 @@ def _transform(
 ) -> ImageTransform | None:
     if isinstance(model, TextTower):
         return None
-    if (
-        layout == "openai"
-        and isinstance(model, CLIP)
-        and not _has_files("transform", name, options)
-    ):
+    if layout == "openai" and isinstance(model, CLIP) and not has_files("transform", name, options):
         return ImageTransform(model.config.vision.image_size, reference=reference)
     return ImageTransform.from_pretrained(name, reference=reference, **options)
 
@@ -795,9 +792,9 @@ def convert(
     parameters = _fit(contents, model, path)
     model.load_state_dict(parameters, assign=True)
     tokenizer = transform = None
-    if _has_files("tokenizer", source, options):
+    if has_files("tokenizer", source, options):
         tokenizer = _tokenizer(source, model, "transformers", options)
-    if contents.layout == "openai" or _has_files("transform", source, options):
+    if contents.layout == "openai" or has_files("transform", source, options):
         transform = _transform(source, model, contents.layout, "transformers", options)
     _save(Path(destination), model, tokenizer, transform, layout)
     rows = [

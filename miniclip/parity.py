@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from miniclip import diagnosis
-from miniclip.checkpoint import HUB_FILES, Loaded, check_device, load_model, resolve
+from miniclip.checkpoint import Loaded, check_device, has_files, load_model, meta_device, resolve
 from miniclip.config import (
     LEGACY_EOS,
+    PRESETS,
     CLIPConfig,
-    TextConfig,
-    VisionConfig,
     beyond_transformers,
 )
 from miniclip.layouts import TRANSFORMERS, layout_name
@@ -41,16 +40,6 @@ there if it is above 1."""
 ON_DEVICES = 1e-4  # the same in float32 where the adding up is in another order, as on GPUs
 IN_PATTERN = 1e-6  # in float64, as transformers takes its softmax in float32 even there
 HALF = 2.0  # in half precision: how much larger our largest error may be than the other's
-
-_L14 = {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096, "patch_size": 14}
-_L14_TEXT = TextConfig(width=768, heads=12, mlp_width=3072)
-OFFICIAL = {
-    "B/32": CLIPConfig(),
-    "B/16": CLIPConfig(VisionConfig(patch_size=16)),
-    "L/14": CLIPConfig(VisionConfig(**_L14), _L14_TEXT, 768),
-    "L/14-336": CLIPConfig(VisionConfig(**_L14, image_size=336), _L14_TEXT, 768),
-}
-"""The shapes of OpenAI's four vision transformers: tables 19 and 20 of the paper."""
 
 
 class Difference(NamedTuple):
@@ -411,15 +400,10 @@ def _load(name: str | os.PathLike[str], options: dict[str, Any]) -> Loaded:
     return Loaded(
         model,
         *(
-            part.from_pretrained(name, **options) if _has(name, kind, options) else None
+            part.from_pretrained(name, **options) if has_files(kind, name, options) else None
             for kind, part in parts.items()
         ),
     )
-
-
-def _has(name: str | os.PathLike[str], kind: str, options: dict[str, Any]) -> bool:
-    directory = resolve(name, kind, **options)
-    return any((directory / file).is_file() for file in HUB_FILES[kind][0])
 
 
 def _load_with_transformers(
@@ -449,15 +433,15 @@ def _load_with_transformers(
 
 
 def random_pair(shape: str, *, seed: int = 0) -> "tuple[CLIP, CLIPModel]":
-    """Ours and transformers' with the same weights, drawn at random, in one of the OFFICIAL shapes.
+    """Ours and transformers' with the same weights, drawn at random, in a shape of PRESETS.
 
     Needs no checkpoint. Raises ValueError for another shape.
     """
-    if shape not in OFFICIAL:
-        raise ValueError(f"no official shape is called {shape!r}; expected {', '.join(OFFICIAL)}")
+    if shape not in PRESETS:
+        raise ValueError(f"no shape is called {shape!r}; expected {', '.join(PRESETS)}")
     _transformers()
-    with torch.device("meta"):
-        model = CLIP(OFFICIAL[shape])
+    with meta_device():
+        model = CLIP(PRESETS[shape])
     randomize(model.to_empty(device="cpu"), seed)
     return model, transformers_twin(model)
 

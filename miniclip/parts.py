@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from miniclip.checkpoint import meta_device
 from miniclip.config import LEGACY_EOS, CLIPConfig
 from miniclip.model import CLIP, TextTower, VisionTower
 
@@ -30,7 +31,7 @@ multiply_adds=115605504)
     """
     # Without data there is no end token to look for; the legacy rule does not look for one.
     text = replace(config.text, eos_token_id=LEGACY_EOS)
-    with torch.device("meta"):
+    with meta_device():
         model = CLIP(replace(config, text=text))
         pixels = torch.empty(1, config.vision.channels, *config.vision.height_width)
         ids = torch.empty(1, config.text.context_length, dtype=torch.long)

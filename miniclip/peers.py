@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from miniclip.checkpoint import load, load_model
+from miniclip.layouts import OPENAI, config_to_open_clip, pack
 from miniclip.model import CLIP
 from miniclip.tokenizer import OPENAI_VOCABULARY
 
@@ -80,15 +81,9 @@ def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
     import open_clip
 
     ours = load_model(directory)
-    vision, text = ours.config.vision, ours.config.text
-    shared = ("width", "layers")
-    vision_config = {name: getattr(vision, name) for name in (*shared, "image_size", "patch_size")}
-    text_names = (*shared, "heads", "context_length", "vocab_size")
-    text_config = {name: getattr(text, name) for name in text_names}
-    vision_config["head_width"] = vision.width // vision.heads
-    model = open_clip.CLIP(ours.config.embed_dim, vision_config, text_config, quick_gelu=True)
+    model = open_clip.CLIP(**config_to_open_clip(ours.config))
     tokenizer = open_clip.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))
-    preprocess = open_clip.image_transform(vision.image_size, is_train=False)
+    preprocess = open_clip.image_transform(ours.config.vision.image_size, is_train=False)
     model = with_weights(model, ours).to(device, dtype)
     return in_openai_style("open_clip", model, tokenizer, preprocess, dtype)
 
@@ -131,35 +126,5 @@ def in_openai_style(
 
 def with_weights(theirs: nn.Module, ours: CLIP) -> nn.Module:
     """Give a model of openai/CLIP or open_clip our weights, under the names that they share."""
-    theirs.load_state_dict(openai_weights(ours), strict=True)
-    return theirs
-
-
-def openai_weights(model: CLIP) -> dict[str, Tensor]:
-    """Our weights under OpenAI's names: q, k and v are one matrix, and the projections multiply
-    from the right."""
-    ours = model.state_dict()
-    theirs = {
-        "logit_scale": ours["logit_scale"],
-        "visual.class_embedding": ours["vision.class_embed"],
-        "visual.positional_embedding": ours["vision.pos_embed"],
-        "visual.conv1.weight": ours["vision.patch_embed.weight"],
-        "visual.proj": ours["vision.proj.weight"].T,
-        "token_embedding.weight": ours["text.token_embed.weight"],
-        "positional_embedding": ours["text.pos_embed"],
-        "text_projection": ours["text.proj.weight"].T,
-    }
-    same = {"ln_1": "ln_1", "attn.out_proj": "attn.out_proj", "ln_2": "ln_2"}
-    same |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    for kind in ("weight", "bias"):
-        for norm in ("ln_pre", "ln_post"):
-            theirs[f"visual.{norm}.{kind}"] = ours[f"vision.{norm}.{kind}"]
-        theirs[f"ln_final.{kind}"] = ours[f"text.ln_final.{kind}"]
-        for tower, prefix in (("vision", "visual."), ("text", "")):
-            for i in range(len(getattr(model, tower).blocks)):
-                block, layer = f"{tower}.blocks.{i}", f"{prefix}transformer.resblocks.{i}"
-                qkv = [ours[f"{block}.attn.{name}_proj.{kind}"] for name in "qkv"]
-                theirs[f"{layer}.attn.in_proj_{kind}"] = torch.cat(qkv)
-                for name, our_name in same.items():
-                    theirs[f"{layer}.{name}.{kind}"] = ours[f"{block}.{our_name}.{kind}"]
+    theirs.load_state_dict(pack(ours.state_dict(), OPENAI), strict=True)
     return theirs

@@ -796,10 +796,14 @@ def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: Path, most: int = 1 << 26) -> list[str]:
+    """At most 64 MiB of them: OpenAI's are 3, and a few bytes of gzip can stand for any number."""
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise OSError(f"more than {most:,} bytes")
+        text = data.decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: expected lines of UTF-8 text: {error}") from None
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")

@@ -12,9 +12,10 @@ from functools import partial
 import pytest
 import torch
 
-from miniclip import CLIPConfig, TextConfig, VisionConfig, bench, parity
+from miniclip import CLIPConfig, TextConfig, VisionConfig, bench
 from miniclip.bench import Case, Contender, Row, Setting, alternate, distance, measure, table, timed
 from miniclip.cli import main
+from miniclip.config import PRESETS
 
 SHAPE = CLIPConfig(
     vision=VisionConfig(width=64, layers=2, heads=1, mlp_width=96, image_size=40, patch_size=8),
@@ -25,7 +26,7 @@ SHAPE = CLIPConfig(
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(parity.OFFICIAL, "tiny", SHAPE)
+    monkeypatch.setitem(PRESETS, "tiny", SHAPE)
 
 
 def contender(name, costs, output, log=None):
@@ -150,7 +151,7 @@ def test_the_table_is_80_columns_wide():
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(parity.OFFICIAL, "tiny", SHAPE)
+        patch.setitem(PRESETS, "tiny", SHAPE)
         config = bench.prepare(folder, "tiny")
     return Setting(folder, config, "tiny", "cpu", torch.float32, False, 3)
 

@@ -758,41 +758,6 @@ def test_a_tower_whose_embeddings_have_no_width(tmp_path, projection_dim):
 
 # ----------------------------------------------------------------------------------------- presets
 
-PUBLISHED = {  # millions, to the last digit that is published; whole numbers to the last parameter
-    "B/32": 151_277_313,  # openai/CLIP, notebook "Interacting with CLIP"
-    "B/16": 149.62,  # open_clip, docs/openclip_results.csv, here and below
-    "L/14": 427.62,
-    "L/14-336": 427_944_193,
-    "H/14": 986.11,
-    "g/14": 1366.68,
-    "bigG/14": 2539.57,
-}
-PUBLISHED_TOWERS = {  # TinyCLIP, in its models' names: image and text tower without its vocabulary
-    "TinyCLIP-8M/16": (8, 3),
-    "TinyCLIP-39M/16": (39, 19),
-    "TinyCLIP-40M/32": (40, 19),
-    "TinyCLIP-61M/32": (61, 29),
-}
-
-
-def count(module):
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_published_numbers_of_parameters(name):
-    with torch.device("meta"):
-        model = CLIP(PRESETS[name])
-    if name in PUBLISHED_TOWERS:
-        text = count(model.text) - count(model.text.token_embed)
-        assert (round(count(model.vision) / 1e6), round(text / 1e6)) == PUBLISHED_TOWERS[name]
-    else:
-        published = PUBLISHED[name]
-        exact = isinstance(published, int)
-        assert (count(model) if exact else round(count(model) / 1e6, 2)) == published
-    for layout in LAYOUTS.values():
-        assert len(pack(model.state_dict(), layout)) > 100
-
 
 @pytest.mark.parametrize(
     ("preset", "file"),

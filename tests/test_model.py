@@ -18,9 +18,10 @@ from twin import TINY, copy_weights, random_inputs, randomize, twins
 
 import miniclip
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
+from miniclip.checkpoint import meta_device
+from miniclip.config import PRESETS
 from miniclip.layouts import TRANSFORMERS, layout_name
 from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
-from miniclip.parity import OFFICIAL
 
 FLOAT64 = 1e-10
 REORDERED = 2e-5  # float32 on a CPU, at logit scale 100, the operations in another order
@@ -246,20 +247,6 @@ def test_init_follows_openai():
             assert (values == 0).all(), name
 
 
-def laion(vision, text, embed_dim, mlp_ratio=4.0):
-    (v_width, v_layers), (t_width, t_layers) = vision, text
-    return CLIPConfig(
-        VisionConfig(v_width, v_layers, 16, int(v_width * mlp_ratio), "gelu", patch_size=14),
-        TextConfig(t_width, t_layers, t_width // 64, 4 * t_width, "gelu"),
-        embed_dim,
-    )
-
-
-LAION = {
-    "H/14": laion((1280, 32), (1024, 24), 1024),
-    "g/14": laion((1408, 40), (1024, 24), 1024, mlp_ratio=4.3637),
-    "bigG/14": laion((1664, 48), (1280, 32), 1280, mlp_ratio=4.9231),
-}
 # openai/CLIP's notebooks print 151,277,313; B/16 is from keras-cv's presets; the others are from
 # keras-hub's (clip_presets.py @71453d08), less the position ids that it counts.
 PARAMETERS = {
@@ -271,14 +258,36 @@ PARAMETERS = {
     "g/14": 1366678273,
     "bigG/14": 2539567105,
 }
+OFFICIAL = ("B/32", "B/16", "L/14", "L/14-336")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_the_published_ones(name):
-    with torch.device("meta"):
-        model = CLIP((OFFICIAL | LAION)[name])
+    with meta_device():
+        model = CLIP(PRESETS[name])
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     assert sum(t.numel() for t in model.state_dict().values()) == PARAMETERS[name]
+
+
+TOWERS = {  # TinyCLIP, in its models' names: millions, of the text tower without its vocabulary
+    "TinyCLIP-8M/16": (8, 3),
+    "TinyCLIP-39M/16": (39, 19),
+    "TinyCLIP-40M/32": (40, 19),
+    "TinyCLIP-61M/32": (61, 29),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_tinyclips_towers_have_the_size_of_their_names(name):
+    with meta_device():
+        model = CLIP(PRESETS[name])
+    vision, text = (
+        sum(parameter.numel() for parameter in tower.parameters())
+        for tower in (model.vision, model.text)
+    )
+    text -= model.text.token_embed.weight.numel()
+    assert (round(vision / 1e6), round(text / 1e6)) == TOWERS[name]
+    assert PARAMETERS.keys() | TOWERS.keys() == PRESETS.keys()
 
 
 # ----------------------------------------------------------- module by module, in float64, to 1e-10
@@ -538,9 +547,9 @@ def test_custom_end_token_is_not_the_largest_id():
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_shapes_at_full_size(name, device):
-    ours, theirs = twins(OFFICIAL[name], device=device)
+    ours, theirs = twins(PRESETS[name], device=device)
     assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
-    inputs = random_inputs(OFFICIAL[name], images=1, texts=2, tokens=12)
+    inputs = random_inputs(PRESETS[name], images=1, texts=2, tokens=12)
     pixels, ids = (x.to(device) for x in inputs)
     if device == "cpu":
         assert_bit_equal(ours, theirs, pixels, ids)

@@ -30,6 +30,7 @@ from miniclip import (
     transform,
 )
 from miniclip.cli import main
+from miniclip.config import PRESETS
 from miniclip.parity import TOLERANCE, Difference, assert_parity, compare, summarize
 
 KINDS = ["resid_pre", "q", "k", "v", "pattern", "attn_out", "mlp_out", "resid_post"]
@@ -692,7 +693,7 @@ def test_the_command_compares_a_fork_with_the_original(capsys, fork_directory):
 
 
 def test_the_command_draws_weights(capsys, monkeypatch):
-    monkeypatch.setitem(parity.OFFICIAL, "tiny", TINY)
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
     assert main(["parity", "--random", "tiny", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "error in bfloat16" in out and "tokens" not in out
