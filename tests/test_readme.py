@@ -1,0 +1,176 @@
+"""Whatever the README shows is run: its Python in one go, each of its commands, and their options.
+
+Commands are given to the command line's own parser and run, on small stand-ins for what only a user
+has: photographs, a model from the hub, a GPU. `python tests/test_readme.py` runs the commands whose
+output the README shows (those after a `$`) and writes what they print into it.
+"""
+
+import io
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from miniclip import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def lines_of_code() -> list[str]:
+    """The lines of the README's indented blocks, those that go on with a backslash joined."""
+    text = README.replace("\\\n", " ")
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    return [line.strip() for line in text.split("\n") if line.startswith("    ")]
+
+
+def commands() -> list[str]:
+    """What is to be typed: without prompt, comment, or output."""
+    parts = [part.strip() for line in lines_of_code() for part in line.split(" && ")]
+    found = [
+        re.match(r"(?:\$ )?((?:miniclip [a-z]|torchrun ).*?)(?:   #|$)", part) for part in parts
+    ]
+    return list(dict.fromkeys(part[1].strip() for part in found if part))
+
+
+# What takes minutes, or what a test has not, and what stands in for it.
+INSTEAD = {
+    "miniclip bench": "miniclip bench --suite tokenizer --shape TinyCLIP-8M/16",
+    "miniclip bench --device cuda --json": "miniclip bench --suite transform --json --shape TinyCLIP-8M/16",
+    "miniclip parity --random B/32": "miniclip parity cifar10",
+    "miniclip train shapes --out runs/shapes": (
+        "miniclip train shapes --out runs/shapes --config tiny.json --batch 8"
+    ),
+    "miniclip explain --score shapes --model shapes --plot methods.png": (
+        "miniclip explain --score shapes --model shapes --plot methods.png --scenes 2"
+    ),
+}
+SMALL = " --batch 2 --epochs 1"  # of a training
+
+
+def stand_in(command: str) -> list[str]:
+    command = INSTEAD.get(command, command)
+    command = re.sub(r"^torchrun --nproc-per-node \d+ -m ", "", command)
+    command = re.sub(r"openai/clip-vit-[\w-]+", "cifar10", command)
+    command = command.replace(" --device cuda", "")
+    if " train " in command and "shapes" not in command:
+        command += (
+            SMALL
+            if "--recipe" in command or "--model" in command
+            else (f"{SMALL} --config tiny.json")
+        )
+    program, *argv = shlex.split(command)
+    assert program == "miniclip", command
+    return argv
+
+
+TINY_CONFIG = """{
+  "model_type": "clip", "projection_dim": 16,
+  "vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 64, "patch_size": 16},
+  "text_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "vocab_size": 600, "max_position_embeddings": 77,
+    "bos_token_id": 598, "eos_token_id": 599}
+}"""
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with everything that the README's reader is supposed to have."""
+    skimage = pytest.importorskip("skimage.data")
+    folder = tmp_path_factory.mktemp("desk")
+    pictures = {name: getattr(skimage, name)() for name in ("chelsea", "coffee", "rocket")}
+    for name in ("cat", "dog"):
+        Image.fromarray(pictures["chelsea"]).save(folder / f"{name}.jpg")
+    for place in ("photographs", "cifar10/train", "cifar10/test", "imagenet/val", "shards"):
+        for i, name in enumerate(("cat", "ship", "truck")):
+            kind = f"n0144{i}764" if "imagenet" in place else name
+            kind = (
+                {"n01440764": kind}.get(kind, f"n014{43537 if i == 1 else 84850}")
+                if ("imagenet" in place)
+                else kind
+            )
+            (folder / place / kind).mkdir(parents=True)
+            for j, picture in enumerate(pictures.values()):
+                Image.fromarray(np.roll(picture, j)).save(folder / place / kind / f"{j}.jpg")
+    (folder / "tiny.json").write_text(TINY_CONFIG)
+    return folder
+
+
+def test_every_command_is_found():
+    found = commands()
+    assert len(found) >= 20
+    for name in ("classify", "embed", "search", "serve", "convert", "bench", "parity", "eval"):
+        assert any(f"miniclip {name}" in command for command in found), name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch's own, as it exports
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")
+def test_the_python_runs_as_it_stands(desk, monkeypatch):
+    """All blocks one after the other, as a reader would type them."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+    assert len(blocks) >= 6
+    monkeypatch.chdir(desk)
+    assert (
+        cli.main(["embed", "photographs", "--out", "index.safetensors", "--model", "cifar10"]) == 0
+    )
+    names: dict = {"__name__": "__main__"}
+    with redirect_stdout(io.StringIO()) as out:
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), names)
+    first = README[README.index("```python") :].split("```\n\n```\n")[1].split("```")[0]
+    assert out.getvalue().startswith(first)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_command_works(desk, command, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    for name, make in (("index.safetensors", ["embed", "photographs", "--out"]),):
+        if not (desk / name).exists() and "embed" not in command:
+            assert cli.main([*make, name, "--model", "cifar10"]) == 0
+    if not (desk / "mine").exists():
+        import miniclip
+
+        miniclip.save("mine", *miniclip.load("cifar10"))
+    argv = stand_in(command)
+    if argv[0] == "serve":
+        monkeypatch.setattr("miniclip.serve.run", lambda app, socket: socket.close())
+    if argv[:2] == ["train", "shapes"]:
+        monkeypatch.setattr("miniclip.training.shapes.Shapes.__init__.__defaults__", (32, 0))
+    if argv[0] == "train":
+        shutil.rmtree(argv[argv.index("--out") + 1], ignore_errors=True)
+    status = cli.main(argv)
+    assert status == 0, capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def refreshed(readme: str) -> str:
+    """The README with the output of its `$` commands as they print it now."""
+
+    def run(block: re.Match[str]) -> str:
+        argv = shlex.split(block["command"])[1:]
+        done = subprocess.run(
+            [sys.executable, "-m", "miniclip", *argv], stdout=subprocess.PIPE, text=True, check=True
+        )
+        lines = [f"    {line}".rstrip() for line in done.stdout.rstrip().split("\n")]
+        return f"    $ {block['command']}\n" + "\n".join(lines) + "\n"
+
+    return re.sub(
+        r"^    \$ (?P<command>miniclip .*)\n(?:(?:    .*)?\n)+?(?=\S)",
+        lambda block: run(block) + "\n",
+        readme,
+        flags=re.M,
+    )
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(refreshed(README), encoding="utf-8")
