@@ -43,7 +43,9 @@ def commands() -> list[str]:
 # What takes minutes, or what a test has not, and what stands in for it.
 INSTEAD = {
     "miniclip bench": "miniclip bench --suite tokenizer --shape TinyCLIP-8M/16",
-    "miniclip bench --device cuda --json": "miniclip bench --suite transform --json --shape TinyCLIP-8M/16",
+    "miniclip bench --device cuda --json": (
+        "miniclip bench --suite transform --json --shape TinyCLIP-8M/16"
+    ),
     "miniclip parity --random B/32": "miniclip parity cifar10",
     "miniclip train shapes --out runs/shapes": (
         "miniclip train shapes --out runs/shapes --config tiny.json --batch 8"
