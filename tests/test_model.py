@@ -269,7 +269,7 @@ def test_parameter_counts_are_the_published_ones(name):
     assert sum(t.numel() for t in model.state_dict().values()) == PARAMETERS[name]
 
 
-TOWERS = {  # TinyCLIP, in its models' names: millions, of the text tower without its vocabulary
+TINYCLIP = {  # TinyCLIP, in its models' names: millions, of the text tower without its vocabulary
     "TinyCLIP-8M/16": (8, 3),
     "TinyCLIP-39M/16": (39, 19),
     "TinyCLIP-40M/32": (40, 19),
@@ -277,7 +277,7 @@ TOWERS = {  # TinyCLIP, in its models' names: millions, of the text tower withou
 }
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", TINYCLIP)
 def test_tinyclips_towers_have_the_size_of_their_names(name):
     with meta_device():
         model = CLIP(PRESETS[name])
@@ -286,8 +286,8 @@ def test_tinyclips_towers_have_the_size_of_their_names(name):
         for tower in (model.vision, model.text)
     )
     text -= model.text.token_embed.weight.numel()
-    assert (round(vision / 1e6), round(text / 1e6)) == TOWERS[name]
-    assert PARAMETERS.keys() | TOWERS.keys() == PRESETS.keys()
+    assert (round(vision / 1e6), round(text / 1e6)) == TINYCLIP[name]
+    assert PARAMETERS.keys() | TINYCLIP.keys() == PRESETS.keys()
 
 
 # ----------------------------------------------------------- module by module, in float64, to 1e-10

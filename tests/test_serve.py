@@ -328,7 +328,9 @@ def test_search(tmp_path, chromium):
 def test_nothing_is_written_and_nobody_called(server, tmp_path):
     """The last test of the page: what its server did in all the others, by its own account."""
     done = server.log.read_text().splitlines()
-    assert [line for line in done if "/dev/null" not in line] == []
+    # torch's compiler, where something imports it, makes itself an empty folder for temporary files.
+    known = ("/dev/null", "torchinductor_")
+    assert [line for line in done if not any(name in line for name in known)] == []
     log = tmp_path / "log"
     log.touch()
     guilty = "import socket; open(sys.argv[1], 'w'); socket.socket().connect(('127.0.0.1', 9))"
