@@ -328,7 +328,7 @@ def test_search(tmp_path, chromium):
 def test_nothing_is_written_and_nobody_called(server, tmp_path):
     """The last test of the page: what its server did in all the others, by its own account."""
     done = server.log.read_text().splitlines()
-    # torch's compiler, where something imports it, makes itself an empty folder for temporary files.
+    # torch's compiler, where something imports it, makes itself an empty temporary folder.
     known = ("/dev/null", "torchinductor_")
     assert [line for line in done if not any(name in line for name in known)] == []
     log = tmp_path / "log"
