@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from miniclip.checkpoint import load, load_model
+from miniclip.config import LEGACY_EOS
 from miniclip.layouts import OPENAI, config_to_open_clip, pack
 from miniclip.model import CLIP
 from miniclip.tokenizer import OPENAI_VOCABULARY
@@ -81,7 +83,9 @@ def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
     import open_clip
 
     ours = load_model(directory)
-    model = open_clip.CLIP(**config_to_open_clip(ours.config))
+    # It reads a text at its largest id, and the end token's is the largest in this vocabulary.
+    text = replace(ours.config.text, eos_token_id=LEGACY_EOS)
+    model = open_clip.CLIP(**config_to_open_clip(replace(ours.config, text=text)))
     tokenizer = open_clip.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))
     preprocess = open_clip.image_transform(ours.config.vision.image_size, is_train=False)
     model = with_weights(model, ours).to(device, dtype)
