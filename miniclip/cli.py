@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from miniclip import __version__
+
 if TYPE_CHECKING:
     from miniclip.checkpoint import Mapped
     from miniclip.parity import Report
@@ -47,8 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # not every terminal has a bar, or every script
     args = build_parser().parse_args(argv)
     try:
+        if getattr(args, "plot", None):  # before the work, which may take hours
+            from miniclip.figures import check_writable
+
+            check_writable(args.plot)
         status = args.run(args)
-        sys.stdout.flush()  # here, where a disk that is full can still be an error of one line
+        if sys.stdout:
+            sys.stdout.flush()  # here, where a disk that is full can still be an error of one line
         return status
     except KeyboardInterrupt:
         return 130
@@ -75,6 +82,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="miniclip", description="CLIP: photographs and words in one space.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Any, description: str, example: str) -> argparse.ArgumentParser:
@@ -155,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--random",
         metavar="SHAPE",
-        help="weights drawn at random, in the shape of B/32, B/16, L/14 or L/14-336",
+        help="weights drawn at random, in a shape of config.PRESETS: B/32, L/14-336, H/14, ...",
     )
     sub.add_argument(
         "--against",
@@ -190,7 +198,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--shape",
         default="B/32",
-        help="of the random weights: B/32, B/16, L/14 or L/14-336 (default: %(default)s)",
+        help="of the random weights, from config.PRESETS: B/32, L/14-336, H/14, ... "
+        "(default: %(default)s)",
     )
     sub.add_argument("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
     sub.add_argument(
@@ -449,8 +458,6 @@ def ranking_table(title: str, scores: "list[Score]") -> str:
 def train(args: argparse.Namespace) -> int:
     from miniclip.training import process_group, set_up, train
 
-    if args.plot:  # before the work, so that a missing matplotlib shows at once
-        from miniclip.figures import draw_curves
     overrides = {name: getattr(args, name) for name in RECIPE if getattr(args, name) is not None}
     with process_group(args.device) as device:
         setup = set_up(args.data, args.model, args.recipe, args.config, overrides, device)
@@ -460,9 +467,14 @@ def train(args: argparse.Namespace) -> int:
     lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     if args.plot:
+        from miniclip.figures import draw_curves
+
         draw_curves(rows, args.plot)
+        print(f"picture: {args.plot}", file=sys.stderr)
     if args.json:
         print_json(rows)
+    else:
+        print(f"{args.out}: {rows[-1]['step']:,} steps, loss {rows[-1]['loss']:.3f}")
     return 0
 
 
@@ -478,8 +490,6 @@ def evaluation(args: argparse.Namespace) -> int:
 
     if args.data == "shapes":
         return shapes_evaluation(args)
-    if args.plot:  # before the work, so that a missing matplotlib shows at once
-        from miniclip.figures import draw_confusion
     templates = find_templates(args.templates or [TEMPLATE])
     images = labelled_images(args.data, read_lines(args.labels) if args.labels else None)
     model, tokenizer, transform = load(
@@ -498,6 +508,8 @@ def evaluation(args: argparse.Namespace) -> int:
         print(f"templates  {shorten(' | '.join(args.templates or templates), 69)}")
         print(evaluation_table(result))
     if args.plot:
+        from miniclip.figures import draw_confusion
+
         draw_confusion(result, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr)
     return 0
@@ -636,8 +648,6 @@ def explanation_score(args: argparse.Namespace) -> int:
             "--score draws its own scenes, one or more, for every method: no IMAGE, TEXT, --method "
             "or --out"
         )
-    if args.plot:  # before the work, so that a missing matplotlib shows at once
-        from miniclip.figures import draw_explanations
     loaded = load(args.model, device=args.device, reference=args.reference, revision=args.revision)
     found = localise(loaded, scenes)
     if args.json:
@@ -647,6 +657,8 @@ def explanation_score(args: argparse.Namespace) -> int:
         print(f"model   {args.model}\nscenes  {scenes} of two objects, two questions each\n")
         print(explanation_table(found))
     if args.plot:
+        from miniclip.figures import draw_explanations
+
         asked = questions(3)
         draw_explanations(
             asked, {method: answers(loaded, asked, method) for method in METHODS}, args.plot
@@ -855,8 +867,6 @@ def parity(args: argparse.Namespace) -> int:
 
     from miniclip import parity
 
-    if args.plot:  # before the work, so that a missing matplotlib shows at once
-        from miniclip.figures import draw_parity
     if args.random and args.against != "transformers":
         raise ValueError("--random draws weights for miniclip and transformers: no --against")
     name = args.model or DEFAULT_MODEL
@@ -879,6 +889,8 @@ def parity(args: argparse.Namespace) -> int:
     else:
         print(parity_table(about, report))
     if args.plot:
+        from miniclip.figures import draw_parity
+
         draw_parity(report, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr)
     return int(report.first is not None)
@@ -917,8 +929,6 @@ def bench(args: argparse.Namespace) -> int:
 
     from miniclip.bench import SUITES, bench, environment, table
 
-    if args.plot:  # before the work, so that a missing matplotlib shows at once
-        from miniclip.figures import draw_bench
     rows = bench(
         args.suite or tuple(SUITES),
         shape=args.shape,
@@ -934,6 +944,8 @@ def bench(args: argparse.Namespace) -> int:
         print(table(rows), end="\n\n")
         print_wrapped("", [f"{name} {value}" for name, value in measured_with.items()])
     if args.plot:
+        from miniclip.figures import draw_bench
+
         draw_bench(rows, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr)
     return 0
@@ -991,8 +1003,8 @@ def progress(items: Sequence[Any], unit: str) -> Iterator[Any]:
 def read_lines(path: str) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected lines of text: {error}") from None
 
 
 def print_json(value: Any) -> None:

@@ -127,7 +127,8 @@ def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> 
     for axes, (name, (title, color)) in zip(
         figure.subplots(1, 3, width_ratios=(2, 1, 1)), curves.items(), strict=True
     ):
-        axes.plot(steps, [row[name] for row in rows], color=color, linewidth=1.5)
+        mark = "" if len(rows) > 2 else "o"  # of one step there is no line
+        axes.plot(steps, [row[name] for row in rows], mark, color=color, ls="-", linewidth=1.5)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
@@ -196,7 +197,7 @@ def draw_bars(axes: Axes, scores: Sequence[Score], inside: bool = False) -> None
 
 
 def draw_heat(axes: Axes, scene: Exhibit, heat: Heat) -> None:
-    """Where the phrase is seen, over the picture in grey; the object's true outline in black."""
+    """Where the phrase is seen, over the picture in grey; the object's true outline in white."""
     size = scene.picture.size[0]
     axes.imshow(scene.picture.convert("L"), cmap="gray", vmin=0, vmax=255, alpha=0.5)
     warmest = max(heat.lost.max().item(), 1e-6)
@@ -291,7 +292,9 @@ def draw_text_maps(
             [(name, name, heats[i]) for name, heats in maps.items()] for i in range(len(texts))
         ]
     columns = 1 + max(map(len, lines))
-    figure = Figure(figsize=(2.9 * columns, 3.5 * len(lines) + 0.5), layout="constrained")
+    title_lines = max(len(title_of(name)) for name in (*names, *texts, *maps))
+    height = (3.3 + 0.2 * title_lines) * len(lines) + 0.5
+    figure = Figure(figsize=(2.9 * columns, height), layout="constrained")
     rows = figure.subplots(len(lines), columns, squeeze=False)
     for axes in rows.flat:
         axes.set_axis_off()
@@ -317,11 +320,14 @@ def warmth(method: str, heat: Tensor) -> str:
     return f"up to {UNITS[method].format(f'{heat.max():.2g}')}{blind}"
 
 
+def title_of(text: str) -> list[str]:
+    return textwrap.wrap(text, 28, max_lines=3, placeholder=" …")
+
+
 def show_panel(axes: Axes, picture: Image.Image, title: str, below: str = "") -> None:
     axes.imshow(picture)
-    lines = textwrap.wrap(title, 28, max_lines=3, placeholder=" …")
     # As text, for a $ would begin a formula.
-    axes.set_title("\n".join(lines), loc="left", fontsize=11, parse_math=False)
+    axes.set_title("\n".join(title_of(title)), loc="left", fontsize=11, parse_math=False)
     lines = textwrap.wrap(below, 36)
     axes.text(0, -0.03, "\n".join(lines), transform=axes.transAxes, fontsize=9, va="top")
 

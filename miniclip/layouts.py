@@ -465,7 +465,7 @@ def refuse_unsayable(config: CLIPConfig, layout: str) -> None:
         odd += [f"image_size {vision.image_size}"] * (vision.image_size % vision.patch_size != 0)
         for tower in (vision, text):
             odd += [f"ln_eps {tower.ln_eps}"] * (tower.ln_eps != 1e-5)
-            odd += [f"heads {tower.heads}, not {tower.width} / 64"] * (
+            odd += [f"{tower.heads} heads in a width of {tower.width}, where each has 64"] * (
                 tower.heads * 64 != tower.width
             )
     if odd and layout != "transformers":

@@ -124,16 +124,18 @@ def _files(path: str) -> list[str]:
 
 
 def _members(archive: str, damage: list[str]) -> list[Member]:
-    """The pictures of a tar, up to where it is damaged."""
-    members = []
+    """The pictures of a tar, up to where it is damaged. Of two of one name the later counts, as it
+    does when a tar is unpacked."""
+    members: dict[str, Member] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
             for file in tar:
                 if file.isfile() and is_picture(file.name):
-                    members.append(Member(archive, file.name, file.offset_data, file.size))
+                    member = Member(archive, file.name, file.offset_data, file.size)
+                    members[file.name] = member
     except (OSError, tarfile.TarError) as error:
         damage.append(f"{archive}: cannot be read as a tar to its end: {error}")
-    return members
+    return list(members.values())
 
 
 def pixels_of(source: Source, transform: ImageTransform) -> Tensor:
@@ -178,13 +180,11 @@ def open_picture(name: str) -> Image.Image:
     archive, inside, member = name.partition(".tar/")
     if not inside or os.path.exists(name):
         return open_image(name)
-    archive += ".tar"
-    try:
-        with tarfile.open(archive, "r:") as tar:
-            found = tar.getmember(member)
-    except (OSError, KeyError, tarfile.TarError) as error:
-        raise ImageError(f"{name}: cannot be read: {error}") from None
-    return open_member(Member(archive, member, found.offset_data, found.size))
+    damage: list[str] = []
+    for found in _members(f"{archive}.tar", damage):
+        if found.name == member:
+            return open_member(found)
+    raise ImageError(f"{name}: cannot be read: {', '.join(damage) or 'no such picture in the tar'}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -439,6 +439,8 @@ def build_index(
     out = Path(out)
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; expected the name of a file to be written")
+    if out.exists():
+        Index.load(out)  # an older index is replaced, and nothing else is
     folder = out.with_name(f"{out.name}.parts")
     parts = [pictures[i : i + PART] for i in range(0, len(pictures), PART)]
     files = [folder / f"{i:06}.safetensors" for i in range(len(parts))]

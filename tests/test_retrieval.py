@@ -36,6 +36,8 @@ from miniclip.retrieval import (
     find_pictures,
     fingerprint,
     lasting_name,
+    open_member,
+    open_picture,
 )
 
 ENCODER = Encoder("a model", None, "0" * 64, "float32", ImageTransform(40))
@@ -151,6 +153,30 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
+def test_what_was_found_before_the_damage_can_be_opened_again(tmp_path):
+    make_tar(tmp_path / "x.tar", {f"{i}.bmp": encoded(blots(i), "bmp") for i in range(4)})
+    whole = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[: 2 * (512 + 6656) + 600])
+    pictures, _ = find_pictures([tmp_path / "x.tar"])
+    assert np.array_equal(np.asarray(open_picture(str(pictures[0]))), np.asarray(blots(0)))
+    with pytest.raises(
+        ImageError, match="3.bmp: cannot be read: .*as a tar to its end"
+    ):
+        open_picture(f"{tmp_path}/x.tar/3.bmp")
+
+
+def test_of_two_pictures_of_one_name_in_a_tar_the_later_counts(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(2):
+            data = encoded(blots(i))
+            info = tarfile.TarInfo("same.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (picture,), _ = find_pictures([tmp_path / "x.tar"])
+    for opened in (open_picture(str(picture)), open_member(picture)):
+        assert np.array_equal(np.asarray(opened), np.asarray(blots(1)))
+
+
 # ------------------------------------------------------------------------------------------------
 # Embeddings
 
@@ -169,6 +195,19 @@ def test_embeddings_are_those_of_the_model(loaded, photographs):
         )
     assert torch.equal(index.embeddings, expected)
     assert len({tuple(row) for row in expected.tolist()}) == 11
+
+
+def test_an_index_takes_the_place_of_an_index_and_of_nothing_else(loaded, photographs, tmp_path):
+    precious = tmp_path / "precious.jpg"
+    precious.write_bytes(encoded(blots(0), "jpeg"))
+    before = precious.read_bytes()
+    pictures, _ = find_pictures([photographs])
+    made_by = describe(loaded, "cifar10")
+    with pytest.raises(ValueError, match="precious.jpg: no index of"):
+        build_index(precious, loaded, pictures, made_by)
+    assert precious.read_bytes() == before and not list(tmp_path.glob("precious.jpg.*"))
+    for _ in range(2):
+        assert len(build_index(tmp_path / "x.index", loaded, pictures, made_by)) == 11
 
 
 def test_a_picture_in_a_tar_is_the_picture(loaded, tmp_path):
