@@ -642,7 +642,7 @@ def processor() -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """A paragraph for each case, 80 columns wide."""
-    lines = ["Medians over the rounds, and that of each round's cost in miniclip's (quartiles)."]
+    lines = ["Medians over the rounds, and of each round's cost in miniclip's (quartiles)."]
     for (suite, work), group in itertools.groupby(rows, key=lambda row: row[:2]):
         lines += ["", f"{suite}: {work}"]
         lines += [f"  {row.contender:<24}{_numbers(row)}" for row in group]
