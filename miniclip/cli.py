@@ -9,6 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ RECIPE: dict[str, tuple[type, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the return value is the exit status."""
-    if getattr(sys.stdout, "errors", "") == "strict":
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # not every terminal has a bar, or every script
     args = build_parser().parse_args(argv)
     try:
@@ -69,11 +70,13 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all others."""
 
     def error(self, message: str) -> Any:
+        """Raises SystemExit with status 2."""
         complain(ValueError(f"{message} (see {self.prog} --help)"))
         sys.exit(2)
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `args.run` is the function of the one that was given."""
     parser = Parser(prog="miniclip", description="CLIP: photographs and words in one space.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -408,6 +411,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def classify(args: argparse.Namespace) -> int:
+    """`miniclip classify`: photographs against labels."""
     from miniclip.checkpoint import load
     from miniclip.config import ImageError
     from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier
@@ -447,6 +451,7 @@ def ranking_table(title: str, scores: "list[Score]") -> str:
 
 
 def train(args: argparse.Namespace) -> int:
+    """`miniclip train`: write a checkpoint, and the curves of its training."""
     from miniclip.training import process_group, set_up, train
 
     if args.plot:  # before the work, so that a missing matplotlib shows at once
@@ -467,6 +472,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluation(args: argparse.Namespace) -> int:
+    """`miniclip eval`: zero-shot accuracy on labelled images."""
     from miniclip.checkpoint import load
     from miniclip.zeroshot import (
         TEMPLATE,
@@ -504,6 +510,7 @@ def evaluation(args: argparse.Namespace) -> int:
 
 
 def shapes_evaluation(args: argparse.Namespace) -> int:
+    """`miniclip eval shapes`: questions about drawn scenes."""
     from miniclip.checkpoint import load
     from miniclip.training.shapes import score
 
@@ -589,6 +596,7 @@ def evaluation_table(result: "Evaluation", most: int = 50) -> str:
 
 
 def explain(args: argparse.Namespace) -> int:
+    """`miniclip explain`: where texts are seen in an image."""
     from miniclip.checkpoint import load
     from miniclip.lens import METHODS, seen, text_maps
     from miniclip.transform import open_image
@@ -627,6 +635,7 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def explanation_score(args: argparse.Namespace) -> int:
+    """`miniclip explain --score`: how often each method is right, on drawn scenes."""
     from miniclip.checkpoint import load
     from miniclip.lens import METHODS, answers, localise, questions
 
@@ -681,6 +690,7 @@ def explanation_table(found: dict[str, list[Any]]) -> str:
 
 
 def embed(args: argparse.Namespace) -> int:
+    """`miniclip embed`: an index of the embeddings of pictures."""
     import torch
 
     from miniclip.checkpoint import load
@@ -731,6 +741,7 @@ def embed(args: argparse.Namespace) -> int:
 
 
 def embedding_speed(found: "Throughput", as_json: bool) -> int:
+    """`miniclip embed --time`: print images per second, of each part and together."""
     if as_json:
         print_json(found._asdict())
         return 0
@@ -742,6 +753,7 @@ def embedding_speed(found: "Throughput", as_json: bool) -> int:
 
 
 def search(args: argparse.Namespace) -> int:
+    """`miniclip search`: the pictures of an index that are most like a query."""
     from time import perf_counter
 
     from miniclip.retrieval import Index, draw_sheet, embed_query
@@ -768,6 +780,7 @@ def search(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
+    """`miniclip serve`: the page to try it on."""
     from miniclip.checkpoint import load
     from miniclip.serve import create_app, listen, open_index, run
 
@@ -782,6 +795,7 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
+    """`miniclip demo`: draw what the embedded checkpoints can do."""
     from miniclip.demo import photograph_exhibits, scene_exhibit
 
     scene, heats = scene_exhibit()
@@ -812,6 +826,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
+    """`miniclip info`: the parts of a model, their parameters and multiply-adds."""
     from miniclip.checkpoint import load_config
     from miniclip.parts import parts
 
@@ -837,6 +852,7 @@ def info(args: argparse.Namespace) -> int:
 
 
 def tokenize(args: argparse.Namespace) -> int:
+    """`miniclip tokenize`: every stage from a text to its ids."""
     from miniclip.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(
@@ -851,6 +867,7 @@ def tokenize(args: argparse.Namespace) -> int:
 
 
 def parity(args: argparse.Namespace) -> int:
+    """`miniclip parity`: two models compared site by site; 1 if they differ."""
     import torch
 
     from miniclip import parity
@@ -913,6 +930,7 @@ def parity_table(about: dict[str, str], report: "Report") -> str:
 
 
 def bench(args: argparse.Namespace) -> int:
+    """`miniclip bench`: miniclip and its peers, timed."""
     import torch
 
     from miniclip.bench import SUITES, bench, environment, table
@@ -940,6 +958,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
+    """`miniclip convert`: a checkpoint in another layout."""
     from miniclip.checkpoint import convert
 
     done = convert(args.source, args.destination, args.layout, revision=args.revision)
@@ -989,6 +1008,7 @@ def progress(items: Sequence[Any], unit: str) -> Iterator[Any]:
 
 
 def read_lines(path: str) -> list[str]:
+    """The lines of a text file. Raises ValueError where it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -996,14 +1016,17 @@ def read_lines(path: str) -> list[str]:
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON that people can read too."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_wrapped(head: str, words: list[str]) -> None:
+    """Print words with commas between, in lines of at most 80 columns."""
     import textwrap
 
     print(textwrap.fill(", ".join(words), 80, initial_indent=head, subsequent_indent="  "))
 
 
 def shorten(text: str, width: int) -> str:
+    """The text, cut to `width` characters if it is longer."""
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -104,6 +104,7 @@ def draw_mistakes(axes: Axes, result: Evaluation, most: int = 20) -> None:
 
 
 def shorten(label: str, width: int = 24) -> str:
+    """The label, cut to `width` characters if it is longer."""
     return label if len(label) <= width else label[: width - 1] + "…"
 
 
@@ -171,6 +172,7 @@ def draw_explanations(
 
 
 def show_picture(axes: Axes, exhibit: Exhibit) -> None:
+    """A picture under its name."""
     axes.imshow(exhibit.picture)
     axes.set_title(exhibit.name, loc="left", fontsize=11)
     axes.set_axis_off()
@@ -318,6 +320,7 @@ def warmth(method: str, heat: Tensor) -> str:
 
 
 def show_panel(axes: Axes, picture: Image.Image, title: str, below: str = "") -> None:
+    """A picture with a title above and a note below, both wrapped."""
     axes.imshow(picture)
     lines = textwrap.wrap(title, 28, max_lines=3, placeholder=" …")
     # As text, for a $ would begin a formula.
@@ -356,9 +359,10 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
     axes.axvline(1, color="0.6", linewidth=1, zorder=0)
     for y, line in enumerate(lines):
         if isinstance(line, str):
-            title = axes.text(0, y, line, transform=axes.get_yaxis_transform(), va="center")
-            title.set(weight="bold", backgroundcolor="white")
+            heading = axes.text(0, y, line, transform=axes.get_yaxis_transform(), va="center")
+            heading.set(weight="bold", backgroundcolor="white")
             continue
+        assert line.ratio is not None  # the others are not among the timed
         lower, median, upper = line.ratio
         color = ORANGE if line.contender.startswith("miniclip") else BLUE
         color = "0.7" if line.difference is None else color  # shown for scale, and no peer

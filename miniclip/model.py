@@ -147,6 +147,8 @@ class VisionTower(nn.Module):
     first block. The image is read at its class token; the patches' last outputs go unused.
     """
 
+    register_embed: nn.Parameter | None
+
     def __init__(self, config: VisionConfig, embed_dim: int | None) -> None:
         super().__init__()
         self.config = config
@@ -205,6 +207,7 @@ class VisionTower(nn.Module):
         for weight in (self.class_embed, self.pos_embed, *self.proj.parameters()):
             nn.init.normal_(weight, std=std)
         for block in self.blocks:
+            assert isinstance(block, Block)
             attn = block.attn
             for linear in (attn.q_proj, attn.k_proj, attn.v_proj):
                 nn.init.uniform_(linear.weight, -(1.5**0.5) * std, 1.5**0.5 * std)
@@ -253,11 +256,14 @@ class TextTower(nn.Module):
         inputs_embeds: Tensor | None = None,
         eot: Tensor | None = None,
     ) -> Tensor:
-        if ids is None and (inputs_embeds is None or eot is None):
+        if ids is not None:
+            x = self.embed(ids) if inputs_embeds is None else self.add_positions(inputs_embeds)
+            end = self.end_positions(ids) if eot is None else eot  # (B,)
+        elif inputs_embeds is not None and eot is not None:
+            x, end = self.add_positions(inputs_embeds), eot
+        else:
             raise ValueError("expected ids, or both inputs_embeds and eot in their place")
-        x = self.embed(ids) if inputs_embeds is None else self.add_positions(inputs_embeds)
         x = self.ln_final(self.blocks(x))  # (B, T, W)
-        end = self.end_positions(ids) if eot is None else eot  # (B,)
         return self.proj(x[torch.arange(x.shape[0], device=x.device), end])  # (B, E)
 
     def end_positions(self, ids: Tensor) -> Tensor:
@@ -303,6 +309,7 @@ class TextTower(nn.Module):
         for weight in self.proj.parameters():
             nn.init.normal_(weight, std=std)
         for block in self.blocks:
+            assert isinstance(block, Block)
             attn, mlp = block.attn, block.mlp
             for linear in (attn.q_proj, attn.k_proj, attn.v_proj):
                 nn.init.normal_(linear.weight, std=std)
@@ -318,6 +325,7 @@ def projection(width: int, embed_dim: int | None) -> nn.Module:
 
 
 def zero_attention_biases(attn: Attention) -> None:
+    """As OpenAI's nn.MultiheadAttention begins, and nn.Linear does not."""
     for linear in (attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj):
         nn.init.zeros_(linear.bias)
 

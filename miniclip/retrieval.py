@@ -88,6 +88,7 @@ def picture_suffixes() -> frozenset[str]:
 
 
 def is_picture(name: str) -> bool:
+    """Whether the name ends as one of `picture_suffixes`, in any case."""
     return os.path.splitext(name)[1].lower() in picture_suffixes()
 
 
@@ -239,6 +240,7 @@ class Strings(Sequence[str]):
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "Strings":
+        """Put strings end to end."""
         # File names need not be Unicode: what is not is kept by surrogates, as Python does it.
         encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         text = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
@@ -467,6 +469,7 @@ def build_index(
 
 
 def check_counts(batch: int, workers: int | None) -> None:
+    """Raises ValueError for a batch or a number of workers below 1."""
     if batch < 1 or (workers is not None and workers < 1):
         raise ValueError(f"batch is {batch}, workers {workers}; expected at least 1 of each")
 

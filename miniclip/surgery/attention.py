@@ -34,7 +34,7 @@ def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Te
     depth = min(depth, len(tower.blocks))
     x = tower.blocks[:-depth](tower.embed(pixels))  # (B, 1 + R + P, W), the model's own stream
     dense = x if residual else torch.zeros_like(x)
-    for block in tower.blocks[-depth:]:
+    for block in list(tower.blocks)[-depth:]:
         dense = dense + _attend(block.attn, block.ln_1(x), pattern, tower.config.grid)
         if mlp:
             dense = dense + block.mlp(block.ln_2(dense))
