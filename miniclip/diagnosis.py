@@ -274,8 +274,8 @@ def _faults(site: str, source: Side, target: Side, w: Named, o: Options) -> Iter
     formula changes nothing there, and so is never taken for the cause."""
     for fault, changed in _faults_of_options(site, source, target, o):
         yield fault, w, o | changed
-    for fault, changed in _faults_of_weights(w):
-        yield fault, {**w, **changed}, o
+    for fault, weights in _faults_of_weights(w):
+        yield fault, {**w, **weights}, o
     if match := re.match(r"(\w+\.blocks)\.(\d+)\.", site):
         stack, layer = match.groups()
         for i in range(getattr(source.config, stack.partition(".")[0]).layers):
@@ -548,10 +548,11 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
     "OpenAI's mean and std": {"mean": OPENAI_MEAN, "std": OPENAI_STD},
     "a mean and std of 0.5": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     "ImageNet's mean and std": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-} | {
-    f"{resample.name.lower()} resampling, not bicubic": {"resample": resample}
-    for resample in Image.Resampling
-    if resample != Image.Resampling.BICUBIC
+    **{
+        f"{resample.name.lower()} resampling, not bicubic": {"resample": resample}
+        for resample in Image.Resampling
+        if resample != Image.Resampling.BICUBIC
+    },
 }
 
 

@@ -141,7 +141,8 @@ def draw_demo(
 ) -> None:
     """A drawn scene with its captions and heat maps, above photographs with their labels."""
     figure = Figure(figsize=(13, 9 if photographs else 4), layout="constrained")
-    top, *bottom = figure.subfigures(2, 1, height_ratios=(4, 5)) if photographs else [figure]
+    halves = figure.subfigures(2, 1, squeeze=False, height_ratios=(4, 5)).flat
+    top, *bottom = halves if photographs else [figure]
     axes = top.subplots(1, 2 + len(heats), width_ratios=(2, 3, *(2 for _ in heats)))
     show_picture(axes[0], scene)
     draw_bars(axes[1], scene.scores, inside=True)

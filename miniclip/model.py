@@ -71,6 +71,7 @@ class Attention(nn.Module):
         self.z = Site()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, W) -> (B, T, W)"""
         # How many heads there are is read off the weights: a layer with heads pruned just works.
         heads = (-1, self.head_width)
         q = self.q(self.q_proj(x).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, D)
@@ -100,6 +101,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), an approximation of GELU. OpenAI's weights were trained with it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Each number alone, whatever the shape."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -120,6 +122,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, W) -> (B, T, W)"""
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -136,6 +139,7 @@ class Block(nn.Module):
         self.mlp = MLP(config.width, mlp_width, config.act)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, W) -> (B, T, W)"""
         x = self.resid_mid(x + self.attn(self.ln_1(x)))
         return x + self.mlp(self.ln_2(x))
 
@@ -184,6 +188,7 @@ class VisionTower(nn.Module):
         return self.ln_pre(x)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """(B, channels, height, width) -> (B, E)"""
         x = self.blocks(self.embed(pixels))  # (B, 1 + R + P, W)
         return self.proj(self.ln_post(x[:, 0]))  # (B, E)
 
@@ -256,6 +261,7 @@ class TextTower(nn.Module):
         inputs_embeds: Tensor | None = None,
         eot: Tensor | None = None,
     ) -> Tensor:
+        """(B, T) -> (B, E). For `inputs_embeds` and `eot` see `CLIP.encode_text`."""
         if ids is not None:
             x = self.embed(ids) if inputs_embeds is None else self.add_positions(inputs_embeds)
             end = self.end_positions(ids) if eot is None else eot  # (B,)

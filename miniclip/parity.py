@@ -97,7 +97,7 @@ def compare(
     (True, 'tokens', 'logits')
     """
     check_device(device)
-    ours, theirs = (m if isinstance(m, tuple) else _alone(m) for m in (model, other))
+    ours, theirs = (_as_loaded(m) for m in (model, other))
     stages = []
     if ours.tokenizer and theirs.tokenizer:
         stages.append(_compare_tokenizers(ours.tokenizer, theirs.tokenizer))
@@ -242,7 +242,7 @@ def _limit(site: str, dtype: torch.dtype, truth: Tensor, device: torch.device) -
 
 @torch.no_grad()
 def _run(
-    model: "CLIP | CLIPModel",
+    model: Any,  # CLIP | CLIPModel
     dtype: torch.dtype,
     exact: bool,
     device: torch.device,
@@ -403,7 +403,9 @@ def _load(name: str | os.PathLike[str], options: dict[str, Any]) -> Loaded:
     return Loaded(model, *parts)
 
 
-def _alone(model: "CLIP | CLIPModel") -> Loaded:
+def _as_loaded(model: "CLIP | CLIPModel | Loaded") -> Loaded:
+    if isinstance(model, Loaded):
+        return model
     nothing: Any = None
     return Loaded(model, nothing, nothing)
 

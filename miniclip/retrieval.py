@@ -96,7 +96,7 @@ def find_pictures(paths: Iterable[str | PathLike[str]]) -> tuple[list[Source], l
     """The pictures that files, folders, patterns and tars stand for, and what is wrong with tars.
 
     A folder stands for the pictures and the tars in it and deeper, by their endings; a tar, such as
-    WebDataset's shards, for the pictures in it; a pattern such as "2024/**/*.jpg" for the files it
+    WebDataset's shards, for the pictures in it; a pattern such as `2024/**/*.jpg` for the files it
     fits. A file that is named is a picture, whatever its ending. Each is listed once, in the order
     of the arguments, and sorted within. Raises ValueError where there is nothing.
     """

@@ -159,7 +159,7 @@ class ImageTransform:
         among as many threads as torch uses (Pillow works outside Python's lock); an empty list is
         an empty batch. Raises ImageError, for a list with the index of the first that failed.
         """
-        if not isinstance(pictures, list | tuple):
+        if isinstance(pictures, str) or not isinstance(pictures, Sequence):
             with _no_warnings:
                 return torch.from_numpy(self._pixels(pictures))
 

@@ -32,6 +32,7 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as nn.Linear does, and the paper's own code
 
     def forward(self, weight: Tensor) -> Tensor:
+        """(out, in) -> (out, in)"""
         return weight + self.scale * (self.B @ self.A)
 
 
