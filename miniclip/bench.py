@@ -71,7 +71,8 @@ class Case(NamedTuple):
 
     suite: str
     work: str
-    count: int  # how many of them, per trial
+    # How many of them, per trial.
+    count: int  # type: ignore[assignment]  # hides a method of tuples, which nobody needs here
     unit: str  # "images", "texts", ...; or "bytes", which are themselves the cost
     contenders: list[Contender]
     form: Callable[[Any], Any]  # an output in the form that `distance` compares
@@ -83,7 +84,7 @@ class Row(NamedTuple):
 
     suite: str
     work: str
-    count: int
+    count: int  # type: ignore[assignment]  # as in Case
     unit: str
     contender: str
     difference: float | None  # of its output from miniclip's; None where there is no output
@@ -134,7 +135,8 @@ def alternate(
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """
+    """The lower quartile, the median and the upper quartile.
+
     >>> quartiles([5.0, 1.0, 2.0, 4.0, 3.0])
     (2.0, 3.0, 4.0)
     """
@@ -190,23 +192,35 @@ class Setting:
 
     @cached_property
     def libraries(self) -> list[Library]:
+        """miniclip first, then its peers, with the checkpoint loaded."""
         return libraries(self.directory, self.device, self.dtype)
 
     @cached_property
     def photographs(self) -> list[Path]:
+        """Sixteen JPEG files."""
         return [photograph(self.directory / f"{i}.jpg", i) for i in range(16)]
 
     @property
     def dtype_name(self) -> str:
+        """The dtype without its module: "float32"."""
         return str(self.dtype).removeprefix("torch.")
 
     def timed(self, run: Callable[[], Any]) -> Trial:
+        """A trial of the work, timed on this device."""
         return timed(run, self.device)
 
-    def case(self, suite: str, work: str, count: int, unit: str, *rest: Any) -> Case:
+    def case(
+        self,
+        suite: str,
+        work: str,
+        count: int,
+        unit: str,
+        contenders: list[Contender],
+        form: Callable[[Any], Any],
+    ) -> Case:
         """Work of the model, whose result depends on rounding."""
         work = f"{work}, {self.shape}, {self.dtype_name}"
-        return Case(suite, work, count, unit, *rest, tolerance=TOLERANCE[self.dtype])
+        return Case(suite, work, count, unit, contenders, form, TOLERANCE[self.dtype])
 
 
 def prepare(directory: Path, shape: str) -> CLIPConfig:
@@ -227,7 +241,7 @@ def prepare(directory: Path, shape: str) -> CLIPConfig:
     with torch.device("meta"):
         model = CLIP(config)
     randomize(model.to_empty(device="cpu"))
-    save(directory, model, tokenizer, ImageTransform(config.vision.image_size))
+    save(directory, model, tokenizer, ImageTransform(config.vision.side))
     lines = ["#version", *(" ".join(pair) for pair in tokenizer.merges)]
     (directory / OPENAI_VOCABULARY).write_bytes(gzip.compress("\n".join(lines).encode()))
     return config
@@ -297,6 +311,7 @@ def photograph(path: Path, seed: int) -> Path:
 
 
 def vision_suite(setting: Setting) -> Iterator[Case]:
+    """Images to embeddings: one, and a batch."""
     multiply_adds = tower_multiply_adds(setting.config, "vision")
     for count in sorted({1, setting.batch}):
         pixels = random_inputs(setting.config, images=count)[0].to(setting.device)
@@ -306,6 +321,7 @@ def vision_suite(setting: Setting) -> Iterator[Case]:
 
 
 def text_suite(setting: Setting) -> Iterator[Case]:
+    """A batch of captions to embeddings."""
     texts = captions(setting.batch)
     ids = [library.tokenize(texts).to(setting.device) for library in setting.libraries]
     count, length = ids[0].shape
@@ -352,14 +368,19 @@ def tower_multiply_adds(config: CLIPConfig, tower: str, tokens: int | None = Non
 
 
 def unit_rows(embeds: Tensor) -> Tensor:
+    """Embeddings (B, E) as `distance` compares them: unit vectors, float64, on the CPU."""
     return unit_norm(embeds.double().cpu())
 
 
 def tokenizer_suite(setting: Setting) -> Iterator[Case]:
+    """Texts to ids: captions, other scripts, and words that no cache has seen."""
     end, count = setting.config.text.eos_token_id, 1000
 
     def without_padding(ids: Tensor) -> list[list[int]]:
         return [row[: row.index(end)] for row in ids.tolist()]
+
+    def next_of(tokenize: Callable[[list[str]], Tensor], stream: Iterator[list[str]]) -> Tensor:
+        return tokenize(next(stream))
 
     streams: dict[str, Callable[[], Iterator[list[str]]]] = {
         "ASCII captions": lambda: itertools.repeat(captions(count)),
@@ -368,7 +389,7 @@ def tokenizer_suite(setting: Setting) -> Iterator[Case]:
     }
     for work, stream in streams.items():
         contenders = [
-            Contender(library.name, timed(lambda f=library.tokenize, x=stream(): f(next(x))))
+            Contender(library.name, timed(partial(next_of, library.tokenize, stream())))
             for library in setting.libraries
         ]
         work = f"{plural(count, 'text')}, {work}"
@@ -376,15 +397,17 @@ def tokenizer_suite(setting: Setting) -> Iterator[Case]:
 
 
 def transform_suite(setting: Setting) -> Iterator[Case]:
-    size = setting.config.vision.image_size
+    """Files to pixels: one photograph, and sixteen."""
+    size = setting.config.vision.side
 
     def pillow_alone() -> None:
         resize_short_side(Image.open(setting.photographs[0]), size)
 
     for paths in (setting.photographs[:1], setting.photographs):
-        runs = {library.name: partial(library.transform, paths) for library in setting.libraries}
+        runs: dict[str, Callable[[], Any]] = {
+            library.name: partial(library.transform, paths) for library in setting.libraries
+        }
         if len(paths) == 1:
-            runs["miniclip"] = lambda path=paths[0]: setting.libraries[0].transform(path)[None]
             runs["Pillow, decode + resize"] = pillow_alone
         contenders = [Contender(name, timed(run)) for name, run in runs.items()]
         work = f"{plural(len(paths), 'JPEG file')} of 640 x 480 pixels"
@@ -392,8 +415,10 @@ def transform_suite(setting: Setting) -> Iterator[Case]:
 
 
 def zeroshot_suite(setting: Setting) -> Iterator[Case]:
+    """Labels in 80 templates to a classifier."""
     labels, templates = IMAGENET_CLASSES[::100], IMAGENET_TEMPLATES
     ours, *peers = setting.libraries
+    assert isinstance(ours.tokenize, Tokenizer)
 
     @torch.inference_mode()
     def class_by_class(library: Library) -> Tensor:
@@ -417,6 +442,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
 
 
 def train_suite(setting: Setting) -> Iterator[Case]:
+    """The contrastive loss of a batch, and its gradients."""
     texts = captions(setting.batch)
     pixels = random_inputs(setting.config, images=len(texts))[0].to(setting.device)
 
@@ -487,11 +513,12 @@ print(json.dumps([logits, most]))
 
 
 def load_suite(setting: Setting) -> Iterator[Case]:
+    """From the files to the first logits, in this process."""
     names = ("directory", "photograph", "texts", "device")
     inputs = dict(zip(names, first_inputs(setting)), torch=torch, dtype=setting.dtype)
 
     def first_logits(library: str) -> Tensor:
-        scope = dict(inputs)
+        scope: dict[str, Any] = dict(inputs)
         exec(IMPORTS[library] + FIRST_LOGITS[library], scope)
         return scope["logits"]
 
@@ -500,9 +527,12 @@ def load_suite(setting: Setting) -> Iterator[Case]:
 
 
 def startup_suite(setting: Setting) -> Iterator[Case]:
-    contenders = [
-        Contender(name, timed(lambda name=name: in_process(setting, name)[1])) for name in IMPORTS
-    ]
+    """The same in a new process, imports and all."""
+
+    def first_logits(library: str) -> Tensor:
+        return in_process(setting, library)[1]
+
+    contenders = [Contender(name, timed(partial(first_logits, name))) for name in IMPORTS]
     work = "a new process, files to logits"
     yield setting.case("startup", work, 1, "times", contenders, unit_rows)
 
@@ -519,6 +549,7 @@ def memory_suite(setting: Setting) -> Iterator[Case]:
 
 
 def first_inputs(setting: Setting) -> tuple[str, str, list[str], str, str]:
+    """What PROCESS reads: directory, photograph, texts, device and dtype."""
     texts = ["a photo of a cat", "a photo of two dogs"]
     photograph = str(setting.photographs[0])
     return str(setting.directory), photograph, texts, setting.device, setting.dtype_name
@@ -542,6 +573,7 @@ def in_process(setting: Setting, library: str) -> tuple[float, Tensor]:
 
 
 def plural(count: int, unit: str) -> str:
+    """A number and its unit: "1 image", "1,000 texts"."""
     return f"{count:,} {unit}{'s' * (count > 1)}"
 
 
@@ -600,7 +632,7 @@ def bench(
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Without TF32, which is float32 with ten bits of fraction: cuDNN's convolutions have it on."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:

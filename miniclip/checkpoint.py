@@ -161,8 +161,8 @@ def _download(
 ) -> Path:
     from huggingface_hub import constants, snapshot_download
 
-    blobs = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    blobs = blobs / f"models--{repository.replace('/', '--')}" / "blobs"
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    blobs = cache / f"models--{repository.replace('/', '--')}" / "blobs"
     for patterns in HUB_FILES[kind]:
         known = {blob.name for blob in blobs.glob("*")}
         try:
@@ -170,7 +170,7 @@ def _download(
                 snapshot_download(
                     repository,
                     revision=revision,
-                    cache_dir=cache_dir,
+                    cache_dir=cache,
                     local_files_only=local_files_only,
                     allow_patterns=patterns,
                 )
@@ -234,7 +234,7 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
         return _read_shards(path, dtype)
     try:
         if path.suffix == ".safetensors":
-            tensors = _read_safetensors(path, dtype)
+            tensors: Any = _read_safetensors(path, dtype)
         elif is_torchscript(path):
             tensors = read_torchscript(path)
         else:
@@ -284,11 +284,12 @@ def _is_named_tensor(item: tuple[object, object]) -> bool:
     A view may repeat one number 10^12 times, and sparse ones leave most out.
     """
     name, tensor = item
-    dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
     return (
         isinstance(name, str)
         and name.isprintable()
-        and dense
+        and isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
         and tensor.nbytes <= tensor.untyped_storage().nbytes()
     )
 
@@ -439,8 +440,10 @@ def _skeleton(contents: Contents, path: Path) -> Model:
                 return CLIP(config)
             _check_depth(config.name, config.tower, contents, path)
             is_projected = layout_name(f"{config.name}.proj.weight", table) in tensors
-            tower = VisionTower if config.name == "vision" else TextTower
-            return tower(config.tower, config.embed_dim if is_projected else None)
+            embed_dim = config.embed_dim if is_projected else None
+            if isinstance(config.tower, VisionConfig):
+                return VisionTower(config.tower, embed_dim)
+            return TextTower(config.tower, embed_dim)
     except RuntimeError as error:  # more bytes than 64 bits can count
         path = path.parent / CONFIGS.get(contents.layout, path.name)
         raise CheckpointError(f"{path}: no model can be so large: {error}") from None
@@ -587,7 +590,8 @@ def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:
 class Loaded(NamedTuple):
     """All that stands between a photograph and its logits.
 
-    Of a checkpoint of one tower, `model` is that tower, and None stands for what it has no use for.
+    Of a checkpoint of one tower, `model` is that tower, and None stands for what it has no use for:
+    the types are those of a whole CLIP.
     """
 
     model: CLIP
@@ -617,7 +621,8 @@ def load(
     >>> model.encode_text(tokenizer(["a cat", "a dog"])).shape[0]
     2
     """
-    options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    options["local_files_only"] = local_files_only
     model, layout = _load(name, device=device, dtype=dtype, **options)
     # Of one tower alone these files are often in another folder: there they may be missing.
     tokenizer = transform = None
@@ -625,7 +630,8 @@ def load(
         tokenizer = _tokenizer(name, model, reference, options)
     if isinstance(model, CLIP) or has_files("transform", name, options):
         transform = _transform(name, model, layout, reference, options)
-    return Loaded(model, tokenizer, transform)
+    parts: Any = (model, tokenizer, transform)  # Loaded's types are those of a whole CLIP
+    return Loaded(*parts)
 
 
 def has_files(kind: str, name: str | PathLike[str], options: dict[str, Any]) -> bool:
@@ -655,7 +661,7 @@ def _transform(
     if isinstance(model, TextTower):
         return None
     if layout == "openai" and isinstance(model, CLIP) and not has_files("transform", name, options):
-        return ImageTransform(model.config.vision.image_size, reference=reference)
+        return ImageTransform(model.config.vision.side, reference=reference)
     return ImageTransform.from_pretrained(name, reference=reference, **options)
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ RECIPE: dict[str, tuple[type, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the return value is the exit status."""
-    if getattr(sys.stdout, "errors", "") == "strict":
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # not every terminal has a bar, or every script
     args = build_parser().parse_args(argv)
     try:
@@ -76,11 +77,13 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, like all others."""
 
     def error(self, message: str) -> Any:
+        """Raises SystemExit with status 2."""
         complain(ValueError(f"{message} (see {self.prog} --help)"))
         sys.exit(2)
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `args.run` is the function of the one that was given."""
     parser = Parser(prog="miniclip", description="CLIP: photographs and words in one space.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -417,6 +420,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def classify(args: argparse.Namespace) -> int:
+    """`miniclip classify`: photographs against labels."""
     from miniclip.checkpoint import load
     from miniclip.config import ImageError
     from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier
@@ -456,6 +460,7 @@ def ranking_table(title: str, scores: "list[Score]") -> str:
 
 
 def train(args: argparse.Namespace) -> int:
+    """`miniclip train`: write a checkpoint, and the curves of its training."""
     from miniclip.training import process_group, set_up, train
 
     overrides = {name: getattr(args, name) for name in RECIPE if getattr(args, name) is not None}
@@ -479,6 +484,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluation(args: argparse.Namespace) -> int:
+    """`miniclip eval`: zero-shot accuracy on labelled images."""
     from miniclip.checkpoint import load
     from miniclip.zeroshot import (
         TEMPLATE,
@@ -516,6 +522,7 @@ def evaluation(args: argparse.Namespace) -> int:
 
 
 def shapes_evaluation(args: argparse.Namespace) -> int:
+    """`miniclip eval shapes`: questions about drawn scenes."""
     from miniclip.checkpoint import load
     from miniclip.training.shapes import score
 
@@ -601,6 +608,7 @@ def evaluation_table(result: "Evaluation", most: int = 50) -> str:
 
 
 def explain(args: argparse.Namespace) -> int:
+    """`miniclip explain`: where texts are seen in an image."""
     from miniclip.checkpoint import load
     from miniclip.lens import METHODS, seen, text_maps
     from miniclip.transform import open_image
@@ -639,6 +647,7 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def explanation_score(args: argparse.Namespace) -> int:
+    """`miniclip explain --score`: how often each method is right, on drawn scenes."""
     from miniclip.checkpoint import load
     from miniclip.lens import METHODS, answers, localise, questions
 
@@ -693,6 +702,7 @@ def explanation_table(found: dict[str, list[Any]]) -> str:
 
 
 def embed(args: argparse.Namespace) -> int:
+    """`miniclip embed`: an index of the embeddings of pictures."""
     import torch
 
     from miniclip.checkpoint import load
@@ -743,6 +753,7 @@ def embed(args: argparse.Namespace) -> int:
 
 
 def embedding_speed(found: "Throughput", as_json: bool) -> int:
+    """`miniclip embed --time`: print images per second, of each part and together."""
     if as_json:
         print_json(found._asdict())
         return 0
@@ -754,6 +765,7 @@ def embedding_speed(found: "Throughput", as_json: bool) -> int:
 
 
 def search(args: argparse.Namespace) -> int:
+    """`miniclip search`: the pictures of an index that are most like a query."""
     from time import perf_counter
 
     from miniclip.retrieval import Index, draw_sheet, embed_query
@@ -780,6 +792,7 @@ def search(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
+    """`miniclip serve`: the page to try it on."""
     from miniclip.checkpoint import load
     from miniclip.serve import create_app, listen, open_index, run
 
@@ -794,6 +807,7 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
+    """`miniclip demo`: draw what the embedded checkpoints can do."""
     from miniclip.demo import photograph_exhibits, scene_exhibit
 
     scene, heats = scene_exhibit()
@@ -824,6 +838,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
+    """`miniclip info`: the parts of a model, their parameters and multiply-adds."""
     from miniclip.checkpoint import load_config
     from miniclip.parts import parts
 
@@ -849,6 +864,7 @@ def info(args: argparse.Namespace) -> int:
 
 
 def tokenize(args: argparse.Namespace) -> int:
+    """`miniclip tokenize`: every stage from a text to its ids."""
     from miniclip.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(
@@ -863,6 +879,7 @@ def tokenize(args: argparse.Namespace) -> int:
 
 
 def parity(args: argparse.Namespace) -> int:
+    """`miniclip parity`: two models compared site by site; 1 if they differ."""
     import torch
 
     from miniclip import parity
@@ -925,6 +942,7 @@ def parity_table(about: dict[str, str], report: "Report") -> str:
 
 
 def bench(args: argparse.Namespace) -> int:
+    """`miniclip bench`: miniclip and its peers, timed."""
     import torch
 
     from miniclip.bench import SUITES, bench, environment, table
@@ -952,6 +970,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
+    """`miniclip convert`: a checkpoint in another layout."""
     from miniclip.checkpoint import convert
 
     done = convert(args.source, args.destination, args.layout, revision=args.revision)
@@ -1001,6 +1020,7 @@ def progress(items: Sequence[Any], unit: str) -> Iterator[Any]:
 
 
 def read_lines(path: str) -> list[str]:
+    """The lines of a text file. Raises ValueError where it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -1008,14 +1028,17 @@ def read_lines(path: str) -> list[str]:
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON that people can read too."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_wrapped(head: str, words: list[str]) -> None:
+    """Print words with commas between, in lines of at most 80 columns."""
     import textwrap
 
     print(textwrap.fill(", ".join(words), 80, initial_indent=head, subsequent_indent="  "))
 
 
 def shorten(text: str, width: int) -> str:
+    """The text, cut to `width` characters if it is longer."""
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -160,6 +160,16 @@ class VisionConfig:
         return size if isinstance(size, tuple) else (size, size)
 
     @property
+    def side(self) -> int:
+        """The side of a square image, which is what an ImageTransform makes. Else ValueError."""
+        if isinstance(self.image_size, tuple):
+            raise ValueError(
+                f"VisionConfig: image_size is {self.image_size}; expected the side of a square, as "
+                "an ImageTransform makes no other pixels"
+            )
+        return self.image_size
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches: 7, 7 at 224 pixels, patch 32. A partial patch is dropped."""
         height, width = self.height_width
@@ -423,7 +433,7 @@ def _check_transformer(config: VisionConfig | TextConfig) -> None:
         raise ValueError(f"{kind}: ln_eps is {config.ln_eps!r}; expected a number above 0")
 
 
-def _is_finite(value: object) -> bool:
+def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and -1e30 < value < 1e30
 
 

@@ -12,6 +12,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -53,11 +54,11 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     for source, target, names in ((other, model, NAMES[::-1]), (model, other, NAMES)):
         x, weights, options = _parts(site, source)
         right = _compute(site, x, weights, options)
-        if not near(right, source.tensors[site], tolerance):
+        if right is None or not near(right, source.tensors[site], tolerance):
             continue
         followers.append(names[0])
-        for fault, *faulty in _faults(site, source, target, weights, options):
-            found = _compute(site, x, *faulty)
+        for fault, w, o in _faults(site, source, target, weights, options):
+            found = _compute(site, x, w, o)
             if near(found, target.tensors[site], tolerance) and not near(found, right, tolerance):
                 return f"{names[1]} has {fault}"
     if moved := _block_moved(site, model, other):
@@ -65,8 +66,8 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     if followers == list(NAMES[::-1]):
         return _differing_weights(site, model, other)
     if followers:
-        faulty = "model" if followers == ["other"] else "other"
-        return f"{faulty} does not compute CLIP's formula with its own weights"
+        wrong = "model" if followers == ["other"] else "other"
+        return f"{wrong} does not compute CLIP's formula with its own weights"
     return ""
 
 
@@ -141,14 +142,18 @@ def _attn_out(x: Named, w: Named, o: Options) -> Tensor:
     return _linear(z.transpose(1, 2).flatten(2), w, "attn.out_proj")
 
 
+def _sum(x: Named, terms: Sequence[str]) -> Tensor:
+    return reduce(torch.add, (x[term] for term in terms))
+
+
 def _mlp_out(x: Named, w: Named, o: Options) -> Tensor:
-    stream = sum(x[term] for term in o["resid_mid"])
+    stream = _sum(x, o["resid_mid"])
     neurons = ACTIVATIONS[o["act"]](_linear(_norm(stream, w, "ln_2", o), w, "mlp.fc1"))
     return _linear(neurons, w, "mlp.fc2")
 
 
 def _resid_post(x: Named, w: Named, o: Options) -> Tensor:
-    return sum(x[term] for term in o["resid_post"])
+    return _sum(x, o["resid_post"])
 
 
 def _vision_pooled(x: Named, w: Named, o: Options) -> Tensor:
@@ -209,8 +214,8 @@ def _compute(site: str, x: Named, w: Named, o: Options) -> Tensor | None:
 def _parts(site: str, side: Side) -> tuple[Named, Named, Options]:
     """What the formula of the site reads: tensors, weights and options, under short names."""
     if site == "logits":
-        x = {tower: side.tensors[f"{tower}.projected"] for tower in ("vision", "text")}
-        return x, _under("", side.weights), {"raw": (), "temperature": torch.exp}
+        towers = {tower: side.tensors[f"{tower}.projected"] for tower in ("vision", "text")}
+        return towers, _under("", side.weights), {"raw": (), "temperature": torch.exp}
     tower, *block = site.split(".")[:-1]
     config = getattr(side.config, tower)
     x = _under("", side.tensors) | _under(f"{tower}.", side.tensors)
@@ -269,8 +274,8 @@ def _faults(site: str, source: Side, target: Side, w: Named, o: Options) -> Iter
     formula changes nothing there, and so is never taken for the cause."""
     for fault, changed in _faults_of_options(site, source, target, o):
         yield fault, w, o | changed
-    for fault, changed in _faults_of_weights(w):
-        yield fault, {**w, **changed}, o
+    for fault, weights in _faults_of_weights(w):
+        yield fault, {**w, **weights}, o
     if match := re.match(r"(\w+\.blocks)\.(\d+)\.", site):
         stack, layer = match.groups()
         for i in range(getattr(source.config, stack.partition(".")[0]).layers):
@@ -543,10 +548,11 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
     "OpenAI's mean and std": {"mean": OPENAI_MEAN, "std": OPENAI_STD},
     "a mean and std of 0.5": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     "ImageNet's mean and std": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-} | {
-    f"{resample.name.lower()} resampling, not bicubic": {"resample": resample}
-    for resample in Image.Resampling
-    if resample != Image.Resampling.BICUBIC
+    **{
+        f"{resample.name.lower()} resampling, not bicubic": {"resample": resample}
+        for resample in Image.Resampling
+        if resample != Image.Resampling.BICUBIC
+    },
 }
 
 

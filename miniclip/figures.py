@@ -104,6 +104,7 @@ def draw_mistakes(axes: Axes, result: Evaluation, most: int = 20) -> None:
 
 
 def shorten(label: str, width: int = 24) -> str:
+    """The label, cut to `width` characters if it is longer."""
     return label if len(label) <= width else label[: width - 1] + "…"
 
 
@@ -141,7 +142,8 @@ def draw_demo(
 ) -> None:
     """A drawn scene with its captions and heat maps, above photographs with their labels."""
     figure = Figure(figsize=(13, 9 if photographs else 4), layout="constrained")
-    top, *bottom = figure.subfigures(2, 1, height_ratios=(4, 5)) if photographs else [figure]
+    halves = figure.subfigures(2, 1, squeeze=False, height_ratios=(4, 5)).flat
+    top, *bottom = halves if photographs else [figure]
     axes = top.subplots(1, 2 + len(heats), width_ratios=(2, 3, *(2 for _ in heats)))
     show_picture(axes[0], scene)
     draw_bars(axes[1], scene.scores, inside=True)
@@ -172,6 +174,7 @@ def draw_explanations(
 
 
 def show_picture(axes: Axes, exhibit: Exhibit) -> None:
+    """A picture under its name."""
     axes.imshow(exhibit.picture)
     axes.set_title(exhibit.name, loc="left", fontsize=11)
     axes.set_axis_off()
@@ -325,6 +328,7 @@ def title_of(text: str) -> list[str]:
 
 
 def show_panel(axes: Axes, picture: Image.Image, title: str, below: str = "") -> None:
+    """A picture with a title above and a note below, both wrapped."""
     axes.imshow(picture)
     # As text, for a $ would begin a formula.
     axes.set_title("\n".join(title_of(title)), loc="left", fontsize=11, parse_math=False)
@@ -362,9 +366,10 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
     axes.axvline(1, color="0.6", linewidth=1, zorder=0)
     for y, line in enumerate(lines):
         if isinstance(line, str):
-            title = axes.text(0, y, line, transform=axes.get_yaxis_transform(), va="center")
-            title.set(weight="bold", backgroundcolor="white")
+            heading = axes.text(0, y, line, transform=axes.get_yaxis_transform(), va="center")
+            heading.set(weight="bold", backgroundcolor="white")
             continue
+        assert line.ratio is not None  # the others are not among the timed
         lower, median, upper = line.ratio
         color = ORANGE if line.contender.startswith("miniclip") else BLUE
         color = "0.7" if line.difference is None else color  # shown for scale, and no peer

@@ -23,6 +23,7 @@ from miniclip.config import (
     TextConfig,
     VisionConfig,
     beyond_transformers,
+    per_layer,
 )
 
 if TYPE_CHECKING:
@@ -155,8 +156,9 @@ def place(name: str, layout: Layout) -> Place:
     >>> place("vision.proj.weight", OPENAI)
     Place(key='visual.proj', form='T')
     """
-    key, form = re.fullmatch(r"(.+?)(\.T|\[\d\])?", layout_name(name, layout)).groups("")
-    return Place(key, form.strip(".[]"))
+    key = layout_name(name, layout)
+    form = "".join(re.findall(r"\.T$|\[\d\]$", key))
+    return Place(key.removesuffix(form), form.strip(".[]"))
 
 
 def pack(parameters: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -284,8 +286,10 @@ _OPEN_CLIP_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "block_type": ("default",),
     "custom_text": (True,),  # seen from the tensors' names
 }
-_OPEN_CLIP_ANY = ("patch_dropout", "output_tokens", "output_dict", "pad_id", "eos_id")
-_OPEN_CLIP_ANY += ("init_logit_scale", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode")
+_OPEN_CLIP_ANY = (
+    *("patch_dropout", "output_tokens", "output_dict", "pad_id", "eos_id"),
+    *("init_logit_scale", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"),
+)
 
 
 def config_from_open_clip(settings: dict[str, Any]) -> CLIPConfig:
@@ -300,12 +304,13 @@ def config_from_open_clip(settings: dict[str, Any]) -> CLIPConfig:
     model = _section(settings, "model_cfg")
     vision, text = _section(model, "vision_cfg"), _section(model, "text_cfg")
     act = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    embed_dim: Any = model.get("embed_dim")  # CLIPConfig checks it
     _refuse_others(model, {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}, "")
     try:
         return CLIPConfig(
             VisionConfig(**_open_clip_vision(vision), act=act, ln_eps=_eps(vision)),
             TextConfig(**_open_clip_text(text), act=act, ln_eps=_eps(text)),
-            embed_dim=model.get("embed_dim"),
+            embed_dim=embed_dim,
             **({"logit_scale_init": s} if (s := model.get("init_logit_scale")) else {}),
         )
     except (TypeError, OverflowError, ZeroDivisionError) as error:
@@ -381,7 +386,7 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
             "image_size": vision.image_size,
             "layers": vision.layers,
             "width": vision.width,
-            "head_width": vision.width // vision.heads,
+            "head_width": vision.width // per_layer(vision, "heads")[0],
             "mlp_ratio": _ratio(vision),
             "patch_size": vision.patch_size,
             "norm_kwargs": {"eps": vision.ln_eps},
@@ -440,8 +445,9 @@ def preprocessing_to_open_clip(transform: "ImageTransform") -> dict[str, Any]:
 
 def _ratio(tower: VisionConfig | TextConfig) -> float:
     """A ratio that open_clip, which multiplies and cuts off, turns into this very MLP width."""
-    ratio = tower.mlp_width / tower.width
-    return ratio if int(tower.width * ratio) == tower.mlp_width else (ratio * (1 + 2**-50))
+    mlp_width = per_layer(tower, "mlp_width")[0]
+    ratio = mlp_width / tower.width
+    return ratio if int(tower.width * ratio) == mlp_width else (ratio * (1 + 2**-50))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -462,7 +468,7 @@ def refuse_unsayable(config: CLIPConfig, layout: str) -> None:
         odd += [f"act {vision.act}"] * (vision.act == "gelu_pytorch_tanh")
     if not odd and layout == "openai":
         odd += [f"act {vision.act}"] * (vision.act != "quick_gelu")
-        odd += [f"image_size {vision.image_size}"] * (vision.image_size % vision.patch_size != 0)
+        odd += [f"image_size {vision.image_size}"] * (vision.side % vision.patch_size != 0)
         for tower in (vision, text):
             odd += [f"ln_eps {tower.ln_eps}"] * (tower.ln_eps != 1e-5)
             odd += [f"{tower.heads} heads in a width of {tower.width}, where each has 64"] * (

@@ -13,7 +13,7 @@ changes a weight.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,16 @@ Tower = VisionTower | TextTower
 
 
 def tower_for(model: CLIP | Tower, x: Tensor) -> Tower:
-    if hasattr(model, "blocks"):
-        return model
-    return model.vision if x.is_floating_point() else model.text
+    """The model itself, or of a CLIP the tower that reads x: ids or pixels."""
+    name = "vision" if x.is_floating_point() else "text"
+    tower: Any = model if hasattr(model, "blocks") else getattr(model, name)
+    return tower
 
 
 def read_positions(tower: Tower, x: Tensor) -> Tensor:
     """Where the token that is read stands in each row of the batch, (B,)."""
-    if hasattr(tower, "end_positions"):
-        return tower.end_positions(x)
+    if end_positions := getattr(tower, "end_positions", None):
+        return end_positions(x)
     return torch.zeros(len(x), dtype=torch.long, device=x.device)
 
 
@@ -52,8 +53,8 @@ def last_norm(tower: Tower) -> tuple[str, nn.LayerNorm]:
     return name, getattr(tower, name)
 
 
-def patch_grid(tower: VisionTower, pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches. They are the last tokens of an image."""
+def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
+    """Rows and columns of a VisionTower's patches. They are the last tokens of an image."""
     rows, columns = (n // s for n, s in zip(pixels.shape[-2:], tower.patch_embed.stride))
     return rows, columns
 
@@ -196,7 +197,7 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
     if by not in GRAINS:
         raise ValueError(f"by is {by!r}; expected {', '.join(map(repr, GRAINS))}")
     tower = tower_for(model, x)
-    sites = {"blocks.*": take, "blocks.*.mlp": take}
+    sites: dict[str, Callable[..., Tensor]] = {"blocks.*": take, "blocks.*.mlp": take}
     if by == "token":
         sites["blocks.*.attn.v"] = lambda v, positions: v  # (B, T, H, D)
         sites["blocks.*.attn.pattern"] = lambda p, positions: take(p.transpose(1, 2), positions)
@@ -220,6 +221,7 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
         return written / length.view(-1, *[1] * (written.ndim - 1))
 
     parts = {"embed": read(rows["embed"])}
+    block: Any  # a Block, or what someone has put in its place
     for i, block in enumerate(tower.blocks):
         name, attn = f"blocks.{i}", block.attn
         heads = (-1, attn.head_width)
@@ -252,10 +254,11 @@ def weight_of(linear: nn.Module, width: int) -> Tensor:
 
 
 def check_sum(parts: dict[str, Tensor], embedding: Tensor) -> None:
+    """Raises ValueError unless the parts (B, ..., E) add up to the embedding (B, E)."""
     B, E = embedding.shape
     flat = [part.reshape(B, -1, E) for part in parts.values()]
     distance = (sum(part.sum(1) for part in flat) - embedding).abs().max()
-    size = sum(part.abs().sum(1) for part in flat).max()
+    size = sum((part.abs().sum(1) for part in flat), torch.zeros_like(embedding)).max()
     if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:
         raise ValueError(
             f"the parts miss the embedding by {distance:.2g}: something in this tower is not what "
@@ -344,7 +347,8 @@ def forward_intermediates(
 
 
 def block_numbers(indices: int | list[int] | tuple[int, ...] | None, layers: int) -> set[int]:
-    """
+    """The numbers from 0 of the blocks that `indices` of `forward_intermediates` names.
+
     >>> block_numbers(2, 12), block_numbers([0, -1], 12)
     ({10, 11}, {0, 11})
     """
@@ -391,6 +395,7 @@ def rollout_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
 
 
 def relevance_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
+    """`relevance` of the image's patches for the text."""
     return on_grid(model, pixels, relevance(model, pixels, ids).image)
 
 
@@ -505,8 +510,8 @@ def overlay(picture: Image.Image, heat: Tensor, warmest: float | None = None) ->
     """
     shown = heat.clamp(min=0)
     warmest = shown.max().item() if warmest is None else warmest
-    shown = (shown / max(warmest, 1e-12) * 255).clamp(max=255).to(torch.uint8).numpy()
-    smooth = Image.fromarray(shown).resize(picture.size, Image.Resampling.BILINEAR)
+    levels = (shown / max(warmest, 1e-12) * 255).clamp(max=255).to(torch.uint8).numpy()
+    smooth = Image.fromarray(levels).resize(picture.size, Image.Resampling.BILINEAR)
     colours = ImageOps.colorize(smooth, *HEAT_COLOURS[::2], mid=HEAT_COLOURS[1])
     density = smooth.point(lambda h: 90 + h // 2)  # of 255: where it is cold, the picture shows
     return Image.composite(colours, picture.convert("L").convert("RGB"), density)
@@ -596,6 +601,7 @@ def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]
 
 
 def untrained_like(model: CLIP, seed: int) -> CLIP:
+    """A model of the same shape, device and dtype with weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CLIP(model.config).to(model.logit_scale).eval()

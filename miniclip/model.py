@@ -71,6 +71,7 @@ class Attention(nn.Module):
         self.z = Site()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, W) -> (B, T, W)"""
         # How many heads there are is read off the weights: a layer with heads pruned just works.
         heads = (-1, self.head_width)
         q = self.q(self.q_proj(x).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, D)
@@ -100,6 +101,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), an approximation of GELU. OpenAI's weights were trained with it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Each number alone, whatever the shape."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -120,6 +122,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, W) -> (B, T, W)"""
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -136,6 +139,7 @@ class Block(nn.Module):
         self.mlp = MLP(config.width, mlp_width, config.act)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, W) -> (B, T, W)"""
         x = self.resid_mid(x + self.attn(self.ln_1(x)))
         return x + self.mlp(self.ln_2(x))
 
@@ -146,6 +150,8 @@ class VisionTower(nn.Module):
     A ViT (Dosovitskiy et al. 2020, arXiv 2010.11929) with a LayerNorm of CLIP's own before the
     first block. The image is read at its class token; the patches' last outputs go unused.
     """
+
+    register_embed: nn.Parameter | None
 
     def __init__(self, config: VisionConfig, embed_dim: int | None) -> None:
         super().__init__()
@@ -182,6 +188,7 @@ class VisionTower(nn.Module):
         return self.ln_pre(x)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """(B, channels, height, width) -> (B, E)"""
         x = self.blocks(self.embed(pixels))  # (B, 1 + R + P, W)
         return self.proj(self.ln_post(x[:, 0]))  # (B, E)
 
@@ -205,6 +212,7 @@ class VisionTower(nn.Module):
         for weight in (self.class_embed, self.pos_embed, *self.proj.parameters()):
             nn.init.normal_(weight, std=std)
         for block in self.blocks:
+            assert isinstance(block, Block)
             attn = block.attn
             for linear in (attn.q_proj, attn.k_proj, attn.v_proj):
                 nn.init.uniform_(linear.weight, -(1.5**0.5) * std, 1.5**0.5 * std)
@@ -253,11 +261,15 @@ class TextTower(nn.Module):
         inputs_embeds: Tensor | None = None,
         eot: Tensor | None = None,
     ) -> Tensor:
-        if ids is None and (inputs_embeds is None or eot is None):
+        """(B, T) -> (B, E). For `inputs_embeds` and `eot` see `CLIP.encode_text`."""
+        if ids is not None:
+            x = self.embed(ids) if inputs_embeds is None else self.add_positions(inputs_embeds)
+            end = self.end_positions(ids) if eot is None else eot  # (B,)
+        elif inputs_embeds is not None and eot is not None:
+            x, end = self.add_positions(inputs_embeds), eot
+        else:
             raise ValueError("expected ids, or both inputs_embeds and eot in their place")
-        x = self.embed(ids) if inputs_embeds is None else self.add_positions(inputs_embeds)
         x = self.ln_final(self.blocks(x))  # (B, T, W)
-        end = self.end_positions(ids) if eot is None else eot  # (B,)
         return self.proj(x[torch.arange(x.shape[0], device=x.device), end])  # (B, E)
 
     def end_positions(self, ids: Tensor) -> Tensor:
@@ -303,6 +315,7 @@ class TextTower(nn.Module):
         for weight in self.proj.parameters():
             nn.init.normal_(weight, std=std)
         for block in self.blocks:
+            assert isinstance(block, Block)
             attn, mlp = block.attn, block.mlp
             for linear in (attn.q_proj, attn.k_proj, attn.v_proj):
                 nn.init.normal_(linear.weight, std=std)
@@ -318,6 +331,7 @@ def projection(width: int, embed_dim: int | None) -> nn.Module:
 
 
 def zero_attention_biases(attn: Attention) -> None:
+    """As OpenAI's nn.MultiheadAttention begins, and nn.Linear does not."""
     for linear in (attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj):
         nn.init.zeros_(linear.bias)
 

@@ -11,11 +11,13 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from miniclip import diagnosis
@@ -95,7 +97,7 @@ def compare(
     (True, 'tokens', 'logits')
     """
     check_device(device)
-    ours, theirs = (m if isinstance(m, tuple) else Loaded(m, None, None) for m in (model, other))
+    ours, theirs = (_as_loaded(m) for m in (model, other))
     stages = []
     if ours.tokenizer and theirs.tokenizer:
         stages.append(_compare_tokenizers(ours.tokenizer, theirs.tokenizer))
@@ -166,7 +168,7 @@ def _compare_models(
             f"the two models differ in their number of blocks: {_depths(ours)} and "
             f"{_depths(theirs)} in the vision and the text tower; expected the same"
         )
-    configs = [_config(model) for model in (ours, theirs)]
+    configs = (_config(ours), _config(theirs))
     inputs = _inputs(*configs, seed)
     plan = [(model, exact) for model in (ours, theirs) for exact in (False, True)]
     runs = [_run(model, dtype, exact, device, *inputs) for model, exact in _progress(plan)]
@@ -175,9 +177,9 @@ def _compare_models(
     for site in dict.fromkeys(site for model in (ours, theirs) for site, *_ in _sites(model)):
         found = [tensors[site] for tensors, _ in runs if site in tensors]
         if len(found) == len(runs):
-            rows.append(_difference(site, *found, dtype, device))
+            rows.append(_difference(site, found, dtype, device))
         elif errors:
-            rows.append(Difference(site, *[math.inf] * 5, within_tolerance=False))
+            rows.append(Difference._make([site, *[math.inf] * 5, False]))
     failed = next((row for row in rows if not row.within_tolerance), None)
     if failed is None:
         return rows, None
@@ -203,14 +205,9 @@ def _progress(plan: list[Any]) -> Iterator[Any]:
 
 
 def _difference(
-    site: str,
-    ours: Tensor,
-    ours_64: Tensor,
-    theirs: Tensor,
-    theirs_64: Tensor,
-    dtype: torch.dtype,
-    device: torch.device,
+    site: str, found: list[Tensor], dtype: torch.dtype, device: torch.device
 ) -> Difference:
+    ours, ours_64, theirs, theirs_64 = found
     absolute, float64 = _distance(ours, theirs), _distance(ours_64, theirs_64)
     model_error, other_error = _distance(ours, theirs_64), _distance(theirs, theirs_64)
     if dtype in TOLERANCE:
@@ -245,7 +242,7 @@ def _limit(site: str, dtype: torch.dtype, truth: Tensor, device: torch.device) -
 
 @torch.no_grad()
 def _run(
-    model: "CLIP | CLIPModel",
+    model: Any,  # CLIP | CLIPModel
     dtype: torch.dtype,
     exact: bool,
     device: torch.device,
@@ -271,7 +268,9 @@ def _run(
         for site, module, read in _sites(model):
             if site.endswith(".pattern") == patterns and isinstance(module, nn.Module):
 
-                def keep(module, args, out, site=site, read=read):
+                def keep(
+                    module: nn.Module, args: tuple, out: Any, site: str = site, read: Read = read
+                ) -> None:
                     seen.setdefault(site, read(args, out).cpu())
 
                 handles.append(module.register_forward_hook(keep))
@@ -396,14 +395,19 @@ def load_pair(
 
 def _load(name: str | os.PathLike[str], options: dict[str, Any]) -> Loaded:
     model = load_model(name, **options)
-    parts = {"tokenizer": Tokenizer, "transform": ImageTransform}
-    return Loaded(
-        model,
-        *(
-            part.from_pretrained(name, **options) if has_files(kind, name, options) else None
-            for kind, part in parts.items()
-        ),
-    )
+    kinds: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
+    parts: list[Any] = [
+        kind.from_pretrained(name, **options) if has_files(part, name, options) else None
+        for part, kind in kinds.items()
+    ]
+    return Loaded(model, *parts)
+
+
+def _as_loaded(model: "CLIP | CLIPModel | Loaded") -> Loaded:
+    if isinstance(model, Loaded):
+        return model
+    nothing: Any = None
+    return Loaded(model, nothing, nothing)
 
 
 def _load_with_transformers(
@@ -413,22 +417,25 @@ def _load_with_transformers(
     transformers = _transformers()
     directory = resolve(name, "model", **options)
     model = transformers.CLIPModel.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = transform = None
+    tokenizer: Any = None
+    transform: Any = None
     if ours.tokenizer:
         directory = resolve(name, "tokenizer", **options)
         their_tokenizer = transformers.CLIPTokenizer.from_pretrained(directory)
 
-        def tokenizer(texts, truncate):
+        def ids_of(texts: Sequence[str], truncate: bool) -> Tensor:
             rows = their_tokenizer(list(texts), padding=True, truncation=truncate)
             return torch.tensor(rows["input_ids"])
 
+        tokenizer = ids_of
     if ours.transform:
         directory = resolve(name, "transform", **options)
         processor = transformers.CLIPImageProcessorPil.from_pretrained(directory)
 
-        def transform(picture):
+        def pixels_of(picture: Image.Image) -> Tensor:
             return processor(picture, return_tensors="pt")["pixel_values"][0]
 
+        transform = pixels_of
     return Loaded(model, tokenizer, transform)
 
 
@@ -468,9 +475,9 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
     copies = {layout_name(name, TRANSFORMERS): weight.detach().clone() for name, weight in weights}
     theirs.load_state_dict(copies, strict=True, assign=True)
     for module in theirs.modules():  # a buffer that no checkpoint has, still on the meta device
-        if isinstance(getattr(module, "position_ids", None), Tensor):
-            count = module.position_ids.shape[-1]
-            module.position_ids = torch.arange(count, device=ours.logit_scale.device)[None]
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, Tensor):
+            module.position_ids = torch.arange(ids.shape[-1], device=ours.logit_scale.device)[None]
 
 
 @torch.no_grad()
@@ -520,7 +527,7 @@ def summarize(rows: list[Difference]) -> list[Difference]:
         seen = largest.get(site, row)
         numbers = map(max, seen[1:-1], row[1:-1])
         within = seen.within_tolerance and row.within_tolerance
-        largest[site] = Difference(site, *numbers, within)
+        largest[site] = Difference._make([site, *numbers, within])
     return list(largest.values())
 
 
@@ -543,7 +550,7 @@ def environment(device: str | torch.device = "cpu") -> str:
     return f"{versions}, CPU with {capability}, threads: {threads}"
 
 
-def _transformers():
+def _transformers() -> ModuleType:
     try:
         import transformers
     except ImportError:

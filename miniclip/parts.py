@@ -78,7 +78,7 @@ def _in_order(
         if name != "blocks":
             yield name, child
         else:
-            for i, block in enumerate(child[:blocks]):
+            for i, block in enumerate(list(tower.blocks)[:blocks]):
                 for part, module in block.named_children():
                     yield f"blocks.{i}.{part}", module
         yield from embeddings.items()  # they come second: after the first embedding

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -22,7 +22,7 @@ class Library(NamedTuple):
     """A CLIP that was read from a directory. Ids are padded as the library pads them."""
 
     name: str
-    model: nn.Module
+    model: Any  # a module of the library's own
     encode_image: Callable[[Tensor], Tensor]  # pixels (B, 3, S, S) -> (B, E)
     encode_text: Callable[[Tensor], Tensor]  # ids (B, T) -> (B, E)
     tokenize: Callable[[list[str]], Tensor]  # texts -> ids (B, T)
@@ -45,8 +45,9 @@ def libraries(directory: Path, device: str, dtype: torch.dtype) -> list[Library]
 
 
 def use_miniclip(directory: Path, device: str, dtype: torch.dtype) -> Library:
-    model, *functions = load(directory, device=device, dtype=dtype)
-    return Library("miniclip", model, model.encode_image, model.encode_text, *functions)
+    """miniclip's, by `load`."""
+    model, tokenizer, transform = load(directory, device=device, dtype=dtype)
+    return Library("miniclip", model, model.encode_image, model.encode_text, tokenizer, transform)
 
 
 def import_transformers() -> ModuleType:
@@ -59,6 +60,7 @@ def import_transformers() -> ModuleType:
 
 
 def use_transformers(directory: Path, device: str, dtype: torch.dtype) -> Library:
+    """transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessorPil."""
     transformers = import_transformers()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -80,6 +82,7 @@ def use_transformers(directory: Path, device: str, dtype: torch.dtype) -> Librar
 
 
 def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
+    """open_clip's. Raises ImportError where it is not installed."""
     import open_clip
 
     ours = load_model(directory)
@@ -93,6 +96,7 @@ def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
 
 
 def use_openai(directory: Path, device: str, dtype: torch.dtype) -> Library:
+    """openai/CLIP's. Raises ImportError where it is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it imports pkg_resources, which warns that it will go
         from clip import clip, model, simple_tokenizer
@@ -113,11 +117,12 @@ def use_openai(directory: Path, device: str, dtype: torch.dtype) -> Library:
 
 def in_openai_style(
     name: str,
-    model: nn.Module,
+    model: Any,
     tokenize: Callable[[list[str]], Tensor],
     preprocess: Callable[[Image.Image], Tensor],
     dtype: torch.dtype,
 ) -> Library:
+    """A model whose methods and preprocessing are named and called as openai/CLIP's."""
     return Library(
         name,
         model.eval(),

@@ -88,6 +88,7 @@ def picture_suffixes() -> frozenset[str]:
 
 
 def is_picture(name: str) -> bool:
+    """Whether the name ends as one of `picture_suffixes`, in any case."""
     return os.path.splitext(name)[1].lower() in picture_suffixes()
 
 
@@ -95,7 +96,7 @@ def find_pictures(paths: Iterable[str | PathLike[str]]) -> tuple[list[Source], l
     """The pictures that files, folders, patterns and tars stand for, and what is wrong with tars.
 
     A folder stands for the pictures and the tars in it and deeper, by their endings; a tar, such as
-    WebDataset's shards, for the pictures in it; a pattern such as "2024/**/*.jpg" for the files it
+    WebDataset's shards, for the pictures in it; a pattern such as `2024/**/*.jpg` for the files it
     fits. A file that is named is a picture, whatever its ending. Each is listed once, in the order
     of the arguments, and sorted within. Raises ValueError where there is nothing.
     """
@@ -239,6 +240,7 @@ class Strings(Sequence[str]):
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "Strings":
+        """Put strings end to end."""
         # File names need not be Unicode: what is not is kept by surrogates, as Python does it.
         encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         text = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
@@ -469,6 +471,7 @@ def build_index(
 
 
 def check_counts(batch: int, workers: int | None) -> None:
+    """Raises ValueError for a batch or a number of workers below 1."""
     if batch < 1 or (workers is not None and workers < 1):
         raise ValueError(f"batch is {batch}, workers {workers}; expected at least 1 of each")
 

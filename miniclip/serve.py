@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from miniclip import lens
 from miniclip.checkpoint import Loaded
-from miniclip.config import ImageError
+from miniclip.config import ImageError, per_layer
 from miniclip.demo import LABELS, PHOTOGRAPHS, photographs
 from miniclip.transform import to_rgb
 from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier, find_templates
@@ -147,8 +147,8 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
 
 
 def describe(loaded: Loaded) -> dict[str, Any]:
-    blocks = loaded.model.vision.blocks
-    heads = [block.attn.q_proj.weight.shape[0] // block.attn.head_width for block in blocks]
+    """What the page has to know of a model: pixels along a side, heads of each layer."""
+    heads = per_layer(loaded.model.config.vision, "heads")
     return {"size": loaded.transform.crop_size, "heads": heads}
 
 
@@ -172,6 +172,7 @@ def examples() -> list[dict[str, Any]]:
 
 
 async def read_question(request: Request) -> dict[str, Any]:
+    """The JSON that the page has sent. Raises ValueError for what is too large."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

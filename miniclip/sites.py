@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,8 @@ def find(model: nn.Module, glob: str) -> list[tuple[str, nn.Module]]:
 
 
 def matches(name: str, glob: str) -> bool:
-    """
+    """Whether a glob matches a name, in which a * stands for one part between two dots.
+
     >>> matches("vision.blocks.3.attn", "vision.blocks.*.attn")
     True
     >>> matches("vision.blocks.3.attn", "vision.blocks.*")
@@ -120,7 +122,7 @@ def _call(edit: Edit, name: str, module: nn.Module, args: tuple, tensor: Tensor)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: its output is no tensor, but a {type(tensor).__name__}")
     # In inference mode tensors do not count their changes.
-    before = tensor.clone() if tensor.is_inference() else tensor._version
+    before: Any = tensor.clone() if tensor.is_inference() else tensor._version
     edited = edit(tensor, name)
     if tensor.is_inference():
         changed = not torch.allclose(tensor, before, rtol=0, atol=0, equal_nan=True)

@@ -269,9 +269,9 @@ def merge(symbols: list[str], ranks: dict[Pair, int]) -> list[str]:
             before[after[i]] = i
         for left, right in ((before[i], i), (i, after[i])):
             if left >= 0 and right < end:
-                rank = ranks.get((symbols[left], symbols[right]))
-                if rank is not None:
-                    heapq.heappush(heap, (rank, left))
+                new = ranks.get((symbols[left], symbols[right]))
+                if new is not None:
+                    heapq.heappush(heap, (new, left))
     return [symbol for symbol in symbols if symbol]
 
 
@@ -682,6 +682,7 @@ def learn_merges(counts: Mapping[str, int], limit: int) -> list[Pair]:
 
 
 def check_reference(reference: str) -> None:
+    """Raises ValueError for a reference that there is not."""
     if reference not in REFERENCES:
         raise ValueError(
             f"reference is {reference!r}; expected {' or '.join(map(repr, REFERENCES))}"
@@ -770,7 +771,7 @@ def read_special_tokens(
             f"{directory}: the special tokens in tokenizer_config.json, special_tokens_map.json, "
             f"added_tokens.json or tokenizer.json are not as transformers writes them: {error!r}"
         ) from None
-    length = config.get("model_max_length")
+    length: Any = config.get("model_max_length")
     sane = type(length) is int and 2 <= length <= 100_000  # "none" is written as 1e30
     return special, added | listed, length if sane else 77
 

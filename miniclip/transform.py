@@ -19,6 +19,7 @@ import math
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from os import PathLike
@@ -150,7 +151,7 @@ class ImageTransform:
         if self.reference not in REFERENCES:
             raise ValueError(f"reference is {self.reference!r}; expected one of {REFERENCES}")
 
-    def __call__(self, pictures: Picture | list[Picture] | tuple[Picture, ...]) -> Tensor:
+    def __call__(self, pictures: Picture | Sequence[Picture]) -> Tensor:
         """One picture to (3, S, S), a list of B pictures to (B, 3, S, S); float32.
 
         A picture is a path, opened by `open_image`; a PIL image, whose EXIF is left alone, as in
@@ -158,7 +159,7 @@ class ImageTransform:
         among as many threads as torch uses (Pillow works outside Python's lock); an empty list is
         an empty batch. Raises ImageError, for a list with the index of the first that failed.
         """
-        if not isinstance(pictures, list | tuple):
+        if isinstance(pictures, str) or not isinstance(pictures, Sequence):
             with _no_warnings:
                 return torch.from_numpy(self._pixels(pictures))
 

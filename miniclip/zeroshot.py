@@ -231,10 +231,12 @@ class Evaluation(NamedTuple):
 
     @property
     def top1(self) -> float:
+        """The share of images whose first label is the true one."""
         return self.confusion.diagonal().sum().item() / self.confusion.sum().item()
 
     @property
     def top5(self) -> float:
+        """The share of images with the true label among the first five."""
         return self.in_top5.sum().item() / self.confusion.sum().item()
 
     @property
@@ -245,7 +247,7 @@ class Evaluation(NamedTuple):
     def mistakes(self) -> list[tuple[int, int, int]]:
         """(true class, predicted class, images) for every confusion, the most frequent first."""
         wrong = self.confusion - self.confusion.diagonal().diag()
-        counts = [(i, j, wrong[i, j].item()) for i, j in wrong.nonzero().tolist()]
+        counts = [(i, j, int(wrong[i, j])) for i, j in wrong.nonzero().tolist()]
         return sorted(counts, key=lambda mistake: -mistake[2])
 
 

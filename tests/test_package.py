@@ -24,6 +24,9 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
     subprocess.run(install, check=True, capture_output=True)
     (packages,) = (tmp_path / "env" / "lib").glob("*/site-packages")
+    assert (
+        packages / "miniclip" / "py.typed"
+    ).is_file()  # or nobody's type checker reads our types
     dependencies = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "dependencies.pth").write_text("\n".join(dependencies))
     script = (

@@ -22,3 +22,27 @@ from miniclip.surgery.interventions import ablate_heads, patch_dropout, patch_fr
 from miniclip.surgery.lora import add_lora, merge_lora, unmerge_lora
 from miniclip.surgery.structure import keep_layers, prune_heads, prune_neurons
 from miniclip.surgery.weights import TaskVector, average, freeze, interpolate, layer_groups
+
+__all__ = [
+    "dense_features",
+    "add_registers",
+    "add_tokens",
+    "extend_context",
+    "resize_image",
+    "resize_patch",
+    "ablate_heads",
+    "patch_dropout",
+    "patch_from",
+    "splice",
+    "add_lora",
+    "merge_lora",
+    "unmerge_lora",
+    "keep_layers",
+    "prune_heads",
+    "prune_neurons",
+    "TaskVector",
+    "average",
+    "freeze",
+    "interpolate",
+    "layer_groups",
+]

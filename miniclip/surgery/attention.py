@@ -6,7 +6,7 @@ similarity takes the place of queries and keys, and in what else of the block is
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Te
     depth = min(depth, len(tower.blocks))
     x = tower.blocks[:-depth](tower.embed(pixels))  # (B, 1 + R + P, W), the model's own stream
     dense = x if residual else torch.zeros_like(x)
-    for block in tower.blocks[-depth:]:
+    block: Any  # a Block, or what someone has put in its place
+    for block in list(tower.blocks)[-depth:]:
         dense = dense + _attend(block.attn, block.ln_1(x), pattern, tower.config.grid)
         if mlp:
             dense = dense + block.mlp(block.ln_2(dense))

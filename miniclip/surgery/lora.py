@@ -7,6 +7,7 @@ the same modules: `get_peft_model(model, LoraConfig(target_modules=["q_proj", "v
 """
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -31,6 +32,7 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as nn.Linear does, and the paper's own code
 
     def forward(self, weight: Tensor) -> Tensor:
+        """(out, in) -> (out, in)"""
         return weight + self.scale * (self.B @ self.A)
 
 
@@ -101,7 +103,7 @@ def unmerge_lora(model: CLIP) -> CLIP:
     return new
 
 
-def _is_adapted(module: nn.Module) -> bool:
+def _is_adapted(module: Any) -> bool:
     return parametrize.is_parametrized(module, "weight") and isinstance(
         module.parametrizations.weight[0], LowRank
     )
@@ -109,7 +111,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 def _children(
     model: nn.Module, wanted: Callable[[nn.Module], bool]
-) -> list[tuple[nn.Module, str, nn.Module]]:
+) -> list[tuple[nn.Module, str, Any]]:
     """Every (parent, name, module) whose module is wanted; ValueError if there is none."""
     found = [
         (parent, name, module)

@@ -7,6 +7,7 @@ Everything is added up in float64 and rounded once, to the precision of the firs
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,10 @@ def copied(model: CLIP) -> CLIP:
     return without_hooks(deepcopy(model))
 
 
-def without_hooks(module: nn.Module) -> nn.Module:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def without_hooks(module: Module) -> Module:
     """The module, of whose parts none has a forward hook any more; they are cleared in place."""
     for part in module.modules():
         part._forward_hooks.clear()

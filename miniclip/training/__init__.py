@@ -12,3 +12,22 @@ from miniclip.training.loop import (
     train,
 )
 from miniclip.training.loss import average_gradients, clamp_logit_scale, contrastive_loss, gather
+
+__all__ = [
+    "Batch",
+    "Pair",
+    "Source",
+    "batches",
+    "open_data",
+    "Recipe",
+    "Setup",
+    "from_scratch",
+    "process_group",
+    "read_recipe",
+    "set_up",
+    "train",
+    "average_gradients",
+    "clamp_logit_scale",
+    "contrastive_loss",
+    "gather",
+]

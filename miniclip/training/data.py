@@ -9,7 +9,7 @@ import json
 import os
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -84,8 +84,15 @@ class Source(Protocol):
     skipped: list[str]  # why each unreadable picture was left out
 
     def __len__(self) -> int: ...
-    def items(self, seed: int) -> Iterator[Any]: ...
-    def captions(self) -> Iterable[str]: ...
+
+    def items(self, seed: int) -> Iterator[Any]:
+        """Each item once, in an order that the seed decides."""
+        ...
+
+    def captions(self) -> Iterable[str]:
+        """Captions with every word of the data, for a tokenizer to learn from."""
+        ...
+
     def __getitem__(self, item_and_draw: tuple[Any, int]) -> Pair | None: ...
 
 
@@ -118,6 +125,7 @@ class Pictures:
         return len(self.entries)
 
     def items(self, seed: int) -> Iterator[int]:
+        """The numbers of all files, in an order that the seed decides."""
         return shuffled(len(self), seed)
 
     def captions(self) -> Iterator[str]:
@@ -154,6 +162,7 @@ def _to_bytes(transform: ImageTransform) -> Any:
 
 
 def note_once(notes: list[str], note: str) -> None:
+    """Append a note that is not among the notes already."""
     if note not in notes:
         notes.append(note)
 
@@ -239,12 +248,14 @@ class Shards:
         return self._count
 
     def items(self, seed: int) -> Iterator[dict[str, Any]]:
+        """All samples, their shards in an order and neighbours mixed as the seed decides."""
         from webdataset.filters import shuffle
 
         order = [self.paths[i] for i in shuffled(len(self.paths), seed)]
         yield from shuffle(self.BUFFER, rng=random.Random(seed))(self._samples(order))
 
     def captions(self) -> Iterator[str]:
+        """The caption of every sample."""
         return map(_caption, self._samples(self.paths))
 
     def _samples(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -314,7 +325,7 @@ def open_data(name: str | os.PathLike[str], transform: ImageTransform) -> Source
 
 def batches(
     data: Source, batch: int, seed: int, first: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This process's share of every batch from step `first` on, without end.
 
     A batch has `batch` pairs over all processes; an epoch's last, incomplete batch is left out.

@@ -194,7 +194,7 @@ def set_up(
         like = "shapes"  # the default shape is for smaller pictures
     directory = resolve(like, "config") if like else None
     recipe = Recipe()
-    if directory:  # `like` may be a recipe itself, under any name
+    if like and directory:  # `like` may be a recipe itself, under any name
         recipe = read_recipe(Path(like) if like.endswith(".json") else directory / "recipe.json")
     recipe = replace(recipe, **overrides or {})
     if model:
@@ -205,7 +205,7 @@ def set_up(
         shape = CLIPConfig.from_dict(read_json(Path(config)))
     elif directory:
         shape = read_config(directory)
-    transform = ImageTransform(shape.vision.image_size)
+    transform = ImageTransform(shape.vision.side)
     if directory and not config and (directory / "preprocessor_config.json").is_file():
         transform = ImageTransform.from_pretrained(directory)
     source = open_data(data, transform)
@@ -409,6 +409,7 @@ class Run:
 
     @property
     def is_time_to_save(self) -> bool:
+        """Whether the last save was SAVE_EVERY seconds ago."""
         return time.monotonic() - self.saved_at > SAVE_EVERY
 
     def note(self, loss: float, epoch_ended: bool) -> None:

@@ -123,7 +123,9 @@ def backward(
     ]
     value = loss(*leaves)
     value.backward()
-    gradients = [part for leaf in leaves for part in leaf.grad.split(chunk)]
+    gradients = [
+        part for leaf in leaves if leaf.grad is not None for part in leaf.grad.split(chunk)
+    ]
     for (encode, part), seed, gradient in zip(parts, seeds, gradients, strict=True):
         torch.manual_seed(seed)
         encode(part).backward(gradient)

@@ -23,7 +23,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are there
+        """Update every parameter, all matrices, from its gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]

@@ -67,6 +67,8 @@ enough to make it true. Two objects are always so far apart along one axis at le
 
 
 class Object(NamedTuple):
+    """A shape in a colour, of a size, turned, and where it stands."""
+
     colour: str
     shape: str
     size: str  # a key of RADII
@@ -79,13 +81,15 @@ class Background(NamedTuple):
     """Two colours and how they are mixed."""
 
     kind: str
-    first: tuple[int, int, int]
-    second: tuple[int, int, int]
+    first: tuple[int, ...]  # red, green, blue
+    second: tuple[int, ...]
     angle: float  # of a gradient and of stripes, in radians
     grain: bytes  # of noise: 8 x 8 values
 
 
 class Scene(NamedTuple):
+    """What is in a picture: one object or several, none touching another."""
+
     objects: tuple[Object, ...]
     background: Background
 
@@ -118,8 +122,7 @@ def place(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
     """Centres (x, y) for circles that neither touch nor leave the picture; None if luck fails."""
     places: list[tuple[int, int]] = []
     for radius in radii:
-        inside = range(0, IMAGE_SIZE, GRID)
-        inside = [at for at in inside if radius < at < IMAGE_SIZE - radius]
+        inside = [at for at in range(0, IMAGE_SIZE, GRID) if radius < at < IMAGE_SIZE - radius]
         for _ in range(20):
             x, y = random.choice(inside), random.choice(inside)
             if all(math.dist((x, y), p) > radius + r + 1 for p, r in zip(places, radii)):
@@ -280,6 +283,7 @@ def say(claim: Claim) -> str:
 
 
 def say_phrase(phrase: Phrase) -> str:
+    """The words for one object: "a large green star", "something red"."""
     words = " ".join(word for word in phrase if word)
     if not phrase.shape:
         return f"something {words}"
@@ -296,6 +300,7 @@ def holds(claim: Claim, scene: Scene) -> bool:
 
 
 def fits(phrase: Phrase, object: Object) -> bool:
+    """Whether all that the phrase says of an object is true of it."""
     return all(
         said in ("", true)
         for said, true in zip(phrase, (object.size, object.colour, object.shape), strict=True)
@@ -353,7 +358,10 @@ def vague(scene: Scene) -> list[Claim]:
     ]
 
 
-def kinds(scene: Scene) -> tuple[Callable[[Scene], list[Claim]], ...]:
+Kind = Callable[[Scene], list[Claim]]
+
+
+def kinds(scene: Scene) -> tuple[Kind, ...]:
     """What may be said of a scene, each true, in words that name colour and shape.
 
     Relations come twice, because they are the hardest to learn.
@@ -363,6 +371,7 @@ def kinds(scene: Scene) -> tuple[Callable[[Scene], list[Claim]], ...]:
 
 
 def clear_relations(scene: Scene) -> list[tuple[Object, Object, str]]:
+    """Every (a, b, relation) of two objects that is as clear as CLEAR asks."""
     return [
         (a, b, relation)
         for a, b in permutations(scene.objects, 2)
@@ -378,10 +387,12 @@ def named(object: Object) -> list[Phrase]:
 
 
 def coloured(object: Object) -> Phrase:
+    """By colour alone."""
     return Phrase("", object.colour, "")
 
 
 def shaped(object: Object) -> Phrase:
+    """By shape alone."""
     return Phrase("", "", object.shape)
 
 
@@ -441,6 +452,8 @@ def replacements(claim: Claim) -> dict[str, list[Claim]]:
 
 
 class Caption(NamedTuple):
+    """A true caption and the false ones that it is told from."""
+
     text: str  # true
     negatives: list[str]  # false, each in one thing
 
@@ -464,7 +477,7 @@ def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, s
     each word is learnt by itself. The others name what they speak of, because that teaches more:
     "something red" is true of every third picture of a batch.
     """
-    places = located if located(scene) else singles
+    places: Kind = located if located(scene) else singles
     if lesson < 2:
         kind = places
     elif lesson == 2:
@@ -512,6 +525,7 @@ class Shapes:
         return min(index // self.lesson_length, 3) if self.lesson_length else 3
 
     def scene(self, index: int) -> Scene:
+        """The scene of this index, of as many objects as its lesson allows."""
         lesson = self.lesson(index)
         return scene(index, seed=self.seed, count=self.OBJECTS[lesson] if lesson < 3 else None)
 
