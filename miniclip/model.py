@@ -16,7 +16,7 @@ published models have none.
 
 from collections.abc import Callable
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -262,14 +262,12 @@ class TextTower(nn.Module):
         eot: Tensor | None = None,
     ) -> Tensor:
         """(B, T) -> (B, E). For `inputs_embeds` and `eot` see `CLIP.encode_text`."""
-        if ids is not None:
-            x = self.embed(ids) if inputs_embeds is None else self.add_positions(inputs_embeds)
-            end = self.end_positions(ids) if eot is None else eot  # (B,)
-        elif inputs_embeds is not None and eot is not None:
-            x, end = self.add_positions(inputs_embeds), eot
-        else:
+        if ids is None and (inputs_embeds is None or eot is None):
             raise ValueError("expected ids, or both inputs_embeds and eot in their place")
+        ids = cast(Tensor, ids)  # wherever it is read below
+        x = self.embed(ids) if inputs_embeds is None else self.add_positions(inputs_embeds)
         x = self.ln_final(self.blocks(x))  # (B, T, W)
+        end = self.end_positions(ids) if eot is None else eot  # (B,)
         return self.proj(x[torch.arange(x.shape[0], device=x.device), end])  # (B, E)
 
     def end_positions(self, ids: Tensor) -> Tensor:
