@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,18 +124,24 @@ def test_official_file_gives_the_logits_of_transformers(official):
     assert_same_logits(model, peer, pixels, ids)
 
 
-def test_loading_takes_the_memory_of_the_file(official):
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_loading_takes_the_memory_of_the_file_in_the_dtype_asked_for(official, dtype):
+    # Not by getrusage, whose peak a process inherits from the one that started it.
     script = f"""
-import resource, torch
+import torch
 from miniclip.checkpoint import load_model
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 before = peak()
-model = load_model({str(official)!r})
-total = sum(p.double().sum() if p.numel() < 10**6 else p.sum() for p in model.parameters())
+model = load_model({str(official)!r}, dtype=torch.{dtype})
+total = sum(parameter.sum() for parameter in model.parameters())
 print(peak() - before)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(out.stdout) < 1.15 * 605_157_884
+    size = 605_157_884 if dtype == "float32" else 605_157_884 / 2
+    assert 0.9 * size < int(out.stdout) < 1.15 * size
 
 
 # -------------------------------------------------------------------------------------- round trips

@@ -159,9 +159,7 @@ def test_what_was_found_before_the_damage_can_be_opened_again(tmp_path):
     (tmp_path / "x.tar").write_bytes(whole[: 2 * (512 + 6656) + 600])
     pictures, _ = find_pictures([tmp_path / "x.tar"])
     assert np.array_equal(np.asarray(open_picture(str(pictures[0]))), np.asarray(blots(0)))
-    with pytest.raises(
-        ImageError, match="3.bmp: cannot be read: .*as a tar to its end"
-    ):
+    with pytest.raises(ImageError, match="3.bmp: cannot be read: .*as a tar to its end"):
         open_picture(f"{tmp_path}/x.tar/3.bmp")
 
 
