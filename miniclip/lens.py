@@ -72,8 +72,8 @@ def on_grid(model: CLIP | VisionTower, pixels: Tensor, tokens: Tensor) -> Tensor
 def attention_maps(model: CLIP | Tower, x: Tensor) -> list[Tensor]:
     """The attention pattern of every block, (B, H, T, T): head, looking token, token looked at.
 
-    >>> import miniclip
-    >>> maps = attention_maps(miniclip.load("shapes").model, torch.zeros(1, 3, 64, 64))
+    >>> from miniclip import CLIP
+    >>> maps = attention_maps(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64))
     >>> len(maps), maps[0].shape
     (4, torch.Size([1, 3, 65, 65]))
     """
@@ -90,8 +90,8 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
     (B, T), rows sum to 1. Abnar and Zuidema 2020, arXiv 2005.00928: the mean over the heads, half
     of it replaced by the identity for the residual connection, multiplied through the blocks.
 
-    >>> import miniclip
-    >>> rollout(miniclip.load("shapes").model, torch.zeros(1, 3, 64, 64)).shape
+    >>> from miniclip import CLIP
+    >>> rollout(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 65])
     """
     maps = attention_maps(model, x)
@@ -187,8 +187,8 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
 
     Raises ValueError where the sum is not the embedding, as when a hook edits the stream.
 
-    >>> import miniclip
-    >>> model, pixels = miniclip.load("shapes").model, torch.ones(2, 3, 64, 64)
+    >>> from miniclip import CLIP
+    >>> model, pixels = CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)
     >>> parts = decompose(model, pixels, by="head")
     >>> total = sum(part.reshape(2, -1, 128).sum(1) for part in parts.values())
     >>> torch.allclose(total, model.encode_image(pixels), atol=1e-5)
@@ -278,8 +278,8 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
     stream where it is read, as if the tower ended there; with "final" that at the end, which makes
     the difference of two entries what the blocks between them added (`decompose`).
 
-    >>> import miniclip
-    >>> logit_lens(miniclip.load("shapes").model, torch.ones(2, 3, 64, 64)).shape
+    >>> from miniclip import CLIP
+    >>> logit_lens(CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)).shape
     torch.Size([2, 5, 128])
     """
     if ln not in ("recompute", "final"):
@@ -313,8 +313,8 @@ def forward_intermediates(
     tokens, normalised, and the list), or the list alone. `stop_early` computes no block that is not
     needed. Gradients flow.
 
-    >>> import miniclip
-    >>> vision, pixels = miniclip.load("shapes").model.vision, torch.zeros(1, 3, 64, 64)
+    >>> from miniclip import CLIP
+    >>> vision, pixels = CLIP.from_pretrained("shapes").vision, torch.zeros(1, 3, 64, 64)
     >>> final, maps = forward_intermediates(vision, pixels, indices=[1, -1])
     >>> final.shape, [m.shape for m in maps] == [(1, 96, 8, 8)] * 2
     (torch.Size([1, 65, 96]), True)
@@ -378,8 +378,8 @@ def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
 
     (B, rows, columns). Raises ValueError where there is no such block or head.
 
-    >>> import miniclip
-    >>> head_map(miniclip.load("shapes").model, torch.zeros(1, 3, 64, 64), layer=3, head=0).shape
+    >>> from miniclip import CLIP
+    >>> head_map(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64), layer=3, head=0).shape
     torch.Size([1, 8, 8])
     """
     maps = attention_maps(model, pixels)

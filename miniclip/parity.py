@@ -117,8 +117,8 @@ def assert_parity(
 
     Arguments as for `compare`.
 
-    >>> from miniclip import load
-    >>> assert_parity(load("shapes").model, load("shapes").model)
+    >>> from miniclip import CLIP
+    >>> assert_parity(CLIP.from_pretrained("shapes"), CLIP.from_pretrained("shapes"))
     """
     report = compare(model, other, **options)
     if report.first is not None:

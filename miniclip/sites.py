@@ -35,8 +35,9 @@ def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     the outer of two blocks comes first. A tensor that is edited in place is an error, because
     others may hold it: return a changed copy. Raises ValueError for a pattern without a match.
 
-    >>> import miniclip, torch
-    >>> model, pixels = miniclip.load("shapes").model, torch.zeros(1, 3, 64, 64)
+    >>> from miniclip import CLIP
+    >>> import torch
+    >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
     >>> with hooks(model, {"vision.blocks.*.mlp": lambda out, name: 0 * out}):
     ...     without_mlps = model.encode_image(pixels)
     >>> torch.equal(without_mlps, model.encode_image(pixels))
@@ -64,8 +65,9 @@ def cache(
     copy is what the model goes on with: torch.autograd.grad(score, acts[name]) is its gradient.
     Raises ValueError for a pattern without a match, and for `grad` where gradients are off.
 
-    >>> import miniclip, torch
-    >>> model = miniclip.load("shapes").model
+    >>> from miniclip import CLIP
+    >>> import torch
+    >>> model = CLIP.from_pretrained("shapes")
     >>> with cache(model, "vision.blocks.*.attn.pattern") as acts:
     ...     _ = model.encode_image(torch.zeros(2, 3, 64, 64))
     >>> acts["vision.blocks.0.attn.pattern"].sum(-1).allclose(torch.ones(()))

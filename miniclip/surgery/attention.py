@@ -22,8 +22,8 @@ def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Te
     2304.05653), "clearclip" (Lan et al. 2024, arXiv 2407.12442) or "naclip" (Hajimiri et al.
     2024, arXiv 2404.08181). Not normalised; the model is only read. See PRESETS.
 
-    >>> from miniclip import load
-    >>> model, pixels = load("shapes").model, torch.zeros(1, 3, 64, 64)
+    >>> from miniclip import CLIP
+    >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
     >>> dense_features(model, pixels, "sclip").shape[:2]
     torch.Size([1, 64])
     """

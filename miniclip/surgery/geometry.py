@@ -45,8 +45,8 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     can express square images only; for those, of side S, the checkpoint's transform becomes
     `dataclasses.replace(transform, size=S, crop_size=S)`. ValueError for a size below one patch.
 
-    >>> from miniclip import load
-    >>> wide = resize_image(load("shapes").model, (64, 96))
+    >>> from miniclip import CLIP
+    >>> wide = resize_image(CLIP.from_pretrained("shapes"), (64, 96))
     >>> wide.encode_image(torch.zeros(1, 3, 64, 96)).shape[0]
     1
     """
@@ -71,8 +71,8 @@ def resize_patch(model: CLIP, size: int) -> CLIP:
     model sees in a resized patch exactly what this one sees in the patch. FlexiViT's PI-resize,
     Beyer et al. 2022, arXiv 2212.08013. `resize_image` then gives the old image size back.
 
-    >>> from miniclip import load
-    >>> model = resize_patch(load("shapes").model, 16)  # from 8
+    >>> from miniclip import CLIP
+    >>> model = resize_patch(CLIP.from_pretrained("shapes"), 16)  # from 8
     >>> model.config.vision.image_size, model.config.vision.patches
     (128, 64)
     """
@@ -105,8 +105,8 @@ def extend_context(
     The Tokenizer has a `context_length` of its own, to be set as well.
     Raises ValueError for a context that is shorter, or of which there is too little to stretch.
 
-    >>> from miniclip import load
-    >>> extend_context(load("shapes").model, 248, keep=10).config.text.context_length
+    >>> from miniclip import CLIP
+    >>> extend_context(CLIP.from_pretrained("shapes"), 248, keep=10).config.text.context_length
     248
     """
     if method not in ("longclip", "linear"):
@@ -140,8 +140,8 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     A model with the legacy end token 2 reads a text at its largest id, which is the last of the
     old vocabulary; the config then names that one, as a new id would be larger.
 
-    >>> from miniclip import load
-    >>> model = load("shapes").model
+    >>> from miniclip import CLIP
+    >>> model = CLIP.from_pretrained("shapes")
     >>> add_tokens(model, 2).config.text.vocab_size - model.config.text.vocab_size
     2
     """
@@ -162,8 +162,8 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     for what attention otherwise writes over patches. Darcet et al. 2023, arXiv 2309.16588.
     transformers cannot express the result.
 
-    >>> from miniclip import load
-    >>> add_registers(load("shapes").model, 4).config.vision.registers
+    >>> from miniclip import CLIP
+    >>> add_registers(CLIP.from_pretrained("shapes"), 4).config.vision.registers
     4
     """
     new = copied(model)

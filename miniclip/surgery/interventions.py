@@ -27,8 +27,8 @@ def ablate_heads(
     input alike (Nanda et al.; Gandelsman et al. 2023, arXiv 2310.05916). ValueError for a layer
     or head that is not there.
 
-    >>> from miniclip import load
-    >>> model, pixels = load("shapes").model, torch.zeros(1, 3, 64, 64)
+    >>> from miniclip import CLIP
+    >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
     >>> with ablate_heads(model, "vision", {2: [0, 1], 3: [2]}):
     ...     without = model.encode_image(pixels)
     """
@@ -64,7 +64,7 @@ def patch_from(
 
     >>> from miniclip import load
     >>> from miniclip.sites import cache
-    >>> model, (one, other) = load("shapes").model, torch.rand(2, 1, 3, 64, 64)
+    >>> model, (one, other) = CLIP.from_pretrained("shapes"), torch.rand(2, 1, 3, 64, 64)
     >>> with cache(model, "vision.blocks.1") as acts: expected = model.encode_image(one)
     >>> with hooks(model, patch_from(acts)): found = model.encode_image(other)
     >>> torch.equal(found, expected)
@@ -102,8 +102,8 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     model's own, while gradients pass through the autoencoder's features, and what `hooks` on the
     autoencoder change is all that changes. The module must return the shape it is given.
 
-    >>> from miniclip import load
-    >>> model, pixels = load("shapes").model, torch.zeros(1, 3, 64, 64)
+    >>> from miniclip import CLIP
+    >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
     >>> with splice(model, "vision.blocks.2", nn.Identity()): spliced = model.encode_image(pixels)
     >>> torch.equal(spliced, model.encode_image(pixels))
     True
@@ -134,7 +134,7 @@ def patch_dropout(model: CLIP, share: float) -> Iterator[None]:
 
     >>> from miniclip import load
     >>> from miniclip.sites import cache
-    >>> model, pixels = load("shapes").model.train(), torch.zeros(1, 3, 64, 64)
+    >>> model, pixels = CLIP.from_pretrained("shapes").train(), torch.zeros(1, 3, 64, 64)
     >>> with patch_dropout(model, 0.75), cache(model, "vision.blocks.0") as acts:
     ...     _ = model.encode_image(pixels)
     >>> acts["vision.blocks.0"].shape[1]  # the class token and 16 of 64 patches

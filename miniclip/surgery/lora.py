@@ -48,8 +48,8 @@ def add_lora(
     `alpha` is `rank` unless given, a scale of 1. `merge_lora` first to save it or to prune it.
     Raises ValueError for a glob without a match, and for a module that is no plain Linear.
 
-    >>> from miniclip import load
-    >>> model = add_lora(load("shapes").model, ["text.blocks.*.attn.q_proj"], rank=2)
+    >>> from miniclip import CLIP
+    >>> model = add_lora(CLIP.from_pretrained("shapes"), ["text.blocks.*.attn.q_proj"], rank=2)
     >>> [n for n, p in model.named_parameters() if p.requires_grad][0]
     'text.blocks.0.attn.q_proj.parametrizations.weight.0.A'
     """
@@ -70,8 +70,8 @@ def merge_lora(model: CLIP) -> CLIP:
     It is saved, exported and cut like any other, and remembers what it was made of until then:
     see `unmerge_lora`. Raises ValueError for a model without LoRA.
 
-    >>> from miniclip import load
-    >>> model = load("shapes").model
+    >>> from miniclip import CLIP
+    >>> model = CLIP.from_pretrained("shapes")
     >>> merge_lora(add_lora(model)).state_dict().keys() == model.state_dict().keys()
     True
     """
@@ -92,8 +92,8 @@ def unmerge_lora(model: CLIP) -> CLIP:
     Subtracting what was added would leave the rounding of both. What was done to the merged
     weights since is lost. Raises ValueError for a model that `merge_lora` has not made.
 
-    >>> from miniclip import load
-    >>> model = add_lora(load("shapes").model)
+    >>> from miniclip import CLIP
+    >>> model = add_lora(CLIP.from_pretrained("shapes"))
     >>> unmerge_lora(merge_lora(model)).state_dict().keys() == model.state_dict().keys()
     True
     """

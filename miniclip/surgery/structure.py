@@ -25,8 +25,8 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
     stays. Heads are numbered as they are now. Michel et al. 2019, arXiv 1905.10650. transformers
     cannot express the result. Raises ValueError for a layer or head that is not there.
 
-    >>> from miniclip import load
-    >>> model = load("shapes").model
+    >>> from miniclip import CLIP
+    >>> model = CLIP.from_pretrained("shapes")
     >>> prune_heads(model, "vision", {0: [1], 2: [0, 2]}).config.vision.heads
     (2, 3, 1, 3)
     """
@@ -50,8 +50,8 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
     As if their activations were zero; the bias of fc2 stays. transformers can express the result
     if the same number goes from every layer. ValueError for a layer or neuron that is not there.
 
-    >>> from miniclip import load
-    >>> model = load("shapes").model
+    >>> from miniclip import CLIP
+    >>> model = CLIP.from_pretrained("shapes")
     >>> thin = {layer: range(100) for layer in range(4)}
     >>> prune_neurons(model, "vision", thin).config.vision.mlp_width, model.config.vision.mlp_width
     (284, 384)
@@ -73,8 +73,8 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
     Transformers so cut, as Sajjad et al. 2020, arXiv 2004.03844, read the remaining residual
     stream through the same last LayerNorm. ValueError for a layer that is not there, or for none.
 
-    >>> from miniclip import load
-    >>> keep_layers(load("shapes").model, "vision", range(3)).config.vision.layers
+    >>> from miniclip import CLIP
+    >>> keep_layers(CLIP.from_pretrained("shapes"), "vision", range(3)).config.vision.layers
     3
     """
     if not layers:

@@ -21,8 +21,8 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
     WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903) goes from the zero-shot to the fine-tuned
     model; an alpha outside of 0 to 1 extrapolates. Raises ValueError for models of two shapes.
 
-    >>> from miniclip import load
-    >>> model = load("shapes").model
+    >>> from miniclip import CLIP
+    >>> model = CLIP.from_pretrained("shapes")
     >>> torch.equal(interpolate(model, model, 0.5).vision.pos_embed, model.vision.pos_embed)
     True
     """
@@ -35,8 +35,8 @@ def average(models: list[CLIP]) -> CLIP:
     The uniform soup of Wortsman et al. 2022, arXiv 2203.05482. Raises ValueError for no models,
     and for models of more than one shape.
 
-    >>> from miniclip import load
-    >>> model = load("shapes").model
+    >>> from miniclip import CLIP
+    >>> model = CLIP.from_pretrained("shapes")
     >>> bool((average([model] * 3).logit_scale == model.logit_scale).all())
     True
     """
@@ -52,8 +52,8 @@ class TaskVector:
     Vectors are added, subtracted, negated (to forget a task) and scaled; `apply` adds one to a
     model. Ilharco et al. 2022, arXiv 2212.04089. The tensors are float64.
 
-    >>> from miniclip import load
-    >>> model = load("shapes").model
+    >>> from miniclip import CLIP
+    >>> model = CLIP.from_pretrained("shapes")
     >>> task = TaskVector.between(model, model)
     >>> (task + 0.5 * task - task).apply(model).config == model.config
     True
@@ -99,8 +99,8 @@ def layer_groups(tower: VisionTower | TextTower) -> list[list[nn.Parameter]]:
     The embedding's group holds what comes before the first block, the projection's the last
     LayerNorm as well. For freezing from below, or a learning rate that falls with depth.
 
-    >>> from miniclip import load
-    >>> len(layer_groups(load("shapes").model.vision))  # 4 blocks
+    >>> from miniclip import CLIP
+    >>> len(layer_groups(CLIP.from_pretrained("shapes").vision))  # 4 blocks
     6
     """
     groups: list[list[nn.Parameter]] = [[] for _ in range(len(tower.blocks) + 2)]
@@ -117,8 +117,8 @@ def freeze(tower: VisionTower | TextTower, groups: int) -> None:
 
     LiT (Zhai et al. 2021, arXiv 2111.07991) freezes the whole of a trained vision tower.
 
-    >>> from miniclip import load
-    >>> tower = load("shapes").model.vision
+    >>> from miniclip import CLIP
+    >>> tower = CLIP.from_pretrained("shapes").vision
     >>> freeze(tower, groups=1)
     >>> tower.pos_embed.requires_grad, tower.proj.weight.requires_grad
     (False, True)
@@ -136,8 +136,8 @@ def copied(model: CLIP) -> CLIP:
 
     Hooks belong to who registered them on the model; a copy of one could never be removed again.
 
-    >>> from miniclip import load
-    >>> model = load("shapes").model
+    >>> from miniclip import CLIP
+    >>> model = CLIP.from_pretrained("shapes")
     >>> copied(model).logit_scale.data_ptr() == model.logit_scale.data_ptr()
     False
     """
