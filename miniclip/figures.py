@@ -324,6 +324,7 @@ def warmth(method: str, heat: Tensor) -> str:
 
 
 def title_of(text: str) -> list[str]:
+    """The text in at most three lines."""
     return textwrap.wrap(text, 28, max_lines=3, placeholder=" …")
 
 

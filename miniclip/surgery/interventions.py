@@ -62,7 +62,7 @@ def patch_from(
     (B, T, ...). `positions` are the tokens to replace, `heads` the heads, where the tensor is
     (B, T, H, D). A ValueError for a cached tensor of another shape.
 
-    >>> from miniclip import load
+    >>> from miniclip import CLIP
     >>> from miniclip.sites import cache
     >>> model, (one, other) = CLIP.from_pretrained("shapes"), torch.rand(2, 1, 3, 64, 64)
     >>> with cache(model, "vision.blocks.1") as acts: expected = model.encode_image(one)
@@ -132,7 +132,7 @@ def patch_dropout(model: CLIP, share: float) -> Iterator[None]:
 
     In evaluation mode nothing changes. See PatchDropout. ValueError for a share outside [0, 1).
 
-    >>> from miniclip import load
+    >>> from miniclip import CLIP
     >>> from miniclip.sites import cache
     >>> model, pixels = CLIP.from_pretrained("shapes").train(), torch.zeros(1, 3, 64, 64)
     >>> with patch_dropout(model, 0.75), cache(model, "vision.blocks.0") as acts:
