@@ -259,12 +259,14 @@ def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     file = safe_open(path, framework="pt")
     size = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
-    for i, name in enumerate(sorted(size, key=size.__getitem__, reverse=True)):
+    read = 0
+    for name in sorted(size, key=size.__getitem__, reverse=True):
         mapped = file.get_tensor(name)
         tensors[name] = mapped.to(dtype) if mapped.is_floating_point() else mapped
-        if i % 8 == 0 and tensors[name] is not mapped:
+        read += mapped.nbytes if tensors[name] is not mapped else 0
+        if read > 1 << 24:
             del mapped  # with the last of them go the pages of the file that have been read
-            file = safe_open(path, framework="pt")
+            file, read = safe_open(path, framework="pt"), 0
     return {name: tensors[name] for name in size}
 
 

@@ -100,7 +100,7 @@ def saving(directory: Path) -> Iterator[Path]:
     finish_save(directory)
 
 
-SAVED = ".saved"  # a complete save, whose files are still to be moved to their places
+SAVED = ".miniclip-saved"  # a complete save, whose files are still to be moved to their places
 
 
 def finish_save(directory: Path) -> None:

@@ -191,6 +191,7 @@ def recognize(tensors: dict[str, Tensor]) -> tuple[str, Layout, dict[str, Tensor
         if any(name.startswith(key) for name in tensors):
             raise ValueError(f"has tensors {key}...: {found}, which miniclip does not have")
     if any(name.startswith("visual.") for name in tensors):
+        tensors = {name: t for name, t in tensors.items() if not _is_causal_mask(name, t)}
         if any(name.startswith("text.") for name in tensors):
             return "open_clip", OPEN_CLIP_CUSTOM_TEXT, tensors
         is_openai = any(name in tensors for name in OPENAI_NUMBERS)
@@ -200,6 +201,13 @@ def recognize(tensors: dict[str, Tensor]) -> tuple[str, Layout, dict[str, Tensor
         if f"embeddings.{key}_embedding.weight" in tensors:
             tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     return "transformers", TRANSFORMERS, tensors
+
+
+def _is_causal_mask(name: str, tensor: Tensor) -> bool:
+    """open_clip's TorchScript archives have it as a buffer; here it is in the code."""
+    if name not in ("attn_mask", "text.attn_mask") or tensor.ndim != 2 or tensor.numel() > 10**6:
+        return False
+    return torch.equal(tensor.float(), torch.full(tensor.shape, -torch.inf).triu(1))
 
 
 _OTHERS = {
@@ -243,7 +251,7 @@ def config_from_shapes(tensors: dict[str, Tensor]) -> CLIPConfig:
     positions, _ = shape("visual.positional_embedding", 2)
     vocab_size, text_width = shape("token_embedding.weight", 2)
     context_length, _ = shape("positional_embedding", 2)
-    side = round((positions - 1) ** 0.5) * patch_size
+    side = round(max(positions - 1, 0) ** 0.5) * patch_size
     config = CLIPConfig(
         VisionConfig(
             **tower("vision", width),
@@ -322,6 +330,7 @@ def _open_clip_vision(settings: dict[str, Any]) -> dict[str, Any]:
     computed = {"head_width": 64, "mlp_ratio": 4.0}
     _refuse_others(settings, {*known, *computed, "norm_kwargs"}, "vision_cfg.")
     values = {name: settings.get(name, default) for name, default in (known | computed).items()}
+    _check_numbers(values, "vision_cfg.")
     head_width, mlp_ratio = (values.pop(name) for name in computed)
     if isinstance(values["layers"], list):
         raise ValueError(f"vision_cfg.layers is {values['layers']}: a ResNet, not a transformer")
@@ -339,15 +348,26 @@ def _open_clip_text(settings: dict[str, Any]) -> dict[str, Any]:
     known = {"width": 512, "layers": 12, "heads": 8, "context_length": 77, "vocab_size": 49408}
     _refuse_others(settings, {*known, "mlp_ratio", "norm_kwargs"}, "text_cfg.")
     values = {name: settings.get(name, default) for name, default in known.items()}
+    mlp_ratio = settings.get("mlp_ratio", 4.0)
+    _check_numbers({"width": values["width"], "mlp_ratio": mlp_ratio}, "text_cfg.")
     # "argmax", its default, is the rule that a 2 stands for in config.json: the largest id.
     at_end = settings.get("pool_type") == "eos"
     if at_end and settings.get("eos_id", 2) == LEGACY_EOS:
         raise ValueError("text_cfg.eos_id is 2, and texts are read at token 2; no CLIP's are")
     return values | {
-        "mlp_width": int(values["width"] * settings.get("mlp_ratio", 4.0)),
+        "mlp_width": int(values["width"] * mlp_ratio),
         "bos_token_id": max(values["vocab_size"] - 2, 0),
         "eos_token_id": settings["eos_id"] if at_end else LEGACY_EOS,
     }
+
+
+def _check_numbers(values: dict[str, Any], section: str) -> None:
+    """Those that are computed with: in Python much else can be multiplied."""
+    for name in ("width", "head_width", "mlp_ratio"):
+        value = values.get(name, 1)
+        kinds = (int, float) if name == "mlp_ratio" else (int,)
+        if type(value) not in kinds or not 0 < value < 2**31:
+            raise ValueError(f"{section}{name} is {value!r:.50}, no number that fits there")
 
 
 def _eps(settings: dict[str, Any]) -> float:

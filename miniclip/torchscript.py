@@ -43,27 +43,47 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """
     with zipfile.ZipFile(path) as archive:
         (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        if archive.getinfo(pickled).compress_type != zipfile.ZIP_STORED:
+            raise pickle.UnpicklingError("data.pkl is compressed, which torch never does")
         with archive.open(pickled) as file:
             root = _Unpickler(file, archive, pickled.removesuffix(".pkl")).load()
-    return dict(_tensors(root, ""))
+    return dict(_tensors(root, "", set()))
 
 
-def _tensors(module: "_Module", prefix: str) -> Any:
+def _tensors(module: "_Module", prefix: str, seen: set[int]) -> Any:
+    """Of a module that is in two places, only those of the first: a tree has each but once."""
+    seen.add(id(module))
     for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Module):
-            yield from _tensors(value, f"{prefix}{name}.")
+        if isinstance(value, _Stored):
+            yield prefix + name, value.storage.as_strided(value.size, value.stride, value.offset)
+        elif isinstance(value, _Module) and id(value) not in seen:
+            yield from _tensors(value, f"{prefix}{name}.", seen)
 
 
 class _Module:
-    """What stands for a module of whatever class: its attributes. pickle fills its __dict__."""
+    """What stands for a module of whatever class: its attributes."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class _Stored:
+    """A tensor as it is pickled. It becomes one when all has been read, so nothing alters it."""
+
+    def __init__(
+        self, storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+    ) -> None:
+        self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes a tensor after it was made")
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
         self.archive, self.folder = archive, folder
+        self.storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
@@ -71,7 +91,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
+            return _Stored
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle" and name.startswith("build_"):  # a list of plain numbers
@@ -85,11 +105,8 @@ class _Unpickler(pickle.Unpickler):
         size = numel * dtype.itemsize
         if record.file_size != size or record.compress_type != zipfile.ZIP_STORED:
             raise pickle.UnpicklingError(f"storage {key} should have {size} bytes, stored plainly")
-        data = bytearray(self.archive.read(record))
-        return torch.frombuffer(data, dtype=dtype) if numel else torch.empty(0, dtype=dtype)
-
-
-def _tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
-    return storage.as_strided(size, stride, offset)
+        if key not in self.storages:
+            data = bytearray(self.archive.read(record))
+            empty = torch.empty(0, dtype=dtype)
+            self.storages[key] = torch.frombuffer(data, dtype=dtype) if numel else empty
+        return self.storages[key]
