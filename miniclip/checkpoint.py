@@ -354,17 +354,18 @@ def read_config(directory: Path) -> CLIPConfig:
         config = _read_config(directory, layout or "transformers")
     else:
         config = _read_contents(directory, weights).config
-    if not isinstance(config, CLIPConfig):
-        raise CheckpointError(f"{directory}: a {config.name} tower alone; expected a whole CLIP")
-    return config
+    return _whole(config, directory)
 
 
 def load_config(name: str | PathLike[str], *, revision: str | None = None) -> CLIPConfig:
     """The config of a checkpoint, by any of the names of `load`. Raises CheckpointError."""
     if not os.path.isfile(_as_path(name)):
         return read_config(resolve(name, "config", revision=revision))
-    config = _find(name, None)[0].config
-    if not isinstance(config, CLIPConfig):
+    return _whole(_find(name, None)[0].config, name)
+
+
+def _whole(config: CLIPConfig | TowerConfig, name: str | PathLike[str]) -> CLIPConfig:
+    if isinstance(config, TowerConfig):
         raise CheckpointError(f"{name}: a {config.name} tower alone; expected a whole CLIP")
     return config
 

@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from miniclip.config import (
 )
 from miniclip.layouts import TRANSFORMERS, layout_name
 from miniclip.model import CLIP
+from miniclip.peers import import_transformers
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
 
@@ -414,7 +414,7 @@ def _load_with_transformers(
     name: str | os.PathLike[str], ours: Loaded, options: dict[str, Any]
 ) -> Loaded:
     """Theirs, the tokenizer and the transform in functions that are called like ours."""
-    transformers = _transformers()
+    transformers = import_transformers()
     directory = resolve(name, "model", **options)
     model = transformers.CLIPModel.from_pretrained(directory, dtype=torch.float32)
     tokenizer: Any = None
@@ -446,7 +446,7 @@ def random_pair(shape: str, *, seed: int = 0) -> "tuple[CLIP, CLIPModel]":
     """
     if shape not in PRESETS:
         raise ValueError(f"no shape is called {shape!r}; expected {', '.join(PRESETS)}")
-    _transformers()
+    import_transformers()
     with meta_device():
         model = CLIP(PRESETS[shape])
     randomize(model.to_empty(device="cpu"), seed)
@@ -455,7 +455,7 @@ def random_pair(shape: str, *, seed: int = 0) -> "tuple[CLIP, CLIPModel]":
 
 def transformers_twin(model: CLIP) -> "CLIPModel":
     """A CLIPModel of transformers with a copy of our weights, if it can be one."""
-    transformers = _transformers()
+    transformers = import_transformers()
     _check_expressible(model.config)
     config = transformers.CLIPConfig.from_dict(model.config.to_dict())
     with torch.device("meta"):
@@ -543,18 +543,8 @@ def nearer(rows: list[Difference]) -> dict[str, int]:
 
 def environment(device: str | torch.device = "cpu") -> str:
     """The versions and the processor that numbers were measured with."""
-    versions = f"torch {torch.__version__}, transformers {_transformers().__version__}"
+    versions = f"torch {torch.__version__}, transformers {import_transformers().__version__}"
     if torch.device(device).type == "cuda":
         return f"{versions}, {torch.cuda.get_device_name(device)}"
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     return f"{versions}, CPU with {capability}, threads: {threads}"
-
-
-def _transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("nothing to compare with: pip install 'miniclip[test]'") from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers

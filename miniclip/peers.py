@@ -51,19 +51,19 @@ def use_miniclip(directory: Path, device: str, dtype: torch.dtype) -> Library:
 
 
 def import_transformers() -> ModuleType:
-    """Raises ValueError, for it is the one peer that has to be there."""
+    """The one peer that has to be there, and quiet. Raises ValueError."""
     try:
         import transformers
     except ImportError:
         raise ValueError("nothing to compare with: pip install 'miniclip[test]'") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
 def use_transformers(directory: Path, device: str, dtype: torch.dtype) -> Library:
     """transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessorPil."""
     transformers = import_transformers()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     model = transformers.CLIPModel.from_pretrained(directory, dtype=dtype).to(device).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(directory)
     processor = transformers.CLIPImageProcessorPil.from_pretrained(directory)
