@@ -40,6 +40,7 @@ from miniclip.config import (
     read_json,
     replacing,
     saving,
+    shown,
     write_json,
 )
 from miniclip.layouts import (
@@ -240,7 +241,7 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
         else:
             tensors = _read_pickle(path)
     except Exception as error:  # damage shows itself in many ways, all of them the file's
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0][:500] or type(error).__name__
         reason = "".join(filter(str.isprintable, reason))  # it may quote the file
         if isinstance(error, pickle.UnpicklingError):  # torch's advice is to run the code
             reason = "it holds more than tensors, and pickled code is never run"
@@ -257,6 +258,10 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
 
 def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    with open(path, "rb") as start:
+        header = int.from_bytes(start.read(8), "little")
+    if header > 6_000_000:  # of many times that in memory; the largest CLIP's has some 200,000
+        raise ValueError(f"expected a header of at most 6,000,000 bytes, found {header:,}")
     file = safe_open(path, framework="pt")
     size = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
     read = 0
@@ -307,7 +312,7 @@ def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
         path = index.parent / shard
         if Path(shard).name != shard or path.suffix not in SUFFIXES or not path.is_file():
             raise CheckpointError(
-                f"{index}: names a shard {shard!r} that is not a weights file beside it"
+                f"{index}: names a shard {shown(shard)} that is not a weights file beside it"
             )
         more = read_tensors(path, dtype)
         if twice := sorted(tensors.keys() & more.keys()):
@@ -395,9 +400,9 @@ def _read_contents(directory: Path, weights: Path, dtype: torch.dtype | None = N
     if layout == "openai":
         with _blaming(weights):
             config: CLIPConfig | TowerConfig = config_from_shapes(tensors)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in OPENAI_NUMBERS}
     else:
         config = _read_config(directory, layout)
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in OPENAI_NUMBERS}
     return Contents(config, layout, table, _without_position_ids(tensors, weights))
 
 
@@ -405,8 +410,8 @@ def _without_position_ids(tensors: dict[str, Tensor], path: Path) -> dict[str, T
     """Drop the buffers 0..n-1 that transformers saved until 4.31, having checked that they are."""
     kept = dict(tensors)
     for name in ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"):
-        ids = kept.pop(name).flatten().tolist() if name in kept else []
-        if ids != [*range(len(ids))]:
+        ids = kept.pop(name, torch.empty(0)).flatten()
+        if len(ids) > 100_000 or ids.tolist() != [*range(len(ids))]:
             raise CheckpointError(
                 f"{path}: {name} is not 0, 1, 2, ..., so the positions of this checkpoint are "
                 "in an order that no CLIP uses"
@@ -484,12 +489,12 @@ def _fit(contents: Contents, model: Model, path: Path) -> dict[str, Tensor]:
         if key not in tensors
     ]
     complaints += [
-        f"unexpected: {key} {tuple(tensor.shape)}"
+        f"unexpected: {key:.200} {shown(tuple(tensor.shape))}"
         for key, tensor in tensors.items()
         if key not in expected
     ]
     complaints += [
-        f"wrong shape: {key} {tuple(tensors[key].shape)}, our {ours} {shape}"
+        f"wrong shape: {key} {shown(tuple(tensors[key].shape))}, our {ours} {shape}"
         for key, (shape, ours) in expected.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
@@ -507,7 +512,7 @@ def _fit(contents: Contents, model: Model, path: Path) -> dict[str, Tensor]:
 
 
 def _listed(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
+    names = [f"{name:.200}" for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
 
 

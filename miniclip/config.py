@@ -9,6 +9,7 @@ A model that surgery has reshaped may be beyond what transformers' CLIP can be: 
 
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 import time
@@ -37,16 +38,37 @@ class ImageError(ValueError):
     """An image cannot be read, or is in a form that has no exact reading as pixels."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a CheckpointError that names the file if there is none."""
+def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:
+    """The object in a JSON file; a CheckpointError that names the file if there is none.
+
+    Of more than `most` bytes nothing is read: a config has a few thousand, and parsed they take up
+    to thirty times the memory.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"it has more than {most:,} bytes, which no CLIP's has")
+        value = json.loads(data.decode())
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: expected a JSON file that can be read: {reason}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 100
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: its repr, or the ends of one that is long.
+
+    >>> shown([1] * 10**6)
+    '[1, 1, 1, 1, 1, 1, ...]'
+    """
+    return _short.repr(value)[:200]  # what is nested is short on each level alone
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -146,7 +168,8 @@ class VisionConfig:
         _check_one_or_each(self, "image_size", 2, "one for the height and one for the width")
         _check_transformer(self)
         if type(self.registers) is not int or not 0 <= self.registers < 2**31:
-            raise ValueError(f"VisionConfig: registers is {self.registers!r}; expected 0 or more")
+            found = shown(self.registers)
+            raise ValueError(f"VisionConfig: registers is {found}; expected 0 or more")
         if self.patch_size > min(self.height_width):
             raise ValueError(
                 f"VisionConfig: patch_size {self.patch_size} is larger than "
@@ -205,7 +228,7 @@ class TextConfig:
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < self.vocab_size:
                 raise ValueError(
-                    f"TextConfig: {name} is {value!r}; expected an id from 0 to "
+                    f"TextConfig: {name} is {shown(value)}; expected an id from 0 to "
                     f"{self.vocab_size - 1}, as vocab_size is {self.vocab_size}"
                 )
 
@@ -233,7 +256,7 @@ class CLIPConfig:
         _check_positive_ints(self, "embed_dim")
         if not _is_finite(self.logit_scale_init):
             raise ValueError(
-                f"CLIPConfig: logit_scale_init is {self.logit_scale_init!r}; "
+                f"CLIPConfig: logit_scale_init is {shown(self.logit_scale_init)}; "
                 "expected a finite number (it is stored as a logarithm)"
             )
 
@@ -250,7 +273,7 @@ class CLIPConfig:
         model_type = config.get("model_type", "clip")
         if model_type != "clip" or not any("vision_config" in key for key in config):
             raise ValueError(
-                f"not the config of a CLIP with two towers: model_type is {model_type!r} "
+                f"not the config of a CLIP with two towers: model_type is {shown(model_type)} "
                 "(expected 'clip', with the sections text_config and vision_config)"
             )
         shared = {ours: config[theirs] for ours, theirs in _SHARED.items() if theirs in config}
@@ -388,7 +411,7 @@ def _check_positive_ints(config: object, *names: str) -> None:
         value = getattr(config, name)
         if type(value) is not int or not 0 < value < 2**31:
             raise ValueError(
-                f"{type(config).__name__}: {name} is {value!r}; expected a positive whole number"
+                f"{type(config).__name__}: {name} is {shown(value)}; expected a positive whole number"
                 " of at most 31 bits"
             )
 
@@ -400,8 +423,8 @@ def _check_one_or_each(config: object, name: str, count: int, each: str, least: 
         return _check_positive_ints(config, name)
     if len(value) != count or not all(type(v) is int and least <= v < 2**31 for v in value):
         raise ValueError(
-            f"{type(config).__name__}: {name} is {value!r}; expected one positive whole number, or "
-            f"{count} of them, {each}"
+            f"{type(config).__name__}: {name} is {shown(value)}; expected one positive whole number, "
+            f"or {count} of them, {each}"
         )
     if len(set(value)) == 1 and value[0]:
         object.__setattr__(config, name, value[0])
@@ -409,6 +432,9 @@ def _check_one_or_each(config: object, name: str, count: int, each: str, least: 
 
 def _check_transformer(config: VisionConfig | TextConfig) -> None:
     _check_positive_ints(config, "width", "layers")
+    if config.layers > 1000:  # the published have 2 to 48, and each is built before it is filled
+        found = f"{type(config).__name__}: layers is {config.layers}"
+        raise ValueError(f"{found}; expected at most 1,000")
     for name in ("heads", "mlp_width"):  # 0 in a layer that has lost them all
         _check_one_or_each(config, name, config.layers, "one for each layer", least=0)
     kind = type(config).__name__
@@ -418,7 +444,7 @@ def _check_transformer(config: VisionConfig | TextConfig) -> None:
             object.__setattr__(config, "head_width", None)
     elif isinstance(config.heads, tuple):
         raise ValueError(
-            f"{kind}: heads is {config.heads}, which differ, so head_width must be given"
+            f"{kind}: heads is {shown(config.heads)}, which differ, so head_width must be given"
         )
     elif config.width % config.heads:
         raise ValueError(
@@ -426,11 +452,11 @@ def _check_transformer(config: VisionConfig | TextConfig) -> None:
         )
     if config.act not in ACTIVATIONS:
         raise ValueError(
-            f"{kind}: act is {config.act!r}; expected one of {', '.join(ACTIVATIONS)}. "
+            f"{kind}: act is {shown(config.act)}; expected one of {', '.join(ACTIVATIONS)}. "
             "The activation is part of the weights: a near one gives near, wrong numbers"
         )
     if not _is_finite(config.ln_eps) or config.ln_eps <= 0:
-        raise ValueError(f"{kind}: ln_eps is {config.ln_eps!r}; expected a number above 0")
+        raise ValueError(f"{kind}: ln_eps is {shown(config.ln_eps)}; expected a number above 0")
 
 
 def _is_finite(value: Any) -> bool:

@@ -24,6 +24,7 @@ from miniclip.config import (
     VisionConfig,
     beyond_transformers,
     per_layer,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -269,8 +270,8 @@ def config_from_shapes(tensors: dict[str, Tensor]) -> CLIPConfig:
         embed_dim=shape("text_projection", 2)[1],
     )
     for name, said in zip(OPENAI_NUMBERS, (side, context_length, vocab_size), strict=True):
-        if name in tensors and tensors[name].flatten().tolist() != [said]:
-            found = tensors[name].flatten().tolist()
+        found = tensors[name].flatten()[:2].tolist() if name in tensors else [said]
+        if found != [said]:
             raise ValueError(f"{name} is {found}, and the shapes of the weights say {said}")
     return config
 
@@ -333,7 +334,7 @@ def _open_clip_vision(settings: dict[str, Any]) -> dict[str, Any]:
     _check_numbers(values, "vision_cfg.")
     head_width, mlp_ratio = (values.pop(name) for name in computed)
     if isinstance(values["layers"], list):
-        raise ValueError(f"vision_cfg.layers is {values['layers']}: a ResNet, not a transformer")
+        raise ValueError(f"vision_cfg.layers is {shown(values['layers'])}: a ResNet, not a transformer")
     if isinstance(values["image_size"], list):
         values["image_size"] = tuple(values["image_size"])
     if values["width"] % head_width:
@@ -367,7 +368,7 @@ def _check_numbers(values: dict[str, Any], section: str) -> None:
         value = values.get(name, 1)
         kinds = (int, float) if name == "mlp_ratio" else (int,)
         if type(value) not in kinds or not 0 < value < 2**31:
-            raise ValueError(f"{section}{name} is {value!r:.50}, no number that fits there")
+            raise ValueError(f"{section}{name} is {shown(value)}, no number that fits there")
 
 
 def _eps(settings: dict[str, Any]) -> float:
@@ -392,7 +393,8 @@ def _refuse_others(settings: dict[str, Any], known: set[str], section: str) -> N
         unused = library and not settings.get(f"{library[1]}_model_name")
         harmless = name in known or name in _OPEN_CLIP_ANY or unused
         if not harmless and value and value not in _OPEN_CLIP_NEUTRAL.get(name, ()):
-            raise ValueError(f"{section}{name} is {value!r}, which miniclip's CLIP does not have")
+            found = f"{section}{name:.100} is {shown(value)}"
+            raise ValueError(f"{found}, which miniclip's CLIP does not have")
 
 
 def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
@@ -436,7 +438,7 @@ def preprocessing_from_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
     fixed = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
     for name, value in said.items():
         if value != fixed.get(name, value):
-            raise ValueError(f"preprocess_cfg.{name} is {value!r}; a CLIP's is {fixed[name]!r}")
+            raise ValueError(f"preprocess_cfg.{name} is {shown(value)}; a CLIP's is {fixed[name]!r}")
     size = said.get(
         "size", _section(_section(settings, "model_cfg"), "vision_cfg").get("image_size")
     )

@@ -37,6 +37,7 @@ from miniclip.config import (
     ContextLengthError,
     read_json,
     replacing,
+    shown,
     write_json,
 )
 
@@ -46,6 +47,7 @@ END_OF_WORD = "</w>"
 REFERENCES = ("transformers", "openai")
 OPENAI_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 OPENAI_MERGES = 49152 - 256 - 2  # how many lines of that file CLIP uses: the file goes on
+MOST_BYTES, MOST_LINES = 5_000_000, 300_000  # in a file; OpenAI's have up to 3.7 million, 262,145
 
 CACHED_CHUNKS, CACHED_CHARACTERS = 100_000, 64  # at most some 30 MB
 
@@ -337,7 +339,7 @@ class Tokenizer:
         check_reference(reference)
         if type(context_length) is not int or context_length < 2:
             raise ValueError(
-                f"context_length is {context_length!r}; expected a number from 2 on, as even an "
+                f"context_length is {shown(context_length)}; expected a number from 2 on, as even an "
                 "empty text has a start and an end token"
             )
         self.reference = reference
@@ -563,7 +565,7 @@ class Tokenizer:
             for token, id in sorted(listed.items(), key=lambda item: item[1]):
                 if vocab.setdefault(token, len(vocab)) != id:
                     raise ValueError(
-                        f"the added token {token!r} should have the id {id}, and has "
+                        f"the added token {shown(token)} should have the id {id}, and has "
                         f"{vocab[token]}; the files must come from the same tokenizer"
                     )
             check_parts(vocab, [], [special["bos_token"], special["eos_token"]])
@@ -699,13 +701,13 @@ def check_parts(vocab: Mapping[str, int], merges: Iterable[Pair], added: Iterabl
         )
     for token in added:
         if token not in vocab:
-            raise ValueError(f"the special token {token!r} is not in the vocabulary")
+            raise ValueError(f"the special token {shown(token)} is not in the vocabulary")
     for rank, (left, right) in enumerate(merges):
         for token in (left, right, left + right):
             if token not in vocab:
                 raise ValueError(
-                    f"merge {rank} joins {left!r} and {right!r}, and {token!r} is not in the "
-                    "vocabulary; vocabulary and merges must come from the same tokenizer"
+                    f"merge {rank} joins {shown(left)} and {shown(right)}, and {shown(token)} is "
+                    "not in the vocabulary; vocabulary and merges must come from the same tokenizer"
                 )
 
 
@@ -715,9 +717,9 @@ def read_vocabulary(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
     whole, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
     if vocab.is_file() and (merges.is_file() or not whole.is_file()):
         lines = [line for line in _read_lines(merges) if not line.startswith("#version")]
-        return vocab, read_json(vocab), _pairs(merges, lines)
+        return vocab, read_json(vocab, MOST_BYTES), _pairs(merges, lines)
     if whole.is_file():
-        model = read_json(whole).get("model")
+        model = read_json(whole, MOST_BYTES).get("model")
         found = model if isinstance(model, dict) else {}
         if not isinstance(found.get("vocab"), dict) or not isinstance(found.get("merges"), list):
             raise CheckpointError(f"{whole}: expected a model with a vocab and merges (type BPE)")
@@ -766,10 +768,12 @@ def read_special_tokens(
         special = {
             key: content[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")
         }
+    except CheckpointError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory}: the special tokens in tokenizer_config.json, special_tokens_map.json, "
-            f"added_tokens.json or tokenizer.json are not as transformers writes them: {error!r}"
+            f"added_tokens.json or tokenizer.json are not as transformers writes them: {shown(error)}"
         ) from None
     length: Any = config.get("model_max_length")
     sane = type(length) is int and 2 <= length <= 100_000  # "none" is written as 1e30
@@ -781,29 +785,31 @@ def _added_token(token: Any, id: int | None = None) -> dict[str, tuple[bool, int
     if isinstance(token, str):
         token = {"content": token}
     if not isinstance(token["content"], str) or not token["content"]:
-        raise ValueError(f"expected the content of a token, found {token['content']!r}")
+        raise ValueError(f"expected the content of a token, found {shown(token['content'])}")
     # lstrip and rstrip take in the whitespace around a token, which has no ids anyway.
     if token.get("single_word"):
-        raise ValueError(
-            f"single_word of {token['content']!r} is set, which no CLIP is known to do"
-        )
+        content = shown(token["content"])
+        raise ValueError(f"single_word of {content} is set, which no CLIP is known to do")
     if id is not None and type(id) is not int:
-        raise ValueError(f"expected the id of {token['content']!r} to be a number, found {id!r}")
+        content = shown(token["content"])
+        raise ValueError(f"expected the id of {content} to be a number, found {shown(id)}")
     special = token.get("special", id is None)
     return {token["content"]: (bool(token.get("normalized", not special)), id)}
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, MOST_BYTES) if path.is_file() else {}
 
 
-def _read_lines(path: Path, most: int = 1 << 26) -> list[str]:
-    """At most 64 MiB of them: OpenAI's are 3, and a few bytes of gzip can stand for any number."""
+def _read_lines(path: Path) -> list[str]:
+    """Of a few bytes of gzip too, which can stand for any number."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read(most + 1)
-        if len(data) > most:
-            raise OSError(f"more than {most:,} bytes")
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise OSError(f"it has more than {MOST_BYTES:,} bytes, which no CLIP's has")
+        if data.count(b"\n") > MOST_LINES:
+            raise OSError(f"it has more than {MOST_LINES:,} lines, which no CLIP's has")
         text = data.decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: expected lines of UTF-8 text: {error}") from None
@@ -818,6 +824,7 @@ def _pairs(path: Path, merges: Iterable[Any]) -> list[Pair]:
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(type(t) is str and t for t in pair)
         ):
-            raise CheckpointError(f"{path}: merge {rank}: expected two tokens, found {merge!r}")
+            found = shown(merge)
+            raise CheckpointError(f"{path}: merge {rank}: expected two tokens, found {found}")
         pairs.append((pair[0], pair[1]))
     return pairs

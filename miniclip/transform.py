@@ -31,7 +31,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from miniclip.config import CheckpointError, ImageError, read_json, write_json
+from miniclip.config import CheckpointError, ImageError, read_json, shown, write_json
 from miniclip.layouts import preprocessing_from_open_clip
 
 REFERENCES = ("transformers", "openai")
@@ -138,13 +138,13 @@ class ImageTransform:
         for name in ("size", "crop_size"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= math.isqrt(MAX_PIXELS):
-                raise ValueError(f"{name} is {value!r}; expected a whole number of pixels above 0")
+                raise ValueError(f"{name} is {shown(value)}; expected a whole number of pixels above 0")
         for name, least in (("image_mean", 0), ("image_std", 1e-3)):
             values = getattr(self, name)
             three = isinstance(values, list | tuple) and len(values) == 3
             if not three or not all(type(v) in (int, float) and least <= v <= 1 for v in values):
                 raise ValueError(
-                    f"{name} is {values!r}; expected three numbers from {least} to 1, for R, G and "
+                    f"{name} is {shown(values)}; expected three numbers from {least} to 1, for R, G and "
                     "B: bytes are divided by 255 first"
                 )
             object.__setattr__(self, name, tuple(values))
@@ -246,11 +246,12 @@ class ImageTransform:
         settings = {field: value for field, value in settings.items() if value is not None}
         kind = settings.get("image_processor_type", settings.get("feature_extractor_type", "CLIP"))
         if not isinstance(kind, str) or not kind.startswith("CLIP"):
-            raise ValueError(f"image_processor_type is {kind!r}; expected CLIPImageProcessor")
+            raise ValueError(f"image_processor_type is {shown(kind)}; expected CLIPImageProcessor")
         for field, value in settings.items():
             expected = _FIXED.get(field, False)  # do_pad and the like are steps of other models
             if (field in _FIXED or field.startswith("do_")) and value != expected:
-                raise ValueError(f"{field} is {value!r}; a CLIP's transform has {expected!r}")
+                found = f"{field:.100} is {shown(value)}"
+                raise ValueError(f"{found}; a CLIP's transform has {expected!r}")
         return cls(
             size=_side(settings, "size", {"shortest_edge"}),
             crop_size=_side(settings, "crop_size", {"height", "width"}),
@@ -387,5 +388,5 @@ def _side(settings: dict[str, Any], field: str, keys: set[str]) -> Any:
     sides = list(value.values()) if isinstance(value, dict) and value.keys() == keys else [value]
     if type(sides[0]) is not int or sides[0] != sides[-1]:
         form = " and ".join(f"'{key}'" for key in sorted(keys))
-        raise ValueError(f"{field} is {value!r}; expected pixels, as one number or by {form}")
+        raise ValueError(f"{field} is {shown(value)}; expected pixels, as one number or by {form}")
     return sides[0]

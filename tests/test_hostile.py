@@ -575,6 +575,73 @@ def test_a_config_that_lies(referee, files, their_names):
     assert errors > 600 and loads > 50
 
 
+# ------------------------------------------------------------------------- long where it is read
+
+LONG = 6 * 10**6
+
+
+def long_files(files):
+    """Files of megabytes, where there are bytes or kilobytes in a CLIP's."""
+    config = json.loads(files["config.json"])
+    vision = config["vision_config"]
+    odd = {
+        "heads": {"num_attention_heads": [12] * (LONG // 4)},
+        "as many layers": {"num_attention_heads": [4] * 10**5, "num_hidden_layers": 10**5},
+        "layers": {"num_hidden_layers": 10**6},
+        "a name": {"hidden_act": "gelu" * (LONG // 4)},
+        "a name that fits": {"hidden_act": "x" * 900_000},
+        "nested lists": {"image_size": [[[[8] * 9] * 9] * 9] * 9},
+    }
+    for label, change in odd.items():
+        lie = json.dumps(config | {"vision_config": vision | change}).encode()
+        yield f"config.json: {label}", {"config.json": lie}
+    yield "config.json of spaces", {"config.json": files["config.json"] + b" " * 4 * LONG}
+    for name in ("config.json", "vocab.json", "tokenizer_config.json", "preprocessor_config.json"):
+        for unit in (b'{"a":1},', b'"",', b"1,"):
+            for size in (LONG // 7, LONG * 4 // 5, LONG):
+                lie = b"[" + unit * (size // len(unit) - 9) + b"0]"
+                yield f"{name}: {size:,} bytes of {unit}", {name: lie}
+    names = {f"t{i}": f"model-{i}.safetensors" for i in range(LONG // 20)}
+    for index in (names, {"t" * LONG: "a.bin"}, {"t": "a" * 900_000}):
+        index = json.dumps({"weight_map": index}).encode()
+        yield "shards", {"model.safetensors": None, "model.safetensors.index.json": index}
+    for line in (b"aa bb\n", b"a b\n", b"\n", b"x"):
+        yield f"merges {line}", {"merges.txt": line * min(299_999, LONG // 2 // len(line) - 1)}
+        yield f"more merges {line}", {"merges.txt": line * (LONG // len(line))}
+    vocab = json.loads(files["vocab.json"])
+    yield "a token", {"vocab.json": json.dumps(vocab | {"x" * 10**6: 3}).encode()}
+    settings = json.loads(files["preprocessor_config.json"])
+    for key in settings:
+        lie = json.dumps(settings | {key: "x" * 900_000, "do_" * 10**4: 1}).encode()
+        yield f"{key}", {"preprocessor_config.json": lie}
+    header, body = split(files["model.safetensors"])
+    one = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    for name, shape, count in (("t", [0], 10**4), ("t" * 10**6, [0], 1), ("t", [0] * 10**6, 1)):
+        more = {f"{name}{i}": one | {"shape": shape} for i in range(count)}
+        yield f"{count} entries", {"model.safetensors": join(header | more, body)}
+    ids = bytes(4 * LONG)
+    end = len(body) + len(ids)
+    more = {"dtype": "I64", "shape": [LONG // 2], "data_offsets": [len(body), end]}
+    more = {"text_model.embeddings.position_ids": more}
+    yield "position ids", {"model.safetensors": join(header | more, body + ids)}
+
+
+def test_long_files_take_little_memory_and_short_messages(referee, files):
+    messages = []
+
+    def load(directory):
+        try:
+            return miniclip.load(directory)
+        except CheckpointError as error:
+            messages.append(str(error))
+            raise
+
+    errors, loads = referee.judge([*long_files(files)], load, lambda loaded, label: False)
+    assert errors == len(messages) > 60 and loads == 0
+    first_lines = [message.partition("\n")[0] for message in messages]
+    assert max(map(len, first_lines)) < 1000
+
+
 # ------------------------------------------------------------------------- tokenizer and transform
 
 

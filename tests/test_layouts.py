@@ -416,6 +416,7 @@ def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
     ("change", "message"),
     [
         ({"input_resolution": torch.tensor(48)}, r"input_resolution is \[48\].* say 64"),
+        ({"input_resolution": torch.zeros(10**6)}, r"input_resolution is \[0.0, 0.0\], and"),
         ({"vocab_size": torch.tensor(7)}, r"vocab_size is \[7\].* say 500"),
         ({"visual.conv1.weight": torch.zeros(100, 3, 16, 16)}, "width 100; OpenAI's heads are 64"),
         ({"text_projection": None}, "no tensor text_projection of 2 dimensions"),
