@@ -61,7 +61,7 @@ from miniclip.layouts import (
     refuse_unsayable,
 )
 from miniclip.model import CLIP, TextTower, VisionTower
-from miniclip.tokenizer import OPENAI_VOCABULARY, Tokenizer
+from miniclip.tokenizer import VOCABULARIES, Tokenizer
 from miniclip.torchscript import is_torchscript, read_torchscript
 from miniclip.transform import ImageTransform
 
@@ -85,8 +85,8 @@ HUB_FILES = {
         ["open_clip_config.json", "open_clip_pytorch_model.bin"],
     ),
     "tokenizer": (
-        ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
-        + ["added_tokens.json", "tokenizer.json", OPENAI_VOCABULARY],
+        [*VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+        + ["added_tokens.json", "open_clip_config.json"],
     ),
     "transform": (["preprocessor_config.json", "processor_config.json", "open_clip_config.json"],),
 }
@@ -643,9 +643,10 @@ def load(
 
 
 def has_files(kind: str, name: str | PathLike[str], options: dict[str, Any]) -> bool:
-    """Whether a checkpoint has files of a kind in HUB_FILES; `options` are those of `resolve`."""
+    """Whether a checkpoint has a "tokenizer" or a "transform"; `options` are those of `resolve`."""
     directory = resolve(name, kind, **options)
-    return any((directory / file).is_file() for file in HUB_FILES[kind][0])
+    files = VOCABULARIES if kind == "tokenizer" else HUB_FILES[kind][0]
+    return any((directory / file).is_file() for file in files)
 
 
 def _tokenizer(

@@ -411,8 +411,8 @@ def _check_positive_ints(config: object, *names: str) -> None:
         value = getattr(config, name)
         if type(value) is not int or not 0 < value < 2**31:
             raise ValueError(
-                f"{type(config).__name__}: {name} is {shown(value)}; expected a positive whole number"
-                " of at most 31 bits"
+                f"{type(config).__name__}: {name} is {shown(value)}; expected a positive whole "
+                "number of at most 31 bits"
             )
 
 
@@ -423,8 +423,8 @@ def _check_one_or_each(config: object, name: str, count: int, each: str, least: 
         return _check_positive_ints(config, name)
     if len(value) != count or not all(type(v) is int and least <= v < 2**31 for v in value):
         raise ValueError(
-            f"{type(config).__name__}: {name} is {shown(value)}; expected one positive whole number, "
-            f"or {count} of them, {each}"
+            f"{type(config).__name__}: {name} is {shown(value)}; expected one positive whole "
+            f"number, or {count} of them, {each}"
         )
     if len(set(value)) == 1 and value[0]:
         object.__setattr__(config, name, value[0])

@@ -11,6 +11,7 @@ holds the transpose; [0], [1] and [2] are the upper, middle and lower third of a
 """
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -197,10 +198,14 @@ def recognize(tensors: dict[str, Tensor]) -> tuple[str, Layout, dict[str, Tensor
             return "open_clip", OPEN_CLIP_CUSTOM_TEXT, tensors
         is_openai = any(name in tensors for name in OPENAI_NUMBERS)
         return "openai" if is_openai else "openai or open_clip", OPENAI, tensors
-    # Since 5.6 transformers writes a tower without projection without the prefix of its name.
+    # Since 5.6 transformers writes a tower without the prefix of its name, if it has no projection;
+    # other programs do if it has one, which never had the prefix.
     for prefix, key in (("text_model.", "token"), ("vision_model.", "patch")):
         if f"embeddings.{key}_embedding.weight" in tensors:
-            tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+            tensors = {
+                name if name.endswith("_projection.weight") else prefix + name: tensor
+                for name, tensor in tensors.items()
+            }
     return "transformers", TRANSFORMERS, tensors
 
 
@@ -312,18 +317,18 @@ def config_from_open_clip(settings: dict[str, Any]) -> CLIPConfig:
     """
     model = _section(settings, "model_cfg")
     vision, text = _section(model, "vision_cfg"), _section(model, "text_cfg")
-    act = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    quick_gelu = model.get("quick_gelu")
+    if not isinstance(quick_gelu, bool | None):
+        raise ValueError(f"quick_gelu is {shown(quick_gelu)}; expected true or false")
+    act = "quick_gelu" if quick_gelu else "gelu"
     embed_dim: Any = model.get("embed_dim")  # CLIPConfig checks it
     _refuse_others(model, {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}, "")
-    try:
-        return CLIPConfig(
-            VisionConfig(**_open_clip_vision(vision), act=act, ln_eps=_eps(vision)),
-            TextConfig(**_open_clip_text(text), act=act, ln_eps=_eps(text)),
-            embed_dim=embed_dim,
-            **({"logit_scale_init": s} if (s := model.get("init_logit_scale")) else {}),
-        )
-    except (TypeError, OverflowError, ZeroDivisionError) as error:
-        raise ValueError(f"a field of vision_cfg or text_cfg is no number: {error}") from None
+    return CLIPConfig(
+        VisionConfig(**_open_clip_vision(vision), act=act, ln_eps=_eps(vision, "vision_cfg.")),
+        TextConfig(**_open_clip_text(text), act=act, ln_eps=_eps(text, "text_cfg.")),
+        embed_dim=embed_dim,
+        **({"logit_scale_init": s} if (s := model.get("init_logit_scale")) else {}),
+    )
 
 
 def _open_clip_vision(settings: dict[str, Any]) -> dict[str, Any]:
@@ -334,7 +339,8 @@ def _open_clip_vision(settings: dict[str, Any]) -> dict[str, Any]:
     _check_numbers(values, "vision_cfg.")
     head_width, mlp_ratio = (values.pop(name) for name in computed)
     if isinstance(values["layers"], list):
-        raise ValueError(f"vision_cfg.layers is {shown(values['layers'])}: a ResNet, not a transformer")
+        found = shown(values["layers"])
+        raise ValueError(f"vision_cfg.layers is {found}: a ResNet, not a transformer")
     if isinstance(values["image_size"], list):
         values["image_size"] = tuple(values["image_size"])
     if values["width"] % head_width:
@@ -350,11 +356,14 @@ def _open_clip_text(settings: dict[str, Any]) -> dict[str, Any]:
     _refuse_others(settings, {*known, "mlp_ratio", "norm_kwargs"}, "text_cfg.")
     values = {name: settings.get(name, default) for name, default in known.items()}
     mlp_ratio = settings.get("mlp_ratio", 4.0)
-    _check_numbers({"width": values["width"], "mlp_ratio": mlp_ratio}, "text_cfg.")
+    _check_numbers(values | {"mlp_ratio": mlp_ratio}, "text_cfg.")
     # "argmax", its default, is the rule that a 2 stands for in config.json: the largest id.
     at_end = settings.get("pool_type") == "eos"
     if at_end and settings.get("eos_id", 2) == LEGACY_EOS:
-        raise ValueError("text_cfg.eos_id is 2, and texts are read at token 2; no CLIP's are")
+        raise ValueError(
+            "text_cfg.eos_id is 2: texts are read at their first token 2, and miniclip has no way "
+            "to say so, for an eos_token_id of 2 means the largest id, as in OpenAI's own configs"
+        )
     return values | {
         "mlp_width": int(values["width"] * mlp_ratio),
         "bos_token_id": max(values["vocab_size"] - 2, 0),
@@ -364,18 +373,18 @@ def _open_clip_text(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check_numbers(values: dict[str, Any], section: str) -> None:
     """Those that are computed with: in Python much else can be multiplied."""
-    for name in ("width", "head_width", "mlp_ratio"):
+    for name in ("width", "head_width", "vocab_size", "mlp_ratio"):
         value = values.get(name, 1)
         kinds = (int, float) if name == "mlp_ratio" else (int,)
         if type(value) not in kinds or not 0 < value < 2**31:
             raise ValueError(f"{section}{name} is {shown(value)}, no number that fits there")
 
 
-def _eps(settings: dict[str, Any]) -> float:
-    norm = dict(settings.get("norm_kwargs") or {})
-    eps = norm.pop("eps", 1e-5)
-    if norm:
-        raise ValueError(f"norm_kwargs has {', '.join(norm)}; a CLIP's LayerNorm has only eps")
+def _eps(settings: dict[str, Any], section: str) -> float:
+    norm = settings.get("norm_kwargs") or {}
+    eps = norm.get("eps", 1e-5) if isinstance(norm, dict) and norm.keys() <= {"eps"} else None
+    if type(eps) not in (int, float):
+        raise ValueError(f"{section}norm_kwargs is {shown(norm)}; expected at most eps, a number")
     return eps
 
 
@@ -429,6 +438,33 @@ def config_to_open_clip(config: CLIPConfig) -> dict[str, Any]:
     return model
 
 
+def context_of_open_clip(settings: dict[str, Any]) -> int:
+    """How many tokens of a text open_clip keeps (open_clip, factory.py, get_tokenizer).
+
+    Raises ValueError, with the field, where it makes other ids of a text than CLIP's tokenizer.
+    """
+    text = _section(_section(settings, "model_cfg"), "text_cfg")
+    name, kwargs = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"text_cfg.tokenizer_kwargs is {shown(kwargs)}; expected an object")
+    said = {f"tokenizer_kwargs.{field}": value for field, value in kwargs.items()}
+    cleaning = ["lower", "whitespace"] if name else ["lower"]  # CLIP's of transformers' lowers too
+    for field, value in (said | {"tokenizer_mode": text.get("tokenizer_mode")}).items():
+        if value and not (field == "tokenizer_kwargs.clean" and value in cleaning):
+            found = f"text_cfg.{field:.100} is {shown(value)}"
+            raise ValueError(f"{found}, which gives a text other ids than CLIP's tokenizer does")
+    if name and not str(name).startswith("openai/clip-"):
+        warnings.warn(
+            f"text_cfg.hf_tokenizer_name is {shown(name)}: miniclip has no tokenizer but CLIP's, "
+            "and reads texts by the vocabulary beside the weights",
+            stacklevel=2,
+        )
+    length: Any = text.get("context_length", 77)
+    if type(length) is not int or length < 2:
+        raise ValueError(f"text_cfg.context_length is {shown(length)}; expected a number from 2 on")
+    return length
+
+
 def preprocessing_from_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
     """The preprocess_cfg of open_clip_config.json, parsed, in the terms of transformers'.
 
@@ -438,7 +474,8 @@ def preprocessing_from_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
     fixed = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
     for name, value in said.items():
         if value != fixed.get(name, value):
-            raise ValueError(f"preprocess_cfg.{name} is {shown(value)}; a CLIP's is {fixed[name]!r}")
+            found = f"preprocess_cfg.{name} is {shown(value)}"
+            raise ValueError(f"{found}; a CLIP's is {fixed[name]!r}")
     size = said.get(
         "size", _section(_section(settings, "model_cfg"), "vision_cfg").get("image_size")
     )

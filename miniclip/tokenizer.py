@@ -40,12 +40,14 @@ from miniclip.config import (
     shown,
     write_json,
 )
+from miniclip.layouts import context_of_open_clip
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 END_OF_WORD = "</w>"
 REFERENCES = ("transformers", "openai")
 OPENAI_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+VOCABULARIES = ("vocab.json", "tokenizer.json", OPENAI_VOCABULARY)
 OPENAI_MERGES = 49152 - 256 - 2  # how many lines of that file CLIP uses: the file goes on
 MOST_BYTES, MOST_LINES = 5_000_000, 300_000  # in a file; OpenAI's have up to 3.7 million, 262,145
 
@@ -339,8 +341,8 @@ class Tokenizer:
         check_reference(reference)
         if type(context_length) is not int or context_length < 2:
             raise ValueError(
-                f"context_length is {shown(context_length)}; expected a number from 2 on, as even an "
-                "empty text has a start and an end token"
+                f"context_length is {shown(context_length)}; expected a number from 2 on, as even "
+                "an empty text has a start and an end token"
             )
         self.reference = reference
         self.context_length = context_length
@@ -557,10 +559,13 @@ class Tokenizer:
         them. Raises CheckpointError.
         """
         directory = Path(directory)
+        open_clip_length = _read_open_clip(directory)  # first: if it has another kind of tokenizer
         source, vocab, merges = read_vocabulary(directory)
         special, added, context_length = read_special_tokens(directory)
         try:
             check_parts(vocab, merges, [])
+            if not any(token.endswith(END_OF_WORD) for token in vocab):
+                raise ValueError(f"no token ends with {END_OF_WORD}, as CLIP's last of a word do")
             listed = {token: id for token, (_, id) in added.items() if id is not None}
             for token, id in sorted(listed.items(), key=lambda item: item[1]):
                 if vocab.setdefault(token, len(vocab)) != id:
@@ -577,7 +582,7 @@ class Tokenizer:
             vocab,
             merges,
             added={token: normalized for token, (normalized, _) in added.items()},
-            context_length=context_length,
+            context_length=open_clip_length or context_length,
             reference=reference,
             **special,
         )
@@ -773,7 +778,8 @@ def read_special_tokens(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory}: the special tokens in tokenizer_config.json, special_tokens_map.json, "
-            f"added_tokens.json or tokenizer.json are not as transformers writes them: {shown(error)}"
+            "added_tokens.json or tokenizer.json are not as transformers writes them: "
+            + shown(error)
         ) from None
     length: Any = config.get("model_max_length")
     sane = type(length) is int and 2 <= length <= 100_000  # "none" is written as 1e30
@@ -795,6 +801,17 @@ def _added_token(token: Any, id: int | None = None) -> dict[str, tuple[bool, int
         raise ValueError(f"expected the id of {content} to be a number, found {shown(id)}")
     special = token.get("special", id is None)
     return {token["content"]: (bool(token.get("normalized", not special)), id)}
+
+
+def _read_open_clip(directory: Path) -> int | None:
+    path = directory / "open_clip_config.json"
+    if not path.is_file():
+        return None
+    settings = read_json(path)
+    try:
+        return context_of_open_clip(settings)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -138,14 +138,15 @@ class ImageTransform:
         for name in ("size", "crop_size"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= math.isqrt(MAX_PIXELS):
-                raise ValueError(f"{name} is {shown(value)}; expected a whole number of pixels above 0")
+                found = f"{name} is {shown(value)}"
+                raise ValueError(f"{found}; expected a whole number of pixels above 0")
         for name, least in (("image_mean", 0), ("image_std", 1e-3)):
             values = getattr(self, name)
             three = isinstance(values, list | tuple) and len(values) == 3
             if not three or not all(type(v) in (int, float) and least <= v <= 1 for v in values):
                 raise ValueError(
-                    f"{name} is {shown(values)}; expected three numbers from {least} to 1, for R, G and "
-                    "B: bytes are divided by 255 first"
+                    f"{name} is {shown(values)}; expected three numbers from {least} to 1, for R, "
+                    "G and B: bytes are divided by 255 first"
                 )
             object.__setattr__(self, name, tuple(values))
         if self.reference not in REFERENCES:

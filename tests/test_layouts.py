@@ -33,6 +33,7 @@ from miniclip import (
     CLIPConfig,
     TextConfig,
     TextTower,
+    Tokenizer,
     VisionConfig,
     VisionTower,
     load,
@@ -501,7 +502,20 @@ def test_open_clip_heads_and_eps(tmp_path, inputs):
         ("vision_cfg", {"width": "%500000000d"}, "vision_cfg.width is '%500000000d', no number"),
         ("text_cfg", {"width": 10**13, "mlp_ratio": "1"}, "text_cfg.width is 10000000000000, no"),
         ("text_cfg", {"mlp_ratio": "1"}, "text_cfg.mlp_ratio is '1', no number"),
-        ("vision_cfg", {"norm_kwargs": {"bias": False}}, "norm_kwargs has bias"),
+        ("", {"quick_gelu": "false"}, "quick_gelu is 'false'; expected true or false"),
+        ("", {"quick_gelu": [1]}, r"quick_gelu is \[1\]; expected true or false"),
+        ("", {"quick_gelu": float("nan")}, "quick_gelu is nan; expected true or false"),
+        ("", {"quick_gelu": 1}, "quick_gelu is 1; expected true or false"),
+        ("vision_cfg", {"head_width": True}, "vision_cfg.head_width is True, no number"),
+        ("vision_cfg", {"norm_kwargs": {"bias": False}}, "vision_cfg.norm_kwargs is {'bias': Fal"),
+        ("vision_cfg", {"norm_kwargs": "eps"}, "vision_cfg.norm_kwargs is 'eps'; expected"),
+        ("text_cfg", {"norm_kwargs": [1e-5]}, r"text_cfg.norm_kwargs is \[1e-05\]; expected"),
+        (
+            "text_cfg",
+            {"norm_kwargs": {"eps": "1"}},
+            "text_cfg.norm_kwargs is {'eps': '1'}; expected",
+        ),
+        ("text_cfg", {"vocab_size": "500"}, "text_cfg.vocab_size is '500', no number"),
         ("vision_cfg", {"act_kwargs": {"approximate": "tanh"}}, "act_kwargs"),
         ("vision_cfg", {"a_field_of_tomorrow": 1}, "a_field_of_tomorrow"),
         ("text_cfg", {"hf_model_name": "roberta-base"}, "text_cfg.hf_model_name"),
@@ -542,6 +556,51 @@ def test_what_open_clip_writes_and_no_number_depends_on():
         "hf_proj_type": "mlp",
     }  # fmt: skip
     assert config_from_open_clip(settings) == plain
+
+
+TOKENIZING = [
+    ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "tokenizer_kwargs.clean is 'canonicalize'"),
+    ({"tokenizer_kwargs": {"clean": "whitespace"}}, "tokenizer_kwargs.clean is 'whitespace'"),
+    ({"tokenizer_kwargs": {"strip_sep_token": True}}, "tokenizer_kwargs.strip_sep_token is True"),
+    ({"tokenizer_kwargs": {"reduction_mask": "simple"}}, "tokenizer_kwargs.reduction_mask is"),
+    ({"tokenizer_kwargs": {"additional_special_tokens": ["<x>"]}}, "additional_special_tokens is"),
+    ({"tokenizer_kwargs": "lower"}, "tokenizer_kwargs is 'lower'; expected an object"),
+    ({"tokenizer_mode": "clips"}, "tokenizer_mode is 'clips'"),
+    ({"context_length": "20"}, "context_length is '20'; expected a number"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TOKENIZING)
+def test_what_open_clip_tokenizes_otherwise(tmp_path, change, message):
+    directory = write_open_clip(tmp_path, original(variant(act="gelu")), OPEN_CLIP)
+    load("shapes").tokenizer.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).context_length == 20
+    settings = {"model_cfg": OPEN_CLIP | {"text_cfg": OPEN_CLIP["text_cfg"] | change}}
+    (directory / "open_clip_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=f"open_clip_config.json: text_cfg.{message}"):
+        Tokenizer.from_pretrained(tmp_path)
+    if "context_length" not in change:
+        assert load_model(tmp_path).config == variant(act="gelu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer_kwargs": {"clean": "lower", "reduction_mask": ""}, "tokenizer_mode": None},
+        {"tokenizer_kwargs": {"clean": "whitespace"}, "hf_tokenizer_name": "openai/clip-vit-l"},
+    ],
+)
+def test_what_open_clip_tokenizes_as_we_do(tmp_path, change):
+    write_open_clip(tmp_path, original(variant(act="gelu")), OPEN_CLIP)
+    load("shapes").tokenizer.save_pretrained(tmp_path)
+    plain = Tokenizer.from_pretrained(tmp_path)
+    settings = {"model_cfg": OPEN_CLIP | {"text_cfg": OPEN_CLIP["text_cfg"] | change}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    assert vars(Tokenizer.from_pretrained(tmp_path)).keys() == vars(plain).keys()
+    settings["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "facebook/xlm-v-base"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="text_cfg.hf_tokenizer_name is 'facebook/xlm-v-base'"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -706,7 +765,7 @@ PEERS = {
 }
 
 
-@pytest.mark.parametrize("prefixed", [True, False], ids=["prefix", "as saved"])
+@pytest.mark.parametrize("prefixed", [True, False, None], ids=["prefix", "as saved", "no prefix"])
 @pytest.mark.parametrize("name", PEERS)
 @torch.no_grad()
 def test_one_tower_of_transformers(tmp_path, name, prefixed):
@@ -724,6 +783,10 @@ def test_one_tower_of_transformers(tmp_path, name, prefixed):
             tensors = {f"{kind}_model.{key}": tensor for key, tensor in tensors.items()}
         tensors[f"{kind}_model.embeddings.position_ids"] = torch.arange(26)[None]
         save_file(tensors, path)
+    if prefixed is None:
+        path = tmp_path / "model.safetensors"
+        tensors = load_file(path).items()
+        save_file({name.removeprefix(f"{kind}_model."): t for name, t in tensors}, path)
 
     tower = load(tmp_path).model
     assert type(tower) is {"vision": VisionTower, "text": TextTower}[kind]
