@@ -99,6 +99,7 @@ WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+WRITTEN = dict.fromkeys(LAYOUTS, WEIGHTS[0]) | {"open_clip": "open_clip_model.safetensors"}
 
 
 def embedded_names() -> list[str]:
@@ -220,8 +221,8 @@ def _has_its_hash(blob: Path) -> bool:
 # directory -> tensors
 
 
-def _weights_in(directory: Path, names: tuple[str, ...] = WEIGHTS) -> Path | None:
-    return next((directory / name for name in names if (directory / name).is_file()), None)
+def _weights_in(directory: Path) -> Path | None:
+    return next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
 
 
 def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -681,8 +682,11 @@ def _transform(
 def save_model(
     directory: str | PathLike[str], model: CLIP, *, layout: str = "transformers"
 ) -> None:
-    """Write a model's weights in their own dtype, and its config. See `save`."""
-    _save(Path(directory), model, None, None, layout)
+    """Write a model's weights in their own dtype, and its config. See `save`.
+
+    A tokenizer and a transform that are there stay: they are saved by their own `save_pretrained`.
+    """
+    _save(Path(directory), model, None, None, layout, whole=False)
 
 
 def save(
@@ -699,7 +703,8 @@ def save(
     openai/CLIP's build_model takes) or "open_clip" (open_clip_config.json,
     open_clip_model.safetensors). A process that is killed at any moment leaves all files old or
     all new; files that are not the checkpoint's are left alone. Raises CheckpointError, where
-    nothing can be written, the model is not what its config says, or the layout cannot express it.
+    nothing can be written, the model is not what its config says, the layout cannot express it, or
+    the directory has another checkpoint's file that `load` would take for one of this.
     """
     _save(Path(directory), model, tokenizer, transform, layout)
 
@@ -710,18 +715,31 @@ def _save(
     tokenizer: Tokenizer | None,
     transform: ImageTransform | None,
     layout: str,
+    *,
+    whole: bool = True,
 ) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    others = [name for key, name in CONFIGS.items() if key != layout]
+    others += WEIGHTS[: WEIGHTS.index(WRITTEN[layout])]
+    others += VOCABULARIES if whole and tokenizer is None else ()
+    others += HUB_FILES["transform"][0][:2] if whole and transform is None else ()
+    if there := [name for name in others if (directory / name).is_file()]:
+        raise CheckpointError(
+            f"{directory}: has {_listed(there)}, which would be loaded instead. Save to another "
+            "directory, or first delete what is of another checkpoint"
+        )
     with _blaming(directory):
         refuse_unsayable(model.config, layout)
         preprocessing = {}
         if transform and layout == "open_clip":
             preprocessing = preprocessing_to_open_clip(transform)
+        elif layout == "open_clip" and not whole and (directory / CONFIGS[layout]).is_file():
+            preprocessing = read_json(directory / CONFIGS[layout]).get("preprocess_cfg", {})
     _check_parameters(directory, model)
     try:
         with saving(directory) as folder:
-            _write_model(folder, directory, model, layout, preprocessing)
+            _write_model(folder, model, layout, preprocessing)
             if tokenizer:
                 tokenizer.save_pretrained(folder)
                 for stale in ("tokenizer.json", "added_tokens.json"):
@@ -738,22 +756,16 @@ def _save(
         raise CheckpointError(f"{directory}: cannot save here: {reason}") from error
 
 
-def _write_model(
-    folder: Path, directory: Path, model: CLIP, layout: str, preprocessing: dict[str, Any]
-) -> None:
+def _write_model(folder: Path, model: CLIP, layout: str, preprocessing: dict[str, Any]) -> None:
     tensors = pack({name: t.cpu() for name, t in model.state_dict().items()}, LAYOUTS[layout])
-    weights = "model.safetensors"
     if layout == "open_clip":
-        weights = f"open_clip_{weights}"
-        if other := _weights_in(directory, WEIGHTS[: WEIGHTS.index(weights)]):
-            raise CheckpointError(f"{directory}: has {other.name}, which would be loaded instead")
         settings = {"model_cfg": config_to_open_clip(model.config)}
         write_json(folder / CONFIGS[layout], settings | {"preprocess_cfg": preprocessing})
     elif layout == "openai":
         tensors |= openai_numbers(model.config)
     else:
         write_json(folder / CONFIGS[layout], model.config.to_dict())
-    with replacing(folder / weights) as temporary:
+    with replacing(folder / WRITTEN[layout]) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
 
 
@@ -792,30 +804,38 @@ def convert(
     destination: str | PathLike[str],
     layout: str,
     *,
+    tokenizer: str | PathLike[str] | None = None,
     revision: str | None = None,
 ) -> Conversion:
     """Write a checkpoint in another layout: each weight with the same bits, in its own dtype.
 
-    The tokenizer and the transform come along where the source has files for them. Raises
-    CheckpointError.
+    The tokenizer and the transform come along where the source has files for them; `tokenizer`
+    names a checkpoint to take the first from, for OpenAI's own files have none. Raises
+    CheckpointError, as `save` does.
     """
     options = {"revision": revision}
     contents, path = _find(source, None, **options)
     model = _skeleton(contents, path)
     if not isinstance(model, CLIP):
-        raise CheckpointError(f"{path}: one tower alone; only a whole CLIP is converted")
+        kind = type(model).__name__
+        raise CheckpointError(
+            f"{path}: one tower alone, and only a whole CLIP is converted. {kind}.from_pretrained "
+            "loads it as it is"
+        )
     parameters = _fit(contents, model, path)
     model.load_state_dict(parameters, assign=True)
-    tokenizer = transform = None
-    if has_files("tokenizer", source, options):
-        tokenizer = _tokenizer(source, model, "transformers", options)
+    words = transform = None
+    if tokenizer is not None:
+        words = _tokenizer(tokenizer, model, "transformers", {})
+    elif has_files("tokenizer", source, options):
+        words = _tokenizer(source, model, "transformers", options)
     if contents.layout == "openai" or has_files("transform", source, options):
         transform = _transform(source, model, contents.layout, "transformers", options)
-    _save(Path(destination), model, tokenizer, transform, layout)
+    _save(Path(destination), model, words, transform, layout)
     rows = [
         Mapped(
             place(name, contents.table), name, place(name, LAYOUTS[layout]), tuple(t.shape), t.dtype
         )
         for name, t in parameters.items()
     ]
-    return Conversion(contents.layout, rows, tokenizer is not None, transform is not None)
+    return Conversion(contents.layout, rows, words is not None, transform is not None)

@@ -228,6 +228,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("source", help="a checkpoint in any of the three")
     sub.add_argument("destination", help="a directory")
     sub.add_argument("--layout", choices=("transformers", "openai", "open_clip"), required=True)
+    sub.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="a checkpoint to take the tokenizer from, where there is none beside the weights, as "
+        "of OpenAI's own files: openai/clip-vit-base-patch32",
+    )
     sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
 
     sub = command(
@@ -973,7 +979,13 @@ def convert(args: argparse.Namespace) -> int:
     """`miniclip convert`: a checkpoint in another layout."""
     from miniclip.checkpoint import convert
 
-    done = convert(args.source, args.destination, args.layout, revision=args.revision)
+    done = convert(
+        args.source,
+        args.destination,
+        args.layout,
+        tokenizer=args.tokenizer,
+        revision=args.revision,
+    )
     if args.json:
         rows = [
             {
@@ -996,6 +1008,12 @@ def convert(args: argparse.Namespace) -> int:
         print(f"{count:>9,} {change}")
     for name, there in (("tokenizer", done.tokenizer), ("transform", done.transform)):
         print(f"{name:>9} {'written' if there else 'not found beside the weights'}")
+    if not done.tokenizer:
+        print(
+            "\n`miniclip.load` needs a tokenizer. Convert to a new directory with --tokenizer"
+            "\nopenai/clip-vit-base-patch32, whose vocabulary most CLIPs have; or put its"
+            f"\nvocab.json and merges.txt into {args.destination}"
+        )
     return 0
 
 

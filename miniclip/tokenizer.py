@@ -734,7 +734,8 @@ def read_vocabulary(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
         return simple, vocabulary(pairs), pairs
     raise CheckpointError(
         f"{directory}: no tokenizer here; expected vocab.json and merges.txt, or tokenizer.json, "
-        f"or {OPENAI_VOCABULARY}. Most CLIPs use those of openai/clip-vit-base-patch32"
+        f"or {OPENAI_VOCABULARY}. Most CLIPs use those of openai/clip-vit-base-patch32; "
+        "CLIP.from_pretrained loads a model without"
     )
 
 

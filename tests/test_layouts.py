@@ -40,6 +40,7 @@ from miniclip import (
     save,
 )
 from miniclip.checkpoint import convert, load_model, read_config, read_tensors
+from miniclip.cli import main
 from miniclip.config import LEGACY_EOS, PRESETS, TowerConfig
 from miniclip.layouts import (
     LAYOUTS,
@@ -563,7 +564,7 @@ TOKENIZING = [
     ({"tokenizer_kwargs": {"clean": "whitespace"}}, "tokenizer_kwargs.clean is 'whitespace'"),
     ({"tokenizer_kwargs": {"strip_sep_token": True}}, "tokenizer_kwargs.strip_sep_token is True"),
     ({"tokenizer_kwargs": {"reduction_mask": "simple"}}, "tokenizer_kwargs.reduction_mask is"),
-    ({"tokenizer_kwargs": {"additional_special_tokens": ["<x>"]}}, "additional_special_tokens is"),
+    ({"tokenizer_kwargs": {"additional_special_tokens": ["<x>"]}}, "tokenizer_kwargs.additional"),
     ({"tokenizer_kwargs": "lower"}, "tokenizer_kwargs is 'lower'; expected an object"),
     ({"tokenizer_mode": "clips"}, "tokenizer_mode is 'clips'"),
     ({"context_length": "20"}, "context_length is '20'; expected a number"),
@@ -596,7 +597,8 @@ def test_what_open_clip_tokenizes_as_we_do(tmp_path, change):
     plain = Tokenizer.from_pretrained(tmp_path)
     settings = {"model_cfg": OPEN_CLIP | {"text_cfg": OPEN_CLIP["text_cfg"] | change}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
-    assert vars(Tokenizer.from_pretrained(tmp_path)).keys() == vars(plain).keys()
+    tokenizer, text = Tokenizer.from_pretrained(tmp_path), ["A  red circle"]
+    assert torch.equal(tokenizer(text), plain(text))
     settings["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "facebook/xlm-v-base"
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.warns(UserWarning, match="text_cfg.hf_tokenizer_name is 'facebook/xlm-v-base'"):
@@ -736,6 +738,30 @@ def test_the_convert_report(tmp_path):
     assert row.source == ("text_model.encoder.layers.1.self_attn.v_proj.bias", "")
     assert row.destination == ("transformer.resblocks.1.attn.in_proj_bias", "2")
     assert rows["vision.proj.weight"].destination == ("visual.proj", "T")
+
+
+def test_a_file_without_vocabulary_takes_that_of_another_checkpoint(tmp_path, capsys):
+    """As OpenAI's own, which their code has beside itself."""
+    tokenizer = load("shapes").tokenizer
+    text = vars(OPENAI.text) | {"vocab_size": tokenizer.vocab_size, "bos_token_id": 1}
+    config = CLIPConfig(OPENAI.vision, TextConfig(**text), OPENAI.embed_dim)
+    (tmp_path / "source").mkdir()
+    CLIP(config).save_pretrained(tmp_path / "source", layout="openai")
+    source = str(tmp_path / "source/model.safetensors")
+    options = ["--layout", "transformers"]
+    assert main(["convert", source, str(tmp_path / "bare"), *options]) == 0
+    said = capsys.readouterr().out
+    assert "tokenizer not found" in said and "--tokenizer\nopenai/clip-vit-base-patch32" in said
+    with pytest.raises(CheckpointError, match="no tokenizer here; expected vocab.json and merges"):
+        load(tmp_path / "bare")
+    assert main(["convert", source, str(tmp_path / "b"), *options, "--tokenizer", "shapes"]) == 0
+    assert "needs a tokenizer" not in capsys.readouterr().out
+    assert load(tmp_path / "b").tokenizer.vocab == tokenizer.vocab
+    with pytest.raises(CheckpointError, match="has vocab.json, which would be loaded instead"):
+        convert(source, tmp_path / "b", "transformers")
+    with pytest.raises(CheckpointError, match="the tokenizer has"):
+        convert(source, tmp_path / "c", "transformers", tokenizer="cifar10")
+    assert not (tmp_path / "c").exists()
 
 
 # ------------------------------------------------------------------------------------ towers alone

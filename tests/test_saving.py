@@ -22,6 +22,7 @@ from miniclip import (
     Tokenizer,
     VisionConfig,
 )
+from miniclip.checkpoint import load_config
 from miniclip.config import SAVED, finish_save, saving
 from miniclip.parity import randomize
 
@@ -202,6 +203,62 @@ def test_the_files_of_a_tokenizer_in_another_form_are_superseded(saved):
 def test_the_weights_say_that_they_are_pytorch_s(saved):
     with safe_open(saved / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+# ----------------------------------------------------------------------- over another checkpoint
+
+LAYOUTS = ("transformers", "openai", "open_clip")
+
+
+def quick():
+    """A checkpoint that every layout can express; its tokenizer has another vocabulary."""
+    config = CLIPConfig(
+        replace(VISION, width=64, heads=1), replace(TEXT, width=64, heads=1, vocab_size=550,
+        bos_token_id=548, eos_token_id=549), embed_dim=20,
+    )  # fmt: skip
+    return checkpoint(config, 2, "another vocabulary, of other words")
+
+
+def names_and_bytes(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("parts", ["all", "no tokenizer", "no transform", "model"])
+@pytest.mark.parametrize("later", LAYOUTS)
+@pytest.mark.parametrize("earlier", LAYOUTS)
+def test_over_another_checkpoint_there_is_the_new_one_or_an_error(tmp_path, earlier, later, parts):
+    model, tokenizer, transform = old()
+    text = replace(model.config.text, width=64, heads=1)
+    model = CLIP(replace(model.config, vision=replace(VISION, width=64, heads=1), text=text)).eval()
+    transform = replace(transform, size=16, crop_size=16, image_mean=(0.5,) * 3)
+    miniclip.save(tmp_path, model, tokenizer, transform, layout=earlier)
+    (tmp_path / "README.md").write_text("mine")
+    before = names_and_bytes(tmp_path)
+
+    model, tokenizer, transform = quick()
+    transform = replace(transform, size=16, crop_size=16)
+    try:
+        if parts == "model":
+            model.save_pretrained(tmp_path, layout=later)
+        else:
+            tokenizer = None if parts == "no tokenizer" else tokenizer
+            transform = None if parts == "no transform" else transform
+            miniclip.save(tmp_path, model, tokenizer, transform, layout=later)
+    except CheckpointError as error:
+        assert earlier != later or parts.startswith("no ")
+        assert "which would be loaded instead. Save to another" in str(error)
+        assert names_and_bytes(tmp_path) == before
+        return
+    assert earlier == later or earlier == "openai" and later == "transformers"
+    assert parts in ("all", "model")
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert load_config(tmp_path) == CLIP.from_pretrained(tmp_path).config
+    assert CLIP.from_pretrained(tmp_path).config.vision == model.config.vision
+    if parts == "all":
+        loaded = miniclip.load(tmp_path)
+        assert loaded.tokenizer.vocab == tokenizer.vocab and loaded.transform == transform
+    else:  # its transform is still there
+        assert ImageTransform.from_pretrained(tmp_path).image_mean == (0.5,) * 3
 
 
 # -------------------------------------------------------------------------------- the steps of it
