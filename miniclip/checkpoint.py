@@ -36,6 +36,7 @@ from miniclip.config import (
     TextConfig,
     TowerConfig,
     VisionConfig,
+    blaming,
     finish_save,
     read_json,
     replacing,
@@ -340,17 +341,6 @@ class Contents(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-@contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    """An error about what a file says becomes a CheckpointError that names the file."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
 def read_config(directory: Path) -> CLIPConfig:
     """The config of a checkpoint of two towers, from its config file, or where OpenAI's layout has
     none from the shapes of the weights. Raises CheckpointError."""
@@ -379,7 +369,7 @@ def _whole(config: CLIPConfig | TowerConfig, name: str | PathLike[str]) -> CLIPC
 def _read_config(directory: Path, layout: str) -> CLIPConfig | TowerConfig:
     path = directory / CONFIGS[layout]
     settings = read_json(path)
-    with _blaming(path):
+    with blaming(path):
         if layout == "open_clip":
             return config_from_open_clip(settings)
         is_tower = settings.get("model_type") in [*TOWERS]
@@ -388,7 +378,7 @@ def _read_config(directory: Path, layout: str) -> CLIPConfig | TowerConfig:
 
 def _read_contents(directory: Path, weights: Path, dtype: torch.dtype | None = None) -> Contents:
     tensors = read_tensors(weights, dtype)
-    with _blaming(weights):
+    with blaming(weights):
         layout, table, tensors = recognize(tensors)
     if layout == "openai or open_clip":
         layout = "open_clip" if (directory / CONFIGS["open_clip"]).is_file() else "openai"
@@ -399,7 +389,7 @@ def _read_contents(directory: Path, weights: Path, dtype: torch.dtype | None = N
                 stacklevel=2,
             )
     if layout == "openai":
-        with _blaming(weights):
+        with blaming(weights):
             config: CLIPConfig | TowerConfig = config_from_shapes(tensors)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in OPENAI_NUMBERS}
     else:
@@ -729,7 +719,7 @@ def _save(
             f"{directory}: has {_listed(there)}, which would be loaded instead. Save to another "
             "directory, or first delete what is of another checkpoint"
         )
-    with _blaming(directory):
+    with blaming(directory):
         refuse_unsayable(model.config, layout)
         preprocessing = {}
         if transform and layout == "open_clip":

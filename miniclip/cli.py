@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # not every terminal has a bar, or every script
     args = build_parser().parse_args(argv)
+    warnings.formatwarning = lambda message, *_: f"miniclip: warning: {message}\n"
     try:
         if getattr(args, "plot", None):  # before the work, which may take hours
             from miniclip.figures import check_writable

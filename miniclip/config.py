@@ -38,6 +38,17 @@ class ImageError(ValueError):
     """An image cannot be read, or is in a form that has no exact reading as pixels."""
 
 
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """An error about what a file says becomes a CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:
     """The object in a JSON file; a CheckpointError that names the file if there is none.
 

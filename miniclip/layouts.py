@@ -382,7 +382,8 @@ def _check_numbers(values: dict[str, Any], section: str) -> None:
 
 def _eps(settings: dict[str, Any], section: str) -> float:
     norm = settings.get("norm_kwargs") or {}
-    eps = norm.get("eps", 1e-5) if isinstance(norm, dict) and norm.keys() <= {"eps"} else None
+    known = isinstance(norm, dict) and norm.keys() <= {"eps"}
+    eps: Any = norm.get("eps", 1e-5) if known else None
     if type(eps) not in (int, float):
         raise ValueError(f"{section}norm_kwargs is {shown(norm)}; expected at most eps, a number")
     return eps
@@ -534,4 +535,5 @@ def refuse_unsayable(config: CLIPConfig, layout: str) -> None:
                 tower.heads * 64 != tower.width
             )
     if odd and layout != "transformers":
-        raise ValueError(f"the layout {layout!r} cannot express {', '.join(odd)}")
+        found = ", ".join(dict.fromkeys(odd))  # the two towers may have the same
+        raise ValueError(f"the layout {layout!r} cannot express {found}; 'transformers' can")

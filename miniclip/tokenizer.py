@@ -35,6 +35,7 @@ from torch import Tensor
 from miniclip.config import (
     CheckpointError,
     ContextLengthError,
+    blaming,
     read_json,
     replacing,
     shown,
@@ -562,7 +563,7 @@ class Tokenizer:
         open_clip_length = _read_open_clip(directory)  # first: if it has another kind of tokenizer
         source, vocab, merges = read_vocabulary(directory)
         special, added, context_length = read_special_tokens(directory)
-        try:
+        with blaming(source):
             check_parts(vocab, merges, [])
             if not any(token.endswith(END_OF_WORD) for token in vocab):
                 raise ValueError(f"no token ends with {END_OF_WORD}, as CLIP's last of a word do")
@@ -574,8 +575,6 @@ class Tokenizer:
                         f"{vocab[token]}; the files must come from the same tokenizer"
                     )
             check_parts(vocab, [], [special["bos_token"], special["eos_token"]])
-        except ValueError as error:
-            raise CheckpointError(f"{source}: {error}") from None
         for token in added:  # what has no id by now gets the next one, as in transformers
             vocab.setdefault(token, len(vocab))
         return cls(
@@ -806,13 +805,8 @@ def _added_token(token: Any, id: int | None = None) -> dict[str, tuple[bool, int
 
 def _read_open_clip(directory: Path) -> int | None:
     path = directory / "open_clip_config.json"
-    if not path.is_file():
-        return None
-    settings = read_json(path)
-    try:
-        return context_of_open_clip(settings)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    with blaming(path):
+        return context_of_open_clip(read_json(path)) if path.is_file() else None
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from miniclip.config import CheckpointError, ImageError, read_json, shown, write_json
+from miniclip.config import CheckpointError, ImageError, blaming, read_json, shown, write_json
 from miniclip.layouts import preprocessing_from_open_clip
 
 REFERENCES = ("transformers", "openai")
@@ -212,12 +212,10 @@ class ImageTransform:
         from miniclip.checkpoint import resolve  # here, because it imports this file
 
         path, settings = _read_settings(resolve(name, "transform", **options))
-        try:
+        with blaming(path):
             if path.name.startswith("open_clip"):
                 settings = preprocessing_from_open_clip(settings)
             return cls.from_dict(settings, reference=reference)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from None
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write preprocessor_config.json, for ourselves and for transformers. `reference` is a
