@@ -239,8 +239,8 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
         raise CheckpointError(
             f"{path}: no weights file that can be read, or one cut short ({size}): {reason}"
         ) from error
-    if not all(isinstance(name, str) and name.isprintable() for name in tensors):
-        raise CheckpointError(f"{path}: has tensors whose names are no text")
+    if not all(map(str.isprintable, tensors)):
+        raise CheckpointError(f"{path}: has tensors whose names cannot be printed")
     return tensors
 
 

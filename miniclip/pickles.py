@@ -19,9 +19,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-LARGEST = 1 << 20
-"""Bytes of a pickle, and of an archive's list of contents. bigG/14 with its optimizer has a third
-of that; what is larger could take longer to read than it seems."""
+LARGEST = 500_000
+"""Bytes of a pickle, and of an archive's list of contents. bigG/14 with its optimizer has
+356,000, and nothing of this size takes a second to read."""
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -79,8 +79,8 @@ class PickledTensors:
             root, self.places = read(file)
         if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
             root = root["state_dict"]  # open_clip's training keeps the optimizer's beside it
-        self.stored = dict(_tensors(root, "", set()) if isinstance(root, _Module) else root)
-        if not all(isinstance(tensor, Stored) for tensor in self.stored.values()):
+        self.stored = dict(_tensors(root, "", set())) if isinstance(root, _Module) else root
+        if not isinstance(root, dict | _Module) or not all(map(_is_named, self.stored.items())):
             raise pickle.UnpicklingError("expected a dictionary of tensors and nothing else")
         self.path = path
         self.remapped()
@@ -103,7 +103,13 @@ class PickledTensors:
             raise pickle.UnpicklingError(f"{storage.numel:,} numbers for a tensor of shape {shape}")
         start = self.places[storage.key]
         numbers = self.mapped[start : start + storage.nbytes]
+        if start % storage.dtype.itemsize:  # as in files before 2020; torch assumes it is 0
+            numbers = numbers.clone()
         return torch.empty(0, dtype=storage.dtype).set_(numbers).as_strided(shape, stride, offset)
+
+
+def _is_named(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Stored)
 
 
 def _tensors(module: "_Module", prefix: str, seen: set[int]) -> Iterator[tuple[str, Stored]]:
@@ -116,7 +122,7 @@ def _tensors(module: "_Module", prefix: str, seen: set[int]) -> Iterator[tuple[s
         raise pickle.UnpicklingError(f"a module called {prefix[:40]}...")
     for name, value in vars(module).items():
         if isinstance(value, Stored):
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
         elif isinstance(value, _Module) and id(vars(value)) not in seen:
             yield from _tensors(value, f"{prefix}{name}.", seen)
 
@@ -154,8 +160,8 @@ def _read_zip(file: _Bounded) -> tuple[Any, dict[str, int]]:
                     f"storage {storage.key:.40} should have {storage.nbytes:,} bytes, as they are"
                 )
             file.seek(record.header_offset)
-            *_, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
-            places[storage.key] = file.tell() + name_length + extra_length
+            lengths = struct.unpack("<26xHH", file.read(30))  # of its name, and of what follows it
+            places[storage.key] = file.tell() + sum(lengths)
     return root, places
 
 
@@ -244,6 +250,7 @@ class _Unpickler(pickle._Unpickler):
     """The one in Python: the one in C makes as much room as the largest number of its memo says."""
 
     stack: list[Any]
+    metastack: list[list[Any]]
     read: Callable[[int], bytes]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
@@ -272,6 +279,11 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"storage {key:.40} is said to be two things")
         return storage
 
+    def load_mark(self) -> None:
+        if len(self.metastack) > 100:
+            raise pickle.UnpicklingError("lists in lists in lists")
+        super().load_mark()  # type: ignore[misc]  # which typeshed does not know
+
     def load_tuple(self) -> None:
         """A list. To look up tuples of tuples in a dictionary takes 2^depth steps."""
         items = self.pop_mark()  # which makes `append` another
@@ -294,12 +306,13 @@ class _Unpickler(pickle._Unpickler):
         elif not isinstance(built, _Dict):
             raise pickle.UnpicklingError(f"it changes a {type(built).__name__} after it was made")
 
+    def load_other(self) -> None:
+        raise pickle.UnpicklingError("it has instructions that torch.save does not write")
+
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **{
-            code: load
-            for code, load in pickle._Unpickler.dispatch.items()
-            if code <= pickle.LONG1[0] and code not in pickle.INT + pickle.LONG  # of protocol 2
-        },
+        **pickle._Unpickler.dispatch,
+        **dict.fromkeys([*pickle.INT, *pickle.LONG, *range(pickle.LONG4[0], 256)], load_other),
+        pickle.MARK[0]: load_mark,
         pickle.TUPLE[0]: load_tuple,
         pickle.TUPLE1[0]: lambda self: self.load_few(1),
         pickle.TUPLE2[0]: lambda self: self.load_few(2),
