@@ -416,9 +416,13 @@ def transform_suite(setting: Setting) -> Iterator[Case]:
 
 def zeroshot_suite(setting: Setting) -> Iterator[Case]:
     """Labels in 80 templates to a classifier."""
-    labels, templates = IMAGENET_CLASSES[::100], IMAGENET_TEMPLATES
     ours, *peers = setting.libraries
-    assert isinstance(ours.tokenize, Tokenizer)
+    tokenizer = ours.tokenize
+    assert isinstance(tokenizer, Tokenizer)
+    # Some of the thousand and their longest, to which all are padded where they go in at once.
+    longest = max(IMAGENET_CLASSES, key=lambda label: len(tokenizer.encode(label)))
+    labels, templates = [*IMAGENET_CLASSES[::100], longest], IMAGENET_TEMPLATES
+    prompts = [template.replace("{}", label) for label in labels for template in templates]
 
     @torch.inference_mode()
     def class_by_class(library: Library) -> Tensor:
@@ -430,11 +434,18 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
             rows.append(unit_norm(embeds.mean(dim=0)))
         return torch.stack(rows)
 
-    runs = {"miniclip": partial(class_embeddings, ours.model, ours.tokenize, labels, templates)}
+    @torch.inference_mode()
+    def all_at_once(library: Library) -> Tensor:
+        """As the library pads a list of texts: to the longest of them."""
+        batches = library.tokenize(prompts).to(setting.device).split(256)
+        embeds = unit_norm(torch.cat([library.encode_text(ids) for ids in batches]))
+        return unit_norm(embeds.unflatten(0, (len(labels), -1)).mean(dim=1))
+
+    runs = {"miniclip": partial(class_embeddings, ours.model, tokenizer, labels, templates)}
     runs |= {library.name: partial(class_by_class, library) for library in peers}
+    runs["transformers, at once"] = partial(all_at_once, peers[0])
     contenders = [Contender(name, setting.timed(run)) for name, run in runs.items()]
-    prompts = [template.replace("{}", label) for label in labels for template in templates]
-    lengths = [2 + len(ours.tokenize.encode(prompt)) for prompt in prompts]
+    lengths = [2 + len(tokenizer.encode(prompt)) for prompt in prompts]
     multiply_adds = sum(tower_multiply_adds(setting.config, "text", n) for n in lengths)
     contenders.append(ceiling(setting, multiply_adds))
     work = f"{len(labels)} labels x {len(templates)} templates"

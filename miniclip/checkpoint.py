@@ -11,11 +11,9 @@ of the same shape, and no weight is changed on the way.
 import hashlib
 import math
 import os
-import pickle
 import re
 import shutil
 import warnings
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -62,8 +60,8 @@ from miniclip.layouts import (
     refuse_unsayable,
 )
 from miniclip.model import CLIP, TextTower, VisionTower
+from miniclip.pickles import PickledTensors
 from miniclip.tokenizer import VOCABULARIES, Tokenizer
-from miniclip.torchscript import is_torchscript, read_torchscript
 from miniclip.transform import ImageTransform
 
 # ------------------------------------------------------------------------------------------------
@@ -229,43 +227,35 @@ def _weights_in(directory: Path) -> Path | None:
 def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Every tensor of a weights file or of a sharded index, mapped into memory and not yet read.
 
-    Floating point numbers in another `dtype` than the one asked for are converted; of safetensors
-    a few tensors at a time, so that the file never lies in memory beside the model. Pickled code in
-    .bin and .pt files is never run: torch.load reads them with weights_only.
+    Floating point numbers in another `dtype` than the one asked for are converted, a few tensors
+    at a time, so that the file never lies in memory beside the model. No code in .bin and .pt
+    files is ever run: see pickles.py.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path, dtype)
     try:
-        if path.suffix == ".safetensors":
-            tensors: Any = _read_safetensors(path, dtype)
-        elif is_torchscript(path):
-            tensors = read_torchscript(path)
-        else:
-            tensors = _read_pickle(path)
+        tensors = _read_in_turn(path, dtype)
     except Exception as error:  # damage shows itself in many ways, all of them the file's
         reason = str(error).partition("\n")[0][:500] or type(error).__name__
         reason = "".join(filter(str.isprintable, reason))  # it may quote the file
-        if isinstance(error, pickle.UnpicklingError):  # torch's advice is to run the code
-            reason = "it holds more than tensors, and pickled code is never run"
         size = f"{path.stat().st_size:,} bytes" if path.exists() else "no such file"
         raise CheckpointError(
             f"{path}: no weights file that can be read, or one cut short ({size}): {reason}"
         ) from error
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]  # open_clip's training keeps the optimizer's beside it
-    if not isinstance(tensors, dict) or not all(map(_is_named_tensor, tensors.items())):
-        raise CheckpointError(f"{path}: expected a dictionary of tensors and nothing else")
+    if not all(map(str.isprintable, tensors)):
+        raise CheckpointError(f"{path}: has tensors whose names cannot be printed")
     return tensors
 
 
-def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _read_in_turn(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    is_safe = path.suffix == ".safetensors"
     with open(path, "rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    if header > 6_000_000:  # of many times that in memory; the largest CLIP's has some 200,000
+    if is_safe and header > 6_000_000:  # of many times that in memory; a CLIP's has some 200,000
         raise ValueError(f"expected a header of at most 6,000,000 bytes, found {header:,}")
-    file = safe_open(path, framework="pt")
+    file: Any = safe_open(path, framework="pt") if is_safe else PickledTensors(path)
     size = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
+    tensors: dict[str, Tensor] = {}
     read = 0
     for name in sorted(size, key=size.__getitem__, reverse=True):
         mapped = file.get_tensor(name)
@@ -273,34 +263,9 @@ def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor
         read += mapped.nbytes if tensors[name] is not mapped else 0
         if read > 1 << 24:
             del mapped  # with the last of them go the pages of the file that have been read
-            file, read = safe_open(path, framework="pt"), 0
+            file = safe_open(path, framework="pt") if is_safe else file.remapped()
+            read = 0
     return {name: tensors[name] for name in size}
-
-
-def _read_pickle(path: Path) -> Any:
-    zipped = zipfile.is_zipfile(path)  # as torch.save writes since 2020; the older cannot map
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(record.file_size for record in archive.infolist())
-        if size > path.stat().st_size:  # torch compresses nothing, but would believe it
-            raise ValueError(f"its records claim to hold {size:,} bytes")
-    return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-
-
-def _is_named_tensor(item: tuple[object, object]) -> bool:
-    """A name that can be printed, and a tensor with a number in the file for each it seems to have.
-
-    A view may repeat one number 10^12 times, and sparse ones leave most out.
-    """
-    name, tensor = item
-    return (
-        isinstance(name, str)
-        and name.isprintable()
-        and isinstance(tensor, Tensor)
-        and tensor.layout == torch.strided
-        and not tensor.is_meta
-        and tensor.nbytes <= tensor.untyped_storage().nbytes()
-    )
 
 
 def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:

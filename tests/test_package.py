@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = ("config", "model", "tokenizer", "transform", "checkpoint", "layouts", "torchscript")
+REFERENCE = ("config", "model", "tokenizer", "transform", "checkpoint", "layouts", "pickles")
 
 
 def test_the_wheel_works_outside_the_repository(tmp_path):
