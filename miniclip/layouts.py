@@ -202,10 +202,8 @@ def recognize(tensors: dict[str, Tensor]) -> tuple[str, Layout, dict[str, Tensor
     # other programs do if it has one, which never had the prefix.
     for prefix, key in (("text_model.", "token"), ("vision_model.", "patch")):
         if f"embeddings.{key}_embedding.weight" in tensors:
-            tensors = {
-                name if name.endswith("_projection.weight") else prefix + name: tensor
-                for name, tensor in tensors.items()
-            }
+            names = {name: prefix * ("_projection." not in name) + name for name in tensors}
+            tensors = {names[name]: tensor for name, tensor in tensors.items()}
     return "transformers", TRANSFORMERS, tensors
 
 
