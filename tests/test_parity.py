@@ -165,7 +165,8 @@ fault_in_weights(
 )  # fmt: skip
 fault_in_weights(
     "noise_in_a_weight", "text.blocks.0.mlp.fc2.weight", lambda x: x + 1e-3,
-    "text.blocks.0.mlp_out", "other weights: mlp.fc2.weight",
+    "text.blocks.0.mlp_out",
+    "different weights: mlp.fc2.weight (40 of 40 rows, by at most 1.0e-03)",
 )  # fmt: skip
 
 
@@ -272,7 +273,7 @@ def another_end_token(model):
     replace_config(model, eos_token_id=597)
 
 
-@fault("vision.projected", "other weights: proj.weight")
+@fault("vision.projected", "model has proj.weight flipped along axis 0")
 def another_projection(model):
     model.vision.proj.weight.data = model.vision.proj.weight.flipud()
 
@@ -325,11 +326,11 @@ CODE = {
         "vision.blocks.0.mlp_out", "model has the activation gelu for quick_gelu",
     ),
     "another_constant": (
-        "1.702", "1.7", "vision.blocks.0.mlp_out", "model does not compute CLIP's formula",
+        "1.702", "1.71", "vision.blocks.0.mlp_out", "model does not compute CLIP's formula",
     ),
     "one_norm_for_both": (
         "x + self.mlp(self.ln_2(x))", "x + self.mlp(self.ln_1(x))",
-        "vision.blocks.0.mlp_out", "model has ln_1 and ln_2 swapped",
+        "vision.blocks.0.mlp_out", "model has ln_1 before the MLP, for ln_2",
     ),
     "no_ln_1": (
         "self.attn(self.ln_1(x))", "self.attn(x)", "vision.blocks.0.q", "model has no ln_1",
@@ -616,7 +617,8 @@ def test_models_of_another_shape(pair):
     ours.vision.proj = nn.Linear(48, 30, bias=False)
     report = compare(ours, theirs)
     assert report.first == "vision.projected" and report.rows[-1].absolute == math.inf
-    assert report.cause == "shape (2, 30) in model, (2, 36) in other"
+    words = "different weights: proj.weight ((30, 48) in model, (36, 48) in other)"
+    assert report.cause == words
     ours.text.blocks = ours.text.blocks[:1]
     with pytest.raises(ValueError, match="differ in their number of blocks"):
         compare(ours, theirs)
@@ -683,7 +685,7 @@ def test_the_command_compares_a_fork_with_the_original(capsys, fork_directory):
     capsys.readouterr()
     assert main(["parity", fork_, "--against", original, "--plot", str(picture)]) == 1
     out, err = capsys.readouterr()
-    assert "first at vision.blocks.2.q" in out and "other weights: ln_1.bias" in out
+    assert "first at vision.blocks.2.q" in out and "weights: ln_1.bias (1 of 48 rows" in out
     assert err == f"picture: {picture}\n"
     with Image.open(picture) as drawn:
         assert drawn.width > 1000
