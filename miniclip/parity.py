@@ -24,6 +24,7 @@ from miniclip.checkpoint import Loaded, check_device, has_files, load_model, met
 from miniclip.config import (
     LEGACY_EOS,
     PRESETS,
+    CheckpointError,
     CLIPConfig,
     beyond_transformers,
 )
@@ -137,17 +138,47 @@ Stage = tuple[list[Difference], str | None]
 
 def _compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
     one, other = (partial(tokenizer, truncate=True) for tokenizer in (ours, theirs))
-    row = _exact("tokens", one(diagnosis.TEXTS), other(diagnosis.TEXTS))
+    found, raised = _outputs(lambda tokenizer: tokenizer(diagnosis.TEXTS), one, other)
+    if raised:
+        return [_infinitely_far("tokens")], raised
+    row = _exact("tokens", *found)
     return [row], None if row.within_tolerance else diagnosis.cause_in_tokens(one, other)
 
 
 def _compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:
-    pictures = diagnosis.pictures(ours.size)
-    one, other = ([transform(picture) for picture in pictures] for transform in (ours, theirs))
-    row = _exact("pixels", *(torch.cat([x.flatten() for x in pixels]) for pixels in (one, other)))
+    sizes = (getattr(transform, "size", None) for transform in (ours, theirs))
+    pictures = diagnosis.pictures(next(filter(None, sizes), ImageTransform.size))
+    found, raised = _outputs(lambda transform: [*map(transform, pictures)], ours, theirs)
+    if raised:
+        return [_infinitely_far("pixels")], raised
+    row = _exact("pixels", *(torch.cat([x.flatten() for x in pixels]) for pixels in found))
     if row.within_tolerance:
         return [row], None
-    return [row], diagnosis.cause_in_pixels(ours, theirs, one, other)
+    return [row], diagnosis.cause_in_pixels(ours, theirs, *found)
+
+
+def _outputs(
+    run: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
+) -> tuple[list[Any], str]:
+    """What both give, or the error that one of them raises. If both raise one, so does this."""
+    found: list[Any] = []
+    errors: dict[str, ValueError] = {}
+    for name, function in (("model", ours), ("other", theirs)):
+        try:
+            found.append(run(function))
+        except ValueError as error:
+            errors[name] = error
+    if len(errors) == 2:
+        raise errors["model"]
+    return found, "".join(f"{name} {_raises(error)}" for name, error in errors.items())
+
+
+def _raises(error: Exception) -> str:
+    return f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _infinitely_far(site: str) -> Difference:
+    return Difference._make([site, *[math.inf] * 5, False])
 
 
 def _exact(site: str, one: Tensor, other: Tensor) -> Difference:
@@ -174,14 +205,14 @@ def _compare_models(
     inputs = _inputs(*configs, seed)
     plan = [(model, exact) for model in (ours, theirs) for exact in (False, True)]
     runs = [_run(model, dtype, exact, device, *inputs) for model, exact in _progress(plan)]
-    errors = [f"{name} raises {error}" for name, (_, error) in zip(_NAMES, runs) if error]
+    errors = [f"{name} {error}" for name, (_, error) in zip(_NAMES, runs) if error]
     rows = []
     for site in dict.fromkeys(site for model in (ours, theirs) for site, *_ in _sites(model)):
         found = [tensors[site] for tensors, _ in runs if site in tensors]
         if len(found) == len(runs):
             rows.append(_difference(site, found, dtype, exact, device))
         elif errors:
-            rows.append(Difference._make([site, *[math.inf] * 5, False]))
+            rows.append(_infinitely_far(site))
     failed = next((row for row in rows if not row.within_tolerance), None)
     if failed is None:
         return rows, None
@@ -300,7 +331,7 @@ def _run(
             output = model(pixel_values=pixels, input_ids=ids) if theirs else model(pixels, ids)
             seen.setdefault("logits", output.logits_per_image.cpu())
         except (IndexError, RuntimeError, ValueError) as error:
-            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return _raises(error)
         finally:
             for handle in handles:
                 handle.remove()
@@ -428,10 +459,25 @@ def _load(name: str | os.PathLike[str], options: dict[str, Any]) -> Loaded:
     model = load_model(name, **options)
     kinds: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
     parts: list[Any] = [
-        kind.from_pretrained(name, **options) if has_files(part, name, options) else None
+        _load_part(kind, name, options) if has_files(part, name, options) else None
         for part, kind in kinds.items()
     ]
     return Loaded(model, *parts)
+
+
+def _load_part(kind: Any, name: str | os.PathLike[str], options: dict[str, Any]) -> Any:
+    """A tokenizer or a transform; one that is refused, as a function that raises the reason.
+
+    So a directory that asks for a transform which is no CLIP's is compared, and found to differ.
+    """
+    try:
+        return kind.from_pretrained(name, **options)
+    except CheckpointError as error:
+        return partial(_raise, error)
+
+
+def _raise(error: Exception, *args: Any, **options: Any) -> None:
+    raise error
 
 
 def _as_loaded(model: "CLIP | CLIPModel | Loaded") -> Loaded:
