@@ -41,7 +41,8 @@ class Side(NamedTuple):
 def cause_in_model(site: str, model: Side, other: Side) -> str:
     """What, put into one model's formula for the site, gives the other's tensor there.
 
-    The site is the first that differs. An empty text if nothing is known.
+    The site is the first that differs. An empty text if nothing is known. Where only weights differ
+    either may be right, and it is `model`, as the fork, of which something is said.
     """
     if ".blocks." in site:  # two rows of the batch show it as well, in less time
         model, other = (
@@ -53,8 +54,8 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
         if not tensor.isfinite().all():
             return f"{name} has numbers that are not finite"
     stream_enters = site.endswith((".resid_pre", ".pooled"))
-    if stream_enters and (found := _otherwise_run(site, model, other)):
-        return found
+    if stream_enters and (otherwise := _otherwise_run(site, model, other)):
+        return otherwise
     # transformers takes the softmax of a pattern in float32, whatever the model's precision.
     tolerance = 1e-6 if site.endswith(".pattern") else 1e-9
     followers = []  # of CLIP's formula, with their own weights and config
@@ -72,10 +73,10 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
                 return f"{names[1]} has {fault}"
         if not related and (relation := _relation(site, x, right, wrong, tolerance)):
             related = f"{names[1]} has {relation}"
-    if found := _otherwise_run(site, model, other):
-        return found
-    if len(followers) == 2 and (found := _differing_weights(site, model, other)):
-        return found
+    if otherwise := _otherwise_run(site, model, other):
+        return otherwise
+    if len(followers) == 2 and (differing := _differing_weights(site, model, other)):
+        return differing
     if related:
         return related
     if ours.shape != theirs.shape:
@@ -424,7 +425,7 @@ def _faults(
     for fault, changed in _faults_of_options(site, source, target, w, o):
         if not options.read.isdisjoint(changed):
             yield fault, w, o | changed
-    config = getattr(source.config, site.partition(".")[0], None)
+    config: Any = getattr(source.config, site.partition(".")[0], None)
     for fault, replaced in _faults_of_weights(w, weights.read, getattr(config, "grid", None)):
         yield fault, {**w, **replaced}, o
     if match := re.match(r"(\w+\.blocks)\.(\d+)\.", site):
@@ -667,6 +668,7 @@ def _relation(site: str, x: Named, right: Tensor, wrong: Tensor, tolerance: floa
 
 
 def _differing_weights(site: str, model: Side, other: Side) -> str:
+    """The weights that the formula of the site reads and that differ, and how."""
     x, ours, options = _parts(site, model)
     _, theirs, _ = _parts(site, other)
     weights = Noted(ours)
@@ -693,8 +695,8 @@ def _change(ours: Tensor, theirs: Tensor, head: int) -> str:
         if torch.equal(changed, ours):
             return change
     for axis in range(ours.ndim):
-        sizes = {1: "in another order"}
-        for size, words in ({head: "with heads in another order"} | sizes).items():
+        for size in (head, 1):
+            words = "with heads in another order" if size > 1 else "in another order"
             if ours.shape[axis] % size == 0 and torch.equal(
                 _sorted(ours, axis, size), _sorted(theirs, axis, size)
             ):

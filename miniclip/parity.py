@@ -227,8 +227,8 @@ def _compare_models(
         if dtype in TOLERANCE and far < _distance(one, exactly) < math.inf:
             return rows, f"{name} in float64 is far from itself: dropout in evaluation?"
     sides = [
-        diagnosis.Side(named | tensors, *parts)
-        for (tensors, _), *parts in zip(runs[1::2], weights, configs, strict=True)
+        diagnosis.Side(named | tensors, w, config)
+        for (tensors, _), w, config in zip(runs[1::2], weights, configs, strict=True)
     ]
     return rows, diagnosis.cause_in_model(failed.site, *sides)
 

@@ -194,12 +194,6 @@ def layer_norms_swapped(model):
     block.ln_1, block.ln_2 = block.ln_2, block.ln_1
 
 
-@fault("text.blocks.0.q", "model has attn.q_proj and attn.k_proj swapped")
-def queries_and_keys_swapped(model):
-    attention = model.text.blocks[0].attn
-    attention.q_proj, attention.k_proj = attention.k_proj, attention.q_proj
-
-
 @fault("text.blocks.0.q", "model has the weights of block 1")
 def layers_swapped_in_text(model):
     model.text.blocks = nn.Sequential(*reversed(model.text.blocks))
@@ -211,10 +205,19 @@ def layers_swapped_in_vision(model):
     model.vision.blocks = nn.Sequential(blocks[0], blocks[2], blocks[1])
 
 
-@fault("text.blocks.1.k", "model has attn.k_proj and attn.v_proj swapped")
-def keys_and_values_swapped(model):
-    attention = model.text.blocks[1].attn
-    attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
+def swap(i, one, two):
+    def in_attention(model):
+        attn = model.text.blocks[i].attn
+        first, second = (getattr(attn, f"{name}_proj") for name in (one, two))
+        setattr(attn, f"{one}_proj", second)
+        setattr(attn, f"{two}_proj", first)
+
+    cause = f"model has attn.{one}_proj and attn.{two}_proj swapped"
+    FAULTS[f"{one}_and_{two}_swapped"] = (in_attention, f"text.blocks.{i}.{one}", cause)
+
+
+swap(0, "q", "k")
+swap(1, "k", "v")
 
 
 @fault("vision.blocks.1.q", "model has ln_1.weight and ln_1.bias swapped")
