@@ -89,7 +89,8 @@ def compare(
     are the first sites. Then come, for each tower, `embeddings`; for each block `resid_pre`, `q`,
     `k`, `v`, `pattern`, `attn_out`, `mlp_out`, `resid_post`; `pooled` and `projected`; and `logits`
     at last. A model of another class will do if its modules have our names, or transformers'; what
-    only one of the two models has is left out. All is done on copies, rounded to `dtype`.
+    only one of the two models has is left out. All is done on copies, rounded to `dtype`. float64
+    does not count where both are bit-equal in float32, and for weights one rounding apart.
     Raises ValueError for models of different depth.
 
     >>> from miniclip import load
