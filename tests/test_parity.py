@@ -1,34 +1,22 @@
 """The instrument itself: it sees nothing where there is nothing, and names what was planted.
 
-Faults are planted in weights, in configs and in code, in both towers, in copies of one model. Each
-is looked for against transformers and against our own.
+Here the faults are planted in texts and pictures; test_diagnosis.py has those of the models.
 """
 
 import copy
 import inspect
 import json
 import math
-import re
-import sys
-import types
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from twin import TINY, twins
+from twin import TINY, exchanged, fork, fork_of, twins
 
-import miniclip
-from miniclip import (
-    CLIPConfig,
-    ImageTransform,
-    TextConfig,
-    Tokenizer,
-    parity,
-    tokenizer,
-    transform,
-)
+from miniclip import ImageTransform, Tokenizer, parity, tokenizer, transform
+from miniclip.checkpoint import EMBEDDED
 from miniclip.cli import main
 from miniclip.config import PRESETS
 from miniclip.parity import TOLERANCE, Difference, assert_parity, compare, summarize
@@ -108,369 +96,60 @@ def test_neither_model_is_changed(pair):
         assert not any(module._forward_hooks for module in model.modules())
 
 
-# ----------------------------------------------------------------------------- faults in the models
-
-V, T = "vision.blocks.1", "text.blocks.1"
-FAULTS = {}
-
-
-def fault(site, cause):
-    """Registers a function that breaks a CLIP, with what a report should say of it."""
-
-    def register(function):
-        FAULTS[function.__name__] = (function, site, cause)
-        return function
-
-    return register
-
-
-def fault_in_weights(name, parameter, change, site, cause):
-    def function(model):
-        value = model.get_parameter(parameter)
-        value.data = change(value.data)
-
-    FAULTS[name] = (function, site, cause)
-
-
-for tower, block in (("vision", V), ("text", T)):
-    for linear, site in {
-        "attn.q_proj": "q", "attn.k_proj": "k", "attn.v_proj": "v", "attn.out_proj": "attn_out",
-        "mlp.fc1": "mlp_out", "mlp.fc2": "mlp_out",
-    }.items():  # fmt: skip
-        fault_in_weights(
-            f"{tower}_no_bias_in_{linear}", f"{block}.{linear}.bias", torch.zeros_like,
-            f"{block}.{site}", f"model has no bias in {linear}",
-        )  # fmt: skip
-        if site != "mlp_out":
-            fault_in_weights(
-                f"{tower}_{linear}_transposed", f"{block}.{linear}.weight", torch.t,
-                f"{block}.{site}", f"model has {linear}.weight transposed",
-            )  # fmt: skip
-for tower, norm in (("vision", "ln_post"), ("text", "ln_final")):
-    fault_in_weights(
-        f"no_bias_in_{norm}", f"{tower}.{norm}.bias", torch.zeros_like,
-        f"{tower}.pooled", f"model has no bias in {norm}",
-    )  # fmt: skip
-fault_in_weights(
-    "no_class_token", "vision.class_embed", torch.zeros_like,
-    "vision.embeddings", "model has no class token's embedding",
-)  # fmt: skip
-fault_in_weights(
-    "positions_shifted", "text.pos_embed", lambda x: x.roll(1, 0),
-    "text.embeddings", "model has positions that are off by one",
-)  # fmt: skip
-fault_in_weights(
-    "no_position_of_the_class_token", "vision.pos_embed", lambda x: torch.cat([0 * x[:1], x[1:]]),
-    "vision.embeddings", "model has no position for the first token",
-)  # fmt: skip
-fault_in_weights(
-    "noise_in_a_weight", "text.blocks.0.mlp.fc2.weight", lambda x: x + 1e-3,
-    "text.blocks.0.mlp_out", "other weights: mlp.fc2.weight",
-)  # fmt: skip
-
-
-@fault("text.blocks.0.mlp_out", "model has the activation gelu for quick_gelu")
-def gelu_for_quick_gelu(model):
-    for block in model.text.blocks:
-        block.mlp.act = nn.GELU()
-
-
-@fault("vision.blocks.2.mlp_out", "model has the activation relu for quick_gelu")
-def relu_in_one_layer(model):
-    model.vision.blocks[2].mlp.act = nn.ReLU()
-
-
-def set_eps(tower, eps):
-    for module in tower.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = eps
-
-
-@fault("vision.blocks.0.resid_pre", "model has a LayerNorm eps of 1e-06 for 2e-05")
-def vision_eps(model):
-    set_eps(model.vision, 1e-6)
-
-
-@fault("text.blocks.0.q", "model has a LayerNorm eps of 1e-06 for 1e-05")
-def text_eps(model):
-    set_eps(model.text, 1e-6)
-
-
-@fault("vision.pooled", "model has a LayerNorm eps of 1e-12 for 2e-05")
-def eps_of_ln_post(model):
-    model.vision.ln_post.eps = 1e-12
-
-
-@fault("text.blocks.0.pattern", "model has no causal mask")
-def no_causal_mask(model):
-    for block in model.text.blocks:
-        block.attn.causal = False
-
-
-@fault("vision.blocks.0.pattern", "model has a causal mask")
-def causal_mask_in_vision(model):
-    for block in model.vision.blocks:
-        block.attn.causal = True
-
-
-@fault("vision.blocks.1.q", "model has ln_1 and ln_2 swapped")
-def layer_norms_swapped(model):
-    block = model.vision.blocks[1]
-    block.ln_1, block.ln_2 = block.ln_2, block.ln_1
-
-
-@fault("text.blocks.0.q", "model has attn.q_proj and attn.k_proj swapped")
-def queries_and_keys_swapped(model):
-    attention = model.text.blocks[0].attn
-    attention.q_proj, attention.k_proj = attention.k_proj, attention.q_proj
-
-
-@fault("text.blocks.0.q", "model has the weights of block 1")
-def layers_swapped_in_text(model):
-    model.text.blocks = nn.Sequential(*reversed(model.text.blocks))
-
-
-@fault("vision.blocks.1.q", "model has the weights of block 2")
-def layers_swapped_in_vision(model):
-    blocks = list(model.vision.blocks)
-    model.vision.blocks = nn.Sequential(blocks[0], blocks[2], blocks[1])
-
-
-def round_to(dtype):
-    def break_(model):
-        model.to(dtype).float()
-
-    return break_
-
-
-FAULTS["weights_in_float16"] = (
-    round_to(torch.float16), "vision.embeddings", "model has weights rounded to float16"
-)  # fmt: skip
-FAULTS["weights_in_bfloat16"] = (
-    round_to(torch.bfloat16), "vision.embeddings", "model has weights rounded to bfloat16"
-)  # fmt: skip
-
-
-@fault("vision.blocks.0.resid_pre", "model has no ln_pre")
-def ln_pre_skipped(model):
-    model.vision.ln_pre = nn.Identity()
-
-
-@fault("text.pooled", "model has no ln_final")
-def no_ln_final(model):
-    model.text.ln_final = nn.Identity()
-
-
-def replace_config(model, **fields):
-    text = TextConfig(**{**vars(model.config.text), **fields})
-    model.config = CLIPConfig(model.config.vision, text, model.config.embed_dim)
-    model.text.config = text
-
-
-@fault("text.pooled", "model has the end token 597")
-def another_end_token(model):
-    replace_config(model, eos_token_id=597)
-
-
-@fault("vision.projected", "other weights: proj.weight")
-def another_projection(model):
-    model.vision.proj.weight.data = model.vision.proj.weight.flipud()
-
-
-@fault("text.projected", "model has numbers that are not finite")
-def not_a_number(model):
-    model.text.proj.weight.data[0, 0] = math.nan
-
-
-CODE = {
-    "no_mask_in_the_fused_kernel": (
-        "is_causal=self.causal", "is_causal=False",
-        "text.blocks.0.attn_out", "model has no causal mask",
-    ),
-    "no_mask_where_it_is_written_out": (
-        "if self.causal:", "if False:", "text.blocks.0.pattern", "model has no causal mask",
-    ),
-    "scores_not_scaled": (
-        " * self.head_width**-0.5", "",
-        "vision.blocks.0.pattern", "model has scores that are not scaled",
-    ),
-    "scores_scaled_by_the_head_width": (
-        "self.head_width**-0.5", "(1 / self.head_width)",
-        "vision.blocks.0.pattern", "model has scores scaled by 1 / head width, and not its root",
-    ),
-    "scale_of_the_fused_kernel": (
-        "is_causal=self.causal)", "is_causal=self.causal, scale=1)",
-        "vision.blocks.0.attn_out", "model has scores that are not scaled",
-    ),
-    "heads_interleaved": (
-        "unflatten(-1, heads)).transpose(1, 2)",
-        "unflatten(-1, heads[::-1]).transpose(-1, -2)).transpose(1, 2)",
-        "vision.blocks.0.q", "model does not compute CLIP's formula",
-    ),
-    "queries_are_keys": (
-        "self.q(self.q_proj(x)", "self.q(self.k_proj(x)",
-        "vision.blocks.0.q", "model has attn.q_proj and attn.k_proj swapped",
-    ),
-    "a_weight_transposed": (
-        "self.out_proj(z.flatten(2))",
-        "F.linear(z.flatten(2), self.out_proj.weight.T, self.out_proj.bias)",
-        "vision.blocks.0.attn_out", "model has attn.out_proj.weight transposed",
-    ),
-    "a_bias_not_used": (
-        "self.fc2(self.act(self.fc1(x)))", "F.linear(self.act(self.fc1(x)), self.fc2.weight)",
-        "vision.blocks.0.mlp_out", "model has no bias in mlp.fc2",
-    ),
-    "gelu_under_the_name_of_quick_gelu": (
-        "x * torch.sigmoid(1.702 * x)", "F.gelu(x)",
-        "vision.blocks.0.mlp_out", "model has the activation gelu for quick_gelu",
-    ),
-    "another_constant": (
-        "1.702", "1.7", "vision.blocks.0.mlp_out", "model does not compute CLIP's formula",
-    ),
-    "one_norm_for_both": (
-        "x + self.mlp(self.ln_2(x))", "x + self.mlp(self.ln_1(x))",
-        "vision.blocks.0.mlp_out", "model has ln_1 and ln_2 swapped",
-    ),
-    "no_ln_1": (
-        "self.attn(self.ln_1(x))", "self.attn(x)", "vision.blocks.0.q", "model has no ln_1",
-    ),
-    "no_residual": (
-        "return x + self.mlp(self.ln_2(x))", "return self.mlp(self.ln_2(x))",
-        "vision.blocks.0.resid_post", "model has no residual connection around the MLP",
-    ),
-    "no_residual_around_attention": (
-        "self.resid_mid(x + self.attn(self.ln_1(x)))", "self.resid_mid(self.attn(self.ln_1(x)))",
-        "vision.blocks.0.mlp_out", "model has no residual connection around attention",
-    ),
-    "mlp_beside_attention": (
-        "x = self.resid_mid(x + self.attn(self.ln_1(x)))\n        return x +",
-        "return x + self.attn(self.ln_1(x)) +",
-        "vision.blocks.0.mlp_out", "model has the MLP beside attention, and not after it",
-    ),
-    "blocks_from_last_to_first": (
-        "self.blocks(self.embed(pixels))", "self.blocks[::-1](self.embed(pixels))",
-        "vision.blocks.0.resid_pre", "model has vision.blocks.2 in the place of vision.blocks.0",
-    ),
-    "eps_of_1e-6": (
-        "eps=config.ln_eps", "eps=1e-6",
-        "vision.blocks.0.resid_pre", "model has a LayerNorm eps of 1e-06 for 2e-05",
-    ),
-    "no_ln_pre": (
-        "self.ln_pre(x)", "x", "vision.blocks.0.resid_pre", "model has no ln_pre",
-    ),
-    "no_position_of_the_class_token": (
-        "x = x + self.pos_embed\n", "x[:, 1:] += self.pos_embed[1:]\n",
-        "vision.embeddings", "model has no position for the first token",
-    ),
-    "class_token_last": (
-        "torch.cat([self.class_embed.expand(x.shape[0], 1, -1), x], dim=1)",
-        "torch.cat([x, self.class_embed.expand(x.shape[0], 1, -1)], dim=1)",
-        "vision.embeddings", "model has the class token last",
-    ),
-    "patches_in_columns": (
-        "x.flatten(2).transpose(1, 2)  # (B, P, W)", "x.mT.flatten(2).transpose(1, 2)",
-        "vision.embeddings", "model has patches in the order of columns",
-    ),
-    "colours_in_the_order_bgr": (
-        "self.patch_embed(pixels", "self.patch_embed(pixels.flip(1)",
-        "vision.embeddings", "model has the colours in the order BGR",
-    ),
-    "pooling_by_mean": (
-        "self.ln_post(x[:, 0])", "self.ln_post(x).mean(1)",
-        "vision.pooled", "model has pooling at the mean of all tokens",
-    ),
-    "pooling_before_ln_post": (
-        "self.ln_post(x[:, 0])", "x[:, 0]", "vision.pooled", "model has no ln_post",
-    ),
-    "read_at_the_last_token": (
-        "return is_end.int().argmax(-1)", "return is_end.int().argmax(-1) * 0 - 1",
-        "text.pooled", "model has texts read at their last token",
-    ),
-    "read_at_the_first_token": (
-        "return is_end.int().argmax(-1)", "return is_end.int().argmin(-1)",
-        "text.pooled", "model has texts read at their first token",
-    ),
-    "read_before_the_end_token": (
-        "return is_end.int().argmax(-1)", "return is_end.int().argmax(-1) - 1",
-        "text.pooled", "model has texts read before their end token",
-    ),
-    "end_token_that_no_text_has": (
-        "ids == self.config.eos_token_id", "ids == 1",
-        "text.pooled", "model raises ValueError: row 0 of ids has no end token",
-    ),
-    "no_ln_final": (
-        "self.ln_final(self.blocks(x))", "self.blocks(x)", "text.pooled", "model has no ln_final",
-    ),
-    "logit_scale_not_exponentiated": (
-        "self.logit_scale.exp()", "self.logit_scale",
-        "logits", "model has a logit scale that is not exponentiated",
-    ),
-    "not_normalised": (
-        "return x / x.pow(2).sum(-1, keepdim=True).pow(0.5)", "return x",
-        "logits", "model has embeddings that are not normalised",
-    ),
-    "texts_not_normalised": (
-        "self.encode_text(ids, normalize=True)", "self.encode_text(ids)",
-        "logits", "model has text embeddings that are not normalised",
-    ),
-}  # fmt: skip
-
-
-def fork(module, old, new):
-    """A copy of one of our files, one text in it replaced."""
-    source = Path(module.__file__).read_text(encoding="utf-8")
-    assert old in source
-    copied = types.ModuleType(f"{module.__name__}_of_a_fork")
-    sys.modules[copied.__name__] = copied  # where dataclasses look for it
-    exec(compile(source.replace(old, new), copied.__name__, "exec"), vars(copied))
-    return copied
-
-
-def fork_of(model, old, new):
-    copied = fork(miniclip.model, old, new).CLIP(model.config)
-    copied.load_state_dict(model.state_dict())
-    return copied
-
-
-def exchanged(cause):
-    """The same cause, of models that have changed places."""
-    return re.sub("model|other", lambda m: {"model": "other", "other": "model"}[m[0]], cause)
-
-
-@pytest.mark.parametrize("name", CODE)
-def test_a_fault_in_the_code_of_a_fork_is_named(name, pair):
-    ours, theirs = pair
-    *change, site, cause = CODE[name]
-    faulty = fork_of(ours, *change)
-    report = compare(faulty, theirs)
-    assert report.first == site, report
-    assert report.cause.startswith(cause), report
-
-
-@pytest.mark.parametrize("name", ["no_ln_1", "another_constant", "not_normalised"])
-def test_the_faulty_one_may_be_the_other(name, pair):
-    *change, site, cause = CODE[name]
-    report = compare(pair[0], fork_of(pair[0], *change))
-    assert report.first == site and report.cause.startswith(exchanged(cause))
-
-
 def test_a_fork_with_other_code_and_the_same_numbers_passes(pair):
     same = fork_of(pair[0], "x * torch.sigmoid(1.702 * x)", "torch.sigmoid(1.702 * x) * x")
     assert_parity(same, pair[0])
     assert_parity(same, pair[1])
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_in_weights_or_parts_is_named(name, pair):
-    ours, theirs = pair
-    break_, site, cause = FAULTS[name]
-    faulty = copy.deepcopy(ours)
-    with torch.no_grad():
-        break_(faulty)
-    report = compare(faulty, theirs)
-    assert (report.first, report.cause) == (site, cause)
-    with pytest.raises(AssertionError, match=re.escape(f"first at {site}\nlikely cause: {cause}")):
-        assert_parity(faulty, ours)
+OPENAI_NORM = """class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, self.eps).to(x.dtype)
+
+
+class QuickGELU"""
+
+
+def test_a_fork_that_takes_its_norms_in_float32_passes(pair):
+    """As openai/CLIP's does. In float32 it is equal; in float64 no formula could tell."""
+    same = fork_of(pair[0], "class QuickGELU", OPENAI_NORM, "nn.LayerNorm(", "LayerNorm(")
+    report = compare(same, pair[0])
+    assert report.first is None and max(row.float64 for row in report.rows) > 1e-8
+    assert compare(same, pair[0], dtype=torch.float64).first == "vision.blocks.0.resid_pre"
+
+
+def test_a_fork_that_computes_in_another_order_passes(pair):
+    eager = copy.deepcopy(pair[0])
+    eager.set_attention("eager")
+    fused = fork_of(
+        pair[0],
+        "self.fc2(self.act(self.fc1(x)))",
+        "self.fc2(self.act(x.flip(-1) @ self.fc1.weight.flip(-1).T + self.fc1.bias))",
+    )
+    for same in (eager, fused):
+        report = compare(same, pair[0])
+        assert report.first is None and max(row.absolute for row in report.rows) > 0
+
+
+@torch.no_grad()
+def test_weights_that_are_a_rounding_apart_pass(pair):
+    """As after an exponential and its logarithm; but not two roundings apart."""
+    apart = copy.deepcopy(pair[0])
+    weight = apart.text.blocks[1].mlp.fc1.weight
+    weight[3] = weight[3].nextafter(torch.tensor(9.0))
+    report = compare(apart, pair[0])
+    assert report.first is None and max(row.float64 for row in report.rows) > 1e-9
+    weight[3] *= 1.00001
+    assert compare(apart, pair[0]).first == "text.blocks.1.mlp_out"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_copy_in_half_precision_passes_in_that_precision_only(dtype, pair):
+    half = copy.deepcopy(pair[0]).to(dtype)
+    assert compare(half, pair[0], dtype=dtype).first is None
+    cause = f"model has weights rounded to {str(dtype).removeprefix('torch.')}"
+    assert compare(half, pair[0]).cause == cause
 
 
 # ------------------------------------------------------------------- faults in texts and pictures
@@ -608,6 +287,30 @@ def test_settings_of_a_transform(whole):
     assert report.cause.endswith("in model, (0.5, 0.5, 0.5) in other")
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("resample", 2), ("rescale_factor", 1 / 256), ("do_center_crop", False),
+        ("do_normalize", False), ("image_processor_type", "SiglipImageProcessor"),
+    ],
+)  # fmt: skip
+def test_a_transform_that_is_refused_is_a_difference(field, value, tmp_path, capsys):
+    settings = parity.load_pair("cifar10", "cifar10")[0].transform.to_dict() | {field: value}
+    odd = tmp_path / "odd"
+    shutil.copytree(EMBEDDED / "cifar10", odd)
+    (odd / "preprocessor_config.json").write_text(json.dumps(settings))
+    for name, *argv in (("model", odd, "cifar10"), ("other", "cifar10", odd)):
+        one, against = map(str, argv)
+        assert main(["parity", one, "--against", against, "--json"]) == 1
+        report = json.loads(capsys.readouterr().out)
+        assert report["first"] == "pixels"
+        assert report["cause"].startswith(f"{name} raises CheckpointError: {odd}")
+        assert f"{field} is {value!r}" in report["cause"]
+        assert [row["within_tolerance"] for row in report["rows"]].count(False) == 1
+    assert main(["parity", str(odd), "--against", str(odd)]) == 2  # nothing left to compare
+    assert f"{field} is {value!r}" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------- shapes, and the rest
 
 
@@ -616,7 +319,8 @@ def test_models_of_another_shape(pair):
     ours.vision.proj = nn.Linear(48, 30, bias=False)
     report = compare(ours, theirs)
     assert report.first == "vision.projected" and report.rows[-1].absolute == math.inf
-    assert report.cause == "shape (2, 30) in model, (2, 36) in other"
+    words = "different weights: proj.weight ((30, 48) in model, (36, 48) in other)"
+    assert report.cause == words
     ours.text.blocks = ours.text.blocks[:1]
     with pytest.raises(ValueError, match="differ in their number of blocks"):
         compare(ours, theirs)
@@ -683,7 +387,7 @@ def test_the_command_compares_a_fork_with_the_original(capsys, fork_directory):
     capsys.readouterr()
     assert main(["parity", fork_, "--against", original, "--plot", str(picture)]) == 1
     out, err = capsys.readouterr()
-    assert "first at vision.blocks.2.q" in out and "other weights: ln_1.bias" in out
+    assert "first at vision.blocks.2.q" in out and "weights: ln_1.bias (1 of 48 rows" in out
     assert err == f"picture: {picture}\n"
     with Image.open(picture) as drawn:
         assert drawn.width > 1000

@@ -1,14 +1,22 @@
-"""A miniclip CLIP and a transformers CLIPModel with the same weights, every one of them random."""
+"""A miniclip CLIP and a transformers CLIPModel with the same weights, every one of them random.
+
+And forks of miniclip: copies of its files with a line changed.
+"""
+
+import re
+import sys
+import types
+from pathlib import Path
 
 import torch
 import transformers
 
-from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig, model
 from miniclip.parity import copy_weights, random_inputs, randomize
 
 __all__ = [
-    "TINY", "assert_close", "assert_far", "copy_weights", "random_inputs", "randomize",
-    "transformers_config", "twins",
+    "TINY", "assert_close", "assert_far", "copy_weights", "exchanged", "fork", "fork_of",
+    "random_inputs", "randomize", "transformers_config", "twins",
 ]  # fmt: skip
 
 # The two towers differ in every number they can differ in, so that none can stand in for another.
@@ -88,3 +96,27 @@ def assert_close(one: torch.Tensor, other: torch.Tensor) -> None:
 def assert_far(one: torch.Tensor, other: torch.Tensor) -> None:
     """A control: what `assert_close` must not take for equal."""
     assert one.shape == other.shape and (one - other).abs().max() > 1e-3
+
+
+def fork(module: types.ModuleType, *changes: str) -> types.ModuleType:
+    """A copy of one of our files, texts in it replaced: old, new, old, new, ..."""
+    source = Path(module.__file__ or "").read_text(encoding="utf-8")
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        assert old in source, old
+        source = source.replace(old, new)
+    copied = types.ModuleType(f"{module.__name__}_of_a_fork")
+    sys.modules[copied.__name__] = copied  # where dataclasses look for it
+    exec(compile(source, copied.__name__, "exec"), vars(copied))
+    return copied
+
+
+def fork_of(original: CLIP, *changes: str) -> CLIP:
+    """A model with the weights of another, by the code of a fork."""
+    copied = fork(model, *changes).CLIP(original.config)
+    copied.load_state_dict(original.state_dict())
+    return copied.eval()
+
+
+def exchanged(cause: str) -> str:
+    """The same cause, of models that have changed places."""
+    return re.sub("model|other", lambda m: {"model": "other", "other": "model"}[m[0]], cause)
