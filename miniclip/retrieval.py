@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,7 +53,7 @@ from tqdm import tqdm
 from miniclip.checkpoint import Loaded, embedded_names, load, resolve
 from miniclip.config import ImageError, read_json, replacing, write_json
 from miniclip.model import CLIP, unit_norm
-from miniclip.transform import ImageTransform, _no_warnings, open_image, to_rgb
+from miniclip.transform import ImageTransform, open_image, to_rgb
 from miniclip.zeroshot import is_visible_file, read_ahead
 
 PART = 512
@@ -162,18 +162,10 @@ def open_member(member: Member) -> Image.Image:
             data = file.read(member.size)
     except OSError as error:
         raise ImageError(f"{member}: cannot be read: {error.strerror}") from error
-    return image_from_bytes(data, str(member))
-
-
-def image_from_bytes(data: bytes, name: str) -> Image.Image:
-    """What `open_image` does, for the bytes of a file. Raises ImageError, which has its `name`."""
     try:
-        with _no_warnings, Image.open(io.BytesIO(data)) as image:
-            ImageOps.exif_transpose(image, in_place=True)  # reads the pixels first
-    except Exception as error:  # Pillow's parsers raise whatever they trip over
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise ImageError(f"{name}: cannot be read: {reason}") from error
-    return image
+        return open_image(io.BytesIO(data))
+    except ImageError as error:
+        raise ImageError(f"{member}: {error}") from None
 
 
 def open_picture(name: str) -> Image.Image:

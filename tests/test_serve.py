@@ -240,11 +240,11 @@ def test_what_is_no_picture_is_refused_in_words(page, tmp_path, coffee):
     os.truncate(uploads["large"], MAX_BYTES + 1)
     Image.new("RGB", (8, 8)).save(uploads["eps"], "EPS")  # Pillow would start Ghostscript
     messages = {
-        "text": "not a picture",
+        "text": "not an image",
         "cut": "cannot be read",
         "bomb": "decompression bomb",
         "large": "larger than 20 MB",
-        "eps": "not a picture",
+        "eps": "not an image",
     }
     for kind, message in messages.items():
         page.set_input_files("#file", uploads[kind])
