@@ -8,7 +8,6 @@ that the colour-blind tell them apart, and a grey printer too.
 import textwrap
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
@@ -28,6 +27,7 @@ try:
 except ImportError:
     raise ValueError("pictures need matplotlib: pip install 'miniclip[demo]'") from None
 
+KINDS = {f".{kind}" for kind in FigureCanvasBase.filetypes}  # that a picture's name may end in
 BLUE = "#0072b2"
 ORANGE = "#d55e00"
 MOST_NAMES = 40  # classes that can be named along a side of the matrix,
@@ -335,21 +335,6 @@ def show_panel(axes: Axes, picture: Image.Image, title: str, below: str = "") ->
     axes.set_title("\n".join(title_of(title)), loc="left", fontsize=11, parse_math=False)
     lines = textwrap.wrap(below, 36)
     axes.text(0, -0.03, "\n".join(lines), transform=axes.transAxes, fontsize=9, va="top")
-
-
-def check_writable(path: str | PathLike[str]) -> None:
-    """Before the work, so that no work is lost: raises ValueError where `save` could not write."""
-    path = Path(path)
-    kinds = FigureCanvasBase.filetypes
-    if path.suffix[1:].lower() not in kinds:
-        raise ValueError(f"{path}: cannot be written: expected a name in .{', .'.join(kinds)}")
-    existed = path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
-    if not existed:
-        path.unlink()
 
 
 def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:

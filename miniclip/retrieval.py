@@ -87,6 +87,11 @@ def picture_suffixes() -> frozenset[str]:
     return frozenset(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
+def sheet_suffixes() -> list[str]:
+    """Those that it writes."""
+    return [s for s, kind in Image.registered_extensions().items() if kind in Image.SAVE]
+
+
 def is_picture(name: str) -> bool:
     """Whether the name ends as one of `picture_suffixes`, in any case."""
     return os.path.splitext(name)[1].lower() in picture_suffixes()

@@ -284,7 +284,7 @@ _FIXED = {
 
 
 def open_image(
-    file: str | PathLike[str] | BinaryIO, formats: Sequence[str] | None = None
+    file: str | PathLike[str] | BinaryIO, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Open an image file, by its path or as a binary file that is open: the first frame, whole, and
     turned upright (EXIF), in the file's mode. `formats` are those allowed, by Pillow's names.

@@ -428,9 +428,9 @@ def test_open_image_reads_a_file_that_is_open(tmp_path):
     expected = open_image(tmp_path / "photo.png")
     assert expected.size == (16, 24)
     with (tmp_path / "photo.png").open("rb") as file:
-        for opened in (open_image(file), open_image(io.BytesIO(data), ["PNG"])):
+        for opened in (open_image(file), open_image(io.BytesIO(data), ("PNG",))):
             assert np.array_equal(np.asarray(opened), np.asarray(expected))
-    for damaged, formats in ((data[:30], None), (data, ["JPEG"]), (encoded("jpeg"), ["PNG"])):
+    for damaged, formats in ((data[:30], None), (data, ("JPEG",)), (encoded("jpeg"), ("PNG",))):
         with pytest.raises(ImageError, match="the image cannot be read: not an image"):
             open_image(io.BytesIO(damaged), formats)
 
