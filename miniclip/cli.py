@@ -197,8 +197,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--suite",
         nargs="+",
         metavar="NAME",
-        help="vision, text, tokenizer, transform, load, startup, zeroshot, train, memory "
-        "(default: all)",
+        help="vision, text, tokenizer, transform, load, startup, zeroshot, train, memory, embed, "
+        "search (default: all)",
     )
     sub.add_argument(
         "--shape",
