@@ -655,7 +655,8 @@ def draw_sheet(
     sheet = Image.new("RGB", (columns * step_x + gap, rows * step_y + 3 * gap + line), "white")
     draw = ImageDraw.Draw(sheet)
     large, small = ImageFont.load_default(20), ImageFont.load_default(15)
-    draw.text((gap, gap), fitting(title, large, sheet.width - 2 * gap), "black", large)
+    font = font_for(title, 20)
+    draw.text((gap, gap), fitting(title, font, sheet.width - 2 * gap), "black", font)
     lost = []
     for i, hit in enumerate(hits):
         x, y = gap + i % columns * step_x, 2 * gap + line + i // columns * step_y
@@ -668,13 +669,25 @@ def draw_sheet(
             lost.append(str(error))
             draw.text((x + gap, y + gap), "cannot be read", "black", small)
         draw.text((x, y + TILE + 4), f"{i + 1}   {hit.score:.3f}", "#0072b2", large)
-        name = fitting(hit.path, small, TILE, keep_end=True)
-        draw.text((x, y + TILE + 4 + line), name, "black", small)
+        font = font_for(hit.path, 15)
+        name = fitting(hit.path, font, TILE, keep_end=True)
+        draw.text((x, y + TILE + 4 + line), name, "black", font)
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be written: {error}") from None
     return lost
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's font, which is for Latin; for other scripts one that matplotlib knows, if any."""
+    if text.isascii():
+        return ImageFont.load_default(size)
+    try:
+        from miniclip.figures import font_file
+    except ValueError:  # matplotlib is not installed
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(font_file(text), size)
 
 
 def fitting(
@@ -684,7 +697,7 @@ def fitting(
     keep_end: bool = False,
 ) -> str:
     """As much of a text as `width` pixels have room for: its beginning, or its end."""
-    text = " ".join(text.split())
+    text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     shown = text
     while shown and font.getlength(shown) > width:
         text = text[1:] if keep_end else text[:-1]

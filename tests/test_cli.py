@@ -111,6 +111,21 @@ def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
     assert [len(row) for row in heat] == [8] * 8 and 0 < sum(map(sum, heat)) < 1
 
 
+@pytest.mark.parametrize("text", ["кот и пёс", "the \U0001d49c", "日本語の猫", "🐈 \U000f0000"])
+def test_explain_writes_what_the_fonts_can_and_never_warns(run, picture, tmp_path, text):
+    from matplotlib import font_manager
+
+    from miniclip.figures import fonts_beside
+
+    out = str(tmp_path / "where.png")
+    command = ["explain", picture, text, "--model", "shapes", "--method", "rollout", "-o", out]
+    assert run(*command) == (0, "", f"picture: {out}\n")
+    for file in fonts_beside(text).values():
+        assert font_manager.get_font(file).get_charmap().keys() & set(map(ord, text))
+    if "\U0001d49c" in text:  # in a font that matplotlib brings, and not in its usual one
+        assert fonts_beside(text)
+
+
 def test_explain_all_methods_for_several_texts(run, tmp_path):
     picture, out_path = str(tmp_path / "scene.png"), str(tmp_path / "where.png")
     questions(1)[0].picture.save(picture)
