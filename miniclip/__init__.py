@@ -47,16 +47,17 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """A public name or a module of the reference, when it is first asked for. They bring torch, and
-    its second or two is nothing that `miniclip --help`, or Ctrl-C, should have to wait for."""
-    for home in ("config", "model", "tokenizer", "transform", "checkpoint", "sites", "zeroshot"):
+    """All of the above, when the first of it is asked for. It brings torch, and that takes a second
+    or two which `miniclip --help`, or Ctrl-C, should not have to wait for."""
+    homes = ("config", "model", "tokenizer", "transform", "checkpoint", "sites", "zeroshot")
+    for home in homes:
         module = import_module(f"miniclip.{home}")
-        if name == home:
-            return module
-        own = getattr(vars(module).get(name), "__module__", None) == module.__name__
-        if own and name in __all__:
-            return getattr(module, name)
-    raise AttributeError(f"module 'miniclip' has no attribute {name!r}")
+        for public in vars(module).keys() & __all__:
+            if (value := vars(module)[public]).__module__ == module.__name__:
+                globals()[public] = value
+    if name not in globals():
+        raise AttributeError(f"module 'miniclip' has no attribute {name!r}")
+    return globals()[name]
 
 
 def __dir__() -> list[str]:
