@@ -769,10 +769,10 @@ def search(args: argparse.Namespace) -> int:
     """`miniclip search`: the pictures of an index that are most like a query."""
     from time import perf_counter
 
-    from miniclip.retrieval import Index, draw_sheet, embed_query, sheet_suffixes
+    from miniclip.retrieval import SHEETS, Index, draw_sheet, embed_query
 
     if args.sheet:
-        check_writable(args.sheet, sheet_suffixes())
+        check_writable(args.sheet, SHEETS)
     index = Index.load(args.index)
     loaded = index.load_encoder(args.model, args.device)
     query = embed_query(loaded, args.texts, args.image, args.minus, args.minus_image)
@@ -1044,7 +1044,7 @@ def check_writable(name: str, suffixes: Iterable[str]) -> None:
     not be written after it."""
     path = Path(name)
     if path.suffix.lower() not in suffixes:
-        known = ", ".join(sorted(suffixes))
+        known = ", ".join(suffixes)
         raise ValueError(f"{path}: cannot be written: expected a name that ends in {known}")
     existed = path.exists()
     try:

@@ -31,7 +31,7 @@ try:
 except ImportError:
     raise ValueError("pictures need matplotlib: pip install 'miniclip[demo]'") from None
 
-KINDS = {f".{kind}" for kind in FigureCanvasBase.filetypes}  # that a picture's name may end in
+KINDS = [f".{kind}" for kind in FigureCanvasBase.filetypes]  # that a picture's name may end in
 BLUE = "#0072b2"
 ORANGE = "#d55e00"
 MOST_NAMES = 40  # classes that can be named along a side of the matrix,

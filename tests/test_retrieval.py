@@ -757,6 +757,7 @@ def test_search_by_another_model_names_both(run, indexed):
         (["embed", "PHOTO", "--model", "cifar10"], ["--out", "--time"]),
         (["embed", "PHOTO", "--out", "i", "--time"], ["--out", "--time"]),
         (["embed", "PHOTO", "--out", ".", "--model", "cifar10"], ["is a folder"]),
+        (["embed", "PHOTO", "--out", "/dev/null/i", "--model", "cifar10"], ["cannot be written"]),
         (["embed", "--out", "i"], ["PATH"]),
     ],
 )
