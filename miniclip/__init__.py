@@ -4,20 +4,24 @@ The reference, in the order to read it: `miniclip.config`, `miniclip.model`, `mi
 `miniclip.transform`, `miniclip.checkpoint`. The other modules are tools that are built on it.
 """
 
-from miniclip.checkpoint import Loaded, load, save
-from miniclip.config import (
-    CheckpointError,
-    CLIPConfig,
-    ContextLengthError,
-    ImageError,
-    TextConfig,
-    VisionConfig,
-)
-from miniclip.model import CLIP, CLIPOutput, TextTower, VisionTower
-from miniclip.sites import cache, hooks
-from miniclip.tokenizer import Tokenizer
-from miniclip.transform import ImageTransform
-from miniclip.zeroshot import ZeroShotClassifier
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # else where they are first asked for, below
+    from miniclip.checkpoint import Loaded, load, save
+    from miniclip.config import (
+        CheckpointError,
+        CLIPConfig,
+        ContextLengthError,
+        ImageError,
+        TextConfig,
+        VisionConfig,
+    )
+    from miniclip.model import CLIP, CLIPOutput, TextTower, VisionTower
+    from miniclip.sites import cache, hooks
+    from miniclip.tokenizer import Tokenizer
+    from miniclip.transform import ImageTransform
+    from miniclip.zeroshot import ZeroShotClassifier
 
 __all__ = [
     "load",
@@ -40,3 +44,21 @@ __all__ = [
     "ImageError",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """All of the above, when the first of it is asked for. It brings torch, and that takes a second
+    or two which `miniclip --help`, or Ctrl-C, should not have to wait for."""
+    homes = ("config", "model", "tokenizer", "transform", "checkpoint", "sites", "zeroshot")
+    for home in homes:
+        module = import_module(f"miniclip.{home}")
+        for public in vars(module).keys() & __all__:
+            if (value := vars(module)[public]).__module__ == module.__name__:
+                globals()[public] = value
+    if name not in globals():
+        raise AttributeError(f"module 'miniclip' has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

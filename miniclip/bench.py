@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,17 +33,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from miniclip.checkpoint import check_device, save
+from miniclip.checkpoint import Loaded, check_device, save
 from miniclip.config import PRESETS, CLIPConfig
 from miniclip.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
 from miniclip.model import CLIP, unit_norm
 from miniclip.parity import random_inputs, randomize
 from miniclip.parts import parts
 from miniclip.peers import Library, import_transformers, libraries
+from miniclip.retrieval import BLOCK, Encoder, Index, Strings, embed, embed_parts
 from miniclip.tokenizer import OPENAI_VOCABULARY, Tokenizer
 from miniclip.training.loss import contrastive_loss
 from miniclip.transform import ImageTransform, resize_short_side
-from miniclip.zeroshot import class_embeddings
+from miniclip.zeroshot import class_embeddings, read_ahead
 
 # How far an output may be from miniclip's, as a share of its length: what rounding explains.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -583,6 +585,76 @@ def in_process(setting: Setting, library: str) -> tuple[float, Tensor]:
     return most, torch.tensor(logits)
 
 
+def embed_suite(setting: Setting) -> Iterator[Case]:
+    """Files to unit vectors, four batches of them, and each half of the work alone. On a CPU the
+    halves share its cores, which bounds the whole."""
+    paths = setting.photographs * (setting.batch // 4) or setting.photographs
+    batches = [paths[i : i + setting.batch] for i in range(0, len(paths), setting.batch)]
+    ours, *peers = setting.libraries
+    loaded = Loaded(ours.model, ours.tokenize, ours.transform)  # type: ignore[arg-type]
+    pixels = ours.transform(batches[0]).to(setting.device)
+
+    def together() -> Tensor:
+        ((embeds, *_),) = embed_parts(loaded, [list(map(str, paths))], setting.batch, silent=True)
+        return embeds
+
+    @torch.inference_mode()
+    def batch_by_batch(library: Library) -> Tensor:
+        inputs = (library.transform(batch).to(setting.device) for batch in batches)
+        return torch.cat([library.encode_image(x.to(setting.dtype)) for x in inputs])
+
+    def decoding() -> None:
+        deque(read_ahead(ours.transform, paths, 2 * setting.batch), maxlen=0)
+
+    def encoding() -> None:
+        for batch in batches:
+            embed(ours.model, pixels[: len(batch)])
+
+    contenders = [Contender("miniclip", setting.timed(together))]
+    contenders += [
+        Contender(peer.name, setting.timed(partial(batch_by_batch, peer))) for peer in peers
+    ]
+    contenders += [
+        Contender("decoding alone", timed(decoding)),
+        Contender("encoder alone", setting.timed(encoding)),
+    ]
+    work = f"{plural(len(paths), 'JPEG file')} of 640 x 480 pixels"
+    yield setting.case("embed", work, len(paths), "images", contenders, unit_rows)
+
+
+SEARCHED = 1_000_000  # rows of 512 numbers, 2 GB
+
+
+def search_suite(setting: Setting) -> Iterator[Case]:
+    """A query against a million unit vectors, which are mapped from a file that is no longer than
+    them: the rows of the twelve largest inner products."""
+    width, k = 512, 12
+    draw = torch.Generator().manual_seed(0)
+    path = str(setting.directory / "vectors")
+    rows = torch.from_file(path, shared=True, size=SEARCHED * width).view(SEARCHED, width)
+    for block in rows.split(BLOCK):
+        block.copy_(unit_norm(torch.randn(block.shape, generator=draw)))
+    query = unit_norm(torch.randn(width, generator=draw))
+    made_by = Encoder("noise", None, "", "float32", ImageTransform())
+    index = Index(rows, Strings.pack(map(str, range(SEARCHED))), made_by)
+    runs: dict[str, Callable[[], Any]] = {
+        "miniclip": lambda: [hit.row for hit in index.search(query, k)],
+        "torch, matmul + topk": lambda: (rows @ query).topk(k).indices.tolist(),
+    }
+    try:
+        from faiss import IndexFlatIP
+    except ImportError:
+        pass
+    else:
+        flat = IndexFlatIP(width)
+        for block in rows.split(BLOCK):
+            flat.add(block.numpy())
+        runs["FAISS, IndexFlatIP"] = lambda: flat.search(query[None].numpy(), k)[1][0].tolist()
+    contenders = [Contender(name, timed(run)) for name, run in runs.items()]
+    work = f"the {k} nearest of {SEARCHED:,} x {width}, float32"
+    yield Case("search", work, 1, "queries", contenders, lambda found: found)
+
+
 def plural(count: int, unit: str) -> str:
     """A number and its unit: "1 image", "1,000 texts"."""
     return f"{count:,} {unit}{'s' * (count > 1)}"
@@ -598,6 +670,8 @@ SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "zeroshot": zeroshot_suite,
     "train": train_suite,
     "memory": memory_suite,
+    "embed": embed_suite,
+    "search": search_suite,
 }
 
 
@@ -663,7 +737,10 @@ def environment(device: str) -> dict[str, str]:
     hardware += f", {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         hardware = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; {hardware}"
-    libraries = ("torch", "transformers", "tokenizers", "open_clip_torch", "openai-clip", "pillow")
+    libraries = (
+        *("torch", "transformers", "tokenizers", "open_clip_torch", "openai-clip"),
+        *("pillow", "faiss-cpu"),
+    )
     versions = {"Python": platform.python_version()}
     for library in libraries:
         try:

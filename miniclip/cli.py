@@ -9,12 +9,13 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniclip import __version__
+from miniclip.config import ImageError
 
 if TYPE_CHECKING:
     from miniclip.checkpoint import Mapped
@@ -52,10 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"miniclip: warning: {message}\n"
     try:
-        if getattr(args, "plot", None):  # before the work, which may take hours
-            from miniclip.figures import check_writable
-
-            check_writable(args.plot)
+        if getattr(args, "plot", None):
+            check_figure(args.plot)
         status = args.run(args)
         if sys.stdout:
             sys.stdout.flush()  # here, where a disk that is full can still be an error of one line
@@ -72,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def complain(error: Exception) -> None:
     """The first line of an error says it all; an exception in Python has the long lists."""
-    print(f"miniclip: error: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+    text = str(error)
+    if not isinstance(error, ImageError):  # which has no lines, but perhaps a name that has
+        text = text.partition("\n")[0]
+    print(f"miniclip: error: {printable(text)}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -197,8 +199,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--suite",
         nargs="+",
         metavar="NAME",
-        help="vision, text, tokenizer, transform, load, startup, zeroshot, train, memory "
-        "(default: all)",
+        help="vision, text, tokenizer, transform, load, startup, zeroshot, train, memory, embed, "
+        "search (default: all)",
     )
     sub.add_argument(
         "--shape",
@@ -430,7 +432,6 @@ def build_parser() -> argparse.ArgumentParser:
 def classify(args: argparse.Namespace) -> int:
     """`miniclip classify`: photographs against labels."""
     from miniclip.checkpoint import load
-    from miniclip.config import ImageError
     from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier
 
     model, tokenizer, transform = load(
@@ -458,9 +459,9 @@ def classify(args: argparse.Namespace) -> int:
 
 def ranking_table(title: str, scores: "list[Score]") -> str:
     """A title and a line for each label, 80 columns wide."""
-    width = min(50, max(len(score.label) for score in scores))
+    width = min(50, max(len(printable(score.label)) for score in scores))
     longest_bar = 80 - width - 12
-    lines = [title]
+    lines = [printable(title)]
     for label, _, probability in scores:
         bar = "█" * round(probability * longest_bar)
         lines.append(f"  {shorten(label, width):<{width}} {probability:7.1%} {bar}".rstrip())
@@ -512,7 +513,7 @@ def evaluation(args: argparse.Namespace) -> int:
     classifier = ZeroShotClassifier(model, tokenizer, images.labels, templates)
     result = evaluate(classifier, transform, images, args.batch)
     for reason in result.skipped:
-        print(f"miniclip: skipped {reason}", file=sys.stderr)
+        print(f"miniclip: skipped {printable(reason)}", file=sys.stderr)
     if args.json:
         print_json(
             {"model": args.model, "templates": templates} | evaluation_dict(images.folders, result)
@@ -593,7 +594,7 @@ def evaluation_table(result: "Evaluation", most: int = 50) -> str:
     if len(images) > 5:
         lines.append(f"top-5      {result.top5:.2%}")
 
-    width = min(30, max(5, *map(len, result.labels)))
+    width = min(30, max(5, *(len(printable(label)) for label in result.labels)))
     longest_bar = 80 - width - 18
     rows = []
     for i in sorted(range(len(images)), key=lambda i: -accuracy[i] if images[i] else 1):
@@ -629,10 +630,8 @@ def explain(args: argparse.Namespace) -> int:
             "--scenes and --plot"
         )
     out = args.out or (None if args.json else "miniclip-explain.png")
-    if out:  # before the work, so that a missing matplotlib or folder shows at once
-        from miniclip.figures import check_writable, draw_text_maps
-
-        check_writable(out)
+    if out:
+        check_figure(out)
     image = open_image(args.image)
     loaded = load(args.model, device=args.device, reference=args.reference, revision=args.revision)
     methods = METHODS if args.all else args.method or ["relevance"]
@@ -648,6 +647,8 @@ def explain(args: argparse.Namespace) -> int:
         ]
         print_json(found if len(found) > 1 else found[0])
     if out:
+        from miniclip.figures import draw_text_maps
+
         scale = -(-512 // loaded.transform.crop_size)
         draw_text_maps(seen(image, loaded.transform, scale), args.texts, maps, out)
         print(f"picture: {out}", file=sys.stderr)
@@ -739,7 +740,7 @@ def embed(args: argparse.Namespace) -> int:
     if index.skipped:
         print(
             f"miniclip: skipped {len(index.skipped):,}, which the index lists; the first: "
-            f"{index.skipped[0]}",
+            f"{printable(index.skipped[0])}",
             file=sys.stderr,
         )
     if args.json:
@@ -776,8 +777,10 @@ def search(args: argparse.Namespace) -> int:
     """`miniclip search`: the pictures of an index that are most like a query."""
     from time import perf_counter
 
-    from miniclip.retrieval import Index, draw_sheet, embed_query
+    from miniclip.retrieval import SHEETS, Index, draw_sheet, embed_query
 
+    if args.sheet:
+        check_writable(args.sheet, SHEETS)
     index = Index.load(args.index)
     loaded = index.load_encoder(args.model, args.device)
     query = embed_query(loaded, args.texts, args.image, args.minus, args.minus_image)
@@ -788,12 +791,12 @@ def search(args: argparse.Namespace) -> int:
         print_json([hit._asdict() for hit in hits])
     else:
         for i, hit in enumerate(hits, 1):
-            print(f"{i:>4} {hit.score:7.4f}  {hit.path}")
+            print(f"{i:>4} {hit.score:7.4f}  {printable(hit.path)}")
     if args.sheet:
         plus = " + ".join([*args.texts, *args.image])
         title = " - ".join([plus, *args.minus, *args.minus_image]).strip()
         for reason in draw_sheet(index, hits, title, args.sheet):
-            print(f"miniclip: not on the sheet: {reason}", file=sys.stderr)
+            print(f"miniclip: not on the sheet: {printable(reason)}", file=sys.stderr)
         print(f"picture: {args.sheet}", file=sys.stderr)
     print(f"{len(index):,} pictures searched in {seconds:.2f} s", file=sys.stderr)
     return 0
@@ -818,7 +821,6 @@ def demo(args: argparse.Namespace) -> int:
     """`miniclip demo`: draw what the embedded checkpoints can do."""
     from miniclip.demo import photograph_exhibits, scene_exhibit
 
-    scene, heats = scene_exhibit()
     missing = None
     try:
         from miniclip.figures import draw_demo
@@ -826,6 +828,9 @@ def demo(args: argparse.Namespace) -> int:
         photographs = photograph_exhibits()
     except ValueError as error:  # the demo extra is not installed; a scene needs none of it
         photographs, missing = [], error
+    else:
+        check_figure(args.out)
+    scene, heats = scene_exhibit()
     exhibits = [scene, *photographs]
     if args.json:
         print_json(
@@ -1047,9 +1052,43 @@ def read_lines(path: str) -> list[str]:
         raise ValueError(f"{path}: expected lines of text: {error}") from None
 
 
+def check_figure(path: str) -> None:
+    """`check_writable`, for what matplotlib draws; raises ValueError too where that is missing."""
+    from miniclip.figures import KINDS
+
+    check_writable(path, KINDS)
+
+
+def check_writable(name: str, suffixes: Iterable[str]) -> None:
+    """Before the work, which may take hours: raises ValueError where a picture of that name could
+    not be written after it."""
+    path = Path(name)
+    if path.suffix.lower() not in suffixes:
+        known = ", ".join(suffixes)
+        raise ValueError(f"{path}: cannot be written: expected a name that ends in {known}")
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+    if not existed:
+        path.unlink()
+
+
+def printable(text: str) -> str:
+    """The text with whatever could move the cursor, colour a terminal or be no Unicode escaped.
+
+    >>> print(printable("café" + chr(10) + chr(27)))
+    café\\n\\x1b
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON that people can read too."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # A file name that is no Unicode has surrogates, which are written as JSON writes them.
+    print(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def print_wrapped(head: str, words: list[str]) -> None:
@@ -1060,5 +1099,6 @@ def print_wrapped(head: str, words: list[str]) -> None:
 
 
 def shorten(text: str, width: int) -> str:
-    """The text, cut to `width` characters if it is longer."""
+    """The text as `printable` has it, cut to `width` characters if it is longer."""
+    text = printable(text)
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -6,9 +6,10 @@ that the colour-blind tell them apart, and a grey printer too.
 """
 
 import textwrap
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from os import PathLike
-from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
@@ -20,14 +21,17 @@ from miniclip.parity import Report
 from miniclip.zeroshot import Evaluation, Score
 
 try:
+    from matplotlib import font_manager, rcParams
     from matplotlib.axes import Axes
     from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 except ImportError:
     raise ValueError("pictures need matplotlib: pip install 'miniclip[demo]'") from None
 
+KINDS = [f".{kind}" for kind in FigureCanvasBase.filetypes]  # that a picture's name may end in
 BLUE = "#0072b2"
 ORANGE = "#d55e00"
 MOST_NAMES = 40  # classes that can be named along a side of the matrix,
@@ -110,10 +114,52 @@ def shorten(label: str, width: int = 24) -> str:
 
 def save(figure: Figure, path: str | PathLike[str]) -> None:
     """Write a picture in the format that its name ends in. ValueError where that cannot be."""
+    texts = figure.findobj(Text)
+    families = [*rcParams["font.family"], *fonts_beside("".join(t.get_text() for t in texts))]
+    for text in texts:
+        text.set_fontfamily(families)
     try:
-        figure.savefig(path, dpi=120)
+        with (
+            warnings.catch_warnings()
+        ):  # of characters that no font here has, and are drawn as boxes
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            figure.savefig(path, dpi=120)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def fonts_beside(text: str) -> dict[str, str]:
+    """Installed fonts that have what matplotlib's own lacks of a text, the one that has most first:
+    by family, the file.
+
+    >>> list(fonts_beside("plain, or naïve, or по-русски"))
+    []
+    """
+    has = font_manager.get_font(usual_font()).get_charmap().keys()
+    lacking = set(map(ord, text)) - has - {ord("\n")}
+    covers = []
+    for font in font_manager.fontManager.ttflist if lacking else []:
+        with suppress(RuntimeError):  # a font of bitmaps
+            has = font_manager.get_font(font.fname).get_charmap().keys()
+            if lacking & has and "Last Resort" not in font.name:  # which has boxes for everything
+                covers.append((lacking & has, font))
+    found = {}
+    covers.sort(key=lambda row: (-len(row[0]), row[1].style != "normal", row[1].weight != 400))
+    for covered, font in covers:
+        if lacking & covered:
+            found[font.name] = font.fname
+            lacking -= covered
+    return found
+
+
+def usual_font() -> str:
+    """The file of matplotlib's own font."""
+    return font_manager.findfont(font_manager.FontProperties(family=rcParams["font.family"]))
+
+
+def font_file(text: str) -> str:
+    """The font for a text that may have one only."""
+    return next(iter(fonts_beside(text).values()), usual_font())
 
 
 def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> None:
@@ -335,21 +381,6 @@ def show_panel(axes: Axes, picture: Image.Image, title: str, below: str = "") ->
     axes.set_title("\n".join(title_of(title)), loc="left", fontsize=11, parse_math=False)
     lines = textwrap.wrap(below, 36)
     axes.text(0, -0.03, "\n".join(lines), transform=axes.transAxes, fontsize=9, va="top")
-
-
-def check_writable(path: str | PathLike[str]) -> None:
-    """Before the work, so that no work is lost: raises ValueError where `save` could not write."""
-    path = Path(path)
-    kinds = FigureCanvasBase.filetypes
-    if path.suffix[1:].lower() not in kinds:
-        raise ValueError(f"{path}: cannot be written: expected a name in .{', .'.join(kinds)}")
-    existed = path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
-    if not existed:
-        path.unlink()
 
 
 def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:

@@ -453,7 +453,7 @@ def text_maps(
     """Where each of C texts is seen in the image, patch by patch: (C, rows, columns).
 
     `method` is a key of METHODS. Raises ImageError, ContextLengthError, and ValueError for another
-    method.
+    method or a text without a word.
 
     >>> import miniclip
     >>> picture, texts = Image.new("RGB", (80, 64)), ["a red circle", "a blue star"]
@@ -462,6 +462,8 @@ def text_maps(
     """
     if method not in METHODS:
         raise ValueError(f"no method is called {method!r}; expected one of {', '.join(METHODS)}")
+    if not all(text.strip() for text in texts):
+        raise ValueError("a text is empty: expected at least one word in it")
     model, tokenizer, transform = loaded
     device = model.logit_scale.device
     ids = tokenizer(texts).to(device)  # (C, T)

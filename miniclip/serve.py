@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from miniclip import lens
 from miniclip.checkpoint import Loaded
 from miniclip.config import ImageError, per_layer
 from miniclip.demo import LABELS, PHOTOGRAPHS, photographs
-from miniclip.transform import to_rgb
+from miniclip.transform import open_image, to_rgb
 from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier, find_templates
 
 try:
@@ -184,13 +184,9 @@ async def read_question(request: Request) -> dict[str, Any]:
 def read_picture(url: str) -> Image.Image:
     """The picture in a data: URL, upright, its first frame. Raises ImageError."""
     try:
-        data = base64.b64decode(url.partition(",")[2])
-        picture = Image.open(io.BytesIO(data), formats=TYPES)
-        return ImageOps.exif_transpose(picture)  # reads the pixels
-    except UnidentifiedImageError:
-        raise ImageError(f"not a picture: expected {', '.join(TYPES)}") from None
-    except Exception as error:  # Pillow's parsers raise whatever they trip over
-        raise ImageError(f"the picture cannot be read: {error}") from error
+        return open_image(io.BytesIO(base64.b64decode(url.partition(",")[2])), TYPES)
+    except ImageError as error:
+        raise ImageError(f"{error}. What can be read: {', '.join(TYPES)}") from None
 
 
 def write_picture(picture: Image.Image) -> str:

@@ -453,7 +453,8 @@ class Tokenizer:
                 if not truncate:
                     raise ContextLengthError(
                         f"text {i} has {len(row)} tokens with the start and the end token, and at "
-                        f"most {limit} fit. Shorten it, or pass truncate=True: {text[:40]!r}..."
+                        f"most {limit} fit. Shorten it (in Python, truncate=True does): "
+                        f"{text[:40]!r}..."
                     )
                 row[limit - 1 :] = [self.eos_token_id]
             rows.append(row)

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -283,19 +283,23 @@ _FIXED = {
 }
 
 
-def open_image(path: str | PathLike[str]) -> Image.Image:
-    """Open an image file: the first frame, whole, and turned upright (EXIF), in the file's mode.
+def open_image(
+    file: str | PathLike[str] | BinaryIO, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """Open an image file, by its path or as a binary file that is open: the first frame, whole, and
+    turned upright (EXIF), in the file's mode. `formats` are those allowed, by Pillow's names.
 
     Never warns. Raises ImageError, with the path and the reason, for whatever is wrong with the
     file; from `MAX_PIXELS` pixels up it is refused as a decompression bomb. Below that Pillow would
     warn from half of it, which is a large camera's photograph.
     """
-    os.fspath(path)  # TypeError, where Pillow would take a number for a file
+    # os.fspath: TypeError, where Pillow would take a number for a file
+    name = "the image" if hasattr(file, "read") else f"{os.fspath(file)!s}:"
     try:
-        with _no_warnings, Image.open(path) as image:
+        with _no_warnings, Image.open(file, formats=formats) as image:
             ImageOps.exif_transpose(image, in_place=True)  # reads the pixels first
     except Exception as error:  # Pillow's parsers raise whatever they trip over
-        raise ImageError(f"{os.fspath(path)!s}: cannot be read: {_reason(error)}") from error
+        raise ImageError(f"{name} cannot be read: {_reason(error)}") from error
     return image
 
 

@@ -1,6 +1,7 @@
 """The command, run as its users run it: output, JSON, exit status and errors of one line."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -108,6 +109,21 @@ def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
     assert found["text"] == "a red circle" and found["method"] == "rollout"
     heat = found["map"]
     assert [len(row) for row in heat] == [8] * 8 and 0 < sum(map(sum, heat)) < 1
+
+
+@pytest.mark.parametrize("text", ["кот и пёс", "the \U0001d49c", "日本語の猫", "🐈 \U000f0000"])
+def test_explain_writes_what_the_fonts_can_and_never_warns(run, picture, tmp_path, text):
+    from matplotlib import font_manager
+
+    from miniclip.figures import fonts_beside
+
+    out = str(tmp_path / "where.png")
+    command = ["explain", picture, text, "--model", "shapes", "--method", "rollout", "-o", out]
+    assert run(*command) == (0, "", f"picture: {out}\n")
+    for file in fonts_beside(text).values():
+        assert font_manager.get_font(file).get_charmap().keys() & set(map(ord, text))
+    if "\U0001d49c" in text:  # in a font that matplotlib brings, and not in its usual one
+        assert fonts_beside(text)
 
 
 def test_explain_all_methods_for_several_texts(run, tmp_path):
@@ -378,3 +394,90 @@ def test_unknown_commands_and_options(run, argv):
 def test_help_shows_an_example(run, name):
     status, out, err = run(name, "--help")
     assert status == 0 and f"example:\n  miniclip {name}" in out
+
+
+# ------------------------------------------------------------------------------------------------
+# What a terminal gets to see, and when
+
+
+@pytest.mark.parametrize("name", ["no/where.png", "where", "where.xyz", "folder.png"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "--out"],
+        ["search", "absent.safetensors", "a cat", "--sheet"],
+        ["bench", "--suite", "nonsense", "--plot"],
+        ["parity", "nonsense", "--plot"],
+        ["eval", "--data", "nonsense", "--plot"],
+        ["train", "nonsense", "--out", "run", "--plot"],
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_said_before_the_work(run, tmp_path, command, name):
+    (tmp_path / "folder.png").mkdir()
+    result = run(*command, str(tmp_path / name))
+    assert_one_line_error(result, name, "cannot be written")
+    assert result[1] == "" and [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+STRANGE = "a\nb\x1b[31m\udcff.png"
+
+
+def test_names_that_would_write_on_the_terminal_are_escaped(run, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open(picture, "rb") as file:
+        data = file.read()
+    for name in (STRANGE, "bad" + STRANGE):
+        with open(name, "wb") as file:
+            file.write(data if name == STRANGE else b"")
+    escaped = r"a\nb\x1b[31m\udcff.png"
+    classify = ["classify", STRANGE, "bad" + STRANGE, "--model", "cifar10", "--labels", "a\x1bb"]
+    status, out, err = run(*classify)
+    assert_one_line_error((status, out, err), "bad" + escaped, "cannot be read")
+    assert out.splitlines()[0] == escaped and r"a\x1bb" in out
+    assert json.loads(run(*classify, "--json")[1])[0]["image"] == STRANGE
+
+    status, out, err = run("embed", ".", "--out", "i.safetensors", "--model", "cifar10")
+    assert status == 0 and "bad" + escaped in err and err.count("\n") == 1
+    status, out, err = run("search", "i.safetensors", "a cat", "--sheet", "s.png")
+    assert status == 0 and f"  {escaped}\n" in out and out.count("\n") == 2
+
+
+def test_a_text_without_words_is_not_explained(run, picture):
+    for text in ("", " \t"):
+        result = run("explain", picture, text, "--model", "shapes", "--json")
+        assert_one_line_error(result, "a text is empty")
+
+
+def test_a_long_text_is_answered_in_the_terms_of_the_command_line(run, picture):
+    result = run("explain", picture, "word " * 500, "--model", "shapes", "--json")
+    assert_one_line_error(result, "Shorten it (in Python,")
+
+
+INTERRUPTED = """
+import os, signal, sys
+class Interrupt:  # Ctrl-C while torch is being imported
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["miniclip", "tokenize", "a cat", "--model", "cifar10"]
+"""
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from miniclip.cli import main; sys.exit(main())",  # what pip's script does
+        "import runpy; runpy.run_module('miniclip', run_name='__main__', alter_sys=True)",
+    ],
+)
+def test_control_c_while_torch_is_imported(start):
+    command = [sys.executable, "-c", INTERRUPTED + start]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_help_needs_no_torch():
+    script = "import sys; sys.modules['torch'] = None; from miniclip.cli import main; main(['-h'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "classify" in done.stdout, done.stderr

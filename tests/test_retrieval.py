@@ -757,6 +757,7 @@ def test_search_by_another_model_names_both(run, indexed):
         (["embed", "PHOTO", "--model", "cifar10"], ["--out", "--time"]),
         (["embed", "PHOTO", "--out", "i", "--time"], ["--out", "--time"]),
         (["embed", "PHOTO", "--out", ".", "--model", "cifar10"], ["is a folder"]),
+        (["embed", "PHOTO", "--out", "/dev/null/i", "--model", "cifar10"], ["cannot be written"]),
         (["embed", "--out", "i"], ["PATH"]),
     ],
 )
@@ -782,3 +783,15 @@ def test_help_shows_an_example(run, name):
     status, out, err = run(name, "--help")
     assert status == 0 and f"example:\n  miniclip {name}" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_scripts_that_pillows_font_lacks_are_legible_on_a_sheet(loaded, tmp_path):
+    titles = ("Кот и пёс", "Пёс и кот", "γάτα", "日本", "nothing \udcff")
+    blots(0).save(tmp_path / "кот.png")
+    index = embed_images(loaded, [str(tmp_path / "кот.png")])
+    hits = index.search(index.embeddings[0], 1)
+    drawn = []
+    for title in titles:
+        assert draw_sheet(index, hits, title, tmp_path / "s.png") == []
+        drawn.append((tmp_path / "s.png").read_bytes())
+    assert len(set(drawn)) == len(titles)  # boxes would be alike in the first two

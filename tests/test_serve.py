@@ -240,15 +240,16 @@ def test_what_is_no_picture_is_refused_in_words(page, tmp_path, coffee):
     os.truncate(uploads["large"], MAX_BYTES + 1)
     Image.new("RGB", (8, 8)).save(uploads["eps"], "EPS")  # Pillow would start Ghostscript
     messages = {
-        "text": "not a picture",
+        "text": "not an image",
         "cut": "cannot be read",
         "bomb": "decompression bomb",
         "large": "larger than 20 MB",
-        "eps": "not a picture",
+        "eps": "not an image",
     }
     for kind, message in messages.items():
         page.set_input_files("#file", uploads[kind])
         page.wait_for_selector(f"#error:visible:has-text('{message}')")
+        assert bars(page)[0][0] == "cat"  # of the picture that is still there
     page.fill("#labels", "cat\ndog\nzebra")  # it goes on with the picture that it had
     page.wait_for_selector("#bars button:has-text('zebra')")
     settle(page)
@@ -264,8 +265,13 @@ def test_words_that_are_refused(page):
         before = page.input_value(box)
         page.fill(box, text)
         page.wait_for_selector(f"#error:visible:has-text({json.dumps(message)})")
+        assert bars(page) == [] and page.get_attribute("#heat", "src") is None
+        assert page.inner_text("#text") == page.inner_text("#warmest") == ""
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1280
         page.fill(box, before)
         page.wait_for_selector("#error", state="hidden")
+        settle(page)
+        assert bars(page)[0][0] == "cat"
 
 
 @pytest.mark.parametrize(

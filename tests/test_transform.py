@@ -414,10 +414,25 @@ def test_open_image_says_what_is_wrong_with_a_path(tmp_path):
             assert path in str(caught.value)
 
 
-@pytest.mark.parametrize("path", [3, None, io.BytesIO(encoded("png"))])
-def test_open_image_takes_paths_only(path):
-    with pytest.raises(TypeError):
+@pytest.mark.parametrize("path", [3, None])
+def test_open_image_takes_paths_and_files_only(path):
+    with pytest.raises(TypeError, match="PathLike"):
         open_image(path)
+
+
+def test_open_image_reads_a_file_that_is_open(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    data = encoded("png", exif=exif)
+    (tmp_path / "photo.png").write_bytes(data)
+    expected = open_image(tmp_path / "photo.png")
+    assert expected.size == (16, 24)
+    with (tmp_path / "photo.png").open("rb") as file:
+        for opened in (open_image(file), open_image(io.BytesIO(data), ("PNG",))):
+            assert np.array_equal(np.asarray(opened), np.asarray(expected))
+    for damaged, formats in ((data[:30], None), (data, ("JPEG",)), (encoded("jpeg"), ("PNG",))):
+        with pytest.raises(ImageError, match="the image cannot be read: not an image"):
+            open_image(io.BytesIO(damaged), formats)
 
 
 @pytest.mark.parametrize("header", [b"P6\n0 5\n255\n", b"P6\n5 0\n255\n", b"P5 0 0 255\n"])

@@ -5,6 +5,7 @@ run that is resumed, or spread over more processes, sees what an undisturbed run
 """
 
 import csv
+import io
 import json
 import os
 import random
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniclip.config import ImageError
-from miniclip.retrieval import image_from_bytes, naming
+from miniclip.retrieval import naming
 from miniclip.transform import ImageTransform, open_image
 from miniclip.zeroshot import labelled_images
 
@@ -285,7 +286,7 @@ class Shards:
         kind = next(kind for kind in self.PICTURES if kind in sample)
         name = f"{_place(sample)}.{kind}"
         try:
-            pixels = self._to_bytes(image_from_bytes(sample[kind], name))
+            pixels = self._to_bytes(open_image(io.BytesIO(sample[kind])))
         except ImageError as error:
             note_once(self.skipped, naming(name, error))
             return None
