@@ -236,7 +236,7 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     try:
         tensors = _read_in_turn(path, dtype)
     except Exception as error:  # damage shows itself in many ways, all of them the file's
-        reason = str(error).partition("\n")[0][:500] or type(error).__name__
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
         reason = "".join(filter(str.isprintable, reason))  # it may quote the file
         size = f"{path.stat().st_size:,} bytes" if path.exists() else "no such file"
         raise CheckpointError(

@@ -1,10 +1,11 @@
 """The tensors of .bin and .pt files, without the code that is in them.
 
 torch.save writes a pickle and, of each tensor, the numbers; torch.jit.save, in whose form OpenAI
-publishes its models, writes the modules about them too, and their code. A pickle can name any
-function of Python to be called. Here only the few names are known that tensors, dictionaries and
-modules are made of, and none of them does more than to note what it was given. torch.load knows
-more names, among them some that take as much memory as a file of a few bytes asks for.
+publishes its models, writes the modules about them too, and their code. A pickle is a program: it
+can name any function of Python to be called, and say in a few bytes to do again what it has said
+in many. Here it has only the instructions and the names that torch.save uses for tensors,
+dictionaries and modules, and none of them does more than to note what it was given. torch.load has
+more, among them some that take as much memory as a file of a few bytes asks for.
 """
 
 import io
@@ -13,15 +14,17 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-LARGEST = 500_000
+LARGEST = 400_000
 """Bytes of a pickle, and of an archive's list of contents. bigG/14 with its optimizer has
 356,000, and nothing of this size takes a second to read."""
+MOST_TENSORS = 10_000  # bigG/14 has 974
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -35,8 +38,6 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-
-
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 """The first two pickles of what torch.save wrote until 2020: two numbers."""
 
@@ -75,13 +76,14 @@ class PickledTensors:
 
     def __init__(self, path: Path) -> None:
         with _Bounded(io.FileIO(path)) as file:
-            read = _read_zip if zipfile.is_zipfile(file) else _read_legacy
+            read = _read_zip if file.read(4) == b"PK\3\4" else _read_legacy
             root, self.places = read(file)
         if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
             root = root["state_dict"]  # open_clip's training keeps the optimizer's beside it
-        self.stored = dict(_tensors(root, "", set())) if isinstance(root, _Module) else root
-        if not isinstance(root, dict | _Module) or not all(map(_is_named, self.stored.items())):
-            raise pickle.UnpicklingError("expected a dictionary of tensors and nothing else")
+        self.stored = _named_tensors(root)
+        numbers = [math.prod(t.shape) * t.storage.dtype.itemsize for t in self.stored.values()]
+        if sum(numbers) > 2 * path.stat().st_size:  # one may be there by two names, as tied
+            raise pickle.UnpicklingError(f"its tensors would have {sum(numbers):,} bytes")
         self.path = path
         self.remapped()
 
@@ -99,17 +101,30 @@ class PickledTensors:
 
     def get_tensor(self, name: str) -> Tensor:
         storage, offset, shape, stride = self.stored[name]
-        if math.prod(shape) > storage.numel:  # a view may repeat one number 10^12 times
-            raise pickle.UnpicklingError(f"{storage.numel:,} numbers for a tensor of shape {shape}")
         start = self.places[storage.key]
         numbers = self.mapped[start : start + storage.nbytes]
-        if start % storage.dtype.itemsize:  # as in files before 2020; torch assumes it is 0
-            numbers = numbers.clone()
-        return torch.empty(0, dtype=storage.dtype).set_(numbers).as_strided(shape, stride, offset)
+        flat = torch.empty(0, dtype=storage.dtype).set_(numbers)
+        tensor = flat.as_strided(shape, stride, offset)
+        # In files before 2020 numbers lie anywhere, and torch assumes that they do not.
+        return tensor.clone() if start % storage.dtype.itemsize else tensor
 
 
-def _is_named(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Stored)
+def _named_tensors(root: Any) -> dict[str, Stored]:
+    if isinstance(root, _Module):
+        found = dict(islice(_tensors(root, "", set()), MOST_TENSORS + 1))
+    elif isinstance(root, dict):
+        found = root
+    else:
+        raise pickle.UnpicklingError(f"{_EXPECTED}, and it holds a {type(root).__name__}")
+    if not 0 < len(found) <= MOST_TENSORS:
+        raise pickle.UnpicklingError(f"expected some hundreds of tensors, found {len(found):,}")
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Stored):
+            raise pickle.UnpicklingError(f"{_EXPECTED}, and {name!s:.80} is none")
+    return found
+
+
+_EXPECTED = "expected a dictionary of tensors and nothing else"
 
 
 def _tensors(module: "_Module", prefix: str, seen: set[int]) -> Iterator[tuple[str, Stored]]:
@@ -118,11 +133,11 @@ def _tensors(module: "_Module", prefix: str, seen: set[int]) -> Iterator[tuple[s
     Of a module that is in two places, only those of the first: a tree has each but once.
     """
     seen.add(id(vars(module)))
-    if len(prefix) > 1000:
-        raise pickle.UnpicklingError(f"a module called {prefix[:40]}...")
     for name, value in vars(module).items():
+        if not isinstance(name, str) or len(prefix) + len(name) > 1000:
+            raise pickle.UnpicklingError(f"a module in {prefix[:40]!r} has no name, or a long one")
         if isinstance(value, Stored):
-            yield f"{prefix}{name}", value
+            yield prefix + name, value
         elif isinstance(value, _Module) and id(vars(value)) not in seen:
             yield from _tensors(value, f"{prefix}{name}.", seen)
 
@@ -145,33 +160,43 @@ class _Bounded(io.BufferedReader):
 def _read_zip(file: _Bounded) -> tuple[Any, dict[str, int]]:
     """torch.save's archive, since 2020, or torch.jit.save's."""
     with zipfile.ZipFile(file) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        folder = name.removesuffix(".pkl")
-        unpickler = _Unpickler(io.BytesIO(_plain(archive, name, LARGEST)))
+        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(names) != 1 or len(set(archive.namelist())) < len(archive.namelist()):
+            raise pickle.UnpicklingError("a zip without a single data.pkl, or with a name twice")
+        folder = names[0].removesuffix("data.pkl")
+        unpickler = _Unpickler(io.BytesIO(_contents(archive, names[0])))
         root = unpickler.load()
-        order = f"{folder.removesuffix('data')}byteorder"
-        if order in archive.NameToInfo and _plain(archive, order, 6) != b"little":
+        order = f"{folder}byteorder"
+        if order in archive.namelist() and _contents(archive, order) != b"little":
             raise pickle.UnpicklingError("its numbers are not in little-endian order")
-        places = {}
-        for storage in unpickler.storages.values():
-            record = archive.getinfo(f"{folder}/{storage.key}")
-            if (record.file_size, record.compress_type) != (storage.nbytes, zipfile.ZIP_STORED):
-                raise pickle.UnpicklingError(
-                    f"storage {storage.key:.40} should have {storage.nbytes:,} bytes, as they are"
-                )
-            file.seek(record.header_offset)
-            lengths = struct.unpack("<26xHH", file.read(30))  # of its name, and of what follows it
-            places[storage.key] = file.tell() + sum(lengths)
+        places = {
+            storage.key: _place(file, archive.getinfo(f"{folder}data/{storage.key}"), storage)
+            for storage in unpickler.storages.values()
+        }
     return root, places
 
 
-def _plain(archive: zipfile.ZipFile, name: str, largest: int) -> bytes:
+def _contents(archive: zipfile.ZipFile, name: str) -> bytes:
     record = archive.getinfo(name)
-    if record.compress_type != zipfile.ZIP_STORED or record.file_size > largest:
+    if record.compress_type != zipfile.ZIP_STORED or record.file_size > LARGEST:
         raise pickle.UnpicklingError(
-            f"{name} has {record.file_size:,} bytes; expected at most {largest:,}, not compressed"
+            f"{name:.80} has {record.file_size:,} bytes; expected at most {LARGEST:,}, uncompressed"
         )
     return archive.read(record)
+
+
+def _place(file: _Bounded, record: zipfile.ZipInfo, storage: Storage) -> int:
+    """Where the numbers of a storage begin, if they are as zip and pickle both say."""
+    if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
+        raise pickle.UnpicklingError("its numbers are compressed or encrypted")
+    file.seek(record.header_offset)
+    signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
+    name = file.read(name_length).decode("utf-8" if record.flag_bits & 0x800 else "cp437")
+    if (signature, name) != (b"PK\3\4", record.orig_filename) or record.file_size != storage.nbytes:
+        raise pickle.UnpicklingError(
+            f"storage {storage.key:.40} should have {storage.nbytes:,} bytes, and has not"
+        )
+    return file.tell() + extra_length
 
 
 def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
@@ -185,11 +210,11 @@ def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
     root, keys = unpickler.load(), _Unpickler(head).load()
     place, places = head.tell(), {}
     for key in keys:
-        storage = unpickler.storages[key]
+        storage = unpickler.storages.get(key if isinstance(key, str) else "")
         file.seek(place)
-        if file.read(8) != struct.pack("<q", storage.numel):
-            raise pickle.UnpicklingError(f"storage {key:.40} should have {storage.numel} numbers")
-        places[key] = place + 8
+        if storage is None or file.read(8) != struct.pack("<q", storage.numel):
+            raise pickle.UnpicklingError("its list of storages is not what follows")
+        places[storage.key] = place + 8
         place += 8 + storage.nbytes
     return root, places
 
@@ -197,8 +222,8 @@ def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
 # ------------------------------------------------------------------------------------------------
 # pickle -> what it describes
 #
-# A pickle can say in a few bytes to do again what it has said in many. So nothing below copies what
-# it is given, and nothing takes longer than a tensor's few numbers account for.
+# Nothing below copies what it is given, and only texts are looked up, for much else can be made so
+# that to look it up takes long.
 
 
 class _Module:
@@ -222,35 +247,48 @@ def _tensor(
     hooks: Any,
     metadata: Any = None,
 ) -> Stored:
-    if len(shape) > 8 or len(stride) > 8:
-        raise pickle.UnpicklingError("a tensor of more than 8 dimensions")
+    if type(storage) is not Storage or len(shape) > 8 or len(stride) > 8 or metadata:
+        raise pickle.UnpicklingError("a tensor that is not as torch.save writes them")
     if not all(type(n) is int and 0 <= n < 2**40 for n in (offset, *shape, *stride)):
         raise pickle.UnpicklingError("a tensor whose shape is no numbers, or negative or huge ones")
+    last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if 0 not in shape and max(math.prod(shape), last + 1) > storage.numel:  # 1 may seem 10^12
+        raise pickle.UnpicklingError(f"{storage.numel:,} numbers for a tensor of shape {shape}")
     return Stored(storage, offset, shape, stride)
 
 
-def _parameter(tensor: Stored, requires_grad: bool, hooks: Any) -> Stored:
+def _parameter(tensor: Any, requires_grad: bool, hooks: Any) -> Any:
     return tensor
 
 
-def _plain_list(values: list[Any]) -> list[Any]:
-    return values
+def _plain(value: Any, kind: Any = None) -> Any:
+    return value
+
+
+def _ignored(value: Any, more: Any = None) -> None:
+    """What may be beside the tensors in a training's checkpoint."""
 
 
 _NAMES: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "collections.OrderedDict": _ordered_dict,
-    **{f"torch.jit._pickle.build_{of}list": _plain_list for of in ("", "int", "double", "bool")},
+    **{f"torch.jit._pickle.build_{of}list": _plain for of in ("", "int", "double", "bool")},
+    "torch.jit._pickle.restore_type_tag": _plain,
+    "torch.Size": _ignored,
+    "torch.device": _ignored,
+    "collections.Counter": _ignored,
+    **dict.fromkeys(map(str, _STORAGES.values())),
     **{f"torch.{storage}": dtype for storage, dtype in _STORAGES.items()},
 }
 
 
 class _Unpickler(pickle._Unpickler):
-    """The one in Python: the one in C makes as much room as the largest number of its memo says."""
+    """pickle's in Python, for of the one in C no instruction can be replaced."""
 
     stack: list[Any]
     metastack: list[list[Any]]
+    memo: dict[int, Any]
     read: Callable[[int], bytes]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
@@ -260,44 +298,82 @@ class _Unpickler(pickle._Unpickler):
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
         if module.partition(".")[0] == "__torch__":
             return _Module
-        if f"{module}.{name}" not in _NAMES:
-            full = f"{module}.{name}"
-            raise pickle.UnpicklingError(f"it names {full:.80}, and pickled code is never run")
-        return _NAMES[f"{module}.{name}"]
+        if full not in _NAMES:
+            raise pickle.UnpicklingError(
+                f"it names {full:.80}, and pickled code is never run; expected what torch.save "
+                "writes of model.state_dict()"
+            )
+        return _NAMES[full]
 
     def persistent_load(self, reference: Any) -> Storage:
         if len(reference) > 6:
             raise pickle.UnpicklingError("a storage of more than six fields")
         kind, dtype, key, _, numel, *view = reference
+        if [type(part) for part in (kind, dtype, key, numel)] != [str, torch.dtype, str, int]:
+            raise pickle.UnpicklingError("a storage without name, type or size")
         storage = Storage(key, dtype, numel)
-        sane = type(key) is str and type(numel) is int and 0 <= numel < 2**40
-        if kind != "storage" or not sane or any(view):
-            raise pickle.UnpicklingError("a storage without name or size")
+        if kind != "storage" or not 0 <= numel < 2**40 or view not in ([], [None]):
+            raise pickle.UnpicklingError("a storage that is not as torch.save writes them")
         if self.storages.setdefault(key, storage) != storage:
             raise pickle.UnpicklingError(f"storage {key:.40} is said to be two things")
         return storage
 
+    def load_newobj(self) -> None:
+        if self.stack[-2] is not _Module:
+            raise pickle.UnpicklingError("it makes an object that is no module")
+        self.stack[-2:] = [_Module()]
+
+    def check_depth(self) -> None:
+        if len(self.metastack) > 100 or len(self.stack) > 10_000:
+            raise pickle.UnpicklingError("it begins more than it ends")
+
     def load_mark(self) -> None:
-        if len(self.metastack) > 100:
-            raise pickle.UnpicklingError("lists in lists in lists")
+        self.check_depth()
         super().load_mark()  # type: ignore[misc]  # which typeshed does not know
 
+    def load_empty_list(self) -> None:
+        self.check_depth()
+        self.append([])
+
+    def load_empty_dict(self) -> None:
+        self.check_depth()
+        self.append({})
+
     def load_tuple(self) -> None:
-        """A list. To look up tuples of tuples in a dictionary takes 2^depth steps."""
+        """A list, which has no hash."""
         items = self.pop_mark()  # which makes `append` another
         self.append(items)
 
     def load_few(self, count: int) -> None:
         self.stack[-count:] = [self.stack[-count:]]
 
-    def load_long1(self) -> None:
-        """Longer ones all look alike to a dictionary, if they are made for it."""
-        size = self.read(1)[0]
-        if size > 8:
-            raise pickle.UnpicklingError("a number of more than 64 bits")
-        self.append(int.from_bytes(self.read(size), "little", signed=True))
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
+
+    def load_setitems(self) -> None:
+        self.set_items(self.pop_mark())
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict):
+            raise pickle.UnpicklingError(f"it sets items of a {type(target).__name__}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[key if type(key) is str else None] = value  # an optimizer's are numbers
+
+    def load_binput(self) -> None:
+        self.memorize(self.read(1)[0])
+
+    def load_long_binput(self) -> None:
+        self.memorize(int.from_bytes(self.read(4), "little"))
+
+    def memorize(self, place: int) -> None:
+        if place != len(self.memo):
+            raise pickle.UnpicklingError("it numbers what it remembers out of turn")
+        self.memo[place] = self.stack[-1]
 
     def load_build(self) -> None:
         state, built = self.stack.pop(), self.stack[-1]
@@ -310,13 +386,29 @@ class _Unpickler(pickle._Unpickler):
         raise pickle.UnpicklingError("it has instructions that torch.save does not write")
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **pickle._Unpickler.dispatch,
-        **dict.fromkeys([*pickle.INT, *pickle.LONG, *range(pickle.LONG4[0], 256)], load_other),
+        **dict.fromkeys(range(256), load_other),
+        **{
+            code: pickle._Unpickler.dispatch[code]
+            for code in (
+                *(pickle.PROTO + pickle.STOP + pickle.GLOBAL + pickle.REDUCE),
+                *(pickle.BINPERSID + pickle.BINGET + pickle.LONG_BINGET + pickle.POP),
+                *(pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.BINFLOAT),
+                *(pickle.BININT + pickle.BININT1 + pickle.BININT2 + pickle.LONG1),
+                *(pickle.BINUNICODE + pickle.APPEND + pickle.APPENDS),
+                *(pickle.EMPTY_TUPLE + pickle.BINBYTES + pickle.SHORT_BINBYTES),
+            )
+        },
         pickle.MARK[0]: load_mark,
+        pickle.EMPTY_LIST[0]: load_empty_list,
+        pickle.EMPTY_DICT[0]: load_empty_dict,
         pickle.TUPLE[0]: load_tuple,
         pickle.TUPLE1[0]: lambda self: self.load_few(1),
         pickle.TUPLE2[0]: lambda self: self.load_few(2),
         pickle.TUPLE3[0]: lambda self: self.load_few(3),
-        pickle.LONG1[0]: load_long1,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.BINPUT[0]: load_binput,
+        pickle.LONG_BINPUT[0]: load_long_binput,
+        pickle.NEWOBJ[0]: load_newobj,
         pickle.BUILD[0]: load_build,
     }

@@ -413,6 +413,7 @@ def pickle_cases(files, tensors, proof):
         {name: torch.zeros(1).expand(shapes[name])},
         {name: torch.zeros(10**4).as_strided(shapes[name], (1, 0))},
         {name: torch.zeros(0, 10**12)},
+        dict.fromkeys((f"more{i}" for i in range(3000)), torch.zeros(100_000)),
         {"text_model.embeddings.position_ids": torch.zeros(1, dtype=torch.long).expand(10**10)},
         {"text_model.embeddings.position_ids": torch.zeros(1, dtype=torch.long).expand(10**12)},
         {"vision_model.embeddings.position_ids": torch.zeros(0, 10**12, dtype=torch.long)},
@@ -474,8 +475,6 @@ def test_pickles_that_lie(referee, files, their_names, tmp_path):
 
 # ------------------------------------------------------- pickles by hand, as no program writes them
 
-MEMO = iter(range(2**31))
-
 
 def text(value):
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
@@ -518,17 +517,17 @@ def module(items):
     return MODULE + dictionary(items) + b"b"
 
 
-def kept(value):
+def kept(value, place=0):
     """A value that the memo keeps, dropped, and what names it again."""
-    place = struct.pack("<I", next(MEMO))
-    return value + b"r" + place + b"0", b"j" + place
+    number = struct.pack("<I", place)
+    return value + b"r" + number + b"0", b"j" + number
 
 
-def nested(depth, each, core):
+def nested(depth, each, core, place=0):
     """`each` around `each` around ... the core, with the inner one in two places."""
-    made, again = kept(core)
-    for _ in range(depth):
-        more, again = kept(each(again))
+    made, again = kept(core, place)
+    for further in range(1, depth + 1):
+        more, again = kept(each(again), place + further)
         made += more
     return made + again
 
@@ -582,10 +581,24 @@ def hand_made_archives():
         yield f"{kind}: 10,000 tensors", holder({"w": one + again} | names)
     yield "a name that is a number", b"}" + number(5) + tensor() + b"s"
     yield "an attribute that is a number", module({})[:-1] + number(5) + tensor() + b"sb"
-    yield "a module in itself", MODULE + b"r\0\0\0\x7f" + dictionary({"a": b"j\0\0\0\x7f"}) + b"b"
+    yield "a module in itself", MODULE + b"q\0" + dictionary({"a": b"h\0"}) + b"b"
     yield "2^40 modules", nested(40, lambda m: module({"a": m, "b": m}), module(w))
     yield "900 modules deep", nested(900, lambda m: module({"a": m}), module(w))
     yield "long names, deep", nested(90, lambda m: module({"a" * 5000: m}), module(w))
+    name, again = kept(text("a" * 100_000))
+    holder_of_it = MODULE + b"}" + again + MODULE + b"}bsb"
+    yield "a long name again and again", name + module({f"{i}": holder_of_it for i in range(3_000)})
+    kinds = [nested(60, lambda t: b"(N" + t * 2 + b"t", b"N", place) for place in (0, 61)]
+    of_kinds = [
+        many(text("storage"), kind, text("0"), text("cpu"), number(4)) + b"Q" for kind in kinds
+    ]
+    yield "a storage of two odd kinds", b"0".join(of_kinds)
+    false = MODULE + dictionary({"key": text("0"), "numel": number(2**30), "nbytes": number(8)})
+    posing = tensor((2**15, 2**14), (0, 0), of=false + b"b")
+    yield "a module as a storage", dictionary({"w": posing})
+    one, again = kept(tensor())
+    yield "one tensor by 9,000 names", one + dictionary({f"w{i}": again for i in range(9_000)})
+    yield "another sign", dictionary({"w": tensor()[:-2] + dictionary({"neg": b"\x88"}) + b"tR"})
     for pair in (b"\x86", b"t"):
         start = b"(" * (pair == b"t")
         key = nested(60, lambda t, pair=pair, start=start: start + t * 2 + pair, b"N")
@@ -596,7 +609,7 @@ def hand_made_archives():
         "texts": [text(f"{k}") for k in range(40_000)],
     }.items():  # fmt: skip
         yield f"a dictionary of {name}", b"}" + many(*(v + b"N" for v in values), kind=b"u")
-    long, again = kept(many(*[b"N"] * 200_000, kind=b"l"))
+    long, again = kept(b"]" + many(*[b"N"] * 200_000, kind=b"e"))
     wide, state = kept(b"}" + many(*(text(f"{k}") + b"N" for k in range(40_000)), kind=b"u"))
     for label, start, step in (
         ("arguments", long, called("torch._utils", "_rebuild_tensor_v2") + again + b"R0"),
@@ -606,6 +619,8 @@ def hand_made_archives():
          + again + b"\x85R"),
         ("storages", long, again + b"Q0"),
         ("states", wide + MODULE + b"}b", state + b"b"),
+        ("tensors in tensors", b"]" + many(*[b"N"] * 7, kind=b"e") + b"q\0",
+         b"0" + called("torch._utils", "_rebuild_tensor_v2") + b"h\0R"),
     ):  # fmt: skip
         rest = (LARGEST - 10 - len(start)) // len(step)
         yield f"again and again: {label}", start + step * rest
@@ -623,6 +638,18 @@ def hand_made_cases():
             archive.writestr("a/data/0", struct.pack("<4f", 1, 2, 3, 4))
             archive.writestr("x", bytes(16))
         yield label, buffer.getvalue()
+        if label == "torch.save: as it should be":
+            right = buffer.getvalue()
+    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # of data/0
+    for label, at, value in (
+        ("encrypted", 8, b"\1"),
+        ("compressed", 10, b"\x08"),
+        ("where another's header is", 42, bytes(4)),
+        ("where no header is", 42, struct.pack("<I", 20)),
+        ("behind the end", 42, b"\xff\xff\xff\0"),
+        ("of another size", 24, b"\x20"),
+    ):
+        yield f"numbers {label}", right[: entry + at] + value + right[entry + at + len(value) :]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for k in range(60_000):
