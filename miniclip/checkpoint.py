@@ -15,7 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ from miniclip.layouts import (
     refuse_unsayable,
 )
 from miniclip.model import CLIP, TextTower, VisionTower
-from miniclip.pickles import PickledTensors
+from miniclip.pickles import MOST_TENSORS, PickledTensors
 from miniclip.tokenizer import VOCABULARIES, Tokenizer
 from miniclip.transform import ImageTransform
 
@@ -89,6 +89,7 @@ HUB_FILES = {
     ),
     "transform": (["preprocessor_config.json", "processor_config.json", "open_clip_config.json"],),
 }
+CHECKED = ".miniclip-checked"  # in a repository's cache: its files whose hash was seen to be right
 SUFFIXES = (".safetensors", ".bin", ".pt")
 WEIGHTS = (
     "model.safetensors",
@@ -129,7 +130,7 @@ def resolve(
         return _finished(path.parent)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or path.suffix in SUFFIXES:
         raise CheckpointError(
-            f"no checkpoint called {str(name)!r}: expected one of {', '.join(embedded)}, a "
+            f"no checkpoint called {shown(str(name))}: expected one of {', '.join(embedded)}, a "
             "directory, a weights file, or a hub id such as openai/clip-vit-base-patch32"
         )
     return _download(str(name), kind, revision, cache_dir, local_files_only)
@@ -163,9 +164,7 @@ def _download(
     from huggingface_hub import constants, snapshot_download
 
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    blobs = cache / f"models--{repository.replace('/', '--')}" / "blobs"
     for patterns in HUB_FILES[kind]:
-        known = {blob.name for blob in blobs.glob("*")}
         try:
             directory = Path(
                 snapshot_download(
@@ -183,18 +182,31 @@ def _download(
                 f"are directories, and the embedded checkpoints: {', '.join(embedded_names())}. "
                 f"The hub's client says {type(error).__name__}: {reason}"
             ) from error
-        for file in directory.glob("*"):
-            blob = file.resolve()
-            if blob.name not in known and not _has_its_hash(blob):
-                file.unlink()
-                blob.unlink()  # the client has no such check, and would trust it from now on
-                raise CheckpointError(
-                    f"{repository}: {file.name} came damaged from the hub, for its hash is not the "
-                    "one that it was announced with. It is deleted; load again to download it again"
-                )
+        _check_hashes(directory, cache / f"models--{repository.replace('/', '--')}" / CHECKED)
         if kind != "model" or _weights_in(directory):
             break
     return directory
+
+
+def _check_hashes(directory: Path, checked: Path) -> None:
+    """Delete what came damaged from the hub, and raise CheckpointError: the client has no such
+    check, and would trust it from now on. Whoever fetched a file, and however that ended, it is
+    read for this once, and noted."""
+    noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
+    for file in filter(Path.is_file, directory.glob("*")):
+        blob = file.resolve()
+        note = f"{blob.name} {blob.stat().st_mtime_ns}"
+        if note in noted:
+            continue
+        if not _has_its_hash(blob):
+            file.unlink()
+            blob.unlink()
+            raise CheckpointError(
+                f"{file} came damaged from the hub, for its hash is not the one that it was "
+                "announced with. It is deleted; load again to download it again"
+            )
+        with suppress(OSError), open(checked, "a") as notes:  # a cache may be read-only
+            notes.write(f"{note}\n")
 
 
 def _has_its_hash(blob: Path) -> bool:
@@ -254,6 +266,8 @@ def _read_in_turn(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     if is_safe and header > 6_000_000:  # of many times that in memory; a CLIP's has some 200,000
         raise ValueError(f"expected a header of at most 6,000,000 bytes, found {header:,}")
     file: Any = safe_open(path, framework="pt") if is_safe else PickledTensors(path)
+    if len(file.keys()) > MOST_TENSORS:
+        raise ValueError(f"expected at most {MOST_TENSORS:,} tensors, found {len(file.keys()):,}")
     size = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
     tensors: dict[str, Tensor] = {}
     read = 0
@@ -277,7 +291,8 @@ def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
         path = index.parent / shard
-        if Path(shard).name != shard or path.suffix not in SUFFIXES or not path.is_file():
+        # os.path's never raises, whatever the name is.
+        if Path(shard).name != shard or path.suffix not in SUFFIXES or not os.path.isfile(path):
             raise CheckpointError(
                 f"{index}: names a shard {shown(shard)} that is not a weights file beside it"
             )
@@ -343,10 +358,16 @@ def _read_config(directory: Path, layout: str) -> CLIPConfig | TowerConfig:
 
 def _read_contents(directory: Path, weights: Path, dtype: torch.dtype | None = None) -> Contents:
     tensors = read_tensors(weights, dtype)
+    is_open_clip = (directory / CONFIGS["open_clip"]).is_file()
     with blaming(weights):
-        layout, table, tensors = recognize(tensors)
+        try:
+            layout, table, tensors = recognize(tensors)
+        except ValueError:
+            if is_open_clip:
+                _read_config(directory, "open_clip")  # which says by what field it is another model
+            raise
     if layout == "openai or open_clip":
-        layout = "open_clip" if (directory / CONFIGS["open_clip"]).is_file() else "openai"
+        layout = "open_clip" if is_open_clip else "openai"
         if layout == "openai":
             warnings.warn(
                 f"{weights}: read as OpenAI's, with QuickGELU and heads of 64. If it is of "
@@ -432,7 +453,8 @@ def _parameters(model: Model) -> dict[str, Tensor]:
 
 
 def _fit(contents: Contents, model: Model, path: Path) -> dict[str, Tensor]:
-    """The tensors under the model's names; an error lists everything that does not fit."""
+    """The tensors under the model's names; an error lists everything that does not fit, up to a
+    thousand."""
     tensors, parameters = contents.tensors, _parameters(model)
     places = {ours: place(ours, contents.table) for ours in parameters}
     expected = {
@@ -462,7 +484,7 @@ def _fit(contents: Contents, model: Model, path: Path) -> dict[str, Tensor]:
     if complaints:
         raise CheckpointError(
             f"{path}: {len(complaints)} tensors do not fit the model that its config describes; "
-            f"the first, {complaints[0]}\n" + "\n".join(complaints)
+            f"the first, {complaints[0]}\n" + "\n".join(complaints[:1000])
         )
     return {ours: where.take(tensors[where.key]) for ours, where in places.items()}
 

@@ -56,6 +56,8 @@ def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:
     to thirty times the memory.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")  # and to read a pipe might never end
         with open(path, "rb") as file:
             data = file.read(most + 1)
         if len(data) > most:

@@ -191,7 +191,7 @@ def recognize(tensors: dict[str, Tensor]) -> tuple[str, Layout, dict[str, Tensor
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     for key, found in _OTHERS.items():
         if any(name.startswith(key) for name in tensors):
-            raise ValueError(f"has tensors {key}...: {found}, which miniclip does not have")
+            raise ValueError(f"has tensors {key}*: {found}, which miniclip does not have")
     if any(name.startswith("visual.") for name in tensors):
         tensors = {name: t for name, t in tensors.items() if not _is_causal_mask(name, t)}
         if any(name.startswith("text.") for name in tensors):
@@ -469,7 +469,10 @@ def preprocessing_from_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError where it asks for another transform than OpenAI's.
     """
-    said = {name: value for name, value in (settings.get("preprocess_cfg") or {}).items() if value}
+    preprocessing = settings.get("preprocess_cfg") or {}
+    if not isinstance(preprocessing, dict):
+        raise ValueError(f"preprocess_cfg is {shown(preprocessing)}; expected an object")
+    said = {name: value for name, value in preprocessing.items() if value}
     fixed = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
     for name, value in said.items():
         if value != fixed.get(name, value):
@@ -478,7 +481,7 @@ def preprocessing_from_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
     size = said.get(
         "size", _section(_section(settings, "model_cfg"), "vision_cfg").get("image_size")
     )
-    if isinstance(size, list) and len({*size}) == 1:
+    if isinstance(size, list) and size and size == size[:1] * len(size):
         size = size[0]
     named = {"image_mean": said.get("mean"), "image_std": said.get("std")}
     return {"size": size, "crop_size": size} | named

@@ -576,6 +576,7 @@ class Tokenizer:
                         f"{vocab[token]}; the files must come from the same tokenizer"
                     )
             check_parts(vocab, [], [special["bos_token"], special["eos_token"]])
+            check_all_made(vocab, merges, [*special.values(), *added])
         for token in added:  # what has no id by now gets the next one, as in transformers
             vocab.setdefault(token, len(vocab))
         return cls(
@@ -716,6 +717,23 @@ def check_parts(vocab: Mapping[str, int], merges: Iterable[Pair], added: Iterabl
                 )
 
 
+def check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Iterable[str]) -> None:
+    """Raise ValueError where a merge is missing: a word of its tokens would fall apart.
+
+    Only of a vocabulary that has all bytes, as one that was learned has, can this be told.
+    """
+    bytes_ = {symbol + end for symbol in byte_symbols().values() for end in ("", END_OF_WORD)}
+    if not vocab.keys() >= bytes_:
+        return
+    made = {left + right for left, right in merges}
+    if unmade := vocab.keys() - bytes_ - made - set(special):
+        first = min(unmade, key=vocab.__getitem__)
+        raise ValueError(
+            f"no merge makes {len(unmade)} tokens of the vocabulary, the first {shown(first)}; "
+            "vocabulary and merges must come from the same tokenizer"
+        )
+
+
 def read_vocabulary(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
     """The vocabulary and the merges in a directory, and the file of the form they are there in."""
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
@@ -817,6 +835,8 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 def _read_lines(path: Path) -> list[str]:
     """Of a few bytes of gzip too, which can stand for any number."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:

@@ -14,14 +14,14 @@ import huggingface_hub.constants
 import pytest
 import torch
 from hub_server import Fault, commit, running_hub
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file
 from transformers import CLIPModel
 from twin import TINY, twins
 
 import miniclip
-from miniclip import CLIP, CheckpointError, ImageTransform, Tokenizer
-from miniclip.checkpoint import load_model
+from miniclip import CLIP, CheckpointError, ImageTransform, Tokenizer, checkpoint
+from miniclip.checkpoint import HUB_FILES, load_model
 
 NAME = "made-up/clip"
 WEIGHTS = "GET /stored/.*model.*safetensors"
@@ -305,6 +305,28 @@ def test_a_small_file_that_is_another_is_an_error_and_not_kept(hub, files, name)
         miniclip.load(NAME)
     hub.faults = []
     assert miniclip.load(NAME).model.config == TINY
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_file_is_not_trusted_after_another_one_failed(hub, files, model, name):
+    """Nor after the process was killed before the check, which leaves the same files."""
+    if name == "config.json":
+        hub.faults = [Fault(f"GET .*/{name}", body=files[name].replace(b"0", b"1", 1))]
+    else:
+        hub.faults = [Fault(WEIGHTS, body=turned(files))]
+    snapshot_download(NAME, allow_patterns=HUB_FILES["model"][0])  # as a call that was cut short
+    hub.faults = []
+    with pytest.raises(CheckpointError, match=f"{name} came damaged from the hub"):
+        load_model(NAME)
+    assert_same_weights(load_model(NAME), model)
+
+
+def test_hashes_are_looked_at_once(hub, monkeypatch):
+    load_model(NAME)
+    monkeypatch.setattr(checkpoint, "_has_its_hash", None)
+    load_model(NAME)
+    with pytest.raises(TypeError):
+        miniclip.load(NAME)  # of the tokenizer's files
 
 
 @pytest.mark.parametrize("more", [-100, 100])

@@ -447,6 +447,34 @@ def test_what_is_no_model_in_openais_layout(tmp_path, change, message):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "section", "field", "value"),
+    [
+        ("visual.attn_pool.query", "vision_cfg", "attentional_pool", True),
+        ("logit_bias", None, "init_logit_bias", -10),
+        ("visual.trunk.cls_token", "vision_cfg", "timm_model_name", "vit_base_patch16_224"),
+    ],
+)
+def test_another_model_of_open_clips_is_told_by_the_field(tmp_path, tensor, section, field, value):
+    CLIP(OPENAI).save_pretrained(tmp_path, layout="open_clip")
+    path = tmp_path / "open_clip_model.safetensors"
+    save_file(load_file(path) | {tensor: torch.zeros(1)}, path)
+    settings = json.loads((tmp_path / "open_clip_config.json").read_text())
+    (settings["model_cfg"][section] if section else settings["model_cfg"])[field] = value
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=f"{field} is "):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["L", [1], 3, True, {"size": [[64]]}, {"size": [{"a": 1}]}])
+def test_preprocessing_of_open_clips_that_is_none(tmp_path, value):
+    CLIP(OPENAI).save_pretrained(tmp_path, layout="open_clip")
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"preprocess_cfg": value}))
+    with pytest.raises(CheckpointError, match="preprocess_cfg|size"):
+        ImageTransform.from_pretrained(tmp_path)
+
+
 # ------------------------------------------------------------------------------------- open_clip's
 
 
