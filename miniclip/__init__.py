@@ -46,7 +46,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
+def _import(name: str) -> Any:
     """All of the above, when the first of it is asked for. It brings torch, and that takes a second
     or two which `miniclip --help`, or Ctrl-C, should not have to wait for."""
     homes = ("config", "model", "tokenizer", "transform", "checkpoint", "sites", "zeroshot")
@@ -54,10 +54,14 @@ def __getattr__(name: str) -> Any:
         module = import_module(f"miniclip.{home}")
         for public in vars(module).keys() & __all__:
             if (value := vars(module)[public]).__module__ == module.__name__:
-                globals()[public] = value
+                globals().setdefault(public, value)
     if name not in globals():
         raise AttributeError(f"module 'miniclip' has no attribute {name!r}")
     return globals()[name]
+
+
+if not TYPE_CHECKING:  # which would take it to have any name
+    __getattr__ = _import
 
 
 def __dir__() -> list[str]:

@@ -54,7 +54,7 @@ from miniclip.checkpoint import Loaded, embedded_names, load, resolve
 from miniclip.config import ImageError, read_json, replacing, write_json
 from miniclip.model import CLIP, unit_norm
 from miniclip.transform import ImageTransform, open_image, to_rgb
-from miniclip.zeroshot import is_visible_file, read_ahead
+from miniclip.zeroshot import read_ahead
 
 PART = 512
 """Pictures between two savings: so many, at most, are embedded again after a kill."""
@@ -115,13 +115,29 @@ def find_pictures(paths: Iterable[str | PathLike[str]]) -> tuple[list[Source], l
 
 def _files(path: str) -> list[str]:
     if os.path.isdir(path):
-        files = sorted(file for file in Path(path).rglob("*") if is_visible_file(file, Path(path)))
-        return [name for name in map(str, files) if is_picture(name) or name.endswith(".tar")]
-    if os.path.exists(path):
+        return sorted(_files_below(path), key=Path)
+    if os.path.isfile(path) or os.path.islink(
+        path
+    ):  # to nowhere: skipped as one that cannot be read
         return [path]
+    if os.path.exists(path):
+        raise ValueError(f"{path}: neither a file nor a folder")
     if not (matches := sorted(glob.glob(path, recursive=True))):
         raise ValueError(f"{path}: no such file or folder, and no pattern that fits any")
     return [name for match in matches for name in _files(match)]
+
+
+def _files_below(root: str) -> Iterator[str]:
+    """Pictures and tars, in linked folders too, each of which is gone into once."""
+    seen = {os.path.realpath(root)}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(folders)}
+        folders[:] = [real[path] for path in real.keys() - seen if not real[path].startswith(".")]
+        seen |= real.keys()
+        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+            is_wanted = is_picture(path) or path.endswith(".tar")
+            if is_wanted and (os.path.isfile(path) or not os.path.exists(path)):
+                yield path
 
 
 def _members(archive: str, damage: list[str]) -> list[Member]:
@@ -469,8 +485,9 @@ def build_index(
 
 def check_counts(batch: int, workers: int | None) -> None:
     """Raises ValueError for a batch or a number of workers below 1."""
-    if batch < 1 or (workers is not None and workers < 1):
-        raise ValueError(f"batch is {batch}, workers {workers}; expected at least 1 of each")
+    for name, count in (("batch", batch), ("workers", workers)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}; expected at least 1")
 
 
 def embed_parts(

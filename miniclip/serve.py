@@ -186,7 +186,9 @@ def read_picture(url: str) -> Image.Image:
     try:
         return open_image(io.BytesIO(base64.b64decode(url.partition(",")[2])), TYPES)
     except ImageError as error:
-        raise ImageError(f"{error}. What can be read: {', '.join(TYPES)}") from None
+        raise ImageError(
+            f"{str(error).rstrip('.')}. What can be read: {', '.join(TYPES)}"
+        ) from None
 
 
 def write_picture(picture: Image.Image) -> str:

@@ -153,6 +153,22 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
+def test_links_are_followed_once_and_those_to_nowhere_are_skipped(tmp_path):
+    folder = tmp_path / "folder"
+    (tmp_path / "elsewhere").mkdir()
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "a.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "round").symlink_to(folder)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    expected = [str(folder / "gone.png"), str(folder / "linked" / "a.png")]
+    assert find_pictures([folder]) == (expected, [])
+    assert find_pictures([folder / "g*.png"]) == (expected[:1], [])
+    with pytest.raises(ImageError, match="gone.png: cannot be read"):
+        open_picture(expected[0])
+
+
 def test_what_was_found_before_the_damage_can_be_opened_again(tmp_path):
     make_tar(tmp_path / "x.tar", {f"{i}.bmp": encoded(blots(i), "bmp") for i in range(4)})
     whole = (tmp_path / "x.tar").read_bytes()
@@ -264,7 +280,7 @@ def test_an_embedding_that_is_no_number_is_an_error(loaded, photographs):
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"workers": 0}])
 def test_batches_and_workers_of_none(loaded, photographs, options):
-    with pytest.raises(ValueError, match="expected at least 1 of each"):
+    with pytest.raises(ValueError, match="is 0; expected at least 1"):
         embed_images(loaded, [str(photographs / "z.png")], **options)
 
 
