@@ -116,12 +116,8 @@ def find_pictures(paths: Iterable[str | PathLike[str]]) -> tuple[list[Source], l
 def _files(path: str) -> list[str]:
     if os.path.isdir(path):
         return sorted(_files_below(path), key=Path)
-    if os.path.isfile(path) or os.path.islink(
-        path
-    ):  # to nowhere: skipped as one that cannot be read
+    if os.path.lexists(path):  # a link to nowhere is reported when it is read
         return [path]
-    if os.path.exists(path):
-        raise ValueError(f"{path}: neither a file nor a folder")
     if not (matches := sorted(glob.glob(path, recursive=True))):
         raise ValueError(f"{path}: no such file or folder, and no pattern that fits any")
     return [name for match in matches for name in _files(match)]
