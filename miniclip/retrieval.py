@@ -130,7 +130,7 @@ def _files_below(root: str) -> Iterator[str]:
         real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(folders)}
         folders[:] = [real[path] for path in real.keys() - seen if not real[path].startswith(".")]
         seen |= real.keys()
-        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+        for path in (str(Path(folder, name)) for name in names if not name.startswith(".")):
             is_wanted = is_picture(path) or path.endswith(".tar")
             if is_wanted and (os.path.isfile(path) or not os.path.exists(path)):
                 yield path
