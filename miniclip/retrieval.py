@@ -128,7 +128,8 @@ def _files_below(root: str) -> Iterator[str]:
     seen = {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, followlinks=True):
         real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(folders)}
-        folders[:] = [real[path] for path in real.keys() - seen if not real[path].startswith(".")]
+        new = [name for path, name in real.items() if path not in seen]  # the same in each run
+        folders[:] = [name for name in new if not name.startswith(".")]
         seen |= real.keys()
         for path in (str(Path(folder, name)) for name in names if not name.startswith(".")):
             is_wanted = is_picture(path) or path.endswith(".tar")
