@@ -4,6 +4,7 @@ Exit status 0 if all went well, 1 if a check failed, 2 on bad input, which is on
 """
 
 import argparse
+import ctypes
 import json
 import os
 import sys
@@ -472,6 +473,7 @@ def train(args: argparse.Namespace) -> int:
     """`miniclip train`: write a checkpoint, and the curves of its training."""
     from miniclip.training import process_group, set_up, train
 
+    keep_freed_memory()
     overrides = {name: getattr(args, name) for name in RECIPE if getattr(args, name) is not None}
     with process_group(args.device) as device:
         setup = set_up(args.data, args.model, args.recipe, args.config, overrides, device)
@@ -503,6 +505,7 @@ def evaluation(args: argparse.Namespace) -> int:
         labelled_images,
     )
 
+    keep_freed_memory()
     if args.data == "shapes":
         return shapes_evaluation(args)
     templates = find_templates(args.templates or [TEMPLATE])
@@ -720,6 +723,7 @@ def embed(args: argparse.Namespace) -> int:
 
     if bool(args.out) == args.time:
         raise ValueError("expected one of --out, the index to write, and --time")
+    keep_freed_memory()
     pictures, damage = find_pictures(args.paths)
     with process_group(args.device) as device:
         loaded = load(
@@ -1035,6 +1039,21 @@ def conversion(row: "Mapped") -> str:
 
 
 # ------------------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the tensors to come.
+
+    It would give large blocks back to Linux, which clears each page again for the next one: an
+    eighth of the time that B/32 takes for 64 pictures.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+        libc.mallopt(trim_threshold, -1)  # never
+        libc.mallopt(mmap_max, 0)
 
 
 def progress(items: Sequence[Any], unit: str) -> Iterator[Any]:

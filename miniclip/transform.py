@@ -178,7 +178,8 @@ class ImageTransform:
 
         # torch knows how many cores are ours: in a DataLoader's worker it says one.
         with _no_warnings, ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for _ in pool.map(fill, first.values()):
+            each = pool.map if len(first) > 1 else map  # a new thread costs a tenth of a picture
+            for _ in each(fill, first.values()):
                 pass  # raises what `fill` raised, and calls off the rest
         for i, picture in enumerate(pictures):
             if i != first[id(picture)]:

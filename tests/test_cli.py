@@ -1,6 +1,7 @@
 """The command, run as its users run it: output, JSON, exit status and errors of one line."""
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -475,6 +476,25 @@ def test_control_c_while_torch_is_imported(start):
     command = [sys.executable, "-c", INTERRUPTED + start]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_kept():
+    script = """
+import resource, torch
+from miniclip.cli import keep_freed_memory
+def faults_of_twenty_tensors():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.zeros(16, 2**20)  # 64 MB, above what glibc ever keeps by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+by_default = faults_of_twenty_tensors()
+keep_freed_memory()
+print(by_default, faults_of_twenty_tensors())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    by_default, kept = map(int, done.stdout.split())
+    assert kept < 0.1 * by_default
 
 
 def test_help_needs_no_torch():

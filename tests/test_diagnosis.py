@@ -387,7 +387,7 @@ CODE = {
         "vision.blocks.0.mlp_out", "model has no bias in mlp.fc2",
     ),
     "gelu_under_the_name_of_quick_gelu": (
-        "x * torch.sigmoid(1.702 * x)", "F.gelu(x)",
+        "x * torch.sigmoid_(1.702 * x)", "F.gelu(x)",
         "vision.blocks.0.mlp_out", "model has the activation gelu for quick_gelu",
     ),
     "another_constant": (
@@ -543,7 +543,7 @@ CODE = {
         "vision.blocks.0.attn_out", "model has heads that are joined without being transposed",
     ),
     "relu_squared": (
-        "x * torch.sigmoid(1.702 * x)", "F.relu(x) ** 2",
+        "x * torch.sigmoid_(1.702 * x)", "F.relu(x) ** 2",
         "vision.blocks.0.mlp_out", "model has the activation relu squared for quick_gelu",
     ),
     "quick_gelu_of_1.7": (
@@ -551,7 +551,7 @@ CODE = {
         "vision.blocks.0.mlp_out", "model has the activation quick_gelu of 1.7 for quick_gelu",
     ),
     "no_activation": (
-        "x * torch.sigmoid(1.702 * x)", "x",
+        "x * torch.sigmoid_(1.702 * x)", "x",
         "vision.blocks.0.mlp_out", "model has the activation identity for quick_gelu",
     ),
     "activation_twice": (

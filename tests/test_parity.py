@@ -97,7 +97,7 @@ def test_neither_model_is_changed(pair):
 
 
 def test_a_fork_with_other_code_and_the_same_numbers_passes(pair):
-    same = fork_of(pair[0], "x * torch.sigmoid(1.702 * x)", "torch.sigmoid(1.702 * x) * x")
+    same = fork_of(pair[0], "x * torch.sigmoid_(1.702 * x)", "torch.sigmoid(1.702 * x) * x")
     assert_parity(same, pair[0])
     assert_parity(same, pair[1])
 
