@@ -56,22 +56,20 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     stream_enters = site.endswith((".resid_pre", ".pooled"))
     if stream_enters and (otherwise := _otherwise_run(site, model, other)):
         return otherwise
-    # transformers takes the softmax of a pattern in float32, whatever the model's precision.
-    tolerance = 1e-6 if site.endswith(".pattern") else 1e-9
     followers = []  # of CLIP's formula, with their own weights and config
     related = ""
     for source, target, names in ((other, model, NAMES[::-1]), (model, other, NAMES)):
         parts, wrong = _parts(site, source), target.tensors[site]
         right = _compute(site, *parts)
-        if right is None or not near(right, source.tensors[site], tolerance):
+        if right is None or not near(right, source.tensors[site]):
             continue
         followers.append(names[0])
         x, *_ = parts
         for fault, w, o in _faults(site, source, target, *parts):
             found = _compute(site, x, w, o)
-            if near(found, wrong, tolerance) and not near(found, right, tolerance):
+            if near(found, wrong) and not near(found, right):
                 return f"{names[1]} has {fault}"
-        if not related and (relation := _relation(site, x, right, wrong, tolerance)):
+        if not related and (relation := _relation(site, x, right, wrong)):
             related = f"{names[1]} has {relation}"
     if otherwise := _otherwise_run(site, model, other):
         return otherwise
@@ -83,14 +81,15 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
         return f"shape {tuple(ours.shape)} in model, {tuple(theirs.shape)} in other"
     if len(followers) == 1:
         name = NAMES[followers == ["model"]]
-        return f"{name} does not compute CLIP's formula with its own weights"
+        place = _place(ours, theirs, model.tensors["ids"] if site == "text.embeddings" else None)
+        return f"{name} does not compute CLIP's formula with its own weights{place}"
     return ""
 
 
 NAMES = ("model", "other")
 
 
-def near(one: Tensor | None, other: Tensor, tolerance: float) -> bool:
+def near(one: Tensor | None, other: Tensor, tolerance: float = 1e-9) -> bool:
     """Whether two tensors are equal but for rounding, relative to the largest number above 1."""
     if one is None or one.shape != other.shape:
         return False
@@ -322,6 +321,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu squared": lambda x: F.relu(x) ** 2,
     "leaky_relu": F.leaky_relu,
+    "leaky_relu of 0.1": partial(F.leaky_relu, negative_slope=0.1),
+    "leaky_relu of 0.2": partial(F.leaky_relu, negative_slope=0.2),
     "silu": F.silu,
     "elu": F.elu,
     "selu": F.selu,
@@ -367,6 +368,12 @@ POOLS: dict[str, Pool] = {
     "the sum of all tokens": lambda stream, x: stream.sum(1),
     "the largest of all tokens": lambda stream, x: stream.amax(1),
 }
+
+
+def _length_with_eps(eps: float, x: Tensor) -> Tensor:
+    return x.norm(dim=-1, keepdim=True) + eps
+
+
 LENGTHS: dict[str, Callable[[Tensor], Tensor]] = {
     "the root of the sum of squares": lambda x: x.norm(dim=-1, keepdim=True),
     "the root of the sum over the batch": lambda x: x.norm(dim=0, keepdim=True),
@@ -374,6 +381,10 @@ LENGTHS: dict[str, Callable[[Tensor], Tensor]] = {
     "the sum of squares": lambda x: x.pow(2).sum(-1, keepdim=True),
     "the sum of absolute values": lambda x: x.abs().sum(-1, keepdim=True),
     "the largest absolute value": lambda x: x.abs().amax(-1, keepdim=True),
+    **{
+        f"their length and an eps of {eps:g}": partial(_length_with_eps, eps)
+        for eps in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+    },
 }
 TEMPERATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "a logit scale that is not exponentiated": lambda scale: scale,
@@ -425,6 +436,10 @@ def _faults(
     for fault, changed in _faults_of_options(site, source, target, w, o):
         if not options.read.isdisjoint(changed):
             yield fault, w, o | changed
+    no_bias = {n: torch.zeros_like(w[n]) for n in weights.read if re.fullmatch(r"ln_\w+\.bias", n)}
+    if no_bias:
+        rms_norm = {"norm": NORMS["RMSNorm for LayerNorm"]}
+        yield "RMSNorm without bias for LayerNorm", {**w, **no_bias}, o | rms_norm
     config: Any = getattr(source.config, site.partition(".")[0], None)
     for fault, replaced in _faults_of_weights(w, weights.read, getattr(config, "grid", None)):
         yield fault, {**w, **replaced}, o
@@ -640,20 +655,30 @@ def _part(place: str) -> str:
     return place.removesuffix(" again").removesuffix(".resid_post")
 
 
-def _relation(site: str, x: Named, right: Tensor, wrong: Tensor, tolerance: float) -> str:
+def _relation(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
     """What simple arithmetic makes of the right numbers at the site to get the wrong ones."""
-    if near(right.mT, wrong, tolerance):
+    for name in reversed([name for name in x if " " not in name]):  # a block's own come last
+        if near(x[name].double(), wrong):
+            return f"{name} unchanged as {site}"
+    if near(right.mT, wrong):
         return f"{site} transposed"
     if right.shape != wrong.shape:
         return ""
     factor = ((wrong * right).sum() / right.square().sum()).item()
-    if near(right * factor, wrong, tolerance):
+    if near(right * factor, wrong):
         return f"{site} multiplied by {factor:.6g}"
     shift = (wrong - right).mean().item()
-    if near(right + shift, wrong, tolerance):
+    if near(right + shift, wrong):
         return f"{shift:.6g} added to {site}"
-    if near(right.softmax(-1), wrong, tolerance):
+    if near(right.softmax(-1), wrong):
         return f"a softmax of {site}"
+    if right.ndim == 3:  # (B, T, W)
+        vector = (wrong - right)[-1, -1]
+        for first, words in ((0, "each token"), (1, "each patch, and not to the first token")):
+            if near((right + vector)[:, first:], wrong[:, first:]):
+                return f"the same vector added to {words}, as a bias would be"
+    elif site != "logits" and right.ndim == 2 and near(right + (wrong - right)[-1], wrong):
+        return f"the same vector added to each row of {site}, as a bias would be"
     for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32):
         if torch.equal(wrong.to(dtype).double(), wrong):
             return f"{site} in {_name(dtype)}, whatever the precision of the rest"
@@ -661,10 +686,46 @@ def _relation(site: str, x: Named, right: Tensor, wrong: Tensor, tolerance: floa
         terms = ("resid_pre", "attn_out", "mlp_out")
         columns = torch.stack([x[term].flatten() for term in terms], 1)
         shares = torch.linalg.lstsq(columns, wrong.flatten()[:, None]).solution[:, 0]
-        if near((columns @ shares).view_as(wrong), wrong, tolerance):
+        if near((columns @ shares).view_as(wrong), wrong):
             summed = zip(shares.tolist(), terms, strict=True)
             return "the sum " + " + ".join(f"{share:.4g} {term}" for share, term in summed)
     return ""
+
+
+AXES = {
+    2: ("row", "dimension"),
+    3: ("row", "token", "dimension"),
+    4: ("row", "head", "query", "key"),
+}
+
+
+def _place(ours: Tensor, theirs: Tensor, ids: Tensor | None) -> str:
+    """Where two tensors differ, if not everywhere."""
+    far = (ours - theirs).abs() > 1e-9 * max(1.0, theirs.abs().max().item())
+    places = []
+    if ids is not None and not (differs := far.any(-1)).all():
+        places.append(f"id {ids[differs].min()} to {ids[differs].max()}")
+    for axis, name in enumerate(AXES.get(far.ndim, ())):
+        differs = far.movedim(axis, 0).flatten(1).any(1)
+        if not differs.all():
+            places.append(f"{name} {_ranges(differs.nonzero()[:, 0].tolist())}")
+    return f": only at {', '.join(places)}" if places else ""
+
+
+def _ranges(numbers: list[int]) -> str:
+    """At most three ranges of ascending numbers.
+
+    >>> _ranges([0, 1, 2, 5])
+    '0 to 2 and 5'
+    """
+    ends: list[list[int]] = []
+    for number in numbers:
+        if ends and number == ends[-1][1] + 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    words = [f"{a} to {b}" if a < b else f"{a}" for a, b in ends]
+    return " and ".join(words[:3] + ["others"] * (len(words) > 3))
 
 
 def _differing_weights(site: str, model: Side, other: Side) -> str:

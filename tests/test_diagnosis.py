@@ -542,6 +542,10 @@ CODE = {
         "self.z(z.transpose(1, 2))", "self.z(z.reshape(x.shape[0], x.shape[1], *heads))",
         "vision.blocks.0.attn_out", "model has heads that are joined without being transposed",
     ),
+    "another_leak": (
+        "x * torch.sigmoid_(1.702 * x)", "F.leaky_relu(x, 0.1)",
+        "vision.blocks.0.mlp_out", "model has the activation leaky_relu of 0.1 for quick_gelu",
+    ),
     "relu_squared": (
         "x * torch.sigmoid_(1.702 * x)", "F.relu(x) ** 2",
         "vision.blocks.0.mlp_out", "model has the activation relu squared for quick_gelu",
@@ -599,6 +603,11 @@ CODE = {
         *norm("x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()"),
         "vision.blocks.0.resid_pre", "model has RMSNorm for LayerNorm",
     ),
+    "rms_norm_without_bias": (
+        *norm("x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()"),
+        " * self.weight + self.bias", " * self.weight",
+        "vision.blocks.0.resid_pre", "model has RMSNorm without bias for LayerNorm",
+    ),
     "ln_pre_twice": (
         "self.ln_pre(x)", "self.ln_pre(self.ln_pre(x))",
         "vision.blocks.0.resid_pre", "model has ln_pre twice",
@@ -636,6 +645,30 @@ CODE = {
     "positions_from_the_end": (
         "self.pos_embed[: x.shape[1]]", "self.pos_embed[-x.shape[1] :]",
         "text.embeddings", "model has positions that are off by three",
+    ),
+    "ids_clamped": (
+        "self.token_embed(ids)", "self.token_embed(ids.clamp(max=300))",
+        "text.embeddings",
+        "model does not compute CLIP's formula with its own weights: only at id 303 to 599",
+    ),
+    "patches_with_a_bias": (
+        "x = x.flatten(2).transpose(1, 2)", "x = x.flatten(2).transpose(1, 2) + self.ln_pre.bias",
+        "vision.embeddings", "model has the same vector added to each patch, and not to the first",
+    ),
+    "projection_with_a_bias": (
+        "nn.Linear(width, embed_dim, bias=False)", "Biased(width, embed_dim, bias=False)",
+        "class QuickGELU", """class Biased(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + self.weight[:, 0]
+
+
+class QuickGELU""",
+        "vision.projected", "model has the same vector added to each row of vision.projected",
+    ),
+    "a_block_that_returns_its_input": (
+        "        x = self.resid_mid(x +", "        before, x = x, self.resid_mid(x +",
+        "return x + self.mlp(self.ln_2(x))", "self.mlp(self.ln_2(x))\n        return before",
+        "vision.blocks.0.resid_post", "model has resid_pre unchanged as vision.blocks.0.resid_post",
     ),
     "positions_twice": (
         "x = x + self.pos_embed\n", "x = x + 2 * self.pos_embed\n",
@@ -699,6 +732,10 @@ CODE = {
     "normalised_without_the_root": (
         ".pow(0.5)", "",
         "logits", "model has embeddings divided by the sum of squares",
+    ),
+    "normalised_with_an_eps": (
+        ".pow(0.5)", ".pow(0.5).add(1e-5)",
+        "logits", "model has embeddings divided by their length and an eps of 1e-05",
     ),
     "normalised_by_l1": (
         "x.pow(2).sum(-1, keepdim=True).pow(0.5)", "x.abs().sum(-1, keepdim=True)",
