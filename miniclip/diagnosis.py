@@ -825,9 +825,13 @@ CLEANING: dict[str, Callable[[str], str]] = {
 
 
 def cause_in_tokens(
-    model: Callable[[Sequence[str]], Tensor], other: Callable[[Sequence[str]], Tensor]
+    model: Callable[[Sequence[str]], Tensor],
+    other: Callable[[Sequence[str]], Tensor],
+    words: Sequence[str] = (),
 ) -> str:
-    """What sets two tokenizers apart on TEXTS. They give ids (B, T) and cut what is too long.
+    """What sets two tokenizers apart on TEXTS, or on `words` of a vocabulary.
+
+    They give ids (B, T) and cut what is too long.
 
     >>> from miniclip import Tokenizer
     >>> one = Tokenizer.from_pretrained("cifar10", reference="transformers")
@@ -836,6 +840,9 @@ def cause_in_tokens(
     "model lacks OpenAI's cleaning (ftfy, html)"
     """
     ours, theirs = model(TEXTS).tolist(), other(TEXTS).tolist()
+    if ours == theirs:
+        pairs = zip(words, model(words).tolist(), other(words).tolist())
+        return f"first at the word {next(word for word, *rows in pairs if rows[0] != rows[1])!r}"
     if _without_padding(ours) == _without_padding(theirs):
         if len(ours[0]) != len(theirs[0]):
             return f"rows of {len(ours[0])} ids in model, {len(theirs[0])} in other"

@@ -142,11 +142,24 @@ Stage = tuple[list[Difference], str | None]
 
 def _compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
     one, other = (partial(tokenizer, truncate=True) for tokenizer in (ours, theirs))
-    found, raised = _outputs(lambda tokenizer: tokenizer(diagnosis.TEXTS), one, other)
+    words = [*{word: None for tokenizer in (ours, theirs) for word in _words(tokenizer)}]
+
+    def ids_of(tokenizer: Callable[[Sequence[str]], Tensor]) -> Tensor:
+        return torch.cat([tokenizer(t).flatten() for t in (diagnosis.TEXTS, words) if t])
+
+    found, raised = _outputs(ids_of, one, other)
     if raised:
         return [_infinitely_far("tokens")], raised
     row = _exact("tokens", *found)
-    return [row], None if row.within_tolerance else diagnosis.cause_in_tokens(one, other)
+    return [row], None if row.within_tolerance else diagnosis.cause_in_tokens(one, other, words)
+
+
+def _words(tokenizer: Any) -> list[str]:
+    """Its vocabulary, but for bytes that are no text."""
+    if not isinstance(tokenizer, Tokenizer):
+        return []  # transformers' tokenizer, which has the words of ours, or one that was refused
+    words = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
+    return [word for word in words if "\N{REPLACEMENT CHARACTER}" not in word]
 
 
 def _compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:

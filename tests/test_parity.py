@@ -210,6 +210,14 @@ def test_white_space_that_is_no_space(whole):
     assert_tokens_differ(whole[0]._replace(tokenizer=faulty), whole, cause)
 
 
+def test_a_merge_that_is_missing(whole):
+    """The last, which none of the texts needs."""
+    right = whole[0].tokenizer
+    fewer = Tokenizer(right.vocab, right.merges[:-1], context_length=right.context_length)
+    word = "".join(right.merges[-1]).removesuffix("</w>")
+    assert_tokens_differ(whole[0]._replace(tokenizer=fewer), whole, f"first at the word {word!r}")
+
+
 def assert_tokens_differ(faulty, whole, cause):
     report = compare(faulty, whole[1])
     assert (report.first, report.cause) == ("tokens", cause)
