@@ -78,7 +78,8 @@ CONFIGS = {"transformers": "config.json", "open_clip": "open_clip_config.json"}
 HUB_FILES = {
     "config": ([*CONFIGS.values()],),
     "model": (
-        ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
+        [*CONFIGS.values(), "model.safetensors", "model.safetensors.index.json"]
+        + ["model-*.safetensors"],
         ["config.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"],
         ["open_clip_config.json", "open_clip_model.safetensors"],
         ["open_clip_config.json", "open_clip_pytorch_model.bin"],
@@ -233,7 +234,15 @@ def _has_its_hash(blob: Path) -> bool:
 
 
 def _weights_in(directory: Path) -> Path | None:
-    return next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+    names = [name for name in WEIGHTS if _is_clips(directory) or name.startswith("open_clip")]
+    return next((directory / name for name in names if (directory / name).is_file()), None)
+
+
+def _is_clips(directory: Path) -> bool:
+    """False where config.json and what goes with it are timm's and describe one image model, while
+    the whole CLIP lies beside it in open_clip's files, as in timm's repositories on the hub."""
+    config, open_clip = (directory / name for name in CONFIGS.values())
+    return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
 
 
 def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -324,7 +333,8 @@ class Contents(NamedTuple):
 def read_config(directory: Path) -> CLIPConfig:
     """The config of a checkpoint of two towers, from its config file, or where OpenAI's layout has
     none from the shapes of the weights. Raises CheckpointError."""
-    layout = next((layout for layout, name in CONFIGS.items() if (directory / name).is_file()), "")
+    layouts = [layout for layout, name in CONFIGS.items() if (directory / name).is_file()]
+    layout = "" if not layouts else layouts[0] if _is_clips(directory) else "open_clip"
     weights = _weights_in(directory)
     if layout or weights is None:
         config = _read_config(directory, layout or "transformers")

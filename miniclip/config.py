@@ -285,8 +285,9 @@ class CLIPConfig:
             raise ValueError(f"expected a JSON object, found {type(config).__name__}")
         model_type = config.get("model_type", "clip")
         if model_type != "clip" or not any("vision_config" in key for key in config):
+            found = f"model_type is {shown(model_type)}" if model_type != "clip" else "no sections"
             raise ValueError(
-                f"not the config of a CLIP with two towers: model_type is {shown(model_type)} "
+                f"not the config of a CLIP with two towers: {found} "
                 "(expected 'clip', with the sections text_config and vision_config)"
             )
         shared = {ours: config[theirs] for ours, theirs in _SHARED.items() if theirs in config}

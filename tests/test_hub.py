@@ -15,13 +15,13 @@ import pytest
 import torch
 from hub_server import Fault, commit, running_hub
 from huggingface_hub import HfApi, snapshot_download
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 from twin import TINY, twins
 
 import miniclip
 from miniclip import CLIP, CheckpointError, ImageTransform, Tokenizer, checkpoint
-from miniclip.checkpoint import HUB_FILES, load_model
+from miniclip.checkpoint import HUB_FILES, load_config, load_model
 
 NAME = "made-up/clip"
 WEIGHTS = "GET /stored/.*model.*safetensors"
@@ -166,6 +166,22 @@ def test_only_one_form_of_the_weights_is_downloaded(hub, model):
         hub.repositories[NAME]["main"][name] = b"not read"
     assert_same_weights(load_model(NAME), model)
     assert len(asked(hub, "HEAD ")) == 2
+
+
+def test_a_repository_of_timms(hub, model, tmp_path):
+    """It has a config and weights of timm's under the plain names, and a CLIP as open_clip's."""
+    folder = tmp_path / "timm"
+    miniclip.save(folder, *miniclip.load(NAME), layout="open_clip")
+    (folder / "config.json").write_text('{"architecture": "vit_tiny_clip_40", "num_classes": 36}')
+    save_file({"cls_token": torch.zeros(1, 1, 48)}, folder / "model.safetensors")
+    hub.repositories["timm/clip"] = {"main": contents(folder)}
+    for name in ("timm/clip", folder):
+        loaded, *_ = miniclip.load(name)
+        assert_same_weights(loaded, model)
+        assert load_config(name) == loaded.config
+    (folder / "open_clip_config.json").unlink()
+    with pytest.raises(CheckpointError, match="two towers: no sections"):
+        miniclip.load(folder)
 
 
 def test_sharded_weights(hub, tmp_path):
