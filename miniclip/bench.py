@@ -36,6 +36,7 @@ from tqdm import tqdm
 from miniclip.checkpoint import Loaded, check_device, save
 from miniclip.config import PRESETS, CLIPConfig
 from miniclip.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
+from miniclip.layouts import OPENAI, TRANSFORMERS, layout_name, pack
 from miniclip.model import CLIP, unit_norm
 from miniclip.parity import random_inputs, randomize
 from miniclip.parts import parts
@@ -101,6 +102,8 @@ def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
         output = contender.trial()[1]  # brought into form at once: a CUDA graph reuses its memory
         outputs.append(None if output is None else case.form(output))
     differences = [None if out is None else distance(out, outputs[0]) for out in outputs]
+    if differences[0] != 0:  # from itself
+        raise RuntimeError(f"{case.suite}: miniclip's own output has numbers that are not finite")
     equal = [
         contender
         for contender, difference in zip(case.contenders, differences, strict=True)
@@ -458,22 +461,32 @@ def train_suite(setting: Setting) -> Iterator[Case]:
     """The contrastive loss of a batch, and its gradients."""
     texts = captions(setting.batch)
     pixels = random_inputs(setting.config, images=len(texts))[0].to(setting.device)
+    names = setting.libraries[0].model.state_dict().keys()
 
-    def gradients(library: Library, ids: Tensor) -> tuple[Tensor, ...]:
+    def gradients(library: Library, ids: Tensor) -> dict[str, Tensor]:
         image_embeds = unit_norm(library.encode_image(pixels))
         text_embeds = unit_norm(library.encode_text(ids))
         loss = contrastive_loss(image_embeds, text_embeds, library.model.logit_scale)
-        return torch.autograd.grad(loss, list(library.model.parameters()))
+        parameters = dict(library.model.named_parameters())
+        grads = torch.autograd.grad(loss, list(parameters.values()))
+        return dict(zip(parameters, grads, strict=True))
 
-    def length(gradients: tuple[Tensor, ...]) -> Tensor:
-        return torch.stack([g.double().norm().cpu() for g in gradients]).norm()[None]
+    def one_vector(gradients: dict[str, Tensor]) -> Tensor:
+        """In OpenAI's layout, which is open_clip's, and the others can be brought into."""
+        theirs = {name: layout_name(name, TRANSFORMERS) for name in names}
+        if gradients.keys() == set(theirs.values()):
+            gradients = {name: gradients[their] for name, their in theirs.items()}
+        if gradients.keys() == names:
+            gradients = pack(gradients, OPENAI)
+        flat = [gradients[name].double().flatten().cpu() for name in sorted(gradients)]
+        return torch.cat(flat)[None]
 
     contenders = []
     for library in setting.libraries:
         ids = library.tokenize(texts).to(setting.device)
         contenders.append(Contender(library.name, setting.timed(partial(gradients, library, ids))))
     work = f"the loss of {plural(len(texts), 'pair')} and its gradients"
-    yield setting.case("train", work, len(texts), "pairs", contenders, length)
+    yield setting.case("train", work, len(texts), "pairs", contenders, one_vector)
 
 
 # From the files to the first logits: as source, for it is also run in a process of its own.

@@ -931,9 +931,15 @@ def parity(args: argparse.Namespace) -> int:
 
 
 def rows_dict(report: "Report") -> list[dict[str, Any]]:
-    """JSON has no infinity, which is how far apart two tensors of different shape are."""
+    """JSON has no infinity, which is how far apart two tensors of different shape are, and no NaN,
+    which is what that is relative to numbers that are not finite."""
+    import math
+
     return [
-        {name: None if value == float("inf") else value for name, value in row._asdict().items()}
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row._asdict().items()
+        }
         for row in report.rows
     ]
 
@@ -1045,7 +1051,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the tensors to come.
 
     It would give large blocks back to Linux, which clears each page again for the next one: an
-    eighth of the time that B/32 takes for 64 pictures.
+    eighth of the time that B/32 takes for 64 pictures. What is kept may be a quarter more.
     """
     if sys.platform != "linux":
         return

@@ -53,6 +53,10 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     for name, tensor in (("model", ours), ("other", theirs)):
         if not tensor.isfinite().all():
             return f"{name} has numbers that are not finite"
+    if "." not in site and site != "logits":  # the rest of the output, after logits that agree
+        rest = {name: x for name, x in other.tensors.items() if name.endswith("_embeds")}
+        relation = _relation(site, rest, theirs, ours)
+        return f"model has {relation}" if relation else ""
     stream_enters = site.endswith((".resid_pre", ".pooled"))
     if stream_enters and (otherwise := _otherwise_run(site, model, other)):
         return otherwise
@@ -73,7 +77,7 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
             related = f"{names[1]} has {relation}"
     if otherwise := _otherwise_run(site, model, other):
         return otherwise
-    if len(followers) == 2 and (differing := _differing_weights(site, model, other)):
+    if len(followers) == 2 and (differing := differing_weights(site, model, other)):
         return differing
     if related:
         return related
@@ -677,7 +681,7 @@ def _relation(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
         for first, words in ((0, "each token"), (1, "each patch, and not to the first token")):
             if near((right + vector)[:, first:], wrong[:, first:]):
                 return f"the same vector added to {words}, as a bias would be"
-    elif site != "logits" and right.ndim == 2 and near(right + (wrong - right)[-1], wrong):
+    elif "logits" not in site and right.ndim == 2 and near(right + (wrong - right)[-1], wrong):
         return f"the same vector added to each row of {site}, as a bias would be"
     for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32):
         if torch.equal(wrong.to(dtype).double(), wrong):
@@ -728,7 +732,7 @@ def _ranges(numbers: list[int]) -> str:
     return " and ".join(words[:3] + ["others"] * (len(words) > 3))
 
 
-def _differing_weights(site: str, model: Side, other: Side) -> str:
+def differing_weights(site: str, model: Side, other: Side) -> str:
     """The weights that the formula of the site reads and that differ, and how."""
     x, ours, options = _parts(site, model)
     _, theirs, _ = _parts(site, other)
@@ -738,7 +742,7 @@ def _differing_weights(site: str, model: Side, other: Side) -> str:
     changes = {
         name: _change(ours[name], theirs[name], head if name.startswith("attn.") else 1)
         for name in ours
-        if name in weights.read and not torch.equal(ours[name], theirs[name])
+        if name in weights.read and name in theirs and not torch.equal(ours[name], theirs[name])
     }
     if len(changes) == 1 and (change := next(iter(changes.values())))[0] != "(":
         return f"model has {next(iter(changes))} {change}"
@@ -847,6 +851,11 @@ def cause_in_tokens(
         if len(ours[0]) != len(theirs[0]):
             return f"rows of {len(ours[0])} ids in model, {len(theirs[0])} in other"
         return f"padding with {ours[0][-1]} in model, {theirs[0][-1]} in other"
+    if len(ours[0]) != len(theirs[0]):
+        short = min(len(ours[0]), len(theirs[0]))
+        cut = ([row[: short - 1] for row in _without_padding(rows)] for rows in (ours, theirs))
+        if next(cut) == next(cut):
+            return f"rows of {len(ours[0])} ids in model, {len(theirs[0])} in other"
     for fault, clean in CLEANING.items():
         texts = [clean(text) for text in TEXTS]
         for name, found, expected in (("model", model, theirs), ("other", other, ours)):
@@ -856,7 +865,8 @@ def cause_in_tokens(
         one, two = ([row[position] for row in _without_padding(rows)] for rows in (ours, theirs))
         if one != two:
             return f"the {word} token is {one[0]} in model, {two[0]} in other"
-    text = next(t for t, *rows in zip(TEXTS, ours, theirs) if rows[0] != rows[1])
+    rows = zip(TEXTS, _without_padding(ours), _without_padding(theirs))
+    text = next(text for text, one, two in rows if one != two)
     return f"first at the text {text[:30]!r}"
 
 

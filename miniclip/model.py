@@ -392,7 +392,8 @@ class CLIP(nn.Module):
         """Compute attention "eager", written out, or by the fused "sdpa", which is the default.
 
         With "sdpa", a layer whose `scores` or `pattern` is watched is written out all the same:
-        the fused kernel never makes these tensors. The two differ by rounding.
+        the fused kernel never makes these tensors. The two differ by rounding. On a CPU the fused
+        kernel has no forward-mode or second derivative; for these take "eager".
         """
         if kind not in ("eager", "sdpa"):
             raise ValueError(f"attention kind is {kind!r}; expected 'eager' or 'sdpa'")

@@ -6,13 +6,12 @@ operations are in another order to rounding. In float64 a difference that is mor
 nowhere left to hide. The first tensor that differs is explained by `diagnosis.py`.
 """
 
-import copy
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +43,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 there if it is above 1."""
 ON_DEVICES = 1e-4  # the same in float32 where the adding up is in another order, as on GPUs
 IN_PATTERN = 1e-6  # asked for float64, for transformers takes its softmax in float32 even there
+MERGED = 1e-6  # in float64, where the two have other parameters: what is merged is also rounded
 HALF = 2.0  # in half precision: how much larger our largest error may be than the other's
 
 
@@ -89,17 +89,18 @@ def compare(
 
     Where a tokenizer and a transform come with both, as from `miniclip.load`, `tokens` and `pixels`
     are the first sites. Then come, for each tower, `embeddings`; for each block `resid_pre`, `q`,
-    `k`, `v`, `pattern`, `attn_out`, `mlp_out`, `resid_post`; `pooled` and `projected`; and `logits`
-    at last. A model of another class will do if its modules have our names, or transformers'; what
-    only one of the two models has is left out. All is done on copies, rounded to `dtype`. In the
-    float64 runs what asks for float32, as a softmax may whatever the precision of the rest, gets
-    float64; they do not count for weights one rounding apart.
+    `k`, `v`, `pattern`, `attn_out`, `mlp_out`, `resid_post`; `pooled` and `projected`; and at last
+    `logits` and the rest of the output. A model of another class will do if its modules have our
+    names, or transformers'; what only one of the two models has is left out. Both are rounded to
+    `dtype`, run uncompiled, and then as they were. In the float64 runs what asks for float32, as a
+    softmax may whatever the precision of the rest, gets float64; they do not count for weights one
+    rounding apart.
     Raises ValueError for models of different depth.
 
     >>> from miniclip import load
     >>> report = compare(load("shapes"), load("shapes"))
     >>> report.first is None, report.rows[0].site, report.rows[-1].site
-    (True, 'tokens', 'logits')
+    (True, 'tokens', 'text_embeds')
     """
     check_device(device)
     ours, theirs = (_as_loaded(m) for m in (model, other))
@@ -143,6 +144,10 @@ Stage = tuple[list[Difference], str | None]
 def _compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
     one, other = (partial(tokenizer, truncate=True) for tokenizer in (ours, theirs))
     words = [*{word: None for tokenizer in (ours, theirs) for word in _words(tokenizer)}]
+    if words:  # and characters that have each byte of UTF-8, at the end of a word and before it
+        characters = map(chr, (*range(0x21, 0x800), *range(0x800, 0x110000, 0x1000)))
+        valid = [c for c in characters if not "\ud800" <= c <= "\udfff"]
+        words += [word for c in valid for word in (c, f"{c}a", f"{c}~")]
 
     def ids_of(tokenizer: Callable[[Sequence[str]], Tensor]) -> Tensor:
         return torch.cat([tokenizer(t).flatten() for t in (diagnosis.TEXTS, words) if t])
@@ -211,6 +216,9 @@ def _compare_models(
     device: torch.device,
     seed: int,
 ) -> Stage:
+    for name, model in zip(diagnosis.NAMES, (ours, theirs), strict=True):
+        if any(weight.is_meta for weight in model.parameters()):
+            raise ValueError(f"{name} is on the meta device, where weights have no numbers")
     if _depths(ours) != _depths(theirs):
         raise ValueError(
             f"the two models differ in their number of blocks: {_depths(ours)} and "
@@ -218,36 +226,81 @@ def _compare_models(
         )
     configs = (_config(ours), _config(theirs))
     weights = [_weights(*pair, dtype) for pair in zip((ours, theirs), configs, strict=True)]
-    exact = dtype if _are_an_ulp_apart(*weights) else torch.float64
+    exact = TOLERANCE[torch.float64]
+    if _are_an_ulp_apart(*weights):
+        exact = TOLERANCE.get(dtype, math.inf)
+    elif weights[0].keys() != weights[1].keys():
+        exact = MERGED
     inputs = _inputs(*configs, seed)
-    plan = [(model, exact) for model in (ours, theirs) for exact in (False, True)]
-    runs = [_run(model, dtype, exact, device, *inputs) for model, exact in _progress(plan)]
-    errors = [f"{name} {error}" for name, (_, error) in zip(_NAMES, runs) if error]
+    plan = [(model, exactly) for model in (ours, theirs) for exactly in (False, True)]
+    runs = [_run(model, dtype, exactly, device, *inputs) for model, exactly in _progress(plan)]
+    for run, peer in ((runs[0], runs[2]), (runs[1], runs[3])):
+        _lay_out_alike(run, peer)
+        _lay_out_alike(peer, run)
+    errors = [f"{name} {run.error}" for name, run in zip(_NAMES, runs) if run.error]
     rows = []
     for site in dict.fromkeys(site for model in (ours, theirs) for site, *_ in _sites(model)):
-        found = [tensors[site] for tensors, _ in runs if site in tensors]
+        found = [run.tensors[site] for run in runs if site in run.tensors]
         if len(found) == len(runs):
             rows.append(_difference(site, found, dtype, exact, device))
         elif errors:
             rows.append(_infinitely_far(site))
     failed = next((row for row in rows if not row.within_tolerance), None)
-    if failed is None:
-        return rows, None
-    if any(failed.site not in tensors for tensors, _ in runs):
-        return rows, errors[0]
-    if failed.float64 <= _limit(failed.site, torch.float64, runs[-1][0][failed.site], device):
-        return rows, "rounding: in float64 the two agree"
     named = {"pixels": inputs[0].to(dtype), "ids": inputs[1]}
+    sides = [
+        diagnosis.Side(named | run.tensors, w, config)
+        for run, w, config in zip(runs[1::2], weights, configs, strict=True)
+    ]
+    if failed is None:
+        return _compare_unread(rows, sides, exact)
+    if any(failed.site not in run.tensors for run in runs):
+        return rows, errors[0]
+    truth = runs[-1].tensors[failed.site]
+    if failed.float64 <= _limit(failed.site, TOLERANCE[torch.float64], truth):
+        return rows, "rounding: in float64 the two agree"
     for name, pair in zip(_NAMES[::2], (runs[:2], runs[2:]), strict=True):
-        one, exactly = (tensors[failed.site] for tensors, _ in pair)
+        one, exactly = (run.tensors[failed.site] for run in pair)
         far = 0.01 * max(1.0, exactly.abs().max().item())
         if dtype in TOLERANCE and far < _distance(one, exactly) < math.inf:
             return rows, f"{name} in float64 is far from itself: dropout in evaluation?"
-    sides = [
-        diagnosis.Side(named | tensors, w, config)
-        for (tensors, _), w, config in zip(runs[1::2], weights, configs, strict=True)
-    ]
     return rows, diagnosis.cause_in_model(failed.site, *sides)
+
+
+def _compare_unread(rows: list[Difference], sides: list[diagnosis.Side], exact: float) -> Stage:
+    """Compare what no text reads: a vocabulary is too large for that, and a context too long."""
+    site = "text.embeddings"
+    ours, theirs = (side.weights for side in sides)
+    for name in ("text.token_embed.weight", "text.pos_embed"):
+        one, other = ours.get(name), theirs.get(name)
+        if one is None or other is None or one.shape[1:] != other.shape[1:]:
+            continue
+        length = min(len(one), len(other))  # a fork may have added words
+        distance = _distance(one[:length], other[:length])
+        if distance > exact:
+            relative = distance / max(other.abs().max().item(), 1e-30)
+            far = Difference(site, distance, relative, distance, distance, 0.0, False)
+            rows = [far if row.site == site else row for row in rows]
+            return rows, diagnosis.differing_weights(site, *sides)
+    return rows, None
+
+
+def _lay_out_alike(one: "Run", other: "Run") -> None:
+    """Bring the tensors of one run to the shapes of the other, if only the layout differs.
+
+    A fork may take a batch in pieces, or have its tokens before its batch.
+    """
+    for site, calls in one.calls.items():
+        if site not in other.tensors or calls[0].shape == (shape := other.tensors[site].shape):
+            continue
+        for axis in range(len(shape)):
+            try:
+                joined = torch.cat(calls, axis)
+            except (IndexError, RuntimeError):
+                continue
+            for tensor in (joined, joined.transpose(0, 1)) if joined.ndim == 3 else (joined,):
+                if tensor.shape == shape != one.tensors[site].shape:
+                    one.tensors[site] = tensor
+                    one.tensors.pop(f"{site} again", None)
 
 
 _NAMES = ("model", "model in float64", "other", "other in float64")
@@ -272,19 +325,20 @@ def _are_an_ulp_apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> boo
 
 
 def _difference(
-    site: str, found: list[Tensor], dtype: torch.dtype, exact: torch.dtype, device: torch.device
+    site: str, found: list[Tensor], dtype: torch.dtype, exact: float, device: torch.device
 ) -> Difference:
-    """`exact`: the precision whose rounding explains what there may be in float64."""
+    """`exact`: the tolerance in float64."""
     ours, ours_64, theirs, theirs_64 = found
     absolute, float64 = _distance(ours, theirs), _distance(ours_64, theirs_64)
     model_error, other_error = _distance(ours, theirs_64), _distance(theirs, theirs_64)
     if dtype == torch.float64 and site.endswith(".pattern"):
         within = absolute <= IN_PATTERN
     elif dtype in TOLERANCE:
-        within = absolute <= _limit(site, dtype, theirs_64, device)
+        on_device = dtype == torch.float32 and device.type != "cpu"
+        within = absolute <= _limit(site, ON_DEVICES if on_device else TOLERANCE[dtype], theirs_64)
     else:
         within = model_error <= HALF * other_error
-    within &= float64 <= _limit(site, exact, theirs_64, device)
+    within &= float64 <= _limit(site, exact, theirs_64)
     relative = absolute / max(theirs_64.abs().max().item(), 1e-30)
     return Difference(site, absolute, relative, float64, model_error, other_error, within)
 
@@ -296,16 +350,23 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return math.inf if math.isnan(distance) else distance
 
 
-def _limit(site: str, dtype: torch.dtype, truth: Tensor, device: torch.device) -> float:
+def _limit(site: str, tolerance: float, truth: Tensor) -> float:
     """The largest difference at a site that is within tolerance."""
-    limit = TOLERANCE[dtype]
-    if dtype == torch.float32 and device.type != "cpu":
-        limit = ON_DEVICES
-    return limit if site == "logits" else limit * max(1.0, truth.abs().max().item())
+    if site.startswith("logits") and tolerance != MERGED:
+        return tolerance
+    return tolerance * max(1.0, truth.abs().max().item())
 
 
 # ------------------------------------------------------------------------------------------------
 # The tensors of one model
+
+
+class Run(NamedTuple):
+    """What was seen of a model, on a CPU."""
+
+    tensors: dict[str, Tensor]  # by site, in the order of the calls
+    calls: dict[str, list[Tensor]]  # the same of each call of the module at the site
+    error: str  # what the model raised, if it did
 
 
 @torch.no_grad()
@@ -316,21 +377,13 @@ def _run(
     device: torch.device,
     pixels: Tensor,
     ids: Tensor,
-) -> tuple[dict[str, Tensor], str]:
-    """The tensor at every site, on a CPU, and what the model raised, if it did.
-
-    The weights are rounded to `dtype`, and then, for an `exact` run, computed with in float64.
-    """
+) -> Run:
+    """Weights are rounded to `dtype`, and then, for an `exact` run, computed with in float64."""
     if exact and device.type == "mps":  # which has no float64
         device = torch.device("cpu")
-    model = copy.deepcopy(model).to(device, dtype).eval()
-    pixels, ids = pixels.to(device, dtype), ids.to(device)
-    precision: AbstractContextManager[Any] = nullcontext()
-    if exact:
-        model, pixels = model.double(), pixels.double()
-        precision = Float64ForFloat32()
-    theirs = _is_theirs(model)
-    seen: dict[str, Tensor] = {}
+    precision = torch.float64 if exact else dtype
+    run = Run({}, {}, "")
+    seen_by: dict[str, nn.Module] = {}
 
     def forward(patterns: bool) -> str:
         """Patterns have a run of their own: to look at them makes a model take another path."""
@@ -341,29 +394,96 @@ def _run(
                 def keep(
                     module: nn.Module, args: tuple, out: Any, site: str = site, read: Read = read
                 ) -> None:
-                    seen[f"{site} again" if site in seen else site] = read(args, out).cpu()
+                    tensor = read(args, out)
+                    if not isinstance(tensor, Tensor):
+                        return  # an attention that tells nothing of its pattern
+                    tensor = tensor.cpu()
+                    if seen_by.setdefault(site, module) is module:
+                        run.calls.setdefault(site, []).append(tensor)
+                    run.tensors[f"{site} again" if site in run.tensors else site] = tensor
 
                 handles.append(module.register_forward_hook(keep))
         try:
-            with precision:
-                output = model(pixel_values=pixels, input_ids=ids) if theirs else model(pixels, ids)
-            seen.setdefault("logits", output.logits_per_image.cpu())
-        except (IndexError, RuntimeError, ValueError) as error:
+            output = model(**inputs) if _is_theirs(model) else model(*inputs.values())
+            for site, tensor in _outputs_of(output):
+                run.tensors.setdefault(site, tensor.cpu())
+        except Exception as error:  # whatever the code of a fork raises
             return _raises(error)
         finally:
             for handle in handles:
                 handle.remove()
         return ""
 
-    errors = [forward(patterns=False)]
-    if theirs:
-        model.set_attn_implementation("eager")
-    errors.append(forward(patterns=True))
-    return seen, next(filter(None, errors), "")
+    pixels = pixels.to(device, dtype).to(precision)
+    inputs = {"pixel_values": pixels, "input_ids": ids.to(device)}
+    uncompiled = torch.compiler.set_stance("force_eager")  # hooks do not reach compiled graphs
+    with _taken_in(model, dtype, precision, device), uncompiled:
+        with Float64ForFloat32() if exact else nullcontext():
+            errors = [forward(patterns=False)]
+            if _is_theirs(model):
+                model.set_attn_implementation("eager")
+            errors.append(forward(patterns=True))
+    return run._replace(error=next(filter(None, errors), ""))
+
+
+@contextmanager
+def _taken_in(
+    model: nn.Module, dtype: torch.dtype, precision: torch.dtype, device: torch.device
+) -> Iterator[None]:
+    """The model itself in evaluation, its weights rounded to `dtype` and taken in `precision`; then
+    as it was. No copy, whose functions might hold on to modules of the original."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.data for tensor in tensors]
+    training = {module: module.training for module in model.modules()}
+    theirs: list[Any] = [m for m in model.modules() if _is_theirs(model) and hasattr(m, "config")]
+    attention = [module.config._attn_implementation for module in theirs]
+    try:
+        model.eval()
+        for tensor, data in zip(tensors, before, strict=True):
+            number = data.is_floating_point()
+            tensor.data = data.to(device, dtype).to(precision) if number else data.to(device)
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+        for module, mode in training.items():
+            module.training = mode
+        for module, kind in zip(theirs, attention, strict=True):
+            module.config._attn_implementation = kind
+
+
+OUTPUTS = {
+    "logits": "logits_per_image",
+    "logits_per_text": "logits_per_text",
+    "image_embeds": "image_embeds",
+    "text_embeds": "text_embeds",
+}
+"""Sites, and what a CLIP's output calls them."""
+
+
+def _outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
+    if type(output) is tuple:  # OpenAI's
+        output = dict(zip(OUTPUTS.values(), output[:2]))
+    for site, name in OUTPUTS.items():
+        tensor = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+        if isinstance(tensor, Tensor):
+            yield site, tensor
 
 
 class Float64ForFloat32(TorchFunctionMode):
-    """Gives float64 to whoever asks for float32, as for a softmax in half precision."""
+    """float64 for whoever asks for float32, as for a softmax in half precision, or for nothing, and
+    for tensors that are no parameters, such as a mask, where they meet others of float64."""
+
+    def __enter__(self) -> "Float64ForFloat32":
+        """Change the default as well."""
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Change it back."""
+        super().__exit__(*exception)
+        torch.set_default_dtype(self.default)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -371,12 +491,26 @@ class Float64ForFloat32(TorchFunctionMode):
         """`function`, asked for float64."""
         if function is Tensor.float:
             function = Tensor.double
+        values = [torch.float64 if value is torch.float32 else value for value in args]
+        named = {
+            name: torch.float64 if value is torch.float32 else value
+            for name, value in (kwargs or {}).items()
+        }
+        if any(
+            isinstance(v, Tensor) and v.dtype == torch.float64 for v in (*values, *named.values())
+        ):
+            # The first may be what a function changes in place.
+            values[1:] = map(_doubled, values[1:])
+            named = {name: v if name == "out" else _doubled(v) for name, v in named.items()}
+        try:
+            return function(*values, **named)
+        except RuntimeError:
+            return function(*map(_doubled, values), **named)
 
-        def wide(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
 
-        named = {name: wide(value) for name, value in (kwargs or {}).items()}
-        return function(*map(wide, args), **named)
+def _doubled(value: Any) -> Any:
+    is_float = isinstance(value, Tensor) and value.dtype == torch.float32
+    return value.double() if is_float else value
 
 
 def _is_theirs(model: nn.Module) -> bool:
@@ -423,7 +557,8 @@ def _sites(model: "CLIP | CLIPModel") -> Iterator[tuple[str, nn.Module | None, R
             yield f"{site}.resid_post", block, output
         yield f"{tower}.pooled", proj, argument
         yield f"{tower}.projected", proj, output
-    yield "logits", None, output
+    for site in OUTPUTS:
+        yield site, None, output
 
 
 def _depths(model: "CLIP | CLIPModel") -> tuple[int, int]:
@@ -440,11 +575,11 @@ def _weights(
     model: "CLIP | CLIPModel", config: CLIPConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The parameters under our names."""
-    weights = model.state_dict()
+    weights = {name.replace("_orig_mod.", ""): w for name, w in model.state_dict().items()}
     if _is_theirs(model):
         with torch.device("meta"):
-            names = CLIP(config).state_dict()
-        weights = {name: weights[layout_name(name, TRANSFORMERS)] for name in names}
+            names = {name: layout_name(name, TRANSFORMERS) for name in CLIP(config).state_dict()}
+        weights = {name: weights[theirs] for name, theirs in names.items() if theirs in weights}
     return {name: weight.cpu().to(dtype) for name, weight in weights.items()}
 
 
@@ -456,6 +591,7 @@ def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int) -> tuple[Tensor, Te
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - 3)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)
+    ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # a fork may have added words
     ids[:, 0] = ours.text.bos_token_id
     ids[1, -1] = 0  # with which some pad
     ends = [

@@ -115,6 +115,12 @@ def test_another_output_is_refused_before_anything_is_timed():
     assert rows["for scale"].difference is None and rows["for scale"].ratio == (0.5, 0.5, 0.5)
 
 
+def test_numbers_of_our_own_that_are_not_finite():
+    ours = contender("ours", [1.0], torch.full((2, 3), math.nan))
+    with pytest.raises(RuntimeError, match="miniclip's own output has numbers that are not finite"):
+        rows_of(ours, contender("theirs", [1.0], torch.ones(2, 3)))
+
+
 def test_distance_is_that_of_the_worst_row():
     one = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
     other = one + torch.tensor([[0.0, 0.0], [0.0, 1.0]])
@@ -182,6 +188,21 @@ def test_a_weight_of_the_peers_that_is_another_is_noticed(suite, setting):
             bias -= 0.1
     assert rows["transformers"].difference > case.tolerance and rows["transformers"].cost is None
     assert rows["miniclip"].cost is not None
+
+
+def test_a_gradient_of_the_peers_that_is_another_is_noticed(setting, monkeypatch):
+    """One of the same length, of the same loss."""
+    ours, theirs = setting.libraries[:2]
+
+    def climb(pixels):
+        embeds = theirs.encode_image(pixels)
+        return 2 * embeds.detach() - embeds
+
+    libraries = [ours, theirs._replace(encode_image=climb)]
+    monkeypatch.setitem(vars(setting), "libraries", libraries)
+    case = next(bench.SUITES["train"](setting))
+    rows = {row.contender: row for row in measure(case, seconds=0)}
+    assert rows["transformers"].difference > 0.1 and rows["transformers"].cost is None
 
 
 def test_a_row_that_only_the_peers_see_is_noticed(setting, monkeypatch):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from twin import TINY, exchanged, fork, fork_of, twins
 
-from miniclip import ImageTransform, Tokenizer, parity, tokenizer, transform
+from miniclip import CLIP, ImageTransform, Tokenizer, parity, tokenizer, transform
 from miniclip.checkpoint import EMBEDDED
 from miniclip.cli import main
 from miniclip.config import PRESETS
@@ -39,20 +39,20 @@ def sites(config):
         for i in range(getattr(config, tower).layers):
             names += [f"{tower}.blocks.{i}.{kind}" for kind in KINDS]
         names += [f"{tower}.pooled", f"{tower}.projected"]
-    return [*names, "logits"]
+    return [*names, "logits", "logits_per_text", "image_embeds", "text_embeds"]
 
 
 def test_the_same_model_has_no_difference_at_any_site(pair):
     report = compare(*pair)
     assert [row.site for row in report.rows] == sites(TINY)
     assert report.first is None and report.cause is None
-    assert str(report) == "within tolerance at all 47 sites"
+    assert str(report) == "within tolerance at all 50 sites"
     for row in report.rows:
         assert row.absolute == row.relative == 0 and row.within_tolerance, row
         assert row.float64 < (1e-6 if row.site.endswith("pattern") else 1e-12), row
         assert row.model_error == row.other_error
         assert 0 < row.model_error < 1e-3  # so that something was measured
-    assert parity.nearer(report.rows) == {"model": 0, "other": 0, "equal": 47}
+    assert parity.nearer(report.rows) == {"model": 0, "other": 0, "equal": 50}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -94,6 +94,13 @@ def test_neither_model_is_changed(pair):
     for model, weights in zip(pair, before):
         assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
         assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_weights_that_are_not_there(pair):
+    with torch.device("meta"):
+        empty = CLIP(TINY)
+    with pytest.raises(ValueError, match="other is on the meta device"):
+        compare(pair[0], empty)
 
 
 def test_a_fork_with_other_code_and_the_same_numbers_passes(pair):
@@ -221,7 +228,7 @@ def test_a_merge_that_is_missing(whole):
 def assert_tokens_differ(faulty, whole, cause):
     report = compare(faulty, whole[1])
     assert (report.first, report.cause) == ("tokens", cause)
-    assert [row.within_tolerance for row in report.rows] == [False] + [True] * 48
+    assert [row.within_tolerance for row in report.rows] == [False] + [True] * 51
     report = compare(whole[0], faulty)
     assert (report.first, report.cause) == ("tokens", exchanged(cause))
 
@@ -380,13 +387,13 @@ def test_tolerances_are_those_of_the_readme():
 def test_the_command_measures_a_checkpoint(capsys):
     assert main(["parity", "cifar10"]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and max(map(len, out.splitlines())) <= 80 and len(out.splitlines()) <= 36
+    assert err == "" and max(map(len, out.splitlines())) <= 80 and len(out.splitlines()) <= 39
     for word in ("tokens", "pixels", "logits", f"torch {torch.__version__}", "within tolerance"):
         assert word in out
     assert main(["parity", "cifar10", "--json", "--dtype", "float64"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["first"] is None and report["dtype"] == "float64"
-    assert report["rows"][-1]["site"] == "logits" and report["rows"][-1]["float64"] < 1e-10
+    assert report["rows"][-1]["site"] == "text_embeds" and report["rows"][-1]["float64"] < 1e-10
     assert all(row["within_tolerance"] for row in report["rows"])
 
 

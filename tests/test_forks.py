@@ -1,0 +1,203 @@
+"""Forks that compute the same, in other ways than ours, pass; and faults where no text looks."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from twin import TINY, fork_of, twins
+
+from miniclip import CLIP, ImageTransform, Tokenizer, surgery
+from miniclip.checkpoint import Loaded
+from miniclip.cli import rows_dict
+from miniclip.parity import compare
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return twins(TINY)
+
+
+FUSED = "z = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)"
+SAME = {
+    "mask_in_the_default_precision": (
+        FUSED,
+        "future = torch.full((q.shape[2], q.shape[2]), -torch.inf).triu(1)\n"
+        "            mask = future if self.causal else None\n"
+        "            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)",
+    ),
+    "mask_that_is_no_buffer": (
+        "self.eager = False",
+        "self.eager = False\n        self.future = torch.full((77, 77), -torch.inf).triu(1)",
+        FUSED,
+        "mask = self.future[: q.shape[2], : q.shape[2]] * 1.0 if self.causal else None\n"
+        "            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)",
+    ),
+    "mlp_in_pieces": (
+        "self.mlp(self.ln_2(x))",
+        "torch.cat([self.mlp(part) for part in self.ln_2(x).chunk(2, 1)], 1)",
+    ),
+    "images_one_by_one": (
+        "image_embeds = self.encode_image(pixels, normalize=True)",
+        "image_embeds = torch.cat([self.encode_image(p[None], normalize=True) for p in pixels])",
+    ),
+    "texts_in_two_halves": (
+        "text_embeds = self.encode_text(ids, normalize=True)",
+        "text_embeds = torch.cat([self.encode_text(i, normalize=True) for i in ids.chunk(2)])",
+    ),
+    "tokens_before_the_batch": (
+        "x = self.blocks(self.embed(pixels))",
+        "x = self.blocks(self.embed(pixels).transpose(0, 1)).transpose(0, 1)",
+        "self.ln_final(self.blocks(x))",
+        "self.ln_final(self.blocks(x.transpose(0, 1)).transpose(0, 1))",
+        "        # How many heads", "        x = x.transpose(0, 1)\n        # How many heads",
+        "return self.out_proj(z.flatten(2))", "return self.out_proj(z.flatten(2)).transpose(0, 1)",
+    ),
+    "a_tuple_of_logits": (
+        "return CLIPOutput(logits_per_text.T, logits_per_text, image_embeds, text_embeds)",
+        "return logits_per_text.T, logits_per_text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_fork_that_computes_the_same_passes(name, pair):
+    same = fork_of(pair[0], *SAME[name])
+    for report in (compare(same, pair[0]), compare(pair[1], same)):
+        assert report.first is None, report
+
+
+def test_a_forward_that_holds_on_to_the_original_passes(pair):
+    for model, part in (
+        (pair[0], lambda m: m), (pair[0], lambda m: m.vision.blocks[1].mlp),
+        (pair[1], lambda m: m), (pair[1], lambda m: m.text_model.encoder.layers[0]),
+    ):  # fmt: skip
+        same = copy.deepcopy(model).train()
+        wrapped = part(same)
+        forward = wrapped.forward
+        wrapped.forward = lambda *args, forward=forward, **named: forward(*args, **named)
+        before = {name: weight.clone() for name, weight in same.state_dict().items()}
+        report = compare(same, pair[0])
+        assert report.first is None and len(report.rows) == 50, report
+        assert same.training and all(m.training for m in same.modules())
+        assert all(torch.equal(w, before[n]) for n, w in same.state_dict().items())
+        if model is pair[1]:
+            assert same.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_keeps_an_activation_passes(pair):
+    same = copy.deepcopy(pair[0])
+    same.text.blocks[0].register_forward_hook(lambda m, args, out: setattr(m, "last", out))
+    same.text(torch.tensor([[598, 5, 599]]))
+    assert compare(same, pair[0]).first is None
+
+
+def test_compiled_models_pass(pair):
+    same = copy.deepcopy(pair[0])
+    same.vision = torch.compile(same.vision, backend="eager")
+    assert compare(same, pair[0]).first is None
+    assert compare(pair[0], torch.compile(copy.deepcopy(pair[1]), backend="eager")).first is None
+
+
+class Attention(nn.Module):
+    """A fused projection, and no pattern."""
+
+    def __init__(self, attn, causal):
+        super().__init__()
+        linears = (attn.q_proj, attn.k_proj, attn.v_proj)
+        width = attn.q_proj.in_features
+        self.qkv, self.out, self.heads = nn.Linear(width, 3 * width), attn.out_proj, attn.num_heads
+        self.qkv.weight.data = torch.cat([linear.weight for linear in linears])
+        self.qkv.bias.data = torch.cat([linear.bias for linear in linears])
+        self.causal = causal
+
+    def forward(self, hidden_states, **options):
+        heads = [x.unflatten(-1, (self.heads, -1)) for x in self.qkv(hidden_states).chunk(3, -1)]
+        q, k, v = (x.transpose(1, 2) for x in heads)
+        z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(z.transpose(1, 2).flatten(2)), None
+
+
+@torch.no_grad()
+def test_parts_of_transformers_may_be_other_modules(pair):
+    same = copy.deepcopy(pair[1])
+    for tower in ("vision", "text"):
+        for layer in getattr(same, f"{tower}_model").encoder.layers:
+            layer.self_attn = Attention(layer.self_attn, tower == "text")
+    assert compare(same, pair[0]).first is None
+    same.vision_model.post_layernorm = nn.Identity()
+    report = compare(pair[0], same)
+    assert (report.first, report.cause) == ("vision.pooled", "other has no ln_post")
+
+
+@pytest.mark.parametrize(
+    "name, table",
+    [("text.token_embed.weight", "token_embed.weight"), ("text.pos_embed", "pos_embed")],
+)
+def test_each_row_of_a_table_counts(name, table, pair):
+    for row in range(0, len(pair[0].get_parameter(name)), 19):
+        faulty = copy.deepcopy(pair[0])
+        faulty.get_parameter(name).data[row] += 0.5
+        report = compare(faulty, pair[0])
+        assert report.first == "text.embeddings"
+        assert report.cause.startswith(f"different weights: {table} (1 of "), report
+
+
+def test_words_may_have_been_added(pair):
+    """Whichever of the two has them."""
+    text = TINY.text.__class__(**{**vars(TINY.text), "vocab_size": 610})
+    more = twins(TINY.__class__(TINY.vision, text, TINY.embed_dim))[0]
+    weights, table = pair[0].state_dict(), "text.token_embed.weight"
+    rows = torch.cat([weights[table], torch.ones(10, 40)])
+    more.load_state_dict(weights | {table: rows})
+    assert compare(more, pair[0]).first is None and compare(pair[0], more).first is None
+
+
+@torch.no_grad()
+def test_merged_weights_pass(pair):
+    """They are rounded once more than what was merged; a small fault shows all the same."""
+    tuned = surgery.add_lora(pair[0], rank=2)
+    for name, weight in tuned.named_parameters():
+        if name.endswith((".A", ".B")):
+            weight.normal_(std=0.1)
+    merged = surgery.merge_lora(tuned)
+    for one, other in ((tuned, merged), (merged, tuned)):
+        report = compare(one, other)
+        assert report.first is None and max(row.float64 for row in report.rows) > 1e-8, report
+    for module in merged.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+    assert compare(merged, tuned).first == "vision.blocks.0.resid_pre"
+
+
+@pytest.mark.parametrize(
+    "change, site, cause",
+    [
+        (("logits_per_text, image_embeds,", "2 * logits_per_text, image_embeds,"),
+         "logits_per_text", "model has logits_per_text multiplied by 2"),
+        (("image_embeds, text_embeds)", "text_embeds[:2], text_embeds)"), "image_embeds", ""),
+    ],
+)  # fmt: skip
+def test_the_rest_of_the_output_counts(change, site, cause, pair):
+    report = compare(fork_of(pair[0], *change), pair[0])
+    assert (report.first, report.cause) == (site, cause)
+
+
+def test_json_has_no_nan(pair):
+    faulty = copy.deepcopy(pair[0])
+    faulty.text.proj.weight.data[0, 0] = math.nan
+    json.dumps(rows_dict(compare(pair[0], faulty)), allow_nan=False)
+
+
+def test_bytes_that_are_no_word_count():
+    right = Tokenizer.from_pretrained("cifar10")
+    for one, other in ("Ñ", "Ð"), ("!", '"'):  # the first byte of Cyrillic letters; not at an end
+        vocab = {**right.vocab, one: right.vocab[other], other: right.vocab[one]}
+        faulty = Tokenizer(vocab, right.merges, context_length=right.context_length)
+        model = CLIP.from_pretrained("cifar10")
+        transform = ImageTransform.from_pretrained("cifar10")
+        pair = (Loaded(model, t, transform) for t in (faulty, right))
+        report = compare(*pair)
+        assert report.first == "tokens" and report.cause.startswith("first at the word")
