@@ -143,11 +143,7 @@ Stage = tuple[list[Difference], str | None]
 
 def _compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
     one, other = (partial(tokenizer, truncate=True) for tokenizer in (ours, theirs))
-    words = [*{word: None for tokenizer in (ours, theirs) for word in _words(tokenizer)}]
-    if words:  # and characters that have each byte of UTF-8, at the end of a word and before it
-        characters = map(chr, (*range(0x21, 0x800), *range(0x800, 0x110000, 0x1000)))
-        valid = [c for c in characters if not "\ud800" <= c <= "\udfff"]
-        words += [word for c in valid for word in (c, f"{c}a", f"{c}~")]
+    words = _words(ours, theirs)
 
     def ids_of(tokenizer: Callable[[Sequence[str]], Tensor]) -> Tensor:
         return torch.cat([tokenizer(t).flatten() for t in (diagnosis.TEXTS, words) if t])
@@ -159,12 +155,16 @@ def _compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
     return [row], None if row.within_tolerance else diagnosis.cause_in_tokens(one, other, words)
 
 
-def _words(tokenizer: Any) -> list[str]:
-    """Its vocabulary, but for bytes that are no text."""
-    if not isinstance(tokenizer, Tokenizer):
-        return []  # transformers' tokenizer, which has the words of ours, or one that was refused
-    words = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
-    return [word for word in words if "\N{REPLACEMENT CHARACTER}" not in word]
+def _words(*tokenizers: Any) -> list[str]:
+    """The vocabularies, but for bytes that are no text; these in characters, with which a word ends
+    or goes on. Nothing of what is no Tokenizer: transformers' has the words of ours."""
+    known = [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, Tokenizer)]
+    words = [t.decode([i]) for t in known for i in range(t.vocab_size)]
+    places = (range(0x21, 0x800), range(0x800, 0xD800, 0x1000), range(0xE000, 0x110000, 0x1000))
+    characters = [chr(place) for part in places for place in part] if known else []
+    ends = [character + end for character in characters for end in ("", "a", "~")]
+    text = (word for word in words if "\N{REPLACEMENT CHARACTER}" not in word)
+    return [*dict.fromkeys([*text, *ends])]
 
 
 def _compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:
@@ -237,33 +237,40 @@ def _compare_models(
     for run, peer in ((runs[0], runs[2]), (runs[1], runs[3])):
         _lay_out_alike(run, peer)
         _lay_out_alike(peer, run)
-    errors = [f"{name} {run.error}" for name, run in zip(_NAMES, runs) if run.error]
     rows = []
     for site in dict.fromkeys(site for model in (ours, theirs) for site, *_ in _sites(model)):
         found = [run.tensors[site] for run in runs if site in run.tensors]
         if len(found) == len(runs):
             rows.append(_difference(site, found, dtype, exact, device))
-        elif errors:
+        elif any(run.error for run in runs):
             rows.append(_infinitely_far(site))
-    failed = next((row for row in rows if not row.within_tolerance), None)
     named = {"pixels": inputs[0].to(dtype), "ids": inputs[1]}
     sides = [
         diagnosis.Side(named | run.tensors, w, config)
         for run, w, config in zip(runs[1::2], weights, configs, strict=True)
     ]
+    failed = next((row for row in rows if not row.within_tolerance), None)
     if failed is None:
         return _compare_unread(rows, sides, exact)
+    return rows, _cause(failed, runs, sides, dtype)
+
+
+def _cause(
+    failed: Difference, runs: "list[Run]", sides: list[diagnosis.Side], dtype: torch.dtype
+) -> str:
+    """Of the first difference that is out of tolerance."""
+    names = ("model", "model in float64", "other", "other in float64")
     if any(failed.site not in run.tensors for run in runs):
-        return rows, errors[0]
+        return next(f"{name} {run.error}" for name, run in zip(names, runs) if run.error)
     truth = runs[-1].tensors[failed.site]
     if failed.float64 <= _limit(failed.site, TOLERANCE[torch.float64], truth):
-        return rows, "rounding: in float64 the two agree"
-    for name, pair in zip(_NAMES[::2], (runs[:2], runs[2:]), strict=True):
+        return "rounding: in float64 the two agree"
+    for name, pair in zip(diagnosis.NAMES, (runs[:2], runs[2:]), strict=True):
         one, exactly = (run.tensors[failed.site] for run in pair)
         far = 0.01 * max(1.0, exactly.abs().max().item())
         if dtype in TOLERANCE and far < _distance(one, exactly) < math.inf:
-            return rows, f"{name} in float64 is far from itself: dropout in evaluation?"
-    return rows, diagnosis.cause_in_model(failed.site, *sides)
+            return f"{name} in float64 is far from itself: dropout in evaluation?"
+    return diagnosis.cause_in_model(failed.site, *sides)
 
 
 def _compare_unread(rows: list[Difference], sides: list[diagnosis.Side], exact: float) -> Stage:
@@ -301,9 +308,6 @@ def _lay_out_alike(one: "Run", other: "Run") -> None:
                 if tensor.shape == shape != one.tensors[site].shape:
                     one.tensors[site] = tensor
                     one.tensors.pop(f"{site} again", None)
-
-
-_NAMES = ("model", "model in float64", "other", "other in float64")
 
 
 def _progress(plan: list[Any]) -> Iterator[Any]:
