@@ -152,7 +152,15 @@ def _compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
     if raised:
         return [_infinitely_far("tokens")], raised
     row = _exact("tokens", *found)
-    return [row], None if row.within_tolerance else diagnosis.cause_in_tokens(one, other, words)
+    if not row.within_tolerance:
+        return [row], diagnosis.cause_in_tokens(one, other, words)
+    # That two merges have changed places shows in few words, and in none of a vocabulary.
+    merges = [getattr(tokenizer, "merges", []) for tokenizer in (ours, theirs)]
+    for rank, (mine, yours) in enumerate(zip(*merges)):
+        if mine != yours:
+            cause = f"merge {rank} is {' '.join(mine)!r} in model, {' '.join(yours)!r} in other"
+            return [_infinitely_far("tokens")], cause
+    return [row], None
 
 
 def _words(*tokenizers: Any) -> list[str]:
