@@ -661,6 +661,8 @@ def _part(place: str) -> str:
 
 def _relation(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
     """What simple arithmetic makes of the right numbers at the site to get the wrong ones."""
+    if near(right, wrong):
+        return ""  # more than rounding, and less than these comparisons see
     for name in reversed([name for name in x if " " not in name]):  # a block's own come last
         if near(x[name].double(), wrong):
             return f"{name} unchanged as {site}"
@@ -668,6 +670,10 @@ def _relation(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
         return f"{site} transposed"
     if right.shape != wrong.shape:
         return ""
+    order = torch.cdist(wrong.flatten(1), right.flatten(1)).argmin(1)
+    if near(right[order], wrong):
+        moved = (order != torch.arange(len(order))).nonzero()[:, 0].tolist()
+        return f"{site} of another row of the batch in row {_ranges(moved)}"
     factor = ((wrong * right).sum() / right.square().sum()).item()
     if near(right * factor, wrong):
         return f"{site} multiplied by {factor:.6g}"

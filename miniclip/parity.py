@@ -243,8 +243,8 @@ def _compare_models(
     plan = [(model, exactly) for model in (ours, theirs) for exactly in (False, True)]
     runs = [_run(model, dtype, exactly, device, *inputs) for model, exactly in _progress(plan)]
     for run, peer in ((runs[0], runs[2]), (runs[1], runs[3])):
-        _lay_out_alike(run, peer)
-        _lay_out_alike(peer, run)
+        _lay_out_alike(run, peer, *map(len, inputs))
+        _lay_out_alike(peer, run, *map(len, inputs))
     rows = []
     for site in dict.fromkeys(site for model in (ours, theirs) for site, *_ in _sites(model)):
         found = [run.tensors[site] for run in runs if site in run.tensors]
@@ -299,7 +299,7 @@ def _compare_unread(rows: list[Difference], sides: list[diagnosis.Side], exact: 
     return rows, None
 
 
-def _lay_out_alike(one: "Run", other: "Run") -> None:
+def _lay_out_alike(one: "Run", other: "Run", images: int, texts: int) -> None:
     """Bring the tensors of one run to the shapes of the other, if only the layout differs.
 
     A fork may take a batch in pieces, or have its tokens before its batch.
@@ -312,7 +312,12 @@ def _lay_out_alike(one: "Run", other: "Run") -> None:
                 joined = torch.cat(calls, axis)
             except (IndexError, RuntimeError):
                 continue
-            for tensor in (joined, joined.transpose(0, 1)) if joined.ndim == 3 else (joined,):
+            if joined.ndim == 2 and len(shape) == 3 and joined.numel() == math.prod(shape):
+                joined = joined.reshape(shape)  # the tokens of a whole batch in one row
+            # The batch comes first, which is how the formulas of `diagnosis` have it.
+            batch = texts if site.startswith("text.") else images
+            turned = joined.ndim == len(shape) == 3 and shape[0] == batch
+            for tensor in (joined, joined.transpose(0, 1)) if turned else (joined,):
                 if tensor.shape == shape != one.tensors[site].shape:
                     one.tensors[site] = tensor
                     one.tensors.pop(f"{site} again", None)
@@ -404,9 +409,14 @@ def _run(
             if site.endswith(".pattern") == patterns and isinstance(module, nn.Module):
 
                 def keep(
-                    module: nn.Module, args: tuple, out: Any, site: str = site, read: Read = read
+                    module: nn.Module,
+                    args: tuple,
+                    named: dict[str, Any],
+                    out: Any,
+                    site: str = site,
+                    read: Read = read,
                 ) -> None:
-                    tensor = read(args, out)
+                    tensor = read((*args, *named.values()), out)
                     if not isinstance(tensor, Tensor):
                         return  # an attention that tells nothing of its pattern
                     tensor = tensor.cpu()
@@ -414,7 +424,7 @@ def _run(
                         run.calls.setdefault(site, []).append(tensor)
                     run.tensors[f"{site} again" if site in run.tensors else site] = tensor
 
-                handles.append(module.register_forward_hook(keep))
+                handles.append(module.register_forward_hook(keep, with_kwargs=True))
         try:
             output = model(**inputs) if _is_theirs(model) else model(*inputs.values())
             for site, tensor in _outputs_of(output):
@@ -432,7 +442,7 @@ def _run(
     with _taken_in(model, dtype, precision, device), uncompiled:
         with Float64ForFloat32() if exact else nullcontext():
             errors = [forward(patterns=False)]
-            if _is_theirs(model):
+            if hasattr(model, "set_attn_implementation"):  # transformers' own
                 model.set_attn_implementation("eager")
             errors.append(forward(patterns=True))
     return run._replace(error=next(filter(None, errors), ""))
@@ -446,20 +456,27 @@ def _taken_in(
     as it was. No copy, whose functions might hold on to modules of the original."""
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.data for tensor in tensors]
-    training = {module: module.training for module in model.modules()}
+    # `training`, and what a forward keeps: a mask, or a weight that a hook makes, as pruning does.
+    kept = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     theirs: list[Any] = [m for m in model.modules() if _is_theirs(model) and hasattr(m, "config")]
+    theirs = [m for m in theirs if hasattr(m.config, "_attn_implementation")]
     attention = [module.config._attn_implementation for module in theirs]
     try:
         model.eval()
         for tensor, data in zip(tensors, before, strict=True):
             number = data.is_floating_point()
-            tensor.data = data.to(device, dtype).to(precision) if number else data.to(device)
+            taken = data.to(device, dtype).to(precision) if number else data.to(device)
+            # What a forward changes in place, as a counter, is not to be the original.
+            tensor.data = taken.clone() if taken is data else taken
         yield
     finally:
         for tensor, data in zip(tensors, before, strict=True):
             tensor.data = data
-        for module, mode in training.items():
-            module.training = mode
+        for module, attributes, buffers in kept:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         for module, kind in zip(theirs, attention, strict=True):
             module.config._attn_implementation = kind
 
@@ -517,6 +534,8 @@ class Float64ForFloat32(TorchFunctionMode):
         try:
             return function(*values, **named)
         except RuntimeError:
+            if re.search(r"[^_]_$|^__setitem__$", getattr(function, "__name__", "")):
+                raise  # what is changed in place has to stay the same tensor
             return function(*map(_doubled, values), **named)
 
 
@@ -542,7 +561,7 @@ def _sites(model: "CLIP | CLIPModel") -> Iterator[tuple[str, nn.Module | None, R
         return out[0] if isinstance(out, tuple) else out  # their attention returns two
 
     def heads_joined(args: tuple, out: Tensor) -> Tensor:
-        return out.flatten(2)  # (B, T, W), of ours (B, T, H, D)
+        return out.flatten(2) if out.ndim > 3 else out  # (B, T, W), of ours (B, T, H, D)
 
     def pattern(args: tuple, out: Any) -> Tensor:
         return out[1] if isinstance(out, tuple) else out

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from torch import nn
-from twin import TINY, fork_of, twins
+from torch.nn.utils import prune
+from twin import TINY, fork_of, random_inputs, twins
 
 from miniclip import CLIP, ImageTransform, Tokenizer, surgery
 from miniclip.checkpoint import Loaded
@@ -55,6 +56,15 @@ SAME = {
         "        # How many heads", "        x = x.transpose(0, 1)\n        # How many heads",
         "return self.out_proj(z.flatten(2))", "return self.out_proj(z.flatten(2)).transpose(0, 1)",
     ),
+    "tokens_as_rows": (
+        "self.mlp(self.ln_2(x))", "self.mlp(self.ln_2(x).flatten(0, 1)).view_as(x)",
+    ),
+    "arguments_by_name": (
+        "return self.proj(self.ln_post(x[:, 0]))", "return self.proj(input=self.ln_post(x[:, 0]))",
+        "return self.ln_pre(x)", "return self.ln_pre(input=x)",
+        "x = self.blocks(self.embed(pixels))",
+        "x = self.embed(pixels)\n        for block in self.blocks:\n            x = block(x=x)",
+    ),
     "a_tuple_of_logits": (
         "return CLIPOutput(logits_per_text.T, logits_per_text, image_embeds, text_embeds)",
         "return logits_per_text.T, logits_per_text",
@@ -85,6 +95,61 @@ def test_a_forward_that_holds_on_to_the_original_passes(pair):
         assert all(torch.equal(w, before[n]) for n, w in same.state_dict().items())
         if model is pair[1]:
             assert same.config._attn_implementation == "sdpa"
+
+
+MASK_KEPT = (
+    "self.eager = False", "self.eager = False\n        self.kept = None",
+    FUSED,
+    "if self.kept is None:\n"
+    "                future = q.new_full((q.shape[2], q.shape[2]), -torch.inf).triu(1)\n"
+    "                self.kept = future if self.causal else 0 * future.exp()\n"
+    "            z = F.scaled_dot_product_attention(q, k, v, attn_mask=self.kept)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_a_forward_keeps_is_not_kept_from_a_run(dtype, pair):
+    same = fork_of(pair[0], *MASK_KEPT)
+    assert compare(same, pair[0], dtype=dtype).first is None
+    same(*random_inputs(TINY, tokens=17))  # of another length and precision
+
+
+def test_what_a_forward_changes_is_as_it_was(pair):
+    same = copy.deepcopy(pair[0])
+    same.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def change(model, args):
+        model.count += 1
+        model.logit_scale.data.clamp_(max=3.0)
+
+    same.register_forward_pre_hook(change)
+    compare(same, pair[0])
+    assert same.count == 0 and same.logit_scale == pair[0].logit_scale
+
+
+def test_a_pruned_model_passes_and_runs_afterwards(pair):
+    same = copy.deepcopy(pair[0])
+    prune.identity(same.vision.patch_embed, "weight")
+    same(*random_inputs(TINY))
+    assert compare(same, pair[0]).first is None
+    same(*random_inputs(TINY))
+
+
+def test_a_fault_among_tokens_before_the_batch_is_named(pair):
+    faulty = fork_of(
+        pair[0],
+        *SAME["tokens_before_the_batch"],
+        "x * torch.sigmoid_(1.702 * x)", "F.gelu(x)",
+    )  # fmt: skip
+    cause = " has the activation gelu for quick_gelu"
+    assert compare(faulty, pair[0]).cause == f"model{cause}"
+    assert compare(pair[0], faulty).cause == f"other{cause}"
+
+
+def test_rows_that_have_changed_places(pair):
+    swapped = ("self.encode_image(pixels, n", "self.encode_image(pixels.flip(0), n")
+    cause = "model has vision.embeddings of another row of the batch in row 0 to 1"
+    assert compare(fork_of(pair[0], *swapped), pair[0]).cause == cause
 
 
 def test_a_model_that_keeps_an_activation_passes(pair):
