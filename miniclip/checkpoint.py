@@ -234,7 +234,8 @@ def _has_its_hash(blob: Path) -> bool:
 
 
 def _weights_in(directory: Path) -> Path | None:
-    names = [name for name in WEIGHTS if _is_clips(directory) or name.startswith("open_clip")]
+    only = "" if _is_clips(directory) else "open_clip"
+    names = (name for name in WEIGHTS if name.startswith(only))
     return next((directory / name for name in names if (directory / name).is_file()), None)
 
 

@@ -6,6 +6,7 @@ Exit status 0 if all went well, 1 if a check failed, 2 on bad input, which is on
 import argparse
 import ctypes
 import json
+import math
 import os
 import sys
 import warnings
@@ -933,8 +934,6 @@ def parity(args: argparse.Namespace) -> int:
 def rows_dict(report: "Report") -> list[dict[str, Any]]:
     """JSON has no infinity, which is how far apart two tensors of different shape are, and no NaN,
     which is what that is relative to numbers that are not finite."""
-    import math
-
     return [
         {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
