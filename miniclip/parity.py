@@ -429,6 +429,8 @@ def _run(
             output = model(**inputs) if _is_theirs(model) else model(*inputs.values())
             for site, tensor in _outputs_of(output):
                 run.tensors.setdefault(site, tensor.cpu())
+            if "logits" not in run.tensors:
+                raise ValueError(f"it returns a {type(output).__name__} without logits_per_image")
         except Exception as error:  # whatever the code of a fork raises
             return _raises(error)
         finally:
@@ -525,9 +527,8 @@ class Float64ForFloat32(TorchFunctionMode):
             name: torch.float64 if value is torch.float32 else value
             for name, value in (kwargs or {}).items()
         }
-        if any(
-            isinstance(v, Tensor) and v.dtype == torch.float64 for v in (*values, *named.values())
-        ):
+        tensors = [value for value in (*values, *named.values()) if isinstance(value, Tensor)]
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
             # The first may be what a function changes in place.
             values[1:] = map(_doubled, values[1:])
             named = {name: v if name == "out" else _doubled(v) for name, v in named.items()}

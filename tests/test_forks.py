@@ -250,6 +250,14 @@ def test_the_rest_of_the_output_counts(change, site, cause, pair):
     assert (report.first, report.cause) == (site, cause)
 
 
+def test_a_fork_without_logits_does_not_pass(pair):
+    other = ("CLIPOutput(logits_per_text.T, logits_per_text, ", "dict(scores=logits_per_text.T, ")
+    pairs = ("image_embeds, text_embeds)", "image_embeds=image_embeds)")
+    report = compare(fork_of(pair[0], *other, *pairs), pair[0])
+    cause = "model raises ValueError: it returns a dict without logits_per_image"
+    assert (report.first, report.cause) == ("logits", cause)
+
+
 def test_json_has_no_nan(pair):
     faulty = copy.deepcopy(pair[0])
     faulty.text.proj.weight.data[0, 0] = math.nan
