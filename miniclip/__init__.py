@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # else where they are first asked for, below
     from miniclip.checkpoint import Loaded, load, save
-    from miniclip.config import (
-        CheckpointError,
-        CLIPConfig,
-        ContextLengthError,
-        ImageError,
-        TextConfig,
-        VisionConfig,
-    )
+    from miniclip.config import CLIPConfig, TextConfig, VisionConfig
+    from miniclip.errors import CheckpointError, ContextLengthError, ImageError
     from miniclip.model import CLIP, CLIPOutput, TextTower, VisionTower
     from miniclip.sites import cache, hooks
     from miniclip.tokenizer import Tokenizer

@@ -34,16 +34,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from miniclip.checkpoint import Loaded, check_device, save
-from miniclip.config import PRESETS, CLIPConfig
+from miniclip.checkpoint import Loaded, save
+from miniclip.config import CLIPConfig
+from miniclip.files.hub import OPENAI_VOCABULARY
+from miniclip.files.names import OPENAI, TRANSFORMERS, layout_name, pack
+from miniclip.files.weights import check_device
 from miniclip.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
-from miniclip.layouts import OPENAI, TRANSFORMERS, layout_name, pack
 from miniclip.model import CLIP, unit_norm
 from miniclip.parity import random_inputs, randomize
 from miniclip.parts import parts
 from miniclip.peers import Library, import_transformers, libraries
+from miniclip.presets import PRESETS
 from miniclip.retrieval import BLOCK, Encoder, Index, Strings, embed, embed_parts
-from miniclip.tokenizer import OPENAI_VOCABULARY, Tokenizer
+from miniclip.tokenizer import Tokenizer
 from miniclip.training.loss import contrastive_loss
 from miniclip.transform import ImageTransform, resize_short_side
 from miniclip.zeroshot import class_embeddings, read_ahead

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniclip import __version__
-from miniclip.config import ImageError
+from miniclip.errors import ImageError
 
 if TYPE_CHECKING:
-    from miniclip.checkpoint import Mapped
+    from miniclip.convert import Mapped
     from miniclip.parity import Report
     from miniclip.retrieval import Throughput
     from miniclip.zeroshot import Evaluation, Score
@@ -623,8 +623,8 @@ def evaluation_table(result: "Evaluation", most: int = 50) -> str:
 def explain(args: argparse.Namespace) -> int:
     """`miniclip explain`: where texts are seen in an image."""
     from miniclip.checkpoint import load
+    from miniclip.files.pictures import open_image
     from miniclip.lens import METHODS, seen, text_maps
-    from miniclip.transform import open_image
 
     if args.score:
         return explanation_score(args)
@@ -857,10 +857,10 @@ def demo(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """`miniclip info`: the parts of a model, their parameters and multiply-adds."""
-    from miniclip.checkpoint import load_config
+    from miniclip.config import CLIPConfig
     from miniclip.parts import parts
 
-    config = load_config(args.model, revision=args.revision)
+    config = CLIPConfig.from_pretrained(args.model, revision=args.revision)
     rows = parts(config)
     if args.json:
         print_json({"config": config.to_dict(), "parts": [row._asdict() for row in rows]})
@@ -993,7 +993,7 @@ def bench(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """`miniclip convert`: a checkpoint in another layout."""
-    from miniclip.checkpoint import convert
+    from miniclip.convert import convert
 
     done = convert(
         args.source,

@@ -21,9 +21,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from miniclip.checkpoint import Loaded
+from miniclip.files.pictures import Picture
 from miniclip.model import CLIP, TextTower, VisionTower
 from miniclip.sites import cache, hooks
-from miniclip.transform import ImageTransform, Picture
+from miniclip.transform import ImageTransform
 
 Tower = VisionTower | TextTower
 
@@ -37,8 +38,8 @@ def tower_for(model: CLIP | Tower, x: Tensor) -> Tower:
 
 def read_positions(tower: Tower, x: Tensor) -> Tensor:
     """Where the token that is read stands in each row of the batch, (B,)."""
-    if end_positions := getattr(tower, "end_positions", None):
-        return end_positions(x)
+    if eos_positions := getattr(tower, "eos_positions", None):
+        return eos_positions(x)
     return torch.zeros(len(x), dtype=torch.long, device=x.device)
 
 

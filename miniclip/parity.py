@@ -21,17 +21,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from miniclip import diagnosis
-from miniclip.checkpoint import Loaded, check_device, has_files, load_model, meta_device, resolve
-from miniclip.config import (
-    LEGACY_EOS,
-    PRESETS,
-    CheckpointError,
-    CLIPConfig,
-    beyond_transformers,
-)
-from miniclip.layouts import TRANSFORMERS, layout_name
+from miniclip.checkpoint import Loaded
+from miniclip.config import LEGACY_EOS, CLIPConfig
+from miniclip.errors import CheckpointError
+from miniclip.files.configs import beyond_transformers
+from miniclip.files.hub import has_files, resolve
+from miniclip.files.names import TRANSFORMERS, layout_name
+from miniclip.files.weights import check_device, meta_device
 from miniclip.model import CLIP
 from miniclip.peers import import_transformers
+from miniclip.presets import PRESETS
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
 
@@ -659,10 +658,10 @@ def load_pair(
 
 
 def _load(name: str | os.PathLike[str], options: dict[str, Any]) -> Loaded:
-    model = load_model(name, **options)
+    model = CLIP.from_pretrained(name, **options)
     kinds: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
     parts: list[Any] = [
-        _load_part(kind, name, options) if has_files(part, name, options) else None
+        _load_part(kind, name, options) if has_files(part, name, **options) else None
         for part, kind in kinds.items()
     ]
     return Loaded(model, *parts)
@@ -745,7 +744,7 @@ def transformers_twin(model: CLIP) -> "CLIPModel":
 
 
 def _check_expressible(config: CLIPConfig) -> None:
-    if odd := beyond_transformers(config.vision) + beyond_transformers(config.text):
+    if odd := beyond_transformers(vars(config.vision)) + beyond_transformers(vars(config.text)):
         raise ValueError(f"transformers' CLIP cannot express {', '.join(odd)}: nothing to compare")
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from miniclip.checkpoint import meta_device
 from miniclip.config import LEGACY_EOS, CLIPConfig
+from miniclip.files.weights import meta_device
 from miniclip.model import CLIP, TextTower, VisionTower
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from miniclip.checkpoint import load, load_model
+from miniclip.checkpoint import load
 from miniclip.config import LEGACY_EOS
-from miniclip.layouts import OPENAI, config_to_open_clip, pack
+from miniclip.files.hub import OPENAI_VOCABULARY
+from miniclip.files.names import OPENAI, pack
+from miniclip.files.open_clip import to_open_clip
 from miniclip.model import CLIP
-from miniclip.tokenizer import OPENAI_VOCABULARY
 
 
 class Library(NamedTuple):
@@ -85,10 +86,10 @@ def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
     """open_clip's. Raises ImportError where it is not installed."""
     import open_clip
 
-    ours = load_model(directory)
+    ours = CLIP.from_pretrained(directory)
     # It reads a text at its largest id, and the end token's is the largest in this vocabulary.
     text = replace(ours.config.text, eos_token_id=LEGACY_EOS)
-    model = open_clip.CLIP(**config_to_open_clip(replace(ours.config, text=text)))
+    model = open_clip.CLIP(**to_open_clip(asdict(replace(ours.config, text=text))))
     tokenizer = open_clip.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))
     preprocess = open_clip.image_transform(ours.config.vision.image_size, is_train=False)
     model = with_weights(model, ours).to(device, dtype)
@@ -101,7 +102,7 @@ def use_openai(directory: Path, device: str, dtype: torch.dtype) -> Library:
         warnings.simplefilter("ignore")  # it imports pkg_resources, which warns that it will go
         from clip import clip, model, simple_tokenizer
 
-    ours = load_model(directory)
+    ours = CLIP.from_pretrained(directory)
     vision, text = ours.config.vision, ours.config.text
     theirs = model.CLIP(
         ours.config.embed_dim,

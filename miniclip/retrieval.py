@@ -50,10 +50,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from miniclip.checkpoint import Loaded, embedded_names, load, resolve
-from miniclip.config import ImageError, read_json, replacing, write_json
+from miniclip.checkpoint import Loaded, load
+from miniclip.errors import ImageError
+from miniclip.files.hub import embedded_names, resolve
+from miniclip.files.pictures import open_image
+from miniclip.files.reading import read_json
+from miniclip.files.writing import replacing, write_json
 from miniclip.model import CLIP, unit_norm
-from miniclip.transform import ImageTransform, open_image, to_rgb
+from miniclip.transform import ImageTransform, to_rgb
 from miniclip.zeroshot import read_ahead
 
 PART = 512

@@ -18,9 +18,10 @@ from PIL import Image, ImageOps
 
 from miniclip import lens
 from miniclip.checkpoint import Loaded
-from miniclip.config import ImageError, per_layer
 from miniclip.demo import LABELS, PHOTOGRAPHS, photographs
-from miniclip.transform import open_image, to_rgb
+from miniclip.errors import ImageError
+from miniclip.files.pictures import open_image
+from miniclip.transform import to_rgb
 from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier, find_templates
 
 try:
@@ -148,7 +149,7 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
 
 def describe(loaded: Loaded) -> dict[str, Any]:
     """What the page has to know of a model: pixels along a side, heads of each layer."""
-    heads = per_layer(loaded.model.config.vision, "heads")
+    heads = loaded.model.config.vision.per_layer("heads")
     return {"size": loaded.transform.crop_size, "heads": heads}
 
 

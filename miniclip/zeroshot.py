@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from miniclip.config import ImageError
+from miniclip.errors import ImageError
 from miniclip.imagenet import (
     CIFAR_TEMPLATES,
     IMAGENET_CLASSES,
@@ -119,7 +119,7 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tens
     """
     places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     ids = tokenizer(list(places))
-    lengths = model.text.end_positions(ids) + 1  # no text is read beyond its end token
+    lengths = model.text.eos_positions(ids) + 1  # no text is read beyond its end token
     embeds = model.logit_scale.new_empty(len(ids), model.config.embed_dim)
     # Enough batches to sort texts into, each large enough to be worth the reading of the weights.
     at_once = min(256, max(32, len(ids) // 16))

@@ -15,7 +15,7 @@ import torch
 from miniclip import CLIPConfig, TextConfig, VisionConfig, bench
 from miniclip.bench import Case, Contender, Row, Setting, alternate, distance, measure, table, timed
 from miniclip.cli import main
-from miniclip.config import PRESETS
+from miniclip.presets import PRESETS
 
 SHAPE = CLIPConfig(
     vision=VisionConfig(width=64, layers=2, heads=1, mlp_width=96, image_size=40, patch_size=8),

@@ -14,7 +14,8 @@ from transformers import CLIPModel
 from twin import TINY, randomize, twins
 
 from miniclip import CLIP, CheckpointError, Tokenizer, load, save
-from miniclip.checkpoint import embedded_names, load_model, resolve
+from miniclip.files.hub import embedded_names, resolve
+from miniclip.model import CLIP
 from miniclip.transform import ImageTransform
 
 
@@ -114,7 +115,7 @@ def test_official_file_has_the_official_size(official):
 
 
 def test_official_file_gives_the_logits_of_transformers(official):
-    model = load_model(official)
+    model = CLIP.from_pretrained(official)
     peer = CLIPModel.from_pretrained(official, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(2, 3, 224, 224, generator=generator)
@@ -149,12 +150,12 @@ def test_loading_takes_the_memory_of_the_file_in_the_dtype_asked_for(
     # Not by getrusage, whose peak a process inherits from the one that started it.
     script = f"""
 import torch
-from miniclip.checkpoint import load_model
+from miniclip.model import CLIP
 def peak():
     (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 before = peak()
-model = load_model({str(directory)!r}, dtype=torch.{dtype})
+model = CLIP.from_pretrained({str(directory)!r}, dtype=torch.{dtype})
 total = sum(parameter.sum() for parameter in model.parameters())
 print(peak() - before)
 """
@@ -173,18 +174,18 @@ def test_transformers_loads_what_we_save(model, saved, inputs):
 def test_we_load_what_transformers_saves(tmp_path, inputs):
     model, peer = twins(TINY)
     peer.save_pretrained(tmp_path)
-    assert_same_logits(load_model(tmp_path), peer, *inputs)
+    assert_same_logits(CLIP.from_pretrained(tmp_path), peer, *inputs)
 
 
 def test_we_load_the_shards_that_transformers_saves(tmp_path, inputs):
     model, peer = twins(TINY)
     peer.save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    assert_same_logits(load_model(tmp_path), peer, *inputs)
+    assert_same_logits(CLIP.from_pretrained(tmp_path), peer, *inputs)
 
 
 def test_load_save_load_is_bit_exact(model, saved, tmp_path):
-    again = load_model(saved)
+    again = CLIP.from_pretrained(saved)
     again.save_pretrained(tmp_path / "again")
     assert_same_weights(model, again)
     for name in ("model.safetensors", "config.json"):
@@ -192,18 +193,18 @@ def test_load_save_load_is_bit_exact(model, saved, tmp_path):
 
 
 def test_a_checkpoint_can_be_saved_over_the_file_it_is_mapped_from(model, saved):
-    loaded = load_model(saved)
+    loaded = CLIP.from_pretrained(saved)
     loaded.save_pretrained(saved)
     assert_same_weights(loaded, model)
-    assert_same_weights(load_model(saved), model)
+    assert_same_weights(CLIP.from_pretrained(saved), model)
 
 
 def test_changing_a_loaded_model_leaves_the_file_alone(model, saved):
-    loaded = load_model(saved)
+    loaded = CLIP.from_pretrained(saved)
     with torch.no_grad():
         for parameter in loaded.parameters():
             parameter.add_(1)
-    assert_same_weights(load_model(saved), model)
+    assert_same_weights(CLIP.from_pretrained(saved), model)
 
 
 def test_a_single_file_is_loaded_with_the_config_beside_it(model, saved):
@@ -215,12 +216,12 @@ def test_pytorch_model_bin_is_read_without_running_pickles(model, saved, zipped)
     tensors = load_file(saved / "model.safetensors")
     (saved / "model.safetensors").unlink()
     torch.save(tensors, saved / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    assert_same_weights(load_model(saved), model)
+    assert_same_weights(CLIP.from_pretrained(saved), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtype_is_the_one_asked_for(model, saved, dtype):
-    loaded = load_model(saved, dtype=dtype)
+    loaded = CLIP.from_pretrained(saved, dtype=dtype)
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     assert_same_weights(loaded, twins(TINY)[0].to(dtype))
 
@@ -228,10 +229,10 @@ def test_dtype_is_the_one_asked_for(model, saved, dtype):
 def test_position_ids_are_checked_and_dropped(model, saved):
     name = "text_model.embeddings.position_ids"
     rewrite(saved, lambda tensors: tensors.update({name: torch.arange(20)[None]}))
-    assert_same_weights(load_model(saved), model)
+    assert_same_weights(CLIP.from_pretrained(saved), model)
     rewrite(saved, lambda tensors: tensors.update({name: torch.arange(20).flip(0)[None]}))
     with pytest.raises(CheckpointError, match="position_ids is not 0, 1, 2"):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 @pytest.mark.parametrize(
@@ -245,9 +246,9 @@ def test_position_ids_are_checked_and_dropped(model, saved):
 def test_position_ids_of_other_types_and_of_no_tower(model, saved, name, ids, complaint):
     rewrite(saved, lambda tensors: tensors.update({name: ids}))
     if complaint is None:
-        return assert_same_weights(load_model(saved), model)
+        return assert_same_weights(CLIP.from_pretrained(saved), model)
     with pytest.raises(CheckpointError, match=complaint):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 def test_save_writes_everything_that_load_and_transformers_need(model, tmp_path):
@@ -277,13 +278,13 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(model, saved, monkeypatch
     def power_cut(*args, **kwargs):
         raise KeyboardInterrupt
 
-    changed = load_model(saved)
+    changed = CLIP.from_pretrained(saved)
     torch.nn.init.zeros_(changed.vision.class_embed)
     monkeypatch.setattr("os.replace", power_cut)
     with pytest.raises(KeyboardInterrupt):
         changed.save_pretrained(saved)
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
-    assert_same_weights(load_model(saved), model)
+    assert_same_weights(CLIP.from_pretrained(saved), model)
 
 
 def no_block(model):
@@ -305,7 +306,7 @@ def something_more(model):
 
 @pytest.mark.parametrize("change", [no_block, no_projection, pruned_head, something_more])
 def test_a_model_that_its_config_does_not_describe_is_not_saved(saved, change):
-    changed, before = load_model(saved), (saved / "model.safetensors").read_bytes()
+    changed, before = CLIP.from_pretrained(saved), (saved / "model.safetensors").read_bytes()
     change(changed)
     with pytest.raises(CheckpointError, match="nothing could load it: .* tensors are missing"):
         changed.save_pretrained(saved)
@@ -322,7 +323,7 @@ def without_data(model):
 
 @pytest.mark.parametrize("change", [tied, without_data])
 def test_tensors_that_cannot_be_written_are_a_checkpoint_error(saved, change):
-    changed = load_model(saved)
+    changed = CLIP.from_pretrained(saved)
     change(changed)
     with pytest.raises(CheckpointError, match="cannot save here: .+"):
         changed.save_pretrained(saved)
@@ -348,7 +349,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved):
 
     rewrite(saved, damage)
     with pytest.raises(CheckpointError) as caught:
-        load_model(saved)
+        CLIP.from_pretrained(saved)
     message = str(caught.value)
     wide, high = TINY.vision.width, TINY.embed_dim
     assert "3 tensors do not fit" in message.splitlines()[0]
@@ -376,7 +377,7 @@ def without_last_layer(tensors):
 def test_tensors_that_are_no_weights_of_this_model(saved, change, message):
     rewrite(saved, change)
     with pytest.raises(CheckpointError, match=message):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, 5000, -1])
@@ -384,13 +385,13 @@ def test_a_truncated_file_is_an_error(saved, keep):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="model.safetensors"):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 def test_garbage_is_an_error(saved):
     (saved / "model.safetensors").write_bytes(b"not a tensor in sight" * 100)
     with pytest.raises(CheckpointError, match="model.safetensors"):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
@@ -401,7 +402,7 @@ def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
     (saved / "model.safetensors").unlink()
     torch.save({"logit_scale": Harmful()}, saved / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pytorch_model.bin: .* pickled code is never run"):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
     assert not (tmp_path / "proof").exists()
 
 
@@ -421,7 +422,7 @@ def test_a_pickle_of_something_else_is_an_error(saved, value):
     torch.save(value, saved / "pytorch_model.bin")
     found = "expected a dictionary of tensors and nothing else|it names torch._utils"
     with pytest.raises(CheckpointError, match=found):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 @pytest.mark.parametrize(
@@ -437,13 +438,13 @@ def test_a_pickle_of_something_else_is_an_error(saved, value):
 def test_a_config_that_describes_no_clip(saved, text, message):
     (saved / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 def test_a_config_of_another_size(saved):
     rewrite_config(saved, projection_dim=TINY.embed_dim + 1)
     with pytest.raises(CheckpointError, match="2 tensors do not fit"):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 @pytest.mark.parametrize(
@@ -459,17 +460,17 @@ def test_a_config_of_an_impossible_size(saved, changes):
         changes = changes | {section: config[section] | changes.get(section, {})}
     rewrite_config(saved, **changes)
     with pytest.raises(CheckpointError, match="config.json: no model can be so large"):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 def test_missing_files_are_named(saved):
     (saved / "config.json").rename(saved / "other.json")
     with pytest.raises(CheckpointError, match="config.json: .*No such file"):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
     (saved / "other.json").rename(saved / "config.json")
     (saved / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights; expected model.safetensors or"):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 @pytest.mark.parametrize(
@@ -487,7 +488,7 @@ def test_a_shard_index_reaches_no_other_folder(saved, shard):
     index = {"weight_map": {"logit_scale": shard}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="not a weights file beside it"):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 def test_a_tensor_in_two_shards_is_an_error(saved):
@@ -496,13 +497,13 @@ def test_a_tensor_in_two_shards_is_an_error(saved):
     index = {"weight_map": {"logit_scale": "a.safetensors", "visual_projection": "b.safetensors"}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="b.safetensors: .* another shard again: logit_scale"):
-        load_model(saved)
+        CLIP.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "float16", None])
 def test_a_dtype_that_is_none_for_weights(saved, dtype):
     with pytest.raises(ValueError, match="dtype is .*; expected one of floating point"):
-        load_model(saved, dtype=dtype)
+        CLIP.from_pretrained(saved, dtype=dtype)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(model, tmp_path):
@@ -570,4 +571,4 @@ def test_embedded_checkpoints_give_the_logits_of_transformers(name):
     assert pixels.shape == (4, 3, size, size)
     assert_same_logits(model, peer, pixels, tokenizer(["a cat", "a photo of a dog"]))
     randomize(model)  # and the weights are the model's own: changing them changes no file
-    assert not torch.equal(load_model(name).vision.class_embed, model.vision.class_embed)
+    assert not torch.equal(CLIP.from_pretrained(name).vision.class_embed, model.vision.class_embed)

@@ -34,9 +34,10 @@ from miniclip import (
     Tokenizer,
     VisionConfig,
 )
-from miniclip.checkpoint import load_model, read_tensors
+from miniclip.files.pickles import LARGEST
+from miniclip.files.weights import read_tensors
+from miniclip.model import CLIP
 from miniclip.parity import randomize
-from miniclip.pickles import LARGEST
 
 CONFIG = CLIPConfig(
     VisionConfig(width=8, layers=1, heads=2, mlp_width=12, image_size=16, patch_size=8),
@@ -155,7 +156,7 @@ def their_names(files, tmp_path_factory):
     for name, data in files.items():
         (directory / name).write_bytes(data)
     theirs = load_file(directory / "model.safetensors")
-    ours = load_model(directory).state_dict()
+    ours = CLIP.from_pretrained(directory).state_dict()
     names = {o: [t for t in theirs if torch.equal(theirs[t], ours[o])] for o in ours}
     assert all(len(same) == 1 for same in names.values()) and len(names) == len(theirs)
     return {ours: same[0] for ours, same in names.items()}
@@ -314,7 +315,7 @@ def test_safetensors_that_lie(referee, files, their_names):
         return model.config == CONFIG and as_safetensors_says(model, data, their_names)
 
     changes = [(label, {"model.safetensors": data}) for label, data in cases]
-    errors, loads = referee.judge(changes, load_model, is_as_stated)
+    errors, loads = referee.judge(changes, CLIP.from_pretrained, is_as_stated)
     assert errors > 2000 and loads > 50
 
 
@@ -326,7 +327,7 @@ def test_weights_that_are_not_finite_are_named_and_loaded_as_they_are(files, tmp
     changed["visual_projection.weight"][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     save_file(changed, tmp_path / "model.safetensors")
     with pytest.warns(UserWarning, match="NaN or infinity in 1 tensors: vision.proj.weight"):
-        model = load_model(tmp_path)
+        model = CLIP.from_pretrained(tmp_path)
     assert torch.equal(model.vision.proj.weight.nan_to_num(7e7)[0, :1], torch.tensor([7e7]))
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     assert bad == ["vision.proj.weight"]
@@ -469,7 +470,7 @@ def test_pickles_that_lie(referee, files, their_names, tmp_path):
 
     gone = {"model.safetensors": None}
     changes = [(label, gone | {"pytorch_model.bin": data}) for label, data in cases]
-    errors, loads = referee.judge(changes, load_model, is_as_stated)
+    errors, loads = referee.judge(changes, CLIP.from_pretrained, is_as_stated)
     assert errors > 500 and loads > 20
     assert not proof.exists()
 
@@ -720,7 +721,7 @@ def test_an_index_of_shards_that_lies(referee, files, their_names):
         return as_safetensors_says(model, data, their_names)
 
     changes = [(label, fixed | {name: text}) for label, text in cases]
-    errors, loads = referee.judge(changes, load_model, is_as_stated)
+    errors, loads = referee.judge(changes, CLIP.from_pretrained, is_as_stated)
     assert errors > 150 and loads > 1
 
 
@@ -774,7 +775,7 @@ def test_a_config_that_lies(referee, files, their_names):
         return as_safetensors_says(model, files["model.safetensors"], their_names)
 
     changes = [(label, {"config.json": text}) for label, text in texts]
-    errors, loads = referee.judge(changes, load_model, is_as_stated)
+    errors, loads = referee.judge(changes, CLIP.from_pretrained, is_as_stated)
     assert errors > 600 and loads > 50
 
 
@@ -909,7 +910,7 @@ def tokenizer_cases(files):
     for cut in range(0, len(simple), 9):
         yield (
             f"the archive cut at {cut}",
-            gone | {miniclip.tokenizer.OPENAI_VOCABULARY: simple[:cut]},
+            gone | {miniclip.files.hub.OPENAI_VOCABULARY: simple[:cut]},
         )
 
 

@@ -20,8 +20,8 @@ from transformers import CLIPModel
 from twin import TINY, twins
 
 import miniclip
-from miniclip import CLIP, CheckpointError, ImageTransform, Tokenizer, checkpoint
-from miniclip.checkpoint import HUB_FILES, load_config, load_model
+from miniclip import CLIP, CheckpointError, CLIPConfig, ImageTransform, Tokenizer, checkpoint
+from miniclip.files.hub import HUB_FILES
 
 NAME = "made-up/clip"
 WEIGHTS = "GET /stored/.*model.*safetensors"
@@ -114,42 +114,44 @@ def test_a_second_load_asks_for_no_file_again(hub, model):
 
 def test_local_files_only_makes_no_request(hub, model):
     with pytest.raises(CheckpointError, match="LocalEntryNotFoundError.*disabled"):
-        load_model(NAME, local_files_only=True)
+        CLIP.from_pretrained(NAME, local_files_only=True)
     assert not hub.requests
-    load_model(NAME)
+    CLIP.from_pretrained(NAME)
     hub.requests.clear()
-    assert_same_weights(load_model(NAME, local_files_only=True), model)
+    assert_same_weights(CLIP.from_pretrained(NAME, local_files_only=True), model)
     with pytest.raises(CheckpointError, match="incomplete: 4 file"):
         Tokenizer.from_pretrained(NAME, local_files_only=True)
     assert not hub.requests
 
 
 def test_a_hub_that_is_gone_leaves_what_was_downloaded(hub, model):
-    load_model(NAME)
+    CLIP.from_pretrained(NAME)
     hub.faults = [Fault("", status=503)]
-    assert_same_weights(load_model(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 def test_a_revision_is_a_branch_or_a_commit(hub, model, other, tmp_path):
     pinned = commit(hub.repositories[NAME]["main"])
     hub.repositories[NAME]["tuned"] = hub.repositories[NAME]["main"] | other_files(other, tmp_path)
-    assert_same_weights(load_model(NAME), model)
-    assert_same_weights(load_model(NAME, revision="tuned"), other)
-    assert_same_weights(load_model(NAME, revision=pinned), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME, revision="tuned"), other)
+    assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)
     hub.repositories[NAME]["old"] = hub.repositories[NAME]["main"]
     hub.repositories[NAME]["main"] = hub.repositories[NAME]["tuned"]
-    assert_same_weights(load_model(NAME), other)  # a branch moves
+    assert_same_weights(CLIP.from_pretrained(NAME), other)  # a branch moves
     hub.requests.clear()
-    assert_same_weights(load_model(NAME, revision=pinned), model)  # a commit does not
+    assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)  # a commit does not
     assert not hub.requests
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
-    assert_same_weights(load_model(NAME, revision=pinned), model)
+    assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)
 
 
 def test_cache_dir_is_where_the_files_go(hub, model, tmp_path):
-    assert_same_weights(load_model(NAME, cache_dir=tmp_path / "mine"), model)
+    assert_same_weights(CLIP.from_pretrained(NAME, cache_dir=tmp_path / "mine"), model)
     assert not Path(huggingface_hub.constants.HF_HUB_CACHE).exists()
-    assert_same_weights(load_model(NAME, cache_dir=tmp_path / "mine", local_files_only=True), model)
+    assert_same_weights(
+        CLIP.from_pretrained(NAME, cache_dir=tmp_path / "mine", local_files_only=True), model
+    )
 
 
 def test_a_repository_of_pickles_alone(hub, model, tmp_path):
@@ -157,14 +159,14 @@ def test_a_repository_of_pickles_alone(hub, model, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(files.pop("model.safetensors"))
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     files["pytorch_model.bin"] = (tmp_path / "pytorch_model.bin").read_bytes()
-    assert_same_weights(load_model(NAME), model)
-    assert_same_weights(load_model(NAME, local_files_only=True), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME, local_files_only=True), model)
 
 
 def test_only_one_form_of_the_weights_is_downloaded(hub, model):
     for name in ("pytorch_model.bin", "flax_model.msgpack", "onnx/model.safetensors"):
         hub.repositories[NAME]["main"][name] = b"not read"
-    assert_same_weights(load_model(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
     assert len(asked(hub, "HEAD ")) == 2
 
 
@@ -178,7 +180,7 @@ def test_a_repository_of_timms(hub, model, tmp_path):
     for name in ("timm/clip", folder):
         loaded, *_ = miniclip.load(name)
         assert_same_weights(loaded, model)
-        assert load_config(name) == loaded.config
+        assert CLIPConfig.from_pretrained(name) == loaded.config
     (folder / "open_clip_config.json").unlink()
     with pytest.raises(CheckpointError, match="two towers: no sections"):
         miniclip.load(folder)
@@ -189,13 +191,13 @@ def test_sharded_weights(hub, tmp_path):
     peer.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     hub.repositories[NAME]["main"] = contents(tmp_path)
-    assert_same_weights(load_model(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 def test_a_repository_without_weights(hub):
     del hub.repositories[NAME]["main"]["model.safetensors"]
     with pytest.raises(CheckpointError, match="no weights; expected model.safetensors or"):
-        load_model(NAME)
+        CLIP.from_pretrained(NAME)
 
 
 # --------------------------------------------------------------------------------- what goes wrong
@@ -234,47 +236,47 @@ def test_a_refusal_is_one_clear_error_and_the_next_load_is_well(hub, model, faul
         read(NAME)
     assert "\n" not in str(it.value)
     hub.faults = []
-    assert_same_weights(load_model(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 @pytest.mark.parametrize("name", ["made-up/another", "made-up/clip--clip", "a/b.git"])
 def test_a_repository_that_is_none(hub, name):
     with pytest.raises(CheckpointError, match=f"{name} is no directory here"):
-        load_model(name)
+        CLIP.from_pretrained(name)
 
 
 @pytest.mark.parametrize("revision", ["never", "0" * 40, "", "../../main", "a b", "\0"])
 def test_a_revision_that_is_none(hub, revision):
     with pytest.raises(CheckpointError, match="cannot be had from the hub"):
-        load_model(NAME, revision=revision)
+        CLIP.from_pretrained(NAME, revision=revision)
 
 
 def test_the_message_of_a_missing_revision_names_it(hub):
     with pytest.raises(CheckpointError, match="RevisionNotFoundError.*Revision Not Found.*never"):
-        load_model(NAME, revision="never")
+        CLIP.from_pretrained(NAME, revision="never")
 
 
 @pytest.mark.parametrize("where", ["/tree/", "HEAD .*/resolve/.*safetensors"])
 def test_what_fails_once_is_asked_for_again(hub, model, where):
     hub.faults = [Fault(where, times=1, status=500)]
-    assert_same_weights(load_model(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 10_000])
 def test_a_connection_that_is_cut_is_resumed(hub, model, keep):
     hub.faults = [Fault(WEIGHTS, times=1, keep=keep)]
-    assert_same_weights(load_model(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
     assert len(asked(hub, "/stored/")) == 2
 
 
 def test_a_connection_that_is_always_cut_leaves_nothing_that_is_trusted(hub, model):
     hub.faults = [Fault(WEIGHTS, keep=0)]
     with pytest.raises(CheckpointError, match="client says RemoteProtocolError: .* closed"):
-        load_model(NAME)
+        CLIP.from_pretrained(NAME)
     with pytest.raises(CheckpointError, match="incomplete"):
-        load_model(NAME, local_files_only=True)
+        CLIP.from_pretrained(NAME, local_files_only=True)
     hub.faults = []
-    assert_same_weights(load_model(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 def half(files):
@@ -305,11 +307,11 @@ def test_a_file_that_is_another_is_an_error_and_not_kept(hub, files, model, body
     hub.faults = [Fault(WEIGHTS, body=body(files))]
     for _ in range(2):
         with pytest.raises(CheckpointError, match=complaint):
-            load_model(NAME)
+            CLIP.from_pretrained(NAME)
     with pytest.raises(CheckpointError, match="incomplete"):
-        load_model(NAME, local_files_only=True)
+        CLIP.from_pretrained(NAME, local_files_only=True)
     hub.faults = []
-    assert_same_weights(load_model(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocab.json"])
@@ -333,14 +335,14 @@ def test_a_damaged_file_is_not_trusted_after_another_one_failed(hub, files, mode
     snapshot_download(NAME, allow_patterns=HUB_FILES["model"][0])  # as a call that was cut short
     hub.faults = []
     with pytest.raises(CheckpointError, match=f"{name} came damaged from the hub"):
-        load_model(NAME)
-    assert_same_weights(load_model(NAME), model)
+        CLIP.from_pretrained(NAME)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 def test_hashes_are_looked_at_once(hub, monkeypatch):
-    load_model(NAME)
+    CLIP.from_pretrained(NAME)
     monkeypatch.setattr(checkpoint, "_has_its_hash", None)
-    load_model(NAME)
+    CLIP.from_pretrained(NAME)
     with pytest.raises(TypeError):
         miniclip.load(NAME)  # of the tokenizer's files
 
@@ -350,20 +352,20 @@ def test_a_file_whose_stated_length_is_wrong(hub, model, more):
     size = len(hub.repositories[NAME]["main"]["model.safetensors"])
     hub.faults = [Fault("HEAD .*/resolve/.*safetensors", stated=size + more)]
     with pytest.raises(CheckpointError, match=f"should be of size {size + more}"):
-        load_model(NAME)
+        CLIP.from_pretrained(NAME)
     hub.faults = []
-    assert_same_weights(load_model(NAME), model)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 def test_a_process_killed_in_mid_file_leaves_nothing_that_is_trusted(hub, model, tmp_path):
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
-    load_model(NAME)
+    CLIP.from_pretrained(NAME)
     blob = (next(cache.glob("*/snapshots/*")) / "model.safetensors").resolve()
     (next(cache.glob("*/snapshots/*")) / "model.safetensors").unlink()
     blob.rename(blob.with_name(blob.name + ".01234567.incomplete"))
     with pytest.raises(CheckpointError, match="incomplete"):
-        load_model(NAME, local_files_only=True)
-    assert_same_weights(load_model(NAME), model)
+        CLIP.from_pretrained(NAME, local_files_only=True)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 @pytest.mark.parametrize("place", ["cache", "cache/models--made-up--clip"])
@@ -371,7 +373,7 @@ def test_a_cache_that_cannot_be_made(hub, tmp_path, place):
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text("a file")
     with pytest.raises(CheckpointError, match="client says (NotADirectory|FileExists)Error"):
-        load_model(NAME)
+        CLIP.from_pretrained(NAME)
 
 
 @pytest.mark.parametrize("errno", [28, 30], ids=["full disk", "read-only"])
@@ -382,8 +384,8 @@ def test_a_cache_that_cannot_be_written(hub, model, monkeypatch, errno):
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.file_download.http_get", refuse)
         with pytest.raises(CheckpointError, match=f"client says OSError: .*{os.strerror(errno)}"):
-            load_model(NAME)
-    assert_same_weights(load_model(NAME), model)
+            CLIP.from_pretrained(NAME)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 # -------------------------------------------------------------------------------------- publishing

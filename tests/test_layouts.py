@@ -39,16 +39,19 @@ from miniclip import (
     load,
     save,
 )
-from miniclip.checkpoint import convert, load_model, read_config, read_tensors
 from miniclip.cli import main
-from miniclip.config import LEGACY_EOS, PRESETS, TowerConfig
-from miniclip.layouts import (
+from miniclip.config import LEGACY_EOS, TowerConfig
+from miniclip.convert import convert
+from miniclip.files.names import (
     LAYOUTS,
     config_from_open_clip,
     config_to_open_clip,
     pack,
     preprocessing_from_open_clip,
 )
+from miniclip.files.weights import read_tensors
+from miniclip.model import CLIP
+from miniclip.presets import PRESETS
 from miniclip.transform import ImageTransform
 
 # ------------------------------------------------------------------ a CLIP as OpenAI's code has it
@@ -244,7 +247,7 @@ def test_openai_state_dict_alone_is_a_whole_model(tmp_path, inputs, name):
         torch.save({"epoch": 1, "state_dict": tensors}, tmp_path / name)
     else:
         write_openai(tmp_path / name, peer)
-    model = load_model(tmp_path / name, dtype=torch.float64)
+    model = CLIP.from_pretrained(tmp_path / name, dtype=torch.float64)
     assert model.config == OPENAI
     assert_same_embeddings(model, peer, *inputs)
 
@@ -269,7 +272,7 @@ def mutations():
 @pytest.mark.parametrize("fault", mutations(), ids=lambda fault: fault.__name__)
 def test_a_fault_in_the_mapping_would_show(tmp_path, inputs, fault):
     peer = original(OPENAI)
-    model = load_model(write_openai(tmp_path / "x.pt", peer), dtype=torch.float64)
+    model = CLIP.from_pretrained(write_openai(tmp_path / "x.pt", peer), dtype=torch.float64)
     fault(model)
     with pytest.raises(AssertionError):
         assert_same_embeddings(model, peer, *inputs)
@@ -278,7 +281,7 @@ def test_a_fault_in_the_mapping_would_show(tmp_path, inputs, fault):
 def test_a_file_that_may_be_openais_or_open_clips_is_said_to_be(tmp_path):
     path = write_openai(tmp_path / "x.pt", original(OPENAI))
     with pytest.warns(UserWarning, match="read as OpenAI's.*open_clip_config.json"):
-        load_model(path)
+        CLIP.from_pretrained(path)
 
 
 def test_openais_mixed_precision_is_read_and_kept(tmp_path, inputs):
@@ -288,7 +291,7 @@ def test_openais_mixed_precision_is_read_and_kept(tmp_path, inputs):
     peer.load_state_dict(mixed)
     numbers = {"input_resolution": 64, "context_length": 20, "vocab_size": 500}
     torch.save(mixed | {n: torch.tensor(v) for n, v in numbers.items()}, tmp_path / "mixed.pt")
-    model = load_model(tmp_path / "mixed.pt")
+    model = CLIP.from_pretrained(tmp_path / "mixed.pt")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert_same_embeddings(model, peer, *inputs, atol=1e-5)
 
@@ -330,7 +333,7 @@ def archive(tmp_path_factory):
 def test_a_torchscript_archive_is_read_without_its_code(archive, inputs, monkeypatch):
     peer, path = archive
     monkeypatch.setattr(torch.jit, "load", None)
-    model = load_model(path, dtype=torch.float64)
+    model = CLIP.from_pretrained(path, dtype=torch.float64)
     assert model.config == OPENAI
     assert_same_embeddings(model, peer.double(), *inputs)
 
@@ -361,7 +364,7 @@ def test_an_archive_that_lies_is_an_error(archive, tmp_path, change):
     rezip(archive[1], tmp_path / "x.pt", change)
     assert change is no_storage or (tmp_path / "x.pt").stat().st_size
     with pytest.raises(CheckpointError, match="x.pt: no weights file that can be read"):
-        load_model(tmp_path / "x.pt")
+        CLIP.from_pretrained(tmp_path / "x.pt")
 
 
 def test_an_archive_with_compressed_pickles_is_an_error(archive, tmp_path):
@@ -379,10 +382,10 @@ def test_a_causal_mask_among_the_buffers_is_known_and_another_is_not(tmp_path):
     path = tmp_path / "model.safetensors"
     mask = torch.full((20, 20), -torch.inf).triu(1)
     save_file(load_file(path) | {"attn_mask": mask}, path)
-    assert_same_model(load_model(tmp_path), model)
+    assert_same_model(CLIP.from_pretrained(tmp_path), model)
     save_file(load_file(path) | {"attn_mask": mask.T.contiguous()}, path)
     with pytest.raises(CheckpointError, match="unexpected: attn_mask"):
-        load_model(tmp_path)
+        CLIP.from_pretrained(tmp_path)
 
 
 def test_many_small_tensors_are_converted_in_no_time(tmp_path):
@@ -392,7 +395,7 @@ def test_many_small_tensors_are_converted_in_no_time(tmp_path):
     save_file(load_file(path) | many, path)
     start = time.process_time()
     with pytest.raises(CheckpointError, match="5000 tensors do not fit"):
-        load_model(tmp_path)
+        CLIP.from_pretrained(tmp_path)
     assert time.process_time() - start < 2
 
 
@@ -411,7 +414,7 @@ def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = load(tmp_path, reference="openai")
     assert loaded.transform == ImageTransform(64, reference="openai")
-    assert read_config(tmp_path) == loaded.model.config
+    assert CLIPConfig.from_pretrained(tmp_path) == loaded.model.config
 
 
 @pytest.mark.parametrize(
@@ -444,7 +447,7 @@ def test_what_is_no_model_in_openais_layout(tmp_path, change, message):
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
-        load_model(tmp_path)
+        CLIP.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +466,7 @@ def test_another_model_of_open_clips_is_told_by_the_field(tmp_path, tensor, sect
     (settings["model_cfg"][section] if section else settings["model_cfg"])[field] = value
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=f"{field} is "):
-        load_model(tmp_path)
+        CLIP.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["L", [1], 3, True, {"size": [[64]]}, {"size": [{"a": 1}]}])
@@ -486,8 +489,8 @@ def test_open_clip(tmp_path, inputs, custom_text, quick_gelu):
     changes = {"quick_gelu": True} if quick_gelu else {}
     changes |= {"custom_text": True} if custom_text else {}
     directory = write_open_clip(tmp_path / "oc", peer, OPEN_CLIP, **changes)
-    model = load_model(directory, dtype=torch.float64)
-    assert model.config == config == read_config(directory)
+    model = CLIP.from_pretrained(directory, dtype=torch.float64)
+    assert model.config == config == CLIPConfig.from_pretrained(directory)
     assert_same_embeddings(model, peer, *inputs)
     transform = ImageTransform.from_pretrained(directory)
     assert transform == ImageTransform(64, image_mean=(0.5,) * 3, image_std=(0.3,) * 3)
@@ -505,7 +508,7 @@ def test_open_clip_heads_and_eps(tmp_path, inputs):
     for module in peer.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-3
-    model = load_model(write_open_clip(tmp_path, peer, settings), dtype=torch.float64)
+    model = CLIP.from_pretrained(write_open_clip(tmp_path, peer, settings), dtype=torch.float64)
     assert model.config == config
     assert_same_embeddings(model, peer, *inputs)
 
@@ -563,7 +566,7 @@ def test_what_open_clip_has_and_this_architecture_has_not(tmp_path, section, cha
         config_from_open_clip(settings)
     write_open_clip(tmp_path, original(variant(act="gelu")), settings["model_cfg"])
     with pytest.raises(CheckpointError, match=f"open_clip_config.json: .*({message})"):
-        load_model(tmp_path)
+        CLIP.from_pretrained(tmp_path)
 
 
 def test_what_open_clip_writes_and_no_number_depends_on():
@@ -609,7 +612,7 @@ def test_what_open_clip_tokenizes_otherwise(tmp_path, change, message):
     with pytest.raises(CheckpointError, match=f"open_clip_config.json: text_cfg.{message}"):
         Tokenizer.from_pretrained(tmp_path)
     if "context_length" not in change:
-        assert load_model(tmp_path).config == variant(act="gelu")
+        assert CLIP.from_pretrained(tmp_path).config == variant(act="gelu")
 
 
 @pytest.mark.parametrize(
@@ -665,7 +668,7 @@ def test_every_pair_of_layouts_there_and_back(tmp_path, one, other, inputs):
     model.save_pretrained(tmp_path / "a", layout=one)
     convert(tmp_path / "a", tmp_path / "b", other)
     convert(tmp_path / "b", tmp_path / "c", one)
-    assert_same_model(load_model(tmp_path / "c", dtype=torch.float64), model)
+    assert_same_model(CLIP.from_pretrained(tmp_path / "c", dtype=torch.float64), model)
     (weights,) = (path.name for path in (tmp_path / "a").glob("*.safetensors"))
     assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "c" / weights).read_bytes()
     peer = Original(OPENAI).double().eval()
@@ -730,7 +733,7 @@ def test_a_layout_says_what_it_cannot_express(tmp_path, name):
             assert not (tmp_path / layout).exists()
         else:
             model.save_pretrained(tmp_path / layout, layout=layout)
-            assert_same_model(load_model(tmp_path / layout), model)
+            assert_same_model(CLIP.from_pretrained(tmp_path / layout), model)
 
 
 def test_open_clip_beside_weights_that_go_first_is_refused(tmp_path):
@@ -738,7 +741,7 @@ def test_open_clip_beside_weights_that_go_first_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="model.safetensors, which would be loaded instead"):
         model.save_pretrained(tmp_path, layout="open_clip")
-    assert_same_model(load_model(tmp_path), model)
+    assert_same_model(CLIP.from_pretrained(tmp_path), model)
 
 
 def test_an_open_clip_mlp_ratio_gives_back_the_width():
@@ -861,7 +864,7 @@ def test_one_tower_of_transformers(tmp_path, name, prefixed):
     with pytest.raises(CheckpointError, match="one tower alone"):
         convert(tmp_path, tmp_path / "out", "openai")
     with pytest.raises(CheckpointError, match="a (vision|text) tower alone"):
-        read_config(tmp_path)
+        CLIPConfig.from_pretrained(tmp_path)
 
 
 def test_one_tower_of_a_whole_checkpoint(tmp_path):
@@ -907,7 +910,7 @@ def test_a_tower_whose_embeddings_have_no_width(tmp_path, projection_dim):
     settings = json.loads(path.read_text()) | {"projection_dim": projection_dim}
     path.write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="config.json: .*embed_dim is"):
-        load_model(tmp_path)
+        CLIP.from_pretrained(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------- presets
@@ -939,7 +942,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path):
     model.text.pos_embed.data[0, 0] = torch.inf
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"NaN or infinity in 2 tensors: vision\.blocks\.1\.mlp"):
-        loaded = load_model(tmp_path)
+        loaded = CLIP.from_pretrained(tmp_path)
     assert torch.isnan(loaded.vision.blocks[1].mlp.fc1.bias[3])
     with pytest.warns(UserWarning, match="in 1 tensors: blocks.1.mlp.fc1.bias"):
         VisionTower.from_pretrained(tmp_path)
@@ -951,7 +954,7 @@ def test_a_dtype_is_converted_tensor_by_tensor(tmp_path, dtype, layout):
     model = CLIP(OPENAI)
     randomize(model)
     model.save_pretrained(tmp_path, layout=layout)
-    loaded = load_model(tmp_path, dtype=dtype)
+    loaded = CLIP.from_pretrained(tmp_path, dtype=dtype)
     for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
         assert theirs.is_contiguous() and torch.equal(ours.to(dtype), theirs)
 
@@ -985,7 +988,7 @@ def test_openais_own_model(openai_model, tmp_path, inputs):
     peer = random_weights(openai_model.CLIP(48, 64, 3, 128, 16, 20, 500, 64, 1, 2))
     torch.save(peer.state_dict(), tmp_path / "x.pt")
     pixels, ids = inputs
-    model = load_model(tmp_path / "x.pt")
+    model = CLIP.from_pretrained(tmp_path / "x.pt")
     assert_same_embeddings(model, peer, pixels.float(), ids, atol=1e-5)
     model.save_pretrained(tmp_path / "back", layout="openai")
     tensors = load_file(tmp_path / "back/model.safetensors")
@@ -1000,7 +1003,7 @@ def test_open_clips_own_model(open_clip, tmp_path, inputs, custom_text, quick_ge
     peer = random_weights(kind(**OPEN_CLIP, quick_gelu=quick_gelu))
     settings = OPEN_CLIP | {"quick_gelu": quick_gelu, "custom_text": custom_text}
     write_open_clip(tmp_path / "a", peer, settings)
-    model = load_model(tmp_path / "a")
+    model = CLIP.from_pretrained(tmp_path / "a")
     pixels, ids = inputs
     assert_same_embeddings(model, peer, pixels.float(), ids, atol=1e-5)
     save(tmp_path / "b", model, load("shapes").tokenizer, ImageTransform(64), layout="open_clip")

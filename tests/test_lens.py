@@ -60,7 +60,7 @@ def total(parts, E=TINY.embed_dim):
 
 
 def positions(model, tower, x):
-    return model.text.end_positions(x) if tower == "text" else torch.zeros(len(x)).long()
+    return model.text.eos_positions(x) if tower == "text" else torch.zeros(len(x)).long()
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -277,7 +277,7 @@ def test_a_text_has_no_part_from_after_its_end(double):
     model, inputs = double
     ids = inputs["text"]
     tokens = decompose(model, ids, "token")["blocks.0.attn"].abs().sum((1, 3))  # (B, T)
-    for row, end in zip(tokens, model.text.end_positions(ids).tolist()):
+    for row, end in zip(tokens, model.text.eos_positions(ids).tolist()):
         assert (row[: end + 1] > 0).all() and (row[end + 1 :] == 0).all()
 
 

@@ -18,10 +18,10 @@ from twin import TINY, copy_weights, random_inputs, randomize, twins
 
 import miniclip
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
-from miniclip.checkpoint import meta_device
-from miniclip.config import PRESETS
-from miniclip.layouts import TRANSFORMERS, layout_name
+from miniclip.files.names import TRANSFORMERS, layout_name
+from miniclip.files.weights import meta_device
 from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
+from miniclip.presets import PRESETS
 
 FLOAT64 = 1e-10
 REORDERED = 2e-5  # float32 on a CPU, at logit scale 100, the operations in another order
@@ -373,7 +373,7 @@ def test_hidden_states_pooled_and_projected(double):
             pooled = mine.ln_post(stream[:, 0])
         else:
             rows = torch.arange(len(ids))
-            pooled = mine.ln_final(stream)[rows, mine.end_positions(ids)]
+            pooled = mine.ln_final(stream)[rows, mine.eos_positions(ids)]
         assert difference(pooled, expected.pooler_output) < FLOAT64
     image = theirs.get_image_features(pixels).pooler_output
     text = theirs.get_text_features(ids).pooler_output
@@ -542,7 +542,7 @@ def test_custom_end_token_is_not_the_largest_id():
     config = UNUSUAL["end token below added ones"]
     _, ids = random_inputs(config)
     model, _ = twins(config)
-    assert not torch.equal(model.text.end_positions(ids), ids.argmax(-1))
+    assert not torch.equal(model.text.eos_positions(ids), ids.argmax(-1))
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -601,7 +601,7 @@ def test_nothing_after_the_end_token_can_reach_the_embedding():
 def test_text_is_read_at_its_first_end_token():
     model = twins(TINY)[0].text
     end = TINY.text.eos_token_id
-    assert model.end_positions(torch.tensor([[1, end, 2, end], [end, 1, 1, 1]])).tolist() == [1, 0]
+    assert model.eos_positions(torch.tensor([[1, end, 2, end], [end, 1, 1, 1]])).tolist() == [1, 0]
 
 
 def test_a_row_without_an_end_token_is_an_error():
@@ -800,7 +800,7 @@ def swapped_norms(model):
 
 
 def wrong_end_token(model):
-    model.text.end_positions = lambda ids: torch.full((len(ids),), ids.shape[1] - 1)
+    model.text.eos_positions = lambda ids: torch.full((len(ids),), ids.shape[1] - 1)
 
 
 def missing_ln_pre(model):

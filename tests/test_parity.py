@@ -16,10 +16,10 @@ from torch import nn
 from twin import TINY, exchanged, fork, fork_of, twins
 
 from miniclip import CLIP, ImageTransform, Tokenizer, parity, tokenizer, transform
-from miniclip.checkpoint import EMBEDDED
 from miniclip.cli import main
-from miniclip.config import PRESETS
+from miniclip.files.hub import EMBEDDED
 from miniclip.parity import TOLERANCE, Difference, assert_parity, compare, summarize
+from miniclip.presets import PRESETS
 
 KINDS = ["resid_pre", "q", "k", "v", "pattern", "attn_out", "mlp_out", "resid_post"]
 

@@ -22,8 +22,7 @@ from miniclip import (
     Tokenizer,
     VisionConfig,
 )
-from miniclip.checkpoint import load_config
-from miniclip.config import SAVED, finish_save, saving
+from miniclip.files.writing import SAVED, finish_save, saving
 from miniclip.parity import randomize
 
 # Two checkpoints that differ in every file. The shapes of their weights are the same, so that no
@@ -252,7 +251,7 @@ def test_over_another_checkpoint_there_is_the_new_one_or_an_error(tmp_path, earl
     assert earlier == later or earlier == "openai" and later == "transformers"
     assert parts in ("all", "model")
     assert (tmp_path / "README.md").read_text() == "mine"
-    assert load_config(tmp_path) == CLIP.from_pretrained(tmp_path).config
+    assert CLIPConfig.from_pretrained(tmp_path) == CLIP.from_pretrained(tmp_path).config
     assert CLIP.from_pretrained(tmp_path).config.vision == model.config.vision
     if parts == "all":
         loaded = miniclip.load(tmp_path)

@@ -15,7 +15,7 @@ from twin import TINY, assert_close, assert_far, random_inputs, randomize, twins
 
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
 from miniclip.cli import main
-from miniclip.config import beyond_transformers
+from miniclip.files.configs import beyond_transformers
 from miniclip.lens import decompose
 from miniclip.parity import transformers_twin
 from miniclip.parts import parts
@@ -140,7 +140,7 @@ def test_kept_layers_are_the_stream_after_the_last_of_them(model, tower):
             expected = part.proj(part.ln_post(stream[:, 0]))
         else:
             rows = torch.arange(len(ids))
-            expected = part.proj(part.ln_final(stream)[rows, part.end_positions(ids)])
+            expected = part.proj(part.ln_final(stream)[rows, part.eos_positions(ids)])
     kept = keep_layers(model, tower, [1, 0, 1])
     assert torch.equal(run(kept, tower), expected)
     assert getattr(kept.config, tower).layers == len(getattr(kept, tower).blocks) == 3
@@ -520,7 +520,9 @@ def test_transformers_loads_what_it_can_express_with_equal_logits(name, tmp_path
     pixels, ids = inputs_of(model, tokens=12)
     expected = theirs(pixel_values=pixels, input_ids=ids).logits_per_image
     assert_close(model(pixels, ids).logits_per_image, expected)
-    assert not beyond_transformers(model.config.vision) + beyond_transformers(model.config.text)
+    assert not beyond_transformers(vars(model.config.vision)) + beyond_transformers(
+        vars(model.config.text)
+    )
 
 
 @pytest.mark.parametrize("name", BEYOND)

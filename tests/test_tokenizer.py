@@ -21,8 +21,10 @@ from tokenizers import Regex, normalizers
 from transformers import CLIPTokenizer
 
 from miniclip import tokenizer as module
-from miniclip.config import CheckpointError, ContextLengthError
-from miniclip.tokenizer import BOS, EOS, Tokenizer, clean_transformers, merge, merge_steps
+from miniclip.errors import CheckpointError, ContextLengthError
+from miniclip.files.vocabularies import BOS, EOS
+from miniclip.text.merge import merge
+from miniclip.tokenizer import Tokenizer, clean_transformers, merge_steps
 
 # ---- texts -------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from twin import TINY, random_inputs, transformers_config, twins
 
 from miniclip import CLIP, ImageTransform, TextConfig, VisionConfig, load
 from miniclip.cli import main
-from miniclip.config import CheckpointError
+from miniclip.errors import CheckpointError
 from miniclip.model import unit_norm
 from miniclip.training import (
     Recipe,

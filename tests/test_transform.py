@@ -21,8 +21,9 @@ from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 import miniclip.transform as steps
-from miniclip.config import CheckpointError, ImageError
-from miniclip.transform import OPENAI_MEAN, OPENAI_STD, REFERENCES, ImageTransform, open_image
+from miniclip.errors import CheckpointError, ImageError
+from miniclip.files.pictures import open_image
+from miniclip.transform import OPENAI_MEAN, OPENAI_STD, REFERENCES, ImageTransform
 
 # ------------------------------------------------------------------------------------------------
 # The two references

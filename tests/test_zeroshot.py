@@ -78,7 +78,7 @@ def test_texts_are_embedded_once_and_in_company_of_their_length(model, tokenizer
     monkeypatch.setattr(model, "encode_text", seen)
     found = embed_texts(model, tokenizer, texts)
     assert [len(ids) for ids in batches] == [32, 32, 32, 4]
-    ends = [model.text.end_positions(ids) for ids in batches]
+    ends = [model.text.eos_positions(ids) for ids in batches]
     assert all(end.max() + 1 == ids.shape[1] for end, ids in zip(ends, batches, strict=True))
     lengths = torch.cat(ends)
     assert torch.cat([end.sort().values for end in ends]).equal(lengths.sort().values)

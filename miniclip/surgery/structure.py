@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miniclip.config import per_layer
 from miniclip.model import CLIP, Block
 from miniclip.surgery.weights import copied
 
@@ -31,7 +30,7 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
     (2, 3, 1, 3)
     """
     new = copied(model)
-    counts = list(per_layer(_config(model, tower), "heads"))
+    counts = list(_config(model, tower).per_layer("heads"))
     for layer, gone in heads.items():
         attn = _block(new, tower, layer).attn
         kept = _others(gone, counts[layer], f"heads of {tower} layer {layer}")
@@ -57,7 +56,7 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
     (284, 384)
     """
     new = copied(model)
-    counts = list(per_layer(_config(model, tower), "mlp_width"))
+    counts = list(_config(model, tower).per_layer("mlp_width"))
     for layer, gone in neurons.items():
         mlp = _block(new, tower, layer).mlp
         kept = _others(gone, counts[layer], f"neurons of {tower} layer {layer}")
@@ -84,7 +83,7 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
     blocks = [deepcopy(_block(new, tower, layer)) for layer in layers]
     getattr(new, tower).blocks = nn.Sequential(*blocks)
     shape = {
-        name: tuple(per_layer(config, name)[layer] for layer in layers)
+        name: tuple(config.per_layer(name)[layer] for layer in layers)
         for name in ("heads", "mlp_width")
     }
     width = blocks[0].attn.head_width

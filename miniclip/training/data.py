@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.config import ImageError
+from miniclip.errors import ImageError
+from miniclip.files.pictures import open_image
 from miniclip.retrieval import naming
-from miniclip.transform import ImageTransform, open_image
+from miniclip.transform import ImageTransform
 from miniclip.zeroshot import labelled_images
 
 TEMPLATES = (

@@ -25,17 +25,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from miniclip.checkpoint import check_device, load, read_config, resolve, save
-from miniclip.config import (
-    CheckpointError,
-    CLIPConfig,
-    ContextLengthError,
-    TextConfig,
-    VisionConfig,
-    read_json,
-    replacing,
-    write_json,
-)
+from miniclip.checkpoint import load, save
+from miniclip.config import CLIPConfig, TextConfig, VisionConfig
+from miniclip.errors import CheckpointError, ContextLengthError
+from miniclip.files.hub import resolve
+from miniclip.files.reading import read_json
+from miniclip.files.weights import check_device
+from miniclip.files.writing import replacing, write_json
 from miniclip.model import CLIP
 from miniclip.surgery.interventions import PatchDropout
 from miniclip.tokenizer import Tokenizer
@@ -204,7 +200,7 @@ def set_up(
     if config:
         shape = CLIPConfig.from_dict(read_json(Path(config)))
     elif directory:
-        shape = read_config(directory)
+        shape = CLIPConfig.from_pretrained(directory)
     transform = ImageTransform(shape.vision.side)
     if directory and not config and (directory / "preprocessor_config.json").is_file():
         transform = ImageTransform.from_pretrained(directory)
@@ -351,7 +347,7 @@ def tokenized(captions: list[str], tokenizer: Tokenizer, run: "Run") -> Tensor:
     except ContextLengthError as error:
         run.report(f"captions too long for the text tower are cut; the first: {error}", "cut")
         ids = tokenizer(captions, truncate=True)
-    return ids[:, : int(run.model.text.end_positions(ids).max()) + 1]
+    return ids[:, : int(run.model.text.eos_positions(ids).max()) + 1]
 
 
 class Run:

@@ -1,0 +1,52 @@
+"""The errors that miniclip raises on purpose and how their messages quote values."""
+
+import reprlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from os import PathLike
+
+
+class CheckpointError(ValueError):
+    """A checkpoint's files are missing, damaged, or not what they claim to be."""
+
+
+class ContextLengthError(ValueError):
+    """A text has more tokens than the text tower has positions."""
+
+
+class ImageError(ValueError):
+    """An image cannot be read, or its values cannot be read as pixels without guessing."""
+
+
+@contextmanager
+def blaming(path: str | PathLike[str]) -> Iterator[None]:
+    """Turn a ValueError about a file's content into a CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 100
+
+
+def shown(value: object) -> str:
+    """The repr of a value, shortened in the middle if it is long.
+
+    >>> shown([1] * 10**6)
+    '[1, 1, 1, 1, 1, 1, ...]'
+    """
+    return _short.repr(value)[:200]  # reprlib shortens each level of a nested value by itself
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first names, and how many more there are.
+
+    >>> listed(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    names = [f"{name:.200}" for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))

@@ -1,0 +1,231 @@
+"""Checks of the numbers of a config, a tokenizer and a transform, with the numbers in the message.
+
+The reference's dataclasses call them. They take any object with the fields of a config.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from miniclip.errors import ContextLengthError, shown
+
+MAX_PIXELS = 178_956_970
+"""The most pixels of an image: Pillow's own limit on files (twice `MAX_IMAGE_PIXELS`; cameras make
+150 million). Here it also limits the resized image, because a strip of 1 x 100,000 grows a lot."""
+ACTIVATION_NAMES = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+REFERENCES = ("transformers", "openai")
+
+# ------------------------------------------------------------------------------------------------
+# configs
+
+
+def check_tower(config: Any) -> None:
+    """Check what the two towers share, and store equal numbers of all layers as one."""
+    kind = type(config).__name__
+    positive(config, "width", "layers")
+    if config.layers > 1000:  # the published models have 2 to 48
+        raise ValueError(f"{kind}: layers is {config.layers}; expected at most 1,000")
+    for name in ("heads", "mlp_width"):  # surgery may leave a layer with 0
+        _one_or_each(config, name, config.layers, "one for each layer", least=0)
+    if config.head_width is not None:
+        positive(config, "head_width")
+        if config.heads == config.width / config.head_width:
+            object.__setattr__(config, "head_width", None)
+    elif isinstance(config.heads, tuple):
+        raise ValueError(f"{kind}: heads is {shown(config.heads)}; then head_width must be given")
+    elif config.width % config.heads:
+        raise ValueError(
+            f"{kind}: width {config.width} does not divide into {config.heads} heads of equal width"
+        )
+    if config.act not in ACTIVATION_NAMES:
+        raise ValueError(
+            f"{kind}: act is {shown(config.act)}; expected one of {', '.join(ACTIVATION_NAMES)}. "
+            "Weights are trained with one activation; another gives wrong numbers"
+        )
+    if not _is_finite(config.ln_eps) or config.ln_eps <= 0:
+        raise ValueError(f"{kind}: ln_eps is {shown(config.ln_eps)}; expected a number above 0")
+
+
+def check_vision(config: Any) -> None:
+    """Check a vision tower's numbers."""
+    check_tower(config)
+    kind = type(config).__name__
+    positive(config, "patch_size", "channels")
+    _one_or_each(config, "image_size", 2, "one for the height and one for the width")
+    if type(config.registers) is not int or not 0 <= config.registers < 2**31:
+        raise ValueError(f"{kind}: registers is {shown(config.registers)}; expected 0 or more")
+    if config.patch_size > min(config.height_width):
+        raise ValueError(
+            f"{kind}: patch_size {config.patch_size} is larger than image_size "
+            f"{config.image_size}; an image needs at least one patch"
+        )
+
+
+def check_text(config: Any) -> None:
+    """Check a text tower's numbers."""
+    check_tower(config)
+    positive(config, "vocab_size", "context_length")
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        if type(value) is not int or not 0 <= value < config.vocab_size:
+            raise ValueError(
+                f"{type(config).__name__}: {name} is {shown(value)}; expected an id from 0 to "
+                f"{config.vocab_size - 1}, because vocab_size is {config.vocab_size}"
+            )
+
+
+def check_clip(config: Any) -> None:
+    """Check the numbers that the two towers share."""
+    for name, kind in config.towers.items():
+        if not isinstance(getattr(config, name), kind):
+            found = type(getattr(config, name)).__name__
+            raise ValueError(f"CLIPConfig: {name} must be a {kind.__name__}, not {found}")
+    positive(config, "embed_dim")
+    if not _is_finite(config.logit_scale_init):
+        raise ValueError(
+            f"CLIPConfig: logit_scale_init is {shown(config.logit_scale_init)}; "
+            "expected a finite number (it is stored as a logarithm)"
+        )
+
+
+def positive(config: object, *names: str) -> None:
+    """Raise ValueError unless these fields of a config are whole numbers above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ValueError(
+                f"{type(config).__name__}: {name} is {shown(value)}; expected a positive whole "
+                "number of at most 31 bits"
+            )
+
+
+def _one_or_each(config: object, name: str, count: int, each: str, least: int = 1) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, tuple):
+        return positive(config, name)
+    if len(value) != count or not all(type(v) is int and least <= v < 2**31 for v in value):
+        raise ValueError(
+            f"{type(config).__name__}: {name} is {shown(value)}; expected one positive whole "
+            f"number, or {count} of them, {each}"
+        )
+    if len(set(value)) == 1 and value[0]:
+        object.__setattr__(config, name, value[0])
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and -1e30 < value < 1e30
+
+
+# ------------------------------------------------------------------------------------------------
+# what goes into a tower
+
+
+def check_pixels(pixels: Tensor, config: Any) -> None:
+    """Raise ValueError unless pixels have the shape that a vision tower reads."""
+    c, (h, w) = config.channels, config.height_width
+    if pixels.ndim != 4 or pixels.shape[1:] != (c, h, w):
+        raise ValueError(
+            f"pixels have shape {tuple(pixels.shape)}; this vision tower reads (B, {c}, {h}, {w}). "
+            "The checkpoint's ImageTransform makes such pixels"
+        )
+
+
+def check_ids(ids: Tensor) -> None:
+    """Raise ValueError unless ids are a row per text."""
+    if ids.ndim != 2:
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; expected (B, T), a row per text")
+
+
+def check_token_vectors(x: Tensor, pos_embed: Tensor) -> None:
+    """Raise ValueError unless token vectors have the shape that a text tower reads."""
+    positions, width = pos_embed.shape
+    if x.ndim != 3 or x.shape[2] != width:
+        raise ValueError(f"token vectors have shape {tuple(x.shape)}; expected (B, T, {width})")
+    if x.shape[1] > positions:
+        raise ContextLengthError(
+            f"texts of {x.shape[1]} tokens; this text tower has {positions} positions. Shorten the "
+            "texts, or tokenize with truncate=True"
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# tokenizer and transform
+
+
+def check_reference(reference: str) -> None:
+    """Raise ValueError for a reference that there is not."""
+    if reference not in REFERENCES:
+        names = " or ".join(map(repr, REFERENCES))
+        raise ValueError(f"reference is {reference!r}; expected {names}")
+
+
+def check_context_length(length: Any) -> None:
+    """Raise ValueError unless a start and an end token fit."""
+    if type(length) is not int or length < 2:
+        raise ValueError(
+            f"context_length is {shown(length)}; expected 2 or more, because every text has a "
+            "start and an end token"
+        )
+
+
+def check_vocab_size(vocab_size: int, least: int) -> None:
+    """Raise ValueError unless a vocabulary has room for the bytes."""
+    if vocab_size < least:
+        raise ValueError(f"vocab_size is {vocab_size}; expected at least {least}, for the bytes")
+
+
+def check_pad_to(pad_to: int | None, context_length: int) -> int:
+    """The most tokens that a row may have. Raises ValueError if `pad_to` is below 2."""
+    if pad_to is not None and pad_to < 2:
+        raise ValueError(f"pad_to is {pad_to}; every text has a start and an end token")
+    return context_length if pad_to is None else min(pad_to, context_length)
+
+
+def too_long(i: int, text: str, tokens: int, limit: int) -> ContextLengthError:
+    """The error for a text of too many tokens."""
+    return ContextLengthError(
+        f"text {i} has {tokens} tokens with the start and the end token, and at most {limit} fit. "
+        f"Shorten it (in Python, truncate=True does): {text[:40]!r}..."
+    )
+
+
+def check_tokens(
+    vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], tokens: Iterable[str]
+) -> None:
+    """Raise ValueError unless ids are 0 to n-1, and merges and tokens are in the vocabulary."""
+    ids = {id for id in vocab.values() if type(id) is int}
+    if missing := set(range(len(vocab))) - ids:
+        raise ValueError(
+            f"expected the {len(vocab)} tokens to have the ids 0 to {len(vocab) - 1}, each once; "
+            f"no token has {min(missing)}"
+        )
+    for token in tokens:
+        if token not in vocab:
+            raise ValueError(f"the special token {shown(token)} is not in the vocabulary")
+    for rank, (left, right) in enumerate(merges):
+        for token in (left, right, left + right):
+            if token not in vocab:
+                raise ValueError(
+                    f"merge {rank} joins {shown(left)} and {shown(right)}, and {shown(token)} is "
+                    "not in the vocabulary; vocabulary and merges must come from the same tokenizer"
+                )
+
+
+def check_transform(transform: Any) -> None:
+    """Check the settings of an ImageTransform."""
+    for name in ("size", "crop_size"):
+        value = getattr(transform, name)
+        if type(value) is not int or not 1 <= value <= math.isqrt(MAX_PIXELS):
+            found = f"{name} is {shown(value)}"
+            raise ValueError(f"{found}; expected a whole number of pixels above 0")
+    for name, least in (("image_mean", 0), ("image_std", 1e-3)):
+        values = getattr(transform, name)
+        three = isinstance(values, list | tuple) and len(values) == 3
+        if not three or not all(type(v) in (int, float) and least <= v <= 1 for v in values):
+            raise ValueError(
+                f"{name} is {shown(values)}; expected three numbers from {least} to 1, for R, "
+                "G and B: bytes are divided by 255 first"
+            )
+    check_reference(transform.reference)

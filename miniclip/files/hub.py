@@ -1,0 +1,198 @@
+"""A name -> the directory of a checkpoint: an embedded one, a local one, or one of the hub."""
+
+import hashlib
+import os
+import re
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from miniclip.errors import CheckpointError, shown
+from miniclip.files.reading import read_json
+from miniclip.files.writing import SAVED, finish_save
+
+PACKAGE = Path(__file__).resolve().parent.parent
+# The weights lie inside an installed package, and beside it in a checkout of the repository.
+EMBEDDED = next(
+    (d for d in (PACKAGE / "weights", PACKAGE.parent / "weights") if d.is_dir()),
+    PACKAGE / "weights",
+)
+
+CONFIGS = {"transformers": "config.json", "open_clip": "open_clip_config.json"}
+OPENAI_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+VOCABULARIES = ("vocab.json", "tokenizer.json", OPENAI_VOCABULARY)
+HUB_FILES = {
+    "config": ([*CONFIGS.values()],),
+    "model": (
+        [*CONFIGS.values(), "model.safetensors", "model.safetensors.index.json"]
+        + ["model-*.safetensors"],
+        ["config.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"],
+        ["open_clip_config.json", "open_clip_model.safetensors"],
+        ["open_clip_config.json", "open_clip_pytorch_model.bin"],
+    ),
+    "tokenizer": (
+        [*VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
+        + ["added_tokens.json", "open_clip_config.json"],
+    ),
+    "transform": (["preprocessor_config.json", "processor_config.json", "open_clip_config.json"],),
+}
+"""What each part of a checkpoint is read from. Of several lists, the next is for repositories that
+have nothing of the one before."""
+CHECKED = ".miniclip-checked"  # in a repository's cache: files whose hash was right
+SUFFIXES = (".safetensors", ".bin", ".pt")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+
+
+def embedded_names() -> list[str]:
+    """The checkpoints that come with the package."""
+    return sorted(config.parent.name for config in EMBEDDED.glob("*/config.json"))
+
+
+def resolve(
+    name: str | PathLike[str],
+    kind: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The directory of a checkpoint. From the hub, only the files of one `kind` are downloaded.
+
+    `kind` is a key of HUB_FILES. An embedded name wins over a directory with the same name: write
+    ./cifar10 for the directory. Raises CheckpointError.
+    """
+    embedded = embedded_names()
+    if name in embedded:
+        return EMBEDDED / name
+    path = as_path(name)
+    if str(name) and os.path.isdir(path):
+        return _finished(path)
+    if os.path.isfile(path):
+        return _finished(path.parent)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or path.suffix in SUFFIXES:
+        raise CheckpointError(
+            f"no checkpoint called {shown(str(name))}: expected one of {', '.join(embedded)}, a "
+            "directory, a weights file, or a hub id such as openai/clip-vit-base-patch32"
+        )
+    return _download(str(name), kind, revision, cache_dir, local_files_only)
+
+
+def as_path(name: str | PathLike[str]) -> Path:
+    """A name as a path. Ask about it with os.path, which never raises, unlike Path's methods."""
+    return Path(os.path.expanduser(name))
+
+
+def _finished(directory: Path) -> Path:
+    """The directory, after the last step of a save that was killed before it; see `saving`."""
+    try:
+        finish_save(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: a save was cut short here, and the files that it left in {SAVED} cannot "
+            f"be moved to their places: {error}"
+        ) from error
+    return directory
+
+
+def _download(
+    repository: str,
+    kind: str,
+    revision: str | None,
+    cache_dir: str | PathLike[str] | None,
+    local_files_only: bool,
+) -> Path:
+    from huggingface_hub import constants, snapshot_download  # here, because it is slow to import
+
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    for patterns in HUB_FILES[kind]:
+        try:
+            directory = Path(
+                snapshot_download(
+                    repository,
+                    revision=revision,
+                    cache_dir=cache,
+                    local_files_only=local_files_only,
+                    allow_patterns=patterns,
+                )
+            )
+        except Exception as error:  # the hub client's errors have no common base class
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise CheckpointError(
+                f"{repository} is no directory here, and cannot be had from the hub. Offline there "
+                f"are directories, and the embedded checkpoints: {', '.join(embedded_names())}. "
+                f"The hub's client says {type(error).__name__}: {reason}"
+            ) from error
+        _check_hashes(directory, cache / f"models--{repository.replace('/', '--')}" / CHECKED)
+        if kind != "model" or weights_in(directory):
+            break
+    return directory
+
+
+def _check_hashes(directory: Path, checked: Path) -> None:
+    """Verify each cached file against its hash once, because the hub's client does not.
+
+    A damaged file is deleted and a CheckpointError is raised; files that pass are remembered.
+    """
+    noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
+    for file in filter(Path.is_file, directory.glob("*")):
+        blob = file.resolve()
+        note = f"{blob.name} {blob.stat().st_mtime_ns}"
+        if note in noted:
+            continue
+        if not _has_its_hash(blob):
+            file.unlink()
+            blob.unlink()
+            raise CheckpointError(
+                f"{file} came damaged from the hub: its hash is not the announced one. It is "
+                "deleted; load again to download it again"
+            )
+        with suppress(OSError), open(checked, "a") as notes:  # a cache may be read-only
+            notes.write(f"{note}\n")
+
+
+def _has_its_hash(blob: Path) -> bool:
+    """Whether a cached file's content fits its name, if the name is a hash.
+
+    The hub's cache names large files by their sha256 and small files by git's sha1. A mirror of
+    the hub may use the plain sha1, or names that are not hashes.
+    """
+    if len(blob.name) == 64:
+        digests = [hashlib.sha256()]
+    elif len(blob.name) == 40:
+        digests = [hashlib.sha1(b"blob %d\0" % blob.stat().st_size), hashlib.sha1()]
+    else:
+        return True
+    with open(blob, "rb") as file:
+        while chunk := file.read(1 << 20):
+            for digest in digests:
+                digest.update(chunk)
+    return blob.name in [digest.hexdigest() for digest in digests]
+
+
+def weights_in(directory: Path) -> Path | None:
+    """The weights file of a directory, or the index of its shards."""
+    only = "" if is_clips(directory) else "open_clip"
+    names = (name for name in WEIGHTS if name.startswith(only))
+    return next((directory / name for name in names if (directory / name).is_file()), None)
+
+
+def is_clips(directory: Path) -> bool:
+    """False if config.json is timm's and describes one image model, as in timm's repositories on
+    the hub. There the whole CLIP lies beside it, in open_clip's files."""
+    config, open_clip = (directory / name for name in CONFIGS.values())
+    return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
+
+
+def has_files(kind: str, name: str | PathLike[str], **options: Any) -> bool:
+    """Whether a checkpoint has a "tokenizer" or a "transform"; options as of `resolve`."""
+    directory = resolve(name, kind, **options)
+    files = VOCABULARIES if kind == "tokenizer" else HUB_FILES[kind][0]
+    return any((directory / file).is_file() for file in files)

@@ -1,0 +1,186 @@
+"""`from_pretrained` and `save_pretrained` of the classes of the reference.
+
+Each class builds itself from what the files say: a model from fields and tensors, a tokenizer from
+a vocabulary, a transform from settings.
+"""
+
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from miniclip.errors import CheckpointError, blaming
+from miniclip.files import configs, images
+from miniclip.files.hub import resolve
+from miniclip.files.vocabularies import Vocabulary, read_vocabulary, write_vocabulary
+from miniclip.files.weights import (
+    Fork,
+    Stored,
+    check_shapes,
+    meta_device,
+    open_model,
+    read_fields,
+    write_model,
+)
+
+M = TypeVar("M", bound="Pretrained")
+T = TypeVar("T", bound=Any)
+
+
+class Pretrained(nn.Module):
+    """A model with `from_pretrained` and `save_pretrained`.
+
+    A subclass of CLIP has a `model_type` of its own, its name, so that no other class loads its
+    files by mistake. `tensor_names` maps its new parameters to their places in a file, such as
+    {"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}.
+    """
+
+    towers: ClassVar[tuple[str, ...]]  # what its checkpoint must have
+    model_type: ClassVar[str] = "clip"
+    tensor_names: ClassVar[dict[str, str]] = {}
+    config: Any
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        is_fork = any(hasattr(base, "towers") for base in cls.__bases__)
+        if is_fork and "model_type" not in vars(cls):
+            cls.model_type = cls.__name__
+
+    @classmethod
+    def build(cls, fields: dict[str, Any], embed_dim: int | None) -> Any:
+        """A model with random weights, by the fields of a checkpoint's config."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls: type[M], name: str | PathLike[str], **options: Any) -> M:
+        """The model of a checkpoint, in evaluation mode. Options as of `miniclip.load`.
+
+        In the file's own dtype on a CPU, parameters are the memory-mapped file: they take no memory
+        until they are used, and changes never reach the file. A tower whose checkpoint has no
+        projection gets one that returns its input. Raises CheckpointError.
+        """
+        device = options.pop("device", "cpu")
+        return cls.from_stored(open_model(name, fork=cls.fork(), **options), device)
+
+    @classmethod
+    def from_stored(cls: type[M], stored: Stored, device: str | torch.device = "cpu") -> M:
+        """Build a model from what the files of a checkpoint have."""
+        stored.check_towers(cls.towers)
+        with stored.skeleton():  # shapes without weights
+            model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
+        prefix = f"{cls.towers[0]}." if len(cls.towers) == 1 else ""
+        model.load_state_dict(stored.state_dict(model, device, prefix), assign=True)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | PathLike[str], layout: str = "transformers") -> None:
+        """Write config.json and model.safetensors, for miniclip and for transformers to load.
+
+        `layout`: "transformers", "openai" or "open_clip". See `miniclip.save` for a whole
+        checkpoint. Raises CheckpointError, also if the weights do not have the config's shapes.
+        """
+        if len(self.towers) < 2:
+            raise CheckpointError(f"{directory}: one tower alone is not saved; save its CLIP")
+        with meta_device():
+            expected = type(self)(self.config).state_dict()
+        check_shapes(directory, self.state_dict(), expected)
+        write_model(directory, asdict(self.config), self.state_dict(), layout, self.fork())
+
+    @classmethod
+    def fork(cls) -> Fork:
+        """What distinguishes the files of this class."""
+        return Fork(cls.model_type, cls.__name__, cls.tensor_names)
+
+
+class PretrainedConfig:
+    """`from_pretrained`, `from_dict` and `to_dict` of a CLIPConfig, which has `from_fields`."""
+
+    from_fields: ClassVar[Any]
+
+    @classmethod
+    def from_pretrained(cls: type[T], name: str | PathLike[str], **options: Any) -> T:
+        """The config of a checkpoint. Options as of `miniclip.load`. Raises CheckpointError."""
+        with blaming(name):
+            return cls.from_fields(read_fields(name, **options))
+
+    @classmethod
+    def from_dict(cls: type[T], config: dict[str, Any]) -> T:
+        """Read transformers' config.json, parsed. Raises ValueError if it is not a CLIP's."""
+        return cls.from_fields(configs.from_transformers(config))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as transformers writes it, for config.json."""
+        return configs.to_transformers(asdict(self))  # type: ignore[call-overload]
+
+
+class PretrainedTokenizer:
+    """`from_pretrained` and `save_pretrained` of a Tokenizer."""
+
+    byte_symbols: ClassVar[dict[int, str]]
+    vocab: dict[str, int]
+    merges: list[tuple[str, str]]
+    added: dict[str, bool]
+    special_tokens: dict[str, str]
+    context_length: int
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T], name: str | PathLike[str], *, reference: str = "transformers", **options: Any
+    ) -> T:
+        """The tokenizer of a checkpoint. Options as of `miniclip.load`. Raises CheckpointError."""
+        return cls.from_directory(resolve(name, "tokenizer", **options), reference=reference)
+
+    @classmethod
+    def from_directory(
+        cls: type[T], directory: str | PathLike[str], *, reference: str = "transformers"
+    ) -> T:
+        """Read vocab.json and merges.txt, or tokenizer.json, or OpenAI's bpe_simple_vocab.
+
+        Special and added tokens are read from where transformers reads them.
+        """
+        vocabulary = read_vocabulary(Path(directory))
+        options = {"added": vocabulary.added, "context_length": vocabulary.context_length}
+        options |= {"reference": reference, **vocabulary.special}
+        return cls(vocabulary.vocab, vocabulary.merges, **options)
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write vocab.json, merges.txt and two small files, for transformers to read as well.
+
+        `reference` is the reader's choice and is not written. Raises CheckpointError.
+        """
+        parts = (self.vocab, self.merges, self.added, self.special_tokens, self.context_length)
+        write_vocabulary(directory, Vocabulary(*parts))
+
+
+class PretrainedTransform:
+    """`from_pretrained` and `save_pretrained` of an ImageTransform."""
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T], name: str | PathLike[str], *, reference: str = "transformers", **options: Any
+    ) -> T:
+        """The transform of a checkpoint. Options as of `miniclip.load`. Raises CheckpointError."""
+        path, settings = images.read_settings(resolve(name, "transform", **options))
+        with blaming(path):
+            return cls(**settings, reference=reference)
+
+    @classmethod
+    def from_dict(cls: type[T], settings: dict[str, Any], *, reference: str = "transformers") -> T:
+        """Read transformers' preprocessor_config.json, parsed, old form or new.
+
+        Raises ValueError for a setting that the transform cannot follow.
+        """
+        return cls(**images.from_transformers(settings), reference=reference)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as transformers writes them, for preprocessor_config.json."""
+        return images.to_transformers(asdict(self))  # type: ignore[call-overload]
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write preprocessor_config.json, for miniclip and for transformers to load.
+
+        `reference` is the reader's choice and is not written. Raises CheckpointError.
+        """
+        images.write_settings(directory, asdict(self))  # type: ignore[call-overload]

@@ -1,0 +1,215 @@
+"""A tokenizer's files <-> its vocabulary, merges and special tokens.
+
+Three forms are read: vocab.json and merges.txt, tokenizer.json, and OpenAI's bpe_simple_vocab.
+"""
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from miniclip.errors import CheckpointError, blaming, shown
+from miniclip.files.checks import check_tokens
+from miniclip.files.hub import OPENAI_VOCABULARY
+from miniclip.files.open_clip import context_of_open_clip
+from miniclip.files.reading import MOST_BYTES, read_json, read_json_if_there, read_lines
+from miniclip.files.writing import blaming_disk, replacing, write_json
+from miniclip.text.symbols import BOS, END_OF_WORD, EOS, Pair, byte_symbols, vocabulary_of
+
+OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
+
+
+class Vocabulary(NamedTuple):
+    """What the files of a tokenizer say."""
+
+    vocab: dict[str, int]
+    merges: list[Pair]
+    added: dict[str, bool]  # tokens to find in a text; True: look after cleaning
+    special: dict[str, str]  # bos_token, eos_token, unk_token, pad_token
+    context_length: int
+
+
+def read_vocabulary(directory: Path) -> Vocabulary:
+    """Read a tokenizer's files from where transformers reads them. Raises CheckpointError."""
+    open_clip = directory / "open_clip_config.json"
+    open_clip_length = None
+    if open_clip.is_file():  # first, because it may name another kind of tokenizer
+        with blaming(open_clip):
+            open_clip_length = context_of_open_clip(read_json(open_clip))
+    source, vocab, merges = _read_merges(directory)
+    special, added, context_length = read_special_tokens(directory)
+    with blaming(source):
+        check_tokens(vocab, merges, [])
+        if not any(token.endswith(END_OF_WORD) for token in vocab):
+            raise ValueError(f"no token ends with {END_OF_WORD}, which ends each word of CLIP's")
+        given = {token: id for token, (_, id) in added.items() if id is not None}
+        for token, id in sorted(given.items(), key=lambda item: item[1]):
+            if vocab.setdefault(token, len(vocab)) != id:
+                raise ValueError(
+                    f"the added token {shown(token)} should have the id {id}, and has "
+                    f"{vocab[token]}; the files must come from the same tokenizer"
+                )
+        check_tokens(vocab, [], [special["bos_token"], special["eos_token"]])
+        _check_all_made(vocab, merges, [*special.values(), *added])
+    for token in added:  # a token without an id gets the next one, as in transformers
+        vocab.setdefault(token, len(vocab))
+    normalized = {token: after_cleaning for token, (after_cleaning, _) in added.items()}
+    return Vocabulary(vocab, merges, normalized, special, open_clip_length or context_length)
+
+
+def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> None:
+    """Write vocab.json, merges.txt and two small files, for transformers to read as well."""
+    directory = Path(directory)
+    vocab, merges, added, special, context_length = vocabulary
+    decoder = {
+        str(vocab[token]): {
+            "content": token,
+            "lstrip": False,
+            "normalized": normalized,
+            "rstrip": False,
+            "single_word": False,
+            "special": token in special.values(),
+        }
+        for token, normalized in added.items()
+    }
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": context_length,
+        **special,
+        "added_tokens_decoder": decoder,
+    }
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
+    with blaming_disk(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "vocab.json", vocab)
+        with replacing(directory / "merges.txt") as temporary:
+            temporary.write_text("\n".join(lines), encoding="utf-8", newline="\n")
+        write_json(directory / "special_tokens_map.json", special)
+        write_json(directory / "tokenizer_config.json", config)
+        # transformers would read an older tokenizer's files first
+        (directory / "tokenizer.json").unlink(missing_ok=True)
+        (directory / "added_tokens.json").unlink(missing_ok=True)
+
+
+def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Iterable[str]) -> None:
+    """Raise ValueError if a merge is missing: the words with its token would fall apart.
+
+    This can be checked only if the vocabulary contains all 256 bytes.
+    """
+    symbols = {symbol + end for symbol in byte_symbols().values() for end in ("", END_OF_WORD)}
+    if not vocab.keys() >= symbols:
+        return
+    made = {left + right for left, right in merges}
+    if unmade := vocab.keys() - symbols - made - set(special):
+        first = min(unmade, key=vocab.__getitem__)
+        raise ValueError(
+            f"no merge makes {len(unmade)} tokens of the vocabulary, the first {shown(first)}; "
+            "vocabulary and merges must come from the same tokenizer"
+        )
+
+
+def _read_merges(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
+    """The vocabulary, the merges, and the file that they are from."""
+    vocab, merges = directory / "vocab.json", directory / "merges.txt"
+    whole, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
+    if vocab.is_file() and (merges.is_file() or not whole.is_file()):
+        lines = [line for line in read_lines(merges) if not line.startswith("#version")]
+        return vocab, read_json(vocab, MOST_BYTES), _pairs(merges, lines)
+    if whole.is_file():
+        model = read_json(whole, MOST_BYTES).get("model")
+        found = model if isinstance(model, dict) else {}
+        if not isinstance(found.get("vocab"), dict) or not isinstance(found.get("merges"), list):
+            raise CheckpointError(f"{whole}: expected a model with a vocab and merges (type BPE)")
+        return whole, found["vocab"], _pairs(whole, found["merges"])
+    if simple.is_file():
+        pairs = _pairs(simple, read_lines(simple)[1 : OPENAI_MERGES + 1])
+        return simple, vocabulary_of(pairs), pairs
+    raise CheckpointError(
+        f"{directory}: no tokenizer here; expected vocab.json and merges.txt, or tokenizer.json, "
+        f"or {OPENAI_VOCABULARY}. Most CLIPs use those of openai/clip-vit-base-patch32; "
+        "CLIP.from_pretrained loads a model without"
+    )
+
+
+def _pairs(path: Path, merges: Iterable[Any]) -> list[Pair]:
+    """Merges are written "a b", or in newer tokenizer.json files ["a", "b"]."""
+    pairs = []
+    for rank, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(type(t) is str and t for t in pair)
+        ):
+            found = shown(merge)
+            raise CheckpointError(f"{path}: merge {rank}: expected two tokens, found {found}")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def read_special_tokens(
+    directory: Path,
+) -> tuple[dict[str, str], dict[str, tuple[bool, int | None]], int]:
+    """The four named tokens, all tokens to find in texts (normalized?, id), the context length.
+
+    Over the years transformers has written these into four files. They are read in its order: a
+    later entry wins, and with `added_tokens_decoder` only tokenizer_config.json is read.
+    """
+    config = read_json_if_there(directory / "tokenizer_config.json", MOST_BYTES)
+    try:
+        listed: dict[str, tuple[bool, int | None]] = {}
+        complete = "added_tokens_decoder" in config
+        for id, token in config.get("added_tokens_decoder", {}).items():
+            listed |= _added_token(token, int(id))
+        if not complete:
+            config |= read_json_if_there(directory / "special_tokens_map.json", MOST_BYTES)
+        defaults = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "sep_token": None}
+        defaults |= {"pad_token": EOS, "cls_token": None, "mask_token": None}
+        named = {key: config.get(key) or token for key, token in defaults.items()}
+        named = {key: token for key, token in named.items() if token}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra = list(extra.values() if isinstance(extra, dict) else extra)
+        if not complete:
+            specials = {name for token in [*named.values(), *extra] for name in _added_token(token)}
+            for token, id in read_json_if_there(
+                directory / "added_tokens.json", MOST_BYTES
+            ).items():
+                listed |= _added_token({"content": token, "special": token in specials}, id)
+            for token in (
+                read_json_if_there(directory / "tokenizer.json", MOST_BYTES).get("added_tokens")
+                or []
+            ):
+                listed |= _added_token(token, token["id"])
+        added: dict[str, tuple[bool, int | None]] = {}
+        for token in [*named.values(), *extra]:
+            added |= _added_token(token)
+        content = {key: next(iter(_added_token(token))) for key, token in named.items()}
+        special = {
+            key: content[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")
+        }
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: the special tokens in tokenizer_config.json, special_tokens_map.json, "
+            "added_tokens.json or tokenizer.json are not as transformers writes them: "
+            + shown(error)
+        ) from None
+    length: Any = config.get("model_max_length")
+    sane = type(length) is int and 2 <= length <= 100_000  # "no limit" is written as 1e30
+    return special, added | listed, length if sane else 77
+
+
+def _added_token(token: Any, id: int | None = None) -> dict[str, tuple[bool, int | None]]:
+    """{content: (normalized, id)}. transformers takes a bare string for a special token."""
+    if isinstance(token, str):
+        token = {"content": token}
+    if not isinstance(token["content"], str) or not token["content"]:
+        raise ValueError(f"expected the content of a token, found {shown(token['content'])}")
+    # lstrip and rstrip remove whitespace around a token. It has no ids anyway.
+    if token.get("single_word"):
+        content = shown(token["content"])
+        raise ValueError(f"single_word of {content} is set, which no CLIP is known to do")
+    if id is not None and type(id) is not int:
+        content = shown(token["content"])
+        raise ValueError(f"expected the id of {content} to be a number, found {shown(id)}")
+    special = token.get("special", id is None)
+    return {token["content"]: (bool(token.get("normalized", not special)), id)}

@@ -1,0 +1,84 @@
+"""BPE in n log n, and learning its merges."""
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from miniclip.text.symbols import Pair
+
+
+def merge(symbols: Sequence[str], ranks: Mapping[Pair, int]) -> list[str]:
+    """BPE with a heap of pairs over a linked list of symbols.
+
+    >>> merge(["c", "a", "t</w>"], {("a", "t</w>"): 0, ("c", "at</w>"): 1})
+    ['cat</w>']
+    """
+    symbols = list(symbols)
+    end = len(symbols)
+    after = list(range(1, end + 1))
+    before = list(range(-1, end - 1))
+    heap = [(ranks[pair], i) for i, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = after[i]
+        # The pushed pair is gone if either half has been merged since. A rank names one pair, so it
+        # is enough to check that the pair at this place still has the rank.
+        if j == end or ranks.get((symbols[i], symbols[j])) != rank:
+            continue
+        symbols[i] += symbols[j]
+        symbols[j] = ""  # a pair with it has no rank
+        after[i] = after[j]
+        if after[i] < end:
+            before[after[i]] = i
+        for left, right in ((before[i], i), (i, after[i])):
+            if left >= 0 and right < end:
+                new = ranks.get((symbols[left], symbols[right]))
+                if new is not None:
+                    heapq.heappush(heap, (new, left))
+    return [symbol for symbol in symbols if symbol]
+
+
+def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair]:
+    """The first `limit` merges of words, given as symbols, that occur so many times.
+
+    Sennrich et al. 2016, arXiv 1508.07909: the pair that occurs most becomes a token, again and
+    again. Ties go to the pair that sorts first.
+
+    >>> learn_merges({("c", "a", "t"): 2, ("h", "a", "t"): 1, ("c", "a", "p"): 1}, 2)
+    [('a', 't'), ('c', 'at')]
+    """
+    words: list[Sequence[str]] = list(counts)
+    times = list(counts.values())
+    total: Counter[Pair] = Counter()
+    where: defaultdict[Pair, set[int]] = defaultdict(set)  # the words a pair is or was in
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            total[pair] += times[i]
+            where[pair].add(i)
+    heap = [(-count, pair) for pair, count in total.items()]
+    heapq.heapify(heap)
+    merges: list[Pair] = []
+    made: set[str] = set()
+    while heap and len(merges) < limit:
+        count, best = heapq.heappop(heap)
+        # Each change of a count is pushed, and only the latest is valid. A pair whose token another
+        # pair has made already would be a second id for one token.
+        if count == 0 or -count != total[best] or "".join(best) in made:
+            continue
+        merges.append(best)
+        made.add("".join(best))
+        changed = set()
+        for i in where.pop(best):
+            old, new = words[i], merge(words[i], {best: 0})
+            for pair in zip(old, old[1:]):
+                total[pair] -= times[i]
+                changed.add(pair)
+            for pair in zip(new, new[1:]):
+                total[pair] += times[i]
+                where[pair].add(i)
+                changed.add(pair)
+            words[i] = new
+        for pair in changed:
+            heapq.heappush(heap, (-total[pair], pair))
+    return merges

@@ -1,0 +1,34 @@
+"""The characters that a vocabulary file has for bytes, and its special tokens."""
+
+from functools import cache
+
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+END_OF_WORD = "</w>"
+Pair = tuple[str, str]
+
+
+@cache
+def byte_symbols() -> dict[int, str]:
+    """A visible character for each of the 256 bytes, in the order of the vocabulary (GPT-2).
+
+    A vocabulary is a text file, where a space or a control character would be trouble. Bytes that
+    print in Latin-1 stand for themselves, the other 68 become the characters from U+0100 on.
+
+    >>> byte_symbols()[ord("a")], byte_symbols()[ord(" ")], byte_symbols()[0]
+    ('a', 'Ġ', 'Ā')
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    printable += range(ord("®"), ord("ÿ") + 1)
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + n) for n, byte in enumerate(others)
+    }
+
+
+def vocabulary_of(merges: list[Pair]) -> dict[str, int]:
+    """OpenAI's order of ids: 256 bytes, 256 bytes that end a word, merges, two special tokens."""
+    symbols = list(byte_symbols().values())
+    ends = [symbol + END_OF_WORD for symbol in symbols]
+    merged = [left + right for left, right in merges]
+    return {token: id for id, token in enumerate([*symbols, *ends, *merged, BOS, EOS])}

@@ -1,0 +1,75 @@
+"""The Unicode of transformers' tokenizer, for any Python from 3.10.
+
+transformers' tokenizer is made of three Rust libraries. Each has the Unicode tables of its own
+year, and Python's tables are those of its release. The tables below settle the differences.
+"""
+
+import re
+import unicodedata
+from functools import cache
+
+# Marks newer than Unicode 9. transformers' NFC neither reorders nor composes them.
+NEW_MARK = (
+    r"([\u05C8-\u05C9\u07FD\u0897-\u08D3\u09FE\u0C3C\u0D3B-\u0D3C\u0EBA\u1715\u1ABF-\u1AF0"
+    r"\u1DF6-\u1DFA\uA82C\U000105D2-\U000105DA\U00010D24-\U00010F85\U00011070\U0001133B"
+    r"\U000113B8-\U000113D0\U0001145E\U00011839-\U00011930\U0001193D-\U00011A99"
+    r"\U00011D42-\U0001612F\U00016D67-\U00016FF1\U0001D127-\U0001D128\U0001D250-\U0001D281"
+    r"\U0001E08F-\U0001E6F5])"
+)
+
+
+def utf8(word: str) -> bytes:
+    """A word in UTF-8. Raises ValueError for half a character (a lone surrogate)."""
+    try:
+        return word.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has a lone surrogate, {error.object[error.start]!r}: half a character, "
+            "which UTF-8 cannot encode. Repair the text or leave the character out"
+        ) from None
+
+
+def compose(text: str) -> str:
+    """Compose characters (NFC) with the tables of Unicode 9."""
+    parts = re.split(NEW_MARK, text)  # NFC does not reach across these marks
+    return "".join(unicodedata.normalize("NFC", part) for part in parts)
+
+
+def lower_new_capitals(text: str) -> str:
+    """Lower-case what `str.lower` treats in another way: capital sigma, and new capitals."""
+    return text.translate(_new_capitals())
+
+
+@cache
+def _new_capitals() -> dict[int, int]:
+    """Capital sigma, which `str.lower` changes at the end of a word, and Unicode 14 to 17."""
+    ranges = [  # first, last, step, distance to the lower case
+        (0x03A3, 0x03A3, 1, 32),
+        (0x1C89, 0x1C89, 1, 1),
+        (0x2C2F, 0x2C2F, 1, 48),
+        (0xA7C0, 0xA7C0, 1, 1),
+        (0xA7CB, 0xA7CB, 1, 0x0264 - 0xA7CB),
+        (0xA7CC, 0xA7DA, 2, 1),
+        (0xA7DC, 0xA7DC, 1, 0x019B - 0xA7DC),
+        (0x10570, 0x1057A, 1, 39),
+        (0x1057C, 0x1058A, 1, 39),
+        (0x1058C, 0x10592, 1, 39),
+        (0x10594, 0x10595, 1, 39),
+        (0x10D50, 0x10D65, 1, 32),
+        (0x16EA0, 0x16EB8, 1, 27),
+    ]
+    return {c: c + far for first, last, by, far in ranges for c in range(first, last + 1, by)}
+
+
+# Letters and numbers newer than Unicode 16. transformers (Oniguruma) does not know them; the regex
+# module knows some.
+TOO_NEW = (
+    r"\u0558\u058B-\u058C\u088F\u0C5C\u0CDC\u208F\u209D-\u209F\uA7CE-\uA7CF\uA7D2\uA7D4\uA7DD"
+    r"\uA7E2\uA7F1\uAB6C-\uAB6D\U000107BB-\U000107BF\U00010940-\U00010959\U00010EC5-\U00010EC7"
+    r"\U00010ED9-\U00010EEE\U00011B0A\U00011DB0-\U00011DE9\U00011DF1\U0001246F"
+    r"\U00012475-\U0001247F\U00012550-\U00012686\U00016EA0-\U00016ED3\U00016FF2-\U00016FF6"
+    r"\U000187F8-\U000187FF\U00018CD6-\U00018CDA\U00018D09-\U00018DF2\U00018E00-\U000191D2"
+    r"\U0001B123-\U0001B128\U0001B168\U0001D6A6\U0001DF1F-\U0001DF24\U0001DF2B-\U0001DFFF"
+    r"\U0001E6C0-\U0001E6FF\U0002B73A-\U0002B73F\U0002B81E\U0002CEA2-\U0002CEAD"
+    r"\U000323B0-\U000DFFFF"
+)
