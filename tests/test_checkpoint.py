@@ -15,7 +15,6 @@ from twin import TINY, randomize, twins
 
 from miniclip import CLIP, CheckpointError, Tokenizer, load, save
 from miniclip.files.hub import embedded_names, resolve
-from miniclip.model import CLIP
 from miniclip.transform import ImageTransform
 
 
@@ -150,7 +149,6 @@ def test_loading_takes_the_memory_of_the_file_in_the_dtype_asked_for(
     # Not by getrusage, whose peak a process inherits from the one that started it.
     script = f"""
 import torch
-from miniclip.model import CLIP
 def peak():
     (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -36,7 +36,6 @@ from miniclip import (
 )
 from miniclip.files.pickles import LARGEST
 from miniclip.files.weights import read_tensors
-from miniclip.model import CLIP
 from miniclip.parity import randomize
 
 CONFIG = CLIPConfig(

@@ -50,7 +50,6 @@ from miniclip.files.names import (
     preprocessing_from_open_clip,
 )
 from miniclip.files.weights import read_tensors
-from miniclip.model import CLIP
 from miniclip.presets import PRESETS
 from miniclip.transform import ImageTransform
 
