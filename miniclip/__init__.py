@@ -1,7 +1,8 @@
 """miniclip: CLIP in PyTorch, small enough to read and exact enough to trust.
 
-The reference, in the order to read it: `miniclip.config`, `miniclip.model`, `miniclip.tokenizer`,
-`miniclip.transform`, `miniclip.checkpoint`. The other modules are tools that are built on it.
+The reference, in the order to read it: `miniclip.config`, `miniclip.model`, `miniclip.loss`,
+`miniclip.tokenizer`, `miniclip.transform`, `miniclip.checkpoint`. `miniclip.files` and
+`miniclip.text` are behind it, and all other modules are tools that are built on it.
 """
 
 from importlib import import_module
@@ -41,9 +42,12 @@ __version__ = "0.1.0"
 
 
 def _import(name: str) -> Any:
-    """All of the above, when the first of it is asked for. It brings torch, and that takes a second
-    or two which `miniclip --help`, or Ctrl-C, should not have to wait for."""
-    homes = ("config", "model", "tokenizer", "transform", "checkpoint", "sites", "zeroshot")
+    """Import all of the above when the first of it is asked for.
+
+    Importing torch takes a second or two. `miniclip --help` and Ctrl-C need not wait for it.
+    """
+    homes = ("errors", "config", "model", "tokenizer", "transform", "checkpoint")
+    homes += ("sites", "zeroshot")
     for home in homes:
         module = import_module(f"miniclip.{home}")
         for public in vars(module).keys() & __all__:

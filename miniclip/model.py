@@ -287,13 +287,6 @@ class TextTower(Tower):
         x = self.blocks(self.embed(ids))  # (B, T, W)
         return self.proj(self.pool(x, self.eos_positions(ids)))  # (B, E)
 
-    def encode_vectors(self, x: Tensor, eos: Tensor) -> Tensor:
-        """Token vectors (B, T, W), read at the positions `eos` (B,) -> (B, E).
-
-        For learned prompts, which have no ids (CoOp, Zhou et al. 2021, arXiv 2109.01134).
-        """
-        return self.proj(self.pool(self.blocks(self.add_positions(x)), eos))  # (B, E)
-
     @torch.no_grad()
     def init_weights(self) -> None:
         """OpenAI's init (openai/CLIP, model.py, CLIP.initialize_parameters).

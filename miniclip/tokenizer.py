@@ -13,7 +13,6 @@ and OpenAI's clip/simple_tokenizer.py. They clean and split texts in different w
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -21,14 +20,7 @@ import regex
 import torch
 from torch import Tensor
 
-from miniclip.files.checks import (
-    check_context_length,
-    check_pad_to,
-    check_reference,
-    check_tokens,
-    check_vocab_size,
-    too_long,
-)
+from miniclip.files import checks
 from miniclip.files.pretrained import PretrainedTokenizer
 from miniclip.text.added import AddedTokens
 from miniclip.text.chunks import RememberedChunks
@@ -36,9 +28,7 @@ from miniclip.text.explain import Explanation, Word
 from miniclip.text.merge import learn_merges, merge
 from miniclip.text.openai import clean_openai
 from miniclip.text.symbols import BOS, END_OF_WORD, EOS, Pair, byte_symbols, vocabulary_of
-from miniclip.text.unicode import TOO_NEW, compose, lower_new_capitals, utf8
-
-# -- clean ---------------------------------------------------------------------------------------
+from miniclip.text.unicode import compose, lower_new_capitals, utf8, word_pattern
 
 WHITESPACE = regex.compile(r"\s+")
 
@@ -53,8 +43,6 @@ def clean_transformers(text: str) -> str:
         text = lower_new_capitals(compose(text))
     return WHITESPACE.sub(" ", text).lower()
 
-
-# -- split ---------------------------------------------------------------------------------------
 
 # Merges never cross a word. The alternatives for a word:
 WORD = r"""
@@ -74,7 +62,7 @@ def split_transformers(text: str) -> list[str]:
     >>> split_transformers("<|endoftext|>>")
     ['<|', 'endoftext', '|>', '>']
     """
-    words = _word_pattern("transformers").findall(text)
+    words = word_pattern(WORD, "transformers").findall(text)
     if BOS not in words and EOS not in words:
         return words
     cut = {token: ["<|", token[2:-2], "|>"] for token in (BOS, EOS)}  # GPT-2's words
@@ -87,20 +75,7 @@ def split_openai(text: str) -> list[str]:
     >>> split_openai("a<|endoftext|>>")
     ['a', '<|endoftext|>', '>']
     """
-    return _word_pattern("openai").findall(text)
-
-
-@cache
-def _word_pattern(reference: str) -> regex.Pattern[str]:
-    """The pattern of WORD. OpenAI ignores case, so that an old long s (ſ) counts as an s."""
-    letter, number, flags = r"\p{L}", r"\p{N}", regex.VERBOSE | regex.IGNORECASE
-    if reference == "transformers":
-        letter, number = rf"[\p{{L}}--[{TOO_NEW}]]", rf"[\p{{N}}--[{TOO_NEW}]]"
-        flags = regex.VERBOSE | regex.VERSION1  # VERSION1 reads -- as "without"
-    return regex.compile(WORD.replace("LETTER", letter).replace("NUMBER", number), flags)
-
-
-# -- bytes to symbols ----------------------------------------------------------------------------
+    return word_pattern(WORD, "openai").findall(text)
 
 
 def to_symbols(word: str) -> list[str]:
@@ -113,9 +88,6 @@ def to_symbols(word: str) -> list[str]:
     symbols = [visible[byte] for byte in utf8(word)]
     symbols[-1] += END_OF_WORD
     return symbols
-
-
-# -- merge ---------------------------------------------------------------------------------------
 
 
 def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]]:
@@ -137,9 +109,6 @@ def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]
         symbols = joined
         steps.append(symbols)
     return steps
-
-
-# -- the tokenizer -------------------------------------------------------------------------------
 
 
 class Tokenizer(PretrainedTokenizer):
@@ -169,8 +138,8 @@ class Tokenizer(PretrainedTokenizer):
         context_length: int = 77,
         reference: str = "transformers",
     ) -> None:
-        check_reference(reference)
-        check_context_length(context_length)
+        checks.check_reference(reference)
+        checks.check_context_length(context_length)
         self.reference = reference
         self.context_length = context_length
         self.vocab = dict(vocab)
@@ -182,7 +151,7 @@ class Tokenizer(PretrainedTokenizer):
             "pad_token": pad_token or eos_token,
         }
         self.added = dict.fromkeys(self.special_tokens.values(), False) | dict(added)
-        check_tokens(self.vocab, self.merges, self.added)
+        checks.check_tokens(self.vocab, self.merges, self.added)
         self.bos_token_id = self.vocab[bos_token]
         self.eos_token_id = self.vocab[eos_token]
         self.pad_token_id = 0 if reference == "openai" else self.vocab[pad_token or eos_token]
@@ -238,7 +207,7 @@ class Tokenizer(PretrainedTokenizer):
         """
         if isinstance(texts, str):
             texts = [texts]
-        limit = check_pad_to(pad_to, self.context_length)
+        limit = checks.check_pad_to(pad_to, self.context_length)
         rows = []
         for i, text in enumerate(texts):
             try:
@@ -247,7 +216,7 @@ class Tokenizer(PretrainedTokenizer):
                 raise type(error)(f"text {i}: {error}") from None
             if len(row) > limit:
                 if not truncate:
-                    raise too_long(i, text, len(row), limit)
+                    raise checks.too_long(i, text, len(row), limit)
                 row[limit - 1 :] = [self.eos_token_id]
             rows.append(row)
         length = pad_to or max(map(len, rows), default=0)
@@ -289,7 +258,7 @@ class Tokenizer(PretrainedTokenizer):
         the words of the texts, not on their order. `options` are those of Tokenizer.
         """
         empty = cls(vocabulary_of([]), [], **options)
-        check_vocab_size(vocab_size, empty.vocab_size)
+        checks.check_vocab_size(vocab_size, empty.vocab_size)
         counts = Counter(word for text in texts for word in empty._split(empty._clean(text)))
         symbols = {tuple(to_symbols(w)): n for w, n in counts.items() if w not in (BOS, EOS)}
         merges = learn_merges(symbols, vocab_size - empty.vocab_size)

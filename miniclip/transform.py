@@ -26,7 +26,7 @@ from torch import Tensor
 
 from miniclip.errors import ImageError
 from miniclip.files.checks import MAX_PIXELS, check_transform
-from miniclip.files.pictures import Picture, as_image, in_threads, no_warnings, reason_of
+from miniclip.files.pictures import Picture, as_image, fill_in_threads, no_warnings, reason_of
 from miniclip.files.pretrained import PretrainedTransform
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1 over OpenAI's training set
@@ -65,23 +65,20 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, reference: str = "transformers") -> Image.Image:
-    """The middle `size` x `size` pixels. Outside the image they are 0."""
-    left = _crop_offset(image.width - size, reference)
-    top = _crop_offset(image.height - size, reference)
-    return image.crop((left, top, left + size, top + size))
+    """The middle `size` x `size` pixels. Outside the image they are 0.
 
-
-def _crop_offset(margin: int, reference: str) -> int:
-    """Where a crop begins.
-
-    >>> _crop_offset(3, "transformers"), _crop_offset(3, "openai")
-    (1, 2)
+    >>> center_crop(Image.linear_gradient("L").crop((0, 0, 4, 4)), 1, "openai").getpixel((0, 0))
+    2
     """
-    if reference == "transformers":
-        return margin // 2
-    # torchvision calls Python's round, which goes to the even neighbour. An image that is smaller
-    # than the crop is padded first, with the odd pixel on the right.
-    return round(margin / 2) if margin > 0 else -(-margin // 2)
+    left, top = (
+        # torchvision rounds to the even neighbour. It pads an image that is smaller than the crop
+        # first, with the odd pixel on the right.
+        (round(margin / 2) if margin > 0 else -(-margin // 2))
+        if reference == "openai"
+        else margin // 2
+        for margin in (image.width - size, image.height - size)
+    )
+    return image.crop((left, top, left + size, top + size))
 
 
 def scale_and_normalize(
@@ -132,20 +129,7 @@ class ImageTransform(PretrainedTransform):
                 return torch.from_numpy(self._pixels(cast(Picture, pictures)))
 
         pixels = np.empty((len(pictures), 3, self.crop_size, self.crop_size), np.float32)
-        first: dict[int, int] = {}  # two threads must not work on one PIL image
-        for i, picture in enumerate(pictures):
-            first.setdefault(id(picture), i)
-
-        def fill(i: int) -> None:
-            try:
-                pixels[i] = self._pixels(pictures[i])
-            except (ImageError, TypeError) as error:
-                raise type(error)(f"image {i} of {len(pictures)}: {error}") from error
-
-        in_threads(fill, first.values())
-        for i, picture in enumerate(pictures):
-            if i != first[id(picture)]:
-                pixels[i] = pixels[first[id(picture)]]
+        fill_in_threads(pixels, self._pixels, pictures)
         return torch.from_numpy(pixels)
 
     def _pixels(self, picture: Any) -> np.ndarray:

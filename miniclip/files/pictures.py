@@ -4,7 +4,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from typing import Any, BinaryIO
@@ -106,14 +106,28 @@ class _NoWarnings:
 no_warnings = _NoWarnings()
 
 
-def in_threads(function: Callable[[int], None], items: Iterable[int]) -> None:
-    """Call a function for each item, in as many threads as torch uses.
+def fill_in_threads(
+    rows: np.ndarray, compute: Callable[[Any], np.ndarray], pictures: Sequence[Any]
+) -> None:
+    """Fill each row with what is computed for its picture, in as many threads as torch uses.
 
-    Pillow works outside Python's lock. In a DataLoader's worker torch has one thread. An error
-    cancels the calls that have not begun.
+    Pillow works outside Python's lock. In a DataLoader's worker torch has one thread. Raises what
+    `compute` raises, with the index of the picture.
     """
-    items = list(items)
+    first: dict[int, int] = {}  # two threads must not work on one PIL image
+    for i, picture in enumerate(pictures):
+        first.setdefault(id(picture), i)
+
+    def fill(i: int) -> None:
+        try:
+            rows[i] = compute(pictures[i])
+        except (ImageError, TypeError) as error:
+            raise type(error)(f"image {i} of {len(pictures)}: {error}") from error
+
     with no_warnings, ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        each = pool.map if len(items) > 1 else map  # a new thread costs a tenth of a picture
-        for _ in each(function, items):
-            pass  # raises what the function raised
+        each = pool.map if len(first) > 1 else map  # a new thread costs a tenth of a picture
+        for _ in each(fill, first.values()):
+            pass  # raises what `fill` raised, and cancels the rest
+    for i, picture in enumerate(pictures):
+        if i != first[id(picture)]:
+            rows[i] = rows[first[id(picture)]]

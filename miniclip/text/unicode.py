@@ -8,6 +8,8 @@ import re
 import unicodedata
 from functools import cache
 
+import regex
+
 # Marks newer than Unicode 9. transformers' NFC neither reorders nor composes them.
 NEW_MARK = (
     r"([\u05C8-\u05C9\u07FD\u0897-\u08D3\u09FE\u0C3C\u0D3B-\u0D3C\u0EBA\u1715\u1ABF-\u1AF0"
@@ -73,3 +75,16 @@ TOO_NEW = (
     r"\U0001E6C0-\U0001E6FF\U0002B73A-\U0002B73F\U0002B81E\U0002CEA2-\U0002CEAD"
     r"\U000323B0-\U000DFFFF"
 )
+
+
+@cache
+def word_pattern(word: str, reference: str) -> regex.Pattern[str]:
+    """Compile a pattern with LETTER and NUMBER in it, by the Unicode of a reference.
+
+    OpenAI ignores case, so that an old long s (ſ) counts as an s.
+    """
+    letter, number, flags = r"\p{L}", r"\p{N}", regex.VERBOSE | regex.IGNORECASE
+    if reference == "transformers":
+        letter, number = rf"[\p{{L}}--[{TOO_NEW}]]", rf"[\p{{N}}--[{TOO_NEW}]]"
+        flags = regex.VERBOSE | regex.VERSION1  # VERSION1 reads -- as "without"
+    return regex.compile(word.replace("LETTER", letter).replace("NUMBER", number), flags)
