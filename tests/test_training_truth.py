@@ -11,7 +11,7 @@ from PIL import Image
 from twin import TINY, random_inputs, twins
 
 from miniclip import ImageTransform, load
-from miniclip.model import unit_norm
+from miniclip.model import Attention, unit_norm
 from miniclip.training import Recipe, batches, contrastive_loss, from_scratch, open_data, train
 from miniclip.training import loop as loop_module
 from miniclip.training.loop import SMALL, loss_of_batch
@@ -213,3 +213,28 @@ def test_muon_steps_each_matrix_as_if_it_were_alone():
         for optimizer in optimizers:
             optimizer.step()
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# bfloat16 on a CPU
+
+
+def test_bfloat16_writes_attention_out_and_leaves_the_model_as_it_was(
+    captioned, tmp_path, monkeypatch
+):
+    written_out = []
+
+    def attend(self, q, k, v):
+        written_out.append(q.dtype)
+        return original(self, q, k, v)
+
+    original = Attention.attend
+    monkeypatch.setattr(Attention, "attend", attend)
+    data = open_data(captioned, ImageTransform(32))
+    model, tokenizer = from_scratch(SMALL, data)
+    model.vision.blocks[0].attn.eager = True
+    recipe = Recipe(epochs=1, batch=16, precision="bfloat16")
+    train(model, tokenizer, ImageTransform(32), data, recipe, tmp_path / "run")
+    assert written_out == [torch.bfloat16] * (SMALL.vision.layers + SMALL.text.layers)
+    eager = [layer for layer in model.modules() if isinstance(layer, Attention) and layer.eager]
+    assert eager == [model.vision.blocks[0].attn]
