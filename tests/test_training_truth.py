@@ -219,6 +219,21 @@ def test_muon_steps_each_matrix_as_if_it_were_alone():
 # bfloat16 on a CPU
 
 
+def test_bfloat16_ends_before_the_loss(captioned, tmp_path, monkeypatch):
+    lengths = []
+
+    def note(image, text, *args):
+        lengths.extend([*image.norm(dim=1).tolist(), *text.norm(dim=1).tolist()])
+        return contrastive_loss(image, text, *args)
+
+    monkeypatch.setattr(loop_module, "contrastive_loss", note)
+    data = open_data(captioned, ImageTransform(32))
+    model, tokenizer = from_scratch(SMALL, data)
+    recipe = Recipe(epochs=1, batch=16, precision="bfloat16")
+    train(model, tokenizer, ImageTransform(32), data, recipe, tmp_path / "run")
+    assert lengths == pytest.approx([1] * 32, abs=1e-6)  # bfloat16 would be off by 1e-3
+
+
 def test_bfloat16_writes_attention_out_and_leaves_the_model_as_it_was(
     captioned, tmp_path, monkeypatch
 ):

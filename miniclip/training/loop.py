@@ -37,7 +37,7 @@ from miniclip.config import (
     replacing,
     write_json,
 )
-from miniclip.model import CLIP, Attention
+from miniclip.model import CLIP, Attention, unit_norm
 from miniclip.surgery.interventions import PatchDropout
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import Source, augment, batches, draw_seed, open_data
@@ -260,8 +260,12 @@ def train(
         model.text.compile()
     device = model.logit_scale.device
     cast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-    encode_image = cast(partial(model.encode_image, normalize=True))
-    encode_text = cast(partial(model.encode_text, normalize=True))
+
+    def encode_image(pixels: Tensor) -> Tensor:
+        return unit_norm(cast(model.encode_image)(pixels).to(model.logit_scale.dtype))
+
+    def encode_text(ids: Tensor) -> Tensor:
+        return unit_norm(cast(model.encode_text)(ids).to(model.logit_scale.dtype))
 
     model.train()
     stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)
