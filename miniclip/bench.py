@@ -40,6 +40,7 @@ from miniclip.files.hub import OPENAI_VOCABULARY
 from miniclip.files.names import OPENAI, TRANSFORMERS, layout_name, pack
 from miniclip.files.weights import check_device
 from miniclip.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
+from miniclip.loss import contrastive_loss
 from miniclip.model import CLIP, unit_norm
 from miniclip.parity import random_inputs, randomize
 from miniclip.parts import parts
@@ -47,7 +48,6 @@ from miniclip.peers import Library, import_transformers, libraries
 from miniclip.presets import PRESETS
 from miniclip.retrieval import BLOCK, Encoder, Index, Strings, embed, embed_parts
 from miniclip.tokenizer import Tokenizer
-from miniclip.training.loss import contrastive_loss
 from miniclip.transform import ImageTransform, resize_short_side
 from miniclip.zeroshot import class_embeddings, read_ahead
 

@@ -11,7 +11,7 @@ from miniclip.training.loop import (
     set_up,
     train,
 )
-from miniclip.training.loss import average_gradients, clamp_logit_scale, contrastive_loss, gather
+from miniclip.training.loss import average_gradients, batch_loss, gather
 
 __all__ = [
     "Batch",
@@ -27,7 +27,6 @@ __all__ = [
     "set_up",
     "train",
     "average_gradients",
-    "clamp_logit_scale",
-    "contrastive_loss",
+    "batch_loss",
     "gather",
 ]

@@ -1,6 +1,5 @@
-"""The loss of CLIP: figure 3 of the paper (Radford et al. 2021, arXiv 2103.00020)."""
+"""The loss over several processes, with false captions, and in chunks of a batch."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -8,45 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from miniclip.loss import contrastive_loss
 from miniclip.model import CLIP
-
-
-def contrastive_loss(
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    logit_scale: Tensor,
-    labels: Tensor | None = None,
-    negative_embeds: Tensor | None = None,
-) -> Tensor:
-    """Symmetric cross-entropy over the B x B matrix of an image batch and its captions.
-
-    Embeddings are (B, E) and of length 1, row i of one belongs to row i of the other;
-    `logit_scale` is a logarithm. With `labels` (B,), pairs of equal label count as positives of
-    each other and share the target, instead of being pushed apart: where a batch is many times
-    larger than the number of classes, most of its "negatives" are none (UniCL, Yang et al. 2022,
-    arXiv 2204.03610).
-
-    `negative_embeds` (B, E) are false captions, row i of image i, such as the true ones with two
-    words swapped: the hard negatives of NegCLIP (Yuksekgonul et al. 2022, arXiv 2210.01936). There
-    they are B more columns of the matrix, where an image's own false caption is one of 2 B; here
-    each image chooses between the true and the false one alone, by the logistic loss.
-    """
-    logits = logit_scale.exp() * image_embeds @ text_embeds.T  # (B, B)
-    if labels is None:
-        labels = torch.arange(len(logits), device=logits.device)
-    same = (labels[:, None] == labels[None, :]).to(logits.dtype)
-    target = same / same.sum(dim=1)  # symmetric, so that it serves both directions
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    if negative_embeds is None:
-        return loss
-    wrong = logit_scale.exp() * (image_embeds * negative_embeds).sum(dim=1)  # (B,)
-    return loss + F.softplus(wrong - logits.diagonal()).mean()
-
-
-@torch.no_grad()
-def clamp_logit_scale(model: CLIP) -> None:
-    """Keep logits at most 100 times a cosine (section 2.5 of the paper). Call after each step."""
-    model.logit_scale.clamp_(max=math.log(100))
 
 
 class _Gather(torch.autograd.Function):
@@ -74,6 +36,34 @@ def gather(x: Tensor) -> Tensor:
     the gradient of that loss, spread over the processes: `average_gradients` makes it the gradient.
     """
     return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+def batch_loss(
+    logit_scale: Tensor, labels: Tensor, also: Tensor, image_embeds: Tensor, text_embeds: Tensor
+) -> Tensor:
+    """The loss of a batch over all processes.
+
+    Args:
+        labels: (B,), equal for pairs that are true of each other.
+        also: (B, K), the labels of K more captions that are true of each image: "a dog" is true of
+            a Chihuahua, and "a Chihuahua" is false of another dog.
+        image_embeds: (B, E), of length 1.
+        text_embeds: (B, E) captions, or (2 B, E) with a false caption of each image after them,
+            such as the true one with two words swapped (NegCLIP, Yuksekgonul et al. 2022, arXiv
+            2210.01936). NegCLIP makes false captions B more columns of the matrix. Here each
+            image chooses between its true and its false caption alone, by the logistic loss.
+    """
+    image_embeds, labels = gather(image_embeds), gather(labels)
+    captions, *negatives = (gather(part) for part in text_embeds.split(len(also)))
+    of_image = torch.cat([labels[:, None], gather(also)], dim=1)  # (B, 1 + K)
+    is_true = (of_image[:, :, None] == labels).any(dim=1)  # (B, B): of image i, caption j
+    loss = contrastive_loss(image_embeds, captions, logit_scale, is_true)
+    for negative in negatives:
+        wrong, right = (
+            logit_scale.exp() * (image_embeds * texts).sum(dim=1) for texts in (negative, captions)
+        )
+        loss = loss + F.softplus(wrong - right).mean()  # (B,) each
+    return loss
 
 
 def average_gradients(model: CLIP) -> None:
