@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # else where they are first asked for, below
     from miniclip.sites import cache, hooks
     from miniclip.tokenizer import Tokenizer
     from miniclip.transform import ImageTransform
-    from miniclip.zeroshot import ZeroShotClassifier
+    from miniclip.zeroshot.classifier import ZeroShotClassifier
 
 __all__ = [
     "load",

@@ -39,17 +39,19 @@ from miniclip.config import CLIPConfig
 from miniclip.files.hub import OPENAI_VOCABULARY
 from miniclip.files.names import OPENAI, TRANSFORMERS, layout_name, pack
 from miniclip.files.weights import check_device
-from miniclip.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
 from miniclip.loss import contrastive_loss
 from miniclip.model import CLIP, unit_norm
 from miniclip.parity import random_inputs, randomize
 from miniclip.parts import parts
 from miniclip.peers import Library, import_transformers, libraries
 from miniclip.presets import PRESETS
-from miniclip.retrieval import BLOCK, Encoder, Index, Strings, embed, embed_parts
+from miniclip.retrieval.building import embed, embed_parts
+from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform, resize_short_side
-from miniclip.zeroshot import class_embeddings, read_ahead
+from miniclip.zeroshot.classifier import class_embeddings
+from miniclip.zeroshot.data import read_ahead
+from miniclip.zeroshot.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
 
 # How far an output may be from miniclip's, as a share of its length: what rounding explains.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -22,8 +22,9 @@ from miniclip.errors import ImageError
 if TYPE_CHECKING:
     from miniclip.convert import Mapped
     from miniclip.parity import Report
-    from miniclip.retrieval import Throughput
-    from miniclip.zeroshot import Evaluation, Score
+    from miniclip.retrieval.building import Throughput
+    from miniclip.zeroshot.classifier import Score
+    from miniclip.zeroshot.evaluation import Evaluation
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 
@@ -435,7 +436,7 @@ def build_parser() -> argparse.ArgumentParser:
 def classify(args: argparse.Namespace) -> int:
     """`miniclip classify`: photographs against labels."""
     from miniclip.checkpoint import load
-    from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier
+    from miniclip.zeroshot.classifier import TEMPLATE, ZeroShotClassifier
 
     model, tokenizer, transform = load(
         args.model, device=args.device, reference=args.reference, revision=args.revision
@@ -485,7 +486,7 @@ def train(args: argparse.Namespace) -> int:
     lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     if args.plot:
-        from miniclip.figures import draw_curves
+        from miniclip.figures.curves import draw_curves
 
         draw_curves(rows, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr)
@@ -499,13 +500,9 @@ def train(args: argparse.Namespace) -> int:
 def evaluation(args: argparse.Namespace) -> int:
     """`miniclip eval`: zero-shot accuracy on labelled images."""
     from miniclip.checkpoint import load
-    from miniclip.zeroshot import (
-        TEMPLATE,
-        ZeroShotClassifier,
-        evaluate,
-        find_templates,
-        labelled_images,
-    )
+    from miniclip.zeroshot.classifier import TEMPLATE, ZeroShotClassifier, find_templates
+    from miniclip.zeroshot.data import labelled_images
+    from miniclip.zeroshot.evaluation import evaluate
 
     keep_freed_memory()
     if args.data == "shapes":
@@ -528,7 +525,7 @@ def evaluation(args: argparse.Namespace) -> int:
         print(f"templates  {shorten(' | '.join(args.templates or templates), 69)}")
         print(evaluation_table(result))
     if args.plot:
-        from miniclip.figures import draw_confusion
+        from miniclip.figures.confusion import draw_confusion
 
         draw_confusion(result, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr)
@@ -538,7 +535,7 @@ def evaluation(args: argparse.Namespace) -> int:
 def shapes_evaluation(args: argparse.Namespace) -> int:
     """`miniclip eval shapes`: questions about drawn scenes."""
     from miniclip.checkpoint import load
-    from miniclip.training.shapes import score
+    from miniclip.world.scoring import score
 
     if args.templates or args.labels or args.plot:
         raise ValueError(
@@ -625,7 +622,7 @@ def explain(args: argparse.Namespace) -> int:
     """`miniclip explain`: where texts are seen in an image."""
     from miniclip.checkpoint import load
     from miniclip.files.pictures import open_image
-    from miniclip.lens import METHODS, seen, text_maps
+    from miniclip.lens.heat import METHODS, seen, text_maps
 
     if args.score:
         return explanation_score(args)
@@ -652,7 +649,7 @@ def explain(args: argparse.Namespace) -> int:
         ]
         print_json(found if len(found) > 1 else found[0])
     if out:
-        from miniclip.figures import draw_text_maps
+        from miniclip.figures.explanations import draw_text_maps
 
         scale = -(-512 // loaded.transform.crop_size)
         draw_text_maps(seen(image, loaded.transform, scale), args.texts, maps, out)
@@ -663,7 +660,8 @@ def explain(args: argparse.Namespace) -> int:
 def explanation_score(args: argparse.Namespace) -> int:
     """`miniclip explain --score`: how often each method is right, on drawn scenes."""
     from miniclip.checkpoint import load
-    from miniclip.lens import METHODS, answers, localise, questions
+    from miniclip.lens.heat import METHODS
+    from miniclip.world.localise import answers, localise, questions
 
     scenes = 200 if args.scenes is None else args.scenes
     if args.image or args.out or args.all or args.method or scenes < 1:
@@ -680,7 +678,7 @@ def explanation_score(args: argparse.Namespace) -> int:
         print(f"model   {args.model}\nscenes  {scenes} of two objects, two questions each\n")
         print(explanation_table(found))
     if args.plot:
-        from miniclip.figures import draw_explanations
+        from miniclip.figures.explanations import draw_explanations
 
         asked = questions(3)
         draw_explanations(
@@ -692,7 +690,7 @@ def explanation_score(args: argparse.Namespace) -> int:
 
 def explanation_table(found: dict[str, list[Any]]) -> str:
     """A line for each method, trained and random weights side by side; 80 columns wide."""
-    from miniclip.lens import RANDOM
+    from miniclip.world.localise import RANDOM
 
     def shares(row: Any) -> str:
         return "".join(f"{share:>10.1%}" for share in row[1:])
@@ -720,7 +718,9 @@ def embed(args: argparse.Namespace) -> int:
     import torch
 
     from miniclip.checkpoint import load
-    from miniclip.retrieval import build_index, describe, find_pictures, lasting_name, throughput
+    from miniclip.retrieval.building import build_index, throughput
+    from miniclip.retrieval.index import describe, lasting_name
+    from miniclip.retrieval.pictures import find_pictures
     from miniclip.training import process_group
 
     if bool(args.out) == args.time:
@@ -783,7 +783,8 @@ def search(args: argparse.Namespace) -> int:
     """`miniclip search`: the pictures of an index that are most like a query."""
     from time import perf_counter
 
-    from miniclip.retrieval import SHEETS, Index, draw_sheet, embed_query
+    from miniclip.retrieval.index import Index, embed_query
+    from miniclip.retrieval.sheet import SHEETS, draw_sheet
 
     if args.sheet:
         check_writable(args.sheet, SHEETS)
@@ -811,7 +812,7 @@ def search(args: argparse.Namespace) -> int:
 def serve(args: argparse.Namespace) -> int:
     """`miniclip serve`: the page to try it on."""
     from miniclip.checkpoint import load
-    from miniclip.serve import create_app, listen, open_index, run
+    from miniclip.page.serve import create_app, listen, open_index, run
 
     socket = listen(args.port)  # before the work, so that a port that is taken shows at once
     models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
@@ -825,11 +826,11 @@ def serve(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """`miniclip demo`: draw what the embedded checkpoints can do."""
-    from miniclip.demo import photograph_exhibits, scene_exhibit
+    from miniclip.figures.exhibits import photograph_exhibits, scene_exhibit
 
     missing = None
     try:
-        from miniclip.figures import draw_demo
+        from miniclip.figures.demo import draw_demo
 
         photographs = photograph_exhibits()
     except ValueError as error:  # the demo extra is not installed; a scene needs none of it
@@ -925,7 +926,7 @@ def parity(args: argparse.Namespace) -> int:
     else:
         print(parity_table(about, report))
     if args.plot:
-        from miniclip.figures import draw_parity
+        from miniclip.figures.parity import draw_parity
 
         draw_parity(report, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr)
@@ -985,7 +986,7 @@ def bench(args: argparse.Namespace) -> int:
         print(table(rows), end="\n\n")
         print_wrapped("", [f"{name} {value}" for name, value in measured_with.items()])
     if args.plot:
-        from miniclip.figures import draw_bench
+        from miniclip.figures.bench import draw_bench
 
         draw_bench(rows, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr)
@@ -1079,7 +1080,7 @@ def read_lines(path: str) -> list[str]:
 
 def check_figure(path: str) -> None:
     """`check_writable`, for what matplotlib draws; raises ValueError too where that is missing."""
-    from miniclip.figures import KINDS
+    from miniclip.figures.style import KINDS
 
     check_writable(path, KINDS)
 

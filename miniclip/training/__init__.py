@@ -1,7 +1,7 @@
 """Contrastive training: pairs (data.py), the loss (loss.py), optimizers (optim.py), the loop
 (loop.py), and a world to train on (shapes.py)."""
 
-from miniclip.training.data import Batch, Pair, Source, batches, open_data
+from miniclip.training.data import batches, open_data
 from miniclip.training.loop import (
     Recipe,
     Setup,
@@ -12,6 +12,7 @@ from miniclip.training.loop import (
     train,
 )
 from miniclip.training.loss import average_gradients, batch_loss, gather
+from miniclip.training.pairs import Batch, Pair, Source
 
 __all__ = [
     "Batch",

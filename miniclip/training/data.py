@@ -16,8 +16,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-from zlib import crc32
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,10 @@ from torch import Tensor
 
 from miniclip.errors import ImageError
 from miniclip.files.pictures import open_image
-from miniclip.retrieval import naming
+from miniclip.retrieval.pictures import naming
+from miniclip.training.pairs import Batch, Pair, Source, caption_label, shuffled
 from miniclip.transform import ImageTransform
-from miniclip.zeroshot import labelled_images
+from miniclip.zeroshot.data import labelled_images
 
 TEMPLATES = (
     "{}",
@@ -60,54 +60,6 @@ SYNONYMS = {
 
 MEMORY = 2**31
 """Pictures are decoded once and kept, where all of a data set takes at most so many bytes."""
-
-
-class Pair(NamedTuple):
-    """A picture and a caption that is true of it."""
-
-    pixels: Tensor  # (3, S, S) uint8
-    caption: str
-    label: int  # pairs of equal label are true of each other
-    negative: str = ""  # a caption that is false of the picture, if the source makes such
-    also: tuple[int, ...] = ()  # labels of all its captions, as many in each pair of a source
-
-
-class Batch(NamedTuple):
-    """B pairs."""
-
-    pixels: Tensor  # (B, 3, S, S) uint8
-    captions: list[str]
-    labels: Tensor  # (B,)
-    negatives: list[str]
-    also: Tensor  # (B, K)
-
-
-class Source(Protocol):
-    """Where pairs come from. `data[item, draw]` draws one of an item's captions by `draw`."""
-
-    skipped: list[str]  # why each unreadable picture was left out
-
-    def __len__(self) -> int: ...
-
-    def items(self, seed: int) -> Iterator[Any]:
-        """Each item once, in an order that the seed decides."""
-        ...
-
-    def captions(self) -> Iterable[str]:
-        """Captions with every word of the data, for a tokenizer to learn from."""
-        ...
-
-    def __getitem__(self, item_and_draw: tuple[Any, int]) -> Pair | None: ...
-
-
-def caption_label(caption: str) -> int:
-    """Equal captions share a label, in every process of every run."""
-    return crc32(caption.encode())
-
-
-def shuffled(count: int, seed: int) -> Iterator[int]:
-    """0 to count - 1 in an order that the seed decides."""
-    return iter(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
 
 
 class Pictures:
@@ -338,7 +290,7 @@ def open_data(name: str | os.PathLike[str], transform: ImageTransform) -> Source
     Raises ValueError, which says what was found instead.
     """
     if name == "shapes":
-        from miniclip.training.shapes import Shapes
+        from miniclip.world.source import Shapes
 
         return Shapes()
     root = Path(name).expanduser()

@@ -37,13 +37,14 @@ from miniclip.loss import clamp_logit_scale
 from miniclip.model import CLIP, attentions, unit_norm
 from miniclip.surgery.interventions import PatchDropout
 from miniclip.tokenizer import Tokenizer
-from miniclip.training.data import Source, augment, batches, draw_seed, open_data
+from miniclip.training.data import augment, batches, draw_seed, open_data
 from miniclip.training.loss import (
     average_gradients,
     backward,
     batch_loss,
 )
 from miniclip.training.optim import make_optimizers, schedule, set_learning_rate
+from miniclip.training.pairs import Source
 from miniclip.transform import ImageTransform
 
 LOG_EVERY = 50  # steps

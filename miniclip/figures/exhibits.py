@@ -12,19 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from miniclip.checkpoint import load
-from miniclip.lens import occlusion
-from miniclip.training.shapes import (
-    Claim,
-    Phrase,
-    Scene,
-    draw,
-    holds,
-    replacements,
-    say,
-    say_phrase,
-    scene,
-)
-from miniclip.zeroshot import Score, ZeroShotClassifier
+from miniclip.lens.heat import occlusion
+from miniclip.world.captions import Claim, Phrase, holds, replacements, say, say_phrase
+from miniclip.world.scenes import Scene, draw, scene
+from miniclip.zeroshot.classifier import Score, ZeroShotClassifier
 
 LABELS = ["airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 PHOTOGRAPHS = ("chelsea", "rocket", "horse", "coffee")

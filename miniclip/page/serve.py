@@ -1,6 +1,6 @@
 """`miniclip serve`: a page to try models on, in the browser of the same machine.
 
-The page is serve.html, which holds all it needs: it asks this server and nobody else. A picture
+The page is page.html, which holds all it needs: it asks this server and nobody else. A picture
 goes both ways as a data: URL inside JSON, so no upload is ever written to a disk. Nothing here
 computes: the numbers are zeroshot.py's and retrieval.py's, the maps lens.py's.
 """
@@ -18,11 +18,11 @@ from PIL import Image, ImageOps
 
 from miniclip import lens
 from miniclip.checkpoint import Loaded
-from miniclip.demo import LABELS, PHOTOGRAPHS, photographs
 from miniclip.errors import ImageError
+from miniclip.figures.exhibits import LABELS, PHOTOGRAPHS, photographs
 from miniclip.files.pictures import open_image
 from miniclip.transform import to_rgb
-from miniclip.zeroshot import TEMPLATE, ZeroShotClassifier, find_templates
+from miniclip.zeroshot.classifier import TEMPLATE, ZeroShotClassifier, find_templates
 
 try:
     import uvicorn
@@ -54,7 +54,7 @@ Find = Callable[[str], list[tuple[str, float, Image.Image]]]
 
 def open_index(path: str, device: str) -> Find:
     """A function from a text to the best of the index's pictures: (path, cosine, picture)."""
-    from miniclip.retrieval import Index, embed_query
+    from miniclip.retrieval.index import Index, embed_query
 
     index = Index.load(path)
     encoder = index.load_encoder(device=device)
@@ -138,7 +138,7 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
 
         return Route(f"/{answer.__name__}", endpoint, methods=["POST"])
 
-    page = Path(__file__).with_name("serve.html").read_text(encoding="utf-8")
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     home = Route("/", lambda _: HTMLResponse(page, headers={"content-security-policy": POLICY}))
     return Starlette(
         routes=[home, *map(route, (about, classify, explain, search))],

@@ -1,0 +1,50 @@
+"""Times of several libraries."""
+
+from collections.abc import Sequence
+from os import PathLike
+
+from matplotlib.figure import Figure
+
+from miniclip.bench import Row
+from miniclip.figures.style import BLUE, ORANGE, save
+
+
+def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
+    """How many times as long as miniclip each contender took: medians, and quartiles as whiskers.
+
+    The scale is logarithmic, so that half as long and twice as long are equally far from 1.
+    """
+    timed = [row for row in rows if row.ratio is not None]
+    titles = dict.fromkeys(f"{row.suite}: {row.work}" for row in timed)
+    lines: list[Row | str] = []  # from the top: each case's title, then its contenders
+    for title in titles:
+        lines += [title, *(row for row in timed if f"{row.suite}: {row.work}" == title)]
+    figure = Figure(figsize=(9, 0.8 + 0.26 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(1, color="0.6", linewidth=1, zorder=0)
+    for y, line in enumerate(lines):
+        if isinstance(line, str):
+            heading = axes.text(0, y, line, transform=axes.get_yaxis_transform(), va="center")
+            heading.set(weight="bold", backgroundcolor="white")
+            continue
+        assert line.ratio is not None  # the others are not among the timed
+        lower, median, upper = line.ratio
+        color = ORANGE if line.contender.startswith("miniclip") else BLUE
+        color = "0.7" if line.difference is None else color  # shown for scale, and no peer
+        axes.barh(y, median - 1, left=1, color=color, height=0.6)
+        axes.errorbar(
+            median, y, xerr=[[median - lower], [upper - median]], color="black", linewidth=1
+        )
+        axes.annotate(
+            f"{median:.2f}", (max(upper, 1), y), (5, 0), textcoords="offset points", va="center"
+        )
+    names = [line.contender if isinstance(line, Row) else "" for line in lines]
+    axes.set_yticks(range(len(lines)), names)
+    axes.set_ylim(len(lines) - 0.5, -0.7)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.1)
+    axes.set_xlabel("cost, as a multiple of miniclip's (logarithmic)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    save(figure, path)

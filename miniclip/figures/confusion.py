@@ -1,0 +1,84 @@
+"""What a classifier takes for what."""
+
+from os import PathLike
+
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from miniclip.figures.style import BLUE, ORANGE, save, shorten
+from miniclip.zeroshot.evaluation import Evaluation
+
+MOST_NAMES = 40  # classes that can be named along a side of the matrix,
+
+
+MOST_NUMBERS = 20  # and classes that leave room for a number in each cell
+
+
+def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
+    """What was taken for what, as a matrix, and the most frequent confusions by name."""
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(8, 5))
+    total = result.confusion.sum().item()
+    figure.suptitle(f"top-1 {result.top1:.1%} of {total:,} images", fontsize=14)
+    if len(result.labels) <= MOST_NAMES:
+        draw_cells(left, result)
+    else:
+        draw_dots(left, result)
+    left.set_xlabel("predicted class")
+    left.set_ylabel("true class")
+    draw_mistakes(right, result)
+    save(figure, path)
+
+
+def draw_cells(axes: Axes, result: Evaluation) -> None:
+    """A cell for each pair of classes: its share of the true class, in percent."""
+    labels = [shorten(label) for label in result.labels]
+    share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
+    # The square root of the share: a confusion of 4 % is a fifth as dark as 100 %, not a 25th.
+    axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(length=0, labelsize=11 if len(labels) <= MOST_NUMBERS else 7)
+    axes.spines[:].set_visible(False)
+    axes.set_title("of each true class, in percent", loc="left", fontsize=11)
+    if len(labels) <= MOST_NUMBERS:
+        for i, j in (share >= 0.005).nonzero().tolist():
+            color = "white" if share[i, j] > 0.3 else "black"
+            axes.text(j, i, f"{share[i, j]:.0%}"[:-1], ha="center", va="center", color=color)
+
+
+def draw_dots(axes: Axes, result: Evaluation) -> None:
+    """With many classes, a dot for each confusion, its area the number of images."""
+    mistakes = result.mistakes()
+    count = len(result.labels)
+    axes.plot([0, count - 1], [0, count - 1], color="0.8", linewidth=1, zorder=0)
+    if mistakes:
+        true, predicted, images = zip(*mistakes, strict=True)
+        largest = images[0]
+        area = [60 * n / largest for n in images]
+        axes.scatter(predicted, true, s=area, color=BLUE, alpha=0.5, linewidths=0)
+    axes.set_xlim(-1, count)
+    axes.set_ylim(count, -1)  # the first class on top, as in a matrix
+    axes.set_aspect("equal")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("confusions, by the positions of the classes", loc="left", fontsize=11)
+
+
+def draw_mistakes(axes: Axes, result: Evaluation, most: int = 20) -> None:
+    """Bars for the most frequent confusions."""
+    mistakes = result.mistakes()[:most][::-1]
+    names = [
+        f"{shorten(result.labels[true])} → {shorten(result.labels[predicted])}"
+        for true, predicted, _ in mistakes
+    ]
+    # By position: two pairs of ImageNet's classes may read the same.
+    bars = axes.barh(range(len(mistakes)), [n for *_, n in mistakes], color=ORANGE)
+    axes.set_yticks(range(len(mistakes)), names)
+    axes.bar_label(bars, [f"{n:,}" for *_, n in mistakes], padding=3)
+    axes.set_xticks([])
+    axes.tick_params(length=0, labelsize=10)
+    axes.spines[:].set_visible(False)
+    axes.margins(x=0.12)
+    axes.set_ylim(len(mistakes) - most - 0.5, len(mistakes) - 0.5)
+    axes.set_title("most frequent: true → predicted, images", loc="left", fontsize=11)

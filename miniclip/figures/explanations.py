@@ -1,0 +1,93 @@
+"""Heat maps of texts, and how often they are right."""
+
+from collections.abc import Sequence
+from os import PathLike
+
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from miniclip.figures.demo import draw_heat
+from miniclip.figures.exhibits import Exhibit, Heat
+from miniclip.figures.style import save, show_panel, show_picture, title_of
+from miniclip.lens.heat import BLIND, HEAT_COLOURS, overlay
+from miniclip.world.localise import Question
+
+
+def draw_explanations(
+    asked: Sequence[Question], maps: dict[str, Tensor], path: str | PathLike[str]
+) -> None:
+    """A line for each question: the picture, and where each method sees what is asked for."""
+    size = (2 * (1 + len(maps)), 2.2 * len(asked))
+    figure = Figure(figsize=size, layout="constrained")
+    for i, (row, question) in enumerate(
+        zip(figure.subplots(len(asked), 1 + len(maps), squeeze=False), asked, strict=True)
+    ):
+        exhibit = Exhibit(question.phrase, question.picture, [])
+        show_picture(row[0], exhibit)
+        for axes, (method, heats) in zip(row[1:], maps.items(), strict=True):
+            draw_heat(axes, exhibit, Heat(method, heats[i], question.named))
+    save(figure, path)
+
+
+# What the numbers of a map say.
+UNITS = {
+    "attention": "{} of the attention",
+    "rollout": "{} of the attention",
+    "relevance": "{}",
+    "tokens": "{} written towards the text",
+    "occlusion": "{} of the cosine lost",
+}
+
+
+MOST_COLUMNS = 4  # of heat maps, beside the picture
+
+
+def draw_text_maps(
+    picture: Image.Image, texts: Sequence[str], maps: dict[str, Tensor], path: str | PathLike[str]
+) -> None:
+    """A picture beside where each of C texts is seen in it.
+
+    `maps` has (C, rows, columns) for each method. Of one method the texts stand side by side, of
+    several the methods, with a line for each text. Every map is as bright as the others at its
+    warmest patch; under it stands how much that is.
+    """
+    if len(maps) == 1:
+        ((method, heats),) = maps.items()
+        panels = [(text, method, heat) for text, heat in zip(texts, heats, strict=True)]
+        lines = [panels[i : i + MOST_COLUMNS] for i in range(0, len(panels), MOST_COLUMNS)]
+        names = [f"by {method}"] * len(lines)
+    else:
+        names = list(texts)
+        lines = [
+            [(name, name, heats[i]) for name, heats in maps.items()] for i in range(len(texts))
+        ]
+    columns = 1 + max(map(len, lines))
+    title_lines = max(len(title_of(name)) for name in (*names, *texts, *maps))
+    height = (3.3 + 0.2 * title_lines) * len(lines) + 0.5
+    figure = Figure(figsize=(2.9 * columns, height), layout="constrained")
+    rows = figure.subplots(len(lines), columns, squeeze=False)
+    for axes in rows.flat:
+        axes.set_axis_off()
+    for row, name, line in zip(rows, names, lines, strict=True):
+        show_panel(row[0], picture, name)
+        for axes, (title, method, heat) in zip(row[1:], line):
+            show_panel(axes, overlay(picture, heat), title, warmth(method, heat))
+    colours = LinearSegmentedColormap.from_list("heat", HEAT_COLOURS)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, 1), colours),
+        ax=rows, location="bottom", ticks=[], shrink=2 / columns, aspect=30, pad=0.02,
+    )  # fmt: skip
+    bar.outline.set_visible(False)
+    bar.set_label("nothing, or against the text  →  a map's warmest patch", fontsize=9)
+    save(figure, path)
+
+
+def warmth(method: str, heat: Tensor) -> str:
+    """How much the warmest patch of a map is."""
+    if heat.max() <= 0:
+        return "nowhere"
+    blind = "; whatever the text" if method in BLIND else ""
+    return f"up to {UNITS[method].format(f'{heat.max():.2g}')}{blind}"

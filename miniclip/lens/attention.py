@@ -1,0 +1,90 @@
+"""Attention maps, rollout, and gradient-weighted relevance."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from miniclip.lens.reading import Tower, read_positions, take, tower_for
+from miniclip.model import CLIP
+from miniclip.sites import cache
+
+
+@torch.no_grad()
+def attention_maps(model: CLIP | Tower, x: Tensor) -> list[Tensor]:
+    """The attention pattern of every block, (B, H, T, T): head, looking token, token looked at.
+
+    >>> from miniclip import CLIP
+    >>> maps = attention_maps(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64))
+    >>> len(maps), maps[0].shape
+    (4, torch.Size([1, 3, 65, 65]))
+    """
+    tower = tower_for(model, x)
+    with cache(tower, "blocks.*.attn.pattern") as acts:
+        tower(x)
+    return list(acts.values())
+
+
+@torch.no_grad()
+def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
+    """How the token that is read draws on each input token, if nothing but attention mixed them.
+
+    (B, T), rows sum to 1. Abnar and Zuidema 2020, arXiv 2005.00928: the mean over the heads, half
+    of it replaced by the identity for the residual connection, multiplied through the blocks.
+
+    >>> from miniclip import CLIP
+    >>> rollout(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 65])
+    """
+    maps = attention_maps(model, x)
+    paths = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=x.device)  # (T, T)
+    for pattern in maps:
+        if pattern.shape[1]:  # a layer that has lost all its heads mixes nothing
+            paths = (pattern.mean(1) @ paths + paths) / 2  # (B, T, T)
+    paths = paths.expand(len(x), -1, -1)
+    return take(paths, read_positions(tower_for(model, x), x))
+
+
+class Relevance(NamedTuple):
+    """What each token adds to the logits of B pairs; the token that is read counts itself as 1."""
+
+    image: Tensor  # (B, 1 + P)
+    text: Tensor  # (B, T)
+
+
+def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Relevance:
+    """Attention weighted by its gradient, for B pairs of an image and a text, in both towers.
+
+    Chefer et al. 2021, "Generic Attention-model Explainability", arXiv 2103.15679, equations 5 and
+    6: of each head's pattern times the gradient of the pair's logit the positive part, the mean
+    over the heads, accumulated over the blocks from `start` on. The paper starts at 0; the authors'
+    notebook for CLIP at -1, with the last block alone.
+
+    >>> import miniclip
+    >>> model, tokenizer, _ = miniclip.load("shapes")
+    >>> relevance(model, torch.zeros(1, 3, 64, 64), tokenizer(["a red circle"])).image.shape
+    torch.Size([1, 65])
+    """
+    if len(pixels) != len(ids):
+        raise ValueError(
+            f"{len(pixels)} images and {len(ids)} texts; expected pairs: repeat what is asked "
+            "about several times, as by pixels.expand(len(ids), -1, -1, -1)"
+        )
+    # Also where the caller has switched gradients off; a tensor from there must be copied.
+    with torch.inference_mode(False), torch.enable_grad():
+        with cache(model, "*.blocks.*.attn.pattern", grad=True) as acts:
+            logits = model(pixels.clone(), ids.clone()).logits_per_image.diagonal()  # (B,)
+        slopes = torch.autograd.grad(logits.sum(), list(acts.values()))
+
+    def accumulate(tower: str, x: Tensor) -> Tensor:
+        weighted = [
+            (slope * pattern).clamp(min=0).sum(1) / max(pattern.shape[1], 1)  # (B, T, T)
+            for slope, (name, pattern) in zip(slopes, acts.items())
+            if name.startswith(tower)
+        ]
+        paths = torch.eye(weighted[0].shape[-1], dtype=logits.dtype, device=x.device)  # (T, T)
+        for one in weighted[start:]:
+            paths = paths + one @ paths  # (B, T, T)
+        return take(paths, read_positions(getattr(model, tower), x)).detach()
+
+    return Relevance(accumulate("vision", pixels), accumulate("text", ids))

@@ -1,0 +1,103 @@
+"""The residual stream after each layer: the logit lens, and intermediate features."""
+
+import torch
+from torch import Tensor
+
+from miniclip.lens.decompose import read_rows
+from miniclip.lens.reading import Tower, last_norm, patch_grid, take, tower_for
+from miniclip.model import CLIP
+
+
+@torch.no_grad()
+def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
+    """The embedding that the tower would give if it ended after 0, 1, ... or all L blocks.
+
+    (B, 1 + L, E); the last is the tower's output. nostalgebraist 2020, "interpreting GPT: the logit
+    lens". The last LayerNorm divides by the length of the stream: with ln="recompute" that of the
+    stream where it is read, as if the tower ended there; with "final" that at the end, which makes
+    the difference of two entries what the blocks between them added (`decompose`).
+
+    >>> from miniclip import CLIP
+    >>> logit_lens(CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)).shape
+    torch.Size([2, 5, 128])
+    """
+    if ln not in ("recompute", "final"):
+        raise ValueError(f"ln is {ln!r}; expected 'recompute' or 'final'")
+    tower = tower_for(model, x)
+    rows = read_rows(tower, x, {"blocks.*": take})
+    streams = torch.stack(list(rows.values()), dim=1)  # (B, 1 + L, W)
+    _, norm = last_norm(tower)
+    if ln == "recompute":
+        return tower.proj(norm(streams))
+    length = (streams[:, -1:].var(-1, correction=0, keepdim=True) + norm.eps).sqrt()  # (B, 1, 1)
+    centred = streams - streams.mean(-1, keepdim=True)
+    return tower.proj(centred / length * norm.weight + norm.bias)
+
+
+def forward_intermediates(
+    model: CLIP | Tower,
+    x: Tensor,
+    indices: int | list[int] | tuple[int, ...] | None = None,
+    return_prefix_tokens: bool = False,
+    norm: bool = False,
+    stop_early: bool = False,
+    output_fmt: str = "NCHW",
+    intermediates_only: bool = False,
+) -> list | tuple[Tensor, list]:
+    """The residual stream after chosen blocks: timm's method of this name, with its arguments.
+
+    `indices`: the last so many blocks, or these, or all. Images: "NCHW" (B, W, rows, columns) or
+    "NLC" (B, P, W), with `return_prefix_tokens` each a pair with the tokens before the patches;
+    texts: "NLC" (B, T, W). `norm` applies the last LayerNorm to them. Returns (the last block's
+    tokens, normalised, and the list), or the list alone. `stop_early` computes no block that is not
+    needed. Gradients flow.
+
+    >>> from miniclip import CLIP
+    >>> vision, pixels = CLIP.from_pretrained("shapes").vision, torch.zeros(1, 3, 64, 64)
+    >>> final, maps = forward_intermediates(vision, pixels, indices=[1, -1])
+    >>> final.shape, [m.shape for m in maps] == [(1, 96, 8, 8)] * 2
+    (torch.Size([1, 65, 96]), True)
+    """
+    tower = tower_for(model, x)
+    is_image = hasattr(tower, "patch_embed")
+    if output_fmt not in (("NCHW", "NLC") if is_image else ("NLC",)):
+        expected = "'NCHW' or 'NLC'" if is_image else "'NLC', as texts have no rows and columns"
+        raise ValueError(f"output_fmt is {output_fmt!r}; expected {expected}")
+    if return_prefix_tokens and not is_image:
+        raise ValueError("return_prefix_tokens is for images; a text has no tokens before its own")
+    chosen = block_numbers(indices, len(tower.blocks))
+    kept, tokens = [], tower.embed(x)
+    _, last_ln = last_norm(tower)
+    for i, block in enumerate(tower.blocks):
+        tokens = block(tokens)
+        if i in chosen:
+            kept.append(last_ln(tokens) if norm else tokens)
+        if stop_early and i == max(chosen):
+            break
+    if is_image:
+        rows, columns = patch_grid(tower, x)
+        prefixes = [one[:, : -rows * columns] for one in kept]
+        kept = [one[:, -rows * columns :] for one in kept]  # (B, P, W)
+        if output_fmt == "NCHW":
+            kept = [one.transpose(1, 2).unflatten(2, (rows, columns)) for one in kept]
+        if return_prefix_tokens:
+            kept = list(zip(kept, prefixes))
+    return kept if intermediates_only else (last_ln(tokens), kept)
+
+
+def block_numbers(indices: int | list[int] | tuple[int, ...] | None, layers: int) -> set[int]:
+    """The numbers from 0 of the blocks that `indices` of `forward_intermediates` names.
+
+    >>> block_numbers(2, 12), block_numbers([0, -1], 12)
+    ({10, 11}, {0, 11})
+    """
+    if indices is None or isinstance(indices, int):
+        count = layers if indices is None else indices
+        if 0 < count <= layers:
+            return set(range(layers - count, layers))
+    elif indices and all(-layers <= i < layers for i in indices):
+        return {i % layers for i in indices}
+    raise ValueError(
+        f"indices is {indices!r}; expected a number of blocks from 1 to {layers}, or a list of "
+        f"block numbers from {-layers} to {layers - 1}"
+    )

@@ -1,0 +1,123 @@
+"""How often a heat map is right, on drawn scenes whose objects' pixels are known."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from miniclip.checkpoint import Loaded
+from miniclip.lens.heat import METHODS
+from miniclip.model import CLIP
+
+
+class Localisation(NamedTuple):
+    """How well a method finds the named one of two objects. Shares, 0 to 1."""
+
+    method: str
+    pointing: float  # its warmest pixel is on the object (Zhang et al. 2016, arXiv 1608.00507)
+    distracted: float  # its warmest pixel is on the other object
+    iou: float  # of the object with as many of the warmest pixels; the mean
+
+
+class Question(NamedTuple):
+    """Where is the object of this colour and shape?"""
+
+    picture: Image.Image
+    phrase: str
+    named: Tensor  # (S, S) bool, its pixels
+    other: Tensor  # (S, S) bool, those of the second object
+
+
+def questions(scenes: int) -> list[Question]:
+    """Two for each scene of two objects; no training set has these scenes."""
+    from miniclip.world.captions import Phrase, say_phrase
+    from miniclip.world.scenes import draw, scene
+    from miniclip.world.scoring import SCORE_SEED
+
+    asked = []
+    for drawn in (scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)):
+        picture, masks = draw(drawn)
+        first, second = torch.from_numpy(masks)
+        for object, named, other in zip(drawn.objects, (first, second), (second, first)):
+            phrase = say_phrase(Phrase("", object.colour, object.shape))
+            asked.append(Question(picture, phrase, named, other))
+    return asked
+
+
+def answers(loaded: Loaded, asked: list[Question], method: str, batch: int = 50) -> Tensor:
+    """A map for each question, (N, rows, columns)."""
+    model, tokenizer, transform = loaded
+    device = model.logit_scale.device
+    maps = []
+    for i in range(0, len(asked), batch):
+        pixels = transform([question.picture for question in asked[i : i + batch]])
+        ids = tokenizer([question.phrase for question in asked[i : i + batch]])
+        maps.append(METHODS[method](model, pixels.to(device), ids.to(device)).cpu())
+    return torch.cat(maps)
+
+
+RANDOM = 5
+"""Draws of random weights that a method is scored on: one may point anywhere, by chance."""
+
+
+def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]:
+    """Every method on drawn scenes of two objects, each asked for by its colour and shape.
+
+    For the model as it is, "trained", and for RANDOM models of its shape with weights drawn anew:
+    "random" is the mean of their scores, "spread" the standard deviation. Under "limits" are a
+    random map, and the true mask averaged over each patch, which no map of patches can much
+    surpass.
+    """
+    from tqdm import tqdm
+
+    asked = questions(scenes)
+    named, other = (torch.stack(masks) for masks in list(zip(*asked))[2:])  # (N, S, S)
+    model = loaded.model.eval()
+    untrained = [loaded._replace(model=untrained_like(model, seed)) for seed in range(RANDOM)]
+    found: dict[str, list[Localisation]] = {"trained": [], "random": [], "spread": [], "limits": []}
+    for method in METHODS:
+        models = tqdm(
+            [loaded, *untrained], method, unit="model", delay=2, disable=None, leave=False
+        )
+        maps = [answers(one, asked, method) for one in models]
+        trained, *others = (localisation(method, heat, named, other) for heat in maps)
+        found["trained"].append(trained)
+        found["random"].append(summary(statistics.mean, others))
+        found["spread"].append(summary(statistics.stdev, others))
+    grid = (len(asked), *model.config.vision.grid)
+    chance = torch.rand(grid, generator=torch.Generator().manual_seed(0))
+    ceiling = F.interpolate(named[:, None].float(), grid[1:], mode="area")[:, 0]
+    for name, heat in (("a random map", chance), ("the mask itself", ceiling)):
+        found["limits"].append(localisation(name, heat, named, other))
+    return found
+
+
+def untrained_like(model: CLIP, seed: int) -> CLIP:
+    """A model of the same shape, device and dtype with weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIP(model.config).to(model.logit_scale).eval()
+
+
+def summary(function: Callable[[Sequence[float]], float], rows: list[Localisation]) -> Localisation:
+    """A function of each share that several rows of one method have."""
+    _, *shares = zip(*rows)
+    return Localisation(rows[0].method, *map(function, shares))
+
+
+def localisation(method: str, heat: Tensor, named: Tensor, other: Tensor) -> Localisation:
+    """Compare maps (N, rows, columns) with masks (N, S, S) of the object and of the distractor."""
+    size = named.shape[1:]
+    heat = F.interpolate(heat[:, None].float(), size, mode="bilinear")[:, 0].flatten(1)
+    named, other = named.flatten(1), other.flatten(1)  # (N, S * S)
+    warmest = heat.argmax(1, keepdim=True)
+    rank = heat.argsort(1, descending=True).argsort(1)  # 0 is the warmest pixel
+    area = named.sum(1, keepdim=True)
+    common = ((rank < area) & named).sum(1)
+    iou = common / (2 * area[:, 0] - common)
+    shares = (named.gather(1, warmest), other.gather(1, warmest), iou)
+    return Localisation(method, *(share.float().mean().item() for share in shares))

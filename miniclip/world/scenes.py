@@ -1,0 +1,210 @@
+"""Scenes of coloured shapes: what is in them, and their pictures with exact masks."""
+
+import math
+from functools import cache
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 64
+
+
+COLOURS = {
+    "red": (226, 40, 40),
+    "orange": (250, 140, 30),
+    "yellow": (252, 222, 60),
+    "green": (50, 180, 84),
+    "blue": (50, 108, 246),
+    "purple": (154, 64, 212),
+    "pink": (255, 140, 196),
+    "white": (252, 252, 250),
+}
+
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
+
+
+RADII = {"small": 6, "plain": 9, "large": 13}  # of a circle around it, in pixels
+
+
+TILTS = (-12, 0, 12)  # degrees
+
+
+GRID = 4  # pixels; centres are at multiples of it, so that there are fewer pictures to learn from
+
+
+BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
+
+
+Y, X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) / IMAGE_SIZE - 0.5
+
+HELD_OUT = frozenset(
+    (colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)
+)  # one pair of each colour and of each shape: 8 of the 64
+
+
+SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
+
+
+CLEAR = 8
+"""Pixels. A relation is spoken of where the centres are so far apart along it, and one pixel is
+enough to make it true. Two objects are always so far apart along one axis at least."""
+
+
+class Object(NamedTuple):
+    """A shape in a colour, of a size, turned, and where it stands."""
+
+    colour: str
+    shape: str
+    size: str  # a key of RADII
+    tilt: int  # degrees
+    x: int  # centre: the corner that four pixels share, counted from the left and the top
+    y: int
+
+
+class Background(NamedTuple):
+    """Two colours and how they are mixed."""
+
+    kind: str
+    first: tuple[int, ...]  # red, green, blue
+    second: tuple[int, ...]
+    angle: float  # of a gradient and of stripes, in radians
+    grain: bytes  # of noise: 8 x 8 values
+
+
+class Scene(NamedTuple):
+    """What is in a picture: one object or several, none touching another."""
+
+    objects: tuple[Object, ...]
+    background: Background
+
+
+def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | None = None) -> Scene:
+    """The scene of this index, with `count` objects, or else one to three.
+
+    No two objects of a scene have the same colour and shape. Their pairs are all of `SEEN`, or
+    with `held_out` all of `HELD_OUT`.
+
+    >>> scene(0, count=1) == scene(0, count=1)
+    True
+    """
+    # Python promises that a string seeds the same numbers on every machine and in every version.
+    random = Random(f"{seed} {index} {held_out} {count}")
+    pairs = sorted(HELD_OUT) if held_out else SEEN
+    chosen = random.sample(pairs, count or random.choice((1, 2, 2, 2, 3)))
+    places = None
+    while places is None:
+        sizes = [random.choice(tuple(RADII)) for _ in chosen]
+        places = place([RADII[size] for size in sizes], random)
+    objects = tuple(
+        Object(colour, shape, size, random.choice(TILTS), x, y)
+        for (colour, shape), size, (x, y) in zip(chosen, sizes, places, strict=True)
+    )
+    return Scene(objects, background(random))
+
+
+def place(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
+    """Centres (x, y) for circles that neither touch nor leave the picture; None if luck fails."""
+    places: list[tuple[int, int]] = []
+    for radius in radii:
+        inside = [at for at in range(0, IMAGE_SIZE, GRID) if radius < at < IMAGE_SIZE - radius]
+        for _ in range(20):
+            x, y = random.choice(inside), random.choice(inside)
+            if all(math.dist((x, y), p) > radius + r + 1 for p, r in zip(places, radii)):
+                places.append((x, y))
+                break
+        else:
+            return None
+    return places
+
+
+def background(random: Random) -> Background:
+    """Dark greys with a tint: no colour is in doubt, and every object is brighter than what is
+    behind it, so that the outline of a circle can be seen by one rule, whatever its colour."""
+    first, second = (
+        tuple(grey + random.randint(-12, 12) for _ in "rgb")
+        for grey in (random.randint(24, 76), random.randint(24, 76))
+    )
+    kind = random.choice(BACKGROUNDS)
+    return Background(kind, first, second, random.uniform(0, math.tau), random.randbytes(64))
+
+
+def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
+    """The picture, 64 x 64, and for each of the N objects its pixels, bool (N, 64, 64).
+
+    A pixel is an object's where the object covers at least half of it; where it covers all of it,
+    the pixel has exactly the object's colour.
+    """
+    pixels = paint(scene.background)  # (64, 64, 3) float32
+    masks = np.zeros((len(scene.objects), IMAGE_SIZE, IMAGE_SIZE), bool)
+    for object, mask in zip(scene.objects, masks, strict=True):
+        radius = RADII[object.size]
+        cover = sprite(object.shape, radius, object.tilt)  # (2 r, 2 r), 0 to 1
+        rows = slice(object.y - radius, object.y + radius)
+        columns = slice(object.x - radius, object.x + radius)
+        patch = pixels[rows, columns]  # a view: this paints into the picture
+        patch += cover[:, :, None] * (np.array(COLOURS[object.colour], np.float32) - patch)
+        mask[rows, columns] = cover >= 0.5
+    return Image.fromarray(np.rint(pixels).astype(np.uint8)), masks
+
+
+def paint(background: Background) -> np.ndarray:
+    """(64, 64, 3) float32, from 0 to 255."""
+    along = X * np.float32(math.cos(background.angle)) + Y * np.float32(math.sin(background.angle))
+    if background.kind == "gradient":
+        share = along + 0.5
+    elif background.kind == "stripes":
+        share = np.sin(along * 40) * 1.5 + 0.5  # eight or so, with soft edges
+    elif background.kind == "noise":
+        grain = Image.frombytes("L", (8, 8), background.grain)
+        share = np.asarray(grain.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)) / 255
+    else:
+        share = np.zeros_like(X)
+    first, second = np.array(background.first), np.array(background.second)
+    share = share.astype(np.float32).clip(0, 1)[:, :, None]
+    return first + share * (second - first).astype(np.float32)
+
+
+@cache  # 8 shapes x 3 radii x 3 tilts
+def sprite(shape: str, radius: int, tilt: int) -> np.ndarray:
+    """The share of each pixel that the shape covers, (2 radius, 2 radius) float32 from 0 to 1."""
+    fine = 16  # drawn so many times larger, then averaged
+    canvas = Image.new("L", (2 * radius * fine, 2 * radius * fine))
+    turn = np.exp(1j * math.radians(tilt))
+    for polygon, ink in zip(outline(shape), (255, 0)):
+        points = (polygon * turn + (1 + 1j)) * (radius * fine) - (0.5 + 0.5j)  # pixel centres
+        ImageDraw.Draw(canvas).polygon([(p.real, p.imag) for p in points], fill=ink)
+    return np.asarray(canvas.reduce(fine), np.float32) / 255
+
+
+def outline(shape: str) -> tuple[np.ndarray, ...]:
+    """A polygon in the unit circle, and for a ring and a moon a second one that is cut out of it.
+
+    A corner is a complex number, x + iy with y downwards: to turn a shape is to multiply.
+    """
+    round = np.exp(1j * np.linspace(0, math.tau, 96, endpoint=False))
+    up = -1j
+    if shape == "circle":
+        return (0.9 * round,)
+    if shape == "square":
+        return (np.array([1 + 1j, 1 - 1j, -1 - 1j, -1 + 1j]) * 0.5**0.5,)
+    if shape == "triangle":
+        return (up * np.exp(1j * math.tau / 3 * np.arange(3)),)
+    if shape == "star":
+        return (up * np.exp(1j * math.tau / 10 * np.arange(10)) * np.tile([1, 0.42], 5),)
+    if shape == "cross":
+        long, thin = 0.94, 0.32
+        arm = np.array([long - thin * 1j, long + thin * 1j, thin + thin * 1j])
+        return (np.concatenate([arm * 1j**quarter for quarter in range(4)]),)
+    if shape == "ring":
+        return 0.95 * round, 0.5 * round
+    if shape == "heart":
+        t = np.linspace(0, math.tau, 96, endpoint=False)
+        x = 16 * np.sin(t) ** 3
+        y = -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)
+        return ((x + 1j * (y - 1.5)) / 18.5,)
+    if shape == "moon":
+        return 0.95 * round, 0.8 * round + (0.48 - 0.1j)
+    raise ValueError(f"shape is {shape!r}; expected one of {SHAPES}")

@@ -1,0 +1,134 @@
+"""Labels in templates -> a classifier for images."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from miniclip.model import CLIP, unit_norm
+from miniclip.tokenizer import Tokenizer
+from miniclip.zeroshot.imagenet import (
+    CIFAR_TEMPLATES,
+    IMAGENET_TEMPLATES,
+    SIMPLE_TEMPLATES,
+)
+
+TEMPLATE = "a photo of a {}."
+"""What the paper uses where one sentence has to do for everything (section 3.1.4)."""
+
+
+TEMPLATE_SETS = {
+    "imagenet": IMAGENET_TEMPLATES,
+    "simple": SIMPLE_TEMPLATES,
+    "cifar": CIFAR_TEMPLATES,
+}
+"""Published templates by the names that `find_templates` knows; `imagenet.py` says what each is."""
+
+
+class Score(NamedTuple):
+    """How well a label fits an image. The probabilities of an image's labels sum to 1."""
+
+    label: str
+    logit: float  # exp(logit_scale) * cosine
+    probability: float  # says which of the labels, not whether any of them fits
+
+
+class ZeroShotClassifier:
+    """Scores images against labels. `classifier(pixels)` -> logits (B, C), one column a label.
+
+    Each prompt's embedding is normalised, the mean over the templates is taken and normalised
+    again, as in OpenAI's notebook. With one template the logits are the model's own
+    `logits_per_image`, up to rounding.
+
+    >>> import miniclip
+    >>> model, tokenizer, transform = miniclip.load("cifar10")
+    >>> classifier = ZeroShotClassifier(model, tokenizer, ["cat", "dog"], ["a {}.", "the {}."])
+    >>> classifier(torch.zeros(3, 3, 32, 32)).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        model: CLIP,
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        templates: Sequence[str] = (TEMPLATE,),
+    ) -> None:
+        self.model = model
+        self.labels = list(labels)
+        self.weights = class_embeddings(model, tokenizer, labels, templates)  # (C, E)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        image_embeds = self.model.encode_image(pixels.to(self.weights), normalize=True)
+        return self.model.logit_scale.exp() * image_embeds @ self.weights.T  # (B, C)
+
+    def rank(self, pixels: Tensor) -> list[list[Score]]:
+        """For each image every label with its score, best first."""
+        rankings = []
+        for logits in self(pixels).float():
+            probabilities = logits.softmax(dim=0)
+            order = logits.argsort(descending=True).tolist()
+            rankings.append(
+                [Score(self.labels[i], logits[i].item(), probabilities[i].item()) for i in order]
+            )
+        return rankings
+
+
+@torch.inference_mode()
+def class_embeddings(
+    model: CLIP,
+    tokenizer: Tokenizer,
+    labels: Sequence[str],
+    templates: Sequence[str] = (TEMPLATE,),
+) -> Tensor:
+    """A unit vector for each label, (C, E). Raises ValueError where a prompt would say nothing."""
+    if not labels or not all(label.strip() for label in labels):
+        raise ValueError("a label is empty: expected at least one, each with a word in it")
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"template {template!r} has no {{}} for the label to go into")
+    if not templates:
+        raise ValueError("no templates: expected at least one, such as 'a photo of a {}.'")
+    prompts = [t.replace("{}", label) for label in labels for t in templates]
+    prompt_embeds = embed_texts(model, tokenizer, prompts)  # (labels * templates, E)
+    return unit_norm(prompt_embeds.unflatten(0, (len(labels), -1)).mean(dim=1))
+
+
+@torch.inference_mode()
+def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """A unit vector for each text, (B, E), whatever their number: in batches, with a progress bar.
+
+    Texts of like length share a batch, so that little is computed for padding, and a text that
+    occurs again is embedded once.
+    """
+    places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    ids = tokenizer(list(places))
+    lengths = model.text.eos_positions(ids) + 1  # no text is read beyond its end token
+    embeds = model.logit_scale.new_empty(len(ids), model.config.embed_dim)
+    # Enough batches to sort texts into, each large enough to be worth the reading of the weights.
+    at_once = min(256, max(32, len(ids) // 16))
+    batches = lengths.argsort().split(at_once)
+    for rows in tqdm(batches, "embedding texts", delay=2, disable=None, leave=False):
+        batch = ids[rows, : lengths[rows].max()]
+        embeds[rows] = model.encode_text(batch.to(embeds.device), normalize=True)
+    return embeds[[places[text] for text in texts]]
+
+
+def find_templates(names: Sequence[str]) -> list[str]:
+    """Sentences with {} as they are, and the sentences of each set that is named.
+
+    >>> find_templates(["simple", "my {}"])[-2:]
+    ['a photo of the small {}.', 'my {}']
+    """
+    templates: list[str] = []
+    for name in names:
+        if name not in TEMPLATE_SETS and "{}" not in name:
+            raise ValueError(
+                f"template {name!r} has no {{}} for the label to go into, and is none of the sets "
+                f"{', '.join(TEMPLATE_SETS)}"
+            )
+        templates.extend(TEMPLATE_SETS.get(name, (name,)))
+    return templates

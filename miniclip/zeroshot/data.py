@@ -1,0 +1,105 @@
+"""Folders of labelled images."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from miniclip.errors import ImageError
+from miniclip.zeroshot.imagenet import (
+    IMAGENET_CLASSES,
+    IMAGENET_WNIDS,
+)
+
+
+class LabelledImages(NamedTuple):
+    """Files in class folders. A class is a position: two of ImageNet's may have the same label."""
+
+    folders: list[str]  # names of the C class folders
+    labels: list[str]  # what each is called in a prompt
+    paths: list[Path]  # of the N files
+    classes: list[int]  # of each file, 0 to C - 1
+
+
+def labelled_images(
+    root: str | PathLike[str], labels: Sequence[str] | None = None
+) -> LabelledImages:
+    """Find the files in `root`/<class>/, and deeper, and name the classes.
+
+    The folders are sorted, by number where all their names are numbers. `labels`, in that order,
+    say what they are called. Without them, folders named by ImageNet's WordNet ids (n01440764;
+    all 1,000 or some, as in ImageNet-R) or by its positions (0 to 999, as in ImageNet-V2) have
+    OpenAI's class names, and any other folder its own name: fire_truck is "fire truck".
+
+    Raises ValueError where there is no class or no file, or another number of labels.
+    """
+    root = Path(root)
+    try:
+        entries = list(root.iterdir())
+    except OSError as error:
+        raise ValueError(f"{root}: {error.strerror}; expected a folder of class folders") from None
+    found = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+    if not found:
+        raise ValueError(f"{root}: no folders in it; expected one for each class, of images")
+    if all(folder.name.isdecimal() for folder in found):
+        found.sort(key=lambda folder: (int(folder.name), folder.name))
+    else:
+        found.sort()
+    folders = [folder.name for folder in found]
+    if labels is not None and len(labels) != len(folders):
+        raise ValueError(f"{len(labels)} labels for the {len(folders)} class folders of {root}")
+    paths, classes = [], []
+    for i, folder in enumerate(found):
+        files = sorted(path for path in folder.rglob("*") if is_visible_file(path, folder))
+        paths += files
+        classes += [i] * len(files)
+    if not paths:
+        raise ValueError(f"{root}: no files in its {len(folders)} class folders")
+    return LabelledImages(folders, list(labels or folder_labels(folders)), paths, classes)
+
+
+def is_visible_file(path: Path, folder: Path) -> bool:
+    """Not a folder, and nothing that a desktop or an editor hid there, such as .DS_Store."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.is_file()
+
+
+def folder_labels(folders: Sequence[str]) -> list[str]:
+    """What sorted class folders are called.
+
+    >>> folder_labels(["n01440764", "n01443537"]), folder_labels(["fire_truck", "n01443537"])
+    (['tench', 'goldfish'], ['fire truck', 'n01443537'])
+    """
+    names = dict(zip(IMAGENET_WNIDS, IMAGENET_CLASSES, strict=True))
+    if names.keys() >= set(folders):
+        return [names[folder] for folder in folders]
+    if len(folders) == 1000 and all(f.isdecimal() and int(f) == i for i, f in enumerate(folders)):
+        return list(IMAGENET_CLASSES)
+    return [folder.replace("_", " ") for folder in folders]
+
+
+def read_ahead(
+    transform: Callable[[Any], Tensor], paths: Iterable[Any], ahead: int, threads: int | None = None
+) -> Iterator[Tensor | ImageError]:
+    """The pixels of each file, or why there are none, in order. Threads (as many as torch uses;
+    Pillow works outside Python's lock) are up to `ahead` files further on than the reader."""
+
+    def read(path: Any) -> Tensor | ImageError:
+        try:
+            return transform(path)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
+        waiting: deque[Future[Tensor | ImageError]] = deque()
+        for path in paths:
+            waiting.append(pool.submit(read, path))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
