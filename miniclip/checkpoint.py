@@ -57,8 +57,7 @@ def load(
         transform = ImageTransform(model.config.vision.side, reference=reference)
     elif "vision" in stored.towers and (is_whole or has_files("transform", name, **options)):
         transform = ImageTransform.from_pretrained(name, reference=reference, **options)
-    parts: Any = (model, tokenizer, transform)  # Loaded's types are those of a whole CLIP
-    return Loaded(*parts)
+    return Loaded(model, tokenizer, transform)  # type: ignore[arg-type]
 
 
 def save(
@@ -69,13 +68,11 @@ def save(
     *,
     layout: str = "transformers",
 ) -> None:
-    """Write a whole checkpoint that `load` reads back bit for bit.
+    """Write a whole checkpoint that `load` reads back bit for bit, all files or none.
 
-    `layout`: "transformers" (config.json, model.safetensors), "openai" (model.safetensors, which
-    openai/CLIP's build_model takes) or "open_clip" (open_clip_config.json,
-    open_clip_model.safetensors). A process that is killed leaves all old files or all new ones.
-    Raises CheckpointError if nothing can be written, the layout cannot express the model, or the
-    directory holds another checkpoint's files, which `load` would read instead.
+    `layout`: "transformers", "openai" (model.safetensors, for openai/CLIP's build_model) or
+    "open_clip". Raises CheckpointError if nothing can be written, the layout cannot express the
+    model, or the directory holds another checkpoint's files, which `load` would read instead.
     """
     with saving_checkpoint(
         directory, layout, tokenizer is not None, transform is not None

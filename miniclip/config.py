@@ -5,8 +5,8 @@ arXiv 2103.00020, tables 19 and 20. The defaults are those of ViT-B/32. They are
 transformers assumes for a field that a config.json leaves out.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from miniclip.files.checks import check_clip, check_text, check_vision
 from miniclip.files.pretrained import PretrainedConfig
@@ -36,11 +36,7 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class VisionConfig(TowerConfig):
-    """The vision tower. Sizes are in pixels.
-
-    >>> VisionConfig(layers=3).per_layer("heads"), VisionConfig().grid
-    ((12, 12, 12), (7, 7))
-    """
+    """The vision tower. Sizes are in pixels."""
 
     width: int = 768
     layers: int = 12
@@ -96,9 +92,6 @@ class TextConfig(TowerConfig):
         check_text(self)
 
 
-C = TypeVar("C", bound="CLIPConfig")
-
-
 @dataclass(frozen=True)
 class CLIPConfig(PretrainedConfig):
     """Two towers and the space they share.
@@ -116,19 +109,3 @@ class CLIPConfig(PretrainedConfig):
 
     def __post_init__(self) -> None:
         check_clip(self)
-
-    @classmethod
-    def from_fields(cls: type[C], values: dict[str, Any]) -> C:
-        """A config from nested dictionaries of fields. Entries that are not fields are ignored."""
-        towers = {name: tower_config(kind, values[name]) for name, kind in cls.towers.items()}
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values} | towers)
-
-
-def tower_config(kind: Any, values: dict[str, Any]) -> Any:
-    """A VisionConfig or TextConfig from a dictionary. Entries that are not fields are ignored."""
-    values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
-    try:
-        return kind(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
-    except ValueError as error:
-        section = "vision_config" if issubclass(kind, VisionConfig) else "text_config"
-        raise ValueError(f"in {section}: {error}") from None

@@ -3,7 +3,6 @@
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
 arXiv 2103.00020. The outputs equal those of transformers' CLIPModel, bit for bit in float32 on a
 CPU. Read it downwards: attention and MLP, the block they make, two towers made of blocks, CLIP.
-
 A letter means one thing in every shape comment of this package:
 
     B batch   T tokens   W width of the residual stream   H heads   D head width, W = H * D
@@ -21,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniclip.config import LEGACY_EOS, CLIPConfig, TextConfig, VisionConfig, tower_config
-from miniclip.files.checks import check_ids, check_pixels, check_token_vectors
-from miniclip.files.pretrained import Pretrained
+from miniclip.config import LEGACY_EOS, CLIPConfig, TextConfig, VisionConfig
+from miniclip.files.checks import check_has_eos, check_ids, check_pixels, check_token_vectors
+from miniclip.files.pretrained import Pretrained, tower_config
 
 
 class Site(nn.Identity):
@@ -149,19 +148,14 @@ class Tower(Pretrained):
     config_class: ClassVar[Any]
     block_class: type[Block] = Block
 
-    def __init__(self, config: Any, embed_dim: int | None) -> None:
-        super().__init__()
-        self.config = config
-
     @classmethod
-    def build(cls, fields: dict[str, Any], embed_dim: int | None) -> Any:
+    def build(cls: Any, fields: dict[str, Any], embed_dim: int | None) -> Any:
         """A tower with random weights, by the fields of a checkpoint's config."""
         return cls(tower_config(cls.config_class, fields[cls.towers[0]]), embed_dim)
 
-    def make_blocks(self, causal: bool) -> nn.Sequential:
+    def make_blocks(self, config: Any, causal: bool) -> nn.Sequential:
         """The blocks of the config."""
-        layers = range(self.config.layers)
-        return nn.Sequential(*(self.block_class(self.config, layer, causal) for layer in layers))
+        return nn.Sequential(*(self.block_class(config, i, causal) for i in range(config.layers)))
 
 
 def projection(width: int, embed_dim: int | None) -> nn.Module:
@@ -181,7 +175,8 @@ class VisionTower(Tower):
     register_embed: nn.Parameter | None
 
     def __init__(self, config: VisionConfig, embed_dim: int | None) -> None:
-        super().__init__(config, embed_dim)
+        super().__init__()
+        self.config = config
         size, width = config.patch_size, config.width
         # No bias: the position embedding can hold it.
         self.patch_embed = nn.Conv2d(config.channels, width, size, stride=size, bias=False)
@@ -190,7 +185,7 @@ class VisionTower(Tower):
         self.ln_pre = nn.LayerNorm(width, eps=config.ln_eps)
         registers = nn.Parameter(torch.zeros(config.registers, width)) if config.registers else None
         self.register_parameter("register_embed", registers)
-        self.blocks = self.make_blocks(causal=False)
+        self.blocks = self.make_blocks(config, causal=False)
         self.ln_post = nn.LayerNorm(width, eps=config.ln_eps)
         self.proj = projection(width, embed_dim)
         self.init_weights()
@@ -242,10 +237,11 @@ class TextTower(Tower):
     config_class = TextConfig
 
     def __init__(self, config: TextConfig, embed_dim: int | None) -> None:
-        super().__init__(config, embed_dim)
+        super().__init__()
+        self.config = config
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.blocks = self.make_blocks(causal=True)
+        self.blocks = self.make_blocks(config, causal=True)
         self.ln_final = nn.LayerNorm(config.width, eps=config.ln_eps)
         self.proj = projection(config.width, embed_dim)
         self.init_weights()
@@ -268,14 +264,10 @@ class TextTower(Tower):
         """
         if self.config.eos_token_id == LEGACY_EOS:
             return ids.argmax(-1)
-        is_end = ids == self.config.eos_token_id
-        has_end = is_end.any(-1)
-        if not torch.compiler.is_compiling() and not has_end.all():
-            raise ValueError(
-                f"row {has_end.int().argmin()} of ids has no end token "
-                f"({self.config.eos_token_id}). The checkpoint's Tokenizer adds one"
-            )
-        return is_end.int().argmax(-1)
+        is_eos = ids == self.config.eos_token_id
+        if not torch.compiler.is_compiling():
+            check_has_eos(is_eos, self.config.eos_token_id)
+        return is_eos.int().argmax(-1)
 
     def pool(self, x: Tensor, eos: Tensor) -> Tensor:
         """The last residual stream -> what is projected, (B, W): the end token."""

@@ -24,7 +24,7 @@ from miniclip.files import checks
 from miniclip.files.pretrained import PretrainedTokenizer
 from miniclip.text.added import AddedTokens
 from miniclip.text.chunks import RememberedChunks
-from miniclip.text.explain import Explanation, Word
+from miniclip.text.explain import Explanation, explained
 from miniclip.text.merge import learn_merges, merge
 from miniclip.text.openai import clean_openai
 from miniclip.text.symbols import BOS, END_OF_WORD, EOS, Pair, byte_symbols, vocabulary_of
@@ -239,16 +239,7 @@ class Tokenizer(PretrainedTokenizer):
 
     def explain(self, text: str) -> Explanation:
         """Every stage of `encode`, to be printed."""
-        cleaned = clean_openai(text) if self.reference == "openai" else text
-        words = []
-        for piece, token in (pieces := list(self._pieces(cleaned))):
-            for word in self._split(piece) if token is None else ():
-                steps = merge_steps(self._symbols(word), self._ranks)
-                ids = [self.vocab[token] for token in steps[-1]]
-                words.append(Word(word, steps[0], steps[1:], steps[-1], ids))
-            if token is not None:
-                words.append(Word(piece, [], [], [token], [self.vocab[token]]))
-        return Explanation(text, "".join(piece for piece, _ in pieces), words, self.encode(text))
+        return explained(self, text, merge_steps)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, **options: Any) -> "Tokenizer":

@@ -70,14 +70,10 @@ def center_crop(image: Image.Image, size: int, reference: str = "transformers") 
     >>> center_crop(Image.linear_gradient("L").crop((0, 0, 4, 4)), 1, "openai").getpixel((0, 0))
     2
     """
-    left, top = (
-        # torchvision rounds to the even neighbour. It pads an image that is smaller than the crop
-        # first, with the odd pixel on the right.
-        (round(margin / 2) if margin > 0 else -(-margin // 2))
-        if reference == "openai"
-        else margin // 2
-        for margin in (image.width - size, image.height - size)
-    )
+    margins = (image.width - size, image.height - size)
+    left, top = (margin // 2 for margin in margins)
+    if reference == "openai":  # round half to even; if the image is smaller, pad left by half
+        left, top = (round(m / 2) if m > 0 else -(-m // 2) for m in margins)
     return image.crop((left, top, left + size, top + size))
 
 

@@ -138,6 +138,16 @@ def check_ids(ids: Tensor) -> None:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; expected (B, T), a row per text")
 
 
+def check_has_eos(is_eos: Tensor, eos_token_id: int) -> None:
+    """Raise ValueError unless each row of ids has an end token, where `is_eos` (B, T) is true."""
+    has_eos = is_eos.any(-1)
+    if not has_eos.all():
+        raise ValueError(
+            f"row {has_eos.int().argmin()} of ids has no end token ({eos_token_id}), where the "
+            "text would be read. The checkpoint's Tokenizer adds one"
+        )
+
+
 def check_token_vectors(x: Tensor, pos_embed: Tensor) -> None:
     """Raise ValueError unless token vectors have the shape that a text tower reads."""
     positions, width = pos_embed.shape

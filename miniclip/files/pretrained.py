@@ -4,7 +4,7 @@ Each class builds itself from what the files say: a model from fields and tensor
 a vocabulary, a transform from settings.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -94,10 +94,26 @@ class Pretrained(nn.Module):
         return Fork(cls.model_type, cls.__name__, cls.tensor_names)
 
 
-class PretrainedConfig:
-    """`from_pretrained`, `from_dict` and `to_dict` of a CLIPConfig, which has `from_fields`."""
+def tower_config(kind: Any, values: dict[str, Any]) -> Any:
+    """A VisionConfig or TextConfig from a dictionary. Entries that are not fields are ignored."""
+    values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+    try:
+        return kind(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
+    except ValueError as error:
+        section = "vision_config" if hasattr(kind, "patch_size") else "text_config"
+        raise ValueError(f"in {section}: {error}") from None
 
-    from_fields: ClassVar[Any]
+
+class PretrainedConfig:
+    """`from_pretrained`, `from_dict` and `to_dict` of a CLIPConfig."""
+
+    towers: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def from_fields(cls: type[T], values: dict[str, Any]) -> T:
+        """A config from nested dictionaries of fields. Entries that are not fields are ignored."""
+        towers = {name: tower_config(kind, values[name]) for name, kind in cls.towers.items()}
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values} | towers)
 
     @classmethod
     def from_pretrained(cls: type[T], name: str | PathLike[str], **options: Any) -> T:

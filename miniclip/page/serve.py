@@ -22,6 +22,7 @@ from miniclip.errors import ImageError
 from miniclip.figures.exhibits import LABELS, PHOTOGRAPHS, photographs
 from miniclip.files.pictures import open_image
 from miniclip.transform import to_rgb
+from miniclip.world.localise import questions
 from miniclip.zeroshot.classifier import TEMPLATE, ZeroShotClassifier, find_templates
 
 try:
@@ -156,7 +157,7 @@ def describe(loaded: Loaded) -> dict[str, Any]:
 def examples() -> list[dict[str, Any]]:
     """A photograph, where scikit-image is there, and a drawn scene; with the model that knows it,
     and labels of which some are true."""
-    asked = lens.questions(3)
+    asked = questions(3)
     scene = {
         "name": "a drawn scene",
         "model": "shapes",

@@ -1,6 +1,9 @@
 """Every stage of a text on its way to ids, to be printed."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from miniclip.text.openai import clean_openai
 
 
 class Word(NamedTuple):
@@ -30,3 +33,19 @@ class Explanation(NamedTuple):
             lines += ["merge    " + " ".join(symbols) for symbols in word.merges]
             lines += ["ids      " + " ".join(map(str, word.ids)), ""]
         return "\n".join([*lines, "all ids  " + " ".join(map(str, self.ids))])
+
+
+def explained(
+    tokenizer: Any, text: str, merge_steps: Callable[..., list[list[str]]]
+) -> Explanation:
+    """Every stage of a text. `merge_steps` gives the symbols of a word after each merge."""
+    cleaned = clean_openai(text) if tokenizer.reference == "openai" else text
+    words = []
+    for piece, token in (pieces := list(tokenizer._pieces(cleaned))):
+        for word in tokenizer._split(piece) if token is None else ():
+            first, *merges = steps = merge_steps(tokenizer._symbols(word), tokenizer._ranks)
+            ids = [tokenizer.vocab[symbol] for symbol in steps[-1]]
+            words.append(Word(word, first, merges, steps[-1], ids))
+        if token is not None:
+            words.append(Word(piece, [], [], [token], [tokenizer.vocab[token]]))
+    return Explanation(text, "".join(piece for piece, _ in pieces), words, tokenizer.encode(text))
