@@ -14,7 +14,8 @@ from PIL import Image
 import miniclip
 from miniclip import load
 from miniclip.cli import main
-from miniclip.lens import BLIND, METHODS, questions, text_map
+from miniclip.lens.heat import BLIND, METHODS, text_map
+from miniclip.world.localise import questions
 
 LABELS = ["cat", "dog", "ship", "truck", "frog"]
 
@@ -116,7 +117,7 @@ def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
 def test_explain_writes_what_the_fonts_can_and_never_warns(run, picture, tmp_path, text):
     from matplotlib import font_manager
 
-    from miniclip.figures import fonts_beside
+    from miniclip.figures.style import fonts_beside
 
     out = str(tmp_path / "where.png")
     command = ["explain", picture, text, "--model", "shapes", "--method", "rollout", "-o", out]

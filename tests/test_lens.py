@@ -15,24 +15,13 @@ from torch import nn
 from twin import TINY, random_inputs, twins
 
 import miniclip
-from miniclip.lens import (
-    METHODS,
-    RANDOM,
-    answers,
-    attention_maps,
-    decompose,
-    forward_intermediates,
-    heatmap,
-    localisation,
-    localise,
-    logit_lens,
-    occlusion,
-    on_grid,
-    questions,
-    relevance,
-    rollout,
-)
+from miniclip.lens.attention import attention_maps, relevance, rollout
+from miniclip.lens.decompose import decompose
+from miniclip.lens.heat import METHODS, heatmap, occlusion
+from miniclip.lens.reading import on_grid
+from miniclip.lens.streams import forward_intermediates, logit_lens
 from miniclip.sites import cache, hooks
+from miniclip.world.localise import RANDOM, answers, localisation, localise, questions
 
 FLOAT64 = 1e-10
 TOWERS = ["vision", "text"]

@@ -20,7 +20,8 @@ from twin import assert_close, assert_far, random_inputs, randomize
 import miniclip
 from miniclip import cache, hooks
 from miniclip.files.names import TRANSFORMERS, layout_name
-from miniclip.lens import decompose, forward_intermediates
+from miniclip.lens.decompose import decompose
+from miniclip.lens.streams import forward_intermediates
 from miniclip.parity import transformers_twin
 from miniclip.surgery import (
     ablate_heads,

@@ -24,21 +24,18 @@ import miniclip
 from miniclip import ImageError, ImageTransform, retrieval
 from miniclip.checkpoint import Loaded
 from miniclip.cli import main
-from miniclip.retrieval import (
+from miniclip.retrieval.building import build_index, embed_images
+from miniclip.retrieval.index import (
     Encoder,
     Index,
     Strings,
-    build_index,
     describe,
-    draw_sheet,
-    embed_images,
     embed_query,
-    find_pictures,
     fingerprint,
     lasting_name,
-    open_member,
-    open_picture,
 )
+from miniclip.retrieval.pictures import find_pictures, open_member, open_picture
+from miniclip.retrieval.sheet import draw_sheet
 
 ENCODER = Encoder("a model", None, "0" * 64, "float32", ImageTransform(40))
 
@@ -428,7 +425,7 @@ def test_a_search_takes_the_memory_of_a_block(tmp_path):
     index_of(unit_rows(200_000, 128)).save(tmp_path / "i")  # 102 MB
     script = f"""
 import re, torch
-from miniclip.retrieval import Index
+from miniclip.retrieval.index import Index
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
 torch.ones(9) @ torch.ones(9)

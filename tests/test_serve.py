@@ -21,8 +21,8 @@ from PIL import Image
 
 from miniclip import ZeroShotClassifier, load
 from miniclip.cli import main
-from miniclip.lens import head_map, overlay, seen, text_maps
-from miniclip.serve import FIRST_PORT, MAX_BYTES, listen, read_picture, write_picture
+from miniclip.lens.heat import head_map, overlay, seen, text_maps
+from miniclip.page.serve import FIRST_PORT, MAX_BYTES, listen, read_picture, write_picture
 
 # Writes down what a process does to the network and to files, and then runs the command line.
 AUDITED = """

@@ -14,23 +14,10 @@ from miniclip import CLIP, ImageTransform
 from miniclip.tokenizer import Tokenizer
 from miniclip.training import shapes
 from miniclip.training.loop import set_up
-from miniclip.training.shapes import (
-    COLOURS,
-    HELD_OUT,
-    SEEN,
-    SHAPES,
-    Shapes,
-    captions,
-    draw,
-    located,
-    negatives,
-    paint,
-    relations,
-    say,
-    say_something,
-    scene,
-    score,
-)
+from miniclip.world.captions import captions, located, negatives, relations, say, say_something
+from miniclip.world.scenes import COLOURS, HELD_OUT, SEEN, SHAPES, draw, paint, scene
+from miniclip.world.scoring import score
+from miniclip.world.source import Shapes
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from twin import TINY, assert_close, assert_far, random_inputs, randomize, twins
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
 from miniclip.cli import main
 from miniclip.files.configs import beyond_transformers
-from miniclip.lens import decompose
+from miniclip.lens.decompose import decompose
 from miniclip.parity import transformers_twin
 from miniclip.parts import parts
 from miniclip.sites import hooks

@@ -22,8 +22,8 @@ from transformers import CLIPTokenizer
 
 from miniclip import tokenizer as module
 from miniclip.errors import CheckpointError, ContextLengthError
-from miniclip.files.vocabularies import BOS, EOS
 from miniclip.text.merge import merge
+from miniclip.text.symbols import BOS, EOS
 from miniclip.tokenizer import Tokenizer, clean_transformers, merge_steps
 
 # ---- texts -------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_every_code_point_is_in_the_class_that_transformers_has_it_in(theirs, ou
             assert ours.sub("", text) == theirs.normalize_str(text), hex(first)
 
 
-@pytest.mark.parametrize("reference", ("transformers", "openai"))
+@pytest.mark.parametrize("reference", module.REFERENCES)
 def test_every_code_point_has_the_ids_of_the_reference(reference, trained):
     """In order, so that scripts stay together and words, digits and marks meet their like."""
     points = (range(first, first + 64) for first in range(0, 0x110000, 64))
@@ -339,7 +339,7 @@ def test_printable_ascii_without_ampersand_needs_no_repair():
         assert module.clean_openai(text).split() == expected.split()
 
 
-@pytest.mark.parametrize("reference", ("transformers", "openai"))
+@pytest.mark.parametrize("reference", module.REFERENCES)
 def test_a_text_in_chunks_is_the_text_as_a_whole(trained, reference):
     chunks, whole = (Tokenizer.from_directory(trained, reference=reference) for _ in range(2))
     whole._has_spaces = True
@@ -424,7 +424,7 @@ def test_decode_is_that_of_transformers(folder):
             ours.decode([id])
 
 
-@pytest.mark.parametrize("reference", ("transformers", "openai"))
+@pytest.mark.parametrize("reference", module.REFERENCES)
 def test_explain_ends_in_the_ids_of_encode(trained, reference):
     tokenizer = Tokenizer.from_directory(trained, reference=reference)
     for text in texts(500, seed=6):

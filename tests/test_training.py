@@ -46,7 +46,7 @@ from miniclip.training.data import augment, class_captions
 from miniclip.training.loop import SMALL, PatchDropout, checkpoint_blocks, loss_of_batch
 from miniclip.training.loss import backward
 from miniclip.training.optim import Muon, make_optimizers, schedule
-from miniclip.zeroshot import ZeroShotClassifier
+from miniclip.zeroshot.classifier import ZeroShotClassifier
 
 # ------------------------------------------------------------------------------------------------
 # the loss

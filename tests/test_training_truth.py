@@ -17,7 +17,7 @@ from miniclip.training import loop as loop_module
 from miniclip.training.loop import SMALL, loss_of_batch
 from miniclip.training.loss import backward
 from miniclip.training.optim import Muon, orthogonalized
-from miniclip.zeroshot import ZeroShotClassifier
+from miniclip.zeroshot.classifier import ZeroShotClassifier
 
 KINDS = {
     "red": ["a red picture", "a warm picture", "a picture"],

@@ -22,9 +22,9 @@ from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 import miniclip.transform as steps
 from miniclip.errors import CheckpointError, ImageError
+from miniclip.files.checks import REFERENCES
 from miniclip.files.pictures import open_image
 from miniclip.transform import OPENAI_MEAN, OPENAI_STD, ImageTransform
-from miniclip.files.checks import REFERENCES
 
 # ------------------------------------------------------------------------------------------------
 # The two references

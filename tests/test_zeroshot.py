@@ -12,21 +12,15 @@ from PIL import Image
 from twin import TINY, random_inputs, twins
 
 from miniclip import ImageTransform, Tokenizer, ZeroShotClassifier
-from miniclip.imagenet import (
+from miniclip.zeroshot.classifier import class_embeddings, embed_texts, find_templates
+from miniclip.zeroshot.data import folder_labels, labelled_images, read_ahead
+from miniclip.zeroshot.evaluation import evaluate
+from miniclip.zeroshot.imagenet import (
     CIFAR_TEMPLATES,
     IMAGENET_CLASSES,
     IMAGENET_TEMPLATES,
     IMAGENET_WNIDS,
     SIMPLE_TEMPLATES,
-)
-from miniclip.zeroshot import (
-    class_embeddings,
-    embed_texts,
-    evaluate,
-    find_templates,
-    folder_labels,
-    labelled_images,
-    read_ahead,
 )
 
 LABELS = ["cat", "small dog", "cup"]
@@ -389,8 +383,8 @@ def test_accuracy_is_that_of_transformers(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("count", [1, 3, 60])
 def test_confusions_are_drawn(tmp_path, count):
-    from miniclip.figures import draw_confusion
-    from miniclip.zeroshot import Evaluation
+    from miniclip.figures.confusion import draw_confusion
+    from miniclip.zeroshot.evaluation import Evaluation
 
     confusion = 5 * torch.eye(count, dtype=torch.int64)
     confusion[0, -1] += 7
