@@ -37,8 +37,8 @@ from tqdm import tqdm
 from miniclip.checkpoint import Loaded, save
 from miniclip.config import CLIPConfig
 from miniclip.files.hub import OPENAI_VOCABULARY
+from miniclip.files.models import check_device
 from miniclip.files.names import OPENAI, TRANSFORMERS, layout_name, pack
-from miniclip.files.weights import check_device
 from miniclip.loss import contrastive_loss
 from miniclip.model import CLIP, unit_norm
 from miniclip.parity import random_inputs, randomize

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from miniclip.files.hub import has_files
-from miniclip.files.weights import check_vocab_fits, open_model, saving_checkpoint
+from miniclip.files.models import check_vocab_fits, open_model
+from miniclip.files.saving import saving_checkpoint
 from miniclip.model import CLIP, TextTower, VisionTower
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform

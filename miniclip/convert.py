@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from miniclip.checkpoint import save
 from miniclip.files.hub import has_files
+from miniclip.files.models import check_vocab_fits, open_model
 from miniclip.files.names import LAYOUTS, Place, place
-from miniclip.files.weights import check_vocab_fits, open_model
 from miniclip.model import CLIP
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform

@@ -12,6 +12,12 @@ from torch import Tensor
 from miniclip.model import CLIP
 
 
+def cross_entropy(logits: Tensor, is_true: Tensor) -> Tensor:
+    """The mean over rows of minus the log-probability, which all true entries share equally."""
+    target = is_true.to(logits.dtype)
+    return F.cross_entropy(logits, target / target.sum(dim=1, keepdim=True))
+
+
 def contrastive_loss(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, is_true: Tensor | None = None
 ) -> Tensor:
@@ -25,12 +31,6 @@ def contrastive_loss(
     if is_true is None:
         is_true = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     return (cross_entropy(logits, is_true) + cross_entropy(logits.T, is_true.T)) / 2
-
-
-def cross_entropy(logits: Tensor, is_true: Tensor) -> Tensor:
-    """The mean over rows of minus the log-probability, which all true entries share equally."""
-    target = is_true.to(logits.dtype)
-    return F.cross_entropy(logits, target / target.sum(dim=1, keepdim=True))
 
 
 @torch.no_grad()

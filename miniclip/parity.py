@@ -26,8 +26,8 @@ from miniclip.config import LEGACY_EOS, CLIPConfig
 from miniclip.errors import CheckpointError
 from miniclip.files.configs import beyond_transformers
 from miniclip.files.hub import has_files, resolve
+from miniclip.files.models import check_device, meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
-from miniclip.files.weights import check_device, meta_device
 from miniclip.model import CLIP
 from miniclip.peers import import_transformers
 from miniclip.presets import PRESETS

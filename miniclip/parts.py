@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from miniclip.config import LEGACY_EOS, CLIPConfig
-from miniclip.files.weights import meta_device
+from miniclip.files.models import meta_device
 from miniclip.model import CLIP, TextTower, VisionTower
 
 

@@ -35,7 +35,7 @@ from miniclip import (
     VisionConfig,
 )
 from miniclip.files.pickles import LARGEST
-from miniclip.files.weights import read_tensors
+from miniclip.files.tensors import read_tensors
 from miniclip.parity import randomize
 
 CONFIG = CLIPConfig(

@@ -49,7 +49,7 @@ from miniclip.files.names import (
     pack,
     preprocessing_from_open_clip,
 )
-from miniclip.files.weights import read_tensors
+from miniclip.files.tensors import read_tensors
 from miniclip.presets import PRESETS
 from miniclip.transform import ImageTransform
 

@@ -18,8 +18,8 @@ from twin import TINY, copy_weights, random_inputs, randomize, twins
 
 import miniclip
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
+from miniclip.files.models import meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
-from miniclip.files.weights import meta_device
 from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.presets import PRESETS
 

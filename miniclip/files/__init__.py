@@ -2,11 +2,17 @@
 the classes of the reference, which build themselves from what they find here:
 
     hub.py           a name -> a directory (embedded, local, or downloaded)
-    weights.py       a weights file -> tensors under our names, and back
+    tensors.py       a weights file -> its tensors
     names.py         the names that three layouts give the tensors
-    configs.py       three kinds of config files <-> fields of a CLIPConfig
+    configs.py       transformers' config, or the shapes of OpenAI's weights <-> fields of a config
+    open_clip.py     open_clip's config
+    models.py        fields and tensors under our names, for a class to build itself from
+    pretrained.py    from_pretrained and save_pretrained of the classes
+    checks.py        checks of the numbers of configs, tokenizers and transforms
+    saving.py        a model, or a whole checkpoint -> a directory
     vocabularies.py  a tokenizer's files <-> vocabulary, merges and special tokens
     images.py        an image transform's files <-> settings
+    pictures.py      files, arrays and tensors -> Pillow images
     pickles.py       the tensors of .bin and .pt files, without running their code
     reading.py       JSON and lines of text, with limits
     writing.py       atomic writes

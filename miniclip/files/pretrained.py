@@ -15,16 +15,9 @@ from torch import nn
 from miniclip.errors import CheckpointError, blaming
 from miniclip.files import configs, images
 from miniclip.files.hub import resolve
+from miniclip.files.models import Fork, Stored, meta_device, open_model, read_fields
+from miniclip.files.saving import check_shapes, write_model
 from miniclip.files.vocabularies import Vocabulary, read_vocabulary, write_vocabulary
-from miniclip.files.weights import (
-    Fork,
-    Stored,
-    check_shapes,
-    meta_device,
-    open_model,
-    read_fields,
-    write_model,
-)
 
 M = TypeVar("M", bound="Pretrained")
 T = TypeVar("T", bound=Any)

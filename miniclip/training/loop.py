@@ -30,8 +30,8 @@ from miniclip.checkpoint import load, save
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.errors import CheckpointError, ContextLengthError
 from miniclip.files.hub import resolve
+from miniclip.files.models import check_device
 from miniclip.files.reading import read_json
-from miniclip.files.weights import check_device
 from miniclip.files.writing import replacing, write_json
 from miniclip.loss import clamp_logit_scale
 from miniclip.model import CLIP, attentions, unit_norm

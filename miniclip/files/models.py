@@ -1,23 +1,19 @@
-"""A weights file -> a config's fields and tensors under our names, and back.
+"""A checkpoint's model as its files have it: a config's fields, and tensors under our names.
 
 Nothing is guessed and nothing is repaired. Each tensor in the file must have its place in the
 model, each parameter must have its tensor of the same shape, and no weight is changed on the way.
 """
 
-import math
 import os
 import re
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -27,16 +23,10 @@ from miniclip.files.configs import (
     Fields,
     from_shapes,
     from_transformers,
-    openai_numbers,
-    refuse_inexpressible,
-    to_transformers,
     tower_from_transformers,
 )
 from miniclip.files.hub import (
     CONFIGS,
-    HUB_FILES,
-    SUFFIXES,
-    VOCABULARIES,
     WEIGHTS,
     as_path,
     is_clips,
@@ -44,22 +34,17 @@ from miniclip.files.hub import (
     weights_in,
 )
 from miniclip.files.names import (
-    LAYOUTS,
     OPENAI_NUMBERS,
     Layout,
     Place,
     depth,
     layout_name,
-    pack,
     place,
     recognize,
 )
-from miniclip.files.open_clip import from_open_clip, to_open_clip
-from miniclip.files.pickles import MOST_TENSORS, PickledTensors
-from miniclip.files.reading import read_json, read_json_if_there
-from miniclip.files.writing import blaming_disk, replacing, saving, write_json
-
-WRITTEN = dict.fromkeys(LAYOUTS, WEIGHTS[0]) | {"open_clip": "open_clip_model.safetensors"}
+from miniclip.files.open_clip import from_open_clip
+from miniclip.files.reading import read_json
+from miniclip.files.tensors import read_tensors
 
 
 class Fork(NamedTuple):
@@ -72,83 +57,8 @@ class Fork(NamedTuple):
 
 PLAIN = Fork()
 
+
 Expected = dict[str, tuple[Place, tuple[int, ...]]]  # our name: its place, its shape
-
-# ------------------------------------------------------------------------------------------------
-# file -> tensors
-
-
-def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a weights file or of a sharded index, memory-mapped.
-
-    Floating point tensors of another dtype than `dtype` are converted a few at a time, so that the
-    file is never in memory beside the model. Code in .bin and .pt files never runs: see pickles.py.
-    Raises CheckpointError.
-    """
-    if path.name.endswith(".index.json"):
-        return _read_shards(path, dtype)
-    try:
-        tensors = _read_in_turn(path, dtype)
-    except Exception as error:  # damage raises many kinds of errors
-        reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        reason = "".join(filter(str.isprintable, reason))  # it may quote the file
-        size = f"{path.stat().st_size:,} bytes" if path.exists() else "no such file"
-        raise CheckpointError(
-            f"{path}: no weights file that can be read, or one cut short ({size}): {reason}"
-        ) from error
-    if not all(map(str.isprintable, tensors)):
-        raise CheckpointError(f"{path}: has tensors whose names cannot be printed")
-    return tensors
-
-
-def _read_in_turn(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    is_safe = path.suffix == ".safetensors"
-    with open(path, "rb") as start:
-        header = int.from_bytes(start.read(8), "little")
-    if is_safe and header > 6_000_000:  # parsed, it takes many times that; a CLIP's has 200,000
-        raise ValueError(f"expected a header of at most 6,000,000 bytes, found {header:,}")
-    file: Any = safe_open(path, framework="pt") if is_safe else PickledTensors(path)
-    if len(file.keys()) > MOST_TENSORS:
-        raise ValueError(f"expected at most {MOST_TENSORS:,} tensors, found {len(file.keys()):,}")
-    size = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
-    tensors: dict[str, Tensor] = {}
-    read = 0
-    for name in sorted(size, key=size.__getitem__, reverse=True):
-        mapped = file.get_tensor(name)
-        tensors[name] = mapped.to(dtype) if mapped.is_floating_point() else mapped
-        read += mapped.nbytes if tensors[name] is not mapped else 0
-        if read > 1 << 24:
-            del mapped  # the pages that were read go with the last tensor that maps them
-            file = safe_open(path, framework="pt") if is_safe else file.remapped()
-            read = 0
-    return {name: tensors[name] for name in size}
-
-
-def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(
-        name.isprintable() and isinstance(shard, str) for name, shard in places.items()
-    ):
-        raise CheckpointError(f"{index}: expected a weight_map from tensor names to file names")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
-        path = index.parent / shard
-        if Path(shard).name != shard or path.suffix not in SUFFIXES or not os.path.isfile(path):
-            raise CheckpointError(
-                f"{index}: names a shard {shown(shard)} that is not a weights file beside it"
-            )
-        more = read_tensors(path, dtype)
-        if twice := sorted(tensors.keys() & more.keys()):
-            raise CheckpointError(f"{path}: tensors of another shard again: {listed(twice)}")
-        tensors |= more
-    absent = sorted(places.keys() - tensors.keys())
-    if absent:
-        raise CheckpointError(f"{index}: {len(absent)} tensors are in no shard: {listed(absent)}")
-    return tensors
-
-
-# ------------------------------------------------------------------------------------------------
-# tensors -> what a class builds itself from
 
 
 class Stored(NamedTuple):
@@ -186,7 +96,7 @@ class Stored(NamedTuple):
         """The width of a tower's embeddings, or None for a tower without projection."""
         projection = layout_name(f"{tower}.proj.weight", self.table)
         is_projected = len(self.towers) == 2 or projection in self.tensors
-        return self.fields["embed_dim"] if is_projected else None
+        return self.fields.get("embed_dim") if is_projected else None
 
     @contextmanager
     def skeleton(self) -> Iterator[None]:
@@ -404,111 +314,10 @@ def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:
         warnings.warn(f"{path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}", stacklevel=4)
 
 
-# ------------------------------------------------------------------------------------------------
-# model -> file
-
-
-def write_model(
-    directory: str | PathLike[str],
-    fields: Fields,
-    state: Mapping[str, Tensor],
-    layout: str = "transformers",
-    fork: Fork = PLAIN,
-) -> None:
-    """Write a model's config and its weights in their own dtype, both files or none.
-
-    Image settings of open_clip that are there stay. Raises CheckpointError if nothing can be
-    written, the layout cannot express the model, or the directory holds another checkpoint's
-    files, which `load` would read instead.
-    """
-    directory = Path(directory)
-    check_layout(layout)
-    refuse_other_files(directory, layout)
-    with blaming(directory):
-        refuse_inexpressible(fields, layout)
-        if layout != "transformers" and fork.model_type != "clip":
-            raise ValueError(
-                f"the layout {layout!r} has no place for the class {fork.class_name}; "
-                "'transformers' has"
-            )
-        tensors = pack(
-            {name: tensor.cpu() for name, tensor in state.items()},
-            LAYOUTS[layout] | fork.tensor_names,
-        )
-    config = directory / CONFIGS.get(layout, "")
-    with blaming_disk(directory), saving(directory) as folder:
-        if layout == "open_clip":
-            settings = read_json_if_there(config) | {"model_cfg": to_open_clip(fields)}
-            write_json(folder / config.name, {"model_cfg": {}, "preprocess_cfg": {}} | settings)
-        elif layout == "openai":
-            tensors |= openai_numbers(fields)
-        else:
-            is_clip = fork.model_type == "clip"
-            class_name = "CLIPModel" if is_clip else fork.class_name
-            write_json(folder / config.name, to_transformers(fields, fork.model_type, class_name))
-        with replacing(folder / WRITTEN[layout]) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(error) from error
-
-
-def check_shapes(
-    directory: str | PathLike[str], state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> None:
-    """Raise CheckpointError unless a state dict has the expected names and shapes."""
-    shapes, found = ({n: t.shape for n, t in tensors.items()} for tensors in (expected, state))
-    if odd := sorted(dict(shapes.items() ^ found.items())):
-        raise CheckpointError(
-            f"{directory}: not saved, because nothing could load it: {len(odd)} tensors are "
-            f"missing, unexpected or not of the shape in model.config: {listed(odd)}"
-        )
-
-
-@contextmanager
-def saving_checkpoint(
-    directory: str | PathLike[str], layout: str, has_tokenizer: bool, has_transform: bool
-) -> Iterator[Path]:
-    """Yield a folder for the files of a whole checkpoint; see `saving`.
-
-    Raises CheckpointError if the directory holds other files that `load` would read.
-    """
-    directory = Path(directory)
-    check_layout(layout)
-    absent: tuple[str, ...] = () if has_tokenizer else VOCABULARIES
-    absent += () if has_transform else tuple(HUB_FILES["transform"][0][:2])
-    refuse_other_files(directory, layout, *absent)
-    with blaming_disk(directory), saving(directory) as folder:
-        processor = directory / "processor_config.json"
-        if has_transform and processor.is_file():
-            shutil.copy(processor, folder)  # where it is brought up to date
-        yield folder
-        if has_tokenizer:
-            for stale in ("tokenizer.json", "added_tokens.json"):
-                (folder / stale).touch()  # deletes the file, which transformers would read first
-
-
 def check_vocab_fits(name: str | PathLike[str], vocab_size: int, text: Fields) -> None:
     """Raise CheckpointError if a tokenizer has more tokens than a text tower embeds."""
     if vocab_size > text.get("vocab_size", 49408):
         raise CheckpointError(
             f"{name}: the tokenizer has {vocab_size} tokens and the model embeds only "
             f"{text.get('vocab_size', 49408)}; they must come from the same checkpoint"
-        )
-
-
-def check_layout(layout: str) -> None:
-    """Raise ValueError for a layout that there is not."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-
-
-def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
-    """Raise CheckpointError if a directory has files that `load` would read instead."""
-    others = [name for key, name in CONFIGS.items() if key != layout]
-    others += [*WEIGHTS[: WEIGHTS.index(WRITTEN[layout])], *more]
-    if there := [name for name in others if (directory / name).is_file()]:
-        raise CheckpointError(
-            f"{directory}: has {listed(there)}, which would be loaded instead. Save to another "
-            "directory, or first delete the files of the other checkpoint"
         )

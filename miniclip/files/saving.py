@@ -1,0 +1,132 @@
+"""A model, or a whole checkpoint -> a directory."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from miniclip.errors import CheckpointError, blaming, listed
+from miniclip.files.configs import (
+    Fields,
+    openai_numbers,
+    refuse_inexpressible,
+    to_transformers,
+)
+from miniclip.files.hub import (
+    CONFIGS,
+    HUB_FILES,
+    VOCABULARIES,
+    WEIGHTS,
+)
+from miniclip.files.models import PLAIN, Fork
+from miniclip.files.names import (
+    LAYOUTS,
+    pack,
+)
+from miniclip.files.open_clip import to_open_clip
+from miniclip.files.reading import read_json_if_there
+from miniclip.files.writing import blaming_disk, replacing, saving, write_json
+
+WRITTEN = dict.fromkeys(LAYOUTS, WEIGHTS[0]) | {"open_clip": "open_clip_model.safetensors"}
+
+
+def write_model(
+    directory: str | PathLike[str],
+    fields: Fields,
+    state: Mapping[str, Tensor],
+    layout: str = "transformers",
+    fork: Fork = PLAIN,
+) -> None:
+    """Write a model's config and its weights in their own dtype, both files or none.
+
+    Image settings of open_clip that are there stay. Raises CheckpointError if nothing can be
+    written, the layout cannot express the model, or the directory holds another checkpoint's
+    files, which `load` would read instead.
+    """
+    directory = Path(directory)
+    check_layout(layout)
+    refuse_other_files(directory, layout)
+    with blaming(directory):
+        refuse_inexpressible(fields, layout)
+        if layout != "transformers" and fork.model_type != "clip":
+            raise ValueError(
+                f"the layout {layout!r} has no place for the class {fork.class_name}; "
+                "'transformers' has"
+            )
+        tensors = pack(
+            {name: tensor.cpu() for name, tensor in state.items()},
+            LAYOUTS[layout] | fork.tensor_names,
+        )
+    config = directory / CONFIGS.get(layout, "")
+    with blaming_disk(directory), saving(directory) as folder:
+        if layout == "open_clip":
+            settings = read_json_if_there(config) | {"model_cfg": to_open_clip(fields)}
+            write_json(folder / config.name, {"model_cfg": {}, "preprocess_cfg": {}} | settings)
+        elif layout == "openai":
+            tensors |= openai_numbers(fields)
+        else:
+            is_clip = fork.model_type == "clip"
+            class_name = "CLIPModel" if is_clip else fork.class_name
+            write_json(folder / config.name, to_transformers(fields, fork.model_type, class_name))
+        with replacing(folder / WRITTEN[layout]) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(error) from error
+
+
+def check_shapes(
+    directory: str | PathLike[str], state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Raise CheckpointError unless a state dict has the expected names and shapes."""
+    shapes, found = ({n: t.shape for n, t in tensors.items()} for tensors in (expected, state))
+    if odd := sorted(dict(shapes.items() ^ found.items())):
+        raise CheckpointError(
+            f"{directory}: not saved, because nothing could load it: {len(odd)} tensors are "
+            f"missing, unexpected or not of the shape in model.config: {listed(odd)}"
+        )
+
+
+@contextmanager
+def saving_checkpoint(
+    directory: str | PathLike[str], layout: str, has_tokenizer: bool, has_transform: bool
+) -> Iterator[Path]:
+    """Yield a folder for the files of a whole checkpoint; see `saving`.
+
+    Raises CheckpointError if the directory holds other files that `load` would read.
+    """
+    directory = Path(directory)
+    check_layout(layout)
+    absent: tuple[str, ...] = () if has_tokenizer else VOCABULARIES
+    absent += () if has_transform else tuple(HUB_FILES["transform"][0][:2])
+    refuse_other_files(directory, layout, *absent)
+    with blaming_disk(directory), saving(directory) as folder:
+        processor = directory / "processor_config.json"
+        if has_transform and processor.is_file():
+            shutil.copy(processor, folder)  # where it is brought up to date
+        yield folder
+        if has_tokenizer:
+            for stale in ("tokenizer.json", "added_tokens.json"):
+                (folder / stale).touch()  # deletes the file, which transformers would read first
+
+
+def check_layout(layout: str) -> None:
+    """Raise ValueError for a layout that there is not."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+
+
+def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
+    """Raise CheckpointError if a directory has files that `load` would read instead."""
+    others = [name for key, name in CONFIGS.items() if key != layout]
+    others += [*WEIGHTS[: WEIGHTS.index(WRITTEN[layout])], *more]
+    if there := [name for name in others if (directory / name).is_file()]:
+        raise CheckpointError(
+            f"{directory}: has {listed(there)}, which would be loaded instead. Save to another "
+            "directory, or first delete the files of the other checkpoint"
+        )

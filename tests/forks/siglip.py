@@ -1,0 +1,115 @@
+"""SigLIP (Zhai et al. 2023, arXiv 2303.15343) as a fork of CLIP.
+
+It differs in five ways: the image is read by an attention of its own instead of a class token, the
+text is read at its last token, text attention sees both ways, logits have a bias, and the loss asks
+of each pair by itself whether it is true. It loads transformers' `google/siglip-*`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miniclip import CLIP, CLIPConfig, CLIPOutput, TextConfig, TextTower, VisionConfig, VisionTower
+from miniclip.files.checks import check_tower
+from miniclip.model import MLP
+
+
+@dataclass(frozen=True)
+class SiglipVisionConfig(VisionConfig):
+    act: str = "gelu_pytorch_tanh"
+    ln_eps: float = 1e-6
+    patch_size: int = 16
+
+
+@dataclass(frozen=True)
+class SiglipTextConfig(TextConfig):
+    width: int = 768
+    heads: int | tuple[int, ...] = 12
+    mlp_width: int | tuple[int, ...] = 3072
+    act: str = "gelu_pytorch_tanh"
+    ln_eps: float = 1e-6
+    vocab_size: int = 32000
+    context_length: int = 64
+
+    def __post_init__(self) -> None:
+        check_tower(self)  # no end token: a text is padded to its full length and read there
+
+
+@dataclass(frozen=True)
+class SiglipConfig(CLIPConfig):
+    towers: ClassVar = {"vision": SiglipVisionConfig, "text": SiglipTextConfig}
+
+    @classmethod
+    def from_fields(cls, values: dict[str, Any]) -> "SiglipConfig":
+        width = values["vision"].get("width", SiglipVisionConfig.width)
+        return super().from_fields({"embed_dim": width} | values)
+
+
+class SiglipVision(VisionTower):
+    def __init__(self, config: VisionConfig, embed_dim: int | None) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        width, size = config.width, config.patch_size
+        self.patch_embed = nn.Conv2d(config.channels, width, size, stride=size)
+        self.pos_embed = nn.Parameter(torch.randn(config.patches, width) * width**-0.5)
+        self.blocks = self.make_blocks(config, causal=False)
+        self.ln_post = nn.LayerNorm(width, eps=config.ln_eps)
+        self.probe = nn.Parameter(torch.randn(1, 1, width))
+        self.pool_attn = nn.MultiheadAttention(width, config.heads, batch_first=True)
+        self.pool_ln = nn.LayerNorm(width, eps=config.ln_eps)
+        self.pool_mlp = MLP(width, config.mlp_width, config.act)
+        self.proj = nn.Identity()
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        return self.patch_embed(pixels).flatten(2).transpose(1, 2) + self.pos_embed  # (B, P, W)
+
+    def pool(self, x: Tensor) -> Tensor:
+        x = self.ln_post(x)  # (B, P, W)
+        x = self.pool_attn(self.probe.expand(len(x), -1, -1), x, x)[0]  # (B, 1, W)
+        return (x + self.pool_mlp(self.pool_ln(x)))[:, 0]  # (B, W)
+
+
+class SiglipText(TextTower):
+    def __init__(self, config: TextConfig, embed_dim: int | None) -> None:
+        super().__init__(config, embed_dim)
+        self.blocks = self.make_blocks(config, causal=False)
+        self.proj = nn.Linear(config.width, embed_dim)
+
+    def eos_positions(self, ids: Tensor) -> Tensor:
+        return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+
+
+class Siglip(CLIP):
+    vision_class, text_class, config_class = SiglipVision, SiglipText, SiglipConfig
+    model_type = "siglip"
+    tensor_names = {
+        "logit_bias": "logit_bias",
+        "vision.probe": "vision_model.head.probe",
+        "vision.pool_attn.in_proj_weight": "vision_model.head.attention.in_proj_weight",
+        "vision.pool_attn.in_proj_bias": "vision_model.head.attention.in_proj_bias",
+        "vision.pool_attn.out_proj": "vision_model.head.attention.out_proj",
+        "vision.pool_ln": "vision_model.head.layernorm",
+        "vision.pool_mlp.fc1": "vision_model.head.mlp.fc1",
+        "vision.pool_mlp.fc2": "vision_model.head.mlp.fc2",
+        "text.proj": "text_model.head",
+    }
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__(config)
+        self.logit_scale = nn.Parameter(torch.full((1,), 2.3026))  # ln(10), as in the paper
+        self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
+
+    def forward(self, pixels: Tensor, ids: Tensor) -> CLIPOutput:
+        out = super().forward(pixels, ids)
+        logits = out.logits_per_text + self.logit_bias
+        return out._replace(logits_per_text=logits, logits_per_image=logits.T)
+
+
+def sigmoid_loss(model: Siglip, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """The paper's algorithm 1: the mean over images of the log-sigmoids of a row of pairs."""
+    logits = model.logit_scale.exp() * image_embeds @ text_embeds.T + model.logit_bias  # (B, B)
+    signs = 2 * torch.eye(len(logits), device=logits.device) - 1  # 1 for a pair, -1 otherwise
+    return -F.logsigmoid(signs * logits).sum(dim=1).mean()

@@ -1,0 +1,107 @@
+"""The rules of the house: arrows point down, files/ knows no classes, the reference stays short.
+
+Every import counts: at the top of a file, inside a function, and under TYPE_CHECKING.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent / "miniclip"
+REFERENCE = ["config.py", "model.py", "loss.py", "tokenizer.py", "transform.py", "checkpoint.py"]
+MOST_LINES = 1000  # of the reference
+MOST_LINES_OF_A_FILE = 420  # a longer file says why in its first lines
+
+
+def modules() -> dict[str, Path]:
+    """Each module's name, without "miniclip.", and its file."""
+    paths = {path.relative_to(ROOT).with_suffix(""): path for path in ROOT.rglob("*.py")}
+    return {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports."""
+    known, found = modules(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in (name.removeprefix("miniclip.") for name in names if name.startswith("mini")):
+            found |= {name, name.rpartition(".")[0]} & known.keys() - {"__init__"}
+    return found
+
+
+GRAPH = {name: imports(path) - {name} for name, path in modules().items()}
+
+
+def reached(start: str) -> set[str]:
+    """Everything that a module imports, directly or not."""
+    seen: set[str] = set()
+    todo = [start]
+    while todo:
+        new = GRAPH[todo.pop()] - seen
+        seen |= new
+        todo += new
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH.keys() - {"__init__"}))
+def test_no_module_reaches_itself(name):
+    assert name not in reached(name)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(GRAPH) if name.startswith("files")])
+def test_files_never_imports_the_classes(name):
+    assert not reached(name) & {"model", "tokenizer", "transform", "checkpoint", "config"}
+
+
+@pytest.mark.parametrize("file", REFERENCE)
+def test_the_reference_stands_on_files_and_text_alone(file):
+    below = {name.removesuffix(".py") for name in REFERENCE} | {"errors"}
+    others = {
+        n for n in reached(file.removesuffix(".py")) if n.split(".")[0] not in ("files", "text")
+    }
+    assert others <= below
+
+
+def test_the_reference_is_read_in_order():
+    """No file of it imports one that is read later."""
+    order = [file.removesuffix(".py") for file in REFERENCE]
+    for i, name in enumerate(order):
+        assert not GRAPH[name] & {*order[i:]}
+
+
+def test_the_reference_has_at_most_a_thousand_lines():
+    lines = {
+        file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in REFERENCE
+    }
+    assert sum(lines.values()) <= MOST_LINES, lines
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_a_long_file_says_why(name):
+    text = modules()[name].read_text(encoding="utf-8")
+    if len(text.splitlines()) > MOST_LINES_OF_A_FILE:
+        assert "This file is long because" in ast.get_docstring(ast.parse(text))
+
+
+def test_a_circle_would_be_found(monkeypatch):
+    monkeypatch.setitem(GRAPH, "errors", {"files.reading"})
+    assert "errors" in reached("errors")
+
+
+def test_definitions_come_before_their_use():
+    """In the reference, a function uses only what stands above it, or itself."""
+    for file in REFERENCE:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        place = {node.name: node.lineno for node in tree.body if hasattr(node, "name")}
+        for node in tree.body:
+            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & place.keys()
+            late = {name for name in used if place[name] > getattr(node, "lineno", 0)}
+            assert not late, (
+                f"{file}: {getattr(node, 'name', '')} uses {late} before its definition"
+            )
