@@ -14,7 +14,7 @@ is a method, and `tensor_names` gives new parameters their places in a file.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from miniclip.config import LEGACY_EOS, CLIPConfig, TextConfig, VisionConfig
 from miniclip.files.checks import check_has_eos, check_ids, check_pixels, check_token_vectors
-from miniclip.files.pretrained import Pretrained, tower_config
+from miniclip.files.pretrained import Pretrained
 
 
 class Site(nn.Identity):
@@ -61,13 +61,20 @@ class Attention(nn.Module):
         self.q, self.k, self.v = Site(), Site(), Site()
         self.scores, self.pattern, self.z = Site(), Site(), Site()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, W) -> (B, T, W)"""
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, W) -> queries, keys and values, each (B, H, T, D)"""
         heads = (-1, self.head_width)  # the weights say how many: a layer may have lost some
         q = self.q(self.q_proj(x).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, D)
         k = self.k(self.k_proj(x).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, D)
         v = self.v(self.v_proj(x).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, D)
-        if self.eager or is_watched(self.scores) or is_watched(self.pattern):
+        return q, k, v
+
+    def forward(self, x: Tensor, pattern: Callable[..., Tensor] | None = None) -> Tensor:
+        """(B, T, W) -> (B, T, W). A `pattern` of (q, k, v) takes the place of softmax(q k)."""
+        q, k, v = self.qkv(x)
+        if pattern is not None:
+            z = pattern(q, k, v) @ v  # (B, H, T, T) @ (B, H, T, D)
+        elif self.eager or is_watched(self.scores) or is_watched(self.pattern):
             z = self.attend(q, k, v)
         else:
             z = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -145,13 +152,7 @@ class Block(nn.Module):
 class Tower(Pretrained):
     """Embeddings, blocks, a LayerNorm, and a projection into the shared space."""
 
-    config_class: ClassVar[Any]
     block_class: type[Block] = Block
-
-    @classmethod
-    def build(cls: Any, fields: dict[str, Any], embed_dim: int | None) -> Any:
-        """A tower with random weights, by the fields of a checkpoint's config."""
-        return cls(tower_config(cls.config_class, fields[cls.towers[0]]), embed_dim)
 
     def make_blocks(self, config: Any, causal: bool) -> nn.Sequential:
         """The blocks of the config."""

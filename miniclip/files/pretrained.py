@@ -23,6 +23,16 @@ M = TypeVar("M", bound="Pretrained")
 T = TypeVar("T", bound=Any)
 
 
+def tower_config(kind: Any, values: dict[str, Any]) -> Any:
+    """A VisionConfig or TextConfig from a dictionary. Entries that are not fields are ignored."""
+    values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+    try:
+        return kind(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
+    except ValueError as error:
+        section = "vision_config" if hasattr(kind, "patch_size") else "text_config"
+        raise ValueError(f"in {section}: {error}") from None
+
+
 class Pretrained(nn.Module):
     """A model with `from_pretrained` and `save_pretrained`.
 
@@ -43,9 +53,9 @@ class Pretrained(nn.Module):
             cls.model_type = cls.__name__
 
     @classmethod
-    def build(cls, fields: dict[str, Any], embed_dim: int | None) -> Any:
-        """A model with random weights, by the fields of a checkpoint's config."""
-        raise NotImplementedError
+    def build(cls: Any, values: dict[str, Any], embed_dim: int | None) -> Any:
+        """A tower with random weights, by the fields of a checkpoint's config. CLIP has its own."""
+        return cls(tower_config(cls.config_class, values[cls.towers[0]]), embed_dim)
 
     @classmethod
     def from_pretrained(cls: type[M], name: str | PathLike[str], **options: Any) -> M:
@@ -85,16 +95,6 @@ class Pretrained(nn.Module):
     def fork(cls) -> Fork:
         """What distinguishes the files of this class."""
         return Fork(cls.model_type, cls.__name__, cls.tensor_names)
-
-
-def tower_config(kind: Any, values: dict[str, Any]) -> Any:
-    """A VisionConfig or TextConfig from a dictionary. Entries that are not fields are ignored."""
-    values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
-    try:
-        return kind(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
-    except ValueError as error:
-        section = "vision_config" if hasattr(kind, "patch_size") else "text_config"
-        raise ValueError(f"in {section}: {error}") from None
 
 
 class PretrainedConfig:

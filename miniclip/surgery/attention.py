@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from miniclip.model import CLIP, Attention
+from miniclip.model import CLIP
 
 
 def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Tensor:
@@ -36,7 +36,9 @@ def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Te
     dense = x if residual else torch.zeros_like(x)
     block: Any  # a Block, or what someone has put in its place
     for block in list(tower.blocks)[-depth:]:
-        dense = dense + _attend(block.attn, block.ln_1(x), pattern, tower.config.grid)
+        dense = dense + block.attn(
+            block.ln_1(x), lambda q, k, v: pattern(q, k, v, tower.config.grid)
+        )
         if mlp:
             dense = dense + block.mlp(block.ln_2(dense))
         x = block(x)
@@ -83,14 +85,3 @@ PRESETS = {
         lambda q, k, v, grid: similar(k, k, neighbours(grid, k)), residual=False, mlp=False
     ),
 }
-
-
-def _attend(attn: Attention, x: Tensor, pattern: Pattern, grid: tuple[int, int]) -> Tensor:
-    """`Attention.forward` with another pattern, (B, T, W) -> (B, T, W)."""
-    heads = (-1, attn.head_width)
-    q, k, v = (
-        site(linear(x).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, D)
-        for linear, site in ((attn.q_proj, attn.q), (attn.k_proj, attn.k), (attn.v_proj, attn.v))
-    )
-    z = attn.z((pattern(q, k, v, grid) @ v).transpose(1, 2))  # (B, T, H, D)
-    return attn.out_proj(z.flatten(2))
