@@ -20,6 +20,7 @@ from miniclip.surgery.geometry import (
 )
 from miniclip.surgery.interventions import ablate_heads, patch_dropout, patch_from, splice
 from miniclip.surgery.lora import add_lora, merge_lora, unmerge_lora
+from miniclip.surgery.prompts import encode_prompts
 from miniclip.surgery.structure import keep_layers, prune_heads, prune_neurons
 from miniclip.surgery.weights import TaskVector, average, freeze, interpolate, layer_groups
 
@@ -37,6 +38,7 @@ __all__ = [
     "add_lora",
     "merge_lora",
     "unmerge_lora",
+    "encode_prompts",
     "keep_layers",
     "prune_heads",
     "prune_neurons",

@@ -469,8 +469,9 @@ class Run:
         }
         with replacing(self.out / STATE) as temporary:
             torch.save(state, temporary)
-        model: Any = self.average.module if self.average else self.model
-        save(self.out, model, tokenizer, transform)
+        weights = self.average.module if self.average else self.model
+        assert isinstance(weights, CLIP)  # a module, says AveragedModel
+        save(self.out, weights, tokenizer, transform)
 
     def finish(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
         """A finished run leaves its checkpoint, which becomes the model, and no state."""
