@@ -75,9 +75,7 @@ def save(
     "open_clip". Raises CheckpointError if nothing can be written, the layout cannot express the
     model, or the directory holds another checkpoint's files, which `load` would read instead.
     """
-    with saving_checkpoint(
-        directory, layout, tokenizer is not None, transform is not None
-    ) as folder:
+    with saving_checkpoint(directory, layout, bool(tokenizer), bool(transform)) as folder:
         model.save_pretrained(folder, layout)
         if tokenizer:
             tokenizer.save_pretrained(folder)

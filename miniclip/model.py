@@ -334,19 +334,21 @@ class CLIP(Pretrained):
 
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
         """Pixels from an ImageTransform -> embeddings (B, E), of length 1 if `normalize`."""
-        x = self.vision(pixels)
-        return unit_norm(x) if normalize else x
+        return unit_norm(self.vision(pixels)) if normalize else self.vision(pixels)
 
     def encode_text(self, ids: Tensor, normalize: bool = False) -> Tensor:
         """Token ids (B, T) from a Tokenizer -> embeddings (B, E), of length 1 if `normalize`."""
-        x = self.text(ids)
-        return unit_norm(x) if normalize else x
+        return unit_norm(self.text(ids)) if normalize else self.text(ids)
+
+    def score(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """Unit vectors (B, E) and (C, E) -> the logits of each caption for each image, (C, B)."""
+        return text_embeds @ image_embeds.T * self.logit_scale.exp()
 
     def forward(self, pixels: Tensor, ids: Tensor) -> CLIPOutput:
         """Score every image against every caption."""
         image_embeds = self.encode_image(pixels, normalize=True)  # (B, E)
         text_embeds = self.encode_text(ids, normalize=True)  # (C, E)
-        logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()  # (C, B)
+        logits_per_text = self.score(image_embeds, text_embeds)  # (C, B)
         return CLIPOutput(logits_per_text.T, logits_per_text, image_embeds, text_embeds)
 
     def set_attention(self, kind: str) -> None:

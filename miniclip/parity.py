@@ -735,6 +735,10 @@ def random_pair(shape: str, *, seed: int = 0) -> "tuple[CLIP, CLIPModel]":
 def transformers_twin(model: CLIP) -> "CLIPModel":
     """A CLIPModel of transformers with a copy of our weights, if it can be one."""
     transformers = import_transformers()
+    if model.model_type != "clip":
+        raise ValueError(
+            f"transformers' CLIPModel does not compute what {type(model).__name__} computes"
+        )
     _check_expressible(model.config)
     config = transformers.CLIPConfig.from_dict(model.config.to_dict())
     with torch.device("meta"):

@@ -22,7 +22,7 @@ class Part(NamedTuple):
     multiply_adds: int  # for one image, or for one text as long as the context
 
 
-def parts(config: CLIPConfig) -> list[Part]:
+def parts(config: CLIPConfig, kind: type[CLIP] = CLIP) -> list[Part]:
     """The architecture in the order data flows through it. No weights are made or read.
 
     >>> parts(CLIPConfig())[0]
@@ -32,7 +32,7 @@ multiply_adds=115605504)
     # Without data there is no end token to look for; the legacy rule does not look for one.
     text = replace(config.text, eos_token_id=LEGACY_EOS)
     with meta_device():
-        model = CLIP(replace(config, text=text))
+        model = kind(replace(config, text=text))
         pixels = torch.empty(1, config.vision.channels, *config.vision.height_width)
         ids = torch.empty(1, config.text.context_length, dtype=torch.long)
     model.set_attention("eager")  # its two matrix products are counted, which sdpa would hide

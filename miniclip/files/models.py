@@ -208,9 +208,10 @@ def _open(directory: Path, weights: Path, dtype: torch.dtype | None, fork: Fork)
     with blaming(weights):
         try:
             layout, table, tensors = recognize(tensors, fork.tensor_names)
-        except ValueError:
-            if is_open_clip:
-                _read_fields(directory, "open_clip", fork)  # its error names the config's field
+        except ValueError:  # the config's own error says more: its field, or the class of a fork
+            kind = "open_clip" if is_open_clip else "transformers"
+            if (directory / CONFIGS[kind]).is_file():
+                _read_fields(directory, kind, fork)
             raise
     if layout == "openai or open_clip":
         layout = "open_clip" if is_open_clip else "openai"

@@ -105,16 +105,18 @@ def layout_name(name: str, layout: Layout) -> str:
     >>> layout_name("text.blocks.0.attn.k_proj.weight", OPENAI)
     'transformer.resblocks.0.attn.in_proj_weight[1]'
     """
-    block = re.search(r"blocks\.(\d+)\.", name)
-    template = re.sub(r"blocks\.\d+\.", "blocks.{}.", name)
-    module, _, kind = template.rpartition(".")
-    if template not in layout and module not in layout:
-        raise ValueError(
-            f"the parameter {name} has no place in a file; a class with parameters of its own "
-            f'names their places in `tensor_names`, such as {{"{template}": "{template}"}}'
-        )
-    theirs = layout[template] if template in layout else f"{layout[module]}.{kind}"
-    return theirs.format(block[1]) if block else theirs
+    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
+    template = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name)
+    for ours in (template, name):
+        module, _, kind = ours.rpartition(".")
+        if ours in layout:
+            return layout[ours].format(*numbers)
+        if module in layout:
+            return f"{layout[module]}.{kind}".format(*numbers)
+    raise ValueError(
+        f"the parameter {name} has no place in a file; a class with parameters of its own "
+        f'names their places in `tensor_names`, such as {{"{template}": "{template}"}}'
+    )
 
 
 def depth(tower: str, layout: Layout, names: Iterable[str]) -> int:

@@ -75,7 +75,11 @@ class Pretrained(nn.Module):
         with stored.skeleton():  # shapes without weights
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
         prefix = f"{cls.towers[0]}." if len(cls.towers) == 1 else ""
-        model.load_state_dict(stored.state_dict(model, device, prefix), assign=True)
+        state = stored.state_dict(model, device, prefix)
+        if any(buffer.is_meta for buffer in model.buffers()):  # of a fork: its table of positions
+            model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
+            model.to(device, next(iter(state.values())).dtype)
+        model.load_state_dict(state, assign=True)
         return model.eval()
 
     def save_pretrained(self, directory: str | PathLike[str], layout: str = "transformers") -> None:

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from miniclip.follow import follow
 from miniclip.lens.reading import Tower, read_positions, take, tower_for
 from miniclip.model import CLIP
 from miniclip.sites import cache
@@ -14,6 +15,8 @@ from miniclip.sites import cache
 def attention_maps(model: CLIP | Tower, x: Tensor) -> list[Tensor]:
     """The attention pattern of every block, (B, H, T, T): head, looking token, token looked at.
 
+    Raises ValueError for a fork whose attention has a pattern that it does not show.
+
     >>> from miniclip import CLIP
     >>> maps = attention_maps(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64))
     >>> len(maps), maps[0].shape
@@ -22,7 +25,18 @@ def attention_maps(model: CLIP | Tower, x: Tensor) -> list[Tensor]:
     tower = tower_for(model, x)
     with cache(tower, "blocks.*.attn.pattern") as acts:
         tower(x)
+    check_patterns(acts, tower.blocks)
     return list(acts.values())
+
+
+def check_patterns(acts: dict[str, Tensor], *blocks: nn.Sequential) -> None:
+    """Raise ValueError unless each block has shown its attention pattern."""
+    if len(acts) != sum(map(len, blocks)):
+        silent = [type(b.attn).__name__ for some in blocks for b in some]
+        raise ValueError(
+            f"{len(acts)} of {len(silent)} blocks have run their site attn.pattern; the attention "
+            f"of the others computes its pattern elsewhere: {', '.join(dict.fromkeys(silent))}"
+        )
 
 
 @torch.no_grad()
@@ -36,13 +50,14 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
     >>> rollout(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 65])
     """
+    follow("rollout", tower_for(model, x), block=("forward",))
     maps = attention_maps(model, x)
     paths = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=x.device)  # (T, T)
     for pattern in maps:
         if pattern.shape[1]:  # a layer that has lost all its heads mixes nothing
             paths = (pattern.mean(1) @ paths + paths) / 2  # (B, T, T)
     paths = paths.expand(len(x), -1, -1)
-    return take(paths, read_positions(tower_for(model, x), x))
+    return take(paths, read_positions("rollout", tower_for(model, x), x))
 
 
 class Relevance(NamedTuple):
@@ -70,10 +85,13 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
             f"{len(pixels)} images and {len(ids)} texts; expected pairs: repeat what is asked "
             "about several times, as by pixels.expand(len(ids), -1, -1, -1)"
         )
+    for tower in (model.vision, model.text):
+        follow("relevance", tower, ("forward", "pool"), block=("forward",))
     # Also where the caller has switched gradients off; a tensor from there must be copied.
     with torch.inference_mode(False), torch.enable_grad():
         with cache(model, "*.blocks.*.attn.pattern", grad=True) as acts:
             logits = model(pixels.clone(), ids.clone()).logits_per_image.diagonal()  # (B,)
+        check_patterns(acts, model.vision.blocks, model.text.blocks)
         slopes = torch.autograd.grad(logits.sum(), list(acts.values()))
 
     def accumulate(tower: str, x: Tensor) -> Tensor:
@@ -85,6 +103,6 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
         paths = torch.eye(weighted[0].shape[-1], dtype=logits.dtype, device=x.device)  # (T, T)
         for one in weighted[start:]:
             paths = paths + one @ paths  # (B, T, T)
-        return take(paths, read_positions(getattr(model, tower), x)).detach()
+        return take(paths, read_positions("relevance", getattr(model, tower), x)).detach()
 
     return Relevance(accumulate("vision", pixels), accumulate("text", ids))

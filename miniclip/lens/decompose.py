@@ -6,26 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miniclip.follow import follow
 from miniclip.lens.reading import Tower, last_norm, read_positions, take, tower_for
-from miniclip.model import CLIP
+from miniclip.model import CLIP, MLP
 from miniclip.sites import hooks
 
 
-def read_rows(tower: Tower, x: Tensor, sites: dict[str, Callable]) -> dict[str, Tensor]:
-    """Run the blocks; of each matching site keep function(tensor, read positions), and no more.
+def read_rows(
+    tower: Tower, x: Tensor, sites: dict[str, Callable], read: Callable
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Run a tower and keep function(tensor) of each matching site. Returns them and the embedding.
 
-    The residual stream before the first block, of which no module is the site, is "embed".
+    The residual stream before the first block is no module's output: "embed" is `read` of it.
     """
-    positions, rows = read_positions(tower, x), {}
+    rows: dict[str, Tensor] = {}
 
     def keep(function: Callable) -> Callable:
-        return lambda tensor, name: rows.update({name: function(tensor, positions)})
+        return lambda tensor, name: rows.update({name: function(tensor)})
 
     with hooks(tower, {glob: keep(function) for glob, function in sites.items()}):
-        stream = tower.embed(x)
-        rows["embed"] = take(stream, positions)
-        tower.blocks(stream)
-    return rows
+        before = tower.blocks[0].register_forward_pre_hook(
+            lambda module, inputs: rows.update(embed=read(inputs[0]))
+        )
+        with before:
+            return rows, tower(x)
 
 
 # What heads read (B, H, D) or, from each token, (B, H, T, D), times what they write, (E, H, D).
@@ -44,8 +48,10 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
     is (B, H, E), and the rest of what its heads write. The last LayerNorm divides by the
     length that the stream has, and so the sum is exact. Gandelsman et al. 2023, arXiv 2310.05916;
     here without the part of a head that cannot reach the embedding: memory is that of the result.
+    An MLP of a fork's own is one part, its biases included.
 
-    Raises ValueError where the sum is not the embedding, as when a hook edits the stream.
+    Raises ValueError if the sum is not the embedding, as when a hook edits the stream, and for a
+    fork with its own pooling, block or attention pattern.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)
@@ -57,13 +63,19 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
     if by not in GRAINS:
         raise ValueError(f"by is {by!r}; expected {', '.join(map(repr, GRAINS))}")
     tower = tower_for(model, x)
-    sites: dict[str, Callable[..., Tensor]] = {"blocks.*": take, "blocks.*.mlp": take}
+    positions = read_positions("decompose", tower, x)
+    follow("decompose", tower, block=("forward",), attention=("forward", "attend"))
+
+    def read_row(tokens: Tensor) -> Tensor:
+        return take(tokens, positions)
+
+    sites: dict[str, Callable[..., Tensor]] = {"blocks.*": read_row, "blocks.*.mlp": read_row}
     if by == "token":
-        sites["blocks.*.attn.v"] = lambda v, positions: v  # (B, T, H, D)
-        sites["blocks.*.attn.pattern"] = lambda p, positions: take(p.transpose(1, 2), positions)
+        sites["blocks.*.attn.v"] = lambda v: v  # (B, T, H, D)
+        sites["blocks.*.attn.pattern"] = lambda p: read_row(p.transpose(1, 2))
     else:
-        sites["blocks.*.attn.z"] = take  # (B, H, D)
-    rows = read_rows(tower, x, sites)
+        sites["blocks.*.attn.z"] = read_row  # (B, H, D)
+    rows, embedding = read_rows(tower, x, sites, read_row)
 
     norm_name, norm = last_norm(tower)
     last = rows[f"blocks.{len(tower.blocks) - 1}"]  # (B, W)
@@ -97,10 +109,13 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
         coarse = "layer" if by == "layer" else "head"
         parts[f"{name}.attn.v_proj.bias"] = read_heads(bias[None], per_head, coarse)
         parts[f"{name}.attn.out_proj.bias"] = read(attn.out_proj.bias)
-        parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"] - block.mlp.fc2.bias)
-        parts[f"{name}.mlp.fc2.bias"] = read(block.mlp.fc2.bias)
+        if type(block.mlp).forward is MLP.forward:
+            parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"] - block.mlp.fc2.bias)
+            parts[f"{name}.mlp.fc2.bias"] = read(block.mlp.fc2.bias)
+        else:
+            parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"])
     parts[f"{norm_name}.bias"] = tower.proj(norm.bias).expand_as(parts["embed"])
-    check_sum(parts, tower.proj(norm(last)))
+    check_sum(parts, embedding)
     return parts
 
 
@@ -115,6 +130,8 @@ def weight_of(linear: nn.Module, width: int) -> Tensor:
 
 def check_sum(parts: dict[str, Tensor], embedding: Tensor) -> None:
     """Raises ValueError unless the parts (B, ..., E) add up to the embedding (B, E)."""
+    if embedding.is_meta:
+        return
     B, E = embedding.shape
     flat = [part.reshape(B, -1, E) for part in parts.values()]
     distance = (sum(part.sum(1) for part in flat) - embedding).abs().max()

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from miniclip.checkpoint import Loaded
 from miniclip.files.pictures import Picture
+from miniclip.follow import follow, ids_for, patch_grid
 from miniclip.lens.attention import attention_maps, relevance, rollout
 from miniclip.lens.decompose import decompose
-from miniclip.lens.reading import on_grid, patch_grid
+from miniclip.lens.reading import on_grid
 from miniclip.model import CLIP
 from miniclip.transform import ImageTransform
 
 
 def last_attention(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     """What the class token looks at in the last block, the mean of the heads; blind to the text."""
+    follow("last_attention", model.vision, ("forward", "pool"))
     return on_grid(model, pixels, attention_maps(model, pixels)[-1][:, :, 0].mean(1))
 
 
@@ -30,6 +32,7 @@ def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
     >>> head_map(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64), layer=3, head=0).shape
     torch.Size([1, 8, 8])
     """
+    follow("head_map", model.vision, ("forward", "pool"))
     maps = attention_maps(model, pixels)
     if not 0 <= layer < len(maps) or not 0 <= head < maps[layer].shape[1]:
         heads = [pattern.shape[1] for pattern in maps]
@@ -116,7 +119,7 @@ def text_maps(
         raise ValueError("a text is empty: expected at least one word in it")
     model, tokenizer, transform = loaded
     device = model.logit_scale.device
-    ids = tokenizer(texts).to(device)  # (C, T)
+    ids = ids_for(model.text, tokenizer, texts).to(device)  # (C, T)
     pixels = transform([image]).to(device).expand(len(ids), -1, -1, -1)
     return METHODS[method](model, pixels, ids).float().cpu()
 

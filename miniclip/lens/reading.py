@@ -9,20 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miniclip.follow import follow, patch_grid, patch_places, tower_for
 from miniclip.model import CLIP, TextTower, VisionTower
 
 Tower = VisionTower | TextTower
 
 
-def tower_for(model: CLIP | Tower, x: Tensor) -> Tower:
-    """The model itself, or of a CLIP the tower that reads x: ids or pixels."""
-    name = "vision" if x.is_floating_point() else "text"
-    tower: Any = model if hasattr(model, "blocks") else getattr(model, name)
-    return tower
+def pool(tower: Tower, stream: Tensor, x: Tensor) -> Tensor:
+    """What a tower reads from a residual stream, (B, T, W) -> (B, W), if its input is x."""
+    if isinstance(tower, TextTower):
+        return tower.pool(stream, tower.eos_positions(x))
+    return tower.pool(stream)
 
 
-def read_positions(tower: Tower, x: Tensor) -> Tensor:
-    """Where the token that is read stands in each row of the batch, (B,)."""
+def read_positions(who: str, tower: Tower, x: Tensor) -> Tensor:
+    """Where the token that is read stands in each row of the batch, (B,).
+
+    Raises ValueError, with the name of the function `who`, for a fork that reads several tokens.
+    """
+    follow(who, tower, ("forward", "pool"))
     if eos_positions := getattr(tower, "eos_positions", None):
         return eos_positions(x)
     return torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -39,13 +44,7 @@ def last_norm(tower: Tower) -> tuple[str, nn.LayerNorm]:
     return name, getattr(tower, name)
 
 
-def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns of a VisionTower's patches. They are the last tokens of an image."""
-    rows, columns = (n // s for n, s in zip(pixels.shape[-2:], tower.patch_embed.stride))
-    return rows, columns
-
-
 def on_grid(model: CLIP | VisionTower, pixels: Tensor, tokens: Tensor) -> Tensor:
     """Numbers of an image's tokens as a map of its patches: (B, T) -> (B, rows, columns)."""
-    rows, columns = patch_grid(tower_for(model, pixels), pixels)
-    return tokens[:, -rows * columns :].unflatten(1, (rows, columns))
+    tower = tower_for(model, pixels)
+    return tokens[:, patch_places(tower, pixels)].unflatten(1, patch_grid(tower, pixels))

@@ -1,10 +1,13 @@
 """The residual stream after each layer: the logit lens, and intermediate features."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from miniclip.follow import follow, patch_grid, patch_places
 from miniclip.lens.decompose import read_rows
-from miniclip.lens.reading import Tower, last_norm, patch_grid, take, tower_for
+from miniclip.lens.reading import Tower, last_norm, pool, read_positions, take, tower_for
 from miniclip.model import CLIP
 
 
@@ -24,11 +27,15 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
     if ln not in ("recompute", "final"):
         raise ValueError(f"ln is {ln!r}; expected 'recompute' or 'final'")
     tower = tower_for(model, x)
-    rows = read_rows(tower, x, {"blocks.*": take})
+    if ln == "recompute":
+        follow("logit_lens", tower, ("forward",))
+        pooled = partial(pool, tower, x=x)
+        rows, _ = read_rows(tower, x, {"blocks.*": pooled}, pooled)
+        return tower.proj(torch.stack(list(rows.values()), dim=1))  # (B, 1 + L, E)
+    read_row = partial(take, positions=read_positions("logit_lens", tower, x))
+    rows, _ = read_rows(tower, x, {"blocks.*": read_row}, read_row)
     streams = torch.stack(list(rows.values()), dim=1)  # (B, 1 + L, W)
     _, norm = last_norm(tower)
-    if ln == "recompute":
-        return tower.proj(norm(streams))
     length = (streams[:, -1:].var(-1, correction=0, keepdim=True) + norm.eps).sqrt()  # (B, 1, 1)
     centred = streams - streams.mean(-1, keepdim=True)
     return tower.proj(centred / length * norm.weight + norm.bias)
@@ -59,6 +66,7 @@ def forward_intermediates(
     (torch.Size([1, 65, 96]), True)
     """
     tower = tower_for(model, x)
+    follow("forward_intermediates", tower, ("forward",))
     is_image = hasattr(tower, "patch_embed")
     if output_fmt not in (("NCHW", "NLC") if is_image else ("NLC",)):
         expected = "'NCHW' or 'NLC'" if is_image else "'NLC', as texts have no rows and columns"
@@ -75,11 +83,11 @@ def forward_intermediates(
         if stop_early and i == max(chosen):
             break
     if is_image:
-        rows, columns = patch_grid(tower, x)
-        prefixes = [one[:, : -rows * columns] for one in kept]
-        kept = [one[:, -rows * columns :] for one in kept]  # (B, P, W)
+        places = patch_places(tower, x)
+        prefixes = [one[:, : places.start] for one in kept]
+        kept = [one[:, places] for one in kept]  # (B, P, W)
         if output_fmt == "NCHW":
-            kept = [one.transpose(1, 2).unflatten(2, (rows, columns)) for one in kept]
+            kept = [one.transpose(1, 2).unflatten(2, patch_grid(tower, x)) for one in kept]
         if return_prefix_tokens:
             kept = list(zip(kept, prefixes))
     return kept if intermediates_only else (last_ln(tokens), kept)

@@ -19,6 +19,7 @@ from torch import Tensor
 from miniclip.checkpoint import Loaded, load
 from miniclip.files.hub import embedded_names, resolve
 from miniclip.files.writing import replacing
+from miniclip.follow import ids_for
 from miniclip.model import CLIP, unit_norm
 from miniclip.retrieval.pictures import Source, open_picture, pixels_of
 from miniclip.transform import ImageTransform
@@ -42,8 +43,11 @@ class Encoder(NamedTuple):
 
 
 def fingerprint(model: CLIP) -> str:
-    """SHA-256 of every weight with its name, its shape and its dtype, in hexadecimal digits."""
-    digest = sha256()
+    """SHA-256 of every weight with its name, its shape and its dtype, in hexadecimal digits.
+
+    A fork's class counts too, because the same weights give other embeddings there.
+    """
+    digest = sha256(b"" if model.model_type == "clip" else model.model_type.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -269,7 +273,8 @@ def embed_query(
     rows = [torch.empty(0, model.config.embed_dim)]
     if texts or minus:
         with torch.inference_mode():
-            x = model.encode_text(tokenizer([*texts, *minus]).to(model.logit_scale.device))
+            ids = ids_for(model.text, tokenizer, [*texts, *minus])
+            x = model.encode_text(ids.to(model.logit_scale.device))
         rows.append(unit_norm(x.float()).cpu())
     if pictures or minus_pictures:
         pixels = [pixels_of(picture, transform) for picture in (*pictures, *minus_pictures)]

@@ -6,12 +6,14 @@ similarity takes the place of queries and keys, and in what else of the block is
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from miniclip.model import CLIP
+from miniclip.follow import follow, patch_places, tower_for
+from miniclip.model import CLIP, Attention
 
 
 def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Tensor:
@@ -20,7 +22,8 @@ def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Te
     `preset`: "clip" (the model as it is), "maskclip" (Zhou et al. 2021, arXiv 2112.01071),
     "sclip" (Wang et al. 2023, arXiv 2312.01597), "clip-surgery" (Li et al. 2023, arXiv
     2304.05653), "clearclip" (Lan et al. 2024, arXiv 2407.12442) or "naclip" (Hajimiri et al.
-    2024, arXiv 2404.08181). Not normalised; the model is only read. See PRESETS.
+    2024, arXiv 2404.08181). Not normalised; the model is only read. See PRESETS. An attention of a
+    fork's own must take a `pattern`, as `Attention.forward` does, or change `qkv` alone.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -30,19 +33,28 @@ def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Te
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
     pattern, residual, mlp, depth = PRESETS[preset]
-    tower = model.vision
+    tower = tower_for(model, pixels)
+    follow("dense_features", tower, ("forward", "pool"), ("forward",), ("attend",))
+    for attn in (block.attn for block in tower.blocks):
+        if not isinstance(attn, Attention) or "pattern" not in signature(attn.forward).parameters:
+            raise ValueError(
+                f"dense_features replays Attention.forward, and {type(attn).__name__} has its own, "
+                "without the argument `pattern`: dense_features cannot follow it"
+            )
+        if attn.causal:
+            raise ValueError("dense_features cannot follow a causal vision tower")
     depth = min(depth, len(tower.blocks))
     x = tower.blocks[:-depth](tower.embed(pixels))  # (B, 1 + R + P, W), the model's own stream
     dense = x if residual else torch.zeros_like(x)
     block: Any  # a Block, or what someone has put in its place
     for block in list(tower.blocks)[-depth:]:
         dense = dense + block.attn(
-            block.ln_1(x), lambda q, k, v: pattern(q, k, v, tower.config.grid)
+            block.ln_1(x), pattern=lambda q, k, v: pattern(q, k, v, tower.config.grid)
         )
         if mlp:
             dense = dense + block.mlp(block.ln_2(dense))
         x = block(x)
-    return tower.proj(tower.ln_post(dense[:, -tower.config.patches :]))  # (B, P, E)
+    return tower.proj(tower.ln_post(dense[:, patch_places(tower, pixels)]))  # (B, P, E)
 
 
 # (q, k, v, grid) -> weights over the tokens; all of q, k, v are (B, H, T, D)

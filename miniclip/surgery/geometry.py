@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.config import LEGACY_EOS
+from miniclip.follow import check_rebuilt, follow
 from miniclip.model import CLIP
 from miniclip.surgery.structure import reconfigure
 from miniclip.surgery.weights import copied
@@ -52,6 +53,7 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     """
     if method not in RESAMPLE:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(RESAMPLE)}")
+    follow("resize_image", model.vision, ("embed",))
     new = reconfigure(copied(model), "vision", image_size=size)
     old_grid, grid = model.config.vision.grid, new.config.vision.grid
     if grid == old_grid:
@@ -60,7 +62,7 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     picture = _precise(pos_embed[1:]).T.unflatten(1, old_grid)[None]  # (1, W, rows, columns)
     resampled = RESAMPLE[method](picture, grid)[0].flatten(1).T  # (P, W)
     _assign(new.vision, "pos_embed", torch.cat([pos_embed[:1], resampled.to(pos_embed)]))
-    return new
+    return check_rebuilt("resize_image", new, "vision")
 
 
 def resize_patch(model: CLIP, size: int) -> CLIP:
@@ -76,6 +78,7 @@ def resize_patch(model: CLIP, size: int) -> CLIP:
     >>> model.config.vision.image_size, model.config.vision.patches
     (128, 64)
     """
+    follow("resize_patch", model.vision, ("embed",))
     rows, columns = model.config.vision.grid
     old, image = model.config.vision.patch_size, (rows * size, columns * size)
     new = copied(model)
@@ -90,7 +93,7 @@ def resize_patch(model: CLIP, size: int) -> CLIP:
     kernels = weight.double().flatten(2) @ torch.linalg.pinv(resize).T
     _assign(new.vision.patch_embed, "weight", kernels.unflatten(2, (size, size)).to(weight))
     new.vision.patch_embed.kernel_size = new.vision.patch_embed.stride = (size, size)
-    return new
+    return check_rebuilt("resize_patch", new, "vision")
 
 
 def extend_context(
@@ -111,6 +114,7 @@ def extend_context(
     """
     if method not in ("longclip", "linear"):
         raise ValueError(f"method is {method!r}; expected longclip or linear")
+    follow("extend_context", model.text, ("embed", "add_positions"))
     keep = (20 if method == "longclip" else 0) if keep is None else keep
     new, old = copied(model), model.config.text.context_length
     if length == old:
@@ -130,7 +134,7 @@ def extend_context(
     else:
         stretched = F.interpolate(rows.T[None], count, mode="linear")[0].T
     _assign(new.text, "pos_embed", torch.cat([pos_embed[:keep], stretched.to(pos_embed)]))
-    return new
+    return check_rebuilt("extend_context", new, "text")
 
 
 def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
@@ -145,6 +149,7 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     >>> add_tokens(model, 2).config.text.vocab_size - model.config.text.vocab_size
     2
     """
+    follow("add_tokens", model.text, ("embed",))
     new, old = copied(model), model.config.text.vocab_size
     table = new.text.token_embed.weight
     rows = _rows(tokens, table, _precise(table).mean(0))
@@ -152,7 +157,7 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     reconfigure(new, "text", vocab_size=old + len(rows), **fields)
     _assign(new.text.token_embed, "weight", torch.cat([table, rows]))
     new.text.token_embed.num_embeddings = old + len(rows)
-    return new
+    return check_rebuilt("add_tokens", new, "text")
 
 
 def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
@@ -166,6 +171,7 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     >>> add_registers(CLIP.from_pretrained("shapes"), 4).config.vision.registers
     4
     """
+    follow("add_registers", model.vision, ("embed", "pool"))
     new = copied(model)
     old = new.vision.register_embed
     rows = _rows(registers, new.vision.pos_embed, torch.zeros(()))
@@ -173,7 +179,7 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     if len(rows):
         reconfigure(new, "vision", registers=len(rows))
         _assign(new.vision, "register_embed", rows)
-    return new
+    return check_rebuilt("add_registers", new, "vision")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from miniclip.follow import follow
 from miniclip.model import CLIP, VisionTower
 from miniclip.sites import Edit, hooks
 from miniclip.surgery.weights import without_hooks
@@ -34,15 +35,26 @@ def ablate_heads(
     """
     if mode not in ("zero", "mean"):
         raise ValueError(f"mode is {mode!r}; expected 'zero' or 'mean'")
-    edits = {
-        f"{tower}.blocks.{layer}.attn.z": partial(_silenced, heads=list(chosen), mode=mode)
+    silenced: set[str] = set()
+    edits: dict[str, Edit] = {
+        f"{tower}.blocks.{layer}.attn.z": partial(_silence, silenced, list(chosen), mode)
         for layer, chosen in heads.items()
     }
+    edits |= {name.removesuffix(".z"): partial(_check_silenced, silenced) for name in edits}
     with hooks(model, edits):
         yield
 
 
-def _silenced(z: Tensor, name: str, heads: list[int], mode: str) -> Tensor:
+def _check_silenced(silenced: set[str], out: Tensor, name: str) -> None:
+    """Raise ValueError for an attention of a fork's own that does not run its site `z`."""
+    if f"{name}.z" not in silenced:
+        raise ValueError(
+            f"{name} has not run its site z: ablate_heads cannot follow this attention"
+        )
+
+
+def _silence(silenced: set[str], heads: list[int], mode: str, z: Tensor, name: str) -> Tensor:
+    silenced.add(name)
     if absent := sorted(set(heads) - set(range(z.shape[2]))):
         raise ValueError(f"{name}: no heads {absent}; expected numbers from 0 to {z.shape[2] - 1}")
     z = z.clone()  # (B, T, H, D)
@@ -155,6 +167,7 @@ class PatchDropout:
     """
 
     def __init__(self, tower: VisionTower, share: float) -> None:
+        follow("patch_dropout", tower, ("forward", "embed"), (), ("forward", "qkv"))
         self.share = share
         self.ahead = 1 + tower.config.registers  # tokens that are no patches
         self.close = tower.ln_pre.register_forward_hook(self).remove

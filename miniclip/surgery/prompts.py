@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from miniclip.follow import follow
 from miniclip.model import CLIP, unit_norm
 
 
@@ -23,5 +24,6 @@ def encode_prompts(model: CLIP, vectors: Tensor, eos: Tensor, *, normalize: bool
     True
     """
     tower = model.text
+    follow("encode_prompts", tower, ("forward", "embed"))
     x = tower.proj(tower.pool(tower.blocks(tower.add_positions(vectors)), eos))  # (B, E)
     return unit_norm(x) if normalize else x

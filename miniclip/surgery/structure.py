@@ -8,11 +8,13 @@ heads are all there, still loads in transformers and gives the same logits.
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from miniclip.follow import check_equal, check_rebuilt, follow
 from miniclip.model import CLIP, Block
 from miniclip.surgery.weights import copied
 
@@ -29,8 +31,9 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
     >>> prune_heads(model, "vision", {0: [1], 2: [0, 2]}).config.vision.heads
     (2, 3, 1, 3)
     """
-    new = copied(model)
     counts = list(_config(model, tower).per_layer("heads"))
+    follow("prune_heads", getattr(model, tower), attention=("forward", "attend"))
+    new = copied(model)
     for layer, gone in heads.items():
         attn = _block(new, tower, layer).attn
         kept = _others(gone, counts[layer], f"heads of {tower} layer {layer}")
@@ -40,7 +43,10 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
         _cut(attn.out_proj, 1, rows)
         counts[layer] = len(kept)
     width = _block(new, tower, 0).attn.head_width
-    return reconfigure(new, tower, heads=tuple(counts), head_width=width)
+    reconfigure(new, tower, heads=tuple(counts), head_width=width)
+    gone_z = {f"blocks.{i}.attn.z": partial(_without, gone=gone) for i, gone in heads.items()}
+    check_equal("prune_heads", getattr(new, tower), getattr(model, tower), gone_z)
+    return check_rebuilt("prune_heads", new, tower)
 
 
 def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]]) -> CLIP:
@@ -55,15 +61,16 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
     >>> prune_neurons(model, "vision", thin).config.vision.mlp_width, model.config.vision.mlp_width
     (284, 384)
     """
-    new = copied(model)
     counts = list(_config(model, tower).per_layer("mlp_width"))
+    follow("prune_neurons", getattr(model, tower), mlp=("forward",))
+    new = copied(model)
     for layer, gone in neurons.items():
         mlp = _block(new, tower, layer).mlp
         kept = _others(gone, counts[layer], f"neurons of {tower} layer {layer}")
         _cut(mlp.fc1, 0, kept)
         _cut(mlp.fc2, 1, kept)
         counts[layer] = len(kept)
-    return reconfigure(new, tower, mlp_width=tuple(counts))
+    return check_rebuilt("prune_neurons", reconfigure(new, tower, mlp_width=tuple(counts)), tower)
 
 
 def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
@@ -87,7 +94,8 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
         for name in ("heads", "mlp_width")
     }
     width = blocks[0].attn.head_width
-    return reconfigure(new, tower, layers=len(layers), head_width=width, **shape)
+    reconfigure(new, tower, layers=len(layers), head_width=width, **shape)
+    return check_rebuilt("keep_layers", new, tower)
 
 
 def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
@@ -112,6 +120,13 @@ def _block(model: CLIP, tower: str, layer: int) -> Block:
     if layer not in range(len(blocks)):
         raise ValueError(f"no layer {layer} in the {tower} tower: expected 0 to {len(blocks) - 1}")
     return blocks[layer]
+
+
+def _without(z: Tensor, name: str, gone: Collection[int]) -> Tensor:
+    """z (B, T, H, D) with some heads at zero."""
+    kept = torch.ones(z.shape[2], 1, dtype=z.dtype, device=z.device)
+    kept[list(gone)] = 0
+    return z * kept
 
 
 def _others(gone: Collection[int], count: int, what: str) -> Tensor:

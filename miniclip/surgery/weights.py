@@ -64,6 +64,7 @@ class TaskVector:
     @classmethod
     def between(cls, base: CLIP, tuned: CLIP) -> "TaskVector":
         """The vector that leads from `base` to `tuned`. ValueError if their shapes differ."""
+        _check_same_class([base, tuned])
         weights, others = _parameters(base), _parameters(tuned)
         _check_same_shapes(weights, others)
         return cls({name: others[name].double() - weights[name].double() for name in weights})
@@ -93,6 +94,10 @@ class TaskVector:
         return self + -other
 
 
+EMBEDDING = ("patch_embed", "class_embed", "pos_embed", "register_embed", "ln_pre", "token_embed")
+OUTPUT = ("ln_post", "ln_final", "proj")
+
+
 def layer_groups(tower: VisionTower | TextTower) -> list[list[nn.Parameter]]:
     """A tower's parameters from input to output: embedding, every block, the projection.
 
@@ -106,7 +111,12 @@ def layer_groups(tower: VisionTower | TextTower) -> list[list[nn.Parameter]]:
     groups: list[list[nn.Parameter]] = [[] for _ in range(len(tower.blocks) + 2)]
     for name, parameter in tower.named_parameters():
         part, _, rest = name.partition(".")
-        is_output = part in ("ln_post", "ln_final", "proj")
+        is_output = part in OUTPUT
+        if part not in ("blocks", *EMBEDDING, *OUTPUT):
+            raise ValueError(
+                f"{type(tower).__name__} has a parameter {name}: layer_groups cannot know whether "
+                "it comes before the blocks or after them"
+            )
         place = 1 + int(rest.partition(".")[0]) if part == "blocks" else -1 if is_output else 0
         groups[place].append(parameter)
     return groups
@@ -158,6 +168,7 @@ def without_hooks(module: Module) -> Module:
 
 
 def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
+    _check_same_class(models)
     new = copied(models[0])
     sources = [_parameters(model) for model in models]
     for source in sources[1:]:
@@ -165,6 +176,12 @@ def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
     for name, weight in _parameters(new).items():
         weight.copy_(combine(*(s[name].to(weight.device, torch.float64) for s in sources)))
     return new
+
+
+def _check_same_class(models: list[CLIP]) -> None:
+    if len({type(model) for model in models}) > 1:
+        found = ", ".join(dict.fromkeys(type(model).__name__ for model in models))
+        raise ValueError(f"expected models of one class, found {found}")
 
 
 def _parameters(model: CLIP) -> dict[str, Tensor]:

@@ -33,15 +33,18 @@ from miniclip.files.hub import resolve
 from miniclip.files.models import check_device
 from miniclip.files.reading import read_json
 from miniclip.files.writing import replacing, write_json
+from miniclip.follow import ids_for
 from miniclip.loss import clamp_logit_scale
 from miniclip.model import CLIP, attentions, unit_norm
 from miniclip.surgery.interventions import PatchDropout
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import augment, batches, draw_seed, open_data
 from miniclip.training.loss import (
+    Loss,
     average_gradients,
     backward,
     batch_loss,
+    clip_loss,
 )
 from miniclip.training.optim import make_optimizers, schedule, set_learning_rate
 from miniclip.training.pairs import Source
@@ -147,8 +150,10 @@ def process_group(device: str) -> Iterator[str]:
         dist.destroy_process_group()
 
 
-def from_scratch(config: CLIPConfig, data: Source, seed: int = 0) -> tuple[CLIP, Tokenizer]:
-    """A random model of this shape, and a tokenizer learnt from the data's captions.
+def from_scratch(
+    config: CLIPConfig, data: Source, seed: int = 0, kind: type[CLIP] = CLIP
+) -> tuple[CLIP, Tokenizer]:
+    """A random model of this class and shape, and a tokenizer learnt from the data's captions.
 
     `config.text.vocab_size` is the most that the vocabulary may have; the model's is what it has.
     """
@@ -161,7 +166,7 @@ def from_scratch(config: CLIPConfig, data: Source, seed: int = 0) -> tuple[CLIP,
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(seed)
-    return CLIP(replace(config, text=text)), tokenizer
+    return kind(replace(config, text=text)), tokenizer
 
 
 # A CLIP that two cores can train, where neither a checkpoint nor a config says otherwise.
@@ -232,9 +237,11 @@ def train(
     data: Source,
     recipe: Recipe,
     out: str | os.PathLike[str],
+    loss: Loss = clip_loss,
 ) -> CLIP:
     """Train `model` on `data` and write the checkpoint `out`, with recipe.json and metrics.jsonl.
 
+    `loss` is a function of (model, image_embeds, text_embeds, is_true); see `training.loss.Loss`.
     Saves every epoch and every five minutes; what a killed run had saved is continued. Returns the
     model in evaluation mode. Under torchrun each process calls it, and the first one writes.
     Raises ValueError where `out` holds something else, the data is too little, or the loss is no
@@ -249,7 +256,7 @@ def train(
     steps = recipe.epochs * steps_per_epoch
 
     run = Run(Path(out), model, recipe, writes=rank == 0)
-    dropout = PatchDropout(model.vision, recipe.patch_dropout)
+    dropout = PatchDropout(model.vision, 0.0) if recipe.patch_dropout else None
     if recipe.compile:
         model.vision.compile()
         model.text.compile()
@@ -274,7 +281,13 @@ def train(
     checkpointed = checkpoint_blocks(model) if recipe.checkpoint_blocks else nullcontext()
     is_slow_fused = device.type == "cpu" and recipe.precision == "bfloat16"
     attention = attention_written_out(model) if is_slow_fused else nullcontext()
-    with bar, checkpointed, attention, closing(dropout), closing(stream):
+    with (
+        bar,
+        checkpointed,
+        attention,
+        closing(stream),
+        closing(dropout) if dropout else nullcontext(),
+    ):
         while run.step < steps:
             batch = next(stream)
             if recipe.hard_negatives and not all(batch.negatives):
@@ -282,35 +295,37 @@ def train(
             torch.manual_seed(draw_seed(recipe.seed, run.step, recipe.batch + rank))
             set_learning_rate(run.optimizers, schedule(run.step, steps, recipe.warmup))
             epoch = run.step // steps_per_epoch
-            dropout.share = recipe.patch_dropout * (epoch < recipe.epochs - recipe.full_epochs)
+            if dropout:
+                dropout.share = recipe.patch_dropout * (epoch < recipe.epochs - recipe.full_epochs)
             captions = batch.captions + batch.negatives * recipe.hard_negatives
-            loss = backward(
+            value = backward(
                 encode_image,
                 encode_text,
                 normalized(batch.pixels, transform, recipe.augment).to(device),
                 tokenized(captions, tokenizer, run).to(device),
                 partial(
-                    batch_loss, model.logit_scale, batch.labels.to(device), batch.also.to(device)
+                    batch_loss, model, batch.labels.to(device), batch.also.to(device), loss=loss
                 ),
                 recipe.chunk,
             ).item()
-            if not math.isfinite(loss):  # stop before it is saved
-                raise ValueError(f"the loss is {loss} after {run.step} steps; try a smaller lr")
+            if not math.isfinite(value):  # stop before it is saved
+                raise ValueError(f"the loss is {value} after {run.step} steps; try a smaller lr")
             average_gradients(model)
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
                 cast(optimizer.step)()
                 optimizer.zero_grad()
-            clamp_logit_scale(model)
+            if loss is clip_loss:
+                clamp_logit_scale(model)
             if run.average:
                 run.average.update_parameters(model)
 
-            run.note(loss, epoch_ended=(run.step + 1) % steps_per_epoch == 0)
+            run.note(value, epoch_ended=(run.step + 1) % steps_per_epoch == 0)
             for reason in data.skipped:
                 run.report(reason)
             if run.is_time_to_save or run.step % steps_per_epoch == 0:
                 run.save(tokenizer, transform)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
             bar.update(recipe.batch)
     skipped = of_all_processes(data.skipped)
     if skipped and rank == 0:
@@ -352,14 +367,14 @@ def normalized(pixels: Tensor, transform: ImageTransform, augmented: bool) -> Te
 
 
 def tokenized(captions: list[str], tokenizer: Tokenizer, run: "Run") -> Tensor:
-    """Token ids (B, T), as wide as the longest: attention is causal, so the padding after a text's
-    end changes nothing. A caption that is too long is cut, and the first is reported."""
+    """Token ids (B, T) for the text tower. A caption that is too long is cut, and the first is
+    reported."""
+    text = run.model.text
     try:
-        ids = tokenizer(captions)
+        return ids_for(text, tokenizer, captions)
     except ContextLengthError as error:
         run.report(f"captions too long for the text tower are cut; the first: {error}", "cut")
-        ids = tokenizer(captions, truncate=True)
-    return ids[:, : int(run.model.text.eos_positions(ids).max()) + 1]
+        return ids_for(text, tokenizer, captions, truncate=True)
 
 
 class Run:
@@ -371,7 +386,8 @@ class Run:
         self.average = None
         if recipe.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
-        self.settings = {"recipe": asdict(recipe), "config": model.config.to_dict()}
+        config = model.config.to_dict() | {"class": type(model).__name__}
+        self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
         self.losses: list[float] = []  # since the last row
         self.rows: list[dict[str, float]] = []

@@ -1,6 +1,7 @@
 """The loss over several processes, with false captions, and in chunks of a batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,8 +39,24 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
+Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+"""(model, image_embeds (B, E), text_embeds (B, E), is_true (B, B)) -> the loss of a batch.
+
+Embeddings have length 1, and `is_true` says which caption j is true of which image i."""
+
+
+def clip_loss(model: CLIP, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor) -> Tensor:
+    """The loss of the paper, which `train` uses unless it is given another."""
+    return contrastive_loss(image_embeds, text_embeds, model.logit_scale, is_true)
+
+
 def batch_loss(
-    logit_scale: Tensor, labels: Tensor, also: Tensor, image_embeds: Tensor, text_embeds: Tensor
+    model: CLIP,
+    labels: Tensor,
+    also: Tensor,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    loss: Loss = clip_loss,
 ) -> Tensor:
     """The loss of a batch over all processes.
 
@@ -57,13 +74,14 @@ def batch_loss(
     captions, *negatives = (gather(part) for part in text_embeds.split(len(also)))
     of_image = torch.cat([labels[:, None], gather(also)], dim=1)  # (B, 1 + K)
     is_true = (of_image[:, :, None] == labels).any(dim=1)  # (B, B): of image i, caption j
-    loss = contrastive_loss(image_embeds, captions, logit_scale, is_true)
+    value = loss(model, image_embeds, captions, is_true)
     for negative in negatives:
         wrong, right = (
-            logit_scale.exp() * (image_embeds * texts).sum(dim=1) for texts in (negative, captions)
+            model.logit_scale.exp() * (image_embeds * texts).sum(dim=1)
+            for texts in (negative, captions)
         )
-        loss = loss + F.softplus(wrong - right).mean()  # (B,) each
-    return loss
+        value = value + F.softplus(wrong - right).mean()  # (B,) each
+    return value
 
 
 def average_gradients(model: CLIP) -> None:

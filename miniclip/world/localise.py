@@ -100,7 +100,7 @@ def untrained_like(model: CLIP, seed: int) -> CLIP:
     """A model of the same shape, device and dtype with weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CLIP(model.config).to(model.logit_scale).eval()
+        return type(model)(model.config).to(model.logit_scale).eval()
 
 
 def summary(function: Callable[[Sequence[float]], float], rows: list[Localisation]) -> Localisation:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from miniclip.follow import ids_for, sees_padding
 from miniclip.model import CLIP, unit_norm
 from miniclip.tokenizer import Tokenizer
 from miniclip.zeroshot.imagenet import (
@@ -63,7 +64,7 @@ class ZeroShotClassifier:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         image_embeds = self.model.encode_image(pixels.to(self.weights), normalize=True)
-        return self.model.logit_scale.exp() * image_embeds @ self.weights.T  # (B, C)
+        return self.model.score(image_embeds, self.weights).T  # (B, C)
 
     def rank(self, pixels: Tensor) -> list[list[Score]]:
         """For each image every label with its score, best first."""
@@ -105,8 +106,10 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tens
     occurs again is embedded once.
     """
     places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    ids = tokenizer(list(places))
-    lengths = model.text.eos_positions(ids) + 1  # no text is read beyond its end token
+    ids = ids_for(model.text, tokenizer, list(places))
+    lengths = torch.full((len(ids),), ids.shape[1])
+    if not sees_padding(model.text):
+        lengths = model.text.eos_positions(ids) + 1  # no text is read beyond its end token
     embeds = model.logit_scale.new_empty(len(ids), model.config.embed_dim)
     # Enough batches to sort texts into, each large enough to be worth the reading of the weights.
     at_once = min(256, max(32, len(ids) // 16))

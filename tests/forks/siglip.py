@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniclip import CLIP, CLIPConfig, CLIPOutput, TextConfig, TextTower, VisionConfig, VisionTower
+from miniclip import CLIP, CLIPConfig, TextConfig, TextTower, VisionConfig, VisionTower
 from miniclip.files.checks import check_tower
 from miniclip.model import MLP
 
@@ -102,14 +102,14 @@ class Siglip(CLIP):
         self.logit_scale = nn.Parameter(torch.full((1,), 2.3026))  # ln(10), as in the paper
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
-    def forward(self, pixels: Tensor, ids: Tensor) -> CLIPOutput:
-        out = super().forward(pixels, ids)
-        logits = out.logits_per_text + self.logit_bias
-        return out._replace(logits_per_text=logits, logits_per_image=logits.T)
+    def score(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        return super().score(image_embeds, text_embeds) + self.logit_bias  # (C, B)
 
 
-def sigmoid_loss(model: Siglip, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+def sigmoid_loss(
+    model: Siglip, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor
+) -> Tensor:
     """The paper's algorithm 1: the mean over images of the log-sigmoids of a row of pairs."""
-    logits = model.logit_scale.exp() * image_embeds @ text_embeds.T + model.logit_bias  # (B, B)
-    signs = 2 * torch.eye(len(logits), device=logits.device) - 1  # 1 for a pair, -1 otherwise
+    logits = model.score(image_embeds, text_embeds).T  # (B, B)
+    signs = 2 * is_true.to(logits) - 1  # 1 for a pair, -1 otherwise
     return -F.logsigmoid(signs * logits).sum(dim=1).mean()

@@ -1,0 +1,183 @@
+"""Whether an instrument can follow a fork.
+
+Some instruments compute a part of the model once more, in their own way: `dense_features` runs the
+last block with another attention pattern. Each of them names the methods that it replays. If a fork
+has its own version of such a method, the result would describe another model, so there is an error.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miniclip.model import CLIP, MLP, Attention, Block, TextTower, VisionTower
+from miniclip.sites import Edit, hooks
+from miniclip.tokenizer import Tokenizer
+
+Methods = tuple[str, ...]
+
+
+def own_method(
+    tower: Any, of_tower: Methods, block: Methods = (), attention: Methods = (), mlp: Methods = ()
+) -> tuple[str, str]:
+    """The first of these methods that a tower has in its own version, and the class that has it.
+
+    Two empty strings if there is none. A module that was replaced counts as a fork's.
+    """
+    kind: type = TextTower if hasattr(tower, "eos_positions") else VisionTower
+    parts = [(tower, kind, of_tower)]
+    for one in tower.blocks:
+        parts.append((one, Block, block))
+        parts += [(one.attn, Attention, attention)] if attention else []
+        parts += [(one.mlp, MLP, mlp)] if mlp else []
+    for part, kind, names in parts:
+        part = getattr(part, "_orig_mod", part)  # of a module that torch.compile has wrapped
+        for name in names:
+            if getattr(type(part), name, None) is not getattr(kind, name) or name in vars(part):
+                return f"{kind.__name__}.{name}", type(part).__name__
+    return "", ""
+
+
+def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Methods) -> None:
+    """Raise ValueError if a tower has its own version of a method that the function `who` replays.
+
+    >>> from miniclip import VisionConfig
+    >>> class Mean(VisionTower):
+    ...     def pool(self, x):
+    ...         return self.ln_post(x.mean(1))
+    >>> follow("decompose", Mean(VisionConfig(), 512), ("pool",))
+    Traceback (most recent call last):
+    ValueError: decompose replays VisionTower.pool, and Mean has its own: decompose cannot follow it
+    """
+    method, owner = own_method(tower, of_tower, **methods)
+    if method:
+        raise ValueError(f"{who} replays {method}, and {owner} has its own: {who} cannot follow it")
+
+
+def tower_for(model: Any, x: Tensor) -> Any:
+    """The model itself, or of a CLIP the tower that reads x: ids or pixels.
+
+    Raises ValueError for a fork whose embedding is not the tower's output.
+    """
+    if hasattr(model, "blocks"):
+        return model
+    name, encode = ("vision", "encode_image") if x.is_floating_point() else ("text", "encode_text")
+    if getattr(type(model), encode, None) not in (CLIP.encode_image, CLIP.encode_text):
+        raise ValueError(
+            f"{type(model).__name__} has its own {encode}, so its embedding may not be the {name} "
+            f"tower's output; give model.{name} to look at the tower alone"
+        )
+    return getattr(model, name)
+
+
+def sees_padding(tower: Any) -> bool:
+    """Whether what follows the end of a text may change its embedding, as in a fork that attends
+    both ways. CLIP's text tower is causal and is read at the end token."""
+    method, _ = own_method(
+        tower, ("forward", "pool", "eos_positions"), ("forward",), ("forward", "attend")
+    )
+    return bool(method) or not all(block.attn.causal for block in tower.blocks)
+
+
+def ids_for(tower: Any, tokenizer: Tokenizer, texts: Sequence[str], **options: Any) -> Tensor:
+    """Token ids (B, T) for a text tower: as wide as the longest text, or as the whole context if
+    the tower sees padding, so that a text's embedding does not depend on the other texts."""
+    if sees_padding(tower):
+        options["pad_to"] = tower.config.context_length
+    return tokenizer(texts, **options)
+
+
+def patch_places(tower: Any, pixels: Tensor) -> slice:
+    """Where the patches stand among the tokens of an image: at the end, in CLIP.
+
+    A fork that embeds pixels in its own way is asked: change one patch of an image and see which
+    token changes. Raises ValueError unless each patch has one token, row by row.
+    """
+    rows, columns = patch_grid(tower, pixels)
+    count = rows * columns
+    if not own_method(tower, ("embed",))[0]:
+        return slice(-count, None)
+    size = tower.patch_embed.stride[0]
+    probe = torch.zeros_like(pixels[:1]).repeat(4, 1, 1, 1)
+    asked = [0, min(1, count - 1), count - 1]
+    for image, patch in zip(probe[1:], asked, strict=True):
+        i, j = (n * size for n in divmod(patch, columns))
+        image[:, i : i + size, j : j + size] = 1
+    with torch.no_grad():
+        tokens = tower.embed(probe)  # (4, T, W)
+    changed = [(one != tokens[0]).any(-1).nonzero().flatten().tolist() for one in tokens[1:]]
+    first = changed[0][0] if changed[0] else 0
+    if changed != [[first + patch] for patch in asked]:
+        raise ValueError(
+            f"{type(tower).__name__}.embed does not give each patch one token, row by row: "
+            "its tokens cannot be laid out as a picture"
+        )
+    return slice(first, first + count)
+
+
+def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
+    """Rows and columns of a vision tower's patches. ValueError if no Conv2d makes them."""
+    if not isinstance(tower.patch_embed, nn.Conv2d):
+        raise ValueError(
+            f"{type(tower).__name__}.patch_embed is a {type(tower.patch_embed).__name__}; expected "
+            "a Conv2d, whose stride is the size of a patch"
+        )
+    rows, columns = (n // s for n, s in zip(pixels.shape[-2:], tower.patch_embed.stride))
+    return rows, columns
+
+
+def check_rebuilt(who: str, model: Any, name: str) -> Any:
+    """Return the model, or raise ValueError if its class builds another tower from its config.
+
+    In a fork, a block may depend on its number, and a table of positions may be no parameter: after
+    saving and loading it would be another model. CLIP itself needs no such check.
+    """
+    kind = type(model)
+    if kind.model_type != "clip":
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are not used
+            built = kind(model.config).to(model.logit_scale)
+        try:
+            built.load_state_dict(model.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"{who} cannot follow {kind.__name__}: {error}") from None
+        check_equal(who, getattr(model, name), getattr(built, name))
+    return model
+
+
+@torch.no_grad()
+def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -> None:
+    """Raise ValueError unless a fork's tower gives the other one's embedding, with `edits` of it.
+
+    Does nothing for CLIP's own towers, whose surgery is exact by tests.
+    """
+    if type(tower) in (VisionTower, TextTower) and all(type(b) is Block for b in tower.blocks):
+        return
+    towers = (tower, other)
+    modes = [one.training for one in towers]
+    try:
+        x = some_input(tower)
+        found = tower.eval()(x)
+        with hooks(other.eval(), edits):
+            expected = other(x)
+        error, limit = (found - expected).abs().max(), 1e-3 * expected.abs().max()
+        reason = "" if error <= limit else f"the embedding is off by {error:.2g}"
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+    finally:
+        for one, mode in zip(towers, modes, strict=True):
+            one.train(mode)
+    if reason:
+        name = type(tower).__name__
+        raise ValueError(f"{who} cannot follow {name} and its parts: {reason}")
+
+
+def some_input(tower: Any) -> Tensor:
+    """Pixels or ids for a tower, such that every token is another."""
+    config, like = tower.config, next(tower.parameters())
+    if hasattr(tower, "patch_embed"):
+        size = (1, config.channels, *config.height_width)
+        return torch.linspace(-9, 9, torch.Size(size).numel()).sin().view(size).to(like)
+    ids = torch.arange(config.context_length, device=like.device) % config.vocab_size
+    ids[-1] = config.eos_token_id if config.eos_token_id != 2 else config.vocab_size - 1
+    return ids[None]

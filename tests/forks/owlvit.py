@@ -1,0 +1,113 @@
+"""OWL-ViT (Minderer et al. 2022, arXiv 2205.06230) as a fork of CLIP.
+
+It differs in one thing: two heads on the patches of the vision tower. For each patch, one gives the
+logits of B images for their texts and the other a box. A patch's box begins where the patch stands
+in the image. It loads transformers' `google/owlvit-*`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from miniclip.config import LEGACY_EOS
+from miniclip.files.names import TRANSFORMERS
+
+
+@dataclass(frozen=True)
+class OwlTextConfig(TextConfig):
+    context_length: int = 16
+
+
+@dataclass(frozen=True)
+class OwlVisionConfig(VisionConfig):
+    image_size: int | tuple[int, int] = 768
+
+
+@dataclass(frozen=True)
+class OwlConfig(CLIPConfig):
+    towers: ClassVar = {"vision": OwlVisionConfig, "text": OwlTextConfig}
+
+    @classmethod
+    def from_fields(cls, values: dict[str, Any]) -> "OwlConfig":
+        # transformers' OWL-ViT reads a text at its largest id, whatever its config says.
+        text = values["text"] | {"eos_token_id": LEGACY_EOS}
+        return super().from_fields(values | {"text": text})
+
+
+class ClassHead(nn.Module):
+    """Patches (B, P, W) and texts (B, Q, E), of length 1 -> logits (B, P, Q)."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, embed_dim)
+        self.shift, self.scale = nn.Linear(width, 1), nn.Linear(width, 1)
+
+    def forward(self, patches: Tensor, texts: Tensor) -> Tensor:
+        x = self.proj(patches)  # (B, P, E)
+        x = x / (torch.linalg.norm(x, dim=-1, keepdim=True) + 1e-6)
+        texts = texts / (torch.linalg.norm(texts, dim=-1, keepdim=True) + 1e-6)
+        cosines = torch.einsum("...pd,...qd->...pq", x, texts)
+        return (cosines + self.shift(patches)) * (F.elu(self.scale(patches)) + 1)
+
+
+class BoxHead(nn.Module):
+    """Patches (B, P, W) -> boxes (B, P, 4): centre x, centre y, width, height, all from 0 to 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(width, n) for n in (width, width, 4))
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(patches)))))
+        return (x + first_boxes(*grid).to(x)).sigmoid()
+
+
+def first_boxes(rows: int, columns: int) -> Tensor:
+    """The logits of boxes as large as a patch, each centred on its patch's far corner, (P, 4)."""
+    row_and_column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (P, 2)
+    size = torch.tensor([columns, rows])
+    centre = (row_and_column.flip(1) + 1) / size  # (P, 2), x and y
+    boxes = torch.cat([centre, (1 / size).expand_as(centre)], dim=1)
+    return torch.log(boxes + 1e-4) - torch.log1p(-boxes + 1e-4)
+
+
+class Detections(NamedTuple):
+    logits: Tensor  # (B, P, Q)
+    boxes: Tensor  # (B, P, 4)
+
+
+class OwlViT(CLIP):
+    """`forward` is CLIP's own; `detect` gives logits and boxes."""
+
+    config_class = OwlConfig
+    model_type = "owlvit"
+    tensor_names = {ours: f"owlvit.{theirs}" for ours, theirs in TRANSFORMERS.items()} | {
+        "vision.ln_pre": "owlvit.vision_model.pre_layernorm",  # without the typing error of CLIP's
+        "ln_patches": "layer_norm",
+        "class_head.proj": "class_head.dense0",
+        "class_head.shift": "class_head.logit_shift",
+        "class_head.scale": "class_head.logit_scale",
+        "box_head.fc1": "box_head.dense0",
+        "box_head.fc2": "box_head.dense1",
+        "box_head.fc3": "box_head.dense2",
+    }
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__(config)
+        width = config.vision.width
+        self.ln_patches = nn.LayerNorm(width, eps=config.vision.ln_eps)
+        self.class_head = ClassHead(width, config.text.width)  # so theirs: E and W are equal
+        self.box_head = BoxHead(width)
+
+    def detect(self, pixels: Tensor, ids: Tensor) -> Detections:
+        """B images and Q texts for each, ids (B * Q, T)."""
+        x = self.vision.ln_post(self.vision.blocks(self.vision.embed(pixels)))  # (B, 1 + P, W)
+        patches = self.ln_patches(x[:, 1:] * x[:, :1])  # (B, P, W)
+        texts = self.encode_text(ids)
+        texts = texts / torch.linalg.norm(texts, dim=-1, keepdim=True)
+        logits = self.class_head(patches, texts.unflatten(0, (len(pixels), -1)))  # (B, P, Q)
+        return Detections(logits, self.box_head(patches, self.config.vision.grid))
