@@ -4,8 +4,6 @@ Wherever `model` is an argument, a CLIP or one of its towers will do. Of a CLIP,
 vision tower and ids to the text tower.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 

@@ -34,7 +34,7 @@ def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Te
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
     pattern, residual, mlp, depth = PRESETS[preset]
     tower = tower_for(model, pixels)
-    follow("dense_features", tower, ("forward", "pool"), ("forward",), ("attend",))
+    follow("dense_features", tower, ("forward", "pool"), block=("forward",), attention=("attend",))
     for attn in (block.attn for block in tower.blocks):
         if not isinstance(attn, Attention) or "pattern" not in signature(attn.forward).parameters:
             raise ValueError(

@@ -171,7 +171,7 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     >>> add_registers(CLIP.from_pretrained("shapes"), 4).config.vision.registers
     4
     """
-    follow("add_registers", model.vision, ("embed", "pool"))
+    follow("add_registers", model.vision, ("embed", "pool"), attention=("forward", "qkv"))
     new = copied(model)
     old = new.vision.register_embed
     rows = _rows(registers, new.vision.pos_embed, torch.zeros(()))

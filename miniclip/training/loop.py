@@ -281,13 +281,8 @@ def train(
     checkpointed = checkpoint_blocks(model) if recipe.checkpoint_blocks else nullcontext()
     is_slow_fused = device.type == "cpu" and recipe.precision == "bfloat16"
     attention = attention_written_out(model) if is_slow_fused else nullcontext()
-    with (
-        bar,
-        checkpointed,
-        attention,
-        closing(stream),
-        closing(dropout) if dropout else nullcontext(),
-    ):
+    dropping = closing(dropout) if dropout else nullcontext()
+    with bar, checkpointed, attention, dropping, closing(stream):
         while run.step < steps:
             batch = next(stream)
             if recipe.hard_negatives and not all(batch.negatives):

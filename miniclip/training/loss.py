@@ -76,11 +76,9 @@ def batch_loss(
     is_true = (of_image[:, :, None] == labels).any(dim=1)  # (B, B): of image i, caption j
     value = loss(model, image_embeds, captions, is_true)
     for negative in negatives:
-        wrong, right = (
-            model.logit_scale.exp() * (image_embeds * texts).sum(dim=1)
-            for texts in (negative, captions)
-        )
-        value = value + F.softplus(wrong - right).mean()  # (B,) each
+        scale = model.logit_scale.exp()
+        wrong, right = (scale * (image_embeds * x).sum(dim=1) for x in (negative, captions))  # (B,)
+        value = value + F.softplus(wrong - right).mean()
     return value
 
 

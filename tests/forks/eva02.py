@@ -42,7 +42,7 @@ def angles(grid: tuple[int, int], head_width: int, like: Tensor) -> Tensor:
     """(P, D / 2): a quarter of D speeds for the row, and the same for the column."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     speeds = 10000 ** -torch.linspace(0, 1, head_width // 4 + 1, dtype=dtype, device=like.device)
-    places = (torch.arange(n, dtype=dtype, device=like.device) / n * TRAINED_GRID for n in grid)
+    places = (torch.arange(n, device=like.device) / n * TRAINED_GRID for n in grid)
     row_and_column = torch.cartesian_prod(*places)  # (P, 2)
     return (row_and_column[:, :, None] * speeds[:-1]).flatten(1)
 
