@@ -63,8 +63,8 @@ class Pretrained(nn.Module):
 
         In the file's own dtype on a CPU, parameters are the memory-mapped file: they take no memory
         until they are used, and changes never reach the file. They keep the file's strides, as in
-        transformers, because the last bit of a product depends on them. A tower whose checkpoint has no
-        projection gets one that returns its input. Raises CheckpointError.
+        transformers, because the last bit of a product depends on them. If the checkpoint of a
+        tower has no projection, `proj` returns its input. Raises CheckpointError.
         """
         device = options.pop("device", "cpu")
         return cls.from_stored(open_model(name, fork=cls.fork(), **options), device)
