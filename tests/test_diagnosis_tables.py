@@ -332,8 +332,8 @@ FOUND = {
         lambda s: s.t["text.projected"][[4, 0, 2, 3, 1, 5, 6, 7]],
     f"{T}.q | the same vector added to each token, as a bias would be":
         lambda s: s.t[f"{T}.q"] + torch.arange(40.0).double(),
-    "vision.embeddings | the same vector added to each patch, and not to the first token, as a bias "
-    "would be":
+    "vision.embeddings | the same vector added to each patch, and not to the first token, "
+    "as a bias would be":
         lambda s: s.images() + (torch.arange(26)[:, None] > 0) * torch.arange(48.0).double(),
     "text.projected | the same vector added to each row of text.projected, as a bias would be":
         lambda s: s.t["text.projected"] + torch.arange(36.0).double(),
@@ -573,6 +573,7 @@ def test_no_fault_of_pictures_is_without_a_test():
     assert FAULTS_OF_PIXELS.keys() == diagnosis.FAULTS_OF_PIXELS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cause", FAULTS_OF_PIXELS)
 def test_a_fault_of_pictures_is_found_by_its_name(cause, drawn):
     pictures, right = drawn
