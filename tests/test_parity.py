@@ -96,13 +96,22 @@ def test_neither_model_is_changed(pair):
     ours, theirs = pair
     before = [{k: v.clone() for k, v in model.state_dict().items()} for model in pair]
     ours.train()
-    compare(ours, theirs)
-    assert ours.training
+    compare(ours, theirs, dtype=torch.bfloat16)
+    assert ours.training and ours.logit_scale.dtype == torch.float32
     ours.eval()
     assert theirs.config._attn_implementation == "sdpa"
     for model, weights in zip(pair, before):
         assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
         assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_dropout_is_off(pair):
+    """A model may come in training mode."""
+    same = copy.deepcopy(pair[0]).train()
+    same.text.blocks[0].mlp.register_forward_hook(
+        lambda mlp, given, out: nn.functional.dropout(out, 0.5, mlp.training)
+    )
+    assert compare(same, pair[0]).first is None
 
 
 def test_weights_that_are_not_there(pair):

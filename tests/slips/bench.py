@@ -449,7 +449,7 @@ SLIPS = [
         "The model is compared in training mode.",
         "        model.eval()\n        for tensor, data",
         "        for tensor, data",
-        f"{FORKS} -k 'holds_on or same_passes'",
+        f"{PARITY} -k dropout_is_off",
     ),
     Slip(
         "Weights stay rounded after a comparison.",
@@ -649,6 +649,11 @@ SLIPS = [
     Slip("ImageNet's std is wrong in the third digit.", "(0.229, 0.224, 0.225)}", "(0.229, 0.224, 0.226)}", "tests/test_diagnosis_tables.py -k 'pictures and ImageNet'"),
     Slip("Bytes divided by 256 are divided by 254.", '{"divisor": 256.0}', '{"divisor": 254.0}', "tests/test_diagnosis_tables.py -k 'pictures and 256'"),
     Slip("A setting of the std that differs is not named.", '("size", "crop_size", "image_mean", "image_std", "reference"):\n        a, b', '("size", "crop_size", "image_mean", "reference"):\n        a, b', "tests/test_diagnosis_tables.py -k setting"),
-    Slip("Pictures show no margin of seven pixels.", "for m in (1, 2, 3, 7)]", "for m in (2,)]", "tests/test_diagnosis_tables.py -k 'pictures and crop'"),
+    Slip(
+        "No picture is transparent.",
+        'resized[0].convert("P"), transparent]',
+        'resized[0].convert("P")]',
+        "tests/test_diagnosis_tables.py -k 'pictures and transparency'",
+    ),
     Slip("Dropout is looked for in differences of 100 %.", "far = 0.01 * max(1.0,", "far = 1.0 * max(1.0,", f"{FAULTS} -k dropout"),
 ]  # fmt: skip
