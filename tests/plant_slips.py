@@ -38,8 +38,9 @@ def main() -> int:
     args = parser.parse_args()
     listed = [(a, slip) for a in args.area for slip in runpy.run_path(f"{LISTS / a}.py")["SLIPS"]]
     slips = [(area, slip) for area, slip in listed if args.only in slip.what]
-    if errors := [slip.what for _, slip in slips if len(places(ROOT, slip)) != 1]:
-        parser.error("\n".join(["not in exactly one place:", *errors]))
+    errors = [slip.what for _, slip in slips if len(places(ROOT, slip)) != 1]
+    if errors or not slips:
+        parser.error("\n".join(["no slip, or not in exactly one place:", *errors]))
     unharmed = [*dict.fromkeys((slip.tests, None) for _, slip in slips)]
     outcomes = run_all(unharmed + [(slip.tests, slip) for _, slip in slips], args.n)
     failing = {tests for (tests, _), outcome in zip(unharmed, outcomes) if outcome != "unnoticed"}
@@ -47,7 +48,7 @@ def main() -> int:
         {"area": area, "outcome": "broken" if slip.tests in failing else o, **slip._asdict()}
         for (area, slip), o in zip(slips, outcomes[len(unharmed) :], strict=True)
     ]
-    share = sum(row["outcome"] == "noticed" for row in rows) / max(1, len(rows))
+    share = sum(row["outcome"] == "noticed" for row in rows) / len(rows)
     print(json.dumps({"share": share, "slips": rows}, indent=1) if args.json else table(rows))
     return int(share < 0.95)
 
