@@ -3,7 +3,7 @@ are right."""
 
 import hashlib
 import math
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -343,17 +343,22 @@ def test_odd_modes_are_read(tmp_path, mode):
 
 
 def test_reading_ahead_keeps_the_order_and_its_distance():
-    started = []
+    started, sixth, overtaken = [], threading.Event(), threading.Event()
 
     def transform(i):
         started.append(i)
-        time.sleep(0.01 if i % 3 == 0 else 0)  # the first of each three is overtaken
+        if len(started) == 6:
+            sixth.set()
+        if i == 1:  # is overtaken by the next
+            overtaken.wait()
+        elif i == 2:
+            overtaken.set()
         return torch.tensor(i)
 
-    results = read_ahead(transform, range(30), ahead=5)
+    results = read_ahead(transform, range(30), ahead=5, threads=2)
     assert next(results) == 0
-    time.sleep(0.3)
-    assert sorted(started) == list(range(6))  # ahead of the reader, who dawdles, but no further
+    sixth.wait()  # the reader dawdles, and no more than six were handed out
+    assert sorted(started) == list(range(6))
     assert [int(result) for result in results] == list(range(1, 30))
     assert sorted(started) == list(range(30))
 
