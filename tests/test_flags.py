@@ -187,6 +187,13 @@ def test_the_dtype_is_what_parity_measures_errors_in(output):
     assert output("parity --random tiny")["dtype"] == "float32"
 
 
+def test_parity_prints_what_it_measured(run, output):
+    (found,) = [r for r in output("parity --random tiny")["rows"] if r["site"] == "logits"]
+    columns = ("absolute", "relative", "float64", "model_error", "other_error")
+    lines = [line.split() for line in run("parity --random tiny")[1].splitlines()]
+    assert ["logits", *(f"{found[column]:.1e}" for column in columns)] in lines
+
+
 def test_bench_measures_what_it_is_asked_for(run, monkeypatch):
     """The cases, without their measurement."""
     cases = []
@@ -224,6 +231,12 @@ def test_batches_have_64_images_unless_told_otherwise(run, monkeypatch, tmp_path
 @pytest.mark.parametrize("name", EMBEDDING)
 def test_workers_reach_the_work(run, name):
     assert_error(run(f"{LINES[name]} --workers 0"), "workers is 0")
+
+
+def test_an_index_lists_what_is_damaged(run, output, tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"no tar, but some text" * 100)
+    (skipped,) = output("embed x.tar PICTURE --out out --model MODEL")["skipped"]
+    assert "x.tar: cannot be read as a tar" in skipped
 
 
 RECIPE = {  # every number another than Recipe's own

@@ -17,19 +17,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from twin import TINY, twins
 
 import miniclip
-from miniclip import CLIP, ImageError, ImageTransform, retrieval
+from miniclip import CLIP, ImageError, ImageTransform, retrieval, zeroshot
 from miniclip.checkpoint import Loaded
 from miniclip.cli import main
 from miniclip.retrieval import (
     Encoder,
     Index,
     Strings,
+    begin,
     build_index,
+    build_settings,
     describe,
     draw_sheet,
     embed_images,
@@ -489,6 +491,13 @@ def test_another_model_is_an_error_that_names_both(loaded):
         index.check(loaded._replace(transform=ImageTransform(40, reference="openai")))
 
 
+def test_the_model_is_loaded_as_it_was_made():
+    loaded = miniclip.load("cifar10", dtype=torch.bfloat16, reference="openai")
+    again = index_of(torch.eye(3), encoder=describe(loaded, "cifar10")).load_encoder()
+    assert again.model.logit_scale.dtype == torch.bfloat16
+    assert again.transform.reference == again.tokenizer.reference == "openai"
+
+
 def test_names_that_last(tmp_path, monkeypatch):
     assert lasting_name("cifar10") == ("cifar10", None)
     monkeypatch.chdir(tmp_path)
@@ -566,6 +575,22 @@ def test_the_sheet_shows_what_was_found(loaded, photographs, tmp_path, k):
             assert np.abs(np.subtract(shown, middle.getpixel((0, 0)))).max() < 12
 
 
+def test_a_long_name_ends_as_it_does_and_a_long_title_begins_so(loaded, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args: written.append(args[2]))
+    monkeypatch.chdir(tmp_path)
+    pictures = [20 * "long " + "end.png", "short.png"]
+    for i, path in enumerate(pictures):
+        blots(i).save(path)
+    index = embed_images(loaded, pictures)
+    hits = index.search(index.embeddings[0], 2)
+    draw_sheet(index, hits, "a title " * 50, tmp_path / "s.png")
+    title, first, long, second, short = written
+    assert title.startswith("a title a title") and title.endswith("…")
+    assert (first, second) == ("1   1.000", f"2   {hits[1].score:.3f}")
+    assert long.startswith("…") and long.endswith(" end.png") and short == "short.png"
+
+
 def test_pictures_that_have_gone_leave_their_places_empty(loaded, photographs, tmp_path):
     index = embed_images(loaded, find_pictures([photographs])[0])
     hits = index.search(index.embeddings[0], 11)
@@ -631,6 +656,52 @@ def test_an_interrupted_build_continues(build, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "i.parts").exists()
 
 
+@pytest.mark.parametrize(
+    "changed, change",
+    [
+        ("model", {"model": "another"}),
+        ("revision", {"revision": "another"}),
+        ("fingerprint", {"fingerprint": "1" * 64}),
+        ("dtype", {"dtype": "bfloat16"}),
+        ("transform", {"transform": ImageTransform(40, image_std=(1, 1, 1))}),
+        ("transform", {"transform": ImageTransform(40, reference="openai")}),
+        ("batch", {}),
+        ("pictures", {}),
+        ("folder", {}),
+        ("part", {}),
+    ],
+)
+def test_another_build_is_not_continued(loaded, tmp_path, monkeypatch, changed, change):
+    def start(encoder, pictures=("a.png",), batch=4):
+        begin(tmp_path / "parts", build_settings(loaded, pictures, encoder, batch))
+
+    start(ENCODER)
+    start(ENCODER)  # the same again
+    if changed == "folder":
+        monkeypatch.chdir(tmp_path)
+    if changed == "part":
+        monkeypatch.setattr(retrieval, "PART", 100)
+    other = {"batch": {"batch": 5}, "pictures": {"pictures": ("b.png",)}}.get(changed, {})
+    with pytest.raises(ValueError, match=f"holds an unfinished index with another {changed};"):
+        start(ENCODER._replace(**change), **other)
+
+
+def test_the_threads_are_as_many_as_workers(build, loaded, photographs, tmp_path, monkeypatch):
+    pools, real = [], zeroshot.ThreadPoolExecutor
+
+    def pool(threads):
+        pools.append(threads)
+        return real(threads)
+
+    monkeypatch.setattr(zeroshot, "ThreadPoolExecutor", pool)
+    pictures, _ = find_pictures([photographs])
+    embed_images(loaded, pictures, workers=3)
+    build_index(tmp_path / "i", loaded, pictures, describe(loaded, "tiny"), workers=4)
+    throughput(loaded, pictures, workers=5)
+    embed_images(loaded, pictures)
+    assert pools == [3, 4, 5, 5, torch.get_num_threads()]
+
+
 def test_nothing_that_can_be_read(build, photographs, tmp_path):
     with pytest.raises(ValueError, match="none of the pictures can be read, 2; the first: .*z.txt"):
         build(tmp_path / "i", pictures=[str(photographs / name) for name in ("z.txt", "z.json")])
@@ -691,14 +762,16 @@ def test_a_killed_command_is_continued_by_the_same_command(
     last.rename(tmp_path / "last.png")
     os.mkfifo(last)  # nobody writes to it, so that the run is stuck before its last part is whole
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL, env=ONE_THREAD)
-    while not (tmp_path / "i.parts" / "000001.safetensors").exists():
-        assert process.poll() is None  # stuck, and not ended by an error
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not (tmp_path / "i.parts" / "000001.safetensors").exists():
+            assert process.poll() is None  # stuck, and not ended by an error
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        (tmp_path / "last.png").replace(last)
     assert not (tmp_path / "i").exists()
-    assert len(Index.load(tmp_path / "i.parts" / "000001.safetensors")) == 512
-    (tmp_path / "last.png").replace(last)
+    assert len(Index.load(tmp_path / "i.parts" / "000000.safetensors")) == 512
     capsys.readouterr()
     run_here(line)
     out, err = capsys.readouterr()

@@ -574,6 +574,15 @@ def test_threads_that_overlap_leave_the_warning_filters_as_they_were(tmp_path):
     assert warnings.filters[:] == filters
 
 
+def test_a_resized_image_has_the_most_pixels_and_not_one_more(monkeypatch):
+    strip = Image.new("L", (1, 20))
+    monkeypatch.setattr(steps, "MAX_PIXELS", 8 * 160)
+    assert steps.resize_short_side(strip, 8).size == (8, 160)
+    monkeypatch.setattr(steps, "MAX_PIXELS", 8 * 160 - 1)
+    with pytest.raises(ImageError, match="resized to 8 x 160 it would have more than 1279 pixels"):
+        steps.resize_short_side(strip, 8)
+
+
 # ------------------------------------------------------------------------------------------------
 # What may be passed
 
