@@ -118,6 +118,7 @@ def test_demo_without_its_extra_describes_the_scene_alone(run, tmp_path, monkeyp
     assert "miniclip[demo]" in err and not (tmp_path / "demo.png").exists()
 
 
+@pytest.mark.slow
 def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
     command = ["explain", picture, "a red circle", "--model", "shapes"]
     status, out, err = run(*command, "-o", str(tmp_path / "where.png"))
@@ -132,6 +133,7 @@ def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
     assert [len(row) for row in heat] == [8] * 8 and 0 < sum(map(sum, heat)) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["кот и пёс", "the \U0001d49c", "日本語の猫", "🐈 \U000f0000"])
 def test_explain_writes_what_the_fonts_can_and_never_warns(run, picture, tmp_path, text):
     from matplotlib import font_manager
@@ -147,6 +149,7 @@ def test_explain_writes_what_the_fonts_can_and_never_warns(run, picture, tmp_pat
         assert fonts_beside(text)
 
 
+@pytest.mark.slow
 def test_explain_all_methods_for_several_texts(run, tmp_path):
     picture, out_path = str(tmp_path / "scene.png"), str(tmp_path / "where.png")
     questions(1)[0].picture.save(picture)
@@ -427,6 +430,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     assert "top-1 " in out and "top-5" not in out
 
 
+@pytest.mark.slow
 def test_eval_draws_confusions(run, photographs, tmp_path):
     picture = str(tmp_path / "confusions.png")
     command = ["eval", "--data", str(photographs), "--model", "cifar10"]
@@ -624,6 +628,7 @@ def test_control_c_while_torch_is_imported(start):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_freed_memory_is_kept():
     script = """
@@ -656,6 +661,14 @@ def test_a_reader_that_has_had_enough_ends_it_without_an_error(monkeypatch):
 
     monkeypatch.setattr("sys.stdout", Closed())
     assert main(["tokenize", "a cat", "--model", "cifar10"]) == 0
+
+
+def test_an_error_is_its_first_line(run, monkeypatch):
+    def long(*_, **options):
+        raise ValueError("what is wrong\nand a list")
+
+    monkeypatch.setattr(miniclip.Tokenizer, "from_pretrained", long)
+    assert run("tokenize", "a cat") == (2, "", "miniclip: error: what is wrong\n")
 
 
 def test_a_warning_is_one_line_too(run, monkeypatch):

@@ -176,6 +176,7 @@ def test_the_dtype_is_that_of_the_embeddings(output):
     assert found == {"float32": "float32", "bfloat16": "bfloat16"}
 
 
+@pytest.mark.slow
 def test_the_dtype_is_what_parity_measures_errors_in(output):
     errors = {
         dtype: max(
@@ -187,6 +188,7 @@ def test_the_dtype_is_what_parity_measures_errors_in(output):
     assert output("parity --random tiny")["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_parity_prints_what_it_measured(run, output):
     (found,) = [r for r in output("parity --random tiny")["rows"] if r["site"] == "logits"]
     columns = ("absolute", "relative", "float64", "model_error", "other_error")
@@ -194,6 +196,7 @@ def test_parity_prints_what_it_measured(run, output):
     assert ["logits", *(f"{found[column]:.1e}" for column in columns)] in lines
 
 
+@pytest.mark.slow
 def test_bench_measures_what_it_is_asked_for(run, monkeypatch):
     """The cases, without their measurement."""
     cases = []
@@ -247,6 +250,7 @@ RECIPE = {  # every number another than Recipe's own
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_number_of_a_recipe_has_its_flag(run, output, tmp_path):
     config = TINY.to_dict()
     (tmp_path / "tiny.json").write_text(json.dumps(config))
@@ -277,6 +281,7 @@ def test_every_number_of_a_recipe_has_its_flag(run, output, tmp_path):
     assert miniclip.CLIP.from_pretrained(tmp_path / "two").config.embed_dim == 20
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_the_model_that_is_named(run, tmp_path):
     assert run("train CLASSES --out out --model cifar10 --lr 0 --epochs 1 --batch 2")[0] == 0
     before, after = (
@@ -285,6 +290,7 @@ def test_a_training_starts_from_the_model_that_is_named(run, tmp_path):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 def test_convert_takes_a_layout_and_a_tokenizer(output, tmp_path):
     tokenizer = miniclip.Tokenizer.from_pretrained("cifar10")
     shape = {"mlp_width": 256, "width": 64, "heads": 1, "ln_eps": 1e-5}  # as OpenAI's layout has it
@@ -351,6 +357,7 @@ def test_the_title_of_a_sheet_is_the_query(run, monkeypatch, desk):
     assert titles == [f"cat + dog + {picture} - a - {picture}", "- a"]
 
 
+@pytest.mark.slow
 def test_a_picture_has_a_name_unless_told_otherwise(run, tmp_path):
     status, _, err = run("explain PICTURE cat --model MODEL")
     assert (status, err) == (0, "picture: miniclip-explain.png\n")
@@ -358,6 +365,7 @@ def test_a_picture_has_a_name_unless_told_otherwise(run, tmp_path):
         assert picture.width > 500
 
 
+@pytest.mark.slow
 def test_explain_scores_200_scenes_unless_told_otherwise(output, monkeypatch):
     from miniclip.lens import METHODS
 

@@ -93,6 +93,7 @@ def command(*argv, **options):
     return subprocess.run(argv, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_cannot_be_written_is_an_error_of_one_line():
     with open("/dev/full", "w") as full:
@@ -101,6 +102,7 @@ def test_output_that_cannot_be_written_is_an_error_of_one_line():
     assert done.stderr == "miniclip: error: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.slow
 def test_a_terminal_without_the_characters_shows_the_rest(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}

@@ -427,6 +427,7 @@ def test_queries_that_make_no_sense(query, k):
         index_of(torch.eye(4)).search(query, k)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_search_takes_the_memory_of_a_block(tmp_path):
     index_of(unit_rows(200_000, 128)).save(tmp_path / "i")  # 102 MB
@@ -446,6 +447,7 @@ print(found[0].row, anonymous() - before)
     assert row == 150_000 and kilobytes < 25_000, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # of SWIG, in faiss
 def test_faiss_reads_the_file_and_finds_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -902,6 +904,7 @@ def test_embed_times_decoding_the_encoder_and_both(loaded, photographs, monkeypa
     assert found == (11 / 11, 11 / (3 * 4), 11 / (11 + 3 * 4))  # 11 pictures are three batches
 
 
+@pytest.mark.slow
 def test_scripts_that_pillows_font_lacks_are_legible_on_a_sheet(loaded, tmp_path):
     titles = ("Кот и пёс", "Пёс и кот", "γάτα", "日本", "nothing \udcff")
     blots(0).save(tmp_path / "кот.png")

@@ -269,6 +269,7 @@ def coffee(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_it_opens_with_an_example_and_asks_nobody_else(page, server):
     labels, shares = zip(*bars(page))
     assert labels[0] == "cat" and len(labels) == 10
@@ -279,6 +280,7 @@ def test_it_opens_with_an_example_and_asks_nobody_else(page, server):
     assert len(asked) == 4 and all(url.startswith(server.url + "/") for url in asked)
 
 
+@pytest.mark.slow
 def test_the_browser_may_ask_nobody_else(page):
     """And if the page tried, the test above would see it."""
     failed = page.evaluate(
@@ -290,6 +292,7 @@ def test_the_browser_may_ask_nobody_else(page):
         page.evaluate("document.body.append(Object.assign(new Image(), {src: '/other.png'}))")
 
 
+@pytest.mark.slow
 def test_upload_labels_templates_bars_and_heat(page, coffee, theirs):
     page.set_input_files("#file", coffee)
     page.fill("#labels", "a cup\n\n  a ship \na <b>frog</b>")
@@ -318,6 +321,7 @@ def test_upload_labels_templates_bars_and_heat(page, coffee, theirs):
     assert page.complaints == []
 
 
+@pytest.mark.slow
 def test_one_head_of_one_layer(page, theirs, cat):
     assert not page.is_visible("#layer")
     page.select_option("#method", "head")
@@ -329,6 +333,7 @@ def test_one_head_of_one_layer(page, theirs, cat):
     assert page.complaints == []
 
 
+@pytest.mark.slow
 def test_by_keyboard_alone(page):
     """The second example, which brings its model, and of its labels the second."""
 
@@ -353,6 +358,7 @@ def test_by_keyboard_alone(page):
     assert page.complaints == []
 
 
+@pytest.mark.slow
 def test_a_narrow_screen_needs_no_sideways_scrolling(page):
     page.set_viewport_size({"width": 400, "height": 800})
     page.fill("#labels", "a label of " + 30 * "c")
@@ -361,6 +367,7 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+@pytest.mark.slow
 def test_what_is_no_picture_is_refused_in_words(page, tmp_path, coffee):
     uploads = {name: tmp_path / f"{name}.jpg" for name in ("text", "cut", "bomb", "large", "eps")}
     uploads["text"].write_text("no picture")
@@ -386,6 +393,7 @@ def test_what_is_no_picture_is_refused_in_words(page, tmp_path, coffee):
     assert bars(page)[0][0] == "cat" and not page.is_visible("#error")
 
 
+@pytest.mark.slow
 def test_words_that_are_refused(page):
     for box, text, message in (
         ("#labels", "word " * 500, "tokens"),
@@ -408,6 +416,7 @@ def test_words_that_are_refused(page):
 # The server, without a browser
 
 
+@pytest.mark.slow
 def test_it_says_what_the_page_has_to_know(server):
     status, about = server.post("about", {})
     scene, photograph = about.pop("examples")[::-1]
@@ -440,6 +449,7 @@ def asked(cat):
     }
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_transformers(server, theirs, asked, cat):
     status, answer = server.post("classify", asked)
     assert status == 200
@@ -452,6 +462,7 @@ def test_scores_are_those_of_transformers(server, theirs, asked, cat):
     assert np.array_equal(pixels_in(answer["seen"]), np.asarray(crop(cat, 448)))
 
 
+@pytest.mark.slow
 def test_heat_is_that_of_the_first_sentence_by_the_method_that_is_asked_for(
     server, theirs, asked, cat
 ):
@@ -546,6 +557,7 @@ def test_a_question_that_nobody_waits_for_is_not_answered():
     assert asked == ["a"]
 
 
+@pytest.mark.slow
 def test_the_page_comes_with_a_policy_that_lets_it_ask_this_server_only(server):
     with urllib.request.urlopen(server.url) as answer:
         policy, page = answer.headers["content-security-policy"], answer.read().decode()
@@ -581,6 +593,7 @@ def test_other_formats_are_refused_with_those_that_are_read(kind):
         read_picture(encoded(kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, question, message",
     [
@@ -609,6 +622,7 @@ def test_a_search_needs_an_index():
     assert status == 400 and "no index to search: start with --index" in answer["error"]
 
 
+@pytest.mark.slow
 def test_only_this_machine_is_answered(server):
     """The address that other machines would use."""
     port = int(server.url.rpartition(":")[2])
@@ -618,6 +632,7 @@ def test_only_this_machine_is_answered(server):
         pass
 
 
+@pytest.mark.slow
 def test_another_site_cannot_pass_itself_off_as_this_one(server):
     status, answer = server.post("about", {}, Host="evil.example")
     assert status == 400 and "examples" not in answer
@@ -631,6 +646,7 @@ def test_pictures_come_back_as_they_went(coffee):
     assert np.array_equal(np.asarray(read_picture(write_picture(upright))), np.asarray(upright))
 
 
+@pytest.mark.slow
 def test_search_on_the_page(page):
     page.fill("#query", "a photo of a cat.")
     page.press("#query", "Enter")
@@ -640,6 +656,7 @@ def test_search_on_the_page(page):
     assert page.complaints == []
 
 
+@pytest.mark.slow
 def test_nothing_is_written_and_nobody_called(server, tmp_path):
     """The last test of the page: what its server did in all the others, by its own account."""
     done = server.log.read_text().splitlines()
@@ -656,6 +673,7 @@ def test_nothing_is_written_and_nobody_called(server, tmp_path):
     assert [line.split()[0] for line in log.read_text().splitlines()] == ["open", "socket.connect"]
 
 
+@pytest.mark.slow
 def test_control_c_ends_it_with_what_was_asked_before(server, servers):
     picture = write_picture(Image.new("RGB", (9, 9)))
     question = {"model": "shapes", "picture": picture, "templates": ["{}"], "label": "a star"}

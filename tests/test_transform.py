@@ -164,6 +164,7 @@ def test_a_mode_that_the_reference_cannot_turn_to_rgb_is_an_image_error(mode, re
         ImageTransform(reference=reference)(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_a_hundred_sizes(reference):
     margins = set()
@@ -175,6 +176,7 @@ def test_a_hundred_sizes(reference):
     assert margins == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("width, height", [(1, 1), (9, 5), (640, 480), (33, 1000)])
 @pytest.mark.parametrize("crop_size", [1, 37, 38, 39, 40, 41, 42, 60])
@@ -444,6 +446,7 @@ def test_a_file_without_pixels_is_an_image_error(header, tmp_path):
         open_image(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "webp", "bmp", "ppm", "jpeg2000"])
 def test_a_damaged_file_is_an_image_or_an_image_error(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # damaged sizes stay cheap

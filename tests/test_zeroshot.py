@@ -182,6 +182,7 @@ def test_folders_name_the_classes(tmp_path, folders, labels):
     assert images.classes == list(range(len(folders)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["{}", "{:03}"])
 def test_positions_of_imagenet_are_sorted_as_numbers(tmp_path, form):
     for i in range(1000):
@@ -392,7 +393,8 @@ def test_accuracy_is_that_of_transformers(tmp_path, tokenizer):
     assert found.top1 == expected.diagonal().sum().item() / 60
 
 
-@pytest.mark.parametrize("count", [1, 3, 60])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 60])
 def test_confusions_are_drawn(tmp_path, count):
     from miniclip.figures import draw_confusion
     from miniclip.zeroshot import Evaluation
