@@ -65,6 +65,7 @@ def desk(tmp_path_factory):
 def run(desk, tmp_path, monkeypatch, capsys):
     """Run a line of LINES, or any other, in an empty folder: (status, stdout, stderr)."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setattr("miniclip.serve.run", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)
 
     def run(line, model="cifar10"):
@@ -144,7 +145,7 @@ def test_the_device_reaches_the_model(run, name):
     assert_error(run(f"{LINES[name]} --device toaster"), "device 'toaster' cannot be used")
 
 
-def test_an_index_knows_the_commit_that_was_asked_for(output, monkeypatch, tmp_path):
+def test_an_index_knows_the_commit_that_was_asked_for(run, output, monkeypatch, tmp_path):
     """As the hub's client has it, by the name of the folder."""
 
     def snapshot(repository, *, revision, **options):
@@ -156,12 +157,12 @@ def test_an_index_knows_the_commit_that_was_asked_for(output, monkeypatch, tmp_p
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     index = output("embed PICTURE --out out --model MODEL --revision second", "me/mine")
     assert (index["model"], index["revision"]) == ("me/mine", "commit-of-second")
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda repository, *, revision, **options: 1 / (revision != "commit-of-second"),
-    )
-    with pytest.raises(ValueError, match="division by zero"):
-        miniclip.retrieval.Index.load("out").load_encoder()
+
+    def asked(repository, *, revision, **options):
+        raise ValueError(f"asked for {repository} at {revision}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+    assert_error(run("search out cat"), "asked for me/mine at commit-of-second")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -387,7 +388,6 @@ def test_serve_offers_what_it_is_given(run, monkeypatch, desk):
         given.update(models=models, find=find)
 
     monkeypatch.setattr("miniclip.serve.create_app", create_app)
-    monkeypatch.setattr("miniclip.serve.run", lambda app, listening: listening.close())
     opened = []
     monkeypatch.setattr("miniclip.serve.open_index", lambda *args: opened.append(args) or "find")
     assert run("serve --model cifar10 shapes --port 0 --index INDEX --device cpu:0")[0] == 0

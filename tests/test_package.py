@@ -67,6 +67,12 @@ def test_the_reference_imports_no_tool(name):
 def test_every_public_name_is_there():
     import miniclip
 
+    assert {*miniclip.__all__} == {
+        *("load", "save", "Loaded", "CLIP", "CLIPOutput", "VisionTower", "TextTower"),
+        *("CLIPConfig", "VisionConfig", "TextConfig", "Tokenizer", "ImageTransform"),
+        *("ZeroShotClassifier", "cache", "hooks"),
+        *("CheckpointError", "ContextLengthError", "ImageError"),
+    }
     for name in miniclip.__all__:
         assert getattr(miniclip, name).__name__ == name and name in dir(miniclip)
     assert miniclip.__version__ == version("miniclip")

@@ -476,6 +476,9 @@ def test_the_fingerprint_is_of_every_weight(loaded):
     assert len(seen) == 1 + len(list(model.parameters()))
     assert fingerprint(model) == first
     assert fingerprint(model.double()) not in seen
+    for parameter in model.parameters():
+        parameter.data.zero_()  # the same bytes in both
+    assert fingerprint(model.half()) != fingerprint(model.bfloat16())
 
 
 def test_another_model_is_an_error_that_names_both(loaded):

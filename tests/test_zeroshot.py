@@ -344,12 +344,16 @@ def test_odd_modes_are_read(tmp_path, mode):
 
 
 def test_reading_ahead_keeps_the_order_and_its_distance():
-    started, sixth, overtaken = [], threading.Event(), threading.Event()
+    started = []
+    overtaken, sixth, seventh, goes_on = (threading.Event() for _ in range(4))
 
     def transform(i):
         started.append(i)
-        if len(started) == 6:
+        if i == 5:
             sixth.set()
+            goes_on.wait()
+        if i == 6:
+            seventh.set()
         if i == 1:  # is overtaken by the next
             overtaken.wait()
         elif i == 2:
@@ -358,8 +362,9 @@ def test_reading_ahead_keeps_the_order_and_its_distance():
 
     results = read_ahead(transform, range(30), ahead=5, threads=2)
     assert next(results) == 0
-    sixth.wait()  # the reader dawdles, and no more than six were handed out
-    assert sorted(started) == list(range(6))
+    sixth.wait()
+    assert not seventh.wait(0.2)  # the reader dawdles: a thread has nothing to do
+    goes_on.set()
     assert [int(result) for result in results] == list(range(1, 30))
     assert sorted(started) == list(range(30))
 

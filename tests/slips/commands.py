@@ -469,7 +469,7 @@ SLIPS = [
         f"{CLI} -k demo_draws",
     ),
     Slip(
-        "The false captions of the demo's scene are wrong in two words.",
+        "No false caption of the demo's scene has another colour.",
         'for word in ("colour", "shape")]',
         'for word in ("shape", "shape")]',
         f"{CLI} -k demo_draws",
@@ -853,9 +853,9 @@ SLIPS = [
         FIGURES,
     ),
     Slip(
-        "The curve of float64 shows the difference in float32.",
-        '"float64": ("difference in float64", BLUE',
-        '"absolute ": ("difference in float64", BLUE',
+        "No difference is drawn where small ones are.",
+        "NOTHING = 1e-17",
+        "NOTHING = 1e-12",
         FIGURES,
     ),
 ]  # fmt: skip
