@@ -351,18 +351,18 @@ def test_reading_ahead_keeps_the_order_and_its_distance():
         started.append(i)
         if i == 5:
             sixth.set()
-            goes_on.wait()
+            assert goes_on.wait(60)  # seconds that a fault may take, and no more
         if i == 6:
             seventh.set()
         if i == 1:  # is overtaken by the next
-            overtaken.wait()
+            assert overtaken.wait(60)
         elif i == 2:
             overtaken.set()
         return torch.tensor(i)
 
     results = read_ahead(transform, range(30), ahead=5, threads=2)
     assert next(results) == 0
-    sixth.wait()
+    assert sixth.wait(60)
     assert not seventh.wait(0.2)  # the reader dawdles: a thread has nothing to do
     goes_on.set()
     assert [int(result) for result in results] == list(range(1, 30))
