@@ -48,6 +48,7 @@ from miniclip.layouts import (
     config_from_open_clip,
     config_from_shapes,
     config_to_open_clip,
+    openai_numbers,
     pack,
     preprocessing_from_open_clip,
     preprocessing_to_open_clip,
@@ -404,6 +405,12 @@ def test_a_file_is_mapped_anew_after_16_megabytes_and_not_for_each_tensor(tmp_pa
     assert len(read_tensors(path, torch.float32)) == 10 and len(opened) == 3 + 10 // 5
 
 
+@pytest.fixture(scope="module")
+def packed():
+    """The tensors of a file in OpenAI's layout."""
+    return pack(CLIP(OPENAI).state_dict(), LAYOUTS["openai"]) | openai_numbers(OPENAI)
+
+
 def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
     """Its transform has no file; its tokenizer's is OpenAI's vocabulary, or any other."""
     model, tokenizer, transform = load("shapes")
@@ -451,9 +458,8 @@ def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
         ({"more": torch.zeros(2)}, r"unexpected: more \(2,\)"),
     ],
 )
-def test_what_is_no_model_in_openais_layout(tmp_path, change, message):
-    CLIP(OPENAI).save_pretrained(tmp_path, layout="openai")
-    tensors = {k: v.clone() for k, v in load_file(tmp_path / "model.safetensors").items()} | change
+def test_what_is_no_model_in_openais_layout(packed, tmp_path, change, message):
+    tensors = packed | change
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
@@ -481,9 +487,8 @@ def test_another_model_of_open_clips_is_told_by_the_field(tmp_path, tensor, sect
 
 @pytest.mark.parametrize("value", ["L", [1], 3, True, {"size": [[64]]}, {"size": [{"a": 1}]}])
 def test_preprocessing_of_open_clips_that_is_none(tmp_path, value):
-    CLIP(OPENAI).save_pretrained(tmp_path, layout="open_clip")
-    path = tmp_path / "open_clip_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"preprocess_cfg": value}))
+    settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": value}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="preprocess_cfg|size"):
         ImageTransform.from_pretrained(tmp_path)
 
@@ -701,15 +706,16 @@ TOKENIZING = [
 
 @pytest.mark.parametrize(("change", "message"), TOKENIZING)
 def test_what_open_clip_tokenizes_otherwise(tmp_path, change, message):
-    directory = write_open_clip(tmp_path, original(variant(act="gelu")), OPEN_CLIP)
-    load("shapes").tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps({"model_cfg": OPEN_CLIP}))
+    Tokenizer.from_pretrained("shapes").save_pretrained(tmp_path)
     assert Tokenizer.from_pretrained(tmp_path).context_length == 20
     settings = {"model_cfg": OPEN_CLIP | {"text_cfg": OPEN_CLIP["text_cfg"] | change}}
-    (directory / "open_clip_config.json").write_text(json.dumps(settings))
+    path.write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=f"open_clip_config.json: text_cfg.{message}"):
         Tokenizer.from_pretrained(tmp_path)
     if "context_length" not in change:
-        assert load_model(tmp_path).config == variant(act="gelu")
+        assert read_config(tmp_path) == variant(act="gelu")
 
 
 @pytest.mark.parametrize(
@@ -720,8 +726,8 @@ def test_what_open_clip_tokenizes_otherwise(tmp_path, change, message):
     ],
 )
 def test_what_open_clip_tokenizes_as_we_do(tmp_path, change):
-    write_open_clip(tmp_path, original(variant(act="gelu")), OPEN_CLIP)
-    load("shapes").tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
+    Tokenizer.from_pretrained("shapes").save_pretrained(tmp_path)
     plain = Tokenizer.from_pretrained(tmp_path)
     settings = {"model_cfg": OPEN_CLIP | {"text_cfg": OPEN_CLIP["text_cfg"] | change}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
@@ -744,7 +750,6 @@ def test_what_open_clip_tokenizes_as_we_do(tmp_path, change):
     ],
 )
 def test_a_transform_of_open_clip_that_is_none_of_clips(tmp_path, change, message):
-    write_open_clip(tmp_path, original(variant(act="gelu")), OPEN_CLIP)
     settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": change}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=f"open_clip_config.json: .*{message}"):
