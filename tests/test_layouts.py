@@ -48,6 +48,7 @@ from miniclip.layouts import (
     config_from_open_clip,
     config_from_shapes,
     config_to_open_clip,
+    context_of_open_clip,
     openai_numbers,
     pack,
     preprocessing_from_open_clip,
@@ -570,6 +571,7 @@ def test_an_absent_field_is_what_open_clip_assumes():
         TextConfig(512, 12, 8, 2048, "gelu", 1e-5, 49408, 77, 49406, LEGACY_EOS),
         embed_dim=9,
     )
+    assert context_of_open_clip({"model_cfg": empty}) == 77
 
 
 def test_open_clips_other_ways_to_say_what_we_have():

@@ -1,6 +1,7 @@
 """A save that is killed, or runs out of disk, leaves the old checkpoint or the new one, whole."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -182,7 +183,8 @@ def test_other_files_and_permissions_are_respected(saved):
     (saved / "README.md").write_text("mine")
     (saved / "empty").touch()
     (saved / "runs" / "1").mkdir(parents=True)
-    (saved / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    processor = {"processor_class": "CLIPProcessor", "image_processor": old()[2].to_dict()}
+    (saved / "processor_config.json").write_text(json.dumps(processor))
     for number, path in enumerate(sorted(saved.glob("*.*"))):
         path.chmod(0o600 + number)
     before = {path.name: path.stat().st_mode for path in saved.iterdir()}
@@ -261,6 +263,9 @@ def test_over_another_checkpoint_there_is_the_new_one_or_an_error(tmp_path, earl
         assert loaded.tokenizer.vocab == tokenizer.vocab and loaded.transform == transform
     else:  # its transform is still there
         assert ImageTransform.from_pretrained(tmp_path).image_mean == (0.5,) * 3
+        if later == "open_clip":  # which reads it from its own file
+            settings = json.loads((tmp_path / "open_clip_config.json").read_text())
+            assert settings["preprocess_cfg"]["mean"] == [0.5] * 3
 
 
 # -------------------------------------------------------------------------------- the steps of it

@@ -384,7 +384,7 @@ SLIPS = [
     Slip(
         "open_clip's patch dropout is refused.",
         '*("patch_dropout", "output_tokens"',
-        '*("output_tokens",',
+        '*("output_tokens"',
         "tests/test_layouts.py -k changes_no_number",
     ),
     Slip(
@@ -433,7 +433,7 @@ SLIPS = [
         "open_clip keeps 76 tokens of a text by default.",
         'text.get("context_length", 77)',
         'text.get("context_length", 76)',
-        "tests/test_layouts.py -k tokenizes",
+        "tests/test_layouts.py -k assumes",
     ),
     Slip(
         "open_clip's other way of cleaning is accepted.",
@@ -757,7 +757,7 @@ SLIPS = [
         "Pickled tensors lie at odd addresses.",
         "return tensor.clone() if start % storage.dtype.itemsize else tensor",
         "return tensor",
-        "tests/test_checkpoint.py -k never_changed",
+        "tests/test_checkpoint.py -k torch_reads",
     ),
     Slip(
         "Numbers in big-endian order are read as they lie.",
@@ -802,9 +802,9 @@ SLIPS = [
         "tests/test_hostile.py -k by_hand",
     ),
     Slip(
-        "A tensor may have numbers that are not there.",
-        "if 0 not in shape and max(math.prod(shape), last + 1) > storage.numel:",
-        "if 0 not in shape and math.prod(shape) > storage.numel:",
+        "A storage may have another size than its record.",
+        " or record.file_size != storage.nbytes:",
+        ":",
         "tests/test_hostile.py -k by_hand",
     ),
     Slip(
