@@ -563,15 +563,13 @@ def test_older_open_clips_are_spared_a_field_that_says_nothing():
 
 def test_an_absent_field_is_what_open_clip_assumes():
     """The defaults of CLIPVisionCfg and CLIPTextCfg, which are a ViT-B/16 with exact GELU."""
-    config = config_from_open_clip(
-        {"model_cfg": {"embed_dim": 9, "vision_cfg": {}, "text_cfg": {}}}
-    )
-    assert config == CLIPConfig(
+    empty = {"model_cfg": {"embed_dim": 9, "vision_cfg": {}, "text_cfg": {}}}
+    assert config_from_open_clip(empty) == CLIPConfig(
         VisionConfig(768, 12, 12, 3072, "gelu", 1e-5, 224, 16),
         TextConfig(512, 12, 8, 2048, "gelu", 1e-5, 49408, 77, 49406, LEGACY_EOS),
         embed_dim=9,
     )
-    assert context_of_open_clip({"model_cfg": empty}) == 77
+    assert context_of_open_clip(empty) == 77
 
 
 def test_open_clips_other_ways_to_say_what_we_have():
