@@ -871,7 +871,8 @@ def test_open_clip_beside_weights_that_go_first_is_refused(tmp_path):
 
 
 def test_an_open_clip_mlp_ratio_gives_back_the_width():
-    for width, mlp_width in [(1408, 6144), (1664, 8192), (96, 385), (7, 3), (49, 1000)]:
+    # The last one's ratio times its width is less than the MLP's width, in float64.
+    for width, mlp_width in [(1408, 6144), (1664, 8192), (96, 385), (7, 3), (49, 1000), (13, 63)]:
         vision = VisionConfig(width=width, heads=1, mlp_width=mlp_width)
         config = CLIPConfig(vision, TextConfig(width=width, heads=1, mlp_width=mlp_width))
         again = config_from_open_clip({"model_cfg": config_to_open_clip(config)})
