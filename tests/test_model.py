@@ -13,11 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers import CLIPModel
 from twin import TINY, copy_weights, random_inputs, randomize, twins
 
 import miniclip
-from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
+from miniclip import (
+    CLIP,
+    CLIPConfig,
+    ContextLengthError,
+    TextConfig,
+    TextTower,
+    VisionConfig,
+    VisionTower,
+)
 from miniclip.checkpoint import meta_device
 from miniclip.config import PRESETS
 from miniclip.layouts import TRANSFORMERS, layout_name
@@ -194,39 +203,35 @@ def test_logits_are_scaled_cosines():
 def openai_init_stds(config):
     """openai/CLIP, model.py: VisionTransformer.__init__ and CLIP.initialize_parameters."""
     v, t = config.vision, config.text
-    conv_fan_in = v.channels * v.patch_size**2
-    proj_std = t.width**-0.5 * (2 * t.layers) ** -0.5
-    return {
+    stds = {
         "vision.class_embed": v.width**-0.5,
         "vision.pos_embed": v.width**-0.5,
         "vision.proj.weight": v.width**-0.5,
         # what the code leaves to PyTorch: kaiming_uniform(sqrt 5), of variance 1 / (3 fan_in)
-        "vision.patch_embed.weight": (3 * conv_fan_in) ** -0.5,
-        "vision.blocks.0.attn.out_proj.weight": (3 * v.width) ** -0.5,
-        "vision.blocks.0.mlp.fc1.weight": (3 * v.width) ** -0.5,
-        "vision.blocks.0.mlp.fc2.weight": (3 * v.mlp_width) ** -0.5,
-        # nn.MultiheadAttention: xavier_uniform of the (3 W, W) matrix, of variance 2 / (4 W)
-        "vision.blocks.0.attn.q_proj.weight": (2 / (4 * v.width)) ** 0.5,
-        "vision.blocks.0.attn.k_proj.weight": (2 / (4 * v.width)) ** 0.5,
-        "vision.blocks.0.attn.v_proj.weight": (2 / (4 * v.width)) ** 0.5,
+        "vision.patch_embed.weight": (3 * v.channels * v.patch_size**2) ** -0.5,
         "text.token_embed.weight": 0.02,
         "text.pos_embed": 0.01,
         "text.proj.weight": t.width**-0.5,
-        "text.blocks.0.attn.q_proj.weight": t.width**-0.5,
-        "text.blocks.0.attn.k_proj.weight": t.width**-0.5,
-        "text.blocks.0.attn.v_proj.weight": t.width**-0.5,
-        "text.blocks.0.attn.out_proj.weight": proj_std,
-        "text.blocks.0.mlp.fc1.weight": (2 * t.width) ** -0.5,
-        "text.blocks.0.mlp.fc2.weight": proj_std,
     }
+    # nn.MultiheadAttention: xavier_uniform of the (3 W, W) matrix, of variance 2 / (4 W)
+    attn = dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj"), (2 / (4 * v.width)) ** 0.5)
+    narrow, wide = (3 * v.width) ** -0.5, (3 * v.mlp_width) ** -0.5  # again as PyTorch does
+    vision = attn | {"attn.out_proj": narrow, "mlp.fc1": narrow, "mlp.fc2": wide}
+    proj_std = t.width**-0.5 * (2 * t.layers) ** -0.5
+    attn = dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj"), t.width**-0.5)
+    text = attn | {"attn.out_proj": proj_std, "mlp.fc1": (2 * t.width) ** -0.5, "mlp.fc2": proj_std}
+    for tower, layers, block in (("vision", v.layers, vision), ("text", t.layers, text)):
+        stds |= {f"{tower}.blocks.{i}.{n}.weight": block[n] for i in range(layers) for n in block}
+    return stds
 
 
 def test_init_follows_openai():
     config = CLIPConfig(
         vision=VisionConfig(width=192, layers=1, heads=4, mlp_width=400, patch_size=16),
-        text=TextConfig(width=128, layers=1, heads=4, mlp_width=300, vocab_size=1000,
+        text=TextConfig(width=128, layers=3, heads=4, mlp_width=300, vocab_size=1000,
                         bos_token_id=1, eos_token_id=2),
         embed_dim=160,
+        logit_scale_init=3.5,
     )  # fmt: skip
     torch.manual_seed(0)
     parameters = dict(CLIP(config).named_parameters())
@@ -235,7 +240,8 @@ def test_init_follows_openai():
         few = 5 * (2 * values.numel()) ** -0.5  # five standard errors of a standard deviation
         assert values.std().item() == pytest.approx(std, rel=few), name
         assert abs(values.mean().item()) < 5 * std * values.numel() ** -0.5, name
-    assert parameters.pop("logit_scale").item() == pytest.approx(math.log(1 / 0.07), abs=1e-4)
+    assert parameters.pop("logit_scale").item() == 3.5
+    assert CLIPConfig().logit_scale_init == pytest.approx(math.log(1 / 0.07), abs=1e-4)
     for name, values in parameters.items():
         if name.endswith("weight"):
             assert "ln_" in name and (values == 1).all(), name
@@ -634,8 +640,22 @@ def test_ids_without_a_batch_are_an_error():
 
 
 def test_attention_of_another_kind_is_an_error():
+    model, _ = twins(TINY)
     with pytest.raises(ValueError, match="attention kind is 'flash'; expected 'eager' or 'sdpa'"):
-        twins(TINY)[0].set_attention("flash")
+        model.set_attention("flash")
+
+
+@pytest.mark.parametrize("kind", [CLIP, VisionTower, TextTower], ids=lambda kind: kind.__name__)
+def test_from_pretrained_takes_the_options_of_load(kind):
+    model = kind.from_pretrained("shapes", dtype=torch.float16)
+    assert type(model) is kind and not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+
+
+def test_a_model_saves_in_the_layout_it_is_told(tmp_path):
+    CLIP.from_pretrained("shapes").save_pretrained(tmp_path, layout="open_clip")
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert "open_clip_config.json" in saved and "config.json" not in saved
 
 
 # -------------------------------------------------------------------------------------------- sites
@@ -715,6 +735,41 @@ def test_editing_any_site_changes_the_output_and_letting_go_restores_it(kind):
         assert difference(logits(model, *inputs), expected) > 1e-3, name
         handle.remove()
         assert torch.equal(logits(model, *inputs), expected), name
+
+
+WAYS_TO_LOOK = {
+    "a hook": lambda site, look: site.register_forward_hook(look),
+    "a hook before": lambda site, look: site.register_forward_pre_hook(look),
+    "a hook on gradients": lambda site, look: site.register_full_backward_hook(look),
+    "a hook before gradients": lambda site, look: site.register_full_backward_pre_hook(look),
+    "a hook on all modules": lambda site, look: module_hooks.register_module_forward_hook(look),
+    "a hook before all modules": lambda site, look: module_hooks.register_module_forward_pre_hook(
+        look
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_LOOK)
+@pytest.mark.parametrize("name", ["scores", "pattern"])
+def test_a_layer_is_written_out_while_its_site_is_watched(name, way):
+    attention, seen = Attention(12, 3, causal=False), []
+    site, x = getattr(attention, name), torch.randn(1, 5, 12, requires_grad=True)
+    handle = WAYS_TO_LOOK[way](site, lambda module, *_: seen.append(module))
+    attention(x).sum().backward()
+    handle.remove()
+    assert site in seen
+    seen.clear()
+    attention(x).sum().backward()
+    assert not seen
+
+
+def test_a_layer_is_written_out_while_its_sites_forward_is_patched(monkeypatch):
+    attention, x = Attention(12, 3, causal=False), torch.randn(1, 5, 12)
+    plain = attention(x)
+    monkeypatch.setattr(attention.pattern, "forward", torch.zeros_like)
+    assert torch.equal(attention(x)[0, 0], attention.out_proj.bias)
+    monkeypatch.undo()
+    assert torch.equal(attention(x), plain)
 
 
 def test_a_module_in_the_place_of_a_site_is_called():
