@@ -10,6 +10,7 @@ import pytest
 import record_timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoModel, CLIPModel
 from twin import TINY, assert_close, assert_far, random_inputs, randomize, twins
 
@@ -83,6 +84,8 @@ def test_pruned_heads_are_heads_whose_output_is_nowhere_read(model, tower):
     width = getattr(TINY, tower).width
     counts = [sum(p.numel() for p in m.parameters()) for m in (model, pruned)]
     assert counts[0] - counts[1] == 2 * (4 * width * D + 3 * D)
+    for linear in (m for m in pruned.modules() if isinstance(m, nn.Linear)):
+        assert linear.weight.shape == (linear.out_features, linear.in_features)
     expected = run(zeroed_outputs(CLIP_like(model), tower, heads), tower)
     assert_close(run(pruned, tower), expected)
     wrong = run(zeroed_outputs(CLIP_like(model), tower, {0: [0], 1: [1]}), tower)
@@ -388,8 +391,9 @@ def test_longer_contexts_are_the_published_formulas(model):
     assert torch.equal(stretched.text.pos_embed[:8], rows[:8])
     straight = extend_context(model, 33, method="linear").text.pos_embed.detach()
     assert_close(straight, linear(rows, 33))
-    kept = extend_context(model, 33, method="linear", keep=5).text.pos_embed.detach()
-    assert_close(kept, torch.cat([rows[:5], linear(rows[5:], 28)]))
+    for keep in (5, 18):  # 2 of 20 rows are left to stretch, at least
+        kept = extend_context(model, 33, method="linear", keep=keep).text.pos_embed.detach()
+        assert_close(kept, torch.cat([rows[:keep], linear(rows[keep:], 33 - keep)]))
     assert_far(stretched.text.pos_embed[:33], straight)
 
 
@@ -420,6 +424,7 @@ def test_new_tokens(model):
     _, ids = random_inputs(TINY)
     assert torch.equal(larger.encode_text(ids), model.encode_text(ids))
     assert torch.equal(larger.text.token_embed(torch.tensor([600, 602])), rows[[0, 2]])
+    assert larger.text.token_embed.num_embeddings == larger.config.text.vocab_size == 603
     mean = add_tokens(model, 2).text.token_embed.weight[600:]
     assert_close(mean, model.text.token_embed.weight.mean(0).expand(2, -1))
     ids[0, 0] = 601
@@ -643,6 +648,7 @@ def test_surgically_changed_models_train_and_compile():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(pixels, ids).logits_per_image, expected)
+    torch._dynamo.reset()
 
 
 # -------------------------------------------------------------------------------------- refusals
@@ -651,7 +657,13 @@ REFUSED = {
     "no head 4": (lambda m: prune_heads(m, "vision", {0: [4]}), "no [4] among the heads of vision"),
     "no layer 3": (lambda m: prune_heads(m, "vision", {3: [0]}), "no layer 3 in the vision tower"),
     "no layer -1": (lambda m: keep_layers(m, "text", [-1]), "no layer -1 in the text tower"),
+    "no heads of layer -1": (
+        lambda m: prune_heads(m, "text", {-1: [0]}),
+        "no layer -1 in the text",
+    ),
+    "no head -1": (lambda m: prune_heads(m, "vision", {0: [-1]}), "no [-1] among the heads of"),
     "no neuron": (lambda m: prune_neurons(m, "text", {0: [92]}), "no [92] among the neurons of"),
+    "no neuron -1": (lambda m: prune_neurons(m, "text", {0: [-1]}), "no [-1] among the neurons"),
     "no layers": (lambda m: keep_layers(m, "text", []), "no layers of the text tower to keep"),
     "no tower": (lambda m: prune_heads(m, "image", {}), "tower is 'image'; expected 'vision'"),
     "too small": (lambda m: resize_image(m, 7), "patch_size 8 is larger than image_size 7"),
@@ -661,8 +673,11 @@ REFUSED = {
     "patch 0": (lambda m: resize_patch(m, 0), "patch_size is 0; expected a positive whole"),
     "shorter": (lambda m: extend_context(m, 10, keep=0), "cannot stretch 20 positions to 10"),
     "too much kept": (lambda m: extend_context(m, 40), "to keep 0 to 18"),
+    "one too many kept": (lambda m: extend_context(m, 40, keep=19), "keeping 19: expected"),
+    "-1 kept": (lambda m: extend_context(m, 40, keep=-1), "keeping -1: expected"),
     "no rule": (lambda m: extend_context(m, 40, method="cubic"), "expected longclip or linear"),
     "-1 tokens": (lambda m: add_tokens(m, -1), "a number of new tokens, 0 or more, found -1"),
+    "True tokens": (lambda m: add_tokens(m, True), "a number of new tokens, 0 or more, found True"),
     "thin tokens": (lambda m: add_tokens(m, torch.ones(2, 39)), "expected (count, 40)"),
     "flat registers": (lambda m: add_registers(m, torch.ones(48)), "expected (count, 48)"),
 }

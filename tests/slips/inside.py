@@ -5,20 +5,38 @@ from slip import Slip
 MODEL = [
     Slip(
         "Forward pre-hooks do not count as watching.",
-        "hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)",
-        "hooks = (site._forward_hooks, site._backward_hooks)",
+        "before = (site._forward_pre_hooks, site._backward_pre_hooks)",
+        "before = (site._backward_pre_hooks,)",
         "tests/test_model.py -k watched",
     ),
     Slip(
         "Backward hooks do not count as watching.",
-        "hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)",
-        "hooks = (site._forward_hooks, site._forward_pre_hooks)",
+        "after = (site._forward_hooks, site._backward_hooks)",
+        "after = (site._forward_hooks,)",
         "tests/test_model.py -k watched",
     ),
     Slip(
+        "Backward pre-hooks do not count as watching.",
+        "before = (site._forward_pre_hooks, site._backward_pre_hooks)",
+        "before = (site._forward_pre_hooks,)",
+        "tests/test_model.py -k watched",
+    ),
+    Slip(
+        "Hooks on all modules do not count as watching.",
+        "return is_patched or any(before) or any(after) or _has_any_global_hook()",
+        "return is_patched or any(before) or any(after)",
+        "tests/test_model.py -k watched",
+    ),
+    Slip(
+        "A patched forward does not count as watching.",
+        'is_patched = type(site) is not Site or "forward" in site.__dict__',
+        "is_patched = type(site) is not Site",
+        "tests/test_model.py -k patched",
+    ),
+    Slip(
         "A module in the place of a site does not count as watching.",
-        "return type(site) is not Site or any(hooks)",
-        "return any(hooks)",
+        'is_patched = type(site) is not Site or "forward" in site.__dict__',
+        'is_patched = "forward" in site.__dict__',
         "tests/test_model.py -k 'watched or place_of_a_site'",
     ),
     Slip(
@@ -347,12 +365,6 @@ SITES = [
         "tests/test_sites.py -k another_device",
     ),
     Slip(
-        "Gradients at a site ignore the device.",
-        "acts[name] = tensor.to(device, copy=True).requires_grad_()",
-        "acts[name] = tensor.clone().requires_grad_()",
-        "tests/test_sites.py -k device",
-    ),
-    Slip(
         "A cached tensor of a frozen model has no gradient.",
         "acts[name] = tensor.to(device, copy=True).requires_grad_()",
         "acts[name] = tensor.to(device, copy=True)",
@@ -658,15 +670,15 @@ LENS = [
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
-        "The map of relevance is of the text.",
+        "The map of relevance is of the last block alone.",
         "return on_grid(model, pixels, relevance(model, pixels, ids).image)",
         "return on_grid(model, pixels, relevance(model, pixels, ids, start=-1).image)",
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
-        "The map of tokens takes the biases of the values with it.",
-        "tokens = sum(part.sum(1) for part in parts.values() if part.ndim == 4)",
-        "tokens = sum(part.sum(1) for part in parts.values() if part.ndim == 4) * 2",
+        "The map of tokens is of a text as long as it is.",
+        "texts = model.encode_text(ids, normalize=True)  # (B, E)\n    parts",
+        "texts = model.encode_text(ids)  # (B, E)\n    parts",
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
@@ -738,8 +750,8 @@ LENS = [
     ),
     Slip(
         "A larger picture of what the model sees shows more of it.",
-        "larger = replace(transform, size=transform.size * scale, crop_size=transform.crop_size * scale)",
-        "larger = replace(transform, crop_size=transform.crop_size * scale)",
+        "larger = replace(transform, size=transform.size * scale, crop_size",
+        "larger = replace(transform, crop_size",
         "tests/test_lens.py -k sees",
     ),
     Slip(
@@ -1156,8 +1168,8 @@ SURGERY = [
     ),
     Slip(
         "New tokens move OpenAI's end of a text.",
-        'fields = {"eos_token_id": old - 1} if model.config.text.eos_token_id == LEGACY_EOS else {}',
-        "fields: dict[str, int] = {}",
+        'fields = {"eos_token_id": old - 1} if',
+        "fields = {} if",
         "tests/test_surgery_shapes.py -k legacy_end",
     ),
     Slip(
@@ -1255,8 +1267,8 @@ SURGERY = [
             ),
             (
                 "ClearCLIP keeps the residual stream.",
-                '"clearclip": Preset(lambda q, k, v, grid: similar(q, q), residual=False, mlp=False)',
-                '"clearclip": Preset(lambda q, k, v, grid: similar(q, q), residual=True, mlp=False)',
+                "similar(q, q), residual=False, mlp=False)",
+                "similar(q, q), residual=True, mlp=False)",
             ),
             (
                 "SCLIP has queries alone.",
@@ -1399,8 +1411,8 @@ TOKENIZER = [
     ),
     Slip(
         "Every chunk is remembered for good.",
-        "            if len(self._chunk_ids) >= CACHED_CHUNKS:\n                self._chunk_ids.clear()\n",
-        "",
+        "if len(self._chunk_ids) >= CACHED_CHUNKS:",
+        "if False:",
         "tests/test_tokenizer.py -k 'memory'",
     ),
     Slip(
@@ -1447,14 +1459,14 @@ TOKENIZER = [
     ),
     Slip(
         "A trained tokenizer forgets its reference.",
-        "return cls(vocabulary(merges), merges, reference=reference, context_length=context_length)",
-        "return cls(vocabulary(merges), merges, context_length=context_length)",
+        "(vocabulary(merges), merges, reference=reference, context_length=context_length)",
+        "(vocabulary(merges), merges, context_length=context_length)",
         "tests/test_tokenizer.py -k 'training'",
     ),
     Slip(
         "A trained tokenizer forgets its context length.",
-        "return cls(vocabulary(merges), merges, reference=reference, context_length=context_length)",
-        "return cls(vocabulary(merges), merges, reference=reference)",
+        "(vocabulary(merges), merges, reference=reference, context_length=context_length)",
+        "(vocabulary(merges), merges, reference=reference)",
         "tests/test_tokenizer.py -k 'training'",
     ),
     Slip(
@@ -1467,13 +1479,6 @@ TOKENIZER = [
         "Training makes one merge too many.",
         "merges = learn_merges(counts, vocab_size - least)",
         "merges = learn_merges(counts, vocab_size - least + 1)",
-        "tests/test_tokenizer.py -k 'training'",
-    ),
-    Slip(
-        "Ties go to the pair that sorts last.",
-        "heap = [(-count, pair) for pair, count in total.items()]",
-        "heap = [(-count, pair) for pair, count in total.items()][::-1]\n"
-        "    return sorted(total, key=lambda p: (total[p], p), reverse=True)[:limit]",
         "tests/test_tokenizer.py -k 'training'",
     ),
     Slip(
