@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image, ImageColor
 from torch import nn
-from twin import TINY, random_inputs, twins
+from twin import TINY, random_inputs, tiny_clip, twins
 
 import miniclip
 from miniclip import lens
@@ -52,7 +52,8 @@ TOWERS = ["vision", "text"]
 
 @pytest.fixture
 def double():
-    model, _ = twins(TINY, attention="eager", dtype=torch.float64)
+    model = tiny_clip(torch.float64)
+    model.set_attention("eager")
     pixels, ids = random_inputs(TINY)
     return model, {"vision": pixels.double(), "text": ids}
 
@@ -209,7 +210,8 @@ def test_a_layer_without_heads_mixes_nothing(double):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_parts_sum_to_the_embedding(by, tower, attention):
     for dtype, relative in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
-        model, _ = twins(TINY, attention=attention, dtype=dtype)
+        model = tiny_clip(dtype)
+        model.set_attention(attention)
         x = random_inputs(TINY)[tower == "text"]
         x = x.to(dtype) if tower == "vision" else x
         expected = encode(model, tower, x)
@@ -348,7 +350,7 @@ def test_the_sum_of_the_parts_may_miss_by_a_thousand_roundings_of_their_size(dty
 
 def test_only_what_the_read_token_needs_is_kept():
     """By token, at most the result itself and a few tensors of a layer are alive at once."""
-    model, _ = twins(TINY)
+    model = tiny_clip()
     pixels, _ = random_inputs(TINY)
     largest = []
     result = decompose(model, pixels, "token")["blocks.0.attn"].numel()
@@ -642,7 +644,7 @@ def test_a_heatmap_is_warm_where_the_map_is(shapes, monkeypatch):
     assert picture.size == (64, 64) and (row // 8, column // 8) == (1, 6)
 
 
-# ----------------------------------------------------------------------------- how often it is right
+# ---------------------------------------------------------------------------- how often it is right
 
 
 def test_questions_ask_for_each_object_of_scenes_that_no_training_set_has():

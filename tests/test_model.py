@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as module_hooks
 from transformers import CLIPModel
-from twin import TINY, copy_weights, random_inputs, randomize, transformers_config, twins
+from twin import TINY, copy_weights, random_inputs, randomize, tiny_clip, transformers_config, twins
 
 import miniclip
 from miniclip import (
@@ -125,7 +125,7 @@ def site_shapes(config, B, C, T):
 
 
 def test_every_site_has_the_shape_of_the_table():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     expected = site_shapes(TINY, B=2, C=3, T=9)
     names = [name for name, _ in model.named_modules() if name]
     assert set(names) == set(expected)
@@ -189,7 +189,7 @@ def test_attention_is_its_formula(causal):
 
 
 def test_logits_are_scaled_cosines():
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     pixels, ids = random_inputs(TINY)
     with torch.no_grad():
         out = model(pixels, ids)
@@ -597,7 +597,7 @@ def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
 @torch.no_grad()
 def test_nothing_after_the_end_token_can_reach_the_embedding():
     """Why there is no padding mask."""
-    model, _ = twins(TINY)
+    model = tiny_clip()
     _, ids = random_inputs(TINY, texts=1, tokens=20)
     ids[0, 11:] = TINY.text.eos_token_id
     expected = model.encode_text(ids)
@@ -613,13 +613,13 @@ def test_nothing_after_the_end_token_can_reach_the_embedding():
 
 
 def test_text_is_read_at_its_first_end_token():
-    model = twins(TINY)[0].text
+    model = tiny_clip().text
     end = TINY.text.eos_token_id
     assert model.end_positions(torch.tensor([[1, end, 2, end], [end, 1, 1, 1]])).tolist() == [1, 0]
 
 
 def test_a_row_without_an_end_token_is_an_error():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     ids = random_inputs(TINY)[1]
     ids[1] = 5
     with pytest.raises(ValueError, match=r"row 1 of ids has no end token \(599\)"):
@@ -627,7 +627,7 @@ def test_a_row_without_an_end_token_is_an_error():
 
 
 def test_too_many_tokens_are_an_error():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     ids = torch.full((2, 21), TINY.text.eos_token_id)
     with pytest.raises(ContextLengthError, match="21 tokens; this text tower has 20 positions"):
         model.encode_text(ids)
@@ -636,19 +636,19 @@ def test_too_many_tokens_are_an_error():
 
 @pytest.mark.parametrize("size", [(3, 40, 40), (1, 4, 40, 40), (1, 3, 40, 48), (1, 3, 80, 40)])
 def test_pixels_of_another_shape_are_an_error(size):
-    model, _ = twins(TINY)
+    model = tiny_clip()
     with pytest.raises(ValueError, match=r"pixels have shape .*; .* reads \(B, 3, 40, 40\)"):
         model.encode_image(torch.zeros(size))
 
 
 def test_ids_without_a_batch_are_an_error():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     with pytest.raises(ValueError, match=r"ids have shape \(9,\); expected \(B, T\)"):
         model.encode_text(torch.zeros(9, dtype=torch.long))
 
 
 def test_attention_of_another_kind_is_an_error():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     with pytest.raises(ValueError, match="attention kind is 'flash'; expected 'eager' or 'sdpa'"):
         model.set_attention("flash")
 
@@ -683,7 +683,7 @@ class Untouched(Attention):
 
 
 def test_sites_that_nobody_uses_change_no_bit():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     bare = copy.deepcopy(model)
     for module in bare.modules():
         if isinstance(module, Attention):
@@ -697,7 +697,7 @@ def test_sites_that_nobody_uses_change_no_bit():
 
 
 def test_sites_have_no_parameters_and_no_keys():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     sites = [name for name, module in model.named_modules() if type(module) is Site]
     assert len(sites) == 7 * (TINY.vision.layers + TINY.text.layers)
     assert not any(key.startswith(tuple(f"{s}." for s in sites)) for key in model.state_dict())
@@ -719,7 +719,7 @@ def test_reading_changes_no_bit(kind, names):
 
 @pytest.mark.parametrize("site", ["scores", "pattern"])
 def test_reading_what_sdpa_never_makes_agrees_to_rounding(site):
-    model, _ = twins(TINY)
+    model = tiny_clip()
     inputs = random_inputs(TINY)
     name = f"vision.blocks.1.attn.{site}"
     seen, output = watch(model, [name], *inputs)
@@ -781,7 +781,7 @@ def test_a_layer_is_written_out_while_its_sites_forward_is_patched(monkeypatch):
 
 
 def test_a_module_in_the_place_of_a_site_is_called():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     inputs = random_inputs(TINY)
     expected = logits(model, *inputs)
     attention = model.vision.blocks[0].attn
@@ -795,7 +795,7 @@ def test_a_module_in_the_place_of_a_site_is_called():
 
 @torch.no_grad()
 def test_zeroing_a_head_is_removing_its_columns_of_the_output():
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     pixels, _ = random_inputs(TINY)
     pixels, attention = pixels.double(), model.vision.blocks[1].attn
     D = attention.head_width

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from twin import TINY, random_inputs, twins
+from twin import TINY, random_inputs, tiny_clip, twins
 
 from miniclip.model import Attention, Block
 from miniclip.parity import compare
@@ -37,7 +37,8 @@ IN_BLOCKS = [
 
 @pytest.fixture
 def tiny():
-    model, _ = twins(TINY, attention="eager")
+    model = tiny_clip()
+    model.set_attention("eager")
     return model, random_inputs(TINY)
 
 
@@ -69,7 +70,7 @@ def test_a_hook_that_returns_nothing_changes_no_bit(tiny):
 
 
 def test_with_sdpa_only_looking_at_scores_and_pattern_costs_rounding():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     inputs = random_inputs(TINY)
     expected = logits(model, inputs)
     for name in IN_BLOCKS:
@@ -235,7 +236,7 @@ def without_sites(tower):
 
 def test_unused_sites_add_no_operation_and_change_no_bit():
     """What is left of their cost are calls of Python, which no test can time on a busy machine."""
-    model, _ = twins(TINY)
+    model = tiny_clip()
     bare, (pixels, _) = without_sites(model.vision), random_inputs(TINY)
 
     class Operations(TorchDispatchMode):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPModel
-from twin import TINY, assert_close, assert_far, random_inputs, twins
+from twin import TINY, assert_close, assert_far, random_inputs, tiny_clip, twins
 
 from miniclip import CLIP, ContextLengthError
 from miniclip.sites import cache, hooks
@@ -28,9 +28,12 @@ from miniclip.surgery.attention import PRESETS
 TOWERS = ["vision", "text"]
 
 
-@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+DTYPES = [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=DTYPES, ids=["float64", "float32"])
 def model(request):
-    return twins(TINY, dtype=request.param)[0]
+    return tiny_clip(request.param)
 
 
 def inputs(model, tower, count=3, seed=0):
@@ -204,7 +207,7 @@ def test_patch_dropout_is_a_gather_of_the_patches_kept(model):
 @pytest.mark.parametrize("share, kept", [(0.0, 25), (0.65, 9), (0.69, 8), (0.99, 1)])
 def test_patch_dropout_keeps_the_nearest_number_of_patches_and_one_at_least(share, kept):
     """Of 25: 8.75, 7.75 and 0.25."""
-    model, _ = twins(TINY)
+    model = tiny_clip()
     with patch_dropout(model.train(), share):
         assert model.vision.embed(inputs(model, "vision")).shape[1] == 1 + kept
 
@@ -219,7 +222,7 @@ def test_patch_dropout_keeps_the_nearest_number_of_patches_and_one_at_least(shar
     (lambda m: patch_dropout(m, -0.1), "share is -0.1; expected 0 or more, and less than 1"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said_and_leaves_nothing(context, words):
-    model, _ = twins(TINY)
+    model = tiny_clip()
     with pytest.raises(ValueError, match=re.escape(words)), context(model):
         model.encode_image(inputs(model, "vision"))
     assert not any(handles(model))
@@ -381,7 +384,7 @@ def test_vectors_reach_transformers_blocks_as_they_reach_ours():
 
 def test_learned_context_vectors_get_the_gradient_and_the_model_none():
     """CoOp: the same four vectors before each class's own tokens."""
-    model, _ = twins(TINY)
+    model = tiny_clip()
     model.requires_grad_(False)
     ids = inputs(model, "text")
     ids[:, 8] = 599  # every text ends last, so that the vectors come before the end
@@ -405,13 +408,13 @@ def test_learned_context_vectors_get_the_gradient_and_the_model_none():
 ])  # fmt: skip
 def test_prompts_that_are_not_whole(call, error, words):
     with pytest.raises(error, match=re.escape(words)):
-        call(twins(TINY)[0])
+        call(tiny_clip())
 
 
 @torch.no_grad()
 def test_textual_inversion_saves_a_learned_word(tmp_path):
     """A vector that was learned becomes a token, in miniclip and in transformers."""
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     word, ids = torch.randn(1, 40, dtype=torch.float64), inputs(model, "text")
     vectors, ends = model.text.token_embed(ids), (ids == 599).int().argmax(-1)
     vectors[:, 0] = word

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, CLIPModel
-from twin import TINY, assert_close, assert_far, random_inputs, randomize, twins
+from twin import TINY, assert_close, assert_far, random_inputs, randomize, tiny_clip, twins
 
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
 from miniclip.cli import main
@@ -37,12 +37,12 @@ from miniclip.surgery import (
 )
 
 TOWERS = ["vision", "text"]
-DTYPES = [torch.float64, torch.float32]
+DTYPES = [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(params=DTYPES, ids=["float64", "float32"])
 def model(request):
-    return twins(TINY, dtype=request.param)[0]
+    return tiny_clip(request.param)
 
 
 def inputs_of(model, **counts):
@@ -223,7 +223,7 @@ def resampling_matrix(old, new, method):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", ["transformers", "timm", "openai-bilinear", "dino"])
 def test_resized_as_the_formula_of_each_method(size, method):
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     pos_embed = model.vision.pos_embed.detach()
     resized = resize_image(model, size, method)
     rows, columns = (n // 8 for n in size)
@@ -248,7 +248,7 @@ def test_the_same_number_of_patches_in_another_grid_is_another_embedding():
 
 
 def test_half_precision_is_resampled_in_float32():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     model = model.bfloat16()
     found = resize_image(model, 72).vision.pos_embed
     expected = resize_image(model.float(), 72).vision.pos_embed.bfloat16()
@@ -331,7 +331,7 @@ def resize_matrix(old, new):
 
 @pytest.mark.parametrize("size", [4, 7, 12, 16])
 def test_resize_patch_multiplies_by_the_pseudo_inverse(size):
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     resized = resize_patch(model, size)
     matrix = resize_matrix(8, size)
     old = model.vision.patch_embed.weight.detach().numpy()
@@ -347,7 +347,7 @@ def test_resize_patch_multiplies_by_the_pseudo_inverse(size):
 
 @torch.no_grad()
 def test_a_larger_patch_sees_in_a_resized_patch_what_the_smaller_saw():
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     pixels = torch.randn(2, 3, 40, 40, dtype=torch.float64)
     patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8)  # (2, 3, 5, 5, 8, 8)
     large = F.interpolate(patches.reshape(-1, 1, 8, 8), (12, 12), mode="bicubic", antialias=True)
@@ -505,9 +505,9 @@ BEYOND = {
 
 @pytest.mark.parametrize("surgery", [*EXPRESSIBLE.values(), *BEYOND.values()])
 def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
-    model, _ = twins(TINY)
+    model = tiny_clip()
     changed = surgery(model)
-    assert_same_weights(model, twins(TINY)[0])  # the model given is left as it was
+    assert_same_weights(model, tiny_clip())  # the model given is left as it was
     changed.save_pretrained(tmp_path)
     again = CLIP.from_pretrained(tmp_path)
     assert_same_weights(again, changed)
@@ -519,7 +519,7 @@ def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 @torch.no_grad()
 def test_transformers_loads_what_it_can_express_with_equal_logits(name, tmp_path):
-    model = EXPRESSIBLE[name](twins(TINY, dtype=torch.float64)[0])
+    model = EXPRESSIBLE[name](tiny_clip(torch.float64))
     model.save_pretrained(tmp_path)
     theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     pixels, ids = inputs_of(model, tokens=12)
@@ -530,7 +530,7 @@ def test_transformers_loads_what_it_can_express_with_equal_logits(name, tmp_path
 
 @pytest.mark.parametrize("name", BEYOND)
 def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
-    model = BEYOND[name](twins(TINY)[0])
+    model = BEYOND[name](tiny_clip())
     model.save_pretrained(tmp_path)
     for theirs in (CLIPModel, AutoModel):
         with pytest.raises(
@@ -543,7 +543,7 @@ def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
 
 def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
     """Why the list is there: registers alone are a key it does not know, and only warns of."""
-    model = add_registers(twins(TINY)[0], 4)
+    model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["vision_config"]["num_attention_heads"] == [4, 4, 4]
@@ -567,7 +567,7 @@ def test_ordinary_config_files_have_no_new_entries():
 
 
 def test_operations_on_different_parts_commute():
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     changes = [
         lambda m: resize_image(m, (56, 40)),
         lambda m: prune_heads(m, "vision", {1: [0]}),
@@ -588,7 +588,7 @@ def test_operations_on_different_parts_commute():
 @pytest.mark.parametrize("by", ["layer", "head", "token"])
 @pytest.mark.parametrize("name", [*BEYOND, "LoRA"])
 def test_what_surgery_made_is_decomposed_exactly(name, by):
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     model = add_lora(model) if name == "LoRA" else BEYOND[name](model)
     for parameter in model.parameters():
         if not parameter.any():  # registers and B begin as zeros
@@ -602,19 +602,19 @@ def test_what_surgery_made_is_decomposed_exactly(name, by):
 
 @pytest.mark.parametrize("name", BEYOND)
 def test_the_table_of_parts_counts_every_parameter(name):
-    model = BEYOND[name](twins(TINY)[0])
+    model = BEYOND[name](tiny_clip())
     rows = parts(model.config)
     assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
 
 
 def test_the_parity_command_says_what_it_cannot_compare(tmp_path, capsys):
-    add_registers(twins(TINY)[0], 4).save_pretrained(tmp_path)
+    add_registers(tiny_clip(), 4).save_pretrained(tmp_path)
     assert main(["parity", str(tmp_path)]) == 2
     assert "transformers' CLIP cannot express registers 4" in capsys.readouterr().err
 
 
 def test_hooks_stay_with_the_model_they_were_put_on():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     seen = []
     with hooks(model, {"vision.blocks.*.attn": lambda x, name: seen.append(name)}):
         changed = [change(model) for change in (*EXPRESSIBLE.values(), *BEYOND.values(), add_lora)]
@@ -628,7 +628,7 @@ def test_hooks_stay_with_the_model_they_were_put_on():
 
 
 def test_what_was_frozen_or_set_stays_so():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     model.set_attention("eager")
     model.vision.requires_grad_(False)
     for change in (*EXPRESSIBLE.values(), *BEYOND.values()):
@@ -641,7 +641,7 @@ def test_what_was_frozen_or_set_stays_so():
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
 def test_surgically_changed_models_train_and_compile():
-    model = BEYOND["all of them"](twins(TINY)[0])
+    model = BEYOND["all of them"](tiny_clip())
     pixels, ids = inputs_of(model)
     expected = model(pixels, ids).logits_per_image
     expected.square().sum().backward()
@@ -685,11 +685,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_done_is_said(name):
-    model, _ = twins(TINY)
+    model = tiny_clip()
     operation, words = REFUSED[name]
     with pytest.raises(ValueError, match=re.escape(words)):
         operation(model)
-    assert_same_weights(model, twins(TINY)[0])
+    assert_same_weights(model, tiny_clip())
 
 
 @pytest.mark.parametrize("make, words", [
@@ -715,6 +715,6 @@ def test_a_config_has_one_way_of_saying_a_thing():
 
 
 def test_randomize_draws_registers_too():
-    model = CLIP(add_registers(twins(TINY)[0], 2).config)
+    model = CLIP(add_registers(tiny_clip(), 2).config)
     randomize(model)
     assert model.vision.register_embed.std() > 0.1

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPModel
-from twin import TINY, random_inputs, randomize, twins
+from twin import TINY, random_inputs, randomize, tiny_clip
 
 from miniclip import CLIP
 from miniclip.surgery import (
@@ -30,7 +30,7 @@ TOWERS = ["vision", "text"]
 
 
 def three(dtype=torch.float64):
-    return [twins(TINY, dtype=dtype, seed=seed)[0] for seed in range(3)]
+    return [tiny_clip(dtype, seed) for seed in range(3)]
 
 
 def logits(model):
@@ -170,7 +170,7 @@ NAMES += ["text.blocks.0.mlp.fc1", "text.blocks.1.mlp.fc1", "vision.blocks.1.att
 
 def adapted(dtype=torch.float64, seed=5):
     """(the base, a copy with LoRA whose A and B are random)"""
-    base, _ = twins(TINY, dtype=dtype)
+    base = tiny_clip(dtype)
     model = add_lora(base, SITES, rank=3, alpha=5)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -185,7 +185,7 @@ def low_rank(model, name):
 
 
 def test_lora_begins_as_the_base_bit_for_bit():
-    base, _ = twins(TINY)
+    base = tiny_clip()
     model = add_lora(base)
     assert torch.equal(logits(model), logits(base))
     trained = {n.partition(".parametrizations")[0] for n, p in model.named_parameters()
@@ -199,7 +199,7 @@ def test_lora_begins_as_a_linear_layer_does_and_with_zeros():
     """As the paper's code and PEFT's; of rank 4 and scale 1 unless told otherwise."""
     name = "text.blocks.0.mlp.fc1"
     torch.manual_seed(0)
-    lora = low_rank(add_lora(twins(TINY)[0], [name]), name)
+    lora = low_rank(add_lora(tiny_clip(), [name]), name)
     torch.manual_seed(0)
     assert torch.equal(lora.A, nn.Linear(TINY.text.width, 4).weight)
     assert lora.B.shape == (TINY.text.mlp_width, 4) and not lora.B.any() and lora.scale == 1
@@ -302,7 +302,7 @@ def test_lora_composes_with_other_surgery():
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said(call, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        call(twins(TINY)[0])
+        call(tiny_clip())
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +340,7 @@ def logits_of(theirs):
 
 
 def test_peft_trains_merges_and_unloads_a_miniclip(peft, tmp_path):
-    base, _ = twins(TINY, dtype=torch.float64)
+    base = tiny_clip(torch.float64)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft_config(peft))
     trained = [n for n, p in theirs.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in n for n in trained)
