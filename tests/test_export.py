@@ -7,6 +7,8 @@ control a model without the mask.
 """
 
 import copy
+import os
+import shutil
 from dataclasses import replace
 
 import onnxruntime
@@ -69,6 +71,7 @@ def exported(model):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 def test_compiles_into_one_graph(model):
     """One size for each dynamic shape, as a graph takes its time to compile."""
     compiled = torch.compile(model, fullgraph=True, backend="inductor")

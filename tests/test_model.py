@@ -745,24 +745,17 @@ def test_editing_any_site_changes_the_output_and_letting_go_restores_it(kind):
         assert torch.equal(logits(model, *inputs), expected), name
 
 
-WAYS_TO_LOOK = {
-    "a hook": lambda site, look: site.register_forward_hook(look),
-    "a hook before": lambda site, look: site.register_forward_pre_hook(look),
-    "a hook on gradients": lambda site, look: site.register_full_backward_hook(look),
-    "a hook before gradients": lambda site, look: site.register_full_backward_pre_hook(look),
-    "a hook on all modules": lambda site, look: module_hooks.register_module_forward_hook(look),
-    "a hook before all modules": lambda site, look: module_hooks.register_module_forward_pre_hook(
-        look
-    ),
-}
+LOOKS = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
+LOOKS += [f"module_{look}" for look in LOOKS]  # on all modules at once
 
 
-@pytest.mark.parametrize("way", WAYS_TO_LOOK)
+@pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("name", ["scores", "pattern"])
-def test_a_layer_is_written_out_while_its_site_is_watched(name, way):
+def test_a_layer_is_written_out_while_its_site_is_watched(name, look):
     attention, seen = Attention(12, 3, causal=False), []
     site, x = getattr(attention, name), torch.randn(1, 5, 12, requires_grad=True)
-    handle = WAYS_TO_LOOK[way](site, lambda module, *_: seen.append(module))
+    register = getattr(module_hooks if "module" in look else site, f"register_{look}")
+    handle = register(lambda module, *_: seen.append(module))
     attention(x).sum().backward()
     handle.remove()
     assert site in seen

@@ -23,8 +23,8 @@ MODEL = [
     ),
     Slip(
         "Hooks on all modules do not count as watching.",
-        "return is_patched or any(before) or any(after) or _has_any_global_hook()",
-        "return is_patched or any(before) or any(after)",
+        "return is_patched or any((*before, *after, *HOOKS_ON_ALL_MODULES))",
+        "return is_patched or any((*before, *after))",
         "tests/test_model.py -k watched",
     ),
     Slip(
