@@ -1603,4 +1603,8 @@ TOKENIZER = [
     ),
 ]
 
-SLIPS = MODEL + SITES + LENS + SURGERY + TOKENIZER
+# The fast tests notice them all.
+SLIPS = [
+    slip._replace(tests=f"{slip.tests} -m 'not slow'")
+    for slip in MODEL + SITES + LENS + SURGERY + TOKENIZER
+]
