@@ -156,7 +156,7 @@ def test_splicing(model, tower):
     (gradient,) = torch.autograd.grad(out.square().sum(), [sae.encoder.weight])
     assert gradient.abs().max() > 1e-3  # the error's own would cancel it
     with splice(model, site, sae, error_term=True), torch.no_grad():
-        sae.decoder.weight.add_(1)  # a step of training: the error is that of the new weights
+        sae.decoder.weight.mul_(2)  # a step of training: the error is that of the new weights
         assert_close(encode(model, tower, x), whole)
         with hooks(sae, {"encoder": lambda out, name: 0 * out}):  # what a hook takes is gone
             gone = encode(model, tower, x)
@@ -364,7 +364,9 @@ def test_the_vectors_of_tokens_give_what_the_tokens_give(model):
             model.encode_text(ids, normalize, eot=ends),
         ):
             assert torch.equal(found, expected)
-    assert_far(model.encode_text(inputs_embeds=vectors, eot=ends - 1), model.encode_text(ids))
+    earlier = model.encode_text(inputs_embeds=vectors, eot=ends - 1)
+    assert_far(earlier, model.encode_text(ids))
+    assert torch.equal(model.encode_text(ids, eot=ends - 1), earlier)
 
 
 @torch.no_grad()
@@ -403,6 +405,8 @@ def test_learned_context_vectors_get_the_gradient_and_the_model_none():
     (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 5, 40)), ValueError, "expected ids, or"),
     (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 40), eot=torch.zeros(2)), ValueError,
      "inputs_embeds have shape (2, 40); expected (B, T, 40)"),
+    (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 5, 1), eot=torch.zeros(2)), ValueError,
+     "inputs_embeds have shape (2, 5, 1); expected (B, T, 40)"),
     (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 21, 40), eot=torch.zeros(2)),
      ContextLengthError, "texts of 21 tokens; this text tower has 20 positions"),
 ])  # fmt: skip
