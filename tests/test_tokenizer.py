@@ -117,7 +117,7 @@ def long_words() -> list[str]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    Tokenizer.train(texts(4000, seed=7), 1500).save_pretrained(folder)
+    Tokenizer.train(texts(1000, seed=7), 1500).save_pretrained(folder)
     return folder
 
 
