@@ -400,10 +400,11 @@ def test_copies_are_copies(tiny):
     held[0].zero_()
     assert acts[name].abs().max() > 0 and not acts[name].requires_grad
     first = acts[name]
-    with torch.no_grad(), cache(model, name) as acts:
+    with cache(model, name) as acts:
         model(*inputs)
         model(inputs[0] + 1, inputs[1])
     assert not torch.equal(acts[name], first)  # the last run's
+    assert not acts[name].requires_grad  # and no graph is kept
 
 
 def test_another_device_is_for_the_copy(tiny):

@@ -436,7 +436,7 @@ SITES = [
             f"TransformerLens' {word} is another site.",
             f'    "{word}": "{right}",',
             f'    "{word}": "{wrong}",',
-            "tests/test_sites.py -k 'transformer_lens or said_to_be or its_sites or every_kind'",
+            "tests/test_sites.py -k 'transformer_lens or said_to_be or its_sites or block_reads'",
         )
         for word, right, wrong in (
             ("ln1", "ln_1", "ln_2"),
