@@ -651,6 +651,10 @@ def test_attention_of_another_kind_is_an_error():
     model = tiny_clip()
     with pytest.raises(ValueError, match="attention kind is 'flash'; expected 'eager' or 'sdpa'"):
         model.set_attention("flash")
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    for kind in ("eager", "sdpa"):
+        model.set_attention(kind)
+        assert [layer.eager for layer in layers] == [kind == "eager"] * 5
 
 
 @pytest.mark.parametrize("kind", [CLIP, VisionTower, TextTower], ids=lambda kind: kind.__name__)
