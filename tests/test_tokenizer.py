@@ -643,6 +643,8 @@ def test_special_tokens_are_those_of_transformers(layout, copy):
     for name, value in LAYOUTS[layout].items():
         write(copy / name, value)
     ours, theirs = Tokenizer.from_directory(copy), transformers_tokenizer(copy)
+    for name, token in ours.special_tokens.items():
+        assert token == getattr(theirs, name), name
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.vocab_size == len(theirs)
