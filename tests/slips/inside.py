@@ -1389,7 +1389,7 @@ TOKENIZER = [
         "Runs of whitespace stay.",
         'return WHITESPACE.sub(" ", text).lower()',
         "return text.lower()",
-        "tests/test_tokenizer.py -k 'texts_have_the_ids_of_transformers'",
+        "tests/test_tokenizer.py -k cleaned_as",
     ),
     Slip(
         "OpenAI's tokenizer tells upper from lower case.",
