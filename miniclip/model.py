@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from miniclip.config import (
     LEGACY_EOS,
@@ -40,10 +41,23 @@ class Site(nn.Identity):
     """
 
 
+HOOKS_ON_ALL_MODULES = (
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_pre_hooks,
+    torch_module._global_backward_hooks,
+)
+
+
 def is_watched(site: nn.Module) -> bool:
-    """Whether someone looks at the tensor: a hook is on the site, or a module in its place."""
-    hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)
-    return type(site) is not Site or any(hooks)
+    """Whether someone looks at the tensor, in any way in which PyTorch lets one look at a module.
+
+    A hook is on the site or on all modules, its `forward` is patched, or a module is in its place.
+    """
+    before = (site._forward_pre_hooks, site._backward_pre_hooks)
+    after = (site._forward_hooks, site._backward_hooks)
+    is_patched = type(site) is not Site or "forward" in site.__dict__
+    return is_patched or any((*before, *after, *HOOKS_ON_ALL_MODULES))
 
 
 class Attention(nn.Module):
