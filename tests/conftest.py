@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+collect_ignore = ["plant_slips.py", "slips"]  # run by hand
 
 
 @pytest.fixture(scope="session")
