@@ -60,10 +60,9 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
     per_epoch = len(data) // recipe.batch
     steps = recipe.epochs * per_epoch
     rising = max(1, round(recipe.warmup * steps))
-    share = recipe.batch // world  # pairs of this process
     optimizers = plain_optimizers(peer, recipe)
     peaks = [recipe.lr, recipe.muon_lr]
-    history = []
+    average, history = None, []
     for step in range(steps):
         epoch, place = divmod(step, per_epoch)
         order = list(data.items(draw_seed(recipe.seed, epoch)))
@@ -84,7 +83,7 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
         images = embed_images(peer, pixels, recipe.patch_dropout if drops else 0)
         texts = embed_texts(peer, tokenizer(texts, pad_to=10))
         labels = torch.tensor([pair.label for pair in pairs])
-        loss = plain_loss(images, texts[:share], texts[share:], peer.logit_scale, labels)
+        loss = plain_loss(images, texts[: len(pairs)], texts[len(pairs) :], peer.logit_scale, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), recipe.clip_gradient)
         rate = (step + 1) / rising
@@ -96,7 +95,15 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
             optimizer.step()
             optimizer.zero_grad()
         peer.logit_scale.data.clamp_(max=math.log(100))  # section 2.5 of the paper
+        if recipe.ema:
+            share = recipe.ema if average else 0
+            average = [
+                share * mean + (1 - share) * p.detach()
+                for mean, p in zip(average or peer.parameters(), peer.parameters())
+            ]
         history.append((loss.item(), rate * recipe.lr, peer.logit_scale.exp().item()))
+    for mean, p in zip(average or (), peer.parameters()):
+        p.data = mean
     return history
 
 
@@ -190,6 +197,7 @@ RUNS = {
     "noise to the end": {"patch_dropout": 0.3, "full_epochs": 0},
     "hard negatives": {"hard_negatives": True},
     "in chunks": {"chunk": 3, "hard_negatives": True},
+    "moving average": {"ema": 0.6},
     "blocks twice": {"checkpoint_blocks": True, "patch_dropout": 0.5},
 }
 
