@@ -83,7 +83,9 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
         images = embed_images(peer, pixels, recipe.patch_dropout if drops else 0)
         texts = embed_texts(peer, tokenizer(texts, pad_to=10))
         labels = torch.tensor([pair.label for pair in pairs])
-        loss = plain_loss(images, texts[: len(pairs)], texts[len(pairs) :], peer.logit_scale, labels)
+        loss = plain_loss(
+            images, texts[: len(pairs)], texts[len(pairs) :], peer.logit_scale, labels
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), recipe.clip_gradient)
         rate = (step + 1) / rising

@@ -39,9 +39,10 @@ from miniclip.training import (
 )
 from miniclip.training import data as data_module
 from miniclip.training import loop as loop_module
-from miniclip.training.data import augment, class_captions
-from miniclip.training.loop import SMALL, PatchDropout, checkpoint_blocks
+from miniclip.training.data import SYNONYMS, augment, class_captions
+from miniclip.training.loop import SMALL, PatchDropout, checkpoint_blocks, normalized, set_up
 from miniclip.training.optim import Muon
+from miniclip.transform import open_image
 from miniclip.zeroshot import ZeroShotClassifier
 
 # ------------------------------------------------------------------------------------------------
@@ -399,8 +400,23 @@ def test_broken_pictures_are_skipped_and_named(stripes):
 
 
 def test_a_class_is_called_by_every_synonym_in_every_template():
-    assert "a photo of a kitten." in class_captions("cat")
-    assert class_captions("tea cup")[3] == "a photo of a tea cup."
+    plain = class_captions("tea cup")
+    assert plain[0] == "tea cup" and plain[3] == "a photo of a tea cup."
+    assert len(set(plain)) == 12 and all(text.count("tea cup") == 1 for text in plain)
+    assert set(class_captions("cat")) == {
+        text.replace("tea cup", word)
+        for word in ("cat", "kitten", "house cat", "tabby cat")
+        for text in plain
+    }
+
+
+def test_no_synonym_is_of_two_classes():
+    words = [word for group in SYNONYMS.values() for word in group]
+    assert len(set(words)) == len(words) == 35
+    assert all(group[0] == name for name, group in SYNONYMS.items())
+    assert sorted(SYNONYMS) == sorted(
+        "airplane automobile bird cat deer dog frog horse ship truck".split()
+    )
 
 
 def test_class_folders_are_read_as_they_are_evaluated(tmp_path):
@@ -574,10 +590,79 @@ def test_a_run_writes_down_what_it_did(undisturbed):
     assert not (out / "training.pt").exists()
 
 
-def test_a_run_is_decided_by_its_seed(stripes, undisturbed, tmp_path):
-    assert_equal_models(run(stripes, tmp_path / "again"), undisturbed[0])
-    other = run(stripes, tmp_path / "other", replace(QUICK, seed=1))
-    assert not torch.equal(other.vision.pos_embed, undisturbed[0].vision.pos_embed)
+def test_a_new_model_is_decided_by_the_seed_and_its_data(stripes):
+    source = open_data(stripes, ImageTransform(SIZE))
+    (model, tokenizer), (again, _), (other, _) = (
+        from_scratch(SHAPE, source, seed) for seed in (0, 0, 1)
+    )
+    assert_equal_models(model, again)
+    assert not torch.equal(model.vision.pos_embed, other.vision.pos_embed)
+    text = model.config.text
+    assert tokenizer([""])[0, :2].tolist() == [text.bos_token_id, text.eos_token_id]
+    assert text.vocab_size == len(tokenizer.vocab)
+    assert tokenizer.context_length == text.context_length == 24
+
+
+def test_a_new_model_is_like_the_one_that_is_named(stripes, like, tmp_path):
+    """Its shape, recipe and scale of pixels; what is asked for besides comes first."""
+    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    for name in ("recipe.json", "config.json"):
+        (tmp_path / name).write_bytes((like / name).read_bytes())
+    ImageTransform(SIZE, **settings).save_pretrained(tmp_path)
+    found = set_up(str(stripes), like=str(tmp_path), overrides={"seed": 5, "epochs": 9})
+    assert found.recipe == replace(QUICK, seed=5, epochs=9)
+    assert found.model.config.vision == SHAPE.vision and found.model.config.embed_dim == 16
+    assert found.transform == ImageTransform(SIZE, **settings)
+    assert_equal_models(found.model, from_scratch(SHAPE, found.data, 5)[0])
+
+    shape = replace(SHAPE, embed_dim=24)
+    (tmp_path / "shape.json").write_text(json.dumps(shape.to_dict()))
+    found = set_up(str(stripes), like=str(tmp_path), config=str(tmp_path / "shape.json"))
+    assert found.model.config.embed_dim == 24 and found.recipe == QUICK
+    assert found.transform == ImageTransform(SIZE)  # the pixels are the other shape's
+
+    found = set_up(str(stripes))
+    assert found.recipe == Recipe() and found.model.config.vision == SMALL.vision
+    found = set_up(str(stripes), like=str(tmp_path / "recipe.json"))
+    assert found.recipe == QUICK
+
+
+def test_the_defaults_of_a_recipe():
+    """As `miniclip train` has documented them: who trained by them can do so again."""
+    assert asdict(Recipe()) == {
+        "epochs": 30, "batch": 256, "lr": 1e-3, "muon_lr": 0.0, "weight_decay": 0.1,
+        "warmup": 0.05, "clip_gradient": 1.0, "patch_dropout": 0.0, "full_epochs": 1, "ema": 0.0,
+        "augment": False, "hard_negatives": False, "chunk": 0, "checkpoint_blocks": False,
+        "precision": "float32", "compile": False, "seed": 0,
+    }  # fmt: skip
+
+
+def test_a_source_has_the_pixels_of_the_transform(tmp_path):
+    """Cut, resized and turned as the model will see them; decoded once where all of them fit."""
+    generator = np.random.default_rng(0)
+    picture = Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    transform = ImageTransform(SIZE, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
+    picture.save(tmp_path / "a.png")
+    row = {"file_name": "a.png", "text": "a picture"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    tar_of(tmp_path / "a.tar", {"a.png": as_bytes(picture), "a.txt": b"a picture"})
+    for name in (tmp_path, tmp_path / "a.tar"):
+        data = open_data(name, transform)
+        pixels = normalized(data[next(data.items(0)), 0].pixels[None], transform, False)
+        torch.testing.assert_close(pixels[0], transform(picture))
+
+
+@pytest.mark.parametrize("memory", [3 * SIZE**2, 3 * SIZE**2 - 1])
+def test_pictures_are_decoded_once_where_all_of_them_fit(memory, tmp_path, monkeypatch):
+    captioned(tmp_path, "jsonl", pictures=1, broken=None)
+    monkeypatch.setattr(data_module, "MEMORY", memory)
+    opened = []
+    monkeypatch.setattr(
+        data_module, "open_image", lambda path: opened.append(path) or open_image(path)
+    )
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert all(torch.equal(data[0, i].pixels, data[0, 0].pixels) for i in range(3))
+    assert len(opened) == (1 if memory == 3 * SIZE**2 else 6)
 
 
 @pytest.mark.parametrize(("at", "save_every"), [(7, 0), (7, 300), (10, 300)])
@@ -700,20 +785,30 @@ def test_hard_negatives_need_data_that_has_them(stripes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("name", "value", "expected"),
     [
-        {"epochs": 0},
-        {"batch": 1},
-        {"lr": math.nan},
-        {"chunk": -1},
-        {"clip_gradient": 0.0},
-        {"patch_dropout": 1.0},
-        {"precision": "float16"},
+        ("epochs", 0, "at least 1"),
+        ("batch", 1, "at least 2"),
+        ("lr", math.nan, "at least 0"),
+        ("clip_gradient", 0.0, "more than 0"),
+        ("patch_dropout", 1.0, "0 or more, below 1"),
+        ("ema", 1.0, "0 or more, below 1"),
+        ("precision", "float16", "float32 or bfloat16"),
+        *((name, -1, "at least 0") for name in ("muon_lr", "weight_decay", "warmup", "seed")),
+        *((name, -1, "at least 0") for name in ("patch_dropout", "ema", "full_epochs", "chunk")),
     ],
 )
-def test_a_recipe_is_checked(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        Recipe(**change)
+def test_a_recipe_is_checked(name, value, expected):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; expected {expected}"):
+        Recipe(**{name: value})
+
+
+def test_a_recipe_may_have_whole_numbers_for_fractions(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"lr": 1, "augment": true}')
+    assert read_recipe(tmp_path / "recipe.json") == Recipe(lr=1, augment=True)
+    (tmp_path / "recipe.json").write_text('{"augment": 1}')
+    with pytest.raises(CheckpointError, match="augment is 1, not of type bool"):
+        read_recipe(tmp_path / "recipe.json")
 
 
 # ------------------------------------------------------------------------------------------------
