@@ -377,7 +377,7 @@ def test_the_world_is_the_same_on_every_machine():
     said = [say_something(s, Random(i), i // 2 % 4 if i % 2 else 3) for i, s in enumerate(scenes)]
     data = Shapes(60)
     world = [scenes, said, [captions(s) for s in scenes[:10]], list(data.items(3))]
-    world += [[data.scene(i) for i in range(60)], [data[i, i][1:] for i in range(60)]]
+    world += [[data.scene(i) for i in range(60)], [data[i, i][1:] for i in range(60)], COLOURS]
     assert [crc32(repr(part).encode()) for part in world] == [
         3256000819,
         1060013200,
@@ -385,6 +385,7 @@ def test_the_world_is_the_same_on_every_machine():
         481254052,
         2448789420,
         2939645875,
+        279342419,
     ]
 
 

@@ -4,6 +4,8 @@ from slip import Slip
 
 RUNS = "tests/test_recipe.py"
 TRAINING = "tests/test_training.py -m 'not slow'"
+DATA = "tests/test_training.py -k 'source or pictures or pixels or shards or class or synonym'"
+SETUP = "tests/test_training.py -k 'new_model or a_recipe or bad_input or stopped or finished'"
 SHAPES = "tests/test_shapes.py"
 
 SLIPS = [
@@ -204,16 +206,15 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "The loss is computed in bfloat16.",
-        "x.to(logit_scale.dtype) for x in",
-        "x for x in",
+        "The text tower stays in float32.",
+        "cast(model.encode_text)(ids)",
+        "model.encode_text(ids)",
         RUNS,
     ),
-    Slip("The text tower stays in float32.", "encode_text = cast(", "encode_text = (", RUNS),
     Slip(
         "Embeddings of pictures are not normalised.",
-        "partial(model.encode_image, normalize=True)",
-        "partial(model.encode_image, normalize=False)",
+        "unit_norm(cast(model.encode_image)(pixels).to(model.logit_scale.dtype))",
+        "cast(model.encode_image)(pixels)",
         RUNS,
     ),
     Slip("The model is not put in training mode.", "    model.train()\n", "", RUNS),
@@ -443,5 +444,303 @@ SLIPS = [
         "    flat /= dist.get_world_size()\n",
         "",
         "tests/test_training.py -k 'gathering or big_batch'",
+    ),
+    # averaged weights
+    Slip("`ema` is ignored.", "        if recipe.ema:", "        if False:", RUNS),
+    Slip(
+        "The average has another decay.",
+        "get_ema_multi_avg_fn(recipe.ema)",
+        "get_ema_multi_avg_fn(0.999)",
+        RUNS,
+    ),
+    Slip(
+        "The average stays at the first step.",
+        "                run.average.update_parameters(model)",
+        "                run.average.update_parameters(model) if run.step == 0 else None",
+        RUNS,
+    ),
+    Slip(
+        "The model comes back without its average.",
+        "self.model.load_state_dict(self.average.module.state_dict())",
+        "pass",
+        RUNS,
+    ),
+    # the data
+    Slip(
+        "A picture has its first caption only.",
+        "random.Random(draw).choice(captions)",
+        "captions[0]",
+        DATA,
+    ),
+    Slip(
+        "The pictures keep the transform's mean and std.",
+        "plain = replace(transform, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)",
+        "plain = transform",
+        DATA,
+    ),
+    Slip(
+        "Pixels are floored.", "(plain(picture) * 255).round()", "(plain(picture) * 255)", TRAINING
+    ),
+    Slip(
+        "Pictures are never remembered.",
+        "            self._kept[i] = pixels\n",
+        "            pass\n",
+        DATA,
+    ),
+    Slip(
+        "Pictures are remembered that do not fit.",
+        "crop_size**2 <= MEMORY",
+        "crop_size**2 >= 0",
+        DATA,
+    ),
+    Slip(
+        "A skipped picture is noted again and again.",
+        "    if note not in notes:",
+        "    if True:",
+        DATA,
+    ),
+    Slip(
+        "A kitten is a dog.",
+        '"dog": ("dog", "puppy", "hound")',
+        '"dog": ("dog", "kitten", "hound")',
+        DATA,
+    ),
+    Slip("A template lacks the class.", '"a picture of a small {}."', '"a picture of a small one."', DATA),
+    Slip(
+        "One folder is enough.",
+        "labelled_images(root)\n    if (found := len(set(images.classes))) < 2:",
+        "labelled_images(root)\n    if (found := len(set(images.classes))) < 1:",
+        DATA,
+    ),
+    Slip("A row without words is taken.", "bool(text.strip())", "True", DATA),
+    Slip(
+        "Shards are read in one order.",
+        "[self.paths[i] for i in shuffled(len(self.paths), seed)]",
+        "self.paths",
+        DATA,
+    ),
+    Slip(
+        "Neighbours in shards are mixed the same way in every epoch.",
+        "rng=random.Random(seed)",
+        "rng=random.Random(0)",
+        DATA,
+    ),
+    Slip(
+        "A caption's byte order mark is kept.",
+        'b"").decode("utf-8-sig", "replace")',
+        'b"").decode("utf-8", "replace")',
+        DATA,
+    ),
+    Slip(
+        "Equal captions do not share a label.",
+        "return crc32(caption.encode())",
+        "return random.getrandbits(32)",
+        DATA,
+    ),
+    Slip(
+        "A batch that lost a picture is smaller.",
+        "pairs += [pairs[i % len(pairs)] for i in range(len(loaded) - len(pairs))]",
+        "pass",
+        DATA,
+    ),
+    Slip(
+        "A run that is continued within an epoch starts it again.",
+        "skip * batch, steps * batch)",
+        "0, steps * batch)",
+        DATA,
+    ),
+    Slip(
+        "Shares are halves in a row.",
+        "if i % world == rank]",
+        "if i * world // batch == rank]",
+        DATA,
+    ),
+    Slip(
+        "Nothing is mirrored.",
+        "mirror = torch.randint(0, 2, (b,)) * 2 - 1",
+        "mirror = torch.ones(b)",
+        DATA,
+    ),
+    Slip(
+        "Every picture is zoomed.",
+        "side = 1 - (torch.rand(b) - 0.5).clamp(min=0)",
+        "side = 1 - torch.rand(b) / 2",
+        DATA,
+    ),
+    Slip("Pictures are moved twice as far.", "x, y = 0.3 * (", "x, y = 0.6 * (", DATA),
+    Slip(
+        "Pictures are also turned upside down.",
+        "torch.stack([side * mirror, none, x, none, side, y]",
+        "torch.stack([side, none, x, none, side * mirror, y]",
+        DATA,
+    ),
+    # set-up and recipes
+    Slip(
+        "`from_scratch` ignores the seed.",
+        "    torch.manual_seed(seed)\n    return CLIP(",
+        "    torch.manual_seed(0)\n    return CLIP(",
+        SETUP,
+    ),
+    Slip(
+        "The tokenizer has its own context.",
+        "    tokenizer.context_length = config.text.context_length\n",
+        "",
+        SETUP,
+    ),
+    Slip(
+        "Random weights do not follow the recipe's seed.",
+        "from_scratch(shape, source, recipe.seed)",
+        "from_scratch(shape, source)",
+        SETUP,
+    ),
+    Slip(
+        "What is asked for does not come first.",
+        "replace(recipe, **overrides or {})",
+        "recipe",
+        SETUP,
+    ),
+    Slip(
+        "The scale of pixels is not taken over.",
+        "        transform = ImageTransform.from_pretrained(directory)\n    source",
+        "        pass\n    source",
+        SETUP,
+    ),
+    Slip(
+        "The shape of `config` is ignored.",
+        "shape = CLIPConfig.from_dict(read_json(Path(config)))",
+        "pass",
+        SETUP,
+    ),
+    Slip("A model and a config are taken together.", "if model and config:", "if False:", SETUP),
+    Slip(
+        "No epoch at all is taken.",
+        '{"epochs": 1, "batch": 2}',
+        '{"epochs": 0, "batch": 2}',
+        SETUP,
+    ),
+    Slip(
+        "A batch of one is taken.",
+        '{"epochs": 1, "batch": 2}',
+        '{"epochs": 1, "batch": 1}',
+        SETUP,
+    ),
+    Slip(
+        "NaN is a rate.",
+        "if not getattr(self, name) >= least:",
+        "if getattr(self, name) < least:",
+        SETUP,
+    ),
+    Slip(
+        "A gradient of length 0 is taken.",
+        "if not self.clip_gradient > 0:",
+        "if not self.clip_gradient >= 0:",
+        SETUP,
+    ),
+    Slip(
+        "All patches may be dropped.",
+        "if not 0 <= self.patch_dropout < 1:",
+        "if not 0 <= self.patch_dropout <= 1:",
+        SETUP,
+    ),
+    Slip("The default rate is another.", "lr: float = 1e-3", "lr: float = 2e-3", SETUP),
+    Slip(
+        "The default warm-up is another.", "warmup: float = 0.05", "warmup: float = 0.1", TRAINING
+    ),
+    Slip(
+        "A state of another recipe is continued.",
+        "        if changed:\n",
+        "        if False:\n",
+        SETUP,
+    ),
+    Slip(
+        "A checkpoint is overwritten.",
+        'for name in ("config.json", "model.safetensors")):',
+        "for name in ()):",
+        SETUP,
+    ),
+    Slip(
+        "A finished run keeps its state.",
+        "(self.out / STATE).unlink(missing_ok=True)",
+        "pass",
+        SETUP,
+    ),
+    Slip(
+        "Optimizers start anew in a run that is continued.",
+        "optimizer.load_state_dict(saved)",
+        "pass",
+        SETUP,
+    ),
+    # the drawn world
+    Slip("A colour is another.", '"pink": (255, 140, 196)', '"pink": (255, 150, 196)', SHAPES),
+    Slip("Large is smaller.", '"large": 13', '"large": 12', SHAPES),
+    Slip("Tilts are other angles.", "TILTS = (-12, 0, 12)", "TILTS = (-10, 0, 10)", SHAPES),
+    Slip("Relations are spoken of sooner.", "CLEAR = 8\n", "CLEAR = 6\n", SHAPES),
+    Slip("Other pairs are held out.", "SHAPES[(3 * i + 1) % 8]", "SHAPES[(3 * i + 2) % 8]", SHAPES),
+    Slip("A star is fatter.", "np.tile([1, 0.42], 5)", "np.tile([1, 0.46], 5)", SHAPES),
+    Slip("A ring is thinner.", "0.95 * round, 0.5 * round", "0.95 * round, 0.6 * round", SHAPES),
+    Slip(
+        "Masks have what is covered a little.",
+        "mask[rows, columns] = cover >= 0.5",
+        "mask[rows, columns] = cover >= 0.2",
+        SHAPES,
+    ),
+    Slip("Below means above.", '"below": ("y", -1)', '"below": ("y", 1)', SHAPES),
+    Slip(
+        "A false caption may be true.",
+        "return not unknown and not holds(claim, scene)",
+        "return not unknown",
+        SHAPES,
+    ),
+    Slip(
+        "A false caption may name a held-out pair.",
+        "return not unknown and not holds(claim, scene)",
+        "return not holds(claim, scene)",
+        SHAPES,
+    ),
+    Slip(
+        "Nothing vague is said.",
+        "kind = vague if random.random() < 0.2 else",
+        "kind = vague if random.random() < 0.0 else",
+        SHAPES,
+    ),
+    Slip(
+        "A lesson is a fifth of all.",
+        "self.lesson_length = count // 6",
+        "self.lesson_length = count // 5",
+        SHAPES,
+    ),
+    Slip(
+        "Lessons come in one order.",
+        "for i in shuffled(end - first, seed))",
+        "for i in range(end - first))",
+        SHAPES,
+    ),
+    Slip(
+        "The scenes of the score may be trained on.", "if seed == SCORE_SEED:", "if False:", SHAPES
+    ),
+    Slip("The score asks about training's scenes.", "SCORE_SEED = 2021", "SCORE_SEED = 0", SHAPES),
+    Slip(
+        "Seen and unseen are one.",
+        "unseen=naming(held_out=True)",
+        "unseen=naming(held_out=False)",
+        SHAPES,
+    ),
+    Slip(
+        "Left and right are above and below.",
+        'left_right=preferring("places", "x")',
+        'left_right=preferring("places", "y")',
+        SHAPES,
+    ),
+    Slip(
+        "Binding is about places.",
+        'binding=preferring("colours")',
+        'binding=preferring("places")',
+        SHAPES,
+    ),
+    Slip(
+        "A tie counts as right.",
+        "(similarity[rows] > (images",
+        "(similarity[rows] >= (images",
+        SHAPES,
     ),
 ]
