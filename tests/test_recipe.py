@@ -16,7 +16,7 @@ from twin import copy_weights, transformers_config
 
 from miniclip import CLIPConfig, ImageTransform, TextConfig, VisionConfig
 from miniclip.layouts import TRANSFORMERS, layout_name
-from miniclip.training import Recipe, from_scratch, train
+from miniclip.training import Recipe, from_scratch, read_recipe, train
 from miniclip.training import loop as loop_module
 from miniclip.training.data import Pair, augment, draw_seed
 
@@ -213,12 +213,12 @@ def two_models(logit_scale=SHAPE.logit_scale_init):
     return ours, peer, tokenizer
 
 
-def assert_same_weights(ours, peer):
+def assert_same_weights(ours, peer, prefix=""):
     theirs = peer.state_dict()
     for name, value in ours.state_dict().items():
         if name.endswith("k_proj.bias"):  # its gradient is rounding errors: softmax ignores it
             continue
-        difference = (value - theirs[layout_name(name, TRANSFORMERS)]).abs().max()
+        difference = (value - theirs[layout_name(prefix + name, TRANSFORMERS)]).abs().max()
         assert difference < 2e-5, name
 
 
@@ -254,16 +254,38 @@ def test_logits_stay_within_100_times_a_cosine(tmp_path):
     assert_same_weights(ours, peer)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_each_of_two_processes_draws_for_itself(rank, tmp_path, monkeypatch):
-    """One of two, whose embeddings are not gathered: its share of the pairs, its own noise."""
-    processes = SimpleNamespace(
+def one_of_two(rank):
+    """As much of torch.distributed as the loop asks."""
+    return SimpleNamespace(
         is_initialized=lambda: True,
         get_rank=lambda: rank,
         get_world_size=lambda: 2,
         all_gather_object=lambda notes, own: notes.__setitem__(slice(None), [own, own]),
     )
-    monkeypatch.setattr(loop_module, "dist", processes)
+
+
+def test_processes_share_a_batch_evenly(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module, "dist", one_of_two(0))
+    model, _, tokenizer = two_models()
+    train(model, tokenizer, TRANSFORM, Spots(), Recipe(epochs=1, batch=100), tmp_path / "all")
+    assert read_recipe(tmp_path / "all" / "recipe.json").batch == 12  # of 13 pairs
+    with pytest.raises(ValueError, match="a batch of 5 cannot be shared by 2 processes"):
+        train(model, tokenizer, TRANSFORM, Spots(), Recipe(batch=5), tmp_path / "odd")
+
+
+def test_a_frozen_tower_stays_as_it_is(tmp_path):
+    model, peer, tokenizer = two_models()
+    model.vision.requires_grad_(False)
+    train(model, tokenizer, TRANSFORM, Spots(), replace(BASE, epochs=1, muon_lr=0.03), tmp_path)
+    assert_same_weights(model.vision, peer, "vision.")
+    assert not torch.equal(model.text.proj.weight, peer.text_projection.weight)
+    assert not model.training
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_of_two_processes_draws_for_itself(rank, tmp_path, monkeypatch):
+    """One of two, whose embeddings are not gathered: its share of the pairs, its own noise."""
+    monkeypatch.setattr(loop_module, "dist", one_of_two(rank))
     recipe = replace(BASE, patch_dropout=0.6, augment=True)
     ours, peer, tokenizer = two_models()
     train(ours, tokenizer, TRANSFORM, Spots(), recipe, tmp_path)

@@ -429,6 +429,7 @@ def test_class_folders_are_read_as_they_are_evaluated(tmp_path):
     data = open_data(tmp_path, ImageTransform(SIZE))
     assert [label for _, _, label in data.entries] == [0, 0, 1]
     assert {"a photo of a tench.", "goldfish"} <= set(data.captions())
+    assert {data[0, draw].caption for draw in range(200)} == set(class_captions("tench"))
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # a byte order mark, as Excel writes it
@@ -489,6 +490,25 @@ def test_shards_are_turned_upright_and_their_damage_is_named_once(tmp_path):
     assert len(data.skipped) == len(named)
     for name in named:
         assert sum(name in reason for reason in data.skipped) == 1, (name, data.skipped)
+
+
+def test_shards_and_their_samples_are_mixed_anew_by_each_seed(tmp_path, monkeypatch):
+    for shard in "abcd":
+        members = {f"{i}.png": b"" for i in range(6)}
+        members |= {f"{i}.txt": f"{shard}{i}".encode() for i in range(6)}
+        tar_of(tmp_path / f"{shard}.tar", dict(sorted(members.items())))
+
+    def order(data, seed):
+        return [sample["txt"].decode() for sample in data.items(seed)]
+
+    for name in (tmp_path, tmp_path / "a.tar"):
+        data = open_data(name, ImageTransform(SIZE))
+        orders = [order(data, seed) for seed in range(4)]
+        assert orders[0] == order(data, 0) and len(set(map(tuple, orders))) == 4
+        assert all(sorted(found) == sorted(data.captions()) for found in orders)
+    monkeypatch.setattr(data_module.Shards, "BUFFER", 1)
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert len({order(data, seed)[0][0] for seed in range(8)}) > 1
 
 
 def test_shards_without_the_library_are_an_error(tmp_path, monkeypatch):

@@ -4,8 +4,14 @@ from slip import Slip
 
 RUNS = "tests/test_recipe.py"
 TRAINING = "tests/test_training.py -m 'not slow'"
-DATA = "tests/test_training.py -k 'source or pictures or pixels or shards or class or synonym'"
-SETUP = "tests/test_training.py -k 'new_model or a_recipe or bad_input or stopped or finished'"
+DATA = (
+    "tests/test_training.py -k 'source or pictures or pixels or shards or class "
+    "or synonym or batches or augment or cannot'"
+)
+SETUP = (
+    "tests/test_training.py -k 'new_model or a_recipe or bad_input or stopped or finished "
+    "or another or writes'"
+)
 SHAPES = "tests/test_shapes.py"
 
 SLIPS = [
@@ -222,7 +228,7 @@ SLIPS = [
         "The model comes back in training mode.",
         "    run.finish(tokenizer, transform)\n    return model.eval()",
         "    run.finish(tokenizer, transform)\n    return model",
-        TRAINING,
+        RUNS,
     ),
     Slip(
         "Labels are not shared.",
@@ -313,13 +319,13 @@ SLIPS = [
         "The batch that processes cannot share is not refused.",
         "if recipe.batch % world:",
         "if False:",
-        TRAINING,
+        RUNS,
     ),
     Slip(
         "The batch of the data does not fit the processes.",
         "len(data) - len(data) % world)",
         "len(data))",
-        TRAINING,
+        RUNS,
     ),
     # optimizers
     Slip("Adam's beta2 is torch's.", "(0.9, 0.98), 1e-6", "(0.9, 0.999), 1e-6", RUNS),
@@ -383,7 +389,7 @@ SLIPS = [
         "Frozen parameters are trained.",
         "for name, p in model.named_parameters() if p.requires_grad]",
         "for name, p in model.named_parameters()]",
-        TRAINING,
+        RUNS,
     ),
     Slip("Warm-up starts at zero.", "return (step + 1) / rising", "return step / rising", RUNS),
     Slip(
@@ -505,7 +511,12 @@ SLIPS = [
         '"dog": ("dog", "kitten", "hound")',
         DATA,
     ),
-    Slip("A template lacks the class.", '"a picture of a small {}."', '"a picture of a small one."', DATA),
+    Slip(
+        "A template lacks the class.",
+        '"a picture of a small {}."',
+        '"a picture of a small one."',
+        DATA,
+    ),
     Slip(
         "One folder is enough.",
         "labelled_images(root)\n    if (found := len(set(images.classes))) < 2:",
