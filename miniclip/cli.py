@@ -38,6 +38,7 @@ RECIPE: dict[str, tuple[type, str]] = {
     "clip_gradient": (float, "the longest gradient"),
     "patch_dropout": (float, "share of an image's patches left out (FLIP)"),
     "full_epochs": (int, "epochs at the end without patch dropout"),
+    "ema": (float, "above 0, write the weights' moving average, with this decay"),
     "augment": (bool, "mirror, zoom into and move the pictures"),
     "hard_negatives": (bool, "learn from false captions too, where the data has them"),
     "chunk": (int, "rows in memory at once, in two passes (GradCache); 0 for all"),

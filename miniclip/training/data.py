@@ -68,6 +68,7 @@ class Pair(NamedTuple):
     caption: str
     label: int  # pairs of equal label are true of each other
     negative: str = ""  # a caption that is false of the picture, if the source makes such
+    also: tuple[int, ...] = ()  # labels of all its captions, as many in each pair of a source
 
 
 class Batch(NamedTuple):
@@ -77,6 +78,7 @@ class Batch(NamedTuple):
     captions: list[str]
     labels: Tensor  # (B,)
     negatives: list[str]
+    also: Tensor  # (B, K)
 
 
 class Source(Protocol):
@@ -118,6 +120,7 @@ class Pictures:
         self.entries = entries
         self.skipped: list[str] = []
         self._to_bytes = _to_bytes(transform)
+        self._also = labels_of_all(captions for _, captions, label in entries if label is None)
         self._kept: dict[int, Tensor] | None = None
         if len(entries) * 3 * transform.crop_size**2 <= MEMORY:
             self._kept = {}
@@ -141,7 +144,9 @@ class Pictures:
         pixels = self._pixels(i, path)
         if pixels is None:
             return None
-        return Pair(pixels, caption, caption_label(caption) if label is None else label)
+        if label is not None:
+            return Pair(pixels, caption, label)
+        return Pair(pixels, caption, caption_label(caption), also=self._also[id(captions)])
 
     def _pixels(self, i: int, path: Path) -> Tensor | None:
         if self._kept is not None and i in self._kept:
@@ -154,6 +159,20 @@ class Pictures:
         if self._kept is not None:
             self._kept[i] = pixels
         return pixels
+
+
+def labels_of_all(captions: Iterable[Sequence[str]]) -> dict[int, tuple[int, ...]]:
+    """The labels of each list of captions, by the list's id. The longest list decides how many;
+    a shorter one repeats its first. None at all if no list has two different captions."""
+    labels = {
+        key: sorted(set(map(caption_label, each)))
+        for key, each in {id(each): each for each in captions}.items()
+    }
+    most = max(map(len, labels.values()), default=0)
+    return {
+        key: (*found, *found[:1] * (most - len(found))) if most > 1 else ()
+        for key, found in labels.items()
+    }
 
 
 def _to_bytes(transform: ImageTransform) -> Any:
@@ -197,16 +216,25 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 def captioned_pictures(metadata: Path, transform: ImageTransform) -> Pictures:
     """The `imagefolder` convention of Hugging Face's datasets: a row for each picture beside the
-    file, with its `file_name` and its `text`. Raises ValueError, which names the row."""
+    file, with its `file_name` and its `text`. `text` may be a list of captions: one is drawn each
+    time, and each is true of every picture that lists it. Raises ValueError, which names the row.
+    """
     entries = []
+    lists: dict[tuple[str, ...], tuple[str, ...]] = {}  # pictures with equal lists share one
     for row, values in _rows(metadata):
         name, text = values.get("file_name"), values.get("text")
-        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+        captions = tuple(text) if isinstance(text, list) else (text,)
+        if not isinstance(name, str) or not captions or not all(map(is_caption, captions)):
             raise ValueError(f"{metadata}, row {row}: expected a file_name and a text")
-        entries.append((metadata.parent / name, (text,), None))
+        entries.append((metadata.parent / name, lists.setdefault(captions, captions), None))
     if not entries:
         raise ValueError(f"{metadata}: no rows; expected one for each picture")
     return Pictures(entries, transform)
+
+
+def is_caption(text: object) -> bool:
+    """Whether it is a string that says something."""
+    return isinstance(text, str) and bool(text.strip())
 
 
 def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -343,8 +371,14 @@ def batches(
     for loaded in _loaded(data, drawn):
         pairs = [pair for pair in loaded if pair is not None] or [_readable(data, seed)]
         pairs += [pairs[i % len(pairs)] for i in range(len(loaded) - len(pairs))]
-        pixels, captions, labels, negatives = zip(*pairs, strict=True)
-        yield Batch(torch.stack(pixels), list(captions), torch.tensor(labels), list(negatives))
+        pixels, captions, labels, negatives, also = zip(*pairs, strict=True)
+        yield Batch(
+            torch.stack(pixels),
+            list(captions),
+            torch.tensor(labels),
+            list(negatives),
+            torch.tensor(also, dtype=torch.long),
+        )
 
 
 def _readable(data: Source, seed: int) -> Pair:

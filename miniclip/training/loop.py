@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -36,7 +37,7 @@ from miniclip.config import (
     replacing,
     write_json,
 )
-from miniclip.model import CLIP
+from miniclip.model import CLIP, Attention, unit_norm
 from miniclip.surgery.interventions import PatchDropout
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import Source, augment, batches, draw_seed, open_data
@@ -68,6 +69,7 @@ class Recipe:
     clip_gradient: float = 1.0  # the longest gradient
     patch_dropout: float = 0.0  # share of the patches (FLIP)
     full_epochs: int = 1  # at the end, without patch dropout: as the model will be used
+    ema: float = 0.0  # above 0, the checkpoint is the weights' moving average, with this decay
     augment: bool = False  # mirror, zoom, move; a mirror makes captions of left and right false
     hard_negatives: bool = False  # NegCLIP, where the data has false captions
     chunk: int = 0  # rows in memory at once (GradCache); 0 for all
@@ -86,6 +88,8 @@ class Recipe:
             raise ValueError(f"clip_gradient is {self.clip_gradient}; expected more than 0")
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"patch_dropout is {self.patch_dropout}; expected 0 or more, below 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; expected 0 or more, below 1")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is {self.precision!r}; expected float32 or bfloat16")
 
@@ -115,6 +119,19 @@ def checkpoint_blocks(model: CLIP) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward  # the class's own is below
+
+
+@contextmanager
+def attention_written_out(model: CLIP) -> Iterator[None]:
+    """In bfloat16 on a CPU, the fused attention's backward pass takes four times as long."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    before = [layer.eager for layer in layers]
+    model.set_attention("eager")
+    try:
+        yield
+    finally:
+        for layer, eager in zip(layers, before, strict=True):
+            layer.eager = eager
 
 
 @contextmanager
@@ -243,8 +260,12 @@ def train(
         model.text.compile()
     device = model.logit_scale.device
     cast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-    encode_image = cast(partial(model.encode_image, normalize=True))
-    encode_text = cast(partial(model.encode_text, normalize=True))
+
+    def encode_image(pixels: Tensor) -> Tensor:
+        return unit_norm(cast(model.encode_image)(pixels).to(model.logit_scale.dtype))
+
+    def encode_text(ids: Tensor) -> Tensor:
+        return unit_norm(cast(model.encode_text)(ids).to(model.logit_scale.dtype))
 
     model.train()
     stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)
@@ -256,7 +277,9 @@ def train(
         disable=None if rank == 0 else True,
     )
     checkpointed = checkpoint_blocks(model) if recipe.checkpoint_blocks else nullcontext()
-    with bar, checkpointed, closing(dropout), closing(stream):
+    is_slow_fused = device.type == "cpu" and recipe.precision == "bfloat16"
+    attention = attention_written_out(model) if is_slow_fused else nullcontext()
+    with bar, checkpointed, attention, closing(dropout), closing(stream):
         while run.step < steps:
             batch = next(stream)
             if recipe.hard_negatives and not all(batch.negatives):
@@ -271,7 +294,12 @@ def train(
                 encode_text,
                 normalized(batch.pixels, transform, recipe.augment).to(device),
                 tokenized(captions, tokenizer, run).to(device),
-                partial(loss_of_batch, model.logit_scale, batch.labels.to(device)),
+                partial(
+                    loss_of_batch,
+                    model.logit_scale,
+                    batch.labels.to(device),
+                    also=batch.also.to(device),
+                ),
                 recipe.chunk,
             ).item()
             if not math.isfinite(loss):  # stop before it is saved
@@ -279,9 +307,11 @@ def train(
             average_gradients(model)
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
-                optimizer.step()
+                cast(optimizer.step)()
                 optimizer.zero_grad()
             clamp_logit_scale(model)
+            if run.average:
+                run.average.update_parameters(model)
 
             run.note(loss, epoch_ended=(run.step + 1) % steps_per_epoch == 0)
             for reason in data.skipped:
@@ -320,7 +350,11 @@ def of_all_processes(notes: list[str]) -> list[str]:
 
 
 def loss_of_batch(
-    logit_scale: Tensor, labels: Tensor, image_embeds: Tensor, text_embeds: Tensor
+    logit_scale: Tensor,
+    labels: Tensor,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    also: Tensor | None = None,
 ) -> Tensor:
     """The loss over all processes. Captions are the first B texts; the rest are false ones."""
     captions, negatives = text_embeds[: len(labels)], text_embeds[len(labels) :]
@@ -330,6 +364,7 @@ def loss_of_batch(
         logit_scale,
         gather(labels),
         gather(negatives) if len(negatives) else None,
+        gather(also) if also is not None and also.numel() else None,
     )
 
 
@@ -360,6 +395,9 @@ class Run:
     def __init__(self, out: Path, model: CLIP, recipe: Recipe, writes: bool) -> None:
         self.out, self.model, self.writes = out, model, writes
         self.optimizers = make_optimizers(model, recipe.lr, recipe.muon_lr, recipe.weight_decay)
+        self.average = None
+        if recipe.ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
         self.settings = {"recipe": asdict(recipe), "config": model.config.to_dict()}
         self.step = 0
         self.losses: list[float] = []  # since the last row
@@ -392,6 +430,8 @@ class Run:
             ]
             if not changed:
                 self.model.load_state_dict(state["model"])
+                if self.average:
+                    self.average.load_state_dict(state["average"])
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(saved)
                 self.step, self.losses, self.rows = state["step"], state["losses"], state["rows"]
@@ -447,6 +487,7 @@ class Run:
         state = {
             "settings": self.settings,
             "model": self.model.state_dict(),
+            "average": self.average and self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "losses": self.losses,
@@ -455,10 +496,14 @@ class Run:
         }
         with replacing(self.out / STATE) as temporary:
             torch.save(state, temporary)
-        save(self.out, self.model, tokenizer, transform)
+        weights = self.average.module if self.average else self.model
+        assert isinstance(weights, CLIP)  # a module, says AveragedModel
+        save(self.out, weights, tokenizer, transform)
 
     def finish(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
-        """A finished run leaves its checkpoint and nothing to continue."""
+        """A finished run leaves its checkpoint, which becomes the model, and no state."""
+        if self.average:
+            self.model.load_state_dict(self.average.module.state_dict())
         if self.writes:
             save(self.out, self.model, tokenizer, transform)  # it may have been killed before this
             (self.out / STATE).unlink(missing_ok=True)

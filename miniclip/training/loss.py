@@ -17,6 +17,7 @@ def contrastive_loss(
     logit_scale: Tensor,
     labels: Tensor | None = None,
     negative_embeds: Tensor | None = None,
+    also: Tensor | None = None,
 ) -> Tensor:
     """Symmetric cross-entropy over the B x B matrix of an image batch and its captions.
 
@@ -24,7 +25,9 @@ def contrastive_loss(
     `logit_scale` is a logarithm. With `labels` (B,), pairs of equal label count as positives of
     each other and share the target, instead of being pushed apart: where a batch is many times
     larger than the number of classes, most of its "negatives" are none (UniCL, Yang et al. 2022,
-    arXiv 2204.03610).
+    arXiv 2204.03610). `also` (B, K) holds the labels of K more captions that are true of each
+    image: "a dog" is true of a Chihuahua too. This is not symmetric ("a Chihuahua" is false of
+    another dog), so each direction of the loss shares out its own target.
 
     `negative_embeds` (B, E) are false captions, row i of image i, such as the true ones with two
     words swapped: the hard negatives of NegCLIP (Yuksekgonul et al. 2022, arXiv 2210.01936). There
@@ -34,13 +37,18 @@ def contrastive_loss(
     logits = logit_scale.exp() * image_embeds @ text_embeds.T  # (B, B)
     if labels is None:
         labels = torch.arange(len(logits), device=logits.device)
-    same = (labels[:, None] == labels[None, :]).to(logits.dtype)
-    target = same / same.sum(dim=1)  # symmetric, so that it serves both directions
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    of_image = labels[:, None] if also is None else torch.cat([labels[:, None], also], dim=1)
+    is_true = (of_image[:, :, None] == labels).any(dim=1).to(logits.dtype)  # of image i, caption j
+    loss = (soft_cross_entropy(logits, is_true) + soft_cross_entropy(logits.T, is_true.T)) / 2
     if negative_embeds is None:
         return loss
     wrong = logit_scale.exp() * (image_embeds * negative_embeds).sum(dim=1)  # (B,)
     return loss + F.softplus(wrong - logits.diagonal()).mean()
+
+
+def soft_cross_entropy(logits: Tensor, is_true: Tensor) -> Tensor:
+    """Cross-entropy where each row's target is shared equally by all that is true, (B, B) both."""
+    return F.cross_entropy(logits, is_true / is_true.sum(dim=1, keepdim=True))
 
 
 @torch.no_grad()

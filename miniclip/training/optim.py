@@ -26,28 +26,37 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are there
         """Update every parameter, all matrices, from its gradient."""
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p.grad)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalized(p.grad.lerp(state["momentum"], group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+                by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in by_shape.items():
+                updates = []
+                for p in params:
+                    assert p.grad is not None
+                    state = self.state[p]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p.grad)
+                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(state["momentum"], group["momentum"]))
+                scale = -group["lr"] * max(1.0, rows / columns) ** 0.5
+                for p, update in zip(params, orthogonalized(torch.stack(updates)), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=scale)
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """About U V^T of the matrix's U S V^T: all singular values become roughly 1.
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """About U V^T of each matrix's U S V^T: all singular values become roughly 1. (N, R, C) both.
 
     Five steps of a Newton-Schulz iteration, whose coefficients are Jordan's.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / x.norm().clamp(min=1e-7)
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 def make_optimizers(

@@ -1,0 +1,277 @@
+"""Captions that are true of several pictures, averaged weights, and matrices stacked for Muon."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from twin import TINY, random_inputs, twins
+
+from miniclip import ImageTransform, load
+from miniclip.model import Attention, unit_norm
+from miniclip.training import Recipe, batches, contrastive_loss, from_scratch, open_data, train
+from miniclip.training import loop as loop_module
+from miniclip.training.loop import SMALL, loss_of_batch
+from miniclip.training.loss import backward
+from miniclip.training.optim import Muon, orthogonalized
+from miniclip.zeroshot import ZeroShotClassifier
+
+KINDS = {
+    "red": ["a red picture", "a warm picture", "a picture"],
+    "orange": ["an orange picture", "a warm picture", "a picture"],
+    "blue": ["a blue picture", "a picture"],
+    "green": ["a green picture"],
+}
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    rows = []
+    for i in range(16):
+        kind = list(KINDS)[i % len(KINDS)]
+        Image.new("RGB", (32, 32), kind).save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": KINDS[kind]}) + "\n")
+    (tmp_path / "metadata.jsonl").write_text("".join(rows))
+    return tmp_path
+
+
+def slow_loss(image, text, scale, captions, kinds):
+    """Mean negative log probability of all that is true, picture by picture and text by text."""
+
+    def mean(rows, columns, is_true):
+        total = 0.0
+        for i, row in enumerate(rows):
+            scores = [math.exp(math.exp(scale) * float(row @ column)) for column in columns]
+            true = [j for j in range(len(columns)) if is_true(i, j)]
+            total -= sum(math.log(scores[j] / sum(scores)) for j in true) / len(true)
+        return total / len(rows)
+
+    of_images = mean(image, text, lambda i, j: captions[j] in KINDS[kinds[i]])
+    of_texts = mean(text, image, lambda j, i: captions[j] in KINDS[kinds[i]])
+    return (of_images + of_texts) / 2
+
+
+def kinds_of(pixels):
+    """What is in each picture of one colour, by that colour."""
+    colours = {kind: Image.new("RGB", (1, 1), kind).getpixel((0, 0)) for kind in KINDS}
+    shown = [tuple(picture[:, 0, 0].tolist()) for picture in pixels]
+    return [next(kind for kind in KINDS if colours[kind] == colour) for colour in shown]
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_a_caption_is_true_of_every_picture_that_lists_it(captioned, step):
+    data = open_data(captioned, ImageTransform(32))
+    batch = next(batches(data, batch=12, seed=step, first=step))
+    kinds = kinds_of(batch.pixels)
+    assert all(text in KINDS[kind] for text, kind in zip(batch.captions, kinds, strict=True))
+    generator = torch.Generator().manual_seed(step)
+    image, text = unit_norm(torch.randn(2, 12, 5, generator=generator, dtype=torch.float64))
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    found = loss_of_batch(scale, batch.labels, image, text, also=batch.also)
+    expected = slow_loss(image, text, scale, batch.captions, kinds)
+    assert found.item() == pytest.approx(expected, abs=1e-12)
+    # With equal captions alone counted as true, the loss would be another one.
+    assert found != contrastive_loss(image, text, scale, batch.labels)
+
+
+def random_embeddings(count):
+    generator = torch.Generator().manual_seed(0)
+    return unit_norm(torch.randn(2, count, 5, generator=generator, dtype=torch.float64))
+
+
+def loss_of_share(rank, world, folder):
+    """The loss of the whole batch, by one process that has read its share."""
+    data = open_data(folder, ImageTransform(32))
+    batch = next(batches(data, batch=8, seed=0, rank=rank, world=world))
+    image, text = random_embeddings(8)[:, rank::world]
+    return loss_of_batch(torch.tensor(2.0), batch.labels, image, text, also=batch.also).item()
+
+
+def one_of_two(rank, folder):
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    torch.save(loss_of_share(rank, 2, folder), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_true_what_one_does(captioned):
+    mp.start_processes(one_of_two, (str(captioned),), nprocs=2, start_method="spawn")
+    alone = loss_of_share(0, 1, captioned)
+    found = [torch.load(captioned / f"{rank}.pt") for rank in range(2)]
+    assert found == pytest.approx([alone] * 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("text", ["a picture", ["a picture"]])
+def test_a_picture_with_one_caption_lists_no_more(text, tmp_path):
+    for i in range(2):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": text}) + "\n" for i in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("".join(rows))
+    batch = next(batches(open_data(tmp_path, ImageTransform(32)), batch=2, seed=0))
+    assert batch.also.shape == (2, 0)
+    assert batch.captions == ["a picture"] * 2
+
+
+@pytest.mark.parametrize("text", [[], ["a picture", ""], ["a picture", 3], {"a": "picture"}])
+def test_a_list_with_something_else_than_captions_is_an_error(text, tmp_path):
+    row = {"file_name": "0.png", "text": text}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"row 1: expected a file_name and a text"):
+        open_data(tmp_path, ImageTransform(32))
+
+
+def test_chunks_share_targets_as_the_whole_batch_does():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (6,), generator=generator)
+    also = torch.randint(3, (6, 2), generator=generator)
+    gradients = []
+    for chunk in (0, 2):
+        model = twins(TINY)[0].double()
+        pixels, ids = random_inputs(TINY, images=6, texts=6)
+        loss = partial(loss_of_batch, model.logit_scale, labels, also=also)
+        encode_image = partial(model.encode_image, normalize=True)
+        encode_text = partial(model.encode_text, normalize=True)
+        backward(encode_image, encode_text, pixels, ids, loss, chunk)
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------
+# averaged weights
+
+AVERAGED = Recipe(epochs=4, batch=8, lr=0.01, muon_lr=0.02, patch_dropout=0.5, ema=0.75)
+
+
+def test_a_run_learns_what_is_true_of_several_pictures(captioned, tmp_path):
+    data = open_data(captioned, ImageTransform(32))
+    model, tokenizer = from_scratch(SMALL, data)
+    recipe = replace(AVERAGED, epochs=20, patch_dropout=0.0)
+    train(model, tokenizer, ImageTransform(32), data, recipe, tmp_path / "run")
+    saved, tokenizer, transform = load(tmp_path / "run")
+    labels = ["a warm picture", "a blue picture", "a green picture"]
+    classifier = ZeroShotClassifier(saved, tokenizer, labels, ["{}"])
+    pixels = transform([Image.new("RGB", (32, 32), kind) for kind in KINDS])
+    assert classifier(pixels).argmax(-1).tolist() == [0, 0, 1, 2]
+
+
+def averaged_run(captioned, out):
+    data = open_data(captioned, ImageTransform(32))
+    model, tokenizer = from_scratch(SMALL, data)
+    return train(model, tokenizer, ImageTransform(32), data, AVERAGED, out)
+
+
+def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
+    captioned, tmp_path, monkeypatch
+):
+    after_each_step = []
+
+    def clamp_and_note(model):
+        clamp(model)
+        after_each_step.append([p.detach().clone() for p in model.parameters()])
+
+    clamp = loop_module.clamp_logit_scale
+    monkeypatch.setattr(loop_module, "clamp_logit_scale", clamp_and_note)
+    model = averaged_run(captioned, tmp_path / "run")
+    assert len(after_each_step) == 8
+    saved = load(tmp_path / "run")[0]
+    for i, (returned, written) in enumerate(
+        zip(model.parameters(), saved.parameters(), strict=True)
+    ):
+        # Each later step weighs a quarter; what is left, the first step.
+        shares = [0.75**7] + [0.25 * 0.75 ** (7 - step) for step in range(1, 8)]
+        average = sum(share * p[i] for share, p in zip(shares, after_each_step, strict=True))
+        torch.testing.assert_close(returned.data, average, rtol=0, atol=1e-6)
+        assert torch.equal(returned, written)
+
+
+def test_a_stopped_run_continues_its_average_to_the_same_bits(captioned, tmp_path, monkeypatch):
+    undisturbed = averaged_run(captioned, tmp_path / "undisturbed")
+    monkeypatch.setattr(loop_module, "SAVE_EVERY", 0)
+    note = loop_module.Run.note
+
+    def stop_at_5(run, *args, **kwargs):
+        if run.step == 5:
+            raise KeyboardInterrupt
+        note(run, *args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop_module.Run, "note", stop_at_5)
+        averaged_run(captioned, tmp_path / "stopped")
+    continued = averaged_run(captioned, tmp_path / "stopped")
+    for found, expected in zip(continued.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+# ------------------------------------------------------------------------------------------------
+# Muon
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_stacked_matrices_become_orthogonal_as_each_does_alone(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    matrices *= torch.tensor([1e-3, 1, 1e3])[:, None, None]
+    alone = torch.cat([orthogonalized(matrix[None]) for matrix in matrices])
+    torch.testing.assert_close(orthogonalized(matrices), alone, rtol=0, atol=1e-5)
+    # Newton and Schulz leave every singular value somewhere near 1, Jordan says 0.7 to 1.2.
+    singular = torch.linalg.svdvals(orthogonalized(matrices))
+    assert singular.min() > 0.5 and singular.max() < 1.3
+
+
+def test_muon_steps_each_matrix_as_if_it_were_alone():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 6), (6, 4), (4, 6), (5, 5), (6, 4)]
+    together = [torch.randn(shape, generator=generator) for shape in shapes]
+    alone = [p.clone() for p in together]
+    optimizers = [Muon(together, lr=0.1), *(Muon([p], lr=0.1) for p in alone)]
+    for _ in range(3):
+        for p, twin in zip(together, alone, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            twin.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# bfloat16 on a CPU
+
+
+def test_bfloat16_ends_before_the_loss(captioned, tmp_path, monkeypatch):
+    lengths = []
+
+    def note(image, text, *args):
+        lengths.extend([*image.norm(dim=1).tolist(), *text.norm(dim=1).tolist()])
+        return contrastive_loss(image, text, *args)
+
+    monkeypatch.setattr(loop_module, "contrastive_loss", note)
+    data = open_data(captioned, ImageTransform(32))
+    model, tokenizer = from_scratch(SMALL, data)
+    recipe = Recipe(epochs=1, batch=16, precision="bfloat16")
+    train(model, tokenizer, ImageTransform(32), data, recipe, tmp_path / "run")
+    assert lengths == pytest.approx([1] * 32, abs=1e-6)  # bfloat16 would be off by 1e-3
+
+
+def test_bfloat16_writes_attention_out_and_leaves_the_model_as_it_was(
+    captioned, tmp_path, monkeypatch
+):
+    written_out = []
+
+    def attend(self, q, k, v):
+        written_out.append(q.dtype)
+        return original(self, q, k, v)
+
+    original = Attention.attend
+    monkeypatch.setattr(Attention, "attend", attend)
+    data = open_data(captioned, ImageTransform(32))
+    model, tokenizer = from_scratch(SMALL, data)
+    model.vision.blocks[0].attn.eager = True
+    recipe = Recipe(epochs=1, batch=16, precision="bfloat16")
+    train(model, tokenizer, ImageTransform(32), data, recipe, tmp_path / "run")
+    assert written_out == [torch.bfloat16] * (SMALL.vision.layers + SMALL.text.layers)
+    eager = [layer for layer in model.modules() if isinstance(layer, Attention) and layer.eager]
+    assert eager == [model.vision.blocks[0].attn]
