@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("MINICLIP_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real vocabularies, golden values and hard images, which is not in the repo."""
-    folder = Path(os.environ.get("MINICLIP_TEST_DATA", ROOT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no test data at {folder}; set MINICLIP_TEST_DATA to its folder")
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(f"no test data at {DATA}; set MINICLIP_TEST_DATA to its folder")
+    return DATA
