@@ -102,7 +102,8 @@ class Theirs:
         self.class_embed = self.model.vision_model.embeddings.class_embedding
 
     def ids(self, texts):
-        return self.tokenizer(texts, padding=True, return_tensors="pt").input_ids
+        rows = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return rows.input_ids
 
     def pixels(self, pictures, reference="transformers", **options):
         if reference == "openai":
