@@ -9,6 +9,8 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import lru_cache
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def vocabulary(name: str) -> dict[str, bytes]:
     if (DATA / "vocab").is_dir():
         files = {path.name: path.read_bytes() for path in (DATA / "vocab").iterdir()}
     else:
-        files = _train_vocabulary()
+        files = dict(_train_vocabulary())
     if "large" in name:
         words = json.loads(files["vocab.json"])
         files["vocab.json"] = json.dumps(words, ensure_ascii=False).encode()
@@ -125,9 +127,21 @@ def vocabulary(name: str) -> dict[str, bytes]:
     return files
 
 
+@lru_cache
 def _train_vocabulary() -> dict[str, bytes]:
+    """A few words, and then pairs of bytes up to the size of the real one: its end token is 49407,
+    which the config of the larger models leaves to transformers' default."""
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.train(["a photo of a cat, the dog and a diagram"], 600).save_pretrained(folder)
+        vocab, merges = (Path(folder) / name for name in ("vocab.json", "merges.txt"))
+        *words, start, end = json.loads(vocab.read_text(encoding="utf-8"))
+        known = {*words}
+        pairs = (pair for pair in product(words[:256], repeat=2) if "".join(pair) not in known)
+        more = [*islice(pairs, 49406 - len(words))]
+        words += [*map("".join, more), start, end]
+        vocab.write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
+        with merges.open("a", encoding="utf-8") as file:
+            file.writelines(f"{one} {other}\n" for one, other in more)
         CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
         names = ("vocab.json", "merges.txt", "tokenizer.json")
         return {name: (Path(folder) / name).read_bytes() for name in names}
