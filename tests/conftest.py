@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("MINICLIP_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +14,6 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no test data at {DATA}; set MINICLIP_TEST_DATA to its folder")
     return DATA
+
+
+DATA = Path(os.environ.get("MINICLIP_TEST_DATA", ROOT.parent / "shared" / "data"))
