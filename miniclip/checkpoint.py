@@ -519,7 +519,8 @@ def load_model(name: str | PathLike[str], **options: Any) -> CLIP:
 
     The options are those of `load`, but for `reference`. In the file's own dtype on a CPU the
     parameters are the mapped file, and cost no memory of their own until they are used or changed;
-    a change never reaches the file.
+    a change never reaches the file. They keep the file's strides, as in transformers: the last bit
+    of a product depends on them, and OpenAI's pytorch_model.bin has transposed projections.
     """
     model = _load(name, **options)[0]
     if not isinstance(model, CLIP):
@@ -553,7 +554,7 @@ def _load(
     tensors = _fit(contents, whole, path)
     model = getattr(whole, part) if part and isinstance(whole, CLIP) else whole
     state = {
-        name: tensors[full].to(device, dtype).contiguous()
+        name: tensors[full].to(device, dtype)
         for name, full in zip(model.state_dict(), _parameters(model), strict=True)
     }
     _warn_of_damage(state, path)

@@ -12,7 +12,9 @@ collect_ignore = ["plant_slips.py", "slips"]  # run by hand
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real vocabularies, golden values and hard images, which is not in the repo."""
-    folder = Path(os.environ.get("MINICLIP_TEST_DATA", ROOT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no test data at {folder}; set MINICLIP_TEST_DATA to its folder")
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(f"no test data at {DATA}; set MINICLIP_TEST_DATA to its folder")
+    return DATA
+
+
+DATA = Path(os.environ.get("MINICLIP_TEST_DATA", ROOT.parent / "shared" / "data"))
