@@ -7,6 +7,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
 # Variables that change what a command prints, where a download goes, or how training starts.
 DROPPED_PREFIXES = ("hf_", "huggingface_", "transformers_", "tqdm_")
 DROPPED = {
