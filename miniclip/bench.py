@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache, cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import ascii_lowercase
 from tempfile import TemporaryDirectory
@@ -41,7 +40,7 @@ from miniclip.layouts import OPENAI, TRANSFORMERS, layout_name, pack
 from miniclip.model import CLIP, unit_norm
 from miniclip.parity import random_inputs, randomize
 from miniclip.parts import parts
-from miniclip.peers import Library, import_transformers, libraries
+from miniclip.peers import Library, import_transformers, libraries, versions
 from miniclip.retrieval import BLOCK, Encoder, Index, Strings, embed, embed_parts
 from miniclip.tokenizer import OPENAI_VOCABULARY, Tokenizer
 from miniclip.training.loss import contrastive_loss
@@ -751,17 +750,7 @@ def environment(device: str) -> dict[str, str]:
     hardware += f", {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         hardware = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; {hardware}"
-    libraries = (
-        *("torch", "transformers", "tokenizers", "open_clip_torch", "openai-clip"),
-        *("pillow", "faiss-cpu"),
-    )
-    versions = {"Python": platform.python_version()}
-    for library in libraries:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            pass
-    return {"date": str(date.today()), "hardware": hardware} | versions
+    return {"date": str(date.today()), "hardware": hardware} | versions()
 
 
 def processor() -> str:
