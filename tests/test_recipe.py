@@ -208,6 +208,7 @@ def two_models(logit_scale=SHAPE.logit_scale_init):
     """Our model and transformers', with the same random weights, and their tokenizer."""
     ours, tokenizer = from_scratch(SHAPE, Spots(), seed=0)
     ours.logit_scale.data.fill_(logit_scale)
+    ours.eval()  # a run puts it in training mode
     peer = transformers.CLIPModel(transformers_config(ours.config)).train()
     copy_weights(ours, peer)
     return ours, peer, tokenizer

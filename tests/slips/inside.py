@@ -568,12 +568,6 @@ LENS = [
         "tests/test_lens.py -k relevance",
     ),
     Slip(
-        "Relevance is made where the caller has gradients only.",
-        "with torch.inference_mode(False), torch.enable_grad():",
-        "with torch.inference_mode(False):",
-        "tests/test_lens.py -k relevance",
-    ),
-    Slip(
         "The parts forget the LayerNorm's eps.",
         "length = (last.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()  # (B, 1)",
         "length = last.var(-1, correction=0, keepdim=True).sqrt()  # (B, 1)",
