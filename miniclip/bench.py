@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache, cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import ascii_lowercase
 from tempfile import TemporaryDirectory
@@ -43,10 +42,10 @@ from miniclip.loss import contrastive_loss
 from miniclip.model import CLIP, unit_norm
 from miniclip.parity import random_inputs, randomize
 from miniclip.parts import parts
-from miniclip.peers import Library, import_transformers, libraries
+from miniclip.peers import Library, import_transformers, libraries, versions
 from miniclip.presets import PRESETS
-from miniclip.retrieval.building import embed, embed_parts
-from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings
+from miniclip.retrieval.building import embed_parts
+from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings, embed
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform, resize_short_side
 from miniclip.zeroshot.classifier import class_embeddings
@@ -756,17 +755,7 @@ def environment(device: str) -> dict[str, str]:
     hardware += f", {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
         hardware = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; {hardware}"
-    libraries = (
-        *("torch", "transformers", "tokenizers", "open_clip_torch", "openai-clip"),
-        *("pillow", "faiss-cpu"),
-    )
-    versions = {"Python": platform.python_version()}
-    for library in libraries:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            pass
-    return {"date": str(date.today()), "hardware": hardware} | versions
+    return {"date": str(date.today()), "hardware": hardware} | versions()
 
 
 def processor() -> str:

@@ -814,13 +814,13 @@ def serve(args: argparse.Namespace) -> int:
     from miniclip.checkpoint import load
     from miniclip.page.serve import create_app, listen, open_index, run
 
-    socket = listen(args.port)  # before the work, so that a port that is taken shows at once
-    models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
-    find = open_index(args.index, args.device) if args.index else None
-    app = create_app(models, find)
-    url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-    print(json.dumps({"url": url}) if args.json else f"{url}  (Ctrl-C ends it)", flush=True)
-    run(app, socket)
+    with listen(args.port) as socket:  # first, because a port that is taken should show at once
+        models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
+        find = open_index(args.index, args.device) if args.index else None
+        app = create_app(models, find)
+        url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+        print(json.dumps({"url": url}) if args.json else f"{url}  (Ctrl-C ends it)", flush=True)
+        run(app, socket)
     return 0
 
 

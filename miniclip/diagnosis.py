@@ -9,7 +9,6 @@ the same way.
 """
 
 import html
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -397,7 +396,6 @@ TEMPERATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "a logit scale that is a power of 2": torch.exp2,
     "a logit scale that is squared": lambda scale: (2 * scale).exp(),
     "a logit scale that is cut at 100": lambda scale: scale.exp().clamp(max=100),
-    "a logit scale that is cut at ln 100": lambda scale: scale.clamp(max=math.log(100)).exp(),
     "the logit scale that training begins with": lambda scale: torch.full_like(scale, 1 / 0.07),
     "no logit scale": torch.ones_like,
 }
@@ -869,8 +867,9 @@ def cause_in_tokens(
                 return f"{name} lacks {fault}"
     for word, position in (("start", 0), ("end", -1)):
         one, two = ([row[position] for row in _without_padding(rows)] for rows in (ours, theirs))
-        if one != two:
-            return f"the {word} token is {one[0]} in model, {two[0]} in other"
+        for a, b in zip(one, two):
+            if a != b:
+                return f"the {word} token is {a} in model, {b} in other"
     rows = zip(TEXTS, _without_padding(ours), _without_padding(theirs))
     text = next(text for text, one, two in rows if one != two)
     return f"first at the text {text[:30]!r}"

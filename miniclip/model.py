@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from miniclip.config import LEGACY_EOS, CLIPConfig, TextConfig, VisionConfig
 from miniclip.files.checks import check_has_eos, check_ids, check_pixels, check_token_vectors
@@ -34,9 +35,10 @@ class Site(nn.Identity):
 
 
 def is_watched(site: nn.Module) -> bool:
-    """Whether someone looks at the tensor: a hook is on the site, or a module took its place."""
+    """Whether someone looks: by hooks on the site or on all modules, or by another forward."""
     hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)
-    return type(site) is not Site or any(hooks)
+    is_replaced = type(site) is not Site or "forward" in vars(site)
+    return is_replaced or any((*hooks, site._backward_pre_hooks, _has_any_global_hook()))
 
 
 class Attention(nn.Module):

@@ -29,7 +29,7 @@ from miniclip.files.hub import has_files, resolve
 from miniclip.files.models import check_device, meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.model import CLIP
-from miniclip.peers import import_transformers
+from miniclip.peers import import_transformers, versions
 from miniclip.presets import PRESETS
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
@@ -826,8 +826,9 @@ def nearer(rows: list[Difference]) -> dict[str, int]:
 
 def environment(device: str | torch.device = "cpu") -> str:
     """The versions and the processor that numbers were measured with."""
-    versions = f"torch {torch.__version__}, transformers {import_transformers().__version__}"
+    at_work = versions()
+    named = ", ".join(f"{name} {at_work[name]}" for name in ("torch", "transformers"))
     if torch.device(device).type == "cuda":
-        return f"{versions}, {torch.cuda.get_device_name(device)}"
+        return f"{named}, {torch.cuda.get_device_name(device)}"
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return f"{versions}, CPU with {capability}, threads: {threads}"
+    return f"{named}, CPU with {capability}, threads: {threads}"

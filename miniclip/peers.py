@@ -1,8 +1,11 @@
 """One checkpoint in the hands of several libraries, each used as its own documentation uses it."""
 
+import platform
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -43,6 +46,40 @@ def libraries(directory: Path, device: str, dtype: torch.dtype) -> list[Library]
         except ImportError:
             pass  # it is not installed, or torchvision is not
     return found
+
+
+# The libraries that numbers depend on: the module's name, and the name that pip knows it by.
+DISTRIBUTIONS = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "tokenizers": "tokenizers",
+    "open_clip": "open_clip_torch",
+    "clip": "openai-clip",
+    "PIL": "pillow",
+    "faiss": "faiss-cpu",
+}
+
+
+def versions() -> dict[str, str]:
+    """The version of Python, and of each library in DISTRIBUTIONS that has been imported.
+
+    What a module says of itself comes first: PyTorch from PyPI calls itself 2.14.1+cu130, and pip
+    calls it 2.14.1. openai/CLIP has no `__version__`, so pip is asked.
+    """
+    found = {"Python": platform.python_version()}
+    for module, distribution in DISTRIBUTIONS.items():
+        if module in sys.modules:
+            stated = getattr(sys.modules[module], "__version__", None)
+            found[distribution] = str(stated or installed_version(distribution))
+    return found
+
+
+def installed_version(distribution: str) -> str:
+    """What pip knows; a folder on PYTHONPATH has no version there."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "of unknown version"
 
 
 def use_miniclip(directory: Path, device: str, dtype: torch.dtype) -> Library:

@@ -5,8 +5,8 @@ pattern of the fourth block, `vision.blocks.3` the residual stream after it. The
 TransformerLens' HookPoint (Nanda and Bloom 2022), on PyTorch's own forward hooks, so any nn.Module
 will do for `model`; with a bare tower the names begin at `blocks`.
 
-Sites that nobody uses change no bit. They cost about half a per cent of ViT-B/32's time for one
-image on one core (`pytest -s tests/test_sites.py -k cost` measures it), and nothing in a graph.
+Sites that nobody uses change no bit and add no operation: they cost a few calls of Python for each
+layer, and nothing in a graph.
 
 In a name, `*` and `[0-3]` stand for what they stand for in file names, between two dots. Inside a
 block, models that `torch.compile` has compiled run uncompiled: a compiled graph does not look for

@@ -1,17 +1,48 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the environment that every test sees."""
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+collect_ignore = ["plant_slips.py", "slips"]  # run by hand
+
+
+# Variables that change what a command prints, where a download goes, or how training starts.
+DROPPED_PREFIXES = ("hf_", "huggingface_", "transformers_", "tqdm_")
+DROPPED = {
+    *("columns", "force_color", "python_colors", "pythonwarnings", "rank"),
+    *("http_proxy", "https_proxy", "all_proxy"),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the tests, and the processes they start, one environment on every machine.
+
+    huggingface_hub reads its variables when it is imported, so a fixture would come too late. For
+    the same reason this file imports neither miniclip nor transformers. The tests marked `hub` are
+    the exception: they need the user's cache, token and proxy.
+    """
+    if os.environ.get("MINICLIP_HUB") == "1":
+        return
+    patch, home = pytest.MonkeyPatch(), TemporaryDirectory()
+    for name in list(os.environ):
+        if name.lower() in DROPPED or name.lower().startswith(DROPPED_PREFIXES):
+            patch.delenv(name)
+    patch.setenv("COLUMNS", "80")
+    patch.setenv("HF_HOME", home.name)  # empty: no test may depend on what a user has downloaded
+    config.add_cleanup(home.cleanup)
+    config.add_cleanup(patch.undo)
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real vocabularies, golden values and hard images, which is not in the repo."""
-    folder = Path(os.environ.get("MINICLIP_TEST_DATA", ROOT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no test data at {folder}; set MINICLIP_TEST_DATA to its folder")
-    return folder
+    if not DATA.is_dir():
+        pytest.skip(f"no test data at {DATA}; set MINICLIP_TEST_DATA to its folder")
+    return DATA
+
+
+DATA = Path(os.environ.get("MINICLIP_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -64,6 +65,7 @@ def commit(files: dict[str, bytes]) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
+@lru_cache(maxsize=1000)  # Python knows the same bytes again without reading them
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

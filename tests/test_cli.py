@@ -4,6 +4,9 @@ import json
 import platform
 import subprocess
 import sys
+import warnings
+from functools import partial
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -14,8 +17,12 @@ from PIL import Image
 import miniclip
 from miniclip import load
 from miniclip.cli import main
+from miniclip.figures.exhibits import PHOTOGRAPHS
 from miniclip.lens.heat import BLIND, METHODS, text_map
+from miniclip.retrieval.building import Throughput
+from miniclip.training import shapes
 from miniclip.world.localise import questions
+from miniclip.zeroshot.classifier import Score
 
 LABELS = ["cat", "dog", "ship", "truck", "frog"]
 
@@ -83,11 +90,25 @@ def test_a_cat_is_a_cat(run, tmp_path):
     assert json.loads(out)[0]["labels"][0]["label"] == "cat"
 
 
-def test_demo_draws_a_picture(run, tmp_path):
-    status, out, err = run("demo", "--out", str(tmp_path / "demo.png"))
-    assert status == 0 and "a drawn scene" in out and "chelsea" in out
-    with Image.open(tmp_path / "demo.png") as picture:
+@pytest.mark.slow
+def test_demo_draws_a_picture_and_prints_a_ranking(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("demo")
+    assert status == 0 and err == "picture: miniclip-demo.png\n"
+    with Image.open(tmp_path / "miniclip-demo.png") as picture:
         assert picture.width > 800
+    found = json.loads(run("demo", "--json", "--out", "other.png")[1])
+    assert [row["image"] for row in found] == ["a drawn scene", *PHOTOGRAPHS]
+    assert found[1]["labels"][0]["label"] == "cat" and (tmp_path / "other.png").exists()
+    for table, row in zip(out.split("\n\n"), found):
+        title, *lines = table.splitlines()
+        assert title == row["image"] and len(lines) == 4
+        for line, score in zip(lines, row["labels"]):
+            assert line.startswith(f"  {score['label']}") and f"{score['probability']:.1%}" in line
+    # the true caption of the scene is the best, and the false ones are wrong in one word
+    true, *false = (row["label"].split() for row in found[0]["labels"])
+    changed = [[b for a, b in zip(true, one, strict=True) if a != b] for one in false]
+    assert sorted(word in shapes.COLOURS for (word,) in changed) == [False, False, True, True]
 
 
 def test_demo_without_its_extra_describes_the_scene_alone(run, tmp_path, monkeypatch):
@@ -99,6 +120,7 @@ def test_demo_without_its_extra_describes_the_scene_alone(run, tmp_path, monkeyp
     assert "miniclip[demo]" in err and not (tmp_path / "demo.png").exists()
 
 
+@pytest.mark.slow
 def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
     command = ["explain", picture, "a red circle", "--model", "shapes"]
     status, out, err = run(*command, "-o", str(tmp_path / "where.png"))
@@ -113,6 +135,7 @@ def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
     assert [len(row) for row in heat] == [8] * 8 and 0 < sum(map(sum, heat)) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["кот и пёс", "the \U0001d49c", "日本語の猫", "🐈 \U000f0000"])
 def test_explain_writes_what_the_fonts_can_and_never_warns(run, picture, tmp_path, text):
     from matplotlib import font_manager
@@ -128,6 +151,7 @@ def test_explain_writes_what_the_fonts_can_and_never_warns(run, picture, tmp_pat
         assert fonts_beside(text)
 
 
+@pytest.mark.slow
 def test_explain_all_methods_for_several_texts(run, tmp_path):
     picture, out_path = str(tmp_path / "scene.png"), str(tmp_path / "where.png")
     questions(1)[0].picture.save(picture)
@@ -148,6 +172,7 @@ def test_explain_all_methods_for_several_texts(run, tmp_path):
     assert [row["method"] for row in json.loads(out)] == ["tokens", "tokens", "rollout", "rollout"]
 
 
+@pytest.mark.slow
 def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
     for slow in ("occlusion", "relevance"):
         monkeypatch.delitem(METHODS, slow)
@@ -155,13 +180,25 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
     status, out, err = run(*command, "--plot", str(tmp_path / "methods.png"))
     assert status == 0 and err == f"picture: {tmp_path / 'methods.png'}\n"
     assert max(map(len, out.splitlines())) <= 80
-    assert "tokens" in out and "a random map" in out and "random weights" in out
     with Image.open(tmp_path / "methods.png") as drawn:
         assert drawn.width > 500
-    status, out, err = run(*command, "--json")
-    scores = json.loads(out)
-    assert scores["scenes"] == 3 and [row["method"] for row in scores["trained"]] == list(METHODS)
-    assert all(0 <= row["iou"] <= 1 for row in scores["random"])
+    scores = json.loads(run(*command, "--json")[1])
+    assert scores["model"] == "shapes" and scores["scenes"] == 3
+    assert [row["method"] for row in scores["trained"]] == list(METHODS)
+
+    def shares(*rows):
+        shown = [f"{row[k]:.1%}" for row in rows for k in ("pointing", "distracted", "iou")]
+        return [rows[0]["method"].split()[-1], *shown]
+
+    lines = [line.split() for line in out.splitlines()]
+    rows = [shares(*pair) for pair in zip(scores["trained"], scores["random"], strict=True)]
+    table = lines.index("method named other IoU named other IoU".split()) + 1
+    assert lines[table : table + len(rows)] == rows
+    limits = [line[-4:] for line in lines[table + len(rows) + 1 :][:2]]
+    assert limits == [shares(row) for row in scores["limits"]]
+    widest = max(v for row in scores["spread"] for v in row.values() if isinstance(v, float))
+    assert f"the mean of 5 draws, of standard deviation {widest:.1%} at most" in out
+    assert "scenes  3 of two objects" in out
 
 
 @pytest.mark.parametrize(
@@ -206,11 +243,22 @@ def test_explain_without_its_extra(run, picture, monkeypatch):
     assert run(*command, "--json")[0] == 0
 
 
-def test_eval_of_the_drawn_world(run):
-    status, out, err = run("eval", "--data", "shapes", "--model", "shapes", "--json")
-    scores = json.loads(out)
-    assert status == 0
-    assert scores["seen"] >= 0.97 and scores["unseen"] >= 0.85 and scores["relations"] >= 0.85
+@pytest.mark.slow
+def test_eval_of_the_drawn_world(run, monkeypatch):
+    few = partial(shapes.score, scenes=60)  # of 1000
+    monkeypatch.setattr(shapes, "score", few)
+    command = ["eval", "--data", "shapes", "--model", "shapes"]
+    scores = json.loads(run(*command, "--json")[1])
+    assert scores["seen"] >= 0.95 and scores["unseen"] >= 0.8 and scores["relations"] >= 0.8
+    status, out, err = run(*command)
+    assert (status, err) == (0, "") and out.startswith("model  shapes")
+    shown = [line.split() for line in out.splitlines() if "(chance" in line]
+    names = ("seen", "unseen", "relations", "left_right", "above_below", "binding")
+    assert [line[-4] for line in shown] == [f"{scores[name]:.1%}" for name in names]
+    chance = [f"{1 / 64:.1%}"[:-1]] * 2 + ["50"] * 4  # of eight colours times eight shapes
+    assert [line[-2] for line in shown] == chance
+    for option in (["--templates", "{}"], ["--labels", "a"], ["--plot", "a.png"]):
+        assert_one_line_error(run(*command, *option), "no --templates, --labels or --plot")
 
 
 def test_a_bad_image_does_not_take_the_good_ones_with_it(run, picture, tmp_path):
@@ -317,20 +365,102 @@ def test_eval_counts_what_the_classifier_says(run, photographs):
     assert sum(row["images"] for row in found["confusions"]) == 8 - right
 
 
-def test_eval_prints_a_table_and_draws(run, photographs, tmp_path):
+EVAL_TABLE = f"""\
+model      cifar10
+templates  simple | {{}}
+images     12, in 7 folders
+skipped    1, which cannot be read
+top-1      58.33%
+top-5      91.67%
+
+class        images   top-1
+horse             1  100.0% {52 * "█"}
+zebra             1  100.0% {52 * "█"}
+cat               4   75.0% {39 * "█"}
+fire truck        2   50.0% {26 * "█"}
+dog               3   33.3% {17 * "█"}
+ship              1    0.0%
+frog              0       -
+
+most frequent confusions                                images  of class
+dog → cat                                                    2     66.7%
+cat → dog                                                    1     25.0%
+fire truck → ship                                            1     50.0%
+ship → frog                                                  1    100.0%
+"""
+
+
+def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
+    """Seven classes, and a classifier that is told what to say by the brightness of a picture."""
+    answers = {  # class -> the best label of each of its pictures
+        "cat": ["cat", "cat", "cat", "dog"],
+        "dog": ["cat", "cat", "dog"],
+        "fire_truck": ["ship", "fire_truck"],
+        "frog": [],
+        "horse": ["horse"],
+        "ship": ["frog"],
+        "zebra": ["zebra"],
+    }
+    for i, (folder, best) in enumerate(answers.items()):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for n, label in enumerate(best):
+            level = 10 * list(answers).index(label)
+            Image.new("RGB", (9, 9), (level, 0, 0)).save(tmp_path / "data" / folder / f"{n}.png")
+    (tmp_path / "data" / "cat" / "notes.txt").write_text("not an image")
+    transform = load("cifar10").transform
+    mean, std = transform.image_mean[0], transform.image_std[0]
+
+    def told(self, pixels):
+        red = pixels[:, 0].mean((1, 2)) * std + mean
+        count = len(self.labels)
+        best = (red * 255 / 10).round().long().clamp(max=count - 1)
+        # the others follow in their order
+        return -torch.arange(count) + 10 * torch.nn.functional.one_hot(best, count)
+
+    monkeypatch.setattr(miniclip.ZeroShotClassifier, "__call__", told)
+    command = ["eval", "--data", str(tmp_path / "data"), "--model", "cifar10"]
+    status, out, err = run(*command, "--templates", "simple", "{}")
+    assert status == 0 and err.startswith("miniclip: skipped ") and "notes.txt" in err
+    assert out == EVAL_TABLE
+    found = json.loads(run(*command, "--json")[1])
+    assert found["model"] == "cifar10" and found["templates"] == ["a photo of a {}."]
+    assert found["top1"] == 7 / 12 and found["top5"] == 11 / 12
+    assert found["confusions"][0] == {"true": "dog", "predicted": "cat", "images": 2}
+    for name in ("cat", "dog"):  # with five classes, top-5 would be all
+        (tmp_path / "data" / name).rename(tmp_path / name)
+    out = run(*command)[1]
+    assert "top-1 " in out and "top-5" not in out
+
+
+@pytest.mark.slow
+def test_eval_draws_confusions(run, photographs, tmp_path):
     picture = str(tmp_path / "confusions.png")
     command = ["eval", "--data", str(photographs), "--model", "cifar10"]
     status, out, err = run(*command, "--plot", picture)
-    assert status == 0 and picture in err
+    assert status == 0 and err.endswith(f"picture: {picture}\n")
     assert max(map(len, out.splitlines())) <= 80
-    for words in ("top-1 ", "top-5 ", "skipped    1", "fire truck", "most frequent confusions"):
-        assert words in out
     with Image.open(picture) as drawn:
         assert drawn.width > 1000
-    for name in ("cat", "dog"):  # with five classes, top-5 would be all
-        (photographs / name).rename(tmp_path / name)
-    _, out, _ = run(*command)
-    assert "top-1 " in out and "top-5" not in out
+
+
+RANKING = f"""\
+PICTURE
+  cat{50 * " "}75.3% {14 * "█"}
+  {9 * "long "}long…   20.0% {4 * "█"}
+  a\\x1bb{48 * " "}4.7% █
+
+PICTURE
+  cat  100.0% {65 * "█"}
+"""
+
+
+def test_classify_prints_a_bar_for_each_label(run, picture, monkeypatch):
+    long = "long " * 20 + "dog"
+    scores = [Score("cat", 3, 0.753), Score(long, 2, 0.2), Score("a\x1bb", 1, 0.047)]
+    rankings = [scores, [Score("cat", 3, 1.0)]]
+    monkeypatch.setattr(miniclip.ZeroShotClassifier, "rank", lambda *_: [rankings.pop(0)])
+    command = ["classify", picture, picture, "--model", "cifar10", "--labels", "cat"]
+    assert run(*command) == (0, RANKING.replace("PICTURE", picture), "")
 
 
 def test_eval_reads_labels_from_a_file(run, photographs, tmp_path):
@@ -364,10 +494,24 @@ def test_info_counts_the_parameters_of_the_model(run):
     status, out, err = run("info", "cifar10")
     assert status == 0
     assert max(map(len, out.splitlines())) <= 80
-    parameters = sum(p.numel() for p in load("cifar10").model.parameters())
-    assert f"{parameters:,}" in out
-    _, out, _ = run("info", "cifar10", "--json")
-    assert sum(part["parameters"] for part in json.loads(out)["parts"]) == parameters
+    model = load("cifar10").model
+    counts = {
+        "vision": sum(p.numel() for p in model.vision.parameters()),
+        "text": sum(p.numel() for p in model.text.parameters()),
+        "both towers": sum(p.numel() for p in model.parameters()),
+    }
+    found = json.loads(run("info", "cifar10", "--json")[1])
+    assert sum(part["parameters"] for part in found["parts"]) == counts["both towers"]
+    operations = {
+        tower: sum(p["multiply_adds"] for p in found["parts"] if p["name"].startswith(tower))
+        for tower in ("vision", "text")
+    }
+    operations["both towers"] = operations["vision"] + operations["text"]
+    for name, count in counts.items():
+        (line,) = [line for line in out.splitlines() if line.startswith(f"{name}  ")]
+        assert line.split()[-2:] == [f"{count:,}", f"{operations[name]:,}"]
+    assert out.startswith("cifar10: 64-dimensional embeddings\n")
+    assert "VisionConfig: width 128, layers 6, heads 4" in out
 
 
 def test_info_reads_no_weights(run, tmp_path):
@@ -390,12 +534,19 @@ def test_unknown_commands_and_options(run, argv):
     assert_one_line_error(run(*argv), "--help")
 
 
-@pytest.mark.parametrize(
-    "name", ["classify", "info", "tokenize", "demo", "eval", "explain", "serve"]
-)
-def test_help_shows_an_example(run, name):
+COMMANDS = "bench classify convert demo embed eval explain info parity search serve tokenize train"
+
+
+@pytest.mark.parametrize("name", COMMANDS.split())
+def test_help_shows_an_example(run, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, err = run(name, "--help")
     assert status == 0 and f"example:\n  miniclip {name}" in out
+    assert max(map(len, out.splitlines())) <= 88  # examples are not broken
+
+
+def test_the_version_is_that_of_the_package(run):
+    assert run("--version") == (0, f"miniclip {version('miniclip')}\n", "")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -479,26 +630,63 @@ def test_control_c_while_torch_is_imported(start):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_freed_memory_is_kept():
     script = """
 import resource, torch
 from miniclip.cli import keep_freed_memory
-def faults_of_twenty_tensors():
+def faults_of_five_tensors():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(5):
         torch.zeros(16, 2**20)  # 64 MB, above what glibc ever keeps by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-by_default = faults_of_twenty_tensors()
+by_default = faults_of_five_tensors()
 keep_freed_memory()
-print(by_default, faults_of_twenty_tensors())
+print(by_default, faults_of_five_tensors())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     by_default, kept = map(int, done.stdout.split())
-    assert kept < 0.1 * by_default
+    assert kept < 0.3 * by_default  # the first of the five, for the heap has to grow once
 
 
 def test_help_needs_no_torch():
     script = "import sys; sys.modules['torch'] = None; from miniclip.cli import main; main(['-h'])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and "classify" in done.stdout, done.stderr
+
+
+def test_a_reader_that_has_had_enough_ends_it_without_an_error(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    assert main(["tokenize", "a cat", "--model", "cifar10"]) == 0
+
+
+def test_an_error_is_its_first_line(run, monkeypatch):
+    def long(*_, **options):
+        raise ValueError("what is wrong\nand a list")
+
+    monkeypatch.setattr(miniclip.Tokenizer, "from_pretrained", long)
+    assert run("tokenize", "a cat") == (2, "", "miniclip: error: what is wrong\n")
+
+
+def test_a_warning_is_one_line_too(run, monkeypatch):
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
+    run("tokenize", "a cat", "--model", "cifar10")
+    line = warnings.formatwarning("odd weights", UserWarning, "checkpoint.py", 1)
+    assert line == "miniclip: warning: odd weights\n"
+
+
+def test_embed_prints_how_fast_each_part_is(run, picture, monkeypatch):
+    speeds = Throughput(decoding=1000.0, encoding=50.0, together=40.0)
+    monkeypatch.setattr("miniclip.retrieval.throughput", lambda *_: speeds)
+    command = ["embed", picture, "--model", "cifar10", "--time"]
+    assert run(*command)[1].splitlines() == [
+        "decoding alone     1,000.0 images/s",
+        "encoder alone         50.0 images/s",
+        "together              40.0 images/s, 80% of the slower",
+    ]
+    assert json.loads(run(*command, "--json")[1]) == speeds._asdict()

@@ -10,8 +10,12 @@ import pytest
 import transformers
 from twin import TINY, transformers_config
 
-from miniclip import CLIPConfig, TextConfig, VisionConfig
+from miniclip import CheckpointError, CLIPConfig, TextConfig, VisionConfig
 from miniclip.config import LEGACY_EOS
+from miniclip.errors import shown
+from miniclip.files.open_clip import config_from_open_clip
+from miniclip.files.reading import read_json
+from miniclip.presets import PRESETS
 
 TOWER_FIELDS = {
     "width": "hidden_size",
@@ -200,6 +204,65 @@ def test_numbers_that_do_not_go_together_are_named(make, message):
         make()
 
 
+@pytest.mark.parametrize("make, message", [
+    (lambda: VisionConfig(layers=1001), "VisionConfig: layers is 1001; expected at most 1,000"),
+    (lambda: TextConfig(layers=1001), "TextConfig: layers is 1001; expected at most 1,000"),
+    (lambda: VisionConfig(registers=-1), "VisionConfig: registers is -1; expected 0 or more"),
+    (lambda: VisionConfig(registers=True), "registers is True; expected 0 or more"),
+    (lambda: VisionConfig(image_size=(64, 7), patch_size=8), "patch_size 8 is larger than"),
+    (lambda: VisionConfig(image_size=(64, 64, 64)), "one for the height and one for the width"),
+    (lambda: VisionConfig(image_size=(0, 64)), "image_size is (0, 64); expected one positive"),
+    (lambda: VisionConfig(layers=2, heads=(1, 2, 3), head_width=8), "or 2 of them, one for each"),
+    (lambda: VisionConfig(layers=2, heads=(-1, 2), head_width=8), "heads is (-1, 2); expected one"),
+    (lambda: TextConfig(layers=2, heads=(4, 8)), "which differ, so head_width must be given"),
+    (lambda: TextConfig(head_width=0), "head_width is 0; expected a positive whole number"),
+])  # fmt: skip
+def test_numbers_beyond_their_limits_are_named(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_numbers_at_their_limits_are_taken():
+    assert VisionConfig(layers=1000).layers == 1000
+    assert VisionConfig(image_size=32).patches == 1
+    assert CLIPConfig(embed_dim=2**31 - 1).embed_dim == 2**31 - 1
+    assert TextConfig(vocab_size=9, bos_token_id=0, eos_token_id=8).eos_token_id == 8
+    lost = VisionConfig(layers=2, heads=(0, 3), mlp_width=(0, 5), head_width=8)
+    assert (lost.heads, lost.mlp_width) == ((0, 3), (0, 5))
+
+
+def test_a_number_for_each_layer_that_is_the_same_in_all_is_one_number():
+    """Else a model that transformers knows could be written in a form that it refuses."""
+    each = VisionConfig(layers=2, heads=(12, 12), mlp_width=(9, 9), image_size=(64, 64))
+    assert each == VisionConfig(layers=2, heads=12, mlp_width=9, image_size=64)
+    assert TextConfig(head_width=64) == TextConfig() != TextConfig(head_width=32)
+
+
+@pytest.mark.parametrize("change", [
+    {"vision": VisionConfig(registers=4)},
+    {"vision": VisionConfig(image_size=(224, 336))},
+    {"vision": VisionConfig(head_width=32)},
+    {"text": TextConfig(head_width=32)},
+    {"text": TextConfig(layers=2, heads=(3, 5), head_width=64)},
+    {"text": TextConfig(layers=2, mlp_width=(3, 5))},
+], ids=["registers", "oblong", "vision heads", "text heads", "lost heads", "lost MLP"])  # fmt: skip
+def test_transformers_refuses_a_model_that_it_would_run_as_another(change):
+    config = CLIPConfig(**change)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert CLIPConfig.from_dict(written) == config
+    with pytest.raises(Exception):
+        transformers.CLIPModel(transformers.CLIPConfig.from_dict(written))
+
+
+def test_fields_beyond_clip_have_the_names_of_transformers_other_models():
+    vision = VisionConfig(registers=3, head_width=16)
+    written = CLIPConfig(vision=vision).to_dict()["vision_config"]
+    theirs = transformers.Dinov2WithRegistersConfig(num_register_tokens=3).to_dict()
+    theirs |= transformers.LlamaConfig(head_dim=16).to_dict()
+    for name in ("num_register_tokens", "head_dim"):
+        assert written[name] == theirs[name]
+
+
 BAD_NUMBERS = [math.nan, math.inf, -math.inf, "1e-5", None, True, 10**400]
 
 
@@ -243,3 +306,69 @@ def test_configs_are_frozen_and_hashable():
 @pytest.mark.parametrize("size, patch, patches", [(224, 32, 49), (336, 14, 576), (225, 32, 49)])
 def test_a_partial_patch_is_dropped(size, patch, patches):
     assert VisionConfig(image_size=size, patch_size=patch).patches == patches
+
+
+@pytest.mark.parametrize("size", [(64, 33), (66, 39)])
+def test_an_image_that_is_not_square_has_its_rows_first(size):
+    config = VisionConfig(image_size=size, patch_size=8)
+    assert (config.height_width, config.grid, config.patches) == (size, (8, 4), 32)
+    with pytest.raises(ValueError, match=re.escape(f"image_size is {size}; expected the side")):
+        config.side
+
+
+# ---------------------------------------------------------------------------------------- the files
+
+
+def test_a_config_file_of_a_million_bytes_is_read_and_a_longer_one_is_not(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}'.ljust(10**6))
+    assert read_json(path) == {"a": 1}
+    path.write_text('{"a": 1}'.ljust(10**6 + 1))
+    with pytest.raises(CheckpointError, match="config.json: .* it has more than 1,000,000 bytes"):
+        read_json(path)
+
+
+def test_a_message_quotes_a_long_value_by_its_ends():
+    text = shown("a" * 500 + "b" * 500)
+    assert len(text) == 100 and text.startswith("'aaa") and text.endswith("bbb'")
+    assert shown(10**9) == "1000000000" and shown("short") == "'short'"
+    assert len(shown([["x" * 90] * 6] * 6)) == 200
+
+
+# ----------------------------------------------------------------------------------------- presets
+
+
+def open_clips(embed_dim, vision, text, quick_gelu=True):
+    """One of open_clip's model_configs: image, layers, width, patch; width, heads, layers."""
+    return {
+        "embed_dim": embed_dim,
+        "quick_gelu": quick_gelu,
+        "vision_cfg": dict(zip(("image_size", "layers", "width", "patch_size"), vision))
+        | dict(zip(("head_width", "mlp_ratio"), vision[4:])),
+        "text_cfg": {"context_length": 77, "vocab_size": 49408}
+        | dict(zip(("width", "heads", "layers"), text)),
+    }
+
+
+# As github.com/mlfoundations/open_clip and microsoft/Cream (TinyCLIP) have them, in the words of
+# those files; a fifth and a sixth number of the vision tower are its head_width and mlp_ratio.
+PUBLISHED = {
+    "B/32": open_clips(512, (224, 12, 768, 32), (512, 8, 12)),
+    "B/16": open_clips(512, (224, 12, 768, 16), (512, 8, 12)),
+    "L/14": open_clips(768, (224, 24, 1024, 14), (768, 12, 12)),
+    "L/14-336": open_clips(768, (336, 24, 1024, 14), (768, 12, 12)),
+    "H/14": open_clips(1024, (224, 32, 1280, 14, 80), (1024, 16, 24), False),
+    "g/14": open_clips(1024, (224, 40, 1408, 14, 88, 4.3637), (1024, 16, 24), False),
+    "bigG/14": open_clips(1280, (224, 48, 1664, 14, 104, 4.9231), (1280, 20, 32), False),
+    "TinyCLIP-8M/16": open_clips(512, (224, 10, 256, 16), (256, 4, 3)),
+    "TinyCLIP-39M/16": open_clips(512, (224, 12, 512, 16), (512, 8, 6)),
+    "TinyCLIP-40M/32": open_clips(512, (224, 12, 512, 32), (512, 8, 6)),
+    "TinyCLIP-61M/32": open_clips(512, (224, 12, 640, 32), (512, 8, 9)),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_published_configs(name):
+    published = config_from_open_clip({"model_cfg": PUBLISHED[name]})
+    text = dataclasses.replace(published.text, eos_token_id=49407)  # the tokenizer's end token
+    assert PRESETS[name] == dataclasses.replace(published, text=text)

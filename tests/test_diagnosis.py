@@ -744,6 +744,7 @@ class QuickGELU""",
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODE)
 def test_a_fault_in_the_code_of_a_fork_is_named(name, pair):
     *change, site, cause = CODE[name]
@@ -759,6 +760,7 @@ def test_the_faulty_one_may_be_the_other(name, pair):
     assert report.first == site and report.cause.startswith(exchanged(cause))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_weights_or_parts_is_named(name, pair):
     ours, theirs = pair

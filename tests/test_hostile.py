@@ -1,5 +1,5 @@
-"""Files that lie. Every one of them is a CheckpointError, soon and in little memory, or is loaded
-as what it says: the weights and settings that an independent reading of the file finds in it.
+"""Files that lie. Each is a CheckpointError, soon and in little memory, or is loaded as what it
+says: the weights and settings that an independent reading of the file finds in it.
 
 The promise: a directory or a repository that cannot be trusted runs no code, reads no file outside
 of it but through symbolic links (the hub's cache consists of them), and takes no longer and no more
@@ -14,8 +14,8 @@ import os
 import pickle
 import random
 import re
+import signal
 import struct
-import time
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,7 +34,6 @@ from miniclip import (
     Tokenizer,
     VisionConfig,
 )
-from miniclip.files.pickles import LARGEST
 from miniclip.files.tensors import read_tensors
 from miniclip.parity import randomize
 
@@ -50,10 +49,8 @@ CONFIG = CLIPConfig(
 DEEP = [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000]
 # What JSON can say where a whole number is expected.
 VALUES = [
-    -1, 0, 1, 2, 3, 7, 10**6, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**12, 10**30,
-    -(2**63), 0.5, -0.0, 8.0, 1e300, 1e-300, float("inf"), float("-inf"), float("nan"), "8", "",
-    "x", True, False, None, [], [8], [8, 8], [0], [1e9], {}, {"8": 8}, [[8]], "quick_gelu",
-    [2] * 10**4,
+    -1, 0, 1, 7, 10**6, 2**31 - 1, 2**31, 2**63, 2**64, 10**30, 0.5, 8.0, 1e300, float("inf"),
+    float("nan"), "8", "", True, None, [], [8, 8], [1e9], {"8": 8}, "quick_gelu", [2] * 10**4,
 ]  # fmt: skip
 
 
@@ -84,17 +81,20 @@ class Referee:
                     (self.directory / name).write_bytes(self.files[name])
 
     def judge(self, cases, load, is_as_stated):
-        """How many of the cases were errors, and how many were loaded; fails if one was neither."""
-        errors = loads = slowest = 0
+        """The labels of the cases that were errors and of those that were loaded.
+
+        Fails if a case was neither.
+        """
+        errors, loads = [], []
         reset_peak()
         before = peak()
         for label, changes in cases:
             with self.changed(changes):
-                start = time.process_time()
                 try:
-                    loaded = load(self.directory)
+                    with cpu_seconds(10):  # no case takes 0.3
+                        loaded = load(self.directory)
                 except CheckpointError as error:
-                    errors += 1
+                    errors.append(label)
                     if not str(error).partition("\n")[0].isprintable():
                         self.complaints.append(f"{label}: a message of odd characters {error!r}")
                 except KeyboardInterrupt:
@@ -102,18 +102,36 @@ class Referee:
                 except BaseException as error:  # a panic in Rust is no Exception
                     self.complaints.append(f"{label}: {type(error).__name__}: {error}"[:300])
                 else:
-                    loads += 1
+                    loads.append(label)
                     if not is_as_stated(loaded, label):
                         self.complaints.append(f"{label}: loaded, and not as the files say")
-                seconds = time.process_time() - start
-                slowest = max(slowest, seconds)
-                if seconds > 1:
-                    self.complaints.append(f"{label}: took {seconds:.1f} s")
         if (growth := peak() - before) > 200e6:
             self.complaints.append(f"memory grew by {growth / 1e6:.0f} MB")
-        print(f"{errors} errors, {loads} loads, {growth / 1e6:.0f} MB, slowest {slowest:.2f} s")
         assert not self.complaints, f"{len(self.complaints)}\n" + "\n".join(self.complaints[:40])
         return errors, loads
+
+
+class TooLong(BaseException):
+    """No Exception, because the loader reports each of those as damage to the file."""
+
+
+@contextmanager
+def cpu_seconds(most):
+    """Stop the block when the process has used so many seconds of CPU time in it.
+
+    CPU time, because a loaded machine stretches wall time at will.
+    """
+
+    def stop(*args):
+        raise TooLong(f"took more than {most} s of CPU time")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, most)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def reset_peak():
@@ -219,7 +237,7 @@ def lying_entries(data):
     """One field of one tensor's entry is something else."""
     header, body = split(data)
     names = [name for name in header if name != "__metadata__"]
-    for name in names[::8]:
+    for name in names[::16]:
         entry = header[name]
         start, end = entry["data_offsets"]
         shape = entry["shape"]
@@ -303,9 +321,10 @@ def flipped(data, count, seed=0):
 def safetensors_cases(files):
     data = files["model.safetensors"]
     families = truncated(data), lengths(data), lying_entries(data), odd_headers(data)
-    return [*itertools.chain(*families, flipped(data, 500))]
+    return [*itertools.chain(*families, flipped(data, 200))]
 
 
+@pytest.mark.slow
 def test_safetensors_that_lie(referee, files, their_names):
     cases = safetensors_cases(files)
 
@@ -315,21 +334,7 @@ def test_safetensors_that_lie(referee, files, their_names):
 
     changes = [(label, {"model.safetensors": data}) for label, data in cases]
     errors, loads = referee.judge(changes, CLIP.from_pretrained, is_as_stated)
-    assert errors > 2000 and loads > 50
-
-
-def test_weights_that_are_not_finite_are_named_and_loaded_as_they_are(files, tmp_path):
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    tensors = load_file(tmp_path / "model.safetensors")
-    changed = {name: tensor.clone() for name, tensor in tensors.items()}
-    changed["visual_projection.weight"][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    save_file(changed, tmp_path / "model.safetensors")
-    with pytest.warns(UserWarning, match="NaN or infinity in 1 tensors: vision.proj.weight"):
-        model = CLIP.from_pretrained(tmp_path)
-    assert torch.equal(model.vision.proj.weight.nan_to_num(7e7)[0, :1], torch.tensor([7e7]))
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    assert bad == ["vision.proj.weight"]
+    assert len(errors) > 1200 and len(loads) > 50
 
 
 # ----------------------------------------------------------------------------- weights, as pickles
@@ -389,12 +394,12 @@ def pickle_cases(files, tensors, proof):
     legacy = pickled(tensors, _use_new_zipfile_serialization=False)
     for cut in zip_boundaries(modern):
         yield f"archive cut at {cut}", modern[:cut]
-    for cut in [*range(0, 700, 11), *range(700, len(legacy), 391)]:
+    for cut in [*range(0, 700, 11), *range(700, len(legacy), 1091)]:
         yield f"legacy file cut at {cut}", legacy[:cut]
     dice = random.Random(0)
     start, end = modern.index(b"data.pkl"), modern.index(b"data/0")
     for data, first, last in ((modern, start, end), (modern, 0, len(modern)), (legacy, 0, 4000)):
-        for _ in range(120):
+        for _ in range(60):
             damaged = bytearray(data)
             places = [dice.randrange(first, last) for _ in range(dice.choice([1, 1, 2, 5]))]
             for place in places:
@@ -447,6 +452,7 @@ def pickle_cases(files, tensors, proof):
     yield "safetensors under this name", files["model.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning"
 )  # torch, as it saves
@@ -470,11 +476,14 @@ def test_pickles_that_lie(referee, files, their_names, tmp_path):
     gone = {"model.safetensors": None}
     changes = [(label, gone | {"pytorch_model.bin": data}) for label, data in cases]
     errors, loads = referee.judge(changes, CLIP.from_pretrained, is_as_stated)
-    assert errors > 500 and loads > 20
+    assert len(errors) > 300 and len(loads) > 20
     assert not proof.exists()
 
 
 # ------------------------------------------------------- pickles by hand, as no program writes them
+
+
+LARGEST = 400_000  # bytes of a pickle that is read, here and in miniclip
 
 
 def text(value):
@@ -493,9 +502,9 @@ def called(module, name):
     return f"c{module}\n{name}\n".encode()
 
 
-def storage(key="0", numel=4, kind="FloatStorage"):
+def storage(key="0", numel=4, kind="FloatStorage", view=b""):
     size = number(numel) if isinstance(numel, int) else numel
-    return many(text("storage"), called("torch", kind), text(key), text("cpu"), size) + b"Q"
+    return many(text("storage"), called("torch", kind), text(key), text("cpu"), size, view) + b"Q"
 
 
 EMPTY = called("collections", "OrderedDict") + b")R"
@@ -550,6 +559,7 @@ def hand_made_archives():
             "no whole number of numbers": tensor(of=storage(numel=b"G@\x10" + bytes(6))),
             "2^62 numbers": tensor(of=storage(numel=b"\x8a\x08" + struct.pack("<q", 2**62))),
             "a number of 250 bytes": tensor(of=storage(numel=b"\x8a\xfa" + bytes(249) + b"\x01")),
+            "a part of a storage": tensor(of=storage(view=many(text("1"), number(0), number(4)))),
             "numbers outside": tensor(of=storage("../../x")),
             "numbers of the list of contents": tensor(of=storage("../data.pkl")),
             "two kinds in one storage": dictionary({"a": tensor(of=storage(kind="IntStorage"))})
@@ -627,7 +637,9 @@ def hand_made_archives():
         yield f"again and again: {label}", start + step * rest
     for op in b"()}]N\x8f":
         yield f"nothing but {op:x}", bytes([op]) * (LARGEST - 10)
-    yield "too large a pickle", b"N0" * 600_000 + dictionary(w)
+    rest = len(b"\x80\x02" + text("") + b"0" + dictionary(w) + b".")
+    for label, more in (("as large a pickle as may be", 0), ("too large a pickle", 1)):
+        yield label, text("a" * (LARGEST - rest + more)) + b"0" + dictionary(w)
 
 
 def hand_made_cases():
@@ -641,6 +653,9 @@ def hand_made_cases():
         yield label, buffer.getvalue()
         if label == "torch.save: as it should be":
             right = buffer.getvalue()
+    for order in ("little", "big"):
+        record = [("a/byteorder", order.encode())]
+        yield f"{order}-endian", rezipped(right, lambda n, c, r=record: [(n, c), *r * (n == "x")])
     entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # of data/0
     for label, at, value in (
         ("encrypted", 8, b"\1"),
@@ -670,7 +685,15 @@ def test_pickles_made_by_hand(referee):
         return read_tensors(folder / "x.bin")
 
     errors, loads = referee.judge(cases, read, is_as_stated)
-    assert errors > 60 and loads > 3
+    assert len(errors) > 60
+    assert loads == [
+        "torch.save: as it should be",
+        "torch.jit.save: as it should be",
+        "2^40 modules",
+        "one tensor by 9,000 names",
+        "as large a pickle as may be",
+        "little-endian",
+    ]
 
 
 # ------------------------------------------------------------------------------------------ shards
@@ -721,7 +744,7 @@ def test_an_index_of_shards_that_lies(referee, files, their_names):
 
     changes = [(label, fixed | {name: text}) for label, text in cases]
     errors, loads = referee.judge(changes, CLIP.from_pretrained, is_as_stated)
-    assert errors > 150 and loads > 1
+    assert len(errors) > 150 and len(loads) > 1
 
 
 # ------------------------------------------------------------------------------------------ config
@@ -752,6 +775,7 @@ def config_cases(files):
             yield f"{key} {value!r:.40}", config | {key: value}, {}
 
 
+@pytest.mark.slow
 def test_a_config_that_lies(referee, files, their_names):
     cases = [*config_cases(files)]
     stated = {label: values for label, _, values in cases}
@@ -775,7 +799,7 @@ def test_a_config_that_lies(referee, files, their_names):
 
     changes = [(label, {"config.json": text}) for label, text in texts]
     errors, loads = referee.judge(changes, CLIP.from_pretrained, is_as_stated)
-    assert errors > 600 and loads > 50
+    assert len(errors) > 400 and len(loads) > 50
 
 
 # ------------------------------------------------------------------------- long where it is read
@@ -800,8 +824,8 @@ def long_files(files):
         yield f"config.json: {label}", {"config.json": lie}
     yield "config.json of spaces", {"config.json": files["config.json"] + b" " * 4 * LONG}
     for name in ("config.json", "vocab.json", "tokenizer_config.json", "preprocessor_config.json"):
-        for unit in (b'{"a":1},', b'"",', b"1,"):
-            for size in (LONG // 7, LONG * 4 // 5, LONG):
+        for unit in (b'{"a":1},', b"1,"):
+            for size in (LONG // 7, LONG):
                 lie = b"[" + unit * (size // len(unit) - 9) + b"0]"
                 yield f"{name}: {size:,} bytes of {unit}", {name: lie}
     names = {f"t{i}": f"model-{i}.safetensors" for i in range(LONG // 20)}
@@ -830,6 +854,7 @@ def long_files(files):
     yield "position ids", {"model.safetensors": join(header | more, body + ids)}
 
 
+@pytest.mark.slow
 def test_long_files_take_little_memory_and_short_messages(referee, files):
     messages = []
 
@@ -841,7 +866,7 @@ def test_long_files_take_little_memory_and_short_messages(referee, files):
             raise
 
     errors, loads = referee.judge([*long_files(files)], load, lambda loaded, label: False)
-    assert errors == len(messages) > 60 and loads == 0
+    assert len(errors) == len(messages) > 40 and not loads
     first_lines = [message.partition("\n")[0] for message in messages]
     assert max(map(len, first_lines)) < 1000
 
@@ -926,7 +951,7 @@ def test_a_tokenizer_that_lies(referee, files):
         return tokenizer.vocab.items() >= vocab.items() and list(tokenizer.merges) == merges
 
     errors, loads = referee.judge(tokenizer_cases(files), Tokenizer.from_pretrained, is_as_stated)
-    assert errors > 500 and loads > 20
+    assert len(errors) > 500 and len(loads) > 20
 
 
 def transform_cases(files):
@@ -953,7 +978,7 @@ def test_a_transform_that_lies(referee, files):
 
     cases = transform_cases(files)
     errors, loads = referee.judge(cases, ImageTransform.from_pretrained, is_as_stated)
-    assert errors > 300 and loads > 20
+    assert len(errors) > 300 and len(loads) > 20
 
 
 def test_parts_that_disagree(referee, files):
@@ -965,18 +990,4 @@ def test_parts_that_disagree(referee, files):
         cases.append((f"no {name}", {name: None}))
         cases.append((f"empty {name}", {name: b""}))
     errors, loads = referee.judge(cases, miniclip.load, lambda loaded, label: True)
-    assert errors > len(files) and loads < len(cases) / 2
-
-
-def test_there_are_five_thousand_of_them(files, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])
-    tensors = load_file(tmp_path / "model.safetensors")
-    families = [
-        safetensors_cases(files),
-        pickle_cases(files, tensors, tmp_path / "proof"),
-        shard_cases(files),
-        config_cases(files),
-        tokenizer_cases(files),
-        transform_cases(files),
-    ]
-    assert sum(1 for family in families for _ in family) >= 5000
+    assert len(errors) > len(files) and len(loads) < len(cases) / 2

@@ -4,10 +4,13 @@ Each test ends in the right model or in one CheckpointError, and what is left in
 a file that a later run wrongly trusts.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -17,11 +20,21 @@ from hub_server import Fault, commit, running_hub
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
-from twin import TINY, twins
+from twin import TINY, twins, write_shards
 
 import miniclip
-from miniclip import CLIP, CheckpointError, CLIPConfig, ImageTransform, Tokenizer, checkpoint
-from miniclip.files.hub import HUB_FILES
+from miniclip import (
+    CLIP,
+    CheckpointError,
+    CLIPConfig,
+    ImageTransform,
+    TextTower,
+    Tokenizer,
+    VisionTower,
+    checkpoint,
+)
+from miniclip.config import LEGACY_EOS
+from miniclip.files.hub import HUB_FILES, _has_its_hash
 
 NAME = "made-up/clip"
 WEIGHTS = "GET /stored/.*model.*safetensors"
@@ -66,6 +79,7 @@ def hub(server, files, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # before the client tries again
     return server
 
@@ -95,11 +109,13 @@ def test_a_fresh_download_is_the_whole_checkpoint(hub, model):
     assert loaded.transform.size == TINY.vision.image_size
 
 
+@pytest.mark.slow
 def test_a_fresh_process_downloads_with_progress(hub, tmp_path):
     script = f"import miniclip; print(miniclip.load({NAME!r}).model.config)"
+    others = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     mine = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-c", script]
-    run = subprocess.run(command, env=os.environ | mine, capture_output=True, text=True)
+    run = subprocess.run(command, env=others | mine, capture_output=True, text=True)
     assert run.stdout == f"{TINY}\n", run.stderr
     assert "Fetching 2 files: 100%" in run.stderr
 
@@ -146,21 +162,139 @@ def test_a_revision_is_a_branch_or_a_commit(hub, model, other, tmp_path):
     assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)
 
 
+READERS = {
+    "load": miniclip.load,
+    "CLIP.from_pretrained": CLIP.from_pretrained,
+    "CLIP": CLIP.from_pretrained,
+    "vision": VisionTower.from_pretrained,
+    "text": TextTower.from_pretrained,
+    "tokenizer": Tokenizer.from_pretrained,
+    "transform": ImageTransform.from_pretrained,
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_each_option_of_each_reader_reaches_the_hubs_client(hub, monkeypatch, tmp_path, read):
+    options = {"revision": "tuned", "cache_dir": tmp_path / "mine", "local_files_only": False}
+    hub.repositories[NAME]["tuned"] = hub.repositories[NAME]["main"]
+    asked_with = []
+
+    def recorded(repository, *, allow_patterns, **options):
+        asked_with.append(options)
+        return snapshot_download(repository, allow_patterns=allow_patterns, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", recorded)
+    read(NAME, **options)
+    read(NAME, **options | {"local_files_only": True})
+    count = len(asked_with) // 2
+    assert asked_with == [options] * count + [options | {"local_files_only": True}] * count
+    assert count == (3 if read is miniclip.load else 1)
+
+
+def test_a_config_and_a_conversion_have_the_revision_asked_for(hub, other, tmp_path):
+    files = hub.repositories[NAME]["main"] | other_files(other, tmp_path)
+    config = json.loads(files["config.json"])
+    config["logit_scale_init_value"] = 1.5
+    hub.repositories[NAME]["tuned"] = files | {"config.json": json.dumps(config).encode()}
+    assert CLIPConfig.from_pretrained(NAME).logit_scale_init == TINY.logit_scale_init
+    assert CLIPConfig.from_pretrained(NAME, revision="tuned").logit_scale_init == 1.5
+    done = checkpoint.convert(NAME, tmp_path / "there", "transformers", revision="tuned")
+    assert done.tokenizer and done.transform
+    assert_same_weights(CLIP.from_pretrained(tmp_path / "there"), other)
+
+
+# Each file that a part of a checkpoint may be in, with what else goes to the hub to read it.
+
+
+def as_shards(directory, name, model):
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    write_shards(directory, tensors, name)
+
+
+def as_one_pickle(directory, name, model):
+    torch.save(load_file(directory / "model.safetensors"), directory / name)
+    (directory / "model.safetensors").unlink()
+
+
+def as_open_clips(directory, name, model):
+    for path in directory.glob("*"):
+        path.unlink()
+    model.save_pretrained(directory, layout="open_clip")
+    tensors = load_file(directory / "open_clip_model.safetensors")
+    if name.endswith(".bin"):
+        (directory / "open_clip_model.safetensors").unlink()
+        torch.save(tensors, directory / name)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (as_shards, "model.safetensors"),
+        (as_shards, "pytorch_model.bin"),
+        (as_one_pickle, "pytorch_model.bin"),
+        (as_open_clips, "open_clip_model.safetensors"),
+        (as_open_clips, "open_clip_pytorch_model.bin"),
+    ],
+)
+def test_weights_of_every_form_are_downloaded(hub, tmp_path, write, name):
+    model = twins(replace(TINY, text=replace(TINY.text, eos_token_id=LEGACY_EOS)))[0]
+    model.save_pretrained(tmp_path / "files")
+    write(tmp_path / "files", name, model)
+    hub.repositories[NAME]["main"] = contents(tmp_path / "files")
+    loaded = CLIP.from_pretrained(NAME)
+    assert_same_weights(loaded, model)
+    assert CLIPConfig.from_pretrained(NAME) == loaded.config
+    assert_same_weights(CLIP.from_pretrained(NAME, local_files_only=True), model)
+
+
+SETTINGS = {
+    "tokenizer_config.json": {"model_max_length": 9, "pad_token": "a</w>"},
+    "special_tokens_map.json": {"pad_token": "a</w>"},
+    "added_tokens.json": {"cat of": 521},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_tokenizers_every_file_is_downloaded(hub, tmp_path, name):
+    """Each of these files changes ids, and each may be there beside the vocabulary alone."""
+    tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
+    tokenizer.save_pretrained(tmp_path / "files")
+    files = {name: contents(tmp_path / "files")[name] for name in ("vocab.json", "merges.txt")}
+    hub.repositories[NAME]["main"] = files | {name: json.dumps(SETTINGS[name]).encode()}
+    (tmp_path / "files" / "tokenizer_config.json").unlink()
+    (tmp_path / "files" / "special_tokens_map.json").unlink()
+    (tmp_path / "files" / name).write_text(json.dumps(SETTINGS[name]))
+    here, there = Tokenizer.from_pretrained(tmp_path / "files"), Tokenizer.from_pretrained(NAME)
+    assert there.context_length == here.context_length
+    ids = [t(["a cat of a cat"], pad_to=9).tolist() for t in (here, there, tokenizer)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_transform_is_downloaded_in_each_of_its_files(hub, model, tmp_path):
+    transform = ImageTransform(40, image_mean=(0.1, 0.2, 0.3))
+    transform.save_pretrained(tmp_path / "files")
+    files = contents(tmp_path / "files")
+    settings = json.loads(files["preprocessor_config.json"])
+    processor = json.dumps({"image_processor": settings}).encode()
+    tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
+    miniclip.save(tmp_path / "open_clip", model, tokenizer, transform, layout="open_clip")
+    open_clip = (tmp_path / "open_clip" / "open_clip_config.json").read_bytes()
+    for files in (
+        files,
+        {"processor_config.json": processor},
+        {"open_clip_config.json": open_clip},
+    ):
+        hub.repositories[NAME]["main"] = files
+        assert ImageTransform.from_pretrained(NAME) == transform
+
+
 def test_cache_dir_is_where_the_files_go(hub, model, tmp_path):
     assert_same_weights(CLIP.from_pretrained(NAME, cache_dir=tmp_path / "mine"), model)
     assert not Path(huggingface_hub.constants.HF_HUB_CACHE).exists()
     assert_same_weights(
         CLIP.from_pretrained(NAME, cache_dir=tmp_path / "mine", local_files_only=True), model
     )
-
-
-def test_a_repository_of_pickles_alone(hub, model, tmp_path):
-    files = hub.repositories[NAME]["main"]
-    (tmp_path / "model.safetensors").write_bytes(files.pop("model.safetensors"))
-    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    files["pytorch_model.bin"] = (tmp_path / "pytorch_model.bin").read_bytes()
-    assert_same_weights(CLIP.from_pretrained(NAME), model)
-    assert_same_weights(CLIP.from_pretrained(NAME, local_files_only=True), model)
 
 
 def test_only_one_form_of_the_weights_is_downloaded(hub, model):
@@ -184,14 +318,6 @@ def test_a_repository_of_timms(hub, model, tmp_path):
     (folder / "open_clip_config.json").unlink()
     with pytest.raises(CheckpointError, match="two towers: no sections"):
         miniclip.load(folder)
-
-
-def test_sharded_weights(hub, tmp_path):
-    model, peer = twins(TINY)
-    peer.save_pretrained(tmp_path, max_shard_size="100KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    hub.repositories[NAME]["main"] = contents(tmp_path)
-    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 def test_a_repository_without_weights(hub):
@@ -229,11 +355,10 @@ def test_a_repository_without_weights(hub):
         "500 of weights",
     ],
 )
-@pytest.mark.parametrize("read", [miniclip.load, CLIP.from_pretrained])
-def test_a_refusal_is_one_clear_error_and_the_next_load_is_well(hub, model, fault, complaint, read):
+def test_a_refusal_is_one_clear_error_and_the_next_load_is_well(hub, model, fault, complaint):
     hub.faults = [fault]
     with pytest.raises(CheckpointError, match=f"{NAME} .* cifar10.* says .*{complaint}") as it:
-        read(NAME)
+        CLIP.from_pretrained(NAME)
     assert "\n" not in str(it.value)
     hub.faults = []
     assert_same_weights(CLIP.from_pretrained(NAME), model)
@@ -339,12 +464,43 @@ def test_a_damaged_file_is_not_trusted_after_another_one_failed(hub, files, mode
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
+@pytest.mark.parametrize("change", [lambda data: data, lambda data: data[:-1] + b"!"])
+def test_the_four_kinds_of_name_that_a_cached_file_has(tmp_path, change):
+    data = b"the contents" * 200_000
+    hashes = [hashlib.sha256(data), hashlib.sha1(b"blob %d\0" % len(data) + data)]
+    hashes += [hashlib.sha1(data)]  # as some mirrors of the hub have it
+    for digest in hashes:
+        (tmp_path / digest.hexdigest()).write_bytes(change(data))
+        assert _has_its_hash(tmp_path / digest.hexdigest()) == (change(data) == data)
+    (tmp_path / "a-name").write_bytes(change(data))
+    assert _has_its_hash(tmp_path / "a-name")
+
+
+def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
+    CLIP.from_pretrained(NAME)
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    blob = (next(cache.glob("*/snapshots/*")) / "model.safetensors").resolve()
+    os.utime(blob, ns=(0, 0))
+    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match="model.safetensors came damaged from the hub"):
+        CLIP.from_pretrained(NAME)
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
+
+
 def test_hashes_are_looked_at_once(hub, monkeypatch):
     CLIP.from_pretrained(NAME)
     monkeypatch.setattr(checkpoint, "_has_its_hash", None)
     CLIP.from_pretrained(NAME)
     with pytest.raises(TypeError):
         miniclip.load(NAME)  # of the tokenizer's files
+
+
+def test_a_cache_that_takes_no_notes_is_checked_each_time(hub, model):
+    CLIP.from_pretrained(NAME)
+    (notes,) = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("*/.miniclip-checked")
+    notes.unlink()
+    notes.mkdir()  # no file can be written here now
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 @pytest.mark.parametrize("more", [-100, 100])

@@ -5,23 +5,40 @@ Every parameter is random, so that a bias or a LayerNorm that is lost shows; flo
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import record_timm
 import torch
-from PIL import Image
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from PIL import Image, ImageColor
 from torch import nn
-from twin import TINY, random_inputs, twins
+from twin import TINY, random_inputs, tiny_clip, twins
 
 import miniclip
+from miniclip import lens
 from miniclip.lens.attention import attention_maps, relevance, rollout
-from miniclip.lens.decompose import decompose
-from miniclip.lens.heat import METHODS, heatmap, occlusion
+from miniclip.lens.decompose import check_sum, decompose
+from miniclip.lens.heat import (
+    BLIND,
+    HEAT_COLOURS,
+    METHODS,
+    head_map,
+    heatmap,
+    occlusion,
+    overlay,
+    seen,
+    text_map,
+    text_maps,
+)
 from miniclip.lens.reading import on_grid
 from miniclip.lens.streams import forward_intermediates, logit_lens
 from miniclip.sites import cache, hooks
-from miniclip.world.localise import RANDOM, answers, localisation, localise, questions
+from miniclip.world.localise import answers, localisation, localise, questions
+from miniclip.world.scenes import COLOURS, scene
+from miniclip.world.scoring import SCORE_SEED
 
 FLOAT64 = 1e-10
 TOWERS = ["vision", "text"]
@@ -29,7 +46,8 @@ TOWERS = ["vision", "text"]
 
 @pytest.fixture
 def double():
-    model, _ = twins(TINY, attention="eager", dtype=torch.float64)
+    model = tiny_clip(torch.float64)
+    model.set_attention("eager")
     pixels, ids = random_inputs(TINY)
     return model, {"vision": pixels.double(), "text": ids}
 
@@ -139,9 +157,10 @@ def test_relevance_needs_no_gradients_of_the_caller(double):
     pixels, ids = inputs["vision"], inputs["text"][:2]
     expected = relevance(model, pixels, ids)
     model.requires_grad_(False)
-    with torch.inference_mode():
-        result = relevance(model, pixels * 1, ids)
-    assert torch.equal(result.image, expected.image) and torch.equal(result.text, expected.text)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            result = relevance(model, pixels * 1, ids)
+        assert torch.equal(result.image, expected.image) and torch.equal(result.text, expected.text)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -186,7 +205,8 @@ def test_a_layer_without_heads_mixes_nothing(double):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_parts_sum_to_the_embedding(by, tower, attention):
     for dtype, relative in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
-        model, _ = twins(TINY, attention=attention, dtype=dtype)
+        model = tiny_clip(dtype)
+        model.set_attention(attention)
         x = random_inputs(TINY)[tower == "text"]
         x = x.to(dtype) if tower == "vision" else x
         expected = encode(model, tower, x)
@@ -308,9 +328,24 @@ def test_the_sum_holds_with_an_adapter_in_a_linears_place(double):
         assert distance(total(decompose(model, x, by)), after) < FLOAT64
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_sum_of_the_parts_may_miss_by_a_thousand_roundings_of_their_size(dtype):
+    """Of the size of the parts, 6 here, and not of the embedding's, which is 2: parts cancel."""
+    parts = {
+        "one": torch.tensor([[4.0, 0]]).to(dtype),
+        "other": torch.tensor([[-2.0, 1]]).to(dtype),
+    }
+    embedding, limit = torch.tensor([[2.0, 1]]).to(dtype), 6 * 1000 * torch.finfo(dtype).eps
+    check_sum(parts, embedding)
+    check_sum(parts, embedding + 0.95 * limit)
+    for wrong in (1.05 * limit, torch.nan):
+        with pytest.raises(ValueError, match="the parts miss the embedding by"):
+            check_sum(parts, embedding + wrong)
+
+
 def test_only_what_the_read_token_needs_is_kept():
     """By token, at most the result itself and a few tensors of a layer are alive at once."""
-    model, _ = twins(TINY)
+    model = tiny_clip()
     pixels, _ = random_inputs(TINY)
     largest = []
     result = decompose(model, pixels, "token")["blocks.0.attn"].numel()
@@ -388,7 +423,7 @@ def test_intermediates_as_maps_and_prefixes(double):
         model.encode_image(x)
     streams = [acts[f"vision.blocks.{i}"] for i in range(3)]
     pairs = forward_intermediates(
-        model, x, [0, -1], return_prefix_tokens=True, intermediates_only=True
+        model, x, [-3, -1], return_prefix_tokens=True, intermediates_only=True
     )
     for (spatial, prefix), stream in zip(pairs, (streams[0], streams[2]), strict=True):
         assert torch.equal(prefix, stream[:, :1])
@@ -436,6 +471,7 @@ def test_stopping_early_runs_no_block_too_many(double):
         ("vision", dict(indices=4)),
         ("vision", dict(indices=0)),
         ("vision", dict(indices=[3])),
+        ("vision", dict(indices=[-4])),
         ("vision", dict(indices=[])),
         ("vision", dict(output_fmt="NHWC")),
         ("text", dict()),
@@ -477,6 +513,27 @@ def test_occlusion_is_its_definition(double):
     assert distance(result[:, row, column], sum(losses) / 2) < FLOAT64
 
 
+@torch.no_grad()
+def written_by_heads(model, pixels, ids):
+    """From each patch, in the direction of the text, by the parts that decompose names."""
+    parts = decompose(model, pixels, by="token")
+    heads = torch.stack([parts[f"blocks.{i}.attn"] for i in range(3)]).sum((0, 2))  # (B, T, E)
+    texts = torch.nn.functional.normalize(model.encode_text(ids), dim=-1)
+    return (heads[:, 1:] * texts[:, None]).sum(-1)
+
+
+def seen_by_class_token(model, pixels):
+    return attention_maps(model, pixels)[2][:, :, 0, 1:].mean(1)
+
+
+DEFINITIONS = {  # of each patch's number, (B, P); occlusion has a test of its own
+    "attention": lambda model, pixels, ids: seen_by_class_token(model, pixels),
+    "rollout": lambda model, pixels, ids: rollout(model, pixels)[:, 1:],
+    "relevance": lambda model, pixels, ids: relevance(model, pixels, ids).image[:, 1:],
+    "tokens": written_by_heads,
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_a_map_for_each_pair(double, method):
     model, inputs = double
@@ -485,19 +542,118 @@ def test_every_method_makes_a_map_for_each_pair(double, method):
     assert maps.shape == (2, 5, 5) and maps.isfinite().all() and not maps.requires_grad
     alone = METHODS[method](model, pixels[1:], ids[1:])
     assert torch.allclose(maps[1:], alone, rtol=1e-9)
+    if method in DEFINITIONS:
+        assert distance(maps, DEFINITIONS[method](model, pixels, ids).view(2, 5, 5)) < FLOAT64
+    assert METHODS.keys() == DEFINITIONS.keys() | {"occlusion"}
+    other = METHODS[method](model, pixels, ids.flip(0))
+    assert torch.equal(maps, other) == (method in BLIND)
 
 
-def test_a_heatmap_is_warm_where_the_map_is(monkeypatch):
-    loaded = miniclip.load("shapes")
+def test_a_heads_map_is_what_its_class_token_looks_at():
+    ours, theirs = twins(TINY, attention="eager")
+    pixels, _ = random_inputs(TINY)
+    with torch.no_grad():
+        patterns = theirs.vision_model(pixels, output_attentions=True).attentions
+    for layer, head in ((0, 3), (2, 1)):
+        expected = patterns[layer][:, head, 0, 1:].view(2, 5, 5)
+        assert torch.equal(head_map(ours, pixels, layer, head), expected)
+    for layer, head in ((3, 0), (-1, 0), (0, 4), (0, -1)):
+        with pytest.raises(ValueError, match=rf"no head {head} in layer {layer}; .*\[4, 4, 4\]"):
+            head_map(ours, pixels, layer, head)
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return miniclip.load("shapes")
+
+
+def test_a_map_is_made_by_the_method_it_is_told(shapes, monkeypatch):
+    grey, asked = Image.new("RGB", (64, 64), "grey"), []
+
+    def method(name):
+        return lambda model, pixels, ids: (
+            asked.append((name, len(ids))) or torch.rand(len(ids), 8, 8)
+        )
+
+    for name in METHODS:
+        monkeypatch.setitem(METHODS, name, method(name))
+    assert text_maps(grey, ["a star", "a ring"], shapes).shape == (2, 8, 8)
+    assert text_map(grey, "a star", shapes).shape == (8, 8)
+    heatmap(grey, "a star", shapes)
+    assert asked == [("relevance", 2), ("relevance", 1), ("relevance", 1)]
+    for name in METHODS:
+        asked.clear()
+        text_maps(grey, ["a star"], shapes, name)
+        text_map(grey, "a star", shapes, name)
+        heatmap(grey, "a star", shapes, name)
+        assert asked == [(name, 1)] * 3
+    with pytest.raises(
+        ValueError, match="no method is called 'gradcam'; expected one of attention"
+    ):
+        text_map(grey, "a star", shapes, "gradcam")
+    with pytest.raises(ValueError, match="a text is empty"):
+        text_maps(grey, ["a star", " "], shapes)
+
+
+def test_what_the_model_sees_is_the_picture_in_its_own_colours(shapes):
+    """Exactly, where nothing is to be resized; and with another checkpoint's mean and std."""
+    generator = np.random.default_rng(0)
+    other = replace(shapes.transform, image_mean=(0.1, 0.5, 0.9), image_std=(0.3, 0.2, 0.7))
+    for scale, transform in ((1, shapes.transform), (2, shapes.transform), (1, other), (2, other)):
+        pixels = generator.integers(256, size=(64 * scale, 64 * scale, 3), dtype=np.uint8)
+        assert (np.asarray(seen(Image.fromarray(pixels), transform, scale)) == pixels).all()
+
+
+def test_the_colours_of_heat_are_those_of_inferno():
+    inferno = colormaps["inferno"]
+    assert HEAT_COLOURS == tuple(to_hex(inferno(share)) for share in (0.0, 0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    "heat, warmest, colour, density",
+    [
+        (0.0, 1.0, HEAT_COLOURS[0], 90),
+        (0.5, 1.0, HEAT_COLOURS[1], 153),
+        (1.0, 1.0, HEAT_COLOURS[2], 217),
+        (0.3, None, HEAT_COLOURS[2], 217),  # the warmest there is
+        (7.0, 1.0, HEAT_COLOURS[2], 217),
+        (-1.0, 1.0, HEAT_COLOURS[0], 90),
+        (-1.0, None, HEAT_COLOURS[0], 90),
+    ],
+)
+def test_heat_lies_over_the_picture_in_grey_the_denser_the_warmer(heat, warmest, colour, density):
+    picture = Image.new("RGB", (16, 16), (40, 90, 200))
+    found = np.asarray(overlay(picture, torch.full((2, 2), heat), warmest), float)
+    grey = 0.299 * 40 + 0.587 * 90 + 0.114 * 200
+    expected = (np.array(ImageColor.getrgb(colour)) * density + grey * (255 - density)) / 255
+    assert abs(found - expected).max() < 3  # of 255
+
+
+def test_a_heatmap_is_warm_where_the_map_is(shapes, monkeypatch):
     corner = torch.full((1, 8, 8), -1.0)
     corner[0, 1, 6] = 1
     monkeypatch.setitem(METHODS, "corner", lambda *_: corner)
-    picture = heatmap(Image.new("RGB", (128, 128), "grey"), "a star", loaded, "corner")
+    picture = heatmap(Image.new("RGB", (128, 128), "grey"), "a star", shapes, "corner")
     warmth = np.asarray(picture, float).sum(2)
     row, column = np.unravel_index(warmth.argmax(), warmth.shape)
     assert picture.size == (64, 64) and (row // 8, column // 8) == (1, 6)
-    with pytest.raises(ValueError, match="gradcam"):
-        heatmap(picture, "a star", loaded, "gradcam")
+
+
+# ---------------------------------------------------------------------------- how often it is right
+
+
+def test_questions_ask_for_each_object_of_scenes_that_no_training_set_has():
+    asked = questions(3)
+    scenes = [scene(i, seed=SCORE_SEED, count=2) for i in range(3)]
+    objects = [object for drawn in scenes for object in drawn.objects]
+    for question, object in zip(asked, objects, strict=True):
+        assert question.phrase.split()[1:] == [object.colour, object.shape]
+        pixels = np.asarray(question.picture)[question.named.numpy()]
+        assert np.abs(np.median(pixels, 0) - COLOURS[object.colour]).max() <= 1
+        assert not (question.named & question.other).any()
+    for one, two in zip(asked[::2], asked[1::2]):
+        assert torch.equal(one.named, two.other) and torch.equal(one.other, two.named)
+        assert one.picture is two.picture
 
 
 def test_the_score_of_maps_with_known_answers():
@@ -509,36 +665,52 @@ def test_the_score_of_maps_with_known_answers():
     wrong = localisation("wrong", -heat + other[:, ::8, ::8], named, other)
     assert right.pointing == 1 and right.distracted == 0 and right.iou > 0.8
     assert wrong.pointing == 0 and wrong.distracted == 1 and wrong.iou == 0
-    pixels = torch.zeros(1, 16, 16)
+    pixels = 0.5 * named.float()  # the next warmest is on the object, too
     pixels[0, :8, 4:12] = 1 + torch.rand(8, 8)  # half of it is on the object
     assert math.isclose(localisation("half", pixels, named, other).iou, 1 / 3, rel_tol=1e-6)
 
 
-def test_random_weights_are_scored_over_several_draws():
+def test_random_weights_are_scored_over_five_draws(shapes, monkeypatch):
     """Mean and deviation are those of the draws one by one; and the draws differ."""
-    loaded, method = miniclip.load("shapes"), "attention"
+    monkeypatch.setattr(lens, "METHODS", {"attention": METHODS["attention"]})
     asked = questions(4)
     named, other = (torch.stack([getattr(q, name) for q in asked]) for name in ("named", "other"))
     ious = []
-    for seed in range(RANDOM):
+    for seed in range(5):
         torch.manual_seed(seed)
-        untrained = loaded._replace(model=miniclip.CLIP(loaded.model.config).eval())
-        ious.append(localisation(method, answers(untrained, asked, method), named, other).iou)
-    found = localise(loaded, scenes=4)
+        untrained = shapes._replace(model=miniclip.CLIP(shapes.model.config).eval())
+        maps = answers(untrained, asked, "attention", batch=3)
+        assert torch.equal(maps[5:], answers(untrained, asked[5:], "attention"))
+        ious.append(localisation("attention", maps, named, other).iou)
+    found = localise(shapes, scenes=4)
     assert math.isclose(found["random"][0].iou, np.mean(ious))
-    assert math.isclose(found["spread"][0].iou, np.std(ious, ddof=1)) and len(set(ious)) == RANDOM
+    assert math.isclose(found["spread"][0].iou, np.std(ious, ddof=1)) and len(set(ious)) == 5
 
 
-def test_methods_that_read_the_text_find_the_named_object():
+def test_maps_are_scored_in_evaluation_mode(monkeypatch):
+    loaded, training = miniclip.load("shapes"), []
+
+    def method(model, pixels, ids):
+        training.append(model.training)
+        return torch.rand(len(ids), 8, 8)
+
+    monkeypatch.setattr(lens, "METHODS", {"any": method})
+    loaded.model.train()
+    localise(loaded, scenes=1)
+    assert training == [False] * 6
+
+
+def test_methods_that_read_the_text_find_the_named_object(shapes, monkeypatch):
     """On the embedded checkpoint, whatever its training: better than chance, and no worse than the
     methods that are told nothing. Those must fall on either object equally often."""
-    found = localise(miniclip.load("shapes"), scenes=10)
+    monkeypatch.setattr(lens, "RANDOM", 2)
+    found = localise(shapes, scenes=6)
     assert list(found) == ["trained", "random", "spread", "limits"]
     trained = {row.method: row for row in found["trained"]}
     chance, ceiling = found["limits"]
     assert list(trained) == list(METHODS)
-    for method in ("attention", "rollout"):
+    for method in BLIND:
         assert trained[method].pointing == trained[method].distracted
-    for method in ("relevance", "tokens", "occlusion"):
+    for method in METHODS.keys() - set(BLIND):
         assert trained[method].pointing > trained[method].distracted
         assert chance.iou < trained[method].iou < ceiling.iou

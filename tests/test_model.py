@@ -7,17 +7,25 @@ faults planted on purpose. The tolerances are those of the table in the README.
 
 import copy
 import math
-import os
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers import CLIPModel
-from twin import TINY, copy_weights, random_inputs, randomize, twins
+from twin import TINY, copy_weights, random_inputs, randomize, tiny_clip, transformers_config, twins
 
-import miniclip
-from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
+from miniclip import (
+    CLIP,
+    CLIPConfig,
+    ContextLengthError,
+    TextConfig,
+    TextTower,
+    VisionConfig,
+    VisionTower,
+)
 from miniclip.files.models import meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
@@ -115,7 +123,7 @@ def site_shapes(config, B, C, T):
 
 
 def test_every_site_has_the_shape_of_the_table():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     expected = site_shapes(TINY, B=2, C=3, T=9)
     names = [name for name, _ in model.named_modules() if name]
     assert set(names) == set(expected)
@@ -179,7 +187,7 @@ def test_attention_is_its_formula(causal):
 
 
 def test_logits_are_scaled_cosines():
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     pixels, ids = random_inputs(TINY)
     with torch.no_grad():
         out = model(pixels, ids)
@@ -194,39 +202,35 @@ def test_logits_are_scaled_cosines():
 def openai_init_stds(config):
     """openai/CLIP, model.py: VisionTransformer.__init__ and CLIP.initialize_parameters."""
     v, t = config.vision, config.text
-    conv_fan_in = v.channels * v.patch_size**2
-    proj_std = t.width**-0.5 * (2 * t.layers) ** -0.5
-    return {
+    stds = {
         "vision.class_embed": v.width**-0.5,
         "vision.pos_embed": v.width**-0.5,
         "vision.proj.weight": v.width**-0.5,
         # what the code leaves to PyTorch: kaiming_uniform(sqrt 5), of variance 1 / (3 fan_in)
-        "vision.patch_embed.weight": (3 * conv_fan_in) ** -0.5,
-        "vision.blocks.0.attn.out_proj.weight": (3 * v.width) ** -0.5,
-        "vision.blocks.0.mlp.fc1.weight": (3 * v.width) ** -0.5,
-        "vision.blocks.0.mlp.fc2.weight": (3 * v.mlp_width) ** -0.5,
-        # nn.MultiheadAttention: xavier_uniform of the (3 W, W) matrix, of variance 2 / (4 W)
-        "vision.blocks.0.attn.q_proj.weight": (2 / (4 * v.width)) ** 0.5,
-        "vision.blocks.0.attn.k_proj.weight": (2 / (4 * v.width)) ** 0.5,
-        "vision.blocks.0.attn.v_proj.weight": (2 / (4 * v.width)) ** 0.5,
+        "vision.patch_embed.weight": (3 * v.channels * v.patch_size**2) ** -0.5,
         "text.token_embed.weight": 0.02,
         "text.pos_embed": 0.01,
         "text.proj.weight": t.width**-0.5,
-        "text.blocks.0.attn.q_proj.weight": t.width**-0.5,
-        "text.blocks.0.attn.k_proj.weight": t.width**-0.5,
-        "text.blocks.0.attn.v_proj.weight": t.width**-0.5,
-        "text.blocks.0.attn.out_proj.weight": proj_std,
-        "text.blocks.0.mlp.fc1.weight": (2 * t.width) ** -0.5,
-        "text.blocks.0.mlp.fc2.weight": proj_std,
     }
+    # nn.MultiheadAttention: xavier_uniform of the (3 W, W) matrix, of variance 2 / (4 W)
+    attn = dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj"), (2 / (4 * v.width)) ** 0.5)
+    narrow, wide = (3 * v.width) ** -0.5, (3 * v.mlp_width) ** -0.5  # again as PyTorch does
+    vision = attn | {"attn.out_proj": narrow, "mlp.fc1": narrow, "mlp.fc2": wide}
+    proj_std = t.width**-0.5 * (2 * t.layers) ** -0.5
+    attn = dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj"), t.width**-0.5)
+    text = attn | {"attn.out_proj": proj_std, "mlp.fc1": (2 * t.width) ** -0.5, "mlp.fc2": proj_std}
+    for tower, layers, block in (("vision", v.layers, vision), ("text", t.layers, text)):
+        stds |= {f"{tower}.blocks.{i}.{n}.weight": block[n] for i in range(layers) for n in block}
+    return stds
 
 
 def test_init_follows_openai():
     config = CLIPConfig(
         vision=VisionConfig(width=192, layers=1, heads=4, mlp_width=400, patch_size=16),
-        text=TextConfig(width=128, layers=1, heads=4, mlp_width=300, vocab_size=1000,
+        text=TextConfig(width=128, layers=3, heads=4, mlp_width=300, vocab_size=1000,
                         bos_token_id=1, eos_token_id=2),
         embed_dim=160,
+        logit_scale_init=3.5,
     )  # fmt: skip
     torch.manual_seed(0)
     parameters = dict(CLIP(config).named_parameters())
@@ -235,7 +239,8 @@ def test_init_follows_openai():
         few = 5 * (2 * values.numel()) ** -0.5  # five standard errors of a standard deviation
         assert values.std().item() == pytest.approx(std, rel=few), name
         assert abs(values.mean().item()) < 5 * std * values.numel() ** -0.5, name
-    assert parameters.pop("logit_scale").item() == pytest.approx(math.log(1 / 0.07), abs=1e-4)
+    assert parameters.pop("logit_scale").item() == 3.5
+    assert CLIPConfig().logit_scale_init == pytest.approx(math.log(1 / 0.07), abs=1e-4)
     for name, values in parameters.items():
         if name.endswith("weight"):
             assert "ln_" in name and (values == 1).all(), name
@@ -265,8 +270,10 @@ OFFICIAL = ("B/32", "B/16", "L/14", "L/14-336")
 def test_parameter_counts_are_the_published_ones(name):
     with meta_device():
         model = CLIP(PRESETS[name])
+        theirs = CLIPModel(transformers_config(PRESETS[name]))
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     assert sum(t.numel() for t in model.state_dict().values()) == PARAMETERS[name]
+    assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
 
 
 TINYCLIP = {  # TinyCLIP, in its models' names: millions, of the text tower without its vocabulary
@@ -545,11 +552,16 @@ def test_custom_end_token_is_not_the_largest_id():
     assert not torch.equal(model.text.eos_positions(ids), ids.argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_official_shapes_at_full_size(name, device):
-    ours, theirs = twins(PRESETS[name], device=device)
-    assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
-    inputs = random_inputs(PRESETS[name], images=1, texts=2, tokens=12)
+def test_official_shapes_at_full_width(name, device):
+    """B/32 in full depth, and two layers of each tower of the others."""
+    config = PRESETS[name]
+    if name != "B/32":
+        towers = {"vision": config.vision, "text": config.text}
+        config = replace(config, **{key: replace(t, layers=2) for key, t in towers.items()})
+    ours, theirs = twins(config, device=device)
+    inputs = random_inputs(config, images=1, texts=2, tokens=12)
     pixels, ids = (x.to(device) for x in inputs)
     if device == "cpu":
         assert_bit_equal(ours, theirs, pixels, ids)
@@ -583,7 +595,7 @@ def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
 @torch.no_grad()
 def test_nothing_after_the_end_token_can_reach_the_embedding():
     """Why there is no padding mask."""
-    model, _ = twins(TINY)
+    model = tiny_clip()
     _, ids = random_inputs(TINY, texts=1, tokens=20)
     ids[0, 11:] = TINY.text.eos_token_id
     expected = model.encode_text(ids)
@@ -599,13 +611,13 @@ def test_nothing_after_the_end_token_can_reach_the_embedding():
 
 
 def test_text_is_read_at_its_first_end_token():
-    model = twins(TINY)[0].text
+    model = tiny_clip().text
     end = TINY.text.eos_token_id
     assert model.eos_positions(torch.tensor([[1, end, 2, end], [end, 1, 1, 1]])).tolist() == [1, 0]
 
 
 def test_a_row_without_an_end_token_is_an_error():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     ids = random_inputs(TINY)[1]
     ids[1] = 5
     with pytest.raises(ValueError, match=r"row 1 of ids has no end token \(599\)"):
@@ -613,7 +625,7 @@ def test_a_row_without_an_end_token_is_an_error():
 
 
 def test_too_many_tokens_are_an_error():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     ids = torch.full((2, 21), TINY.text.eos_token_id)
     with pytest.raises(ContextLengthError, match="21 tokens; this text tower has 20 positions"):
         model.encode_text(ids)
@@ -622,20 +634,38 @@ def test_too_many_tokens_are_an_error():
 
 @pytest.mark.parametrize("size", [(3, 40, 40), (1, 4, 40, 40), (1, 3, 40, 48), (1, 3, 80, 40)])
 def test_pixels_of_another_shape_are_an_error(size):
-    model, _ = twins(TINY)
+    model = tiny_clip()
     with pytest.raises(ValueError, match=r"pixels have shape .*; .* reads \(B, 3, 40, 40\)"):
         model.encode_image(torch.zeros(size))
 
 
 def test_ids_without_a_batch_are_an_error():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     with pytest.raises(ValueError, match=r"ids have shape \(9,\); expected \(B, T\)"):
         model.encode_text(torch.zeros(9, dtype=torch.long))
 
 
 def test_attention_of_another_kind_is_an_error():
+    model = tiny_clip()
     with pytest.raises(ValueError, match="attention kind is 'flash'; expected 'eager' or 'sdpa'"):
-        twins(TINY)[0].set_attention("flash")
+        model.set_attention("flash")
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    for kind in ("eager", "sdpa"):
+        model.set_attention(kind)
+        assert [layer.eager for layer in layers] == [kind == "eager"] * 5
+
+
+@pytest.mark.parametrize("kind", [CLIP, VisionTower, TextTower], ids=lambda kind: kind.__name__)
+def test_from_pretrained_takes_the_options_of_load(kind):
+    model = kind.from_pretrained("shapes", dtype=torch.float16)
+    assert type(model) is kind and not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+
+
+def test_a_model_saves_in_the_layout_it_is_told(tmp_path):
+    CLIP.from_pretrained("shapes").save_pretrained(tmp_path, layout="open_clip")
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert "open_clip_config.json" in saved and "config.json" not in saved
 
 
 # -------------------------------------------------------------------------------------------- sites
@@ -655,7 +685,7 @@ class Untouched(Attention):
 
 
 def test_sites_that_nobody_uses_change_no_bit():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     bare = copy.deepcopy(model)
     for module in bare.modules():
         if isinstance(module, Attention):
@@ -669,7 +699,7 @@ def test_sites_that_nobody_uses_change_no_bit():
 
 
 def test_sites_have_no_parameters_and_no_keys():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     sites = [name for name, module in model.named_modules() if type(module) is Site]
     assert len(sites) == 7 * (TINY.vision.layers + TINY.text.layers)
     assert not any(key.startswith(tuple(f"{s}." for s in sites)) for key in model.state_dict())
@@ -691,7 +721,7 @@ def test_reading_changes_no_bit(kind, names):
 
 @pytest.mark.parametrize("site", ["scores", "pattern"])
 def test_reading_what_sdpa_never_makes_agrees_to_rounding(site):
-    model, _ = twins(TINY)
+    model = tiny_clip()
     inputs = random_inputs(TINY)
     name = f"vision.blocks.1.attn.{site}"
     seen, output = watch(model, [name], *inputs)
@@ -717,8 +747,36 @@ def test_editing_any_site_changes_the_output_and_letting_go_restores_it(kind):
         assert torch.equal(logits(model, *inputs), expected), name
 
 
+LOOKS = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
+LOOKS += [f"module_{look}" for look in LOOKS]  # on all modules at once
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("name", ["scores", "pattern"])
+def test_a_layer_is_written_out_while_its_site_is_watched(name, look):
+    attention, seen = Attention(12, 3, causal=False), []
+    site, x = getattr(attention, name), torch.randn(1, 5, 12, requires_grad=True)
+    register = getattr(module_hooks if "module" in look else site, f"register_{look}")
+    handle = register(lambda module, *_: seen.append(module))
+    attention(x).sum().backward()
+    handle.remove()
+    assert site in seen
+    seen.clear()
+    attention(x).sum().backward()
+    assert not seen
+
+
+def test_a_layer_is_written_out_while_its_sites_forward_is_patched(monkeypatch):
+    attention, x = Attention(12, 3, causal=False), torch.randn(1, 5, 12)
+    plain = attention(x)
+    monkeypatch.setattr(attention.pattern, "forward", torch.zeros_like)
+    assert torch.equal(attention(x)[0, 0], attention.out_proj.bias)
+    monkeypatch.undo()
+    assert torch.equal(attention(x), plain)
+
+
 def test_a_module_in_the_place_of_a_site_is_called():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     inputs = random_inputs(TINY)
     expected = logits(model, *inputs)
     attention = model.vision.blocks[0].attn
@@ -732,7 +790,7 @@ def test_a_module_in_the_place_of_a_site_is_called():
 
 @torch.no_grad()
 def test_zeroing_a_head_is_removing_its_columns_of_the_output():
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     pixels, _ = random_inputs(TINY)
     pixels, attention = pixels.double(), model.vision.blocks[1].attn
     D = attention.head_width
@@ -872,66 +930,3 @@ def test_twins_share_no_memory():
     assert not torch.equal(logits(ours, *inputs), expected)
     copy_weights(ours, theirs)
     assert torch.equal(logits(ours, *inputs), logits(theirs, *inputs))
-
-
-# --------------------------------------------------------------------------------- the real weights
-
-
-@pytest.fixture(scope="module")
-def real():
-    if os.environ.get("MINICLIP_HUB") != "1":
-        pytest.skip("needs openai/clip-vit-base-patch32 from the hub: set MINICLIP_HUB=1")
-    return miniclip.load("openai/clip-vit-base-patch32")
-
-
-def numbers(path):
-    return torch.tensor([float(n) for n in path.read_text().replace(",", " ").split()])
-
-
-CAPTIONS = [[49406, 320, 1125, 539, 320, 2368, 49407], [49406, 320, 1125, 539, 320, 1929, 49407]]
-
-
-@pytest.mark.hub
-@torch.no_grad()
-def test_real_weights_give_the_logits_that_bumblebee_recorded(real):
-    # elixir-nx/bumblebee, test/bumblebee/multimodal/clip_test.exs @7e58bbd
-    pixels = torch.stack([torch.full((3, 224, 224), 0.25), torch.full((3, 224, 224), 0.75)])
-    expected = torch.tensor([[22.7866, 23.2389], [22.8397, 22.8406]])
-    assert difference(logits(real.model, pixels, torch.tensor(CAPTIONS)), expected) < 2e-4
-
-
-@pytest.mark.hub
-@torch.no_grad()
-def test_real_weights_give_the_hidden_states_that_bumblebee_recorded(real):
-    # elixir-nx/bumblebee, test/bumblebee/vision/clip_vision_test.exs @627cd04
-    tower = real.model.vision
-    stream = tower.blocks(tower.embed(torch.full((1, 3, 224, 224), 0.5)))
-    expected = torch.tensor(
-        [[0.3465, -0.3939, -0.5297], [0.3588, -0.2529, -0.5606], [0.3958, -0.2688, -0.5367]]
-    )
-    assert difference(stream[0, 1:4, 1:4], expected) < 2e-4
-    pooled = tower.ln_post(stream[:, 0])
-    assert difference(pooled[0, 1:4], torch.tensor([0.3602, 0.3658, -0.2337])) < 2e-4
-
-
-@pytest.mark.hub
-@torch.no_grad()
-def test_real_weights_give_the_text_embedding_that_fastembed_recorded(real):
-    # qdrant/fastembed, tests/test_text_onnx_embeddings.py
-    found = real.model.encode_text(real.tokenizer(["hello world"]), normalize=True)[0, :5]
-    expected = torch.tensor([0.0083, 0.0103, -0.0138, 0.0199, -0.0069])
-    assert difference(found, expected) < 1e-3
-
-
-@pytest.mark.hub
-@torch.no_grad()
-def test_real_weights_give_the_embeddings_that_clip_cpp_recorded(real, data):
-    # monatis/clip.cpp, tests/white-ref.txt and apple-ref.txt @9783048: a white image, a red apple
-    white = torch.tensor([1.9303361, 2.0748837, 2.1458969])[None, :, None, None]
-    image = real.model.encode_image(white.expand(1, 3, 224, 224))[0]
-    folder = data / "golden/clipcpp"
-    assert difference(image, numbers(folder / "b32_white_jpg.get_image_features.txt")) < 1e-4
-    text = real.model.encode_text(real.tokenizer(["a red apple"]))[0]
-    assert difference(text, numbers(folder / "b32_text_a_red_apple.get_text_features.txt")) < 1e-4
-    class_embed = numbers(folder / "b32_vision_class_embedding.txt")
-    assert torch.equal(real.model.vision.class_embed, class_embed)

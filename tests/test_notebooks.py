@@ -46,7 +46,9 @@ def executed(path: Path) -> nbformat.NotebookNode:
         nbclient.NotebookClient(
             notebook,
             kernel_name="python3",
-            timeout=600,
+            timeout=None,  # a loaded machine takes its time
+            startup_timeout=600,
+            iopub_timeout=600,
             record_timing=False,
             resources={"metadata": {"path": path.parent}},
         ).execute()
@@ -72,6 +74,7 @@ def test_the_ladder_is_whole():
     assert tuple(path.stem for path in NOTEBOOKS) == NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_without_an_error_or_a_warning(path):
     notebook = executed(path)  # an error in a cell is raised here

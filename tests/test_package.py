@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,19 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ("config", "model", "tokenizer", "transform", "checkpoint", "layouts", "pickles")
 
 
+@pytest.mark.slow
 def test_the_wheel_works_outside_the_repository(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     # The environment is empty but for a path to the dependencies, which are installed already.
-    venv.create(tmp_path / "env", with_pip=True)
+    venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    install = [*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     (packages,) = (tmp_path / "env" / "lib").glob("*/site-packages")
-    assert (
-        packages / "miniclip" / "py.typed"
-    ).is_file()  # or nobody's type checker reads our types
+    # Without it nobody's type checker reads our types.
+    assert (packages / "miniclip" / "py.typed").is_file()
     dependencies = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "dependencies.pth").write_text("\n".join(dependencies))
     script = (
@@ -62,11 +64,42 @@ def test_the_reference_imports_no_tool(name):
     assert not re.search(r"^\s*(from|import) transformers", source, re.MULTILINE)
 
 
+def test_every_public_name_is_there():
+    import miniclip
+
+    assert {*miniclip.__all__} == {
+        *("load", "save", "Loaded", "CLIP", "CLIPOutput", "VisionTower", "TextTower"),
+        *("CLIPConfig", "VisionConfig", "TextConfig", "Tokenizer", "ImageTransform"),
+        *("ZeroShotClassifier", "cache", "hooks"),
+        *("CheckpointError", "ContextLengthError", "ImageError"),
+    }
+    for name in miniclip.__all__:
+        assert getattr(miniclip, name).__name__ == name and name in dir(miniclip)
+    assert miniclip.__version__ == version("miniclip")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        miniclip.nonsense
+
+
+@pytest.mark.parametrize("name", ["cifar10", "shapes"])
+def test_what_is_loaded_is_ready_to_be_used(name):
+    """In evaluation mode, all of it, on the CPU, in float32."""
+    import torch
+
+    import miniclip
+
+    towers = [part.from_pretrained(name) for part in (miniclip.VisionTower, miniclip.TextTower)]
+    for model in (miniclip.load(name).model, miniclip.CLIP.from_pretrained(name), *towers):
+        assert not any(module.training for module in model.modules())
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
 def command(*argv, **options):
     argv = [sys.executable, "-m", "miniclip", *argv, "--model", "cifar10"]
     return subprocess.run(argv, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_cannot_be_written_is_an_error_of_one_line():
     with open("/dev/full", "w") as full:
@@ -75,6 +108,7 @@ def test_output_that_cannot_be_written_is_an_error_of_one_line():
     assert done.stderr == "miniclip: error: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.slow
 def test_a_terminal_without_the_characters_shows_the_rest(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}

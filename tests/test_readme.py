@@ -12,14 +12,20 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from twin import TINY
 
 import miniclip
-from miniclip import cli
+from miniclip import bench, cli
+from miniclip.lens.heat import METHODS
+from miniclip.presets import PRESETS
+from miniclip.training import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,18 +49,27 @@ def commands() -> list[str]:
 
 # What takes minutes, or what a test has not, and what stands in for it.
 INSTEAD = {
-    "miniclip bench": "miniclip bench --suite tokenizer --shape TinyCLIP-8M/16",
-    "miniclip bench --device cuda --json": (
-        "miniclip bench --suite transform --json --shape TinyCLIP-8M/16"
-    ),
-    "miniclip parity --random B/32": "miniclip parity cifar10",
+    "miniclip bench": "miniclip bench --suite tokenizer --shape tiny",
+    "miniclip bench --device cuda --json": "miniclip bench --suite transform --json --shape tiny",
+    "miniclip parity --random B/32": "miniclip parity --random tiny",
     "miniclip train shapes --out runs/shapes": (
-        "miniclip train shapes --out runs/shapes --config tiny.json --batch 8"
+        "miniclip train shapes --out runs/shapes --config tiny.json --batch 8 --epochs 1"
     ),
     "miniclip explain --score shapes --model shapes --plot methods.png": (
         "miniclip explain --score shapes --model shapes --plot methods.png --scenes 2"
     ),
 }
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """Less of what takes long: scenes, rounds of `bench`, methods of `explain`."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setattr("miniclip.bench.measure", partial(bench.measure, seconds=0))
+    monkeypatch.setattr(shapes, "score", partial(shapes.score, scenes=8))
+    monkeypatch.setattr("miniclip.training.shapes.Shapes.__init__.__defaults__", (32, 0))
+    for method in ("occlusion", "relevance", "rollout"):
+        monkeypatch.delitem(METHODS, method)
 
 
 def stand_in(command: str) -> list[str]:
@@ -113,6 +128,13 @@ def test_every_command_is_found():
         assert any(f"miniclip {name}" in command for command in found), name
 
 
+def shallow(model):
+    """A model of one layer a tower."""
+    towers = {name: replace(vars(model.config)[name], layers=1) for name in ("vision", "text")}
+    return miniclip.CLIP(replace(model.config, **towers)).eval()
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch's own, as it exports
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")
 def test_the_python_runs_as_it_stands(desk, monkeypatch):
@@ -126,19 +148,22 @@ def test_the_python_runs_as_it_stands(desk, monkeypatch):
     names: dict = {"__name__": "__main__"}
     with redirect_stdout(io.StringIO()) as out:
         for block in blocks:
+            if "onnx" in block:  # exporting takes a second for each layer
+                names["model"], whole = shallow(names["model"]), names["model"]
             exec(compile(block, "README.md", "exec"), names)
+            if "onnx" in block:
+                names["model"] = whole
     first = README[README.index("```python") :].split("```\n\n```\n")[1].split("```")[0]
     assert out.getvalue().startswith(first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
-def test_the_command_works(desk, command, monkeypatch, capsys):
+def test_the_command_works(desk, command, little, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     argv = stand_in(command)
     if argv[0] == "serve":
         monkeypatch.setattr("miniclip.serve.run", lambda app, socket: socket.close())
-    if argv[:2] == ["train", "shapes"]:
-        monkeypatch.setattr("miniclip.training.shapes.Shapes.__init__.__defaults__", (32, 0))
     if argv[0] == "train":
         shutil.rmtree(argv[argv.index("--out") + 1], ignore_errors=True)
     status = cli.main(argv)

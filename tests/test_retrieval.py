@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from twin import TINY, twins
 
 import miniclip
-from miniclip import ImageError, ImageTransform, retrieval
+from miniclip import CLIP, ImageError, ImageTransform, retrieval, zeroshot
 from miniclip.checkpoint import Loaded
 from miniclip.cli import main
-from miniclip.retrieval.building import build_index, embed_images
+from miniclip.retrieval.building import begin, build_index, build_settings, embed_images, throughput
 from miniclip.retrieval.index import (
     Encoder,
     Index,
@@ -420,6 +421,7 @@ def test_queries_that_make_no_sense(query, k):
         index_of(torch.eye(4)).search(query, k)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_search_takes_the_memory_of_a_block(tmp_path):
     index_of(unit_rows(200_000, 128)).save(tmp_path / "i")  # 102 MB
@@ -439,6 +441,7 @@ print(found[0].row, anonymous() - before)
     assert row == 150_000 and kilobytes < 25_000, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # of SWIG, in faiss
 def test_faiss_reads_the_file_and_finds_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -467,6 +470,9 @@ def test_the_fingerprint_is_of_every_weight(loaded):
     assert len(seen) == 1 + len(list(model.parameters()))
     assert fingerprint(model) == first
     assert fingerprint(model.double()) not in seen
+    for parameter in model.parameters():
+        parameter.data.zero_()  # the same bytes in both
+    assert fingerprint(model.half()) != fingerprint(model.bfloat16())
 
 
 def test_another_model_is_an_error_that_names_both(loaded):
@@ -482,6 +488,13 @@ def test_another_model_is_an_error_that_names_both(loaded):
         index.check(loaded._replace(transform=ImageTransform(41, crop_size=40)))
     with pytest.raises(ValueError, match="openai"):
         index.check(loaded._replace(transform=ImageTransform(40, reference="openai")))
+
+
+def test_the_model_is_loaded_as_it_was_made():
+    loaded = miniclip.load("cifar10", dtype=torch.bfloat16, reference="openai")
+    again = index_of(torch.eye(3), encoder=describe(loaded, "cifar10")).load_encoder()
+    assert again.model.logit_scale.dtype == torch.bfloat16
+    assert again.transform.reference == again.tokenizer.reference == "openai"
 
 
 def test_names_that_last(tmp_path, monkeypatch):
@@ -561,6 +574,22 @@ def test_the_sheet_shows_what_was_found(loaded, photographs, tmp_path, k):
             assert np.abs(np.subtract(shown, middle.getpixel((0, 0)))).max() < 12
 
 
+def test_a_long_name_ends_as_it_does_and_a_long_title_begins_so(loaded, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args: written.append(args[2]))
+    monkeypatch.chdir(tmp_path)
+    pictures = [20 * "long " + "end.png", "short.png"]
+    for i, path in enumerate(pictures):
+        blots(i).save(path)
+    index = embed_images(loaded, pictures)
+    hits = index.search(index.embeddings[0], 2)
+    draw_sheet(index, hits, "a title " * 50, tmp_path / "s.png")
+    title, first, long, second, short = written
+    assert title.startswith("a title a title") and title.endswith("…")
+    assert (first, second) == ("1   1.000", f"2   {hits[1].score:.3f}")
+    assert long.startswith("…") and long.endswith(" end.png") and short == "short.png"
+
+
 def test_pictures_that_have_gone_leave_their_places_empty(loaded, photographs, tmp_path):
     index = embed_images(loaded, find_pictures([photographs])[0])
     hits = index.search(index.embeddings[0], 11)
@@ -626,6 +655,52 @@ def test_an_interrupted_build_continues(build, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "i.parts").exists()
 
 
+@pytest.mark.parametrize(
+    "changed, change",
+    [
+        ("model", {"model": "another"}),
+        ("revision", {"revision": "another"}),
+        ("fingerprint", {"fingerprint": "1" * 64}),
+        ("dtype", {"dtype": "bfloat16"}),
+        ("transform", {"transform": ImageTransform(40, image_std=(1, 1, 1))}),
+        ("transform", {"transform": ImageTransform(40, reference="openai")}),
+        ("batch", {}),
+        ("pictures", {}),
+        ("folder", {}),
+        ("part", {}),
+    ],
+)
+def test_another_build_is_not_continued(loaded, tmp_path, monkeypatch, changed, change):
+    def start(encoder, pictures=("a.png",), batch=4):
+        begin(tmp_path / "parts", build_settings(loaded, pictures, encoder, batch))
+
+    start(ENCODER)
+    start(ENCODER)  # the same again
+    if changed == "folder":
+        monkeypatch.chdir(tmp_path)
+    if changed == "part":
+        monkeypatch.setattr(retrieval, "PART", 100)
+    other = {"batch": {"batch": 5}, "pictures": {"pictures": ("b.png",)}}.get(changed, {})
+    with pytest.raises(ValueError, match=f"holds an unfinished index with another {changed};"):
+        start(ENCODER._replace(**change), **other)
+
+
+def test_the_threads_are_as_many_as_workers(build, loaded, photographs, tmp_path, monkeypatch):
+    pools, real = [], zeroshot.ThreadPoolExecutor
+
+    def pool(threads):
+        pools.append(threads)
+        return real(threads)
+
+    monkeypatch.setattr(zeroshot, "ThreadPoolExecutor", pool)
+    pictures, _ = find_pictures([photographs])
+    embed_images(loaded, pictures, workers=3)
+    build_index(tmp_path / "i", loaded, pictures, describe(loaded, "tiny"), workers=4)
+    throughput(loaded, pictures, workers=5)
+    embed_images(loaded, pictures)
+    assert pools == [3, 4, 5, 5, torch.get_num_threads()]
+
+
 def test_nothing_that_can_be_read(build, photographs, tmp_path):
     with pytest.raises(ValueError, match="none of the pictures can be read, 2; the first: .*z.txt"):
         build(tmp_path / "i", pictures=[str(photographs / name) for name in ("z.txt", "z.json")])
@@ -659,35 +734,54 @@ def command(many, loaded):
     return list(map(str, line))
 
 
+def run_here(line):
+    """The command without a process of its own, on one thread as the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(line[3:]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(many, command):
     """The index of one run."""
     out = many.with_name("whole")
-    subprocess.run([*command, str(out)], check=True, capture_output=True, env=ONE_THREAD)
+    run_here([*command, str(out)])
     return out.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe to be stuck at")
-def test_a_killed_command_is_continued_by_the_same_command(many, command, uninterrupted, tmp_path):
+def test_a_killed_command_is_continued_by_the_same_command(
+    many, command, uninterrupted, tmp_path, capsys
+):
     last, line = many.with_name("last.png"), [*command, str(tmp_path / "i")]
     last.rename(tmp_path / "last.png")
     os.mkfifo(last)  # nobody writes to it, so that the run is stuck before its last part is whole
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL, env=ONE_THREAD)
-    until = time.monotonic() + 120
-    while not (tmp_path / "i.parts" / "000001.safetensors").exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not (tmp_path / "i.parts" / "000001.safetensors").exists():
+            assert process.poll() is None  # stuck, and not ended by an error
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        (tmp_path / "last.png").replace(last)
     assert not (tmp_path / "i").exists()
-    (tmp_path / "last.png").replace(last)
-    again = subprocess.run(line, capture_output=True, text=True, env=ONE_THREAD)
-    assert again.returncode == 0, again.stderr
-    assert "continued, 2 of 3 parts were done" in again.stderr and "broken.png" in again.stderr
-    assert "1,100 images" in again.stdout
+    assert len(Index.load(tmp_path / "i.parts" / "000000.safetensors")) == 512
+    capsys.readouterr()
+    run_here(line)
+    out, err = capsys.readouterr()
+    assert "continued, 2 of 3 parts were done" in err
+    assert "miniclip: skipped 1, which the index lists; the first: " in err and "broken.png" in err
+    assert out.startswith(f"{tmp_path / 'i'}: 1,100 images, by {many.with_name('model')} (weights ")
     assert (tmp_path / "i").read_bytes() == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(command, uninterrupted, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
@@ -714,20 +808,24 @@ def run(capsys):
     return run
 
 
-@pytest.fixture
-def indexed(run, photographs, tmp_path):
-    status, out, err = run(
-        "embed", photographs, "--model", "cifar10", "--out", tmp_path / "index.safetensors"
-    )
-    assert (status, err) == (0, "") and "11 images, by cifar10" in out
-    return tmp_path / "index.safetensors"
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory):
+    """An index of eleven pictures, z.png the last of them."""
+    folder = tmp_path_factory.mktemp("indexed")
+    for i in range(10):
+        blots(i).save(folder / f"{i}.png")
+    blots(10).save(folder / "z.png")
+    line = ["embed", folder, "--model", "cifar10", "--out", folder / "index.safetensors"]
+    assert main(list(map(str, line))) == 0
+    return folder / "index.safetensors"
 
 
-def test_search_prints_what_is_nearest(run, indexed, photographs):
-    status, out, err = run("search", indexed, "--image", photographs / "z.png", "-k", 3)
+def test_search_prints_what_is_nearest(run, indexed):
+    z = indexed.with_name("z.png")
+    status, out, err = run("search", indexed, "--image", z, "-k", 3)
     assert status == 0 and re.fullmatch(r"11 pictures searched in \d+\.\d\d s\n", err)
     assert len(out.splitlines()) == 3
-    assert out.splitlines()[0].split() == ["1", "1.0000", str(photographs / "z.png")]
+    assert out.splitlines()[0].split() == ["1", "1.0000", str(z)]
     query = embed_query(miniclip.load("cifar10"), ["a cat"], minus=["a dog"])
     expected = [hit._asdict() for hit in Index.load(indexed).search(query, 12)]
     status, out, err = run("search", indexed, "a cat", "--minus", "a dog", "--json")
@@ -774,30 +872,36 @@ def test_search_by_another_model_names_both(run, indexed):
         (["embed", "--out", "i"], ["PATH"]),
     ],
 )
-def test_commands_that_make_no_sense(run, indexed, photographs, tmp_path, monkeypatch, argv, words):
+def test_commands_that_make_no_sense(run, indexed, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
-    real = {"INDEX": indexed, "PHOTO": photographs / "z.png"}
+    real = {"INDEX": indexed, "PHOTO": indexed.with_name("z.png")}
     status, out, err = run(*(real.get(word, word) for word in argv))
     assert status == 2 and err.startswith("miniclip: error: ") and err.count("\n") == 1
     assert all(word in err for word in words)
     assert not Path("i").exists() and not Path("i.parts").exists()
 
 
-def test_embed_times_itself(run, photographs):
-    line = ["embed", photographs, "--model", "cifar10", "--time"]
-    status, out, err = run(*line)
-    assert (status, err) == (0, "") and re.search(r"together .* images/s, \d+% of the slower", out)
-    found = json.loads(run(*line, "--json")[1])
-    assert found["together"] < 1.2 * min(found["decoding"], found["encoding"])
+def test_embed_times_decoding_the_encoder_and_both(loaded, photographs, monkeypatch):
+    """On a clock that only work moves: a second for a picture decoded, four for a batch encoded."""
+    clock, moving = [0.0], threading.Lock()
+
+    def worth(seconds, function):
+        def work(*arguments, **options):
+            with moving:
+                clock[0] += seconds
+            return function(*arguments, **options)
+
+        return work
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(retrieval, "pixels_of", worth(1, retrieval.pixels_of))
+    monkeypatch.setattr(CLIP, "encode_image", worth(4, CLIP.encode_image))
+    pictures, _ = find_pictures([photographs])
+    found = throughput(loaded, pictures, batch=5, workers=2)
+    assert found == (11 / 11, 11 / (3 * 4), 11 / (11 + 3 * 4))  # 11 pictures are three batches
 
 
-@pytest.mark.parametrize("name", ["embed", "search"])
-def test_help_shows_an_example(run, name):
-    status, out, err = run(name, "--help")
-    assert status == 0 and f"example:\n  miniclip {name}" in out
-    assert max(map(len, out.splitlines())) <= 80
-
-
+@pytest.mark.slow
 def test_scripts_that_pillows_font_lacks_are_legible_on_a_sheet(loaded, tmp_path):
     titles = ("Кот и пёс", "Пёс и кот", "γάτα", "日本", "nothing \udcff")
     blots(0).save(tmp_path / "кот.png")

@@ -1,9 +1,13 @@
 """The world of shapes: masks against pixels, captions against masks, and no hint in the words."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import cache
+from itertools import product
 from random import Random
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -11,9 +15,10 @@ import torch
 from twin import TINY
 
 from miniclip import CLIP, ImageTransform
+from miniclip.files.hub import resolve
 from miniclip.tokenizer import Tokenizer
 from miniclip.training import shapes
-from miniclip.training.loop import set_up
+from miniclip.training.loop import read_recipe, set_up
 from miniclip.world.captions import captions, located, negatives, relations, say, say_something
 from miniclip.world.scenes import COLOURS, HELD_OUT, SEEN, SHAPES, draw, paint, scene
 from miniclip.world.scoring import score
@@ -111,9 +116,10 @@ PLACES = {
 }
 
 
-def is_true(caption, s):
-    """Read the English, and look at the picture for the colours. The rest, which is hard to see, is
-    taken from the scene, where masks have been compared with it above."""
+@cache
+def things_in(s):
+    """Words and places of a scene's objects. Colours are looked up in the picture. The rest, which
+    is hard to see, is taken from the scene, where masks have been compared with it above."""
     picture, masks = draw(s)
     pixels, things = np.array(picture), []
     for object, mask in zip(s.objects, masks, strict=True):
@@ -121,6 +127,12 @@ def is_true(caption, s):
         name = next(name for name, value in COLOURS.items() if value == colour)
         words = {name, object.shape, object.size}
         things.append((words, (object.x, object.y)))
+    return things
+
+
+def is_true(caption, s):
+    """Read the English, and look at the scene."""
+    things = things_in(s)
     if place := next((place for place in PLACES if caption.endswith(f" {place}")), None):
         caption = caption.removesuffix(f" {place}")
         things = [thing for thing in things if PLACES[place](thing[1])]
@@ -244,15 +256,124 @@ def test_data_set():
         Shapes(1, seed=shapes.SCORE_SEED)
 
 
-def test_a_tokenizer_learns_every_word_as_one_token():
+@pytest.fixture(scope="module")
+def new():
+    """All that a run on this world starts from."""
+    return set_up("shapes")
+
+
+@pytest.mark.slow
+def test_a_tokenizer_learns_every_word_as_one_token(new):
     words = {*COLOURS, *SHAPES, "small", "large", "something", "left", "above", "bottom"}
-    tokenizer = Tokenizer.train(Shapes(5000).captions(), 1000)
-    assert [word for word in words if len(tokenizer.encode(word)) > 1] == []
+    assert [word for word in words if len(new.tokenizer.encode(word)) > 1] == []
 
 
-def test_a_new_model_sees_the_pixels_of_the_checkpoint_it_is_like():
-    assert set_up("shapes").transform == ImageTransform.from_pretrained("shapes")
-    assert ImageTransform.from_pretrained("shapes") != ImageTransform(64)
+@pytest.mark.slow
+def test_a_new_model_has_the_shape_the_recipe_and_the_pixels_of_the_checkpoint_it_is_like(new):
+    assert new.transform == ImageTransform.from_pretrained("shapes") != ImageTransform(64)
+    assert new.recipe == read_recipe(resolve("shapes", "recipe") / "recipe.json")
+    theirs = CLIP.from_pretrained("shapes").config
+    assert new.model.config.vision == theirs.vision
+    assert new.model.config.text.context_length == theirs.text.context_length
+
+
+class Knowing:
+    """A model that embeds a picture as its scene and a text as the scenes it is true of."""
+
+    logit_scale = torch.tensor(0.0)
+
+    def __init__(self, scenes, believes=is_true):
+        self.scenes, self.believes = scenes, believes
+        self.places = {draw(s)[0].tobytes(): i for i, s in enumerate(scenes)}
+
+    def eval(self):
+        self.is_training = False
+
+    def tokenize(self, texts):
+        self.texts = texts
+        return torch.arange(len(texts))
+
+    def transform(self, pictures):
+        return torch.tensor([self.places[picture.tobytes()] for picture in pictures])
+
+    def encode_text(self, ids, normalize):
+        return torch.tensor(
+            [[float(self.believes(self.texts[i], s)) for s in self.scenes] for i in ids]
+        )
+
+    def encode_image(self, places, normalize):
+        return torch.eye(len(self.scenes))[places]
+
+    def score(self):
+        return score(self, self.tokenize, self.transform, scenes=12)
+
+
+def test_scores_are_what_is_known_and_nothing_else():
+    """One model knows all, the others all but one thing. A tie is no answer, so they score 0."""
+    seed = 2021  # no training set has it
+    single = [scene(i, seed=seed, held_out=h, count=1) for h in (False, True) for i in range(12)]
+    scenes = single + [scene(i, seed=seed, count=2) for i in range(12)]
+    assert Knowing(scenes).score() == (1, 1, 1, 1, 1, 1)
+
+    def no_new_pair(text, s):
+        return is_true(text, s) and not HELD_OUT & {(o.colour, o.shape) for o in s.objects}
+
+    def no_left(text, s):
+        return " of a" in text or is_true(text, s)  # "to the left of a"
+
+    def no_colour(text, s):
+        return len(s.objects) > 1 or is_true(text, s)
+
+    assert Knowing(scenes, no_new_pair).score() == (1, scores_by_chance(scenes), 1, 1, 1, 1)
+    seen, unseen, relations, left_right, above_below, binding = Knowing(scenes, no_left).score()
+    assert (seen, unseen, left_right, above_below) == (1, 1, 0, 1) and 0 < relations < 1
+    assert Knowing(scenes, no_colour).score() == (1, 1, 0, 0, 0, 0)
+
+
+def scores_by_chance(scenes):
+    """The share of the held-out scenes that show the first of the 64 pairs, which a tie gives."""
+    return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
+
+
+# The areas of the shapes in a circle of radius 1. Of a heart and a moon they were measured once.
+STAR = 10 / 2 * 0.42 * math.sin(math.tau / 10)
+CROSS = 4 * (0.94 - 0.32) * 2 * 0.32 + (2 * 0.32) ** 2
+AREAS = {
+    "circle": math.pi * 0.9**2,
+    "square": 2,
+    "triangle": 27**0.5 / 4,
+    "star": STAR,
+    "cross": CROSS,
+    "ring": math.pi * (0.95**2 - 0.5**2),
+    "heart": 1.649,
+    "moon": 1.302,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_have_their_areas(shape):
+    for tilt in shapes.TILTS:
+        area = shapes.sprite(shape, 13, tilt).sum() / 13**2
+        assert area == pytest.approx(AREAS[shape], rel=0.03)
+
+
+def test_the_world_is_the_same_on_every_machine():
+    """These sums were printed once. To change the world is to change every published score."""
+    which = product(range(40), (0, 5), (False, True), (None, 2))
+    scenes = [scene(i, seed=seed, held_out=h, count=count) for i, seed, h, count in which]
+    said = [say_something(s, Random(i), i // 2 % 4 if i % 2 else 3) for i, s in enumerate(scenes)]
+    data = Shapes(60)
+    world = [scenes, said, [captions(s) for s in scenes[:10]], list(data.items(3))]
+    world += [[data.scene(i) for i in range(60)], [data[i, i][1:] for i in range(60)], COLOURS]
+    assert [crc32(repr(part).encode()) for part in world] == [
+        3256000819,
+        1060013200,
+        2135397439,
+        481254052,
+        2448789420,
+        2939645875,
+        279342419,
+    ]
 
 
 def test_score_of_a_model_that_knows_nothing():

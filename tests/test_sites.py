@@ -5,19 +5,16 @@ they are compared with it through `cache`, and with each other.
 """
 
 import copy
-import math
 import pickle
-import random
-import statistics
-import time
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from twin import TINY, random_inputs, randomize, twins
+from torch.utils._python_dispatch import TorchDispatchMode
+from twin import TINY, random_inputs, tiny_clip, twins
 
-from miniclip import VisionConfig, VisionTower
 from miniclip.model import Attention, Block
 from miniclip.parity import compare
 from miniclip.sites import KINDS, cache, find, hooks, matches, site
@@ -40,7 +37,8 @@ IN_BLOCKS = [
 
 @pytest.fixture
 def tiny():
-    model, _ = twins(TINY, attention="eager")
+    model = tiny_clip()
+    model.set_attention("eager")
     return model, random_inputs(TINY)
 
 
@@ -72,7 +70,7 @@ def test_a_hook_that_returns_nothing_changes_no_bit(tiny):
 
 
 def test_with_sdpa_only_looking_at_scores_and_pattern_costs_rounding():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     inputs = random_inputs(TINY)
     expected = logits(model, inputs)
     for name in IN_BLOCKS:
@@ -126,13 +124,13 @@ def test_functions_run_in_the_order_they_are_given_in(tiny):
 def test_an_edit_in_place_is_an_error(tiny, mode, returns):
     model, inputs = tiny
 
-    def zero_a_head(z, name):
+    def nudge_a_head(z, name):
         with torch.no_grad():
-            z[:, :, 1] = 0
+            z[:, :, 1] *= 1 + 1e-6
         return z if returns else None
 
     with mode(), pytest.raises(ValueError, match=r"vision.blocks.0.attn.z: .* in place"):
-        with hooks(model, {"vision.blocks.0.attn.z": zero_a_head}):
+        with hooks(model, {"vision.blocks.0.attn.z": nudge_a_head}):
             model(*inputs)
 
 
@@ -236,46 +234,38 @@ def without_sites(tower):
     return bare
 
 
-def processor_time(block, x):
-    start = time.thread_time()
-    block(x)
-    return time.thread_time() - start
+def test_unused_sites_add_no_operation_and_change_no_bit():
+    """What is left of their cost are calls of Python, which no test can time on a busy machine."""
+    model = tiny_clip()
+    bare, (pixels, _) = without_sites(model.vision), random_inputs(TINY)
+
+    class Operations(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.inference_mode():
+        with Operations() as with_sites:
+            found = model.vision(pixels)
+        with Operations() as without:
+            expected = bare(pixels)
+    assert torch.equal(found, expected)
+    assert with_sites.names == without.names and len(without.names) > 50
 
 
-@torch.inference_mode()
-def test_what_sites_cost_that_nobody_uses():
-    """`pytest -s` prints it: blocks of ViT-B/32 with sites and without, one of each in turn, on
-    one image. Processor time, so that other work on the machine counts for little."""
-    with torch.device("meta"):
-        tower = VisionTower(VisionConfig(), 512)
-    randomize(tower.to_empty(device="cpu"))
-    bare = without_sites(tower)
-    x, order, ratios = torch.randn(1, 50, 768), random.Random(0), []
-    assert torch.equal(tower.blocks(x), bare.blocks(x))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for _ in range(10):
-        for pair in zip(tower.blocks, bare.blocks):
-            times = {block: processor_time(block, x) for block in order.sample(pair, 2)}
-            ratios.append(math.log(times[pair[0]] / times[pair[1]]))
-    torch.set_num_threads(threads)
-    error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5
-    cost = statistics.median(ratios)
-    print(
-        f"unused sites: {cost:+.2%} of the time of a block of ViT-B/32 (standard error {error:.2%})"
-    )
-    assert cost < 0.02 + 3 * error
-
-
-def test_of_unused_sites_nothing_is_left_in_a_graph():
-    model, _ = twins(TINY)
-    pixels, _ = random_inputs(TINY)
+def test_of_unused_sites_nothing_is_left_in_a_graph(shallow):
+    model, (pixels, _) = shallow
+    model.set_attention("sdpa")
     graphs = [
         torch.export.export(tower, (pixels,)).graph
         for tower in (model.vision, without_sites(model.vision))
     ]
     steps, bare = ([(node.op, node.target) for node in graph.nodes] for graph in graphs)
-    assert steps == bare and len(steps) > 100
+    assert steps == bare and len(steps) > 30
 
 
 # ------------------------------------------------------------------------------------------- names
@@ -287,6 +277,7 @@ def test_a_star_is_one_part_of_a_name(tiny):
     assert names == [f"vision.blocks.{i}" for i in range(TINY.vision.layers)]
     assert len(find(model, "*.blocks.*.attn.[qkv]")) == 3 * (TINY.vision.layers + TINY.text.layers)
     assert not matches("vision.blocks.10", "vision.blocks.1")
+    assert not matches("vision.blocks.1.LN_1", "vision.blocks.*.ln_1")
 
 
 def test_a_bare_tower_and_any_other_module(tiny):
@@ -309,6 +300,7 @@ def test_names_of_transformer_lens(tiny):
         dict(kind="resid", tower="vision", layer=0),
         dict(kind="z", tower="image", layer=0),
         dict(kind="z", tower="vision", layer=-1),
+        dict(kind="z", tower="vision", layer=True),
         dict(kind="resid_pre", tower="text", layer=0),
     ):
         with pytest.raises(ValueError):
@@ -332,6 +324,32 @@ def test_the_stream_is_the_sum_it_is_said_to_be(tiny):
             )
             assert torch.equal(mid, pre + attn) and torch.equal(post, mid + mlp)
             assert not torch.equal(post, pre + mlp)
+
+
+def test_what_a_block_reads_and_the_neurons_are_what_they_are_called(tiny):
+    model, inputs = tiny
+    with torch.no_grad(), cache(model, *IN_BLOCKS) as acts:
+        model(*inputs)
+    for tower, layers in TOWERS:
+        for layer in range(layers):
+            block = getattr(model, tower).blocks[layer]
+            names = ("resid_mid", "ln1", "q", "k", "v", "ln2", "mlp_pre", "mlp_post", "mlp_out")
+            mid, ln1, q, k, v, ln2, pre, post, out = (
+                acts[site(kind, tower=tower, layer=layer)] for kind in names
+            )
+            for linear, found in (
+                (block.attn.q_proj, q),
+                (block.attn.k_proj, k),
+                (block.attn.v_proj, v),
+            ):
+                assert torch.equal(found.flatten(2), F.linear(ln1, linear.weight, linear.bias))
+            norm, fc1, fc2 = block.ln_2, block.mlp.fc1, block.mlp.fc2
+            assert torch.equal(
+                ln2, F.layer_norm(mid, mid.shape[-1:], norm.weight, norm.bias, norm.eps)
+            )
+            assert torch.equal(pre, F.linear(ln2, fc1.weight, fc1.bias))
+            assert torch.equal(post, pre * torch.sigmoid(1.702 * pre))
+            assert torch.equal(out, F.linear(post, fc2.weight, fc2.bias))
 
 
 def test_patterns_and_streams_are_those_of_transformers():
@@ -359,8 +377,8 @@ def test_attention_is_made_of_its_sites(tiny):
     for tower, layers in TOWERS:
         for i in range(layers):
             q, k, v, scores, pattern, z = (
-                acts[f"{tower}.blocks.{i}.attn.{name}"]
-                for name in ("q", "k", "v", "scores", "pattern", "z")
+                acts[site(kind, tower=tower, layer=i)]
+                for kind in ("q", "k", "v", "attn_scores", "pattern", "z")
             )
             products = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
             if tower == "text":
@@ -382,10 +400,11 @@ def test_copies_are_copies(tiny):
     held[0].zero_()
     assert acts[name].abs().max() > 0 and not acts[name].requires_grad
     first = acts[name]
-    with torch.no_grad(), cache(model, name) as acts:
+    with cache(model, name) as acts:
         model(*inputs)
         model(inputs[0] + 1, inputs[1])
     assert not torch.equal(acts[name], first)  # the last run's
+    assert not acts[name].requires_grad  # and no graph is kept
 
 
 def test_another_device_is_for_the_copy(tiny):
@@ -421,9 +440,17 @@ def test_gradients_at_a_site_are_slopes(tiny):
 # ----------------------------------------------------------------------------------------- compiled
 
 
+@pytest.fixture
+def shallow():
+    """One layer in each tower, as a graph takes its time to compile."""
+    towers = {name: replace(getattr(TINY, name), layers=1) for name, _ in TOWERS}
+    config = replace(TINY, **towers)
+    return twins(config, attention="eager")[0], random_inputs(config)
+
+
 @pytest.mark.parametrize("how", ["wrapped", "in place", "a tower"])
-def test_hooks_of_a_compiled_model_fire(tiny, how):
-    model, inputs = tiny
+def test_hooks_of_a_compiled_model_fire(shallow, how):
+    model, inputs = shallow
     expected = logits(model, inputs)
     called = model
     if how == "wrapped":
@@ -442,9 +469,9 @@ def test_hooks_of_a_compiled_model_fire(tiny, how):
     torch._dynamo.reset()
 
 
-def test_without_the_stance_a_compiled_model_ignores_hooks(tiny):
+def test_without_the_stance_a_compiled_model_ignores_hooks(shallow):
     """Why `hooks` sets one. If this fails, torch looks for new hooks, and it need not be set."""
-    model, inputs = tiny
+    model, inputs = shallow
     compiled = torch.compile(model, backend="eager")
     expected = logits(compiled, inputs)
     handle = model.vision.blocks[0].attn.z.register_forward_hook(lambda *args: 0 * args[-1])

@@ -10,8 +10,9 @@ import pytest
 import record_timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoModel, CLIPModel
-from twin import TINY, assert_close, assert_far, random_inputs, randomize, twins
+from twin import TINY, assert_close, assert_far, random_inputs, randomize, tiny_clip, twins
 
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
 from miniclip.cli import main
@@ -36,12 +37,12 @@ from miniclip.surgery import (
 )
 
 TOWERS = ["vision", "text"]
-DTYPES = [torch.float64, torch.float32]
+DTYPES = [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(params=DTYPES, ids=["float64", "float32"])
 def model(request):
-    return twins(TINY, dtype=request.param)[0]
+    return tiny_clip(request.param)
 
 
 def inputs_of(model, **counts):
@@ -83,6 +84,8 @@ def test_pruned_heads_are_heads_whose_output_is_nowhere_read(model, tower):
     width = getattr(TINY, tower).width
     counts = [sum(p.numel() for p in m.parameters()) for m in (model, pruned)]
     assert counts[0] - counts[1] == 2 * (4 * width * D + 3 * D)
+    for linear in (m for m in pruned.modules() if isinstance(m, nn.Linear)):
+        assert linear.weight.shape == (linear.out_features, linear.in_features)
     expected = run(zeroed_outputs(CLIP_like(model), tower, heads), tower)
     assert_close(run(pruned, tower), expected)
     wrong = run(zeroed_outputs(CLIP_like(model), tower, {0: [0], 1: [1]}), tower)
@@ -220,7 +223,7 @@ def resampling_matrix(old, new, method):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", ["transformers", "timm", "openai-bilinear", "dino"])
 def test_resized_as_the_formula_of_each_method(size, method):
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     pos_embed = model.vision.pos_embed.detach()
     resized = resize_image(model, size, method)
     rows, columns = (n // 8 for n in size)
@@ -245,7 +248,7 @@ def test_the_same_number_of_patches_in_another_grid_is_another_embedding():
 
 
 def test_half_precision_is_resampled_in_float32():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     model = model.bfloat16()
     found = resize_image(model, 72).vision.pos_embed
     expected = resize_image(model.float(), 72).vision.pos_embed.bfloat16()
@@ -328,7 +331,7 @@ def resize_matrix(old, new):
 
 @pytest.mark.parametrize("size", [4, 7, 12, 16])
 def test_resize_patch_multiplies_by_the_pseudo_inverse(size):
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     resized = resize_patch(model, size)
     matrix = resize_matrix(8, size)
     old = model.vision.patch_embed.weight.detach().numpy()
@@ -344,7 +347,7 @@ def test_resize_patch_multiplies_by_the_pseudo_inverse(size):
 
 @torch.no_grad()
 def test_a_larger_patch_sees_in_a_resized_patch_what_the_smaller_saw():
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     pixels = torch.randn(2, 3, 40, 40, dtype=torch.float64)
     patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8)  # (2, 3, 5, 5, 8, 8)
     large = F.interpolate(patches.reshape(-1, 1, 8, 8), (12, 12), mode="bicubic", antialias=True)
@@ -388,8 +391,9 @@ def test_longer_contexts_are_the_published_formulas(model):
     assert torch.equal(stretched.text.pos_embed[:8], rows[:8])
     straight = extend_context(model, 33, method="linear").text.pos_embed.detach()
     assert_close(straight, linear(rows, 33))
-    kept = extend_context(model, 33, method="linear", keep=5).text.pos_embed.detach()
-    assert_close(kept, torch.cat([rows[:5], linear(rows[5:], 28)]))
+    for keep in (5, 18):  # 2 of 20 rows are left to stretch, at least
+        kept = extend_context(model, 33, method="linear", keep=keep).text.pos_embed.detach()
+        assert_close(kept, torch.cat([rows[:keep], linear(rows[keep:], 33 - keep)]))
     assert_far(stretched.text.pos_embed[:33], straight)
 
 
@@ -420,6 +424,7 @@ def test_new_tokens(model):
     _, ids = random_inputs(TINY)
     assert torch.equal(larger.encode_text(ids), model.encode_text(ids))
     assert torch.equal(larger.text.token_embed(torch.tensor([600, 602])), rows[[0, 2]])
+    assert larger.text.token_embed.num_embeddings == larger.config.text.vocab_size == 603
     mean = add_tokens(model, 2).text.token_embed.weight[600:]
     assert_close(mean, model.text.token_embed.weight.mean(0).expand(2, -1))
     ids[0, 0] = 601
@@ -500,9 +505,9 @@ BEYOND = {
 
 @pytest.mark.parametrize("surgery", [*EXPRESSIBLE.values(), *BEYOND.values()])
 def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
-    model, _ = twins(TINY)
+    model = tiny_clip()
     changed = surgery(model)
-    assert_same_weights(model, twins(TINY)[0])  # the model given is left as it was
+    assert_same_weights(model, tiny_clip())  # the model given is left as it was
     changed.save_pretrained(tmp_path)
     again = CLIP.from_pretrained(tmp_path)
     assert_same_weights(again, changed)
@@ -514,7 +519,7 @@ def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 @torch.no_grad()
 def test_transformers_loads_what_it_can_express_with_equal_logits(name, tmp_path):
-    model = EXPRESSIBLE[name](twins(TINY, dtype=torch.float64)[0])
+    model = EXPRESSIBLE[name](tiny_clip(torch.float64))
     model.save_pretrained(tmp_path)
     theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     pixels, ids = inputs_of(model, tokens=12)
@@ -527,7 +532,7 @@ def test_transformers_loads_what_it_can_express_with_equal_logits(name, tmp_path
 
 @pytest.mark.parametrize("name", BEYOND)
 def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
-    model = BEYOND[name](twins(TINY)[0])
+    model = BEYOND[name](tiny_clip())
     model.save_pretrained(tmp_path)
     for theirs in (CLIPModel, AutoModel):
         with pytest.raises(
@@ -540,7 +545,7 @@ def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
 
 def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
     """Why the list is there: registers alone are a key it does not know, and only warns of."""
-    model = add_registers(twins(TINY)[0], 4)
+    model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["vision_config"]["num_attention_heads"] == [4, 4, 4]
@@ -564,7 +569,7 @@ def test_ordinary_config_files_have_no_new_entries():
 
 
 def test_operations_on_different_parts_commute():
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     changes = [
         lambda m: resize_image(m, (56, 40)),
         lambda m: prune_heads(m, "vision", {1: [0]}),
@@ -585,7 +590,7 @@ def test_operations_on_different_parts_commute():
 @pytest.mark.parametrize("by", ["layer", "head", "token"])
 @pytest.mark.parametrize("name", [*BEYOND, "LoRA"])
 def test_what_surgery_made_is_decomposed_exactly(name, by):
-    model, _ = twins(TINY, dtype=torch.float64)
+    model = tiny_clip(torch.float64)
     model = add_lora(model) if name == "LoRA" else BEYOND[name](model)
     for parameter in model.parameters():
         if not parameter.any():  # registers and B begin as zeros
@@ -599,19 +604,19 @@ def test_what_surgery_made_is_decomposed_exactly(name, by):
 
 @pytest.mark.parametrize("name", BEYOND)
 def test_the_table_of_parts_counts_every_parameter(name):
-    model = BEYOND[name](twins(TINY)[0])
+    model = BEYOND[name](tiny_clip())
     rows = parts(model.config)
     assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
 
 
 def test_the_parity_command_says_what_it_cannot_compare(tmp_path, capsys):
-    add_registers(twins(TINY)[0], 4).save_pretrained(tmp_path)
+    add_registers(tiny_clip(), 4).save_pretrained(tmp_path)
     assert main(["parity", str(tmp_path)]) == 2
     assert "transformers' CLIP cannot express registers 4" in capsys.readouterr().err
 
 
 def test_hooks_stay_with_the_model_they_were_put_on():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     seen = []
     with hooks(model, {"vision.blocks.*.attn": lambda x, name: seen.append(name)}):
         changed = [change(model) for change in (*EXPRESSIBLE.values(), *BEYOND.values(), add_lora)]
@@ -625,7 +630,7 @@ def test_hooks_stay_with_the_model_they_were_put_on():
 
 
 def test_what_was_frozen_or_set_stays_so():
-    model, _ = twins(TINY)
+    model = tiny_clip()
     model.set_attention("eager")
     model.vision.requires_grad_(False)
     for change in (*EXPRESSIBLE.values(), *BEYOND.values()):
@@ -638,13 +643,14 @@ def test_what_was_frozen_or_set_stays_so():
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
 def test_surgically_changed_models_train_and_compile():
-    model = BEYOND["all of them"](twins(TINY)[0])
+    model = BEYOND["all of them"](tiny_clip())
     pixels, ids = inputs_of(model)
     expected = model(pixels, ids).logits_per_image
     expected.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(pixels, ids).logits_per_image, expected)
+    torch._dynamo.reset()
 
 
 # -------------------------------------------------------------------------------------- refusals
@@ -653,7 +659,13 @@ REFUSED = {
     "no head 4": (lambda m: prune_heads(m, "vision", {0: [4]}), "no [4] among the heads of vision"),
     "no layer 3": (lambda m: prune_heads(m, "vision", {3: [0]}), "no layer 3 in the vision tower"),
     "no layer -1": (lambda m: keep_layers(m, "text", [-1]), "no layer -1 in the text tower"),
+    "no heads of layer -1": (
+        lambda m: prune_heads(m, "text", {-1: [0]}),
+        "no layer -1 in the text",
+    ),
+    "no head -1": (lambda m: prune_heads(m, "vision", {0: [-1]}), "no [-1] among the heads of"),
     "no neuron": (lambda m: prune_neurons(m, "text", {0: [92]}), "no [92] among the neurons of"),
+    "no neuron -1": (lambda m: prune_neurons(m, "text", {0: [-1]}), "no [-1] among the neurons"),
     "no layers": (lambda m: keep_layers(m, "text", []), "no layers of the text tower to keep"),
     "no tower": (lambda m: prune_heads(m, "image", {}), "tower is 'image'; expected 'vision'"),
     "too small": (lambda m: resize_image(m, 7), "patch_size 8 is larger than image_size 7"),
@@ -663,8 +675,11 @@ REFUSED = {
     "patch 0": (lambda m: resize_patch(m, 0), "patch_size is 0; expected a positive whole"),
     "shorter": (lambda m: extend_context(m, 10, keep=0), "cannot stretch 20 positions to 10"),
     "too much kept": (lambda m: extend_context(m, 40), "to keep 0 to 18"),
+    "one too many kept": (lambda m: extend_context(m, 40, keep=19), "keeping 19: expected"),
+    "-1 kept": (lambda m: extend_context(m, 40, keep=-1), "keeping -1: expected"),
     "no rule": (lambda m: extend_context(m, 40, method="cubic"), "expected longclip or linear"),
     "-1 tokens": (lambda m: add_tokens(m, -1), "a number of new tokens, 0 or more, found -1"),
+    "True tokens": (lambda m: add_tokens(m, True), "a number of new tokens, 0 or more, found True"),
     "thin tokens": (lambda m: add_tokens(m, torch.ones(2, 39)), "expected (count, 40)"),
     "flat registers": (lambda m: add_registers(m, torch.ones(48)), "expected (count, 48)"),
 }
@@ -672,11 +687,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_done_is_said(name):
-    model, _ = twins(TINY)
+    model = tiny_clip()
     operation, words = REFUSED[name]
     with pytest.raises(ValueError, match=re.escape(words)):
         operation(model)
-    assert_same_weights(model, twins(TINY)[0])
+    assert_same_weights(model, tiny_clip())
 
 
 @pytest.mark.parametrize("make, words", [
@@ -702,6 +717,6 @@ def test_a_config_has_one_way_of_saying_a_thing():
 
 
 def test_randomize_draws_registers_too():
-    model = CLIP(add_registers(twins(TINY)[0], 2).config)
+    model = CLIP(add_registers(tiny_clip(), 2).config)
     randomize(model)
     assert model.vision.register_embed.std() > 0.1

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import CLIPModel
-from twin import TINY, random_inputs, randomize, twins
+from twin import TINY, random_inputs, randomize, tiny_clip
 
 from miniclip import CLIP
 from miniclip.surgery import (
@@ -29,7 +30,7 @@ TOWERS = ["vision", "text"]
 
 
 def three(dtype=torch.float64):
-    return [twins(TINY, dtype=dtype, seed=seed)[0] for seed in range(3)]
+    return [tiny_clip(dtype, seed) for seed in range(3)]
 
 
 def logits(model):
@@ -154,8 +155,9 @@ def test_frozen_groups_get_no_gradients_and_others_do(tower):
         for i, group in enumerate(layer_groups(part)):
             assert all((p.grad is None) == (i < count) for p in group)
         assert model.logit_scale.grad is not None
-    with pytest.raises(ValueError, match="groups is -1"):
-        freeze(part, -1)
+    for count in (-1, len(part.blocks) + 3):
+        with pytest.raises(ValueError, match=f"groups is {count}; this tower has"):
+            freeze(part, count)
 
 
 # ------------------------------------------------------------------------------------------ LoRA
@@ -168,7 +170,7 @@ NAMES += ["text.blocks.0.mlp.fc1", "text.blocks.1.mlp.fc1", "vision.blocks.1.att
 
 def adapted(dtype=torch.float64, seed=5):
     """(the base, a copy with LoRA whose A and B are random)"""
-    base, _ = twins(TINY, dtype=dtype)
+    base = tiny_clip(dtype)
     model = add_lora(base, SITES, rank=3, alpha=5)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -183,7 +185,7 @@ def low_rank(model, name):
 
 
 def test_lora_begins_as_the_base_bit_for_bit():
-    base, _ = twins(TINY)
+    base = tiny_clip()
     model = add_lora(base)
     assert torch.equal(logits(model), logits(base))
     trained = {n.partition(".parametrizations")[0] for n, p in model.named_parameters()
@@ -191,6 +193,16 @@ def test_lora_begins_as_the_base_bit_for_bit():
     blocks = [f"vision.blocks.{i}" for i in range(3)] + [f"text.blocks.{i}" for i in range(2)]
     assert trained == {f"{block}.attn.{p}_proj" for block in blocks for p in "qv"}
     assert all(p.requires_grad for p in base.parameters())  # the base is left as it was
+
+
+def test_lora_begins_as_a_linear_layer_does_and_with_zeros():
+    """As the paper's code and PEFT's; of rank 4 and scale 1 unless told otherwise."""
+    name = "text.blocks.0.mlp.fc1"
+    torch.manual_seed(0)
+    lora = low_rank(add_lora(tiny_clip(), [name]), name)
+    torch.manual_seed(0)
+    assert torch.equal(lora.A, nn.Linear(TINY.text.width, 4).weight)
+    assert lora.B.shape == (TINY.text.mlp_width, 4) and not lora.B.any() and lora.scale == 1
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
@@ -206,7 +218,7 @@ def test_lora_is_its_formula(dtype, tolerance):
         change = (new.weight - old.weight).double()
         assert torch.linalg.matrix_rank(change, rtol=1e-5) == 3
     untouched = "vision.blocks.0.attn.v_proj"
-    assert type(model.get_submodule(untouched)) is torch.nn.Linear
+    assert type(model.get_submodule(untouched)) is nn.Linear
 
 
 def test_only_a_and_b_learn_and_the_base_never_moves():
@@ -233,7 +245,9 @@ def test_merging_and_unmerging(dtype):
     assert torch.equal(logits(merged), logits(model))
     assert not torch.equal(logits(merged), logits(base))
     assert merged.state_dict().keys() == base.state_dict().keys()
-    assert all(type(merged.get_submodule(name)) is torch.nn.Linear for name in NAMES)
+    assert all(type(merged.get_submodule(name)) is nn.Linear for name in NAMES)
+    assert not any(merged.get_submodule(name).weight.requires_grad for name in NAMES)
+    assert not any(module.training for module in merged.modules())
     merged.get_submodule(NAMES[0]).weight.data.zero_()
     restored = unmerge_lora(merged)
     assert_same_weights(restored, model)
@@ -279,6 +293,7 @@ def test_lora_composes_with_other_surgery():
 
 @pytest.mark.parametrize("call, words", [
     (lambda m: add_lora(m, rank=0), "rank is 0; expected a positive whole number"),
+    (lambda m: add_lora(m, rank=True), "rank is True; expected a positive whole number"),
     (lambda m: add_lora(m, ["vision.blocks.*.attn.x_proj"]), "no site is called"),
     (lambda m: add_lora(m, ["vision.ln_pre"]), "vision.ln_pre is a LayerNorm; expected a plain"),
     (lambda m: merge_lora(m), "no Linear here has LoRA"),
@@ -287,7 +302,7 @@ def test_lora_composes_with_other_surgery():
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said(call, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        call(twins(TINY)[0])
+        call(tiny_clip())
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +340,7 @@ def logits_of(theirs):
 
 
 def test_peft_trains_merges_and_unloads_a_miniclip(peft, tmp_path):
-    base, _ = twins(TINY, dtype=torch.float64)
+    base = tiny_clip(torch.float64)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft_config(peft))
     trained = [n for n, p in theirs.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in n for n in trained)

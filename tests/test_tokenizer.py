@@ -21,6 +21,7 @@ from tokenizers import Regex, normalizers
 from transformers import CLIPTokenizer
 
 from miniclip import tokenizer as module
+from miniclip.config import TextConfig
 from miniclip.errors import CheckpointError, ContextLengthError
 from miniclip.text.merge import merge
 from miniclip.text.symbols import BOS, EOS
@@ -119,7 +120,7 @@ def long_words() -> list[str]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    Tokenizer.train(texts(4000, seed=7), 1500).save_pretrained(folder)
+    Tokenizer.train(texts(1000, seed=7), 1500).save_pretrained(folder)
     return folder
 
 
@@ -190,20 +191,27 @@ class OpenAI:
 # ---- ids ---------------------------------------------------------------------------------------
 
 
-def test_20000_texts_have_the_ids_of_transformers(folder):
-    assert different(Tokenizer.from_directory(folder), folder, texts(20_000)) == []
+# Every code point is compared below; random texts are for what stands beside what.
+HOW_MANY = [1000, pytest.param(10_000, marks=pytest.mark.slow)]
 
 
-def test_20000_texts_have_the_ids_of_openai(folder):
+@pytest.mark.parametrize("count", HOW_MANY)
+def test_texts_have_the_ids_of_transformers(folder, count):
+    assert different(Tokenizer.from_directory(folder), folder, texts(count)) == []
+
+
+@pytest.mark.parametrize("count", HOW_MANY)
+def test_texts_have_the_ids_of_openai(folder, count):
     ours, theirs = Tokenizer.from_directory(folder, reference="openai"), OpenAI(folder)
-    assert [t for t in texts(20_000) if ours.encode(t) != theirs.encode(t)] == []
+    assert [t for t in texts(count) if ours.encode(t) != theirs.encode(t)] == []
 
 
-def test_words_of_10000_characters(folder):
+def test_words_of_10000_characters(trained):
     words = long_words()
-    assert different(Tokenizer.from_directory(folder), folder, words) == []
-    ours, theirs = Tokenizer.from_directory(folder, reference="openai"), OpenAI(folder)
-    assert all(ours.encode(word) == theirs.encode(word) for word in words[:2])
+    assert different(Tokenizer.from_directory(trained), trained, words) == []
+    ours, theirs = Tokenizer.from_directory(trained, reference="openai"), OpenAI(trained)
+    short = [word[:1000] for word in words]  # theirs takes the square of the length
+    assert all(ours.encode(word) == theirs.encode(word) for word in short)
 
 
 def test_golden_ids_of_other_projects(data):
@@ -222,8 +230,11 @@ def test_golden_ids_of_other_projects(data):
     assert (len(wrong["transformers"]), len(wrong["openai"])) == (0, 2)
 
 
+CONTEXTS = ["a{}b", "{0}{0}", "e\u0323{}\u0302", "a\u0345{}", "Σ{}"]
+
+
 @pytest.mark.parametrize(
-    "context", ["{}", "a{}b", "{0}{0}", "e\u0323{}\u0302", "a\u0345{}", "Σ{}"], ids=ascii
+    "context", ["{}", *(pytest.param(c, marks=pytest.mark.slow) for c in CONTEXTS)], ids=ascii
 )
 def test_every_code_point_is_cleaned_as_transformers_cleans_it(context, trained):
     theirs = transformers_tokenizer(trained).backend_tokenizer.normalizer
@@ -250,6 +261,7 @@ def test_every_code_point_is_in_the_class_that_transformers_has_it_in(theirs, ou
             assert ours.sub("", text) == theirs.normalize_str(text), hex(first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", module.REFERENCES)
 def test_every_code_point_has_the_ids_of_the_reference(reference, trained):
     """In order, so that scripts stay together and words, digits and marks meet their like."""
@@ -343,7 +355,7 @@ def test_printable_ascii_without_ampersand_needs_no_repair():
 def test_a_text_in_chunks_is_the_text_as_a_whole(trained, reference):
     chunks, whole = (Tokenizer.from_directory(trained, reference=reference) for _ in range(2))
     whole._has_spaces = True
-    for text in texts(3000, seed=9):
+    for text in texts(800, seed=9):
         assert chunks.encode(text) == chunks.encode(text) == whole.encode(text), text
 
 
@@ -356,13 +368,26 @@ def test_the_memory_of_chunks_is_bounded(trained, monkeypatch):
     assert all(len(chunk) < 100 for chunk in tokenizer._chunk_ids)
 
 
+def test_the_memory_of_chunks_is_some_30_megabytes(trained):
+    """Of chunks as long as any that is remembered, with an id for each character."""
+    tokenizer = Tokenizer.from_directory(trained)
+    for length in (64, 65):
+        tokenizer.encode("\N{CAT FACE}" * length)
+        assert len(tokenizer._chunk_ids) == 1
+    tokenizer._chunk_ids = {str(i): [] for i in range(99_999)}
+    tokenizer.encode("a")
+    assert len(tokenizer._chunk_ids) == 100_000
+    tokenizer.encode("b")
+    assert len(tokenizer._chunk_ids) == 1
+
+
 # ---- rows --------------------------------------------------------------------------------------
 
 
-def test_rows_are_padded_to_the_longest_or_to_pad_to(folder):
-    tokenizer, some = Tokenizer.from_directory(folder), ["a cat", "", "a photo of two cats"]
+def test_rows_are_padded_to_the_longest_or_to_pad_to(trained):
+    tokenizer, some = Tokenizer.from_directory(trained), ["a cat", "", "a photo of two cats"]
     ids = tokenizer(some)
-    theirs = transformers_tokenizer(folder)(some, padding=True, return_tensors="pt")["input_ids"]
+    theirs = transformers_tokenizer(trained)(some, padding=True, return_tensors="pt")["input_ids"]
     assert ids.dtype == torch.int64 and torch.equal(ids, theirs)
     wide = tokenizer(some, pad_to=77)
     assert wide.shape == (3, 77) and torch.equal(wide[:, : ids.shape[1]], ids)
@@ -383,6 +408,11 @@ def test_a_text_of_77_tokens_fits_and_one_of_78_does_not(trained):
         tokenizer(["fits", "! " * 76])
     with pytest.raises(ContextLengthError, match=r"text 0 has 5 tokens.*at most 4 fit"):
         tokenizer("! ! !", pad_to=4)
+    with pytest.raises(ContextLengthError, match=r"text 0 has 82 tokens.*at most 77 fit"):
+        tokenizer("! " * 80, pad_to=100)
+    wide = tokenizer("! " * 80, truncate=True, pad_to=100)
+    assert torch.equal(wide[:, :77], tokenizer("! " * 80, truncate=True))
+    assert wide.shape == (1, 100) and (wide[:, 76:] == tokenizer.eos_token_id).all()
     for options in ({}, {"pad_to": 10}, {"pad_to": 77}):
         length = options.get("pad_to", 77)
         ids = tokenizer("! " * 500, truncate=True, **options)
@@ -400,6 +430,10 @@ def test_bad_arguments_say_which_text(trained):
         tokenizer("a", pad_to=1)
     with pytest.raises(ValueError, match="reference is 'OpenAI'; expected 'transformers' or"):
         Tokenizer.from_directory(trained, reference="OpenAI")
+    for length in (1, 77.0, True):
+        with pytest.raises(ValueError, match=f"context_length is {length}; expected a number from"):
+            Tokenizer.train(["a"], 514, context_length=length)
+    assert tokenizer("", pad_to=2).shape == Tokenizer.train([], 514, context_length=2)("").shape
 
 
 def test_openai_repairs_a_lone_surrogate(trained):
@@ -410,8 +444,8 @@ def test_openai_repairs_a_lone_surrogate(trained):
 # ---- ids to text, and what there is to see -----------------------------------------------------
 
 
-def test_decode_is_that_of_transformers(folder):
-    ours, theirs = Tokenizer.from_directory(folder), transformers_tokenizer(folder)
+def test_decode_is_that_of_transformers(trained):
+    ours, theirs = Tokenizer.from_directory(trained), transformers_tokenizer(trained)
     rng = random.Random(2)
     for text in texts(500, seed=4):
         ids = ours(text, truncate=True)[0]
@@ -468,8 +502,19 @@ def test_training_is_deterministic_and_laid_out_like_openai():
     assert tokens[512:] == [left + right for left, right in first.merges] + [BOS, EOS]
     assert (first.bos_token_id, first.eos_token_id, first.pad_token_id) == (898, 899, 899)
     assert Tokenizer.train(["a b"], 10_000).vocab_size == 514
+    short = Tokenizer.train(["a b"], 514, context_length=5)
+    assert (short.context_length, short.reference) == (5, "transformers")
+    assert Tokenizer.train(["a b"], 514).context_length == 77
     with pytest.raises(ValueError, match="vocab_size is 513; expected at least 514"):
         Tokenizer.train(some, 513)
+
+
+def test_training_cleans_and_splits_as_its_reference_does():
+    """To OpenAI an entity is its character, and a special token is not a word to learn."""
+    some = ["&amp;amp; " * 9, f"{EOS} " * 9]
+    openai = Tokenizer.train(some, 600, reference="openai")
+    assert openai.reference == "openai" and openai.merges == []
+    assert ("a", "m") in Tokenizer.train(some, 600).merges
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -485,9 +530,10 @@ def write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def test_saving_and_loading_changes_nothing(folder, tmp_path):
-    first = Tokenizer.from_directory(folder)
-    (tmp_path / "tokenizer.json").write_text("{}")  # of an earlier save, by transformers
+def test_saving_and_loading_changes_nothing(trained, tmp_path):
+    first = Tokenizer.from_directory(trained)
+    for name in ("tokenizer.json", "added_tokens.json"):  # of an earlier save, by transformers
+        (tmp_path / name).write_text("{}")
     first.save_pretrained(tmp_path)
     second = Tokenizer.from_directory(tmp_path)
     for name in ("vocab", "merges", "added", "special_tokens", "context_length", "reference"):
@@ -514,14 +560,24 @@ def test_tokenizer_json_as_transformers_writes_it(trained, tmp_path):
     assert different(tokenizer, tmp_path, texts(1000)) == []
 
 
-def test_the_vocabulary_as_openai_packs_it(folder, tmp_path):
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    if len(lines) - 1 == module.OPENAI_MERGES:
-        lines += ["Ġ Ġ", "Ġ !"]  # OpenAI's file goes on after the last merge that CLIP uses
-    packed = gzip.compress("\n".join(lines).encode() + b"\n")
-    (tmp_path / module.OPENAI_VOCABULARY).write_bytes(packed)
-    unpacked = Tokenizer.from_directory(tmp_path, reference="openai")
-    assert unpacked.vocab == Tokenizer.from_directory(folder).vocab
+def packed(folder: Path, lines: list[str]) -> Path:
+    data = gzip.compress("\n".join(lines).encode() + b"\n", compresslevel=1)
+    (folder / module.OPENAI_VOCABULARY).write_bytes(data)
+    return folder
+
+
+def test_the_vocabulary_as_openai_packs_it(trained, tmp_path):
+    lines = (trained / "merges.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    unpacked = Tokenizer.from_directory(packed(tmp_path, lines), reference="openai")
+    assert unpacked.vocab == Tokenizer.from_directory(trained).vocab
+
+
+def test_openais_file_goes_on_after_the_last_merge_that_clip_uses(tmp_path):
+    symbols = module.byte_symbols().values()
+    pairs = [f"{left} {right}" for left in symbols for right in symbols]  # 65,536
+    tokenizer = Tokenizer.from_directory(packed(tmp_path, ["#version: 0.2", *pairs]))
+    assert tokenizer.vocab_size == TextConfig().vocab_size == 49408
+    assert tokenizer.merges == [tuple(pair.split()) for pair in pairs[: 49408 - 512 - 2]]
 
 
 def test_a_tokenizer_travels_to_another_process(trained):
@@ -557,6 +613,10 @@ LAYOUTS = {
         },
     },
     "textual inversion": {"added_tokens.json": {"<Cat-Toy>": 1500, "<é>": 1501}},
+    "an added token that begins as another": {
+        "added_tokens.json": {"<cat": 1500, "<cat>": 1501, "cat>": 1502}
+    },
+    "unknown token of its own": {"special_tokens_map.json": {"unk_token": "!"}},
     "added tokens with a space": {"added_tokens.json": {"new york": 1500, "cat": 1501}},
     "pad token of its own": {"special_tokens_map.json": {"pad_token": "[PAD]"}},
     "stripping and named in other ways": {
@@ -587,12 +647,15 @@ def test_special_tokens_are_those_of_transformers(layout, copy):
     for name, value in LAYOUTS[layout].items():
         write(copy / name, value)
     ours, theirs = Tokenizer.from_directory(copy), transformers_tokenizer(copy)
+    for name, token in ours.special_tokens.items():
+        assert token == getattr(theirs, name), name
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.vocab_size == len(theirs)
     some = [
         "a <cat-toy> <CAT-TOY>x",
         "<Cat-Toy>",
+        "a <cat> <cat cat> <<cat>>",
         "<e\u0301> <É>",
         "in New York cat's",
         "hi !! [PAD]",
@@ -609,11 +672,21 @@ def test_special_tokens_are_those_of_transformers(layout, copy):
 
 
 @pytest.mark.parametrize(
-    ("length", "read"), [(248, 248), (int(1e30), 77), (None, 77), (0, 77), ("77", 77), (True, 77)]
+    ("length", "read"),
+    [
+        *((2, 2), (248, 248), (100_000, 100_000)),
+        *((1, 77), (100_001, 77), (int(1e30), 77), (None, 77), (0, 77), ("77", 77), (True, 77)),
+    ],
 )
 def test_the_context_length_is_read_where_it_makes_sense(copy, length, read):
     write(copy / "tokenizer_config.json", {"model_max_length": length})
     assert Tokenizer.from_directory(copy).context_length == read
+
+
+def test_the_context_length_of_open_clip_comes_first(copy):
+    text = {"context_length": 64, "vocab_size": 1500}
+    write(copy / "open_clip_config.json", {"model_cfg": {"text_cfg": text}})
+    assert Tokenizer.from_directory(copy).context_length == 64
 
 
 def test_a_symbol_that_is_not_in_the_vocabulary_is_unknown(copy):
@@ -653,9 +726,28 @@ def damage_vocab(change):
     return apply
 
 
+def damage_merges(change):
+    def apply(folder: Path) -> None:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        (folder / "merges.txt").write_text("\n".join(change(lines)), encoding="utf-8")
+
+    return apply
+
+
+def no_ends_of_words(folder: Path) -> None:
+    write(folder / "vocab.json", {BOS: 0, EOS: 1})
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
 @pytest.mark.parametrize(
     ("apply", "message"),
     [
+        (damage_merges(lambda lines: lines[:-1]), "no merge makes 1 tokens of the vocabulary"),
+        (damage_merges(lambda lines: [*lines, "! !"]), "'!!' is not in the vocabulary"),
+        (damage_merges(lambda lines: [*lines, *[""] * 300_000]), "merges.txt: .* 300,000 lines"),
+        (damage("merges.txt", b"#" * 5_000_001), "merges.txt: .* more than 5,000,000 bytes"),
+        (damage("vocab.json", b" " * 5_000_001), "vocab.json: .* 5,000,000 bytes"),
+        (no_ends_of_words, "no token ends with </w>"),
         (damage("vocab.json", None), "no tokenizer here; expected vocab.json and merges.txt, or"),
         (damage("merges.txt", None), "merges.txt: expected lines of UTF-8 text"),
         (damage("vocab.json", b"{"), "vocab.json: expected a JSON file"),
@@ -733,3 +825,13 @@ def test_damaged_openai_vocabulary_is_named(content, tmp_path):
 def test_from_pretrained_reads_a_directory(trained):
     tokenizer = Tokenizer.from_pretrained(trained, reference="openai")
     assert (tokenizer.reference, tokenizer.vocab_size) == ("openai", 1500)
+
+
+def test_from_pretrained_passes_the_options_of_load_on(trained, tmp_path):
+    """A revision of a repository that is in one cache and nowhere else."""
+    repository, commit = tmp_path / "models--a--b", "0123456789" * 4
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v2").write_text(commit)
+    shutil.copytree(trained, repository / "snapshots" / commit)
+    options = dict(revision="v2", cache_dir=tmp_path, local_files_only=True)
+    assert Tokenizer.from_pretrained("a/b", **options).vocab_size == 1500

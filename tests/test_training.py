@@ -12,27 +12,25 @@ import tarfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
-from itertools import islice, product
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 from PIL import Image
 from twin import TINY, random_inputs, transformers_config, twins
+from two_processes import CASES, gradients, step, three_steps
 
 from miniclip import CLIP, ImageTransform, TextConfig, VisionConfig, load
 from miniclip.cli import main
 from miniclip.errors import CheckpointError
+from miniclip.files.pictures import open_image
 from miniclip.model import unit_norm
 from miniclip.training import (
     Recipe,
-    average_gradients,
     batches,
-    clamp_logit_scale,
     contrastive_loss,
     from_scratch,
     gather,
@@ -42,10 +40,9 @@ from miniclip.training import (
 )
 from miniclip.training import data as data_module
 from miniclip.training import loop as loop_module
-from miniclip.training.data import augment, class_captions
-from miniclip.training.loop import SMALL, PatchDropout, checkpoint_blocks, loss_of_batch
-from miniclip.training.loss import backward
-from miniclip.training.optim import Muon, make_optimizers, schedule
+from miniclip.training.data import SYNONYMS, augment, class_captions
+from miniclip.training.loop import SMALL, PatchDropout, checkpoint_blocks, normalized, set_up
+from miniclip.training.optim import Muon
 from miniclip.zeroshot.classifier import ZeroShotClassifier
 
 # ------------------------------------------------------------------------------------------------
@@ -97,13 +94,6 @@ def test_loss_without_labels_is_that_of_transformers():
     torch.testing.assert_close(found, expected)
 
 
-def test_logit_scale_is_clamped_at_100():
-    model = twins(TINY)[0]
-    model.logit_scale.data.fill_(7.0)
-    clamp_logit_scale(model)
-    assert model.logit_scale.exp().item() == pytest.approx(100)
-
-
 # ------------------------------------------------------------------------------------------------
 # the same gradients by other ways
 
@@ -117,25 +107,10 @@ def batch_of(dtype):
     return pixels.to(dtype), ids, LABELS
 
 
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
 def assert_same(found, expected, tolerance):
     for name, value in expected.items():
         worst = (found[name] - value).abs().max().item()
         assert worst <= tolerance * max(1.0, value.abs().max().item()), (name, worst)
-
-
-def step(model, pixels, ids, labels, chunk=0):
-    return backward(
-        partial(model.encode_image, normalize=True),
-        partial(model.encode_text, normalize=True),
-        pixels,
-        ids,
-        partial(loss_of_batch, model.logit_scale, labels),
-        chunk,
-    )
 
 
 def plain_step(model, chunk=0):
@@ -182,65 +157,64 @@ def test_blocks_computed_twice_give_the_same_gradients():
     assert len(calls) == 3  # and once more is once again
 
 
-RATES = {"equal": (0.1, 0.1), "unequal": (0.1, 0.003)}
-
-
-def three_steps(model, rates, rank=0, world=1, chunk=0):
-    """Three steps of gradient descent, each tower at its own rate, on one share of the batch."""
-    pixels, ids, labels = batch_of(model.logit_scale.dtype)
-    ids = torch.cat([ids[:BATCH][rank::world], ids[BATCH:][rank::world]])
-    pixels, labels = pixels[rank::world], labels[rank::world]
-    towers = zip((model.vision, model.text), RATES[rates], strict=True)
-    optimizer = torch.optim.SGD([{"params": t.parameters(), "lr": lr} for t, lr in towers], lr=0.1)
-    optimizer.add_param_group({"params": [model.logit_scale]})
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = step(model, pixels, ids, labels, chunk)
-        average_gradients(model)
-        losses.append(loss.item())
-        optimizer.step()
-    return losses
-
-
-def one_of_two(rank, folder):
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    for rates, dtype, chunk in product(RATES, (torch.float32, torch.float64), (0, 2)):
-        model = twins(TINY, dtype=dtype)[0]
-        losses = three_steps(model, rates, rank, 2, chunk)
-        found = {"losses": losses, "grads": gradients(model), "weights": model.state_dict()}
-        torch.save(found, f"{folder}/{rates} {dtype} {chunk} {rank}.pt")
-    x, y = (torch.ones(n, requires_grad=True) for n in (1, 2))
-    ((gather(x) + y) * torch.tensor([3.0, 5.0])).sum().backward()
-    torch.save((x.grad, y.grad), f"{folder}/sum {rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
+def two_processes(like, tmp_path_factory):
+    """A folder with what two processes have found, and with what they have trained together."""
     folder = tmp_path_factory.mktemp("two")
-    mp.start_processes(one_of_two, (str(folder),), nprocs=2, start_method="spawn")
+    pixels, ids, labels = batch_of(torch.float64)
+    model = twins(TINY, dtype=torch.float64)[0]
+    inputs = {"config": TINY.to_dict(), "weights": model.state_dict()}
+    torch.save({**inputs, "pixels": pixels, "ids": ids, "labels": labels}, folder / "inputs.pt")
+    (folder / "data").mkdir()
+    captioned(folder / "data", "tar", pictures=25, broken=None)
+    # a batch larger than the data is what two can share of it, 24 of 25
+    line = train_together(like, folder, "--out", folder / "two", "--batch", 1000)
+    (folder / "command.json").write_text(json.dumps(line))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    script = Path(__file__).with_name("two_processes.py")
+    done = subprocess.run(
+        [*launcher, str(script), str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_two_processes_give_the_gradients_of_one_big_batch(dtype, tolerance, two_processes):
-    for rates in RATES:
-        model = twins(TINY, dtype=dtype)[0]
-        losses = three_steps(model, rates)
-        for chunk, rank in product((0, 2), (0, 1)):
-            found = torch.load(two_processes / f"{rates} {dtype} {chunk} {rank}.pt")
-            assert found["losses"] == pytest.approx(losses, rel=10 * tolerance)
-            assert_same(found["grads"], gradients(model), 10 * tolerance)
-            assert_same(found["weights"], model.state_dict(), tolerance)
+def train_together(like, folder, *options):
+    line = ["train", folder / "data", "--recipe", like, "--patch-dropout", 0, "--no-augment"]
+    line += ["--muon-lr", 0, "--epochs", 4, *options]
+    return [str(arg) for arg in line]
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one_big_batch(two_processes):
+    inputs = torch.load(two_processes / "inputs.pt")
+    found = [torch.load(two_processes / f"found {rank}.pt")["steps"] for rank in (0, 1)]
+    for rates, dtype, chunk in CASES:
+        tolerance = 1e-12 if dtype == "float64" else 1e-6
+        alone = three_steps(inputs, rates, dtype)
+        for theirs in (each[rates, dtype, chunk] for each in found):
+            assert theirs["losses"] == pytest.approx(alone["losses"], rel=10 * tolerance)
+            assert_same(theirs["grads"], alone["grads"], 10 * tolerance)
+            assert_same(theirs["weights"], alone["weights"], tolerance)
+
+
+@pytest.mark.slow
 def test_gathering_leaves_the_gradient_of_what_it_is_added_to(two_processes):
     for rank, own in enumerate((3.0, 5.0)):
-        x, y = torch.load(two_processes / f"sum {rank}.pt")
+        x, y = torch.load(two_processes / f"found {rank}.pt")["sum"]
         assert x.tolist() == [2 * own] and y.tolist() == [3, 5]
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_processes_gives_the_weights_of_one(two_processes, like, tmp_path):
+    line = train_together(like, two_processes, "--out", tmp_path / "one", "--batch", 24)
+    assert main(line) == 0
+    one, two = (loaded(out).state_dict() for out in (tmp_path / "one", two_processes / "two"))
+    assert_same(two, one, 1e-4)
 
 
 def test_gather_alone_is_the_identity():
@@ -252,28 +226,7 @@ def test_gather_alone_is_the_identity():
 # optimizers and their schedule
 
 
-def test_only_matrices_decay():
-    model = twins(TINY)[0]
-    (adamw,) = make_optimizers(model, 1e-3, 0.0, 0.1)
-    decayed, spared = adamw.param_groups
-    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
-    assert all(p.ndim >= 2 for p in decayed["params"])
-    names = {id(p): name for name, p in model.named_parameters()}
-    spared_names = {names[id(p)].rpartition(".")[2] for p in spared["params"]}
-    assert spared_names == {"bias", "weight", "class_embed", "logit_scale"}
-    assert len(decayed["params"]) + len(spared["params"]) == len(names)
-
-
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
-    model = twins(TINY)[0]
-    adamw, muon = make_optimizers(model, 1e-3, 0.02, 0.1)
-    names = {id(p): name for name, p in model.named_parameters()}
-    theirs = [[names[id(p)] for g in o.param_groups for p in g["params"]] for o in (adamw, muon)]
-    assert all(".blocks." in name and name.endswith(".weight") for name in theirs[1])
-    assert len(theirs[1]) == 6 * (TINY.vision.layers + TINY.text.layers)
-    assert sorted(sum(theirs, [])) == sorted(names.values())
-
-
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
 @pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
 def test_muon_is_torchs_but_for_its_precision(shape):
     torch.manual_seed(0)
@@ -289,12 +242,6 @@ def test_muon_is_torchs_but_for_its_precision(shape):
     # theirs orthogonalises in bfloat16, which keeps two to three digits
     assert (ours - theirs).norm() < 0.03 * 5 * 0.02 * min(shape) ** 0.5
     assert (ours - theirs).abs().max() < 0.003
-
-
-def test_learning_rate_rises_and_falls():
-    rates = [schedule(step, 100, 0.1) for step in range(100)]
-    assert max(rates) == 1 and rates[9] == 1 and rates[0] == 0.1
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -453,8 +400,23 @@ def test_broken_pictures_are_skipped_and_named(stripes):
 
 
 def test_a_class_is_called_by_every_synonym_in_every_template():
-    assert "a photo of a kitten." in class_captions("cat")
-    assert class_captions("tea cup")[3] == "a photo of a tea cup."
+    plain = class_captions("tea cup")
+    assert plain[0] == "tea cup" and plain[3] == "a photo of a tea cup."
+    assert len(set(plain)) == 12 and all(text.count("tea cup") == 1 for text in plain)
+    assert set(class_captions("cat")) == {
+        text.replace("tea cup", word)
+        for word in ("cat", "kitten", "house cat", "tabby cat")
+        for text in plain
+    }
+
+
+def test_no_synonym_is_of_two_classes():
+    words = [word for group in SYNONYMS.values() for word in group]
+    assert len(set(words)) == len(words) == 35
+    assert all(group[0] == name for name, group in SYNONYMS.items())
+    assert sorted(SYNONYMS) == sorted(
+        "airplane automobile bird cat deer dog frog horse ship truck".split()
+    )
 
 
 def test_class_folders_are_read_as_they_are_evaluated(tmp_path):
@@ -467,6 +429,7 @@ def test_class_folders_are_read_as_they_are_evaluated(tmp_path):
     data = open_data(tmp_path, ImageTransform(SIZE))
     assert [label for _, _, label in data.entries] == [0, 0, 1]
     assert {"a photo of a tench.", "goldfish"} <= set(data.captions())
+    assert {data[0, draw].caption for draw in range(200)} == set(class_captions("tench"))
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # a byte order mark, as Excel writes it
@@ -527,6 +490,25 @@ def test_shards_are_turned_upright_and_their_damage_is_named_once(tmp_path):
     assert len(data.skipped) == len(named)
     for name in named:
         assert sum(name in reason for reason in data.skipped) == 1, (name, data.skipped)
+
+
+def test_shards_and_their_samples_are_mixed_anew_by_each_seed(tmp_path, monkeypatch):
+    for shard in "abcd":
+        members = {f"{i}.png": b"" for i in range(6)}
+        members |= {f"{i}.txt": f"{shard}{i}".encode() for i in range(6)}
+        tar_of(tmp_path / f"{shard}.tar", dict(sorted(members.items())))
+
+    def order(data, seed):
+        return [sample["txt"].decode() for sample in data.items(seed)]
+
+    for name in (tmp_path, tmp_path / "a.tar"):
+        data = open_data(name, ImageTransform(SIZE))
+        orders = [order(data, seed) for seed in range(4)]
+        assert orders[0] == order(data, 0) and len(set(map(tuple, orders))) == 4
+        assert all(sorted(found) == sorted(data.captions()) for found in orders)
+    monkeypatch.setattr(data_module.Shards, "BUFFER", 1)
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert len({order(data, seed)[0][0] for seed in range(8)}) > 1
 
 
 def test_shards_without_the_library_are_an_error(tmp_path, monkeypatch):
@@ -601,6 +583,7 @@ def undisturbed(stripes, tmp_path_factory):
     return run(stripes, out), out
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_its_checkpoint_loads_here_and_in_transformers(stripes, tmp_path):
     trained = run(stripes, tmp_path, replace(QUICK, epochs=12))
     model, tokenizer, transform = load(tmp_path)
@@ -627,14 +610,82 @@ def test_a_run_writes_down_what_it_did(undisturbed):
     assert not (out / "training.pt").exists()
 
 
-def test_a_run_is_decided_by_its_seed(stripes, undisturbed, tmp_path):
-    assert_equal_models(run(stripes, tmp_path / "again"), undisturbed[0])
-    other = run(stripes, tmp_path / "other", replace(QUICK, seed=1))
-    assert not torch.equal(other.vision.pos_embed, undisturbed[0].vision.pos_embed)
+def test_a_new_model_is_decided_by_the_seed_and_its_data(stripes):
+    source = open_data(stripes, ImageTransform(SIZE))
+    (model, tokenizer), (again, _), (other, _) = (
+        from_scratch(SHAPE, source, seed) for seed in (0, 0, 1)
+    )
+    assert_equal_models(model, again)
+    assert not torch.equal(model.vision.pos_embed, other.vision.pos_embed)
+    text = model.config.text
+    assert tokenizer([""])[0, :2].tolist() == [text.bos_token_id, text.eos_token_id]
+    assert text.vocab_size == len(tokenizer.vocab)
+    assert tokenizer.context_length == text.context_length == 24
 
 
-@pytest.mark.parametrize("save_every", [0, 300])
-@pytest.mark.parametrize("at", [7, 10])
+def test_a_new_model_is_like_the_one_that_is_named(stripes, like, tmp_path):
+    """Its shape, recipe and scale of pixels; what is asked for besides comes first."""
+    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    for name in ("recipe.json", "config.json"):
+        (tmp_path / name).write_bytes((like / name).read_bytes())
+    ImageTransform(SIZE, **settings).save_pretrained(tmp_path)
+    found = set_up(str(stripes), like=str(tmp_path), overrides={"seed": 5, "epochs": 9})
+    assert found.recipe == replace(QUICK, seed=5, epochs=9)
+    assert found.model.config.vision == SHAPE.vision and found.model.config.embed_dim == 16
+    assert found.transform == ImageTransform(SIZE, **settings)
+    assert_equal_models(found.model, from_scratch(SHAPE, found.data, 5)[0])
+
+    shape = replace(SHAPE, embed_dim=24)
+    (tmp_path / "shape.json").write_text(json.dumps(shape.to_dict()))
+    found = set_up(str(stripes), like=str(tmp_path), config=str(tmp_path / "shape.json"))
+    assert found.model.config.embed_dim == 24 and found.recipe == QUICK
+    assert found.transform == ImageTransform(SIZE)  # the pixels are the other shape's
+
+    found = set_up(str(stripes))
+    assert found.recipe == Recipe() and found.model.config.vision == SMALL.vision
+    found = set_up(str(stripes), like=str(tmp_path / "recipe.json"))
+    assert found.recipe == QUICK
+
+
+def test_the_defaults_of_a_recipe():
+    """As `miniclip train` has documented them: who trained by them can do so again."""
+    assert asdict(Recipe()) == {
+        "epochs": 30, "batch": 256, "lr": 1e-3, "muon_lr": 0.0, "weight_decay": 0.1,
+        "warmup": 0.05, "clip_gradient": 1.0, "patch_dropout": 0.0, "full_epochs": 1, "ema": 0.0,
+        "augment": False, "hard_negatives": False, "chunk": 0, "checkpoint_blocks": False,
+        "precision": "float32", "compile": False, "seed": 0,
+    }  # fmt: skip
+
+
+def test_a_source_has_the_pixels_of_the_transform(tmp_path):
+    """Cut, resized and turned as the model will see them; decoded once where all of them fit."""
+    generator = np.random.default_rng(0)
+    picture = Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    transform = ImageTransform(SIZE, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
+    picture.save(tmp_path / "a.png")
+    row = {"file_name": "a.png", "text": "a picture"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    tar_of(tmp_path / "a.tar", {"a.png": as_bytes(picture), "a.txt": b"a picture"})
+    for name in (tmp_path, tmp_path / "a.tar"):
+        data = open_data(name, transform)
+        pixels = normalized(data[next(data.items(0)), 0].pixels[None], transform, False)
+        torch.testing.assert_close(pixels[0], transform(picture))
+
+
+@pytest.mark.parametrize("memory", [3 * SIZE**2, 3 * SIZE**2 - 1])
+def test_pictures_are_decoded_once_where_all_of_them_fit(memory, tmp_path, monkeypatch):
+    captioned(tmp_path, "jsonl", pictures=1, broken=None)
+    monkeypatch.setattr(data_module, "MEMORY", memory)
+    opened = []
+    monkeypatch.setattr(
+        data_module, "open_image", lambda path: opened.append(path) or open_image(path)
+    )
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert all(torch.equal(data[0, i].pixels, data[0, 0].pixels) for i in range(3))
+    assert len(opened) == (1 if memory == 3 * SIZE**2 else 6)
+
+
+@pytest.mark.parametrize(("at", "save_every"), [(7, 0), (7, 300), (10, 300)])
 def test_a_run_that_is_stopped_and_started_again_gives_the_same_bits(
     stripes, undisturbed, tmp_path, monkeypatch, at, save_every
 ):
@@ -719,24 +770,15 @@ def test_damage_to_what_a_killed_run_saved_is_an_error(state, stripes, tmp_path)
         run(stripes, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"precision": "bfloat16"},
-        {"chunk": 10},
-        {"checkpoint_blocks": True},
-        {"compile": True},
-    ],
-    ids=str,
-)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch.compile's own
-def test_shortcuts_reach_nearly_the_loss_of_the_long_way(stripes, tmp_path, change):
+def test_a_compiled_run_has_nearly_the_loss_of_another(stripes, tmp_path):
     plain = replace(QUICK, epochs=1, patch_dropout=0.0)
     losses = []
-    for i, recipe in enumerate((plain, replace(plain, **change))):
+    for i, recipe in enumerate((plain, replace(plain, compile=True))):
         run(stripes, tmp_path / str(i), recipe)
         losses.append(json.loads((tmp_path / str(i) / "metrics.jsonl").read_text())["loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_batch_larger_than_the_data_is_the_data(stripes, tmp_path):
@@ -763,20 +805,30 @@ def test_hard_negatives_need_data_that_has_them(stripes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("name", "value", "expected"),
     [
-        {"epochs": 0},
-        {"batch": 1},
-        {"lr": math.nan},
-        {"chunk": -1},
-        {"clip_gradient": 0.0},
-        {"patch_dropout": 1.0},
-        {"precision": "float16"},
+        ("epochs", 0, "at least 1"),
+        ("batch", 1, "at least 2"),
+        ("lr", math.nan, "at least 0"),
+        ("clip_gradient", 0.0, "more than 0"),
+        ("patch_dropout", 1.0, "0 or more, below 1"),
+        ("ema", 1.0, "0 or more, below 1"),
+        ("precision", "float16", "float32 or bfloat16"),
+        *((name, -1, "at least 0") for name in ("muon_lr", "weight_decay", "warmup", "seed")),
+        *((name, -1, "at least 0") for name in ("patch_dropout", "ema", "full_epochs", "chunk")),
     ],
 )
-def test_a_recipe_is_checked(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        Recipe(**change)
+def test_a_recipe_is_checked(name, value, expected):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; expected {expected}"):
+        Recipe(**{name: value})
+
+
+def test_a_recipe_may_have_whole_numbers_for_fractions(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"lr": 1, "augment": true}')
+    assert read_recipe(tmp_path / "recipe.json") == Recipe(lr=1, augment=True)
+    (tmp_path / "recipe.json").write_text('{"augment": 1}')
+    with pytest.raises(CheckpointError, match="augment is 1, not of type bool"):
+        read_recipe(tmp_path / "recipe.json")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -800,40 +852,20 @@ def loaded(folder):
     return CLIP.from_pretrained(folder)
 
 
-def test_a_killed_command_is_continued_by_the_same_command(stripes, like, tmp_path):
+@pytest.mark.slow
+def test_a_killed_command_is_continued_by_the_same_command(stripes, like, tmp_path, capsys):
     line = command(stripes, "--recipe", like, "--epochs", 12, "--out", tmp_path / "killed")
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not (tmp_path / "killed" / "training.pt").exists() and time.monotonic() < until:
+    while not (tmp_path / "killed" / "training.pt").exists():
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    again = subprocess.run(line, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "continued at step" in again.stderr and "broken.png" in again.stderr
+    assert main(line[3:]) == 0
+    said = capsys.readouterr().err
+    assert "continued at step" in said and "broken.png" in said
     run(stripes, tmp_path / "whole", replace(QUICK, epochs=12))
     assert_equal_models(loaded(tmp_path / "killed"), loaded(tmp_path / "whole"))
-
-
-def test_torchrun_with_two_processes_gives_the_weights_of_one(like, tmp_path):
-    (tmp_path / "data").mkdir()
-    captioned(tmp_path / "data", "tar", pictures=25, broken=None)
-    options = ["--recipe", like, "--patch-dropout", 0, "--no-augment", "--muon-lr", 0]
-    options += ["--batch", 24, "--epochs", 6]
-    line = command(tmp_path / "data", *options, "--out")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    done = subprocess.run(
-        # a batch larger than the data is what two can share of it, 24 of 25
-        [*launcher, *line[1:], str(tmp_path / "two"), "--batch", "1000"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert main([*line[3:], str(tmp_path / "one")]) == 0
-    one, two = (loaded(tmp_path / name).state_dict() for name in ("one", "two"))
-    assert_same(two, one, 1e-4)
 
 
 def test_fine_tuning_starts_from_the_checkpoint(stripes, undisturbed, tmp_path):
@@ -884,6 +916,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(stripes, tmp_path):
         run(stripes, tmp_path / "file" / "out")
 
 
+@pytest.mark.slow
 def test_curves_are_drawn(stripes, like, tmp_path, capsys):
     line = ["train", stripes, "--recipe", like, "--epochs", 2, "--out", tmp_path / "out"]
     line += ["--plot", tmp_path / "curves.png", "--json"]

@@ -17,6 +17,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil, CLIPProcessor
 
@@ -29,9 +31,13 @@ from miniclip.transform import OPENAI_MEAN, OPENAI_STD, ImageTransform
 # ------------------------------------------------------------------------------------------------
 # The two references
 
+LAYS_ON_WHITE = Version(transformers.__version__) >= Version("5.21")
+
 
 def transformers_pixels(image, size=224, crop_size=None):
     """(3, S, S) by transformers; its own errors pass through."""
+    if image.has_transparency_data and not LAYS_ON_WHITE:
+        pytest.skip("transformers before 5.21, the newest for Python 3.10, drops transparency")
     crop_size = crop_size or size
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": crop_size, "width": crop_size}
@@ -166,10 +172,11 @@ def test_a_mode_that_the_reference_cannot_turn_to_rgb_is_an_image_error(mode, re
         ImageTransform(reference=reference)(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_300_sizes(reference):
+def test_a_hundred_sizes(reference):
     margins = set()
-    for i, (width, height, size) in enumerate(sizes(300)):
+    for i, (width, height, size) in enumerate(sizes(100)):
         image = noise("RGB", width, height, seed=i)
         assert_equal_to(reference, image, size)
         short, long = sorted(image.size)
@@ -177,6 +184,7 @@ def test_300_sizes(reference):
     assert margins == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("width, height", [(1, 1), (9, 5), (640, 480), (33, 1000)])
 @pytest.mark.parametrize("crop_size", [1, 37, 38, 39, 40, 41, 42, 60])
@@ -307,6 +315,7 @@ UNREADABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("folder, count", [("pillow", 62), ("skimage", 19)])
 def test_difficult_files_give_the_pixels_of_the_reference(data, folder, count, reference):
@@ -445,6 +454,7 @@ def test_a_file_without_pixels_is_an_image_error(header, tmp_path):
         open_image(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "webp", "bmp", "ppm", "jpeg2000"])
 def test_a_damaged_file_is_an_image_or_an_image_error(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # damaged sizes stay cheap
@@ -455,7 +465,7 @@ def test_a_damaged_file_is_an_image_or_an_image_error(suffix, tmp_path, monkeypa
     path = tmp_path / "damaged"
     transform = ImageTransform(8)
     unreadable = 0
-    for i in range(120):
+    for i in range(60):
         damaged = bytearray(whole)
         if i % 3 == 0:
             del damaged[rng.randrange(len(damaged)) :]
@@ -468,7 +478,7 @@ def test_a_damaged_file_is_an_image_or_an_image_error(suffix, tmp_path, monkeypa
         except ImageError as error:
             unreadable += 1
             assert str(path) in str(error)
-    assert unreadable > 10
+    assert unreadable > 5
 
 
 def test_a_large_photograph_opens_and_a_bomb_does_not(tmp_path, monkeypatch):
@@ -573,6 +583,15 @@ def test_threads_that_overlap_leave_the_warning_filters_as_they_were(tmp_path):
     finally:
         sys.setswitchinterval(interval)
     assert warnings.filters[:] == filters
+
+
+def test_a_resized_image_has_the_most_pixels_and_not_one_more(monkeypatch):
+    strip = Image.new("L", (1, 20))
+    monkeypatch.setattr(steps, "MAX_PIXELS", 8 * 160)
+    assert steps.resize_short_side(strip, 8).size == (8, 160)
+    monkeypatch.setattr(steps, "MAX_PIXELS", 8 * 160 - 1)
+    with pytest.raises(ImageError, match="resized to 8 x 160 it would have more than 1279 pixels"):
+        steps.resize_short_side(strip, 8)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -680,14 +699,25 @@ def test_an_error_in_a_list_names_the_first_that_failed(tmp_path):
 
 
 def test_an_error_calls_off_the_rest_of_the_list(tmp_path, monkeypatch):
-    started = []
+    started, failed = [], threading.Event()
+
+    def open_absent(path):
+        failed.set()
+        raise ImageError("absent")
+
+    def wait_for_the_error(*arguments):
+        started.append(1)
+        failed.wait()
+        time.sleep(0.001)
+        return real(*arguments)
+
     real = steps.resize_short_side
-    monkeypatch.setattr(
-        steps, "resize_short_side", lambda *a: (started.append(1), time.sleep(0.002), real(*a))[-1]
-    )
-    with pytest.raises(ImageError, match="image 0 of 2000"):
-        ImageTransform(8)([tmp_path / "absent"] + [noise("RGB", 8, 8) for _ in range(1999)])
-    assert len(started) < 1999
+    monkeypatch.setattr(steps, "open_image", open_absent)
+    monkeypatch.setattr(steps, "resize_short_side", wait_for_the_error)
+    pictures = [Image.new("RGB", (8, 8)) for _ in range(20_000)]
+    with pytest.raises(ImageError, match="image 0 of 20001: absent"):
+        ImageTransform(8)([tmp_path / "absent", *pictures])
+    assert len(started) < 20_000
 
 
 # ------------------------------------------------------------------------------------------------
@@ -736,9 +766,11 @@ def test_both_forms_of_the_file_give_the_pixels_of_transformers(form, tmp_path):
     assert ImageTransform.from_pretrained(tmp_path, reference="openai").reference == "openai"
 
 
-def test_the_published_files_are_read(data):
-    for path in data.glob("configs/*preprocessor_config.json"):
-        assert ImageTransform.from_dict(json.loads(path.read_text())) == ImageTransform(224)
+def test_the_published_file_has_openais_values():
+    published = ImageTransform.from_dict(OLD_FORM)
+    assert published == ImageTransform() == ImageTransform(224)
+    assert [*published.image_mean] == OLD_FORM["image_mean"]
+    assert [*published.image_std] == OLD_FORM["image_std"]
 
 
 CUSTOM = ImageTransform(

@@ -3,7 +3,7 @@ are right."""
 
 import hashlib
 import math
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -176,6 +176,7 @@ def test_folders_name_the_classes(tmp_path, folders, labels):
     assert images.classes == list(range(len(folders)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["{}", "{:03}"])
 def test_positions_of_imagenet_are_sorted_as_numbers(tmp_path, form):
     for i in range(1000):
@@ -338,16 +339,26 @@ def test_odd_modes_are_read(tmp_path, mode):
 
 def test_reading_ahead_keeps_the_order_and_its_distance():
     started = []
+    overtaken, sixth, seventh, goes_on = (threading.Event() for _ in range(4))
 
     def transform(i):
         started.append(i)
-        time.sleep(0.01 if i % 3 == 0 else 0)  # the first of each three is overtaken
+        if i == 5:
+            sixth.set()
+            assert goes_on.wait(60)  # seconds that a fault may take, and no more
+        if i == 6:
+            seventh.set()
+        if i == 1:  # is overtaken by the next
+            assert overtaken.wait(60)
+        elif i == 2:
+            overtaken.set()
         return torch.tensor(i)
 
-    results = read_ahead(transform, range(30), ahead=5)
+    results = read_ahead(transform, range(30), ahead=5, threads=2)
     assert next(results) == 0
-    time.sleep(0.3)
-    assert sorted(started) == list(range(6))  # ahead of the reader, who dawdles, but no further
+    assert sixth.wait(60)
+    assert not seventh.wait(0.2)  # the reader dawdles: a thread has nothing to do
+    goes_on.set()
     assert [int(result) for result in results] == list(range(1, 30))
     assert sorted(started) == list(range(30))
 
@@ -381,7 +392,8 @@ def test_accuracy_is_that_of_transformers(tmp_path, tokenizer):
     assert found.top1 == expected.diagonal().sum().item() / 60
 
 
-@pytest.mark.parametrize("count", [1, 3, 60])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 60])
 def test_confusions_are_drawn(tmp_path, count):
     from miniclip.figures.confusion import draw_confusion
     from miniclip.zeroshot.evaluation import Evaluation

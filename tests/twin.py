@@ -3,6 +3,9 @@
 And forks of miniclip: copies of its files with a line changed.
 """
 
+import copy
+import functools
+import json
 import re
 import sys
 import types
@@ -10,13 +13,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig, model
 from miniclip.parity import copy_weights, random_inputs, randomize
 
 __all__ = [
     "TINY", "assert_close", "assert_far", "copy_weights", "exchanged", "fork", "fork_of",
-    "random_inputs", "randomize", "transformers_config", "twins",
+    "random_inputs", "randomize", "tiny_clip", "transformers_config", "twins", "write_shards",
 ]  # fmt: skip
 
 # The two towers differ in every number they can differ in, so that none can stand in for another.
@@ -50,6 +54,27 @@ def twins(
     ours.to(device, dtype).set_attention(attention)
     copy_weights(ours, theirs)
     return ours.eval(), theirs.eval()
+
+
+def write_shards(directory: Path, tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Two shards and their index, under a name of transformers'."""
+    stem, suffix = name.rsplit(".", 1)
+    shards = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    places = dict(zip(sorted(tensors), shards * len(tensors)))
+    for shard in shards:
+        part = {name: tensor for name, tensor in tensors.items() if places[name] == shard}
+        (save_file if suffix == "safetensors" else torch.save)(part, directory / shard)
+    (directory / f"{name}.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def tiny_clip(dtype: torch.dtype = torch.float32, seed: int = 0) -> CLIP:
+    """Ours of `twins(TINY)`, for a test that needs no peer: a copy takes a tenth of the time."""
+    return copy.deepcopy(_tiny(dtype, seed))
+
+
+@functools.cache
+def _tiny(dtype: torch.dtype, seed: int) -> CLIP:
+    return twins(TINY, dtype=dtype, seed=seed)[0]
 
 
 def transformers_config(config: CLIPConfig) -> transformers.CLIPConfig:

@@ -21,7 +21,7 @@ def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> 
         figure.subplots(1, 3, width_ratios=(2, 1, 1)), curves.items(), strict=True
     ):
         mark = "" if len(rows) > 2 else "o"  # of one step there is no line
-        axes.plot(steps, [row[name] for row in rows], mark, color=color, ls="-", linewidth=1.5)
+        axes.plot(steps, [row[name] for row in rows], marker=mark, color=color, linewidth=1.5)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)

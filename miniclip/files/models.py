@@ -129,7 +129,7 @@ class Stored(NamedTuple):
         self._check_depth(expected, prefix)
         self._check_fit(expected, prefix)
         state = {
-            name.removeprefix(prefix): where.take(self.tensors[where.key]).to(device).contiguous()
+            name.removeprefix(prefix): where.take(self.tensors[where.key]).to(device)
             for name, (where, _) in expected.items()
         }
         _warn_of_damage(state, self.path)
@@ -309,7 +309,9 @@ def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:
     odd = [
         name
         for name, tensor in tensors.items()
-        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax())
+        if tensor.numel()
+        and not tensor.is_meta  # which has no numbers to check
+        and not all(extreme.isfinite() for extreme in tensor.aminmax())
     ]
     if odd:
         warnings.warn(f"{path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}", stacklevel=4)

@@ -140,9 +140,9 @@ class Place(NamedTuple):
         return (3 * shape[0], *shape[1:]) if self.form else shape
 
     def take(self, tensor: Tensor) -> Tensor:
-        """The parameter, as a view of the file's tensor."""
+        """The parameter: a view of the file's tensor, or a copy of a transposed one."""
         if self.form == "T":
-            return tensor.T
+            return tensor.T.contiguous()
         return tensor.chunk(3)[int(self.form)] if self.form else tensor
 
 

@@ -62,8 +62,9 @@ class Pretrained(nn.Module):
         """The model of a checkpoint, in evaluation mode. Options as of `miniclip.load`.
 
         In the file's own dtype on a CPU, parameters are the memory-mapped file: they take no memory
-        until they are used, and changes never reach the file. A tower whose checkpoint has no
-        projection gets one that returns its input. Raises CheckpointError.
+        until they are used, and changes never reach the file. They keep the file's strides, as in
+        transformers, because the last bit of a product depends on them. If the checkpoint of a
+        tower has no projection, `proj` returns its input. Raises CheckpointError.
         """
         device = options.pop("device", "cpu")
         return cls.from_stored(open_model(name, fork=cls.fork(), **options), device)

@@ -1,0 +1,122 @@
+"""Plant the faults of `tests/slips` in a copy of the package, and see which ones the tests notice.
+
+    python tests/plant_slips.py --area bench -n 2
+
+Run by hand: it takes a few seconds for each fault. Exit status 1 if fewer than 95 % are noticed.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+
+LISTS = Path(__file__).resolve().parent / "slips"
+ROOT = LISTS.parent.parent
+sys.path.insert(0, str(LISTS))  # where the lists find `slip`
+from slip import Slip  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    areas = sorted(path.stem for path in LISTS.glob("*.py") if path.stem != "slip")
+    parser.add_argument("--area", nargs="+", choices=areas, default=areas, help="only these lists")
+    parser.add_argument("--only", metavar="TEXT", default="", help="only sentences that have TEXT")
+    parser.add_argument("-n", type=int, default=1, metavar="JOBS", help="how many at a time")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    listed = [(a, slip) for a in args.area for slip in runpy.run_path(f"{LISTS / a}.py")["SLIPS"]]
+    slips = [(area, slip) for area, slip in listed if args.only in slip.what]
+    errors = [slip.what for _, slip in slips if len(places(ROOT, slip)) != 1]
+    if errors or not slips:
+        parser.error("\n".join(["no slip, or not in exactly one place:", *errors]))
+    unharmed = [*dict.fromkeys((slip.tests, None) for _, slip in slips)]
+    outcomes = run_all(unharmed + [(slip.tests, slip) for _, slip in slips], args.n)
+    failing = {tests for (tests, _), outcome in zip(unharmed, outcomes) if outcome != "unnoticed"}
+    rows = [
+        {"area": area, "outcome": "broken" if slip.tests in failing else o, **slip._asdict()}
+        for (area, slip), o in zip(slips, outcomes[len(unharmed) :], strict=True)
+    ]
+    share = sum(row["outcome"] == "noticed" for row in rows) / len(rows)
+    print(json.dumps({"share": share, "slips": rows}, indent=1) if args.json else table(rows))
+    return int(share < 0.95)
+
+
+def places(folder: Path, slip: Slip) -> list[Path]:
+    """The files of the package that have the snippet, each as often as it occurs there."""
+    files = [p for p in (folder / "miniclip").rglob("*") if p.suffix in {".py", ".html", ".txt"}]
+    return [p for p in files for _ in range(p.read_text(encoding="utf-8").count(slip.old))]
+
+
+def run_all(plan: list[tuple[str, Slip | None]], jobs: int) -> list[str]:
+    """The outcome of each run. Each job has a copy of the repository for itself."""
+    git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for copy in (Path(folder, str(job), "miniclip") for job in range(jobs)):
+            for name in filter(lambda name: (ROOT / name).is_file(), names.split("\0")):
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, copy / name)
+            copies.put(copy)
+        runs = pool.map(lambda run: run_planted(copies, *run), plan)
+        return [*tqdm(runs, total=len(plan), unit="runs", smoothing=0)]
+
+
+def run_planted(copies: "SimpleQueue[Path]", tests: str, slip: Slip | None) -> str:
+    """The outcome of the tests in a free copy, with the slip or without one."""
+    copy = copies.get()
+    sources = {file: file.read_bytes() for file in places(copy, slip)} if slip else {}
+    env = os.environ | {"PYTHONPATH": str(copy)}
+    env.setdefault("MINICLIP_TEST_DATA", str(ROOT.parent / "shared" / "data"))
+    pytest = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *shlex.split(tests)]
+    try:
+        for file, source in sources.items():
+            write(file, source.replace(slip.old.encode(), slip.new.encode()))
+        done = subprocess.run(pytest, cwd=copy, env=env, capture_output=True, timeout=900)
+        status = 2 if b"ERROR collecting" in done.stdout else done.returncode
+        return {0: "unnoticed", 1: "noticed"}.get(status, "broken")
+    except subprocess.TimeoutExpired:
+        return "broken"
+    finally:
+        for file, source in sources.items():
+            write(file, source)
+        copies.put(copy)
+
+
+def write(file: Path, source: bytes) -> None:
+    """With a time that goes by the text: Python has compiled what has the same time and size."""
+    file.write_bytes(source)
+    os.utime(file, 2 * (zlib.crc32(source),))
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """What was not noticed, then the share noticed of each area, 80 columns wide."""
+    lines = []
+    for row in rows:
+        if row["outcome"] != "noticed":
+            text = f"{row['outcome']:9}  {row['area']}: {row['what']}  ({row['tests']})"
+            lines += textwrap.wrap(text, 80, subsequent_indent=" " * 11)
+    kinds = ("noticed", "unnoticed", "broken")
+    columns = "{:20}" + 5 * "{:>12}"
+    lines += ["", columns.format("area", "slips", *kinds, "share")]
+    for area in [*dict.fromkeys(row["area"] for row in rows), "all"]:
+        found = [row["outcome"] for row in rows if area in (row["area"], "all")]
+        counts = [found.count(kind) for kind in kinds]
+        lines.append(columns.format(area, len(found), *counts, f"{counts[0] / len(found):.1%}"))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

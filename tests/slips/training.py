@@ -1,0 +1,757 @@
+"""Slips in `miniclip/training`."""
+
+from slip import Slip
+
+RUNS = "tests/test_recipe.py"
+TRAINING = "tests/test_training.py -m 'not slow'"
+DATA = (
+    "tests/test_training.py -k 'source or pictures or pixels or shards or class "
+    "or synonym or batches or augment or cannot'"
+)
+SETUP = (
+    "tests/test_training.py -k 'new_model or a_recipe or bad_input or stopped or finished "
+    "or another or writes'"
+)
+SHAPES = "tests/test_shapes.py"
+
+SLIPS = [
+    # the loop
+    Slip(
+        "No gradient is clipped.",
+        "nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)",
+        "pass",
+        RUNS,
+    ),
+    Slip(
+        "Gradients are clipped to 1, whatever the recipe says.",
+        "clip_grad_norm_(model.parameters(), recipe.clip_gradient)",
+        "clip_grad_norm_(model.parameters(), 1.0)",
+        RUNS,
+    ),
+    Slip(
+        "Only the vision tower's gradient is clipped.",
+        "clip_grad_norm_(model.parameters(),",
+        "clip_grad_norm_(model.vision.parameters(),",
+        RUNS,
+    ),
+    Slip(
+        "The logit scale is not clamped.",
+        "            clamp_logit_scale(model)\n",
+        "",
+        RUNS,
+    ),
+    Slip(
+        "The logit scale is clamped at 50.",
+        "clamp_(max=math.log(100))",
+        "clamp_(max=math.log(50))",
+        RUNS,
+    ),
+    Slip(
+        "`full_epochs` is ignored.",
+        "* (epoch < recipe.epochs - recipe.full_epochs)",
+        "",
+        RUNS,
+    ),
+    Slip(
+        "One epoch too few is without patch dropout.",
+        "(epoch < recipe.epochs - recipe.full_epochs)",
+        "(epoch <= recipe.epochs - recipe.full_epochs)",
+        RUNS,
+    ),
+    Slip(
+        "`augment` is ignored.",
+        "augment(pixels) if augmented else pixels",
+        "pixels",
+        RUNS,
+    ),
+    Slip(
+        "Every run augments its pictures.",
+        "augment(pixels) if augmented else pixels",
+        "augment(pixels)",
+        RUNS,
+    ),
+    Slip(
+        "OpenAI's mean and std stand in place of the transform's.",
+        "for values in (transform.image_mean, transform.image_std)",
+        "for values in (ImageTransform().image_mean, ImageTransform().image_std)",
+        RUNS,
+    ),
+    Slip(
+        "Mean and std change places.",
+        "for values in (transform.image_mean, transform.image_std)",
+        "for values in (transform.image_std, transform.image_mean)",
+        RUNS,
+    ),
+    Slip(
+        "Pixels are divided by 256.",
+        "(pixels / 255 - mean)",
+        "(pixels / 256 - mean)",
+        RUNS,
+    ),
+    Slip(
+        "All processes of a step draw the same noise.",
+        "draw_seed(recipe.seed, run.step, recipe.batch + rank)",
+        "draw_seed(recipe.seed, run.step, recipe.batch)",
+        RUNS,
+    ),
+    Slip(
+        "Every step draws the same noise.",
+        "draw_seed(recipe.seed, run.step, recipe.batch + rank)",
+        "draw_seed(recipe.seed, 0, recipe.batch + rank)",
+        RUNS,
+    ),
+    Slip(
+        "The noise of a step does not depend on the seed.",
+        "draw_seed(recipe.seed, run.step, recipe.batch + rank)",
+        "draw_seed(0, run.step, recipe.batch + rank)",
+        RUNS,
+    ),
+    Slip(
+        "A step's seed leaves the seed of the run out.",
+        "((seed * 1_000_003 + step) * 1_000_003 + i)",
+        "(step * 1_000_003 + i)",
+        RUNS,
+    ),
+    Slip(
+        "Every epoch comes in the same order.",
+        "data.items(draw_seed(seed, epoch))",
+        "data.items(draw_seed(seed, 0))",
+        RUNS,
+    ),
+    Slip(
+        "The order does not depend on the seed.",
+        "data.items(draw_seed(seed, epoch))",
+        "data.items(draw_seed(0, epoch))",
+        RUNS,
+    ),
+    Slip(
+        "A picture has the same caption in every epoch.",
+        "(item, draw_seed(seed, step, i)) for i, item in share",
+        "(item, draw_seed(seed, step % steps, i)) for i, item in share",
+        RUNS,
+    ),
+    Slip(
+        "All pictures of a step draw the same number.",
+        "(item, draw_seed(seed, step, i)) for i, item in share",
+        "(item, draw_seed(seed, step)) for i, item in share",
+        RUNS,
+    ),
+    Slip(
+        "The batches of a run do not follow its seed.",
+        "stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)",
+        "stream = batches(data, recipe.batch, 0, run.step, rank, world)",
+        RUNS,
+    ),
+    Slip(
+        "Every process trains on the first one's share.",
+        "stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)",
+        "stream = batches(data, recipe.batch, recipe.seed, run.step, 0, world)",
+        RUNS,
+    ),
+    Slip(
+        "Every process trains on the whole batch.",
+        "stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)",
+        "stream = batches(data, recipe.batch, recipe.seed, run.step)",
+        RUNS,
+    ),
+    Slip(
+        "Every process writes the checkpoint.",
+        "writes=rank == 0",
+        "writes=True",
+        RUNS,
+    ),
+    Slip(
+        "A run that is continued sees the first batches again.",
+        "stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)",
+        "stream = batches(data, recipe.batch, recipe.seed, 0, rank, world)",
+        TRAINING + " -k stopped",
+    ),
+    Slip(
+        "False captions are learnt from without being asked for.",
+        "batch.negatives * recipe.hard_negatives",
+        "batch.negatives",
+        RUNS,
+    ),
+    Slip(
+        "`hard_negatives` is ignored.",
+        "batch.negatives * recipe.hard_negatives",
+        "[]",
+        RUNS,
+    ),
+    Slip(
+        "`warmup` is ignored.",
+        "schedule(run.step, steps, recipe.warmup)",
+        "schedule(run.step, steps, 0.05)",
+        RUNS,
+    ),
+    Slip(
+        "The schedule goes on to the next step's rate.",
+        "schedule(run.step, steps, recipe.warmup)",
+        "schedule(run.step + 1, steps, recipe.warmup)",
+        RUNS,
+    ),
+    Slip(
+        "The schedule spans one epoch.",
+        "schedule(run.step, steps, recipe.warmup)",
+        "schedule(run.step, steps_per_epoch, recipe.warmup)",
+        RUNS,
+    ),
+    Slip("`chunk` is ignored.", "                recipe.chunk,\n", "", RUNS),
+    Slip(
+        "`checkpoint_blocks` is ignored.",
+        "checkpoint_blocks(model) if recipe.checkpoint_blocks else nullcontext()",
+        "nullcontext()",
+        RUNS,
+    ),
+    Slip("The text tower is not compiled.", "        model.text.compile()\n", "", RUNS),
+    Slip("`compile` is ignored.", "if recipe.compile:", "if False:", RUNS),
+    Slip(
+        "`precision` is ignored.",
+        'enabled=recipe.precision == "bfloat16"',
+        "enabled=False",
+        RUNS,
+    ),
+    Slip(
+        "The text tower stays in float32.",
+        "cast(model.encode_text)(ids)",
+        "model.encode_text(ids)",
+        RUNS,
+    ),
+    Slip(
+        "Embeddings of pictures are not normalised.",
+        "unit_norm(cast(model.encode_image)(pixels).to(model.logit_scale.dtype))",
+        "cast(model.encode_image)(pixels)",
+        RUNS,
+    ),
+    Slip("The model is not put in training mode.", "    model.train()\n", "", RUNS),
+    Slip(
+        "The model comes back in training mode.",
+        "    run.finish(tokenizer, transform)\n    return model.eval()",
+        "    run.finish(tokenizer, transform)\n    return model",
+        RUNS,
+    ),
+    Slip(
+        "Labels are not shared.",
+        "        gather(labels),\n",
+        "        None,\n",
+        RUNS,
+    ),
+    Slip("Gradients add up over the steps.", "optimizer.zero_grad()", "pass", RUNS),
+    Slip(
+        "Muon does not step.",
+        "for optimizer in run.optimizers:\n",
+        "for optimizer in run.optimizers[:1]:\n",
+        RUNS,
+    ),
+    Slip(
+        "Weight decay is not what the recipe says.",
+        "make_optimizers(model, recipe.lr, recipe.muon_lr, recipe.weight_decay)",
+        "make_optimizers(model, recipe.lr, recipe.muon_lr, 0.1)",
+        RUNS,
+    ),
+    Slip(
+        "Muon has AdamW's rate.",
+        "make_optimizers(model, recipe.lr, recipe.muon_lr, recipe.weight_decay)",
+        "make_optimizers(model, recipe.lr, recipe.muon_lr and recipe.lr, recipe.weight_decay)",
+        RUNS,
+    ),
+    Slip(
+        "A long caption is not cut.",
+        "ids = tokenizer(captions, truncate=True)",
+        "raise",
+        TRAINING + " -k cut",
+    ),
+    Slip(
+        "Ids are cut one token too early.",
+        "int(run.model.text.eos_positions(ids).max()) + 1]",
+        "int(run.model.text.eos_positions(ids).max())]",
+        RUNS,
+    ),
+    Slip(
+        "A loss that is not finite goes on.",
+        "if not math.isfinite(loss):",
+        "if False:",
+        TRAINING + " -k no_number",
+    ),
+    Slip(
+        "A row of metrics has the last loss alone.",
+        "sum(self.losses) / len(self.losses)",
+        "loss",
+        RUNS,
+    ),
+    Slip(
+        "Losses add up over the rows.",
+        "        self.losses = []\n        self.rows",
+        "        self.rows",
+        RUNS,
+    ),
+    Slip(
+        "A row of metrics has the logarithm of the scale.",
+        "self.model.logit_scale.exp().item()",
+        "self.model.logit_scale.item()",
+        RUNS,
+    ),
+    Slip(
+        "A row of metrics has the peak rate.",
+        '"lr": self.optimizers[0].param_groups[0]["lr"]',
+        '"lr": self.optimizers[0].param_groups[0]["peak_lr"]',
+        RUNS,
+    ),
+    Slip(
+        "An epoch's end writes no row.",
+        "if self.step % LOG_EVERY and not epoch_ended:",
+        "if self.step % LOG_EVERY:",
+        RUNS,
+    ),
+    Slip(
+        "Rows come at epochs' ends only.",
+        "if self.step % LOG_EVERY and not epoch_ended:",
+        "if not epoch_ended:",
+        RUNS,
+    ),
+    Slip(
+        "A batch is larger than the data.",
+        "min(recipe.batch, len(data) - len(data) % world)",
+        "recipe.batch",
+        TRAINING + " -k larger",
+    ),
+    Slip(
+        "The batch that processes cannot share is not refused.",
+        "if recipe.batch % world:",
+        "if False:",
+        RUNS,
+    ),
+    Slip(
+        "The batch of the data does not fit the processes.",
+        "len(data) - len(data) % world)",
+        "len(data))",
+        RUNS,
+    ),
+    # optimizers
+    Slip("Adam's beta2 is torch's.", "(0.9, 0.98), 1e-6", "(0.9, 0.999), 1e-6", RUNS),
+    Slip("Adam's beta1 is 0.95.", "(0.9, 0.98), 1e-6", "(0.95, 0.98), 1e-6", RUNS),
+    Slip("Adam's eps is torch's.", "(0.9, 0.98), 1e-6", "(0.9, 0.98), 1e-8", RUNS),
+    Slip(
+        "Biases decay.",
+        'if p.ndim < 2], "weight_decay": 0.0',
+        'if p.ndim < 2], "weight_decay": weight_decay',
+        RUNS,
+    ),
+    Slip(
+        "Matrices do not decay.",
+        'if p.ndim >= 2], "weight_decay": weight_decay',
+        'if p.ndim >= 2], "weight_decay": 0.0',
+        RUNS,
+    ),
+    Slip("Adam decouples no decay.", "torch.optim.AdamW(", "torch.optim.Adam(", RUNS),
+    Slip("Muon's momentum is 0.9.", "momentum: float = 0.95", "momentum: float = 0.9", RUNS),
+    Slip(
+        "Muon has no Nesterov momentum.",
+        'p.grad.lerp(state["momentum"], group["momentum"])',
+        'state["momentum"]',
+        RUNS,
+    ),
+    Slip(
+        "Muon does not decay.",
+        "Muon(hidden, lr=muon_lr, weight_decay=weight_decay)",
+        "Muon(hidden, lr=muon_lr, weight_decay=0.0)",
+        RUNS,
+    ),
+    Slip("Muon's rate ignores the shape.", "max(1.0, p.shape[0] / p.shape[1]) ** 0.5", "1.0", RUNS),
+    Slip(
+        "Muon's rate takes the shape the wrong way round.",
+        "max(1.0, p.shape[0] / p.shape[1])",
+        "max(1.0, p.shape[1] / p.shape[0])",
+        RUNS,
+    ),
+    Slip(
+        "Muon takes four steps of Newton and Schulz.",
+        "for _ in range(5):\n        gram",
+        "for _ in range(4):\n        gram",
+        RUNS,
+    ),
+    Slip(
+        "A coefficient of Newton and Schulz is off.",
+        "3.4445, -4.7750, 2.0315",
+        "3.4445, -4.7750, 2.0351",
+        RUNS,
+    ),
+    Slip(
+        "Muon takes the embeddings too.", 'p.ndim == 2 and ".blocks." in name', "p.ndim == 2", RUNS
+    ),
+    Slip(
+        "Muon takes the vision tower only.",
+        'p.ndim == 2 and ".blocks." in name',
+        'p.ndim == 2 and "vision.blocks." in name',
+        RUNS,
+    ),
+    Slip(
+        "Frozen parameters are trained.",
+        "for name, p in model.named_parameters() if p.requires_grad]",
+        "for name, p in model.named_parameters()]",
+        RUNS,
+    ),
+    Slip("Warm-up starts at zero.", "return (step + 1) / rising", "return step / rising", RUNS),
+    Slip(
+        "The cosine ends one step late.",
+        "(step - rising) / max(1, steps - rising)",
+        "(step - rising) / max(1, steps - rising + 1)",
+        RUNS,
+    ),
+    Slip("The share of warm-up is floored.", "round(steps * warmup)", "int(steps * warmup)", RUNS),
+    Slip(
+        "The rate of Muon stays at its peak.",
+        "    for optimizer in optimizers:\n        for group in optimizer.param_groups:\n"
+        '            group["lr"]',
+        "    for optimizer in optimizers[:1]:\n        for group in optimizer.param_groups:\n"
+        '            group["lr"]',
+        RUNS,
+    ),
+    # the loss
+    Slip(
+        "The loss looks in one direction.",
+        "F.cross_entropy(logits.T, target)",
+        "F.cross_entropy(logits, target)",
+        TRAINING + " -k loss",
+    ),
+    Slip("Targets do not sum to 1.", "same / same.sum(dim=1)", "same", TRAINING + " -k loss"),
+    Slip(
+        "False captions change sides.",
+        "F.softplus(wrong - logits.diagonal())",
+        "F.softplus(logits.diagonal() - wrong)",
+        TRAINING + " -k loss",
+    ),
+    Slip(
+        "False captions count twice.",
+        "F.softplus(wrong - logits.diagonal()).mean()",
+        "2 * F.softplus(wrong - logits.diagonal()).mean()",
+        TRAINING + " -k loss",
+    ),
+    Slip(
+        "False captions lack the scale.",
+        "wrong = logit_scale.exp() * (image_embeds",
+        "wrong = (image_embeds",
+        TRAINING + " -k loss",
+    ),
+    Slip(
+        "The two passes draw other patches.",
+        "        torch.manual_seed(seed)\n        encode(part).backward(gradient)",
+        "        encode(part).backward(gradient)",
+        TRAINING + " -k passes",
+    ),
+    Slip(
+        "A gathered row's gradient is its own process's alone.",
+        "        dist.all_reduce(gradient)\n",
+        "",
+        "tests/test_training.py -k 'gathering or big_batch'",
+    ),
+    Slip(
+        "Gradients are summed over processes.",
+        "    flat /= dist.get_world_size()\n",
+        "",
+        "tests/test_training.py -k 'gathering or big_batch'",
+    ),
+    # averaged weights
+    Slip("`ema` is ignored.", "        if recipe.ema:", "        if False:", RUNS),
+    Slip(
+        "The average has another decay.",
+        "get_ema_multi_avg_fn(recipe.ema)",
+        "get_ema_multi_avg_fn(0.999)",
+        RUNS,
+    ),
+    Slip(
+        "The average stays at the first step.",
+        "                run.average.update_parameters(model)",
+        "                run.average.update_parameters(model) if run.step == 0 else None",
+        RUNS,
+    ),
+    Slip(
+        "The model comes back without its average.",
+        "self.model.load_state_dict(self.average.module.state_dict())",
+        "pass",
+        RUNS,
+    ),
+    # the data
+    Slip(
+        "A picture has its first caption only.",
+        "random.Random(draw).choice(captions)",
+        "captions[0]",
+        DATA,
+    ),
+    Slip(
+        "The pictures keep the transform's mean and std.",
+        "plain = replace(transform, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)",
+        "plain = transform",
+        DATA,
+    ),
+    Slip(
+        "Pixels are floored.", "(plain(picture) * 255).round()", "(plain(picture) * 255)", TRAINING
+    ),
+    Slip(
+        "Pictures are never remembered.",
+        "            self._kept[i] = pixels\n",
+        "            pass\n",
+        DATA,
+    ),
+    Slip(
+        "Pictures are remembered that do not fit.",
+        "crop_size**2 <= MEMORY",
+        "crop_size**2 >= 0",
+        DATA,
+    ),
+    Slip(
+        "A skipped picture is noted again and again.",
+        "    if note not in notes:",
+        "    if True:",
+        DATA,
+    ),
+    Slip(
+        "A kitten is a dog.",
+        '"dog": ("dog", "puppy", "hound")',
+        '"dog": ("dog", "kitten", "hound")',
+        DATA,
+    ),
+    Slip(
+        "A template lacks the class.",
+        '"a picture of a small {}."',
+        '"a picture of a small one."',
+        DATA,
+    ),
+    Slip(
+        "One folder is enough.",
+        "labelled_images(root)\n    if (found := len(set(images.classes))) < 2:",
+        "labelled_images(root)\n    if (found := len(set(images.classes))) < 1:",
+        DATA,
+    ),
+    Slip("A row without words is taken.", "bool(text.strip())", "True", DATA),
+    Slip(
+        "Shards are read in one order.",
+        "[self.paths[i] for i in shuffled(len(self.paths), seed)]",
+        "self.paths",
+        DATA,
+    ),
+    Slip(
+        "Neighbours in shards are mixed the same way in every epoch.",
+        "rng=random.Random(seed)",
+        "rng=random.Random(0)",
+        DATA,
+    ),
+    Slip(
+        "A caption's byte order mark is kept.",
+        'b"").decode("utf-8-sig", "replace")',
+        'b"").decode("utf-8", "replace")',
+        DATA,
+    ),
+    Slip(
+        "Equal captions do not share a label.",
+        "return crc32(caption.encode())",
+        "return random.getrandbits(32)",
+        DATA,
+    ),
+    Slip(
+        "A batch that lost a picture is smaller.",
+        "pairs += [pairs[i % len(pairs)] for i in range(len(loaded) - len(pairs))]",
+        "pass",
+        DATA,
+    ),
+    Slip(
+        "A run that is continued within an epoch starts it again.",
+        "skip * batch, steps * batch)",
+        "0, steps * batch)",
+        DATA,
+    ),
+    Slip(
+        "Shares are halves in a row.",
+        "if i % world == rank]",
+        "if i * world // batch == rank]",
+        DATA,
+    ),
+    Slip(
+        "Nothing is mirrored.",
+        "mirror = torch.randint(0, 2, (b,)) * 2 - 1",
+        "mirror = torch.ones(b)",
+        DATA,
+    ),
+    Slip(
+        "Every picture is zoomed.",
+        "side = 1 - (torch.rand(b) - 0.5).clamp(min=0)",
+        "side = 1 - torch.rand(b) / 2",
+        DATA,
+    ),
+    Slip("Pictures are moved twice as far.", "x, y = 0.3 * (", "x, y = 0.6 * (", DATA),
+    Slip(
+        "Pictures are also turned upside down.",
+        "torch.stack([side * mirror, none, x, none, side, y]",
+        "torch.stack([side, none, x, none, side * mirror, y]",
+        DATA,
+    ),
+    # set-up and recipes
+    Slip(
+        "`from_scratch` ignores the seed.",
+        "    torch.manual_seed(seed)\n    return CLIP(",
+        "    torch.manual_seed(0)\n    return CLIP(",
+        SETUP,
+    ),
+    Slip(
+        "The tokenizer has its own context.",
+        "    tokenizer.context_length = config.text.context_length\n",
+        "",
+        SETUP,
+    ),
+    Slip(
+        "Random weights do not follow the recipe's seed.",
+        "from_scratch(shape, source, recipe.seed)",
+        "from_scratch(shape, source)",
+        SETUP,
+    ),
+    Slip(
+        "What is asked for does not come first.",
+        "replace(recipe, **overrides or {})",
+        "recipe",
+        SETUP,
+    ),
+    Slip(
+        "The scale of pixels is not taken over.",
+        "        transform = ImageTransform.from_pretrained(directory)\n    source",
+        "        pass\n    source",
+        SETUP,
+    ),
+    Slip(
+        "The shape of `config` is ignored.",
+        "shape = CLIPConfig.from_dict(read_json(Path(config)))",
+        "pass",
+        SETUP,
+    ),
+    Slip("A model and a config are taken together.", "if model and config:", "if False:", SETUP),
+    Slip(
+        "No epoch at all is taken.",
+        '{"epochs": 1, "batch": 2}',
+        '{"epochs": 0, "batch": 2}',
+        SETUP,
+    ),
+    Slip(
+        "A batch of one is taken.",
+        '{"epochs": 1, "batch": 2}',
+        '{"epochs": 1, "batch": 1}',
+        SETUP,
+    ),
+    Slip(
+        "NaN is a rate.",
+        "if not getattr(self, name) >= least:",
+        "if getattr(self, name) < least:",
+        SETUP,
+    ),
+    Slip(
+        "A gradient of length 0 is taken.",
+        "if not self.clip_gradient > 0:",
+        "if not self.clip_gradient >= 0:",
+        SETUP,
+    ),
+    Slip(
+        "All patches may be dropped.",
+        "if not 0 <= self.patch_dropout < 1:",
+        "if not 0 <= self.patch_dropout <= 1:",
+        SETUP,
+    ),
+    Slip("The default rate is another.", "lr: float = 1e-3", "lr: float = 2e-3", SETUP),
+    Slip(
+        "The default warm-up is another.", "warmup: float = 0.05", "warmup: float = 0.1", TRAINING
+    ),
+    Slip(
+        "A state of another recipe is continued.",
+        "        if changed:\n",
+        "        if False:\n",
+        SETUP,
+    ),
+    Slip(
+        "A checkpoint is overwritten.",
+        'for name in ("config.json", "model.safetensors")):',
+        "for name in ()):",
+        SETUP,
+    ),
+    Slip(
+        "A finished run keeps its state.",
+        "(self.out / STATE).unlink(missing_ok=True)",
+        "pass",
+        SETUP,
+    ),
+    Slip(
+        "Optimizers start anew in a run that is continued.",
+        "optimizer.load_state_dict(saved)",
+        "pass",
+        SETUP,
+    ),
+    # the drawn world
+    Slip("A colour is another.", '"pink": (255, 140, 196)', '"pink": (255, 150, 196)', SHAPES),
+    Slip("Large is smaller.", '"large": 13', '"large": 12', SHAPES),
+    Slip("Tilts are other angles.", "TILTS = (-12, 0, 12)", "TILTS = (-10, 0, 10)", SHAPES),
+    Slip("Relations are spoken of sooner.", "CLEAR = 8\n", "CLEAR = 6\n", SHAPES),
+    Slip("Other pairs are held out.", "SHAPES[(3 * i + 1) % 8]", "SHAPES[(3 * i + 2) % 8]", SHAPES),
+    Slip("A star is fatter.", "np.tile([1, 0.42], 5)", "np.tile([1, 0.46], 5)", SHAPES),
+    Slip("A ring is thinner.", "0.95 * round, 0.5 * round", "0.95 * round, 0.6 * round", SHAPES),
+    Slip(
+        "Masks have what is covered a little.",
+        "mask[rows, columns] = cover >= 0.5",
+        "mask[rows, columns] = cover >= 0.2",
+        SHAPES,
+    ),
+    Slip("Below means above.", '"below": ("y", -1)', '"below": ("y", 1)', SHAPES),
+    Slip(
+        "A false caption may be true.",
+        "return not unknown and not holds(claim, scene)",
+        "return not unknown",
+        SHAPES,
+    ),
+    Slip(
+        "A false caption may name a held-out pair.",
+        "return not unknown and not holds(claim, scene)",
+        "return not holds(claim, scene)",
+        SHAPES,
+    ),
+    Slip(
+        "Nothing vague is said.",
+        "kind = vague if random.random() < 0.2 else",
+        "kind = vague if random.random() < 0.0 else",
+        SHAPES,
+    ),
+    Slip(
+        "A lesson is a fifth of all.",
+        "self.lesson_length = count // 6",
+        "self.lesson_length = count // 5",
+        SHAPES,
+    ),
+    Slip(
+        "Lessons come in one order.",
+        "for i in shuffled(end - first, seed))",
+        "for i in range(end - first))",
+        SHAPES,
+    ),
+    Slip(
+        "The scenes of the score may be trained on.", "if seed == SCORE_SEED:", "if False:", SHAPES
+    ),
+    Slip("The score asks about training's scenes.", "SCORE_SEED = 2021", "SCORE_SEED = 0", SHAPES),
+    Slip(
+        "Seen and unseen are one.",
+        "unseen=naming(held_out=True)",
+        "unseen=naming(held_out=False)",
+        SHAPES,
+    ),
+    Slip(
+        "Left and right are above and below.",
+        'left_right=preferring("places", "x")',
+        'left_right=preferring("places", "y")',
+        SHAPES,
+    ),
+    Slip(
+        "Binding is about places.",
+        'binding=preferring("colours")',
+        'binding=preferring("places")',
+        SHAPES,
+    ),
+    Slip(
+        "A tie counts as right.",
+        "(similarity[rows] > (images",
+        "(similarity[rows] >= (images",
+        SHAPES,
+    ),
+]

@@ -1,0 +1,175 @@
+"""Pictures of results: what is drawn is what was counted, measured or computed."""
+
+import pytest
+import torch
+from PIL import Image
+
+from miniclip.bench import Row
+from miniclip.figures.bench import draw_bench
+from miniclip.figures.confusion import draw_confusion
+from miniclip.figures.curves import draw_curves
+from miniclip.figures.demo import draw_demo
+from miniclip.figures.exhibits import Exhibit, Heat
+from miniclip.figures.explanations import draw_text_maps
+from miniclip.figures.parity import draw_parity
+from miniclip.parity import Difference, Report
+from miniclip.zeroshot.classifier import Score
+from miniclip.zeroshot.evaluation import Evaluation
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Call a function that draws; return matplotlib's figure, which is not rendered."""
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *_, **options: figures.append(figure)
+    )
+
+    def drawn(function, *arguments):
+        function(*arguments, tmp_path / "picture.png")
+        return figures.pop()
+
+    return drawn
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def names(axes, side="y"):
+    return [label.get_text() for label in getattr(axes, f"get_{side}ticklabels")()]
+
+
+def widths(axes):
+    return [bar.get_width() for bar in axes.patches]
+
+
+def test_a_matrix_has_the_shares_of_each_true_class_in_percent(drawn):
+    confusion = torch.tensor([[6, 1, 3], [2, 2, 0], [0, 0, 0]])
+    result = Evaluation(["cat", "dog", "a ship " * 9], confusion, confusion.diagonal(), [])
+    figure = drawn(draw_confusion, result)
+    left, right = figure.axes
+    shares = [[0.6, 0.1, 0.3], [0.5, 0.5, 0], [0, 0, 0]]
+    shown = torch.tensor(left.images[0].get_array().data)
+    torch.testing.assert_close(shown, torch.tensor(shares, dtype=torch.float64))
+    cells = {text.get_position(): text.get_text() for text in left.texts}  # (column, row)
+    assert cells == {(0, 0): "60", (1, 0): "10", (2, 0): "30", (0, 1): "50", (1, 1): "50"}
+    assert (left.get_xlabel(), left.get_ylabel()) == ("predicted class", "true class")
+    assert names(left) == names(left, "x") == ["cat", "dog", "a ship a ship a ship a …"]
+    # from the bottom: the most frequent on top
+    assert names(right) == ["cat → dog", "dog → cat", "cat → a ship a ship a ship a …"]
+    assert widths(right) == [1, 2, 3] and texts(right) == ["1", "2", "3"]
+    assert figure.get_suptitle() == "top-1 57.1% of 14 images"
+
+
+def test_many_classes_have_a_dot_for_each_confusion(drawn):
+    confusion = torch.eye(50, dtype=torch.int64)
+    confusion[3, 40], confusion[7, 9] = 4, 1
+    result = Evaluation(["a"] * 50, confusion, confusion.diagonal(), [])
+    left, right = drawn(draw_confusion, result).axes
+    (dots,) = left.collections
+    assert dots.get_offsets().tolist() == [[40, 3], [9, 7]]  # (predicted, true)
+    assert dots.get_sizes().tolist() == [60, 15]  # areas
+    assert left.get_ylim() == (50, -1) and widths(right) == [1, 4]
+
+
+def test_curves_are_the_metrics_of_the_run(drawn):
+    rows = [{"step": 10 * i, "loss": 3 - i, "logit_scale": 14 + i, "lr": 0.1 * i} for i in range(3)]
+    panels = drawn(draw_curves, rows).axes
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "loss", "exp(logit scale)", "learning rate"
+    ]  # fmt: skip
+    for axes, name in zip(panels, ("loss", "logit_scale", "lr"), strict=True):
+        (line,) = axes.lines
+        assert [*line.get_xdata()] == [0, 10, 20]
+        assert [*line.get_ydata()] == [row[name] for row in rows]
+
+
+def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
+    picture = Image.new("RGB", (8, 8), "red")
+    scores = [Score(f"label {i}", 3 - i, share) for i, share in enumerate((0.5, 0.3, 0.2))]
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:4, 2:4] = True
+    heat = Heat("a star", torch.tensor([[-1.0, 0.5], [1.0, 2.0]]), mask)
+    scene, cat = Exhibit("a drawn scene", picture, scores), Exhibit("cat", picture, scores)
+    figure = drawn(draw_demo, scene, [heat], [cat])
+    shown, bars, hot, _, photograph = figure.axes
+    assert shown.get_title(loc="left") == "a drawn scene"
+    assert widths(bars) == widths(photograph) == [0.2, 0.3, 0.5]  # from the bottom
+    assert texts(bars) == ["20%", "30%", "50%", "label 2", "label 1", "label 0"]
+    assert names(photograph) == ["label 2", "label 1", "label 0"]
+    assert hot.get_title(loc="left") == "a star"
+    grey, warm = (image.get_array() for image in hot.images)
+    assert (grey == 76).all() and warm.tolist() == [[0, 0.25], [0.5, 1]]  # of red's luminance
+    assert warm.shape == (2, 2) and hot.collections  # the outline
+
+
+@pytest.mark.parametrize(
+    ("method", "note"),
+    [
+        ("attention", "up to 0.75 of the attention; whatever the text"),
+        ("rollout", "up to 0.75 of the attention; whatever the text"),
+        ("relevance", "up to 0.75"),
+        ("tokens", "up to 0.75 written towards the text"),
+        ("occlusion", "up to 0.75 of the cosine lost"),
+    ],
+)
+def test_a_map_says_how_much_its_warmest_patch_is(drawn, method, note):
+    heats = torch.tensor([[[0.25, 0.75], [-1, 0]], [[-1, -2], [-3, 0]]])
+    figure = drawn(draw_text_maps, Image.new("RGB", (8, 8)), ["a $cat$", "dog"], {method: heats})
+    picture, cat, dog, _ = figure.axes
+    titles = [axes.get_title(loc="left") for axes in (picture, cat, dog)]
+    assert titles == [f"by {method}", "a $cat$", "dog"]
+    assert " ".join(texts(cat)[0].split()) == note and texts(dog) == ["nowhere"]
+
+
+def test_four_maps_stand_beside_a_picture(drawn):
+    picture, texts = Image.new("RGB", (8, 8)), [f"text {i}" for i in range(6)]
+    one = drawn(draw_text_maps, picture, texts, {"tokens": torch.rand(6, 2, 2)}).axes[:-1]
+    titles = [axes.get_title(loc="left") for axes in one]
+    assert titles == ["by tokens", *texts[:4], "by tokens", *texts[4:], "", ""]
+    maps = {method: torch.rand(2, 2, 2) for method in ("tokens", "rollout")}
+    two = drawn(draw_text_maps, picture, texts[:2], maps).axes[:-1]
+    titles = [axes.get_title(loc="left") for axes in two]
+    assert titles == ["text 0", "tokens", "rollout", "text 1", "tokens", "rollout"]
+
+
+def test_ratios_of_bench_are_bars_from_one_with_quartiles(drawn):
+    def row(contender, difference, ratio):
+        return Row("vision", "2 images", 2, "images", contender, difference, (1, 1, 1), ratio)
+
+    rows = [
+        row("miniclip", 0.0, (1, 1, 1)),
+        row("transformers", 0.0, (1.5, 2.0, 3.0)),
+        row("one matrix product", None, (0.4, 0.5, 0.6)),
+        row("another", 1.0, None),
+    ]
+    (axes,) = drawn(draw_bench, rows).axes
+    bars = [bar for bar in axes.patches if bar.get_height() == pytest.approx(0.6)]
+    reach = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars]
+    assert reach == [(1, 1), (1, 2.0), (1, 0.5)]
+    whiskers = [line.get_segments()[0][:, 0].tolist() for line in axes.collections]
+    assert whiskers == [[1, 1], [1.5, 3.0], [0.4, 0.6]]
+    assert texts(axes) == ["vision: 2 images", "1.00", "2.00", "0.50"]
+    assert names(axes) == ["", "miniclip", "transformers", "one matrix product"]
+    assert axes.get_xscale() == "log"
+    colours = [bar.get_facecolor()[:3] for bar in bars]
+    assert len(set(colours)) == 3 and len(set(colours[2])) == 1  # no peer, and so grey
+
+
+def test_differences_stand_at_their_depth(drawn):
+    sites = ["vision.blocks.0.resid_pre", "vision.blocks.0.q", "text.blocks.0.resid_pre", "logits"]
+    rows = [
+        Difference(site, 10.0**-i, 0.5, 10.0 ** -(i + 4), 10.0 ** -(i + 8), 0.0, i != 1)
+        for i, site in enumerate(sites, 1)
+    ]
+    figure = drawn(draw_parity, Report(rows, sites[0], "a cause"))
+    vision, text = figure.axes
+    shown = {line.get_label(): [*line.get_ydata()] for line in vision.lines}
+    assert shown["difference"] == [0.1, 0.01, 0.0001]
+    assert shown["difference in float64"] == pytest.approx([1e-5, 1e-6, 1e-8])
+    assert shown["error of model"] == pytest.approx([1e-9, 1e-10, 1e-12])
+    assert shown["error of other"] == [1e-17] * 3  # where zero is drawn
+    assert [*text.lines[0].get_ydata()] == [0.001, 0.0001]
+    assert names(vision, "x") == ["0", "logits"] and texts(vision) == [f" {sites[0]}"]
+    assert "first at vision.blocks.0.resid_pre; likely cause: a cause" in figure.get_suptitle()

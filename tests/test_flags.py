@@ -1,0 +1,400 @@
+"""Each flag of each command arrives where it is used, and each default is what the help says."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from twin import TINY, twins
+
+import miniclip
+from miniclip.cli import main
+from miniclip.presets import PRESETS
+
+OFFICIAL = "openai/clip-vit-base-patch32"
+
+# A line for each command, or half of a command, that loads a model.
+LINES = {
+    "classify": "classify PICTURE --labels cat --model MODEL",
+    "info": "info MODEL",
+    "tokenize": "tokenize cat --model MODEL",
+    "parity": "parity MODEL",
+    "parity, random": "parity --random tiny",
+    "bench": "bench --shape tiny --suite vision",
+    "convert": "convert MODEL OUT --layout openai",
+    "train": "train CLASSES --out OUT --model MODEL --epochs 1",
+    "train, from scratch": "train CLASSES --out OUT --epochs 1",
+    "eval": "eval --data CLASSES --model MODEL",
+    "eval, drawn world": "eval --data shapes --model MODEL",
+    "explain": "explain PICTURE cat --model MODEL --json",
+    "explain, score": "explain --score shapes --model MODEL --json",
+    "embed": "embed PICTURE --out OUT --model MODEL",
+    "embed, time": "embed PICTURE --time --model MODEL",
+    "search": "search INDEX cat --model MODEL",
+    "search, same model": "search INDEX cat",
+    "serve": "serve --model MODEL",
+}
+EVALUATING = ["eval", "eval, drawn world"]
+EXPLAINING = ["explain", "explain, score"]
+EMBEDDING = ["embed", "embed, time"]
+WITH_REFERENCE = ["classify", "tokenize", *EVALUATING, *EXPLAINING, *EMBEDDING]
+WITH_REVISION = [*WITH_REFERENCE, "info", "parity", "convert"]
+WITH_DEFAULT_MODEL = [*WITH_REFERENCE, "info", "parity", "serve"]
+WITH_DEVICE = [name for name in LINES if name not in ("info", "tokenize", "convert")]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A picture, class folders, and an index of the picture."""
+    folder = tmp_path_factory.mktemp("desk")
+    pixels = np.random.default_rng(0).integers(0, 256, (36, 36, 3), dtype=np.uint8)
+    for name in ("cat", "dog"):
+        (folder / "classes" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.roll(pixels, i)).save(folder / "classes" / name / f"{i}.png")
+    Image.fromarray(pixels).save(folder / "picture.png")
+    line = ["embed", folder / "picture.png", "--out", folder / "index", "--model", "cifar10"]
+    assert main(list(map(str, line))) == 0
+    return folder
+
+
+@pytest.fixture
+def run(desk, tmp_path, monkeypatch, capsys):
+    """Run a line of LINES, or any other, in an empty folder: (status, stdout, stderr)."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setattr("miniclip.serve.run", lambda app, listening: None)
+    monkeypatch.chdir(tmp_path)
+
+    def run(line, model="cifar10"):
+        words = {"MODEL": model, "OUT": "out", "INDEX": desk / "index"}
+        words |= {"PICTURE": desk / "picture.png", "CLASSES": desk / "classes"}
+        argv = [str(words.get(word, word)) for word in shlex.split(LINES.get(line, line))]
+        try:
+            status = main(argv)
+        except SystemExit as stop:
+            status = stop.code
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def output(run):
+    """The JSON that a line prints."""
+
+    def output(line, model="cifar10"):
+        status, out, err = run(f"{line} --json", model)
+        assert status == 0, err
+        return json.loads(out)
+
+    return output
+
+
+def assert_error(result, *words):
+    status, _, err = result
+    assert status == 2 and err.startswith("miniclip: error: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+# ------------------------------------------------------------------------------------------------
+# What says which model, and how it is loaded
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A hub that says what it is asked for, and has nothing."""
+
+    def asked(repository, *, revision, **options):
+        raise ValueError(f"asked for {repository} at {revision}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+
+
+@pytest.mark.parametrize("name", WITH_REVISION)
+def test_the_revision_reaches_the_hub(run, no_hub, name):
+    line = LINES[name]
+    assert_error(run(f"{line} --revision second", "me/mine"), "asked for me/mine at second")
+    assert_error(run(line, "me/mine"), "asked for me/mine at None")
+
+
+@pytest.mark.parametrize("name", WITH_DEFAULT_MODEL)
+def test_the_model_is_openais_unless_it_is_named(run, no_hub, name):
+    line = LINES[name].replace("--model", "").replace("MODEL", "")
+    assert_error(run(line), f"asked for {OFFICIAL} at None")
+
+
+@pytest.mark.parametrize("part", [miniclip.Tokenizer, miniclip.ImageTransform])
+@pytest.mark.parametrize("name", WITH_REFERENCE)
+def test_the_reference_reaches_tokenizer_and_transform(run, monkeypatch, name, part):
+    if name == "tokenize" and part is miniclip.ImageTransform:
+        return
+
+    def asked(name, *, reference="not said", **options):
+        raise ValueError(f"reference {reference}")
+
+    monkeypatch.setattr(part, "from_pretrained", asked)
+    assert_error(run(f"{LINES[name]} --reference openai"), "reference openai")
+    assert_error(run(name), "reference transformers")
+
+
+@pytest.mark.parametrize("name", WITH_DEVICE)
+def test_the_device_reaches_the_model(run, name):
+    assert_error(run(f"{LINES[name]} --device toaster"), "device 'toaster' cannot be used")
+
+
+def test_an_index_knows_the_commit_that_was_asked_for(run, output, monkeypatch, tmp_path):
+    """As the hub's client has it, by the name of the folder."""
+
+    def snapshot(repository, *, revision, **options):
+        folder = tmp_path / "snapshots" / f"commit-of-{revision}"
+        if not folder.is_dir():
+            miniclip.save(folder, *miniclip.load("cifar10"))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    index = output("embed PICTURE --out out --model MODEL --revision second", "me/mine")
+    assert (index["model"], index["revision"]) == ("me/mine", "commit-of-second")
+
+    def asked(repository, *, revision, **options):
+        raise ValueError(f"asked for {repository} at {revision}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+    assert_error(run("search out cat"), "asked for me/mine at commit-of-second")
+
+
+# ------------------------------------------------------------------------------------------------
+# What says how much, how, and where to
+
+
+def test_the_dtype_is_that_of_the_embeddings(output):
+    found = {
+        dtype: output(f"embed PICTURE --out {dtype} --model cifar10 {flag}")["dtype"]
+        for dtype, flag in [("float32", ""), ("bfloat16", "--dtype bfloat16")]
+    }
+    assert found == {"float32": "float32", "bfloat16": "bfloat16"}
+
+
+@pytest.mark.slow
+def test_the_dtype_is_what_parity_measures_errors_in(output):
+    errors = {
+        dtype: max(
+            row["model_error"] for row in output(f"parity --random tiny --dtype {dtype}")["rows"]
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    assert errors["float32"] < 1e-3 < errors["bfloat16"]
+    assert output("parity --random tiny")["dtype"] == "float32"
+
+
+@pytest.mark.slow
+def test_parity_prints_what_it_measured(run, output):
+    (found,) = [r for r in output("parity --random tiny")["rows"] if r["site"] == "logits"]
+    columns = ("absolute", "relative", "float64", "model_error", "other_error")
+    lines = [line.split() for line in run("parity --random tiny")[1].splitlines()]
+    assert ["logits", *(f"{found[column]:.1e}" for column in columns)] in lines
+
+
+@pytest.mark.slow
+def test_bench_measures_what_it_is_asked_for(run, monkeypatch):
+    """The cases, without their measurement."""
+    cases = []
+    monkeypatch.setattr("miniclip.bench.measure", lambda case, *_: cases.append(case) or [])
+    assert run("bench --shape tiny --suite vision text")[0] == 0
+    works = [case.work for case in cases]
+    assert works[1].startswith("16 images, tiny, float32") and works[2].startswith("16 captions")
+    assert not any("compiled" in one.name for case in cases for one in case.contenders)
+    cases.clear()
+    monkeypatch.setattr("torch.compile", lambda encoder, **options: encoder)
+    line = "bench --shape tiny --suite vision --batch 3 --dtype bfloat16 --compile"
+    assert run(line)[0] == 0
+    assert cases[1].work == "3 images, tiny, bfloat16"
+    assert sum("compiled" in one.name for one in cases[1].contenders) == 2
+
+
+@pytest.mark.parametrize("name", ["eval", *EMBEDDING])
+def test_batches_have_64_images_unless_told_otherwise(run, monkeypatch, tmp_path, name):
+    (tmp_path / "many" / "cat").mkdir(parents=True)
+    for i in range(70):
+        Image.new("RGB", (8, 8), (3 * i, 0, 0)).save(tmp_path / "many" / "cat" / f"{i}.png")
+    sizes, encode_image = [], miniclip.CLIP.encode_image
+
+    def seen(model, pixels, **options):
+        sizes.append(len(pixels))
+        return encode_image(model, pixels, **options)
+
+    monkeypatch.setattr(miniclip.CLIP, "encode_image", seen)
+    line = LINES[name].replace("CLASSES", "many").replace("PICTURE", "many")
+    assert run(line)[0] == 0 and set(sizes) == {64, 6}
+    sizes.clear()
+    assert run(line.replace("OUT", "other") + " --batch 35")[0] == 0 and set(sizes) == {35}
+
+
+@pytest.mark.parametrize("name", EMBEDDING)
+def test_workers_reach_the_work(run, name):
+    assert_error(run(f"{LINES[name]} --workers 0"), "workers is 0")
+
+
+def test_an_index_lists_what_is_damaged(run, output, tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"no tar, but some text" * 100)
+    (skipped,) = output("embed x.tar PICTURE --out out --model MODEL")["skipped"]
+    assert "x.tar: cannot be read as a tar" in skipped
+
+
+RECIPE = {  # every number another than Recipe's own
+    "epochs": 2, "batch": 3, "lr": 2e-3, "muon_lr": 3e-3, "weight_decay": 0.2, "warmup": 0.5,
+    "clip_gradient": 2.5, "patch_dropout": 0.25, "full_epochs": 0, "augment": True,
+    "hard_negatives": False, "chunk": 1, "checkpoint_blocks": True, "precision": "bfloat16",
+    "compile": False, "seed": 5,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_number_of_a_recipe_has_its_flag(run, output, tmp_path):
+    config = TINY.to_dict()
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    (tmp_path / "like").mkdir()
+    (tmp_path / "like" / "config.json").write_text(json.dumps(config | {"projection_dim": 20}))
+    opposite = {k: not v for k, v in RECIPE.items() if isinstance(v, bool)} | {"full_epochs": 1}
+    (tmp_path / "like" / "recipe.json").write_text(json.dumps(opposite))
+    flags = []
+    for name, value in RECIPE.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags.append(f"--{flag} {value}")
+    rows = output(f"train CLASSES --out out --recipe like --config tiny.json {' '.join(flags)}")
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text()) == RECIPE
+    assert [row["step"] for row in rows] == [2, 4]  # six pictures, three a step
+    model = miniclip.CLIP.from_pretrained(tmp_path / "out")
+    assert model.config.embed_dim == TINY.embed_dim
+    assert RECIPE.keys() == vars(miniclip.training.Recipe()).keys()
+    assert not RECIPE.items() & vars(miniclip.training.Recipe()).items() - {
+        ("hard_negatives", False), ("compile", False)
+    }  # fmt: skip
+    status, out, _ = run("train CLASSES --out two --recipe like --no-hard-negatives --no-compile "
+                         "--epochs 1 --batch 2")  # fmt: skip
+    loss = json.loads((tmp_path / "two" / "metrics.jsonl").read_text())["loss"]
+    assert status == 0 and out == f"two: 3 steps, loss {loss:.3f}\n"
+    assert miniclip.CLIP.from_pretrained(tmp_path / "two").config.embed_dim == 20
+
+
+@pytest.mark.slow
+def test_a_training_starts_from_the_model_that_is_named(run, tmp_path):
+    assert run("train CLASSES --out out --model cifar10 --lr 0 --epochs 1 --batch 2")[0] == 0
+    before, after = (
+        miniclip.CLIP.from_pretrained(name).state_dict() for name in ("cifar10", tmp_path / "out")
+    )
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.slow
+def test_convert_takes_a_layout_and_a_tokenizer(output, tmp_path):
+    tokenizer = miniclip.Tokenizer.from_pretrained("cifar10")
+    shape = {"mlp_width": 256, "width": 64, "heads": 1, "ln_eps": 1e-5}  # as OpenAI's layout has it
+    text = replace(
+        TINY.text, **shape, vocab_size=tokenizer.vocab_size, context_length=77,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    config = replace(TINY, vision=replace(TINY.vision, **shape), text=text)
+    twins(config)[0].save_pretrained(tmp_path / "alone", layout="openai")
+    assert output("convert alone there --layout transformers")["tokenizer"] is False
+    found = output("convert alone again --layout open_clip --tokenizer MODEL")
+    assert (found["layout"], found["tokenizer"]) == ("openai", True)
+    assert (tmp_path / "there" / "config.json").is_file()
+    assert (tmp_path / "again" / "open_clip_config.json").is_file()
+    ids = miniclip.Tokenizer.from_pretrained(tmp_path / "again").encode("a photo of a cat")
+    assert ids == tokenizer.encode("a photo of a cat")
+
+
+def test_classify_asks_with_each_template_and_openais_unless_told(output):
+    line = "classify PICTURE --labels cat dog --model MODEL"
+    usual = output(line)
+    assert usual == output(f"{line} --template 'a photo of a {{}}.'")
+    two = output(f"{line} --template 'a {{}}.' --template 'the {{}}'")
+    model, tokenizer, transform = miniclip.load("cifar10")
+    with torch.no_grad():
+        texts = model.encode_text(tokenizer(["a cat.", "the cat", "a dog.", "the dog"]), True)
+        mean = texts.view(2, 2, -1).mean(1)
+        image = model.encode_image(transform([usual[0]["image"]]), True)[0]
+        logits = model.logit_scale.exp() * torch.cosine_similarity(mean, image)
+    found = {row["label"]: row["logit"] for row in two[0]["labels"]}
+    assert found == pytest.approx(dict(zip(["cat", "dog"], logits.tolist())), abs=1e-4)
+
+
+def test_search_adds_and_takes_away_texts_and_pictures(output, desk, tmp_path):
+    pictures = [desk / "classes" / "cat" / f"{i}.png" for i in range(2)]
+    plus, minus = map(str, pictures)
+    found = output(f"search INDEX cat 'a dog' --minus frog --image {plus} --minus-image {minus}")
+    model, tokenizer, transform = miniclip.load("cifar10")
+    with torch.no_grad():
+        texts = model.encode_text(tokenizer(["cat", "a dog", "frog"]), normalize=True)
+        images = model.encode_image(transform([plus, minus, desk / "picture.png"]), normalize=True)
+    query = texts[0] + texts[1] - texts[2] + images[0] - images[1]
+    expected = torch.cosine_similarity(query, images[2], dim=0).item()
+    assert [row["score"] for row in found] == [pytest.approx(expected, abs=1e-5)]
+
+
+def test_search_shows_twelve_pictures_unless_told_otherwise(output, desk, tmp_path):
+    for i in range(14):
+        Image.new("RGB", (8, 8), (9 * i, 255 - 9 * i, 0)).save(tmp_path / f"{i}.png")
+    output("embed . --out index --model MODEL")
+    assert len(output("search index cat")) == 12
+    assert len(output("search index cat -k 3")) == 3
+
+
+def test_the_title_of_a_sheet_is_the_query(run, monkeypatch, desk):
+    titles = []
+    monkeypatch.setattr(
+        "miniclip.retrieval.draw_sheet", lambda index, hits, title, path: titles.append(title) or []
+    )
+    picture = desk / "picture.png"
+    line = f"search INDEX cat dog --image {picture} --minus a --minus-image {picture} --sheet s.png"
+    run(line)
+    run("search INDEX --minus a --sheet s.png")
+    assert titles == [f"cat + dog + {picture} - a - {picture}", "- a"]
+
+
+@pytest.mark.slow
+def test_a_picture_has_a_name_unless_told_otherwise(run, tmp_path):
+    status, _, err = run("explain PICTURE cat --model MODEL")
+    assert (status, err) == (0, "picture: miniclip-explain.png\n")
+    with Image.open(tmp_path / "miniclip-explain.png") as picture:
+        assert picture.width > 500
+
+
+@pytest.mark.slow
+def test_explain_scores_200_scenes_unless_told_otherwise(output, monkeypatch):
+    from miniclip.lens.heat import METHODS
+
+    for method in list(METHODS):
+        monkeypatch.delitem(METHODS, method)
+    assert output("explain --score shapes --model MODEL", "shapes")["scenes"] == 200
+
+
+def test_explain_asks_by_relevance_unless_told_otherwise(output):
+    line = "explain PICTURE cat --model MODEL"
+    assert output(line)["method"] == "relevance"
+    assert output(f"{line} --method rollout")["method"] == "rollout"
+
+
+def test_serve_offers_what_it_is_given(run, monkeypatch, desk):
+    given = {}
+
+    def create_app(models, find):
+        given.update(models=models, find=find)
+
+    monkeypatch.setattr("miniclip.serve.create_app", create_app)
+    opened = []
+    monkeypatch.setattr("miniclip.serve.open_index", lambda *args: opened.append(args) or "find")
+    assert run("serve --model cifar10 shapes --port 0 --index INDEX --device cpu:0")[0] == 0
+    assert list(given["models"]) == ["cifar10", "shapes"] and given["find"] == "find"
+    assert opened == [(str(desk / "index"), "cpu:0")]
+    status, out, _ = run("serve --model cifar10 --port 0 --json")
+    assert status == 0 and given["find"] is None
+    assert json.loads(out)["url"].startswith("http://127.0.0.1:")
+    status, out, _ = run("serve --model cifar10 --port 0")
+    assert out.startswith("http://127.0.0.1:") and out.endswith("  (Ctrl-C ends it)\n")

@@ -1,0 +1,77 @@
+"""Which versions are at work, and the lists of versions that the tests were run with."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import PIL
+import pytest
+import torch
+import transformers
+
+from miniclip import bench, parity, peers
+from miniclip.peers import versions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it on Python 3.10
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements(project: dict, *extras: str) -> dict[str, str]:
+    """Name -> lower bound, of what the package and these extras need."""
+    lines = [*project["dependencies"]]
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    return dict(
+        re.fullmatch(r"([\w-]+)>=([\w.]+)", line).groups() for line in lines if "[" not in line
+    )
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / "tests" / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_versions_are_those_that_the_modules_state(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "9.8.7+cu130")  # pip knows no such version
+    assert versions()["torch"] == "9.8.7+cu130"
+    assert versions()["transformers"] == transformers.__version__
+    assert versions()["pillow"] == PIL.__version__
+    assert bench.environment("cpu")["torch"] == "9.8.7+cu130"
+    expected = f"torch 9.8.7+cu130, transformers {transformers.__version__}, CPU"
+    assert parity.environment().startswith(expected)
+
+
+def test_a_module_without_a_version_has_the_one_that_pip_knows(monkeypatch):
+    monkeypatch.setitem(sys.modules, "clip", ModuleType("clip"))
+    monkeypatch.setattr("miniclip.peers.version", {"openai-clip": "1.0.1"}.__getitem__)
+    assert versions()["openai-clip"] == "1.0.1"
+
+
+def test_a_module_without_any_version_is_named_all_the_same(monkeypatch):
+    monkeypatch.setitem(sys.modules, "clip", ModuleType("clip"))
+    monkeypatch.setitem(peers.DISTRIBUTIONS, "clip", "no-such-library")
+    assert versions()["no-such-library"] == "of unknown version"
+
+
+def test_what_is_not_imported_is_not_at_work(monkeypatch):
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    assert "faiss-cpu" not in versions()
+
+
+def test_the_lowest_versions_that_were_run_are_the_lower_bounds(project):
+    assert pins("constraints-lowest.txt") == requirements(project, "demo", "train", "test")
+
+
+def test_every_library_that_the_tests_need_has_a_version_that_was_run(project):
+    needed = requirements(project, "demo", "train", "test", "dev")
+    assert needed.keys() <= pins("constraints.txt").keys()

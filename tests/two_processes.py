@@ -1,0 +1,74 @@
+"""What each of two processes does for test_training.py, under torchrun: two_processes.py FOLDER
+
+The inputs are in the folder, and each process saves there what it has found.
+"""
+
+import json
+import os
+import sys
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from miniclip import CLIP
+from miniclip.cli import main
+from miniclip.config import CLIPConfig
+from miniclip.training import average_gradients, gather
+from miniclip.training.loop import loss_of_batch
+from miniclip.training.loss import backward
+
+RATES = {"equal": (0.1, 0.1), "unequal": (0.1, 0.003)}
+CASES = tuple(product(RATES, ("float64", "float32"), (0, 2)))  # rates, precision, rows of a chunk
+
+
+def step(model, pixels, ids, labels, chunk=0):
+    return backward(
+        partial(model.encode_image, normalize=True),
+        partial(model.encode_text, normalize=True),
+        pixels,
+        ids,
+        partial(loss_of_batch, model.logit_scale, labels),
+        chunk,
+    )
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def three_steps(inputs, rates, dtype, chunk=0, rank=0, world=1):
+    """Three steps of gradient descent, each tower at its own rate, on one share of the batch."""
+    model = CLIP(CLIPConfig.from_dict(inputs["config"])).to(getattr(torch, dtype))
+    model.load_state_dict(inputs["weights"])
+    captions, false = inputs["ids"].chunk(2)
+    ids = torch.cat([captions[rank::world], false[rank::world]])
+    pixels, labels = (inputs[name][rank::world] for name in ("pixels", "labels"))
+    towers = zip((model.vision, model.text), RATES[rates], strict=True)
+    optimizer = torch.optim.SGD([{"params": t.parameters(), "lr": lr} for t, lr in towers], lr=0.1)
+    optimizer.add_param_group({"params": [model.logit_scale]})
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = step(model, pixels.to(getattr(torch, dtype)), ids, labels, chunk)
+        average_gradients(model)
+        losses.append(loss.item())
+        optimizer.step()
+    return {"losses": losses, "grads": gradients(model), "weights": model.state_dict()}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    status = main(json.loads((folder / "command.json").read_text()))
+    rank = int(os.environ["RANK"])  # torchrun says so
+    dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
+    inputs = torch.load(folder / "inputs.pt")
+    found = {case: three_steps(inputs, *case, rank, 2) for case in CASES}
+    x, y = (torch.ones(n, requires_grad=True) for n in (1, 2))
+    ((gather(x) + y) * torch.tensor([3.0, 5.0])).sum().backward()
+    torch.save({"steps": found, "sum": (x.grad, y.grad)}, folder / f"found {rank}.pt")
+    dist.destroy_process_group()
+    sys.exit(status)
