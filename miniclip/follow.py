@@ -135,11 +135,11 @@ def check_rebuilt(who: str, model: Any, name: str) -> Any:
     """
     kind = type(model)
     if kind.model_type != "clip":
-        with torch.random.fork_rng(devices=[]):  # the weights drawn here are not used
-            built = kind(model.config).to(model.logit_scale)
         try:
+            with torch.random.fork_rng(devices=[]):  # the weights drawn here are not used
+                built = kind(model.config).to(model.logit_scale)
             built.load_state_dict(model.state_dict())
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{who} cannot follow {kind.__name__}: {error}") from None
         check_equal(who, getattr(model, name), getattr(built, name))
     return model

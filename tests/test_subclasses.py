@@ -3,16 +3,21 @@
 import copy
 import json
 import math
-from dataclasses import dataclass, replace
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 import transformers
 from forks.clipseg import CLIPSeg
 from forks.eva02 import Eva02Block, Eva02CLIP
 from forks.owlvit import OwlViT
-from forks.siglip import Siglip, sigmoid_loss
+from forks.siglip import Siglip, SiglipConfig, SiglipTextConfig, SiglipVisionConfig, sigmoid_loss
+from PIL import Image
 from record_eva02 import EPS, GRID, HEADS, MLP_WIDTH, PATH, WIDTH, tokens, weights
 from torch import nn
 from twin import TINY, random_inputs
@@ -21,14 +26,24 @@ import miniclip
 from miniclip import (
     CLIP,
     CheckpointError,
+    ImageTransform,
+    Loaded,
     TextTower,
+    Tokenizer,
     VisionConfig,
     VisionTower,
     cache,
+    hooks,
     lens,
     surgery,
-)
+)  # fmt: skip
+from miniclip.loss import contrastive_loss
 from miniclip.model import MLP, Attention, Block
+from miniclip.parity import compare, transformers_twin
+from miniclip.retrieval.index import embed_query
+from miniclip.training import Recipe, average_gradients, batch_loss, open_data, train
+from miniclip.training.loop import Run
+from miniclip.zeroshot.classifier import embed_texts
 
 
 @torch.no_grad()
@@ -274,19 +289,425 @@ def clip_of(attention=Attention, block=Block, vision=VisionTower, text=TextTower
     )  # fmt: skip
 
 
-def model_of(kind, config=TINY, dtype=torch.float64):
-    model = redraw(kind(config)).to(dtype)
-    return model
-
-
-def some(config=TINY, dtype=torch.float64):
-    pixels, ids = random_inputs(config)
-    return pixels.to(dtype), ids
-
-
 EACH = {
-    "mean": MeanCLIP, "gated": GatedCLIP, "rope": clip_of(RopeAttention),
-    "opaque": clip_of(OpaqueAttention), "postnorm": clip_of(block=PostNormBlock),
-    "bothways": clip_of(text=BothWaysText), "more": clip_of(vision=TwoMoreTokens, names=["vision.more"]),
-    "eva02": Eva02CLIP,
+    "mean pooling": MeanCLIP,
+    "gated MLP": GatedCLIP,
+    "RoPE in qkv": clip_of(RopeAttention),
+    "RoPE in forward": clip_of(OpaqueAttention),
+    "post-norm": clip_of(block=PostNormBlock),
+    "no causal mask": clip_of(text=BothWaysText),
+    "two more tokens": clip_of(vision=TwoMoreTokens, names=["vision.more"]),
+    "EVA-02": Eva02CLIP,
+    "SigLIP": Siglip,
+}
+SMALL = SiglipConfig(
+    SiglipVisionConfig(width=48, layers=3, heads=4, mlp_width=100, image_size=40, patch_size=8),
+    SiglipTextConfig(
+        width=40, layers=2, heads=2, mlp_width=92, vocab_size=600, context_length=20,
+        bos_token_id=598, eos_token_id=599,
+    ),
+    embed_dim=48,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=EACH)
+def model(request):
+    kind = EACH[request.param]
+    return redraw(kind(SMALL if kind is Siglip else TINY)).double()
+
+
+def some(config=TINY):
+    pixels, ids = random_inputs(config)
+    return pixels.double(), ids
+
+
+def or_refuses(function, *args, **options):
+    """What a function returns, or None if it says what it cannot follow."""
+    try:
+        return function(*args, **options)
+    except ValueError as error:
+        assert re.search("follow|has its own|replays|elsewhere|cannot know|has not run", str(error))
+
+
+# What each instrument must be able to do: all others may refuse, and none may be wrong.
+FOLLOWED = {
+    "mean pooling": {"logit_lens", "attention_maps", "intermediates", "prune_heads"},
+    "gated MLP": {
+        "decompose", "logit_lens", "dense_features", "attention_maps", "intermediates",
+        "prune_heads",
+    },
+    "RoPE in qkv": {
+        "decompose", "logit_lens", "dense_features", "attention_maps", "intermediates",
+        "prune_heads", "prune_neurons",
+    },
+    "RoPE in forward": {"logit_lens", "intermediates", "prune_neurons"},
+    "post-norm": {"logit_lens", "attention_maps", "intermediates", "prune_heads", "prune_neurons"},
+    "no causal mask": {"decompose", "logit_lens", "dense_features", "prune_heads"},
+    "two more tokens": {"decompose", "logit_lens", "dense_features", "intermediates"},
+    "EVA-02": {"decompose", "logit_lens", "dense_features", "prune_heads"},
+    "SigLIP": {"logit_lens", "attention_maps", "intermediates", "prune_heads"},
 }  # fmt: skip
+
+
+def saved_and_loaded(model, folder):
+    """A fork that has been saved is read by its class and by no other, bit for bit."""
+    model.save_pretrained(folder)
+    again = type(model).from_pretrained(folder, dtype=torch.float64)
+    assert type(again) is type(model) and again.config == model.config
+    for (name, weight), same in zip(model.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(weight, same), name
+    pixels, ids = some(model.config)
+    assert torch.equal(again(pixels, ids).logits_per_text, model(pixels, ids).logits_per_text)
+    return again
+
+
+@torch.no_grad()
+def test_a_fork_is_saved_and_loaded_bit_for_bit_and_refused_by_other_classes(model, tmp_path):
+    saved_and_loaded(model, tmp_path)
+    name = type(model).__name__
+    with pytest.raises(CheckpointError, match=name):
+        CLIP.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=name):
+        miniclip.load(tmp_path)
+    other = GatedCLIP if not isinstance(model, GatedCLIP) else MeanCLIP
+    with pytest.raises(CheckpointError, match=name):
+        other.from_pretrained(tmp_path)
+    for layout in ("openai", "open_clip"):
+        with pytest.raises(CheckpointError, match=name):
+            model.save_pretrained(tmp_path / layout, layout)
+
+
+def test_a_fork_without_new_parameters_loads_a_checkpoint_of_clip(tmp_path):
+    plain = redraw(CLIP(TINY))
+    plain.save_pretrained(tmp_path)
+    fork = MeanCLIP.from_pretrained(tmp_path)
+    assert type(fork) is MeanCLIP and torch.equal(fork.text.pos_embed, plain.text.pos_embed)
+    pixels, ids = random_inputs(TINY)
+    assert not torch.allclose(fork(pixels, ids).image_embeds, plain(pixels, ids).image_embeds)
+
+
+def test_a_parameter_without_a_place_is_named_on_save_and_on_load(tmp_path):
+    fork = redraw(HomelessCLIP(TINY))
+    where = r"text\.blocks\.0\.mlp\.gate\.weight .*`tensor_names`.*blocks\.\{\}\.mlp\.gate"
+    with pytest.raises(CheckpointError, match=where):
+        fork.save_pretrained(tmp_path / "fork")
+    CLIP(TINY).save_pretrained(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=where):
+        HomelessCLIP.from_pretrained(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="missing: .*mlp.gate"):
+        GatedCLIP.from_pretrained(tmp_path / "plain")
+
+
+class BufferAttention(RopeAttention):
+    """Its table of positions is a buffer that no file has."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("speeds", torch.linspace(0, 1, self.head_width), persistent=False)
+
+    def qkv(self, x):
+        q, k, v = super().qkv(x)
+        return q * self.speeds, k, v
+
+
+def test_a_buffer_that_no_file_has_is_computed_on_loading(tmp_path):
+    saved_and_loaded(redraw(clip_of(BufferAttention)(TINY)).double(), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Instruments on forks: right, or an error that says what they cannot follow
+
+
+@torch.no_grad()
+def test_instruments_are_right_on_a_fork_or_say_what_they_cannot_follow(model):
+    pixels, ids = some(model.config)
+    vision, embeds = model.vision, model.encode_image(pixels)
+    (B, E), done = embeds.shape, set()
+    for by in ("layer", "head", "token"):
+        if parts := or_refuses(lens.decompose, model, pixels, by):
+            total = sum(part.reshape(B, -1, E).sum(1) for part in parts.values())
+            assert_near(total, embeds)
+            done.add("decompose")
+    for ln in ("recompute", "final"):
+        if (streams := or_refuses(lens.logit_lens, model, pixels, ln)) is not None:
+            assert_near(streams[:, -1], embeds)
+            done.add("logit_lens")
+    stream = vision.blocks(vision.embed(pixels))
+    P, T = vision.config.patches, stream.shape[1]
+    first = 0 if T == P else 1
+    patches = stream[:, first : first + P]
+    if (dense := or_refuses(surgery.dense_features, model, pixels, "clip")) is not None:
+        assert_near(dense, vision.proj(vision.ln_post(patches)))
+        done.add("dense_features")
+    found = or_refuses(lens.forward_intermediates, vision, pixels, [-1], output_fmt="NLC")
+    if found:
+        assert_near(found[1][0], patches)
+        done.add("intermediates")
+    if maps := or_refuses(lens.attention_maps, model, pixels):
+        assert [m.shape[-1] for m in maps] == [T] * 3
+        inside = vision.blocks[2].attn
+        _, _, v = inside.qkv(vision.blocks[2].ln_1(vision.blocks[:2](vision.embed(pixels))))
+        if not isinstance(vision.blocks[2], PostNormBlock):  # reads another tensor
+            with cache(vision, "blocks.2.attn.z") as acts:
+                vision(pixels)
+            assert_near((maps[2] @ v).transpose(1, 2), acts["blocks.2.attn.z"])
+        done.add("attention_maps")
+    for name, site, fields in (
+        ("prune_heads", "attn.z", {1: [0, 2]}),
+        ("prune_neurons", "mlp.act", {1: [0, 2, 5]}),
+    ):
+        for tower in ("vision", "text"):
+            x = pixels if tower == "vision" else ids
+            gone = {k: [0] for k in fields} if tower == "text" else fields
+            new = or_refuses(getattr(surgery, name), model, tower, gone)
+            if new is not None:
+
+                def zero(tensor, _, gone=gone[1], dim=2):
+                    return tensor.index_fill(dim, torch.tensor(gone), 0)
+
+                with hooks(getattr(model, tower), {f"blocks.1.{site}": zero}):
+                    expected = getattr(model, tower)(x)
+                assert_near(getattr(new, tower)(x), expected)
+                done.add(name)
+    name = next(name for name, kind in EACH.items() if type(model) is kind)
+    assert FOLLOWED[name] <= done, FOLLOWED[name] - done
+
+
+SURGERY = {
+    "prune_heads": lambda m: surgery.prune_heads(m, "vision", {0: [1]}),
+    "prune_neurons": lambda m: surgery.prune_neurons(m, "text", {0: [1]}),
+    "keep_layers": lambda m: surgery.keep_layers(m, "vision", [0, 2]),
+    "resize_image": lambda m: surgery.resize_image(m, 48),
+    "resize_patch": lambda m: surgery.resize_patch(m, 10),
+    "extend_context": lambda m: surgery.extend_context(m, 30, keep=5),
+    "add_tokens": lambda m: surgery.add_tokens(m, 2),
+    "add_registers": lambda m: surgery.add_registers(m, 2),
+    "average": lambda m: surgery.average([m, redraw(type(m)(m.config), seed=1).double()]),
+    "interpolate": lambda m: surgery.interpolate(m, m, 0.5),
+    "task": lambda m: surgery.TaskVector.between(m, m).apply(m),
+}
+
+
+@pytest.mark.parametrize("name", SURGERY)
+@torch.no_grad()
+def test_surgery_on_a_fork_gives_the_fork_that_its_config_describes(name, model, tmp_path):
+    new = or_refuses(SURGERY[name], model)
+    if new is not None:
+        assert type(new) is type(model)
+        saved_and_loaded(new, tmp_path)
+
+
+def test_layers_that_depend_on_their_number_cannot_be_reordered():
+    model = redraw(clip_of(block=NumberedBlock)(TINY)).double()
+    surgery.keep_layers(model, "vision", [0, 1])
+    with pytest.raises(ValueError, match="keep_layers cannot follow OwnVision"):
+        surgery.keep_layers(model, "vision", [1, 2])
+
+
+def test_models_of_two_classes_are_not_averaged():
+    for one, other in ((MeanCLIP, CLIP), (CLIP, MeanCLIP)):
+        with pytest.raises(ValueError, match="one class, found"):
+            surgery.average([one(TINY), other(TINY)])
+
+
+@torch.no_grad()
+def test_heads_are_silenced_or_the_attention_is_named(model):
+    pixels, _ = some(model.config)
+    with surgery.ablate_heads(model, "vision", {0: [0]}):
+        silent = or_refuses(model.encode_image, pixels)
+    if isinstance(model.vision.blocks[0].attn, OpaqueAttention):
+        assert silent is None
+    else:
+        assert (silent - model.encode_image(pixels)).abs().max() > 1e-3
+
+
+def test_relevance_of_a_fork_is_right_or_refused(model):
+    pixels, ids = some(model.config)
+    pixels, ids = pixels[:2], ids[:2]
+    found = or_refuses(lens.relevance, model, pixels, ids)
+    own = type(model).__name__ in ("MeanCLIP", "Siglip")
+    blocks = {type(block) for block in model.vision.blocks}
+    is_other = own or PostNormBlock in blocks
+    is_other |= isinstance(model.vision.blocks[0].attn, OpaqueAttention)
+    assert (found is None) == is_other
+
+
+def test_occlusion_needs_nothing_of_the_inside(model):
+    pixels, ids = some(model.config)
+    heat = lens.occlusion(model, pixels[:1], ids[:1])
+    covered = pixels[:1].clone()
+    covered[..., :16, :16] = 0
+    text = model.encode_text(ids[:1], normalize=True)
+    lost = [(model.encode_image(x, normalize=True) * text).sum() for x in (pixels[:1], covered)]
+    assert_near(heat[0, 0, 0], lost[0] - lost[1])
+
+
+def test_patches_are_dropped_only_if_they_keep_their_positions(model):
+    pixels, _ = some(model.config)
+    parts = type(model.vision.blocks[0].attn), type(model.vision).embed
+    is_plain = parts == (Attention, VisionTower.embed)
+    refused = nullcontext() if is_plain else pytest.raises(ValueError, match="dropout replays")
+    with refused, surgery.patch_dropout(model, 0.5):
+        model.encode_image(pixels)
+
+
+def test_a_fork_agrees_with_itself_and_not_with_clip(model):
+    assert compare(model, copy.deepcopy(model)).first is None
+    with pytest.raises(ValueError, match=type(model).__name__):
+        transformers_twin(model)
+
+
+def test_parity_finds_where_a_fork_leaves_clip():
+    fork = redraw(MeanCLIP(TINY))
+    plain = CLIP(TINY).eval()
+    plain.load_state_dict(fork.state_dict())
+    assert compare(fork, plain).first == "vision.pooled"
+
+
+# ------------------------------------------------------------------------------------------------
+# Data in and out: training, retrieval, zero-shot
+
+
+WORDS = ["a red circle", "a blue star on the left", "green"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = Tokenizer.train([*WORDS, "b"], 520)
+    tokenizer.context_length = 20
+    return tokenizer
+
+
+def fork_for(kind, tokenizer):
+    """A fork with the tokenizer's vocabulary."""
+    config = SMALL if kind is Siglip else TINY
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = replace(config.text, vocab_size=tokenizer.vocab_size, **ends)
+    return redraw(kind(replace(config, text=text)))
+
+
+@pytest.mark.parametrize("kind", [EACH["no causal mask"], Siglip, CLIP, GatedCLIP])
+@torch.no_grad()
+def test_a_texts_embedding_does_not_depend_on_the_others(kind, tokenizer):
+    model = fork_for(kind, tokenizer)
+    together = embed_texts(model, tokenizer, WORDS)
+    alone = torch.cat([embed_texts(model, tokenizer, [word]) for word in WORDS])
+    full = model.encode_text(tokenizer(WORDS, pad_to=20), normalize=True)
+    transform = ImageTransform(40)
+    queries = [embed_query(Loaded(model, tokenizer, transform), [word]) for word in WORDS]
+    for found in (together, alone, torch.stack(queries)):
+        assert (found - full).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_classifier_gives_the_logits_of_the_fork(tokenizer):
+    model = fork_for(Siglip, tokenizer)
+    classifier = miniclip.ZeroShotClassifier(model, tokenizer, WORDS, ["{}"])
+    pixels = torch.rand(2, 3, 40, 40)
+    expected = model(pixels, tokenizer(WORDS, pad_to=20)).logits_per_image
+    assert (classifier(pixels) - expected).abs().max() < 1e-4
+
+
+def pictures(folder, count=16):
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(count):
+        colour = torch.tensor([255, 0, 0] if i % 2 else [0, 0, 255])
+        noise = torch.randint(0, 60, (40, 40, 3), generator=generator)
+        Image.fromarray((colour * 3 // 4 + noise).to(torch.uint8).numpy()).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": "a red circle" if i % 2 else "b"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def losses(out):
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_siglip_trains_with_its_own_loss(chunk, tokenizer, tmp_path):
+    transform = ImageTransform(40)
+    data = open_data(pictures(tmp_path), transform)
+    model = fork_for(Siglip, tokenizer)
+    with torch.no_grad():
+        model.logit_scale.fill_(5.0)  # above ln 100, where CLIP's loss would hold it
+    recipe = Recipe(epochs=6, batch=8, lr=3e-4, chunk=chunk, warmup=0.0)
+    trained = train(model, tokenizer, transform, data, recipe, tmp_path / "out", loss=sigmoid_loss)
+    found = losses(tmp_path / "out")
+    assert type(trained) is Siglip and found[-1] < 0.8 * found[0]
+    assert trained.logit_scale > math.log(100) and trained.logit_bias != model_bias(tokenizer)
+    again = Siglip.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.vision.probe, trained.vision.probe)
+
+
+def model_bias(tokenizer):
+    return fork_for(Siglip, tokenizer).logit_bias
+
+
+@pytest.mark.parametrize("kind", [MeanCLIP, GatedCLIP, CLIP])
+def test_the_loss_of_train_is_the_papers_unless_given(kind, tokenizer, tmp_path):
+    """A fork trains, and the same loss as a function gives the same weights."""
+
+    def same(model, image_embeds, text_embeds, is_true):
+        return contrastive_loss(image_embeds, text_embeds, model.logit_scale, is_true)
+
+    transform = ImageTransform(40)
+    data = open_data(pictures(tmp_path), transform)
+    recipe = Recipe(epochs=2, batch=8, lr=3e-4)
+    found = []
+    for i, loss in enumerate((None, same)):
+        model = fork_for(kind, tokenizer)
+        with torch.no_grad():
+            model.logit_scale.fill_(1.0)
+        train(model, tokenizer, transform, data, recipe, tmp_path / str(i), loss=loss)
+        found.append(kind.from_pretrained(tmp_path / str(i)))
+    for (name, one), other in zip(found[0].state_dict().items(), found[1].state_dict().values()):
+        assert torch.equal(one, other), name
+
+
+def test_a_run_of_one_class_is_not_continued_by_another(tokenizer, tmp_path):
+    transform = ImageTransform(40)
+    data = open_data(pictures(tmp_path), transform)
+
+    recipe = Recipe(epochs=2, batch=8)
+    run = Run(tmp_path / "out", fork_for(CLIP, tokenizer), recipe, writes=True)
+    run.save(tokenizer, transform)
+    with pytest.raises(ValueError, match="another class"):
+        train(fork_for(MeanCLIP, tokenizer), tokenizer, transform, data, recipe, tmp_path / "out")
+
+
+def embeds_of_pairs(model, pixels, ids):
+    return model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
+
+
+def gradients_of_one_of_two(rank, folder):
+    """The gradients of SigLIP's loss on one half of a batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
+    model = redraw(Siglip(SMALL)).double()
+    (pixels, ids), labels = pairs(), torch.arange(4)[rank::2]
+    loss = partial(sigmoid_loss, model)
+    images, texts = embeds_of_pairs(model, pixels[rank::2], ids[rank::2])
+    none = torch.empty(2, 0, dtype=torch.long)
+    batch_loss(model.logit_scale, labels, none, images, texts, loss=loss).backward()
+    average_gradients(model)
+    torch.save({n: p.grad for n, p in model.named_parameters()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def pairs():
+    pixels, ids = random_inputs(SMALL, images=4, texts=4)
+    return pixels.double(), ids
+
+
+def test_two_processes_find_the_gradients_of_siglips_loss(tmp_path):
+    mp.start_processes(gradients_of_one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
+    model = redraw(Siglip(SMALL)).double()
+    order = [0, 2, 1, 3]  # the first process has rows 0 and 2
+    pixels, ids = (x[order] for x in pairs())
+    sigmoid_loss(model, *embeds_of_pairs(model, pixels, ids), torch.eye(4).bool()).backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, parameter in model.named_parameters():
+            assert_near(found[name], parameter.grad)

@@ -52,12 +52,12 @@ def write_model(
     check_layout(layout)
     refuse_other_files(directory, layout)
     with blaming(directory):
-        refuse_inexpressible(fields, layout)
         if layout != "transformers" and fork.model_type != "clip":
             raise ValueError(
                 f"the layout {layout!r} has no place for the class {fork.class_name}; "
                 "'transformers' has"
             )
+        refuse_inexpressible(fields, layout)
         tensors = pack(
             {name: tensor.cpu() for name, tensor in state.items()},
             LAYOUTS[layout] | fork.tensor_names,

@@ -11,7 +11,7 @@ from miniclip.training.loop import (
     set_up,
     train,
 )
-from miniclip.training.loss import Loss, average_gradients, batch_loss, clip_loss, gather
+from miniclip.training.loss import Loss, average_gradients, batch_loss, gather
 from miniclip.training.pairs import Batch, Pair, Source
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "train",
     "average_gradients",
     "batch_loss",
-    "clip_loss",
     "Loss",
     "gather",
 ]

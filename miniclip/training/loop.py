@@ -44,7 +44,6 @@ from miniclip.training.loss import (
     average_gradients,
     backward,
     batch_loss,
-    clip_loss,
 )
 from miniclip.training.optim import make_optimizers, schedule, set_learning_rate
 from miniclip.training.pairs import Source
@@ -237,11 +236,12 @@ def train(
     data: Source,
     recipe: Recipe,
     out: str | os.PathLike[str],
-    loss: Loss = clip_loss,
+    loss: Loss | None = None,
 ) -> CLIP:
     """Train `model` on `data` and write the checkpoint `out`, with recipe.json and metrics.jsonl.
 
-    `loss` is a function of (model, image_embeds, text_embeds, is_true); see `training.loss.Loss`.
+    `loss` is a function of (model, image_embeds, text_embeds, is_true), as `training.Loss` says; the
+    paper's unless given. The logit scale is kept below 100 for the paper's loss alone.
     Saves every epoch and every five minutes; what a killed run had saved is continued. Returns the
     model in evaluation mode. Under torchrun each process calls it, and the first one writes.
     Raises ValueError where `out` holds something else, the data is too little, or the loss is no
@@ -299,7 +299,11 @@ def train(
                 normalized(batch.pixels, transform, recipe.augment).to(device),
                 tokenized(captions, tokenizer, run).to(device),
                 partial(
-                    batch_loss, model, batch.labels.to(device), batch.also.to(device), loss=loss
+                    batch_loss,
+                    model.logit_scale,
+                    batch.labels.to(device),
+                    batch.also.to(device),
+                    loss=loss and partial(loss, model),
                 ),
                 recipe.chunk,
             ).item()
@@ -310,7 +314,7 @@ def train(
             for optimizer in run.optimizers:
                 cast(optimizer.step)()
                 optimizer.zero_grad()
-            if loss is clip_loss:
+            if loss is None:
                 clamp_logit_scale(model)
             if run.average:
                 run.average.update_parameters(model)

@@ -45,18 +45,13 @@ Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 Embeddings have length 1, and `is_true` says which caption j is true of which image i."""
 
 
-def clip_loss(model: CLIP, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor) -> Tensor:
-    """The loss of the paper, which `train` uses unless it is given another."""
-    return contrastive_loss(image_embeds, text_embeds, model.logit_scale, is_true)
-
-
 def batch_loss(
-    model: CLIP,
+    logit_scale: Tensor,
     labels: Tensor,
     also: Tensor,
     image_embeds: Tensor,
     text_embeds: Tensor,
-    loss: Loss = clip_loss,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The loss of a batch over all processes.
 
@@ -69,14 +64,18 @@ def batch_loss(
             such as the true one with two words swapped (NegCLIP, Yuksekgonul et al. 2022, arXiv
             2210.01936). NegCLIP makes false captions B more columns of the matrix. Here each
             image chooses between its true and its false caption alone, by the logistic loss.
+        loss: of (image_embeds, captions, is_true), in place of `contrastive_loss`.
     """
     image_embeds, labels = gather(image_embeds), gather(labels)
     captions, *negatives = (gather(part) for part in text_embeds.split(len(also)))
     of_image = torch.cat([labels[:, None], gather(also)], dim=1)  # (B, 1 + K)
     is_true = (of_image[:, :, None] == labels).any(dim=1)  # (B, B): of image i, caption j
-    value = loss(model, image_embeds, captions, is_true)
+    if loss is None:
+        value = contrastive_loss(image_embeds, captions, logit_scale, is_true)
+    else:
+        value = loss(image_embeds, captions, is_true)
     for negative in negatives:
-        scale = model.logit_scale.exp()
+        scale = logit_scale.exp()
         wrong, right = (scale * (image_embeds * x).sum(dim=1) for x in (negative, captions))  # (B,)
         value = value + F.softplus(wrong - right).mean()
     return value

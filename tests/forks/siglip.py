@@ -58,7 +58,8 @@ class SiglipVision(VisionTower):
         self.blocks = self.make_blocks(config, causal=False)
         self.ln_post = nn.LayerNorm(width, eps=config.ln_eps)
         self.probe = nn.Parameter(torch.randn(1, 1, width))
-        self.pool_attn = nn.MultiheadAttention(width, config.heads, batch_first=True)
+        heads = width // (config.head_width or width // config.heads)  # also if some are pruned
+        self.pool_attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.pool_ln = nn.LayerNorm(width, eps=config.ln_eps)
         self.pool_mlp = MLP(width, config.mlp_width, config.act)
         self.proj = nn.Identity()
