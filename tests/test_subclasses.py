@@ -13,9 +13,9 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import transformers
-from forks.clipseg import CLIPSeg
+from forks.clipseg import CLIPSeg, CLIPSegConfig
 from forks.eva02 import Eva02Block, Eva02CLIP
-from forks.owlvit import OwlViT
+from forks.owlvit import OwlConfig, OwlTextConfig, OwlVisionConfig, OwlViT
 from forks.siglip import Siglip, SiglipConfig, SiglipTextConfig, SiglipVisionConfig, sigmoid_loss
 from PIL import Image
 from record_eva02 import EPS, GRID, HEADS, MLP_WIDTH, PATH, WIDTH, tokens, weights
@@ -40,6 +40,7 @@ from miniclip import (
 from miniclip.loss import contrastive_loss
 from miniclip.model import MLP, Attention, Block
 from miniclip.parity import compare, transformers_twin
+from miniclip.retrieval.building import embed_images
 from miniclip.retrieval.index import embed_query
 from miniclip.training import Recipe, average_gradients, batch_loss, open_data, train
 from miniclip.training.loop import Run
@@ -86,6 +87,10 @@ def inputs(dtype=torch.float32, images=2, texts=2):
     return pixels.to(dtype), ids
 
 
+DECODER = {
+    "projection_dim": 20, "extract_layers": [0, 2, 3], "reduce_dim": 8, "conditional_layer": 1,
+    "decoder_num_attention_heads": 2, "decoder_intermediate_size": 16,
+}  # fmt: skip
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -111,10 +116,7 @@ def test_siglip_equals_transformers(dtype, tmp_path):
 @DTYPES
 @torch.no_grad()
 def test_clipseg_equals_transformers(dtype, tmp_path):
-    config = their_config(
-        transformers.CLIPSegConfig, projection_dim=20, extract_layers=[0, 2, 3], reduce_dim=8,
-        decoder_num_attention_heads=2, decoder_intermediate_size=16, conditional_layer=1,
-    )  # fmt: skip
+    config = their_config(transformers.CLIPSegConfig, **DECODER)
     theirs = saved(transformers.CLIPSegForImageSegmentation(config), tmp_path, dtype)
     ours = CLIPSeg.from_pretrained(tmp_path, dtype=dtype)
     pixels, ids = inputs(dtype)
@@ -126,10 +128,7 @@ def test_clipseg_equals_transformers(dtype, tmp_path):
 
 @torch.no_grad()
 def test_clipseg_reads_larger_images_as_transformers_does(tmp_path):
-    config = their_config(
-        transformers.CLIPSegConfig, extract_layers=[1, 2], reduce_dim=8,
-        decoder_num_attention_heads=2, decoder_intermediate_size=16,
-    )  # fmt: skip
+    config = their_config(transformers.CLIPSegConfig, **DECODER)
     theirs = saved(transformers.CLIPSegForImageSegmentation(config), tmp_path, torch.float32)
     larger = surgery.resize_image(CLIPSeg.from_pretrained(tmp_path), 48)
     assert type(larger) is CLIPSeg
@@ -153,6 +152,39 @@ def test_owlvit_equals_transformers(dtype, tmp_path):
     assert_near(found.boxes, expected.pred_boxes)
     if dtype == torch.float32:
         assert torch.equal(logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    "kind, theirs, config, fields",
+    [
+        (Siglip, transformers.SiglipModel, transformers.SiglipConfig, {}),
+        (CLIPSeg, transformers.CLIPSegForImageSegmentation, transformers.CLIPSegConfig, DECODER),
+        (
+            OwlViT,
+            transformers.OwlViTForObjectDetection,
+            transformers.OwlViTConfig,
+            {"projection_dim": 24},
+        ),
+    ],
+)
+@torch.no_grad()
+def test_cache_reads_what_transformers_computes(kind, theirs, config, fields, tmp_path):
+    """The residual stream after each block, and the decoder's."""
+    theirs = saved(theirs(their_config(config, **fields)), tmp_path, torch.float64)
+    ours = kind.from_pretrained(tmp_path, dtype=torch.float64)
+    pixels, ids = inputs(torch.float64)
+    streams = []
+    for module in theirs.modules():
+        if type(module).__name__.endswith(("EncoderLayer", "DecoderLayer")):
+            module.register_forward_hook(lambda m, args, out: streams.append(out))
+    theirs(pixel_values=pixels, input_ids=ids)
+    globs = ["vision.blocks.*", "text.blocks.*"] + ["decoder.blocks.*"] * (kind is CLIPSeg)
+    with cache(ours, *globs) as acts:
+        ours.segment(pixels, ids) if kind is CLIPSeg else ours(pixels, ids)
+    assert len(acts) == len(streams)
+    for stream in acts.values():
+        distances = [(stream - x).abs().max() for x in streams if x.shape == stream.shape]
+        assert min(distances) < 1e-10
 
 
 @torch.no_grad()
@@ -299,6 +331,8 @@ EACH = {
     "two more tokens": clip_of(vision=TwoMoreTokens, names=["vision.more"]),
     "EVA-02": Eva02CLIP,
     "SigLIP": Siglip,
+    "CLIPSeg": CLIPSeg,
+    "OWL-ViT": OwlViT,
 }
 SMALL = SiglipConfig(
     SiglipVisionConfig(width=48, layers=3, heads=4, mlp_width=100, image_size=40, patch_size=8),
@@ -308,12 +342,24 @@ SMALL = SiglipConfig(
     ),
     embed_dim=48,
 )  # fmt: skip
+CONFIGS = {
+    Siglip: SMALL,
+    CLIPSeg: CLIPSegConfig(
+        TINY.vision, TINY.text, 36, extract_layers=(0, 2), reduce_dim=8,
+        decoder_num_attention_heads=2, decoder_intermediate_size=12,
+    ),
+    OwlViT: OwlConfig(
+        OwlVisionConfig(**vars(TINY.vision)),
+        OwlTextConfig(**vars(TINY.text)),
+        embed_dim=TINY.text.width,
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=EACH)
 def model(request):
     kind = EACH[request.param]
-    return redraw(kind(SMALL if kind is Siglip else TINY)).double()
+    return redraw(kind(CONFIGS.get(kind, TINY))).double()
 
 
 def some(config=TINY):
@@ -346,6 +392,14 @@ FOLLOWED = {
     "two more tokens": {"decompose", "logit_lens", "dense_features", "intermediates"},
     "EVA-02": {"decompose", "logit_lens", "dense_features", "prune_heads"},
     "SigLIP": {"logit_lens", "attention_maps", "intermediates", "prune_heads"},
+    "CLIPSeg": {
+        "decompose", "logit_lens", "dense_features", "attention_maps", "intermediates",
+        "prune_heads", "prune_neurons",
+    },
+    "OWL-ViT": {
+        "decompose", "logit_lens", "dense_features", "attention_maps", "intermediates",
+        "prune_heads", "prune_neurons",
+    },
 }  # fmt: skip
 
 
@@ -497,6 +551,41 @@ def test_surgery_on_a_fork_gives_the_fork_that_its_config_describes(name, model,
         saved_and_loaded(new, tmp_path)
 
 
+class NormedValues(Attention):
+    def qkv(self, x):
+        q, k, v = super().qkv(x)
+        return q, k, F.normalize(v, dim=-1)
+
+
+class AdaptedCLIP(CLIP):
+    """Its embedding is not the tower's."""
+
+    def encode_image(self, pixels, normalize=False):
+        return super().encode_image(pixels, normalize) * 2
+
+
+class StemVision(VisionTower):
+    """Sees each patch with its neighbours."""
+
+    def embed(self, pixels):
+        return super().embed(F.avg_pool2d(pixels, 3, 1, 1))
+
+
+def test_parts_of_a_tower_that_an_instrument_cannot_know_are_named():
+    pixels, _ = some()
+    with pytest.raises(ValueError, match="NormedValues.qkv changes the values"):
+        lens.decompose(redraw(clip_of(NormedValues)(TINY)).double(), pixels)
+    adapted = redraw(AdaptedCLIP(TINY)).double()
+    for instrument in (lens.decompose, lens.logit_lens, surgery.dense_features):
+        with pytest.raises(ValueError, match="AdaptedCLIP has its own encode_image"):
+            instrument(adapted, pixels)
+        instrument(adapted.vision, pixels)
+    with pytest.raises(ValueError, match="does not give each patch one token, row by row"):
+        surgery.dense_features(redraw(clip_of(vision=StemVision)(TINY)).double(), pixels)
+    with pytest.raises(ValueError, match="has a parameter more"):
+        surgery.layer_groups(EACH["two more tokens"](TINY).vision)
+
+
 def test_layers_that_depend_on_their_number_cannot_be_reordered():
     model = redraw(clip_of(block=NumberedBlock)(TINY)).double()
     surgery.keep_layers(model, "vision", [0, 1])
@@ -606,6 +695,23 @@ def test_a_classifier_gives_the_logits_of_the_fork(tokenizer):
     pixels = torch.rand(2, 3, 40, 40)
     expected = model(pixels, tokenizer(WORDS, pad_to=20)).logits_per_image
     assert (classifier(pixels) - expected).abs().max() < 1e-4
+
+
+def test_an_index_knows_the_class_that_made_it(tokenizer, tmp_path):
+    fork = fork_for(MeanCLIP, tokenizer)
+    plain = CLIP(fork.config).eval()
+    plain.load_state_dict(fork.state_dict())
+    transform = ImageTransform(40)
+    paths = [tmp_path / f"{colour}.png" for colour in ("red", "blue")]
+    for path in paths:
+        Image.new("RGB", (50, 40), path.stem).save(path)
+    index = embed_images(Loaded(fork, tokenizer, transform), [*map(str, paths)])
+    with torch.no_grad():
+        expected = fork.encode_image(transform(paths), normalize=True)
+    assert (index.embeddings - expected).abs().max() < 1e-6
+    index.check(Loaded(fork, tokenizer, transform))
+    with pytest.raises(ValueError, match="the index was made by"):
+        index.check(Loaded(plain, tokenizer, transform))
 
 
 def pictures(folder, count=16):

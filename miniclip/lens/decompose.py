@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miniclip.follow import follow
+from miniclip.follow import follow, own_method
 from miniclip.lens.reading import Tower, last_norm, read_positions, take, tower_for
 from miniclip.model import CLIP, MLP
 from miniclip.sites import hooks
@@ -75,7 +75,15 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
         sites["blocks.*.attn.pattern"] = lambda p: read_row(p.transpose(1, 2))
     else:
         sites["blocks.*.attn.z"] = read_row  # (B, H, D)
+    changed = own_method(tower, (), attention=("qkv",))[1]
+    if changed:  # a fork's: is the bias still a part of the values?
+        sites["blocks.*.ln_1"] = lambda normed: normed
     rows, embedding = read_rows(tower, x, sites, read_row)
+    for i, one in enumerate(tower.blocks if changed else ()):
+        normed = rows[f"blocks.{i}.ln_1"]
+        values = one.attn.qkv(normed)[2].transpose(1, 2).flatten(2)  # (B, T, W)
+        if not torch.allclose(values, one.attn.v_proj(normed)):
+            raise ValueError(f"{changed}.qkv changes the values: decompose cannot follow it")
 
     norm_name, norm = last_norm(tower)
     last = rows[f"blocks.{len(tower.blocks) - 1}"]  # (B, W)
@@ -97,7 +105,7 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
     for i, block in enumerate(tower.blocks):
         name, attn = f"blocks.{i}", block.attn
         heads = (-1, attn.head_width)
-        bias = attn.v_proj.bias.unflatten(0, heads)  # (H, D)
+        bias = bias_of(attn.v_proj).unflatten(0, heads)  # (H, D)
         out = weight_of(attn.out_proj, bias.numel())  # (W, H * D)
         per_head = (readout @ out).unflatten(1, heads)  # (E, H, D)
         if by == "token":
@@ -108,15 +116,21 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
         parts[f"{name}.attn"] = read_heads(mixed, per_head, by)
         coarse = "layer" if by == "layer" else "head"
         parts[f"{name}.attn.v_proj.bias"] = read_heads(bias[None], per_head, coarse)
-        parts[f"{name}.attn.out_proj.bias"] = read(attn.out_proj.bias)
+        parts[f"{name}.attn.out_proj.bias"] = read(bias_of(attn.out_proj))
         if type(block.mlp).forward is MLP.forward:
-            parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"] - block.mlp.fc2.bias)
-            parts[f"{name}.mlp.fc2.bias"] = read(block.mlp.fc2.bias)
+            bias = bias_of(block.mlp.fc2)
+            parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"] - bias)
+            parts[f"{name}.mlp.fc2.bias"] = read(bias)
         else:
             parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"])
     parts[f"{norm_name}.bias"] = tower.proj(norm.bias).expand_as(parts["embed"])
     check_sum(parts, embedding)
     return parts
+
+
+def bias_of(linear: Any) -> Tensor:
+    """The bias of a Linear, zeros if a fork's has none."""
+    return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
 
 
 def weight_of(linear: nn.Module, width: int) -> Tensor:

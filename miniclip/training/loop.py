@@ -240,8 +240,9 @@ def train(
 ) -> CLIP:
     """Train `model` on `data` and write the checkpoint `out`, with recipe.json and metrics.jsonl.
 
-    `loss` is a function of (model, image_embeds, text_embeds, is_true), as `training.Loss` says; the
-    paper's unless given. The logit scale is kept below 100 for the paper's loss alone.
+    `loss` is a function of (model, image_embeds, text_embeds, is_true), as `training.Loss` says.
+    The default is the paper's loss. With another one, the logit scale may pass 100.
+
     Saves every epoch and every five minutes; what a killed run had saved is continued. Returns the
     model in evaluation mode. Under torchrun each process calls it, and the first one writes.
     Raises ValueError where `out` holds something else, the data is too little, or the loss is no

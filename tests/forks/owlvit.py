@@ -6,14 +6,13 @@ in the image. It loads transformers' `google/owlvit-*`.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig
-from miniclip.config import LEGACY_EOS
 from miniclip.files.names import TRANSFORMERS
 
 
@@ -30,12 +29,6 @@ class OwlVisionConfig(VisionConfig):
 @dataclass(frozen=True)
 class OwlConfig(CLIPConfig):
     towers: ClassVar = {"vision": OwlVisionConfig, "text": OwlTextConfig}
-
-    @classmethod
-    def from_fields(cls, values: dict[str, Any]) -> "OwlConfig":
-        # transformers' OWL-ViT reads a text at its largest id, whatever its config says.
-        text = values["text"] | {"eos_token_id": LEGACY_EOS}
-        return super().from_fields(values | {"text": text})
 
 
 class ClassHead(nn.Module):
