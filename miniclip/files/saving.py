@@ -51,7 +51,7 @@ def write_model(
     directory = Path(directory)
     check_layout(layout)
     refuse_other_files(directory, layout)
-    with blaming(directory):
+    with blaming_disk(directory), blaming(directory):
         refuse_inexpressible(fields, layout)
         if layout != "transformers" and fork.model_type != "clip":
             raise ValueError(
