@@ -310,8 +310,8 @@ SLIPS = [
     ),
     Slip(
         "train ignores a flag that is 0 or off.",
-        "for name in RECIPE if getattr(args, name) is not None}",
-        "for name in RECIPE if getattr(args, name)}",
+        "overrides = {name: value for name, value in asked.items() if value is not None}",
+        "overrides = {name: value for name, value in asked.items() if value}",
         f"{FLAGS} -k recipe",
     ),
     Slip(
