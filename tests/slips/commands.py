@@ -315,9 +315,9 @@ SLIPS = [
         f"{FLAGS} -k recipe",
     ),
     Slip(
-        "train has no flag for the weight decay.",
-        '    "weight_decay": (float, "of matrices"),\n',
-        "",
+        "train has no flag for the seed.",
+        "for entry in fields(Recipe):",
+        "for entry in fields(Recipe)[:-1]:",
         f"{FLAGS} -k recipe",
     ),
     Slip(
