@@ -47,7 +47,7 @@ def _import(name: str) -> Any:
     Importing torch takes a second or two. `miniclip --help` and Ctrl-C need not wait for it.
     """
     homes = ["errors", "config", "model", "tokenizer", "transform", "checkpoint"]
-    homes += ["sites", "zeroshot"]
+    homes += ["sites", "zeroshot.classifier"]
     for home in homes:
         module = import_module(f"miniclip.{home}")
         for public in vars(module).keys() & __all__:
