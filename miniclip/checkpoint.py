@@ -46,9 +46,9 @@ def load(
     2
     """
     options: Any = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    stored = open_model(name, dtype, **options)
+    stored = open_model(name, dtype, device, **options)
     classes: Any = {("vision",): VisionTower, ("text",): TextTower}
-    model = classes.get(tuple(stored.towers), CLIP).from_stored(stored, device)
+    model = classes.get(tuple(stored.towers), CLIP).from_stored(stored)
     is_whole = len(stored.towers) == 2  # a tower alone often has its other files elsewhere
     tokenizer = transform = None
     if "text" in stored.towers and (is_whole or has_files("tokenizer", name, **options)):

@@ -12,12 +12,14 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniclip import __version__
 from miniclip.errors import ImageError
+from miniclip.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from miniclip.convert import Mapped
@@ -27,27 +29,6 @@ if TYPE_CHECKING:
     from miniclip.zeroshot.evaluation import Evaluation
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
-
-# The fields of training.Recipe, which has their defaults; importing it here would import torch.
-RECIPE: dict[str, tuple[type, str]] = {
-    "epochs": (int, "passes over the data"),
-    "batch": (int, "pairs in a step, over all processes"),
-    "lr": (float, "AdamW's learning rate at its peak"),
-    "muon_lr": (float, "above 0, Muon trains the matrices of the blocks, at this peak"),
-    "weight_decay": (float, "of matrices"),
-    "warmup": (float, "share of the steps in which the learning rate rises"),
-    "clip_gradient": (float, "the longest gradient"),
-    "patch_dropout": (float, "share of an image's patches left out (FLIP)"),
-    "full_epochs": (int, "epochs at the end without patch dropout"),
-    "ema": (float, "above 0, write the weights' moving average, with this decay"),
-    "augment": (bool, "mirror, zoom into and move the pictures"),
-    "hard_negatives": (bool, "learn from false captions too, where the data has them"),
-    "chunk": (int, "rows in memory at once, in two passes (GradCache); 0 for all"),
-    "checkpoint_blocks": (bool, "compute blocks twice instead of remembering them"),
-    "precision": (str, "float32, or bfloat16 by autocast"),
-    "compile": (bool, "compile the towers"),
-    "seed": (int, "decides all that is random"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,8 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--revision", help="branch, tag or commit of a hub repository")
 
     def recipe_options(sub: argparse.ArgumentParser) -> None:
-        for name, (kind, meaning) in RECIPE.items():
-            flag = f"--{name.replace('_', '-')}"
+        for entry in fields(Recipe):
+            kind, meaning = type(entry.default), entry.metadata["help"]
+            flag = f"--{entry.name.replace('_', '-')}"
             if kind is bool:
                 sub.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
             else:
@@ -477,7 +459,8 @@ def train(args: argparse.Namespace) -> int:
     from miniclip.training import process_group, set_up, train
 
     keep_freed_memory()
-    overrides = {name: getattr(args, name) for name in RECIPE if getattr(args, name) is not None}
+    asked = {entry.name: getattr(args, entry.name) for entry in fields(Recipe)}
+    overrides = {name: value for name, value in asked.items() if value is not None}
     with process_group(args.device) as device:
         setup = set_up(args.data, args.model, args.recipe, args.config, overrides, device)
         train(*setup, args.out)

@@ -127,6 +127,7 @@ def test_an_official_file_gives_the_logits_of_transformers(official):
 # Each load in a process of its own, forked from one that has imported torch and used none of it.
 PEAKS = """
 import os, sys, torch
+from miniclip import CLIP
 
 def peak():
     (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -677,9 +678,9 @@ def test_a_tensor_in_no_shard_is_an_error(saved):
         CLIP.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "float16", None])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "float16"])
 def test_a_dtype_that_is_none_for_weights(saved, dtype):
-    with pytest.raises(ValueError, match="dtype is .*; expected one of floating point"):
+    with pytest.raises(ValueError, match="dtype is .*; expected a floating point type"):
         CLIP.from_pretrained(saved, dtype=dtype)
 
 

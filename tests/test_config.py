@@ -13,7 +13,7 @@ from twin import TINY, transformers_config
 from miniclip import CheckpointError, CLIPConfig, TextConfig, VisionConfig
 from miniclip.config import LEGACY_EOS
 from miniclip.errors import shown
-from miniclip.files.open_clip import config_from_open_clip
+from miniclip.files.open_clip import from_open_clip
 from miniclip.files.reading import read_json
 from miniclip.presets import PRESETS
 
@@ -184,7 +184,7 @@ def test_sizes_must_be_positive_whole_numbers(cls, field, value):
 @pytest.mark.parametrize("cls, field", [(TextConfig, "bos_token_id"), (TextConfig, "eos_token_id")])
 @pytest.mark.parametrize("value", [-1, 49408, 2.0, None, True, [49407]])
 def test_special_tokens_must_be_in_the_vocabulary(cls, field, value):
-    message = f"{field} is {value!r}; expected an id from 0 to 49407, as vocab_size is 49408"
+    message = f"{field} is {value!r}; expected an id from 0 to 49407, because vocab_size is 49408"
     with pytest.raises(ValueError, match=re.escape(message)):
         cls(**{field: value})
 
@@ -214,7 +214,7 @@ def test_numbers_that_do_not_go_together_are_named(make, message):
     (lambda: VisionConfig(image_size=(0, 64)), "image_size is (0, 64); expected one positive"),
     (lambda: VisionConfig(layers=2, heads=(1, 2, 3), head_width=8), "or 2 of them, one for each"),
     (lambda: VisionConfig(layers=2, heads=(-1, 2), head_width=8), "heads is (-1, 2); expected one"),
-    (lambda: TextConfig(layers=2, heads=(4, 8)), "which differ, so head_width must be given"),
+    (lambda: TextConfig(layers=2, heads=(4, 8)), "heads is (4, 8); then head_width must be given"),
     (lambda: TextConfig(head_width=0), "head_width is 0; expected a positive whole number"),
 ])  # fmt: skip
 def test_numbers_beyond_their_limits_are_named(make, message):
@@ -312,7 +312,9 @@ def test_a_partial_patch_is_dropped(size, patch, patches):
 def test_an_image_that_is_not_square_has_its_rows_first(size):
     config = VisionConfig(image_size=size, patch_size=8)
     assert (config.height_width, config.grid, config.patches) == (size, (8, 4), 32)
-    with pytest.raises(ValueError, match=re.escape(f"image_size is {size}; expected the side")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"image_size is {size}; an ImageTransform makes squares")
+    ):
         config.side
 
 
@@ -369,6 +371,6 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_published_configs(name):
-    published = config_from_open_clip({"model_cfg": PUBLISHED[name]})
+    published = CLIPConfig.from_fields(from_open_clip({"model_cfg": PUBLISHED[name]}))
     text = dataclasses.replace(published.text, eos_token_id=49407)  # the tokenizer's end token
     assert PRESETS[name] == dataclasses.replace(published, text=text)

@@ -31,9 +31,10 @@ from miniclip import (
     TextTower,
     Tokenizer,
     VisionTower,
-    checkpoint,
 )
 from miniclip.config import LEGACY_EOS
+from miniclip.convert import convert
+from miniclip.files import hub as hub_files
 from miniclip.files.hub import HUB_FILES, _has_its_hash
 
 NAME = "made-up/clip"
@@ -198,7 +199,7 @@ def test_a_config_and_a_conversion_have_the_revision_asked_for(hub, other, tmp_p
     hub.repositories[NAME]["tuned"] = files | {"config.json": json.dumps(config).encode()}
     assert CLIPConfig.from_pretrained(NAME).logit_scale_init == TINY.logit_scale_init
     assert CLIPConfig.from_pretrained(NAME, revision="tuned").logit_scale_init == 1.5
-    done = checkpoint.convert(NAME, tmp_path / "there", "transformers", revision="tuned")
+    done = convert(NAME, tmp_path / "there", "transformers", revision="tuned")
     assert done.tokenizer and done.transform
     assert_same_weights(CLIP.from_pretrained(tmp_path / "there"), other)
 
@@ -425,7 +426,7 @@ def turned(files):
     [
         (half, "should be of size .* but has size"),
         (longer, "should be of size .* but has size"),
-        (turned, "model.safetensors came damaged from the hub, for its hash is not the one"),
+        (turned, "model.safetensors came damaged from the hub: its hash is not the announced one"),
     ],
 )
 def test_a_file_that_is_another_is_an_error_and_not_kept(hub, files, model, body, complaint):
@@ -489,7 +490,7 @@ def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
 
 def test_hashes_are_looked_at_once(hub, monkeypatch):
     CLIP.from_pretrained(NAME)
-    monkeypatch.setattr(checkpoint, "_has_its_hash", None)
+    monkeypatch.setattr(hub_files, "_has_its_hash", None)
     CLIP.from_pretrained(NAME)
     with pytest.raises(TypeError):
         miniclip.load(NAME)  # of the tokenizer's files

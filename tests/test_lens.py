@@ -18,7 +18,6 @@ from torch import nn
 from twin import TINY, random_inputs, tiny_clip, twins
 
 import miniclip
-from miniclip import lens
 from miniclip.lens.attention import attention_maps, relevance, rollout
 from miniclip.lens.decompose import check_sum, decompose
 from miniclip.lens.heat import (
@@ -672,7 +671,7 @@ def test_the_score_of_maps_with_known_answers():
 
 def test_random_weights_are_scored_over_five_draws(shapes, monkeypatch):
     """Mean and deviation are those of the draws one by one; and the draws differ."""
-    monkeypatch.setattr(lens, "METHODS", {"attention": METHODS["attention"]})
+    monkeypatch.setattr("miniclip.world.localise.METHODS", {"attention": METHODS["attention"]})
     asked = questions(4)
     named, other = (torch.stack([getattr(q, name) for q in asked]) for name in ("named", "other"))
     ious = []
@@ -694,7 +693,7 @@ def test_maps_are_scored_in_evaluation_mode(monkeypatch):
         training.append(model.training)
         return torch.rand(len(ids), 8, 8)
 
-    monkeypatch.setattr(lens, "METHODS", {"any": method})
+    monkeypatch.setattr("miniclip.world.localise.METHODS", {"any": method})
     loaded.model.train()
     localise(loaded, scenes=1)
     assert training == [False] * 6
@@ -703,7 +702,7 @@ def test_maps_are_scored_in_evaluation_mode(monkeypatch):
 def test_methods_that_read_the_text_find_the_named_object(shapes, monkeypatch):
     """On the embedded checkpoint, whatever its training: better than chance, and no worse than the
     methods that are told nothing. Those must fall on either object equally often."""
-    monkeypatch.setattr(lens, "RANDOM", 2)
+    monkeypatch.setattr("miniclip.world.localise.RANDOM", 2)
     found = localise(shapes, scenes=6)
     assert list(found) == ["trained", "random", "spread", "limits"]
     trained = {row.method: row for row in found["trained"]}

@@ -29,6 +29,7 @@ from miniclip.surgery import (
     add_registers,
     average,
     dense_features,
+    encode_prompts,
     extend_context,
     interpolate,
     merge_lora,
@@ -280,7 +281,7 @@ def coop(model, tokenizer, images, labels, classes, steps=3):
     context = words.new_zeros(4, words.shape[2]).requires_grad_()
     for _ in range(steps):
         prompts = torch.cat([words[:, :1], context.expand(len(ids), -1, -1), words[:, 5:]], 1)
-        texts = model.encode_text(ids, normalize=True, inputs_embeds=prompts)
+        texts = encode_prompts(model, prompts, model.text.eos_positions(ids), normalize=True)
         loss = F.cross_entropy(model.logit_scale.exp() * images @ texts.T, labels)
         context.data -= 0.01 * torch.autograd.grad(loss, context)[0]
     return context

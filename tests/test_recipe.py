@@ -16,8 +16,8 @@ from twin import copy_weights, transformers_config
 
 from miniclip import CLIPConfig, ImageTransform, TextConfig, VisionConfig
 from miniclip.files.names import TRANSFORMERS, layout_name
-from miniclip.training import Recipe, from_scratch, read_recipe, train
-from miniclip.training import loop as loop_module
+from miniclip.training import Recipe, from_scratch, processes, read_recipe, train
+from miniclip.training import run as run_module
 from miniclip.training.data import Pair, augment, draw_seed
 
 SHAPE = CLIPConfig(
@@ -225,7 +225,7 @@ def assert_same_weights(ours, peer, prefix=""):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_gives_the_weights_of_the_plain_loop(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop_module, "LOG_EVERY", 2)
+    monkeypatch.setattr(run_module, "LOG_EVERY", 2)
     recipe = replace(BASE, **RUNS[name])
     ours, peer, tokenizer = two_models()
     train(ours, tokenizer, TRANSFORM, Spots(), recipe, tmp_path)
@@ -266,7 +266,7 @@ def one_of_two(rank):
 
 
 def test_processes_share_a_batch_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop_module, "dist", one_of_two(0))
+    monkeypatch.setattr(processes, "dist", one_of_two(0))
     model, _, tokenizer = two_models()
     train(model, tokenizer, TRANSFORM, Spots(), Recipe(epochs=1, batch=100), tmp_path / "all")
     assert read_recipe(tmp_path / "all" / "recipe.json").batch == 12  # of 13 pairs
@@ -286,7 +286,7 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_of_two_processes_draws_for_itself(rank, tmp_path, monkeypatch):
     """One of two, whose embeddings are not gathered: its share of the pairs, its own noise."""
-    monkeypatch.setattr(loop_module, "dist", one_of_two(rank))
+    monkeypatch.setattr(processes, "dist", one_of_two(rank))
     recipe = replace(BASE, patch_dropout=0.6, augment=True)
     ours, peer, tokenizer = two_models()
     train(ours, tokenizer, TRANSFORM, Spots(), recipe, tmp_path)
@@ -312,7 +312,7 @@ SAVINGS = {
 @pytest.mark.parametrize("name", [None, *SAVINGS])
 def test_a_run_saves_what_its_recipe_says_and_nothing_else(name, tmp_path, monkeypatch):
     """The ways that change no number, or few, are seen by what the towers do."""
-    monkeypatch.setattr(loop_module, "LOG_EVERY", 1)
+    monkeypatch.setattr(run_module, "LOG_EVERY", 1)
     model, _, tokenizer = two_models()
     seen = {"rows": 0, "blocks": 0, "types": set(), "compiled": []}
 

@@ -17,11 +17,11 @@ from twin import TINY
 from miniclip import CLIP, ImageTransform
 from miniclip.files.hub import resolve
 from miniclip.tokenizer import Tokenizer
-from miniclip.training import shapes
-from miniclip.training.loop import read_recipe, set_up
+from miniclip.training import read_recipe, set_up
+from miniclip.world import scenes as world
 from miniclip.world.captions import captions, located, negatives, relations, say, say_something
 from miniclip.world.scenes import COLOURS, HELD_OUT, SEEN, SHAPES, draw, paint, scene
-from miniclip.world.scoring import score
+from miniclip.world.scoring import SCORE_SEED, score
 from miniclip.world.source import Shapes
 
 
@@ -53,7 +53,7 @@ def test_scenes_have_one_to_three_objects_and_all_there_is():
     objects = [o for s in drawn for o in s.objects]
     assert {(o.colour, o.shape) for o in objects} == set(SEEN)
     assert {o.size for o in objects} == {"small", "plain", "large"}
-    assert {s.background.kind for s in drawn} == set(shapes.BACKGROUNDS)
+    assert {s.background.kind for s in drawn} == set(world.BACKGROUNDS)
 
 
 def test_masks_are_the_pixels_of_the_objects(scenes):
@@ -87,7 +87,7 @@ def test_masks_have_the_size_and_the_place_of_the_object(scenes):
         for object, mask in zip(s.objects, draw(s)[1], strict=True):
             rows, columns = np.nonzero(mask)
             away = np.hypot(columns + 0.5 - object.x, rows + 0.5 - object.y)
-            radius = shapes.RADII[object.size]
+            radius = world.RADII[object.size]
             assert radius - 2 < away.max() < radius + 1
 
 
@@ -253,7 +253,7 @@ def test_data_set():
         assert len({data[index, i].caption for i in range(20)}) > 2, index
     assert all(data[i, 0].caption and data[i, 0].negative for i in range(36))
     with pytest.raises(ValueError, match="score"):
-        Shapes(1, seed=shapes.SCORE_SEED)
+        Shapes(1, seed=SCORE_SEED)
 
 
 @pytest.fixture(scope="module")
@@ -352,8 +352,8 @@ AREAS = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_have_their_areas(shape):
-    for tilt in shapes.TILTS:
-        area = shapes.sprite(shape, 13, tilt).sum() / 13**2
+    for tilt in world.TILTS:
+        area = world.sprite(shape, 13, tilt).sum() / 13**2
         assert area == pytest.approx(AREAS[shape], rel=0.03)
 
 

@@ -43,7 +43,7 @@ from miniclip.parity import compare, transformers_twin
 from miniclip.retrieval.building import embed_images
 from miniclip.retrieval.index import embed_query
 from miniclip.training import Recipe, average_gradients, batch_loss, open_data, train
-from miniclip.training.loop import Run
+from miniclip.training.run import Run
 from miniclip.zeroshot.classifier import embed_texts
 
 

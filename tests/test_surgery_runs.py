@@ -17,6 +17,7 @@ from miniclip.surgery import (
     add_registers,
     add_tokens,
     dense_features,
+    encode_prompts,
     patch_dropout,
     patch_from,
     prune_heads,
@@ -355,18 +356,11 @@ def test_dense_features_leave_the_model_alone_and_are_hooked_like_it(model):
 @torch.no_grad()
 def test_the_vectors_of_tokens_give_what_the_tokens_give(model):
     ids = inputs(model, "text")
-    vectors, ends = model.text.token_embed(ids), (ids == 599).int().argmax(-1)
+    vectors, eos = model.text.token_embed(ids), (ids == 599).int().argmax(-1)
     for normalize in (False, True):
-        expected = model.encode_text(ids, normalize)
-        for found in (
-            model.encode_text(inputs_embeds=vectors, eot=ends, normalize=normalize),
-            model.encode_text(ids, normalize, inputs_embeds=vectors),
-            model.encode_text(ids, normalize, eot=ends),
-        ):
-            assert torch.equal(found, expected)
-    earlier = model.encode_text(inputs_embeds=vectors, eot=ends - 1)
-    assert_far(earlier, model.encode_text(ids))
-    assert torch.equal(model.encode_text(ids, eot=ends - 1), earlier)
+        found = encode_prompts(model, vectors, eos, normalize=normalize)
+        assert torch.equal(found, model.encode_text(ids, normalize))
+    assert_far(encode_prompts(model, vectors, eos - 1), model.encode_text(ids))
 
 
 @torch.no_grad()
@@ -377,11 +371,12 @@ def test_vectors_reach_transformers_blocks_as_they_reach_ours():
     x = theirs.text_model.embeddings(inputs_embeds=vectors)
     for layer in theirs.text_model.encoder.layers:
         x = layer(x, None, is_causal=True)
-    ends = torch.tensor([8, 2, 5])
-    x = theirs.text_model.final_layer_norm(x)[torch.arange(3), ends]
+    eos = torch.tensor([8, 2, 5])
+    x = theirs.text_model.final_layer_norm(x)[torch.arange(3), eos]
     expected = theirs.text_projection(x)
-    assert_close(ours.encode_text(inputs_embeds=vectors, eot=ends), expected)
-    assert_far(ours.encode_text(inputs_embeds=vectors, eot=ends), ours.encode_text(ids))
+    found = encode_prompts(ours, vectors, eos)
+    assert_close(found, expected)
+    assert_far(found, ours.encode_text(ids))
 
 
 def test_learned_context_vectors_get_the_gradient_and_the_model_none():
@@ -394,25 +389,20 @@ def test_learned_context_vectors_get_the_gradient_and_the_model_none():
     context = nn.Parameter(torch.randn(4, 40))
     vectors = model.text.token_embed(ids)
     prompt = torch.cat([vectors[:, :1], context.expand(3, -1, -1), vectors[:, 5:]], dim=1)
-    model.encode_text(ids, normalize=True, inputs_embeds=prompt)[:, 0].sum().backward()
+    eos = model.text.eos_positions(ids)
+    encode_prompts(model, prompt, eos, normalize=True)[:, 0].sum().backward()
     assert context.grad.abs().sum(1).min() > 0
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("call, error, words", [
-    (lambda m: m.encode_text(), ValueError, "expected ids, or both inputs_embeds and eot"),
-    (lambda m: m.encode_text(eot=torch.zeros(2)), ValueError, "expected ids, or both"),
-    (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 5, 40)), ValueError, "expected ids, or"),
-    (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 40), eot=torch.zeros(2)), ValueError,
-     "inputs_embeds have shape (2, 40); expected (B, T, 40)"),
-    (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 5, 1), eot=torch.zeros(2)), ValueError,
-     "inputs_embeds have shape (2, 5, 1); expected (B, T, 40)"),
-    (lambda m: m.encode_text(inputs_embeds=torch.zeros(2, 21, 40), eot=torch.zeros(2)),
-     ContextLengthError, "texts of 21 tokens; this text tower has 20 positions"),
+@pytest.mark.parametrize("shape, error, words", [
+    ((2, 40), ValueError, "token vectors have shape (2, 40); expected (B, T, 40)"),
+    ((2, 5, 1), ValueError, "token vectors have shape (2, 5, 1); expected (B, T, 40)"),
+    ((2, 21, 40), ContextLengthError, "texts of 21 tokens; this text tower has 20 positions"),
 ])  # fmt: skip
-def test_prompts_that_are_not_whole(call, error, words):
+def test_prompts_that_do_not_fit_the_text_tower_are_an_error(shape, error, words):
     with pytest.raises(error, match=re.escape(words)):
-        call(tiny_clip())
+        encode_prompts(tiny_clip(), torch.zeros(shape), torch.zeros(2, dtype=torch.long))
 
 
 @torch.no_grad()
@@ -420,9 +410,9 @@ def test_textual_inversion_saves_a_learned_word(tmp_path):
     """A vector that was learned becomes a token, in miniclip and in transformers."""
     model = tiny_clip(torch.float64)
     word, ids = torch.randn(1, 40, dtype=torch.float64), inputs(model, "text")
-    vectors, ends = model.text.token_embed(ids), (ids == 599).int().argmax(-1)
+    vectors, eos = model.text.token_embed(ids), (ids == 599).int().argmax(-1)
     vectors[:, 0] = word
-    expected = model.encode_text(inputs_embeds=vectors, eot=ends)
+    expected = encode_prompts(model, vectors, eos)
     ids[:, 0] = 600
     add_tokens(model, word).save_pretrained(tmp_path)
     assert torch.equal(

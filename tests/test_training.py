@@ -27,11 +27,12 @@ from miniclip import CLIP, ImageTransform, TextConfig, VisionConfig, load
 from miniclip.cli import main
 from miniclip.errors import CheckpointError
 from miniclip.files.pictures import open_image
+from miniclip.loss import contrastive_loss
 from miniclip.model import unit_norm
 from miniclip.training import (
     Recipe,
+    batch_loss,
     batches,
-    contrastive_loss,
     from_scratch,
     gather,
     open_data,
@@ -39,10 +40,11 @@ from miniclip.training import (
     train,
 )
 from miniclip.training import data as data_module
-from miniclip.training import loop as loop_module
+from miniclip.training import run as run_module
 from miniclip.training.data import SYNONYMS, augment, class_captions
-from miniclip.training.loop import SMALL, PatchDropout, checkpoint_blocks, normalized, set_up
+from miniclip.training.loop import PatchDropout, normalize_pixels, recompute_blocks
 from miniclip.training.optim import Muon
+from miniclip.training.setup import SMALL, set_up
 from miniclip.zeroshot.classifier import ZeroShotClassifier
 
 # ------------------------------------------------------------------------------------------------
@@ -80,9 +82,12 @@ def slow_loss(image, text, scale, labels, wrong=()):
 def test_loss_is_the_formula_of_the_paper(embeddings, labels, hard):
     image, text, scale, wrong = embeddings
     expected = slow_loss(image, text, scale, labels or list(range(6)), wrong if hard else ())
-    given = None if labels is None else torch.tensor(labels)
-    found = contrastive_loss(image, text, scale, given, wrong if hard else None)
+    given = torch.tensor(labels or range(6))
+    texts = torch.cat([text, wrong]) if hard else text
+    found = batch_loss(scale, given, given.new_empty(6, 0), image, texts)
     assert found.item() == pytest.approx(expected, abs=1e-12)
+    if labels is None and not hard:
+        assert contrastive_loss(image, text, scale) == found
 
 
 def test_loss_without_labels_is_that_of_transformers():
@@ -146,7 +151,7 @@ def test_blocks_computed_twice_give_the_same_gradients():
     model, again = (twins(TINY)[0].train() for _ in range(2))
     calls = []
     again.text.blocks[0].ln_1.register_forward_hook(lambda *_: calls.append(1))
-    for each, way in ((model, nullcontext()), (again, checkpoint_blocks(again))):
+    for each, way in ((model, nullcontext()), (again, recompute_blocks(again))):
         PatchDropout(each.vision, 0.5)
         torch.manual_seed(0)
         with way:
@@ -375,7 +380,7 @@ def test_batches_do_not_depend_on_where_they_start_or_how_they_are_shared(kind, 
     late = list(islice(batches(data, 4, seed=3, first=5), 3))
     for a, b in zip(whole[5:], late, strict=True):
         assert torch.equal(a.pixels, b.pixels) and a.captions == b.captions
-    shares = [list(islice(batches(data, 4, seed=3, rank=r, world=2), 8)) for r in (0, 1)]
+    shares = [list(islice(batches(data, 4, seed=3, rank=r, world_size=2), 8)) for r in (0, 1)]
     for i, batch in enumerate(whole):
         for rank in (0, 1):
             assert torch.equal(batch.pixels[rank::2], shares[rank][i].pixels)
@@ -668,7 +673,7 @@ def test_a_source_has_the_pixels_of_the_transform(tmp_path):
     tar_of(tmp_path / "a.tar", {"a.png": as_bytes(picture), "a.txt": b"a picture"})
     for name in (tmp_path, tmp_path / "a.tar"):
         data = open_data(name, transform)
-        pixels = normalized(data[next(data.items(0)), 0].pixels[None], transform, False)
+        pixels = normalize_pixels(data[next(data.items(0)), 0].pixels[None], transform, False)
         torch.testing.assert_close(pixels[0], transform(picture))
 
 
@@ -689,18 +694,18 @@ def test_pictures_are_decoded_once_where_all_of_them_fit(memory, tmp_path, monke
 def test_a_run_that_is_stopped_and_started_again_gives_the_same_bits(
     stripes, undisturbed, tmp_path, monkeypatch, at, save_every
 ):
-    note = loop_module.Run.note
+    note = run_module.Run.log_step
 
     def stop(self, *args, **kwargs):
         if self.step == at:
             raise KeyboardInterrupt
         note(self, *args, **kwargs)
 
-    monkeypatch.setattr(loop_module, "SAVE_EVERY", save_every)
-    monkeypatch.setattr(loop_module.Run, "note", stop)
+    monkeypatch.setattr(run_module, "SAVE_EVERY", save_every)
+    monkeypatch.setattr(run_module.Run, "log_step", stop)
     with pytest.raises(KeyboardInterrupt):
         run(stripes, tmp_path)
-    monkeypatch.setattr(loop_module.Run, "note", note)
+    monkeypatch.setattr(run_module.Run, "log_step", note)
     assert_equal_models(run(stripes, tmp_path), undisturbed[0])
     found, expected = ((d / "metrics.jsonl").read_text() for d in (tmp_path, undisturbed[1]))
     for a, b in zip(found.splitlines(), expected.splitlines(), strict=True):
@@ -719,11 +724,11 @@ def test_a_run_that_is_killed_while_it_saves_can_be_continued(
             raise KeyboardInterrupt
         save(*args)
 
-    save = loop_module.save
-    monkeypatch.setattr(loop_module, "save", killed)
+    save = run_module.save
+    monkeypatch.setattr(run_module, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         run(stripes, tmp_path)
-    monkeypatch.setattr(loop_module, "save", save)
+    monkeypatch.setattr(run_module, "save", save)
     run(stripes, tmp_path)
     assert_equal_models(loaded(tmp_path), undisturbed[0])
     assert not (tmp_path / "training.pt").exists()
@@ -732,7 +737,7 @@ def test_a_run_that_is_killed_while_it_saves_can_be_continued(
 def test_a_model_whose_training_was_interrupted_is_as_it_was(stripes, tmp_path, monkeypatch):
     source = open_data(stripes, ImageTransform(SIZE))
     model, tokenizer = from_scratch(SHAPE, source)
-    monkeypatch.setattr(loop_module.Run, "note", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(run_module.Run, "log_step", lambda *args, **kwargs: 1 / 0)
     recipe = replace(QUICK, checkpoint_blocks=True)
     with pytest.raises(ZeroDivisionError):
         train(model, tokenizer, ImageTransform(SIZE), source, recipe, tmp_path)

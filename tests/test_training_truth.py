@@ -13,12 +13,15 @@ from PIL import Image
 from twin import TINY, random_inputs, twins
 
 from miniclip import ImageTransform, load
+from miniclip.loss import contrastive_loss
 from miniclip.model import Attention, unit_norm
-from miniclip.training import Recipe, batches, contrastive_loss, from_scratch, open_data, train
+from miniclip.training import Recipe, batch_loss, batches, from_scratch, open_data, train
 from miniclip.training import loop as loop_module
-from miniclip.training.loop import SMALL, loss_of_batch
+from miniclip.training import loss as loss_module
+from miniclip.training import run as run_module
 from miniclip.training.loss import backward
 from miniclip.training.optim import Muon, orthogonalized
+from miniclip.training.setup import SMALL
 from miniclip.zeroshot.classifier import ZeroShotClassifier
 
 KINDS = {
@@ -72,11 +75,11 @@ def test_a_caption_is_true_of_every_picture_that_lists_it(captioned, step):
     generator = torch.Generator().manual_seed(step)
     image, text = unit_norm(torch.randn(2, 12, 5, generator=generator, dtype=torch.float64))
     scale = torch.tensor(2.0, dtype=torch.float64)
-    found = loss_of_batch(scale, batch.labels, image, text, also=batch.also)
+    found = batch_loss(scale, batch.labels, batch.also, image, text)
     expected = slow_loss(image, text, scale, batch.captions, kinds)
     assert found.item() == pytest.approx(expected, abs=1e-12)
     # With equal captions alone counted as true, the loss would be another one.
-    assert found != contrastive_loss(image, text, scale, batch.labels)
+    assert found != contrastive_loss(image, text, scale, batch.labels[:, None] == batch.labels)
 
 
 def random_embeddings(count):
@@ -87,9 +90,9 @@ def random_embeddings(count):
 def loss_of_share(rank, world, folder):
     """The loss of the whole batch, by one process that has read its share."""
     data = open_data(folder, ImageTransform(32))
-    batch = next(batches(data, batch=8, seed=0, rank=rank, world=world))
+    batch = next(batches(data, batch=8, seed=0, rank=rank, world_size=world))
     image, text = random_embeddings(8)[:, rank::world]
-    return loss_of_batch(torch.tensor(2.0), batch.labels, image, text, also=batch.also).item()
+    return batch_loss(torch.tensor(2.0), batch.labels, batch.also, image, text).item()
 
 
 def one_of_two(rank, folder):
@@ -133,7 +136,7 @@ def test_chunks_share_targets_as_the_whole_batch_does():
     for chunk in (0, 2):
         model = twins(TINY)[0].double()
         pixels, ids = random_inputs(TINY, images=6, texts=6)
-        loss = partial(loss_of_batch, model.logit_scale, labels, also=also)
+        loss = partial(batch_loss, model.logit_scale, labels, also)
         encode_image = partial(model.encode_image, normalize=True)
         encode_text = partial(model.encode_text, normalize=True)
         backward(encode_image, encode_text, pixels, ids, loss, chunk)
@@ -191,8 +194,8 @@ def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
 
 def test_a_stopped_run_continues_its_average_to_the_same_bits(captioned, tmp_path, monkeypatch):
     undisturbed = averaged_run(captioned, tmp_path / "undisturbed")
-    monkeypatch.setattr(loop_module, "SAVE_EVERY", 0)
-    note = loop_module.Run.note
+    monkeypatch.setattr(run_module, "SAVE_EVERY", 0)
+    note = run_module.Run.log_step
 
     def stop_at_5(run, *args, **kwargs):
         if run.step == 5:
@@ -200,7 +203,7 @@ def test_a_stopped_run_continues_its_average_to_the_same_bits(captioned, tmp_pat
         note(run, *args, **kwargs)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop_module.Run, "note", stop_at_5)
+        patched.setattr(run_module.Run, "log_step", stop_at_5)
         averaged_run(captioned, tmp_path / "stopped")
     continued = averaged_run(captioned, tmp_path / "stopped")
     for found, expected in zip(continued.parameters(), undisturbed.parameters(), strict=True):
@@ -248,7 +251,7 @@ def test_bfloat16_ends_before_the_loss(captioned, tmp_path, monkeypatch):
         lengths.extend([*image.norm(dim=1).tolist(), *text.norm(dim=1).tolist()])
         return contrastive_loss(image, text, *args)
 
-    monkeypatch.setattr(loop_module, "contrastive_loss", note)
+    monkeypatch.setattr(loss_module, "contrastive_loss", note)
     data = open_data(captioned, ImageTransform(32))
     model, tokenizer = from_scratch(SMALL, data)
     recipe = Recipe(epochs=1, batch=16, precision="bfloat16")

@@ -34,7 +34,8 @@ def check_tower(config: Any) -> None:
         if config.heads == config.width / config.head_width:
             object.__setattr__(config, "head_width", None)
     elif isinstance(config.heads, tuple):
-        raise ValueError(f"{kind}: heads is {shown(config.heads)}; then head_width must be given")
+        found = f"heads is {shown(config.heads)}"
+        raise ValueError(f"{kind}: {found}, which differ, so head_width must be given")
     elif config.width % config.heads:
         raise ValueError(
             f"{kind}: width {config.width} does not divide into {config.heads} heads of equal width"

@@ -89,8 +89,11 @@ def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> 
 def tower_from_transformers(config: dict[str, Any]) -> Fields:
     """Read a parsed config.json of one tower alone, as in Stable Diffusion and IP-Adapter."""
     tower = TOWER_TYPES[config["model_type"]]
-    fields = _renamed(config, _SECTIONS[tower] | _BEYOND)
-    return {tower: fields, "embed_dim": config.get("projection_dim", 512)}
+    embed_dim: Any = config.get("projection_dim", 512)
+    if type(embed_dim) is not int or not 0 < embed_dim < 2**31:
+        found = shown(embed_dim)
+        raise ValueError(f"projection_dim is {found}; expected a positive whole number")
+    return {tower: _renamed(config, _SECTIONS[tower] | _BEYOND), "embed_dim": embed_dim}
 
 
 def _renamed(section: dict[str, Any], names: Mapping[str, str]) -> Fields:

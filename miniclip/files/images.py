@@ -93,12 +93,12 @@ def write_settings(directory: str | PathLike[str], fields: dict[str, Any]) -> No
     settings = to_transformers(fields)
     with blaming_disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        processor = directory / "processor_config.json"
-        if "image_processor" in (saved := read_json_if_there(processor)):
-            write_json(processor, {**saved, "image_processor": settings})
         open_clip = directory / "open_clip_config.json"
-        if saved := read_json_if_there(open_clip):
+        if saved := read_json_if_there(open_clip):  # first, because it may not express them
             with blaming(directory):
                 preprocessing = preprocessing_to_open_clip(fields)
             write_json(open_clip, {**saved, "preprocess_cfg": preprocessing})
+        processor = directory / "processor_config.json"
+        if "image_processor" in (saved := read_json_if_there(processor)):
+            write_json(processor, {**saved, "image_processor": settings})
         write_json(directory / "preprocessor_config.json", settings)

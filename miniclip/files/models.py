@@ -69,6 +69,7 @@ class Stored(NamedTuple):
     layout: str
     table: Layout
     path: Path  # of the weights
+    device: str | torch.device  # that a model should be on
 
     @property
     def towers(self) -> list[str]:
@@ -109,18 +110,12 @@ class Stored(NamedTuple):
                 f"{self.config_path}: no model can be so large: {error}"
             ) from None
 
-    def state_dict(
-        self,
-        model: nn.Module,
-        device: str | torch.device = "cpu",
-        prefix: str = "",
-    ) -> dict[str, Tensor]:
+    def state_dict(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         """The tensors under the names of a model's `state_dict`; `model` may be of shapes alone.
 
         `prefix` is "vision." or "text." for a tower. If something does not fit, one CheckpointError
         lists it all, up to a thousand lines. Warns of NaN and infinity.
         """
-        check_device(device)
         with blaming(self.path):
             expected = {
                 prefix + name: (place(prefix + name, self.table), tuple(tensor.shape))
@@ -129,7 +124,7 @@ class Stored(NamedTuple):
         self._check_depth(expected, prefix)
         self._check_fit(expected, prefix)
         state = {
-            name.removeprefix(prefix): where.take(self.tensors[where.key]).to(device)
+            name.removeprefix(prefix): where.take(self.tensors[where.key]).to(self.device)
             for name, (where, _) in expected.items()
         }
         _warn_of_damage(state, self.path)
@@ -154,7 +149,9 @@ class Stored(NamedTuple):
             pattern = "|".join(patterns).replace(r"\{\}", r"\d+")
             is_other = re.compile(rf"(?:{pattern})(?:\.weight|\.bias)?")
             tensors = {key: t for key, t in tensors.items() if not is_other.fullmatch(key)}
-        stored = {where.key: (where.stored_shape(s), ours) for ours, (where, s) in expected.items()}
+        stored: dict[str, tuple[tuple[int, ...], str]] = {}
+        for ours, (where, shape) in expected.items():  # of q, k and v in one tensor, q is named
+            stored.setdefault(where.key, (where.stored_shape(shape), ours))
         complaints = [
             f"missing: {key} {shape}, our {ours}"
             for key, (shape, ours) in stored.items()
@@ -185,24 +182,32 @@ class Stored(NamedTuple):
 def open_model(
     name: str | PathLike[str],
     dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
     fork: Fork = PLAIN,
     **options: Any,
 ) -> Stored:
     """The model of a checkpoint, before a class is built for it; options as of `resolve`.
 
     `dtype` is what floating point tensors are converted to; None keeps the file's. Raises
-    CheckpointError.
+    CheckpointError, or ValueError for the dtype or the device, before anything is downloaded.
     """
+    check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; expected a floating point type like torch.float32")
     directory, path = resolve(name, "model", **options), as_path(name)
     weights = path if os.path.isfile(path) else weights_in(directory)
     if weights is None:
         raise CheckpointError(f"{directory}: no weights; expected {' or '.join(WEIGHTS[::2])}")
-    return _open(directory, weights, dtype, fork)
+    return _open(directory, weights, dtype, fork, device)
 
 
-def _open(directory: Path, weights: Path, dtype: torch.dtype | None, fork: Fork) -> Stored:
+def _open(
+    directory: Path,
+    weights: Path,
+    dtype: torch.dtype | None,
+    fork: Fork,
+    device: str | torch.device = "cpu",
+) -> Stored:
     tensors = read_tensors(weights, dtype)
     is_open_clip = (directory / CONFIGS["open_clip"]).is_file()
     with blaming(weights):
@@ -219,7 +224,7 @@ def _open(directory: Path, weights: Path, dtype: torch.dtype | None, fork: Fork)
             warnings.warn(
                 f"{weights}: read as OpenAI's, with QuickGELU and heads of 64. If open_clip wrote "
                 "it, put its open_clip_config.json beside it",
-                stacklevel=2,
+                stacklevel=4,  # who called `load` or `from_pretrained`
             )
     if layout == "openai":
         with blaming(weights):
@@ -227,7 +232,8 @@ def _open(directory: Path, weights: Path, dtype: torch.dtype | None, fork: Fork)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in OPENAI_NUMBERS}
     else:
         fields = _read_fields(directory, layout, fork)
-    return Stored(fields, _without_position_ids(tensors, weights), layout, table, weights)
+    tensors = _without_position_ids(tensors, weights)
+    return Stored(fields, tensors, layout, table, weights, device)
 
 
 def _read_fields(directory: Path, layout: str, fork: Fork) -> Fields:
@@ -241,27 +247,31 @@ def _read_fields(directory: Path, layout: str, fork: Fork) -> Fields:
         return from_transformers(settings, tuple(dict.fromkeys(("clip", fork.model_type))))
 
 
-def read_fields(name: str | PathLike[str], fork: Fork = PLAIN, **options: Any) -> Fields:
-    """The config of a checkpoint of two towers, by any of the names of `load`, as fields.
+def read_fields(
+    name: str | PathLike[str], fork: Fork = PLAIN, **options: Any
+) -> tuple[Path, Fields]:
+    """The config of a checkpoint of two towers, by any of the names of `load`: its file and fields.
 
-    It is read from the config file. OpenAI's layout has none: there the shapes of the weights say
-    the same. Raises CheckpointError.
+    OpenAI's layout has no config file: there the shapes of the weights say the same. Raises
+    CheckpointError.
     """
     if os.path.isfile(as_path(name)):
-        fields = open_model(name, fork=fork, **options).fields
+        stored = open_model(name, None, fork=fork, **options)
+        path, fields = stored.config_path, stored.fields
     else:
         directory = resolve(name, "config", **options)
         layouts = [layout for layout, file in CONFIGS.items() if (directory / file).is_file()]
         weights = weights_in(directory)
         if layouts or weights is None:
             layout = "open_clip" if layouts and not is_clips(directory) else "transformers"
-            fields = _read_fields(directory, layouts[0] if len(layouts) == 1 else layout, fork)
+            layout = layouts[0] if len(layouts) == 1 else layout
+            path, fields = directory / CONFIGS[layout], _read_fields(directory, layout, fork)
         else:
-            fields = _open(directory, weights, None, fork).fields
+            path, fields = weights, _open(directory, weights, None, fork).fields
     if "vision" not in fields or "text" not in fields:
         tower = "vision" if "vision" in fields else "text"
         raise CheckpointError(f"{name}: a {tower} tower alone; expected a whole CLIP")
-    return fields
+    return path, fields
 
 
 def _without_position_ids(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -314,7 +324,7 @@ def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:
         and not all(extreme.isfinite() for extreme in tensor.aminmax())
     ]
     if odd:
-        warnings.warn(f"{path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}", stacklevel=4)
+        warnings.warn(f"{path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}", stacklevel=5)
 
 
 def check_vocab_fits(name: str | PathLike[str], vocab_size: int, text: Fields) -> None:

@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import nn
 
 from miniclip.errors import CheckpointError, blaming
@@ -66,20 +65,19 @@ class Pretrained(nn.Module):
         transformers, because the last bit of a product depends on them. If the checkpoint of a
         tower has no projection, `proj` returns its input. Raises CheckpointError.
         """
-        device = options.pop("device", "cpu")
-        return cls.from_stored(open_model(name, fork=cls.fork(), **options), device)
+        return cls.from_stored(open_model(name, fork=cls.fork(), **options))
 
     @classmethod
-    def from_stored(cls: type[M], stored: Stored, device: str | torch.device = "cpu") -> M:
+    def from_stored(cls: type[M], stored: Stored) -> M:
         """Build a model from what the files of a checkpoint have."""
         stored.check_towers(cls.towers)
         with stored.skeleton():  # shapes without weights
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
         prefix = f"{cls.towers[0]}." if len(cls.towers) == 1 else ""
-        state = stored.state_dict(model, device, prefix)
+        state = stored.state_dict(model, prefix)
         if any(buffer.is_meta for buffer in model.buffers()):  # of a fork: its table of positions
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
-            model.to(device, next(iter(state.values())).dtype)
+            model.to(stored.device, next(iter(state.values())).dtype)
         model.load_state_dict(state, assign=True)
         return model.eval()
 
@@ -116,8 +114,9 @@ class PretrainedConfig:
     @classmethod
     def from_pretrained(cls: type[T], name: str | PathLike[str], **options: Any) -> T:
         """The config of a checkpoint. Options as of `miniclip.load`. Raises CheckpointError."""
-        with blaming(name):
-            return cls.from_fields(read_fields(name, **options))
+        path, values = read_fields(name, **options)
+        with blaming(path):
+            return cls.from_fields(values)
 
     @classmethod
     def from_dict(cls: type[T], config: dict[str, Any]) -> T:

@@ -51,7 +51,7 @@ def write_model(
     directory = Path(directory)
     check_layout(layout)
     refuse_other_files(directory, layout)
-    with blaming(directory):
+    with blaming_disk(directory), blaming(directory):
         if layout != "transformers" and fork.model_type != "clip":
             raise ValueError(
                 f"the layout {layout!r} has no place for the class {fork.class_name}; "

@@ -46,6 +46,7 @@ def saving(directory: Path) -> Iterator[Path]:
     the directory has all old files or all new ones: one rename makes the folder a complete save,
     and the next reader of the directory calls `finish_save`.
     """
+    is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     for folder in directory.glob(".saving-*"):
         with suppress(FileNotFoundError):
@@ -67,6 +68,9 @@ def saving(directory: Path) -> Iterator[Path]:
         os.replace(folder, directory / SAVED)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):
+                directory.rmdir()  # it is empty only if nothing is saved
     finish_save(directory)
 
 

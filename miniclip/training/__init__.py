@@ -1,34 +1,55 @@
-"""Contrastive training: pairs (data.py), the loss (loss.py), optimizers (optim.py), the loop
-(loop.py), and a world to train on (shapes.py)."""
+"""Contrastive training.
 
-from miniclip.training.data import batches, open_data
-from miniclip.training.loop import (
-    Recipe,
-    Setup,
-    from_scratch,
-    process_group,
-    read_recipe,
-    set_up,
-    train,
-)
-from miniclip.training.loss import Loss, average_gradients, batch_loss, gather
-from miniclip.training.pairs import Batch, Pair, Source
+recipe.py     the numbers of a run
+pairs.py      what training data is made of
+data.py       pairs from folders and shards, and batches of them
+loss.py       the loss over several processes, with false captions, and in chunks of a batch
+optim.py      optimizers and the learning rate
+processes.py  several processes that train together
+setup.py      names -> all that a run starts from
+run.py        the state of a run: saved, continued, logged
+loop.py       the training loop
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from miniclip.training.data import batches, open_data
+    from miniclip.training.loop import train
+    from miniclip.training.loss import Loss, average_gradients, batch_loss, gather
+    from miniclip.training.pairs import Batch, Pair, TrainingData
+    from miniclip.training.processes import process_group
+    from miniclip.training.recipe import Recipe, read_recipe
+    from miniclip.training.setup import Setup, from_scratch, set_up
 
 __all__ = [
     "Batch",
     "Pair",
-    "Source",
+    "TrainingData",
     "batches",
     "open_data",
     "Recipe",
+    "read_recipe",
     "Setup",
     "from_scratch",
-    "process_group",
-    "read_recipe",
     "set_up",
+    "process_group",
     "train",
+    "Loss",
     "average_gradients",
     "batch_loss",
-    "Loss",
     "gather",
 ]
+
+
+def _import(name: str) -> Any:
+    """Import a public name when it is first asked for: `recipe` must not have to wait for torch."""
+    for home in ("recipe", "pairs", "data", "loss", "processes", "setup", "loop"):
+        if name in __all__ and hasattr(module := import_module(f"{__name__}.{home}"), name):
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:  # which would take it to have any name
+    __getattr__ = _import

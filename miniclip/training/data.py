@@ -25,7 +25,7 @@ from torch import Tensor
 from miniclip.errors import ImageError
 from miniclip.files.pictures import open_image
 from miniclip.retrieval.pictures import naming
-from miniclip.training.pairs import Batch, Pair, Source, caption_label, shuffled
+from miniclip.training.pairs import Batch, Pair, TrainingData, caption_label, shuffled
 from miniclip.transform import ImageTransform
 from miniclip.zeroshot.data import labelled_images
 
@@ -283,7 +283,7 @@ def _place(sample: dict[str, Any]) -> str:
     return f"{sample.get('__url__', '')}: {sample.get('__key__', '')}"
 
 
-def open_data(name: str | os.PathLike[str], transform: ImageTransform) -> Source:
+def open_data(name: str | os.PathLike[str], transform: ImageTransform) -> TrainingData:
     """The training data that a name stands for: `shapes`, the world this package draws; a folder
     with metadata.jsonl or metadata.csv; a folder of tar shards, or one; a folder of class folders.
 
@@ -306,7 +306,7 @@ def open_data(name: str | os.PathLike[str], transform: ImageTransform) -> Source
 
 
 def batches(
-    data: Source, batch: int, seed: int, first: int = 0, rank: int = 0, world: int = 1
+    data: TrainingData, batch: int, seed: int, first: int = 0, rank: int = 0, world_size: int = 1
 ) -> Generator[Batch, None, None]:
     """This process's share of every batch from step `first` on, without end.
 
@@ -319,7 +319,7 @@ def batches(
         raise ValueError(f"{len(data)} pictures are fewer than a batch of {batch}")
     drawn = (
         [(item, draw_seed(seed, step, i)) for i, item in share]
-        for step, share in _shares(data, batch, seed, first, steps, rank, world)
+        for step, share in _shares(data, batch, seed, first, steps, rank, world_size)
     )
     for loaded in _loaded(data, drawn):
         pairs = [pair for pair in loaded if pair is not None] or [_readable(data, seed)]
@@ -334,7 +334,7 @@ def batches(
         )
 
 
-def _readable(data: Source, seed: int) -> Pair:
+def _readable(data: TrainingData, seed: int) -> Pair:
     """A pair to stand in for a whole batch that cannot be read."""
     for item in data.items(seed):
         if (pair := data[item, seed]) is not None:
@@ -348,7 +348,7 @@ def draw_seed(seed: int, step: int, i: int = 0) -> int:
 
 
 def _shares(
-    data: Source, batch: int, seed: int, first: int, steps: int, rank: int, world: int
+    data: TrainingData, batch: int, seed: int, first: int, steps: int, rank: int, world_size: int
 ) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
     step = first
     while True:
@@ -356,11 +356,11 @@ def _shares(
         items = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
         for _ in range(steps - skip):
             numbered = enumerate(islice(items, batch))
-            yield step, [(i, item) for i, item in numbered if i % world == rank]
+            yield step, [(i, item) for i, item in numbered if i % world_size == rank]
             step += 1
 
 
-def _loaded(data: Source, drawn: Iterable[list[Any]], ahead: int = 2) -> Iterator[list[Any]]:
+def _loaded(data: TrainingData, drawn: Iterable[list[Any]], ahead: int = 2) -> Iterator[list[Any]]:
     pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1))
     pending: deque[list[Any]] = deque()
     try:

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     also: Tensor  # (B, K)
 
 
-class Source(Protocol):
+class TrainingData(Protocol):
     """Where pairs come from. `data[item, draw]` draws one of an item's captions by `draw`."""
 
     skipped: list[str]  # why each unreadable picture was left out

@@ -310,14 +310,14 @@ SLIPS = [
     ),
     Slip(
         "train ignores a flag that is 0 or off.",
-        "for name in RECIPE if getattr(args, name) is not None}",
-        "for name in RECIPE if getattr(args, name)}",
+        "overrides = {name: value for name, value in asked.items() if value is not None}",
+        "overrides = {name: value for name, value in asked.items() if value}",
         f"{FLAGS} -k recipe",
     ),
     Slip(
-        "train has no flag for the weight decay.",
-        '    "weight_decay": (float, "of matrices"),\n',
-        "",
+        "train has no flag for the seed.",
+        "for entry in fields(Recipe):",
+        "for entry in fields(Recipe)[:-1]:",
         f"{FLAGS} -k recipe",
     ),
     Slip(

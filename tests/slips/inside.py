@@ -5,38 +5,38 @@ from slip import Slip
 MODEL = [
     Slip(
         "Forward pre-hooks do not count as watching.",
-        "before = (site._forward_pre_hooks, site._backward_pre_hooks)",
-        "before = (site._backward_pre_hooks,)",
+        "hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)",
+        "hooks = (site._forward_hooks, site._backward_hooks)",
         "tests/test_model.py -k watched",
     ),
     Slip(
         "Backward hooks do not count as watching.",
-        "after = (site._forward_hooks, site._backward_hooks)",
-        "after = (site._forward_hooks,)",
+        "hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)",
+        "hooks = (site._forward_hooks, site._forward_pre_hooks)",
         "tests/test_model.py -k watched",
     ),
     Slip(
         "Backward pre-hooks do not count as watching.",
-        "before = (site._forward_pre_hooks, site._backward_pre_hooks)",
-        "before = (site._forward_pre_hooks,)",
+        "any((*hooks, site._backward_pre_hooks, _has_any_global_hook()))",
+        "any((*hooks, _has_any_global_hook()))",
         "tests/test_model.py -k watched",
     ),
     Slip(
         "Hooks on all modules do not count as watching.",
-        "return is_patched or any((*before, *after, *HOOKS_ON_ALL_MODULES))",
-        "return is_patched or any((*before, *after))",
+        "any((*hooks, site._backward_pre_hooks, _has_any_global_hook()))",
+        "any((*hooks, site._backward_pre_hooks))",
         "tests/test_model.py -k watched",
     ),
     Slip(
         "A patched forward does not count as watching.",
-        'is_patched = type(site) is not Site or "forward" in site.__dict__',
-        "is_patched = type(site) is not Site",
+        'is_replaced = type(site) is not Site or "forward" in vars(site)',
+        "is_replaced = type(site) is not Site",
         "tests/test_model.py -k patched",
     ),
     Slip(
         "A module in the place of a site does not count as watching.",
-        'is_patched = type(site) is not Site or "forward" in site.__dict__',
-        'is_patched = "forward" in site.__dict__',
+        'is_replaced = type(site) is not Site or "forward" in vars(site)',
+        'is_replaced = "forward" in vars(site)',
         "tests/test_model.py -k 'watched or place_of_a_site'",
     ),
     Slip(
@@ -101,8 +101,8 @@ MODEL = [
     ),
     Slip(
         "Every MLP has OpenAI's activation.",
-        "self.mlp = MLP(config.width, mlp_width, config.act)",
-        'self.mlp = MLP(config.width, mlp_width, "quick_gelu")',
+        "self.mlp = self.mlp_class(config.width, mlp_width, config.act)",
+        'self.mlp = self.mlp_class(config.width, mlp_width, "quick_gelu")',
         "tests/test_model.py -k no_preset",
     ),
     Slip(
@@ -113,14 +113,14 @@ MODEL = [
     ),
     Slip(
         "Every layer has the number of heads of the first.",
-        '(per_layer(config, name)[layer] for name in ("heads", "mlp_width"))',
-        '(per_layer(config, name)[0] for name in ("heads", "mlp_width"))',
+        '(config.per_layer(name)[layer] for name in ("heads", "mlp_width"))',
+        '(config.per_layer(name)[0] for name in ("heads", "mlp_width"))',
         "tests/test_surgery_shapes.py -k bit_for_bit",
     ),
     Slip(
         "A block does not pass the width of its heads on.",
-        "self.attn = Attention(config.width, heads, causal, config.head_width)",
-        "self.attn = Attention(config.width, heads, causal)",
+        "self.attn = self.attention_class(config.width, heads, causal, config.head_width)",
+        "self.attn = self.attention_class(config.width, heads, causal)",
         "tests/test_surgery_shapes.py -k bit_for_bit",
     ),
     Slip(
@@ -131,8 +131,8 @@ MODEL = [
     ),
     Slip(
         "Height and width of the pixels are exchanged in the check.",
-        "c, (h, w) = self.config.channels, self.config.height_width",
-        "c, (w, h) = self.config.channels, self.config.height_width",
+        "c, (h, w) = config.channels, config.height_width",
+        "c, (w, h) = config.channels, config.height_width",
         "tests/test_surgery_shapes.py -k transformers_interpolates",
     ),
     Slip(
@@ -155,8 +155,8 @@ MODEL = [
     ),
     Slip(
         "An image is read at its first patch.",
-        "return self.proj(self.ln_post(x[:, 0]))",
-        "return self.proj(self.ln_post(x[:, 1]))",
+        "return self.ln_post(x[:, 0])",
+        "return self.ln_post(x[:, 1])",
         "tests/test_model.py -k 'projected or test_logits'",
     ),
     Slip(
@@ -199,22 +199,22 @@ MODEL = [
     ),
     Slip(
         "The MLP's first Linear begins as the second.",
-        "nn.init.normal_(mlp.fc1.weight, std=(2 * self.config.width) ** -0.5)",
-        "nn.init.normal_(mlp.fc1.weight, std=residual_std)",
+        "nn.init.normal_(module.fc1.weight, std=(2 * self.config.width) ** -0.5)",
+        "nn.init.normal_(module.fc1.weight, std=residual_std)",
         "tests/test_model.py -k init",
     ),
     Slip(
         "The output's bias does not begin at zero.",
-        "for linear in (attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj):\n"
-        "        nn.init.zeros_(linear.bias)",
-        "for linear in (attn.q_proj, attn.k_proj, attn.v_proj):\n"
-        "        nn.init.zeros_(linear.bias)",
+        "for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):\n"
+        "            nn.init.zeros_(linear.bias)",
+        "for linear in (self.q_proj, self.k_proj, self.v_proj):\n"
+        "            nn.init.zeros_(linear.bias)",
         "tests/test_model.py -k init",
     ),
     Slip(
         "A text that fills the context is refused.",
-        "if x.shape[1] > len(self.pos_embed):",
-        "if x.shape[1] >= len(self.pos_embed):",
+        "if x.shape[1] > positions:",
+        "if x.shape[1] >= positions:",
         "tests/test_model.py -k too_many_tokens",
     ),
     Slip(
@@ -225,20 +225,14 @@ MODEL = [
     ),
     Slip(
         "Vectors in the place of ids are of any width.",
-        "if x.ndim != 3 or x.shape[2] != self.config.width:",
+        "if x.ndim != 3 or x.shape[2] != width:",
         "if x.ndim != 3:",
-        "tests/test_surgery_runs.py -k not_whole",
-    ),
-    Slip(
-        "Vectors without the place to read them at are enough.",
-        "if ids is None and (inputs_embeds is None or eot is None):",
-        "if ids is None and inputs_embeds is None:",
-        "tests/test_surgery_runs.py -k not_whole",
+        "tests/test_surgery_runs.py -k do_not_fit",
     ),
     Slip(
         "The place to read a text at is ignored.",
-        "end = self.eos_positions(ids) if eot is None else eot",
-        "end = self.eos_positions(ids) if ids is not None else eot",
+        "tower.pool(tower.blocks(tower.add_positions(vectors)), eos)",
+        "tower.pool(tower.blocks(tower.add_positions(vectors)), 0 * eos)",
         "tests/test_surgery_runs.py -k 'vectors'",
     ),
     Slip(
@@ -249,20 +243,20 @@ MODEL = [
     ),
     Slip(
         "Every text is read at its largest id.",
-        "return is_end.int().argmax(-1)",
+        "return is_eos.int().argmax(-1)",
         "return ids.argmax(-1)",
         "tests/test_model.py -k 'no_preset or first_end'",
     ),
     Slip(
         "A text without an end token is read at its first token.",
-        "if not torch.compiler.is_compiling() and not has_end.all():",
+        "if not torch.compiler.is_compiling():",
         "if False:",
         "tests/test_model.py -k without_an_end_token",
     ),
     Slip(
         "The error names the first row, whichever it is.",
-        'f"row {has_end.int().argmin()} of ids has no end token "',
-        'f"row {has_end.int().argmax()} of ids has no end token "',
+        'f"row {has_eos.int().argmin()} of ids has no end token ',
+        'f"row {has_eos.int().argmax()} of ids has no end token ',
         "tests/test_model.py -k without_an_end_token",
     ),
     Slip(
@@ -273,8 +267,8 @@ MODEL = [
     ),
     Slip(
         "The logits are scaled before the product.",
-        "logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()",
-        "logits_per_text = self.logit_scale.exp() * text_embeds @ image_embeds.T",
+        "return text_embeds @ image_embeds.T * self.logit_scale.exp()",
+        "return self.logit_scale.exp() * text_embeds @ image_embeds.T",
         "tests/test_model.py -k 'bit_equal'",
     ),
     Slip(
@@ -297,32 +291,20 @@ MODEL = [
     ),
     Slip(
         "Attention once written out stays so.",
-        'module.eager = kind == "eager"',
-        'module.eager = module.eager or kind == "eager"',
+        'attn.eager = kind == "eager"',
+        'attn.eager = attn.eager or kind == "eager"',
         "tests/test_model.py -k another_kind",
     ),
     Slip(
-        "The options of CLIP.from_pretrained are dropped.",
-        "return CLIP.from_pretrained(name, **options)",
-        "return CLIP.from_pretrained(name)",
-        "tests/test_model.py -k from_pretrained",
-    ),
-    Slip(
-        "The options of VisionTower.from_pretrained are dropped.",
-        'return load_tower(name, "vision", **options)',
-        'return load_tower(name, "vision")',
-        "tests/test_model.py -k from_pretrained",
-    ),
-    Slip(
-        "The options of TextTower.from_pretrained are dropped.",
-        'return load_tower(name, "text", **options)',
-        'return load_tower(name, "text")',
+        "The options of from_pretrained are dropped.",
+        "open_model(name, fork=cls.fork(), **options)",
+        "open_model(name, fork=cls.fork())",
         "tests/test_model.py -k from_pretrained",
     ),
     Slip(
         "A model is saved in transformers' layout, whatever is asked.",
-        "save_model(directory, self, layout=layout)",
-        "save_model(directory, self)",
+        "asdict(self.config), self.state_dict(), layout, self.fork())",
+        'asdict(self.config), self.state_dict(), "transformers", self.fork())',
         "tests/test_model.py -k layout_it_is_told",
     ),
 ]
@@ -593,14 +575,14 @@ LENS = [
     ),
     Slip(
         "The parts are not added up.",
-        "    check_sum(parts, tower.proj(norm(last)))\n",
+        "    check_sum(parts, embedding)\n",
         "",
         "tests/test_lens.py -k parts",
     ),
     Slip(
-        "The lens reads every stream with the last stream's length.",
-        'if ln == "recompute":\n        return',
-        'if ln != "final!":\n        return',
+        "The lens always reads a stream with its own length.",
+        'if ln == "recompute":',
+        'if ln != "final!":',
         "tests/test_lens.py -k lens_is",
     ),
     Slip(
@@ -623,8 +605,8 @@ LENS = [
     ),
     Slip(
         "Rows and columns of a map are exchanged.",
-        "kept = [one.transpose(1, 2).unflatten(2, (rows, columns)) for one in kept]",
-        "kept = [one.transpose(1, 2).unflatten(2, (columns, rows)).mT for one in kept]",
+        "unflatten(2, patch_grid(tower, x)) for one in kept]",
+        "unflatten(2, patch_grid(tower, x)[::-1]).mT for one in kept]",
         "tests/test_lens.py -k intermediates",
     ),
     Slip(
@@ -804,14 +786,14 @@ LENS = [
     ),
     Slip(
         "An untrained model trains.",
-        "return CLIP(model.config).to(model.logit_scale).eval()",
-        "return CLIP(model.config).to(model.logit_scale)",
+        "return type(model)(model.config).to(model.logit_scale).eval()",
+        "return type(model)(model.config).to(model.logit_scale)",
         "tests/test_lens.py -k evaluation",
     ),
     Slip(
         "Random weights ignore the seed.",
-        "        torch.manual_seed(seed)\n        return CLIP(model.config)",
-        "        torch.manual_seed(0)\n        return CLIP(model.config)",
+        "        torch.manual_seed(seed)\n        return type(model)(model.config)",
+        "        torch.manual_seed(0)\n        return type(model)(model.config)",
         "tests/test_lens.py -k 'draws'",
     ),
     Slip(
@@ -1222,7 +1204,7 @@ SURGERY = [
     ),
     Slip(
         "The last LayerNorm is in the group of the embedding.",
-        'is_output = part in ("ln_post", "ln_final", "proj")',
+        "is_output = part in OUTPUT",
         'is_output = part == "proj"',
         "tests/test_surgery_weights.py -k groups",
     ),
@@ -1275,8 +1257,8 @@ SURGERY = [
             ),
             (
                 "The last patches are read for all of them.",
-                "return tower.proj(tower.ln_post(dense[:, -tower.config.patches :]))",
-                "return tower.proj(tower.ln_post(dense[:, 1:]))",
+                "tower.ln_post(dense[:, patch_places(tower, pixels)])",
+                "tower.ln_post(dense[:, 1:])",
             ),
         )
     ),
@@ -1297,14 +1279,14 @@ TOKENIZER = [
     ),
     Slip(
         "Texts may be padded, and long, beyond the context.",
-        "limit = self.context_length if pad_to is None else min(pad_to, self.context_length)",
-        "limit = self.context_length if pad_to is None else pad_to",
+        "return context_length if pad_to is None else min(pad_to, context_length)",
+        "return context_length if pad_to is None else pad_to",
         "tests/test_tokenizer.py -k 'fits'",
     ),
     Slip(
         "A text may be longer than pad_to.",
-        "limit = self.context_length if pad_to is None else min(pad_to, self.context_length)",
-        "limit = self.context_length",
+        "return context_length if pad_to is None else min(pad_to, context_length)",
+        "return context_length",
         "tests/test_tokenizer.py -k 'fits'",
     ),
     Slip(
@@ -1327,14 +1309,17 @@ TOKENIZER = [
     ),
     Slip(
         "A context of one token is accepted.",
-        "if type(context_length) is not int or context_length < 2:",
-        "if type(context_length) is not int or context_length < 1:",
+        "if type(length) is not int or length < 2:\n        raise ValueError(\n"
+        '            f"context_length is',
+        "if type(length) is not int or length < 1:\n        raise ValueError(\n"
+        '            f"context_length is',
         "tests/test_tokenizer.py -k bad_arguments",
     ),
     Slip(
         "A context of 77.0 tokens is accepted.",
-        "if type(context_length) is not int or context_length < 2:",
-        "if context_length < 2:",
+        "if type(length) is not int or length < 2:\n        raise ValueError(\n"
+        '            f"context_length is',
+        'if length < 2:\n        raise ValueError(\n            f"context_length is',
         "tests/test_tokenizer.py -k bad_arguments",
     ),
     Slip(
@@ -1399,25 +1384,25 @@ TOKENIZER = [
     ),
     Slip(
         "Every chunk is remembered for good.",
-        "if len(self._chunk_ids) >= CACHED_CHUNKS:",
+        "if len(self.known) >= self.MOST_CHUNKS:",
         "if False:",
         "tests/test_tokenizer.py -k 'memory'",
     ),
     Slip(
         "Long chunks are remembered.",
-        "if len(chunk) <= CACHED_CHARACTERS:",
-        "if len(chunk) <= CACHED_CHARACTERS * 100:",
+        "if len(chunk) <= self.MOST_CHARACTERS:",
+        "if len(chunk) <= self.MOST_CHARACTERS * 100:",
         "tests/test_tokenizer.py -k 'memory'",
     ),
     Slip(
         "Ten times as many chunks are remembered.",
-        "CACHED_CHUNKS, CACHED_CHARACTERS = 100_000, 64",
-        "CACHED_CHUNKS, CACHED_CHARACTERS = 1_000_000, 64",
+        "MOST_CHUNKS, MOST_CHARACTERS = 100_000, 64",
+        "MOST_CHUNKS, MOST_CHARACTERS = 1_000_000, 64",
         "tests/test_tokenizer.py -k 'memory'",
     ),
     Slip(
         "An added token with a space is cut at the space.",
-        'for chunk in [text] if self._has_spaces else text.split(" "):',
+        'for chunk in [text] if self.whole else text.split(" "):',
         'for chunk in text.split(" "):',
         "tests/test_tokenizer.py -k 'special_tokens and space'",
     ),
@@ -1441,32 +1426,32 @@ TOKENIZER = [
     ),
     Slip(
         "Training cleans for transformers, whatever the reference.",
-        "clean = clean_openai if openai else clean_transformers",
-        "clean = clean_transformers",
+        "empty._split(empty._clean(text))",
+        "empty._split(clean_transformers(text))",
         "tests/test_tokenizer.py -k 'training'",
     ),
     Slip(
         "A trained tokenizer forgets its reference.",
-        "(vocabulary(merges), merges, reference=reference, context_length=context_length)",
-        "(vocabulary(merges), merges, context_length=context_length)",
+        "return cls(vocabulary_of(merges), merges, **options)",
+        'return cls(vocabulary_of(merges), merges, **options | {"reference": "transformers"})',
         "tests/test_tokenizer.py -k 'training'",
     ),
     Slip(
         "A trained tokenizer forgets its context length.",
-        "(vocabulary(merges), merges, reference=reference, context_length=context_length)",
-        "(vocabulary(merges), merges, reference=reference)",
+        "return cls(vocabulary_of(merges), merges, **options)",
+        'return cls(vocabulary_of(merges), merges, **options | {"context_length": 77})',
         "tests/test_tokenizer.py -k 'training'",
     ),
     Slip(
         "Special tokens in the texts are learned as words.",
-        "        counts -= Counter({BOS: counts[BOS], EOS: counts[EOS]})\n",
-        "",
+        "tuple(to_symbols(w)): n for w, n in counts.items() if w not in (BOS, EOS)}",
+        "tuple(to_symbols(w)): n for w, n in counts.items()}",
         "tests/test_tokenizer.py -k 'training'",
     ),
     Slip(
         "Training makes one merge too many.",
-        "merges = learn_merges(counts, vocab_size - least)",
-        "merges = learn_merges(counts, vocab_size - least + 1)",
+        "learn_merges(symbols, vocab_size - empty.vocab_size)",
+        "learn_merges(symbols, vocab_size - empty.vocab_size + 1)",
         "tests/test_tokenizer.py -k 'training'",
     ),
     Slip(
@@ -1483,8 +1468,8 @@ TOKENIZER = [
     ),
     Slip(
         "Merges that are missing go unseen.",
-        "if unmade := vocab.keys() - bytes_ - made - set(special):",
-        "if False and (unmade := vocab.keys() - bytes_ - made - set(special)):",
+        "if unmade := vocab.keys() - symbols - made - set(special):",
+        "if False and (unmade := vocab.keys() - symbols - made - set(special)):",
         "tests/test_tokenizer.py -k 'damaged or missing'",
     ),
     Slip(
@@ -1501,8 +1486,8 @@ TOKENIZER = [
     ),
     Slip(
         "The first line of OpenAI's file is a merge.",
-        "_read_lines(simple)[1 : OPENAI_MERGES + 1]",
-        "_read_lines(simple)[0:OPENAI_MERGES]",
+        "read_lines(simple)[1 : OPENAI_MERGES + 1]",
+        "read_lines(simple)[0:OPENAI_MERGES]",
         "tests/test_tokenizer.py -k 'packs or openais_file'",
     ),
     Slip(
@@ -1537,14 +1522,14 @@ TOKENIZER = [
     ),
     Slip(
         "open_clip's context length is ignored.",
-        "context_length=open_clip_length or context_length,",
-        "context_length=context_length,",
+        "special, open_clip_length or context_length)",
+        "special, context_length)",
         "tests/test_tokenizer.py -k 'context'",
     ),
     Slip(
         "The reference is dropped on the way from a directory.",
-        "            reference=reference,\n            **special,",
-        "            **special,",
+        'options |= {"reference": reference, **vocabulary.special}',
+        "options |= vocabulary.special",
         "tests/test_tokenizer.py -k reads_a_directory",
     ),
     Slip(
@@ -1561,25 +1546,25 @@ TOKENIZER = [
     ),
     Slip(
         "The context length is not saved.",
-        '            "model_max_length": self.context_length,\n',
+        '        "model_max_length": context_length,\n',
         "",
         "tests/test_tokenizer.py -k 'saving or saved'",
     ),
     Slip(
         "Every added token is saved as normalized.",
-        '"normalized": normalized,\n                "rstrip"',
-        '"normalized": True,\n                "rstrip"',
+        '"normalized": normalized,\n            "rstrip"',
+        '"normalized": True,\n            "rstrip"',
         "tests/test_tokenizer.py -k 'special_tokens and decoder'",
     ),
     Slip(
         "A tokenizer that was there before is left beside the new one.",
-        '            (directory / "tokenizer.json").unlink(missing_ok=True)\n',
+        '        (directory / "tokenizer.json").unlink(missing_ok=True)\n',
         "",
         "tests/test_tokenizer.py -k 'saving or saved'",
     ),
     Slip(
         "Added tokens that were there before are left beside the new ones.",
-        '            (directory / "added_tokens.json").unlink(missing_ok=True)\n',
+        '        (directory / "added_tokens.json").unlink(missing_ok=True)\n',
         "",
         "tests/test_tokenizer.py -k saving",
     ),

@@ -138,20 +138,20 @@ SLIPS = [
     ),
     Slip(
         "The batches of a run do not follow its seed.",
-        "stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)",
-        "stream = batches(data, recipe.batch, 0, run.step, rank, world)",
+        "batches(data, recipe.batch, recipe.seed, run.step, rank, world_size)",
+        "batches(data, recipe.batch, 0, run.step, rank, world_size)",
         RUNS,
     ),
     Slip(
         "Every process trains on the first one's share.",
-        "stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)",
-        "stream = batches(data, recipe.batch, recipe.seed, run.step, 0, world)",
+        "batches(data, recipe.batch, recipe.seed, run.step, rank, world_size)",
+        "batches(data, recipe.batch, recipe.seed, run.step, 0, world_size)",
         RUNS,
     ),
     Slip(
         "Every process trains on the whole batch.",
-        "stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)",
-        "stream = batches(data, recipe.batch, recipe.seed, run.step)",
+        "batches(data, recipe.batch, recipe.seed, run.step, rank, world_size)",
+        "batches(data, recipe.batch, recipe.seed, run.step)",
         RUNS,
     ),
     Slip(
@@ -162,8 +162,8 @@ SLIPS = [
     ),
     Slip(
         "A run that is continued sees the first batches again.",
-        "stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world)",
-        "stream = batches(data, recipe.batch, recipe.seed, 0, rank, world)",
+        "batches(data, recipe.batch, recipe.seed, run.step, rank, world_size)",
+        "batches(data, recipe.batch, recipe.seed, 0, rank, world_size)",
         TRAINING + " -k stopped",
     ),
     Slip(
@@ -199,7 +199,7 @@ SLIPS = [
     Slip("`chunk` is ignored.", "                recipe.chunk,\n", "", RUNS),
     Slip(
         "`checkpoint_blocks` is ignored.",
-        "checkpoint_blocks(model) if recipe.checkpoint_blocks else nullcontext()",
+        "recompute_blocks(model) if recipe.checkpoint_blocks else nullcontext()",
         "nullcontext()",
         RUNS,
     ),
@@ -232,8 +232,8 @@ SLIPS = [
     ),
     Slip(
         "Labels are not shared.",
-        "        gather(labels),\n",
-        "        None,\n",
+        "contrastive_loss(image_embeds, captions, logit_scale, is_true)",
+        "contrastive_loss(image_embeds, captions, logit_scale)",
         RUNS,
     ),
     Slip("Gradients add up over the steps.", "optimizer.zero_grad()", "pass", RUNS),
@@ -257,19 +257,13 @@ SLIPS = [
     ),
     Slip(
         "A long caption is not cut.",
-        "ids = tokenizer(captions, truncate=True)",
+        "return ids_for(text, tokenizer, captions, truncate=True)",
         "raise",
         TRAINING + " -k cut",
     ),
     Slip(
-        "Ids are cut one token too early.",
-        "int(run.model.text.eos_positions(ids).max()) + 1]",
-        "int(run.model.text.eos_positions(ids).max())]",
-        RUNS,
-    ),
-    Slip(
         "A loss that is not finite goes on.",
-        "if not math.isfinite(loss):",
+        "if not math.isfinite(value):",
         "if False:",
         TRAINING + " -k no_number",
     ),
@@ -311,19 +305,19 @@ SLIPS = [
     ),
     Slip(
         "A batch is larger than the data.",
-        "min(recipe.batch, len(data) - len(data) % world)",
+        "min(recipe.batch, len(data) - len(data) % world_size)",
         "recipe.batch",
         TRAINING + " -k larger",
     ),
     Slip(
         "The batch that processes cannot share is not refused.",
-        "if recipe.batch % world:",
+        "if recipe.batch % world_size:",
         "if False:",
         RUNS,
     ),
     Slip(
         "The batch of the data does not fit the processes.",
-        "len(data) - len(data) % world)",
+        "len(data) - len(data) % world_size)",
         "len(data))",
         RUNS,
     ),
@@ -357,11 +351,16 @@ SLIPS = [
         "Muon(hidden, lr=muon_lr, weight_decay=0.0)",
         RUNS,
     ),
-    Slip("Muon's rate ignores the shape.", "max(1.0, p.shape[0] / p.shape[1]) ** 0.5", "1.0", RUNS),
+    Slip(
+        "Muon's rate ignores the shape.",
+        "max(1.0, rows / columns) ** 0.5",
+        "1.0",
+        RUNS,
+    ),
     Slip(
         "Muon's rate takes the shape the wrong way round.",
-        "max(1.0, p.shape[0] / p.shape[1])",
-        "max(1.0, p.shape[1] / p.shape[0])",
+        "max(1.0, rows / columns)",
+        "max(1.0, columns / rows)",
         RUNS,
     ),
     Slip(
@@ -410,27 +409,32 @@ SLIPS = [
     # the loss
     Slip(
         "The loss looks in one direction.",
-        "F.cross_entropy(logits.T, target)",
-        "F.cross_entropy(logits, target)",
+        "cross_entropy(logits.T, is_true.T)",
+        "cross_entropy(logits, is_true)",
         TRAINING + " -k loss",
     ),
-    Slip("Targets do not sum to 1.", "same / same.sum(dim=1)", "same", TRAINING + " -k loss"),
+    Slip(
+        "Targets do not sum to 1.",
+        "target / target.sum(dim=1, keepdim=True)",
+        "target",
+        TRAINING + " -k loss",
+    ),
     Slip(
         "False captions change sides.",
-        "F.softplus(wrong - logits.diagonal())",
-        "F.softplus(logits.diagonal() - wrong)",
+        "F.softplus(wrong - right)",
+        "F.softplus(right - wrong)",
         TRAINING + " -k loss",
     ),
     Slip(
         "False captions count twice.",
-        "F.softplus(wrong - logits.diagonal()).mean()",
-        "2 * F.softplus(wrong - logits.diagonal()).mean()",
+        "F.softplus(wrong - right).mean()",
+        "2 * F.softplus(wrong - right).mean()",
         TRAINING + " -k loss",
     ),
     Slip(
         "False captions lack the scale.",
-        "wrong = logit_scale.exp() * (image_embeds",
-        "wrong = (image_embeds",
+        "F.softplus(wrong - right)",
+        "F.softplus((wrong - right) / logit_scale.exp())",
         TRAINING + " -k loss",
     ),
     Slip(
@@ -562,8 +566,8 @@ SLIPS = [
     ),
     Slip(
         "Shares are halves in a row.",
-        "if i % world == rank]",
-        "if i * world // batch == rank]",
+        "if i % world_size == rank]",
+        "if i * world_size // batch == rank]",
         DATA,
     ),
     Slip(
@@ -588,8 +592,8 @@ SLIPS = [
     # set-up and recipes
     Slip(
         "`from_scratch` ignores the seed.",
-        "    torch.manual_seed(seed)\n    return CLIP(",
-        "    torch.manual_seed(0)\n    return CLIP(",
+        "    torch.manual_seed(seed)\n    return kind(",
+        "    torch.manual_seed(0)\n    return kind(",
         SETUP,
     ),
     Slip(
@@ -653,9 +657,17 @@ SLIPS = [
         "if not 0 <= self.patch_dropout <= 1:",
         SETUP,
     ),
-    Slip("The default rate is another.", "lr: float = 1e-3", "lr: float = 2e-3", SETUP),
     Slip(
-        "The default warm-up is another.", "warmup: float = 0.05", "warmup: float = 0.1", TRAINING
+        "The default rate is another.",
+        "lr: float = described(1e-3,",
+        "lr: float = described(2e-3,",
+        SETUP,
+    ),
+    Slip(
+        "The default warm-up is another.",
+        "warmup: float = described(0.05,",
+        "warmup: float = described(0.1,",
+        TRAINING,
     ),
     Slip(
         "A state of another recipe is continued.",

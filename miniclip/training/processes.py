@@ -1,0 +1,43 @@
+"""Several processes that train together, as torchrun starts them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from miniclip.files.models import check_device
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[str]:
+    """This process's device. Under torchrun, which says so by RANK and its like, the processes
+    are joined for the time of the context."""
+    if "RANK" not in os.environ:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Which process this is, from 0 on, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def of_all_processes(notes: list[str]) -> list[str]:
+    """What any of them has noted, once each."""
+    if not dist.is_initialized():
+        return notes
+    theirs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, notes)
+    return sorted(set().union(*theirs))

@@ -1,0 +1,99 @@
+"""What a run starts from: names -> a model, a tokenizer, a transform, data and a recipe."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from miniclip.checkpoint import load
+from miniclip.config import CLIPConfig, TextConfig, VisionConfig
+from miniclip.files.hub import resolve
+from miniclip.files.models import check_device
+from miniclip.files.reading import read_json
+from miniclip.model import CLIP
+from miniclip.tokenizer import Tokenizer
+from miniclip.training.data import open_data
+from miniclip.training.pairs import TrainingData
+from miniclip.training.recipe import Recipe, read_recipe
+from miniclip.transform import ImageTransform
+
+
+def from_scratch(
+    config: CLIPConfig, data: TrainingData, seed: int = 0, kind: type[CLIP] = CLIP
+) -> tuple[CLIP, Tokenizer]:
+    """A random model of this class and shape, and a tokenizer learnt from the data's captions.
+
+    `config.text.vocab_size` is the most that the vocabulary may have; the model's is what it has.
+    """
+    tokenizer = Tokenizer.train(data.captions(), config.text.vocab_size)
+    tokenizer.context_length = config.text.context_length
+    text = replace(
+        config.text,
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(seed)
+    return kind(replace(config, text=text)), tokenizer
+
+
+# A CLIP that two cores can train, where neither a checkpoint nor a config says otherwise.
+SMALL = CLIPConfig(
+    VisionConfig(width=128, layers=4, heads=4, mlp_width=512, image_size=32, patch_size=4),
+    TextConfig(
+        width=64, layers=2, heads=2, mlp_width=256, vocab_size=1000, context_length=32,
+        bos_token_id=0, eos_token_id=0,
+    ),
+    embed_dim=64,
+)  # fmt: skip
+
+
+class Setup(NamedTuple):
+    """All that `train` needs to know."""
+
+    model: CLIP
+    tokenizer: Tokenizer
+    transform: ImageTransform
+    data: TrainingData
+    recipe: Recipe
+
+
+def set_up(
+    data: str,
+    model: str | None = None,
+    like: str | None = None,
+    config: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Setup:
+    """From names to what they stand for.
+
+    `model`: the checkpoint to fine-tune; without one the weights are random, in the shape of the
+    file `config` or of the checkpoint `like`, whose recipe, but for `overrides`, and scale of
+    pixels are followed.
+    """
+    check_device(device)
+    if model and config:
+        raise ValueError(f"{model} has a shape, which {config} cannot change: give one of the two")
+    if data == "shapes" and not (model or config or like):
+        like = "shapes"  # the default shape is for smaller pictures
+    directory = resolve(like, "config") if like else None
+    recipe = Recipe()
+    if like and directory:  # `like` may be a recipe itself, under any name
+        recipe = read_recipe(Path(like) if like.endswith(".json") else directory / "recipe.json")
+    recipe = replace(recipe, **overrides or {})
+    if model:
+        loaded = load(model, device=device)
+        return Setup(*loaded, open_data(data, loaded.transform), recipe)
+    shape = SMALL
+    if config:
+        shape = CLIPConfig.from_dict(read_json(Path(config)))
+    elif directory:
+        shape = CLIPConfig.from_pretrained(directory)
+    transform = ImageTransform(shape.vision.side)
+    if directory and not config and (directory / "preprocessor_config.json").is_file():
+        transform = ImageTransform.from_pretrained(directory)
+    source = open_data(data, transform)
+    random, tokenizer = from_scratch(shape, source, recipe.seed)
+    return Setup(random.to(device), tokenizer, transform, source, recipe)
