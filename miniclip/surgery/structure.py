@@ -45,10 +45,10 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
         counts[layer] = len(kept)
     width = _block(new, tower, 0).attn.head_width
     reconfigure(new, tower, heads=tuple(counts), head_width=width)
-    gone_z: dict[str, Edit] = {
-        f"blocks.{i}.attn.z": partial(_without, gone=gone) for i, gone in heads.items()
+    silenced: dict[str, Edit] = {
+        f"blocks.{layer}.attn.z": partial(_without, gone=gone) for layer, gone in heads.items()
     }
-    check_equal("prune_heads", getattr(new, tower), getattr(model, tower), gone_z)
+    check_equal("prune_heads", getattr(new, tower), getattr(model, tower), silenced)
     return check_rebuilt("prune_heads", new, tower)
 
 
