@@ -19,27 +19,34 @@ Methods = tuple[str, ...]
 
 
 def own_method(
-    tower: Any, of_tower: Methods, block: Methods = (), attention: Methods = (), mlp: Methods = ()
+    tower: Any,
+    of_tower: Methods,
+    block: Methods = (),
+    attention: Methods = (),
+    mlp: Methods = (),
+    patches_count: bool = True,
 ) -> tuple[str, str]:
     """The first of these methods that a tower has in its own version, and the class that has it.
 
-    Two empty strings if there is none. A module that was replaced counts as a fork's.
+    Two empty strings if there is none. A module that was replaced counts as a fork's, and so does
+    a method that someone has set on a module itself, unless not `patches_count`.
     """
     kind: type = TextTower if hasattr(tower, "eos_positions") else VisionTower
     parts = [(tower, kind, of_tower)]
     for one in tower.blocks:
         parts.append((one, Block, block))
-        parts += [(one.attn, Attention, attention)] if attention else []
-        parts += [(one.mlp, MLP, mlp)] if mlp else []
+        parts.append((getattr(one, "attn", one), Attention, attention))
+        parts.append((getattr(one, "mlp", one), MLP, mlp))
     for part, kind, names in parts:
         part = getattr(part, "_orig_mod", part)  # of a module that torch.compile has wrapped
         for name in names:
-            if getattr(type(part), name, None) is not getattr(kind, name) or name in vars(part):
+            is_patched = patches_count and name in vars(part)
+            if is_patched or getattr(type(part), name, None) is not getattr(kind, name):
                 return f"{kind.__name__}.{name}", type(part).__name__
     return "", ""
 
 
-def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Methods) -> None:
+def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None:
     """Raise ValueError if a tower has its own version of a method that the function `who` replays.
 
     >>> from miniclip import VisionConfig
@@ -74,9 +81,9 @@ def tower_for(model: Any, x: Tensor) -> Any:
 def sees_padding(tower: Any) -> bool:
     """Whether what follows the end of a text may change its embedding, as in a fork that attends
     both ways. CLIP's text tower is causal and is read at the end token."""
-    method, _ = own_method(
-        tower, ("forward", "pool", "eos_positions"), ("forward",), ("forward", "attend")
-    )
+    replayed = ("forward", "pool", "eos_positions"), ("forward",), ("forward", "attend")
+    # `train` patches blocks to compute them twice, which changes no embedding.
+    method, _ = own_method(tower, *replayed, patches_count=False)
     return bool(method) or not all(block.attn.causal for block in tower.blocks)
 
 

@@ -37,12 +37,14 @@ from miniclip import (
     lens,
     surgery,
 )  # fmt: skip
+from miniclip.follow import ids_for
 from miniclip.loss import contrastive_loss
 from miniclip.model import MLP, Attention, Block
 from miniclip.parity import compare, transformers_twin
 from miniclip.retrieval.building import embed_images
 from miniclip.retrieval.index import embed_query
 from miniclip.training import Recipe, average_gradients, batch_loss, open_data, train
+from miniclip.training.loop import recompute_blocks
 from miniclip.training.run import Run
 from miniclip.zeroshot.classifier import embed_texts
 
@@ -706,6 +708,12 @@ def test_a_texts_embedding_does_not_depend_on_the_others(kind, tokenizer):
     queries = [embed_query(Loaded(model, tokenizer, transform), [word]) for word in WORDS]
     for found in (together, alone, torch.stack(queries)):
         assert (found - full).abs().max() < 1e-5
+
+
+def test_blocks_that_are_computed_twice_in_training_need_no_padding(tokenizer):
+    model = fork_for(GatedCLIP, tokenizer)
+    with recompute_blocks(model):
+        assert ids_for(model.text, tokenizer, ["green"]).shape[1] < 20
 
 
 @torch.no_grad()
