@@ -44,7 +44,9 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
         counts[layer] = len(kept)
     width = _block(new, tower, 0).attn.head_width
     reconfigure(new, tower, heads=tuple(counts), head_width=width)
-    gone_z = {f"blocks.{i}.attn.z": partial(_without, gone=gone) for i, gone in heads.items()}
+    gone_z: dict[str, Any] = {
+        f"blocks.{i}.attn.z": partial(_without, gone=gone) for i, gone in heads.items()
+    }
     check_equal("prune_heads", getattr(new, tower), getattr(model, tower), gone_z)
     return check_rebuilt("prune_heads", new, tower)
 
