@@ -51,8 +51,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool, head_width: int | None = None) -> None:
         super().__init__()
         self.head_width = head_width or width // heads
-        self.causal = causal
-        self.eager = False
+        self.causal, self.eager = causal, False
         inner = heads * self.head_width  # the width again, unless heads have been pruned
         self.q_proj = nn.Linear(width, inner)
         self.k_proj = nn.Linear(width, inner)
@@ -217,10 +216,7 @@ class VisionTower(Tower):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """OpenAI's init (openai/CLIP, model.py, VisionTransformer); the rest is PyTorch's default.
-
-        q, k and v are drawn as nn.MultiheadAttention draws them, as one matrix.
-        """
+        """OpenAI's init (openai/CLIP, model.py): q, k and v are drawn as one matrix."""
         std = self.config.width**-0.5
         for weight in (self.class_embed, self.pos_embed, *self.proj.parameters()):
             nn.init.normal_(weight, std=std)

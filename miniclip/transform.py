@@ -34,11 +34,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB, transparent pixels laid on white (transformers, `convert_to_rgb`).
-
-    >>> to_rgb(Image.new("LA", (1, 1), color=(0, 0))).getpixel((0, 0))
-    (255, 255, 255)
-    """
+    """Convert any mode to RGB, transparency laid on white (transformers, `convert_to_rgb`)."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from miniclip.follow import check_equal, check_rebuilt, follow
 from miniclip.model import CLIP, Block
-from miniclip.sites import Edit
 from miniclip.surgery.weights import copied
 
 
@@ -45,10 +44,10 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
         counts[layer] = len(kept)
     width = _block(new, tower, 0).attn.head_width
     reconfigure(new, tower, heads=tuple(counts), head_width=width)
-    silenced: dict[str, Edit] = {
-        f"blocks.{layer}.attn.z": partial(_without, gone=gone) for layer, gone in heads.items()
+    gone_z: dict[str, Any] = {
+        f"blocks.{i}.attn.z": partial(_without, gone=gone) for i, gone in heads.items()
     }
-    check_equal("prune_heads", getattr(new, tower), getattr(model, tower), silenced)
+    check_equal("prune_heads", getattr(new, tower), getattr(model, tower), gone_z)
     return check_rebuilt("prune_heads", new, tower)
 
 
