@@ -258,20 +258,21 @@ class TextTower(Tower):
     def eos_positions(self, ids: Tensor) -> Tensor:
         """The position of each text's first end token: (B, T) -> (B,)
 
-        Raises ValueError for a text without one, except in a compiled or exported graph, which
-        cannot raise: there the text is read at its first token, as transformers always does.
+        A text without one raises ValueError on a CPU. Elsewhere, and in a compiled graph, a check
+        would have to wait for the device: the position is -1 there, and the embedding is NaN.
         """
         if self.config.eos_token_id == LEGACY_EOS:
             return ids.argmax(-1)
         is_eos = ids == self.config.eos_token_id
-        if not torch.compiler.is_compiling():
+        if ids.is_cpu and not torch.compiler.is_compiling():
             check_has_eos(is_eos, self.config.eos_token_id)
-        return is_eos.int().argmax(-1)
+        return torch.where(is_eos.any(-1), is_eos.int().argmax(-1), -1)
 
     def pool(self, x: Tensor, eos: Tensor) -> Tensor:
         """The last residual stream -> what is projected, (B, W): the end token."""
         x = self.ln_final(x)  # (B, T, W)
-        return x[torch.arange(x.shape[0], device=x.device), eos]  # (B, W)
+        x = x[torch.arange(x.shape[0], device=x.device), eos]  # (B, W)
+        return x.masked_fill((eos < 0)[:, None], torch.nan)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, E)"""

@@ -624,6 +624,24 @@ def test_a_row_without_an_end_token_is_an_error():
         model.encode_text(ids)
 
 
+def test_a_row_without_an_end_token_is_nan_in_a_compiled_graph():
+    """A graph cannot raise. Its other rows are as they are without it."""
+    model = tiny_clip()
+    ids = random_inputs(TINY)[1]
+    expected = model.encode_text(ids)
+    ids[1] = 5
+    found = torch.compile(model.encode_text, backend="eager", fullgraph=True)(ids)
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+def test_a_forward_pass_never_waits_for_the_device():
+    """A meta tensor has no values: a check that reads one raises."""
+    pixels, ids = (x.to("meta") for x in random_inputs(TINY))
+    out = tiny_clip().to("meta")(pixels, ids)
+    assert out.logits_per_image.shape == (len(pixels), len(ids))
+
+
 def test_too_many_tokens_are_an_error():
     model = tiny_clip()
     ids = torch.full((2, 21), TINY.text.eos_token_id)

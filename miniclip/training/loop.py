@@ -141,7 +141,7 @@ def train(
 
 
 def check_data(data: TrainingData, least: int) -> None:
-    """Raises ValueError where there are too few pictures, or only one thing is said of them."""
+    """Raise ValueError if there are too few pictures, or if all have the same caption."""
     if len(data) < least:
         reason = f"; {data.skipped[0]}" if data.skipped else ""
         raise ValueError(f"{len(data)} pictures to train on; expected at least {least}{reason}")
@@ -154,7 +154,7 @@ def check_data(data: TrainingData, least: int) -> None:
 
 
 def normalize_pixels(pixels: Tensor, transform: ImageTransform, augmented: bool) -> Tensor:
-    """Bytes (B, 3, S, S) to what the vision tower reads, as the transform's last step does it."""
+    """Bytes (B, 3, S, S) -> pixels for the vision tower, by the last step of the transform."""
     pixels = augment(pixels) if augmented else pixels
     mean, std = (
         torch.tensor(values)[:, None, None]
@@ -176,7 +176,7 @@ def tokenize_captions(captions: list[str], tokenizer: Tokenizer, run: Run) -> Te
 
 @contextmanager
 def recompute_blocks(model: CLIP) -> Iterator[None]:
-    """Remember only what passes between blocks, and compute the rest again going backwards."""
+    """Keep only the blocks' inputs in memory, and compute the rest again in the backward pass."""
     blocks = (*model.vision.blocks, *model.text.blocks)
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -13,8 +13,8 @@ from miniclip.files.models import check_device
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """This process's device. Under torchrun, which says so by RANK and its like, the processes
-    are joined for the time of the context."""
+    """Give this process's device. Under torchrun, which sets RANK, join the processes inside the
+    `with` block."""
     if "RANK" not in os.environ:
         yield device
         return
@@ -30,12 +30,12 @@ def process_group(device: str) -> Iterator[str]:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Which process this is, from 0 on, and how many there are."""
+    """The number of this process, from 0, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def of_all_processes(notes: list[str]) -> list[str]:
-    """What any of them has noted, once each."""
+    """The notes of all processes, each note once."""
     if not dist.is_initialized():
         return notes
     theirs: list[Any] = [None] * dist.get_world_size()

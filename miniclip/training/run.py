@@ -25,7 +25,7 @@ STATE = "training.pt"
 
 
 class Run:
-    """The state of a run: its step, its optimizers, and what it has written to `out`."""
+    """The state of a run: its step, its optimizers, and what it has logged."""
 
     def __init__(self, out: Path, model: CLIP, recipe: Recipe, writes: bool) -> None:
         self.out, self.model, self.writes = out, model, writes
@@ -89,7 +89,7 @@ class Run:
         return time.monotonic() - self.saved_at > SAVE_EVERY
 
     def log_step(self, loss: float, epoch_ended: bool) -> None:
-        """Count a step; after some, write a row of metrics."""
+        """Count a step. Every LOG_EVERY steps, and after an epoch, write a row of metrics."""
         self.step += 1
         self.losses.append(loss)
         if self.step % LOG_EVERY and not epoch_ended:
@@ -109,14 +109,14 @@ class Run:
                 file.write(_line(row))
 
     def report(self, note: str, about: str = "") -> None:
-        """Print a note beside the progress bar, unless it, or one `about` the same, has been."""
+        """Print a note above the progress bar: once, or the first of those `about` one thing."""
         if (about or note) not in self.reported:
             self.reported.add(about or note)
             tqdm.write(note, file=sys.stderr)
 
     def save(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
-        """Write all that is needed to go on from here, and then the checkpoint: a checkpoint alone
-        would be taken for a finished run."""
+        """Write the state to continue from, then the checkpoint. In the other order, a run that is
+        killed in between would look finished."""
         self.saved_at = time.monotonic()
         if not self.writes:
             return
@@ -137,7 +137,7 @@ class Run:
         save(self.out, weights, tokenizer, transform)
 
     def finish(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
-        """A finished run leaves its checkpoint, which becomes the model, and no state."""
+        """Write the checkpoint, remove the state, and give the model the averaged weights."""
         if self.average:
             self.model.load_state_dict(self.average.module.state_dict())
         if self.writes:

@@ -24,7 +24,7 @@ def from_scratch(
 ) -> tuple[CLIP, Tokenizer]:
     """A random model of this class and shape, and a tokenizer learnt from the data's captions.
 
-    `config.text.vocab_size` is the most that the vocabulary may have; the model's is what it has.
+    `config.text.vocab_size` is an upper limit. The model gets the size that the vocabulary has.
     """
     tokenizer = Tokenizer.train(data.captions(), config.text.vocab_size)
     tokenizer.context_length = config.text.context_length
@@ -38,7 +38,7 @@ def from_scratch(
     return kind(replace(config, text=text)), tokenizer
 
 
-# A CLIP that two cores can train, where neither a checkpoint nor a config says otherwise.
+# A CLIP that two cores can train: the default, unless a checkpoint or a config is given.
 SMALL = CLIPConfig(
     VisionConfig(width=128, layers=4, heads=4, mlp_width=512, image_size=32, patch_size=4),
     TextConfig(
@@ -67,11 +67,15 @@ def set_up(
     overrides: dict[str, Any] | None = None,
     device: str = "cpu",
 ) -> Setup:
-    """From names to what they stand for.
+    """Find what the names stand for.
 
-    `model`: the checkpoint to fine-tune; without one the weights are random, in the shape of the
-    file `config` or of the checkpoint `like`, whose recipe, but for `overrides`, and scale of
-    pixels are followed.
+    Args:
+        data: see `open_data`.
+        model: the checkpoint to fine-tune. Without one the weights are random.
+        like: the checkpoint whose recipe to follow, or a recipe's file. Random weights also get
+            its shape, and pixels its mean and standard deviation.
+        config: a config.json, the shape of random weights.
+        overrides: fields of the recipe that are to be different.
     """
     check_device(device)
     if model and config:
