@@ -698,7 +698,9 @@ def test_bytes_and_an_open_file_are_read_as_the_file_of_that_name(tmp_path):
     expected = ImageTransform(32)(tmp_path / "photo.png")
     assert torch.equal(ImageTransform(32)(data), expected)
     with (tmp_path / "photo.png").open("rb") as file:
-        assert torch.equal(ImageTransform(32)([io.BytesIO(data), file]), expected.expand(2, -1, -1, -1))
+        assert torch.equal(
+            ImageTransform(32)([io.BytesIO(data), file]), expected.expand(2, -1, -1, -1)
+        )
     with pytest.raises(ImageError, match="the image cannot be read: not an image"):
         ImageTransform(32)(data[:30])
 
