@@ -53,7 +53,7 @@ def convert(
     elif has_files("tokenizer", source, **options):
         words = Tokenizer.from_pretrained(source, **options)
     if words:
-        check_vocab_fits(source, words.vocab_size, stored.fields["text"])
+        check_vocab_fits(tokenizer or source, words.vocab_size, stored.fields["text"])
     if has_files("transform", source, **options):
         transform = ImageTransform.from_pretrained(source, **options)
     elif stored.layout == "openai":

@@ -359,6 +359,13 @@ def test_a_device_that_cannot_be_used_is_named(saved, device):
         CLIP.from_pretrained(saved, device=device)
 
 
+@pytest.mark.parametrize("read", [load, CLIP.from_pretrained, TextTower.from_pretrained])
+@pytest.mark.parametrize("option", [{"device": "nowhere"}, {"dtype": torch.int8}])
+def test_a_device_and_a_dtype_are_checked_before_the_checkpoint_is_looked_for(read, option):
+    with pytest.raises(ValueError, match="device 'nowhere' cannot|dtype is torch.int8"):
+        read("no such checkpoint", **option)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtype_is_the_one_asked_for(model, saved, dtype):
     loaded = CLIP.from_pretrained(saved, dtype=dtype)

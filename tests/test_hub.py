@@ -166,7 +166,7 @@ def test_a_revision_is_a_branch_or_a_commit(hub, model, other, tmp_path):
 READERS = {
     "load": miniclip.load,
     "CLIP.from_pretrained": CLIP.from_pretrained,
-    "CLIP": CLIP.from_pretrained,
+    "config": CLIPConfig.from_pretrained,
     "vision": VisionTower.from_pretrained,
     "text": TextTower.from_pretrained,
     "tokenizer": Tokenizer.from_pretrained,

@@ -270,6 +270,17 @@ def test_over_another_checkpoint_there_is_the_new_one_or_an_error(tmp_path, earl
 # -------------------------------------------------------------------------------- the steps of it
 
 
+@pytest.mark.parametrize("layout", ["openai", "open_clip"])
+def test_a_save_that_is_refused_leaves_no_folder(tmp_path, layout):
+    _, tokenizer, transform = old()
+    model = CLIP(replace(OLD, vision=replace(VISION, registers=2)))
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        with pytest.raises(CheckpointError, match=f"{name}: the layout '{layout}' cannot express"):
+            miniclip.save(tmp_path / name, model, tokenizer, transform, layout=layout)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "mine"]
+
+
 def test_nothing_is_in_place_before_all_is_written(tmp_path):
     (tmp_path / "a").write_text("old")
     with pytest.raises(KeyboardInterrupt), saving(tmp_path) as folder:

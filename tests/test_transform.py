@@ -24,6 +24,7 @@ from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 import miniclip.transform as steps
 from miniclip.errors import CheckpointError, ImageError
+from miniclip.files import pictures
 from miniclip.files.checks import REFERENCES
 from miniclip.files.pictures import open_image
 from miniclip.transform import OPENAI_MEAN, OPENAI_STD, ImageTransform
@@ -211,13 +212,24 @@ def test_each_byte_scales_to_the_float_of_both_references():
     assert torch.equal(torch.from_numpy(ours[:, 0]), expected)
 
 
+def cropped(offset):
+    """center_crop with another rule for the offset of a margin."""
+
+    def crop(image, size, reference):
+        left, top = (offset(side - size) for side in image.size)
+        return image.crop((left, top, left + size, top + size))
+
+    return crop
+
+
+def crop_of_the_other(image, size, reference, real=steps.center_crop):
+    return real(image, size, "transformers" if reference == "openai" else "openai")
+
+
 FAULTS = {
-    "crop rounded up": ("_crop_offset", lambda margin, reference: -(-margin // 2)),
-    "crop rounded half up": ("_crop_offset", lambda margin, reference: int(margin / 2 + 0.5)),
-    "the other reference's crop": (
-        "_crop_offset",
-        lambda margin, reference: margin // 2 if reference == "openai" else round(margin / 2),
-    ),
+    "crop rounded up": ("center_crop", cropped(lambda margin: -(-margin // 2))),
+    "crop rounded half up": ("center_crop", cropped(lambda margin: int(margin / 2 + 0.5))),
+    "the other reference's crop": ("center_crop", crop_of_the_other),
     "bilinear": (
         "resize_short_side",
         lambda image, size, real=steps.resize_short_side: image.resize(
@@ -657,7 +669,7 @@ def test_other_arrays_are_refused_with_the_reason(picture, reason):
         ImageTransform()([Image.new("RGB", (8, 8)), picture])
 
 
-@pytest.mark.parametrize("picture", [None, 3, b"\x89PNG", {"a": 1}, iter([]), [[None]]])
+@pytest.mark.parametrize("picture", [None, 3, {"a": 1}, iter([]), [[None]]])
 def test_other_types_are_a_type_error(picture):
     with pytest.raises(TypeError, match="expected a PIL image, a path, .* found"):
         ImageTransform()(picture)
@@ -669,12 +681,28 @@ def test_a_list_gives_what_its_pictures_give_alone_in_order(reference, tmp_path)
     for i in range(40):
         image = noise("RGB", 300 - 7 * i, 40 + i, seed=i)  # the first take longest
         image.save(tmp_path / f"{i}.png")
-        pictures.append([image, tmp_path / f"{i}.png", np.asarray(image)][i % 3])
+        path = tmp_path / f"{i}.png"
+        pictures.append([image, path, np.asarray(image), path.read_bytes()][i % 4])
     transform = ImageTransform(32, reference=reference)
     batch = transform(pictures)
     assert batch.shape == (40, 3, 32, 32) and batch.is_contiguous()
     for pixels, picture in zip(batch, pictures, strict=True):
         assert torch.equal(pixels, transform(picture))
+
+
+def test_bytes_and_an_open_file_are_read_as_the_file_of_that_name(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # the file is turned upright
+    data = encoded("png", exif=exif)
+    (tmp_path / "photo.png").write_bytes(data)
+    expected = ImageTransform(32)(tmp_path / "photo.png")
+    assert torch.equal(ImageTransform(32)(data), expected)
+    with (tmp_path / "photo.png").open("rb") as file:
+        assert torch.equal(
+            ImageTransform(32)([io.BytesIO(data), file]), expected.expand(2, -1, -1, -1)
+        )
+    with pytest.raises(ImageError, match="the image cannot be read: not an image"):
+        ImageTransform(32)(data[:30])
 
 
 def test_an_image_that_is_not_read_yet_may_be_listed_twice(tmp_path):
@@ -712,11 +740,11 @@ def test_an_error_calls_off_the_rest_of_the_list(tmp_path, monkeypatch):
         return real(*arguments)
 
     real = steps.resize_short_side
-    monkeypatch.setattr(steps, "open_image", open_absent)
+    monkeypatch.setattr(pictures, "open_image", open_absent)
     monkeypatch.setattr(steps, "resize_short_side", wait_for_the_error)
-    pictures = [Image.new("RGB", (8, 8)) for _ in range(20_000)]
+    images = [Image.new("RGB", (8, 8)) for _ in range(20_000)]
     with pytest.raises(ImageError, match="image 0 of 20001: absent"):
-        ImageTransform(8)([tmp_path / "absent", *pictures])
+        ImageTransform(8)([tmp_path / "absent", *images])
     assert len(started) < 20_000
 
 

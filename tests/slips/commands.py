@@ -477,8 +477,8 @@ SLIPS = [
     # What is loaded
     Slip(
         "What is loaded is in training mode.",
-        "return model.eval(), contents.layout",
-        "return model.train(), contents.layout",
+        "        return model.eval()\n\n    def save_pretrained",
+        "        return model.train()\n\n    def save_pretrained",
         f"{PACKAGE} -k ready",
     ),
     Slip(
@@ -763,8 +763,8 @@ SLIPS = [
     ),
     Slip(
         "OpenAI's crop rounds down too.",
-        "return round(margin / 2) if margin > 0",
-        "return margin // 2 if margin > 0",
+        "left, top = (round(m / 2) if m > 0",
+        "left, top = (m // 2 if m > 0",
         f"{TRANSFORM} -k crop",
     ),
     Slip(
