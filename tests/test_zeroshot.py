@@ -12,8 +12,9 @@ from PIL import Image
 from twin import TINY, random_inputs, twins
 
 from miniclip import ImageTransform, Tokenizer, ZeroShotClassifier
+from miniclip.files.ahead import read_ahead
 from miniclip.zeroshot.classifier import class_embeddings, embed_texts, find_templates
-from miniclip.zeroshot.data import folder_labels, labelled_images, read_ahead
+from miniclip.zeroshot.data import folder_labels, labelled_images
 from miniclip.zeroshot.evaluation import evaluate
 from miniclip.zeroshot.imagenet import (
     CIFAR_TEMPLATES,
