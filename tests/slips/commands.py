@@ -560,6 +560,12 @@ SLIPS = [
         "ThreadPoolExecutor(torch.get_num_threads())",
         f"{ZEROSHOT} {RETRIEVAL} -k 'ahead or workers or threads'",
     ),
+    Slip(
+        "A reader that stops waits for what it will not read.",
+        "pool.shutdown(cancel_futures=True)",
+        "pool.shutdown()",
+        f"{ZEROSHOT} -k unread",
+    ),
     # Retrieval
     Slip(
         "The search trusts float32.",
