@@ -2,6 +2,6 @@
 
 import sys
 
-from miniclip.cli import main
+from miniclip.commands.main import main
 
 sys.exit(main())

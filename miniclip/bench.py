@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from miniclip.checkpoint import Loaded, save
 from miniclip.config import CLIPConfig
+from miniclip.files.ahead import read_ahead
 from miniclip.files.hub import OPENAI_VOCABULARY
 from miniclip.files.models import check_device
 from miniclip.files.names import OPENAI, TRANSFORMERS, layout_name, pack
@@ -46,10 +46,10 @@ from miniclip.peers import Library, import_transformers, libraries, versions
 from miniclip.presets import PRESETS
 from miniclip.retrieval.building import embed_parts
 from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings, embed
+from miniclip.terminal import progress
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform, resize_short_side
 from miniclip.zeroshot.classifier import class_embeddings
-from miniclip.zeroshot.data import read_ahead
 from miniclip.zeroshot.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
 
 # How far an output may be from miniclip's, as a share of its length: what rounding explains.
@@ -724,7 +724,7 @@ def bench(
     with TemporaryDirectory() as folder, exact_float32():
         config = prepare(Path(folder), shape)
         setting = Setting(Path(folder), config, shape, device, dtype, compile, batch)
-        bar = tqdm(suites, unit="suite", delay=2, disable=None, leave=False)
+        bar = progress(suites, "suite")
         for name in bar:
             bar.set_description(name)
             for case in SUITES[name](setting):

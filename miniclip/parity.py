@@ -31,6 +31,7 @@ from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.model import CLIP
 from miniclip.peers import import_transformers, versions
 from miniclip.presets import PRESETS
+from miniclip.terminal import progress
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
 
@@ -323,9 +324,7 @@ def _lay_out_alike(one: "Run", other: "Run", images: int, texts: int) -> None:
 
 
 def _progress(plan: list[Any]) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    return tqdm(plan, unit="run", delay=2, disable=None, leave=False)
+    return progress(plan, "run")
 
 
 def _are_an_ulp_apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 
 from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig, bench, load, peers
 from miniclip.bench import Case, Contender, Row, Setting, alternate, distance, measure, table, timed
-from miniclip.cli import main
+from miniclip.commands.main import main
 from miniclip.parts import parts
 from miniclip.peers import Library
 from miniclip.presets import PRESETS

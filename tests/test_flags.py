@@ -11,7 +11,7 @@ from PIL import Image
 from twin import TINY, twins
 
 import miniclip
-from miniclip.cli import main
+from miniclip.commands.main import main
 from miniclip.presets import PRESETS
 
 OFFICIAL = "openai/clip-vit-base-patch32"
@@ -32,15 +32,13 @@ LINES = {
     "explain": "explain PICTURE cat --model MODEL --json",
     "explain, score": "explain --score shapes --model MODEL --json",
     "embed": "embed PICTURE --out OUT --model MODEL",
-    "embed, time": "embed PICTURE --time --model MODEL",
     "search": "search INDEX cat --model MODEL",
     "search, same model": "search INDEX cat",
     "serve": "serve --model MODEL",
 }
 EVALUATING = ["eval", "eval, drawn world"]
 EXPLAINING = ["explain", "explain, score"]
-EMBEDDING = ["embed", "embed, time"]
-WITH_REFERENCE = ["classify", "tokenize", *EVALUATING, *EXPLAINING, *EMBEDDING]
+WITH_REFERENCE = ["classify", "tokenize", *EVALUATING, *EXPLAINING, "embed"]
 WITH_REVISION = [*WITH_REFERENCE, "info", "parity", "convert"]
 WITH_DEFAULT_MODEL = [*WITH_REFERENCE, "info", "parity", "serve"]
 WITH_DEVICE = [name for name in LINES if name not in ("info", "tokenize", "convert")]
@@ -65,7 +63,7 @@ def desk(tmp_path_factory):
 def run(desk, tmp_path, monkeypatch, capsys):
     """Run a line of LINES, or any other, in an empty folder: (status, stdout, stderr)."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    monkeypatch.setattr("miniclip.serve.run", lambda app, listening: None)
+    monkeypatch.setattr("miniclip.page.serve.run", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)
 
     def run(line, model="cifar10"):
@@ -214,7 +212,7 @@ def test_bench_measures_what_it_is_asked_for(run, monkeypatch):
     assert sum("compiled" in one.name for one in cases[1].contenders) == 2
 
 
-@pytest.mark.parametrize("name", ["eval", *EMBEDDING])
+@pytest.mark.parametrize("name", ["eval", "embed"])
 def test_batches_have_64_images_unless_told_otherwise(run, monkeypatch, tmp_path, name):
     (tmp_path / "many" / "cat").mkdir(parents=True)
     for i in range(70):
@@ -232,9 +230,8 @@ def test_batches_have_64_images_unless_told_otherwise(run, monkeypatch, tmp_path
     assert run(line.replace("OUT", "other") + " --batch 35")[0] == 0 and set(sizes) == {35}
 
 
-@pytest.mark.parametrize("name", EMBEDDING)
-def test_workers_reach_the_work(run, name):
-    assert_error(run(f"{LINES[name]} --workers 0"), "workers is 0")
+def test_workers_reach_the_work(run):
+    assert_error(run(f"{LINES['embed']} --workers 0"), "workers is 0")
 
 
 def test_an_index_lists_what_is_damaged(run, output, tmp_path):
@@ -245,7 +242,7 @@ def test_an_index_lists_what_is_damaged(run, output, tmp_path):
 
 RECIPE = {  # every number another than Recipe's own
     "epochs": 2, "batch": 3, "lr": 2e-3, "muon_lr": 3e-3, "weight_decay": 0.2, "warmup": 0.5,
-    "clip_gradient": 2.5, "patch_dropout": 0.25, "full_epochs": 0, "augment": True,
+    "clip_gradient": 2.5, "patch_dropout": 0.25, "full_epochs": 0, "ema": 0.5, "augment": True,
     "hard_negatives": False, "chunk": 1, "checkpoint_blocks": True, "precision": "bfloat16",
     "compile": False, "seed": 5,
 }  # fmt: skip
@@ -349,7 +346,8 @@ def test_search_shows_twelve_pictures_unless_told_otherwise(output, desk, tmp_pa
 def test_the_title_of_a_sheet_is_the_query(run, monkeypatch, desk):
     titles = []
     monkeypatch.setattr(
-        "miniclip.retrieval.draw_sheet", lambda index, hits, title, path: titles.append(title) or []
+        "miniclip.retrieval.sheet.draw_sheet",
+        lambda index, hits, title, path: titles.append(title) or [],
     )
     picture = desk / "picture.png"
     line = f"search INDEX cat dog --image {picture} --minus a --minus-image {picture} --sheet s.png"
@@ -387,9 +385,11 @@ def test_serve_offers_what_it_is_given(run, monkeypatch, desk):
     def create_app(models, find):
         given.update(models=models, find=find)
 
-    monkeypatch.setattr("miniclip.serve.create_app", create_app)
+    monkeypatch.setattr("miniclip.page.serve.create_app", create_app)
     opened = []
-    monkeypatch.setattr("miniclip.serve.open_index", lambda *args: opened.append(args) or "find")
+    monkeypatch.setattr(
+        "miniclip.page.serve.open_index", lambda *args: opened.append(args) or "find"
+    )
     assert run("serve --model cifar10 shapes --port 0 --index INDEX --device cpu:0")[0] == 0
     assert list(given["models"]) == ["cifar10", "shapes"] and given["find"] == "find"
     assert opened == [(str(desk / "index"), "cpu:0")]

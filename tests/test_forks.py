@@ -12,7 +12,7 @@ from twin import TINY, fork_of, random_inputs, twins
 
 from miniclip import Tokenizer, surgery
 from miniclip.checkpoint import Loaded
-from miniclip.cli import rows_dict
+from miniclip.commands.parity import rows_dict
 from miniclip.parity import compare
 
 

@@ -39,7 +39,7 @@ from miniclip import (
     load,
     save,
 )
-from miniclip.cli import main
+from miniclip.commands.main import main
 from miniclip.config import LEGACY_EOS
 from miniclip.convert import convert
 from miniclip.files.configs import from_shapes, openai_numbers, tower_from_transformers

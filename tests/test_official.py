@@ -37,7 +37,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 import miniclip
-from miniclip.cli import main
+from miniclip.commands.main import main
 from miniclip.files.hub import WEIGHTS, resolve
 from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.presets import PRESETS

@@ -25,7 +25,7 @@ from miniclip import (
     tokenizer,
     transform,
 )
-from miniclip.cli import main
+from miniclip.commands.main import main
 from miniclip.parity import Difference, assert_parity, compare, summarize
 from miniclip.presets import PRESETS
 

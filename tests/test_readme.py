@@ -22,10 +22,11 @@ from PIL import Image
 from twin import TINY
 
 import miniclip
-from miniclip import bench, cli
+from miniclip import bench
+from miniclip.commands.main import main
 from miniclip.lens.heat import METHODS
 from miniclip.presets import PRESETS
-from miniclip.training import shapes
+from miniclip.world import scoring
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,8 +67,8 @@ def little(monkeypatch):
     """Less of what takes long: scenes, rounds of `bench`, methods of `explain`."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     monkeypatch.setattr("miniclip.bench.measure", partial(bench.measure, seconds=0))
-    monkeypatch.setattr(shapes, "score", partial(shapes.score, scenes=8))
-    monkeypatch.setattr("miniclip.training.shapes.Shapes.__init__.__defaults__", (32, 0))
+    monkeypatch.setattr(scoring, "score", partial(scoring.score, scenes=8))
+    monkeypatch.setattr("miniclip.world.source.Shapes.__init__.__defaults__", (32, 0))
     for method in ("occlusion", "relevance", "rollout"):
         monkeypatch.delitem(METHODS, method)
 
@@ -115,9 +116,7 @@ def desk(tmp_path_factory):
     (folder / "tiny.json").write_text(TINY_CONFIG)
     miniclip.save(folder / "mine", *miniclip.load("cifar10"))
     index = str(folder / "index.safetensors")
-    assert (
-        cli.main(["embed", str(folder / "photographs"), "--out", index, "--model", "cifar10"]) == 0
-    )
+    assert main(["embed", str(folder / "photographs"), "--out", index, "--model", "cifar10"]) == 0
     return folder
 
 
@@ -142,9 +141,7 @@ def test_the_python_runs_as_it_stands(desk, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
     assert len(blocks) >= 6
     monkeypatch.chdir(desk)
-    assert (
-        cli.main(["embed", "photographs", "--out", "index.safetensors", "--model", "cifar10"]) == 0
-    )
+    assert main(["embed", "photographs", "--out", "index.safetensors", "--model", "cifar10"]) == 0
     names: dict = {"__name__": "__main__"}
     with redirect_stdout(io.StringIO()) as out:
         for block in blocks:
@@ -163,10 +160,10 @@ def test_the_command_works(desk, command, little, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     argv = stand_in(command)
     if argv[0] == "serve":
-        monkeypatch.setattr("miniclip.serve.run", lambda app, socket: socket.close())
+        monkeypatch.setattr("miniclip.page.serve.run", lambda app, socket: socket.close())
     if argv[0] == "train":
         shutil.rmtree(argv[argv.index("--out") + 1], ignore_errors=True)
-    status = cli.main(argv)
+    status = main(argv)
     assert status == 0, capsys.readouterr().err
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +17,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from twin import TINY, twins
 
 import miniclip
-from miniclip import CLIP, ImageError, ImageTransform, retrieval, zeroshot
+from miniclip import ImageError, ImageTransform, retrieval
 from miniclip.checkpoint import Loaded
-from miniclip.cli import main
-from miniclip.retrieval.building import begin, build_index, build_settings, embed_images, throughput
+from miniclip.commands.main import main
+from miniclip.files import ahead
+from miniclip.retrieval.building import begin, build_index, build_settings, embed_images
 from miniclip.retrieval.index import (
     Encoder,
     Index,
@@ -309,7 +310,7 @@ def test_an_index_is_read_back_as_it_was(tmp_path):
 
 def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
     index_of(torch.eye(3)).save(tmp_path / "i")
-    monkeypatch.setattr(retrieval, "save_file", lambda *args, **kw: 1 / 0)
+    monkeypatch.setattr(retrieval.index, "save_file", lambda *args, **kw: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         index_of(torch.ones(2, 2)).save(tmp_path / "i")
     assert torch.equal(Index.load(tmp_path / "i").embeddings, torch.eye(3))
@@ -330,7 +331,7 @@ def damaged(path, how):
         path.mkdir()
     else:
         tensors = load_file(path)
-        with retrieval.safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             about = file.metadata()
         if how == "rows":
             tensors["embeddings"] = tensors["embeddings"][:2].clone()
@@ -371,7 +372,7 @@ def best_by_float64(rows, query, k):
 @pytest.mark.parametrize("block", [1, 7, 64, 8192])
 @pytest.mark.parametrize("k", [1, 5, 300, 1000])
 def test_the_search_is_exact(monkeypatch, block, k):
-    monkeypatch.setattr(retrieval, "BLOCK", block)
+    monkeypatch.setattr(retrieval.index, "BLOCK", block)
     rows, query = unit_rows(300, 48), unit_rows(1, 48, seed=1)[0]
     hits = index_of(rows).search(query, k)
     assert [hit.row for hit in hits] == best_by_float64(rows, query.tolist(), k)
@@ -388,7 +389,7 @@ def crowd(n=1500, width=256):
 
 
 def test_the_search_is_exact_where_float32_is_not(monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", 128)
+    monkeypatch.setattr(retrieval.index, "BLOCK", 128)
     rows, query = crowd()
     expected = best_by_float64(rows, query.tolist(), 10)
     assert [hit.row for hit in index_of(rows).search(query, 10)] == expected
@@ -396,7 +397,7 @@ def test_the_search_is_exact_where_float32_is_not(monkeypatch):
 
 
 def test_of_equals_the_first_come_first(monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", 50)
+    monkeypatch.setattr(retrieval.index, "BLOCK", 50)
     rows = unit_rows(3, 32).repeat(200, 1)
     query = rows[1]
     hits = index_of(rows).search(query, 250)
@@ -405,7 +406,7 @@ def test_of_equals_the_first_come_first(monkeypatch):
 
 
 def test_a_query_of_any_length_finds_the_same(monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", 128)
+    monkeypatch.setattr(retrieval.index, "BLOCK", 128)
     rows, query = crowd()
     expected = [hit.row for hit in index_of(rows).search(query, 10)]
     for length in (1e-4, 1e4):
@@ -503,7 +504,7 @@ def test_names_that_last(tmp_path, monkeypatch):
     Path("model").mkdir()
     assert lasting_name("model") == (str(tmp_path / "model"), None)
     snapshot = tmp_path / "snapshots" / "c0ffee"
-    monkeypatch.setattr(retrieval, "resolve", lambda *args, **kwargs: snapshot)
+    monkeypatch.setattr(retrieval.index, "resolve", lambda *args, **kwargs: snapshot)
     assert lasting_name("openai/clip", "main") == ("openai/clip", "c0ffee")
 
 
@@ -609,7 +610,7 @@ def test_pictures_that_have_gone_leave_their_places_empty(loaded, photographs, t
 
 @pytest.fixture
 def build(loaded, photographs, monkeypatch):
-    monkeypatch.setattr(retrieval, "PART", 4)
+    monkeypatch.setattr(retrieval.building, "PART", 4)
 
     def build(out, pictures=None, batch=2, damage=()):
         pictures = find_pictures([photographs])[0] if pictures is None else pictures
@@ -679,26 +680,25 @@ def test_another_build_is_not_continued(loaded, tmp_path, monkeypatch, changed, 
     if changed == "folder":
         monkeypatch.chdir(tmp_path)
     if changed == "part":
-        monkeypatch.setattr(retrieval, "PART", 100)
+        monkeypatch.setattr(retrieval.building, "PART", 100)
     other = {"batch": {"batch": 5}, "pictures": {"pictures": ("b.png",)}}.get(changed, {})
     with pytest.raises(ValueError, match=f"holds an unfinished index with another {changed};"):
         start(ENCODER._replace(**change), **other)
 
 
 def test_the_threads_are_as_many_as_workers(build, loaded, photographs, tmp_path, monkeypatch):
-    pools, real = [], zeroshot.ThreadPoolExecutor
+    pools, real = [], ahead.ThreadPoolExecutor
 
     def pool(threads):
         pools.append(threads)
         return real(threads)
 
-    monkeypatch.setattr(zeroshot, "ThreadPoolExecutor", pool)
+    monkeypatch.setattr(ahead, "ThreadPoolExecutor", pool)
     pictures, _ = find_pictures([photographs])
     embed_images(loaded, pictures, workers=3)
     build_index(tmp_path / "i", loaded, pictures, describe(loaded, "tiny"), workers=4)
-    throughput(loaded, pictures, workers=5)
     embed_images(loaded, pictures)
-    assert pools == [3, 4, 5, 5, torch.get_num_threads()]
+    assert pools == [3, 4, torch.get_num_threads()]
 
 
 def test_nothing_that_can_be_read(build, photographs, tmp_path):
@@ -865,8 +865,7 @@ def test_search_by_another_model_names_both(run, indexed):
         (["embed", "absent", "--out", "i", "--model", "cifar10"], ["absent", "no such file"]),
         (["embed", "PHOTO", "--out", "i", "--model", "cifar11"], ["cifar11"]),
         (["embed", "PHOTO", "--out", "i", "--model", "cifar10", "--batch", "0"], ["batch is 0"]),
-        (["embed", "PHOTO", "--model", "cifar10"], ["--out", "--time"]),
-        (["embed", "PHOTO", "--out", "i", "--time"], ["--out", "--time"]),
+        (["embed", "PHOTO", "--model", "cifar10"], ["--out"]),
         (["embed", "PHOTO", "--out", ".", "--model", "cifar10"], ["is a folder"]),
         (["embed", "PHOTO", "--out", "/dev/null/i", "--model", "cifar10"], ["cannot be written"]),
         (["embed", "--out", "i"], ["PATH"]),
@@ -879,26 +878,6 @@ def test_commands_that_make_no_sense(run, indexed, tmp_path, monkeypatch, argv, 
     assert status == 2 and err.startswith("miniclip: error: ") and err.count("\n") == 1
     assert all(word in err for word in words)
     assert not Path("i").exists() and not Path("i.parts").exists()
-
-
-def test_embed_times_decoding_the_encoder_and_both(loaded, photographs, monkeypatch):
-    """On a clock that only work moves: a second for a picture decoded, four for a batch encoded."""
-    clock, moving = [0.0], threading.Lock()
-
-    def worth(seconds, function):
-        def work(*arguments, **options):
-            with moving:
-                clock[0] += seconds
-            return function(*arguments, **options)
-
-        return work
-
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(retrieval, "pixels_of", worth(1, retrieval.pixels_of))
-    monkeypatch.setattr(CLIP, "encode_image", worth(4, CLIP.encode_image))
-    pictures, _ = find_pictures([photographs])
-    found = throughput(loaded, pictures, batch=5, workers=2)
-    assert found == (11 / 11, 11 / (3 * 4), 11 / (11 + 3 * 4))  # 11 pictures are three batches
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
-from miniclip.cli import main
+from miniclip.commands.main import main
 from miniclip.errors import ImageError
 from miniclip.files.hub import EMBEDDED
 from miniclip.page.serve import create_app, listen, open_index, read_picture, write_picture
@@ -44,7 +44,7 @@ def note(event, args):
         os.write(log, f"{event} {args}\\n".encode())
 sys.addaudithook(note)
 """
-SERVE = AUDITED + "from miniclip.cli import main\nsys.exit(main())"
+SERVE = AUDITED + "from miniclip.commands.main import main\nsys.exit(main())"
 
 
 class Server:
@@ -717,6 +717,6 @@ def test_a_port_that_is_taken(capsys):
 
 def test_without_its_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "miniclip.serve")
+    monkeypatch.delitem(sys.modules, "miniclip.page.serve")
     assert main(["serve", "--model", "shapes"]) == 2
     assert "miniclip[demo]" in capsys.readouterr().err

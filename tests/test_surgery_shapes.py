@@ -15,7 +15,7 @@ from transformers import AutoModel, CLIPModel
 from twin import TINY, assert_close, assert_far, random_inputs, randomize, tiny_clip, twins
 
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
-from miniclip.cli import main
+from miniclip.commands.main import main
 from miniclip.files.configs import beyond_transformers
 from miniclip.lens.decompose import decompose
 from miniclip.parity import transformers_twin

@@ -24,7 +24,7 @@ from twin import TINY, random_inputs, transformers_config, twins
 from two_processes import CASES, gradients, step, three_steps
 
 from miniclip import CLIP, ImageTransform, TextConfig, VisionConfig, load
-from miniclip.cli import main
+from miniclip.commands.main import main
 from miniclip.errors import CheckpointError
 from miniclip.files.pictures import open_image
 from miniclip.loss import contrastive_loss

@@ -4,6 +4,7 @@ are right."""
 import hashlib
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from PIL import Image
 from twin import TINY, random_inputs, twins
 
 from miniclip import ImageTransform, Tokenizer, ZeroShotClassifier
+from miniclip.files.ahead import read_ahead
 from miniclip.zeroshot.classifier import class_embeddings, embed_texts, find_templates
-from miniclip.zeroshot.data import folder_labels, labelled_images, read_ahead
+from miniclip.zeroshot.data import folder_labels, labelled_images
 from miniclip.zeroshot.evaluation import evaluate
 from miniclip.zeroshot.imagenet import (
     CIFAR_TEMPLATES,
@@ -361,6 +363,29 @@ def test_reading_ahead_keeps_the_order_and_its_distance():
     goes_on.set()
     assert [int(result) for result in results] == list(range(1, 30))
     assert sorted(started) == list(range(30))
+
+
+def test_a_reader_that_stops_leaves_the_rest_unread(monkeypatch):
+    started, second, goes_on = [], threading.Event(), threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, **options):
+            super().shutdown(**{**options, "wait": False})
+            goes_on.set()  # only now may the thread take another item
+            super().shutdown()
+
+    def read(i):
+        started.append(i)
+        if i == 1:
+            second.set()
+            assert goes_on.wait(60)
+        return i
+
+    monkeypatch.setattr("miniclip.files.ahead.ThreadPoolExecutor", Pool)
+    results = read_ahead(read, range(30), ahead=5, threads=1)
+    assert next(results) == 0 and second.wait(60)
+    results.close()
+    assert started == [0, 1]
 
 
 def test_accuracy_is_that_of_transformers(tmp_path, tokenizer):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from miniclip import CLIP
-from miniclip.cli import main
+from miniclip.commands.main import main
 from miniclip.config import CLIPConfig
 from miniclip.training import average_gradients, batch_loss, gather
 from miniclip.training.loss import backward

@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from miniclip.figures.style import BLUE, ORANGE, save, shorten
+from miniclip.figures.style import BLUE, ORANGE, save
+from miniclip.terminal import shorten
 from miniclip.zeroshot.evaluation import Evaluation
 
 MOST_NAMES = 40  # classes that can be named along a side of the matrix,

@@ -6,7 +6,7 @@ from os import PathLike
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from miniclip.figures.exhibits import Exhibit, Heat
+from miniclip.exhibits import Exhibit, Heat
 from miniclip.figures.style import draw_bars, save, show_picture
 
 

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from miniclip.exhibits import Exhibit, Heat
 from miniclip.figures.demo import draw_heat
-from miniclip.figures.exhibits import Exhibit, Heat
 from miniclip.figures.style import save, show_panel, show_picture, title_of
 from miniclip.lens.heat import BLIND, HEAT_COLOURS, overlay
 from miniclip.world.localise import Question

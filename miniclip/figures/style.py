@@ -1,13 +1,12 @@
 """What all figures share: colours, fonts and writing the file.
 
-The colours are Okabe and Ito's, or run from light to dark: the colour-blind tell them apart, and so
-does a grey printer. This file imports matplotlib, which the `demo` extra brings.
+The colours are Okabe and Ito's, or run from light to dark: colour-blind readers and a grey printer
+can tell them apart. This file imports matplotlib, which the `demo` extra brings.
 """
 
 import textwrap
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from os import PathLike
 
 from matplotlib import font_manager, rcParams
@@ -17,33 +16,21 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from miniclip.figures.exhibits import Exhibit
+from miniclip.exhibits import Exhibit
 from miniclip.zeroshot.classifier import Score
 
 KINDS = [f".{kind}" for kind in FigureCanvasBase.filetypes]  # that a picture's name may end in
-
-
-BLUE = "#0072b2"
-
-
-ORANGE = "#d55e00"
-
-
-def shorten(label: str, width: int = 24) -> str:
-    """The label, cut to `width` characters if it is longer."""
-    return label if len(label) <= width else label[: width - 1] + "…"
+BLUE, ORANGE = "#0072b2", "#d55e00"
 
 
 def save(figure: Figure, path: str | PathLike[str]) -> None:
-    """Write a picture in the format that its name ends in. ValueError where that cannot be."""
+    """Write a picture in the format that its name ends in. Raises ValueError if it cannot."""
     texts = figure.findobj(Text)
     families = [*rcParams["font.family"], *fonts_beside("".join(t.get_text() for t in texts))]
     for text in texts:
         text.set_fontfamily(families)
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # of characters that no font here has, and are drawn as boxes
+        with warnings.catch_warnings():  # characters that no font here has are drawn as boxes
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(path, dpi=120)
     except OSError as error:
@@ -51,27 +38,28 @@ def save(figure: Figure, path: str | PathLike[str]) -> None:
 
 
 def fonts_beside(text: str) -> dict[str, str]:
-    """Installed fonts that have what matplotlib's own lacks of a text, the one that has most first:
-    by family, the file.
+    """Installed fonts that have the characters that matplotlib's usual font lacks: family, file.
 
-    >>> list(fonts_beside("plain, or naïve, or по-русски"))
-    []
+    >>> fonts_beside("plain, or naïve, or по-русски")
+    {}
     """
-    has = font_manager.get_font(usual_font()).get_charmap().keys()
-    lacking = set(map(ord, text)) - has - {ord("\n")}
-    covers = []
-    for font in font_manager.fontManager.ttflist if lacking else []:
-        with suppress(RuntimeError):  # a font of bitmaps
-            has = font_manager.get_font(font.fname).get_charmap().keys()
-            if lacking & has and "Last Resort" not in font.name:  # which has boxes for everything
-                covers.append((lacking & has, font))
     found = {}
-    covers.sort(key=lambda row: (-len(row[0]), row[1].style != "normal", row[1].weight != 400))
-    for covered, font in covers:
-        if lacking & covered:
+    lacking = {*map(ord, text)} - {ord("\n")} - characters_of(usual_font())
+    for font in font_manager.fontManager.ttflist if lacking else []:
+        is_plain = font.style == "normal" and font.weight == 400
+        # "Last Resort" has a box for every character.
+        if is_plain and "Last Resort" not in font.name and lacking & characters_of(font.fname):
             found[font.name] = font.fname
-            lacking -= covered
+            lacking -= characters_of(font.fname)
     return found
+
+
+def characters_of(font: str) -> set[int]:
+    """The characters that a font file has; none if it cannot be read, as a font of bitmaps."""
+    try:
+        return {*font_manager.get_font(font).get_charmap()}
+    except RuntimeError:
+        return set()
 
 
 def usual_font() -> str:
@@ -80,7 +68,7 @@ def usual_font() -> str:
 
 
 def font_file(text: str) -> str:
-    """The font for a text that may have one only."""
+    """The font for a text that can have only one."""
     return next(iter(fonts_beside(text).values()), usual_font())
 
 
@@ -118,7 +106,7 @@ def title_of(text: str) -> list[str]:
 def show_panel(axes: Axes, picture: Image.Image, title: str, below: str = "") -> None:
     """A picture with a title above and a note below, both wrapped."""
     axes.imshow(picture)
-    # As text, for a $ would begin a formula.
+    # Plain text, because a $ would begin a formula.
     axes.set_title("\n".join(title_of(title)), loc="left", fontsize=11, parse_math=False)
     lines = textwrap.wrap(below, 36)
     axes.text(0, -0.03, "\n".join(lines), transform=axes.transAxes, fontsize=9, va="top")

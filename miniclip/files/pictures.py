@@ -40,6 +40,11 @@ def open_image(
     return image
 
 
+def with_name(name: str, error: ImageError) -> str:
+    """The error's message, with the image's name in front if it does not have it yet."""
+    return str(error) if name in str(error) else f"{name}: {error}"
+
+
 def as_image(picture: Picture) -> Image.Image:
     """A picture in any accepted form as a Pillow image. Raises ImageError or TypeError."""
     if isinstance(picture, Image.Image):

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from miniclip import lens
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ImageError
-from miniclip.figures.exhibits import LABELS, PHOTOGRAPHS, photographs
+from miniclip.exhibits import LABELS, PHOTOGRAPHS, photographs
 from miniclip.files.pictures import open_image
 from miniclip.transform import to_rgb
 from miniclip.world.localise import questions

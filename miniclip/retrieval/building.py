@@ -3,28 +3,26 @@
 import os
 import shutil
 import sys
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ImageError
+from miniclip.files.ahead import read_ahead
 from miniclip.files.reading import read_json
 from miniclip.files.writing import write_json
 from miniclip.retrieval.index import Encoder, Index, Strings, describe, embed
-from miniclip.retrieval.pictures import Source, pixels_of
-from miniclip.zeroshot.data import read_ahead
+from miniclip.retrieval.pictures import Member, pixels_of
+from miniclip.terminal import progress
 
 PART = 512
 """Pictures between two savings: so many, at most, are embedded again after a kill."""
@@ -32,7 +30,7 @@ PART = 512
 
 def embed_images(
     loaded: Loaded,
-    pictures: Sequence[Source],
+    pictures: Sequence[str | Member],
     name: str = "a model in memory",
     batch: int = 64,
     workers: int | None = None,
@@ -55,7 +53,7 @@ def embed_images(
 def build_index(
     out: str | PathLike[str],
     loaded: Loaded,
-    pictures: Sequence[Source],
+    pictures: Sequence[str | Member],
     encoder: Encoder,
     damage: Sequence[str] = (),
     batch: int = 64,
@@ -112,7 +110,7 @@ def check_counts(batch: int, workers: int | None) -> None:
 
 def embed_parts(
     loaded: Loaded,
-    parts: Sequence[Sequence[Source]],
+    parts: Sequence[Sequence[str | Member]],
     batch: int = 64,
     workers: int | None = None,
     silent: bool = False,
@@ -126,7 +124,7 @@ def embed_parts(
     decode = partial(pixels_of, transform=transform)
     decoded = read_ahead(decode, chain(*parts), 2 * batch, workers)
     total = sum(map(len, parts))
-    with tqdm(total=total, unit="image", delay=2, disable=silent or None, leave=False) as bar:
+    with progress(total=total, unit="image", disable=silent or None) as bar:
         for part in parts:
             rows = [torch.empty(0, model.config.embed_dim)]
             paths: list[str] = []
@@ -145,7 +143,7 @@ def embed_parts(
 
 
 def build_settings(
-    loaded: Loaded, pictures: Sequence[Source], encoder: Encoder, batch: int
+    loaded: Loaded, pictures: Sequence[str | Member], encoder: Encoder, batch: int
 ) -> dict[str, Any]:
     """What decides the bytes of a part."""
     listed = "\0".join(map(repr, pictures)).encode("utf-8", "surrogateescape")
@@ -191,33 +189,3 @@ def merged(parts: Sequence[Index], damage: Sequence[str], scratch: Path) -> Inde
     torch.cat([part.embeddings for part in parts], out=embeddings)
     paths = Strings.pack(chain(*(part.paths for part in parts)))
     return Index(embeddings, paths, parts[0].encoder, skipped, parts[0].folder)
-
-
-class Throughput(NamedTuple):
-    """Pictures a second."""
-
-    decoding: float  # to pixels, by the workers, with nothing else to do
-    encoding: float  # by the vision tower, of pixels that are there
-    together: float
-
-
-def throughput(
-    loaded: Loaded, pictures: Sequence[Source], batch: int = 64, workers: int | None = None
-) -> Throughput:
-    """How fast `embed_images` is, and how fast each half of its work alone."""
-    check_counts(batch, workers)
-    model, _, transform = loaded
-    pixels = torch.zeros(batch, 3, transform.crop_size, transform.crop_size)
-    sizes = [min(batch, len(pictures) - i) for i in range(0, len(pictures), batch)]
-    embed(model, pixels)  # the first call of a model takes longer
-
-    def rate(work: Iterable[Any]) -> float:
-        start = time.perf_counter()
-        deque(work, maxlen=0)
-        return len(pictures) / (time.perf_counter() - start)
-
-    return Throughput(
-        rate(read_ahead(partial(pixels_of, transform=transform), pictures, 2 * batch, workers)),
-        rate(embed(model, pixels[:size]) for size in sizes),
-        rate(embed_parts(loaded, [pictures], batch, workers)),
-    )

@@ -21,7 +21,7 @@ from miniclip.files.hub import embedded_names, resolve
 from miniclip.files.writing import replacing
 from miniclip.follow import ids_for
 from miniclip.model import CLIP, unit_norm
-from miniclip.retrieval.pictures import Source, open_picture, pixels_of
+from miniclip.retrieval.pictures import Member, open_picture, pixels_of
 from miniclip.transform import ImageTransform
 
 BLOCK = 8192
@@ -253,9 +253,9 @@ def embed(model: CLIP, pixels: Tensor) -> Tensor:
 def embed_query(
     loaded: Loaded,
     texts: Sequence[str] = (),
-    pictures: Sequence[Source] = (),
+    pictures: Sequence[str | Member] = (),
     minus: Sequence[str] = (),
-    minus_pictures: Sequence[Source] = (),
+    minus_pictures: Sequence[str | Member] = (),
 ) -> Tensor:
     """The sum of the unit vectors of texts and pictures, less those of others, of length 1: (E,).
 

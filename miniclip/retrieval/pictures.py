@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from miniclip.errors import ImageError
-from miniclip.files.pictures import open_image
+from miniclip.files.pictures import open_image, with_name
 from miniclip.transform import ImageTransform
 
 
@@ -30,9 +30,6 @@ class Member(NamedTuple):
         return f"{self.archive}/{self.name}"
 
 
-Source = str | Member
-
-
 @cache
 def picture_suffixes() -> frozenset[str]:
     """The endings of the formats that Pillow reads."""
@@ -44,7 +41,7 @@ def is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in picture_suffixes()
 
 
-def find_pictures(paths: Iterable[str | PathLike[str]]) -> tuple[list[Source], list[str]]:
+def find_pictures(paths: Iterable[str | PathLike[str]]) -> tuple[list[str | Member], list[str]]:
     """The pictures that files, folders, patterns and tars stand for, and what is wrong with tars.
 
     A folder stands for the pictures and the tars in it and deeper, by their endings; a tar, such as
@@ -52,11 +49,11 @@ def find_pictures(paths: Iterable[str | PathLike[str]]) -> tuple[list[Source], l
     fits. A file that is named is a picture, whatever its ending. Each is listed once, in the order
     of the arguments, and sorted within. Raises ValueError where there is nothing.
     """
-    found: dict[Source, None] = {}
+    found: dict[str | Member, None] = {}
     damage: list[str] = []
     for path in (os.fspath(path) for path in paths):
         known_damage = len(damage)
-        pictures: list[Source] = []
+        pictures: list[str | Member] = []
         for name in _files(path):
             pictures += _members(name, damage) if name.endswith(".tar") else [name]
         if not pictures and len(damage) == known_damage:
@@ -104,19 +101,14 @@ def _members(archive: str, damage: list[str]) -> list[Member]:
     return list(members.values())
 
 
-def pixels_of(source: Source, transform: ImageTransform) -> Tensor:
+def pixels_of(source: str | Member, transform: ImageTransform) -> Tensor:
     """A file, or a member of a tar, to (3, S, S). Raises ImageError, which names it."""
     if isinstance(source, str):
         return transform(source)
     try:
         return transform(open_member(source))
     except ImageError as error:
-        raise ImageError(naming(str(source), error)) from None
-
-
-def naming(name: str, error: ImageError) -> str:
-    """What an error says, of an image that need not have had a name when it was raised."""
-    return str(error) if name in str(error) else f"{name}: {error}"
+        raise ImageError(with_name(str(source), error)) from None
 
 
 def open_member(member: Member) -> Image.Image:

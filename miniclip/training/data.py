@@ -9,12 +9,11 @@ import io
 import json
 import os
 import random
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniclip.errors import ImageError
-from miniclip.files.pictures import open_image
-from miniclip.retrieval.pictures import naming
+from miniclip.files.ahead import read_ahead
+from miniclip.files.pictures import open_image, with_name
 from miniclip.training.pairs import Batch, Pair, TrainingData, caption_label, shuffled
 from miniclip.transform import ImageTransform
 from miniclip.zeroshot.data import labelled_images
@@ -107,7 +106,7 @@ class Pictures:
         try:
             pixels = self._to_bytes(open_image(path))
         except ImageError as error:
-            note_once(self.skipped, naming(str(path), error))
+            note_once(self.skipped, with_name(str(path), error))
             return None
         if self._kept is not None:
             self._kept[i] = pixels
@@ -269,7 +268,7 @@ class Shards:
         try:
             pixels = self._to_bytes(open_image(io.BytesIO(sample[kind])))
         except ImageError as error:
-            note_once(self.skipped, naming(name, error))
+            note_once(self.skipped, with_name(name, error))
             return None
         caption = _caption(sample)
         return Pair(pixels, caption, caption_label(caption))
@@ -311,8 +310,8 @@ def batches(
     """This process's share of every batch from step `first` on, without end.
 
     A batch has `batch` pairs over all processes; an epoch's last, incomplete batch is left out.
-    Pictures are decoded by threads, ahead of the model: Pillow works outside Python's lock. Where
-    one cannot be read another of the batch takes its place. Raises ValueError if none can.
+    Threads decode the pictures ahead of the model. Another picture of the batch takes the place of
+    one that cannot be read. Raises ValueError if none can.
     """
     steps = len(data) // batch
     if not steps:
@@ -321,17 +320,22 @@ def batches(
         [(item, draw_seed(seed, step, i)) for i, item in share]
         for step, share in _shares(data, batch, seed, first, steps, rank, world_size)
     )
-    for loaded in _loaded(data, drawn):
-        pairs = [pair for pair in loaded if pair is not None] or [_readable(data, seed)]
-        pairs += [pairs[i % len(pairs)] for i in range(len(loaded) - len(pairs))]
-        pixels, captions, labels, negatives, also = zip(*pairs, strict=True)
-        yield Batch(
-            torch.stack(pixels),
-            list(captions),
-            torch.tensor(labels),
-            list(negatives),
-            torch.tensor(also, dtype=torch.long),
-        )
+    size = len(range(rank, batch, world_size))
+    threads = max(1, (os.cpu_count() or 2) - 1)
+    items = chain.from_iterable(drawn)
+    with closing(read_ahead(data.__getitem__, items, 2 * size, threads)) as decoded:
+        while True:
+            loaded = list(islice(decoded, size))
+            pairs = [pair for pair in loaded if isinstance(pair, Pair)] or [_readable(data, seed)]
+            pairs += [pairs[i % len(pairs)] for i in range(len(loaded) - len(pairs))]
+            pixels, captions, labels, negatives, also = zip(*pairs, strict=True)
+            yield Batch(
+                torch.stack(pixels),
+                list(captions),
+                torch.tensor(labels),
+                list(negatives),
+                torch.tensor(also, dtype=torch.long),
+            )
 
 
 def _readable(data: TrainingData, seed: int) -> Pair:
@@ -358,18 +362,6 @@ def _shares(
             numbered = enumerate(islice(items, batch))
             yield step, [(i, item) for i, item in numbered if i % world_size == rank]
             step += 1
-
-
-def _loaded(data: TrainingData, drawn: Iterable[list[Any]], ahead: int = 2) -> Iterator[list[Any]]:
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1))
-    pending: deque[list[Any]] = deque()
-    try:
-        for batch in drawn:
-            pending.append([pool.submit(data.__getitem__, item) for item in batch])
-            if len(pending) > ahead:
-                yield [future.result() for future in pending.popleft()]
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def augment(pixels: Tensor) -> Tensor:

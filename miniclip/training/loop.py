@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from miniclip.errors import ContextLengthError
 from miniclip.follow import ids_for
 from miniclip.loss import clamp_logit_scale
 from miniclip.model import CLIP, attentions, unit_norm
 from miniclip.surgery.interventions import PatchDropout
+from miniclip.terminal import progress
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import augment, batches, draw_seed
 from miniclip.training.loss import Loss, average_gradients, backward, batch_loss
@@ -78,12 +78,13 @@ def train(
 
     model.train()
     stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world_size)
-    bar = tqdm(
+    bar = progress(
         total=steps * recipe.batch,
         initial=run.step * recipe.batch,
         unit="pair",
         unit_scale=True,
         disable=None if rank == 0 else True,
+        leave=True,
     )
     recomputing = recompute_blocks(model) if recipe.checkpoint_blocks else nullcontext()
     is_slow_fused = device.type == "cpu" and recipe.precision == "bfloat16"

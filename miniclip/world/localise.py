@@ -12,6 +12,7 @@ from torch import Tensor
 from miniclip.checkpoint import Loaded
 from miniclip.lens.heat import METHODS
 from miniclip.model import CLIP
+from miniclip.terminal import progress
 
 
 class Localisation(NamedTuple):
@@ -72,17 +73,13 @@ def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]
     random map, and the true mask averaged over each patch, which no map of patches can much
     surpass.
     """
-    from tqdm import tqdm
-
     asked = questions(scenes)
     named, other = (torch.stack(masks) for masks in list(zip(*asked))[2:])  # (N, S, S)
     model = loaded.model.eval()
     untrained = [loaded._replace(model=untrained_like(model, seed)) for seed in range(RANDOM)]
     found: dict[str, list[Localisation]] = {"trained": [], "random": [], "spread": [], "limits": []}
     for method in METHODS:
-        models = tqdm(
-            [loaded, *untrained], method, unit="model", delay=2, disable=None, leave=False
-        )
+        models = progress([loaded, *untrained], "model", desc=method)
         maps = [answers(one, asked, method) for one in models]
         trained, *others = (localisation(method, heat, named, other) for heat in maps)
         found["trained"].append(trained)

@@ -5,16 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from miniclip.follow import ids_for, sees_padding
 from miniclip.model import CLIP, unit_norm
+from miniclip.terminal import progress
 from miniclip.tokenizer import Tokenizer
-from miniclip.zeroshot.imagenet import (
-    CIFAR_TEMPLATES,
-    IMAGENET_TEMPLATES,
-    SIMPLE_TEMPLATES,
-)
+from miniclip.zeroshot.imagenet import CIFAR_TEMPLATES, IMAGENET_TEMPLATES, SIMPLE_TEMPLATES
 
 TEMPLATE = "a photo of a {}."
 """What the paper uses where one sentence has to do for everything (section 3.1.4)."""
@@ -114,7 +110,7 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tens
     # Enough batches to sort texts into, each large enough to be worth the reading of the weights.
     at_once = min(256, max(32, len(ids) // 16))
     batches = lengths.argsort().split(at_once)
-    for rows in tqdm(batches, "embedding texts", delay=2, disable=None, leave=False):
+    for rows in progress(batches, "batch of texts"):
         batch = ids[rows, : lengths[rows].max()]
         embeds[rows] = model.encode_text(batch.to(embeds.device), normalize=True)
     return embeds[[places[text] for text in texts]]

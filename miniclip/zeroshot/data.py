@@ -1,20 +1,11 @@
 """Folders of labelled images."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from miniclip.errors import ImageError
-from miniclip.zeroshot.imagenet import (
-    IMAGENET_CLASSES,
-    IMAGENET_WNIDS,
-)
+from miniclip.zeroshot.imagenet import IMAGENET_CLASSES, IMAGENET_WNIDS
 
 
 class LabelledImages(NamedTuple):
@@ -81,25 +72,3 @@ def folder_labels(folders: Sequence[str]) -> list[str]:
     if len(folders) == 1000 and all(f.isdecimal() and int(f) == i for i, f in enumerate(folders)):
         return list(IMAGENET_CLASSES)
     return [folder.replace("_", " ") for folder in folders]
-
-
-def read_ahead(
-    transform: Callable[[Any], Tensor], paths: Iterable[Any], ahead: int, threads: int | None = None
-) -> Iterator[Tensor | ImageError]:
-    """The pixels of each file, or why there are none, in order. Threads (as many as torch uses;
-    Pillow works outside Python's lock) are up to `ahead` files further on than the reader."""
-
-    def read(path: Any) -> Tensor | ImageError:
-        try:
-            return transform(path)
-        except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor(threads or torch.get_num_threads()) as pool:
-        waiting: deque[Future[Tensor | ImageError]] = deque()
-        for path in paths:
-            waiting.append(pool.submit(read, path))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from miniclip.errors import ImageError
+from miniclip.files.ahead import read_ahead
+from miniclip.terminal import progress
 from miniclip.transform import ImageTransform
-from miniclip.zeroshot.data import LabelledImages, read_ahead
+from miniclip.zeroshot.data import LabelledImages
 
 
 class Evaluation(NamedTuple):
@@ -73,9 +74,7 @@ def evaluate(
 
     def readable() -> Iterator[tuple[Tensor, int]]:
         results = read_ahead(transform, images.paths, ahead=2 * batch_size)
-        results = tqdm(
-            results, total=len(images.paths), unit="image", delay=2, disable=None, leave=False
-        )
+        results = progress(results, "image", total=len(images.paths))
         for pixels, true in zip(results, images.classes, strict=True):
             if isinstance(pixels, ImageError):
                 skipped.append(str(pixels))

@@ -1,0 +1,67 @@
+"""`miniclip bench`: miniclip and its peers, timed."""
+
+import argparse
+
+from miniclip.commands.shared import add_device, note, print_json, print_wrapped
+
+DESCRIPTION = "The same work by miniclip and by its peers, side by side, timed."
+EXAMPLE = "miniclip bench --suite vision text --batch 8 --plot bench.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        metavar="NAME",
+        help="vision, text, tokenizer, transform, load, startup, zeroshot, train, memory, embed, "
+        "search (default: all)",
+    )
+    parser.add_argument(
+        "--shape",
+        default="B/32",
+        help="of the random weights, from miniclip.presets: B/32, L/14-336, H/14, ... "
+        "(default: %(default)s)",
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="time compiled encoders too, ours and transformers'"
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="images or texts (default: 16, on a GPU 256)"
+    )
+    parser.add_argument("--plot", metavar="PNG", help="draw the ratios")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time the suites and print a table."""
+    import torch
+
+    from miniclip.bench import SUITES, bench, environment, table
+
+    rows = bench(
+        args.suite or tuple(SUITES),
+        shape=args.shape,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        compile=args.compile,
+        batch=args.batch,
+    )
+    measured_with = environment(args.device)
+    if args.json:
+        print_json({"environment": measured_with, "rows": [row._asdict() for row in rows]})
+    else:
+        print(table(rows), end="\n\n")
+        print_wrapped("", [f"{name} {value}" for name, value in measured_with.items()])
+    if args.plot:
+        from miniclip.figures.bench import draw_bench
+
+        draw_bench(rows, args.plot)
+        note(f"picture: {args.plot}")
+    return 0

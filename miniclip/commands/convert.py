@@ -1,0 +1,79 @@
+"""`miniclip convert`: a checkpoint in another layout."""
+
+import argparse
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from miniclip.commands.shared import add_revision, print_json
+
+if TYPE_CHECKING:
+    from miniclip.convert import Mapped
+
+DESCRIPTION = "Write a checkpoint in the layout of transformers, OpenAI or open_clip."
+EXAMPLE = "miniclip convert cifar10 cifar10-transformers --layout transformers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("source", help="a checkpoint in any of the three")
+    parser.add_argument("destination", help="a directory")
+    parser.add_argument("--layout", choices=("transformers", "openai", "open_clip"), required=True)
+    parser.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="a checkpoint to take the tokenizer from, if there is none beside the weights. "
+        "OpenAI's own files have none: use openai/clip-vit-base-patch32",
+    )
+    add_revision(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and print what was done to the parameters."""
+    from miniclip.convert import convert
+
+    done = convert(
+        args.source,
+        args.destination,
+        args.layout,
+        tokenizer=args.tokenizer,
+        revision=args.revision,
+    )
+    if args.json:
+        rows = [
+            {
+                "source": row.source._asdict(),
+                "name": row.name,
+                "destination": row.destination._asdict(),
+                "shape": row.shape,
+                "dtype": str(row.dtype).removeprefix("torch."),
+            }
+            for row in done.parameters
+        ]
+        print_json(done._asdict() | {"parameters": rows})
+        return 0
+    read = {row.source.key for row in done.parameters}
+    written = {row.destination.key for row in done.parameters}
+    print(f"{args.source} ({done.layout}): {len(read):,} tensors")
+    print(f"{args.destination} ({args.layout}): {len(written):,} tensors\n")
+    print(f"{len(done.parameters):>9,} parameters, with the same bits")
+    for change, count in Counter(map(name_change, done.parameters)).items():
+        print(f"{count:>9,} {change}")
+    for name, there in (("tokenizer", done.tokenizer), ("transform", done.transform)):
+        print(f"{name:>9} {'written' if there else 'not found beside the weights'}")
+    if not done.tokenizer:
+        print(
+            "\n`miniclip.load` needs a tokenizer. Convert to a new directory with --tokenizer"
+            "\nopenai/clip-vit-base-patch32, whose vocabulary most CLIPs have; or put its"
+            f"\nvocab.json and merges.txt into {args.destination}"
+        )
+    return 0
+
+
+def name_change(row: "Mapped") -> str:
+    """Say what was done to a parameter on its way from one file to the other."""
+    before, after = row.source.form, row.destination.form
+    if before == after:
+        return "as they were"
+    if "T" in (before, after):
+        return "transposed"
+    return "of q, k and v, taken apart" if before else "of q, k and v, put under one another"

@@ -1,0 +1,49 @@
+"""`miniclip demo`: draw what the embedded checkpoints can do."""
+
+import argparse
+
+from miniclip.commands.classify import ranking_table
+from miniclip.commands.shared import check_figure, note, print_json
+
+DESCRIPTION = "Describe a drawn scene and photographs, offline, and draw the result."
+EXAMPLE = "miniclip demo -o demo.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument(
+        "-o", "--out", default="miniclip-demo.png", metavar="PNG", help="default: %(default)s"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describe and draw. Without the `demo` extra, describe the scene alone."""
+    from miniclip.exhibits import photograph_exhibits, scene_exhibit
+
+    missing = None
+    try:
+        from miniclip.figures.demo import draw_demo
+
+        photographs = photograph_exhibits()
+    except ValueError as error:  # the extra is not installed; the scene needs none of it
+        photographs, missing = [], error
+    else:
+        check_figure(args.out)
+    scene, heats = scene_exhibit()
+    exhibits = [scene, *photographs]
+    if args.json:
+        print_json(
+            [
+                {"image": name, "labels": [score._asdict() for score in scores]}
+                for name, _, scores in exhibits
+            ]
+        )
+    else:
+        for name, _, scores in exhibits:
+            print(ranking_table(name, scores[:4]), end="\n\n")
+    if missing:
+        note(f"no picture was drawn: {missing}")
+    else:
+        draw_demo(scene, heats, photographs, args.out)
+        note(f"picture: {args.out}")
+    return 0

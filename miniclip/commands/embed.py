@@ -1,0 +1,86 @@
+"""`miniclip embed`: an index of the embeddings of pictures."""
+
+import argparse
+import os
+
+from miniclip.commands.shared import (
+    add_device,
+    add_model,
+    keep_freed_memory,
+    load_model,
+    note,
+    print_json,
+)
+
+DESCRIPTION = "Read pictures into an index that `miniclip search` searches."
+EXAMPLE = """miniclip embed photographs --out index.safetensors --model cifar10
+  torchrun --nproc-per-node 8 -m miniclip embed shards --out index.safetensors"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="pictures, folders, WebDataset .tar shards, or patterns such as '2024/**/*.jpg'",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="the index, a safetensors file; if killed, the same command continues",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the model (default: %(default)s)",
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads that decode (default: one for each core)"
+    )
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the index; under torchrun, the first process prints."""
+    import torch
+
+    from miniclip.retrieval.building import build_index
+    from miniclip.retrieval.index import describe, lasting_name
+    from miniclip.retrieval.pictures import find_pictures
+    from miniclip.training import process_group
+
+    keep_freed_memory()
+    pictures, damage = find_pictures(args.paths)
+    with process_group(args.device) as device:
+        loaded = load_model(args, device=device, dtype=getattr(torch, args.dtype))
+        encoder = describe(loaded, *lasting_name(args.model, args.revision))
+        index = build_index(args.out, loaded, pictures, encoder, damage, args.batch, args.workers)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if index.skipped:
+        count = f"{len(index.skipped):,}"
+        note(f"miniclip: skipped {count}, which the index lists; the first: {index.skipped[0]}")
+    if args.json:
+        print_json(
+            {
+                "index": args.out,
+                "images": len(index),
+                "width": index.embeddings.shape[1],
+                "skipped": list(index.skipped),
+            }
+            | {
+                name: getattr(encoder, name)
+                for name in ("model", "revision", "fingerprint", "dtype")
+            }
+        )
+    else:
+        print(f"{args.out}: {len(index):,} images, by {encoder}")
+    return 0

@@ -1,0 +1,141 @@
+"""`miniclip explain`: where texts are seen in an image."""
+
+import argparse
+from typing import Any
+
+from miniclip.commands.shared import (
+    add_device,
+    add_model,
+    check_figure,
+    load_model,
+    note,
+    print_json,
+)
+from miniclip.terminal import progress
+
+DESCRIPTION = "Where in a photograph is a text seen? Draws it, or scores the methods that can."
+EXAMPLE = """miniclip explain cat.jpg "a cat" "a dog" --all -o where.png --model cifar10
+  miniclip explain --score shapes --model shapes --plot methods.png"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image file")
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to look for")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME",
+        help="attention, rollout, relevance, tokens or occlusion; give several to see them side by "
+        "side (default: relevance)",
+    )
+    which.add_argument("--all", action="store_true", help="every method, side by side")
+    parser.add_argument(
+        "-o", "--out", metavar="PNG", help="the picture (default: miniclip-explain.png)"
+    )
+    parser.add_argument(
+        "--score",
+        choices=("shapes",),
+        help="instead of IMAGE and TEXT: how often does each method find the object that is "
+        "named, in drawn scenes of two objects?",
+    )
+    parser.add_argument(
+        "--scenes", type=int, metavar="N", help="how many scenes to score on (default: 200)"
+    )
+    parser.add_argument("--plot", metavar="PNG", help="with --score: draw the first scenes' maps")
+    add_device(parser)
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw a map for each text and method."""
+    if args.score:
+        return score_methods(args)
+    if not args.texts or args.plot or args.scenes:
+        raise ValueError(
+            "expected an image and a text, which --out draws; or --score shapes, which alone "
+            "takes --scenes and --plot"
+        )
+    out = args.out or (None if args.json else "miniclip-explain.png")
+    if out:
+        check_figure(out)
+    from miniclip.files.pictures import open_image
+    from miniclip.lens.heat import METHODS, seen, text_maps
+
+    image = open_image(args.image)
+    loaded = load_model(args)
+    methods = METHODS if args.all else args.method or ["relevance"]
+    maps = {
+        method: text_maps(image, args.texts, loaded, method)
+        for method in progress(list(methods), "method")
+    }
+    if args.json:
+        found = [
+            {"image": args.image, "text": text, "method": method, "map": heat.tolist()}
+            for method, heats in maps.items()
+            for text, heat in zip(args.texts, heats, strict=True)
+        ]
+        print_json(found if len(found) > 1 else found[0])
+    if out:
+        from miniclip.figures.explanations import draw_text_maps
+
+        scale = -(-512 // loaded.transform.crop_size)
+        draw_text_maps(seen(image, loaded.transform, scale), args.texts, maps, out)
+        note(f"picture: {out}")
+    return 0
+
+
+def score_methods(args: argparse.Namespace) -> int:
+    """`miniclip explain --score`: how often each method is right, on drawn scenes."""
+    scenes = 200 if args.scenes is None else args.scenes
+    if args.image or args.out or args.all or args.method or scenes < 1:
+        raise ValueError(
+            "--score draws its own scenes, one or more, for every method: no IMAGE, TEXT, --method "
+            "or --out"
+        )
+    from miniclip.lens.heat import METHODS
+    from miniclip.world.localise import answers, localise, questions
+
+    loaded = load_model(args)
+    found = localise(loaded, scenes)
+    if args.json:
+        rows = {weights: [row._asdict() for row in rows] for weights, rows in found.items()}
+        print_json({"model": args.model, "scenes": scenes} | rows)
+    else:
+        print(f"model   {args.model}\nscenes  {scenes} of two objects, two questions each\n")
+        print(method_table(found))
+    if args.plot:
+        from miniclip.figures.explanations import draw_explanations
+
+        asked = questions(3)
+        draw_explanations(
+            asked, {method: answers(loaded, asked, method) for method in METHODS}, args.plot
+        )
+        note(f"picture: {args.plot}")
+    return 0
+
+
+def method_table(found: dict[str, list[Any]]) -> str:
+    """A line for each method, trained and random weights side by side."""
+    from miniclip.world.localise import RANDOM
+
+    def shares(row: Any) -> str:
+        return "".join(f"{share:>10.1%}" for share in row[1:])
+
+    lines = [
+        f"{'':<17}{'trained weights':>30}{'random weights':>30}",
+        f"{'method':<17}{'named':>10}{'other':>10}{'IoU':>10}{'named':>10}{'other':>10}{'IoU':>10}",
+    ]
+    pairs = zip(found["trained"], found["random"], strict=True)
+    lines += [f"{a.method:<17}{shares(a)}{shares(b)}" for a, b in pairs]
+    lines += ["", *(f"{row.method:<17}{shares(row)}" for row in found["limits"])]
+    spread = max(share for row in found["spread"] for share in row[1:])
+    lines += [
+        "",
+        f"random weights: the mean of {RANDOM} draws, of standard deviation {spread:.1%} at most.",
+        "named: the warmest pixel is on the object that the text names; other: it is on",
+        "the other object. IoU: of the object with as many of the warmest pixels.",
+        "attention and rollout do not read the text.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,86 @@
+"""The `miniclip` command: parse the arguments, run one command, report its errors.
+
+Exit status 0 if all went well, 1 if a check failed, 2 on bad input, which is one line on stderr.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from io import TextIOWrapper
+from typing import Any
+
+from miniclip import __version__
+from miniclip.commands import (
+    bench,
+    classify,
+    convert,
+    demo,
+    embed,
+    eval,
+    explain,
+    info,
+    parity,
+    search,
+    serve,
+    tokenize,
+    train,
+)
+from miniclip.commands.shared import check_figure, complain
+
+# Each module has DESCRIPTION, EXAMPLE, add_arguments and run. No module imports torch before run.
+COMMANDS = (
+    *(classify, embed, search, explain, eval, train, parity, bench, convert, info, tokenize),
+    *(demo, serve),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show "█" or any script
+    args = build_parser().parse_args(argv)
+    warnings.formatwarning = lambda message, *_: f"miniclip: warning: {message}\n"
+    try:
+        if getattr(args, "plot", None):
+            check_figure(args.plot)
+        status = args.run(args)
+        if sys.stdout:
+            sys.stdout.flush()  # here, so that a full disk is still an error of one line
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
+        sys.stdout = None
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:  # ours, the file system's and torch's
+        complain(error)
+        return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> Any:
+        """Raise SystemExit with status 2."""
+        complain(ValueError(f"{message} (see {self.prog} --help)"))
+        sys.exit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands. `args.run` is the chosen command's function."""
+    parser = Parser(prog="miniclip", description="CLIP: photographs and words in one space.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = parsers.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=command.DESCRIPTION,
+            description=command.DESCRIPTION,
+            epilog=f"example:\n  {command.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=command.run)
+        sub.add_argument("--json", action="store_true", help="print JSON for a program to read")
+        command.add_arguments(sub)
+    return parser

@@ -1,0 +1,62 @@
+"""`miniclip search`: the pictures of an index that are most like a query."""
+
+import argparse
+from time import perf_counter
+
+from miniclip.commands.shared import add_device, check_writable, note, print_json
+from miniclip.terminal import printable
+
+DESCRIPTION = "The pictures of an index nearest to a text, a picture, or a sum of several."
+EXAMPLE = """miniclip search index.safetensors "a red bicycle" --sheet bicycles.png
+  miniclip search index.safetensors --image dog.jpg --minus grass"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("index", metavar="INDEX", help="what `miniclip embed` wrote")
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="several are added up")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="add a picture to the query"
+    )
+    parser.add_argument(
+        "--minus", action="append", default=[], metavar="TEXT", help="take a text from the query"
+    )
+    parser.add_argument(
+        "--minus-image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="take a picture from the query",
+    )
+    parser.add_argument("-k", type=int, default=12, metavar="N", help="pictures (default: 12)")
+    parser.add_argument("--sheet", metavar="PNG", help="show the pictures with their scores")
+    parser.add_argument("--model", help="where the model is now, if not where it was")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, and print a line for each picture found."""
+    from miniclip.retrieval.index import Index, embed_query
+    from miniclip.retrieval.sheet import SHEETS, draw_sheet
+
+    if args.sheet:
+        check_writable(args.sheet, SHEETS)
+    index = Index.load(args.index)
+    loaded = index.load_encoder(args.model, args.device)
+    query = embed_query(loaded, args.texts, args.image, args.minus, args.minus_image)
+    start = perf_counter()
+    hits = index.search(query, args.k)
+    seconds = perf_counter() - start
+    if args.json:
+        print_json([hit._asdict() for hit in hits])
+    else:
+        for i, hit in enumerate(hits, 1):
+            print(f"{i:>4} {hit.score:7.4f}  {printable(hit.path)}")
+    if args.sheet:
+        plus = " + ".join([*args.texts, *args.image])
+        title = " - ".join([plus, *args.minus, *args.minus_image]).strip()
+        for reason in draw_sheet(index, hits, title, args.sheet):
+            note(f"miniclip: not on the sheet: {reason}")
+        note(f"picture: {args.sheet}")
+    note(f"{len(index):,} pictures searched in {seconds:.2f} s")
+    return 0

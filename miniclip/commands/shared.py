@@ -1,0 +1,111 @@
+"""What commands share: arguments, the loaded model, output, and checks before the work."""
+
+import argparse
+import ctypes
+import json
+import sys
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miniclip.errors import ImageError
+from miniclip.terminal import printable
+
+if TYPE_CHECKING:
+    from miniclip.checkpoint import Loaded
+
+DEFAULT_MODEL = "openai/clip-vit-base-patch32"
+COLUMNS = 80  # of a table, at most
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model is loaded and how: the arguments of `load_model`."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
+    parser.add_argument(
+        "--reference",
+        choices=("transformers", "openai"),
+        default="transformers",
+        help="whose text cleaning and image arithmetic to match (default: %(default)s)",
+    )
+    add_revision(parser)
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """Add --revision."""
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+
+
+def load_model(args: argparse.Namespace, **options: Any) -> "Loaded":
+    """Load the model that the arguments name, with its tokenizer and its transform."""
+    from miniclip.checkpoint import load
+
+    asked = {"device": args.device, "reference": args.reference, "revision": args.revision}
+    return load(args.model, **asked | options)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensors.
+
+    By default it gives large blocks back to Linux, which clears each page again for the next
+    block: an eighth of the time that B/32 takes for 64 pictures. Memory use may grow by a quarter.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl does not have it
+        trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+        libc.mallopt(trim_threshold, -1)  # never
+        libc.mallopt(mmap_max, 0)
+
+
+def check_figure(path: str) -> None:
+    """Raise ValueError before the work if matplotlib is missing or cannot write this file."""
+    from miniclip.figures.style import KINDS
+
+    check_writable(path, KINDS)
+
+
+def check_writable(name: str, suffixes: Iterable[str]) -> None:
+    """Raise ValueError before the work, which may take hours, if the file cannot be written."""
+    path = Path(name)
+    if path.suffix.lower() not in suffixes:
+        known = ", ".join(suffixes)
+        raise ValueError(f"{path}: cannot be written: expected a name that ends in {known}")
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+    if not existed:
+        path.unlink()
+
+
+def complain(error: Exception) -> None:
+    """Print an error as one line on stderr: its first line, which says what is wrong."""
+    text = str(error)
+    if not isinstance(error, ImageError):  # one line, in which a file's name may have several
+        text = text.partition("\n")[0]
+    note(f"miniclip: error: {text}")
+
+
+def note(text: str) -> None:
+    """Print one line on stderr."""
+    print(printable(text), file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON that people can read too."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # A file name that is not Unicode has surrogates. They are written as JSON's escapes.
+    print(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def print_wrapped(head: str, words: list[str]) -> None:
+    """Print words with commas between them, wrapped to the width of a table."""
+    print(textwrap.fill(", ".join(words), COLUMNS, initial_indent=head, subsequent_indent="  "))

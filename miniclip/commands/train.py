@@ -1,0 +1,67 @@
+"""`miniclip train`: write a checkpoint, and the curves of its training."""
+
+import argparse
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from miniclip.commands.shared import add_device, keep_freed_memory, note, print_json
+from miniclip.training.recipe import Recipe
+
+DESCRIPTION = "Train a CLIP on pictures and captions, from scratch or from a checkpoint."
+EXAMPLE = "miniclip train cifar10/train --recipe cifar10 --out runs/cifar10"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments, and a flag for each field of a recipe."""
+    parser.add_argument(
+        "data",
+        help="a folder of class folders, of pictures with metadata.jsonl or metadata.csv "
+        "(file_name, text), or of WebDataset .tar shards; or the drawn world `shapes`",
+    )
+    parser.add_argument(
+        "-o", "--out", required=True, metavar="DIR", help="the folder for the checkpoint"
+    )
+    parser.add_argument("--model", help="the checkpoint to start from (default: random weights)")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="train as this checkpoint was trained: its recipe.json, and, from scratch, its shape",
+    )
+    parser.add_argument("--config", metavar="JSON", help="from scratch: the shape, a config.json")
+    add_device(parser)
+    parser.add_argument("--plot", metavar="PNG", help="draw the curves")
+    for entry in fields(Recipe):
+        kind, meaning = type(entry.default), entry.metadata["help"]
+        flag = f"--{entry.name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=meaning)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; under torchrun, the first process prints."""
+    from miniclip.training import process_group, set_up, train
+
+    keep_freed_memory()
+    asked = {entry.name: getattr(args, entry.name) for entry in fields(Recipe)}
+    overrides = {name: value for name, value in asked.items() if value is not None}
+    with process_group(args.device) as device:
+        setup = set_up(args.data, args.model, args.recipe, args.config, overrides, device)
+        train(*setup, args.out)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    if args.plot:
+        from miniclip.figures.curves import draw_curves
+
+        draw_curves(rows, args.plot)
+        note(f"picture: {args.plot}")
+    if args.json:
+        print_json(rows)
+    else:
+        print(f"{args.out}: {rows[-1]['step']:,} steps, loss {rows[-1]['loss']:.3f}")
+    return 0

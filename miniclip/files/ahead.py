@@ -1,0 +1,40 @@
+"""Read files ahead of the model, in threads: Pillow decodes outside Python's lock."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from miniclip.errors import ImageError
+
+T = TypeVar("T")
+
+
+def read_ahead(
+    read: Callable[[Any], T], items: Iterable[Any], ahead: int, threads: int | None = None
+) -> Generator[T | ImageError, None, None]:
+    """Yield `read(item)` for each item, in order, or the ImageError that it raised.
+
+    The threads (as many as torch uses, unless told otherwise) are up to `ahead` items in front of
+    the reader. Closing the generator cancels what has not begun.
+    """
+
+    def result(item: Any) -> T | ImageError:
+        try:
+            return read(item)
+        except ImageError as error:
+            return error
+
+    pool = ThreadPoolExecutor(threads or torch.get_num_threads())
+    waiting: deque[Future[T | ImageError]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(result, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
