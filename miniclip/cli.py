@@ -156,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--random",
         metavar="SHAPE",
-        help="weights drawn at random, in a shape of config.PRESETS: B/32, L/14-336, H/14, ...",
+        help="weights drawn at random, in a shape of miniclip.presets: B/32, L/14-336, H/14, ...",
     )
     sub.add_argument(
         "--against",
@@ -191,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--shape",
         default="B/32",
-        help="of the random weights, from config.PRESETS: B/32, L/14-336, H/14, ... "
+        help="of the random weights, from miniclip.presets: B/32, L/14-336, H/14, ... "
         "(default: %(default)s)",
     )
     sub.add_argument("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
@@ -900,7 +900,7 @@ def parity(args: argparse.Namespace) -> int:
         "model": args.random or name,
         "other": args.against,
         "dtype": args.dtype,
-        "environment": parity.environment(args.device),
+        "environment": parity.measured_with(args.device),
     }
     if args.json:
         print_json(
@@ -909,7 +909,7 @@ def parity(args: argparse.Namespace) -> int:
     else:
         print(parity_table(about, report))
     if args.plot:
-        from miniclip.figures.parity import draw_parity
+        from miniclip.parity.drawing import draw_parity
 
         draw_parity(report, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr)
@@ -969,7 +969,7 @@ def bench(args: argparse.Namespace) -> int:
         print(table(rows), end="\n\n")
         print_wrapped("", [f"{name} {value}" for name, value in measured_with.items()])
     if args.plot:
-        from miniclip.figures.bench import draw_bench
+        from miniclip.bench.drawing import draw_bench
 
         draw_bench(rows, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr)

@@ -51,16 +51,16 @@ SAME = {
     "tokens_before_the_batch": (
         "x = self.blocks(self.embed(pixels))",
         "x = self.blocks(self.embed(pixels).transpose(0, 1)).transpose(0, 1)",
-        "self.ln_final(self.blocks(x))",
-        "self.ln_final(self.blocks(x.transpose(0, 1)).transpose(0, 1))",
-        "        # How many heads", "        x = x.transpose(0, 1)\n        # How many heads",
+        "x = self.blocks(self.embed(ids))",
+        "x = self.blocks(self.embed(ids).transpose(0, 1)).transpose(0, 1)",
+        "q, k, v = self.qkv(x)", "x = x.transpose(0, 1)\n        q, k, v = self.qkv(x)",
         "return self.out_proj(z.flatten(2))", "return self.out_proj(z.flatten(2)).transpose(0, 1)",
     ),
     "tokens_as_rows": (
         "self.mlp(self.ln_2(x))", "self.mlp(self.ln_2(x).flatten(0, 1)).view_as(x)",
     ),
     "arguments_by_name": (
-        "return self.proj(self.ln_post(x[:, 0]))", "return self.proj(input=self.ln_post(x[:, 0]))",
+        "return self.proj(self.pool(x))", "return self.proj(input=self.pool(x))",
         "return self.ln_pre(x)", "return self.ln_pre(input=x)",
         "x = self.blocks(self.embed(pixels))",
         "x = self.embed(pixels)\n        for block in self.blocks:\n            x = block(x=x)",

@@ -22,7 +22,8 @@ from PIL import Image
 from twin import TINY
 
 import miniclip
-from miniclip import bench, cli
+from miniclip import cli
+from miniclip.bench import measuring
 from miniclip.lens.heat import METHODS
 from miniclip.presets import PRESETS
 from miniclip.training import shapes
@@ -65,7 +66,7 @@ INSTEAD = {
 def little(monkeypatch):
     """Less of what takes long: scenes, rounds of `bench`, methods of `explain`."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    monkeypatch.setattr("miniclip.bench.measure", partial(bench.measure, seconds=0))
+    monkeypatch.setattr("miniclip.bench.suites.measure", partial(measuring.measure, seconds=0))
     monkeypatch.setattr(shapes, "score", partial(shapes.score, scenes=8))
     monkeypatch.setattr("miniclip.training.shapes.Shapes.__init__.__defaults__", (32, 0))
     for method in ("occlusion", "relevance", "rollout"):

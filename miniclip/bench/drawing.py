@@ -5,7 +5,7 @@ from os import PathLike
 
 from matplotlib.figure import Figure
 
-from miniclip.bench import Row
+from miniclip.bench.measuring import Row
 from miniclip.figures.style import BLUE, ORANGE, save
 
 
