@@ -39,7 +39,7 @@ def outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
     named = {site: named.pop(name, None) for site, name in OUTPUTS.items()} | {
         f"output_{name}": named[name] for name in named if name not in OUTPUTS.values()
     }
-    yield from ((site, x) for site, x in named.items() if isinstance(x, Tensor))
+    yield from ((site, x) for site, x in named.items() if isinstance(x, Tensor) and x.numel())
 
 
 def is_theirs(model: nn.Module) -> bool:
