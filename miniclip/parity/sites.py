@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from miniclip.config import CLIPConfig
 from miniclip.files.configs import from_transformers
-from miniclip.files.names import TRANSFORMERS, place
+from miniclip.files.names import TRANSFORMERS, Place, place
 from miniclip.model import CLIP
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def sites_of(model: "CLIP | CLIPModel") -> Iterator[tuple[str, nn.Module | None,
             )
         proj = getattr(model, projection, None) if theirs else getattr(root, "proj", None)
         # The first of the two places that runs counts: the text tower has no LayerNorm there.
-        ln_pre = getattr(root, "pre_layrnorm" if theirs else "ln_pre", None)
+        norms = ("pre_layrnorm", "pre_layernorm") if theirs else ("ln_pre",)  # OWL-ViT spells it
+        ln_pre = next((getattr(root, name) for name in norms if hasattr(root, name)), None)
         yield f"{tower}.embeddings", ln_pre, argument
         yield f"{tower}.embeddings", blocks[0], argument
         for i, block in enumerate(blocks):
@@ -127,5 +128,11 @@ def weights_of(
         with torch.device("meta"):
             names = kind(config).state_dict()
         places = {name: place(name, TRANSFORMERS | kind.tensor_names) for name in names}
-        weights = {n: p.take(weights[p.key]) for n, p in places.items() if p.key in weights}
+        found = {}
+        for name, (key, form) in places.items():
+            # The CLIP inside a larger model of theirs has no prefix, such as "clip.".
+            key = key if key in weights else key.partition(".")[2]
+            if key in weights:
+                found[name] = Place(key, form).take(weights[key])
+        weights = found
     return {name: weight.cpu().to(dtype) for name, weight in weights.items()}
