@@ -16,11 +16,24 @@ import torch
 from PIL import Image
 from torch import nn
 
-from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig, bench, load, peers
-from miniclip.bench import Case, Contender, Row, Setting, alternate, distance, measure, table, timed
+from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig, bench, load
+from miniclip.bench import (
+    Row,
+    collection,
+    inputs,
+    libraries,
+    material,
+    measuring,
+    models,
+    processes,
+    suites,
+    table,
+)
+from miniclip.bench.libraries import Library
+from miniclip.bench.material import Setting
+from miniclip.bench.measuring import Case, Contender, alternate, distance, measure, timed
 from miniclip.commands.main import main
 from miniclip.parts import parts
-from miniclip.peers import Library
 from miniclip.presets import PRESETS
 
 SHAPE = CLIPConfig(
@@ -33,15 +46,15 @@ SHAPE = CLIPConfig(
 )  # fmt: skip
 
 
-CEILING = bench.ceiling
+CEILING = models.ceiling
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", SHAPE)
-    monkeypatch.setattr(bench, "SEARCHED", 20_000)
+    monkeypatch.setattr(collection, "SEARCHED", 20_000)
     product = contender("one matrix product", [1.0], None)  # the real one takes most of the time
-    monkeypatch.setattr(bench, "ceiling", lambda setting, multiply_adds: product)
+    monkeypatch.setattr(models, "ceiling", lambda setting, multiply_adds: product)
 
 
 def contender(name, costs, output, log=None):
@@ -85,7 +98,7 @@ def test_rounds_alternate_and_end_with_the_time(monkeypatch):
     pair = [contender(name, [1.0], 0, log) for name in "AB"]
     assert alternate(pair, seconds=0) == [[1.0, 1.0]] * 3
     assert [sorted(log[i : i + 2]) for i in (0, 2, 4)] == [["A", "B"]] * 3
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: len(log))  # a second for each trial
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: len(log))  # a second for each trial
     assert len(alternate(pair, seconds=16)) == 8
     assert len(alternate(pair, seconds=1000)) == 40
     assert {"".join(log[i : i + 2]) for i in range(0, len(log), 2)} == {
@@ -98,14 +111,14 @@ def test_rounds_alternate_and_end_with_the_time(monkeypatch):
 
 def test_time_is_that_of_the_work(monkeypatch):
     clock = iter([10.0, 10.25])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
     assert timed(lambda: "output")() == (0.25, "output")
 
 
 def test_a_gpu_is_waited_for_before_and_after(monkeypatch):
     log = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: log.append("clock") or 0.0)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: log.append("clock") or 0.0)
     timed(lambda: log.append("work"), "cuda:0")()
     assert log == ["wait", "clock", "work", "wait", "clock"]
 
@@ -144,7 +157,7 @@ def test_distance_is_that_of_the_worst_row():
 
 def test_tolerances_are_what_rounding_explains():
     expected = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-    assert expected == bench.TOLERANCE
+    assert expected == material.MAX_DISTANCE
     for difference, is_timed in ((0.9e-5, True), (1.1e-5, False)):
         theirs = contender("theirs", [1.0], torch.tensor([[1.0, difference]]))
         rows = rows_of(contender("ours", [1.0], torch.tensor([[1.0, 0.0]])), theirs, tolerance=1e-5)
@@ -189,14 +202,14 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", SHAPE)
-        config = bench.prepare(folder, "tiny")
+        config = material.prepare(folder, "tiny")
     return Setting(folder, config, "tiny", "cpu", torch.float32, False, 3)
 
 
 def cases(suite, setting, monkeypatch):
     """Those of a suite; the labels are each hundredth and the longest, here of fewer."""
     if suite == "zeroshot":
-        monkeypatch.setattr(bench, "IMAGENET_CLASSES", bench.IMAGENET_CLASSES[:100])
+        monkeypatch.setattr(models, "IMAGENET_CLASSES", models.IMAGENET_CLASSES[:100])
     return bench.SUITES[suite](setting)
 
 
@@ -294,15 +307,15 @@ def test_a_gradient_of_the_peers_that_is_another_is_noticed(setting, monkeypatch
 @pytest.mark.slow
 def test_a_row_that_only_the_peers_see_is_noticed(setting, monkeypatch):
     case = next(bench.SUITES["search"](setting))
-    monkeypatch.setattr(bench.Index, "search", lambda index, query, k: [])
+    monkeypatch.setattr(collection.Index, "search", lambda index, query, k: [])
     rows = {row.contender: row for row in measure(case, seconds=0)}
     assert rows.pop("miniclip").cost is not None
     assert rows and all(row.cost is None for row in rows.values())
 
 
 def test_captions_and_invented_words_are_all_different():
-    assert len(set(bench.captions(80_000))) == 80 * 998  # two class names occur twice
-    stream = bench.invented_captions(50)
+    assert len(set(material.captions(80_000))) == 80 * 998  # two class names occur twice
+    stream = material.invented_captions(50)
     words = " ".join([*next(stream), *next(stream)]).split()
     assert len(set(words)) == len(words) == 600
 
@@ -310,17 +323,17 @@ def test_captions_and_invented_words_are_all_different():
 @pytest.mark.slow
 def test_the_ceiling_scales_one_product_to_the_work(setting, monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))  # a product takes 1 s
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))  # a product takes 1 s
     assert CEILING(setting, 2 * 2048**3).trial() == (2.0, None)
 
 
 @pytest.mark.slow
 def test_multiply_adds_of_a_text_grow_with_its_tokens():
-    short, long = (bench.tower_multiply_adds(SHAPE, "text", tokens) for tokens in (5, 10))
+    short, long = (models.tower_multiply_adds(SHAPE, "text", tokens) for tokens in (5, 10))
     assert 2 * short < long < 2.5 * short  # the projection once, attention squared
     assert long == 10 * 64 * (4 * 64 + 2 * 96) * 2 + 2 * (2 * 10 * 10 * 64) + 64 * 36
     # One image of B/32: 4.4 billion, as counted by others for ViT-B/32.
-    assert bench.tower_multiply_adds(CLIPConfig(), "vision") == pytest.approx(4.41e9, rel=0.01)
+    assert models.tower_multiply_adds(CLIPConfig(), "vision") == pytest.approx(4.41e9, rel=0.01)
 
 
 @pytest.mark.slow
@@ -328,24 +341,24 @@ def test_padding_is_not_compared(setting):
     """OpenAI pads with 0, to the whole context."""
     end = setting.config.text.eos_token_id
     ids = torch.tensor([[7, 8, end, 0, 0], [7, end, end, end, end]])
-    assert next(bench.tokenizer_suite(setting)).form(ids) == [[7, 8], [7]]
+    assert next(inputs.tokenizer_suite(setting)).form(ids) == [[7, 8], [7]]
 
 
 @pytest.mark.slow
 def test_the_ceiling_counts_the_work(setting, monkeypatch):
     counted = []
     monkeypatch.setattr(
-        bench, "ceiling", lambda setting, n: counted.append(n) or contender("one", [1.0], None)
+        models, "ceiling", lambda setting, n: counted.append(n) or contender("one", [1.0], None)
     )
-    list(bench.vision_suite(setting))
-    image = bench.tower_multiply_adds(SHAPE, "vision")
+    list(models.vision_suite(setting))
+    image = models.tower_multiply_adds(SHAPE, "vision")
     assert counted == [image, 3 * image]
-    (case,) = bench.text_suite(setting)
+    (case,) = models.text_suite(setting)
     longest = int(case.work.split()[5])
     assert case.work.startswith("3 captions of at most") and longest < 20
-    assert counted[2] == 3 * bench.tower_multiply_adds(SHAPE, "text", longest)
+    assert counted[2] == 3 * models.tower_multiply_adds(SHAPE, "text", longest)
     (case,) = cases("zeroshot", setting, monkeypatch)
-    lengths = [bench.tower_multiply_adds(SHAPE, "text", n) for n in (7, 20)]
+    lengths = [models.tower_multiply_adds(SHAPE, "text", n) for n in (7, 20)]
     assert case.count == 160 and case.work.startswith("2 labels x 80 templates")
     assert 160 * lengths[0] < counted[3] < 160 * lengths[1]
 
@@ -386,9 +399,11 @@ def test_the_parts_of_a_model_are_counted():
 
 
 def test_words_of_the_work():
-    assert bench.plural(1, "image") == "1 image" and bench.plural(1000, "text") == "1,000 texts"
-    assert {len(text.split()) for text in bench.mixed_captions(50)} == {8}
-    assert len(bench.MIXED_SCRIPTS) == 12
+    assert (
+        material.plural(1, "image") == "1 image" and material.plural(1000, "text") == "1,000 texts"
+    )
+    assert {len(text.split()) for text in material.mixed_captions(50)} == {8}
+    assert len(material.MIXED_SCRIPTS) == 12
 
 
 def fake_library(name, log):
@@ -407,7 +422,7 @@ def test_compiled_encoders_come_first(device, mode, monkeypatch, tmp_path):
     monkeypatch.setitem(vars(setting), "libraries", three)
     monkeypatch.setattr(torch, "compile", lambda f, mode: modes.append(mode) or f)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    found = bench.encoders(setting, "encode_image", [torch.ones(1, 2)] * 3)
+    found = models.encoders(setting, "encode_image", [torch.ones(1, 2)] * 3)
     names = ["miniclip, compiled", "transformers, compiled", *(one.name for one in three)]
     assert [one.name for one in found] == names and modes == [mode, mode]
     assert torch.equal(found[4].trial()[1], torch.ones(1, 2))
@@ -416,7 +431,7 @@ def test_compiled_encoders_come_first(device, mode, monkeypatch, tmp_path):
 
 
 def test_the_libraries_read_one_checkpoint_in_one_precision(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "libraries", lambda *given: given)
+    monkeypatch.setattr(material, "libraries", lambda *given: given)
     setting = Setting(tmp_path, SHAPE, "tiny", "cuda:1", torch.bfloat16, False, 3)
     assert setting.libraries == (tmp_path, "cuda:1", torch.bfloat16)
     case = setting.case("suite", "work", 3, "texts", [], list)
@@ -425,7 +440,7 @@ def test_the_libraries_read_one_checkpoint_in_one_precision(monkeypatch, tmp_pat
 
 @pytest.mark.slow
 def test_the_libraries_keep_the_precision(setting):
-    for library in peers.libraries(setting.directory, "cpu", torch.bfloat16):
+    for library in libraries.libraries(setting.directory, "cpu", torch.bfloat16):
         weights = list(library.model.parameters())
         assert {weight.dtype for weight in weights} == {torch.bfloat16}, library.name
         assert not library.model.training
@@ -469,7 +484,7 @@ def test_a_peer_gets_our_weights_and_our_vocabulary(name, setting, monkeypatch):
     }
     for module, fake in fakes.items():
         monkeypatch.setitem(sys.modules, module, fake)
-    found = {one.name: one for one in peers.libraries(setting.directory, "cpu", torch.bfloat16)}
+    found = {one.name: one for one in libraries.libraries(setting.directory, "cpu", torch.bfloat16)}
     assert list(found) == ["miniclip", "transformers", "open_clip", "openai/CLIP"]
     peer = found[name]
     ours = load(setting.directory).model
@@ -493,9 +508,9 @@ def test_a_peer_gets_our_weights_and_our_vocabulary(name, setting, monkeypatch):
 def test_processes_of_their_own_are_weighed_and_timed(setting, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        bench, "in_process", lambda *given: asked.append(given) or (7e6, torch.ones(1, 2))
+        processes, "in_process", lambda *given: asked.append(given) or (7e6, torch.ones(1, 2))
     )
-    (memory,), (startup,) = bench.memory_suite(setting), bench.startup_suite(setting)
+    (memory,), (startup,) = processes.memory_suite(setting), processes.startup_suite(setting)
     costs = {one.name: one.trial()[0] for one in memory.contenders}
     size = (setting.directory / "model.safetensors").stat().st_size
     assert costs == {"miniclip": 7e6, "transformers": 7e6, "the weights file": size}
@@ -503,12 +518,12 @@ def test_processes_of_their_own_are_weighed_and_timed(setting, monkeypatch):
     assert [one.trial()[1].tolist() for one in startup.contenders] == [[[1, 1]]] * 2
     assert [library for _, library in asked] == ["miniclip", "transformers"] * 2
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert list(bench.memory_suite(setting)) == []
+    assert list(processes.memory_suite(setting)) == []
 
 
 @pytest.mark.slow
 def test_four_batches_of_files_are_embedded(setting):
-    (case,) = bench.embed_suite(replace(setting, batch=8))
+    (case,) = collection.embed_suite(replace(setting, batch=8))
     assert (case.count, case.unit) == (32, "images")
 
 
@@ -520,7 +535,7 @@ def test_four_batches_of_files_are_embedded(setting):
 def prepared(monkeypatch):
     """What `bench` is asked for, without any work."""
     seen = []
-    monkeypatch.setattr(bench, "prepare", lambda folder, shape: PRESETS[shape])
+    monkeypatch.setattr(suites, "prepare", lambda folder, shape: PRESETS[shape])
 
     def record(name):
         def suite(setting):
@@ -553,7 +568,7 @@ def test_without_arguments_every_suite_runs(prepared, capsys):
 
 
 def test_tf32_is_off_while_it_runs_and_then_as_it_was(prepared, monkeypatch):
-    monkeypatch.setattr(bench, "check_device", lambda device: None)
+    monkeypatch.setattr(suites, "check_device", lambda device: None)
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -580,8 +595,8 @@ def test_the_command(capsys, tmp_path, monkeypatch, setting):
         shutil.copytree(setting.directory, folder, dirs_exist_ok=True)
         return setting.config
 
-    monkeypatch.setattr(bench, "prepare", copied)
-    monkeypatch.setattr(bench, "measure", partial(measure, seconds=0))
+    monkeypatch.setattr(suites, "prepare", copied)
+    monkeypatch.setattr(suites, "measure", partial(measure, seconds=0))
     picture = tmp_path / "bench.png"
     argv = ["bench", "--shape", "tiny", "--batch", "2", "--suite", "vision"]
     assert main([*argv, "--plot", str(picture)]) == 0
@@ -624,10 +639,10 @@ def test_bad_input_is_one_line(argv, words, capsys):
 def test_a_process_that_fails_says_why(stderr, reason, monkeypatch, tmp_path):
     setting = Setting(tmp_path, SHAPE, "tiny", "cpu", torch.float32, False, 3)
     done = types.SimpleNamespace(returncode=1, stderr=stderr)
-    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **named: done)
-    monkeypatch.setattr(bench, "first_inputs", lambda setting: ())
+    monkeypatch.setattr(processes.subprocess, "run", lambda *args, **named: done)
+    monkeypatch.setattr(processes, "first_inputs", lambda setting: ())
     with pytest.raises(RuntimeError, match=f"miniclip failed in a process of its own: {reason}$"):
-        bench.in_process(setting, "miniclip")
+        processes.in_process(setting, "miniclip")
 
 
 @pytest.mark.slow
@@ -637,16 +652,16 @@ def test_a_process_of_its_own_gives_the_same_logits(setting):
     here, rounded = (
         next(bench.SUITES["load"](one)).contenders[0].trial()[1] for one in (exact, half)
     )
-    peak, logits = bench.in_process(half, "miniclip")
+    peak, logits = processes.in_process(half, "miniclip")
     assert 1e6 < peak < 1e9 or sys.platform != "linux"
-    assert distance(logits, rounded) < bench.TOLERANCE[torch.bfloat16]
+    assert distance(logits, rounded) < material.MAX_DISTANCE[torch.bfloat16]
     assert distance(logits, here) > 1e-5
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(bench, "measure", partial(measure, seconds=0))
+    monkeypatch.setattr(suites, "measure", partial(measure, seconds=0))
     rows = bench.bench(["vision", "text"], shape="tiny", device="cuda", batch=2)
     assert all(row.cost is not None for row in rows)
 

@@ -449,15 +449,15 @@ CODE = {
         "self.ln_post(x[:, 0])", "x[:, 0]", "vision.pooled", "model has no ln_post",
     ),
     "read_at_the_last_token": (
-        "return is_end.int().argmax(-1)", "return is_end.int().argmax(-1) * 0 - 1",
+        "return is_eos.int().argmax(-1)", "return is_eos.int().argmax(-1) * 0 - 1",
         "text.pooled", "model has texts read at their last token",
     ),
     "read_at_the_first_token": (
-        "return is_end.int().argmax(-1)", "return is_end.int().argmin(-1)",
+        "return is_eos.int().argmax(-1)", "return is_eos.int().argmin(-1)",
         "text.pooled", "model has texts read at their first token",
     ),
     "read_before_the_end_token": (
-        "return is_end.int().argmax(-1)", "return is_end.int().argmax(-1) - 1",
+        "return is_eos.int().argmax(-1)", "return is_eos.int().argmax(-1) - 1",
         "text.pooled", "model has texts read before their end token",
     ),
     "end_token_that_no_text_has": (
@@ -465,7 +465,7 @@ CODE = {
         "text.pooled", "model raises ValueError: row 0 of ids has no end token",
     ),
     "no_ln_final": (
-        "self.ln_final(self.blocks(x))", "self.blocks(x)", "text.pooled", "model has no ln_final",
+        "x = self.ln_final(x)  # (B, T, W)", "", "text.pooled", "model has no ln_final",
     ),
     "logit_scale_not_exponentiated": (
         "self.logit_scale.exp()", "self.logit_scale",
@@ -539,7 +539,7 @@ CODE = {
         "vision.blocks.0.attn_out", "model has heads that are joined the wrong way round",
     ),
     "heads_not_transposed_back": (
-        "self.z(z.transpose(1, 2))", "self.z(z.reshape(x.shape[0], x.shape[1], *heads))",
+        "self.z(z.transpose(1, 2))", "self.z(z.reshape(*x.shape[:2], -1, self.head_width))",
         "vision.blocks.0.attn_out", "model has heads that are joined without being transposed",
     ),
     "another_leak": (
@@ -613,7 +613,8 @@ CODE = {
         "vision.blocks.0.resid_pre", "model has ln_pre twice",
     ),
     "ln_final_first": (
-        "self.ln_final(self.blocks(x))", "self.blocks(self.ln_final(x))",
+        "x = self.blocks(self.embed(ids))", "x = self.blocks(self.ln_final(self.embed(ids)))",
+        "x = self.ln_final(x)  # (B, T, W)", "",
         "text.embeddings", "model has ln_final before the first block",
     ),
     "patches_not_transposed": (
@@ -692,12 +693,12 @@ class QuickGELU""",
         "vision.pooled", "model has the residual stream after block 1 there",
     ),
     "text_pooling_by_mean": (
-        "x[torch.arange(x.shape[0], device=x.device), end]", "x.mean(1)",
+        "x[torch.arange(x.shape[0], device=x.device), eos]", "x.mean(1)",
         "text.pooled", "model has pooling at the mean of all tokens",
     ),
     "read_at_the_last_end_token": (
-        "return is_end.int().argmax(-1)",
-        "return ids.shape[1] - 1 - is_end.flip(-1).int().argmax(-1)",
+        "return is_eos.int().argmax(-1)",
+        "return ids.shape[1] - 1 - is_eos.flip(-1).int().argmax(-1)",
         "text.pooled", "model has texts read at their last end token",
     ),
     "logit_scale_squared": (

@@ -15,9 +15,12 @@ from PIL import Image
 from transformers.activations import ACT2FN
 from twin import TINY, twins
 
-from miniclip import ImageTransform, Tokenizer, diagnosis
-from miniclip.diagnosis import cause_in_model, cause_in_pixels, cause_in_tokens, differing_weights
-from miniclip.parity import compare
+from miniclip import ImageTransform, Tokenizer
+from miniclip.parity import compare, models, pixels, variants
+from miniclip.parity.diagnosis import cause_in_model
+from miniclip.parity.pixels import cause_in_pixels
+from miniclip.parity.tokens import cause_in_tokens
+from miniclip.parity.weights import differing_weights
 
 # ------------------------------------------------------------------------------------ the formulas
 
@@ -28,7 +31,7 @@ QUICK = ACT2FN["quick_gelu"]
 ONES, NONE = torch.ones(1, 1, 3, 3), torch.zeros(3, 3, dtype=torch.bool)
 E = X.exp()
 TABLES = {
-    "ACTIVATIONS": ((X,), {
+    "ACTIVATION_FORMULAS": ((X,), {
         **{name: ACT2FN[name](X) for name in (
             "quick_gelu", "gelu", "gelu_pytorch_tanh", "relu", "leaky_relu", "silu", "mish",
             "sigmoid", "tanh",
@@ -119,7 +122,7 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_each_entry_of_a_table_computes_what_its_name_says(name):
     given, expected = TABLES[name]
-    table = getattr(diagnosis, name)
+    table = getattr(variants, name)
     assert table.keys() == expected.keys()
     for entry, function in table.items():
         found, right = function(*given), torch.as_tensor(expected[entry], dtype=torch.float64)
@@ -142,7 +145,7 @@ def side():
     right = twins(TINY)[0]
     wrong = twins(TINY, seed=1)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagnosis, "cause_in_model", lambda site, *both: sides.append(both) or "")
+        patch.setattr(models, "cause_in_model", lambda site, *both: sides.append(both) or "")
         compare(wrong, right)
     return sides[0][1]
 
@@ -565,12 +568,12 @@ FAULTS_OF_PIXELS = {
 @pytest.fixture(scope="module")
 def drawn():
     """Pictures, and what our transform makes of them."""
-    pictures = diagnosis.pictures(24)
+    pictures = pixels.pictures(24)
     return pictures, [RIGHT(picture) for picture in pictures]
 
 
 def test_no_fault_of_pictures_is_without_a_test():
-    assert FAULTS_OF_PIXELS.keys() == diagnosis.FAULTS_OF_PIXELS.keys()
+    assert FAULTS_OF_PIXELS.keys() == pixels.FAULTS_OF_PIXELS.keys()
 
 
 @pytest.mark.slow

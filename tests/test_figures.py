@@ -5,14 +5,14 @@ import torch
 from PIL import Image
 
 from miniclip.bench import Row
+from miniclip.bench.drawing import draw_bench
 from miniclip.exhibits import Exhibit, Heat
-from miniclip.figures.bench import draw_bench
 from miniclip.figures.confusion import draw_confusion
 from miniclip.figures.curves import draw_curves
 from miniclip.figures.demo import draw_demo
 from miniclip.figures.explanations import draw_text_maps
-from miniclip.figures.parity import draw_parity
 from miniclip.parity import Difference, Report
+from miniclip.parity.drawing import draw_parity
 from miniclip.zeroshot.classifier import Score
 from miniclip.zeroshot.evaluation import Evaluation
 

@@ -199,7 +199,7 @@ def test_parity_prints_what_it_measured(run, output):
 def test_bench_measures_what_it_is_asked_for(run, monkeypatch):
     """The cases, without their measurement."""
     cases = []
-    monkeypatch.setattr("miniclip.bench.measure", lambda case, *_: cases.append(case) or [])
+    monkeypatch.setattr("miniclip.bench.suites.measure", lambda case, *_: cases.append(case) or [])
     assert run("bench --shape tiny --suite vision text")[0] == 0
     works = [case.work for case in cases]
     assert works[1].startswith("16 images, tiny, float32") and works[2].startswith("16 captions")

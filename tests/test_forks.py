@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+import transformers
+from forks.siglip import Siglip
 from torch import nn
 from torch.nn.utils import prune
-from twin import TINY, fork_of, random_inputs, twins
+from twin import TINY, fork_of, random_inputs, randomize, twins
 
-from miniclip import Tokenizer, surgery
+from miniclip import CLIP, Tokenizer, surgery
 from miniclip.checkpoint import Loaded
 from miniclip.commands.parity import rows_dict
 from miniclip.parity import compare
@@ -51,16 +53,16 @@ SAME = {
     "tokens_before_the_batch": (
         "x = self.blocks(self.embed(pixels))",
         "x = self.blocks(self.embed(pixels).transpose(0, 1)).transpose(0, 1)",
-        "self.ln_final(self.blocks(x))",
-        "self.ln_final(self.blocks(x.transpose(0, 1)).transpose(0, 1))",
-        "        # How many heads", "        x = x.transpose(0, 1)\n        # How many heads",
+        "x = self.blocks(self.embed(ids))",
+        "x = self.blocks(self.embed(ids).transpose(0, 1)).transpose(0, 1)",
+        "q, k, v = self.qkv(x)", "x = x.transpose(0, 1)\n        q, k, v = self.qkv(x)",
         "return self.out_proj(z.flatten(2))", "return self.out_proj(z.flatten(2)).transpose(0, 1)",
     ),
     "tokens_as_rows": (
         "self.mlp(self.ln_2(x))", "self.mlp(self.ln_2(x).flatten(0, 1)).view_as(x)",
     ),
     "arguments_by_name": (
-        "return self.proj(self.ln_post(x[:, 0]))", "return self.proj(input=self.ln_post(x[:, 0]))",
+        "return self.proj(self.pool(x))", "return self.proj(input=self.pool(x))",
         "return self.ln_pre(x)", "return self.ln_pre(input=x)",
         "x = self.blocks(self.embed(pixels))",
         "x = self.embed(pixels)\n        for block in self.blocks:\n            x = block(x=x)",
@@ -279,3 +281,71 @@ def test_bytes_that_are_no_word_count(pair):
         faulty = Tokenizer(vocab, right.merges, context_length=right.context_length)
         report = compare(*(Loaded(pair[0], t, None) for t in (faulty, right)))
         assert report.first == "tokens" and report.cause.startswith("first at the word")
+
+
+@pytest.mark.slow
+def test_a_fork_is_compared_with_its_own_model_of_transformers(tmp_path):
+    size = {
+        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 40,
+    }  # fmt: skip
+    config = transformers.SiglipConfig(
+        vision_config=size | {"image_size": 32, "patch_size": 8},
+        text_config=size | {"vocab_size": 60, "max_position_embeddings": 12, "bos_token_id": 58,
+                            "eos_token_id": 59, "pad_token_id": 0},
+    )  # fmt: skip
+    theirs = transformers.SiglipModel(config)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = Siglip.from_pretrained(tmp_path)
+    report = compare(ours, theirs)
+    assert report.first is None and len(report.rows) == 38, report
+    ours.text.blocks[1].mlp.act = nn.ReLU()
+    report = compare(theirs, ours)
+    cause = "other has the activation relu for gelu_pytorch_tanh"
+    assert (report.first, report.cause) == ("text.blocks.1.mlp_out", cause)
+
+
+class WithBoxes(CLIP):
+    """Its output has a tensor that CLIP's has not."""
+
+    factor = 1.0
+
+    def forward(self, pixels, ids):
+        output = super().forward(pixels, ids)._asdict()
+        return output | {"boxes": self.factor * output["image_embeds"]}
+
+
+def test_a_forks_own_output_is_compared():
+    one, other = WithBoxes(TINY), WithBoxes(TINY)
+    other.load_state_dict(one.state_dict())
+    assert compare(one, other).rows[-1].site == "output_boxes"
+    assert compare(one, other).first is None
+    other.factor = 2.0
+    assert compare(one, other).first == "output_boxes"
+
+
+def test_a_model_that_has_no_sites_is_refused(pair):
+    other = copy.deepcopy(pair[0])
+    del other.text.blocks
+    with pytest.raises(ValueError, match="CLIP has no blocks in its text tower"):
+        compare(other, pair[0])
+
+
+def test_a_block_may_lack_parts(pair):
+    """Their sites are left out; the residual stream after the block is compared all the same."""
+
+    class Plain(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.inner = block
+
+        def forward(self, x):
+            return self.inner(x)
+
+    other = copy.deepcopy(pair[0])
+    other.vision.blocks[0] = Plain(other.vision.blocks[0])
+    report = compare(other, pair[0])
+    sites = {row.site for row in report.rows}
+    assert report.first is None and "vision.blocks.0.resid_post" in sites
+    assert not sites & {"vision.blocks.0.attn_out", "vision.blocks.0.mlp_out"}

@@ -4,7 +4,6 @@ Here the faults are planted in texts and pictures; test_diagnosis.py has those o
 """
 
 import copy
-import inspect
 import json
 import math
 import shutil
@@ -26,7 +25,7 @@ from miniclip import (
     transform,
 )
 from miniclip.commands.main import main
-from miniclip.parity import Difference, assert_parity, compare, summarize
+from miniclip.parity import Difference, assert_parity, compare, models, pairs, summarize
 from miniclip.presets import PRESETS
 
 TORCH = f"torch {torch.__version__.partition('+')[0]}"
@@ -205,21 +204,12 @@ def test_texts_and_pictures_come_first(whole):
     assert report.first is None and all(row.absolute == 0 for row in report.rows)
 
 
-def without(old, new=""):
-    """Takes a step out of the tokenizer's cleaning."""
-    source = inspect.getsource(tokenizer.clean_transformers)
-    assert old in source
-    scope = dict(vars(tokenizer))
-    exec(source.replace(old, new), scope)
-    return scope["clean_transformers"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "old, new, cause",
     [
         (".lower()", "", "model lacks lower-casing"),
-        ('unicodedata.normalize("NFC", part)', "part", "model lacks composing of accents (NFC)"),
+        ("compose(text)", "text", "model lacks composing of accents (NFC)"),
     ],
 )
 def test_a_step_of_cleaning_left_out(old, new, cause, whole):
@@ -434,7 +424,7 @@ def row_of(site, size, apart, apart_64, dtype=torch.float32, exact=1e-10, device
     right = torch.tensor([size, -size], dtype=torch.float64)
     far = torch.tensor([0.0, 1.0], dtype=torch.float64)
     tensors = [right + apart * far, right + apart_64 * far, right, right]
-    return parity._difference(site, tensors, dtype, exact, torch.device(device))
+    return models._difference(site, tensors, dtype, exact, torch.device(device))
 
 
 def test_how_far_apart_is_too_far_in_float64():
@@ -456,7 +446,7 @@ def test_how_much_worse_half_precision_may_be():
     right = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for times, within in ((1.9, True), (2.1, False)):
         tensors = [right + times * 0.01, right, right - 0.01, right]
-        row = parity._difference(SITE, tensors, torch.bfloat16, 1e-10, torch.device("cpu"))
+        row = models._difference(SITE, tensors, torch.bfloat16, 1e-10, torch.device("cpu"))
         assert row.within_tolerance == within
         assert row.absolute == pytest.approx((times + 1) * 0.01)
         assert row.relative == pytest.approx((times + 1) * 0.005)
@@ -589,7 +579,7 @@ def asked(monkeypatch):
     record("load_pair", ("one", "other"))
     record("random_pair", ("one", "other"))
     record("compare", parity.Report([], "logits", "a reason"))
-    record("environment", "the environment")
+    record("measured_with", "the environment")
     return seen
 
 
@@ -598,7 +588,7 @@ def test_each_argument_of_the_command_arrives(asked, capsys):
     assert main(["parity", "cifar10", *argv]) == 1
     assert asked["load_pair"] == (("cifar10", "shapes"), {"revision": "v2"})
     given = {"dtype": torch.float16, "device": "mps"}
-    assert asked["compare"] == (("one", "other"), given) and asked["environment"][0] == ("mps",)
+    assert asked["compare"] == (("one", "other"), given) and asked["measured_with"][0] == ("mps",)
     out = capsys.readouterr().out
     for words in ("cifar10", "shapes", "error in float16", "the environment", "cause: a reason"):
         assert words in out
@@ -615,16 +605,17 @@ def test_each_argument_of_the_command_arrives(asked, capsys):
 def test_each_part_is_loaded_from_the_place_that_was_asked_for(monkeypatch):
     asked = []
     model = CLIP.from_pretrained("cifar10")
-    monkeypatch.setattr(parity, "has_files", lambda *given: asked.append(given) or True)
-    monkeypatch.setattr(
-        parity,
-        "CLIP.from_pretrained",
-        lambda name, **options: asked.append((name, options)) or model,
-    )
-    for kind in (Tokenizer, ImageTransform):
-        monkeypatch.setattr(
-            kind, "from_pretrained", lambda name, **options: asked.append((name, options))
-        )
+
+    def has_files(part, name, **options):
+        return asked.append((part, name, options)) or True
+
+    monkeypatch.setattr(pairs, "has_files", has_files)
+    for kind, loaded in ((CLIP, model), (Tokenizer, None), (ImageTransform, None)):
+
+        def from_pretrained(name, loaded=loaded, **options):
+            return asked.append((name, options)) or loaded
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
     parity.load_pair("one", "other", revision="v2")
     options = {"revision": "v2"}
     for name in ("one", "other"):

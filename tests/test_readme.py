@@ -22,7 +22,7 @@ from PIL import Image
 from twin import TINY
 
 import miniclip
-from miniclip import bench
+from miniclip.bench import measuring
 from miniclip.commands.main import main
 from miniclip.lens.heat import METHODS
 from miniclip.presets import PRESETS
@@ -66,7 +66,7 @@ INSTEAD = {
 def little(monkeypatch):
     """Less of what takes long: scenes, rounds of `bench`, methods of `explain`."""
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    monkeypatch.setattr("miniclip.bench.measure", partial(bench.measure, seconds=0))
+    monkeypatch.setattr("miniclip.bench.suites.measure", partial(measuring.measure, seconds=0))
     monkeypatch.setattr(scoring, "score", partial(scoring.score, scenes=8))
     monkeypatch.setattr("miniclip.world.source.Shapes.__init__.__defaults__", (32, 0))
     for method in ("occlusion", "relevance", "rollout"):

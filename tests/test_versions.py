@@ -48,7 +48,7 @@ def test_versions_are_those_that_the_modules_state(monkeypatch):
     assert versions()["pillow"] == PIL.__version__
     assert bench.environment("cpu")["torch"] == "9.8.7+cu130"
     expected = f"torch 9.8.7+cu130, transformers {transformers.__version__}, CPU"
-    assert parity.environment().startswith(expected)
+    assert parity.measured_with().startswith(expected)
 
 
 def test_a_module_without_a_version_has_the_one_that_pip_knows(monkeypatch):

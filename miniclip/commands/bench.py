@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         print(table(rows), end="\n\n")
         print_wrapped("", [f"{name} {value}" for name, value in measured_with.items()])
     if args.plot:
-        from miniclip.figures.bench import draw_bench
+        from miniclip.bench.drawing import draw_bench
 
         draw_bench(rows, args.plot)
         note(f"picture: {args.plot}")

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         "model": args.random or name,
         "other": args.against,
         "dtype": args.dtype,
-        "environment": parity.environment(args.device),
+        "environment": parity.measured_with(args.device),
     }
     if args.json:
         print_json(
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(parity_table(about, report))
     if args.plot:
-        from miniclip.figures.parity import draw_parity
+        from miniclip.parity.drawing import draw_parity
 
         draw_parity(report, args.plot)
         note(f"picture: {args.plot}")

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from os import PathLike
 
-from matplotlib.figure import Figure
-
-from miniclip.bench import Row
-from miniclip.figures.style import BLUE, ORANGE, save
+from miniclip.bench.measuring import Row
+from miniclip.figures.style import BLUE, ORANGE, Figure, save
 
 
 def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:

@@ -2,10 +2,8 @@
 
 from os import PathLike
 
-from matplotlib.figure import Figure
-
-from miniclip.figures.style import BLUE, ORANGE, save
-from miniclip.parity import Report
+from miniclip.figures.style import BLUE, ORANGE, Figure, save
+from miniclip.parity.report import Report
 
 NOTHING = 1e-17  # where a difference of 0 is drawn, as a logarithm has no place for it
 

@@ -1,0 +1,157 @@
+"""Suites of the model: images and captions to embeddings, a zero-shot classifier, gradients."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miniclip.bench.libraries import Library
+from miniclip.bench.material import Setting, captions, plural
+from miniclip.bench.measuring import Case, Contender, Trial
+from miniclip.config import CLIPConfig
+from miniclip.files.names import OPENAI, TRANSFORMERS, layout_name, pack
+from miniclip.loss import contrastive_loss
+from miniclip.model import unit_norm
+from miniclip.parity import random_inputs
+from miniclip.parts import parts
+from miniclip.tokenizer import Tokenizer
+from miniclip.zeroshot.classifier import class_embeddings
+from miniclip.zeroshot.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
+
+
+def vision_suite(setting: Setting) -> Iterator[Case]:
+    """Images to embeddings: one, and a batch."""
+    multiply_adds = tower_multiply_adds(setting.config, "vision")
+    for count in sorted({1, setting.batch}):
+        pixels = random_inputs(setting.config, images=count)[0].to(setting.device)
+        contenders = encoders(setting, "encode_image", [pixels] * len(setting.libraries))
+        contenders.append(ceiling(setting, count * multiply_adds))
+        yield setting.case("vision", plural(count, "image"), count, "images", contenders, unit_rows)
+
+
+def text_suite(setting: Setting) -> Iterator[Case]:
+    """A batch of captions to embeddings."""
+    texts = captions(setting.batch)
+    ids = [library.tokenize(texts).to(setting.device) for library in setting.libraries]
+    count, length = ids[0].shape
+    contenders = encoders(setting, "encode_text", ids)
+    multiply_adds = tower_multiply_adds(setting.config, "text", length)
+    contenders.append(ceiling(setting, count * multiply_adds))
+    work = f"{plural(count, 'caption')} of at most {length} tokens"
+    yield setting.case("text", work, count, "texts", contenders, unit_rows)
+
+
+def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> list[Contender]:
+    """Each library's encoder on its input.
+
+    With `compile`, those of miniclip and transformers also run compiled. Then all outputs are
+    compared with miniclip's compiled encoder.
+    """
+    pairs = zip(setting.libraries, inputs, strict=True)
+    runs = {library.name: (getattr(library, method), x) for library, x in pairs}
+    if setting.compile:
+        mode = "reduce-overhead" if setting.device.startswith("cuda") else "default"
+        compiled = {
+            f"{name}, compiled": (torch.compile(runs[name][0], mode=mode), runs[name][1])
+            for name in ("miniclip", "transformers")
+        }
+        runs = compiled | runs
+
+    def trial(encode: Callable[[Tensor], Tensor], x: Tensor) -> Trial:
+        return setting.timed(torch.inference_mode()(lambda: encode(x)))
+
+    return [Contender(name, trial(*run)) for name, run in runs.items()]
+
+
+def ceiling(setting: Setting, multiply_adds: int) -> Contender:
+    """The time for that many multiply-adds at the speed of one large matrix product."""
+    n = 8192 if setting.device.startswith("cuda") else 2048
+    a, b = torch.randn(2, n, n, device=setting.device, dtype=setting.dtype)
+    trial = setting.timed(lambda: F.linear(a, b))  # the only float16 product that is fast on a CPU
+    return Contender("one matrix product", lambda: (trial()[0] * multiply_adds / n**3, None))
+
+
+@cache
+def tower_multiply_adds(config: CLIPConfig, tower: str, tokens: int | None = None) -> int:
+    """The multiply-adds of one image, or of one text of that many tokens."""
+    if tokens is not None:
+        config = replace(config, text=replace(config.text, context_length=tokens))
+    return sum(part.multiply_adds for part in parts(config) if part.name.startswith(tower))
+
+
+def unit_rows(embeds: Tensor) -> Tensor:
+    """Embeddings (B, E) in the form that is compared: unit vectors in float64 on the CPU."""
+    return unit_norm(embeds.double().cpu())
+
+
+def zeroshot_suite(setting: Setting) -> Iterator[Case]:
+    """Labels in 80 templates to a classifier."""
+    ours, *peers = setting.libraries
+    tokenizer = ours.tokenize
+    assert isinstance(tokenizer, Tokenizer)
+    # A few of the thousand, and the longest: a library that takes all at once pads them to it.
+    longest = max(IMAGENET_CLASSES, key=lambda label: len(tokenizer.encode(label)))
+    labels, templates = [*IMAGENET_CLASSES[::100], longest], IMAGENET_TEMPLATES
+    prompts = [template.replace("{}", label) for label in labels for template in templates]
+
+    @torch.inference_mode()
+    def class_by_class(library: Library) -> Tensor:
+        """As in OpenAI's notebook."""
+        rows = []
+        for label in labels:
+            ids = library.tokenize([template.replace("{}", label) for template in templates])
+            embeds = unit_norm(library.encode_text(ids.to(setting.device)))
+            rows.append(unit_norm(embeds.mean(dim=0)))
+        return torch.stack(rows)
+
+    @torch.inference_mode()
+    def all_at_once(library: Library) -> Tensor:
+        """As the library pads a list of texts: to the longest text."""
+        batches = library.tokenize(prompts).to(setting.device).split(256)
+        embeds = unit_norm(torch.cat([library.encode_text(ids) for ids in batches]))
+        return unit_norm(embeds.unflatten(0, (len(labels), -1)).mean(dim=1))
+
+    runs = {"miniclip": partial(class_embeddings, ours.model, tokenizer, labels, templates)}
+    runs |= {library.name: partial(class_by_class, library) for library in peers}
+    runs["transformers, at once"] = partial(all_at_once, peers[0])
+    contenders = [Contender(name, setting.timed(run)) for name, run in runs.items()]
+    lengths = [2 + len(tokenizer.encode(prompt)) for prompt in prompts]
+    multiply_adds = sum(tower_multiply_adds(setting.config, "text", n) for n in lengths)
+    contenders.append(ceiling(setting, multiply_adds))
+    work = f"{len(labels)} labels x {len(templates)} templates"
+    yield setting.case("zeroshot", work, len(prompts), "texts", contenders, unit_rows)
+
+
+def train_suite(setting: Setting) -> Iterator[Case]:
+    """The contrastive loss of a batch, and its gradients."""
+    texts = captions(setting.batch)
+    pixels = random_inputs(setting.config, images=len(texts))[0].to(setting.device)
+    names = setting.libraries[0].model.state_dict().keys()
+
+    def gradients(library: Library, ids: Tensor) -> dict[str, Tensor]:
+        image_embeds = unit_norm(library.encode_image(pixels))
+        text_embeds = unit_norm(library.encode_text(ids))
+        loss = contrastive_loss(image_embeds, text_embeds, library.model.logit_scale)
+        parameters = dict(library.model.named_parameters())
+        grads = torch.autograd.grad(loss, list(parameters.values()))
+        return dict(zip(parameters, grads, strict=True))
+
+    def one_vector(gradients: dict[str, Tensor]) -> Tensor:
+        """In OpenAI's layout. open_clip uses it, and the others are converted to it."""
+        theirs = {name: layout_name(name, TRANSFORMERS) for name in names}
+        if gradients.keys() == set(theirs.values()):
+            gradients = {name: gradients[their] for name, their in theirs.items()}
+        if gradients.keys() == names:
+            gradients = pack(gradients, OPENAI)
+        flat = [gradients[name].double().flatten().cpu() for name in sorted(gradients)]
+        return torch.cat(flat)[None]
+
+    contenders = []
+    for library in setting.libraries:
+        ids = library.tokenize(texts).to(setting.device)
+        contenders.append(Contender(library.name, setting.timed(partial(gradients, library, ids))))
+    work = f"the loss of {plural(len(texts), 'pair')} and its gradients"
+    yield setting.case("train", work, len(texts), "pairs", contenders, one_vector)

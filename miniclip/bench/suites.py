@@ -1,0 +1,90 @@
+"""All suites, and the function that runs them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from miniclip.bench.collection import embed_suite, search_suite
+from miniclip.bench.inputs import tokenizer_suite, transform_suite
+from miniclip.bench.material import MAX_DISTANCE, Setting, prepare
+from miniclip.bench.measuring import Case, Row, measure
+from miniclip.bench.models import text_suite, train_suite, vision_suite, zeroshot_suite
+from miniclip.bench.processes import load_suite, memory_suite, startup_suite
+from miniclip.files.models import check_device
+from miniclip.peers import import_transformers
+from miniclip.presets import PRESETS
+from miniclip.terminal import progress
+
+SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    "vision": vision_suite,
+    "text": text_suite,
+    "tokenizer": tokenizer_suite,
+    "transform": transform_suite,
+    "load": load_suite,
+    "startup": startup_suite,
+    "zeroshot": zeroshot_suite,
+    "train": train_suite,
+    "memory": memory_suite,
+    "embed": embed_suite,
+    "search": search_suite,
+}
+
+
+def bench(
+    suites: Sequence[str] = tuple(SUITES),
+    *,
+    shape: str = "B/32",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+    batch: int | None = None,
+) -> list[Row]:
+    """Do the same work with miniclip and with every peer that is installed, and time it.
+
+    Args:
+        suites: names from SUITES.
+        shape: a name from PRESETS. The weights are random.
+        compile: run compiled encoders, too.
+        batch: 16, or 256 on a GPU, unless given.
+    """
+    for name in suites:
+        if name not in SUITES:
+            raise ValueError(f"no suite is called {name!r}; expected {', '.join(SUITES)}")
+    if shape not in PRESETS:
+        raise ValueError(f"no shape is called {shape!r}; expected {', '.join(PRESETS)}")
+    if dtype not in MAX_DISTANCE:
+        names = ", ".join(str(known).removeprefix("torch.") for known in MAX_DISTANCE)
+        raise ValueError(f"dtype is {dtype}; expected one of {names}")
+    batch = batch if batch is not None else 256 if device.startswith("cuda") else 16
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; expected at least 1")
+    check_device(device)
+    import_transformers()  # before the work: an error comes at once
+    rows: list[Row] = []
+    with TemporaryDirectory() as folder, exact_float32():
+        config = prepare(Path(folder), shape)
+        setting = Setting(Path(folder), config, shape, device, dtype, compile, batch)
+        bar = progress(suites, "suite")
+        for name in bar:
+            bar.set_description(name)
+            for case in SUITES[name](setting):
+                rows += measure(case)
+    return rows
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """A block without TF32: ten bits of float32's fraction, which cuDNN uses by default."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed

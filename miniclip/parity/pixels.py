@@ -1,0 +1,170 @@
+"""The second stage of a comparison: two image transforms on pictures that show each step.
+
+The steps are the reference's own functions. A fault replaces one of them.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from miniclip.parity.formulas import is_near
+from miniclip.parity.stages import NAMES, Stage, exact_difference, infinitely_far, run_both
+from miniclip.transform import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    ImageTransform,
+    center_crop,
+    resize_short_side,
+    scale_and_normalize,
+    to_rgb,
+)
+
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def pictures(size: int) -> list[Image.Image]:
+    """Pictures for a transform to `size` pixels.
+
+    The first eight are not resized. Their margins of 1 to 7 pixels show how a crop rounds. The
+    others are resized, or in another mode.
+    """
+    random = np.random.default_rng(0)
+
+    def noise(width: int, height: int, smooth: int = 1) -> Image.Image:
+        small = random.integers(0, 256, (-(-height // smooth), -(-width // smooth), 3), np.uint8)
+        return Image.fromarray(small.repeat(smooth, 0).repeat(smooth, 1)[:height, :width])
+
+    margins = [noise(size + m, size) for m in (0, 1, 3, 5)]
+    margins += [noise(size, size + m) for m in (1, 2, 3, 7)]
+    resized = [noise(2 * size + 9, 3 * size + 4, 5), noise(size // 2 + 3, size // 2 + 1, 3)]
+    red, green, blue = resized[0].split()
+    transparent = Image.merge("RGBA", (red, green, blue, red.point(lambda v: 255 * (v > 127))))
+    return [*margins, *resized, resized[0].convert("L"), resized[0].convert("P"), transparent]
+
+
+class Steps(NamedTuple):
+    """An image transform: transformers' four steps, until one is replaced."""
+
+    size: int
+    crop_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    to_rgb: Callable[[Image.Image], Image.Image] = to_rgb
+    resize: Callable[[Image.Image, int], Image.Image] = resize_short_side
+    crop: Callable[[Image.Image, int], Image.Image] = center_crop
+    scale: Callable[..., np.ndarray] = scale_and_normalize
+
+    def pixels_of(self, picture: Image.Image) -> Tensor:
+        """(3, S, S)"""
+        image = self.crop(self.resize(self.to_rgb(picture), self.size), self.crop_size)
+        return torch.from_numpy(self.scale(image.convert("RGB"), self.mean, self.std))
+
+
+def on_black(picture: Image.Image) -> Image.Image:
+    """Transparent pixels are laid on black."""
+    below = Image.new("RGBA", picture.size, "black")
+    return Image.alpha_composite(below, picture.convert("RGBA")).convert("RGB")
+
+
+def round_long_side(picture: Image.Image, size: int) -> Image.Image:
+    """The long side is rounded, and loses no fraction."""
+    sides = (round(size * side / min(picture.size)) for side in picture.size)
+    return picture.resize((next(sides), next(sides)), BICUBIC)
+
+
+def resample(how: Image.Resampling, picture: Image.Image, size: int) -> Image.Image:
+    """Resize to the right size with another filter."""
+    return picture.resize(resize_short_side(picture, size).size, how)
+
+
+def crop_at(offset: Callable[[int], int], picture: Image.Image, size: int) -> Image.Image:
+    """Crop with margins cut in two in another way: `offset` gives the left and the upper part."""
+    left, top = (offset(side - size) for side in picture.size)
+    return picture.crop((left, top, left + size, top + size))
+
+
+def in_bgr(picture: Image.Image, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Scale and normalise colours in the wrong order."""
+    return scale_and_normalize(Image.merge("RGB", picture.split()[::-1]), mean, std)
+
+
+def divide_by(
+    divisor: float, picture: Image.Image, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """(byte / divisor - mean) / std, which is another mean and std after a division by 255."""
+    mean, std = ([number * divisor / 255 for number in numbers] for numbers in (mean, std))
+    return scale_and_normalize(picture, mean, std)
+
+
+openai_crop = partial(center_crop, reference="openai")
+
+FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
+    "a crop that rounds half to even, not down": {"crop": openai_crop},
+    "a crop that rounds up, not down": {"crop": partial(crop_at, lambda margin: -(-margin // 2))},
+    "a crop from the upper left corner": {"crop": partial(crop_at, lambda margin: 0)},
+    "OpenAI's order and crop": {"crop": openai_crop, "to_rgb": lambda picture: picture},
+    "RGB after the resize, not before": {"to_rgb": lambda picture: picture},
+    "transparency that is dropped, not laid on white": {"to_rgb": lambda p: p.convert("RGB")},
+    "transparency laid on black, not on white": {"to_rgb": on_black},
+    "a long side that is rounded, not cut": {"resize": round_long_side},
+    "a resize to a square": {"resize": lambda p, size: p.resize((size, size), BICUBIC)},
+    "the colours in the order BGR": {"scale": in_bgr},
+    "bytes that are not divided by 255": {"scale": partial(divide_by, 1.0)},
+    "bytes divided by 255 twice": {"scale": partial(divide_by, 255.0**2)},
+    "bytes divided by 256": {"scale": partial(divide_by, 256.0)},
+    "no mean and std": {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)},
+    "OpenAI's mean and std": {"mean": OPENAI_MEAN, "std": OPENAI_STD},
+    "a mean and std of 0.5": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    "ImageNet's mean and std": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    **{
+        f"{how.name.lower()} resampling, not bicubic": {"resize": partial(resample, how)}
+        for how in Image.Resampling
+        if how != BICUBIC
+    },
+}
+"""What another implementation may have, and the steps that it replaces."""
+
+
+def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tensor]) -> str:
+    """Why two transforms differ that made `one` and `other` of `pictures(ours.size)`.
+
+    `ours` is an ImageTransform, `theirs` any function.
+
+    >>> from miniclip import ImageTransform
+    >>> cause_in_pixels(ImageTransform(64), ImageTransform(64, crop_size=60), [], [])
+    'crop_size is 64 in model, 60 in other'
+    """
+    for name in ("size", "crop_size", "image_mean", "image_std", "reference"):
+        a, b = getattr(ours, name), getattr(theirs, name, getattr(ours, name))
+        if a != b:
+            return f"{name} is {a} in model, {b} in other"
+    steps = Steps(ours.size, ours.crop_size, ours.image_mean, ours.image_std)
+    drawn = pictures(ours.size)
+    for fault, changed in FAULTS_OF_PIXELS.items():
+        if steps._replace(**changed) == steps:  # no fault here
+            continue
+        faulty = [steps._replace(**changed).pixels_of(picture) for picture in drawn]
+        for name, found in zip(NAMES, (one, other)):
+            pairs = zip(faulty, found, strict=True)
+            if all(is_near(a.double(), b.double(), 1e-5) for a, b in pairs):
+                return f"{name} has {fault}"
+    return ""
+
+
+def compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:
+    """A row for the pixels of all pictures."""
+    sizes = (getattr(transform, "size", None) for transform in (ours, theirs))
+    drawn = pictures(next(filter(None, sizes), ImageTransform.size))
+    found, raised = run_both(lambda transform: [*map(transform, drawn)], ours, theirs)
+    if raised:
+        return [infinitely_far("pixels")], raised
+    one, other = (torch.cat([pixels.flatten() for pixels in results]) for results in found)
+    row = exact_difference("pixels", one, other)
+    if row.within_tolerance:
+        return [row], None
+    return [row], cause_in_pixels(ours, theirs, *found)

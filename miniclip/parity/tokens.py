@@ -1,0 +1,125 @@
+"""The first stage of a comparison: two tokenizers on texts that show each step, then on words."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miniclip.parity.stages import NAMES, Stage, exact_difference, infinitely_far, run_both
+from miniclip.text.openai import clean_openai
+from miniclip.tokenizer import Tokenizer
+
+TEXTS = (
+    "a photo of a cat",
+    "A Photo of THE Cat",
+    " two  dogs\tand a\nbird ",
+    "it's 12.5% off, isn't it?!",
+    "cafe\u0301, naïve ﬁsh",
+    "salt &amp; pepper &lt;3",
+    "it’s â€œquotedâ€\x9d",
+    "猫の写真 🙂👍🏽",
+    "before <|endoftext|> after",
+    "",
+    "a very long text " * 60,
+)
+"""Each shows a step of cleaning or splitting. The last is longer than any context."""
+
+
+CLEANING: dict[str, Callable[[str], str]] = {
+    "lower-casing": lambda text: "".join(c.lower() for c in text),
+    "squeezing of white space": lambda text: re.sub(r"\s+", " ", text),
+    "composing of accents (NFC)": lambda text: unicodedata.normalize("NFC", text),
+    "OpenAI's cleaning (ftfy, html)": clean_openai,
+}
+"""Steps that one tokenizer may do to a text and the other may not."""
+
+
+def cause_in_tokens(
+    model: Callable[[Sequence[str]], Tensor],
+    other: Callable[[Sequence[str]], Tensor],
+    words: Sequence[str] = (),
+) -> str:
+    """Why two tokenizers differ on TEXTS, or on `words` of a vocabulary.
+
+    Both return ids (B, T), and cut texts that are too long.
+
+    >>> from miniclip import Tokenizer
+    >>> one = Tokenizer.from_pretrained("cifar10", reference="transformers")
+    >>> other = Tokenizer.from_pretrained("cifar10", reference="openai")
+    >>> cause_in_tokens(lambda t: one(t, truncate=True), lambda t: other(t, truncate=True))
+    "model lacks OpenAI's cleaning (ftfy, html)"
+    """
+    ours, theirs = model(TEXTS).tolist(), other(TEXTS).tolist()
+    if ours == theirs:
+        pairs = zip(words, model(words).tolist(), other(words).tolist())
+        return f"first at the word {next(word for word, *rows in pairs if rows[0] != rows[1])!r}"
+    if _without_padding(ours) == _without_padding(theirs):
+        if len(ours[0]) != len(theirs[0]):
+            return f"rows of {len(ours[0])} ids in model, {len(theirs[0])} in other"
+        return f"padding with {ours[0][-1]} in model, {theirs[0][-1]} in other"
+    if len(ours[0]) != len(theirs[0]):
+        short = min(len(ours[0]), len(theirs[0]))
+        cut = ([row[: short - 1] for row in _without_padding(rows)] for rows in (ours, theirs))
+        if next(cut) == next(cut):
+            return f"rows of {len(ours[0])} ids in model, {len(theirs[0])} in other"
+    for fault, clean in CLEANING.items():
+        texts = [clean(text) for text in TEXTS]
+        for name, found, expected in zip(NAMES, (model, other), (theirs, ours)):
+            if _without_padding(found(texts).tolist()) == _without_padding(expected):
+                return f"{name} lacks {fault}"
+    for word, position in (("start", 0), ("end", -1)):
+        one, two = ([row[position] for row in _without_padding(rows)] for rows in (ours, theirs))
+        for a, b in zip(one, two):
+            if a != b:
+                return f"the {word} token is {a} in model, {b} in other"
+    rows = zip(TEXTS, _without_padding(ours), _without_padding(theirs))
+    text = next(text for text, one, two in rows if one != two)
+    return f"first at the text {text[:30]!r}"
+
+
+def _without_padding(rows: list[list[int]]) -> list[list[int]]:
+    """Rows up to the end token, which is the second id of the empty text."""
+    end = rows[TEXTS.index("")][1]
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
+    """A row for the ids of all texts and words."""
+    one, other = (partial(tokenizer, truncate=True) for tokenizer in (ours, theirs))
+    words = _words(ours, theirs)
+
+    def ids_of(tokenizer: Callable[[Sequence[str]], Tensor]) -> Tensor:
+        return torch.cat([tokenizer(t).flatten() for t in (TEXTS, words) if t])
+
+    found, raised = run_both(ids_of, one, other)
+    if raised:
+        return [infinitely_far("tokens")], raised
+    row = exact_difference("tokens", *found)
+    if not row.within_tolerance:
+        return [row], cause_in_tokens(one, other, words)
+    # Two merges in the wrong order change few words, and none of a vocabulary.
+    merges = [getattr(tokenizer, "merges", []) for tokenizer in (ours, theirs)]
+    for rank, (mine, yours) in enumerate(zip(*merges)):
+        if mine != yours:
+            cause = f"merge {rank} is {' '.join(mine)!r} in model, {' '.join(yours)!r} in other"
+            return [infinitely_far("tokens")], cause
+    return [row], None
+
+
+def _words(*tokenizers: Any) -> list[str]:
+    """The words of the vocabularies, and characters at the end of a word or inside one.
+
+    The characters are for tokens that are a part of a character. transformers' tokenizer, which is
+    not a Tokenizer here, has the same words as ours.
+    """
+    known = [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, Tokenizer)]
+    words = [t.decode([i]) for t in known for i in range(t.vocab_size)]
+    places = (range(0x21, 0x800), range(0x800, 0xD800, 0x1000), range(0xE000, 0x110000, 0x1000))
+    characters = [chr(place) for part in places for place in part] if known else []
+    ends = [character + end for character in characters for end in ("", "a", "~")]
+    text = (word for word in words if "\N{REPLACEMENT CHARACTER}" not in word)
+    return [*dict.fromkeys([*text, *ends])]
