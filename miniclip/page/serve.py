@@ -1,8 +1,8 @@
 """`miniclip serve`: a page to try models on, in the browser of the same machine.
 
-The page is page.html, which holds all it needs: it asks this server and nobody else. A picture
-goes both ways as a data: URL inside JSON, so no upload is ever written to a disk. Nothing here
-computes: the numbers are zeroshot.py's and retrieval.py's, the maps lens.py's.
+page.html is complete in itself and talks to this server only. Pictures travel in both directions as
+data: URLs inside JSON, so no upload is written to disk. The numbers come from `zeroshot` and
+`retrieval`, and the maps from `lens`.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Pictures -> an index, in parts that survive the end of the process."""
+"""Pictures -> an index, written in parts, so that a killed run can be continued."""
 
 import os
 import shutil
