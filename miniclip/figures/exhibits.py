@@ -1,4 +1,4 @@
-"""The data of `miniclip demo`, computed offline in seconds by the two embedded checkpoints.
+"""`miniclip demo`: what the two embedded checkpoints can do, offline, in seconds.
 
 A scene is drawn and described by the checkpoint `shapes`; photographs that come with scikit-image
 are classified by the checkpoint `cifar10`.

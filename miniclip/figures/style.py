@@ -1,7 +1,7 @@
-"""The colours and fonts of all figures, and writing the file.
+"""What all figures share: colours, fonts and writing the file.
 
-Colour-blind readers and grey printers can tell the colours apart: they are Okabe and Ito's, or run
-from light to dark. This file imports matplotlib, which the `demo` extra brings.
+The colours are Okabe and Ito's, or run from light to dark: the colour-blind tell them apart, and so
+does a grey printer. This file imports matplotlib, which the `demo` extra brings.
 """
 
 import textwrap

@@ -1,10 +1,4 @@
-"""Search pictures by words.
-
-pictures.py  pictures in folders and tars
-building.py  pictures -> an index, in parts, so that a killed run can be continued
-index.py     a file of embeddings, and exact search in it
-sheet.py     search results as one picture
-"""
+"""Search pictures by words: a folder to an index, and searching it."""
 
 from miniclip.retrieval.building import build_index, embed_images, throughput
 from miniclip.retrieval.index import Encoder, Hit, Index, describe, embed_query

@@ -1,4 +1,4 @@
-"""Pictures -> an index, written in parts, so that a killed run can be continued."""
+"""Pictures -> an index, in parts that survive the end of the process."""
 
 import os
 import shutil
