@@ -122,7 +122,7 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
             for path, score, p in find(asked["text"])
         ]
 
-    one_at_a_time = asyncio.Lock()  # lens.py hooks the model, and would see another's tensors
+    one_at_a_time = asyncio.Lock()  # lens hooks the model, and would see another's tensors
 
     def route(answer: Callable[[dict[str, Any]], Any]) -> Route:
         async def endpoint(request: Request) -> Response:
