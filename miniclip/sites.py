@@ -141,9 +141,7 @@ def _call(edit: Edit, name: str, module: nn.Module, args: tuple, tensor: Tensor)
     return edited
 
 
-# -- names of TransformerLens ----------------------------------------------------------------------
-
-KINDS = {
+KINDS = {  # TransformerLens' names of sites -> ours
     "ln1": "ln_1",
     "q": "attn.q",
     "k": "attn.k",

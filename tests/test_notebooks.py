@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = (
     "1_architecture", "2_tokenizer", "3_transform", "4_zeroshot", "5_training", "6_inside",
-    "7_surgery", "8_parity",
+    "7_surgery", "8_parity", "9_your_own_clip",
 )  # fmt: skip
 MOST_BYTES = 300_000
 A_PLACE = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|usr|opt|work|mnt|var|Users)/")

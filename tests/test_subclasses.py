@@ -453,6 +453,12 @@ def test_a_fork_is_saved_and_loaded_bit_for_bit_and_refused_by_other_classes(mod
             model.save_pretrained(tmp_path / layout, layout)
 
 
+def test_transformers_does_not_know_the_model_type_of_a_fork(tmp_path):
+    MeanCLIP(TINY).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model type `MeanCLIP`"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
 def test_a_fork_without_new_parameters_loads_a_checkpoint_of_clip(tmp_path):
     plain = redraw(CLIP(TINY))
     plain.save_pretrained(tmp_path)

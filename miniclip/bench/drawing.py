@@ -1,4 +1,4 @@
-"""Times of several libraries."""
+"""The times that several libraries take for the same work."""
 
 from collections.abc import Sequence
 from os import PathLike

@@ -1,4 +1,4 @@
-"""Pictures of results. style.py has what they share; each drawing has a file of its own."""
+"""Pictures of results, one file for each kind. style.py holds their shared fonts and colours."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""What a classifier takes for what."""
+"""A classifier's confusions: the matrix, and the most frequent ones by name."""
 
 from os import PathLike
 
@@ -11,8 +11,6 @@ from miniclip.terminal import shorten
 from miniclip.zeroshot.evaluation import Evaluation
 
 MOST_NAMES = 40  # classes that can be named along a side of the matrix,
-
-
 MOST_NUMBERS = 20  # and classes that leave room for a number in each cell
 
 

@@ -1,4 +1,4 @@
-"""The first picture."""
+"""The picture of `miniclip demo`."""
 
 from collections.abc import Sequence
 from os import PathLike

@@ -1,5 +1,7 @@
-"""Everything about disks and hubs. These files know configs, dictionaries and tensors, and never
-the classes of the reference, which build themselves from what they find here:
+"""Everything about disks and hubs.
+
+These files know configs, dictionaries and tensors, and never the classes of the reference. The
+classes build themselves from these:
 
     hub.py           a name -> a directory (embedded, local, or downloaded)
     tensors.py       a weights file -> its tensors
@@ -13,7 +15,7 @@ the classes of the reference, which build themselves from what they find here:
     vocabularies.py  a tokenizer's files <-> vocabulary, merges and special tokens
     images.py        an image transform's files <-> settings
     pictures.py      files, arrays and tensors -> Pillow images
-    pickles.py       the tensors of .bin and .pt files, without running their code
+    pickles.py       the tensors of .bin and .pt files; their code is never run
     reading.py       JSON and lines of text, with limits
     writing.py       atomic writes
 """

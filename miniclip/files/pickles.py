@@ -1,11 +1,11 @@
 """The tensors of .bin and .pt files, without the code that is in them.
 
-torch.save writes a pickle and, of each tensor, the numbers; torch.jit.save, in whose form OpenAI
-publishes its models, writes the modules about them too, and their code. A pickle is a program: it
-can name any function of Python to be called, and say in a few bytes to do again what it has said
-in many. Here it has only the instructions and the names that torch.save uses for tensors,
-dictionaries and modules, and none of them does more than to note what it was given. torch.load has
-more, among them some that take as much memory as a file of a few bytes asks for.
+torch.save writes a pickle and the numbers of each tensor. torch.jit.save also writes the modules
+and their code; OpenAI publishes its models in this form. A pickle is a program: it can call any
+Python function, and a few bytes can make it repeat a long work. This reader knows only the
+instructions and names that torch.save uses for tensors, dictionaries and modules, and each of them
+only notes its arguments. torch.load knows more, and some of its instructions take as much memory as
+a file asks for.
 """
 
 import io

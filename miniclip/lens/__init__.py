@@ -1,6 +1,10 @@
-"""What the activations mean: attention maps, decompositions, intermediate features, heat maps.
+"""What the activations of a model mean. Nothing here changes a weight.
 
-Nothing here changes a weight.
+attention.py  attention maps, rollout and gradient-weighted relevance
+decompose.py  the embedding as an exact sum over layers, heads or tokens
+streams.py    the residual stream after each layer: logit lens, intermediate features
+heat.py       where a text is seen in an image, by several methods
+reading.py    which tower reads an input, and at which token
 """
 
 from miniclip.lens.attention import Relevance, attention_maps, relevance, rollout

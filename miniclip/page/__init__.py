@@ -1,1 +1,1 @@
-"""The page of `miniclip serve`."""
+"""The page of `miniclip serve`: page.html in the browser, and serve.py, which answers it."""

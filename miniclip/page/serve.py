@@ -1,8 +1,8 @@
 """`miniclip serve`: a page to try models on, in the browser of the same machine.
 
-The page is page.html, which holds all it needs: it asks this server and nobody else. A picture
-goes both ways as a data: URL inside JSON, so no upload is ever written to a disk. Nothing here
-computes: the numbers are zeroshot.py's and retrieval.py's, the maps lens.py's.
+page.html is complete in itself and talks to this server only. Pictures travel in both directions as
+data: URLs inside JSON, so no upload is written to disk. The numbers come from `zeroshot` and
+`retrieval`, and the maps from `lens`.
 """
 
 import asyncio
@@ -122,7 +122,7 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
             for path, score, p in find(asked["text"])
         ]
 
-    one_at_a_time = asyncio.Lock()  # lens.py hooks the model, and would see another's tensors
+    one_at_a_time = asyncio.Lock()  # lens hooks the model, and would see another's tensors
 
     def route(answer: Callable[[dict[str, Any]], Any]) -> Route:
         async def endpoint(request: Request) -> Response:

@@ -182,9 +182,6 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     return check_rebuilt("add_registers", new, "vision")
 
 
-# ------------------------------------------------------------------------------------------------
-
-
 def _precise(x: Tensor) -> Tensor:
     """Detached, and in float32 at least, which resampling in half precision would need."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))

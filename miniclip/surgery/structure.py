@@ -108,9 +108,6 @@ def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
     return model
 
 
-# ------------------------------------------------------------------------------------------------
-
-
 def _config(model: CLIP, tower: str) -> Any:
     if tower not in ("vision", "text"):
         raise ValueError(f"tower is {tower!r}; expected 'vision' or 'text'")

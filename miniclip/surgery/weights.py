@@ -164,9 +164,6 @@ def without_hooks(module: Module) -> Module:
     return module
 
 
-# ------------------------------------------------------------------------------------------------
-
-
 def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
     _check_same_class(models)
     new = copied(models[0])

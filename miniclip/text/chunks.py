@@ -1,4 +1,4 @@
-"""Ids of what stands between two spaces, remembered."""
+"""A cache: the ids of each piece of text between two spaces."""
 
 from collections.abc import Callable
 

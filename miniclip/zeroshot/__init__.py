@@ -1,4 +1,10 @@
-"""Zero-shot classification (section 3.1 of the paper): labels to a classifier, and its score."""
+"""Zero-shot classification (section 3.1 of the paper).
+
+classifier.py  labels in templates -> a classifier
+data.py        folders of labelled images
+evaluation.py  the accuracy of a classifier, and its confusions
+imagenet.py    OpenAI's templates and its names of ImageNet's classes
+"""
 
 from miniclip.zeroshot.classifier import (
     TEMPLATE,
