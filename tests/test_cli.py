@@ -616,6 +616,7 @@ class Interrupt:  # Ctrl-C while torch is being imported
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
             os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.meta_path.insert(0, Interrupt())
 sys.argv = ["miniclip", "tokenize", "a cat", "--model", "cifar10"]
 """

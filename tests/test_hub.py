@@ -384,6 +384,8 @@ def test_the_message_of_a_missing_revision_names_it(hub):
 
 @pytest.mark.parametrize("where", ["/tree/", "HEAD .*/resolve/.*safetensors"])
 def test_what_fails_once_is_asked_for_again(hub, model, where):
+    if where == "/tree/" and huggingface_hub.__version__.startswith("1."):
+        pytest.skip("before 2.0 the hub's client asks for the list of files only once")
     hub.faults = [Fault(where, times=1, status=500)]
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
