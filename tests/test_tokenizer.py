@@ -441,7 +441,7 @@ def test_bad_arguments_say_which_text(trained):
     with pytest.raises(ValueError, match="reference is 'OpenAI'; expected 'transformers' or"):
         Tokenizer.from_directory(trained, reference="OpenAI")
     for length in (1, 77.0, True):
-        with pytest.raises(ValueError, match=f"context_length is {length}; expected a number from"):
+        with pytest.raises(ValueError, match=f"context_length is {length}; expected 2 or more"):
             Tokenizer.train(["a"], 514, context_length=length)
     assert tokenizer("", pad_to=2).shape == Tokenizer.train([], 514, context_length=2)("").shape
 
