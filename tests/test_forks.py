@@ -33,7 +33,8 @@ SAME = {
     ),
     "mask_that_is_no_buffer": (
         "self.causal, self.eager = causal, False",
-        "self.causal, self.eager = causal, False\n        self.future = torch.full((77, 77), -torch.inf).triu(1)",
+        "self.causal, self.eager = causal, False\n"
+        "        self.future = torch.full((77, 77), -torch.inf).triu(1)",
         FUSED,
         "mask = self.future[: q.shape[2], : q.shape[2]] * 1.0 if self.causal else None\n"
         "            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)",
