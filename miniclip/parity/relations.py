@@ -81,7 +81,7 @@ AXES = {
 
 
 def place_of(ours: Tensor, theirs: Tensor, ids: Tensor | None) -> str:
-    """Where two tensors differ, if not everywhere."""
+    """The places where two tensors differ, in words. Empty if they differ everywhere."""
     far = (ours - theirs).abs() > 1e-9 * max(1.0, theirs.abs().max().item())
     places = []
     if ids is not None and not (differs := far.any(-1)).all():
