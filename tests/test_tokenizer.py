@@ -824,7 +824,9 @@ def test_damaged_tokenizer_json_is_named(content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"no gzip", gzip.compress(b"#\na b\n")[:-9], gzip.compress(b"\xff")]
+    "content",
+    [b"no gzip", gzip.compress(b"#\na b\n")[:-9], gzip.compress(b"\xff")],
+    ids=["no gzip", "cut short", "not UTF-8"],
 )
 def test_damaged_openai_vocabulary_is_named(content, tmp_path):
     (tmp_path / OPENAI_VOCABULARY).write_bytes(content)
