@@ -449,7 +449,7 @@ CODE = {
         "self.ln_post(x[:, 0])", "x[:, 0]", "vision.pooled", "model has no ln_post",
     ),
     "read_at_the_last_token": (
-        "is_eos.int().argmax(-1), -1)", "is_eos.int().argmax(-1) * 0 - 1, -1)",
+        "is_eos.int().argmax(-1), -1)", "ids.shape[1] - 1, -1)",
         "text.pooled", "model has texts read at their last token",
     ),
     "read_at_the_first_token": (
