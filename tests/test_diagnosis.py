@@ -449,15 +449,15 @@ CODE = {
         "self.ln_post(x[:, 0])", "x[:, 0]", "vision.pooled", "model has no ln_post",
     ),
     "read_at_the_last_token": (
-        "return is_eos.int().argmax(-1)", "return is_eos.int().argmax(-1) * 0 - 1",
+        "is_eos.int().argmax(-1), -1)", "ids.shape[1] - 1, -1)",
         "text.pooled", "model has texts read at their last token",
     ),
     "read_at_the_first_token": (
-        "return is_eos.int().argmax(-1)", "return is_eos.int().argmin(-1)",
+        "is_eos.int().argmax(-1), -1)", "is_eos.int().argmin(-1), -1)",
         "text.pooled", "model has texts read at their first token",
     ),
     "read_before_the_end_token": (
-        "return is_eos.int().argmax(-1)", "return is_eos.int().argmax(-1) - 1",
+        "is_eos.int().argmax(-1), -1)", "is_eos.int().argmax(-1) - 1, -1)",
         "text.pooled", "model has texts read before their end token",
     ),
     "end_token_that_no_text_has": (
@@ -697,8 +697,8 @@ class QuickGELU""",
         "text.pooled", "model has pooling at the mean of all tokens",
     ),
     "read_at_the_last_end_token": (
-        "return is_eos.int().argmax(-1)",
-        "return ids.shape[1] - 1 - is_eos.flip(-1).int().argmax(-1)",
+        "is_eos.int().argmax(-1), -1)",
+        "ids.shape[1] - 1 - is_eos.flip(-1).int().argmax(-1), -1)",
         "text.pooled", "model has texts read at their last end token",
     ),
     "logit_scale_squared": (
