@@ -33,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
             patch.delenv(name)
     patch.setenv("COLUMNS", "80")
     patch.setenv("HF_HOME", home.name)  # empty: no test may depend on what a user has downloaded
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers with two threads each wait for each other
+        patch.setenv("OMP_NUM_THREADS", "1")
     config.add_cleanup(home.cleanup)
     config.add_cleanup(patch.undo)
 
