@@ -33,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
             patch.delenv(name)
     patch.setenv("COLUMNS", "80")
     patch.setenv("HF_HOME", home.name)  # empty: no test may depend on what a user has downloaded
-    patch.setenv("TORCHINDUCTOR_CACHE_DIR", home.name)  # a killed run leaves broken files in it
+    # A killed run leaves broken files in the cache of torch's compiler.
+    patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{home.name}/torchinductor_")
     if "PYTEST_XDIST_WORKER" in os.environ:  # workers with two threads each wait for each other
         patch.setenv("OMP_NUM_THREADS", "1")
     config.add_cleanup(home.cleanup)
