@@ -9,11 +9,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from miniclip.files.checks import check_clip, check_text, check_vision
+from miniclip.files.configs import LEGACY_EOS as LEGACY_EOS  # 2, for `eos_token_id`
 from miniclip.files.pretrained import PretrainedConfig
-
-LEGACY_EOS = 2
-"""The end token in OpenAI's config files. It is wrong: their tokenizer ends a text with 49407.
-transformers reads a 2 as "pool at the largest id of the row", and so does miniclip."""
 
 
 @dataclass(frozen=True)

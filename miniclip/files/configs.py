@@ -19,7 +19,9 @@ from miniclip.files.names import OPENAI, OPENAI_NUMBERS, depth, layout_name
 
 Fields = dict[str, Any]
 
-LEGACY_EOS = 2  # in config.json: read a text at its largest id
+LEGACY_EOS = 2
+"""The end token in OpenAI's config files. It is wrong: their tokenizer ends a text with 49407.
+transformers reads a 2 as "pool at the largest id of the row", and so does miniclip."""
 
 # ------------------------------------------------------------------------------------------------
 # transformers: config.json
