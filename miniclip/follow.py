@@ -103,7 +103,7 @@ def patch_places(tower: Any, pixels: Tensor) -> slice:
     """
     rows, columns = patch_grid(tower, pixels)
     count = rows * columns
-    if not own_method(tower, ("embed",))[0]:
+    if not own_method(tower, ("embed_tokens",))[0]:
         return slice(-count, None)
     size = tower.patch_embed.stride[0]
     probe = torch.zeros_like(pixels[:1]).repeat(4, 1, 1, 1)
@@ -112,12 +112,12 @@ def patch_places(tower: Any, pixels: Tensor) -> slice:
         i, j = (n * size for n in divmod(patch, columns))
         image[:, i : i + size, j : j + size] = 1
     with torch.no_grad():
-        tokens = tower.embed(probe)  # (4, T, W)
+        tokens = tower.embed_tokens(probe)  # (4, T, W)
     changed = [(one != tokens[0]).any(-1).nonzero().flatten().tolist() for one in tokens[1:]]
     first = changed[0][0] if changed[0] else 0
     if changed != [[first + patch] for patch in asked]:
         raise ValueError(
-            f"{type(tower).__name__}.embed does not give each patch one token, row by row: "
+            f"{type(tower).__name__}.embed_tokens does not give each patch one token, row by row: "
             "its tokens cannot be laid out as a picture"
         )
     return slice(first, first + count)
@@ -159,7 +159,9 @@ def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -
     Does nothing for CLIP's own towers, whose surgery is exact by tests.
     """
     own = ("__init__", "forward")
-    if not any(own_method(tower, (*own, "embed", "pool"), own, (*own, "qkv", "attend"), own)):
+    if not any(
+        own_method(tower, (*own, "embed_tokens", "pool"), own, (*own, "qkv", "attend"), own)
+    ):
         return
     towers = (tower, other)
     modes = [one.training for one in towers]

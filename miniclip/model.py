@@ -64,10 +64,11 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, W) -> queries, keys and values, each (B, H, T, D)"""
-        heads = (-1, self.head_width)  # the weights say how many: a layer may have lost some
-        q = self.q(self.q_proj(x).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k(self.k_proj(x).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, D)
-        v = self.v(self.v_proj(x).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, D)
+        # The weights say how many heads there are, because a layer may have lost some.
+        split = (-1, self.head_width)  # (H, D)
+        q = self.q(self.q_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(self.k_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
+        v = self.v(self.v_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
         return q, k, v
 
     def forward(self, x: Tensor, pattern: Callable[..., Tensor] | None = None) -> Tensor:
@@ -192,7 +193,7 @@ class VisionTower(Tower):
         self.proj = projection(width, embed_dim)
         self.init_weights()
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def embed_tokens(self, pixels: Tensor) -> Tensor:
         """Pixels -> the residual stream before the first block, (B, 1 + R + P, W)."""
         check_pixels(pixels, self.config)
         # Pixels take the dtype of the weights, as in transformers.
@@ -211,7 +212,7 @@ class VisionTower(Tower):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, E)"""
-        x = self.blocks(self.embed(pixels))  # (B, 1 + R + P, W)
+        x = self.blocks(self.embed_tokens(pixels))  # (B, 1 + R + P, W)
         return self.proj(self.pool(x))  # (B, E)
 
     @torch.no_grad()
@@ -245,7 +246,7 @@ class TextTower(Tower):
         self.proj = projection(config.width, embed_dim)
         self.init_weights()
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed_tokens(self, ids: Tensor) -> Tensor:
         """Ids -> the residual stream before the first block, (B, T, W)."""
         check_ids(ids)
         return self.add_positions(self.token_embed(ids))
@@ -276,7 +277,7 @@ class TextTower(Tower):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, E)"""
-        x = self.blocks(self.embed(ids))  # (B, T, W)
+        x = self.blocks(self.embed_tokens(ids))  # (B, T, W)
         return self.proj(self.pool(x, self.eos_positions(ids)))  # (B, E)
 
     @torch.no_grad()

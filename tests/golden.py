@@ -27,7 +27,7 @@ from miniclip import CLIP, hooks
 from miniclip.files.hub import resolve
 from miniclip.files.models import meta_device
 from miniclip.model import unit_norm
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 from miniclip.surgery import resize_image
 
 B32, B16, L14 = (
@@ -62,7 +62,7 @@ class Ours:
 
     def image_states(self, pixels):
         """The residual stream after the last block."""
-        return self.model.vision.blocks(self.model.vision.embed(pixels))
+        return self.model.vision.blocks(self.model.vision.embed_tokens(pixels))
 
     def squeezed_states(self, picture, side):
         """The same of a picture of another size, its positions resampled."""
@@ -70,7 +70,7 @@ class Ours:
         pixels = transform([picture.resize((side, side), Image.Resampling.BICUBIC)])
         whole = side - side % self.model.config.vision.patch_size  # the convolution stops there
         model = resize_image(self.model, whole)
-        return model.vision.blocks(model.vision.embed(pixels[..., :whole, :whole]))
+        return model.vision.blocks(model.vision.embed_tokens(pixels[..., :whole, :whole]))
 
     def pooled_image(self, pixels):
         return self.model.vision.ln_post(self.image_states(pixels)[:, 0])
@@ -84,7 +84,7 @@ class Ours:
             return scores.masked_fill(hidden.bool(), -math.inf)
 
         with hooks(self.model, {"text.blocks.*.attn.scores": hide} if mask is not None else {}):
-            return tower.ln_final(tower.blocks(tower.embed(ids)))
+            return tower.ln_final(tower.blocks(tower.embed_tokens(ids)))
 
     def project(self, pooled_text):
         return self.model.text.proj(pooled_text)
@@ -330,7 +330,7 @@ def param_counts(sides, entry, picture):
     counts = {}
     for key in entry["expected"]:
         with meta_device():
-            model = CLIP(PRESETS[key.split()[1]])
+            model = CLIP(PUBLISHED[key.split()[1]])
         counts[key] = sum(parameter.numel() for parameter in model.parameters())
     return counts
 

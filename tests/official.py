@@ -24,7 +24,7 @@ from twin import twins
 
 from miniclip import CLIPConfig, Tokenizer
 from miniclip.config import LEGACY_EOS
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 
 OFFICIAL = {
     "openai/clip-vit-base-patch32": "B/32",
@@ -185,7 +185,7 @@ def as_converted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def files(name: str, *, small: bool = True, seed: int = 0) -> dict[str, bytes]:
     """All files of a repository."""
-    config = shrunk(PRESETS[OFFICIAL[name]]) if small else PRESETS[OFFICIAL[name]]
+    config = shrunk(PUBLISHED[OFFICIAL[name]]) if small else PUBLISHED[OFFICIAL[name]]
     side = config.vision.image_size
     texts = {
         "config.json": config_json(name, config),

@@ -34,7 +34,7 @@ from miniclip.bench.material import Setting
 from miniclip.bench.measuring import Case, Contender, alternate, distance, measure, timed
 from miniclip.commands.main import main
 from miniclip.parts import parts
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 
 SHAPE = CLIPConfig(
     vision=VisionConfig(width=64, layers=2, heads=1, mlp_width=96, image_size=40, patch_size=8),
@@ -51,7 +51,7 @@ CEILING = models.ceiling
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", SHAPE)
+    monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
     monkeypatch.setattr(collection, "SEARCHED", 20_000)
     product = contender("one matrix product", [1.0], None)  # the real one takes most of the time
     monkeypatch.setattr(models, "ceiling", lambda setting, multiply_adds: product)
@@ -201,7 +201,7 @@ def test_the_table_is_80_columns_wide():
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "tiny", SHAPE)
+        patch.setitem(PUBLISHED, "tiny", SHAPE)
         config = material.prepare(folder, "tiny")
     return Setting(folder, config, "tiny", "cpu", torch.float32, False, 3)
 
@@ -535,7 +535,7 @@ def test_four_batches_of_files_are_embedded(setting):
 def prepared(monkeypatch):
     """What `bench` is asked for, without any work."""
     seen = []
-    monkeypatch.setattr(suites, "prepare", lambda folder, shape: PRESETS[shape])
+    monkeypatch.setattr(suites, "prepare", lambda folder, shape: PUBLISHED[shape])
 
     def record(name):
         def suite(setting):
@@ -563,7 +563,7 @@ def test_without_arguments_every_suite_runs(prepared, capsys):
     assert main(["bench"]) == 0
     assert [name for name, *_ in prepared] == list(bench.SUITES) and len(prepared) == 11
     setting = prepared[0][1]
-    assert (setting.config, setting.dtype) == (PRESETS["B/32"], torch.float32)
+    assert (setting.config, setting.dtype) == (PUBLISHED["B/32"], torch.float32)
     assert not setting.compile and setting.batch == 16
 
 

@@ -15,7 +15,7 @@ from miniclip.config import LEGACY_EOS
 from miniclip.errors import shown
 from miniclip.files.open_clip import from_open_clip
 from miniclip.files.reading import read_json
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 
 TOWER_FIELDS = {
     "width": "hidden_size",
@@ -352,7 +352,7 @@ def open_clips(embed_dim, vision, text, quick_gelu=True):
 
 # As github.com/mlfoundations/open_clip and microsoft/Cream (TinyCLIP) have them, in the words of
 # those files; a fifth and a sixth number of the vision tower are its head_width and mlp_ratio.
-PUBLISHED = {
+AS_PUBLISHED = {
     "B/32": open_clips(512, (224, 12, 768, 32), (512, 8, 12)),
     "B/16": open_clips(512, (224, 12, 768, 16), (512, 8, 12)),
     "L/14": open_clips(768, (224, 24, 1024, 14), (768, 12, 12)),
@@ -367,8 +367,8 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_the_published_configs(name):
-    published = CLIPConfig.from_fields(from_open_clip({"model_cfg": PUBLISHED[name]}))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shapes_are_the_published_ones(name):
+    published = CLIPConfig.from_fields(from_open_clip({"model_cfg": AS_PUBLISHED[name]}))
     text = dataclasses.replace(published.text, eos_token_id=49407)  # the tokenizer's end token
-    assert PRESETS[name] == dataclasses.replace(published, text=text)
+    assert PUBLISHED[name] == dataclasses.replace(published, text=text)

@@ -369,8 +369,8 @@ CODE = {
         "vision.blocks.0.attn_out", "model has scores that are not scaled",
     ),
     "heads_interleaved": (
-        "unflatten(-1, heads)).transpose(1, 2)",
-        "unflatten(-1, heads[::-1]).transpose(-1, -2)).transpose(1, 2)",
+        "unflatten(-1, split)).transpose(1, 2)",
+        "unflatten(-1, split[::-1]).transpose(-1, -2)).transpose(1, 2)",
         "vision.blocks.0.q", "model does not compute CLIP's formula",
     ),
     "queries_are_keys": (
@@ -414,7 +414,7 @@ CODE = {
         "vision.blocks.0.mlp_out", "model has the MLP beside attention, and not after it",
     ),
     "blocks_from_last_to_first": (
-        "self.blocks(self.embed(pixels))", "self.blocks[::-1](self.embed(pixels))",
+        "self.blocks(self.embed_tokens(pixels))", "self.blocks[::-1](self.embed_tokens(pixels))",
         "vision.blocks.0.resid_pre", "model has vision.blocks.2 in the place of vision.blocks.0",
     ),
     "eps_of_1e-6": (
@@ -613,7 +613,8 @@ CODE = {
         "vision.blocks.0.resid_pre", "model has ln_pre twice",
     ),
     "ln_final_first": (
-        "x = self.blocks(self.embed(ids))", "x = self.blocks(self.ln_final(self.embed(ids)))",
+        "x = self.blocks(self.embed_tokens(ids))",
+        "x = self.blocks(self.ln_final(self.embed_tokens(ids)))",
         "x = self.ln_final(x)  # (B, T, W)", "",
         "text.embeddings", "model has ln_final before the first block",
     ),
@@ -688,8 +689,8 @@ class QuickGELU""",
         "vision.pooled", "model has pooling at the largest of all tokens",
     ),
     "penultimate_layer": (
-        "x = self.blocks(self.embed(pixels))",
-        "x = self.blocks[:-1](self.embed(pixels))\n        self.blocks[-1](x)",
+        "x = self.blocks(self.embed_tokens(pixels))",
+        "x = self.blocks[:-1](self.embed_tokens(pixels))\n        self.blocks[-1](x)",
         "vision.pooled", "model has the residual stream after block 1 there",
     ),
     "text_pooling_by_mean": (

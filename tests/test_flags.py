@@ -12,7 +12,7 @@ from twin import TINY, twins
 
 import miniclip
 from miniclip.commands.main import main
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 
 OFFICIAL = "openai/clip-vit-base-patch32"
 
@@ -62,7 +62,7 @@ def desk(tmp_path_factory):
 @pytest.fixture
 def run(desk, tmp_path, monkeypatch, capsys):
     """Run a line of LINES, or any other, in an empty folder: (status, stdout, stderr)."""
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.page.serve.run", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)
 

@@ -52,10 +52,10 @@ SAME = {
         "text_embeds = torch.cat([self.encode_text(i, normalize=True) for i in ids.chunk(2)])",
     ),
     "tokens_before_the_batch": (
-        "x = self.blocks(self.embed(pixels))",
-        "x = self.blocks(self.embed(pixels).transpose(0, 1)).transpose(0, 1)",
-        "x = self.blocks(self.embed(ids))",
-        "x = self.blocks(self.embed(ids).transpose(0, 1)).transpose(0, 1)",
+        "x = self.blocks(self.embed_tokens(pixels))",
+        "x = self.blocks(self.embed_tokens(pixels).transpose(0, 1)).transpose(0, 1)",
+        "x = self.blocks(self.embed_tokens(ids))",
+        "x = self.blocks(self.embed_tokens(ids).transpose(0, 1)).transpose(0, 1)",
         "q, k, v = self.qkv(x)", "x = x.transpose(0, 1)\n        q, k, v = self.qkv(x)",
         "return self.out_proj(z.flatten(2))", "return self.out_proj(z.flatten(2)).transpose(0, 1)",
     ),
@@ -65,8 +65,9 @@ SAME = {
     "arguments_by_name": (
         "return self.proj(self.pool(x))", "return self.proj(input=self.pool(x))",
         "return self.ln_pre(x)", "return self.ln_pre(input=x)",
-        "x = self.blocks(self.embed(pixels))",
-        "x = self.embed(pixels)\n        for block in self.blocks:\n            x = block(x=x)",
+        "x = self.blocks(self.embed_tokens(pixels))",
+        "x = self.embed_tokens(pixels)\n"
+        "        for block in self.blocks:\n            x = block(x=x)",
     ),
     "a_tuple_of_logits": (
         "return CLIPOutput(logits_per_text.T, logits_per_text, image_embeds, text_embeds)",

@@ -53,7 +53,7 @@ from miniclip.files.open_clip import (
     to_open_clip,
 )
 from miniclip.files.tensors import read_tensors
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 from miniclip.transform import ImageTransform
 
 # ------------------------------------------------------------------ a CLIP as OpenAI's code has it
@@ -1093,7 +1093,7 @@ def test_presets_have_the_shapes_of_the_published_files(data, preset, file):
     header = json.loads((data / f"headers/{file}.reconstructed_header.json").read_text())
     published = {n: entry["shape"] for n, entry in header.items() if entry.get("dtype") == "F32"}
     with torch.device("meta"):
-        model = CLIP(PRESETS[preset])
+        model = CLIP(PUBLISHED[preset])
     ours = pack(model.state_dict(), LAYOUTS["transformers"])
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == published
 

@@ -29,7 +29,7 @@ from miniclip import (
 from miniclip.files.models import meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 
 FLOAT64 = 1e-10
 REORDERED = 2e-5  # float32 on a CPU, at logit scale 100, the operations in another order
@@ -253,7 +253,7 @@ def test_init_follows_openai():
 
 
 # openai/CLIP's notebooks print 151,277,313; B/16 is from keras-cv's presets; the others are from
-# keras-hub's (clip_presets.py @71453d08), less the position ids that it counts.
+# keras-hub's (clip_published.py @71453d08), less the position ids that it counts.
 PARAMETERS = {
     "B/32": 151277313,
     "B/16": 149620737,
@@ -269,8 +269,8 @@ OFFICIAL = ("B/32", "B/16", "L/14", "L/14-336")
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_the_published_ones(name):
     with meta_device():
-        model = CLIP(PRESETS[name])
-        theirs = CLIPModel(transformers_config(PRESETS[name]))
+        model = CLIP(PUBLISHED[name])
+        theirs = CLIPModel(transformers_config(PUBLISHED[name]))
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     assert sum(t.numel() for t in model.state_dict().values()) == PARAMETERS[name]
     assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
@@ -287,14 +287,14 @@ TINYCLIP = {  # TinyCLIP, in its models' names: millions, of the text tower with
 @pytest.mark.parametrize("name", TINYCLIP)
 def test_tinyclips_towers_have_the_size_of_their_names(name):
     with meta_device():
-        model = CLIP(PRESETS[name])
+        model = CLIP(PUBLISHED[name])
     vision, text = (
         sum(parameter.numel() for parameter in tower.parameters())
         for tower in (model.vision, model.text)
     )
     text -= model.text.token_embed.weight.numel()
     assert (round(vision / 1e6), round(text / 1e6)) == TINYCLIP[name]
-    assert PARAMETERS.keys() | TINYCLIP.keys() == PRESETS.keys()
+    assert PARAMETERS.keys() | TINYCLIP.keys() == PUBLISHED.keys()
 
 
 # ----------------------------------------------------------- module by module, in float64, to 1e-10
@@ -327,8 +327,8 @@ def test_embeddings(double):
     ours, theirs, pixels, ids = double
     vision = theirs.vision_model
     expected = vision.pre_layrnorm(vision.embeddings(pixels))
-    assert difference(ours.vision.embed(pixels), expected) < FLOAT64
-    assert difference(ours.text.embed(ids), theirs.text_model.embeddings(ids)) < FLOAT64
+    assert difference(ours.vision.embed_tokens(pixels), expected) < FLOAT64
+    assert difference(ours.text.embed_tokens(ids), theirs.text_model.embeddings(ids)) < FLOAT64
 
 
 @torch.no_grad()
@@ -370,7 +370,7 @@ def test_hidden_states_pooled_and_projected(double):
     for tower, x in (("vision", pixels), ("text", ids)):
         mine, peer = modules(double, tower)
         expected = peer(x, output_hidden_states=True)
-        stream = mine.embed(x)
+        stream = mine.embed_tokens(x)
         assert len(expected.hidden_states) == 1 + len(mine.blocks)
         assert difference(stream, expected.hidden_states[0]) < FLOAT64
         for block, state in zip(mine.blocks, expected.hidden_states[1:], strict=True):
@@ -556,7 +556,7 @@ def test_custom_end_token_is_not_the_largest_id():
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_shapes_at_full_width(name, device):
     """B/32 in full depth, and two layers of each tower of the others."""
-    config = PRESETS[name]
+    config = PUBLISHED[name]
     if name != "B/32":
         towers = {"vision": config.vision, "text": config.text}
         config = replace(config, **{key: replace(t, layers=2) for key, t in towers.items()})

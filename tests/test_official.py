@@ -40,7 +40,7 @@ import miniclip
 from miniclip.commands.main import main
 from miniclip.files.hub import WEIGHTS, resolve
 from miniclip.files.names import TRANSFORMERS, layout_name
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 
 # What the hub's client warns of depends on the machine: symbolic links, tokens, open connections.
 pytestmark = [
@@ -232,7 +232,7 @@ def test_only_what_is_needed_is_downloaded(hub, tmp_path):
 def test_the_small_files_are_openais():
     name = "openai/clip-vit-base-patch32"
     small = files(name)
-    config = config_json(name, PRESETS["B/32"])
+    config = config_json(name, PUBLISHED["B/32"])
     # Someone put these there by hand: one line higher, and once with a space more.
     moved = r'(    "problem_type": null,\n)(    "projection_dim)": 512,\n'
     config = re.sub(moved, r'\2": 512,\n\1', config, count=1)
@@ -261,7 +261,7 @@ def test_the_weights_files_have_openais_tensors(name, data):
         if key != "__metadata__"
     }
     dtypes = {torch.float32: "F32", torch.int64: "I64"}
-    tensors = random_weights(shrunk(PRESETS[OFFICIAL[name]]), seed=0)
+    tensors = random_weights(shrunk(PUBLISHED[OFFICIAL[name]]), seed=0)
     assert published == {
         (re.sub(r"layers\.\d+", "layers", key), dtypes[tensor.dtype], tensor.ndim)
         for key, tensor in tensors.items()

@@ -26,7 +26,7 @@ from miniclip import (
 )
 from miniclip.commands.main import main
 from miniclip.parity import Difference, assert_parity, compare, models, pairs, summarize
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 
 TORCH = f"torch {torch.__version__.partition('+')[0]}"
 KINDS = ["resid_pre", "q", "k", "v", "pattern", "attn_out", "mlp_out", "resid_post"]
@@ -557,7 +557,7 @@ def test_the_command_compares_a_fork_with_the_original(capsys, folders, tmp_path
 
 @pytest.mark.slow
 def test_the_command_draws_weights(capsys, monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     assert main(["parity", "--random", "tiny", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "error in bfloat16" in out and "tokens" not in out

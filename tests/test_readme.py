@@ -25,7 +25,7 @@ import miniclip
 from miniclip.bench import measuring
 from miniclip.commands.main import main
 from miniclip.lens.heat import METHODS
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 from miniclip.world import scoring
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +65,7 @@ INSTEAD = {
 @pytest.fixture
 def little(monkeypatch):
     """Less of what takes long: scenes, rounds of `bench`, methods of `explain`."""
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.bench.suites.measure", partial(measuring.measure, seconds=0))
     monkeypatch.setattr(scoring, "score", partial(scoring.score, scenes=8))
     monkeypatch.setattr("miniclip.world.source.Shapes.__init__.__defaults__", (32, 0))

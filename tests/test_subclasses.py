@@ -324,8 +324,8 @@ class TwoMoreTokens(VisionTower):
         super().__init__(config, embed_dim)
         self.more = nn.Parameter(torch.zeros(2, config.width))
 
-    def embed(self, pixels):
-        x = super().embed(pixels)
+    def embed_tokens(self, pixels):
+        x = super().embed_tokens(pixels)
         return torch.cat([x, self.more.expand(len(x), -1, -1)], 1)
 
 
@@ -514,7 +514,7 @@ def test_instruments_are_right_on_a_fork_or_say_what_they_cannot_follow(model):
         if (streams := or_refuses(lens.logit_lens, model, pixels, ln)) is not None:
             assert_near(streams[:, -1], embeds)
             done.add("logit_lens")
-    stream = vision.blocks(vision.embed(pixels))
+    stream = vision.blocks(vision.embed_tokens(pixels))
     P, T = vision.config.patches, stream.shape[1]
     first = 0 if T == P else 1
     patches = stream[:, first : first + P]
@@ -528,7 +528,7 @@ def test_instruments_are_right_on_a_fork_or_say_what_they_cannot_follow(model):
     if maps := or_refuses(lens.attention_maps, model, pixels):
         assert [m.shape[-1] for m in maps] == [T] * 3
         inside = vision.blocks[2].attn
-        _, _, v = inside.qkv(vision.blocks[2].ln_1(vision.blocks[:2](vision.embed(pixels))))
+        _, _, v = inside.qkv(vision.blocks[2].ln_1(vision.blocks[:2](vision.embed_tokens(pixels))))
         if not isinstance(vision.blocks[2], PostNormBlock):  # reads another tensor
             with cache(vision, "blocks.2.attn.z") as acts:
                 vision(pixels)
@@ -595,8 +595,8 @@ class AdaptedCLIP(CLIP):
 class StemVision(VisionTower):
     """Sees each patch with its neighbours."""
 
-    def embed(self, pixels):
-        return super().embed(F.avg_pool2d(pixels, 3, 1, 1))
+    def embed_tokens(self, pixels):
+        return super().embed_tokens(F.avg_pool2d(pixels, 3, 1, 1))
 
 
 def test_parts_of_a_tower_that_an_instrument_cannot_know_are_named():
@@ -661,8 +661,8 @@ def test_occlusion_needs_nothing_of_the_inside(model):
 
 def test_patches_are_dropped_only_if_they_keep_their_positions(model):
     pixels, _ = some(model.config)
-    parts = type(model.vision.blocks[0].attn), type(model.vision).embed
-    is_plain = parts == (Attention, VisionTower.embed)
+    parts = type(model.vision.blocks[0].attn), type(model.vision).embed_tokens
+    is_plain = parts == (Attention, VisionTower.embed_tokens)
     refused = nullcontext() if is_plain else pytest.raises(ValueError, match="dropout replays")
     with refused, surgery.patch_dropout(model, 0.5):
         model.encode_image(pixels)

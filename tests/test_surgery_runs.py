@@ -188,7 +188,7 @@ def test_patch_dropout_is_a_gather_of_the_patches_kept(model):
     model = add_registers(model, torch.randn(2, TINY.vision.width))
     x = inputs(model, "vision")
     whole = encode(model, "vision", x)
-    embedded = model.vision.embed(x)
+    embedded = model.vision.embed_tokens(x)
     with patch_dropout(model, 0.6):
         assert torch.equal(encode(model, "vision", x), whole)  # not while evaluating
         model.train()
@@ -210,7 +210,7 @@ def test_patch_dropout_keeps_the_nearest_number_of_patches_and_one_at_least(shar
     """Of 25: 8.75, 7.75 and 0.25."""
     model = tiny_clip()
     with patch_dropout(model.train(), share):
-        assert model.vision.embed(inputs(model, "vision")).shape[1] == 1 + kept
+        assert model.vision.embed_tokens(inputs(model, "vision")).shape[1] == 1 + kept
 
 
 @pytest.mark.parametrize("context, words", [
@@ -233,7 +233,7 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(context, words):
 
 
 def stream_before_last(model, x, last=1):
-    return model.vision.blocks[:-last](model.vision.embed(x))
+    return model.vision.blocks[:-last](model.vision.embed_tokens(x))
 
 
 def projected(model, x):
@@ -258,7 +258,7 @@ def softmax(a, b):
 
 
 def clip(model, x):
-    return projected(model, model.vision.blocks(model.vision.embed(x)))
+    return projected(model, model.vision.blocks(model.vision.embed_tokens(x)))
 
 
 def maskclip(model, x):

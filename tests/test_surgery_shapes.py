@@ -136,7 +136,7 @@ def test_kept_layers_are_the_stream_after_the_last_of_them(model, tower):
     part = getattr(model, tower)
     pixels, ids = inputs_of(model)
     with torch.no_grad():
-        stream = part.embed(pixels if tower == "vision" else ids)
+        stream = part.embed_tokens(pixels if tower == "vision" else ids)
         for layer in (1, 0, 1):
             stream = part.blocks[layer](stream)
         if tower == "vision":
@@ -451,7 +451,7 @@ def test_registers_stand_between_class_token_and_patches(model):
     rows = torch.randn(3, TINY.vision.width, dtype=model.logit_scale.dtype)
     more = add_registers(add_registers(model, rows[:1]), rows[1:])
     pixels, _ = inputs_of(model)
-    stream, plain = more.vision.embed(pixels), model.vision.embed(pixels)
+    stream, plain = more.vision.embed_tokens(pixels), model.vision.embed_tokens(pixels)
     assert torch.equal(stream[:, [0, *range(4, 29)]], plain)
     assert_close(stream[:, 1:4], model.vision.ln_pre(rows).expand(2, -1, -1))
     assert torch.equal(add_registers(model, 2).vision.register_embed, torch.zeros(2, 48).to(rows))

@@ -256,16 +256,16 @@ def test_muon_is_torchs_but_for_its_precision(shape):
 def test_patch_dropout_keeps_the_class_token_and_some_patches_in_order():
     model = twins(TINY)[0]
     pixels, _ = random_inputs(TINY)
-    whole = model.vision.embed(pixels)
+    whole = model.vision.embed_tokens(pixels)
     dropout = PatchDropout(model.vision, 0.6)
-    assert torch.equal(model.vision.embed(pixels), whole)  # not while evaluating
-    part = model.train().vision.embed(pixels)
+    assert torch.equal(model.vision.embed_tokens(pixels), whole)  # not while evaluating
+    part = model.train().vision.embed_tokens(pixels)
     assert part.shape[1] == 1 + round(0.4 * TINY.vision.patches)
     for kept, full in zip(part, whole, strict=True):
         places = [(full == token).all(-1).nonzero().item() for token in kept]
         assert places[0] == 0 and places == sorted(set(places))
     dropout.close()
-    assert torch.equal(model.vision.embed(pixels), whole)
+    assert torch.equal(model.vision.embed_tokens(pixels), whole)
 
 
 def test_augmentation_mirrors_zooms_and_moves_and_invents_nothing():

@@ -20,7 +20,7 @@ from miniclip.config import CLIPConfig
 from miniclip.files.hub import OPENAI_VOCABULARY
 from miniclip.model import CLIP
 from miniclip.parity import randomize
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
 from miniclip.zeroshot.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
@@ -81,7 +81,7 @@ def prepare(directory: Path, shape: str) -> CLIPConfig:
     embedding has as many rows as a published model's.
     """
     tokenizer = Tokenizer.train([*captions(2000), *MIXED_SCRIPTS], 4096)
-    config = PRESETS[shape]
+    config = PUBLISHED[shape]
     text = replace(
         config.text,
         bos_token_id=tokenizer.bos_token_id,

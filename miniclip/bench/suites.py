@@ -16,7 +16,7 @@ from miniclip.bench.models import text_suite, train_suite, vision_suite, zerosho
 from miniclip.bench.processes import load_suite, memory_suite, startup_suite
 from miniclip.files.models import check_device
 from miniclip.peers import import_transformers
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 from miniclip.terminal import progress
 
 SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
@@ -47,15 +47,15 @@ def bench(
 
     Args:
         suites: names from SUITES.
-        shape: a name from PRESETS. The weights are random.
+        shape: a name from PUBLISHED. The weights are random.
         compile: run compiled encoders, too.
         batch: 16, or 256 on a GPU, unless given.
     """
     for name in suites:
         if name not in SUITES:
             raise ValueError(f"no suite is called {name!r}; expected {', '.join(SUITES)}")
-    if shape not in PRESETS:
-        raise ValueError(f"no shape is called {shape!r}; expected {', '.join(PRESETS)}")
+    if shape not in PUBLISHED:
+        raise ValueError(f"no shape is called {shape!r}; expected {', '.join(PUBLISHED)}")
     if dtype not in MAX_DISTANCE:
         names = ", ".join(str(known).removeprefix("torch.") for known in MAX_DISTANCE)
         raise ValueError(f"dtype is {dtype}; expected one of {names}")

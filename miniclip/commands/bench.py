@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         default="B/32",
-        help="of the random weights, from miniclip.presets: B/32, L/14-336, H/14, ... "
+        help="of the random weights, from miniclip.published: B/32, L/14-336, H/14, ... "
         "(default: %(default)s)",
     )
     add_device(parser)

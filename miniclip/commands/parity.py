@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--random",
         metavar="SHAPE",
-        help="weights drawn at random, in a shape of miniclip.presets: B/32, L/14-336, H/14, ...",
+        help="weights drawn at random, in a shape of miniclip.published: B/32, L/14-336, H/14, ...",
     )
     parser.add_argument(
         "--against",

@@ -53,9 +53,9 @@ def as_image(picture: Picture) -> Image.Image:
         file: Any = picture
         return open_image(file)
     if isinstance(picture, np.ndarray):
-        layout, channels, is_bytes = "(H, W, 3)", picture.shape[-1:], picture.dtype == np.uint8
+        shape, channels, is_bytes = "(H, W, 3)", picture.shape[-1:], picture.dtype == np.uint8
     elif isinstance(picture, Tensor):
-        layout, channels, is_bytes = "(3, H, W)", picture.shape[:1], picture.dtype == torch.uint8
+        shape, channels, is_bytes = "(3, H, W)", picture.shape[:1], picture.dtype == torch.uint8
     else:
         raise TypeError(
             "expected a PIL image, a path, bytes or an open file, a uint8 array (H, W, 3) or a "
@@ -69,7 +69,7 @@ def as_image(picture: Picture) -> Image.Image:
         )
     if picture.ndim != 3 or tuple(channels) != (3,) or 0 in picture.shape:
         raise ImageError(
-            f"expected the shape {layout}, found {tuple(picture.shape)}. Pass a batch as a list, "
+            f"expected the shape {shape}, found {tuple(picture.shape)}. Pass a batch as a list, "
             "and grey or transparent pixels as a PIL image"
         )
     if isinstance(picture, Tensor):

@@ -104,10 +104,10 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
     block: Any  # a Block, or what someone has put in its place
     for i, block in enumerate(tower.blocks):
         name, attn = f"blocks.{i}", block.attn
-        heads = (-1, attn.head_width)
-        bias = bias_of(attn.v_proj).unflatten(0, heads)  # (H, D)
+        split = (-1, attn.head_width)
+        bias = bias_of(attn.v_proj).unflatten(0, split)  # (H, D)
         out = weight_of(attn.out_proj, bias.numel())  # (W, H * D)
-        per_head = (readout @ out).unflatten(1, heads)  # (E, H, D)
+        per_head = (readout @ out).unflatten(1, split)  # (E, H, D)
         if by == "token":
             values = rows[f"{name}.attn.v"] - bias  # (B, T, H, D)
             mixed = torch.einsum("bht,bthd->bhtd", rows[f"{name}.attn.pattern"], values)

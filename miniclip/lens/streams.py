@@ -74,7 +74,7 @@ def forward_intermediates(
     if return_prefix_tokens and not is_image:
         raise ValueError("return_prefix_tokens is for images; a text has no tokens before its own")
     chosen = block_numbers(indices, len(tower.blocks))
-    kept, tokens = [], tower.embed(x)
+    kept, tokens = [], tower.embed_tokens(x)
     _, last_ln = last_norm(tower)
     for i, block in enumerate(tower.blocks):
         tokens = block(tokens)

@@ -19,7 +19,7 @@ from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.model import CLIP
 from miniclip.parity.random_weights import randomize
 from miniclip.peers import import_transformers
-from miniclip.presets import PRESETS
+from miniclip.published import PUBLISHED
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
 
@@ -101,15 +101,15 @@ def _load_with_transformers(
 
 
 def random_pair(shape: str) -> "tuple[CLIP, CLIPModel]":
-    """A model of ours and one of transformers' with the same random weights, in a shape of PRESETS.
+    """A model of ours and one of transformers' with the same random weights, in a published shape.
 
     Needs no checkpoint. Raises ValueError for another shape.
     """
-    if shape not in PRESETS:
-        raise ValueError(f"no shape is called {shape!r}; expected {', '.join(PRESETS)}")
+    if shape not in PUBLISHED:
+        raise ValueError(f"no shape is called {shape!r}; expected {', '.join(PUBLISHED)}")
     import_transformers()
     with meta_device():
-        model = CLIP(PRESETS[shape])
+        model = CLIP(PUBLISHED[shape])
     randomize(model.to_empty(device="cpu"))
     return model, transformers_twin(model)
 

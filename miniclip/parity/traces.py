@@ -170,7 +170,7 @@ def _doubled(value: Any) -> Any:
 
 
 def lay_out_alike(one: Trace, other: Trace, images: int, texts: int) -> None:
-    """Bring the tensors of one run to the shapes of the other, if only the layout differs.
+    """Bring the tensors of one run to the shapes of the other, if only the order of axes differs.
 
     A fork may take a batch in pieces, or have its tokens before its batch.
     """

@@ -44,7 +44,7 @@ def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Te
         if attn.causal:
             raise ValueError("dense_features cannot follow a causal vision tower")
     depth = min(depth, len(tower.blocks))
-    x = tower.blocks[:-depth](tower.embed(pixels))  # (B, 1 + R + P, W), the model's own stream
+    x = tower.blocks[:-depth](tower.embed_tokens(pixels))  # (B, 1 + R + P, W)
     dense = x if residual else torch.zeros_like(x)
     block: Any  # a Block, or what someone has put in its place
     for block in list(tower.blocks)[-depth:]:

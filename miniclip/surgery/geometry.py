@@ -53,7 +53,7 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     """
     if method not in RESAMPLE:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(RESAMPLE)}")
-    follow("resize_image", model.vision, ("embed",))
+    follow("resize_image", model.vision, ("embed_tokens",))
     new = reconfigure(copied(model), "vision", image_size=size)
     old_grid, grid = model.config.vision.grid, new.config.vision.grid
     if grid == old_grid:
@@ -78,7 +78,7 @@ def resize_patch(model: CLIP, size: int) -> CLIP:
     >>> model.config.vision.image_size, model.config.vision.patches
     (128, 64)
     """
-    follow("resize_patch", model.vision, ("embed",))
+    follow("resize_patch", model.vision, ("embed_tokens",))
     rows, columns = model.config.vision.grid
     old, image = model.config.vision.patch_size, (rows * size, columns * size)
     new = copied(model)
@@ -114,7 +114,7 @@ def extend_context(
     """
     if method not in ("longclip", "linear"):
         raise ValueError(f"method is {method!r}; expected longclip or linear")
-    follow("extend_context", model.text, ("embed", "add_positions"))
+    follow("extend_context", model.text, ("embed_tokens", "add_positions"))
     keep = (20 if method == "longclip" else 0) if keep is None else keep
     new, old = copied(model), model.config.text.context_length
     if length == old:
@@ -149,7 +149,7 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     >>> add_tokens(model, 2).config.text.vocab_size - model.config.text.vocab_size
     2
     """
-    follow("add_tokens", model.text, ("embed",))
+    follow("add_tokens", model.text, ("embed_tokens",))
     new, old = copied(model), model.config.text.vocab_size
     table = new.text.token_embed.weight
     rows = _rows(tokens, table, _precise(table).mean(0))
@@ -171,7 +171,7 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     >>> add_registers(CLIP.from_pretrained("shapes"), 4).config.vision.registers
     4
     """
-    follow("add_registers", model.vision, ("embed", "pool"), attention=("forward", "qkv"))
+    follow("add_registers", model.vision, ("embed_tokens", "pool"), attention=("forward", "qkv"))
     new = copied(model)
     old = new.vision.register_embed
     rows = _rows(registers, new.vision.pos_embed, torch.zeros(()))

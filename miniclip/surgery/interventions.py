@@ -167,7 +167,7 @@ class PatchDropout:
     """
 
     def __init__(self, tower: VisionTower, share: float) -> None:
-        follow("patch_dropout", tower, ("forward", "embed"), attention=("forward", "qkv"))
+        follow("patch_dropout", tower, ("forward", "embed_tokens"), attention=("forward", "qkv"))
         self.share = share
         self.ahead = 1 + tower.config.registers  # tokens that are no patches
         self.close = tower.ln_pre.register_forward_hook(self).remove

@@ -24,6 +24,6 @@ def encode_prompts(model: CLIP, vectors: Tensor, eos: Tensor, *, normalize: bool
     True
     """
     tower = model.text
-    follow("encode_prompts", tower, ("forward", "embed"))
+    follow("encode_prompts", tower, ("forward", "embed_tokens"))
     x = tower.proj(tower.pool(tower.blocks(tower.add_positions(vectors)), eos))  # (B, E)
     return unit_norm(x) if normalize else x

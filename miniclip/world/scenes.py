@@ -97,7 +97,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
     places = None
     while places is None:
         sizes = [random.choice(tuple(RADII)) for _ in chosen]
-        places = place([RADII[size] for size in sizes], random)
+        places = scatter([RADII[size] for size in sizes], random)
     objects = tuple(
         Object(colour, shape, size, random.choice(TILTS), x, y)
         for (colour, shape), size, (x, y) in zip(chosen, sizes, places, strict=True)
@@ -105,7 +105,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
     return Scene(objects, background(random))
 
 
-def place(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
+def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
     """Centres (x, y) for circles that neither touch nor leave the picture; None if luck fails."""
     places: list[tuple[int, int]] = []
     for radius in radii:

@@ -98,7 +98,8 @@ class OwlViT(CLIP):
 
     def detect(self, pixels: Tensor, ids: Tensor) -> Detections:
         """B images and Q texts for each, ids (B * Q, T)."""
-        x = self.vision.ln_post(self.vision.blocks(self.vision.embed(pixels)))  # (B, 1 + P, W)
+        x = self.vision.blocks(self.vision.embed_tokens(pixels))  # (B, 1 + P, W)
+        x = self.vision.ln_post(x)
         patches = self.ln_patches(x[:, 1:] * x[:, :1])  # (B, P, W)
         texts = self.encode_text(ids)
         texts = texts / torch.linalg.norm(texts, dim=-1, keepdim=True)

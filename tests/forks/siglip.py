@@ -64,7 +64,7 @@ class SiglipVision(VisionTower):
         self.pool_mlp = MLP(width, config.mlp_width, config.act)
         self.proj = nn.Identity()
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def embed_tokens(self, pixels: Tensor) -> Tensor:
         return self.patch_embed(pixels).flatten(2).transpose(1, 2) + self.pos_embed  # (B, P, W)
 
     def pool(self, x: Tensor) -> Tensor:
