@@ -1,4 +1,4 @@
-"""How the three come together: a name -> (model, tokenizer, transform), and back to a directory."""
+"""Load a model with its tokenizer and transform, by name, and save the three to a directory."""
 
 from os import PathLike
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from miniclip.transform import ImageTransform
 
 
 class Loaded(NamedTuple):
-    """Everything between a photograph and its logits. A tower alone may lack the other parts."""
+    """Everything between a photograph and its logits. With one tower, the others may be None."""
 
     model: CLIP
     tokenizer: Tokenizer
@@ -34,10 +34,10 @@ def load(
     """A checkpoint as (model, tokenizer, transform), ready to run.
 
     Args:
-        name: an embedded checkpoint ("cifar10"), a directory, a weights file (.safetensors, .bin,
-            .pt) with the other files beside it, or a hub id ("openai/clip-vit-base-patch32").
+        name: a checkpoint that comes with miniclip ("cifar10"), a directory, a weights file
+            (.safetensors, .bin, .pt) beside its other files, or "openai/clip-vit-base-patch32".
         dtype: of the weights. None keeps the file's.
-        reference: whose text cleaning and image arithmetic to match, "transformers" or "openai".
+        reference: whose token ids and pixels to match, "transformers" or "openai".
     Raises:
         CheckpointError: with the file, what was expected and what was found.
 
@@ -49,7 +49,7 @@ def load(
     stored = open_model(name, dtype, device, **options)
     classes: Any = {("vision",): VisionTower, ("text",): TextTower}
     model = classes.get(tuple(stored.towers), CLIP).from_stored(stored)
-    is_whole = len(stored.towers) == 2  # a tower alone often has its other files elsewhere
+    is_whole = len(stored.towers) == 2  # one tower often comes without the other files
     tokenizer = transform = None
     if "text" in stored.towers and (is_whole or has_files("tokenizer", name, **options)):
         tokenizer = Tokenizer.from_pretrained(name, reference=reference, **options)
@@ -71,9 +71,9 @@ def save(
 ) -> None:
     """Write a whole checkpoint that `load` reads back bit for bit, all files or none.
 
-    `layout`: "transformers", "openai" (model.safetensors, for openai/CLIP's build_model) or
+    `layout`: "transformers", "openai" (openai/CLIP's names, for its build_model) or
     "open_clip". Raises CheckpointError if nothing can be written, the layout cannot express the
-    model, or the directory holds another checkpoint's files, which `load` would read instead.
+    model, or the directory has files of another checkpoint that `load` would prefer.
     """
     with saving_checkpoint(directory, layout, bool(tokenizer), bool(transform)) as folder:
         model.save_pretrained(folder, layout)

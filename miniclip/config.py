@@ -1,15 +1,15 @@
-"""What a CLIP is, in numbers: a dozen for each tower, and the width of the space the two share.
+"""What a CLIP is, in numbers: the sizes of each tower, and the width of the space they share.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-arXiv 2103.00020, tables 19 and 20. The defaults are those of ViT-B/32. They are also what
-transformers assumes for a field that a config.json leaves out.
+arXiv 2103.00020, tables 19 and 20. The defaults describe ViT-B/32. transformers assumes the same
+defaults when a config.json leaves a field out.
 """
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from miniclip.files.checks import check_clip, check_text, check_vision
-from miniclip.files.configs import LEGACY_EOS as LEGACY_EOS  # 2, for `eos_token_id`
+from miniclip.files.configs import LEGACY_EOS as LEGACY_EOS  # 2, in OpenAI's config files
 from miniclip.files.pretrained import PretrainedConfig
 
 
@@ -19,9 +19,9 @@ class TowerConfig:
 
     width: int  # of the residual stream
     layers: int
-    heads: int | tuple[int, ...]  # of every layer, or a number for each layer
-    mlp_width: int | tuple[int, ...]  # the same
-    act: str = "quick_gelu"  # or "gelu" or "gelu_pytorch_tanh"; trained weights need their own
+    heads: int | tuple[int, ...]  # one number for all layers, or one for each layer
+    mlp_width: int | tuple[int, ...]  # one number for all layers, or one for each layer
+    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh": the one it was trained with
     ln_eps: float = 1e-5
     head_width: int | None = field(default=None, kw_only=True)  # None: width // heads
 
@@ -57,12 +57,14 @@ class VisionConfig(TowerConfig):
     def side(self) -> int:
         """The side of a square image. Raises ValueError if images are not square."""
         if isinstance(self.image_size, tuple):
-            raise ValueError(f"image_size is {self.image_size}; an ImageTransform makes squares")
+            raise ValueError(
+                f"image_size is {self.image_size}; an ImageTransform makes square images only"
+            )
         return self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches. A partial patch at the border is dropped."""
+        """Rows and columns of patches. Pixels at the border that fill no whole patch are unused."""
         height, width = self.height_width
         return height // self.patch_size, width // self.patch_size
 
@@ -74,7 +76,7 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The text tower. A text is read at its first `eos_token_id`; 2 means at its largest id."""
+    """The text tower, read at the first `eos_token_id`; if that is 2, at the text's largest id."""
 
     width: int = 512
     layers: int = 12
@@ -102,7 +104,7 @@ class CLIPConfig(PretrainedConfig):
     embed_dim: int = 512
     logit_scale_init: float = 2.6592  # ln(1 / 0.07), section 2.5 of the paper
 
-    towers: ClassVar = {"vision": VisionConfig, "text": TextConfig}  # a fork may have its own
+    tower_classes: ClassVar = {"vision": VisionConfig, "text": TextConfig}  # for forks to override
 
     def __post_init__(self) -> None:
         check_clip(self)

@@ -3,14 +3,14 @@
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
 arXiv 2103.00020. The outputs equal those of transformers' CLIPModel, bit for bit in float32 on a
 CPU. Read it downwards: attention and MLP, the block they make, two towers made of blocks, CLIP.
-A letter means one thing in every shape comment of this package:
+The letters in shape comments:
 
     B batch   T tokens   W width of the residual stream   H heads   D head width, W = H * D
-    P patches of an image   E embedding   C captions, where B counts images
+    P patches of an image   R register tokens   E embedding   C captions, where B counts images
 
-Surgery may leave a layer fewer heads than H = W / D, or add R register tokens to an image. A fork
-is a subclass: class attributes name the parts (`Block.mlp_class`, `CLIP.vision_class`, ...), `pool`
-is a method, and `tensor_names` gives new parameters their places in a file.
+A layer whose heads were pruned has fewer than W / D. To change CLIP, write a subclass: set the
+classes of its parts (`Block.mlp_class`, `CLIP.vision_class`, ...), override methods such as `pool`,
+and name new parameters in `tensor_names`, so that they can be saved.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,15 @@ from miniclip.files.pretrained import Pretrained
 
 
 class Site(nn.Identity):
-    """A tensor with a name: hook it to read or edit the tensor, replace it to splice a module in.
+    """A tensor with a name: hook it to read or edit the tensor, or replace it by a module.
 
-    A Site is added only where no existing module outputs the tensor. `attn` returns what attention
-    adds to the residual stream, `mlp.act` the neurons, and a block the residual stream after it.
+    A Site is added only where no other module outputs the tensor. So there is none for the neurons
+    (the output of `mlp.act`), for the output of `attn`, or for the stream after a block.
     """
 
 
 def is_watched(site: nn.Module) -> bool:
-    """Whether someone looks: by hooks on the site or on all modules, or by another forward."""
+    """True if the site or all modules have hooks, or if the site or its forward was replaced."""
     hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)
     is_replaced = type(site) is not Site or "forward" in vars(site)
     return is_replaced or any((*hooks, site._backward_pre_hooks, _has_any_global_hook()))
@@ -58,21 +58,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, inner)
         self.out_proj = nn.Linear(inner, width)
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-            nn.init.zeros_(linear.bias)  # as nn.MultiheadAttention does, and nn.Linear does not
+            nn.init.zeros_(linear.bias)  # as in nn.MultiheadAttention; nn.Linear draws them
         self.q, self.k, self.v = Site(), Site(), Site()
         self.scores, self.pattern, self.z = Site(), Site(), Site()
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, W) -> queries, keys and values, each (B, H, T, D)"""
-        # The weights say how many heads there are, because a layer may have lost some.
-        split = (-1, self.head_width)  # (H, D)
+        split = (-1, self.head_width)  # (H, D); H follows from the weights, as heads may be pruned
         q = self.q(self.q_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
         k = self.k(self.k_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
         v = self.v(self.v_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
         return q, k, v
 
     def forward(self, x: Tensor, pattern: Callable[..., Tensor] | None = None) -> Tensor:
-        """(B, T, W) -> (B, T, W). A `pattern` of (q, k, v) takes the place of softmax(q k)."""
+        """(B, T, W) -> (B, T, W). `pattern(q, k, v)` replaces scores, mask and softmax."""
         q, k, v = self.qkv(x)
         if pattern is not None:
             z = pattern(q, k, v) @ v  # (B, H, T, T) @ (B, H, T, D)
@@ -84,7 +83,7 @@ class Attention(nn.Module):
         return self.out_proj(z.flatten(2))  # (B, T, W)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """F.scaled_dot_product_attention written out: a weighted mean of v. All (B, H, T, D)."""
+        """F.scaled_dot_product_attention in plain steps, with its sites. All (B, H, T, D)."""
         scores = q @ k.transpose(-2, -1) * self.head_width**-0.5  # (B, H, T, T)
         if self.causal:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -106,7 +105,7 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Elementwise, any shape."""
-        return x * torch.sigmoid_(1.702 * x)  # in place, because fresh memory costs time
+        return x * torch.sigmoid_(1.702 * x)  # overwrites the product, to save memory
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -152,7 +151,7 @@ class Block(nn.Module):
 
 
 class Tower(Pretrained):
-    """Embeddings, blocks, a LayerNorm, and a projection into the shared space."""
+    """The base of both towers: embeddings, blocks, a LayerNorm, a projection."""
 
     block_class: type[Block] = Block
 
@@ -162,7 +161,7 @@ class Tower(Pretrained):
 
 
 def projection(width: int, embed_dim: int | None) -> nn.Module:
-    """The map into the shared space. A tower that is used alone may have none."""
+    """The map into the shared space. A checkpoint of one tower may lack it: `embed_dim` None."""
     return nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim, bias=False)
 
 
@@ -170,7 +169,7 @@ class VisionTower(Tower):
     """Pixels (B, channels, height, width) -> embeddings (B, E).
 
     A ViT (Dosovitskiy et al. 2020, arXiv 2010.11929) with one more LayerNorm, before the first
-    block. The embedding is read from the class token; the last patches are not used.
+    block. The embedding is the class token's last output. The outputs of the patches are not used.
     """
 
     towers = ("vision",)
@@ -181,7 +180,7 @@ class VisionTower(Tower):
         super().__init__()
         self.config = config
         size, width = config.patch_size, config.width
-        # No bias: the position embedding can hold it.
+        # No bias: the position embedding adds one.
         self.patch_embed = nn.Conv2d(config.channels, width, size, stride=size, bias=False)
         self.class_embed = nn.Parameter(torch.empty(width))
         self.pos_embed = nn.Parameter(torch.empty(1 + config.patches, width))
@@ -207,7 +206,7 @@ class VisionTower(Tower):
         return self.ln_pre(x)
 
     def pool(self, x: Tensor) -> Tensor:
-        """The last residual stream -> what is projected, (B, W): the class token."""
+        """The output of the last block (B, T, W) -> its class token, normalised (B, W)."""
         return self.ln_post(x[:, 0])  # (B, W)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -217,7 +216,7 @@ class VisionTower(Tower):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """OpenAI's init (openai/CLIP, model.py): q, k and v are drawn as one matrix."""
+        """OpenAI's init (openai/CLIP, model.py). q, k and v have the Xavier bound of one matrix."""
         std = self.config.width**-0.5
         for weight in (self.class_embed, self.pos_embed, *self.proj.parameters()):
             nn.init.normal_(weight, std=std)
@@ -229,8 +228,8 @@ class VisionTower(Tower):
 class TextTower(Tower):
     """Token ids (B, T), T at most context_length -> embeddings (B, E).
 
-    A GPT-2 (Radford et al. 2019), read at the end token. It needs no padding mask: attention is
-    causal, so the end token does not see the padding after it.
+    The architecture of GPT-2 (Radford et al. 2019). The embedding is the end token's last output.
+    No padding mask is needed: attention is causal, so the end token does not see what follows it.
     """
 
     towers = ("text",)
@@ -252,15 +251,15 @@ class TextTower(Tower):
         return self.add_positions(self.token_embed(ids))
 
     def add_positions(self, x: Tensor) -> Tensor:
-        """Token vectors, of the vocabulary or not, (B, T, W) -> the same residual stream."""
+        """Any token vectors (B, T, W) -> the residual stream before the first block, (B, T, W)."""
         check_token_vectors(x, self.pos_embed)
         return x + self.pos_embed[: x.shape[1]]
 
     def eos_positions(self, ids: Tensor) -> Tensor:
         """The position of each text's first end token: (B, T) -> (B,)
 
-        A text without one raises ValueError on a CPU. Elsewhere, and in a compiled graph, a check
-        would have to wait for the device: the position is -1 there, and the embedding is NaN.
+        A text without one raises ValueError on a CPU. On other devices a check would make the CPU
+        wait, and a compiled graph cannot raise: there the position is -1 and the embedding NaN.
         """
         if self.config.eos_token_id == LEGACY_EOS:
             return ids.argmax(-1)
@@ -270,7 +269,7 @@ class TextTower(Tower):
         return torch.where(is_eos.any(-1), is_eos.int().argmax(-1), -1)
 
     def pool(self, x: Tensor, eos: Tensor) -> Tensor:
-        """The last residual stream -> what is projected, (B, W): the end token."""
+        """The output of the last block (B, T, W) -> its end token, normalised (B, W)."""
         x = self.ln_final(x)  # (B, T, W)
         x = x[torch.arange(x.shape[0], device=x.device), eos]  # (B, W)
         return x.masked_fill((eos < 0)[:, None], torch.nan)
@@ -284,10 +283,10 @@ class TextTower(Tower):
     def init_weights(self) -> None:
         """OpenAI's init (openai/CLIP, model.py, CLIP.initialize_parameters).
 
-        transformers differs: it exchanges the standard deviations of q, k, v and of the output.
+        transformers exchanges the std of q, k and v with the std of the output.
         """
         std = self.config.width**-0.5
-        residual_std = std * (2 * self.config.layers) ** -0.5  # 2 L terms sum to variance 1
+        residual_std = std * (2 * self.config.layers) ** -0.5  # each block adds 2 outputs
         nn.init.normal_(self.token_embed.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
         for weight in self.proj.parameters():
@@ -303,7 +302,7 @@ class TextTower(Tower):
 
 
 def unit_norm(x: Tensor) -> Tensor:
-    """Divide each row by its length, in transformers' three operations."""
+    """Divide each row by its L2 norm, with the three operations of transformers."""
     return x / x.pow(2).sum(-1, keepdim=True).pow(0.5)
 
 
@@ -329,7 +328,7 @@ class CLIP(Pretrained):
         self.config = config
         self.vision = self.vision_class(config.vision, config.embed_dim)
         self.text = self.text_class(config.text, config.embed_dim)
-        # A logarithm, so that a gradient step scales the temperature and keeps it positive.
+        # A logarithm, so that a gradient step multiplies the scale, which stays positive.
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
@@ -341,7 +340,7 @@ class CLIP(Pretrained):
         return unit_norm(self.text(ids)) if normalize else self.text(ids)
 
     def score(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Unit vectors (B, E) and (C, E) -> the logits of each caption for each image, (C, B)."""
+        """Unit vectors (B, E) and (C, E) -> logits (C, B), a row for each caption."""
         return text_embeds @ image_embeds.T * self.logit_scale.exp()
 
     def forward(self, pixels: Tensor, ids: Tensor) -> CLIPOutput:
@@ -352,10 +351,10 @@ class CLIP(Pretrained):
         return CLIPOutput(logits_per_text.T, logits_per_text, image_embeds, text_embeds)
 
     def set_attention(self, kind: str) -> None:
-        """Compute attention by the fused "sdpa" (the default) or written out, "eager".
+        """Compute attention fused ("sdpa", the default) or in plain steps ("eager").
 
-        They differ by rounding. A layer whose `scores` or `pattern` is watched is always written
-        out. On a CPU, forward-mode and second derivatives need "eager".
+        The two are equal up to rounding. A layer whose `scores` or `pattern` has hooks always
+        takes the plain steps. On a CPU, jvp and second derivatives need "eager".
         """
         if kind not in ("eager", "sdpa"):
             raise ValueError(f"attention kind is {kind!r}; expected 'eager' or 'sdpa'")
@@ -364,5 +363,5 @@ class CLIP(Pretrained):
 
     @classmethod
     def build(cls, fields: dict[str, Any], embed_dim: int | None) -> Any:
-        """A model with random weights, by the fields of a checkpoint's config."""
+        """A model with random weights, from the fields of a checkpoint's config."""
         return cls(cls.config_class.from_fields(fields))

@@ -2,12 +2,12 @@
 
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", arXiv
 1508.07909, on bytes as in GPT-2. Two references are matched exactly: transformers' CLIPTokenizer
-and OpenAI's clip/simple_tokenizer.py. They clean and split texts in different ways.
+and OpenAI's clip/simple_tokenizer.py. The two clean and split texts differently.
 
     clean             "Cats,  NAPPING"  ->  "cats, napping"
     split             "cats, napping"   ->  "cats"  ","  "napping"
     to_symbols        "cats"            ->  "c"  "a"  "t"  "s</w>"    a symbol for each byte
-    merge             ...               ->  "cats</w>"                the learned pairs, best first
+    merge             ...               ->  "cats</w>"                learned pairs, in order
     the vocabulary    "cats</w>"        ->  3989
 """
 
@@ -44,9 +44,9 @@ def clean_transformers(text: str) -> str:
     return WHITESPACE.sub(" ", text).lower()
 
 
-# Merges never cross a word. The alternatives for a word:
+# No merge joins two words. A word is one of:
 WORD = r"""
-    <\|startoftext\|> | <\|endoftext\|>    # the special tokens, spelt out in the text
+    <\|startoftext\|> | <\|endoftext\|>    # a special token typed in the text
     | 's | 't | 're | 've | 'm | 'll | 'd  # the English contractions
     | LETTER+                              # a run of letters, of any script
     | NUMBER                               # one digit or other number
@@ -55,7 +55,7 @@ WORD = r"""
 
 
 def split_transformers(text: str) -> list[str]:
-    """The words of a cleaned text. A special token that is still in the text is cut in three.
+    """The words of a cleaned text. A special token that is still there is cut in three.
 
     >>> split_transformers("it's 2 cats!!")
     ['it', "'s", '2', 'cats', '!!']
@@ -65,7 +65,7 @@ def split_transformers(text: str) -> list[str]:
     words = word_pattern(WORD, "transformers").findall(text)
     if BOS not in words and EOS not in words:
         return words
-    cut = {token: ["<|", token[2:-2], "|>"] for token in (BOS, EOS)}  # GPT-2's words
+    cut = {token: ["<|", token[2:-2], "|>"] for token in (BOS, EOS)}  # as GPT-2 splits them
     return [part for word in words for part in cut.get(word, [word])]
 
 
@@ -91,9 +91,9 @@ def to_symbols(word: str) -> list[str]:
 
 
 def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]]:
-    """BPE by its definition: join the pair learned first, wherever it occurs, until none is left.
+    """BPE by its definition: join the pair that was learned first, everywhere, until none is left.
 
-    Returns the symbols after each step. `text/merge.py` has the same result in n log n.
+    Returns the symbols after each step. `text/merge.py` does the same in O(n log n).
 
     >>> merge_steps(["c", "a", "t</w>"], {("a", "t</w>"): 0, ("c", "at</w>"): 1})
     [['c', 'a', 't</w>'], ['c', 'at</w>'], ['cat</w>']]
@@ -114,9 +114,9 @@ def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]
 class Tokenizer(PretrainedTokenizer):
     """Text -> token ids, and back.
 
-    `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` are
-    tokens to find in a text before it is split (True: after cleaning; False: before). OpenAI's
-    tokenizer has no added tokens.
+    `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` has
+    tokens to find before the text is split: True finds the token in the cleaned text, False in
+    the raw text. OpenAI's tokenizer does not look for added tokens.
 
     >>> tokenizer = Tokenizer.train(["a cat", "a dog", "two cats"], vocab_size=520)
     >>> tokenizer(["a cat", "a hat"]).shape
@@ -159,11 +159,11 @@ class Tokenizer(PretrainedTokenizer):
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._added = AddedTokens(self.added, clean_transformers)
         for cleaned, token in self._added.cleaned.items():
-            self._tokens[self.vocab[token]] = cleaned  # transformers decodes it so
+            self._tokens[self.vocab[token]] = cleaned  # as transformers decodes it
         self._clean = clean_openai if reference == "openai" else clean_transformers
         self._split = split_openai if reference == "openai" else split_transformers
-        # A space ends every word, and no character acts on another across a space. So what stands
-        # between two spaces always has the same ids, which are computed once.
+        # Cleaning, splitting and merging never look across a space. So a chunk between two spaces
+        # always has the same ids, and they are remembered. (Added tokens may contain a space.)
         self._ids_of = RememberedChunks(self._encode_chunk, whole=self._added.have_spaces)
 
     @property
@@ -175,7 +175,7 @@ class Tokenizer(PretrainedTokenizer):
         """The ids of a text, without the start and the end token."""
         if not isinstance(text, str):
             raise TypeError(f"expected a text, found {type(text).__name__}")
-        # OpenAI cleans the whole text, because ftfy looks at several words.
+        # ftfy looks at several words, so OpenAI's way must clean the whole text at once.
         return self._ids_of(clean_openai(text) if self.reference == "openai" else text)
 
     def _encode_chunk(self, chunk: str) -> list[int]:
@@ -188,7 +188,7 @@ class Tokenizer(PretrainedTokenizer):
         return ids
 
     def _pieces(self, text: str) -> Iterable[tuple[str, str | None]]:
-        """The text in pieces: added tokens, and between them cleaned text (None)."""
+        """(piece, token) for each added token, and (cleaned text, None) between them."""
         return [(text, None)] if self.reference == "openai" else self._added.split(text)
 
     def _symbols(self, word: str) -> list[str]:
@@ -202,8 +202,8 @@ class Tokenizer(PretrainedTokenizer):
     ) -> Tensor:
         """Texts -> ids (B, T) int64: in each row a start token, the text, an end token, padding.
 
-        T is the longest row, or `pad_to`. A row of more than `context_length` or `pad_to` tokens
-        raises ContextLengthError; `truncate` cuts it and keeps the end token.
+        T is `pad_to`, or else the longest row. A row of more than `pad_to` or `context_length`
+        tokens raises ContextLengthError; `truncate` cuts it and keeps the end token.
         """
         if isinstance(texts, str):
             texts = [texts]
@@ -225,8 +225,8 @@ class Tokenizer(PretrainedTokenizer):
         return torch.tensor(ids, dtype=torch.int64).view(len(rows), length)  # (B, T)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids as transformers decodes it: lower case, a space after every word, special
-        tokens spelt out, U+FFFD for bytes that are not UTF-8."""
+        """The text of ids as transformers decodes it: lower case, words apart by a space, special
+        tokens as text, U+FFFD for bytes that are not UTF-8."""
         byte = {symbol: byte for byte, symbol in byte_symbols().items()}
         data = bytearray()
         for id in map(int, ids):
@@ -243,10 +243,10 @@ class Tokenizer(PretrainedTokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, **options: Any) -> "Tokenizer":
-        """Learn merges from texts: the pair that occurs most becomes a token, again and again.
+        """Learn merges from texts: make the most frequent pair a token, and repeat.
 
-        The vocabulary is smaller than `vocab_size` if the texts run out of pairs. It depends on
-        the words of the texts, not on their order. `options` are those of Tokenizer.
+        The vocabulary is smaller than `vocab_size` if the texts run out of pairs. It depends only
+        on how often each word occurs. `options` are Tokenizer's.
         """
         empty = cls(vocabulary_of([]), [], **options)
         checks.check_vocab_size(vocab_size, empty.vocab_size)

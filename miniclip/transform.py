@@ -5,13 +5,14 @@
 Two references are matched exactly: openai/CLIP (clip.py, `_transform`, on torchvision) and
 transformers (`CLIPImageProcessorPil`). They differ in two ways:
 
-- Order. OpenAI converts to RGB after the crop, so Pillow resizes a palette image by nearest
-  neighbour, and shows the colour hidden under transparent pixels. transformers converts to RGB
-  first and lays transparent pixels on white.
-- Crop. A margin of m pixels is cut in half. If m is odd, OpenAI rounds half to even (3 -> 2,
-  5 -> 2) and transformers rounds down (3 -> 1, 5 -> 2). They differ whenever m % 4 == 3.
+- Order. transformers converts to RGB first and lays transparent pixels on white. OpenAI converts
+  to RGB after the crop. Pillow then resizes a palette image by nearest neighbour, and transparent
+  pixels get the colour that is stored under them.
+- Crop. The crop starts at m / 2 if the image has m pixels more than the crop. transformers rounds
+  down (3 -> 1, 5 -> 2), OpenAI rounds half to even (3 -> 2, 5 -> 2). They differ if m % 4 is 3
+  or, in an image that is smaller than the crop, if m is odd.
 
-Pillow does the resampling in both, with antialiasing. torchvision's tensor resize differs.
+Pillow resizes in both, with antialiasing. torchvision's resize of tensors gives other pixels.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to `size` pixels. The longer side follows, its fraction dropped.
+    """Scale the shorter side to `size` pixels. The longer side keeps the ratio, rounded down.
 
     >>> resize_short_side(Image.new("RGB", (640, 480)), 224).size
     (298, 224)
@@ -61,14 +62,14 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, reference: str = "transformers") -> Image.Image:
-    """The middle `size` x `size` pixels. Outside the image they are 0.
+    """The middle `size` x `size` pixels, 0 outside the image. (The example's values are its rows.)
 
     >>> center_crop(Image.linear_gradient("L").crop((0, 0, 4, 4)), 1, "openai").getpixel((0, 0))
     2
     """
     margins = (image.width - size, image.height - size)
     left, top = (margin // 2 for margin in margins)
-    if reference == "openai":  # round half to even; if the image is smaller, pad left by half
+    if reference == "openai":  # torchvision pads a smaller image by half, rounded down
         left, top = (round(m / 2) if m > 0 else -(-m // 2) for m in margins)
     return image.crop((left, top, left + size, top + size))
 
@@ -78,7 +79,7 @@ def scale_and_normalize(
 ) -> np.ndarray:
     """RGB bytes -> (byte / 255 - mean) / std, float32 of shape (3, H, W).
 
-    transformers multiplies by 1/255 in float64; the float32 results are the same for all 256 bytes.
+    transformers multiplies by 1/255 in float64. In float32 all 256 values of a byte come out equal.
     """
     pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # (3, H, W)
     pixels /= np.float32(255)
@@ -97,7 +98,7 @@ class ImageTransform(PretrainedTransform):
 
     size: int = 224  # of the short side after resizing
     _: KW_ONLY
-    crop_size: int = None  # type: ignore[assignment]  # as `size`, unless given
+    crop_size: int = None  # type: ignore[assignment]  # default: `size`
     image_mean: tuple[float, ...] = OPENAI_MEAN
     image_std: tuple[float, ...] = OPENAI_STD
     reference: str = "transformers"
@@ -110,11 +111,11 @@ class ImageTransform(PretrainedTransform):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __call__(self, pictures: Picture | Sequence[Picture]) -> Tensor:
-        """One picture -> (3, S, S), a list of B pictures -> (B, 3, S, S); float32.
+        """One picture -> (3, S, S), a list of B pictures -> (B, 3, S, S), float32; S = crop_size.
 
         A picture is a path, bytes or an open file (turned upright by its EXIF), a PIL image (taken
-        as it is), a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). A list is shared among as
-        many threads as torch uses. Raises ImageError, for a list with the index of the picture.
+        as it is), a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). A list is split over
+        as many threads as torch uses. Raises ImageError, for a list with the picture's index.
         """
         if isinstance(pictures, str | bytes) or not isinstance(pictures, Sequence):
             with no_warnings:
@@ -127,7 +128,7 @@ class ImageTransform(PretrainedTransform):
     def _pixels(self, picture: Any) -> np.ndarray:
         original = as_image(picture)
         try:
-            original.load()  # its size may change: the header may be wrong
+            original.load()  # decoding may correct a size that the header states wrongly
             image = to_rgb(original) if self.reference == "transformers" else original
             image = resize_short_side(image, self.size)
             image = center_crop(image, self.crop_size, self.reference)

@@ -79,7 +79,7 @@ def check_text(config: Any) -> None:
 
 def check_clip(config: Any) -> None:
     """Check the numbers that the two towers share."""
-    for name, kind in config.towers.items():
+    for name, kind in config.tower_classes.items():
         if not isinstance(getattr(config, name), kind):
             found = type(getattr(config, name)).__name__
             raise ValueError(f"CLIPConfig: {name} must be a {kind.__name__}, not {found}")

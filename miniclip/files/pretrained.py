@@ -103,12 +103,14 @@ class Pretrained(nn.Module):
 class PretrainedConfig:
     """`from_pretrained`, `from_dict` and `to_dict` of a CLIPConfig."""
 
-    towers: ClassVar[dict[str, Any]]
+    tower_classes: ClassVar[dict[str, Any]]
 
     @classmethod
     def from_fields(cls: type[T], values: dict[str, Any]) -> T:
         """A config from nested dictionaries of fields. Entries that are not fields are ignored."""
-        towers = {name: tower_config(kind, values[name]) for name, kind in cls.towers.items()}
+        towers = {
+            name: tower_config(kind, values[name]) for name, kind in cls.tower_classes.items()
+        }
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values} | towers)
 
     @classmethod

@@ -28,7 +28,7 @@ class OwlVisionConfig(VisionConfig):
 
 @dataclass(frozen=True)
 class OwlConfig(CLIPConfig):
-    towers: ClassVar = {"vision": OwlVisionConfig, "text": OwlTextConfig}
+    tower_classes: ClassVar = {"vision": OwlVisionConfig, "text": OwlTextConfig}
 
 
 class ClassHead(nn.Module):

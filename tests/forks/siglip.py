@@ -40,7 +40,7 @@ class SiglipTextConfig(TextConfig):
 
 @dataclass(frozen=True)
 class SiglipConfig(CLIPConfig):
-    towers: ClassVar = {"vision": SiglipVisionConfig, "text": SiglipTextConfig}
+    tower_classes: ClassVar = {"vision": SiglipVisionConfig, "text": SiglipTextConfig}
 
     @classmethod
     def from_fields(cls, values: dict[str, Any]) -> "SiglipConfig":
