@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from originals import common
+from originals import big_vision, common
 
+from miniclip import CLIP, CLIPConfig, VisionConfig
 from miniclip.lens import ablate_contributions, decompose
+from miniclip.surgery import resize_patch
 
 RECORDED = json.loads(common.PATH.read_text())
 
@@ -67,3 +69,20 @@ def test_ablated_contributions_are_those_of_clip_prs(model):
         expected = values("clip_prs", "ablated")
         assert_equal(ablate_contributions(parts, {6: [1]}), expected)
         assert_other(ablate_contributions(parts, {6: [0]}), expected)
+
+
+# ----------------------------------------------------------------------------------- big_vision
+
+
+def test_resize_patch_is_that_of_flexivit():
+    recorded = RECORDED["big_vision"]["patch_embed"]
+    for (old, new), expected in zip(big_vision.SIZES, recorded, strict=True):
+        shape = VisionConfig(width=1, layers=1, heads=1, image_size=old, patch_size=old, channels=2)
+        model = CLIP(CLIPConfig(shape, common.CONFIG.text, 5)).double()
+        model.vision.patch_embed.weight.copy_(common.chirp(1, 2, old, old))
+        expected = torch.tensor(expected, dtype=torch.float64)
+        found = resize_patch(model, new, "flexivit").vision.patch_embed.weight
+        assert_equal(found, expected, 1e-6)  # tensorflow resizes in float32
+        assert_other(resize_patch(model, new).vision.patch_embed.weight, expected)
+    with pytest.raises(ValueError, match="method is 'pi'; expected one of timm, flexivit"):
+        resize_patch(model, 3, "pi")
