@@ -19,7 +19,7 @@ from twin import TINY, random_inputs, tiny_clip, twins
 
 import miniclip
 from miniclip.lens.attention import attention_maps, relevance, rollout
-from miniclip.lens.decompose import check_sum, decompose
+from miniclip.lens.decompose import ablate_contributions, check_sum, decompose
 from miniclip.lens.heat import (
     BLIND,
     HEAT_COLOURS,
@@ -35,6 +35,7 @@ from miniclip.lens.heat import (
 from miniclip.lens.reading import on_grid
 from miniclip.lens.streams import forward_intermediates, logit_lens
 from miniclip.sites import cache, hooks
+from miniclip.surgery import prune_heads
 from miniclip.world.localise import answers, localisation, localise, questions
 from miniclip.world.scenes import COLOURS, scene
 from miniclip.world.scoring import SCORE_SEED
@@ -214,6 +215,34 @@ def test_the_parts_sum_to_the_embedding(by, tower, attention):
         for lost in parts:  # each part counts: without any one of them it is not the embedding
             rest = {name: part for name, part in parts.items() if name != lost}
             assert (total(rest) - expected).norm() / expected.norm() > 1e-4, lost
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_parts_of_clip_prs_sum_to_the_direction_of_the_embedding(double, tower):
+    model, inputs = double
+    expected = nn.functional.normalize(encode(model, tower, inputs[tower]), dim=-1)
+    for by in ("layer", "head", "token"):
+        parts = decompose(model, inputs[tower], by, "clip_prs")
+        assert len(parts) == 1 + 2 * getattr(TINY, tower).layers
+        assert distance(total(parts), expected) < 1e-12
+    bare = prune_heads(model, tower, {1: range(getattr(TINY, tower).heads)})
+    with pytest.raises(ValueError, match="the parts miss the embedding"):
+        decompose(bare, inputs[tower], "head", "clip_prs")  # its bias has no head to belong to
+    with pytest.raises(ValueError, match="convention is 'prs'; expected 'miniclip' or 'clip_prs'"):
+        decompose(model, inputs[tower], convention="prs")
+
+
+def test_contributions_that_are_not_there_cannot_be_ablated(double):
+    model, inputs = double
+    parts = decompose(model, inputs["vision"], "head")
+    with pytest.raises(ValueError, match=r"blocks.0.attn has no heads \[4\]; expected 0 to 3"):
+        ablate_contributions(parts, {0: [4]})
+    for wrong in ({3: [0]}, {-1: [0]}):
+        with pytest.raises(ValueError, match="expected a layer, and parts by head or token"):
+            ablate_contributions(parts, wrong)
+    with pytest.raises(ValueError, match="no heads in 'blocks.0.attn'"):
+        ablate_contributions(decompose(model, inputs["vision"]), {0: [0]})
+    assert distance(ablate_contributions(parts, {}), total(parts)) < FLOAT64
 
 
 @pytest.mark.parametrize("tower", TOWERS)

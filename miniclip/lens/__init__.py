@@ -8,7 +8,7 @@ reading.py    which tower reads an input, and at which token
 """
 
 from miniclip.lens.attention import Relevance, attention_maps, relevance, rollout
-from miniclip.lens.decompose import check_sum, decompose
+from miniclip.lens.decompose import ablate_contributions, check_sum, decompose
 from miniclip.lens.heat import (
     BLIND,
     HEAT_COLOURS,
@@ -31,6 +31,7 @@ __all__ = [
     "relevance",
     "decompose",
     "check_sum",
+    "ablate_contributions",
     "logit_lens",
     "forward_intermediates",
     "on_grid",

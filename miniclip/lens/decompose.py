@@ -1,13 +1,13 @@
 """The embedding as an exact sum over layers, heads or tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from miniclip.follow import follow, own_method
-from miniclip.lens.reading import Tower, last_norm, read_positions, take, tower_for
+from miniclip.lens.reading import Tower, last_norm, norm_scale, read_positions, take, tower_for
 from miniclip.model import CLIP, MLP
 from miniclip.sites import hooks
 
@@ -37,21 +37,33 @@ GRAINS = {"layer": "bhd,ehd->be", "head": "bhd,ehd->bhe", "token": "bhtd,ehd->bh
 
 
 @torch.no_grad()
-def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Tensor]:
+def decompose(
+    model: CLIP | Tower, x: Tensor, by: str = "layer", convention: str = "miniclip"
+) -> dict[str, Tensor]:
     """The embedding as a sum of what each part of the tower wrote into the token that is read.
 
-    Each part is a vector of the shared space: multiply it by a text's embedding to see what it is
-    for. "embed" is the stream before the first block; "blocks.3.mlp" is (B, E), and "blocks.3.attn"
-    (B, E), by="head" (B, H, E), by="token" (B, H, T, E), where T are the tokens looked at. Biases
-    are parts of their own, under their own names. That of the values belongs to no token, because a
-    head's pattern sums to 1, but to a head it does: by head and token, "blocks.3.attn.v_proj.bias"
-    is (B, H, E), and the rest of what its heads write. The last LayerNorm divides by the
-    length that the stream has, and so the sum is exact. Gandelsman et al. 2023, arXiv 2310.05916;
-    here without the part of a head that cannot reach the embedding: memory is that of the result.
-    An MLP of a fork's own is one part, its biases included.
+    Multiply a part, a vector of the shared space, by a text's embedding to see what it is for. The
+    last LayerNorm is linear once the length of the stream is known, so both conventions are exact.
+    Needs no more memory than the result. Gandelsman et al. 2023, arXiv 2310.05916.
 
-    Raises ValueError if the sum is not the embedding, as when a hook edits the stream, and for a
-    fork with its own pooling, block or attention pattern.
+    Args:
+        by: the grain of attention: "layer" (B, E), "head" (B, H, E), or "token" (B, H, T, E), where
+            T are the tokens looked at.
+        convention: "miniclip" keeps biases and the LayerNorm's mean apart: a part is what the
+            embedding loses without it, and a head that writes nothing is zero. "clip_prs" is the
+            authors' code: each part has its own bias and an equal share of the LayerNorm's mean
+            and bias, which belong to no part, and is divided by the embedding's length.
+
+    Returns:
+        "embed", the stream before the first block, "blocks.3.attn" and "blocks.3.mlp", and so on.
+        With "clip_prs" these are all, and their sum has length 1. With "miniclip" biases have
+        their own names, and the sum is the embedding. The value bias belongs to no token (a
+        pattern's rows sum to 1) but to a head: by head and by token, "blocks.3.attn.v_proj.bias"
+        is (B, H, E). An MLP of a fork's own is one part, with its biases.
+
+    Raises:
+        ValueError: if the sum is not the embedding, as when a hook edits the stream, and for a fork
+            with its own pooling, block or attention pattern.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)
@@ -62,6 +74,9 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
     """
     if by not in GRAINS:
         raise ValueError(f"by is {by!r}; expected {', '.join(map(repr, GRAINS))}")
+    if convention not in ("miniclip", "clip_prs"):
+        raise ValueError(f"convention is {convention!r}; expected 'miniclip' or 'clip_prs'")
+    apart = convention == "miniclip"  # biases are parts of their own
     tower = tower_for(model, x)
     positions = read_positions("decompose", tower, x)
     follow("decompose", tower, block=("forward",), attention=("forward", "attend"))
@@ -87,18 +102,20 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
 
     norm_name, norm = last_norm(tower)
     last = rows[f"blocks.{len(tower.blocks) - 1}"]  # (B, W)
-    # From the stream to the embedding all is linear, once the length is known: the LayerNorm's
-    # mean and weight and the projection are one matrix.
+    length = 1 if apart else embedding.norm(dim=-1, keepdim=True)  # (B, 1)
+    # From the stream to the embedding all is linear, once the scale is known. The LayerNorm takes
+    # the mean off, and if this is done in each part, it is one matrix with the projection.
+    scale = norm_scale(norm, last) * length
     readout = weight_of(tower.proj, last.shape[-1]) * norm.weight  # (E, W)
-    readout = readout - readout.mean(1, keepdim=True)
-    length = (last.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()  # (B, 1)
+    if apart:
+        readout = readout - readout.mean(1, keepdim=True)
 
     def read(part: Tensor) -> Tensor:
-        return part @ readout.T / length  # (B, W) or (W) -> (B, E)
+        return part @ readout.T / scale  # (B, W) or (W) -> (B, E)
 
     def read_heads(mixed: Tensor, per_head: Tensor, grain: str) -> Tensor:
         written = torch.einsum(GRAINS[grain], mixed, per_head)
-        return written / length.view(-1, *[1] * (written.ndim - 1))
+        return written / scale.view(-1, *[1] * (written.ndim - 1))
 
     parts = {"embed": read(rows["embed"])}
     block: Any  # a Block, or what someone has put in its place
@@ -108,24 +125,68 @@ def decompose(model: CLIP | Tower, x: Tensor, by: str = "layer") -> dict[str, Te
         bias = bias_of(attn.v_proj).unflatten(0, split)  # (H, D)
         out = weight_of(attn.out_proj, bias.numel())  # (W, H * D)
         per_head = (readout @ out).unflatten(1, split)  # (E, H, D)
+        taken: Any = bias if apart else 0
         if by == "token":
-            values = rows[f"{name}.attn.v"] - bias  # (B, T, H, D)
+            values = rows[f"{name}.attn.v"] - taken  # (B, T, H, D)
             mixed = torch.einsum("bht,bthd->bhtd", rows[f"{name}.attn.pattern"], values)
         else:
-            mixed = rows[f"{name}.attn.z"] - bias  # (B, H, D)
-        parts[f"{name}.attn"] = read_heads(mixed, per_head, by)
-        coarse = "layer" if by == "layer" else "head"
-        parts[f"{name}.attn.v_proj.bias"] = read_heads(bias[None], per_head, coarse)
-        parts[f"{name}.attn.out_proj.bias"] = read(bias_of(attn.out_proj))
-        if type(block.mlp).forward is MLP.forward:
-            bias = bias_of(block.mlp.fc2)
-            parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"] - bias)
-            parts[f"{name}.mlp.fc2.bias"] = read(bias)
+            mixed = rows[f"{name}.attn.z"] - taken  # (B, H, D)
+        part, out_bias = read_heads(mixed, per_head, by), read(bias_of(attn.out_proj))
+        if apart:
+            parts[f"{name}.attn"] = part
+            coarse = "layer" if by == "layer" else "head"
+            parts[f"{name}.attn.v_proj.bias"] = read_heads(bias[None], per_head, coarse)
+            parts[f"{name}.attn.out_proj.bias"] = out_bias
         else:
-            parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"])
-    parts[f"{norm_name}.bias"] = tower.proj(norm.bias).expand_as(parts["embed"])
-    check_sum(parts, embedding)
+            parts[f"{name}.attn"] = part + share(out_bias, part)
+        parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"])
+        if apart and type(block.mlp).forward is MLP.forward:
+            parts[f"{name}.mlp.fc2.bias"] = read(bias_of(block.mlp.fc2))
+            parts[f"{name}.mlp"] = parts[f"{name}.mlp"] - parts[f"{name}.mlp.fc2.bias"]
+    rest = tower.proj(norm.bias).expand_as(embedding) / length
+    if apart:
+        parts[f"{norm_name}.bias"] = rest
+    else:
+        rest = (rest - read(last.mean(-1, keepdim=True).expand_as(last))) / len(parts)
+        parts = {name: part + share(rest, part) for name, part in parts.items()}
+    check_sum(parts, embedding / length)
     return parts
+
+
+def share(total: Tensor, part: Tensor) -> Tensor:
+    """What each of the vectors of a part (B, ..., E) gets of a vector (B, E) for all of them."""
+    count = part.shape[1:-1].numel()
+    return total.view(len(part), *[1] * (part.ndim - 2), -1) / count
+
+
+def ablate_contributions(
+    parts: Mapping[str, Tensor], heads: Mapping[int, Collection[int]]
+) -> Tensor:
+    """The embeddings (B, E) if what some heads write into them were the same for every image.
+
+    The mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code: each head of
+    {layer: [head, ...]} gets its mean part over the batch, which is to be a whole data set. Nothing
+    runs again, so that later layers still read what the head wrote. `surgery.ablate_heads` with
+    mode="mean" changes later layers as well, and every token.
+
+    Args:
+        parts: of `decompose`, by "head" or by "token".
+
+    >>> from miniclip import CLIP
+    >>> parts = decompose(CLIP.from_pretrained("shapes"), torch.rand(4, 3, 64, 64), by="head")
+    >>> ablate_contributions(parts, {3: [0, 2]}).shape
+    torch.Size([4, 128])
+    """
+    ablated = dict(parts)
+    for layer, chosen in heads.items():
+        part = parts.get(name := f"blocks.{layer}.attn")
+        if part is None or part.ndim < 3:
+            raise ValueError(f"no heads in {name!r}: expected a layer, and parts by head or token")
+        if absent := sorted(set(chosen) - set(range(part.shape[1]))):
+            raise ValueError(f"{name} has no heads {absent}; expected 0 to {part.shape[1] - 1}")
+        ablated[name] = part.clone()
+        ablated[name][:, list(chosen)] = part[:, list(chosen)].mean(0)
+    return torch.cat([p.reshape(len(p), -1, p.shape[-1]) for p in ablated.values()], 1).sum(1)
 
 
 def bias_of(linear: Any) -> Tensor:

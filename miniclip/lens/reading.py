@@ -42,6 +42,11 @@ def last_norm(tower: Tower) -> tuple[str, nn.LayerNorm]:
     return name, getattr(tower, name)
 
 
+def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """What a LayerNorm divides its input by, (..., W) -> (..., 1): the standard deviation."""
+    return (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+
+
 def on_grid(model: CLIP | VisionTower, pixels: Tensor, tokens: Tensor) -> Tensor:
     """Numbers of an image's tokens as a map of its patches: (B, T) -> (B, rows, columns)."""
     tower = tower_for(model, pixels)

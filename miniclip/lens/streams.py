@@ -7,7 +7,15 @@ from torch import Tensor
 
 from miniclip.follow import follow, patch_grid, patch_places
 from miniclip.lens.decompose import read_rows
-from miniclip.lens.reading import Tower, last_norm, pool, read_positions, take, tower_for
+from miniclip.lens.reading import (
+    Tower,
+    last_norm,
+    norm_scale,
+    pool,
+    read_positions,
+    take,
+    tower_for,
+)
 from miniclip.model import CLIP
 
 
@@ -36,9 +44,8 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
     rows, _ = read_rows(tower, x, {"blocks.*": read_row}, read_row)
     streams = torch.stack(list(rows.values()), dim=1)  # (B, 1 + L, W)
     _, norm = last_norm(tower)
-    length = (streams[:, -1:].var(-1, correction=0, keepdim=True) + norm.eps).sqrt()  # (B, 1, 1)
     centred = streams - streams.mean(-1, keepdim=True)
-    return tower.proj(centred / length * norm.weight + norm.bias)
+    return tower.proj(centred / norm_scale(norm, streams[:, -1:]) * norm.weight + norm.bias)
 
 
 def forward_intermediates(

@@ -5,6 +5,7 @@ way of doing so; each method here is named after whose numbers it gives.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,19 +66,31 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     return check_rebuilt("resize_image", new, "vision")
 
 
-def resize_patch(model: CLIP, size: int) -> CLIP:
+# How a patch is resized, whose pseudo-inverse multiplies the kernels.
+RESIZE = {
+    "timm": partial(F.interpolate, mode="bicubic", antialias=True),
+    "flexivit": partial(F.interpolate, mode="bilinear"),
+}
+
+
+def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
     """A model for patches of another size, and images larger or smaller by as much.
 
     The grid stays, and with it all but the patch embedding, whose kernels are multiplied by the
-    pseudo-inverse of the matrix that resizes a patch (bicubic, antialiased, as timm's): a larger
-    model sees in a resized patch exactly what this one sees in the patch. FlexiViT's PI-resize,
-    Beyer et al. 2022, arXiv 2212.08013. `resize_image` then gives the old image size back.
+    pseudo-inverse of the matrix that resizes a patch: a larger model sees in a resized patch
+    exactly what this one sees in the patch. `resize_image` then gives the old image size back.
+
+    `method` names whose matrix: "flexivit" (bilinear, not antialiased: big_vision, the code of
+    Beyer et al. 2022, arXiv 2212.08013) or "timm" (resample_patch_embed: bicubic, antialiased).
+    Their kernels differ by about a quarter.
 
     >>> from miniclip import CLIP
     >>> model = resize_patch(CLIP.from_pretrained("shapes"), 16)  # from 8
     >>> model.config.vision.image_size, model.config.vision.patches
     (128, 64)
     """
+    if method not in RESIZE:
+        raise ValueError(f"method is {method!r}; expected one of {', '.join(RESIZE)}")
     follow("resize_patch", model.vision, ("embed_tokens",))
     rows, columns = model.config.vision.grid
     old, image = model.config.vision.patch_size, (rows * size, columns * size)
@@ -87,9 +100,8 @@ def resize_patch(model: CLIP, size: int) -> CLIP:
     reconfigure(new, "vision", patch_size=size, image_size=image)
     weight = new.vision.patch_embed.weight  # (W, channels, old, old)
     pixels = torch.eye(old * old, dtype=torch.float64, device=weight.device)
-    resize = F.interpolate(
-        pixels.view(-1, 1, old, old), (size, size), mode="bicubic", antialias=True
-    ).flatten(1)  # (old * old, size * size): what becomes of each pixel
+    resize = RESIZE[method](pixels.view(-1, 1, old, old), (size, size)).flatten(1)
+    # resize is (old * old, size * size): what becomes of each pixel
     kernels = weight.double().flatten(2) @ torch.linalg.pinv(resize).T
     _assign(new.vision.patch_embed, "weight", kernels.unflatten(2, (size, size)).to(weight))
     new.vision.patch_embed.kernel_size = new.vision.patch_embed.stride = (size, size)

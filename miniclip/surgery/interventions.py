@@ -24,9 +24,9 @@ def ablate_heads(
     """Silence heads, {layer: [head, ...]}, for as long as the block lasts.
 
     "zero" takes what a head adds to the residual stream away, as `prune_heads` does for good.
-    "mean" puts the mean over the batch in its place, which keeps what the head adds to every
-    input alike (Nanda et al.; Gandelsman et al. 2023, arXiv 2310.05916). ValueError for a layer
-    or head that is not there.
+    "mean" puts the mean over the batch in its place, at every token, and later layers read it.
+    `lens.ablate_contributions` is the ablation of Gandelsman et al. 2023, which changes the
+    embedding alone. ValueError for a layer or head that is not there.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)

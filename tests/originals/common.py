@@ -1,0 +1,98 @@
+"""What the recording scripts share: one small model, its inputs, and how values are written.
+
+Each script beside this one runs the authors' own code on this model and keeps what it gives:
+
+    pip install -e . einops open_clip_torch
+    git clone https://github.com/yossigandelsman/clip_prs
+    cd tests && python -m originals.clip_prs ../clip_prs
+
+The values lie in data/originals.json, and test_originals.py holds ours to them.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from miniclip.files.names import OPENAI, pack
+
+PATH = Path(__file__).parent.parent / "data" / "originals.json"
+
+# Eight blocks, because some methods change the last six or seven. Most code can only do squares.
+CONFIG = CLIPConfig(
+    VisionConfig(width=12, layers=8, heads=3, mlp_width=48, image_size=12, patch_size=4),
+    TextConfig(
+        width=8, layers=2, heads=2, mlp_width=32, vocab_size=20, context_length=7,
+        bos_token_id=18, eos_token_id=19,
+    ),
+    embed_dim=5,
+)  # fmt: skip
+
+
+def chirp(*shape: int, start: float = 0.0) -> Tensor:
+    """Numbers from -1 to 1 that are the same everywhere and make matrices of full rank. float64."""
+    n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    return (start + 0.7 * n + 0.013 * n.square()).sin().view(shape)
+
+
+def small_clip() -> CLIP:
+    """A float64 model of CONFIG's shape, no weight of which is like another."""
+    model = CLIP(CONFIG).double().eval()
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        scale = 0.5 if parameter.ndim < 2 else 2 * parameter[0].numel() ** -0.5
+        mean = 1.0 if name.endswith("weight") and ".ln_" in name else 0.0
+        parameter.data.copy_(mean + scale * chirp(*parameter.shape, start=i**2))
+    return model
+
+
+def pixels(images: int = 2, size: int = 12) -> Tensor:
+    """(B, 3, size, size), float64."""
+    return 2 * chirp(images, 3, size, size, start=0.3)
+
+
+def ids() -> Tensor:
+    """(2, 7) token ids, each row with its end."""
+    return torch.tensor([[18, 3, 7, 19, 0, 0, 0], [18, 1, 2, 11, 4, 19, 0]])
+
+
+def openai_state(prefix: str = "") -> dict[str, Tensor]:
+    """The model's tensors under OpenAI's names, those that begin with the prefix and without it."""
+    state = pack({name: p.detach() for name, p in small_clip().named_parameters()}, OPENAI)
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def import_from(checkout: str, *folders: str) -> None:
+    """Let a script import a repository's modules, whose LayerNorm may ask for float32."""
+    sys.path[:0] = [str(Path(checkout, folder)) for folder in folders or (".",)]
+
+
+def in_float64(module: type[nn.LayerNorm]) -> None:
+    """OpenAI's LayerNorm computes in float32, whose rounding would hide a small difference."""
+    module.forward = nn.LayerNorm.forward
+
+
+def plain(value):
+    """Tensors as nested lists, of thirteen digits."""
+    if isinstance(value, Tensor):
+        return plain(value.detach().tolist())
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return float(f"{value:.13g}")
+
+
+def main(record: Callable[[str], dict[str, Tensor]]) -> None:
+    """Run a script on the checkout that the command line names, and keep what it finds."""
+    name = Path(sys.modules["__main__"].__file__).stem
+    with torch.no_grad():
+        found = plain(record(sys.argv[1]))
+    recorded = json.loads(PATH.read_text()) if PATH.exists() else {}
+    recorded[name] = found
+    rows = [f'"{key}": {json.dumps(value)}' for key, value in sorted(recorded.items())]
+    PATH.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    print(f"{name}: {len(json.dumps(found)):,} bytes")
