@@ -247,7 +247,7 @@ class TextTower(Tower):
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Ids -> the residual stream before the first block, (B, T, W)."""
-        check_ids(ids)
+        check_ids(ids, self.config.vocab_size)
         return self.add_positions(self.token_embed(ids))
 
     def add_positions(self, x: Tensor) -> Tensor:

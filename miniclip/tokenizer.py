@@ -12,7 +12,7 @@ and OpenAI's clip/simple_tokenizer.py. The two clean and split texts differently
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -198,28 +198,26 @@ class Tokenizer(PretrainedTokenizer):
         return [symbol if symbol in self.vocab else unknown for symbol in to_symbols(word)]
 
     def __call__(
-        self, texts: str | Sequence[str], *, truncate: bool = False, pad_to: int | None = None
+        self, texts: str | Iterable[str], *, truncate: bool = False, pad_to: int | None = None
     ) -> Tensor:
         """Texts -> ids (B, T) int64: in each row a start token, the text, an end token, padding.
 
         T is `pad_to`, or else the longest row. A row of more than `pad_to` or `context_length`
         tokens raises ContextLengthError; `truncate` cuts it and keeps the end token.
         """
-        if isinstance(texts, str):
-            texts = [texts]
         limit = checks.check_pad_to(pad_to, self.context_length)
         rows = []
-        for i, text in enumerate(texts):
+        for i, text in enumerate(checks.as_list(texts)):
             try:
                 row = [self.bos_token_id, *self.encode(text), self.eos_token_id]
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"text {i}: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"text {i}: {error}") from None
             if len(row) > limit:
                 if not truncate:
                     raise checks.too_long(i, text, len(row), limit)
                 row[limit - 1 :] = [self.eos_token_id]
             rows.append(row)
-        length = pad_to or max(map(len, rows), default=0)
+        length = pad_to or max(map(len, rows), default=2)
         padding = [self.pad_token_id] * length
         ids = [row + padding[len(row) :] for row in rows]
         return torch.tensor(ids, dtype=torch.int64).view(len(rows), length)  # (B, T)
@@ -250,6 +248,7 @@ class Tokenizer(PretrainedTokenizer):
         """
         empty = cls(vocabulary_of([]), [], **options)
         checks.check_vocab_size(vocab_size, empty.vocab_size)
+        texts = [texts] if isinstance(texts, str) else texts
         counts = Counter(word for text in texts for word in empty._split(empty._clean(text)))
         symbols = {tuple(to_symbols(w)): n for w, n in counts.items() if w not in (BOS, EOS)}
         merges = learn_merges(symbols, vocab_size - empty.vocab_size)

@@ -83,6 +83,20 @@ def test_classify_gives_the_numbers_of_the_model(run, picture):
     assert found == pytest.approx(dict(zip(LABELS, logits, strict=True)), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "labels, says",
+    [
+        (["cat,dog"], "--labels cat dog"),
+        (["cat, a cup of tea"], "--labels cat 'a cup of tea'"),
+        (["cat,", "dog,", "ship"], "--labels cat dog ship"),
+    ],
+)
+def test_labels_with_commas_between_them_are_an_error(run, picture, labels, says):
+    command = ["classify", picture, "--model", "cifar10", "--labels"]
+    assert_one_line_error(run(*command, *labels), "expected spaces between", says)
+    assert run(*command, "Paris, France", "Rome, Italy")[0] == 0
+
+
 def test_a_cat_is_a_cat(run, tmp_path):
     photograph = str(tmp_path / "chelsea.png")
     Image.fromarray(skimage.data.chelsea()).save(photograph)

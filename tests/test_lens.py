@@ -444,6 +444,20 @@ def test_intermediates_are_the_hidden_states_of_transformers(tower):
         assert torch.equal(normed, norm(states[-1])[:, skip:])
 
 
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_clip_skip_is_that_of_diffusers(clip_skip):
+    """Its pipelines take hidden_states[-(clip_skip + 1)] and apply the text tower's last norm."""
+    ours, theirs = twins(TINY)
+    ids = random_inputs(TINY)[1]
+    peer = theirs.text_model
+    with torch.no_grad():
+        states = peer(ids, output_hidden_states=True).hidden_states
+        expected = peer.final_layer_norm(states[-(clip_skip + 1)])
+        options = dict(indices=[-1 - clip_skip], norm=True, intermediates_only=True)
+        (found,) = forward_intermediates(ours, ids, **options)
+    assert torch.equal(found, expected)
+
+
 def test_intermediates_as_maps_and_prefixes(double):
     model, inputs = double
     x = inputs["vision"]
@@ -502,7 +516,7 @@ def test_stopping_early_runs_no_block_too_many(double):
         ("vision", dict(indices=[-4])),
         ("vision", dict(indices=[])),
         ("vision", dict(output_fmt="NHWC")),
-        ("text", dict()),
+        ("text", dict(output_fmt="NCHW")),
         ("text", dict(output_fmt="NLC", return_prefix_tokens=True)),
     ],
 )

@@ -9,9 +9,11 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.nn.modules import module as module_hooks
 from transformers import CLIPModel
@@ -25,6 +27,7 @@ from miniclip import (
     TextTower,
     VisionConfig,
     VisionTower,
+    load,
 )
 from miniclip.files.models import meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
@@ -661,6 +664,73 @@ def test_ids_without_a_batch_are_an_error():
     model = tiny_clip()
     with pytest.raises(ValueError, match=r"ids have shape \(9,\); expected \(B, T\)"):
         model.encode_text(torch.zeros(9, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "pixels, error, words",
+    [
+        (
+            Image.new("RGB", (40, 40)),
+            TypeError,
+            ["found Image", "transform([picture])"],
+        ),
+        (np.zeros((1, 3, 40, 40), np.float32), TypeError, ["ndarray", "(B, 3, 40, 40)"]),
+        ("cat.jpg", TypeError, ["found str", "transform([picture])"]),
+        (torch.zeros(1, 3, 40, 40, dtype=torch.uint8), ValueError, ["torch.uint8", "transform(["]),
+        (torch.zeros(1, 3, 40, 40, dtype=torch.int64), ValueError, ["torch.int64"]),
+        (
+            torch.zeros(3, 40, 40),
+            ValueError,
+            ["(3, 40, 40)", "[picture]", "pixels[None]"],
+        ),
+    ],
+)
+def test_what_is_no_pixels_is_a_sentence_with_the_call_to_make(pixels, error, words):
+    with pytest.raises(error) as raised:
+        tiny_clip().encode_image(pixels)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.parametrize(
+    "ids, error, words",
+    [
+        (["a cat"], TypeError, ["found list", "encode_text(tokenizer(texts))"]),
+        ("a cat", TypeError, ["found str", "encode_text(tokenizer(texts))"]),
+        (torch.ones(1, 4), ValueError, ["torch.float32", "int64 or int32"]),
+        (torch.ones(1, 4, dtype=torch.uint8), ValueError, ["torch.uint8", "int64 or int32"]),
+        (torch.tensor([[1, 600, 599]]), ValueError, ["from 1 to 600", "0 to 599", "Tokenizer"]),
+        (torch.tensor([[-1, 599]]), ValueError, ["from -1 to 599"]),
+    ],
+)
+def test_what_is_no_ids_is_a_sentence_with_the_call_to_make(ids, error, words):
+    with pytest.raises(error) as raised:
+        tiny_clip().encode_text(ids)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_int32_ids_are_ids():
+    model, ids = tiny_clip(), random_inputs(TINY)[1]
+    assert torch.equal(model.encode_text(ids.int()), model.encode_text(ids))
+
+
+def test_an_empty_batch_is_an_empty_batch():
+    model, tokenizer, transform = load("cifar10")
+    out = model(transform([]), tokenizer([]))
+    assert out.logits_per_image.shape == (0, 0)
+    assert out.image_embeds.shape == out.text_embeds.shape == (0, model.config.embed_dim)
+    assert model(transform([]), tokenizer(["a cat"])).logits_per_image.shape == (0, 1)
+
+
+def test_values_are_not_checked_under_vmap():
+    """A check would have to read what a batched tensor does not have."""
+    model, (pixels, ids) = tiny_clip(), random_inputs(TINY)
+    model.set_attention("eager")  # the fused one warns that vmap is slow
+    found = torch.vmap(model.encode_text)(ids[:, None])
+    torch.testing.assert_close(found[:, 0], model.encode_text(ids))
+    found = torch.vmap(model.encode_image)(pixels[:, None])
+    torch.testing.assert_close(found[:, 0], model.encode_image(pixels))
+    ids[0] = 5  # no end token
+    assert torch.vmap(model.encode_text)(ids[:, None])[0].isnan().all()
 
 
 def test_attention_of_another_kind_is_an_error():

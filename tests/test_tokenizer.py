@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import ftfy
+import numpy as np
 import pytest
 import regex
 import torch
@@ -403,7 +404,15 @@ def test_rows_are_padded_to_the_longest_or_to_pad_to(trained):
     assert wide.shape == (3, 77) and torch.equal(wide[:, : ids.shape[1]], ids)
     assert (wide[:, ids.shape[1] :] == tokenizer.eos_token_id).all()
     assert torch.equal(tokenizer("a cat"), tokenizer(["a cat"]))
-    assert tokenizer([]).shape == (0, 0) and tokenizer([], pad_to=7).shape == (0, 7)
+    assert tokenizer([]).shape == (0, 2) and tokenizer([], pad_to=7).shape == (0, 7)
+
+
+def test_texts_may_come_from_anything_that_has_some(trained):
+    tokenizer, some = Tokenizer.from_directory(trained), ["a cat", "two cats"]
+    expected = tokenizer(some)
+    for texts in (tuple(some), iter(some), np.array(some), dict.fromkeys(some)):
+        assert torch.equal(tokenizer(texts), expected)
+    assert Tokenizer.train("a cat", 600).vocab == Tokenizer.train(["a cat"], 600).vocab
 
 
 def test_openai_pads_with_zero(trained):
@@ -436,6 +445,9 @@ def test_bad_arguments_say_which_text(trained):
         tokenizer(["fine", "half a \ud800 character"])
     with pytest.raises(TypeError, match="text 1: expected a text, found int"):
         tokenizer(["fine", 3])
+    for none in (None, 3, b"a cat"):
+        with pytest.raises(TypeError, match=f"expected a text or a list.*{type(none).__name__}"):
+            tokenizer(none)
     with pytest.raises(ValueError, match="pad_to is 1"):
         tokenizer("a", pad_to=1)
     with pytest.raises(ValueError, match="reference is 'OpenAI'; expected 'transformers' or"):

@@ -41,7 +41,7 @@ from miniclip.training import (
 )
 from miniclip.training import data as data_module
 from miniclip.training import run as run_module
-from miniclip.training.data import SYNONYMS, augment, class_captions
+from miniclip.training.data import augment, class_captions
 from miniclip.training.loop import PatchDropout, normalize_pixels, recompute_blocks
 from miniclip.training.optim import Muon
 from miniclip.training.setup import SMALL, set_up
@@ -404,22 +404,32 @@ def test_broken_pictures_are_skipped_and_named(stripes):
     assert "broken.png" in skipped
 
 
-def test_a_class_is_called_by_every_synonym_in_every_template():
+def test_a_class_is_called_by_every_synonym_in_every_template(tmp_path):
     plain = class_captions("tea cup")
     assert plain[0] == "tea cup" and plain[3] == "a photo of a tea cup."
     assert len(set(plain)) == 12 and all(text.count("tea cup") == 1 for text in plain)
-    assert set(class_captions("cat")) == {
-        text.replace("tea cup", word)
-        for word in ("cat", "kitten", "house cat", "tabby cat")
-        for text in plain
-    }
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        bars("level", np.random.default_rng(0)).save(tmp_path / name / "a.png")
+    transform, words = ImageTransform(SIZE), ("cat", "kitten", "house cat", "tabby cat")
+    cats = {text.replace("tea cup", word) for word in words for text in plain}
+    dogs = set(class_captions("dog"))
+    found = open_data(tmp_path, transform, synonyms={"cat": words})
+    assert set(found.captions()) == cats | dogs
+    assert {found[0, draw].caption for draw in range(500)} == cats
+    # The recipe of CIFAR-10's checkpoint has its own words for CIFAR-10's classes.
+    assert set(set_up(str(tmp_path)).data.captions()) == set(class_captions("cat")) | dogs
+    assert cats < set(set_up(str(tmp_path), like="cifar10").data.captions())
+    assert cats < set(set_up(str(tmp_path), "cifar10", "cifar10").data.captions())
 
 
 def test_no_synonym_is_of_two_classes():
-    words = [word for group in SYNONYMS.values() for word in group]
+    path = Path(__file__).parent.parent / "weights" / "cifar10" / "synonyms.json"
+    synonyms = json.loads(path.read_text())
+    words = [word for group in synonyms.values() for word in group]
     assert len(set(words)) == len(words) == 35
-    assert all(group[0] == name for name, group in SYNONYMS.items())
-    assert sorted(SYNONYMS) == sorted(
+    assert all(group[0] == name for name, group in synonyms.items())
+    assert sorted(synonyms) == sorted(
         "airplane automobile bird cat deer dog frog horse ship truck".split()
     )
 
@@ -549,7 +559,11 @@ def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no rows"):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,\n")
-    with pytest.raises(ValueError, match="row 1: expected a file_name and a text"):
+    with pytest.raises(ValueError, match="no rows with a caption"):
+        open_data(tmp_path, transform)
+    (tmp_path / "metadata.csv").write_text("filepath,title\na.png,a cat\n")
+    says = "row 1: no column 'file_name'; say by --image-column .*filepath, title"
+    with pytest.raises(ValueError, match=says):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n{"file')
     with pytest.raises(ValueError, match="rows that can be read"):

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,12 +121,62 @@ def test_a_picture_with_one_caption_lists_no_more(text, tmp_path):
     assert batch.captions == ["a picture"] * 2
 
 
-@pytest.mark.parametrize("text", [[], ["a picture", ""], ["a picture", 3], {"a": "picture"}])
+@pytest.mark.parametrize("text", [["a picture", 3], {"a": "picture"}, 0, ["a picture", ["b"]]])
 def test_a_list_with_something_else_than_captions_is_an_error(text, tmp_path):
     row = {"file_name": "0.png", "text": text}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"row 1: expected a file_name and a text"):
         open_data(tmp_path, ImageTransform(32))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
+def test_several_rows_of_one_picture_are_true_of_it(kind, tmp_path):
+    """As many captions a picture as COCO has, a row for each: no row is false of another's."""
+    rows = [(f"{i}.png", f"view {j} of {i}") for j in range(3) for i in range(4)]
+    rows.append(("./3.png", "view 0 of 0"))  # the first picture's caption, of the last one too
+    for i in range(4):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    if kind == "jsonl":
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    else:
+        between = {"csv": ",", "tsv": "\t"}[kind]
+        lines = [between.join(row) for row in [("file_name", "text"), *rows]]
+    (tmp_path / f"metadata.{kind}").write_text("\n".join(lines))
+    data = open_data(tmp_path, ImageTransform(32))
+    batch = next(batches(data, batch=13, seed=0))
+    assert sorted(batch.captions) == sorted(text for _, text in rows)  # each is shown once
+    of_image = torch.cat([batch.labels[:, None], batch.also], dim=1)
+    is_true = (of_image[:, :, None] == batch.labels).any(1)
+    shown = batch.pixels[:, 0, 0, 0].tolist()
+    known = {(int(Path(name).stem), text) for name, text in rows}
+    for i, pixel in enumerate(shown):
+        assert is_true[i].tolist() == [(pixel, text) in known for text in batch.captions]
+
+
+def test_empty_captions_are_counted_and_left_out(tmp_path):
+    for i in range(5):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    texts = ["a picture", "", None, [], [" ", "another", "\n"]]
+    rows = [json.dumps({"image": f"{i}.png", "caption": text}) for i, text in enumerate(texts)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    columns = ("image", "caption")
+    data = open_data(tmp_path / "pairs.jsonl", ImageTransform(32), columns)
+    assert sorted(next(batches(data, batch=2, seed=0)).captions) == ["a picture", "another"]
+    assert data.skipped == [
+        f"{tmp_path / 'pairs.jsonl'}: empty captions left out: 5, the first in row 2"
+    ]
+
+
+@pytest.mark.parametrize("between", [",", "\t", ";"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_columns_may_have_other_names_and_separators(between, suffix, tmp_path):
+    """open_clip's files are called .csv and have tabs; many spreadsheets write semicolons."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    rows = [("filepath", "id", "title"), ("a.png", "7", '"a cat, black; asleep"')]
+    text = "\n".join(between.join(row) for row in rows)
+    (tmp_path / f"train.{suffix}").write_text(text)
+    data = open_data(tmp_path / f"train.{suffix}", ImageTransform(32), ("filepath", "title"))
+    assert list(data.captions()) == ["a cat, black; asleep"]
 
 
 def test_chunks_share_targets_as_the_whole_batch_does():

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from twin import TINY, random_inputs, twins
 
-from miniclip import ImageTransform, Tokenizer, ZeroShotClassifier
+from miniclip import ImageTransform, Tokenizer, ZeroShotClassifier, lens
+from miniclip.checkpoint import Loaded
 from miniclip.files.ahead import read_ahead
+from miniclip.retrieval import embed_images, embed_query
 from miniclip.zeroshot.classifier import class_embeddings, embed_texts, find_templates
 from miniclip.zeroshot.data import folder_labels, labelled_images
 from miniclip.zeroshot.evaluation import evaluate
@@ -111,6 +113,68 @@ def test_ranking_is_sorted_and_sums_to_one(model, tokenizer):
 def test_prompts_that_would_say_nothing(model, tokenizer, labels, templates, message):
     with pytest.raises(ValueError, match=message):
         class_embeddings(model, tokenizer, labels, templates)
+
+
+def test_one_label_or_template_is_one_and_several_may_come_from_anything(model, tokenizer):
+    assert ZeroShotClassifier(model, tokenizer, "cat").labels == ["cat"]
+    expected = class_embeddings(model, tokenizer, ["cat", "cup"], ["a {}."])
+    for labels in (("cat", "cup"), iter(["cat", "cup"]), np.array(["cat", "cup"])):
+        classifier = ZeroShotClassifier(model, tokenizer, labels, "a {}.")
+        assert classifier.labels == ["cat", "cup"]
+        assert torch.equal(classifier.weights, expected)
+    assert torch.equal(embed_texts(model, tokenizer, "cat"), embed_texts(model, tokenizer, ["cat"]))
+    assert find_templates("simple") == find_templates(["simple"])
+    for wrong, reason in [(None, "a label or a list of them, found None"), (["cat", 3], "label 1")]:
+        with pytest.raises(TypeError, match=reason):
+            ZeroShotClassifier(model, tokenizer, wrong)
+
+
+def test_class_weights_start_a_linear_probe(model, tokenizer):
+    classifier = ZeroShotClassifier(model, tokenizer, LABELS)
+    pixels = random_inputs(TINY)[0]
+    probe = torch.nn.Linear(TINY.embed_dim, len(LABELS), bias=False)
+    probe.weight = torch.nn.Parameter(classifier.weights)
+    logits = probe(model.encode_image(pixels, normalize=True)) * model.logit_scale.exp()
+    torch.testing.assert_close(logits, classifier(pixels))
+    logits.logsumexp(1).sum().backward()
+    assert probe.weight.grad.abs().sum() > 0
+
+
+def test_a_classifier_has_saliency(model, tokenizer):
+    pixels = random_inputs(TINY)[0].requires_grad_()
+    classifier = ZeroShotClassifier(model, tokenizer, LABELS)
+    (found,) = torch.autograd.grad(classifier(pixels)[:, 1].sum(), pixels)
+    texts = embed_texts(model, tokenizer, ["a photo of a small dog."])
+    score = model.encode_image(pixels, normalize=True) @ texts.T * model.logit_scale.exp()
+    (expected,) = torch.autograd.grad(score.sum(), pixels)
+    torch.testing.assert_close(found, expected)
+    assert found.abs().sum() > 0
+    assert not torch.is_inference_mode_enabled() and classifier.rank(pixels)
+
+
+def test_every_public_tensor_can_be_used_in_autograd(model, tokenizer, tmp_path):
+    pixels, transform = random_inputs(TINY)[0], ImageTransform(TINY.vision.side)
+    classifier = ZeroShotClassifier(model, tokenizer, LABELS)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40), "red").save(tmp_path / name / "a.png")
+    images = labelled_images(tmp_path)
+    index = embed_images(Loaded(model, tokenizer, transform), list(map(str, images.paths)))
+    counted = evaluate(classifier, transform, images)
+    tensors = {
+        "weights": classifier.weights,
+        "logits": classifier(pixels),
+        "texts": embed_texts(model, tokenizer, LABELS),
+        "query": embed_query(Loaded(model, tokenizer, transform), "a cat", [str(images.paths[0])]),
+        "index": index.embeddings,
+        "confusion": counted.confusion,
+        "in_top5": counted.in_top5,
+        "logit_lens": lens.logit_lens(model, pixels),
+        "attention": lens.attention_maps(model, pixels)[0],
+        "rollout": lens.rollout(model, pixels),
+        "decompose": lens.decompose(model, pixels)["embed"],
+    }
+    assert [name for name, tensor in tensors.items() if tensor.is_inference()] == []
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`miniclip classify`: photographs against labels."""
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING
 
 from miniclip.commands.shared import (
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Rank the labels for each image. An image that cannot be read does not stop the others."""
     from miniclip.zeroshot.classifier import TEMPLATE, ZeroShotClassifier
 
+    check_labels(args.labels)
     model, tokenizer, transform = load_model(args)
     templates = args.template or [TEMPLATE]
     classifier = ZeroShotClassifier(model, tokenizer, args.labels, templates)
@@ -58,6 +60,18 @@ def run(args: argparse.Namespace) -> int:
     elif results:
         print("\n\n".join(ranking_table(path, scores) for path, scores in results))
     return status
+
+
+def check_labels(labels: list[str]) -> None:
+    """Raise ValueError where commas seem to stand between labels: a shell passes them on."""
+    if (
+        any(label.strip().endswith(",") for label in labels)
+        or len(labels) == 1
+        and "," in labels[0]
+    ):
+        asked = " ".join(labels)
+        words = " ".join(shlex.quote(word.strip()) for word in asked.split(",") if word.strip())
+        raise ValueError(f"--labels {asked!r}: expected spaces between labels: --labels {words}")
 
 
 def ranking_table(title: str, scores: "list[Score]") -> str:

@@ -17,9 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments, and a flag for each field of a recipe."""
     parser.add_argument(
         "data",
-        help="a folder of class folders, of pictures with metadata.jsonl or metadata.csv "
+        help="a folder of class folders, of pictures with metadata.jsonl, .csv or .tsv "
         "(file_name, text), or of WebDataset .tar shards; or the drawn world `shapes`",
     )
+    for column, default in (("image", "file_name"), ("text", "text")):
+        help = f"of the metadata file (default: {default})"
+        parser.add_argument(f"--{column}-column", default=default, metavar="NAME", help=help)
     parser.add_argument(
         "-o", "--out", required=True, metavar="DIR", help="the folder for the checkpoint"
     )
@@ -49,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     asked = {entry.name: getattr(args, entry.name) for entry in fields(Recipe)}
     overrides = {name: value for name, value in asked.items() if value is not None}
     with process_group(args.device) as device:
-        setup = set_up(args.data, args.model, args.recipe, args.config, overrides, device)
+        columns = (args.image_column, args.text_column)
+        setup = set_up(args.data, args.model, args.recipe, args.config, overrides, device, columns)
         train(*setup, args.out)
     if os.environ.get("RANK", "0") != "0":
         return 0

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from miniclip.errors import ContextLengthError, shown
@@ -123,24 +124,62 @@ def _is_finite(value: Any) -> bool:
 # what goes into a tower
 
 
-def check_pixels(pixels: Tensor, config: Any) -> None:
-    """Raise ValueError unless pixels have the shape that a vision tower reads."""
+def check_pixels(pixels: Any, config: Any) -> None:
+    """Raise unless pixels are what a vision tower reads: floats (B, channels, height, width)."""
     c, (h, w) = config.channels, config.height_width
-    if pixels.ndim != 4 or pixels.shape[1:] != (c, h, w):
+    shape = f"(B, {c}, {h}, {w})"
+    if not isinstance(pixels, Tensor):
+        raise TypeError(
+            f"expected pixels as a tensor {shape}, found {type(pixels).__name__}. The checkpoint's "
+            "ImageTransform makes them of pictures: encode_image(transform([picture]))"
+        )
+    if not pixels.is_floating_point():
         raise ValueError(
-            f"pixels have shape {tuple(pixels.shape)}; this vision tower reads (B, {c}, {h}, {w}). "
-            "The checkpoint's ImageTransform makes such pixels"
+            f"expected normalised pixels as floats, found {pixels.dtype}. The checkpoint's "
+            "ImageTransform makes them of pictures: encode_image(transform([picture]))"
+        )
+    if pixels.ndim != 4 or pixels.shape[1:] != (c, h, w):
+        one = " A batch of one is pixels[None]" if pixels.ndim == 3 else ""
+        raise ValueError(
+            f"pixels have shape {tuple(pixels.shape)}; this vision tower reads {shape}. The "
+            f"checkpoint's ImageTransform makes such pixels: transform([picture]).{one}"
         )
 
 
-def check_ids(ids: Tensor) -> None:
-    """Raise ValueError unless ids are a row per text."""
+def check_ids(ids: Any, vocab_size: int) -> None:
+    """Raise unless ids are what a text tower reads: whole numbers (B, T), a row for each text."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(
+            f"expected token ids as a tensor (B, T), found {type(ids).__name__}. The checkpoint's "
+            "Tokenizer makes them of texts: encode_text(tokenizer(texts))"
+        )
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"expected token ids as int64 or int32, found {ids.dtype}. The checkpoint's Tokenizer "
+            "makes them of texts: encode_text(tokenizer(texts))"
+        )
     if ids.ndim != 2:
-        raise ValueError(f"ids have shape {tuple(ids.shape)}; expected (B, T), a row per text")
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; expected (B, T), a row for each text")
+    if ids.numel() and can_look_at(ids):
+        least, most = (int(id) for id in ids.aminmax())
+        if least < 0 or most >= vocab_size:
+            raise ValueError(
+                f"ids go from {least} to {most}; this text tower knows 0 to {vocab_size - 1}. Use "
+                "the Tokenizer of the same checkpoint"
+            )
+
+
+def can_look_at(x: Tensor) -> bool:
+    """Whether values can be checked: on a CPU, outside of compiled graphs, vmap and grad."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def check_has_eos(is_eos: Tensor, eos_token_id: int) -> None:
     """Raise ValueError unless each row of ids has an end token, where `is_eos` (B, T) is true."""
+    if not can_look_at(is_eos):
+        return
     has_eos = is_eos.any(-1)
     if not has_eos.all():
         raise ValueError(
@@ -163,6 +202,23 @@ def check_token_vectors(x: Tensor, pos_embed: Tensor) -> None:
 
 # ------------------------------------------------------------------------------------------------
 # tokenizer and transform
+
+
+def as_list(texts: Any, what: str = "text") -> list[str]:
+    """One text, or any iterable of texts, as a list. Raises TypeError, which names the first other.
+
+    >>> as_list("a cat"), as_list(word for word in ("cat", "dog"))
+    (['a cat'], ['cat', 'dog'])
+    """
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes):
+        raise TypeError(f"expected a {what} or a list of them, found {type(texts).__name__}")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{what} {i}: expected a {what}, found {type(text).__name__}")
+    return texts
 
 
 def check_reference(reference: str) -> None:

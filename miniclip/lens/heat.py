@@ -1,6 +1,6 @@
 """Where a text is seen in an image, by several methods, as a map and as a picture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from miniclip.checkpoint import Loaded
+from miniclip.files.checks import as_list
 from miniclip.files.pictures import Picture
 from miniclip.follow import follow, ids_for, patch_grid
 from miniclip.lens.attention import attention_maps, relevance, rollout
@@ -101,7 +102,7 @@ BLIND = ("attention", "rollout")  # the methods whose map is the same for every 
 
 
 def text_maps(
-    image: Picture, texts: list[str], loaded: Loaded, method: str = "relevance"
+    image: Picture, texts: str | Iterable[str], loaded: Loaded, method: str = "relevance"
 ) -> Tensor:
     """Where each of C texts is seen in the image, patch by patch: (C, rows, columns).
 
@@ -115,6 +116,7 @@ def text_maps(
     """
     if method not in METHODS:
         raise ValueError(f"no method is called {method!r}; expected one of {', '.join(METHODS)}")
+    texts = as_list(texts)
     if not all(text.strip() for text in texts):
         raise ValueError("a text is empty: expected at least one word in it")
     model, tokenizer, transform = loaded

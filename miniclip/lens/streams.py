@@ -55,16 +55,19 @@ def forward_intermediates(
     return_prefix_tokens: bool = False,
     norm: bool = False,
     stop_early: bool = False,
-    output_fmt: str = "NCHW",
+    output_fmt: str | None = None,
     intermediates_only: bool = False,
 ) -> list | tuple[Tensor, list]:
     """The residual stream after chosen blocks: timm's method of this name, with its arguments.
 
-    `indices`: the last so many blocks, or these, or all. Images: "NCHW" (B, W, rows, columns) or
-    "NLC" (B, P, W), with `return_prefix_tokens` each a pair with the tokens before the patches;
-    texts: "NLC" (B, T, W). `norm` applies the last LayerNorm to them. Returns (the last block's
-    tokens, normalised, and the list), or the list alone. `stop_early` computes no block that is not
-    needed. Gradients flow.
+    `indices`: the last so many blocks, or these, or all. Images: "NCHW" (B, W, rows, columns), the
+    default, or "NLC" (B, P, W), with `return_prefix_tokens` each a pair with the tokens before the
+    patches; texts: "NLC" (B, T, W). `norm` applies the last LayerNorm to them. Returns (the last
+    block's tokens, normalised, and the list), or the list alone. `stop_early` computes no block
+    that is not needed. Gradients flow.
+
+    What diffusers calls clip skip n is `indices=[-1 - n], norm=True` of the text tower. Most user
+    interfaces call it n + 1. SDXL reads `indices=[-2]` without `norm`.
 
     >>> from miniclip import CLIP
     >>> vision, pixels = CLIP.from_pretrained("shapes").vision, torch.zeros(1, 3, 64, 64)
@@ -75,6 +78,7 @@ def forward_intermediates(
     tower = tower_for(model, x)
     follow("forward_intermediates", tower, ("forward",))
     is_image = hasattr(tower, "patch_embed")
+    output_fmt = output_fmt or ("NCHW" if is_image else "NLC")
     if output_fmt not in (("NCHW", "NLC") if is_image else ("NLC",)):
         expected = "'NCHW' or 'NLC'" if is_image else "'NLC', as texts have no rows and columns"
         raise ValueError(f"output_fmt is {output_fmt!r}; expected {expected}")

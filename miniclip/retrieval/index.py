@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.checkpoint import Loaded, load
+from miniclip.files.checks import as_list
 from miniclip.files.hub import embedded_names, resolve
 from miniclip.files.writing import replacing
 from miniclip.follow import ids_for
@@ -239,7 +240,7 @@ class Index:
 
 def embed(model: CLIP, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, S, S) to unit vectors (B, E), float32 and on the CPU whatever the model is."""
-    with torch.inference_mode():
+    with torch.no_grad():
         x = model.encode_image(pixels.to(model.logit_scale.device))
         x = unit_norm(x.float()).cpu()
     if not x.isfinite().all():
@@ -252,9 +253,9 @@ def embed(model: CLIP, pixels: Tensor) -> Tensor:
 
 def embed_query(
     loaded: Loaded,
-    texts: Sequence[str] = (),
+    texts: str | Iterable[str] = (),
     pictures: Sequence[str | Member] = (),
-    minus: Sequence[str] = (),
+    minus: str | Iterable[str] = (),
     minus_pictures: Sequence[str | Member] = (),
 ) -> Tensor:
     """The sum of the unit vectors of texts and pictures, less those of others, of length 1: (E,).
@@ -267,12 +268,12 @@ def embed_query(
     1.0
     """
     model, tokenizer, transform = loaded
-    texts, minus = ([x] if isinstance(x, str) else x for x in (texts, minus))
+    texts, minus = as_list(texts), as_list(minus)
     if not all(text.strip() for text in (*texts, *minus)):
         raise ValueError("a text is empty: expected at least one word in it")
     rows = [torch.empty(0, model.config.embed_dim)]
     if texts or minus:
-        with torch.inference_mode():
+        with torch.no_grad():
             ids = ids_for(model.text, tokenizer, [*texts, *minus])
             x = model.encode_text(ids.to(model.logit_scale.device))
         rows.append(unit_norm(x.float()).cpu())

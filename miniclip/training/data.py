@@ -9,19 +9,20 @@ import io
 import json
 import os
 import random
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.errors import ImageError
+from miniclip.errors import ImageError, listed
 from miniclip.files.ahead import read_ahead
 from miniclip.files.pictures import open_image, with_name
 from miniclip.training.pairs import Batch, Pair, TrainingData, caption_label, shuffled
@@ -43,22 +44,12 @@ TEMPLATES = (
     "an image of a {}.",
 )
 
-# The words that people use for what is in the folders of CIFAR-10 (Krizhevsky 2009).
-SYNONYMS = {
-    "airplane": ("airplane", "plane", "aeroplane", "jet", "aircraft"),
-    "automobile": ("automobile", "car", "sedan", "motor car"),
-    "bird": ("bird", "songbird", "little bird"),
-    "cat": ("cat", "kitten", "house cat", "tabby cat"),
-    "deer": ("deer", "stag", "doe"),
-    "dog": ("dog", "puppy", "hound"),
-    "frog": ("frog", "toad", "tree frog"),
-    "horse": ("horse", "pony", "stallion"),
-    "ship": ("ship", "boat", "vessel"),
-    "truck": ("truck", "lorry", "fire truck", "pickup truck"),
-}
-
 MEMORY = 2**31
 """Pictures are decoded once and kept, where all of a data set takes at most so many bytes."""
+
+
+Entry = tuple[Path, Sequence[str], int | None]
+"""A picture file, captions that are true of it, and a label or None."""
 
 
 class Pictures:
@@ -66,16 +57,15 @@ class Pictures:
 
     def __init__(
         self,
-        entries: Sequence[tuple[Path, Sequence[str], int | None]],
+        entries: Sequence[Entry],
         transform: ImageTransform,
     ) -> None:
         self.entries = entries
         self.skipped: list[str] = []
         self._to_bytes = _to_bytes(transform)
-        self._also = labels_of_all(captions for _, captions, label in entries if label is None)
-        self._kept: dict[int, Tensor] | None = None
-        if len(entries) * 3 * transform.crop_size**2 <= MEMORY:
-            self._kept = {}
+        self._also = labels_of_all(entries)
+        self._keeps = len(entries) * 3 * transform.crop_size**2 <= MEMORY
+        self._kept: dict[Path, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -92,39 +82,38 @@ class Pictures:
     def __getitem__(self, item_and_draw: tuple[int, int]) -> Pair | None:
         i, draw = item_and_draw
         path, captions, label = self.entries[i]
-        caption = random.Random(draw).choice(captions)
-        pixels = self._pixels(i, path)
-        if pixels is None:
+        if (pixels := self._pixels(path)) is None:
             return None
+        caption = random.Random(draw).choice(captions)
         if label is not None:
             return Pair(pixels, caption, label)
-        return Pair(pixels, caption, caption_label(caption), also=self._also[id(captions)])
+        return Pair(pixels, caption, caption_label(caption), also=self._also[path])
 
-    def _pixels(self, i: int, path: Path) -> Tensor | None:
-        if self._kept is not None and i in self._kept:
-            return self._kept[i]
+    def _pixels(self, path: Path) -> Tensor | None:
+        if path in self._kept:
+            return self._kept[path]
         try:
             pixels = self._to_bytes(open_image(path))
         except ImageError as error:
             note_once(self.skipped, with_name(str(path), error))
             return None
-        if self._kept is not None:
-            self._kept[i] = pixels
+        if self._keeps:
+            self._kept[path] = pixels
         return pixels
 
 
-def labels_of_all(captions: Iterable[Sequence[str]]) -> dict[int, tuple[int, ...]]:
-    """The labels of each list of captions, by the list's id. The longest list decides how many;
-    a shorter one repeats its first. None at all if no list has two different captions."""
-    labels = {
-        key: sorted(set(map(caption_label, each)))
-        for key, each in {id(each): each for each in captions}.items()
-    }
+def labels_of_all(entries: Iterable[Entry]) -> dict[Path, list[int]]:
+    """The labels of all captions of each picture, over all its rows. The picture with the most
+    captions decides how many; another repeats its first. None at all if no picture has two."""
+    lists: dict[Path, tuple[str, ...]] = {}
+    for path, captions, label in entries:
+        if label is None:
+            lists[path] = (*lists[path], *captions) if path in lists else tuple(captions)
+    labels = {captions: sorted(set(map(caption_label, captions))) for captions in lists.values()}
     most = max(map(len, labels.values()), default=0)
-    return {
-        key: (*found, *found[:1] * (most - len(found))) if most > 1 else ()
-        for key, found in labels.items()
-    }
+    for found in labels.values():
+        found[:] = [*found, *found[:1] * (most - len(found))] * (most > 1)
+    return {path: labels[captions] for path, captions in lists.items()}
 
 
 def _to_bytes(transform: ImageTransform) -> Any:
@@ -139,61 +128,76 @@ def note_once(notes: list[str], note: str) -> None:
         notes.append(note)
 
 
-def class_captions(label: str) -> tuple[str, ...]:
-    """Everything that may be said of a picture of this class: each synonym, in each template.
+def class_captions(*words: str) -> tuple[str, ...]:
+    """Everything that may be said of a picture of a class: each of its words, in each template.
 
     >>> class_captions("tea cup")[3]
     'a photo of a tea cup.'
     """
-    words = SYNONYMS.get(label, (label,))
     return tuple(template.replace("{}", word) for word in words for template in TEMPLATES)
 
 
-def class_folders(root: Path, transform: ImageTransform) -> Pictures:
+def class_folders(
+    root: Path, transform: ImageTransform, synonyms: Mapping[str, Sequence[str]]
+) -> Pictures:
     """`root`/<class>/, with pictures in it and deeper; the classes are called as `miniclip eval`
-    calls them. Raises ValueError where there are no two."""
+    calls them, or by their `synonyms`. Raises ValueError where there are no two."""
     images = labelled_images(root)
     if (found := len(set(images.classes))) < 2:
         raise ValueError(
             f"{root}: expected at least two folders of pictures, one for each class, found "
             f"{found}: with nothing to tell apart there is nothing to learn"
         )
-    captions = [class_captions(label) for label in images.labels]
+    captions = [class_captions(*synonyms.get(label, [label])) for label in images.labels]
     entries = zip(images.paths, images.classes, strict=True)
     return Pictures([(path, captions[label], label) for path, label in entries], transform)
 
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+COLUMNS = ("file_name", "text")
 
 
-def captioned_pictures(metadata: Path, transform: ImageTransform) -> Pictures:
+def captioned_pictures(
+    metadata: Path, transform: ImageTransform, columns: tuple[str, str] = COLUMNS
+) -> Pictures:
     """The `imagefolder` convention of Hugging Face's datasets: a row for each picture beside the
-    file, with its `file_name` and its `text`. `text` may be a list of captions: one is drawn each
-    time, and each is true of every picture that lists it. Raises ValueError, which names the row.
+    file, with its `file_name` and its `text`, or other `columns`. `text` may be a list of captions:
+    one is drawn each time. Each is true of every picture that lists it, in this row or another.
+    Empty captions are left out and counted in `skipped`. Raises ValueError, which names the row.
     """
-    entries = []
+    entries: list[Entry] = []
     lists: dict[tuple[str, ...], tuple[str, ...]] = {}  # pictures with equal lists share one
+    empty: list[int] = []  # the row of each empty caption
     for row, values in _rows(metadata):
-        name, text = values.get("file_name"), values.get("text")
-        captions = tuple(text) if isinstance(text, list) else (text,)
-        if not isinstance(name, str) or not captions or not all(map(is_caption, captions)):
-            raise ValueError(f"{metadata}, row {row}: expected a file_name and a text")
-        entries.append((metadata.parent / name, lists.setdefault(captions, captions), None))
+        if missing := [column for column in columns if column not in values]:
+            raise ValueError(
+                f"{metadata}, row {row}: no column {missing[0]!r}; say by --image-column and "
+                f"--text-column which to read, of {listed(map(str, values), 9)}"
+            )
+        name, text = (values[column] for column in columns)
+        texts = text if isinstance(text, list) and text else [text]
+        captions = tuple(text for text in texts if text not in (None, []) and str(text).strip())
+        empty += [row] * (len(texts) - len(captions))
+        if not isinstance(name, str) or not all(isinstance(each, str) for each in captions):
+            raise ValueError(f"{metadata}, row {row}: expected a {columns[0]} and a {columns[1]}")
+        if captions:
+            entries.append((metadata.parent / name, lists.setdefault(captions, captions), None))
     if not entries:
-        raise ValueError(f"{metadata}: no rows; expected one for each picture")
-    return Pictures(entries, transform)
-
-
-def is_caption(text: object) -> bool:
-    """Whether it is a string that says something."""
-    return isinstance(text, str) and bool(text.strip())
+        raise ValueError(f"{metadata}: no rows with a caption; expected one for each picture")
+    pictures = Pictures(entries, transform)
+    if empty:
+        note = f"empty captions left out: {len(empty):,}, the first in row {empty[0]}"
+        pictures.skipped.append(f"{metadata}: {note}")
+    return pictures
 
 
 def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with open(metadata, encoding="utf-8-sig", newline="") as file:  # -sig: Excel writes one
-            if metadata.suffix == ".csv":
-                yield from enumerate(csv.DictReader(file), 1)
+            if metadata.suffix != ".jsonl":
+                delimiter = max(",\t;", key=file.readline().count)  # of the header
+                file.seek(0)
+                yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
                 return
             for i, line in enumerate(file, 1):
                 value = json.loads(line) if line.strip() else None
@@ -251,24 +255,20 @@ class Shards:
         for path in paths:
             with open(path, "rb") as stream:
                 files = tar_file_expander([{"url": str(path), "stream": stream}], handler=note)
-                yield from self._whole(group_by_keys(files, handler=note))
-
-    def _whole(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for sample in samples:
-            has_picture = any(kind in sample for kind in self.PICTURES)
-            if not has_picture or not _caption(sample).strip():
-                note_once(self.skipped, f"{_place(sample)}: expected a picture and a .txt of it")
-            else:
-                yield sample
+                for sample in group_by_keys(files, handler=note):
+                    if any(kind in sample for kind in self.PICTURES) and _caption(sample).strip():
+                        yield sample
+                    else:
+                        missing = "expected a picture and a .txt of it"
+                        note_once(self.skipped, f"{_place(sample)}: {missing}")
 
     def __getitem__(self, item_and_draw: tuple[dict[str, Any], int]) -> Pair | None:
         sample, _ = item_and_draw
         kind = next(kind for kind in self.PICTURES if kind in sample)
-        name = f"{_place(sample)}.{kind}"
         try:
             pixels = self._to_bytes(open_image(io.BytesIO(sample[kind])))
         except ImageError as error:
-            note_once(self.skipped, with_name(name, error))
+            note_once(self.skipped, with_name(f"{_place(sample)}.{kind}", error))
             return None
         caption = _caption(sample)
         return Pair(pixels, caption, caption_label(caption))
@@ -282,9 +282,15 @@ def _place(sample: dict[str, Any]) -> str:
     return f"{sample.get('__url__', '')}: {sample.get('__key__', '')}"
 
 
-def open_data(name: str | os.PathLike[str], transform: ImageTransform) -> TrainingData:
+def open_data(
+    name: str | os.PathLike[str],
+    transform: ImageTransform,
+    columns: tuple[str, str] = COLUMNS,
+    synonyms: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> TrainingData:
     """The training data that a name stands for: `shapes`, the world this package draws; a folder
-    with metadata.jsonl or metadata.csv; a folder of tar shards, or one; a folder of class folders.
+    with metadata.jsonl, .csv or .tsv, or such a file; a folder of tar shards, or one; a folder of
+    class folders, whose classes `synonyms` may call by several words.
 
     Raises ValueError, which says what was found instead.
     """
@@ -295,13 +301,13 @@ def open_data(name: str | os.PathLike[str], transform: ImageTransform) -> Traini
     root = Path(name).expanduser()
     if root.is_file() and root.suffix == ".tar":
         return Shards([root], transform)
+    for metadata in (root, *(root / file for file in METADATA)):
+        if metadata.is_file() and metadata.suffix in (".jsonl", ".csv", ".tsv"):
+            return captioned_pictures(metadata, transform, columns)
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder of training data, nor a .tar")
-    for metadata in (root / file for file in METADATA):
-        if metadata.is_file():
-            return captioned_pictures(metadata, transform)
+        raise ValueError(f"{root}: no such folder of training data, nor a .tar or a metadata file")
     shards = list(root.glob("*.tar"))
-    return Shards(shards, transform) if shards else class_folders(root, transform)
+    return Shards(shards, transform) if shards else class_folders(root, transform, synonyms)
 
 
 def batches(

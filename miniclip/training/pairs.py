@@ -1,6 +1,6 @@
 """What training data is made of: pairs of a picture and a caption."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
@@ -15,7 +15,7 @@ class Pair(NamedTuple):
     caption: str
     label: int  # pairs of equal label are true of each other
     negative: str = ""  # a caption that is false of the picture, if the source makes such
-    also: tuple[int, ...] = ()  # labels of all its captions, as many in each pair of a source
+    also: Sequence[int] = ()  # labels of all its captions, as many in each pair of a source
 
 
 class Batch(NamedTuple):

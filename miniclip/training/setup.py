@@ -10,10 +10,10 @@ from miniclip.checkpoint import load
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.files.hub import resolve
 from miniclip.files.models import check_device
-from miniclip.files.reading import read_json
+from miniclip.files.reading import read_json, read_json_if_there
 from miniclip.model import CLIP
 from miniclip.tokenizer import Tokenizer
-from miniclip.training.data import open_data
+from miniclip.training.data import COLUMNS, open_data
 from miniclip.training.pairs import TrainingData
 from miniclip.training.recipe import Recipe, read_recipe
 from miniclip.transform import ImageTransform
@@ -66,6 +66,7 @@ def set_up(
     config: str | None = None,
     overrides: dict[str, Any] | None = None,
     device: str = "cpu",
+    columns: tuple[str, str] = COLUMNS,
 ) -> Setup:
     """Find what the names stand for.
 
@@ -76,6 +77,7 @@ def set_up(
             its shape, and pixels its mean and standard deviation.
         config: a config.json, the shape of random weights.
         overrides: fields of the recipe that are to be different.
+        columns: of a metadata file, for the picture's name and for its caption.
     """
     check_device(device)
     if model and config:
@@ -87,9 +89,10 @@ def set_up(
     if like and directory:  # `like` may be a recipe itself, under any name
         recipe = read_recipe(Path(like) if like.endswith(".json") else directory / "recipe.json")
     recipe = replace(recipe, **overrides or {})
+    words = read_json_if_there(directory / "synonyms.json") if directory else {}
     if model:
         loaded = load(model, device=device)
-        return Setup(*loaded, open_data(data, loaded.transform), recipe)
+        return Setup(*loaded, open_data(data, loaded.transform, columns, words), recipe)
     shape = SMALL
     if config:
         shape = CLIPConfig.from_dict(read_json(Path(config)))
@@ -98,6 +101,6 @@ def set_up(
     transform = ImageTransform(shape.vision.side)
     if directory and not config and (directory / "preprocessor_config.json").is_file():
         transform = ImageTransform.from_pretrained(directory)
-    source = open_data(data, transform)
+    source = open_data(data, transform, columns, words)
     random, tokenizer = from_scratch(shape, source, recipe.seed)
     return Setup(random.to(device), tokenizer, transform, source, recipe)

@@ -1,11 +1,12 @@
 """Labels in templates -> a classifier for images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from miniclip.files.checks import as_list
 from miniclip.follow import ids_for, sees_padding
 from miniclip.model import CLIP, unit_norm
 from miniclip.terminal import progress
@@ -35,6 +36,9 @@ class Score(NamedTuple):
 class ZeroShotClassifier:
     """Scores images against labels. `classifier(pixels)` -> logits (B, C), one column a label.
 
+    `weights` (C, E) is an ordinary tensor: a linear probe or an adapter may start from it.
+    Gradients of the logits flow to the pixels and the vision tower.
+
     Each prompt's embedding is normalised, the mean over the templates is taken and normalised
     again, as in OpenAI's notebook. With one template the logits are the model's own
     `logits_per_image`, up to rounding.
@@ -50,14 +54,13 @@ class ZeroShotClassifier:
         self,
         model: CLIP,
         tokenizer: Tokenizer,
-        labels: Sequence[str],
-        templates: Sequence[str] = (TEMPLATE,),
+        labels: str | Iterable[str],
+        templates: str | Iterable[str] = (TEMPLATE,),
     ) -> None:
         self.model = model
-        self.labels = list(labels)
-        self.weights = class_embeddings(model, tokenizer, labels, templates)  # (C, E)
+        self.labels = as_list(labels, "label")
+        self.weights = class_embeddings(model, tokenizer, self.labels, templates)  # (C, E)
 
-    @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         image_embeds = self.model.encode_image(pixels.to(self.weights), normalize=True)
         return self.model.score(image_embeds, self.weights).T  # (B, C)
@@ -65,7 +68,9 @@ class ZeroShotClassifier:
     def rank(self, pixels: Tensor) -> list[list[Score]]:
         """For each image every label with its score, best first."""
         rankings = []
-        for logits in self(pixels).float():
+        with torch.no_grad():
+            all_logits = self(pixels).float()  # (B, C)
+        for logits in all_logits:
             probabilities = logits.softmax(dim=0)
             order = logits.argsort(descending=True).tolist()
             rankings.append(
@@ -74,14 +79,15 @@ class ZeroShotClassifier:
         return rankings
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def class_embeddings(
     model: CLIP,
     tokenizer: Tokenizer,
-    labels: Sequence[str],
-    templates: Sequence[str] = (TEMPLATE,),
+    labels: str | Iterable[str],
+    templates: str | Iterable[str] = (TEMPLATE,),
 ) -> Tensor:
     """A unit vector for each label, (C, E). Raises ValueError where a prompt would say nothing."""
+    labels, templates = as_list(labels, "label"), as_list(templates, "template")
     if not labels or not all(label.strip() for label in labels):
         raise ValueError("a label is empty: expected at least one, each with a word in it")
     for template in templates:
@@ -94,13 +100,14 @@ def class_embeddings(
     return unit_norm(prompt_embeds.unflatten(0, (len(labels), -1)).mean(dim=1))
 
 
-@torch.inference_mode()
-def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+@torch.no_grad()
+def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: str | Iterable[str]) -> Tensor:
     """A unit vector for each text, (B, E), whatever their number: in batches, with a progress bar.
 
     Texts of like length share a batch, so that little is computed for padding, and a text that
     occurs again is embedded once.
     """
+    texts = as_list(texts)
     places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     ids = ids_for(model.text, tokenizer, list(places))
     lengths = torch.full((len(ids),), ids.shape[1])
@@ -116,14 +123,14 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: Sequence[str]) -> Tens
     return embeds[[places[text] for text in texts]]
 
 
-def find_templates(names: Sequence[str]) -> list[str]:
+def find_templates(names: str | Iterable[str]) -> list[str]:
     """Sentences with {} as they are, and the sentences of each set that is named.
 
     >>> find_templates(["simple", "my {}"])[-2:]
     ['a photo of the small {}.', 'my {}']
     """
     templates: list[str] = []
-    for name in names:
+    for name in as_list(names, "template"):
         if name not in TEMPLATE_SETS and "{}" not in name:
             raise ValueError(
                 f"template {name!r} has no {{}} for the label to go into, and is none of the sets "

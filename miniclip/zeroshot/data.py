@@ -1,10 +1,11 @@
 """Folders of labelled images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+from miniclip.files.checks import as_list
 from miniclip.zeroshot.imagenet import IMAGENET_CLASSES, IMAGENET_WNIDS
 
 
@@ -18,7 +19,7 @@ class LabelledImages(NamedTuple):
 
 
 def labelled_images(
-    root: str | PathLike[str], labels: Sequence[str] | None = None
+    root: str | PathLike[str], labels: str | Iterable[str] | None = None
 ) -> LabelledImages:
     """Find the files in `root`/<class>/, and deeper, and name the classes.
 
@@ -42,7 +43,8 @@ def labelled_images(
     else:
         found.sort()
     folders = [folder.name for folder in found]
-    if labels is not None and len(labels) != len(folders):
+    labels = folder_labels(folders) if labels is None else as_list(labels, "label")
+    if len(labels) != len(folders):
         raise ValueError(f"{len(labels)} labels for the {len(folders)} class folders of {root}")
     paths, classes = [], []
     for i, folder in enumerate(found):
@@ -51,7 +53,7 @@ def labelled_images(
         classes += [i] * len(files)
     if not paths:
         raise ValueError(f"{root}: no files in its {len(folders)} class folders")
-    return LabelledImages(folders, list(labels or folder_labels(folders)), paths, classes)
+    return LabelledImages(folders, labels, paths, classes)
 
 
 def is_visible_file(path: Path, folder: Path) -> bool:

@@ -49,7 +49,7 @@ class Evaluation(NamedTuple):
         return sorted(counts, key=lambda mistake: -mistake[2])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     classifier: Callable[[Tensor], Tensor],
     transform: ImageTransform,
