@@ -235,7 +235,9 @@ def test_the_parts_of_clip_prs_sum_to_the_direction_of_the_embedding(double, tow
 def test_contributions_that_are_not_there_cannot_be_ablated(double):
     model, inputs = double
     parts = decompose(model, inputs["vision"], "head")
-    with pytest.raises(ValueError, match=r"blocks.0.attn has no heads \[4\]; expected 0 to 3"):
+    with pytest.raises(
+        ValueError, match=r"blocks.0.attn: no heads \[4\]; expected numbers from 0 to 3"
+    ):
         ablate_contributions(parts, {0: [4]})
     for wrong in ({3: [0]}, {-1: [0]}):
         with pytest.raises(ValueError, match="expected a layer, and parts by head or token"):

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from originals import big_vision, common
+from originals import big_vision, common, registers
 
 from miniclip import CLIP, CLIPConfig, VisionConfig
 from miniclip.lens import ablate_contributions, decompose
-from miniclip.surgery import resize_patch
+from miniclip.surgery import move_to_registers, resize_patch
 
 RECORDED = json.loads(common.PATH.read_text())
 
@@ -86,3 +86,17 @@ def test_resize_patch_is_that_of_flexivit():
         assert_other(resize_patch(model, new).vision.patch_embed.weight, expected)
     with pytest.raises(ValueError, match="method is 'pi'; expected one of timm, flexivit"):
         resize_patch(model, 3, "pi")
+
+
+# ----------------------------------------------------------------------------- test-time registers
+
+
+def test_neurons_move_to_registers_as_in_the_authors_code(model):
+    pixels, recorded = common.pixels(), values("registers", "embeds")  # (calls, B, E)
+    found = []
+    for call in registers.CALLS:
+        with move_to_registers(model, registers.NEURONS, **call):
+            found.append(model.encode_image(pixels))  # each image of a batch as if alone
+    assert_equal(torch.stack(found), recorded)
+    assert_other(found[0], recorded[1])
+    assert_other(model.encode_image(pixels), recorded[0])

@@ -33,6 +33,7 @@ from miniclip.surgery import (
     extend_context,
     interpolate,
     merge_lora,
+    move_to_registers,
     prune_heads,
     resize_image,
     splice,
@@ -320,42 +321,39 @@ def test_prompt_vectors(loaded, theirs, pixels):
 # -------------------------------------------------------------------------------------- registers
 
 
-def with_register(model, pixels, layer, neurons):
-    """What some neurons write on patches goes to a new token: arXiv 2506.08010, untrained."""
-    more = add_registers(model, 1)
+def with_registers(model, pixels, neurons):
+    """What some neurons write goes to a new token, without training: arXiv 2506.08010.
 
-    def moved(act, name):
-        neuron = torch.isin(torch.arange(act.shape[-1]), torch.tensor(neurons))
-        largest = act.amax(1, keepdim=True) * (torch.arange(act.shape[1]) == 1)[:, None]
-        return torch.where(neuron, largest, act)
-
-    with hooks(more, {f"vision.blocks.{layer}.mlp.act": moved}):
-        return more.encode_image(pixels)
+    As in the authors' code. Their paper moves each neuron's own maximum, and zeroes the class token
+    too.
+    """
+    with move_to_registers(model, neurons):
+        return model.encode_image(pixels)
 
 
 @torch.no_grad()
 def test_registers(loaded, theirs, pixels):
-    neurons = [3, 50, 51, 300]
-    found = with_register(loaded.model, pixels, 1, neurons)
+    neurons = {1: [3, 50, 51, 300], 3: [0, 7]}
+    found = with_registers(loaded.model, pixels, neurons)
 
     def slowly(emptied):
         vision, images = theirs.vision_model, []
         for image in pixels:
             x = vision.embeddings(image[None])
-            x = vision.pre_layrnorm(torch.cat([x[:, :1], torch.zeros_like(x[:, :1]), x[:, 1:]], 1))
+            x = vision.pre_layrnorm(torch.cat([x, torch.zeros_like(x[:, :1])], 1))
             for i, layer in enumerate(vision.encoder.layers):
                 x = x + layer.self_attn(layer.layer_norm1(x))[0]
                 act = layer.mlp.activation_fn(layer.mlp.fc1(layer.layer_norm2(x)))
-                for neuron in neurons if i == 1 else []:
-                    largest = max(act[0, :, neuron].tolist())
+                most = max(act[0, :, neurons.get(i, [])].flatten().tolist(), key=abs, default=0)
+                for neuron in neurons.get(i, []):
                     act[0, emptied, neuron] = 0
-                    act[0, 1, neuron] = largest
+                    act[0, -1, neuron] = most
                 x = x + layer.mlp.fc2(act)
             images.append(theirs.visual_projection(vision.post_layernorm(x[:, 0])))
         return torch.cat(images)
 
-    assert_close(found, slowly(emptied=slice(None)))
-    assert_far(found, slowly(emptied=slice(1, None)))  # the class token keeps its own
+    assert_close(found, slowly(emptied=slice(1, None)))
+    assert_far(found, slowly(emptied=slice(None)))  # the class token keeps its own
     assert_far(found, add_registers(loaded.model, 1).encode_image(pixels))
 
 
@@ -519,7 +517,7 @@ def test_soup_of_three(loaded, pixels, ids, tmp_path):
 
 RECIPES = [
     sclip, long_clip, larger_images, without_least_important_heads, tuned_with_lora, coop,
-    with_register, without_features, without_heads_for, greedy_soup,
+    with_registers, without_features, without_heads_for, greedy_soup,
 ]  # fmt: skip
 
 

@@ -656,16 +656,28 @@ def test_surgically_changed_models_train_and_compile():
 # -------------------------------------------------------------------------------------- refusals
 
 REFUSED = {
-    "no head 4": (lambda m: prune_heads(m, "vision", {0: [4]}), "no [4] among the heads of vision"),
+    "no head 4": (
+        lambda m: prune_heads(m, "vision", {0: [4]}),
+        "vision layer 0: no heads [4]; expected",
+    ),
     "no layer 3": (lambda m: prune_heads(m, "vision", {3: [0]}), "no layer 3 in the vision tower"),
     "no layer -1": (lambda m: keep_layers(m, "text", [-1]), "no layer -1 in the text tower"),
     "no heads of layer -1": (
         lambda m: prune_heads(m, "text", {-1: [0]}),
         "no layer -1 in the text",
     ),
-    "no head -1": (lambda m: prune_heads(m, "vision", {0: [-1]}), "no [-1] among the heads of"),
-    "no neuron": (lambda m: prune_neurons(m, "text", {0: [92]}), "no [92] among the neurons of"),
-    "no neuron -1": (lambda m: prune_neurons(m, "text", {0: [-1]}), "no [-1] among the neurons"),
+    "no head -1": (
+        lambda m: prune_heads(m, "vision", {0: [-1]}),
+        "layer 0: no heads [-1]; expected",
+    ),
+    "no neuron": (
+        lambda m: prune_neurons(m, "text", {0: [92]}),
+        "text layer 0: no neurons [92]; exp",
+    ),
+    "no neuron -1": (
+        lambda m: prune_neurons(m, "text", {0: [-1]}),
+        "layer 0: no neurons [-1]; exp",
+    ),
     "no layers": (lambda m: keep_layers(m, "text", []), "no layers of the text tower to keep"),
     "no tower": (lambda m: prune_heads(m, "image", {}), "tower is 'image'; expected 'vision'"),
     "too small": (lambda m: resize_image(m, 7), "patch_size 8 is larger than image_size 7"),

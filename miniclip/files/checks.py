@@ -124,6 +124,14 @@ def _is_finite(value: Any) -> bool:
 # what goes into a tower
 
 
+def numbers(chosen: Iterable[int], count: int, where: str, kind: str) -> list[int]:
+    """The numbers that are chosen, such as heads. ValueError unless each is 0 to count - 1."""
+    chosen = list(chosen)
+    if absent := sorted(set(chosen) - set(range(count))):
+        raise ValueError(f"{where}: no {kind} {absent}; expected numbers from 0 to {count - 1}")
+    return chosen
+
+
 def check_pixels(pixels: Any, config: Any) -> None:
     """Raise unless pixels are what a vision tower reads: floats (B, channels, height, width)."""
     c, (h, w) = config.channels, config.height_width

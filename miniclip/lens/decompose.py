@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miniclip.files.checks import numbers
 from miniclip.follow import follow, own_method
 from miniclip.lens.reading import Tower, last_norm, norm_scale, read_positions, take, tower_for
 from miniclip.model import CLIP, MLP
@@ -182,10 +183,9 @@ def ablate_contributions(
         part = parts.get(name := f"blocks.{layer}.attn")
         if part is None or part.ndim < 3:
             raise ValueError(f"no heads in {name!r}: expected a layer, and parts by head or token")
-        if absent := sorted(set(chosen) - set(range(part.shape[1]))):
-            raise ValueError(f"{name} has no heads {absent}; expected 0 to {part.shape[1] - 1}")
+        chosen = numbers(chosen, part.shape[1], name, "heads")
         ablated[name] = part.clone()
-        ablated[name][:, list(chosen)] = part[:, list(chosen)].mean(0)
+        ablated[name][:, chosen] = part[:, chosen].mean(0)
     return torch.cat([p.reshape(len(p), -1, p.shape[-1]) for p in ablated.values()], 1).sum(1)
 
 

@@ -18,7 +18,13 @@ from miniclip.surgery.geometry import (
     resize_image,
     resize_patch,
 )
-from miniclip.surgery.interventions import ablate_heads, patch_dropout, patch_from, splice
+from miniclip.surgery.interventions import (
+    ablate_heads,
+    move_to_registers,
+    patch_dropout,
+    patch_from,
+    splice,
+)
 from miniclip.surgery.lora import add_lora, merge_lora, unmerge_lora
 from miniclip.surgery.prompts import encode_prompts
 from miniclip.surgery.structure import keep_layers, prune_heads, prune_neurons
@@ -32,6 +38,7 @@ __all__ = [
     "resize_image",
     "resize_patch",
     "ablate_heads",
+    "move_to_registers",
     "patch_dropout",
     "patch_from",
     "splice",

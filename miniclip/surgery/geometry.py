@@ -82,7 +82,7 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
 
     `method` names whose matrix: "flexivit" (bilinear, not antialiased: big_vision, the code of
     Beyer et al. 2022, arXiv 2212.08013) or "timm" (resample_patch_embed: bicubic, antialiased).
-    Their kernels differ by about a quarter.
+    Their kernels differ by a quarter or more.
 
     >>> from miniclip import CLIP
     >>> model = resize_patch(CLIP.from_pretrained("shapes"), 16)  # from 8

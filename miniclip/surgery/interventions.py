@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from miniclip.files.checks import numbers
 from miniclip.follow import follow
 from miniclip.model import CLIP, VisionTower
 from miniclip.sites import Edit, hooks
@@ -55,8 +56,7 @@ def _check_silenced(silenced: set[str], out: Tensor, name: str) -> None:
 
 def _silence(silenced: set[str], heads: list[int], mode: str, z: Tensor, name: str) -> Tensor:
     silenced.add(name)
-    if absent := sorted(set(heads) - set(range(z.shape[2]))):
-        raise ValueError(f"{name}: no heads {absent}; expected numbers from 0 to {z.shape[2] - 1}")
+    numbers(heads, z.shape[2], name, "heads")
     z = z.clone()  # (B, T, H, D)
     z[:, :, heads] = 0 if mode == "zero" else z[:, :, heads].mean(0)
     return z
@@ -135,6 +135,51 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
         return out + (tensor - unhooked(tensor)).detach() if error_term else out
 
     with hooks(model, {site: through}):
+        yield
+
+
+@contextmanager
+def move_to_registers(
+    model: CLIP, neurons: Mapping[int, Collection[int]], count: int = 1, scale: float = 1.0
+) -> Iterator[None]:
+    """Let neurons, {layer: [neuron, ...]}, write to `count` new tokens and to no patch.
+
+    Test-time registers, Jiang et al. 2025, arXiv 2506.08010: no training, for as long as the block
+    lasts. The tokens are zero before `ln_pre`, and stand where `add_registers` puts its own. After
+    the activation of a layer its neurons are 0 at the patches, and `scale` times m at the new
+    tokens; the class token keeps its own. m is one signed number for an image and a layer, the
+    largest in size over all tokens and all of the layer's neurons. This is what the authors' code
+    does. Their paper moves each neuron's own largest activation, and zeroes all other tokens.
+
+    >>> from miniclip import CLIP
+    >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
+    >>> with move_to_registers(model, {1: [3, 50], 2: [7]}): moved = model.encode_image(pixels)
+    >>> torch.equal(moved, model.encode_image(pixels))
+    False
+    """
+    tower = model.vision
+    follow("move_to_registers", tower, ("forward", "embed_tokens"), mlp=("forward",))
+    first = 1 + tower.config.registers
+    patches = first + count
+
+    def add_tokens(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        (x,) = inputs  # (B, 1 + R + P, W)
+        zeros = x.new_zeros(len(x), count, x.shape[-1])
+        return torch.cat([x[:, :first], zeros, x[:, first:]], dim=1)
+
+    def move(act: Tensor, name: str) -> Tensor:
+        chosen = numbers(neurons[int(name.split(".")[2])], act.shape[-1], name, "neurons")
+        highest, lowest = act[..., chosen].amax((1, 2)), act[..., chosen].amin((1, 2))  # (B,)
+        most = torch.where(highest.abs() > lowest.abs(), highest, lowest)
+        act = act.clone()
+        act[:, first:patches, chosen] = scale * most[:, None, None]
+        act[:, patches:, chosen] = 0
+        return act
+
+    with (
+        hooks(model, {f"vision.blocks.{layer}.mlp.act": move for layer in neurons}),
+        tower.ln_pre.register_forward_pre_hook(add_tokens),
+    ):
         yield
 
 

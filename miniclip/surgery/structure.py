@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miniclip.files.checks import numbers
 from miniclip.follow import check_equal, check_rebuilt, follow
 from miniclip.model import CLIP, Block
 from miniclip.surgery.weights import copied
@@ -36,7 +37,7 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
     new = copied(model)
     for layer, gone in heads.items():
         attn = _block(new, tower, layer).attn
-        kept = _others(gone, counts[layer], f"heads of {tower} layer {layer}")
+        kept = _others(gone, counts[layer], f"{tower} layer {layer}", "heads")
         rows = (kept[:, None] * attn.head_width + torch.arange(attn.head_width)).flatten()
         for linear in (attn.q_proj, attn.k_proj, attn.v_proj):
             _cut(linear, 0, rows)
@@ -68,7 +69,7 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
     new = copied(model)
     for layer, gone in neurons.items():
         mlp = _block(new, tower, layer).mlp
-        kept = _others(gone, counts[layer], f"neurons of {tower} layer {layer}")
+        kept = _others(gone, counts[layer], f"{tower} layer {layer}", "neurons")
         _cut(mlp.fc1, 0, kept)
         _cut(mlp.fc2, 1, kept)
         counts[layer] = len(kept)
@@ -128,9 +129,8 @@ def _without(z: Tensor, name: str, gone: Collection[int]) -> Tensor:
     return z * kept
 
 
-def _others(gone: Collection[int], count: int, what: str) -> Tensor:
-    if absent := sorted(set(gone) - set(range(count))):
-        raise ValueError(f"no {absent} among the {what}; expected numbers from 0 to {count - 1}")
+def _others(gone: Collection[int], count: int, where: str, kind: str) -> Tensor:
+    gone = numbers(gone, count, where, kind)
     return torch.tensor([i for i in range(count) if i not in gone], dtype=torch.long)
 
 
