@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from originals import big_vision, common, registers
+from originals import big_vision, common, proxyclip, registers
 
 from miniclip import CLIP, CLIPConfig, VisionConfig
 from miniclip.lens import ablate_contributions, decompose
-from miniclip.surgery import move_to_registers, resize_patch
+from miniclip.surgery import PRESETS, dense_features, move_to_registers, resize_patch
+from miniclip.surgery import proxyclip as by_features
 
 RECORDED = json.loads(common.PATH.read_text())
 
@@ -100,3 +101,42 @@ def test_neurons_move_to_registers_as_in_the_authors_code(model):
     assert_equal(torch.stack(found), recorded)
     assert_other(found[0], recorded[1])
     assert_other(model.encode_image(pixels), recorded[0])
+
+
+# ------------------------------------------------------------------------------- dense features
+
+# preset -> the repository, and how it resizes the position embedding
+AUTHORS = {
+    "sclip": ("sclip", "dino"),
+    "naclip": ("naclip", "dino"),
+    "clearclip": ("clearclip", "dino"),
+    "gem": ("gem", "timm"),
+    "clip-surgery": ("clip_surgery", "openai-bilinear"),
+}
+
+
+@pytest.mark.parametrize("preset", AUTHORS)
+def test_each_preset_is_that_of_its_authors(model, preset):
+    repository, resize = AUTHORS[preset]
+    tolerance = 1e-6 if preset == "naclip" else 1e-12  # its window is float32
+    expected = values(repository, "patches")
+    assert_equal(dense_features(model, common.pixels(), preset), expected, tolerance)
+    larger = values(repository, "larger")
+    found = dense_features(model, common.pixels(size=16), preset, resize)
+    assert_equal(found, larger, tolerance)
+    for other in PRESETS.keys() - {preset}:
+        assert_other(dense_features(model, common.pixels(), other), expected)
+    for other in {"transformers", "timm", "dino", "openai-bilinear"} - {resize}:
+        assert_other(dense_features(model, common.pixels(size=16), preset, other), larger)
+
+
+def test_maskclip_is_that_of_clearclips_authors(model):
+    found = dense_features(model, common.pixels(), "maskclip")
+    assert_equal(found, values("clearclip", "maskclip"))
+
+
+def test_patches_attend_by_foreign_features_as_in_proxyclip(model):
+    foreign, expected = proxyclip.features(), values("proxyclip", "patches")
+    assert_equal(dense_features(model, common.pixels(), by_features(foreign)), expected)
+    assert_other(dense_features(model, common.pixels(), by_features(foreign, beta=1.0)), expected)
+    assert_other(dense_features(model, common.pixels(), by_features(foreign, gamma=1.0)), expected)

@@ -10,9 +10,11 @@ from torch import nn
 from transformers import CLIPModel
 from twin import TINY, assert_close, assert_far, random_inputs, tiny_clip, twins
 
-from miniclip import CLIP, ContextLengthError
+from miniclip import CLIP, ContextLengthError, VisionTower
 from miniclip.sites import cache, hooks
 from miniclip.surgery import (
+    PRESETS,
+    Preset,
     ablate_heads,
     add_registers,
     add_tokens,
@@ -21,11 +23,11 @@ from miniclip.surgery import (
     move_to_registers,
     patch_dropout,
     patch_from,
+    proxyclip,
     prune_heads,
     resize_image,
     splice,
 )
-from miniclip.surgery.attention import PRESETS
 
 TOWERS = ["vision", "text"]
 
@@ -294,6 +296,26 @@ def naclip(model, x):
     return projected(model, attention(block, x, weights))
 
 
+def gem(model, x):
+    depth = min(6, len(model.vision.blocks))
+    stream = new = stream_before_last(model, x, depth)
+    for block in model.vision.blocks[-depth:]:
+        lengths = block.ln_1(stream).square().sum(-1).sqrt().mean(1)  # (B,)
+        t = (lengths / block.attn.head_width**0.5)[:, None, None]
+
+        def like(one):
+            unit = one / one.square().sum(-1, keepdim=True).sqrt()
+            return torch.softmax(unit @ unit.mT * t, -1), unit
+
+        def weights(q, k, v):
+            steps = [like(one) for one in (q, k, v)]
+            return sum(like(pattern @ unit)[0] for pattern, unit in steps) / 3
+
+        new = new + attention(block, stream, weights)
+        stream = block(stream)
+    return projected(model, new)
+
+
 def clip_surgery(model, x):
     depth = min(6, len(model.vision.blocks))
     original = stream_before_last(model, x, depth)
@@ -310,6 +332,7 @@ DERIVED = {
     "maskclip": maskclip,
     "sclip": sclip,
     "clip-surgery": clip_surgery,
+    "gem": gem,
     "clearclip": clearclip,
     "naclip": naclip,
 }
@@ -351,6 +374,94 @@ def test_dense_features_leave_the_model_alone_and_are_hooked_like_it(model):
     assert torch.equal(dense_features(model, x), dense_features(model, x, "clearclip"))
     with pytest.raises(ValueError, match="preset is 'dino'; expected one of clip, maskclip"):
         dense_features(model, x, "dino")
+
+
+@torch.no_grad()
+def test_a_preset_of_ones_own(model):
+    x, block = inputs(model, "vision"), model.vision.blocks[-1]
+
+    def first_patch(q, k, v, seen):
+        assert torch.equal(seen.x, block.ln_1(stream_before_last(model, x)))
+        assert seen.grid == (5, 5) and seen.places == slice(-25, None)
+        assert q.shape == k.shape == v.shape == (3, 4, 26, 12)
+        pattern = torch.zeros(3, 4, 26, 26).to(q)
+        pattern[..., seen.places.start + 26] = 1
+        return pattern
+
+    found = dense_features(model, x, Preset(first_patch, residual=True))
+    stream = stream_before_last(model, x)
+    first = block.attn.out_proj(block.attn.v_proj(block.ln_1(stream)[:, 1:2]))
+    assert_close(found, projected(model, stream + first))
+    with pytest.raises(ValueError, match="a grid of its own has no residual"):
+        dense_features(model, x, Preset(first_patch, residual=True, grid=(1, 1)))
+
+
+@torch.no_grad()
+def test_dense_features_run_no_block_for_nothing(model):
+    runs = []
+    for block in model.vision.blocks:
+        block.register_forward_hook(lambda module, *_: runs.append(module))
+    dense_features(model, inputs(model, "vision"), "gem")
+    assert runs == list(model.vision.blocks[:-1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["dino", "transformers"])
+def test_dense_features_at_another_size_copy_nothing_else(model, method, monkeypatch):
+    large = torch.randn(2, 3, 24, 56).to(model.logit_scale)
+    expected = dense_features(resize_image(model, (24, 56), method), large, "sclip")
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    monkeypatch.setattr("miniclip.surgery.geometry.copied", None)
+    with ablate_heads(
+        model, "vision", {2: [0]}
+    ):  # hooks of the model are those of its resized self
+        ablated = dense_features(model, large, "sclip", method)
+    found = dense_features(model, large, "sclip", method)
+    assert_close(found, expected)
+    assert_far(ablated, expected)
+    assert model.config.vision.image_size == 40
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    with pytest.raises(ValueError, match="resize is 'area'; expected one of transformers, timm"):
+        dense_features(model, large, "sclip", "area")
+
+
+@torch.no_grad()
+def test_each_image_is_read_by_its_own_foreign_features(model):
+    x, foreign = inputs(model, "vision"), torch.randn(3, 7, 4, 6).to(model.logit_scale)
+    found = dense_features(model, x, proxyclip(foreign))
+    assert found.shape == (3, 24, 36)
+    for i in range(3):
+        one = slice(i, i + 1)
+        assert_close(found[one], dense_features(model, x[one], proxyclip(foreign[one])))
+    registered = add_registers(model, torch.randn(2, 48))  # which are not patches
+    block, stream = registered.vision.blocks[-1], stream_before_last(registered, x)
+    own = block.attn.v_proj(block.ln_1(stream))[:, -25:].mT.unflatten(2, (5, 5))
+    read = F.interpolate(own, (4, 6), mode="bilinear").flatten(2).mT  # (B, 24, W)
+    unit = F.normalize(foreign, dim=1).flatten(2)
+    near = unit.mT @ unit
+    near = torch.stack([one - 1.2 * one.mean() for one in near])
+    weights = torch.where(near < 0, 0, (3 * near).exp())
+    read = weights / weights.sum(-1, keepdim=True) @ read
+    expected = projected(registered, block.attn.out_proj(read))
+    assert_close(dense_features(registered, x, proxyclip(foreign)), expected)
+
+
+class PatchesFirst(VisionTower):
+    def embed_tokens(self, pixels):
+        return super().embed_tokens(pixels).roll(-1, 1)
+
+
+@torch.no_grad()
+def test_neighbours_are_found_where_a_fork_has_its_patches(model):
+    x = inputs(model, "vision")
+    expected = dense_features(model, x, "naclip")
+
+    class Fork(CLIP):
+        vision_class = PatchesFirst
+
+    fork = Fork(model.config).to(model.logit_scale)
+    fork.load_state_dict(model.state_dict())
+    assert_close(dense_features(fork, x, "naclip"), expected)
 
 
 # ---------------------------------------------------------------------- prompts that are vectors

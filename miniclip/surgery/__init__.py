@@ -10,7 +10,7 @@ What a function leaves is a CLIP like any other: it is saved and loaded bit for 
 transformers cannot express its shape, transformers refuses to load it (`CLIPConfig.to_dict`).
 """
 
-from miniclip.surgery.attention import dense_features
+from miniclip.surgery.attention import PRESETS, Preset, dense_features, proxyclip
 from miniclip.surgery.geometry import (
     add_registers,
     add_tokens,
@@ -31,7 +31,10 @@ from miniclip.surgery.structure import keep_layers, prune_heads, prune_neurons
 from miniclip.surgery.weights import TaskVector, average, freeze, interpolate, layer_groups
 
 __all__ = [
+    "PRESETS",
+    "Preset",
     "dense_features",
+    "proxyclip",
     "add_registers",
     "add_tokens",
     "extend_context",

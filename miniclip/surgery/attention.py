@@ -1,8 +1,8 @@
 """Embeddings for every patch, by the last-block attentions of open-vocabulary segmentation.
 
-CLIP is trained at its class token alone. What its patches hold at the end is far from the texts
-until the last block is made to attend otherwise; the published ways of doing so differ in which
-similarity takes the place of queries and keys, and in what else of the block is left out.
+CLIP is trained at its class token alone. Its last patches are far from the texts until the last
+block attends in another way. The published ways differ in the similarity that takes the place of
+queries and keys, and in the parts of the block that they leave out.
 """
 
 from collections.abc import Callable
@@ -10,29 +10,70 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.follow import follow, patch_places, tower_for
+from miniclip.follow import follow, patch_grid, patch_places, tower_for
 from miniclip.model import CLIP, Attention
+from miniclip.surgery.geometry import at_size
 
 
-def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Tensor:
+class Seen(NamedTuple):
+    """What a pattern may look at beside queries, keys and values."""
+
+    x: Tensor  # (B, T, W), what attention reads: the output of ln_1
+    grid: tuple[int, int]  # rows and columns of patches
+    places: slice  # where the patches stand among the T tokens
+
+
+# (q, k, v, seen) -> weights over the tokens, (B, H, T, T); all of q, k, v are (B, H, T, D)
+Pattern = Callable[[Tensor, Tensor, Tensor, Seen], Tensor]
+
+
+class Preset(NamedTuple):
+    """A way of reading patches: what they attend by, and what stays of the blocks."""
+
+    pattern: Pattern
+    residual: bool = False  # the stream that the block reads is kept
+    mlp: bool = False  # and its MLP
+    depth: int = 1  # blocks from the end; each reads the model's own stream
+    grid: tuple[int, int] | None = None  # other patches than the tower's: weights (B, H, P, T)
+
+
+def dense_features(
+    model: CLIP, pixels: Tensor, preset: str | Preset = "clearclip", resize: str | None = None
+) -> Tensor:
     """An embedding for each patch, row by row of the grid: pixels -> (B, P, E).
 
-    `preset`: "clip" (the model as it is), "maskclip" (Zhou et al. 2021, arXiv 2112.01071),
-    "sclip" (Wang et al. 2023, arXiv 2312.01597), "clip-surgery" (Li et al. 2023, arXiv
-    2304.05653), "clearclip" (Lan et al. 2024, arXiv 2407.12442) or "naclip" (Hajimiri et al.
-    2024, arXiv 2404.08181). Not normalised; the model is only read. See PRESETS. An attention of a
-    fork's own must take a `pattern`, as `Attention.forward` does, or change `qkv` alone.
+    They are not normalised, and the model is only read. An attention of a fork's own must take a
+    `pattern`, as `Attention.forward` does, or change `qkv` alone.
+
+    Args:
+        preset: "clip" (the model as it is), "maskclip" (Zhou et al. 2021, arXiv 2112.01071),
+            "sclip" (Wang et al. 2023, arXiv 2312.01597), "clip-surgery" (Li et al. 2023, arXiv
+            2304.05653), "gem" (Bousselham et al. 2023, arXiv 2312.00878), "clearclip" (Lan et al.
+            2024, arXiv 2407.12442), "naclip" (Hajimiri et al. 2024, arXiv 2404.08181), or a
+            Preset of your own, such as `proxyclip` makes.
+        resize: for images of another size than the model's, the method of `resize_image` for the
+            position embedding. SCLIP, ClearCLIP, NACLIP and ProxyCLIP use "dino", GEM "timm".
+
+    Raises:
+        ValueError: for an unknown preset, and for a fork whose blocks this does not follow.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
     >>> dense_features(model, pixels, "sclip").shape[:2]
     torch.Size([1, 64])
+    >>> last_queries = Preset(lambda q, k, v, seen: similar(q, q), residual=True)
+    >>> dense_features(model, torch.zeros(1, 3, 96, 64), last_queries, resize="dino").shape[:2]
+    torch.Size([1, 96])
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
-    pattern, residual, mlp, depth = PRESETS[preset]
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
+        preset = PRESETS[preset]
+    if preset.grid and preset.residual:
+        raise ValueError("a Preset with a grid of its own has no residual: its tokens are others")
     tower = tower_for(model, pixels)
     follow("dense_features", tower, ("forward", "pool"), block=("forward",), attention=("attend",))
     for attn in (block.attn for block in tower.blocks):
@@ -43,22 +84,22 @@ def dense_features(model: CLIP, pixels: Tensor, preset: str = "clearclip") -> Te
             )
         if attn.causal:
             raise ValueError("dense_features cannot follow a causal vision tower")
-    depth = min(depth, len(tower.blocks))
-    x = tower.blocks[:-depth](tower.embed_tokens(pixels))  # (B, 1 + R + P, W)
-    dense = x if residual else torch.zeros_like(x)
+    if resize:
+        tower = at_size(tower, pixels.shape[-2:], resize)
+    first = max(len(tower.blocks) - preset.depth, 0)
+    grid, places = patch_grid(tower, pixels), patch_places(tower, pixels)
+    x = tower.blocks[:first](tower.embed_tokens(pixels))  # (B, 1 + R + P, W)
+    dense = x if preset.residual else torch.zeros_like(x[:, :1])
     block: Any  # a Block, or what someone has put in its place
-    for block in list(tower.blocks)[-depth:]:
-        dense = dense + block.attn(
-            block.ln_1(x), pattern=lambda q, k, v: pattern(q, k, v, tower.config.grid)
-        )
-        if mlp:
+    for i, block in enumerate(tower.blocks[first:], first):
+        seen = Seen(block.ln_1(x), grid, places)
+        dense = dense + block.attn(seen.x, pattern=lambda q, k, v: preset.pattern(q, k, v, seen))
+        if preset.mlp:
             dense = dense + block.mlp(block.ln_2(dense))
-        x = block(x)
-    return tower.proj(tower.ln_post(dense[:, patch_places(tower, pixels)]))  # (B, P, E)
-
-
-# (q, k, v, grid) -> weights over the tokens; all of q, k, v are (B, H, T, D)
-Pattern = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
+        if i + 1 < len(tower.blocks):
+            x = block(x)
+    dense = dense if preset.grid else dense[:, places]
+    return tower.proj(tower.ln_post(dense))  # (B, P, E)
 
 
 def similar(x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
@@ -66,34 +107,70 @@ def similar(x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
     return (x @ y.transpose(-2, -1) * x.shape[-1] ** -0.5 + bias).softmax(-1)
 
 
-def neighbours(grid: tuple[int, int], like: Tensor, std: float = 5.0) -> Tensor:
+def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
     """A Gaussian of the distance between patches, (T, T); 0 to and from any other token."""
-    rows, columns = (torch.arange(n, device=like.device, dtype=like.dtype) for n in grid)
-    places = torch.cartesian_prod(rows, columns)  # (P, 2)
-    distance = (places[:, None] - places[None]).square().sum(-1)  # (P, P), squared
-    bias = like.new_zeros(like.shape[-2], like.shape[-2])
-    bias[-len(places) :, -len(places) :] = (-distance / (2 * std**2)).exp()
+    x, places = seen.x, seen.places
+    rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) for n in seen.grid)
+    points = torch.cartesian_prod(rows, columns).view(-1, 2)  # (P, 2)
+    distance = (points[:, None] - points[None]).square().sum(-1)  # (P, P), squared
+    bias = x.new_zeros(x.shape[1], x.shape[1])
+    bias[places, places] = (-distance / (2 * std**2)).exp()
     return bias
 
 
-class Preset(NamedTuple):
-    """A way of reading patches: what they attend by, and what stays of the blocks."""
+def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    """GEM's pattern: values, keys and queries each find their like twice, by cosines."""
+    # A temperature for each image: the mean length of a token, over the root of D.
+    sharpness = seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1) * q.shape[-1] ** -0.5
 
-    pattern: Pattern
-    residual: bool  # the stream that the block reads is kept
-    mlp: bool  # and its MLP
-    depth: int = 1  # blocks from the end; each reads the model's own stream
+    def near(one: Tensor) -> Tensor:
+        return (one @ one.transpose(-2, -1) * sharpness).softmax(-1)
+
+    units = [F.normalize(one, dim=-1) for one in (q, k, v)]
+    patterns = [near(F.normalize(near(unit) @ unit, dim=-1)) for unit in units]
+    return torch.stack(patterns).mean(0)
+
+
+def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset:
+    """Patches that attend by the features of another model, and take its grid.
+
+    Lan et al. 2024, arXiv 2408.04883: cosines above `beta` times their mean, sharpened by `gamma`.
+    The mean is over one image; the authors' code takes it over the batch, which for them is one.
+
+    Args:
+        features: (B, C, rows, columns) of the same images, as from DINO.
+
+    >>> from miniclip import CLIP
+    >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
+    >>> dense_features(model, pixels, proxyclip(torch.rand(1, 16, 5, 6))).shape[:2]
+    torch.Size([1, 30])
+    """
+    unit = F.normalize(features.flatten(2), dim=1)  # (B, C, P)
+    cosines = unit.transpose(1, 2) @ unit  # (B, P, P)
+    scores = (cosines - beta * cosines.mean((1, 2), keepdim=True)) * gamma
+    weights = scores.masked_fill(scores < 0, -torch.inf).softmax(-1)
+    grid: tuple[int, int] = tuple(features.shape[2:])  # type: ignore[assignment]
+
+    def pattern(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+        # CLIP's values, resized to the foreign grid. Resizing is linear, so it is a matrix.
+        own = torch.eye(seen.grid[0] * seen.grid[1], dtype=v.dtype, device=v.device)
+        resized = F.interpolate(own.view(-1, 1, *seen.grid), grid, mode="bilinear").flatten(1)
+        found = v.new_zeros(*weights.shape[:2], v.shape[2])  # (B, P, T)
+        found[..., seen.places] = weights.to(v) @ resized.T
+        return found[:, None]  # the same for every head
+
+    return Preset(pattern, grid=grid)
 
 
 PRESETS = {
-    "clip": Preset(lambda q, k, v, grid: similar(q, k), residual=True, mlp=True),
-    # Each token attends to itself alone.
-    "maskclip": Preset(lambda q, k, v, grid: torch.eye(q.shape[-2]).to(q), residual=True, mlp=True),
-    "sclip": Preset(lambda q, k, v, grid: similar(q, q) + similar(k, k), residual=True, mlp=True),
+    "clip": Preset(lambda q, k, v, seen: similar(q, k), residual=True, mlp=True),
+    # Each token attends to itself alone. The authors ran it with the exact GELU and eps 1e-6, which
+    # are not what OpenAI trained with; here both are the checkpoint's.
+    "maskclip": Preset(lambda q, k, v, seen: torch.eye(q.shape[-2]).to(q), residual=True, mlp=True),
+    "sclip": Preset(lambda q, k, v, seen: similar(q, q) + similar(k, k), residual=True, mlp=True),
     # Its second path only: the text features that it takes out afterwards are no matter of images.
-    "clip-surgery": Preset(lambda q, k, v, grid: similar(v, v), residual=True, mlp=False, depth=6),
-    "clearclip": Preset(lambda q, k, v, grid: similar(q, q), residual=False, mlp=False),
-    "naclip": Preset(
-        lambda q, k, v, grid: similar(k, k, neighbours(grid, k)), residual=False, mlp=False
-    ),
+    "clip-surgery": Preset(lambda q, k, v, seen: similar(v, v), residual=True, depth=6),
+    "gem": Preset(self_self, residual=True, depth=6),
+    "clearclip": Preset(lambda q, k, v, seen: similar(q, q)),
+    "naclip": Preset(lambda q, k, v, seen: similar(k, k, neighbours(seen))),
 }

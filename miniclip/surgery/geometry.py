@@ -4,7 +4,9 @@ A position embedding is a picture with W channels, and is resized as one. The fi
 way of doing so; each method here is named after whose numbers it gives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,19 +15,21 @@ from torch import Tensor, nn
 
 from miniclip.config import LEGACY_EOS
 from miniclip.follow import check_rebuilt, follow
-from miniclip.model import CLIP
+from miniclip.model import CLIP, VisionTower
 from miniclip.surgery.structure import reconfigure
 from miniclip.surgery.weights import copied
 
+Grid = tuple[int, int]  # rows, columns
 
-def _antialiased(x: Tensor, grid: tuple[int, int]) -> Tensor:
+
+def _antialiased(x: Tensor, grid: Grid) -> Tensor:
     if grid[1] == 1:  # in one call, torch 2.13 gets all rows but the first wrong on a CPU
         x = F.interpolate(x, (grid[0], x.shape[3]), mode="bicubic", antialias=True)
     return F.interpolate(x, grid, mode="bicubic", antialias=True)
 
 
-# (1, W, rows, columns) at the old grid, and the new grid (rows, columns)
-RESAMPLE: dict[str, Callable[[Tensor, tuple[int, int]], Tensor]] = {
+# (1, W, rows, columns) at the old grid, and the new grid
+RESAMPLE: dict[str, Callable[[Tensor, Grid], Tensor]] = {
     "transformers": lambda x, grid: F.interpolate(x, grid, mode="bicubic"),
     "timm": _antialiased,
     # How OpenAI made L/14 at 336 pixels: openai/CLIP, issue 214.
@@ -59,11 +63,29 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     old_grid, grid = model.config.vision.grid, new.config.vision.grid
     if grid == old_grid:
         return new
-    pos_embed = new.vision.pos_embed
-    picture = _precise(pos_embed[1:]).T.unflatten(1, old_grid)[None]  # (1, W, rows, columns)
-    resampled = RESAMPLE[method](picture, grid)[0].flatten(1).T  # (P, W)
-    _assign(new.vision, "pos_embed", torch.cat([pos_embed[:1], resampled.to(pos_embed)]))
+    _assign(new.vision, "pos_embed", resampled(new.vision.pos_embed, old_grid, grid, method))
     return check_rebuilt("resize_image", new, "vision")
+
+
+def resampled(pos_embed: Tensor, old: Grid, grid: Grid, method: str) -> Tensor:
+    """A position embedding (1 + P, W) for another grid; the class token's row stays."""
+    picture = _precise(pos_embed[1:]).T.unflatten(1, old)[None]  # (1, W, rows, columns)
+    patches = RESAMPLE[method](picture, grid)[0].flatten(1).T  # (P, W)
+    return torch.cat([pos_embed[:1], patches.to(pos_embed)])
+
+
+def at_size(tower: VisionTower, size: Sequence[int], method: str) -> VisionTower:
+    """The same tower for images (height, width): all modules are shared, hooks included."""
+    if method not in RESAMPLE:
+        raise ValueError(f"resize is {method!r}; expected one of {', '.join(RESAMPLE)}")
+    follow("resize", tower, ("embed_tokens",))
+    new = copy(tower)
+    new._parameters = dict(tower._parameters)
+    new.config = replace(tower.config, image_size=tuple(size))
+    if new.config.grid != tower.config.grid:
+        table = resampled(tower.pos_embed, tower.config.grid, new.config.grid, method)
+        new.pos_embed = nn.Parameter(table, requires_grad=False)
+    return new
 
 
 # How a patch is resized, whose pseudo-inverse multiplies the kernels.

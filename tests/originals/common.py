@@ -11,6 +11,7 @@ The values lie in data/originals.json, and test_originals.py holds ours to them.
 
 import json
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,13 +67,36 @@ def openai_state(prefix: str = "") -> dict[str, Tensor]:
 
 
 def import_from(checkout: str, *folders: str) -> None:
-    """Let a script import a repository's modules, whose LayerNorm may ask for float32."""
+    """Let a script import a repository's modules."""
     sys.path[:0] = [str(Path(checkout, folder)) for folder in folders or (".",)]
 
 
-def in_float64(module: type[nn.LayerNorm]) -> None:
-    """OpenAI's LayerNorm computes in float32, whose rounding would hide a small difference."""
-    module.forward = nn.LayerNorm.forward
+def openai_vision(module: types.ModuleType) -> nn.Module:
+    """The vision tower of a copy of OpenAI's model.py, with our weights."""
+    # Its LayerNorm computes in float32, whose rounding would hide a small difference.
+    module.LayerNorm.forward = nn.LayerNorm.forward
+    v = CONFIG.vision
+    visual = module.VisionTransformer(
+        v.image_size, v.patch_size, v.width, v.layers, v.heads, CONFIG.embed_dim
+    )
+    return loaded(visual)
+
+
+def open_clip_vision(module: types.ModuleType) -> nn.Module:
+    """The vision tower of a copy of open_clip's transformer.py, with our weights."""
+    v = CONFIG.vision
+    visual = module.VisionTransformer(
+        image_size=v.image_size, patch_size=v.patch_size, width=v.width, layers=v.layers,
+        heads=v.heads, mlp_ratio=v.mlp_width / v.width, output_dim=CONFIG.embed_dim,
+        act_layer=module.QuickGELU,
+    )  # fmt: skip
+    return loaded(visual)
+
+
+def loaded(visual: nn.Module) -> nn.Module:
+    """A vision tower with our weights, in float64."""
+    visual.double().eval().load_state_dict(openai_state("visual."))
+    return visual
 
 
 def plain(value):

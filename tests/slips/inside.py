@@ -1237,20 +1237,37 @@ SURGERY = [
             f"Dense features: {what}",
             old,
             new,
-            "tests/test_surgery_runs.py -k 'preset or dense'",
+            "tests/test_surgery_runs.py -k 'preset or dense or foreign'",
         )
         for what, old, new in (
             ("NACLIP's neighbours are nearer.", "std: float = 5.0", "std: float = 4.0"),
-            ("CLIP Surgery changes five blocks.", "mlp=False, depth=6)", "mlp=False, depth=5)"),
             (
-                "CLIP Surgery changes the last block alone.",
-                "mlp=False, depth=6)",
-                "mlp=False)",
+                "CLIP Surgery changes five blocks.",
+                "similar(v, v), residual=True, depth=6)",
+                "similar(v, v), residual=True, depth=5)",
             ),
             (
+                "CLIP Surgery changes the last block alone.",
+                "similar(v, v), residual=True, depth=6)",
+                "similar(v, v), residual=True)",
+            ),
+            ("GEM changes five blocks.", "self_self, residual=True, depth=6", "self_self, True"),
+            ("GEM compares once.", "F.normalize(near(unit) @ unit, dim=-1)", "unit"),
+            (
+                "GEM has one temperature for a batch.",
+                "seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1)",
+                "seen.x.norm(dim=-1).mean()",
+            ),
+            (
+                "ProxyCLIP's mean is over the batch.",
+                "cosines.mean((1, 2), keepdim=True)",
+                "cosines.mean()",
+            ),
+            ("The last block runs for nothing.", "if i + 1 < len(tower.blocks):", "if True:"),
+            (
                 "ClearCLIP keeps the residual stream.",
-                "similar(q, q), residual=False, mlp=False)",
-                "similar(q, q), residual=True, mlp=False)",
+                "seen: similar(q, q)),",
+                "seen: similar(q, q), residual=True),",
             ),
             (
                 "SCLIP has queries alone.",
@@ -1264,13 +1281,13 @@ SURGERY = [
             ),
             (
                 "SCLIP, not ClearCLIP, unless a preset is named.",
-                'preset: str = "clearclip"',
-                'preset: str = "sclip"',
+                'preset: str | Preset = "clearclip"',
+                'preset: str | Preset = "sclip"',
             ),
             (
                 "The last patches are read for all of them.",
-                "tower.ln_post(dense[:, patch_places(tower, pixels)])",
-                "tower.ln_post(dense[:, 1:])",
+                "dense if preset.grid else dense[:, places]",
+                "dense if preset.grid else dense[:, 1:]",
             ),
         )
     ),
