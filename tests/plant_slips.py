@@ -55,7 +55,8 @@ def main() -> int:
 
 def places(folder: Path, slip: Slip) -> list[Path]:
     """The files of the package that have the snippet, each as often as it occurs there."""
-    files = [p for p in (folder / "miniclip").rglob("*") if p.suffix in {".py", ".html", ".txt"}]
+    kinds = {".py", ".html", ".txt", ".json"}
+    files = [p for p in (folder / "miniclip").rglob("*") if p.suffix in kinds]
     return [p for p in files for _ in range(p.read_text(encoding="utf-8").count(slip.old))]
 
 

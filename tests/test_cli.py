@@ -265,7 +265,7 @@ def test_explain_without_its_extra(run, picture, monkeypatch):
 def test_eval_of_the_drawn_world(run, monkeypatch):
     few = partial(scoring.score, scenes=60)  # of 1000
     monkeypatch.setattr(scoring, "score", few)
-    command = ["eval", "--data", "shapes", "--model", "shapes"]
+    command = ["eval", "shapes", "--model", "shapes"]
     scores = json.loads(run(*command, "--json")[1])
     assert scores["seen"] >= 0.95 and scores["unseen"] >= 0.8 and scores["relations"] >= 0.8
     status, out, err = run(*command)
@@ -351,7 +351,6 @@ def photographs(tmp_path):
 def test_eval_counts_what_the_classifier_says(run, photographs):
     command = [
         "eval",
-        "--data",
         str(photographs),
         "--model",
         "cifar10",
@@ -379,7 +378,7 @@ def test_eval_counts_what_the_classifier_says(run, photographs):
         assert row["right"] == sum(guess[0] == row["label"] for guess in guesses)
         right += row["right"]
         in_top5 += sum(row["label"] in guess for guess in guesses)
-    assert found["top1"] == right / 8 and found["top5"] == in_top5 / 8
+    assert found["accuracy"] == right / 8 and found["top5"] == in_top5 / 8
     assert sum(row["images"] for row in found["confusions"]) == 8 - right
 
 
@@ -388,8 +387,11 @@ model      cifar10
 templates  simple | {{}}
 images     12, in 7 folders
 skipped    1, which cannot be read
-top-1      58.33%
+missing    1 without images: frog
+top-1      58.33%, 95 % interval 31.95% to 80.67%
 top-5      91.67%
+per class  59.72%, the mean of the classes' top-1
+calibrated to ERROR, the expected calibration error
 
 class        images   top-1
 horse             1  100.0% {52 * "█"}
@@ -427,22 +429,31 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     (tmp_path / "data" / "cat" / "notes.txt").write_text("not an image")
     transform = load("cifar10").transform
     mean, std = transform.image_mean[0], transform.image_std[0]
+    count = 0
 
-    def told(self, pixels):
+    def told(self, pixels, **options):
         red = pixels[:, 0].mean((1, 2)) * std + mean
-        count = len(self.labels)
         best = (red * 255 / 10).round().long().clamp(max=count - 1)
         # the others follow in their order
-        return -torch.arange(count) + 10 * torch.nn.functional.one_hot(best, count)
+        return 10 * torch.nn.functional.one_hot(best, 64).float() - torch.arange(64)
 
-    monkeypatch.setattr(miniclip.ZeroShotClassifier, "__call__", told)
-    command = ["eval", "--data", str(tmp_path / "data"), "--model", "cifar10"]
+    def axes(model, tokenizer, labels, templates):
+        nonlocal count
+        count = len(labels)
+        return torch.eye(count, 64)
+
+    monkeypatch.setattr(miniclip.CLIP, "encode_image", told)
+    monkeypatch.setattr("miniclip.zeroshot.classifier.class_embeddings", axes)
+    command = ["eval", str(tmp_path / "data"), "--model", "cifar10"]
     status, out, err = run(*command, "--templates", "simple", "{}")
     assert status == 0 and err.startswith("miniclip: skipped ") and "notes.txt" in err
-    assert out == EVAL_TABLE
     found = json.loads(run(*command, "--json")[1])
+    assert out == EVAL_TABLE.replace("ERROR", f"{found['calibration_error']:.2%}")
     assert found["model"] == "cifar10" and found["templates"] == ["a photo of a {}."]
-    assert found["top1"] == 7 / 12 and found["top5"] == 11 / 12
+    assert found["accuracy"] == 7 / 12 and found["top5"] == 11 / 12
+    assert found["mean_per_class"] == pytest.approx((1 + 1 + 3 / 4 + 1 / 2 + 1 / 3 + 0) / 6)
+    assert found["missing"] == ["frog"]
+    assert sum(one["images"] for one in found["reliability"]) == 12
     assert found["confusions"][0] == {"true": "dog", "predicted": "cat", "images": 2}
     for name in ("cat", "dog"):  # with five classes, top-5 would be all
         (tmp_path / "data" / name).rename(tmp_path / name)
@@ -453,7 +464,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_eval_draws_confusions(run, photographs, tmp_path):
     picture = str(tmp_path / "confusions.png")
-    command = ["eval", "--data", str(photographs), "--model", "cifar10"]
+    command = ["eval", str(photographs), "--model", "cifar10"]
     status, out, err = run(*command, "--plot", picture)
     assert status == 0 and err.endswith(f"picture: {picture}\n")
     assert max(map(len, out.splitlines())) <= 80
@@ -483,7 +494,7 @@ def test_classify_prints_a_bar_for_each_label(run, picture, monkeypatch):
 
 def test_eval_reads_labels_from_a_file(run, photographs, tmp_path):
     (tmp_path / "labels.txt").write_text("cat\ndog\nlorry\nfrog\nhorse\nnothing\nboat\n")
-    command = ["eval", "--data", str(photographs), "--model", "cifar10", "--json"]
+    command = ["eval", str(photographs), "--model", "cifar10", "--json"]
     _, out, _ = run(*command, "--labels", str(tmp_path / "labels.txt"))
     found = {row["folder"]: row["label"] for row in json.loads(out)["classes"]}
     assert found["ship"] == "boat" and found["none"] == "nothing"
@@ -492,15 +503,15 @@ def test_eval_reads_labels_from_a_file(run, photographs, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--data", "absent"], ["absent", "No such file"]),
-        (["--data", "DATA/cat"], ["no folders"]),
-        (["--data", "DATA", "--templates", "imagenett"], ["imagenett", "imagenet", "simple"]),
-        (["--data", "DATA", "--templates", "word " * 500 + "{}"], ["tokens"]),
-        (["--data", "DATA", "--labels", "absent.txt"], ["absent.txt", "No such file"]),
-        (["--data", "DATA", "--labels", "DATA/cat/notes.txt"], ["1 labels", "7 class folders"]),
-        (["--data", "DATA", "--batch", "0"], ["batch_size is 0"]),
-        (["--data", "DATA", "--batch", "x"], ["--batch"]),
-        ([], ["--data"]),
+        (["absent"], ["absent", "No such file"]),
+        (["DATA/cat"], ["no folders"]),
+        (["DATA", "--templates", "imagenett"], ["imagenett", "imagenet", "simple"]),
+        (["DATA", "--templates", "word " * 500 + "{}"], ["tokens"]),
+        (["DATA", "--labels", "absent.txt"], ["absent.txt", "No such file"]),
+        (["DATA", "--labels", "DATA/cat/notes.txt"], ["1 labels", "7 class folders"]),
+        (["DATA", "--batch", "0"], ["batch_size is 0"]),
+        (["DATA", "--batch", "x"], ["--batch"]),
+        ([], ["DATA"]),
     ],
 )
 def test_eval_of_what_makes_no_sense(run, photographs, options, words):
@@ -579,7 +590,7 @@ def test_the_version_is_that_of_the_package(run):
         ["search", "absent.safetensors", "a cat", "--sheet"],
         ["bench", "--suite", "nonsense", "--plot"],
         ["parity", "nonsense", "--plot"],
-        ["eval", "--data", "nonsense", "--plot"],
+        ["eval", "nonsense", "--plot"],
         ["train", "nonsense", "--out", "run", "--plot"],
     ],
 )

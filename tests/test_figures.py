@@ -6,6 +6,7 @@ from PIL import Image
 
 from miniclip.bench import Row
 from miniclip.bench.drawing import draw_bench
+from miniclip.evaluation.classification import BINS, Evaluation
 from miniclip.exhibits import Exhibit, Heat
 from miniclip.figures.confusion import draw_confusion
 from miniclip.figures.curves import draw_curves
@@ -14,7 +15,6 @@ from miniclip.figures.explanations import draw_text_maps
 from miniclip.parity import Difference, Report
 from miniclip.parity.drawing import draw_parity
 from miniclip.zeroshot.classifier import Score
-from miniclip.zeroshot.evaluation import Evaluation
 
 
 @pytest.fixture
@@ -32,6 +32,13 @@ def drawn(monkeypatch, tmp_path):
     return drawn
 
 
+def bins():
+    """Four images of a confidence of 1/4, two of them right, and four of 7/8, three right."""
+    found = torch.zeros(BINS, 3)
+    found[3], found[13] = torch.tensor([4, 1, 2]), torch.tensor([4, 3.5, 3])
+    return found
+
+
 def texts(axes):
     return [text.get_text() for text in axes.texts]
 
@@ -46,9 +53,9 @@ def widths(axes):
 
 def test_a_matrix_has_the_shares_of_each_true_class_in_percent(drawn):
     confusion = torch.tensor([[6, 1, 3], [2, 2, 0], [0, 0, 0]])
-    result = Evaluation(["cat", "dog", "a ship " * 9], confusion, confusion.diagonal(), [])
+    result = Evaluation(["cat", "dog", "a ship " * 9], confusion, confusion.diagonal(), [], bins())
     figure = drawn(draw_confusion, result)
-    left, right = figure.axes
+    left, right, below = figure.axes
     shares = [[0.6, 0.1, 0.3], [0.5, 0.5, 0], [0, 0, 0]]
     shown = torch.tensor(left.images[0].get_array().data)
     torch.testing.assert_close(shown, torch.tensor(shares, dtype=torch.float64))
@@ -60,13 +67,17 @@ def test_a_matrix_has_the_shares_of_each_true_class_in_percent(drawn):
     assert names(right) == ["cat → dog", "dog → cat", "cat → a ship a ship a ship a …"]
     assert widths(right) == [1, 2, 3] and texts(right) == ["1", "2", "3"]
     assert figure.get_suptitle() == "top-1 57.1% of 14 images"
+    _, line = below.lines  # the first is the diagonal
+    assert line.get_xydata().tolist() == [[0.25, 0.5], [0.875, 0.75]]
+    assert [bar.get_height() for bar in below.patches] == [0.5, 0.5]
+    assert "calibration error 18.8%" in below.get_title(loc="left")
 
 
 def test_many_classes_have_a_dot_for_each_confusion(drawn):
     confusion = torch.eye(50, dtype=torch.int64)
     confusion[3, 40], confusion[7, 9] = 4, 1
-    result = Evaluation(["a"] * 50, confusion, confusion.diagonal(), [])
-    left, right = drawn(draw_confusion, result).axes
+    result = Evaluation(["a"] * 50, confusion, confusion.diagonal(), [], bins())
+    left, right, _ = drawn(draw_confusion, result).axes
     (dots,) = left.collections
     assert dots.get_offsets().tolist() == [[40, 3], [9, 7]]  # (predicted, true)
     assert dots.get_sizes().tolist() == [60, 15]  # areas

@@ -12,21 +12,25 @@ import torch
 from PIL import Image
 from twin import TINY, random_inputs, twins
 
-from miniclip import ImageTransform, Tokenizer, ZeroShotClassifier, lens
+from miniclip import ImageTransform, Tokenizer, ZeroShotClassifier, evaluation, lens
 from miniclip.checkpoint import Loaded
+from miniclip.evaluation.classification import BINS, Evaluation
+from miniclip.evaluation.features import encode_pictures
 from miniclip.files.ahead import read_ahead
 from miniclip.retrieval import embed_images, embed_query
 from miniclip.zeroshot.classifier import class_embeddings, embed_texts, find_templates
 from miniclip.zeroshot.data import folder_labels, labelled_images
-from miniclip.zeroshot.evaluation import evaluate
-from miniclip.zeroshot.imagenet import (
-    CIFAR_TEMPLATES,
+from miniclip.zeroshot.prompts import (
+    CLASS_SETS,
     IMAGENET_CLASSES,
-    IMAGENET_TEMPLATES,
     IMAGENET_WNIDS,
-    SIMPLE_TEMPLATES,
+    TEMPLATE_SETS,
+    published_labels,
 )
 
+IMAGENET_TEMPLATES, SIMPLE_TEMPLATES, CIFAR_TEMPLATES = (
+    TEMPLATE_SETS[name] for name in ("imagenet", "simple", "cifar10")
+)
 LABELS = ["cat", "small dog", "cup"]
 TEMPLATES = ["a {}.", "the {} again", "{}"]
 
@@ -211,8 +215,54 @@ def test_published_lists_here_and_there():
 
 def test_templates_by_name():
     assert find_templates(["a {}", "imagenet"]) == ["a {}", *IMAGENET_TEMPLATES]
-    with pytest.raises(ValueError, match="imagnet.*none of the sets imagenet, simple, cifar"):
+    with pytest.raises(ValueError, match="imagnet.*none of the sets imagenet, simple, .*cifar10"):
         find_templates(["imagnet"])
+
+
+# Table 9 of the paper says how many classes each data set has; it counts 8 emotions, and
+# prompts.md names 7. The checksums are of data/prompts.md in openai/CLIP at d05afc4.
+PUBLISHED = {
+    "birdsnap": 500, "cifar10": 10, "cifar100": 100, "clevrcounts": 8, "caltech101": 102,
+    "country211": 211, "describabletextures": 47, "eurosat": 10, "fgvcaircraft": 100,
+    "facialemotionrecognition2013": 7, "flowers102": 102, "food101": 101, "gtsrb": 43,
+    "hatefulmemes": 2, "kitti": 4, "kinetics700": 700, "mnist": 10, "oxfordpets": 37,
+    "pascalvoc2007": 20, "patchcamelyon": 2, "resisc45": 45, "sst2": 2, "stl10": 10,
+    "sun397": 397, "stanfordcars": 196, "ucf101": 101,
+}  # fmt: skip
+
+
+def test_the_paper_s_data_sets_have_their_classes():
+    assert {name: len(classes) for name, classes in CLASS_SETS.items()} == PUBLISHED
+    assert TEMPLATE_SETS.keys() == {*PUBLISHED, "imagenet", "simple"}
+    for lists, checksum in (
+        (CLASS_SETS, "fd80c953c34bd3b4e439ceb4ceb381c0446fce42"),
+        (TEMPLATE_SETS, "cb887df372021c1b7d86eccd1e3953e3500a4459"),
+    ):
+        text = "\n".join(line for name in PUBLISHED for line in (name, *lists[name]))
+        assert hashlib.sha256(text.encode()).hexdigest()[:40] == checksum
+    assert all(t.count("{}") == 1 for templates in TEMPLATE_SETS.values() for t in templates)
+
+
+@pytest.mark.parametrize(
+    "folders, labels",
+    [
+        (["apple_pie", "Baby-Back-Ribs"], ["apple pie", "baby back ribs"]),
+        ([str(i) for i in range(101)], CLASS_SETS["food101"]),
+    ],
+)
+def test_published_names_go_to_the_folders_that_they_name(folders, labels):
+    assert published_labels("food101", folders) == labels
+    with pytest.raises(ValueError, match="1 of .* no class of food101, such as 'cat'"):
+        published_labels("food101", ["apple pie", "cat"])
+
+
+def test_a_class_of_several_names_is_the_mean_of_all_their_prompts(model, tokenizer):
+    (found,) = class_embeddings(model, tokenizer, ["cat | small dog"], TEMPLATES)
+    prompts = [t.replace("{}", name) for name in ("cat", "small dog") for t in TEMPLATES]
+    expected = model.encode_text(tokenizer(prompts), normalize=True).detach().sum(0)
+    torch.testing.assert_close(found, expected / expected.norm())
+    with pytest.raises(ValueError, match="label is empty"):
+        class_embeddings(model, tokenizer, ["cat | "])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -302,6 +352,13 @@ def planted(answers):
     return classifier
 
 
+def evaluate(classifier, transform, images, batch_size=64):
+    """What a classifier of pixels makes of images."""
+    paths = list(map(str, images.paths))
+    logits, rows, skipped = encode_pictures(classifier, transform, paths, batch_size)
+    return evaluation.evaluate(logits, [images.classes[i] for i in rows], images.labels, skipped)
+
+
 def save_grey(path, row):
     Image.new("L", (8, 8), 10 * row).save(path)
 
@@ -326,10 +383,41 @@ def test_confusions_are_counted_by_true_and_predicted_class(tmp_path, batch_size
     assert result.confusion[:, :3].tolist() == CONFUSION and not result.confusion[:, 3].any()
     assert result.labels == ["class 0", "class 1", "class 2", "class 3"]
     assert result.images.tolist() == [3, 3, 2, 0]
-    assert result.top1 == 3 / 8 and result.top5 == 1 and result.skipped == []
+    assert result.accuracy == 3 / 8 and result.top5 == 1 and result.skipped == []
     assert result.class_accuracy[:3].tolist() == [2 / 3, 0, 1 / 2]
     assert math.isnan(result.class_accuracy[3])
     assert result.mistakes() == [(1, 2, 3), (0, 1, 1), (2, 0, 1)]
+
+
+def test_uncertainty_and_the_mean_of_the_classes(tmp_path):
+    result = evaluate(planted(torch.eye(4)), GREY, save_planted(tmp_path, CONFUSION))
+    assert result.mean_per_class == pytest.approx((2 / 3 + 0 + 1 / 2) / 3)  # the fourth has none
+    right = np.array([1, 1, 0, 0, 0, 0, 1, 0])
+    assert result.standard_error == pytest.approx(right.std() / 8**0.5)
+
+
+@pytest.mark.parametrize("right, images", [(3, 8), (0, 5), (5, 5)])
+def test_the_interval_holds_the_shares_that_the_score_test_keeps(right, images):
+    for edge in evaluation.wilson_interval(right, images):  # Wilson's definition, as an equation
+        error = abs(right / images - edge)
+        assert error == pytest.approx(1.959964 * (edge * (1 - edge) / images) ** 0.5, abs=1e-9)
+
+
+def test_confidence_is_compared_with_accuracy_in_fifteen_bins():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(400, 3)) * 2
+    logits[0] = [100, 0, 0]  # a confidence of 1 belongs to the last bin
+    classes = rng.integers(0, 3, 400)
+    found = evaluation.evaluate(torch.tensor(logits), classes.tolist(), ["a", "b", "c"])
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    confidence, right = shares.max(1), shares.argmax(1) == classes
+    error = 0.0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if inside.any():
+            error += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    assert found.calibration_error == pytest.approx(error)
+    assert found.bins[:, 0].sum() == 400 and found.bins[14, 0] >= 1
 
 
 def test_top5_is_the_five_best(tmp_path):
@@ -344,12 +432,12 @@ def test_top5_is_the_five_best(tmp_path):
         answers[row, classes] = torch.arange(7, 0, -1).float()
     result = evaluate(planted(answers), GREY, labelled_images(tmp_path))
     assert result.in_top5.tolist() == [0, 0, 5, 0, 0, 0, 0]
-    assert result.top5 == 5 / 7 and result.top1 == 1 / 7
+    assert result.top5 == 5 / 7 and result.accuracy == 1 / 7
 
 
 def test_one_class_is_always_right(tmp_path):
     result = evaluate(planted(torch.ones(1, 1)), GREY, save_planted(tmp_path, [[3]]))
-    assert (result.top1, result.top5, result.mistakes()) == (1, 1, [])
+    assert (result.accuracy, result.top5, result.mistakes()) == (1, 1, [])
 
 
 def test_classes_with_one_label_are_counted_by_position(tmp_path, model, tokenizer):
@@ -357,7 +445,7 @@ def test_classes_with_one_label_are_counted_by_position(tmp_path, model, tokeniz
     images = images._replace(labels=["missile", "cat", "missile"])
     result = evaluate(planted(torch.eye(3)), GREY, images)
     assert result.labels == ["missile", "cat", "missile"]
-    assert result.images.tolist() == [2, 1, 4] and result.top1 == 1
+    assert result.images.tolist() == [2, 1, 4] and result.accuracy == 1
     classifier = ZeroShotClassifier(model, tokenizer, images.labels)
     assert classifier.weights.shape[0] == 3
     assert torch.equal(classifier.weights[0], classifier.weights[2])
@@ -478,20 +566,20 @@ def test_accuracy_is_that_of_transformers(tmp_path, tokenizer):
         expected[images.folders.index(path.parent.name), int(np.argmax(scores))] += 1
     assert torch.equal(found.confusion, expected)
     assert (expected.sum(dim=0) > 0).sum() > 1  # not all alike
-    assert found.top1 == expected.diagonal().sum().item() / 60
+    assert found.accuracy == expected.diagonal().sum().item() / 60
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 60])
 def test_confusions_are_drawn(tmp_path, count):
     from miniclip.figures.confusion import draw_confusion
-    from miniclip.zeroshot.evaluation import Evaluation
 
     confusion = 5 * torch.eye(count, dtype=torch.int64)
     confusion[0, -1] += 7
     confusion[-1] = 0  # a class without images
     confusion[0, 0] += 1
-    result = Evaluation(["missile"] * count, confusion, confusion.diagonal(), [])
+    bins = torch.ones(BINS, 3)
+    result = Evaluation(["missile"] * count, confusion, confusion.diagonal(), [], bins)
     draw_confusion(result, tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width > 1000 and len(picture.getcolors(1 << 20)) > 10

@@ -23,7 +23,7 @@ from miniclip.parity import randomize
 from miniclip.published import PUBLISHED
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
-from miniclip.zeroshot.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
+from miniclip.zeroshot.prompts import IMAGENET_CLASSES, TEMPLATE_SETS
 
 MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far an output may be from miniclip's, relative to its length: what rounding explains."""
@@ -105,7 +105,7 @@ def captions(count: int) -> list[str]:
     ['a bad photo of a tench.', 'a photo of many rooster.']
     """
     return [
-        IMAGENET_TEMPLATES[i % 80].replace("{}", IMAGENET_CLASSES[(i // 80 + 7 * i) % 1000])
+        TEMPLATE_SETS["imagenet"][i % 80].replace("{}", IMAGENET_CLASSES[(i // 80 + 7 * i) % 1000])
         for i in range(count)
     ]
 

@@ -19,7 +19,7 @@ from miniclip.parity import random_inputs
 from miniclip.parts import parts
 from miniclip.tokenizer import Tokenizer
 from miniclip.zeroshot.classifier import class_embeddings
-from miniclip.zeroshot.imagenet import IMAGENET_CLASSES, IMAGENET_TEMPLATES
+from miniclip.zeroshot.prompts import IMAGENET_CLASSES, TEMPLATE_SETS
 
 
 def vision_suite(setting: Setting) -> Iterator[Case]:
@@ -94,7 +94,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
     assert isinstance(tokenizer, Tokenizer)
     # A few of the thousand, and the longest: a library that takes all at once pads them to it.
     longest = max(IMAGENET_CLASSES, key=lambda label: len(tokenizer.encode(label)))
-    labels, templates = [*IMAGENET_CLASSES[::100], longest], IMAGENET_TEMPLATES
+    labels, templates = [*IMAGENET_CLASSES[::100], longest], TEMPLATE_SETS["imagenet"]
     prompts = [template.replace("{}", label) for label in labels for template in templates]
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""`miniclip eval`: zero-shot accuracy on labelled images."""
+"""`miniclip eval`: a model measured as the paper measures CLIP."""
 
 import argparse
 from pathlib import Path
@@ -16,20 +16,22 @@ from miniclip.commands.shared import (
 from miniclip.terminal import printable, shorten
 
 if TYPE_CHECKING:
-    from miniclip.zeroshot.evaluation import Evaluation
+    from miniclip.checkpoint import Loaded
+    from miniclip.evaluation.classification import Evaluation
+    from miniclip.evaluation.features import Features
+    from miniclip.zeroshot.data import LabelledImages
 
 DESCRIPTION = "Zero-shot accuracy on photographs in class folders."
-EXAMPLE = """miniclip eval --data shapes --model shapes
-  miniclip eval --data imagenet/val --templates imagenet --plot confusions.png"""
+EXAMPLE = """miniclip eval shapes --model shapes
+  miniclip eval imagenet/val --templates imagenet --plot confusions.png"""
 MOST_CLASSES = 50  # in the table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
+        "data",
+        metavar="DATA",
         help="a folder of class folders; or `shapes`, for questions about the drawn world",
     )
     parser.add_argument(
@@ -37,56 +39,101 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="TEXT",
         help="sentences with {} for the label, averaged, or published sets of them: imagenet "
-        "(80), simple (7 of the 80), cifar (18) (default: 'a photo of a {}.')",
+        "(80), simple (7 of the 80), cifar10, food101 and the paper's others "
+        "(default: 'a photo of a {}.')",
     )
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="what the classes are called, one a line, in the order of the sorted folders "
+        help="what the classes are called, one a line, in the order of the sorted folders, with "
+        "' | ' between several names of one; or a published set, such as food101 "
         "(default: the folders' names, and OpenAI's for ImageNet's)",
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", help="keep the pictures' features in this folder, as index files"
     )
     parser.add_argument(
         "--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)"
     )
     add_device(parser)
-    parser.add_argument("--plot", metavar="PNG", help="draw the confusions")
+    parser.add_argument("--plot", metavar="PNG", help="draw the result")
     add_model(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Classify every image and print what was right and what was confused."""
+    """Measure, and print what was found."""
     keep_freed_memory()
     if args.data == "shapes":
         return ask_about_shapes(args)
-    from miniclip.zeroshot.classifier import TEMPLATE, ZeroShotClassifier, find_templates
-    from miniclip.zeroshot.data import labelled_images
-    from miniclip.zeroshot.evaluation import evaluate
+    return zeroshot(args)
+
+
+def zeroshot(args: argparse.Namespace) -> int:
+    """Classify every image by its label, and print what was right and what was confused."""
+    from miniclip.evaluation.classification import evaluate
+    from miniclip.zeroshot.classifier import TEMPLATE, class_embeddings, find_templates
 
     templates = find_templates(args.templates or [TEMPLATE])
-    images = labelled_images(args.data, read_lines(args.labels) if args.labels else None)
-    model, tokenizer, transform = load_model(args)
-    classifier = ZeroShotClassifier(model, tokenizer, images.labels, templates)
-    result = evaluate(classifier, transform, images, args.batch)
-    for reason in result.skipped:
+    images = class_folders(args)
+    loaded = load_model(args)
+    text_embeds = class_embeddings(loaded.model, loaded.tokenizer, images.labels, templates)
+    features = features_of(args, loaded, images.paths)
+    image_embeds = features.vectors["proj"].to(text_embeds)
+    logits = loaded.model.score(image_embeds, text_embeds).T.float()  # (N, C)
+    classes = [images.classes[row] for row in features.rows]
+    result = evaluate(logits, classes, images.labels, features.skipped)
+    shown = shorten(" | ".join(args.templates or templates), COLUMNS - 11)
+    print_evaluation(args, images.folders, result, {"templates": templates}, {"templates": shown})
+    return 0
+
+
+def class_folders(args: argparse.Namespace) -> "LabelledImages":
+    """The pictures to be classified, and what their classes are called."""
+    from miniclip.zeroshot.data import labelled_images
+    from miniclip.zeroshot.prompts import CLASS_SETS, published_labels
+
+    if args.labels in CLASS_SETS:
+        images = labelled_images(args.data)
+        return images._replace(labels=published_labels(args.labels, images.folders))
+    return labelled_images(args.data, read_lines(args.labels) if args.labels else None)
+
+
+def features_of(args: argparse.Namespace, loaded: "Loaded", pictures: Any) -> "Features":
+    """The pictures' features; a line for each picture that cannot be read."""
+    from miniclip.evaluation.features import picture_features
+    from miniclip.retrieval.index import lasting_name
+
+    names = [str(one) if isinstance(one, Path) else one for one in pictures]
+    name = lasting_name(args.model, args.revision)
+    features = picture_features(loaded, names, args.cache, name, args.batch)
+    for reason in features.skipped:
         note(f"miniclip: skipped {reason}")
+    return features
+
+
+def print_evaluation(
+    args: argparse.Namespace,
+    folders: list[str],
+    result: "Evaluation",
+    about: dict[str, Any],
+    shown: dict[str, str],
+) -> None:
+    """Print an evaluation, as JSON or as a table, with what there is `about` it; and draw it."""
     if args.json:
-        print_json(
-            {"model": args.model, "templates": templates} | evaluation_dict(images.folders, result)
-        )
+        print_json({"model": args.model} | about | evaluation_dict(folders, result))
     else:
-        print(f"model      {args.model}")
-        print(f"templates  {shorten(' | '.join(args.templates or templates), COLUMNS - 11)}")
-        print(evaluation_table(result))
+        for key, value in ({"model": args.model} | shown).items():
+            print(f"{key:<11}{value}")
+        print(evaluation_table(folders, result))
     if args.plot:
         from miniclip.figures.confusion import draw_confusion
 
         draw_confusion(result, args.plot)
         note(f"picture: {args.plot}")
-    return 0
 
 
 def ask_about_shapes(args: argparse.Namespace) -> int:
-    """`miniclip eval --data shapes`: questions about drawn scenes."""
+    """`miniclip eval shapes`: questions about drawn scenes."""
     from miniclip.world.scoring import score
 
     if args.templates or args.labels or args.plot:
@@ -120,42 +167,61 @@ def read_lines(path: str) -> list[str]:
 
 def evaluation_dict(folders: list[str], result: "Evaluation") -> dict[str, Any]:
     """Everything that was counted. A class is named by its folder: two labels may be equal."""
-    counts = zip(
+    from miniclip.evaluation.classification import wilson_interval
+
+    classes = []
+    for folder, *counts in zip(
         folders,
         result.labels,
         result.images.tolist(),
-        result.confusion.diagonal().tolist(),
+        result.right.tolist(),
         result.in_top5.tolist(),
         strict=True,
-    )
+    ):
+        names = ("label", "images", "right", "in_top5")
+        classes.append({"folder": folder} | dict(zip(names, counts, strict=True)))
     return {
-        "top1": result.top1,
+        "accuracy": result.accuracy,
+        "standard_error": result.standard_error,
+        "interval": wilson_interval(result.right.sum().item(), result.images.sum().item()),
+        "mean_per_class": result.mean_per_class,
         "top5": result.top5,
-        "images": sum(result.images.tolist()),
+        "calibration_error": result.calibration_error,
+        "images": result.images.sum().item(),
         "skipped": result.skipped,
-        "classes": [
-            {"folder": folder, "label": label, "images": images, "right": right, "in_top5": in_top5}
-            for folder, label, images, right, in_top5 in counts
-        ],
+        "missing": [folder for folder, n in zip(folders, result.images, strict=True) if not n],
+        "classes": classes,
         "confusions": [
             {"true": folders[true], "predicted": folders[predicted], "images": images}
             for true, predicted, images in result.mistakes()
         ],
+        "reliability": [
+            {"images": int(n), "confidence": confidence / n, "accuracy": right / n}
+            for n, confidence, right in result.bins.tolist()
+            if n
+        ],
     }
 
 
-def evaluation_table(result: "Evaluation") -> str:
+def evaluation_table(folders: list[str], result: "Evaluation") -> str:
     """Accuracies, a line for each class, and the ten most frequent confusions.
 
     If there are more than MOST_CLASSES classes, only the best and the worst have a line.
     """
+    found = evaluation_dict(folders, result)
     images, accuracy = result.images.tolist(), result.class_accuracy.tolist()
+    low, high = found["interval"]
     lines = [f"images     {sum(images):,}, in {len(images):,} folders"]
     if result.skipped:
         lines.append(f"skipped    {len(result.skipped):,}, which cannot be read")
-    lines.append(f"top-1      {result.top1:.2%}")
+    if found["missing"]:
+        lines.append(f"missing    {len(found['missing']):,} without images: ")
+        lines[-1] += shorten(", ".join(found["missing"]), COLUMNS - len(lines[-1]))
+    lines.append(f"top-1      {result.accuracy:.2%}, 95 % interval {low:.2%} to {high:.2%}")
     if len(images) > 5:
         lines.append(f"top-5      {result.top5:.2%}")
+    lines.append(f"per class  {result.mean_per_class:.2%}, the mean of the classes' top-1")
+    lines.append(f"calibrated to {result.calibration_error:.2%}, the expected calibration error")
 
     width = min(30, max(5, *(len(printable(label)) for label in result.labels)))
     longest_bar = COLUMNS - width - 18

@@ -1,4 +1,4 @@
-"""A classifier's confusions: the matrix, and the most frequent ones by name."""
+"""A classifier's confusions, the most frequent ones by name, and whether its confidence is true."""
 
 from os import PathLike
 
@@ -6,20 +6,23 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from miniclip.evaluation.classification import BINS, Evaluation
 from miniclip.figures.style import BLUE, ORANGE, save
 from miniclip.terminal import shorten
-from miniclip.zeroshot.evaluation import Evaluation
 
 MOST_NAMES = 40  # classes that can be named along a side of the matrix,
 MOST_NUMBERS = 20  # and classes that leave room for a number in each cell
 
 
 def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
-    """What was taken for what, as a matrix, and the most frequent confusions by name."""
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(8, 5))
+    """What was taken for what, as a matrix; the most frequent confusions; the reliability."""
+    figure = Figure(figsize=(14, 8.5), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["left", "right"], ["left", "below"]], width_ratios=(8, 5), height_ratios=(3, 2)
+    )
+    left, right = axes["left"], axes["right"]
     total = result.confusion.sum().item()
-    figure.suptitle(f"top-1 {result.top1:.1%} of {total:,} images", fontsize=14)
+    figure.suptitle(f"top-1 {result.accuracy:.1%} of {total:,} images", fontsize=14)
     if len(result.labels) <= MOST_NAMES:
         draw_cells(left, result)
     else:
@@ -27,6 +30,7 @@ def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
     left.set_xlabel("predicted class")
     left.set_ylabel("true class")
     draw_mistakes(right, result)
+    draw_reliability(axes["below"], result)
     save(figure, path)
 
 
@@ -64,7 +68,7 @@ def draw_dots(axes: Axes, result: Evaluation) -> None:
     axes.set_title("confusions, by the positions of the classes", loc="left", fontsize=11)
 
 
-def draw_mistakes(axes: Axes, result: Evaluation, most: int = 20) -> None:
+def draw_mistakes(axes: Axes, result: Evaluation, most: int = 14) -> None:
     """Bars for the most frequent confusions."""
     mistakes = result.mistakes()[:most][::-1]
     names = [
@@ -81,3 +85,18 @@ def draw_mistakes(axes: Axes, result: Evaluation, most: int = 20) -> None:
     axes.margins(x=0.12)
     axes.set_ylim(len(mistakes) - most - 0.5, len(mistakes) - 0.5)
     axes.set_title("most frequent: true → predicted, images", loc="left", fontsize=11)
+
+
+def draw_reliability(axes: Axes, result: Evaluation) -> None:
+    """The accuracy at each confidence: on the diagonal, the probabilities are true."""
+    images, confidence, right = result.bins[result.bins[:, 0] > 0].T.numpy()
+    axes.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
+    axes.bar(confidence / images, images / images.sum(), width=0.6 / BINS, color="0.85", zorder=0)
+    axes.plot(confidence / images, right / images, marker="o", color=BLUE)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("probability of the first label; grey: the share of the images")
+    axes.set_ylabel("accuracy")
+    axes.spines[["top", "right"]].set_visible(False)
+    error = f"expected calibration error {result.calibration_error:.1%}"
+    axes.set_title(f"reliability: {error}", loc="left", fontsize=11)

@@ -2,13 +2,11 @@
 
 classifier.py  labels in templates -> a classifier
 data.py        folders of labelled images
-evaluation.py  the accuracy of a classifier, and its confusions
-imagenet.py    OpenAI's templates and its names of ImageNet's classes
+prompts.py     OpenAI's templates and class names of the paper's data sets
 """
 
 from miniclip.zeroshot.classifier import (
     TEMPLATE,
-    TEMPLATE_SETS,
     Score,
     ZeroShotClassifier,
     class_embeddings,
@@ -16,11 +14,12 @@ from miniclip.zeroshot.classifier import (
     find_templates,
 )
 from miniclip.zeroshot.data import LabelledImages, folder_labels, labelled_images
-from miniclip.zeroshot.evaluation import Evaluation, evaluate
+from miniclip.zeroshot.prompts import CLASS_SETS, TEMPLATE_SETS
 
 __all__ = [
     "TEMPLATE",
     "TEMPLATE_SETS",
+    "CLASS_SETS",
     "Score",
     "ZeroShotClassifier",
     "class_embeddings",
@@ -29,6 +28,4 @@ __all__ = [
     "LabelledImages",
     "labelled_images",
     "folder_labels",
-    "Evaluation",
-    "evaluate",
 ]

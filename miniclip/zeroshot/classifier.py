@@ -11,18 +11,10 @@ from miniclip.follow import ids_for, sees_padding
 from miniclip.model import CLIP, unit_norm
 from miniclip.terminal import progress
 from miniclip.tokenizer import Tokenizer
-from miniclip.zeroshot.imagenet import CIFAR_TEMPLATES, IMAGENET_TEMPLATES, SIMPLE_TEMPLATES
+from miniclip.zeroshot.prompts import TEMPLATE_SETS
 
 TEMPLATE = "a photo of a {}."
 """What the paper uses where one sentence has to do for everything (section 3.1.4)."""
-
-
-TEMPLATE_SETS = {
-    "imagenet": IMAGENET_TEMPLATES,
-    "simple": SIMPLE_TEMPLATES,
-    "cifar": CIFAR_TEMPLATES,
-}
-"""Published templates by the names that `find_templates` knows; `imagenet.py` says what each is."""
 
 
 class Score(NamedTuple):
@@ -86,18 +78,24 @@ def class_embeddings(
     labels: str | Iterable[str],
     templates: str | Iterable[str] = (TEMPLATE,),
 ) -> Tensor:
-    """A unit vector for each label, (C, E). Raises ValueError where a prompt would say nothing."""
+    """A unit vector for each label, (C, E). Raises ValueError where a prompt would say nothing.
+
+    " | " stands between several names of one class, as in "happy | smiling": the mean is taken over
+    the prompts of all of them.
+    """
     labels, templates = as_list(labels, "label"), as_list(templates, "template")
-    if not labels or not all(label.strip() for label in labels):
+    names = [label.split(" | ") for label in labels]
+    if not names or not all(name.strip() for several in names for name in several):
         raise ValueError("a label is empty: expected at least one, each with a word in it")
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"template {template!r} has no {{}} for the label to go into")
     if not templates:
         raise ValueError("no templates: expected at least one, such as 'a photo of a {}.'")
-    prompts = [t.replace("{}", label) for label in labels for t in templates]
-    prompt_embeds = embed_texts(model, tokenizer, prompts)  # (labels * templates, E)
-    return unit_norm(prompt_embeds.unflatten(0, (len(labels), -1)).mean(dim=1))
+    prompts = [t.replace("{}", name) for several in names for name in several for t in templates]
+    prompt_embeds = embed_texts(model, tokenizer, prompts)  # (names * templates, E)
+    of_label = prompt_embeds.split([len(several) * len(templates) for several in names])
+    return unit_norm(torch.stack([embeds.mean(dim=0) for embeds in of_label]))
 
 
 @torch.no_grad()

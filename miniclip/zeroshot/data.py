@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from miniclip.files.checks import as_list
-from miniclip.zeroshot.imagenet import IMAGENET_CLASSES, IMAGENET_WNIDS
+from miniclip.zeroshot.prompts import IMAGENET_CLASSES, IMAGENET_WNIDS
 
 
 class LabelledImages(NamedTuple):

@@ -105,8 +105,8 @@ SLIPS = [
     ),
     Slip(
         "eval ignores --batch.",
-        "evaluate(classifier, transform, images, args.batch)",
-        "evaluate(classifier, transform, images)",
+        "picture_features(loaded, names, args.cache, name, args.batch)",
+        "picture_features(loaded, names, args.cache, name)",
         f"{FLAGS} -k batches",
     ),
     Slip(
@@ -508,8 +508,8 @@ SLIPS = [
     # Zero-shot
     Slip(
         "The mean of the prompts is not normalised.",
-        "return unit_norm(prompt_embeds.unflatten(0, (len(labels), -1)).mean(dim=1))",
-        "return prompt_embeds.unflatten(0, (len(labels), -1)).mean(dim=1)",
+        "return unit_norm(torch.stack([embeds.mean(dim=0) for embeds in of_label]))",
+        "return torch.stack([embeds.mean(dim=0) for embeds in of_label])",
         ZEROSHOT,
     ),
     Slip(
@@ -523,6 +523,30 @@ SLIPS = [
         '"a photo of the hard to see {}."',
         '"a photo of the hard to sea {}."',
         f"{ZEROSHOT} -k published",
+    ),
+    Slip(
+        "Only the first name of a class is asked for.",
+        "for name in several for t in templates]",
+        "for name in several[:1] * len(several) for t in templates]",
+        f"{ZEROSHOT} -k several_names",
+    ),
+    Slip(
+        "A published name goes to the folder at its place.",
+        "return [known[plain(folder)] for folder in folders]",
+        "return list(classes[: len(folders)])",
+        "miniclip/zeroshot/prompts.py",
+    ),
+    Slip(
+        "A class without images counts in the mean of the classes.",
+        "return self.class_accuracy.nanmean().item()",
+        "return self.class_accuracy.nan_to_num().mean().item()",
+        f"{ZEROSHOT} -k mean_of_the_classes",
+    ),
+    Slip(
+        "A bin of confidence has its lower edge.",
+        "which = (confidence * BINS).ceil().long() - 1",
+        "which = (confidence * BINS).long().clamp(max=BINS - 1)",
+        f"{ZEROSHOT} -k fifteen_bins",
     ),
     Slip(
         "top-5 looks at four labels.",

@@ -2,7 +2,7 @@
 
     python weights/everyday/prepare.py tiny-imagenet-200 cifar10 data
     miniclip train data/train --recipe everyday --out runs/everyday
-    miniclip eval --data data/val --model everyday
+    miniclip eval data/val --model everyday
 
 `tiny-imagenet-200` is the folder of Stanford's CS231n (train/, val/), `cifar10` a folder with
 train/<class>/. Nothing is copied but the validation pictures: data/train/metadata.jsonl names the

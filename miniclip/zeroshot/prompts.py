@@ -1,0 +1,60 @@
+"""What OpenAI wrote into its prompts: templates and class names of the paper's data sets.
+
+Published facts, copied to the letter from openai/CLIP (MIT licence, Copyright 2021 OpenAI):
+data/prompts.md for 26 of the 27 data sets, notebooks/Prompt_Engineering_for_ImageNet.ipynb for the
+27th. open_clip 3.3.0 has the same lists for ImageNet, and the tests know the checksums. ImageNet's
+classes are in the order of their WordNet ids (wnids, such as n01440764, here from timm 1.0.31).
+"""
+
+import json
+from pathlib import Path
+
+_sets = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="utf-8"))
+_sets.pop("source")
+
+TEMPLATE_SETS: dict[str, list[str]] = {name: found["templates"] for name, found in _sets.items()}
+"""Templates by the name of their data set. "imagenet" has the 80 of the paper's section 3.1.4.
+"simple" has seven of the 80, found by forward selection on ImageNet: the notebook says that it
+"performs a bit better than the full 80 ensemble reported in the paper"."""
+
+CLASS_SETS: dict[str, list[str]] = {n: s["classes"] for n, s in _sets.items() if "classes" in s}
+"""Class names by the name of their data set. " | " stands between several names of one class."""
+
+_lines = Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+
+IMAGENET_WNIDS = tuple(line.partition(" ")[0] for line in _lines)
+"""The 1,000 WordNet ids, sorted: the usual names of ImageNet's class folders."""
+
+IMAGENET_CLASSES = tuple(line.partition(" ")[2] for line in _lines)
+"""OpenAI's names of the 1,000 classes, by position.
+
+Two names stand for two classes each: "missile" (657 and 744) and "sunglasses" (836 and 837). The
+paper's numbers were measured so. A class is therefore known by its position, never by its name.
+"""
+
+
+def published_labels(name: str, folders: list[str]) -> list[str]:
+    """OpenAI's class names for the folders of a data set.
+
+    A folder is found by its name, whatever its case and what stands between the words. Folders that
+    are called 0 to C - 1 are found by position. Raises ValueError for any other folder.
+
+    >>> published_labels("facialemotionrecognition2013", ["Smiling", "angry"])
+    ['happy | smiling', 'angry']
+    """
+    classes = CLASS_SETS[name]
+    if [int(f) for f in folders if f.isdecimal()] == [*range(len(classes))]:
+        return list(classes)
+    known = {plain(one): names for names in classes for one in names.split(" | ")}
+    if unknown := [folder for folder in folders if plain(folder) not in known]:
+        raise ValueError(
+            f"{len(unknown)} of {len(folders)} folders are no class of {name}, such as "
+            f"{unknown[0]!r}; its classes are called {', '.join(classes[:3])}, ...; give a file of "
+            "labels for other names"
+        )
+    return [known[plain(folder)] for folder in folders]
+
+
+def plain(text: str) -> str:
+    """Letters and digits in lower case, and nothing between them."""
+    return "".join(c for c in text.lower() if c.isalnum())
