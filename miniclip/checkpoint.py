@@ -7,6 +7,7 @@ import torch
 
 from miniclip.files.hub import has_files
 from miniclip.files.models import check_vocab_fits, open_model
+from miniclip.files.modules import unwrapped
 from miniclip.files.saving import saving_checkpoint
 from miniclip.model import CLIP, TextTower, VisionTower
 from miniclip.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ def save(
     model, or the directory has files of another checkpoint that `load` would prefer.
     """
     with saving_checkpoint(directory, layout, bool(tokenizer), bool(transform)) as folder:
-        model.save_pretrained(folder, layout)
+        unwrapped(model).save_pretrained(folder, layout)
         if tokenizer:
             tokenizer.save_pretrained(folder)
         if transform:

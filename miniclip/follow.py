@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miniclip.files.modules import is_patched, unwrapped
 from miniclip.model import CLIP, MLP, Attention, Block, TextTower, VisionTower
 from miniclip.sites import Edit, hooks
 from miniclip.tokenizer import Tokenizer
@@ -24,24 +25,22 @@ def own_method(
     block: Methods = (),
     attention: Methods = (),
     mlp: Methods = (),
-    patches_count: bool = True,
 ) -> tuple[str, str]:
     """The first of these methods that a tower has in its own version, and the class that has it.
 
     Two empty strings if there is none. A module that was replaced counts as a fork's, and so does
-    a method that someone has set on a module itself, unless not `patches_count`.
+    a method that someone has set on a module itself.
     """
     kind: type = TextTower if hasattr(tower, "eos_positions") else VisionTower
     parts = [(tower, kind, of_tower)]
-    for one in tower.blocks:
+    for one in map(unwrapped, tower.blocks):
         parts.append((one, Block, block))
         parts.append((getattr(one, "attn", one), Attention, attention))
         parts.append((getattr(one, "mlp", one), MLP, mlp))
     for part, kind, names in parts:
-        part = getattr(part, "_orig_mod", part)  # of a module that torch.compile has wrapped
+        part = unwrapped(part)
         for name in names:
-            is_patched = patches_count and name in vars(part)
-            if is_patched or getattr(type(part), name, None) is not getattr(kind, name):
+            if is_patched(part, name) or getattr(type(part), name, None) is not getattr(kind, name):
                 return f"{kind.__name__}.{name}", type(part).__name__
     return "", ""
 
@@ -67,6 +66,7 @@ def tower_for(model: Any, x: Tensor) -> Any:
 
     Raises ValueError for a fork whose embedding is not the tower's output.
     """
+    model = unwrapped(model)
     if hasattr(model, "blocks"):
         return model
     name, encode = ("vision", "encode_image") if x.is_floating_point() else ("text", "encode_text")
@@ -75,15 +75,14 @@ def tower_for(model: Any, x: Tensor) -> Any:
             f"{type(model).__name__} has its own {encode}, so its embedding may not be the {name} "
             f"tower's output; give model.{name} to look at the tower alone"
         )
-    return getattr(model, name)
+    return unwrapped(getattr(model, name))
 
 
 def sees_padding(tower: Any) -> bool:
     """Whether what follows the end of a text may change its embedding, as in a fork that attends
     both ways. CLIP's text tower is causal and is read at the end token."""
     replayed = ("forward", "pool", "eos_positions"), ("forward",), ("forward", "attend")
-    # `train` patches blocks to compute them twice, which changes no embedding.
-    method, _ = own_method(tower, *replayed, patches_count=False)
+    method, _ = own_method(tower, *replayed)
     return bool(method) or not all(block.attn.causal for block in tower.blocks)
 
 

@@ -37,7 +37,7 @@ class Site(nn.Identity):
 def is_watched(site: nn.Module) -> bool:
     """True if the site or all modules have hooks, or if the site or its forward was replaced."""
     hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)
-    is_replaced = type(site) is not Site or "forward" in vars(site)
+    is_replaced = type(site).forward is not nn.Identity.forward or "forward" in vars(site)
     return is_replaced or any((*hooks, site._backward_pre_hooks, _has_any_global_hook()))
 
 
@@ -84,11 +84,10 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """F.scaled_dot_product_attention in plain steps, with its sites. All (B, H, T, D)."""
-        scores = q @ k.transpose(-2, -1) * self.head_width**-0.5  # (B, H, T, T)
-        if self.causal:
+        scores = self.scores(q @ k.transpose(-2, -1) * self.head_width**-0.5)  # (B, H, T, T)
+        if self.causal:  # after the site, so that no edit of the scores can undo it
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
-        scores = self.scores(scores)
         # In half precision the softmax is computed in float32, as in transformers.
         dtype = torch.promote_types(scores.dtype, torch.float32)
         pattern = self.pattern(scores.softmax(-1, dtype=dtype).to(v.dtype))  # rows sum to 1

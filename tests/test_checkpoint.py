@@ -5,18 +5,38 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed import HashStore
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPModel
 from twin import TINY, randomize, twins, write_shards
 
-from miniclip import CLIP, CheckpointError, TextTower, Tokenizer, VisionTower, load, save
+from miniclip import (
+    CLIP,
+    CheckpointError,
+    TextConfig,
+    TextTower,
+    Tokenizer,
+    VisionTower,
+    load,
+    save,
+)
 from miniclip.files.hub import embedded_names, resolve
 from miniclip.files.tensors import read_tensors
+from miniclip.model import Block
 from miniclip.transform import ImageTransform
 
 
@@ -434,30 +454,114 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(model, saved, monkeypatch
     assert_same_weights(CLIP.from_pretrained(saved), model)
 
 
-def no_block(model):
-    model.vision.blocks[0] = torch.nn.Identity()
+def put(path, value):
+    """A function that puts a value in the place of an attribute of a model's part."""
+    part, _, name = path.rpartition(".")
+    return lambda model: setattr(model.get_submodule(part), name, value)
 
 
-def no_projection(model):
-    model.text.proj = torch.nn.Identity()
+def exchange_blocks(model):
+    first, second, *rest = model.vision.blocks.named_children()
+    model.vision.blocks = nn.Sequential(OrderedDict([second, first, *rest]))
 
 
-def pruned_head(model):
-    attention = model.text.blocks[1].attn
-    attention.v_proj = torch.nn.Linear(TINY.text.width, attention.head_width)
+class OtherLinear(nn.Linear):
+    pass
 
 
-def something_more(model):
-    model.text.adapter = torch.nn.Linear(2, 2)
+def replace_linear(model):
+    old = model.text.blocks[1].mlp.fc2
+    model.text.blocks[1].mlp.fc2 = OtherLinear(old.in_features, old.out_features)
 
 
-@pytest.mark.parametrize("change", [no_block, no_projection, pruned_head, something_more])
-def test_a_model_that_its_config_does_not_describe_is_not_saved(saved, change):
+def drop(model):
+    model.vision.blocks[0].mlp = nn.Sequential(model.vision.blocks[0].mlp, nn.Dropout())
+
+
+UNDESCRIBED = [
+    (put("vision.blocks.0", nn.Identity()), "vision.blocks.0 is Identity, expected Block"),
+    (put("text.proj", nn.Identity()), "text.proj is Identity, expected Linear"),
+    (put("text.blocks.1.attn.v_proj", nn.Linear(40, 20)), "v_proj.out_features is 20, expected 40"),
+    (put("text.adapter", nn.Linear(2, 2)), "text.adapter is Linear, expected absent"),
+    (put("text.blocks.0.mlp.act", nn.GELU()), "text.blocks.0.mlp.act is GELU, expected QuickGELU"),
+    (put("vision.ln_post.eps", 1e-6), "vision.ln_post.eps is 1e-06, expected 2e-05"),
+    (put("vision.blocks.2.attn.causal", True), "2.attn.causal is True, expected False"),
+    (put("text.blocks.0.attn.head_width", 10), "text.blocks.0.attn.head_width is 10, expected 20"),
+    (put("vision.patch_embed.padding", (1, 1)), "patch_embed.padding is (1, 1), expected (0, 0)"),
+    (put("vision.blocks.0.attn.k", nn.Linear(12, 12)), "0.attn.k is Linear, expected Site"),
+    (put("text.token_embed.max_norm", 1.0), "text.token_embed.max_norm is 1.0, expected None"),
+    (put("text.blocks.0.mlp.fc1.bias", None), "fc1.bias is 'absent', expected 'a Parameter (92,)'"),
+    (put("text.model_type", "mine"), "text.model_type is 'mine', expected 'clip'"),
+    (put("text.config", TextConfig()), "text.config is TextConfig(width=512"),
+    (lambda m: m.text.register_buffer("table", torch.ones(2), persistent=False), "text.table is"),
+    (lambda m: m.text.register_buffer("table", torch.ones(2)), "text.table is 'a Tensor (2,)'"),
+    (exchange_blocks, "vision.blocks.parts is ['1', '0', '2'], expected ['0', '1', '2']"),
+    (replace_linear, "text.blocks.1.mlp.fc2 is OtherLinear, expected Linear"),
+    (drop, "vision.blocks.0.mlp is Sequential, expected MLP"),
+    (lambda m: nn.utils.parametrizations.weight_norm(m.text.proj), "proj is ParametrizedLinear"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, words", UNDESCRIBED, ids=[words for _, words in UNDESCRIBED])
+def test_a_model_that_its_config_does_not_describe_is_not_saved(saved, change, words):
     changed, before = CLIP.from_pretrained(saved), (saved / "model.safetensors").read_bytes()
     change(changed)
-    with pytest.raises(CheckpointError, match="nothing could load it: .* tensors are missing"):
+    with pytest.raises(CheckpointError, match="not saved: the config does not .*Merge") as error:
         changed.save_pretrained(saved)
+    assert words in str(error.value)
     assert (saved / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_is_not_saved(saved, tmp_path):
+    """Hooks, the kind of attention, gradients, and blocks that are computed twice."""
+    model = CLIP.from_pretrained(saved).train().requires_grad_(False)
+    model.set_attention("eager")
+    model.vision.note = "mine"
+    block = model.vision.blocks[0]
+    block.register_forward_hook(lambda *args: 0 * args[-1])
+    block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_weights(CLIP.from_pretrained(tmp_path / "again"), model)
+    block.forward = torch.zeros_like
+    with pytest.warns(UserWarning, match="vision.blocks.0.forward: patched on the model"):
+        model.save_pretrained(tmp_path / "again")
+
+
+@pytest.fixture
+def alone():
+    """A group of one process, for the wrappers of torch.distributed."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def wrap_blocks(model):
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    return model
+
+
+def compile_tower(model):
+    model.vision = torch.compile(model.vision)
+    return model
+
+
+def shard(model):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for part in (*model.text.blocks, model.vision):
+        fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
+@pytest.mark.parametrize("wrap", [
+    torch.compile, compile_tower, DistributedDataParallel, wrap_blocks, shard,
+    lambda model: AveragedModel(torch.compile(model)),
+])  # fmt: skip
+def test_wrappers_are_looked_through(saved, tmp_path, wrap, alone):
+    expected, folder = CLIP.from_pretrained(saved), tmp_path / "again"
+    save(folder, wrap(CLIP.from_pretrained(saved)), None, None)
+    assert_same_weights(CLIP.from_pretrained(folder), expected)
+    assert (folder / "config.json").read_bytes() == (saved / "config.json").read_bytes()
 
 
 def tied(model):

@@ -404,10 +404,7 @@ def test_every_site_is_the_tensor_it_is_called(double):
     expected = transformers_sites(theirs, pixels, ids)
     assert expected.keys() == seen.keys()
     for name, tensor in expected.items():
-        past = tensor.isneginf()
-        assert torch.equal(past, seen[name].isneginf()), name
-        found, wanted = seen[name].masked_fill(past, 0), tensor.masked_fill(past, 0)
-        assert difference(found, wanted) < FLOAT64, name
+        assert difference(seen[name], tensor) < FLOAT64, name
 
 
 @torch.no_grad()
@@ -465,11 +462,11 @@ def transformers_sites(theirs, pixels, ids):
             sites |= {f"{ours}.attn.q": q, f"{ours}.attn.k": k, f"{ours}.attn.v": v}
             sites[f"{ours}.attn.z"] = inputs[f"{peer}.self_attn.out_proj"].unflatten(-1, heads)
             scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(heads[1])
+            exp = scores.exp()
             if tower == "text":
                 t = torch.arange(scores.shape[-1])
-                scores[:, :, t[:, None] < t[None]] = -math.inf
-            exp = scores.exp()
-            sites[f"{ours}.attn.scores"] = scores
+                exp[:, :, t[:, None] < t[None]] = 0
+            sites[f"{ours}.attn.scores"] = scores  # the mask comes after the site
             sites[f"{ours}.attn.pattern"] = exp / exp.sum(-1, keepdim=True)
     return sites
 
@@ -611,6 +608,41 @@ def test_nothing_after_the_end_token_can_reach_the_embedding():
         changed = ids.clone()
         changed[0, position] = (ids[0, position] + 1) % 590
         assert difference(model.encode_text(changed), expected) > 1e-3, position
+
+
+EDITS = {
+    "a soft cap": lambda scores: 2 * torch.tanh(scores / 2),
+    "a constant": torch.ones_like,
+    "a negative temperature": lambda scores: -3 * scores,
+    "NaN at later tokens": lambda scores: scores.masked_fill(scores.isfinite().triu(1), torch.nan),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("edit", EDITS)
+def test_no_edit_of_the_scores_lets_later_tokens_in(edit):
+    model, (_, ids) = tiny_clip(), random_inputs(TINY, texts=1, tokens=20)
+    ids[0, 11] = TINY.text.eos_token_id
+    other = ids.clone()
+    other[0, 12:] = 5
+    plain = model.encode_text(ids)
+    for block in model.text.blocks:
+        block.attn.scores.register_forward_hook(lambda *args: EDITS[edit](args[-1]))
+    edited = model.encode_text(ids)
+    assert torch.equal(edited, model.encode_text(other)) and not torch.equal(ids, other)
+    assert (difference(edited, plain) > 1e-3) == (edit != "NaN at later tokens")
+
+
+def test_a_temperature_of_the_scores_has_the_gradient_that_it_has_on_q():
+    """The mask stands after the site: a product of 0 and minus infinity would be NaN."""
+    model, (_, ids) = tiny_clip(torch.float64), random_inputs(TINY)
+    attn, slopes = model.text.blocks[0].attn, []
+    for site in (attn.scores, attn.q):
+        temperature = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+        handle = site.register_forward_hook(lambda *args: temperature * args[-1])
+        slopes += torch.autograd.grad(model.encode_text(ids).square().sum(), temperature)
+        handle.remove()
+    assert slopes[0].abs() > 1e-3 and difference(slopes[0], slopes[1]) < FLOAT64
 
 
 def test_text_is_read_at_its_first_end_token():
@@ -854,13 +886,17 @@ def test_a_layer_is_written_out_while_its_site_is_watched(name, look):
     assert not seen
 
 
-def test_a_layer_is_written_out_while_its_sites_forward_is_patched():
+def test_a_layer_is_written_out_while_its_sites_forward_is_patched(monkeypatch):
     attention, x = Attention(12, 3, causal=False), torch.randn(1, 5, 12)
     plain = attention(x)
     attention.pattern.forward = torch.zeros_like
     assert torch.equal(attention(x)[0, 0], attention.out_proj.bias)
     del attention.pattern.forward  # the class's own is below
     assert torch.equal(attention(x), plain)
+    seen = []
+    monkeypatch.setattr(Site, "forward", lambda self, x: seen.append(self) or x)
+    attention(x)
+    assert attention.scores in seen and attention.pattern in seen
 
 
 def test_a_module_in_the_place_of_a_site_is_called():

@@ -9,6 +9,7 @@ classes build themselves from these:
     configs.py       transformers' config, or the shapes of OpenAI's weights <-> fields of a config
     open_clip.py     open_clip's config
     models.py        fields and tensors under our names, for a class to build itself from
+    modules.py       the names of a model's modules, and whether its config describes them
     pretrained.py    from_pretrained and save_pretrained of the classes
     checks.py        checks of the numbers of configs, tokenizers and transforms
     saving.py        a model, or a whole checkpoint -> a directory

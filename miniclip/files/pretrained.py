@@ -14,8 +14,9 @@ from torch import nn
 from miniclip.errors import CheckpointError, blaming
 from miniclip.files import configs, images
 from miniclip.files.hub import resolve
-from miniclip.files.models import Fork, Stored, meta_device, open_model, read_fields
-from miniclip.files.saving import check_shapes, write_model
+from miniclip.files.models import Fork, Stored, open_model, read_fields
+from miniclip.files.modules import check_described, class_of, state_of
+from miniclip.files.saving import write_model
 from miniclip.files.vocabularies import Vocabulary, read_vocabulary, write_vocabulary
 
 M = TypeVar("M", bound="Pretrained")
@@ -85,14 +86,17 @@ class Pretrained(nn.Module):
         """Write config.json and model.safetensors, for miniclip and for transformers to load.
 
         `layout`: "transformers", "openai" or "open_clip". See `miniclip.save` for a whole
-        checkpoint. Raises CheckpointError, also if the weights do not have the config's shapes.
+        checkpoint. Hooks belong to the run and not to the file. A model that FSDP2 has sharded is
+        gathered: call this in all its processes. Raises CheckpointError, also if the config does
+        not describe the model, as one with another activation or an adapter. A method that is
+        patched on the model is not saved, and a warning says so.
         """
         if len(self.towers) < 2:
             raise CheckpointError(f"{directory}: one tower alone is not saved; save its CLIP")
-        with meta_device():
-            expected = type(self)(self.config).state_dict()
-        check_shapes(directory, self.state_dict(), expected)
-        write_model(directory, asdict(self.config), self.state_dict(), layout, self.fork())
+        with blaming(f"{directory}: not saved"):
+            check_described(self)
+        fork = class_of(self).fork()
+        write_model(directory, asdict(self.config), state_of(self), layout, fork)
 
     @classmethod
     def fork(cls) -> Fork:

@@ -80,18 +80,6 @@ def write_model(
                 raise OSError(error) from error
 
 
-def check_shapes(
-    directory: str | PathLike[str], state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> None:
-    """Raise CheckpointError unless a state dict has the expected names and shapes."""
-    shapes, found = ({n: t.shape for n, t in tensors.items()} for tensors in (expected, state))
-    if odd := sorted(dict(shapes.items() ^ found.items())):
-        raise CheckpointError(
-            f"{directory}: not saved, because nothing could load it: {len(odd)} tensors are "
-            f"missing, unexpected or not of the shape in model.config: {listed(odd)}"
-        )
-
-
 @contextmanager
 def saving_checkpoint(
     directory: str | PathLike[str], layout: str, has_tokenizer: bool, has_transform: bool

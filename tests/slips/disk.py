@@ -713,9 +713,51 @@ SLIPS = [
     ),
     Slip(
         "A model that its config does not describe is saved.",
-        "        check_shapes(directory, self.state_dict(), expected)\n",
-        "",
+        "            check_described(self)\n",
+        "            pass\n",
         "tests/test_checkpoint.py -k does_not_describe",
+    ),
+    Slip(
+        "A model with other numbers in its modules is saved.",
+        'settings |= {n: v for n, v in vars(module).items() if n[0] != "_"} | module._buffers',
+        "pass",
+        "tests/test_checkpoint.py -k does_not_describe",
+    ),
+    Slip(
+        "A model with its blocks in another order is saved.",
+        'settings: dict[str, Any] = {"parts": [*module._modules]}',
+        "settings: dict[str, Any] = {}",
+        "tests/test_checkpoint.py -k does_not_describe",
+    ),
+    Slip(
+        "A model with another activation is saved.",
+        'if "absent" in kinds or class_of(ours[name]) is not class_of(theirs[name]):',
+        'if "absent" in kinds:',
+        "tests/test_checkpoint.py -k does_not_describe",
+    ),
+    Slip(
+        "How a model is run keeps it from being saved.",
+        'for name in ("training", "eager"):',
+        "for name in ():",
+        "tests/test_checkpoint.py -k a_run_is_not",
+    ),
+    Slip(
+        "A patched method is left out of a file without a word.",
+        "    if patched:\n        warnings.warn(",
+        "    if False:\n        warnings.warn(",
+        "tests/test_checkpoint.py -k a_run_is_not",
+    ),
+    Slip(
+        "Wrappers are a part of the names in a file.",
+        "    module = unwrapped(module)\n    yield prefix, module",
+        "    yield prefix, module",
+        "tests/test_checkpoint.py -k looked_through",
+    ),
+    Slip(
+        "A sharded model is a fork of its own.",
+        "fork = class_of(self).fork()",
+        "fork = self.fork()",
+        "tests/test_checkpoint.py -k looked_through",
     ),
     Slip(
         "bfloat16 is read as float16.",

@@ -1,0 +1,135 @@
+"""The modules of a model: their names, and whether its config describes them."""
+
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from miniclip.errors import listed, shown
+from miniclip.files.models import meta_device
+
+WRAPPERS = {  # class -> where it keeps the module that it wraps
+    "OptimizedModule": "_orig_mod",  # torch.compile
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "PeftModel": "base_model",
+    "BaseTuner": "model",  # PEFT's, inside PeftModel
+}
+
+
+def unwrapped(module: Any) -> Any:
+    """The module that torch.compile, DDP, activation checkpointing or PEFT has wrapped."""
+    for kind in type(module).__mro__:
+        if kind.__name__ in WRAPPERS:
+            return unwrapped(getattr(module, WRAPPERS[kind.__name__]))
+    return module
+
+
+def class_of(module: nn.Module) -> Any:
+    """The class of a module, and not the class that FSDP2 makes of it."""
+    return next(c for c in type(module).__mro__ if "torch.distributed.fsdp" not in c.__module__)
+
+
+def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As nn.Module's, but wrappers are no part of a name, and a shared module has all its names."""
+    module = unwrapped(module)
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from named_modules(child, f"{prefix}.{name}".lstrip("."))
+
+
+def is_patched(module: nn.Module, name: str) -> bool:
+    """Whether a module has a method of its own in the place of its class's."""
+    patch: Any = vars(module).get(name)
+    if getattr(patch, "func", None) is checkpoint:  # the same, computed again in the backward pass
+        patch = patch.args[0]
+    return patch is not None and getattr(patch, "__func__", patch) is not getattr(
+        class_of(module), name, None
+    )
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, without wrappers in the names. Tensors that FSDP2 has sharded are gathered,
+    which needs all processes."""
+    state: dict[str, Any] = {}
+    for name, module in named_modules(model):
+        module._save_to_state_dict(state, f"{name}.".lstrip("."), False)
+    return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
+
+
+def check_described(model: Any) -> None:
+    """Raise ValueError unless a model, its weights aside, is what its class makes of its config.
+
+    Warns of a method that is patched on a module. Hooks do not count.
+    """
+    kind = class_of(model)
+    with meta_device():
+        expected = kind(model.config)
+    parts = [module for _, module in named_modules(expected)]
+    if any(isinstance(v, Tensor) for m in parts for v in (*vars(m).values(), *m.buffers())):
+        with torch.random.fork_rng(devices=[]):  # a fork: its table of positions has values
+            expected = kind(model.config)
+    if odd := [*differences(model, expected)]:
+        raise ValueError(
+            f"the config does not describe the model: {listed(odd)}. Merge adapters first "
+            "(surgery.merge_lora, PEFT's merge_and_unload), change the config too, or write the "
+            "change as a subclass"
+        )
+    patched = [
+        f"{name}.{method}".lstrip(".")
+        for (name, module), (_, plain) in zip(named_modules(model), named_modules(expected))
+        for method in vars(module).keys() - vars(plain).keys()
+        if callable(getattr(plain, method, None)) and is_patched(module, method)
+    ]
+    if patched:
+        warnings.warn(
+            f"{listed(patched)}: patched on the model, which no file can hold", stacklevel=3
+        )
+
+
+def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
+    """How the modules of two models differ, in words: in class, order, settings or shapes."""
+    ours, theirs = dict(named_modules(model)), dict(named_modules(expected))
+    for name in theirs | ours:
+        kinds = [class_of(m[name]).__name__ if name in m else "absent" for m in (ours, theirs)]
+        if "absent" in kinds or class_of(ours[name]) is not class_of(theirs[name]):
+            yield f"{name or 'the model'} is {kinds[0]}, expected {kinds[1]}"
+            continue
+        found, wanted = _settings(ours[name]), _settings(theirs[name])
+        for key in wanted | found:
+            is_unknown = key in vars(ours[name])  # an attribute that its class never reads
+            default = getattr(theirs[name], key, found[key] if is_unknown else "absent")
+            if key not in wanted and callable(default):
+                continue  # a patched method
+            values = [found.get(key, "absent"), wanted.get(key, default)]
+            if not _same(*values):
+                place = f"{name}.{key}".lstrip(".")
+                yield f"{place} is {shown(values[0])}, expected {shown(values[1])}"
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module is beside its class: the numbers that it keeps, its parts, its shapes."""
+    settings: dict[str, Any] = {"parts": [*module._modules]}
+    settings |= {n: v for n, v in vars(module).items() if n[0] != "_"} | module._buffers
+    for name in ("training", "eager"):  # how it is run
+        settings.pop(name, None)
+    stored: dict[str, Any] = {}
+    module._save_to_state_dict(stored, "", False)
+    for name, tensor in stored.items():
+        kind = type(getattr(module, name, None)).__name__.replace("DTensor", "Parameter")
+        settings[name] = f"a {kind} {tuple(getattr(tensor, 'shape', ()))}"
+    return settings
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one.cpu(), other.cpu().to(one.dtype))
+    texts = {re.sub(" at 0x[0-9a-f]+", "", repr(value)) for value in (one, other)}
+    return len(texts) == 1 or bool(one == other)
