@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 from random import Random
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -19,7 +20,15 @@ from miniclip.files.hub import resolve
 from miniclip.tokenizer import Tokenizer
 from miniclip.training import read_recipe, set_up
 from miniclip.world import scenes as world
-from miniclip.world.captions import captions, located, negatives, relations, say, say_something
+from miniclip.world.captions import (
+    kinds,
+    located,
+    negatives,
+    relations,
+    say,
+    say_something,
+    vague,
+)
 from miniclip.world.scenes import COLOURS, HELD_OUT, SEEN, SHAPES, draw, paint, scene
 from miniclip.world.scoring import SCORE_SEED, score
 from miniclip.world.source import Shapes
@@ -156,6 +165,20 @@ def arrangements(things, count):
 def believes(relation, wanted, chosen):
     fit = all(words <= has for words, (has, _) in zip(wanted, chosen, strict=True))
     return fit and (relation is None or BELIEFS[relation](chosen[0][1], chosen[1][1]))
+
+
+class Caption(NamedTuple):
+    text: str  # true
+    negatives: list[str]  # false, each in one thing
+
+
+def captions(s):
+    """Everything that may be said of a scene, each once, with what it is told from."""
+    claims = dict.fromkeys(claim for kind in (*kinds(s), vague) for claim in kind(s))
+    return [
+        Caption(say(claim), [say(false) for made in negatives(claim, s).values() for false in made])
+        for claim in claims
+    ]
 
 
 def test_captions_are_true_and_their_negatives_false(scenes):

@@ -14,10 +14,4 @@ questions that photographs leave open:
 - Does an attention map look where the object is? The masks say where it is.
 
 Everything is a pure function of numbers: scene 7 of seed 0 is always the same scene.
-
-scenes.py    what is in a scene, and its picture with exact masks
-captions.py  captions that are true of a scene, and false ones
-source.py    the world as training data
-scoring.py   how well a model knows the world
-localise.py  how often a heat map is right
 """

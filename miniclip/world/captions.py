@@ -1,7 +1,7 @@
 """Captions that are true of a scene by proof, and false ones."""
 
 from collections.abc import Callable
-from itertools import chain, combinations, permutations, product
+from itertools import combinations, permutations, product
 from random import Random
 from typing import NamedTuple
 
@@ -22,14 +22,12 @@ RELATIONS = {  # of two objects: the axis, and the sign of the second's place mi
     "below": ("y", -1),
 }
 
-
 PLACES = {  # of one object: the same, the middle of the picture standing for the second
     "on the left": ("x", 1),
     "on the right": ("x", -1),
     "at the top": ("y", 1),
     "at the bottom": ("y", -1),
 }
-
 
 OPPOSITE = dict(zip(PLACES, ("on the right", "on the left", "at the bottom", "at the top")))
 
@@ -137,12 +135,16 @@ def lists(scene: Scene) -> list[Claim]:
 
 def vague(scene: Scene) -> list[Claim]:
     """Of a colour or a shape alone: "something red", "a star above a heart"."""
-    alone = [Claim("", (part(object),)) for object in scene.objects for part in (coloured, shaped)]
+
+    def parts(object: Object) -> tuple[Phrase, Phrase]:
+        return Phrase("", object.colour, ""), Phrase("", "", object.shape)
+
+    alone = [Claim("", (part,)) for object in scene.objects for part in parts(object)]
     return alone + [
-        Claim(relation, (part(a), part(b)))
+        Claim(relation, pair)
         for a, b, relation in clear_relations(scene)
-        for part in (coloured, shaped)
-        if part(a) != part(b)
+        for pair in zip(parts(a), parts(b), strict=True)
+        if pair[0] != pair[1]
     ]
 
 
@@ -174,16 +176,6 @@ def named(object: Object) -> list[Phrase]:
     return [Phrase(size, object.colour, object.shape) for size in sizes]
 
 
-def coloured(object: Object) -> Phrase:
-    """By colour alone."""
-    return Phrase("", object.colour, "")
-
-
-def shaped(object: Object) -> Phrase:
-    """By shape alone."""
-    return Phrase("", "", object.shape)
-
-
 def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
     """Claims that are false of the scene and differ from a true one in one thing, by that thing.
 
@@ -192,17 +184,21 @@ def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
     word becomes another: a "size", a "colour", a "shape".
     None names a held-out pair, unless `claim` does.
     """
-    changed = swaps(claim) if len(claim.phrases) > 1 else moved(claim)
+    opposite = OPPOSITE.get(claim.relation)
+    made = swaps(claim) if len(claim.phrases) > 1 else {}
+    if opposite:
+        made = {"places": [claim._replace(relation=opposite)]}
     known = {(p.colour, p.shape) for p in claim.phrases}
 
     def fair(claim: Claim) -> bool:
         unknown = {(p.colour, p.shape) for p in claim.phrases} & HELD_OUT - known
         return not unknown and not holds(claim, scene)
 
-    false = {what: list(filter(fair, made)) for what, made in changed.items()}
-    if not any(false.values()):
-        false = {what: list(filter(fair, made)) for what, made in replacements(claim).items()}
-    return {what: made for what, made in false.items() if made}
+    for claims in (made, replacements(claim)):
+        false = {what: [c for c in some if fair(c)] for what, some in claims.items()}
+        if any(false.values()):
+            break
+    return {what: some for what, some in false.items() if some}
 
 
 def swaps(claim: Claim) -> dict[str, list[Claim]]:
@@ -210,18 +206,17 @@ def swaps(claim: Claim) -> dict[str, list[Claim]]:
     made: dict[str, list[Claim]] = {"places": [], "colours": []}
     for i, j in combinations(range(len(claim.phrases)), 2):
         a, b = claim.phrases[i], claim.phrases[j]
-        recoloured = a._replace(colour=b.colour), b._replace(colour=a.colour)
-        for what, (first, second) in (("places", (b, a)), ("colours", recoloured)):
-            swapped = list(claim.phrases)
-            swapped[i], swapped[j] = first, second
-            made[what].append(claim._replace(phrases=tuple(swapped)))
+        made["places"].append(changed(claim, {i: b, j: a}))
+        recoloured = {i: a._replace(colour=b.colour), j: b._replace(colour=a.colour)}
+        made["colours"].append(changed(claim, recoloured))
     return made
 
 
-def moved(claim: Claim) -> dict[str, list[Claim]]:
-    """To the other side of the picture."""
-    opposite = OPPOSITE.get(claim.relation)
-    return {"places": [claim._replace(relation=opposite)]} if opposite else {}
+def changed(claim: Claim, phrases: dict[int, Phrase]) -> Claim:
+    """The claim with other phrases in some positions."""
+    return claim._replace(
+        phrases=tuple(phrases.get(i, phrase) for i, phrase in enumerate(claim.phrases))
+    )
 
 
 WORDS = {"size": ("small", "large"), "colour": tuple(COLOURS), "shape": SHAPES}
@@ -233,28 +228,8 @@ def replacements(claim: Claim) -> dict[str, list[Claim]]:
     for i, phrase in enumerate(claim.phrases):
         for what, words in WORDS.items():
             for word in words if getattr(phrase, what) else ():
-                changed = list(claim.phrases)
-                changed[i] = phrase._replace(**{what: word})
-                made[what].append(claim._replace(phrases=tuple(changed)))
+                made[what].append(changed(claim, {i: phrase._replace(**{what: word})}))
     return made
-
-
-class Caption(NamedTuple):
-    """A true caption and the false ones that it is told from."""
-
-    text: str  # true
-    negatives: list[str]  # false, each in one thing
-
-
-def captions(scene: Scene) -> list[Caption]:
-    """Everything that may be said of a scene, each with the captions that it is told from."""
-    true = dict.fromkeys(
-        claim for kind in (*kinds(scene), vague) for claim in kind(scene)
-    )  # each once
-    return [
-        Caption(say(claim), [say(false) for false in chain(*negatives(claim, scene).values())])
-        for claim in true
-    ]
 
 
 def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """How often a heat map is right, on drawn scenes whose objects' pixels are known."""
 
 import statistics
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,9 @@ from miniclip.checkpoint import Loaded
 from miniclip.lens.heat import METHODS
 from miniclip.model import CLIP
 from miniclip.terminal import progress
+from miniclip.world.captions import Phrase, say_phrase
+from miniclip.world.scenes import draw, scene
+from miniclip.world.scoring import SCORE_SEED
 
 
 class Localisation(NamedTuple):
@@ -35,10 +37,6 @@ class Question(NamedTuple):
 
 def questions(scenes: int) -> list[Question]:
     """Two for each scene of two objects; no training set has these scenes."""
-    from miniclip.world.captions import Phrase, say_phrase
-    from miniclip.world.scenes import draw, scene
-    from miniclip.world.scoring import SCORE_SEED
-
     asked = []
     for drawn in (scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)):
         picture, masks = draw(drawn)
@@ -83,8 +81,9 @@ def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]
         maps = [answers(one, asked, method) for one in models]
         trained, *others = (localisation(method, heat, named, other) for heat in maps)
         found["trained"].append(trained)
-        found["random"].append(summary(statistics.mean, others))
-        found["spread"].append(summary(statistics.stdev, others))
+        shares = list(zip(*others))[1:]
+        found["random"].append(Localisation(method, *map(statistics.mean, shares)))
+        found["spread"].append(Localisation(method, *map(statistics.stdev, shares)))
     grid = (len(asked), *model.config.vision.grid)
     chance = torch.rand(grid, generator=torch.Generator().manual_seed(0))
     ceiling = F.interpolate(named[:, None].float(), grid[1:], mode="area")[:, 0]
@@ -98,12 +97,6 @@ def untrained_like(model: CLIP, seed: int) -> CLIP:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return type(model)(model.config).to(model.logit_scale).eval()
-
-
-def summary(function: Callable[[Sequence[float]], float], rows: list[Localisation]) -> Localisation:
-    """A function of each share that several rows of one method have."""
-    _, *shares = zip(*rows)
-    return Localisation(rows[0].method, *map(function, shares))
 
 
 def localisation(method: str, heat: Tensor, named: Tensor, other: Tensor) -> Localisation:

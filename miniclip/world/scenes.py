@@ -10,7 +10,6 @@ from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 64
 
-
 COLOURS = {
     "red": (226, 40, 40),
     "orange": (250, 140, 30),
@@ -22,31 +21,44 @@ COLOURS = {
     "white": (252, 252, 250),
 }
 
-
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
-
-
 RADII = {"small": 6, "plain": 9, "large": 13}  # of a circle around it, in pixels
-
 
 TILTS = (-12, 0, 12)  # degrees
 
-
 GRID = 4  # pixels; centres are at multiples of it, so that there are fewer pictures to learn from
-
 
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 
-
 Y, X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) / IMAGE_SIZE - 0.5
+
+ROUND = np.exp(1j * np.linspace(0, math.tau, 96, endpoint=False))
+UP = -1j
+LONG, THIN = 0.94, 0.32  # of a cross
+ARM = np.array([LONG - THIN * 1j, LONG + THIN * 1j, THIN + THIN * 1j])
+T = np.linspace(0, math.tau, 96, endpoint=False)
+HEART = 16 * np.sin(T) ** 3 + 1j * (
+    -13 * np.cos(T) + 5 * np.cos(2 * T) + 2 * np.cos(3 * T) + np.cos(4 * T) - 1.5
+)
+OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
+    "circle": (0.9 * ROUND,),
+    "square": (np.array([1 + 1j, 1 - 1j, -1 - 1j, -1 + 1j]) * 0.5**0.5,),
+    "triangle": (UP * np.exp(1j * math.tau / 3 * np.arange(3)),),
+    "star": (UP * np.exp(1j * math.tau / 10 * np.arange(10)) * np.tile([1, 0.42], 5),),
+    "cross": (np.concatenate([ARM * 1j**quarter for quarter in range(4)]),),
+    "ring": (0.95 * ROUND, 0.5 * ROUND),
+    "heart": (HEART / 18.5,),
+    "moon": (0.95 * ROUND, 0.8 * ROUND + (0.48 - 0.1j)),
+}
+"""A polygon in the unit circle, and for a ring and a moon a second one that is cut out of it.
+
+A corner is a complex number, x + iy with y downwards: to turn a shape is to multiply."""
+SHAPES = tuple(OUTLINES)
 
 HELD_OUT = frozenset(
     (colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)
 )  # one pair of each colour and of each shape: 8 of the 64
 
-
 SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
-
 
 CLEAR = 8
 """Pixels. A relation is spoken of where the centres are so far apart along it, and one pixel is
@@ -170,41 +182,12 @@ def paint(background: Background) -> np.ndarray:
 @cache  # 8 shapes x 3 radii x 3 tilts
 def sprite(shape: str, radius: int, tilt: int) -> np.ndarray:
     """The share of each pixel that the shape covers, (2 radius, 2 radius) float32 from 0 to 1."""
+    if shape not in OUTLINES:
+        raise ValueError(f"shape is {shape!r}; expected one of {SHAPES}")
     fine = 16  # drawn so many times larger, then averaged
     canvas = Image.new("L", (2 * radius * fine, 2 * radius * fine))
     turn = np.exp(1j * math.radians(tilt))
-    for polygon, ink in zip(outline(shape), (255, 0)):
+    for polygon, ink in zip(OUTLINES[shape], (255, 0)):
         points = (polygon * turn + (1 + 1j)) * (radius * fine) - (0.5 + 0.5j)  # pixel centres
         ImageDraw.Draw(canvas).polygon([(p.real, p.imag) for p in points], fill=ink)
     return np.asarray(canvas.reduce(fine), np.float32) / 255
-
-
-def outline(shape: str) -> tuple[np.ndarray, ...]:
-    """A polygon in the unit circle, and for a ring and a moon a second one that is cut out of it.
-
-    A corner is a complex number, x + iy with y downwards: to turn a shape is to multiply.
-    """
-    round = np.exp(1j * np.linspace(0, math.tau, 96, endpoint=False))
-    up = -1j
-    if shape == "circle":
-        return (0.9 * round,)
-    if shape == "square":
-        return (np.array([1 + 1j, 1 - 1j, -1 - 1j, -1 + 1j]) * 0.5**0.5,)
-    if shape == "triangle":
-        return (up * np.exp(1j * math.tau / 3 * np.arange(3)),)
-    if shape == "star":
-        return (up * np.exp(1j * math.tau / 10 * np.arange(10)) * np.tile([1, 0.42], 5),)
-    if shape == "cross":
-        long, thin = 0.94, 0.32
-        arm = np.array([long - thin * 1j, long + thin * 1j, thin + thin * 1j])
-        return (np.concatenate([arm * 1j**quarter for quarter in range(4)]),)
-    if shape == "ring":
-        return 0.95 * round, 0.5 * round
-    if shape == "heart":
-        t = np.linspace(0, math.tau, 96, endpoint=False)
-        x = 16 * np.sin(t) ** 3
-        y = -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)
-        return ((x + 1j * (y - 1.5)) / 18.5,)
-    if shape == "moon":
-        return 0.95 * round, 0.8 * round + (0.48 - 0.1j)
-    raise ValueError(f"shape is {shape!r}; expected one of {SHAPES}")

@@ -828,14 +828,14 @@ LENS = [
     ),
     Slip(
         "The spread is the draws' variance.",
-        "summary(statistics.stdev, others)",
-        "summary(statistics.variance, others)",
+        "map(statistics.stdev, shares)",
+        "map(statistics.variance, shares)",
         "tests/test_lens.py -k 'draws'",
     ),
     Slip(
         "Random weights are scored by their median.",
-        "summary(statistics.mean, others)",
-        "summary(statistics.median, others)",
+        "map(statistics.mean, shares)",
+        "map(statistics.median, shares)",
         "tests/test_lens.py -k 'draws'",
     ),
     Slip(

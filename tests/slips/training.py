@@ -700,7 +700,12 @@ SLIPS = [
     Slip("Relations are spoken of sooner.", "CLEAR = 8\n", "CLEAR = 6\n", SHAPES),
     Slip("Other pairs are held out.", "SHAPES[(3 * i + 1) % 8]", "SHAPES[(3 * i + 2) % 8]", SHAPES),
     Slip("A star is fatter.", "np.tile([1, 0.42], 5)", "np.tile([1, 0.46], 5)", SHAPES),
-    Slip("A ring is thinner.", "0.95 * round, 0.5 * round", "0.95 * round, 0.6 * round", SHAPES),
+    Slip(
+        "A ring is thinner.",
+        "0.95 * ROUND, 0.5 * ROUND",
+        "0.95 * ROUND, 0.6 * ROUND",
+        SHAPES,
+    ),
     Slip(
         "Masks have what is covered a little.",
         "mask[rows, columns] = cover >= 0.5",
