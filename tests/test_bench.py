@@ -17,21 +17,10 @@ from PIL import Image
 from torch import nn
 
 from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig, bench, load
-from miniclip.bench import (
-    Row,
-    collection,
-    inputs,
-    libraries,
-    material,
-    measuring,
-    models,
-    processes,
-    suites,
-    table,
-)
+from miniclip.bench import Row, libraries, material, measuring, models, pipeline, suites, table
 from miniclip.bench.libraries import Library
 from miniclip.bench.material import Setting
-from miniclip.bench.measuring import Case, Contender, alternate, distance, measure, timed
+from miniclip.bench.measuring import Case, alternate, distance, measure, timed
 from miniclip.commands.main import main
 from miniclip.parts import parts
 from miniclip.published import PUBLISHED
@@ -52,8 +41,9 @@ CEILING = models.ceiling
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
-    monkeypatch.setattr(collection, "SEARCHED", 20_000)
-    product = contender("one matrix product", [1.0], None)  # the real one takes most of the time
+    monkeypatch.setattr(pipeline, "SEARCHED", 20_000)
+    # The real one takes most of the time.
+    product = dict([contender("one matrix product", [1.0], None)])
     monkeypatch.setattr(models, "ceiling", lambda setting, multiply_adds: product)
 
 
@@ -66,11 +56,11 @@ def contender(name, costs, output, log=None):
             log.append(name)
         return next(costs), output
 
-    return Contender(name, trial)
+    return name, trial
 
 
 def case(*contenders, **fields):
-    return Case("suite", "work", 10, "texts", list(contenders), lambda x: x, **fields)
+    return Case("suite", "work", 10, "texts", dict(contenders), lambda x: x, **fields)
 
 
 def rows_of(*contenders, **fields):
@@ -95,7 +85,7 @@ def test_a_slow_spell_of_the_machine_changes_no_ratio():
 
 def test_rounds_alternate_and_end_with_the_time(monkeypatch):
     log = []
-    pair = [contender(name, [1.0], 0, log) for name in "AB"]
+    pair = dict(contender(name, [1.0], 0, log) for name in "AB")
     assert alternate(pair, seconds=0) == [[1.0, 1.0]] * 3
     assert [sorted(log[i : i + 2]) for i in (0, 2, 4)] == [["A", "B"]] * 3
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: len(log))  # a second for each trial
@@ -105,7 +95,7 @@ def test_rounds_alternate_and_end_with_the_time(monkeypatch):
         "AB",
         "BA",
     }  # no fixed order
-    pair = [contender("A", [1.0, 2.0], 0), contender("B", [3.0, 4.0], 0)]
+    pair = dict([contender("A", [1.0, 2.0], 0), contender("B", [3.0, 4.0], 0)])
     assert alternate(pair, seconds=0) == [[1.0, 3.0], [2.0, 4.0], [1.0, 3.0]]
 
 
@@ -239,7 +229,7 @@ def test_photographs_are_as_large_as_photographs(setting):
 @pytest.mark.parametrize("suite", sorted({*bench.SUITES} - {"startup", "memory"}))
 def test_every_suite_does_the_same_work_with_each_library(suite, setting, monkeypatch):
     for case in cases(suite, setting, monkeypatch):
-        outputs = {c.name: c.trial()[1] for c in case.contenders}
+        outputs = {name: trial()[1] for name, trial in case.trials.items()}
         mine = case.form(outputs.pop("miniclip"))
         peers = {name: case.form(out) for name, out in outputs.items() if out is not None}
         assert "transformers" in peers or suite == "search" and "torch, matmul + topk" in peers
@@ -307,7 +297,7 @@ def test_a_gradient_of_the_peers_that_is_another_is_noticed(setting, monkeypatch
 @pytest.mark.slow
 def test_a_row_that_only_the_peers_see_is_noticed(setting, monkeypatch):
     case = next(bench.SUITES["search"](setting))
-    monkeypatch.setattr(collection.Index, "search", lambda index, query, k: [])
+    monkeypatch.setattr(pipeline.Index, "search", lambda index, query, k: [])
     rows = {row.contender: row for row in measure(case, seconds=0)}
     assert rows.pop("miniclip").cost is not None
     assert rows and all(row.cost is None for row in rows.values())
@@ -324,7 +314,7 @@ def test_captions_and_invented_words_are_all_different():
 def test_the_ceiling_scales_one_product_to_the_work(setting, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))  # a product takes 1 s
-    assert CEILING(setting, 2 * 2048**3).trial() == (2.0, None)
+    assert CEILING(setting, 2 * 2048**3)["one matrix product"]() == (2.0, None)
 
 
 @pytest.mark.slow
@@ -341,14 +331,16 @@ def test_padding_is_not_compared(setting):
     """OpenAI pads with 0, to the whole context."""
     end = setting.config.text.eos_token_id
     ids = torch.tensor([[7, 8, end, 0, 0], [7, end, end, end, end]])
-    assert next(inputs.tokenizer_suite(setting)).form(ids) == [[7, 8], [7]]
+    assert next(pipeline.tokenizer_suite(setting)).form(ids) == [[7, 8], [7]]
 
 
 @pytest.mark.slow
 def test_the_ceiling_counts_the_work(setting, monkeypatch):
     counted = []
     monkeypatch.setattr(
-        models, "ceiling", lambda setting, n: counted.append(n) or contender("one", [1.0], None)
+        models,
+        "ceiling",
+        lambda setting, n: counted.append(n) or dict([contender("one", [1.0], None)]),
     )
     list(models.vision_suite(setting))
     image = models.tower_multiply_adds(SHAPE, "vision")
@@ -424,8 +416,8 @@ def test_compiled_encoders_come_first(device, mode, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     found = models.encoders(setting, "encode_image", [torch.ones(1, 2)] * 3)
     names = ["miniclip, compiled", "transformers, compiled", *(one.name for one in three)]
-    assert [one.name for one in found] == names and modes == [mode, mode]
-    assert torch.equal(found[4].trial()[1], torch.ones(1, 2))
+    assert list(found) == names and modes == [mode, mode]
+    assert torch.equal(found["open_clip"]()[1], torch.ones(1, 2))
     waits = ["wait"] if device == "cuda:1" else []
     assert log == [*waits, ("open_clip", True), *waits]
 
@@ -434,8 +426,8 @@ def test_the_libraries_read_one_checkpoint_in_one_precision(monkeypatch, tmp_pat
     monkeypatch.setattr(material, "libraries", lambda *given: given)
     setting = Setting(tmp_path, SHAPE, "tiny", "cuda:1", torch.bfloat16, False, 3)
     assert setting.libraries == (tmp_path, "cuda:1", torch.bfloat16)
-    case = setting.case("suite", "work", 3, "texts", [], list)
-    assert case == ("suite", "work, tiny, bfloat16", 3, "texts", [], list, 5e-2)
+    case = setting.case("suite", "work", 3, "texts", {}, list)
+    assert case == ("suite", "work, tiny, bfloat16", 3, "texts", {}, list, 5e-2)
 
 
 @pytest.mark.slow
@@ -508,22 +500,22 @@ def test_a_peer_gets_our_weights_and_our_vocabulary(name, setting, monkeypatch):
 def test_processes_of_their_own_are_weighed_and_timed(setting, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        processes, "in_process", lambda *given: asked.append(given) or (7e6, torch.ones(1, 2))
+        pipeline, "in_process", lambda *given: asked.append(given) or (7e6, torch.ones(1, 2))
     )
-    (memory,), (startup,) = processes.memory_suite(setting), processes.startup_suite(setting)
-    costs = {one.name: one.trial()[0] for one in memory.contenders}
+    (memory,), (startup,) = pipeline.memory_suite(setting), pipeline.startup_suite(setting)
+    costs = {name: trial()[0] for name, trial in memory.trials.items()}
     size = (setting.directory / "model.safetensors").stat().st_size
     assert costs == {"miniclip": 7e6, "transformers": 7e6, "the weights file": size}
     assert memory.unit == "bytes" and memory.form(torch.ones(1, 2)).shape == (1, 2)
-    assert [one.trial()[1].tolist() for one in startup.contenders] == [[[1, 1]]] * 2
+    assert [trial()[1].tolist() for trial in startup.trials.values()] == [[[1, 1]]] * 2
     assert [library for _, library in asked] == ["miniclip", "transformers"] * 2
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert list(processes.memory_suite(setting)) == []
+    assert list(pipeline.memory_suite(setting)) == []
 
 
 @pytest.mark.slow
 def test_four_batches_of_files_are_embedded(setting):
-    (case,) = collection.embed_suite(replace(setting, batch=8))
+    (case,) = pipeline.embed_suite(replace(setting, batch=8))
     assert (case.count, case.unit) == (32, "images")
 
 
@@ -639,10 +631,10 @@ def test_bad_input_is_one_line(argv, words, capsys):
 def test_a_process_that_fails_says_why(stderr, reason, monkeypatch, tmp_path):
     setting = Setting(tmp_path, SHAPE, "tiny", "cpu", torch.float32, False, 3)
     done = types.SimpleNamespace(returncode=1, stderr=stderr)
-    monkeypatch.setattr(processes.subprocess, "run", lambda *args, **named: done)
-    monkeypatch.setattr(processes, "first_inputs", lambda setting: ())
+    monkeypatch.setattr(pipeline.subprocess, "run", lambda *args, **named: done)
+    monkeypatch.setattr(pipeline, "first_inputs", lambda setting: ())
     with pytest.raises(RuntimeError, match=f"miniclip failed in a process of its own: {reason}$"):
-        processes.in_process(setting, "miniclip")
+        pipeline.in_process(setting, "miniclip")
 
 
 @pytest.mark.slow
@@ -650,9 +642,9 @@ def test_a_process_of_its_own_gives_the_same_logits(setting):
     """With the setting's dtype."""
     exact, half = setting, replace(setting, dtype=torch.bfloat16)
     here, rounded = (
-        next(bench.SUITES["load"](one)).contenders[0].trial()[1] for one in (exact, half)
+        next(bench.SUITES["load"](one)).trials["miniclip"]()[1] for one in (exact, half)
     )
-    peak, logits = processes.in_process(half, "miniclip")
+    peak, logits = pipeline.in_process(half, "miniclip")
     assert 1e6 < peak < 1e9 or sys.platform != "linux"
     assert distance(logits, rounded) < material.MAX_DISTANCE[torch.bfloat16]
     assert distance(logits, here) > 1e-5

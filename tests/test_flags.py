@@ -203,13 +203,13 @@ def test_bench_measures_what_it_is_asked_for(run, monkeypatch):
     assert run("bench --shape tiny --suite vision text")[0] == 0
     works = [case.work for case in cases]
     assert works[1].startswith("16 images, tiny, float32") and works[2].startswith("16 captions")
-    assert not any("compiled" in one.name for case in cases for one in case.contenders)
+    assert not any("compiled" in name for case in cases for name in case.trials)
     cases.clear()
     monkeypatch.setattr("torch.compile", lambda encoder, **options: encoder)
     line = "bench --shape tiny --suite vision --batch 3 --dtype bfloat16 --compile"
     assert run(line)[0] == 0
     assert cases[1].work == "3 images, tiny, bfloat16"
-    assert sum("compiled" in one.name for one in cases[1].contenders) == 2
+    assert sum("compiled" in name for name in cases[1].trials) == 2
 
 
 @pytest.mark.parametrize("name", ["eval", "embed"])

@@ -2,7 +2,7 @@
 
 import gzip
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from miniclip.bench.libraries import Library, libraries
-from miniclip.bench.measuring import Case, Contender, Trial, timed
+from miniclip.bench.measuring import Case, Trial, timed, unit_rows
 from miniclip.checkpoint import save
 from miniclip.config import CLIPConfig
 from miniclip.files.hub import OPENAI_VOCABULARY
@@ -56,9 +56,9 @@ class Setting:
         """The dtype without its module: "float32"."""
         return str(self.dtype).removeprefix("torch.")
 
-    def timed(self, run: Callable[[], Any]) -> Trial:
-        """A trial of the work, timed on this device."""
-        return timed(run, self.device)
+    def timed(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, Trial]:
+        """A trial of each contender's work, timed on this device."""
+        return {name: timed(run, self.device) for name, run in runs.items()}
 
     def case(
         self,
@@ -66,12 +66,12 @@ class Setting:
         work: str,
         count: int,
         unit: str,
-        contenders: list[Contender],
-        form: Callable[[Any], Any],
+        trials: dict[str, Trial],
+        form: Callable[[Any], Any] = unit_rows,
     ) -> Case:
         """Work of the model, whose result depends on rounding."""
         work = f"{work}, {self.shape}, {self.dtype_name}"
-        return Case(suite, work, count, unit, contenders, form, MAX_DISTANCE[self.dtype])
+        return Case(suite, work, count, unit, trials, form, MAX_DISTANCE[self.dtype])
 
 
 def prepare(directory: Path, shape: str) -> CLIPConfig:

@@ -4,6 +4,7 @@ A round is one trial of each contender, and a ratio is taken within a round: wha
 for a while slows them all. Nothing is timed before its output is found equal to miniclip's.
 """
 
+import itertools
 import math
 import random
 import statistics
@@ -14,20 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from miniclip.model import unit_norm
+
 SECONDS = 6.0  # for each case
 
-
 Trial = Callable[[], tuple[float, Any]]
-
-
-class Contender(NamedTuple):
-    """One who does the work. A trial returns the cost, in seconds or bytes, and the output.
-
-    An output of None is not compared: it comes from less work, and is shown for scale.
-    """
-
-    name: str
-    trial: Trial
+"""One who does the work once returns the cost, in seconds or bytes, and the output. An output of
+None is not compared: it comes from less work, and is shown for scale."""
 
 
 class Case(NamedTuple):
@@ -38,7 +32,7 @@ class Case(NamedTuple):
     # Of units per trial. The name hides a method of tuples, which nobody needs here.
     count: int  # type: ignore[assignment]
     unit: str  # "images", "texts", ...; or "bytes", which are themselves the cost
-    contenders: list[Contender]
+    trials: dict[str, Trial]  # by contender
     form: Callable[[Any], Any]  # an output in the form that `distance` compares
     tolerance: float = 0.0
 
@@ -59,32 +53,29 @@ class Row(NamedTuple):
 def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
     """Compare all outputs, and then time those that are equal to miniclip's."""
     outputs = []
-    for contender in case.contenders:
-        output = contender.trial()[1]  # `form` at once: a CUDA graph reuses its memory
+    for trial in case.trials.values():
+        output = trial()[1]  # `form` at once: a CUDA graph reuses its memory
         outputs.append(None if output is None else case.form(output))
     differences = [None if out is None else distance(out, outputs[0]) for out in outputs]
     if differences[0] != 0:  # from itself
         raise RuntimeError(f"{case.suite}: miniclip's own output has numbers that are not finite")
-    equal = [
-        contender
-        for contender, difference in zip(case.contenders, differences, strict=True)
-        if difference is None or difference <= case.tolerance
-    ]
+    named = dict(zip(case.trials, differences, strict=True))
+    equal = {n: case.trials[n] for n, far in named.items() if far is None or far <= case.tolerance}
     alternate(equal, 1, least=1, most=3)  # compilers, caches and clocks warm up
     costs = dict(zip(equal, zip(*alternate(equal, seconds), strict=True), strict=True))
-    first = costs[case.contenders[0]]
+    first = next(iter(costs.values()))
     rows = []
-    for contender, difference in zip(case.contenders, differences, strict=True):
+    for name, difference in named.items():
         cost = ratio = None
-        if contender in costs:
-            cost = quartiles(costs[contender])
-            ratio = quartiles([a / b for a, b in zip(costs[contender], first, strict=True)])
-        rows.append(Row(*case[:4], contender.name, difference, cost, ratio))
+        if name in costs:
+            cost = quartiles(costs[name])
+            ratio = quartiles([a / b for a, b in zip(costs[name], first, strict=True)])
+        rows.append(Row(*case[:4], name, difference, cost, ratio))
     return rows
 
 
 def alternate(
-    contenders: list[Contender], seconds: float, *, least: int = 3, most: int = 40
+    trials: dict[str, Trial], seconds: float, *, least: int = 3, most: int = 40
 ) -> list[list[float]]:
     """The costs of each round, in the given order.
 
@@ -95,8 +86,8 @@ def alternate(
     start = time.perf_counter()
     rounds: list[list[float]] = []
     while len(rounds) < least or (len(rounds) < most and time.perf_counter() - start < seconds):
-        cost = {c.name: c.trial()[0] for c in draw.sample(contenders, len(contenders))}
-        rounds.append([cost[contender.name] for contender in contenders])
+        costs = {name: trials[name]()[0] for name in draw.sample(list(trials), len(trials))}
+        rounds.append([costs[name] for name in trials])
     return rounds
 
 
@@ -127,6 +118,11 @@ def distance(one: Any, other: Any) -> float:
     return math.inf if math.isnan(far) else far
 
 
+def unit_rows(embeds: Tensor) -> Tensor:
+    """Embeddings (B, E) in the form that is compared: unit vectors in float64 on the CPU."""
+    return unit_norm(embeds.double().cpu())
+
+
 def timed(run: Callable[[], Any], device: str = "cpu") -> Trial:
     """A trial that costs the seconds of `run`, including the work it starts on a GPU."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
@@ -139,3 +135,25 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> Trial:
         return time.perf_counter() - start, output
 
     return trial
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A paragraph for each case, 80 columns wide."""
+    lines = ["Medians over the rounds, and of each round's cost in miniclip's (quartiles)."]
+    for (suite, work), group in itertools.groupby(rows, key=lambda row: row[:2]):
+        lines += ["", f"{suite}: {work}"]
+        lines += [f"  {row.contender:<24}{_numbers(row)}" for row in group]
+    return "\n".join(lines)
+
+
+def _numbers(row: Row) -> str:
+    if row.cost is None or row.ratio is None:
+        return f"not timed: its output is another, by {row.difference:.1g}"
+    _, cost, _ = row.cost
+    if row.unit == "bytes":
+        amount = f"{cost / 1e6:>9,.0f} MB{'':13}"
+    else:
+        rate = row.count / cost
+        amount = f"{cost * 1e3:>9,.1f} ms{rate:>10,.{int(rate < 100)}f}/s "
+    lower, median, upper = row.ratio
+    return f"{amount}{median:>7.2f}x ({lower:.2f} to {upper:.2f})"

@@ -1,6 +1,6 @@
 """Suites of the model: images and captions to embeddings, a zero-shot classifier, gradients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from miniclip.bench.libraries import Library
 from miniclip.bench.material import Setting, captions, plural
-from miniclip.bench.measuring import Case, Contender, Trial
+from miniclip.bench.measuring import Case, Trial, timed
 from miniclip.config import CLIPConfig
 from miniclip.files.names import OPENAI, TRANSFORMERS, layout_name, pack
 from miniclip.loss import contrastive_loss
@@ -27,9 +27,9 @@ def vision_suite(setting: Setting) -> Iterator[Case]:
     multiply_adds = tower_multiply_adds(setting.config, "vision")
     for count in sorted({1, setting.batch}):
         pixels = random_inputs(setting.config, images=count)[0].to(setting.device)
-        contenders = encoders(setting, "encode_image", [pixels] * len(setting.libraries))
-        contenders.append(ceiling(setting, count * multiply_adds))
-        yield setting.case("vision", plural(count, "image"), count, "images", contenders, unit_rows)
+        trials = encoders(setting, "encode_image", [pixels] * len(setting.libraries))
+        trials |= ceiling(setting, count * multiply_adds)
+        yield setting.case("vision", plural(count, "image"), count, "images", trials)
 
 
 def text_suite(setting: Setting) -> Iterator[Case]:
@@ -37,14 +37,13 @@ def text_suite(setting: Setting) -> Iterator[Case]:
     texts = captions(setting.batch)
     ids = [library.tokenize(texts).to(setting.device) for library in setting.libraries]
     count, length = ids[0].shape
-    contenders = encoders(setting, "encode_text", ids)
-    multiply_adds = tower_multiply_adds(setting.config, "text", length)
-    contenders.append(ceiling(setting, count * multiply_adds))
+    trials = encoders(setting, "encode_text", ids)
+    trials |= ceiling(setting, count * tower_multiply_adds(setting.config, "text", length))
     work = f"{plural(count, 'caption')} of at most {length} tokens"
-    yield setting.case("text", work, count, "texts", contenders, unit_rows)
+    yield setting.case("text", work, count, "texts", trials)
 
 
-def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> list[Contender]:
+def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, Trial]:
     """Each library's encoder on its input.
 
     With `compile`, those of miniclip and transformers also run compiled. Then all outputs are
@@ -60,18 +59,20 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> list[Conten
         }
         runs = compiled | runs
 
-    def trial(encode: Callable[[Tensor], Tensor], x: Tensor) -> Trial:
-        return setting.timed(torch.inference_mode()(lambda: encode(x)))
+    @torch.inference_mode()
+    def encode(name: str) -> Tensor:
+        encoder, x = runs[name]
+        return encoder(x)
 
-    return [Contender(name, trial(*run)) for name, run in runs.items()]
+    return setting.timed({name: partial(encode, name) for name in runs})
 
 
-def ceiling(setting: Setting, multiply_adds: int) -> Contender:
+def ceiling(setting: Setting, multiply_adds: int) -> dict[str, Trial]:
     """The time for that many multiply-adds at the speed of one large matrix product."""
     n = 8192 if setting.device.startswith("cuda") else 2048
     a, b = torch.randn(2, n, n, device=setting.device, dtype=setting.dtype)
-    trial = setting.timed(lambda: F.linear(a, b))  # the only float16 product that is fast on a CPU
-    return Contender("one matrix product", lambda: (trial()[0] * multiply_adds / n**3, None))
+    trial = timed(lambda: F.linear(a, b), setting.device)  # on a CPU, float16 is fast only here
+    return {"one matrix product": lambda: (trial()[0] * multiply_adds / n**3, None)}
 
 
 @cache
@@ -80,11 +81,6 @@ def tower_multiply_adds(config: CLIPConfig, tower: str, tokens: int | None = Non
     if tokens is not None:
         config = replace(config, text=replace(config.text, context_length=tokens))
     return sum(part.multiply_adds for part in parts(config) if part.name.startswith(tower))
-
-
-def unit_rows(embeds: Tensor) -> Tensor:
-    """Embeddings (B, E) in the form that is compared: unit vectors in float64 on the CPU."""
-    return unit_norm(embeds.double().cpu())
 
 
 def zeroshot_suite(setting: Setting) -> Iterator[Case]:
@@ -117,12 +113,11 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
     runs = {"miniclip": partial(class_embeddings, ours.model, tokenizer, labels, templates)}
     runs |= {library.name: partial(class_by_class, library) for library in peers}
     runs["transformers, at once"] = partial(all_at_once, peers[0])
-    contenders = [Contender(name, setting.timed(run)) for name, run in runs.items()]
     lengths = [2 + len(tokenizer.encode(prompt)) for prompt in prompts]
     multiply_adds = sum(tower_multiply_adds(setting.config, "text", n) for n in lengths)
-    contenders.append(ceiling(setting, multiply_adds))
+    trials = setting.timed(runs) | ceiling(setting, multiply_adds)
     work = f"{len(labels)} labels x {len(templates)} templates"
-    yield setting.case("zeroshot", work, len(prompts), "texts", contenders, unit_rows)
+    yield setting.case("zeroshot", work, len(prompts), "texts", trials)
 
 
 def train_suite(setting: Setting) -> Iterator[Case]:
@@ -149,9 +144,9 @@ def train_suite(setting: Setting) -> Iterator[Case]:
         flat = [gradients[name].double().flatten().cpu() for name in sorted(gradients)]
         return torch.cat(flat)[None]
 
-    contenders = []
-    for library in setting.libraries:
-        ids = library.tokenize(texts).to(setting.device)
-        contenders.append(Contender(library.name, setting.timed(partial(gradients, library, ids))))
+    runs = {
+        library.name: partial(gradients, library, library.tokenize(texts).to(setting.device))
+        for library in setting.libraries
+    }
     work = f"the loss of {plural(len(texts), 'pair')} and its gradients"
-    yield setting.case("train", work, len(texts), "pairs", contenders, one_vector)
+    yield setting.case("train", work, len(texts), "pairs", setting.timed(runs), one_vector)

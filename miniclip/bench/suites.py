@@ -1,21 +1,29 @@
-"""All suites, and the function that runs them."""
+"""All suites, the function that runs them, and what they were measured with."""
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from miniclip.bench.collection import embed_suite, search_suite
-from miniclip.bench.inputs import tokenizer_suite, transform_suite
 from miniclip.bench.material import MAX_DISTANCE, Setting, prepare
 from miniclip.bench.measuring import Case, Row, measure
 from miniclip.bench.models import text_suite, train_suite, vision_suite, zeroshot_suite
-from miniclip.bench.processes import load_suite, memory_suite, startup_suite
+from miniclip.bench.pipeline import (
+    embed_suite,
+    load_suite,
+    memory_suite,
+    search_suite,
+    startup_suite,
+    tokenizer_suite,
+    transform_suite,
+)
 from miniclip.files.models import check_device
-from miniclip.peers import import_transformers
+from miniclip.peers import import_transformers, versions
 from miniclip.published import PUBLISHED
 from miniclip.terminal import progress
 
@@ -88,3 +96,22 @@ def exact_float32() -> Iterator[None]:
     finally:
         for backend, allowed in zip(backends, before, strict=True):
             backend.allow_tf32 = allowed
+
+
+def environment(device: str) -> dict[str, str]:
+    """The hardware and the versions that numbers were measured with."""
+    hardware = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    hardware += f", {torch.get_num_threads()} threads"
+    if device.startswith("cuda"):
+        hardware = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; {hardware}"
+    return {"date": str(date.today()), "hardware": hardware} | versions()
+
+
+def processor() -> str:
+    """The name of the CPU, from Linux or else from Python."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
