@@ -450,11 +450,11 @@ CODE = {
     ),
     "read_at_the_last_token": (
         "is_eos.int().argmax(-1), -1)", "ids.shape[1] - 1, -1)",
-        "text.pooled", "model has texts read at their last token",
+        "text.pooled", "model has pooling at the last token",
     ),
     "read_at_the_first_token": (
         "is_eos.int().argmax(-1), -1)", "is_eos.int().argmin(-1), -1)",
-        "text.pooled", "model has texts read at their first token",
+        "text.pooled", "model has pooling at the first token",
     ),
     "read_before_the_end_token": (
         "is_eos.int().argmax(-1), -1)", "is_eos.int().argmax(-1) - 1, -1)",

@@ -16,11 +16,11 @@ from transformers.activations import ACT2FN
 from twin import TINY, twins
 
 from miniclip import ImageTransform, Tokenizer
-from miniclip.parity import compare, models, pixels, variants
-from miniclip.parity.diagnosis import cause_in_model
+from miniclip.parity import compare, comparison, pixels
+from miniclip.parity.diagnosis import cause_in_model, differing_weights
+from miniclip.parity.faults import FAULTS, POOLS
 from miniclip.parity.pixels import cause_in_pixels
 from miniclip.parity.tokens import cause_in_tokens
-from miniclip.parity.weights import differing_weights
 
 # ------------------------------------------------------------------------------------ the formulas
 
@@ -28,10 +28,20 @@ X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch
 D, EPS = X - X.mean(-1, keepdim=True), 0.1
 LEAST, MOST = -torch.inf, torch.inf
 QUICK = ACT2FN["quick_gelu"]
-ONES, NONE = torch.ones(1, 1, 3, 3), torch.zeros(3, 3, dtype=torch.bool)
+ONES, END = torch.ones(1, 1, 3, 3), torch.tensor([1])
 E = X.exp()
+HIDDEN = torch.eye(4, 6).bool()  # one mask for three heads
+M = E.masked_fill(HIDDEN, 0)
+IDS, ENDS = torch.tensor([[0, 7, 9, 7], [7, 0, 0, 0], [0, 0, 7, 1]]), torch.tensor([1, 0, 2])
+W, B = torch.linspace(1, 2, 6).double(), torch.linspace(3, 4, 6).double()
+
+
+def shares(x):
+    return x / x.sum(2, True)
+
+
 TABLES = {
-    "ACTIVATION_FORMULAS": ((X,), {
+    "act": ((X,), {
         **{name: ACT2FN[name](X) for name in (
             "quick_gelu", "gelu", "gelu_pytorch_tanh", "relu", "leaky_relu", "silu", "mish",
             "sigmoid", "tanh",
@@ -48,51 +58,77 @@ TABLES = {
         "softplus": (1 + E).log(),
         "identity": X,
     }),
-    "NORMS": ((X, EPS), {
-        "LayerNorm with the unbiased variance": D / (D.square().sum(-1, True) / 5 + EPS).sqrt(),
-        "LayerNorm with eps outside the root": D / ((D.square().sum(-1, True) / 6).sqrt() + EPS),
+    "norm": ((X, EPS, W, B), {
+        "LayerNorm with the unbiased variance":
+            D / (D.square().sum(-1, True) / 5 + EPS).sqrt() * W + B,
+        "LayerNorm with eps outside the root":
+            D / ((D.square().sum(-1, True) / 6).sqrt() + EPS) * W + B,
         "LayerNorm with the unbiased variance and eps outside the root":
-            D / ((D.square().sum(-1, True) / 5).sqrt() + EPS),
-        "RMSNorm for LayerNorm": X / (X.square().sum(-1, True) / 6 + EPS).sqrt(),
-        "LayerNorm over all tokens together":
-            (X - X.mean((1, 2), True)) / (X.var((1, 2), correction=0, keepdim=True) + EPS).sqrt(),
+            D / ((D.square().sum(-1, True) / 5).sqrt() + EPS) * W + B,
+        "RMSNorm for LayerNorm": X / (X.square().sum(-1, True) / 6 + EPS).sqrt() * W + B,
+        "RMSNorm without bias for LayerNorm": X / (X.square().sum(-1, True) / 6 + EPS).sqrt() * W,
+        "LayerNorm over all tokens together": W * (X - X.mean((1, 2), True))
+            / (X.var((1, 2), correction=0, keepdim=True) + EPS).sqrt() + B,
     }),
-    "MASKS": ((ONES, {}), {
+    "mask": ((ONES, END), {
         "no causal mask": torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 0]]),
         "a causal mask": torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0]]),
         "a causal mask the wrong way round": torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0]]),
         "a causal mask that hides a token from itself":
             torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]]),
         "a causal mask that shows the next token": torch.tensor([[0, 0, 1], [0, 0, 0], [0, 0, 0]]),
+        "a mask of what follows the end token": torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 1]]),
     }),
-    "SOFTMAXES": ((X[None],), {
-        "a softmax over queries, not keys": (E / E.sum(1, True))[None],
-        "a softmax over heads, not keys": (E / E.sum(0, True))[None],
-        "a softmax with 1 added to its sum": (E / (1 + E.sum(2, True)))[None],
-        "a sigmoid in the place of the softmax": (1 / (1 + 1 / E))[None],
-    }),
-    "POOLS": ((X, {}), {
-        "the first token": X[:, 0],
-        "the second token": X[:, 1],
-        "the last token": X[:, 3],
-        "the mean of all tokens": (X[:, 0] + X[:, 1] + X[:, 2] + X[:, 3]) / 4,
-        "the mean of the patches": (X[:, 1] + X[:, 2] + X[:, 3]) / 3,
-        "the sum of all tokens": X[:, 0] + X[:, 1] + X[:, 2] + X[:, 3],
-        "the largest of all tokens": torch.from_numpy(X.numpy().max(1)),
-    }),
-    "LENGTHS": ((X[0],), {
-        "the root of the sum of squares": (X[0] * X[0]).sum(1, True).sqrt(),
-        "the root of the sum over the batch": (X[0] * X[0]).sum(0, True).sqrt(),
-        "the root of the mean of squares": ((X[0] * X[0]).sum(1, True) / 6).sqrt(),
-        "the sum of squares": (X[0] * X[0]).sum(1, True),
-        "the sum of absolute values": X[0].abs().sum(1, True),
-        "the largest absolute value": torch.from_numpy(X[0].abs().numpy().max(1, keepdims=True)),
+    "softmax": ((X[None], HIDDEN), {
+        "a softmax over queries, not keys": (M / M.sum(1, True))[None],
+        "a softmax over heads, not keys":
+            torch.where(HIDDEN, 1 / 3, E / E.sum(0, True))[None],  # where all is hidden: uniform
+        "a softmax with 1 added to its sum": (M / (1 + M.sum(2, True)))[None],
+        "a sigmoid in the place of the softmax": (M / (1 + M))[None],
+        "a causal mask that comes after the softmax": (M / E.sum(2, True))[None],
         **{
-            f"their length and an eps of {eps}": (X[0] * X[0]).sum(1, True).sqrt() + float(eps)
-            for eps in ("0.001", "0.0001", "1e-05", "1e-06", "1e-07", "1e-08")
+            f"a score of {score} where the mask hides, not of -inf":
+                shares(X.masked_fill(HIDDEN, score).exp())[None]
+            for score in (0, -1, -10, -100)
         },
     }),
-    "TEMPERATURES": ((torch.tensor(5.0, dtype=torch.float64),), {
+    "scale": ((16, 64), {
+        "scores that are not scaled": 1,
+        "scores scaled by 1 / head width, and not its root": 1 / 16,
+        "scores multiplied by the root of the head width": 4,
+        "scores scaled by the root of the width, and not of a head's": 1 / 8,
+        "scores scaled by the root of the heads": 1 / 2,
+    }),
+    "pool": ((X, IDS, ENDS), {
+        "pooling at the first token": X[:, 0],
+        "pooling at the second token": X[:, 1],
+        "pooling at the last token": X[:, 3],
+        "pooling at the mean of all tokens": (X[:, 0] + X[:, 1] + X[:, 2] + X[:, 3]) / 4,
+        "pooling at the mean of the patches": (X[:, 1] + X[:, 2] + X[:, 3]) / 3,
+        "pooling at the sum of all tokens": X[:, 0] + X[:, 1] + X[:, 2] + X[:, 3],
+        "pooling at the largest of all tokens": torch.from_numpy(X.numpy().max(1)),
+        "pooling at the mean of a text up to its end token":
+            torch.stack([(X[0, 0] + X[0, 1]) / 2, X[1, 0], (X[2, 0] + X[2, 1] + X[2, 2]) / 3]),
+        "texts read at their largest id": torch.stack([X[0, 2], X[1, 0], X[2, 2]]),
+        "texts read at their last end token": torch.stack([X[0, 3], X[1, 0], X[2, 2]]),
+        "texts read before their end token": torch.stack([X[0, 0], X[1, 3], X[2, 1]]),
+        "texts read after their end token": torch.stack([X[0, 2], X[1, 1], X[2, 3]]),
+    }),
+    "length": ((X[0],), {
+        f"embeddings divided by {words}": divisor
+        for words, divisor in {
+            "the root of the sum over the batch": (X[0] * X[0]).sum(0, True).sqrt(),
+            "the root of the mean of squares": ((X[0] * X[0]).sum(1, True) / 6).sqrt(),
+            "the sum of squares": (X[0] * X[0]).sum(1, True),
+            "the sum of absolute values": X[0].abs().sum(1, True),
+            "the largest absolute value": torch.from_numpy(X[0].abs().numpy().max(1)[:, None]),
+            **{
+                f"their length and an eps of {eps}": (X[0] * X[0]).sum(1, True).sqrt() + float(eps)
+                for eps in ("0.001", "0.0001", "1e-05", "1e-06", "1e-07", "1e-08")
+            },
+        }.items()
+    }),
+    "temperature": ((torch.tensor(5.0, dtype=torch.float64),), {
         "a logit scale that is not exponentiated": 5,
         "a logit scale that is exponentiated twice": math.exp(math.exp(5)),
         "a logit scale that divides": 1 / math.exp(5),
@@ -102,7 +138,7 @@ TABLES = {
         "the logit scale that training begins with": 1 / 0.07,
         "no logit scale": 1,
     }),
-    "PIXELS": ((X[None],), {
+    "pixels": ((X[None],), {
         "the colours in the order BGR": X[None, [2, 1, 0]],
         "rows and columns of pixels exchanged": torch.from_numpy(X.numpy().swapaxes(1, 2))[None],
         "pixels that are mirrored": X[None, :, :, [5, 4, 3, 2, 1, 0]],
@@ -111,7 +147,7 @@ TABLES = {
         "pixels that are divided by 255": X[None] / 255,
         "pixels that are brought from 0..1 to -1..1 once more": (X[None] - 0.5) / 0.5,
     }),
-    "PATCHES": ((X[None],), {  # three numbers for each of 4 x 6 patches
+    "patches": ((X[None],), {  # three numbers for each of 4 x 6 patches
         "patches in the order of columns":
             torch.stack([X[:, row, column] for column in range(6) for row in range(4)])[None],
         "patches that are reshaped, not transposed": X.flatten().unflatten(0, (24, 3))[None],
@@ -122,11 +158,13 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_each_entry_of_a_table_computes_what_its_name_says(name):
     given, expected = TABLES[name]
-    table = getattr(variants, name)
+    table = POOLS if name == "pool" else FAULTS[name]
     assert table.keys() == expected.keys()
     for entry, function in table.items():
-        found, right = function(*given), torch.as_tensor(expected[entry], dtype=torch.float64)
-        assert near(found.double(), right), entry
+        found, right = (
+            torch.as_tensor(x, dtype=torch.float64) for x in (function(*given), expected[entry])
+        )
+        assert near(found, right), entry
 
 
 def near(one, other):
@@ -145,7 +183,7 @@ def side():
     right = twins(TINY)[0]
     wrong = twins(TINY, seed=1)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "cause_in_model", lambda site, *both: sides.append(both) or "")
+        patch.setattr(comparison, "cause_in_model", lambda site, *both: sides.append(both) or "")
         compare(wrong, right)
     return sides[0][1]
 
@@ -304,8 +342,8 @@ FOUND = {
     f"{V}.resid_post | no residual connection around the MLP": lambda s: +s.t[f"{V}.mlp_out"] + 0,
     f"{V}.resid_post | the sum 1 resid_pre + 0.5 attn_out + 2 mlp_out":
         lambda s: s.t[f"{V}.resid_pre"] + s.t[f"{V}.attn_out"] / 2 + 2 * s.t[f"{V}.mlp_out"],
-    "text.pooled | texts read at their first token": lambda s: s.read()[:, 0],
-    "text.pooled | texts read at their last token": lambda s: s.read()[:, 16],
+    "text.pooled | pooling at the first token": lambda s: s.read()[:, 0],
+    "text.pooled | pooling at the last token": lambda s: s.read()[:, 16],
     "text.pooled | texts read before their end token": lambda s: s.read()[s.rows, s.end - 1],
     "text.pooled | texts read after their end token":
         lambda s: s.read()[s.rows, (s.end + 1) % 17],

@@ -25,7 +25,7 @@ from miniclip import (
     transform,
 )
 from miniclip.commands.main import main
-from miniclip.parity import Difference, assert_parity, compare, models, pairs, summarize
+from miniclip.parity import Difference, assert_parity, compare, comparison, pairs, summarize
 from miniclip.published import PUBLISHED
 
 TORCH = f"torch {torch.__version__.partition('+')[0]}"
@@ -424,7 +424,7 @@ def row_of(site, size, apart, apart_64, dtype=torch.float32, exact=1e-10, device
     right = torch.tensor([size, -size], dtype=torch.float64)
     far = torch.tensor([0.0, 1.0], dtype=torch.float64)
     tensors = [right + apart * far, right + apart_64 * far, right, right]
-    return models._difference(site, tensors, dtype, exact, torch.device(device))
+    return comparison._difference(site, tensors, dtype, exact, torch.device(device))
 
 
 def test_how_far_apart_is_too_far_in_float64():
@@ -446,7 +446,7 @@ def test_how_much_worse_half_precision_may_be():
     right = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for times, within in ((1.9, True), (2.1, False)):
         tensors = [right + times * 0.01, right, right - 0.01, right]
-        row = models._difference(SITE, tensors, torch.bfloat16, 1e-10, torch.device("cpu"))
+        row = comparison._difference(SITE, tensors, torch.bfloat16, 1e-10, torch.device("cpu"))
         assert row.within_tolerance == within
         assert row.absolute == pytest.approx((times + 1) * 0.01)
         assert row.relative == pytest.approx((times + 1) * 0.005)

@@ -6,10 +6,15 @@ operations are in another order agrees to rounding. In float64 a real difference
 rounding. `diagnosis.py` explains the first tensor that differs.
 """
 
-from miniclip.parity.comparison import assert_parity, compare
-from miniclip.parity.models import TOLERANCE
-from miniclip.parity.pairs import copy_weights, load_pair, random_pair, transformers_twin
-from miniclip.parity.random_weights import random_inputs, randomize
+from miniclip.parity.comparison import TOLERANCE, assert_parity, compare
+from miniclip.parity.pairs import (
+    copy_weights,
+    load_pair,
+    random_inputs,
+    random_pair,
+    randomize,
+    transformers_twin,
+)
 from miniclip.parity.report import Difference, Report, measured_with, nearer, summarize
 
 __all__ = [

@@ -1,19 +1,42 @@
-"""Compare two CLIPs tensor by tensor, in the order data flows."""
+"""Compare two CLIPs tensor by tensor, in the order data flows: texts, pictures, then the models."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from miniclip.checkpoint import Loaded
+from miniclip.config import CLIPConfig
 from miniclip.files.models import check_device
 from miniclip.model import CLIP
-from miniclip.parity.models import compare_models
+from miniclip.parity.diagnosis import cause_in_model, differing_weights
+from miniclip.parity.formulas import Side
+from miniclip.parity.pairs import end_token, random_inputs
 from miniclip.parity.pixels import compare_transforms
-from miniclip.parity.report import Report
+from miniclip.parity.report import (
+    NAMES,
+    Difference,
+    Report,
+    Stage,
+    exact_difference,
+    largest_difference,
+)
+from miniclip.parity.sites import config_of, is_theirs, kind_of, sites_of, weights_of
 from miniclip.parity.tokens import compare_tokenizers
+from miniclip.parity.traces import Trace, tensors_of, trace
+from miniclip.terminal import progress
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
+
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+"""What rounding explains on a CPU: absolute for logits. For other tensors, relative to the largest
+number there, if that is above 1."""
+ON_DEVICES = 1e-4  # the same for float32 on GPUs, which add in another order
+IN_PATTERN = 1e-6  # for float64: transformers computes its softmax in float32 even there
+ROUNDED = 1e-6  # in float64, if weights were rounded once more, as merged weights are
+HALF = 2.0  # in half precision: how many times the other's largest error ours may be
 
 
 def compare(
@@ -33,7 +56,7 @@ def compare(
 
     A fork will do if its modules have our names, or transformers' names. Both models are rounded to
     `dtype`, run uncompiled, and are then as they were. The float64 runs override explicit casts to
-    float32, such as a float32 softmax. They do not count for weights that are one rounding apart.
+    float32, such as a float32 softmax. They allow for weights that are one rounding apart.
     Raises ValueError for models of different depth, and for a model whose towers have no blocks.
 
     >>> from miniclip import load
@@ -42,7 +65,10 @@ def compare(
     (True, 'tokens', 'text_embeds')
     """
     check_device(device)
-    ours, theirs = (_as_loaded(m) for m in (model, other))
+    nothing: Any = None
+    ours, theirs = (
+        m if isinstance(m, Loaded) else Loaded(m, nothing, nothing) for m in (model, other)
+    )
     stages = []
     if ours.tokenizer and theirs.tokenizer:
         stages.append(compare_tokenizers(ours.tokenizer, theirs.tokenizer))
@@ -74,8 +100,150 @@ def assert_parity(
         )
 
 
-def _as_loaded(model: "CLIP | CLIPModel | Loaded") -> Loaded:
-    if isinstance(model, Loaded):
-        return model
-    nothing: Any = None
-    return Loaded(model, nothing, nothing)
+def compare_models(
+    ours: "CLIP | CLIPModel",
+    theirs: "CLIP | CLIPModel",
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> Stage:
+    """A row for each site, and each tensor of the output, that both models have."""
+    models = (ours, theirs)
+    for name, model in zip(NAMES, models, strict=True):
+        if any(weight.is_meta for weight in model.parameters()):
+            raise ValueError(f"{name} is on the meta device, where weights have no numbers")
+    if _depths(ours) != _depths(theirs):
+        raise ValueError(
+            f"the two models differ in their number of blocks: {_depths(ours)} and "
+            f"{_depths(theirs)} in the vision and the text tower; expected the same"
+        )
+    kind = kind_of(theirs if is_theirs(ours) else ours)  # a fork, if one of the two is one
+    configs = [config_of(model, kind) for model in models]
+    weights = [weights_of(m, c, dtype, kind) for m, c in zip(models, configs, strict=True)]
+    exact = TOLERANCE[torch.float64]
+    if _are_rounded_once_more(*weights):
+        exact = ROUNDED if dtype in TOLERANCE else torch.inf
+    pixels, ids = _inputs(configs[0], configs[1], seed)
+    plan = [(model, exactly) for model in models for exactly in (False, True)]
+    bar = progress(plan, "run")
+    runs = [trace(model, dtype, exactly, device, pixels, ids) for model, exactly in bar]
+    batch = {"vision": len(pixels), "text": len(ids)}
+    peers = runs[2:] + runs[:2]
+    tensors = [tensors_of(run, peer, batch) for run, peer in zip(runs, peers, strict=True)]
+    rows = []
+    in_order = [site for model in models for site, *_ in sites_of(model)]
+    in_order += [site for run in tensors for site in run if site.startswith("output_")]
+    for site in dict.fromkeys(in_order):
+        found = [run[site] for run in tensors if site in run]
+        if len(found) == len(runs):
+            rows.append(_difference(site, found, dtype, exact, device))
+        elif any(run.error for run in runs):
+            rows.append(exact_difference(site))
+    inputs = {"pixels": pixels.to(dtype), "ids": ids}
+    sides = [
+        Side(inputs | run, w, c) for run, w, c in zip(tensors[1::2], weights, configs, strict=True)
+    ]
+    failed = next((row for row in rows if not row.within_tolerance), None)
+    if failed is not None:
+        return rows, _cause(failed, runs, tensors, sides, dtype)
+    site = "text.embeddings"  # not every word of a vocabulary fits into eight texts
+    far = _compare_tables(site, exact, *weights)
+    rows = [far if far and row.site == site else row for row in rows]
+    return rows, differing_weights(site, *sides) if far else None
+
+
+def _depths(model: "CLIP | CLIPModel") -> tuple[int, int]:
+    """The number of blocks in the vision tower and in the text tower."""
+    sites = [site for site, *_ in sites_of(model) if site.endswith(".resid_post")]
+    counts = Counter(site.partition(".")[0] for site in sites)
+    return counts["vision"], counts["text"]
+
+
+def _cause(
+    failed: Difference, runs: list[Trace], tensors: list[dict[str, Tensor]], sides: list[Side],
+    dtype: torch.dtype,
+) -> str:  # fmt: skip
+    """Why the first site out of tolerance differs."""
+    site, names = failed.site, ("model", "model in float64", "other", "other in float64")
+    if any(site not in run for run in tensors):
+        return next(f"{name} {run.error}" for name, run in zip(names, runs) if run.error)
+    if failed.float64 <= _limit(site, TOLERANCE[torch.float64], tensors[-1][site]):
+        return "rounding: in float64 the two agree"
+    for name, one, exactly in zip(NAMES, tensors[::2], tensors[1::2], strict=True):
+        far = 0.01 * max(1.0, exactly[site].abs().max().item())
+        if dtype in TOLERANCE and far < largest_difference(one[site], exactly[site]) < torch.inf:
+            return f"{name} in float64 is far from itself: dropout in evaluation?"
+    return cause_in_model(site, *sides)
+
+
+def _compare_tables(
+    site: str, exact: float, ours: dict[str, Tensor], theirs: dict[str, Tensor]
+) -> Difference | None:
+    """A row if the token or position embeddings differ, also those that no text here reads."""
+    for name in ("text.token_embed.weight", "text.pos_embed"):
+        one, other = ours.get(name), theirs.get(name)
+        if one is None or other is None or one.shape[1:] != other.shape[1:]:
+            continue
+        rows = min(len(one), len(other))  # a fork may have more words
+        difference = exact_difference(site, one[:rows], other[:rows])
+        if difference.absolute > exact:
+            return difference
+    return None
+
+
+def _are_rounded_once_more(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Whether parameters were merged, or differ by at most one rounding, as after an exponential
+    and its logarithm."""
+    if ours.keys() != theirs.keys():
+        return True
+    pairs = [(ours[n], theirs[n]) for n in ours if not torch.equal(ours[n], theirs[n])]
+    return bool(pairs) and all(
+        one.shape == other.shape
+        and ((one - other).abs() <= torch.finfo(one.dtype).eps * other.abs()).all()
+        for one, other in pairs
+    )
+
+
+def _difference(
+    site: str, found: list[Tensor], dtype: torch.dtype, exact: float, device: torch.device
+) -> Difference:
+    """The row of a site. `found` are tensors of ours, ours in float64, theirs, theirs in float64;
+    `exact` is the tolerance in float64."""
+    ours, ours_64, theirs, theirs_64 = found
+    absolute, float64 = largest_difference(ours, theirs), largest_difference(ours_64, theirs_64)
+    model_error, other_error = (largest_difference(x, theirs_64) for x in (ours, theirs))
+    if dtype == torch.float64 and site.endswith(".pattern"):
+        within = absolute <= IN_PATTERN
+    elif dtype in TOLERANCE:
+        on_device = dtype == torch.float32 and device.type != "cpu"
+        within = absolute <= _limit(site, ON_DEVICES if on_device else TOLERANCE[dtype], theirs_64)
+    else:
+        within = model_error <= HALF * other_error
+    within &= float64 <= _limit(site, exact, theirs_64)
+    relative = absolute / max(theirs_64.abs().max().item(), 1e-30)
+    return Difference(site, absolute, relative, float64, model_error, other_error, within)
+
+
+def _limit(site: str, tolerance: float, truth: Tensor) -> float:
+    """The largest difference at a site that is within tolerance."""
+    if site.startswith("logits") and tolerance != ROUNDED:
+        return tolerance
+    return tolerance * max(1.0, truth.abs().max().item())
+
+
+def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Two images, and eight texts with an end token of each model, at positions all over the text.
+
+    Texts are three positions shorter than the context, so that it shows if a model counts positions
+    from the end.
+    """
+    tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - 3)
+    pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)
+    ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # a fork may have more words
+    ids[:, 0] = ours.text.bos_token_id
+    ids[1, -1] = 0  # openai/CLIP pads with 0
+    ends = [end_token(text) for text in (ours.text, theirs.text)]
+    rows, position = torch.arange(8), torch.arange(8) * (tokens - 2) // 7
+    for i, end in enumerate(dict.fromkeys(ends)):
+        ids[rows, 1 + (position + i) % (tokens - 1)] = end
+    return pixels, ids

@@ -5,11 +5,16 @@ by its formula, and once more with each fault that is common in reimplementation
 gives the other model's numbers is the cause.
 """
 
-from miniclip.parity.faults import faults
-from miniclip.parity.formulas import Side, compute, is_near, parts_of
-from miniclip.parity.relations import otherwise_run, place_of, relation_of
-from miniclip.parity.stages import NAMES
-from miniclip.parity.weights import differing_weights
+import re
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from miniclip.parity.faults import ROUNDINGS, dtype_name, faults, what_is_read
+from miniclip.parity.formulas import Named, Side, formula_of, is_near
+from miniclip.parity.report import NAMES
 
 
 def cause_in_model(site: str, model: Side, other: Side) -> str:
@@ -37,17 +42,16 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     followers = []  # the models that compute CLIP's formula with their own weights and config
     related = ""
     for source, target, names in ((other, model, NAMES[::-1]), (model, other, NAMES)):
-        x, w, o = parts_of(site, source)
-        wrong = target.tensors[site]
-        right = compute(site, x, w, o)
+        formula, wrong = formula_of(site, source), target.tensors[site]
+        right = formula.compute()
         if right is None or not is_near(right, source.tensors[site]):
             continue
         followers.append(names[0])
-        for fault, weights, options in faults(site, source, target, x, w, o):
-            found = compute(site, x, weights, options)
+        for fault, weights, steps in faults(formula, source, target):
+            found = formula.compute(weights, steps)
             if is_near(found, wrong) and not is_near(found, right):
                 return f"{names[1]} has {fault}"
-        if not related and (relation := relation_of(site, x, right, wrong)):
+        if not related and (relation := relation_of(site, formula.x, right, wrong)):
             related = f"{names[1]} has {relation}"
     if otherwise := otherwise_run(site, model, other):
         return otherwise
@@ -59,6 +63,169 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
         return f"shape {tuple(ours.shape)} in model, {tuple(theirs.shape)} in other"
     if len(followers) == 1:
         name = NAMES[followers == ["model"]]
-        place = place_of(ours, theirs, model.tensors["ids"] if site == "text.embeddings" else None)
-        return f"{name} does not compute CLIP's formula with its own weights{place}"
+        where = where_apart(
+            ours, theirs, model.tensors["ids"] if site == "text.embeddings" else None
+        )
+        return f"{name} does not compute CLIP's formula with its own weights{where}"
     return ""
+
+
+# -------------------------------------------------------------------------------- other weights
+
+
+def differing_weights(site: str, model: Side, other: Side) -> str:
+    """The weights that the formula of the site reads and that differ, and how."""
+    formula, theirs = formula_of(site, model), formula_of(site, other).w
+    read, _ = what_is_read(formula)
+    head_width = formula.steps.get("head_width", 1)
+    changes = {
+        name: _change(w, theirs[name], head_width if name.startswith("attn.") else 1)
+        for name, w in formula.w.items()
+        if name in read and name in theirs and not torch.equal(w, theirs[name])
+    }
+    if len(changes) == 1 and (change := next(iter(changes.values())))[0] != "(":
+        return f"model has {next(iter(changes))} {change}"
+    listed = [f"{name} {change}" for name, change in changes.items()]
+    return f"different weights: {', '.join(listed)}" if listed else ""
+
+
+def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
+    """What has been done to a weight of theirs to get ours; in brackets how far they are apart."""
+    if ours.ndim == 0:
+        return f"({ours:.9g} in model, {theirs:.9g} in other)"
+    if ours.shape != theirs.shape:
+        return f"({tuple(ours.shape)} in model, {tuple(theirs.shape)} in other)"
+    for change, changed, like in _changes(ours, theirs, head_width):
+        if torch.equal(changed, like):
+            return change
+    factor = ((ours * theirs).sum() / theirs.square().sum()).item()
+    if is_near(theirs * factor, ours, 1e-6 * min(1.0, ours.abs().max().item())):
+        return f"multiplied by {factor:.6g}"
+    rows = (ours != theirs).reshape(len(ours), -1).any(1)
+    distance = (ours - theirs).abs().max().item()
+    return f"({rows.sum()} of {len(rows)} rows, by at most {distance:.1e})"
+
+
+def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """In words what may have been done to w, and two tensors that are equal if it has been."""
+    for axis in range(w.ndim):
+        yield f"flipped along axis {axis}", w.flip(axis), ours
+        for shift in (1, -1):
+            yield f"rolled along axis {axis}", w.roll(shift, axis), ours
+    if w.ndim == 4:
+        yield "turned by 180 degrees", w.flip(-1, -2), ours
+        colours_last = w.permute(0, 2, 3, 1).reshape(w.shape)
+        yield "with the colours in the last place", colours_last, ours
+    for dtype in ROUNDINGS:
+        yield f"rounded to {dtype_name(dtype)}", w.to(dtype).double(), ours
+    yield "of zeros", torch.zeros_like(w), ours
+    for axis in range(w.ndim):
+        for size in (head_width, 1):
+            if w.shape[axis] % size == 0:
+                words = f"{'with heads ' * (size > 1)}in another order along axis {axis}"
+                yield words, _sorted(w, axis, size), _sorted(ours, axis, size)
+
+
+def _sorted(w: Tensor, axis: int, size: int) -> Tensor:
+    """The slices of a weight along an axis, `size` together, in an order that is their own."""
+    slices = w.movedim(axis, 0).reshape(w.shape[axis] // size, -1).contiguous()
+    return slices[slices.sum(1).argsort()]
+
+
+# -------------------------------------------------------------- blocks in another order, arithmetic
+
+
+def otherwise_run(site: str, model: Side, other: Side) -> str:
+    """Whether a model runs a part more or less often than the other, or in another order."""
+    for kinds in ("resid_post|projected", "attn_out|mlp_out"):
+        pattern = re.compile(rf"({site.partition('.')[0]}|logits)\..*({kinds})( again)?")
+        ours, theirs = (list(filter(pattern.fullmatch, side.tensors)) for side in (model, other))
+        for name, run, peer in (("model", ours, theirs), ("other", theirs, ours)):
+            if extra := [part for part in run if part.endswith(" again") and part not in peer]:
+                return f"{name} runs {_part(extra[0])} twice"
+            if missing := [part for part in peer if part not in run and "again" not in part]:
+                return f"{name} does not run {_part(missing[0])}"
+        for one, two in zip(ours, theirs):
+            if one != two:
+                return f"model has {_part(one)} in the place of {_part(two)}"
+    return ""
+
+
+def _part(site: str) -> str:
+    return site.removesuffix(" again").removesuffix(".resid_post")
+
+
+def relation_of(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
+    """What simple arithmetic makes of the right numbers at the site to get the wrong ones."""
+    if is_near(right, wrong):
+        return ""  # more than rounding, and less than these comparisons see
+    related = (
+        words for words, tensor in _relations(site, x, right, wrong) if is_near(tensor, wrong)
+    )
+    return next(related, "")
+
+
+def _relations(site: str, x: Named, right: Tensor, wrong: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for name in reversed([name for name in x if " " not in name]):  # a block's own come last
+        yield f"{name} unchanged as {site}", x[name].double()
+    yield f"{site} transposed", right.mT
+    if right.shape != wrong.shape:
+        return
+    order = torch.cdist(wrong.flatten(1), right.flatten(1)).argmin(1)
+    moved = (order != torch.arange(len(order))).nonzero()[:, 0].tolist()
+    yield f"{site} of another row of the batch in row {_ranges(moved)}", right[order]
+    factor = ((wrong * right).sum() / right.square().sum()).item()
+    yield f"{site} multiplied by {factor:.6g}", right * factor
+    apart = wrong - right
+    yield f"{apart.mean():.6g} added to {site}", right + apart.mean()
+    yield f"a softmax of {site}", right.softmax(-1)
+    if right.ndim == 3:  # (B, T, W)
+        vector = apart[-1, -1]
+        yield "the same vector added to each token, as a bias would be", right + vector
+        patches = torch.cat([wrong[:, :1], right[:, 1:] + vector], 1)
+        words = "the same vector added to each patch, and not to the first token"
+        yield f"{words}, as a bias would be", patches
+    elif "logits" not in site and right.ndim == 2:
+        words = f"the same vector added to each row of {site}"
+        yield f"{words}, as a bias would be", right + apart[-1]
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32):
+        if torch.equal(wrong.to(dtype).double(), wrong):
+            yield f"{site} in {dtype_name(dtype)}, whatever the precision of the rest", wrong
+    if site.endswith("resid_post"):
+        terms = ("resid_pre", "attn_out", "mlp_out")
+        columns = torch.stack([x[term].flatten() for term in terms], 1)
+        shares = torch.linalg.lstsq(columns, wrong.flatten()[:, None]).solution[:, 0]
+        summed = " + ".join(f"{share:.4g} {term}" for share, term in zip(shares.tolist(), terms))
+        yield f"the sum {summed}", (columns @ shares).view_as(wrong)
+
+
+AXES = {
+    2: ("row", "dimension"),
+    3: ("row", "token", "dimension"),
+    4: ("row", "head", "query", "key"),
+}
+
+
+def where_apart(ours: Tensor, theirs: Tensor, ids: Tensor | None) -> str:
+    """Where two tensors differ, in words. Empty if they differ everywhere."""
+    far = (ours - theirs).abs() > 1e-9 * max(1.0, theirs.abs().max().item())
+    found = []
+    if ids is not None and not (differs := far.any(-1)).all():
+        found.append(f"id {ids[differs].min()} to {ids[differs].max()}")
+    for axis, name in enumerate(AXES.get(far.ndim, ())):
+        differs = far.movedim(axis, 0).flatten(1).any(1)
+        if not differs.all():
+            found.append(f"{name} {_ranges(differs.nonzero()[:, 0].tolist())}")
+    return f": only at {', '.join(found)}" if found else ""
+
+
+def _ranges(numbers: list[int]) -> str:
+    """At most three ranges of ascending numbers.
+
+    >>> _ranges([0, 1, 2, 5])
+    '0 to 2 and 5'
+    """
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # equal within a range
+    ranges = [[number for _, number in run] for _, run in runs]
+    words = [f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges]
+    return " and ".join(words[:3] + ["others"] * (len(words) > 3))

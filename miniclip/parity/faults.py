@@ -1,35 +1,206 @@
 """The faults that are common in reimplementations, one after the other, to plant in a formula."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.config import TextConfig
-from miniclip.parity.formulas import Options, Side, compute, end_of, under
-from miniclip.parity.variants import (
-    ACTIVATION_FORMULAS,
-    LENGTHS,
-    MASKS,
-    NORMS,
-    PATCHES,
-    PIXELS,
-    POOLS,
-    SOFTMAXES,
-    TEMPERATURES,
+from miniclip.parity.formulas import (
+    ACTIVATIONS,
+    EMBEDDINGS,
+    Formula,
     Named,
-    Pool,
-    pool_at,
+    Side,
+    Steps,
+    causal_mask,
+    end_of,
+    no_mask,
+    softmax,
+    take,
+    under,
 )
 
-ROUNDINGS = (torch.float16, torch.bfloat16)
+
+def _rescaled(
+    x: Tensor, eps: float, weight: Tensor, bias: Any, correction: int = 0, outside: bool = False
+) -> Tensor:
+    variance = x.pow(2).sum(-1, keepdim=True) / (x.shape[-1] - correction)
+    return x / (variance.sqrt() + eps if outside else (variance + eps).sqrt()) * weight + bias
 
 
-Fault = tuple[str, Named, Options]
+def _norm(x: Tensor, *numbers: Any, **options: Any) -> Tensor:
+    return _rescaled(x - x.mean(-1, keepdim=True), *numbers, **options)
+
+
+def _length_with_eps(eps: float, x: Tensor) -> Tensor:
+    return x.norm(dim=-1, keepdim=True) + eps
+
+
+def _last_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
+    is_end = ids == ids.gather(1, end[:, None])
+    return take(stream, ids, ids.shape[1] - 1 - is_end.flip(-1).int().argmax(-1))
+
+
+def _mean_to_the_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
+    rows = zip(stream, end.tolist(), strict=True)
+    return torch.stack([row[: last + 1].mean(0) for row, last in rows])
+
+
+POOLS = {  # of the stream (B, T, W), ids and the positions of end tokens -> (B, W)
+    "texts read at their largest id": lambda x, ids, end: take(x, ids, ids.argmax(-1)),
+    "pooling at the first token": lambda x, ids, end: x[:, 0],
+    "pooling at the second token": lambda x, ids, end: x[:, 1],
+    "pooling at the last token": lambda x, ids, end: x[:, -1],
+    "pooling at the mean of all tokens": lambda x, ids, end: x.mean(1),
+    "pooling at the mean of the patches": lambda x, ids, end: x[:, 1:].mean(1),
+    "pooling at the sum of all tokens": lambda x, ids, end: x.sum(1),
+    "pooling at the largest of all tokens": lambda x, ids, end: x.amax(1),
+    "pooling at the mean of a text up to its end token": _mean_to_the_end,
+    "texts read at their last end token": _last_end,
+    "texts read before their end token": lambda x, ids, end: take(x, ids, end - 1),
+    "texts read after their end token": lambda x, ids, end: take(x, ids, (end + 1) % x.shape[1]),
+}
+LEAST = torch.finfo(torch.float64).min
+LAYER_NORMS = ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final")
+BEFORE = {"ln_1": " before attention", "ln_2": " before the MLP"}
+FAULTS: dict[str, dict[str, Any]] = {
+    "raw": {
+        "embeddings that are not normalised": EMBEDDINGS,
+        "image embeddings that are not normalised": EMBEDDINGS[:1],
+        "text embeddings that are not normalised": EMBEDDINGS[1:],
+    },
+    "length": {
+        f"embeddings divided by {words}": function
+        for words, function in {
+            "the root of the sum over the batch": lambda x: x.norm(dim=0, keepdim=True),
+            "the root of the mean of squares": lambda x: x.pow(2).mean(-1, keepdim=True).sqrt(),
+            "the sum of squares": lambda x: x.pow(2).sum(-1, keepdim=True),
+            "the sum of absolute values": lambda x: x.abs().sum(-1, keepdim=True),
+            "the largest absolute value": lambda x: x.abs().amax(-1, keepdim=True),
+            **{
+                f"their length and an eps of {eps:g}": partial(_length_with_eps, eps)
+                for eps in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+            },
+        }.items()
+    },
+    "temperature": {
+        "a logit scale that is not exponentiated": lambda scale: scale,
+        "a logit scale that is exponentiated twice": lambda scale: scale.exp().exp(),
+        "a logit scale that divides": lambda scale: (-scale).exp(),
+        "a logit scale that is a power of 2": torch.exp2,
+        "a logit scale that is squared": lambda scale: (2 * scale).exp(),
+        "a logit scale that is cut at 100": lambda scale: scale.exp().clamp(max=100),
+        "the logit scale that training begins with": lambda scale: torch.full_like(scale, 1 / 0.07),
+        "no logit scale": torch.ones_like,
+    },
+    "act": ACTIVATIONS
+    | {
+        "quick_gelu of 1.7": lambda x: x * torch.sigmoid(1.7 * x),
+        "quick_gelu twice": lambda x: ACTIVATIONS["quick_gelu"](ACTIVATIONS["quick_gelu"](x)),
+        "gelu twice": lambda x: F.gelu(F.gelu(x)),
+        "relu squared": lambda x: F.relu(x) ** 2,
+        "leaky_relu of 0.1": partial(F.leaky_relu, negative_slope=0.1),
+        "leaky_relu of 0.2": partial(F.leaky_relu, negative_slope=0.2),
+        "identity": lambda x: x,
+    }
+    | {
+        name: getattr(F, name)
+        for name in "relu leaky_relu silu elu selu mish hardswish softplus sigmoid tanh".split()
+    },
+    "eps": {f"{eps:g}": eps for eps in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)},
+    "norm": {
+        "LayerNorm with the unbiased variance": partial(_norm, correction=1),
+        "LayerNorm with eps outside the root": partial(_norm, outside=True),
+        "LayerNorm with the unbiased variance and eps outside the root": partial(
+            _norm, correction=1, outside=True
+        ),
+        "LayerNorm over all tokens together": lambda x, eps, weight, bias: (
+            F.layer_norm(x, x.shape[1:], eps=eps) * weight + bias
+        ),
+        "RMSNorm for LayerNorm": _rescaled,
+        "RMSNorm without bias for LayerNorm": lambda x, eps, w, bias: _rescaled(x, eps, w, 0.0),
+    },
+    "norms": {f"no {name}{BEFORE.get(name, '')}": {name: 0} for name in LAYER_NORMS}
+    | {f"{name} twice": {name: 2} for name in LAYER_NORMS},
+    "early": {f"{name} before the first block": name for name in LAYER_NORMS},
+    "mask": {  # from ones (B, H, T, T) and the positions of end tokens: what is hidden
+        "no causal mask": no_mask,
+        "a causal mask": causal_mask,
+        "a causal mask the wrong way round": lambda ones, end: ones.tril(-1).bool(),
+        "a causal mask that hides a token from itself": lambda ones, end: ones.triu(0).bool(),
+        "a causal mask that shows the next token": lambda ones, end: ones.triu(2).bool(),
+        "a mask of what follows the end token": lambda ones, end: (
+            ones.triu(1).bool() | (torch.arange(ones.shape[-1]) > end[:, None])[:, None, None]
+        ),
+    },
+    "softmax": {  # of scores (B, H, T, T) and what is hidden
+        "a softmax over queries, not keys": lambda s, h: s.masked_fill(h, LEAST).softmax(-2),
+        "a softmax over heads, not keys": lambda s, h: s.masked_fill(h, LEAST).softmax(1),
+        "a softmax with 1 added to its sum": lambda s, hidden: F.pad(
+            s.masked_fill(hidden, LEAST), (0, 1)
+        ).softmax(-1)[..., :-1],
+        "a sigmoid in the place of the softmax": lambda s, hidden: s.sigmoid() * ~hidden,
+        "a causal mask that comes after the softmax": lambda s, hidden: s.softmax(-1) * ~hidden,
+        **{
+            f"a score of {score} where the mask hides, not of -inf": partial(softmax, score=score)
+            for score in (0, -1, -10, -100)
+        },
+    },
+    "scale": {
+        "scores that are not scaled": lambda head_width, width: 1.0,
+        "scores scaled by 1 / head width, and not its root": lambda d, width: 1 / d,
+        "scores multiplied by the root of the head width": lambda d, width: d**0.5,
+        "scores scaled by the root of the width, and not of a head's": lambda d, w: w**-0.5,
+        "scores scaled by the root of the heads": lambda d, width: (width / d) ** -0.5,
+    },
+    "qk": {"q and k exchanged": ("k", "q")},
+    "turned": {"a pattern that is transposed": lambda pattern: pattern.mT},
+    "interleaved": {"heads that are split the wrong way round": True},
+    "joined": {
+        "heads that are joined the wrong way round": lambda z: z.permute(0, 2, 3, 1).flatten(2),
+        "heads that are joined without being transposed": lambda z: z.reshape(
+            len(z), z.shape[2], -1
+        ),
+    },
+    "mlp_reads": {
+        "ln_1 before the MLP, for ln_2": (("resid_pre", "attn_out"), "ln_1"),
+        "the MLP beside attention, and not after it": (("resid_pre",), "ln_2"),
+        "the MLP beside attention, after the same ln_1": (("resid_pre",), "ln_1"),
+        "no residual connection around attention": (("attn_out",), "ln_2"),
+        "the residual stream after ln_1, not before it": (("ln_1", "attn_out"), "ln_2"),
+    },
+    "resid_post": {
+        "the residual stream after ln_2, not before it": ("ln_2", "mlp_out"),
+        "no residual connection around the MLP": ("mlp_out",),
+        "no MLP in the residual stream": ("resid_pre", "attn_out"),
+        "no attention in the residual stream": ("resid_pre", "mlp_out"),
+    },
+    "pixels": {
+        "the colours in the order BGR": lambda x: x.flip(1),
+        "rows and columns of pixels exchanged": lambda x: x.mT,
+        "pixels that are mirrored": lambda x: x.flip(-1),
+        "pixels that are upside down": lambda x: x.flip(-2),
+        "pixels that are multiplied by 255": lambda x: x * 255,
+        "pixels that are divided by 255": lambda x: x / 255,
+        "pixels that are brought from 0..1 to -1..1 once more": lambda x: 2 * x - 1,
+    },
+    "patches": {  # (B, W, rows, columns) -> (B, P, W)
+        "patches in the order of columns": lambda x: x.mT.flatten(2).mT,
+        "patches that are reshaped, not transposed": lambda x: x.reshape(len(x), -1, x.shape[1]),
+    },
+    "class_last": {"the class token last": True},
+    "token_scale": {
+        "token embeddings multiplied by the root of the width": lambda width: width**0.5
+    },
+    "pool": {words: (pool, False) for words, pool in POOLS.items()}
+    | {f"{words}, before the last LayerNorm": (pool, True) for words, pool in POOLS.items()},
+}
+"""For each step of the formulas, the ways in which other implementations have it."""
 
 
 class Noted(dict):
@@ -44,137 +215,59 @@ class Noted(dict):
         return super().__getitem__(key)
 
 
-def faults(
-    site: str, source: Side, target: Side, x: Named, w: Named, o: Options
-) -> Iterator[Fault]:
-    """Each fault that the site's formula can have, with the weights and options that plant it."""
-    weights, options = Noted(w), Noted(o)
-    compute(site, x, weights, options)
-    for fault, changed in _faults_of_options(site, source, target, w, o):
-        if not options.read.isdisjoint(changed):
-            yield fault, w, o | changed
-    no_bias = {n: torch.zeros_like(w[n]) for n in weights.read if re.fullmatch(r"ln_\w+\.bias", n)}
-    if no_bias:
-        rms_norm = {"norm": NORMS["RMSNorm for LayerNorm"]}
-        yield "RMSNorm without bias for LayerNorm", {**w, **no_bias}, o | rms_norm
-    config: Any = getattr(source.config, site.partition(".")[0], None)
-    for fault, replaced in _faults_of_weights(w, weights.read, getattr(config, "grid", None)):
-        yield fault, {**w, **replaced}, o
-    if match := re.match(r"(\w+\.blocks)\.(\d+)\.", site):
-        stack, layer = match.groups()
+def what_is_read(formula: Formula) -> tuple[set[str], set[str]]:
+    """The weights and the steps that a formula reads."""
+    w, steps = Noted(formula.w), Noted(formula.steps)
+    formula._replace(w=w, steps=steps).compute()
+    return w.read, steps.read
+
+
+def faults(formula: Formula, source: Side, target: Side) -> Iterator[tuple[str, Named, Steps]]:
+    """Each fault that the formula can have, with the weights and the steps that plant it."""
+    read, steps_read = what_is_read(formula)
+    tower = formula.site.partition(".")[0]
+    config: Any = getattr(source.config, tower, None)
+    planted = FAULTS | (_faults_of_configs(formula, config, target) if config else {})
+    for step, table in planted.items():
+        if step in steps_read:
+            yield from ((fault, {}, {step: value}) for fault, value in table.items())
+    for fault, weights in _faults_of_weights(formula.w, read, getattr(config, "grid", None)):
+        yield fault, weights, {}
+    if match := re.match(r"(\w+\.blocks)\.(\d+)\.", formula.site):
         for i in range(config.layers):
-            if i != int(layer) and f"{stack}.{i}.ln_1.weight" in source.weights:
-                yield f"the weights of block {i}", under(f"{stack}.{i}.", source.weights), o
+            if i != int(match[2]) and (weights := under(f"{match[1]}.{i}.", source.weights)):
+                yield f"the weights of block {i}", weights, {}
 
 
-def _faults_of_options(
-    site: str, source: Side, target: Side, w: Named, o: Options
-) -> Iterator[tuple[str, Options]]:
-    if site == "logits":
-        yield from ((fault, {"temperature": f}) for fault, f in TEMPERATURES.items())
-        yield "embeddings that are not normalised", {"raw": ("vision", "text")}
-        yield "image embeddings that are not normalised", {"raw": ("vision",)}
-        yield "text embeddings that are not normalised", {"raw": ("text",)}
-        for fault, length in LENGTHS.items():
-            yield f"embeddings divided by {fault}", {"length": length}
-        return
-    tower = site.partition(".")[0]
-    config, peer = getattr(source.config, tower), getattr(target.config, tower)
-    for act in ACTIVATION_FORMULAS:
-        yield f"the activation {act} for {o['act']}", {"act": act}
-    for eps in (peer.ln_eps, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0):
-        yield f"a LayerNorm eps of {eps:g} for {o['eps']:g}", {"eps": eps}
-    yield from ((fault, {"norm": norm}) for fault, norm in NORMS.items())
-    yield from ((fault, {"mask": mask}) for fault, mask in MASKS.items())
-    yield from ((fault, {"softmax": softmax}) for fault, softmax in SOFTMAXES.items())
-    yield "a causal mask that comes after the softmax", {"mask_late": True}
-    for score in (0.0, -1.0, -10.0, -100.0):
-        yield f"a score of {score:g} where the mask hides, not of -inf", {"hidden": score}
-    for scale, words in (
-        (1.0, "scores that are not scaled"),
-        (1 / o["head_width"], "scores scaled by 1 / head width, and not its root"),
-        (o["head_width"] ** 0.5, "scores multiplied by the root of the head width"),
-        (config.width**-0.5, "scores scaled by the root of the width, and not of a head's"),
-        ((config.width / o["head_width"]) ** -0.5, "scores scaled by the root of the heads"),
-    ):
-        yield words, {"scale": scale}
-    yield "q and k exchanged", {"qk": ("k", "q")}
-    yield "a pattern that is transposed", {"turned": lambda pattern: pattern.mT}
-    yield "heads that are split the wrong way round", {"interleaved": True}
-    yield (
-        "heads that are joined the wrong way round",
-        {"joined": lambda z: z.permute(0, 2, 3, 1).flatten(2)},
-    )
-    yield (
-        "heads that are joined without being transposed",
-        {"joined": lambda z: z.reshape(len(z), z.shape[2], -1)},
-    )
-    widths = {2 * o["head_width"], o["head_width"] // 2}
-    if site.endswith(".pattern"):
-        widths = {config.width // target.tensors[site].shape[1]}
-    for width in widths - {0, o["head_width"]}:
-        heads = {"head_width": width, "scale": width**-0.5}
-        yield f"heads of width {width} for {o['head_width']}", heads
-    norms = [name.removesuffix(".weight") for name in w if re.match(r"ln_\w+\.weight", name)]
-    for name in norms:
-        place = {"ln_1": " before attention", "ln_2": " before the MLP"}.get(name, "")
-        yield f"no {name}{place}", {"skipped": name}
-        yield f"{name} twice", {"twice": name}
-        yield f"{name} before the first block", {"early": name}
-    yield "ln_1 before the MLP, for ln_2", {"mlp_norm": "ln_1"}
-    yield "the MLP beside attention, and not after it", {"resid_mid": ("resid_pre",)}
-    yield (
-        "the MLP beside attention, after the same ln_1",
-        {"resid_mid": ("resid_pre",), "mlp_norm": "ln_1"},
-    )
-    yield "no residual connection around attention", {"resid_mid": ("attn_out",)}
-    yield "the residual stream after ln_1, not before it", {"resid_mid": ("ln_1", "attn_out")}
-    yield "the residual stream after ln_2, not before it", {"resid_post": ("ln_2", "mlp_out")}
-    yield "no residual connection around the MLP", {"resid_post": ("mlp_out",)}
-    yield "no MLP in the residual stream", {"resid_post": ("resid_pre", "attn_out")}
-    yield "no attention in the residual stream", {"resid_post": ("resid_pre", "mlp_out")}
-    yield "the class token last", {"class_last": True}
-    yield from ((fault, {"pixels": change}) for fault, change in PIXELS.items())
-    yield from ((fault, {"patches": order}) for fault, order in PATCHES.items())
-    yield "token embeddings multiplied by the root of the width", {"token_scale": config.width**0.5}
-    for i in range(config.layers):
-        yield f"the residual stream after block {i} there", {"before": f"after {i}"}
-    pools = {}
+def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str, dict[str, Any]]:
+    """The faults that depend on the config of the tower, or on the other model."""
+    tower = formula.site.partition(".")[0]
+    peer = getattr(target.config, tower)
+    head_width = formula.steps["head_width"]
+    widths = {2 * head_width, head_width // 2}
+    if formula.site.endswith(".pattern"):
+        widths = {config.width // target.tensors[formula.site].shape[1]}
+    pools = FAULTS["pool"]
     if tower == "text":
-        end = end_of(config)
-        yield "a mask of what follows the end token", {"mask": partial(_padding_mask, end)}
-        pools = _pools_of_texts(end, peer)
-    pools |= {f"pooling at {place}": pool for place, pool in POOLS.items()}
-    for fault, pool in pools.items():
-        yield fault, {"pool": pool}
-        yield f"{fault}, before the last LayerNorm", {"pool": pool, "pool_first": True}
 
+        def at_their_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
+            return take(stream, ids, end_of(ids, peer.eos_token_id))
 
-def _padding_mask(end: Callable[[Tensor], Tensor], ones: Tensor, x: Named) -> Tensor:
-    after = torch.arange(ones.shape[-1]) > end(x["ids"])[:, None]  # (B, T)
-    return ones.triu(1).bool() | after[:, None, None]
-
-
-def _pools_of_texts(end: Callable[[Tensor], Tensor], peer: TextConfig) -> dict[str, Pool]:
-    def last_end(ids: Tensor) -> Tensor:
-        is_end = ids == ids.gather(1, end(ids)[:, None])
-        return ids.shape[1] - 1 - is_end.flip(-1).int().argmax(-1)
-
-    def mean_to_the_end(stream: Tensor, x: Named) -> Tensor:
-        rows = zip(stream, end(x["ids"]).tolist(), strict=True)
-        return torch.stack([row[: last + 1].mean(0) for row, last in rows])
-
-    positions: dict[str, Callable[[Tensor], Tensor]] = {
-        f"the end token {peer.eos_token_id}": end_of(peer),
-        "texts read at their largest id": lambda ids: ids.argmax(-1),
-        "texts read at their first token": lambda ids: torch.zeros_like(ids[:, 0]),
-        "texts read at their last token": lambda ids: torch.full_like(ids[:, 0], -1),
-        "texts read at their last end token": last_end,
-        "texts read before their end token": lambda ids: end(ids) - 1,
-        "texts read after their end token": lambda ids: (end(ids) + 1) % ids.shape[1],
+        pools = {f"the end token {peer.eos_token_id}": (at_their_end, False)} | pools
+    return {
+        "act": {f"the activation {a} for {config.act}": f for a, f in FAULTS["act"].items()},
+        "eps": {
+            f"a LayerNorm eps of {eps:g} for {config.ln_eps:g}": eps
+            for eps in (peer.ln_eps, *FAULTS["eps"].values())
+        },
+        "head_width": {
+            f"heads of width {width} for {head_width}": width for width in widths - {0, head_width}
+        },
+        "before": {
+            f"the residual stream after block {i} there": f"after {i}" for i in range(config.layers)
+        },
+        "pool": pools,
     }
-    pools = {fault: pool_at(position) for fault, position in positions.items()}
-    return pools | {"pooling at the mean of a text up to its end token": mean_to_the_end}
 
 
 def _faults_of_weights(
@@ -190,33 +283,27 @@ def _faults_of_weights(
         if w[name].ndim > 1 and not re.search("token_embed|pos_embed", name):
             yield f"{name} transposed", {name: w[name].mT.reshape(w[name].shape)}
         if re.fullmatch(r"ln_\w+\.weight", name):
-            bias = name.replace("weight", "bias")
-            yield f"no weight in {name[:-7]}", {name: torch.ones_like(w[name])}
-            yield (
-                f"no weight and bias in {name[:-7]}",
-                {name: torch.ones_like(w[name]), bias: torch.zeros_like(w[bias])},
-            )
+            ones, bias = {name: torch.ones_like(w[name])}, name.replace("weight", "bias")
+            yield f"no weight in {name[:-7]}", ones
+            yield f"no weight and bias in {name[:-7]}", ones | {bias: torch.zeros_like(w[bias])}
             yield f"1 added to {name}", {name: w[name] + 1}
-    for one, two in combinations([name for name in w if name.endswith(".weight")], 2):
-        if w[one].shape == w[two].shape and not read.isdisjoint((one, two)):
-            one, two = one.removesuffix(".weight"), two.removesuffix(".weight")
-            pairs = ((one, two), (two, one))
-            swapped = {
-                f"{a}.{kind}": w[f"{b}.{kind}"]
-                for a, b in pairs
-                for kind in ("weight", "bias")
-                if f"{b}.{kind}" in w
-            }
-            yield f"{one} and {two} swapped", swapped
     for one, two in combinations(w, 2):
-        if w[one].shape == w[two].shape and not read.isdisjoint((one, two)):
-            yield f"{one} and {two} swapped", {one: w[two], two: w[one]}
+        if w[one].shape != w[two].shape or read.isdisjoint((one, two)):
+            continue
+        if one.endswith(".weight") and two.endswith(".weight"):
+            a, b = one[:-7], two[:-7]
+            named = product(((a, b), (b, a)), (".weight", ".bias"))
+            yield (
+                f"{a} and {b} swapped",
+                {x + kind: w[y + kind] for (x, y), kind in named if y + kind in w},
+            )
+        yield f"{one} and {two} swapped", {one: w[two], two: w[one]}
     if "pos_embed" in read:
         for fault, positions in _wrong_positions(w["pos_embed"], grid):
             yield fault, {"pos_embed": positions}
     if "class_embed" in read:
         yield "no class token's embedding", {"class_embed": torch.zeros_like(w["class_embed"])}
-    for dtype in ROUNDINGS:
+    for dtype in ROUNDINGS[:2]:
         rounded = {name: w[name].to(dtype).double() for name in read}
         yield f"weights rounded to {dtype_name(dtype)}", rounded
 
@@ -226,7 +313,7 @@ def _wrong_positions(
 ) -> Iterator[tuple[str, Tensor]]:
     yield "no position embedding", torch.zeros_like(positions)
     yield "position embeddings that are added twice", 2 * positions
-    for count, words in ((1, "one"), (2, "two"), (3, "three")):
+    for count, words in enumerate(("one", "two", "three"), 1):
         for shift in (-count, count):
             yield f"positions that are off by {words}", positions.roll(shift, 0)
     yield "positions from last to first", positions.flip(0)
@@ -234,14 +321,17 @@ def _wrong_positions(
     if grid:
         first, patches = positions[:1], positions[1:].unflatten(0, grid)  # (rows, columns, W)
         for fault, moved in (
-            ("positions of patches that are off by one", patches.flatten(0, 1).roll(1, 0)),
-            ("positions of patches that are off by one", patches.flatten(0, 1).roll(-1, 0)),
+            ("positions of patches that are off by one", positions[1:].roll(1, 0)),
+            ("positions of patches that are off by one", positions[1:].roll(-1, 0)),
             ("rows and columns of positions exchanged", patches.transpose(0, 1)),
             ("positions that are mirrored", patches.flip(1)),
             ("positions that are upside down", patches.flip(0)),
             ("positions of patches from last to first", patches.flip(0, 1)),
         ):
-            yield fault, torch.cat([first, moved.reshape(-1, moved.shape[-1])])
+            yield fault, torch.cat([first, moved.reshape(positions[1:].shape)])
+
+
+ROUNDINGS = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,23 +1,27 @@
-"""Pairs to compare: a checkpoint as two libraries load it, two checkpoints, or random weights."""
+"""Pairs to compare: a checkpoint as two libraries load it, two checkpoints, or random weights.
 
+Random weights and random inputs are such that a fault shows: no parameter is 0, 1 or a default.
+"""
+
+import math
 import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from miniclip.checkpoint import Loaded
-from miniclip.config import CLIPConfig
+from miniclip.config import LEGACY_EOS, CLIPConfig, TextConfig
 from miniclip.errors import CheckpointError
 from miniclip.files.configs import beyond_transformers
 from miniclip.files.hub import has_files, resolve
 from miniclip.files.models import meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.model import CLIP
-from miniclip.parity.random_weights import randomize
 from miniclip.peers import import_transformers
 from miniclip.published import PUBLISHED
 from miniclip.tokenizer import Tokenizer
@@ -47,24 +51,16 @@ def load_pair(
 
 
 def _load(name: str | os.PathLike[str], options: dict[str, Any]) -> Loaded:
-    model = CLIP.from_pretrained(name, **options)
-    kinds: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
-    parts: list[Any] = [
-        _load_part(kind, name, options) if has_files(part, name, **options) else None
-        for part, kind in kinds.items()
-    ]
-    return Loaded(model, *parts)
-
-
-def _load_part(kind: Any, name: str | os.PathLike[str], options: dict[str, Any]) -> Any:
-    """A tokenizer or a transform. If it is refused: a function that raises the reason.
-
-    So a directory whose transform is not a CLIP's is compared, and found to differ.
-    """
-    try:
-        return kind.from_pretrained(name, **options)
-    except CheckpointError as error:
-        return partial(_raise, error)
+    """A model, and its tokenizer and transform. One that is refused is a function that raises the
+    reason, so that it is compared, and found to differ."""
+    parts: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
+    for part, kind in parts.items():
+        try:
+            found = has_files(part, name, **options)
+            parts[part] = kind.from_pretrained(name, **options) if found else None
+        except CheckpointError as error:
+            parts[part] = partial(_raise, error)
+    return Loaded(CLIP.from_pretrained(name, **options), **parts)
 
 
 def _raise(error: Exception, *args: Any, **options: Any) -> None:
@@ -76,27 +72,26 @@ def _load_with_transformers(
 ) -> Loaded:
     """transformers' model, tokenizer and processor, the latter two as functions like ours."""
     transformers = import_transformers()
-    directory = resolve(name, "model", **options)
-    model = transformers.CLIPModel.from_pretrained(directory, dtype=torch.float32)
+
+    def load_part(kind: Any, part: str, **more: Any) -> Any:
+        return kind.from_pretrained(resolve(name, part, **options), **more)
+
     tokenizer: Any = None
     transform: Any = None
     if ours.tokenizer:
-        directory = resolve(name, "tokenizer", **options)
-        their_tokenizer = transformers.CLIPTokenizer.from_pretrained(directory)
+        their_tokenizer = load_part(transformers.CLIPTokenizer, "tokenizer")
 
-        def ids_of(texts: Sequence[str], truncate: bool) -> Tensor:
+        def tokenizer(texts: Sequence[str], truncate: bool) -> Tensor:
             rows = their_tokenizer(list(texts), padding=True, truncation=truncate)
             return torch.tensor(rows["input_ids"])
 
-        tokenizer = ids_of
     if ours.transform:
-        directory = resolve(name, "transform", **options)
-        processor = transformers.CLIPImageProcessorPil.from_pretrained(directory)
+        processor = load_part(transformers.CLIPImageProcessorPil, "transform")
 
-        def pixels_of(picture: Image.Image) -> Tensor:
+        def transform(picture: Image.Image) -> Tensor:
             return processor(picture, return_tensors="pt")["pixel_values"][0]
 
-        transform = pixels_of
+    model = load_part(transformers.CLIPModel, "model", dtype=torch.float32)
     return Loaded(model, tokenizer, transform)
 
 
@@ -143,3 +138,42 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor):
             module.position_ids = torch.arange(ids.shape[-1], device=ours.logit_scale.device)[None]
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Redraw every parameter, so that activations keep a size near 1 and each weight counts.
+
+    Initial weights hide faults: nobody sees a bias of zeros that is lost. The logit scale is
+    ln 100, the largest that OpenAI's training allows. There rounding shows most.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name == "logit_scale":
+            parameter.fill_(math.log(100))
+            continue
+        is_table = name.endswith(("token_embed.weight", "pos_embed", "register_embed"))
+        std = 0.3 if parameter.ndim < 2 or is_table else parameter[0].numel() ** -0.5
+        mean = 1.0 if re.search(r"ln_\w+\.weight$", name) else 0.0
+        parameter.copy_(torch.empty(parameter.shape).normal_(mean, std, generator=generator))
+
+
+def random_inputs(
+    config: CLIPConfig, images: int = 2, texts: int = 3, tokens: int = 9, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Noise (images, channels, height, width), and ids (texts, tokens).
+
+    The end token is at another position in each row. Random ids follow it: padding may be anything.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vision, text = config.vision, config.text
+    size = (images, vision.channels, *vision.height_width)
+    ids = torch.randint(3, text.vocab_size - 2, (texts, tokens), generator=generator)
+    rows = torch.arange(texts)
+    ids[rows, tokens - 1 - rows % (tokens - 1)] = end_token(text)
+    return torch.randn(size, generator=generator), ids
+
+
+def end_token(text: TextConfig) -> int:
+    """The id that ends a text. With the legacy rule, a text is read at its largest id."""
+    return text.eos_token_id if text.eos_token_id != LEGACY_EOS else text.vocab_size - 1

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from miniclip.parity.formulas import is_near
-from miniclip.parity.stages import NAMES, Stage, exact_difference, infinitely_far, run_both
+from miniclip.parity.report import NAMES, Stage, exact_difference, run_both
 from miniclip.transform import (
     OPENAI_MEAN,
     OPENAI_STD,
@@ -73,8 +73,8 @@ def on_black(picture: Image.Image) -> Image.Image:
 
 def round_long_side(picture: Image.Image, size: int) -> Image.Image:
     """The long side is rounded, and loses no fraction."""
-    sides = (round(size * side / min(picture.size)) for side in picture.size)
-    return picture.resize((next(sides), next(sides)), BICUBIC)
+    width, height = (round(size * side / min(picture.size)) for side in picture.size)
+    return picture.resize((width, height), BICUBIC)
 
 
 def resample(how: Image.Resampling, picture: Image.Image, size: int) -> Image.Image:
@@ -82,22 +82,15 @@ def resample(how: Image.Resampling, picture: Image.Image, size: int) -> Image.Im
     return picture.resize(resize_short_side(picture, size).size, how)
 
 
-def crop_at(offset: Callable[[int], int], picture: Image.Image, size: int) -> Image.Image:
-    """Crop with margins cut in two in another way: `offset` gives the left and the upper part."""
-    left, top = (offset(side - size) for side in picture.size)
+def crop_rounded_up(picture: Image.Image, size: int) -> Image.Image:
+    """The left and the upper margin are rounded up."""
+    left, top = (-((size - side) // 2) for side in picture.size)
     return picture.crop((left, top, left + size, top + size))
 
 
-def in_bgr(picture: Image.Image, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Scale and normalise colours in the wrong order."""
-    return scale_and_normalize(Image.merge("RGB", picture.split()[::-1]), mean, std)
-
-
-def divide_by(
-    divisor: float, picture: Image.Image, mean: Sequence[float], std: Sequence[float]
-) -> np.ndarray:
+def divide_by(divisor: float, picture: Image.Image, *mean_and_std: Sequence[float]) -> np.ndarray:
     """(byte / divisor - mean) / std, which is another mean and std after a division by 255."""
-    mean, std = ([number * divisor / 255 for number in numbers] for numbers in (mean, std))
+    mean, std = ([number * divisor / 255 for number in numbers] for numbers in mean_and_std)
     return scale_and_normalize(picture, mean, std)
 
 
@@ -105,15 +98,17 @@ openai_crop = partial(center_crop, reference="openai")
 
 FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
     "a crop that rounds half to even, not down": {"crop": openai_crop},
-    "a crop that rounds up, not down": {"crop": partial(crop_at, lambda margin: -(-margin // 2))},
-    "a crop from the upper left corner": {"crop": partial(crop_at, lambda margin: 0)},
+    "a crop that rounds up, not down": {"crop": crop_rounded_up},
+    "a crop from the upper left corner": {"crop": lambda p, size: p.crop((0, 0, size, size))},
     "OpenAI's order and crop": {"crop": openai_crop, "to_rgb": lambda picture: picture},
     "RGB after the resize, not before": {"to_rgb": lambda picture: picture},
     "transparency that is dropped, not laid on white": {"to_rgb": lambda p: p.convert("RGB")},
     "transparency laid on black, not on white": {"to_rgb": on_black},
     "a long side that is rounded, not cut": {"resize": round_long_side},
     "a resize to a square": {"resize": lambda p, size: p.resize((size, size), BICUBIC)},
-    "the colours in the order BGR": {"scale": in_bgr},
+    "the colours in the order BGR": {
+        "scale": lambda p, *s: scale_and_normalize(Image.merge("RGB", p.split()[::-1]), *s)
+    },
     "bytes that are not divided by 255": {"scale": partial(divide_by, 1.0)},
     "bytes divided by 255 twice": {"scale": partial(divide_by, 255.0**2)},
     "bytes divided by 256": {"scale": partial(divide_by, 256.0)},
@@ -162,7 +157,7 @@ def compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:
     drawn = pictures(next(filter(None, sizes), ImageTransform.size))
     found, raised = run_both(lambda transform: [*map(transform, drawn)], ours, theirs)
     if raised:
-        return [infinitely_far("pixels")], raised
+        return [exact_difference("pixels")], raised
     one, other = (torch.cat([pixels.flatten() for pixels in results]) for results in found)
     row = exact_difference("pixels", one, other)
     if row.within_tolerance:

@@ -1,12 +1,17 @@
 """What a comparison found: how far apart two models are at each site, in the order data flows."""
 
+import math
 import re
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from miniclip.peers import versions
+
+NAMES = ("model", "other")  # what a report calls the two
 
 
 class Difference(NamedTuple):
@@ -24,6 +29,11 @@ class Difference(NamedTuple):
     within_tolerance: bool
 
 
+Stage = tuple[list[Difference], str | None]
+"""The rows of one stage of a comparison: tokens, pixels or models. And the cause of the first row
+that is out of tolerance, or None if all are within."""
+
+
 class Report(NamedTuple):
     """Every site in the order data flows, the first out of tolerance, and its likely cause."""
 
@@ -37,6 +47,45 @@ class Report(NamedTuple):
         failed = sum(not row.within_tolerance for row in self.rows)
         verdict = f"out of tolerance at {failed} of {len(self.rows)} sites, first at {self.first}"
         return f"{verdict}\nlikely cause: {self.cause}" if self.cause else verdict
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Infinity for two shapes, and for NaN."""
+    if one.shape != other.shape:
+        return math.inf
+    distance = (one.double() - other.double()).abs().max().item()
+    return math.inf if math.isnan(distance) else distance
+
+
+def exact_difference(
+    site: str, one: Tensor | None = None, other: Tensor | None = None
+) -> Difference:
+    """A row for what must be equal, because no rounding is involved; infinitely far without it."""
+    if one is None or other is None:
+        return Difference._make([site, *[math.inf] * 5, False])
+    distance, size = largest_difference(one, other), max(other.abs().max().item(), 1e-30)
+    return Difference(site, distance, distance / size, distance, distance, 0.0, distance == 0)
+
+
+def raises(error: Exception) -> str:
+    """The error in words, its first line."""
+    return f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def run_both(
+    run: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
+) -> tuple[list[Any], str]:
+    """The results of both, or in words the error that one raises. Raise it if both raise one."""
+    found: list[Any] = []
+    errors: dict[str, ValueError] = {}
+    for name, function in zip(NAMES, (ours, theirs)):
+        try:
+            found.append(run(function))
+        except ValueError as error:
+            errors[name] = error
+    if len(errors) == 2:
+        raise errors["model"]
+    return found, "".join(f"{name} {raises(error)}" for name, error in errors.items())
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:

@@ -35,11 +35,11 @@ def outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
         output = dict(zip(OUTPUTS.values(), output[:2]))
     elif is_dataclass(output) and not isinstance(output, dict):
         output = vars(output)
+    sites = {name: site for site, name in OUTPUTS.items()}
     named = dict(output) if isinstance(output, dict) else {}
-    named = {site: named.pop(name, None) for site, name in OUTPUTS.items()} | {
-        f"output_{name}": named[name] for name in named if name not in OUTPUTS.values()
-    }
-    yield from ((site, x) for site, x in named.items() if isinstance(x, Tensor) and x.numel())
+    for name in dict.fromkeys([*sites, *named]):
+        if isinstance(x := named.get(name), Tensor) and x.numel():
+            yield sites.get(name, f"output_{name}"), x
 
 
 def is_theirs(model: nn.Module) -> bool:
@@ -47,51 +47,53 @@ def is_theirs(model: nn.Module) -> bool:
     return hasattr(model, "vision_model")
 
 
-Read = Callable[[tuple, Any], Tensor]
-"""(arguments, output) of a module -> the tensor at a site."""
+Read = Callable[[tuple, Any], Any]
+"""(arguments, output) of a module -> the tensor at a site, or anything else if there is none."""
+
+
+def argument(args: tuple, out: Any) -> Any:
+    return args[0]
+
+
+def output(args: tuple, out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out  # their attention returns two
+
+
+def second_output(args: tuple, out: Any) -> Any:
+    return out[1] if isinstance(out, tuple) else None
+
+
+def heads_joined(args: tuple, out: Tensor) -> Tensor:
+    return out.flatten(2) if out.ndim > 3 else out  # (B, T, W), of ours (B, T, H, D)
 
 
 def sites_of(model: "CLIP | CLIPModel") -> Iterator[tuple[str, nn.Module | None, Read]]:
     """Each site, its module, and how to read the tensor. ValueError for towers without blocks."""
-
-    def argument(args: tuple, out: Any) -> Tensor:
-        return args[0]
-
-    def output(args: tuple, out: Any) -> Tensor:
-        return out[0] if isinstance(out, tuple) else out  # their attention returns two
-
-    def heads_joined(args: tuple, out: Tensor) -> Tensor:
-        return out.flatten(2) if out.ndim > 3 else out  # (B, T, W), of ours (B, T, H, D)
-
-    def pattern(args: tuple, out: Any) -> Tensor:
-        return out[1] if isinstance(out, tuple) else out
-
-    theirs = is_theirs(model)
     for tower, projection in (("vision", "visual_projection"), ("text", "text_projection")):
-        root = getattr(model, f"{tower}_model" if theirs else tower, None)
-        stack = getattr(root, "encoder", None) if theirs else root
-        blocks = getattr(stack, "layers" if theirs else "blocks", None)
+        root = _part(model, tower, f"{tower}_model")
+        blocks = _part(root, "blocks") or _part(_part(root, "encoder"), "layers")
         if not blocks:
             raise ValueError(
                 f"{type(model).__name__} has no blocks in its {tower} tower, so it has no sites; "
                 "expected two towers with blocks, under our names or transformers'"
             )
-        proj = getattr(model, projection, None) if theirs else getattr(root, "proj", None)
-        # The first of the two places that runs counts: the text tower has no LayerNorm there.
-        norms = ("pre_layrnorm", "pre_layernorm") if theirs else ("ln_pre",)  # OWL-ViT spells it
-        ln_pre = next((getattr(root, name) for name in norms if hasattr(root, name)), None)
-        yield f"{tower}.embeddings", ln_pre, argument
+        proj = _part(root, "proj") or _part(model, projection)
+        # The first of the two modules that runs counts: the text tower has no LayerNorm there.
+        yield (
+            f"{tower}.embeddings",
+            _part(root, "ln_pre", "pre_layrnorm", "pre_layernorm"),
+            argument,
+        )
         yield f"{tower}.embeddings", blocks[0], argument
         for i, block in enumerate(blocks):
-            attn = getattr(block, "self_attn" if theirs else "attn", None)
-            site = f"{tower}.blocks.{i}"
+            attn, site = _part(block, "attn", "self_attn"), f"{tower}.blocks.{i}"
             yield f"{site}.resid_pre", block, argument
             for name in ("q", "k", "v"):
-                module = getattr(attn, f"{name}_proj" if theirs else name, None)
-                yield f"{site}.{name}", module, heads_joined
-            yield f"{site}.pattern", attn if theirs else getattr(attn, "pattern", None), pattern
+                yield f"{site}.{name}", _part(attn, name, f"{name}_proj"), heads_joined
+            pattern = _part(attn, "pattern")
+            yield f"{site}.pattern", pattern or attn, output if pattern else second_output
             yield f"{site}.attn_out", attn, output
-            yield f"{site}.mlp_out", getattr(block, "mlp", None), output
+            yield f"{site}.mlp_out", _part(block, "mlp"), output
             yield f"{site}.resid_post", block, output
         yield f"{tower}.pooled", proj, argument
         yield f"{tower}.projected", proj, output
@@ -99,11 +101,9 @@ def sites_of(model: "CLIP | CLIPModel") -> Iterator[tuple[str, nn.Module | None,
         yield site, None, output
 
 
-def depths(model: "CLIP | CLIPModel") -> tuple[int, int]:
-    """The number of blocks in the vision tower and in the text tower."""
-    sites = [site for site, *_ in sites_of(model) if site.endswith(".resid_post")]
-    vision = sum(site.startswith("vision.") for site in sites)
-    return vision, len(sites) - vision
+def _part(module: Any, *names: str) -> Any:
+    """The first of these attributes that a module has."""
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
 def kind_of(model: Any) -> type[CLIP]:
@@ -127,9 +127,9 @@ def weights_of(
     if is_theirs(model):
         with torch.device("meta"):
             names = kind(config).state_dict()
-        places = {name: place(name, TRANSFORMERS | kind.tensor_names) for name in names}
         found = {}
-        for name, (key, form) in places.items():
+        for name in names:
+            key, form = place(name, TRANSFORMERS | kind.tensor_names)
             # The CLIP inside a larger model of theirs has no prefix, such as "clip.".
             key = key if key in weights else key.partition(".")[2]
             if key in weights:

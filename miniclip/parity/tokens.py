@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniclip.parity.stages import NAMES, Stage, exact_difference, infinitely_far, run_both
+from miniclip.parity.report import NAMES, Stage, exact_difference, run_both
 from miniclip.text.openai import clean_openai
 from miniclip.tokenizer import Tokenizer
 
@@ -57,27 +57,23 @@ def cause_in_tokens(
     if ours == theirs:
         pairs = zip(words, model(words).tolist(), other(words).tolist())
         return f"first at the word {next(word for word, *rows in pairs if rows[0] != rows[1])!r}"
-    if _without_padding(ours) == _without_padding(theirs):
-        if len(ours[0]) != len(theirs[0]):
-            return f"rows of {len(ours[0])} ids in model, {len(theirs[0])} in other"
+    one, two = _without_padding(ours), _without_padding(theirs)
+    lengths = (len(ours[0]), len(theirs[0]))
+    short = min(lengths) - 1  # the end token is last in a row that is cut
+    if max(lengths) > min(lengths) and [r[:short] for r in one] == [r[:short] for r in two]:
+        return f"rows of {lengths[0]} ids in model, {lengths[1]} in other"
+    if one == two:
         return f"padding with {ours[0][-1]} in model, {theirs[0][-1]} in other"
-    if len(ours[0]) != len(theirs[0]):
-        short = min(len(ours[0]), len(theirs[0]))
-        cut = ([row[: short - 1] for row in _without_padding(rows)] for rows in (ours, theirs))
-        if next(cut) == next(cut):
-            return f"rows of {len(ours[0])} ids in model, {len(theirs[0])} in other"
     for fault, clean in CLEANING.items():
         texts = [clean(text) for text in TEXTS]
-        for name, found, expected in zip(NAMES, (model, other), (theirs, ours)):
-            if _without_padding(found(texts).tolist()) == _without_padding(expected):
+        for name, found, expected in zip(NAMES, (model, other), (two, one)):
+            if _without_padding(found(texts).tolist()) == expected:
                 return f"{name} lacks {fault}"
     for word, position in (("start", 0), ("end", -1)):
-        one, two = ([row[position] for row in _without_padding(rows)] for rows in (ours, theirs))
-        for a, b in zip(one, two):
-            if a != b:
+        for mine, yours in zip(one, two):
+            if (a := mine[position]) != (b := yours[position]):
                 return f"the {word} token is {a} in model, {b} in other"
-    rows = zip(TEXTS, _without_padding(ours), _without_padding(theirs))
-    text = next(text for text, one, two in rows if one != two)
+    text = next(text for text, *rows in zip(TEXTS, one, two) if rows[0] != rows[1])
     return f"first at the text {text[:30]!r}"
 
 
@@ -97,7 +93,7 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
 
     found, raised = run_both(ids_of, one, other)
     if raised:
-        return [infinitely_far("tokens")], raised
+        return [exact_difference("tokens")], raised
     row = exact_difference("tokens", *found)
     if not row.within_tolerance:
         return [row], cause_in_tokens(one, other, words)
@@ -106,7 +102,7 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
     for rank, (mine, yours) in enumerate(zip(*merges)):
         if mine != yours:
             cause = f"merge {rank} is {' '.join(mine)!r} in model, {' '.join(yours)!r} in other"
-            return [infinitely_far("tokens")], cause
+            return [exact_difference("tokens")], cause
     return [row], None
 
 

@@ -4,21 +4,21 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from miniclip.parity.report import raises
 from miniclip.parity.sites import Read, is_theirs, outputs_of, sites_of
-from miniclip.parity.stages import raises
 
 
 class Trace(NamedTuple):
     """What was seen of one run of a model, on a CPU."""
 
-    tensors: dict[str, Tensor]  # by site, in the order of the calls
-    calls: dict[str, list[Tensor]]  # by site, of every call of its module
+    calls: dict[str, list[Tensor]]  # by site, of every call of its module, first calls in order
     error: str  # what the model raised, if it did
 
 
@@ -35,38 +35,29 @@ def trace(
     if exact and device.type == "mps":  # which has no float64
         device = torch.device("cpu")
     precision = torch.float64 if exact else dtype
-    run = Trace({}, {}, "")
-    seen_by: dict[str, nn.Module] = {}
+    calls: dict[str, list[Tensor]] = {}
+    watched: dict[str, nn.Module] = {}
+
+    def keep(
+        site: str, read: Read, module: nn.Module, args: tuple, named: dict[str, Any], out: Any
+    ) -> None:
+        tensor = read((*args, *named.values()), out)
+        if isinstance(tensor, Tensor) and watched.setdefault(site, module) is module:
+            calls.setdefault(site, []).append(tensor.cpu())
 
     def forward(patterns: bool) -> str:
         """Run once, and return the error. Patterns have their own run: a watched pattern makes a
         model compute attention in another way."""
-        handles = []
-        for site, module, read in sites_of(model):
-            if site.endswith(".pattern") == patterns and isinstance(module, nn.Module):
-
-                def keep(
-                    module: nn.Module,
-                    args: tuple,
-                    named: dict[str, Any],
-                    out: Any,
-                    site: str = site,
-                    read: Read = read,
-                ) -> None:
-                    tensor = read((*args, *named.values()), out)
-                    if not isinstance(tensor, Tensor):
-                        return  # an attention that does not return its pattern
-                    tensor = tensor.cpu()
-                    if seen_by.setdefault(site, module) is module:
-                        run.calls.setdefault(site, []).append(tensor)
-                    run.tensors[f"{site} again" if site in run.tensors else site] = tensor
-
-                handles.append(module.register_forward_hook(keep, with_kwargs=True))
+        handles = [
+            module.register_forward_hook(partial(keep, site, read), with_kwargs=True)
+            for site, module, read in sites_of(model)
+            if site.endswith(".pattern") == patterns and isinstance(module, nn.Module)
+        ]
         try:
             output = model(**inputs) if is_theirs(model) else model(*inputs.values())
             for site, tensor in outputs_of(output):
-                run.tensors.setdefault(site, tensor.cpu())
-            if "logits" not in run.tensors:
+                calls.setdefault(site, [tensor.cpu()])
+            if "logits" not in calls:
                 raise ValueError(f"it returns a {type(output).__name__} without logits_per_image")
         except Exception as error:  # a fork may raise anything
             return raises(error)
@@ -84,7 +75,7 @@ def trace(
             if hasattr(model, "set_attn_implementation"):  # transformers' own
                 model.set_attn_implementation("eager")
             errors.append(forward(patterns=True))
-    return run._replace(error=next(filter(None, errors), ""))
+    return Trace(calls, next(filter(None, errors), ""))
 
 
 @contextmanager
@@ -95,37 +86,32 @@ def _prepared(
 
     Not a copy: a fork's functions may hold references to the original's modules.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    before = [tensor.data for tensor in tensors]
-    # `training`, and what a forward stores: a mask, or a weight that a pruning hook makes.
-    kept = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
-    theirs: list[Any] = [m for m in model.modules() if is_theirs(model) and hasattr(m, "config")]
-    theirs = [m for m in theirs if hasattr(m.config, "_attn_implementation")]
-    attention = [module.config._attn_implementation for module in theirs]
+    tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+    # `training`, transformers' choice of attention, and what a forward stores: a mask, or a weight
+    # that a pruning hook makes.
+    stored = [found for m in model.modules() for found in (vars(m), m._buffers)]
+    if is_theirs(model):
+        stored += [vars(m.config) for m in model.modules() if hasattr(m, "config")]
+    before = [(found, dict(found)) for found in stored]
     try:
         model.eval()
-        for tensor, data in zip(tensors, before, strict=True):
-            is_float = data.is_floating_point()
-            moved = data.to(device, dtype).to(precision) if is_float else data.to(device)
+        for tensor, data in tensors:
+            moved = data.to(device, dtype).to(precision) if data.is_floating_point() else data
             # A forward may change a tensor in place, such as a counter.
-            tensor.data = moved.clone() if moved is data else moved
+            tensor.data = moved.to(device, copy=moved is data)
         yield
     finally:
-        for tensor, data in zip(tensors, before, strict=True):
+        for tensor, data in tensors:
             tensor.data = data
-        for module, attributes, buffers in kept:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        for module, kind in zip(theirs, attention, strict=True):
-            module.config._attn_implementation = kind
+        for found, contents in before:
+            found.clear()
+            found.update(contents)
 
 
 class Float64ForFloat32(TorchFunctionMode):
     """A block in which code that asks for float32 gets float64, such as a float32 softmax.
 
-    So does code that asks for no dtype, and a float32 tensor that meets a float64 one, such as a
+    So does code that asks for no dtype, and a float32 tensor in a function's arguments, such as a
     mask that is not a buffer.
     """
 
@@ -143,51 +129,48 @@ class Float64ForFloat32(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `function` with float64 for float32."""
-        if function is Tensor.float:
-            function = Tensor.double
-        values = [torch.float64 if value is torch.float32 else value for value in args]
-        named = {
-            name: torch.float64 if value is torch.float32 else value
-            for name, value in (kwargs or {}).items()
-        }
-        tensors = [value for value in (*values, *named.values()) if isinstance(value, Tensor)]
-        if any(tensor.dtype == torch.float64 for tensor in tensors):
-            # A function may change the first in place.
-            values[1:] = map(_doubled, values[1:])
-            named = {name: v if name == "out" else _doubled(v) for name, v in named.items()}
-        try:
-            return function(*values, **named)
-        except RuntimeError:
-            if re.search(r"[^_]_$|^__setitem__$", getattr(function, "__name__", "")):
-                raise  # a tensor that is changed in place must stay the same object
-            return function(*map(_doubled, values), **named)
+        """Call `function` with float64 for float32, unless it changes its first argument."""
+        in_place = re.search(r"[^_]_$|^__(set|setitem)__$", getattr(function, "__name__", ""))
+        values = [*args[:1], *map(_doubled, args[1:])] if in_place else map(_doubled, args)
+        named = {n: v if n == "out" else _doubled(v) for n, v in (kwargs or {}).items()}
+        return (Tensor.double if function is Tensor.float else function)(*values, **named)
 
 
 def _doubled(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+        return type(value)(map(_doubled, value))
     is_float = isinstance(value, Tensor) and value.dtype == torch.float32
-    return value.double() if is_float else value
+    return value.double() if is_float else torch.float64 if value is torch.float32 else value
 
 
-def lay_out_alike(one: Trace, other: Trace, images: int, texts: int) -> None:
-    """Bring the tensors of one run to the shapes of the other, if only the order of axes differs.
+def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tensor]:
+    """The tensor at each site, in the peer's shape if only the order of axes differs.
 
-    A fork may take a batch in pieces, or have its tokens before its batch.
+    A fork may take a batch in pieces, or have its tokens before its batch; `batch` is the right
+    number of rows in each tower. What another call of the same module gave is at "{site} again".
     """
-    for site, calls in one.calls.items():
-        if site not in other.tensors or calls[0].shape == (shape := other.tensors[site].shape):
+    tensors = {}
+    for site, (first, *more) in run.calls.items():
+        shape = peer.calls[site][0].shape if site in peer.calls else first.shape
+        rows = batch["text" if site.startswith("text.") else "vision"]
+        alike = None if first.shape == shape else _join([first, *more], shape, rows)
+        tensors[site] = first if alike is None else alike
+        if more and alike is None:
+            tensors[f"{site} again"] = more[-1]
+    return tensors
+
+
+def _join(calls: list[Tensor], shape: torch.Size, rows: int) -> Tensor | None:
+    """All calls as one tensor of this shape."""
+    for axis in range(len(shape)):
+        try:
+            joined = torch.cat(calls, axis)
+        except (IndexError, RuntimeError):
             continue
-        for axis in range(len(shape)):
-            try:
-                joined = torch.cat(calls, axis)
-            except (IndexError, RuntimeError):
-                continue
-            if joined.ndim == 2 and len(shape) == 3 and joined.numel() == math.prod(shape):
-                joined = joined.reshape(shape)  # the tokens of a whole batch in one row
-            # The batch comes first, as in the formulas.
-            batch = texts if site.startswith("text.") else images
-            turned = joined.ndim == len(shape) == 3 and shape[0] == batch
-            for tensor in (joined, joined.transpose(0, 1)) if turned else (joined,):
-                if tensor.shape == shape != one.tensors[site].shape:
-                    one.tensors[site] = tensor
-                    one.tensors.pop(f"{site} again", None)
+        if joined.ndim == 2 and len(shape) == 3 and joined.numel() == math.prod(shape):
+            joined = joined.reshape(shape)  # the tokens of a whole batch in one row
+        if joined.ndim == len(shape) == 3 and shape[0] == rows != joined.shape[0]:
+            joined = joined.transpose(0, 1)  # the batch comes first, as in the formulas
+        if joined.shape == shape:
+            return joined
+    return None
