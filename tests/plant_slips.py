@@ -60,7 +60,8 @@ def slips_of(area: str) -> list[Slip]:
 
 def read_sources(folder: Path) -> dict[Path, str]:
     """The text of each file of the package in which a slip may be planted."""
-    files = [p for p in (folder / "miniclip").rglob("*") if p.suffix in {".py", ".html", ".txt", ".json"}]
+    kinds = {".py", ".html", ".txt", ".json"}
+    files = [p for p in (folder / "miniclip").rglob("*") if p.suffix in kinds]
     return {file: file.read_text(encoding="utf-8") for file in files}
 
 
