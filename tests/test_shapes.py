@@ -19,6 +19,7 @@ from miniclip import CLIP, ImageTransform
 from miniclip.files.hub import resolve
 from miniclip.tokenizer import Tokenizer
 from miniclip.training import read_recipe, set_up
+from miniclip.training.drawn import Shapes
 from miniclip.world import scenes as world
 from miniclip.world.captions import (
     kinds,
@@ -31,7 +32,6 @@ from miniclip.world.captions import (
 )
 from miniclip.world.scenes import COLOURS, HELD_OUT, SEEN, SHAPES, draw, paint, scene
 from miniclip.world.scoring import SCORE_SEED, score
-from miniclip.world.source import Shapes
 
 
 @pytest.fixture(scope="module")

@@ -295,7 +295,7 @@ def open_data(
     Raises ValueError, which says what was found instead.
     """
     if name == "shapes":
-        from miniclip.world.source import Shapes
+        from miniclip.training.drawn import Shapes
 
         return Shapes()
     root = Path(name).expanduser()
