@@ -336,8 +336,8 @@ MODEL = [
 SITES = [
     Slip(
         "Compiled models run compiled, and look for no hook.",
-        'with torch.compiler.set_stance("force_eager"):\n            yield',
-        "yield",
+        'torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()',
+        "nullcontext()",
         "tests/test_sites.py -k compiled",
     ),
     Slip(
@@ -384,8 +384,8 @@ SITES = [
     ),
     Slip(
         "The wrapper of torch.compile is a part of every name.",
-        'f"{name}.".replace("_orig_mod.", "").rstrip("."): module',
-        "name: module",
+        '"OptimizedModule": "_orig_mod",',
+        "",
         "tests/test_sites.py -k compiled",
     ),
     Slip(
@@ -427,9 +427,45 @@ SITES = [
     ),
     Slip(
         "A hook may return what is not a tensor.",
-        "if edited is not None and not isinstance(edited, Tensor):",
+        "if edited is not None and _kind(edited, name) != _kind(tensor, name):",
         "if False:",
-        "tests/test_sites.py -k may_return",
+        "tests/test_sites.py -k 'may_return or another_kind'",
+    ),
+    Slip(
+        "A hook may drop tokens anywhere.",
+        'if x.ndim == 3 and (last.isdigit() or last in ("ln_pre", "resid_mid")):',
+        "if x.ndim == 3:",
+        "tests/test_sites.py -k another_kind",
+    ),
+    Slip(
+        "A hook may not drop tokens of the stream.",
+        'if x.ndim == 3 and (last.isdigit() or last in ("ln_pre", "resid_mid")):',
+        "if False:",
+        "tests/test_sites.py -k another_kind",
+    ),
+    Slip(
+        "Under autocast a hook must keep the dtype.",
+        '"any dtype" if torch._C._is_any_autocast_enabled() else x.dtype',
+        "x.dtype",
+        "tests/test_sites.py -k autocast",
+    ),
+    Slip(
+        "A shared module is hooked under one of its names.",
+        "if shared := [name for name, module in found if times[id(module)] > 1]:",
+        "if shared := []:",
+        "tests/test_sites.py -k shared",
+    ),
+    Slip(
+        "A hook becomes a part of a graph that is traced.",
+        "if torch.compiler.is_compiling() or torch.jit.is_tracing():",
+        "if False:",
+        "tests/test_sites.py -k traced",
+    ),
+    Slip(
+        "The compiler is imported for hooks.",
+        'is_loaded = "torch._dynamo" in sys.modules',
+        "is_loaded = True",
+        "tests/test_sites.py -k compiler_is",
     ),
     *(
         Slip(
@@ -987,14 +1023,26 @@ SURGERY = [
     ),
     Slip(
         "Patching ignores the heads.",
-        "    if heads is not None:\n            wanted",
-        "    if False:\n            wanted",
+        "    if heads is not None:\n            count",
+        "    if False:\n            count",
         "tests/test_surgery_runs.py -k patching",
     ),
     Slip(
         "Patching ignores the positions.",
-        "whole[:, positions] = True",
-        "whole[:] = True",
+        "chosen[torch.arange(B, device=tensor.device)[:, None], places] = True",
+        "chosen[:] = True",
+        "tests/test_surgery_runs.py -k patching",
+    ),
+    Slip(
+        "Patching takes the positions of each row in every row.",
+        "chosen[torch.arange(B, device=tensor.device)[:, None], places] = True",
+        "chosen[:, places.flatten()] = True",
+        "tests/test_surgery_runs.py -k patching",
+    ),
+    Slip(
+        "Patching takes the heads of a pattern for its tokens.",
+        'is_pattern = name.endswith((".scores", ".pattern"))',
+        "is_pattern = False",
         "tests/test_surgery_runs.py -k patching",
     ),
     Slip(
