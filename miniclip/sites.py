@@ -8,10 +8,10 @@ will do for `model`; with a bare tower the names begin at `blocks`.
 Sites that nobody uses change no bit and add no operation: they cost a few calls of Python for each
 layer, and nothing in a graph.
 
-In a name, `*` and `[0-3]` stand for what they stand for in file names, between two dots. Wrappers,
-as of `torch.compile`, DDP and PEFT, are no part of a name. Inside a block, models that
-`torch.compile` has compiled run uncompiled: a compiled graph does not look for hooks that came after
-it, nor notice that one is gone.
+In a name, `*` and `[0-3]` stand for what they stand for in file names, between two dots. The
+wrappers of `torch.compile`, DDP and PEFT are no part of a name. Inside a block, models that
+`torch.compile` has compiled run uncompiled: a compiled graph does not look for hooks that came
+after it, nor notice that one is gone.
 """
 
 import sys
@@ -120,8 +120,8 @@ def find(model: nn.Module, glob: str) -> list[tuple[str, nn.Module]]:
     times = Counter(id(module) for _, module in modules)
     if shared := [name for name, module in found if times[id(module)] > 1]:
         raise ValueError(
-            f"{listed(shared)}: a module with several names, whose runs cannot be told apart. Share "
-            "its parameters, and not the module"
+            f"{listed(shared)}: a module with several names, whose runs cannot be told apart. "
+            "Share its parameters, and not the module"
         )
     return found
 

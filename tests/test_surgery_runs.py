@@ -171,7 +171,10 @@ def test_positions_and_heads_that_are_not_there(site, options, words):
     x = inputs(model, "text")
     with cache(model, site) as acts:
         encode(model, "text", x)
-    with pytest.raises(ValueError, match=re.escape(words)), hooks(model, patch_from(acts, **options)):
+    with (
+        pytest.raises(ValueError, match=re.escape(words)),
+        hooks(model, patch_from(acts, **options)),
+    ):
         encode(model, "text", x)
 
 

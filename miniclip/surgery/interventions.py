@@ -99,14 +99,14 @@ def patch_from(
         B, T = tensor.shape[0], tensor.shape[2 if is_pattern else 1]
         places = torch.arange(T)[positions][None] if isinstance(positions, slice) else positions
         places = torch.as_tensor(places, device=tensor.device)
-        places = places[:, None] if places.ndim == 1 else places  # (B, k)
-        if places.ndim != 2 or len(places) not in (1, B):
+        if places.ndim not in (1, 2) or len(places) not in (1, B):
             raise ValueError(
-                f"positions have shape {tuple(places.shape)}; expected ({B},), a token of each row, "
-                f"or ({B}, k), or (1, k) for all rows"
+                f"positions have shape {tuple(places.shape)}; expected ({B},), a token of each "
+                f"row, or ({B}, k), or (1, k) for all rows"
             )
         chosen = torch.zeros(B, T, dtype=torch.bool, device=tensor.device)
-        chosen[torch.arange(B, device=tensor.device)[:, None], places] = True
+        rows = torch.arange(B, device=tensor.device)[:, None]
+        chosen[rows, places.view(len(places), -1)] = True
         chosen = chosen.view(B, T, *[1] * (tensor.ndim - 2))
         if heads is not None:
             count = tensor.shape[1 if is_pattern else 2]

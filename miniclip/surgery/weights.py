@@ -181,9 +181,10 @@ def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
     ]
     for model, weights in zip(models[1:], found[1:]):
         _check_same_shapes(found[0], weights)
-        if odd := [*differences(model, models[0])] or _ties(model) != _ties(models[0]):
-            what = "the weights that are shared" if odd is True else listed(odd)
-            raise ValueError(f"the models differ in more than their weights: {what}")
+        odd = [*differences(model, models[0])]
+        odd += ["parameters that are shared"] * (_ties(model) != _ties(models[0]))
+        if odd:
+            raise ValueError(f"the models differ in more than their weights: {listed(odd)}")
     return found
 
 
