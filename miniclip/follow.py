@@ -123,13 +123,15 @@ def patch_places(tower: Any, pixels: Tensor) -> slice:
 
 
 def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns of a vision tower's patches. ValueError if no Conv2d makes them."""
-    if not isinstance(tower.patch_embed, nn.Conv2d):
+    """Rows and columns of a vision tower's patches. ValueError if no Conv2d makes them, or if they
+    overlap, which no published CLIP's do."""
+    conv: Any = unwrapped(tower.patch_embed)
+    if not isinstance(conv, nn.Conv2d) or conv.stride != conv.kernel_size or any(conv.padding):
         raise ValueError(
-            f"{type(tower).__name__}.patch_embed is a {type(tower.patch_embed).__name__}; expected "
-            "a Conv2d, whose stride is the size of a patch"
+            f"{type(tower).__name__}.patch_embed is {conv}; expected a Conv2d whose stride is the "
+            "size of a patch, without padding"
         )
-    rows, columns = (n // s for n, s in zip(pixels.shape[-2:], tower.patch_embed.stride))
+    rows, columns = (n // s for n, s in zip(pixels.shape[-2:], conv.stride))
     return rows, columns
 
 

@@ -8,13 +8,16 @@ will do for `model`; with a bare tower the names begin at `blocks`.
 Sites that nobody uses change no bit and add no operation: they cost a few calls of Python for each
 layer, and nothing in a graph.
 
-In a name, `*` and `[0-3]` stand for what they stand for in file names, between two dots. Inside a
-block, models that `torch.compile` has compiled run uncompiled: a compiled graph does not look for
-hooks that came after it, nor notice that one is gone.
+In a name, `*` and `[0-3]` stand for what they stand for in file names, between two dots. The
+wrappers of `torch.compile`, DDP and PEFT are no part of a name. Inside a block, models that
+`torch.compile` has compiled run uncompiled: a compiled graph does not look for hooks that came
+after it, nor notice that one is gone.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
@@ -22,6 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from miniclip.errors import listed
+from miniclip.files.modules import named_modules
 
 Edit = Callable[[Tensor, str], Tensor | None]
 """(the tensor, the name of its site) -> the tensor to go on with, or None to change nothing."""
@@ -33,7 +39,9 @@ def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
     Returns of None change nothing. Functions of one site run in the order they are given in, and
     the outer of two blocks comes first. A tensor that is edited in place is an error, because
-    others may hold it: return a changed copy. Raises ValueError for a pattern without a match.
+    others may hold it: return a changed copy, of the same dtype and shape. Only a residual stream
+    (`ln_pre`, `resid_mid`, a block) may get another number of tokens. Raises ValueError for a
+    pattern without a match, and for a module that is shared, because its runs look the same.
 
     >>> from miniclip import CLIP
     >>> import torch
@@ -43,16 +51,8 @@ def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     >>> torch.equal(without_mlps, model.encode_image(pixels))
     False
     """
-    found = [(*site, edit) for glob, edit in edits.items() for site in find(model, glob)]
-    handles = []
-    try:
-        for name, module, edit in found:
-            handles.append(module.register_forward_hook(partial(_call, edit, name)))
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _hooked(model, {glob: partial(_checked, edit) for glob, edit in edits.items()}):
+        yield
 
 
 @contextmanager
@@ -61,9 +61,9 @@ def cache(
 ) -> Iterator[dict[str, Tensor]]:
     """A dictionary that fills, as the model runs, with a copy of the tensor of each matching site.
 
-    The copies are of the last run, on `device` (default: where the tensor is). With `grad` the
-    copy is what the model goes on with: torch.autograd.grad(score, acts[name]) is its gradient.
-    Raises ValueError for a pattern without a match, and for `grad` where gradients are off.
+    The copies are of each module's last run, on `device` (default: where the tensor is). With
+    `grad` the copy is what the model goes on with: torch.autograd.grad(score, acts[name]) is its
+    gradient. Raises ValueError as `hooks` does, and for `grad` where gradients are off.
 
     >>> from miniclip import CLIP
     >>> import torch
@@ -86,23 +86,42 @@ def cache(
         acts[name] = tensor.to(device, copy=True).requires_grad_()
         return acts[name].to(tensor.device)
 
-    with hooks(model, dict.fromkeys(globs, keep)):
+    with _hooked(model, dict.fromkeys(globs, keep)):
         yield acts
+
+
+@contextmanager
+def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
+    found = [(*site, edit) for glob, edit in edits.items() for site in find(model, glob)]
+    # Nothing is compiled before the compiler is there, and importing it takes more than a second.
+    is_loaded = "torch._dynamo" in sys.modules
+    handles = []
+    try:
+        for name, module, edit in found:
+            handles.append(module.register_forward_hook(partial(_call, edit, name)))
+        with torch.compiler.set_stance("force_eager") if is_loaded else nullcontext():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find(model: nn.Module, glob: str) -> list[tuple[str, nn.Module]]:
     """The sites whose names match, in the order of the model. ValueError if there are none."""
-    # torch.compile puts a model into a wrapper, whose name is no part of a site's.
-    modules = {
-        f"{name}.".replace("_orig_mod.", "").rstrip("."): module
-        for name, module in model.named_modules()
-    }
-    found = [(name, module) for name, module in modules.items() if name and matches(name, glob)]
+    modules = [*named_modules(model)]
+    found = [(name, module) for name, module in modules if name and matches(name, glob)]
     if not found:
-        near = ", ".join(get_close_matches(glob, modules, cutoff=0)) or "no submodules"
+        names = [name for name, _ in modules]
+        near = ", ".join(get_close_matches(glob, names, cutoff=0)) or "no submodules"
         raise ValueError(
             f"no site is called {glob!r} in this {type(model).__name__}; the nearest are {near}. "
             "A * stands for one part of a name, between two dots"
+        )
+    times = Counter(id(module) for _, module in modules)
+    if shared := [name for name, module in found if times[id(module)] > 1]:
+        raise ValueError(
+            f"{listed(shared)}: a module with several names, whose runs cannot be told apart. "
+            "Share its parameters, and not the module"
         )
     return found
 
@@ -120,9 +139,15 @@ def matches(name: str, glob: str) -> bool:
 
 
 def _call(edit: Edit, name: str, module: nn.Module, args: tuple, tensor: Tensor) -> Tensor | None:
-    """A forward hook that runs the function and holds it to its promises."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: its output is no tensor, but a {type(tensor).__name__}")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        raise ValueError(f"{name}: is hooked; compile or export the model outside of the block")
+    return edit(tensor, name)
+
+
+def _checked(edit: Edit, tensor: Tensor, name: str) -> Tensor | None:
+    """Run a user's function and hold it to its promises."""
     # In inference mode tensors do not count their changes.
     before: Any = tensor.clone() if tensor.is_inference() else tensor._version
     edited = edit(tensor, name)
@@ -134,11 +159,24 @@ def _call(edit: Edit, name: str, module: nn.Module, args: tuple, tensor: Tensor)
         raise ValueError(
             f"{name}: the hook changed the tensor in place; return a changed copy, as of x.clone()"
         )
-    if edited is not None and not isinstance(edited, Tensor):
+    if edited is not None and _kind(edited, name) != _kind(tensor, name):
         raise ValueError(
-            f"{name}: the hook returned a {type(edited).__name__}; expected a tensor or None"
+            f"{name}: the hook returned {_kind(edited, name)}; expected {_kind(tensor, name)} or "
+            "None"
         )
     return edited
+
+
+def _kind(x: Any, name: str) -> str:
+    """What a hook may not change, in words."""
+    if not isinstance(x, Tensor):
+        return f"a {type(x).__name__}"
+    shape: list[Any] = [*x.shape]
+    last = name.rpartition(".")[2]
+    if x.ndim == 3 and (last.isdigit() or last in ("ln_pre", "resid_mid")):
+        shape[1] = "T"  # a residual stream may lose tokens, or get more
+    dtype = "any dtype" if torch._C._is_any_autocast_enabled() else x.dtype
+    return f"shape ({', '.join(map(str, shape))}), {dtype} on {x.device}"
 
 
 KINDS = {  # TransformerLens' names of sites -> ours
@@ -146,7 +184,7 @@ KINDS = {  # TransformerLens' names of sites -> ours
     "q": "attn.q",
     "k": "attn.k",
     "v": "attn.v",
-    "attn_scores": "attn.scores",
+    "attn_scores": "attn.scores",  # before the mask; TransformerLens' site is after it
     "pattern": "attn.pattern",
     "z": "attn.z",
     "attn_out": "attn",

@@ -15,6 +15,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image, ImageColor
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from twin import TINY, random_inputs, tiny_clip, twins
 
 import miniclip
@@ -319,6 +320,25 @@ def test_a_text_has_no_part_from_after_its_end(double):
     tokens = decompose(model, ids, "token")["blocks.0.attn"].abs().sum((1, 3))  # (B, T)
     for row, end in zip(tokens, model.text.eos_positions(ids).tolist()):
         assert (row[: end + 1] > 0).all() and (row[end + 1 :] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
+@pytest.mark.parametrize("by", ["layer", "token"])
+def test_the_parts_of_a_quantised_tower_are_an_error_that_says_so(by):
+    """Its activations are rounded too, which no sum of parts can follow."""
+    model = quantize_dynamic(tiny_clip(), {nn.Linear}, torch.qint8)
+    pixels, ids = random_inputs(TINY)
+    for x in (pixels, ids):
+        with pytest.raises(ValueError, match="the parts miss the embedding by .*module that was"):
+            decompose(model, x, by=by)
+
+
+def test_a_tower_without_projection_is_a_sum_too(double):
+    _, x = double
+    tower = miniclip.VisionTower(TINY.vision, None).double().eval()
+    with torch.no_grad():
+        expected = tower(x["vision"])
+    assert distance(sum(decompose(tower, x["vision"]).values()), expected) < FLOAT64
 
 
 def test_an_edit_that_the_parts_leave_out_is_an_error(double):

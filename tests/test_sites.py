@@ -6,15 +6,21 @@ they are compared with it through `cache`, and with each other.
 
 import copy
 import pickle
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from twin import TINY, random_inputs, tiny_clip, twins
 
+from miniclip.lens import attention_maps, decompose, logit_lens
 from miniclip.model import Attention, Block
 from miniclip.parity import compare
 from miniclip.sites import KINDS, cache, find, hooks, matches, site
@@ -150,6 +156,55 @@ def test_what_a_hook_may_return_and_see(tiny):
         lstm = nn.Sequential(nn.LSTM(3, 3))
         with hooks(lstm, {"0": nothing}):
             lstm(torch.zeros(1, 3))
+
+
+OTHERS = {
+    "fewer rows": lambda x, _: x[:1],
+    "the mean": lambda x, _: x.mean(0),
+    "one token": lambda x, _: x[:, :1],
+    "fewer neurons": lambda x, _: x[..., :-1],
+    "another dtype": lambda x, _: x.double(),
+    "another device": lambda x, _: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize("edit", OTHERS)
+@pytest.mark.parametrize("name", ["attn.z", "attn.scores", "mlp", "resid_mid"])
+def test_a_hook_that_returns_another_kind_of_tensor_is_an_error_at_its_site(tiny, edit, name):
+    model, inputs = tiny
+    site = f"vision.blocks.1.{name}"
+    with hooks(model, {site: OTHERS[edit]}):
+        if (edit, name) == ("one token", "resid_mid"):  # a stream may lose tokens
+            assert model.vision.blocks(model.vision.embed_tokens(inputs[0])).shape[1] == 1
+            return
+        with pytest.raises(ValueError, match=f"{site}: the hook returned shape .*; expected shape"):
+            model(*inputs)
+
+
+def test_under_autocast_a_hook_may_return_another_dtype(tiny):
+    model, (pixels, _) = tiny
+    with torch.autocast("cpu", torch.bfloat16):
+        with hooks(model, {"vision.blocks.0.mlp": lambda x, _: x.float()}):
+            model.encode_image(pixels)
+
+
+@pytest.mark.parametrize("look", [
+    lambda m, x: cache(m, "vision.blocks.0").__enter__(),
+    lambda m, x: cache(m, "vision.blocks.*.attn.pattern").__enter__(),
+    lambda m, x: attention_maps(m, x),
+    lambda m, x: logit_lens(m, x),
+    lambda m, x: decompose(m, x),
+])  # fmt: skip
+def test_the_runs_of_a_shared_module_are_an_error(tiny, look):
+    model, (pixels, _) = tiny
+    blocks = model.vision.blocks
+    blocks[1] = blocks[0]
+    with pytest.raises(ValueError, match="blocks.0.*: a module with several names"):
+        look(model, pixels)
+    parameters = {id(parameter): parameter for parameter in blocks[0].parameters()}
+    blocks[1] = copy.deepcopy(blocks[0], parameters)  # shared weights, and not the module
+    assert blocks[1].mlp.fc1.weight is blocks[0].mlp.fc1.weight
+    assert len(attention_maps(model, pixels)) == 3
 
 
 # ----------------------------------------------------------------------------------- what is left
@@ -437,7 +492,48 @@ def test_gradients_at_a_site_are_slopes(tiny):
             model.encode_image(pixels)
 
 
+# ----------------------------------------------------------------------------------------- wrapped
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, "blocks"])
+def test_wrappers_are_no_part_of_a_name(tiny, wrap):
+    model, inputs = tiny
+    expected = [name for name, _ in find(model, "*.blocks.*.attn.*")]
+    if wrap == "blocks":
+        wrapped = copy.deepcopy(model)
+        is_block = lambda module: isinstance(module, Block)  # noqa: E731
+        apply_activation_checkpointing(wrapped, check_fn=is_block)
+        inner = wrapped
+    else:
+        wrapped = wrap(model)
+        inner = wrapped.module
+    assert [name for name, _ in find(wrapped, "*.blocks.*.attn.*")] == expected
+    with torch.no_grad(), cache(wrapped, "vision.blocks.1") as acts:
+        inner(*inputs)
+    with torch.no_grad(), cache(model, "vision.blocks.1") as plain:
+        model(*inputs)
+    assert torch.equal(acts["vision.blocks.1"], plain["vision.blocks.1"])
+    assert torch.equal(logit_lens(wrapped, inputs[0]), logit_lens(model, inputs[0]))
+
+
 # ----------------------------------------------------------------------------------------- compiled
+
+
+def test_the_compiler_is_not_imported_for_hooks(tiny, monkeypatch):
+    """It takes more than a second, and nothing is compiled before."""
+    model, inputs = tiny
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    monkeypatch.setattr(torch.compiler, "set_stance", None)
+    with cache(model, "vision.blocks.*") as acts:
+        model(*inputs)
+    assert len(acts) == 3 and "torch._dynamo" not in sys.modules
+
+
+def test_a_hook_in_a_graph_that_is_traced_is_an_error(shallow):
+    model, (pixels, _) = shallow
+    with hooks(model, {"vision.blocks.0.attn.z": nothing}):
+        with pytest.raises(Exception, match="vision.blocks.0.attn.z: is hooked; compile or export"):
+            torch.export.export(model.vision, (pixels,), strict=False)
 
 
 @pytest.fixture

@@ -99,8 +99,9 @@ def test_patching_from_another_run(model, tower):
         assert torch.equal(encode(model, tower, one), expected)
     plain = encode(model, tower, other)
     assert_far(plain, expected)
-    ends = {0} if tower == "vision" else set((one == 599).int().argmax(1).tolist())
-    others = [t for t in range(9) if t not in ends]
+    ends = (one == 599).int().argmax(1) if tower == "text" else torch.zeros(3, dtype=torch.long)
+    others = [[t for t in range(9) if t != end] for end in ends]
+    assert tower == "vision" or len(set(ends.tolist())) > 1
     with hooks(model, patch_from({end: acts[end]}, positions=others)):
         assert torch.equal(encode(model, tower, other), plain)  # nobody reads those
     with hooks(model, patch_from({end: acts[end]}, positions=ends)):
@@ -115,7 +116,7 @@ def test_patching_some_heads_at_some_positions(model, tower):
         encode(model, tower, one)
     with cache(model, site) as plain:
         encode(model, tower, other)
-    patches = patch_from(source, positions=[1, 4], heads=[1])
+    patches = patch_from(source, positions=[[1, 4]], heads=[1])
     with hooks(model, patches), cache(model, site) as patched:
         encode(model, tower, other)
     for t in range(9):
@@ -130,6 +131,51 @@ def test_patching_some_heads_at_some_positions(model, tower):
             stream = {f"{tower}.blocks.0": torch.zeros(3, 26, 48)}
         with hooks(model, patch_from(stream, heads=[0])):
             encode(model, tower, other)
+
+
+@pytest.mark.parametrize("part", ["attn.z", "attn.pattern", "attn.scores", "resid_mid"])
+def test_patching_another_token_of_each_row(part):
+    model, site = tiny_clip(), f"text.blocks.1.{part}"
+    one, other = inputs(model, "text"), inputs(model, "text", seed=1)
+    acts = {}
+    for name, ids in (("source", one), ("plain", other)):
+        with cache(model, site) as acts[name]:
+            encode(model, "text", ids)
+    heads = [1] if "attn" in part else None
+    single, pairs = [2, 0, 7], [[2, 5], [0, 1], [7, 3]]
+    for positions in (single, torch.tensor(pairs), [[4, 6]], slice(3, 5)):
+        with hooks(model, patch_from(acts["source"], positions=positions, heads=heads)):
+            with cache(model, site) as patched:
+                encode(model, "text", other)
+        listed = [[3, 4]] if isinstance(positions, slice) else torch.as_tensor(positions).tolist()
+        for row in range(3):
+            tokens = listed[row % len(listed)]
+            for token in range(9):
+                for head in range(2):
+                    place = (row, token, head) if part == "attn.z" else (row, head, token)
+                    place = (row, token) if heads is None else place
+                    is_patched = token in (tokens if isinstance(tokens, list) else [tokens])
+                    is_patched &= heads is None or head == 1
+                    expected = acts["source" if is_patched else "plain"][site][place]
+                    assert torch.equal(patched[site][place], expected)
+
+
+@pytest.mark.parametrize("site, options, words", [
+    ("text.blocks.0", {"positions": [1, 4]}, "positions have shape (2,); expected (3,)"),
+    ("text.blocks.0", {"positions": [[1], [4]]}, "positions have shape (2, 1); expected (3,)"),
+    ("text.proj", {"positions": [1, 4, 0]}, "text.proj: has no tokens to choose from"),
+    ("text.blocks.0.attn.z", {"heads": [2]}, "no heads [2]; expected numbers from 0 to 1"),
+])  # fmt: skip
+def test_positions_and_heads_that_are_not_there(site, options, words):
+    model = tiny_clip()
+    x = inputs(model, "text")
+    with cache(model, site) as acts:
+        encode(model, "text", x)
+    with (
+        pytest.raises(ValueError, match=re.escape(words)),
+        hooks(model, patch_from(acts, **options)),
+    ):
+        encode(model, "text", x)
 
 
 class Autoencoder(nn.Module):

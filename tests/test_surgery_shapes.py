@@ -17,6 +17,7 @@ from twin import TINY, assert_close, assert_far, random_inputs, randomize, tiny_
 from miniclip import CLIP, CLIPConfig, ContextLengthError, TextConfig, VisionConfig
 from miniclip.commands.main import main
 from miniclip.files.configs import beyond_transformers
+from miniclip.follow import patch_grid
 from miniclip.lens.decompose import decompose
 from miniclip.parity import transformers_twin
 from miniclip.parts import parts
@@ -26,12 +27,14 @@ from miniclip.surgery import (
     add_registers,
     add_tokens,
     average,
+    copied,
     extend_context,
     interpolate,
     keep_layers,
     merge_lora,
     prune_heads,
     prune_neurons,
+    reconfigure,
     resize_image,
     resize_patch,
 )
@@ -162,7 +165,7 @@ def test_nothing_asked_is_nothing_changed(model, tower):
         prune_heads(model, tower, {0: []}),
         prune_neurons(model, tower, {}),
         keep_layers(model, tower, range(part.layers)),
-        resize_image(model, TINY.vision.image_size),
+        copied(resize_image(model, TINY.vision.image_size)),
         resize_patch(model, TINY.vision.patch_size),
         extend_context(model, TINY.text.context_length),
         add_tokens(model, 0),
@@ -172,6 +175,42 @@ def test_nothing_asked_is_nothing_changed(model, tower):
         assert same is not model
         theirs = {p.data_ptr() for p in model.parameters()}
         assert not any(p.data_ptr() in theirs for p in same.parameters())
+
+
+def test_a_resized_model_shares_what_does_not_change(model):
+    """At B/16, a copy of the rest would be 582 MB."""
+    new = resize_image(model, 64)
+    theirs = {p.data_ptr() for p in model.parameters()}
+    own = [n for n, p in new.named_parameters() if p.data_ptr() not in theirs]
+    assert own == ["vision.pos_embed"]
+    assert not any(p.data_ptr() in theirs for p in copied(new).parameters())
+    with hooks(new, {"vision.blocks.0": lambda x, name: 0 * x}):  # modules are not shared
+        assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_config_is_told_what_was_done_to_a_model(tmp_path):
+    model = copied(tiny_clip())
+    for block in model.text.blocks:
+        block.mlp.act = nn.GELU()
+    with pytest.raises(ValueError, match="act is GELU, expected QuickGELU"):
+        model.save_pretrained(tmp_path)
+    assert reconfigure(model, "text", act="gelu") is model
+    model.save_pretrained(tmp_path)
+    pixels, ids = random_inputs(TINY)
+    with torch.no_grad():
+        found = CLIP.from_pretrained(tmp_path)(pixels, ids).logits_per_image
+        assert torch.equal(found, model(pixels, ids).logits_per_image)
+    with pytest.raises(ValueError, match="tower is 'texts'; expected 'vision' or 'text'"):
+        reconfigure(model, "texts", act="gelu")
+
+
+@pytest.mark.parametrize("change", [{"stride": (4, 4)}, {"padding": (2, 2)}])
+def test_patches_that_overlap_have_no_grid(change):
+    model = copied(tiny_clip())
+    for name, value in change.items():
+        setattr(model.vision.patch_embed, name, value)
+    with pytest.raises(ValueError, match="patch_embed is Conv2d.* expected .* size of a patch"):
+        patch_grid(model.vision, torch.zeros(1, 3, 40, 40))
 
 
 # ------------------------------------------------------------------------------- other images

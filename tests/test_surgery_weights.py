@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from transformers import CLIPModel
-from twin import TINY, random_inputs, randomize, tiny_clip
+from twin import TINY, fork_of, random_inputs, randomize, tiny_clip
 
 from miniclip import CLIP
 from miniclip.surgery import (
@@ -21,6 +22,7 @@ from miniclip.surgery import (
     layer_groups,
     merge_lora,
     prune_heads,
+    reconfigure,
     resize_image,
     unmerge_lora,
 )
@@ -115,9 +117,81 @@ def test_a_task_vector_leads_from_float32_to_float32_exactly():
 ])  # fmt: skip
 def test_models_of_two_shapes_have_no_mean(combine):
     model = three()[0]
-    for other in (keep_layers(model, "text", [0]), resize_image(model, 64), add_lora(model)):
+    for other in (keep_layers(model, "text", [0]), resize_image(model, 64)):
         with pytest.raises(ValueError, match="differ in the names or shapes of .* tensors"):
             combine(model, other)
+
+
+def gelu(model):
+    for block in (*model.vision.blocks, *model.text.blocks):
+        block.mlp.act = nn.GELU()
+    return reconfigure(reconfigure(model, "vision", act="gelu"), "text", act="gelu")
+
+
+def tied(model):
+    model.text.blocks[0].ln_1.weight = model.text.blocks[1].ln_1.weight
+    return model
+
+
+class Counting(CLIP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("count", torch.tensor(0))
+
+
+COMBINE = [
+    lambda a, b: interpolate(a, b, 0.5),
+    lambda a, b: average([a, b]),
+    lambda a, b: TaskVector.between(a, b),
+]
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("change, words", [
+    (gelu, "differ in more than their weights: the model|config is CLIPConfig"),
+    (tied, "differ in more than their weights: parameters that are shared"),
+    (lambda m: fork_of(m, "resid_mid(x +", "resid_mid(2 * x +"), "the model is CLIP, expected"),
+])  # fmt: skip
+def test_models_that_differ_in_more_than_weights_have_no_mean(combine, change, words):
+    with pytest.raises(ValueError, match=words):
+        combine(tiny_clip(), change(tiny_clip(seed=1)))
+    if change is not gelu:
+        return
+    combine(gelu(tiny_clip()), gelu(tiny_clip(seed=1)))
+
+
+def wrong_activation(model):
+    model.text.blocks[0].mlp.act = nn.GELU()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
+@pytest.mark.parametrize("combine", [*COMBINE, lambda a, b: TaskVector({}).apply(a)])
+@pytest.mark.parametrize("change", [
+    add_lora, wrong_activation, lambda m: quantize_dynamic(m, {nn.Linear}, torch.qint8),
+], ids=["LoRA", "GELU", "quantised"])  # fmt: skip
+def test_models_that_are_not_what_their_config_says_have_no_mean(combine, change):
+    """Of two adapters that are not merged, A and B would be averaged apart."""
+    with pytest.raises(ValueError, match="does not describe the model: .*surgery.merge_lora"):
+        combine(change(tiny_clip()), change(tiny_clip(seed=1)))
+
+
+def test_the_mean_of_merged_models_is_the_mean_of_their_weights():
+    models = [merge_lora(adapted(seed=seed)[1]) for seed in (1, 2)]
+    weights = [model.get_submodule(NAMES[0]).weight for model in models]
+    found = average(models).get_submodule(NAMES[0]).weight
+    assert (found - (weights[0] + weights[1]) / 2).abs().max() < 1e-14
+    assert (weights[0] - weights[1]).abs().max() > 1e-2
+
+
+def test_the_buffers_of_a_fork_are_averaged_with_its_weights():
+    one, other = Counting(TINY), Counting(TINY)
+    one.mean.fill_(1), other.mean.fill_(3), one.count.fill_(5)
+    found = average([one, other])
+    assert found.mean.tolist() == [2, 2, 2] and found.count == 5
+    with torch.no_grad():
+        assert (TaskVector.between(one, other).apply(one, 2).mean == 5).all()
 
 
 def test_no_models_have_no_mean():

@@ -90,7 +90,7 @@ def check_described(model: Any) -> None:
     ]
     if patched:
         warnings.warn(
-            f"{listed(patched)}: patched on the model, which no file can hold", stacklevel=3
+            f"{listed(patched)}: patched on the model, which is not a part of it", stacklevel=3
         )
 
 

@@ -107,7 +107,8 @@ def decompose(
     # From the stream to the embedding all is linear, once the scale is known. The LayerNorm takes
     # the mean off, and if this is done in each part, it is one matrix with the projection.
     scale = norm_scale(norm, last) * length
-    readout = weight_of(tower.proj, last.shape[-1]) * norm.weight  # (E, W)
+    proj, _ = affine_of(tower.proj, last.shape[-1], last)
+    readout = proj * norm.weight  # (E, W)
     if apart:
         readout = readout - readout.mean(1, keepdim=True)
 
@@ -123,8 +124,8 @@ def decompose(
     for i, block in enumerate(tower.blocks):
         name, attn = f"blocks.{i}", block.attn
         split = (-1, attn.head_width)
-        bias = bias_of(attn.v_proj).unflatten(0, split)  # (H, D)
-        out = weight_of(attn.out_proj, bias.numel())  # (W, H * D)
+        bias = affine_of(attn.v_proj, last.shape[-1], last)[1].unflatten(0, split)  # (H, D)
+        out, out_bias = affine_of(attn.out_proj, bias.numel(), last)  # (W, H * D), (W)
         per_head = (readout @ out).unflatten(1, split)  # (E, H, D)
         taken: Any = bias if apart else 0
         if by == "token":
@@ -132,7 +133,7 @@ def decompose(
             mixed = torch.einsum("bht,bthd->bhtd", rows[f"{name}.attn.pattern"], values)
         else:
             mixed = rows[f"{name}.attn.z"] - taken  # (B, H, D)
-        part, out_bias = read_heads(mixed, per_head, by), read(bias_of(attn.out_proj))
+        part, out_bias = read_heads(mixed, per_head, by), read(out_bias)
         if apart:
             parts[f"{name}.attn"] = part
             coarse = "layer" if by == "layer" else "head"
@@ -142,9 +143,10 @@ def decompose(
             parts[f"{name}.attn"] = part + share(out_bias, part)
         parts[f"{name}.mlp"] = read(rows[f"{name}.mlp"])
         if apart and type(block.mlp).forward is MLP.forward:
-            parts[f"{name}.mlp.fc2.bias"] = read(bias_of(block.mlp.fc2))
+            fc2 = block.mlp.fc2
+            parts[f"{name}.mlp.fc2.bias"] = read(affine_of(fc2, fc2.in_features, last)[1])
             parts[f"{name}.mlp"] = parts[f"{name}.mlp"] - parts[f"{name}.mlp.fc2.bias"]
-    rest = tower.proj(norm.bias).expand_as(embedding) / length
+    rest = (proj @ norm.bias).expand_as(embedding) / length
     if apart:
         parts[f"{norm_name}.bias"] = rest
     else:
@@ -189,18 +191,15 @@ def ablate_contributions(
     return torch.cat([p.reshape(len(p), -1, p.shape[-1]) for p in ablated.values()], 1).sum(1)
 
 
-def bias_of(linear: Any) -> Tensor:
-    """The bias of a Linear, zeros if a fork's has none."""
-    return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
-
-
-def weight_of(linear: nn.Module, width: int) -> Tensor:
-    """The matrix that a module multiplies by, also where a LoRA stands in a Linear's place."""
-    if type(linear) is nn.Linear:
-        return linear.weight
-    like = next(linear.parameters())
+def affine_of(module: Any, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix (out, width) and the bias (out) of a Linear, or of what stands in its place: a
+    LoRA, a quantised Linear, or the Identity of a tower without projection."""
+    if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
+        weight = module.weight
+        return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias
     one = torch.eye(width, dtype=like.dtype, device=like.device)
-    return (linear(one) - linear(torch.zeros_like(one))).T
+    bias = module(torch.zeros_like(one))  # in each row
+    return (module(one) - bias).T, bias[0]
 
 
 def check_sum(parts: dict[str, Tensor], embedding: Tensor) -> None:

@@ -1,10 +1,11 @@
 """Change what a model computes, what it weighs or what shape it has, and know what stayed exact.
 
 One rule for all of it. A function that changes weights or shapes returns a new model, config and
-all; the one given is left as it was, keeps its hooks, and shares no memory with the new one. A
-context manager changes the model given for as long as it is open. So operations compose, and
-nothing has to be undone. (`freeze` alone works in place: what is trained is no part of what a
-model is.) Compile a model after surgery, not before.
+all; the one given is left as it was, keeps its hooks, and shares no memory with the new one (only
+`resize_image` shares what does not change). A context manager changes the model given for as long
+as it is open. So operations compose, and nothing has to be undone. Two functions work in place:
+`freeze`, as what is trained is no part of what a model is, and `reconfigure`, which tells a config
+what you did yourself to a `copied` model. Compile a model after surgery, not before.
 
 What a function leaves is a CLIP like any other: it is saved and loaded bit for bit. Where
 transformers cannot express its shape, transformers refuses to load it (`CLIPConfig.to_dict`).
@@ -27,8 +28,15 @@ from miniclip.surgery.interventions import (
 )
 from miniclip.surgery.lora import add_lora, merge_lora, unmerge_lora
 from miniclip.surgery.prompts import encode_prompts
-from miniclip.surgery.structure import keep_layers, prune_heads, prune_neurons
-from miniclip.surgery.weights import TaskVector, average, freeze, interpolate, layer_groups
+from miniclip.surgery.structure import keep_layers, prune_heads, prune_neurons, reconfigure
+from miniclip.surgery.weights import (
+    TaskVector,
+    average,
+    copied,
+    freeze,
+    interpolate,
+    layer_groups,
+)
 
 __all__ = [
     "PRESETS",
@@ -52,8 +60,10 @@ __all__ = [
     "keep_layers",
     "prune_heads",
     "prune_neurons",
+    "reconfigure",
     "TaskVector",
     "average",
+    "copied",
     "freeze",
     "interpolate",
     "layer_groups",

@@ -49,7 +49,9 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     (interpolate_pos_encoding), "timm" (and open_clip), "openai-bilinear" or "dino". The class
     token's position stays. Resize the original each time: resampling twice blurs. transformers
     can express square images only; for those, of side S, the checkpoint's transform becomes
-    `dataclasses.replace(transform, size=S, crop_size=S)`. ValueError for a size below one patch.
+    `dataclasses.replace(transform, size=S, crop_size=S)`. The new model shares the weights that do
+    not change: give `copied(model)` to train it and keep this one. ValueError for a size below one
+    patch.
 
     >>> from miniclip import CLIP
     >>> wide = resize_image(CLIP.from_pretrained("shapes"), (64, 96))
@@ -59,7 +61,7 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     if method not in RESAMPLE:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(RESAMPLE)}")
     follow("resize_image", model.vision, ("embed_tokens",))
-    new = reconfigure(copied(model), "vision", image_size=size)
+    new = reconfigure(copied(model, shares_weights=True), "vision", image_size=size)
     old_grid, grid = model.config.vision.grid, new.config.vision.grid
     if grid == old_grid:
         return new

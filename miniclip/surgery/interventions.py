@@ -3,9 +3,8 @@
 Each is a context manager, or makes the functions for one; nothing is left behind.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from copy import deepcopy
 from functools import partial
 
 import torch
@@ -15,7 +14,7 @@ from miniclip.files.checks import numbers
 from miniclip.follow import follow
 from miniclip.model import CLIP, VisionTower
 from miniclip.sites import Edit, hooks
-from miniclip.surgery.weights import without_hooks
+from miniclip.surgery.weights import copied
 
 
 @contextmanager
@@ -65,14 +64,15 @@ def _silence(silenced: set[str], heads: list[int], mode: str, z: Tensor, name: s
 def patch_from(
     acts: Mapping[str, Tensor],
     *,
-    positions: Collection[int] | slice = slice(None),
+    positions: Tensor | Sequence | slice = slice(None),
     heads: Collection[int] | None = None,
 ) -> dict[str, Edit]:
     """Functions for `hooks` that put cached tensors in the place of a run's own.
 
     Activation patching (Meng et al. 2022, arXiv 2202.05262): `acts` is of `cache`, the tensors
-    (B, T, ...). `positions` are the tokens to replace, `heads` the heads, where the tensor is
-    (B, T, H, D). A ValueError for a cached tensor of another shape.
+    (B, T, ...). `positions` are the tokens to replace: one of each row, (B,), or k of them, (B, k);
+    a slice and (1, k) are for all rows. Of a pattern they are the tokens that look. `heads` are the
+    heads, in attn.q, k, v, scores, pattern and z. ValueError for a tensor of another shape.
 
     >>> from miniclip import CLIP
     >>> from miniclip.sites import cache
@@ -82,7 +82,6 @@ def patch_from(
     >>> torch.equal(found, expected)
     True
     """
-    positions = positions if isinstance(positions, slice) else list(positions)
 
     def patch(tensor: Tensor, name: str) -> Tensor:
         source = acts[name]
@@ -91,15 +90,30 @@ def patch_from(
                 f"{name}: the cached tensor has shape {tuple(source.shape)}, the run's own "
                 f"{tuple(tensor.shape)}; expected the same number of inputs and tokens"
             )
-        if heads is not None and not name.endswith((".q", ".k", ".v", ".z")):
-            raise ValueError(f"{name}: has no heads to choose from; expected attn.q, k, v or z")
-        whole = torch.zeros(tensor.shape[:2], dtype=torch.bool, device=tensor.device)
-        whole[:, positions] = True  # (B, T)
-        chosen = whole.view(*whole.shape, *[1] * (tensor.ndim - 2))
+        is_pattern = name.endswith((".scores", ".pattern"))  # (B, H, T, T)
+        has_heads = is_pattern or name.endswith((".q", ".k", ".v", ".z"))  # (B, T, H, D)
+        if heads is not None and not has_heads:
+            raise ValueError(f"{name}: has no heads to choose from; expected a site such as attn.z")
+        if positions != slice(None) and not has_heads and tensor.ndim != 3:
+            raise ValueError(f"{name}: has no tokens to choose from; expected a tensor (B, T, ...)")
+        B, T = tensor.shape[0], tensor.shape[2 if is_pattern else 1]
+        places = torch.arange(T)[positions][None] if isinstance(positions, slice) else positions
+        places = torch.as_tensor(places, device=tensor.device)
+        if places.ndim not in (1, 2) or len(places) not in (1, B):
+            raise ValueError(
+                f"positions have shape {tuple(places.shape)}; expected ({B},), a token of each "
+                f"row, or ({B}, k), or (1, k) for all rows"
+            )
+        chosen = torch.zeros(B, T, dtype=torch.bool, device=tensor.device)
+        rows = torch.arange(B, device=tensor.device)[:, None]
+        chosen[rows, places.view(len(places), -1)] = True
+        chosen = chosen.view(B, T, *[1] * (tensor.ndim - 2))
         if heads is not None:
-            wanted = torch.zeros(tensor.shape[2], 1, dtype=torch.bool, device=tensor.device)
-            wanted[list(heads)] = True
+            count = tensor.shape[1 if is_pattern else 2]
+            wanted = torch.zeros(count, 1, dtype=torch.bool, device=tensor.device)
+            wanted[numbers(heads, count, name, "heads")] = True
             chosen = chosen & wanted  # (B, T, H, 1)
+        chosen = chosen.transpose(1, 2) if is_pattern else chosen
         return torch.where(chosen, source.to(tensor), tensor)
 
     return dict.fromkeys(acts, patch)
@@ -120,18 +134,11 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     >>> torch.equal(spliced, model.encode_image(pixels))
     True
     """
-
-    # What hooks on the module change is no error of its own. The copy has the same parameters.
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    unhooked = without_hooks(deepcopy(module, tensors)) if error_term else module
+    # What hooks on the module change is no error of its own.
+    unhooked = copied(module, shares_weights=True) if error_term else module
 
     def through(tensor: Tensor, name: str) -> Tensor:
         out = module(tensor)
-        if out.shape != tensor.shape:
-            raise ValueError(
-                f"{name}: the spliced module returned shape {tuple(out.shape)}; expected that of "
-                f"its input, {tuple(tensor.shape)}"
-            )
         return out + (tensor - unhooked(tensor)).detach() if error_term else out
 
     with hooks(model, {site: through}):

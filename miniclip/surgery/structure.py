@@ -102,10 +102,19 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
 
 
 def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
-    """Change fields in a tower's config, in place; returns the model."""
-    part = getattr(model, tower)
-    part.config = replace(part.config, **fields)
-    model.config = replace(model.config, **{tower: part.config})
+    """Change fields in a tower's config, in place, to say what was done to it; returns the model.
+
+    Nothing else changes: saving refuses a model whose modules are not what its config says.
+
+    >>> from miniclip import CLIP
+    >>> model = copied(CLIP.from_pretrained("shapes"))
+    >>> for block in model.text.blocks: block.mlp.act = nn.GELU()
+    >>> reconfigure(model, "text", act="gelu").config.text.act
+    'gelu'
+    """
+    config = replace(_config(model, tower), **fields)
+    model.config = replace(model.config, **{tower: config})
+    getattr(model, tower).config = config
     return model
 
 

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from miniclip.errors import listed
+from miniclip.files.modules import check_described, differences, state_of
 from miniclip.model import CLIP, TextTower, VisionTower
 
 
@@ -19,7 +21,8 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
     """The model `alpha` of the way from one to the other: 0 is the first, 1 the second, exactly.
 
     WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903) goes from the zero-shot to the fine-tuned
-    model; an alpha outside of 0 to 1 extrapolates. Raises ValueError for models of two shapes.
+    model; an alpha outside of 0 to 1 extrapolates. Raises ValueError for models that differ in more
+    than their weights, and for LoRA that is not merged.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -32,8 +35,8 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
 def average(models: list[CLIP]) -> CLIP:
     """The model whose every weight is the mean of theirs.
 
-    The uniform soup of Wortsman et al. 2022, arXiv 2203.05482. Raises ValueError for no models,
-    and for models of more than one shape.
+    The uniform soup of Wortsman et al. 2022, arXiv 2203.05482. Raises ValueError for no models, for
+    models that differ in more than their weights, and for LoRA that is not merged.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -64,19 +67,17 @@ class TaskVector:
     @classmethod
     def between(cls, base: CLIP, tuned: CLIP) -> "TaskVector":
         """The vector that leads from `base` to `tuned`. ValueError if their shapes differ."""
-        _check_same_class([base, tuned])
-        weights, others = _parameters(base), _parameters(tuned)
-        _check_same_shapes(weights, others)
+        weights, others = _weights(base, tuned)
         return cls({name: others[name].double() - weights[name].double() for name in weights})
 
     def apply(self, model: CLIP, scale: float = 1.0) -> CLIP:
         """A new model: the one given, plus `scale` times this vector."""
-        new = copied(model)
-        weights = _parameters(new)
+        (weights,) = _weights(model)
         _check_same_shapes(weights, self.tensors)
-        for name, weight in weights.items():
-            weight.copy_(weight.double() + scale * self.tensors[name].to(weight.device))
-        return new
+        return _with_weights(
+            model,
+            {n: w.double() + scale * self.tensors[n].to(w.device) for n, w in weights.items()},
+        )
 
     def __add__(self, other: "TaskVector") -> "TaskVector":
         _check_same_shapes(self.tensors, other.tensors)
@@ -141,8 +142,11 @@ def freeze(tower: VisionTower | TextTower, groups: int) -> None:
             parameter.requires_grad_(i >= groups)
 
 
-def copied(model: CLIP) -> CLIP:
-    """A copy that shares no memory with the model, and has none of its forward hooks.
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copied(model: Module, shares_weights: bool = False) -> Module:
+    """A copy that has none of the model's forward hooks, and its weights if it `shares_weights`.
 
     Hooks belong to who registered them on the model; a copy of one could never be removed again.
 
@@ -151,38 +155,51 @@ def copied(model: CLIP) -> CLIP:
     >>> copied(model).logit_scale.data_ptr() == model.logit_scale.data_ptr()
     False
     """
-    return without_hooks(deepcopy(model))
-
-
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def without_hooks(module: Module) -> Module:
-    """The module, of whose parts none has a forward hook any more; they are cleared in place."""
-    for part in module.modules():
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())} if shares_weights else {}
+    new = deepcopy(model, tensors)
+    for part in new.modules():
         part._forward_hooks.clear()
-    return module
-
-
-def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
-    _check_same_class(models)
-    new = copied(models[0])
-    sources = [_parameters(model) for model in models]
-    for source in sources[1:]:
-        _check_same_shapes(sources[0], source)
-    for name, weight in _parameters(new).items():
-        weight.copy_(combine(*(s[name].to(weight.device, torch.float64) for s in sources)))
     return new
 
 
-def _check_same_class(models: list[CLIP]) -> None:
-    if len({type(model) for model in models}) > 1:
-        found = ", ".join(dict.fromkeys(type(model).__name__ for model in models))
-        raise ValueError(f"expected models of one class, found {found}")
+def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
+    first, *others = _weights(*models)
+    return _with_weights(models[0], {
+        name: combine(*(s[name].to(weight.device, torch.float64) for s in (first, *others)))
+        for name, weight in first.items()
+    })  # fmt: skip
 
 
-def _parameters(model: CLIP) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
+    """The numbers of models that differ in nothing else. ValueError if they do, or if one is not
+    what its config says: adapters that are not merged, and quantised modules, have no mean."""
+    for model in models:
+        check_described(model)
+    found = [
+        {name: tensor for name, tensor in state_of(model).items() if tensor.is_floating_point()}
+        for model in models
+    ]
+    for model, weights in zip(models[1:], found[1:]):
+        _check_same_shapes(found[0], weights)
+        odd = [*differences(model, models[0])]
+        odd += ["parameters that are shared"] * (_ties(model) != _ties(models[0]))
+        if odd:
+            raise ValueError(f"the models differ in more than their weights: {listed(odd)}")
+    return found
+
+
+def _ties(model: CLIP) -> list[int]:
+    """Of each parameter the number of the first that is the same."""
+    ids = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    return [ids.index(one) for one in ids]
+
+
+def _with_weights(model: CLIP, weights: dict[str, Tensor]) -> CLIP:
+    new = copied(model)
+    state = state_of(new)
+    for name, weight in weights.items():
+        state[name].copy_(weight)
+    return new
 
 
 def _check_same_shapes(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

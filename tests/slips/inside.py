@@ -336,8 +336,8 @@ MODEL = [
 SITES = [
     Slip(
         "Compiled models run compiled, and look for no hook.",
-        'with torch.compiler.set_stance("force_eager"):\n            yield',
-        "yield",
+        'torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()',
+        "nullcontext()",
         "tests/test_sites.py -k compiled",
     ),
     Slip(
@@ -384,8 +384,8 @@ SITES = [
     ),
     Slip(
         "The wrapper of torch.compile is a part of every name.",
-        'f"{name}.".replace("_orig_mod.", "").rstrip("."): module',
-        "name: module",
+        '"OptimizedModule": "_orig_mod",',
+        "",
         "tests/test_sites.py -k compiled",
     ),
     Slip(
@@ -427,9 +427,45 @@ SITES = [
     ),
     Slip(
         "A hook may return what is not a tensor.",
-        "if edited is not None and not isinstance(edited, Tensor):",
+        "if edited is not None and _kind(edited, name) != _kind(tensor, name):",
         "if False:",
-        "tests/test_sites.py -k may_return",
+        "tests/test_sites.py -k 'may_return or another_kind'",
+    ),
+    Slip(
+        "A hook may drop tokens anywhere.",
+        'if x.ndim == 3 and (last.isdigit() or last in ("ln_pre", "resid_mid")):',
+        "if x.ndim == 3:",
+        "tests/test_sites.py -k another_kind",
+    ),
+    Slip(
+        "A hook may not drop tokens of the stream.",
+        'if x.ndim == 3 and (last.isdigit() or last in ("ln_pre", "resid_mid")):',
+        "if False:",
+        "tests/test_sites.py -k another_kind",
+    ),
+    Slip(
+        "Under autocast a hook must keep the dtype.",
+        '"any dtype" if torch._C._is_any_autocast_enabled() else x.dtype',
+        "x.dtype",
+        "tests/test_sites.py -k autocast",
+    ),
+    Slip(
+        "A shared module is hooked under one of its names.",
+        "if shared := [name for name, module in found if times[id(module)] > 1]:",
+        "if shared := []:",
+        "tests/test_sites.py -k shared",
+    ),
+    Slip(
+        "A hook becomes a part of a graph that is traced.",
+        "if torch.compiler.is_compiling() or torch.jit.is_tracing():",
+        "if False:",
+        "tests/test_sites.py -k traced",
+    ),
+    Slip(
+        "The compiler is imported for hooks.",
+        'is_loaded = "torch._dynamo" in sys.modules',
+        "is_loaded = True",
+        "tests/test_sites.py -k compiler_is",
     ),
     *(
         Slip(
@@ -987,14 +1023,26 @@ SURGERY = [
     ),
     Slip(
         "Patching ignores the heads.",
-        "    if heads is not None:\n            wanted",
-        "    if False:\n            wanted",
+        "    if heads is not None:\n            count",
+        "    if False:\n            count",
         "tests/test_surgery_runs.py -k patching",
     ),
     Slip(
         "Patching ignores the positions.",
-        "whole[:, positions] = True",
-        "whole[:] = True",
+        "chosen[rows, places.view(len(places), -1)] = True",
+        "chosen[:] = True",
+        "tests/test_surgery_runs.py -k patching",
+    ),
+    Slip(
+        "Patching takes the positions of each row in every row.",
+        "chosen[rows, places.view(len(places), -1)] = True",
+        "chosen[:, places.flatten()] = True",
+        "tests/test_surgery_runs.py -k patching",
+    ),
+    Slip(
+        "Patching takes the heads of a pattern for its tokens.",
+        'is_pattern = name.endswith((".scores", ".pattern"))',
+        "is_pattern = False",
         "tests/test_surgery_runs.py -k patching",
     ),
     Slip(
@@ -1011,14 +1059,14 @@ SURGERY = [
     ),
     Slip(
         "What a hook on a spliced module takes is put back as its error.",
-        "unhooked = without_hooks(deepcopy(module, tensors)) if error_term else module",
+        "unhooked = copied(module, shares_weights=True) if error_term else module",
         "unhooked = module",
         "tests/test_surgery_runs.py -k splic",
     ),
     Slip(
         "The error of a spliced module is of its old weights.",
-        "unhooked = without_hooks(deepcopy(module, tensors)) if error_term else module",
-        "unhooked = without_hooks(deepcopy(module)) if error_term else module",
+        "unhooked = copied(module, shares_weights=True) if error_term else module",
+        "unhooked = copied(module) if error_term else module",
         "tests/test_surgery_runs.py -k splic",
     ),
     Slip(
@@ -1186,14 +1234,44 @@ SURGERY = [
     ),
     Slip(
         "Weights are added up in their own precision.",
-        "combine(*(s[name].to(weight.device, torch.float64) for s in sources))",
-        "combine(*(s[name].to(weight.device) for s in sources))",
+        "combine(*(s[name].to(weight.device, torch.float64) for s in (first, *others)))",
+        "combine(*(s[name].to(weight.device) for s in (first, *others)))",
         "tests/test_surgery_weights.py -k 'rounded_once or average'",
     ),
     Slip(
+        "Adapters that are not merged are averaged apart.",
+        "        check_described(model)\n    found",
+        "        pass\n    found",
+        "tests/test_surgery_weights.py -k config_says",
+    ),
+    Slip(
+        "Models of two activations are averaged.",
+        "odd = [*differences(model, models[0])]",
+        "odd: list[str] = []",
+        "tests/test_surgery_weights.py -k more_than_weights",
+    ),
+    Slip(
+        "A model that shares a parameter is averaged with one that does not.",
+        '["parameters that are shared"] * (_ties(model) != _ties(models[0]))',
+        "[]",
+        "tests/test_surgery_weights.py -k more_than_weights",
+    ),
+    Slip(
+        "resize_image copies what does not change.",
+        'copied(model, shares_weights=True), "vision", image_size=size)',
+        'copied(model), "vision", image_size=size)',
+        "tests/test_surgery_shapes.py -k shares_what",
+    ),
+    Slip(
+        "Patches that overlap have a grid.",
+        "conv.stride != conv.kernel_size or any(conv.padding)",
+        "False",
+        "tests/test_surgery_shapes.py -k overlap",
+    ),
+    Slip(
         "A task vector ignores its scale.",
-        "weight.copy_(weight.double() + scale * self.tensors[name].to(weight.device))",
-        "weight.copy_(weight.double() + self.tensors[name].to(weight.device))",
+        "w.double() + scale * self.tensors[n].to(w.device)",
+        "w.double() + self.tensors[n].to(w.device)",
         "tests/test_surgery_weights.py -k task_vectors",
     ),
     Slip(
@@ -1228,8 +1306,8 @@ SURGERY = [
     ),
     Slip(
         "A copy has the hooks of its model.",
-        "return without_hooks(deepcopy(model))",
-        "return deepcopy(model)",
+        "        part._forward_hooks.clear()\n",
+        "        pass\n",
         "tests/test_surgery_shapes.py -k hooks_stay",
     ),
     *(
