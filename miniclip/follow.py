@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miniclip.config import LEGACY_EOS, TextConfig
 from miniclip.files.modules import is_patched, unwrapped
 from miniclip.model import CLIP, MLP, Attention, Block, TextTower, VisionTower
 from miniclip.sites import Edit, hooks
@@ -190,5 +191,10 @@ def some_input(tower: Any) -> Tensor:
         size = (1, config.channels, *config.height_width)
         return torch.linspace(-9, 9, torch.Size(size).numel()).sin().view(size).to(like)
     ids = torch.arange(config.context_length, device=like.device) % config.vocab_size
-    ids[-1] = config.eos_token_id if config.eos_token_id != 2 else config.vocab_size - 1
+    ids[-1] = end_token(config)
     return ids[None]
+
+
+def end_token(text: TextConfig) -> int:
+    """The id that ends a text. With the legacy rule, a text is read at its largest id."""
+    return text.eos_token_id if text.eos_token_id != LEGACY_EOS else text.vocab_size - 1

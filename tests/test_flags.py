@@ -63,7 +63,7 @@ def desk(tmp_path_factory):
 def run(desk, tmp_path, monkeypatch, capsys):
     """Run a line of LINES, or any other, in an empty folder: (status, stdout, stderr)."""
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
-    monkeypatch.setattr("miniclip.page.serve.run", lambda app, listening: None)
+    monkeypatch.setattr("miniclip.page.serve.serve_until_interrupted", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)
 
     def run(line, model="cifar10"):

@@ -160,7 +160,9 @@ def test_the_command_works(desk, command, little, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     argv = stand_in(command)
     if argv[0] == "serve":
-        monkeypatch.setattr("miniclip.page.serve.run", lambda app, socket: socket.close())
+        monkeypatch.setattr(
+            "miniclip.page.serve.serve_until_interrupted", lambda app, socket: socket.close()
+        )
     if argv[0] == "train":
         shutil.rmtree(argv[argv.index("--out") + 1], ignore_errors=True)
     status = main(argv)

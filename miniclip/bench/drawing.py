@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from os import PathLike
 
 from miniclip.bench.measuring import Row
-from miniclip.figures.style import BLUE, ORANGE, Figure, save
+from miniclip.figures.style import BLUE, ORANGE, Figure, save_figure
 
 
 def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
@@ -45,4 +45,4 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
     axes.set_xlabel("cost, as a multiple of miniclip's (logarithmic)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    save(figure, path)
+    save_figure(figure, path)

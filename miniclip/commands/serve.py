@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the page's address and serve it until Ctrl-C."""
     from miniclip.checkpoint import load
-    from miniclip.page.serve import create_app, listen, open_index, run
+    from miniclip.page.serve import (
+        create_app,
+        listen,
+        open_index,
+        serve_until_interrupted,
+    )
 
     with listen(args.port) as socket:  # first, because a port that is taken should show at once
         models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
@@ -37,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
         app = create_app(models, find)
         url = f"http://127.0.0.1:{socket.getsockname()[1]}"
         print(json.dumps({"url": url}) if args.json else f"{url}  (Ctrl-C ends it)", flush=True)
-        run(app, socket)
+        serve_until_interrupted(app, socket)
     return 0

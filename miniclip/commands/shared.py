@@ -66,9 +66,9 @@ def keep_freed_memory() -> None:
 
 def check_figure(path: str) -> None:
     """Raise ValueError before the work if matplotlib is missing or cannot write this file."""
-    from miniclip.figures.style import KINDS
+    from miniclip.figures.style import PICTURE_SUFFIXES
 
-    check_writable(path, KINDS)
+    check_writable(path, PICTURE_SUFFIXES)
 
 
 def check_writable(name: str, suffixes: Iterable[str]) -> None:

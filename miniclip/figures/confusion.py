@@ -7,7 +7,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from miniclip.evaluation.classification import BINS, Evaluation
-from miniclip.figures.style import BLUE, ORANGE, save
+from miniclip.figures.style import BLUE, ORANGE, save_figure
 from miniclip.terminal import shorten
 
 MOST_NAMES = 40  # classes that can be named along a side of the matrix,
@@ -31,7 +31,7 @@ def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
     left.set_ylabel("true class")
     draw_mistakes(right, result)
     draw_reliability(axes["below"], result)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_cells(axes: Axes, result: Evaluation) -> None:

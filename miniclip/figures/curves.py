@@ -5,7 +5,7 @@ from os import PathLike
 
 from matplotlib.figure import Figure
 
-from miniclip.figures.style import BLUE, ORANGE, save
+from miniclip.figures.style import BLUE, ORANGE, save_figure
 
 
 def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> None:
@@ -26,4 +26,4 @@ def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> 
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    save_figure(figure, path)

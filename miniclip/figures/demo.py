@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from miniclip.exhibits import Exhibit, Heat
-from miniclip.figures.style import draw_bars, save, show_picture
+from miniclip.figures.style import draw_bars, save_figure, show_picture
+from miniclip.lens.heat import overlay
 
 
 def draw_demo(
@@ -18,33 +19,19 @@ def draw_demo(
     halves = figure.subfigures(2, 1, squeeze=False, height_ratios=(4, 5)).flat
     top, *bottom = halves if photographs else [figure]
     axes = top.subplots(1, 2 + len(heats), width_ratios=(2, 3, *(2 for _ in heats)))
-    show_picture(axes[0], scene)
+    show_picture(axes[0], scene.picture, scene.name)
     draw_bars(axes[1], scene.scores, inside=True)
     for axis, heat in zip(axes[2:], heats, strict=True):
         draw_heat(axis, scene, heat)
     if photographs:
         rows = bottom[0].subplots(2, len(photographs), height_ratios=(3, 2), squeeze=False)
         for above, below, photograph in zip(*rows, photographs, strict=True):
-            show_picture(above, photograph)
+            show_picture(above, photograph.picture, photograph.name)
             draw_bars(below, photograph.scores[:5])
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_heat(axes: Axes, scene: Exhibit, heat: Heat) -> None:
     """Where the phrase is seen, over the picture in grey; the object's true outline in white."""
-    size = scene.picture.size[0]
-    axes.imshow(scene.picture.convert("L"), cmap="gray", vmin=0, vmax=255, alpha=0.5)
-    warmest = max(heat.lost.max().item(), 1e-6)
-    shown = heat.lost.clamp(min=0).numpy() / warmest
-    axes.imshow(
-        shown,
-        cmap="inferno",
-        alpha=0.7,
-        interpolation="bilinear",
-        extent=(-0.5, size - 0.5, size - 0.5, -0.5),
-        vmin=0,
-        vmax=1,
-    )
+    show_picture(axes, overlay(scene.picture, heat.lost), heat.phrase)
     axes.contour(heat.mask.numpy(), levels=[0.5], colors="white", linewidths=1.5)
-    axes.set_title(heat.phrase, loc="left", fontsize=11)
-    axes.set_axis_off()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from miniclip.exhibits import Exhibit, Heat
 from miniclip.figures.demo import draw_heat
-from miniclip.figures.style import save, show_panel, show_picture, title_of
+from miniclip.figures.style import save_figure, show_picture, title_of
 from miniclip.lens.heat import BLIND, HEAT_COLOURS, overlay
 from miniclip.world.localise import Question
 
@@ -26,10 +26,10 @@ def draw_explanations(
         zip(figure.subplots(len(asked), 1 + len(maps), squeeze=False), asked, strict=True)
     ):
         exhibit = Exhibit(question.phrase, question.picture, [])
-        show_picture(row[0], exhibit)
+        show_picture(row[0], question.picture, question.phrase)
         for axes, (method, heats) in zip(row[1:], maps.items(), strict=True):
             draw_heat(axes, exhibit, Heat(method, heats[i], question.named))
-    save(figure, path)
+    save_figure(figure, path)
 
 
 # What the numbers of a map say.
@@ -72,9 +72,9 @@ def draw_text_maps(
     for axes in rows.flat:
         axes.set_axis_off()
     for row, name, line in zip(rows, names, lines, strict=True):
-        show_panel(row[0], picture, name)
+        show_picture(row[0], picture, name)
         for axes, (title, method, heat) in zip(row[1:], line):
-            show_panel(axes, overlay(picture, heat), title, warmth(method, heat))
+            show_picture(axes, overlay(picture, heat), title, warmth(method, heat))
     colours = LinearSegmentedColormap.from_list("heat", HEAT_COLOURS)
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, 1), colours),
@@ -82,7 +82,7 @@ def draw_text_maps(
     )  # fmt: skip
     bar.outline.set_visible(False)
     bar.set_label("nothing, or against the text  →  a map's warmest patch", fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def warmth(method: str, heat: Tensor) -> str:

@@ -16,14 +16,15 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from miniclip.exhibits import Exhibit
 from miniclip.zeroshot.classifier import Score
 
-KINDS = [f".{kind}" for kind in FigureCanvasBase.filetypes]  # that a picture's name may end in
+PICTURE_SUFFIXES = [
+    f".{kind}" for kind in FigureCanvasBase.filetypes
+]  # that a picture's name may end in
 BLUE, ORANGE = "#0072b2", "#d55e00"
 
 
-def save(figure: Figure, path: str | PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | PathLike[str]) -> None:
     """Write a picture in the format that its name ends in. Raises ValueError if it cannot."""
     texts = figure.findobj(Text)
     families = [*rcParams["font.family"], *fonts_beside("".join(t.get_text() for t in texts))]
@@ -72,13 +73,6 @@ def font_file(text: str) -> str:
     return next(iter(fonts_beside(text).values()), usual_font())
 
 
-def show_picture(axes: Axes, exhibit: Exhibit) -> None:
-    """A picture under its name."""
-    axes.imshow(exhibit.picture)
-    axes.set_title(exhibit.name, loc="left", fontsize=11)
-    axes.set_axis_off()
-
-
 def draw_bars(axes: Axes, scores: Sequence[Score], inside: bool = False) -> None:
     """A bar for each label, best on top; long labels stand above their bars."""
     best = scores[::-1]
@@ -103,9 +97,10 @@ def title_of(text: str) -> list[str]:
     return textwrap.wrap(text, 28, max_lines=3, placeholder=" …")
 
 
-def show_panel(axes: Axes, picture: Image.Image, title: str, below: str = "") -> None:
+def show_picture(axes: Axes, picture: Image.Image, title: str, below: str = "") -> None:
     """A picture with a title above and a note below, both wrapped."""
     axes.imshow(picture)
+    axes.set_axis_off()
     # Plain text, because a $ would begin a formula.
     axes.set_title("\n".join(title_of(title)), loc="left", fontsize=11, parse_math=False)
     lines = textwrap.wrap(below, 36)

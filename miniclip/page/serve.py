@@ -78,7 +78,7 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
 
     def about(asked: dict[str, Any]) -> dict[str, Any]:
         return {
-            "models": {name: describe(loaded) for name, loaded in models.items()},
+            "models": {name: describe_model(loaded) for name, loaded in models.items()},
             "methods": [*lens.METHODS, "head"],
             "blind": [*lens.BLIND, "head"],
             "colours": lens.HEAT_COLOURS,
@@ -148,7 +148,7 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
     )
 
 
-def describe(loaded: Loaded) -> dict[str, Any]:
+def describe_model(loaded: Loaded) -> dict[str, Any]:
     """What the page has to know of a model: pixels along a side, heads of each layer."""
     heads = loaded.model.config.vision.per_layer("heads")
     return {"size": loaded.transform.crop_size, "heads": heads}
@@ -222,7 +222,7 @@ def listen(port: int | None) -> socket.socket:
     )
 
 
-def run(app: Starlette, listening: socket.socket) -> None:
+def serve_until_interrupted(app: Starlette, listening: socket.socket) -> None:
     """Answer until Ctrl-C, and then what was asked before; it is raised again."""
     config = uvicorn.Config(app, log_level="warning", lifespan="off")
     uvicorn.Server(config).run(sockets=[listening])

@@ -9,10 +9,11 @@ from torch import Tensor
 from miniclip.checkpoint import Loaded
 from miniclip.config import CLIPConfig
 from miniclip.files.models import check_device
+from miniclip.follow import end_token
 from miniclip.model import CLIP
 from miniclip.parity.diagnosis import cause_in_model, differing_weights
 from miniclip.parity.formulas import Side
-from miniclip.parity.pairs import end_token, random_inputs
+from miniclip.parity.pairs import random_inputs
 from miniclip.parity.pixels import compare_transforms
 from miniclip.parity.report import (
     NAMES,
@@ -22,7 +23,7 @@ from miniclip.parity.report import (
     exact_difference,
     largest_difference,
 )
-from miniclip.parity.sites import config_of, is_theirs, kind_of, sites_of, weights_of
+from miniclip.parity.sites import sites_of, stored_in
 from miniclip.parity.tokens import compare_tokenizers
 from miniclip.parity.traces import Trace, tensors_of, trace
 from miniclip.terminal import progress
@@ -123,9 +124,8 @@ def compare_models(
             f"the two models differ in their number of blocks: {_depths(ours)} and "
             f"{_depths(theirs)} in the vision and the text tower; expected the same"
         )
-    kind = kind_of(theirs if is_theirs(ours) else ours)  # a fork, if one of the two is one
-    configs = [config_of(model, kind) for model in models]
-    weights = [weights_of(m, c, dtype, kind) for m, c in zip(models, configs, strict=True)]
+    kind = next((type(m) for m in models if isinstance(m, CLIP)), CLIP)  # perhaps a fork
+    configs, weights = zip(*(stored_in(model, kind, dtype) for model in models), strict=True)
     exact = TOLERANCE[torch.float64]
     if _are_rounded_once_more(*weights):
         exact = ROUNDED if dtype in TOLERANCE else torch.inf

@@ -142,16 +142,16 @@ def otherwise_run(site: str, model: Side, other: Side) -> str:
         ours, theirs = (list(filter(pattern.fullmatch, side.tensors)) for side in (model, other))
         for name, run, peer in (("model", ours, theirs), ("other", theirs, ours)):
             if extra := [part for part in run if part.endswith(" again") and part not in peer]:
-                return f"{name} runs {_part(extra[0])} twice"
+                return f"{name} runs {_part_at(extra[0])} twice"
             if missing := [part for part in peer if part not in run and "again" not in part]:
-                return f"{name} does not run {_part(missing[0])}"
+                return f"{name} does not run {_part_at(missing[0])}"
         for one, two in zip(ours, theirs):
             if one != two:
-                return f"model has {_part(one)} in the place of {_part(two)}"
+                return f"model has {_part_at(one)} in the place of {_part_at(two)}"
     return ""
 
 
-def _part(site: str) -> str:
+def _part_at(site: str) -> str:
     return site.removesuffix(" again").removesuffix(".resid_post")
 
 

@@ -2,7 +2,7 @@
 
 from os import PathLike
 
-from miniclip.figures.style import BLUE, ORANGE, Figure, save
+from miniclip.figures.style import BLUE, ORANGE, Figure, save_figure
 from miniclip.parity.report import Report
 
 NOTHING = 1e-17  # where a difference of 0 is drawn, as a logarithm has no place for it
@@ -47,4 +47,4 @@ def draw_parity(report: Report, path: str | PathLike[str]) -> None:
     panels[0].set_yticklabels(["0", *(f"$10^{{{n}}}$" for n in range(-15, 4, 3))])
     panels[1].legend(frameon=False, fontsize=9)
     figure.suptitle(str(report).replace("\n", "; "), fontsize=11)
-    save(figure, path)
+    save_figure(figure, path)

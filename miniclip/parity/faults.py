@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniclip.parity.formulas import (
-    ACTIVATIONS,
+    ACTIVATION_FORMULAS,
     EMBEDDINGS,
     Formula,
     Named,
@@ -21,7 +21,7 @@ from miniclip.parity.formulas import (
     end_of,
     no_mask,
     softmax,
-    take,
+    token_at,
     under,
 )
 
@@ -33,7 +33,7 @@ def _rescaled(
     return x / (variance.sqrt() + eps if outside else (variance + eps).sqrt()) * weight + bias
 
 
-def _norm(x: Tensor, *numbers: Any, **options: Any) -> Tensor:
+def _centred(x: Tensor, *numbers: Any, **options: Any) -> Tensor:
     return _rescaled(x - x.mean(-1, keepdim=True), *numbers, **options)
 
 
@@ -43,7 +43,7 @@ def _length_with_eps(eps: float, x: Tensor) -> Tensor:
 
 def _last_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
     is_end = ids == ids.gather(1, end[:, None])
-    return take(stream, ids, ids.shape[1] - 1 - is_end.flip(-1).int().argmax(-1))
+    return token_at(stream, ids, ids.shape[1] - 1 - is_end.flip(-1).int().argmax(-1))
 
 
 def _mean_to_the_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def _mean_to_the_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
 
 
 POOLS = {  # of the stream (B, T, W), ids and the positions of end tokens -> (B, W)
-    "texts read at their largest id": lambda x, ids, end: take(x, ids, ids.argmax(-1)),
+    "texts read at their largest id": lambda x, ids, end: token_at(x, ids, ids.argmax(-1)),
     "pooling at the first token": lambda x, ids, end: x[:, 0],
     "pooling at the second token": lambda x, ids, end: x[:, 1],
     "pooling at the last token": lambda x, ids, end: x[:, -1],
@@ -62,8 +62,10 @@ POOLS = {  # of the stream (B, T, W), ids and the positions of end tokens -> (B,
     "pooling at the largest of all tokens": lambda x, ids, end: x.amax(1),
     "pooling at the mean of a text up to its end token": _mean_to_the_end,
     "texts read at their last end token": _last_end,
-    "texts read before their end token": lambda x, ids, end: take(x, ids, end - 1),
-    "texts read after their end token": lambda x, ids, end: take(x, ids, (end + 1) % x.shape[1]),
+    "texts read before their end token": lambda x, ids, end: token_at(x, ids, end - 1),
+    "texts read after their end token": lambda x, ids, end: token_at(
+        x, ids, (end + 1) % x.shape[1]
+    ),
 }
 LEAST = torch.finfo(torch.float64).min
 LAYER_NORMS = ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final")
@@ -98,10 +100,12 @@ FAULTS: dict[str, dict[str, Any]] = {
         "the logit scale that training begins with": lambda scale: torch.full_like(scale, 1 / 0.07),
         "no logit scale": torch.ones_like,
     },
-    "act": ACTIVATIONS
+    "act": ACTIVATION_FORMULAS
     | {
         "quick_gelu of 1.7": lambda x: x * torch.sigmoid(1.7 * x),
-        "quick_gelu twice": lambda x: ACTIVATIONS["quick_gelu"](ACTIVATIONS["quick_gelu"](x)),
+        "quick_gelu twice": lambda x: ACTIVATION_FORMULAS["quick_gelu"](
+            ACTIVATION_FORMULAS["quick_gelu"](x)
+        ),
         "gelu twice": lambda x: F.gelu(F.gelu(x)),
         "relu squared": lambda x: F.relu(x) ** 2,
         "leaky_relu of 0.1": partial(F.leaky_relu, negative_slope=0.1),
@@ -114,10 +118,10 @@ FAULTS: dict[str, dict[str, Any]] = {
     },
     "eps": {f"{eps:g}": eps for eps in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12, 0.0)},
     "norm": {
-        "LayerNorm with the unbiased variance": partial(_norm, correction=1),
-        "LayerNorm with eps outside the root": partial(_norm, outside=True),
+        "LayerNorm with the unbiased variance": partial(_centred, correction=1),
+        "LayerNorm with eps outside the root": partial(_centred, outside=True),
         "LayerNorm with the unbiased variance and eps outside the root": partial(
-            _norm, correction=1, outside=True
+            _centred, correction=1, outside=True
         ),
         "LayerNorm over all tokens together": lambda x, eps, weight, bias: (
             F.layer_norm(x, x.shape[1:], eps=eps) * weight + bias
@@ -251,7 +255,7 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
     if tower == "text":
 
         def at_their_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
-            return take(stream, ids, end_of(ids, peer.eos_token_id))
+            return token_at(stream, ids, end_of(ids, peer.eos_token_id))
 
         pools = {f"the end token {peer.eos_token_id}": (at_their_end, False)} | pools
     return {

@@ -53,7 +53,7 @@ def causal_mask(ones: Tensor, end: Tensor) -> Tensor:
     return ones.triu(1).bool()
 
 
-def take(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
+def token_at(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
     """The residual stream at the end token of a text, or at the first token of an image."""
     return stream[torch.arange(len(stream)), end]
 
@@ -67,7 +67,7 @@ def length(x: Tensor) -> Tensor:
     return x.norm(dim=-1, keepdim=True)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATION_FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu": F.gelu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
@@ -240,8 +240,8 @@ def formula_of(site: str, side: Side) -> Formula:
         "joined": lambda z: z.transpose(1, 2).flatten(2),
         "mlp_reads": (("resid_pre", "attn_out"), "ln_2"),
         "resid_post": ("resid_pre", "attn_out", "mlp_out"),
-        "act": ACTIVATIONS[config.act],
-        "pool": (take, False),
+        "act": ACTIVATION_FORMULAS[config.act],
+        "pool": (token_at, False),
     })  # fmt: skip
 
 

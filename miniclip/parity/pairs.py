@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from miniclip.checkpoint import Loaded
-from miniclip.config import LEGACY_EOS, CLIPConfig, TextConfig
+from miniclip.config import CLIPConfig
 from miniclip.errors import CheckpointError
 from miniclip.files.configs import beyond_transformers
 from miniclip.files.hub import has_files, resolve
 from miniclip.files.models import meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
+from miniclip.follow import end_token
 from miniclip.model import CLIP
 from miniclip.peers import import_transformers
 from miniclip.published import PUBLISHED
@@ -172,8 +173,3 @@ def random_inputs(
     rows = torch.arange(texts)
     ids[rows, tokens - 1 - rows % (tokens - 1)] = end_token(text)
     return torch.randn(size, generator=generator), ids
-
-
-def end_token(text: TextConfig) -> int:
-    """The id that ends a text. With the legacy rule, a text is read at its largest id."""
-    return text.eos_token_id if text.eos_token_id != LEGACY_EOS else text.vocab_size - 1

@@ -47,7 +47,7 @@ def pictures(size: int) -> list[Image.Image]:
     return [*margins, *resized, resized[0].convert("L"), resized[0].convert("P"), transparent]
 
 
-class Steps(NamedTuple):
+class TransformSteps(NamedTuple):
     """An image transform: transformers' four steps, until one is replaced."""
 
     size: int
@@ -138,7 +138,7 @@ def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tenso
         a, b = getattr(ours, name), getattr(theirs, name, getattr(ours, name))
         if a != b:
             return f"{name} is {a} in model, {b} in other"
-    steps = Steps(ours.size, ours.crop_size, ours.image_mean, ours.image_std)
+    steps = TransformSteps(ours.size, ours.crop_size, ours.image_mean, ours.image_std)
     drawn = pictures(ours.size)
     for fault, changed in FAULTS_OF_PIXELS.items():
         if steps._replace(**changed) == steps:  # no fault here

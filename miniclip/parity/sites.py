@@ -106,33 +106,22 @@ def _part(module: Any, *names: str) -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
-def kind_of(model: Any) -> type[CLIP]:
-    """The class of ours whose files a model could have been loaded from: CLIP or a fork."""
-    return type(model) if isinstance(model, CLIP) else CLIP
-
-
-def config_of(model: "CLIP | CLIPModel", kind: type[CLIP] = CLIP) -> CLIPConfig:
-    """The config; transformers' as a model of class `kind` would have it."""
-    if not is_theirs(model):
-        return model.config
-    types = tuple(dict.fromkeys(("clip", kind.model_type)))
-    return kind.config_class.from_fields(from_transformers(model.config.to_dict(), types))
-
-
-def weights_of(
-    model: "CLIP | CLIPModel", config: CLIPConfig, dtype: torch.dtype, kind: type[CLIP] = CLIP
-) -> dict[str, Tensor]:
-    """The parameters under our names."""
+def stored_in(
+    model: "CLIP | CLIPModel", kind: type[CLIP], dtype: torch.dtype
+) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    """The config, and the parameters under our names; transformers' as a model of class `kind`."""
     weights = {name.replace("_orig_mod.", ""): w for name, w in model.state_dict().items()}
+    config = model.config
     if is_theirs(model):
+        types = tuple(dict.fromkeys(("clip", kind.model_type)))
+        config = kind.config_class.from_fields(from_transformers(config.to_dict(), types))
+        theirs, weights = weights, {}
         with torch.device("meta"):
             names = kind(config).state_dict()
-        found = {}
         for name in names:
             key, form = place(name, TRANSFORMERS | kind.tensor_names)
             # The CLIP inside a larger model of theirs has no prefix, such as "clip.".
-            key = key if key in weights else key.partition(".")[2]
-            if key in weights:
-                found[name] = Place(key, form).take(weights[key])
-        weights = found
-    return {name: weight.cpu().to(dtype) for name, weight in weights.items()}
+            key = key if key in theirs else key.partition(".")[2]
+            if key in theirs:
+                weights[name] = Place(key, form).take(theirs[key])
+    return config, {name: weight.cpu().to(dtype) for name, weight in weights.items()}

@@ -31,13 +31,17 @@ BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 
 Y, X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) / IMAGE_SIZE - 0.5
 
-ROUND = np.exp(1j * np.linspace(0, math.tau, 96, endpoint=False))
+ANGLES = np.linspace(0, math.tau, 96, endpoint=False)
+ROUND = np.exp(1j * ANGLES)
 UP = -1j
 LONG, THIN = 0.94, 0.32  # of a cross
 ARM = np.array([LONG - THIN * 1j, LONG + THIN * 1j, THIN + THIN * 1j])
-T = np.linspace(0, math.tau, 96, endpoint=False)
-HEART = 16 * np.sin(T) ** 3 + 1j * (
-    -13 * np.cos(T) + 5 * np.cos(2 * T) + 2 * np.cos(3 * T) + np.cos(4 * T) - 1.5
+HEART = 16 * np.sin(ANGLES) ** 3 + 1j * (
+    -13 * np.cos(ANGLES)
+    + 5 * np.cos(2 * ANGLES)
+    + 2 * np.cos(3 * ANGLES)
+    + np.cos(4 * ANGLES)
+    - 1.5
 )
 OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "circle": (0.9 * ROUND,),
