@@ -1,15 +1,25 @@
 """Features that are kept, retrieval, probes and few shots. `test_zeroshot.py` has accuracy."""
 
+import io
+import json
 import os
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from record_clip_benchmark import SIZES, embeddings
 
 from miniclip import CLIP
 from miniclip.checkpoint import Loaded, load
+from miniclip.commands.main import main
+from miniclip.evaluation import retrieval
+from miniclip.evaluation.captions import captioned_images
 from miniclip.evaluation.features import picture_features
+from miniclip.evaluation.retrieval import recall, retrieval_ranks
+from miniclip.model import unit_norm
 from miniclip.retrieval import Index, embed_images
 
 
@@ -88,3 +98,174 @@ def test_a_fork_that_projects_in_its_own_way_has_embeddings_only(loaded, picture
     model.vision.forward = lambda pixels: pixels.mean((2, 3)) @ torch.ones(3, 64)
     found = picture_features(loaded._replace(model=model), pictures)
     assert {*found.vectors} == {"proj"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Retrieval
+
+
+def slow_ranks(image_embeds, text_embeds, image_of):
+    """Every list sorted as a person would sort it."""
+    images, texts = image_embeds.double().numpy(), text_embeds.double().numpy()
+    of_images, of_texts = [], []
+    for i, image in enumerate(images):
+        scores = (texts * image).sum(1)
+        order = sorted(range(len(texts)), key=lambda j: (-scores[j], j))
+        of_images.append(1 + min(order.index(j) for j in range(len(texts)) if image_of[j] == i))
+    for j, text in enumerate(texts):
+        scores = (images * text).sum(1)
+        order = sorted(range(len(images)), key=lambda i: (-scores[i], i))
+        of_texts.append(1 + order.index(image_of[j]))
+    return of_images, of_texts
+
+
+@pytest.mark.parametrize("block, pairs", [((2048, 8192), 65_536), ((5, 7), 3), ((1, 1), 1)])
+def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
+    monkeypatch.setattr(retrieval, "BLOCK", block)
+    monkeypatch.setattr(retrieval, "PAIRS", pairs)
+    torch.manual_seed(0)
+    images = unit_norm(torch.randn(17, 6))
+    image_of = torch.cat([torch.randint(0, 17, (30,)), torch.arange(17)])
+    texts = unit_norm(images[image_of] + 0.7 * torch.randn(47, 6))
+    images[3], images[11] = images[5], images[5]  # the same picture three times
+    texts[20:24] = texts[2]  # one caption of five pictures
+    texts[30] = texts[31] + 2e-8 * torch.randn(6)  # float32 products cannot tell these apart
+    found = retrieval_ranks(images, texts, image_of)
+    expected = slow_ranks(images, texts, image_of)
+    assert (found[0].tolist(), found[1].tolist()) == expected
+    assert max(expected[0]) > 2 and max(expected[1]) > 2
+
+
+def test_a_picture_s_other_captions_are_not_in_its_way():
+    images, image_of = torch.eye(2), torch.tensor([0, 0, 0, 1])
+    texts = unit_norm(torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.25]]))
+    found = retrieval_ranks(images, texts, image_of)
+    assert found[0].tolist() == [1, 2]  # the second loses to the worst caption of the first
+    assert found[1].tolist() == [1, 1, 1, 2]
+    with pytest.raises(ValueError, match="1 of 3 pictures have no caption"):
+        retrieval_ranks(torch.eye(3)[:, :2], texts, image_of)
+
+
+def test_ties_go_to_what_is_listed_first():
+    same = torch.ones(4, 1)
+    found = retrieval_ranks(same, same[[0, 0, 0, 0, 0]], torch.tensor([3, 1, 2, 0, 1]))
+    assert found[0].tolist() == [4, 2, 3, 1]  # the places of their first captions
+    assert found[1].tolist() == [4, 2, 3, 1, 2]
+
+
+def test_recall_is_clip_benchmark_s():
+    recorded = json.loads((Path(__file__).parent / "data" / "clip_benchmark.json").read_text())
+    for size, theirs in zip(SIZES, recorded, strict=True):
+        image_embeds, text_embeds, image_of = embeddings(*size)
+        ranks = retrieval_ranks(
+            unit_norm(image_embeds), unit_norm(text_embeds), torch.tensor(image_of)
+        )
+        ours = dict(zip(("text", "image"), map(recall, ranks), strict=True))
+        for name, expected in theirs.items():
+            what, _, k = name.partition("_retrieval_")
+            assert ours[what][k] == pytest.approx(expected, abs=1e-6)
+
+
+def save_shard(folder, captions):
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, text in captions.items():
+            for file, data in ((name, Path(folder, name).read_bytes()), (f"{name[0]}.txt", text)):
+                data = data if isinstance(data, bytes) else data.encode()
+                info = tarfile.TarInfo(file)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return folder / "0.tar"
+
+
+def save_rows(folder, captions):
+    rows = [{"file_name": name, "text": text.split("\n")} for name, text in captions.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def save_coco(folder, captions):
+    images = [{"id": 7 * i, "file_name": name} for i, name in enumerate(captions)]
+    pairs = [(7 * i, line) for i, text in enumerate(captions.values()) for line in text.split("\n")]
+    annotations = [{"image_id": i, "caption": line} for i, line in reversed(pairs)]
+    value = {"images": images, "annotations": annotations[::-1]}
+    (folder / "captions.json").write_text(json.dumps(value))
+    return folder / "captions.json"
+
+
+def save_karpathy(folder, captions):
+    images = [{"filename": "other.png", "split": "train", "sentences": [{"raw": "a cat"}]}]
+    for name, text in captions.items():
+        sentences = [{"raw": line} for line in text.split("\n")]
+        place = {"filepath": "", "filename": name, "split": "test"}
+        images.append(place | {"sentences": sentences})
+    (folder / "dataset.json").write_text(json.dumps({"images": images}))
+    return folder / "dataset.json"
+
+
+SAVE = [save_shard, save_rows, save_coco, save_karpathy]
+CAPTIONS = {"0.png": "a cat\nthe cat", "1.png": "a dog", "2.png": "a ship\n ", "3.png": " "}
+
+
+@pytest.mark.parametrize("save", SAVE)
+def test_captions_are_read_from(save, loaded, pictures, tmp_path):
+    found = captioned_images(save(tmp_path, CAPTIONS), loaded.transform)
+    names = [os.path.basename(str(picture)) for picture in found.pictures]
+    assert names == ["0.png", "1.png", "2.png"]
+    assert found.captions == [["a cat", "the cat"], ["a dog"], ["a ship"]]
+    assert any("empty captions left out: 2" in reason for reason in found.skipped)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "a JSON object"),
+        ('{"images": [{"id": 3}], "annotations": []}', "expected COCO's"),
+        ('{"images": [{"split": "train"}]}', "no split 'test'; there are train"),
+        ('{"images": [], "annotations": []}', "no picture with a caption"),
+    ],
+)
+def test_captions_that_cannot_be_read(loaded, tmp_path, content, message):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        captioned_images(tmp_path / "x.json", loaded.transform)
+
+
+def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
+    data = str(save_karpathy(tmp_path, CAPTIONS | {"4.png": "a bird " * 90}))
+    plot = str(tmp_path / "recall.png")
+    line = ["eval", data, "--task", "retrieval", "--model", "cifar10", "--plot", plot]
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model, tokenizer, transform = loaded
+    texts, image_of = ["a cat", "the cat", "a ship", "a bird " * 90], torch.tensor([0, 0, 1, 2])
+    with torch.no_grad():  # 1.png cannot be read, and 3.png has no caption
+        images = model.encode_image(transform([pictures[i] for i in (0, 2, 4)]), normalize=True)
+        embeds = model.encode_text(tokenizer(texts, truncate=True), normalize=True)
+    ranks = slow_ranks(images, embeds, image_of)
+    for direction, of in zip(("image_to_text", "text_to_image"), ranks, strict=True):
+        shares = {f"recall@{k}": np.mean([rank <= k for rank in of]) for k in (1, 5, 10)}
+        assert found[direction] == pytest.approx(shares | {"median_rank": np.median(of)})
+    assert (found["images"], found["texts"], found["truncated"]) == (3, 4, 1)
+    assert "3.png" in "".join(found["skipped"]) and "1.png" in found["skipped"][-1]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    assert f"text to image {ranks[1].count(1) / 4:14.2%}" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--task", "retrieval", "--labels", "x"], "--labels is for zeroshot, not for retrieval"),
+        (["--split", "val"], "--split is for retrieval, not for zeroshot"),
+        (["--task", "guess"], "invalid choice"),
+        (["--task", "retrieval"], "no picture with a caption"),
+    ],
+)
+def test_eval_of_what_makes_no_sense(options, words, pictures, tmp_path, capsys):
+    try:
+        status = main(["eval", str(tmp_path), "--model", "cifar10", *options])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and error.startswith("miniclip: error: ") and words in error

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniclip.commands.shared import (
     COLUMNS,
+    add_columns,
     add_device,
     add_model,
     keep_freed_memory,
@@ -21,10 +22,46 @@ if TYPE_CHECKING:
     from miniclip.evaluation.features import Features
     from miniclip.zeroshot.data import LabelledImages
 
-DESCRIPTION = "Zero-shot accuracy on photographs in class folders."
+DESCRIPTION = "Measure a model as the paper measures CLIP: zero-shot accuracy, retrieval."
 EXAMPLE = """miniclip eval shapes --model shapes
-  miniclip eval imagenet/val --templates imagenet --plot confusions.png"""
+  miniclip eval imagenet/val --templates imagenet --plot confusions.png
+  miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images"""
 MOST_CLASSES = 50  # in the table
+
+# What only some of the tasks read: flag, the tasks, its other arguments.
+FLAGS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
+    (
+        "--templates",
+        ("zeroshot",),
+        {
+            "nargs": "+",
+            "metavar": "TEXT",
+            "help": "sentences with {} for the label, averaged, or published sets of them: "
+            "imagenet (80), simple (7 of the 80), cifar10, food101 and the paper's others "
+            "(default: 'a photo of a {}.')",
+        },
+    ),
+    (
+        "--labels",
+        ("zeroshot",),
+        {
+            "metavar": "FILE",
+            "help": "what the classes are called, one a line, in the order of the sorted folders, "
+            "with ' | ' between several names of one; or a published set, such as food101 "
+            "(default: the folders' names, and OpenAI's for ImageNet's)",
+        },
+    ),
+    (
+        "--images",
+        ("retrieval",),
+        {"metavar": "DIR", "help": "where the pictures of a .json are (default: beside it)"},
+    ),
+    (
+        "--split",
+        ("retrieval",),
+        {"metavar": "NAME", "help": "of a .json of Karpathy's (default: test)"},
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,23 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="a folder of class folders; or `shapes`, for questions about the drawn world",
+        help="a folder of class folders; or `shapes`, for questions about the drawn world; for "
+        "retrieval a folder with metadata.jsonl, .csv or .tsv (file_name, text), WebDataset .tar "
+        "shards, or a .json of COCO or Karpathy",
     )
     parser.add_argument(
-        "--templates",
-        nargs="+",
-        metavar="TEXT",
-        help="sentences with {} for the label, averaged, or published sets of them: imagenet "
-        "(80), simple (7 of the 80), cifar10, food101 and the paper's others "
-        "(default: 'a photo of a {}.')",
+        "--task", choices=TASKS, default="zeroshot", help="what to measure (default: %(default)s)"
     )
-    parser.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="what the classes are called, one a line, in the order of the sorted folders, with "
-        "' | ' between several names of one; or a published set, such as food101 "
-        "(default: the folders' names, and OpenAI's for ImageNet's)",
-    )
+    for flag, tasks, options in FLAGS:
+        options = options | {"help": f"{', '.join(tasks)}: {options['help']}"}
+        parser.add_argument(flag, **options)
+    add_columns(parser)
     parser.add_argument(
         "--cache", metavar="DIR", help="keep the pictures' features in this folder, as index files"
     )
@@ -63,12 +94,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print what was found."""
     keep_freed_memory()
+    for flag, tasks, _ in FLAGS:
+        if getattr(args, flag[2:]) is not None and args.task not in tasks:
+            raise ValueError(f"{flag} is for {' and '.join(tasks)}, not for {args.task}")
     if args.data == "shapes":
-        return ask_about_shapes(args)
-    return zeroshot(args)
+        ask_about_shapes(args)
+    else:
+        TASKS[args.task](args)
+    return 0
 
 
-def zeroshot(args: argparse.Namespace) -> int:
+def zeroshot(args: argparse.Namespace) -> None:
     """Classify every image by its label, and print what was right and what was confused."""
     from miniclip.evaluation.classification import evaluate
     from miniclip.zeroshot.classifier import TEMPLATE, class_embeddings, find_templates
@@ -84,7 +120,57 @@ def zeroshot(args: argparse.Namespace) -> int:
     result = evaluate(logits, classes, images.labels, features.skipped)
     shown = shorten(" | ".join(args.templates or templates), COLUMNS - 11)
     print_evaluation(args, images.folders, result, {"templates": templates}, {"templates": shown})
-    return 0
+
+
+def retrieval(args: argparse.Namespace) -> None:
+    """Look for each caption's picture and each picture's captions, and print the recall."""
+    import torch
+
+    from miniclip.evaluation.captions import captioned_images
+    from miniclip.evaluation.retrieval import recall, retrieval_ranks
+    from miniclip.zeroshot.classifier import embed_texts
+
+    loaded = load_model(args)
+    columns = (args.image_column, args.text_column)
+    data = captioned_images(args.data, loaded.transform, args.images, args.split or "test", columns)
+    for reason in data.skipped:
+        note(f"miniclip: skipped {reason}")
+    features = features_of(args, loaded, data.pictures)
+    captions = [data.captions[row] for row in features.rows]
+    texts = [text for several in captions for text in several]
+    image_of = torch.tensor([i for i, several in enumerate(captions) for _ in several])
+    longest = loaded.tokenizer.context_length - 2  # without the tokens of start and end
+    cut = sum(len(loaded.tokenizer.encode(text)) > longest for text in texts)
+    text_embeds = embed_texts(loaded.model, loaded.tokenizer, texts, truncate=True).float().cpu()
+    ranks = dict(
+        zip(
+            ("image_to_text", "text_to_image"),
+            retrieval_ranks(features.vectors["proj"], text_embeds, image_of),
+            strict=True,
+        )
+    )
+    found = {direction: recall(of) for direction, of in ranks.items()}
+    if args.json:
+        counts = {"images": len(captions), "texts": len(texts), "truncated": cut}
+        skipped = {"skipped": data.skipped + features.skipped}
+        print_json({"model": args.model} | found | counts | skipped)
+    else:
+        print(f"model      {args.model}")
+        print(f"images     {len(captions):,}, with {len(texts):,} captions")
+        if features.skipped:
+            print(f"skipped    {len(features.skipped):,} images, which cannot be read")
+        if cut:
+            print(f"truncated  {cut:,} captions, to {longest} tokens")
+        print(f"\n{'':16}{'recall@1':>12}{'recall@5':>12}{'recall@10':>12}{'median rank':>14}")
+        for direction, row in found.items():
+            *shares, median = row.values()
+            line = f"{direction.replace('_', ' '):16}" + "".join(f"{x:12.2%}" for x in shares)
+            print(f"{line}{median:14,g}")
+    if args.plot:
+        from miniclip.figures.recall import draw_recall
+
+        draw_recall(ranks, args.plot)
+        note(f"picture: {args.plot}")
 
 
 def class_folders(args: argparse.Namespace) -> "LabelledImages":
@@ -132,18 +218,18 @@ def print_evaluation(
         note(f"picture: {args.plot}")
 
 
-def ask_about_shapes(args: argparse.Namespace) -> int:
+def ask_about_shapes(args: argparse.Namespace) -> None:
     """`miniclip eval shapes`: questions about drawn scenes."""
     from miniclip.world.scoring import score
 
-    if args.templates or args.labels or args.plot:
+    if args.templates or args.labels or args.plot or args.task != "zeroshot":
         raise ValueError(
-            "the drawn world asks in its own words: no --templates, --labels or --plot"
+            "the drawn world asks in its own words: no --task, --templates, --labels or --plot"
         )
     scores = score(*load_model(args))
     if args.json:
         print_json({"model": args.model} | scores._asdict())
-        return 0
+        return
     print(f"model  {args.model}, on scenes that no training set has\n")
     for question, share, chance in (
         ("which colour and shape, of 64: pairs seen in training", scores.seen, "1.6 %"),
@@ -154,7 +240,6 @@ def ask_about_shapes(args: argparse.Namespace) -> int:
         ("the caption, or the objects' colours swapped", scores.binding, "50 %"),
     ):
         print(f"{question:<56}{share:>7.1%}  (chance {chance})")
-    return 0
 
 
 def read_lines(path: str) -> list[str]:
@@ -243,3 +328,6 @@ def evaluation_table(folders: list[str], result: "Evaluation") -> str:
         pair = f"{shorten(result.labels[true], 25)} → {shorten(result.labels[predicted], 25)}"
         lines.append(f"{pair:<54}{count:8,}{count / images[true]:10.1%}")
     return "\n".join(lines)
+
+
+TASKS = {"zeroshot": zeroshot, "retrieval": retrieval}
