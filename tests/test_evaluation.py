@@ -119,7 +119,7 @@ def slow_ranks(image_embeds, text_embeds, image_of):
     return of_images, of_texts
 
 
-@pytest.mark.parametrize("block, pairs", [((2048, 8192), 65_536), ((5, 7), 3), ((1, 1), 1)])
+@pytest.mark.parametrize("block, pairs", [((512, 4096), 65_536), ((5, 7), 3), ((1, 1), 1)])
 def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     monkeypatch.setattr(retrieval, "BLOCK", block)
     monkeypatch.setattr(retrieval, "PAIRS", pairs)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from miniclip.terminal import progress
 
-BLOCK = 2048, 8192  # pictures and captions that are compared together
+BLOCK = 512, 4096  # pictures and captions that are compared together
 PAIRS = 65_536  # that are scored in float64 together
 
 
