@@ -15,9 +15,10 @@ from record_clip_benchmark import SIZES, embeddings
 from miniclip import CLIP
 from miniclip.checkpoint import Loaded, load
 from miniclip.commands.main import main
-from miniclip.evaluation import retrieval
+from miniclip.evaluation import linear, retrieval
 from miniclip.evaluation.captions import captioned_images
 from miniclip.evaluation.features import picture_features
+from miniclip.evaluation.linear import Examples
 from miniclip.evaluation.retrieval import recall, retrieval_ranks
 from miniclip.model import unit_norm
 from miniclip.retrieval import Index, embed_images
@@ -269,3 +270,125 @@ def test_eval_of_what_makes_no_sense(options, words, pictures, tmp_path, capsys)
         status = stop.code
     error = capsys.readouterr().err
     assert status == 2 and error.startswith("miniclip: error: ") and words in error
+
+
+# ------------------------------------------------------------------------------------------------
+# Linear probes and few shots
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """Three classes of 40 points around three centres, in five dimensions: train and test."""
+    torch.manual_seed(0)
+    classes = torch.arange(3).repeat(40)
+    centres = torch.randn(3, 5)
+    return [Examples(centres[classes] + torch.randn(120, 5), classes) for _ in range(2)]
+
+
+def test_the_probe_is_scikit_learn_s(blobs):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    train, test = blobs
+    theirs = linear_model.LogisticRegression(C=1 / 0.3, max_iter=1000)
+    theirs.fit(train.features.numpy(), train.classes.numpy())
+    ours = linear.fit_probe(train, 0.3, count=4)(test.features)
+    expected = theirs.predict_log_proba(test.features.numpy())
+    np.testing.assert_allclose(ours[:, :3].numpy(), expected, atol=1e-6)
+    assert ours[:, 3].isneginf().all()  # a class without examples
+    with pytest.raises(ValueError, match="one class"):
+        linear.fit_probe(train.of(train.classes == 1), 0.3, count=4)
+
+
+def test_from_text_minimises_what_it_says(blobs):
+    pytest.importorskip("scipy")
+    train, test = blobs
+    weights = torch.randn(3, 5)
+    found = linear.fit_from_text(train, 2.0, lambda x: x @ weights.T)
+    change = (found(torch.eye(5)) - weights.T.double()).T.requires_grad_()  # V (3, 5)
+    logits = train.features.double() @ (weights.double() + change).T
+    loss = torch.nn.functional.cross_entropy(logits, train.classes, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss + change.square().sum(), change)
+    assert gradient.abs().max() < 1e-2 < change.abs().max()
+    strong = linear.fit_from_text(train, 1e9, lambda x: x @ weights.T)(test.features)
+    torch.testing.assert_close(strong, (test.features @ weights.T).double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("peak", [-48, -31, 0, 5, 33, 48])
+def test_the_sweep_finds_a_peak_to_an_eighth_of_a_decade(peak):
+    tried = []
+
+    def accuracy(strength):
+        tried.append(strength)
+        return -abs(round(8 * np.log10(strength)) - peak)
+
+    best, found = linear.sweep(accuracy)
+    assert best == pytest.approx(10 ** (peak / 8)) and [*found] == sorted(set(tried))
+    assert tried[:7] == pytest.approx([10.0**e for e in range(-6, 7, 2)]) and len(tried) <= 15
+    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # of equals the strongest
+
+
+def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blobs):
+    train, _ = blobs
+    sizes = []
+
+    def fit(examples, strength):
+        sizes.append(examples.classes.bincount().tolist())
+        return lambda features: torch.zeros(len(features), 3)
+
+    linear.probe(fit, train)
+    assert {*map(tuple, sizes[:-1])} == {(32, 32, 32)}
+    assert sizes[-1] == [40, 40, 40]
+
+
+def test_few_shots_learn_from_so_many_examples_of_each_class(blobs):
+    train, test = blobs
+    seen = []
+
+    def fit(examples, strength):
+        seen.append(examples)
+        guess = int(examples.features.sum() * 1e6) % 3  # another one for another draw
+        return lambda features: torch.eye(3)[torch.full((len(features),), guess)]
+
+    rows = linear.few_shot({"one": linear.Method(fit, train, test)}, [1, 4], seeds=2)
+    assert [(row["shots"], row["method"]) for row in rows] == [(1, "one"), (4, "one")]
+    assert {tuple(one.classes.bincount().tolist()) for one in seen} == {(1, 1, 1), (4, 4, 4)}
+    assert len({one.features.sum().item() for one in seen}) == 4  # two draws of each size
+    assert all(row["mean"] == pytest.approx(1 / 3) and row["std"] == 0 for row in rows)
+    with pytest.raises(ValueError, match="no class has more than 40 examples"):
+        linear.few_shot({"one": linear.Method(fit, train, test)}, [40])
+
+
+@pytest.mark.parametrize("task", ["probe", "fewshot"])
+def test_eval_learns_from_examples(task, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 3)):
+        for name, color in (("cat", (200, 40, 40)), ("dog", (40, 40, 200))):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                noise = rng.integers(0, 40, (32, 32, 3))
+                pixels = (noise + np.array(color)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    (tmp_path / "test" / "bird").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "test" / "bird" / "0.png")
+    line = ["eval", str(tmp_path / "test"), "--task", task, "--train", str(tmp_path / "train")]
+    line += ["--model", "cifar10", "--plot", str(tmp_path / "plot.png")]
+    line += ["--shots", "1", "2", "--seeds", "2"] if task == "fewshot" else []
+    assert main([*line, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert "never right: bird" in err and Path(tmp_path / "plot.png").stat().st_size > 10_000
+    if task == "probe":
+        assert found["accuracy"] == pytest.approx(6 / 7)
+        assert found["mean_per_class"] == pytest.approx(2 / 3)
+        assert found["features"] == "ln_post" and len(found["validation"]) >= 11
+    else:
+        assert [row["shots"] for row in found] == [0, 1, 1, 2, 2]
+        assert [row["method"] for row in found] == ["zeroshot", *2 * ["probe", "text"]]
+        assert found[1]["mean"] == pytest.approx(6 / 7)
+    assert main(line) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_eval_learns_from_nothing(tmp_path, capsys):
+    assert main(["eval", str(tmp_path), "--task", "probe", "--model", "cifar10"]) == 2
+    assert "--task probe needs --train" in capsys.readouterr().err

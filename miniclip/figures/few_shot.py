@@ -22,7 +22,8 @@ def draw_few_shot(
         )
         axes.errorbar(shots, mean, std, marker="o", capsize=3, color=color, label=names[method])
     (zeroshot,) = (row["mean"] for row in rows if row["method"] == "zeroshot")
-    axes.axhline(zeroshot, color="0.4", linestyle="--", label=f"{names['zeroshot']}, {zeroshot:.1%}")
+    label = f"{names['zeroshot']}, {zeroshot:.1%}"
+    axes.axhline(zeroshot, color="0.4", linestyle="--", label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, map(str, shots))
     axes.set_xlabel("examples of each class")

@@ -580,6 +580,36 @@ SLIPS = [
         EVALUATION,
     ),
     Slip(
+        "The probe's L2 strength is scikit-learn's C.",
+        "LogisticRegression(C=1 / strength,",
+        "LogisticRegression(C=strength,",
+        EVALUATION,
+    ),
+    Slip(
+        "The sweep stops at four steps a decade.",
+        "            step //= 2\n",
+        "            step = step // 2 if step > 2 else 0\n",
+        EVALUATION,
+    ),
+    Slip(
+        "The penalty of the text-initialised classifier is not halved.",
+        "gradient = (log_shares.exp() - target).T @ x + strength * change",
+        "gradient = (log_shares.exp() - target).T @ x + 2 * strength * change",
+        EVALUATION,
+    ),
+    Slip(
+        "The probe does not learn from the validation split.",
+        "return fit(everything, strength), strength, accuracies",
+        "return fit(train, strength), strength, accuracies",
+        EVALUATION,
+    ),
+    Slip(
+        "Few shots are the same in each draw.",
+        "order = shuffled_by_class(train.classes, seed)",
+        "order = shuffled_by_class(train.classes, 0)",
+        EVALUATION,
+    ),
+    Slip(
         "top-5 looks at four labels.",
         "logits.topk(min(5, count))",
         "logits.topk(min(4, count))",

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def fit_from_text(train: Examples, strength: float, zeroshot: Classify) -> Class
     x, start = train.features.double(), zeroshot(train.features).double()  # (N, F), (N, C)
     target = torch.zeros_like(start).scatter_(1, train.classes[:, None], 1)
 
-    def loss(flat: Tensor) -> tuple[float, Tensor]:
+    def loss(flat: Any) -> tuple[float, Any]:
         change = torch.as_tensor(flat).view(start.shape[1], x.shape[1])  # V
         log_shares = (start + x @ change.T).log_softmax(dim=1)
         value = -(target * log_shares).sum() + strength / 2 * change.pow(2).sum()
@@ -121,8 +121,10 @@ def probe(
     classifier, its strength, and the validation accuracy of each strength that was tried.
     """
     if val is None:
-        order = shuffled_by_class(train.classes, seed=0)
-        held_out = torch.cat([rows[: max(1, len(rows) // 5)] for rows in order if len(rows) > 1])
+        order = [rows for rows in shuffled_by_class(train.classes, seed=0) if len(rows) > 1]
+        if not order:
+            raise ValueError("no class has two examples, and some must choose lambda")
+        held_out = torch.cat([rows[: max(1, len(rows) // 5)] for rows in order])
         kept = torch.ones(len(train.classes), dtype=torch.bool)
         kept[held_out] = False
         val, train = train.of(held_out), train.of(kept.nonzero().squeeze(1))
