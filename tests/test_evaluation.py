@@ -1,15 +1,26 @@
 """Features that are kept, retrieval, probes and few shots. `test_zeroshot.py` has accuracy."""
 
+import io
+import json
 import os
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from record_clip_benchmark import SIZES, embeddings
 
 from miniclip import CLIP
 from miniclip.checkpoint import Loaded, load
+from miniclip.commands.main import main
+from miniclip.evaluation import linear, retrieval
+from miniclip.evaluation.captions import captioned_images
 from miniclip.evaluation.features import picture_features
+from miniclip.evaluation.linear import Examples
+from miniclip.evaluation.retrieval import recall, retrieval_ranks
+from miniclip.model import unit_norm
 from miniclip.retrieval import Index, embed_images
 
 
@@ -88,3 +99,296 @@ def test_a_fork_that_projects_in_its_own_way_has_embeddings_only(loaded, picture
     model.vision.forward = lambda pixels: pixels.mean((2, 3)) @ torch.ones(3, 64)
     found = picture_features(loaded._replace(model=model), pictures)
     assert {*found.vectors} == {"proj"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Retrieval
+
+
+def slow_ranks(image_embeds, text_embeds, image_of):
+    """Every list sorted as a person would sort it."""
+    images, texts = image_embeds.double().numpy(), text_embeds.double().numpy()
+    of_images, of_texts = [], []
+    for i, image in enumerate(images):
+        scores = (texts * image).sum(1)
+        order = sorted(range(len(texts)), key=lambda j: (-scores[j], j))
+        of_images.append(1 + min(order.index(j) for j in range(len(texts)) if image_of[j] == i))
+    for j, text in enumerate(texts):
+        scores = (images * text).sum(1)
+        order = sorted(range(len(images)), key=lambda i: (-scores[i], i))
+        of_texts.append(1 + order.index(image_of[j]))
+    return of_images, of_texts
+
+
+@pytest.mark.parametrize("block, pairs", [((512, 4096), 65_536), ((5, 7), 3), ((1, 1), 1)])
+def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
+    monkeypatch.setattr(retrieval, "BLOCK", block)
+    monkeypatch.setattr(retrieval, "PAIRS", pairs)
+    torch.manual_seed(0)
+    images = unit_norm(torch.randn(17, 6))
+    image_of = torch.cat([torch.randint(0, 17, (30,)), torch.arange(17)])
+    texts = unit_norm(images[image_of] + 0.7 * torch.randn(47, 6))
+    images[3], images[11] = images[5], images[5]  # the same picture three times
+    texts[20:24] = texts[2]  # one caption of five pictures
+    texts[30] = texts[31] + 2e-8 * torch.randn(6)  # float32 products cannot tell these apart
+    found = retrieval_ranks(images, texts, image_of)
+    expected = slow_ranks(images, texts, image_of)
+    assert (found[0].tolist(), found[1].tolist()) == expected
+    assert max(expected[0]) > 2 and max(expected[1]) > 2
+
+
+def test_a_picture_s_other_captions_are_not_in_its_way():
+    images, image_of = torch.eye(2), torch.tensor([0, 0, 0, 1])
+    texts = unit_norm(torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.25]]))
+    found = retrieval_ranks(images, texts, image_of)
+    assert found[0].tolist() == [1, 2]  # the second loses to the worst caption of the first
+    assert found[1].tolist() == [1, 1, 1, 2]
+    with pytest.raises(ValueError, match="1 of 3 pictures have no caption"):
+        retrieval_ranks(torch.eye(3)[:, :2], texts, image_of)
+
+
+def test_ties_go_to_what_is_listed_first():
+    same = torch.ones(4, 1)
+    found = retrieval_ranks(same, same[[0, 0, 0, 0, 0]], torch.tensor([3, 1, 2, 0, 1]))
+    assert found[0].tolist() == [4, 2, 3, 1]  # the places of their first captions
+    assert found[1].tolist() == [4, 2, 3, 1, 2]
+
+
+def test_recall_is_clip_benchmark_s():
+    recorded = json.loads((Path(__file__).parent / "data" / "clip_benchmark.json").read_text())
+    for size, theirs in zip(SIZES, recorded, strict=True):
+        image_embeds, text_embeds, image_of = embeddings(*size)
+        ranks = retrieval_ranks(
+            unit_norm(image_embeds), unit_norm(text_embeds), torch.tensor(image_of)
+        )
+        ours = dict(zip(("text", "image"), map(recall, ranks), strict=True))
+        for name, expected in theirs.items():
+            what, _, k = name.partition("_retrieval_")
+            assert ours[what][k] == pytest.approx(expected, abs=1e-6)
+
+
+def save_shard(folder, captions):
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, text in captions.items():
+            for file, data in ((name, Path(folder, name).read_bytes()), (f"{name[0]}.txt", text)):
+                data = data if isinstance(data, bytes) else data.encode()
+                info = tarfile.TarInfo(file)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return folder / "0.tar"
+
+
+def save_rows(folder, captions):
+    rows = [{"file_name": name, "text": text.split("\n")} for name, text in captions.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def save_coco(folder, captions):
+    images = [{"id": 7 * i, "file_name": name} for i, name in enumerate(captions)]
+    pairs = [(7 * i, line) for i, text in enumerate(captions.values()) for line in text.split("\n")]
+    annotations = [{"image_id": i, "caption": line} for i, line in reversed(pairs)]
+    value = {"images": images, "annotations": annotations[::-1]}
+    (folder / "captions.json").write_text(json.dumps(value))
+    return folder / "captions.json"
+
+
+def save_karpathy(folder, captions):
+    images = [{"filename": "other.png", "split": "train", "sentences": [{"raw": "a cat"}]}]
+    for name, text in captions.items():
+        sentences = [{"raw": line} for line in text.split("\n")]
+        place = {"filepath": "", "filename": name, "split": "test"}
+        images.append(place | {"sentences": sentences})
+    (folder / "dataset.json").write_text(json.dumps({"images": images}))
+    return folder / "dataset.json"
+
+
+SAVE = [save_shard, save_rows, save_coco, save_karpathy]
+CAPTIONS = {"0.png": "a cat\nthe cat", "1.png": "a dog", "2.png": "a ship\n ", "3.png": " "}
+
+
+@pytest.mark.parametrize("save", SAVE)
+def test_captions_are_read_from(save, loaded, pictures, tmp_path):
+    found = captioned_images(save(tmp_path, CAPTIONS), loaded.transform)
+    names = [os.path.basename(str(picture)) for picture in found.pictures]
+    assert names == ["0.png", "1.png", "2.png"]
+    assert found.captions == [["a cat", "the cat"], ["a dog"], ["a ship"]]
+    assert any("empty captions left out: 2" in reason for reason in found.skipped)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "a JSON object"),
+        ('{"images": [{"id": 3}], "annotations": []}', "expected COCO's"),
+        ('{"images": [{"split": "train"}]}', "no split 'test'; there are train"),
+        ('{"images": [], "annotations": []}', "no picture with a caption"),
+    ],
+)
+def test_captions_that_cannot_be_read(loaded, tmp_path, content, message):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        captioned_images(tmp_path / "x.json", loaded.transform)
+
+
+def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
+    data = str(save_karpathy(tmp_path, CAPTIONS | {"4.png": "a bird " * 90}))
+    plot = str(tmp_path / "recall.png")
+    line = ["eval", data, "--task", "retrieval", "--model", "cifar10", "--plot", plot]
+    assert main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model, tokenizer, transform = loaded
+    texts, image_of = ["a cat", "the cat", "a ship", "a bird " * 90], torch.tensor([0, 0, 1, 2])
+    with torch.no_grad():  # 1.png cannot be read, and 3.png has no caption
+        images = model.encode_image(transform([pictures[i] for i in (0, 2, 4)]), normalize=True)
+        embeds = model.encode_text(tokenizer(texts, truncate=True), normalize=True)
+    ranks = slow_ranks(images, embeds, image_of)
+    for direction, of in zip(("image_to_text", "text_to_image"), ranks, strict=True):
+        shares = {f"recall@{k}": np.mean([rank <= k for rank in of]) for k in (1, 5, 10)}
+        assert found[direction] == pytest.approx(shares | {"median_rank": np.median(of)})
+    assert (found["images"], found["texts"], found["truncated"]) == (3, 4, 1)
+    assert "3.png" in "".join(found["skipped"]) and "1.png" in found["skipped"][-1]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    assert f"text to image {ranks[1].count(1) / 4:14.2%}" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--task", "retrieval", "--labels", "x"], "--labels is for zeroshot, not for retrieval"),
+        (["--split", "val"], "--split is for retrieval, not for zeroshot"),
+        (["--task", "guess"], "invalid choice"),
+        (["--task", "retrieval"], "no picture with a caption"),
+    ],
+)
+def test_eval_of_what_makes_no_sense(options, words, pictures, tmp_path, capsys):
+    try:
+        status = main(["eval", str(tmp_path), "--model", "cifar10", *options])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and error.startswith("miniclip: error: ") and words in error
+
+
+# ------------------------------------------------------------------------------------------------
+# Linear probes and few shots
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """Three classes of 40 points around three centres, in five dimensions: train and test."""
+    torch.manual_seed(0)
+    classes = torch.arange(3).repeat(40)
+    centres = torch.randn(3, 5)
+    return [Examples(centres[classes] + torch.randn(120, 5), classes) for _ in range(2)]
+
+
+def test_the_probe_is_scikit_learn_s(blobs):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    train, test = blobs
+    theirs = linear_model.LogisticRegression(C=1 / 0.3, max_iter=1000)
+    theirs.fit(train.features.numpy(), train.classes.numpy())
+    ours = linear.fit_probe(train, 0.3, count=4)(test.features)
+    expected = theirs.predict_log_proba(test.features.numpy())
+    np.testing.assert_allclose(ours[:, :3].numpy(), expected, atol=1e-6)
+    assert ours[:, 3].isneginf().all()  # a class without examples
+    with pytest.raises(ValueError, match="one class"):
+        linear.fit_probe(train.of(train.classes == 1), 0.3, count=4)
+
+
+def test_from_text_minimises_what_it_says(blobs):
+    pytest.importorskip("scipy")
+    train, test = blobs
+    weights = torch.randn(3, 5)
+    found = linear.fit_from_text(train, 2.0, lambda x: x @ weights.T)
+    change = (found(torch.eye(5)) - weights.T.double()).T.requires_grad_()  # V (3, 5)
+    logits = train.features.double() @ (weights.double() + change).T
+    loss = torch.nn.functional.cross_entropy(logits, train.classes, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss + change.square().sum(), change)
+    assert gradient.abs().max() < 1e-2 < change.abs().max()
+    strong = linear.fit_from_text(train, 1e9, lambda x: x @ weights.T)(test.features)
+    torch.testing.assert_close(strong, (test.features @ weights.T).double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("peak", [-48, -31, 0, 5, 33, 48])
+def test_the_sweep_finds_a_peak_to_an_eighth_of_a_decade(peak):
+    tried = []
+
+    def accuracy(strength):
+        tried.append(strength)
+        return -abs(round(8 * np.log10(strength)) - peak)
+
+    best, found = linear.sweep(accuracy)
+    assert best == pytest.approx(10 ** (peak / 8)) and [*found] == sorted(set(tried))
+    assert tried[:7] == pytest.approx([10.0**e for e in range(-6, 7, 2)]) and len(tried) <= 15
+    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # of equals the strongest
+
+
+def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blobs):
+    train, _ = blobs
+    sizes = []
+
+    def fit(examples, strength):
+        sizes.append(examples.classes.bincount().tolist())
+        return lambda features: torch.zeros(len(features), 3)
+
+    linear.probe(fit, train)
+    assert {*map(tuple, sizes[:-1])} == {(32, 32, 32)}
+    assert sizes[-1] == [40, 40, 40]
+
+
+def test_few_shots_learn_from_so_many_examples_of_each_class(blobs):
+    train, test = blobs
+    seen = []
+
+    def fit(examples, strength):
+        seen.append(examples)
+        guess = int(examples.features.sum() * 1e6) % 3  # another one for another draw
+        return lambda features: torch.eye(3)[torch.full((len(features),), guess)]
+
+    rows = linear.few_shot({"one": linear.Method(fit, train, test)}, [1, 4], seeds=2)
+    assert [(row["shots"], row["method"]) for row in rows] == [(1, "one"), (4, "one")]
+    assert {tuple(one.classes.bincount().tolist()) for one in seen} == {(1, 1, 1), (4, 4, 4)}
+    assert len({one.features.sum().item() for one in seen}) == 4  # two draws of each size
+    assert all(row["mean"] == pytest.approx(1 / 3) and row["std"] == 0 for row in rows)
+    with pytest.raises(ValueError, match="no class has more than 40 examples"):
+        linear.few_shot({"one": linear.Method(fit, train, test)}, [40])
+
+
+@pytest.mark.parametrize("task", ["probe", "fewshot"])
+def test_eval_learns_from_examples(task, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 3)):
+        for name, color in (("cat", (200, 40, 40)), ("dog", (40, 40, 200))):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                noise = rng.integers(0, 40, (32, 32, 3))
+                pixels = (noise + np.array(color)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    (tmp_path / "test" / "bird").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "test" / "bird" / "0.png")
+    line = ["eval", str(tmp_path / "test"), "--task", task, "--train", str(tmp_path / "train")]
+    line += ["--model", "cifar10", "--plot", str(tmp_path / "plot.png")]
+    line += ["--shots", "1", "2", "--seeds", "2"] if task == "fewshot" else []
+    assert main([*line, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert "never right: bird" in err and Path(tmp_path / "plot.png").stat().st_size > 10_000
+    if task == "probe":
+        assert found["accuracy"] == pytest.approx(6 / 7)
+        assert found["mean_per_class"] == pytest.approx(2 / 3)
+        assert found["features"] == "ln_post" and len(found["validation"]) >= 11
+    else:
+        assert [row["shots"] for row in found] == [0, 1, 1, 2, 2]
+        assert [row["method"] for row in found] == ["zeroshot", *2 * ["probe", "text"]]
+        assert found[1]["mean"] == pytest.approx(6 / 7)
+    assert main(line) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_eval_learns_from_nothing(tmp_path, capsys):
+    assert main(["eval", str(tmp_path), "--task", "probe", "--model", "cifar10"]) == 2
+    assert "--task probe needs --train" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from miniclip.commands.shared import (
     COLUMNS,
+    add_columns,
     add_device,
     add_model,
     keep_freed_memory,
@@ -19,12 +20,87 @@ if TYPE_CHECKING:
     from miniclip.checkpoint import Loaded
     from miniclip.evaluation.classification import Evaluation
     from miniclip.evaluation.features import Features
+    from miniclip.evaluation.linear import Examples
     from miniclip.zeroshot.data import LabelledImages
 
-DESCRIPTION = "Zero-shot accuracy on photographs in class folders."
+DESCRIPTION = "Measure a model as the paper measures CLIP: zero-shot, retrieval, probe, few shots."
 EXAMPLE = """miniclip eval shapes --model shapes
-  miniclip eval imagenet/val --templates imagenet --plot confusions.png"""
+  miniclip eval imagenet/val --templates imagenet --plot confusions.png
+  miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images
+  miniclip eval cifar10/test --task probe --train cifar10/train --model cifar10"""
 MOST_CLASSES = 50  # in the table
+
+# What only some of the tasks read: flag, the tasks, its other arguments.
+FLAGS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
+    (
+        "--templates",
+        ("zeroshot", "fewshot"),
+        {
+            "nargs": "+",
+            "metavar": "TEXT",
+            "help": "sentences with {} for the label, averaged, or published sets of them: "
+            "imagenet (80), simple (7 of the 80), cifar10, food101 and the paper's others "
+            "(default: 'a photo of a {}.')",
+        },
+    ),
+    (
+        "--labels",
+        ("zeroshot", "fewshot"),
+        {
+            "metavar": "FILE",
+            "help": "what the classes are called, one a line, in the order of the sorted folders, "
+            "with ' | ' between several names of one; or a published set, such as food101 "
+            "(default: the folders' names, and OpenAI's for ImageNet's)",
+        },
+    ),
+    (
+        "--images",
+        ("retrieval",),
+        {"metavar": "DIR", "help": "where the pictures of a .json are (default: beside it)"},
+    ),
+    (
+        "--split",
+        ("retrieval",),
+        {"metavar": "NAME", "help": "of a .json of Karpathy's (default: test)"},
+    ),
+    (
+        "--train",
+        ("probe", "fewshot"),
+        {"metavar": "DIR", "help": "class folders to learn from; DATA is what is classified"},
+    ),
+    (
+        "--val",
+        ("probe",),
+        {
+            "metavar": "DIR",
+            "help": "class folders that choose the L2 strength (default: a fifth of --train)",
+        },
+    ),
+    (
+        "--features",
+        ("probe", "fewshot"),
+        {
+            "choices": ("ln_post", "proj"),
+            "help": "of the probe, before the projection as in the paper, or after it "
+            "(default: ln_post)",
+        },
+    ),
+    (
+        "--shots",
+        ("fewshot",),
+        {
+            "type": int,
+            "nargs": "+",
+            "metavar": "N",
+            "help": "examples of each class (default: 1 2 4 8 16)",
+        },
+    ),
+    (
+        "--seeds",
+        ("fewshot",),
+        {"type": int, "metavar": "N", "help": "draws of the examples (default: 3)"},
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,23 +108,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="a folder of class folders; or `shapes`, for questions about the drawn world",
+        help="a folder of class folders; or `shapes`, for questions about the drawn world; for "
+        "retrieval a folder with metadata.jsonl, .csv or .tsv (file_name, text), WebDataset .tar "
+        "shards, or a .json of COCO or Karpathy",
     )
     parser.add_argument(
-        "--templates",
-        nargs="+",
-        metavar="TEXT",
-        help="sentences with {} for the label, averaged, or published sets of them: imagenet "
-        "(80), simple (7 of the 80), cifar10, food101 and the paper's others "
-        "(default: 'a photo of a {}.')",
+        "--task", choices=TASKS, default="zeroshot", help="what to measure (default: %(default)s)"
     )
-    parser.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="what the classes are called, one a line, in the order of the sorted folders, with "
-        "' | ' between several names of one; or a published set, such as food101 "
-        "(default: the folders' names, and OpenAI's for ImageNet's)",
-    )
+    for flag, tasks, options in FLAGS:
+        options = options | {"help": f"{', '.join(tasks)}: {options['help']}"}
+        parser.add_argument(flag, **options)
+    add_columns(parser)
     parser.add_argument(
         "--cache", metavar="DIR", help="keep the pictures' features in this folder, as index files"
     )
@@ -63,12 +133,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print what was found."""
     keep_freed_memory()
+    for flag, tasks, _ in FLAGS:
+        if getattr(args, flag[2:]) is not None and args.task not in tasks:
+            raise ValueError(f"{flag} is for {' and '.join(tasks)}, not for {args.task}")
     if args.data == "shapes":
-        return ask_about_shapes(args)
-    return zeroshot(args)
+        ask_about_shapes(args)
+    else:
+        TASKS[args.task](args)
+    return 0
 
 
-def zeroshot(args: argparse.Namespace) -> int:
+def zeroshot(args: argparse.Namespace) -> None:
     """Classify every image by its label, and print what was right and what was confused."""
     from miniclip.evaluation.classification import evaluate
     from miniclip.zeroshot.classifier import TEMPLATE, class_embeddings, find_templates
@@ -84,18 +159,183 @@ def zeroshot(args: argparse.Namespace) -> int:
     result = evaluate(logits, classes, images.labels, features.skipped)
     shown = shorten(" | ".join(args.templates or templates), COLUMNS - 11)
     print_evaluation(args, images.folders, result, {"templates": templates}, {"templates": shown})
-    return 0
 
 
-def class_folders(args: argparse.Namespace) -> "LabelledImages":
-    """The pictures to be classified, and what their classes are called."""
+def retrieval(args: argparse.Namespace) -> None:
+    """Look for each caption's picture and each picture's captions, and print the recall."""
+    import torch
+
+    from miniclip.evaluation.captions import captioned_images
+    from miniclip.evaluation.retrieval import recall, retrieval_ranks
+    from miniclip.zeroshot.classifier import embed_texts
+
+    loaded = load_model(args)
+    columns = (args.image_column, args.text_column)
+    data = captioned_images(args.data, loaded.transform, args.images, args.split or "test", columns)
+    for reason in data.skipped:
+        note(f"miniclip: skipped {reason}")
+    features = features_of(args, loaded, data.pictures)
+    captions = [data.captions[row] for row in features.rows]
+    texts = [text for several in captions for text in several]
+    image_of = torch.tensor([i for i, several in enumerate(captions) for _ in several])
+    longest = loaded.tokenizer.context_length - 2  # without the tokens of start and end
+    cut = sum(len(loaded.tokenizer.encode(text)) > longest for text in texts)
+    text_embeds = embed_texts(loaded.model, loaded.tokenizer, texts, truncate=True).float().cpu()
+    ranks = dict(
+        zip(
+            ("image_to_text", "text_to_image"),
+            retrieval_ranks(features.vectors["proj"], text_embeds, image_of),
+            strict=True,
+        )
+    )
+    found = {direction: recall(of) for direction, of in ranks.items()}
+    if args.json:
+        counts = {"images": len(captions), "texts": len(texts), "truncated": cut}
+        skipped = {"skipped": data.skipped + features.skipped}
+        print_json({"model": args.model} | found | counts | skipped)
+    else:
+        print(f"model      {args.model}")
+        print(f"images     {len(captions):,}, with {len(texts):,} captions")
+        if features.skipped:
+            print(f"skipped    {len(features.skipped):,} images, which cannot be read")
+        if cut:
+            print(f"truncated  {cut:,} captions, to {longest} tokens")
+        print(f"\n{'':16}{'recall@1':>12}{'recall@5':>12}{'recall@10':>12}{'median rank':>14}")
+        for direction, row in found.items():
+            *shares, median = row.values()
+            line = f"{direction.replace('_', ' '):16}" + "".join(f"{x:12.2%}" for x in shares)
+            print(f"{line}{median:14,g}")
+    if args.plot:
+        from miniclip.figures.recall import draw_recall
+
+        draw_recall(ranks, args.plot)
+        note(f"picture: {args.plot}")
+
+
+def probe(args: argparse.Namespace) -> None:
+    """Learn a linear classifier from the features of --train, and print what it makes of DATA."""
+    from functools import partial
+
+    from miniclip.evaluation import linear
+    from miniclip.evaluation.classification import evaluate
+
+    loaded, images, sets, skipped = features_of_sets(args)
+    kind = args.features or "ln_post"
+    fit = partial(linear.fit_probe, count=len(images.folders))
+    examples = [examples_of(sets[name], kind) for name in sets]
+    classify, strength, accuracies = linear.probe(fit, *examples[1:])
+    test = examples[0]
+    result = evaluate(classify(test.features), test.classes.tolist(), images.labels, skipped)
+    tried = [{"lambda": one, "accuracy": share} for one, share in accuracies.items()]
+    about = {"features": kind, "lambda": strength, "validation": tried}
+    shown = f"{strength:.3g}, by {max(accuracies.values()):.2%} of the validation split"
+    print_evaluation(args, images.folders, result, about, {"features": kind, "lambda": shown})
+
+
+def fewshot(args: argparse.Namespace) -> None:
+    """Learn from a few examples of each class, and print the accuracies on DATA."""
+    from functools import partial
+
+    from miniclip.evaluation import linear
+    from miniclip.zeroshot.classifier import TEMPLATE, class_embeddings, find_templates
+
+    templates = find_templates(args.templates or [TEMPLATE])
+    loaded, images, sets, skipped = features_of_sets(args)
+    kind, shots = args.features or "ln_post", args.shots or [1, 2, 4, 8, 16]
+    text_embeds = class_embeddings(loaded.model, loaded.tokenizer, images.labels, templates)
+
+    def zeroshot(features: Any) -> Any:
+        return loaded.model.score(features.to(text_embeds), text_embeds).T.detach().float().cpu()
+
+    of_kind = {kind: [examples_of(one, kind) for one in sets.values()] for kind in {kind, "proj"}}
+    test, train = of_kind[kind]
+    text_test, text_train = of_kind["proj"]
+    fit = partial(linear.fit_probe, count=len(images.folders))
+    methods = {
+        "probe": linear.Method(fit, train, test),
+        "text": linear.Method(
+            partial(linear.fit_from_text, zeroshot=zeroshot), text_train, text_test
+        ),
+    }
+    mean = linear.share_right(zeroshot, text_test)
+    rows: list[dict[str, Any]] = [{"shots": 0, "method": "zeroshot", "mean": mean, "std": 0.0}]
+    rows += linear.few_shot(methods, shots, args.seeds or 3)
+    short = [
+        folder for i, folder in enumerate(images.folders) if (train.classes == i).sum() < max(shots)
+    ]
+    if short:
+        note(f"miniclip: fewer than {max(shots)} examples: {', '.join(short)}")
+    if args.json:
+        print_json(rows)
+    else:
+        print(f"model      {args.model}")
+        print(f"templates  {shorten(' | '.join(args.templates or templates), COLUMNS - 11)}")
+        print(f"images     {len(test.classes):,}, of {len(images.folders):,} classes\n")
+        print(f"{'examples a class':<18}{'method':<20}{'accuracy':>10}   spread over the draws")
+        for row in rows:
+            spread = f"± {row['std']:.2%}" if row["shots"] else ""
+            name = METHODS[row["method"]]
+            print(f"{row['shots']:<18}{name:<20}{row['mean']:>10.2%}   {spread}".rstrip())
+    if args.plot:
+        from miniclip.figures.few_shot import draw_few_shot
+
+        draw_few_shot(rows, METHODS, args.plot)
+        note(f"picture: {args.plot}")
+
+
+METHODS = {"zeroshot": "zero-shot", "probe": "linear probe", "text": "text-initialised"}
+
+
+def class_folders(args: argparse.Namespace, data: str | None = None) -> "LabelledImages":
+    """The pictures in DATA, or in other folders, and what their classes are called."""
     from miniclip.zeroshot.data import labelled_images
     from miniclip.zeroshot.prompts import CLASS_SETS, published_labels
 
+    images = labelled_images(data or args.data)
     if args.labels in CLASS_SETS:
-        images = labelled_images(args.data)
         return images._replace(labels=published_labels(args.labels, images.folders))
-    return labelled_images(args.data, read_lines(args.labels) if args.labels else None)
+    if args.labels and data is None:
+        return labelled_images(args.data, read_lines(args.labels))
+    return images
+
+
+def features_of_sets(
+    args: argparse.Namespace,
+) -> "tuple[Loaded, LabelledImages, dict[str, tuple[Features, list[int]]], list[str]]":
+    """The model; the classes of DATA and of --train and --val; each set's features and classes;
+    and what could not be read of DATA. A folder name stands for one class in all of them."""
+    if args.train is None:
+        raise ValueError(f"--task {args.task} needs --train, class folders to learn from")
+    names = {"test": None, "train": args.train} | ({"val": args.val} if args.val else {})
+    found = {name: class_folders(args, data) for name, data in names.items()}
+    images = found["test"]
+    for other in found.values():
+        new = [i for i, folder in enumerate(other.folders) if folder not in images.folders]
+        images = images._replace(
+            folders=images.folders + [other.folders[i] for i in new],
+            labels=images.labels + [other.labels[i] for i in new],
+        )
+    loaded, sets = load_model(args), {}
+    for name, one in found.items():
+        features = features_of(args, loaded, one.paths)
+        place = [images.folders.index(folder) for folder in one.folders]
+        sets[name] = features, [place[one.classes[row]] for row in features.rows]
+    if lacking := {*sets["test"][1]} - {*sets["train"][1]}:
+        folders = ", ".join(images.folders[i] for i in sorted(lacking))
+        note(f"miniclip: no examples in {args.train}, and so never right: {folders}")
+    return loaded, images, sets, sets["test"][0].skipped
+
+
+def examples_of(features_and_classes: "tuple[Features, list[int]]", kind: str) -> "Examples":
+    """One kind of features, with their classes."""
+    import torch
+
+    from miniclip.evaluation.linear import Examples
+
+    features, classes = features_and_classes
+    if kind not in features.vectors:
+        raise ValueError("the vision tower does not project one vector a picture: --features proj")
+    return Examples(features.vectors[kind], torch.tensor(classes))
 
 
 def features_of(args: argparse.Namespace, loaded: "Loaded", pictures: Any) -> "Features":
@@ -132,18 +372,18 @@ def print_evaluation(
         note(f"picture: {args.plot}")
 
 
-def ask_about_shapes(args: argparse.Namespace) -> int:
+def ask_about_shapes(args: argparse.Namespace) -> None:
     """`miniclip eval shapes`: questions about drawn scenes."""
     from miniclip.world.scoring import score
 
-    if args.templates or args.labels or args.plot:
+    if args.templates or args.labels or args.plot or args.task != "zeroshot":
         raise ValueError(
-            "the drawn world asks in its own words: no --templates, --labels or --plot"
+            "the drawn world asks in its own words: no --task, --templates, --labels or --plot"
         )
     scores = score(*load_model(args))
     if args.json:
         print_json({"model": args.model} | scores._asdict())
-        return 0
+        return
     print(f"model  {args.model}, on scenes that no training set has\n")
     for question, share, chance in (
         ("which colour and shape, of 64: pairs seen in training", scores.seen, "1.6 %"),
@@ -154,7 +394,6 @@ def ask_about_shapes(args: argparse.Namespace) -> int:
         ("the caption, or the objects' colours swapped", scores.binding, "50 %"),
     ):
         print(f"{question:<56}{share:>7.1%}  (chance {chance})")
-    return 0
 
 
 def read_lines(path: str) -> list[str]:
@@ -243,3 +482,6 @@ def evaluation_table(folders: list[str], result: "Evaluation") -> str:
         pair = f"{shorten(result.labels[true], 25)} → {shorten(result.labels[predicted], 25)}"
         lines.append(f"{pair:<54}{count:8,}{count / images[true]:10.1%}")
     return "\n".join(lines)
+
+
+TASKS = {"zeroshot": zeroshot, "retrieval": retrieval, "probe": probe, "fewshot": fewshot}

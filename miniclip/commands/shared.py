@@ -36,6 +36,13 @@ def add_revision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
 
 
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Add what says which columns of a metadata file are read."""
+    for column, default in (("image", "file_name"), ("text", "text")):
+        help = f"of the metadata file (default: {default})"
+        parser.add_argument(f"--{column}-column", default=default, metavar="NAME", help=help)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")

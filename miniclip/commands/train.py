@@ -6,7 +6,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from miniclip.commands.shared import add_device, keep_freed_memory, note, print_json
+from miniclip.commands.shared import add_columns, add_device, keep_freed_memory, note, print_json
 from miniclip.training.recipe import Recipe
 
 DESCRIPTION = "Train a CLIP on pictures and captions, from scratch or from a checkpoint."
@@ -20,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of class folders, of pictures with metadata.jsonl, .csv or .tsv "
         "(file_name, text), or of WebDataset .tar shards; or the drawn world `shapes`",
     )
-    for column, default in (("image", "file_name"), ("text", "text")):
-        help = f"of the metadata file (default: {default})"
-        parser.add_argument(f"--{column}-column", default=default, metavar="NAME", help=help)
+    add_columns(parser)
     parser.add_argument(
         "-o", "--out", required=True, metavar="DIR", help="the folder for the checkpoint"
     )

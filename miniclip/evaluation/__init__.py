@@ -2,10 +2,16 @@
 
 features.py        pictures -> features, computed once and kept
 classification.py  how often logits are right: accuracy, intervals, confusions, calibration
+captions.py        pictures with their captions, as data sets come
+retrieval.py       ranks of pictures and captions, and recall
+linear.py          linear classifiers on features: the linear probe, and few shots
 """
 
+from miniclip.evaluation.captions import CaptionedImages, captioned_images
 from miniclip.evaluation.classification import Evaluation, evaluate, wilson_interval
 from miniclip.evaluation.features import Features, encode_pictures, picture_features
+from miniclip.evaluation.linear import Examples, Method, few_shot, fit_from_text, fit_probe, probe
+from miniclip.evaluation.retrieval import recall, retrieval_ranks
 
 __all__ = [
     "Evaluation",
@@ -14,4 +20,14 @@ __all__ = [
     "Features",
     "encode_pictures",
     "picture_features",
+    "CaptionedImages",
+    "captioned_images",
+    "recall",
+    "retrieval_ranks",
+    "Examples",
+    "fit_probe",
+    "fit_from_text",
+    "probe",
+    "Method",
+    "few_shot",
 ]

@@ -99,15 +99,17 @@ def class_embeddings(
 
 
 @torch.no_grad()
-def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: str | Iterable[str]) -> Tensor:
+def embed_texts(
+    model: CLIP, tokenizer: Tokenizer, texts: str | Iterable[str], truncate: bool = False
+) -> Tensor:
     """A unit vector for each text, (B, E), whatever their number: in batches, with a progress bar.
 
     Texts of like length share a batch, so that little is computed for padding, and a text that
-    occurs again is embedded once.
+    occurs again is embedded once. `truncate` cuts a long text, as the tokenizer does.
     """
     texts = as_list(texts)
     places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    ids = ids_for(model.text, tokenizer, list(places))
+    ids = ids_for(model.text, tokenizer, list(places), truncate=truncate)
     lengths = torch.full((len(ids),), ids.shape[1])
     if not sees_padding(model.text):
         lengths = model.text.eos_positions(ids) + 1  # no text is read beyond its end token

@@ -7,6 +7,7 @@ CLI = "tests/test_cli.py"
 SERVE = "tests/test_serve.py"
 RETRIEVAL = "tests/test_retrieval.py"
 ZEROSHOT = "tests/test_zeroshot.py"
+EVALUATION = "tests/test_evaluation.py"
 TRANSFORM = "tests/test_transform.py"
 FIGURES = "tests/test_figures.py"
 PACKAGE = "tests/test_package.py"
@@ -547,6 +548,66 @@ SLIPS = [
         "which = (confidence * BINS).ceil().long() - 1",
         "which = (confidence * BINS).long().clamp(max=BINS - 1)",
         f"{ZEROSHOT} -k fifteen_bins",
+    ),
+    Slip(
+        "A picture's other captions are in its way.",
+        "near = (ahead.abs() <= rounding) & (image_of[None, j] != i[:, None])",
+        "near = ahead.abs() <= rounding",
+        EVALUATION,
+    ),
+    Slip(
+        "Of equal scores the one that is listed last comes first.",
+        "((score == wanted) & (place < wanted_place))",
+        "((score == wanted) & (place > wanted_place))",
+        EVALUATION,
+    ),
+    Slip(
+        "Ranks are decided in float32.",
+        "wins = (score > wanted) | ((score == wanted)",
+        "wins = (score.float() > wanted.float()) | ((score.float() == wanted.float())",
+        EVALUATION,
+    ),
+    Slip(
+        "A picture that has changed is taken from the cache.",
+        "{about.st_mtime_ns} {about.st_size}",
+        "",
+        EVALUATION,
+    ),
+    Slip(
+        "Any split of a .json counts.",
+        'if image["split"] == split:',
+        "if True:",
+        EVALUATION,
+    ),
+    Slip(
+        "The probe's L2 strength is scikit-learn's C.",
+        "LogisticRegression(C=1 / strength,",
+        "LogisticRegression(C=strength,",
+        EVALUATION,
+    ),
+    Slip(
+        "The sweep stops at four steps a decade.",
+        "            step //= 2\n",
+        "            step = step // 2 if step > 2 else 0\n",
+        EVALUATION,
+    ),
+    Slip(
+        "The penalty of the text-initialised classifier is not halved.",
+        "gradient = (log_shares.exp() - target).T @ x + strength * change",
+        "gradient = (log_shares.exp() - target).T @ x + 2 * strength * change",
+        EVALUATION,
+    ),
+    Slip(
+        "The probe does not learn from the validation split.",
+        "return fit(everything, strength), strength, accuracies",
+        "return fit(train, strength), strength, accuracies",
+        EVALUATION,
+    ),
+    Slip(
+        "Few shots are the same in each draw.",
+        "order = shuffled_by_class(train.classes, seed)",
+        "order = shuffled_by_class(train.classes, 0)",
+        EVALUATION,
     ),
     Slip(
         "top-5 looks at four labels.",

@@ -1,0 +1,183 @@
+"""Linear classifiers on frozen features: the linear probe, and learning from a few examples."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from miniclip.terminal import progress
+
+Classify = Callable[[Tensor], Tensor]
+"""Features (N, F) -> logits (N, C)."""
+
+MOST_STEPS = 1000
+"""Of L-BFGS, as in appendix A.3 of the paper."""
+
+
+class Examples(NamedTuple):
+    """Features and the classes that they are examples of."""
+
+    features: Tensor  # (N, F)
+    classes: Tensor  # (N,) int64
+
+    def of(self, rows: Tensor) -> "Examples":
+        """Some of them."""
+        return Examples(self.features[rows], self.classes[rows])
+
+
+Fit = Callable[[Examples, float], Classify]
+"""Examples and the L2 strength, lambda -> a classifier."""
+
+
+def fit_probe(train: Examples, strength: float, count: int) -> Classify:
+    """Logistic regression of `count` classes by scikit-learn, which calls 1 / lambda C.
+
+    A class without examples is never predicted. Raises ValueError without scikit-learn, or if all
+    examples are of one class.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise ValueError("a probe needs scikit-learn: pip install 'miniclip[eval]'") from None
+    if len(seen := train.classes.unique()) < 2:
+        raise ValueError("the examples are of one class; expected two classes or more")
+    model = LogisticRegression(C=1 / strength, max_iter=MOST_STEPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops there, too
+        model.fit(train.features.numpy(), train.classes.numpy())
+
+    def classify(features: Tensor) -> Tensor:
+        logits = torch.full((len(features), count), -torch.inf, dtype=torch.float64)
+        logits[:, seen] = torch.from_numpy(model.predict_log_proba(features.numpy())).double()
+        return logits
+
+    return classify
+
+
+def fit_from_text(train: Examples, strength: float, zeroshot: Classify) -> Classify:
+    """The zero-shot classifier, to whose weights logistic regression adds what the examples teach.
+
+    Minimises the cross-entropy of zeroshot(x) + x V^T, plus lambda / 2 times the squared length of
+    V (C, F), from V = 0 on. So it starts at the text's weights, and the penalty holds it near them.
+    """
+    from scipy.optimize import minimize
+
+    x, start = train.features.double(), zeroshot(train.features).double()  # (N, F), (N, C)
+    target = torch.zeros_like(start).scatter_(1, train.classes[:, None], 1)
+
+    def loss(flat: Any) -> tuple[float, Any]:
+        change = torch.as_tensor(flat).view(start.shape[1], x.shape[1])  # V
+        log_shares = (start + x @ change.T).log_softmax(dim=1)
+        value = -(target * log_shares).sum() + strength / 2 * change.pow(2).sum()
+        gradient = (log_shares.exp() - target).T @ x + strength * change
+        return value.item(), gradient.flatten().numpy()
+
+    begin = torch.zeros(start.shape[1] * x.shape[1], dtype=torch.float64).numpy()
+    found = minimize(loss, begin, jac=True, method="L-BFGS-B", options={"maxiter": MOST_STEPS})
+    change = torch.from_numpy(found.x).view(start.shape[1], x.shape[1])
+    return lambda features: zeroshot(features).double() + features.double() @ change.T
+
+
+def sweep(accuracy: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """The L2 strength of the highest accuracy, and the accuracy of each that was tried.
+
+    The parametric binary search of the paper's appendix A.3: from 10^-6, 10^-4, ..., 10^6, halve
+    the interval around the peak until there are eight steps a decade. The strongest of equals wins.
+
+    >>> best, tried = sweep(lambda strength: -abs(strength - 0.03))
+    >>> round(best, 4), len(tried)
+    (0.0316, 15)
+    """
+    found: dict[int, float] = {}  # by the eighth of a decade
+    step, candidates = 16, [*range(-48, 49, 16)]
+    with progress(total=15, unit="fit") as bar:
+        while step:
+            for i in candidates:
+                found[i] = accuracy(10 ** (i / 8))
+                bar.update()
+            best = max(found, key=lambda i: (found[i], i))
+            step //= 2
+            candidates = [i for i in (best - step, best + step) if -48 <= i <= 48]
+    return 10 ** (best / 8), {10 ** (i / 8): found[i] for i in sorted(found)}
+
+
+def share_right(classify: Classify, examples: Examples) -> float:
+    """The accuracy of a classifier."""
+    right = classify(examples.features).argmax(dim=1) == examples.classes
+    return right.double().mean().item()
+
+
+def probe(
+    fit: Fit, train: Examples, val: Examples | None = None
+) -> tuple[Classify, float, dict[float, float]]:
+    """Choose the L2 strength on a validation split, then learn from both.
+
+    Without `val` one example in five of each class is drawn from `train` for it. Returns the
+    classifier, its strength, and the validation accuracy of each strength that was tried.
+    """
+    if val is None:
+        order = [rows for rows in shuffled_by_class(train.classes, seed=0) if len(rows) > 1]
+        if not order:
+            raise ValueError("no class has two examples, and some must choose lambda")
+        held_out = torch.cat([rows[: max(1, len(rows) // 5)] for rows in order])
+        kept = torch.ones(len(train.classes), dtype=torch.bool)
+        kept[held_out] = False
+        val, train = train.of(held_out), train.of(kept.nonzero().squeeze(1))
+    strength, accuracies = sweep(partial(validate, fit, train, val))
+    everything = Examples(*(torch.cat(parts) for parts in zip(train, val, strict=True)))
+    return fit(everything, strength), strength, accuracies
+
+
+def shuffled_by_class(classes: Tensor, seed: int) -> list[Tensor]:
+    """For each class its rows, in an order that the seed decides."""
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+    return [order[classes[order] == i] for i in classes.unique()]
+
+
+class Method(NamedTuple):
+    """A way to learn from few examples, and the features that it learns from."""
+
+    fit: Fit
+    train: Examples
+    test: Examples
+
+
+def few_shot(
+    methods: dict[str, Method], shots: Sequence[int], seeds: int = 3
+) -> list[dict[str, int | float | str]]:
+    """The accuracy of each method after so many examples a class: mean and spread over draws.
+
+    A draw takes the examples by its seed, and up to four others of each class for the choice of the
+    L2 strength, as Zhou et al. 2022 do (CoOp, arXiv 2109.01134). All methods see the same. A class
+    that has fewer examples gives all.
+
+    Returns rows of `shots`, `method`, `mean` and `std`, the sample's standard deviation.
+    """
+    if seeds < 2 or min(shots) < 1:
+        raise ValueError(f"{seeds} seeds of {shots} shots; expected 2 seeds, 1 shot, or more")
+    rows: list[dict[str, int | float | str]] = []
+    plan = [(k, name, seed) for k in shots for name in methods for seed in range(seeds)]
+    found: dict[tuple[int, str], list[float]] = {}
+    for k, name, seed in progress(plan, "draw"):
+        fit, train, test = methods[name]
+        order = shuffled_by_class(train.classes, seed)
+        examples = train.of(torch.cat([rows[:k] for rows in order]))
+        val = train.of(torch.cat([rows[k : k + min(k, 4)] for rows in order]))
+        if not len(val.classes):
+            raise ValueError(f"no class has more than {k} examples, and some must choose lambda")
+        strength, _ = sweep(partial(validate, fit, examples, val))
+        found.setdefault((k, name), []).append(share_right(fit(examples, strength), test))
+    for (k, name), accuracies in found.items():
+        mean, std = fmean(accuracies), stdev(accuracies)
+        rows.append({"shots": k, "method": name, "mean": mean, "std": std})
+    return rows
+
+
+def validate(fit: Fit, train: Examples, val: Examples, strength: float) -> float:
+    """The accuracy on `val` of what was learned from `train`."""
+    return share_right(fit(train, strength), val)

@@ -1,0 +1,59 @@
+"""Record CLIP_benchmark's recall for small embeddings, in data/clip_benchmark.json.
+
+    git clone https://github.com/LAION-AI/CLIP_benchmark
+    git -C CLIP_benchmark checkout 48de38c
+    pip install torch tqdm && python tests/record_clip_benchmark.py CLIP_benchmark
+
+It runs one file of the checkout, `clip_benchmark/metrics/zeroshot_retrieval.py`, which needs torch
+and tqdm. Its model is told the embeddings, and its data set is their numbers.
+"""
+
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+PATH = Path(__file__).parent / "data" / "clip_benchmark.json"
+SIZES = [(7, 1), (40, 5), (60, 3)]  # pictures, and captions of each; then one picture has one more
+LEVELS = [1, 5, 10]
+
+
+def embeddings(images: int, captions: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Pictures (N, 8), captions (M, 8), not normalised, and the picture of each caption."""
+    image_of = [i for i in range(images) for _ in range(captions)] + [images - 1]
+    image_embeds = waves(images, 0.37)
+    return image_embeds, image_embeds[image_of] + 1.1 * waves(len(image_of), 0.59), image_of
+
+
+def waves(rows: int, pitch: float) -> Tensor:
+    """Numbers from -1 to 1 in no order, (rows, 8), that are the same everywhere."""
+    return (torch.arange(rows * 8, dtype=torch.float64).pow(2) * pitch).sin().view(rows, 8).float()
+
+
+def record(checkout: str) -> list[dict[str, float]]:
+    file = Path(checkout) / "clip_benchmark" / "metrics" / "zeroshot_retrieval.py"
+    spec = spec_from_file_location("zeroshot_retrieval", file)
+    theirs = module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    found = []
+    for size in SIZES:
+        image_embeds, text_embeds, image_of = embeddings(*size)
+        texts = [[j for j, i in enumerate(image_of) if i == image] for image in range(size[0])]
+        model = SimpleNamespace(
+            encode_image=lambda rows: image_embeds[rows], encode_text=lambda rows: text_embeds[rows]
+        )
+        batches = [(torch.arange(size[0]), texts)]
+        levels = [k for k in LEVELS if k <= size[0]]
+        found.append(
+            theirs.evaluate(model, batches, torch.tensor, "cpu", amp=False, recall_k_list=levels)
+        )
+    return found
+
+
+if __name__ == "__main__":
+    PATH.write_text(json.dumps(record(sys.argv[1]), indent=1) + "\n")
+    print(PATH.read_text())
