@@ -92,7 +92,8 @@ def cache(
 
 @contextmanager
 def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
-    found = [(*site, edit) for glob, edit in edits.items() for site in find(model, glob)]
+    modules = [*named_modules(model)]
+    found = [(*site, edit) for glob, edit in edits.items() for site in _matching(modules, glob)]
     # Nothing is compiled before the compiler is there, and importing it takes more than a second.
     is_loaded = "torch._dynamo" in sys.modules
     handles = []
@@ -108,14 +109,17 @@ def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
 def find(model: nn.Module, glob: str) -> list[tuple[str, nn.Module]]:
     """The sites whose names match, in the order of the model. ValueError if there are none."""
-    modules = [*named_modules(model)]
+    return _matching([*named_modules(model)], glob)
+
+
+def _matching(modules: list[tuple[str, nn.Module]], glob: str) -> list[tuple[str, nn.Module]]:
     found = [(name, module) for name, module in modules if name and matches(name, glob)]
     if not found:
         names = [name for name, _ in modules]
         near = ", ".join(get_close_matches(glob, names, cutoff=0)) or "no submodules"
         raise ValueError(
-            f"no site is called {glob!r} in this {type(model).__name__}; the nearest are {near}. "
-            "A * stands for one part of a name, between two dots"
+            f"no site is called {glob!r} in this {type(modules[0][1]).__name__}; the nearest are "
+            f"{near}. A * stands for one part of a name, between two dots"
         )
     times = Counter(id(module) for _, module in modules)
     if shared := [name for name, module in found if times[id(module)] > 1]:
@@ -134,6 +138,8 @@ def matches(name: str, glob: str) -> bool:
     >>> matches("vision.blocks.3.attn", "vision.blocks.*")
     False
     """
+    if not fnmatchcase(name, glob):  # where a * may stand for dots too; one comparison is fast
+        return False
     names, globs = name.split("."), glob.split(".")
     return len(names) == len(globs) and all(map(fnmatchcase, names, globs))
 

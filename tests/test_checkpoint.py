@@ -524,7 +524,7 @@ def test_a_run_is_not_saved(saved, tmp_path):
     model.save_pretrained(tmp_path / "again")
     assert_same_weights(CLIP.from_pretrained(tmp_path / "again"), model)
     block.forward = torch.zeros_like
-    with pytest.warns(UserWarning, match="vision.blocks.0.forward: patched on the model"):
+    with pytest.warns(UserWarning, match="vision.blocks.0.forward is patched on the model"):
         model.save_pretrained(tmp_path / "again")
 
 

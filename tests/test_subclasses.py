@@ -313,6 +313,24 @@ class NumberedBlock(Block):
         return x + self.share * self.mlp(self.ln_2(x))
 
 
+class HiddenNumberBlock(Block):
+    def __init__(self, config, layer, causal):
+        super().__init__(config, layer, causal)
+        self._share = layer % 2
+
+    def forward(self, x):
+        return x + self._share * self.mlp(self.ln_2(x))
+
+
+class ClosedNumberBlock(Block):
+    def __init__(self, config, layer, causal):
+        super().__init__(config, layer, causal)
+        self.weigh = lambda x: layer % 2 * x
+
+    def forward(self, x):
+        return x + self.weigh(self.mlp(self.ln_2(x)))
+
+
 class BothWaysText(TextTower):
     def make_blocks(self, config, causal):
         return super().make_blocks(config, causal=False)
@@ -621,10 +639,15 @@ def test_parts_of_a_tower_that_an_instrument_cannot_know_are_named():
         surgery.layer_groups(EACH["two more tokens"](TINY).vision)
 
 
-def test_layers_that_depend_on_their_number_cannot_be_reordered():
-    model = redraw(clip_of(block=NumberedBlock)(TINY)).double()
+@pytest.mark.parametrize("block, words", [
+    (NumberedBlock, "share is 1, expected 0"),
+    (HiddenNumberBlock, "_share is 1, expected 0"),
+    (ClosedNumberBlock, "weigh is <function ClosedNumberBlock"),
+])  # fmt: skip
+def test_layers_that_depend_on_their_number_cannot_be_reordered(block, words):
+    model = redraw(clip_of(block=block)(TINY)).double()
     surgery.keep_layers(model, "vision", [0, 1])
-    with pytest.raises(ValueError, match="keep_layers cannot follow OwnVision"):
+    with pytest.raises(ValueError, match=f"cannot follow OwnCLIP: .*vision.blocks.0.{words}"):
         surgery.keep_layers(model, "vision", [1, 2])
 
 

@@ -66,7 +66,7 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     if grid == old_grid:
         return new
     _assign(new.vision, "pos_embed", resampled(new.vision.pos_embed, old_grid, grid, method))
-    return check_rebuilt("resize_image", new, "vision")
+    return check_rebuilt("resize_image", new)
 
 
 def resampled(pos_embed: Tensor, old: Grid, grid: Grid, method: str) -> Tensor:
@@ -129,7 +129,7 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
     kernels = weight.double().flatten(2) @ torch.linalg.pinv(resize).T
     _assign(new.vision.patch_embed, "weight", kernels.unflatten(2, (size, size)).to(weight))
     new.vision.patch_embed.kernel_size = new.vision.patch_embed.stride = (size, size)
-    return check_rebuilt("resize_patch", new, "vision")
+    return check_rebuilt("resize_patch", new)
 
 
 def extend_context(
@@ -170,7 +170,7 @@ def extend_context(
     else:
         stretched = F.interpolate(rows.T[None], count, mode="linear")[0].T
     _assign(new.text, "pos_embed", torch.cat([pos_embed[:keep], stretched.to(pos_embed)]))
-    return check_rebuilt("extend_context", new, "text")
+    return check_rebuilt("extend_context", new)
 
 
 def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
@@ -193,7 +193,7 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     reconfigure(new, "text", vocab_size=old + len(rows), **fields)
     _assign(new.text.token_embed, "weight", torch.cat([table, rows]))
     new.text.token_embed.num_embeddings = old + len(rows)
-    return check_rebuilt("add_tokens", new, "text")
+    return check_rebuilt("add_tokens", new)
 
 
 def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
@@ -215,7 +215,7 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     if len(rows):
         reconfigure(new, "vision", registers=len(rows))
         _assign(new.vision, "register_embed", rows)
-    return check_rebuilt("add_registers", new, "vision")
+    return check_rebuilt("add_registers", new)
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
         f"blocks.{i}.attn.z": partial(_without, gone=gone) for i, gone in heads.items()
     }
     check_equal("prune_heads", getattr(new, tower), getattr(model, tower), gone_z)
-    return check_rebuilt("prune_heads", new, tower)
+    return check_rebuilt("prune_heads", new)
 
 
 def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]]) -> CLIP:
@@ -73,7 +73,7 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
         _cut(mlp.fc1, 0, kept)
         _cut(mlp.fc2, 1, kept)
         counts[layer] = len(kept)
-    return check_rebuilt("prune_neurons", reconfigure(new, tower, mlp_width=tuple(counts)), tower)
+    return check_rebuilt("prune_neurons", reconfigure(new, tower, mlp_width=tuple(counts)))
 
 
 def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
@@ -98,7 +98,7 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
     }
     width = blocks[0].attn.head_width
     reconfigure(new, tower, layers=len(layers), head_width=width, **shape)
-    return check_rebuilt("keep_layers", new, tower)
+    return check_rebuilt("keep_layers", new)
 
 
 def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:

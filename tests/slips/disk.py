@@ -719,14 +719,14 @@ SLIPS = [
     ),
     Slip(
         "A model with other numbers in its modules is saved.",
-        'settings |= {n: v for n, v in vars(module).items() if n[0] != "_"} | module._buffers',
-        "pass",
+        "            settings[name] = value\n",
+        "            pass\n",
         "tests/test_checkpoint.py -k does_not_describe",
     ),
     Slip(
         "A model with its blocks in another order is saved.",
-        'settings: dict[str, Any] = {"parts": [*module._modules]}',
-        "settings: dict[str, Any] = {}",
+        'settings: dict[str, Any] = {"parts": [*module._modules]} | module._buffers',
+        "settings: dict[str, Any] = {} | module._buffers",
         "tests/test_checkpoint.py -k does_not_describe",
     ),
     Slip(
@@ -737,8 +737,8 @@ SLIPS = [
     ),
     Slip(
         "How a model is run keeps it from being saved.",
-        'for name in ("training", "eager"):',
-        "for name in ():",
+        'OWN = {*vars(nn.Module()), "eager"}',
+        "OWN = {*vars(nn.Module())}",
         "tests/test_checkpoint.py -k a_run_is_not",
     ),
     Slip(
@@ -746,6 +746,18 @@ SLIPS = [
         "    if patched:\n        warnings.warn(",
         "    if False:\n        warnings.warn(",
         "tests/test_checkpoint.py -k a_run_is_not",
+    ),
+    Slip(
+        "A fork whose blocks keep their numbers to themselves is saved in another order.",
+        '(name[0] != "_" or isinstance(value, int | float | str))',
+        'name[0] != "_"',
+        "tests/test_subclasses.py -k depend_on_their_number",
+    ),
+    Slip(
+        "A fork whose blocks close over their numbers is saved in another order.",
+        "cells = [cell.cell_contents for cell in",
+        "cells = [0 for cell in",
+        "tests/test_subclasses.py -k depend_on_their_number",
     ),
     Slip(
         "Wrappers are a part of the names in a file.",

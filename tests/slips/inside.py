@@ -396,9 +396,8 @@ SITES = [
     ),
     Slip(
         "A pattern matches upper and lower case alike.",
-        "return len(names) == len(globs) and all(map(fnmatchcase, names, globs))",
-        "return len(names) == len(globs) and all(\n"
-        "        fnmatchcase(n.lower(), g.lower()) for n, g in zip(names, globs)\n    )",
+        "    if not fnmatchcase(name, glob):",
+        "    name, glob = name.lower(), glob.lower()\n    if not fnmatchcase(name, glob):",
         "tests/test_sites.py -k star",
     ),
     Slip(
