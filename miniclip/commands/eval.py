@@ -347,7 +347,7 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
 
     if args.templates or args.labels or args.plot or args.task != "zeroshot":
         raise ValueError(
-            "the drawn world asks in its own words: no --task, --templates, --labels or --plot"
+            "the drawn world asks in its own words: no --templates, --labels or --plot, or --task"
         )
     scores = score(*load_model(args))
     if args.json:
