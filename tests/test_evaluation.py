@@ -257,7 +257,7 @@ def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--task", "retrieval", "--labels", "x"], "--labels is for zeroshot, not for retrieval"),
+        (["--task", "retrieval", "--labels", "x"], "--labels is for zeroshot and fewshot, not for"),
         (["--split", "val"], "--split is for retrieval, not for zeroshot"),
         (["--task", "guess"], "invalid choice"),
         (["--task", "retrieval"], "no picture with a caption"),

@@ -30,77 +30,58 @@ EXAMPLE = """miniclip eval shapes --model shapes
   miniclip eval cifar10/test --task probe --train cifar10/train --model cifar10"""
 MOST_CLASSES = 50  # in the table
 
-# What only some of the tasks read: flag, the tasks, its other arguments.
-FLAGS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
+# What only some of the tasks read: a flag, the tasks, its meaning, and argparse's other options.
+FLAGS: tuple[tuple[str, tuple[str, ...], str, dict[str, Any]], ...] = (
     (
         "--templates",
         ("zeroshot", "fewshot"),
-        {
-            "nargs": "+",
-            "metavar": "TEXT",
-            "help": "sentences with {} for the label, averaged, or published sets of them: "
-            "imagenet (80), simple (7 of the 80), cifar10, food101 and the paper's others "
-            "(default: 'a photo of a {}.')",
-        },
+        "sentences with {} for the label, averaged, or published sets of them: imagenet (80), "
+        "simple (7 of the 80), cifar10, food101 and the paper's others (default: 'a photo of a "
+        "{}.')",
+        {"nargs": "+", "metavar": "TEXT"},
     ),
     (
         "--labels",
         ("zeroshot", "fewshot"),
-        {
-            "metavar": "FILE",
-            "help": "what the classes are called, one a line, in the order of the sorted folders, "
-            "with ' | ' between several names of one; or a published set, such as food101 "
-            "(default: the folders' names, and OpenAI's for ImageNet's)",
-        },
+        "what the classes are called, one a line, in the order of the sorted folders, with ' | ' "
+        "between several names of one; or a published set, such as food101 (default: the folders' "
+        "names, and OpenAI's for ImageNet's)",
+        {"metavar": "FILE"},
     ),
     (
         "--images",
         ("retrieval",),
-        {"metavar": "DIR", "help": "where the pictures of a .json are (default: beside it)"},
+        "where the pictures of a .json are (default: beside it)",
+        {"metavar": "DIR"},
     ),
-    (
-        "--split",
-        ("retrieval",),
-        {"metavar": "NAME", "help": "of a .json of Karpathy's (default: test)"},
-    ),
+    ("--split", ("retrieval",), "of a .json of Karpathy's (default: test)", {"metavar": "NAME"}),
     (
         "--train",
         ("probe", "fewshot"),
-        {"metavar": "DIR", "help": "class folders to learn from; DATA is what is classified"},
+        "class folders to learn from; DATA is what is classified",
+        {"metavar": "DIR"},
     ),
     (
         "--val",
         ("probe",),
-        {
-            "metavar": "DIR",
-            "help": "class folders that choose the L2 strength (default: a fifth of --train)",
-        },
+        "class folders that choose the L2 strength (default: a fifth of --train)",
+        {"metavar": "DIR"},
     ),
     (
         "--features",
         ("probe", "fewshot"),
-        {
-            "choices": ("ln_post", "proj"),
-            "help": "of the probe, before the projection as in the paper, or after it "
-            "(default: ln_post)",
-        },
+        "of the probe, before the projection as in the paper, or after it (default: ln_post)",
+        {"choices": ("ln_post", "proj")},
     ),
     (
         "--shots",
         ("fewshot",),
-        {
-            "type": int,
-            "nargs": "+",
-            "metavar": "N",
-            "help": "examples of each class (default: 1 2 4 8 16)",
-        },
+        "examples of each class (default: 1 2 4 8 16)",
+        {"type": int, "nargs": "+", "metavar": "N"},
     ),
-    (
-        "--seeds",
-        ("fewshot",),
-        {"type": int, "metavar": "N", "help": "draws of the examples (default: 3)"},
-    ),
+    ("--seeds", ("fewshot",), "draws of the examples (default: 3)", {"type": int, "metavar": "N"}),
 )
+METHODS = {"zeroshot": "zero-shot", "probe": "linear probe", "text": "text-initialised"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,9 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", choices=TASKS, default="zeroshot", help="what to measure (default: %(default)s)"
     )
-    for flag, tasks, options in FLAGS:
-        options = options | {"help": f"{', '.join(tasks)}: {options['help']}"}
-        parser.add_argument(flag, **options)
+    for flag, tasks, meaning, options in FLAGS:
+        parser.add_argument(flag, help=f"{', '.join(tasks)}: {meaning}", **options)
     add_columns(parser)
     parser.add_argument(
         "--cache", metavar="DIR", help="keep the pictures' features in this folder, as index files"
@@ -133,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print what was found."""
     keep_freed_memory()
-    for flag, tasks, _ in FLAGS:
+    for flag, tasks, *_ in FLAGS:
         if getattr(args, flag[2:]) is not None and args.task not in tasks:
             raise ValueError(f"{flag} is for {' and '.join(tasks)}, not for {args.task}")
     if args.data == "shapes":
@@ -181,13 +161,8 @@ def retrieval(args: argparse.Namespace) -> None:
     longest = loaded.tokenizer.context_length - 2  # without the tokens of start and end
     cut = sum(len(loaded.tokenizer.encode(text)) > longest for text in texts)
     text_embeds = embed_texts(loaded.model, loaded.tokenizer, texts, truncate=True).float().cpu()
-    ranks = dict(
-        zip(
-            ("image_to_text", "text_to_image"),
-            retrieval_ranks(features.vectors["proj"], text_embeds, image_of),
-            strict=True,
-        )
-    )
+    of_images, of_texts = retrieval_ranks(features.vectors["proj"], text_embeds, image_of)
+    ranks = {"image_to_text": of_images, "text_to_image": of_texts}
     found = {direction: recall(of) for direction, of in ranks.items()}
     if args.json:
         counts = {"images": len(captions), "texts": len(texts), "truncated": cut}
@@ -260,9 +235,8 @@ def fewshot(args: argparse.Namespace) -> None:
     mean = linear.share_right(zeroshot, text_test)
     rows: list[dict[str, Any]] = [{"shots": 0, "method": "zeroshot", "mean": mean, "std": 0.0}]
     rows += linear.few_shot(methods, shots, args.seeds or 3)
-    short = [
-        folder for i, folder in enumerate(images.folders) if (train.classes == i).sum() < max(shots)
-    ]
+    counts = train.classes.bincount(minlength=len(images.folders))
+    short = [one for one, n in zip(images.folders, counts, strict=True) if n < max(shots)]
     if short:
         note(f"miniclip: fewer than {max(shots)} examples: {', '.join(short)}")
     if args.json:
@@ -283,9 +257,6 @@ def fewshot(args: argparse.Namespace) -> None:
         note(f"picture: {args.plot}")
 
 
-METHODS = {"zeroshot": "zero-shot", "probe": "linear probe", "text": "text-initialised"}
-
-
 def class_folders(args: argparse.Namespace, data: str | None = None) -> "LabelledImages":
     """The pictures in DATA, or in other folders, and what their classes are called."""
     from miniclip.zeroshot.data import labelled_images
@@ -304,17 +275,13 @@ def features_of_sets(
 ) -> "tuple[Loaded, LabelledImages, dict[str, tuple[Features, list[int]]], list[str]]":
     """The model; the classes of DATA and of --train and --val; each set's features and classes;
     and what could not be read of DATA. A folder name stands for one class in all of them."""
+    from miniclip.zeroshot.data import with_classes_of
+
     if args.train is None:
         raise ValueError(f"--task {args.task} needs --train, class folders to learn from")
     names = {"test": None, "train": args.train} | ({"val": args.val} if args.val else {})
     found = {name: class_folders(args, data) for name, data in names.items()}
-    images = found["test"]
-    for other in found.values():
-        new = [i for i, folder in enumerate(other.folders) if folder not in images.folders]
-        images = images._replace(
-            folders=images.folders + [other.folders[i] for i in new],
-            labels=images.labels + [other.labels[i] for i in new],
-        )
+    images = with_classes_of(found["test"], found.values())
     loaded, sets = load_model(args), {}
     for name, one in found.items():
         features = features_of(args, loaded, one.paths)
@@ -359,8 +326,10 @@ def print_evaluation(
     shown: dict[str, str],
 ) -> None:
     """Print an evaluation, as JSON or as a table, with what there is `about` it; and draw it."""
+    from miniclip.evaluation.classification import summary
+
     if args.json:
-        print_json({"model": args.model} | about | evaluation_dict(folders, result))
+        print_json({"model": args.model} | about | summary(result, folders))
     else:
         for key, value in ({"model": args.model} | shown).items():
             print(f"{key:<11}{value}")
@@ -378,7 +347,7 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
 
     if args.templates or args.labels or args.plot or args.task != "zeroshot":
         raise ValueError(
-            "the drawn world asks in its own words: no --task, --templates, --labels or --plot"
+            "the drawn world asks in its own words: no --templates, --labels or --plot, or --task"
         )
     scores = score(*load_model(args))
     if args.json:
@@ -404,50 +373,14 @@ def read_lines(path: str) -> list[str]:
         raise ValueError(f"{path}: expected lines of text: {error}") from None
 
 
-def evaluation_dict(folders: list[str], result: "Evaluation") -> dict[str, Any]:
-    """Everything that was counted. A class is named by its folder: two labels may be equal."""
-    from miniclip.evaluation.classification import wilson_interval
-
-    classes = []
-    for folder, *counts in zip(
-        folders,
-        result.labels,
-        result.images.tolist(),
-        result.right.tolist(),
-        result.in_top5.tolist(),
-        strict=True,
-    ):
-        names = ("label", "images", "right", "in_top5")
-        classes.append({"folder": folder} | dict(zip(names, counts, strict=True)))
-    return {
-        "accuracy": result.accuracy,
-        "standard_error": result.standard_error,
-        "interval": wilson_interval(result.right.sum().item(), result.images.sum().item()),
-        "mean_per_class": result.mean_per_class,
-        "top5": result.top5,
-        "calibration_error": result.calibration_error,
-        "images": result.images.sum().item(),
-        "skipped": result.skipped,
-        "missing": [folder for folder, n in zip(folders, result.images, strict=True) if not n],
-        "classes": classes,
-        "confusions": [
-            {"true": folders[true], "predicted": folders[predicted], "images": images}
-            for true, predicted, images in result.mistakes()
-        ],
-        "reliability": [
-            {"images": int(n), "confidence": confidence / n, "accuracy": right / n}
-            for n, confidence, right in result.bins.tolist()
-            if n
-        ],
-    }
-
-
 def evaluation_table(folders: list[str], result: "Evaluation") -> str:
     """Accuracies, a line for each class, and the ten most frequent confusions.
 
     If there are more than MOST_CLASSES classes, only the best and the worst have a line.
     """
-    found = evaluation_dict(folders, result)
+    from miniclip.evaluation.classification import summary
+
+    found = summary(result, folders)
     images, accuracy = result.images.tolist(), result.class_accuracy.tolist()
     low, high = found["interval"]
     lines = [f"images     {sum(images):,}, in {len(images):,} folders"]

@@ -8,7 +8,7 @@ linear.py          linear classifiers on features: the linear probe, and few sho
 """
 
 from miniclip.evaluation.captions import CaptionedImages, captioned_images
-from miniclip.evaluation.classification import Evaluation, evaluate, wilson_interval
+from miniclip.evaluation.classification import Evaluation, evaluate, summary, wilson_interval
 from miniclip.evaluation.features import Features, encode_pictures, picture_features
 from miniclip.evaluation.linear import Examples, Method, few_shot, fit_from_text, fit_probe, probe
 from miniclip.evaluation.retrieval import recall, retrieval_ranks
@@ -16,6 +16,7 @@ from miniclip.evaluation.retrieval import recall, retrieval_ranks
 __all__ = [
     "Evaluation",
     "evaluate",
+    "summary",
     "wilson_interval",
     "Features",
     "encode_pictures",

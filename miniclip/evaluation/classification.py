@@ -1,7 +1,7 @@
 """How often a classifier is right, what it confuses, and how far its probabilities are true."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,3 +104,39 @@ def wilson_interval(right: float, images: float) -> tuple[float, float]:
     centre = (right + z**2 / 2) / (images + z**2)
     half = z / (images + z**2) * (right * (images - right) / images + z**2 / 4) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summary(result: Evaluation, folders: Sequence[str]) -> dict[str, Any]:
+    """Everything that was counted. A class is named by its folder: two labels may be equal."""
+    classes = []
+    for folder, *counts in zip(
+        folders,
+        result.labels,
+        result.images.tolist(),
+        result.right.tolist(),
+        result.in_top5.tolist(),
+        strict=True,
+    ):
+        names = ("label", "images", "right", "in_top5")
+        classes.append({"folder": folder} | dict(zip(names, counts, strict=True)))
+    return {
+        "accuracy": result.accuracy,
+        "standard_error": result.standard_error,
+        "interval": wilson_interval(result.right.sum().item(), result.images.sum().item()),
+        "mean_per_class": result.mean_per_class,
+        "top5": result.top5,
+        "calibration_error": result.calibration_error,
+        "images": result.images.sum().item(),
+        "skipped": result.skipped,
+        "missing": [folder for folder, n in zip(folders, result.images, strict=True) if not n],
+        "classes": classes,
+        "confusions": [
+            {"true": folders[true], "predicted": folders[predicted], "images": images}
+            for true, predicted, images in result.mistakes()
+        ],
+        "reliability": [
+            {"images": int(n), "confidence": confidence / n, "accuracy": right / n}
+            for n, confidence, right in result.bins.tolist()
+            if n
+        ],
+    }

@@ -56,6 +56,17 @@ def labelled_images(
     return LabelledImages(folders, labels, paths, classes)
 
 
+def with_classes_of(images: LabelledImages, others: Iterable[LabelledImages]) -> LabelledImages:
+    """These images, with the classes that only others have after their own."""
+    for other in others:
+        new = [i for i, folder in enumerate(other.folders) if folder not in images.folders]
+        images = images._replace(
+            folders=images.folders + [other.folders[i] for i in new],
+            labels=images.labels + [other.labels[i] for i in new],
+        )
+    return images
+
+
 def is_visible_file(path: Path, folder: Path) -> bool:
     """Not a folder, and nothing that a desktop or an editor hid there, such as .DS_Store."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)

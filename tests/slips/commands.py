@@ -112,8 +112,8 @@ SLIPS = [
     ),
     Slip(
         "eval ignores --labels.",
-        "read_lines(args.labels) if args.labels else None",
-        "None",
+        "return labelled_images(args.data, read_lines(args.labels))",
+        "return images",
         f"{CLI} -k labels_from_a_file",
     ),
     Slip(
