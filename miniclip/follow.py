@@ -188,5 +188,5 @@ def some_input(tower: Any) -> Tensor:
         size = (1, config.channels, *config.height_width)
         return torch.linspace(-9, 9, torch.Size(size).numel()).sin().view(size).to(like)
     ids = torch.arange(config.context_length, device=like.device) % config.vocab_size
-    ids[-1] = config.eos_token_id if config.eos_token_id != 2 else config.vocab_size - 1
+    ids[-1] = config.vocab_size - 1 if config.ends_at_largest else config.eos_token_id
     return ids[None]

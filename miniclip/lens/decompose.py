@@ -196,9 +196,14 @@ def bias_of(linear: Any) -> Tensor:
 
 def weight_of(linear: nn.Module, width: int) -> Tensor:
     """The matrix that a module multiplies by, also where a LoRA stands in a Linear's place."""
-    if type(linear) is nn.Linear:
+    if type(linear) is nn.Linear and type(linear.weight) is nn.Parameter:
         return linear.weight
-    like = next(linear.parameters())
+    like = next(linear.parameters(), None)
+    if like is None:
+        raise ValueError(
+            f"decompose cannot follow a {type(linear).__module__}.{type(linear).__name__}, which "
+            "has no parameters, as in a quantised model; decompose it before it is quantised"
+        )
     one = torch.eye(width, dtype=like.dtype, device=like.device)
     return (linear(one) - linear(torch.zeros_like(one))).T
 

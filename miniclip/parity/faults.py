@@ -251,7 +251,7 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
     if tower == "text":
 
         def at_their_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
-            return take(stream, ids, end_of(ids, peer.eos_token_id))
+            return take(stream, ids, end_of(ids, peer))
 
         pools = {f"the end token {peer.eos_token_id}": (at_their_end, False)} | pools
     return {

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from miniclip.checkpoint import Loaded
-from miniclip.config import LEGACY_EOS, CLIPConfig, TextConfig
+from miniclip.config import CLIPConfig, TextConfig
 from miniclip.errors import CheckpointError
 from miniclip.files.configs import beyond_transformers
 from miniclip.files.hub import has_files, resolve
@@ -176,4 +176,4 @@ def random_inputs(
 
 def end_token(text: TextConfig) -> int:
     """The id that ends a text. With the legacy rule, a text is read at its largest id."""
-    return text.eos_token_id if text.eos_token_id != LEGACY_EOS else text.vocab_size - 1
+    return text.vocab_size - 1 if text.ends_at_largest else text.eos_token_id
