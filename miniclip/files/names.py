@@ -250,9 +250,10 @@ def recognize(
             "tensors of the one you want in a file of its own"
         )
     missing = {_PREFIXES[match[3]] for match in first if not match[2]}
+    surroundings = "" if not before or _is_forks(before[0], extra) else before[0]
 
     def without_surroundings(name: str) -> str:
-        name = name.removeprefix(before[0] if before else "")
+        name = name.removeprefix(surroundings)
         # Since 5.6 transformers leaves out the prefix of a tower that is saved alone. A projection
         # never had it.
         own = name != "logit_scale" and "_projection." not in name
@@ -267,6 +268,11 @@ def recognize(
     if any(name.startswith("visual.") or name == "token_embedding.weight" for name in tensors):
         return "openai", OPENAI, tensors
     return "transformers", TRANSFORMERS | extra, tensors
+
+
+def _is_forks(prefix: str, extra: Layout) -> bool:
+    """Whether a fork's own places have this prefix, as in a CLIP inside a larger model."""
+    return any(theirs.startswith(prefix) for theirs in extra.values())
 
 
 def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:

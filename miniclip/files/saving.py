@@ -10,7 +10,6 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import Parameter
 
 from miniclip.errors import CheckpointError, blaming, listed
 from miniclip.files.configs import openai_numbers, refuse_inexpressible, to_transformers

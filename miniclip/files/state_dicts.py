@@ -80,8 +80,10 @@ def find_state_dict(root: Any) -> dict[str, Stored]:
     odd = [maker for maker in odd if "_rebuild_" in maker]
     if not named and isinstance(root, dict):  # what is there instead?
         odd = [value.maker for value in (root, *root.values()) if isinstance(value, Made)]
-    if odd or None in named or not 0 < len(named) <= MOST_TENSORS:
-        what = f"a value that {odd[0]:.80} makes" if odd else f"{len(named):,} tensors"
+    if len(named) > MOST_TENSORS:
+        raise pickle.UnpicklingError(f"expected some hundreds of tensors, found {len(named):,}")
+    if odd or None in named or not named:
+        what = f"a value that {odd[0]:.80} makes" if odd else "none"
         raise pickle.UnpicklingError(
             "expected a dictionary of tensors and nothing else, as torch.save writes of "
             f"model.state_dict(), and found {what}; pickled code is never run"
