@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from miniclip.files.hub import has_files
 from miniclip.files.models import check_vocab_fits, open_model
 from miniclip.files.modules import unwrapped
 from miniclip.files.saving import saving_checkpoint
@@ -29,6 +28,8 @@ def load(
     dtype: torch.dtype | None = torch.float32,
     reference: str = "transformers",
     revision: str | None = None,
+    subfolder: str | None = None,
+    config: Any = None,
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Loaded:
@@ -39,6 +40,8 @@ def load(
             (.safetensors, .bin, .pt) beside its other files, or "openai/clip-vit-base-patch32".
         dtype: of the weights. None keeps the file's.
         reference: whose token ids and pixels to match, "transformers" or "openai".
+        subfolder: of the directory or the repository, such as "text_encoder".
+        config: in place of the checkpoint's: a CLIPConfig, a path, or a name such as "ViT-L/14".
     Raises:
         CheckpointError: with the file, what was expected and what was found.
 
@@ -46,18 +49,18 @@ def load(
     >>> model.encode_text(tokenizer(["a cat", "a dog"])).shape[0]
     2
     """
-    options: Any = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    stored = open_model(name, dtype, device, **options)
+    options: Any = dict(revision=revision, subfolder=subfolder)
+    options |= dict(cache_dir=cache_dir, local_files_only=local_files_only)
+    stored = open_model(name, dtype, device, config=config, **options)
     classes: Any = {("vision",): VisionTower, ("text",): TextTower}
     model = classes.get(tuple(stored.towers), CLIP).from_stored(stored)
-    is_whole = len(stored.towers) == 2  # one tower often comes without the other files
     tokenizer = transform = None
-    if "text" in stored.towers and (is_whole or has_files("tokenizer", name, **options)):
+    if stored.has("tokenizer", name, **options):
         tokenizer = Tokenizer.from_pretrained(name, reference=reference, **options)
         check_vocab_fits(name, tokenizer.vocab_size, stored.fields["text"])
-    if stored.layout == "openai" and not has_files("transform", name, **options):
-        transform = ImageTransform(model.config.vision.side, reference=reference)
-    elif "vision" in stored.towers and (is_whole or has_files("transform", name, **options)):
+    if stored.has_openais_transform(name, **options):
+        transform = ImageTransform(stored.fields["vision"]["image_size"], reference=reference)
+    elif stored.has("transform", name, **options):
         transform = ImageTransform.from_pretrained(name, reference=reference, **options)
     return Loaded(model, tokenizer, transform)  # type: ignore[arg-type]
 
@@ -76,9 +79,5 @@ def save(
     "open_clip". Raises CheckpointError if nothing can be written, the layout cannot express the
     model, or the directory has files of another checkpoint that `load` would prefer.
     """
-    with saving_checkpoint(directory, layout, bool(tokenizer), bool(transform)) as folder:
+    with saving_checkpoint(directory, layout, tokenizer, transform) as folder:
         unwrapped(model).save_pretrained(folder, layout)
-        if tokenizer:
-            tokenizer.save_pretrained(folder)
-        if transform:
-            transform.save_pretrained(folder)

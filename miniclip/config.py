@@ -8,8 +8,8 @@ defaults when a config.json leaves a field out.
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from miniclip.files.checks import check_clip, check_text, check_vision
-from miniclip.files.configs import LEGACY_EOS as LEGACY_EOS  # 2, in OpenAI's config files
+from miniclip.files.checks import LEGACY_EOS as LEGACY_EOS  # 2, in OpenAI's config files
+from miniclip.files.checks import check_clip, check_config
 from miniclip.files.pretrained import PretrainedConfig
 
 
@@ -24,6 +24,9 @@ class TowerConfig:
     act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh": the one it was trained with
     ln_eps: float = 1e-5
     head_width: int | None = field(default=None, kw_only=True)  # None: width // heads
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
     def per_layer(self, name: str) -> tuple[int, ...]:
         """`heads` or `mlp_width` of each layer."""
@@ -43,9 +46,6 @@ class VisionConfig(TowerConfig):
     patch_size: int = 32
     channels: int = 3
     registers: int = 0  # extra tokens between the class token and the patches
-
-    def __post_init__(self) -> None:
-        check_vision(self)
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -86,9 +86,12 @@ class TextConfig(TowerConfig):
     context_length: int = 77
     bos_token_id: int = 49406
     eos_token_id: int = 49407
+    literal_eos: bool = field(default=False, kw_only=True)  # a 2 means 2, as in MetaCLIP 2
 
-    def __post_init__(self) -> None:
-        check_text(self)
+    @property
+    def ends_at_largest(self) -> bool:
+        """Whether a text is read at its largest id, by the legacy rule."""
+        return self.eos_token_id == LEGACY_EOS and not self.literal_eos
 
 
 @dataclass(frozen=True)

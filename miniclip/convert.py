@@ -50,14 +50,14 @@ def convert(
     words = transform = None
     if tokenizer is not None:
         words = Tokenizer.from_pretrained(tokenizer)
-    elif has_files("tokenizer", source, **options):
+    elif has_files("tokenizer", source, **options) and stored.has("tokenizer", source, **options):
         words = Tokenizer.from_pretrained(source, **options)
     if words:
         check_vocab_fits(tokenizer or source, words.vocab_size, stored.fields["text"])
-    if has_files("transform", source, **options):
-        transform = ImageTransform.from_pretrained(source, **options)
-    elif stored.layout == "openai":
+    if stored.has_openais_transform(source, **options):
         transform = ImageTransform(model.config.vision.side)
+    elif has_files("transform", source, **options):
+        transform = ImageTransform.from_pretrained(source, **options)
     save(destination, model, words, transform, layout=layout)
     rows = [
         Mapped(

@@ -1,6 +1,8 @@
 """The errors that miniclip raises on purpose and how their messages quote values."""
 
 import reprlib
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -27,6 +29,14 @@ def blaming(path: str | PathLike[str]) -> Iterator[None]:
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def warn(message: str) -> None:
+    """Warn the code that called the package, however deep inside the package this is called."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "miniclip":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 _short = reprlib.Repr()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miniclip.config import LEGACY_EOS, TextConfig
+from miniclip.config import TextConfig
 from miniclip.files.modules import check_described, is_patched, unwrapped
 from miniclip.model import CLIP, MLP, Attention, Block, TextTower, VisionTower
 from miniclip.sites import Edit, hooks
@@ -193,4 +193,4 @@ def some_input(tower: Any) -> Tensor:
 
 def end_token(text: TextConfig) -> int:
     """The id that ends a text. With the legacy rule, a text is read at its largest id."""
-    return text.eos_token_id if text.eos_token_id != LEGACY_EOS else text.vocab_size - 1
+    return text.vocab_size - 1 if text.ends_at_largest else text.eos_token_id

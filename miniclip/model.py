@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from miniclip.config import LEGACY_EOS, CLIPConfig, TextConfig, VisionConfig
+from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.files.checks import check_has_eos, check_ids, check_pixels, check_token_vectors
 from miniclip.files.pretrained import Pretrained
 
@@ -260,7 +260,7 @@ class TextTower(Tower):
         A text without one raises ValueError on a CPU. On other devices a check would make the CPU
         wait, and a compiled graph cannot raise: there the position is -1 and the embedding NaN.
         """
-        if self.config.eos_token_id == LEGACY_EOS:
+        if self.config.ends_at_largest:
             return ids.argmax(-1)
         is_eos = ids == self.config.eos_token_id
         if ids.is_cpu and not torch.compiler.is_compiling():
@@ -359,8 +359,3 @@ class CLIP(Pretrained):
             raise ValueError(f"attention kind is {kind!r}; expected 'eager' or 'sdpa'")
         for attn in attentions(self):
             attn.eager = kind == "eager"
-
-    @classmethod
-    def build(cls, fields: dict[str, Any], embed_dim: int | None) -> Any:
-        """A model with random weights, from the fields of a checkpoint's config."""
-        return cls(cls.config_class.from_fields(fields))

@@ -30,7 +30,7 @@ def parts(config: CLIPConfig, kind: type[CLIP] = CLIP) -> list[Part]:
 multiply_adds=115605504)
     """
     # Without data there is no end token to look for; the legacy rule does not look for one.
-    text = replace(config.text, eos_token_id=LEGACY_EOS)
+    text = replace(config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     with meta_device():
         model = kind(replace(config, text=text))
         pixels = torch.empty(1, config.vision.channels, *config.vision.height_width)

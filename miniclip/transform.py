@@ -101,6 +101,7 @@ class ImageTransform(PretrainedTransform):
     crop_size: int = None  # type: ignore[assignment]  # default: `size`
     image_mean: tuple[float, ...] = OPENAI_MEAN
     image_std: tuple[float, ...] = OPENAI_STD
+    squash: bool = False  # resize to size x size, as open_clip's resize_mode of this name
     reference: str = "transformers"
 
     def __post_init__(self) -> None:
@@ -120,7 +121,6 @@ class ImageTransform(PretrainedTransform):
         if isinstance(pictures, str | bytes) or not isinstance(pictures, Sequence):
             with no_warnings:
                 return torch.from_numpy(self._pixels(cast(Picture, pictures)))
-
         pixels = np.empty((len(pictures), 3, self.crop_size, self.crop_size), np.float32)
         fill_in_threads(pixels, self._pixels, pictures)
         return torch.from_numpy(pixels)
@@ -130,11 +130,14 @@ class ImageTransform(PretrainedTransform):
         try:
             original.load()  # decoding may correct a size that the header states wrongly
             image = to_rgb(original) if self.reference == "transformers" else original
-            image = resize_short_side(image, self.size)
+            if self.squash:
+                image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+            else:
+                image = resize_short_side(image, self.size)
             image = center_crop(image, self.crop_size, self.reference)
             image = image.convert("RGB") if self.reference == "openai" else image
         except Exception as error:  # Pillow raises many kinds, for damage and odd modes
             name = picture if isinstance(picture, str | PathLike) else f"{original.mode} image"
-            width, height = original.size
-            raise ImageError(f"{name} ({width} x {height} pixels): {reason_of(error)}") from error
+            size = "{} x {} pixels".format(*original.size)
+            raise ImageError(f"{name} ({size}): {reason_of(error)}") from error
         return scale_and_normalize(image, self.image_mean, self.image_std)

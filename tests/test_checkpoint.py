@@ -690,7 +690,7 @@ def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
     [
         {0: torch.zeros(3)},
         {"logit_scale": None},
-        {"model": {"logit_scale": torch.zeros(())}},
+        {"model": {"logit_scale": None}},
         {"logit_scale": torch.zeros(3).to_sparse()},
         {"logit_scale": torch.zeros((), device="meta")},
         [torch.zeros(3)],
@@ -699,7 +699,7 @@ def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
 def test_a_pickle_of_something_else_is_an_error(saved, value):
     (saved / "model.safetensors").unlink()
     torch.save(value, saved / "pytorch_model.bin")
-    found = "expected a dictionary of tensors and nothing else|it names torch._utils"
+    found = "expected a dictionary of tensors and nothing else"
     with pytest.raises(CheckpointError, match=found):
         CLIP.from_pretrained(saved)
 

@@ -318,8 +318,28 @@ def test_a_repository_of_timms(hub, model, tmp_path):
         assert_same_weights(loaded, model)
         assert CLIPConfig.from_pretrained(name) == loaded.config
     (folder / "open_clip_config.json").unlink()
-    with pytest.raises(CheckpointError, match="two towers: no sections"):
+    with pytest.raises(CheckpointError, match="architecture is 'vit_tiny_clip_40'; of timm's"):
         miniclip.load(folder)
+
+
+def test_a_subfolder_of_a_repository(hub, model, other, tmp_path):
+    """As Stable Diffusion's `text_encoder`. Only its own files are downloaded."""
+    files = hub.repositories[NAME]["main"]
+    inside = {f"text_encoder/{name}": data for name, data in files.items()}
+    hub.repositories[NAME]["main"] = inside | other_files(other, tmp_path)
+    assert_same_weights(miniclip.load(NAME, subfolder="text_encoder").model, model)
+    assert len(asked(hub, "/stored/")) == 1
+    assert all("/text_encoder/" in request for request in asked(hub, "/resolve/"))
+    assert_same_weights(CLIP.from_pretrained(NAME), other)
+    for read in READERS.values():
+        read(NAME, subfolder="text_encoder")
+    with pytest.raises(CheckpointError, match="has no folder 'vae'"):
+        CLIP.from_pretrained(NAME, subfolder="vae")
+
+
+def test_openais_own_names_are_those_of_the_hub(hub, model):
+    hub.repositories["openai/clip-vit-large-patch14-336"] = hub.repositories[NAME]
+    assert_same_weights(CLIP.from_pretrained("ViT-L/14@336px"), model)
 
 
 def test_a_repository_without_weights(hub):

@@ -77,7 +77,7 @@ def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
 
     ours = CLIP.from_pretrained(directory)
     # It reads a text at its largest id, which is the end token in this vocabulary.
-    text = replace(ours.config.text, eos_token_id=LEGACY_EOS)
+    text = replace(ours.config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     model = open_clip.CLIP(**to_open_clip(asdict(replace(ours.config, text=text))))
     tokenizer = open_clip.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))
     preprocess = open_clip.image_transform(ours.config.vision.image_size, is_train=False)

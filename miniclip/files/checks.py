@@ -17,9 +17,21 @@ MAX_PIXELS = 178_956_970
 150 million). Here it also limits the resized image, because a strip of 1 x 100,000 grows a lot."""
 ACTIVATION_NAMES = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 REFERENCES = ("transformers", "openai")
+LEGACY_EOS = 2
+"""The end token in OpenAI's config files. It is wrong: their tokenizer ends a text with 49407.
+transformers reads a 2 as "pool at the largest id of the row", and so does miniclip."""
 
 # ------------------------------------------------------------------------------------------------
 # configs
+
+
+def check_config(config: Any) -> None:
+    """Check the numbers of a vision or a text tower."""
+    check_tower(config)
+    if hasattr(config, "patch_size"):
+        _check_vision(config)
+    if hasattr(config, "vocab_size"):
+        _check_text(config)
 
 
 def check_tower(config: Any) -> None:
@@ -50,9 +62,7 @@ def check_tower(config: Any) -> None:
         raise ValueError(f"{kind}: ln_eps is {shown(config.ln_eps)}; expected a number above 0")
 
 
-def check_vision(config: Any) -> None:
-    """Check a vision tower's numbers."""
-    check_tower(config)
+def _check_vision(config: Any) -> None:
     kind = type(config).__name__
     positive(config, "patch_size", "channels")
     _one_or_each(config, "image_size", 2, "one for the height and one for the width")
@@ -65,9 +75,7 @@ def check_vision(config: Any) -> None:
         )
 
 
-def check_text(config: Any) -> None:
-    """Check a text tower's numbers."""
-    check_tower(config)
+def _check_text(config: Any) -> None:
     positive(config, "vocab_size", "context_length")
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(config, name)
@@ -76,6 +84,8 @@ def check_text(config: Any) -> None:
                 f"{type(config).__name__}: {name} is {shown(value)}; expected an id from 0 to "
                 f"{config.vocab_size - 1}, because vocab_size is {config.vocab_size}"
             )
+    if config.eos_token_id != LEGACY_EOS:
+        object.__setattr__(config, "literal_eos", False)  # there is nothing to tell apart
 
 
 def check_clip(config: Any) -> None:

@@ -8,20 +8,16 @@ The fields are {"vision": {...}, "text": {...}, "embed_dim": ..., "logit_scale_i
 that a file leaves out is left out here too, because the dataclasses have transformers' defaults.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from miniclip.errors import shown
-from miniclip.files.names import OPENAI, OPENAI_NUMBERS, depth, layout_name
-
-Fields = dict[str, Any]
-
-LEGACY_EOS = 2
-"""The end token in OpenAI's config files. It is wrong: their tokenizer ends a text with 49407.
-transformers reads a 2 as "pool at the largest id of the row", and so does miniclip."""
+from miniclip.files.checks import LEGACY_EOS
+from miniclip.files.names import OPENAI, OPENAI_NUMBERS, Layout, depth, place
+from miniclip.files.published import Fields, releases_of
 
 # ------------------------------------------------------------------------------------------------
 # transformers: config.json
@@ -50,28 +46,31 @@ _SECTIONS = {
 # Written only if transformers' CLIP has no such field, under the names of its other models.
 _BEYOND = {"head_width": "head_dim", "registers": "num_register_tokens"}
 
-TOWER_TYPES = {"clip_vision_model": "vision", "clip_text_model": "text"}
+METACLIP_2 = "metaclip_2"  # CLIP, except that an end token 2 means 2
+TOWER_TYPES = {
+    f"{family}_{tower}_model": tower
+    for family in ("clip", METACLIP_2)
+    for tower in ("vision", "text")
+}
 
 
 def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> Fields:
     """Read a parsed config.json of two towers. Raises ValueError.
 
-    `projection_dim` counts at the top level only: some official files have a wrong copy inside the
-    tower sections. `text_config_dict` and `vision_config_dict` replace the tower sections
-    (transformers, configuration_clip.py). Entries that transformers' CLIP does not have keep their
-    names: they may be the fields of a fork.
+    `model_types` are CLIP's and a fork's own. `projection_dim` counts at the top level only: some
+    official files have a wrong copy inside the tower sections. `text_config_dict` and
+    `vision_config_dict` replace the tower sections (transformers, configuration_clip.py). Entries
+    that transformers' CLIP does not have keep their names: they may be the fields of a fork.
     """
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object, found {type(config).__name__}")
     model_type = config.get("model_type", "clip")
-    if model_type not in model_types or not any("vision_config" in key for key in config):
-        found = "no sections"
-        if model_type not in model_types:
-            found = f"model_type is {shown(model_type)}"
-            if (name := str(config.get("architectures", [""])[0:1])).isprintable() and len(
-                name
-            ) > 4:
-                found += f", of the class {name[2:-2]:.100}"
+    is_known = model_type in (*model_types, METACLIP_2)
+    if not is_known or not any("vision_config" in key for key in config):
+        found = "no sections" if is_known else f"model_type is {shown(model_type)}"
+        name = str(config.get("architectures", [""])[0:1])
+        if not is_known and name.isprintable() and len(name) > 4:
+            found += f", of the class {name[2:-2]:.100}"
         raise ValueError(
             f"not the config of a CLIP with two towers: {found} (expected "
             f"{' or '.join(map(repr, model_types))}, with the sections text_config and "
@@ -85,6 +84,7 @@ def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> 
             found = type(section).__name__
             raise ValueError(f"{tower}_config must be a JSON object, found {found}")
         fields[tower] = _renamed(section, names | _BEYOND)
+    fields["text"] |= _literal_eos(model_type)
     return fields
 
 
@@ -95,7 +95,12 @@ def tower_from_transformers(config: dict[str, Any]) -> Fields:
     if type(embed_dim) is not int or not 0 < embed_dim < 2**31:
         found = shown(embed_dim)
         raise ValueError(f"projection_dim is {found}; expected a positive whole number")
-    return {tower: _renamed(config, _SECTIONS[tower] | _BEYOND), "embed_dim": embed_dim}
+    fields = _renamed(config, _SECTIONS[tower] | _BEYOND)
+    return {tower: fields | _literal_eos(config["model_type"]), "embed_dim": embed_dim}
+
+
+def _literal_eos(model_type: str) -> Fields:
+    return {"literal_eos": True} if model_type.startswith(METACLIP_2) else {}
 
 
 def _renamed(section: dict[str, Any], names: Mapping[str, str]) -> Fields:
@@ -118,6 +123,10 @@ def to_transformers(
     model that it would otherwise run without the entries it does not know.
     """
     own = {name: value for name, value in fields.items() if name not in (*_SHARED, *_SECTIONS)}
+    family = "clip"
+    if fields["text"].get("literal_eos") and model_type == "clip":
+        family = model_type = METACLIP_2
+        architecture = "MetaClip2Model"
     config = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -126,7 +135,7 @@ def to_transformers(
     }
     for tower in ("text", "vision"):
         config[f"{tower}_config"] = {
-            "model_type": f"clip_{tower}_model",
+            "model_type": f"{family}_{tower}_model",
             "projection_dim": fields["embed_dim"],
             **_tower_to_transformers(fields[tower], _SECTIONS[tower]),
         }
@@ -139,7 +148,8 @@ def _tower_to_transformers(tower: Fields, names: dict[str, str]) -> dict[str, An
         more = {theirs: tower.get(ours) for ours, theirs in _BEYOND.items()}
         values |= {theirs: value for theirs, value in more.items() if value}
         values["num_attention_heads"] = _per_layer(tower, "heads")
-    values |= {name: v for name, v in tower.items() if name not in (*names, *_BEYOND)}
+    known = (*names, *_BEYOND, "literal_eos")
+    values |= {name: v for name, v in tower.items() if name not in known}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
@@ -161,60 +171,105 @@ def beyond_transformers(tower: Mapping[str, Any]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# openai: the shapes are the config
+# no config file: the shapes are the config
 
 
-def from_shapes(tensors: dict[str, Tensor]) -> Fields:
-    """Read the config of a model in OpenAI's layout (openai/CLIP, model.py, build_model).
+def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]) -> Fields:
+    """What the shapes of a model's tensors say of its config: all but heads, activation and eps.
 
     Raises ValueError if a tensor is missing, or if the shapes contradict the three numbers that
     OpenAI's files have beside the weights.
     """
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
-        if name not in tensors or tensors[name].ndim != ndim:
-            raise ValueError(f"no tensor {name} of {ndim} dimensions, to read the config from")
-        return tuple(tensors[name].shape)
+        key, form = place(name, table)
+        if key not in tensors or tensors[key].ndim != ndim:
+            raise ValueError(f"no tensor {key} of {ndim} dimensions, to read the config from")
+        found = tuple(tensors[key].shape)
+        return found[::-1] if form == "T" else found
 
-    def tower(name: str, width: int) -> Fields:
-        if width % 64:
+    fields: Fields = {}
+    for tower in towers:
+        if tower == "vision":
+            width, channels, patch_size, _ = shape("vision.patch_embed.weight", 4)
+            positions, _ = shape("vision.pos_embed", 2)
+            side = round(max(positions - 1, 0) ** 0.5) * patch_size
+            sizes = {"image_size": side, "patch_size": patch_size, "channels": channels}
+        else:
+            vocab_size, width = shape("text.token_embed.weight", 2)
+            sizes = {"vocab_size": vocab_size, "context_length": shape("text.pos_embed", 2)[0]}
+            # OpenAI's code reads a text at its largest id.
+            sizes |= {"bos_token_id": max(vocab_size - 2, 0), "eos_token_id": LEGACY_EOS}
+        mlp_width, _ = shape(f"{tower}.blocks.0.mlp.fc1.weight", 2)
+        layers = depth(tower, table, tensors)
+        fields[tower] = {"width": width, "layers": layers, "mlp_width": mlp_width} | sizes
+        if len(fields) > 1 or place(f"{tower}.proj.weight", table).key in tensors:
+            fields["embed_dim"] = shape(f"{tower}.proj.weight", 2)[0]
+    said = fields.get("vision", {}) | fields.get("text", {})
+    for name, field in zip(OPENAI_NUMBERS, _NUMBERED, strict=True):
+        found = tensors[name].flatten()[:2].tolist() if name in tensors else None
+        if found and found != [said.get(field)]:
             raise ValueError(
-                f"the {name} tower has width {width}; OpenAI's heads are 64 wide. If open_clip "
-                "wrote the file, put its open_clip_config.json beside it"
+                f"{name} is {found}, and the shapes of the weights say {said.get(field)}"
             )
-        first, _ = shape(layout_name(f"{name}.blocks.0.mlp.fc1.weight", OPENAI), 2)
-        layers = depth(name, OPENAI, tensors)
-        return {"width": width, "layers": layers, "heads": width // 64, "mlp_width": first}
-
-    width, channels, patch_size, _ = shape("visual.conv1.weight", 4)
-    positions, _ = shape("visual.positional_embedding", 2)
-    vocab_size, text_width = shape("token_embedding.weight", 2)
-    context_length, _ = shape("positional_embedding", 2)
-    side = round(max(positions - 1, 0) ** 0.5) * patch_size
-    fields = {
-        "vision": tower("vision", width)
-        | {"image_size": side, "patch_size": patch_size, "channels": channels},
-        "text": tower("text", text_width)
-        | {
-            "vocab_size": vocab_size,
-            "context_length": context_length,
-            "bos_token_id": max(vocab_size - 2, 0),
-            "eos_token_id": LEGACY_EOS,  # OpenAI's code reads a text at its largest id
-        },
-        "embed_dim": shape("text_projection", 2)[1],
-    }
-    for name, expected in zip(OPENAI_NUMBERS, (side, context_length, vocab_size), strict=True):
-        found = tensors[name].flatten()[:2].tolist() if name in tensors else [expected]
-        if found != [expected]:
-            raise ValueError(f"{name} is {found}, and the shapes of the weights say {expected}")
     return fields
+
+
+_NUMBERED = ("image_size", "context_length", "vocab_size")  # our names of OPENAI_NUMBERS
+
+
+def without_config(
+    tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
+) -> tuple[Fields, str]:
+    """The config of a model that has no config file, and what a user should be warned of.
+
+    Shapes do not tell the number of heads and the activation. OpenAI's are known; those of other
+    models come from the published models of these shapes. Raises ValueError if there is no such
+    model, or if two differ in their activation.
+    """
+    fields = from_shapes(tensors, table, towers)
+    is_openai = any(name in tensors for name in OPENAI_NUMBERS)
+    releases = {} if is_openai else releases_of(fields)
+    by_act = {known[tower]["act"]: name for name, known in releases.items() for tower in towers}
+    if len(by_act) > 1:
+        found = " and ".join(f"{name} ({act})" for act, name in sorted(by_act.items()))
+        raise ValueError(
+            "no config file beside it, and published models of these shapes differ in their "
+            f"activation: {found}. Say which it is: config={max(by_act.values())!r} or the other"
+        )
+    if releases:
+        name, known = next(iter(releases.items()))
+        for tower in towers:
+            fields[tower] |= {field: known[tower][field] for field in ("heads", "act")}
+        heads = " and ".join(f"{fields[tower]['heads']} {tower} heads" for tower in towers)
+        act = next(iter(by_act))
+        return fields, (
+            f"no config file beside it: read with the {heads} and the {act} of {name}, whose "
+            "shapes it has. If it is another model, pass config="
+        )
+    if not is_openai and table is not OPENAI:
+        raise ValueError(
+            "no config file beside it, and its shapes are those of no published model. Put its "
+            "config.json beside it, or pass config= (an official name, a path or a CLIPConfig)"
+        )
+    for tower in towers:
+        if fields[tower]["width"] % 64:
+            raise ValueError(
+                f"the {tower} tower has width {fields[tower]['width']}; OpenAI's heads are 64 "
+                "wide. If open_clip wrote the file, put its open_clip_config.json beside it"
+            )
+        fields[tower] |= {"heads": fields[tower]["width"] // 64, "act": "quick_gelu"}
+    return fields, "" if is_openai else (
+        "read as OpenAI's, with QuickGELU and heads of 64. If open_clip wrote it, put its "
+        "open_clip_config.json beside it, or pass config="
+    )
 
 
 def openai_numbers(fields: Fields) -> dict[str, Tensor]:
     """The three numbers, as OpenAI's own files have them."""
-    vision, text = fields["vision"], fields["text"]
-    numbers = (vision["image_size"], text["context_length"], text["vocab_size"])
-    return {name: torch.tensor(n) for name, n in zip(OPENAI_NUMBERS, numbers, strict=True)}
+    said = fields["vision"] | fields["text"]
+    numbers = [torch.tensor(said[field]) for field in _NUMBERED]
+    return dict(zip(OPENAI_NUMBERS, numbers, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -232,6 +287,8 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
         largest = (LEGACY_EOS, text["vocab_size"] - 1)
         odd += [f"channels {vision['channels']}"] * (vision["channels"] != 3)
         odd += [f"eos_token_id {text['eos_token_id']}"] * (text["eos_token_id"] not in largest)
+        if layout == "openai":
+            odd += ["a literal eos_token_id 2"] * text.get("literal_eos", False)
         odd += [f"two activations, {vision['act']} and {text['act']}"] * (
             vision["act"] != text["act"]
         )

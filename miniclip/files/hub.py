@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from miniclip.errors import CheckpointError, shown
+from miniclip.errors import CheckpointError, listed, shown
+from miniclip.files.published import OPENAI_NAMES
 from miniclip.files.reading import read_json
 from miniclip.files.writing import SAVED, finish_save
 
@@ -61,28 +62,49 @@ def resolve(
     kind: str,
     *,
     revision: str | None = None,
+    subfolder: str | None = None,
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
     """The directory of a checkpoint. From the hub, only the files of one `kind` are downloaded.
 
-    `kind` is a key of HUB_FILES. An embedded name wins over a directory with the same name: write
-    ./cifar10 for the directory. Raises CheckpointError.
+    `kind` is a key of HUB_FILES, and `subfolder` a folder inside the directory or the repository.
+    An embedded name wins over a directory with the same name: write ./cifar10 for the directory.
+    Raises CheckpointError.
     """
+    folder = subfolder or "."
+    if os.path.isabs(folder) or ".." in Path(folder).parts:
+        raise CheckpointError(f"subfolder is {shown(folder)}; expected a folder inside {name}")
     embedded = embedded_names()
-    if name in embedded:
-        return EMBEDDED / name
-    path = as_path(name)
+    path = EMBEDDED / name if name in embedded else as_path(name)
     if str(name) and os.path.isdir(path):
-        return _finished(path)
+        return _finished(_inside(path, folder))
     if os.path.isfile(path):
-        return _finished(path.parent)
+        return _finished(_inside(path.parent, folder))
+    if str(name) in OPENAI_NAMES:
+        return resolve(
+            OPENAI_NAMES[str(name)],
+            kind,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or path.suffix in SUFFIXES:
         raise CheckpointError(
             f"no checkpoint called {shown(str(name))}: expected one of {', '.join(embedded)}, a "
             "directory, a weights file, or a hub id such as openai/clip-vit-base-patch32"
         )
-    return _download(str(name), kind, revision, cache_dir, local_files_only)
+    return _download(str(name), kind, revision, folder, cache_dir, local_files_only)
+
+
+def _inside(directory: Path, folder: str) -> Path:
+    """A folder of a checkpoint's directory. Raises CheckpointError if it is not there."""
+    if not (directory / folder).is_dir():
+        folders = listed(sorted(f.name for f in directory.iterdir() if f.is_dir()), most=10)
+        raise CheckpointError(
+            f"{directory}: has no folder {shown(folder)}; it has {folders or 'no folders'}"
+        )
+    return directory / folder
 
 
 def as_path(name: str | PathLike[str]) -> Path:
@@ -106,6 +128,7 @@ def _download(
     repository: str,
     kind: str,
     revision: str | None,
+    folder: str,
     cache_dir: str | PathLike[str] | None,
     local_files_only: bool,
 ) -> Path:
@@ -120,7 +143,7 @@ def _download(
                     revision=revision,
                     cache_dir=cache,
                     local_files_only=local_files_only,
-                    allow_patterns=patterns,
+                    allow_patterns=[os.path.normpath(f"{folder}/{name}") for name in patterns],
                 )
             )
         except Exception as error:  # the hub client's errors have no common base class
@@ -130,6 +153,7 @@ def _download(
                 f"are directories, and the embedded checkpoints: {', '.join(embedded_names())}. "
                 f"The hub's client says {type(error).__name__}: {reason}"
             ) from error
+        directory = _inside(directory, folder)
         _check_hashes(directory, cache / f"models--{repository.replace('/', '--')}" / CHECKED)
         if kind != "model" or weights_in(directory):
             break

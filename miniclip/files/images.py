@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from miniclip.errors import CheckpointError, blaming, shown
+from miniclip.files.hub import CONFIGS
 from miniclip.files.open_clip import preprocessing_from_open_clip, preprocessing_to_open_clip
 from miniclip.files.reading import read_json, read_json_if_there
 from miniclip.files.writing import blaming_disk, write_json
@@ -31,60 +32,76 @@ def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
     {'size': 336, 'crop_size': 224}
     """
     settings = {field: value for field, value in settings.items() if value is not None}
+    size = settings.get("size")
+    is_squash = isinstance(size, dict) and size.keys() == {"height", "width"}
     kind = settings.get("image_processor_type", settings.get("feature_extractor_type", "CLIP"))
     if not isinstance(kind, str) or not kind.startswith("CLIP"):
         raise ValueError(f"image_processor_type is {shown(kind)}; expected CLIPImageProcessor")
     for field, value in settings.items():
         expected = _FIXED.get(field, False)  # do_pad and its like are steps of other models
         if (field in _FIXED or field.startswith("do_")) and value != expected:
-            raise ValueError(f"{field:.100} is {shown(value)}; a CLIP's transform has {expected!r}")
-    sides = {"size": {"shortest_edge"}, "crop_size": {"height", "width"}}
-    fields = {field: _side(settings.get(field, 224), field, keys) for field, keys in sides.items()}
+            if field != "do_center_crop" or not is_squash:
+                raise ValueError(
+                    f"{field:.100} is {shown(value)}; a CLIP's transform has {expected!r}"
+                )
+    fields = {"size": _side(settings.get("size", 224), "size")}
+    fields["crop_size"] = fields["size"]
+    if not is_squash or settings.get("do_center_crop", True):
+        fields["crop_size"] = _side(settings.get("crop_size", 224), "crop_size")
+    if is_squash:
+        fields["squash"] = True
     return fields | {f: settings[f] for f in ("image_mean", "image_std") if f in settings}
 
 
-def _side(value: Any, field: str, keys: set[str]) -> Any:
+def _side(value: Any, field: str) -> Any:
     """The number of pixels in 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
-    sides = list(value.values()) if isinstance(value, dict) and value.keys() == keys else [value]
+    forms = ({"shortest_edge"}, {"height", "width"})[field == "crop_size" :]
+    is_form = isinstance(value, dict) and value.keys() in forms
+    sides = list(value.values()) if is_form else [value]
     if type(sides[0]) is not int or sides[0] != sides[-1]:
-        form = " and ".join(f"'{key}'" for key in sorted(keys))
+        form = " or ".join(" and ".join(f"'{key}'" for key in sorted(keys)) for keys in forms)
         raise ValueError(f"{field} is {shown(value)}; expected pixels, as one number or by {form}")
     return sides[0]
 
 
 def to_transformers(fields: dict[str, Any]) -> dict[str, Any]:
     """preprocessor_config.json from the fields of an ImageTransform."""
+    squashed = {"height": fields["size"], "width": fields["size"]}
     return {
         "image_processor_type": "CLIPImageProcessor",
         **_FIXED,
-        "size": {"shortest_edge": fields["size"]},
+        "size": squashed if fields["squash"] else {"shortest_edge": fields["size"]},
         "crop_size": {"height": fields["crop_size"], "width": fields["crop_size"]},
         "image_mean": [*fields["image_mean"]],
         "image_std": [*fields["image_std"]],
     }
 
 
-def read_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The file that transformers reads first, and its fields of an ImageTransform.
+def settings_files(directory: Path) -> list[Path]:
+    """The files of a directory that have image settings, the one that transformers reads first.
 
     Since 5.0 CLIPProcessor saves the settings inside processor_config.json. Raises CheckpointError.
     """
-    path = directory / "processor_config.json"
-    settings = read_json_if_there(path).get("image_processor")
-    if not isinstance(settings, dict):
-        names = ("preprocessor_config.json", "open_clip_config.json")
-        paths = [directory / name for name in names if (directory / name).is_file()]
-        if not paths:
-            raise CheckpointError(
-                f"{directory}: no preprocessor_config.json, which says how images are resized and "
-                "normalised. Most CLIPs want ImageTransform(image_size), which has OpenAI's values"
-            )
-        path = paths[0]
-        settings = read_json(path)
+    processor = directory / "processor_config.json"
+    has_settings = isinstance(read_json_if_there(processor).get("image_processor"), dict)
+    names = ("preprocessor_config.json", CONFIGS["open_clip"])
+    paths = [processor] * has_settings
+    paths += [directory / name for name in names if (directory / name).is_file()]
+    if not paths:
+        raise CheckpointError(
+            f"{directory}: no preprocessor_config.json, which says how images are resized and "
+            "normalised. Most CLIPs want ImageTransform(image_size), which has OpenAI's values"
+        )
+    return paths
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The fields of an ImageTransform in one of these files. Raises CheckpointError."""
+    settings = read_json(path)
     with blaming(path):
-        if path.name == "open_clip_config.json":
+        if path.name == CONFIGS["open_clip"]:
             settings = preprocessing_from_open_clip(settings)
-        return path, from_transformers(settings)
+        return from_transformers(settings.get("image_processor", settings))
 
 
 def write_settings(directory: str | PathLike[str], fields: dict[str, Any]) -> None:

@@ -6,9 +6,9 @@ model, each parameter must have its tensor of the same shape, and no weight is c
 
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,34 +17,40 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from miniclip.errors import CheckpointError, blaming, listed, shown
+from miniclip.errors import CheckpointError, blaming, listed, shown, warn
 from miniclip.files.configs import (
     TOWER_TYPES,
-    Fields,
-    from_shapes,
     from_transformers,
     tower_from_transformers,
+    without_config,
 )
 from miniclip.files.hub import (
     CONFIGS,
+    OPENAI_VOCABULARY,
     WEIGHTS,
     as_path,
+    has_files,
     is_clips,
     resolve,
     weights_in,
 )
 from miniclip.files.names import (
     OPENAI_NUMBERS,
+    TIMM,
     Layout,
     Place,
     depth,
-    layout_name,
+    names_of,
     place,
     recognize,
 )
 from miniclip.files.open_clip import from_open_clip
+from miniclip.files.published import Fields, published, vision_of_timm
 from miniclip.files.reading import read_json
 from miniclip.files.tensors import read_tensors
+
+TOWERS = ("vision", "text")
+XLM_V = "facebook/xlm-v-base"  # the tokenizer of MetaCLIP 2
 
 
 class Fork(NamedTuple):
@@ -69,12 +75,13 @@ class Stored(NamedTuple):
     layout: str
     table: Layout
     path: Path  # of the weights
+    config_path: Path  # of the file that the fields are from
     device: str | torch.device  # that a model should be on
 
     @property
     def towers(self) -> list[str]:
         """The towers it has: "vision", "text" or both."""
-        return [tower for tower in ("vision", "text") if tower in self.fields]
+        return [tower for tower in TOWERS if tower in self.fields]
 
     def check_towers(self, towers: tuple[str, ...]) -> None:
         """Raise CheckpointError unless it has these towers."""
@@ -88,14 +95,36 @@ class Stored(NamedTuple):
                 f"{self.path}: has no {towers[0]} tower, but a {self.towers[0]} tower alone"
             )
 
-    @property
-    def config_path(self) -> Path:
-        """The file that the fields are from."""
-        return self.path.parent / CONFIGS.get(self.layout, self.path.name)
+    def has(self, part: str, name: str | PathLike[str], **options: Any) -> bool:
+        """Whether to read its "tokenizer" or "transform", which a tower alone often has elsewhere.
+
+        Warns of a vocabulary that is not CLIP's. `name` and options as of `resolve`.
+        """
+        text = self.fields.get("text", {})
+        other = text.get("tokenizer")
+        if part == "tokenizer" and (other or text.get("literal_eos")):
+            if not str(other).startswith("openai/clip-") and not self._has_vocabulary():
+                other = other or (XLM_V if text.get("vocab_size") == 901_629 else name)
+                warn(
+                    f"{name}: its vocabulary is not CLIP's BPE, so there is no tokenizer. Make the "
+                    f"ids with transformers.AutoTokenizer.from_pretrained({str(other)!r})"
+                )
+                return False
+        tower = {"tokenizer": "text", "transform": "vision"}[part]
+        return tower in self.towers and (len(self.towers) == 2 or has_files(part, name, **options))
+
+    def has_openais_transform(self, name: str | PathLike[str], **options: Any) -> bool:
+        """Whether its transform is OpenAI's, which has no file."""
+        is_openais = self.layout == "openai" and "vision" in self.towers
+        return is_openais and not has_files("transform", name, **options)
+
+    def _has_vocabulary(self) -> bool:
+        names = ("vocab.json", OPENAI_VOCABULARY)
+        return any((self.path.parent / name).is_file() for name in names)
 
     def embed_dim(self, tower: str) -> int | None:
         """The width of a tower's embeddings, or None for a tower without projection."""
-        projection = layout_name(f"{tower}.proj.weight", self.table)
+        projection = place(f"{tower}.proj.weight", self.table).key
         is_projected = len(self.towers) == 2 or projection in self.tensors
         return self.fields.get("embed_dim") if is_projected else None
 
@@ -144,11 +173,12 @@ class Stored(NamedTuple):
     def _check_fit(self, expected: Expected, prefix: str) -> None:
         tensors = self.tensors
         if prefix:  # the tensors of the other tower are not needed
-            rest = [theirs for ours, theirs in self.table.items() if not ours.startswith(prefix)]
-            patterns = (re.escape(re.sub(r"\.T$|\[\d\]$", "", theirs)) for theirs in rest)
-            pattern = "|".join(patterns).replace(r"\{\}", r"\d+")
-            is_other = re.compile(rf"(?:{pattern})(?:\.weight|\.bias)?")
-            tensors = {key: t for key, t in tensors.items() if not is_other.fullmatch(key)}
+            rest = {*TOWERS, "logit_scale"} - {prefix.rstrip(".")}
+            others = set().union(*(names_of(part, self.table, tensors) for part in rest))
+            on_top = sorted(key for key in tensors if key.startswith("classifier."))
+            if on_top:  # of CLIPForImageClassification, which has a text tower's config and no more
+                warn(f"{self.path}: {listed(on_top)} are no part of the tower, and are left out")
+            tensors = {k: t for k, t in tensors.items() if k not in others and k not in on_top}
         stored: dict[str, tuple[tuple[int, ...], str]] = {}
         for ours, (where, shape) in expected.items():  # of q, k and v in one tensor, q is named
             stored.setdefault(where.key, (where.stored_shape(shape), ours))
@@ -184,21 +214,40 @@ def open_model(
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
     fork: Fork = PLAIN,
+    config: Any = None,
     **options: Any,
 ) -> Stored:
     """The model of a checkpoint, before a class is built for it; options as of `resolve`.
 
-    `dtype` is what floating point tensors are converted to; None keeps the file's. Raises
-    CheckpointError, or ValueError for the dtype or the device, before anything is downloaded.
+    `dtype` is what floating point tensors are converted to; None keeps the file's. `config` takes
+    the place of the checkpoint's: a CLIPConfig, an official name ("ViT-L/14"), or what `load` reads
+    a config from. Raises CheckpointError, or ValueError for the dtype or the device, before
+    anything is downloaded.
     """
     check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; expected a floating point type like torch.float32")
+    given = None if config is None else _given_fields(config, fork)
     directory, path = resolve(name, "model", **options), as_path(name)
     weights = path if os.path.isfile(path) else weights_in(directory)
     if weights is None:
         raise CheckpointError(f"{directory}: no weights; expected {' or '.join(WEIGHTS[::2])}")
-    return _open(directory, weights, dtype, fork, device)
+    return _open(directory, weights, dtype, fork, device, given)
+
+
+def _given_fields(config: Any, fork: Fork) -> tuple[Path, Fields]:
+    """The fields of `config=`, and where they are from."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return Path("config="), asdict(config)
+    if not isinstance(config, str | PathLike):
+        raise ValueError(
+            f"config is {shown(config)}; expected a CLIPConfig, a path or a name like 'ViT-L/14'"
+        )
+    if fields := published(str(config)):
+        return Path(f"config={config}"), fields
+    if os.path.isfile(as_path(config)) and as_path(config).suffix == ".json":
+        return as_path(config), _read_fields(as_path(config), fork)
+    return _fields_of(config, fork)
 
 
 def _open(
@@ -207,84 +256,98 @@ def _open(
     dtype: torch.dtype | None,
     fork: Fork,
     device: str | torch.device = "cpu",
+    given: tuple[Path, Fields] | None = None,
 ) -> Stored:
     tensors = read_tensors(weights, dtype)
-    is_open_clip = (directory / CONFIGS["open_clip"]).is_file()
+    config, open_clip = (directory / file for file in CONFIGS.values())
     with blaming(weights):
         try:
             layout, table, tensors = recognize(tensors, fork.tensor_names)
         except ValueError:  # the config's own error says more: its field, or the class of a fork
-            kind = "open_clip" if is_open_clip else "transformers"
-            if (directory / CONFIGS[kind]).is_file():
-                _read_fields(directory, kind, fork)
+            if file := next((f for f in (open_clip, config) if f.is_file()), None):
+                _read_fields(file, fork)
             raise
-    if layout == "openai or open_clip":
-        layout = "open_clip" if is_open_clip else "openai"
-        if layout == "openai":
-            warnings.warn(
-                f"{weights}: read as OpenAI's, with QuickGELU and heads of 64. If open_clip wrote "
-                "it, put its open_clip_config.json beside it",
-                stacklevel=4,  # who called `load` or `from_pretrained`
-            )
-    if layout == "openai":
-        with blaming(weights):
-            fields = from_shapes(tensors)
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in OPENAI_NUMBERS}
-    else:
-        fields = _read_fields(directory, layout, fork)
-    tensors = _without_position_ids(tensors, weights)
-    return Stored(fields, tensors, layout, table, weights, device)
+    if layout == "openai" and open_clip.is_file():
+        layout = "open_clip"
+    towers = [tower for tower in TOWERS if names_of(tower, table, tensors)]
+    file = {"transformers": config, "open_clip": open_clip}.get(layout)
+    if table is TIMM and not open_clip.is_file():
+        file = config
+    warning = ""
+    if given is None and file is not None and file.is_file():
+        given = file, _read_fields(file, fork)
+    elif given is None:
+        try:
+            fields, warning = without_config(tensors, table, towers)
+        except ValueError as error:
+            missing = f"{file.name}: No such file. " if file is not None else ""
+            raise CheckpointError(f"{weights}: {missing}{error}") from None
+        given = weights, fields
+    config_path, fields = given
+    if warning:
+        warn(f"{weights}: {warning}")
+    others = {*TOWERS} - {*towers} if towers else set()
+    fields = {name: value for name, value in fields.items() if name not in others}
+    tensors = {name: t for name, t in tensors.items() if name not in OPENAI_NUMBERS}
+    return Stored(fields, tensors, layout, table, weights, config_path, device)
 
 
-def _read_fields(directory: Path, layout: str, fork: Fork) -> Fields:
-    path = directory / CONFIGS[layout]
+def _read_fields(path: Path, fork: Fork) -> Fields:
+    """The fields in a config file of transformers, open_clip or timm."""
     settings = read_json(path)
     with blaming(path):
-        if layout == "open_clip":
+        if "model_cfg" in settings or path.name == CONFIGS["open_clip"]:
             return from_open_clip(settings)
+        if "architecture" in settings:
+            return _from_timm(settings)
         if settings.get("model_type") in [*TOWER_TYPES]:
             return tower_from_transformers(settings)
         return from_transformers(settings, tuple(dict.fromkeys(("clip", fork.model_type))))
 
 
+def _from_timm(settings: dict[str, Any]) -> Fields:
+    """timm's config.json of one vision tower."""
+    name = settings["architecture"]
+    trained = settings.get("pretrained_cfg") or {}
+    tag = str(trained.get("tag")) if isinstance(trained, dict) else ""
+    vision = vision_of_timm(name)
+    if vision is None or settings.get("global_pool", "token") != "token":
+        raise ValueError(f"architecture is {shown(name)}; of timm's, expected vit_*_patch*_clip_*")
+    if vision["act"] == "gelu" and re.fullmatch(r"openai|metaclip_(400m|2pt5b)|dfn5b", tag):
+        raise ValueError(
+            f"architecture is {shown(name)}, which has GELU, and the weights {tag!r} were trained "
+            "with QuickGELU. Say which to use, such as config='openai/clip-vit-base-patch32'"
+        )
+    return {"vision": vision, "embed_dim": settings.get("num_classes")}
+
+
 def read_fields(
-    name: str | PathLike[str], fork: Fork = PLAIN, **options: Any
+    name: str | PathLike[str], fork: Fork = PLAIN, config: Any = None, **options: Any
 ) -> tuple[Path, Fields]:
     """The config of a checkpoint of two towers, by any of the names of `load`: its file and fields.
 
     OpenAI's layout has no config file: there the shapes of the weights say the same. Raises
     CheckpointError.
     """
-    if os.path.isfile(as_path(name)):
-        stored = open_model(name, None, fork=fork, **options)
-        path, fields = stored.config_path, stored.fields
-    else:
-        directory = resolve(name, "config", **options)
-        layouts = [layout for layout, file in CONFIGS.items() if (directory / file).is_file()]
-        weights = weights_in(directory)
-        if layouts or weights is None:
-            layout = "open_clip" if layouts and not is_clips(directory) else "transformers"
-            layout = layouts[0] if len(layouts) == 1 else layout
-            path, fields = directory / CONFIGS[layout], _read_fields(directory, layout, fork)
-        else:
-            path, fields = weights, _open(directory, weights, None, fork).fields
+    path, fields = _given_fields(config, fork) if config else _fields_of(name, fork, **options)
     if "vision" not in fields or "text" not in fields:
         tower = "vision" if "vision" in fields else "text"
         raise CheckpointError(f"{name}: a {tower} tower alone; expected a whole CLIP")
     return path, fields
 
 
-def _without_position_ids(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Drop the buffers 0..n-1 that transformers saved until 4.31, after checking their values."""
-    kept = dict(tensors)
-    for name in ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"):
-        ids = kept.pop(name, torch.empty(0)).flatten()
-        if len(ids) > 100_000 or ids.tolist() != [*range(len(ids))]:
-            raise CheckpointError(
-                f"{path}: {name} is not 0, 1, 2, ..., so this checkpoint has its positions in an "
-                "order that no CLIP uses"
-            )
-    return kept
+def _fields_of(name: str | PathLike[str], fork: Fork, **options: Any) -> tuple[Path, Fields]:
+    """The config of any checkpoint: its file and fields."""
+    if os.path.isfile(as_path(name)):
+        stored = open_model(name, None, fork=fork, **options)
+        return stored.config_path, stored.fields
+    directory = resolve(name, "config", **options)
+    files = [directory / file for file in CONFIGS.values() if (directory / file).is_file()]
+    weights = weights_in(directory)
+    if files or weights is None:
+        config = files[0] if len(files) == 1 or is_clips(directory) else files[-1]
+        return config, _read_fields(config, fork)
+    return weights, _open(directory, weights, None, fork).fields
 
 
 @contextmanager
@@ -324,7 +387,7 @@ def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:
         and not all(extreme.isfinite() for extreme in tensor.aminmax())
     ]
     if odd:
-        warnings.warn(f"{path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}", stacklevel=5)
+        warn(f"{path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}")
 
 
 def check_vocab_fits(name: str | PathLike[str], vocab_size: int, text: Fields) -> None:

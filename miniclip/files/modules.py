@@ -83,8 +83,8 @@ def check_described(model: Any) -> None:
     if odd := [one for one in odd if one not in patched]:
         raise ValueError(
             f"the config does not describe the model: {listed(odd)}. Merge adapters first "
-            "(surgery.merge_lora, PEFT's merge_and_unload), change the config too, or write the "
-            "change as a subclass"
+            "(surgery.merge_lora, PEFT's merge_and_unload), save before the model is quantised, "
+            "change the config too, or write the change as a subclass"
         )
 
 
@@ -93,6 +93,8 @@ def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
     ours, theirs = dict(named_modules(model)), dict(named_modules(expected))
     for name in theirs | ours:
         kinds = [class_of(m[name]).__name__ if name in m else "absent" for m in (ours, theirs)]
+        if kinds[0] == kinds[1] and class_of(ours[name]) is not class_of(theirs[name]):
+            kinds[0] = f"{class_of(ours[name]).__module__}.{kinds[0]}"  # quantised, say
         if "absent" in kinds or class_of(ours[name]) is not class_of(theirs[name]):
             yield f"{name or 'the model'} is {kinds[0]}, expected {kinds[1]}"
             continue

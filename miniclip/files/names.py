@@ -4,6 +4,7 @@
     openai         q, k and v are stacked in one matrix and projections are transposed. There is no
                    config: each model has QuickGELU and heads of 64, and the shapes tell the rest
     open_clip      OpenAI's tensors, with one more prefix in some models, and open_clip_config.json
+    timm           a vision tower alone, or the one in open_clip's file; only read, never written
 
 A layout is a table. A key is our name of a parameter, or of the module that has a weight and a
 bias; {} is the number of the block. The value is the place of the same numbers in a file. A place
@@ -12,11 +13,13 @@ tensor's rows.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from miniclip.errors import listed
 
 Layout = dict[str, str]
 
@@ -96,6 +99,28 @@ OPENAI = _openai(text="")
 OPEN_CLIP_CUSTOM_TEXT = _openai(text="text.")  # `custom_text` in its config, CustomTextCLIP in code
 LAYOUTS = {"transformers": TRANSFORMERS, "openai": OPENAI, "open_clip": OPENAI}
 
+_TIMM = {
+    "class_embed": "cls_token",
+    "patch_embed": "patch_embed.proj",
+    "pos_embed": "pos_embed",
+    "ln_pre": "norm_pre",
+    "ln_post": "norm",
+    "proj": "head",
+    "blocks.{}.ln_1": "blocks.{}.norm1",
+    **{
+        f"blocks.{{}}.attn.{part}_proj.{kind}": f"blocks.{{}}.attn.qkv.{kind}[{third}]"
+        for third, part in enumerate("qkv")
+        for kind in ("weight", "bias")
+    },
+    "blocks.{}.attn.out_proj": "blocks.{}.attn.proj",
+    "blocks.{}.ln_2": "blocks.{}.norm2",
+    "blocks.{}.mlp.fc1": "blocks.{}.mlp.fc1",
+    "blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
+}
+TIMM = {ours: place for ours, place in OPEN_CLIP_CUSTOM_TEXT.items() if "vision." not in ours} | {
+    f"vision.{ours}": f"visual.trunk.{theirs}" for ours, theirs in _TIMM.items()
+}
+
 
 def layout_name(name: str, layout: Layout) -> str:
     """The place of a parameter in another layout. Raises ValueError if the layout has none.
@@ -124,6 +149,15 @@ def depth(tower: str, layout: Layout, names: Iterable[str]) -> int:
     before, _ = layout[f"{tower}.blocks.{{}}.ln_1"].split("{}")
     numbers = (re.match(rf"{re.escape(before)}(\d+)\.", name) for name in names)
     return len({number[1] for number in numbers if number})
+
+
+def names_of(tower: str, layout: Layout, names: Iterable[str]) -> set[str]:
+    """The names in a file that belong to "vision", "text" or "logit_scale"."""
+    places = [theirs for ours, theirs in layout.items() if ours.startswith(tower)]
+    patterns = (re.escape(re.sub(r"\.T$|\[\d\]$", "", theirs)) for theirs in places)
+    pattern = "|".join(patterns).replace(r"\{\}", r"\d+")
+    belongs = re.compile(rf"(?:{pattern})(?:\.weight|\.bias)?").fullmatch
+    return {name for name in names if belongs(name)}
 
 
 class Place(NamedTuple):
@@ -175,46 +209,137 @@ def pack(parameters: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """OpenAI's files hold these three as tensors. Their code ignores them: the shapes say the same."""
 
+# What DistributedDataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed put into
+# names. Each may stand anywhere in a name, and more than once.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# The first weight of a tower: what stands before it in the file, the prefix of the tower's names
+# (absent from a tower saved alone), and the rest of its name -> the prefix in our tables.
+_FIRST = re.compile(
+    r"((?:.+?\.)??)(text_model\.|vision_model\.|visual\.trunk\.|visual\.|text\.)?"
+    r"(embeddings\.token_embedding|embeddings\.patch_embedding|conv1|patch_embed\.proj"
+    r"|token_embedding)\.weight"
+)
+_PREFIXES = {
+    "embeddings.token_embedding": "text_model.",
+    "embeddings.patch_embedding": "vision_model.",
+    "conv1": "visual.",
+    "patch_embed.proj": "visual.trunk.",
+    "token_embedding": "",
+}
+
 
 def recognize(
-    tensors: dict[str, Tensor], extra: Layout = {}
+    tensors: Mapping[str, Tensor], extra: Layout = {}
 ) -> tuple[str, Layout, dict[str, Tensor]]:
     """The name of the layout, its table, and the tensors under the names of that table.
 
-    `extra` are the places of a fork's own parameters. Raises ValueError if the tensors are not a
+    `extra` are the places of a fork's own parameters. Raises ValueError if the tensors are not one
     CLIP's with a vision transformer.
     """
-    if all(name.startswith("module.") for name in tensors):  # saved by DistributedDataParallel
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    tensors = _renamed(tensors, lambda name: _WRAPPERS.sub("", name))
     for key, found in _OTHERS.items():
-        if key not in extra.values() and any(name.startswith(key) for name in tensors):
+        if key not in extra.values() and any(f".{key}" in f".{name}" for name in tensors):
             raise ValueError(f"has tensors {key}*: {found}, which miniclip does not have")
-    if any(name.startswith("visual.") for name in tensors):
-        tensors = {name: t for name, t in tensors.items() if not _is_causal_mask(name, t)}
-        if any(name.startswith("text.") for name in tensors):
-            return "open_clip", OPEN_CLIP_CUSTOM_TEXT, tensors
-        is_openai = any(name in tensors for name in OPENAI_NUMBERS)
-        return "openai" if is_openai else "openai or open_clip", OPENAI, tensors
-    # Since 5.6 transformers leaves out the prefix of a tower that is saved alone. Other programs
-    # leave it out even if there is a projection, which never had the prefix.
-    for prefix, key in (("text_model.", "token"), ("vision_model.", "patch")):
-        if f"embeddings.{key}_embedding.weight" in tensors:
-            names = {name: prefix * ("_projection." not in name) + name for name in tensors}
-            tensors = {names[name]: tensor for name, tensor in tensors.items()}
+    first = [match for match in map(_FIRST.fullmatch, tensors) if match]
+    before = sorted({match[1] for match in first})
+    if len(before) > 1:
+        raise ValueError(
+            f"has more than one model, under the names {listed(f'{b}*' for b in before)}. Save the "
+            "tensors of the one you want in a file of its own"
+        )
+    missing = {_PREFIXES[match[3]] for match in first if not match[2]}
+    surroundings = "" if not before or _is_forks(before[0], extra) else before[0]
+
+    def without_surroundings(name: str) -> str:
+        name = name.removeprefix(surroundings)
+        # Since 5.6 transformers leaves out the prefix of a tower that is saved alone. A projection
+        # never had it.
+        own = name != "logit_scale" and "_projection." not in name
+        return max(missing) + name if own and len(missing) == 1 else name
+
+    tensors = _without_buffers(_renamed(tensors, without_surroundings))
+    tensors = _one_position_embedding(tensors)
+    if any(name.startswith("visual.trunk.") for name in tensors):
+        return "open_clip", TIMM, _as_in_open_clip(tensors)
+    if any(name.startswith("text.") for name in tensors):
+        return "open_clip", OPEN_CLIP_CUSTOM_TEXT, tensors
+    if any(name.startswith("visual.") or name == "token_embedding.weight" for name in tensors):
+        return "openai", OPENAI, tensors
     return "transformers", TRANSFORMERS | extra, tensors
 
 
-def _is_causal_mask(name: str, tensor: Tensor) -> bool:
-    """open_clip's TorchScript archives store the causal mask as a buffer."""
-    if name not in ("attn_mask", "text.attn_mask") or tensor.ndim != 2 or tensor.numel() > 10**6:
-        return False
-    return torch.equal(tensor.float(), torch.full(tensor.shape, -torch.inf).triu(1))
+def _is_forks(prefix: str, extra: Layout) -> bool:
+    """Whether a fork's own places have this prefix, as in a CLIP inside a larger model."""
+    return any(theirs.startswith(prefix) for theirs in extra.values())
+
+
+def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    renamed = {rename(name): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise ValueError("has two tensors of one name, apart from the prefixes of wrappers")
+    return renamed
+
+
+def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the buffers that libraries save beside the weights, after checking their values.
+
+    transformers saved the positions 0..n-1 until 4.31. open_clip's TorchScript archives store the
+    causal mask, and an AveragedModel its count.
+    """
+    kept = dict(tensors)
+    for name in ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"):
+        ids = kept.pop(name, torch.empty(0)).flatten()
+        if len(ids) > 100_000 or ids.tolist() != [*range(len(ids))]:
+            raise ValueError(
+                f"{name} is not 0, 1, 2, ..., so this checkpoint has its positions in an order "
+                "that no CLIP uses"
+            )
+    for name in ("attn_mask", "text.attn_mask"):
+        mask = kept.get(name)
+        if mask is not None and mask.ndim == 2 and mask.numel() <= 10**6:
+            if torch.equal(mask.float(), torch.full(mask.shape, -torch.inf).triu(1)):
+                del kept[name]
+    kept.pop("n_averaged", None)
+    return kept
+
+
+def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Long-CLIP keeps the first 20 rows of one table and the rest of another (model_longclip.py).
+
+    Its code multiplies both by masks of 0 and 1 and adds them. Like OpenAI's, whose architecture it
+    has, its own files get a `context_length`.
+    """
+    long = [name for name in tensors if re.search(r"position(al)?_embedding_res\b", name)]
+    for name in long:
+        first, rest = tensors.get(name.replace("_res", "")), tensors.pop(name)
+        if first is None or first.shape != rest.shape:
+            raise ValueError(f"{name} has shape {tuple(rest.shape)}, and its other half has not")
+        tensors[name.replace("_res", "")] = torch.cat([first[:20], rest[20:]])
+        if name == "positional_embedding_res":  # the file is one of Long-CLIP's own
+            tensors.setdefault("context_length", torch.tensor(len(rest)))
+    return tensors
+
+
+def _as_in_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's tensors in our shapes: without leading dimensions of 1, and without a bias of zeros.
+
+    timm adds the bias to a projection that has none. open_clip may keep the projection outside.
+    """
+    trunk = "visual.trunk."
+    tensors = _renamed(tensors, lambda n: n.replace("visual.head.proj.", f"{trunk}head."))
+    for name in (f"{trunk}cls_token", f"{trunk}pos_embed"):
+        while name in tensors and tensors[name].ndim > 1 and len(tensors[name]) == 1:
+            tensors[name] = tensors[name][0]
+    if f"{trunk}head.bias" in tensors and not tensors[f"{trunk}head.bias"].any():
+        del tensors[f"{trunk}head.bias"]
+    return tensors
 
 
 _OTHERS = {
     "visual.layer1.": "a ResNet",
     "visual.attnpool.": "a ResNet",
-    "visual.trunk.": "a vision tower of timm's",
     "visual.attn_pool.": "attentional pooling",
     "text.transformer.embeddings.": "a text tower of transformers'",
     "text_decoder.": "CoCa's text decoder",

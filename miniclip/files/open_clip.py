@@ -1,11 +1,12 @@
 """open_clip_config.json <-> the fields of a CLIPConfig and the settings of an ImageTransform."""
 
 import re
-import warnings
 from typing import Any
 
-from miniclip.errors import shown
-from miniclip.files.configs import LEGACY_EOS, Fields, refuse_inexpressible
+from miniclip.errors import shown, warn
+from miniclip.files.checks import LEGACY_EOS
+from miniclip.files.configs import refuse_inexpressible
+from miniclip.files.published import Fields, vision_of_timm
 
 # Fields that are accepted and ignored, because they do not change the output: what every CLIP has,
 # what only training uses, and what only the tokenizer uses. 0, "", {}, null and false are always
@@ -16,10 +17,13 @@ _OPEN_CLIP_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "proj_type": ("linear",),
     "block_type": ("default",),
     "custom_text": (True,),  # seen from the tensors' names
+    "timm_pool": ("token",),
+    "timm_proj": ("linear",),
 }
 _OPEN_CLIP_ANY = (
     *("patch_dropout", "output_tokens", "output_dict", "pad_id", "eos_id"),
     *("init_logit_scale", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"),
+    *("timm_model_pretrained", "timm_drop", "timm_drop_path"),
 )
 
 
@@ -40,7 +44,7 @@ def from_open_clip(settings: dict[str, Any]) -> Fields:
     act = "quick_gelu" if quick_gelu else "gelu"
     _refuse_others(model, {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}, "")
     fields = {
-        "vision": _vision(vision) | {"act": act, "ln_eps": _eps(vision, "vision_cfg.")},
+        "vision": {"act": act, "ln_eps": _eps(vision, "vision_cfg.")} | _vision(vision),
         "text": _text(text) | {"act": act, "ln_eps": _eps(text, "text_cfg.")},
         "embed_dim": model.get("embed_dim"),  # CLIPConfig checks it
     }
@@ -50,6 +54,10 @@ def from_open_clip(settings: dict[str, Any]) -> Fields:
 
 
 def _vision(settings: dict[str, Any]) -> Fields:
+    if timm := vision_of_timm(settings.get("timm_model_name")):
+        _refuse_others(settings, {"timm_model_name", "image_size"}, "vision_cfg.")
+        size = settings.get("image_size", timm["image_size"])
+        return timm | {"image_size": tuple(size) if isinstance(size, list) else size}
     known = {"width": 768, "layers": 12, "image_size": 224, "patch_size": 16}
     computed = {"head_width": 64, "mlp_ratio": 4.0}
     _refuse_others(settings, {*known, *computed, "norm_kwargs"}, "vision_cfg.")
@@ -77,15 +85,14 @@ def _text(settings: dict[str, Any]) -> Fields:
     _check_numbers(values | {"mlp_ratio": mlp_ratio}, "text_cfg.")
     # "argmax" is the default. It is what a 2 means in config.json: read at the largest id.
     at_end = settings.get("pool_type") == "eos"
-    if at_end and settings.get("eos_id", 2) == LEGACY_EOS:
-        raise ValueError(
-            "text_cfg.eos_id is 2: texts are read at their first token 2. miniclip cannot express "
-            "this, because an eos_token_id of 2 means the largest id, as in OpenAI's own configs"
-        )
+    if at_end and settings.get("eos_id") is None:
+        raise ValueError("text_cfg.pool_type is 'eos'; expected an eos_id, the id of the end token")
     return values | {
         "mlp_width": int(values["width"] * mlp_ratio),
         "bos_token_id": max(values["vocab_size"] - 2, 0),
-        "eos_token_id": settings["eos_id"] if at_end else LEGACY_EOS,
+        "eos_token_id": settings.get("eos_id") if at_end else LEGACY_EOS,
+        "literal_eos": at_end,
+        "tokenizer": settings.get("hf_tokenizer_name"),
     }
 
 
@@ -151,6 +158,8 @@ def to_open_clip(fields: Fields) -> dict[str, Any]:
             "norm_kwargs": {"eps": text["ln_eps"]},
         },
     }
+    if text["literal_eos"]:
+        model["text_cfg"] |= {"pool_type": "eos", "eos_id": text["eos_token_id"]}
     for tower in (model["vision_cfg"], model["text_cfg"]):
         if tower["norm_kwargs"] == {"eps": 1e-5}:
             del tower["norm_kwargs"]  # the default; older versions do not know the field
@@ -173,10 +182,9 @@ def context_of_open_clip(settings: dict[str, Any]) -> int:
             found = f"text_cfg.{field:.100} is {shown(value)}"
             raise ValueError(f"{found}; CLIP's tokenizer would give other ids")
     if name and not str(name).startswith("openai/clip-"):
-        warnings.warn(
+        warn(
             f"text_cfg.hf_tokenizer_name is {shown(name)}: miniclip has CLIP's tokenizer only, "
-            "and uses the vocabulary beside the weights",
-            stacklevel=2,
+            "and uses the vocabulary beside the weights"
         )
     length: Any = text.get("context_length", 77)
     if type(length) is not int or length < 2:
@@ -187,24 +195,27 @@ def context_of_open_clip(settings: dict[str, Any]) -> int:
 def preprocessing_from_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
     """The preprocess_cfg of a parsed open_clip_config.json, in transformers' terms.
 
-    Raises ValueError if it is not OpenAI's transform.
+    Raises ValueError for a setting that an ImageTransform cannot follow.
     """
     preprocessing = settings.get("preprocess_cfg") or {}
     if not isinstance(preprocessing, dict):
         raise ValueError(f"preprocess_cfg is {shown(preprocessing)}; expected an object")
     said = {name: value for name, value in preprocessing.items() if value}
-    fixed = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+    fixed = {"mode": ("RGB",), "interpolation": ("bicubic",), "resize_mode": ("shortest", "squash")}
     for name, value in said.items():
-        if value != fixed.get(name, value):
+        if value not in fixed.get(name, (value,)):
             found = f"preprocess_cfg.{name} is {shown(value)}"
-            raise ValueError(f"{found}; a CLIP's is {fixed[name]!r}")
+            expected = " or ".join(map(repr, fixed[name]))
+            raise ValueError(f"{found}; a CLIP's is {expected}")
     size = said.get(
         "size", _section(_section(settings, "model_cfg"), "vision_cfg").get("image_size")
     )
     if isinstance(size, list) and size and size == size[:1] * len(size):
         size = size[0]
-    named = {"image_mean": said.get("mean"), "image_std": said.get("std")}
-    return {"size": size, "crop_size": size} | named
+    sides = {"size": size, "crop_size": size}
+    if said.get("resize_mode") == "squash":
+        sides = {"size": {"height": size, "width": size}, "do_center_crop": False}
+    return sides | {"image_mean": said.get("mean"), "image_std": said.get("std")}
 
 
 def preprocessing_to_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +235,7 @@ def preprocessing_to_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
         "mean": [*settings["image_mean"]],
         "std": [*settings["image_std"]],
         "interpolation": "bicubic",
-        "resize_mode": "shortest",
+        "resize_mode": "squash" if settings["squash"] else "shortest",
     }
 
 

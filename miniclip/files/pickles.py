@@ -3,9 +3,9 @@
 torch.save writes a pickle and the numbers of each tensor. torch.jit.save also writes the modules
 and their code; OpenAI publishes its models in this form. A pickle is a program: it can call any
 Python function, and a few bytes can make it repeat a long work. This reader knows only the
-instructions and names that torch.save uses for tensors, dictionaries and modules, and each of them
-only notes its arguments. torch.load knows more, and some of its instructions take as much memory as
-a file asks for.
+instructions that torch.save uses, and each of them only notes its arguments: whatever is not a
+tensor becomes a placeholder. torch.load knows more, and some of its instructions take as much
+memory as a file asks for.
 """
 
 import io
@@ -13,18 +13,18 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from miniclip.files.state_dicts import Made, Storage, Stored, find_state_dict
+
 LARGEST = 400_000
 """Bytes of a pickle, and of an archive's list of contents. bigG/14 with its optimizer has
 356,000, and nothing of this size takes a second to read."""
-MOST_TENSORS = 10_000  # bigG/14 has 974
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -42,45 +42,19 @@ _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 """The first two pickles of what torch.save wrote until 2020: two numbers."""
 
 
-class Storage(NamedTuple):
-    """The numbers of one tensor or several, in a record of the file."""
-
-    key: str
-    dtype: torch.dtype
-    numel: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-class Stored(NamedTuple):
-    """A tensor as a pickle describes it."""
-
-    storage: Storage
-    offset: int
-    shape: list[int]
-    stride: list[int]
-
-    def get_shape(self) -> list[int]:
-        return self.shape
-
-
 class PickledTensors:
     """The tensors of a file, each mapped into memory and not read: the part of safetensors'
     `safe_open` that is used here.
 
-    Raises pickle.UnpicklingError for what is none of a module, a dictionary or a tensor, and
-    whatever a damaged file makes zipfile, pickle and torch raise.
+    Raises pickle.UnpicklingError if there is not one state dict in the file, and whatever a damaged
+    file makes zipfile, pickle and torch raise.
     """
 
     def __init__(self, path: Path) -> None:
         with _Bounded(io.FileIO(path)) as file:
             read = _read_zip if file.read(4) == b"PK\3\4" else _read_legacy
             root, self.places = read(file)
-        if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
-            root = root["state_dict"]  # open_clip's training keeps the optimizer's beside it
-        self.stored = _named_tensors(root)
+        self.stored = find_state_dict(root)
         numbers = [math.prod(t.shape) * t.storage.dtype.itemsize for t in self.stored.values()]
         if sum(numbers) > 2 * path.stat().st_size:  # one may be there by two names, as tied
             raise pickle.UnpicklingError(f"its tensors would have {sum(numbers):,} bytes")
@@ -107,39 +81,6 @@ class PickledTensors:
         tensor = flat.as_strided(shape, stride, offset)
         # In files before 2020 numbers lie anywhere, and torch assumes that they do not.
         return tensor.clone() if start % storage.dtype.itemsize else tensor
-
-
-def _named_tensors(root: Any) -> dict[str, Stored]:
-    if isinstance(root, _Module):
-        found = dict(islice(_tensors(root, "", set()), MOST_TENSORS + 1))
-    elif isinstance(root, dict):
-        found = root
-    else:
-        raise pickle.UnpicklingError(f"{_EXPECTED}, and it holds a {type(root).__name__}")
-    if not 0 < len(found) <= MOST_TENSORS:
-        raise pickle.UnpicklingError(f"expected some hundreds of tensors, found {len(found):,}")
-    for name, value in found.items():
-        if not isinstance(name, str) or not isinstance(value, Stored):
-            raise pickle.UnpicklingError(f"{_EXPECTED}, and {name!s:.80} is none")
-    return found
-
-
-_EXPECTED = "expected a dictionary of tensors and nothing else"
-
-
-def _tensors(module: "_Module", prefix: str, seen: set[int]) -> Iterator[tuple[str, Stored]]:
-    """Every parameter and buffer by its module path, as `state_dict` would name it.
-
-    Of a module that is in two places, only those of the first: a tree has each but once.
-    """
-    seen.add(id(vars(module)))
-    for name, value in vars(module).items():
-        if not isinstance(name, str) or len(prefix) + len(name) > 1000:
-            raise pickle.UnpicklingError(f"a module in {prefix[:40]!r} has no name, or a long one")
-        if isinstance(value, Stored):
-            yield prefix + name, value
-        elif isinstance(value, _Module) and id(vars(value)) not in seen:
-            yield from _tensors(value, f"{prefix}{name}.", seen)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,16 +167,10 @@ def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
 # that to look it up takes long.
 
 
-class _Module:
-    """What stands for a module of whatever class: its attributes."""
+class Maker(NamedTuple):
+    """A function or a class that a pickle names, and that is never called."""
 
-
-class _Dict(dict[Any, Any]):
-    """A state dict. What is said of it beside its items is the versions of its modules."""
-
-
-def _ordered_dict() -> _Dict:
-    return _Dict()
+    name: str
 
 
 def _tensor(
@@ -246,7 +181,9 @@ def _tensor(
     requires_grad: bool,
     hooks: Any,
     metadata: Any = None,
-) -> Stored:
+) -> Any:
+    if type(storage) is Made:
+        return Made("torch._utils._rebuild_tensor_v2 of another dtype")
     if type(storage) is not Storage or len(shape) > 8 or len(stride) > 8 or metadata:
         raise pickle.UnpicklingError("a tensor that is not as torch.save writes them")
     if not all(type(n) is int and 0 <= n < 2**40 for n in (offset, *shape, *stride)):
@@ -257,30 +194,34 @@ def _tensor(
     return Stored(storage, offset, shape, stride)
 
 
-def _parameter(tensor: Any, requires_grad: bool, hooks: Any) -> Any:
+def _parameter(tensor: Any, requires_grad: bool, hooks: Any, state: Any = None) -> Any:
     return tensor
 
 
-def _plain(value: Any, kind: Any = None) -> Any:
-    return value
+def _with_attributes(function: Any, kind: Any, arguments: list[Any], state: Any) -> Any:
+    """A parameter that has Python attributes of its own."""
+    is_plain = kind in (Maker("torch.Tensor"), Maker("torch.nn.parameter.Parameter"))
+    return _call(function, arguments) if is_plain else Made("torch._tensor._rebuild_from_type_v2")
 
 
-def _ignored(value: Any, more: Any = None) -> None:
-    """What may be beside the tensors in a training's checkpoint."""
-
-
-_NAMES: dict[str, Any] = {
+_CALLED: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
-    "collections.OrderedDict": _ordered_dict,
-    **{f"torch.jit._pickle.build_{of}list": _plain for of in ("", "int", "double", "bool")},
-    "torch.jit._pickle.restore_type_tag": _plain,
-    "torch.Size": _ignored,
-    "torch.device": _ignored,
-    "collections.Counter": _ignored,
-    **dict.fromkeys(map(str, _STORAGES.values())),
-    **{f"torch.{storage}": dtype for storage, dtype in _STORAGES.items()},
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _with_attributes,
 }
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    """What a call makes: a tensor, or what stands for anything else."""
+    if not isinstance(function, Maker):
+        raise pickle.UnpicklingError(f"it calls a {type(function).__name__}")
+    known = _CALLED.get(function.name)
+    if known is None:
+        return Made(function.name)
+    if not isinstance(arguments, list) or len(arguments) > 8:
+        raise pickle.UnpicklingError("a tensor that is not as torch.save writes them")
+    return known(*arguments)
 
 
 class _Unpickler(pickle._Unpickler):
@@ -297,23 +238,18 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(file)
         self.storages: dict[str, Storage] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if module.partition(".")[0] == "__torch__":
-            return _Module
-        if full not in _NAMES:
-            raise pickle.UnpicklingError(
-                f"it names {full:.80}, and pickled code is never run; expected what torch.save "
-                "writes of model.state_dict()"
-            )
-        return _NAMES[full]
+    def find_class(self, module: str, name: str) -> Maker:
+        return Maker(f"{module}.{name}")
 
-    def persistent_load(self, reference: Any) -> Storage:
+    def persistent_load(self, reference: Any) -> Any:
         if len(reference) > 6:
             raise pickle.UnpicklingError("a storage of more than six fields")
-        kind, dtype, key, _, numel, *view = reference
-        if [type(part) for part in (kind, dtype, key, numel)] != [str, torch.dtype, str, int]:
+        kind, maker, key, _, numel, *view = reference
+        if [type(part) for part in (kind, maker, key, numel)] != [str, Maker, str, int]:
             raise pickle.UnpicklingError("a storage without name, type or size")
+        dtype = _STORAGES.get(maker.name.removeprefix("torch."))
+        if dtype is None:
+            return Made(maker.name)
         storage = Storage(key, dtype, numel)
         if kind != "storage" or not 0 <= numel < 2**40 or view not in ([], [None]):
             raise pickle.UnpicklingError("a storage that is not as torch.save writes them")
@@ -321,10 +257,15 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"storage {key:.40} is said to be two things")
         return storage
 
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = _call(self.stack[-1], arguments)
+
     def load_newobj(self) -> None:
-        if self.stack[-2] is not _Module:
-            raise pickle.UnpicklingError("it makes an object that is no module")
-        self.stack[-2:] = [_Module()]
+        self.stack.pop()
+        if type(self.stack[-1]) is not Maker:
+            raise pickle.UnpicklingError("it makes an object of no class")
+        self.stack[-1] = Made(self.stack[-1].name)
 
     def check_depth(self) -> None:
         if len(self.metastack) > 100 or len(self.stack) > 10_000:
@@ -350,12 +291,12 @@ class _Unpickler(pickle._Unpickler):
     def load_few(self, count: int) -> None:
         self.stack[-count:] = [self.stack[-count:]]
 
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items([key, value])
-
-    def load_setitems(self) -> None:
-        self.set_items(self.pop_mark())
+    def add_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is list:
+            target += items
+        elif type(target) is not Made:  # of a deque or a set, nothing is kept
+            raise pickle.UnpicklingError(f"it adds items to a {type(target).__name__}")
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -364,12 +305,6 @@ class _Unpickler(pickle._Unpickler):
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[key if type(key) is str else None] = value  # an optimizer's are numbers
 
-    def load_binput(self) -> None:
-        self.memorize(self.read(1)[0])
-
-    def load_long_binput(self) -> None:
-        self.memorize(int.from_bytes(self.read(4), "little"))
-
     def memorize(self, place: int) -> None:
         if place != len(self.memo):
             raise pickle.UnpicklingError("it numbers what it remembers out of turn")
@@ -377,10 +312,9 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         state, built = self.stack.pop(), self.stack[-1]
-        if isinstance(built, _Module):
-            built.__dict__ = state
-        elif not isinstance(built, _Dict):
+        if type(built) is not Made:
             raise pickle.UnpicklingError(f"it changes a {type(built).__name__} after it was made")
+        built.attributes = state
 
     def load_other(self) -> None:
         raise pickle.UnpicklingError("it has instructions that torch.save does not write")
@@ -390,14 +324,16 @@ class _Unpickler(pickle._Unpickler):
         **{
             code: pickle._Unpickler.dispatch[code]
             for code in (
-                *(pickle.PROTO + pickle.STOP + pickle.GLOBAL + pickle.REDUCE),
-                *(pickle.BINPERSID + pickle.BINGET + pickle.LONG_BINGET + pickle.POP),
+                *(pickle.PROTO + pickle.STOP + pickle.GLOBAL + pickle.POP),
+                *(pickle.BINPERSID + pickle.BINGET + pickle.LONG_BINGET),
                 *(pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.BINFLOAT),
                 *(pickle.BININT + pickle.BININT1 + pickle.BININT2 + pickle.LONG1),
-                *(pickle.BINUNICODE + pickle.APPEND + pickle.APPENDS),
-                *(pickle.EMPTY_TUPLE + pickle.BINBYTES + pickle.SHORT_BINBYTES),
+                *(pickle.BINUNICODE + pickle.EMPTY_TUPLE + pickle.BINBYTES + pickle.SHORT_BINBYTES),
             )
         },
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.BUILD[0]: load_build,
         pickle.MARK[0]: load_mark,
         pickle.EMPTY_LIST[0]: load_empty_list,
         pickle.EMPTY_DICT[0]: load_empty_dict,
@@ -405,10 +341,10 @@ class _Unpickler(pickle._Unpickler):
         pickle.TUPLE1[0]: lambda self: self.load_few(1),
         pickle.TUPLE2[0]: lambda self: self.load_few(2),
         pickle.TUPLE3[0]: lambda self: self.load_few(3),
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.BINPUT[0]: load_binput,
-        pickle.LONG_BINPUT[0]: load_long_binput,
-        pickle.NEWOBJ[0]: load_newobj,
-        pickle.BUILD[0]: load_build,
+        pickle.APPEND[0]: lambda self: self.add_items([self.stack.pop()]),
+        pickle.APPENDS[0]: lambda self: self.add_items(self.pop_mark()),
+        pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()),
+        pickle.BINPUT[0]: lambda self: self.memorize(self.read(1)[0]),
+        pickle.LONG_BINPUT[0]: lambda self: self.memorize(int.from_bytes(self.read(4), "little")),
     }

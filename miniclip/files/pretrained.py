@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from miniclip.errors import CheckpointError, blaming
+from miniclip.errors import CheckpointError, blaming, listed, warn
 from miniclip.files import configs, images
 from miniclip.files.hub import resolve
 from miniclip.files.models import Fork, Stored, open_model, read_fields
@@ -54,7 +54,9 @@ class Pretrained(nn.Module):
 
     @classmethod
     def build(cls: Any, values: dict[str, Any], embed_dim: int | None) -> Any:
-        """A tower with random weights, by the fields of a checkpoint's config. CLIP has its own."""
+        """A model with random weights, by the fields of a checkpoint's config."""
+        if len(cls.towers) == 2:
+            return cls(cls.config_class.from_fields(values))
         return cls(tower_config(cls.config_class, values[cls.towers[0]]), embed_dim)
 
     @classmethod
@@ -180,10 +182,29 @@ class PretrainedTransform:
     def from_pretrained(
         cls: type[T], name: str | PathLike[str], *, reference: str = "transformers", **options: Any
     ) -> T:
-        """The transform of a checkpoint. Options as of `miniclip.load`. Raises CheckpointError."""
-        path, settings = images.read_settings(resolve(name, "transform", **options))
-        with blaming(path):
-            return cls(**settings, reference=reference)
+        """The transform of a checkpoint. Options as of `miniclip.load`.
+
+        Warns if two files of the checkpoint disagree, and follows the one that transformers reads.
+        Raises CheckpointError.
+        """
+
+        def read(path: Path) -> T:
+            settings = images.read_settings(path)
+            with blaming(path):
+                return cls(**settings, reference=reference)
+
+        first, *others = images.settings_files(resolve(name, "transform", **options))
+        transform = read(first)
+        for path in others:
+            try:
+                mine, theirs = asdict(transform), asdict(read(path))
+                odd = [f"{f} {v} and {theirs[f]}" for f, v in mine.items() if v != theirs[f]]
+            except CheckpointError as error:
+                odd = [str(error)]
+            if odd:
+                found = listed(odd, most=6)
+                warn(f"{first} and {path.name} disagree: {found}. {first.name} is followed")
+        return transform
 
     @classmethod
     def from_dict(cls: type[T], settings: dict[str, Any], *, reference: str = "transformers") -> T:

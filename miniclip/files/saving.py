@@ -5,30 +5,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.errors import CheckpointError, blaming, listed
-from miniclip.files.configs import (
-    Fields,
-    openai_numbers,
-    refuse_inexpressible,
-    to_transformers,
-)
-from miniclip.files.hub import (
-    CONFIGS,
-    HUB_FILES,
-    VOCABULARIES,
-    WEIGHTS,
-)
+from miniclip.files.configs import openai_numbers, refuse_inexpressible, to_transformers
+from miniclip.files.hub import CONFIGS, HUB_FILES, VOCABULARIES, WEIGHTS
 from miniclip.files.models import PLAIN, Fork
-from miniclip.files.names import (
-    LAYOUTS,
-    pack,
-)
+from miniclip.files.names import LAYOUTS, pack
 from miniclip.files.open_clip import to_open_clip
+from miniclip.files.published import Fields
 from miniclip.files.reading import read_json_if_there
 from miniclip.files.writing import blaming_disk, replacing, saving, write_json
 
@@ -82,25 +71,28 @@ def write_model(
 
 @contextmanager
 def saving_checkpoint(
-    directory: str | PathLike[str], layout: str, has_tokenizer: bool, has_transform: bool
+    directory: str | PathLike[str], layout: str, tokenizer: Any, transform: Any
 ) -> Iterator[Path]:
-    """Yield a folder for the files of a whole checkpoint; see `saving`.
+    """Yield a folder for a model, to which a tokenizer and a transform are saved; see `saving`.
 
     Raises CheckpointError if the directory holds other files that `load` would read.
     """
     directory = Path(directory)
     check_layout(layout)
-    absent: tuple[str, ...] = () if has_tokenizer else VOCABULARIES
-    absent += () if has_transform else tuple(HUB_FILES["transform"][0][:2])
+    absent: tuple[str, ...] = () if tokenizer else VOCABULARIES
+    absent += () if transform else tuple(HUB_FILES["transform"][0][:2])
     refuse_other_files(directory, layout, *absent)
     with blaming_disk(directory), saving(directory) as folder:
         processor = directory / "processor_config.json"
-        if has_transform and processor.is_file():
+        if transform and processor.is_file():
             shutil.copy(processor, folder)  # where it is brought up to date
         yield folder
-        if has_tokenizer:
+        if tokenizer:
+            tokenizer.save_pretrained(folder)
             for stale in ("tokenizer.json", "added_tokens.json"):
                 (folder / stale).touch()  # deletes the file, which transformers would read first
+        if transform:
+            transform.save_pretrained(folder)
 
 
 def check_layout(layout: str) -> None:

@@ -10,11 +10,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from miniclip.errors import CheckpointError, listed, shown
-from miniclip.files.hub import (
-    SUFFIXES,
-)
-from miniclip.files.pickles import MOST_TENSORS, PickledTensors
+from miniclip.files.hub import SUFFIXES
+from miniclip.files.pickles import PickledTensors
 from miniclip.files.reading import read_json
+from miniclip.files.state_dicts import MOST_TENSORS
 
 
 def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

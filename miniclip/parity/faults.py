@@ -255,7 +255,7 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
     if tower == "text":
 
         def at_their_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
-            return token_at(stream, ids, end_of(ids, peer.eos_token_id))
+            return token_at(stream, ids, end_of(ids, peer))
 
         pools = {f"the end token {peer.eos_token_id}": (at_their_end, False)} | pools
     return {

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.config import LEGACY_EOS, CLIPConfig
+from miniclip.config import CLIPConfig, TextConfig
 
 Named = Mapping[str, Tensor]
 Steps = Mapping[str, Any]
@@ -58,9 +58,9 @@ def token_at(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
     return stream[torch.arange(len(stream)), end]
 
 
-def end_of(ids: Tensor, eos_token_id: int) -> Tensor:
+def end_of(ids: Tensor, text: TextConfig) -> Tensor:
     """The position at which each text is read."""
-    return (ids if eos_token_id == LEGACY_EOS else (ids == eos_token_id).int()).argmax(-1)
+    return (ids if text.ends_at_largest else (ids == text.eos_token_id).int()).argmax(-1)
 
 
 def length(x: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def formula_of(site: str, side: Side) -> Formula:
     is_text = tower == "text"
     first = torch.zeros(len(x["pixels"]), dtype=torch.long)
     return Formula(site, x, w, {
-        "end": end_of(x["ids"], config.eos_token_id) if is_text else first,
+        "end": end_of(x["ids"], config) if is_text else first,
         "eps": config.ln_eps,
         "norm": layer_norm,
         "norms": {},  # how often each LayerNorm is applied, if not once

@@ -77,6 +77,11 @@ def round_long_side(picture: Image.Image, size: int) -> Image.Image:
     return picture.resize((width, height), BICUBIC)
 
 
+def squash(picture: Image.Image, size: int) -> Image.Image:
+    """Both sides become `size`, whatever the shape."""
+    return picture.resize((size, size), BICUBIC)
+
+
 def resample(how: Image.Resampling, picture: Image.Image, size: int) -> Image.Image:
     """Resize to the right size with another filter."""
     return picture.resize(resize_short_side(picture, size).size, how)
@@ -134,11 +139,14 @@ def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tenso
     >>> cause_in_pixels(ImageTransform(64), ImageTransform(64, crop_size=60), [], [])
     'crop_size is 64 in model, 60 in other'
     """
-    for name in ("size", "crop_size", "image_mean", "image_std", "reference"):
+    for name in ("size", "crop_size", "squash", "image_mean", "image_std", "reference"):
         a, b = getattr(ours, name), getattr(theirs, name, getattr(ours, name))
         if a != b:
             return f"{name} is {a} in model, {b} in other"
-    steps = TransformSteps(ours.size, ours.crop_size, ours.image_mean, ours.image_std)
+    resize = squash if ours.squash else resize_short_side
+    steps = TransformSteps(
+        ours.size, ours.crop_size, ours.image_mean, ours.image_std, resize=resize
+    )
     drawn = pictures(ours.size)
     for fault, changed in FAULTS_OF_PIXELS.items():
         if steps._replace(**changed) == steps:  # no fault here

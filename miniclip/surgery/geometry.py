@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniclip.config import LEGACY_EOS
 from miniclip.follow import check_rebuilt, follow
 from miniclip.model import CLIP, VisionTower
 from miniclip.surgery.structure import reconfigure
@@ -189,7 +188,7 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     new, old = copied(model), model.config.text.vocab_size
     table = new.text.token_embed.weight
     rows = _rows(tokens, table, _precise(table).mean(0))
-    fields = {"eos_token_id": old - 1} if model.config.text.eos_token_id == LEGACY_EOS else {}
+    fields = {"eos_token_id": old - 1} if model.config.text.ends_at_largest else {}
     reconfigure(new, "text", vocab_size=old + len(rows), **fields)
     _assign(new.text.token_embed, "weight", torch.cat([table, rows]))
     new.text.token_embed.num_embeddings = old + len(rows)

@@ -668,7 +668,7 @@ SLIPS = [
     ),
     Slip("ImageNet's std is wrong in the third digit.", "(0.229, 0.224, 0.225)}", "(0.229, 0.224, 0.226)}", "tests/test_diagnosis_tables.py -k 'pictures and ImageNet'"),
     Slip("Bytes divided by 256 are divided by 254.", 'partial(divide_by, 256.0)', 'partial(divide_by, 254.0)', "tests/test_diagnosis_tables.py -k 'pictures and 256'"),
-    Slip("A setting of the std that differs is not named.", '("size", "crop_size", "image_mean", "image_std", "reference"):\n        a, b', '("size", "crop_size", "image_mean", "reference"):\n        a, b', "tests/test_diagnosis_tables.py -k setting"),
+    Slip("A setting of the std that differs is not named.", '("size", "crop_size", "squash", "image_mean", "image_std", "reference"):\n        a, b', '("size", "crop_size", "squash", "image_mean", "reference"):\n        a, b', "tests/test_diagnosis_tables.py -k setting"),
     Slip(
         "No picture is transparent.",
         'resized[0].convert("P"), transparent]',

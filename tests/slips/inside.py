@@ -249,8 +249,8 @@ MODEL = [
     ),
     Slip(
         "OpenAI's end token 2 is looked for.",
-        "if self.config.eos_token_id == LEGACY_EOS:\n            return ids.argmax(-1)",
-        "if self.config.eos_token_id == -1:\n            return ids.argmax(-1)",
+        "if self.config.ends_at_largest:\n            return ids.argmax(-1)",
+        "if False:\n            return ids.argmax(-1)",
         "tests/test_model.py -k no_preset",
     ),
     Slip(

@@ -1,0 +1,119 @@
+"""The published CLIPs: their numbers, and who released weights of them with which activation."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+Fields = dict[str, Any]
+
+
+def _fields(vision: tuple[int, ...], text: tuple[int, ...], act: str = "quick_gelu") -> Fields:
+    names = ("width", "layers", "heads", "mlp_width", "patch_size", "image_size")
+    width, layers, embed_dim = text
+    words = {"width": width, "layers": layers, "heads": width // 64, "mlp_width": 4 * width}
+    return {
+        "vision": dict(zip(names, vision, strict=True)) | {"act": act},
+        "text": words | {"act": act},
+        "embed_dim": embed_dim,
+    }
+
+
+PUBLISHED = {
+    # vision: width, layers, heads, MLP width, patch, image; text: width, layers; embedding
+    "B/32": _fields((768, 12, 12, 3072, 32, 224), (512, 12, 512)),
+    "B/16": _fields((768, 12, 12, 3072, 16, 224), (512, 12, 512)),
+    "L/14": _fields((1024, 24, 16, 4096, 14, 224), (768, 12, 768)),
+    "L/14-336": _fields((1024, 24, 16, 4096, 14, 336), (768, 12, 768)),
+    "H/14": _fields((1280, 32, 16, 5120, 14, 224), (1024, 24, 1024), "gelu"),
+    "g/14": _fields((1408, 40, 16, 6144, 14, 224), (1024, 24, 1024), "gelu"),
+    "bigG/14": _fields((1664, 48, 16, 8192, 14, 224), (1280, 32, 1280), "gelu"),
+    "TinyCLIP-8M/16": _fields((256, 10, 4, 1024, 16, 224), (256, 3, 512)),
+    "TinyCLIP-39M/16": _fields((512, 12, 8, 2048, 16, 224), (512, 6, 512)),
+    "TinyCLIP-40M/32": _fields((512, 12, 8, 2048, 32, 224), (512, 6, 512)),
+    "TinyCLIP-61M/32": _fields((640, 12, 10, 2560, 32, 224), (512, 9, 512)),
+}
+"""OpenAI's four (tables 19 and 20 of the paper), LAION's (github.com/mlfoundations/open_clip,
+model_configs) and TinyCLIP's (Wu et al. 2023, arXiv 2309.12314). The end token is the tokenizer's,
+49407; OpenAI's own files say 2 (LEGACY_EOS)."""
+
+OPENAI_NAMES = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
+"""The names of openai/CLIP's `clip.load`, and the same weights on the hub."""
+
+RELEASES = {
+    "openai/clip-vit-base-patch32": ("B/32", "quick_gelu"),
+    "openai/clip-vit-base-patch16": ("B/16", "quick_gelu"),
+    "openai/clip-vit-large-patch14": ("L/14", "quick_gelu"),
+    "openai/clip-vit-large-patch14-336": ("L/14-336", "quick_gelu"),
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": ("B/32", "gelu"),
+    "laion/CLIP-ViT-B-16-laion2B-s34B-b88K": ("B/16", "gelu"),
+    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K": ("L/14", "gelu"),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("H/14", "gelu"),
+    "apple/DFN5B-CLIP-ViT-H-14": ("H/14", "quick_gelu"),
+    "laion/CLIP-ViT-g-14-laion2B-s12B-b42K": ("g/14", "gelu"),
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": ("bigG/14", "gelu"),
+    "timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b": ("bigG/14", "quick_gelu"),
+    **{name: (name, "quick_gelu") for name in PUBLISHED if name.startswith("TinyCLIP")},
+}
+"""A release for each activation that these shapes were trained with."""
+
+
+def published(name: str) -> Fields | None:
+    """The fields of a model by an official name: OpenAI's ("ViT-L/14"), a hub id of RELEASES, or a
+    key of PUBLISHED. None for any other name.
+
+    >>> published("ViT-L/14")["text"]["act"]
+    'quick_gelu'
+    """
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    if (name := OPENAI_NAMES.get(name, name)) not in RELEASES:
+        return None
+    shape, act = RELEASES[name]
+    fields = PUBLISHED[shape]
+    return fields | {tower: fields[tower] | {"act": act} for tower in ("vision", "text")}
+
+
+def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
+    """The releases whose towers have these shapes: fields that weights alone tell."""
+
+    def fits(fields: Fields) -> bool:
+        known = ("width", "layers", "mlp_width", "patch_size")
+        for tower in {"vision", "text"} & shapes.keys():
+            found, expected = shapes[tower], fields[tower]
+            if any(found[name] != expected[name] for name in known if name in expected):
+                return False
+        is_clips = shapes.get("text", {}).get("vocab_size", 49408) == 49408
+        return is_clips and shapes.get("embed_dim", fields["embed_dim"]) == fields["embed_dim"]
+
+    named = {name: published(name) for name in RELEASES}
+    if "vision" not in shapes:  # bigG/14's text tower alone is SDXL's and SD3's clip_g: LAION's
+        del named["timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b"]
+    return {name: fields for name, fields in named.items() if fields and fits(fields)}
+
+
+_TIMM_SIZES = {
+    **{"xsmall": "TinyCLIP-8M/16", "medium": "TinyCLIP-39M/16", "betwixt": "TinyCLIP-61M/32"},
+    **{"base": "B/32", "large": "L/14", "huge": "H/14", "giant": "g/14", "gigantic": "bigG/14"},
+}
+
+
+def vision_of_timm(name: Any) -> Fields | None:
+    """The vision tower that timm calls vit_large_patch14_clip_224, or None for another name.
+
+    timm's CLIP towers have exact GELU unless the name says quickgelu.
+
+    >>> vision_of_timm("vit_large_patch14_clip_quickgelu_336")["image_size"]
+    336
+    """
+    pattern = r"vit_([a-z]+)_patch(\d+)_clip_(quickgelu_)?(\d+)(\.\w+)?"
+    found = re.fullmatch(pattern, name) if isinstance(name, str) else None
+    if not found or found[1] not in _TIMM_SIZES:
+        return None
+    act = "quick_gelu" if found[3] else "gelu"
+    sizes = {"act": act, "patch_size": int(found[2]), "image_size": int(found[4])}
+    return PUBLISHED[_TIMM_SIZES[found[1]]]["vision"] | sizes

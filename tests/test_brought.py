@@ -1,0 +1,573 @@
+"""Checkpoints as people bring them: other programs' files, training files, halves, no config.
+
+Each test stands for public reports about openai/CLIP, open_clip, transformers, diffusers and their
+user interfaces. The right values are those of transformers, or the weights that went in.
+"""
+
+import argparse
+import datetime
+import json
+import struct
+import warnings
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from twin import TINY, randomize, tiny_clip, twins
+
+from miniclip import (
+    CLIP,
+    CheckpointError,
+    CLIPConfig,
+    ImageTransform,
+    TextConfig,
+    TextTower,
+    Tokenizer,
+    VisionConfig,
+    VisionTower,
+    load,
+    save,
+)
+from miniclip.files.models import open_model
+from miniclip.files.names import LAYOUTS, pack
+from miniclip.lens import decompose
+
+# ------------------------------------------------------------------------------- squashed pictures
+
+
+def open_clip_settings(**preprocessing):
+    model = {"embed_dim": 36, "vision_cfg": {"image_size": 40}, "text_cfg": {}}
+    return {"model_cfg": model, "preprocess_cfg": {"size": 40} | preprocessing}
+
+
+def write(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def photograph():
+    noise = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def test_squash_is_transformers_resize_to_a_height_and_a_width(tmp_path, photograph):
+    """As apple/DFN5B-CLIP-ViT-H-14-378's open_clip_config.json asks for."""
+    write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
+    transform = ImageTransform.from_pretrained(tmp_path)
+    assert transform == ImageTransform(40, squash=True)
+    processor = transformers.CLIPImageProcessorPil(
+        size={"height": 40, "width": 40}, do_center_crop=False
+    )
+    theirs = processor(photograph, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(transform(photograph), theirs)
+    assert not torch.equal(ImageTransform(40)(photograph), theirs)
+    processor.save_pretrained(tmp_path / "theirs")
+    assert ImageTransform.from_pretrained(tmp_path / "theirs") == transform
+    transform.save_pretrained(tmp_path / "ours")
+    again = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again(photograph, return_tensors="pt")["pixel_values"][0], theirs)
+    transform.save_pretrained(tmp_path)  # which has open_clip's settings too
+    saved = json.loads((tmp_path / "open_clip_config.json").read_text())
+    assert saved["preprocess_cfg"]["resize_mode"] == "squash"
+    cropped = replace(transform, crop_size=32)
+    assert ImageTransform.from_dict(cropped.to_dict()) == cropped
+    assert torch.equal(cropped(photograph), theirs[:, 4:36, 4:36])
+
+
+@pytest.mark.parametrize("mode", ["longest", "crop"])
+def test_another_resize_mode_is_refused_by_name(tmp_path, mode):
+    write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode=mode))
+    with pytest.raises(CheckpointError, match=f"resize_mode is '{mode}'; a CLIP's is 'shortest'"):
+        ImageTransform.from_pretrained(tmp_path)
+
+
+def test_two_files_that_disagree_about_the_pixels_are_said_to(tmp_path):
+    write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
+    ImageTransform(40).save_pretrained(tmp_path / "beside")
+    write(
+        tmp_path / "preprocessor_config.json",
+        json.loads((tmp_path / "beside/preprocessor_config.json").read_text()),
+    )
+    said = r"preprocessor_config.json and open_clip_config.json disagree: squash False and True"
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert ImageTransform.from_pretrained(tmp_path) == ImageTransform(40)
+    assert [warning.filename for warning in warned] == [__file__]
+    write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="longest"))
+    with pytest.warns(UserWarning, match="disagree: .*resize_mode is 'longest'"):
+        ImageTransform.from_pretrained(tmp_path)
+    write(tmp_path / "open_clip_config.json", open_clip_settings())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ImageTransform.from_pretrained(tmp_path)
+
+
+# --------------------------------------------------------------------------------------- MetaCLIP 2
+
+
+@pytest.fixture
+def metaclip(tmp_path):
+    """transformers' model, each weight random, and its directory."""
+    config = transformers.MetaClip2Config(
+        projection_dim=36,
+        vision_config=dict(
+            hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=100,
+            image_size=40, patch_size=8,
+        ),
+        text_config=dict(
+            hidden_size=40, num_hidden_layers=2, num_attention_heads=2, intermediate_size=92,
+            vocab_size=600, max_position_embeddings=20, bos_token_id=0, eos_token_id=2,
+        ),
+    )  # fmt: skip
+    peer = transformers.MetaClip2Model(config).eval()
+    randomize(peer)
+    peer.save_pretrained(tmp_path / "metaclip")
+    ImageTransform(40).save_pretrained(tmp_path / "metaclip")
+    return peer, tmp_path / "metaclip"
+
+
+LITERAL = torch.tensor([[0, 5, 599, 2, 1, 1], [0, 7, 2, 300, 2, 1]])  # the largest id is elsewhere
+
+
+@torch.no_grad()
+def test_metaclip_2_reads_a_text_at_its_first_2(metaclip, tmp_path):
+    peer, directory = metaclip
+    said = r"not CLIP's BPE.*AutoTokenizer.from_pretrained\('.*metaclip'\)"
+    with pytest.warns(UserWarning, match=said) as warned:
+        model, tokenizer, transform = load(directory)
+    assert len(warned) == 1 and tokenizer is None and transform == ImageTransform(40)
+    pixels = torch.randn(3, 3, 40, 40)
+    theirs = peer(input_ids=LITERAL, pixel_values=pixels).logits_per_image
+    assert torch.equal(model(pixels, LITERAL).logits_per_image, theirs)
+    assert model.config.text.literal_eos
+    legacy = CLIP(replace(model.config, text=replace(model.config.text, literal_eos=False)))
+    legacy.load_state_dict(model.state_dict())
+    assert not torch.allclose(legacy(pixels, LITERAL).logits_per_image, theirs)
+
+    model.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "ours").eval()
+    assert type(again) is transformers.MetaClip2Model
+    assert torch.equal(again(input_ids=LITERAL, pixel_values=pixels).logits_per_image, theirs)
+    assert CLIP.from_pretrained(tmp_path / "ours").config == model.config
+    model.save_pretrained(tmp_path / "open_clip", layout="open_clip")
+    assert CLIP.from_pretrained(tmp_path / "open_clip").config.text.literal_eos
+    with pytest.raises(CheckpointError, match="cannot express a literal eos_token_id 2"):
+        CLIP(replace(TINY, text=replace(
+            TINY.text, width=64, heads=1, eos_token_id=2, literal_eos=True))
+        ).save_pretrained(tmp_path / "openai", layout="openai")  # fmt: skip
+
+
+@torch.no_grad()
+def test_open_clips_worldwide_models(metaclip, tmp_path):
+    """model_configs/ViT-H-14-worldwide-quickgelu.json, smaller."""
+    peer, directory = metaclip
+    CLIP.from_pretrained(directory).save_pretrained(tmp_path / "world", layout="open_clip")
+    path = tmp_path / "world/open_clip_config.json"
+    settings = json.loads(path.read_text())
+    text = settings["model_cfg"]["text_cfg"]
+    assert (text["pool_type"], text["eos_id"]) == ("eos", 2)
+    text["hf_tokenizer_name"] = "facebook/xlm-v-base"
+    settings["preprocess_cfg"] = {"size": 40}
+    write(path, settings)
+    with pytest.warns(UserWarning, match=r"from_pretrained\('facebook/xlm-v-base'\)"):
+        loaded = load(tmp_path / "world")
+    theirs = peer.get_text_features(LITERAL).pooler_output
+    torch.testing.assert_close(loaded.model.encode_text(LITERAL), theirs, rtol=0, atol=1e-5)
+    assert loaded.tokenizer is None
+
+
+def test_a_vocabulary_of_ours_with_a_literal_end_token_is_kept(tmp_path):
+    tokenizer = Tokenizer.train(["a photo of a cat"], 600)
+    text = replace(TINY.text, eos_token_id=2, literal_eos=True)
+    save(tmp_path, CLIP(replace(TINY, text=text)), tokenizer, ImageTransform(40))
+    assert load(tmp_path).tokenizer.vocab == tokenizer.vocab
+
+
+# --------------------------------------------------------------------------------------- subfolders
+
+
+def test_a_subfolder_of_a_directory(tmp_path):
+    model = tiny_clip()
+    save(tmp_path / "0_CLIPModel", model, Tokenizer.train(["a cat"], 600), ImageTransform(40))
+    for read in (
+        load,
+        CLIP.from_pretrained,
+        VisionTower.from_pretrained,
+        CLIPConfig.from_pretrained,
+    ):
+        read(tmp_path, subfolder="0_CLIPModel")
+    assert Tokenizer.from_pretrained(tmp_path, subfolder="0_CLIPModel").vocab_size > 2
+    assert ImageTransform.from_pretrained(tmp_path, subfolder="0_CLIPModel").size == 40
+    with pytest.raises(CheckpointError, match="has no folder 'text_encoder'; it has 0_CLIPModel"):
+        TextTower.from_pretrained(tmp_path, subfolder="text_encoder")
+    for outside in ("../x", "/etc"):
+        with pytest.raises(CheckpointError, match="expected a folder inside"):
+            load(tmp_path / "0_CLIPModel", subfolder=outside)
+
+
+# ------------------------------------------------------------------------------- without any config
+
+
+def write_zeros(path: Path, config: CLIPConfig, layout: str, keep=lambda name: True) -> Path:
+    """A safetensors file of the shapes of a model. Its zeros take no room on the disk."""
+    with torch.device("meta"):
+        tensors = pack(CLIP(config).state_dict(), LAYOUTS[layout])
+    header, place = {}, 0
+    for name, tensor in tensors.items():
+        if keep(name):
+            end = place + 2 * tensor.numel()
+            header[name] = {"dtype": "F16", "shape": [*tensor.shape], "data_offsets": [place, end]}
+            place = end
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + place)
+    return path
+
+
+def published(width, layers, act, text, embed_dim=768, patch=14):
+    mlp_width = {1408: 6144, 1664: 8192}.get(width, 4 * width)
+    vision = VisionConfig(width, layers, 16, mlp_width, act, 1e-5, 224, patch)
+    words, depth = text
+    return CLIPConfig(
+        vision, TextConfig(words, depth, words // 64, 4 * words, act), embed_dim=embed_dim
+    )
+
+
+L14 = published(1024, 24, "quick_gelu", (768, 12))
+G14 = published(1408, 40, "gelu", (1024, 24), 1024)
+BIGG = published(1664, 48, "gelu", (1280, 32), 1280)
+
+
+def half(tower):
+    return lambda name: name.startswith(("text", "transformer", "token", "positional", "ln_final"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_clip_g_alone_has_the_config_of_the_published_model(tmp_path, layout):
+    path = write_zeros(tmp_path / "clip_g.safetensors", BIGG, layout, half("text"))
+    with pytest.warns(UserWarning, match="20 text heads and the gelu of laion/CLIP-ViT-bigG") as it:
+        stored = open_model(path, None)
+    assert len(it) == 1 and stored.towers == ["text"]
+    found = {name: stored.fields["text"][name] for name in ("width", "layers", "heads", "act")}
+    assert found == {"width": 1280, "layers": 32, "heads": 20, "act": "gelu"}
+    assert stored.embed_dim("text") == 1280
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keep", [half("text"), lambda name: True], ids=["clip_l", "whole"])
+def test_shapes_that_were_published_with_two_activations_are_asked_about(tmp_path, layout, keep):
+    path = write_zeros(tmp_path / "clip_l.safetensors", L14, layout, keep)
+    said = r"laion/CLIP-ViT-L-14\S+ \(gelu\) and openai/clip-vit-large\S+ \(quick_gelu\).*config="
+    with pytest.raises(CheckpointError, match=said):
+        open_model(path, None)
+    for name, act in (
+        ("ViT-L/14", "quick_gelu"),
+        ("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "gelu"),
+    ):
+        stored = open_model(path, None, config=name)
+        assert stored.fields["text"]["act"] == act and stored.fields["text"]["heads"] == 12
+        assert ("vision" in stored.fields) == (keep("visual.proj"))
+
+
+def test_a_whole_clip_of_unambiguous_shapes(tmp_path):
+    path = write_zeros(tmp_path / "x.safetensors", G14, "transformers")
+    with pytest.warns(UserWarning, match="16 vision heads and 16 text heads.*laion/CLIP-ViT-g-14"):
+        config = CLIPConfig.from_pretrained(path)
+    assert config.vision == G14.vision
+    assert config.text == replace(G14.text, eos_token_id=2)
+
+
+def test_shapes_that_no_one_published(tmp_path):
+    model = tiny_clip()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "tiny.json")
+    with pytest.raises(CheckpointError, match=r"shapes are those of no published model.*config="):
+        CLIP.from_pretrained(tmp_path / "model.safetensors")
+    for config in (TINY, tmp_path / "tiny.json", str(tmp_path / "tiny.json")):
+        again = CLIP.from_pretrained(tmp_path / "model.safetensors", config=config)
+        assert again.config == TINY
+        assert all(map(torch.equal, again.parameters(), model.parameters()))
+    with pytest.raises(CheckpointError, match="tensors do not fit|layers in the layout"):
+        CLIP.from_pretrained(tmp_path / "model.safetensors", config="ViT-B/32")
+    with pytest.raises(ValueError, match="config is 3; expected a CLIPConfig, a path or a name"):
+        CLIP.from_pretrained(tmp_path, config=3)
+    tuned = replace(TINY, vision=replace(TINY.vision, act="gelu"))
+    assert VisionTower.from_pretrained(tmp_path, config=tuned).config.act == "gelu"
+
+
+# ----------------------------------------------------------------------------------- training files
+
+
+class Unpicklable:
+    """What runs when it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("/tmp/miniclip-proof", "w"))
+
+
+def test_whatever_a_training_loop_saves_beside_the_weights(tmp_path):
+    model = tiny_clip()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3, 40, 40), torch.tensor([[5, 599]])).logits_per_text.sum().backward()
+    optimizer.step()
+    (tmp_path / "model.safetensors").unlink()
+    marked = torch.nn.Parameter(tensors["logit_scale"])
+    marked.weight_decay = 0.1  # saved by torch's _rebuild_from_type_v2
+    beside = {
+        "args": argparse.Namespace(lr=1e-5, when=datetime.datetime.now(), path=Path("x")),
+        "best": np.float64(0.5),
+        "curve": np.arange(3.0),
+        "random": np.random.default_rng(0).bit_generator.state,
+        "rng": torch.get_rng_state(),
+        "last": deque([1, 2], maxlen=3),
+        "names": {"a", "b"},
+        "optimizer": optimizer.state_dict(),
+        "sparse": torch.eye(3).to_sparse(),
+        "complex": torch.zeros(2, dtype=torch.complex64),
+        "code": Unpicklable(),
+    }
+    for key in ("state_dict", "model_state_dict", "model", "module"):
+        torch.save(beside | {key: tensors | {"logit_scale": marked}}, tmp_path / "epoch_3.pt")
+        again = CLIP.from_pretrained(tmp_path / "epoch_3.pt").state_dict()
+        with torch.no_grad():
+            place = "vision_model.embeddings.class_embedding"
+            assert torch.equal(again["vision.class_embed"], tensors[place])
+            assert torch.equal(again["logit_scale"], marked)
+    assert not Path("/tmp/miniclip-proof").exists()
+    torch.save(tensors | {"epoch": 3, "args": beside["args"]}, tmp_path / "flat.pt")
+    assert CLIP.from_pretrained(tmp_path / "flat.pt").config == TINY
+
+
+def test_two_state_dicts_in_one_file_are_named(tmp_path):
+    tiny_clip().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    other = {name: tensor + 1 for name, tensor in tensors.items()}
+    said = "more than one state dict: 'model', 'ema.shadow'.*torch.save the one you want"
+    torch.save({"model": tensors, "ema": {"shadow": other}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=said):
+        CLIP.from_pretrained(tmp_path / "x.pt")
+    both = {f"{name}.{key}": t for name in ("model", "teacher") for key, t in tensors.items()}
+    torch.save({"state_dict": both}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"more than one model.*model\.\*, teacher\.\*"):
+        CLIP.from_pretrained(tmp_path / "x.pt")
+    torch.save({"model": tensors, "state_dict": tensors}, tmp_path / "x.pt")
+    assert CLIP.from_pretrained(tmp_path / "x.pt").config == TINY
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prefix", [
+    "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.",
+    "_fsdp_wrapped_module._forward_module.", "clip_model.module.", "cond_stage_model.transformer.",
+])  # fmt: skip
+def test_prefixes_that_wrappers_leave(tmp_path, layout, prefix):
+    vision = replace(TINY.vision, act="quick_gelu", width=64, heads=1, ln_eps=1e-5)
+    text = replace(TINY.text, width=64, heads=1)
+    model = CLIP(replace(TINY, vision=vision, text=text))
+    model.save_pretrained(tmp_path, layout=layout)
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(path)
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, path)
+    again = CLIP.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    inside = {  # FSDP and checkpointing wrap blocks, and people compile them one by one
+        name.replace("layers.1.", "layers._fsdp_wrapped_module.1._checkpoint_wrapped_module.")
+        .replace("resblocks.0.", "resblocks.0._orig_mod."): tensor
+        for name, tensor in tensors.items()
+    }  # fmt: skip
+    save_file(inside, path)
+    again = CLIP.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:.*read as OpenAI's")
+@pytest.mark.parametrize("prefix", ["", "extractor.model."])
+@pytest.mark.parametrize("tower", ["vision", "text"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_a_clip_under_any_prefix(tmp_path, layout, tower, prefix):
+    """Saved as `torch.save(model.visual.state_dict())`, or with the prefix of another module."""
+    vision = replace(TINY.vision, act="quick_gelu", width=64, heads=1, ln_eps=1e-5)
+    text = replace(TINY.text, width=64, heads=1, eos_token_id=2)
+    model = CLIP(replace(TINY, vision=vision, text=text))
+    other = {"vision": "text.", "text": "vision."}[tower]
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith((other, "logit"))}
+    tensors = pack(state, LAYOUTS[layout])
+    bare = {"vision_model.", "text_model.", "visual."}
+    names = {name: next((name[len(p):] for p in bare if name.startswith(p)), name)
+             for name in tensors}  # fmt: skip
+    torch.save({prefix + names[name]: t for name, t in tensors.items()}, tmp_path / "half.pt")
+    kind = {"vision": VisionTower, "text": TextTower}[tower]
+    read = kind.from_pretrained(tmp_path / "half.pt", config=model.config)
+    ours = getattr(model, tower).state_dict()
+    assert read.state_dict().keys() == ours.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in read.state_dict().items())
+    assert type(load(tmp_path / "half.pt", config=model.config).model) is kind
+
+
+# ---------------------------------------------------------------------- Long-CLIP, one tower, timm
+
+
+@torch.no_grad()
+def test_long_clips_own_files(tmp_path):
+    """Their forward pass: positional_embedding * mask1 + positional_embedding_res * mask2."""
+    vision = VisionConfig(64, 2, 1, 256, image_size=32, patch_size=16)
+    config = CLIPConfig(vision, TextConfig(64, 2, 1, 256, context_length=248), 32)
+    model = CLIP(config)
+    randomize(model)
+    tensors = pack(model.state_dict(), LAYOUTS["openai"])
+    whole = tensors["positional_embedding"]
+    first, rest = torch.randn(2, *whole.shape)
+    mask = (torch.arange(248) < 20)[:, None].float()
+    tensors |= {"positional_embedding": first, "positional_embedding_res": rest}
+    torch.save(tensors, tmp_path / "longclip-B.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # whose files these are is known
+        long = CLIP.from_pretrained(tmp_path / "longclip-B.pt")
+    assert long.config.text.context_length == 248
+    assert torch.equal(long.text.pos_embed, first * mask + rest * (1 - mask))
+    long.save_pretrained(tmp_path / "saved")
+    assert torch.equal(CLIP.from_pretrained(tmp_path / "saved").text.pos_embed, long.text.pos_embed)
+    torch.save(tensors | {"positional_embedding_res": rest[:77]}, tmp_path / "longclip-B.pt")
+    with pytest.raises(CheckpointError, match=r"positional_embedding_res has shape \(77, 64\)"):
+        CLIP.from_pretrained(tmp_path / "longclip-B.pt")
+
+
+@torch.no_grad()
+def test_the_vision_tower_of_an_image_classifier(tmp_path):
+    ours, theirs = twins(TINY)
+    config = theirs.config
+    config.num_labels = 3
+    peer = transformers.CLIPForImageClassification(config)
+    peer.vision_model.load_state_dict(theirs.vision_model.state_dict())
+    peer.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 40, 40)
+    expected = theirs.vision_model(pixels).pooler_output
+    with pytest.warns(UserWarning, match="classifier.bias, classifier.weight .*left out"):
+        tower = VisionTower.from_pretrained(tmp_path)
+    assert torch.equal(tower(pixels), expected)
+    with pytest.raises(CheckpointError, match="load it with VisionTower.from_pretrained"):
+        CLIP.from_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"  # and a distilled tower, with the whole CLIP's config
+    save_file({n: t for n, t in load_file(path).items() if "classifier" not in n}, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(VisionTower.from_pretrained(tmp_path)(pixels), expected)
+    with pytest.raises(CheckpointError, match="has no text tower, but a vision tower alone"):
+        TextTower.from_pretrained(tmp_path)
+
+
+TIMM = {  # timm, vision_transformer.py, _convert_openai_clip
+    "conv1": "patch_embed.proj", "positional_embedding": "pos_embed",
+    "transformer.resblocks.": "blocks.", "ln_pre": "norm_pre", "ln_post": "norm", "ln_": "norm",
+    "in_proj_": "qkv.", "out_proj": "proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    "class_embedding": "cls_token",
+}  # fmt: skip
+
+
+def timm_tensors(model: CLIP) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, tensor in pack(model.state_dict(), LAYOUTS["openai"]).items():
+        if name.startswith("visual."):
+            name = name.removeprefix("visual.")
+            for theirs, timms in TIMM.items():
+                name = name.replace(theirs, timms)
+            if name == "proj":
+                name, tensor = "head.weight", tensor.T.contiguous()
+                tensors["head.bias"] = torch.zeros(len(tensor))
+            dimensions = {"cls_token": (1, 1), "pos_embed": (1,)}.get(name, ())
+            tensors[name] = tensor.view(*dimensions, *tensor.shape)
+    return tensors
+
+
+@pytest.fixture
+def xsmall():
+    """vit_xsmall_patch16_clip_224 (width 256, 10 layers, 4 heads) and a text tower."""
+    vision = VisionConfig(256, 10, 4, 1024, "gelu", 1e-5, 224, 16)
+    model = CLIP(CLIPConfig(vision, TextConfig(64, 1, 1, 256, "gelu", vocab_size=600,
+        context_length=20, bos_token_id=598, eos_token_id=2), 32))  # fmt: skip
+    randomize(model)
+    return model
+
+
+def test_a_vision_tower_of_timms(tmp_path, xsmall):
+    settings = {"architecture": "vit_xsmall_patch16_clip_224", "num_classes": 32}
+    write(tmp_path / "config.json", settings | {"pretrained_cfg": {"tag": "tinyclip_yfcc15m"}})
+    tensors = timm_tensors(xsmall)
+    save_file(tensors, tmp_path / "model.safetensors")
+    tower = VisionTower.from_pretrained(tmp_path)
+    assert tower.config == xsmall.config.vision
+    assert all(map(torch.equal, tower.parameters(), xsmall.vision.parameters()))
+    save_file(tensors | {"head.bias": torch.ones(32)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"unexpected: visual.trunk.head.bias \(32,\)"):
+        VisionTower.from_pretrained(tmp_path)
+    for change, said in (
+        ({"architecture": "vit_base_patch16_224"}, "architecture is 'vit_base_patch16_224'; of"),
+        ({"global_pool": "avg"}, "architecture is"),
+        ({"pretrained_cfg": {"tag": "openai"}}, "trained with QuickGELU. Say which to use"),
+    ):
+        write(tmp_path / "config.json", settings | change)
+        with pytest.raises(CheckpointError, match=said):
+            VisionTower.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["head in the trunk", "head outside"])
+def test_a_vision_tower_of_timms_in_open_clips_file(tmp_path, xsmall, outside):
+    """model_configs/MobileCLIP2-L-14.json, with a causal mask."""
+    xsmall.save_pretrained(tmp_path, layout="open_clip")
+    path, weights = tmp_path / "open_clip_config.json", tmp_path / "open_clip_model.safetensors"
+    text = {n: t for n, t in load_file(weights).items() if not n.startswith("visual.")}
+    tensors = {f"text.{name}" if name != "logit_scale" else name: t for name, t in text.items()}
+    tensors |= {f"visual.trunk.{name}": tensor for name, tensor in timm_tensors(xsmall).items()}
+    if outside:
+        tensors["visual.head.proj.weight"] = tensors.pop("visual.trunk.head.weight")
+        del tensors["visual.trunk.head.bias"]
+    save_file(tensors, weights)
+    settings = json.loads(path.read_text())
+    settings["model_cfg"]["vision_cfg"] = vision = {
+        "timm_model_name": "vit_xsmall_patch16_clip_224", "timm_model_pretrained": False,
+        "timm_pool": "token", "timm_proj": None, "timm_drop": 0.0, "timm_drop_path": 0.1,
+        "image_size": 224,
+    }  # fmt: skip
+    settings["model_cfg"]["custom_text"] = True
+    settings["model_cfg"]["text_cfg"]["no_causal_mask"] = False
+    write(path, settings)
+    again = CLIP.from_pretrained(tmp_path)
+    assert again.config == xsmall.config
+    assert all(map(torch.equal, again.parameters(), xsmall.parameters()))
+    for section, change, said in (
+        ("text_cfg", {"no_causal_mask": True}, "text_cfg.no_causal_mask is True, which miniclip"),
+        ("vision_cfg", {"timm_model_name": "vit_base_mci_224"}, "timm_model_name is 'vit_base_mci"),
+        ("vision_cfg", {"timm_pool": "avg"}, "vision_cfg.timm_pool is 'avg', which"),
+    ):
+        changed = json.loads(json.dumps(settings))
+        changed["model_cfg"][section] |= change
+        write(path, changed)
+        with pytest.raises(CheckpointError, match=said):
+            CLIP.from_pretrained(tmp_path)
+    assert vision["timm_pool"] == "token"
+
+
+# --------------------------------------------------------------------------------- quantised models
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_a_quantised_model_is_not_saved_and_not_decomposed(tmp_path):
+    model = tiny_clip()
+    linear = {torch.nn.Linear}
+    quantised = torch.ao.quantization.quantize_dynamic(model, linear, dtype=torch.qint8)
+    pixels = torch.randn(2, 3, 40, 40)
+    assert quantised.encode_image(pixels).shape == (2, 36)
+    said = r"q_proj is torch.ao\S+.Linear, expected Linear.*save before the model is quantised"
+    with pytest.raises(CheckpointError, match=said):
+        quantised.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="quantised"):
+        decompose(quantised, pixels)
