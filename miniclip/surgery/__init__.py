@@ -15,6 +15,7 @@ from miniclip.surgery.geometry import (
     add_registers,
     add_tokens,
     extend_context,
+    resize_channels,
     resize_image,
     resize_patch,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "add_registers",
     "add_tokens",
     "extend_context",
+    "resize_channels",
     "resize_image",
     "resize_patch",
     "ablate_heads",
