@@ -73,9 +73,7 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
     image: Any = TensorImage(images if images.ndim == 4 else images[None])
     image = resize_short_side(image, transform.size)
     image = center_crop(image, transform.crop_size, transform.reference)
-    mean, std = (
-        images.new_tensor(values)[:, None, None]
-        for values in (transform.image_mean, transform.image_std)
-    )
+    mean = images.new_tensor(transform.image_mean)[:, None, None]
+    std = images.new_tensor(transform.image_std)[:, None, None]
     pixels = (image.pixels - mean) / std
     return pixels if images.ndim == 4 else pixels[0]

@@ -90,7 +90,7 @@ def build_index(
     todo = [one for one in stamped if str(one[0]) not in kept]
     parts = [todo[i : i + PART] for i in range(0, len(todo), PART)]
     decides = (encoder.fingerprint, encoder.transform, loaded.model.logit_scale.device.type, batch)
-    keys = [sha256(repr((decides, os.getcwd(), part)).encode()).hexdigest() for part in parts]
+    keys = [sha256(repr((decides, part)).encode()).hexdigest() for part in parts]
     files = [folder / f"{i:06}-{key[:16]}.safetensors" for i, key in enumerate(keys)]
     missing = [i for i, file in enumerate(files) if not file.exists()]
     if rank == 0:
