@@ -118,7 +118,8 @@ class ImageTransform(PretrainedTransform):
         as it is), a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). A list is split over
         as many threads as torch uses. Raises ImageError, for a list with the picture's index.
         """
-        if isinstance(pictures, str | bytes) or not isinstance(pictures, Sequence):
+        is_file = isinstance(pictures, str | bytes | bytearray | memoryview)
+        if is_file or not isinstance(pictures, Sequence):
             with no_warnings:
                 return torch.from_numpy(self._pixels(cast(Picture, pictures)))
         pixels = np.empty((len(pictures), 3, self.crop_size, self.crop_size), np.float32)

@@ -21,6 +21,7 @@ PATH = Path(__file__).parent / "data" / "timm.json"
 # resampling, which timm's is, is wrong on a CPU.
 GRIDS = [((5, 5), (7, 7)), ((5, 5), (3, 3)), ((4, 4), (2, 8)), ((3, 4), (6, 2))]
 PATCHES = [(4, 7), (4, 3), (6, 8)]  # pixels on a side before and after
+CHANNELS = [1, 2, 4, 6]  # instead of three
 CONTEXTS = [(20, 33), (16, 31)]  # tokens before and after
 
 VISION = VisionConfig(
@@ -93,6 +94,7 @@ def record() -> dict[str, object]:
     import timm
     from open_clip.model import resize_pos_embed, resize_text_pos_embed
     from timm.layers import resample_abs_pos_embed, resample_patch_embed
+    from timm.models._manipulate import adapt_input_conv
 
     found: dict[str, list] = {"timm.pos_embed": [], "open_clip.pos_embed": []}
     for old, new in GRIDS:
@@ -105,6 +107,7 @@ def record() -> dict[str, object]:
     found["timm.patch_embed"] = [
         resample_patch_embed(waves(1, 2, old, old), [new, new]) for old, new in PATCHES
     ]
+    found["timm.channels"] = [adapt_input_conv(n, waves(2, 3, 2, 2).float()) for n in CHANNELS]
     found["open_clip.text_pos_embed"] = []
     for old, new in CONTEXTS:
         state = {"positional_embedding": waves(old, 2)}

@@ -26,7 +26,7 @@ from miniclip import ImageError, ImageTransform, retrieval
 from miniclip.checkpoint import Loaded
 from miniclip.commands.main import main
 from miniclip.files import ahead
-from miniclip.retrieval.building import begin, build_index, build_settings, embed_images
+from miniclip.retrieval.building import build_index, embed_images
 from miniclip.retrieval.index import (
     Encoder,
     Index,
@@ -92,6 +92,9 @@ def photographs(tmp_path):
     return root
 
 
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes
+
+
 def names(pictures, root):
     return [str(picture).removeprefix(f"{root}/") for picture in pictures]
 
@@ -150,6 +153,47 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     pictures, damage = find_pictures([tmp_path])
     assert len(pictures) in (found, found + 1)  # the last one's header may be whole
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
+
+
+HIDDEN = [
+    *("@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", ".@__thumb/a.jpg", "#recycle/a.jpg", "._a.jpg"),
+    *("System Volume Information/a.jpg", "$RECYCLE.BIN/S-1/a.jpg", "__MACOSX/a.jpg"),
+    *("lost+found/a.jpg", "deep/@eaDir/a.jpg"),
+]
+
+
+def test_what_a_system_keeps_for_itself_is_left_out(tmp_path):
+    for name in (*HIDDEN, "a.jpg", "@home/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        blots(0).save(tmp_path / name)
+    make_tar(tmp_path / "t.tar", {name: encoded(blots(0)) for name in (*HIDDEN, "./c.jpg")})
+    expected = ["@home/b.jpg", "a.jpg", "t.tar/./c.jpg"]
+    assert names(find_pictures([tmp_path])[0], tmp_path) == expected
+    assert names(find_pictures([tmp_path / "**" / "*.jpg"])[0], tmp_path) == expected[:2]
+    for asked in (HIDDEN[0], "@eaDir", "@eaDir/*/*.jpg"):  # what is named is meant
+        assert names(find_pictures([tmp_path / asked])[0], tmp_path) == HIDDEN[:1]
+
+
+@pytest.mark.parametrize(
+    "exclude, left",
+    [
+        (["b"], ["a.JPG", "c.tiff", "z.png"]),
+        (["B", "*.jpg"], ["c.tiff", "z.png"]),  # in any case
+        (["b/"], ["a.JPG", "c.tiff", "z.png"]),
+        (["*.png", "*.tar"], ["a.JPG", "b/x.webp", "b/y.gif", "b/é.bmp", "c.tiff"]),
+        (["b/*.tar", "[yz].*"], ["a.JPG", "b/[1].png", "b/x.webp", "b/é.bmp", "c.tiff"]),
+        (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # also inside of the tar
+    ],
+)
+def test_more_can_be_left_out(photographs, monkeypatch, exclude, left):
+    assert names(find_pictures([photographs], exclude)[0], photographs) == left
+    monkeypatch.chdir(photographs)
+    assert list(map(str, find_pictures(["."], exclude)[0])) == left
+    every = [path for path in find_pictures(["."])[0] if isinstance(path, str)]
+    named = [*every, "b/0.tar"]  # as a shell writes a pattern out
+    assert sorted(map(str, find_pictures(named, exclude)[0])) == sorted(left)
+    with pytest.raises(ValueError, match="all pictures are excluded, by a b"):
+        find_pictures(["b"], ["a", "b"])
 
 
 def test_links_are_followed_once_and_those_to_nowhere_are_skipped(tmp_path):
@@ -613,11 +657,34 @@ def test_pictures_that_have_gone_leave_their_places_empty(loaded, photographs, t
 def build(loaded, photographs, monkeypatch):
     monkeypatch.setattr(retrieval.building, "PART", 4)
 
-    def build(out, pictures=None, batch=2, damage=()):
+    def build(out, pictures=None, batch=2, damage=(), model=loaded, **options):
         pictures = find_pictures([photographs])[0] if pictures is None else pictures
-        return build_index(out, loaded, pictures, describe(loaded, "tiny"), damage, batch=batch)
+        return build_index(
+            out, model, pictures, describe(model, "tiny"), damage, batch=batch, **options
+        )
 
     return build
+
+
+@pytest.fixture
+def interrupt(build, tmp_path, monkeypatch):
+    """Begin a build, and end it after so many parts."""
+
+    def interrupt(parts, **options):
+        save, saved = Index.save, []
+
+        def interrupted(index, path):
+            save(index, path)
+            saved.append(path)
+            if len(saved) == parts:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Index, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "i", **options)
+        monkeypatch.setattr(Index, "save", save)
+
+    return interrupt
 
 
 def test_a_build_is_what_embedding_in_memory_gives(build, loaded, photographs, tmp_path):
@@ -630,61 +697,187 @@ def test_a_build_is_what_embedding_in_memory_gives(build, loaded, photographs, t
     assert not (tmp_path / "i.parts").exists()
 
 
-def test_an_interrupted_build_continues(build, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch, capsys):
     build(tmp_path / "whole")
-    save, saved = Index.save, []
-
-    def interrupted(index, path):
-        save(index, path)
-        saved.append(path)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Index, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "i")
+    interrupt(parts=2)
     assert len(list((tmp_path / "i.parts").glob("*.safetensors"))) == 2
     assert not (tmp_path / "i").exists()
-    with pytest.raises(ValueError, match="i.parts: holds an unfinished .*another batch;"):
-        build(tmp_path / "i", batch=3)
-    with pytest.raises(ValueError, match="another pictures"):
-        build(tmp_path / "i", pictures=["a.png"])
+    save, saved = Index.save, []
+    monkeypatch.setattr(Index, "save", lambda index, path: [save(index, path), saved.append(path)])
     capsys.readouterr()
     build(tmp_path / "i")
     assert "continued, 2 of 3 parts" in capsys.readouterr().err
-    assert len(saved) == 4  # the third part, and the whole
+    assert len(saved) == 2  # the third part, and the whole
     assert (tmp_path / "i").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not (tmp_path / "i.parts").exists()
 
 
-@pytest.mark.parametrize(
-    "changed, change",
-    [
-        ("model", {"model": "another"}),
-        ("revision", {"revision": "another"}),
-        ("fingerprint", {"fingerprint": "1" * 64}),
-        ("dtype", {"dtype": "bfloat16"}),
-        ("transform", {"transform": ImageTransform(40, image_std=(1, 1, 1))}),
-        ("transform", {"transform": ImageTransform(40, reference="openai")}),
-        ("batch", {}),
-        ("pictures", {}),
-        ("folder", {}),
-        ("part", {}),
-    ],
-)
-def test_another_build_is_not_continued(loaded, tmp_path, monkeypatch, changed, change):
-    def start(encoder, pictures=("a.png",), batch=4):
-        begin(tmp_path / "parts", build_settings(loaded, pictures, encoder, batch))
+@pytest.mark.parametrize("changed", ["batch", "pictures", "picture", "folder", "part"])
+def test_parts_of_another_build_are_made_anew(
+    build, interrupt, photographs, tmp_path, monkeypatch, changed
+):
+    """What is left of it never becomes a part of this one, and nobody has to delete it."""
+    monkeypatch.chdir(tmp_path)
+    interrupt(parts=3)
+    options = {}
+    if changed == "batch":
+        options["batch"] = 3
+    elif changed == "pictures":
+        options["pictures"] = find_pictures([photographs])[0][1:]
+    elif changed == "picture":
+        blots(50).save(photographs / "a.JPG")
+    elif changed == "folder":
+        monkeypatch.chdir(photographs)
+    else:
+        monkeypatch.setattr(retrieval.building, "PART", 3)
+    build(tmp_path / "i", **options)
+    build(tmp_path / "fresh", **options)
+    assert (tmp_path / "i").read_bytes() == (tmp_path / "fresh").read_bytes()
+    assert not (tmp_path / "i.parts").exists()
 
-    start(ENCODER)
-    start(ENCODER)  # the same again
-    if changed == "folder":
-        monkeypatch.chdir(tmp_path)
-    if changed == "part":
-        monkeypatch.setattr(retrieval.building, "PART", 100)
-    other = {"batch": {"batch": 5}, "pictures": {"pictures": ("b.png",)}}.get(changed, {})
-    with pytest.raises(ValueError, match=f"holds an unfinished index with another {changed};"):
-        start(ENCODER._replace(**change), **other)
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("changed", ["weights", "dtype", "transform", "reference"])
+def test_what_another_model_made_is_replaced_by_force_alone(
+    build, interrupt, loaded, tmp_path, changed, whole
+):
+    """An index is not replaced without a word, nor is one that is not yet whole."""
+    if whole:
+        build(tmp_path / "i")
+    else:
+        interrupt(parts=1)
+    other = loaded._replace(model=twins(loaded.model.config, seed=1)[0])
+    if changed == "dtype":
+        other = loaded._replace(model=twins(loaded.model.config, dtype=torch.bfloat16)[0])
+    elif changed == "transform":
+        other = loaded._replace(transform=ImageTransform(40, image_std=(1, 1, 1)))
+    elif changed == "reference":
+        other = loaded._replace(transform=ImageTransform(40, reference="openai"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="was made by tiny.*, not by tiny.*--force") as raised:
+        build(tmp_path / "i", model=other)
+    assert str(raised.value).startswith(str(tmp_path / "i"))
+    assert {path: path.read_bytes() for path in before} == before
+    build(tmp_path / "i", model=other, force=True)
+    build(tmp_path / "fresh", model=other)
+    assert (tmp_path / "i").read_bytes() == (tmp_path / "fresh").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------
+# Updates
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """What is decoded for the model, in any order."""
+    seen, real = [], retrieval.building.pixels_of
+
+    def pixels_of(source, transform):
+        seen.append(str(source))
+        return real(source, transform)
+
+    monkeypatch.setattr(retrieval.building, "pixels_of", pixels_of)
+    return seen
+
+
+def test_an_update_embeds_what_is_new_or_changed_and_keeps_the_rest_bit_for_bit(
+    build, loaded, photographs, tmp_path, embedded, capsys
+):
+    before = build(tmp_path / "i")
+    rows = dict(zip(before.paths, before.embeddings.clone(), strict=True))
+    del embedded[:]
+    blots(20).save(photographs / "new.png")
+    (photographs / "b" / "deep").mkdir()
+    blots(21).save(photographs / "b" / "deep" / "new.png")
+    (photographs / "z.png").unlink()
+    (photographs / "c.tiff").rename(photographs / "d.tiff")
+    blots(22).save(photographs / "a.JPG")
+    (photographs / "b" / "x.webp").write_bytes(b"no picture any more")
+    capsys.readouterr()
+    after = build(tmp_path / "i")
+    new = ["a.JPG", "b/deep/new.png", "b/x.webp", "d.tiff", "new.png"]
+    assert sorted(embedded) == [str(photographs / name) for name in new]
+    assert "updated, 7 of 12 pictures" in capsys.readouterr().err
+    expected = find_pictures([photographs])[0]
+    gone = str(photographs / "b" / "x.webp")
+    assert list(after.paths) == [str(path) for path in expected if str(path) != gone]
+    (reason,) = after.skipped
+    assert gone in reason
+    kept = [path for path in after.paths if path in rows and path not in embedded]
+    assert len(kept) == 7
+    found = dict(zip(after.paths, after.embeddings, strict=True))
+    assert all(torch.equal(found[path], rows[path]) for path in kept)
+    whole = embed_images(loaded, expected)
+    torch.testing.assert_close(after.embeddings, whole.embeddings)
+    assert torch.equal(after.stamps, whole.stamps)
+
+    del embedded[:]
+    bits = (tmp_path / "i").read_bytes()
+    again = build(tmp_path / "i")
+    assert embedded == [gone]  # which may have been mended
+    assert (tmp_path / "i").read_bytes() == bits and len(again) == len(after)
+
+
+def test_an_update_sees_a_change_of_the_same_size(build, photographs, tmp_path, embedded):
+    build(tmp_path / "i")
+    z = photographs / "z.png"
+    size, then = z.stat().st_size, z.stat().st_mtime_ns
+    pixels = np.asarray(Image.open(z))[::-1]
+    Image.fromarray(pixels).save(z)
+    z.write_bytes(z.read_bytes().ljust(size, b" ")[:size])
+    os.utime(z, ns=(then, then + 1))
+    del embedded[:]
+    build(tmp_path / "i")
+    assert embedded == [str(z)]
+
+
+def test_a_tar_that_has_changed_is_read_again(build, photographs, tmp_path, embedded):
+    build(tmp_path / "i")
+    make_tar(photographs / "b" / "0.tar", {f"{i}.png": encoded(blots(i)) for i in (7, 30)})
+    del embedded[:]
+    after = build(tmp_path / "i")
+    in_tar = [str(photographs / "b" / "0.tar" / name) for name in ("30.png", "7.png")]
+    assert sorted(embedded) == in_tar
+    assert [path for path in after.paths if ".tar" in path] == in_tar[::-1]
+
+
+def test_force_embeds_everything_again(build, tmp_path, embedded):
+    build(tmp_path / "i")
+    bits = (tmp_path / "i").read_bytes()
+    del embedded[:]
+    build(tmp_path / "i", force=True)
+    assert len(embedded) == 11 and (tmp_path / "i").read_bytes() == bits
+
+
+def test_an_update_that_is_killed_leaves_the_old_index_and_continues(
+    build, interrupt, photographs, tmp_path, embedded
+):
+    build(tmp_path / "i")
+    for i in range(6):
+        blots(40 + i).save(photographs / f"new{i}.png")
+    old = (tmp_path / "i").read_bytes()
+    (tmp_path / "j").write_bytes(old)
+    build(tmp_path / "j")
+    interrupt(parts=1)
+    assert (tmp_path / "i").read_bytes() == old
+    del embedded[:]
+    build(tmp_path / "i")
+    assert sorted(Path(path).name for path in embedded) == ["new4.png", "new5.png"]
+    assert (tmp_path / "i").read_bytes() == (tmp_path / "j").read_bytes()
+
+
+def test_pictures_that_moved_with_their_folder_are_kept(
+    build, photographs, tmp_path, monkeypatch, embedded
+):
+    """The path is taken as it is written: here, relative to where the command runs."""
+    monkeypatch.chdir(photographs)
+    build("i", pictures=find_pictures(["."])[0])
+    photographs.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    del embedded[:]
+    index = build("i", pictures=find_pictures(["."])[0])
+    assert embedded == [] and len(index) == 11
+    assert np.array_equal(np.asarray(index.open("z.png")), np.asarray(blots(0)))
 
 
 def test_the_threads_are_as_many_as_workers(build, loaded, photographs, tmp_path, monkeypatch):
@@ -763,7 +956,7 @@ def test_a_killed_command_is_continued_by_the_same_command(
     os.mkfifo(last)  # nobody writes to it, so that the run is stuck before its last part is whole
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     try:
-        while not (tmp_path / "i.parts" / "000001.safetensors").exists():
+        while not list(tmp_path.glob("i.parts/000001-*.safetensors")):
             assert process.poll() is None  # stuck, and not ended by an error
             time.sleep(0.01)
     finally:
@@ -771,7 +964,8 @@ def test_a_killed_command_is_continued_by_the_same_command(
         process.wait()
         (tmp_path / "last.png").replace(last)
     assert not (tmp_path / "i").exists()
-    assert len(Index.load(tmp_path / "i.parts" / "000000.safetensors")) == 512
+    (first,) = tmp_path.glob("i.parts/000000-*.safetensors")
+    assert len(Index.load(first)) == 512
     capsys.readouterr()
     run_here(line)
     out, err = capsys.readouterr()
@@ -819,6 +1013,28 @@ def indexed(tmp_path_factory):
     line = ["embed", folder, "--model", "cifar10", "--out", folder / "index.safetensors"]
     assert main(list(map(str, line))) == 0
     return folder / "index.safetensors"
+
+
+def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photographs, tmp_path):
+    for name in ("1.heic", "2.HEIC", "b/3.NEF", "4.png"):
+        (photographs / name).write_bytes(HEIC if name.endswith(("c", "C")) else b"nothing")
+    line = ["embed", photographs, "--model", "cifar10", "--out", tmp_path / "i"]
+    status, out, err = run(*line, "--exclude", "b", "--exclude", "*.tiff")
+    assert status == 0 and "2 images, by cifar10" in out
+    counts = re.findall(r"skipped (\d+), which the index lists; the first: \S*/(\S+):", err)
+    if "HEIF" not in Image.OPEN:
+        assert counts == [("2", "1.heic"), ("1", "4.png")]
+        assert "pip install pillow-heif" in err
+    status, out, err = run(*line)
+    assert status == 0 and "11 images" in out and "updated, 2 of 15 pictures" in err
+    if "rawpy" not in sys.modules:
+        assert re.search(r"skipped 1, .*3.NEF: .*pip install rawpy", err)
+    status, out, err = run(*line, "--exclude", "b")  # what is excluded now is dropped
+    assert status == 0 and "3 images" in out and "updated, 3 of 6 pictures" in err
+    status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i")
+    assert status == 2 and err.count("\n") == 1 and "cifar10" in err and "--force" in err
+    status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i", "--force")
+    assert status == 0 and "11 images, by shapes" in out
 
 
 def test_search_prints_what_is_nearest(run, indexed):

@@ -35,6 +35,7 @@ from miniclip.surgery import (
     prune_heads,
     prune_neurons,
     reconfigure,
+    resize_channels,
     resize_image,
     resize_patch,
 )
@@ -341,6 +342,44 @@ def test_patches_resized_as_timm_resamples_them(recorded):
         assert_recorded(found, values, tolerance=1e-5)  # its pseudo-inverse is of float32
         with pytest.raises(AssertionError):
             assert_recorded(found.flip(2), values, tolerance=1e-3)
+
+
+def test_resize_channels_is_timms(recorded):
+    model = CLIP(replace(TINY, vision=replace(TINY.vision, width=12, heads=2, patch_size=2)))
+    model.vision.patch_embed.weight.data[:2] = record_timm.waves(2, 3, 2, 2)
+    for channels, values in zip(record_timm.CHANNELS, recorded["timm.channels"], strict=True):
+        found = resize_channels(model, channels)
+        assert found.config.vision.channels == channels
+        expected = torch.tensor(values)
+        assert (found.vision.patch_embed.weight[:2] - expected).abs().max() < 1e-6
+        assert expected.shape[1] == channels
+    assert resize_channels(model, 3).state_dict().keys() == model.state_dict().keys()
+
+
+def test_one_channel_reads_grey_as_three_read_it_and_more_keep_the_size():
+    model = tiny_clip().double()
+    grey = random_inputs(TINY)[0].double()[:, :1]
+    expected = model.encode_image(grey.expand(-1, 3, -1, -1))
+    for channels in (1, 2, 4, 6):
+        found = resize_channels(model, channels).encode_image(grey.expand(-1, channels, -1, -1))
+        if channels in (1, 6):  # each colour is there as often
+            torch.testing.assert_close(found, expected)
+        assert found.shape == expected.shape
+    with pytest.raises(ValueError, match="channels is 0"):
+        resize_channels(model, 0)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_are_saved_and_loaded(channels, tmp_path):
+    model = resize_channels(tiny_clip(), channels)
+    model.save_pretrained(tmp_path)
+    again = CLIP.from_pretrained(tmp_path)
+    pixels = torch.rand(2, channels, 40, 40)
+    assert torch.equal(again.encode_image(pixels), model.encode_image(pixels))
+    with torch.no_grad():
+        theirs = CLIPModel.from_pretrained(tmp_path).vision_model(pixels)
+        ours = model.vision.pool(model.vision.blocks(model.vision.embed_tokens(pixels)))
+    torch.testing.assert_close(theirs.pooler_output, ours)
 
 
 def test_contexts_stretched_as_open_clip_stretches_them(recorded):

@@ -8,11 +8,13 @@ import io
 import json
 import os
 import random
+import re
 import stat
 import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 import miniclip.transform as steps
+from miniclip.differentiable import transform_tensor
 from miniclip.errors import CheckpointError, ImageError
 from miniclip.files import pictures
 from miniclip.files.checks import REFERENCES
@@ -969,3 +972,162 @@ def test_saving_where_nothing_can_be_saved_is_a_checkpoint_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file: cannot save"):
         ImageTransform().save_pretrained(tmp_path / "file")
+
+
+# ------------------------------------------------------------------------------------------------
+# Formats that need another package
+
+
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes
+
+
+@pytest.mark.parametrize(
+    "name, data, package",
+    [
+        ("a.HEIC", HEIC, "pillow-heif"),
+        ("a.jpg", HEIC, "pillow-heif"),  # as some phones and browsers call it
+        ("a.hif", b"nothing", "pillow-heif"),
+        ("a.jxl", b"\xff\x0a", "pillow-jxl-plugin"),
+        ("a.NEF", b"II*\0", "rawpy"),
+        ("a.dng", encoded("tiff"), "rawpy"),  # a thumbnail, for Pillow
+    ],
+)
+def test_a_format_that_pillow_does_not_read_names_the_package_that_does(
+    name, data, package, tmp_path
+):
+    if package not in pictures.missing_packages().values():
+        pytest.skip(f"{package} is installed")
+    (tmp_path / name).write_bytes(data)
+    assert pictures.is_picture(name)
+    with pytest.raises(ImageError, match=rf"{name}: cannot be read: .*pip install {package}$"):
+        open_image(tmp_path / name)
+    with pytest.raises(ImageError, match=f"image cannot be read: .*pip install {package}$"):
+        open_image(data, name=name)
+
+
+def test_heic_is_read_if_its_package_is_there(tmp_path):
+    pytest.importorskip("pillow_heif")
+    image = Image.new("RGB", (48, 32), (200, 30, 30))
+    pictures.missing_packages()
+    for name in ("a.heic", "a.jpg"):
+        image.save(tmp_path / name, "heif")
+        found = ImageTransform(8)(tmp_path / name)
+        torch.testing.assert_close(found, ImageTransform(8)(image), atol=0.1, rtol=0)
+    (tmp_path / "a.heic").write_bytes(HEIC)
+    with pytest.raises(ImageError) as raised:
+        open_image(tmp_path / "a.heic")
+    assert "pip install" not in str(raised.value)
+
+
+def test_raw_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
+    """A stand-in for rawpy: what it gives is the picture, and never what Pillow would find."""
+
+    class Raw:
+        def __init__(self, file):
+            self.data = file.read() if hasattr(file, "read") else Path(file).read_bytes()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def postprocess(self, use_camera_wb):
+            assert use_camera_wb
+            return np.full((9, 7, 3), self.data[0], np.uint8)
+
+    monkeypatch.setitem(sys.modules, "rawpy", type("rawpy", (), {"imread": Raw}))
+    pictures.missing_packages.cache_clear()
+    try:
+        (tmp_path / "a.NEF").write_bytes(b"\7" + encoded("tiff"))
+        for found in (open_image(tmp_path / "a.NEF"), open_image(b"\7", name="a.NEF")):
+            assert found.size == (7, 9) and found.getpixel((0, 0)) == (7, 7, 7)
+    finally:
+        pictures.missing_packages.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------
+# Bytes and floats
+
+
+def test_the_bytes_of_a_file_are_a_picture_in_any_container(tmp_path):
+    data = encoded("png")
+    (tmp_path / "a.png").write_bytes(data)
+    transform = ImageTransform(8)
+    expected = transform(tmp_path / "a.png")
+    with open(tmp_path / "a.png", "rb") as file:
+        for picture in (data, bytearray(data), memoryview(data), io.BytesIO(data), file):
+            assert torch.equal(transform(picture), expected), type(picture)
+    assert torch.equal(transform([data, bytearray(data)]), expected.expand(2, -1, -1, -1))
+
+
+@pytest.mark.parametrize("most, refused", [(1.0, True), (0.02, True), (np.nan, True), (255, False)])
+def test_floats_from_0_to_1_are_refused_with_the_reason(most, refused, tmp_path):
+    values = np.linspace(0, most, 80, dtype=np.float32).reshape(8, 10)
+    image = Image.fromarray(values)
+    image.save(tmp_path / "a.tiff")
+    for picture in (image, tmp_path / "a.tiff", (tmp_path / "a.tiff").read_bytes()):
+        if refused:
+            with pytest.raises(ImageError, match=r"floats, and the largest is .*multiply by 255"):
+                ImageTransform(8)(picture)
+        else:
+            ImageTransform(8)(picture)
+    black = Image.fromarray(np.zeros((8, 10), np.float32))
+    assert torch.equal(ImageTransform(8)(black), ImageTransform(8)(Image.new("RGB", (10, 8))))
+
+
+# ------------------------------------------------------------------------------------------------
+# The differentiable twin
+
+
+SIZES = [(64, 64), (51, 300), (301, 225), (20, 31), (66, 67)]
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("kind", ["noise", "black and white", "photograph"])
+def test_the_twin_is_as_near_as_it_says(kind, reference):
+    pattern = r"at most ([\d.]+)/255 .* ([\d.]+)/255 in\s+the mean"
+    said = re.search(pattern, transform_tensor.__doc__, re.S)
+    largest, mean = map(float, said.groups())
+    rng, found = np.random.default_rng(0), []
+    for size in SIZES:
+        picture = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        if kind == "black and white":
+            picture = picture // 128 * 255
+        elif kind == "photograph":  # as smooth as one
+            small = Image.fromarray(picture[:7, :7])
+            picture = np.array(small.resize(size[::-1], Image.Resampling.BICUBIC))
+        exact = ImageTransform(64, crop_size=60, reference=reference)
+        floats = torch.from_numpy(picture).permute(2, 0, 1) / 255
+        std = torch.tensor(exact.image_std)[:, None, None]
+        error = (transform_tensor(exact, floats) - exact(picture)).abs() * std * 255
+        assert error.max() < (largest if size != (64, 64) else 1e-3)
+        assert error.mean() < mean
+        found.append(error.max().item())
+    assert max(found) > largest / 2  # it says no more than it must
+
+
+def test_the_twin_has_gradients():
+    transform = ImageTransform(6, crop_size=5)
+    image = 0.2 + 0.6 * torch.rand(2, 3, 9, 12, dtype=torch.float64)
+    image.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: transform_tensor(transform, x), image)
+    single = transform_tensor(transform, image[0])
+    assert torch.equal(single, transform_tensor(transform, image)[0]) and single.shape == (3, 5, 5)
+    found = torch.vmap(lambda x: transform_tensor(transform, x))(image)
+    torch.testing.assert_close(found, transform_tensor(transform, image))
+
+
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), "floats from 0 to 1 .*torch.uint8"),
+        (torch.zeros(8, 8, 3), r"found torch.float32 \(8, 8, 3\)"),
+        (torch.full((3, 8, 8), 255.0), "found 255 to 255: divide bytes by 255"),
+        (torch.full((3, 8, 8), -1.8), "do not normalise"),
+        (torch.zeros(3, 0, 8), "no pixels"),
+    ],
+)
+def test_the_twin_refuses_what_is_no_image(images, words):
+    with pytest.raises(ImageError, match=words):
+        transform_tensor(ImageTransform(8), images)

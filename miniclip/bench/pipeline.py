@@ -82,7 +82,8 @@ def embed_suite(setting: Setting) -> Iterator[Case]:
     pixels = ours.transform(batches[0]).to(setting.device)
 
     def together() -> Tensor:
-        ((embeds, *_),) = embed_parts(loaded, [list(map(str, paths))], setting.batch, silent=True)
+        part = [(str(path), (0, 0)) for path in paths]
+        ((embeds, *_),) = embed_parts(loaded, [part], setting.batch, silent=True)
         return embeds
 
     @torch.inference_mode()

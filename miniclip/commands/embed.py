@@ -30,7 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         metavar="FILE",
-        help="the index, a safetensors file; if killed, the same command continues",
+        help="the index, a safetensors file; the same command continues it if it was killed, and "
+        "updates it if pictures have come, changed or gone",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="embed all again, also if another model made the index"
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out files and folders of this name, as 'raw' or '*.gif', or path, as '2019/*'",
     )
     parser.add_argument(
         "--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)"
@@ -58,16 +69,20 @@ def run(args: argparse.Namespace) -> int:
     from miniclip.training import process_group
 
     keep_freed_memory()
-    pictures, damage = find_pictures(args.paths)
+    pictures, damage = find_pictures(args.paths, args.exclude)
     with process_group(args.device) as device:
         loaded = load_model(args, device=device, dtype=getattr(torch, args.dtype))
         encoder = describe(loaded, *lasting_name(args.model, args.revision))
-        index = build_index(args.out, loaded, pictures, encoder, damage, args.batch, args.workers)
+        options = (args.batch, args.workers, args.force)
+        index = build_index(args.out, loaded, pictures, encoder, damage, *options)
     if os.environ.get("RANK", "0") != "0":
         return 0
-    if index.skipped:
-        count = f"{len(index.skipped):,}"
-        note(f"miniclip: skipped {count}, which the index lists; the first: {index.skipped[0]}")
+    kinds: dict[str, list[str]] = {}  # what needs one package is one kind, and damage another
+    for reason in index.skipped:
+        kinds.setdefault(reason.partition(": pip install ")[2], []).append(reason)
+    for reasons in kinds.values():
+        count = f"{len(reasons):,}"
+        note(f"miniclip: skipped {count}, which the index lists; the first: {reasons[0]}")
     if args.json:
         print_json(
             {

@@ -6,6 +6,9 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from functools import cache
+from importlib import import_module
 from os import PathLike
 from typing import Any, BinaryIO
 
@@ -16,28 +19,110 @@ from torch import Tensor
 
 from miniclip.errors import ImageError
 
-Picture = Image.Image | str | PathLike[str] | bytes | BinaryIO | np.ndarray | Tensor
+Bytes = bytes | bytearray | memoryview  # of an image file
+Picture = Image.Image | str | PathLike[str] | Bytes | BinaryIO | np.ndarray | Tensor
+
+
+# What reads a format that Pillow does not read by itself: a package, its module, and the endings.
+RAW = (
+    ".3fr .arw .cr2 .cr3 .crw .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .rw2 "
+    ".rwl .sr2 .srf .srw .x3f"
+).split()
+PACKAGES = {
+    "pillow-heif": ("pillow_heif.HeifImagePlugin", [".heic", ".heif", ".hif"]),
+    "pillow-avif-plugin": ("pillow_avif", [".avif"]),
+    "pillow-jxl-plugin": ("pillow_jxl", [".jxl"]),
+    "rawpy": ("rawpy", RAW),
+}
+SYSTEM_FOLDERS = frozenset(  # of network drives, Windows, Linux and macOS
+    "@eadir @recycle @recently-snapshot #recycle #snapshot $recycle.bin lost+found __macosx".split()
+) | {"system volume information"}
+
+
+@cache
+def missing_packages() -> dict[str, str]:
+    """Import what is installed of PACKAGES, whose plugins Pillow then uses.
+
+    Returns for each ending that cannot be read without another package its name.
+    """
+    missing: dict[str, str] = {}
+    for package, (module, endings) in PACKAGES.items():
+        try:
+            import_module(module)
+        except ImportError:
+            missing |= dict.fromkeys(endings, package)
+    return {ending: package for ending, package in missing.items() if ending not in _of_pillow()}
+
+
+def _of_pillow() -> set[str]:
+    return {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """The endings of pictures, also of those that need another package."""
+    missing_packages()
+    return frozenset(_of_pillow().union(*(endings for _, endings in PACKAGES.values())))
+
+
+def is_picture(name: str) -> bool:
+    """Whether the name ends as one of `picture_suffixes`, in any case."""
+    return os.path.splitext(name)[1].lower() in picture_suffixes()
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a system keeps a file or folder of this name for itself, as for thumbnails."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
 def open_image(
-    file: str | PathLike[str] | bytes | BinaryIO, formats: tuple[str, ...] | None = None
+    file: str | PathLike[str] | Bytes | BinaryIO,
+    formats: tuple[str, ...] | None = None,
+    name: str = "",
 ) -> Image.Image:
     """The first frame of an image file, turned upright (EXIF), in the file's mode.
 
-    `file` is a path, the bytes of a file, or an open binary file. `formats` are the allowed formats
-    by Pillow's names. Never warns. Raises ImageError with the path and the reason; an image above
+    `file` is a path, the bytes of a file, or an open binary file, which may be called `name`.
+    `formats` are the allowed formats by Pillow's names. HEIC and camera raw need a package of
+    `PACKAGES`. Never warns. Raises ImageError with the path and the reason; an image above
     `MAX_PIXELS` pixels is refused as a decompression bomb.
     """
-    if isinstance(file, bytes):
+    if isinstance(file, Bytes):
         file = io.BytesIO(file)
     # os.fspath raises TypeError for a number, which Pillow would take for a file descriptor.
-    name = "the image" if hasattr(file, "read") else f"{os.fspath(file)!s}:"
+    title = "the image" if hasattr(file, "read") else f"{os.fspath(file)!s}:"
+    suffix = os.path.splitext(name or title.rstrip(":"))[1].lower()
+    missing = missing_packages()
     try:
+        if suffix in RAW:  # of which Pillow would read the thumbnail
+            return _read_raw(file)
         with no_warnings, Image.open(file, formats=formats) as image:
             ImageOps.exif_transpose(image, in_place=True)  # reads the pixels first
     except Exception as error:  # Pillow's parsers raise many kinds of errors
-        raise ImageError(f"{name} cannot be read: {reason_of(error)}") from error
+        reason = reason_of(error)
+        if isinstance(error, UnidentifiedImageError | ImportError):
+            suffix = ".heic" if _is_heic(file) else suffix
+            if suffix in missing:
+                reason = f"{suffix} needs another package: pip install {missing[suffix]}"
+        raise ImageError(f"{title} cannot be read: {reason}") from error
     return image
+
+
+def _read_raw(file: Any) -> Image.Image:
+    """What a camera's sensor saw, developed with the camera's white balance, upright."""
+    import rawpy
+
+    with rawpy.imread(file if hasattr(file, "read") else os.fspath(file)) as raw:
+        return Image.fromarray(raw.postprocess(use_camera_wb=True))
+
+
+def _is_heic(file: Any) -> bool:
+    """Whether a file begins as HEIC does. Many such files are called .jpg."""
+    with suppress(OSError, ValueError):
+        with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as stream:
+            stream.seek(0)
+            return stream.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")
+    return False
 
 
 def with_name(name: str, error: ImageError) -> str:
@@ -48,10 +133,10 @@ def with_name(name: str, error: ImageError) -> str:
 def as_image(picture: Picture) -> Image.Image:
     """A picture in any accepted form as a Pillow image. Raises ImageError or TypeError."""
     if isinstance(picture, Image.Image):
-        return picture
-    if isinstance(picture, str | PathLike | bytes) or hasattr(picture, "read"):
+        return check_floats(picture)
+    if isinstance(picture, str | PathLike | Bytes) or hasattr(picture, "read"):
         file: Any = picture
-        return open_image(file)
+        return check_floats(open_image(file))
     if isinstance(picture, np.ndarray):
         shape, channels, is_bytes = "(H, W, 3)", picture.shape[-1:], picture.dtype == np.uint8
     elif isinstance(picture, Tensor):
@@ -65,7 +150,8 @@ def as_image(picture: Picture) -> Image.Image:
         raise ImageError(
             f"expected bytes (uint8, 0 to 255), found {picture.dtype}. A float image may be scaled "
             "to 0..1 already and would be scaled twice: pass the bytes it was made from, or, if "
-            "it is normalised too, pass it to the model itself"
+            "it is normalised too, pass it to the model itself. For gradients, see "
+            "miniclip.differentiable"
         )
     if picture.ndim != 3 or tuple(channels) != (3,) or 0 in picture.shape:
         raise ImageError(
@@ -77,10 +163,24 @@ def as_image(picture: Picture) -> Image.Image:
     return Image.fromarray(picture)
 
 
+def check_floats(image: Image.Image) -> Image.Image:
+    """The image itself. Raises ImageError for floats that Pillow would cut off to black."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        most = np.abs(values).max(initial=0)
+        if not np.isfinite(most) or 0 < most <= 1:
+            name = getattr(image, "filename", "") or "the image"
+            raise ImageError(
+                f"{name}: has floats, and the largest is {most:.3g}: expected 0 to 255. If they go "
+                "from 0 to 1, multiply by 255 first"
+            )
+    return image
+
+
 def reason_of(error: Exception) -> str:
     """One line of what an error says."""
     if isinstance(error, UnidentifiedImageError):
-        return "not an image, or damaged in its first bytes"
+        return "not an image that Pillow reads, or damaged in its first bytes"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())
 

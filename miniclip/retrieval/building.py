@@ -1,4 +1,4 @@
-"""Pictures -> an index, in parts that survive the end of the process."""
+"""Pictures -> an index. The same command continues it after a kill, and updates it later."""
 
 import os
 import shutil
@@ -9,7 +9,6 @@ from hashlib import sha256
 from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,14 +17,14 @@ from torch import Tensor
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ImageError
 from miniclip.files.ahead import read_ahead
-from miniclip.files.reading import read_json
-from miniclip.files.writing import write_json
-from miniclip.retrieval.index import Encoder, Index, Strings, describe, embed
-from miniclip.retrieval.pictures import Member, pixels_of
+from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings, describe, embed
+from miniclip.retrieval.pictures import Member, Stamp, pixels_of, stamp
 from miniclip.terminal import progress
 
 PART = 512
 """Pictures between two savings: so many, at most, are embedded again after a kill."""
+
+Stamped = tuple[str | Member, Stamp]
 
 
 def embed_images(
@@ -37,17 +36,14 @@ def embed_images(
 ) -> Index:
     """An index in memory of pictures that `find_pictures` has found, or of paths.
 
-    Threads (`workers`, or as many as torch uses) decode ahead of the encoder. A picture that cannot
-    be read is listed in `skipped`. Raises ValueError where an embedding is no unit vector.
-
-    Threads and not processes: of a JPEG of 640 x 480 Python's lock is held for 3 % of the time
-    (0.2 of 7 ms), and two processes of a DataLoader, alternated with two threads on two busy cores,
-    were no faster: threads gave 1.02, 1.12 and 0.90 times as many images a second (an encoder of
-    one thin layer, the checkpoints shapes and cifar10; torch 2.13.0, 2026-11-24).
+    Threads (`workers`, or as many as torch uses) decode ahead of the encoder; processes were no
+    faster, because Pillow decodes outside Python's lock. A picture that cannot be read is listed in
+    `skipped`. Raises ValueError if an embedding is not a unit vector.
     """
     check_counts(batch, workers)
-    ((embeddings, paths, skipped),) = embed_parts(loaded, [pictures], batch, workers)
-    return Index(embeddings, Strings.pack(paths), describe(loaded, name), skipped, os.getcwd())
+    stamped = [(picture, stamp(picture)) for picture in pictures]
+    ((embeddings, paths, stamps, skipped),) = embed_parts(loaded, [stamped], batch, workers)
+    return Index(embeddings, paths, describe(loaded, name), skipped, os.getcwd(), stamps)
 
 
 def build_index(
@@ -58,13 +54,19 @@ def build_index(
     damage: Sequence[str] = (),
     batch: int = 64,
     workers: int | None = None,
+    force: bool = False,
 ) -> Index:
     """`embed_images` into the file `out`, with what `find_pictures` found damaged among `skipped`.
 
-    Saves a part every 512 pictures, in a folder beside `out` that goes when the index is whole. A
-    build that was killed and is started again continues, and ends in the same bytes; so does one
-    under torchrun, each of whose processes calls this. Raises ValueError where the folder holds the
-    parts of another build, or no picture can be read.
+    An index that is there already is updated: it then has the pictures given and no others, and an
+    embedding whose picture has not changed is kept, bit for bit. A picture is known by its path as
+    it is written, its size and its time of change. A hash would mean reading every file again.
+    `force` embeds everything again.
+
+    A part is saved every 512 pictures, in a folder beside `out` that goes when the index is whole.
+    A build that was killed and is started again continues, and ends in the same bytes; so does one
+    under torchrun, each of whose processes calls this. Raises ValueError if another model made what
+    is there, or no picture can be read.
     """
     check_counts(batch, workers)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -72,30 +74,59 @@ def build_index(
     out = Path(out)
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; expected the name of a file to be written")
-    if out.exists():
-        Index.load(out)  # an older index is replaced, and nothing else is
     folder = out.with_name(f"{out.name}.parts")
-    parts = [pictures[i : i + PART] for i in range(0, len(pictures), PART)]
-    files = [folder / f"{i:06}.safetensors" for i in range(len(parts))]
-    if rank == 0:
-        begin(folder, build_settings(loaded, pictures, encoder, batch))
-    barrier()
+    old = Index.load(out) if out.exists() else None  # nothing but an index is replaced
+    if force:
+        old = None
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        barrier()
+    for path in [out] * bool(old) + sorted(folder.glob("*.safetensors"))[:1]:
+        advice = "name another file, or replace it with --force"
+        Index.load(path).encoder.check(encoder, str(path), advice)
+
+    stamped = [(picture, stamp(picture)) for picture in pictures]
+    kept = unchanged(old, stamped) if old else {}
+    todo = [one for one in stamped if str(one[0]) not in kept]
+    parts = [todo[i : i + PART] for i in range(0, len(todo), PART)]
+    decides = (encoder.fingerprint, encoder.transform, loaded.model.logit_scale.device.type, batch)
+    keys = [sha256(repr((decides, part)).encode()).hexdigest() for part in parts]
+    files = [folder / f"{i:06}-{key[:16]}.safetensors" for i, key in enumerate(keys)]
     missing = [i for i, file in enumerate(files) if not file.exists()]
-    if rank == 0 and len(missing) < len(parts):
-        print(
-            f"{out}: continued, {len(parts) - len(missing)} of {len(parts)} parts were done",
-            file=sys.stderr,
-        )
+    if rank == 0:
+        if old:
+            gone = len(set(old.paths) - {str(picture) for picture in pictures})
+            says = (
+                f"{len(kept):,} of {len(pictures):,} pictures are as they were, {gone:,} are gone"
+            )
+            print(f"{out}: updated, {says}", file=sys.stderr)
+        if done := len(parts) - len(missing):
+            print(f"{out}: continued, {done} of {len(parts)} parts were done", file=sys.stderr)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written: {error.strerror}") from None
     barrier()  # before a part is added to those that the others count
 
     mine = missing[rank::world]
     made = embed_parts(loaded, [parts[i] for i in mine], batch, workers, silent=rank > 0)
-    for i, (embeddings, paths, skipped) in zip(mine, made, strict=True):
-        index = Index(embeddings, Strings.pack(paths), encoder, skipped, os.getcwd())
-        index.save(files[i])
+    for i, (embeddings, paths, stamps, skipped) in zip(mine, made, strict=True):
+        Index(embeddings, paths, encoder, skipped, os.getcwd(), stamps).save(files[i])
     barrier()
     if rank == 0:
-        merged([Index.load(file) for file in files], damage, folder / "embeddings").save(out)
+        new = [Index.load(file) for file in files]
+        reasons = [*damage, *chain(*(part.skipped for part in new))]
+        where = {name: (0, row) for name, row in kept.items()}
+        for i, part in enumerate(new, 1):
+            where |= {name: (i, row) for row, name in enumerate(part.paths)}
+        if not where:
+            shutil.rmtree(folder)  # another time they may be readable
+            raise ValueError(
+                f"none of the pictures can be read, {len(reasons)}; the first: {reasons[0]}"
+            )
+        names = [name for name in map(str, pictures) if name in where]
+        rows = gather([old or new[0], *new], [where[name] for name in names], folder / "embeddings")
+        Index(rows[0], Strings.pack(names), encoder, reasons, os.getcwd(), rows[1]).save(out)
         shutil.rmtree(folder)
     barrier()
     return Index.load(out)
@@ -108,84 +139,58 @@ def check_counts(batch: int, workers: int | None) -> None:
             raise ValueError(f"{name} is {count}; expected at least 1")
 
 
+def unchanged(old: Index, pictures: Sequence[Stamped]) -> dict[str, int]:
+    """The row in `old` of each picture that is as it was."""
+    rows = {key: i for i, key in enumerate(zip(old.paths, map(tuple, old.stamps.tolist())))}
+    now = ((str(picture), stamp) for picture, stamp in pictures)
+    return {key[0]: rows[key] for key in now if key in rows}
+
+
 def embed_parts(
     loaded: Loaded,
-    parts: Sequence[Sequence[str | Member]],
+    parts: Sequence[Sequence[Stamped]],
     batch: int = 64,
     workers: int | None = None,
     silent: bool = False,
-) -> Iterator[tuple[Tensor, list[str], list[str]]]:
-    """For each part its embeddings (N, E), their N paths, and why the others were skipped.
+) -> Iterator[tuple[Tensor, Strings, Tensor, list[str]]]:
+    """For each part its embeddings (N, E), their N paths, their stamps (N, 2), and why the others
+    were skipped.
 
     Which pictures share a batch is decided by their places in the part alone: the rounding of an
     embedding depends on it.
     """
     model, _, transform = loaded
-    decode = partial(pixels_of, transform=transform)
-    decoded = read_ahead(decode, chain(*parts), 2 * batch, workers)
-    total = sum(map(len, parts))
-    with progress(total=total, unit="image", disable=silent or None) as bar:
+    pictures = (picture for part in parts for picture, _ in part)
+    decoded = read_ahead(partial(pixels_of, transform=transform), pictures, 2 * batch, workers)
+    with progress(total=sum(map(len, parts)), unit="image", disable=silent or None) as bar:
         for part in parts:
             rows = [torch.empty(0, model.config.embed_dim)]
-            paths: list[str] = []
+            good: list[Stamped] = []
             skipped: list[str] = []
             for start in range(0, len(part), batch):
                 some = part[start : start + batch]
-                found = list(zip(map(str, some), islice(decoded, len(some)), strict=True))
-                good = [(path, x) for path, x in found if isinstance(x, Tensor)]
+                found = list(zip(some, islice(decoded, len(some)), strict=True))
                 skipped += [str(x) for _, x in found if isinstance(x, ImageError)]
-                if good:
-                    names, pixels = zip(*good, strict=True)
+                good += [one for one, x in found if isinstance(x, Tensor)]
+                if pixels := [x for _, x in found if isinstance(x, Tensor)]:
                     rows.append(embed(model, torch.stack(pixels)))
-                    paths += names
                 bar.update(len(some))
-            yield torch.cat(rows), paths, skipped
+            paths = Strings.pack(str(picture) for picture, _ in good)
+            stamps = torch.tensor([stamp for _, stamp in good], dtype=torch.int64).view(-1, 2)
+            yield torch.cat(rows), paths, stamps, skipped
 
 
-def build_settings(
-    loaded: Loaded, pictures: Sequence[str | Member], encoder: Encoder, batch: int
-) -> dict[str, Any]:
-    """What decides the bytes of a part."""
-    listed = "\0".join(map(repr, pictures)).encode("utf-8", "surrogateescape")
-    return encoder._asdict() | {
-        "transform": repr(encoder.transform),
-        "device": loaded.model.logit_scale.device.type,
-        "batch": batch,
-        "part": PART,
-        "pictures": sha256(listed).hexdigest(),
-        "folder": os.getcwd(),
-    }
-
-
-def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder for parts, or see that those in it were made with the same settings."""
-    path = folder / "settings.json"
-    if not path.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, settings)
-        except OSError as error:
-            raise ValueError(f"{folder}: cannot be written: {error.strerror}") from None
-    found = read_json(path)
-    if changed := [name for name, value in settings.items() if found.get(name) != value]:
-        raise ValueError(
-            f"{folder}: holds an unfinished index with another {', '.join(changed)}; give the same "
-            "again to continue it, or delete the folder"
-        )
-
-
-def merged(parts: Sequence[Index], damage: Sequence[str], scratch: Path) -> Index:
-    """The parts as one index, which lies in the file `scratch` and not in memory."""
-    skipped = [*damage, *chain(*(part.skipped for part in parts))]
-    rows = sum(map(len, parts))
-    if not rows:
-        shutil.rmtree(scratch.parent)  # another time they may be readable
-        raise ValueError(
-            f"none of the pictures can be read, {len(skipped)}; the first: {skipped[0]}"
-        )
-    width = parts[0].embeddings.shape[1]
-    size = rows * width
-    embeddings = torch.from_file(str(scratch), shared=True, size=size).view(rows, width)
-    torch.cat([part.embeddings for part in parts], out=embeddings)
-    paths = Strings.pack(chain(*(part.paths for part in parts)))
-    return Index(embeddings, paths, parts[0].encoder, skipped, parts[0].folder)
+def gather(
+    indexes: Sequence[Index], taken: Sequence[tuple[int, int]], scratch: Path
+) -> tuple[Tensor, Tensor]:
+    """The embeddings and stamps of some rows, each given by its index and its place there. The
+    embeddings lie in the file `scratch` and not in memory."""
+    which, places = torch.tensor(taken).T
+    width = indexes[0].embeddings.shape[1]
+    embeddings = torch.from_file(str(scratch), shared=True, size=len(taken) * width).view(-1, width)
+    stamps = torch.empty(len(taken), 2, dtype=torch.int64)
+    for i, index in enumerate(indexes):
+        for rows in (which == i).nonzero()[:, 0].split(BLOCK):
+            embeddings[rows] = index.embeddings[places[rows]]
+            stamps[rows] = index.stamps[places[rows]]
+    return embeddings, stamps

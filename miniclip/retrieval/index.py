@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -41,6 +41,15 @@ class Encoder(NamedTuple):
     def __str__(self) -> str:
         commit = f" at {self.revision}" if self.revision else ""
         return f"{self.model}{commit} (weights {self.fingerprint[:12]}, {self.dtype})"
+
+    def check(self, other: "Encoder", what: str, advice: str) -> None:
+        """Raises ValueError, which names both, unless the other one gives the same embeddings."""
+        ours, theirs = str(self), str(other)
+        if self.fingerprint == other.fingerprint:
+            if self.transform == other.transform:
+                return
+            ours, theirs = f"{self} with {self.transform}", f"{other} with {other.transform}"
+        raise ValueError(f"{what} was made by {ours}, not by {theirs}: {advice}")
 
 
 def fingerprint(model: CLIP) -> str:
@@ -121,6 +130,9 @@ class Index:
     encoder: Encoder
     skipped: Sequence[str] = ()  # for each picture that could not be read, which and why
     folder: str = ""  # that relative paths start from
+    stamps: Tensor = torch.empty(
+        0, 2, dtype=torch.int64
+    )  # (N, 2), each picture's `stamp`, if known
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -132,6 +144,7 @@ class Index:
             "embeddings": self.embeddings,
             "paths": self.paths.text,
             "path_ends": self.paths.ends,
+            "stamps": self.stamps,
             "skipped": skipped.text,
             "skipped_ends": skipped.ends,
         }
@@ -161,14 +174,13 @@ class Index:
                 Encoder(**made_by),
                 Strings(tensors["skipped"], tensors["skipped_ends"]),
                 about["folder"],
+                tensors["stamps"],
             )
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; `miniclip embed` writes one") from None
         except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"{path}: no index of `miniclip embed`, or damaged: {reason}"
-            ) from None
+            reason = f"no index of `miniclip embed`, or damaged: {type(error).__name__}: {error}"
+            raise ValueError(f"{path}: {reason}") from None
         x = index.embeddings
         if x.ndim != 2 or x.dtype != torch.float32 or len(x) != len(index.paths):
             raise ValueError(
@@ -211,29 +223,16 @@ class Index:
 
     def check(self, loaded: Loaded, name: str = "the model given") -> None:
         """Raises ValueError, which names both, unless `loaded` is what made the index."""
-        found = describe(loaded, name)
-        if found.fingerprint != self.encoder.fingerprint:
-            raise ValueError(
-                f"the index was made by {self.encoder}, not by {found}: cosines between the two "
-                "mean nothing"
-            )
-        if found.transform != self.encoder.transform:
-            raise ValueError(
-                f"the index was made by {self.encoder} with {self.encoder.transform}, and this is "
-                f"{name} with {found.transform}"
-            )
+        found, advice = describe(loaded, name), "cosines between the two mean nothing"
+        self.encoder.check(found, "the index", advice)
 
     def load_encoder(self, name: str | None = None, device: str = "cpu") -> Loaded:
         """Load the model that made the index, from `name` if it has moved. Raises ValueError where
         another one is found there."""
         made_by = self.encoder
-        loaded = load(
-            name or made_by.model,
-            device=device,
-            dtype=getattr(torch, made_by.dtype),
-            reference=made_by.transform.reference,
-            revision=None if name else made_by.revision,
-        )
+        options: Any = {"device": device, "reference": made_by.transform.reference}
+        revision, dtype = None if name else made_by.revision, getattr(torch, made_by.dtype)
+        loaded = load(name or made_by.model, revision=revision, dtype=dtype, **options)
         self.check(loaded, name or made_by.model)
         return loaded
 

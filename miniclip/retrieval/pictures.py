@@ -1,11 +1,10 @@
 """Pictures in folders and in tars."""
 
 import glob
-import io
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from miniclip.errors import ImageError
-from miniclip.files.pictures import open_image, with_name
+from miniclip.files.pictures import is_hidden, is_picture, open_image, with_name
 from miniclip.transform import ImageTransform
 
 
@@ -30,70 +29,95 @@ class Member(NamedTuple):
         return f"{self.archive}/{self.name}"
 
 
-@cache
-def picture_suffixes() -> frozenset[str]:
-    """The endings of the formats that Pillow reads."""
-    return frozenset(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+Stamp = tuple[int, int]
 
 
-def is_picture(name: str) -> bool:
-    """Whether the name ends as one of `picture_suffixes`, in any case."""
-    return os.path.splitext(name)[1].lower() in picture_suffixes()
+def stamp(picture: str | Member) -> Stamp:
+    """The size of a file, or of the tar it is in, and when it was changed last, in nanoseconds."""
+    try:
+        found = os.stat(picture.archive if isinstance(picture, Member) else picture)
+    except OSError:  # said when the picture is read
+        return (0, 0)
+    return (found.st_size, found.st_mtime_ns)
 
 
-def find_pictures(paths: Iterable[str | PathLike[str]]) -> tuple[list[str | Member], list[str]]:
+def find_pictures(
+    paths: Iterable[str | PathLike[str]], exclude: Sequence[str] = ()
+) -> tuple[list[str | Member], list[str]]:
     """The pictures that files, folders, patterns and tars stand for, and what is wrong with tars.
 
     A folder stands for the pictures and the tars in it and deeper, by their endings; a tar, such as
     WebDataset's shards, for the pictures in it; a pattern such as `2024/**/*.jpg` for the files it
-    fits. A file that is named is a picture, whatever its ending. Each is listed once, in the order
-    of the arguments, and sorted within. Raises ValueError where there is nothing.
+    fits. What `is_hidden` is left out there, and what fits a pattern of `exclude`, by its name or
+    by its path. A file that is named is a picture, whatever its ending. Each is listed once, in the
+    order of the arguments, and sorted within. Raises ValueError where there is nothing.
     """
     found: dict[str | Member, None] = {}
     damage: list[str] = []
     for path in (os.fspath(path) for path in paths):
         known_damage = len(damage)
         pictures: list[str | Member] = []
-        for name in _files(path):
-            pictures += _members(name, damage) if name.endswith(".tar") else [name]
-        if not pictures and len(damage) == known_damage:
+        for name in _files(path, exclude):
+            is_tar = name.endswith(".tar")
+            pictures += _members(name, damage, exclude) if is_tar else [name]
+        if not pictures and not exclude and len(damage) == known_damage:
             raise ValueError(f"{path}: no pictures; expected a picture, a folder or a .tar of them")
         found.update(dict.fromkeys(pictures))
+    if not found and not damage:
+        raise ValueError(f"all pictures are excluded, by {' '.join(exclude)}")
     return list(found), damage
 
 
-def _files(path: str) -> list[str]:
+def _is_wanted(path: str, exclude: Sequence[str], given: Sequence[str] = ()) -> bool:
+    """Whether nothing on a path is hidden, unless the user has written it, and nothing excluded."""
+    parts = Path(path).parts
+    if any(is_hidden(part) for part in parts if part not in given):
+        return False
+    names = [name.lower() for name in (path, *parts)]  # cameras write .RW2, and people *.rw2
+    patterns = [pattern.rstrip("/").lower() for pattern in exclude]
+    return not any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _files(path: str, exclude: Sequence[str]) -> list[str]:
+    given = Path(path).parts
+    if os.path.lexists(path) and not _is_wanted(path, exclude, given):
+        return []
     if os.path.isdir(path):
-        return sorted(_files_below(path), key=Path)
+        return sorted(_files_below(path, exclude), key=Path)
     if os.path.lexists(path):  # a link to nowhere is reported when it is read
         return [path]
     if not (matches := sorted(glob.glob(path, recursive=True))):
         raise ValueError(f"{path}: no such file or folder, and no pattern that fits any")
-    return [name for match in matches for name in _files(match)]
+    wanted = [name for name in matches if _is_wanted(name, exclude, given)]
+    return [name for match in wanted for name in _files(match, exclude)]
 
 
-def _files_below(root: str) -> Iterator[str]:
+def _files_below(root: str, exclude: Sequence[str]) -> Iterator[str]:
     """Pictures and tars, in linked folders too, each of which is gone into once."""
     seen = {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, followlinks=True):
+        below = Path(folder).relative_to(root)
+        names, folders[:] = (
+            [name for name in some if _is_wanted(str(below / name), exclude)]
+            for some in (names, folders)
+        )
         real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(folders)}
-        new = [name for path, name in real.items() if path not in seen]  # the same in each run
-        folders[:] = [name for name in new if not name.startswith(".")]
+        folders[:] = [name for path, name in real.items() if path not in seen]  # the same each run
         seen |= real.keys()
-        for path in (str(Path(folder, name)) for name in names if not name.startswith(".")):
+        for path in (str(Path(folder, name)) for name in names):
             is_wanted = is_picture(path) or path.endswith(".tar")
             if is_wanted and (os.path.isfile(path) or not os.path.exists(path)):
                 yield path
 
 
-def _members(archive: str, damage: list[str]) -> list[Member]:
+def _members(archive: str, damage: list[str], exclude: Sequence[str] = ()) -> list[Member]:
     """The pictures of a tar, up to where it is damaged. Of two of one name the later counts, as it
     does when a tar is unpacked."""
     members: dict[str, Member] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
             for file in tar:
-                if file.isfile() and is_picture(file.name):
+                if file.isfile() and is_picture(file.name) and _is_wanted(file.name, exclude):
                     member = Member(archive, file.name, file.offset_data, file.size)
                     members[file.name] = member
     except (OSError, tarfile.TarError) as error:
@@ -103,10 +127,8 @@ def _members(archive: str, damage: list[str]) -> list[Member]:
 
 def pixels_of(source: str | Member, transform: ImageTransform) -> Tensor:
     """A file, or a member of a tar, to (3, S, S). Raises ImageError, which names it."""
-    if isinstance(source, str):
-        return transform(source)
     try:
-        return transform(open_member(source))
+        return transform(source if isinstance(source, str) else open_member(source))
     except ImageError as error:
         raise ImageError(with_name(str(source), error)) from None
 
@@ -116,11 +138,9 @@ def open_member(member: Member) -> Image.Image:
     try:
         with open(member.archive, "rb") as file:
             file.seek(member.offset)
-            data = file.read(member.size)
+            return open_image(file.read(member.size), name=member.name)
     except OSError as error:
         raise ImageError(f"{member}: cannot be read: {error.strerror}") from error
-    try:
-        return open_image(io.BytesIO(data))
     except ImageError as error:
         raise ImageError(f"{member}: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -10,8 +11,6 @@ from miniclip.retrieval.index import Hit, Index
 from miniclip.transform import to_rgb
 
 TILE = 240  # pixels, of a picture on a sheet
-
-
 SHEETS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf")
 
 
@@ -54,7 +53,7 @@ def draw_sheet(
     return lost
 
 
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font_for(text: str, size: int) -> Any:
     """Pillow's font, which is for Latin; for other scripts one that matplotlib knows, if any."""
     if text.isascii():
         return ImageFont.load_default(size)
@@ -65,12 +64,7 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFo
     return ImageFont.truetype(font_file(text), size)
 
 
-def fitting(
-    text: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    width: int,
-    keep_end: bool = False,
-) -> str:
+def fitting(text: str, font: Any, width: int, keep_end: bool = False) -> str:
     """As much of a text as `width` pixels have room for: its beginning, or its end."""
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     shown = text

@@ -16,6 +16,7 @@ from miniclip.surgery.geometry import (
     add_registers,
     add_tokens,
     extend_context,
+    resize_channels,
     resize_image,
     resize_patch,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "add_registers",
     "add_tokens",
     "extend_context",
+    "resize_channels",
     "resize_image",
     "resize_patch",
     "ablate_heads",

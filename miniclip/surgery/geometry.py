@@ -131,6 +131,33 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
     return check_rebuilt("resize_patch", new)
 
 
+def resize_channels(model: CLIP, channels: int) -> CLIP:
+    """A model for images of so many channels, such as 4 with depth or near infrared.
+
+    timm's rule (adapt_input_conv): for one channel the kernels are summed, which reads a grey image
+    as before; for more they are repeated in order and scaled, so that the sum keeps its size. The
+    checkpoint's transform stays RGB: the other channels are the caller's to make.
+
+    >>> from miniclip import CLIP
+    >>> four = resize_channels(CLIP.from_pretrained("shapes"), 4)
+    >>> four.encode_image(torch.zeros(1, 4, 64, 64)).shape
+    torch.Size([1, 128])
+    """
+    follow("resize_channels", model.vision, ("embed_tokens",))
+    new, old = copied(model), model.config.vision.channels
+    if channels == old:
+        return new
+    reconfigure(new, "vision", channels=channels)
+    weight = _precise(new.vision.patch_embed.weight)  # (W, channels, size, size)
+    if channels == 1:
+        kernels = weight.sum(1, keepdim=True)
+    else:
+        kernels = weight[:, torch.arange(channels) % old] * (old / channels)
+    _assign(new.vision.patch_embed, "weight", kernels.to(new.vision.patch_embed.weight))
+    new.vision.patch_embed.in_channels = channels
+    return check_rebuilt("resize_channels", new, "vision")
+
+
 def extend_context(
     model: CLIP, length: int, *, keep: int | None = None, method: str = "longclip"
 ) -> CLIP:

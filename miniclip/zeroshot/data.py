@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from miniclip.files.checks import as_list
+from miniclip.files.pictures import is_hidden
 from miniclip.zeroshot.prompts import IMAGENET_CLASSES, IMAGENET_WNIDS
 
 
@@ -35,7 +36,7 @@ def labelled_images(
         entries = list(root.iterdir())
     except OSError as error:
         raise ValueError(f"{root}: {error.strerror}; expected a folder of class folders") from None
-    found = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+    found = [path for path in entries if path.is_dir() and not is_hidden(path.name)]
     if not found:
         raise ValueError(f"{root}: no folders in it; expected one for each class, of images")
     if all(folder.name.isdecimal() for folder in found):
@@ -68,8 +69,8 @@ def with_classes_of(images: LabelledImages, others: Iterable[LabelledImages]) ->
 
 
 def is_visible_file(path: Path, folder: Path) -> bool:
-    """Not a folder, and nothing that a desktop or an editor hid there, such as .DS_Store."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    """Not a folder, and nothing that a system hid there, such as .DS_Store."""
+    hidden = any(map(is_hidden, path.relative_to(folder).parts))
     return not hidden and path.is_file()
 
 

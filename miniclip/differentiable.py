@@ -1,0 +1,79 @@
+"""The image transform on tensors, with gradients: for attacks, learned images, and augmentation
+where the images are.
+
+It is a second way to nearly the same pixels, not the transform itself: Pillow rounds to bytes after
+each half of the resize, and tensors do not.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from miniclip.errors import ImageError
+from miniclip.files.checks import can_look_at
+from miniclip.transform import ImageTransform, center_crop, resize_short_side
+
+
+class TensorImage:
+    """RGB floats (B, 3, H, W) with what the transform's steps use of a Pillow image."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
+        self.height, self.width = pixels.shape[-2:]
+        self.size = (self.width, self.height)
+
+    def resize(self, size: tuple[int, int], resample: int) -> "TensorImage":
+        """Pillow's antialiased bicubic: along the rows, then along the columns. Both times, what
+        overshoots 0 or 1 is cut off."""
+        pixels = self.pixels
+        for sides in ((self.height, size[0]), (size[1], size[0])):
+            pixels = F.interpolate(pixels, sides, mode="bicubic", antialias=True).clamp(0, 1)
+        return TensorImage(pixels)
+
+    def crop(self, box: tuple[int, int, int, int]) -> "TensorImage":
+        """The inside of (left, top, right, bottom); outside of the image, 0."""
+        left, top, right, bottom = box
+        sides = (-left, right - self.width, -top, bottom - self.height)
+        return TensorImage(F.pad(self.pixels, sides))
+
+
+def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
+    """What `transform` makes of pictures, nearly, and differentiable.
+
+    Args:
+        images: (B, 3, H, W) or (3, H, W), RGB floats from 0 to 1, on any device.
+    Returns:
+        (B, 3, S, S) or (3, S, S) pixels for the vision tower, in the images' dtype.
+    Raises:
+        ImageError: for anything else.
+
+    Before it is normalised, a pixel is at most 1.2/255 from the exact transform's and 0.32/255 in
+    the mean (photographs and noise, reduced and enlarged), and equal where nothing is resized.
+    Report final numbers by the exact transform, on the images rounded to bytes.
+
+    >>> import torch
+    >>> image = torch.rand(3, 48, 64, requires_grad=True)
+    >>> transform_tensor(ImageTransform(32), image).sum().backward()
+    >>> image.grad.shape
+    torch.Size([3, 48, 64])
+    """
+    if not images.is_floating_point() or images.ndim not in (3, 4) or images.shape[-3] != 3:
+        raise ImageError(
+            "expected floats from 0 to 1 of the shape (B, 3, H, W) or (3, H, W), found "
+            f"{images.dtype} {tuple(images.shape)}"
+        )
+    if can_look_at(images) and images.numel():
+        least, most = (x.item() for x in images.detach().aminmax())
+        if not -0.5 <= least <= most <= 1.5:  # a step of an attack may go a little too far
+            raise ImageError(
+                f"expected floats from 0 to 1, found {least:.3g} to {most:.3g}: divide bytes by "
+                "255, and do not normalise, which is done here"
+            )
+    image: Any = TensorImage(images if images.ndim == 4 else images[None])
+    image = resize_short_side(image, transform.size)
+    image = center_crop(image, transform.crop_size, transform.reference)
+    mean = images.new_tensor(transform.image_mean)[:, None, None]
+    std = images.new_tensor(transform.image_std)[:, None, None]
+    pixels = (image.pixels - mean) / std
+    return pixels if images.ndim == 4 else pixels[0]
