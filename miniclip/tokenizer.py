@@ -202,8 +202,8 @@ class Tokenizer(PretrainedTokenizer):
     ) -> Tensor:
         """Texts -> ids (B, T) int64: in each row a start token, the text, an end token, padding.
 
-        T is `pad_to`, or else the longest row. A row of more than `pad_to` or `context_length`
-        tokens raises ContextLengthError; `truncate` cuts it and keeps the end token.
+        T is `pad_to`, which may exceed `context_length`, or else the longest row. A row of more
+        tokens than either raises ContextLengthError; `truncate` cuts it and keeps the end token.
         """
         limit = checks.check_pad_to(pad_to, self.context_length)
         rows = []

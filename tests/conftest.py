@@ -1,6 +1,7 @@
 """Fixtures that several test files share, and the environment that every test sees."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,6 +40,19 @@ def pytest_configure(config: pytest.Config) -> None:
         patch.setenv("OMP_NUM_THREADS", "1")
     config.add_cleanup(home.cleanup)
     config.add_cleanup(patch.undo)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks who is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `sweep(n)`, make every case slow except for one in n."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        sweep = item.get_closest_marker("sweep")
+        if sweep and not any(map(item.get_closest_marker, ("slow", "gpu"))):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % sweep.args[0]:
+                item.add_marker("slow")
+            cases[test] += 1
 
 
 @pytest.fixture(scope="session")

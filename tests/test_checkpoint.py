@@ -314,6 +314,7 @@ def test_what_training_saves_beside_the_tensors_is_left_aside(tmp_path, zipped):
     assert read.keys() == {"weight", "bias"} and torch.equal(read["weight"], linear.weight)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_a_file_has_ten_thousand_tensors_at_most(tmp_path, suffix):
     write = save_file if suffix == "safetensors" else torch.save

@@ -582,6 +582,7 @@ def test_the_version_is_that_of_the_package(run):
 # What a terminal gets to see, and when
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["no/where.png", "where", "where.xyz", "folder.png"])
 @pytest.mark.parametrize(
     "command",

@@ -83,6 +83,7 @@ def test_compiles_into_one_graph(model):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_is_one_graph_for_every_size(model):
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     assert_same(compiled, model)
@@ -96,6 +97,7 @@ def test_exports_with_any_batch_and_any_length(model):
     assert_same(exported(model).module(), model)
 
 
+@pytest.mark.slow
 def test_exports_with_attention_written_out():
     model, _ = twins(AS_OPENAI, attention="eager")
     assert_same(exported(model).module(), model)

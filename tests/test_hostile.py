@@ -673,6 +673,7 @@ def hand_made_cases():
     yield "60,000 records", buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_pickles_made_by_hand(referee):
     """Read as tensors alone, for no config describes one of four numbers."""
     numbers = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

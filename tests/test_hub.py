@@ -228,6 +228,7 @@ def as_open_clips(directory, name, model):
         torch.save(tensors, directory / name)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("write", "name"),
     [
@@ -330,6 +331,7 @@ def test_a_repository_without_weights(hub):
 # --------------------------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "fault, complaint",
     [

@@ -393,6 +393,7 @@ def test_a_causal_mask_among_the_buffers_is_known_and_another_is_not(tmp_path):
         CLIP.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_file_is_mapped_anew_after_16_megabytes_and_not_for_each_tensor(tmp_path, monkeypatch):
     opened = []
 
@@ -867,6 +868,7 @@ UNSAYABLE = [
 ]
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("config", "found", "refusing"), UNSAYABLE)
 def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing):
     with meta_device():
@@ -988,6 +990,7 @@ PEERS = {
 }
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("prefixed", [True, False, None], ids=["prefix", "as saved", "no prefix"])
 @pytest.mark.parametrize("name", PEERS)
 @torch.no_grad()

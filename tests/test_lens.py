@@ -200,6 +200,7 @@ def test_a_layer_without_heads_mixes_nothing(double):
 # ----------------------------------------------------------------------------------- decomposition
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("by", ["layer", "head", "token"])
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -714,6 +715,7 @@ def test_the_score_of_maps_with_known_answers():
     assert math.isclose(localisation("half", pixels, named, other).iou, 1 / 3, rel_tol=1e-6)
 
 
+@pytest.mark.slow
 def test_random_weights_are_scored_over_five_draws(shapes, monkeypatch):
     """Mean and deviation are those of the draws one by one; and the draws differ."""
     monkeypatch.setattr("miniclip.world.localise.METHODS", {"attention": METHODS["attention"]})
@@ -744,6 +746,7 @@ def test_maps_are_scored_in_evaluation_mode(monkeypatch):
     assert training == [False] * 6
 
 
+@pytest.mark.slow
 def test_methods_that_read_the_text_find_the_named_object(shapes, monkeypatch):
     """On the embedded checkpoint, whatever its training: better than chance, and no worse than the
     methods that are told nothing. Those must fall on either object equally often."""

@@ -269,6 +269,7 @@ PARAMETERS = {
 OFFICIAL = ("B/32", "B/16", "L/14", "L/14-336")
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_the_published_ones(name):
     with meta_device():
@@ -495,6 +496,7 @@ def assert_bit_equal(ours, theirs, pixels, ids):
     assert torch.equal(ours.encode_text(ids), theirs.get_text_features(ids).pooler_output)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_float32_is_bit_equal_at_every_batch_size(attention):
     ours, theirs = twins(TINY, attention=attention)
@@ -531,6 +533,7 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_shapes_that_no_preset_has(name, device):
     config = UNUSUAL[name]
@@ -576,6 +579,7 @@ def test_on_every_device(attention, device):
     assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < CUDA
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
@@ -659,6 +663,7 @@ def test_a_row_without_an_end_token_is_an_error():
         model.encode_text(ids)
 
 
+@pytest.mark.slow
 def test_a_row_without_an_end_token_is_nan_in_a_compiled_graph():
     """A graph cannot raise. Its other rows are as they are without it."""
     model = tiny_clip()
@@ -850,6 +855,7 @@ def test_reading_what_sdpa_never_makes_agrees_to_rounding(site):
     assert difference(seen[name], watch(model, [name], *inputs)[0][name]) < REORDERED
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 def test_editing_any_site_changes_the_output_and_letting_go_restores_it(kind):
     model, _ = twins(TINY, attention=kind)

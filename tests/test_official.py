@@ -218,6 +218,7 @@ def test_other_weights_are_told_from_openais(hub, monkeypatch):
 # What the rehearsal is worth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["rehearsal"], indirect=True)
 def test_only_what_is_needed_is_downloaded(hub, tmp_path):
     needed = {"config.json", "preprocessor_config.json", "tokenizer_config.json"}

@@ -131,6 +131,7 @@ def long_clip(loaded, directory):
     return miniclip.load(directory, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_long_clip(loaded, ids, tmp_path):
     short, rows = loaded.model.encode_text(ids), loaded.model.text.pos_embed.detach()
@@ -192,6 +193,7 @@ def without_least_important_heads(model, pixels, ids, count):
     return prune_heads(model, "vision", gone), importance
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_head_pruning(loaded, theirs, pixels, ids):
     with torch.enable_grad():
@@ -238,6 +240,7 @@ def tuned_with_lora(model, pixels, ids, steps=3):
     return merge_lora(tuned)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
 def test_lora_is_trained_as_peft_trains_it(loaded, theirs, pixels, ids):
     peft = pytest.importorskip("peft")
@@ -480,6 +483,7 @@ def greedy_soup(models, score):
     return average(kept)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_soup_of_three(loaded, pixels, ids, tmp_path):
     """Of four models, three that lie around a fourth that scores best, and one that lies apart."""

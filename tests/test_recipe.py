@@ -223,6 +223,7 @@ def assert_same_weights(ours, peer, prefix=""):
         assert difference < 2e-5, name
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_gives_the_weights_of_the_plain_loop(name, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "LOG_EVERY", 2)
@@ -283,6 +284,7 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
     assert not model.training
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_of_two_processes_draws_for_itself(rank, tmp_path, monkeypatch):
     """One of two, whose embeddings are not gathered: its share of the pairs, its own noise."""
@@ -309,6 +311,7 @@ SAVINGS = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [None, *SAVINGS])
 def test_a_run_saves_what_its_recipe_says_and_nothing_else(name, tmp_path, monkeypatch):
     """The ways that change no number, or few, are seen by what the towers do."""

@@ -553,6 +553,7 @@ def test_a_query_picture_that_cannot_be_read(loaded, tmp_path):
         embed_query(loaded, pictures=[str(tmp_path / "absent.png")])
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("k", [1, 3, 11])
 def test_the_sheet_shows_what_was_found(loaded, photographs, tmp_path, k):
     index = embed_images(loaded, find_pictures([photographs])[0])

@@ -448,6 +448,7 @@ def shallow():
     return twins(config, attention="eager")[0], random_inputs(config)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("how", ["wrapped", "in place", "a tower"])
 def test_hooks_of_a_compiled_model_fire(shallow, how):
     model, inputs = shallow
@@ -469,6 +470,7 @@ def test_hooks_of_a_compiled_model_fire(shallow, how):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_without_the_stance_a_compiled_model_ignores_hooks(shallow):
     """Why `hooks` sets one. If this fails, torch looks for new hooks, and it need not be set."""
     model, inputs = shallow

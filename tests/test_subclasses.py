@@ -6,11 +6,9 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import transformers
 from forks.clipseg import CLIPSeg, CLIPSegConfig
@@ -43,7 +41,7 @@ from miniclip.model import MLP, Attention, Block
 from miniclip.parity import compare, transformers_twin
 from miniclip.retrieval.building import embed_images
 from miniclip.retrieval.index import embed_query
-from miniclip.training import Recipe, average_gradients, batch_loss, open_data, train
+from miniclip.training import Recipe, open_data, train
 from miniclip.training.loop import recompute_blocks
 from miniclip.training.run import Run
 from miniclip.zeroshot.classifier import embed_texts
@@ -103,6 +101,7 @@ def assert_near(ours, theirs, float32=0.0):
     assert (ours - theirs).abs().max() <= limit * max(1, theirs.abs().max())
 
 
+@pytest.mark.sweep(2)
 @DTYPES
 @torch.no_grad()
 def test_siglip_equals_transformers(dtype, tmp_path):
@@ -117,6 +116,7 @@ def test_siglip_equals_transformers(dtype, tmp_path):
         assert_near(getattr(found, name), expected[name], 2e-7)
 
 
+@pytest.mark.sweep(2)
 @DTYPES
 @torch.no_grad()
 def test_clipseg_equals_transformers(dtype, tmp_path):
@@ -141,6 +141,7 @@ def test_clipseg_reads_larger_images_as_transformers_does(tmp_path):
     assert_near(larger.segment(pixels, ids), expected, 1e-6)
 
 
+@pytest.mark.sweep(2)
 @DTYPES
 @torch.no_grad()
 def test_owlvit_equals_transformers(dtype, tmp_path):
@@ -378,7 +379,13 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=EACH)
+OFTEN = ("gated MLP", "SigLIP")  # a new parameter, and no class token
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in EACH],
+)
 def model(request):
     kind = EACH[request.param]
     return redraw(kind(CONFIGS.get(kind, TINY))).double()
@@ -765,6 +772,7 @@ def losses(out):
     return [row["loss"] for row in rows]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("chunk", [0, 3])
 def test_siglip_trains_with_its_own_loss(chunk, tokenizer, tmp_path):
     transform = ImageTransform(40)
@@ -785,6 +793,7 @@ def model_bias(tokenizer):
     return fork_for(Siglip, tokenizer).logit_bias
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [MeanCLIP, GatedCLIP, CLIP])
 def test_the_loss_of_train_is_the_papers_unless_given(kind, tokenizer, tmp_path):
     """A fork trains, and the same loss as a function gives the same weights."""
@@ -815,39 +824,3 @@ def test_a_run_of_one_class_is_not_continued_by_another(tokenizer, tmp_path):
     run.save(tokenizer, transform)
     with pytest.raises(ValueError, match="another class"):
         train(fork_for(MeanCLIP, tokenizer), tokenizer, transform, data, recipe, tmp_path / "out")
-
-
-def embeds_of_pairs(model, pixels, ids):
-    return model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
-
-
-def gradients_of_one_of_two(rank, folder):
-    """The gradients of SigLIP's loss on one half of a batch."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
-    model = redraw(Siglip(SMALL)).double()
-    (pixels, ids), labels = pairs(), torch.arange(4)[rank::2]
-    loss = partial(sigmoid_loss, model)
-    images, texts = embeds_of_pairs(model, pixels[rank::2], ids[rank::2])
-    none = torch.empty(2, 0, dtype=torch.long)
-    batch_loss(model.logit_scale, labels, none, images, texts, loss=loss).backward()
-    average_gradients(model)
-    torch.save({n: p.grad for n, p in model.named_parameters()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def pairs():
-    pixels, ids = random_inputs(SMALL, images=4, texts=4)
-    return pixels.double(), ids
-
-
-def test_two_processes_find_the_gradients_of_siglips_loss(tmp_path):
-    mp.start_processes(gradients_of_one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
-    model = redraw(Siglip(SMALL)).double()
-    order = [0, 2, 1, 3]  # the first process has rows 0 and 2
-    pixels, ids = (x[order] for x in pairs())
-    sigmoid_loss(model, *embeds_of_pairs(model, pixels, ids), torch.eye(4).bool()).backward()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for name, parameter in model.named_parameters():
-            assert_near(found[name], parameter.grad)

@@ -338,6 +338,7 @@ DERIVED = {
 }
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("shape", ["square", "wide, pruned, with registers", "deep"])
 @pytest.mark.parametrize("preset", DERIVED)
 @torch.no_grad()

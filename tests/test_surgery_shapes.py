@@ -153,6 +153,7 @@ def test_kept_layers_are_the_stream_after_the_last_of_them(model, tower):
     assert not torch.equal(blocks[0].ln_1.weight, blocks[2].ln_1.weight)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("tower", TOWERS)
 def test_nothing_asked_is_nothing_changed(model, tower):
     part = getattr(TINY, tower)
@@ -178,6 +179,7 @@ def test_nothing_asked_is_nothing_changed(model, tower):
 SIZES = [(56, 56), (24, 24), (40, 72), (80, 24), (200, 8), (45, 51)]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
 def test_resized_as_transformers_interpolates(size):
@@ -220,6 +222,7 @@ def resampling_matrix(old, new, method):
     return matrix
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", ["transformers", "timm", "openai-bilinear", "dino"])
 def test_resized_as_the_formula_of_each_method(size, method):
@@ -274,6 +277,7 @@ def resized_table(old, new, method):
     return resize_image(model, new, method).vision.pos_embed
 
 
+@pytest.mark.slow
 def test_resized_as_timm_and_open_clip_resample(recorded):
     for (old, new), values in zip(record_timm.GRIDS, recorded["timm.pos_embed"], strict=True):
         assert_recorded(resized_table(old, new, "timm"), values)
@@ -503,6 +507,7 @@ BEYOND = {
 }  # fmt: skip
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("surgery", [*EXPRESSIBLE.values(), *BEYOND.values()])
 def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
     model = tiny_clip()
@@ -516,6 +521,7 @@ def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
     assert CLIP(changed.config).config.to_dict() == again.config.to_dict()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 @torch.no_grad()
 def test_transformers_loads_what_it_can_express_with_equal_logits(name, tmp_path):
@@ -530,6 +536,7 @@ def test_transformers_loads_what_it_can_express_with_equal_logits(name, tmp_path
     )
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", BEYOND)
 def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
     model = BEYOND[name](tiny_clip())
@@ -568,6 +575,7 @@ def test_ordinary_config_files_have_no_new_entries():
     assert written["text_config"]["num_attention_heads"] == 8 and "head_dim" not in str(written)
 
 
+@pytest.mark.slow
 def test_operations_on_different_parts_commute():
     model = tiny_clip(torch.float64)
     changes = [
@@ -587,6 +595,7 @@ def test_operations_on_different_parts_commute():
     assert_same_weights(twice, prune_heads(model, "vision", {1: [0, 2]}))  # numbered as they are
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("by", ["layer", "head", "token"])
 @pytest.mark.parametrize("name", [*BEYOND, "LoRA"])
 def test_what_surgery_made_is_decomposed_exactly(name, by):
@@ -602,6 +611,7 @@ def test_what_surgery_made_is_decomposed_exactly(name, by):
         assert (total - whole).abs().max() < 1e-12 * whole.abs().max()
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", BEYOND)
 def test_the_table_of_parts_counts_every_parameter(name):
     model = BEYOND[name](tiny_clip())
@@ -615,6 +625,7 @@ def test_the_parity_command_says_what_it_cannot_compare(tmp_path, capsys):
     assert "transformers' CLIP cannot express registers 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_hooks_stay_with_the_model_they_were_put_on():
     model = tiny_clip()
     seen = []
@@ -641,6 +652,7 @@ def test_what_was_frozen_or_set_stays_so():
         assert all(b.attn.eager for b in changed.vision.blocks) and not changed.training
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
 def test_surgically_changed_models_train_and_compile():
     model = BEYOND["all of them"](tiny_clip())

@@ -54,6 +54,7 @@ def assert_close_weights(model, expected, tolerance=1e-14):
 # ----------------------------------------------------------------------------------- arithmetic
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_ends_of_an_interpolation_are_exact(dtype):
     one, other, _ = three(dtype)
@@ -63,6 +64,7 @@ def test_the_ends_of_an_interpolation_are_exact(dtype):
     assert_same_weights(one, three(dtype)[0])
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 0.9, -0.5, 1.5])
 def test_interpolation_is_its_formula(alpha):
     one, other, _ = three()

@@ -404,6 +404,9 @@ def test_rows_are_padded_to_the_longest_or_to_pad_to(trained):
     assert wide.shape == (3, 77) and torch.equal(wide[:, : ids.shape[1]], ids)
     assert (wide[:, ids.shape[1] :] == tokenizer.eos_token_id).all()
     assert torch.equal(tokenizer("a cat"), tokenizer(["a cat"]))
+    wider = tokenizer(some, pad_to=100)  # for a model of a longer context
+    options = {"padding": "max_length", "max_length": 100, "return_tensors": "pt"}
+    assert torch.equal(wider, transformers_tokenizer(trained)(some, **options)["input_ids"])
     assert tokenizer([]).shape == (0, 2) and tokenizer([], pad_to=7).shape == (0, 7)
 
 
@@ -594,6 +597,7 @@ def test_the_vocabulary_as_openai_packs_it(trained, tmp_path):
     assert unpacked.vocab == Tokenizer.from_directory(trained).vocab
 
 
+@pytest.mark.slow
 def test_openais_file_goes_on_after_the_last_merge_that_clip_uses(tmp_path):
     symbols = byte_symbols().values()
     pairs = [f"{left} {right}" for left in symbols for right in symbols]  # 65,536
@@ -662,6 +666,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_special_tokens_are_those_of_transformers(layout, copy):
     (copy / "tokenizer_config.json").unlink()

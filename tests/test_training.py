@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ import torch
 import transformers
 from PIL import Image
 from twin import TINY, random_inputs, transformers_config, twins
-from two_processes import CASES, gradients, step, three_steps
+from two_processes import gradients, step
 
 from miniclip import CLIP, ImageTransform, TextConfig, VisionConfig, load
 from miniclip.commands.main import main
@@ -122,6 +120,7 @@ def plain_step(model, chunk=0):
     return step(model, *batch_of(model.logit_scale.dtype), chunk)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_two_passes_in_chunks_give_the_gradients_of_one(dtype, tolerance, chunk):
@@ -160,66 +159,6 @@ def test_blocks_computed_twice_give_the_same_gradients():
     assert len(calls) == 2
     plain_step(again)
     assert len(calls) == 3  # and once more is once again
-
-
-@pytest.fixture(scope="module")
-def two_processes(like, tmp_path_factory):
-    """A folder with what two processes have found, and with what they have trained together."""
-    folder = tmp_path_factory.mktemp("two")
-    pixels, ids, labels = batch_of(torch.float64)
-    model = twins(TINY, dtype=torch.float64)[0]
-    inputs = {"config": TINY.to_dict(), "weights": model.state_dict()}
-    torch.save({**inputs, "pixels": pixels, "ids": ids, "labels": labels}, folder / "inputs.pt")
-    (folder / "data").mkdir()
-    captioned(folder / "data", "tar", pictures=25, broken=None)
-    # a batch larger than the data is what two can share of it, 24 of 25
-    line = train_together(like, folder, "--out", folder / "two", "--batch", 1000)
-    (folder / "command.json").write_text(json.dumps(line))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    script = Path(__file__).with_name("two_processes.py")
-    done = subprocess.run(
-        [*launcher, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def train_together(like, folder, *options):
-    line = ["train", folder / "data", "--recipe", like, "--patch-dropout", 0, "--no-augment"]
-    line += ["--muon-lr", 0, "--epochs", 4, *options]
-    return [str(arg) for arg in line]
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_gradients_of_one_big_batch(two_processes):
-    inputs = torch.load(two_processes / "inputs.pt")
-    found = [torch.load(two_processes / f"found {rank}.pt")["steps"] for rank in (0, 1)]
-    for rates, dtype, chunk in CASES:
-        tolerance = 1e-12 if dtype == "float64" else 1e-6
-        alone = three_steps(inputs, rates, dtype)
-        for theirs in (each[rates, dtype, chunk] for each in found):
-            assert theirs["losses"] == pytest.approx(alone["losses"], rel=10 * tolerance)
-            assert_same(theirs["grads"], alone["grads"], 10 * tolerance)
-            assert_same(theirs["weights"], alone["weights"], tolerance)
-
-
-@pytest.mark.slow
-def test_gathering_leaves_the_gradient_of_what_it_is_added_to(two_processes):
-    for rank, own in enumerate((3.0, 5.0)):
-        x, y = torch.load(two_processes / f"found {rank}.pt")["sum"]
-        assert x.tolist() == [2 * own] and y.tolist() == [3, 5]
-
-
-@pytest.mark.slow
-def test_torchrun_with_two_processes_gives_the_weights_of_one(two_processes, like, tmp_path):
-    line = train_together(like, two_processes, "--out", tmp_path / "one", "--batch", 24)
-    assert main(line) == 0
-    one, two = (loaded(out).state_dict() for out in (tmp_path / "one", two_processes / "two"))
-    assert_same(two, one, 1e-4)
 
 
 def test_gather_alone_is_the_identity():
@@ -704,6 +643,7 @@ def test_pictures_are_decoded_once_where_all_of_them_fit(memory, tmp_path, monke
     assert len(opened) == (1 if memory == 3 * SIZE**2 else 6)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("at", "save_every"), [(7, 0), (7, 300), (10, 300)])
 def test_a_run_that_is_stopped_and_started_again_gives_the_same_bits(
     stripes, undisturbed, tmp_path, monkeypatch, at, save_every
@@ -726,6 +666,7 @@ def test_a_run_that_is_stopped_and_started_again_gives_the_same_bits(
         assert json.loads(a)["loss"] == json.loads(b)["loss"]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("at_epoch", [1, 3])
 def test_a_run_that_is_killed_while_it_saves_can_be_continued(
     stripes, undisturbed, tmp_path, monkeypatch, at_epoch

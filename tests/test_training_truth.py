@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from twin import TINY, random_inputs, twins
 
@@ -33,15 +31,20 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def captioned(tmp_path):
+def with_several_captions(folder):
+    """A folder of 16 pictures, each of one colour, with all that is true of it."""
     rows = []
     for i in range(16):
         kind = list(KINDS)[i % len(KINDS)]
-        Image.new("RGB", (32, 32), kind).save(tmp_path / f"{i}.png")
+        Image.new("RGB", (32, 32), kind).save(folder / f"{i}.png")
         rows.append(json.dumps({"file_name": f"{i}.png", "text": KINDS[kind]}) + "\n")
-    (tmp_path / "metadata.jsonl").write_text("".join(rows))
-    return tmp_path
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    return folder
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    return with_several_captions(tmp_path)
 
 
 def slow_loss(image, text, scale, captions, kinds):
@@ -81,33 +84,6 @@ def test_a_caption_is_true_of_every_picture_that_lists_it(captioned, step):
     assert found.item() == pytest.approx(expected, abs=1e-12)
     # With equal captions alone counted as true, the loss would be another one.
     assert found != contrastive_loss(image, text, scale, batch.labels[:, None] == batch.labels)
-
-
-def random_embeddings(count):
-    generator = torch.Generator().manual_seed(0)
-    return unit_norm(torch.randn(2, count, 5, generator=generator, dtype=torch.float64))
-
-
-def loss_of_share(rank, world, folder):
-    """The loss of the whole batch, by one process that has read its share."""
-    data = open_data(folder, ImageTransform(32))
-    batch = next(batches(data, batch=8, seed=0, rank=rank, world_size=world))
-    image, text = random_embeddings(8)[:, rank::world]
-    return batch_loss(torch.tensor(2.0), batch.labels, batch.also, image, text).item()
-
-
-def one_of_two(rank, folder):
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    torch.save(loss_of_share(rank, 2, folder), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_find_true_what_one_does(captioned):
-    mp.start_processes(one_of_two, (str(captioned),), nprocs=2, start_method="spawn")
-    alone = loss_of_share(0, 1, captioned)
-    found = [torch.load(captioned / f"{rank}.pt") for rank in range(2)]
-    assert found == pytest.approx([alone] * 2, abs=1e-12)
 
 
 @pytest.mark.parametrize("text", ["a picture", ["a picture"]])
@@ -198,12 +174,18 @@ def test_chunks_share_targets_as_the_whole_batch_does():
 # ------------------------------------------------------------------------------------------------
 # averaged weights
 
+SHAPE = replace(
+    SMALL,
+    vision=replace(SMALL.vision, width=32, layers=2, heads=2, mlp_width=64, patch_size=8),
+    text=replace(SMALL.text, width=32, layers=1, heads=2, mlp_width=64),
+)
 AVERAGED = Recipe(epochs=4, batch=8, lr=0.01, muon_lr=0.02, patch_dropout=0.5, ema=0.75)
 
 
+@pytest.mark.slow
 def test_a_run_learns_what_is_true_of_several_pictures(captioned, tmp_path):
     data = open_data(captioned, ImageTransform(32))
-    model, tokenizer = from_scratch(SMALL, data)
+    model, tokenizer = from_scratch(SHAPE, data)
     recipe = replace(AVERAGED, epochs=20, patch_dropout=0.0)
     train(model, tokenizer, ImageTransform(32), data, recipe, tmp_path / "run")
     saved, tokenizer, transform = load(tmp_path / "run")
@@ -215,7 +197,7 @@ def test_a_run_learns_what_is_true_of_several_pictures(captioned, tmp_path):
 
 def averaged_run(captioned, out):
     data = open_data(captioned, ImageTransform(32))
-    model, tokenizer = from_scratch(SMALL, data)
+    model, tokenizer = from_scratch(SHAPE, data)
     return train(model, tokenizer, ImageTransform(32), data, AVERAGED, out)
 
 
@@ -243,6 +225,7 @@ def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
         assert torch.equal(returned, written)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_its_average_to_the_same_bits(captioned, tmp_path, monkeypatch):
     undisturbed = averaged_run(captioned, tmp_path / "undisturbed")
     monkeypatch.setattr(run_module, "SAVE_EVERY", 0)
@@ -304,7 +287,7 @@ def test_bfloat16_ends_before_the_loss(captioned, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loss_module, "contrastive_loss", note)
     data = open_data(captioned, ImageTransform(32))
-    model, tokenizer = from_scratch(SMALL, data)
+    model, tokenizer = from_scratch(SHAPE, data)
     recipe = Recipe(epochs=1, batch=16, precision="bfloat16")
     train(model, tokenizer, ImageTransform(32), data, recipe, tmp_path / "run")
     assert lengths == pytest.approx([1] * 32, abs=1e-6)  # bfloat16 would be off by 1e-3
@@ -322,10 +305,10 @@ def test_bfloat16_writes_attention_out_and_leaves_the_model_as_it_was(
     original = Attention.attend
     monkeypatch.setattr(Attention, "attend", attend)
     data = open_data(captioned, ImageTransform(32))
-    model, tokenizer = from_scratch(SMALL, data)
+    model, tokenizer = from_scratch(SHAPE, data)
     model.vision.blocks[0].attn.eager = True
     recipe = Recipe(epochs=1, batch=16, precision="bfloat16")
     train(model, tokenizer, ImageTransform(32), data, recipe, tmp_path / "run")
-    assert written_out == [torch.bfloat16] * (SMALL.vision.layers + SMALL.text.layers)
+    assert written_out == [torch.bfloat16] * (SHAPE.vision.layers + SHAPE.text.layers)
     eager = [layer for layer in model.modules() if isinstance(layer, Attention) and layer.eager]
     assert eager == [model.vision.blocks[0].attn]

@@ -726,6 +726,7 @@ def test_an_error_in_a_list_names_the_first_that_failed(tmp_path):
         ImageTransform()(pictures)
 
 
+@pytest.mark.slow
 def test_an_error_calls_off_the_rest_of_the_list(tmp_path, monkeypatch):
     started, failed = [], threading.Event()
 

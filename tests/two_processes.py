@@ -1,4 +1,4 @@
-"""What each of two processes does for test_training.py, under torchrun: two_processes.py FOLDER
+"""What each of two processes does for test_processes.py, under torchrun: two_processes.py FOLDER
 
 The inputs are in the folder, and each process saves there what it has found.
 """
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forks.siglip import Siglip, sigmoid_loss
 
-from miniclip import CLIP
+from miniclip import CLIP, ImageTransform
 from miniclip.commands.main import main
 from miniclip.config import CLIPConfig
-from miniclip.training import average_gradients, batch_loss, gather
+from miniclip.training import average_gradients, batch_loss, batches, gather, open_data
 from miniclip.training.loss import backward
 
 RATES = {"equal": (0.1, 0.1), "unequal": (0.1, 0.003)}
@@ -58,6 +59,26 @@ def three_steps(inputs, rates, dtype, chunk=0, rank=0, world=1):
     return {"losses": losses, "grads": gradients(model), "weights": model.state_dict()}
 
 
+def loss_of_several_captions(folder, embeddings, rank=0, world=1):
+    """The loss of a whole batch, by one process that has read its share."""
+    data = open_data(folder, ImageTransform(32))
+    batch = next(batches(data, batch=8, seed=0, rank=rank, world_size=world))
+    image, text = embeddings[:, rank::world]
+    return batch_loss(torch.tensor(2.0), batch.labels, batch.also, image, text).item()
+
+
+def gradients_of_siglip(folder, pixels, ids, rank=0, world=1):
+    """The gradients of SigLIP's own loss, by one process that has its share of the pairs."""
+    model = Siglip.from_pretrained(folder, dtype=torch.float64)
+    images = model.encode_image(pixels[rank::world], normalize=True)
+    texts = model.encode_text(ids[rank::world], normalize=True)
+    labels = torch.arange(len(pixels))[rank::world]
+    also, loss = labels.new_empty(len(labels), 0), partial(sigmoid_loss, model)
+    batch_loss(model.logit_scale, labels, also, images, texts, loss=loss).backward()
+    average_gradients(model)
+    return gradients(model)
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -65,9 +86,14 @@ if __name__ == "__main__":
     rank = int(os.environ["RANK"])  # torchrun says so
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
     inputs = torch.load(folder / "inputs.pt")
-    found = {case: three_steps(inputs, *case, rank, 2) for case in CASES}
     x, y = (torch.ones(n, requires_grad=True) for n in (1, 2))
     ((gather(x) + y) * torch.tensor([3.0, 5.0])).sum().backward()
-    torch.save({"steps": found, "sum": (x.grad, y.grad)}, folder / f"found {rank}.pt")
+    found = {
+        "steps": {case: three_steps(inputs, *case, rank, 2) for case in CASES},
+        "sum": (x.grad, y.grad),
+        "several": loss_of_several_captions(folder / "several", inputs["embeddings"], rank, 2),
+        "siglip": gradients_of_siglip(folder / "siglip", *inputs["pairs"], rank, 2),
+    }
+    torch.save(found, folder / f"found {rank}.pt")
     dist.destroy_process_group()
     sys.exit(status)

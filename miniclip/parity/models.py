@@ -27,7 +27,13 @@ number there, if that is above 1."""
 ON_DEVICES = 1e-4  # the same for float32 on GPUs, which add in another order
 IN_PATTERN = 1e-6  # for float64: transformers computes its softmax in float32 even there
 MERGED = 1e-6  # in float64, if the two have other parameters: a merged weight is rounded once more
-HALF = 2.0  # in half precision: how many times the other's largest error ours may be
+HALF = 2.0
+"""In half precision: how many times the other's largest error at a site ours may be.
+
+miniclip's own error equals transformers' at every site. A right fork that adds in another order has
+an error of 1.0 times it in the median, of more than 1.1 at 29 % of sites, and of more than 2 at 2
+of 2,244, because a maximum depends on few numbers. (Measured in float16 and bfloat16, 2 shapes, 6
+seeds: eager attention against sdpa, and an MLP that adds its inputs in reverse.)"""
 
 
 def compare_models(

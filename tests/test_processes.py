@@ -1,0 +1,118 @@
+"""Two processes that train together, under torchrun, against one that does the same alone."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from forks.siglip import Siglip, sigmoid_loss
+from test_subclasses import SMALL, redraw
+from test_training import QUICK, SHAPE, assert_same, batch_of, captioned
+from test_training_truth import with_several_captions
+from twin import TINY, random_inputs, twins
+from two_processes import CASES, gradients, loss_of_several_captions, three_steps
+
+from miniclip import CLIP
+from miniclip.commands.main import main
+from miniclip.model import unit_norm
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with what two processes have found, and with what they have trained together."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("data", "several", "like"):
+        (folder / name).mkdir()
+    (folder / "like" / "recipe.json").write_text(json.dumps(asdict(QUICK)))
+    (folder / "like" / "config.json").write_text(json.dumps(SHAPE.to_dict()))
+    captioned(folder / "data", "tar", pictures=25, broken=None)
+    # a batch larger than the data is what two can share of it, 24 of 25
+    line = train(folder, "--out", folder / "two", "--batch", 1000)
+    (folder / "command.json").write_text(json.dumps(line))
+    with_several_captions(folder / "several")
+    redraw(Siglip(SMALL)).double().save_pretrained(folder / "siglip")
+    pixels, ids, labels = batch_of(torch.float64)
+    pairs = random_inputs(SMALL, images=4, texts=4)
+    inputs = {
+        "config": TINY.to_dict(),
+        "weights": twins(TINY, dtype=torch.float64)[0].state_dict(),
+        "pixels": pixels,
+        "ids": ids,
+        "labels": labels,
+        "embeddings": unit_norm(torch.randn(2, 8, 5, dtype=torch.float64)),
+        "pairs": (pairs[0].double(), pairs[1]),
+    }
+    torch.save(inputs, folder / "inputs.pt")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    script = Path(__file__).with_name("two_processes.py")
+    done = subprocess.run(
+        [*launcher, str(script), str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def train(folder, *options):
+    """The command line of a run that does not depend on who draws what."""
+    line = ["train", folder / "data", "--recipe", folder / "like", "--patch-dropout", 0]
+    line += ["--no-augment", "--muon-lr", 0, "--epochs", 4, *options]
+    return [str(arg) for arg in line]
+
+
+@pytest.fixture(scope="module")
+def inputs(folder):
+    return torch.load(folder / "inputs.pt")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What each of the two has found."""
+    return [torch.load(folder / f"found {rank}.pt") for rank in (0, 1)]
+
+
+def test_the_gradients_are_those_of_one_big_batch(inputs, found):
+    for rates, dtype, chunk in CASES:
+        tolerance = 1e-12 if dtype == "float64" else 1e-6
+        alone = three_steps(inputs, rates, dtype)
+        for theirs in (each["steps"][rates, dtype, chunk] for each in found):
+            assert theirs["losses"] == pytest.approx(alone["losses"], rel=10 * tolerance)
+            assert_same(theirs["grads"], alone["grads"], 10 * tolerance)
+            assert_same(theirs["weights"], alone["weights"], tolerance)
+
+
+def test_gathering_leaves_the_gradient_of_what_it_is_added_to(found):
+    for each, own in zip(found, (3.0, 5.0), strict=True):
+        x, y = each["sum"]
+        assert x.tolist() == [2 * own] and y.tolist() == [3, 5]
+
+
+def test_the_same_captions_are_true(folder, inputs, found):
+    alone = loss_of_several_captions(folder / "several", inputs["embeddings"])
+    assert [each["several"] for each in found] == pytest.approx([alone] * 2, abs=1e-12)
+
+
+def test_the_gradients_of_siglips_loss_are_those_of_one(folder, inputs, found):
+    order = [0, 2, 1, 3]  # the first process has rows 0 and 2
+    pixels, ids = (x[order] for x in inputs["pairs"])
+    model = Siglip.from_pretrained(folder / "siglip", dtype=torch.float64)
+    images = model.encode_image(pixels, normalize=True)
+    texts = model.encode_text(ids, normalize=True)
+    sigmoid_loss(model, images, texts, torch.eye(4).bool()).backward()
+    for each in found:
+        assert_same(each["siglip"], gradients(model), 1e-10)
+
+
+def test_torchrun_gives_the_weights_of_one(folder):
+    assert main(train(folder, "--out", folder / "one", "--batch", 24)) == 0
+    one, two = (CLIP.from_pretrained(folder / name).state_dict() for name in ("one", "two"))
+    assert_same(two, one, 1e-4)
