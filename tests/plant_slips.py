@@ -24,21 +24,21 @@ from tqdm import tqdm
 
 LISTS = Path(__file__).resolve().parent / "slips"
 ROOT = LISTS.parent.parent
+AREAS = sorted(path.stem for path in LISTS.glob("*.py") if path.stem != "slip")
 sys.path.insert(0, str(LISTS))  # where the lists find `slip`
 from slip import Slip  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    areas = sorted(path.stem for path in LISTS.glob("*.py") if path.stem != "slip")
-    parser.add_argument("--area", nargs="+", choices=areas, default=areas, help="only these lists")
+    parser.add_argument("--area", nargs="+", choices=AREAS, default=AREAS, help="only these lists")
     parser.add_argument("--only", metavar="TEXT", default="", help="only sentences that have TEXT")
     parser.add_argument("-n", type=int, default=1, metavar="JOBS", help="how many at a time")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    listed = [(a, slip) for a in args.area for slip in runpy.run_path(f"{LISTS / a}.py")["SLIPS"]]
-    slips = [(area, slip) for area, slip in listed if args.only in slip.what]
-    errors = [slip.what for _, slip in slips if len(places(ROOT, slip)) != 1]
+    slips = [(area, s) for area in args.area for s in slips_of(area) if args.only in s.what]
+    sources = read_sources(ROOT)
+    errors = [slip.what for _, slip in slips if len(places(sources, slip)) != 1]
     if errors or not slips:
         parser.error("\n".join(["no slip, or not in exactly one place:", *errors]))
     unharmed = [*dict.fromkeys((slip.tests, None) for _, slip in slips)]
@@ -53,11 +53,21 @@ def main() -> int:
     return int(share < 0.95)
 
 
-def places(folder: Path, slip: Slip) -> list[Path]:
-    """The files of the package that have the snippet, each as often as it occurs there."""
+def slips_of(area: str) -> list[Slip]:
+    """The slips of one list."""
+    return runpy.run_path(f"{LISTS / area}.py")["SLIPS"]
+
+
+def read_sources(folder: Path) -> dict[Path, str]:
+    """The text of each file of the package in which a slip may be planted."""
     kinds = {".py", ".html", ".txt", ".json"}
     files = [p for p in (folder / "miniclip").rglob("*") if p.suffix in kinds]
-    return [p for p in files for _ in range(p.read_text(encoding="utf-8").count(slip.old))]
+    return {file: file.read_text(encoding="utf-8") for file in files}
+
+
+def places(sources: dict[Path, str], slip: Slip) -> list[Path]:
+    """The files that have the snippet, each as often as it occurs there."""
+    return [file for file, text in sources.items() for _ in range(text.count(slip.old))]
 
 
 def run_all(plan: list[tuple[str, Slip | None]], jobs: int) -> list[str]:
@@ -78,7 +88,7 @@ def run_all(plan: list[tuple[str, Slip | None]], jobs: int) -> list[str]:
 def run_planted(copies: "SimpleQueue[Path]", tests: str, slip: Slip | None) -> str:
     """The outcome of the tests in a free copy, with the slip or without one."""
     copy = copies.get()
-    sources = {file: file.read_bytes() for file in places(copy, slip)} if slip else {}
+    sources = {file: file.read_bytes() for file in places(read_sources(copy), slip)} if slip else {}
     env = os.environ | {"PYTHONPATH": str(copy)}
     env.setdefault("MINICLIP_TEST_DATA", str(ROOT.parent / "shared" / "data"))
     pytest = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *shlex.split(tests)]

@@ -1,4 +1,5 @@
 """The rules of the house: arrows point down, files/ knows no classes, the reference stays short.
+And each slip of `plant_slips.py` still has a place where it can be planted.
 
 Every import counts: at the top of a file, inside a function, and under TYPE_CHECKING.
 """
@@ -7,6 +8,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from plant_slips import AREAS, places, read_sources, slips_of
 
 ROOT = Path(__file__).resolve().parent.parent / "miniclip"
 REFERENCE = ["config.py", "model.py", "loss.py", "tokenizer.py", "transform.py", "checkpoint.py"]
@@ -105,3 +107,13 @@ def test_definitions_come_before_their_use():
             assert not late, (
                 f"{file}: {getattr(node, 'name', '')} uses {late} before its definition"
             )
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_each_slip_has_one_place_in_the_package(area):
+    sources, tests = read_sources(ROOT.parent), Path(__file__).parent.parent
+    slips = slips_of(area)
+    assert len({slip.what for slip in slips}) == len(slips)
+    assert [slip.what for slip in slips if len(places(sources, slip)) != 1] == []
+    named = {word for slip in slips for word in slip.tests.split() if word.startswith("tests/")}
+    assert all((tests / name.partition("::")[0]).is_file() for name in named)

@@ -12,6 +12,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest

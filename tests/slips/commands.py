@@ -225,14 +225,14 @@ SLIPS = [
     ),
     Slip(
         "train ignores --config.",
-        "args.recipe, args.config, overrides, device)",
-        "args.recipe, None, overrides, device)",
+        "args.recipe, args.config, overrides, device, columns)",
+        "args.recipe, None, overrides, device, columns)",
         f"{FLAGS} -k recipe",
     ),
     Slip(
         "train ignores --device.",
-        "args.recipe, args.config, overrides, device)",
-        "args.recipe, args.config, overrides)",
+        "args.recipe, args.config, overrides, device, columns)",
+        'args.recipe, args.config, overrides, "cpu", columns)',
         f"{FLAGS} -k 'device and train'",
     ),
     Slip(

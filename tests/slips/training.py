@@ -493,7 +493,7 @@ SLIPS = [
     ),
     Slip(
         "Pictures are never remembered.",
-        "            self._kept[i] = pixels\n",
+        "            self._kept[path] = pixels\n",
         "            pass\n",
         DATA,
     ),
@@ -510,12 +510,6 @@ SLIPS = [
         DATA,
     ),
     Slip(
-        "A kitten is a dog.",
-        '"dog": ("dog", "puppy", "hound")',
-        '"dog": ("dog", "kitten", "hound")',
-        DATA,
-    ),
-    Slip(
         "A template lacks the class.",
         '"a picture of a small {}."',
         '"a picture of a small one."',
@@ -527,7 +521,13 @@ SLIPS = [
         "labelled_images(root)\n    if (found := len(set(images.classes))) < 1:",
         DATA,
     ),
-    Slip("A row without words is taken.", "bool(text.strip())", "True", DATA),
+    Slip(
+        "A caption without words is taken.",
+        "if text not in (None, []) and str(text).strip())",
+        "if text not in (None, []))",
+        DATA,
+    ),
+    Slip("A sample without words is taken.", "and _caption(sample).strip():", ":", DATA),
     Slip(
         "Shards are read in one order.",
         "[self.paths[i] for i in shuffled(len(self.paths), seed)]",
