@@ -445,6 +445,8 @@ def test_intermediates_are_the_hidden_states_of_transformers(tower):
             ours, x, 1, norm=True, output_fmt="NLC", intermediates_only=True
         )
         assert torch.equal(normed, norm(states[-1])[:, skip:])
+        if tower == "text":  # which have no other format
+            assert torch.equal(forward_intermediates(ours, x, 1)[1][0], states[-1])
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])
