@@ -222,15 +222,17 @@ class Tokenizer(PretrainedTokenizer):
         ids = [row + padding[len(row) :] for row in rows]
         return torch.tensor(ids, dtype=torch.int64).view(len(rows), length)  # (B, T)
 
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """The token of each id, such as "cat</w>": labels for what an instrument shows."""
+        known = checks.numbers(map(int, ids), self.vocab_size, "ids", "tokens")
+        return [self._tokens[id] for id in known]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids as transformers decodes it: lower case, words apart by a space, special
         tokens as text, U+FFFD for bytes that are not UTF-8."""
         byte = {symbol: byte for byte, symbol in byte_symbols().items()}
         data = bytearray()
-        for id in map(int, ids):
-            if not 0 <= id < self.vocab_size:
-                raise ValueError(f"no token has the id {id}; expected 0 to {self.vocab_size - 1}")
-            token = self._tokens[id]
+        for token in self.tokens(ids):
             is_bytes = all(symbol in byte for symbol in token)
             data += bytes(byte[symbol] for symbol in token) if is_bytes else token.encode()
         return data.decode(errors="replace").replace(END_OF_WORD, " ").strip()

@@ -193,7 +193,7 @@ def test_explain_all_methods_for_several_texts(run, tmp_path):
 
 @pytest.mark.slow
 def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
-    for slow in ("occlusion", "relevance"):
+    for slow in ("occlusion", "relevance", "gradcam"):
         monkeypatch.delitem(METHODS, slow)
     command = ["explain", "--score", "shapes", "--model", "shapes", "--scenes", "3"]
     status, out, err = run(*command, "--plot", str(tmp_path / "methods.png"))

@@ -120,6 +120,7 @@ def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
         ("attention", "up to 0.75 of the attention; whatever the text"),
         ("rollout", "up to 0.75 of the attention; whatever the text"),
         ("relevance", "up to 0.75"),
+        ("gradcam", "up to 0.75 of weighted channels"),
         ("tokens", "up to 0.75 written towards the text"),
         ("occlusion", "up to 0.75 of the cosine lost"),
     ],

@@ -465,6 +465,8 @@ def test_intermediates_are_the_hidden_states_of_transformers(tower):
             ours, x, 1, norm=True, output_fmt="NLC", intermediates_only=True
         )
         assert torch.equal(normed, norm(states[-1])[:, skip:])
+        if tower == "text":  # which have no other format
+            assert torch.equal(forward_intermediates(ours, x, 1)[1][0], states[-1])
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])
@@ -579,6 +581,28 @@ def test_occlusion_is_its_definition(double):
 
 
 @torch.no_grad()
+def test_grad_cam_is_its_definition_with_slopes_measured(double):
+    """A channel's weight is how the logit changes as the channel does on all patches alike."""
+    model, inputs = double
+    pixels, ids = inputs["vision"], inputs["text"][:2]
+    site = "vision.blocks.2.ln_1"
+
+    def logits(channel, step):
+        def shifted(x, name):
+            return x + step * (torch.arange(26) > 0)[:, None] * (torch.arange(48) == channel)
+
+        with hooks(model, {site: shifted}):
+            return model(pixels, ids).logits_per_image.diagonal()
+
+    weights = [(logits(c, 1e-4) - logits(c, -1e-4)) / 2e-4 / 25 for c in range(48)]
+    with cache(model, site) as acts:
+        model(pixels, ids)
+    heat = torch.einsum("btw,wb->bt", acts[site][:, 1:], torch.stack(weights)).clamp(min=0)
+    assert 0 < (heat == 0).sum() < heat.numel()
+    assert distance(METHODS["gradcam"](model, pixels, ids), heat.view(2, 5, 5)) < 1e-7
+
+
+@torch.no_grad()
 def written_by_heads(model, pixels, ids):
     """From each patch, in the direction of the text, by the parts that decompose names."""
     parts = decompose(model, pixels, by="token")
@@ -591,7 +615,7 @@ def seen_by_class_token(model, pixels):
     return attention_maps(model, pixels)[2][:, :, 0, 1:].mean(1)
 
 
-DEFINITIONS = {  # of each patch's number, (B, P); occlusion has a test of its own
+DEFINITIONS = {  # of each patch's number, (B, P); the others have tests of their own
     "attention": lambda model, pixels, ids: seen_by_class_token(model, pixels),
     "rollout": lambda model, pixels, ids: rollout(model, pixels)[:, 1:],
     "relevance": lambda model, pixels, ids: relevance(model, pixels, ids).image[:, 1:],
@@ -609,7 +633,7 @@ def test_every_method_makes_a_map_for_each_pair(double, method):
     assert torch.allclose(maps[1:], alone, rtol=1e-9)
     if method in DEFINITIONS:
         assert distance(maps, DEFINITIONS[method](model, pixels, ids).view(2, 5, 5)) < FLOAT64
-    assert METHODS.keys() == DEFINITIONS.keys() | {"occlusion"}
+    assert METHODS.keys() == DEFINITIONS.keys() | {"occlusion", "gradcam"}
     other = METHODS[method](model, pixels, ids.flip(0))
     assert torch.equal(maps, other) == (method in BLIND)
 

@@ -279,7 +279,10 @@ def test_lora_is_trained_as_peft_trains_it(loaded, theirs, pixels, ids):
 
 
 def coop(model, tokenizer, images, labels, classes, steps=3):
-    """Four vectors for "a photo of a", one context for all classes: arXiv 2109.01134."""
+    """Four vectors for "a photo of a", one context for all classes: arXiv 2109.01134.
+
+    The authors' code puts a full stop after each label; their paper has none.
+    """
     ids = tokenizer([f"x x x x {name}" for name in classes])  # each x a place for a vector
     words = model.text.token_embed(ids).detach()
     context = words.new_zeros(4, words.shape[2]).requires_grad_()
@@ -474,7 +477,10 @@ def test_heads_chosen_by_text(loaded, theirs, pixels, ids):
 
 
 def greedy_soup(models, score):
-    """Best first; another stays in if the mean with it is no worse: arXiv 2203.05482, recipe 1."""
+    """Best first; another stays in if the mean with it is no worse: arXiv 2203.05482, recipe 1.
+
+    The authors' code asks for better: `>`, where their paper has `>=`.
+    """
     ranked = sorted(models, key=score, reverse=True)
     kept = ranked[:1]
     for model in ranked[1:]:

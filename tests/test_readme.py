@@ -69,7 +69,7 @@ def little(monkeypatch):
     monkeypatch.setattr("miniclip.bench.suites.measure", partial(measuring.measure, seconds=0))
     monkeypatch.setattr(scoring, "score", partial(scoring.score, scenes=8))
     monkeypatch.setattr("miniclip.training.drawn.Shapes.__init__.__defaults__", (32, 0))
-    for method in ("occlusion", "relevance", "rollout"):
+    for method in ("occlusion", "relevance", "gradcam", "rollout"):
         monkeypatch.delitem(METHODS, method)
 
 

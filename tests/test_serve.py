@@ -425,7 +425,7 @@ def test_it_says_what_the_page_has_to_know(server):
             "cifar10": {"size": 32, "heads": [4, 4, 4, 4, 4, 4]},
             "shapes": {"size": 64, "heads": [3, 3, 3, 3]},
         },
-        "methods": ["attention", "rollout", "relevance", "tokens", "occlusion", "head"],
+        "methods": ["attention", "rollout", "relevance", "gradcam", "tokens", "occlusion", "head"],
         "blind": ["attention", "rollout", "head"],  # the others read the text
         "colours": ["#000004", "#bc3754", "#fcffa4"],  # of matplotlib's inferno
         "search": True,

@@ -35,7 +35,7 @@ from miniclip import (
     lens,
     surgery,
 )  # fmt: skip
-from miniclip.follow import ids_for
+from miniclip.follow import ids_for, patch_places
 from miniclip.loss import contrastive_loss
 from miniclip.model import MLP, Attention, Block
 from miniclip.parity import compare, transformers_twin
@@ -677,6 +677,20 @@ def test_relevance_of_a_fork_is_right_or_refused(model):
     is_other = own or PostNormBlock in blocks
     is_other |= isinstance(model.vision.blocks[0].attn, OpaqueAttention)
     assert (found is None) == is_other
+
+
+def test_grad_cam_of_a_fork_is_right_or_refused(model):
+    pixels, ids = some(model.config)
+    heat = or_refuses(lens.gradcam, model, pixels[:1], ids[:1])
+    assert (heat is None) == (type(model.vision.blocks[-1]).forward is not Block.forward)
+    if heat is not None:  # the tokens' channels, as the fork's own score weighs them
+        last = f"vision.blocks.{len(model.vision.blocks) - 1}.ln_1"
+        with cache(model, last, grad=True) as acts:
+            score = model(pixels[:1], ids[:1]).logits_per_image[0, 0]
+        x, slope = acts[last], torch.autograd.grad(score, acts[last])[0]
+        places = patch_places(model.vision, pixels)
+        weights = slope[0, places].mean(0)
+        assert_near(heat[0], (x[0] @ weights).clamp(min=0))
 
 
 def test_occlusion_needs_nothing_of_the_inside(model):

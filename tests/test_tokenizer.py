@@ -478,9 +478,10 @@ def test_decode_is_that_of_transformers(trained):
     for _ in range(1000):
         ids = [rng.randrange(rng.choice([512, ours.vocab_size])) for _ in range(rng.randrange(9))]
         assert ours.decode(ids) == theirs.decode(ids), ids
+        assert ours.tokens(torch.tensor(ids)) == theirs.convert_ids_to_tokens(ids), ids
     for id in (-1, ours.vocab_size):
-        with pytest.raises(ValueError, match=f"no token has the id {id}; expected 0 to"):
-            ours.decode([id])
+        with pytest.raises(ValueError, match=rf"no tokens \[{id}\]; expected numbers from 0 to"):
+            ours.decode([7, id])
 
 
 @pytest.mark.parametrize("reference", REFERENCES)

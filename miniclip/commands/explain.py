@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         action="append",
         metavar="NAME",
-        help="attention, rollout, relevance, tokens or occlusion; give several to see them side by "
-        "side (default: relevance)",
+        help="attention, rollout, relevance, gradcam, tokens or occlusion; give several to see "
+        "them side by side (default: relevance)",
     )
     which.add_argument("--all", action="store_true", help="every method, side by side")
     parser.add_argument(

@@ -37,6 +37,7 @@ UNITS = {
     "attention": "{} of the attention",
     "rollout": "{} of the attention",
     "relevance": "{}",
+    "gradcam": "{} of weighted channels",
     "tokens": "{} written towards the text",
     "occlusion": "{} of the cosine lost",
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from miniclip.figures.style import BLUE, ORANGE, save
+from miniclip.figures.style import BLUE, ORANGE, save_figure
 
 
 def draw_few_shot(
@@ -31,4 +31,4 @@ def draw_few_shot(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    save(figure, path)
+    save_figure(figure, path)

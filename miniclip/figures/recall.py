@@ -5,7 +5,7 @@ from os import PathLike
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from miniclip.figures.style import BLUE, ORANGE, save
+from miniclip.figures.style import BLUE, ORANGE, save_figure
 
 MOST = 100  # places
 
@@ -31,4 +31,4 @@ def draw_recall(ranks: dict[str, Tensor], path: str | PathLike[str]) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    save(figure, path)
+    save_figure(figure, path)

@@ -137,7 +137,7 @@ def _is_finite(value: Any) -> bool:
 def numbers(chosen: Iterable[int], count: int, where: str, kind: str) -> list[int]:
     """The numbers that are chosen, such as heads. ValueError unless each is 0 to count - 1."""
     chosen = list(chosen)
-    if absent := sorted(set(chosen) - set(range(count))):
+    if absent := sorted({number for number in chosen if number not in range(count)}):
         raise ValueError(f"{where}: no {kind} {absent}; expected numbers from 0 to {count - 1}")
     return chosen
 

@@ -1,13 +1,13 @@
 """What the activations of a model mean. Nothing here changes a weight.
 
-attention.py  attention maps, rollout and gradient-weighted relevance
+attention.py  attention maps, rollout, gradient-weighted relevance, Grad-CAM
 decompose.py  the embedding as an exact sum over layers, heads or tokens
 streams.py    the residual stream after each layer: logit lens, intermediate features
 heat.py       where a text is seen in an image, by several methods
 reading.py    which tower reads an input, and at which token
 """
 
-from miniclip.lens.attention import Relevance, attention_maps, relevance, rollout
+from miniclip.lens.attention import Relevance, attention_maps, gradcam, relevance, rollout
 from miniclip.lens.decompose import ablate_contributions, check_sum, decompose
 from miniclip.lens.heat import (
     BLIND,
@@ -29,6 +29,7 @@ __all__ = [
     "rollout",
     "Relevance",
     "relevance",
+    "gradcam",
     "decompose",
     "check_sum",
     "ablate_contributions",

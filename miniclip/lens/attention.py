@@ -1,11 +1,11 @@
-"""Attention maps, rollout, and gradient-weighted relevance."""
+"""Attention maps, rollout, gradient-weighted relevance, and Grad-CAM."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from miniclip.follow import follow
+from miniclip.follow import follow, patch_places
 from miniclip.lens.reading import Tower, read_positions, take, tower_for
 from miniclip.model import CLIP
 from miniclip.sites import cache
@@ -87,12 +87,8 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
         )
     for tower in (model.vision, model.text):
         follow("relevance", tower, ("forward", "pool"), block=("forward",))
-    # Also where the caller has switched gradients off; a tensor from there must be copied.
-    with torch.inference_mode(False), torch.enable_grad():
-        with cache(model, "*.blocks.*.attn.pattern", grad=True) as acts:
-            logits = model(pixels.clone(), ids.clone()).logits_per_image.diagonal()  # (B,)
-        check_patterns(acts, model.vision.blocks, model.text.blocks)
-        slopes = torch.autograd.grad(logits.sum(), list(acts.values()))
+    acts, slopes = pair_gradients(model, pixels, ids, "*.blocks.*.attn.pattern")
+    check_patterns(acts, model.vision.blocks, model.text.blocks)
 
     def accumulate(tower: str, x: Tensor) -> Tensor:
         weighted = [
@@ -100,9 +96,40 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
             for slope, (name, pattern) in zip(slopes, acts.items())
             if name.startswith(tower)
         ]
-        paths = torch.eye(weighted[0].shape[-1], dtype=logits.dtype, device=x.device)  # (T, T)
+        T, like = weighted[0].shape[-1], weighted[0]
+        paths = torch.eye(T, dtype=like.dtype, device=like.device)  # (T, T)
         for one in weighted[start:]:
             paths = paths + one @ paths  # (B, T, T)
         return take(paths, read_positions("relevance", getattr(model, tower), x)).detach()
 
     return Relevance(accumulate("vision", pixels), accumulate("text", ids))
+
+
+def pair_gradients(
+    model: CLIP, pixels: Tensor, ids: Tensor, *sites: str
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """Tensors at sites, and how the logit of each pair of an image and a text changes with them."""
+    # Also where the caller has switched gradients off; a tensor from there must be copied.
+    with torch.inference_mode(False), torch.enable_grad():
+        with cache(model, *sites, grad=True) as acts:
+            logits = model(pixels.clone(), ids.clone()).logits_per_image.diagonal()  # (B,)
+        return acts, torch.autograd.grad(logits.sum(), list(acts.values())) if acts else ()
+
+
+def gradcam(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
+    """Which patches push the logits of B pairs up, through the channels that do so: (B, T).
+
+    Grad-CAM, Selvaraju et al. 2017, arXiv 1610.02391, on what attention reads in the last block, as
+    pytorch-grad-cam has it for ViTs: the positive part of the channels' sum, each weighted by its
+    mean gradient over the patches.
+
+    >>> import miniclip
+    >>> model, tokenizer, _ = miniclip.load("shapes")
+    >>> gradcam(model, torch.zeros(1, 3, 64, 64), tokenizer(["a red circle"])).shape
+    torch.Size([1, 65])
+    """
+    follow("gradcam", model.vision, block=("forward",))
+    site = f"vision.blocks.{len(model.vision.blocks) - 1}.ln_1"
+    acts, (slope,) = pair_gradients(model, pixels, ids, site)  # (B, T, W)
+    weights = slope[:, patch_places(model.vision, pixels)].mean(1, keepdim=True)  # (B, 1, W)
+    return (weights * acts[site]).sum(-1).clamp(min=0).detach()

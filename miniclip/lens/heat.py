@@ -11,7 +11,7 @@ from miniclip.checkpoint import Loaded
 from miniclip.files.checks import as_list
 from miniclip.files.pictures import Picture
 from miniclip.follow import follow, ids_for, patch_grid
-from miniclip.lens.attention import attention_maps, relevance, rollout
+from miniclip.lens.attention import attention_maps, gradcam, relevance, rollout
 from miniclip.lens.decompose import decompose
 from miniclip.lens.reading import on_grid
 from miniclip.model import CLIP
@@ -49,6 +49,11 @@ def rollout_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
 def relevance_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     """`relevance` of the image's patches for the text."""
     return on_grid(model, pixels, relevance(model, pixels, ids).image)
+
+
+def gradcam_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
+    """`gradcam` of the image's patches for the text."""
+    return on_grid(model, pixels, gradcam(model, pixels, ids))
 
 
 @torch.no_grad()
@@ -93,6 +98,7 @@ METHODS: dict[str, Callable[[CLIP, Tensor, Tensor], Tensor]] = {
     "attention": last_attention,
     "rollout": rollout_map,
     "relevance": relevance_map,
+    "gradcam": gradcam_map,
     "tokens": token_map,
     "occlusion": occlusion,
 }

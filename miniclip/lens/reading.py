@@ -43,7 +43,11 @@ def last_norm(tower: Tower) -> tuple[str, nn.LayerNorm]:
 
 
 def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """What a LayerNorm divides its input by, (..., W) -> (..., 1): the standard deviation."""
+    """What a LayerNorm divides its input by, (..., W) -> (..., 1): the standard deviation.
+
+    TransformerLens' hook_scale. Its hook_normalized is the centred input divided by this, before
+    the LayerNorm's weight and bias; the output of `ln_1` and `ln_2` is after them.
+    """
     return (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
 
 

@@ -79,6 +79,7 @@ def forward_intermediates(
     follow("forward_intermediates", tower, ("forward",))
     is_image = hasattr(tower, "patch_embed")
     output_fmt = output_fmt or ("NCHW" if is_image else "NLC")
+    output_fmt = output_fmt or ("NCHW" if is_image else "NLC")
     if output_fmt not in (("NCHW", "NLC") if is_image else ("NLC",)):
         expected = "'NCHW' or 'NLC'" if is_image else "'NLC', as texts have no rows and columns"
         raise ValueError(f"output_fmt is {output_fmt!r}; expected {expected}")

@@ -633,6 +633,42 @@ LENS = [
         "tests/test_lens.py -k parts",
     ),
     Slip(
+        "clip_prs leaves the LayerNorm's mean out.",
+        "rest - read(last.mean(-1, keepdim=True).expand_as(last))",
+        "rest - 0",
+        "tests/test_originals.py -k clip_prs",
+    ),
+    Slip(
+        "clip_prs shares by parts and not by vectors.",
+        "count = part.shape[1:-1].numel()",
+        "count = 1",
+        "tests/test_originals.py -k clip_prs",
+    ),
+    Slip(
+        "FlexiViT's resizing is antialiased.",
+        'partial(F.interpolate, mode="bilinear")',
+        'partial(F.interpolate, mode="bilinear", antialias=True)',
+        "tests/test_originals.py -k flexivit",
+    ),
+    Slip(
+        "A register gets the largest number, whatever its sign.",
+        "most = torch.where(highest.abs() > lowest.abs(), highest, lowest)",
+        "most = highest",
+        "tests/test_originals.py -k registers",
+    ),
+    Slip(
+        "A register gets the largest number of the batch.",
+        "act[..., chosen].amax((1, 2)), act[..., chosen].amin((1, 2))  # (B,)",
+        "act[..., chosen].amax()[None], act[..., chosen].amin()[None]",
+        "tests/test_originals.py -k registers",
+    ),
+    Slip(
+        "Grad-CAM weighs by the class token's gradient too.",
+        "slope[:, patch_places(model.vision, pixels)].mean(1, keepdim=True)",
+        "slope.mean(1, keepdim=True)",
+        "tests/test_lens.py -k grad_cam",
+    ),
+    Slip(
         "The parts are not added up.",
         "    check_sum(parts, embedding / length)\n",
         "",
@@ -1004,8 +1040,8 @@ SURGERY = [
     ),
     Slip(
         "A negative head or neuron is passed over.",
-        "if absent := sorted(set(chosen) - set(range(count))):",
-        "if absent := sorted(i for i in set(chosen) if i >= count):",
+        "if number not in range(count)}):",
+        "if number >= count}):",
         "tests/test_surgery_shapes.py tests/test_surgery_runs.py -k done_is_said",
     ),
     Slip(
@@ -1514,14 +1550,14 @@ TOKENIZER = [
     ),
     Slip(
         "An id beyond the vocabulary is not refused.",
-        "if not 0 <= id < self.vocab_size:",
-        "if not 0 <= id <= self.vocab_size:",
+        "map(int, ids), self.vocab_size, ",
+        "map(int, ids), self.vocab_size + 1, ",
         "tests/test_tokenizer.py -k 'decode'",
     ),
     Slip(
         "A negative id is counted from the end.",
-        "if not 0 <= id < self.vocab_size:",
-        "if not id < self.vocab_size:",
+        "map(int, ids), self.vocab_size, ",
+        "(max(int(id), 0) for id in ids), self.vocab_size, ",
         "tests/test_tokenizer.py -k 'decode'",
     ),
     Slip(
