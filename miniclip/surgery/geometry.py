@@ -155,7 +155,7 @@ def resize_channels(model: CLIP, channels: int) -> CLIP:
         kernels = weight[:, torch.arange(channels) % old] * (old / channels)
     _assign(new.vision.patch_embed, "weight", kernels.to(new.vision.patch_embed.weight))
     new.vision.patch_embed.in_channels = channels
-    return check_rebuilt("resize_channels", new, "vision")
+    return check_rebuilt("resize_channels", new)
 
 
 def extend_context(
