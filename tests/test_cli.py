@@ -238,7 +238,7 @@ def test_explain_what_makes_no_sense(run, options, words):
 
 def test_explain_what_cannot_be_explained(run, picture, tmp_path):
     command = ["explain", picture, "a cat", "--model", "shapes", "-o", str(tmp_path / "a.png")]
-    assert_one_line_error(run(*command, "--method", "gradcam"), "gradcam", "rollout")
+    assert_one_line_error(run(*command, "--method", "smoothgrad"), "smoothgrad", "rollout")
     assert_one_line_error(run(*command[:3], "word " * 500, *command[3:]), "tokens")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     command[1] = str(tmp_path / "bad.png")

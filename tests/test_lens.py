@@ -677,9 +677,9 @@ def test_a_map_is_made_by_the_method_it_is_told(shapes, monkeypatch):
         heatmap(grey, "a star", shapes, name)
         assert asked == [(name, 1)] * 3
     with pytest.raises(
-        ValueError, match="no method is called 'gradcam'; expected one of .*attention"
+        ValueError, match="no method is called 'smoothgrad'; expected one of .*attention"
     ):
-        text_map(grey, "a star", shapes, "gradcam")
+        text_map(grey, "a star", shapes, "smoothgrad")
     with pytest.raises(ValueError, match="a text is empty"):
         text_maps(grey, ["a star", " "], shapes)
 

@@ -6,6 +6,7 @@ output the README shows (those after a `$`) and writes what they print into it.
 """
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -59,6 +60,13 @@ INSTEAD = {
     "miniclip explain --score shapes --model shapes --plot methods.png": (
         "miniclip explain --score shapes --model shapes --plot methods.png --scenes 2"
     ),
+    "miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images": (
+        "miniclip eval dataset_flickr30k.json --task retrieval --images photographs --model cifar10"
+    ),
+    "miniclip eval cifar10/test --task fewshot --train cifar10/train --model cifar10 "
+    "--plot shots.png": (
+        "miniclip eval cifar10/test --task fewshot --train cifar10/train --model cifar10 --shots 1"
+    ),
 }
 
 
@@ -111,8 +119,11 @@ def desk(tmp_path_factory):
     for place, names in classes.items():
         for name in names:
             (folder / place / name).mkdir(parents=True)
-            for i, picture in enumerate(pictures.values()):
+            for i, picture in enumerate([*pictures.values()] * 2):
                 Image.fromarray(np.roll(picture, i)).save(folder / place / name / f"{i}.jpg")
+    sentences = [{"raw": "a cat"}, {"raw": "a face"}]
+    flickr = {"images": [{"filename": "cat/0.jpg", "split": "test", "sentences": sentences}]}
+    (folder / "dataset_flickr30k.json").write_text(json.dumps(flickr))
     (folder / "tiny.json").write_text(TINY_CONFIG)
     miniclip.save(folder / "mine", *miniclip.load("cifar10"))
     index = str(folder / "index.safetensors")

@@ -326,7 +326,7 @@ def test_a_run_saves_what_its_recipe_says_and_nothing_else(name, tmp_path, monke
 
     for tower in (model.vision, model.text):
         tower.blocks[0].mlp.fc1.register_forward_hook(look)
-        monkeypatch.setattr(tower, "compile", lambda tower=tower: seen["compiled"].append(tower))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda tower: seen["compiled"].append(tower))
     recipe = replace(BASE, epochs=1, **({name: SAVINGS[name]} if name else {}))
     train(model, tokenizer, TRANSFORM, Spots(), recipe, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -603,7 +603,7 @@ def test_other_formats_are_refused_with_those_that_are_read(kind):
         # 20 MB in base64, and a million bytes for the words
         ("classify", b"x" * (20_000_000 * 4 // 3 + 1_000_000), "Expecting value"),
         ("classify", b"x" * (20_000_000 * 4 // 3 + 1_000_001), "larger than 20 MB"),
-        ("explain", {"method": "gradcam", "label": "a"}, "gradcam"),
+        ("explain", {"method": "smoothgrad", "label": "a"}, "smoothgrad"),
         ("explain", {"method": "head", "label": "a", "layer": 4, "head": 0}, "no head 0"),
         ("explain", {"method": "head", "label": "a", "layer": 0, "head": 3}, "no head 3"),
     ],

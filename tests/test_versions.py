@@ -69,7 +69,7 @@ def test_what_is_not_imported_is_not_at_work(monkeypatch):
 
 
 def test_the_lowest_versions_that_were_run_are_the_lower_bounds(project):
-    assert pins("constraints-lowest.txt") == requirements(project, "demo", "train", "test")
+    assert pins("constraints-lowest.txt") == requirements(project, "demo", "train", "eval", "test")
 
 
 def test_every_library_that_the_tests_need_has_a_version_that_was_run(project):

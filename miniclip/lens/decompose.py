@@ -213,5 +213,6 @@ def check_sum(parts: dict[str, Tensor], embedding: Tensor) -> None:
     if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:
         raise ValueError(
             f"the parts miss the embedding by {distance:.2g}: something in this tower is not what "
-            "its weights say, as a hook that edits the stream or a module that was replaced"
+            "its weights say, as a hook that edits the stream, or a module that was replaced or "
+            "quantised"
         )
