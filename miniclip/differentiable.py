@@ -23,7 +23,7 @@ class TensorImage:
         self.height, self.width = pixels.shape[-2:]
         self.size = (self.width, self.height)
 
-    def resize(self, size: tuple[int, int], resample: int) -> "TensorImage":
+    def resize(self, size: tuple[int, int], resample: int | None = None) -> "TensorImage":
         """Pillow's antialiased bicubic: along the rows, then along the columns. Both times, what
         overshoots 0 or 1 is cut off."""
         pixels = self.pixels
@@ -71,7 +71,10 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
                 "255, and do not normalise, which is done here"
             )
     image: Any = TensorImage(images if images.ndim == 4 else images[None])
-    image = resize_short_side(image, transform.size)
+    if transform.squash:
+        image = image.resize((transform.size, transform.size))
+    else:
+        image = resize_short_side(image, transform.size)
     image = center_crop(image, transform.crop_size, transform.reference)
     mean = images.new_tensor(transform.image_mean)[:, None, None]
     std = images.new_tensor(transform.image_std)[:, None, None]

@@ -1118,6 +1118,15 @@ def test_the_twin_has_gradients():
     torch.testing.assert_close(found, transform_tensor(transform, image))
 
 
+def test_the_twin_squashes_where_the_transform_does():
+    exact = ImageTransform(20, squash=True)
+    picture = Image.linear_gradient("L").rotate(90).resize((50, 31)).convert("RGB")
+    floats = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    bound = 1.2 / 255 / min(exact.image_std)
+    assert (transform_tensor(exact, floats) - exact(picture)).abs().max() < bound
+    assert (transform_tensor(ImageTransform(20), floats) - exact(picture)).abs().max() > 2 * bound
+
+
 @pytest.mark.parametrize(
     "images, words",
     [

@@ -97,5 +97,5 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        print(f"{args.out}: {len(index):,} images, by {encoder}")
+        print(f"{args.out}: {len(index):,} image{'s' * (len(index) != 1)}, by {encoder}")
     return 0

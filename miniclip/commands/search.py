@@ -58,5 +58,5 @@ def run(args: argparse.Namespace) -> int:
         for reason in draw_sheet(index, hits, title, args.sheet):
             note(f"miniclip: not on the sheet: {reason}")
         note(f"picture: {args.sheet}")
-    note(f"{len(index):,} pictures searched in {seconds:.2f} s")
+    note(f"{len(index):,} picture{'s' * (len(index) != 1)} searched in {seconds:.2f} s")
     return 0
