@@ -33,7 +33,7 @@ def ids():
 
 
 def installed(name):
-    return pytest.importorskip(name, reason=f"{name} is not installed", exc_type=ImportError)
+    return pytest.importorskip(name, reason=f"{name} cannot be imported", exc_type=ImportError)
 
 
 class Scores(nn.Module):
