@@ -249,6 +249,7 @@ def half(tower):
     return lambda name: name.startswith(("text", "transformer", "token", "positional", "ln_final"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_clip_g_alone_has_the_config_of_the_published_model(tmp_path, layout):
     path = write_zeros(tmp_path / "clip_g.safetensors", BIGG, layout, half("text"))
@@ -260,6 +261,7 @@ def test_clip_g_alone_has_the_config_of_the_published_model(tmp_path, layout):
     assert stored.embed_dim("text") == 1280
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("keep", [half("text"), lambda name: True], ids=["clip_l", "whole"])
 def test_shapes_that_were_published_with_two_activations_are_asked_about(tmp_path, layout, keep):
@@ -276,6 +278,7 @@ def test_shapes_that_were_published_with_two_activations_are_asked_about(tmp_pat
         assert ("vision" in stored.fields) == (keep("visual.proj"))
 
 
+@pytest.mark.slow
 def test_a_whole_clip_of_unambiguous_shapes(tmp_path):
     path = write_zeros(tmp_path / "x.safetensors", G14, "transformers")
     with pytest.warns(UserWarning, match="16 vision heads and 16 text heads.*laion/CLIP-ViT-g-14"):
@@ -363,6 +366,7 @@ def test_two_state_dicts_in_one_file_are_named(tmp_path):
     assert CLIP.from_pretrained(tmp_path / "x.pt").config == TINY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("prefix", [
     "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.",

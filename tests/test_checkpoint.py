@@ -314,6 +314,7 @@ def test_what_training_saves_beside_the_tensors_is_left_aside(tmp_path, zipped):
     assert read.keys() == {"weight", "bias"} and torch.equal(read["weight"], linear.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_a_file_has_ten_thousand_tensors_at_most(tmp_path, suffix):
@@ -553,6 +554,7 @@ def shard(model):
     return fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
 @pytest.mark.parametrize("wrap", [
     torch.compile, compile_tower, DistributedDataParallel, wrap_blocks, shard,

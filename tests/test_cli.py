@@ -302,6 +302,7 @@ def damaged(tmp_path, kind):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["absent", "text", "folder", "truncated", "bomb"])
 def test_images_that_cannot_be_read(run, tmp_path, kind):
     path = damaged(tmp_path, kind)

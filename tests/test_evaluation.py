@@ -357,6 +357,7 @@ def test_few_shots_learn_from_so_many_examples_of_each_class(blobs):
         linear.few_shot({"one": linear.Method(fit, train, test)}, [40])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["probe", "fewshot"])
 def test_eval_learns_from_examples(task, tmp_path, capsys):
     pytest.importorskip("sklearn")

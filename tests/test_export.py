@@ -93,6 +93,7 @@ def test_is_one_graph_for_every_size(model):
 # ---------------------------------------------------------------------------------------- exported
 
 
+@pytest.mark.slow
 def test_exports_with_any_batch_and_any_length(model):
     assert_same(exported(model).module(), model)
 

@@ -212,6 +212,7 @@ def test_bench_measures_what_it_is_asked_for(run, monkeypatch):
     assert sum("compiled" in name for name in cases[1].trials) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eval", "embed"])
 def test_batches_have_64_images_unless_told_otherwise(run, monkeypatch, tmp_path, name):
     (tmp_path / "many" / "cat").mkdir(parents=True)

@@ -174,6 +174,7 @@ READERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_each_option_of_each_reader_reaches_the_hubs_client(hub, monkeypatch, tmp_path, read):
     options = {"revision": "tuned", "cache_dir": tmp_path / "mine", "local_files_only": False}
@@ -192,6 +193,7 @@ def test_each_option_of_each_reader_reaches_the_hubs_client(hub, monkeypatch, tm
     assert count == (3 if read is miniclip.load else 1)
 
 
+@pytest.mark.slow
 def test_a_config_and_a_conversion_have_the_revision_asked_for(hub, other, tmp_path):
     files = hub.repositories[NAME]["main"] | other_files(other, tmp_path)
     config = json.loads(files["config.json"])
@@ -228,6 +230,7 @@ def as_open_clips(directory, name, model):
         torch.save(tensors, directory / name)
 
 
+@pytest.mark.slow
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("write", "name"),
@@ -257,6 +260,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_tokenizers_every_file_is_downloaded(hub, tmp_path, name):
     """Each of these files changes ids, and each may be there beside the vocabulary alone."""
@@ -273,6 +277,7 @@ def test_a_tokenizers_every_file_is_downloaded(hub, tmp_path, name):
     assert ids[0] == ids[1] != ids[2]
 
 
+@pytest.mark.slow
 def test_a_transform_is_downloaded_in_each_of_its_files(hub, model, tmp_path):
     transform = ImageTransform(40, image_mean=(0.1, 0.2, 0.3))
     transform.save_pretrained(tmp_path / "files")
@@ -306,6 +311,7 @@ def test_only_one_form_of_the_weights_is_downloaded(hub, model):
     assert len(asked(hub, "HEAD ")) == 2
 
 
+@pytest.mark.slow
 def test_a_repository_of_timms(hub, model, tmp_path):
     """It has a config and weights of timm's under the plain names, and a CLIP as open_clip's."""
     folder = tmp_path / "timm"
@@ -322,6 +328,7 @@ def test_a_repository_of_timms(hub, model, tmp_path):
         miniclip.load(folder)
 
 
+@pytest.mark.slow
 def test_a_subfolder_of_a_repository(hub, model, other, tmp_path):
     """As Stable Diffusion's `text_encoder`. Only its own files are downloaded."""
     files = hub.repositories[NAME]["main"]
@@ -351,6 +358,7 @@ def test_a_repository_without_weights(hub):
 # --------------------------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.slow
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "fault, complaint",
@@ -412,6 +420,7 @@ def test_what_fails_once_is_asked_for_again(hub, model, where):
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 1, 10_000])
 def test_a_connection_that_is_cut_is_resumed(hub, model, keep):
     hub.faults = [Fault(WEIGHTS, times=1, keep=keep)]
@@ -445,6 +454,7 @@ def turned(files):
     return bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body, complaint",
     [
@@ -464,6 +474,7 @@ def test_a_file_that_is_another_is_an_error_and_not_kept(hub, files, model, body
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "vocab.json"])
 def test_a_small_file_that_is_another_is_an_error_and_not_kept(hub, files, name):
     other = files[name].replace(b"0", b"1", 1)
@@ -475,6 +486,7 @@ def test_a_small_file_that_is_another_is_an_error_and_not_kept(hub, files, name)
     assert miniclip.load(NAME).model.config == TINY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_damaged_file_is_not_trusted_after_another_one_failed(hub, files, model, name):
     """Nor after the process was killed before the check, which leaves the same files."""
@@ -528,6 +540,7 @@ def test_a_cache_that_takes_no_notes_is_checked_each_time(hub, model):
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [-100, 100])
 def test_a_file_whose_stated_length_is_wrong(hub, model, more):
     size = len(hub.repositories[NAME]["main"]["model.safetensors"])
@@ -557,6 +570,7 @@ def test_a_cache_that_cannot_be_made(hub, tmp_path, place):
         CLIP.from_pretrained(NAME)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("errno", [28, 30], ids=["full disk", "read-only"])
 def test_a_cache_that_cannot_be_written(hub, model, monkeypatch, errno):
     def refuse(*args, **kwargs):
@@ -572,6 +586,7 @@ def test_a_cache_that_cannot_be_written(hub, model, monkeypatch, errno):
 # -------------------------------------------------------------------------------------- publishing
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's own
 def test_a_saved_checkpoint_is_published_and_loaded_from_the_hub(hub, other, files, tmp_path):
     tokenizer = Tokenizer.train(["a photo of a dog"], TINY.text.vocab_size)

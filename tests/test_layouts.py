@@ -1092,6 +1092,7 @@ def test_a_tower_whose_embeddings_have_no_width(tmp_path, projection_dim):
 # ----------------------------------------------------------------------------------------- presets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "file"),
     [

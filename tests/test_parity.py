@@ -625,6 +625,7 @@ def test_each_part_is_loaded_from_the_place_that_was_asked_for(monkeypatch):
         assert ("tokenizer", name, options) in asked and ("transform", name, options) in asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, words",
     [

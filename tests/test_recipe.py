@@ -223,6 +223,7 @@ def assert_same_weights(ours, peer, prefix=""):
         assert difference < 2e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_gives_the_weights_of_the_plain_loop(name, tmp_path, monkeypatch):

@@ -736,6 +736,7 @@ def test_parts_of_another_build_are_made_anew(
     assert not (tmp_path / "i.parts").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("changed", ["weights", "dtype", "transform", "reference"])
 def test_what_another_model_made_is_replaced_by_force_alone(

@@ -181,6 +181,7 @@ def captions(s):
     ]
 
 
+@pytest.mark.slow
 def test_captions_are_true_and_their_negatives_false(scenes):
     checked = Counter()
     for s in scenes:
@@ -196,6 +197,7 @@ def test_captions_are_true_and_their_negatives_false(scenes):
     assert len(checked) > 4  # short ones and long ones
 
 
+@pytest.mark.slow
 def test_what_a_scene_says_is_among_its_captions(scenes):
     for i, s in enumerate(scenes):
         text, negative = say_something(s, Random(i))
@@ -232,6 +234,7 @@ def words(claim):
     return sorted(say(claim).replace("an ", "a ").split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["places", "colours"])
 def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
     """Over many scenes each word is as frequent at each place: a guesser that reads the caption and

@@ -544,6 +544,7 @@ def shallow():
     return twins(config, attention="eager")[0], random_inputs(config)
 
 
+@pytest.mark.slow
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("how", ["wrapped", "in place", "a tower"])
 def test_hooks_of_a_compiled_model_fire(shallow, how):

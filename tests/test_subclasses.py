@@ -597,6 +597,7 @@ SURGERY = {
 
 @pytest.mark.parametrize("name", SURGERY)
 @torch.no_grad()
+@pytest.mark.slow
 def test_surgery_on_a_fork_gives_the_fork_that_its_config_describes(name, model, tmp_path):
     new = or_refuses(SURGERY[name], model)
     if new is not None:
@@ -809,6 +810,7 @@ def losses(out):
     return [row["loss"] for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("chunk", [0, 3])
 def test_siglip_trains_with_its_own_loss(chunk, tokenizer, tmp_path):

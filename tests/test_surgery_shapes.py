@@ -628,6 +628,7 @@ def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
         transformers_twin(model)
 
 
+@pytest.mark.slow
 def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
     """Why the list is there: registers alone are a key it does not know, and only warns of."""
     model = add_registers(tiny_clip(), 4)

@@ -108,6 +108,7 @@ def test_a_task_vector_leads_from_float32_to_float32_exactly():
     assert_same_weights(TaskVector.between(base, tuned).apply(base), tuned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combine", [
     lambda a, b: interpolate(a, b, 0.5),
     lambda a, b: average([a, a, b]),
@@ -166,6 +167,7 @@ def wrong_activation(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
 @pytest.mark.parametrize("combine", [*COMBINE, lambda a, b: TaskVector({}).apply(a)])
 @pytest.mark.parametrize("change", [

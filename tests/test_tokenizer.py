@@ -379,6 +379,7 @@ def test_the_memory_of_chunks_is_bounded(trained, monkeypatch):
     assert all(len(chunk) < 100 for chunk in tokenizer._ids_of.known)
 
 
+@pytest.mark.slow
 def test_the_memory_of_chunks_is_some_30_megabytes(trained):
     """Of chunks as long as any that is remembered, with an id for each character."""
     tokenizer = Tokenizer.from_directory(trained)

@@ -644,6 +644,7 @@ def test_pictures_are_decoded_once_where_all_of_them_fit(memory, tmp_path, monke
     assert len(opened) == (1 if memory == 3 * SIZE**2 else 6)
 
 
+@pytest.mark.slow
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize(("at", "save_every"), [(7, 0), (7, 300), (10, 300)])
 def test_a_run_that_is_stopped_and_started_again_gives_the_same_bits(
@@ -667,6 +668,7 @@ def test_a_run_that_is_stopped_and_started_again_gives_the_same_bits(
         assert json.loads(a)["loss"] == json.loads(b)["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("at_epoch", [1, 3])
 def test_a_run_that_is_killed_while_it_saves_can_be_continued(
