@@ -1712,8 +1712,4 @@ TOKENIZER = [
     ),
 ]
 
-# The fast tests notice them all.
-SLIPS = [
-    slip._replace(tests=f"{slip.tests} -m 'not slow'")
-    for slip in MODEL + SITES + LENS + SURGERY + TOKENIZER
-]
+SLIPS = MODEL + SITES + LENS + SURGERY + TOKENIZER

@@ -3,7 +3,7 @@
 from slip import Slip
 
 RUNS = "tests/test_recipe.py"
-TRAINING = "tests/test_training.py -m 'not slow'"
+TRAINING = "tests/test_training.py"
 DATA = (
     "tests/test_training.py -k 'source or pictures or pixels or shards or class "
     "or synonym or batches or augment or cannot'"
