@@ -53,7 +53,11 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
 
     def classify(features: Tensor) -> Tensor:
         logits = torch.full((len(features), count), -torch.inf, dtype=torch.float64)
-        logits[:, seen] = torch.from_numpy(model.predict_log_proba(features.numpy())).double()
+        # Not predict_log_proba, which warns of the logarithm of a probability that is 0.
+        scores = torch.from_numpy(model.decision_function(features.numpy())).double()
+        if scores.ndim == 1:  # of two classes: the second one's
+            scores = torch.stack([torch.zeros_like(scores), scores], dim=1)
+        logits[:, seen] = scores.log_softmax(dim=1)
         return logits
 
     return classify
