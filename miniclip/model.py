@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as all_modules
 
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.files.checks import check_has_eos, check_ids, check_pixels, check_token_vectors
@@ -37,8 +37,10 @@ class Site(nn.Identity):
 def is_watched(site: nn.Module) -> bool:
     """True if the site or all modules have hooks, or if the site or its forward was replaced."""
     hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)
-    is_replaced = type(site).forward is not nn.Identity.forward or "forward" in vars(site)
-    return is_replaced or any((*hooks, site._backward_pre_hooks, _has_any_global_hook()))
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    of_all = (getattr(all_modules, f"_global_{kind}_hooks") for kind in kinds)
+    is_replaced = type(site).forward is not nn.Identity.forward or "forward" in site.__dict__
+    return is_replaced or any((*hooks, site._backward_pre_hooks, *of_all))
 
 
 class Attention(nn.Module):

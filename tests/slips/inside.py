@@ -17,13 +17,13 @@ MODEL = [
     ),
     Slip(
         "Backward pre-hooks do not count as watching.",
-        "any((*hooks, site._backward_pre_hooks, _has_any_global_hook()))",
-        "any((*hooks, _has_any_global_hook()))",
+        "any((*hooks, site._backward_pre_hooks, *of_all))",
+        "any((*hooks, *of_all))",
         "tests/test_model.py -k watched",
     ),
     Slip(
         "Hooks on all modules do not count as watching.",
-        "any((*hooks, site._backward_pre_hooks, _has_any_global_hook()))",
+        "any((*hooks, site._backward_pre_hooks, *of_all))",
         "any((*hooks, site._backward_pre_hooks))",
         "tests/test_model.py -k watched",
     ),
