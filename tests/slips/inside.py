@@ -29,14 +29,14 @@ MODEL = [
     ),
     Slip(
         "A patched forward does not count as watching.",
-        'is_replaced = type(site).forward is not nn.Identity.forward or "forward" in vars(site)',
+        'is_replaced = type(site).forward is not nn.Identity.forward or "forward" in site.__dict__',
         "is_replaced = type(site).forward is not nn.Identity.forward",
         "tests/test_model.py -k patched",
     ),
     Slip(
         "A module in the place of a site does not count as watching.",
-        'is_replaced = type(site).forward is not nn.Identity.forward or "forward" in vars(site)',
-        'is_replaced = "forward" in vars(site)',
+        'is_replaced = type(site).forward is not nn.Identity.forward or "forward" in site.__dict__',
+        'is_replaced = "forward" in site.__dict__',
         "tests/test_model.py -k 'watched or place_of_a_site'",
     ),
     Slip(
@@ -65,8 +65,8 @@ MODEL = [
     ),
     Slip(
         "A site's forward that is patched for all sites does not count as watching.",
-        'is_replaced = type(site).forward is not nn.Identity.forward or "forward" in vars(site)',
-        'is_replaced = not isinstance(site, Site) or "forward" in vars(site)',
+        'is_replaced = type(site).forward is not nn.Identity.forward or "forward" in site.__dict__',
+        'is_replaced = not isinstance(site, Site) or "forward" in site.__dict__',
         "tests/test_model.py -k patched",
     ),
     Slip(
