@@ -9,13 +9,12 @@ import io
 import json
 import os
 import random
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -128,27 +127,25 @@ def note_once(notes: list[str], note: str) -> None:
         notes.append(note)
 
 
-def class_captions(*words: str) -> tuple[str, ...]:
-    """Everything that may be said of a picture of a class: each of its words, in each template.
+def class_captions(label: str) -> tuple[str, ...]:
+    """Everything that may be said of a picture of a class: its label, in each template.
 
     >>> class_captions("tea cup")[3]
     'a photo of a tea cup.'
     """
-    return tuple(template.replace("{}", word) for word in words for template in TEMPLATES)
+    return tuple(template.replace("{}", label) for template in TEMPLATES)
 
 
-def class_folders(
-    root: Path, transform: ImageTransform, synonyms: Mapping[str, Sequence[str]]
-) -> Pictures:
+def class_folders(root: Path, transform: ImageTransform) -> Pictures:
     """`root`/<class>/, with pictures in it and deeper; the classes are called as `miniclip eval`
-    calls them, or by their `synonyms`. Raises ValueError where there are no two."""
+    calls them. Raises ValueError where there are no two."""
     images = labelled_images(root)
     if (found := len(set(images.classes))) < 2:
         raise ValueError(
             f"{root}: expected at least two folders of pictures, one for each class, found "
             f"{found}: with nothing to tell apart there is nothing to learn"
         )
-    captions = [class_captions(*synonyms.get(label, [label])) for label in images.labels]
+    captions = [class_captions(label) for label in images.labels]
     entries = zip(images.paths, images.classes, strict=True)
     return Pictures([(path, captions[label], label) for path, label in entries], transform)
 
@@ -286,11 +283,10 @@ def open_data(
     name: str | os.PathLike[str],
     transform: ImageTransform,
     columns: tuple[str, str] = COLUMNS,
-    synonyms: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> TrainingData:
     """The training data that a name stands for: `shapes`, the world this package draws; a folder
     with metadata.jsonl, .csv or .tsv, or such a file; a folder of tar shards, or one; a folder of
-    class folders, whose classes `synonyms` may call by several words.
+    class folders.
 
     Raises ValueError, which says what was found instead.
     """
@@ -307,7 +303,7 @@ def open_data(
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder of training data, nor a .tar or a metadata file")
     shards = list(root.glob("*.tar"))
-    return Shards(shards, transform) if shards else class_folders(root, transform, synonyms)
+    return Shards(shards, transform) if shards else class_folders(root, transform)
 
 
 def batches(

@@ -10,7 +10,7 @@ from miniclip.checkpoint import load
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.files.hub import resolve
 from miniclip.files.models import check_device
-from miniclip.files.reading import read_json, read_json_if_there
+from miniclip.files.reading import read_json
 from miniclip.model import CLIP
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import COLUMNS, open_data
@@ -89,10 +89,9 @@ def set_up(
     if like and directory:  # `like` may be a recipe itself, under any name
         recipe = read_recipe(Path(like) if like.endswith(".json") else directory / "recipe.json")
     recipe = replace(recipe, **overrides or {})
-    words = read_json_if_there(directory / "synonyms.json") if directory else {}
     if model:
         loaded = load(model, device=device)
-        return Setup(*loaded, open_data(data, loaded.transform, columns, words), recipe)
+        return Setup(*loaded, open_data(data, loaded.transform, columns), recipe)
     shape = SMALL
     if config:
         shape = CLIPConfig.from_dict(read_json(Path(config)))
@@ -101,6 +100,6 @@ def set_up(
     transform = ImageTransform(shape.vision.side)
     if directory and not config and (directory / "preprocessor_config.json").is_file():
         transform = ImageTransform.from_pretrained(directory)
-    source = open_data(data, transform, columns, words)
+    source = open_data(data, transform, columns)
     random, tokenizer = from_scratch(shape, source, recipe.seed)
     return Setup(random.to(device), tokenizer, transform, source, recipe)

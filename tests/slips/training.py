@@ -6,7 +6,7 @@ RUNS = "tests/test_recipe.py"
 TRAINING = "tests/test_training.py"
 DATA = (
     "tests/test_training.py -k 'source or pictures or pixels or shards or class "
-    "or synonym or batches or augment or cannot'"
+    "or called_by or batches or augment or cannot'"
 )
 SETUP = (
     "tests/test_training.py -k 'new_model or a_recipe or bad_input or stopped or finished "
