@@ -32,6 +32,7 @@ from miniclip import (
     Tokenizer,
     VisionTower,
 )
+from miniclip.commands.main import main
 from miniclip.config import LEGACY_EOS
 from miniclip.convert import convert
 from miniclip.files import hub as hub_files
@@ -344,9 +345,47 @@ def test_a_subfolder_of_a_repository(hub, model, other, tmp_path):
         CLIP.from_pretrained(NAME, subfolder="vae")
 
 
-def test_openais_own_names_are_those_of_the_hub(hub, model):
+@pytest.mark.parametrize("name", ["ViT-L/14@336px", "L/14-336", "vit-l/14@336"])
+def test_openais_own_names_are_those_of_the_hub(hub, model, name):
     hub.repositories["openai/clip-vit-large-patch14-336"] = hub.repositories[NAME]
-    assert_same_weights(CLIP.from_pretrained("ViT-L/14@336px"), model)
+    assert_same_weights(CLIP.from_pretrained(name), model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"hf-hub:{NAME}",
+        f"https://huggingface.co/{NAME}",
+        f"https://huggingface.co/{NAME}/?library=transformers",
+        f"hf.co/{NAME}/tree/main",
+    ],
+)
+def test_a_name_is_as_it_was_pasted(hub, model, name):
+    assert_same_weights(CLIP.from_pretrained(name), model)
+
+
+def test_a_pasted_address_says_which_revision_and_which_folder(hub, model, other, tmp_path):
+    files = {f"parts/{n}": file for n, file in other_files(other, tmp_path).items()}
+    hub.repositories[NAME]["second"] = files
+    address = f"https://huggingface.co/{NAME}/tree/second"
+    assert_same_weights(CLIP.from_pretrained(f"{address}/parts"), other)
+    assert_same_weights(CLIP.from_pretrained(address, subfolder="parts"), other)
+    with pytest.raises(CheckpointError, match="expected a folder inside"):
+        CLIP.from_pretrained(f"{address}/../../other")
+    with pytest.raises(CheckpointError, match="no checkpoint called"):
+        CLIP.from_pretrained(f"https://huggingface.co/{NAME}/blob/main/model.safetensors")
+
+
+def test_the_command_says_at_once_whom_it_asks(hub, capsys, monkeypatch):
+    hub_files._say_once.cache_clear()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: 1 / 0)
+    assert main(["info", "made-up/slow"]) == 2
+    said, error = capsys.readouterr().err.splitlines()
+    assert said == "miniclip: asking the Hugging Face hub for made-up/slow"
+    assert error.startswith("miniclip: error: made-up/slow ")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    main(["info", "made-up/other"])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_repository_without_weights(hub):

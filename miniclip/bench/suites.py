@@ -24,7 +24,7 @@ from miniclip.bench.pipeline import (
 )
 from miniclip.files.models import check_device
 from miniclip.peers import import_transformers, versions
-from miniclip.published import PUBLISHED
+from miniclip.published import published_shape
 from miniclip.terminal import progress
 
 SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
@@ -62,8 +62,7 @@ def bench(
     for name in suites:
         if name not in SUITES:
             raise ValueError(f"no suite is called {name!r}; expected {', '.join(SUITES)}")
-    if shape not in PUBLISHED:
-        raise ValueError(f"no shape is called {shape!r}; expected {', '.join(PUBLISHED)}")
+    shape = published_shape(shape)
     if dtype not in MAX_DISTANCE:
         names = ", ".join(str(known).removeprefix("torch.") for known in MAX_DISTANCE)
         raise ValueError(f"dtype is {dtype}; expected one of {names}")

@@ -4,6 +4,7 @@ Exit status 0 if all went well, 1 if a check failed, 2 on bad input, which is on
 """
 
 import argparse
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from miniclip.commands import (
     tokenize,
     train,
 )
-from miniclip.commands.shared import check_figure, complain
+from miniclip.commands.shared import check_figure, complain, note
 
 # Each module has DESCRIPTION, EXAMPLE, add_arguments and run. No module imports torch before run.
 COMMANDS = (
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show "█" or any script
     args = build_parser().parse_args(argv)
+    log = logging.getLogger("miniclip")
+    log.handlers, log.propagate = [Notes(logging.INFO)], False
+    log.setLevel(logging.INFO)
     warnings.formatwarning = lambda message, *_: f"miniclip: warning: {message}\n"
     try:
         if getattr(args, "plot", None):
@@ -56,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:  # ours, the file system's and torch's
         complain(error)
         return 2
+
+
+class Notes(logging.Handler):
+    """What the package logs, such as a wait for the hub, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        note(f"miniclip: {record.getMessage()}")
 
 
 class Parser(argparse.ArgumentParser):

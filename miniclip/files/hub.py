@@ -1,17 +1,21 @@
 """A name -> the directory of a checkpoint: an embedded one, a local one, or one of the hub."""
 
 import hashlib
+import logging
 import os
 import re
 from contextlib import suppress
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from miniclip.errors import CheckpointError, listed, shown
-from miniclip.files.published import OPENAI_NAMES
+from miniclip.files.published import openai_id
 from miniclip.files.reading import read_json
 from miniclip.files.writing import SAVED, finish_save
+
+log = logging.getLogger("miniclip")  # the command prints it, Python is silent unless asked
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # The weights lie inside an installed package, and beside it in a checkout of the repository.
@@ -50,6 +54,11 @@ WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+ADDRESS = re.compile(
+    r"(?:hf[-_]hub:|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)(?P<id>[^/?#]+/[^/?#]+)"
+    r"(?:/tree/(?P<revision>[^/?#]+)(?:/(?P<folder>[^?#]+?))?)?/?(?:[?#].*)?"
+)
+"""How open_clip writes a hub id, and the address of a repository's page, as it is pasted."""
 
 
 def embedded_names() -> list[str]:
@@ -72,6 +81,9 @@ def resolve(
     An embedded name wins over a directory with the same name: write ./cifar10 for the directory.
     Raises CheckpointError.
     """
+    address = None if os.path.exists(as_path(name)) else ADDRESS.fullmatch(str(name))
+    if address:
+        revision, subfolder = revision or address["revision"], subfolder or address["folder"]
     folder = subfolder or "."
     if os.path.isabs(folder) or ".." in Path(folder).parts:
         raise CheckpointError(f"subfolder is {shown(folder)}; expected a folder inside {name}")
@@ -81,20 +93,13 @@ def resolve(
         return _finished(_inside(path, folder))
     if os.path.isfile(path):
         return _finished(_inside(path.parent, folder))
-    if str(name) in OPENAI_NAMES:
-        return resolve(
-            OPENAI_NAMES[str(name)],
-            kind,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or path.suffix in SUFFIXES:
+    id = address["id"] if address else openai_id(str(name)) or str(name)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", id) or Path(id).suffix in SUFFIXES:
         raise CheckpointError(
             f"no checkpoint called {shown(str(name))}: expected one of {', '.join(embedded)}, a "
             "directory, a weights file, or a hub id such as openai/clip-vit-base-patch32"
         )
-    return _download(str(name), kind, revision, folder, cache_dir, local_files_only)
+    return _download(id, kind, revision, folder, cache_dir, local_files_only)
 
 
 def _inside(directory: Path, folder: str) -> Path:
@@ -124,6 +129,11 @@ def _finished(directory: Path) -> Path:
     return directory
 
 
+@cache
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
 def _download(
     repository: str,
     kind: str,
@@ -134,6 +144,8 @@ def _download(
 ) -> Path:
     from huggingface_hub import constants, snapshot_download  # here, because it is slow to import
 
+    if not (local_files_only or constants.HF_HUB_OFFLINE):  # a bad network takes long to answer
+        _say_once(f"asking the Hugging Face hub for {repository}")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     for patterns in HUB_FILES[kind]:
         try:
@@ -147,6 +159,8 @@ def _download(
                 )
             )
         except Exception as error:  # the hub client's errors have no common base class
+            if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__:
+                error = error.__cause__  # what the network said, without the advice
             reason = " ".join(str(error).split()).rstrip(".")
             raise CheckpointError(
                 f"{repository} is no directory here, and cannot be had from the hub. Offline there "

@@ -44,6 +44,25 @@ OPENAI_NAMES = {
 }
 """The names of openai/CLIP's `clip.load`, and the same weights on the hub."""
 
+
+def openai_id(name: str) -> str | None:
+    """The hub id of OpenAI's weights by the name that OpenAI or people give them, or None.
+
+    >>> openai_id("ViT-L/14@336px") == openai_id("L/14-336"), openai_id("vit-b/32")
+    (True, 'openai/clip-vit-base-patch32')
+    """
+    return {_plain(known): id for known, id in OPENAI_NAMES.items()}.get(_plain(name))
+
+
+def shape_name(name: str) -> str:
+    """The key of PUBLISHED that a name stands for: "B/32" for "ViT-B/32"; or the name itself."""
+    return {_plain(known): known for known in PUBLISHED}.get(_plain(name), name)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"^vit-|(?<=\d)px$", "", name.lower()).replace("@", "-")
+
+
 RELEASES = {
     "openai/clip-vit-base-patch32": ("B/32", "quick_gelu"),
     "openai/clip-vit-base-patch16": ("B/16", "quick_gelu"),
@@ -71,7 +90,7 @@ def published(name: str) -> Fields | None:
     """
     if name in PUBLISHED:
         return PUBLISHED[name]
-    if (name := OPENAI_NAMES.get(name, name)) not in RELEASES:
+    if (name := openai_id(name) or name) not in RELEASES:
         return None
     shape, act = RELEASES[name]
     fields = PUBLISHED[shape]

@@ -24,7 +24,7 @@ from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.follow import end_token
 from miniclip.model import CLIP
 from miniclip.peers import import_transformers
-from miniclip.published import PUBLISHED
+from miniclip.published import PUBLISHED, published_shape
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
 
@@ -101,8 +101,7 @@ def random_pair(shape: str) -> "tuple[CLIP, CLIPModel]":
 
     Needs no checkpoint. Raises ValueError for another shape.
     """
-    if shape not in PUBLISHED:
-        raise ValueError(f"no shape is called {shape!r}; expected {', '.join(PUBLISHED)}")
+    shape = published_shape(shape)
     import_transformers()
     with meta_device():
         model = CLIP(PUBLISHED[shape])

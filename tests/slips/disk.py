@@ -923,8 +923,8 @@ SLIPS = [
     ),
     Slip(
         "A weights file that is not there is looked for on the hub.",
-        "str(name)) or path.suffix in SUFFIXES:",
-        "str(name)):",
+        ", id) or Path(id).suffix in SUFFIXES:",
+        ", id):",
         "tests/test_checkpoint.py -k unknown_name",
     ),
     Slip(
