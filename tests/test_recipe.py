@@ -17,6 +17,7 @@ from twin import copy_weights, transformers_config
 from miniclip import CLIPConfig, ImageTransform, TextConfig, VisionConfig
 from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.training import Recipe, from_scratch, processes, read_recipe, train
+from miniclip.training import loop as loop_module
 from miniclip.training import run as run_module
 from miniclip.training.data import Pair, augment, draw_seed
 
@@ -269,11 +270,14 @@ def one_of_two(rank):
 
 def test_processes_share_a_batch_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "dist", one_of_two(0))
+    monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     model, _, tokenizer = two_models()
     train(model, tokenizer, TRANSFORM, Spots(), Recipe(epochs=1, batch=100), tmp_path / "all")
-    assert read_recipe(tmp_path / "all" / "recipe.json").batch == 12  # of 13 pairs
-    with pytest.raises(ValueError, match="a batch of 5 cannot be shared by 2 processes"):
-        train(model, tokenizer, TRANSFORM, Spots(), Recipe(batch=5), tmp_path / "odd")
+    assert read_recipe(tmp_path / "all" / "recipe.json").batch == 13  # as one process would
+    three = {**vars(one_of_two(0)), "get_world_size": lambda: 3}
+    monkeypatch.setattr(processes, "dist", SimpleNamespace(**three))
+    with pytest.raises(ValueError, match="a batch of 2 cannot be shared by 3 processes"):
+        train(model, tokenizer, TRANSFORM, Spots(), Recipe(batch=2), tmp_path / "few")
 
 
 def test_a_frozen_tower_stays_as_it_is(tmp_path):
@@ -290,6 +294,7 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
 def test_each_of_two_processes_draws_for_itself(rank, tmp_path, monkeypatch):
     """One of two, whose embeddings are not gathered: its share of the pairs, its own noise."""
     monkeypatch.setattr(processes, "dist", one_of_two(rank))
+    monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     recipe = replace(BASE, patch_dropout=0.6, augment=True)
     ours, peer, tokenizer = two_models()
     train(ours, tokenizer, TRANSFORM, Spots(), recipe, tmp_path)

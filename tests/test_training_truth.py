@@ -14,11 +14,19 @@ from twin import TINY, random_inputs, twins
 from miniclip import ImageTransform, load
 from miniclip.loss import contrastive_loss
 from miniclip.model import Attention, unit_norm
-from miniclip.training import Recipe, batch_loss, batches, from_scratch, open_data, train
+from miniclip.training import (
+    Objective,
+    Recipe,
+    backward,
+    batch_loss,
+    batches,
+    from_scratch,
+    open_data,
+    train,
+)
 from miniclip.training import loop as loop_module
 from miniclip.training import loss as loss_module
 from miniclip.training import run as run_module
-from miniclip.training.loss import backward
 from miniclip.training.optim import Muon, orthogonalized
 from miniclip.training.setup import SMALL
 from miniclip.zeroshot.classifier import ZeroShotClassifier
@@ -164,9 +172,7 @@ def test_chunks_share_targets_as_the_whole_batch_does():
         model = twins(TINY)[0].double()
         pixels, ids = random_inputs(TINY, images=6, texts=6)
         loss = partial(batch_loss, model.logit_scale, labels, also)
-        encode_image = partial(model.encode_image, normalize=True)
-        encode_text = partial(model.encode_text, normalize=True)
-        backward(encode_image, encode_text, pixels, ids, loss, chunk)
+        backward(Objective(model), pixels, ids, loss, chunk)
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 

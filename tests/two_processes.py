@@ -17,22 +17,24 @@ from forks.siglip import Siglip, sigmoid_loss
 from miniclip import CLIP, ImageTransform
 from miniclip.commands.main import main
 from miniclip.config import CLIPConfig
-from miniclip.training import average_gradients, batch_loss, batches, gather, open_data
-from miniclip.training.loss import backward
+from miniclip.training import (
+    Objective,
+    backward,
+    batch_loss,
+    batches,
+    gather,
+    open_data,
+    parallel,
+)
 
 RATES = {"equal": (0.1, 0.1), "unequal": (0.1, 0.003)}
 CASES = tuple(product(RATES, ("float64", "float32"), (0, 2)))  # rates, precision, rows of a chunk
 
 
-def step(model, pixels, ids, labels, chunk=0):
-    return backward(
-        partial(model.encode_image, normalize=True),
-        partial(model.encode_text, normalize=True),
-        pixels,
-        ids,
-        partial(batch_loss, model.logit_scale, labels, labels.new_empty(len(labels), 0)),
-        chunk,
-    )
+def step(model, pixels, ids, labels, chunk=0, engine=None, batch=None):
+    also = labels.new_empty(len(labels), 0)
+    loss = partial(batch_loss, model.logit_scale, labels, also, batch=batch)
+    return backward(engine or Objective(model), pixels, ids, loss, chunk)
 
 
 def gradients(model):
@@ -49,11 +51,12 @@ def three_steps(inputs, rates, dtype, chunk=0, rank=0, world=1):
     towers = zip((model.vision, model.text), RATES[rates], strict=True)
     optimizer = torch.optim.SGD([{"params": t.parameters(), "lr": lr} for t, lr in towers], lr=0.1)
     optimizer.add_param_group({"params": [model.logit_scale]})
+    engine = parallel(Objective(model), skips=False)
+    batch = len(inputs["pixels"])
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        loss = step(model, pixels.to(getattr(torch, dtype)), ids, labels, chunk)
-        average_gradients(model)
+        loss = step(model, pixels.to(getattr(torch, dtype)), ids, labels, chunk, engine, batch)
         losses.append(loss.item())
         optimizer.step()
     return {"losses": losses, "grads": gradients(model), "weights": model.state_dict()}
@@ -70,12 +73,11 @@ def loss_of_several_captions(folder, embeddings, rank=0, world=1):
 def gradients_of_siglip(folder, pixels, ids, rank=0, world=1):
     """The gradients of SigLIP's own loss, by one process that has its share of the pairs."""
     model = Siglip.from_pretrained(folder, dtype=torch.float64)
-    images = model.encode_image(pixels[rank::world], normalize=True)
-    texts = model.encode_text(ids[rank::world], normalize=True)
     labels = torch.arange(len(pixels))[rank::world]
     also, loss = labels.new_empty(len(labels), 0), partial(sigmoid_loss, model)
-    batch_loss(model.logit_scale, labels, also, images, texts, loss=loss).backward()
-    average_gradients(model)
+    end = partial(batch_loss, model.logit_scale, labels, also, loss=loss)
+    engine = parallel(Objective(model), skips=True)
+    backward(engine, pixels[rank::world], ids[rank::world], end)
     return gradients(model)
 
 

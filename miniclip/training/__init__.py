@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from miniclip.training.data import batches, open_data
     from miniclip.training.loop import train
-    from miniclip.training.loss import Loss, average_gradients, batch_loss, gather
+    from miniclip.training.loss import Loss, Objective, backward, batch_loss, gather
     from miniclip.training.pairs import Batch, Pair, TrainingData
-    from miniclip.training.processes import process_group
+    from miniclip.training.processes import parallel, process_group
     from miniclip.training.recipe import Recipe, read_recipe
     from miniclip.training.setup import Setup, from_scratch, set_up
 
@@ -35,9 +35,11 @@ __all__ = [
     "from_scratch",
     "set_up",
     "process_group",
+    "parallel",
     "train",
     "Loss",
-    "average_gradients",
+    "Objective",
+    "backward",
     "batch_loss",
     "gather",
 ]

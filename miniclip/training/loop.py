@@ -4,7 +4,9 @@ What is random in a step is drawn from (seed, step), so a run that was killed an
 with the same command gives the weights, bit for bit, that it would have given undisturbed.
 
     miniclip train DATA --out DIR
-    torchrun --nproc-per-node N -m miniclip train DATA --out DIR
+    torchrun --nproc-per-node N --max-restarts 3 -m miniclip train DATA --out DIR
+
+torchrun starts all processes again when one has crashed, and they continue from what was saved.
 """
 
 import math
@@ -22,15 +24,15 @@ from torch.utils.checkpoint import checkpoint
 from miniclip.errors import ContextLengthError
 from miniclip.follow import ids_for
 from miniclip.loss import clamp_logit_scale
-from miniclip.model import CLIP, attentions, unit_norm
+from miniclip.model import CLIP, attentions
 from miniclip.surgery.interventions import PatchDropout
 from miniclip.terminal import progress
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import augment, batches, draw_seed
-from miniclip.training.loss import Loss, average_gradients, backward, batch_loss
+from miniclip.training.loss import Loss, Objective, backward, batch_loss
 from miniclip.training.optim import schedule, set_learning_rate
 from miniclip.training.pairs import TrainingData
-from miniclip.training.processes import of_all_processes, rank_and_world_size
+from miniclip.training.processes import of_all_processes, parallel, rank_and_world_size
 from miniclip.training.recipe import Recipe
 from miniclip.training.run import Run
 from miniclip.transform import ImageTransform
@@ -56,8 +58,8 @@ def train(
     """
     rank, world_size = rank_and_world_size()
     check_data(data, least=max(2, world_size))
-    recipe = replace(recipe, batch=min(recipe.batch, len(data) - len(data) % world_size))
-    if recipe.batch % world_size:
+    recipe = replace(recipe, batch=min(recipe.batch, len(data)))
+    if recipe.batch < world_size:
         raise ValueError(f"a batch of {recipe.batch} cannot be shared by {world_size} processes")
     steps_per_epoch = len(data) // recipe.batch
     steps = recipe.epochs * steps_per_epoch
@@ -68,13 +70,8 @@ def train(
         model.vision.compile()
         model.text.compile()
     device = model.logit_scale.device
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-
-    def encode_image(pixels: Tensor) -> Tensor:
-        return unit_norm(cast(model.encode_image)(pixels).to(model.logit_scale.dtype))
-
-    def encode_text(ids: Tensor) -> Tensor:
-        return unit_norm(cast(model.encode_text)(ids).to(model.logit_scale.dtype))
+    objective = Objective(model, loss, recipe.precision)
+    engine = parallel(objective, skips=loss is not None or type(model) is not CLIP)
 
     model.train()
     stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world_size)
@@ -102,8 +99,7 @@ def train(
                 dropout.share = recipe.patch_dropout * (epoch < recipe.epochs - recipe.full_epochs)
             captions = batch.captions + batch.negatives * recipe.hard_negatives
             value = backward(
-                encode_image,
-                encode_text,
+                engine,
                 normalize_pixels(batch.pixels, transform, recipe.augment).to(device),
                 tokenize_captions(captions, tokenizer, run).to(device),
                 partial(
@@ -112,15 +108,15 @@ def train(
                     batch.labels.to(device),
                     batch.also.to(device),
                     loss=loss and partial(loss, model),
+                    batch=recipe.batch,
                 ),
                 recipe.chunk,
             ).item()
             if not math.isfinite(value):  # stop before it is saved
                 raise ValueError(f"the loss is {value} after {run.step} steps; try a smaller lr")
-            average_gradients(model)
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
-                cast(optimizer.step)()
+                objective.cast(optimizer.step)()
                 optimizer.zero_grad()
             if loss is None:
                 clamp_logit_scale(model)

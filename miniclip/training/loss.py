@@ -1,15 +1,33 @@
 """The loss over several processes, with false captions, and in chunks of a batch."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from miniclip.loss import contrastive_loss
-from miniclip.model import CLIP
+from miniclip.model import CLIP, unit_norm
+
+
+class Objective(nn.Module):
+    """All that a run trains, and a batch's way to its loss: what DistributedDataParallel wraps."""
+
+    def __init__(self, model: CLIP, loss: Any = None, precision: str = "float32") -> None:
+        super().__init__()
+        self.model, self.loss = model, loss  # a loss that is a module is trained too
+        kind, enabled = model.logit_scale.device.type, precision == "bfloat16"
+        self.cast = torch.autocast(kind, torch.bfloat16, enabled=enabled)
+
+    def forward(self, pixels: Tensor, ids: Tensor, end: Callable[[Tensor, Tensor], Any]) -> Any:
+        """`end` of the pictures' and the texts' unit embeddings, in the dtype of the weights."""
+        with self.cast:
+            embeds = self.model.encode_image(pixels), self.model.encode_text(ids)
+        return end(*(unit_norm(x.to(self.model.logit_scale.dtype)) for x in embeds))
 
 
 class _Gather(torch.autograd.Function):
@@ -30,13 +48,20 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather(x: Tensor) -> Tensor:
-    """(B, ...) of each of N processes -> (N B, ...), with gradient; x itself where there is one.
+def gather(x: Tensor, batch: int | None = None) -> Tensor:
+    """The rows of all processes, (batch, ...), with gradient; x itself where there is one process.
 
-    Every process then computes the same loss over the whole batch. A backward pass leaves N times
-    the gradient of that loss, spread over the processes: `average_gradients` makes it the gradient.
+    Row i of process r of N is row i N + r, so a batch is the same for any number of processes.
+    Without a `batch` all have as many rows as this process. Every process then computes the same
+    loss over the whole batch. A backward pass leaves N times the gradient of that loss, spread over
+    the processes, and the mean of their gradients, which DistributedDataParallel takes, is right.
     """
-    return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
+        return x
+    batch = batch or world * len(x)
+    missing = -(-batch // world) - len(x)  # the last processes may have one row less
+    rows = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+    return _Gather.apply(rows).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:batch]
 
 
 Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
@@ -52,6 +77,7 @@ def batch_loss(
     image_embeds: Tensor,
     text_embeds: Tensor,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    batch: int | None = None,
 ) -> Tensor:
     """The loss of a batch over all processes.
 
@@ -65,10 +91,11 @@ def batch_loss(
             2210.01936). NegCLIP makes false captions B more columns of the matrix. Here each
             image chooses between its true and its false caption alone, by the logistic loss.
         loss: of (image_embeds, captions, is_true), in place of `contrastive_loss`.
+        batch: pairs over all processes, if not B of each.
     """
-    image_embeds, labels = gather(image_embeds), gather(labels)
-    captions, *negatives = (gather(part) for part in text_embeds.split(len(also)))
-    of_image = torch.cat([labels[:, None], gather(also)], dim=1)  # (B, 1 + K)
+    captions, *negatives = (gather(part, batch) for part in text_embeds.split(len(also)))
+    image_embeds, labels, also = (gather(x, batch) for x in (image_embeds, labels, also))
+    of_image = torch.cat([labels[:, None], also], dim=1)  # (B, 1 + K)
     is_true = (of_image[:, :, None] == labels).any(dim=1)  # (B, B): of image i, caption j
     if loss is None:
         value = contrastive_loss(image_embeds, captions, logit_scale, is_true)
@@ -81,22 +108,8 @@ def batch_loss(
     return value
 
 
-def average_gradients(model: CLIP) -> None:
-    """The mean over processes of every gradient, in place. Call after the backward pass."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
 def backward(
-    encode_image: Callable[[Tensor], Tensor],
-    encode_text: Callable[[Tensor], Tensor],
+    objective: nn.Module,
     pixels: Tensor,
     ids: Tensor,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -104,34 +117,51 @@ def backward(
 ) -> Tensor:
     """Embed a batch, apply `loss` to its (image, text) embeddings, and backpropagate.
 
-    With a `chunk`, in two passes whose memory is that of `chunk` rows: all embeddings without a
-    graph, the gradient of the loss with respect to them, then each chunk once more with a graph,
-    from its embeddings back (GradCache, Gao et al. 2021, arXiv 2101.06983). The gradients are
-    those of one pass, dropped patches included.
+    Args:
+        objective: an `Objective`, or what wraps it.
+        pixels: (B, 3, S, S).
+        ids: (B, T), or (2 B, T) with a false caption of each image after the true ones.
+        chunk: pairs in memory at once, in two passes: all embeddings without a graph, the gradient
+            of the loss with respect to them, then each chunk once more with a graph, from its
+            embeddings back (GradCache, Gao et al. 2021, arXiv 2101.06983). The gradients are those
+            of one pass, dropped patches included.
     """
     if not chunk:
-        value = loss(encode_image(pixels), encode_text(ids))
+        value = objective(pixels, ids, loss)
         value.backward()
         return value.detach()
 
-    parts = [(encode_image, part) for part in pixels.split(chunk)]
-    image_chunks = len(parts)
-    parts += [(encode_text, part) for part in ids.split(chunk)]
+    def split(texts: Tensor) -> list[Tensor]:
+        """The texts of each chunk, the true ones first."""
+        by_kind = texts.unflatten(0, (-1, len(pixels))).split(chunk, dim=1)
+        return [part.flatten(0, 1) for part in by_kind]
+
+    parts = [*zip(pixels.split(chunk), split(ids), strict=True)]
     seeds = torch.randint(2**62, (len(parts),)).tolist()  # the two passes draw the same patches
-    embeds = []
-    for (encode, part), seed in zip(parts, seeds, strict=True):
+    images, texts = [], []
+    for part, seed in zip(parts, seeds, strict=True):
         torch.manual_seed(seed)
         with torch.no_grad():
-            embeds.append(encode(part))
-    leaves = [
-        torch.cat(half).requires_grad_() for half in (embeds[:image_chunks], embeds[image_chunks:])
-    ]
+            image_embeds, text_embeds = objective(*part, lambda *embeds: embeds)
+        images.append(image_embeds)
+        texts.append(text_embeds.unflatten(0, (-1, len(image_embeds))))
+    leaves = [x.requires_grad_() for x in (torch.cat(images), torch.cat(texts, 1).flatten(0, 1))]
     value = loss(*leaves)
-    value.backward()
-    gradients = [
-        part for leaf in leaves if leaf.grad is not None for part in leaf.grad.split(chunk)
-    ]
-    for (encode, part), seed, gradient in zip(parts, seeds, gradients, strict=True):
+    of_images, of_texts = torch.autograd.grad(value, leaves, retain_graph=True)
+    gradients = [*zip(of_images.split(chunk), split(of_texts), strict=True)]
+    for part, seed, gradient in zip(parts, seeds, gradients, strict=True):
+        is_last = gradient is gradients[-1]
+        end = partial(_chain, gradient, value if is_last else 0.0)
         torch.manual_seed(seed)
-        encode(part).backward(gradient)
+        # Gradients add up here until the last chunk, which sends them to the other processes.
+        with getattr(objective, "no_sync", nullcontext)() if not is_last else nullcontext():
+            objective(*part, end).backward()
     return value.detach()
+
+
+def _chain(
+    gradient: tuple[Tensor, Tensor], value: Any, image_embeds: Tensor, text_embeds: Tensor
+) -> Tensor:
+    """What has the loss's gradient: with respect to a chunk's embeddings by the chain rule, and,
+    with the last chunk, with respect to all else that the loss depends on."""
+    return value + (image_embeds * gradient[0]).sum() + (text_embeds * gradient[1]).sum()

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from miniclip.files.models import check_device
 
@@ -32,6 +34,18 @@ def process_group(device: str) -> Iterator[str]:
 def rank_and_world_size() -> tuple[int, int]:
     """The number of this process, from 0, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def parallel(objective: nn.Module, skips: bool) -> nn.Module:
+    """A module whose gradients are the means over all processes; itself where there is one.
+
+    `skips`: a step may leave a parameter out. PyTorch then looks for it in each step.
+    """
+    if rank_and_world_size()[1] == 1:
+        return objective
+    return DistributedDataParallel(
+        objective, find_unused_parameters=skips, gradient_as_bucket_view=True
+    )
 
 
 def of_all_processes(notes: list[str]) -> list[str]:

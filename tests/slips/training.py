@@ -4,6 +4,7 @@ from slip import Slip
 
 RUNS = "tests/test_recipe.py"
 TRAINING = "tests/test_training.py"
+PROCESSES = "tests/test_processes.py"
 DATA = (
     "tests/test_training.py -k 'source or pictures or pixels or shards or class "
     "or called_by or batches or augment or cannot'"
@@ -207,20 +208,21 @@ SLIPS = [
     Slip("`compile` is ignored.", "if recipe.compile:", "if False:", RUNS),
     Slip(
         "`precision` is ignored.",
-        'enabled=recipe.precision == "bfloat16"',
-        "enabled=False",
+        'logit_scale.device.type, precision == "bfloat16"',
+        "logit_scale.device.type, False",
         RUNS,
     ),
     Slip(
         "The text tower stays in float32.",
-        "cast(model.encode_text)(ids)",
-        "model.encode_text(ids)",
+        "            embeds = self.model.encode_image(pixels), self.model.encode_text(ids)",
+        "            embeds = [self.model.encode_image(pixels)]\n"
+        "        embeds = *embeds, self.model.encode_text(ids)",
         RUNS,
     ),
     Slip(
         "Embeddings of pictures are not normalised.",
-        "unit_norm(cast(model.encode_image)(pixels).to(model.logit_scale.dtype))",
-        "cast(model.encode_image)(pixels)",
+        "(unit_norm(x.to(self.model.logit_scale.dtype)) for x in embeds)",
+        "(embeds[0].float(), unit_norm(embeds[1].float()))",
         RUNS,
     ),
     Slip("The model is not put in training mode.", "    model.train()\n", "", RUNS),
@@ -305,20 +307,20 @@ SLIPS = [
     ),
     Slip(
         "A batch is larger than the data.",
-        "min(recipe.batch, len(data) - len(data) % world_size)",
+        "min(recipe.batch, len(data))",
         "recipe.batch",
         TRAINING + " -k larger",
     ),
     Slip(
         "The batch that processes cannot share is not refused.",
-        "if recipe.batch % world_size:",
+        "if recipe.batch < world_size:",
         "if False:",
         RUNS,
     ),
     Slip(
-        "The batch of the data does not fit the processes.",
-        "len(data) - len(data) % world_size)",
-        "len(data))",
+        "The batch of the data fits the processes.",
+        "min(recipe.batch, len(data))",
+        "min(recipe.batch, len(data) - len(data) % world_size)",
         RUNS,
     ),
     # optimizers
@@ -439,21 +441,39 @@ SLIPS = [
     ),
     Slip(
         "The two passes draw other patches.",
-        "        torch.manual_seed(seed)\n        encode(part).backward(gradient)",
-        "        encode(part).backward(gradient)",
+        "        torch.manual_seed(seed)\n        # Gradients add up",
+        "        # Gradients add up",
         TRAINING + " -k passes",
     ),
     Slip(
         "A gathered row's gradient is its own process's alone.",
         "        dist.all_reduce(gradient)\n",
         "",
-        "tests/test_training.py -k 'gathering or big_batch'",
+        PROCESSES + " -k 'gathering or big_batch'",
     ),
     Slip(
-        "Gradients are summed over processes.",
-        "    flat /= dist.get_world_size()\n",
-        "",
-        "tests/test_training.py -k 'gathering or big_batch'",
+        "Each process goes on with its own gradients.",
+        "    return DistributedDataParallel(\n        objective,",
+        "    DistributedDataParallel(\n        nn.Linear(1, 1),",
+        PROCESSES + " -k big_batch",
+    ),
+    Slip(
+        "Gathered rows come process by process.",
+        ".transpose(0, 1).flatten(0, 1)[:batch]",
+        ".flatten(0, 1)[:batch]",
+        PROCESSES + " -k big_batch",
+    ),
+    Slip(
+        "In chunks, the loss's own parameters have no gradient.",
+        "value if is_last else 0.0",
+        "0.0",
+        TRAINING + " -k passes",
+    ),
+    Slip(
+        "The chunks before the last have no gradient.",
+        "objective(*part, end).backward()",
+        "objective(*part, end).backward() if is_last else None",
+        TRAINING + " -k passes",
     ),
     # averaged weights
     Slip("`ema` is ignored.", "        if recipe.ema:", "        if False:", RUNS),
