@@ -5,6 +5,10 @@ pattern of the fourth block, `vision.blocks.3` the residual stream after it. The
 TransformerLens' HookPoint (Nanda and Bloom 2022), on PyTorch's own forward hooks, so any nn.Module
 will do for `model`; with a bare tower the names begin at `blocks`.
 
+Three more words may end a name. `vision.ln_pre.input` is what enters a module: its first argument.
+`ln_1.scale` is what a LayerNorm divides by, (B, T, 1), and `ln_1.normalized` the result, before its
+weight and bias: TransformerLens' hook_scale and hook_normalized, in float32 at least.
+
 Sites that nobody uses change no bit and add no operation: they cost a few calls of Python for each
 layer, and nothing in a graph.
 
@@ -40,7 +44,7 @@ def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     Returns of None change nothing. Functions of one site run in the order they are given in, and
     the outer of two blocks comes first. A tensor that is edited in place is an error, because
     others may hold it: return a changed copy, of the same dtype and shape. Only a residual stream
-    (`ln_pre`, `resid_mid`, a block) may get another number of tokens. Raises ValueError for a
+    (at `ln_pre`, `resid_mid` or a block) may get another number of tokens. Raises ValueError for a
     pattern without a match, and for a module that is shared, because its runs look the same.
 
     >>> from miniclip import CLIP
@@ -96,10 +100,17 @@ def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     found = [(*site, edit) for glob, edit in edits.items() for site in _matching(modules, glob)]
     # Nothing is compiled before the compiler is there, and importing it takes more than a second.
     is_loaded = "torch._dynamo" in sys.modules
-    handles = []
+    handles: list[Any] = []
     try:
-        for name, module, edit in found:
-            handles.append(module.register_forward_hook(partial(_call, edit, name)))
+        for name, module, part, edit in found:
+            call = partial(_call, edit, name)
+            if part == "input":
+                handles.append(module.register_forward_pre_hook(Enter(call), with_kwargs=True))
+            elif part:
+                steps = _Steps.of(module)
+                handles += [getattr(steps, part).register_forward_hook(call), steps]
+            else:
+                handles.append(module.register_forward_hook(call))
         with torch.compiler.set_stance("force_eager") if is_loaded else nullcontext():
             yield
     finally:
@@ -107,27 +118,98 @@ def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
             handle.remove()
 
 
+def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """What a LayerNorm divides its input by, (..., W) -> (..., 1): the standard deviation."""
+    return (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+
+
+class _Steps:
+    """The two steps of a LayerNorm, as sites. While one is hooked, this is the norm's first hook.
+
+    If no function changes a step, the output stays what it was, to the bit.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self.scale, self.normalized = nn.Identity(), nn.Identity()
+        self.handle = norm.register_forward_hook(self, with_kwargs=True, prepend=True)
+
+    @classmethod
+    def of(cls, norm: Any) -> "_Steps":
+        """Those that an outer block has hooked, or new ones."""
+        return next((h for h in norm._forward_hooks.values() if type(h) is cls), None) or cls(norm)
+
+    def __call__(self, norm: Any, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
+        x = [*args, *kwargs.values()][0]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # as layer_norm itself does
+        scale = norm_scale(norm, x)
+        edited_scale = self.scale(scale)
+        quotient = (x - x.mean(-1, keepdim=True)) / edited_scale
+        edited = self.normalized(quotient)
+        if edited_scale is scale and edited is quotient:
+            return None
+        edited = edited if norm.weight is None else edited * norm.weight
+        return (edited if norm.bias is None else edited + norm.bias).to(out.dtype)
+
+    def remove(self) -> None:
+        """Unless another block still hooks a step."""
+        if not (self.scale._forward_hooks or self.normalized._forward_hooks):
+            self.handle.remove()
+
+
+class Enter:
+    """A pre-hook that runs a function on a module's first argument, however that is passed."""
+
+    def __init__(self, call: Callable) -> None:
+        self.call = call
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        first = 0 if args else next(iter(kwargs))
+        given: Any = [*args] if args else {**kwargs}
+        edited = self.call(module, args, given[first])
+        if edited is None:
+            return None
+        given[first] = edited
+        return ((*given,), kwargs) if args else (args, given)
+
+
 def find(model: nn.Module, glob: str) -> list[tuple[str, nn.Module]]:
-    """The sites whose names match, in the order of the model. ValueError if there are none."""
-    return _matching([*named_modules(model)], glob)
+    """The modules whose names match, in the order of the model. ValueError if there are none."""
+    return [(name, module) for name, module, _ in _matching([*named_modules(model)], glob, ())]
 
 
-def _matching(modules: list[tuple[str, nn.Module]], glob: str) -> list[tuple[str, nn.Module]]:
-    found = [(name, module) for name, module in modules if name and matches(name, glob)]
+PARTS = ("input", "scale", "normalized")  # the tensors of a module beside its output
+
+
+def _matching(
+    modules: list[tuple[str, nn.Module]], glob: str, parts: tuple[str, ...] = PARTS
+) -> list[tuple[str, nn.Module, str]]:
+    """The name, the module and the part ("" is its output) of each tensor that a glob matches."""
+    part = glob.rpartition(".")[2]
+    if part not in parts or any(matches(name, glob) for name, _ in modules):
+        part = ""  # a child may have the name of a part
+    has_part = _is_plain_norm if part in ("scale", "normalized") else bool
+    named = [(f"{n}.{part}".rstrip("."), m, part) for n, m in modules if n and has_part(m)]
+    found = [place for place in named if matches(place[0], glob)]
     if not found:
-        names = [name for name, _ in modules]
+        names = [name for name, *_ in named]
         near = ", ".join(get_close_matches(glob, names, cutoff=0)) or "no submodules"
         raise ValueError(
             f"no site is called {glob!r} in this {type(modules[0][1]).__name__}; the nearest are "
             f"{near}. A * stands for one part of a name, between two dots"
         )
     times = Counter(id(module) for _, module in modules)
-    if shared := [name for name, module in found if times[id(module)] > 1]:
+    if shared := [name for name, module, _ in found if times[id(module)] > 1]:
         raise ValueError(
             f"{listed(shared)}: a module with several names, whose runs cannot be told apart. "
             "Share its parameters, and not the module"
         )
     return found
+
+
+def _is_plain_norm(module: Any) -> bool:
+    """Whether a module is a LayerNorm over the last dimension, as PyTorch computes it."""
+    is_norm = type(module).forward is nn.LayerNorm.forward and "forward" not in vars(module)
+    return is_norm and len(module.normalized_shape) == 1
 
 
 def matches(name: str, glob: str) -> bool:
@@ -146,7 +228,7 @@ def matches(name: str, glob: str) -> bool:
 
 def _call(edit: Edit, name: str, module: nn.Module, args: tuple, tensor: Tensor) -> Tensor | None:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: its output is no tensor, but a {type(tensor).__name__}")
+        raise ValueError(f"{name}: is no tensor, but a {type(tensor).__name__}")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         raise ValueError(f"{name}: is hooked; compile or export the model outside of the block")
     return edit(tensor, name)
@@ -178,7 +260,7 @@ def _kind(x: Any, name: str) -> str:
     if not isinstance(x, Tensor):
         return f"a {type(x).__name__}"
     shape: list[Any] = [*x.shape]
-    last = name.rpartition(".")[2]
+    last = name.removesuffix(".input").rpartition(".")[2]
     if x.ndim == 3 and (last.isdigit() or last in ("ln_pre", "resid_mid")):
         shape[1] = "T"  # a residual stream may lose tokens, or get more
     dtype = "any dtype" if torch._C._is_any_autocast_enabled() else x.dtype
@@ -206,8 +288,7 @@ KINDS = {  # TransformerLens' names of sites -> ours
 def site(kind: str, *, tower: str, layer: int) -> str:
     """The name of a site, from TransformerLens' word for it and the number of the block.
 
-    Raises ValueError for a word or a tower that there is not, and for the text tower's first
-    residual stream, which is no module's output.
+    Raises ValueError for a word or a tower that there is not.
 
     >>> site("resid_mid", tower="vision", layer=3), site("resid_pre", tower="text", layer=3)
     ('vision.blocks.3.resid_mid', 'text.blocks.2')
@@ -219,12 +300,7 @@ def site(kind: str, *, tower: str, layer: int) -> str:
     if kind == "resid_pre" and layer:
         kind, layer = "resid_post", layer - 1
     elif kind == "resid_pre":
-        if tower == "text":
-            raise ValueError(
-                "the text tower's first residual stream is no module's output: use "
-                "'text.token_embed', to which the position embedding is added next"
-            )
-        return "vision.ln_pre"
+        return "vision.ln_pre" if tower == "vision" else "text.blocks.0.input"
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; expected one of resid_pre, {', '.join(KINDS)}")
     return f"{tower}.blocks.{layer}.{KINDS[kind]}".rstrip(".")

@@ -8,6 +8,7 @@ import copy
 import pickle
 import sys
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from twin import TINY, random_inputs, tiny_clip, twins
@@ -23,7 +25,8 @@ from twin import TINY, random_inputs, tiny_clip, twins
 from miniclip.lens import attention_maps, decompose, logit_lens
 from miniclip.model import Attention, Block
 from miniclip.parity import compare
-from miniclip.sites import KINDS, cache, find, hooks, matches, site
+from miniclip.sites import KINDS, PARTS, cache, find, hooks, matches, site
+from miniclip.surgery import add_lora, copied
 
 FLOAT64 = 1e-10
 REORDERED = 2e-5
@@ -152,7 +155,7 @@ def test_what_a_hook_may_return_and_see(tiny):
     with pytest.raises(ValueError, match="text.proj: the hook returned a float"):
         with hooks(model, {"text.proj": lambda x, name: x.sum().item()}):
             model(*inputs)
-    with pytest.raises(ValueError, match="0: its output is no tensor, but a tuple"):
+    with pytest.raises(ValueError, match="0: is no tensor, but a tuple"):
         lstm = nn.Sequential(nn.LSTM(3, 3))
         with hooks(lstm, {"0": nothing}):
             lstm(torch.zeros(1, 3))
@@ -205,6 +208,161 @@ def test_the_runs_of_a_shared_module_are_an_error(tiny, look):
     blocks[1] = copy.deepcopy(blocks[0], parameters)  # shared weights, and not the module
     assert blocks[1].mlp.fc1.weight is blocks[0].mlp.fc1.weight
     assert len(attention_maps(model, pixels)) == 3
+
+
+# ------------------------------------------------------- what enters a module; the steps of a norm
+
+
+@torch.no_grad()
+def test_what_enters_and_what_a_layer_norm_computes():
+    ours, theirs = twins(TINY, attention="eager")
+    pixels, ids = random_inputs(TINY)
+    expected = logits(ours, (pixels, ids))
+    names = [f"*.blocks.*.ln_[12].{part}" for part in ("input", "scale", "normalized")]
+    rest = ["vision.ln_pre.input", "text.blocks.0.input", "*.blocks.*", "*.blocks.*.resid_mid"]
+    with cache(ours, *names, *rest, "*.blocks.*.ln_[12]", "vision.ln_pre") as acts:
+        found = logits(ours, (pixels, ids))
+    assert torch.equal(found, expected)
+    assert torch.equal(acts["vision.ln_pre.input"], theirs.vision_model.embeddings(pixels))
+    assert torch.equal(acts["text.blocks.0.input"], theirs.text_model.embeddings(ids))
+    starts = {"vision": acts["vision.ln_pre"], "text": acts["text.blocks.0.input"]}
+    for tower, layers in TOWERS:
+        for i in range(layers):
+            block = f"{tower}.blocks.{i}"
+            first = acts[f"{tower}.blocks.{i - 1}"] if i else starts[tower]
+            for ln, x in (("ln_1", first), ("ln_2", acts[f"{block}.resid_mid"])):
+                norm = ours.get_submodule(f"{block}.{ln}")
+                assert torch.equal(acts[f"{block}.{ln}.input"], x)
+                scale, normalized = (acts[f"{block}.{ln}.{part}"] for part in PARTS[1:])
+                centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
+                length = centred.square().sum(-1, keepdim=True) / x.shape[-1] + norm.eps
+                torch.testing.assert_close(scale, length.sqrt(), rtol=1e-5, atol=0)
+                torch.testing.assert_close(normalized * scale, centred, rtol=0, atol=1e-5)
+                out = acts[f"{block}.{ln}"]
+                torch.testing.assert_close(
+                    normalized * norm.weight + norm.bias, out, rtol=0, atol=1e-5
+                )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("affine", [True, False, "no bias"])
+def test_an_edit_of_a_step_goes_on_through_the_next(affine):
+    norm = nn.LayerNorm(6, elementwise_affine=bool(affine), bias=affine is True).double()
+    for parameter in norm.parameters():
+        parameter.normal_()
+    model, x = nn.Sequential(nn.Identity(), norm), torch.randn(2, 3, 6, dtype=torch.float64)
+    weight, bias = norm.weight if affine else 1, norm.bias if affine is True else 0
+    half, add = {"1.scale": lambda s, _: s / 2}, {"1.normalized": lambda n, _: n + 1}
+    out = {"1": lambda x, _: 3 * x}
+    plain = F.layer_norm(x, (6,), eps=norm.eps)
+    expected = 3 * ((2 * plain + 1) * weight + bias)
+    for first, second, third in permutations((half, add, out)):
+        with hooks(model, first), hooks(model, second), hooks(model, third):
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+        with hooks(model, first | second | third):
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+    outer = hooks(model, half)  # closed before the block inside it
+    outer.__enter__()
+    with hooks(model, add):
+        outer.__exit__(None, None, None)
+        torch.testing.assert_close(model(x), (plain + 1) * weight + bias, rtol=0, atol=1e-12)
+    assert torch.equal(model(x), norm(x)) and not norm._forward_hooks
+
+
+def test_gradients_of_the_steps_of_a_layer_norm(tiny):
+    model, (pixels, _) = tiny
+    model, pixels = model.double().requires_grad_(False), pixels.double()
+    names = [f"vision.ln_pre.{part}" for part in PARTS]
+    with cache(model, *names, grad=True) as acts:
+        output = model.encode_image(pixels)
+    slopes = torch.autograd.grad(output[0, 5], [acts[name] for name in names])
+    for name, slope in zip(names, slopes, strict=True):
+        nudge = torch.zeros_like(slope)
+        nudge[0, 2, 0] = 1e-5
+        with hooks(model, {name: lambda x, _: x + nudge}):
+            up = model.encode_image(pixels)[0, 5]
+        with hooks(model, {name: lambda x, _: x - nudge}):
+            down = model.encode_image(pixels)[0, 5]
+        assert ((up - down) / 2e-5 - slope[0, 2, 0]).abs() < 1e-7
+
+
+@torch.no_grad()
+def test_an_input_that_is_passed_by_name_and_one_of_two():
+    class Sum(nn.Module):
+        def forward(self, x, y=0):
+            return x - y
+
+    model = nn.Sequential(Sum())
+    with hooks(model, {"0.input": lambda x, _: 10 * x}):
+        assert [model[0](2 * x, x).item() for x in (torch.tensor(1),)] == [19]
+        assert model[0](x=torch.tensor(2), y=torch.tensor(1)).item() == 19
+        with pytest.raises(ValueError, match="0.input: is no tensor, but a int"):
+            model(3)
+    assert model(torch.tensor(2)).item() == 2
+    with pytest.raises(ValueError, match=r"0.input: the hook returned shape \(1\)"):
+        with hooks(model, {"0.input": lambda x, _: x[:1]}):
+            model(torch.ones(2))
+
+
+@torch.no_grad()
+def test_a_stream_may_get_tokens_where_it_enters(tiny):
+    model, (pixels, _) = tiny
+    twice = lambda x, _: torch.cat([x, x], 1)  # noqa: E731
+    for name in ("vision.ln_pre.input", "vision.blocks.1.input"):
+        with hooks(model, {name: twice}), cache(model, "vision.blocks.1") as acts:
+            model.encode_image(pixels)
+        assert acts["vision.blocks.1"].shape[1] == 2 * (1 + TINY.vision.patches)
+    with pytest.raises(ValueError, match="ln_1.input: the hook returned shape"):
+        with hooks(model, {"vision.blocks.1.ln_1.input": twice}):
+            model.encode_image(pixels)
+
+
+def test_only_a_layer_norm_has_steps_and_a_child_keeps_its_name(tiny):
+    model, _ = tiny
+    with pytest.raises(ValueError, match=r"'vision.blocks.0.mlp.scale'.*nearest.*ln_2.scale"):
+        with cache(model, "vision.blocks.0.mlp.scale"):
+            pass
+
+    class Float32Norm(nn.LayerNorm):  # openai/CLIP's
+        def forward(self, x):
+            return super().forward(x.float()).to(x.dtype)
+
+    model.vision.ln_pre = Float32Norm(48)
+    with pytest.raises(ValueError, match="no site is called 'vision.ln_pre.scale'"):
+        with cache(model, "vision.ln_pre.scale"):
+            pass
+    scaled = nn.Sequential(nn.ModuleDict({"input": nn.ReLU()}))
+    with cache(scaled, "0.input") as acts:
+        scaled[0]["input"](torch.tensor([-1.0]))
+    assert acts["0.input"].item() == 0
+    with pytest.raises(ValueError, match="no site is called 'vision.blocks.0.attn.q_proj.input'"):
+        add_lora(tiny_clip(), ["vision.blocks.0.attn.q_proj.input"])
+
+
+@torch.no_grad()
+def test_in_half_precision_the_steps_are_float32():
+    norm = nn.LayerNorm(6).half()
+    model, x = nn.Sequential(norm), 300 * torch.randn(2, 6).half()  # a variance of 90,000
+    with cache(model, "0.scale", "0.normalized") as acts:
+        assert torch.equal(model(x), norm(x))
+    expected = (x.double().var(-1, correction=0, keepdim=True) + norm.eps).sqrt().float()
+    torch.testing.assert_close(acts["0.scale"], expected)
+    with hooks(model, {"0.scale": lambda s, _: s.clone()}):
+        assert model(x).dtype == torch.float16
+        torch.testing.assert_close(model(x), norm(x), rtol=0, atol=2e-3)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_hooked_model_has_no_hooks_but_keeps_what_makes_its_weights(tiny):
+    model, (pixels, _) = tiny
+    fc1 = model.vision.blocks[0].mlp.fc1
+    prune.random_unstructured(fc1, "weight", 0.5)  # by a pre-hook: weight = weight_orig * mask
+    expected = model.encode_image(pixels)
+    with hooks(model, {"vision.blocks.*.input": lambda x, _: 0 * x, "*.ln_pre.scale": nothing}):
+        twin = copied(model)
+    assert torch.equal(twin.encode_image(pixels), expected)
+    twin.vision.blocks[0].mlp.fc1.weight_orig.zero_()
+    assert not torch.equal(twin.encode_image(pixels), expected)
 
 
 # ----------------------------------------------------------------------------------- what is left
@@ -350,13 +508,13 @@ def test_names_of_transformer_lens(tiny):
     assert site("attn_scores", tower="vision", layer=2) == "vision.blocks.2.attn.scores"
     assert site("resid_post", tower="text", layer=1) == "text.blocks.1"
     assert site("resid_pre", tower="vision", layer=0) == "vision.ln_pre"
+    assert site("resid_pre", tower="text", layer=0) == "text.blocks.0.input"
     assert all(find(model, name) for name in IN_BLOCKS)
     for wrong in (
         dict(kind="resid", tower="vision", layer=0),
         dict(kind="z", tower="image", layer=0),
         dict(kind="z", tower="vision", layer=-1),
         dict(kind="z", tower="vision", layer=True),
-        dict(kind="resid_pre", tower="text", layer=0),
     ):
         with pytest.raises(ValueError):
             site(**wrong)
@@ -367,12 +525,10 @@ def test_names_of_transformer_lens(tiny):
 
 def test_the_stream_is_the_sum_it_is_said_to_be(tiny):
     model, inputs = tiny
-    with torch.no_grad(), cache(model, *IN_BLOCKS, "vision.ln_pre") as acts:
+    with torch.no_grad(), cache(model, *IN_BLOCKS, "vision.ln_pre", "text.blocks.0.input") as acts:
         model(*inputs)
     for tower, layers in TOWERS:
         for layer in range(layers):
-            if (tower, layer) == ("text", 0):
-                continue  # its first stream is no module's output
             names = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
             pre, attn, mid, mlp, post = (
                 acts[site(kind, tower=tower, layer=layer)] for kind in names

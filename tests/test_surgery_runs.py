@@ -133,7 +133,10 @@ def test_patching_some_heads_at_some_positions(model, tower):
             encode(model, tower, other)
 
 
-@pytest.mark.parametrize("part", ["attn.z", "attn.pattern", "attn.scores", "resid_mid"])
+@pytest.mark.parametrize(
+    "part",
+    ["attn.z", "attn.pattern", "attn.pattern.input", "attn.scores", "resid_mid", "ln_2.input"],
+)
 def test_patching_another_token_of_each_row(part):
     model, site = tiny_clip(), f"text.blocks.1.{part}"
     one, other = inputs(model, "text"), inputs(model, "text", seed=1)

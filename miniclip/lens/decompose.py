@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from miniclip.files.checks import numbers
 from miniclip.follow import follow, own_method
-from miniclip.lens.reading import Tower, last_norm, norm_scale, read_positions, take, tower_for
+from miniclip.lens.reading import Tower, last_norm, read_positions, take, tower_for
 from miniclip.model import CLIP, MLP
-from miniclip.sites import hooks
+from miniclip.sites import hooks, norm_scale
 
 
 def read_rows(
@@ -18,19 +18,17 @@ def read_rows(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run a tower and keep function(tensor) of each matching site. Returns them and the embedding.
 
-    The residual stream before the first block is no module's output: "embed" is `read` of it.
+    "embed" is `read` of the residual stream before the first block.
     """
     rows: dict[str, Tensor] = {}
 
     def keep(function: Callable) -> Callable:
         return lambda tensor, name: rows.update({name: function(tensor)})
 
-    with hooks(tower, {glob: keep(function) for glob, function in sites.items()}):
-        before = tower.blocks[0].register_forward_pre_hook(
-            lambda module, inputs: rows.update(embed=read(inputs[0]))
-        )
-        with before:
-            return rows, tower(x)
+    edits = {glob: keep(function) for glob, function in sites.items()}
+    edits["blocks.0.input"] = lambda stream, name: rows.update(embed=read(stream))
+    with hooks(tower, edits):
+        return rows, tower(x)
 
 
 # What heads read (B, H, D) or, from each token, (B, H, T, D), times what they write, (E, H, D).

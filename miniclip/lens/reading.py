@@ -42,15 +42,6 @@ def last_norm(tower: Tower) -> tuple[str, nn.LayerNorm]:
     return name, getattr(tower, name)
 
 
-def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """What a LayerNorm divides its input by, (..., W) -> (..., 1): the standard deviation.
-
-    TransformerLens' hook_scale. Its hook_normalized is the centred input divided by this, before
-    the LayerNorm's weight and bias; the output of `ln_1` and `ln_2` is after them.
-    """
-    return (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-
-
 def on_grid(model: CLIP | VisionTower, pixels: Tensor, tokens: Tensor) -> Tensor:
     """Numbers of an image's tokens as a map of its patches: (B, T) -> (B, rows, columns)."""
     tower = tower_for(model, pixels)

@@ -10,13 +10,13 @@ from miniclip.lens.decompose import read_rows
 from miniclip.lens.reading import (
     Tower,
     last_norm,
-    norm_scale,
     pool,
     read_positions,
     take,
     tower_for,
 )
 from miniclip.model import CLIP
+from miniclip.sites import norm_scale
 
 
 @torch.no_grad()

@@ -90,8 +90,9 @@ def patch_from(
                 f"{name}: the cached tensor has shape {tuple(source.shape)}, the run's own "
                 f"{tuple(tensor.shape)}; expected the same number of inputs and tokens"
             )
-        is_pattern = name.endswith((".scores", ".pattern"))  # (B, H, T, T)
-        has_heads = is_pattern or name.endswith((".q", ".k", ".v", ".z"))  # (B, T, H, D)
+        site = name.removesuffix(".input")
+        is_pattern = site.endswith((".scores", ".pattern"))  # (B, H, T, T)
+        has_heads = is_pattern or site.endswith((".q", ".k", ".v", ".z"))  # (B, T, H, D)
         if heads is not None and not has_heads:
             raise ValueError(f"{name}: has no heads to choose from; expected a site such as attn.z")
         if positions != slice(None) and not has_heads and tensor.ndim != 3:
@@ -169,8 +170,7 @@ def move_to_registers(
     first = 1 + tower.config.registers
     patches = first + count
 
-    def add_tokens(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        (x,) = inputs  # (B, 1 + R + P, W)
+    def add_tokens(x: Tensor, name: str) -> Tensor:  # (B, 1 + R + P, W)
         zeros = x.new_zeros(len(x), count, x.shape[-1])
         return torch.cat([x[:, :first], zeros, x[:, first:]], dim=1)
 
@@ -183,10 +183,8 @@ def move_to_registers(
         act[:, patches:, chosen] = 0
         return act
 
-    with (
-        hooks(model, {f"vision.blocks.{layer}.mlp.act": move for layer in neurons}),
-        tower.ln_pre.register_forward_pre_hook(add_tokens),
-    ):
+    moves: dict[str, Edit] = {f"vision.blocks.{layer}.mlp.act": move for layer in neurons}
+    with hooks(model, moves | {"vision.ln_pre.input": add_tokens}):
         yield
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from miniclip.errors import listed
 from miniclip.files.modules import check_described, differences, state_of
 from miniclip.model import CLIP, TextTower, VisionTower
+from miniclip.sites import Enter
 
 
 def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
@@ -159,6 +160,9 @@ def copied(model: Module, shares_weights: bool = False) -> Module:
     new = deepcopy(model, tensors)
     for part in new.modules():
         part._forward_hooks.clear()
+        for key, hook in [*part._forward_pre_hooks.items()]:
+            if isinstance(hook, Enter):  # others, such as torch.nn.utils.prune's, make the weights
+                del part._forward_pre_hooks[key]
     return new
 
 

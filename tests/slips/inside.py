@@ -450,7 +450,7 @@ SITES = [
     ),
     Slip(
         "A shared module is hooked under one of its names.",
-        "if shared := [name for name, module in found if times[id(module)] > 1]:",
+        "if shared := [name for name, module, _ in found if times[id(module)] > 1]:",
         "if shared := []:",
         "tests/test_sites.py -k shared",
     ),
@@ -509,9 +509,75 @@ SITES = [
     ),
     Slip(
         "The text tower's first stream is the vision tower's.",
-        'elif kind == "resid_pre":\n        if tower == "text":',
-        'elif kind == "resid_pre":\n        if False:',
+        '"vision.ln_pre" if tower == "vision" else "text.blocks.0.input"',
+        '"vision.ln_pre"',
         "tests/test_sites.py -k transformer_lens",
+    ),
+    Slip(
+        "What enters a module is only read if it is passed by position.",
+        "first = 0 if args else next(iter(kwargs))",
+        "first = 0",
+        "tests/test_sites.py -k passed_by_name",
+    ),
+    Slip(
+        "A stream may not get tokens where it enters.",
+        'last = name.removesuffix(".input").rpartition(".")[2]',
+        'last = name.rpartition(".")[2]',
+        "tests/test_sites.py -k tokens_where",
+    ),
+    Slip(
+        "The steps of a LayerNorm come after hooks of its output.",
+        "register_forward_hook(self, with_kwargs=True, prepend=True)",
+        "register_forward_hook(self, with_kwargs=True)",
+        "tests/test_sites.py -k of_a_step",
+    ),
+    Slip(
+        "Two blocks that hook one LayerNorm undo each other's edits.",
+        "next((h for h in norm._forward_hooks.values() if type(h) is cls), None) or cls(norm)",
+        "cls(norm)",
+        "tests/test_sites.py -k of_a_step",
+    ),
+    Slip(
+        "The first of two blocks to end takes the other's hooks along.",
+        "if not (self.scale._forward_hooks or self.normalized._forward_hooks):",
+        "if True:",
+        "tests/test_sites.py -k of_a_step",
+    ),
+    Slip(
+        "A LayerNorm that is only looked at is computed in steps.",
+        "if edited_scale is scale and edited is quotient:",
+        "if False:",
+        "tests/test_sites.py -k half_precision",
+    ),
+    Slip(
+        "In half precision the square of a large number is infinite.",
+        "x = x.to(torch.promote_types(x.dtype, torch.float32))  # as layer_norm itself does",
+        "",
+        "tests/test_sites.py -k half_precision",
+    ),
+    Slip(
+        "A LayerNorm with a forward of its own has steps.",
+        'type(module).forward is nn.LayerNorm.forward and "forward" not in vars(module)',
+        "isinstance(module, nn.LayerNorm)",
+        "tests/test_sites.py -k only_a_layer_norm",
+    ),
+    Slip(
+        "A child named input is not found.",
+        "if part not in parts or any(matches(name, glob) for name, _ in modules):",
+        "if part not in parts:",
+        "tests/test_sites.py -k only_a_layer_norm",
+    ),
+    Slip(
+        "A copy keeps hooks of what enters.",
+        "if isinstance(hook, Enter):",
+        "if False:",
+        "tests/test_sites.py -k copy_of_a_hooked",
+    ),
+    Slip(
+        "A copy loses the pre-hooks that make its weights.",
+        "if isinstance(hook, Enter):",
+        "if True:",
+        "tests/test_sites.py -k copy_of_a_hooked",
     ),
 ]
 
@@ -1076,8 +1142,14 @@ SURGERY = [
     ),
     Slip(
         "Patching takes the heads of a pattern for its tokens.",
-        'is_pattern = name.endswith((".scores", ".pattern"))',
+        'is_pattern = site.endswith((".scores", ".pattern"))',
         "is_pattern = False",
+        "tests/test_surgery_runs.py -k patching",
+    ),
+    Slip(
+        "Patching takes the heads of what enters a pattern for its tokens.",
+        'site = name.removesuffix(".input")',
+        "site = name",
         "tests/test_surgery_runs.py -k patching",
     ),
     Slip(
