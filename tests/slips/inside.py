@@ -538,7 +538,7 @@ SITES = [
         "tests/test_sites.py -k of_a_step",
     ),
     Slip(
-        "The first of two blocks to end takes the other's hooks along.",
+        "The inner of two blocks takes the outer's hooks along when it ends.",
         "if not (self.scale._forward_hooks or self.normalized._forward_hooks):",
         "if True:",
         "tests/test_sites.py -k of_a_step",
@@ -547,7 +547,7 @@ SITES = [
         "A LayerNorm that is only looked at is computed in steps.",
         "if edited_scale is scale and edited is quotient:",
         "if False:",
-        "tests/test_sites.py -k half_precision",
+        "tests/test_sites.py -k enters_and",
     ),
     Slip(
         "In half precision the square of a large number is infinite.",
