@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from torch import nn
 
 import miniclip
 from miniclip import (
@@ -279,6 +280,27 @@ def test_a_save_that_is_refused_leaves_no_folder(tmp_path, layout):
         with pytest.raises(CheckpointError, match=f"{name}: the layout '{layout}' cannot express"):
             miniclip.save(tmp_path / name, model, tokenizer, transform, layout=layout)
     assert [*tmp_path.rglob("*")] == [tmp_path / "mine"]
+
+
+@pytest.mark.parametrize("layout", ["transformers", "openai", "open_clip"])
+def test_tied_parameters_are_named_before_anything_is_written(tmp_path, layout):
+    wide = {"width": 64, "heads": 1, "ln_eps": 1e-5}
+    text = replace(TEXT, **wide, mlp_width=256, eos_token_id=2, layers=2)
+    vision = replace(VISION, **wide, mlp_width=256)
+    model = CLIP(replace(OLD, vision=vision, text=text))
+    blocks = model.text.blocks
+    model.text.proj.weight = model.vision.proj.weight
+    blocks[1].mlp.fc1.weight.data = blocks[0].mlp.fc1.weight.data
+    said = (
+        "vision.proj.weight = text.proj.weight, text.blocks.0.mlp.fc1.weight = "
+        "text.blocks.1.mlp.fc1.weight. Give each name its own"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        model.save_pretrained(tmp_path / "tied", layout)
+    assert not (tmp_path / "tied").exists()
+    for one in (model.text.proj, blocks[1].mlp.fc1):
+        one.weight = nn.Parameter(one.weight.detach().clone())
+    model.save_pretrained(tmp_path / "untied", layout)
 
 
 def test_nothing_is_in_place_before_all_is_written(tmp_path):

@@ -203,6 +203,11 @@ def test_a_config_is_told_what_was_done_to_a_model(tmp_path):
         assert torch.equal(found, model(pixels, ids).logits_per_image)
     with pytest.raises(ValueError, match="tower is 'texts'; expected 'vision' or 'text'"):
         reconfigure(model, "texts", act="gelu")
+    said = "VisionConfig has no field stride; .* patch_size.* a stride is the patch_size"
+    with pytest.raises(ValueError, match=said):
+        reconfigure(model, "vision", stride=4)
+    with pytest.raises(ValueError, match="TextConfig has no field depth; .*vocab_size[^.]*$"):
+        reconfigure(model, "text", depth=4)
 
 
 @pytest.mark.parametrize("change", [{"stride": (4, 4)}, {"padding": (2, 2)}])

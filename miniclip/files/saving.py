@@ -47,6 +47,7 @@ def write_model(
                 "'transformers' has"
             )
         refuse_inexpressible(fields, layout)
+        refuse_tied(state)
         tensors = pack(
             {name: tensor.cpu() for name, tensor in state.items()},
             LAYOUTS[layout] | fork.tensor_names,
@@ -67,6 +68,19 @@ def write_model(
                 save_file(tensors, temporary, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(error) from error
+
+
+def refuse_tied(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for parameters that are one tensor, which a file would read back as two."""
+    names: dict[Any, list[str]] = {}
+    for name, tensor in state.items():
+        if tensor.numel() and (place := tensor.data_ptr()):
+            names.setdefault((tensor.device, place), []).append(name)
+    if tied := [" = ".join(same) for same in names.values() if len(same) > 1]:
+        raise ValueError(
+            f"parameters with several names, which a file would make independent: {listed(tied)}. "
+            "Give each name its own before saving, such as nn.Parameter(weight.detach().clone())"
+        )
 
 
 @contextmanager

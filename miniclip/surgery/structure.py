@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miniclip.errors import listed
 from miniclip.files.checks import numbers
 from miniclip.follow import check_equal, check_rebuilt, follow
 from miniclip.model import CLIP, Block
@@ -105,6 +106,7 @@ def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
     """Change fields in a tower's config, in place, to say what was done to it; returns the model.
 
     Nothing else changes: saving refuses a model whose modules are not what its config says.
+    ValueError for a field that the config has not.
 
     >>> from miniclip import CLIP
     >>> model = copied(CLIP.from_pretrained("shapes"))
@@ -112,7 +114,15 @@ def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
     >>> reconfigure(model, "text", act="gelu").config.text.act
     'gelu'
     """
-    config = replace(_config(model, tower), **fields)
+    config = _config(model, tower)
+    if unknown := [name for name in fields if name not in vars(config)]:
+        patches = "stride" in unknown
+        raise ValueError(
+            f"{type(config).__name__} has no field {listed(unknown)}; expected some of "
+            + ", ".join(vars(config))
+            + ". Patches do not overlap, so a stride is the patch_size" * patches
+        )
+    config = replace(config, **fields)
     model.config = replace(model.config, **{tower: config})
     getattr(model, tower).config = config
     return model
