@@ -8,6 +8,7 @@ import html
 import json
 import pickle
 import random
+import re
 import shutil
 import unicodedata
 from functools import cache
@@ -360,6 +361,72 @@ def test_printable_ascii_without_ampersand_needs_no_repair():
         assert unicodedata.normalize("NFC", text) == text
         expected = regex.sub(r"\s+", " ", text.strip()).lower()
         assert clean_openai(text).split() == expected.split()
+
+
+class CountingMarks:
+    """`unicodedata`, with a count of the exchanges that Python's NFC makes to sort marks."""
+
+    def __init__(self):
+        self.exchanges = 0
+
+    def __getattr__(self, name):
+        return getattr(unicodedata, name)
+
+    def normalize(self, form, text):
+        run = []
+        for c in map(unicodedata.combining, "".join(unicodedata.normalize("NFD", c) for c in text)):
+            run = [*run, c] if c and self.exchanges < 10**4 else []
+            self.exchanges += sum(c < earlier for earlier in run)
+        return unicodedata.normalize(form, text)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("run", ["\u0301\u0316", "\u0344\u0316", "&#769;&#790;"])
+def test_a_long_run_of_marks_costs_no_quadratic_work(trained, monkeypatch, reference, run):
+    counting = CountingMarks()
+    monkeypatch.setattr(unicode, "unicodedata", counting)
+    monkeypatch.setattr(ftfy, "unicodedata", counting)
+    text = "u" + run * 1300 + " ǖ" + run * 1300
+    tokenizer = Tokenizer.from_directory(trained, reference=reference)
+    ids, cleaned = tokenizer.encode(text), tokenizer._clean(text)
+    assert counting.exchanges == 0
+    if reference == "openai":
+        assert cleaned == html.unescape(html.unescape(ftfy.fix_text(text))).lower()
+        assert counting.exchanges > 10**4
+    else:
+        assert ids == CLIPTokenizer.from_pretrained(trained)(text).input_ids[1:-1]
+
+
+def test_marks_in_any_order_are_composed_as_python_does_it():
+    dice = random.Random(0)
+    kinds = [[], []]
+    for c in map(chr, range(0x30000)):
+        if unicodedata.combining(c) or unicodedata.decomposition(c)[:1] not in ("", "<"):
+            kinds[unicodedata.combining(c) > 0].append(c)
+    for _ in range(100):
+        text = "".join(dice.choice(kinds[dice.random() < 0.9]) for _ in range(300))
+        text += "".join(dice.choices(kinds[1], k=40))
+        assert unicode.nfc(text) == unicodedata.normalize("NFC", text)
+
+
+class CountingSet(set):
+    looks = 0
+
+    def __contains__(self, token):
+        self.looks += 1
+        return super().__contains__(token)
+
+
+def test_a_place_in_a_text_costs_one_look_for_each_length_of_an_added_token(trained):
+    vocabulary = Tokenizer.from_directory(trained)
+    added = [f"{'a' * (i % 50)}_{i}" for i in range(9000)] + ["b" * 60]
+    vocab = vocabulary.vocab | {t: vocabulary.vocab_size + i for i, t in enumerate(added)}
+    tokenizer = Tokenizer(vocab, vocabulary.merges, added=dict.fromkeys(added, False))
+    splitter = tokenizer._added._split_raw
+    splitter.tokens = CountingSet(splitter.tokens)
+    text = "a" * 1000 + "c" + "b" * 1000
+    assert splitter(text) == re.split(f"({added[-1]})", text)
+    assert splitter.tokens.looks < 54 * 1000 + 1000
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
@@ -815,6 +882,11 @@ def no_ends_of_words(folder: Path) -> None:
                 {"added_tokens_decoder": {"1500": {"content": "<x>", "single_word": True}}},
             ),
             "single_word of '<x>' is set",
+        ),
+        (damage("tokenizer_config.json", {"bos_token": "x" * 101}), "at most 100 characters in a"),
+        (
+            damage("tokenizer_config.json", {"extra_special_tokens": [*map(str, range(20_000))]}),
+            "at most 20,000 added tokens, found 20,002",
         ),
     ],
 )

@@ -17,6 +17,8 @@ from miniclip.files.writing import blaming_disk, replacing, write_json
 from miniclip.text.symbols import BOS, END_OF_WORD, EOS, Pair, byte_symbols, vocabulary_of
 
 OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
+MOST_ADDED, LONGEST_ADDED = 20_000, 100
+"""Added tokens, and characters of one: a place in a text costs one look for each length."""
 
 
 class Vocabulary(NamedTuple):
@@ -182,6 +184,9 @@ def read_special_tokens(
         for token in [*named.values(), *extra]:
             added |= _added_token(token)
         content = {key: next(iter(_added_token(token))) for key, token in named.items()}
+        if len(added | listed) > MOST_ADDED:
+            found = f"found {len(added | listed):,}"
+            raise ValueError(f"expected at most {MOST_ADDED:,} added tokens, {found}")
         special = {
             key: content[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")
         }
@@ -204,6 +209,9 @@ def _added_token(token: Any, id: int | None = None) -> dict[str, tuple[bool, int
         token = {"content": token}
     if not isinstance(token["content"], str) or not token["content"]:
         raise ValueError(f"expected the content of a token, found {shown(token['content'])}")
+    if len(token["content"]) > LONGEST_ADDED:
+        content = shown(token["content"])
+        raise ValueError(f"expected at most {LONGEST_ADDED} characters in a token, found {content}")
     # lstrip and rstrip remove whitespace around a token. It has no ids anyway.
     if token.get("single_word"):
         content = shown(token["content"])

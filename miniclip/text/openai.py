@@ -3,6 +3,8 @@
 import html
 import re
 
+from miniclip.text.unicode import LONG_RUN, nfc
+
 
 def clean_openai(text: str) -> str:
     r"""Repair mojibake (ftfy), resolve html entities twice, strip, squeeze whitespace, lower-case.
@@ -12,7 +14,16 @@ def clean_openai(text: str) -> str:
     """
     if text.isascii() and text.isprintable() and "&" not in text:  # nothing to repair
         return text.lower()
+    text = html.unescape(html.unescape(_repaired(text))).strip()
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def _repaired(text: str) -> str:
     import ftfy  # here, because it is slow to import and most captions never need it
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return re.sub(r"\s+", " ", text).strip().lower()
+    if len(text) < 5000 or not LONG_RUN.search(ftfy.fix_text(text, normalization=None)):
+        return ftfy.fix_text(text)
+    before = ""  # ftfy repeats its steps until none changes the text, and its NFC is quadratic
+    while text != before:
+        before, text = text, nfc(ftfy.fix_text(text, normalization=None))
+    return text
