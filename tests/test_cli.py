@@ -1,12 +1,15 @@
 """The command, run as its users run it: output, JSON, exit status and errors of one line."""
 
+import csv
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import warnings
 from functools import partial
 from importlib.metadata import version
+from io import BytesIO, StringIO, TextIOWrapper
 
 import numpy as np
 import pytest
@@ -19,10 +22,12 @@ from miniclip import load
 from miniclip.commands.main import main
 from miniclip.exhibits import PHOTOGRAPHS
 from miniclip.lens.heat import BLIND, METHODS, text_map
+from miniclip.terminal import columns
 from miniclip.world import scoring
 from miniclip.world.localise import questions
 from miniclip.world.scenes import COLOURS
 from miniclip.zeroshot.classifier import Score
+from miniclip.zeroshot.prompts import CLASS_SETS
 
 LABELS = ["cat", "dog", "ship", "truck", "frog"]
 
@@ -143,13 +148,19 @@ def test_demo_without_its_extra_describes_the_scene_alone(run, tmp_path, monkeyp
 def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
     command = ["explain", picture, "a red circle", "--model", "shapes"]
     status, out, err = run(*command, "-o", str(tmp_path / "where.png"))
-    assert (status, out, err) == (0, "", f"picture: {tmp_path / 'where.png'}\n")
+    assert (status, err) == (0, f"picture: {tmp_path / 'where.png'}\n")
+    (line,) = out.splitlines()[1:]
     with Image.open(tmp_path / "where.png") as drawn:
         assert drawn.width > 600 and drawn.convert("RGB").getextrema()[0] == (0, 255)
     status, out, err = run(*command, "--json", "--method", "rollout")
     assert status == 0 and err == ""
     found = json.loads(out)
     assert found["text"] == "a red circle" and found["method"] == "rollout"
+    model, tokenizer, transform = load("shapes")
+    cosine = model(transform([picture]), tokenizer(["a red circle"])).logits_per_image.item()
+    cosine /= model.logit_scale.exp().item()
+    assert found["cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert line == f"{cosine:6.3f}  a red circle"
     heat = found["map"]
     assert [len(row) for row in heat] == [8] * 8 and 0 < sum(map(sum, heat)) < 1
 
@@ -163,7 +174,8 @@ def test_explain_writes_what_the_fonts_can_and_never_warns(run, picture, tmp_pat
 
     out = str(tmp_path / "where.png")
     command = ["explain", picture, text, "--model", "shapes", "--method", "rollout", "-o", out]
-    assert run(*command) == (0, "", f"picture: {out}\n")
+    status, table, err = run(*command)
+    assert (status, err) == (0, f"picture: {out}\n") and len(table.splitlines()) == 2
     for file in fonts_beside(text).values():
         assert font_manager.get_font(file).get_charmap().keys() & set(map(ord, text))
     if "\U0001d49c" in text:  # in a font that matplotlib brings, and not in its usual one
@@ -196,7 +208,7 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
     for slow in ("occlusion", "relevance", "gradcam"):
         monkeypatch.delitem(METHODS, slow)
     command = ["explain", "--score", "shapes", "--model", "shapes", "--scenes", "3"]
-    status, out, err = run(*command, "--plot", str(tmp_path / "methods.png"))
+    status, out, err = run(*command, "-o", str(tmp_path / "methods.png"))
     assert status == 0 and err == f"picture: {tmp_path / 'methods.png'}\n"
     assert max(map(len, out.splitlines())) <= 80
     with Image.open(tmp_path / "methods.png") as drawn:
@@ -225,7 +237,7 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
     [
         ([], ["an image and a text"]),
         (["missing.png", "a cat"], ["missing.png"]),
-        (["a.png", "a cat", "--plot", "b.png"], ["--score"]),
+        (["a.png", "a cat", "--scenes", "3"], ["--score"]),
         (["a.png", "--score", "shapes"], ["no IMAGE"]),
         (["--score", "shapes", "--scenes", "0"], ["one or more"]),
         (["--score", "shapes", "--all"], ["for every method"]),
@@ -246,9 +258,10 @@ def test_explain_what_cannot_be_explained(run, picture, tmp_path):
     assert not (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("name", ["no/where.png", "where", "where.txt", "folder.png"])
+@pytest.mark.parametrize("name", ["file/where.png", "where", "where.txt", "folder.png"])
 def test_explain_says_at_once_where_it_cannot_write(run, tmp_path, name):
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
     lost = str(tmp_path / name)
     result = run("explain", "missing.png", "a cat", "--model", "nonsense", "--out", lost)
     assert_one_line_error(result, lost, "cannot be written")
@@ -275,8 +288,8 @@ def test_eval_of_the_drawn_world(run, monkeypatch):
     assert [line[-4] for line in shown] == [f"{scores[name]:.1%}" for name in names]
     chance = [f"{1 / 64:.1%}"[:-1]] * 2 + ["50"] * 4  # of eight colours times eight shapes
     assert [line[-2] for line in shown] == chance
-    for option in (["--templates", "{}"], ["--labels", "a"], ["--plot", "a.png"]):
-        assert_one_line_error(run(*command, *option), "no --templates, --labels or --plot")
+    for option in (["--template", "{}"], ["--labels", "a"], ["--plot", "a.png"]):
+        assert_one_line_error(run(*command, *option), "no --template, --labels or --plot")
 
 
 def test_a_bad_image_does_not_take_the_good_ones_with_it(run, picture, tmp_path):
@@ -345,7 +358,8 @@ def photographs(tmp_path):
         for n in range((2, 1, 2, 1, 1, 1, 0)[i]):
             pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{n}.png")
-    (root / "cat" / "notes.txt").write_text("not an image")
+    for name in ("cat", "none"):
+        (root / name / "notes.txt").write_text("not an image")
     return root
 
 
@@ -355,15 +369,14 @@ def test_eval_counts_what_the_classifier_says(run, photographs):
         str(photographs),
         "--model",
         "cifar10",
-        "--templates",
-        "a {}",
-        "{}",
+        *("--template", "a {}"),
+        *("--template", "{}"),
     ]
     status, out, err = run(*command, "--json")
     assert status == 0
-    assert err.startswith("miniclip: skipped ") and "notes.txt" in err and err.count("\n") == 1
+    assert err.startswith("miniclip: skipped ") and "notes.txt" in err and err.count("\n") == 2
     found = json.loads(out)
-    assert found["images"] == 8 and len(found["skipped"]) == 1
+    assert found["images"] == 8 and len(found["skipped"]) == 2
     assert found["templates"] == ["a {}", "{}"]
 
     model, tokenizer, transform = load("cifar10")
@@ -387,7 +400,7 @@ EVAL_TABLE = f"""\
 model      cifar10
 templates  simple | {{}}
 images     12, in 7 folders
-skipped    1, which cannot be read
+skipped    2, which cannot be read
 missing    1 without images: frog
 top-1      58.33%, 95 % interval 31.95% to 80.67%
 top-5      91.67%
@@ -427,7 +440,8 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
         for n, label in enumerate(best):
             level = 10 * list(answers).index(label)
             Image.new("RGB", (9, 9), (level, 0, 0)).save(tmp_path / "data" / folder / f"{n}.png")
-    (tmp_path / "data" / "cat" / "notes.txt").write_text("not an image")
+    for name in ("cat", "frog"):
+        (tmp_path / "data" / name / "notes.txt").write_text("not an image")
     transform = load("cifar10").transform
     mean, std = transform.image_mean[0], transform.image_std[0]
     count = 0
@@ -446,7 +460,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     monkeypatch.setattr(miniclip.CLIP, "encode_image", told)
     monkeypatch.setattr("miniclip.zeroshot.classifier.class_embeddings", axes)
     command = ["eval", str(tmp_path / "data"), "--model", "cifar10"]
-    status, out, err = run(*command, "--templates", "simple", "{}")
+    status, out, err = run(*command, "--template", "simple", "--template", "{}")
     assert status == 0 and err.startswith("miniclip: skipped ") and "notes.txt" in err
     found = json.loads(run(*command, "--json")[1])
     assert out == EVAL_TABLE.replace("ERROR", f"{found['calibration_error']:.2%}")
@@ -493,6 +507,82 @@ def test_classify_prints_a_bar_for_each_label(run, picture, monkeypatch):
     assert run(*command) == (0, RANKING.replace("PICTURE", picture), "")
 
 
+def test_a_table_keeps_its_columns_whatever_the_script(run, picture):
+    labels = ["cat", "猫", "고양이", "word " * 12 + "猫"]
+    command = ["classify", picture, "--model", "cifar10", "--labels", *labels]
+    lines = run(*command)[1].splitlines()[1:]
+    assert len({columns(line[: line.index("%")]) for line in lines}) == 1
+    assert max(map(columns, lines)) <= 80 and any("…" in line for line in lines)
+
+
+def test_classify_reads_labels_as_people_have_them(run, picture, tmp_path, monkeypatch):
+    (tmp_path / "labels.txt").write_text("\ufeffcat\r\n\r\na cup, of tea \r\n")
+    (tmp_path / "list.json").write_text('["cat", "a cup, of tea"]')
+    (tmp_path / "id2label.json").write_text('{"0": "cat", "1": "a cup, of tea"}')
+    (tmp_path / "class_to_idx.json").write_text('{"a cup, of tea": 1, "cat": 0}')
+    for name in ("cat", "a cup, of tea"):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+    command = ["classify", picture, "--model", "cifar10", "--json", "--labels"]
+    expected = run(*command, "cat", "a cup, of tea")[1]
+    for name in ("labels.txt", "list.json", "id2label.json", "class_to_idx.json"):
+        assert run(*command, str(tmp_path / name)) == (0, expected, ""), name
+    in_order = run(*command, "a cup, of tea", "cat")
+    assert run(*command, str(tmp_path / "folder")) == in_order
+    monkeypatch.setattr("sys.stdin", StringIO("cat\na cup, of tea\n"))
+    assert run(*command, "-")[1] == expected
+    rows = json.loads(run(*command, "food101", "--top-k", "3")[1])[0]["labels"]
+    assert len(rows) == 3 and {row["label"] for row in rows} < {*CLASS_SETS["food101"]}
+    (tmp_path / "bad.json").write_text("[1, 2]")
+    (tmp_path / "empty.txt").write_text("\n")
+    for name, says in (("bad", "a list of labels"), ("no", "No such"), ("empty", "no labels")):
+        file = tmp_path / f"{name}.{'txt' if name == 'empty' else 'json'}"
+        assert_one_line_error(run(*command, str(file)), str(file), says)
+    assert_one_line_error(run(*command, "cat", "labels.txt"), "'labels.txt' stands between")
+    assert_one_line_error(run(*command, "cat", "-k", "0"), "--top-k is 0")
+
+
+def test_eval_refuses_what_gives_no_accuracy(run, picture, tmp_path):
+    """Folders one level too high, one class alone, and classes without pictures."""
+    for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(picture, tmp_path / name)
+    data = tmp_path / "data"
+    command = ["eval", "--model", "cifar10", "--json"]
+    assert_one_line_error(run(*command, str(data)), "folders of folders", f"in {data / 'test'};")
+    assert run(*command, str(data), "--labels", "new", "old")[0] == 0  # these are the classes
+    assert run(*command, str(data / "train"))[0] == 0
+    (data / "train" / "frog").mkdir()
+    result = run(*command, str(data / "train"))
+    assert_one_line_error(result, "no files in 1 of its 3 folders, frog", "of each class")
+    shutil.rmtree(data / "train")
+    assert_one_line_error(run(*command, str(data)), "one folder, 'test'", str(data / "test"))
+
+
+def test_classify_takes_folders_patterns_and_standard_input(run, picture, tmp_path, monkeypatch):
+    for name in ("a/1.png", "a/b/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), "red").save(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").touch()
+    command = ["--labels", "cat", "dog", "--model", "cifar10"]
+    monkeypatch.chdir(tmp_path)
+    with open(picture, "rb") as file:
+        monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(file.read())))
+    status, out, err = run("classify", "a", "*/?.png", "absent", "-", *command, "--csv")
+    assert_one_line_error((status, out, err), "absent: no such file")
+    rows = list(csv.DictReader(StringIO(out)))
+    images = ["a/1.png", "a/b/2.png", "a/1.png", "-"]
+    assert [row["image"] for row in rows] == [image for image in images for _ in range(2)]
+    (named,) = json.loads(run("classify", picture, *command, "--json")[1])
+    assert [(r["label"], float(r["logit"]), float(r["probability"])) for r in rows[-2:]] == [
+        tuple(row.values()) for row in named["labels"]
+    ]
+    assert_one_line_error(run("classify", "a", *command, "--csv", "--json"), "not allowed with")
+
+
+def test_a_search_without_a_query_says_what_it_wants(run):
+    assert_one_line_error(run("search", "any.safetensors"), "no query", "TEXT", "--image")
+
+
 def test_eval_reads_labels_from_a_file(run, photographs, tmp_path):
     (tmp_path / "labels.txt").write_text("cat\ndog\nlorry\nfrog\nhorse\nnothing\nboat\n")
     command = ["eval", str(photographs), "--model", "cifar10", "--json"]
@@ -506,10 +596,10 @@ def test_eval_reads_labels_from_a_file(run, photographs, tmp_path):
     [
         (["absent"], ["absent", "No such file"]),
         (["DATA/cat"], ["no folders"]),
-        (["DATA", "--templates", "imagenett"], ["imagenett", "imagenet", "simple"]),
-        (["DATA", "--templates", "word " * 500 + "{}"], ["tokens"]),
+        (["DATA", "--template", "imagenett"], ["imagenett", "imagenet", "simple"]),
+        (["DATA", "--template", "word " * 500 + "{}"], ["tokens"]),
         (["DATA", "--labels", "absent.txt"], ["absent.txt", "No such file"]),
-        (["DATA", "--labels", "DATA/cat/notes.txt"], ["1 labels", "7 class folders"]),
+        (["DATA", "--labels", "DATA/cat/notes.txt"], ["1 label ", "7 class folders"]),
         (["DATA", "--batch", "0"], ["batch_size is 0"]),
         (["DATA", "--batch", "x"], ["--batch"]),
         ([], ["DATA"]),
@@ -557,6 +647,12 @@ def test_tokenize_ends_in_the_ids_of_the_tokenizer(run):
     assert json.loads(out)["ids"] == tokenizer.encode("a photo of a cat!")
     status, out, err = run("tokenize", "A photo of  a Cat!", "--model", "cifar10")
     assert status == 0 and str(tokenizer.encode("cat")[0]) in out
+    row = tokenizer("A photo of  a Cat!")[0].tolist()
+    assert f"all ids  {' '.join(map(str, row))}\n" in out
+    assert f"from the start token {row[0]} to the end token {row[-1]}\n" in out
+    assert out.endswith(f"length   {len(row)} of 77 tokens, {77 - len(row)} more fit\n")
+    out = run("tokenize", "cat " * 80, "--model", "cifar10")[1]
+    assert out.endswith("length   82 of 77 tokens, 5 too many\n")
 
 
 @pytest.mark.parametrize("argv", [[], ["dance"], ["classify"], ["info", "--frob"]])
@@ -584,12 +680,12 @@ def test_the_version_is_that_of_the_package(run):
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.parametrize("name", ["no/where.png", "where", "where.xyz", "folder.png"])
+@pytest.mark.parametrize("name", ["file/where.png", "where", "where.xyz", "folder.png"])
 @pytest.mark.parametrize(
     "command",
     [
         ["demo", "--out"],
-        ["search", "absent.safetensors", "a cat", "--sheet"],
+        ["search", "absent.safetensors", "a cat", "--out"],
         ["bench", "--suite", "nonsense", "--plot"],
         ["parity", "nonsense", "--plot"],
         ["eval", "nonsense", "--plot"],
@@ -598,9 +694,22 @@ def test_the_version_is_that_of_the_package(run):
 )
 def test_a_picture_that_cannot_be_written_is_said_before_the_work(run, tmp_path, command, name):
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
     result = run(*command, str(tmp_path / name))
     assert_one_line_error(result, name, "cannot be written")
-    assert result[1] == "" and [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+    assert result[1] == "" and {path.name for path in tmp_path.iterdir()} == {"folder.png", "file"}
+
+
+def test_what_is_written_gets_its_folder(run, picture, tmp_path):
+    for command in (
+        ["search", str(tmp_path / "a" / "i.idx"), "a cat"],
+        ["explain", picture, "a cat", "--model", "shapes", "--method", "rollout"],
+        ["embed", picture, "--model", "shapes"],
+    ):
+        if command[0] == "search":
+            run("embed", picture, "--out", command[1], "--model", "shapes")
+        out = tmp_path / command[0] / "new" / "where.png"
+        assert run(*command, "--out", str(out))[0] == 0 and out.is_file()
 
 
 STRANGE = "a\nb\x1b[31m\udcff.png"
@@ -622,7 +731,7 @@ def test_names_that_would_write_on_the_terminal_are_escaped(run, picture, tmp_pa
 
     status, out, err = run("embed", ".", "--out", "i.safetensors", "--model", "cifar10")
     assert status == 0 and "bad" + escaped in err and err.count("\n") == 1
-    status, out, err = run("search", "i.safetensors", "a cat", "--sheet", "s.png")
+    status, out, err = run("search", "i.safetensors", "a cat", "--out", "s.png")
     assert status == 0 and f"  {escaped}\n" in out and out.count("\n") == 2
 
 

@@ -12,6 +12,7 @@ from miniclip.figures.confusion import draw_confusion
 from miniclip.figures.curves import draw_curves
 from miniclip.figures.demo import draw_demo
 from miniclip.figures.explanations import draw_text_maps
+from miniclip.lens.heat import overlay
 from miniclip.parity import Difference, Report
 from miniclip.parity.drawing import draw_parity
 from miniclip.zeroshot.classifier import Score
@@ -127,22 +128,36 @@ def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
 )
 def test_a_map_says_how_much_its_warmest_patch_is(drawn, method, note):
     heats = torch.tensor([[[0.25, 0.75], [-1, 0]], [[-1, -2], [-3, 0]]])
-    figure = drawn(draw_text_maps, Image.new("RGB", (8, 8)), ["a $cat$", "dog"], {method: heats})
+    figure = drawn(
+        draw_text_maps, Image.new("RGB", (8, 8)), ["a $cat$", "dog"], [0.25, 0.5], {method: heats}
+    )
     picture, cat, dog, _ = figure.axes
     titles = [axes.get_title(loc="left") for axes in (picture, cat, dog)]
-    assert titles == [f"by {method}", "a $cat$", "dog"]
+    assert titles == [f"by {method}", "a $cat$ (cosine 0.25)", "dog (cosine 0.50)"]
     assert " ".join(texts(cat)[0].split()) == note and texts(dog) == ["nowhere"]
 
 
 def test_four_maps_stand_beside_a_picture(drawn):
     picture, texts = Image.new("RGB", (8, 8)), [f"text {i}" for i in range(6)]
-    one = drawn(draw_text_maps, picture, texts, {"tokens": torch.rand(6, 2, 2)}).axes[:-1]
+    shown = [f"{text} (cosine 0.50)" for text in texts]
+    maps = {"tokens": torch.rand(6, 2, 2)}
+    one = drawn(draw_text_maps, picture, texts, [0.5] * 6, maps).axes[:-1]
     titles = [axes.get_title(loc="left") for axes in one]
-    assert titles == ["by tokens", *texts[:4], "by tokens", *texts[4:], "", ""]
+    assert titles == ["by tokens", *shown[:4], "by tokens", *shown[4:], "", ""]
     maps = {method: torch.rand(2, 2, 2) for method in ("tokens", "rollout")}
-    two = drawn(draw_text_maps, picture, texts[:2], maps).axes[:-1]
+    two = drawn(draw_text_maps, picture, texts[:2], [0.5, 0.5], maps).axes[:-1]
     titles = [axes.get_title(loc="left") for axes in two]
-    assert titles == ["text 0", "tokens", "rollout", "text 1", "tokens", "rollout"]
+    assert titles == [shown[0], "tokens", "rollout", shown[1], "tokens", "rollout"]
+
+
+def test_the_maps_of_one_method_have_one_scale(drawn):
+    """The same patch is as bright for a text that it suits half as much as another text."""
+    heats = torch.tensor([[[1.0]], [[0.5]]])
+    picture = Image.new("RGB", (8, 8))
+    axes = drawn(draw_text_maps, picture, ["a", "b"], [0.5, 0.5], {"tokens": heats}).axes
+    full, half = (axes[i].get_images()[0].get_array()[4, 4].tolist() for i in (1, 2))
+    assert full == list(overlay(picture, heats[0]).getpixel((4, 4)))
+    assert half == list(overlay(picture, heats[1], warmest=1.0).getpixel((4, 4))) != full
 
 
 def test_ratios_of_bench_are_bars_from_one_with_quartiles(drawn):

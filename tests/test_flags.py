@@ -25,7 +25,7 @@ LINES = {
     "parity": "parity MODEL",
     "parity, random": "parity --random tiny",
     "bench": "bench --shape tiny --suite vision",
-    "convert": "convert MODEL OUT --layout openai",
+    "convert": "convert MODEL --out OUT --layout openai",
     "train": "train CLASSES --out OUT --model MODEL --epochs 1",
     "train, from scratch": "train CLASSES --out OUT --epochs 1",
     "eval": "eval CLASSES --model MODEL",
@@ -301,8 +301,8 @@ def test_convert_takes_a_layout_and_a_tokenizer(output, tmp_path):
     )  # fmt: skip
     config = replace(TINY, vision=replace(TINY.vision, **shape), text=text)
     twins(config)[0].save_pretrained(tmp_path / "alone", layout="openai")
-    assert output("convert alone there --layout transformers")["tokenizer"] is False
-    found = output("convert alone again --layout open_clip --tokenizer MODEL")
+    assert output("convert alone --out there --layout transformers")["tokenizer"] is False
+    found = output("convert alone --out again --layout open_clip --tokenizer MODEL")
     assert (found["layout"], found["tokenizer"]) == ("openai", True)
     assert (tmp_path / "there" / "config.json").is_file()
     assert (tmp_path / "again" / "open_clip_config.json").is_file()
@@ -353,9 +353,9 @@ def test_the_title_of_a_sheet_is_the_query(run, monkeypatch, desk):
         lambda index, hits, title, path: titles.append(title) or [],
     )
     picture = desk / "picture.png"
-    line = f"search INDEX cat dog --image {picture} --minus a --minus-image {picture} --sheet s.png"
+    line = f"search INDEX cat dog --image {picture} --minus a --minus-image {picture} --out s.png"
     run(line)
-    run("search INDEX --minus a --sheet s.png")
+    run("search INDEX --minus a --out s.png")
     assert titles == [f"cat + dog + {picture} - a - {picture}", "- a"]
 
 

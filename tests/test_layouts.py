@@ -956,12 +956,15 @@ def test_a_file_without_vocabulary_takes_that_of_another_checkpoint(tmp_path, ca
     CLIP(config).save_pretrained(tmp_path / "source", layout="openai")
     source = str(tmp_path / "source/model.safetensors")
     options = ["--layout", "transformers"]
-    assert main(["convert", source, str(tmp_path / "bare"), *options]) == 0
+    assert main(["convert", source, "--out", str(tmp_path / "bare"), *options]) == 0
     said = capsys.readouterr().out
     assert "tokenizer not found" in said and "--tokenizer\nopenai/clip-vit-base-patch32" in said
     with pytest.raises(CheckpointError, match="no tokenizer here; expected vocab.json and merges"):
         load(tmp_path / "bare")
-    assert main(["convert", source, str(tmp_path / "b"), *options, "--tokenizer", "shapes"]) == 0
+    assert (
+        main(["convert", source, "--out", str(tmp_path / "b"), *options, "--tokenizer", "shapes"])
+        == 0
+    )
     assert "needs a tokenizer" not in capsys.readouterr().out
     assert load(tmp_path / "b").tokenizer.vocab == tokenizer.vocab
     with pytest.raises(CheckpointError, match="has vocab.json, which would be loaded instead"):

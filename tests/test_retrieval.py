@@ -1054,7 +1054,7 @@ def test_search_draws_a_sheet_from_any_folder(run, photographs, tmp_path, monkey
     monkeypatch.chdir(photographs)
     run("embed", ".", "--model", "cifar10", "--out", "index.safetensors")
     monkeypatch.chdir(tmp_path)
-    line = ["search", photographs / "index.safetensors", "a cat", "--sheet", tmp_path / "s.png"]
+    line = ["search", photographs / "index.safetensors", "a cat", "--out", tmp_path / "s.png"]
     status, out, err = run(*line)
     assert status == 0 and err.startswith(f"picture: {tmp_path / 's.png'}\n") and "z.png" in out
     (photographs / "z.png").unlink()
@@ -1078,7 +1078,7 @@ def test_search_by_another_model_names_both(run, indexed):
         (["search", "INDEX", "a cat", "-k", "0"], ["k is 0"]),
         (["search", "INDEX", "--image", "absent.png"], ["absent.png"]),
         (["search", "INDEX", "word " * 500], ["tokens"]),
-        (["search", "INDEX", "a cat", "--sheet", "no/such/sheet.png"], ["cannot be written"]),
+        (["search", "INDEX", "a cat", "--out", "no/such/sheet"], ["cannot be written"]),
         (["search", "INDEX", "a cat", "--device", "toaster"], ["toaster"]),
         (["embed", "absent", "--out", "i", "--model", "cifar10"], ["absent", "no such file"]),
         (["embed", "PHOTO", "--out", "i", "--model", "cifar11"], ["cifar11"]),

@@ -155,8 +155,3 @@ def photograph(path: Path, seed: int) -> Path:
     grained = (smooth + draw.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8)
     Image.fromarray(grained).save(path, quality=90)
     return path
-
-
-def plural(count: int, unit: str) -> str:
-    """A number and its unit: "1 image", "1,000 texts"."""
-    return f"{count:,} {unit}{'s' * (count > 1)}"

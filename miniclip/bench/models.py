@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniclip.bench.libraries import Library
-from miniclip.bench.material import Setting, captions, plural
+from miniclip.bench.material import Setting, captions
 from miniclip.bench.measuring import Case, Trial, timed
 from miniclip.config import CLIPConfig
 from miniclip.files.names import OPENAI, TRANSFORMERS, layout_name, pack
@@ -17,6 +17,7 @@ from miniclip.loss import contrastive_loss
 from miniclip.model import unit_norm
 from miniclip.parity import random_inputs
 from miniclip.parts import parts
+from miniclip.terminal import counted
 from miniclip.tokenizer import Tokenizer
 from miniclip.zeroshot.classifier import class_embeddings
 from miniclip.zeroshot.prompts import IMAGENET_CLASSES, TEMPLATE_SETS
@@ -29,7 +30,7 @@ def vision_suite(setting: Setting) -> Iterator[Case]:
         pixels = random_inputs(setting.config, images=count)[0].to(setting.device)
         trials = encoders(setting, "encode_image", [pixels] * len(setting.libraries))
         trials |= ceiling(setting, count * multiply_adds)
-        yield setting.case("vision", plural(count, "image"), count, "images", trials)
+        yield setting.case("vision", counted(count, "image"), count, "images", trials)
 
 
 def text_suite(setting: Setting) -> Iterator[Case]:
@@ -39,7 +40,7 @@ def text_suite(setting: Setting) -> Iterator[Case]:
     count, length = ids[0].shape
     trials = encoders(setting, "encode_text", ids)
     trials |= ceiling(setting, count * tower_multiply_adds(setting.config, "text", length))
-    work = f"{plural(count, 'caption')} of at most {length} tokens"
+    work = f"{counted(count, 'caption')} of at most {length} tokens"
     yield setting.case("text", work, count, "texts", trials)
 
 
@@ -148,5 +149,5 @@ def train_suite(setting: Setting) -> Iterator[Case]:
         library.name: partial(gradients, library, library.tokenize(texts).to(setting.device))
         for library in setting.libraries
     }
-    work = f"the loss of {plural(len(texts), 'pair')} and its gradients"
+    work = f"the loss of {counted(len(texts), 'pair')} and its gradients"
     yield setting.case("train", work, len(texts), "pairs", setting.timed(runs), one_vector)

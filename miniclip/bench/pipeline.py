@@ -18,13 +18,14 @@ from torch import Tensor
 
 from miniclip.bench.first_logits import READY
 from miniclip.bench.libraries import Library
-from miniclip.bench.material import Setting, captions, invented_captions, mixed_captions, plural
+from miniclip.bench.material import Setting, captions, invented_captions, mixed_captions
 from miniclip.bench.measuring import Case, Trial
 from miniclip.checkpoint import Loaded
 from miniclip.files.ahead import read_ahead
 from miniclip.model import unit_norm
 from miniclip.retrieval.building import embed_parts
 from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings, embed
+from miniclip.terminal import counted
 from miniclip.transform import ImageTransform, resize_short_side
 
 
@@ -48,7 +49,7 @@ def tokenizer_suite(setting: Setting) -> Iterator[Case]:
             library.name: partial(next_of, library.tokenize, stream())
             for library in setting.libraries
         })  # fmt: skip
-        work = f"{plural(count, 'text')}, {work}"
+        work = f"{counted(count, 'text')}, {work}"
         yield Case("tokenizer", work, count, "texts", trials, without_padding)
 
 
@@ -65,7 +66,7 @@ def transform_suite(setting: Setting) -> Iterator[Case]:
         }
         if len(paths) == 1:
             runs["Pillow, decode + resize"] = pillow_alone
-        work = f"{plural(len(paths), 'JPEG file')} of 640 x 480 pixels"
+        work = f"{counted(len(paths), 'JPEG file')} of 640 x 480 pixels"
         trials = setting.timed(runs)
         yield Case("transform", work, len(paths), "images", trials, lambda pixels: pixels)
 
@@ -101,7 +102,7 @@ def embed_suite(setting: Setting) -> Iterator[Case]:
     runs: dict[str, Callable[[], Any]] = {"miniclip": together}
     runs |= {peer.name: partial(batch_by_batch, peer) for peer in peers}
     runs |= {"decoding alone": decoding, "encoder alone": encoding}
-    work = f"{plural(len(paths), 'JPEG file')} of 640 x 480 pixels"
+    work = f"{counted(len(paths), 'JPEG file')} of 640 x 480 pixels"
     yield setting.case("embed", work, len(paths), "images", setting.timed(runs))
 
 

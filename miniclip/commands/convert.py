@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from miniclip.convert import Mapped
 
 DESCRIPTION = "Write a checkpoint in the layout of transformers, OpenAI or open_clip."
-EXAMPLE = "miniclip convert cifar10 cifar10-transformers --layout transformers"
+EXAMPLE = "miniclip convert shapes --out shapes-openai --layout openai"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("source", help="a checkpoint in any of the three")
-    parser.add_argument("destination", help="a directory")
+    parser.add_argument("-o", "--out", required=True, metavar="DIR", help="a new directory")
     parser.add_argument("--layout", choices=("transformers", "openai", "open_clip"), required=True)
     parser.add_argument(
         "--tokenizer",
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     done = convert(
         args.source,
-        args.destination,
+        args.out,
         args.layout,
         tokenizer=args.tokenizer,
         revision=args.revision,
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     read = {row.source.key for row in done.parameters}
     written = {row.destination.key for row in done.parameters}
     print(f"{args.source} ({done.layout}): {len(read):,} tensors")
-    print(f"{args.destination} ({args.layout}): {len(written):,} tensors\n")
+    print(f"{args.out} ({args.layout}): {len(written):,} tensors\n")
     print(f"{len(done.parameters):>9,} parameters, with the same bits")
     for change, count in Counter(map(name_change, done.parameters)).items():
         print(f"{count:>9,} {change}")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             "\n`miniclip.load` needs a tokenizer. Convert to a new directory with --tokenizer"
             "\nopenai/clip-vit-base-patch32, whose vocabulary most CLIPs have; or put its"
-            f"\nvocab.json and merges.txt into {args.destination}"
+            f"\nvocab.json and merges.txt into {args.out}"
         )
     return 0
 

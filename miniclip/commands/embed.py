@@ -11,6 +11,7 @@ from miniclip.commands.shared import (
     note,
     print_json,
 )
+from miniclip.terminal import counted
 
 DESCRIPTION = "Read pictures into an index that `miniclip search` searches."
 EXAMPLE = """miniclip embed photographs --out index.safetensors --model cifar10
@@ -97,5 +98,5 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        print(f"{args.out}: {len(index):,} image{'s' * (len(index) != 1)}, by {encoder}")
+        print(f"{args.out}: {counted(len(index), 'picture')}, by {encoder}")
     return 0

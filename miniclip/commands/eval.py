@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from miniclip.commands.shared import (
     COLUMNS,
+    LABELS,
+    TEMPLATES,
     add_columns,
     add_device,
     add_model,
@@ -13,8 +15,9 @@ from miniclip.commands.shared import (
     load_model,
     note,
     print_json,
+    read_labels,
 )
-from miniclip.terminal import printable, shorten
+from miniclip.terminal import cell, columns, counted, printable, shorten
 
 if TYPE_CHECKING:
     from miniclip.checkpoint import Loaded
@@ -25,28 +28,20 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Measure a model as the paper measures CLIP: zero-shot, retrieval, probe, few shots."
 EXAMPLE = """miniclip eval shapes --model shapes
-  miniclip eval imagenet/val --templates imagenet --plot confusions.png
+  miniclip eval imagenet/val --template imagenet --plot confusions.png
   miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images
   miniclip eval cifar10/test --task probe --train cifar10/train --model cifar10"""
 MOST_CLASSES = 50  # in the table
 
 # What only some of the tasks read: a flag, the tasks, its meaning, and argparse's other options.
 FLAGS: tuple[tuple[str, tuple[str, ...], str, dict[str, Any]], ...] = (
-    (
-        "--templates",
-        ("zeroshot", "fewshot"),
-        "sentences with {} for the label, averaged, or published sets of them: imagenet (80), "
-        "simple (7 of the 80), cifar10, food101 and the paper's others (default: 'a photo of a "
-        "{}.')",
-        {"nargs": "+", "metavar": "TEXT"},
-    ),
+    ("--template", ("zeroshot", "fewshot"), TEMPLATES, {"action": "append", "metavar": "TEXT"}),
     (
         "--labels",
         ("zeroshot", "fewshot"),
-        "what the classes are called, one a line, in the order of the sorted folders, with ' | ' "
-        "between several names of one; or a published set, such as food101 (default: the folders' "
-        "names, and OpenAI's for ImageNet's)",
-        {"metavar": "FILE"},
+        f"what the classes are called, in the order of the sorted folders: {LABELS} (default: the "
+        "folders' names, and OpenAI's for ImageNet's)",
+        {"nargs": "+", "metavar": "LABEL"},
     ),
     (
         "--images",
@@ -128,7 +123,7 @@ def zeroshot(args: argparse.Namespace) -> None:
     from miniclip.evaluation.classification import evaluate
     from miniclip.zeroshot.classifier import TEMPLATE, class_embeddings, find_templates
 
-    templates = find_templates(args.templates or [TEMPLATE])
+    templates = find_templates(args.template or [TEMPLATE])
     images = class_folders(args)
     loaded = load_model(args)
     text_embeds = class_embeddings(loaded.model, loaded.tokenizer, images.labels, templates)
@@ -137,7 +132,7 @@ def zeroshot(args: argparse.Namespace) -> None:
     logits = loaded.model.score(image_embeds, text_embeds).T.float()  # (N, C)
     classes = [images.classes[row] for row in features.rows]
     result = evaluate(logits, classes, images.labels, features.skipped)
-    shown = shorten(" | ".join(args.templates or templates), COLUMNS - 11)
+    shown = shorten(" | ".join(args.template or templates), COLUMNS - 11)
     print_evaluation(args, images.folders, result, {"templates": templates}, {"templates": shown})
 
 
@@ -214,7 +209,7 @@ def fewshot(args: argparse.Namespace) -> None:
     from miniclip.evaluation import linear
     from miniclip.zeroshot.classifier import TEMPLATE, class_embeddings, find_templates
 
-    templates = find_templates(args.templates or [TEMPLATE])
+    templates = find_templates(args.template or [TEMPLATE])
     loaded, images, sets, skipped = features_of_sets(args)
     kind, shots = args.features or "ln_post", args.shots or [1, 2, 4, 8, 16]
     text_embeds = class_embeddings(loaded.model, loaded.tokenizer, images.labels, templates)
@@ -243,8 +238,10 @@ def fewshot(args: argparse.Namespace) -> None:
         print_json(rows)
     else:
         print(f"model      {args.model}")
-        print(f"templates  {shorten(' | '.join(args.templates or templates), COLUMNS - 11)}")
-        print(f"images     {len(test.classes):,}, of {len(images.folders):,} classes\n")
+        print(f"templates  {shorten(' | '.join(args.template or templates), COLUMNS - 11)}")
+        print(
+            f"images     {len(test.classes):,}, of {counted(len(images.folders), 'class folder')}\n"
+        )
         print(f"{'examples a class':<18}{'method':<20}{'accuracy':>10}   spread over the draws")
         for row in rows:
             spread = f"± {row['std']:.2%}" if row["shots"] else ""
@@ -259,14 +256,16 @@ def fewshot(args: argparse.Namespace) -> None:
 
 def class_folders(args: argparse.Namespace, data: str | None = None) -> "LabelledImages":
     """The pictures in DATA, or in other folders, and what their classes are called."""
-    from miniclip.zeroshot.data import labelled_images
+    from miniclip.zeroshot import data as found
     from miniclip.zeroshot.prompts import CLASS_SETS, published_labels
 
-    images = labelled_images(data or args.data)
-    if args.labels in CLASS_SETS:
-        return images._replace(labels=published_labels(args.labels, images.folders))
-    if args.labels and data is None:
-        return labelled_images(args.data, read_lines(args.labels))
+    root, labels = data or args.data, None
+    if args.labels and len(args.labels) == 1 and args.labels[0] in CLASS_SETS:
+        labels = published_labels(args.labels[0], found.class_folders(root))
+    elif args.labels and data is None:
+        labels = read_labels(args.labels)
+    images = found.labelled_images(root, labels)
+    found.check_classes(images, root, named=bool(args.labels))
     return images
 
 
@@ -345,9 +344,9 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
     """`miniclip eval shapes`: questions about drawn scenes."""
     from miniclip.world.scoring import score
 
-    if args.templates or args.labels or args.plot or args.task != "zeroshot":
+    if args.template or args.labels or args.plot or args.task != "zeroshot":
         raise ValueError(
-            "the drawn world asks in its own words: no --templates, --labels or --plot, or --task"
+            "the drawn world asks in its own words: no --template, --labels or --plot, or --task"
         )
     scores = score(*load_model(args))
     if args.json:
@@ -365,14 +364,6 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
         print(f"{question:<56}{share:>7.1%}  (chance {chance})")
 
 
-def read_lines(path: str) -> list[str]:
-    """Read the lines of a text file. Raises ValueError if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected lines of text: {error}") from None
-
-
 def evaluation_table(folders: list[str], result: "Evaluation") -> str:
     """Accuracies, a line for each class, and the ten most frequent confusions.
 
@@ -383,7 +374,7 @@ def evaluation_table(folders: list[str], result: "Evaluation") -> str:
     found = summary(result, folders)
     images, accuracy = result.images.tolist(), result.class_accuracy.tolist()
     low, high = found["interval"]
-    lines = [f"images     {sum(images):,}, in {len(images):,} folders"]
+    lines = [f"images     {sum(images):,}, in {counted(len(images), 'folder')}"]
     if result.skipped:
         lines.append(f"skipped    {len(result.skipped):,}, which cannot be read")
     if found["missing"]:
@@ -395,14 +386,14 @@ def evaluation_table(folders: list[str], result: "Evaluation") -> str:
     lines.append(f"per class  {result.mean_per_class:.2%}, the mean of the classes' top-1")
     lines.append(f"calibrated to {result.calibration_error:.2%}, the expected calibration error")
 
-    width = min(30, max(5, *(len(printable(label)) for label in result.labels)))
+    width = min(30, max(5, *(columns(printable(label)) for label in result.labels)))
     longest_bar = COLUMNS - width - 18
     rows = []
     for i in sorted(range(len(images)), key=lambda i: -accuracy[i] if images[i] else 1):
         percent = f"{accuracy[i]:7.1%}" if images[i] else "      -"
         bar = "█" * round(accuracy[i] * longest_bar) if images[i] else ""
-        label = shorten(result.labels[i], width)
-        rows.append(f"{label:<{width}} {images[i]:8,} {percent} {bar}".rstrip())
+        label = cell(result.labels[i], width)
+        rows.append(f"{label} {images[i]:8,} {percent} {bar}".rstrip())
     if len(rows) > MOST_CLASSES:
         hidden = f"... {len(rows) - MOST_CLASSES:,} classes between these (--json has all)"
         rows[MOST_CLASSES // 2 : -MOST_CLASSES // 2] = [hidden]
@@ -413,7 +404,7 @@ def evaluation_table(folders: list[str], result: "Evaluation") -> str:
         lines += ["", f"{'most frequent confusions':<54}{'images':>8}{'of class':>10}"]
     for true, predicted, count in mistakes:
         pair = f"{shorten(result.labels[true], 25)} → {shorten(result.labels[predicted], 25)}"
-        lines.append(f"{pair:<54}{count:8,}{count / images[true]:10.1%}")
+        lines.append(f"{cell(pair, 54)}{count:8,}{count / images[true]:10.1%}")
     return "\n".join(lines)
 
 

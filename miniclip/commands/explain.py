@@ -10,12 +10,13 @@ from miniclip.commands.shared import (
     load_model,
     note,
     print_json,
+    read_input,
 )
-from miniclip.terminal import progress
+from miniclip.terminal import printable, progress
 
 DESCRIPTION = "Where in a photograph is a text seen? Draws it, or scores the methods that can."
 EXAMPLE = """miniclip explain cat.jpg "a cat" "a dog" --all -o where.png --model cifar10
-  miniclip explain --score shapes --model shapes --plot methods.png"""
+  miniclip explain --score shapes --model shapes -o methods.png"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument("--all", action="store_true", help="every method, side by side")
     parser.add_argument(
-        "-o", "--out", metavar="PNG", help="the picture (default: miniclip-explain.png)"
+        *("-o", "--out"),
+        metavar="PNG",
+        help="the picture (default: miniclip-explain.png); with --score, of the first scenes",
     )
     parser.add_argument(
         "--score",
@@ -43,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scenes", type=int, metavar="N", help="how many scenes to score on (default: 200)"
     )
-    parser.add_argument("--plot", metavar="PNG", help="with --score: draw the first scenes' maps")
     add_device(parser)
     add_model(parser)
 
@@ -52,36 +54,42 @@ def run(args: argparse.Namespace) -> int:
     """Draw a map for each text and method."""
     if args.score:
         return score_methods(args)
-    if not args.texts or args.plot or args.scenes:
+    if not args.texts or args.scenes:
         raise ValueError(
-            "expected an image and a text, which --out draws; or --score shapes, which alone "
-            "takes --scenes and --plot"
+            "expected an image and a text, or --score shapes, which alone takes --scenes"
         )
     out = args.out or (None if args.json else "miniclip-explain.png")
     if out:
         check_figure(out)
     from miniclip.files.pictures import open_image
-    from miniclip.lens.heat import METHODS, seen, text_maps
+    from miniclip.lens.heat import METHODS, cosines, seen, text_maps
 
-    image = open_image(args.image)
+    image = open_image(read_input(args.image))
     loaded = load_model(args)
     methods = METHODS if args.all else args.method or ["relevance"]
     maps = {
         method: text_maps(image, args.texts, loaded, method)
         for method in progress(list(methods), "method")
     }
+    similar = cosines(image, args.texts, loaded).tolist()
     if args.json:
         found = [
-            {"image": args.image, "text": text, "method": method, "map": heat.tolist()}
+            {"image": args.image, "text": text, "cosine": cosine, "method": method}
+            | {"map": heat.tolist()}
             for method, heats in maps.items()
-            for text, heat in zip(args.texts, heats, strict=True)
+            for text, cosine, heat in zip(args.texts, similar, heats, strict=True)
         ]
         print_json(found if len(found) > 1 else found[0])
+    else:
+        print("cosine  text")
+        for text, cosine in zip(args.texts, similar, strict=True):
+            print(f"{cosine:6.3f}  {printable(text)}")
     if out:
         from miniclip.figures.explanations import draw_text_maps
 
         scale = -(-512 // loaded.transform.crop_size)
-        draw_text_maps(seen(image, loaded.transform, scale), args.texts, maps, out)
+        picture = seen(image, loaded.transform, scale)
+        draw_text_maps(picture, args.texts, similar, maps, out)
         note(f"picture: {out}")
     return 0
 
@@ -89,11 +97,13 @@ def run(args: argparse.Namespace) -> int:
 def score_methods(args: argparse.Namespace) -> int:
     """`miniclip explain --score`: how often each method is right, on drawn scenes."""
     scenes = 200 if args.scenes is None else args.scenes
-    if args.image or args.out or args.all or args.method or scenes < 1:
+    if args.image or args.all or args.method or scenes < 1:
         raise ValueError(
-            "--score draws its own scenes, one or more, for every method: no IMAGE, TEXT, --method "
-            "or --out"
+            "--score draws its own scenes, one or more, for every method: no IMAGE, TEXT or "
+            "--method"
         )
+    if args.out:
+        check_figure(args.out)
     from miniclip.lens.heat import METHODS
     from miniclip.world.localise import answers, localise, questions
 
@@ -105,14 +115,14 @@ def score_methods(args: argparse.Namespace) -> int:
     else:
         print(f"model   {args.model}\nscenes  {scenes} of two objects, two questions each\n")
         print(method_table(found))
-    if args.plot:
+    if args.out:
         from miniclip.figures.explanations import draw_explanations
 
         asked = questions(3)
         draw_explanations(
-            asked, {method: answers(loaded, asked, method) for method in METHODS}, args.plot
+            asked, {method: answers(loaded, asked, method) for method in METHODS}, args.out
         )
-        note(f"picture: {args.plot}")
+        note(f"picture: {args.out}")
     return 0
 
 

@@ -93,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=command.run)
-        sub.add_argument("--json", action="store_true", help="print JSON for a program to read")
+        output = sub.add_mutually_exclusive_group()
+        output.add_argument("--json", action="store_true", help="print JSON for a program to read")
+        if command in (classify, search):
+            output.add_argument("--csv", action="store_true", help="print CSV for a spreadsheet")
         command.add_arguments(sub)
     return parser

@@ -3,11 +3,11 @@
 import argparse
 from time import perf_counter
 
-from miniclip.commands.shared import add_device, check_writable, note, print_json
-from miniclip.terminal import printable
+from miniclip.commands.shared import add_device, check_writable, note, print_csv, print_json
+from miniclip.terminal import counted, printable
 
 DESCRIPTION = "The pictures of an index nearest to a text, a picture, or a sum of several."
-EXAMPLE = """miniclip search index.safetensors "a red bicycle" --sheet bicycles.png
+EXAMPLE = """miniclip search index.safetensors "a red bicycle" --out bicycles.png
   miniclip search index.safetensors --image dog.jpg --minus grass"""
 
 
@@ -28,8 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="take a picture from the query",
     )
-    parser.add_argument("-k", type=int, default=12, metavar="N", help="pictures (default: 12)")
-    parser.add_argument("--sheet", metavar="PNG", help="show the pictures with their scores")
+    parser.add_argument(
+        *("-k", "--top-k"),
+        type=int,
+        default=12,
+        metavar="N",
+        help="find the N nearest pictures (default: %(default)s)",
+    )
+    parser.add_argument("-o", "--out", metavar="PNG", help="draw the pictures with their scores")
     parser.add_argument("--model", help="where the model is now, if not where it was")
     add_device(parser)
 
@@ -39,24 +45,28 @@ def run(args: argparse.Namespace) -> int:
     from miniclip.retrieval.index import Index, embed_query
     from miniclip.retrieval.sheet import SHEETS, draw_sheet
 
-    if args.sheet:
-        check_writable(args.sheet, SHEETS)
+    if args.out:
+        check_writable(args.out, SHEETS)
+    if not (args.texts or args.image or args.minus or args.minus_image):
+        raise ValueError("no query; expected a TEXT, or --image FILE, to search for")
     index = Index.load(args.index)
     loaded = index.load_encoder(args.model, args.device)
     query = embed_query(loaded, args.texts, args.image, args.minus, args.minus_image)
     start = perf_counter()
-    hits = index.search(query, args.k)
+    hits = index.search(query, args.top_k)
     seconds = perf_counter() - start
     if args.json:
         print_json([hit._asdict() for hit in hits])
+    elif args.csv:
+        print_csv([hit._asdict() for hit in hits])
     else:
         for i, hit in enumerate(hits, 1):
             print(f"{i:>4} {hit.score:7.4f}  {printable(hit.path)}")
-    if args.sheet:
+    if args.out:
         plus = " + ".join([*args.texts, *args.image])
         title = " - ".join([plus, *args.minus, *args.minus_image]).strip()
-        for reason in draw_sheet(index, hits, title, args.sheet):
+        for reason in draw_sheet(index, hits, title, args.out):
             note(f"miniclip: not on the sheet: {reason}")
-        note(f"picture: {args.sheet}")
-    note(f"{len(index):,} picture{'s' * (len(index) != 1)} searched in {seconds:.2f} s")
+        note(f"picture: {args.out}")
+    note(f"{counted(len(index), 'picture')} searched in {seconds:.2f} s")
     return 0

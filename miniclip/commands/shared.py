@@ -1,7 +1,9 @@
 """What commands share: arguments, the loaded model, output, and checks before the work."""
 
 import argparse
+import csv
 import ctypes
+import io
 import json
 import sys
 import textwrap
@@ -29,6 +31,30 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="whose text cleaning and image arithmetic to match (default: %(default)s)",
     )
     add_revision(parser)
+
+
+TEMPLATES = (
+    "a sentence with {} for the label, or a published set of them: imagenet (80), simple (7 of the "
+    "80), food101 and the paper's others; give several to average them (default: 'a photo of a "
+    "{}.')"
+)
+LABELS = (
+    "labels; or one name alone: a text file, one label a line, with ' | ' between several names of "
+    "one; a JSON list; a folder of class folders; a published set: imagenet, food101 and the "
+    "paper's others; or - for lines of standard input"
+)
+
+
+def read_labels(names: list[str]) -> list[str]:
+    """The labels that --labels names."""
+    from miniclip.zeroshot.data import find_labels
+
+    return sys.stdin.read().splitlines() if names == ["-"] else find_labels(names)
+
+
+def read_input(name: str) -> str | bytes:
+    """The name of a file, or for "-" what comes from standard input."""
+    return sys.stdin.buffer.read() if name == "-" else name
 
 
 def add_revision(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +112,7 @@ def check_writable(name: str, suffixes: Iterable[str]) -> None:
         raise ValueError(f"{path}: cannot be written: expected a name that ends in {known}")
     existed = path.exists()
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
@@ -111,6 +138,15 @@ def print_json(value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     # A file name that is not Unicode has surrogates. They are written as JSON's escapes.
     print(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def print_csv(rows: list[dict[str, Any]]) -> None:
+    """Print rows as CSV, with the names of the columns first."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    print(text.getvalue().encode("utf-8", "backslashreplace").decode(), end="")
 
 
 def print_wrapped(head: str, words: list[str]) -> None:

@@ -47,14 +47,19 @@ MOST_COLUMNS = 4  # of heat maps, beside the picture
 
 
 def draw_text_maps(
-    picture: Image.Image, texts: Sequence[str], maps: dict[str, Tensor], path: str | PathLike[str]
+    picture: Image.Image,
+    texts: Sequence[str],
+    cosines: Sequence[float],
+    maps: dict[str, Tensor],
+    path: str | PathLike[str],
 ) -> None:
     """A picture beside where each of C texts is seen in it.
 
-    `maps` has (C, rows, columns) for each method. Of one method the texts stand side by side, of
-    several the methods, with a line for each text. Every map is as bright as the others at its
-    warmest patch; under it stands how much that is.
+    `cosines` are the texts' similarities to the picture, and `maps` (C, rows, columns) for each
+    method. Of one method the texts stand side by side, of several the methods, with a line for each
+    text. All maps of a method have one scale; under each stands how much its warmest patch is.
     """
+    texts = [f"{text} (cosine {cosine:.2f})" for text, cosine in zip(texts, cosines, strict=True)]
     if len(maps) == 1:
         ((method, heats),) = maps.items()
         panels = [(text, method, heat) for text, heat in zip(texts, heats, strict=True)]
@@ -75,14 +80,15 @@ def draw_text_maps(
     for row, name, line in zip(rows, names, lines, strict=True):
         show_picture(row[0], picture, name)
         for axes, (title, method, heat) in zip(row[1:], line):
-            show_picture(axes, overlay(picture, heat), title, warmth(method, heat))
+            shown = overlay(picture, heat, warmest=maps[method].max().item())
+            show_picture(axes, shown, title, warmth(method, heat))
     colours = LinearSegmentedColormap.from_list("heat", HEAT_COLOURS)
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, 1), colours),
         ax=rows, location="bottom", ticks=[], shrink=2 / columns, aspect=30, pad=0.02,
     )  # fmt: skip
     bar.outline.set_visible(False)
-    bar.set_label("nothing, or against the text  →  a map's warmest patch", fontsize=9)
+    bar.set_label("nothing, or against the text  →  a method's warmest patch", fontsize=9)
     save_figure(figure, path)
 
 

@@ -159,13 +159,14 @@ def _download(
                 )
             )
         except Exception as error:  # the hub client's errors have no common base class
+            said: BaseException = error
             if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__:
-                error = error.__cause__  # what the network said, without the advice
-            reason = " ".join(str(error).split()).rstrip(".")
+                said = error.__cause__  # what the network said, without the advice
+            reason = " ".join(str(said).split()).rstrip(".")
             raise CheckpointError(
                 f"{repository} is no directory here, and cannot be had from the hub. Offline there "
                 f"are directories, and the embedded checkpoints: {', '.join(embedded_names())}. "
-                f"The hub's client says {type(error).__name__}: {reason}"
+                f"The hub's client says {type(said).__name__}: {reason}"
             ) from error
         directory = _inside(directory, folder)
         _check_hashes(directory, cache / f"models--{repository.replace('/', '--')}" / CHECKED)

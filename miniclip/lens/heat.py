@@ -132,6 +132,16 @@ def text_maps(
     return METHODS[method](model, pixels, ids).float().cpu()
 
 
+@torch.no_grad()
+def cosines(image: Picture, texts: str | Iterable[str], loaded: Loaded) -> Tensor:
+    """How like the image each of C texts is: the cosines of their embeddings, (C,)."""
+    model, tokenizer, transform = loaded
+    device = model.logit_scale.device
+    ids = ids_for(model.text, tokenizer, as_list(texts)).to(device)
+    image_embeds = model.encode_image(transform([image]).to(device), normalize=True)  # (1, E)
+    return (model.encode_text(ids, normalize=True) @ image_embeds[0]).float().cpu()
+
+
 def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Tensor:
     """The same for one text: (rows, columns)."""
     return text_maps(image, [text], loaded, method)[0]

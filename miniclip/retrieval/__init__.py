@@ -5,7 +5,7 @@ a search finds the largest inner products, which are cosines. An index is one sa
 mapped into memory: `embeddings`, and the pictures' names beside them.
 
     miniclip embed photographs --out index.safetensors
-    miniclip search index.safetensors "a red bicycle" --sheet bicycles.png
+    miniclip search index.safetensors "a red bicycle" --out bicycles.png
 
 The search is exact and reads every row: two cores need a second for a million rows of 512 numbers.
 For far more, give the same file to FAISS (pip install faiss-cpu). Its indices need less memory, are

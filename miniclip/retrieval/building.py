@@ -19,7 +19,7 @@ from miniclip.errors import ImageError
 from miniclip.files.ahead import read_ahead
 from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings, describe, embed
 from miniclip.retrieval.pictures import Member, Stamp, pixels_of, stamp
-from miniclip.terminal import progress
+from miniclip.terminal import counted, progress
 
 PART = 512
 """Pictures between two savings: so many, at most, are embedded again after a kill."""
@@ -95,10 +95,9 @@ def build_index(
     missing = [i for i, file in enumerate(files) if not file.exists()]
     if rank == 0:
         if old:
+            total = counted(len(pictures), "picture")
             gone = len(set(old.paths) - {str(picture) for picture in pictures})
-            says = (
-                f"{len(kept):,} of {len(pictures):,} pictures are as they were, {gone:,} are gone"
-            )
+            says = f"{len(kept):,} of {total} are as they were, {gone:,} are gone"
             print(f"{out}: updated, {says}", file=sys.stderr)
         if done := len(parts) - len(missing):
             print(f"{out}: continued, {done} of {len(parts)} parts were done", file=sys.stderr)

@@ -23,6 +23,8 @@ class Explanation(NamedTuple):
     cleaned: str
     words: list[Word]
     ids: list[int]
+    row: list[int]  # the ids between the start and the end token, as the text tower reads them
+    context_length: int
 
     def __str__(self) -> str:
         lines = [f"text     {self.text!r}", f"cleaned  {self.cleaned!r}", ""]
@@ -32,7 +34,14 @@ class Explanation(NamedTuple):
                 lines.append("bytes    " + " ".join(word.symbols))
             lines += ["merge    " + " ".join(symbols) for symbols in word.merges]
             lines += ["ids      " + " ".join(map(str, word.ids)), ""]
-        return "\n".join([*lines, "all ids  " + " ".join(map(str, self.ids))])
+        length, most = len(self.row), self.context_length
+        left = f"{most - length} more fit" if length <= most else f"{length - most} too many"
+        lines += [
+            "all ids  " + " ".join(map(str, self.row)),
+            f"         from the start token {self.row[0]} to the end token {self.row[-1]}",
+            f"length   {length} of {most} tokens, {left}",
+        ]
+        return "\n".join(lines)
 
 
 def explained(
@@ -48,4 +57,6 @@ def explained(
             words.append(Word(word, first, merges, steps[-1], ids))
         if token is not None:
             words.append(Word(piece, [], [], [token], [tokenizer.vocab[token]]))
-    return Explanation(text, "".join(piece for piece, _ in pieces), words, tokenizer.encode(text))
+    ids, seen = tokenizer.encode(text), "".join(piece for piece, _ in pieces)
+    row = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    return Explanation(text, seen, words, ids, row, tokenizer.context_length)

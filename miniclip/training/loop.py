@@ -26,7 +26,7 @@ from miniclip.follow import ids_for
 from miniclip.loss import clamp_logit_scale
 from miniclip.model import CLIP, attentions
 from miniclip.surgery.interventions import PatchDropout
-from miniclip.terminal import progress
+from miniclip.terminal import counted, progress
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import augment, batches, draw_seed
 from miniclip.training.loss import Loss, Objective, backward, batch_loss
@@ -141,7 +141,9 @@ def check_data(data: TrainingData, least: int) -> None:
     """Raise ValueError if there are too few pictures, or if all have the same caption."""
     if len(data) < least:
         reason = f"; {data.skipped[0]}" if data.skipped else ""
-        raise ValueError(f"{len(data)} pictures to train on; expected at least {least}{reason}")
+        raise ValueError(
+            f"{counted(len(data), 'picture')} to train on; expected at least {least}{reason}"
+        )
     captions = iter(data.captions())
     first = next(captions)
     if all(caption == first for caption in captions):

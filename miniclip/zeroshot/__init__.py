@@ -13,7 +13,7 @@ from miniclip.zeroshot.classifier import (
     embed_texts,
     find_templates,
 )
-from miniclip.zeroshot.data import LabelledImages, folder_labels, labelled_images
+from miniclip.zeroshot.data import LabelledImages, find_labels, folder_labels, labelled_images
 from miniclip.zeroshot.prompts import CLASS_SETS, TEMPLATE_SETS
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "class_embeddings",
     "embed_texts",
     "find_templates",
+    "find_labels",
     "LabelledImages",
     "labelled_images",
     "folder_labels",

@@ -31,6 +31,7 @@ IMAGENET_CLASSES = tuple(line.partition(" ")[2] for line in _lines)
 Two names stand for two classes each: "missile" (657 and 744) and "sunglasses" (836 and 837). The
 paper's numbers were measured so. A class is therefore known by its position, never by its name.
 """
+CLASS_SETS["imagenet"] = list(IMAGENET_CLASSES)
 
 
 def published_labels(name: str, folders: list[str]) -> list[str]:
@@ -46,6 +47,8 @@ def published_labels(name: str, folders: list[str]) -> list[str]:
     if [int(f) for f in folders if f.isdecimal()] == [*range(len(classes))]:
         return list(classes)
     known = {plain(one): names for names in classes for one in names.split(" | ")}
+    if name == "imagenet":
+        known |= dict(zip(IMAGENET_WNIDS, classes, strict=True))
     if unknown := [folder for folder in folders if plain(folder) not in known]:
         raise ValueError(
             f"{len(unknown)} of {len(folders)} folders are no class of {name}, such as "

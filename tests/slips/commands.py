@@ -40,14 +40,14 @@ SLIPS = [
     ),
     Slip(
         "classify ignores --template.",
-        "templates = args.template or [TEMPLATE]",
-        "templates = [TEMPLATE]",
+        "find_templates(args.template or [TEMPLATE])\n    model",
+        "find_templates([TEMPLATE])\n    model",
         f"{FLAGS} -k template",
     ),
     Slip(
         "classify averages the last template only.",
-        "templates = args.template or [TEMPLATE]",
-        "templates = (args.template or [TEMPLATE])[-1:]",
+        "find_templates(args.template or [TEMPLATE])\n    model",
+        "find_templates((args.template or [TEMPLATE])[-1:])\n    model",
         f"{FLAGS} -k template",
     ),
     Slip(
@@ -112,8 +112,8 @@ SLIPS = [
     ),
     Slip(
         "eval ignores --labels.",
-        "return labelled_images(args.data, read_lines(args.labels))",
-        "return images",
+        "labels = read_labels(args.labels)",
+        "pass",
         f"{CLI} -k labels_from_a_file",
     ),
     Slip(
@@ -166,14 +166,14 @@ SLIPS = [
     ),
     Slip(
         "search ignores -k.",
-        "index.search(query, args.k)",
+        "index.search(query, args.top_k)",
         "index.search(query)",
         f"{FLAGS} -k twelve",
     ),
     Slip(
         "search shows ten pictures unless told otherwise.",
-        '"-k", type=int, default=12',
-        '"-k", type=int, default=10',
+        "default=12",
+        "default=10",
         f"{FLAGS} -k twelve",
     ),
     Slip(
@@ -335,11 +335,8 @@ SLIPS = [
     ),
     Slip(
         "An image that cannot be read leaves the exit status 0.",
-        """            complain(error)
-            status = 2
-""",
-        """            complain(error)
-""",
+        "failures += 1",
+        "pass",
         f"{CLI} -k bad_image",
     ),
     Slip(
@@ -372,8 +369,8 @@ SLIPS = [
     ),
     Slip(
         "A long label is cut one character short.",
-        'else text[: width - 1] + "…"\n',
-        'else text[: width - 2] + "…"\n',
+        "while columns(text) > width - 1:",
+        "while columns(text) > width - 2:",
         f"{CLI} -k prints",
     ),
     Slip(
@@ -623,8 +620,8 @@ SLIPS = [
     ),
     Slip(
         "Numbered folders are sorted as text.",
-        "found.sort(key=lambda folder: (int(folder.name), folder.name))",
-        "found.sort()",
+        "sorted(found, key=lambda name: (int(name), name))",
+        "sorted(found)",
         f"{ZEROSHOT} -k 'name_the_classes or sorted'",
     ),
     Slip(
