@@ -1,18 +1,73 @@
 """What a person at a terminal sees: a progress bar, and text that cannot move the cursor."""
 
-from collections.abc import Iterable
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: Any) -> Any:
     """Wrap items in a progress bar, which appears if they take longer than two seconds.
 
-    It is drawn only if stderr is a terminal. `options` are tqdm's; without items they have the
-    `total`, and the caller calls `update`.
+    If stderr is not a terminal, the same numbers are a line every 30 seconds. `options` are
+    tqdm's; without items they have the `total`, and the caller calls `update`.
     """
     from tqdm import tqdm  # here, because `miniclip --help` shows no bar
 
-    return tqdm(items, unit=unit, **{"delay": 2, "disable": None, "leave": False} | options)
+    if sys.stderr and sys.stderr.isatty():
+        return tqdm(items, unit=unit, **{"delay": 2, "leave": False} | options)
+
+    class Lines(tqdm):  # type: ignore[type-arg]
+        disable: bool
+
+        def display(self, *args: Any, **options: Any) -> bool:
+            print(f"miniclip: {self}", file=sys.stderr)
+            return True
+
+        def refresh(self, nolock: bool = False, **options: Any) -> None:
+            if not (nolock or self.disable):  # with nolock, because something else was written
+                self.display()
+
+        def clear(self, *args: Any, **options: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            if not self.disable:
+                self.disable = True
+                self._decr_instances(self)
+
+    form = "{n_fmt} of {total_fmt} {unit}s, {rate_noinv_fmt}, {remaining} left{postfix}"
+    times = {"delay": 30, "mininterval": 30, "maxinterval": math.inf, "miniters": 1}
+    return Lines(items, unit=unit, bar_format=form, **times | options)
+
+
+@contextmanager
+def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
+    """A block that the first Ctrl-C does not end. It writes the message, and what the block is
+    given then returns True: so work can stop where it can be continued. The second one interrupts.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        os.write(2, f"\nminiclip: {message}; Ctrl-C again ends at once\n".encode())
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def printable(text: str) -> str:

@@ -24,6 +24,7 @@ from miniclip.bench.measuring import Case, alternate, distance, measure, timed
 from miniclip.commands.main import main
 from miniclip.parts import parts
 from miniclip.published import PUBLISHED
+from miniclip.terminal import counted
 
 SHAPE = CLIPConfig(
     vision=VisionConfig(width=64, layers=2, heads=1, mlp_width=96, image_size=40, patch_size=8),
@@ -391,9 +392,7 @@ def test_the_parts_of_a_model_are_counted():
 
 
 def test_words_of_the_work():
-    assert (
-        material.plural(1, "image") == "1 image" and material.plural(1000, "text") == "1,000 texts"
-    )
+    assert counted(1, "image") == "1 image" and counted(1000, "text") == "1,000 texts"
     assert {len(text.split()) for text in material.mixed_captions(50)} == {8}
     assert len(material.MIXED_SCRIPTS) == 12
 

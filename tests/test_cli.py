@@ -341,6 +341,24 @@ def test_options_that_make_no_sense(run, picture, options, words):
     assert_one_line_error(run("classify", picture, *model, *options), *words)
 
 
+@pytest.mark.parametrize("device", ["mps", "gpu", "cuda:99", "vulkan"])
+def test_a_device_that_is_not_here_is_one_short_sentence(run, picture, device):
+    command = ["classify", picture, "--labels", "cat", "--model", "cifar10", "--device", device]
+    result = run(*command)
+    assert_one_line_error(result, f"device '{device}' cannot be used: this PyTorch", "finds cpu")
+    assert len(result[2]) < 150
+
+
+def test_a_lack_of_memory_is_one_short_sentence(run, monkeypatch):
+    def fill(*_, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. " * 20)
+
+    monkeypatch.setattr(miniclip.Tokenizer, "from_pretrained", fill)
+    result = run("tokenize", "a cat")
+    assert_one_line_error(result, "too little memory", "--batch")
+    assert len(result[2]) < 150
+
+
 @pytest.mark.parametrize("command", [["classify", "x.png", "--labels", "cat"], ["info"]])
 def test_no_network_names_the_embedded_checkpoints(run, command, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

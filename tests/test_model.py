@@ -718,7 +718,7 @@ def test_ids_without_a_batch_are_an_error():
         (
             torch.zeros(3, 40, 40),
             ValueError,
-            ["(3, 40, 40)", "[picture]", "pixels[None]"],
+            ["(3, 40, 40)", "encode_image(pixels[None])"],
         ),
     ],
 )

@@ -116,3 +116,19 @@ def test_a_terminal_without_the_characters_shows_the_rest(tmp_path):
     done = command(*argv, stdout=subprocess.PIPE, env=ascii_only)
     assert (done.returncode, done.stderr) == (0, "")
     assert "ch?teau" in done.stdout and "%" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_a_typed_program_is_checked(checker):
+    """A model, a tower and a fork have the types of their `forward`: what is wrong is found."""
+    pytest.importorskip(checker)
+    program = ROOT / "tests" / "typed_user.py"
+    lines = program.read_text().splitlines()
+    wrong = {i for i, line in enumerate(lines, 1) if "# wrong" in line}
+    where = ["--pythonpath", sys.executable] if checker == "pyright" else []
+    command = [sys.executable, "-m", checker, *where, str(program)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = re.findall(r"typed_user\.py:(\d+):.*error", done.stdout)
+    assert {int(line) for line in found} == wrong, done.stdout + done.stderr
+    assert len(wrong) == 6

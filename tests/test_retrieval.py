@@ -972,7 +972,9 @@ def test_a_killed_command_is_continued_by_the_same_command(
     out, err = capsys.readouterr()
     assert "continued, 2 of 3 parts were done" in err
     assert "miniclip: skipped 1, which the index lists; the first: " in err and "broken.png" in err
-    assert out.startswith(f"{tmp_path / 'i'}: 1,100 images, by {many.with_name('model')} (weights ")
+    assert out.startswith(
+        f"{tmp_path / 'i'}: 1,100 pictures, by {many.with_name('model')} (weights "
+    )
     assert (tmp_path / "i").read_bytes() == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
 
@@ -1021,21 +1023,21 @@ def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photograph
         (photographs / name).write_bytes(HEIC if name.endswith(("c", "C")) else b"nothing")
     line = ["embed", photographs, "--model", "cifar10", "--out", tmp_path / "i"]
     status, out, err = run(*line, "--exclude", "b", "--exclude", "*.tiff")
-    assert status == 0 and "2 images, by cifar10" in out
+    assert status == 0 and "2 pictures, by cifar10" in out
     counts = re.findall(r"skipped (\d+), which the index lists; the first: \S*/(\S+):", err)
     if "HEIF" not in Image.OPEN:
         assert counts == [("2", "1.heic"), ("1", "4.png")]
         assert "pip install pillow-heif" in err
     status, out, err = run(*line)
-    assert status == 0 and "11 images" in out and "updated, 2 of 15 pictures" in err
+    assert status == 0 and "11 pictures" in out and "updated, 2 of 15 pictures" in err
     if "rawpy" not in sys.modules:
         assert re.search(r"skipped 1, .*3.NEF: .*pip install rawpy", err)
     status, out, err = run(*line, "--exclude", "b")  # what is excluded now is dropped
-    assert status == 0 and "3 images" in out and "updated, 3 of 6 pictures" in err
+    assert status == 0 and "3 pictures" in out and "updated, 3 of 6 pictures" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i")
     assert status == 2 and err.count("\n") == 1 and "cifar10" in err and "--force" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i", "--force")
-    assert status == 0 and "11 images, by shapes" in out
+    assert status == 0 and "11 pictures, by shapes" in out
 
 
 def test_search_prints_what_is_nearest(run, indexed):
@@ -1072,7 +1074,7 @@ def test_search_by_another_model_names_both(run, indexed):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["search", "INDEX"], ["nothing is left"]),
+        (["search", "INDEX"], ["no query"]),
         (["search", "absent", "a cat"], ["absent", "no such file", "miniclip embed"]),
         (["search", "PHOTO", "a cat"], ["z.png", "no index"]),
         (["search", "INDEX", "a cat", "-k", "0"], ["k is 0"]),

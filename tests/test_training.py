@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -648,6 +650,58 @@ def test_a_run_that_is_stopped_and_started_again_gives_the_same_bits(
     found, expected = ((d / "metrics.jsonl").read_text() for d in (tmp_path, undisturbed[1]))
     for a, b in zip(found.splitlines(), expected.splitlines(), strict=True):
         assert json.loads(a)["loss"] == json.loads(b)["loss"]
+
+
+def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkeypatch, capfd):
+    note = run_module.Run.log_step
+
+    def interrupt(self, *args, **kwargs):
+        note(self, *args, **kwargs)
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(run_module.Run, "log_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(stripes, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    assert state["step"] == 2
+    said = capfd.readouterr().err
+    assert "the run is saved after this step; Ctrl-C again ends at once" in said
+    assert f"{tmp_path}: saved at step 2; the same command goes on from there" in said
+
+
+def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, monkeypatch, capsys):
+    """In a log file: pictures a second, the time left and the loss."""
+    note = run_module.Run.log_step
+
+    def stop(self, *args, **kwargs):
+        if self.step == 1:
+            raise KeyboardInterrupt
+        note(self, *args, **kwargs)
+
+    monkeypatch.setattr(run_module.Run, "log_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(stripes, tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
+    form = r"miniclip: [\d.]+ of [\d.]+ pairs, +[\d.k]+pair/s, [\d:]+ left, loss=[\d.]+"
+    assert len(lines) == 1 and re.fullmatch(form, lines[0]), lines
+
+
+def test_a_new_vocabulary_has_its_own_size_and_token_ids(stripes, tmp_path):
+    """As a config of transformers may have it: a small vocabulary, and no special tokens."""
+    config = SHAPE.to_dict()
+    config["text_config"] = {
+        name: value for name, value in config["text_config"].items() if "token_id" not in name
+    } | {"vocab_size": 700}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    setup = set_up(str(stripes), config=str(tmp_path / "config.json"))
+    text, tokenizer = setup.model.config.text, setup.tokenizer
+    assert text.vocab_size == tokenizer.vocab_size <= 700
+    assert (text.bos_token_id, text.eos_token_id) == (
+        tokenizer.bos_token_id, tokenizer.eos_token_id
+    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -75,7 +75,11 @@ def run(args: argparse.Namespace) -> int:
         loaded = load_model(args, device=device, dtype=getattr(torch, args.dtype))
         encoder = describe(loaded, *lasting_name(args.model, args.revision))
         options = (args.batch, args.workers, args.force)
-        index = build_index(args.out, loaded, pictures, encoder, damage, *options)
+        try:
+            index = build_index(args.out, loaded, pictures, encoder, damage, *options)
+        except KeyboardInterrupt:
+            note(f"miniclip: {args.out} is not whole; the same command goes on where this one was")
+            raise
     if os.environ.get("RANK", "0") != "0":
         return 0
     kinds: dict[str, list[str]] = {}  # what needs one package is one kind, and damage another

@@ -123,6 +123,8 @@ def check_writable(name: str, suffixes: Iterable[str]) -> None:
 def complain(error: Exception) -> None:
     """Print an error as one line on stderr: its first line, which says what is wrong."""
     text = str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, a page of numbers
+        text = "the device has too little memory; try a smaller --batch, or --dtype bfloat16"
     if not isinstance(error, ImageError):  # one line, in which a file's name may have several
         text = text.partition("\n")[0]
     note(f"miniclip: error: {text}")

@@ -157,10 +157,11 @@ def check_pixels(pixels: Any, config: Any) -> None:
             "ImageTransform makes them of pictures: encode_image(transform([picture]))"
         )
     if pixels.ndim != 4 or pixels.shape[1:] != (c, h, w):
-        one = " A batch of one is pixels[None]" if pixels.ndim == 3 else ""
+        call = "encode_image(transform([picture])), with the checkpoint's ImageTransform"
+        if pixels.shape == (c, h, w):  # of one picture, without its batch
+            call = "encode_image(pixels[None]), because this is one picture"
         raise ValueError(
-            f"pixels have shape {tuple(pixels.shape)}; this vision tower reads {shape}. The "
-            f"checkpoint's ImageTransform makes such pixels: transform([picture]).{one}"
+            f"pixels have shape {tuple(pixels.shape)}; this vision tower reads {shape}: {call}"
         )
 
 
@@ -177,13 +178,16 @@ def check_ids(ids: Any, vocab_size: int) -> None:
             "makes them of texts: encode_text(tokenizer(texts))"
         )
     if ids.ndim != 2:
-        raise ValueError(f"ids have shape {tuple(ids.shape)}; expected (B, T), a row for each text")
+        raise ValueError(
+            f"ids have shape {tuple(ids.shape)}; expected (B, T), a row for each text: "
+            "encode_text(ids[None]) for one text"
+        )
     if ids.numel() and can_look_at(ids):
         least, most = (int(id) for id in ids.aminmax())
         if least < 0 or most >= vocab_size:
             raise ValueError(
-                f"ids go from {least} to {most}; this text tower knows 0 to {vocab_size - 1}. Use "
-                "the Tokenizer of the same checkpoint"
+                f"ids go from {least} to {most}; this text tower knows 0 to {vocab_size - 1}. The "
+                "Tokenizer of the same checkpoint makes such ids: encode_text(tokenizer(texts))"
             )
 
 

@@ -372,9 +372,13 @@ def check_device(device: str | torch.device) -> None:
     """Raise ValueError if tensors cannot be put on this device."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # which of them depends on the device
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from None
+    except (RuntimeError, AssertionError, NotImplementedError):  # which depends on the device
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        found += ["mps"] * torch.backends.mps.is_available()
+        raise ValueError(
+            f"device {str(device)!r} cannot be used: this PyTorch ({torch.__version__}) finds "
+            f"{', '.join(found)} here"
+        ) from None
 
 
 def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:

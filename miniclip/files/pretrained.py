@@ -4,10 +4,11 @@ Each class builds itself from what the files say: a model from fields and tensor
 a vocabulary, a transform from settings.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 from torch import nn
 
@@ -33,6 +34,19 @@ def tower_config(kind: Any, values: dict[str, Any]) -> Any:
         raise ValueError(f"in {section}: {error}") from None
 
 
+if TYPE_CHECKING:
+    P = ParamSpec("P")
+    R = TypeVar("R", covariant=True)
+
+    class _HasForward(Protocol[P, R]):
+        def forward(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    class _Called:
+        """A `__call__` with the types of `forward`, of a fork's too. nn.Module's gives Any."""
+
+        def __get__(self, module: _HasForward[P, R], owner: Any = None) -> Callable[P, R]: ...
+
+
 class Pretrained(nn.Module):
     """A model with `from_pretrained` and `save_pretrained`.
 
@@ -45,6 +59,8 @@ class Pretrained(nn.Module):
     model_type: ClassVar[str] = "clip"
     tensor_names: ClassVar[dict[str, str]] = {}
     config: Any
+    if TYPE_CHECKING:
+        __call__: _Called  # type: ignore[assignment]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -161,7 +161,7 @@ def embed_parts(
     model, _, transform = loaded
     pictures = (picture for part in parts for picture, _ in part)
     decoded = read_ahead(partial(pixels_of, transform=transform), pictures, 2 * batch, workers)
-    with progress(total=sum(map(len, parts)), unit="image", disable=silent or None) as bar:
+    with progress(total=sum(map(len, parts)), unit="image", disable=silent) as bar:
         for part in parts:
             rows = [torch.empty(0, model.config.embed_dim)]
             good: list[Stamped] = []

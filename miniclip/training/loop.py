@@ -26,7 +26,7 @@ from miniclip.follow import ids_for
 from miniclip.loss import clamp_logit_scale
 from miniclip.model import CLIP, attentions
 from miniclip.surgery.interventions import PatchDropout
-from miniclip.terminal import counted, progress
+from miniclip.terminal import counted, delaying_interrupt, progress
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import augment, batches, draw_seed
 from miniclip.training.loss import Loss, Objective, backward, batch_loss
@@ -80,14 +80,16 @@ def train(
         initial=run.step * recipe.batch,
         unit="pair",
         unit_scale=True,
-        disable=None if rank == 0 else True,
+        disable=rank > 0,
         leave=True,
     )
     recomputing = recompute_blocks(model) if recipe.checkpoint_blocks else nullcontext()
     is_slow_fused = device.type == "cpu" and recipe.precision == "bfloat16"
     attention = attention_written_out(model) if is_slow_fused else nullcontext()
     dropping = closing(dropout) if dropout else nullcontext()
-    with bar, recomputing, attention, dropping, closing(stream):
+    stopping = delaying_interrupt("the run is saved after this step")
+    with bar, recomputing, attention, dropping, closing(stream), stopping as must_stop:
+        first_step = run.step + 1
         while run.step < steps:
             batch = next(stream)
             if recipe.hard_negatives and not all(batch.negatives):
@@ -130,6 +132,12 @@ def train(
                 run.save(tokenizer, transform)
             bar.set_postfix(loss=f"{value:.3f}", refresh=False)
             bar.update(recipe.batch)
+            if run.step == first_step:
+                bar.refresh()
+            if must_stop():
+                run.save(tokenizer, transform)
+                run.report(f"{out}: saved at step {run.step}; the same command goes on from there")
+                raise KeyboardInterrupt
     skipped = of_all_processes(data.skipped)
     if skipped and rank == 0:
         run.report(f"{len(skipped)} pictures or shards were skipped, as named above")

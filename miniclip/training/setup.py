@@ -49,6 +49,17 @@ SMALL = CLIPConfig(
 )  # fmt: skip
 
 
+def _without_token_ids(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose vocabulary is about to be learnt, and with it the ids of its special tokens.
+
+    Without this, a `vocab_size` of 1,024 does not go with transformers' default ids, 49406.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    return config | {"text_config": text | {"bos_token_id": 0, "eos_token_id": 0}}
+
+
 class Setup(NamedTuple):
     """All that `train` needs to know."""
 
@@ -94,7 +105,7 @@ def set_up(
         return Setup(*loaded, open_data(data, loaded.transform, columns), recipe)
     shape = SMALL
     if config:
-        shape = CLIPConfig.from_dict(read_json(Path(config)))
+        shape = CLIPConfig.from_dict(_without_token_ids(read_json(Path(config))))
     elif directory:
         shape = CLIPConfig.from_pretrained(directory)
     transform = ImageTransform(shape.vision.side)
