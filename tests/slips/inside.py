@@ -1480,15 +1480,9 @@ SURGERY = [
 
 TOKENIZER = [
     Slip(
-        "Added tokens are looked for in the order that they come in.",
-        "longest_first = sorted(tokens, key=len, reverse=True)",
-        "longest_first = list(tokens)",
-        "tests/test_tokenizer.py -k 'special_tokens and begins'",
-    ),
-    Slip(
         "The shortest added token is found.",
-        "longest_first = sorted(tokens, key=len, reverse=True)",
-        "longest_first = sorted(tokens, key=len)",
+        "for t in self.tokens if t}, reverse=True)",
+        "for t in self.tokens if t})",
         "tests/test_tokenizer.py -k 'special_tokens and begins'",
     ),
     Slip(
@@ -1556,13 +1550,13 @@ TOKENIZER = [
     ),
     Slip(
         "Entities are resolved once.",
-        "text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()",
-        "text = html.unescape(ftfy.fix_text(text)).strip()",
+        "text = html.unescape(html.unescape(_repaired(text))).strip()",
+        "text = html.unescape(_repaired(text)).strip()",
         "tests/test_tokenizer.py -k texts_have_the_ids_of_openai",
     ),
     Slip(
         "Mojibake is left as it is.",
-        "text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()",
+        "text = html.unescape(html.unescape(_repaired(text))).strip()",
         "text = html.unescape(html.unescape(text)).strip()",
         "tests/test_tokenizer.py -k texts_have_the_ids_of_openai",
     ),
