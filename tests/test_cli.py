@@ -1,8 +1,10 @@
 """The command, run as its users run it: output, JSON, exit status and errors of one line."""
 
+import argparse
 import csv
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,8 +21,9 @@ from PIL import Image
 
 import miniclip
 from miniclip import load
-from miniclip.commands.main import main
+from miniclip.commands.main import build_parser, main
 from miniclip.exhibits import PHOTOGRAPHS
+from miniclip.files.hub import embedded_names
 from miniclip.lens.heat import BLIND, METHODS, text_map
 from miniclip.terminal import columns
 from miniclip.world import scoring
@@ -673,7 +676,7 @@ def test_tokenize_ends_in_the_ids_of_the_tokenizer(run):
     assert out.endswith("length   82 of 77 tokens, 5 too many\n")
 
 
-@pytest.mark.parametrize("argv", [[], ["dance"], ["classify"], ["info", "--frob"]])
+@pytest.mark.parametrize("argv", [["dance"], ["classify"], ["info", "--frob"]])
 def test_unknown_commands_and_options(run, argv):
     assert_one_line_error(run(*argv), "--help")
 
@@ -685,8 +688,41 @@ COMMANDS = "bench classify convert demo embed eval explain info parity search se
 def test_help_shows_an_example(run, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")
     status, out, err = run(name, "--help")
-    assert status == 0 and f"example:\n  miniclip {name}" in out
-    assert max(map(len, out.splitlines())) <= 88  # examples are not broken
+    assert status == 0 and f"\n  miniclip {name} " in out.partition("example, which runs")[2]
+    assert max(map(len, out.splitlines())) <= 92  # examples are not broken
+
+
+def test_the_command_alone_is_its_help(run):
+    assert run() == (0, run("--help")[1], "")
+
+
+@pytest.mark.parametrize("name", COMMANDS.split())
+def test_help_says_what_each_argument_is_and_its_default(name):
+    (commands,) = (a for a in build_parser()._actions if getattr(a, "choices", None))
+    for action in commands.choices[name]._actions:
+        assert action.help, action
+        if action.default not in (None, False, [], argparse.SUPPRESS):
+            assert "(default: " in action.help, action
+        if action.dest == "model" and name not in ("search", "train"):
+            assert "one that comes along (" + ", ".join(embedded_names()) in action.help
+
+
+@pytest.mark.slow
+def test_the_examples_run_offline_as_they_stand(run, tmp_path, monkeypatch):
+    """In an empty folder; without those that take minutes."""
+    monkeypatch.chdir(tmp_path)
+    (commands,) = (a for a in build_parser()._actions if getattr(a, "choices", None))
+    lines = [
+        line.strip()
+        for parser in commands.choices.values()
+        for line in parser.epilog.partition("with ")[0].splitlines()[1:]
+    ]
+    assert {line.split()[1] for line in lines} == {*COMMANDS.split()}
+    for line in dict.fromkeys(lines):
+        _, *argv = shlex.split(line)
+        if argv[0] not in ("bench", "eval", "explain", "parity", "serve", "train"):
+            assert run(*argv)[0] == 0, line
+    assert (tmp_path / "squares.png").is_file() and (tmp_path / "pictures" / "scene.png").is_file()
 
 
 def test_the_version_is_that_of_the_package(run):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from miniclip.commands.shared import (
     COLUMNS,
     LABELS,
+    PICTURES,
     TEMPLATES,
     add_device,
     add_model,
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from miniclip.zeroshot.classifier import Score
 
 DESCRIPTION = "Which of these labels does a photograph show?"
-EXAMPLE = 'miniclip classify cat.jpg --labels cat dog "a cup of coffee" --model cifar10'
+EXAMPLE = f"""{PICTURES}
+  miniclip classify pictures/scene.png --labels "a pink square" "a red star" --model shapes"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,14 +10,15 @@ if TYPE_CHECKING:
     from miniclip.convert import Mapped
 
 DESCRIPTION = "Write a checkpoint in the layout of transformers, OpenAI or open_clip."
-EXAMPLE = "miniclip convert shapes --out shapes-openai --layout openai"
+LAYOUTS = ("transformers", "openai", "open_clip")
+EXAMPLE = "miniclip convert shapes --out copy --layout open_clip"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("source", help="a checkpoint in any of the three")
     parser.add_argument("-o", "--out", required=True, metavar="DIR", help="a new directory")
-    parser.add_argument("--layout", choices=("transformers", "openai", "open_clip"), required=True)
+    parser.add_argument("--layout", choices=LAYOUTS, required=True, help="whose names and files")
     parser.add_argument(
         "--tokenizer",
         metavar="MODEL",

@@ -1,6 +1,7 @@
 """`miniclip demo`: draw what the embedded checkpoints can do."""
 
 import argparse
+from pathlib import Path
 
 from miniclip.commands.classify import ranking_table
 from miniclip.commands.shared import check_figure, note, print_json
@@ -12,7 +13,13 @@ EXAMPLE = "miniclip demo -o demo.png"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument(
-        "-o", "--out", default="miniclip-demo.png", metavar="PNG", help="default: %(default)s"
+        *("-o", "--out"),
+        default="miniclip-demo.png",
+        metavar="PNG",
+        help="the drawing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pictures", metavar="DIR", help="write the pictures too, to try other commands on"
     )
 
 
@@ -31,6 +38,10 @@ def run(args: argparse.Namespace) -> int:
         check_figure(args.out)
     scene, heats = scene_exhibit()
     exhibits = [scene, *photographs]
+    if args.pictures:
+        Path(args.pictures).mkdir(parents=True, exist_ok=True)
+        for name, picture, _ in exhibits:
+            picture.save(Path(args.pictures) / f"{name.split()[-1]}.png")
     if args.json:
         print_json(
             [

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from miniclip.commands.shared import (
+    PICTURES,
     add_device,
     add_model,
     keep_freed_memory,
@@ -14,7 +15,9 @@ from miniclip.commands.shared import (
 from miniclip.terminal import counted
 
 DESCRIPTION = "Read pictures into an index that `miniclip search` searches."
-EXAMPLE = """miniclip embed photographs --out index.safetensors --model cifar10
+EXAMPLE = f"""{PICTURES}
+  miniclip embed pictures --out index.safetensors --model shapes
+with eight GPUs:
   torchrun --nproc-per-node 8 -m miniclip embed shards --out index.safetensors"""
 
 

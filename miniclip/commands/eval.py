@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Measure a model as the paper measures CLIP: zero-shot, retrieval, probe, few shots."
 EXAMPLE = """miniclip eval shapes --model shapes
+with data of your own:
   miniclip eval imagenet/val --template imagenet --plot confusions.png
   miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images
   miniclip eval cifar10/test --task probe --train cifar10/train --model cifar10"""
@@ -91,8 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", choices=TASKS, default="zeroshot", help="what to measure (default: %(default)s)"
     )
+    groups = {
+        tasks: parser.add_argument_group(f"for --task {' and '.join(tasks)}")
+        for tasks in dict.fromkeys(tasks for _, tasks, *_ in FLAGS)
+    }
     for flag, tasks, meaning, options in FLAGS:
-        parser.add_argument(flag, help=f"{', '.join(tasks)}: {meaning}", **options)
+        groups[tasks].add_argument(flag, help=meaning, **options)
     add_columns(parser)
     parser.add_argument(
         "--cache", metavar="DIR", help="keep the pictures' features in this folder, as index files"

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from miniclip.commands.shared import (
+    PICTURES,
     add_device,
     add_model,
     check_figure,
@@ -15,7 +16,8 @@ from miniclip.commands.shared import (
 from miniclip.terminal import printable, progress
 
 DESCRIPTION = "Where in a photograph is a text seen? Draws it, or scores the methods that can."
-EXAMPLE = """miniclip explain cat.jpg "a cat" "a dog" --all -o where.png --model cifar10
+EXAMPLE = f"""{PICTURES}
+  miniclip explain pictures/scene.png "a square" "a cross" --all -o where.png --model shapes
   miniclip explain --score shapes --model shapes -o methods.png"""
 
 

@@ -2,15 +2,15 @@
 
 import argparse
 
-from miniclip.commands.shared import DEFAULT_MODEL, add_revision, print_json, print_wrapped
+from miniclip.commands.shared import DEFAULT_MODEL, MODELS, add_revision, print_json, print_wrapped
 
 DESCRIPTION = "A model's architecture, parameters and multiply-adds, from its config alone."
-EXAMPLE = "miniclip info cifar10"
+EXAMPLE = "miniclip info shapes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="default: %(default)s")
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=MODELS)
     add_revision(parser)
 
 

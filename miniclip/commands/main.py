@@ -40,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show "█" or any script
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if "run" not in args:
+        parser.print_help()
+        return 0
     log = logging.getLogger("miniclip")
     log.handlers, log.propagate = [Notes(logging.INFO)], False
     log.setLevel(logging.INFO)
@@ -81,15 +85,19 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands. `args.run` is the chosen command's function."""
-    parser = Parser(prog="miniclip", description="CLIP: photographs and words in one space.")
+    parser = Parser(
+        prog="miniclip",
+        description="CLIP: photographs and words in one space.",
+        epilog="To begin: miniclip demo. An example of each command: miniclip COMMAND --help",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    parsers = parser.add_subparsers(metavar="COMMAND", title="commands")
     for command in COMMANDS:
         sub = parsers.add_parser(
             command.__name__.rpartition(".")[2],
             help=command.DESCRIPTION,
             description=command.DESCRIPTION,
-            epilog=f"example:\n  {command.EXAMPLE}",
+            epilog=f"example, which runs offline:\n  {command.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=command.run)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from miniclip.commands.shared import (
     COLUMNS,
     DEFAULT_MODEL,
+    MODELS,
     add_device,
     add_revision,
     note,
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
     from miniclip.parity import Report
 
 DESCRIPTION = "How far the numbers are from transformers', or another model's, tensor by tensor."
-EXAMPLE = """miniclip parity --random B/32
-  miniclip parity runs/fork --against cifar10 --plot depth.png"""
+EXAMPLE = """miniclip parity shapes --plot depth.png
+with a fork's checkpoint:
+  miniclip parity runs/fork --against shapes"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("model", nargs="?", metavar="MODEL", help=f"default: {DEFAULT_MODEL}")
+    which.add_argument("model", nargs="?", metavar="MODEL", help=MODELS)
     which.add_argument(
         "--random",
         metavar="SHAPE",

@@ -3,12 +3,21 @@
 import argparse
 from time import perf_counter
 
-from miniclip.commands.shared import add_device, check_writable, note, print_csv, print_json
+from miniclip.commands.shared import (
+    PICTURES,
+    add_device,
+    check_writable,
+    note,
+    print_csv,
+    print_json,
+)
 from miniclip.terminal import counted, printable
 
 DESCRIPTION = "The pictures of an index nearest to a text, a picture, or a sum of several."
-EXAMPLE = """miniclip search index.safetensors "a red bicycle" --out bicycles.png
-  miniclip search index.safetensors --image dog.jpg --minus grass"""
+EXAMPLE = f"""{PICTURES}
+  miniclip embed pictures --out index.safetensors --model shapes
+  miniclip search index.safetensors "a pink square" --out squares.png
+  miniclip search index.safetensors --image pictures/scene.png --minus "a ring\""""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

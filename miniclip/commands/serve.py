@@ -3,11 +3,11 @@
 import argparse
 import json
 
-from miniclip.commands.shared import DEFAULT_MODEL, add_device
+from miniclip.commands.shared import DEFAULT_MODEL, MODELS, add_device
 from miniclip.terminal import progress
 
 DESCRIPTION = "A page in the browser to try models on, for this machine alone."
-EXAMPLE = "miniclip serve --model cifar10 shapes"
+EXAMPLE = "miniclip serve --model shapes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[DEFAULT_MODEL],
         metavar="NAME",
-        help=f"one, or several to choose from (default: {DEFAULT_MODEL})",
+        help=f"one, or several to choose from: {MODELS}",
     )
     parser.add_argument("--index", metavar="FILE", help="pictures to search, from `miniclip embed`")
     parser.add_argument(

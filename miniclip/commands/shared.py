@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniclip.errors import ImageError
+from miniclip.files.hub import embedded_names
 from miniclip.terminal import printable
 
 if TYPE_CHECKING:
@@ -19,18 +20,25 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 COLUMNS = 80  # of a table, at most
+MODELS = (
+    f"one that comes along ({', '.join(embedded_names())}), a folder, a weights file, ViT-B/32 and "
+    f"OpenAI's other names, or a repository of the Hugging Face hub (default: {DEFAULT_MODEL})"
+)
+REVISION = "branch, tag or commit of a hub repository (default: main)"
+PICTURES = "miniclip demo --pictures pictures"  # what the examples of other commands read
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add what says which model is loaded and how: the arguments of `load_model`."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="default: %(default)s")
-    parser.add_argument(
+    group = parser.add_argument_group("which model")
+    group.add_argument("--model", default=DEFAULT_MODEL, help=MODELS)
+    group.add_argument(
         "--reference",
         choices=("transformers", "openai"),
         default="transformers",
         help="whose text cleaning and image arithmetic to match (default: %(default)s)",
     )
-    add_revision(parser)
+    add_revision(group)
 
 
 TEMPLATES = (
@@ -57,9 +65,9 @@ def read_input(name: str) -> str | bytes:
     return sys.stdin.buffer.read() if name == "-" else name
 
 
-def add_revision(parser: argparse.ArgumentParser) -> None:
+def add_revision(parser: argparse._ActionsContainer) -> None:
     """Add --revision."""
-    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument("--revision", help=REVISION)
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:

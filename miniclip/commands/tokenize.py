@@ -5,12 +5,12 @@ import argparse
 from miniclip.commands.shared import add_model, print_json
 
 DESCRIPTION = "What happens to a text on its way to token ids, stage by stage."
-EXAMPLE = 'miniclip tokenize "a photo of a cat" --model cifar10'
+EXAMPLE = 'miniclip tokenize "a red circle" --model shapes'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("text")
+    parser.add_argument("text", metavar="TEXT", help="any text, in quotes")
     add_model(parser)
 
 

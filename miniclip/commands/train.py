@@ -10,7 +10,9 @@ from miniclip.commands.shared import add_columns, add_device, keep_freed_memory,
 from miniclip.training.recipe import Recipe
 
 DESCRIPTION = "Train a CLIP on pictures and captions, from scratch or from a checkpoint."
-EXAMPLE = "miniclip train cifar10/train --recipe cifar10 --out runs/cifar10"
+EXAMPLE = """miniclip train shapes --out runs/shapes
+with data of your own:
+  miniclip train photographs --out runs/mine"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="JSON", help="from scratch: the shape, a config.json")
     add_device(parser)
     parser.add_argument("--plot", metavar="PNG", help="draw the curves")
+    numbers = parser.add_argument_group("recipe", "the numbers of a run, in place of --recipe's")
     for entry in fields(Recipe):
-        kind, meaning = type(entry.default), entry.metadata["help"]
+        kind, meaning = type(entry.default), f"{entry.metadata['help']} (default: {entry.default})"
         flag = f"--{entry.name.replace('_', '-')}"
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
+            numbers.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
         else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=meaning)
+            numbers.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=meaning)
 
 
 def run(args: argparse.Namespace) -> int:
