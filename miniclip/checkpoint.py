@@ -57,7 +57,7 @@ def load(
     tokenizer = transform = None
     if stored.has("tokenizer", name, **options):
         tokenizer = Tokenizer.from_pretrained(name, reference=reference, **options)
-        check_vocab_fits(name, tokenizer.vocab_size, stored.fields["text"])
+        check_vocab_fits(name, tokenizer, stored.fields["text"])
     if stored.has_openais_transform(name, **options):
         transform = ImageTransform(stored.fields["vision"]["image_size"], reference=reference)
     elif stored.has("transform", name, **options):

@@ -53,7 +53,7 @@ def convert(
     elif has_files("tokenizer", source, **options) and stored.has("tokenizer", source, **options):
         words = Tokenizer.from_pretrained(source, **options)
     if words:
-        check_vocab_fits(tokenizer or source, words.vocab_size, stored.fields["text"])
+        check_vocab_fits(tokenizer or source, words, stored.fields["text"])
     if stored.has_openais_transform(source, **options):
         transform = ImageTransform(model.config.vision.side)
     elif has_files("transform", source, **options):

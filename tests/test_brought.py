@@ -37,6 +37,8 @@ from miniclip import (
 from miniclip.files.models import open_model
 from miniclip.files.names import LAYOUTS, pack
 from miniclip.lens import decompose
+from miniclip.surgery import add_tokens
+from miniclip.training.data import open_data
 
 # ------------------------------------------------------------------------------- squashed pictures
 
@@ -575,3 +577,207 @@ def test_a_quantised_model_is_not_saved_and_not_decomposed(tmp_path):
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="quantised"):
         decompose(quantised, pixels)
+
+
+# -------------------------------------------------- ten more threads, each tried as its author did
+
+OPENAI_LIKE = replace(
+    TINY,
+    vision=replace(TINY.vision, act="quick_gelu", width=64, heads=1, ln_eps=1e-5),
+    text=replace(TINY.text, act="quick_gelu", width=64, heads=1, ln_eps=1e-5, eos_token_id=2),
+)
+
+
+def randomized(config):
+    model = CLIP(config).eval()
+    randomize(model)
+    return model
+
+
+def assert_same(found, expected):
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+class ResidualAttentionBlock(torch.nn.Module):
+    """As in openai/CLIP's model.py: the mask is an attribute, and no buffer."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.ln_1, self.attn_mask = torch.nn.LayerNorm(width), torch.full((9, 9), -torch.inf)
+
+
+@pytest.mark.filterwarnings("ignore:.*read as OpenAI's")
+def test_openai_clip_205_a_whole_module_is_saved(tmp_path):
+    model = randomized(OPENAI_LIKE)
+    whole = torch.nn.Module()
+    for name, tensor in pack(model.state_dict(), LAYOUTS["openai"]).items():
+        *parents, last = name.split(".")
+        module = whole
+        for part in parents:
+            if part not in module._modules:
+                is_block = part.isdecimal()
+                made = ResidualAttentionBlock(64) if is_block else torch.nn.Module()
+                module.add_module(part, made)
+            module = module._modules[part]
+        module.register_parameter(last, torch.nn.Parameter(tensor))
+    torch.save(whole, tmp_path / "whole.pt")
+    torch.save({"epoch": 3, "model": whole}, tmp_path / "training.pt")
+    for name in ("whole.pt", "training.pt"):
+        assert_same(CLIP.from_pretrained(tmp_path / name, config=OPENAI_LIKE), model)
+
+
+@pytest.mark.parametrize("tower", ["vision", "text", ""])
+def test_openai_clip_205_a_state_dict_or_a_module_of_ours(tmp_path, tower):
+    model = tiny_clip()
+    part = getattr(model, tower) if tower else model
+    kind = {"vision": VisionTower, "text": TextTower, "": CLIP}[tower]
+    torch.save(part.state_dict(), tmp_path / "state.pt")
+    torch.save({"net": part}, tmp_path / "whole.pt")
+    for name in ("state.pt", "whole.pt"):
+        assert_same(kind.from_pretrained(tmp_path / name, config=TINY), part)
+        with pytest.raises(CheckpointError, match="no published model.*pass config="):
+            kind.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:.*read as OpenAI's")
+def test_openai_clip_284_a_lightning_module_with_a_head(tmp_path):
+    model = randomized(OPENAI_LIKE)
+    state = {f"clipmodel.{n}": t for n, t in pack(model.state_dict(), LAYOUTS["openai"]).items()}
+    head = torch.nn.Linear(36, 3).state_dict(prefix="ff_head.")
+    saved = {"epoch": 1, "state_dict": state | head, "hyper_parameters": {"lr": 1e-8}}
+    torch.save(saved, tmp_path / "last.ckpt")
+    said = r"beside clipmodel.\*, ff_head.weight, ff_head.bias are no part of the model.*left out"
+    with pytest.warns(UserWarning, match=said):
+        assert_same(CLIP.from_pretrained(tmp_path / "last.ckpt", config=OPENAI_LIKE), model)
+    saved["hyper_parameters"]["model"] = model  # save_hyperparameters()
+    torch.save(saved, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="'state_dict', 'hyper_parameters.model'. Choose"):
+        CLIP.from_pretrained(tmp_path / "last.ckpt")
+
+
+def test_openai_clip_478_the_weights_of_another_architecture(tmp_path):
+    torch.save({"encoder.blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "parseq.pt")
+    said = "no CLIP's tensors, but encoder.blocks.0.norm1.weight. Expected names such as vision_mod"
+    for config in (None, TINY):
+        with pytest.raises(CheckpointError, match=said):
+            load(tmp_path / "parseq.pt", config=config)
+
+
+@torch.no_grad()
+def test_transformers_24650_a_token_that_was_added_after_the_end_token(tmp_path):
+    tokenizer = Tokenizer.train(["a photo of a cat"], 520)
+    text = replace(TINY.text, vocab_size=520, bos_token_id=518, eos_token_id=2)
+    model = randomized(replace(TINY, text=text))
+    save(tmp_path, model, tokenizer, ImageTransform(40))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path)
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path)
+    words = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    words.add_tokens("<cat-toy>")
+    theirs.text_model.resize_token_embeddings(521)
+    theirs.config.text_config.vocab_size = 521
+    for part in (theirs, words):
+        part.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="Put 519 in the config to read it at its end"):
+        legacy, tokenizer, _ = load(tmp_path)
+    ids = tokenizer(["a <cat-toy> cat"])
+    assert 520 in ids
+    assert torch.equal(legacy.encode_text(ids), theirs.get_text_features(ids).pooler_output)
+    config = replace(legacy.config, text=replace(legacy.config.text, eos_token_id=519))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mended = load(tmp_path, config=config).model
+    theirs.text_model.eos_token_id = 519
+    assert torch.equal(mended.encode_text(ids), theirs.get_text_features(ids).pooler_output)
+    assert not torch.allclose(mended.encode_text(ids), legacy.encode_text(ids))
+    row = legacy.text.token_embed.weight[520:]
+    ours = add_tokens(model, row)  # which names the end token itself
+    assert torch.equal(ours.encode_text(ids), mended.encode_text(ids))
+
+
+def test_transformers_21638_images_of_one_pixel_and_of_three():
+    processor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
+    transform = ImageTransform(32)
+    rng = np.random.default_rng(0)
+    for rows, columns in ((1, 1), (9, 3), (3, 9), (1, 50), (3, 3)):
+        pixels = rng.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+        expected = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(transform(Image.fromarray(pixels)), expected)
+        assert torch.equal(transform(pixels), expected)  # rows, columns, channels: never guessed
+        assert torch.equal(transform(torch.from_numpy(pixels).permute(2, 0, 1)), expected)
+
+
+def test_diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion(tmp_path):
+    model = tiny_clip()
+    inside = "cond_stage_model.transformer."
+    text = {n: t for n, t in model.state_dict().items() if n.startswith("text.")}
+    del text["text.proj.weight"]
+    tensors = {inside + n: t for n, t in pack(text, LAYOUTS["transformers"]).items()}
+    tensors[f"{inside}text_model.embeddings.position_ids"] = torch.arange(20)[None]
+    tensors |= {"model.diffusion_model.out.0.weight": torch.ones(3), "betas": torch.ones(9)}
+    save_file(tensors, tmp_path / "sd.safetensors")
+    with pytest.warns(UserWarning, match=r"transformer.\*, betas, model.*are left out"):
+        tower = TextTower.from_pretrained(tmp_path / "sd.safetensors", config=TINY)
+    assert_same(tower.blocks, model.text.blocks)
+    assert isinstance(tower.proj, torch.nn.Identity)
+    second = {f"conditioner.embedders.1.{n}": t.clone() for n, t in tensors.items()}
+    save_file(tensors | second, tmp_path / "sdxl.safetensors")
+    with pytest.raises(CheckpointError, match="more than one model, under the names cond_stage_mo"):
+        TextTower.from_pretrained(tmp_path / "sdxl.safetensors", config=TINY)
+
+
+def test_peft_2200_every_adapter_of_an_output_projection_is_trained():
+    peft = pytest.importorskip("peft", reason="peft cannot be imported", exc_type=ImportError)
+    adapted = peft.get_peft_model(tiny_clip(), peft.LoraConfig(target_modules=["out_proj"], r=2))
+    adapted(torch.ones(1, 3, 40, 40), torch.tensor([[5, 599]])).logits_per_image.sum().backward()
+    grads = {n: p.grad for n, p in adapted.named_parameters() if "lora_B" in n}
+    assert len(grads) == TINY.vision.layers + TINY.text.layers
+    assert all(grad.abs().sum() > 0 for grad in grads.values())
+
+
+def test_captum_956_the_tokens_of_a_text_that_is_compared_with_an_image():
+    captum = pytest.importorskip("captum.attr", reason="captum cannot be imported")
+    model = tiny_clip().double()
+    pixels = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    ids = torch.tensor([[598, 5, 7, 599], [598, 9, 599, 599]])
+
+    def score(ids, pixels):
+        return model(pixels, ids).logits_per_image.diagonal()
+
+    method = captum.LayerIntegratedGradients(score, model.text.token_embed)
+    blank = ids.where(ids >= 598, 0)  # start and end tokens stay
+    found, missed = method.attribute(
+        ids, blank, additional_forward_args=(pixels,), n_steps=200, return_convergence_delta=True
+    )
+    assert found.shape == (2, 4, TINY.text.width) and found[:, 1].abs().max() > 0.1
+    assert missed.abs().max() < 1e-3 and found[:, 0].abs().max() == 0
+    with pytest.raises(ValueError, match="row 0 of ids has no end token"):
+        method.attribute(ids, additional_forward_args=(pixels,))
+
+
+@pytest.mark.parametrize("name", [" shapes", "openai/clip-vit-base-patch32 "])
+def test_immich_11017_a_space_before_the_name_of_a_model(name):
+    with pytest.raises(CheckpointError, match=f"called '{name}'.*leave out the space around it"):
+        load(name, local_files_only=True)
+
+
+def test_clip_retrieval_352_a_text_beside_each_picture(tmp_path):
+    """As img2dataset writes them, in numbered folders, which are no classes."""
+    for i in range(4):
+        folder = tmp_path / f"0000{i // 2}"
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.json").write_text("{}")
+        if i:
+            (folder / f"{i}.txt").write_text(f"picture {i}\n", "utf-8-sig")
+    data = open_data(tmp_path, ImageTransform(8))
+    assert sorted(data.captions()) == ["picture 1", "picture 2", "picture 3"]
+    for i in range(3):
+        pair = data[i, 0]
+        assert pair.caption == f"picture {round(pair.pixels[0].max().item() / 40)}"
+    assert data.skipped == [f"{tmp_path}: pictures without a caption in a .txt: 1"]
+    for path in tmp_path.rglob("*.txt"):
+        path.rename(path.with_name("readme.txt"))
+    assert len(open_data(tmp_path, ImageTransform(8)).entries) == 10  # class folders, as before

@@ -4,11 +4,33 @@ import json
 
 import pytest
 import torch
-from originals import big_vision, common, proxyclip, registers
+import torch.nn.functional as F
+from originals import (
+    big_vision,
+    chefer,
+    common,
+    coop,
+    longclip,
+    model_soups,
+    proxyclip,
+    registers,
+    tome,
+    wise_ft,
+)
+from test_published import greedy_soup
 
-from miniclip import CLIP, CLIPConfig, VisionConfig
-from miniclip.lens import ablate_contributions, decompose
-from miniclip.surgery import PRESETS, dense_features, move_to_registers, resize_patch
+from miniclip import CLIP, CLIPConfig, VisionConfig, hooks
+from miniclip.lens import ablate_contributions, decompose, relevance
+from miniclip.surgery import (
+    PRESETS,
+    average,
+    dense_features,
+    encode_prompts,
+    extend_context,
+    interpolate,
+    move_to_registers,
+    resize_patch,
+)
 from miniclip.surgery import proxyclip as by_features
 
 RECORDED = json.loads(common.PATH.read_text())
@@ -140,3 +162,98 @@ def test_patches_attend_by_foreign_features_as_in_proxyclip(model):
     assert_equal(dense_features(model, common.pixels(), by_features(foreign)), expected)
     assert_other(dense_features(model, common.pixels(), by_features(foreign, beta=1.0)), expected)
     assert_other(dense_features(model, common.pixels(), by_features(foreign, gamma=1.0)), expected)
+
+
+# -------------------------------------------------------------------------- weights, texts, prompts
+
+
+def test_interpolated_weights_are_those_of_wise_ft(model):
+    tuned = common.small_clip(seed=1)
+    for alpha, expected in zip(wise_ft.ALPHAS, values("wise_ft", "merged"), strict=True):
+        found = common.openai_state(model=interpolate(model, tuned, alpha))
+        assert_equal(common.digests(found), expected)
+        assert_other(common.digests(common.openai_state(model=tuned)), expected)
+
+
+@pytest.mark.slow
+def test_soups_are_those_of_the_authors():
+    models = model_soups.ingredients()
+
+    def score(model):
+        projections = model.vision.proj.weight.T, model.text.proj.weight.T
+        return model_soups.score(dict(zip(model_soups.SCORED, projections, strict=True)))
+
+    for name, soup in (("uniform", average(models)), ("greedy", greedy_soup(models, score))):
+        found = common.digests(common.openai_state(model=soup))
+        assert_equal(found, values("model_soups", name))
+        for other in (*models, average(models[1:])):
+            assert_other(found, common.digests(common.openai_state(model=other)))
+
+
+def test_learned_prompts_are_read_as_in_coop(model):
+    start, _, rest = model.text.token_embed(coop.IDS).split([1, 2, 4], dim=1)
+    learned = common.chirp(2, 8)
+    expected = dict(zip(coop.PLACES, values("coop", "embeds"), strict=True))
+    for i, length in enumerate(coop.LENGTHS.values()):
+        name, end = rest[i, :length], rest[i, length:]
+        rows = {
+            "end": [learned, name, end],
+            "middle": [learned[:1], name, learned[1:], end],
+            "front": [name, learned, end],
+        }
+        for place, row in rows.items():
+            vectors = torch.cat([start[i], *row])[None]
+            found = encode_prompts(model, vectors, coop.IDS[i : i + 1].argmax(1))
+            assert_equal(found[0], expected[place][i])
+
+
+def test_the_context_is_extended_as_in_long_clip():
+    long = extend_context(common.small_clip(longclip.CONFIG), 248)
+    assert_equal(long.text.pos_embed[:, ::16], values("longclip", "positions"))
+    assert_equal(long.encode_text(longclip.ids()), values("longclip", "embeds"))
+    other = extend_context(common.small_clip(longclip.CONFIG), 248, method="linear")
+    assert_other(other.text.pos_embed[:, ::16], values("longclip", "positions"))
+
+
+def test_relevance_is_that_of_chefers_notebook(model):
+    pixels = common.pixels()[:1].expand(2, -1, -1, -1)
+    for i, start in enumerate(chefer.STARTS):
+        found = relevance(model, pixels, common.ids(), start=start)
+        assert_equal(found.image[:, 1:], values("chefer", "image")[i])
+        assert_equal(found.text, values("chefer", "text")[i])
+        assert_other(found.image[:, 1:], values("chefer", "image")[1 - i])
+
+
+def merged_tokens(x, sizes, keys, count):
+    """The mean of `count` even tokens, the likest, and of the odd ones that they are like."""
+    near = F.normalize(keys, dim=-1)[::2] @ F.normalize(keys, dim=-1)[1::2].T
+    near[0] = -torch.inf  # the class token stays
+    like, to = near.max(1)
+    gone = like.argsort(descending=True)[:count].tolist()
+    sums, sizes = x * sizes, sizes.clone()
+    for token in gone:
+        for each in (sums, sizes):
+            each[2 * to[token] + 1] += each[2 * token]
+    kept = [t for t in range(0, len(x), 2) if t // 2 not in gone] + [*range(1, len(x), 2)]
+    return sums[kept] / sizes[kept], sizes[kept]
+
+
+def test_token_merging_is_three_hooks(model):
+    state = {"sizes": torch.ones(2, 10, 1, dtype=torch.float64)}
+
+    def merge(x, name):
+        rows = zip(x, state["sizes"], state["keys"], strict=True)
+        x, state["sizes"] = map(torch.stack, zip(*(merged_tokens(*r, tome.MERGED) for r in rows)))
+        return x
+
+    block = "vision.blocks.*"
+    edits = {
+        f"{block}.attn.k": lambda k, name: state.update(keys=k.mean(2)),
+        f"{block}.attn.scores": lambda s, name: s + state["sizes"].log().mT[:, None],
+        f"{block}.resid_mid": merge,
+    }
+    with hooks(model, edits):
+        found = model.encode_image(common.pixels())
+    assert state["sizes"].shape == (2, 2, 1)
+    assert_equal(found, values("tome", "embeds"))
+    assert_other(model.encode_image(common.pixels()), values("tome", "embeds"))

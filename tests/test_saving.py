@@ -293,7 +293,7 @@ def test_tied_parameters_are_named_before_anything_is_written(tmp_path, layout):
     blocks[1].mlp.fc1.weight.data = blocks[0].mlp.fc1.weight.data
     said = (
         "vision.proj.weight = text.proj.weight, text.blocks.0.mlp.fc1.weight = "
-        "text.blocks.1.mlp.fc1.weight. Give each name its own"
+        "text.blocks.1.mlp.fc1.weight. Give each name its own first"
     )
     with pytest.raises(CheckpointError, match=said):
         model.save_pretrained(tmp_path / "tied", layout)

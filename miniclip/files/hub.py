@@ -98,6 +98,8 @@ def resolve(
         raise CheckpointError(
             f"no checkpoint called {shown(str(name))}: expected one of {', '.join(embedded)}, a "
             "directory, a weights file, or a hub id such as openai/clip-vit-base-patch32"
+            + "; leave out the space around it"
+            * (str(name) != str(name).strip())
         )
     return _download(id, kind, revision, folder, cache_dir, local_files_only)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from miniclip.errors import CheckpointError, blaming, listed, shown, warn
+from miniclip.files.checks import LEGACY_EOS
 from miniclip.files.configs import (
     TOWER_TYPES,
     from_transformers,
@@ -270,6 +271,11 @@ def _open(
     if layout == "openai" and open_clip.is_file():
         layout = "open_clip"
     towers = [tower for tower in TOWERS if names_of(tower, table, tensors)]
+    if not towers:
+        raise CheckpointError(
+            f"{weights}: no CLIP's tensors, but {listed(tensors)}. Expected names such as "
+            "vision_model.* and text_model.* (transformers) or visual.* (openai/CLIP, open_clip)"
+        )
     file = {"transformers": config, "open_clip": open_clip}.get(layout)
     if table is TIMM and not open_clip.is_file():
         file = config
@@ -394,10 +400,20 @@ def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:
         warn(f"{path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}")
 
 
-def check_vocab_fits(name: str | PathLike[str], vocab_size: int, text: Fields) -> None:
-    """Raise CheckpointError if a tokenizer has more tokens than a text tower embeds."""
-    if vocab_size > text.get("vocab_size", 49408):
+def check_vocab_fits(name: str | PathLike[str], tokenizer: Any, text: Fields) -> None:
+    """Raise CheckpointError if a tokenizer has more tokens than a text tower embeds.
+
+    Warns if texts are read at a token that was added after the end token, as transformers does.
+    """
+    size, end = tokenizer.vocab_size, tokenizer.eos_token_id
+    if size > text.get("vocab_size", 49408):
         raise CheckpointError(
-            f"{name}: the tokenizer has {vocab_size} tokens and the model embeds only "
+            f"{name}: the tokenizer has {size} tokens and the model embeds only "
             f"{text.get('vocab_size', 49408)}; they must come from the same checkpoint"
+        )
+    if size > end + 1 and text.get("eos_token_id") == LEGACY_EOS and not text.get("literal_eos"):
+        warn(
+            f"{name}: its config has eos_token_id {LEGACY_EOS}, so transformers and miniclip read "
+            f"a text at its largest id. Tokens were added after the end token: a text that has one "
+            f"is read there. Put {end} in the config to read it at its end"
         )

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from miniclip.errors import listed
+from miniclip.errors import listed, warn
 
 Layout = dict[str, str]
 
@@ -217,9 +217,9 @@ _WRAPPERS = re.compile(
 # The first weight of a tower: what stands before it in the file, the prefix of the tower's names
 # (absent from a tower saved alone), and the rest of its name -> the prefix in our tables.
 _FIRST = re.compile(
-    r"((?:.+?\.)??)(text_model\.|vision_model\.|visual\.trunk\.|visual\.|text\.)?"
+    r"((?:.+?\.)??)(text_model\.|vision_model\.|visual\.trunk\.|visual\.|text\.|vision\.)?"
     r"(embeddings\.token_embedding|embeddings\.patch_embedding|conv1|patch_embed\.proj"
-    r"|token_embedding)\.weight"
+    r"|token_embedding|patch_embed|token_embed)\.weight"
 )
 _PREFIXES = {
     "embeddings.token_embedding": "text_model.",
@@ -227,6 +227,8 @@ _PREFIXES = {
     "conv1": "visual.",
     "patch_embed.proj": "visual.trunk.",
     "token_embedding": "",
+    "patch_embed": "vision.",
+    "token_embed": "text.",
 }
 
 
@@ -251,6 +253,9 @@ def recognize(
         )
     missing = {_PREFIXES[match[3]] for match in first if not match[2]}
     surroundings = "" if not before or _is_forks(before[0], extra) else before[0]
+    if others := [name for name in tensors if not name.startswith(surroundings)]:
+        warn(f"beside {surroundings}*, {listed(others)} are no part of the model, and are left out")
+        tensors = {name: t for name, t in tensors.items() if name.startswith(surroundings)}
 
     def without_surroundings(name: str) -> str:
         name = name.removeprefix(surroundings)
@@ -261,6 +266,8 @@ def recognize(
 
     tensors = _without_buffers(_renamed(tensors, without_surroundings))
     tensors = _one_position_embedding(tensors)
+    if {"vision.patch_embed.weight", "text.token_embed.weight"} & tensors.keys():
+        return "transformers", {ours: ours for ours in (*TRANSFORMERS, *extra)}, tensors
     if any(name.startswith("visual.trunk.") for name in tensors):
         return "open_clip", TIMM, _as_in_open_clip(tensors)
     if any(name.startswith("text.") for name in tensors):

@@ -78,8 +78,8 @@ def refuse_tied(state: Mapping[str, Tensor]) -> None:
             names.setdefault((tensor.device, place), []).append(name)
     if tied := [" = ".join(same) for same in names.values() if len(same) > 1]:
         raise ValueError(
-            f"parameters with several names, which a file would make independent: {listed(tied)}. "
-            "Give each name its own before saving, such as nn.Parameter(weight.detach().clone())"
+            f"cannot save here: parameters have several names, and a file keeps each by itself: "
+            f"{listed(tied)}. Give each name its own first: nn.Parameter(weight.detach().clone())"
         )
 
 

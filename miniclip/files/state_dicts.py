@@ -99,6 +99,10 @@ def _tensors(attributes: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str
     if not isinstance(attributes, dict) or id(attributes) in seen:
         return
     seen.add(id(attributes))
+    if "_parameters" in attributes:  # torch.save wrote the module, and not TorchScript
+        for kind in ("_parameters", "_buffers", "_modules"):
+            yield from _tensors(attributes.get(kind), prefix, seen)
+        return
     for name, value in attributes.items():
         if not isinstance(name, str) or len(prefix) + len(name) > 1000:
             raise pickle.UnpicklingError(f"a module in {prefix[:40]!r} has no name, or a long one")
@@ -106,5 +110,3 @@ def _tensors(attributes: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str
             yield prefix + name, value
         elif isinstance(value, Made):
             yield from _tensors(value.attributes, f"{prefix}{name}.", seen)
-        elif name in ("_parameters", "_buffers", "_modules"):  # of a module saved by torch.save
-            yield from _tensors(value, prefix, seen)

@@ -26,7 +26,7 @@ from miniclip.files.ahead import read_ahead
 from miniclip.files.pictures import open_image, with_name
 from miniclip.training.pairs import Batch, Pair, TrainingData, caption_label, shuffled
 from miniclip.transform import ImageTransform
-from miniclip.zeroshot.data import labelled_images
+from miniclip.zeroshot.data import is_visible_file, labelled_images
 
 TEMPLATES = (
     "{}",
@@ -148,6 +148,24 @@ def class_folders(root: Path, transform: ImageTransform) -> Pictures:
     captions = [class_captions(label) for label in images.labels]
     entries = zip(images.paths, images.classes, strict=True)
     return Pictures([(path, captions[label], label) for path, label in entries], transform)
+
+
+def texts_beside(root: Path, transform: ImageTransform) -> Pictures | None:
+    """Pictures in `root` and deeper, each with its caption in a .txt of its name, as img2dataset
+    writes them. None if no picture has one. Those without, or with an empty one, are counted."""
+    files = sorted(path for path in root.rglob("*") if is_visible_file(path, root))
+    kinds = {f".{kind}" for kind in Shards.PICTURES}
+    found = {path: path.with_suffix(".txt") for path in files if path.suffix.lower() in kinds}
+    if not {*found.values()} & {*files}:
+        return None
+    entries: list[Entry] = []
+    for path, text in found.items():
+        caption = text.read_text("utf-8-sig", "replace").strip() if text.is_file() else ""
+        entries += [(path, (caption,), None)] if caption else []
+    pictures = Pictures(entries, transform)
+    if missing := len(found) - len(entries):
+        pictures.skipped.append(f"{root}: pictures without a caption in a .txt: {missing:,}")
+    return pictures
 
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
@@ -286,7 +304,7 @@ def open_data(
 ) -> TrainingData:
     """The training data that a name stands for: `shapes`, the world this package draws; a folder
     with metadata.jsonl, .csv or .tsv, or such a file; a folder of tar shards, or one; a folder of
-    class folders.
+    pictures with a .txt beside each; a folder of class folders.
 
     Raises ValueError, which says what was found instead.
     """
@@ -303,7 +321,9 @@ def open_data(
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder of training data, nor a .tar or a metadata file")
     shards = list(root.glob("*.tar"))
-    return Shards(shards, transform) if shards else class_folders(root, transform)
+    if shards:
+        return Shards(shards, transform)
+    return texts_beside(root, transform) or class_folders(root, transform)
 
 
 def batches(

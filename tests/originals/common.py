@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,10 @@ def chirp(*shape: int, start: float = 0.0) -> Tensor:
     return (start + 0.7 * n + 0.013 * n.square()).sin().view(shape)
 
 
-def small_clip() -> CLIP:
-    """A float64 model of CONFIG's shape, no weight of which is like another."""
-    model = CLIP(CONFIG).double().eval()
-    for i, (name, parameter) in enumerate(model.named_parameters()):
+def small_clip(config: CLIPConfig = CONFIG, seed: int = 0) -> CLIP:
+    """A float64 model, no weight of which is like another."""
+    model = CLIP(config).double().eval()
+    for i, (name, parameter) in enumerate(model.named_parameters(), seed):
         scale = 0.5 if parameter.ndim < 2 else 2 * parameter[0].numel() ** -0.5
         mean = 1.0 if name.endswith("weight") and ".ln_" in name else 0.0
         parameter.data.copy_(mean + scale * chirp(*parameter.shape, start=i**2))
@@ -60,15 +61,42 @@ def ids() -> Tensor:
     return torch.tensor([[18, 3, 7, 19, 0, 0, 0], [18, 1, 2, 11, 4, 19, 0]])
 
 
-def openai_state(prefix: str = "") -> dict[str, Tensor]:
-    """The model's tensors under OpenAI's names, those that begin with the prefix and without it."""
-    state = pack({name: p.detach() for name, p in small_clip().named_parameters()}, OPENAI)
+def openai_state(prefix: str = "", model: CLIP | None = None) -> dict[str, Tensor]:
+    """A model's tensors under OpenAI's names, those that begin with the prefix and without it."""
+    model = model or small_clip()
+    state = pack({name: p.detach() for name, p in model.named_parameters()}, OPENAI)
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def import_from(checkout: str, *folders: str) -> None:
     """Let a script import a repository's modules."""
     sys.path[:0] = [str(Path(checkout, folder)) for folder in folders or (".",)]
+
+
+def digests(state: dict[str, Tensor]) -> Tensor:
+    """One number for each tensor, by the order of names; every element adds another share."""
+    return torch.stack([(state[n] * chirp(*state[n].shape)).sum() for n in sorted(state)])
+
+
+def without(*modules: str) -> None:
+    """Let a script import what only imports these, and does not need them here."""
+    sys.modules.update({name: MagicMock() for name in modules})
+
+
+def openai_clip(module: types.ModuleType) -> nn.Module:
+    """The model of a copy of OpenAI's model.py, with our weights."""
+    # Its LayerNorm computes in float32, whose rounding would hide a small difference.
+    module.LayerNorm.forward = nn.LayerNorm.forward
+    v, t = CONFIG.vision, CONFIG.text
+    name = "VisionTransformer" if hasattr(module, "VisionTransformer") else "VisualTransformer"
+    vit = getattr(module, name)
+    setattr(module, name, lambda **sizes: vit(**sizes | {"heads": v.heads}))  # not 64 wide
+    model = module.CLIP(
+        CONFIG.embed_dim, v.image_size, v.layers, v.width, v.patch_size,
+        t.context_length, t.vocab_size, t.width, t.heads, t.layers,
+    )  # fmt: skip
+    model.double().eval().load_state_dict(openai_state())
+    return model
 
 
 def openai_vision(module: types.ModuleType) -> nn.Module:

@@ -701,8 +701,8 @@ SLIPS = [
     ),
     Slip(
         "A tokenizer as large as the model is refused.",
-        'if vocab_size > text.get("vocab_size", 49408):',
-        'if vocab_size >= text.get("vocab_size", 49408):',
+        'if size > text.get("vocab_size", 49408):',
+        'if size >= text.get("vocab_size", 49408):',
         "tests/test_checkpoint.py -k more_tokens",
     ),
     Slip(
