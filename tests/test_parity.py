@@ -6,12 +6,13 @@ Here the faults are planted in texts and pictures; test_diagnosis.py has those o
 import copy
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from twin import TINY, exchanged, fork, fork_of, twins
 
 from miniclip import (
@@ -647,3 +648,47 @@ def test_bad_input_is_one_line(argv, words, capsys):
     err = capsys.readouterr().err
     assert status == 2 and err.startswith("miniclip: error: ") and err.count("\n") == 1
     assert words in err
+
+
+# ---------------------------------------------------------------------------------------- gradients
+
+
+class Straight(torch.autograd.Function):
+    """The identity, whose backward pass halves the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / 2
+
+
+@pytest.mark.parametrize("against", ["miniclip", "transformers"])
+def test_the_gradients_of_the_same_model_are_equal(pair, against):
+    ours, theirs = pair
+    report = compare(ours, copy.deepcopy(ours) if against == "miniclip" else theirs, gradients=True)
+    assert report.first is None, report
+    rows = [row for row in report.rows if row.site.startswith("gradient.")]
+    assert {row.site for row in rows} == {f"gradient.{n}" for n, _ in ours.named_parameters()}
+    assert max(row.float64 for row in rows) < 1e-10
+
+
+def test_a_detach_or_another_backward_pass_is_found_at_its_place(pair):
+    """Neither changes a number of the forward pass."""
+    ours, theirs = pair
+    for change, block in ((Tensor.detach, 1), (Straight.apply, 0)):
+        fork = copy.deepcopy(ours)
+        mlp = fork.vision.blocks[block].mlp
+        mlp.register_forward_hook(lambda module, args, out, change=change: change(out))
+        assert compare(fork, theirs).first is None
+        report = compare(fork, theirs, gradients=True)
+        assert report.first == f"gradient.vision.blocks.{block}.mlp.fc2.bias", change
+        assert "detached" in report.cause
+
+
+def test_parity_prints_what_the_gradients_are(capsys):
+    assert main(["parity", "shapes", "--against", "shapes", "--grad"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"gradients of \d+ parameters, in float64: 0.0e\+00 at most", out)

@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "float64", "bfloat16", "float16"),
         help="compared in addition to float64 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--grad",
+        action="store_true",
+        help="compare each parameter's gradient of the contrastive loss too, in float64",
+    )
     add_device(parser)
     parser.add_argument("--plot", metavar="PNG", help="draw the differences against depth")
     add_revision(parser)
@@ -66,7 +71,12 @@ def run(args: argparse.Namespace) -> int:
         if args.random
         else parity.load_pair(name, args.against, revision=args.revision)
     )
-    report = parity.compare(*pair, dtype=getattr(torch, args.dtype), device=args.device)
+    report = parity.compare(
+        *pair,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+        gradients=args.grad,
+    )
     about = {
         "model": args.random or name,
         "other": args.against,
@@ -112,9 +122,16 @@ def parity_table(about: dict[str, str], report: "Report") -> str:
         f"{'':<29}{'largest difference':^20}{'in':>10}{'error in ' + about['dtype']:>21}",
         f"{'site':<29}{'absolute':>10}{'relative':>10}{'float64':>10}{'model':>10}{'other':>11}",
     ]
-    for row in summarize(report.rows):
+    gradients = [row for row in report.rows if row.site.startswith("gradient.")]
+    for row in summarize([row for row in report.rows if row not in gradients]):
         numbers = "".join(f"{number:>10.1e}" for number in row[1:-2])
         lines.append(f"{row.site:<29}{numbers}{row.other_error:>11.1e}")
-    counts = ", ".join(f"{name} at {count}" for name, count in nearer(report.rows).items())
+    if gradients:
+        worst = max(row.float64 for row in gradients)
+        lines.append(f"\ngradients of {len(gradients)} parameters, in float64: {worst:.1e} at most")
+    counts = ", ".join(
+        f"{name} at {count}"
+        for name, count in nearer([row for row in report.rows if row not in gradients]).items()
+    )
     verdict = [textwrap.fill(line, COLUMNS) for line in str(report).splitlines()]
     return "\n".join([*lines, f"\nnearer to float64: {counts}", about["environment"], *verdict])

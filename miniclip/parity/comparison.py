@@ -13,6 +13,7 @@ from miniclip.follow import end_token
 from miniclip.model import CLIP
 from miniclip.parity.diagnosis import cause_in_model, differing_weights
 from miniclip.parity.formulas import Side
+from miniclip.parity.gradients import compare_gradients
 from miniclip.parity.pairs import random_inputs
 from miniclip.parity.pixels import compare_transforms
 from miniclip.parity.report import (
@@ -53,6 +54,7 @@ def compare(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    gradients: bool = False,
 ) -> Report:
     """Run two models of one shape on the same random input; compare them site by site.
 
@@ -64,6 +66,8 @@ def compare(
     A fork will do if its modules have our names, or transformers' names. Both models are rounded to
     `dtype`, run uncompiled, and are then as they were. The float64 runs override explicit casts to
     float32, such as a float32 softmax. They allow for weights that are one rounding apart.
+    `gradients`: if all of this is within tolerance, compare each parameter's gradient of the
+    contrastive loss too, in float64, as rows `gradient.NAME` in the order of the backward pass.
     Raises ValueError for models of different depth, and for a model whose towers have no blocks.
 
     >>> from miniclip import load
@@ -82,6 +86,8 @@ def compare(
     if ours.transform and theirs.transform:
         stages.append(compare_transforms(ours.transform, theirs.transform))
     stages.append(compare_models(ours.model, theirs.model, dtype, torch.device(device), seed))
+    if gradients and all(row.within_tolerance for stage, _ in stages for row in stage):
+        stages.append(compare_gradients(ours.model, theirs.model, torch.device(device), seed))
     rows = [row for stage, _ in stages for row in stage]
     first = next((row.site for row in rows if not row.within_tolerance), None)
     cause = next((cause for _, cause in stages if cause is not None), None)

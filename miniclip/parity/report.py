@@ -115,7 +115,9 @@ def nearer(rows: list[Difference]) -> dict[str, int]:
 def measured_with(device: str | torch.device = "cpu") -> str:
     """The versions and the processor that numbers were measured with, in one line."""
     found = versions()
-    named = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers"))
+    named = ", ".join(
+        f"{name} {found[name]}" for name in ("torch", "transformers") if name in found
+    )
     if torch.device(device).type == "cuda":
         return f"{named}, {torch.cuda.get_device_name(device)}"
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()

@@ -111,17 +111,30 @@ def stored_in(
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
     """The config, and the parameters under our names; transformers' as a model of class `kind`."""
     weights = {name.replace("_orig_mod.", ""): w for name, w in model.state_dict().items()}
-    config = model.config
-    if is_theirs(model):
-        types = tuple(dict.fromkeys(("clip", kind.model_type)))
-        config = kind.config_class.from_fields(from_transformers(config.to_dict(), types))
-        theirs, weights = weights, {}
-        with torch.device("meta"):
-            names = kind(config).state_dict()
-        for name in names:
-            key, form = place(name, TRANSFORMERS | kind.tensor_names)
-            # The CLIP inside a larger model of theirs has no prefix, such as "clip.".
-            key = key if key in theirs else key.partition(".")[2]
-            if key in theirs:
-                weights[name] = Place(key, form).take(theirs[key])
-    return config, {name: weight.cpu().to(dtype) for name, weight in weights.items()}
+    weights = under_our_names(model, kind, weights)
+    return _config_of(model, kind), {name: w.cpu().to(dtype) for name, w in weights.items()}
+
+
+def _config_of(model: "CLIP | CLIPModel", kind: type[CLIP]) -> CLIPConfig:
+    if not is_theirs(model):
+        return model.config
+    types = tuple(dict.fromkeys(("clip", kind.model_type)))
+    return kind.config_class.from_fields(from_transformers(model.config.to_dict(), types))
+
+
+def under_our_names(
+    model: "CLIP | CLIPModel", kind: type[CLIP], theirs: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What belongs to the parameters of a model, by their names in `kind`."""
+    if not is_theirs(model):
+        return theirs
+    ours = {}
+    with torch.device("meta"):
+        names = kind(_config_of(model, kind)).state_dict()
+    for name in names:
+        key, form = place(name, TRANSFORMERS | kind.tensor_names)
+        # The CLIP inside a larger model of theirs has no prefix, such as "clip.".
+        key = key if key in theirs else key.partition(".")[2]
+        if key in theirs:
+            ours[name] = Place(key, form).take(theirs[key])
+    return ours

@@ -69,7 +69,7 @@ def trace(
     pixels = pixels.to(device, dtype).to(precision)
     inputs = {"pixel_values": pixels, "input_ids": ids.to(device)}
     uncompiled = torch.compiler.set_stance("force_eager")  # hooks do not reach compiled graphs
-    with _prepared(model, dtype, precision, device), uncompiled:
+    with prepared(model, dtype, precision, device), uncompiled:
         with Float64ForFloat32() if exact else nullcontext():
             errors = [forward(patterns=False)]
             if hasattr(model, "set_attn_implementation"):  # transformers' own
@@ -79,7 +79,7 @@ def trace(
 
 
 @contextmanager
-def _prepared(
+def prepared(
     model: nn.Module, dtype: torch.dtype, precision: torch.dtype, device: torch.device
 ) -> Iterator[None]:
     """A block in which the model is in evaluation mode, on the device, and rounded to `dtype`.

@@ -501,14 +501,14 @@ SLIPS = [
     ),
     Slip(
         "The flag --dtype of parity is dropped.",
-        "parity.compare(*pair, dtype=getattr(torch, args.dtype), device=args.device)",
-        "parity.compare(*pair, device=args.device)",
+        "*pair,\n        dtype=getattr(torch, args.dtype),\n",
+        "*pair,\n",
         f"{PARITY} -k argument",
     ),
     Slip(
         "The flag --device of parity is dropped.",
-        "parity.compare(*pair, dtype=getattr(torch, args.dtype), device=args.device)",
-        "parity.compare(*pair, dtype=getattr(torch, args.dtype))",
+        "device=args.device,\n        gradients=",
+        "gradients=",
         f"{PARITY} -k argument",
     ),
     Slip(

@@ -76,14 +76,14 @@ SLIPS = [
     ),
     Slip(
         "parity ignores --dtype.",
-        "parity.compare(*pair, dtype=getattr(torch, args.dtype), device=args.device)",
-        "parity.compare(*pair, device=args.device)",
+        "*pair,\n        dtype=getattr(torch, args.dtype),\n",
+        "*pair,\n",
         f"{FLAGS} -k 'dtype and parity'",
     ),
     Slip(
         "parity ignores --device.",
-        "parity.compare(*pair, dtype=getattr(torch, args.dtype), device=args.device)",
-        "parity.compare(*pair, dtype=getattr(torch, args.dtype))",
+        "device=args.device,\n        gradients=",
+        "gradients=",
         f"{FLAGS} -k 'device and parity'",
     ),
     Slip(
