@@ -34,9 +34,9 @@ def captioned_images(
 
     Args:
         data: a folder with metadata.jsonl, .csv or .tsv, or such a file, whose `columns` are the
-            picture's file and its text or texts; a folder with a .txt beside each; WebDataset .tar shards, or a folder of them, each
-            line of whose .txt files is a caption; or a .json of COCO or of Karpathy and Fei-Fei
-            (2015) for Flickr30k and COCO.
+            picture's file and its text or texts; a folder with a .txt beside each; WebDataset .tar
+            shards, or a folder of them, each line of whose .txt files is a caption; or a .json of
+            COCO or of Karpathy and Fei-Fei (2015) for Flickr30k and COCO.
         transform: of the model that will read the pictures.
         images: the folder of the pictures that a .json names; without it, the .json's own.
         split: the part of a .json of Karpathy's that counts.
