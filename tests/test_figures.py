@@ -97,6 +97,25 @@ def test_curves_are_the_metrics_of_the_run(drawn):
         assert [*line.get_ydata()] == [row[name] for row in rows]
 
 
+def test_a_report_has_the_best_score_throughput_and_memory(drawn):
+    rows = [
+        {"step": i, "loss": 1.0, "pairs_per_second": 10.0 + i, "peak_gib": 2.0 + i}
+        for i in range(4)
+    ]
+    for i, score in ((1, 0.25), (2, 0.5), (3, 0.5)):
+        rows[i] |= {"val_accuracy": score, "val_mean_per_class": 0.1}
+    loss, held_out, throughput, memory = drawn(draw_curves, rows).axes
+    assert held_out.get_title(loc="left") == "held-out data" and texts(held_out) == ["50.0%"]
+    accuracy, mean, best = held_out.lines
+    assert accuracy.get_xydata().tolist() == [[1, 0.25], [2, 0.5], [3, 0.5]]
+    assert best.get_xydata().tolist() == [[2, 0.5]]  # the first of equal ones
+    named = [text.get_text() for text in held_out.get_legend().get_texts()]
+    assert named == ["accuracy", "mean per class"]
+    assert [*throughput.lines[0].get_ydata()] == [10, 11, 12, 13]
+    assert [*memory.lines[0].get_ydata()] == [2, 3, 4, 5]
+    assert throughput.get_ylim()[0] == memory.get_ylim()[0] == 0
+
+
 def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
     picture = Image.new("RGB", (8, 8), "red")
     scores = [Score(f"label {i}", 3 - i, share) for i, share in enumerate((0.5, 0.3, 0.2))]

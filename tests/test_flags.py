@@ -247,7 +247,8 @@ RECIPE = {  # every number another than Recipe's own
     "epochs": 2, "batch": 3, "lr": 2e-3, "muon_lr": 3e-3, "weight_decay": 0.2, "warmup": 0.5,
     "clip_gradient": 2.5, "patch_dropout": 0.25, "full_epochs": 0, "ema": 0.5, "augment": True,
     "hard_negatives": False, "chunk": 1, "checkpoint_blocks": True, "precision": "bfloat16",
-    "compile": False, "seed": 5,
+    "compile": False, "seed": 5, "layer_decay": 0.5, "loss": "siglip", "freeze": "vision",
+    "lora": 2, "val_every": 3, "fsdp": False,
 }  # fmt: skip
 
 
@@ -273,10 +274,10 @@ def test_every_number_of_a_recipe_has_its_flag(run, output, tmp_path):
     assert model.config.embed_dim == TINY.embed_dim
     assert RECIPE.keys() == vars(miniclip.training.Recipe()).keys()
     assert not RECIPE.items() & vars(miniclip.training.Recipe()).items() - {
-        ("hard_negatives", False), ("compile", False)
+        ("hard_negatives", False), ("compile", False), ("fsdp", False)
     }  # fmt: skip
     status, out, _ = run("train CLASSES --out two --recipe like --no-hard-negatives --no-compile "
-                         "--epochs 1 --batch 2")  # fmt: skip
+                         "--no-fsdp --epochs 1 --batch 2")  # fmt: skip
     loss = json.loads((tmp_path / "two" / "metrics.jsonl").read_text())["loss"]
     assert status == 0 and out == f"two: 3 steps, loss {loss:.3f}\n"
     assert miniclip.CLIP.from_pretrained(tmp_path / "two").config.embed_dim == 20

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,7 +12,7 @@ import pytest
 import torch
 from forks.siglip import Siglip, sigmoid_loss
 from test_subclasses import SMALL, redraw
-from test_training import QUICK, SHAPE, assert_same, batch_of, captioned
+from test_training import QUICK, SHAPE, assert_equal_models, assert_same, batch_of, captioned
 from test_training_truth import with_several_captions
 from twin import TINY, random_inputs, twins
 from two_processes import CASES, gradients, loss_of_several_captions, three_steps
@@ -33,8 +34,13 @@ def folder(tmp_path_factory):
     (folder / "like" / "config.json").write_text(json.dumps(SHAPE.to_dict()))
     captioned(folder / "data", "tar", pictures=25, broken=None)
     # a batch larger than the data is all of it, 25: one process gets 13 and the other 12
-    line = train(folder, "--out", folder / "two", "--batch", 1000)
-    (folder / "command.json").write_text(json.dumps(line))
+    lines = {"ddp": train(folder, "--out", folder / "two", "--batch", 1000)}
+    lines["undisturbed"] = train(folder, "--out", folder / "undisturbed", "--batch", 1000)
+    for name in ("fsdp", "fsdp, stopped"):
+        options = ["--val", folder / "data", "--fsdp"]
+        lines[name] = train(folder, "--out", folder / name, *SHARDED, *options)
+    lines["fsdp, lora"] = train(folder, "--out", folder / "fsdp, lora", *LORA, "--fsdp")
+    (folder / "commands.json").write_text(json.dumps(lines))
     with_several_captions(folder / "several")
     redraw(Siglip(SMALL)).double().save_pretrained(folder / "siglip")
     pixels, ids, labels = batch_of(torch.float64)
@@ -50,7 +56,7 @@ def folder(tmp_path_factory):
     }
     torch.save(inputs, folder / "inputs.pt")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    launcher += ["--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     script = Path(__file__).with_name("two_processes.py")
     done = subprocess.run(
         [*launcher, str(script), str(folder)],
@@ -59,7 +65,14 @@ def folder(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
+    assert re.search("two: continued at step [23]", done.stderr)  # the other one may have saved
     return folder
+
+
+# All that is kept of weights: their average, momentum by both optimizers, a bias of the loss.
+SHARDED = ["--batch", 12, "--ema", 0.5, "--chunk", 4, "--loss", "siglip", "--layer-decay", 0.8]
+SHARDED += ["--muon-lr", 0.01]
+LORA = ["--batch", 12, "--lora", 2, "--freeze", "text", "--ema", 0.5]
 
 
 def train(folder, *options):
@@ -81,10 +94,10 @@ def found(folder):
 
 
 def test_the_gradients_are_those_of_one_big_batch(inputs, found):
-    for rates, dtype, chunk in CASES:
+    for rates, dtype, chunk, engine in CASES:
         tolerance = 1e-12 if dtype == "float64" else 1e-6
         alone = three_steps(inputs, rates, dtype)
-        for theirs in (each["steps"][rates, dtype, chunk] for each in found):
+        for theirs in (each["steps"][rates, dtype, chunk, engine] for each in found):
             assert theirs["losses"] == pytest.approx(alone["losses"], rel=10 * tolerance)
             assert_same(theirs["grads"], alone["grads"], 10 * tolerance)
             assert_same(theirs["weights"], alone["weights"], tolerance)
@@ -116,3 +129,22 @@ def test_torchrun_gives_the_weights_of_one(folder):
     assert main(train(folder, "--out", folder / "one", "--batch", 25)) == 0
     one, two = (CLIP.from_pretrained(folder / name).state_dict() for name in ("one", "two"))
     assert_same(two, one, 1e-4)
+
+
+def test_torchrun_starts_a_crashed_run_again_to_the_same_bits(folder):
+    one, two = (CLIP.from_pretrained(folder / name) for name in ("undisturbed", "two"))
+    assert_equal_models(one, two)
+
+
+@pytest.mark.parametrize(("name", "options"), [("fsdp", SHARDED), ("fsdp, lora", LORA)])
+def test_sharded_weights_train_as_whole_ones_do(name, options, folder):
+    assert main(train(folder, "--out", folder / "alone" / name, *options)) == 0
+    folders = (folder / "alone" / name, folder / name)
+    one, two = (CLIP.from_pretrained(each).state_dict() for each in folders)
+    assert_same(two, one, 1e-4)
+
+
+@pytest.mark.parametrize("part", ["", "best"])
+def test_a_sharded_run_that_crashed_is_continued_to_the_same_bits(part, folder):
+    one, two = (CLIP.from_pretrained(folder / name / part) for name in ("fsdp", "fsdp, stopped"))
+    assert_equal_models(one, two)

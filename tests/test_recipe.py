@@ -61,7 +61,10 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
     per_epoch = len(data) // recipe.batch
     steps = recipe.epochs * per_epoch
     rising = max(1, round(recipe.warmup * steps))
-    optimizers = plain_optimizers(peer, recipe)
+    for name, p in peer.named_parameters():
+        p.requires_grad_(not (recipe.freeze and name.startswith(PARTS[recipe.freeze])))
+    bias = torch.nn.Parameter(torch.tensor(-10.0))  # the paper's, of SigLIP's loss
+    optimizers = plain_optimizers(peer, recipe, [bias] * (recipe.loss == "siglip"))
     peaks = [recipe.lr, recipe.muon_lr]
     average, history = None, []
     for step in range(steps):
@@ -84,20 +87,23 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
         images = embed_images(peer, pixels, recipe.patch_dropout if drops else 0)
         texts = embed_texts(peer, tokenizer(texts, pad_to=10))
         labels = torch.tensor([pair.label for pair in pairs])
-        loss = plain_loss(
-            images, texts[: len(pairs)], texts[len(pairs) :], peer.logit_scale, labels
-        )
+        true, false = texts[: len(pairs)], texts[len(pairs) :]
+        if recipe.loss == "siglip":
+            loss = plain_sigmoid_loss(images, true, peer.logit_scale, bias, labels)
+        else:
+            loss = plain_loss(images, true, false, peer.logit_scale, labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), recipe.clip_gradient)
+        torch.nn.utils.clip_grad_norm_([*peer.parameters(), bias], recipe.clip_gradient)
         rate = (step + 1) / rising
         if step >= rising:
             rate = (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
         for optimizer, peak in zip(optimizers, peaks):
             for group in optimizer.param_groups:
-                group["lr"] = rate * peak
+                group["lr"] = rate * peak * group["share"]
             optimizer.step()
             optimizer.zero_grad()
-        peer.logit_scale.data.clamp_(max=math.log(100))  # section 2.5 of the paper
+        if recipe.loss == "clip":
+            peer.logit_scale.data.clamp_(max=math.log(100))  # section 2.5 of the paper
         if recipe.ema:
             share = recipe.ema if average else 0
             average = [
@@ -145,15 +151,44 @@ def plain_loss(images, texts, negatives, scale, labels):
     return loss
 
 
-def plain_optimizers(peer, recipe):
+def plain_sigmoid_loss(images, texts, scale, bias, labels):
+    """Algorithm 1 of SigLIP's paper, pair by pair."""
+    total = 0
+    for i, image in enumerate(images):
+        for j, text in enumerate(texts):
+            sign = 1 if labels[i] == labels[j] else -1
+            total = total - (sign * (scale.exp() * image @ text + bias)).sigmoid().log()
+    return total / len(images)
+
+
+PARTS = {
+    "vision": ("vision_model", "visual_projection"),
+    "text": ("text_model", "text_projection"),
+}
+# How many layers of its tower stand above a part: the vision tower has two blocks, the text one.
+ABOVE = {
+    "vision_model.embeddings": 3, "vision_model.pre_layrnorm": 3,
+    "vision_model.encoder.layers.0": 2,
+    "vision_model.encoder.layers.1": 1, "vision_model.post_layernorm": 0, "visual_projection": 0,
+    "text_model.embeddings": 2, "text_model.encoder.layers.0": 1, "text_model.final_layer_norm": 0,
+    "text_projection": 0, "logit_scale": 0,
+}  # fmt: skip
+
+
+def plain_optimizers(peer, recipe, more):
     """AdamW with the paper's numbers for ViTs (table 18); with a rate, Muon for the matrices."""
-    named = list(peer.named_parameters())
+    named = [(name, p) for name, p in peer.named_parameters() if p.requires_grad]
+    shares = {
+        p: recipe.layer_decay ** next(n for part, n in ABOVE.items() if name.startswith(part))
+        for name, p in named
+    }
     inner = [p for name, p in named if "encoder.layers" in name and p.ndim == 2]
-    muon = PlainMuon(inner, recipe.weight_decay) if recipe.muon_lr else None
+    muon = PlainMuon(inner, recipe.weight_decay, shares) if recipe.muon_lr else None
     adam = [p for _, p in named if muon is None or all(p is not q for q in inner)]
+    decay = recipe.weight_decay
     groups = [
-        {"params": [p for p in adam if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in adam if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p], "weight_decay": decay * (p.ndim > 1), "share": shares.get(p, 1)}
+        for p in [*adam, *more]
     ]
     return [torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6), *([muon] if muon else [])]
 
@@ -161,14 +196,14 @@ def plain_optimizers(peer, recipe):
 class PlainMuon:
     """Muon as its author describes it: Nesterov momentum, then every singular value to about 1."""
 
-    def __init__(self, params, weight_decay, momentum=0.95):
-        self.param_groups = [{"params": params}]
+    def __init__(self, params, weight_decay, shares, momentum=0.95):
+        self.param_groups = [{"params": [p], "share": shares[p]} for p in params]
         self.weight_decay, self.momentum = weight_decay, momentum
         self.means = [torch.zeros_like(p) for p in params]
 
     def step(self):
-        (group,) = self.param_groups
-        for p, mean in zip(group["params"], self.means):
+        for group, mean in zip(self.param_groups, self.means):
+            (p,) = group["params"]
             mean.copy_(self.momentum * mean + (1 - self.momentum) * p.grad)
             ahead = self.momentum * mean + (1 - self.momentum) * p.grad
             taller = max(1, p.shape[0] / p.shape[1]) ** 0.5
@@ -176,8 +211,8 @@ class PlainMuon:
             p.data -= group["lr"] * taller * nearly_orthogonal(ahead)
 
     def zero_grad(self):
-        for p in self.param_groups[0]["params"]:
-            p.grad = None
+        for group in self.param_groups:
+            group["params"][0].grad = None
 
 
 def nearly_orthogonal(matrix):
@@ -201,6 +236,10 @@ RUNS = {
     "hard negatives": {"hard_negatives": True},
     "in chunks": {"chunk": 3, "hard_negatives": True},
     "moving average": {"ema": 0.6},
+    "layers at their own rates": {"layer_decay": 0.5, "muon_lr": 0.03},
+    "a frozen image tower": {"freeze": "vision", "muon_lr": 0.03},
+    "a frozen text tower, in chunks": {"freeze": "text", "chunk": 3},
+    "each pair by itself": {"loss": "siglip", "clip_gradient": 0.5},
     "blocks twice": {"checkpoint_blocks": True, "patch_dropout": 0.5},
 }
 
@@ -248,7 +287,8 @@ def test_a_run_gives_the_weights_of_the_plain_loop(name, tmp_path, monkeypatch):
 
 def test_the_runs_switch_every_field_of_a_recipe():
     switched = set().union(*RUNS.values()) | {"epochs", "batch", "lr"}
-    assert {field.name for field in fields(Recipe)} - switched == {"precision", "compile"}  # below
+    elsewhere = {"precision", "compile", "fsdp", "lora", "val_every"}
+    assert {field.name for field in fields(Recipe)} - switched == elsewhere
 
 
 def test_logits_stay_within_100_times_a_cosine(tmp_path):

@@ -41,6 +41,7 @@ from miniclip.training import (
 )
 from miniclip.training import data as data_module
 from miniclip.training import run as run_module
+from miniclip.training import shards as shards_module
 from miniclip.training.data import augment, class_captions
 from miniclip.training.loop import PatchDropout, normalize_pixels, recompute_blocks
 from miniclip.training.optim import Muon
@@ -445,14 +446,14 @@ def test_shards_and_their_samples_are_mixed_anew_by_each_seed(tmp_path, monkeypa
         orders = [order(data, seed) for seed in range(4)]
         assert orders[0] == order(data, 0) and len(set(map(tuple, orders))) == 4
         assert all(sorted(found) == sorted(data.captions()) for found in orders)
-    monkeypatch.setattr(data_module.Shards, "BUFFER", 1)
+    monkeypatch.setattr(shards_module.Shards, "BUFFER", 1)
     data = open_data(tmp_path, ImageTransform(SIZE))
     assert len({order(data, seed)[0][0] for seed in range(8)}) > 1
 
 
 def test_shards_without_the_library_are_an_error(tmp_path, monkeypatch):
     tar_of(tmp_path / "0.tar", {})
-    monkeypatch.setattr(data_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(shards_module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install 'miniclip\\[train\\]'"):
         open_data(tmp_path, ImageTransform(SIZE))
 
@@ -596,7 +597,8 @@ def test_the_defaults_of_a_recipe():
         "epochs": 30, "batch": 256, "lr": 1e-3, "muon_lr": 0.0, "weight_decay": 0.1,
         "warmup": 0.05, "clip_gradient": 1.0, "patch_dropout": 0.0, "full_epochs": 1, "ema": 0.0,
         "augment": False, "hard_negatives": False, "chunk": 0, "checkpoint_blocks": False,
-        "precision": "float32", "compile": False, "seed": 0,
+        "precision": "float32", "compile": False, "seed": 0, "layer_decay": 1.0, "loss": "clip",
+        "freeze": "", "lora": 0, "val_every": 0, "fsdp": False,
     }  # fmt: skip
 
 
@@ -812,9 +814,13 @@ def test_hard_negatives_need_data_that_has_them(stripes, tmp_path):
         ("clip_gradient", 0.0, "more than 0"),
         ("patch_dropout", 1.0, "0 or more, below 1"),
         ("ema", 1.0, "0 or more, below 1"),
+        ("layer_decay", 0.0, "above 0, at most 1"),
+        ("layer_decay", 1.5, "above 0, at most 1"),
         ("precision", "float16", "float32 or bfloat16"),
+        ("loss", "sigmoid", "clip or siglip"),
         *((name, -1, "at least 0") for name in ("muon_lr", "weight_decay", "warmup", "seed")),
         *((name, -1, "at least 0") for name in ("patch_dropout", "ema", "full_epochs", "chunk")),
+        *((name, -1, "at least 0") for name in ("lora", "val_every")),
     ],
 )
 def test_a_recipe_is_checked(name, value, expected):

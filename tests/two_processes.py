@@ -26,9 +26,14 @@ from miniclip.training import (
     open_data,
     parallel,
 )
+from miniclip.training import run as run_module
+from miniclip.training.processes import shard, whole
 
 RATES = {"equal": (0.1, 0.1), "unequal": (0.1, 0.003)}
-CASES = tuple(product(RATES, ("float64", "float32"), (0, 2)))  # rates, precision, rows of a chunk
+CASES = tuple(product(RATES, ("float64", "float32"), (0, 2), ("ddp", "fsdp")))
+"""Rates, precision, pairs of a chunk, and PyTorch's engine."""
+
+CLIP_AT = 0.5
 
 
 def step(model, pixels, ids, labels, chunk=0, engine=None, batch=None):
@@ -38,28 +43,31 @@ def step(model, pixels, ids, labels, chunk=0, engine=None, batch=None):
 
 
 def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return whole({name: p.grad.clone() for name, p in model.named_parameters()})
 
 
-def three_steps(inputs, rates, dtype, chunk=0, rank=0, world=1):
+def three_steps(inputs, rates, dtype, chunk=0, engine="", rank=0, world=1):
     """Three steps of gradient descent, each tower at its own rate, on one share of the batch."""
     model = CLIP(CLIPConfig.from_dict(inputs["config"])).to(getattr(torch, dtype))
     model.load_state_dict(inputs["weights"])
+    if engine == "fsdp":
+        shard(model)
     captions, false = inputs["ids"].chunk(2)
     ids = torch.cat([captions[rank::world], false[rank::world]])
     pixels, labels = (inputs[name][rank::world] for name in ("pixels", "labels"))
     towers = zip((model.vision, model.text), RATES[rates], strict=True)
     optimizer = torch.optim.SGD([{"params": t.parameters(), "lr": lr} for t, lr in towers], lr=0.1)
     optimizer.add_param_group({"params": [model.logit_scale]})
-    engine = parallel(Objective(model), skips=False)
+    wrapped = Objective(model) if engine == "fsdp" else parallel(Objective(model), skips=False)
     batch = len(inputs["pixels"])
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        loss = step(model, pixels.to(getattr(torch, dtype)), ids, labels, chunk, engine, batch)
+        loss = step(model, pixels.to(getattr(torch, dtype)), ids, labels, chunk, wrapped, batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_AT)  # about half of its length
         losses.append(loss.item())
         optimizer.step()
-    return {"losses": losses, "grads": gradients(model), "weights": model.state_dict()}
+    return {"losses": losses, "grads": gradients(model), "weights": whole(model.state_dict())}
 
 
 def loss_of_several_captions(folder, embeddings, rank=0, world=1):
@@ -81,12 +89,42 @@ def gradients_of_siglip(folder, pixels, ids, rank=0, world=1):
     return gradients(model)
 
 
+def crash_at(step, crash):
+    """Have runs crash in one step, before they save it. Returns what puts an end to that."""
+
+    def note_and_crash(run, *args):
+        note(run, *args)
+        if run.step == step:
+            crash()
+
+    note = run_module.Run.log_step
+    run_module.Run.log_step = note_and_crash
+    return lambda: setattr(run_module.Run, "log_step", note)
+
+
+def stopped(line, at):
+    """Run a command that crashes in one step."""
+    restore = crash_at(at, lambda: 1 / 0)
+    try:
+        main(line)
+    except ZeroDivisionError:
+        return restore()
+    raise AssertionError("has not crashed")
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    status = main(json.loads((folder / "command.json").read_text()))
+    lines = json.loads((folder / "commands.json").read_text())
     rank = int(os.environ["RANK"])  # torchrun says so
+    if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        crash_at(3, lambda: os._exit(1))
+    status = main(lines["ddp"])
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
+    status += main(lines["undisturbed"])
+    status += main(lines["fsdp"]) + main(lines["fsdp, lora"])
+    stopped(lines["fsdp, stopped"], at=3)
+    status += main(lines["fsdp, stopped"])
     inputs = torch.load(folder / "inputs.pt")
     x, y = (torch.ones(n, requires_grad=True) for n in (1, 2))
     ((gather(x) + y) * torch.tensor([3.0, 5.0])).sum().backward()

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 def zeroshot(args: argparse.Namespace) -> None:
     """Classify every image by its label, and print what was right and what was confused."""
-    from miniclip.evaluation.classification import evaluate
+    from miniclip.evaluation.checkpoints import classify
     from miniclip.zeroshot.classifier import TEMPLATE, class_embeddings, find_templates
 
     templates = find_templates(args.template or [TEMPLATE])
@@ -133,21 +133,16 @@ def zeroshot(args: argparse.Namespace) -> None:
     loaded = load_model(args)
     text_embeds = class_embeddings(loaded.model, loaded.tokenizer, images.labels, templates)
     features = features_of(args, loaded, images.paths)
-    image_embeds = features.vectors["proj"].to(text_embeds)
-    logits = loaded.model.score(image_embeds, text_embeds).T.float()  # (N, C)
-    classes = [images.classes[row] for row in features.rows]
-    result = evaluate(logits, classes, images.labels, features.skipped)
+    result = classify(loaded, images, features, text_embeds)
     shown = shorten(" | ".join(args.template or templates), COLUMNS - 11)
     print_evaluation(args, images.folders, result, {"templates": templates}, {"templates": shown})
 
 
 def retrieval(args: argparse.Namespace) -> None:
     """Look for each caption's picture and each picture's captions, and print the recall."""
-    import torch
-
     from miniclip.evaluation.captions import captioned_images
-    from miniclip.evaluation.retrieval import recall, retrieval_ranks
-    from miniclip.zeroshot.classifier import embed_texts
+    from miniclip.evaluation.checkpoints import caption_ranks
+    from miniclip.evaluation.retrieval import recall
 
     loaded = load_model(args)
     columns = (args.image_column, args.text_column)
@@ -157,12 +152,9 @@ def retrieval(args: argparse.Namespace) -> None:
     features = features_of(args, loaded, data.pictures)
     captions = [data.captions[row] for row in features.rows]
     texts = [text for several in captions for text in several]
-    image_of = torch.tensor([i for i, several in enumerate(captions) for _ in several])
     longest = loaded.tokenizer.context_length - 2  # without the tokens of start and end
     cut = sum(len(loaded.tokenizer.encode(text)) > longest for text in texts)
-    text_embeds = embed_texts(loaded.model, loaded.tokenizer, texts, truncate=True).float().cpu()
-    of_images, of_texts = retrieval_ranks(features.vectors["proj"], text_embeds, image_of)
-    ranks = {"image_to_text": of_images, "text_to_image": of_texts}
+    ranks = caption_ranks(loaded, captions, features)
     found = {direction: recall(of) for direction, of in ranks.items()}
     if args.json:
         counts = {"images": len(captions), "texts": len(texts), "truncated": cut}

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         help="a folder of class folders, of pictures with metadata.jsonl, .csv or .tsv "
-        "(file_name, text), or of WebDataset .tar shards; or the drawn world `shapes`",
+        "(file_name, text), or of WebDataset .tar shards; shards by 'pipe:COMMAND' or an address "
+        "such as hf://datasets/OWNER/NAME/{00..99}.tar; or the drawn world `shapes`",
     )
     add_columns(parser)
     parser.add_argument(
@@ -34,7 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="JSON", help="from scratch: the shape, a config.json")
     add_device(parser)
-    parser.add_argument("--plot", metavar="PNG", help="draw the curves")
+    parser.add_argument(
+        "--val",
+        metavar="DATA",
+        help="held-out class folders, classified zero-shot, or pictures with captions, retrieved; "
+        "the checkpoint that is best at it is kept in DIR/best",
+    )
+    parser.add_argument("--log", choices=("tensorboard",), default="", help="log to DIR for it too")
+    parser.add_argument("--plot", metavar="PNG", help="draw a report of the run")
     numbers = parser.add_argument_group("recipe", "the numbers of a run, in place of --recipe's")
     for entry in fields(Recipe):
         kind, meaning = type(entry.default), f"{entry.metadata['help']} (default: {entry.default})"
@@ -55,7 +63,12 @@ def run(args: argparse.Namespace) -> int:
     with process_group(args.device) as device:
         columns = (args.image_column, args.text_column)
         setup = set_up(args.data, args.model, args.recipe, args.config, overrides, device, columns)
-        train(*setup, args.out)
+        validate = None
+        if args.val:
+            from miniclip.evaluation.checkpoints import scorer
+
+            validate = scorer(args.val, setup.transform, columns)
+        train(*setup, args.out, validate=validate, log=args.log)
     if os.environ.get("RANK", "0") != "0":
         return 0
     lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
@@ -69,4 +82,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(rows)
     else:
         print(f"{args.out}: {rows[-1]['step']:,} steps, loss {rows[-1]['loss']:.3f}")
+        for name in [name for name in rows[-1] if name.startswith("val_")][:1]:
+            best = max((row for row in rows if name in row), key=lambda row: row[name])
+            print(f"{args.out}/best: {name[4:]} {best[name]:.2%} at step {best['step']:,}")
     return 0

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from miniclip.errors import listed
 from miniclip.files.reading import read_json
 from miniclip.retrieval.pictures import Member, find_pictures
-from miniclip.training.data import COLUMNS, METADATA, captioned_pictures
+from miniclip.training.data import COLUMNS, METADATA, captioned_pictures, texts_beside
 from miniclip.transform import ImageTransform
 
 MOST_JSON = 2**30  # bytes; COCO's captions of its training pictures have 2**27
@@ -34,9 +34,9 @@ def captioned_images(
 
     Args:
         data: a folder with metadata.jsonl, .csv or .tsv, or such a file, whose `columns` are the
-            picture's file and its text or texts; WebDataset .tar shards, or a folder of them, each
-            line of whose .txt files is a caption; or a .json of COCO or of Karpathy and Fei-Fei
-            (2015) for Flickr30k and COCO.
+            picture's file and its text or texts; a folder with a .txt beside each; WebDataset .tar
+            shards, or a folder of them, each line of whose .txt files is a caption; or a .json of
+            COCO or of Karpathy and Fei-Fei (2015) for Flickr30k and COCO.
         transform: of the model that will read the pictures.
         images: the folder of the pictures that a .json names; without it, the .json's own.
         split: the part of a .json of Karpathy's that counts.
@@ -46,11 +46,13 @@ def captioned_images(
     """
     root, skipped = Path(data).expanduser(), []
     pairs: Iterable[tuple[str | Member, Sequence[Any]]]
-    tables = [path for path in (root, *(root / name for name in METADATA)) if path.is_file()]
+    tables = (path for path in (root, *(root / name for name in METADATA)) if path.is_file())
+    table = next((path for path in tables if path.suffix != ".tar"), None)
     if root.suffix == ".json":
         pairs = list(_json_pairs(root, Path(images or root.parent), split))
-    elif tables and tables[0].suffix != ".tar":
-        found = captioned_pictures(tables[0], transform, columns)
+    elif found := (
+        captioned_pictures(table, transform, columns) if table else texts_beside(root, transform)
+    ):
         pairs, skipped = [(str(path), texts) for path, texts, _ in found.entries], found.skipped
     else:
         members, skipped = find_pictures([root])

@@ -1,4 +1,4 @@
-"""Loss and temperature over a training run."""
+"""A training run in one picture: curves, scores on held-out data, throughput and memory."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -7,21 +7,42 @@ from matplotlib.figure import Figure
 
 from miniclip.figures.style import BLUE, ORANGE, save_figure
 
+PANELS = {
+    "loss": "loss",
+    "logit_scale": "exp(logit scale)",
+    "lr": "learning rate",
+    "pairs_per_second": "pairs a second",
+    "peak_gib": "peak memory, GiB",
+}
+COLORS = (BLUE, ORANGE, "#009e73")
+
 
 def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> None:
-    """The metrics of a training run against its steps."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    curves = {
-        "loss": ("loss", BLUE),
-        "logit_scale": ("exp(logit scale)", ORANGE),
-        "lr": ("learning rate", "#009e73"),
-    }
-    steps = [row["step"] for row in rows]
-    for axes, (name, (title, color)) in zip(
-        figure.subplots(1, 3, width_ratios=(2, 1, 1)), curves.items(), strict=True
-    ):
-        mark = "" if len(rows) > 2 else "o"  # of one step there is no line
-        axes.plot(steps, [row[name] for row in rows], marker=mark, color=color, linewidth=1.5)
+    """The metrics of a training run against its steps, with the best score on held-out data."""
+    scores = [name for name in rows[-1] if name.startswith("val_")]
+    panels = {title: [name] for name, title in PANELS.items() if name in rows[-1]}
+    if scores:
+        panels = {"loss": panels.pop("loss"), "held-out data": scores} | panels
+    lines = -(-len(panels) // 3)
+    figure = Figure(figsize=(12, 3.6 * lines), layout="constrained")
+    for i, (title, names) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(lines, 3, i)
+        for name, color in zip(names, COLORS, strict=False):
+            found = {row["step"]: row[name] for row in rows if name in row}
+            mark = "" if len(found) > 2 else "o"  # of one step there is no line
+            label = name.removeprefix("val_").replace("_", " ")
+            (line,) = axes.plot([*found], [*found.values()], color=color, linewidth=1.5)
+            line.set(marker=mark, label=label)
+        if names is scores:
+            best = max((row for row in rows if scores[0] in row), key=lambda row: row[scores[0]])
+            axes.plot(best["step"], best[scores[0]], "o", color=BLUE)
+            axes.annotate(
+                f"{best[scores[0]]:.1%}", (best["step"], best[scores[0]]), (0, 6),
+                textcoords="offset points", ha="center",
+            )  # fmt: skip
+            axes.legend(frameon=False, fontsize=8)
+        if names[0] in ("pairs_per_second", "peak_gib"):
+            axes.set_ylim(0, 1.1 * max(found.values()))
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)

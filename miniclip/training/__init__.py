@@ -2,10 +2,11 @@
 
 recipe.py     the numbers of a run
 pairs.py      what training data is made of
-data.py       pairs from folders and shards, and batches of them
+shards.py     pairs from tar shards, wherever these are
+data.py       pairs from folders and metadata files, and batches of them
 loss.py       the loss over several processes, with false captions, and in chunks of a batch
-optim.py      optimizers and the learning rate
-processes.py  several processes that train together
+optim.py      what is trained, by which optimizer, and how fast
+processes.py  several processes that train together: gradients, shards of the weights
 setup.py      names -> all that a run starts from
 run.py        the state of a run: saved, continued, logged
 loop.py       the training loop
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from miniclip.training.data import batches, open_data
     from miniclip.training.loop import train
-    from miniclip.training.loss import Loss, Objective, backward, batch_loss, gather
+    from miniclip.training.loss import Loss, Objective, SigmoidLoss, backward, batch_loss, gather
     from miniclip.training.pairs import Batch, Pair, TrainingData
     from miniclip.training.processes import parallel, process_group
     from miniclip.training.recipe import Recipe, read_recipe
@@ -39,6 +40,7 @@ __all__ = [
     "train",
     "Loss",
     "Objective",
+    "SigmoidLoss",
     "backward",
     "batch_loss",
     "gather",

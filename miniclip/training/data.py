@@ -5,15 +5,12 @@ run that is resumed, or spread over more processes, sees what an undisturbed run
 """
 
 import csv
-import io
 import json
 import os
 import random
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
-from importlib.util import find_spec
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.errors import ImageError, listed
+from miniclip.errors import ImageError, listed, shown
 from miniclip.files.ahead import read_ahead
 from miniclip.files.pictures import open_image, with_name
-from miniclip.training.pairs import Batch, Pair, TrainingData, caption_label, shuffled
+from miniclip.training.pairs import (
+    Batch,
+    Pair,
+    TrainingData,
+    caption_label,
+    note_once,
+    shuffled,
+    to_bytes,
+)
+from miniclip.training.shards import Shards, is_address
 from miniclip.transform import ImageTransform
 from miniclip.zeroshot.data import is_visible_file, labelled_images
 
@@ -61,7 +67,7 @@ class Pictures:
     ) -> None:
         self.entries = entries
         self.skipped: list[str] = []
-        self._to_bytes = _to_bytes(transform)
+        self._to_bytes = to_bytes(transform)
         self._also = labels_of_all(entries)
         self._keeps = len(entries) * 3 * transform.crop_size**2 <= MEMORY
         self._kept: dict[Path, Tensor] = {}
@@ -113,18 +119,6 @@ def labels_of_all(entries: Iterable[Entry]) -> dict[Path, list[int]]:
     for found in labels.values():
         found[:] = [*found, *found[:1] * (most - len(found))] * (most > 1)
     return {path: labels[captions] for path, captions in lists.items()}
-
-
-def _to_bytes(transform: ImageTransform) -> Any:
-    """The transform up to the crop: a picture to uint8 (3, S, S)."""
-    plain = replace(transform, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
-    return lambda picture: (plain(picture) * 255).round().to(torch.uint8)
-
-
-def note_once(notes: list[str], note: str) -> None:
-    """Append a note that is not among the notes already."""
-    if note not in notes:
-        notes.append(note)
 
 
 def class_captions(label: str) -> tuple[str, ...]:
@@ -224,87 +218,15 @@ def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{metadata}: expected rows that can be read: {error}") from None
 
 
-class Shards:
-    """WebDataset tars: samples of files with one stem, a picture and a .txt beside it.
-
-    Every process reads all shards and decodes its own share, so that batches do not depend on how
-    many processes there are. A shuffle buffer mixes neighbours; the shards' order is drawn too.
-    """
-
-    PICTURES = ("jpg", "jpeg", "png", "webp")
-    BUFFER = 1000  # samples
-
-    def __init__(self, paths: Sequence[Path], transform: ImageTransform) -> None:
-        if find_spec("webdataset") is None:
-            raise ValueError("tar shards need webdataset: pip install 'miniclip[train]'")
-        self.paths = sorted(paths)
-        self.skipped: list[str] = []
-        self._to_bytes = _to_bytes(transform)
-        self._count: int | None = None
-
-    def __len__(self) -> int:
-        if self._count is None:
-            self._count = sum(1 for _ in self._samples(self.paths))
-        return self._count
-
-    def items(self, seed: int) -> Iterator[dict[str, Any]]:
-        """All samples, their shards in an order and neighbours mixed as the seed decides."""
-        from webdataset.filters import shuffle
-
-        order = [self.paths[i] for i in shuffled(len(self.paths), seed)]
-        yield from shuffle(self.BUFFER, rng=random.Random(seed))(self._samples(order))
-
-    def captions(self) -> Iterator[str]:
-        """The caption of every sample."""
-        return map(_caption, self._samples(self.paths))
-
-    def _samples(self, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-        """Whole samples, still as bytes. A damaged shard is noted and left where the damage is."""
-        from webdataset.tariterators import group_by_keys, tar_file_expander
-
-        def note(error: Exception) -> bool:
-            reason = str(error.args[0] if error.args else error).partition(" @ ")[0]
-            note_once(self.skipped, f"{path}: {reason}")
-            return True
-
-        for path in paths:
-            with open(path, "rb") as stream:
-                files = tar_file_expander([{"url": str(path), "stream": stream}], handler=note)
-                for sample in group_by_keys(files, handler=note):
-                    if any(kind in sample for kind in self.PICTURES) and _caption(sample).strip():
-                        yield sample
-                    else:
-                        missing = "expected a picture and a .txt of it"
-                        note_once(self.skipped, f"{_place(sample)}: {missing}")
-
-    def __getitem__(self, item_and_draw: tuple[dict[str, Any], int]) -> Pair | None:
-        sample, _ = item_and_draw
-        kind = next(kind for kind in self.PICTURES if kind in sample)
-        try:
-            pixels = self._to_bytes(open_image(io.BytesIO(sample[kind])))
-        except ImageError as error:
-            note_once(self.skipped, with_name(f"{_place(sample)}.{kind}", error))
-            return None
-        caption = _caption(sample)
-        return Pair(pixels, caption, caption_label(caption))
-
-
-def _caption(sample: dict[str, Any]) -> str:
-    return sample.get("txt", b"").decode("utf-8-sig", "replace")
-
-
-def _place(sample: dict[str, Any]) -> str:
-    return f"{sample.get('__url__', '')}: {sample.get('__key__', '')}"
-
-
 def open_data(
     name: str | os.PathLike[str],
     transform: ImageTransform,
     columns: tuple[str, str] = COLUMNS,
 ) -> TrainingData:
     """The training data that a name stands for: `shapes`, the world this package draws; a folder
-    with metadata.jsonl, .csv or .tsv, or such a file; a folder of tar shards, or one; a folder of
-    pictures with a .txt beside each; a folder of class folders.
+    with metadata.jsonl, .csv or .tsv, or such a file; a folder of tar shards, or one, or a
+    command or an address of such; a folder of pictures with a .txt beside each; a folder of class
+    folders.
 
     Raises ValueError, which says what was found instead.
     """
@@ -312,15 +234,17 @@ def open_data(
         from miniclip.training.drawn import Shapes
 
         return Shapes()
+    if is_address(name):
+        return Shards([str(name)], transform)
     root = Path(name).expanduser()
     if root.is_file() and root.suffix == ".tar":
-        return Shards([root], transform)
+        return Shards([str(root)], transform)
     for metadata in (root, *(root / file for file in METADATA)):
         if metadata.is_file() and metadata.suffix in (".jsonl", ".csv", ".tsv"):
             return captioned_pictures(metadata, transform, columns)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder of training data, nor a .tar or a metadata file")
-    shards = list(root.glob("*.tar"))
+    shards = [str(path) for path in root.glob("*.tar")]
     if shards:
         return Shards(shards, transform)
     return texts_beside(root, transform) or class_folders(root, transform)
@@ -333,8 +257,17 @@ def batches(
 
     A batch has `batch` pairs over all processes; an epoch's last, incomplete batch is left out.
     Threads decode the pictures ahead of the model. Another picture of the batch takes the place of
-    one that cannot be read. Raises ValueError if none can.
+    one that cannot be read, and an error of the data is noted. Raises ValueError if none can.
     """
+
+    def read(item_and_draw: tuple[Any, int]) -> Pair | None:
+        try:
+            return None if item_and_draw[0] is None else data[item_and_draw]
+        except Exception as error:  # one item out of millions must not end a run
+            reason = f"{type(error).__name__}: {error}"
+            note_once(data.skipped, f"item {shown(item_and_draw[0])}: {reason}")
+            return None
+
     steps = len(data) // batch
     if not steps:
         raise ValueError(f"{len(data)} pictures are fewer than a batch of {batch}")
@@ -345,10 +278,11 @@ def batches(
     size = len(range(rank, batch, world_size))
     threads = max(1, (os.cpu_count() or 2) - 1)
     items = chain.from_iterable(drawn)
-    with closing(read_ahead(data.__getitem__, items, 2 * size, threads)) as decoded:
+    with closing(read_ahead(read, items, 2 * size, threads)) as decoded:
         while True:
             loaded = list(islice(decoded, size))
-            pairs = [pair for pair in loaded if isinstance(pair, Pair)] or [_readable(data, seed)]
+            pairs = [pair for pair in loaded if isinstance(pair, Pair)]
+            pairs = pairs or [_readable(data, read, seed)]
             pairs += [pairs[i % len(pairs)] for i in range(len(loaded) - len(pairs))]
             pixels, captions, labels, negatives, also = zip(*pairs, strict=True)
             yield Batch(
@@ -360,10 +294,10 @@ def batches(
             )
 
 
-def _readable(data: TrainingData, seed: int) -> Pair:
+def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: int) -> Pair:
     """A pair to stand in for a whole batch that cannot be read."""
     for item in data.items(seed):
-        if (pair := data[item, seed]) is not None:
+        if isinstance(pair := read((item, seed)), Pair):
             return pair
     raise ValueError(f"no picture can be read, of {len(data)}; the first: {data.skipped[0]}")
 
@@ -379,7 +313,8 @@ def _shares(
     step = first
     while True:
         epoch, skip = divmod(step, steps)
-        items = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
+        found = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
+        items = chain(found, repeat(None))  # a shard may lack what it had when it was counted
         for _ in range(steps - skip):
             numbered = enumerate(islice(items, batch))
             yield step, [(i, item) for i, item in numbered if i % world_size == rank]

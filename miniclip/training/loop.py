@@ -11,7 +11,7 @@ torchrun starts all processes again when one has crashed, and they continue from
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from miniclip.checkpoint import Loaded
 from miniclip.errors import ContextLengthError
 from miniclip.follow import ids_for
 from miniclip.loss import clamp_logit_scale
@@ -29,10 +30,10 @@ from miniclip.surgery.interventions import PatchDropout
 from miniclip.terminal import counted, delaying_interrupt, progress
 from miniclip.tokenizer import Tokenizer
 from miniclip.training.data import augment, batches, draw_seed
-from miniclip.training.loss import Loss, Objective, backward, batch_loss
+from miniclip.training.loss import Loss, SigmoidLoss, backward, batch_loss
 from miniclip.training.optim import schedule, set_learning_rate
 from miniclip.training.pairs import TrainingData
-from miniclip.training.processes import of_all_processes, parallel, rank_and_world_size
+from miniclip.training.processes import of_all_processes, parallel, rank_and_world_size, reshard
 from miniclip.training.recipe import Recipe
 from miniclip.training.run import Run
 from miniclip.transform import ImageTransform
@@ -46,15 +47,29 @@ def train(
     recipe: Recipe,
     out: str | os.PathLike[str],
     loss: Loss | None = None,
+    validate: Callable[[Loaded], dict[str, float]] | None = None,
+    log: str = "",
 ) -> CLIP:
     """Train `model` on `data` and write the checkpoint `out`, with recipe.json and metrics.jsonl.
 
-    `loss` is a `training.Loss`: a function of (model, image_embeds, text_embeds, is_true). The
-    default is the paper's loss. Only then is the logit scale clamped.
     The run is saved after every epoch and every five minutes. A run that was killed is continued.
-    Under torchrun each process calls `train`, and the first one writes. Returns the model in
-    evaluation mode. Raises ValueError if `out` holds another checkpoint or run, if there is too
-    little data, or if the loss is NaN or infinite.
+    Under torchrun each process calls `train`, and the first one writes. Half-precision weights
+    become float32 ones.
+
+    Args:
+        loss: a `training.Loss`, a function of (model, image_embeds, text_embeds, is_true), in place
+            of the recipe's. A module is trained and saved with the run. The logit scale is clamped
+            for the paper's loss alone.
+        validate: gives scores of a checkpoint on held-out data, as `evaluation.scorer` makes it.
+            The checkpoint with the best first score is kept in `out`/best.
+        log: "tensorboard" to write for it too.
+
+    Returns:
+        The model, trained, in evaluation mode.
+
+    Raises:
+        ValueError: `out` holds another checkpoint or run, there is too little data, the recipe does
+            not fit the model, or the loss is NaN or infinite.
     """
     rank, world_size = rank_and_world_size()
     check_data(data, least=max(2, world_size))
@@ -63,15 +78,18 @@ def train(
         raise ValueError(f"a batch of {recipe.batch} cannot be shared by {world_size} processes")
     steps_per_epoch = len(data) // recipe.batch
     steps = recipe.epochs * steps_per_epoch
+    is_own = loss is not None or type(model) is not CLIP
+    if loss is None and recipe.loss == "siglip":
+        loss = SigmoidLoss().to(model.logit_scale.device)
 
-    run = Run(Path(out), model, recipe, writes=rank == 0)
+    run = Run(Path(out), model, recipe, loss, rank == 0, log)
+    whole_model, model = model, run.trained
     dropout = PatchDropout(model.vision, 0.0) if recipe.patch_dropout else None
     if recipe.compile:
         model.vision.compile()
         model.text.compile()
     device = model.logit_scale.device
-    objective = Objective(model, loss, recipe.precision)
-    engine = parallel(objective, skips=loss is not None or type(model) is not CLIP)
+    engine = run.objective if recipe.fsdp else parallel(run.objective, skips=is_own)
 
     model.train()
     stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world_size)
@@ -114,18 +132,22 @@ def train(
                 ),
                 recipe.chunk,
             ).item()
+            reshard(model)  # a frozen tower has no backward pass
             if not math.isfinite(value):  # stop before it is saved
                 raise ValueError(f"the loss is {value} after {run.step} steps; try a smaller lr")
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)
+            nn.utils.clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
-                objective.cast(optimizer.step)()
+                run.objective.cast(optimizer.step)()
                 optimizer.zero_grad()
             if loss is None:
                 clamp_logit_scale(model)
             if run.average:
                 run.average.update_parameters(model)
 
-            run.log_step(value, epoch_ended=(run.step + 1) % steps_per_epoch == 0)
+            done, scores = run.step + 1, {}
+            if validate and (done % (recipe.val_every or steps_per_epoch) == 0 or done == steps):
+                scores = run.validate(validate, tokenizer, transform)
+            run.log_step(value, done % steps_per_epoch == 0, scores)
             for reason in data.skipped:
                 run.report(reason)
             if run.is_time_to_save or run.step % steps_per_epoch == 0:
@@ -134,7 +156,7 @@ def train(
             bar.update(recipe.batch)
             if run.step == first_step:
                 bar.refresh()
-            if must_stop():
+            if run.agreed(must_stop()):
                 run.save(tokenizer, transform)
                 run.report(f"{out}: saved at step {run.step}; the same command goes on from there")
                 raise KeyboardInterrupt
@@ -142,7 +164,7 @@ def train(
     if skipped and rank == 0:
         run.report(f"{len(skipped)} pictures or shards were skipped, as named above")
     run.finish(tokenizer, transform)
-    return model.eval()
+    return whole_model.eval()
 
 
 def check_data(data: TrainingData, least: int) -> None:
@@ -173,7 +195,7 @@ def normalize_pixels(pixels: Tensor, transform: ImageTransform, augmented: bool)
 def tokenize_captions(captions: list[str], tokenizer: Tokenizer, run: Run) -> Tensor:
     """Token ids (B, T) for the text tower. A caption that is too long is cut, and the first is
     reported."""
-    text = run.model.text
+    text = run.trained.text
     try:
         return ids_for(text, tokenizer, captions)
     except ContextLengthError as error:

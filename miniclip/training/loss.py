@@ -70,6 +70,26 @@ Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 Embeddings have length 1, and `is_true` says which caption j is true of which image i."""
 
 
+class SigmoidLoss(nn.Module):
+    """SigLIP's loss (Zhai et al. 2023, arXiv 2303.15343): of each pair by itself, is it true?
+
+    Its bias is trained with the model. It belongs to the run and not to the checkpoint: softmax and
+    ranking do not see it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    def forward(
+        self, model: CLIP, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor
+    ) -> Tensor:
+        """A `Loss`: the mean over images of the sum over captions."""
+        logits = model.logit_scale.exp() * image_embeds @ text_embeds.T + self.bias  # (B, B)
+        signs = 2 * is_true.to(logits) - 1  # 1 for a true pair, -1 for another
+        return -F.logsigmoid(signs * logits).sum(dim=1).mean()
+
+
 def batch_loss(
     logit_scale: Tensor,
     labels: Tensor,

@@ -1,10 +1,17 @@
-"""Optimizers and the learning rate: AdamW as in the paper's table 18, and Muon."""
+"""What is trained, by which optimizer, how fast: AdamW as in the paper's table 18, and Muon."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from miniclip.errors import listed
+from miniclip.model import CLIP
+from miniclip.surgery.lora import add_lora
+from miniclip.training.processes import sharded_like, whole
 
 BETAS, EPS = (0.9, 0.98), 1e-6  # the paper's for ViTs
 
@@ -18,7 +25,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+        self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
     ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
@@ -39,9 +46,10 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(state["momentum"], group["momentum"]))
                 scale = -group["lr"] * max(1.0, rows / columns) ** 0.5
-                for p, update in zip(params, orthogonalized(torch.stack(updates)), strict=True):
+                stacked = torch.stack(whole(updates))
+                for p, update in zip(params, orthogonalized(stacked), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=scale)
+                    p.add_(sharded_like(update, p), alpha=scale)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
@@ -59,26 +67,73 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
+def trainable(model: CLIP, freeze: str = "", lora: int = 0, seed: int = 0) -> CLIP:
+    """The model, or with `lora` a copy, in which only what is to be trained requires gradients.
+
+    `freeze` has names or globs of parts or parameters, with commas between them. With `lora`, the
+    rank, only low-rank changes of the queries and values are trained. Raises ValueError.
+
+    >>> model = trainable(CLIP.from_pretrained("shapes"), "vision, text.*embed*")
+    >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]
+    ['logit_scale', 'text.blocks.0.ln_1.weight']
+    """
+    if lora:
+        torch.manual_seed(seed)  # the same random matrices in every process
+        model = add_lora(model, rank=lora)
+    named = dict(model.named_parameters())
+    for glob in freeze.replace(",", " ").split():
+        found = [n for n in named if fnmatchcase(n, glob) or fnmatchcase(n, f"{glob}.*")]
+        if not found:
+            raise ValueError(f"freeze: no part is called {glob!r}; there are {listed([*named])}")
+        for name in found:
+            named[name].requires_grad_(False)
+    if not any(p.requires_grad for p in named.values()):
+        raise ValueError("nothing is left to train: all is frozen")
+    return model
+
+
+def layers_above(model: CLIP) -> dict[nn.Parameter, int]:
+    """How many layers of its tower stand above each parameter: none above the last LayerNorm and
+    the projection, all blocks and these above the embeddings (BEiT, Bao et al. 2021)."""
+    above: dict[nn.Parameter, int] = {}
+    for tower in (model.vision, model.text):
+        depth, parts = len(tower.blocks), list(tower._modules)
+        above |= dict.fromkeys(tower.parameters(), depth + 1)
+        for i, block in enumerate(tower.blocks):
+            above |= dict.fromkeys(block.parameters(), depth - i)
+        for name in parts[parts.index("blocks") + 1 :]:
+            above |= dict.fromkeys(tower.get_submodule(name).parameters(), 0)
+    return above
+
+
 def make_optimizers(
-    model: nn.Module, lr: float, muon_lr: float, weight_decay: float
+    named: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    muon_lr: float,
+    weight_decay: float,
+    shares: Mapping[nn.Parameter, float],
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or, with a `muon_lr` above 0, Muon for the matrices of the blocks.
 
     Matrices decay and nothing else does: not biases, norms, the class token or the logit scale.
+    `shares` has the parameters whose rate is a share of the others'.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if muon_lr and p.ndim == 2 and ".blocks." in name]
-    taken = set(map(id, hidden))
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS)
-    ]
-    if hidden:
-        optimizers.append(Muon(hidden, lr=muon_lr, weight_decay=weight_decay))
+    kinds: tuple[dict[Any, list[Tensor]], ...] = ({(0.0, 1.0): []}, {})
+    for name, p in named:
+        if p.requires_grad:
+            is_hidden = bool(muon_lr) and p.ndim == 2 and ".blocks." in name
+            about = weight_decay if p.ndim >= 2 else 0.0, shares.get(p, 1.0)
+            kinds[is_hidden].setdefault(about, []).append(p)
+    adam, muon = (
+        [
+            {"params": params, "weight_decay": decay, "lr": rate * share}
+            for (decay, share), params in groups.items()
+        ]
+        for rate, groups in zip((lr, muon_lr), kinds, strict=True)
+    )
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adam, betas=BETAS, eps=EPS)]
+    if muon:
+        optimizers.append(Muon(muon, lr=muon_lr))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -1,11 +1,14 @@
 """What training data is made of: pairs of a picture and a caption."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
 import torch
 from torch import Tensor
+
+from miniclip.transform import ImageTransform
 
 
 class Pair(NamedTuple):
@@ -54,3 +57,15 @@ def caption_label(caption: str) -> int:
 def shuffled(count: int, seed: int) -> Iterator[int]:
     """0 to count - 1 in an order that the seed decides."""
     return iter(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def to_bytes(transform: ImageTransform) -> Callable[[Any], Tensor]:
+    """The transform up to the crop: a picture to uint8 (3, S, S)."""
+    plain = replace(transform, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+    return lambda picture: (plain(picture) * 255).round().to(torch.uint8)
+
+
+def note_once(notes: list[str], note: str) -> None:
+    """Append a note that is not among the notes already."""
+    if note not in notes:
+        notes.append(note)

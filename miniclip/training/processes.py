@@ -7,24 +7,39 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from miniclip.files.models import check_device
+from miniclip.model import CLIP
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
     """Give this process's device. Under torchrun, which sets RANK, join the processes inside the
-    `with` block."""
-    if "RANK" not in os.environ:
+    `with` block, unless the program has done so."""
+    if "RANK" not in os.environ or dist.is_initialized():
         yield device
         return
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         check_device(device)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # torchrun may keep its store through a restart, with the addresses of the crashed processes
+    # (pytorch/pytorch#167288). Only one machine's processes agree on the number of the restart.
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if device.startswith("cuda") else "gloo",
+        store=dist.PrefixStore(attempt, store),
+        rank=rank,
+        world_size=world_size,
+    )
     try:
         yield device
     finally:
@@ -46,6 +61,55 @@ def parallel(objective: nn.Module, skips: bool) -> nn.Module:
     return DistributedDataParallel(
         objective, find_unused_parameters=skips, gradient_as_bucket_view=True
     )
+
+
+def shard(model: CLIP) -> CLIP:
+    """Shard each block and each tower over all processes, in place, by FSDP2.
+
+    The logit scale, a number, stays whole: every process computes the same loss, and so the same
+    gradient of it. Raises ValueError without processes, or for other weights outside the towers.
+    """
+    if not dist.is_initialized():
+        raise ValueError("fsdp shards the weights over several processes: start them by torchrun")
+    mesh = init_device_mesh(model.logit_scale.device.type, (dist.get_world_size(),))
+    for tower in (model.vision, model.text):
+        for block in tower.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(tower, mesh=mesh)
+    for name, p in model.named_parameters():
+        if not isinstance(p, DTensor) and p is not model.logit_scale:
+            raise ValueError(f"fsdp shards the two towers, and {name} is in neither")
+    return model
+
+
+def reshard(model: CLIP) -> None:
+    """Shard a model again whose towers a pass without gradients has left whole."""
+    for tower in (model.vision, model.text):
+        if isinstance(tower, FSDPModule):
+            tower.reshard()
+
+
+def whole(state: Any, device: str | None = None) -> Any:
+    """Tensors of which every sharded one is whole again, and on this device. All processes call it
+    together."""
+    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().to(device), state)
+
+
+def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
+    """A tensor that every process has whole, sharded over them as `part` is, if it is."""
+    if not isinstance(part, DTensor) or tensor.shape != part.shape:
+        return tensor
+    mesh = part.device_mesh
+    copies = DTensor.from_local(tensor.to(part.device), mesh, [Replicate()], run_check=False)
+    return copies.redistribute(mesh, part.placements)
+
+
+def of_first_process(value: float) -> float:
+    """What the first process says, in all of them."""
+    said = [value]
+    if rank_and_world_size()[1] > 1:
+        dist.broadcast_object_list(said)
+    return said[0]
 
 
 def of_all_processes(notes: list[str]) -> list[str]:

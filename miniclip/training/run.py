@@ -1,21 +1,28 @@
 """The state of a run: what it saves, how it continues after it was killed, what it logs."""
 
 import json
+import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from miniclip.checkpoint import save
+from miniclip.checkpoint import Loaded, save
 from miniclip.errors import CheckpointError
 from miniclip.files.writing import replacing, write_json
 from miniclip.model import CLIP
+from miniclip.surgery.lora import merge_lora
+from miniclip.surgery.weights import copied
 from miniclip.tokenizer import Tokenizer
-from miniclip.training.optim import make_optimizers
+from miniclip.training.loss import Objective
+from miniclip.training.optim import layers_above, make_optimizers, trainable
+from miniclip.training.processes import of_first_process, reshard, shard, sharded_like, whole
 from miniclip.training.recipe import Recipe
 from miniclip.transform import ImageTransform
 
@@ -25,19 +32,43 @@ STATE = "training.pt"
 
 
 class Run:
-    """The state of a run: its step, its optimizers, and what it has logged."""
+    """What a run trains, and its state: its step, its optimizers, its scores, what it has logged.
 
-    def __init__(self, out: Path, model: CLIP, recipe: Recipe, writes: bool) -> None:
-        self.out, self.model, self.writes = out, model, writes
-        self.optimizers = make_optimizers(model, recipe.lr, recipe.muon_lr, recipe.weight_decay)
+    `loss` is a `training.Loss`; one that is a module is trained and saved too. `log`: "tensorboard"
+    writes the rows of metrics for it as well.
+    """
+
+    def __init__(
+        self, out: Path, model: CLIP, recipe: Recipe, loss: Any = None, writes: bool = True,
+        log: str = "",
+    ) -> None:  # fmt: skip
+        self.out, self.model, self.recipe, self.writes = out, model, recipe, writes
+        if any(p.itemsize < 4 for p in model.parameters()):
+            model.float()  # a step is too small for float16, and its square is nothing
+        self.trained = self.plain = trainable(model, recipe.freeze, recipe.lora, recipe.seed)
         self.average = None
         if recipe.ema:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+            self.average = AveragedModel(self.plain, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+        if recipe.fsdp:
+            self.trained = shard(copied(self.plain))
+            if self.average:
+                shard(self._weights())
+            self.plain.cpu()  # until the end: what is whole must not fill the device
+        self.objective = Objective(self.trained, loss, recipe.precision)
+        above, decay = layers_above(self.trained), recipe.layer_decay
+        self.optimizers = make_optimizers(
+            self.objective.named_parameters(),
+            recipe.lr,
+            recipe.muon_lr,
+            recipe.weight_decay,
+            {p: decay**layers for p, layers in above.items()},
+        )
         config = model.config.to_dict() | {"class": type(model).__name__}
         self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
         self.losses: list[float] = []  # since the last row
         self.rows: list[dict[str, float]] = []
+        self.best = -math.inf  # of the scores on held-out data
         self.seconds = 0.0  # of training, over all starts
         self.reported: set[str] = set()
         if (out / STATE).is_file():
@@ -45,6 +76,7 @@ class Run:
         elif any((out / name).exists() for name in ("config.json", "model.safetensors")):
             raise ValueError(f"{out}: already holds a checkpoint; choose another folder")
         self.saved_at = self.started = time.monotonic()
+        self.writer: Any = None
         if writes:
             try:
                 out.mkdir(parents=True, exist_ok=True)
@@ -52,6 +84,8 @@ class Run:
                 (out / "metrics.jsonl").write_text("".join(map(_line, self.rows)))
             except OSError as error:
                 raise ValueError(f"{out}: cannot be written: {error.strerror}") from error
+            if log:
+                self.writer = open_tensorboard(out, self.step)
 
     def _continue(self) -> None:
         path = self.out / STATE
@@ -65,13 +99,17 @@ class Run:
                 if found[kind].get(name) != value
             ]
             if not changed:
-                self.model.load_state_dict(state["model"])
-                if self.average:
-                    self.average.load_state_dict(state["average"])
+                for module in filter(None, (self.objective, self.average)):
+                    own, saved = module.state_dict(), state[type(module).__name__]
+                    for name in own:
+                        saved[name] = sharded_like(saved[name], own[name])
+                    module.load_state_dict(saved)
                 for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(saved)
+                    for p, values in optimizer.state.items():
+                        values |= {name: sharded_like(x, p) for name, x in values.items()}
                 self.step, self.losses, self.rows = state["step"], state["losses"], state["rows"]
-                self.seconds = state["seconds"]
+                self.seconds, self.best = state["seconds"], state["best"]
         except Exception as error:  # damage shows itself in many ways
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: cannot be continued: {reason}") from error
@@ -86,27 +124,57 @@ class Run:
     @property
     def is_time_to_save(self) -> bool:
         """Whether the last save was SAVE_EVERY seconds ago."""
-        return time.monotonic() - self.saved_at > SAVE_EVERY
+        return self.agreed(time.monotonic() - self.saved_at > SAVE_EVERY)
 
-    def log_step(self, loss: float, epoch_ended: bool) -> None:
-        """Count a step. Every LOG_EVERY steps, and after an epoch, write a row of metrics."""
+    def agreed(self, wants_to_save: bool) -> bool:
+        """Sharded weights are saved by all processes or none: then the first process decides."""
+        return bool(of_first_process(wants_to_save)) if self.recipe.fsdp else wants_to_save
+
+    def validate(
+        self,
+        scores_of: Callable[[Loaded], dict[str, float]],
+        tokenizer: Tokenizer,
+        transform: ImageTransform,
+    ) -> dict[str, float]:
+        """The scores of the weights as they are. The first score decides whether `out`/best, the
+        best checkpoint so far, is written again."""
+        began, weights = time.monotonic(), self._weights().eval()
+        scores = scores_of(Loaded(weights, tokenizer, transform))
+        reshard(weights.train())
+        first = of_first_process(next(iter(scores.values())))
+        if first > self.best:
+            self.best = first
+            self._write(self.out / "best", tokenizer, transform)
+        self.started += time.monotonic() - began  # the seconds of a row are of training
+        return {f"val_{name}": score for name, score in scores.items()}
+
+    def log_step(self, loss: float, epoch_ended: bool, scores: dict[str, float]) -> None:
+        """Count a step. Every LOG_EVERY steps, after an epoch, and with new scores of held-out
+        data, write a row of metrics."""
         self.step += 1
         self.losses.append(loss)
-        if self.step % LOG_EVERY and not epoch_ended:
+        if self.step % LOG_EVERY and not epoch_ended and not scores:
             return
         seconds = self.seconds + time.monotonic() - self.started
+        last = self.rows[-1] if self.rows else {"step": 0, "seconds": 0.0}
+        pairs = self.recipe.batch * (self.step - last["step"])
         row = {
             "step": self.step,
             "loss": sum(self.losses) / len(self.losses),
             "lr": self.optimizers[0].param_groups[0]["lr"],
-            "logit_scale": self.model.logit_scale.exp().item(),
-            "seconds": round(seconds, 1),
-        }
+            "logit_scale": self.trained.logit_scale.exp().item(),
+            "seconds": round(seconds, 3),
+            "pairs_per_second": pairs / max(1e-3, seconds - last["seconds"]),
+            "peak_gib": peak_memory(self.trained.logit_scale.device) / 2**30,
+        } | scores
         self.losses = []
         self.rows.append(row)
         if self.writes:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(_line(row))
+        if self.writer:
+            for name, value in row.items():
+                self.writer.add_scalar(name, value, self.step)
 
     def report(self, note: str, about: str = "") -> None:
         """Print a note above the progress bar: once, or the first of those `about` one thing."""
@@ -118,31 +186,73 @@ class Run:
         """Write the state to continue from, then the checkpoint. In the other order, a run that is
         killed in between would look finished."""
         self.saved_at = time.monotonic()
-        if not self.writes:
+        if not (self.writes or self.recipe.fsdp):
             return
         state = {
             "settings": self.settings,
-            "model": self.model.state_dict(),
-            "average": self.average and self.average.state_dict(),
+            "Objective": self.objective.state_dict(),
+            "AveragedModel": self.average and self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "losses": self.losses,
             "rows": self.rows,
+            "best": self.best,
             "seconds": self.seconds + time.monotonic() - self.started,
         }
-        with replacing(self.out / STATE) as temporary:
-            torch.save(state, temporary)
-        weights = self.average.module if self.average else self.model
-        assert isinstance(weights, CLIP)  # a module, says AveragedModel
-        save(self.out, weights, tokenizer, transform)
+        state = whole(state, "cpu")
+        if self.writes:
+            with replacing(self.out / STATE) as temporary:
+                torch.save(state, temporary)
+        self._write(self.out, tokenizer, transform)
 
     def finish(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
-        """Write the checkpoint, remove the state, and give the model the averaged weights."""
-        if self.average:
-            self.model.load_state_dict(self.average.module.state_dict())
+        """Write the checkpoint, remove the state, and give the model the weights of it."""
+        weights = self._write(self.out, tokenizer, transform)  # may have been killed before this
+        if weights is not self.model:
+            self.model.load_state_dict(weights.state_dict())
+        self.model.to(self.trained.logit_scale.device)
         if self.writes:
-            save(self.out, self.model, tokenizer, transform)  # it may have been killed before this
             (self.out / STATE).unlink(missing_ok=True)
+        if self.writer:
+            self.writer.close()
+
+    def _weights(self) -> CLIP:
+        """The model to measure and to write: the averaged weights, if there are any."""
+        weights = self.average.module if self.average else self.trained
+        assert isinstance(weights, CLIP)  # a module, says AveragedModel
+        return weights
+
+    def _write(self, out: Path, tokenizer: Tokenizer, transform: ImageTransform) -> CLIP:
+        """Write a checkpoint. Sharded weights need all processes."""
+        weights = self._weights()
+        if self.recipe.fsdp:
+            self.plain.load_state_dict(whole(weights.state_dict(), "cpu"))
+            weights = self.plain
+        if self.recipe.lora:
+            weights = merge_lora(weights)
+        if self.writes:
+            save(out, weights, tokenizer, transform)
+        return weights
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had: of the device's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return 0
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def open_tensorboard(out: Path, step: int) -> Any:
+    """PyTorch's own writer; what a killed run had written after this step is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--log tensorboard needs it: pip install 'miniclip[train]'") from None
+    return SummaryWriter(str(out), purge_step=step + 1)
 
 
 def _line(row: dict[str, float]) -> str:

@@ -899,8 +899,8 @@ SLIPS = [
     ),
     Slip(
         "The curve of the loss shows the learning rate.",
-        '"loss": ("loss", BLUE)',
-        '"lr": ("loss", BLUE)',
+        '"loss": "loss",',
+        '"lr": "loss",',
         FIGURES,
     ),
     Slip(

@@ -4,6 +4,7 @@ from slip import Slip
 
 RUNS = "tests/test_recipe.py"
 TRAINING = "tests/test_training.py"
+FINE = "tests/test_fine_tuning.py"
 PROCESSES = "tests/test_processes.py"
 DATA = (
     "tests/test_training.py -k 'source or pictures or pixels or shards or class "
@@ -19,19 +20,19 @@ SLIPS = [
     # the loop
     Slip(
         "No gradient is clipped.",
-        "nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_gradient)",
+        "nn.utils.clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)",
         "pass",
         RUNS,
     ),
     Slip(
         "Gradients are clipped to 1, whatever the recipe says.",
-        "clip_grad_norm_(model.parameters(), recipe.clip_gradient)",
-        "clip_grad_norm_(model.parameters(), 1.0)",
+        "clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)",
+        "clip_grad_norm_(run.objective.parameters(), 1.0)",
         RUNS,
     ),
     Slip(
         "Only the vision tower's gradient is clipped.",
-        "clip_grad_norm_(model.parameters(),",
+        "clip_grad_norm_(run.objective.parameters(),",
         "clip_grad_norm_(model.vision.parameters(),",
         RUNS,
     ),
@@ -157,8 +158,8 @@ SLIPS = [
     ),
     Slip(
         "Every process writes the checkpoint.",
-        "writes=rank == 0",
-        "writes=True",
+        "Run(Path(out), model, recipe, loss, rank == 0, log)",
+        "Run(Path(out), model, recipe, loss, True, log)",
         RUNS,
     ),
     Slip(
@@ -228,8 +229,8 @@ SLIPS = [
     Slip("The model is not put in training mode.", "    model.train()\n", "", RUNS),
     Slip(
         "The model comes back in training mode.",
-        "    run.finish(tokenizer, transform)\n    return model.eval()",
-        "    run.finish(tokenizer, transform)\n    return model",
+        "    return whole_model.eval()",
+        "    return whole_model",
         RUNS,
     ),
     Slip(
@@ -247,14 +248,14 @@ SLIPS = [
     ),
     Slip(
         "Weight decay is not what the recipe says.",
-        "make_optimizers(model, recipe.lr, recipe.muon_lr, recipe.weight_decay)",
-        "make_optimizers(model, recipe.lr, recipe.muon_lr, 0.1)",
+        "            recipe.weight_decay,\n            {p:",
+        "            0.1,\n            {p:",
         RUNS,
     ),
     Slip(
         "Muon has AdamW's rate.",
-        "make_optimizers(model, recipe.lr, recipe.muon_lr, recipe.weight_decay)",
-        "make_optimizers(model, recipe.lr, recipe.muon_lr and recipe.lr, recipe.weight_decay)",
+        "            recipe.muon_lr,\n",
+        "            recipe.muon_lr and recipe.lr,\n",
         RUNS,
     ),
     Slip(
@@ -283,8 +284,8 @@ SLIPS = [
     ),
     Slip(
         "A row of metrics has the logarithm of the scale.",
-        "self.model.logit_scale.exp().item()",
-        "self.model.logit_scale.item()",
+        "self.trained.logit_scale.exp().item()",
+        "self.trained.logit_scale.item()",
         RUNS,
     ),
     Slip(
@@ -295,14 +296,14 @@ SLIPS = [
     ),
     Slip(
         "An epoch's end writes no row.",
-        "if self.step % LOG_EVERY and not epoch_ended:",
-        "if self.step % LOG_EVERY:",
+        "if self.step % LOG_EVERY and not epoch_ended and not scores:",
+        "if self.step % LOG_EVERY and not scores:",
         RUNS,
     ),
     Slip(
         "Rows come at epochs' ends only.",
-        "if self.step % LOG_EVERY and not epoch_ended:",
-        "if not epoch_ended:",
+        "if self.step % LOG_EVERY and not epoch_ended and not scores:",
+        "if not epoch_ended and not scores:",
         RUNS,
     ),
     Slip(
@@ -329,14 +330,14 @@ SLIPS = [
     Slip("Adam's eps is torch's.", "(0.9, 0.98), 1e-6", "(0.9, 0.98), 1e-8", RUNS),
     Slip(
         "Biases decay.",
-        'if p.ndim < 2], "weight_decay": 0.0',
-        'if p.ndim < 2], "weight_decay": weight_decay',
+        "about = weight_decay if p.ndim >= 2 else 0.0,",
+        "about = weight_decay,",
         RUNS,
     ),
     Slip(
         "Matrices do not decay.",
-        'if p.ndim >= 2], "weight_decay": weight_decay',
-        'if p.ndim >= 2], "weight_decay": 0.0',
+        "about = weight_decay if p.ndim >= 2 else 0.0,",
+        "about = 0.0,",
         RUNS,
     ),
     Slip("Adam decouples no decay.", "torch.optim.AdamW(", "torch.optim.Adam(", RUNS),
@@ -349,8 +350,8 @@ SLIPS = [
     ),
     Slip(
         "Muon does not decay.",
-        "Muon(hidden, lr=muon_lr, weight_decay=weight_decay)",
-        "Muon(hidden, lr=muon_lr, weight_decay=0.0)",
+        'p.mul_(1 - group["lr"] * group["weight_decay"])',
+        "pass",
         RUNS,
     ),
     Slip(
@@ -388,8 +389,8 @@ SLIPS = [
     ),
     Slip(
         "Frozen parameters are trained.",
-        "for name, p in model.named_parameters() if p.requires_grad]",
-        "for name, p in model.named_parameters()]",
+        "    for name, p in named:\n        if p.requires_grad:",
+        "    for name, p in named:\n        if True:",
         RUNS,
     ),
     Slip("Warm-up starts at zero.", "return (step + 1) / rising", "return step / rising", RUNS),
@@ -491,11 +492,163 @@ SLIPS = [
     ),
     Slip(
         "The model comes back without its average.",
-        "self.model.load_state_dict(self.average.module.state_dict())",
+        "self.model.load_state_dict(weights.state_dict())",
         "pass",
         RUNS,
     ),
+    # parts of a model, held-out data, and starting again
+    Slip(
+        "`freeze` is ignored.",
+        "            named[name].requires_grad_(False)\n",
+        "            pass\n",
+        RUNS,
+    ),
+    Slip("`lora` is ignored.", "    if lora:\n", "    if False:\n", FINE + " -k lora"),
+    Slip(
+        "Processes and starts draw other low-rank matrices.",
+        "        torch.manual_seed(seed)  # the same random matrices in every process\n",
+        "        torch.seed()\n",
+        FINE + " -k crashed",
+    ),
+    Slip(
+        "`layer_decay` is ignored.",
+        "{p: decay**layers for p, layers in above.items()}",
+        "{}",
+        RUNS,
+    ),
+    Slip(
+        "The embeddings learn as fast as the first block.",
+        "dict.fromkeys(tower.parameters(), depth + 1)",
+        "dict.fromkeys(tower.parameters(), depth)",
+        RUNS,
+    ),
+    Slip(
+        "The projection learns as fast as the embeddings.",
+        'parts[parts.index("blocks") + 1 :]',
+        "parts[len(parts) :]",
+        RUNS,
+    ),
+    Slip(
+        "SigLIP's bias is not trained.",
+        "nn.Parameter(torch.tensor(-10.0))",
+        "nn.Parameter(torch.tensor(-10.0), requires_grad=False)",
+        RUNS,
+    ),
+    Slip(
+        "SigLIP's loss takes every pair for a false one.",
+        "signs = 2 * is_true.to(logits) - 1",
+        "signs = 0 * is_true.to(logits) - 1",
+        FINE + " -k siglip",
+    ),
+    Slip(
+        "The loss's own parameters are not saved.",
+        '"Objective": self.objective.state_dict()',
+        '"Objective": Objective(self.trained).state_dict()',
+        FINE + " -k crashed",
+    ),
+    Slip(
+        "Half-precision weights are trained in half precision.",
+        "            model.float()  #",
+        "            pass  #",
+        FINE + " -k float16",
+    ),
+    Slip(
+        "The last checkpoint counts as the best.",
+        "if first > self.best:",
+        "if True:",
+        FINE + " -k best",
+    ),
+    Slip(
+        "Of equal checkpoints the later one counts as the best.",
+        "if first > self.best:",
+        "if first >= self.best:",
+        FINE + " -k best",
+    ),
+    Slip(
+        "A continued run forgets the best score.",
+        'self.seconds, self.best = state["seconds"], state["best"]',
+        'self.seconds = state["seconds"]',
+        FINE + " -k crashed",
+    ),
+    Slip(
+        "Held-out data is measured in training mode.",
+        "self._weights().eval()",
+        "self._weights()",
+        FINE + " -k best",
+    ),
+    Slip(
+        "Training goes on in evaluation mode.",
+        "reshard(weights.train())",
+        "reshard(weights)",
+        FINE + " -k held_out",
+    ),
+    Slip(
+        "`val_every` is ignored.",
+        "done % (recipe.val_every or steps_per_epoch) == 0",
+        "done % steps_per_epoch == 0",
+        FINE + " -k best",
+    ),
+    Slip(
+        "The trained weights are measured, and not their average.",
+        "weights = self.average.module if self.average else self.trained",
+        "weights = self.trained",
+        FINE + " -k best",
+    ),
+    Slip(
+        "A restarted log shows steps twice.",
+        "purge_step=step + 1",
+        "purge_step=None",
+        FINE + " -k tensorboard",
+    ),
+    Slip(
+        "Optimizers' states of sharded weights are read whole.",
+        "values |= {name: sharded_like(x, p) for name, x in values.items()}",
+        "pass",
+        PROCESSES + " -k sharded",
+    ),
+    Slip(
+        "A frozen tower stays whole after a step.",
+        "            reshard(model)  # a frozen",
+        "            # a frozen",
+        PROCESSES + " -k sharded",
+    ),
+    Slip(
+        "Blocks are not sharded by themselves, and towers not at all.",
+        "        fully_shard(tower, mesh=mesh)\n",
+        "",
+        PROCESSES + " -k sharded",
+    ),
     # the data
+    Slip(
+        "A command's failure is not noticed.",
+        "    if process.returncode:\n",
+        "    if False:\n",
+        FINE + " -k fails",
+    ),
+    Slip(
+        "A command that nobody reads goes on.",
+        "            process.kill()\n",
+        "",
+        FINE + " -k nobody",
+    ),
+    Slip(
+        "A shard that cannot be opened ends the run.",
+        "            except Exception as error:  # of a file system",
+        "            except ZeroDivisionError as error:  # of a file system",
+        FINE + " -k fails",
+    ),
+    Slip(
+        "A shard that has shrunk moves all later batches.",
+        "items = chain(found, repeat(None))",
+        "items = chain(found)",
+        FINE + " -k vanishes",
+    ),
+    Slip(
+        "An item that crashes ends the run.",
+        "        except Exception as error:  # one item",
+        "        except ZeroDivisionError as error:  # one item",
+        FINE + " -k crashes",
+    ),
     Slip(
         "A picture has its first caption only.",
         "random.Random(draw).choice(captions)",

@@ -1,0 +1,126 @@
+"""Pictures and their captions from tar shards: files, commands and addresses."""
+
+import io
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import chain
+from subprocess import PIPE, Popen
+from typing import Any
+
+import fsspec
+
+from miniclip.errors import ImageError
+from miniclip.files.pictures import open_image, with_name
+from miniclip.training.pairs import Pair, caption_label, note_once, shuffled, to_bytes
+from miniclip.transform import ImageTransform
+
+
+class Shards:
+    """WebDataset tars: samples of files with one stem, a picture and a .txt beside it.
+
+    Every process reads all shards and decodes its own share, so that batches do not depend on how
+    many processes there are. A shuffle buffer mixes neighbours; the shards' order is drawn too.
+    They are counted once, which reads them all.
+
+    A shard is a file, a command ("pipe:curl -s URL/{000..099}.tar", for a hundred), or an address
+    that fsspec can open ("hf://datasets/OWNER/NAME/0.tar").
+    """
+
+    PICTURES = ("jpg", "jpeg", "png", "webp")
+    BUFFER = 1000  # samples
+
+    def __init__(self, paths: Iterable[str], transform: ImageTransform) -> None:
+        if find_spec("webdataset") is None:
+            raise ValueError("tar shards need webdataset: pip install 'miniclip[train]'")
+        from webdataset.shardlists import expand_urls
+
+        several = (expand_urls(path) if is_address(path) else [path] for path in paths)
+        self.paths = sorted(chain.from_iterable(several))
+        self.skipped: list[str] = []
+        self._to_bytes = to_bytes(transform)
+        self._count: int | None = None
+
+    def __len__(self) -> int:
+        if self._count is None:
+            self._count = sum(1 for _ in self._samples(self.paths))
+        return self._count
+
+    def items(self, seed: int) -> Iterator[dict[str, Any]]:
+        """All samples, their shards in an order and neighbours mixed as the seed decides."""
+        from webdataset.filters import shuffle
+
+        order = [self.paths[i] for i in shuffled(len(self.paths), seed)]
+        yield from shuffle(self.BUFFER, rng=random.Random(seed))(self._samples(order))
+
+    def captions(self) -> Iterator[str]:
+        """The caption of every sample."""
+        return map(_caption, self._samples(self.paths))
+
+    def _samples(self, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Whole samples, still as bytes. A damaged shard is noted and left where the damage is."""
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        def note(error: Exception) -> bool:
+            reason = str(error.args[0] if error.args else error).partition(" @ ")[0]
+            note_once(self.skipped, f"{path}: {reason}")
+            return True
+
+        for path in paths:
+            try:
+                with open_shard(path) as stream:
+                    files = tar_file_expander([{"url": path, "stream": stream}], handler=note)
+                    for sample in group_by_keys(files, handler=note):
+                        if {*self.PICTURES} & sample.keys() and _caption(sample).strip():
+                            yield sample
+                        else:
+                            missing = "expected a picture and a .txt of it"
+                            note_once(self.skipped, f"{_place(sample)}: {missing}")
+            except Exception as error:  # of a file system, a network or a command: all the same
+                note(error)
+
+    def __getitem__(self, item_and_draw: tuple[dict[str, Any], int]) -> Pair | None:
+        sample, _ = item_and_draw
+        kind = next(kind for kind in self.PICTURES if kind in sample)
+        try:
+            pixels = self._to_bytes(open_image(io.BytesIO(sample[kind])))
+        except ImageError as error:
+            note_once(self.skipped, with_name(f"{_place(sample)}.{kind}", error))
+            return None
+        caption = _caption(sample)
+        return Pair(pixels, caption, caption_label(caption))
+
+
+def is_address(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is a command or an address, and not a path."""
+    return str(name).startswith("pipe:") or "://" in str(name)
+
+
+@contextmanager
+def open_shard(path: str) -> Iterator[Any]:
+    """A tar to read: a file, a command's output, or what an address stands for."""
+    if not path.startswith("pipe:"):
+        with fsspec.open(path) if is_address(path) else open(path, "rb") as stream:
+            yield stream
+        return
+    with Popen(path[5:], shell=True, stdout=PIPE) as process:
+        assert process.stdout
+        try:
+            yield process.stdout
+        except GeneratorExit:  # nobody reads on
+            process.kill()
+            raise
+        while process.stdout.read(2**20):  # what stands after the end of the tar
+            pass
+    if process.returncode:
+        raise OSError(f"the command ended with exit status {process.returncode}")
+
+
+def _caption(sample: dict[str, Any]) -> str:
+    return sample.get("txt", b"").decode("utf-8-sig", "replace")
+
+
+def _place(sample: dict[str, Any]) -> str:
+    return f"{sample.get('__url__', '')}: {sample.get('__key__', '')}"

@@ -1,0 +1,348 @@
+"""What a run does beside its loop: parts of a model, held-out data, logs, and starting again."""
+
+import json
+import math
+import signal
+import sys
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from PIL import Image
+from test_recipe import BASE, SHAPE, TRANSFORM, Spots
+from test_training import SIZE, assert_equal_models, captioned
+from torch import nn
+
+from miniclip import CLIP, ImageTransform, load
+from miniclip.evaluation import scorer
+from miniclip.training import batches, from_scratch, open_data, train
+from miniclip.training import run as run_module
+from miniclip.training import shards as shards_module
+from miniclip.training.loss import SigmoidLoss
+from miniclip.training.optim import trainable
+
+QUICK = replace(BASE, epochs=2)  # of three steps each
+
+
+def new_model():
+    model, tokenizer = from_scratch(SHAPE, Spots(), seed=0)
+    return model.eval(), tokenizer
+
+
+def run(out, recipe, **options):
+    model, tokenizer = new_model()
+    return train(model, tokenizer, TRANSFORM, Spots(), recipe, out, **options)
+
+
+def rows_of(out):
+    return list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+
+
+def crash_in(step, monkeypatch):
+    """Have a run end in one step, after it has been saved at the end of the first epoch."""
+    note = run_module.Run.log_step
+
+    def crash(self, *args):
+        if self.step == step:
+            raise KeyboardInterrupt
+        note(self, *args)
+
+    monkeypatch.setattr(run_module.Run, "log_step", crash)
+    return lambda: monkeypatch.setattr(run_module.Run, "log_step", note)
+
+
+def test_lora_trains_a_low_rank_change_and_writes_a_plain_model(tmp_path):
+    before, _ = new_model()
+    after = run(tmp_path, replace(QUICK, lora=2, lr=0.05))
+    names = dict(before.named_parameters())
+    for name, p in after.named_parameters():
+        change = (p - names[name]).detach()
+        if name.endswith(("q_proj.weight", "v_proj.weight")):
+            assert torch.linalg.matrix_rank(change, tol=1e-5) in (1, 2), name
+        else:
+            assert not change.any(), name
+    assert_equal_models(CLIP.from_pretrained(tmp_path), after)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "trained"),
+    [
+        ("vision", {"text", "logit_scale"}),
+        ("vision,logit_scale", {"text"}),
+        ("text.*, vision.blocks.*", {"logit_scale", "vision"}),
+    ],
+)
+def test_parts_are_frozen_by_their_names(freeze, trained):
+    model = trainable(new_model()[0], freeze)
+    left = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {name.partition(".")[0] for name in left} == trained
+    assert not any(".blocks." in name for name in left if name.startswith("vision"))
+
+
+def test_a_part_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="freeze: no part is called 'visual'; there are logit_sca"):
+        trainable(new_model()[0], "text, visual")
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        trainable(new_model()[0], "*")
+
+
+def test_weights_are_sharded_over_processes_alone(tmp_path):
+    with pytest.raises(ValueError, match="several processes: start them by torchrun"):
+        run(tmp_path, replace(QUICK, fsdp=True))
+
+
+def test_siglips_loss_is_that_of_transformers():
+    from transformers import SiglipConfig, SiglipModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    config = SiglipConfig(
+        text_config={**sizes, "vocab_size": 20, "max_position_embeddings": 4},
+        vision_config={**sizes, "image_size": 8, "patch_size": 4},
+    )
+    peer = SiglipModel(config).eval()
+    peer.logit_scale.data.fill_(1.3)
+    peer.logit_bias.data.fill_(-2.5)
+    inputs = {"input_ids": torch.arange(12).view(3, 4), "pixel_values": torch.randn(3, 3, 8, 8)}
+    found = peer(**inputs, return_loss=True)
+    ours, model = SigmoidLoss(), nn.Module()
+    assert ours.bias.item() == -10  # the paper's, at the start
+    ours.bias.data.fill_(-2.5)
+    model.logit_scale = peer.logit_scale
+    value = ours(model, found.image_embeds, found.text_embeds, torch.eye(3).bool())
+    torch.testing.assert_close(value, found.loss)
+
+
+def test_float16_weights_are_trained_as_float32(tmp_path):
+    """In float16 the smallest squares are 0, and so is Adam's eps: 0 / 0 after the first step."""
+    naive = new_model()[0].half()
+    optimizer = torch.optim.AdamW(naive.parameters())
+    pixels = torch.rand(4, 3, 12, 12).half()
+    naive.encode_image(pixels).sum().backward()
+    optimizer.step()
+    assert any(p.isnan().any() for p in naive.vision.parameters())
+
+    models = []
+    for kind in (torch.float16, torch.float32):
+        model, tokenizer = new_model()
+        model = model.half().to(kind)
+        train(model, tokenizer, TRANSFORM, Spots(), QUICK, tmp_path / str(kind))
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+        models.append(model)
+    assert_equal_models(*models)
+    assert_equal_models(CLIP.from_pretrained(tmp_path / "torch.float16", dtype=None), models[0])
+
+
+OPTIONS = {
+    "a part": {"lora": 2, "freeze": "text", "loss": "siglip", "layer_decay": 0.5, "ema": 0.5},
+    "all": {"loss": "siglip", "layer_decay": 0.5, "muon_lr": 0.02, "chunk": 3},
+}
+
+
+def by_weight(loaded):
+    """A score that any change of the weights changes."""
+    return {"score": loaded.model.vision.blocks[0].attn.q_proj.weight.double().sum().sin().item()}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_crashed_run_goes_on_to_the_same_bits_with_each_option(name, tmp_path, monkeypatch):
+    recipe = replace(QUICK, val_every=2, **OPTIONS[name])
+    expected = run(tmp_path / "whole", recipe, validate=by_weight)
+    restore = crash_in(4, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "crashed", recipe, validate=by_weight)
+    restore()
+    assert_equal_models(run(tmp_path / "crashed", recipe, validate=by_weight), expected)
+    for part in ("", "best"):
+        one, two = (CLIP.from_pretrained(tmp_path / out / part) for out in ("whole", "crashed"))
+        assert_equal_models(one, two)
+    columns = ("step", "loss", "lr", "val_score")
+    found, rows = (
+        [[row.get(name) for name in columns] for row in rows_of(tmp_path / out)]
+        for out in ("crashed", "whole")
+    )
+    assert found == rows and [row[0] for row in rows] == [2, 3, 4, 6]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
+    scores, seen = iter([0.2, 0.5, 0.5, 0.3]), []
+
+    def validate(loaded):
+        assert not loaded.model.training and loaded.transform == TRANSFORM
+        seen.append({name: p.clone() for name, p in loaded.model.state_dict().items()})
+        return {"accuracy": next(scores), "other": -1.0}
+
+    recipe = replace(QUICK, epochs=2, val_every=2, ema=0.5)  # and at the end of six steps
+    with pytest.raises(StopIteration):  # nor more often
+        run(tmp_path, replace(recipe, epochs=3), validate=validate)
+    rows = [row for row in rows_of(tmp_path) if "val_accuracy" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert [row["val_accuracy"] for row in rows] == [0.2, 0.5, 0.5, 0.3]
+    best, tokenizer, transform = load(tmp_path / "best")
+    assert all(torch.equal(p, seen[1][name]) for name, p in best.state_dict().items())
+    assert transform == TRANSFORM and tokenizer(["a red spot"]).shape[0] == 1
+
+
+def test_held_out_data_is_measured_at_the_end_of_each_epoch_and_changes_nothing(tmp_path):
+    expected = run(tmp_path / "without", replace(QUICK, patch_dropout=0.5))
+    found = run(tmp_path / "with", replace(QUICK, patch_dropout=0.5), validate=by_weight)
+    assert_equal_models(found, expected)
+    assert [row["step"] for row in rows_of(tmp_path / "with") if "val_score" in row] == [3, 6]
+
+
+COLORS = ("red", "green", "blue", "white", "black", "yellow")
+
+
+@pytest.mark.parametrize("kind", ["folders", "captions", "beside"])
+def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
+    loaded = load("cifar10")
+    pictures = [Image.new("RGB", (32, 32), color) for color in COLORS]
+    texts = ["a photo of a cat.", "a photo of a ship."]
+    for i, picture in enumerate(pictures):
+        name = ("cat/", "ship/")[i % 2] if kind == "folders" else ""
+        (tmp_path / name).mkdir(exist_ok=True)
+        picture.save(tmp_path / f"{name}{i}.png")
+    if kind != "folders":
+        texts = [f"a {color} {thing}" for color, thing in zip(COLORS, "dog cat car".split() * 2)]
+        rows = [json.dumps({"image": f"{i}.png", "text": text}) for i, text in enumerate(texts)]
+        if kind == "captions":
+            (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+        for i, text in enumerate(texts if kind == "beside" else []):
+            (tmp_path / f"{i}.txt").write_text(text)
+    score = scorer(str(tmp_path), loaded.transform, ("image", "text"))(loaded)
+    with torch.no_grad():
+        pixels, ids = loaded.transform(pictures), loaded.tokenizer(texts)
+        logits = loaded.model(pixels, ids).logits_per_image.double()
+    if kind == "folders":
+        right = logits.argmax(1) == torch.arange(6) % 2
+        assert score == {"accuracy": right.double().mean(), "mean_per_class": pytest.approx(
+            (right[::2].double().mean() + right[1::2].double().mean()).item() / 2
+        )}  # fmt: skip
+    else:
+        of_images, of_texts = (
+            (x.argmax(1) == torch.arange(6)).double().mean().item() for x in (logits, logits.T)
+        )
+        assert score == {
+            "recall@1": (of_images + of_texts) / 2,
+            "image_to_text": of_images,
+            "text_to_image": of_texts,
+        }
+
+
+def test_tensorboard_gets_the_rows_and_forgets_what_a_crash_undid(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(run_module, "LOG_EVERY", 1)
+    restore = crash_in(4, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, QUICK, log="tensorboard")
+    restore()
+    run(tmp_path, QUICK, log="tensorboard", validate=None)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    rows = rows_of(tmp_path)
+    assert events.Tags()["scalars"] == [*rows[0]]
+    for name in ("loss", "lr"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(row["step"], pytest.approx(row[name])) for row in rows]
+
+
+def test_a_log_without_its_library_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install 'miniclip\\[train\\]'"):
+        run(tmp_path, QUICK, log="tensorboard")
+
+
+def test_a_row_has_throughput_and_memory(tmp_path, monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: next(ticks) / 2)
+    monkeypatch.setattr(run_module, "SAVE_EVERY", math.inf)
+    run(tmp_path, QUICK)
+    first, second = rows_of(tmp_path)
+    for row, before in ((first, 0), (second, first["seconds"])):
+        assert row["pairs_per_second"] == pytest.approx(12 / (row["seconds"] - before))
+        assert 0.05 < row["peak_gib"] < 64
+
+
+# ------------------------------------------------------------------------------------------------
+# data that is read from elsewhere, or breaks
+
+
+@pytest.fixture
+def shards(tmp_path):
+    captioned(tmp_path, "tar", broken=None)  # 0.tar and 1.tar, of six pictures each
+    return tmp_path
+
+
+def captions_of(name, steps=6, batch=4):
+    data = open_data(name, ImageTransform(SIZE))
+    found = [b.captions for b in islice(batches(data, batch, seed=0), steps)]
+    return data, found
+
+
+def test_shards_come_from_commands_and_addresses(shards, monkeypatch):
+    import fsspec
+    from huggingface_hub import HfFileSystem
+
+    _, expected = captions_of(shards / "0.tar", batch=2)
+    fsspec.filesystem("memory").pipe("/shards/0.tar", (shards / "0.tar").read_bytes())
+    for name in (f"pipe:cat {shards}/0.tar", "memory://shards/0.tar"):
+        data, found = captions_of(name, batch=2)
+        assert len(data) == 6 and found == expected and data.skipped == []
+    assert len(open_data(f"pipe:cat {shards}/{{0..1}}.tar", ImageTransform(SIZE))) == 12
+    assert fsspec.get_filesystem_class("hf") is HfFileSystem  # which reads hf://
+
+
+def test_a_command_that_fails_is_named_and_survived(shards):
+    half = f"pipe:head -c 4000 {shards}/0.tar; exit 3"
+    name = f"{half}::pipe:cat {shards}/1.tar::pipe:cat {shards}/absent.tar 2> /dev/null"
+    data, found = captions_of(f"{name}::{shards}/gone.tar::memory://gone.tar", batch=4)
+    assert 6 < len(data) < 12 and all(len(captions) == 4 for captions in found)
+    assert any("head" in reason and "exit status 3" in reason for reason in data.skipped)
+    for name in ("absent.tar", "gone.tar", "memory://gone.tar"):
+        assert any(reason.partition(": ")[0].endswith(name) or name in reason
+                   for reason in data.skipped), name  # fmt: skip
+
+
+def test_a_command_that_nobody_reads_on_is_ended(shards, monkeypatch):
+    started = []
+
+    class Noted(shards_module.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr(shards_module, "Popen", Noted)
+    data = open_data(f"pipe:cat {shards}/0.tar; exec sleep 20", ImageTransform(SIZE))
+    samples = data._samples(data.paths)
+    next(samples)
+    samples.close()
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_shard_that_vanishes_leaves_the_other_batches_as_they_were(shards):
+    data = open_data(shards, ImageTransform(SIZE))
+    len(data)
+    (shards / "1.tar").write_bytes(b"")
+    found = list(islice(batches(data, 4, seed=0), 4))
+    assert [len(batch.captions) for batch in found] == [4] * 4
+    assert any("1.tar" in reason for reason in data.skipped)
+    late = list(islice(batches(data, 4, seed=0, first=3), 1))  # the second epoch starts in step
+    assert late[0].captions == found[3].captions
+
+
+def test_an_item_that_crashes_is_named_and_another_takes_its_place():
+    class Crashing(Spots):
+        def __init__(self):
+            self.skipped = []
+
+        def __getitem__(self, item_and_draw):
+            if item_and_draw[0] == 3:
+                raise RuntimeError("out of luck")
+            return super().__getitem__(item_and_draw)
+
+    data = Crashing()
+    assert [len(b.captions) for b in islice(batches(data, 6, seed=0), 4)] == [6] * 4
+    assert data.skipped == ["item 3: RuntimeError: out of luck"]
