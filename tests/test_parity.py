@@ -8,9 +8,11 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from forks import openai_names
 from PIL import Image
 from torch import Tensor, nn
 from twin import TINY, exchanged, fork, fork_of, twins
@@ -26,6 +28,7 @@ from miniclip import (
     transform,
 )
 from miniclip.commands.main import main
+from miniclip.model import QuickGELU
 from miniclip.parity import Difference, assert_parity, compare, comparison, pairs, summarize
 from miniclip.published import PUBLISHED
 
@@ -590,18 +593,19 @@ def test_each_argument_of_the_command_arrives(asked, capsys):
     argv = ["--against", "shapes", "--revision", "v2", "--dtype", "float16", "--device", "mps"]
     assert main(["parity", "cifar10", *argv]) == 1
     assert asked["load_pair"] == (("cifar10", "shapes"), {"revision": "v2"})
-    given = {"dtype": torch.float16, "device": "mps"}
+    given = {"dtype": torch.float16, "device": "mps", "gradients": False}
     assert asked["compare"] == (("one", "other"), given) and asked["measured_with"][0] == ("mps",)
     out = capsys.readouterr().out
     for words in ("cifar10", "shapes", "error in float16", "the environment", "cause: a reason"):
         assert words in out
     assert main(["parity", "--random", "B/16", "--json"]) == 1
     assert asked["random_pair"] == (("B/16",), {})
-    assert asked["compare"][1] == {"dtype": torch.float32, "device": "cpu"}
+    assert asked["compare"][1] == given | {"dtype": torch.float32, "device": "cpu"}
     found = json.loads(capsys.readouterr().out)
     assert (found["model"], found["other"]) == ("B/16", "transformers")
     assert (found["first"], found["cause"]) == ("logits", "a reason")
-    main(["parity"])
+    main(["parity", "--grad"])
+    assert asked["compare"][1]["gradients"] is True
     assert asked["load_pair"][0] == ("openai/clip-vit-base-patch32", "transformers")
 
 
@@ -692,3 +696,37 @@ def test_parity_prints_what_the_gradients_are(capsys):
     assert main(["parity", "shapes", "--against", "shapes", "--grad"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"gradients of \d+ parameters, in float64: 0.0e\+00 at most", out)
+
+
+# -------------------------------------------------------------------------- modules of other names
+
+
+@pytest.fixture(scope="module")
+def as_openai():
+    """In the shape that OpenAI's code can express: heads of 64, and a ratio of 4."""
+    shape = {"width": 64, "heads": 1, "mlp_width": 256, "ln_eps": 1e-5, "act": "quick_gelu"}
+    words = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+    text = replace(TINY.text, **shape, **words, context_length=77)
+    return twins(replace(TINY, vision=replace(TINY.vision, **shape), text=text))[0]
+
+
+@pytest.mark.parametrize("returns", ["openai", "open_clip"])
+def test_a_model_with_openais_names_is_compared_site_by_site(as_openai, returns):
+    fork = openai_names.CLIP(as_openai, returns)
+    report = compare(fork, as_openai, gradients=True)
+    assert report.first is None, report
+    seen = {row.site for row in report.rows}
+    for site in ("embeddings", "resid_pre", "q", "k", "v", "attn_out", "mlp_out", "resid_post"):
+        for tower in ("vision", "text"):
+            assert any(name.startswith(tower) and name.endswith(site) for name in seen), site
+    assert {"vision.pooled", "vision.projected", "logits"} <= seen
+    assert {f"gradient.{name}" for name, _ in as_openai.named_parameters()} <= seen
+
+    mlp = fork.transformer.resblocks[1].mlp
+    mlp.gelu = nn.GELU()
+    report = compare(fork, as_openai)
+    assert report.first == "text.blocks.1.mlp_out", report
+    mlp.gelu = QuickGELU()
+    with torch.no_grad():
+        fork.visual.transformer.resblocks[0].attn.in_proj_bias[64:128] += 1e-3  # of the keys
+    assert compare(fork, as_openai).first == "vision.blocks.0.k"

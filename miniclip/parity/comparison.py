@@ -24,7 +24,7 @@ from miniclip.parity.report import (
     exact_difference,
     largest_difference,
 )
-from miniclip.parity.sites import sites_of, stored_in
+from miniclip.parity.sites import sites_of, stored_in, table_of
 from miniclip.parity.tokens import compare_tokenizers
 from miniclip.parity.traces import Trace, tensors_of, trace
 from miniclip.terminal import progress
@@ -63,9 +63,10 @@ def compare(
     `v`, `pattern`, `attn_out`, `mlp_out`, `resid_post`; `pooled` and `projected`. Last come
     `logits` and every other tensor of the output. A site that one of the models lacks is left out.
 
-    A fork will do if its modules have our names, or transformers' names. Both models are rounded to
-    `dtype`, run uncompiled, and are then as they were. The float64 runs override explicit casts to
-    float32, such as a float32 softmax. They allow for weights that are one rounding apart.
+    A fork will do if its modules have our names, transformers', OpenAI's or open_clip's. Both
+    models are rounded to `dtype`, run uncompiled, and are then as they were. The float64 runs
+    override explicit casts to float32, such as a float32 softmax. They allow for weights that are
+    one rounding apart.
     `gradients`: if all of this is within tolerance, compare each parameter's gradient of the
     contrastive loss too, in float64, as rows `gradient.NAME` in the order of the backward pass.
     Raises ValueError for models of different depth, and for a model whose towers have no blocks.
@@ -135,7 +136,9 @@ def compare_models(
     exact = TOLERANCE[torch.float64]
     if _are_rounded_once_more(*weights):
         exact = ROUNDED if dtype in TOLERANCE else torch.inf
-    pixels, ids = _inputs(configs[0], configs[1], seed)
+    # OpenAI's own code adds all positions: its texts are as long as the context.
+    shorter = 0 if any(table_of(model) for model in models) else 3
+    pixels, ids = _inputs(configs[0], configs[1], seed, shorter)
     plan = [(model, exactly) for model in models for exactly in (False, True)]
     bar = progress(plan, "run")
     runs = [trace(model, dtype, exactly, device, pixels, ids) for model, exactly in bar]
@@ -243,13 +246,14 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
     return tolerance * max(1.0, truth.abs().max().item())
 
 
-def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int) -> tuple[Tensor, Tensor]:
+def _inputs(
+    ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int = 3
+) -> tuple[Tensor, Tensor]:
     """Two images, and eight texts with an end token of each model, at positions all over the text.
 
-    Texts are three positions shorter than the context, so that it shows if a model counts positions
-    from the end.
+    Texts are `shorter` than the context, so that it shows if a model counts positions from the end.
     """
-    tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - 3)
+    tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)
     ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # a fork may have more words
     ids[:, 0] = ours.text.bos_token_id

@@ -5,14 +5,24 @@ A fork needs two towers with blocks. Every other site is left out if the fork ha
 
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.config import CLIPConfig
-from miniclip.files.configs import from_transformers
-from miniclip.files.names import TRANSFORMERS, Place, place
+from miniclip.files.configs import from_transformers, without_config
+from miniclip.files.names import (
+    OPEN_CLIP_CUSTOM_TEXT,
+    OPENAI,
+    TRANSFORMERS,
+    Layout,
+    Place,
+    place,
+    recognize,
+)
 from miniclip.model import CLIP
 
 if TYPE_CHECKING:
@@ -32,7 +42,11 @@ def outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
     if hasattr(output, "_asdict"):
         output = output._asdict()
     elif isinstance(output, tuple):  # openai/CLIP's
-        output = dict(zip(OUTPUTS.values(), output[:2]))
+        if len(output) > 2 and output[2].numel() == 1:  # open_clip's: embeddings and their scale
+            image_embeds, text_embeds, scale = output[:3]
+            logits = scale * image_embeds @ text_embeds.T  # (B, C)
+            output = (logits, logits.T, image_embeds, text_embeds)
+        output = dict(zip(OUTPUTS.values(), output))
     elif is_dataclass(output) and not isinstance(output, dict):
         output = vars(output)
     sites = {name: site for site, name in OUTPUTS.items()}
@@ -67,15 +81,70 @@ def heads_joined(args: tuple, out: Tensor) -> Tensor:
     return out.flatten(2) if out.ndim > 3 else out  # (B, T, W), of ours (B, T, H, D)
 
 
+def table_of(model: nn.Module) -> Layout | None:
+    """The names, as in checkpoints, of a model with OpenAI's or open_clip's modules.
+
+    None for a model with our modules or transformers'.
+    """
+    if is_theirs(model) or hasattr(model, "vision"):
+        return None
+    try:
+        _, table, tensors = recognize(model.state_dict())
+    except ValueError:
+        return None
+    return table if table in (OPENAI, OPEN_CLIP_CUSTOM_TEXT) and tensors else None
+
+
+def _sites_by_names(
+    model: nn.Module, table: Layout
+) -> Iterator[tuple[str, nn.Module | None, Read]]:
+    def module(ours: str, parent: int = 0) -> nn.Module:
+        path = table[ours].split(".")
+        return model.get_submodule(".".join(path[: len(path) - parent]))
+
+    yield "vision.embeddings", module("vision.ln_pre"), argument
+    for tower in ("vision", "text"):
+        blocks = model.get_submodule(table[f"{tower}.blocks.{{}}.ln_1"].partition(".{}")[0])
+        for i, block in enumerate(blocks.children()):
+            site, attn = f"{tower}.blocks.{i}", getattr(block, "attn", None)
+            if tower == "text" and i == 0:
+                yield "text.embeddings", block, argument
+            yield f"{site}.resid_pre", block, argument
+            for third, name in enumerate("qkv"):
+                yield f"{site}.{name}", attn, partial(packed, attn, third)
+            yield f"{site}.attn_out", attn, output
+            yield f"{site}.mlp_out", getattr(block, "mlp", None), output
+            yield f"{site}.resid_post", block, output
+    yield "vision.pooled", module("vision.ln_post"), one_vector
+    yield "vision.projected", module("vision.ln_post", parent=1), one_vector
+    for site in OUTPUTS:
+        yield site, None, output
+
+
+def packed(attn: Any, third: int, args: tuple, out: Any) -> Any:
+    """q, k or v of an nn.MultiheadAttention, which keeps them in one matrix."""
+    weight, bias = attn.in_proj_weight.chunk(3)[third], attn.in_proj_bias.chunk(3)[third]
+    return F.linear(args[third], weight, bias)
+
+
+def one_vector(args: tuple, out: Any) -> Any:
+    """The output if it is a vector for each picture; some versions normalise all tokens."""
+    return out if isinstance(out, Tensor) and out.ndim == 2 else None
+
+
 def sites_of(model: "CLIP | CLIPModel") -> Iterator[tuple[str, nn.Module | None, Read]]:
     """Each site, its module, and how to read the tensor. ValueError for towers without blocks."""
+    if table := table_of(model):
+        yield from _sites_by_names(model, table)
+        return
     for tower, projection in (("vision", "visual_projection"), ("text", "text_projection")):
         root = _part(model, tower, f"{tower}_model")
         blocks = _part(root, "blocks") or _part(_part(root, "encoder"), "layers")
         if not blocks:
             raise ValueError(
                 f"{type(model).__name__} has no blocks in its {tower} tower, so it has no sites; "
-                "expected two towers with blocks, under our names or transformers'"
+                "expected two towers with blocks, under our names, transformers', OpenAI's or "
+                "open_clip's"
             )
         proj = _part(root, "proj") or _part(model, projection)
         # The first of the two modules that runs counts: the text tower has no LayerNorm there.
@@ -116,6 +185,9 @@ def stored_in(
 
 
 def _config_of(model: "CLIP | CLIPModel", kind: type[CLIP]) -> CLIPConfig:
+    if table := table_of(model):  # the shapes tell it
+        fields, _ = without_config(recognize(model.state_dict())[2], table, ["vision", "text"])
+        return kind.config_class.from_fields(fields)
     if not is_theirs(model):
         return model.config
     types = tuple(dict.fromkeys(("clip", kind.model_type)))
@@ -126,13 +198,16 @@ def under_our_names(
     model: "CLIP | CLIPModel", kind: type[CLIP], theirs: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """What belongs to the parameters of a model, by their names in `kind`."""
-    if not is_theirs(model):
+    table = table_of(model)
+    if not (table or is_theirs(model)):
         return theirs
-    ours = {}
+    if table:
+        theirs = recognize(theirs)[2]
+    ours, config = {}, _config_of(model, kind)
     with torch.device("meta"):
-        names = kind(_config_of(model, kind)).state_dict()
+        names = kind(config).state_dict()
     for name in names:
-        key, form = place(name, TRANSFORMERS | kind.tensor_names)
+        key, form = place(name, (table or TRANSFORMERS) | kind.tensor_names)
         # The CLIP inside a larger model of theirs has no prefix, such as "clip.".
         key = key if key in theirs else key.partition(".")[2]
         if key in theirs:

@@ -429,13 +429,13 @@ SLIPS = [
     ),
     Slip(
         "The seed of the inputs is dropped.",
-        "_inputs(configs[0], configs[1], seed)",
-        "_inputs(configs[0], configs[1], 0)",
+        "_inputs(configs[0], configs[1], seed, shorter)",
+        "_inputs(configs[0], configs[1], 0, shorter)",
         f"{PARITY} -k inputs",
     ),
     Slip(
         "Texts are as long as the context.",
-        "theirs.text.context_length) - 3)",
+        "theirs.text.context_length) - shorter)",
         "theirs.text.context_length))",
         f"{PARITY} -k inputs",
     ),
