@@ -132,3 +132,15 @@ def test_a_typed_program_is_checked(checker):
     found = re.findall(r"typed_user\.py:(\d+):.*error", done.stdout)
     assert {int(line) for line in found} == wrong, done.stdout + done.stderr
     assert len(wrong) == 6
+
+
+@pytest.mark.slow
+def test_the_first_page_of_the_reference_links_every_module(tmp_path):
+    pytest.importorskip("pdoc")
+    modules = ["miniclip", "miniclip.sites", "miniclip.lens.heat", "miniclip.loss", "miniclip.text"]
+    command = [sys.executable, "-m", "pdoc", "-t", str(ROOT / ".ci"), "-o", str(tmp_path), *modules]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    page = (tmp_path / "miniclip.html").read_text()
+    for name in modules[1:]:
+        link = f"{name.replace('.', '/')}.html"
+        assert f'href="./{link}"' in page and (tmp_path / link).is_file(), name
