@@ -28,6 +28,7 @@ from miniclip import (
     transform,
 )
 from miniclip.commands.main import main
+from miniclip.files.names import OPENAI
 from miniclip.model import QuickGELU
 from miniclip.parity import Difference, assert_parity, compare, comparison, pairs, summarize
 from miniclip.published import PUBLISHED
@@ -710,6 +711,25 @@ def as_openai():
     return twins(replace(TINY, vision=replace(TINY.vision, **shape), text=text))[0]
 
 
+def test_a_model_of_other_names_brings_a_table(as_openai):
+    class Eyes(openai_names.CLIP):
+        visual = property(lambda self: self.eyes)
+
+    fork = openai_names.CLIP(as_openai)
+    fork.eyes = fork._modules.pop("visual")
+    fork.__class__ = Eyes
+    with pytest.raises(ValueError, match="has no blocks"):
+        compare(fork, as_openai)
+    fork.tensor_names = {ours: name.replace("visual.", "eyes.") for ours, name in OPENAI.items()}
+    report = compare(fork, as_openai, gradients=True)
+    assert report.first is None, report
+    with torch.no_grad():
+        fork.eyes.transformer.resblocks[1].mlp.c_proj.weight.add_(1e-3)
+    report = compare(fork, as_openai)
+    assert report.first == "vision.blocks.1.mlp_out"
+    assert "different weights: mlp.fc2.weight" in report.cause
+
+
 @pytest.mark.parametrize("returns", ["openai", "open_clip"])
 def test_a_model_with_openais_names_is_compared_site_by_site(as_openai, returns):
     fork = openai_names.CLIP(as_openai, returns)
@@ -719,13 +739,15 @@ def test_a_model_with_openais_names_is_compared_site_by_site(as_openai, returns)
     for site in ("embeddings", "resid_pre", "q", "k", "v", "attn_out", "mlp_out", "resid_post"):
         for tower in ("vision", "text"):
             assert any(name.startswith(tower) and name.endswith(site) for name in seen), site
-    assert {"vision.pooled", "vision.projected", "logits"} <= seen
+    assert {"vision.pooled", "logits"} <= seen
     assert {f"gradient.{name}" for name, _ in as_openai.named_parameters()} <= seen
 
     mlp = fork.transformer.resblocks[1].mlp
+    assert mlp.gelu(torch.ones(1)) != nn.GELU()(torch.ones(1))
     mlp.gelu = nn.GELU()
     report = compare(fork, as_openai)
     assert report.first == "text.blocks.1.mlp_out", report
+    assert "activation gelu" in report.cause, report
     mlp.gelu = QuickGELU()
     with torch.no_grad():
         fork.visual.transformer.resblocks[0].attn.in_proj_bias[64:128] += 1e-3  # of the keys

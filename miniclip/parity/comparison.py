@@ -63,8 +63,8 @@ def compare(
     `v`, `pattern`, `attn_out`, `mlp_out`, `resid_post`; `pooled` and `projected`. Last come
     `logits` and every other tensor of the output. A site that one of the models lacks is left out.
 
-    A fork will do if its modules have our names, transformers', OpenAI's or open_clip's. Both
-    models are rounded to `dtype`, run uncompiled, and are then as they were. The float64 runs
+    A fork will do if its modules have our names, transformers', OpenAI's or open_clip's, or if it
+    has a table of them, `tensor_names` (see files/names.py). Both models are rounded to `dtype`, run uncompiled, and are then as they were. The float64 runs
     override explicit casts to float32, such as a float32 softmax. They allow for weights that are
     one rounding apart.
     `gradients`: if all of this is within tolerance, compare each parameter's gradient of the
@@ -145,6 +145,10 @@ def compare_models(
     batch = {"vision": len(pixels), "text": len(ids)}
     peers = runs[2:] + runs[:2]
     tensors = [tensors_of(run, peer, batch) for run, peer in zip(runs, peers, strict=True)]
+    # OpenAI's code projects with a matrix, which is no module that could be said not to run.
+    offered = [{site for site, *_ in sites_of(model)} for model in models]
+    lost = {s for s in offered[0] ^ offered[1] if s.endswith((".pooled", ".projected"))}
+    tensors = [{site: x for site, x in run.items() if site not in lost} for run in tensors]
     rows = []
     in_order = [site for model in models for site, *_ in sites_of(model)]
     in_order += [site for run in tensors for site in run if site.startswith("output_")]

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniclip.config import CLIPConfig
-from miniclip.files.configs import from_transformers, without_config
+from miniclip.files.configs import from_shapes, from_transformers
 from miniclip.files.names import (
     OPEN_CLIP_CUSTOM_TEXT,
     OPENAI,
     TRANSFORMERS,
     Layout,
     Place,
+    depth,
+    layout_name,
     place,
     recognize,
 )
@@ -84,39 +86,61 @@ def heads_joined(args: tuple, out: Tensor) -> Tensor:
 def table_of(model: nn.Module) -> Layout | None:
     """The names, as in checkpoints, of a model with OpenAI's or open_clip's modules.
 
-    None for a model with our modules or transformers'.
+    A model with other modules has a table of its own, from our names to its own, as its attribute
+    `tensor_names`. None for a model with our modules or transformers'.
     """
-    if is_theirs(model) or hasattr(model, "vision"):
+    if is_theirs(model) or isinstance(model, CLIP) or hasattr(model, "vision"):
         return None
+    if isinstance(own := getattr(model, "tensor_names", None), dict):
+        return own
     try:
-        _, table, tensors = recognize(model.state_dict())
+        _, table, _ = recognize(model.state_dict())
     except ValueError:
         return None
-    return table if table in (OPENAI, OPEN_CLIP_CUSTOM_TEXT) and tensors else None
+    return table if table in (OPENAI, OPEN_CLIP_CUSTOM_TEXT) else None
+
+
+def _module(root: nn.Module, table: Layout, ours: str, parent: int = 0) -> Any:
+    """The module that a table places one of ours at, or the `parent`-th that it is in."""
+    path = layout_name(ours, table).split(".")
+    return root.get_submodule(".".join(path[: len(path) - parent]))
+
+
+def _blocks(model: nn.Module, table: Layout, tower: str) -> list[tuple[Any, Any, Any]]:
+    """Each block with its attention and its MLP; None for what is no module of its own."""
+    depths = depth(tower, table, model.state_dict())
+    found = []
+    for i in range(depths):
+        path = f"{tower}.blocks.{i}"
+        block, attn, mlp = (
+            _module(model, table, f"{path}.{name}", parent=1)
+            for name in ("ln_1", "attn.out_proj", "mlp.fc1")
+        )
+        inside = [None if part is block else part for part in (attn, mlp)]
+        found.append((block, *inside))
+    return found
 
 
 def _sites_by_names(
     model: nn.Module, table: Layout
 ) -> Iterator[tuple[str, nn.Module | None, Read]]:
-    def module(ours: str, parent: int = 0) -> nn.Module:
-        path = table[ours].split(".")
-        return model.get_submodule(".".join(path[: len(path) - parent]))
-
-    yield "vision.embeddings", module("vision.ln_pre"), argument
+    yield "vision.embeddings", _module(model, table, "vision.ln_pre"), argument
     for tower in ("vision", "text"):
-        blocks = model.get_submodule(table[f"{tower}.blocks.{{}}.ln_1"].partition(".{}")[0])
-        for i, block in enumerate(blocks.children()):
-            site, attn = f"{tower}.blocks.{i}", getattr(block, "attn", None)
+        for i, (block, attn, mlp) in enumerate(_blocks(model, table, tower)):
+            site = f"{tower}.blocks.{i}"
             if tower == "text" and i == 0:
                 yield "text.embeddings", block, argument
             yield f"{site}.resid_pre", block, argument
             for third, name in enumerate("qkv"):
-                yield f"{site}.{name}", attn, partial(packed, attn, third)
+                if hasattr(attn, "in_proj_weight"):
+                    yield f"{site}.{name}", attn, partial(packed, attn, third)
+                elif f"{tower}.blocks.{{}}.attn.{name}_proj" in table:
+                    linear = _module(model, table, f"{site}.attn.{name}_proj")
+                    yield f"{site}.{name}", linear, heads_joined
             yield f"{site}.attn_out", attn, output
-            yield f"{site}.mlp_out", getattr(block, "mlp", None), output
+            yield f"{site}.mlp_out", mlp, output
             yield f"{site}.resid_post", block, output
-    yield "vision.pooled", module("vision.ln_post"), one_vector
-    yield "vision.projected", module("vision.ln_post", parent=1), one_vector
+    yield "vision.pooled", _module(model, table, "vision.ln_post"), one_vector
     for site in OUTPUTS:
         yield site, None, output
 
@@ -184,9 +208,19 @@ def stored_in(
     return _config_of(model, kind), {name: w.cpu().to(dtype) for name, w in weights.items()}
 
 
+def _tensors_of(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    own = isinstance(getattr(model, "tensor_names", None), dict)
+    return tensors if own else recognize(tensors)[2]
+
+
 def _config_of(model: "CLIP | CLIPModel", kind: type[CLIP]) -> CLIPConfig:
-    if table := table_of(model):  # the shapes tell it
-        fields, _ = without_config(recognize(model.state_dict())[2], table, ["vision", "text"])
+    if table := table_of(model):  # the shapes and the modules tell it
+        fields = from_shapes(_tensors_of(model, model.state_dict()), table, ["vision", "text"])
+        for tower in ("vision", "text"):
+            _, attn, mlp = _blocks(model, table, tower)[0]
+            heads = getattr(attn, "num_heads", fields[tower]["width"] // 64)
+            has_gelu = mlp and any(isinstance(module, nn.GELU) for module in mlp.modules())
+            fields[tower] |= {"heads": heads, "act": "gelu" if has_gelu else "quick_gelu"}
         return kind.config_class.from_fields(fields)
     if not is_theirs(model):
         return model.config
@@ -202,7 +236,7 @@ def under_our_names(
     if not (table or is_theirs(model)):
         return theirs
     if table:
-        theirs = recognize(theirs)[2]
+        theirs = _tensors_of(model, theirs)
     ours, config = {}, _config_of(model, kind)
     with torch.device("meta"):
         names = kind(config).state_dict()
