@@ -64,9 +64,9 @@ def compare(
     `logits` and every other tensor of the output. A site that one of the models lacks is left out.
 
     A fork will do if its modules have our names, transformers', OpenAI's or open_clip's, or if it
-    has a table of them, `tensor_names` (see files/names.py). Both models are rounded to `dtype`, run uncompiled, and are then as they were. The float64 runs
-    override explicit casts to float32, such as a float32 softmax. They allow for weights that are
-    one rounding apart.
+    has a table of them, `tensor_names` (see files/names.py). Both models are rounded to `dtype`,
+    run uncompiled, and are then as they were. The float64 runs override explicit casts to float32,
+    such as a float32 softmax. They allow for weights that are one rounding apart.
     `gradients`: if all of this is within tolerance, compare each parameter's gradient of the
     contrastive loss too, in float64, as rows `gradient.NAME` in the order of the backward pass.
     Raises ValueError for models of different depth, and for a model whose towers have no blocks.
