@@ -701,7 +701,7 @@ def test_help_says_what_each_argument_is_and_its_default(name):
     (commands,) = (a for a in build_parser()._actions if getattr(a, "choices", None))
     for action in commands.choices[name]._actions:
         assert action.help, action
-        if action.default not in (None, False, [], argparse.SUPPRESS):
+        if action.default not in (None, False, "", [], argparse.SUPPRESS):
             assert "(default: " in action.help, action
         if action.dest == "model" and name not in ("search", "train"):
             assert "one that comes along (" + ", ".join(embedded_names()) in action.help
