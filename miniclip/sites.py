@@ -7,7 +7,8 @@ will do for `model`; with a bare tower the names begin at `blocks`.
 
 Three more words may end a name. `vision.ln_pre.input` is what enters a module: its first argument.
 `ln_1.scale` is what a LayerNorm divides by, (B, T, 1), and `ln_1.normalized` the result, before its
-weight and bias: TransformerLens' hook_scale and hook_normalized, in float32 at least.
+weight and bias, both in float32 at least. TransformerLens has hook_scale, and hook_normalized where
+weight and bias are folded; where they are not, its hook_normalized is the output, `ln_1`.
 
 Sites that nobody uses change no bit and add no operation: they cost a few calls of Python for each
 layer, and nothing in a graph.

@@ -15,11 +15,12 @@ from originals import (
     proxyclip,
     registers,
     tome,
+    vit_prisma,
     wise_ft,
 )
 from test_published import greedy_soup
 
-from miniclip import CLIP, CLIPConfig, VisionConfig, hooks
+from miniclip import CLIP, CLIPConfig, VisionConfig, cache, hooks
 from miniclip.lens import ablate_contributions, decompose, relevance
 from miniclip.surgery import (
     PRESETS,
@@ -257,3 +258,18 @@ def test_token_merging_is_three_hooks(model):
     assert state["sizes"].shape == (2, 2, 1)
     assert_equal(found, values("tome", "embeds"))
     assert_other(model.encode_image(common.pixels()), values("tome", "embeds"))
+
+
+def test_sites_are_the_hook_points_of_vit_prisma(model):
+    block = f"vision.blocks.{vit_prisma.BLOCK}"
+    names = {theirs: f"{block}.{ours}".rstrip(".") for theirs, ours in vit_prisma.SITES.items()}
+    with cache(model, *names.values(), f"{block}.ln_1.normalized") as acts:
+        model.vision.blocks[vit_prisma.BLOCK](vit_prisma.stream())
+    found = {theirs: acts[ours] for theirs, ours in names.items()}
+    assert_equal(common.digests(found), values("vit_prisma", "sites"))
+    assert_equal(acts[f"{block}.ln_1.normalized"][0], values("vit_prisma", "folded"))
+    for name in found:  # a control: no digest is blind
+        changed = common.digests(
+            found | {name: found[name] + 1e-6 * common.chirp(*found[name].shape)}
+        )
+        assert (changed != common.digests(found)).sum() == 1

@@ -2,7 +2,7 @@
 
 Each script beside this one runs the authors' own code on this model and keeps what it gives:
 
-    pip install -e . einops open_clip_torch
+    pip install -e . einops open_clip_torch timm jaxtyping fancy_einsum
     git clone https://github.com/yossigandelsman/clip_prs
     cd tests && python -m originals.clip_prs ../clip_prs
 
