@@ -498,7 +498,7 @@ def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
         next(batches(open_data(tmp_path, transform), 1, seed=0))
     with pytest.raises(ValueError, match="1 pictures are fewer than a batch of 2"):
         next(batches(open_data(tmp_path, transform), 2, seed=0))
-    with pytest.raises(ValueError, match="1 pictures to train on; expected at least 2"):
+    with pytest.raises(ValueError, match="1 picture to train on; expected at least 2"):
         run(tmp_path, tmp_path / "out")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' * 3)
     with pytest.raises(ValueError, match="every caption is 'a'"):
