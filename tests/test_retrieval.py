@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_hostile import cpu_seconds
 from twin import TINY, twins
 
 import miniclip
@@ -153,6 +154,60 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     pictures, damage = find_pictures([tmp_path])
     assert len(pictures) in (found, found + 1)  # the last one's header may be whole
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
+
+
+def lying_headers():
+    """{what lies: the tar's bytes before the end of its second file}."""
+
+    def header(name, size=0, kind=tarfile.REGTYPE, **fields):
+        info = tarfile.TarInfo(name)
+        info.type = kind
+        data = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        data[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+        data[148:156] = b"%06o\0 " % sum(data[:148] + b" " * 8 + data[156:])
+        return bytes(data)
+
+    def pax(record):
+        return header("pax", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0")
+
+    for size in (2**40, 2**36, -512, -1024, -1):
+        yield f"size {size}", header("a.bmp", size) + bytes(512)
+        yield f"size {size} of no picture", header("a.txt", size) + bytes(512)
+        yield f"size {size} of an unknown kind", header("a.txt", size, b"Z") + bytes(512)
+        yield f"long name of {size}", header("x", size, tarfile.GNUTYPE_LONGNAME) + bytes(512)
+        yield f"pax of {size}", header("x", size, tarfile.XHDTYPE) + bytes(512)
+        record = f" size={size}\n".encode()
+        yield f"pax says {size}", pax(b"%d" % (len(record) + 2) + record) + header("a.bmp", 9)
+    yield "a record of 20 digits", pax(b"9" * 20 + b" path=a.bmp\n") + header("a.bmp", 9)
+    yield "a record of 5,000 digits", pax(b"9" * 400 + b" path=a.bmp\n") + header("a.bmp", 9)
+    name = header("x", 3, tarfile.GNUTYPE_LONGNAME) + b"ab".ljust(512, b"\0")
+    yield "3,000 long names", name * 3000 + header("a.bmp", 9) + bytes(512)
+    sparse = b"22 GNU.sparse.major=1\n" + b"22 GNU.sparse.minor=0\n"
+    yield "a sparse map without end", pax(sparse) + header("a.bmp", 512) + b"7" * 9 + b"\n" * 503
+    yield "a sparse map of 10**18", pax(sparse) + header("a.bmp", 512) + b"1" + b"0" * 18 + b"\n"
+    yield "an old sparse file", header("a.bmp", 512, tarfile.GNUTYPE_SPARSE) + bytes(512)
+
+
+@pytest.mark.parametrize("what, lie", [*lying_headers()], ids=lambda value: str(value)[:40])
+def test_a_tar_whose_headers_lie_is_read_up_to_the_lie(tmp_path, what, lie):
+    make_tar(tmp_path / "x.tar", {"0.bmp": encoded(blots(0), "bmp")})
+    data = (tmp_path / "x.tar").read_bytes()
+    first = 512 + -(-len(encoded(blots(0), "bmp")) // 512) * 512
+    (tmp_path / "x.tar").write_bytes(data[:first] + lie)
+    with cpu_seconds(5):  # none takes 0.1
+        pictures, damage = find_pictures([tmp_path])
+    assert [picture.name for picture in pictures] == ["0.bmp"]
+    assert len(damage) == 1 and "x.tar: cannot be read as a tar to its end" in damage[0]
+
+
+@pytest.mark.parametrize("name", ["pipe.jpg", "pipe.tar"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    blots(1).save(tmp_path / "a.png")
+    pictures, damage = find_pictures([tmp_path / name, tmp_path])
+    assert all("not a regular file" in line for line in damage)
+    with pytest.raises(ImageError, match="not a regular file"):
+        open_picture(str(tmp_path / name) + "/a.jpg" * name.endswith("tar"))
 
 
 HIDDEN = [

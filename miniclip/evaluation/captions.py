@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from miniclip.errors import listed
 from miniclip.files.reading import read_json
-from miniclip.retrieval.pictures import Member, find_pictures
+from miniclip.files.tars import Member
+from miniclip.retrieval.pictures import find_pictures
 from miniclip.training.data import COLUMNS, METADATA, captioned_pictures, texts_beside
 from miniclip.transform import ImageTransform
 

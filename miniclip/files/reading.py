@@ -1,13 +1,18 @@
-"""Read small text files of a checkpoint, with a limit on their size."""
+"""Open files that may be anything, and read small text files with a limit on their size."""
 
+import errno
 import gzip
 import json
+import os
+import stat
 import zlib
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from miniclip.errors import CheckpointError
 
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no pipes among its files
 MOST_BYTES, MOST_LINES = 5_000_000, 300_000
 """Limits for a tokenizer's files. OpenAI's have up to 3.7 million bytes and 262,145 lines."""
 
@@ -42,11 +47,20 @@ def read_lines(path: Path) -> list[str]:
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
+def open_regular(path: str | PathLike[str]) -> BinaryIO:
+    """Open a file for reading. Raises OSError for a pipe or a device, which might never end."""
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+    return file
+
+
 def _read_bytes(path: Path, most: int) -> bytes:
-    if path.exists() and not path.is_file():
-        raise ValueError("it is not a regular file")  # reading a pipe might never end
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        data = file.read(most + 1)  # the limit counts unpacked bytes
+    with open_regular(path) as raw:
+        with gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            data = file.read(most + 1)  # the limit counts unpacked bytes
     if len(data) > most:
         raise ValueError(f"it has more than {most:,} bytes, which no CLIP's has")
     return data

@@ -17,8 +17,9 @@ from torch import Tensor
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ImageError
 from miniclip.files.ahead import read_ahead
+from miniclip.files.tars import Member
 from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings, describe, embed
-from miniclip.retrieval.pictures import Member, Stamp, pixels_of, stamp
+from miniclip.retrieval.pictures import Stamp, pixels_of, stamp
 from miniclip.terminal import counted, progress
 
 PART = 512

@@ -19,10 +19,11 @@ from torch import Tensor
 from miniclip.checkpoint import Loaded, load
 from miniclip.files.checks import as_list
 from miniclip.files.hub import embedded_names, resolve
+from miniclip.files.tars import Member
 from miniclip.files.writing import replacing
 from miniclip.follow import ids_for
 from miniclip.model import CLIP, unit_norm
-from miniclip.retrieval.pictures import Member, open_picture, pixels_of
+from miniclip.retrieval.pictures import open_picture, pixels_of
 from miniclip.transform import ImageTransform
 
 BLOCK = 8192

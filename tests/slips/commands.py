@@ -807,8 +807,8 @@ SLIPS = [
     ),
     Slip(
         "A tar's pictures are not turned upright.",
-        'return open_image(file.read(member.size), name=member.name)',
-        'return Image.open(__import__("io").BytesIO(file.read(member.size)))',
+        'return open_image(member.read(), name=member.name)',
+        'return Image.open(__import__("io").BytesIO(member.read()))',
         f"{RETRIEVAL} -k in_a_tar_is",
     ),
     Slip(
