@@ -30,6 +30,7 @@ from miniclip.files.hub import (
     OPENAI_VOCABULARY,
     WEIGHTS,
     as_path,
+    commit_of,
     has_files,
     is_clips,
     resolve,
@@ -83,6 +84,11 @@ class Stored(NamedTuple):
     def towers(self) -> list[str]:
         """The towers it has: "vision", "text" or both."""
         return [tower for tower in TOWERS if tower in self.fields]
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that the hub's files are of."""
+        return commit_of(self.path)
 
     def check_towers(self, towers: tuple[str, ...]) -> None:
         """Raise CheckpointError unless it has these towers."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from miniclip.checkpoint import Loaded, load
 from miniclip.files.checks import as_list
-from miniclip.files.hub import embedded_names, resolve
+from miniclip.files.hub import commit_of, embedded_names, resolve
 from miniclip.files.tars import Member
 from miniclip.files.writing import replacing
 from miniclip.follow import ids_for
@@ -78,7 +78,7 @@ def lasting_name(name: str, revision: str | None = None) -> tuple[str, str | Non
         return name, None
     if os.path.exists(name):
         return os.path.abspath(name), None
-    return name, resolve(name, "model", revision=revision).name  # .../snapshots/COMMIT
+    return name, commit_of(resolve(name, "model", revision=revision))
 
 
 class Strings(Sequence[str]):
