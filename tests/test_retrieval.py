@@ -27,7 +27,7 @@ from miniclip import ImageError, ImageTransform, retrieval
 from miniclip.checkpoint import Loaded
 from miniclip.commands.main import main
 from miniclip.files import ahead
-from miniclip.retrieval.building import build_index, embed_images
+from miniclip.retrieval.building import build_index, embed_images, only_builder
 from miniclip.retrieval.index import (
     Encoder,
     Index,
@@ -198,6 +198,53 @@ def test_a_tar_whose_headers_lie_is_read_up_to_the_lie(tmp_path, what, lie):
         pictures, damage = find_pictures([tmp_path])
     assert [picture.name for picture in pictures] == ["0.bmp"]
     assert len(damage) == 1 and "x.tar: cannot be read as a tar to its end" in damage[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"embeddings": torch.tensor(3.0)},
+        {"embeddings": torch.eye(3, dtype=torch.float64)},
+        {"path_ends": torch.tensor([1, 2, 9**9])},
+        {"path_ends": torch.tensor([2, 1, 3])},
+        {"path_ends": torch.tensor(3)},
+        {"paths": torch.zeros(3)},
+        {"stamps": torch.zeros(3, 2)},
+        {"stamps": torch.zeros(5, 2, dtype=torch.int64)},
+        {"skipped_ends": torch.tensor([-1])},
+        *({field: value} for field in Encoder._fields[:4] for value in (3, ["x"], {})),
+        {"dtype": "no_grad"},
+        {"dtype": "int64"},
+        {"folder": 7},
+        {"reference": []},
+        {"transform": 5},
+        {"transform": {"crop_size": "x"}},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_an_index_that_lies_is_an_error_of_one_line(tmp_path, change):
+    index = Index(torch.eye(3), Strings.pack("abc"), ENCODER)
+    index.save(tmp_path / "i")
+    with safe_open(tmp_path / "i", framework="pt") as file:
+        about = json.loads(file.metadata()["miniclip.index"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    (name,) = change
+    if name in tensors:
+        tensors |= change
+    else:
+        about |= change
+    save_file(tensors, tmp_path / "i", metadata={"miniclip.index": json.dumps(about)})
+    with pytest.raises(ValueError, match="damaged") as caught:
+        Index.load(tmp_path / "i")
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e37, 1.5])
+def test_rows_that_are_not_unit_vectors_are_an_error(value):
+    rows = torch.eye(3)
+    rows[1, 0] = value
+    with pytest.raises(ValueError, match="not unit vectors"):
+        Index(rows, Strings.pack("abc"), ENCODER).search(torch.tensor([1.0, 0, 0]))
 
 
 @pytest.mark.parametrize("name", ["pipe.jpg", "pipe.tar"])
@@ -949,6 +996,15 @@ def test_the_threads_are_as_many_as_workers(build, loaded, photographs, tmp_path
     build_index(tmp_path / "i", loaded, pictures, describe(loaded, "tiny"), workers=4)
     embed_images(loaded, pictures)
     assert pools == [3, 4, torch.get_num_threads()]
+
+
+def test_two_builds_of_one_file_at_once(build, tmp_path):
+    """The second says so at once, and the first goes on."""
+    out = tmp_path / "index"
+    with only_builder(tmp_path / "index.parts"):
+        with pytest.raises(ValueError, match="another process writes this index now"):
+            build(out)
+    assert len(build(out)) and not (tmp_path / "index.parts").exists()
 
 
 def test_nothing_that_can_be_read(build, photographs, tmp_path):

@@ -377,7 +377,7 @@ def test_what_killed_processes_left_is_cleared_away_and_what_live_ones_write_is_
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
         os.utime(folder, (0, 0))
-    lock = writing._lock(alive)
+    lock = writing.lock(alive)
     miniclip.save(saved, *new())
     assert not killed.exists() and (alive / "model.safetensors").exists()
     os.close(lock)

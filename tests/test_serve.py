@@ -769,6 +769,7 @@ def test_control_c_ends_it_with_what_was_asked_before(server, servers):
     for _ in range(2):
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
         connection.putrequest("POST", "/explain")
+        connection.putheader("Content-Type", "application/json")
         connection.putheader("Content-Length", str(len(body)))
         connection.putheader("Expect", "100-continue")
         connection.endheaders()

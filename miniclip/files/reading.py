@@ -21,7 +21,7 @@ def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:
     """The object in a JSON file. Refuses files above `most` bytes: parsed JSON can take 30 times
     its size in memory. Raises CheckpointError."""
     try:
-        value = json.loads(_read_bytes(path, most).decode())
+        value = json.loads(read_bytes(path, most).decode())
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: expected a JSON file that can be read: {reason}") from None
@@ -38,7 +38,7 @@ def read_json_if_there(path: Path, most: int = 1_000_000) -> dict[str, Any]:
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, which may be gzipped. Raises CheckpointError."""
     try:
-        data = _read_bytes(path, MOST_BYTES)
+        data = read_bytes(path, MOST_BYTES)
         if data.count(b"\n") > MOST_LINES:
             raise OSError(f"it has more than {MOST_LINES:,} lines, which no CLIP's has")
         text = data.decode()
@@ -57,10 +57,11 @@ def open_regular(path: str | PathLike[str]) -> BinaryIO:
     return file
 
 
-def _read_bytes(path: Path, most: int) -> bytes:
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a file, unpacked if its name ends in .gz. OSError or ValueError for others."""
     with open_regular(path) as raw:
         with gzip.open(raw) if path.suffix == ".gz" else raw as file:
             data = file.read(most + 1)  # the limit counts unpacked bytes
     if len(data) > most:
-        raise ValueError(f"it has more than {most:,} bytes, which no CLIP's has")
+        raise ValueError(f"it has more than {most:,} bytes, the most that is read")
     return data

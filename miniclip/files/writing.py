@@ -52,8 +52,8 @@ def _private_folder(directory: Path) -> Iterator[Path]:
     A process locks its folder for as long as it lives. So a folder without a lock is what a killed
     process has left, and is removed. Where there are no locks nothing is removed.
     """
-    lock = None
-    while lock is None:  # another process may remove a folder before it is locked, or its parents
+    held = None
+    while held is None:  # another process may remove a folder before it is locked, or its parents
         os.stat(directory)  # raises if there is no such directory
         with suppress(FileNotFoundError):
             for place in (directory / ".cache", directory / PLACE):
@@ -64,28 +64,28 @@ def _private_folder(directory: Path) -> Iterator[Path]:
                 base = directory
             for left in base.glob("miniclip-*"):
                 with suppress(OSError):
-                    os.close(_lock(left))
+                    os.close(lock(left))
                     shutil.rmtree(left)
             folder = Path(tempfile.mkdtemp(prefix="miniclip-", dir=base))
             try:
-                lock = _lock(folder)
+                held = lock(folder)
             except BlockingIOError:
                 continue
             except OSError:  # there are no locks here
-                lock = -1
-            lock = lock if folder.exists() else None
+                held = -1
+            held = held if folder.exists() else None
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if lock >= 0:
-            os.close(lock)
+        if held >= 0:
+            os.close(held)
         with suppress(OSError):  # they may have more in them
             (directory / PLACE).rmdir()
             (directory / ".cache").rmdir()
 
 
-def _lock(folder: Path) -> int:
+def lock(folder: Path) -> int:
     """Lock a folder until the descriptor is closed. OSError if another has it, or no locks are."""
     if fcntl is None:
         raise OSError("no locks")
