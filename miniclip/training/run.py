@@ -112,7 +112,7 @@ class Run:
                 self.seconds, self.best = state["seconds"], state["best"]
                 if type(self.step) is not int or self.step < 0:
                     raise ValueError(f"step is {self.step!r}; expected a number of steps")
-                sum(self.losses) + self.seconds + sum(row["loss"] for row in self.rows)
+                sum(self.losses) + self.seconds + sum(row.get("loss", 0) for row in self.rows)
                 json.dumps(self.rows)  # or they are damaged
         except Exception as error:  # damage shows itself in many ways
             reason = f"{type(error).__name__}: {error}"
