@@ -2,6 +2,7 @@
 
 Nothing is guessed and nothing is repaired. Each tensor in the file must have its place in the
 model, each parameter must have its tensor of the same shape, and no weight is changed on the way.
+This file is long because a config and its weights can only be checked against each other.
 """
 
 import os
