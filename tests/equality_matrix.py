@@ -50,9 +50,8 @@ def main() -> int:
             if not torch.equal(mine, its):
                 different += 1
                 bits = f"{(mine != its).sum()} of {mine.numel()} logits differ"
-                print(
-                    f"seed {seed} {dtype} {kind} threads {threads} batch {batch} mask {padded}: {bits}"
-                )
+                place = f"seed {seed} {dtype} {kind} threads {threads} batch {batch}"
+                print(f"{place} mask {padded}: {bits}")
     print(f"{count:,} combinations, {different:,} differ (torch {torch.__version__})")
     return int(different > 0)
 
