@@ -7,7 +7,7 @@ import torch
 
 from miniclip.files.models import check_vocab_fits, open_model
 from miniclip.files.modules import unwrapped
-from miniclip.files.saving import saving_checkpoint
+from miniclip.files.saving import one_version, saving_checkpoint
 from miniclip.model import CLIP, TextTower, VisionTower
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
@@ -21,6 +21,7 @@ class Loaded(NamedTuple):
     transform: ImageTransform
 
 
+@one_version
 def load(
     name: str | PathLike[str],
     *,
@@ -49,9 +50,9 @@ def load(
     >>> model.encode_text(tokenizer(["a cat", "a dog"])).shape[0]
     2
     """
-    options: Any = dict(revision=revision, subfolder=subfolder)
-    options |= dict(cache_dir=cache_dir, local_files_only=local_files_only)
-    stored = open_model(name, dtype, device, config=config, **options)
+    options: Any = dict(subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only)
+    stored = open_model(name, dtype, device, config=config, revision=revision, **options)
+    options["revision"] = stored.commit or revision  # a branch may move meanwhile
     classes: Any = {("vision",): VisionTower, ("text",): TextTower}
     model = classes.get(tuple(stored.towers), CLIP).from_stored(stored)
     tokenizer = transform = None
@@ -75,9 +76,8 @@ def save(
 ) -> None:
     """Write a whole checkpoint that `load` reads back bit for bit, all files or none.
 
-    `layout`: "transformers", "openai" (openai/CLIP's names, for its build_model) or
-    "open_clip". Raises CheckpointError if nothing can be written, the layout cannot express the
-    model, or the directory has files of another checkpoint that `load` would prefer.
+    `layout`: "transformers", "openai" (for openai/CLIP's build_model) or "open_clip". Raises
+    CheckpointError if it cannot be written, or `load` would prefer other files that are there.
     """
     with saving_checkpoint(directory, layout, tokenizer, transform) as folder:
         unwrapped(model).save_pretrained(folder, layout)

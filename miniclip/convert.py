@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from miniclip.checkpoint import save
 from miniclip.files.hub import has_files
-from miniclip.files.models import check_vocab_fits, open_model
+from miniclip.files.models import Stored, check_vocab_fits, open_model
 from miniclip.files.names import LAYOUTS, Place, place
+from miniclip.files.saving import one_version
 from miniclip.model import CLIP
 from miniclip.tokenizer import Tokenizer
 from miniclip.transform import ImageTransform
@@ -44,8 +45,23 @@ def convert(
     The source's tokenizer and transform are written as well, if it has any. `tokenizer` names
     another checkpoint for the first, because OpenAI's own files have none. Raises CheckpointError.
     """
-    options: Any = {"revision": revision}
-    stored = open_model(source, None, **options)
+    stored, model, words, transform = _read(tokenizer, revision, source)
+    save(destination, model, words, transform, layout=layout)
+    rows = [
+        Mapped(
+            place(name, stored.table), name, place(name, LAYOUTS[layout]), tuple(t.shape), t.dtype
+        )
+        for name, t in model.state_dict().items()
+    ]
+    return Conversion(stored.layout, rows, words is not None, transform is not None)
+
+
+@one_version
+def _read(
+    tokenizer: str | PathLike[str] | None, revision: str | None, source: str | PathLike[str]
+) -> tuple[Stored, CLIP, Tokenizer | None, ImageTransform | None]:
+    stored = open_model(source, None, revision=revision)
+    options: Any = {"revision": stored.commit or revision}  # a branch may move meanwhile
     model = CLIP.from_stored(stored)
     words = transform = None
     if tokenizer is not None:
@@ -58,11 +74,4 @@ def convert(
         transform = ImageTransform(model.config.vision.side)
     elif has_files("transform", source, **options):
         transform = ImageTransform.from_pretrained(source, **options)
-    save(destination, model, words, transform, layout=layout)
-    rows = [
-        Mapped(
-            place(name, stored.table), name, place(name, LAYOUTS[layout]), tuple(t.shape), t.dtype
-        )
-        for name, t in model.state_dict().items()
-    ]
-    return Conversion(stored.layout, rows, words is not None, transform is not None)
+    return stored, model, words, transform

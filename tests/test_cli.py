@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -874,3 +875,18 @@ def test_a_warning_is_one_line_too(run, monkeypatch):
     run("tokenize", "a cat", "--model", "cifar10")
     line = warnings.formatwarning("odd weights", UserWarning, "checkpoint.py", 1)
     assert line == "miniclip: warning: odd weights\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has")
+def test_a_full_disk_behind_stdout_is_an_error_of_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "miniclip", "info", "cifar10"]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "miniclip: error: " in run.stderr and "No space left" in run.stderr
+
+
+def test_a_pipe_of_labels_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "labels.txt")
+    assert main(["eval", str(tmp_path), "--labels", str(tmp_path / "labels.txt")]) == 2
+    assert "not a regular file" in capsys.readouterr().err

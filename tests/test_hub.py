@@ -4,6 +4,7 @@ Each test ends in the right model or in one CheckpointError, and what is left in
 a file that a later run wrongly trusts.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from hub_server import Fault, commit, running_hub
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, file_download, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 from twin import TINY, twins, write_shards
@@ -127,7 +128,7 @@ def test_a_second_load_asks_for_no_file_again(hub, model):
     assert len(asked(hub, "/stored/")) == 1
     hub.requests.clear()
     assert_same_weights(miniclip.load(NAME).model, model)
-    assert hub.requests == [f"GET /api/models/{NAME}/revision/main"] * 3
+    assert hub.requests == [f"GET /api/models/{NAME}/revision/main"]  # for the commit
 
 
 def test_local_files_only_makes_no_request(hub, model):
@@ -535,8 +536,11 @@ def test_a_damaged_file_is_not_trusted_after_another_one_failed(hub, files, mode
         hub.faults = [Fault(WEIGHTS, body=turned(files))]
     snapshot_download(NAME, allow_patterns=HUB_FILES["model"][0])  # as a call that was cut short
     hub.faults = []
-    with pytest.raises(CheckpointError, match=f"{name} came damaged from the hub"):
+    with pytest.raises(CheckpointError, match=f"{name} is not the file .*Delete it"):
         CLIP.from_pretrained(NAME)
+    (file,) = Path(huggingface_hub.constants.HF_HUB_CACHE).glob(f"*/snapshots/*/{name}")
+    file.resolve().unlink()
+    file.unlink()
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
@@ -558,9 +562,71 @@ def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
     blob = (next(cache.glob("*/snapshots/*")) / "model.safetensors").resolve()
     os.utime(blob, ns=(0, 0))
     blob.write_bytes(blob.read_bytes()[:-1] + b"!")
-    with pytest.raises(CheckpointError, match="model.safetensors came damaged from the hub"):
-        CLIP.from_pretrained(NAME)
+    for _ in range(2):  # what this load has not downloaded may be the user's, and stays
+        with pytest.raises(CheckpointError, match="model.safetensors is not the file .*Delete it"):
+            CLIP.from_pretrained(NAME, local_files_only=True)
+    (next(cache.glob("*/snapshots/*")) / "model.safetensors").unlink()
+    blob.unlink()
     assert_same_weights(CLIP.from_pretrained(NAME), model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_without_symlinks_the_hub_is_asked_for_the_hashes(hub, files, model, monkeypatch, name):
+    """As on Windows: the file itself lies in the snapshot, and its name is not its hash."""
+    monkeypatch.setattr(file_download, "are_symlinks_supported", lambda cache_dir=None: False)
+    other = files[name][:-1] + b" " if name == "config.json" else turned(files)
+    hub.faults = [Fault(f"GET .*/{name}" if name == "config.json" else WEIGHTS, body=other)]
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=f"{name} came damaged from the hub"):
+            CLIP.from_pretrained(NAME)
+    hub.faults = []
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
+    hub.requests.clear()
+    assert_same_weights(CLIP.from_pretrained(NAME), model)
+    assert not asked(hub, "/tree/")
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    edited = next(cache.glob("*/snapshots/*")) / name
+    assert not edited.is_symlink()
+    edited.write_bytes(other)
+    with pytest.raises(CheckpointError, match=f"{name} is not the file that the hub announced"):
+        CLIP.from_pretrained(NAME)
+    assert edited.read_bytes() == other
+
+
+def test_a_damaged_file_that_cannot_be_deleted_is_an_error_of_ours(hub, files, monkeypatch):
+    unlink = Path.unlink
+
+    def refuse(path, **options):
+        if path.name == "model.safetensors" or len(path.name) == 64:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        unlink(path, **options)
+
+    hub.faults = [Fault(WEIGHTS, body=turned(files))]
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CheckpointError, match="came damaged.*cannot be deleted: Read-only"):
+        CLIP.from_pretrained(NAME)
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_branch_that_moves_during_a_load_or_a_conversion(hub, files, other, tmp_path, at):
+    """Whatever the request before which it moves, all is of one commit."""
+    commits = [dict(hub.repositories[NAME]["main"]), files | other_files(other, tmp_path)]
+    for read in (miniclip.load, lambda name: convert(name, tmp_path / f"{at}", "transformers")):
+        hub.repositories[NAME]["main"] = commits[0]
+        shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE, ignore_errors=True)
+        left, answered = [at], type(hub).fault
+
+        def fault(self, request, left=left, answered=answered):
+            left[0] -= 1
+            if not left[0]:
+                self.repositories[NAME] = {"main": commits[1], "before": commits[0]}
+            return answered(self, request)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(hub), "fault", fault)
+            read(NAME)
+        folders = {*Path(huggingface_hub.constants.HF_HUB_CACHE).glob("*/snapshots/*")}
+        assert len(folders) == 1, folders
 
 
 def test_hashes_are_looked_at_once(hub, monkeypatch):

@@ -384,3 +384,12 @@ def test_a_run_saves_what_its_recipe_says_and_nothing_else(name, tmp_path, monke
         "types": {torch.bfloat16 if name == "precision" else torch.float32},
         "compiled": [model.vision, model.text] if name == "compile" else [],
     }
+
+
+@pytest.mark.parametrize(
+    "field", [{"lr": math.inf}, {"warmup": math.inf}, {"warmup": 1.5}, {"seed": 2**64}]
+)
+def test_numbers_beyond_their_limits(field):
+    (name,) = field
+    with pytest.raises(ValueError, match=f"{name} is .*expected at least 0, at most"):
+        Recipe(**field)

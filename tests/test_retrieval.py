@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_hostile import cpu_seconds
 from twin import TINY, twins
 
 import miniclip
@@ -26,7 +27,7 @@ from miniclip import ImageError, ImageTransform, retrieval
 from miniclip.checkpoint import Loaded
 from miniclip.commands.main import main
 from miniclip.files import ahead
-from miniclip.retrieval.building import build_index, embed_images
+from miniclip.retrieval.building import build_index, embed_images, only_builder
 from miniclip.retrieval.index import (
     Encoder,
     Index,
@@ -153,6 +154,107 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     pictures, damage = find_pictures([tmp_path])
     assert len(pictures) in (found, found + 1)  # the last one's header may be whole
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
+
+
+def lying_headers():
+    """{what lies: the tar's bytes before the end of its second file}."""
+
+    def header(name, size=0, kind=tarfile.REGTYPE, **fields):
+        info = tarfile.TarInfo(name)
+        info.type = kind
+        data = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        data[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+        data[148:156] = b"%06o\0 " % sum(data[:148] + b" " * 8 + data[156:])
+        return bytes(data)
+
+    def pax(record):
+        return header("pax", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0")
+
+    for size in (2**40, 2**36, -512, -1024, -1):
+        yield f"size {size}", header("a.bmp", size) + bytes(512)
+        yield f"size {size} of no picture", header("a.txt", size) + bytes(512)
+        yield f"size {size} of an unknown kind", header("a.txt", size, b"Z") + bytes(512)
+        yield f"long name of {size}", header("x", size, tarfile.GNUTYPE_LONGNAME) + bytes(512)
+        yield f"pax of {size}", header("x", size, tarfile.XHDTYPE) + bytes(512)
+        record = f" size={size}\n".encode()
+        yield f"pax says {size}", pax(b"%d" % (len(record) + 2) + record) + header("a.bmp", 9)
+    yield "a record of 20 digits", pax(b"9" * 20 + b" path=a.bmp\n") + header("a.bmp", 9)
+    yield "a record of 5,000 digits", pax(b"9" * 400 + b" path=a.bmp\n") + header("a.bmp", 9)
+    name = header("x", 3, tarfile.GNUTYPE_LONGNAME) + b"ab".ljust(512, b"\0")
+    yield "3,000 long names", name * 3000 + header("a.bmp", 9) + bytes(512)
+    sparse = b"22 GNU.sparse.major=1\n" + b"22 GNU.sparse.minor=0\n"
+    yield "a sparse map without end", pax(sparse) + header("a.bmp", 512) + b"7" * 9 + b"\n" * 503
+    yield "a sparse map of 10**18", pax(sparse) + header("a.bmp", 512) + b"1" + b"0" * 18 + b"\n"
+    yield "an old sparse file", header("a.bmp", 512, tarfile.GNUTYPE_SPARSE) + bytes(512)
+
+
+@pytest.mark.parametrize("what, lie", [*lying_headers()], ids=lambda value: str(value)[:40])
+def test_a_tar_whose_headers_lie_is_read_up_to_the_lie(tmp_path, what, lie):
+    make_tar(tmp_path / "x.tar", {"0.bmp": encoded(blots(0), "bmp")})
+    data = (tmp_path / "x.tar").read_bytes()
+    first = 512 + -(-len(encoded(blots(0), "bmp")) // 512) * 512
+    (tmp_path / "x.tar").write_bytes(data[:first] + lie)
+    with cpu_seconds(5):  # none takes 0.1
+        pictures, damage = find_pictures([tmp_path])
+    assert [picture.name for picture in pictures] == ["0.bmp"]
+    assert len(damage) == 1 and "x.tar: cannot be read as a tar to its end" in damage[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"embeddings": torch.tensor(3.0)},
+        {"embeddings": torch.eye(3, dtype=torch.float64)},
+        {"path_ends": torch.tensor([1, 2, 9**9])},
+        {"path_ends": torch.tensor([2, 1, 3])},
+        {"path_ends": torch.tensor(3)},
+        {"paths": torch.zeros(3)},
+        {"stamps": torch.zeros(3, 2)},
+        {"stamps": torch.zeros(5, 2, dtype=torch.int64)},
+        {"skipped_ends": torch.tensor([-1])},
+        *({field: value} for field in Encoder._fields[:4] for value in (3, ["x"], {})),
+        {"dtype": "no_grad"},
+        {"dtype": "int64"},
+        {"folder": 7},
+        {"reference": []},
+        {"transform": 5},
+        {"transform": {"crop_size": "x"}},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_an_index_that_lies_is_an_error_of_one_line(tmp_path, change):
+    index = Index(torch.eye(3), Strings.pack("abc"), ENCODER)
+    index.save(tmp_path / "i")
+    with safe_open(tmp_path / "i", framework="pt") as file:
+        about = json.loads(file.metadata()["miniclip.index"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    (name,) = change
+    if name in tensors:
+        tensors |= change
+    else:
+        about |= change
+    save_file(tensors, tmp_path / "i", metadata={"miniclip.index": json.dumps(about)})
+    with pytest.raises(ValueError, match="damaged") as caught:
+        Index.load(tmp_path / "i")
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e37, 1.5])
+def test_rows_that_are_not_unit_vectors_are_an_error(value):
+    rows = torch.eye(3)
+    rows[1, 0] = value
+    with pytest.raises(ValueError, match="not unit vectors"):
+        Index(rows, Strings.pack("abc"), ENCODER).search(torch.tensor([1.0, 0, 0]))
+
+
+@pytest.mark.parametrize("name", ["pipe.jpg", "pipe.tar"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    blots(1).save(tmp_path / "a.png")
+    pictures, damage = find_pictures([tmp_path / name, tmp_path])
+    assert all("not a regular file" in line for line in damage)
+    with pytest.raises(ImageError, match="not a regular file"):
+        open_picture(str(tmp_path / name) + "/a.jpg" * name.endswith("tar"))
 
 
 HIDDEN = [
@@ -894,6 +996,15 @@ def test_the_threads_are_as_many_as_workers(build, loaded, photographs, tmp_path
     build_index(tmp_path / "i", loaded, pictures, describe(loaded, "tiny"), workers=4)
     embed_images(loaded, pictures)
     assert pools == [3, 4, torch.get_num_threads()]
+
+
+def test_two_builds_of_one_file_at_once(build, tmp_path):
+    """The second says so at once, and the first goes on."""
+    out = tmp_path / "index"
+    with only_builder(tmp_path / "index.parts"):
+        with pytest.raises(ValueError, match="another process writes this index now"):
+            build(out)
+    assert len(build(out)) and not (tmp_path / "index.parts").exists()
 
 
 def test_nothing_that_can_be_read(build, photographs, tmp_path):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from miniclip import (
     Tokenizer,
     VisionConfig,
 )
+from miniclip.files import reading, writing
 from miniclip.files.writing import SAVED, finish_save, saving
 from miniclip.parity import randomize
 
@@ -364,18 +364,79 @@ def test_a_complete_save_that_cannot_be_finished_is_an_error(saved, monkeypatch)
 
 def test_a_link_is_no_save_to_finish(saved, tmp_path):
     miniclip.save(tmp_path / "elsewhere", *new())
+    (saved / SAVED).parent.mkdir(parents=True)
     (saved / SAVED).symlink_to(tmp_path / "elsewhere")
     assert contents(miniclip.load(saved)) == contents(old())
     assert contents(miniclip.load(tmp_path / "elsewhere")) == contents(new())
 
 
-def test_what_killed_processes_left_is_cleared_away_after_an_hour(saved):
-    for name, age in ((".saving-old", 3660), (".saving-new", 3000)):
-        (saved / name).mkdir()
-        (saved / name / "model.safetensors").touch()
-        os.utime(saved / name, (time.time() - age,) * 2)
+def test_what_killed_processes_left_is_cleared_away_and_what_live_ones_write_is_not(saved):
+    """Whatever the clocks say. upload_folder leaves .cache/huggingface out in any case."""
+    killed, alive = (saved / ".cache/huggingface" / f"miniclip-{name}" for name in ("old", "new"))
+    for folder in (killed, alive):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+        os.utime(folder, (0, 0))
+    lock = writing.lock(alive)
     miniclip.save(saved, *new())
-    assert [path.name for path in saved.glob(".*")] == [".saving-new"]
+    assert not killed.exists() and (alive / "model.safetensors").exists()
+    os.close(lock)
+    miniclip.save(saved, *new())
+    assert not [*saved.glob(".*")]
+
+
+def test_each_save_writes_to_a_file_of_its_own(tmp_path):
+    """The names are not told by the process: two threads have one, and so have two containers."""
+    path = tmp_path / "index"
+    with writing.replacing(path) as first, writing.replacing(path) as second:
+        assert first != second and str(os.getpid()) not in f"{first}{second}".split("-", 1)[1]
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(OSError, match="not a regular file"), writing.replacing(path):
+            pass
+        assert not path.is_file()
+
+
+@pytest.mark.parametrize("read", [miniclip.load, Tokenizer.from_pretrained])
+def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
+    """A save comes between any two files that are opened, once each time."""
+    parts = [old(), new()]
+    saves = [0]
+    opened = open
+
+    def opening(at):
+        calls = [0]
+
+        def hook(*args, **options):
+            file = opened(*args, **options)
+            calls[0] += 1
+            if calls[0] == at:
+                saves[0] += 1
+                with monkeypatch.context() as patch:
+                    patch.setattr(reading, "open", opened, raising=False)
+                    miniclip.save(saved, *parts[1])
+            return file
+
+        return hook
+
+    for at in range(1, 6):
+        miniclip.save(saved, *parts[0])
+        before = saves[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(reading, "open", opening(at), raising=False)
+            found = read(saved)
+        expected = parts[saves[0] - before]  # the tokenizer alone has fewer files
+        vocab = found.tokenizer if isinstance(found, tuple) else found
+        assert (vocab.vocab, vocab.merges) == (expected[1].vocab, expected[1].merges)
+        if isinstance(found, tuple):
+            assert contents(found) == contents(expected)
+    assert saves[0] > 2
 
 
 def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):

@@ -24,12 +24,14 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+import uvicorn
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 from miniclip.commands.main import main
 from miniclip.errors import ImageError
 from miniclip.files.hub import EMBEDDED
+from miniclip.page import serve
 from miniclip.page.serve import create_app, listen, open_index, read_picture, write_picture
 
 # Writes down what a process does to the network and to files, and then runs the command line.
@@ -70,6 +72,7 @@ class Server:
     def post(self, path, question, **headers):
         """(status, the answer)"""
         data = question if isinstance(question, bytes) else json.dumps(question).encode()
+        headers = {"Content-Type": "application/json"} | headers
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
         try:
             with urllib.request.urlopen(request) as answer:
@@ -480,7 +483,7 @@ def test_heat_is_that_of_the_first_sentence_by_the_method_that_is_asked_for(
         assert_drawn(answer["heat"], cat, heat)
 
 
-def ask(app, path, *questions, then=()):
+def ask(app, path, *questions, then=(), **headers):
     """What an app answers, without a server: (status, the answer) of one question, or of each."""
 
     async def answer(question):
@@ -496,7 +499,9 @@ def ask(app, path, *questions, then=()):
             sent.append(message)
 
         scope = {"type": "http", "method": "POST", "path": f"/{path}", "query_string": b""}
-        await app(scope | {"headers": [(b"host", b"localhost")]}, receive, send)
+        fields = {"host": "localhost", "content-type": "application/json"} | headers
+        fields = [(name.encode(), value.encode()) for name, value in fields.items() if value]
+        await app(scope | {"headers": fields}, receive, send)
         return sent[0]["status"], json.loads(sent[1]["body"] or "null")
 
     async def answers():
@@ -622,6 +627,88 @@ def test_a_search_needs_an_index():
     assert status == 400 and "no index to search: start with --index" in answer["error"]
 
 
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({}, 200),
+        ({"content-type": "application/json; charset=utf-8"}, 200),
+        ({"origin": "http://localhost", "sec-fetch-site": "same-origin"}, 200),
+        ({"content-type": "text/plain"}, 400),
+        ({"content-type": ""}, 400),
+        ({"origin": "http://evil.example"}, 400),
+        ({"origin": "http://localhost:9999"}, 400),
+        ({"origin": "null"}, 400),
+        ({"sec-fetch-site": "cross-site"}, 400),
+        ({"sec-fetch-site": "same-site"}, 400),
+    ],
+)
+def test_a_page_of_another_site_is_not_answered(headers, status):
+    asked = []
+    app = create_app({}, lambda text: asked.append(text) or [])
+    assert ask(app, "search", {"text": "a"}, **headers)[0] == status
+    assert asked == ["a"] * (status == 200)
+
+
+@pytest.mark.parametrize(
+    "question, message",
+    [
+        ({"text": "a" * 1001}, "text: a text has more than 1,000 characters"),
+        ({"text": ["a"] * 201}, "201 text; at most 200 are read"),
+        ({"text": "a", "labels": ["b", "a" * 1001]}, "labels: a text has more than 1,000"),
+    ],
+)
+def test_long_questions_are_refused(question, message):
+    status, answer = ask(create_app({}, lambda text: []), "search", question)
+    assert status == 400 and message in answer["error"]
+
+
+def test_a_picture_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(serve, "open_image", None)
+    for side in (5001, 15000):
+        picture = io.BytesIO()
+        Image.new("1", (side, side)).save(picture, "PNG")
+        url = "data:;base64," + base64.b64encode(picture.getvalue()).decode()
+        with pytest.raises(ImageError, match="pixels"):
+            read_picture(url)
+
+
+def test_only_so_many_questions_wait_and_only_for_so_long(monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(serve, "MAX_WAITING", 2)
+    monkeypatch.setattr(serve, "MAX_SECONDS", 0.2)
+    app = create_app({}, lambda text: go.wait(1) and [])
+    answers = ask(app, "search", *[{"text": "a"}] * 4)
+    assert [status for status, _ in answers] == [503] * 4
+    said = [answer["error"] for _, answer in answers]
+    assert said.count("too many questions at once") == 2
+    assert said.count("no answer within 0.2 seconds") == 2
+
+
+def test_connections_that_ask_nothing_are_closed_and_who_leaves_is_not_mentioned(
+    monkeypatch, capfd
+):
+    monkeypatch.setattr(serve, "IDLE_SECONDS", 0.1)
+    listening = listen(0)
+    config = uvicorn.Config(
+        create_app({}, lambda text: []), log_level="warning", lifespan="off", http=serve.Impatient
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    address = listening.getsockname()
+    for start in (b"", b"POST /search HTTP/1.1\r\nHost: localhost\r\n"):
+        with socket.create_connection(address) as idle:
+            idle.sendall(start)
+            idle.settimeout(30)
+            assert idle.recv(100) == b""  # closed by the other side
+    with socket.create_connection(address) as gone:
+        head = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        gone.sendall(head + b"Content-Length: 999\r\n\r\n{")
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive() and capfd.readouterr().err == ""
+
+
 @pytest.mark.slow
 def test_only_this_machine_is_answered(server):
     """The address that other machines would use."""
@@ -682,6 +769,7 @@ def test_control_c_ends_it_with_what_was_asked_before(server, servers):
     for _ in range(2):
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
         connection.putrequest("POST", "/explain")
+        connection.putheader("Content-Type", "application/json")
         connection.putheader("Content-Length", str(len(body)))
         connection.putheader("Expect", "100-continue")
         connection.endheaders()

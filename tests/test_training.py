@@ -1,6 +1,7 @@
 """Training: the loss against its formula, the shortcuts against the long way, runs against runs."""
 
 import csv
+import errno
 import io
 import json
 import math
@@ -759,6 +760,35 @@ def test_another_recipe_does_not_continue_a_run(stripes, tmp_path):
     torch.save({"settings": {"recipe": asdict(QUICK), "config": {}}}, tmp_path / "training.pt")
     with pytest.raises(ValueError, match="unfinished run with another epochs, seed"):
         run(stripes, tmp_path, replace(QUICK, epochs=1, seed=2))
+
+
+def test_a_state_that_lies_is_an_error(stripes, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "save", killed)
+        run(stripes, tmp_path)
+    state = torch.load(tmp_path / "training.pt")
+    lies = [{"step": -1}, {"step": "x"}, {"step": True}, {"rows": {1}}, {"seconds": "x"}]
+    for lie in [*lies, {"losses": None}, {"rows": 5}]:
+        torch.save(state | lie, tmp_path / "training.pt")
+        with pytest.raises(CheckpointError, match="training.pt: cannot be continued: .*Error"):
+            run(stripes, tmp_path)
+    torch.save(state | {"step": 10**9}, tmp_path / "training.pt")
+    with pytest.raises(ValueError, match="is at step 1,000,000,000 of"):
+        run(stripes, tmp_path)
+
+
+def test_a_full_disk_is_named(stripes, tmp_path, monkeypatch):
+    def full(state, file):
+        file.write(b"a" * 100)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="cannot save here: .*No space left"):
+        run(stripes, tmp_path)
+    assert not (tmp_path / "training.pt").exists() and not [*tmp_path.glob(".*")]
 
 
 @pytest.mark.parametrize("state", [b"damaged", b"", [], {}, {"settings": {}}, {"settings": 0}])

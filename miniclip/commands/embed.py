@@ -75,8 +75,9 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     pictures, damage = find_pictures(args.paths, args.exclude)
     with process_group(args.device) as device:
+        name, args.revision = lasting_name(args.model, args.revision)  # a branch may move
         loaded = load_model(args, device=device, dtype=getattr(torch, args.dtype))
-        encoder = describe(loaded, *lasting_name(args.model, args.revision))
+        encoder = describe(loaded, name, args.revision)
         options = (args.batch, args.workers, args.force)
         try:
             index = build_index(args.out, loaded, pictures, encoder, damage, *options)

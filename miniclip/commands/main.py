@@ -63,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, RuntimeError) as error:  # ours, the file system's and torch's
         complain(error)
+        try:
+            print(end="", flush=True)
+        except OSError:  # Python would try it again, and end with a status of its own
+            sys.stdout = None
         return 2
 
 

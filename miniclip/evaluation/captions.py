@@ -1,14 +1,14 @@
 """Pictures with their captions, as data sets come."""
 
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from miniclip.errors import listed
 from miniclip.files.reading import read_json
-from miniclip.retrieval.pictures import Member, find_pictures
+from miniclip.files.tars import Member, members
+from miniclip.retrieval.pictures import find_pictures
 from miniclip.training.data import COLUMNS, METADATA, captioned_pictures, texts_beside
 from miniclip.transform import ImageTransform
 
@@ -100,19 +100,15 @@ def _json_pairs(path: Path, images: Path, split: str) -> Iterator[tuple[str, lis
         ) from None
 
 
-def _shard_pairs(members: Sequence[Member]) -> Iterator[tuple[Member, list[str]]]:
+def _shard_pairs(pictures: Sequence[Member]) -> Iterator[tuple[Member, list[str]]]:
     """Each picture with the lines of the .txt file that shares its key."""
     texts: dict[tuple[str, str], list[str]] = {}
-    for archive in dict.fromkeys(member.archive for member in members):
-        try:
-            with tarfile.open(archive, "r:") as tar:
-                for file in tar:
-                    if file.name.endswith(".txt") and (stream := tar.extractfile(file)):
-                        lines = stream.read().decode("utf-8-sig", "replace").splitlines()
-                        texts[archive, _key(file.name)] = lines
-        except tarfile.TarError:
-            pass  # `find_pictures` has reported the damage
-    for member in members:
+    for archive in dict.fromkeys(picture.archive for picture in pictures):
+        for file in members(archive, []):  # `find_pictures` has reported the damage
+            if file.name.endswith(".txt"):
+                lines = file.read().decode("utf-8-sig", "replace").splitlines()
+                texts[archive, _key(file.name)] = lines
+    for member in pictures:
         yield member, texts.get((member.archive, _key(member.name)), [])
 
 

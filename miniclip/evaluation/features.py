@@ -14,9 +14,10 @@ from torch import Tensor
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ImageError
 from miniclip.files.ahead import read_ahead
+from miniclip.files.tars import Member
 from miniclip.model import CLIP
 from miniclip.retrieval.index import Encoder, Index, Strings, describe, embed
-from miniclip.retrieval.pictures import Member, pixels_of
+from miniclip.retrieval.pictures import pixels_of
 from miniclip.terminal import progress
 from miniclip.transform import ImageTransform
 

@@ -19,6 +19,7 @@ classes build themselves from these:
     pictures.py      files, arrays and tensors -> Pillow images
     pickles.py       the tensors of .bin and .pt files; their code is never run
     state_dicts.py   what such a file holds -> the state dict of one model
+    tars.py          what lies in a tar, up to where it is damaged
     reading.py       JSON and lines of text, with limits
     writing.py       atomic writes
 """

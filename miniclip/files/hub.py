@@ -4,8 +4,9 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,8 @@ def _download(
     if not (local_files_only or constants.HF_HUB_OFFLINE):  # a bad network takes long to answer
         _say_once(f"asking the Hugging Face hub for {repository}")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    home = cache / f"models--{repository.replace('/', '--')}"
+    before = {path for path in home.rglob("*") if path.is_file() and not path.is_symlink()}
     for patterns in HUB_FILES[kind]:
         try:
             directory = Path(
@@ -170,44 +173,88 @@ def _download(
                 f"are directories, and the embedded checkpoints: {', '.join(embedded_names())}. "
                 f"The hub's client says {type(said).__name__}: {reason}"
             ) from error
+        revision = directory.name  # the branch may move before the next request
         directory = _inside(directory, folder)
-        _check_hashes(directory, cache / f"models--{repository.replace('/', '--')}" / CHECKED)
+        announced = partial(_announced, repository, revision, local_files_only)
+        _check_hashes(directory, home / CHECKED, before, announced)
         if kind != "model" or weights_in(directory):
             break
     return directory
 
 
-def _check_hashes(directory: Path, checked: Path) -> None:
+def commit_of(path: Path) -> str | None:
+    """The commit whose files are in a folder of the hub's cache, .../snapshots/COMMIT."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+
+
+def _announced(repository: str, commit: str, local_files_only: bool) -> dict[str, str]:
+    """The hash of each file at a commit, as far as the hub can be asked."""
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):  # no network: a file without a hash is checked another time
+        files: Any = (
+            ()
+            if local_files_only
+            else HfApi().list_repo_tree(repository, revision=commit, recursive=True)
+        )
+        files = [file for file in files if hasattr(file, "blob_id")]
+        return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+    return {}
+
+
+def _check_hashes(
+    directory: Path, checked: Path, before: set[Path], announced: Callable[[], dict[str, str]]
+) -> None:
     """Verify each cached file against its hash once, because the hub's client does not.
 
-    A damaged file is deleted and a CheckpointError is raised; files that pass are remembered.
+    The hash is the name of the file that a link leads to. In a cache without links the hub is asked
+    for it. Files that pass are remembered. A file that does not is a CheckpointError. It is deleted
+    if this load has downloaded it: it was not among the files `before`.
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
+    hashes = None
     for file in filter(Path.is_file, directory.glob("*")):
         blob = file.resolve()
-        note = f"{blob.name} {blob.stat().st_mtime_ns}"
+        note = f"{os.path.relpath(blob, checked.parent.resolve())} {blob.stat().st_mtime_ns}"
         if note in noted:
             continue
-        if not _has_its_hash(blob):
-            file.unlink()
-            blob.unlink()
+        expected = blob.name
+        if not file.is_symlink():
+            hashes = announced() if hashes is None else hashes
+            _, _, inside = file.as_posix().rpartition("/snapshots/")
+            expected = hashes.get(inside.partition("/")[2], "")
+            if not expected:
+                continue
+        if not _has_its_hash(blob, expected):
+            is_new = blob not in {path.resolve() for path in before}
+            advice = "It is deleted; load again to download it again"
+            try:
+                for path in {file, blob} if is_new else ():
+                    path.unlink()
+            except OSError as error:
+                advice = f"It cannot be deleted: {error.strerror}"
+            if is_new:
+                what = "came damaged from the hub: its hash is not the announced one"
+                raise CheckpointError(f"{file} {what}. {advice}")
             raise CheckpointError(
-                f"{file} came damaged from the hub: its hash is not the announced one. It is "
-                "deleted; load again to download it again"
+                f"{file} is not the file that the hub announced: its hash is another. Delete it to "
+                "download it again; if it was edited, load a copy of the folder"
             )
         with suppress(OSError), open(checked, "a") as notes:  # a cache may be read-only
             notes.write(f"{note}\n")
 
 
-def _has_its_hash(blob: Path) -> bool:
-    """Whether a cached file's content fits its name, if the name is a hash.
+def _has_its_hash(blob: Path, name: str = "") -> bool:
+    """Whether a cached file's content fits a name, by default its own, if the name is a hash.
 
     The hub's cache names large files by their sha256 and small files by git's sha1. A mirror of
     the hub may use the plain sha1, or names that are not hashes.
     """
-    if len(blob.name) == 64:
+    name = name or blob.name
+    if len(name) == 64:
         digests = [hashlib.sha256()]
-    elif len(blob.name) == 40:
+    elif len(name) == 40:
         digests = [hashlib.sha1(b"blob %d\0" % blob.stat().st_size), hashlib.sha1()]
     else:
         return True
@@ -215,7 +262,7 @@ def _has_its_hash(blob: Path) -> bool:
         while chunk := file.read(1 << 20):
             for digest in digests:
                 digest.update(chunk)
-    return blob.name in [digest.hexdigest() for digest in digests]
+    return name in [digest.hexdigest() for digest in digests]
 
 
 def weights_in(directory: Path) -> Path | None:

@@ -8,7 +8,7 @@ from miniclip.errors import CheckpointError, blaming, shown
 from miniclip.files.hub import CONFIGS
 from miniclip.files.open_clip import preprocessing_from_open_clip, preprocessing_to_open_clip
 from miniclip.files.reading import read_json, read_json_if_there
-from miniclip.files.writing import blaming_disk, write_json
+from miniclip.files.writing import blaming_disk, saving, write_json
 
 # What the file of each CLIP says, if it says it: the four steps, and how they are done.
 _FIXED = {
@@ -108,14 +108,12 @@ def write_settings(directory: str | PathLike[str], fields: dict[str, Any]) -> No
     """Write preprocessor_config.json, and update the other files that have the same settings."""
     directory = Path(directory)
     settings = to_transformers(fields)
-    with blaming_disk(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        open_clip = directory / "open_clip_config.json"
-        if saved := read_json_if_there(open_clip):  # first, because it may not express them
-            with blaming(directory):
+    with blaming_disk(directory), saving(directory) as folder:
+        if saved := read_json_if_there(directory / CONFIGS["open_clip"]):
+            with blaming(directory):  # it may not express the settings
                 preprocessing = preprocessing_to_open_clip(fields)
-            write_json(open_clip, {**saved, "preprocess_cfg": preprocessing})
+            write_json(folder / CONFIGS["open_clip"], {**saved, "preprocess_cfg": preprocessing})
         processor = directory / "processor_config.json"
         if "image_processor" in (saved := read_json_if_there(processor)):
-            write_json(processor, {**saved, "image_processor": settings})
-        write_json(directory / "preprocessor_config.json", settings)
+            write_json(folder / processor.name, {**saved, "image_processor": settings})
+        write_json(folder / "preprocessor_config.json", settings)

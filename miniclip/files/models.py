@@ -2,6 +2,7 @@
 
 Nothing is guessed and nothing is repaired. Each tensor in the file must have its place in the
 model, each parameter must have its tensor of the same shape, and no weight is changed on the way.
+This file is long because a config and its weights can only be checked against each other.
 """
 
 import os
@@ -30,6 +31,7 @@ from miniclip.files.hub import (
     OPENAI_VOCABULARY,
     WEIGHTS,
     as_path,
+    commit_of,
     has_files,
     is_clips,
     resolve,
@@ -83,6 +85,11 @@ class Stored(NamedTuple):
     def towers(self) -> list[str]:
         """The towers it has: "vision", "text" or both."""
         return [tower for tower in TOWERS if tower in self.fields]
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that the hub's files are of."""
+        return commit_of(self.path)
 
     def check_towers(self, towers: tuple[str, ...]) -> None:
         """Raise CheckpointError unless it has these towers."""

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from miniclip.errors import ImageError
+from miniclip.files.reading import open_regular
 
 Bytes = bytes | bytearray | memoryview  # of an image file
 Picture = Image.Image | str | PathLike[str] | Bytes | BinaryIO | np.ndarray | Tensor
@@ -94,6 +95,8 @@ def open_image(
     suffix = os.path.splitext(name or title.rstrip(":"))[1].lower()
     missing = missing_packages()
     try:
+        if not hasattr(file, "read"):
+            open_regular(file).close()  # a pipe would be waited for
         if suffix in RAW:  # of which Pillow would read the thumbnail
             return _read_raw(file)
         with no_warnings, Image.open(file, formats=formats) as image:

@@ -17,7 +17,7 @@ from miniclip.files import configs, images
 from miniclip.files.hub import resolve
 from miniclip.files.models import Fork, Stored, open_model, read_fields
 from miniclip.files.modules import check_described, class_of, state_of
-from miniclip.files.saving import write_model
+from miniclip.files.saving import one_version, write_model
 from miniclip.files.vocabularies import Vocabulary, read_vocabulary, write_vocabulary
 
 M = TypeVar("M", bound="Pretrained")
@@ -76,6 +76,7 @@ class Pretrained(nn.Module):
         return cls(tower_config(cls.config_class, values[cls.towers[0]]), embed_dim)
 
     @classmethod
+    @one_version
     def from_pretrained(cls: type[M], name: str | PathLike[str], **options: Any) -> M:
         """The model of a checkpoint, in evaluation mode. Options as of `miniclip.load`.
 
@@ -136,6 +137,7 @@ class PretrainedConfig:
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values} | towers)
 
     @classmethod
+    @one_version
     def from_pretrained(cls: type[T], name: str | PathLike[str], **options: Any) -> T:
         """The config of a checkpoint. Options as of `miniclip.load`. Raises CheckpointError."""
         path, values = read_fields(name, **options)
@@ -163,6 +165,7 @@ class PretrainedTokenizer:
     context_length: int
 
     @classmethod
+    @one_version
     def from_pretrained(
         cls: type[T], name: str | PathLike[str], *, reference: str = "transformers", **options: Any
     ) -> T:
@@ -170,6 +173,7 @@ class PretrainedTokenizer:
         return cls.from_directory(resolve(name, "tokenizer", **options), reference=reference)
 
     @classmethod
+    @one_version
     def from_directory(
         cls: type[T], directory: str | PathLike[str], *, reference: str = "transformers"
     ) -> T:
@@ -195,6 +199,7 @@ class PretrainedTransform:
     """`from_pretrained` and `save_pretrained` of an ImageTransform."""
 
     @classmethod
+    @one_version
     def from_pretrained(
         cls: type[T], name: str | PathLike[str], *, reference: str = "transformers", **options: Any
     ) -> T:

@@ -1,13 +1,18 @@
-"""Read small text files of a checkpoint, with a limit on their size."""
+"""Open files that may be anything, and read small text files with a limit on their size."""
 
+import errno
 import gzip
 import json
+import os
+import stat
 import zlib
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from miniclip.errors import CheckpointError
 
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no pipes among its files
 MOST_BYTES, MOST_LINES = 5_000_000, 300_000
 """Limits for a tokenizer's files. OpenAI's have up to 3.7 million bytes and 262,145 lines."""
 
@@ -16,7 +21,7 @@ def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:
     """The object in a JSON file. Refuses files above `most` bytes: parsed JSON can take 30 times
     its size in memory. Raises CheckpointError."""
     try:
-        value = json.loads(_read_bytes(path, most).decode())
+        value = json.loads(read_bytes(path, most).decode())
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: expected a JSON file that can be read: {reason}") from None
@@ -33,7 +38,7 @@ def read_json_if_there(path: Path, most: int = 1_000_000) -> dict[str, Any]:
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, which may be gzipped. Raises CheckpointError."""
     try:
-        data = _read_bytes(path, MOST_BYTES)
+        data = read_bytes(path, MOST_BYTES)
         if data.count(b"\n") > MOST_LINES:
             raise OSError(f"it has more than {MOST_LINES:,} lines, which no CLIP's has")
         text = data.decode()
@@ -42,11 +47,21 @@ def read_lines(path: Path) -> list[str]:
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
-def _read_bytes(path: Path, most: int) -> bytes:
-    if path.exists() and not path.is_file():
-        raise ValueError("it is not a regular file")  # reading a pipe might never end
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        data = file.read(most + 1)  # the limit counts unpacked bytes
+def open_regular(path: str | PathLike[str]) -> BinaryIO:
+    """Open a file for reading. Raises OSError for a pipe or a device, which might never end."""
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+    return file
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a file, unpacked if its name ends in .gz. OSError or ValueError for others."""
+    with open_regular(path) as raw:
+        with gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            data = file.read(most + 1)  # the limit counts unpacked bytes
     if len(data) > most:
-        raise ValueError(f"it has more than {most:,} bytes, which no CLIP's has")
+        raise ValueError(f"it has more than {most:,} bytes, the most that is read")
     return data

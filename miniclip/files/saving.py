@@ -1,11 +1,13 @@
-"""A model, or a whole checkpoint -> a directory."""
+"""A model, or a whole checkpoint -> a directory; and what a reader does about a save meanwhile."""
 
+import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -19,8 +21,11 @@ from miniclip.files.names import LAYOUTS, pack
 from miniclip.files.open_clip import to_open_clip
 from miniclip.files.published import Fields
 from miniclip.files.reading import read_json_if_there
-from miniclip.files.writing import blaming_disk, replacing, saving, write_json
+from miniclip.files.vocabularies import STALE
+from miniclip.files.writing import SAVED, blaming_disk, finish_save, replacing, saving, write_json
 
+READ = (".json", ".txt", ".gz", ".safetensors", ".bin", ".pt")
+F = TypeVar("F", bound=Callable[..., Any])
 WRITTEN = dict.fromkeys(LAYOUTS, WEIGHTS[0]) | {"open_clip": "open_clip_model.safetensors"}
 
 
@@ -103,7 +108,7 @@ def saving_checkpoint(
         yield folder
         if tokenizer:
             tokenizer.save_pretrained(folder)
-            for stale in ("tokenizer.json", "added_tokens.json"):
+            for stale in STALE:
                 (folder / stale).touch()  # deletes the file, which transformers would read first
         if transform:
             transform.save_pretrained(folder)
@@ -124,3 +129,47 @@ def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
             f"{directory}: has {listed(there)}, which would be loaded instead. Save to another "
             "directory, or first delete the files of the other checkpoint"
         )
+
+
+def one_version(read: F) -> F:
+    """Read again if a save changed a directory meanwhile, so that all files are of one version.
+
+    `read` takes the name of a checkpoint as its last positional argument.
+    """
+
+    @wraps(read)
+    def reading(*args: Any, **options: Any) -> Any:
+        name = Path(os.path.expanduser(options.get("name", args[-1] if args else "")))
+        directory = name.parent if os.path.isfile(name) else name
+        directory /= options.get("subfolder") or "."
+        if not os.path.isdir(directory):
+            return read(*args, **options)
+        for _ in range(1000):
+            with suppress(OSError):  # `resolve` says what hinders it
+                finish_save(directory)
+            before = _state(directory)
+            # A mixture has a SAVED beside it, and here there is none between two equal states.
+            is_whole = not os.path.isdir(directory / SAVED) or os.path.islink(directory / SAVED)
+            result, error = None, None
+            try:
+                result = read(*args, **options)
+            except (ValueError, OSError) as raised:
+                error = raised
+            if _state(directory) == before and (is_whole or error):
+                if error:
+                    raise error
+                return result
+        raise CheckpointError(f"{directory}: other processes save here all the time")
+
+    return reading  # type: ignore[return-value]
+
+
+def _state(directory: Path) -> dict[str, tuple[int, int, int]]:
+    """What tells the versions of a directory's files apart."""
+    state = {}
+    with suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.endswith(READ):
+                found = entry.stat()
+                state[entry.name] = (found.st_ino, found.st_mtime_ns, found.st_size)
+    return state

@@ -13,10 +13,12 @@ from miniclip.files.checks import check_tokens
 from miniclip.files.hub import OPENAI_VOCABULARY
 from miniclip.files.open_clip import context_of_open_clip
 from miniclip.files.reading import MOST_BYTES, read_json, read_json_if_there, read_lines
-from miniclip.files.writing import blaming_disk, replacing, write_json
+from miniclip.files.writing import blaming_disk, replacing, saving, write_json
 from miniclip.text.symbols import BOS, END_OF_WORD, EOS, Pair, byte_symbols, vocabulary_of
 
 OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
+STALE = ("tokenizer.json", "added_tokens.json")
+"""Files of an older tokenizer in the same directory."""
 MOST_ADDED, LONGEST_ADDED = 20_000, 100
 """Added tokens, and characters of one: a place in a text costs one look for each length."""
 
@@ -81,16 +83,14 @@ def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> 
         "added_tokens_decoder": decoder,
     }
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
-    with blaming_disk(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "vocab.json", vocab)
-        with replacing(directory / "merges.txt") as temporary:
+    with blaming_disk(directory), saving(directory) as folder:
+        write_json(folder / "vocab.json", vocab)
+        with replacing(folder / "merges.txt") as temporary:
             temporary.write_text("\n".join(lines), encoding="utf-8", newline="\n")
-        write_json(directory / "special_tokens_map.json", special)
-        write_json(directory / "tokenizer_config.json", config)
-        # transformers would read an older tokenizer's files first
-        (directory / "tokenizer.json").unlink(missing_ok=True)
-        (directory / "added_tokens.json").unlink(missing_ok=True)
+        write_json(folder / "special_tokens_map.json", special)
+        write_json(folder / "tokenizer_config.json", config)
+        for stale in STALE:
+            (folder / stale).touch()  # deletes the file, which transformers would read first
 
 
 def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Iterable[str]) -> None:

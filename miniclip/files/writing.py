@@ -1,10 +1,10 @@
 """Atomic writes: one file, or all files of a checkpoint, are replaced together or not at all."""
 
+import errno
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +12,14 @@ from typing import Any
 
 from miniclip.errors import CheckpointError
 
-SAVED = ".miniclip-saved"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PLACE = ".cache/huggingface"
+"""Unfinished files are written here. huggingface_hub's `upload_folder` leaves this folder out."""
+SAVED = f"{PLACE}/miniclip.saved"
 """A folder with a complete save, whose files still have to be moved to their places."""
 
 
@@ -25,8 +32,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. On success the file takes the place of `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    if path.exists() and not path.is_file():  # a device is not to be replaced
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with _private_folder(path.parent) as folder:
+        temporary = folder / path.name
         temporary.touch()
         mode = (path if path.exists() else temporary).stat().st_mode
         yield temporary
@@ -34,8 +43,59 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+@contextmanager
+def _private_folder(directory: Path) -> Iterator[Path]:
+    """Yield a new folder inside `directory` that is gone afterwards.
+
+    A process locks its folder for as long as it lives. So a folder without a lock is what a killed
+    process has left, and is removed. Where there are no locks nothing is removed.
+    """
+    held = None
+    while held is None:  # another process may remove a folder before it is locked, or its parents
+        os.stat(directory)  # raises if there is no such directory
+        with suppress(FileNotFoundError):
+            for place in (directory / ".cache", directory / PLACE):
+                with suppress(FileExistsError):
+                    os.mkdir(place)
+            base = directory / PLACE
+            if base.stat().st_dev != directory.stat().st_dev:  # nothing can be moved from there
+                base = directory
+            for left in base.glob("miniclip-*"):
+                with suppress(OSError):
+                    os.close(lock(left))
+                    shutil.rmtree(left)
+            folder = Path(tempfile.mkdtemp(prefix="miniclip-", dir=base))
+            try:
+                held = lock(folder)
+            except BlockingIOError:
+                continue
+            except OSError:  # there are no locks here
+                held = -1
+            held = held if folder.exists() else None
+    try:
+        yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if held >= 0:
+            os.close(held)
+        with suppress(OSError):  # they may have more in them
+            (directory / PLACE).rmdir()
+            (directory / ".cache").rmdir()
+
+
+def lock(folder: Path) -> int:
+    """Lock a folder until the descriptor is closed. OSError if another has it, or no locks are."""
+    if fcntl is None:
+        raise OSError("no locks")
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 @contextmanager
@@ -48,30 +108,34 @@ def saving(directory: Path) -> Iterator[Path]:
     """
     is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    for folder in directory.glob(".saving-*"):
-        with suppress(FileNotFoundError):
-            if time.time() - folder.stat().st_mtime > 3600:  # its process was killed
-                shutil.rmtree(folder, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     try:
-        try:
-            yield folder
-        except CheckpointError as error:  # name the directory, not the folder
-            raise CheckpointError(str(error).replace(str(folder), str(directory))) from error
-        for file in folder.iterdir():
-            target = directory / file.name
-            if target.is_dir():  # checked here, because nothing may fail after the rename below
-                raise IsADirectoryError(f"{target} is a directory")
-            if target.exists():
-                file.chmod(target.stat().st_mode)
-        finish_save(directory)
-        os.replace(folder, directory / SAVED)
+        with _private_folder(directory) as folder:
+            try:
+                yield folder
+            except CheckpointError as error:  # name the directory, not the folder
+                raise CheckpointError(str(error).replace(str(folder), str(directory))) from error
+            for file in folder.iterdir():
+                target = directory / file.name
+                if target.is_dir():  # checked here: nothing may fail after the rename below
+                    raise IsADirectoryError(f"{target} is a directory")
+                if target.exists():
+                    file.chmod(target.stat().st_mode)
+            _commit(folder, directory)
+            finish_save(directory)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         if is_new:
             with suppress(OSError):
                 directory.rmdir()  # it is empty only if nothing is saved
-    finish_save(directory)
+
+
+def _commit(folder: Path, directory: Path) -> None:
+    while True:
+        finish_save(directory)
+        try:
+            return os.replace(folder, directory / SAVED)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another's save came between
+                raise
 
 
 def finish_save(directory: Path) -> None:

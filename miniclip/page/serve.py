@@ -11,6 +11,7 @@ import io
 import json
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from miniclip import lens
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ImageError
 from miniclip.exhibits import LABELS, PHOTOGRAPHS, photographs
-from miniclip.files.pictures import open_image
+from miniclip.files.pictures import no_warnings, open_image
 from miniclip.transform import to_rgb
 from miniclip.world.localise import questions
 from miniclip.zeroshot.classifier import TEMPLATE, ZeroShotClassifier, find_templates
@@ -31,15 +32,21 @@ try:
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError:
     raise ValueError("the page needs Starlette: pip install 'miniclip[demo]'") from None
 
 HOST = "127.0.0.1"
 FIRST_PORT = 8400
 MAX_BYTES = 20_000_000  # of an upload
+MAX_PIXELS = 25_000_000  # of an upload: decoded, they take over ten bytes each for a while
+MAX_LABELS, MAX_CHARACTERS = 200, 1000  # of a question, and of one of its texts
+MAX_WAITING = 16  # questions
+MAX_SECONDS = 60  # that a question may take, and that its words may take to arrive
+IDLE_SECONDS = 30  # after which a connection without a question is closed
 TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would start programs for some others
 SIDE = 448  # pixels of a picture on the page, at least
 THUMBNAIL = (224, 224)  # pixels of one that was found, at most
@@ -124,14 +131,36 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
 
     one_at_a_time = asyncio.Lock()  # lens hooks the model, and would see another's tensors
 
+    waiting: set[asyncio.Task[Response]] = set()
+
     def route(answer: Callable[[dict[str, Any]], Any]) -> Route:
+        def work(body: bytes) -> Response:
+            return JSONResponse(answer(check_question(json.loads(body))))
+
+        async def in_turn(request: Request, body: bytes) -> Response:
+            async with one_at_a_time:
+                if await request.is_disconnected():  # the page has a newer question by now
+                    return Response()
+                return await run_in_threadpool(work, body)
+
         async def endpoint(request: Request) -> Response:
             try:
-                asked = await read_question(request)
-                async with one_at_a_time:
-                    if await request.is_disconnected():  # the page has a newer question by now
-                        return Response()
-                    return JSONResponse(await run_in_threadpool(answer, asked))
+                check_origin(request)
+                body = await asyncio.wait_for(read_body(request), MAX_SECONDS)
+                if len(waiting) >= MAX_WAITING:
+                    return JSONResponse({"error": "too many questions at once"}, status_code=503)
+                task = asyncio.create_task(in_turn(request, body))
+                waiting.add(task)
+                task.add_done_callback(waiting.discard)
+                try:
+                    return await asyncio.wait_for(asyncio.shield(task), MAX_SECONDS)
+                finally:
+                    task.cancel()  # if it still waits for its turn
+            except ClientDisconnect:
+                return Response()
+            except asyncio.TimeoutError:
+                message = f"no answer within {MAX_SECONDS} seconds"
+                return JSONResponse({"error": message}, status_code=503)
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 known = isinstance(error, (ValueError, RuntimeError))
                 message = str(error) if known else f"not a question this page asks: {error!r}"
@@ -173,20 +202,49 @@ def examples() -> list[dict[str, Any]]:
     return [{"name": PHOTOGRAPHS[0]} | cat, scene]
 
 
-async def read_question(request: Request) -> dict[str, Any]:
-    """The JSON that the page has sent. Raises ValueError for what is too large."""
+def check_origin(request: Request) -> None:
+    """Raise ValueError if a page of another site asks. A browser says so, and sends JSON to another
+    site only after asking it, which is not answered here."""
+    origin, headers = f"http://{request.headers.get('host')}", request.headers
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ValueError("expected a question of the type application/json")
+    from_here = headers.get("sec-fetch-site", "same-origin") == "same-origin"
+    if not from_here or headers.get("origin", origin) != origin:
+        raise ValueError("only the page of this server may ask")
+
+
+def check_question(asked: dict[str, Any]) -> dict[str, Any]:
+    """The question itself. Raises ValueError if it has too many texts, or one that is too long."""
+    for name, value in asked.items():
+        texts = value if isinstance(value, list) else [value]
+        if len(texts) > MAX_LABELS:
+            raise ValueError(f"{len(texts):,} {name}; at most {MAX_LABELS} are read")
+        if name != "picture" and any(len(str(text)) > MAX_CHARACTERS for text in texts):
+            raise ValueError(f"{name}: a text has more than {MAX_CHARACTERS:,} characters")
+    return asked
+
+
+async def read_body(request: Request) -> bytes:
+    """What the page has sent. Raises ValueError for what is too large."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:  # in base64, and the words
             raise ValueError(f"the picture is larger than {MAX_BYTES // 10**6} MB")
-    return json.loads(body)
+    return bytes(body)
 
 
 def read_picture(url: str) -> Image.Image:
     """The picture in a data: URL, upright, its first frame. Raises ImageError."""
+    file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
     try:
-        return open_image(io.BytesIO(base64.b64decode(url.partition(",")[2])), TYPES)
+        with suppress(OSError, SyntaxError), no_warnings, Image.open(file, formats=TYPES) as header:
+            if header.width * header.height > MAX_PIXELS:
+                found = f"{header.width} x {header.height} pixels"
+                raise ImageError(f"it has {found}; at most {MAX_PIXELS:,} are read")
+        return open_image(file, TYPES)
+    except Image.DecompressionBombError as error:
+        raise ImageError(str(error)) from None
     except ImageError as error:
         raise ImageError(
             f"{str(error).rstrip('.')}. What can be read: {', '.join(TYPES)}"
@@ -222,7 +280,23 @@ def listen(port: int | None) -> socket.socket:
     )
 
 
+class Impatient(H11Protocol):
+    """A connection that is closed when it asks nothing: uvicorn waits for a first question."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Look after the connection from now on."""
+        super().connection_made(transport)
+        self.loop.call_later(IDLE_SECONDS, self.close_if_idle)
+
+    def close_if_idle(self) -> None:
+        """Close the connection unless a question is being answered."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(IDLE_SECONDS, self.close_if_idle)
+
+
 def serve_until_interrupted(app: Starlette, listening: socket.socket) -> None:
     """Answer until Ctrl-C, and then what was asked before; it is raised again."""
-    config = uvicorn.Config(app, log_level="warning", lifespan="off")
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", http=Impatient)
     uvicorn.Server(config).run(sockets=[listening])

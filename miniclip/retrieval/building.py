@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from itertools import chain, islice
@@ -17,8 +18,10 @@ from torch import Tensor
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ImageError
 from miniclip.files.ahead import read_ahead
+from miniclip.files.tars import Member
+from miniclip.files.writing import lock
 from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings, describe, embed
-from miniclip.retrieval.pictures import Member, Stamp, pixels_of, stamp
+from miniclip.retrieval.pictures import Stamp, pixels_of, stamp
 from miniclip.terminal import counted, progress
 
 PART = 512
@@ -69,9 +72,48 @@ def build_index(
     is there, or no picture can be read.
     """
     check_counts(batch, workers)
+    with only_builder(Path(out).with_name(f"{Path(out).name}.parts")):
+        return _build(Path(out), loaded, pictures, encoder, damage, batch, workers, force)
+
+
+@contextmanager
+def only_builder(folder: Path) -> Iterator[None]:
+    """Make the folder of the parts, and lock it. Raises ValueError if another process has it.
+
+    Under torchrun the first process does this for all.
+    """
+    if dist.is_initialized() and dist.get_rank():
+        return (yield)
+    held = -1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process writes this index now") from None
+    except OSError as error:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # if there is no part in it
+        if held >= 0:
+            os.close(held)
+
+
+def _build(
+    out: Path,
+    loaded: Loaded,
+    pictures: Sequence[str | Member],
+    encoder: Encoder,
+    damage: Sequence[str],
+    batch: int,
+    workers: int | None,
+    force: bool,
+) -> Index:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     barrier = dist.barrier if dist.is_initialized() else lambda: None
-    out = Path(out)
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; expected the name of a file to be written")
     folder = out.with_name(f"{out.name}.parts")
@@ -79,7 +121,8 @@ def build_index(
     if force:
         old = None
         if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            for left in folder.glob("*"):
+                left.unlink()
         barrier()
     for path in [out] * bool(old) + sorted(folder.glob("*.safetensors"))[:1]:
         advice = "name another file, or replace it with --force"
@@ -101,10 +144,6 @@ def build_index(
             print(f"{out}: updated, {says}", file=sys.stderr)
         if done := len(parts) - len(missing):
             print(f"{out}: continued, {done} of {len(parts)} parts were done", file=sys.stderr)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{folder}: cannot be written: {error.strerror}") from None
     barrier()  # before a part is added to those that the others count
 
     mine = missing[rank::world]

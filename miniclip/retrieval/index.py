@@ -17,14 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miniclip.checkpoint import Loaded, load
+from miniclip.errors import shown
 from miniclip.files.checks import as_list
-from miniclip.files.hub import embedded_names, resolve
+from miniclip.files.hub import commit_of, embedded_names, resolve
+from miniclip.files.reading import open_regular
+from miniclip.files.tars import Member
 from miniclip.files.writing import replacing
 from miniclip.follow import ids_for
 from miniclip.model import CLIP, unit_norm
-from miniclip.retrieval.pictures import Member, open_picture, pixels_of
+from miniclip.retrieval.pictures import open_picture, pixels_of
 from miniclip.transform import ImageTransform
 
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 BLOCK = 8192
 """Rows that a search looks at together: 16 MiB at 512 numbers a row."""
 
@@ -77,7 +81,7 @@ def lasting_name(name: str, revision: str | None = None) -> tuple[str, str | Non
         return name, None
     if os.path.exists(name):
         return os.path.abspath(name), None
-    return name, resolve(name, "model", revision=revision).name  # .../snapshots/COMMIT
+    return name, commit_of(resolve(name, "model", revision=revision))
 
 
 class Strings(Sequence[str]):
@@ -162,7 +166,12 @@ class Index:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Index":
         """Map an index into memory. Raises ValueError where the file is none."""
+
+        def damaged(what: str) -> ValueError:
+            return ValueError(f"{path}: an index of `miniclip embed`, but damaged: it has {what}")
+
         try:
+            open_regular(path).close()
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["miniclip.index"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -178,15 +187,40 @@ class Index:
             )
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; `miniclip embed` writes one") from None
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        except (
+            *(OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError),
+            RecursionError,
+        ) as error:
             reason = f"no index of `miniclip embed`, or damaged: {type(error).__name__}: {error}"
             raise ValueError(f"{path}: {reason}") from None
-        x = index.embeddings
-        if x.ndim != 2 or x.dtype != torch.float32 or len(x) != len(index.paths):
-            raise ValueError(
-                f"{path}: expected float32 embeddings (N, E) and N paths, found {x.dtype} "
-                f"{tuple(x.shape)} and {len(index.paths)}"
+        expected = {
+            "embeddings": (torch.float32, 2),
+            "paths": (torch.uint8, 1),
+            "path_ends": (torch.int64, 1),
+            "stamps": (torch.int64, 2),
+            "skipped": (torch.uint8, 1),
+            "skipped_ends": (torch.int64, 1),
+        }
+        for name, kind in expected.items():
+            if (tensors[name].dtype, tensors[name].ndim) != kind:
+                raise damaged(f"{name} of {tensors[name].dtype} {tuple(tensors[name].shape)}")
+        n = len(index)
+        if len(index.paths) != n or index.stamps.shape not in ((n, 2), (0, 2)):
+            raise damaged(
+                f"{n} embeddings, {len(index.paths)} paths and {len(index.stamps)} stamps"
             )
+        for strings in (index.paths, Strings(tensors["skipped"], tensors["skipped_ends"])):
+            ends = torch.cat([torch.zeros(1, dtype=torch.int64), strings.ends])
+            if (ends.diff() < 0).any() or ends[-1] != len(strings.text):
+                raise damaged("strings that end where there is no text")
+        texts = (
+            about["folder"],
+            *index.encoder[:1],
+            *index.encoder[2:4],
+            "" if about["revision"] is None else about["revision"],
+        )
+        if not all(isinstance(text, str) for text in texts) or about["dtype"] not in DTYPES:
+            raise damaged(f"made by {shown(about)}")
         return index
 
     def search(self, query: Tensor, k: int = 12) -> list[Hit]:
@@ -209,7 +243,10 @@ class Index:
         for start in range(0, len(self), BLOCK):
             block = self.embeddings[start : start + BLOCK]
             worst = scores[-1].item() if len(scores) == k else -math.inf
-            near = (block @ coarse_query >= worst - rounding).nonzero().squeeze(1)
+            coarse = block @ coarse_query
+            if not coarse.abs().max() <= query.norm() * 1.01 + rounding:  # nor is NaN
+                raise ValueError("the index is damaged: it has rows that are not unit vectors")
+            near = (coarse >= worst - rounding).nonzero().squeeze(1)
             scores = torch.cat([scores, (block[near].double() * query).sum(1)])
             rows = torch.cat([rows, start + near])
             order = scores.argsort(descending=True, stable=True)[:k]

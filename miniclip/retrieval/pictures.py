@@ -2,32 +2,18 @@
 
 import glob
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
 from miniclip.errors import ImageError
 from miniclip.files.pictures import is_hidden, is_picture, open_image, with_name
+from miniclip.files.tars import Member, members
 from miniclip.transform import ImageTransform
-
-
-class Member(NamedTuple):
-    """A picture inside a tar, uncompressed: its bytes can be read without the rest."""
-
-    archive: str
-    name: str
-    offset: int
-    size: int
-
-    def __str__(self) -> str:
-        return f"{self.archive}/{self.name}"
-
 
 Stamp = tuple[int, int]
 
@@ -113,16 +99,9 @@ def _files_below(root: str, exclude: Sequence[str]) -> Iterator[str]:
 def _members(archive: str, damage: list[str], exclude: Sequence[str] = ()) -> list[Member]:
     """The pictures of a tar, up to where it is damaged. Of two of one name the later counts, as it
     does when a tar is unpacked."""
-    members: dict[str, Member] = {}
-    try:
-        with tarfile.open(archive, "r:") as tar:
-            for file in tar:
-                if file.isfile() and is_picture(file.name) and _is_wanted(file.name, exclude):
-                    member = Member(archive, file.name, file.offset_data, file.size)
-                    members[file.name] = member
-    except (OSError, tarfile.TarError) as error:
-        damage.append(f"{archive}: cannot be read as a tar to its end: {error}")
-    return list(members.values())
+    found = members(archive, damage)
+    named = {m.name: m for m in found if is_picture(m.name) and _is_wanted(m.name, exclude)}
+    return list(named.values())
 
 
 def pixels_of(source: str | Member, transform: ImageTransform) -> Tensor:
@@ -136,9 +115,7 @@ def pixels_of(source: str | Member, transform: ImageTransform) -> Tensor:
 def open_member(member: Member) -> Image.Image:
     """A picture inside a tar, as `open_image` reads a file. Raises ImageError."""
     try:
-        with open(member.archive, "rb") as file:
-            file.seek(member.offset)
-            return open_image(file.read(member.size), name=member.name)
+        return open_image(member.read(), name=member.name)
     except OSError as error:
         raise ImageError(f"{member}: cannot be read: {error.strerror}") from error
     except ImageError as error:

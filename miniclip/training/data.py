@@ -214,7 +214,7 @@ def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield i, value
                 elif value is not None:
                     raise ValueError(f"row {i} is not an object")
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{metadata}: expected rows that can be read: {error}") from None
 
 

@@ -53,8 +53,10 @@ class Recipe:
         for name in (each.name for each in fields(self) if type(each.default) in (int, float)):
             # A batch of one: its caption cannot be told from those of other pictures.
             least = {"epochs": 1, "batch": 2}.get(name, 0)
-            if not getattr(self, name) >= least:  # nor is nan
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+            most = 1 if name == "warmup" else 2**63 - 1
+            if not least <= getattr(self, name) <= most:  # nor is nan, or infinity
+                found = f"{name} is {getattr(self, name)}"
+                raise ValueError(f"{found}; expected at least {least}, at most {most}")
         if not self.clip_gradient > 0:
             raise ValueError(f"clip_gradient is {self.clip_gradient}; expected more than 0")
         if not 0 <= self.patch_dropout < 1:

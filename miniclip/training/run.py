@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from miniclip.checkpoint import Loaded, save
 from miniclip.errors import CheckpointError
-from miniclip.files.writing import replacing, write_json
+from miniclip.files.writing import blaming_disk, replacing, write_json
 from miniclip.model import CLIP
 from miniclip.surgery.lora import merge_lora
 from miniclip.surgery.weights import copied
@@ -110,6 +110,10 @@ class Run:
                         values |= {name: sharded_like(x, p) for name, x in values.items()}
                 self.step, self.losses, self.rows = state["step"], state["losses"], state["rows"]
                 self.seconds, self.best = state["seconds"], state["best"]
+                if type(self.step) is not int or self.step < 0:
+                    raise ValueError(f"step is {self.step!r}; expected a number of steps")
+                sum(self.losses) + self.seconds + sum(row.get("loss", 0) for row in self.rows)
+                json.dumps(self.rows)  # or they are damaged
         except Exception as error:  # damage shows itself in many ways
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: cannot be continued: {reason}") from error
@@ -201,8 +205,9 @@ class Run:
         }
         state = whole(state, "cpu")
         if self.writes:
-            with replacing(self.out / STATE) as temporary:
-                torch.save(state, temporary)
+            with blaming_disk(self.out), replacing(self.out / STATE) as path:
+                with open(path, "wb") as file:  # a path would hide what the disk says
+                    torch.save(state, file)
         self._write(self.out, tokenizer, transform)
 
     def finish(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ import fsspec
 
 from miniclip.errors import ImageError
 from miniclip.files.pictures import open_image, with_name
+from miniclip.files.tars import members
 from miniclip.training.pairs import Pair, caption_label, note_once, shuffled, to_bytes
 from miniclip.transform import ImageTransform
 
@@ -68,16 +70,23 @@ class Shards:
             note_once(self.skipped, f"{path}: {reason}")
             return True
 
+        def files() -> Iterator[dict[str, Any]]:
+            if is_address(path):
+                with open_shard(path) as stream:
+                    yield from tar_file_expander([{"url": path, "stream": stream}], handler=note)
+                return
+            for file in members(path, self.skipped):
+                if not re.match(r"__[^/]*__($|/)", file.name):  # of the shard, and no sample
+                    yield {"__url__": path, "fname": file.name, "data": file.read()}
+
         for path in paths:
             try:
-                with open_shard(path) as stream:
-                    files = tar_file_expander([{"url": path, "stream": stream}], handler=note)
-                    for sample in group_by_keys(files, handler=note):
-                        if {*self.PICTURES} & sample.keys() and _caption(sample).strip():
-                            yield sample
-                        else:
-                            missing = "expected a picture and a .txt of it"
-                            note_once(self.skipped, f"{_place(sample)}: {missing}")
+                for sample in group_by_keys(files(), handler=note):
+                    if {*self.PICTURES} & sample.keys() and _caption(sample).strip():
+                        yield sample
+                    else:
+                        missing = "expected a picture and a .txt of it"
+                        note_once(self.skipped, f"{_place(sample)}: {missing}")
             except Exception as error:  # of a file system, a network or a command: all the same
                 note(error)
 
@@ -100,9 +109,9 @@ def is_address(name: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def open_shard(path: str) -> Iterator[Any]:
-    """A tar to read: a file, a command's output, or what an address stands for."""
+    """A tar to read: a command's output, or what an address stands for."""
     if not path.startswith("pipe:"):
-        with fsspec.open(path) if is_address(path) else open(path, "rb") as stream:
+        with fsspec.open(path) as stream:
             yield stream
         return
     with Popen(path[5:], shell=True, stdout=PIPE) as process:

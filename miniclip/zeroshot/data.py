@@ -10,6 +10,7 @@ from typing import NamedTuple
 from miniclip.errors import listed
 from miniclip.files.checks import as_list
 from miniclip.files.pictures import is_hidden
+from miniclip.files.reading import MOST_BYTES, read_bytes
 from miniclip.terminal import counted
 from miniclip.zeroshot.prompts import CLASS_SETS, IMAGENET_CLASSES, IMAGENET_WNIDS
 
@@ -48,9 +49,9 @@ def find_labels(names: str | Iterable[str]) -> list[str]:
 
 def _labels_in(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path, MOST_BYTES).decode("utf-8-sig")
         found = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: expected labels, one a line or a JSON list: {reason}") from None
     if isinstance(found, dict):

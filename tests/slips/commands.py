@@ -136,8 +136,8 @@ SLIPS = [
     ),
     Slip(
         "The index does not know the revision that was asked for.",
-        "*lasting_name(args.model, args.revision)",
-        "*lasting_name(args.model)",
+        "name, args.revision = lasting_name(args.model, args.revision)",
+        "name, args.revision = lasting_name(args.model)",
         f"{FLAGS} -k commit",
     ),
     Slip(
@@ -807,8 +807,8 @@ SLIPS = [
     ),
     Slip(
         "A tar's pictures are not turned upright.",
-        'return open_image(file.read(member.size), name=member.name)',
-        'return Image.open(__import__("io").BytesIO(file.read(member.size)))',
+        'return open_image(member.read(), name=member.name)',
+        'return Image.open(__import__("io").BytesIO(member.read()))',
         f"{RETRIEVAL} -k in_a_tar_is",
     ),
     Slip(

@@ -814,8 +814,8 @@ SLIPS = [
     ),
     Slip(
         "NaN is a rate.",
-        "if not getattr(self, name) >= least:",
-        "if getattr(self, name) < least:",
+        "if not least <= getattr(self, name) <= most:",
+        "if getattr(self, name) < least or getattr(self, name) > most:",
         SETUP,
     ),
     Slip(
