@@ -217,8 +217,8 @@ def test_bench_measures_what_it_is_asked_for(run, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["eval", "embed"])
 def test_batches_have_64_images_unless_told_otherwise(run, monkeypatch, tmp_path, name):
-    for name in ("cat", "dog"):
-        (tmp_path / "many" / name).mkdir(parents=True)
+    for label in ("cat", "dog"):
+        (tmp_path / "many" / label).mkdir(parents=True)
     for i in range(70):
         folder = tmp_path / "many" / ("cat", "dog")[i % 2]
         Image.new("RGB", (8, 8), (3 * i, 0, 0)).save(folder / f"{i}.png")
