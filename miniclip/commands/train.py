@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         help="a folder of class folders, of pictures with metadata.jsonl, .csv or .tsv "
-        "(file_name, text), or of WebDataset .tar shards; shards by 'pipe:COMMAND' or an address "
-        "such as hf://datasets/OWNER/NAME/{00..99}.tar; or the drawn world `shapes`",
+        "(file_name, text) or with a .txt beside each, or of WebDataset .tar shards; shards by "
+        "'pipe:COMMAND' or an address such as hf://datasets/OWNER/NAME/{00..99}.tar; or the drawn "
+        "world `shapes`",
     )
     add_columns(parser)
     parser.add_argument(
