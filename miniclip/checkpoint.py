@@ -37,7 +37,7 @@ def load(
     """A checkpoint as (model, tokenizer, transform), ready to run.
 
     Args:
-        name: a checkpoint that comes with miniclip ("cifar10"), a directory, a weights file
+        name: a checkpoint that comes with miniclip ("everyday"), a directory, a weights file
             (.safetensors, .bin, .pt) beside its other files, or "openai/clip-vit-base-patch32".
         dtype: of the weights. None keeps the file's.
         reference: whose token ids and pixels to match, "transformers" or "openai".
@@ -46,7 +46,7 @@ def load(
     Raises:
         CheckpointError: with the file, what was expected and what was found.
 
-    >>> model, tokenizer, transform = load("cifar10")
+    >>> model, tokenizer, transform = load("everyday")
     >>> model.encode_text(tokenizer(["a cat", "a dog"])).shape[0]
     2
     """

@@ -1,4 +1,41 @@
-"""A checkpoint in another layout: each weight with the same bits, in its own dtype."""
+"""A checkpoint in another layout: each weight with the same bits, in its own dtype.
+
+```python
+from miniclip.convert import convert
+
+miniclip.save("mine", model, tokenizer, transform)  # as transformers has it; or layout="open_clip"
+convert("mine", "theirs", "open_clip")  # every weight with the same bits
+tower = miniclip.VisionTower.from_pretrained("mine")  # or TextTower: one half alone
+```
+
+    miniclip convert mine --out theirs --layout open_clip
+
+All three layouts are read and written: transformers' (safetensors, shards, `.bin`; both towers or
+one alone, as in Stable Diffusion and IP-Adapter), OpenAI's (a state dict, whose shapes are its
+config, or the TorchScript archive, read without running its code) and open_clip's (with
+`open_clip_config.json`, also in timm's repositories; a field that this architecture cannot follow
+is refused by its name). OpenAI's own files have no vocabulary: `--tokenizer
+openai/clip-vit-base-patch32` brings it along. Shapes with a name are in
+`miniclip.published.PUBLISHED`.
+
+To publish, huggingface_hub's own three lines do:
+
+    miniclip.save("mine", model, tokenizer, transform)
+    HfApi().create_repo("me/mine", exist_ok=True)
+    HfApi().upload_folder(repo_id="me/mine", folder_path="mine")
+
+Compiled and exported graphs are held to the same numbers, causal mask included (`torch.export.save`
+takes the towers; of the whole model it cannot write the named tuple). To ONNX, with any number of
+images and texts (needs `onnx` and `onnxscript`):
+
+```python
+images, texts = torch.export.Dim("images"), torch.export.Dim("texts")
+tokens = torch.export.Dim("tokens", min=2, max=model.config.text.context_length)
+example = (pixels.repeat(2, 1, 1, 1), ids)
+sizes = ({0: images}, {0: texts, 1: tokens})
+torch.onnx.export(model, example, "clip.onnx", dynamo=True, dynamic_shapes=sizes, verbose=False)
+```
+"""
 
 from os import PathLike
 from typing import Any, NamedTuple

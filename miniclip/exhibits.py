@@ -1,9 +1,11 @@
 """`miniclip demo`: what the two embedded checkpoints can do, offline, in seconds.
 
-A scene is drawn and described by the checkpoint `shapes`; photographs that come with scikit-image
-are classified by the checkpoint `cifar10`.
+The checkpoint `everyday` classifies photographs that come with scikit-image and matplotlib. The
+checkpoint `shapes` describes a drawn scene.
 """
 
+from importlib.util import find_spec
+from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
@@ -17,8 +19,8 @@ from miniclip.world.captions import Claim, Phrase, holds, replacements, say, say
 from miniclip.world.scenes import Scene, draw, scene
 from miniclip.zeroshot.classifier import Score, ZeroShotClassifier
 
-LABELS = ["airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-PHOTOGRAPHS = ("chelsea", "rocket", "horse", "coffee")
+LABELS = "cup of coffee,rocket,person in uniform,vehicle,dog,pizza,lighthouse,bridge".split(",")
+UNKNOWN = "coins"  # no picture of coins was in the training data
 SEED = 7  # of a world of scenes that no checkpoint was trained on
 
 
@@ -62,22 +64,34 @@ def negatives_by_word(claim: Claim, scene: Scene) -> list[list[Claim]]:
     return [[c for c in made[word] if not holds(c, scene)] for word in ("colour", "shape")]
 
 
-def photographs() -> list[Image.Image]:
-    """Those that lie inside scikit-image's package. Raises ValueError where it is missing."""
+def photographs() -> dict[str, Image.Image]:
+    """Photographs by name, the one of what is UNKNOWN last.
+
+    Raises ValueError where scikit-image or matplotlib is missing.
+    """
+    matplotlib = find_spec("matplotlib")  # not imported, because that makes a folder of settings
+    place = Path(matplotlib.origin or "") if matplotlib else Path()
+    grace_hopper = place.parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
     try:
-        import skimage.data
-    except ImportError:
+        from skimage import data
+
+        portrait = Image.open(grace_hopper)
+    except (ImportError, FileNotFoundError):
         raise ValueError("photographs come with: pip install 'miniclip[demo]'") from None
-    return [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOGRAPHS]
+    with portrait:
+        found = {
+            "coffee": Image.fromarray(data.coffee()),
+            "rocket": Image.fromarray(data.rocket()),
+            "grace_hopper": portrait.convert("RGB"),
+            "motorcycle": Image.fromarray(data.stereo_motorcycle()[0]),
+        }
+    return found | {UNKNOWN: Image.fromarray(data.coins()).convert("RGB")}
 
 
 def photograph_exhibits() -> list[Exhibit]:
-    """The photographs, classified.
-
-    A cat is one of the ten things that the checkpoint `cifar10` knows, though not so close. Of a
-    rocket, the silhouette of a horse, and a cup of coffee it has never seen the like, and it shows.
-    """
+    """The photographs, each with its labels, best first."""
     pictures = photographs()
-    model, tokenizer, transform = load("cifar10")
-    rankings = ZeroShotClassifier(model, tokenizer, LABELS).rank(transform(pictures))
-    return [Exhibit(*row) for row in zip(PHOTOGRAPHS, pictures, rankings, strict=True)]
+    model, tokenizer, transform = load("everyday")
+    pixels = transform(list(pictures.values()))
+    rankings = ZeroShotClassifier(model, tokenizer, LABELS).rank(pixels)
+    return [Exhibit(*row) for row in zip(pictures, pictures.values(), rankings, strict=True)]

@@ -3,6 +3,38 @@
 Some instruments compute a part of the model once more, in their own way: `dense_features` runs the
 last block with another attention pattern. Each of them names the methods that it replays. If a fork
 has its own version of such a method, the result would describe another model, so there is an error.
+
+A fork is a subclass in a file of your own, never a copy of ours:
+
+```python
+class MeanVision(miniclip.VisionTower):
+    def pool(self, x):  # the last tokens (B, T, W) -> what is projected (B, W)
+        return self.ln_post(x[:, 1:].mean(dim=1))  # the patches, not the class token
+
+class MeanCLIP(miniclip.CLIP):
+    vision_class = MeanVision
+
+fork = MeanCLIP.from_pretrained("everyday")  # a MeanCLIP with the trained weights, to be tuned
+miniclip.save("mean", fork, tokenizer, transform)
+same = MeanCLIP.from_pretrained("mean")  # bit for bit; CLIP.from_pretrained refuses this file
+```
+
+- **Parts are class attributes**: `Block.attention_class` and `mlp_class`,
+  `VisionTower.block_class`, `CLIP.vision_class`, `text_class` and `config_class`. **Steps are
+  methods**: `embed_tokens`, `pool`, `qkv`, `score`.
+- **A new parameter** gets its place in a file by one entry of `CLIP.tensor_names`, such as
+  `{"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}`. Without the entry, saving
+  is an error that says what to write.
+- **The file says whose it is.** `model_type` in config.json is the name of the class, unless the
+  class sets another. Other classes, other layouts and transformers' `AutoModel` refuse the file.
+- **Another loss** is an argument: `training.train(..., loss=function)`.
+- **The instruments** give the right answer on a fork, or raise an error that says what they cannot
+  follow: `decompose` refuses `MeanCLIP`, because it reads the class token. The promise to equal
+  transformers is not for forks.
+
+`tests/forks/siglip.py` is the worked example. It is SigLIP in one file, loads Google's checkpoints,
+and gives transformers' numbers up to rounding error. CLIPSeg, OWL-ViT and the block of EVA-02 are
+beside it. Notebook 9 goes there step by step.
 """
 
 from collections.abc import Sequence

@@ -17,6 +17,15 @@ In a name, `*` and `[0-3]` stand for what they stand for in file names, between 
 wrappers of `torch.compile`, DDP and PEFT are no part of a name. Inside a block, models that
 `torch.compile` has compiled run uncompiled: a compiled graph does not look for hooks that came
 after it, nor notice that one is gone.
+
+```python
+from miniclip import cache, hooks
+
+with cache(model, "vision.blocks.*.attn.pattern") as acts:  # name -> a copy of the tensor
+    model.encode_image(pixels)
+with hooks(model, {"vision.blocks.3.mlp": lambda out, name: 0 * out}):  # what comes back goes on
+    model.encode_image(pixels)
+```
 """
 
 import sys

@@ -835,7 +835,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(model, tmp_path
 )
 @pytest.mark.parametrize("read", [CLIP, Tokenizer, ImageTransform])
 def test_an_unknown_name_is_told_the_known_ones(name, read):
-    with pytest.raises(CheckpointError, match="no checkpoint called .* cifar10"):
+    with pytest.raises(CheckpointError, match="no checkpoint called .* everyday"):
         read.from_pretrained(name)
 
 
@@ -856,10 +856,10 @@ def test_each_part_alone_has_every_kind_of_name(model, tmp_path, monkeypatch):
 
 
 def test_an_embedded_name_wins_over_a_directory(saved, monkeypatch):
-    saved.rename(saved.parent / "cifar10")
+    saved.rename(saved.parent / "everyday")
     monkeypatch.chdir(saved.parent)
-    assert CLIP.from_pretrained("./cifar10").config == TINY
-    assert CLIP.from_pretrained("cifar10").config != TINY
+    assert CLIP.from_pretrained("./everyday").config == TINY
+    assert CLIP.from_pretrained("everyday").config != TINY
 
 
 def test_a_layout_that_there_is_not_is_named(model, tmp_path):
@@ -870,7 +870,7 @@ def test_a_layout_that_there_is_not_is_named(model, tmp_path):
 
 
 def test_without_a_network_the_error_names_the_embedded_checkpoints(monkeypatch, tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be had from the hub.* cifar10"):
+    with pytest.raises(CheckpointError, match="cannot be had from the hub.* everyday"):
         load("openai/clip-vit-base-patch32", local_files_only=True, cache_dir=tmp_path)
 
 

@@ -476,7 +476,7 @@ def test_what_was_done_to_a_weight_is_said(change, side):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.from_pretrained("cifar10")
+    return Tokenizer.from_pretrained("everyday")
 
 
 @pytest.mark.parametrize(

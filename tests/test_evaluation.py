@@ -26,7 +26,7 @@ from miniclip.retrieval import Index, embed_images
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    return load("cifar10")
+    return load("everyday")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_kept_features_are_not_computed_again(loaded, pictures, tmp_path, monkey
 
 
 def test_kept_embeddings_are_an_index_and_kept_features_are_none(loaded, pictures, tmp_path):
-    picture_features(loaded, pictures, tmp_path / "cache", ("cifar10", None))
+    picture_features(loaded, pictures, tmp_path / "cache", ("everyday", None))
     (embeds,) = (tmp_path / "cache").glob("*.proj.safetensors")
     (features,) = (tmp_path / "cache").glob("*.ln_post.safetensors")
     index, expected = Index.load(embeds), embed_images(loaded, [pictures[i] for i in (0, 2, 3, 4)])
@@ -96,7 +96,7 @@ def test_kept_embeddings_are_an_index_and_kept_features_are_none(loaded, picture
 
 def test_a_fork_that_projects_in_its_own_way_has_embeddings_only(loaded, pictures):
     model = CLIP(loaded.model.config)
-    model.vision.forward = lambda pixels: pixels.mean((2, 3)) @ torch.ones(3, 64)
+    model.vision.forward = lambda pixels: pixels.mean((2, 3)) @ torch.ones(3, 128)
     found = picture_features(loaded._replace(model=model), pictures)
     assert {*found.vectors} == {"proj"}
 
@@ -234,7 +234,7 @@ def test_captions_that_cannot_be_read(loaded, tmp_path, content, message):
 def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
     data = str(save_karpathy(tmp_path, CAPTIONS | {"4.png": "a bird " * 90}))
     plot = str(tmp_path / "recall.png")
-    line = ["eval", data, "--task", "retrieval", "--model", "cifar10", "--plot", plot]
+    line = ["eval", data, "--task", "retrieval", "--model", "everyday", "--plot", plot]
     assert main([*line, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     model, tokenizer, transform = loaded
@@ -265,7 +265,7 @@ def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
 )
 def test_eval_of_what_makes_no_sense(options, words, pictures, tmp_path, capsys):
     try:
-        status = main(["eval", str(tmp_path), "--model", "cifar10", *options])
+        status = main(["eval", str(tmp_path), "--model", "everyday", *options])
     except SystemExit as stop:
         status = stop.code
     error = capsys.readouterr().err
@@ -372,7 +372,7 @@ def test_eval_learns_from_examples(task, tmp_path, capsys):
     (tmp_path / "test" / "bird").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "test" / "bird" / "0.png")
     line = ["eval", str(tmp_path / "test"), "--task", task, "--train", str(tmp_path / "train")]
-    line += ["--model", "cifar10", "--plot", str(tmp_path / "plot.png")]
+    line += ["--model", "everyday", "--plot", str(tmp_path / "plot.png")]
     line += ["--shots", "1", "2", "--seeds", "2"] if task == "fewshot" else []
     assert main([*line, "--json"]) == 0
     out, err = capsys.readouterr()
@@ -391,5 +391,5 @@ def test_eval_learns_from_examples(task, tmp_path, capsys):
 
 
 def test_eval_learns_from_nothing(tmp_path, capsys):
-    assert main(["eval", str(tmp_path), "--task", "probe", "--model", "cifar10"]) == 2
+    assert main(["eval", str(tmp_path), "--task", "probe", "--model", "everyday"]) == 2
     assert "--task probe needs --train" in capsys.readouterr().err

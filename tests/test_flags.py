@@ -55,7 +55,7 @@ def desk(tmp_path_factory):
         for i in range(3):
             Image.fromarray(np.roll(pixels, i)).save(folder / "classes" / name / f"{i}.png")
     Image.fromarray(pixels).save(folder / "picture.png")
-    line = ["embed", folder / "picture.png", "--out", folder / "index", "--model", "cifar10"]
+    line = ["embed", folder / "picture.png", "--out", folder / "index", "--model", "everyday"]
     assert main(list(map(str, line))) == 0
     return folder
 
@@ -67,7 +67,7 @@ def run(desk, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("miniclip.page.serve.serve_until_interrupted", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)
 
-    def run(line, model="cifar10"):
+    def run(line, model="everyday"):
         words = {"MODEL": model, "OUT": "out", "INDEX": desk / "index"}
         words |= {"PICTURE": desk / "picture.png", "CLASSES": desk / "classes"}
         argv = [str(words.get(word, word)) for word in shlex.split(LINES.get(line, line))]
@@ -84,7 +84,7 @@ def run(desk, tmp_path, monkeypatch, capsys):
 def output(run):
     """The JSON that a line prints."""
 
-    def output(line, model="cifar10"):
+    def output(line, model="everyday"):
         status, out, err = run(f"{line} --json", model)
         assert status == 0, err
         return json.loads(out)
@@ -151,7 +151,7 @@ def test_an_index_knows_the_commit_that_was_asked_for(run, output, monkeypatch, 
     def snapshot(repository, *, revision, **options):
         folder = tmp_path / "snapshots" / f"commit-of-{revision}"
         if not folder.is_dir():
-            miniclip.save(folder, *miniclip.load("cifar10"))
+            miniclip.save(folder, *miniclip.load("everyday"))
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
@@ -171,7 +171,7 @@ def test_an_index_knows_the_commit_that_was_asked_for(run, output, monkeypatch, 
 
 def test_the_dtype_is_that_of_the_embeddings(output):
     found = {
-        dtype: output(f"embed PICTURE --out {dtype} --model cifar10 {flag}")["dtype"]
+        dtype: output(f"embed PICTURE --out {dtype} --model everyday {flag}")["dtype"]
         for dtype, flag in [("float32", ""), ("bfloat16", "--dtype bfloat16")]
     }
     assert found == {"float32": "float32", "bfloat16": "bfloat16"}
@@ -287,16 +287,16 @@ def test_every_number_of_a_recipe_has_its_flag(run, output, tmp_path):
 
 @pytest.mark.slow
 def test_a_training_starts_from_the_model_that_is_named(run, tmp_path):
-    assert run("train CLASSES --out out --model cifar10 --lr 0 --epochs 1 --batch 2")[0] == 0
+    assert run("train CLASSES --out out --model everyday --lr 0 --epochs 1 --batch 2")[0] == 0
     before, after = (
-        miniclip.CLIP.from_pretrained(name).state_dict() for name in ("cifar10", tmp_path / "out")
+        miniclip.CLIP.from_pretrained(name).state_dict() for name in ("everyday", tmp_path / "out")
     )
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.slow
 def test_convert_takes_a_layout_and_a_tokenizer(output, tmp_path):
-    tokenizer = miniclip.Tokenizer.from_pretrained("cifar10")
+    tokenizer = miniclip.Tokenizer.from_pretrained("everyday")
     shape = {"mlp_width": 256, "width": 64, "heads": 1, "ln_eps": 1e-5}  # as OpenAI's layout has it
     text = replace(
         TINY.text, **shape, vocab_size=tokenizer.vocab_size, context_length=77,
@@ -318,7 +318,7 @@ def test_classify_asks_with_each_template_and_openais_unless_told(output):
     usual = output(line)
     assert usual == output(f"{line} --template 'a photo of a {{}}.'")
     two = output(f"{line} --template 'a {{}}.' --template 'the {{}}'")
-    model, tokenizer, transform = miniclip.load("cifar10")
+    model, tokenizer, transform = miniclip.load("everyday")
     with torch.no_grad():
         texts = model.encode_text(tokenizer(["a cat.", "the cat", "a dog.", "the dog"]), True)
         mean = texts.view(2, 2, -1).mean(1)
@@ -332,7 +332,7 @@ def test_search_adds_and_takes_away_texts_and_pictures(output, desk, tmp_path):
     pictures = [desk / "classes" / "cat" / f"{i}.png" for i in range(2)]
     plus, minus = map(str, pictures)
     found = output(f"search INDEX cat 'a dog' --minus frog --image {plus} --minus-image {minus}")
-    model, tokenizer, transform = miniclip.load("cifar10")
+    model, tokenizer, transform = miniclip.load("everyday")
     with torch.no_grad():
         texts = model.encode_text(tokenizer(["cat", "a dog", "frog"]), normalize=True)
         images = model.encode_image(transform([plus, minus, desk / "picture.png"]), normalize=True)
@@ -396,11 +396,11 @@ def test_serve_offers_what_it_is_given(run, monkeypatch, desk):
     monkeypatch.setattr(
         "miniclip.page.serve.open_index", lambda *args: opened.append(args) or "find"
     )
-    assert run("serve --model cifar10 shapes --port 0 --index INDEX --device cpu:0")[0] == 0
-    assert list(given["models"]) == ["cifar10", "shapes"] and given["find"] == "find"
+    assert run("serve --model everyday shapes --port 0 --index INDEX --device cpu:0")[0] == 0
+    assert list(given["models"]) == ["everyday", "shapes"] and given["find"] == "find"
     assert opened == [(str(desk / "index"), "cpu:0")]
-    status, out, _ = run("serve --model cifar10 --port 0 --json")
+    status, out, _ = run("serve --model everyday --port 0 --json")
     assert status == 0 and given["find"] is None
     assert json.loads(out)["url"].startswith("http://127.0.0.1:")
-    status, out, _ = run("serve --model cifar10 --port 0")
+    status, out, _ = run("serve --model everyday --port 0")
     assert out.startswith("http://127.0.0.1:") and out.endswith("  (Ctrl-C ends it)\n")

@@ -969,8 +969,8 @@ def test_a_file_without_vocabulary_takes_that_of_another_checkpoint(tmp_path, ca
     assert load(tmp_path / "b").tokenizer.vocab == tokenizer.vocab
     with pytest.raises(CheckpointError, match="has vocab.json, which would be loaded instead"):
         convert(source, tmp_path / "b", "transformers")
-    with pytest.raises(CheckpointError, match="^cifar10: the tokenizer has"):
-        convert(source, tmp_path / "c", "transformers", tokenizer="cifar10")
+    with pytest.raises(CheckpointError, match="^everyday: the tokenizer has"):
+        convert(source, tmp_path / "c", "transformers", tokenizer="everyday")
     assert not (tmp_path / "c").exists()
 
 

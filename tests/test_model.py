@@ -751,7 +751,7 @@ def test_int32_ids_are_ids():
 
 
 def test_an_empty_batch_is_an_empty_batch():
-    model, tokenizer, transform = load("cifar10")
+    model, tokenizer, transform = load("everyday")
     out = model(transform([]), tokenizer([]))
     assert out.logits_per_image.shape == (0, 0)
     assert out.image_embeds.shape == out.text_embeds.shape == (0, model.config.embed_dim)

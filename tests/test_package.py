@@ -34,8 +34,8 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     script = (
         "import miniclip, sys; from miniclip.commands.main import main;"
         f"assert {str(packages)!r} in miniclip.__file__, miniclip.__file__;"
-        "sys.exit(main(['tokenize', 'a cat', '--model', 'cifar10', '--json']) or"
-        " main(['info', 'cifar10']))"
+        "sys.exit(main(['tokenize', 'a cat', '--model', 'everyday', '--json']) or"
+        " main(['info', 'everyday']))"
     )
     done = subprocess.run(
         [python, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True
@@ -80,7 +80,7 @@ def test_every_public_name_is_there():
         miniclip.nonsense
 
 
-@pytest.mark.parametrize("name", ["cifar10", "shapes"])
+@pytest.mark.parametrize("name", ["everyday", "shapes"])
 def test_what_is_loaded_is_ready_to_be_used(name):
     """In evaluation mode, all of it, on the CPU, in float32."""
     import torch
@@ -95,7 +95,7 @@ def test_what_is_loaded_is_ready_to_be_used(name):
 
 
 def command(*argv, **options):
-    argv = [sys.executable, "-m", "miniclip", *argv, "--model", "cifar10"]
+    argv = [sys.executable, "-m", "miniclip", *argv, "--model", "everyday"]
     return subprocess.run(argv, stderr=subprocess.PIPE, text=True, **options)
 
 

@@ -200,7 +200,7 @@ def test_a_copy_in_half_precision_passes_in_that_precision_only(dtype, pair):
 @pytest.fixture(scope="module")
 def whole(pair):
     """Both libraries' tokenizers and transforms of a real checkpoint, and the small models."""
-    ours, theirs = parity.load_pair("cifar10")
+    ours, theirs = parity.load_pair("everyday")
     return ours._replace(model=pair[0]), theirs._replace(model=pair[1])
 
 
@@ -220,7 +220,7 @@ def test_texts_and_pictures_come_first(whole):
     ],
 )
 def test_a_step_of_cleaning_left_out(old, new, cause, whole):
-    faulty = fork(tokenizer, old, new).Tokenizer.from_pretrained("cifar10")
+    faulty = fork(tokenizer, old, new).Tokenizer.from_pretrained("everyday")
     assert_tokens_differ(whole[0]._replace(tokenizer=faulty), whole, cause)
 
 
@@ -267,13 +267,13 @@ def assert_tokens_differ(faulty, whole, cause):
 
 @pytest.mark.slow
 def test_the_other_reference(whole):
-    faulty = whole[0]._replace(tokenizer=Tokenizer.from_pretrained("cifar10", reference="openai"))
+    faulty = whole[0]._replace(tokenizer=Tokenizer.from_pretrained("everyday", reference="openai"))
     assert_tokens_differ(faulty, whole, "other lacks OpenAI's cleaning (ftfy, html)")
 
 
 @pytest.mark.slow
 def test_padding_and_the_end_token(whole):
-    faulty = Tokenizer.from_pretrained("cifar10")
+    faulty = Tokenizer.from_pretrained("everyday")
     faulty.pad_token_id = 0
     end = faulty.eos_token_id
     report = compare(whole[0]._replace(tokenizer=faulty), whole[0])
@@ -533,12 +533,12 @@ def test_weights_drawn_at_random_keep_activations_near_1():
 
 @pytest.mark.slow
 def test_the_command_measures_a_checkpoint(capsys):
-    assert main(["parity", "cifar10"]) == 0
+    assert main(["parity", "everyday"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and max(map(len, out.splitlines())) <= 80 and len(out.splitlines()) <= 39
     for word in ("tokens", "pixels", "logits", TORCH, "within tolerance"):
         assert word in out
-    assert main(["parity", "cifar10", "--json", "--dtype", "float64"]) == 0
+    assert main(["parity", "everyday", "--json", "--dtype", "float64"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["first"] is None and report["dtype"] == "float64"
     assert report["rows"][-1]["site"] == "text_embeds" and report["rows"][-1]["float64"] < 1e-10
@@ -592,12 +592,12 @@ def asked(monkeypatch):
 
 def test_each_argument_of_the_command_arrives(asked, capsys):
     argv = ["--against", "shapes", "--revision", "v2", "--dtype", "float16", "--device", "mps"]
-    assert main(["parity", "cifar10", *argv]) == 1
-    assert asked["load_pair"] == (("cifar10", "shapes"), {"revision": "v2"})
+    assert main(["parity", "everyday", *argv]) == 1
+    assert asked["load_pair"] == (("everyday", "shapes"), {"revision": "v2"})
     given = {"dtype": torch.float16, "device": "mps", "gradients": False}
     assert asked["compare"] == (("one", "other"), given) and asked["measured_with"][0] == ("mps",)
     out = capsys.readouterr().out
-    for words in ("cifar10", "shapes", "error in float16", "the environment", "cause: a reason"):
+    for words in ("everyday", "shapes", "error in float16", "the environment", "cause: a reason"):
         assert words in out
     assert main(["parity", "--random", "B/16", "--json"]) == 1
     assert asked["random_pair"] == (("B/16",), {})
@@ -612,7 +612,7 @@ def test_each_argument_of_the_command_arrives(asked, capsys):
 
 def test_each_part_is_loaded_from_the_place_that_was_asked_for(monkeypatch):
     asked = []
-    model = CLIP.from_pretrained("cifar10")
+    model = CLIP.from_pretrained("everyday")
 
     def has_files(part, name, **options):
         return asked.append((part, name, options)) or True
@@ -636,12 +636,12 @@ def test_each_part_is_loaded_from_the_place_that_was_asked_for(monkeypatch):
     "argv, words",
     [
         (["--random", "B/33"], "'B/33'; expected B/32, B/16"),
-        (["cifar10", "--random", "B/32"], "not allowed with argument"),
-        (["--random", "B/32", "--against", "cifar10"], "no --against"),
+        (["everyday", "--random", "B/32"], "not allowed with argument"),
+        (["--random", "B/32", "--against", "everyday"], "no --against"),
         (["cifar11"], "no checkpoint called 'cifar11'"),
-        (["cifar10", "--against", "cifar11"], "no checkpoint called 'cifar11'"),
-        (["cifar10", "--against", "shapes"], "differ in their number of blocks"),
-        (["cifar10", "--device", "tpu"], "device 'tpu' cannot be used"),
+        (["everyday", "--against", "cifar11"], "no checkpoint called 'cifar11'"),
+        (["everyday", "--against", "shapes"], "differ in their number of blocks"),
+        (["everyday", "--device", "tpu"], "device 'tpu' cannot be used"),
         ([__file__], "transformers loads directories"),
     ],
 )

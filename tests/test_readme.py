@@ -1,10 +1,12 @@
-"""Whatever the README shows is run: its Python in one go, each of its commands, and their options.
+"""Whatever the README and the headers of the packages show is run: their Python in one go, each of
+their commands, and their options.
 
 Commands are given to the command line's own parser and run, on small stand-ins for what only a user
 has: photographs, a model from the hub, a GPU. `python tests/test_readme.py` runs the commands whose
-output the README shows (those after a `$`) and writes what they print into it.
+output they show (those after a `$`) and writes what they print into them.
 """
 
+import ast
 import io
 import json
 import re
@@ -31,20 +33,34 @@ from miniclip.world import scoring
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+HEADERS = [ROOT / "miniclip" / f"{name}.py" for name in ("sites", "follow", "convert")]
+HEADERS += [
+    ROOT / "miniclip" / name / "__init__.py"
+    for name in ("files", "lens", "surgery", "evaluation", "retrieval", "training", "page")
+]
+TABLES = [ROOT / "miniclip" / name / "__init__.py" for name in ("parity", "bench")]
+
+
+def shown() -> str:
+    """The README and the headers, one after the other."""
+    headers = (ast.parse(path.read_text(encoding="utf-8")) for path in HEADERS + TABLES)
+    return "\n".join([README, *(ast.get_docstring(header) or "" for header in headers)])
 
 
 def lines_of_code() -> list[str]:
-    """The lines of the README's indented blocks, those that go on with a backslash joined."""
-    text = README.replace("\\\n", " ")
+    """The lines of the indented blocks, those that go on with a backslash joined, and the commands
+    in tables."""
+    text = re.sub(r"\\\n *", "", shown())
     text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    return [line.strip() for line in text.split("\n") if line.startswith("    ")]
+    in_tables = re.findall(r"^\|.*`(miniclip [a-z].*)` \|$", text, re.M)
+    return [line.strip() for line in text.split("\n") if line.startswith("    ")] + in_tables
 
 
 def commands() -> list[str]:
     """What is to be typed: without prompt, comment, or output."""
     parts = [part.strip() for line in lines_of_code() for part in line.split(" && ")]
     found = [
-        re.match(r"(?:\$ )?((?:miniclip [a-z]|torchrun ).*?)(?:   #|$)", part) for part in parts
+        re.match(r"(?:\$ )?((?:miniclip [a-z]|torchrun ).*?)(?: +# |$)", part) for part in parts
     ]
     return list(dict.fromkeys(part[1].strip() for part in found if part))
 
@@ -61,11 +77,12 @@ INSTEAD = {
         "miniclip explain --score shapes --model shapes --plot methods.png --scenes 2"
     ),
     "miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images": (
-        "miniclip eval dataset_flickr30k.json --task retrieval --images photographs --model cifar10"
+        "miniclip eval dataset_flickr30k.json --task retrieval --images photographs "
+        "--model everyday"
     ),
-    "miniclip eval cifar10/test --task fewshot --train cifar10/train --model cifar10 "
+    "miniclip eval cifar10/test --task fewshot --train cifar10/train --model everyday "
     "--plot shots.png": (
-        "miniclip eval cifar10/test --task fewshot --train cifar10/train --model cifar10 --shots 1"
+        "miniclip eval cifar10/test --task fewshot --train cifar10/train --model everyday --shots 1"
     ),
 }
 
@@ -84,7 +101,7 @@ def little(monkeypatch):
 def stand_in(command: str) -> list[str]:
     command = INSTEAD.get(command, command)
     command = re.sub(r"^torchrun --nproc-per-node \d+ -m ", "", command)
-    command = re.sub(r"openai/clip-vit-[\w-]+", "cifar10", command)
+    command = re.sub(r"openai/clip-vit-[\w-]+", "everyday", command)
     command = command.replace(" --device cuda", "")
     if " train " in command and "shapes" not in command:
         command += " --batch 2 --epochs 1"
@@ -110,9 +127,9 @@ def desk(tmp_path_factory):
     """A folder with everything that the README's reader is supposed to have."""
     skimage = pytest.importorskip("skimage.data")
     folder = tmp_path_factory.mktemp("desk")
-    pictures = {name: getattr(skimage, name)() for name in ("chelsea", "coffee", "rocket")}
-    for name in ("cat", "dog"):
-        Image.fromarray(pictures["chelsea"]).save(folder / f"{name}.jpg")
+    pictures = {name: getattr(skimage, name)() for name in ("coffee", "chelsea", "rocket")}
+    for name in ("cat", "dog", "coffee"):
+        Image.fromarray(pictures["coffee"]).save(folder / f"{name}.jpg")
     labels = ("cat", "ship", "truck")
     classes = dict.fromkeys(("photographs", "cifar10/train", "cifar10/test", "shards"), labels)
     classes["imagenet/val"] = ("n01440764", "n01443537", "n01484850")
@@ -125,15 +142,27 @@ def desk(tmp_path_factory):
     flickr = {"images": [{"filename": "cat/0.jpg", "split": "test", "sentences": sentences}]}
     (folder / "dataset_flickr30k.json").write_text(json.dumps(flickr))
     (folder / "tiny.json").write_text(TINY_CONFIG)
-    miniclip.save(folder / "mine", *miniclip.load("cifar10"))
+    miniclip.save(folder / "mine", *miniclip.load("everyday"))
     index = str(folder / "index.safetensors")
-    assert main(["embed", str(folder / "photographs"), "--out", index, "--model", "cifar10"]) == 0
+    assert main(["embed", str(folder / "photographs"), "--out", index, "--model", "everyday"]) == 0
     return folder
+
+
+def test_the_readme_is_a_front_door():
+    assert len(README.splitlines()) <= 300
+    for name, lines in re.findall(r"^\| \[`(\w+\.py)`\].* \| (\d+) \|", README, re.M):
+        code = (ROOT / "miniclip" / name).read_text(encoding="utf-8")
+        assert len(code.splitlines()) == int(lines), name
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) > 20 and all((ROOT / link).exists() for link in links)
+    headings = {line[3:].lower().replace(" ", "-") for line in README.splitlines()}
+    anchors = re.findall(r"\]\(#([^)]+)\)", README)
+    assert len(anchors) > 10 and headings.issuperset(anchors)
 
 
 def test_every_command_is_found():
     found = commands()
-    assert len(found) >= 20
+    assert len(found) >= 25
     for name in ("classify", "embed", "search", "serve", "convert", "bench", "parity", "eval"):
         assert any(f"miniclip {name}" in command for command in found), name
 
@@ -149,10 +178,10 @@ def shallow(model):
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")
 def test_the_python_runs_as_it_stands(desk, monkeypatch):
     """All blocks one after the other, as a reader would type them."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+    blocks = re.findall(r"^```python\n(.*?)^```", shown(), re.S | re.M)
     assert len(blocks) >= 6
     monkeypatch.chdir(desk)
-    assert main(["embed", "photographs", "--out", "index.safetensors", "--model", "cifar10"]) == 0
+    assert main(["embed", "photographs", "--out", "index.safetensors", "--model", "everyday"]) == 0
     names: dict = {"__name__": "__main__"}
     with redirect_stdout(io.StringIO()) as out:
         for block in blocks:
@@ -183,8 +212,8 @@ def test_the_command_works(desk, command, little, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------
 
 
-def refreshed(readme: str) -> str:
-    """The README with the output of its `$` commands as they print it now."""
+def refreshed(text: str) -> str:
+    """A text with the output of its `$` commands as they print it now."""
 
     def run(block: re.Match[str]) -> str:
         argv = shlex.split(block["command"])[1:]
@@ -197,10 +226,11 @@ def refreshed(readme: str) -> str:
     return re.sub(
         r"^    \$ (?P<command>miniclip .*)\n(?:(?:    .*)?\n)+?(?=\S)",
         lambda block: run(block) + "\n",
-        readme,
+        text,
         flags=re.M,
     )
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(refreshed(README), encoding="utf-8")
+    for path in TABLES:
+        path.write_text(refreshed(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -48,7 +48,7 @@ def loaded():
     """Random weights, and the tokenizer of a model that has fewer tokens."""
     config = replace(TINY, text=replace(TINY.text, vocab_size=2000, eos_token_id=2))
     model = twins(config)[0]
-    tokenizer = miniclip.load("cifar10").tokenizer
+    tokenizer = miniclip.load("everyday").tokenizer
     tokenizer.context_length = config.text.context_length
     return Loaded(model, tokenizer, ImageTransform(40))
 
@@ -361,7 +361,7 @@ def test_an_index_takes_the_place_of_an_index_and_of_nothing_else(loaded, photog
     precious.write_bytes(encoded(blots(0), "jpeg"))
     before = precious.read_bytes()
     pictures, _ = find_pictures([photographs])
-    made_by = describe(loaded, "cifar10")
+    made_by = describe(loaded, "everyday")
     with pytest.raises(ValueError, match="precious.jpg: no index of"):
         build_index(precious, loaded, pictures, made_by)
     assert precious.read_bytes() == before and not list(tmp_path.glob("precious.jpg.*"))
@@ -638,14 +638,14 @@ def test_another_model_is_an_error_that_names_both(loaded):
 
 
 def test_the_model_is_loaded_as_it_was_made():
-    loaded = miniclip.load("cifar10", dtype=torch.bfloat16, reference="openai")
-    again = index_of(torch.eye(3), encoder=describe(loaded, "cifar10")).load_encoder()
+    loaded = miniclip.load("everyday", dtype=torch.bfloat16, reference="openai")
+    again = index_of(torch.eye(3), encoder=describe(loaded, "everyday")).load_encoder()
     assert again.model.logit_scale.dtype == torch.bfloat16
     assert again.transform.reference == again.tokenizer.reference == "openai"
 
 
 def test_names_that_last(tmp_path, monkeypatch):
-    assert lasting_name("cifar10") == ("cifar10", None)
+    assert lasting_name("everyday") == ("everyday", None)
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
     assert lasting_name("model") == (str(tmp_path / "model"), None)
@@ -1124,7 +1124,7 @@ def indexed(tmp_path_factory):
     for i in range(10):
         blots(i).save(folder / f"{i}.png")
     blots(10).save(folder / "z.png")
-    line = ["embed", folder, "--model", "cifar10", "--out", folder / "index.safetensors"]
+    line = ["embed", folder, "--model", "everyday", "--out", folder / "index.safetensors"]
     assert main(list(map(str, line))) == 0
     return folder / "index.safetensors"
 
@@ -1132,9 +1132,9 @@ def indexed(tmp_path_factory):
 def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photographs, tmp_path):
     for name in ("1.heic", "2.HEIC", "b/3.NEF", "4.png"):
         (photographs / name).write_bytes(HEIC if name.endswith(("c", "C")) else b"nothing")
-    line = ["embed", photographs, "--model", "cifar10", "--out", tmp_path / "i"]
+    line = ["embed", photographs, "--model", "everyday", "--out", tmp_path / "i"]
     status, out, err = run(*line, "--exclude", "b", "--exclude", "*.tiff")
-    assert status == 0 and "2 pictures, by cifar10" in out
+    assert status == 0 and "2 pictures, by everyday" in out
     counts = re.findall(r"skipped (\d+), which the index lists; the first: \S*/(\S+):", err)
     if "HEIF" not in Image.OPEN:
         assert counts == [("2", "1.heic"), ("1", "4.png")]
@@ -1146,7 +1146,7 @@ def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photograph
     status, out, err = run(*line, "--exclude", "b")  # what is excluded now is dropped
     assert status == 0 and "3 pictures" in out and "updated, 3 of 6 pictures" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i")
-    assert status == 2 and err.count("\n") == 1 and "cifar10" in err and "--force" in err
+    assert status == 2 and err.count("\n") == 1 and "everyday" in err and "--force" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i", "--force")
     assert status == 0 and "11 pictures, by shapes" in out
 
@@ -1157,7 +1157,7 @@ def test_search_prints_what_is_nearest(run, indexed):
     assert status == 0 and re.fullmatch(r"11 pictures searched in \d+\.\d\d s\n", err)
     assert len(out.splitlines()) == 3
     assert out.splitlines()[0].split() == ["1", "1.0000", str(z)]
-    query = embed_query(miniclip.load("cifar10"), ["a cat"], minus=["a dog"])
+    query = embed_query(miniclip.load("everyday"), ["a cat"], minus=["a dog"])
     expected = [hit._asdict() for hit in Index.load(indexed).search(query, 12)]
     status, out, err = run("search", indexed, "a cat", "--minus", "a dog", "--json")
     assert (status, json.loads(out)) == (0, expected) and len(expected) == 11
@@ -1165,7 +1165,7 @@ def test_search_prints_what_is_nearest(run, indexed):
 
 def test_search_draws_a_sheet_from_any_folder(run, photographs, tmp_path, monkeypatch):
     monkeypatch.chdir(photographs)
-    run("embed", ".", "--model", "cifar10", "--out", "index.safetensors")
+    run("embed", ".", "--model", "everyday", "--out", "index.safetensors")
     monkeypatch.chdir(tmp_path)
     line = ["search", photographs / "index.safetensors", "a cat", "--out", tmp_path / "s.png"]
     status, out, err = run(*line)
@@ -1178,8 +1178,8 @@ def test_search_draws_a_sheet_from_any_folder(run, photographs, tmp_path, monkey
 def test_search_by_another_model_names_both(run, indexed):
     status, out, err = run("search", indexed, "a cat", "--model", "shapes")
     assert status == 2 and err.startswith("miniclip: error: ") and err.count("\n") == 1
-    assert "by cifar10" in err and "not by shapes" in err
-    assert run("search", indexed, "a cat", "--model", "cifar10")[0] == 0
+    assert "by everyday" in err and "not by shapes" in err
+    assert run("search", indexed, "a cat", "--model", "everyday")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -1193,12 +1193,12 @@ def test_search_by_another_model_names_both(run, indexed):
         (["search", "INDEX", "word " * 500], ["tokens"]),
         (["search", "INDEX", "a cat", "--out", "no/such/sheet"], ["cannot be written"]),
         (["search", "INDEX", "a cat", "--device", "toaster"], ["toaster"]),
-        (["embed", "absent", "--out", "i", "--model", "cifar10"], ["absent", "no such file"]),
+        (["embed", "absent", "--out", "i", "--model", "everyday"], ["absent", "no such file"]),
         (["embed", "PHOTO", "--out", "i", "--model", "cifar11"], ["cifar11"]),
-        (["embed", "PHOTO", "--out", "i", "--model", "cifar10", "--batch", "0"], ["batch is 0"]),
-        (["embed", "PHOTO", "--model", "cifar10"], ["--out"]),
-        (["embed", "PHOTO", "--out", ".", "--model", "cifar10"], ["is a folder"]),
-        (["embed", "PHOTO", "--out", "/dev/null/i", "--model", "cifar10"], ["cannot be written"]),
+        (["embed", "PHOTO", "--out", "i", "--model", "everyday", "--batch", "0"], ["batch is 0"]),
+        (["embed", "PHOTO", "--model", "everyday"], ["--out"]),
+        (["embed", "PHOTO", "--out", ".", "--model", "everyday"], ["is a folder"]),
+        (["embed", "PHOTO", "--out", "/dev/null/i", "--model", "everyday"], ["cannot be written"]),
         (["embed", "--out", "i"], ["PATH"]),
     ],
 )

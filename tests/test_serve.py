@@ -95,7 +95,7 @@ def index(tmp_path_factory):
     for name in ("chelsea", "rocket", "coffee"):
         Image.fromarray(getattr(skimage.data, name)()).save(folder / f"{name}.png")
     out = str(folder / "index.safetensors")
-    assert main(["embed", str(folder), "--out", out, "--model", "cifar10"]) == 0
+    assert main(["embed", str(folder), "--out", out, "--model", "everyday"]) == 0
     return out
 
 
@@ -112,7 +112,7 @@ def servers():
 def server(servers, index, tmp_path_factory):
     if not servers:
         log = tmp_path_factory.mktemp("serve") / "log"
-        servers.append(Server(log, "--model", "cifar10", "shapes", "--index", index))
+        servers.append(Server(log, "--model", "everyday", "shapes", "--index", index))
     return servers[0]
 
 
@@ -254,12 +254,12 @@ def assert_drawn(url, picture, heat):
 
 @pytest.fixture(scope="module")
 def theirs():
-    return {name: Theirs(name) for name in ("cifar10", "shapes")}
+    return {name: Theirs(name) for name in ("everyday", "shapes")}
 
 
 @pytest.fixture(scope="module")
-def cat():
-    return Image.fromarray(skimage.data.chelsea())
+def example():
+    return Image.fromarray(skimage.data.coffee())
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def coffee(tmp_path_factory):
 @pytest.mark.slow
 def test_it_opens_with_an_example_and_asks_nobody_else(page, server):
     labels, shares = zip(*bars(page))
-    assert labels[0] == "cat" and len(labels) == 10
+    assert labels[0] == "cup of coffee" and len(labels) == 8
     assert sum(float(share.split()[0]) for share in shares) == pytest.approx(100, abs=0.5)
     assert pixels_in(shown(page, "#heat")).std() > 10
     assert page.complaints == []
@@ -304,7 +304,7 @@ def test_upload_labels_templates_bars_and_heat(page, coffee, theirs):
     settle(page)
     labels = ["a cup", "a ship", "a <b>frog</b>"]
     upright = Image.fromarray(np.rot90(np.asarray(Image.open(coffee)), -1))
-    scores = theirs["cifar10"].scores(upright, labels, ["a photo of {}.", "{}"])
+    scores = theirs["everyday"].scores(upright, labels, ["a photo of {}.", "{}"])
     best, *_ = ranking = sorted(labels, key=lambda label: -scores[label][0])
     assert [label for label, _ in bars(page)] == ranking
     for label, share in bars(page):
@@ -313,10 +313,10 @@ def test_upload_labels_templates_bars_and_heat(page, coffee, theirs):
     titles = page.locator("#bars button").evaluate_all("all => all.map(one => one.title)")
     assert titles == [f"logit {scores[label][0]:.2f}" for label in ranking]
     widths = page.locator("#bars i").evaluate_all("all => all.map(one => one.style.width)")
-    assert widths == [share.replace(" ", "") for _, share in bars(page)]
+    assert [float(w[:-1]) for w in widths] == [float(share[:-2]) for _, share in bars(page)]
     text = f"a photo of {best}."
     assert page.inner_text("#text") == f"“{text}”"
-    heat = theirs["cifar10"].relevance(upright, text)
+    heat = theirs["everyday"].relevance(upright, text)
     assert_drawn(shown(page, "#heat"), upright, heat)
     assert page.inner_text("#warmest").startswith(f"{heat.max():.2g}")
     expected = np.asarray(crop(upright, 448))
@@ -325,14 +325,14 @@ def test_upload_labels_templates_bars_and_heat(page, coffee, theirs):
 
 
 @pytest.mark.slow
-def test_one_head_of_one_layer(page, theirs, cat):
+def test_one_head_of_one_layer(page, theirs, example):
     assert not page.is_visible("#layer")
     page.select_option("#method", "head")
     page.select_option("#layer", "2")
     page.select_option("#head", "1")
     page.wait_for_selector("#text:has-text('the same for every text')")
     settle(page)
-    assert_drawn(shown(page, "#heat"), cat, theirs["cifar10"].attention(cat, 2, 1))
+    assert_drawn(shown(page, "#heat"), example, theirs["everyday"].attention(example, 2, 1))
     assert page.complaints == []
 
 
@@ -389,11 +389,11 @@ def test_what_is_no_picture_is_refused_in_words(page, tmp_path, coffee):
     for kind, message in messages.items():
         page.set_input_files("#file", uploads[kind])
         page.wait_for_selector(f"#error:visible:has-text('{message}')")
-        assert bars(page)[0][0] == "cat"  # of the picture that is still there
-    page.fill("#labels", "cat\ndog\nzebra")  # it goes on with the picture that it had
+        assert bars(page)[0][0] == "cup of coffee"  # of the picture that is still there
+    page.fill("#labels", "cup of coffee\ndog\nzebra")  # it goes on with the picture that it had
     page.wait_for_selector("#bars button:has-text('zebra')")
     settle(page)
-    assert bars(page)[0][0] == "cat" and not page.is_visible("#error")
+    assert bars(page)[0][0] == "cup of coffee" and not page.is_visible("#error")
 
 
 @pytest.mark.slow
@@ -412,7 +412,7 @@ def test_words_that_are_refused(page):
         page.fill(box, before)
         page.wait_for_selector("#error", state="hidden")
         settle(page)
-        assert bars(page)[0][0] == "cat"
+        assert bars(page)[0][0] == "cup of coffee"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ def test_it_says_what_the_page_has_to_know(server):
     scene, photograph = about.pop("examples")[::-1]
     assert status == 200 and about == {
         "models": {
-            "cifar10": {"size": 32, "heads": [4, 4, 4, 4, 4, 4]},
+            "everyday": {"size": 64, "heads": 9 * [3]},
             "shapes": {"size": 64, "heads": [3, 3, 3, 3]},
         },
         "methods": ["attention", "rollout", "relevance", "gradcam", "tokens", "occlusion", "head"],
@@ -434,53 +434,53 @@ def test_it_says_what_the_page_has_to_know(server):
         "search": True,
         "max_bytes": 20_000_000,
     }
-    assert (photograph["name"], photograph["model"]) == ("chelsea", "cifar10")
-    assert photograph["templates"] == ["a photo of a {}."] and len(photograph["labels"]) == 10
-    assert np.array_equal(pixels_in(photograph["picture"]), skimage.data.chelsea())
+    assert (photograph["name"], photograph["model"]) == ("coffee", "everyday")
+    assert photograph["templates"] == ["a photo of a {}."] and len(photograph["labels"]) == 8
+    assert np.array_equal(pixels_in(photograph["picture"]), skimage.data.coffee())
     assert (scene["model"], scene["templates"], len(scene["labels"])) == ("shapes", ["{}"], 6)
     assert ask(create_app({}), "about", {})[1]["search"] is False
 
 
 @pytest.fixture(scope="module")
-def asked(cat):
+def asked(example):
     """What the page asks about a photograph."""
     return {
-        "model": "cifar10",
-        "picture": write_picture(cat),
+        "model": "everyday",
+        "picture": write_picture(example),
         "labels": ["dog", "cat", "ship"],
         "templates": ["a photo of a {}.", "the {}"],
     }
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_transformers(server, theirs, asked, cat):
+def test_scores_are_those_of_transformers(server, theirs, asked, example):
     status, answer = server.post("classify", asked)
     assert status == 200
-    expected = theirs["cifar10"].scores(cat, asked["labels"], asked["templates"])
+    expected = theirs["everyday"].scores(example, asked["labels"], asked["templates"])
     labels = [score["label"] for score in answer["scores"]]
     assert labels == sorted(expected, key=lambda label: -expected[label][0])
     for score in answer["scores"]:
         found = (score["logit"], score["probability"])
         assert found == pytest.approx(expected[score["label"]], abs=1e-4)
-    assert np.array_equal(pixels_in(answer["seen"]), np.asarray(crop(cat, 448)))
+    assert np.array_equal(pixels_in(answer["seen"]), np.asarray(crop(example, 448)))
 
 
 @pytest.mark.slow
 def test_heat_is_that_of_the_first_sentence_by_the_method_that_is_asked_for(
-    server, theirs, asked, cat
+    server, theirs, asked, example
 ):
     text = "a photo of a cat."
     expected = {
-        "relevance": theirs["cifar10"].relevance(cat, text),
-        "attention": theirs["cifar10"].attention(cat, -1),
-        "head": theirs["cifar10"].attention(cat, 2, 1),
+        "relevance": theirs["everyday"].relevance(example, text),
+        "attention": theirs["everyday"].attention(example, -1),
+        "head": theirs["everyday"].attention(example, 2, 1),
     }
     for method, heat in expected.items():
         question = asked | {"label": "cat", "method": method, "layer": 2, "head": 1}
         status, answer = server.post("explain", question)
         assert (status, answer["text"]) == (200, text)
         assert answer["warmest"] == pytest.approx(heat.max().item(), rel=1e-4)
-        assert_drawn(answer["heat"], cat, heat)
+        assert_drawn(answer["heat"], example, heat)
 
 
 def ask(app, path, *questions, then=(), **headers):
@@ -520,7 +520,7 @@ def test_a_search_finds_the_best_pictures_with_their_cosines(index, theirs, tmp_
     for name, hit in names.items():
         picture = Image.fromarray(getattr(skimage.data, name.removesuffix(".png"))())
         with torch.no_grad():
-            output = theirs["cifar10"].output(picture, ["a ship"])
+            output = theirs["everyday"].output(picture, ["a ship"])
         cosine = (output.image_embeds @ output.text_embeds.T).item()
         assert hit["score"] == pytest.approx(cosine, abs=1e-5)
         assert max(pixels_in(hit["picture"]).shape[:2]) == 224
@@ -528,7 +528,7 @@ def test_a_search_finds_the_best_pictures_with_their_cosines(index, theirs, tmp_
 
 def test_a_picture_that_has_moved_is_found_by_name_and_score(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
-    line = ["embed", tmp_path / "red.png", "--out", tmp_path / "i", "--model", "cifar10"]
+    line = ["embed", tmp_path / "red.png", "--out", tmp_path / "i", "--model", "everyday"]
     assert main(list(map(str, line))) == 0
     find = open_index(str(tmp_path / "i"), "cpu")
     (tmp_path / "red.png").unlink()
@@ -735,11 +735,11 @@ def test_pictures_come_back_as_they_went(coffee):
 
 @pytest.mark.slow
 def test_search_on_the_page(page):
-    page.fill("#query", "a photo of a cat.")
+    page.fill("#query", "a photo of a cup of coffee.")
     page.press("#query", "Enter")
     page.wait_for_selector("#found img")
     assert page.locator("#found li").count() == 3
-    assert "chelsea.png" in page.inner_text("#found li:first-child")
+    assert "coffee.png" in page.inner_text("#found li:first-child")
     assert page.complaints == []
 
 

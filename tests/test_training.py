@@ -928,7 +928,7 @@ def test_fine_tuning_starts_from_the_checkpoint(stripes, undisturbed, tmp_path):
         ([".", "--model", "absent"], "no checkpoint called 'absent'"),
         ([".", "--recipe", "absent"], "no checkpoint called 'absent'"),
         ([".", "--config", "absent"], "absent: expected a JSON file"),
-        ([".", "--model", "cifar10", "--config", "x"], "give one of the two"),
+        ([".", "--model", "everyday", "--config", "x"], "give one of the two"),
         ([".", "--recipe", "odd.json"], "odd.json: unknown entry 'speed'"),
         ([".", "--recipe", "typed.json"], "typed.json: epochs is '3', not of type int"),
         ([".", "--epochs", "0"], "epochs is 0"),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Which of these labels does a photograph show?"
 EXAMPLE = f"""{PICTURES}
-  miniclip classify pictures/scene.png --labels "a pink square" "a red star" --model shapes"""
+  miniclip classify pictures/coffee.png --labels "cup of coffee" teapot dog --model everyday"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from miniclip.commands.classify import ranking_table
 from miniclip.commands.shared import check_figure, note, print_json
 
-DESCRIPTION = "Describe a drawn scene and photographs, offline, and draw the result."
+DESCRIPTION = "Classify photographs and describe a drawn scene, offline, and draw the result."
 EXAMPLE = "miniclip demo -o demo.png"
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         check_figure(args.out)
     scene, heats = scene_exhibit()
-    exhibits = [scene, *photographs]
+    exhibits = [*photographs, scene]
     if args.pictures:
         Path(args.pictures).mkdir(parents=True, exist_ok=True)
         for name, picture, _ in exhibits:

@@ -16,7 +16,7 @@ from miniclip.terminal import counted
 
 DESCRIPTION = "Read pictures into an index that `miniclip search` searches."
 EXAMPLE = f"""{PICTURES}
-  miniclip embed pictures --out index.safetensors --model shapes
+  miniclip embed pictures --out index.safetensors --model everyday
 with eight GPUs:
   torchrun --nproc-per-node 8 -m miniclip embed shards --out index.safetensors"""
 

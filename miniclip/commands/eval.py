@@ -31,7 +31,7 @@ EXAMPLE = """miniclip eval shapes --model shapes
 with data of your own:
   miniclip eval imagenet/val --template imagenet --plot confusions.png
   miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images
-  miniclip eval cifar10/test --task probe --train cifar10/train --model cifar10"""
+  miniclip eval cifar10/test --task probe --train cifar10/train --model everyday"""
 MOST_CLASSES = 50  # in the table
 
 # What only some of the tasks read: a flag, the tasks, its meaning, and argparse's other options.

@@ -17,7 +17,7 @@ from miniclip.terminal import printable, progress
 
 DESCRIPTION = "Where in a photograph is a text seen? Draws it, or scores the methods that can."
 EXAMPLE = f"""{PICTURES}
-  miniclip explain pictures/scene.png "a square" "a cross" --all -o where.png --model shapes
+  miniclip explain pictures/coffee.png "a cup of coffee" --all -o where.png --model everyday
   miniclip explain --score shapes --model shapes -o methods.png"""
 
 

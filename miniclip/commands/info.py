@@ -5,7 +5,7 @@ import argparse
 from miniclip.commands.shared import DEFAULT_MODEL, MODELS, add_revision, print_json, print_wrapped
 
 DESCRIPTION = "A model's architecture, parameters and multiply-adds, from its config alone."
-EXAMPLE = "miniclip info shapes"
+EXAMPLE = "miniclip info everyday"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

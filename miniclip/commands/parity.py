@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from miniclip.parity import Report
 
 DESCRIPTION = "How far the numbers are from transformers', or another model's, tensor by tensor."
-EXAMPLE = """miniclip parity shapes --plot depth.png
+EXAMPLE = """miniclip parity everyday --plot depth.png
 with a fork's checkpoint:
-  miniclip parity runs/fork --against shapes"""
+  miniclip parity runs/fork --against everyday"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

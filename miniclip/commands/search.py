@@ -15,9 +15,9 @@ from miniclip.terminal import counted, printable
 
 DESCRIPTION = "The pictures of an index nearest to a text, a picture, or a sum of several."
 EXAMPLE = f"""{PICTURES}
-  miniclip embed pictures --out index.safetensors --model shapes
-  miniclip search index.safetensors "a pink square" --out squares.png
-  miniclip search index.safetensors --image pictures/scene.png --minus "a ring\""""
+  miniclip embed pictures --out index.safetensors --model everyday
+  miniclip search index.safetensors "a drink" --out drinks.png
+  miniclip search index.safetensors --image pictures/coffee.png --minus "a vehicle\""""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

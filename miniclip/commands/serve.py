@@ -7,7 +7,7 @@ from miniclip.commands.shared import DEFAULT_MODEL, MODELS, add_device
 from miniclip.terminal import progress
 
 DESCRIPTION = "A page in the browser to try models on, for this machine alone."
-EXAMPLE = "miniclip serve --model shapes"
+EXAMPLE = "miniclip serve --model everyday shapes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

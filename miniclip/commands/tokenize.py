@@ -5,7 +5,7 @@ import argparse
 from miniclip.commands.shared import add_model, print_json
 
 DESCRIPTION = "What happens to a text on its way to token ids, stage by stage."
-EXAMPLE = 'miniclip tokenize "a red circle" --model shapes'
+EXAMPLE = 'miniclip tokenize "a photo of a cat" --model everyday'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,9 @@ from os import PathLike
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import ImageOps
 
-from miniclip.exhibits import Exhibit, Heat
+from miniclip.exhibits import UNKNOWN, Exhibit, Heat
 from miniclip.figures.style import draw_bars, save_figure, show_picture
 from miniclip.lens.heat import overlay
 
@@ -14,20 +15,25 @@ from miniclip.lens.heat import overlay
 def draw_demo(
     scene: Exhibit, heats: Sequence[Heat], photographs: Sequence[Exhibit], path: str | PathLike[str]
 ) -> None:
-    """A drawn scene with its captions and heat maps, above photographs with their labels."""
+    """Photographs with their labels, above a drawn scene with its captions and heat maps."""
     figure = Figure(figsize=(13, 9 if photographs else 4), layout="constrained")
-    halves = figure.subfigures(2, 1, squeeze=False, height_ratios=(4, 5)).flat
-    top, *bottom = halves if photographs else [figure]
-    axes = top.subplots(1, 2 + len(heats), width_ratios=(2, 3, *(2 for _ in heats)))
+    *above, below = figure.subfigures(2 if photographs else 1, 1, squeeze=False).flat
+    if photographs:
+        above[0].suptitle("Photographs, and which of eight labels fits best", x=0.01, ha="left")
+        rows = above[0].subplots(2, len(photographs), height_ratios=(1, 1), squeeze=False)
+        for top, bottom, photograph in zip(*rows, photographs, strict=True):
+            square = ImageOps.fit(photograph.picture, (300, 300))  # what the transform leaves
+            note = " (never seen: a guess)" if photograph.name == UNKNOWN else ""
+            show_picture(top, square, photograph.name + note)
+            draw_bars(bottom, photograph.scores[:4], inside=True)
+    below.suptitle(
+        "A drawn scene, which caption fits best, and where the words are seen", x=0.01, ha="left"
+    )
+    axes = below.subplots(1, 2 + len(heats), width_ratios=(2, 3, *(2 for _ in heats)))
     show_picture(axes[0], scene.picture, scene.name)
     draw_bars(axes[1], scene.scores, inside=True)
     for axis, heat in zip(axes[2:], heats, strict=True):
         draw_heat(axis, scene, heat)
-    if photographs:
-        rows = bottom[0].subplots(2, len(photographs), height_ratios=(3, 2), squeeze=False)
-        for above, below, photograph in zip(*rows, photographs, strict=True):
-            show_picture(above, photograph.picture, photograph.name)
-            draw_bars(below, photograph.scores[:5])
     save_figure(figure, path)
 
 

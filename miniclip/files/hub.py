@@ -79,7 +79,7 @@ def resolve(
     """The directory of a checkpoint. From the hub, only the files of one `kind` are downloaded.
 
     `kind` is a key of HUB_FILES, and `subfolder` a folder inside the directory or the repository.
-    An embedded name wins over a directory with the same name: write ./cifar10 for the directory.
+    An embedded name wins over a directory with the same name: write ./everyday for the directory.
     Raises CheckpointError.
     """
     address = None if os.path.exists(as_path(name)) else ADDRESS.fullmatch(str(name))

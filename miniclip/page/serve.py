@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from miniclip import lens
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ImageError
-from miniclip.exhibits import LABELS, PHOTOGRAPHS, photographs
+from miniclip.exhibits import LABELS, photographs
 from miniclip.files.pictures import no_warnings, open_image
 from miniclip.transform import to_rgb
 from miniclip.world.localise import questions
@@ -195,11 +195,17 @@ def examples() -> list[dict[str, Any]]:
         "picture": write_picture(asked[0].picture),
     }
     try:
-        photograph = write_picture(photographs()[0])
+        name, picture = next(iter(photographs().items()))
     except ValueError:
         return [scene]
-    cat = {"model": "cifar10", "labels": LABELS, "templates": [TEMPLATE], "picture": photograph}
-    return [{"name": PHOTOGRAPHS[0]} | cat, scene]
+    photograph = {
+        "name": name,
+        "model": "everyday",
+        "labels": LABELS,
+        "templates": [TEMPLATE],
+        "picture": write_picture(picture),
+    }
+    return [photograph, scene]
 
 
 def check_origin(request: Request) -> None:

@@ -48,8 +48,8 @@ def cause_in_tokens(
     Both return ids (B, T), and cut texts that are too long.
 
     >>> from miniclip import Tokenizer
-    >>> one = Tokenizer.from_pretrained("cifar10", reference="transformers")
-    >>> other = Tokenizer.from_pretrained("cifar10", reference="openai")
+    >>> one = Tokenizer.from_pretrained("everyday", reference="transformers")
+    >>> other = Tokenizer.from_pretrained("everyday", reference="openai")
     >>> cause_in_tokens(lambda t: one(t, truncate=True), lambda t: other(t, truncate=True))
     "model lacks OpenAI's cleaning (ftfy, html)"
     """

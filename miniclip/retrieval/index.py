@@ -299,7 +299,7 @@ def embed_query(
     Raises ValueError where nothing is left, and the errors of the tokenizer and the transform.
 
     >>> import miniclip
-    >>> query = embed_query(miniclip.load("cifar10"), ["a ship"], minus=["a truck"])
+    >>> query = embed_query(miniclip.load("everyday"), ["a ship"], minus=["a truck"])
     >>> round(query.norm().item(), 5)
     1.0
     """

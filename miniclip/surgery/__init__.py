@@ -9,6 +9,11 @@ what you did yourself to a `copied` model. Compile a model after surgery, not be
 
 What a function leaves is a CLIP like any other: it is saved and loaded bit for bit. Where
 transformers cannot express its shape, transformers refuses to load it (`CLIPConfig.to_dict`).
+
+Here are: patches and images of another size, longer texts, tokens, registers (also at test time),
+pruned heads, layers and neurons, patch dropout, LoRA, dense features, ProxyCLIP's foreign features,
+spliced modules (adapters, sparse autoencoders), activations patched from another run, ablated
+heads, soups, WiSE-FT, task vectors, learned prompt vectors (`encode_prompts`), freezing by layer.
 """
 
 from miniclip.surgery.attention import PRESETS, Preset, dense_features, proxyclip

@@ -1,4 +1,4 @@
-"""Contrastive training.
+r"""Contrastive training.
 
 recipe.py     the numbers of a run
 pairs.py      what training data is made of
@@ -10,6 +10,56 @@ processes.py  several processes that train together: gradients, shards of the we
 setup.py      names -> all that a run starts from
 run.py        the state of a run: saved, continued, logged
 loop.py       the training loop
+
+    miniclip train photographs --out runs/mine  # from random weights
+    miniclip train photographs --model openai/clip-vit-base-patch32 --out runs/tuned --lr 1e-5
+    miniclip train cifar10/train --model openai/clip-vit-base-patch32 \
+        --freeze vision --val cifar10/test --out runs/lit
+    torchrun --nproc-per-node 8 -m miniclip train shards --device cuda --out runs/large
+    miniclip train photographs --recipe everyday --out runs/small  # shape and recipe of everyday
+    miniclip train shapes --out runs/shapes  # a drawn world; no data needed
+
+The data is a folder of class folders, or of pictures with a `metadata.jsonl`, `.csv` or `.tsv` of
+`file_name` and `text`, or of pictures with a `.txt` beside each, as img2dataset writes them, or of
+WebDataset shards (`train` extra). A metadata file may have any name, and `--image-column` and
+`--text-column` name its columns. Shards may also be the output of a command
+(`'pipe:curl -s https://host/{000..099}.tar'`) or at an address that fsspec opens
+(`hf://datasets/OWNER/NAME/{000..099}.tar`). A picture, a shard or a command that fails is named and
+counted, an empty caption is counted, and training goes on without them. A picture may have several
+captions, as a list or in rows of their own. A caption counts as true of every picture that lists it
+("a dog", of a Chihuahua too).
+
+- `--val DATA`: measure held-out data after each epoch, or every `--val-every` steps: zero-shot
+  accuracy on class folders, recall@1 on pictures with captions. The best checkpoint is kept in
+  `DIR/best`
+- `--freeze vision`: leave parts as they are (LiT freezes the image tower): `vision`, `text`, or
+  globs such as `vision.blocks.[0-5].*`
+- `--lora 4`: train a low-rank change of the queries and values, and write the merged weights
+- `--layer-decay 0.8`: let each layer learn 0.8 times as fast as the one above it
+- `--loss siglip`: ask of each pair by itself whether it is true. The bias stays in the training
+  state
+- `--chunk 64`: hold 64 pairs in memory at once. The gradients equal the whole batch's (GradCache).
+  A contrastive loss compares all pairs, so plain gradient accumulation would compute another loss
+- `--ema 0.999`: write the moving average of the weights
+- `--log tensorboard`: write the metrics for TensorBoard too (`train` extra)
+- `--plot report.png`: draw the loss, the scores, the learning rate, throughput and peak memory
+- `--fsdp`: under `torchrun`, shard the weights and the optimizers' state over the processes
+
+The checkpoint is written every five minutes, and can be evaluated while the run goes on. What is
+random in a step is drawn from the seed and the step alone, so a run that was killed is continued by
+the same command and ends, on a CPU, in the same bits. Under `torchrun` PyTorch's
+DistributedDataParallel or `fully_shard` trains, and the processes, however many, share the batch
+that one process would see. After a crash `torchrun --max-restarts 3` starts them again, and they
+continue (on several machines set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, a way round a bug of
+PyTorch). Half-precision weights become float32 before they are trained: in float16 Adam's first
+step gives NaN.
+
+The pieces are short enough to read: the paper's loss in `loss.py`; gathered embeddings, false
+captions (NegCLIP) and two-pass batches (GradCache) in `training/loss.py`; AdamW and Muon in
+`optim.py`; folders and shards in `data.py` and `shards.py`; the numbers of a run in `recipe.py`;
+the loop in `loop.py`. The drawn world, with exact masks and captions that are true by proof, is
+`world/`. The initial weights are OpenAI's. transformers' differ: two standard deviations are
+exchanged.
 """
 
 from importlib import import_module

@@ -36,7 +36,7 @@ class ZeroShotClassifier:
     `logits_per_image`, up to rounding.
 
     >>> import miniclip
-    >>> model, tokenizer, transform = miniclip.load("cifar10")
+    >>> model, tokenizer, transform = miniclip.load("everyday")
     >>> classifier = ZeroShotClassifier(model, tokenizer, ["cat", "dog"], ["a {}.", "the {}."])
     >>> classifier(torch.zeros(3, 3, 32, 32)).shape
     torch.Size([3, 2])
