@@ -3,10 +3,12 @@
     python weights/everyday/prepare.py tiny-imagenet-200 cifar10 data
     miniclip train data/train --recipe everyday --out runs/everyday
     miniclip eval data/val --model everyday
+    miniclip eval data/pairs --task retrieval --model everyday
 
 `tiny-imagenet-200` is the folder of Stanford's CS231n (train/, val/), `cifar10` a folder with
 train/<class>/. Nothing is copied but the validation pictures: data/train/metadata.jsonl names the
-training pictures where they lie, each with every caption that is true of it.
+training pictures where they lie, each with every caption that is true of it. data/pairs has the
+first validation picture of each class, and one caption.
 """
 
 import json
@@ -60,7 +62,7 @@ def true_captions(own: list[str], wider: list[str]) -> list[str]:
 
 
 def main(tiny: Path, cifar: Path, out: Path) -> None:
-    """Write `out`/train/metadata.jsonl and `out`/val/<label>/."""
+    """Write `out`/train/metadata.jsonl, `out`/val/<label>/ and `out`/pairs/metadata.jsonl."""
     (out / "train").mkdir(parents=True)
     labels = {}
     with open(out / "train" / "metadata.jsonl", "w") as metadata:
@@ -77,6 +79,12 @@ def main(tiny: Path, cifar: Path, out: Path) -> None:
         name, folder = line.split("\t")[:2]
         (out / "val" / labels[folder]).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(tiny / "val" / "images" / name, out / "val" / labels[folder] / name)
+    (out / "pairs").mkdir()
+    with open(out / "pairs" / "metadata.jsonl", "w") as metadata:
+        for folder in sorted((out / "val").iterdir()):
+            first = os.path.relpath(min(folder.iterdir()), out / "pairs")
+            text = f"a photo of a {folder.name.replace('_', ' ')}."
+            metadata.write(json.dumps({"file_name": first, "text": text}) + "\n")
 
 
 if __name__ == "__main__":
