@@ -29,7 +29,8 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
             return True
 
         def refresh(self, nolock: bool = False, **options: Any) -> None:
-            if not (nolock or self.disable):  # with nolock, because something else was written
+            # With nolock, something else was written. In a notebook a line is in the way.
+            if not (nolock or self.disable or "ipykernel" in sys.modules):
                 self.display()
 
         def clear(self, *args: Any, **options: Any) -> None:

@@ -129,14 +129,14 @@ def test_demo_draws_a_picture_and_prints_a_ranking(run, tmp_path, monkeypatch):
         assert picture.width > 800
     found = json.loads(run("demo", "--json", "--out", "other.png")[1])
     assert [row["image"] for row in found] == [*sample_photographs(), "a drawn scene"]
-    assert found[1]["labels"][0]["label"] == "cat" and (tmp_path / "other.png").exists()
+    assert (tmp_path / "other.png").exists()
     for table, row in zip(out.split("\n\n"), found):
         title, *lines = table.splitlines()
         assert title == row["image"] and len(lines) == 4
         for line, score in zip(lines, row["labels"]):
             assert line.startswith(f"  {score['label']}") and f"{score['probability']:.1%}" in line
     # the true caption of the scene is the best, and the false ones are wrong in one word
-    true, *false = (row["label"].split() for row in found[0]["labels"])
+    true, *false = (row["label"].split() for row in found[-1]["labels"])
     changed = [[b for a, b in zip(true, one, strict=True) if a != b] for one in false]
     assert sorted(word in COLOURS for (word,) in changed) == [False, False, True, True]
 
@@ -730,7 +730,7 @@ def test_the_examples_run_offline_as_they_stand(run, tmp_path, monkeypatch):
         _, *argv = shlex.split(line)
         if argv[0] not in ("bench", "eval", "explain", "parity", "serve", "train"):
             assert run(*argv)[0] == 0, line
-    assert (tmp_path / "squares.png").is_file() and (tmp_path / "pictures" / "scene.png").is_file()
+    assert (tmp_path / "drinks.png").is_file() and (tmp_path / "pictures" / "scene.png").is_file()
 
 
 def test_the_version_is_that_of_the_package(run):

@@ -511,19 +511,19 @@ def without_its_last(ids):
 
 
 def with_another_start(ids):
-    return ids.masked_fill(ids == 657, 7)
+    return ids.masked_fill(ids == 1635, 7)
 
 
 def cut_without_an_end(ids):
-    return torch.cat([ids[:, :-1], ids[:, -1:].where(ids[:, -2:-1] == 658, 5)], 1)
+    return torch.cat([ids[:, :-1], ids[:, -1:].where(ids[:, -2:-1] == 1636, 5)], 1)
 
 
 @pytest.mark.parametrize(
     "change, cause",
     [
         (without_its_last, "rows of 76 ids in model, 77 in other"),
-        (with_another_start, "the start token is 7 in model, 657 in other"),
-        (cut_without_an_end, "the end token is 5 in model, 658 in other"),
+        (with_another_start, "the start token is 7 in model, 1635 in other"),
+        (cut_without_an_end, "the end token is 5 in model, 1636 in other"),
     ],
 )
 def test_what_stands_at_the_ends_of_rows_is_said(change, cause, tokenizer):

@@ -124,11 +124,12 @@ def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
     heat = Heat("a star", torch.tensor([[-1.0, 0.5], [1.0, 2.0]]), mask)
     scene, cat = Exhibit("a drawn scene", picture, scores), Exhibit("cat", picture, scores)
     figure = drawn(draw_demo, scene, [heat], [cat])
-    shown, bars, hot, _, photograph = figure.axes
+    above, photograph, shown, bars, hot, *_ = figure.axes
+    assert above.get_title(loc="left") == "cat"
     assert shown.get_title(loc="left") == "a drawn scene"
     assert widths(bars) == widths(photograph) == [0.2, 0.3, 0.5]  # from the bottom
     assert texts(bars) == ["20%", "30%", "50%", "label 2", "label 1", "label 0"]
-    assert names(photograph) == ["label 2", "label 1", "label 0"]
+    assert texts(photograph) == texts(bars)
     assert hot.get_title(loc="left") == "a star"
     warmth = hot.images[0].get_array()[[0, 0, -1, -1], [0, -1, 0, -1]].sum(1)  # of the corners
     assert warmth[0] < warmth[1] < warmth[2] < warmth[3] and hot.collections  # the outline

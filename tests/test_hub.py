@@ -191,7 +191,12 @@ def test_each_option_of_each_reader_reaches_the_hubs_client(hub, monkeypatch, tm
     read(NAME, **options)
     read(NAME, **options | {"local_files_only": True})
     count = len(asked_with) // 2
-    assert asked_with == [options] * count + [options | {"local_files_only": True}] * count
+    assert [one["local_files_only"] for one in asked_with] == [False] * count + [True] * count
+    assert {one["cache_dir"] for one in asked_with} == {tmp_path / "mine"}
+    # The first answer says which commit it is, and the others ask for that one.
+    for first, *others in (asked_with[:count], asked_with[count:]):
+        assert first["revision"] == "tuned"
+        assert all(len(other["revision"]) == 40 for other in others)
     assert count == (3 if read is miniclip.load else 1)
 
 

@@ -399,7 +399,7 @@ def test_what_is_no_picture_is_refused_in_words(page, tmp_path, coffee):
 @pytest.mark.slow
 def test_words_that_are_refused(page):
     for box, text, message in (
-        ("#labels", "word " * 500, "tokens"),
+        ("#labels", "word " * 150, "tokens"),
         ("#labels", " ", "label is empty"),
         ("#templates", "a photo", "{}"),
     ):

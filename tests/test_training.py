@@ -744,7 +744,7 @@ def test_a_model_whose_training_was_interrupted_is_as_it_was(stripes, tmp_path, 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(stripes, tmp_path):
     with pytest.raises(ValueError, match="the loss is nan after [0-9]+ steps"):
-        run(stripes, tmp_path, replace(QUICK, lr=1e30, muon_lr=0.0))
+        run(stripes, tmp_path, replace(QUICK, lr=1e18, muon_lr=0.0))
     if (tmp_path / "model.safetensors").exists():
         assert all(p.isfinite().all() for p in loaded(tmp_path).parameters())
 

@@ -330,7 +330,7 @@ def test_hidden_files_are_no_images(tmp_path):
         (lambda root: None, "No such file"),
         (lambda root: root.write_text("a file"), "Not a directory"),
         (lambda root: root.mkdir(), "no folders in it"),
-        (lambda root: (root / "cat").mkdir(parents=True), "no files in its 1 class folders"),
+        (lambda root: (root / "cat").mkdir(parents=True), "no files in its 1 class folder"),
     ],
 )
 def test_folders_without_images(tmp_path, make, message):

@@ -77,7 +77,7 @@ def bench(
         setting = Setting(Path(folder), config, shape, device, dtype, compile, batch)
         bar = progress(suites, "suite")
         for name in bar:
-            bar.set_description(name)
+            bar.set_description(name, refresh=False)
             for case in SUITES[name](setting):
                 rows += measure(case)
     return rows

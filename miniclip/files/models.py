@@ -271,18 +271,19 @@ def _open(
     with blaming(weights):
         try:
             layout, table, tensors = recognize(tensors, fork.tensor_names)
+            towers = [tower for tower in TOWERS if names_of(tower, table, tensors)]
+            if not towers:
+                raise ValueError(
+                    f"no CLIP's tensors, but {listed(tensors)}. Expected names such as "
+                    "vision_model.* and text_model.* (transformers) or visual.* (openai/CLIP, "
+                    "open_clip)"
+                )
         except ValueError:  # the config's own error says more: its field, or the class of a fork
             if file := next((f for f in (open_clip, config) if f.is_file()), None):
                 _read_fields(file, fork)
             raise
     if layout == "openai" and open_clip.is_file():
         layout = "open_clip"
-    towers = [tower for tower in TOWERS if names_of(tower, table, tensors)]
-    if not towers:
-        raise CheckpointError(
-            f"{weights}: no CLIP's tensors, but {listed(tensors)}. Expected names such as "
-            "vision_model.* and text_model.* (transformers) or visual.* (openai/CLIP, open_clip)"
-        )
     file = {"transformers": config, "open_clip": open_clip}.get(layout)
     if table is TIMM and not open_clip.is_file():
         file = config

@@ -72,6 +72,8 @@ def build_index(
     is there, or no picture can be read.
     """
     check_counts(batch, workers)
+    if Path(out).is_dir():
+        raise ValueError(f"{out}: is a folder; expected the name of a file to be written")
     with only_builder(Path(out).with_name(f"{Path(out).name}.parts")):
         return _build(Path(out), loaded, pictures, encoder, damage, batch, workers, force)
 
@@ -114,8 +116,6 @@ def _build(
 ) -> Index:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     barrier = dist.barrier if dist.is_initialized() else lambda: None
-    if out.is_dir():
-        raise ValueError(f"{out}: is a folder; expected the name of a file to be written")
     folder = out.with_name(f"{out.name}.parts")
     old = Index.load(out) if out.exists() else None  # nothing but an index is replaced
     if force:

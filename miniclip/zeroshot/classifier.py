@@ -38,7 +38,7 @@ class ZeroShotClassifier:
     >>> import miniclip
     >>> model, tokenizer, transform = miniclip.load("everyday")
     >>> classifier = ZeroShotClassifier(model, tokenizer, ["cat", "dog"], ["a {}.", "the {}."])
-    >>> classifier(torch.zeros(3, 3, 32, 32)).shape
+    >>> classifier(torch.zeros(3, 3, 64, 64)).shape
     torch.Size([3, 2])
     """
 
