@@ -30,7 +30,8 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
 
         def refresh(self, nolock: bool = False, **options: Any) -> None:
             # With nolock, something else was written. In a notebook a line is in the way.
-            if not (nolock or self.disable or "ipykernel" in sys.modules):
+            is_notebook = type(sys.stderr).__module__.startswith("ipykernel")
+            if not (nolock or self.disable or is_notebook):
                 self.display()
 
         def clear(self, *args: Any, **options: Any) -> None:
