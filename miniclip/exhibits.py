@@ -65,7 +65,7 @@ def negatives_by_word(claim: Claim, scene: Scene) -> list[list[Claim]]:
 
 
 def photographs() -> dict[str, Image.Image]:
-    """Photographs by name, the one of what is UNKNOWN last.
+    """Photographs by name. The last one shows what `everyday` never saw.
 
     Raises ValueError where scikit-image or matplotlib is missing.
     """
