@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from miniclip.files.models import check_vocab_fits, open_model
+from miniclip.files.models import check_fits, open_model
 from miniclip.files.modules import unwrapped
 from miniclip.files.saving import one_version, saving_checkpoint
 from miniclip.model import CLIP, TextTower, VisionTower
@@ -58,11 +58,11 @@ def load(
     tokenizer = transform = None
     if stored.has("tokenizer", name, **options):
         tokenizer = Tokenizer.from_pretrained(name, reference=reference, **options)
-        check_vocab_fits(name, tokenizer, stored.fields["text"])
     if stored.has_openais_transform(name, **options):
         transform = ImageTransform(stored.fields["vision"]["image_size"], reference=reference)
     elif stored.has("transform", name, **options):
         transform = ImageTransform.from_pretrained(name, reference=reference, **options)
+    check_fits(name, stored.fields, tokenizer, transform)
     return Loaded(model, tokenizer, transform)  # type: ignore[arg-type]
 
 
@@ -79,5 +79,5 @@ def save(
     `layout`: "transformers", "openai" (for openai/CLIP's build_model) or "open_clip". Raises
     CheckpointError if it cannot be written, or `load` would prefer other files that are there.
     """
-    with saving_checkpoint(directory, layout, tokenizer, transform) as folder:
+    with saving_checkpoint(directory, layout, model, tokenizer, transform) as folder:
         unwrapped(model).save_pretrained(folder, layout)

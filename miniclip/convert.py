@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 
 from miniclip.checkpoint import save
 from miniclip.files.hub import has_files
-from miniclip.files.models import Stored, check_vocab_fits, open_model
+from miniclip.files.models import Stored, check_fits, open_model
 from miniclip.files.names import LAYOUTS, Place, place
 from miniclip.files.saving import one_version
 from miniclip.model import CLIP
@@ -105,10 +105,10 @@ def _read(
         words = Tokenizer.from_pretrained(tokenizer)
     elif has_files("tokenizer", source, **options) and stored.has("tokenizer", source, **options):
         words = Tokenizer.from_pretrained(source, **options)
-    if words:
-        check_vocab_fits(tokenizer or source, words, stored.fields["text"])
     if stored.has_openais_transform(source, **options):
         transform = ImageTransform(model.config.vision.side)
     elif has_files("transform", source, **options):
         transform = ImageTransform.from_pretrained(source, **options)
+    check_fits(tokenizer or source, stored.fields, words, None)
+    check_fits(source, stored.fields, None, transform)
     return stored, model, words, transform

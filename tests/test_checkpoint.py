@@ -21,8 +21,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from transformers import CLIPModel
-from twin import TINY, randomize, twins, write_shards
+from transformers import CLIPModel, CLIPVisionModelWithProjection
+from twin import TINY, randomize, transformers_config, twins, write_shards
 
 from miniclip import (
     CLIP,
@@ -34,6 +34,8 @@ from miniclip import (
     load,
     save,
 )
+from miniclip.commands.main import main
+from miniclip.convert import convert
 from miniclip.files.hub import embedded_names, resolve
 from miniclip.files.tensors import read_tensors
 from miniclip.model import Block
@@ -804,12 +806,57 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(model, tmp_path
     texts = [" ".join("abcdefghij"[i:] + "abcdefghij"[:j] for i in range(9)) for j in range(9)]
     tokenizer = Tokenizer.train(texts, TINY.text.vocab_size + 1)
     assert tokenizer.vocab_size == 601
-    save(tmp_path, model, tokenizer, ImageTransform(TINY.vision.image_size))
+    with pytest.raises(CheckpointError, match="not saved: the tokenizer has 601 tokens"):
+        save(tmp_path, model, tokenizer, None)
+    assert not any(tmp_path.iterdir())
+    save(tmp_path, model, None, ImageTransform(TINY.vision.image_size))
+    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="tokenizer has 601 tokens .* embeds only 600"):
         load(tmp_path)
     tokenizer = Tokenizer.train(texts, TINY.text.vocab_size)
     save(tmp_path, model, tokenizer, ImageTransform(TINY.vision.image_size))
     assert load(tmp_path).tokenizer.vocab_size == 600
+
+
+@pytest.mark.parametrize("size, crop_size", [(13377, 13377), (32, 31), (64, 33), (1, 1)])
+def test_a_transform_of_another_size_than_the_model_is_an_error(
+    model, tmp_path, capsys, size, crop_size
+):
+    side = TINY.vision.image_size
+    tokenizer = Tokenizer.train(["a cat"], 520)
+    wrong = ImageTransform(size, crop_size=crop_size)
+    says = f"the transform makes images of {crop_size} x {crop_size} pixels and the model reads "
+    with pytest.raises(CheckpointError, match=f"not saved: {says}{side} x {side}"):
+        save(tmp_path, model, tokenizer, wrong)
+    save(tmp_path, model, tokenizer, ImageTransform(size, crop_size=side))  # only the crop counts
+    assert load(tmp_path).transform.size == size
+    wrong.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: {says}{side} x {side}"):
+        load(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: {says}{side} x {side}"):
+        convert(tmp_path, tmp_path / "converted", "open_clip")
+    assert main(["classify", "absent.jpg", "--labels", "a", "b", "--model", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if says in line] == lines and len(lines) == 1
+    CLIPModel.from_pretrained(tmp_path)  # which looks in the forward pass
+    assert CLIP.from_pretrained(tmp_path).config == TINY
+    assert ImageTransform.from_pretrained(tmp_path) == wrong
+
+
+def test_no_square_transform_fits_a_wide_model(tmp_path):
+    """A half alone is held to the same."""
+    config = replace(TINY, vision=replace(TINY.vision, image_size=(32, 64), patch_size=16))
+    with pytest.raises(CheckpointError, match="32 x 32 pixels and the model reads 32 x 64"):
+        save(tmp_path, CLIP(config), None, ImageTransform(32))
+    save(tmp_path, CLIP(config), Tokenizer.train(["a cat"], 520), None)
+    ImageTransform(32).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="32 x 32 pixels and the model reads 32 x 64"):
+        load(tmp_path)
+    half = CLIPVisionModelWithProjection(transformers_config(TINY).vision_config)
+    half.save_pretrained(tmp_path / "half")
+    ImageTransform(33).save_pretrained(tmp_path / "half")
+    with pytest.raises(CheckpointError, match="33 x 33 pixels and the model reads 40 x 40"):
+        load(tmp_path / "half")
 
 
 # -------------------------------------------------------------------------------------------- names

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from hub_server import Fault, commit, running_hub
 from huggingface_hub import HfApi, file_download, snapshot_download
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 from twin import TINY, twins, write_shards
@@ -38,6 +40,8 @@ from miniclip.config import LEGACY_EOS
 from miniclip.convert import convert
 from miniclip.files import hub as hub_files
 from miniclip.files.hub import HUB_FILES, _has_its_hash
+from miniclip.files.writing import SAVED, saving
+from miniclip.retrieval.index import Index, fingerprint
 
 NAME = "made-up/clip"
 WEIGHTS = "GET /stored/.*model.*safetensors"
@@ -612,26 +616,56 @@ def test_a_damaged_file_that_cannot_be_deleted_is_an_error_of_ours(hub, files, m
         CLIP.from_pretrained(NAME)
 
 
+@contextmanager
+def moving_branch(hub, commits, at):
+    """A block before whose request number `at` the branch moves to the second commit."""
+    hub.repositories[NAME] = {"main": commits[0]}
+    shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE, ignore_errors=True)
+    left, answered = [at], type(hub).fault
+
+    def fault(self, request):
+        left[0] -= 1
+        if not left[0]:
+            self.repositories[NAME] = {"main": commits[1], "before": commits[0]}
+        return answered(self, request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(hub), "fault", fault)
+        yield
+
+
 @pytest.mark.parametrize("at", range(1, 12))
 def test_a_branch_that_moves_during_a_load_or_a_conversion(hub, files, other, tmp_path, at):
     """Whatever the request before which it moves, all is of one commit."""
     commits = [dict(hub.repositories[NAME]["main"]), files | other_files(other, tmp_path)]
     for read in (miniclip.load, lambda name: convert(name, tmp_path / f"{at}", "transformers")):
-        hub.repositories[NAME]["main"] = commits[0]
-        shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE, ignore_errors=True)
-        left, answered = [at], type(hub).fault
-
-        def fault(self, request, left=left, answered=answered):
-            left[0] -= 1
-            if not left[0]:
-                self.repositories[NAME] = {"main": commits[1], "before": commits[0]}
-            return answered(self, request)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(hub), "fault", fault)
+        with moving_branch(hub, commits, at):
             read(NAME)
         folders = {*Path(huggingface_hub.constants.HF_HUB_CACHE).glob("*/snapshots/*")}
         assert len(folders) == 1, folders
+
+
+@pytest.mark.parametrize("at", [1, 2, 12])
+def test_the_features_of_eval_are_kept_under_the_commit_of_their_model(
+    hub, model, other, tmp_path, at
+):
+    """The name is resolved once: the commit that is written made the vectors, whenever it moves."""
+    texts = [" ".join("abcdefghij"[i:] + "abcdefghij"[:j] for i in range(9)) for j in range(9)]
+    tokenizer = Tokenizer.train(texts, TINY.text.vocab_size)
+    commits = []
+    for one in (model, other):
+        miniclip.save(tmp_path / "saved", one, tokenizer, ImageTransform(TINY.vision.image_size))
+        commits.append(contents(tmp_path / "saved"))
+    for i, name in enumerate(("cat", "dog")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (50, 50), (90 * i, 50, 0)).save(tmp_path / "data" / name / "a.png")
+    command = ["eval", str(tmp_path / "data"), "--model", NAME, "--cache", str(tmp_path / "kept")]
+    with moving_branch(hub, commits, at):
+        assert main(command) == 0
+    index = Index.load(next((tmp_path / "kept").glob("*.proj.safetensors")))
+    made_by = {commit(files): one for files, one in zip(commits, (model, other))}
+    assert index.encoder.revision in made_by
+    assert index.encoder.fingerprint == fingerprint(made_by[index.encoder.revision])
 
 
 def test_hashes_are_looked_at_once(hub, monkeypatch):
@@ -694,6 +728,25 @@ def test_a_cache_that_cannot_be_written(hub, model, monkeypatch, errno):
 
 
 # -------------------------------------------------------------------------------------- publishing
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's own
+def test_what_a_crashed_save_left_is_not_published(hub, files, tmp_path):
+    """Neither a save that had not written all, nor one that had not moved all."""
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    unfinished = saving(tmp_path)
+    (unfinished.__enter__() / "half.safetensors").write_bytes(b"half")
+    (tmp_path / SAVED).mkdir()
+    (tmp_path / SAVED / "model.safetensors").write_bytes(b"not moved yet")
+    left = {path for path in tmp_path.rglob("*") if path.is_file()} - {*tmp_path.iterdir()}
+    assert len(left) == 2
+    api = HfApi(token="hf_made_up")
+    api.create_repo("made-up/crashed", exist_ok=True)
+    api.upload_folder(repo_id="made-up/crashed", folder_path=tmp_path)
+    assert hub.repositories["made-up/crashed"]["main"] == files
+    with pytest.raises(KeyboardInterrupt):
+        unfinished.gen.throw(KeyboardInterrupt())
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def zeroshot(args: argparse.Namespace) -> None:
 
     templates = find_templates(args.template or [TEMPLATE])
     images = class_folders(args)
-    loaded = load_model(args)
+    loaded = load_once(args)
     text_embeds = class_embeddings(loaded.model, loaded.tokenizer, images.labels, templates)
     features = features_of(args, loaded, images.paths)
     result = classify(loaded, images, features, text_embeds)
@@ -144,7 +144,7 @@ def retrieval(args: argparse.Namespace) -> None:
     from miniclip.evaluation.checkpoints import caption_ranks
     from miniclip.evaluation.retrieval import recall
 
-    loaded = load_model(args)
+    loaded = load_once(args)
     columns = (args.image_column, args.text_column)
     data = captioned_images(args.data, loaded.transform, args.images, args.split or "test", columns)
     for reason in data.skipped:
@@ -278,7 +278,7 @@ def features_of_sets(
     names = {"test": None, "train": args.train} | ({"val": args.val} if args.val else {})
     found = {name: class_folders(args, data) for name, data in names.items()}
     images = with_classes_of(found["test"], found.values())
-    loaded, sets = load_model(args), {}
+    loaded, sets = load_once(args), {}
     for name, one in found.items():
         features = features_of(args, loaded, one.paths)
         place = [images.folders.index(folder) for folder in one.folders]
@@ -301,13 +301,23 @@ def examples_of(features_and_classes: "tuple[Features, list[int]]", kind: str) -
     return Examples(features.vectors[kind], torch.tensor(classes))
 
 
+def load_once(args: argparse.Namespace) -> "Loaded":
+    """Load the model at the commit that its features are kept under: a branch may move meanwhile.
+
+    Changes `args.revision`, and adds `args.name`.
+    """
+    from miniclip.retrieval.index import lasting_name
+
+    args.name, args.revision = lasting_name(args.model, args.revision)
+    return load_model(args)
+
+
 def features_of(args: argparse.Namespace, loaded: "Loaded", pictures: Any) -> "Features":
     """The pictures' features; a line for each picture that cannot be read."""
     from miniclip.evaluation.features import picture_features
-    from miniclip.retrieval.index import lasting_name
 
     names = [str(one) if isinstance(one, Path) else one for one in pictures]
-    name = lasting_name(args.model, args.revision)
+    name = args.name, args.revision
     features = picture_features(loaded, names, args.cache, name, args.batch)
     for reason in features.skipped:
         note(f"miniclip: skipped {reason}")

@@ -23,7 +23,7 @@ classes build themselves from these:
     reading.py       JSON and lines of text, with limits
     writing.py       atomic writes
 
-What holds for every file:
+What holds for every file (`tests/test_promises.py` names the test of each promise):
 
 - Every tensor in a file has its place in the model, and every parameter its tensor of the same
   shape; otherwise a `CheckpointError` lists all that are missing, unexpected or misshapen. What
@@ -31,16 +31,16 @@ What holds for every file:
 - No weight is changed: no folding, no fusing, no invented bias. Load, save, load is bit-exact, and
   so is converting there and back. NaN and infinity are named in a warning.
 - The activation, the LayerNorm epsilon and the end token are the checkpoint's. A layout that cannot
-  express a model refuses it. A save into a directory with another model's files is refused as well,
-  so that a later load reads what was saved.
+  express a model refuses it. Tokenizer and transform must fit the model, when they are loaded or
+  saved together. A save into a directory with another model's files is refused.
 - Files that cannot be trusted run no code. They end in a `CheckpointError` or in a load that is
   what the file says: `tests/test_hostile.py` tries 8,900 of them, each within a second of CPU time
   and 200 MB. JSON may have 1 MB, a tokenizer's files 5 MB, a safetensors header 6 MB, a pickle 400
   kB and 10,000 tensors: more than any CLIP's. A file that comes damaged from the hub is deleted;
   one that was changed later is an error and stays.
 - All files of one `load` or one conversion are of one commit, or of one save, whatever is pushed or
-  saved meanwhile. What a process that was killed left behind goes with the next save.
-- A process that is killed while it saves leaves the old checkpoint or the new one, all its files.
+  saved meanwhile. A process that is killed while it saves leaves the old checkpoint or the new one.
+  What else it left goes with the next save, and is never published by `upload_folder`.
 - Not promised: a weights file that another program cuts short in place, while a model has it
   mapped, ends the process (a bus error), with transformers too.
 - In the file's dtype the weights are the mapped file; in another they are converted a few at a

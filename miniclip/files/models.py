@@ -408,18 +408,33 @@ def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:
         warn(f"{path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}")
 
 
-def check_vocab_fits(name: str | PathLike[str], tokenizer: Any, text: Fields) -> None:
-    """Raise CheckpointError if a tokenizer has more tokens than a text tower embeds.
+def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> None:
+    """Raise CheckpointError if a tokenizer or a transform is not for the model with these fields.
 
-    Warns if texts are read at a token that was added after the end token, as transformers does.
+    The tokenizer may have at most as many tokens as the text tower embeds, and the transform's crop
+    must be the image that the vision tower reads. transformers finds out in the forward pass.
     """
-    size, end = tokenizer.vocab_size, tokenizer.eos_token_id
-    if size > text.get("vocab_size", 49408):
+    text, vision = fields.get("text", {}), fields.get("vision")
+    if vision and transform:
+        size, side = vision.get("image_size", 224), transform.crop_size
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        if (height, width) != (side, side):
+            raise CheckpointError(
+                f"{name}: the transform makes images of {side} x {side} pixels and the model reads "
+                f"{height} x {width}. Correct crop_size, or take the model and a transform by "
+                "themselves: CLIP.from_pretrained, ImageTransform"
+            )
+    if not tokenizer:
+        return
+    count, embedded = tokenizer.vocab_size, text.get("vocab_size", 49408)
+    if count > embedded:
         raise CheckpointError(
-            f"{name}: the tokenizer has {size} tokens and the model embeds only "
-            f"{text.get('vocab_size', 49408)}; they must come from the same checkpoint"
+            f"{name}: the tokenizer has {count} tokens and the model embeds only {embedded}; they "
+            "must come from the same checkpoint"
         )
-    if size > end + 1 and text.get("eos_token_id") == LEGACY_EOS and not text.get("literal_eos"):
+    end = tokenizer.eos_token_id
+    is_legacy = text.get("eos_token_id") == LEGACY_EOS and not text.get("literal_eos")
+    if count > end + 1 and is_legacy:
         warn(
             f"{name}: its config has eos_token_id {LEGACY_EOS}, so transformers and miniclip read "
             f"a text at its largest id. Tokens were added after the end token: a text that has one "

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import wraps
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from miniclip.errors import CheckpointError, blaming, listed
 from miniclip.files.configs import openai_numbers, refuse_inexpressible, to_transformers
 from miniclip.files.hub import CONFIGS, HUB_FILES, VOCABULARIES, WEIGHTS
-from miniclip.files.models import PLAIN, Fork
+from miniclip.files.models import PLAIN, Fork, check_fits
 from miniclip.files.names import LAYOUTS, pack
 from miniclip.files.open_clip import to_open_clip
 from miniclip.files.published import Fields
@@ -90,14 +91,16 @@ def refuse_tied(state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def saving_checkpoint(
-    directory: str | PathLike[str], layout: str, tokenizer: Any, transform: Any
+    directory: str | PathLike[str], layout: str, model: Any, tokenizer: Any, transform: Any
 ) -> Iterator[Path]:
     """Yield a folder for a model, to which a tokenizer and a transform are saved; see `saving`.
 
-    Raises CheckpointError if the directory holds other files that `load` would read.
+    Raises CheckpointError if the three do not fit together, so that `load` would refuse them, or if
+    the directory holds other files that `load` would read.
     """
     directory = Path(directory)
     check_layout(layout)
+    check_fits(f"{directory}: not saved", asdict(model.config), tokenizer, transform)
     absent: tuple[str, ...] = () if tokenizer else VOCABULARIES
     absent += () if transform else tuple(HUB_FILES["transform"][0][:2])
     refuse_other_files(directory, layout, *absent)

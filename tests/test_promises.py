@@ -1,0 +1,158 @@
+"""What README and the header of `miniclip/files` promise, and the tests that hold each promise.
+
+A promise is quoted by some of its words, so that a changed sentence is noticed here. What needs a
+GPU or the network is skipped without one. Not promised: a weights file that another program cuts
+short in place, while a model has it mapped, ends the process (a bus error), with transformers too.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+PLACES = [HERE.parent / "README.md", HERE.parent / "miniclip/files/__init__.py"]
+
+TABLE = """
+load `openai/clip-vit-*`
+    official: an_official_checkpoint_gives_what_transformers_gives
+    layouts: presets_have_the_shapes_of_the_published_files
+draw this picture offline, in seconds
+    readme: the_command_works
+Six files are the reference
+    structure: the_reference_is_read_in_order
+    structure: the_reference_has_at_most_a_thousand_lines
+    structure: definitions_come_before_their_use
+which imports none of them
+    structure: the_reference_stands_on_files_and_text_alone
+Each runs offline in under three minutes
+    notebooks: it_runs_without_an_error_or_a_warning
+`load` takes an embedded name, a directory
+    checkpoint: each_part_alone_has_every_kind_of_name
+    hub: openais_own_names_are_those_of_the_hub
+    hub: a_name_is_as_it_was_pasted
+`subfolder=` reads a part
+    brought: a_subfolder_of_a_directory
+    hub: a_subfolder_of_a_repository
+`config=` says what
+    brought: shapes_that_were_published_with_two_activations_are_asked_about
+all of these, in and out
+    layouts: every_pair_of_layouts_there_and_back
+logits and every block, float32, CPU
+    model: logits
+    model: float32_is_bit_equal_at_every_batch_size
+every block, head and site, float64
+    model: every_site_is_the_tensor_it_is_called
+    model: every_parameter_has_the_gradient_it_has_in_transformers
+both loading the same file
+    checkpoint: an_official_file_gives_the_logits_of_transformers
+operations in another order
+    export: compiles_into_one_graph
+    export: exports_with_attention_written_out
+1.1 times the error of transformers
+    model: half_precision_is_no_worse_than_transformers
+equal, every code point
+    tokenizer: texts_have_the_ids_of_transformers
+    tokenizer: texts_have_the_ids_of_openai
+    tokenizer: every_code_point_has_the_ids_of_the_reference
+transformers' PIL back end
+    transform: every_mode_of_pillow
+    transform: a_hundred_sizes
+    transform: difficult_files_give_the_pixels_of_the_reference
+transformers on the same GPU
+    model: on_every_device
+published logits and embeddings
+    official: a_published_value
+names the first that differs
+    forks: a_fault_among_tokens_before_the_batch_is_named
+causality makes them unnecessary
+    model: nothing_after_the_end_token_can_reach_the_embedding
+Unused, they change no bit
+    sites: unused_sites_add_no_operation_and_change_no_bit
+exact sum over layers, heads or tokens
+    lens: the_parts_sum_to_the_embedding
+does not change the one it was given
+    surgery_shapes: a_resized_model_shares_what_does_not_change
+saved and loaded bit for bit
+    surgery_shapes: what_surgery_made_is_saved_and_loaded_bit_for_bit
+each in ten lines and held to its paper
+    published: ten_lines_are_enough
+the values that it gave are tests
+    originals: decompose_is_clip_prs
+is SigLIP in one file
+    subclasses: siglip_equals_transformers
+lists all that are missing, unexpected or misshapen
+    checkpoint: missing_unexpected_and_misshapen_tensors_are_all_listed
+is named in a warning
+    brought: openai_clip_284_a_lightning_module_with_a_head
+    brought: diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion
+Load, save, load is bit-exact
+    checkpoint: load_save_load_is_bit_exact
+NaN and infinity are named
+    layouts: a_weight_that_is_not_finite_is_named_and_loaded_as_it_is
+end token are the checkpoint's
+    model: custom_end_token_is_not_the_largest_id
+    brought: metaclip_2_reads_a_text_at_its_first_2
+    layouts: open_clip_heads_and_eps
+A layout that cannot express a model
+    layouts: a_layout_says_what_it_cannot_express
+must fit the model
+    checkpoint: a_tokenizer_with_more_tokens_than_the_model_is_an_error
+    checkpoint: a_transform_of_another_size_than_the_model_is_an_error
+    checkpoint: no_square_transform_fits_a_wide_model
+another model's files is refused
+    saving: over_another_checkpoint_there_is_the_new_one_or_an_error
+run no code
+    checkpoint: pickled_code_is_refused_and_not_run
+    hostile: pickles_that_lie
+    hostile: pickles_made_by_hand
+    layouts: a_torchscript_archive_is_read_without_its_code
+or in a load that is what the file says
+    hostile: safetensors_that_lie
+    hostile: an_index_of_shards_that_lies
+    hostile: a_config_that_lies
+    hostile: a_tokenizer_that_lies
+    hostile: a_transform_that_lies
+    hostile: parts_that_disagree
+within a second of CPU time and 200 MB
+    hostile: a_pipe_is_not_waited_for
+    hostile: long_files_take_little_memory_and_short_messages
+    tokenizer: a_long_run_of_marks_costs_no_quadratic_work
+    tokenizer: a_place_in_a_text_costs_one_look_for_each_length_of_an_added_token
+comes damaged from the hub is deleted
+    hub: a_file_that_is_another_is_an_error_and_not_kept
+    hub: without_symlinks_the_hub_is_asked_for_the_hashes
+was changed later is an error and stays
+    hub: a_file_that_was_changed_after_the_check_is_checked_again
+are of one commit
+    hub: a_branch_that_moves_during_a_load_or_a_conversion
+    hub: the_features_of_eval_are_kept_under_the_commit_of_their_model
+or of one save
+    saving: a_load_during_a_save_has_one_version
+goes with the next save
+    saving: what_killed_processes_left_is_cleared_away_and_what_live_ones_write_is_not
+is never published
+    hub: what_a_crashed_save_left_is_not_published
+leaves the old checkpoint or the new one
+    saving: a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new
+    saving: two_savers_and_a_finisher_at_once_leave_one_of_the_two
+    saving: a_full_disk_is_an_error_that_leaves_the_old_checkpoint
+within 1.15 times the model
+    checkpoint: loading_takes_the_memory_of_the_file_in_the_dtype_asked_for
+"""
+PROMISES: dict[str, list[str]] = {}  # words of the promise: its tests
+for line in TABLE.strip().splitlines():
+    if line.startswith("    "):
+        [*PROMISES.values()][-1].append(line.strip())
+    else:
+        PROMISES[line] = []
+
+
+@pytest.mark.parametrize("words", PROMISES)
+def test_the_promise_is_made_and_its_tests_are_there(words):
+    assert words in " ".join(" ".join(path.read_text(encoding="utf-8") for path in PLACES).split())
+    assert PROMISES[words]
+    for test in PROMISES[words]:
+        file, name = test.split(": ")
+        tree = ast.parse((HERE / f"test_{file}.py").read_text(encoding="utf-8"))
+        assert f"test_{name}" in {getattr(node, "name", "") for node in tree.body}
