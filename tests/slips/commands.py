@@ -136,8 +136,8 @@ SLIPS = [
     ),
     Slip(
         "The index does not know the revision that was asked for.",
-        "name, args.revision = lasting_name(args.model, args.revision)",
-        "name, args.revision = lasting_name(args.model)",
+        "name, args.revision = lasting_name(args.model, args.revision)  #",
+        "name, args.revision = lasting_name(args.model)  #",
         f"{FLAGS} -k commit",
     ),
     Slip(

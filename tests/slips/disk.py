@@ -731,14 +731,14 @@ SLIPS = [
     ),
     Slip(
         "Tokens after a legacy end token are not warned of.",
-        "if size > end + 1 and text.get(",
-        "if False and text.get(",
+        "if count > end + 1 and is_legacy:",
+        "if False:",
         "tests/test_brought.py -k 24650",
     ),
     Slip(
         "A text without tokens after the legacy end token is warned of.",
-        "if size > end + 1 and text.get(",
-        "if text.get(",
+        "if count > end + 1 and is_legacy:",
+        "if is_legacy:",
         "tests/test_brought.py -k 24650",
     ),
     Slip(
@@ -749,9 +749,21 @@ SLIPS = [
     ),
     Slip(
         "A tokenizer as large as the model is refused.",
-        'if size > text.get("vocab_size", 49408):',
-        'if size >= text.get("vocab_size", 49408):',
+        "if count > embedded:",
+        "if count >= embedded:",
         "tests/test_checkpoint.py -k more_tokens",
+    ),
+    Slip(
+        "A transform of any size goes with a model.",
+        "if (height, width) != (side, side):",
+        "if False:",
+        "tests/test_checkpoint.py -k 'another_size or wide_model'",
+    ),
+    Slip(
+        "A transform may be wider than the images that a model reads.",
+        "if (height, width) != (side, side):",
+        "if height != side:",
+        "tests/test_checkpoint.py -k 'another_size or wide_model'",
     ),
     Slip(
         "The text tower's layers are not counted.",
