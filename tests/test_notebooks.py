@@ -54,6 +54,7 @@ def draw_labelled(canvas, *args, draw=FigureCanvasBase.print_figure, **options):
 FigureCanvasBase.print_figure = draw_labelled
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", module="ipykernel|asyncio")
+warnings.filterwarnings("ignore", "__array_")  # torch does not yet follow NumPy 2
 """
 
 # The kernel's machinery, not the notebooks, is what these come from.
