@@ -98,6 +98,9 @@ def contrast(shown: Sequence[Image.Image], captions: Sequence[str], logits: Tens
             ink = "black" if value > (low + high) / 2 else "white"
             cell(axes, j, i, f"{value:.1f}", shade, ink)
         axes.add_patch(Rectangle((i, i), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2.5))
+    axes.text(-3.35, -0.2, "picture i")
+    axes.text(count + 0.2, -2.4, "caption j")
+    axes.set_title("logit of each picture with each caption (orange: true pairs)")
     axes.set_xlim(-3.5, count + 2)
     axes.set_ylim(count + 0.1, -5)
 
@@ -113,9 +116,9 @@ def cell(axes: Axes, x: float, y: float, text: str, colour: object, ink: str = "
     axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=9)
 
 
-def tokens(rows: Sequence[Sequence[str]], names: Sequence[str]) -> None:
-    """A line of boxes for each row: the tokens that a text is cut into, as wide as they are."""
-    _, axes = plt.subplots(figsize=(7.5, 0.42 * len(rows) + 0.2))
+def tokens(rows: Sequence[Sequence[str]], names: Sequence[str], title: str) -> None:
+    """Draw each row's tokens as a line of boxes. A box is as wide as its token."""
+    _, axes = plt.subplots(figsize=(7.5, 0.42 * len(rows) + 0.7))
     for y, row in enumerate(rows):
         x = 0.0
         for i, token in enumerate(row):
@@ -126,6 +129,7 @@ def tokens(rows: Sequence[Sequence[str]], names: Sequence[str]) -> None:
             ink = "white" if i % 2 == 0 else "black"
             axes.text(x + len(text) / 2, y + 0.5, text, ha="center", va="center", color=ink)
             x += len(text) + 0.5 * ends
+    axes.set(title=title, xlabel="characters of the text", ylabel="after")
     axes.set_xlim(0, max(len("".join(row).replace("</w>", " ")) for row in rows))
     axes.set_ylim(len(rows), 0)
     axes.set_yticks([y + 0.5 for y in range(len(rows))], names)
