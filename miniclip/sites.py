@@ -31,10 +31,11 @@ with hooks(model, {"vision.blocks.3.mlp": lambda out, name: 0 * out}):  # what c
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -108,8 +109,6 @@ def cache(
 def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     modules = [*named_modules(model)]
     found = [(*site, edit) for glob, edit in edits.items() for site in _matching(modules, glob)]
-    # Nothing is compiled before the compiler is there, and importing it takes more than a second.
-    is_loaded = "torch._dynamo" in sys.modules
     handles: list[Any] = []
     try:
         for name, module, part, edit in found:
@@ -121,11 +120,35 @@ def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
                 handles += [getattr(steps, part).register_forward_hook(call), steps]
             else:
                 handles.append(module.register_forward_hook(call))
-        with torch.compiler.set_stance("force_eager") if is_loaded else nullcontext():
+        with uncompiled():
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+_stances: list[Any] = []  # one for each open block; each knows the stance before it
+_lock = Lock()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """A block in which compiled models run uncompiled, because a compiled graph ignores new hooks.
+
+    The last block to end restores torch's stance, so blocks may overlap and end in any order.
+    """
+    # Without the compiler nothing is compiled, and importing it takes more than a second.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with _lock:
+        _stances.append(torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _lock:
+            # Whichever block ends, the latest stance goes: only the count matters.
+            _stances.pop().__exit__(None, None, None)
 
 
 def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:

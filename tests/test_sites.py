@@ -723,6 +723,26 @@ def test_hooks_of_a_compiled_model_fire(shallow, how):
 
 
 @pytest.mark.slow
+def test_blocks_may_overlap_and_end_in_any_order(shallow):
+    """Compiled code runs uncompiled while any block is open, and compiled after the last one."""
+    model, runs = shallow[0], []
+    compiled = torch.compile(
+        lambda x: x + 1, backend=lambda graph, _: lambda *given: runs.append(1) or graph(*given)
+    )
+    for order in ((0, 1), (1, 0), (1, 2, 0)):
+        blocks = [hooks(model, {"vision.ln_pre": nothing}) for _ in order]
+        for block in blocks:
+            block.__enter__()
+        for i in order:
+            compiled(torch.ones(1))
+            assert not runs
+            blocks[i].__exit__(None, None, None)
+        compiled(torch.ones(1))
+        assert runs.pop() and not runs, order
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
 def test_without_the_stance_a_compiled_model_ignores_hooks(shallow):
     """Why `hooks` sets one. If this fails, torch looks for new hooks, and it need not be set."""
     model, inputs = shallow

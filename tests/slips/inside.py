@@ -336,9 +336,15 @@ MODEL = [
 SITES = [
     Slip(
         "Compiled models run compiled, and look for no hook.",
-        'torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()',
-        "nullcontext()",
+        '_stances.append(torch.compiler.set_stance("force_eager"))',
+        '_stances.append(torch.compiler.set_stance("default"))',
         "tests/test_sites.py -k compiled",
+    ),
+    Slip(
+        "The first of two blocks to end takes the stance along.",
+        "_stances.pop().__exit__",
+        "_stances.pop(0).__exit__",
+        "tests/test_sites.py -k overlap",
     ),
     Slip(
         "Hooks outlive an error.",
@@ -462,8 +468,8 @@ SITES = [
     ),
     Slip(
         "The compiler is imported for hooks.",
-        'is_loaded = "torch._dynamo" in sys.modules',
-        "is_loaded = True",
+        'if "torch._dynamo" not in sys.modules:',
+        "if False:",
         "tests/test_sites.py -k compiler_is",
     ),
     *(
