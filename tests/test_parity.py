@@ -8,11 +8,12 @@ import json
 import math
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from forks import openai_names
+from forks import openai_names, own_names
 from PIL import Image
 from torch import Tensor, nn
 from twin import TINY, exchanged, fork, fork_of, twins
@@ -29,7 +30,6 @@ from miniclip import (
 )
 from miniclip.commands.main import main
 from miniclip.files.names import OPENAI
-from miniclip.model import QuickGELU
 from miniclip.parity import Difference, assert_parity, compare, comparison, pairs, summarize
 from miniclip.published import PUBLISHED
 
@@ -592,8 +592,9 @@ def asked(monkeypatch):
 
 def test_each_argument_of_the_command_arrives(asked, capsys):
     argv = ["--against", "shapes", "--revision", "v2", "--dtype", "float16", "--device", "mps"]
+    argv += ["--names", "names.json"]
     assert main(["parity", "everyday", *argv]) == 1
-    assert asked["load_pair"] == (("everyday", "shapes"), {"revision": "v2"})
+    assert asked["load_pair"] == (("everyday", "shapes", "names.json"), {"revision": "v2"})
     given = {"dtype": torch.float16, "device": "mps", "gradients": False}
     assert asked["compare"] == (("one", "other"), given) and asked["measured_with"][0] == ("mps",)
     out = capsys.readouterr().out
@@ -607,7 +608,7 @@ def test_each_argument_of_the_command_arrives(asked, capsys):
     assert (found["first"], found["cause"]) == ("logits", "a reason")
     main(["parity", "--grad"])
     assert asked["compare"][1]["gradients"] is True
-    assert asked["load_pair"][0] == ("openai/clip-vit-base-patch32", "transformers")
+    assert asked["load_pair"][0] == ("openai/clip-vit-base-patch32", "transformers", None)
 
 
 def test_each_part_is_loaded_from_the_place_that_was_asked_for(monkeypatch):
@@ -711,28 +712,46 @@ def as_openai():
     return twins(replace(TINY, vision=replace(TINY.vision, **shape), text=text))[0]
 
 
-def test_a_model_of_other_names_brings_a_table(as_openai):
-    class Eyes(openai_names.CLIP):
-        visual = property(lambda self: self.eyes)
+class WithEyes(openai_names.CLIP):
+    """OpenAI's class, in which somebody has given a module another name."""
 
-    fork = openai_names.CLIP(as_openai)
+    visual = property(lambda self: self.eyes)
+
+
+def with_eyes(like):
+    fork = openai_names.CLIP(like)
     fork.eyes = fork._modules.pop("visual")
-    fork.__class__ = Eyes
-    with pytest.raises(ValueError, match="has no blocks"):
-        compare(fork, as_openai)
+    fork.__class__ = WithEyes
     fork.tensor_names = {ours: name.replace("visual.", "eyes.") for ours, name in OPENAI.items()}
-    report = compare(fork, as_openai, gradients=True)
-    assert report.first is None, report
-    with torch.no_grad():
-        fork.eyes.transformer.resblocks[1].mlp.c_proj.weight.add_(1e-3)
-    report = compare(fork, as_openai)
-    assert report.first == "vision.blocks.1.mlp_out"
-    assert "different weights: mlp.fc2.weight" in report.cause
+    return fork
 
 
-@pytest.mark.parametrize("returns", ["openai", "open_clip"])
-def test_a_model_with_openais_names_is_compared_site_by_site(as_openai, returns):
-    fork = openai_names.CLIP(as_openai, returns)
+def own_names_of(like):
+    fork = own_names.CLIP(like)
+    fork.tensor_names = own_names.NAMES
+    return fork
+
+
+# How a fork of each kind is made, and where its first MLP of images is.
+KINDS_OF_FORK = {
+    "miniclip": (copy.deepcopy, "vision.blocks.0.mlp"),
+    "transformers": (parity.transformers_twin, "vision_model.encoder.layers.0.mlp"),
+    "openai": (openai_names.CLIP, "visual.transformer.resblocks.0.mlp"),
+    "open_clip": (
+        lambda like: openai_names.CLIP(like, "open_clip"), "visual.transformer.resblocks.0.mlp",
+    ),
+    "custom_text": (
+        lambda like: openai_names.CLIP(like, "custom_text"), "visual.transformer.resblocks.0.mlp",
+    ),
+    "one name changed": (with_eyes, "eyes.transformer.resblocks.0.mlp"),
+    "own names": (own_names_of, "eyes.layers.0.think"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FORK)
+def test_a_fork_of_each_kind_is_compared_site_by_site(as_openai, kind):
+    make, mlp = KINDS_OF_FORK[kind]
+    fork = make(as_openai)
     report = compare(fork, as_openai, gradients=True)
     assert report.first is None, report
     seen = {row.site for row in report.rows}
@@ -742,13 +761,84 @@ def test_a_model_with_openais_names_is_compared_site_by_site(as_openai, returns)
     assert {"vision.pooled", "logits"} <= seen
     assert {f"gradient.{name}" for name, _ in as_openai.named_parameters()} <= seen
 
-    mlp = fork.transformer.resblocks[1].mlp
-    assert mlp.gelu(torch.ones(1)) != nn.GELU()(torch.ones(1))
-    mlp.gelu = nn.GELU()
+    mlp = fork.get_submodule(mlp)
+    handle = mlp.register_forward_hook(lambda module, args, out: out.detach())
+    report = compare(fork, as_openai, gradients=True)
+    assert report.first == "gradient.vision.blocks.0.mlp.fc2.bias", report
+    handle.remove()
+    (act,) = (name for name, part in mlp.named_children() if not hasattr(part, "weight"))
+    mlp.register_module(act, nn.GELU())
     report = compare(fork, as_openai)
-    assert report.first == "text.blocks.1.mlp_out", report
-    assert "activation gelu" in report.cause, report
-    mlp.gelu = QuickGELU()
-    with torch.no_grad():
-        fork.visual.transformer.resblocks[0].attn.in_proj_bias[64:128] += 1e-3  # of the keys
-    assert compare(fork, as_openai).first == "vision.blocks.0.k"
+    assert report.first == "vision.blocks.0.mlp_out" and "activation gelu" in report.cause, report
+
+
+def test_the_keys_of_a_joint_matrix_are_told_apart(as_openai):
+    for kind, matrix in (
+        ("openai", "visual.transformer.resblocks.1.attn.in_proj_bias"),
+        ("own names", "eyes.layers.1.mix.qkv.bias"),
+    ):
+        fork = KINDS_OF_FORK[kind][0](as_openai)
+        fork.get_parameter(matrix).data[64:128] += 1e-3
+        report = compare(fork, as_openai)
+        assert report.first == "vision.blocks.1.k", report
+        assert report.cause.startswith("different weights: attn.k_proj.bias (64 of 64 rows")
+
+
+def test_a_model_of_other_names_needs_a_table_that_is_right(as_openai):
+    fork = own_names.CLIP(as_openai)
+    with pytest.raises(ValueError, match=r"has no blocks in its vision tower.*--names"):
+        compare(fork, as_openai)
+    for names, words in (
+        ({"vision.blocks.{}.ln_1": "eyes.layer.{}.before_mix"}, "'eyes.layer.0.before_mix'"),
+        ({"vision.ln_0": "eyes.enter"}, "the key 'vision.ln_0'; expected our names"),
+        ({"text.blocks.{}.ln_1": 3}, "text.blocks.{}.ln_1 is 3; expected a name"),
+    ):
+        fork.tensor_names = own_names.NAMES | names
+        with pytest.raises(ValueError, match=re.escape(words)):
+            compare(fork, as_openai)
+
+
+@pytest.fixture
+def fork_files(tmp_path, monkeypatch, pair):
+    """The code of a fork with names of its own, as a user would have it, and its original."""
+    monkeypatch.chdir(tmp_path)
+    pair[0].save_pretrained("original")
+    shutil.copy(own_names.__file__, "my_clip.py")
+    build = "import miniclip, my_clip\n\n\ndef build():\n    return my_clip.CLIP(original)\n"
+    original = "\n\noriginal = miniclip.CLIP.from_pretrained('original')\nnumber = 3\n"
+    (tmp_path / "fork.py").write_text(build + original)
+    (tmp_path / "names.json").write_text(json.dumps(own_names.NAMES))
+    yield tmp_path
+    sys.modules.pop("my_clip", None)
+
+
+def test_the_command_reads_a_forks_code_and_its_names(fork_files, capsys, pair):
+    line = ["parity", "fork.py:build", "--against", "original", "--names", "names.json", "--grad"]
+    assert main(line) == 0
+    count = len([*pair[0].parameters()])
+    assert f"gradients of {count} parameters, in float64: " in capsys.readouterr().out
+    code = fork_files / "my_clip.py"
+    code.write_text(code.read_text().replace("before_think(x))\n", "before_think(x)).detach()\n"))
+    del sys.modules["my_clip"]
+    assert main(line) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "first at gradient.text.blocks.1.mlp.fc2.bias" in out
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["fork.py:build", "--against", "original"], "has no blocks in its vision tower"),
+        (["fork.py:build"], "name a directory, or a checkpoint to compare it with (--against)"),
+        (["fork.py", "--against", "original"], "fork.py: model raises AttributeError"),
+        (["fork.py:number", "--against", "original"], "fork.py: number raises TypeError"),
+        (["absent.py", "--against", "original"], "absent.py: model raises FileNotFoundError"),
+        (["fork.py:build", "--against", "original", "--names", "absent.json"], "absent.json"),
+        (["original", "--against", "original", "--names", "names.json"], "has our module names"),
+        (["--random", "B/32", "--names", "names.json"], "no --against and no --names"),
+    ],
+)
+def test_what_is_wrong_with_a_forks_files_is_one_line(argv, words, fork_files, capsys):
+    assert main(["parity", *argv]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("miniclip: error: ") and err.count("\n") == 1

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import own_names
 from PIL import Image
 from twin import TINY
 
@@ -122,6 +123,14 @@ TINY_CONFIG = """{
 }"""
 
 
+FORKS = {  # the code of a fork of each kind, as the header of parity names it
+    "my_transformers": "parity.transformers_twin(original)",
+    "my_openai": "openai_names.CLIP(original)",
+    "my_open_clip": "openai_names.CLIP(original, 'custom_text')\nbuild = lambda: model",
+    "my_own": "own_names.CLIP(original)",
+}
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     """A folder with everything that the README's reader is supposed to have."""
@@ -142,6 +151,11 @@ def desk(tmp_path_factory):
     flickr = {"images": [{"filename": "cat/0.jpg", "split": "test", "sentences": sentences}]}
     (folder / "dataset_flickr30k.json").write_text(json.dumps(flickr))
     (folder / "tiny.json").write_text(TINY_CONFIG)
+    for name, code in FORKS.items():
+        head = "import miniclip\nfrom forks import openai_names, own_names\n"
+        head += "from miniclip import parity\n\noriginal = miniclip.load('everyday').model\n"
+        (folder / f"{name}.py").write_text(f"{head}model = {code}\n")
+    (folder / "names.json").write_text(json.dumps(own_names.NAMES))
     miniclip.save(folder / "mine", *miniclip.load("everyday"))
     index = str(folder / "index.safetensors")
     assert main(["embed", str(folder / "photographs"), "--out", index, "--model", "everyday"]) == 0
@@ -181,6 +195,7 @@ def test_the_python_runs_as_it_stands(desk, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", shown(), re.S | re.M)
     assert len(blocks) >= 6
     monkeypatch.chdir(desk)
+    monkeypatch.syspath_prepend(desk)
     assert main(["embed", "photographs", "--out", "index.safetensors", "--model", "everyday"]) == 0
     names: dict = {"__name__": "__main__"}
     with redirect_stdout(io.StringIO()) as out:

@@ -21,14 +21,21 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "How far the numbers are from transformers', or another model's, tensor by tensor."
 EXAMPLE = """miniclip parity everyday --plot depth.png
-with a fork's checkpoint:
-  miniclip parity runs/fork --against everyday"""
+with a fork's checkpoint, and with a fork's code:
+  miniclip parity runs/fork --against everyday
+  miniclip parity fork.py:build --against everyday --grad"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("model", nargs="?", metavar="MODEL", help=MODELS)
+    which.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"{MODELS}; or a Python file and the name in it of a model, or of a function that "
+        "returns one (fork.py:build; default name: model)",
+    )
     which.add_argument(
         "--random",
         metavar="SHAPE",
@@ -40,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER",
         help="transformers, which loads the same files, or the original's checkpoint "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--names",
+        metavar="JSON",
+        help="if the modules of fork.py have names of their own: a table from our names to its "
+        "names, as in miniclip/files/names.py",
     )
     parser.add_argument(
         "--dtype",
@@ -63,13 +76,15 @@ def run(args: argparse.Namespace) -> int:
 
     from miniclip import parity
 
-    if args.random and args.against != "transformers":
-        raise ValueError("--random draws weights for miniclip and transformers: no --against")
+    if args.random and (args.names or args.against != "transformers"):
+        raise ValueError(
+            "--random draws weights for miniclip and transformers: no --against and no --names"
+        )
     name = args.model or DEFAULT_MODEL
     pair = (
         parity.random_pair(args.random)
         if args.random
-        else parity.load_pair(name, args.against, revision=args.revision)
+        else parity.load_pair(name, args.against, args.names, revision=args.revision)
     )
     report = parity.compare(
         *pair,
@@ -84,9 +99,8 @@ def run(args: argparse.Namespace) -> int:
         "environment": parity.measured_with(args.device),
     }
     if args.json:
-        print_json(
-            about | {"first": report.first, "cause": report.cause, "rows": rows_dict(report)}
-        )
+        found = {"first": report.first, "cause": report.cause, "rows": rows_dict(report)}
+        print_json(about | found)
     else:
         print(parity_table(about, report))
     if args.plot:
@@ -100,8 +114,8 @@ def run(args: argparse.Namespace) -> int:
 def rows_dict(report: "Report") -> list[dict[str, Any]]:
     """The rows for JSON, which has neither infinity nor NaN: they become null.
 
-    The difference is infinite if two tensors differ in shape, and the relative difference is NaN
-    if the numbers are not finite.
+    A difference is infinite if two tensors differ in shape. A relative difference is NaN if the
+    numbers are not finite.
     """
     return [
         {
@@ -123,15 +137,13 @@ def parity_table(about: dict[str, str], report: "Report") -> str:
         f"{'site':<29}{'absolute':>10}{'relative':>10}{'float64':>10}{'model':>10}{'other':>11}",
     ]
     gradients = [row for row in report.rows if row.site.startswith("gradient.")]
-    for row in summarize([row for row in report.rows if row not in gradients]):
+    sites = report.rows[: len(report.rows) - len(gradients)]
+    for row in summarize(sites):
         numbers = "".join(f"{number:>10.1e}" for number in row[1:-2])
         lines.append(f"{row.site:<29}{numbers}{row.other_error:>11.1e}")
     if gradients:
         worst = max(row.float64 for row in gradients)
         lines.append(f"\ngradients of {len(gradients)} parameters, in float64: {worst:.1e} at most")
-    counts = ", ".join(
-        f"{name} at {count}"
-        for name, count in nearer([row for row in report.rows if row not in gradients]).items()
-    )
+    counts = ", ".join(f"{name} at {count}" for name, count in nearer(sites).items())
     verdict = [textwrap.fill(line, COLUMNS) for line in str(report).splitlines()]
     return "\n".join([*lines, f"\nnearer to float64: {counts}", about["environment"], *verdict])

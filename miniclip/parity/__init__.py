@@ -1,13 +1,13 @@
 """The same input through two CLIPs, compared tensor by tensor in the order data flows.
 
-The two are miniclip and transformers, or a fork and the original. Both run in one precision and in
-float64. In float32 the unchanged model agrees with transformers to the last bit, and a model whose
-operations are in another order agrees to rounding. In float64 a real difference cannot hide behind
-rounding. `diagnosis.py` explains the first tensor that differs.
+The two models are miniclip and transformers, or a fork and the original. Both run in one precision
+and in float64. In float32 the unchanged model equals transformers bit for bit, and a model that
+computes in another order differs by rounding errors. In float64 rounding cannot hide a real
+difference. `diagnosis.py` explains the first tensor that differs.
 
-`miniclip parity` measures: a checkpoint that both libraries load (`miniclip parity everyday`), a
-fork against the original (`--against`), or an official shape with every parameter drawn at random,
-biases and LayerNorms too, at logit scale 100:
+`miniclip parity` compares a checkpoint that both libraries load (`miniclip parity everyday`), or a
+fork and the original (`--against`), or a published shape with random weights. Every parameter is
+random then, biases and LayerNorms too, and the logit scale is 100:
 
     $ miniclip parity --random B/32
     model  B/32
@@ -46,27 +46,65 @@ biases and LayerNorms too, at logit scale 100:
     torch 2.13.0+cpu, transformers 5.23.0, CPU with AVX512, threads: 2
     within tolerance at all 202 sites
 
-(2026-11-28. What asks for float32, as transformers' softmax does, gets float64 in the float64
-runs.) The first site out of tolerance is named, with the likely cause, found by planting the usual
-faults in CLIP's formulas: `first at vision.blocks.0.mlp_out, likely cause: model has the activation
-gelu for quick_gelu`. Where weights differ it says what was done to them: transposed, flipped,
-rounded to bfloat16, heads in another order. Exit status 1 then; `--plot` draws the differences
-against depth. A fork whose numbers are right may still learn something else: `--grad` also compares
-each parameter's gradient of the contrastive loss, and names the first that differs, from the loss
-backwards. In a fork's own tests:
+(2026-11-28. The float64 runs override explicit casts to float32, such as transformers' softmax.)
+
+The report names the first site out of tolerance and the likely cause. It finds the cause by
+planting common faults in CLIP's formulas: `first at vision.blocks.0.mlp_out, likely cause: model
+has the activation gelu for quick_gelu`. If weights differ, it says how: transposed, flipped,
+rounded to bfloat16, heads in another order. The exit status is then 1. `--plot` draws the
+differences against depth. A fork with the right outputs may still learn something else, so `--grad`
+also compares each parameter's gradient of the contrastive loss and names the first one that
+differs, from the loss backwards. In a fork's own tests:
 
 ```python
-from miniclip.parity import assert_parity
+from miniclip.parity import assert_parity, transformers_twin
 
-my_model = miniclip.load("everyday").model  # yours, changed so that it should make no difference
+my_model = miniclip.load("everyday").model  # yours, with a change that should make no difference
 assert_parity(my_model, model)
 assert_parity(my_model, model, gradients=True)
 ```
 
-The fork may be a subclass of ours, transformers' `CLIPModel` changed in place, or a model whose
-modules have OpenAI's or open_clip's names (`tests/forks/openai_names.py` is one): parity reads the
-tables that checkpoints are read by. A model with other names brings a table like theirs
-(`files/names.py`), for instance from a file: `model.tensor_names = json.load(open("names.json"))`.
+**Forks of five kinds** are read. A fork's checkpoint is named by its folder. A fork's code is named
+by its Python file and, in it, a model or a function that returns one: `my_fork.py:build` (default:
+`my_fork.py:model`). The model is called as `model(pixels, ids)` and returns what one of the four
+libraries returns. `--grad` works for each kind.
+
+1. A subclass of ours, or our code with a change. See `miniclip/follow.py`.
+2. transformers' own class, changed in place, as `transformers_twin(model)` with a new layer.
+3. A model with OpenAI's module names (`clip/model.py` of openai/CLIP, changed).
+4. A model with open_clip's names (its `CLIP` or `CustomTextCLIP`, changed).
+5. A model with names of its own, and a table from our names to its names.
+
+Examples of 3 and 4 are `tests/forks/openai_names.py`, of 5 `tests/forks/own_names.py`:
+
+    miniclip parity my_transformers.py --against everyday --grad
+    miniclip parity my_openai.py --against everyday --grad
+    miniclip parity my_open_clip.py:build --against everyday --grad
+    miniclip parity my_own.py --names names.json --against everyday --grad
+
+`names.json` is a table like those by which checkpoints are read (`miniclip/files/names.py`). `{}`
+is the number of a block, `[0]` to `[2]` are the thirds of a joint matrix, and `.T` marks a
+transposed matrix. What the table leaves out is not compared:
+
+    {"vision.blocks.{}.ln_1": "eyes.layers.{}.before_mix",
+     "vision.blocks.{}.attn.q_proj.weight": "eyes.layers.{}.mix.qkv.weight[0]",
+     "vision.proj.weight": "eyes.out.T", ...}
+
+In Python the table is an attribute of the model:
+
+```python
+import json
+from pathlib import Path
+
+from my_own import model as my_own_model
+
+my_own_model.tensor_names = json.loads(Path("names.json").read_text())
+assert_parity(my_own_model, model, gradients=True)
+
+theirs = transformers_twin(model)  # transformers' class; change it in place
+theirs.vision_model.encoder.layers[0].mlp.activation_fn = torch.nn.GELU()
+assert_parity(theirs, model, gradients=True)
+```
 """
 
 from miniclip.parity.comparison import TOLERANCE, assert_parity, compare

@@ -1,6 +1,5 @@
 """Compare two CLIPs tensor by tensor, in the order data flows: texts, pictures, then the models."""
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from miniclip.checkpoint import Loaded
 from miniclip.config import CLIPConfig
 from miniclip.files.models import check_device
+from miniclip.files.modules import state_of, unwrapped
 from miniclip.follow import end_token
 from miniclip.model import CLIP
 from miniclip.parity.diagnosis import cause_in_model, differing_weights
@@ -24,7 +24,15 @@ from miniclip.parity.report import (
     exact_difference,
     largest_difference,
 )
-from miniclip.parity.sites import sites_of, stored_in, table_of
+from miniclip.parity.sites import (
+    OURS,
+    blocks_of,
+    config_of,
+    is_theirs,
+    sites_of,
+    table_of,
+    under_our_names,
+)
 from miniclip.parity.tokens import compare_tokenizers
 from miniclip.parity.traces import Trace, tensors_of, trace
 from miniclip.terminal import progress
@@ -33,18 +41,18 @@ if TYPE_CHECKING:
     from transformers import CLIPModel
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
-"""What rounding explains on a CPU: absolute for logits. For other tensors, relative to the largest
-number there, if that is above 1."""
+"""The largest rounding error on a CPU. For logits it is absolute; for other tensors it is relative
+to the largest number there, if that is above 1."""
 ON_DEVICES = 1e-4  # the same for float32 on GPUs, which add in another order
 IN_PATTERN = 1e-6  # for float64: transformers computes its softmax in float32 even there
 ROUNDED = 1e-6  # in float64, if weights were rounded once more, as merged weights are
 HALF = 2.0
 """In half precision: how many times the other's largest error at a site ours may be.
 
-miniclip's own error equals transformers' at every site. A right fork that adds in another order has
-an error of 1.0 times it in the median, of more than 1.1 at 29 % of sites, and of more than 2 at 2
-of 2,244, because a maximum depends on few numbers. (Measured in float16 and bfloat16, 2 shapes, 6
-seeds: eager attention against sdpa, and an MLP that adds its inputs in reverse.)"""
+miniclip's error equals transformers' at every site. In a fork that adds in another order, the error
+is 1.0 times as large in the median. It is more than 1.1 times as large at 29 % of sites, and more
+than 2 times at 2 of 2,244, because a maximum depends on few numbers. (Measured in float16 and
+bfloat16, 2 shapes, 6 seeds: eager attention against sdpa, and an MLP that adds in reverse.)"""
 
 
 def compare(
@@ -56,20 +64,23 @@ def compare(
     seed: int = 0,
     gradients: bool = False,
 ) -> Report:
-    """Run two models of one shape on the same random input; compare them site by site.
+    """Run two models of one shape on the same random input and compare them site by site.
 
-    If both come with a tokenizer and a transform, as from `miniclip.load`, `tokens` and `pixels`
-    are the first sites. Then, for each tower: `embeddings`; for each block `resid_pre`, `q`, `k`,
-    `v`, `pattern`, `attn_out`, `mlp_out`, `resid_post`; `pooled` and `projected`. Last come
-    `logits` and every other tensor of the output. A site that one of the models lacks is left out.
+    The sites are, for each tower: `embeddings`; for each block `resid_pre`, `q`, `k`, `v`,
+    `pattern`, `attn_out`, `mlp_out`, `resid_post`; `pooled` and `projected`. `logits` and every
+    other tensor of the output follow. A site that one of the models lacks is left out. The float64
+    runs override explicit casts to float32, such as a float32 softmax, and allow for weights that
+    are one rounding apart. Both models run uncompiled, and are then as they were.
 
-    A fork will do if its modules have our names, transformers', OpenAI's or open_clip's, or if it
-    has a table of them, `tensor_names` (see files/names.py). Both models are rounded to `dtype`,
-    run uncompiled, and are then as they were. The float64 runs override explicit casts to float32,
-    such as a float32 softmax. They allow for weights that are one rounding apart.
-    `gradients`: if all of this is within tolerance, compare each parameter's gradient of the
-    contrastive loss too, in float64, as rows `gradient.NAME` in the order of the backward pass.
-    Raises ValueError for models of different depth, and for a model whose towers have no blocks.
+    Args:
+        model: a model, or a triple from `miniclip.load`. Its modules have our names, transformers',
+            OpenAI's or open_clip's, or the names in its attribute `tensor_names`.
+        other: the same. If both are triples, `tokens` and `pixels` are the first sites.
+        dtype: the precision that is compared in addition to float64.
+        gradients: also compare each parameter's gradient of the contrastive loss in float64, if all
+            sites are within tolerance: rows `gradient.NAME`, in the order of the backward pass.
+    Raises:
+        ValueError: for models of different depth, and for a model whose towers have no blocks.
 
     >>> from miniclip import load
     >>> report = compare(load("shapes"), load("shapes"))
@@ -81,14 +92,15 @@ def compare(
     ours, theirs = (
         m if isinstance(m, Loaded) else Loaded(m, nothing, nothing) for m in (model, other)
     )
+    models = unwrapped(ours.model), unwrapped(theirs.model)
     stages = []
     if ours.tokenizer and theirs.tokenizer:
         stages.append(compare_tokenizers(ours.tokenizer, theirs.tokenizer))
     if ours.transform and theirs.transform:
         stages.append(compare_transforms(ours.transform, theirs.transform))
-    stages.append(compare_models(ours.model, theirs.model, dtype, torch.device(device), seed))
+    stages.append(compare_models(*models, dtype, torch.device(device), seed))
     if gradients and all(row.within_tolerance for stage, _ in stages for row in stage):
-        stages.append(compare_gradients(ours.model, theirs.model, torch.device(device), seed))
+        stages.append(compare_gradients(*models, torch.device(device), seed))
     rows = [row for stage, _ in stages for row in stage]
     first = next((row.site for row in rows if not row.within_tolerance), None)
     cause = next((cause for _, cause in stages if cause is not None), None)
@@ -98,9 +110,9 @@ def compare(
 def assert_parity(
     model: "CLIP | CLIPModel | Loaded", other: "CLIP | CLIPModel | Loaded", **options: Any
 ) -> None:
-    """Raise an AssertionError that names the first site and the cause. For a fork's own tests.
+    """Raise an AssertionError that names the first site and the cause, for a fork's own tests.
 
-    Arguments as for `compare`.
+    The arguments are those of `compare`.
 
     >>> from miniclip import CLIP
     >>> assert_parity(CLIP.from_pretrained("shapes"), CLIP.from_pretrained("shapes"))
@@ -121,23 +133,30 @@ def compare_models(
     device: torch.device,
     seed: int,
 ) -> Stage:
-    """A row for each site, and each tensor of the output, that both models have."""
+    """A row for each site, and for each tensor of the output, that both models have."""
     models = (ours, theirs)
     for name, model in zip(NAMES, models, strict=True):
         if any(weight.is_meta for weight in model.parameters()):
             raise ValueError(f"{name} is on the meta device, where weights have no numbers")
-    if _depths(ours) != _depths(theirs):
+    offered = [[site for site, *_ in sites_of(model)] for model in models]
+    depths = [
+        tuple(len([*blocks_of(m, table_of(m), tower)]) for tower in ("vision", "text"))
+        for m in models
+    ]
+    if depths[0] != depths[1]:
         raise ValueError(
-            f"the two models differ in their number of blocks: {_depths(ours)} and "
-            f"{_depths(theirs)} in the vision and the text tower; expected the same"
+            f"the two models differ in their number of blocks: {depths[0]} and {depths[1]} in the "
+            "vision and the text tower; expected the same"
         )
     kind = next((type(m) for m in models if isinstance(m, CLIP)), CLIP)  # perhaps a fork
-    configs, weights = zip(*(stored_in(model, kind, dtype) for model in models), strict=True)
+    configs = [config_of(model, kind) for model in models]
+    stored = (under_our_names(model, kind, state_of(model)) for model in models)
+    weights = [{name: w.cpu().to(dtype) for name, w in found.items()} for found in stored]
     exact = TOLERANCE[torch.float64]
     if _are_rounded_once_more(*weights):
         exact = ROUNDED if dtype in TOLERANCE else torch.inf
-    # OpenAI's own code adds all positions: its texts are as long as the context.
-    shorter = 0 if any(table_of(model) for model in models) else 3
+    # OpenAI's own code adds all positions, so its texts are as long as the context.
+    shorter = 3 if all(is_theirs(m) or table_of(m) is OURS for m in models) else 0
     pixels, ids = _inputs(configs[0], configs[1], seed, shorter)
     plan = [(model, exactly) for model in models for exactly in (False, True)]
     bar = progress(plan, "run")
@@ -145,12 +164,11 @@ def compare_models(
     batch = {"vision": len(pixels), "text": len(ids)}
     peers = runs[2:] + runs[:2]
     tensors = [tensors_of(run, peer, batch) for run, peer in zip(runs, peers, strict=True)]
-    # OpenAI's code projects with a matrix, which is no module that could be said not to run.
-    offered = [{site for site, *_ in sites_of(model)} for model in models]
-    lost = {s for s in offered[0] ^ offered[1] if s.endswith((".pooled", ".projected"))}
+    # OpenAI's code projects with a matrix. It is not a module, so nobody can say that it ran.
+    lost = {s for s in {*offered[0]} ^ {*offered[1]} if s.endswith((".pooled", ".projected"))}
     tensors = [{site: x for site, x in run.items() if site not in lost} for run in tensors]
     rows = []
-    in_order = [site for model in models for site, *_ in sites_of(model)]
+    in_order = offered[0] + offered[1]
     in_order += [site for run in tensors for site in run if site.startswith("output_")]
     for site in dict.fromkeys(in_order):
         found = [run[site] for run in tensors if site in run]
@@ -165,17 +183,10 @@ def compare_models(
     failed = next((row for row in rows if not row.within_tolerance), None)
     if failed is not None:
         return rows, _cause(failed, runs, tensors, sides, dtype)
-    site = "text.embeddings"  # not every word of a vocabulary fits into eight texts
+    site = "text.embeddings"  # eight texts do not contain every word of a vocabulary
     far = _compare_tables(site, exact, *weights)
     rows = [far if far and row.site == site else row for row in rows]
     return rows, differing_weights(site, *sides) if far else None
-
-
-def _depths(model: "CLIP | CLIPModel") -> tuple[int, int]:
-    """The number of blocks in the vision tower and in the text tower."""
-    sites = [site for site, *_ in sites_of(model) if site.endswith(".resid_post")]
-    counts = Counter(site.partition(".")[0] for site in sites)
-    return counts["vision"], counts["text"]
 
 
 def _cause(
@@ -198,7 +209,7 @@ def _cause(
 def _compare_tables(
     site: str, exact: float, ours: dict[str, Tensor], theirs: dict[str, Tensor]
 ) -> Difference | None:
-    """A row if the token or position embeddings differ, also those that no text here reads."""
+    """A row if the token or position embeddings differ, in rows that no text here reads too."""
     for name in ("text.token_embed.weight", "text.pos_embed"):
         one, other = ours.get(name), theirs.get(name)
         if one is None or other is None or one.shape[1:] != other.shape[1:]:
@@ -250,12 +261,10 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
     return tolerance * max(1.0, truth.abs().max().item())
 
 
-def _inputs(
-    ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int = 3
-) -> tuple[Tensor, Tensor]:
+def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:
     """Two images, and eight texts with an end token of each model, at positions all over the text.
 
-    Texts are `shorter` than the context, so that it shows if a model counts positions from the end.
+    Texts are `shorter` than the context, which shows whether a model counts positions from the end.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)

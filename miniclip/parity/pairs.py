@@ -1,13 +1,13 @@
-"""Pairs to compare: a checkpoint as two libraries load it, two checkpoints, or random weights.
-
-Random weights and random inputs are such that a fault shows: no parameter is 0, 1 or a default.
-"""
+"""Pairs to compare: a checkpoint as two libraries load it, two checkpoints, or random weights."""
 
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +21,10 @@ from miniclip.files.configs import beyond_transformers
 from miniclip.files.hub import has_files, resolve
 from miniclip.files.models import meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
+from miniclip.files.reading import read_json
 from miniclip.follow import end_token
 from miniclip.model import CLIP
+from miniclip.parity.report import raises
 from miniclip.peers import import_transformers
 from miniclip.published import PUBLISHED, published_shape
 from miniclip.tokenizer import Tokenizer
@@ -31,29 +33,52 @@ from miniclip.transform import ImageTransform
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
+Name = str | os.PathLike[str]
+
 
 def load_pair(
-    name: str | os.PathLike[str], against: str | os.PathLike[str] = "transformers", **options: Any
+    name: Name, against: Name = "transformers", names: Name | None = None, **options: Any
 ) -> tuple[Loaded, Loaded]:
-    """A checkpoint as miniclip loads it, and as transformers does. Or two checkpoints.
+    """A checkpoint as miniclip and as transformers load it, or two checkpoints, or a fork's code.
 
-    `name` and `against` are embedded names, directories or hub ids; `options` are those of
-    `miniclip.load` that say where from. Tokenizer and transform are None if a directory has only
-    weights. Raises CheckpointError, and ValueError if transformers cannot load such a model. For a
-    fork's checkpoint, load both models yourself and `compare` them.
+    Args:
+        name: an embedded name, a directory, a hub id, or a Python file that makes a fork:
+            "fork.py", whose `model` is compared, or "fork.py:build". What it names is a model, a
+            triple like `miniclip.load`'s, or a function without arguments that returns one.
+        against: the same. "transformers" loads the same checkpoint with transformers.
+        names: a JSON file with the fork's `tensor_names`, the table from our names to its own.
+        options: those of `miniclip.load` that say where a checkpoint comes from.
+    Returns:
+        Two triples. The tokenizer and the transform are None where there are only weights.
+    Raises:
+        CheckpointError: as `miniclip.load`. ValueError: if transformers cannot load such a model,
+            or a Python file does not give one.
     """
+    if against == "transformers" and (os.path.isfile(name) or CODE.fullmatch(str(name))):
+        raise ValueError(
+            f"{name} is a file, and transformers loads directories: name a directory, or a "
+            "checkpoint to compare it with (--against)"
+        )
+    one = _load(name, options)
+    model: Any = one.model
+    if names is not None:
+        if isinstance(model, CLIP):
+            raise ValueError(f"{name} has our module names: expected no table of names, {names}")
+        model.tensor_names = read_json(Path(names))
     if against != "transformers":
-        return _load(name, options), _load(against, options)
-    if os.path.isfile(name):
-        raise ValueError(f"{name} is a file; transformers loads directories: name the one it is in")
-    ours = _load(name, options)
-    _check_expressible(ours.model.config)
-    return ours, _load_with_transformers(name, ours, options)
+        return one, _load(against, options)
+    _check_expressible(model.config)
+    return one, _load_with_transformers(name, one, options)
 
 
-def _load(name: str | os.PathLike[str], options: dict[str, Any]) -> Loaded:
-    """A model, and its tokenizer and transform. One that is refused is a function that raises the
-    reason, so that it is compared, and found to differ."""
+CODE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
+
+
+def _load(name: Name, options: dict[str, Any]) -> Loaded:
+    """A model, and its tokenizer and transform. A part that is refused is a function that raises
+    the reason, so that the comparison reports it as a difference."""
+    if code := CODE.fullmatch(str(name)):
+        return _made_by(Path(code["file"]), code["name"] or "model")
     parts: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
     for part, kind in parts.items():
         try:
@@ -68,9 +93,27 @@ def _raise(error: Exception, *args: Any, **options: Any) -> None:
     raise error
 
 
-def _load_with_transformers(
-    name: str | os.PathLike[str], ours: Loaded, options: dict[str, Any]
-) -> Loaded:
+def _made_by(file: Path, name: str) -> Loaded:
+    """What a user's Python file makes. The file may import its neighbours, as a script may."""
+    spec: Any = spec_from_file_location(f"fork_{file.stem}", file)
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+        made: Any = getattr(module, name)
+        made = made if isinstance(made, nn.Module | tuple) else made()
+    except Exception as error:  # it may raise anything
+        raise ValueError(f"{file}: {name} {raises(error)}") from error
+    finally:
+        sys.path.remove(str(file.parent))
+    nothing: Any = None
+    made = Loaded(*made) if isinstance(made, tuple) else Loaded(made, nothing, nothing)
+    if not isinstance(made.model, nn.Module):
+        raise ValueError(f"{file}: {name} is a {type(made.model).__name__}; expected an nn.Module")
+    return made
+
+
+def _load_with_transformers(name: Name, ours: Loaded, options: dict[str, Any]) -> Loaded:
     """transformers' model, tokenizer and processor, the latter two as functions like ours."""
     transformers = import_transformers()
 
@@ -97,7 +140,7 @@ def _load_with_transformers(
 
 
 def random_pair(shape: str) -> "tuple[CLIP, CLIPModel]":
-    """A model of ours and one of transformers' with the same random weights, in a published shape.
+    """A model of ours and transformers' model with the same random weights, in a published shape.
 
     Needs no checkpoint. Raises ValueError for another shape.
     """
@@ -110,7 +153,7 @@ def random_pair(shape: str) -> "tuple[CLIP, CLIPModel]":
 
 
 def transformers_twin(model: CLIP) -> "CLIPModel":
-    """A CLIPModel of transformers with a copy of our weights. ValueError for what it cannot be."""
+    """transformers' CLIPModel with a copy of our weights. ValueError if it cannot express them."""
     transformers = import_transformers()
     if model.model_type != "clip":
         raise ValueError(
@@ -142,10 +185,10 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Redraw every parameter, so that activations keep a size near 1 and each weight counts.
+    """Redraw every parameter so that activations stay near 1 and each weight counts.
 
-    Initial weights hide faults: nobody sees a bias of zeros that is lost. The logit scale is
-    ln 100, the largest that OpenAI's training allows. There rounding shows most.
+    Initial weights hide faults: a lost bias of zeros changes nothing. The logit scale is ln 100,
+    the largest that OpenAI's training allows, because there rounding errors show most.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -161,9 +204,10 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 def random_inputs(
     config: CLIPConfig, images: int = 2, texts: int = 3, tokens: int = 9, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Noise (images, channels, height, width), and ids (texts, tokens).
+    """Noise (images, channels, height, width) and ids (texts, tokens).
 
-    The end token is at another position in each row. Random ids follow it: padding may be anything.
+    The end token is at another position in each row. Random ids follow it, because padding may be
+    any id.
     """
     generator = torch.Generator().manual_seed(seed)
     vision, text = config.vision, config.text

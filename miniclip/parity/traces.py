@@ -1,8 +1,8 @@
-"""One model on one input, with its tensor at every site, in the model's precision or in float64."""
+"""Run one model on one input and keep the tensor at every site."""
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,13 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from miniclip.parity.report import raises
 from miniclip.parity.sites import Read, is_theirs, outputs_of, sites_of
+from miniclip.sites import uncompiled
 
 
 class Trace(NamedTuple):
-    """What was seen of one run of a model, on a CPU."""
+    """What a run left behind, on the CPU."""
 
-    calls: dict[str, list[Tensor]]  # by site, of every call of its module, first calls in order
-    error: str  # what the model raised, if it did
+    calls: dict[str, list[Tensor]]  # by site, the tensor of each call of its module
+    error: str  # what the model raised, in words, or ""
 
 
 @torch.no_grad()
@@ -31,10 +32,7 @@ def trace(
     pixels: Tensor,
     ids: Tensor,
 ) -> Trace:
-    """Run a model with its weights rounded to `dtype`; an `exact` run computes in float64."""
-    if exact and device.type == "mps":  # which has no float64
-        device = torch.device("cpu")
-    precision = torch.float64 if exact else dtype
+    """Run a model as `running` does, and keep the tensor at every site."""
     calls: dict[str, list[Tensor]] = {}
     watched: dict[str, nn.Module] = {}
 
@@ -46,19 +44,16 @@ def trace(
             calls.setdefault(site, []).append(tensor.cpu())
 
     def forward(patterns: bool) -> str:
-        """Run once, and return the error. Patterns have their own run: a watched pattern makes a
-        model compute attention in another way."""
+        """Run once and return the error. Patterns have a run of their own, because a model whose
+        pattern is watched computes attention in another way."""
         handles = [
             module.register_forward_hook(partial(keep, site, read), with_kwargs=True)
             for site, module, read in sites_of(model)
-            if site.endswith(".pattern") == patterns and isinstance(module, nn.Module)
+            if module and site.endswith(".pattern") == patterns
         ]
         try:
-            output = model(**inputs) if is_theirs(model) else model(*inputs.values())
-            for site, tensor in outputs_of(output):
+            for site, tensor in run().items():
                 calls.setdefault(site, [tensor.cpu()])
-            if "logits" not in calls:
-                raise ValueError(f"it returns a {type(output).__name__} without logits_per_image")
         except Exception as error:  # a fork may raise anything
             return raises(error)
         finally:
@@ -66,26 +61,42 @@ def trace(
                 handle.remove()
         return ""
 
-    pixels = pixels.to(device, dtype).to(precision)
-    inputs = {"pixel_values": pixels, "input_ids": ids.to(device)}
-    uncompiled = torch.compiler.set_stance("force_eager")  # hooks do not reach compiled graphs
-    with prepared(model, dtype, precision, device), uncompiled:
-        with Float64ForFloat32() if exact else nullcontext():
-            errors = [forward(patterns=False)]
-            if hasattr(model, "set_attn_implementation"):  # transformers' own
-                model.set_attn_implementation("eager")
-            errors.append(forward(patterns=True))
+    with running(model, dtype, exact, device, pixels, ids) as run:
+        errors = [forward(patterns=False)]
+        if hasattr(model, "set_attn_implementation"):  # transformers' own
+            model.set_attn_implementation("eager")
+        errors.append(forward(patterns=True))
     return Trace(calls, next(filter(None, errors), ""))
 
 
 @contextmanager
-def prepared(
-    model: nn.Module, dtype: torch.dtype, precision: torch.dtype, device: torch.device
-) -> Iterator[None]:
-    """A block in which the model is in evaluation mode, on the device, and rounded to `dtype`.
+def running(
+    model: nn.Module,
+    dtype: torch.dtype,
+    exact: bool,
+    device: torch.device,
+    pixels: Tensor,
+    ids: Tensor,
+) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """A block with a function that runs the model once and returns its outputs by site.
 
-    Not a copy: a fork's functions may hold references to the original's modules.
+    In the block the model is uncompiled, in evaluation mode and on the device. Its weights are
+    rounded to `dtype`; an `exact` run then computes in float64. After the block the model is as it
+    was. It is not copied, because a fork's functions may hold references to its modules.
     """
+    if exact and device.type == "mps":  # which has no float64
+        device = torch.device("cpu")
+    precision = torch.float64 if exact else dtype
+    pixels, ids = pixels.to(device, dtype).to(precision), ids.to(device)
+
+    def run() -> dict[str, Tensor]:
+        by_name = {"pixel_values": pixels, "input_ids": ids}
+        output = model(**by_name) if is_theirs(model) else model(pixels, ids)
+        found = dict(outputs_of(output))
+        if "logits" not in found:
+            raise ValueError(f"it returns a {type(output).__name__} without logits_per_image")
+        return found
+
     tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
     # `training`, transformers' choice of attention, and what a forward stores: a mask, or a weight
     # that a pruning hook makes.
@@ -99,7 +110,8 @@ def prepared(
             moved = data.to(device, dtype).to(precision) if data.is_floating_point() else data
             # A forward may change a tensor in place, such as a counter.
             tensor.data = moved.to(device, copy=moved is data)
-        yield
+        with uncompiled(), Float64ForFloat32() if exact else nullcontext():
+            yield run
     finally:
         for tensor, data in tensors:
             tensor.data = data
@@ -144,10 +156,10 @@ def _doubled(value: Any) -> Any:
 
 
 def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tensor]:
-    """The tensor at each site, in the peer's shape if only the order of axes differs.
+    """One tensor for each site, in the peer's shape if only the order of axes differs.
 
-    A fork may take a batch in pieces, or have its tokens before its batch; `batch` is the right
-    number of rows in each tower. What another call of the same module gave is at "{site} again".
+    A fork may take a batch in pieces, or have its tokens before its batch. `batch` is the number of
+    rows in each tower. The tensor of another call of the same module is at "{site} again".
     """
     tensors = {}
     for site, (first, *more) in run.calls.items():
@@ -161,7 +173,7 @@ def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tens
 
 
 def _join(calls: list[Tensor], shape: torch.Size, rows: int) -> Tensor | None:
-    """All calls as one tensor of this shape."""
+    """All calls as one tensor of this shape, or None if they do not fit."""
     for axis in range(len(shape)):
         try:
             joined = torch.cat(calls, axis)

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 
 import miniclip
-from miniclip.files.names import OPENAI, pack
+from miniclip.files.names import OPEN_CLIP_CUSTOM_TEXT, OPENAI, pack
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, act: str) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads)
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         fc, proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        names = ("c_fc", fc), ("gelu", miniclip.model.QuickGELU()), ("c_proj", proj)
+        names = ("c_fc", fc), ("gelu", miniclip.model.ACTIVATIONS[act]()), ("c_proj", proj)
         self.mlp = nn.Sequential(OrderedDict(names))
         self.mask: Tensor | None = None
 
@@ -27,9 +27,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int) -> None:
+    def __init__(self, c: miniclip.VisionConfig | miniclip.TextConfig) -> None:
         super().__init__()
-        self.resblocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        blocks = (Block(c.width, c.heads, c.act) for _ in range(c.layers))
+        self.resblocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resblocks(x)
@@ -42,7 +43,7 @@ class Visual(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(c.width))
         self.positional_embedding = nn.Parameter(torch.empty(c.patches + 1, c.width))
         self.ln_pre, self.ln_post = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
-        self.transformer = Transformer(c.width, c.layers, c.heads)
+        self.transformer = Transformer(c)
         self.proj = nn.Parameter(torch.empty(c.width, embed_dim))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -53,29 +54,37 @@ class Visual(nn.Module):
 
 
 class CLIP(nn.Module):
-    """`returns`: "openai" gives two tables of logits, "open_clip" embeddings and their scale."""
+    """`kind`: "openai" returns two tables of logits, "open_clip" embeddings and their scale.
+    "custom_text" does so too, and has its text tower in a module of its own."""
 
-    def __init__(self, like: miniclip.CLIP, returns: str = "openai") -> None:
+    def __init__(self, like: miniclip.CLIP, kind: str = "openai") -> None:
         super().__init__()
-        c, self.returns = like.config, returns
+        c, self.kind = like.config, kind
+        if kind == "custom_text":
+            self.text = nn.Module()
+        text = self._text()
         self.visual = Visual(c.vision, c.embed_dim)
-        self.token_embedding = nn.Embedding(c.text.vocab_size, c.text.width)
-        self.positional_embedding = nn.Parameter(torch.empty(c.text.context_length, c.text.width))
-        self.transformer = Transformer(c.text.width, c.text.layers, c.text.heads)
-        self.ln_final = nn.LayerNorm(c.text.width)
-        self.text_projection = nn.Parameter(torch.empty(c.text.width, c.embed_dim))
+        text.token_embedding = nn.Embedding(c.text.vocab_size, c.text.width)
+        text.positional_embedding = nn.Parameter(torch.empty(c.text.context_length, c.text.width))
+        text.transformer = Transformer(c.text)
+        text.ln_final = nn.LayerNorm(c.text.width)
+        text.text_projection = nn.Parameter(torch.empty(c.text.width, c.embed_dim))
         self.logit_scale = nn.Parameter(torch.empty(()))
-        for block in self.transformer.resblocks:
+        for block in text.transformer.resblocks:
             block.mask = torch.full((c.text.context_length,) * 2, -torch.inf).triu(1)
-        self.load_state_dict(pack(like.state_dict(), OPENAI))
+        table = OPEN_CLIP_CUSTOM_TEXT if kind == "custom_text" else OPENAI
+        self.load_state_dict(pack(like.state_dict(), table))
+
+    def _text(self) -> nn.Module:
+        return self.text if self.kind == "custom_text" else self
 
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        x = self.token_embedding(ids) + self.positional_embedding  # all positions, as OpenAI's does
-        x = self.ln_final(self.transformer(x.transpose(0, 1)).transpose(0, 1))
-        text = x[torch.arange(len(x)), ids.argmax(-1)] @ self.text_projection
-        image = self.visual(pixels)
-        image, text = (x / x.norm(dim=-1, keepdim=True) for x in (image, text))
+        text = self._text()
+        x = text.token_embedding(ids) + text.positional_embedding  # all positions, as OpenAI's does
+        x = text.ln_final(text.transformer(x.transpose(0, 1)).transpose(0, 1))
+        x = x[torch.arange(len(x)), ids.argmax(-1)] @ text.text_projection
+        image, words = (x / x.norm(dim=-1, keepdim=True) for x in (self.visual(pixels), x))
         scale = self.logit_scale.exp()
-        if self.returns == "open_clip":
-            return image, text, scale
-        return scale * image @ text.T, (scale * image @ text.T).T
+        if self.kind != "openai":
+            return image, words, scale
+        return scale * image @ words.T, (scale * image @ words.T).T

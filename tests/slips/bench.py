@@ -495,8 +495,8 @@ SLIPS = [
     ),
     Slip(
         "The flag --revision of parity is dropped.",
-        "parity.load_pair(name, args.against, revision=args.revision)",
-        "parity.load_pair(name, args.against)",
+        "parity.load_pair(name, args.against, args.names, revision=args.revision)",
+        "parity.load_pair(name, args.against, args.names)",
         f"{PARITY} -k argument",
     ),
     Slip(

@@ -70,8 +70,8 @@ SLIPS = [
     ),
     Slip(
         "parity ignores --revision.",
-        "parity.load_pair(name, args.against, revision=args.revision)",
-        "parity.load_pair(name, args.against)",
+        "parity.load_pair(name, args.against, args.names, revision=args.revision)",
+        "parity.load_pair(name, args.against, args.names)",
         f"{FLAGS} -k 'revision and parity'",
     ),
     Slip(
