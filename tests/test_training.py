@@ -752,6 +752,20 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(stripes, tmp_p
         assert all(p.isfinite().all() for p in loaded(tmp_path).parameters())
 
 
+def test_a_loss_on_a_gpu_is_read_only_where_it_is_needed(stripes, tmp_path):
+    """Reading a loss waits for the device. A meta tensor cannot be read at all."""
+    model, _ = from_scratch(SHAPE, open_data(stripes, ImageTransform(SIZE)))
+    state = run_module.Run(tmp_path, model, QUICK)
+    state.note_loss(torch.empty((), device="meta"))
+    for read in (
+        lambda: state.save(None, None),
+        lambda: state.log_step(True, {}),
+        state.read_losses,
+    ):
+        with pytest.raises(RuntimeError, match="meta"):
+            read()
+
+
 def test_a_finished_run_is_not_overwritten(stripes, undisturbed):
     before = (undisturbed[1] / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="already holds a checkpoint"):

@@ -78,17 +78,22 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     corners = [(i, j) for i in range(max(rows - 1, 1)) for j in range(max(columns - 1, 1))]
     texts = model.encode_text(ids, normalize=True)  # (B, E)
     heat, times = texts.new_zeros(len(texts), rows, columns), texts.new_zeros(rows, columns)
-    # A picture with several texts in a row is covered and encoded once.
-    pictures, which = torch.unique_consecutive(pixels, dim=0, return_inverse=True)
-    for k, picture in enumerate(pictures):
-        covered = picture.repeat(1 + len(corners), 1, 1, 1)
+    # A picture with several texts in a row is covered and encoded once. On a GPU this waits, once.
+    repeats = [1] * len(pixels)
+    if not pixels.is_meta:
+        repeats = torch.unique_consecutive(pixels, dim=0, return_counts=True)[1].tolist()
+    first = 0
+    for count in repeats:
+        covered = pixels[first].repeat(1 + len(corners), 1, 1, 1)
         for one, (i, j) in zip(covered[1:], corners):
             one[:, i * patch : (i + 2) * patch, j * patch : (j + 2) * patch] = 0
         embeds = model.encode_image(covered, normalize=True)  # (1 + windows, E)
-        cosines = texts[which == k] @ embeds.T
+        same = slice(first, first + count)
+        cosines = texts[same] @ embeds.T  # (count, 1 + windows)
         for n, (i, j) in enumerate(corners, 1):
             lost = cosines[:, 0] - cosines[:, n]
-            heat[which == k, i : i + 2, j : j + 2] += lost[:, None, None]
+            heat[same, i : i + 2, j : j + 2] += lost[:, None, None]
+        first += count
     for i, j in corners:
         times[i : i + 2, j : j + 2] += 1
     return heat / times

@@ -236,7 +236,8 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     follow("add_registers", model.vision, ("embed_tokens", "pool"), attention=("forward", "qkv"))
     new = copied(model)
     old = new.vision.register_embed
-    rows = _rows(registers, new.vision.pos_embed, torch.zeros(()))
+    table = new.vision.pos_embed
+    rows = _rows(registers, table, table.new_zeros(()))
     rows = rows if old is None else torch.cat([old, rows])
     if len(rows):
         reconfigure(new, "vision", registers=len(rows))

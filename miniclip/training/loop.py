@@ -9,7 +9,6 @@ with the same command gives the weights, bit for bit, that it would have given u
 torchrun starts all processes again when one has crashed, and they continue from what was saved.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -133,13 +132,13 @@ def train(
                     batch=recipe.batch,
                 ),
                 recipe.chunk,
-            ).item()
+            )
             reshard(model)  # a frozen tower has no backward pass
-            if not math.isfinite(value):  # stop before it is saved
-                raise ValueError(f"the loss is {value} after {run.step} steps; try a smaller lr")
+            run.note_loss(value)
             nn.utils.clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
-                run.objective.cast(optimizer.step)()
+                with run.objective.cast:
+                    optimizer.step()
                 optimizer.zero_grad()
             if loss is None:
                 clamp_logit_scale(model)
@@ -149,12 +148,12 @@ def train(
             done, scores = run.step + 1, {}
             if validate and (done % (recipe.val_every or steps_per_epoch) == 0 or done == steps):
                 scores = run.validate(validate, tokenizer, transform)
-            run.log_step(value, done % steps_per_epoch == 0, scores)
+            run.log_step(done % steps_per_epoch == 0, scores)
             for reason in data.skipped:
                 run.report(reason)
             if run.is_time_to_save or run.step % steps_per_epoch == 0:
                 run.save(tokenizer, transform)
-            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{run.loss:.3f}", refresh=False)
             bar.update(recipe.batch)
             if run.step == first_step:
                 bar.refresh()

@@ -20,8 +20,9 @@ class Objective(nn.Module):
     def __init__(self, model: CLIP, loss: Any = None, precision: str = "float32") -> None:
         super().__init__()
         self.model, self.loss = model, loss  # a loss that is a module is trained too
-        kind, enabled = model.logit_scale.device.type, precision == "bfloat16"
-        self.cast = torch.autocast(kind, torch.bfloat16, enabled=enabled)
+        self.cast: Any = nullcontext()
+        if precision == "bfloat16":
+            self.cast = torch.autocast(model.logit_scale.device.type, torch.bfloat16)
 
     def forward(self, pixels: Tensor, ids: Tensor, end: Callable[[Tensor, Tensor], Any]) -> Any:
         """`end` of the pictures' and the texts' unit embeddings, in the dtype of the weights."""

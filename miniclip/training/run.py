@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -66,7 +67,8 @@ class Run:
         config = model.config.to_dict() | {"class": type(model).__name__}
         self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
-        self.losses: list[float] = []  # since the last row
+        self.losses: list[Any] = []  # since the last row; not yet read, where a GPU computes them
+        self.loss = math.nan  # the last that was read
         self.rows: list[dict[str, float]] = []
         self.best = -math.inf  # of the scores on held-out data
         self.seconds = 0.0  # of training, over all starts
@@ -142,6 +144,7 @@ class Run:
     ) -> dict[str, float]:
         """The scores of the weights as they are. The first score decides whether `out`/best, the
         best checkpoint so far, is written again."""
+        self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))
         reshard(weights.train())
@@ -152,13 +155,28 @@ class Run:
         self.started += time.monotonic() - began  # the seconds of a row are of training
         return {f"val_{name}": score for name, score in scores.items()}
 
-    def log_step(self, loss: float, epoch_ended: bool, scores: dict[str, float]) -> None:
+    def note_loss(self, loss: Tensor) -> None:
+        """Keep the loss of a step. On a GPU it is read later, because reading waits for the GPU."""
+        self.losses.append(loss)
+        if loss.is_cpu:
+            self.read_losses()
+
+    def read_losses(self) -> None:
+        """Make the losses numbers. Raises ValueError if one is NaN or infinite."""
+        self.losses = [float(loss) for loss in self.losses]
+        for self.loss in self.losses:
+            if not math.isfinite(self.loss):
+                raise ValueError(
+                    f"the loss is {self.loss} after {self.step} steps; try a smaller lr"
+                )
+
+    def log_step(self, epoch_ended: bool, scores: dict[str, float]) -> None:
         """Count a step. Every LOG_EVERY steps, after an epoch, and with new scores of held-out
         data, write a row of metrics."""
         self.step += 1
-        self.losses.append(loss)
         if self.step % LOG_EVERY and not epoch_ended and not scores:
             return
+        self.read_losses()
         seconds = self.seconds + time.monotonic() - self.started
         last = self.rows[-1] if self.rows else {"step": 0, "seconds": 0.0}
         pairs = self.recipe.batch * (self.step - last["step"])
@@ -189,6 +207,7 @@ class Run:
     def save(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
         """Write the state to continue from, then the checkpoint. In the other order, a run that is
         killed in between would look finished."""
+        self.read_losses()  # nothing is saved after a loss that is NaN
         self.saved_at = time.monotonic()
         if not (self.writes or self.recipe.fsdp):
             return

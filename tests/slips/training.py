@@ -209,8 +209,8 @@ SLIPS = [
     Slip("`compile` is ignored.", "if recipe.compile:", "if False:", RUNS),
     Slip(
         "`precision` is ignored.",
-        'logit_scale.device.type, precision == "bfloat16"',
-        "logit_scale.device.type, False",
+        'if precision == "bfloat16":',
+        "if False:",
         RUNS,
     ),
     Slip(
@@ -266,14 +266,14 @@ SLIPS = [
     ),
     Slip(
         "A loss that is not finite goes on.",
-        "if not math.isfinite(value):",
+        "if not math.isfinite(self.loss):",
         "if False:",
         TRAINING + " -k no_number",
     ),
     Slip(
         "A row of metrics has the last loss alone.",
         "sum(self.losses) / len(self.losses)",
-        "loss",
+        "self.losses[-1]",
         RUNS,
     ),
     Slip(
