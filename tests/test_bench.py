@@ -18,6 +18,7 @@ from torch import nn
 
 from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig, bench, load
 from miniclip.bench import Row, libraries, material, measuring, models, pipeline, suites, table
+from miniclip.bench.growth import memory_of
 from miniclip.bench.libraries import Library
 from miniclip.bench.material import Setting
 from miniclip.bench.measuring import Case, alternate, distance, measure, timed
@@ -655,6 +656,72 @@ def test_on_a_gpu(monkeypatch):
     monkeypatch.setattr(suites, "measure", partial(measure, seconds=0))
     rows = bench.bench(["vision", "text"], shape="tiny", device="cuda", batch=2)
     assert all(row.cost is not None for row in rows)
+
+
+GROWN = {  # axis: two sizes of it, and how much more work the theory sees in the second
+    "images in a batch": ((1, 4), 4),
+    "pixels along a side": ((40, 80), None),
+    "tokens of a text": ((77, 256), None),
+    "labels embedded": ((10, 100), 10),
+    "labels ranked": ((10, 100), 10),
+    "rows searched": ((1_000, 10_000), 10),
+}
+
+
+@pytest.fixture(scope="module")
+def grown():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PUBLISHED, "tiny", SHAPE)
+        return bench.growth("tiny", sizes=2)
+
+
+def test_growth_has_every_axis_at_growing_sizes(grown):
+    for (axis, (sizes, factor)), (small, large) in zip(
+        GROWN.items(), zip(grown[::2], grown[1::2], strict=True), strict=True
+    ):
+        assert (small.axis, large.axis) == (axis, axis)
+        assert (small.size, large.size) == sizes
+        assert small.seconds > 0 and large.bytes is None or large.bytes >= 0
+        assert large.theory / small.theory == factor or factor is None and large.theory > 4
+
+
+@pytest.mark.parametrize("tower, tokens", [("vision", 26), ("vision", 101), ("text", 256)])
+def test_growths_theory_counts_attention(grown, tower, tokens):
+    """Twice the tokens are more than twice the work: 2 T^2 W in each block beside the weights."""
+    axis = "pixels along a side" if tower == "vision" else "tokens of a text"
+    config = getattr(SHAPE, tower)
+    width, blocks = config.width, config.layers
+    weights = blocks * (4 * width**2 + 2 * width * config.mlp_width)
+    embedding = 3 * 8 * 8 * width * (tokens - 1) if tower == "vision" else 0
+    work = tokens * weights + blocks * 2 * tokens**2 * width + embedding + width * SHAPE.embed_dim
+    assert work in [row.theory for row in grown if row.axis == axis]
+
+
+def test_growth_is_told_from_one_size_to_the_next():
+    rows = [bench.Growth("rows", 10**i, s, None, 10.0**i) for i, s in enumerate((1, 5, 100))]
+    cells = [line.split()[-1] for line in bench.growth_table(rows).splitlines()[3:]]
+    assert cells == ["ms", "0.50", "2.00"]
+
+
+def test_memory_of_growth_is_what_the_work_takes():
+    took = memory_of(lambda: torch.ones(64, 2**20), "cpu")
+    assert took is None or 0.9 < took / 2**28 < 1.2
+
+
+def test_growth_is_a_command_and_a_picture(grown, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(bench, "growth", lambda *args: asked.append(args) or grown)
+    picture = tmp_path / "growth.png"
+    argv = ["bench", "--growth", "--shape", "tiny", "--plot", str(picture)]
+    assert main(argv) == 0
+    assert asked == [("tiny", "cpu")]
+    table = capsys.readouterr().out
+    assert all(axis in table for axis in GROWN) and max(map(len, table.splitlines())) <= 80
+    with Image.open(picture) as drawn:
+        assert drawn.size[0] > 1000
+    assert main([*argv[:-2], "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[0]["axis"] == "images in a batch"
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch, capsys):

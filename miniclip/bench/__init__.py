@@ -99,7 +99,8 @@ On a GPU, not run here:
     miniclip bench --device cuda --json && pytest -m gpu
 """
 
+from miniclip.bench.growth import Growth, growth, growth_table
 from miniclip.bench.measuring import Row, table
 from miniclip.bench.suites import SUITES, bench, environment
 
-__all__ = ["SUITES", "Row", "bench", "environment", "table"]
+__all__ = ["SUITES", "Growth", "Row", "bench", "environment", "growth", "growth_table", "table"]

@@ -1,8 +1,10 @@
-"""The times that several libraries take for the same work."""
+"""The pictures of `miniclip bench`: times of several libraries, and growth with size."""
 
+import itertools
 from collections.abc import Sequence
 from os import PathLike
 
+from miniclip.bench.growth import Growth
 from miniclip.bench.measuring import Row
 from miniclip.figures.style import BLUE, ORANGE, Figure, save_figure
 
@@ -45,4 +47,20 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
     axes.set_xlabel("cost, as a multiple of miniclip's (logarithmic)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
+    save_figure(figure, path)
+
+
+def draw_growth(rows: Sequence[Growth], path: str | PathLike[str]) -> None:
+    """Time against size, an axis in each panel, beside the line that the theory predicts."""
+    axes = {axis: list(group) for axis, group in itertools.groupby(rows, lambda row: row.axis)}
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    for panel, (axis, group) in zip(figure.subplots(2, 3).flat, axes.items(), strict=True):
+        sizes = [row.size for row in group]
+        theory = [group[-1].seconds * row.theory / group[-1].theory for row in group]
+        panel.plot(sizes, theory, "--", color=BLUE, label="theory, from the largest size")
+        panel.plot(sizes, [row.seconds for row in group], "o-", color=ORANGE, label="measured")
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle("How time grows with size")
     save_figure(figure, path)

@@ -1,6 +1,7 @@
 """`miniclip bench`: miniclip and its peers, timed."""
 
 import argparse
+from typing import Any
 
 from miniclip.commands.shared import add_device, note, print_json, print_wrapped
 
@@ -36,32 +37,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, metavar="N", help="images or texts (default: 16, on a GPU 256)"
     )
-    parser.add_argument("--plot", metavar="PNG", help="draw the ratios")
+    parser.add_argument(
+        "--growth",
+        action="store_true",
+        help="instead: time and memory against the size of batch, image, text, labels, collection",
+    )
+    parser.add_argument("--plot", metavar="PNG", help="draw the ratios, or the growth")
 
 
 def run(args: argparse.Namespace) -> int:
     """Time the suites and print a table."""
     import torch
 
-    from miniclip.bench import SUITES, bench, environment, table
+    from miniclip.bench import SUITES, bench, environment, growth, growth_table, table
 
-    rows = bench(
-        args.suite or tuple(SUITES),
-        shape=args.shape,
-        device=args.device,
-        dtype=getattr(torch, args.dtype),
-        compile=args.compile,
-        batch=args.batch,
-    )
+    rows: Any
+    if args.growth:
+        rows = growth(args.shape, args.device)
+        text = growth_table(rows)
+    else:
+        rows = bench(
+            args.suite or tuple(SUITES),
+            shape=args.shape,
+            device=args.device,
+            dtype=getattr(torch, args.dtype),
+            compile=args.compile,
+            batch=args.batch,
+        )
+        text = table(rows)
     measured_with = environment(args.device)
     if args.json:
         print_json({"environment": measured_with, "rows": [row._asdict() for row in rows]})
     else:
-        print(table(rows), end="\n\n")
+        print(text, end="\n\n")
         print_wrapped("", [f"{name} {value}" for name, value in measured_with.items()])
     if args.plot:
-        from miniclip.bench.drawing import draw_bench
+        from miniclip.bench.drawing import draw_bench, draw_growth
 
-        draw_bench(rows, args.plot)
+        (draw_growth if args.growth else draw_bench)(rows, args.plot)
         note(f"picture: {args.plot}")
     return 0

@@ -64,10 +64,9 @@ class ZeroShotClassifier:
             all_logits = self(pixels).float()  # (B, C)
         for logits in all_logits:
             probabilities = logits.softmax(dim=0)
-            order = logits.argsort(descending=True).tolist()
-            rankings.append(
-                [Score(self.labels[i], logits[i].item(), probabilities[i].item()) for i in order]
-            )
+            columns = zip(self.labels, logits.tolist(), probabilities.tolist(), strict=True)
+            scores = [Score(*column) for column in columns]
+            rankings.append([scores[i] for i in logits.argsort(descending=True).tolist()])
         return rankings
 
 

@@ -1,0 +1,200 @@
+"""How time and memory grow with the batch, the image, the context, the collection and the labels.
+
+    miniclip bench --growth --plot growth.png
+
+Each step is timed at several sizes beside its theory: the multiply-adds of the model, or the number
+of rows or labels. "growth" is how often the time grew since the size before, divided by how often
+the theory did. At 1 the step grows as it must. Below 1 a fixed cost still weighs.
+
+    (TABLE)
+
+10^9 rows do not fit here: as float32 vectors of 512 numbers they take 2 TB, and an exact search
+reads them all. On paper, FAISS's `IVF1048576_HNSW32,PQ64` (product quantisation, 64 bytes a vector)
+takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. A query that visits
+64 of the 1,048,576 cells compares about 61,000 codes. FAISS's guide to choosing an index lists this
+one for 10M to 1B vectors. Its recall depends on the data. It was not measured here.
+"""
+
+import itertools
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+
+from miniclip.bench.material import captions, prepare
+from miniclip.bench.models import tower_multiply_adds
+from miniclip.checkpoint import Loaded, load
+from miniclip.model import unit_norm
+from miniclip.parity import random_inputs
+from miniclip.published import published_shape
+from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings
+from miniclip.surgery import extend_context, resize_image
+from miniclip.terminal import progress
+from miniclip.transform import ImageTransform
+from miniclip.zeroshot.classifier import ZeroShotClassifier
+
+ROUNDS = 3
+
+
+class Step(NamedTuple):
+    """One piece of work, before it is timed."""
+
+    axis: str
+    size: int
+    theory: float  # as in Growth
+    run: Callable[[], Any]
+
+
+class Growth(NamedTuple):
+    """What one size of an axis took."""
+
+    axis: str
+    size: int
+    seconds: float  # median of the rounds
+    bytes: int | None  # most at once, beyond what was there before; None: only Linux and CUDA tell
+    theory: float  # the time should be proportional to it: multiply-adds, rows or labels
+
+
+def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -> list[Growth]:
+    """Time every axis at growing sizes, with random weights of a published shape.
+
+    Args:
+        shape: a name from PUBLISHED.
+        sizes: at most this many of each axis, the smallest ones.
+    """
+    rows: list[Growth] = []
+    with TemporaryDirectory() as folder, torch.inference_mode():
+        prepare(Path(folder), published_shape(shape))
+        loaded = load(folder, device=device)
+        for axis in progress(AXES, "step"):
+            rows += measured(itertools.islice(axis(loaded, Path(folder)), sizes), device)
+    return rows
+
+
+def measured(steps: Iterator[Step], device: str) -> Iterator[Growth]:
+    """Run each step once to warm up, ROUNDS times against the clock, and once for its memory."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    for axis, size, theory, run in steps:
+        most = memory_of(run, device)
+        seconds = []
+        for _ in range(ROUNDS):
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            seconds.append(time.perf_counter() - start)
+        yield Growth(axis, size, statistics.median(seconds), most, theory)
+
+
+def memory_of(run: Callable[[], Any], device: str) -> int | None:
+    """The most bytes at once during `run`, beyond those before it."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform != "linux":
+        run()
+        return None
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest value so far
+    before = resident("VmRSS")
+    run()
+    return max(0, resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), or the highest value (VmHWM). Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+
+
+def images(loaded: Loaded, folder: Path) -> Iterator[Step]:
+    """Images in one batch."""
+    config = loaded.model.config
+    work = tower_multiply_adds(config, "vision")
+    for n in (1, 4, 16, 64, 256):
+        pixels = random_inputs(config, images=n)[0].to(loaded.model.logit_scale.device)
+        yield Step("images in a batch", n, n * work, lambda: loaded.model.encode_image(pixels))
+
+
+def sides(loaded: Loaded, folder: Path) -> Iterator[Step]:
+    """One image of a growing side."""
+    vision = loaded.model.config.vision
+    for side in (vision.side, 2 * vision.side, 3 * vision.side, 32 * vision.side // 7):
+        larger = resize_image(loaded.model, side // vision.patch_size * vision.patch_size)
+        pixels = random_inputs(larger.config, images=1)[0].to(larger.logit_scale.device)
+        work = tower_multiply_adds(larger.config, "vision")
+        side = larger.config.vision.side
+        yield Step("pixels along a side", side, work, lambda: larger.encode_image(pixels))
+
+
+def contexts(loaded: Loaded, folder: Path) -> Iterator[Step]:
+    """One text of a growing length."""
+    text = loaded.model.config.text
+    for length in (text.context_length, 256, 512, 1024, 2048):
+        longer = extend_context(loaded.model, length)
+        ids = torch.full((1, length), text.eos_token_id, device=longer.logit_scale.device)
+        work = tower_multiply_adds(longer.config, "text")
+        yield Step("tokens of a text", length, work, lambda: longer.encode_text(ids))
+
+
+def embedded_labels(loaded: Loaded, folder: Path) -> Iterator[Step]:
+    """Growing numbers of labels to a classifier."""
+    for n in (10, 100, 1_000):
+        names = captions(n)
+        yield Step("labels embedded", n, n, lambda: ZeroShotClassifier(*loaded[:2], names, ["{}"]))
+
+
+def ranked_labels(loaded: Loaded, folder: Path) -> Iterator[Step]:
+    """One image against growing numbers of labels."""
+    classifier = ZeroShotClassifier(*loaded[:2], ["a label"])
+    pixels = random_inputs(loaded.model.config, images=1)[0].to(classifier.weights.device)
+    row = classifier.weights
+    for n in (10, 100, 1_000, 10_000, 100_000):
+        classifier.labels, classifier.weights = ["a label"] * n, row.repeat(n, 1)
+        yield Step("labels ranked", n, n, lambda: classifier.rank(pixels))
+
+
+def collection(loaded: Loaded, folder: Path) -> Iterator[Step]:
+    """A query against growing numbers of rows in a memory-mapped file."""
+    width = loaded.model.config.embed_dim
+    draw = torch.Generator().manual_seed(0)
+    query, *block = unit_norm(torch.randn(1 + BLOCK, width, generator=draw)).split([1, BLOCK])
+    noise = Encoder("noise", None, "", "float32", ImageTransform())
+    for n in (1_000, 10_000, 100_000, 1_000_000, 10_000_000):
+        if shutil.disk_usage(folder).free < 6 * n * width:  # the file takes two thirds of it
+            return
+        path = folder / "rows"
+        rows = torch.from_file(str(path), shared=True, size=n * width).view(n, width)
+        for part in rows.split(BLOCK):
+            part.copy_(block[0][: len(part)])
+        names = Strings(torch.full((n,), ord("a"), dtype=torch.uint8), torch.arange(1, n + 1))
+        index = Index(rows, names, noise)
+        yield Step("rows searched", n, n, lambda: index.search(query[0]))
+        path.unlink()
+
+
+AXES = (images, sides, contexts, embedded_labels, ranked_labels, collection)
+
+
+def growth_table(rows: Sequence[Growth]) -> str:
+    """A paragraph for each axis, 80 columns wide."""
+    lines = [f"{'':32}{'time':>14}{'memory':>14}{'growth':>12}"]
+    for axis, group in itertools.groupby(rows, key=lambda row: row.axis):
+        lines += ["", axis]
+        before = None
+        for row in group:
+            memory = "" if row.bytes is None else f"{row.bytes / 1e6:,.0f} MB"
+            cost = row.seconds / row.theory
+            grown = f"{cost / before:.2f}" if before else ""
+            lines.append(
+                f"{row.size:>32,}{f'{row.seconds * 1e3:,.1f} ms':>14}{memory:>14}{grown:>12}"
+            )
+            before = cost
+    return "\n".join(lines)
