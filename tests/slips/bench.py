@@ -271,14 +271,14 @@ SLIPS = [
     ),
     Slip(
         "The flag --dtype of bench is dropped.",
-        "        shape=args.shape,\n        device=args.device,\n        dtype=getattr(torch, args.dtype),\n",
-        "        shape=args.shape,\n        device=args.device,\n",
+        "            shape=args.shape,\n            device=args.device,\n            dtype=getattr(torch, args.dtype),\n",
+        "            shape=args.shape,\n            device=args.device,\n",
         ASKED,
     ),
     Slip(
         "The flag --batch of bench is dropped.",
-        "        compile=args.compile,\n        batch=args.batch,\n",
-        "        compile=args.compile,\n",
+        "            compile=args.compile,\n            batch=args.batch,\n",
+        "            compile=args.compile,\n",
         ASKED,
     ),
     Slip(
