@@ -220,8 +220,8 @@ SLIPS = [
     ),
     Slip(
         "bench ignores --batch.",
-        "        batch=args.batch,\n    )\n    measured_with",
-        "    )\n    measured_with",
+        "            batch=args.batch,\n        )\n        text",
+        "        )\n        text",
         f"{FLAGS} -k bench",
     ),
     Slip(
