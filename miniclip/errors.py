@@ -20,6 +20,15 @@ class ImageError(ValueError):
     """An image cannot be read, or its values cannot be read as pixels without guessing."""
 
 
+def wrong(name: str, value: object, expected: str) -> ValueError:
+    """The error for a value that is not as expected.
+
+    >>> wrong("heads", 0, "1 or more")
+    ValueError('heads is 0; expected 1 or more')
+    """
+    return ValueError(f"{name} is {shown(value)}; expected {expected}")
+
+
 @contextmanager
 def blaming(path: str | PathLike[str]) -> Iterator[None]:
     """Turn a ValueError about a file's content into a CheckpointError that names the file."""

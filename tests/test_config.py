@@ -283,7 +283,7 @@ def test_logit_scale_init_must_be_finite(value):
 @pytest.mark.parametrize("config, message", [
     ([], "expected a JSON object, found list"),
     (None, "expected a JSON object, found NoneType"),
-    ({}, "not the config of a CLIP with two towers: no sections (expected 'clip', with the"),
+    ({}, "not the config of a CLIP with two towers: no sections (expected 'clip', with"),
     ({"model_type": "siglip", "vision_config": {}}, "model_type is 'siglip' (expected 'clip'"),
     ({"model_type": ["clip"], "vision_config": {}}, "model_type is ['clip'] (expected 'clip'"),
     ({"vision_config": []}, "vision_config must be a JSON object, found list"),

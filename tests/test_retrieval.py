@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -461,6 +463,29 @@ def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
         index_of(torch.ones(2, 2)).save(tmp_path / "i")
     assert torch.equal(Index.load(tmp_path / "i").embeddings, torch.eye(3))
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
+
+
+def test_an_index_that_is_saved_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """safetensors opens a file twice: for its header, and for the numbers."""
+    new = replace(index_of(torch.eye(3).flip(0)), encoder=ENCODER._replace(model="another"))
+    index_of(torch.eye(3)).save(tmp_path / "i")
+    times = []
+
+    @contextmanager
+    def opened(path, framework):
+        with safe_open(path, framework=framework) as header:
+            if not times:
+                new.save(path)
+            times.append(path)
+            with safe_open(path, framework=framework) as numbers:
+                yield SimpleNamespace(
+                    metadata=header.metadata, keys=header.keys, get_tensor=numbers.get_tensor
+                )
+
+    monkeypatch.setattr(retrieval.index, "safe_open", opened)
+    index = Index.load(tmp_path / "i")
+    assert index.encoder == new.encoder and torch.equal(index.embeddings, new.embeddings)
+    assert len(times) == 2
 
 
 def damaged(path, how):

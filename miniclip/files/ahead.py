@@ -17,8 +17,8 @@ def read_ahead(
 ) -> Generator[T | ImageError, None, None]:
     """Yield `read(item)` for each item, in order, or the ImageError that it raised.
 
-    The threads (as many as torch uses, unless told otherwise) are up to `ahead` items in front of
-    the reader. Closing the generator cancels what has not begun.
+    Threads (by default as many as torch uses) read up to `ahead` items in advance. Closing the
+    generator cancels what has not begun.
     """
 
     def result(item: Any) -> T | ImageError:

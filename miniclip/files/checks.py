@@ -1,6 +1,6 @@
-"""Checks of the numbers of a config, a tokenizer and a transform, with the numbers in the message.
+"""Checks of configs, inputs, tokenizers and transforms. Each error states the numbers.
 
-The reference's dataclasses call them. They take any object with the fields of a config.
+The classes of the reference call these functions, which take any object with the same fields.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniclip.errors import ContextLengthError, shown
+from miniclip.errors import ContextLengthError, shown, wrong
 
 MAX_PIXELS = 178_956_970
 """The most pixels of an image: Pillow's own limit on files (twice `MAX_IMAGE_PIXELS`; cameras make
@@ -28,10 +28,26 @@ transformers reads a 2 as "pool at the largest id of the row", and so does minic
 def check_config(config: Any) -> None:
     """Check the numbers of a vision or a text tower."""
     check_tower(config)
+    kind = type(config).__name__
     if hasattr(config, "patch_size"):
-        _check_vision(config)
+        positive(config, "patch_size", "channels")
+        _one_or_each(config, "image_size", 2, "one for the height and one for the width")
+        if type(config.registers) is not int or not 0 <= config.registers < 2**31:
+            raise wrong(f"{kind}: registers", config.registers, "0 or more")
+        if config.patch_size > min(config.height_width):
+            raise ValueError(
+                f"{kind}: patch_size {config.patch_size} is larger than image_size "
+                f"{config.image_size}; an image needs at least one patch"
+            )
     if hasattr(config, "vocab_size"):
-        _check_text(config)
+        positive(config, "vocab_size", "context_length")
+        for name in ("bos_token_id", "eos_token_id"):
+            value, last = getattr(config, name), config.vocab_size - 1
+            if type(value) is not int or not 0 <= value < config.vocab_size:
+                ids = f"an id from 0 to {last}, because vocab_size is {config.vocab_size}"
+                raise wrong(f"{kind}: {name}", value, ids)
+        if config.eos_token_id != LEGACY_EOS:
+            object.__setattr__(config, "literal_eos", False)  # so that equal configs are equal
 
 
 def check_tower(config: Any) -> None:
@@ -39,7 +55,7 @@ def check_tower(config: Any) -> None:
     kind = type(config).__name__
     positive(config, "width", "layers")
     if config.layers > 1000:  # the published models have 2 to 48
-        raise ValueError(f"{kind}: layers is {config.layers}; expected at most 1,000")
+        raise wrong(f"{kind}: layers", config.layers, "at most 1,000")
     for name in ("heads", "mlp_width"):  # surgery may leave a layer with 0
         _one_or_each(config, name, config.layers, "one for each layer", least=0)
     if config.head_width is not None:
@@ -54,38 +70,10 @@ def check_tower(config: Any) -> None:
             f"{kind}: width {config.width} does not divide into {config.heads} heads of equal width"
         )
     if config.act not in ACTIVATION_NAMES:
-        raise ValueError(
-            f"{kind}: act is {shown(config.act)}; expected one of {', '.join(ACTIVATION_NAMES)}. "
-            "Weights are trained with one activation; another gives wrong numbers"
-        )
+        names = f"one of {', '.join(ACTIVATION_NAMES)}: the one that the weights are trained with"
+        raise wrong(f"{kind}: act", config.act, names)
     if not _is_finite(config.ln_eps) or config.ln_eps <= 0:
-        raise ValueError(f"{kind}: ln_eps is {shown(config.ln_eps)}; expected a number above 0")
-
-
-def _check_vision(config: Any) -> None:
-    kind = type(config).__name__
-    positive(config, "patch_size", "channels")
-    _one_or_each(config, "image_size", 2, "one for the height and one for the width")
-    if type(config.registers) is not int or not 0 <= config.registers < 2**31:
-        raise ValueError(f"{kind}: registers is {shown(config.registers)}; expected 0 or more")
-    if config.patch_size > min(config.height_width):
-        raise ValueError(
-            f"{kind}: patch_size {config.patch_size} is larger than image_size "
-            f"{config.image_size}; an image needs at least one patch"
-        )
-
-
-def _check_text(config: Any) -> None:
-    positive(config, "vocab_size", "context_length")
-    for name in ("bos_token_id", "eos_token_id"):
-        value = getattr(config, name)
-        if type(value) is not int or not 0 <= value < config.vocab_size:
-            raise ValueError(
-                f"{type(config).__name__}: {name} is {shown(value)}; expected an id from 0 to "
-                f"{config.vocab_size - 1}, because vocab_size is {config.vocab_size}"
-            )
-    if config.eos_token_id != LEGACY_EOS:
-        object.__setattr__(config, "literal_eos", False)  # there is nothing to tell apart
+        raise wrong(f"{kind}: ln_eps", config.ln_eps, "a number above 0")
 
 
 def check_clip(config: Any) -> None:
@@ -96,10 +84,8 @@ def check_clip(config: Any) -> None:
             raise ValueError(f"CLIPConfig: {name} must be a {kind.__name__}, not {found}")
     positive(config, "embed_dim")
     if not _is_finite(config.logit_scale_init):
-        raise ValueError(
-            f"CLIPConfig: logit_scale_init is {shown(config.logit_scale_init)}; "
-            "expected a finite number (it is stored as a logarithm)"
-        )
+        number = "a finite number (it is stored as a logarithm)"
+        raise wrong("CLIPConfig: logit_scale_init", config.logit_scale_init, number)
 
 
 def positive(config: object, *names: str) -> None:
@@ -107,10 +93,8 @@ def positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if type(value) is not int or not 0 < value < 2**31:
-            raise ValueError(
-                f"{type(config).__name__}: {name} is {shown(value)}; expected a positive whole "
-                "number of at most 31 bits"
-            )
+            number = "a positive whole number of at most 31 bits"
+            raise wrong(f"{type(config).__name__}: {name}", value, number)
 
 
 def _one_or_each(config: object, name: str, count: int, each: str, least: int = 1) -> None:
@@ -118,10 +102,8 @@ def _one_or_each(config: object, name: str, count: int, each: str, least: int = 
     if not isinstance(value, tuple):
         return positive(config, name)
     if len(value) != count or not all(type(v) is int and least <= v < 2**31 for v in value):
-        raise ValueError(
-            f"{type(config).__name__}: {name} is {shown(value)}; expected one positive whole "
-            f"number, or {count} of them, {each}"
-        )
+        numbers = f"one positive whole number, or {count} of them, {each}"
+        raise wrong(f"{type(config).__name__}: {name}", value, numbers)
     if len(set(value)) == 1 and value[0]:
         object.__setattr__(config, name, value[0])
 
@@ -131,7 +113,7 @@ def _is_finite(value: Any) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
-# what goes into a tower
+# inputs of a tower
 
 
 def numbers(chosen: Iterable[int], count: int, where: str, kind: str) -> list[int]:
@@ -142,52 +124,48 @@ def numbers(chosen: Iterable[int], count: int, where: str, kind: str) -> list[in
     return chosen
 
 
+FROM_PICTURES = "The checkpoint's ImageTransform makes them: encode_image(transform([picture]))"
+FROM_TEXTS = "The checkpoint's Tokenizer makes them: encode_text(tokenizer(texts))"
+
+
 def check_pixels(pixels: Any, config: Any) -> None:
     """Raise unless pixels are what a vision tower reads: floats (B, channels, height, width)."""
-    c, (h, w) = config.channels, config.height_width
-    shape = f"(B, {c}, {h}, {w})"
+    size = (config.channels, *config.height_width)
+    shape = f"(B, {', '.join(map(str, size))})"
     if not isinstance(pixels, Tensor):
-        raise TypeError(
-            f"expected pixels as a tensor {shape}, found {type(pixels).__name__}. The checkpoint's "
-            "ImageTransform makes them of pictures: encode_image(transform([picture]))"
-        )
+        found = type(pixels).__name__
+        raise TypeError(f"expected pixels as a tensor {shape}, found {found}. {FROM_PICTURES}")
     if not pixels.is_floating_point():
         raise ValueError(
-            f"expected normalised pixels as floats, found {pixels.dtype}. The checkpoint's "
-            "ImageTransform makes them of pictures: encode_image(transform([picture]))"
+            f"expected normalised pixels as floats, found {pixels.dtype}. {FROM_PICTURES}"
         )
-    if pixels.ndim != 4 or pixels.shape[1:] != (c, h, w):
-        call = "encode_image(transform([picture])), with the checkpoint's ImageTransform"
-        if pixels.shape == (c, h, w):  # of one picture, without its batch
-            call = "encode_image(pixels[None]), because this is one picture"
+    if pixels.ndim != 4 or pixels.shape[1:] != size:
+        advice = FROM_PICTURES
+        if pixels.shape == size:
+            advice = "For one picture, add the batch: encode_image(pixels[None])"
         raise ValueError(
-            f"pixels have shape {tuple(pixels.shape)}; this vision tower reads {shape}: {call}"
+            f"pixels have shape {tuple(pixels.shape)}; this vision tower reads {shape}. {advice}"
         )
 
 
 def check_ids(ids: Any, vocab_size: int) -> None:
     """Raise unless ids are what a text tower reads: whole numbers (B, T), a row for each text."""
     if not isinstance(ids, Tensor):
-        raise TypeError(
-            f"expected token ids as a tensor (B, T), found {type(ids).__name__}. The checkpoint's "
-            "Tokenizer makes them of texts: encode_text(tokenizer(texts))"
-        )
+        found = type(ids).__name__
+        raise TypeError(f"expected token ids as a tensor (B, T), found {found}. {FROM_TEXTS}")
     if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"expected token ids as int64 or int32, found {ids.dtype}. The checkpoint's Tokenizer "
-            "makes them of texts: encode_text(tokenizer(texts))"
-        )
+        raise ValueError(f"expected token ids as int64 or int32, found {ids.dtype}. {FROM_TEXTS}")
     if ids.ndim != 2:
         raise ValueError(
-            f"ids have shape {tuple(ids.shape)}; expected (B, T), a row for each text: "
-            "encode_text(ids[None]) for one text"
+            f"ids have shape {tuple(ids.shape)}; expected (B, T), a row for each text. For one "
+            "text, add the batch: encode_text(ids[None])"
         )
     if ids.numel() and can_look_at(ids):
         least, most = (int(id) for id in ids.aminmax())
         if least < 0 or most >= vocab_size:
             raise ValueError(
-                f"ids go from {least} to {most}; this text tower knows 0 to {vocab_size - 1}. The "
-                "Tokenizer of the same checkpoint makes such ids: encode_text(tokenizer(texts))"
+                f"ids go from {least} to {most}; this text tower knows 0 to {vocab_size - 1}. "
+                + FROM_TEXTS
             )
 
 
@@ -200,10 +178,7 @@ def can_look_at(x: Tensor) -> bool:
 
 def check_has_eos(is_eos: Tensor, eos_token_id: int) -> None:
     """Raise ValueError unless each row of ids has an end token, where `is_eos` (B, T) is true."""
-    if not can_look_at(is_eos):
-        return
-    has_eos = is_eos.any(-1)
-    if not has_eos.all():
+    if can_look_at(is_eos) and not (has_eos := is_eos.any(-1)).all():
         raise ValueError(
             f"row {has_eos.int().argmin()} of ids has no end token ({eos_token_id}), where the "
             "text would be read. The checkpoint's Tokenizer adds one"
@@ -227,7 +202,7 @@ def check_token_vectors(x: Tensor, pos_embed: Tensor) -> None:
 
 
 def as_list(texts: Any, what: str = "text") -> list[str]:
-    """One text, or any iterable of texts, as a list. Raises TypeError, which names the first other.
+    """One text, or any iterable of texts, as a list. Raises TypeError for anything else.
 
     >>> as_list("a cat"), as_list(word for word in ("cat", "dog"))
     (['a cat'], ['cat', 'dog'])
@@ -244,25 +219,22 @@ def as_list(texts: Any, what: str = "text") -> list[str]:
 
 
 def check_reference(reference: str) -> None:
-    """Raise ValueError for a reference that there is not."""
+    """Raise ValueError for an unknown reference."""
     if reference not in REFERENCES:
-        names = " or ".join(map(repr, REFERENCES))
-        raise ValueError(f"reference is {reference!r}; expected {names}")
+        raise wrong("reference", reference, " or ".join(map(repr, REFERENCES)))
 
 
 def check_context_length(length: Any) -> None:
     """Raise ValueError unless a start and an end token fit."""
     if type(length) is not int or length < 2:
-        raise ValueError(
-            f"context_length is {shown(length)}; expected 2 or more, because every text has a "
-            "start and an end token"
-        )
+        least = "2 or more, because every text has a start and an end token"
+        raise wrong("context_length", length, least)
 
 
 def check_vocab_size(vocab_size: int, least: int) -> None:
     """Raise ValueError unless a vocabulary has room for the bytes."""
     if vocab_size < least:
-        raise ValueError(f"vocab_size is {vocab_size}; expected at least {least}, for the bytes")
+        raise wrong("vocab_size", vocab_size, f"at least {least}, for the bytes")
 
 
 def check_pad_to(pad_to: int | None, context_length: int) -> int:
@@ -273,7 +245,7 @@ def check_pad_to(pad_to: int | None, context_length: int) -> int:
 
 
 def too_long(i: int, text: str, tokens: int, limit: int) -> ContextLengthError:
-    """The error for a text of too many tokens."""
+    """The error for a text with too many tokens."""
     return ContextLengthError(
         f"text {i} has {tokens} tokens with the start and the end token, and at most {limit} fit. "
         f"Shorten it (in Python, truncate=True does): {text[:40]!r}..."
@@ -307,14 +279,11 @@ def check_transform(transform: Any) -> None:
     for name in ("size", "crop_size"):
         value = getattr(transform, name)
         if type(value) is not int or not 1 <= value <= math.isqrt(MAX_PIXELS):
-            found = f"{name} is {shown(value)}"
-            raise ValueError(f"{found}; expected a whole number of pixels above 0")
+            raise wrong(name, value, "a whole number of pixels above 0")
     for name, least in (("image_mean", 0), ("image_std", 1e-3)):
         values = getattr(transform, name)
         three = isinstance(values, list | tuple) and len(values) == 3
         if not three or not all(type(v) in (int, float) and least <= v <= 1 for v in values):
-            raise ValueError(
-                f"{name} is {shown(values)}; expected three numbers from {least} to 1, for R, "
-                "G and B: bytes are divided by 255 first"
-            )
+            numbers = f"three numbers from {least} to 1, for R, G and B: bytes are divided by 255"
+            raise wrong(name, values, numbers)
     check_reference(transform.reference)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniclip.errors import shown
+from miniclip.errors import shown, wrong
 from miniclip.files.checks import LEGACY_EOS
 from miniclip.files.names import OPENAI, OPENAI_NUMBERS, Layout, depth, place
 from miniclip.files.published import Fields, releases_of
@@ -73,8 +73,7 @@ def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> 
             found += f", of the class {name[2:-2]:.100}"
         raise ValueError(
             f"not the config of a CLIP with two towers: {found} (expected "
-            f"{' or '.join(map(repr, model_types))}, with the sections text_config and "
-            "vision_config)"
+            f"{' or '.join(map(repr, model_types))}, with text_config and vision_config)"
         )
     fields = _renamed(config, _SHARED)
     for tower, names in _SECTIONS.items():
@@ -93,8 +92,7 @@ def tower_from_transformers(config: dict[str, Any]) -> Fields:
     tower = TOWER_TYPES[config["model_type"]]
     embed_dim: Any = config.get("projection_dim", 512)
     if type(embed_dim) is not int or not 0 < embed_dim < 2**31:
-        found = shown(embed_dim)
-        raise ValueError(f"projection_dim is {found}; expected a positive whole number")
+        raise wrong("projection_dim", embed_dim, "a positive whole number")
     fields = _renamed(config, _SECTIONS[tower] | _BEYOND)
     return {tower: fields | _literal_eos(config["model_type"]), "embed_dim": embed_dim}
 
@@ -122,40 +120,29 @@ def to_transformers(
     one number for each layer. transformers accepts only a single number there, and so refuses a
     model that it would otherwise run without the entries it does not know.
     """
-    own = {name: value for name, value in fields.items() if name not in (*_SHARED, *_SECTIONS)}
     family = "clip"
     if fields["text"].get("literal_eos") and model_type == "clip":
         family = model_type = METACLIP_2
         architecture = "MetaClip2Model"
-    config = {
-        "architectures": [architecture],
-        "model_type": model_type,
-        **{theirs: fields[ours] for ours, theirs in _SHARED.items()},
-        **own,
-    }
-    for tower in ("text", "vision"):
-        config[f"{tower}_config"] = {
-            "model_type": f"{family}_{tower}_model",
-            "projection_dim": fields["embed_dim"],
-            **_tower_to_transformers(fields[tower], _SECTIONS[tower]),
+    config: dict[str, Any] = {"architectures": [architecture], "model_type": model_type}
+    config |= {theirs: fields[ours] for ours, theirs in _SHARED.items()}
+    config |= {name: v for name, v in fields.items() if name not in (*_SHARED, *_SECTIONS)}
+    for name, names in _SECTIONS.items():
+        tower = fields[name]
+        section = {"model_type": f"{family}_{name}_model", "projection_dim": fields["embed_dim"]}
+        section |= {theirs: tower[ours] for ours, theirs in names.items()}
+        if beyond_transformers(tower):
+            section |= {theirs: tower[o] for o, theirs in _BEYOND.items() if tower.get(o)}
+            heads = tower["heads"]
+            section["num_attention_heads"] = (
+                heads if isinstance(heads, tuple) else (heads,) * tower["layers"]
+            )
+        known = (*names, *_BEYOND, "literal_eos")
+        section |= {entry: value for entry, value in tower.items() if entry not in known}
+        config[f"{name}_config"] = {
+            entry: list(v) if isinstance(v, tuple) else v for entry, v in section.items()
         }
     return config
-
-
-def _tower_to_transformers(tower: Fields, names: dict[str, str]) -> dict[str, Any]:
-    values = {theirs: tower[ours] for ours, theirs in names.items()}
-    if beyond_transformers(tower):
-        more = {theirs: tower.get(ours) for ours, theirs in _BEYOND.items()}
-        values |= {theirs: value for theirs, value in more.items() if value}
-        values["num_attention_heads"] = _per_layer(tower, "heads")
-    known = (*names, *_BEYOND, "literal_eos")
-    values |= {name: v for name, v in tower.items() if name not in known}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
-
-def _per_layer(tower: Fields, name: str) -> list[int]:
-    value = tower[name]
-    return [*value] if isinstance(value, tuple) else [value] * tower["layers"]
 
 
 def beyond_transformers(tower: Mapping[str, Any]) -> list[str]:
@@ -218,6 +205,13 @@ def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
 _NUMBERED = ("image_size", "context_length", "vocab_size")  # our names of OPENAI_NUMBERS
 
 
+def openai_numbers(fields: Fields) -> dict[str, Tensor]:
+    """The three numbers, as OpenAI's own files have them."""
+    said = fields["vision"] | fields["text"]
+    numbers = [torch.tensor(said[field]) for field in _NUMBERED]
+    return dict(zip(OPENAI_NUMBERS, numbers, strict=True))
+
+
 def without_config(
     tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
 ) -> tuple[Fields, str]:
@@ -237,43 +231,35 @@ def without_config(
             "no config file beside it, and published models of these shapes differ in their "
             f"activation: {found}. Say which it is: config={max(by_act.values())!r} or the other"
         )
-    if releases:
-        name, known = next(iter(releases.items()))
-        for tower in towers:
-            fields[tower] |= {field: known[tower][field] for field in ("heads", "act")}
-        heads = " and ".join(f"{fields[tower]['heads']} {tower} heads" for tower in towers)
-        act = next(iter(by_act))
-        return fields, (
-            f"no config file beside it: read with the {heads} and the {act} of {name}, whose "
-            "shapes it has. If it is another model, pass config="
-        )
-    if not is_openai and table is not OPENAI:
+    if not (releases or is_openai or table is OPENAI):
         raise ValueError(
-            "no config file beside it, and its shapes are those of no published model. Put its "
-            "config.json beside it, or pass config= (an official name, a path or a CLIPConfig)"
+            "no config file beside it, and no published model has its shapes. Put its config.json "
+            "beside it, or pass config= (an official name, a path or a CLIPConfig)"
         )
+    name, known = next(iter(releases.items()), ("", {}))
     for tower in towers:
-        if fields[tower]["width"] % 64:
+        width = fields[tower]["width"]
+        if not known and width % 64:
             raise ValueError(
-                f"the {tower} tower has width {fields[tower]['width']}; OpenAI's heads are 64 "
-                "wide. If open_clip wrote the file, put its open_clip_config.json beside it"
+                f"the {tower} tower has width {width}; OpenAI's heads are 64 wide. If open_clip "
+                "wrote the file, put its open_clip_config.json beside it"
             )
-        fields[tower] |= {"heads": fields[tower]["width"] // 64, "act": "quick_gelu"}
+        numbers = known.get(tower, {"heads": width // 64, "act": "quick_gelu"})
+        fields[tower] |= {field: numbers[field] for field in ("heads", "act")}
+    if known:
+        heads = " and ".join(f"{fields[tower]['heads']} {tower} heads" for tower in towers)
+        return fields, (
+            f"no config file beside it: read with the {heads} and the {next(iter(by_act))} of "
+            f"{name}, whose shapes it has. If it is another model, pass config="
+        )
     return fields, "" if is_openai else (
         "read as OpenAI's, with QuickGELU and heads of 64. If open_clip wrote it, put its "
         "open_clip_config.json beside it, or pass config="
     )
 
 
-def openai_numbers(fields: Fields) -> dict[str, Tensor]:
-    """The three numbers, as OpenAI's own files have them."""
-    said = fields["vision"] | fields["text"]
-    numbers = [torch.tensor(said[field]) for field in _NUMBERED]
-    return dict(zip(OPENAI_NUMBERS, numbers, strict=True))
-
-
 # ------------------------------------------------------------------------------------------------
-# What a layout cannot express
+# what a layout cannot express
 
 
 def refuse_inexpressible(fields: Fields, layout: str) -> None:
@@ -281,28 +267,26 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
 
     The layout of transformers can express every model, with entries of our own in config.json.
     """
-    vision, text = fields["vision"], fields["text"]
-    odd = beyond_transformers(vision) + beyond_transformers(text)
+    if layout == "transformers":
+        return
+    vision, text = towers = fields["vision"], fields["text"]
+    odd = [*beyond_transformers(vision), *beyond_transformers(text)]
     if not odd:  # from here on each field is one number
-        largest = (LEGACY_EOS, text["vocab_size"] - 1)
-        odd += [f"channels {vision['channels']}"] * (vision["channels"] != 3)
-        odd += [f"eos_token_id {text['eos_token_id']}"] * (text["eos_token_id"] not in largest)
-        if layout == "openai":
-            odd += ["a literal eos_token_id 2"] * text.get("literal_eos", False)
-        odd += [f"two activations, {vision['act']} and {text['act']}"] * (
-            vision["act"] != text["act"]
-        )
-        odd += [f"act {vision['act']}"] * (vision["act"] == "gelu_pytorch_tanh")
-    if not odd and layout == "openai":
-        odd += [f"act {vision['act']}"] * (vision["act"] != "quick_gelu")
-        odd += [f"image_size {vision['image_size']}"] * (
-            vision["image_size"] % vision["patch_size"] != 0
-        )
-        for tower in (vision, text):
-            odd += [f"ln_eps {tower['ln_eps']}"] * (tower["ln_eps"] != 1e-5)
-            odd += [f"{tower['heads']} heads in a width of {tower['width']}, where each has 64"] * (
-                tower["heads"] * 64 != tower["width"]
-            )
-    if odd and layout != "transformers":
+        image, patch, acts = vision["image_size"], vision["patch_size"], [t["act"] for t in towers]
+        end, is_openai = text["eos_token_id"], layout == "openai"
+        reasons = {
+            f"channels {vision['channels']}": vision["channels"] != 3,
+            f"eos_token_id {end}": end not in (LEGACY_EOS, text["vocab_size"] - 1),
+            "a literal eos_token_id 2": is_openai and text.get("literal_eos", False),
+            f"two activations, {' and '.join(acts)}": acts[0] != acts[1],
+            f"act {acts[0]}": acts[0] not in ("quick_gelu", "gelu")[: 1 if is_openai else 2],
+            f"image_size {image}": is_openai and image % patch != 0,
+        }
+        for tower in towers if is_openai else ():
+            width, heads = tower["width"], tower["heads"]
+            reasons[f"{heads} heads in a width of {width}, where each has 64"] = heads * 64 != width
+            reasons[f"ln_eps {tower['ln_eps']}"] = tower["ln_eps"] != 1e-5
+        odd = [reason for reason, holds in reasons.items() if holds]
+    if odd:
         found = ", ".join(dict.fromkeys(odd))  # the two towers may have the same
         raise ValueError(f"the layout {layout!r} cannot express {found}; 'transformers' can")

@@ -43,18 +43,15 @@ HUB_FILES = {
     ),
     "transform": (["preprocessor_config.json", "processor_config.json", "open_clip_config.json"],),
 }
-"""What each part of a checkpoint is read from. Of several lists, the next is for repositories that
-have nothing of the one before."""
+"""What each part of a checkpoint is read from. Each next list is for repositories that have nothing
+of the lists before."""
 CHECKED = ".miniclip-checked"  # in a repository's cache: files whose hash was right
 SUFFIXES = (".safetensors", ".bin", ".pt")
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-)
+WEIGHTS = tuple(
+    f"{file}{index}"
+    for file in ("model.safetensors", "pytorch_model.bin")
+    for index in ("", ".index.json")
+) + ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 ADDRESS = re.compile(
     r"(?:hf[-_]hub:|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)(?P<id>[^/?#]+/[^/?#]+)"
     r"(?:/tree/(?P<revision>[^/?#]+)(?:/(?P<folder>[^?#]+?))?)?/?(?:[?#].*)?"
@@ -90,10 +87,16 @@ def resolve(
         raise CheckpointError(f"subfolder is {shown(folder)}; expected a folder inside {name}")
     embedded = embedded_names()
     path = EMBEDDED / name if name in embedded else as_path(name)
-    if str(name) and os.path.isdir(path):
-        return _finished(_inside(path, folder))
-    if os.path.isfile(path):
-        return _finished(_inside(path.parent, folder))
+    if str(name) and (os.path.isdir(path) or os.path.isfile(path)):
+        directory = _inside(path if os.path.isdir(path) else path.parent, folder)
+        try:
+            finish_save(directory)
+        except OSError as error:
+            raise CheckpointError(
+                f"{directory}: a save was cut short here, and the files that it left in {SAVED} "
+                f"cannot be moved to their places: {error}"
+            ) from error
+        return directory
     id = address["id"] if address else openai_id(str(name)) or str(name)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", id) or Path(id).suffix in SUFFIXES:
         raise CheckpointError(
@@ -120,18 +123,6 @@ def as_path(name: str | PathLike[str]) -> Path:
     return Path(os.path.expanduser(name))
 
 
-def _finished(directory: Path) -> Path:
-    """The directory, after the last step of a save that was killed before it; see `saving`."""
-    try:
-        finish_save(directory)
-    except OSError as error:
-        raise CheckpointError(
-            f"{directory}: a save was cut short here, and the files that it left in {SAVED} cannot "
-            f"be moved to their places: {error}"
-        ) from error
-    return directory
-
-
 @cache
 def _say_once(message: str) -> None:
     log.info(message)
@@ -153,15 +144,11 @@ def _download(
     home = cache / f"models--{repository.replace('/', '--')}"
     before = {path for path in home.rglob("*") if path.is_file() and not path.is_symlink()}
     for patterns in HUB_FILES[kind]:
+        paths = [os.path.normpath(f"{folder}/{name}") for name in patterns]
+        options: Any = {"revision": revision, "local_files_only": local_files_only}
         try:
-            directory = Path(
-                snapshot_download(
-                    repository,
-                    revision=revision,
-                    cache_dir=cache,
-                    local_files_only=local_files_only,
-                    allow_patterns=[os.path.normpath(f"{folder}/{name}") for name in patterns],
-                )
+            snapshot = snapshot_download(
+                repository, cache_dir=cache, allow_patterns=paths, **options
             )
         except Exception as error:  # the hub client's errors have no common base class
             said: BaseException = error
@@ -173,10 +160,10 @@ def _download(
                 f"are directories, and the embedded checkpoints: {', '.join(embedded_names())}. "
                 f"The hub's client says {type(said).__name__}: {reason}"
             ) from error
-        revision = directory.name  # the branch may move before the next request
-        directory = _inside(directory, folder)
-        announced = partial(_announced, repository, revision, local_files_only)
-        _check_hashes(directory, home / CHECKED, before, announced)
+        revision = Path(snapshot).name  # the branch may move before the next request
+        directory = _inside(Path(snapshot), folder)
+        ask = partial(_hashes_at, repository, revision, local_files_only)
+        _check_hashes(directory, home / CHECKED, before, ask)
         if kind != "model" or weights_in(directory):
             break
     return directory
@@ -188,28 +175,25 @@ def commit_of(path: Path) -> str | None:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
 
 
-def _announced(repository: str, commit: str, local_files_only: bool) -> dict[str, str]:
-    """The hash of each file at a commit, as far as the hub can be asked."""
+def _hashes_at(repository: str, commit: str, local_files_only: bool) -> dict[str, str]:
+    """The hash of each file at a commit; empty if the hub cannot be asked."""
     from huggingface_hub import HfApi
 
-    with suppress(Exception):  # no network: a file without a hash is checked another time
-        files: Any = (
-            ()
-            if local_files_only
-            else HfApi().list_repo_tree(repository, revision=commit, recursive=True)
-        )
-        files = [file for file in files if hasattr(file, "blob_id")]
-        return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+    if not local_files_only:
+        with suppress(Exception):  # no network: a file without a hash is checked another time
+            tree: Any = HfApi().list_repo_tree(repository, revision=commit, recursive=True)
+            files = [file for file in tree if hasattr(file, "blob_id")]
+            return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
     return {}
 
 
 def _check_hashes(
-    directory: Path, checked: Path, before: set[Path], announced: Callable[[], dict[str, str]]
+    directory: Path, checked: Path, before: set[Path], ask: Callable[[], dict[str, str]]
 ) -> None:
     """Verify each cached file against its hash once, because the hub's client does not.
 
-    The hash is the name of the file that a link leads to. In a cache without links the hub is asked
-    for it. Files that pass are remembered. A file that does not is a CheckpointError. It is deleted
+    The hash is the name of the file that a link leads to; in a cache without links, `ask` gives it.
+    Files that pass are remembered. A file that does not pass is a CheckpointError, and is deleted
     if this load has downloaded it: it was not among the files `before`.
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
@@ -221,28 +205,26 @@ def _check_hashes(
             continue
         expected = blob.name
         if not file.is_symlink():
-            hashes = announced() if hashes is None else hashes
+            hashes = ask() if hashes is None else hashes
             _, _, inside = file.as_posix().rpartition("/snapshots/")
             expected = hashes.get(inside.partition("/")[2], "")
-            if not expected:
-                continue
-        if not _has_its_hash(blob, expected):
-            is_new = blob not in {path.resolve() for path in before}
+        if expected and not _has_its_hash(blob, expected):
+            if blob in {path.resolve() for path in before}:
+                raise CheckpointError(
+                    f"{file} is not the file that the hub announced: its hash is another. Delete "
+                    "it to download it again; if it was edited, load a copy of the folder"
+                )
             advice = "It is deleted; load again to download it again"
             try:
-                for path in {file, blob} if is_new else ():
+                for path in {file, blob}:
                     path.unlink()
             except OSError as error:
                 advice = f"It cannot be deleted: {error.strerror}"
-            if is_new:
-                what = "came damaged from the hub: its hash is not the announced one"
-                raise CheckpointError(f"{file} {what}. {advice}")
-            raise CheckpointError(
-                f"{file} is not the file that the hub announced: its hash is another. Delete it to "
-                "download it again; if it was edited, load a copy of the folder"
-            )
-        with suppress(OSError), open(checked, "a") as notes:  # a cache may be read-only
-            notes.write(f"{note}\n")
+            what = "came damaged from the hub: its hash is not the announced one"
+            raise CheckpointError(f"{file} {what}. {advice}")
+        if expected:
+            with suppress(OSError), open(checked, "a") as notes:  # a cache may be read-only
+                notes.write(f"{note}\n")
 
 
 def _has_its_hash(blob: Path, name: str = "") -> bool:
@@ -252,17 +234,13 @@ def _has_its_hash(blob: Path, name: str = "") -> bool:
     the hub may use the plain sha1, or names that are not hashes.
     """
     name = name or blob.name
-    if len(name) == 64:
-        digests = [hashlib.sha256()]
-    elif len(name) == 40:
-        digests = [hashlib.sha1(b"blob %d\0" % blob.stat().st_size), hashlib.sha1()]
-    else:
-        return True
+    git = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+    digests = {64: [hashlib.sha256()], 40: [git, hashlib.sha1()]}.get(len(name), [])
     with open(blob, "rb") as file:
-        while chunk := file.read(1 << 20):
+        while digests and (chunk := file.read(1 << 20)):
             for digest in digests:
                 digest.update(chunk)
-    return name in [digest.hexdigest() for digest in digests]
+    return not digests or name in [digest.hexdigest() for digest in digests]
 
 
 def weights_in(directory: Path) -> Path | None:

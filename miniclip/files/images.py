@@ -4,11 +4,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from miniclip.errors import CheckpointError, blaming, shown
+from miniclip.errors import CheckpointError, blaming, shown, wrong
 from miniclip.files.hub import CONFIGS
 from miniclip.files.open_clip import preprocessing_from_open_clip, preprocessing_to_open_clip
 from miniclip.files.reading import read_json, read_json_if_there
-from miniclip.files.writing import blaming_disk, saving, write_json
+from miniclip.files.writing import saving, write_json
 
 # What the file of each CLIP says, if it says it: the four steps, and how they are done.
 _FIXED = {
@@ -32,24 +32,21 @@ def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
     {'size': 336, 'crop_size': 224}
     """
     settings = {field: value for field, value in settings.items() if value is not None}
-    size = settings.get("size")
+    size = settings.get("size", 224)
     is_squash = isinstance(size, dict) and size.keys() == {"height", "width"}
     kind = settings.get("image_processor_type", settings.get("feature_extractor_type", "CLIP"))
     if not isinstance(kind, str) or not kind.startswith("CLIP"):
-        raise ValueError(f"image_processor_type is {shown(kind)}; expected CLIPImageProcessor")
+        raise wrong("image_processor_type", kind, "CLIPImageProcessor")
     for field, value in settings.items():
         expected = _FIXED.get(field, False)  # do_pad and its like are steps of other models
-        if (field in _FIXED or field.startswith("do_")) and value != expected:
-            if field != "do_center_crop" or not is_squash:
-                raise ValueError(
-                    f"{field:.100} is {shown(value)}; a CLIP's transform has {expected!r}"
-                )
-    fields = {"size": _side(settings.get("size", 224), "size")}
-    fields["crop_size"] = fields["size"]
-    if not is_squash or settings.get("do_center_crop", True):
-        fields["crop_size"] = _side(settings.get("crop_size", 224), "crop_size")
-    if is_squash:
-        fields["squash"] = True
+        is_checked = field in _FIXED or field.startswith("do_")
+        if is_checked and value != expected and not (field == "do_center_crop" and is_squash):
+            raise ValueError(f"{field:.100} is {shown(value)}; a CLIP's transform has {expected!r}")
+    fields = {"size": _side(size, "size")}
+    is_cropped = not is_squash or settings.get("do_center_crop", True)
+    crop_size = settings.get("crop_size", 224) if is_cropped else fields["size"]
+    fields["crop_size"] = _side(crop_size, "crop_size")
+    fields |= {"squash": True} if is_squash else {}
     return fields | {f: settings[f] for f in ("image_mean", "image_std") if f in settings}
 
 
@@ -59,8 +56,8 @@ def _side(value: Any, field: str) -> Any:
     is_form = isinstance(value, dict) and value.keys() in forms
     sides = list(value.values()) if is_form else [value]
     if type(sides[0]) is not int or sides[0] != sides[-1]:
-        form = " or ".join(" and ".join(f"'{key}'" for key in sorted(keys)) for keys in forms)
-        raise ValueError(f"{field} is {shown(value)}; expected pixels, as one number or by {form}")
+        names = " or ".join(" and ".join(f"'{key}'" for key in sorted(keys)) for keys in forms)
+        raise wrong(field, value, f"pixels, as one number or by {names}")
     return sides[0]
 
 
@@ -108,7 +105,7 @@ def write_settings(directory: str | PathLike[str], fields: dict[str, Any]) -> No
     """Write preprocessor_config.json, and update the other files that have the same settings."""
     directory = Path(directory)
     settings = to_transformers(fields)
-    with blaming_disk(directory), saving(directory) as folder:
+    with saving(directory) as folder:
         if saved := read_json_if_there(directory / CONFIGS["open_clip"]):
             with blaming(directory):  # it may not express the settings
                 preprocessing = preprocessing_to_open_clip(fields)

@@ -2,11 +2,9 @@
 
 Nothing is guessed and nothing is repaired. Each tensor in the file must have its place in the
 model, each parameter must have its tensor of the same shape, and no weight is changed on the way.
-This file is long because a config and its weights can only be checked against each other.
 """
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from miniclip.errors import CheckpointError, blaming, listed, shown, warn
+from miniclip.errors import CheckpointError, blaming, listed, shown, warn, wrong
 from miniclip.files.checks import LEGACY_EOS
 from miniclip.files.configs import (
     TOWER_TYPES,
@@ -48,7 +46,7 @@ from miniclip.files.names import (
     recognize,
 )
 from miniclip.files.open_clip import from_open_clip
-from miniclip.files.published import Fields, published, vision_of_timm
+from miniclip.files.published import Fields, fields_of_timm, published
 from miniclip.files.reading import read_json
 from miniclip.files.tensors import read_tensors
 
@@ -57,7 +55,7 @@ XLM_V = "facebook/xlm-v-base"  # the tokenizer of MetaCLIP 2
 
 
 class Fork(NamedTuple):
-    """How the files of a class differ from those of CLIP."""
+    """How the files of a class differ from the files of CLIP."""
 
     model_type: str = "clip"
     class_name: str = "CLIP"
@@ -65,9 +63,6 @@ class Fork(NamedTuple):
 
 
 PLAIN = Fork()
-
-
-Expected = dict[str, tuple[Place, tuple[int, ...]]]  # our name: its place, its shape
 
 
 class Stored(NamedTuple):
@@ -79,7 +74,7 @@ class Stored(NamedTuple):
     table: Layout
     path: Path  # of the weights
     config_path: Path  # of the file that the fields are from
-    device: str | torch.device  # that a model should be on
+    device: str | torch.device  # for the model
 
     @property
     def towers(self) -> list[str]:
@@ -93,25 +88,25 @@ class Stored(NamedTuple):
 
     def check_towers(self, towers: tuple[str, ...]) -> None:
         """Raise CheckpointError unless it has these towers."""
-        if len(towers) > len(self.towers):
-            kind = f"{self.towers[0].title()}Tower"
-            raise CheckpointError(
-                f"{self.path}: one tower alone: load it with {kind}.from_pretrained"
-            )
-        if not {*towers} <= {*self.towers}:
-            raise CheckpointError(
-                f"{self.path}: has no {towers[0]} tower, but a {self.towers[0]} tower alone"
-            )
+        if {*towers} <= {*self.towers}:
+            return
+        only = self.towers[0]
+        reason = f"has no {towers[0]} tower, but a {only} tower alone"
+        if len(towers) == 2:
+            reason = f"one tower alone: load it with {only.title()}Tower.from_pretrained"
+        raise CheckpointError(f"{self.path}: {reason}")
 
     def has(self, part: str, name: str | PathLike[str], **options: Any) -> bool:
-        """Whether to read its "tokenizer" or "transform", which a tower alone often has elsewhere.
+        """Whether to read its "tokenizer" or "transform". A tower alone may have none.
 
-        Warns of a vocabulary that is not CLIP's. `name` and options as of `resolve`.
+        Warns if the vocabulary is not CLIP's. `name` and options as of `resolve`.
         """
         text = self.fields.get("text", {})
         other = text.get("tokenizer")
         if part == "tokenizer" and (other or text.get("literal_eos")):
-            if not str(other).startswith("openai/clip-") and not self._has_vocabulary():
+            files = ("vocab.json", OPENAI_VOCABULARY)
+            has_vocabulary = any((self.path.parent / file).is_file() for file in files)
+            if not str(other).startswith("openai/clip-") and not has_vocabulary:
                 other = other or (XLM_V if text.get("vocab_size") == 901_629 else name)
                 warn(
                     f"{name}: its vocabulary is not CLIP's BPE, so there is no tokenizer. Make the "
@@ -126,10 +121,6 @@ class Stored(NamedTuple):
         is_openais = self.layout == "openai" and "vision" in self.towers
         return is_openais and not has_files("transform", name, **options)
 
-    def _has_vocabulary(self) -> bool:
-        names = ("vocab.json", OPENAI_VOCABULARY)
-        return any((self.path.parent / name).is_file() for name in names)
-
     def embed_dim(self, tower: str) -> int | None:
         """The width of a tower's embeddings, or None for a tower without projection."""
         projection = place(f"{tower}.proj.weight", self.table).key
@@ -143,9 +134,8 @@ class Stored(NamedTuple):
             with blaming(self.config_path), meta_device():
                 yield
         except RuntimeError as error:  # more bytes than 64 bits can count
-            raise CheckpointError(
-                f"{self.config_path}: no model can be so large: {error}"
-            ) from None
+            reason = f"no model can be so large: {error}"
+            raise CheckpointError(f"{self.config_path}: {reason}") from None
 
     def state_dict(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         """The tensors under the names of a model's `state_dict`; `model` may be of shapes alone.
@@ -154,23 +144,25 @@ class Stored(NamedTuple):
         lists it all, up to a thousand lines. Warns of NaN and infinity.
         """
         with blaming(self.path):
-            expected = {
-                prefix + name: (place(prefix + name, self.table), tuple(tensor.shape))
-                for name, tensor in model.state_dict().items()
-            }
-        self._check_depth(expected, prefix)
-        self._check_fit(expected, prefix)
+            shapes = {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()}
+            places = {name: place(name, self.table) for name in shapes}
+        self._check_depth(places)
+        self._check_fit(places, shapes, prefix)
         state = {
             name.removeprefix(prefix): where.take(self.tensors[where.key]).to(self.device)
-            for name, (where, _) in expected.items()
+            for name, where in places.items()
         }
-        _warn_of_damage(state, self.path)
+        # One NaN or infinity in a weight silently turns every logit into NaN.
+        real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
+        odd = [n for n, t in real.items() if not all(end.isfinite() for end in t.aminmax())]
+        if odd:
+            warn(f"{self.path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}")
         return state
 
-    def _check_depth(self, expected: Expected, prefix: str) -> None:
-        """First of all: a wrong number of layers would fill the error with their tensors."""
+    def _check_depth(self, places: dict[str, Place]) -> None:
+        """Checked first: a wrong number of layers would fill the error with their tensors."""
         for tower in self.towers:
-            blocks = {n.split(".")[2] for n in expected if n.startswith(f"{tower}.blocks.")}
+            blocks = {n.split(".")[2] for n in places if n.startswith(f"{tower}.blocks.")}
             found = depth(tower, self.table, self.tensors)
             if blocks and found != len(blocks):
                 raise CheckpointError(
@@ -178,7 +170,9 @@ class Stored(NamedTuple):
                     f"{self.layout}, but its config says {len(blocks)}"
                 )
 
-    def _check_fit(self, expected: Expected, prefix: str) -> None:
+    def _check_fit(
+        self, places: dict[str, Place], shapes: dict[str, tuple[int, ...]], prefix: str
+    ) -> None:
         tensors = self.tensors
         if prefix:  # the tensors of the other tower are not needed
             rest = {*TOWERS, "logit_scale"} - {prefix.rstrip(".")}
@@ -188,29 +182,26 @@ class Stored(NamedTuple):
                 warn(f"{self.path}: {listed(on_top)} are no part of the tower, and are left out")
             tensors = {k: t for k, t in tensors.items() if k not in others and k not in on_top}
         stored: dict[str, tuple[tuple[int, ...], str]] = {}
-        for ours, (where, shape) in expected.items():  # of q, k and v in one tensor, q is named
-            stored.setdefault(where.key, (where.stored_shape(shape), ours))
-        complaints = [
-            f"missing: {key} {shape}, our {ours}"
-            for key, (shape, ours) in stored.items()
-            if key not in tensors
-        ]
-        complaints += [
+        for ours, where in places.items():  # of q, k and v in one tensor, q is named
+            stored.setdefault(where.key, (where.stored_shape(shapes[ours]), ours))
+        missing, misshapen, mistyped = [], [], []
+        for key, (shape, ours) in stored.items():
+            tensor = tensors.get(key)
+            if tensor is None:
+                missing.append(f"missing: {key} {shape}, our {ours}")
+                continue
+            if tuple(tensor.shape) != shape:
+                found = shown(tuple(tensor.shape))
+                misshapen.append(f"wrong shape: {key} {found}, our {ours} {shape}")
+            if not tensor.is_floating_point():
+                found = f"holds {tensor.dtype}, expected floating point numbers"
+                mistyped.append(f"wrong type: {key} {found}")
+        unexpected = [
             f"unexpected: {key:.200} {shown(tuple(tensor.shape))}"
             for key, tensor in tensors.items()
             if key not in stored
         ]
-        complaints += [
-            f"wrong shape: {key} {shown(tuple(tensors[key].shape))}, our {ours} {shape}"
-            for key, (shape, ours) in stored.items()
-            if key in tensors and tuple(tensors[key].shape) != shape
-        ]
-        complaints += [
-            f"wrong type: {key} holds {tensors[key].dtype}, expected floating point numbers"
-            for key in stored
-            if key in tensors and not tensors[key].is_floating_point()
-        ]
-        if complaints:
+        if complaints := missing + unexpected + misshapen + mistyped:
             raise CheckpointError(
                 f"{self.path}: {len(complaints)} tensors do not fit the model that its config "
                 f"describes; the first, {complaints[0]}\n" + "\n".join(complaints[:1000])
@@ -225,16 +216,19 @@ def open_model(
     config: Any = None,
     **options: Any,
 ) -> Stored:
-    """The model of a checkpoint, before a class is built for it; options as of `resolve`.
+    """The model of a checkpoint, before a class is built for it.
 
-    `dtype` is what floating point tensors are converted to; None keeps the file's. `config` takes
-    the place of the checkpoint's: a CLIPConfig, an official name ("ViT-L/14"), or what `load` reads
-    a config from. Raises CheckpointError, or ValueError for the dtype or the device, before
-    anything is downloaded.
+    Args:
+        dtype: what floating point tensors are converted to; None keeps the file's.
+        config: in place of the checkpoint's: a CLIPConfig, an official name ("ViT-L/14"), or what
+            `load` reads a config from.
+        options: as of `resolve`.
+    Raises:
+        CheckpointError; ValueError for the dtype or the device, before anything is downloaded.
     """
     check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}; expected a floating point type like torch.float32")
+        raise wrong("dtype", dtype, "a floating point type like torch.float32")
     given = None if config is None else _given_fields(config, fork)
     directory, path = resolve(name, "model", **options), as_path(name)
     weights = path if os.path.isfile(path) else weights_in(directory)
@@ -248,13 +242,12 @@ def _given_fields(config: Any, fork: Fork) -> tuple[Path, Fields]:
     if is_dataclass(config) and not isinstance(config, type):
         return Path("config="), asdict(config)
     if not isinstance(config, str | PathLike):
-        raise ValueError(
-            f"config is {shown(config)}; expected a CLIPConfig, a path or a name like 'ViT-L/14'"
-        )
+        raise wrong("config", config, "a CLIPConfig, a path or a name like 'ViT-L/14'")
     if fields := published(str(config)):
         return Path(f"config={config}"), fields
-    if os.path.isfile(as_path(config)) and as_path(config).suffix == ".json":
-        return as_path(config), _read_fields(as_path(config), fork)
+    path = as_path(config)
+    if os.path.isfile(path) and path.suffix == ".json":
+        return path, _read_fields(path, fork)
     return _fields_of(config, fork)
 
 
@@ -287,20 +280,19 @@ def _open(
     file = {"transformers": config, "open_clip": open_clip}.get(layout)
     if table is TIMM and not open_clip.is_file():
         file = config
-    warning = ""
     if given is None and file is not None and file.is_file():
         given = file, _read_fields(file, fork)
-    elif given is None:
+    if given is None:
         try:
             fields, warning = without_config(tensors, table, towers)
         except ValueError as error:
             missing = f"{file.name}: No such file. " if file is not None else ""
             raise CheckpointError(f"{weights}: {missing}{error}") from None
         given = weights, fields
+        if warning:
+            warn(f"{weights}: {warning}")
     config_path, fields = given
-    if warning:
-        warn(f"{weights}: {warning}")
-    others = {*TOWERS} - {*towers} if towers else set()
+    others = {*TOWERS} - {*towers}
     fields = {name: value for name, value in fields.items() if name not in others}
     tensors = {name: t for name, t in tensors.items() if name not in OPENAI_NUMBERS}
     return Stored(fields, tensors, layout, table, weights, config_path, device)
@@ -313,32 +305,16 @@ def _read_fields(path: Path, fork: Fork) -> Fields:
         if "model_cfg" in settings or path.name == CONFIGS["open_clip"]:
             return from_open_clip(settings)
         if "architecture" in settings:
-            return _from_timm(settings)
+            return fields_of_timm(settings)
         if settings.get("model_type") in [*TOWER_TYPES]:
             return tower_from_transformers(settings)
         return from_transformers(settings, tuple(dict.fromkeys(("clip", fork.model_type))))
 
 
-def _from_timm(settings: dict[str, Any]) -> Fields:
-    """timm's config.json of one vision tower."""
-    name = settings["architecture"]
-    trained = settings.get("pretrained_cfg") or {}
-    tag = str(trained.get("tag")) if isinstance(trained, dict) else ""
-    vision = vision_of_timm(name)
-    if vision is None or settings.get("global_pool", "token") != "token":
-        raise ValueError(f"architecture is {shown(name)}; of timm's, expected vit_*_patch*_clip_*")
-    if vision["act"] == "gelu" and re.fullmatch(r"openai|metaclip_(400m|2pt5b)|dfn5b", tag):
-        raise ValueError(
-            f"architecture is {shown(name)}, which has GELU, and the weights {tag!r} were trained "
-            "with QuickGELU. Say which to use, such as config='openai/clip-vit-base-patch32'"
-        )
-    return {"vision": vision, "embed_dim": settings.get("num_classes")}
-
-
 def read_fields(
     name: str | PathLike[str], fork: Fork = PLAIN, config: Any = None, **options: Any
 ) -> tuple[Path, Fields]:
-    """The config of a checkpoint of two towers, by any of the names of `load`: its file and fields.
+    """The config of a checkpoint with two towers, by any name that `load` takes: file and fields.
 
     OpenAI's layout has no config file: there the shapes of the weights say the same. Raises
     CheckpointError.
@@ -364,6 +340,13 @@ def _fields_of(name: str | PathLike[str], fork: Fork, **options: Any) -> tuple[P
     return weights, _open(directory, weights, None, fork).fields
 
 
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_drawing = func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+        return kwargs["tensor"] if is_drawing else func(*args, **kwargs)
+
+
 @contextmanager
 def meta_device() -> Iterator[None]:
     """A block in which models have shapes and no weights.
@@ -372,14 +355,6 @@ def meta_device() -> Iterator[None]:
     """
     with torch.device("meta"), _Undrawn():
         yield
-
-
-class _Undrawn(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
-            return kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def check_device(device: str | torch.device) -> None:
@@ -393,19 +368,6 @@ def check_device(device: str | torch.device) -> None:
             f"device {str(device)!r} cannot be used: this PyTorch ({torch.__version__}) finds "
             f"{', '.join(found)} here"
         ) from None
-
-
-def _warn_of_damage(tensors: dict[str, Tensor], path: Path) -> None:
-    """One NaN or infinity in a weight silently turns every logit into NaN."""
-    odd = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.numel()
-        and not tensor.is_meta  # which has no numbers to check
-        and not all(extreme.isfinite() for extreme in tensor.aminmax())
-    ]
-    if odd:
-        warn(f"{path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}")
 
 
 def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> None:

@@ -1,4 +1,4 @@
-"""The modules of a model: their names, and whether its config describes them."""
+"""The names of a model's modules, and whether its config describes them."""
 
 import re
 import warnings
@@ -37,7 +37,7 @@ def class_of(module: nn.Module) -> Any:
 
 
 def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """As nn.Module's, but wrappers are no part of a name, and a shared module has all its names."""
+    """Like nn.Module.named_modules, without wrappers; a shared module comes under all its names."""
     module = unwrapped(module)
     yield prefix, module
     for name, child in module._modules.items():
@@ -46,7 +46,7 @@ def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def is_patched(module: nn.Module, name: str) -> bool:
-    """Whether a module has a method of its own in the place of its class's."""
+    """Whether someone has set a method on a module itself, over its class's method."""
     patch: Any = vars(module).get(name)
     if getattr(patch, "func", None) is checkpoint:  # the same, computed again in the backward pass
         patch = patch.args[0]
@@ -65,9 +65,9 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_described(model: Any) -> None:
-    """Raise ValueError unless a model, its weights aside, is what its class makes of its config.
+    """Raise ValueError unless the class of a model makes the same modules of its config.
 
-    Warns of a method that is patched on a module. Hooks do not count.
+    Weights and hooks do not count. Warns of a method that is patched on a module.
     """
     kind = class_of(model)
     with meta_device():
@@ -89,7 +89,7 @@ def check_described(model: Any) -> None:
 
 
 def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
-    """How the modules of two models differ, in words: in class, order, settings or shapes."""
+    """The differences between the modules of two models, in words."""
     ours, theirs = dict(named_modules(model)), dict(named_modules(expected))
     for name in theirs | ours:
         kinds = [class_of(m[name]).__name__ if name in m else "absent" for m in (ours, theirs)]
@@ -116,7 +116,7 @@ OWN = {*vars(nn.Module()), "eager"}  # what every module has, and how attention 
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module is beside its class: its parts, the numbers that it keeps, and its shapes."""
+    """What a module has beside its class: the names of its parts, its attributes and shapes."""
     settings: dict[str, Any] = {"parts": [*module._modules]} | module._buffers
     for name, value in vars(module).items():
         if name not in OWN and (name[0] != "_" or isinstance(value, int | float | str)):
@@ -130,7 +130,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A setting in words, the same for two that are alike."""
+    """A setting in words: equal words for equal settings."""
     if isinstance(value, Tensor):
         value = value.tolist()
     cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]

@@ -23,102 +23,66 @@ from miniclip.errors import listed, warn
 
 Layout = dict[str, str]
 
-
-def _with_blocks(table: Layout, block: Layout, vision: str, text: str) -> Layout:
-    return table | {
-        f"{tower}.blocks.{{}}.{ours}": f"{blocks}.{{}}.{theirs}"
-        for tower, blocks in (("vision", vision), ("text", text))
-        for ours, theirs in block.items()
-    }
-
-
-TRANSFORMERS = _with_blocks(
-    {
-        "logit_scale": "logit_scale",
-        "vision.class_embed": "vision_model.embeddings.class_embedding",
-        "vision.patch_embed": "vision_model.embeddings.patch_embedding",
-        "vision.pos_embed": "vision_model.embeddings.position_embedding.weight",
-        "vision.register_embed": "vision_model.embeddings.register_tokens",  # miniclip's own
-        "vision.ln_pre": "vision_model.pre_layrnorm",  # sic, in every checkpoint
-        "vision.ln_post": "vision_model.post_layernorm",
-        "vision.proj": "visual_projection",
-        "text.token_embed": "text_model.embeddings.token_embedding",
-        "text.pos_embed": "text_model.embeddings.position_embedding.weight",
-        "text.ln_final": "text_model.final_layer_norm",
-        "text.proj": "text_projection",
-    },
-    {
-        "ln_1": "layer_norm1",
-        "attn.q_proj": "self_attn.q_proj",
-        "attn.k_proj": "self_attn.k_proj",
-        "attn.v_proj": "self_attn.v_proj",
-        "attn.out_proj": "self_attn.out_proj",
-        "ln_2": "layer_norm2",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    },
-    vision="vision_model.encoder.layers",
-    text="text_model.encoder.layers",
-)
+# ours, transformers (pre_layrnorm is spelled so in every checkpoint), openai/CLIP, timm
+_TOWERS = """
+logit_scale           logit_scale                                       logit_scale
+vision.class_embed    vision_model.embeddings.class_embedding           visual.class_embedding
+vision.patch_embed    vision_model.embeddings.patch_embedding           visual.conv1
+vision.pos_embed      vision_model.embeddings.position_embedding.weight visual.positional_embedding
+vision.register_embed vision_model.embeddings.register_tokens           -
+vision.ln_pre         vision_model.pre_layrnorm                         visual.ln_pre
+vision.ln_post        vision_model.post_layernorm                       visual.ln_post
+vision.proj           visual_projection                                 -
+vision.proj.weight    -                                                 visual.proj.T
+text.token_embed      text_model.embeddings.token_embedding             token_embedding
+text.pos_embed        text_model.embeddings.position_embedding.weight   positional_embedding
+text.ln_final         text_model.final_layer_norm                       ln_final
+text.proj             text_projection                                   -
+text.proj.weight      -                                                 text_projection.T
+"""
+_BLOCK = """
+ln_1                layer_norm1         ln_1                    norm1
+attn.q_proj         self_attn.q_proj    -                       -
+attn.q_proj.weight  -                   attn.in_proj_weight[0]  attn.qkv.weight[0]
+attn.q_proj.bias    -                   attn.in_proj_bias[0]    attn.qkv.bias[0]
+attn.k_proj         self_attn.k_proj    -                       -
+attn.k_proj.weight  -                   attn.in_proj_weight[1]  attn.qkv.weight[1]
+attn.k_proj.bias    -                   attn.in_proj_bias[1]    attn.qkv.bias[1]
+attn.v_proj         self_attn.v_proj    -                       -
+attn.v_proj.weight  -                   attn.in_proj_weight[2]  attn.qkv.weight[2]
+attn.v_proj.bias    -                   attn.in_proj_bias[2]    attn.qkv.bias[2]
+attn.out_proj       self_attn.out_proj  attn.out_proj           attn.proj
+ln_2                layer_norm2         ln_2                    norm2
+mlp.fc1             mlp.fc1             mlp.c_fc                mlp.fc1
+mlp.fc2             mlp.fc2             mlp.c_proj              mlp.fc2
+"""
 
 
-def _openai(text: str) -> Layout:
-    return _with_blocks(
-        {
-            "logit_scale": "logit_scale",
-            "vision.class_embed": "visual.class_embedding",
-            "vision.patch_embed": "visual.conv1",
-            "vision.pos_embed": "visual.positional_embedding",
-            "vision.ln_pre": "visual.ln_pre",
-            "vision.ln_post": "visual.ln_post",
-            "vision.proj.weight": "visual.proj.T",
-            "text.token_embed": f"{text}token_embedding",
-            "text.pos_embed": f"{text}positional_embedding",
-            "text.ln_final": f"{text}ln_final",
-            "text.proj.weight": f"{text}text_projection.T",
-        },
-        {
-            "ln_1": "ln_1",
-            "attn.q_proj.weight": "attn.in_proj_weight[0]",
-            "attn.k_proj.weight": "attn.in_proj_weight[1]",
-            "attn.v_proj.weight": "attn.in_proj_weight[2]",
-            "attn.q_proj.bias": "attn.in_proj_bias[0]",
-            "attn.k_proj.bias": "attn.in_proj_bias[1]",
-            "attn.v_proj.bias": "attn.in_proj_bias[2]",
-            "attn.out_proj": "attn.out_proj",
-            "ln_2": "ln_2",
-            "mlp.fc1": "mlp.c_fc",
-            "mlp.fc2": "mlp.c_proj",
-        },
-        vision="visual.transformer.resblocks",
-        text=f"{text}transformer.resblocks",
-    )
+def _layout(column: int, vision: str, text: str) -> Layout:
+    """The table of a column, with what stands before the number of a block in each tower."""
+    rows = [[*line.split(), "-"] for line in _TOWERS.strip().splitlines()]
+    layout = {row[0]: row[column] for row in rows}
+    for tower, blocks in (("vision", vision), ("text", text)):
+        for row in map(str.split, _BLOCK.strip().splitlines()):
+            layout[f"{tower}.blocks.{{}}.{row[0]}"] = f"{blocks}.{{}}.{row[column]}"
+    return {ours: theirs for ours, theirs in layout.items() if not theirs.endswith("-")}
 
 
-OPENAI = _openai(text="")
-OPEN_CLIP_CUSTOM_TEXT = _openai(text="text.")  # `custom_text` in its config, CustomTextCLIP in code
-LAYOUTS = {"transformers": TRANSFORMERS, "openai": OPENAI, "open_clip": OPENAI}
-
-_TIMM = {
-    "class_embed": "cls_token",
-    "patch_embed": "patch_embed.proj",
-    "pos_embed": "pos_embed",
-    "ln_pre": "norm_pre",
-    "ln_post": "norm",
-    "proj": "head",
-    "blocks.{}.ln_1": "blocks.{}.norm1",
-    **{
-        f"blocks.{{}}.attn.{part}_proj.{kind}": f"blocks.{{}}.attn.qkv.{kind}[{third}]"
-        for third, part in enumerate("qkv")
-        for kind in ("weight", "bias")
-    },
-    "blocks.{}.attn.out_proj": "blocks.{}.attn.proj",
-    "blocks.{}.ln_2": "blocks.{}.norm2",
-    "blocks.{}.mlp.fc1": "blocks.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
+TRANSFORMERS = _layout(1, "vision_model.encoder.layers", "text_model.encoder.layers")
+OPENAI = _layout(2, "visual.transformer.resblocks", "transformer.resblocks")
+OPEN_CLIP_CUSTOM_TEXT = {  # `custom_text` in its config, CustomTextCLIP in its code
+    ours: f"text.{theirs}" if ours.startswith("text.") else theirs
+    for ours, theirs in OPENAI.items()
 }
+LAYOUTS = {"transformers": TRANSFORMERS, "openai": OPENAI, "open_clip": OPENAI}
 TIMM = {ours: place for ours, place in OPEN_CLIP_CUSTOM_TEXT.items() if "vision." not in ours} | {
-    f"vision.{ours}": f"visual.trunk.{theirs}" for ours, theirs in _TIMM.items()
+    "vision.class_embed": "visual.trunk.cls_token",
+    "vision.patch_embed": "visual.trunk.patch_embed.proj",
+    "vision.pos_embed": "visual.trunk.pos_embed",
+    "vision.ln_pre": "visual.trunk.norm_pre",
+    "vision.ln_post": "visual.trunk.norm",
+    "vision.proj": "visual.trunk.head",
+    **{n: place for n, place in _layout(3, "visual.trunk.blocks", "").items() if "vision." in n},
 }
 
 

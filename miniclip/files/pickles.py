@@ -1,30 +1,32 @@
-"""The tensors of .bin and .pt files, without the code that is in them.
+"""The tensors of .bin and .pt files. The code in these files never runs.
 
 torch.save writes a pickle and the numbers of each tensor. torch.jit.save also writes the modules
 and their code; OpenAI publishes its models in this form. A pickle is a program: it can call any
-Python function, and a few bytes can make it repeat a long work. This reader knows only the
-instructions that torch.save uses, and each of them only notes its arguments: whatever is not a
-tensor becomes a placeholder. torch.load knows more, and some of its instructions take as much
-memory as a file asks for.
+Python function, and a few bytes can make it repeat long work. Here `pickletools`, which runs
+nothing, splits it into instructions. Only the instructions that torch.save writes are followed, and
+each of them only notes its arguments. `torch.load(weights_only=True)` knows more instructions, some
+of which take as much memory as a file asks for, and refuses what a training loop saves beside the
+weights.
 """
 
 import io
 import math
-import pickle
+import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from miniclip.files.state_dicts import Made, Storage, Stored, find_state_dict
+from miniclip.files.state_dicts import Made, Storage, StoredTensor, find_state_dict
 
 LARGEST = 400_000
-"""Bytes of a pickle, and of an archive's list of contents. bigG/14 with its optimizer has
-356,000, and nothing of this size takes a second to read."""
+"""Bytes of a pickle, and of an archive's list of contents. bigG/14 with its optimizer has 356,000,
+and a pickle of this size takes less than a second to read."""
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -43,11 +45,10 @@ _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 
 
 class PickledTensors:
-    """The tensors of a file, each mapped into memory and not read: the part of safetensors'
-    `safe_open` that is used here.
+    """The tensors of a file, each memory-mapped: the part of safetensors' `safe_open` that is used.
 
-    Raises pickle.UnpicklingError if there is not one state dict in the file, and whatever a damaged
-    file makes zipfile, pickle and torch raise.
+    Raises UnpicklingError unless the file has one state dict, and whatever zipfile, pickle
+    and torch raise for a damaged file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,13 +57,13 @@ class PickledTensors:
             root, self.places = read(file)
         self.stored = find_state_dict(root)
         numbers = [math.prod(t.shape) * t.storage.dtype.itemsize for t in self.stored.values()]
-        if sum(numbers) > 2 * path.stat().st_size:  # one may be there by two names, as tied
-            raise pickle.UnpicklingError(f"its tensors would have {sum(numbers):,} bytes")
+        if sum(numbers) > 2 * path.stat().st_size:  # tied tensors are there by two names
+            raise UnpicklingError(f"its tensors would have {sum(numbers):,} bytes")
         self.path = path
         self.remapped()
 
     def remapped(self) -> "PickledTensors":
-        """Itself, and no page in memory that was read before, but for tensors still in use."""
+        """Map the file again: pages that were read go with the last tensor that is on them."""
         size = self.path.stat().st_size
         self.mapped = torch.UntypedStorage.from_file(str(self.path), False, size)
         return self
@@ -70,7 +71,7 @@ class PickledTensors:
     def keys(self) -> list[str]:
         return [*self.stored]
 
-    def get_slice(self, name: str) -> Stored:
+    def get_slice(self, name: str) -> StoredTensor:
         return self.stored[name]
 
     def get_tensor(self, name: str) -> Tensor:
@@ -84,15 +85,15 @@ class PickledTensors:
 
 
 # ------------------------------------------------------------------------------------------------
-# file -> what its pickle says, and where the numbers of each storage begin
+# a file -> what its pickle says, and where the numbers of each storage begin
 
 
 class _Bounded(io.BufferedReader):
-    """A file of which only so much is read at once, whatever it says of the size of its parts."""
+    """A file that refuses to read much at once, whatever it says about the size of its parts."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LARGEST:
-            raise pickle.UnpicklingError(
+            raise UnpicklingError(
                 f"a part that describes tensors has {size:,} bytes; no CLIP's has over {LARGEST:,}"
             )
         return super().read(size)
@@ -103,38 +104,36 @@ def _read_zip(file: _Bounded) -> tuple[Any, dict[str, int]]:
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1 or len(set(archive.namelist())) < len(archive.namelist()):
-            raise pickle.UnpicklingError("a zip without a single data.pkl, or with a name twice")
+            raise UnpicklingError("a zip without a single data.pkl, or with a name twice")
         folder = names[0].removesuffix("data.pkl")
-        unpickler = _Unpickler(io.BytesIO(_contents(archive, names[0])))
-        root = unpickler.load()
+        root, storages = _read_pickle(io.BytesIO(_contents(archive, names[0])))
         order = f"{folder}byteorder"
         if order in archive.namelist() and _contents(archive, order) != b"little":
-            raise pickle.UnpicklingError("its numbers are not in little-endian order")
-        places = {
+            raise UnpicklingError("its numbers are not in little-endian order")
+        return root, {
             storage.key: _place(file, archive.getinfo(f"{folder}data/{storage.key}"), storage)
-            for storage in unpickler.storages.values()
+            for storage in storages.values()
         }
-    return root, places
 
 
 def _contents(archive: zipfile.ZipFile, name: str) -> bytes:
     record = archive.getinfo(name)
     if record.compress_type != zipfile.ZIP_STORED or record.file_size > LARGEST:
-        raise pickle.UnpicklingError(
+        raise UnpicklingError(
             f"{name:.80} has {record.file_size:,} bytes; expected at most {LARGEST:,}, uncompressed"
         )
     return archive.read(record)
 
 
 def _place(file: _Bounded, record: zipfile.ZipInfo, storage: Storage) -> int:
-    """Where the numbers of a storage begin, if they are as zip and pickle both say."""
+    """Where the numbers of a storage begin, if zip and pickle agree about them."""
     if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
-        raise pickle.UnpicklingError("its numbers are compressed or encrypted")
+        raise UnpicklingError("its numbers are compressed or encrypted")
     file.seek(record.header_offset)
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
     name = file.read(name_length).decode("utf-8" if record.flag_bits & 0x800 else "cp437")
     if (signature, name) != (b"PK\3\4", record.orig_filename) or record.file_size != storage.nbytes:
-        raise pickle.UnpicklingError(
+        raise UnpicklingError(
             f"storage {storage.key:.40} should have {storage.nbytes:,} bytes, and has not"
         )
     return file.tell() + extra_length
@@ -145,206 +144,158 @@ def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
     file.seek(0)
     head = io.BytesIO(file.read(LARGEST))
     if head.read(len(_LEGACY)) != _LEGACY:
-        raise pickle.UnpicklingError("it is none of torch.save's")
-    _Unpickler(head).load()  # which machine wrote it: its numbers are little-endian all the same
-    unpickler = _Unpickler(head)
-    root, keys = unpickler.load(), _Unpickler(head).load()
+        raise UnpicklingError("torch.save did not write it")
+    _read_pickle(head)  # the machine that wrote it; its numbers are little-endian all the same
+    (root, storages), (keys, _) = _read_pickle(head), _read_pickle(head)
     place, places = head.tell(), {}
     for key in keys:
-        storage = unpickler.storages.get(key if isinstance(key, str) else "")
+        storage = storages.get(key if isinstance(key, str) else "")
         file.seek(place)
         if storage is None or file.read(8) != struct.pack("<q", storage.numel):
-            raise pickle.UnpicklingError("its list of storages is not what follows")
+            raise UnpicklingError("its list of storages does not fit what follows")
         places[storage.key] = place + 8
         place += 8 + storage.nbytes
     return root, places
 
 
 # ------------------------------------------------------------------------------------------------
-# pickle -> what it describes
+# a pickle -> what it describes
 #
-# Nothing below copies what it is given, and only texts are looked up, for much else can be made so
-# that to look it up takes long.
+# Nothing below copies a value, and only texts become keys of a dictionary: a pickle can make values
+# that take long to copy or to hash. Tuples are lists here, because lists have no hash.
 
 
-class Maker(NamedTuple):
-    """A function or a class that a pickle names, and that is never called."""
-
-    name: str
+class _Maker(str):
+    """The name of a function or a class in a pickle. It is never called."""
 
 
 def _tensor(
-    storage: Storage,
-    offset: int,
-    shape: list[int],
-    stride: list[int],
-    requires_grad: bool,
-    hooks: Any,
-    metadata: Any = None,
+    storage: Any, offset: int, shape: list[int], stride: list[int], _: Any, __: Any, extra: Any = 0
 ) -> Any:
     if type(storage) is Made:
         return Made("torch._utils._rebuild_tensor_v2 of another dtype")
-    if type(storage) is not Storage or len(shape) > 8 or len(stride) > 8 or metadata:
-        raise pickle.UnpicklingError("a tensor that is not as torch.save writes them")
+    if type(storage) is not Storage or len(shape) > 8 or len(stride) > 8 or extra:
+        raise UnpicklingError("a tensor that is not as torch.save writes them")
     if not all(type(n) is int and 0 <= n < 2**40 for n in (offset, *shape, *stride)):
-        raise pickle.UnpicklingError("a tensor whose shape is no numbers, or negative or huge ones")
+        raise UnpicklingError("a tensor whose shape has odd, negative or huge numbers")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if 0 not in shape and max(math.prod(shape), last + 1) > storage.numel:  # 1 may seem 10^12
-        raise pickle.UnpicklingError(f"{storage.numel:,} numbers for a tensor of shape {shape}")
-    return Stored(storage, offset, shape, stride)
+        raise UnpicklingError(f"{storage.numel:,} numbers for a tensor of shape {shape}")
+    return StoredTensor(storage, offset, shape, stride)
 
 
-def _parameter(tensor: Any, requires_grad: bool, hooks: Any, state: Any = None) -> Any:
-    return tensor
-
-
-def _with_attributes(function: Any, kind: Any, arguments: list[Any], state: Any) -> Any:
-    """A parameter that has Python attributes of its own."""
-    is_plain = kind in (Maker("torch.Tensor"), Maker("torch.nn.parameter.Parameter"))
-    return _call(function, arguments) if is_plain else Made("torch._tensor._rebuild_from_type_v2")
-
-
-_CALLED: dict[str, Callable[..., Any]] = {
+_CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._tensor._rebuild_from_type_v2": _with_attributes,
+    "torch._utils._rebuild_parameter": lambda tensor, *others: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *others: tensor,
+    "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, state: (
+        _made(function, arguments)  # a parameter with Python attributes
+        if kind in ("torch.Tensor", "torch.nn.parameter.Parameter")
+        else Made("torch._tensor._rebuild_from_type_v2")
+    ),
 }
 
 
-def _call(function: Any, arguments: Any) -> Any:
+def _made(function: Any, arguments: Any) -> Any:
     """What a call makes: a tensor, or what stands for anything else."""
-    if not isinstance(function, Maker):
-        raise pickle.UnpicklingError(f"it calls a {type(function).__name__}")
-    known = _CALLED.get(function.name)
-    if known is None:
-        return Made(function.name)
+    if type(function) is not _Maker:
+        raise UnpicklingError(f"it calls a {type(function).__name__}")
+    if function not in _CALLS:
+        return Made(function)
     if not isinstance(arguments, list) or len(arguments) > 8:
-        raise pickle.UnpicklingError("a tensor that is not as torch.save writes them")
-    return known(*arguments)
+        raise UnpicklingError("a tensor that is not as torch.save writes them")
+    return _CALLS[function](*arguments)
 
 
-class _Unpickler(pickle._Unpickler):
-    """pickle's in Python, for of the one in C no instruction can be replaced."""
+def _storage(reference: Any) -> Any:
+    if len(reference) > 6:
+        raise UnpicklingError("a storage of more than six fields")
+    kind, maker, key, _, numel, *view = reference
+    if [type(part) for part in (kind, maker, key, numel)] != [str, _Maker, str, int]:
+        raise UnpicklingError("a storage without name, type or size")
+    dtype = _STORAGES.get(maker.removeprefix("torch."))
+    if dtype is None:
+        return Made(maker)
+    if kind != "storage" or not 0 <= numel < 2**40 or view not in ([], [None]):
+        raise UnpicklingError("a storage that is not as torch.save writes them")
+    return Storage(key, dtype, numel)
 
-    stack: list[Any]
-    metastack: list[list[Any]]
-    memo: dict[int, Any]
-    read: Callable[[int], bytes]
-    append: Callable[[Any], None]
-    pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.storages: dict[str, Storage] = {}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_VALUES = (
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("BINUNICODE", "BINBYTES", "SHORT_BINBYTES"),
+)
 
-    def find_class(self, module: str, name: str) -> Maker:
-        return Maker(f"{module}.{name}")
 
-    def persistent_load(self, reference: Any) -> Any:
-        if len(reference) > 6:
-            raise pickle.UnpicklingError("a storage of more than six fields")
-        kind, maker, key, _, numel, *view = reference
-        if [type(part) for part in (kind, maker, key, numel)] != [str, Maker, str, int]:
-            raise pickle.UnpicklingError("a storage without name, type or size")
-        dtype = _STORAGES.get(maker.name.removeprefix("torch."))
-        if dtype is None:
-            return Made(maker.name)
-        storage = Storage(key, dtype, numel)
-        if kind != "storage" or not 0 <= numel < 2**40 or view not in ([], [None]):
-            raise pickle.UnpicklingError("a storage that is not as torch.save writes them")
-        if self.storages.setdefault(key, storage) != storage:
-            raise pickle.UnpicklingError(f"storage {key:.40} is said to be two things")
-        return storage
-
-    def load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        self.stack[-1] = _call(self.stack[-1], arguments)
-
-    def load_newobj(self) -> None:
-        self.stack.pop()
-        if type(self.stack[-1]) is not Maker:
-            raise pickle.UnpicklingError("it makes an object of no class")
-        self.stack[-1] = Made(self.stack[-1].name)
-
-    def check_depth(self) -> None:
-        if len(self.metastack) > 100 or len(self.stack) > 10_000:
-            raise pickle.UnpicklingError("it begins more than it ends")
-
-    def load_mark(self) -> None:
-        self.check_depth()
-        super().load_mark()  # type: ignore[misc]  # which typeshed does not know
-
-    def load_empty_list(self) -> None:
-        self.check_depth()
-        self.append([])
-
-    def load_empty_dict(self) -> None:
-        self.check_depth()
-        self.append({})
-
-    def load_tuple(self) -> None:
-        """A list, which has no hash."""
-        items = self.pop_mark()  # which makes `append` another
-        self.append(items)
-
-    def load_few(self, count: int) -> None:
-        self.stack[-count:] = [self.stack[-count:]]
-
-    def add_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if type(target) is list:
-            target += items
-        elif type(target) is not Made:  # of a deque or a set, nothing is kept
-            raise pickle.UnpicklingError(f"it adds items to a {type(target).__name__}")
-
-    def set_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, dict):
-            raise pickle.UnpicklingError(f"it sets items of a {type(target).__name__}")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[key if type(key) is str else None] = value  # an optimizer's are numbers
-
-    def memorize(self, place: int) -> None:
-        if place != len(self.memo):
-            raise pickle.UnpicklingError("it numbers what it remembers out of turn")
-        self.memo[place] = self.stack[-1]
-
-    def load_build(self) -> None:
-        state, built = self.stack.pop(), self.stack[-1]
-        if type(built) is not Made:
-            raise pickle.UnpicklingError(f"it changes a {type(built).__name__} after it was made")
-        built.attributes = state
-
-    def load_other(self) -> None:
-        raise pickle.UnpicklingError("it has instructions that torch.save does not write")
-
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **dict.fromkeys(range(256), load_other),
-        **{
-            code: pickle._Unpickler.dispatch[code]
-            for code in (
-                *(pickle.PROTO + pickle.STOP + pickle.GLOBAL + pickle.POP),
-                *(pickle.BINPERSID + pickle.BINGET + pickle.LONG_BINGET),
-                *(pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.BINFLOAT),
-                *(pickle.BININT + pickle.BININT1 + pickle.BININT2 + pickle.LONG1),
-                *(pickle.BINUNICODE + pickle.EMPTY_TUPLE + pickle.BINBYTES + pickle.SHORT_BINBYTES),
-            )
-        },
-        pickle.REDUCE[0]: load_reduce,
-        pickle.NEWOBJ[0]: load_newobj,
-        pickle.BUILD[0]: load_build,
-        pickle.MARK[0]: load_mark,
-        pickle.EMPTY_LIST[0]: load_empty_list,
-        pickle.EMPTY_DICT[0]: load_empty_dict,
-        pickle.TUPLE[0]: load_tuple,
-        pickle.TUPLE1[0]: lambda self: self.load_few(1),
-        pickle.TUPLE2[0]: lambda self: self.load_few(2),
-        pickle.TUPLE3[0]: lambda self: self.load_few(3),
-        pickle.APPEND[0]: lambda self: self.add_items([self.stack.pop()]),
-        pickle.APPENDS[0]: lambda self: self.add_items(self.pop_mark()),
-        pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(-2), self.stack.pop()]),
-        pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()),
-        pickle.BINPUT[0]: lambda self: self.memorize(self.read(1)[0]),
-        pickle.LONG_BINPUT[0]: lambda self: self.memorize(int.from_bytes(self.read(4), "little")),
-    }
+def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
+    """What the next pickle of a file describes, and its storages by name."""
+    stack: list[Any] = []
+    outer: list[list[Any]] = []  # a stack for each mark that is open
+    memo: list[Any] = []
+    storages: dict[str, Storage] = {}
+    steps: Iterable[Any] = pickletools.genops(file)
+    for opcode, argument, _ in steps:
+        name: str = opcode.name
+        items: list[Any] = []
+        if name in ("MARK", "EMPTY_LIST", "EMPTY_DICT"):
+            if len(outer) > 100 or len(stack) > 10_000:
+                raise UnpicklingError("it begins more than it ends")
+        elif name in ("APPENDS", "SETITEMS", "TUPLE"):
+            items, stack = stack, outer.pop()
+        if name in _VALUES:
+            stack.append(argument)
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            if argument != len(memo):
+                raise UnpicklingError("it numbers what it remembers out of turn")
+            memo.append(stack[-1])
+        elif name == "GLOBAL":
+            stack.append(_Maker(argument.replace(" ", ".")))
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == "MARK":
+            outer.append(stack)
+            stack = []
+        elif name in ("EMPTY_LIST", "EMPTY_TUPLE", "TUPLE"):
+            stack.append(items)
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            stack[-count:] = [stack[-count:]]
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name in ("APPEND", "APPENDS"):
+            items = items if name == "APPENDS" else [stack.pop()]
+            if type(stack[-1]) is list:
+                stack[-1] += items
+            elif type(stack[-1]) is not Made:  # the items of a deque or a set are not kept
+                raise UnpicklingError(f"it adds items to a {type(stack[-1]).__name__}")
+        elif name in ("SETITEM", "SETITEMS"):
+            items = items if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+            if not isinstance(stack[-1], dict):
+                raise UnpicklingError(f"it sets items of a {type(stack[-1]).__name__}")
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                stack[-1][key if type(key) is str else None] = value  # an optimizer's are numbers
+        elif name == "BINPERSID":
+            stack[-1] = storage = _storage(stack[-1])
+            if type(storage) is Storage and storages.setdefault(storage.key, storage) != storage:
+                raise UnpicklingError(f"storage {storage.key:.40} is said to be two things")
+        elif name == "REDUCE":
+            arguments = stack.pop()
+            stack[-1] = _made(stack[-1], arguments)
+        elif name == "NEWOBJ":
+            stack.pop()
+            if type(stack[-1]) is not _Maker:
+                raise UnpicklingError("it makes an object without a class")
+            stack[-1] = Made(stack[-1])
+        elif name == "BUILD":
+            state = stack.pop()
+            if type(stack[-1]) is not Made:
+                raise UnpicklingError(f"it changes a {type(stack[-1]).__name__}")
+            stack[-1].attributes = state
+        elif name == "POP":
+            stack.pop()
+        elif name not in ("PROTO", "STOP"):
+            raise UnpicklingError("it has instructions that torch.save does not write")
+    return stack[-1], storages

@@ -23,8 +23,7 @@ from miniclip.files.reading import open_regular
 Bytes = bytes | bytearray | memoryview  # of an image file
 Picture = Image.Image | str | PathLike[str] | Bytes | BinaryIO | np.ndarray | Tensor
 
-
-# What reads a format that Pillow does not read by itself: a package, its module, and the endings.
+# Formats that Pillow cannot read by itself: package -> (its module, the endings of the files).
 RAW = (
     ".3fr .arw .cr2 .cr3 .crw .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .rw2 "
     ".rwl .sr2 .srf .srw .x3f"
@@ -35,6 +34,7 @@ PACKAGES = {
     "pillow-jxl-plugin": ("pillow_jxl", [".jxl"]),
     "rawpy": ("rawpy", RAW),
 }
+HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")  # bytes 4 to 12 of such a file
 SYSTEM_FOLDERS = frozenset(  # of network drives, Windows, Linux and macOS
     "@eadir @recycle @recently-snapshot #recycle #snapshot $recycle.bin lost+found __macosx".split()
 ) | {"system volume information"}
@@ -42,9 +42,9 @@ SYSTEM_FOLDERS = frozenset(  # of network drives, Windows, Linux and macOS
 
 @cache
 def missing_packages() -> dict[str, str]:
-    """Import what is installed of PACKAGES, whose plugins Pillow then uses.
+    """Import the packages of PACKAGES that are installed; Pillow then uses their plugins.
 
-    Returns for each ending that cannot be read without another package its name.
+    Returns the endings that cannot be read without another package, each with the package.
     """
     missing: dict[str, str] = {}
     for package, (module, endings) in PACKAGES.items():
@@ -61,7 +61,7 @@ def _of_pillow() -> set[str]:
 
 @cache
 def picture_suffixes() -> frozenset[str]:
-    """The endings of pictures, also of those that need another package."""
+    """The endings of picture files, those that need another package included."""
     missing_packages()
     return frozenset(_of_pillow().union(*(endings for _, endings in PACKAGES.values())))
 
@@ -81,51 +81,42 @@ def open_image(
     formats: tuple[str, ...] | None = None,
     name: str = "",
 ) -> Image.Image:
-    """The first frame of an image file, turned upright (EXIF), in the file's mode.
+    """Open the first frame of an image file, upright (EXIF), in the file's mode. Never warns.
 
-    `file` is a path, the bytes of a file, or an open binary file, which may be called `name`.
-    `formats` are the allowed formats by Pillow's names. HEIC and camera raw need a package of
-    `PACKAGES`. Never warns. Raises ImageError with the path and the reason; an image above
-    `MAX_PIXELS` pixels is refused as a decompression bomb.
+    Args:
+        file: a path, the bytes of a file, or an open binary file.
+        formats: the formats that are allowed, by Pillow's names.
+        name: of an open file, whose ending says which package is missing.
+    Raises:
+        ImageError: with the path and the reason, also for more than `MAX_PIXELS` pixels.
     """
-    if isinstance(file, Bytes):
-        file = io.BytesIO(file)
+    source: Any = io.BytesIO(file) if isinstance(file, Bytes) else file
+    is_open = hasattr(source, "read")
     # os.fspath raises TypeError for a number, which Pillow would take for a file descriptor.
-    title = "the image" if hasattr(file, "read") else f"{os.fspath(file)!s}:"
+    title = "the image" if is_open else f"{os.fspath(source)!s}:"
     suffix = os.path.splitext(name or title.rstrip(":"))[1].lower()
     missing = missing_packages()
     try:
-        if not hasattr(file, "read"):
-            open_regular(file).close()  # a pipe would be waited for
-        if suffix in RAW:  # of which Pillow would read the thumbnail
-            return _read_raw(file)
-        with no_warnings, Image.open(file, formats=formats) as image:
+        if not is_open:
+            open_regular(source).close()  # a pipe would be waited for
+        if suffix in RAW:  # Pillow would read the thumbnail
+            import rawpy
+
+            with rawpy.imread(source if is_open else os.fspath(source)) as raw:
+                return Image.fromarray(raw.postprocess(use_camera_wb=True))
+        with no_warnings, Image.open(source, formats=formats) as image:
             ImageOps.exif_transpose(image, in_place=True)  # reads the pixels first
     except Exception as error:  # Pillow's parsers raise many kinds of errors
         reason = reason_of(error)
         if isinstance(error, UnidentifiedImageError | ImportError):
-            suffix = ".heic" if _is_heic(file) else suffix
+            with suppress(OSError, ValueError):
+                with nullcontext(source) if is_open else open(source, "rb") as stream:
+                    stream.seek(0)  # many HEIC files are called .jpg
+                    suffix = ".heic" if stream.read(12)[4:] in HEIC else suffix
             if suffix in missing:
                 reason = f"{suffix} needs another package: pip install {missing[suffix]}"
         raise ImageError(f"{title} cannot be read: {reason}") from error
     return image
-
-
-def _read_raw(file: Any) -> Image.Image:
-    """What a camera's sensor saw, developed with the camera's white balance, upright."""
-    import rawpy
-
-    with rawpy.imread(file if hasattr(file, "read") else os.fspath(file)) as raw:
-        return Image.fromarray(raw.postprocess(use_camera_wb=True))
-
-
-def _is_heic(file: Any) -> bool:
-    """Whether a file begins as HEIC does. Many such files are called .jpg."""
-    with suppress(OSError, ValueError):
-        with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as stream:
-            stream.seek(0)
-            return stream.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")
-    return False
 
 
 def with_name(name: str, error: ImageError) -> str:
@@ -135,11 +126,12 @@ def with_name(name: str, error: ImageError) -> str:
 
 def as_image(picture: Picture) -> Image.Image:
     """A picture in any accepted form as a Pillow image. Raises ImageError or TypeError."""
-    if isinstance(picture, Image.Image):
-        return check_floats(picture)
     if isinstance(picture, str | PathLike | Bytes) or hasattr(picture, "read"):
         file: Any = picture
-        return check_floats(open_image(file))
+        picture = open_image(file)
+    if isinstance(picture, Image.Image):
+        _check_floats(picture)
+        return picture
     if isinstance(picture, np.ndarray):
         shape, channels, is_bytes = "(H, W, 3)", picture.shape[-1:], picture.dtype == np.uint8
     elif isinstance(picture, Tensor):
@@ -166,22 +158,21 @@ def as_image(picture: Picture) -> Image.Image:
     return Image.fromarray(picture)
 
 
-def check_floats(image: Image.Image) -> Image.Image:
-    """The image itself. Raises ImageError for floats that Pillow would cut off to black."""
-    if image.mode == "F":
-        values = np.asarray(image)
-        most = np.abs(values).max(initial=0)
-        if not np.isfinite(most) or 0 < most <= 1:
-            name = getattr(image, "filename", "") or "the image"
-            raise ImageError(
-                f"{name}: has floats, and the largest is {most:.3g}: expected 0 to 255. If they go "
-                "from 0 to 1, multiply by 255 first"
-            )
-    return image
+def _check_floats(image: Image.Image) -> None:
+    """Raise ImageError for floats that Pillow would cut off to black."""
+    if image.mode != "F":
+        return
+    most = np.abs(np.asarray(image)).max(initial=0)
+    if not np.isfinite(most) or 0 < most <= 1:
+        name = getattr(image, "filename", "") or "the image"
+        raise ImageError(
+            f"{name}: has floats, and the largest is {most:.3g}: expected 0 to 255. If they go "
+            "from 0 to 1, multiply by 255 first"
+        )
 
 
 def reason_of(error: Exception) -> str:
-    """One line of what an error says."""
+    """One line that says what an error says."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow reads, or damaged in its first bytes"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -217,10 +208,10 @@ no_warnings = _NoWarnings()
 def fill_in_threads(
     rows: np.ndarray, compute: Callable[[Any], np.ndarray], pictures: Sequence[Any]
 ) -> None:
-    """Fill each row with what is computed for its picture, in as many threads as torch uses.
+    """Compute each picture's row, in as many threads as torch uses.
 
-    Pillow works outside Python's lock. In a DataLoader's worker torch has one thread. Raises what
-    `compute` raises, with the index of the picture.
+    Pillow works outside Python's lock. In a DataLoader's worker torch has one thread. An ImageError
+    or TypeError of `compute` is raised again with the index of the picture.
     """
     first: dict[int, int] = {}  # two threads must not work on one PIL image
     for i, picture in enumerate(pictures):

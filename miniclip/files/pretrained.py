@@ -1,8 +1,4 @@
-"""`from_pretrained` and `save_pretrained` of the classes of the reference.
-
-Each class builds itself from what the files say: a model from fields and tensors, a tokenizer from
-a vocabulary, a transform from settings.
-"""
+"""`from_pretrained` and `save_pretrained` of the classes of the reference: their base classes."""
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -42,7 +38,7 @@ if TYPE_CHECKING:
         def forward(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     class _Called:
-        """A `__call__` with the types of `forward`, of a fork's too. nn.Module's gives Any."""
+        """A `__call__` with the types of `forward`, also in a fork; nn.Module's gives Any."""
 
         def __get__(self, module: _HasForward[P, R], owner: Any = None) -> Callable[P, R]: ...
 
@@ -50,8 +46,8 @@ if TYPE_CHECKING:
 class Pretrained(nn.Module):
     """A model with `from_pretrained` and `save_pretrained`.
 
-    A subclass of CLIP has a `model_type` of its own, its name, so that no other class loads its
-    files by mistake. `tensor_names` maps its new parameters to their places in a file, such as
+    A subclass has its name as `model_type`, so that no other class loads its files by mistake.
+    `tensor_names` maps its new parameters to their places in a file, such as
     {"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}.
     """
 
@@ -70,7 +66,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def build(cls: Any, values: dict[str, Any], embed_dim: int | None) -> Any:
-        """A model with random weights, by the fields of a checkpoint's config."""
+        """A model with random weights, from the fields of a checkpoint's config."""
         if len(cls.towers) == 2:
             return cls(cls.config_class.from_fields(values))
         return cls(tower_config(cls.config_class, values[cls.towers[0]]), embed_dim)
@@ -78,18 +74,18 @@ class Pretrained(nn.Module):
     @classmethod
     @one_version
     def from_pretrained(cls: type[M], name: str | PathLike[str], **options: Any) -> M:
-        """The model of a checkpoint, in evaluation mode. Options as of `miniclip.load`.
+        """Load the model of a checkpoint, in evaluation mode. Options as of `miniclip.load`.
 
         In the file's own dtype on a CPU, parameters are the memory-mapped file: they take no memory
         until they are used, and changes never reach the file. They keep the file's strides, as in
-        transformers, because the last bit of a product depends on them. If the checkpoint of a
-        tower has no projection, `proj` returns its input. Raises CheckpointError.
+        transformers, because the last bit of a product depends on them. If a tower's checkpoint has
+        no projection, `proj` returns its input. Raises CheckpointError.
         """
         return cls.from_stored(open_model(name, fork=cls.fork(), **options))
 
     @classmethod
     def from_stored(cls: type[M], stored: Stored) -> M:
-        """Build a model from what the files of a checkpoint have."""
+        """Build the model that the files of a checkpoint hold."""
         stored.check_towers(cls.towers)
         with stored.skeleton():  # shapes without weights
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
@@ -104,18 +100,18 @@ class Pretrained(nn.Module):
     def save_pretrained(self, directory: str | PathLike[str], layout: str = "transformers") -> None:
         """Write config.json and model.safetensors, for miniclip and for transformers to load.
 
-        `layout`: "transformers", "openai" or "open_clip". See `miniclip.save` for a whole
-        checkpoint. Hooks belong to the run and not to the file. A model that FSDP2 has sharded is
-        gathered: call this in all its processes. Raises CheckpointError, also if the config does
-        not describe the model, as one with another activation or an adapter. A method that is
-        patched on the model is not saved, and a warning says so.
+        `layout` is "transformers", "openai" or "open_clip". `miniclip.save` writes a whole
+        checkpoint. Hooks are not saved; nor is a method that is patched on the model, and a warning
+        says so. A model that FSDP2 has sharded is gathered: call this in all its processes. Raises
+        CheckpointError, also if the config does not describe the model (another activation, an
+        adapter).
         """
         if len(self.towers) < 2:
             raise CheckpointError(f"{directory}: one tower alone is not saved; save its CLIP")
         with blaming(f"{directory}: not saved"):
             check_described(self)
-        fork = class_of(self).fork()
-        write_model(directory, asdict(self.config), state_of(self), layout, fork)
+        state, fork = state_of(self), class_of(self).fork()
+        write_model(directory, asdict(self.config), state, layout, fork)
 
     @classmethod
     def fork(cls) -> Fork:
@@ -131,10 +127,8 @@ class PretrainedConfig:
     @classmethod
     def from_fields(cls: type[T], values: dict[str, Any]) -> T:
         """A config from nested dictionaries of fields. Entries that are not fields are ignored."""
-        towers = {
-            name: tower_config(kind, values[name]) for name, kind in cls.tower_classes.items()
-        }
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values} | towers)
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        return cls(**known | {n: tower_config(k, values[n]) for n, k in cls.tower_classes.items()})
 
     @classmethod
     @one_version
@@ -177,17 +171,14 @@ class PretrainedTokenizer:
     def from_directory(
         cls: type[T], directory: str | PathLike[str], *, reference: str = "transformers"
     ) -> T:
-        """Read vocab.json and merges.txt, or tokenizer.json, or OpenAI's bpe_simple_vocab.
-
-        Special and added tokens are read from where transformers reads them.
-        """
+        """Read vocab.json and merges.txt, or tokenizer.json, or OpenAI's bpe_simple_vocab."""
         vocabulary = read_vocabulary(Path(directory))
         options = {"added": vocabulary.added, "context_length": vocabulary.context_length}
         options |= {"reference": reference, **vocabulary.special}
         return cls(vocabulary.vocab, vocabulary.merges, **options)
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Write vocab.json, merges.txt and two small files, for transformers to read as well.
+        """Write vocab.json, merges.txt and two small files, for miniclip and for transformers.
 
         `reference` is the reader's choice and is not written. Raises CheckpointError.
         """

@@ -1,8 +1,10 @@
-"""The published CLIPs: their numbers, and who released weights of them with which activation."""
+"""The published CLIPs: their numbers, their names, and the activation of each release."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from miniclip.errors import shown
 
 Fields = dict[str, Any]
 
@@ -98,7 +100,7 @@ def published(name: str) -> Fields | None:
 
 
 def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
-    """The releases whose towers have these shapes: fields that weights alone tell."""
+    """The releases whose towers have these shapes: the fields that weights alone tell."""
 
     def fits(fields: Fields) -> bool:
         known = ("width", "layers", "mlp_width", "patch_size")
@@ -136,3 +138,18 @@ def vision_of_timm(name: Any) -> Fields | None:
     act = "quick_gelu" if found[3] else "gelu"
     sizes = {"act": act, "patch_size": int(found[2]), "image_size": int(found[4])}
     return PUBLISHED[_TIMM_SIZES[found[1]]]["vision"] | sizes
+
+
+def fields_of_timm(settings: dict[str, Any]) -> Fields:
+    """The fields in timm's config.json of one vision tower. Raises ValueError."""
+    name, trained = settings["architecture"], settings.get("pretrained_cfg")
+    tag = str(trained.get("tag")) if isinstance(trained, dict) else ""
+    vision = vision_of_timm(name)
+    if vision is None or settings.get("global_pool", "token") != "token":
+        raise ValueError(f"architecture is {shown(name)}; of timm's, expected vit_*_patch*_clip_*")
+    if vision["act"] == "gelu" and re.fullmatch(r"openai|metaclip_(400m|2pt5b)|dfn5b", tag):
+        raise ValueError(
+            f"architecture is {shown(name)}, which has GELU, and the weights {tag!r} were trained "
+            "with QuickGELU. Say which to use, such as config='openai/clip-vit-base-patch32'"
+        )
+    return {"vision": vision, "embed_dim": settings.get("num_classes")}

@@ -1,4 +1,4 @@
-"""A model, or a whole checkpoint -> a directory; and what a reader does about a save meanwhile."""
+"""A model, or a whole checkpoint -> a directory; and readers that a save does not disturb."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miniclip.errors import CheckpointError, blaming, listed
+from miniclip.errors import CheckpointError, blaming, listed, wrong
 from miniclip.files.configs import openai_numbers, refuse_inexpressible, to_transformers
 from miniclip.files.hub import CONFIGS, HUB_FILES, VOCABULARIES, WEIGHTS
 from miniclip.files.models import PLAIN, Fork, check_fits
@@ -39,7 +39,7 @@ def write_model(
 ) -> None:
     """Write a model's config and its weights in their own dtype, both files or none.
 
-    Image settings of open_clip that are there stay. Raises CheckpointError if nothing can be
+    open_clip's image settings stay if they are there. Raises CheckpointError if nothing can be
     written, the layout cannot express the model, or the directory holds another checkpoint's
     files, which `load` would read instead.
     """
@@ -48,45 +48,35 @@ def write_model(
     refuse_other_files(directory, layout)
     with blaming_disk(directory), blaming(directory):
         if layout != "transformers" and fork.model_type != "clip":
-            raise ValueError(
-                f"the layout {layout!r} has no place for the class {fork.class_name}; "
-                "'transformers' has"
-            )
+            reason = f"has no place for the class {fork.class_name}; 'transformers' has"
+            raise ValueError(f"the layout {layout!r} {reason}")
         refuse_inexpressible(fields, layout)
-        refuse_tied(state)
-        tensors = pack(
-            {name: tensor.cpu() for name, tensor in state.items()},
-            LAYOUTS[layout] | fork.tensor_names,
-        )
+        names: dict[Any, list[str]] = {}
+        for name, tensor in state.items():
+            if tensor.numel() and (place := tensor.data_ptr()):
+                names.setdefault((tensor.device, place), []).append(name)
+        if tied := [" = ".join(same) for same in names.values() if len(same) > 1]:
+            raise ValueError(
+                "cannot save here: a file keeps each name by itself, and parameters have several: "
+                f"{listed(tied)}. Give each name its own first: nn.Parameter(weight.clone())"
+            )
+        state = {name: tensor.cpu() for name, tensor in state.items()}
+        tensors = pack(state, LAYOUTS[layout] | fork.tensor_names)
     config = directory / CONFIGS.get(layout, "")
-    with blaming_disk(directory), saving(directory) as folder:
+    with saving(directory) as folder:
         if layout == "open_clip":
             settings = read_json_if_there(config) | {"model_cfg": to_open_clip(fields)}
             write_json(folder / config.name, {"model_cfg": {}, "preprocess_cfg": {}} | settings)
         elif layout == "openai":
             tensors |= openai_numbers(fields)
         else:
-            is_clip = fork.model_type == "clip"
-            class_name = "CLIPModel" if is_clip else fork.class_name
+            class_name = "CLIPModel" if fork.model_type == "clip" else fork.class_name
             write_json(folder / config.name, to_transformers(fields, fork.model_type, class_name))
         with replacing(folder / WRITTEN[layout]) as temporary:
             try:
                 save_file(tensors, temporary, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(error) from error
-
-
-def refuse_tied(state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for parameters that are one tensor, which a file would read back as two."""
-    names: dict[Any, list[str]] = {}
-    for name, tensor in state.items():
-        if tensor.numel() and (place := tensor.data_ptr()):
-            names.setdefault((tensor.device, place), []).append(name)
-    if tied := [" = ".join(same) for same in names.values() if len(same) > 1]:
-        raise ValueError(
-            f"cannot save here: parameters have several names, and a file keeps each by itself: "
-            f"{listed(tied)}. Give each name its own first: nn.Parameter(weight.detach().clone())"
-        )
 
 
 @contextmanager
@@ -104,7 +94,7 @@ def saving_checkpoint(
     absent: tuple[str, ...] = () if tokenizer else VOCABULARIES
     absent += () if transform else tuple(HUB_FILES["transform"][0][:2])
     refuse_other_files(directory, layout, *absent)
-    with blaming_disk(directory), saving(directory) as folder:
+    with saving(directory) as folder:
         processor = directory / "processor_config.json"
         if transform and processor.is_file():
             shutil.copy(processor, folder)  # where it is brought up to date
@@ -118,9 +108,9 @@ def saving_checkpoint(
 
 
 def check_layout(layout: str) -> None:
-    """Raise ValueError for a layout that there is not."""
+    """Raise ValueError for an unknown layout."""
     if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+        raise wrong("layout", layout, f"one of {', '.join(LAYOUTS)}")
 
 
 def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
@@ -135,7 +125,7 @@ def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
 
 
 def one_version(read: F) -> F:
-    """Read again if a save changed a directory meanwhile, so that all files are of one version.
+    """Decorate a reader: it reads again if a save has changed the directory meanwhile.
 
     `read` takes the name of a checkpoint as its last positional argument.
     """
@@ -168,7 +158,7 @@ def one_version(read: F) -> F:
 
 
 def _state(directory: Path) -> dict[str, tuple[int, int, int]]:
-    """What tells the versions of a directory's files apart."""
+    """Inode, time and size of each file: they differ between two versions of a directory."""
     state = {}
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:

@@ -1,8 +1,8 @@
-"""What a pickle holds, noted by a reader that runs no code -> the state dict of one model."""
+"""What a pickle describes -> the state dict in it."""
 
-import pickle
 from collections.abc import Iterator
 from itertools import islice
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ MOST_TENSORS = 10_000  # bigG/14 has 974
 
 
 class Storage(NamedTuple):
-    """The numbers of one tensor or several, in a record of the file."""
+    """The numbers of one or more tensors, in a record of the file."""
 
     key: str
     dtype: torch.dtype
@@ -24,7 +24,7 @@ class Storage(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor as a pickle describes it."""
 
     storage: Storage
@@ -37,21 +37,20 @@ class Stored(NamedTuple):
 
 
 class Made(dict[Any, Any]):
-    """What stands for an object that code would make: its items, its attributes and its maker."""
+    """A placeholder for an object that code would make: its items, attributes and maker."""
 
     def __init__(self, maker: str = "") -> None:
         self.maker = maker
         self.attributes: Any = None
 
 
-def find_state_dict(root: Any) -> dict[str, Stored]:
-    """The state dict in a file, or in the dictionary that a training saves, by itself or deeper.
+def find_state_dict(root: Any) -> dict[str, StoredTensor]:
+    """The only state dict in a file: the root itself, or deeper, as a training saves it.
 
-    A state dict has tensors under dotted names. Only if there is none, a dictionary of other
-    tensors is taken.
+    A state dict has tensors under dotted names. Other dictionaries of tensors count only if there
+    is no such one. Raises UnpicklingError.
     """
-    found: dict[str, dict[str, Any]] = {}
-    dotted: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[Any, Any]] = {}
     todo, seen, modules = [("", root)], set[int](), set[int]()
     for path, value in todo:  # which grows
         if not isinstance(value, dict) or id(value) in seen or len(todo) > MOST_TENSORS:
@@ -59,42 +58,42 @@ def find_state_dict(root: Any) -> dict[str, Stored]:
         seen.add(id(value))
         attributes = value.attributes if isinstance(value, Made) else None
         tensors = dict(islice(_tensors(attributes, "", modules), MOST_TENSORS + 1)) or value
-        names = [name for name, tensor in tensors.items() if isinstance(tensor, Stored)]
-        if any(isinstance(name, str) and "." in name for name in names):
-            dotted[path] = tensors
-            continue
-        if names:
+        if any(isinstance(tensor, StoredTensor) for tensor in tensors.values()):
             found[path] = tensors
-        if path.count(".") < 4:
+        if path.count(".") < 4 and not (path in found and _is_dotted(tensors)):
             inside = ((k, v) for k, v in value.items() if isinstance(k, str) and len(k) < 100)
             todo += [(f"{path}.{key}".lstrip("."), more) for key, more in inside]
-    found = dotted or found
+    found = {path: tensors for path, tensors in found.items() if _is_dotted(tensors)} or found
     if len(found) > 1:
-        raise pickle.UnpicklingError(
+        raise UnpicklingError(
             f"it has more than one state dict: {listed(map(repr, found))}. Choose: read the file "
             "with torch.load, and torch.save the one you want in a file of its own"
         )
     tensors = next(iter(found.values()), {})
-    named = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Stored)}
-    odd = [value.maker for value in tensors.values() if isinstance(value, Made)]
-    odd = [maker for maker in odd if "_rebuild_" in maker]
+    named = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, StoredTensor)}
+    if len(named) > MOST_TENSORS:
+        raise UnpicklingError(f"expected some hundreds of tensors, found {len(named):,}")
+    odd = [v.maker for v in tensors.values() if isinstance(v, Made) and "_rebuild_" in v.maker]
     if not named and isinstance(root, dict):  # what is there instead?
         odd = [value.maker for value in (root, *root.values()) if isinstance(value, Made)]
-    if len(named) > MOST_TENSORS:
-        raise pickle.UnpicklingError(f"expected some hundreds of tensors, found {len(named):,}")
     if odd or None in named or not named:
         what = f"a value that {odd[0]:.80} makes" if odd else "none"
-        raise pickle.UnpicklingError(
+        raise UnpicklingError(
             "expected a dictionary of tensors and nothing else, as torch.save writes of "
             f"model.state_dict(), and found {what}; pickled code is never run"
         )
     return named
 
 
-def _tensors(attributes: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Stored]]:
-    """Every parameter and buffer of a module by its path, as `state_dict` would name it.
+def _is_dotted(tensors: dict[Any, Any]) -> bool:
+    named = (n for n, t in tensors.items() if isinstance(t, StoredTensor) and isinstance(n, str))
+    return any("." in name for name in named)
 
-    Of a module that is in two places, only those of the first: a tree has each but once.
+
+def _tensors(attributes: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, StoredTensor]]:
+    """Every parameter and buffer of a module, under its name in `state_dict`.
+
+    A module that is in two places is read at the first one.
     """
     if not isinstance(attributes, dict) or id(attributes) in seen:
         return
@@ -105,8 +104,8 @@ def _tensors(attributes: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str
         return
     for name, value in attributes.items():
         if not isinstance(name, str) or len(prefix) + len(name) > 1000:
-            raise pickle.UnpicklingError(f"a module in {prefix[:40]!r} has no name, or a long one")
-        if isinstance(value, Stored):
+            raise UnpicklingError(f"a module in {prefix[:40]!r} has no name, or a long one")
+        if isinstance(value, StoredTensor):
             yield prefix + name, value
         elif isinstance(value, Made):
             yield from _tensors(value.attributes, f"{prefix}{name}.", seen)

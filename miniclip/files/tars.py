@@ -1,4 +1,4 @@
-"""What lies in a tar, one file after the other. A header that lies is damage, and no work."""
+"""The files of a tar, up to the first damage. A false header is damage and costs no time."""
 
 import tarfile
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class Member(NamedTuple):
 
 
 def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]:
-    """The files of a tar, up to where it is damaged, which is added to `damage`."""
+    """Yield the files of a tar up to its first damage, which is described in `damage`."""
     name, last = fspath(archive), -1
     try:
         with open_regular(archive) as file:
@@ -44,7 +44,7 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
                         kind = "is sparse" if info.issparse() else f"has {info.size:,} bytes"
                         raise ValueError(f"{info.name!r:.200} {kind}, and is not all there")
                     yield Member(name, info.name, info.offset_data, info.size)
-    # A header that lies has tarfile raise many kinds of errors.
+    # For a false header tarfile raises many kinds of errors.
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError,
             RecursionError) as error:  # fmt: skip
         note = f"{name}: cannot be read as a tar to its end: {str(error)[:300]}"
@@ -52,9 +52,9 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
 
 
 class _Bounded:
-    """A file that has as many bytes as are asked for, or is damaged.
+    """A file that raises ValueError when tarfile asks for more bytes than there are.
 
-    tarfile reads as many as a header says, and of some headers until there are enough.
+    tarfile reads as many bytes as a header says, and for some headers it asks until it has enough.
     """
 
     def __init__(self, file: BinaryIO) -> None:

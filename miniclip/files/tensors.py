@@ -72,14 +72,12 @@ def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     for shard in sorted(set(places.values())):
         path = index.parent / shard
         if Path(shard).name != shard or path.suffix not in SUFFIXES or not os.path.isfile(path):
-            raise CheckpointError(
-                f"{index}: names a shard {shown(shard)} that is not a weights file beside it"
-            )
+            reason = f"a shard {shown(shard)} that is not a weights file beside it"
+            raise CheckpointError(f"{index}: names {reason}")
         more = read_tensors(path, dtype)
         if twice := sorted(tensors.keys() & more.keys()):
             raise CheckpointError(f"{path}: tensors of another shard again: {listed(twice)}")
         tensors |= more
-    absent = sorted(places.keys() - tensors.keys())
-    if absent:
+    if absent := sorted(places.keys() - tensors.keys()):
         raise CheckpointError(f"{index}: {len(absent)} tensors are in no shard: {listed(absent)}")
     return tensors

@@ -13,7 +13,7 @@ from miniclip.files.checks import check_tokens
 from miniclip.files.hub import OPENAI_VOCABULARY
 from miniclip.files.open_clip import context_of_open_clip
 from miniclip.files.reading import MOST_BYTES, read_json, read_json_if_there, read_lines
-from miniclip.files.writing import blaming_disk, replacing, saving, write_json
+from miniclip.files.writing import replacing, saving, write_json
 from miniclip.text.symbols import BOS, END_OF_WORD, EOS, Pair, byte_symbols, vocabulary_of
 
 OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
@@ -48,47 +48,36 @@ def read_vocabulary(directory: Path) -> Vocabulary:
             raise ValueError(f"no token ends with {END_OF_WORD}, which ends each word of CLIP's")
         given = {token: id for token, (_, id) in added.items() if id is not None}
         for token, id in sorted(given.items(), key=lambda item: item[1]):
-            if vocab.setdefault(token, len(vocab)) != id:
+            if (found := vocab.setdefault(token, len(vocab))) != id:
                 raise ValueError(
-                    f"the added token {shown(token)} should have the id {id}, and has "
-                    f"{vocab[token]}; the files must come from the same tokenizer"
+                    f"the added token {shown(token)} should have the id {id}, and has {found}; "
+                    "the files must come from the same tokenizer"
                 )
         check_tokens(vocab, [], [special["bos_token"], special["eos_token"]])
         _check_all_made(vocab, merges, [*special.values(), *added])
     for token in added:  # a token without an id gets the next one, as in transformers
         vocab.setdefault(token, len(vocab))
-    normalized = {token: after_cleaning for token, (after_cleaning, _) in added.items()}
-    return Vocabulary(vocab, merges, normalized, special, open_clip_length or context_length)
+    is_normalized = {token: after_cleaning for token, (after_cleaning, _) in added.items()}
+    return Vocabulary(vocab, merges, is_normalized, special, open_clip_length or context_length)
 
 
 def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> None:
     """Write vocab.json, merges.txt and two small files, for transformers to read as well."""
-    directory = Path(directory)
     vocab, merges, added, special, context_length = vocabulary
+    never = {"lstrip": False, "rstrip": False, "single_word": False}
     decoder = {
-        str(vocab[token]): {
-            "content": token,
-            "lstrip": False,
-            "normalized": normalized,
-            "rstrip": False,
-            "single_word": False,
-            "special": token in special.values(),
-        }
+        str(vocab[token]): {"content": token, "normalized": normalized, **never}
+        | {"special": token in special.values()}
         for token, normalized in added.items()
     }
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": context_length,
-        **special,
-        "added_tokens_decoder": decoder,
-    }
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, **special}
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
-    with blaming_disk(directory), saving(directory) as folder:
+    with saving(Path(directory)) as folder:
         write_json(folder / "vocab.json", vocab)
         with replacing(folder / "merges.txt") as temporary:
             temporary.write_text("\n".join(lines), encoding="utf-8", newline="\n")
         write_json(folder / "special_tokens_map.json", special)
-        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "tokenizer_config.json", config | {"added_tokens_decoder": decoder})
         for stale in STALE:
             (folder / stale).touch()  # deletes the file, which transformers would read first
 
@@ -147,49 +136,47 @@ def _pairs(path: Path, merges: Iterable[Any]) -> list[Pair]:
     return pairs
 
 
-def read_special_tokens(
-    directory: Path,
-) -> tuple[dict[str, str], dict[str, tuple[bool, int | None]], int]:
-    """The four named tokens, all tokens to find in texts (normalized?, id), the context length.
+Added = dict[str, tuple[bool, int | None]]
+"""A token to find in texts: (whether to look after cleaning, its id if a file has one)."""
+
+
+def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
+    """The four named tokens, all tokens to find in texts, and the context length.
 
     Over the years transformers has written these into four files. They are read in its order: a
-    later entry wins, and with `added_tokens_decoder` only tokenizer_config.json is read.
+    later entry wins, and with `added_tokens_decoder` only tokenizer_config.json is read. Raises
+    CheckpointError.
     """
-    config = read_json_if_there(directory / "tokenizer_config.json", MOST_BYTES)
+
+    def read(name: str) -> dict[str, Any]:
+        return read_json_if_there(directory / name, MOST_BYTES)
+
+    config = read("tokenizer_config.json")
     try:
-        listed: dict[str, tuple[bool, int | None]] = {}
-        complete = "added_tokens_decoder" in config
+        found: Added = {}
+        is_complete = "added_tokens_decoder" in config
         for id, token in config.get("added_tokens_decoder", {}).items():
-            listed |= _added_token(token, int(id))
-        if not complete:
-            config |= read_json_if_there(directory / "special_tokens_map.json", MOST_BYTES)
+            found |= _added_token(token, int(id))
+        if not is_complete:
+            config |= read("special_tokens_map.json")
         defaults = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "sep_token": None}
         defaults |= {"pad_token": EOS, "cls_token": None, "mask_token": None}
         named = {key: config.get(key) or token for key, token in defaults.items()}
-        named = {key: token for key, token in named.items() if token}
+        contents = {key: _added_token(token) for key, token in named.items() if token}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        extra = list(extra.values() if isinstance(extra, dict) else extra)
-        if not complete:
-            specials = {name for token in [*named.values(), *extra] for name in _added_token(token)}
-            for token, id in read_json_if_there(
-                directory / "added_tokens.json", MOST_BYTES
-            ).items():
-                listed |= _added_token({"content": token, "special": token in specials}, id)
-            for token in (
-                read_json_if_there(directory / "tokenizer.json", MOST_BYTES).get("added_tokens")
-                or []
-            ):
-                listed |= _added_token(token, token["id"])
-        added: dict[str, tuple[bool, int | None]] = {}
-        for token in [*named.values(), *extra]:
+        added: Added = {}
+        for one in contents.values():
+            added |= one
+        for token in extra.values() if isinstance(extra, dict) else extra:
             added |= _added_token(token)
-        content = {key: next(iter(_added_token(token))) for key, token in named.items()}
-        if len(added | listed) > MOST_ADDED:
-            found = f"found {len(added | listed):,}"
-            raise ValueError(f"expected at most {MOST_ADDED:,} added tokens, {found}")
-        special = {
-            key: content[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")
-        }
+        if not is_complete:
+            for token, id in read("added_tokens.json").items():
+                found |= _added_token({"content": token, "special": token in added}, id)
+            for token in read("tokenizer.json").get("added_tokens") or []:
+                found |= _added_token(token, token["id"])
+        if len(added | found) > MOST_ADDED:
+            count = f"{len(added | found):,}"
+            raise ValueError(f"expected at most {MOST_ADDED:,} added tokens, found {count}")
     except CheckpointError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -198,26 +185,30 @@ def read_special_tokens(
             "added_tokens.json or tokenizer.json are not as transformers writes them: "
             + shown(error)
         ) from None
+    special = ("bos_token", "eos_token", "unk_token", "pad_token")
     length: Any = config.get("model_max_length")
     sane = type(length) is int and 2 <= length <= 100_000  # "no limit" is written as 1e30
-    return special, added | listed, length if sane else 77
+    return (
+        {key: next(iter(contents[key])) for key in special},
+        added | found,
+        length if sane else 77,
+    )
 
 
-def _added_token(token: Any, id: int | None = None) -> dict[str, tuple[bool, int | None]]:
-    """{content: (normalized, id)}. transformers takes a bare string for a special token."""
+def _added_token(token: Any, id: int | None = None) -> Added:
+    """A token as a file has it, under its content. A bare string is a special token."""
     if isinstance(token, str):
         token = {"content": token}
-    if not isinstance(token["content"], str) or not token["content"]:
-        raise ValueError(f"expected the content of a token, found {shown(token['content'])}")
-    if len(token["content"]) > LONGEST_ADDED:
-        content = shown(token["content"])
-        raise ValueError(f"expected at most {LONGEST_ADDED} characters in a token, found {content}")
+    content = token["content"]
+    if not isinstance(content, str) or not content:
+        raise ValueError(f"expected the content of a token, found {shown(content)}")
+    if len(content) > LONGEST_ADDED:
+        found = shown(content)
+        raise ValueError(f"expected at most {LONGEST_ADDED} characters in a token, found {found}")
     # lstrip and rstrip remove whitespace around a token. It has no ids anyway.
     if token.get("single_word"):
-        content = shown(token["content"])
-        raise ValueError(f"single_word of {content} is set, which no CLIP is known to do")
+        raise ValueError(f"single_word of {shown(content)} is set, which no CLIP is known to do")
     if id is not None and type(id) is not int:
-        content = shown(token["content"])
-        raise ValueError(f"expected the id of {content} to be a number, found {shown(id)}")
-    special = token.get("special", id is None)
-    return {token["content"]: (bool(token.get("normalized", not special)), id)}
+        raise ValueError(f"expected the id of {shown(content)} to be a number, found {shown(id)}")
+    is_special = token.get("special", id is None)
+    return {content: (bool(token.get("normalized", not is_special)), id)}

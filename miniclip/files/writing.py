@@ -86,7 +86,10 @@ def _private_folder(directory: Path) -> Iterator[Path]:
 
 
 def lock(folder: Path) -> int:
-    """Lock a folder until the descriptor is closed. OSError if another has it, or no locks are."""
+    """Lock a folder until the returned descriptor is closed.
+
+    Raises BlockingIOError if another process has it, and OSError if the system has no locks.
+    """
     if fcntl is None:
         raise OSError("no locks")
     descriptor = os.open(folder, os.O_RDONLY)
@@ -104,24 +107,24 @@ def saving(directory: Path) -> Iterator[Path]:
 
     An empty file in the folder means: delete the file with this name. If the process is killed,
     the directory has all old files or all new ones: one rename makes the folder a complete save,
-    and the next reader of the directory calls `finish_save`.
+    and the next reader of the directory calls `finish_save`. Raises CheckpointError.
     """
-    is_new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
+    folder, is_new = directory, not directory.exists()
     try:
-        with _private_folder(directory) as folder:
-            try:
+        with blaming_disk(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            with _private_folder(directory) as folder:
                 yield folder
-            except CheckpointError as error:  # name the directory, not the folder
-                raise CheckpointError(str(error).replace(str(folder), str(directory))) from error
-            for file in folder.iterdir():
-                target = directory / file.name
-                if target.is_dir():  # checked here: nothing may fail after the rename below
-                    raise IsADirectoryError(f"{target} is a directory")
-                if target.exists():
-                    file.chmod(target.stat().st_mode)
-            _commit(folder, directory)
-            finish_save(directory)
+                for file in folder.iterdir():
+                    target = directory / file.name
+                    if target.is_dir():  # checked here: nothing may fail after the rename below
+                        raise IsADirectoryError(f"{target} is a directory")
+                    if target.exists():
+                        file.chmod(target.stat().st_mode)
+                _commit(folder, directory)
+                finish_save(directory)
+    except CheckpointError as error:  # name the directory, and not the folder inside
+        raise CheckpointError(str(error).replace(str(folder), str(directory))) from error
     finally:
         if is_new:
             with suppress(OSError):
@@ -158,7 +161,7 @@ def finish_save(directory: Path) -> None:
 
 @contextmanager
 def blaming_disk(directory: Path) -> Iterator[None]:
-    """Turn what fails while writing into one CheckpointError that names the directory."""
+    """Turn an OSError or a RuntimeError into a CheckpointError that names the directory."""
     try:
         yield
     except CheckpointError:

@@ -172,9 +172,13 @@ class Index:
 
         try:
             open_regular(path).close()
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["miniclip.index"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            is_one = False
+            while not is_one:  # safetensors opens a file twice, and a save may come in between
+                before = os.stat(path)
+                with safe_open(path, framework="pt") as file:
+                    about = json.loads((file.metadata() or {})["miniclip.index"])
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+                is_one = os.path.samestat(before, os.stat(path))
             transform = ImageTransform.from_dict(about["transform"], reference=about["reference"])
             made_by = {name: about[name] for name in Encoder._fields} | {"transform": transform}
             index = cls(

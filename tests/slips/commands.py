@@ -710,9 +710,9 @@ SLIPS = [
         f"{TRANSFORM} -k 'raw or package'",
     ),
     Slip(
-        "HEIC that is called .jpg is damaged.",
-        'suffix = ".heic" if _is_heic(file) else suffix',
-        "pass",
+        'HEIC that is called .jpg is damaged.',
+        'suffix = ".heic" if stream.read(12)[4:] in HEIC else suffix',
+        'pass',
         f"{TRANSFORM} -k package",
     ),
     Slip(
@@ -862,8 +862,8 @@ SLIPS = [
     ),
     Slip(
         "The files of another step's settings are read.",
-        '(field in _FIXED or field.startswith("do_"))',
-        "(field in _FIXED)",
+        'field in _FIXED or field.startswith("do_")\n',
+        'field in _FIXED\n',
         f"{TRANSFORM} -k cannot_be_followed",
     ),
     Slip(

@@ -149,8 +149,8 @@ SLIPS = [
     ),
     Slip(
         "transformers is not stopped at a model that it would run as another.",
-        'values["num_attention_heads"] = _per_layer(tower, "heads")',
-        'values["num_attention_heads"] = tower["heads"]',
+        'heads if isinstance(heads, tuple) else (heads,) * tower["layers"]',
+        "heads",
         "tests/test_config.py -k run_as_another",
     ),
     Slip(
@@ -251,38 +251,38 @@ SLIPS = [
     ),
     Slip(
         "Loading does not finish a save that was cut short.",
-        "        finish_save(directory)\n    except OSError as error:",
-        "        pass\n    except OSError as error:",
+        "            finish_save(directory)\n        except OSError as error:",
+        "            pass\n        except OSError as error:",
         "tests/test_saving.py -k complete",
     ),
     Slip(
         "transformers' two norms of a block change places.",
-        '"ln_1": "layer_norm1"',
-        '"ln_1": "layer_norm2"',
+        "ln_1                layer_norm1",
+        "ln_1                layer_norm2",
         "tests/test_checkpoint.py -k transformers",
     ),
     Slip(
         "OpenAI's query and key change places.",
-        '"attn.q_proj.weight": "attn.in_proj_weight[0]"',
-        '"attn.q_proj.weight": "attn.in_proj_weight[1]"',
+        "attn.in_proj_weight[0]",
+        "attn.in_proj_weight[1]",
         "tests/test_layouts.py -k openai_state",
     ),
     Slip(
         "The bias of OpenAI's value is the key's.",
-        '"attn.v_proj.bias": "attn.in_proj_bias[2]"',
-        '"attn.v_proj.bias": "attn.in_proj_bias[1]"',
+        "attn.in_proj_bias[2]",
+        "attn.in_proj_bias[1]",
         "tests/test_layouts.py -k openai_state",
     ),
     Slip(
         "OpenAI's image projection is not transposed.",
-        '"vision.proj.weight": "visual.proj.T"',
-        '"vision.proj.weight": "visual.proj"',
+        "visual.proj.T\n",
+        "visual.proj\n",
         "tests/test_layouts.py -k openai_state",
     ),
     Slip(
         "open_clip's text tower has no prefix in a CustomTextCLIP.",
-        '_openai(text="text.")',
-        '_openai(text="")',
+        'f"text.{theirs}" if ours',
+        'f"{theirs}" if ours',
         "tests/test_layouts.py -k test_open_clip",
     ),
     Slip(
@@ -317,8 +317,8 @@ SLIPS = [
     ),
     Slip(
         "OpenAI's vision heads are 32 wide.",
-        '"heads": fields[tower]["width"] // 64',
-        '"heads": fields[tower]["width"] // 32',
+        '{"heads": width // 64',
+        '{"heads": width // 32',
         "tests/test_layouts.py -k whole_config",
     ),
     Slip(
@@ -334,21 +334,21 @@ SLIPS = [
         "tests/test_layouts.py -k no_model_in",
     ),
     Slip(
-        "open_clip's eps of the text tower is the vision tower's.",
-        '"ln_eps": _eps(text, "text_cfg.")',
-        '"ln_eps": _eps(vision, "text_cfg.")',
+        "open_clip's eps is ignored.",
+        '"ln_eps": eps}',
+        '"ln_eps": 1e-5}',
         "tests/test_layouts.py -k heads_and_eps",
     ),
     Slip(
         "The vision tower's eps is written for the text tower.",
-        '"norm_kwargs": {"eps": text["ln_eps"]}',
-        '"norm_kwargs": {"eps": vision["ln_eps"]}',
+        '{"eps": tower["ln_eps"]}',
+        '{"eps": vision["ln_eps"]}',
         "tests/test_layouts.py -k its_place",
     ),
     Slip(
         "open_clip's activation is QuickGELU unless its config says so.",
-        'act = "quick_gelu" if quick_gelu else "gelu"',
-        'act = "gelu" if quick_gelu is False else "quick_gelu"',
+        '"quick_gelu" if quick_gelu else "gelu"',
+        '"gelu" if quick_gelu is False else "quick_gelu"',
         "tests/test_layouts.py -k assumes",
     ),
     Slip(
@@ -359,8 +359,8 @@ SLIPS = [
     ),
     Slip(
         "open_clip's patches have 32 pixels by default.",
-        '"image_size": 224, "patch_size": 16}',
-        '"image_size": 224, "patch_size": 32}',
+        '"image_size": 224, "patch_size": 16, "head',
+        '"image_size": 224, "patch_size": 32, "head',
         "tests/test_layouts.py -k assumes",
     ),
     Slip(
@@ -370,14 +370,14 @@ SLIPS = [
         "tests/test_layouts.py -k assumes",
     ),
     Slip(
-        "open_clip's text MLP ratio is ignored.",
-        'mlp_ratio = settings.get("mlp_ratio", 4.0)',
-        "mlp_ratio = 4.0",
+        "open_clip's MLP ratio is ignored.",
+        'values.pop("mlp_ratio")',
+        "4",
         "tests/test_layouts.py -k its_place",
     ),
     Slip(
         "open_clip's end token is ignored.",
-        'settings.get("eos_id") if at_end else LEGACY_EOS',
+        "eos_id if at_end else LEGACY_EOS",
         "LEGACY_EOS",
         "tests/test_layouts.py -k other_ways",
     ),
@@ -395,20 +395,20 @@ SLIPS = [
     ),
     Slip(
         "The text tower's MLP ratio is written as the vision tower's.",
-        '"mlp_ratio": _ratio(text)',
-        '"mlp_ratio": _ratio(vision)',
+        'ratio = tower["mlp_width"] / tower["width"]',
+        'ratio = vision["mlp_width"] / vision["width"]',
         "tests/test_layouts.py -k its_place",
     ),
     Slip(
         "The width of a vision head is not written for open_clip.",
-        '            "head_width": vision["head_width"] or vision["width"] // vision["heads"],\n',
+        '    towers["vision_cfg"] |= {"head_width": head_width}\n',
         "",
         "tests/test_layouts.py -k its_place",
     ),
     Slip(
         "An MLP's width is off by one after open_clip's rounding.",
-        "else ratio * (1 + 2**-50)",
-        "else ratio",
+        "ratio *= 1 + 2**-50",
+        "pass",
         "tests/test_layouts.py -k gives_back",
     ),
     Slip(
@@ -503,32 +503,32 @@ SLIPS = [
     ),
     Slip(
         "A text tower's eps is not checked for OpenAI's layout.",
-        'odd += [f"ln_eps {tower[\'ln_eps\']}"] * (tower["ln_eps"] != 1e-5)',
-        'odd += [f"ln_eps {vision[\'ln_eps\']}"] * (vision["ln_eps"] != 1e-5)',
+        "reasons[f\"ln_eps {tower['ln_eps']}\"] = tower[",
+        "reasons[f\"ln_eps {vision['ln_eps']}\"] = vision[",
         "tests/test_layouts.py -k cannot_express",
     ),
     Slip(
         "Two activations are written as one.",
-        '            vision["act"] != text["act"]\n',
-        "            False\n",
+        "acts[0] != acts[1],",
+        "False,",
         "tests/test_layouts.py -k cannot_express",
     ),
     Slip(
         "A partial patch is lost in OpenAI's layout.",
-        '            vision["image_size"] % vision["patch_size"] != 0\n',
-        "            False\n",
+        "is_openai and image % patch != 0",
+        "False",
         "tests/test_layouts.py -k cannot_express",
     ),
     Slip(
         "The largest id is refused as the end token.",
-        'largest = (LEGACY_EOS, text["vocab_size"] - 1)',
-        'largest = (LEGACY_EOS, text["vocab_size"])',
+        'end not in (LEGACY_EOS, text["vocab_size"] - 1)',
+        'end not in (LEGACY_EOS, text["vocab_size"])',
         "tests/test_layouts.py -k cannot_express",
     ),
     Slip(
         "Minus infinity in a weight is not warned of.",
-        "for extreme in tensor.aminmax())",
-        "for extreme in [tensor.max()])",
+        "for end in t.aminmax())",
+        "for end in [t.max()])",
         "tests/test_layouts.py -k not_finite",
     ),
     Slip(
@@ -587,8 +587,8 @@ SLIPS = [
     ),
     Slip(
         "The hub is asked for the main branch whatever the revision.",
-        "                    revision=revision,\n",
-        "",
+        '{"revision": revision, "local_files_only"',
+        '{"local_files_only"',
         "tests/test_hub.py -k revision",
     ),
     Slip(
@@ -605,8 +605,8 @@ SLIPS = [
     ),
     Slip(
         "Every file of a repository is downloaded.",
-        'allow_patterns=[os.path.normpath(f"{folder}/{name}") for name in patterns],',
-        "allow_patterns=None,",
+        "cache_dir=cache, allow_patterns=paths, ",
+        "cache_dir=cache, ",
         "tests/test_hub.py -k only_one_form",
     ),
     Slip(
@@ -653,8 +653,8 @@ SLIPS = [
     ),
     Slip(
         "A small file of the hub is not checked.",
-        "    elif len(name) == 40:\n        digests = [",
-        "    elif len(name) == 40:\n        return True\n        digests = [",
+        ", 40: [git, hashlib.sha1()]}",
+        "}",
         "tests/test_hub.py -k four_kinds",
     ),
     Slip(
@@ -665,20 +665,14 @@ SLIPS = [
     ),
     Slip(
         "A damaged file stays in the cache.",
-        "for path in {file, blob} if is_new else ():",
+        "for path in {file, blob}:",
         "for path in ():",
         "tests/test_hub.py -k 'damaged or another'",
     ),
     Slip(
         "Pickles come before safetensors.",
-        (
-            '    "model.safetensors",\n    "model.safetensors.index.json",\n    '
-            '"pytorch_model.bin",\n    "pytorch_model.bin.index.json",'
-        ),
-        (
-            '    "pytorch_model.bin",\n    "pytorch_model.bin.index.json",\n    '
-            '"model.safetensors",\n    "model.safetensors.index.json",'
-        ),
+        'for file in ("model.safetensors", "pytorch_model.bin")',
+        'for file in ("pytorch_model.bin", "model.safetensors")',
         "tests/test_checkpoint.py -k before_pickles",
     ),
     Slip(
@@ -695,8 +689,8 @@ SLIPS = [
     ),
     Slip(
         "Tensors that are in no shard are forgotten.",
-        "absent = sorted(places.keys() - tensors.keys())",
-        "absent = []",
+        "absent := sorted(places.keys() - tensors.keys())",
+        "absent := []",
         "tests/test_checkpoint.py -k in_no_shard",
     ),
     Slip(
@@ -743,8 +737,8 @@ SLIPS = [
     ),
     Slip(
         "Tied parameters are saved, or refused in the words of safetensors.",
-        "        refuse_tied(state)\n",
-        "",
+        "for same in names.values() if len(same) > 1",
+        "for same in names.values() if False",
         "tests/test_saving.py -k tied",
     ),
     Slip(
@@ -779,8 +773,8 @@ SLIPS = [
     ),
     Slip(
         "Whole numbers are loaded as weights.",
-        "if key in tensors and not tensors[key].is_floating_point()",
-        "if False",
+        "if not tensor.is_floating_point():\n                found",
+        "if False:\n                found",
         "tests/test_checkpoint.py -k no_weights_of",
     ),
     Slip(
@@ -881,8 +875,8 @@ SLIPS = [
     ),
     Slip(
         "A sharded model is a fork of its own.",
-        "fork = class_of(self).fork()",
-        "fork = self.fork()",
+        "class_of(self).fork()",
+        "self.fork()",
         "tests/test_checkpoint.py -k looked_through",
     ),
     Slip(
@@ -935,7 +929,7 @@ SLIPS = [
     ),
     Slip(
         "A negative or conjugate tensor is read without its sign.",
-        "len(stride) > 8 or metadata:",
+        "len(stride) > 8 or extra:",
         "len(stride) > 8:",
         "tests/test_hostile.py -k by_hand",
     ),
@@ -953,8 +947,8 @@ SLIPS = [
     ),
     Slip(
         "A storage may be said to be two things.",
-        "if self.storages.setdefault(key, storage) != storage:",
-        "if not self.storages.setdefault(key, storage):",
+        "storages.setdefault(storage.key, storage) != storage:",
+        "not storages.setdefault(storage.key, storage):",
         "tests/test_hostile.py -k by_hand",
     ),
     Slip(

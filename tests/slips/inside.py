@@ -143,14 +143,14 @@ MODEL = [
     ),
     Slip(
         "Height and width of the pixels are exchanged in the check.",
-        "c, (h, w) = config.channels, config.height_width",
-        "c, (w, h) = config.channels, config.height_width",
+        "size = (config.channels, *config.height_width)",
+        "size = (config.channels, *config.height_width[::-1])",
         "tests/test_surgery_shapes.py -k transformers_interpolates",
     ),
     Slip(
         "Pixels of another number of channels pass the check.",
-        "if pixels.ndim != 4 or pixels.shape[1:] != (c, h, w):",
-        "if pixels.ndim != 4 or pixels.shape[2:] != (h, w):",
+        "pixels.shape[1:] != size:",
+        "pixels.shape[2:] != size[1:]:",
         "tests/test_model.py -k another_shape",
     ),
     Slip(
@@ -327,8 +327,8 @@ MODEL = [
     ),
     Slip(
         "A model is saved in transformers' layout, whatever is asked.",
-        "asdict(self.config), state_of(self), layout, fork)",
-        'asdict(self.config), state_of(self), "transformers", fork)',
+        "asdict(self.config), state, layout, fork)",
+        'asdict(self.config), state, "transformers", fork)',
         "tests/test_model.py -k layout_it_is_told",
     ),
 ]
@@ -1523,17 +1523,14 @@ TOKENIZER = [
     ),
     Slip(
         "A context of one token is accepted.",
-        "if type(length) is not int or length < 2:\n        raise ValueError(\n"
-        '            f"context_length is',
-        "if type(length) is not int or length < 1:\n        raise ValueError(\n"
-        '            f"context_length is',
+        "length < 2:\n        least",
+        "length < 1:\n        least",
         "tests/test_tokenizer.py -k bad_arguments",
     ),
     Slip(
         "A context of 77.0 tokens is accepted.",
-        "if type(length) is not int or length < 2:\n        raise ValueError(\n"
-        '            f"context_length is',
-        'if length < 2:\n        raise ValueError(\n            f"context_length is',
+        "if type(length) is not int or length < 2:\n        least",
+        "if length < 2:\n        least",
         "tests/test_tokenizer.py -k bad_arguments",
     ),
     Slip(
@@ -1730,8 +1727,8 @@ TOKENIZER = [
     ),
     Slip(
         "The context is 76 tokens where no file says it.",
-        "return special, added | listed, length if sane else 77",
-        "return special, added | listed, length if sane else 76",
+        "length if sane else 77",
+        "length if sane else 76",
         "tests/test_tokenizer.py -k 'context'",
     ),
     Slip(
@@ -1760,14 +1757,14 @@ TOKENIZER = [
     ),
     Slip(
         "The context length is not saved.",
-        '        "model_max_length": context_length,\n',
-        "",
+        '"model_max_length": context_length, **special}',
+        "**special}",
         "tests/test_tokenizer.py -k 'saving or saved'",
     ),
     Slip(
         "Every added token is saved as normalized.",
-        '"normalized": normalized,\n            "rstrip"',
-        '"normalized": True,\n            "rstrip"',
+        '"normalized": normalized, **never}',
+        '"normalized": True, **never}',
         "tests/test_tokenizer.py -k 'special_tokens and decoder'",
     ),
     Slip(
