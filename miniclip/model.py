@@ -3,7 +3,7 @@
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
 arXiv 2103.00020. The outputs equal those of transformers' CLIPModel, bit for bit in float32 on a
 CPU. Read it downwards: attention and MLP, the block they make, two towers made of blocks, CLIP.
-The letters in shape comments:
+The letters in shape comments, the same in every file:
 
     B batch   T tokens   W width of the residual stream   H heads   D head width, W = H * D
     P patches of an image   R register tokens   E embedding   C captions, where B counts images

@@ -223,7 +223,7 @@ class Tokenizer(PretrainedTokenizer):
         return torch.tensor(ids, dtype=torch.int64).view(len(rows), length)  # (B, T)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """The token of each id, such as "cat</w>": labels for what an instrument shows."""
+        """The token of each id, such as `cat</w>`: labels for what an instrument shows."""
         known = checks.numbers(map(int, ids), self.vocab_size, "ids", "tokens")
         return [self._tokens[id] for id in known]
 

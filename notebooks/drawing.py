@@ -35,17 +35,21 @@ plt.rcParams.update(
 
 
 def pictures(
-    shown: Sequence[Image.Image | np.ndarray], titles: Sequence[str], size: float = 1.6
+    shown: Sequence[Image.Image | np.ndarray],
+    titles: Sequence[str],
+    size: float = 1.6,
+    rows: int = 1,
 ) -> list[Axes]:
-    """A row of pictures, each under its title."""
-    figure, row = plt.subplots(
-        1, len(shown), figsize=(size * len(shown), size + 0.3), squeeze=False
+    """Draw pictures in rows, each under its title."""
+    columns = len(shown) // rows
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(size * columns, (size + 0.3 / rows) * rows), squeeze=False
     )
-    for axes, picture, title in zip(row[0], shown, titles, strict=True):
+    for axes, picture, title in zip(grid.flat, shown, titles, strict=True):
         axes.imshow(picture, interpolation="nearest" if max(np.shape(picture)) < 100 else None)
         axes.set_title(title)
         axes.set_axis_off()
-    return list(row[0])
+    return list(grid.flat)
 
 
 def maps(
@@ -54,15 +58,19 @@ def maps(
     picture: Image.Image,
     mask: np.ndarray | None = None,
     size: float = 1.6,
+    title: str = "",
 ) -> None:
-    """A row of maps (rows, columns) over one picture, light where they are high; with the outline
-    of a mask (S, S) in white."""
+    """Draw a picture, then each map (rows, columns) of it, light where the map is high. The white
+    outline is a mask (S, S)."""
     width, height = picture.size
-    for axes, heat in zip(pictures([picture] * len(heats), titles, size), heats, strict=True):
+    shown = pictures([picture] * (1 + len(heats)), ["the picture", *titles], size)
+    for axes, heat in zip(shown[1:], heats, strict=True):
         axes.images[0].remove()
         axes.imshow(heat.numpy(), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         if mask is not None:
             axes.contour(mask, levels=[0.5], colors="white", linewidths=1.2)
+    if title:
+        shown[0].figure.suptitle(title, x=0, ha="left")
 
 
 def matrix(axes: Axes, values: Tensor, numbers: str = "", **options: object) -> None:

@@ -1,5 +1,6 @@
 """The package as a stranger gets it: the wheel, what importing it costs, the README's example."""
 
+import ast
 import os
 import re
 import subprocess
@@ -135,12 +136,38 @@ def test_a_typed_program_is_checked(checker):
 
 
 @pytest.mark.slow
-def test_the_first_page_of_the_reference_links_every_module(tmp_path):
+def test_the_first_page_of_the_reference_links_every_module_in_reading_order(tmp_path):
     pytest.importorskip("pdoc")
-    modules = ["miniclip", "miniclip.sites", "miniclip.lens.heat", "miniclip.loss", "miniclip.text"]
-    command = [sys.executable, "-m", "pdoc", "-t", str(ROOT / ".ci"), "-o", str(tmp_path), *modules]
+    modules = [
+        "miniclip",
+        *(f"miniclip.{name}" for name in ("loss", "sites", "lens.heat", "config")),
+    ]
+    options = ["-t", str(ROOT / ".ci"), "-d", "google", "-o", str(tmp_path)]
+    command = [sys.executable, "-m", "pdoc", *options, *modules]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    page = (tmp_path / "miniclip.html").read_text()
-    for name in modules[1:]:
-        link = f"{name.replace('.', '/')}.html"
-        assert f'href="./{link}"' in page and (tmp_path / link).is_file(), name
+    links = re.findall(r'href="\./(miniclip/.+?\.html)"', (tmp_path / "miniclip.html").read_text())
+    assert [link for link in links if (tmp_path / link).is_file()] == links
+    assert links[:4] == [
+        f"miniclip/{name}.html" for name in ("config", "loss", "sites", "lens/heat")
+    ]
+
+
+def test_no_docstring_loses_a_word_on_its_page():
+    """A browser would take <class> outside of backticks for a tag, and hide it."""
+    pytest.importorskip("pdoc")
+    from pdoc import docstrings, render_helpers
+
+    for path in sorted((ROOT / "miniclip").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            text = ast.get_docstring(node) or ""
+            if "<" in re.sub("`.*?`", "", text):
+                page = render_helpers.to_html(docstrings.convert(text, "google", path))
+                tags = {*re.findall(r"<(\w+)", page)}
+                assert tags <= MARKDOWN_TAGS, (path, getattr(node, "name", ""), tags)
+
+
+MARKDOWN_TAGS = {*"p a h2 h6 ul ol li strong em code pre span div blockquote hr br".split()} | {
+    *"table thead tbody tr th td".split()
+}

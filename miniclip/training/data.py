@@ -131,7 +131,7 @@ def class_captions(label: str) -> tuple[str, ...]:
 
 
 def class_folders(root: Path, transform: ImageTransform) -> Pictures:
-    """`root`/<class>/, with pictures in it and deeper; the classes are called as `miniclip eval`
+    """`root/<class>/`, with pictures in it and deeper; the classes are called as `miniclip eval`
     calls them. Raises ValueError where there are no two."""
     images = labelled_images(root)
     if (found := len(set(images.classes))) < 2:

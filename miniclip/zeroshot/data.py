@@ -88,7 +88,7 @@ def class_folders(root: str | PathLike[str]) -> list[str]:
 def labelled_images(
     root: str | PathLike[str], labels: str | Iterable[str] | None = None
 ) -> LabelledImages:
-    """Find the files in `root`/<class>/, and deeper, and name the classes.
+    """Find the files in `root/<class>/`, and deeper, and name the classes.
 
     The folders are sorted, by number where all their names are numbers. `labels`, in that order,
     say what they are called. Without them, folders named by ImageNet's WordNet ids (n01440764;
