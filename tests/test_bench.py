@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import date
 from functools import partial
 
+import on_a_gpu
 import pytest
 import torch
 from PIL import Image
@@ -406,7 +407,7 @@ def fake_library(name, log):
     return Library(name, None, encode, encode, lambda texts: texts, lambda paths: paths)
 
 
-@pytest.mark.parametrize("device, mode", [("cpu", "default"), ("cuda:1", "reduce-overhead")])
+@pytest.mark.parametrize("device, mode", [("cpu", "default"), ("cuda:1", "max-autotune")])
 def test_compiled_encoders_come_first(device, mode, monkeypatch, tmp_path):
     log, modes = [], []
     setting = Setting(tmp_path, SHAPE, "tiny", device, torch.float32, True, 3)
@@ -656,6 +657,41 @@ def test_on_a_gpu(monkeypatch):
     monkeypatch.setattr(suites, "measure", partial(measure, seconds=0))
     rows = bench.bench(["vision", "text"], shape="tiny", device="cuda", batch=2)
     assert all(row.cost is not None for row in rows)
+
+
+@pytest.mark.slow
+def test_the_run_on_a_gpu_is_rehearsed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
+    monkeypatch.setattr(suites, "measure", measure)
+    monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # many processes
+    monkeypatch.setattr(torch, "compile", lambda encoder, mode: encoder)
+    assert on_a_gpu.main(["--device", "cpu", "-o", str(tmp_path / "gpu.json")]) == 1  # no targets
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert "'error'" not in capsys.readouterr().err
+    kinds = [name.partition(" ")[0] for name in found]
+    assert kinds == ["environment", *["parity"] * 3, *["bench"] * 8]
+    assert all(found[name]["first"] is None for name in found if name.startswith("parity"))
+    compiled = [row for rows in list(found.values())[-2:] for row in rows]
+    assert {row["contender"] for row in compiled} >= {"miniclip, compiled", "transformers"}
+
+
+def test_the_targets_of_a_gpu_are_ratios_of_medians():
+    def row(suite, work, contender, seconds):
+        return Row(suite, work, 1, "images", contender, 0.0, (0.0, seconds, 9.0), None)
+
+    large, peer, ours = "256 images, L/14, bfloat16", "transformers", "miniclip, compiled"
+    rows = [
+        row("vision", "1 image, B/32, float32", ours, 1.0),
+        row("vision", "1 image, B/32, float32", peer, 5.0),
+        row("vision", "1 image, L/14, float32", ours, 1.0),
+        row("vision", "1 image, L/14, float32", peer, 4.0),  # the worst counts
+        row("vision", large, ours, 2.0),
+        row("vision", large, peer, 3.0),
+        row("vision", large, "one matrix product", 1.5),
+        row("train", "the loss", "miniclip", 2.0),
+    ]
+    assert [found for *_, found in on_a_gpu.targets(rows)][:3] == [4.0, 1.5, 0.75]
+    assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
 GROWN = {  # axis: two sizes of it, and how much more work the theory sees in the second

@@ -53,7 +53,7 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, T
     pairs = zip(setting.libraries, inputs, strict=True)
     runs = {library.name: (getattr(library, method), x) for library, x in pairs}
     if setting.compile:
-        mode = "reduce-overhead" if setting.device.startswith("cuda") else "default"
+        mode = "max-autotune" if setting.device.startswith("cuda") else "default"
         compiled = {
             f"{name}, compiled": (torch.compile(runs[name][0], mode=mode), runs[name][1])
             for name in ("miniclip", "transformers")

@@ -187,7 +187,7 @@ SLIPS = [
     ),
     Slip(
         "On a GPU compiled encoders run without graphs.",
-        'mode = "reduce-overhead" if',
+        'mode = "max-autotune" if',
         'mode = "default" if',
         ASKED,
     ),
