@@ -45,7 +45,7 @@ def pictures(tmp_path):
 
 
 def test_features_are_what_the_tower_projects_and_where_it_projects_to(loaded, pictures):
-    found = picture_features(loaded, pictures, batch_size=3)
+    found = picture_features(loaded, pictures, batch=3)
     assert found.rows == [0, 2, 3, 4] and "1.png" in found.skipped[0]
     model, _, transform = loaded
     pixels = transform([pictures[i] for i in found.rows])
@@ -208,8 +208,8 @@ CAPTIONS = {"0.png": "a cat\nthe cat", "1.png": "a dog", "2.png": "a ship\n ", "
 
 
 @pytest.mark.parametrize("save", SAVE)
-def test_captions_are_read_from(save, loaded, pictures, tmp_path):
-    found = captioned_images(save(tmp_path, CAPTIONS), loaded.transform)
+def test_captions_are_read_from(save, pictures, tmp_path):
+    found = captioned_images(save(tmp_path, CAPTIONS))
     names = [os.path.basename(str(picture)) for picture in found.pictures]
     assert names == ["0.png", "1.png", "2.png"]
     assert found.captions == [["a cat", "the cat"], ["a dog"], ["a ship"]]
@@ -225,10 +225,10 @@ def test_captions_are_read_from(save, loaded, pictures, tmp_path):
         ('{"images": [], "annotations": []}', "no picture with a caption"),
     ],
 )
-def test_captions_that_cannot_be_read(loaded, tmp_path, content, message):
+def test_captions_that_cannot_be_read(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        captioned_images(tmp_path / "x.json", loaded.transform)
+        captioned_images(tmp_path / "x.json")
 
 
 def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):

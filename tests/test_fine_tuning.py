@@ -211,7 +211,7 @@ def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
             (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
         for i, text in enumerate(texts if kind == "beside" else []):
             (tmp_path / f"{i}.txt").write_text(text)
-    score = scorer(str(tmp_path), loaded.transform, ("image", "text"))(loaded)
+    score = scorer(str(tmp_path), ("image", "text"))(loaded)
     with torch.no_grad():
         pixels, ids = loaded.transform(pictures), loaded.tokenizer(texts)
         logits = loaded.model(pixels, ids).logits_per_image.double()
