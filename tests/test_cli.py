@@ -429,7 +429,7 @@ EVAL_TABLE = f"""\
 model      everyday
 templates  simple | {{}}
 images     12, in 7 folders
-skipped    2, which cannot be read
+skipped    2 unreadable files
 missing    1 without images: frog
 top-1      58.33%, 95 % interval 31.95% to 80.67%
 top-5      91.67%

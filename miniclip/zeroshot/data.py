@@ -43,7 +43,7 @@ def find_labels(names: str | Iterable[str]) -> list[str]:
     path, name = Path(names[0]), names[0]
     if name in CLASS_SETS:
         return list(CLASS_SETS[name])
-    if path.is_dir() and (folders := _folders_in(path)):
+    if os.path.isdir(name) and (folders := _folders_in(path)):
         return folder_labels(folders)
     return _read_labels(path) if files or os.path.isfile(name) else names
 
