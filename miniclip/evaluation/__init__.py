@@ -50,13 +50,13 @@ With the 80 published templates this is the paper's measurement (two pairs of cl
 from miniclip.evaluation.captions import CaptionedImages, captioned_images
 from miniclip.evaluation.checkpoints import caption_ranks, classify, scorer
 from miniclip.evaluation.classification import Evaluation, evaluate, summary, wilson_interval
-from miniclip.evaluation.features import Features, encode_pictures, picture_features
+from miniclip.evaluation.features import Features, picture_features
 from miniclip.evaluation.linear import Examples, Method, few_shot, fit_from_text, fit_probe, probe
 from miniclip.evaluation.retrieval import recall, retrieval_ranks
 
 __all__ = [
-    "Evaluation", "evaluate", "summary", "wilson_interval", "Features", "encode_pictures",
-    "picture_features", "CaptionedImages", "captioned_images", "classify", "caption_ranks",
+    "Evaluation", "evaluate", "summary", "wilson_interval", "Features", "picture_features",
+    "CaptionedImages", "captioned_images", "classify", "caption_ranks",
     "scorer", "recall", "retrieval_ranks", "Examples", "fit_probe", "fit_from_text", "probe",
     "Method", "few_shot",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Features of pictures, computed once: in memory, or kept in index files for the next task."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +16,6 @@ from miniclip.model import CLIP
 from miniclip.retrieval.building import encode_parts
 from miniclip.retrieval.index import Index, Strings, describe, embed
 from miniclip.retrieval.pictures import stamp
-from miniclip.transform import ImageTransform
 
 KINDS = ("proj", "ln_post")
 """Embeddings, unit vectors (N, E); and the input of the vision tower's projection, (N, W)."""
@@ -28,34 +27,6 @@ class Features(NamedTuple):
     vectors: dict[str, Tensor]  # by kind: (N, E) or (N, W), float32
     rows: list[int]  # the places of the N readable pictures in the list of all pictures
     skipped: list[str]  # a line for each other picture: its name and the reason
-
-
-@torch.no_grad()
-def encode_pictures(
-    encode: Callable[[Tensor], Tensor],
-    transform: ImageTransform,
-    pictures: Sequence[str | Member],
-    batch: int = 64,
-) -> tuple[Tensor, list[int], list[str]]:
-    """Encode pictures in batches.
-
-    Args:
-        encode: a function of pixels (B, 3, S, S).
-        transform: makes the pixels.
-        pictures: paths, or what `find_pictures` found.
-        batch: pictures in a batch.
-
-    Returns:
-        What `encode` made of the N readable pictures, (N, ...); their places in `pictures`; and a
-        line for each other picture.
-
-    Raises:
-        ValueError: no picture can be read.
-    """
-    ((made, rows, skipped),) = encode_parts(encode, transform, [pictures], batch)
-    if not made:
-        raise ValueError(f"none of the {len(skipped)} files can be read; the first is {skipped[0]}")
-    return torch.cat(made), rows, skipped
 
 
 def encode_both(model: CLIP, pixels: Tensor) -> Tensor:
@@ -105,9 +76,11 @@ def picture_features(
             rows = [i for i, one in enumerate(names) if one in readable]
             vectors = {kind: index.embeddings for kind, index in kept.items()}
             return Features(vectors, rows, list(kept["proj"].skipped))
-    encode = partial(encode_both, loaded.model)
-    both, rows, skipped = encode_pictures(encode, loaded.transform, pictures, batch)
-    width = loaded.model.config.embed_dim
+    encode, width = partial(encode_both, loaded.model), loaded.model.config.embed_dim
+    ((made, rows, skipped),) = encode_parts(encode, loaded.transform, [pictures], batch)
+    if not made:
+        raise ValueError(f"none of the {len(skipped)} files can be read; the first is {skipped[0]}")
+    both = torch.cat(made)
     vectors = {"proj": both[:, :width].contiguous()}
     if both.shape[1] > width:
         vectors["ln_post"] = both[:, width:].contiguous()

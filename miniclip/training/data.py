@@ -192,13 +192,9 @@ def batches(
     steps = len(data) // batch
     if not steps:
         raise ValueError(f"{len(data)} pictures are fewer than a batch of {batch}")
-    drawn = (
-        [(item, draw_seed(seed, step, i)) for i, item in share]
-        for step, share in _shares(data, batch, seed, first, steps, rank, world_size)
-    )
     size = len(range(rank, batch, world_size))
     threads = max(1, (os.cpu_count() or 2) - 1)
-    items = chain.from_iterable(drawn)
+    items = _items_and_draws(data, batch, seed, first, steps, rank, world_size)
     with closing(read_ahead(read, items, 2 * size, threads)) as decoded:
         while True:
             loaded = list(islice(decoded, size))
@@ -228,18 +224,19 @@ def draw_seed(seed: int, step: int, i: int = 0) -> int:
     return ((seed * 1_000_003 + step) * 1_000_003 + i) % 2**63
 
 
-def _shares(
+def _items_and_draws(
     data: TrainingData, batch: int, seed: int, first: int, steps: int, rank: int, world_size: int
-) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
+) -> Iterator[tuple[Any, int]]:
     step = first
     while True:
         epoch, skip = divmod(step, steps)
         found = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
         items = chain(found, repeat(None))  # a shard may have shrunk since it was counted
-        for _ in range(steps - skip):
-            numbered = enumerate(islice(items, batch))
-            yield step, [(i, item) for i, item in numbered if i % world_size == rank]
-            step += 1
+        for step in range(step, step + steps - skip):
+            for i, item in enumerate(islice(items, batch)):
+                if i % world_size == rank:
+                    yield item, draw_seed(seed, step, i)
+        step += 1
 
 
 def augment(pixels: Tensor) -> Tensor:

@@ -128,14 +128,14 @@ SLIPS = [
     ),
     Slip(
         "A picture has the same caption in every epoch.",
-        "(item, draw_seed(seed, step, i)) for i, item in share",
-        "(item, draw_seed(seed, step % steps, i)) for i, item in share",
+        "yield item, draw_seed(seed, step, i)",
+        "yield item, draw_seed(seed, step % steps, i)",
         RUNS,
     ),
     Slip(
         "All pictures of a step draw the same number.",
-        "(item, draw_seed(seed, step, i)) for i, item in share",
-        "(item, draw_seed(seed, step)) for i, item in share",
+        "yield item, draw_seed(seed, step, i)",
+        "yield item, draw_seed(seed, step)",
         RUNS,
     ),
     Slip(
@@ -739,8 +739,8 @@ SLIPS = [
     ),
     Slip(
         "Shares are halves in a row.",
-        "if i % world_size == rank]",
-        "if i * world_size // batch == rank]",
+        "if i % world_size == rank:",
+        "if i * world_size // batch == rank:",
         DATA,
     ),
     Slip(
