@@ -429,7 +429,7 @@ EVAL_TABLE = f"""\
 model      everyday
 templates  simple | {{}}
 images     12, in 7 folders
-skipped    2, which cannot be read
+skipped    2 unreadable files
 missing    1 without images: frog
 top-1      58.33%, 95 % interval 31.95% to 80.67%
 top-5      91.67%
@@ -629,7 +629,7 @@ def test_eval_reads_labels_from_a_file(run, photographs, tmp_path):
         (["DATA", "--template", "word " * 500 + "{}"], ["tokens"]),
         (["DATA", "--labels", "absent.txt"], ["absent.txt", "No such file"]),
         (["DATA", "--labels", "DATA/cat/notes.txt"], ["1 label ", "7 class folders"]),
-        (["DATA", "--batch", "0"], ["batch_size is 0"]),
+        (["DATA", "--batch", "0"], ["batch is 0"]),
         (["DATA", "--batch", "x"], ["--batch"]),
         ([], ["DATA"]),
     ],

@@ -45,7 +45,7 @@ def pictures(tmp_path):
 
 
 def test_features_are_what_the_tower_projects_and_where_it_projects_to(loaded, pictures):
-    found = picture_features(loaded, pictures, batch_size=3)
+    found = picture_features(loaded, pictures, batch=3)
     assert found.rows == [0, 2, 3, 4] and "1.png" in found.skipped[0]
     model, _, transform = loaded
     pixels = transform([pictures[i] for i in found.rows])
@@ -208,8 +208,8 @@ CAPTIONS = {"0.png": "a cat\nthe cat", "1.png": "a dog", "2.png": "a ship\n ", "
 
 
 @pytest.mark.parametrize("save", SAVE)
-def test_captions_are_read_from(save, loaded, pictures, tmp_path):
-    found = captioned_images(save(tmp_path, CAPTIONS), loaded.transform)
+def test_captions_are_read_from(save, pictures, tmp_path):
+    found = captioned_images(save(tmp_path, CAPTIONS))
     names = [os.path.basename(str(picture)) for picture in found.pictures]
     assert names == ["0.png", "1.png", "2.png"]
     assert found.captions == [["a cat", "the cat"], ["a dog"], ["a ship"]]
@@ -225,10 +225,10 @@ def test_captions_are_read_from(save, loaded, pictures, tmp_path):
         ('{"images": [], "annotations": []}', "no picture with a caption"),
     ],
 )
-def test_captions_that_cannot_be_read(loaded, tmp_path, content, message):
+def test_captions_that_cannot_be_read(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        captioned_images(tmp_path / "x.json", loaded.transform)
+        captioned_images(tmp_path / "x.json")
 
 
 def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
@@ -252,6 +252,39 @@ def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"text to image {ranks[1].count(1) / 4:14.2%}" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_data_set_with_traps_is_counted_right(loaded, pictures, tmp_path, capsys):
+    """Several captions, one picture twice, equal scores, and a class with no readable picture."""
+    model, tokenizer, transform = loaded
+    (tmp_path / "5.png").write_bytes(Path(pictures[0]).read_bytes())
+    rows = {"3.png": "a ship", "0.png": "a cat\na dog", "5.png": "a dog\na ship", "2.png": "a cat"}
+    data = str(save_rows(tmp_path, rows))
+    assert main(["eval", data, "--task", "retrieval", "--model", "everyday", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    texts = "\n".join(rows.values()).split("\n")
+    with torch.no_grad():
+        images = model.encode_image(transform([pictures[i] for i in (3, 0, 0, 2)]), normalize=True)
+        embeds = model.encode_text(tokenizer(texts), normalize=True)
+    ranks = slow_ranks(images, embeds, torch.tensor([0, 1, 1, 2, 2, 3]))
+    for direction, of in zip(("image_to_text", "text_to_image"), ranks, strict=True):
+        assert found[direction]["recall@1"] == pytest.approx(np.mean([rank == 1 for rank in of]))
+        assert found[direction]["median_rank"] == np.median(of)
+
+    classes = {"cat": (0, 5), "dog": (2, 3), "ship": (1,)}
+    for name, chosen in classes.items():
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for i in chosen:
+            os.rename(tmp_path / f"{i}.png", tmp_path / "folders" / name / f"{i}.png")
+    assert main(["eval", str(tmp_path / "folders"), "--model", "everyday", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    prompts = tokenizer([f"a photo of a {name}." for name in classes])
+    with torch.no_grad():
+        best = (images @ model.encode_text(prompts, normalize=True).T).argmax(1).tolist()
+    right = [best[1] == 0, best[2] == 0, best[3] == 1, best[0] == 1]
+    assert found["accuracy"] == np.mean(right)
+    assert found["mean_per_class"] == np.mean([np.mean(right[:2]), np.mean(right[2:])])
+    assert (found["images"], found["missing"]) == (4, ["ship"]) and "1.png" in found["skipped"][0]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from test_training import SIZE, assert_equal_models, captioned
 from torch import nn
 
 from miniclip import CLIP, ImageTransform, load
+from miniclip.commands.main import main
 from miniclip.evaluation import scorer
 from miniclip.training import batches, from_scratch, open_data, train
 from miniclip.training import run as run_module
@@ -211,7 +212,7 @@ def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
             (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
         for i, text in enumerate(texts if kind == "beside" else []):
             (tmp_path / f"{i}.txt").write_text(text)
-    score = scorer(str(tmp_path), loaded.transform, ("image", "text"))(loaded)
+    score = scorer(str(tmp_path), ("image", "text"))(loaded)
     with torch.no_grad():
         pixels, ids = loaded.transform(pictures), loaded.tokenizer(texts)
         logits = loaded.model(pixels, ids).logits_per_image.double()
@@ -229,6 +230,30 @@ def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
             "image_to_text": of_images,
             "text_to_image": of_texts,
         }
+
+
+@pytest.mark.slow
+def test_sixteen_pictures_a_class_beat_zero_shot_on_held_out_ones(tmp_path, capsys):
+    """Written digits, which `shapes` has never seen, by the commands as a user gives them."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    names = "zero one two three four five six seven eight nine".split()
+    for part, chosen in (("train", slice(16)), ("test", slice(16, 36))):
+        for digit, name in enumerate(names):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i, pixels in enumerate(digits.images[digits.target == digit][chosen]):
+                picture = Image.fromarray((pixels * 15).astype("uint8"))
+                picture.save(tmp_path / part / name / f"{i}.png")
+    train, test, tuned = (str(tmp_path / name) for name in ("train", "test", "tuned"))
+
+    def accuracy_interval(model):
+        assert main(["eval", test, "--model", model, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["interval"]
+
+    line = ["train", train, "--model", "shapes", "--out", tuned, "--lr", "5e-4", "--json"]
+    assert main([*line, "--epochs", "6", "--batch", "32"]) == 0
+    assert capsys.readouterr().out
+    low, high = accuracy_interval("shapes")
+    assert low < 0.1 < high < accuracy_interval(tuned)[0]
 
 
 def test_tensorboard_gets_the_rows_and_forgets_what_a_crash_undid(tmp_path, monkeypatch):

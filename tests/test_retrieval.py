@@ -296,7 +296,7 @@ def test_more_can_be_left_out(photographs, monkeypatch, exclude, left):
     every = [path for path in find_pictures(["."])[0] if isinstance(path, str)]
     named = [*every, "b/0.tar"]  # as a shell writes a pattern out
     assert sorted(map(str, find_pictures(named, exclude)[0])) == sorted(left)
-    with pytest.raises(ValueError, match="all pictures are excluded, by a b"):
+    with pytest.raises(ValueError, match="all pictures are excluded by a b"):
         find_pictures(["b"], ["a", "b"])
 
 
@@ -364,7 +364,7 @@ def test_an_index_takes_the_place_of_an_index_and_of_nothing_else(loaded, photog
     before = precious.read_bytes()
     pictures, _ = find_pictures([photographs])
     made_by = describe(loaded, "everyday")
-    with pytest.raises(ValueError, match="precious.jpg: no index of"):
+    with pytest.raises(ValueError, match="precious.jpg: not an index of"):
         build_index(precious, loaded, pictures, made_by)
     assert precious.read_bytes() == before and not list(tmp_path.glob("precious.jpg.*"))
     for _ in range(2):
@@ -421,7 +421,7 @@ def test_half_precision_gives_unit_vectors_all_the_same(loaded, photographs):
 def test_an_embedding_that_is_no_number_is_an_error(loaded, photographs):
     model = twins(loaded.model.config)[0]
     model.vision.ln_post.bias.data[0] = torch.inf
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         embed_images(loaded._replace(model=model), find_pictures([photographs])[0])
 
 
@@ -1212,7 +1212,7 @@ def test_search_by_another_model_names_both(run, indexed):
     [
         (["search", "INDEX"], ["no query"]),
         (["search", "absent", "a cat"], ["absent", "no such file", "miniclip embed"]),
-        (["search", "PHOTO", "a cat"], ["z.png", "no index"]),
+        (["search", "PHOTO", "a cat"], ["z.png", "not an index"]),
         (["search", "INDEX", "a cat", "-k", "0"], ["k is 0"]),
         (["search", "INDEX", "--image", "absent.png"], ["absent.png"]),
         (["search", "INDEX", "word " * 500], ["tokens"]),

@@ -488,7 +488,7 @@ def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no rows with a caption"):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.csv").write_text("filepath,title\na.png,a cat\n")
-    says = "row 1: no column 'file_name'; say by --image-column .*filepath, title"
+    says = "row 1: no column 'file_name'; choose with --image-column .*filepath, title"
     with pytest.raises(ValueError, match=says):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n{"file')
@@ -675,7 +675,7 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkey
     assert state["step"] == 2
     said = capfd.readouterr().err
     assert "the run is saved after this step; Ctrl-C again ends at once" in said
-    assert f"{tmp_path}: saved at step 2; the same command goes on from there" in said
+    assert f"{tmp_path}: saved at step 2; the same command continues from there" in said
 
 
 def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, monkeypatch, capsys):

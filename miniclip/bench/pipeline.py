@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -20,10 +20,9 @@ from miniclip.bench.first_logits import READY
 from miniclip.bench.libraries import Library
 from miniclip.bench.material import Setting, captions, invented_captions, mixed_captions
 from miniclip.bench.measuring import Case, Trial
-from miniclip.checkpoint import Loaded
 from miniclip.files.ahead import read_ahead
 from miniclip.model import unit_norm
-from miniclip.retrieval.building import embed_parts
+from miniclip.retrieval.building import encode_parts
 from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings, embed
 from miniclip.terminal import counted
 from miniclip.transform import ImageTransform, resize_short_side
@@ -79,13 +78,13 @@ def embed_suite(setting: Setting) -> Iterator[Case]:
     paths = setting.photographs * (setting.batch // 4) or setting.photographs
     batches = [paths[i : i + setting.batch] for i in range(0, len(paths), setting.batch)]
     ours, *peers = setting.libraries
-    loaded = Loaded(ours.model, ours.tokenize, ours.transform)  # type: ignore[arg-type]
     pixels = ours.transform(batches[0]).to(setting.device)
 
     def together() -> Tensor:
-        part = [(str(path), (0, 0)) for path in paths]
-        ((embeds, *_),) = embed_parts(loaded, [part], setting.batch, silent=True)
-        return embeds
+        parts = [list(map(str, paths))]
+        encode, transform = partial(embed, ours.model), cast(ImageTransform, ours.transform)
+        ((embeds, *_),) = encode_parts(encode, transform, parts, setting.batch, silent=True)
+        return torch.cat(embeds)
 
     @torch.inference_mode()
     def batch_by_batch(library: Library) -> Tensor:

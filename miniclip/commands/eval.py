@@ -1,7 +1,8 @@
-"""`miniclip eval`: a model measured as the paper measures CLIP."""
+"""`miniclip eval`: measure a model as the paper measures CLIP."""
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from miniclip.commands.shared import (
@@ -34,49 +35,29 @@ with data of your own:
   miniclip eval cifar10/test --task probe --train cifar10/train --model everyday"""
 MOST_CLASSES = 50  # in the table
 
-# What only some of the tasks read: a flag, the tasks, its meaning, and argparse's other options.
-FLAGS: tuple[tuple[str, tuple[str, ...], str, dict[str, Any]], ...] = (
-    ("--template", ("zeroshot", "fewshot"), TEMPLATES, {"action": "append", "metavar": "TEXT"}),
+# Flags of single tasks: the tasks, the flag, its meaning, and argparse's other options.
+FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
+    (("zeroshot", "fewshot"), "template", TEMPLATES, {"action": "append", "metavar": "TEXT"}),
     (
-        "--labels",
         ("zeroshot", "fewshot"),
-        f"what the classes are called, in the order of the sorted folders: {LABELS} (default: the "
-        "folders' names, and OpenAI's for ImageNet's)",
+        "labels",
+        f"names of the classes, in the order of the sorted folders: {LABELS} (default: their "
+        "names, and OpenAI's names for ImageNet)",
         {"nargs": "+", "metavar": "LABEL"},
     ),
-    (
-        "--images",
-        ("retrieval",),
-        "where the pictures of a .json are (default: beside it)",
-        {"metavar": "DIR"},
-    ),
-    ("--split", ("retrieval",), "of a .json of Karpathy's (default: test)", {"metavar": "NAME"}),
-    (
-        "--train",
-        ("probe", "fewshot"),
-        "class folders to learn from; DATA is what is classified",
-        {"metavar": "DIR"},
-    ),
-    (
-        "--val",
-        ("probe",),
-        "class folders that choose the L2 strength (default: a fifth of --train)",
-        {"metavar": "DIR"},
-    ),
-    (
-        "--features",
-        ("probe", "fewshot"),
-        "of the probe, before the projection as in the paper, or after it (default: ln_post)",
-        {"choices": ("ln_post", "proj")},
-    ),
-    (
-        "--shots",
-        ("fewshot",),
-        "examples of each class (default: 1 2 4 8 16)",
-        {"type": int, "nargs": "+", "metavar": "N"},
-    ),
-    ("--seeds", ("fewshot",), "draws of the examples (default: 3)", {"type": int, "metavar": "N"}),
-)
+    (("retrieval",), "images", "folder of a .json's pictures (default: its own)",
+     {"metavar": "DIR"}),
+    (("retrieval",), "split", "part of Karpathy's .json (default: test)", {"metavar": "NAME"}),
+    (("probe", "fewshot"), "train", "class folders to learn from; DATA is classified",
+     {"metavar": "DIR"}),
+    (("probe", "fewshot"), "features", "the probe's features: before the projection as in the "
+     "paper, or after it (default: ln_post)", {"choices": ("ln_post", "proj")}),
+    (("probe",), "val", "class folders that choose the L2 strength (default: a fifth of --train)",
+     {"metavar": "DIR"}),
+    (("fewshot",), "shots", "examples of each class (default: 1 2 4 8 16)",
+     {"type": int, "nargs": "+", "metavar": "N"}),
+    (("fewshot",), "seeds", "draws of the examples (default: 3)", {"type": int, "metavar": "N"}),
+)  # fmt: skip
 METHODS = {"zeroshot": "zero-shot", "probe": "linear probe", "text": "text-initialised"}
 
 
@@ -92,12 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", choices=TASKS, default="zeroshot", help="what to measure (default: %(default)s)"
     )
-    groups = {
-        tasks: parser.add_argument_group(f"for --task {' and '.join(tasks)}")
-        for tasks in dict.fromkeys(tasks for _, tasks, *_ in FLAGS)
-    }
-    for flag, tasks, meaning, options in FLAGS:
-        groups[tasks].add_argument(flag, help=meaning, **options)
+    groups: dict[tuple[str, ...], Any] = {}
+    for tasks, flag, meaning, options in FLAGS:
+        if tasks not in groups:
+            groups[tasks] = parser.add_argument_group(f"for --task {' and '.join(tasks)}")
+        groups[tasks].add_argument(f"--{flag}", help=meaning, **options)
     add_columns(parser)
     parser.add_argument(
         "--cache", metavar="DIR", help="keep the pictures' features in this folder, as index files"
@@ -111,20 +91,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, and print what was found."""
+    """Measure, and print the result."""
     keep_freed_memory()
-    for flag, tasks, *_ in FLAGS:
-        if getattr(args, flag[2:]) is not None and args.task not in tasks:
-            raise ValueError(f"{flag} is for {' and '.join(tasks)}, not for {args.task}")
+    for tasks, flag, *_ in FLAGS:
+        if getattr(args, flag) is not None and args.task not in tasks:
+            raise ValueError(f"--{flag} is for {' and '.join(tasks)}, not for {args.task}")
     if args.data == "shapes":
         ask_about_shapes(args)
     else:
         TASKS[args.task](args)
+    if args.plot:
+        note(f"picture: {args.plot}")
     return 0
 
 
 def zeroshot(args: argparse.Namespace) -> None:
-    """Classify every image by its label, and print what was right and what was confused."""
+    """Classify every image by the labels."""
     from miniclip.evaluation.checkpoints import classify
     from miniclip.zeroshot.classifier import TEMPLATE, class_embeddings, find_templates
 
@@ -132,21 +114,19 @@ def zeroshot(args: argparse.Namespace) -> None:
     images = class_folders(args)
     loaded = load_once(args)
     text_embeds = class_embeddings(loaded.model, loaded.tokenizer, images.labels, templates)
-    features = features_of(args, loaded, images.paths)
-    result = classify(loaded, images, features, text_embeds)
+    result = classify(loaded, images, features_of(args, loaded, images.paths), text_embeds)
     shown = shorten(" | ".join(args.template or templates), COLUMNS - 11)
     print_evaluation(args, images.folders, result, {"templates": templates}, {"templates": shown})
 
 
 def retrieval(args: argparse.Namespace) -> None:
-    """Look for each caption's picture and each picture's captions, and print the recall."""
+    """Find each caption's picture, and each picture's captions."""
     from miniclip.evaluation.captions import captioned_images
     from miniclip.evaluation.checkpoints import caption_ranks
     from miniclip.evaluation.retrieval import recall
 
-    loaded = load_once(args)
-    columns = (args.image_column, args.text_column)
-    data = captioned_images(args.data, loaded.transform, args.images, args.split or "test", columns)
+    loaded, names = load_once(args), (args.image_column, args.text_column)
+    data = captioned_images(args.data, args.images, args.split or "test", names)
     for reason in data.skipped:
         note(f"miniclip: skipped {reason}")
     features = features_of(args, loaded, data.pictures)
@@ -164,7 +144,7 @@ def retrieval(args: argparse.Namespace) -> None:
         print(f"model      {args.model}")
         print(f"images     {len(captions):,}, with {len(texts):,} captions")
         if features.skipped:
-            print(f"skipped    {len(features.skipped):,} images, which cannot be read")
+            print(f"skipped    {len(features.skipped):,} unreadable images")
         if cut:
             print(f"truncated  {cut:,} captions, to {longest} tokens")
         print(f"\n{'':16}{'recall@1':>12}{'recall@5':>12}{'recall@10':>12}{'median rank':>14}")
@@ -176,69 +156,58 @@ def retrieval(args: argparse.Namespace) -> None:
         from miniclip.figures.recall import draw_recall
 
         draw_recall(ranks, args.plot)
-        note(f"picture: {args.plot}")
 
 
 def probe(args: argparse.Namespace) -> None:
-    """Learn a linear classifier from the features of --train, and print what it makes of DATA."""
-    from functools import partial
-
+    """Learn a linear classifier from the features of --train, and classify DATA."""
     from miniclip.evaluation import linear
     from miniclip.evaluation.classification import evaluate
 
-    loaded, images, sets, skipped = features_of_sets(args)
     kind = args.features or "ln_post"
+    _, images, sets, skipped = examples_of_sets(args)
+    test, *examples = (one[kind] for one in sets)
     fit = partial(linear.fit_probe, count=len(images.folders))
-    examples = [examples_of(sets[name], kind) for name in sets]
-    classify, strength, accuracies = linear.probe(fit, *examples[1:])
-    test = examples[0]
+    classify, strength, accuracies = linear.probe(fit, *examples)
     result = evaluate(classify(test.features), test.classes.tolist(), images.labels, skipped)
     tried = [{"lambda": one, "accuracy": share} for one, share in accuracies.items()]
     about = {"features": kind, "lambda": strength, "validation": tried}
-    shown = f"{strength:.3g}, by {max(accuracies.values()):.2%} of the validation split"
+    shown = f"{strength:.3g}, with {max(accuracies.values()):.2%} on the validation split"
     print_evaluation(args, images.folders, result, about, {"features": kind, "lambda": shown})
 
 
 def fewshot(args: argparse.Namespace) -> None:
-    """Learn from a few examples of each class, and print the accuracies on DATA."""
-    from functools import partial
-
+    """Learn from a few examples of each class, and classify DATA."""
     from miniclip.evaluation import linear
     from miniclip.zeroshot.classifier import TEMPLATE, class_embeddings, find_templates
 
     templates = find_templates(args.template or [TEMPLATE])
-    loaded, images, sets, skipped = features_of_sets(args)
+    loaded, images, (tests, trains), _ = examples_of_sets(args)
     kind, shots = args.features or "ln_post", args.shots or [1, 2, 4, 8, 16]
     text_embeds = class_embeddings(loaded.model, loaded.tokenizer, images.labels, templates)
 
     def zeroshot(features: Any) -> Any:
         return loaded.model.score(features.to(text_embeds), text_embeds).T.detach().float().cpu()
 
-    of_kind = {kind: [examples_of(one, kind) for one in sets.values()] for kind in {kind, "proj"}}
-    test, train = of_kind[kind]
-    text_test, text_train = of_kind["proj"]
     fit = partial(linear.fit_probe, count=len(images.folders))
+    fit_text = partial(linear.fit_from_text, zeroshot=zeroshot)
     methods = {
-        "probe": linear.Method(fit, train, test),
-        "text": linear.Method(
-            partial(linear.fit_from_text, zeroshot=zeroshot), text_train, text_test
-        ),
+        "probe": linear.Method(fit, trains[kind], tests[kind]),
+        "text": linear.Method(fit_text, trains["proj"], tests["proj"]),
     }
-    mean = linear.share_right(zeroshot, text_test)
+    mean = linear.share_right(zeroshot, tests["proj"])
     rows: list[dict[str, Any]] = [{"shots": 0, "method": "zeroshot", "mean": mean, "std": 0.0}]
     rows += linear.few_shot(methods, shots, args.seeds or 3)
-    counts = train.classes.bincount(minlength=len(images.folders))
+    counts = trains[kind].classes.bincount(minlength=len(images.folders))
     short = [one for one, n in zip(images.folders, counts, strict=True) if n < max(shots)]
     if short:
         note(f"miniclip: fewer than {max(shots)} examples: {', '.join(short)}")
     if args.json:
         print_json(rows)
     else:
+        classes = counted(len(images.folders), "class folder")
         print(f"model      {args.model}")
         print(f"templates  {shorten(' | '.join(args.template or templates), COLUMNS - 11)}")
-        print(
-            f"images     {len(test.classes):,}, of {counted(len(images.folders), 'class folder')}\n"
-        )
+        print(f"images     {len(tests[kind].classes):,}, of {classes}\n")
         print(f"{'examples a class':<18}{'method':<20}{'accuracy':>10}   spread over the draws")
         for row in rows:
             spread = f"± {row['std']:.2%}" if row["shots"] else ""
@@ -248,11 +217,10 @@ def fewshot(args: argparse.Namespace) -> None:
         from miniclip.figures.few_shot import draw_few_shot
 
         draw_few_shot(rows, METHODS, args.plot)
-        note(f"picture: {args.plot}")
 
 
 def class_folders(args: argparse.Namespace, data: str | None = None) -> "LabelledImages":
-    """The pictures in DATA, or in other folders, and what their classes are called."""
+    """Find the pictures of DATA, or of another folder, and the names of their classes."""
     from miniclip.zeroshot import data as found
     from miniclip.zeroshot.prompts import CLASS_SETS, published_labels
 
@@ -266,43 +234,48 @@ def class_folders(args: argparse.Namespace, data: str | None = None) -> "Labelle
     return images
 
 
-def features_of_sets(
+class ByKind(dict[str, "Examples"]):
+    """The examples of one set of pictures, by kind of features."""
+
+    def __missing__(self, kind: str) -> "Examples":
+        raise ValueError("the vision tower does not project one vector a picture: --features proj")
+
+
+def examples_of_sets(
     args: argparse.Namespace,
-) -> "tuple[Loaded, LabelledImages, dict[str, tuple[Features, list[int]]], list[str]]":
-    """The model; the classes of DATA and of --train and --val; each set's features and classes;
-    and what could not be read of DATA. A folder name stands for one class in all of them."""
+) -> "tuple[Loaded, LabelledImages, list[ByKind], list[str]]":
+    """Load the model, and the examples of DATA, --train and --val.
+
+    A folder's name stands for one class in all of them. Returns the model, the classes, the
+    examples, and a line for each unreadable picture of DATA.
+    """
+    import torch
+
+    from miniclip.evaluation.linear import Examples
     from miniclip.zeroshot.data import with_classes_of
 
     if args.train is None:
         raise ValueError(f"--task {args.task} needs --train, class folders to learn from")
-    names = {"test": None, "train": args.train} | ({"val": args.val} if args.val else {})
-    found = {name: class_folders(args, data) for name, data in names.items()}
-    images = with_classes_of(found["test"], found.values())
-    loaded, sets = load_once(args), {}
-    for name, one in found.items():
+    named = (None, args.train, *([args.val] if args.val else []))
+    found = [class_folders(args, data) for data in named]
+    images, loaded = with_classes_of(found[0], found), load_once(args)
+    sets, skipped = [], []
+    for one in found:
         features = features_of(args, loaded, one.paths)
+        skipped.append(features.skipped)
         place = [images.folders.index(folder) for folder in one.folders]
-        sets[name] = features, [place[one.classes[row]] for row in features.rows]
-    if lacking := {*sets["test"][1]} - {*sets["train"][1]}:
-        folders = ", ".join(images.folders[i] for i in sorted(lacking))
+        classes = torch.tensor([place[one.classes[row]] for row in features.rows])
+        vectors = features.vectors.items()
+        sets.append(ByKind({kind: Examples(rows, classes) for kind, rows in vectors}))
+    test, train = ({*one["proj"].classes.tolist()} for one in sets[:2])
+    if lacking := sorted(test - train):
+        folders = ", ".join(images.folders[i] for i in lacking)
         note(f"miniclip: no examples in {args.train}, and so never right: {folders}")
-    return loaded, images, sets, sets["test"][0].skipped
-
-
-def examples_of(features_and_classes: "tuple[Features, list[int]]", kind: str) -> "Examples":
-    """One kind of features, with their classes."""
-    import torch
-
-    from miniclip.evaluation.linear import Examples
-
-    features, classes = features_and_classes
-    if kind not in features.vectors:
-        raise ValueError("the vision tower does not project one vector a picture: --features proj")
-    return Examples(features.vectors[kind], torch.tensor(classes))
+    return loaded, images, sets, skipped[0]
 
 
 def load_once(args: argparse.Namespace) -> "Loaded":
-    """Load the model at the commit that its features are kept under: a branch may move meanwhile.
+    """Load the model at the commit that the cache records, because a branch may move.
 
     Changes `args.revision`, and adds `args.name`.
     """
@@ -312,11 +285,12 @@ def load_once(args: argparse.Namespace) -> "Loaded":
     return load_model(args)
 
 
-def features_of(args: argparse.Namespace, loaded: "Loaded", pictures: Any) -> "Features":
-    """The pictures' features; a line for each picture that cannot be read."""
+def features_of(args: argparse.Namespace, loaded: "Loaded", pictures: Sequence[Any]) -> "Features":
+    """Compute the features of pictures, and print a line for each unreadable one."""
     from miniclip.evaluation.features import picture_features
+    from miniclip.files.tars import Member
 
-    names = [str(one) if isinstance(one, Path) else one for one in pictures]
+    names = [one if isinstance(one, Member) else str(one) for one in pictures]
     name = args.name, args.revision
     features = picture_features(loaded, names, args.cache, name, args.batch)
     for reason in features.skipped:
@@ -331,7 +305,7 @@ def print_evaluation(
     about: dict[str, Any],
     shown: dict[str, str],
 ) -> None:
-    """Print an evaluation, as JSON or as a table, with what there is `about` it; and draw it."""
+    """Print an evaluation as JSON or as a table, with facts `about` it, and draw it."""
     from miniclip.evaluation.classification import summary
 
     if args.json:
@@ -344,11 +318,10 @@ def print_evaluation(
         from miniclip.figures.confusion import draw_confusion
 
         draw_confusion(result, args.plot)
-        note(f"picture: {args.plot}")
 
 
 def ask_about_shapes(args: argparse.Namespace) -> None:
-    """`miniclip eval shapes`: questions about drawn scenes."""
+    """`miniclip eval shapes`: ask questions about drawn scenes."""
     from miniclip.world.scoring import score
 
     if args.template or args.labels or args.plot or args.task != "zeroshot":
@@ -372,9 +345,9 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
 
 
 def evaluation_table(folders: list[str], result: "Evaluation") -> str:
-    """Accuracies, a line for each class, and the ten most frequent confusions.
+    """Return a table: accuracies, a line for each class, and the ten most frequent confusions.
 
-    If there are more than MOST_CLASSES classes, only the best and the worst have a line.
+    Of more than MOST_CLASSES classes only the best and the worst have a line.
     """
     from miniclip.evaluation.classification import summary
 
@@ -383,10 +356,10 @@ def evaluation_table(folders: list[str], result: "Evaluation") -> str:
     low, high = found["interval"]
     lines = [f"images     {sum(images):,}, in {counted(len(images), 'folder')}"]
     if result.skipped:
-        lines.append(f"skipped    {len(result.skipped):,}, which cannot be read")
+        lines.append(f"skipped    {len(result.skipped):,} unreadable files")
     if found["missing"]:
-        lines.append(f"missing    {len(found['missing']):,} without images: ")
-        lines[-1] += shorten(", ".join(found["missing"]), COLUMNS - len(lines[-1]))
+        head = f"missing    {len(found['missing']):,} without images: "
+        lines.append(head + shorten(", ".join(found["missing"]), COLUMNS - len(head)))
     lines.append(f"top-1      {result.accuracy:.2%}, 95 % interval {low:.2%} to {high:.2%}")
     if len(images) > 5:
         lines.append(f"top-5      {result.top5:.2%}")

@@ -19,32 +19,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments, and a flag for each field of a recipe."""
     parser.add_argument(
         "data",
-        help="a folder of class folders, of pictures with metadata.jsonl, .csv or .tsv "
-        "(file_name, text) or with a .txt beside each, or of WebDataset .tar shards; shards by "
-        "'pipe:COMMAND' or an address such as hf://datasets/OWNER/NAME/{00..99}.tar; or the drawn "
-        "world `shapes`",
+        help="a folder of class folders; of pictures with metadata.jsonl, .csv or .tsv (file_name, "
+        "text) or with a .txt beside each; or of WebDataset .tar shards; 'pipe:COMMAND' or an "
+        "address such as hf://datasets/OWNER/NAME/{00..99}.tar; or the drawn world `shapes`",
     )
     add_columns(parser)
     parser.add_argument(
         "-o", "--out", required=True, metavar="DIR", help="the folder for the checkpoint"
     )
-    parser.add_argument("--model", help="the checkpoint to start from (default: random weights)")
+    parser.add_argument("--model", help="the checkpoint to fine-tune (default: random weights)")
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="train as this checkpoint was trained: its recipe.json, and, from scratch, its shape",
+        help="use this checkpoint's recipe.json, and for random weights its shape",
     )
-    parser.add_argument("--config", metavar="JSON", help="from scratch: the shape, a config.json")
+    parser.add_argument(
+        "--config", metavar="JSON", help="the shape of random weights, a config.json"
+    )
     add_device(parser)
     parser.add_argument(
         "--val",
         metavar="DATA",
-        help="held-out class folders, classified zero-shot, or pictures with captions, retrieved; "
-        "the checkpoint that is best at it is kept in DIR/best",
+        help="held-out data: class folders, classified zero-shot, or pictures with captions, "
+        "retrieved; DIR/best keeps the best checkpoint",
     )
     parser.add_argument("--log", choices=("tensorboard",), default="", help="log to DIR for it too")
     parser.add_argument("--plot", metavar="PNG", help="draw a report of the run")
-    numbers = parser.add_argument_group("recipe", "the numbers of a run, in place of --recipe's")
+    numbers = parser.add_argument_group(
+        "recipe", "the numbers of a run; they replace those of --recipe"
+    )
     for entry in fields(Recipe):
         kind, meaning = type(entry.default), f"{entry.metadata['help']} (default: {entry.default})"
         flag = f"--{entry.name.replace('_', '-')}"
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; under torchrun, the first process prints."""
+    """Train. Under torchrun the first process prints."""
     from miniclip.training import process_group, set_up, train
 
     keep_freed_memory()
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         if args.val:
             from miniclip.evaluation.checkpoints import scorer
 
-            validate = scorer(args.val, setup.transform, columns)
+            validate = scorer(args.val, columns)
         train(*setup, args.out, validate=validate, log=args.log)
     if os.environ.get("RANK", "0") != "0":
         return 0

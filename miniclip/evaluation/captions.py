@@ -1,7 +1,9 @@
 """Pictures with their captions, as data sets come."""
 
+import csv
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +11,15 @@ from miniclip.errors import listed
 from miniclip.files.reading import read_json
 from miniclip.files.tars import Member, members
 from miniclip.retrieval.pictures import find_pictures
-from miniclip.training.data import COLUMNS, METADATA, captioned_pictures, texts_beside
-from miniclip.transform import ImageTransform
+from miniclip.zeroshot.data import visible_files
 
-MOST_JSON = 2**30  # bytes; COCO's captions of its training pictures have 2**27
+MOST_JSON = 2**30  # bytes; the captions of COCO's training pictures have 2**27
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+COLUMNS = ("file_name", "text")
+PICTURES = ("jpg", "jpeg", "png", "webp")  # endings of pictures that have a .txt beside them
+
+Row = tuple[str | Member, Sequence[str]]
+"""A picture, and captions that are true of it."""
 
 
 class CaptionedImages(NamedTuple):
@@ -25,48 +32,43 @@ class CaptionedImages(NamedTuple):
 
 def captioned_images(
     data: str | os.PathLike[str],
-    transform: ImageTransform,
     images: str | os.PathLike[str] | None = None,
     split: str = "test",
     columns: tuple[str, str] = COLUMNS,
 ) -> CaptionedImages:
-    """Find pictures and their captions; captions that say nothing are left out.
+    """Find pictures and all captions of each. Empty captions are left out and counted.
 
     Args:
-        data: a folder with metadata.jsonl, .csv or .tsv, or such a file, whose `columns` are the
-            picture's file and its text or texts; a folder with a .txt beside each; WebDataset .tar
-            shards, or a folder of them, each line of whose .txt files is a caption; or a .json of
-            COCO or of Karpathy and Fei-Fei (2015) for Flickr30k and COCO.
-        transform: of the model that will read the pictures.
-        images: the folder of the pictures that a .json names; without it, the .json's own.
-        split: the part of a .json of Karpathy's that counts.
+        data: a folder with metadata.jsonl, .csv or .tsv, or such a file; a folder of pictures with
+            a .txt beside each; WebDataset .tar shards, or a folder of them, where each line of a
+            .txt is a caption; a .json of COCO, or of Karpathy and Fei-Fei (2015).
+        images: the folder of the pictures that a .json names; by default the folder of the .json.
+        split: the part of Karpathy's .json to read.
+        columns: the columns of a metadata file: the picture's file, and its caption or captions.
 
     Raises:
-        ValueError: nothing with a caption was found, or a file is none of these.
+        ValueError: no picture has a caption, or `data` is none of these.
     """
-    root, skipped = Path(data).expanduser(), []
-    pairs: Iterable[tuple[str | Member, Sequence[Any]]]
-    tables = (path for path in (root, *(root / name for name in METADATA)) if path.is_file())
-    table = next((path for path in tables if path.suffix != ".tar"), None)
+    root = Path(data).expanduser()
+    skipped: list[str] = []
+    rows: Sequence[tuple[str | Member, Sequence[Any]]]
     if root.suffix == ".json":
-        pairs = list(_json_pairs(root, Path(images or root.parent), split))
-    elif found := (
-        captioned_pictures(table, transform, columns) if table else texts_beside(root, transform)
-    ):
-        pairs, skipped = [(str(path), texts) for path, texts, _ in found.entries], found.skipped
+        rows = list(_read_json(root, Path(images or root.parent), split))
+    elif found := rows_with_captions(root, columns):
+        rows, skipped = found
     else:
-        members, skipped = find_pictures([root])
-        pairs = list(_shard_pairs([one for one in members if isinstance(one, Member)]))
+        shards, skipped = find_pictures([root])
+        rows = list(_read_shards([one for one in shards if isinstance(one, Member)]))
     captions: dict[str | Member, list[str]] = {}
     empty = 0
-    for picture, texts in pairs:
+    for picture, texts in rows:
         good = [text for text in texts if isinstance(text, str) and text.strip()]
         empty += len(texts) - len(good)
         captions.setdefault(picture, []).extend(good)
     if empty:
         skipped.append(f"{root}: empty captions left out: {empty:,}")
     if bare := [str(picture) for picture, texts in captions.items() if not texts]:
-        skipped.append(f"{root}: images without a caption left out: {len(bare):,}, {listed(bare)}")
+        skipped.append(f"{root}: pictures without a caption: {len(bare):,}, {listed(bare)}")
     captions = {picture: texts for picture, texts in captions.items() if texts}
     if not captions:
         raise ValueError(
@@ -76,7 +78,80 @@ def captioned_images(
     return CaptionedImages([*captions], [*captions.values()], skipped)
 
 
-def _json_pairs(path: Path, images: Path, split: str) -> Iterator[tuple[str, list[Any]]]:
+def rows_with_captions(
+    root: Path, columns: tuple[str, str] = COLUMNS
+) -> tuple[list[Row], list[str]] | None:
+    """Read a metadata file, or a folder with a metadata file or with a .txt beside each picture.
+
+    Returns the rows, and lines about what was left out; None if `root` is neither.
+    """
+    for table in (root, *(root / name for name in METADATA)):
+        if table.is_file() and table.suffix in (".jsonl", ".csv", ".tsv"):
+            return _read_table(table, columns)
+    if root.is_dir() and not any(root.glob("*.tar")):
+        return _read_texts(root)
+    return None
+
+
+def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
+    """A picture and its .txt have one name, as img2dataset writes them. None without any .txt."""
+    files = visible_files(root)
+    endings = {f".{ending}" for ending in PICTURES}
+    texts = {path: path.with_suffix(".txt") for path in files if path.suffix.lower() in endings}
+    if not {*texts.values()} & {*files}:
+        return None
+    rows: list[Row] = []
+    for path, text in texts.items():
+        caption = text.read_text("utf-8-sig", "replace").strip() if text.is_file() else ""
+        rows += [(str(path), (caption,))] * bool(caption)
+    missing = len(texts) - len(rows)
+    return rows, [f"{root}: pictures without a caption in a .txt: {missing:,}"] * bool(missing)
+
+
+def _read_table(table: Path, columns: tuple[str, str]) -> tuple[list[Row], list[str]]:
+    """The `imagefolder` convention of Hugging Face's datasets: a row for each picture."""
+    rows: list[Row] = []
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # pictures with equal lists share one
+    empty: list[int] = []  # the row of each empty caption
+    for number, values in _values_of(table):
+        if missing := [column for column in columns if column not in values]:
+            raise ValueError(
+                f"{table}, row {number}: no column {missing[0]!r}; choose with --image-column and "
+                f"--text-column among {listed(map(str, values), 9)}"
+            )
+        name, text = (values[column] for column in columns)
+        texts = text if isinstance(text, list) and text else [text]
+        captions = tuple(text for text in texts if text not in (None, []) and str(text).strip())
+        empty += [number] * (len(texts) - len(captions))
+        if not isinstance(name, str) or not all(isinstance(each, str) for each in captions):
+            raise ValueError(f"{table}, row {number}: expected a {columns[0]} and a {columns[1]}")
+        if captions:
+            rows.append((str(table.parent / name), shared.setdefault(captions, captions)))
+    if not rows:
+        raise ValueError(f"{table}: no rows with a caption; expected one for each picture")
+    first = f"the first in row {empty[0]}" if empty else ""
+    return rows, [f"{table}: empty captions left out: {len(empty):,}, {first}"] * bool(empty)
+
+
+def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:  # Excel writes a BOM
+            if table.suffix != ".jsonl":
+                delimiter = max(",\t;", key=file.readline().count)  # in the header
+                file.seek(0)
+                yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
+                return
+            for number, line in enumerate(file, 1):
+                value = json.loads(line) if line.strip() else None
+                if isinstance(value, dict):
+                    yield number, value
+                elif value is not None:
+                    raise ValueError(f"row {number} is not an object")
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{table}: expected rows that can be read: {error}") from None
+
+
+def _read_json(path: Path, images: Path, split: str) -> Iterator[tuple[str, list[Any]]]:
     found = read_json(path, MOST_JSON)
     try:
         if "annotations" in found:  # COCO
@@ -100,19 +175,18 @@ def _json_pairs(path: Path, images: Path, split: str) -> Iterator[tuple[str, lis
         ) from None
 
 
-def _shard_pairs(pictures: Sequence[Member]) -> Iterator[tuple[Member, list[str]]]:
-    """Each picture with the lines of the .txt file that shares its key."""
+def _read_shards(pictures: Sequence[Member]) -> Iterator[tuple[Member, list[str]]]:
+    """Each picture with the lines of the .txt that has its key: the name up to the first dot."""
+
+    def key(name: str) -> str:
+        folder, slash, file = name.rpartition("/")
+        return folder + slash + file.partition(".")[0]
+
     texts: dict[tuple[str, str], list[str]] = {}
     for archive in dict.fromkeys(picture.archive for picture in pictures):
         for file in members(archive, []):  # `find_pictures` has reported the damage
             if file.name.endswith(".txt"):
                 lines = file.read().decode("utf-8-sig", "replace").splitlines()
-                texts[archive, _key(file.name)] = lines
+                texts[archive, key(file.name)] = lines
     for member in pictures:
-        yield member, texts.get((member.archive, _key(member.name)), [])
-
-
-def _key(name: str) -> str:
-    """What the files of a sample share: the name up to the first dot after the last slash."""
-    folder, slash, file = name.rpartition("/")
-    return folder + slash + file.partition(".")[0]
+        yield member, texts.get((member.archive, key(member.name)), [])

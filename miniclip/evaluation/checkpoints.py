@@ -1,4 +1,4 @@
-"""A model's scores on pictures: how it classifies them, and what it finds by their captions."""
+"""Scores of a model on pictures: how it classifies them, and how it finds them by captions."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from miniclip.checkpoint import Loaded
-from miniclip.evaluation.captions import captioned_images
+from miniclip.evaluation.captions import COLUMNS, captioned_images, rows_with_captions
 from miniclip.evaluation.classification import Evaluation, evaluate
 from miniclip.evaluation.features import Features, picture_features
 from miniclip.evaluation.retrieval import recall, retrieval_ranks
-from miniclip.training.data import COLUMNS, METADATA, texts_beside
-from miniclip.transform import ImageTransform
 from miniclip.zeroshot.classifier import class_embeddings, embed_texts
 from miniclip.zeroshot.data import LabelledImages, labelled_images
 
@@ -20,7 +18,7 @@ from miniclip.zeroshot.data import LabelledImages, labelled_images
 def classify(
     loaded: Loaded, images: LabelledImages, features: Features, text_embeds: Tensor
 ) -> Evaluation:
-    """Classify pictures by their features and the embeddings of their labels (C, E)."""
+    """Classify pictures by their features and by the embeddings of their labels (C, E)."""
     image_embeds = features.vectors["proj"].to(text_embeds)
     logits = loaded.model.score(image_embeds, text_embeds).T.float()  # (N, C)
     classes = [images.classes[row] for row in features.rows]
@@ -30,7 +28,10 @@ def classify(
 def caption_ranks(
     loaded: Loaded, captions: Sequence[Sequence[str]], features: Features
 ) -> dict[str, Tensor]:
-    """`retrieval_ranks` of N pictures, given the captions of each. Long captions are cut."""
+    """Compute `retrieval_ranks` in both directions, for N pictures and the captions of each.
+
+    A caption that is too long for the model is cut.
+    """
     texts = [text for several in captions for text in several]
     image_of = torch.tensor([i for i, several in enumerate(captions) for _ in several])
     text_embeds = embed_texts(loaded.model, loaded.tokenizer, texts, truncate=True).float().cpu()
@@ -38,18 +39,23 @@ def caption_ranks(
     return dict(zip(("image_to_text", "text_to_image"), ranks, strict=True))
 
 
-def scorer(
-    data: str, transform: ImageTransform, columns: tuple[str, str] = COLUMNS
-) -> Callable[[Loaded], dict[str, float]]:
-    """What `train` measures held-out data by; the first score says which checkpoint is the best.
+def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], dict[str, float]]:
+    """Make the function by which `train` measures a checkpoint on held-out data.
 
-    Class folders are classified by their names: accuracy, and its mean over classes. Pictures with
-    captions, as `captioned_images` finds them, are retrieved: recall@1, the mean of both
-    directions, and of each. Raises ValueError if there is nothing to measure.
+    Args:
+        data: class folders, classified zero-shot, or pictures with captions as `captioned_images`
+            finds them, which are retrieved.
+        columns: see `captioned_images`.
+
+    Returns:
+        A function that gives the accuracy and its mean over the classes, or recall@1: the mean of
+        both directions, and each direction. `train` keeps the checkpoint with the best first score.
+
+    Raises:
+        ValueError: there is nothing to measure.
     """
     root = Path(data).expanduser()
-    files = [*(root / name for name in METADATA), *root.glob("*.tar")]
-    if root.is_dir() and not any(map(Path.is_file, files)) and not texts_beside(root, transform):
+    if root.is_dir() and not any(root.glob("*.tar")) and not rows_with_captions(root, columns):
         images = labelled_images(root)
 
         def zero_shot(loaded: Loaded) -> dict[str, float]:
@@ -59,7 +65,7 @@ def scorer(
             return {"accuracy": found.accuracy, "mean_per_class": found.mean_per_class}
 
         return zero_shot
-    captioned = captioned_images(root, transform, columns=columns)
+    captioned = captioned_images(root, columns=columns)
 
     def retrieval(loaded: Loaded) -> dict[str, float]:
         features = picture_features(loaded, captioned.pictures)

@@ -1,4 +1,4 @@
-"""How often a classifier is right, what it confuses, and how far its probabilities are true."""
+"""How often a classifier is right, what it confuses, and how well its confidence is calibrated."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,41 +7,41 @@ import torch
 from torch import Tensor
 
 BINS = 15
-"""Of equal width, for the calibration error, as in Guo et al. 2017 (arXiv 1706.04599)."""
+"""Bins of equal width for the calibration error, as in Guo et al. 2017 (arXiv 1706.04599)."""
 
 
 class Evaluation(NamedTuple):
-    """What a classifier made of labelled images. Accuracies are shares; nan where of nothing."""
+    """Counts of a classifier's answers on labelled images. A share of 0 images is NaN."""
 
     labels: list[str]
-    confusion: Tensor  # (C, C) int64, images of the row's class that were given the column's
-    in_top5: Tensor  # (C,) int64, images of the class that had it among the five best labels
-    skipped: list[str]  # for each file that could not be read, which and why; counted nowhere else
-    bins: Tensor  # (BINS, 3) float64: images of a confidence, its sum, and how many were right
+    confusion: Tensor  # (C, C) int64, images of the row's class that got the column's label
+    in_top5: Tensor  # (C,) int64, images of the class with the true label among the best five
+    skipped: list[str]  # a line for each unreadable file; such files are not counted
+    bins: Tensor  # (BINS, 3) float64: images in a bin of confidence, its sum, and right answers
 
     @property
     def images(self) -> Tensor:
-        """How many images of each class were classified, (C,)."""
+        """The number of images of each class, (C,)."""
         return self.confusion.sum(dim=1)
 
     @property
     def right(self) -> Tensor:
-        """How many images of each class have it as their first label, (C,)."""
+        """The number of images of each class that got the true label, (C,)."""
         return self.confusion.diagonal()
 
     @property
     def accuracy(self) -> float:
-        """The share of images whose first label is the true one."""
+        """The share of images that got the true label."""
         return self.right.sum().item() / self.images.sum().item()
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, as the mean of independent images."""
+        """The standard error of the accuracy, as a mean over independent images."""
         return (self.accuracy * (1 - self.accuracy) / self.images.sum().item()) ** 0.5
 
     @property
     def top5(self) -> float:
-        """The share of images with the true label among the first five."""
+        """The share of images with the true label among the best five."""
         return self.in_top5.sum().item() / self.images.sum().item()
 
     @property
@@ -51,20 +51,20 @@ class Evaluation(NamedTuple):
 
     @property
     def mean_per_class(self) -> float:
-        """The mean of the classes' accuracies, each class counted alike; classes with images only.
+        """The mean accuracy of the classes that have images.
 
-        The paper's metric for Oxford Pets, Caltech-101, Flowers102 and FGVC Aircraft.
+        The paper reports it for Oxford Pets, Caltech-101, Flowers102 and FGVC Aircraft.
         """
         return self.class_accuracy.nanmean().item()
 
     @property
     def calibration_error(self) -> float:
-        """The mean distance between confidence and accuracy, over the images' bins (ECE)."""
+        """The expected calibration error: the mean distance of confidence and accuracy in a bin."""
         images, confidence, right = self.bins.T
         return ((confidence - right).abs().sum() / images.sum()).item()
 
     def mistakes(self) -> list[tuple[int, int, int]]:
-        """(true class, predicted class, images) for every confusion, the most frequent first."""
+        """Return (true class, predicted class, images) of all confusions, most frequent first."""
         wrong = self.confusion - self.right.diag()
         counts = [(i, j, int(wrong[i, j])) for i, j in wrong.nonzero().tolist()]
         return sorted(counts, key=lambda mistake: -mistake[2])
@@ -73,10 +73,15 @@ class Evaluation(NamedTuple):
 def evaluate(
     logits: Tensor, classes: Sequence[int], labels: Sequence[str], skipped: Sequence[str] = ()
 ) -> Evaluation:
-    """Count what logits (N, C) say of N images whose true classes are known.
+    """Count the answers of a classifier.
 
-    Of two equal logits either may count as the best: OpenAI's evaluation, too, takes what `topk`
-    gives, and the two classes of ImageNet that are both called "missile" are always equal.
+    Of two equal logits either may count as the best, as in OpenAI's evaluation, which uses `topk`.
+
+    Args:
+        logits: (N, C).
+        classes: the true class of each image, 0 to C - 1.
+        labels: the names of the C classes.
+        skipped: lines about unreadable files.
 
     >>> result = evaluate(torch.tensor([[2.0, 0.0], [1.0, 0.0]]), [0, 1], ["cat", "dog"])
     >>> result.accuracy, result.mistakes()
@@ -89,13 +94,13 @@ def evaluate(
     in_top5 = true[(best == true[:, None]).any(dim=1)].bincount(minlength=count)
     confidence = (logits.amax(dim=1) - logits.logsumexp(dim=1)).double().exp().clamp(max=1)  # (N,)
     of_image = torch.stack([torch.ones_like(confidence), confidence, best[:, 0] == true], dim=1)
-    which = (confidence * BINS).ceil().long() - 1  # a bin has its upper edge, not its lower one
+    which = (confidence * BINS).ceil().long() - 1  # a bin includes its upper edge
     bins = torch.zeros(BINS, 3, dtype=torch.float64).index_add(0, which, of_image)
     return Evaluation(list(labels), confusion, in_top5, list(skipped), bins)
 
 
 def wilson_interval(right: float, images: float) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson (1927): it stays within 0 and 1, for few images too.
+    """Return the 95 % interval of a share (Wilson 1927), which stays within 0 and 1.
 
     >>> [round(edge, 3) for edge in wilson_interval(9, 10)]
     [0.596, 0.982]
@@ -107,18 +112,10 @@ def wilson_interval(right: float, images: float) -> tuple[float, float]:
 
 
 def summary(result: Evaluation, folders: Sequence[str]) -> dict[str, Any]:
-    """Everything that was counted. A class is named by its folder: two labels may be equal."""
-    classes = []
-    for folder, *counts in zip(
-        folders,
-        result.labels,
-        result.images.tolist(),
-        result.right.tolist(),
-        result.in_top5.tolist(),
-        strict=True,
-    ):
-        names = ("label", "images", "right", "in_top5")
-        classes.append({"folder": folder} | dict(zip(names, counts, strict=True)))
+    """Return all numbers, for JSON. A folder names its class, because labels may repeat."""
+    counts = (result.images.tolist(), result.right.tolist(), result.in_top5.tolist())
+    names = ("folder", "label", "images", "right", "in_top5")
+    rows = zip(folders, result.labels, *counts, strict=True)
     return {
         "accuracy": result.accuracy,
         "standard_error": result.standard_error,
@@ -129,7 +126,7 @@ def summary(result: Evaluation, folders: Sequence[str]) -> dict[str, Any]:
         "images": result.images.sum().item(),
         "skipped": result.skipped,
         "missing": [folder for folder, n in zip(folders, result.images, strict=True) if not n],
-        "classes": classes,
+        "classes": [dict(zip(names, row, strict=True)) for row in rows],
         "confusions": [
             {"true": folders[true], "predicted": folders[predicted], "images": images}
             for true, predicted, images in result.mistakes()

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -14,18 +13,17 @@ from miniclip.terminal import progress
 Classify = Callable[[Tensor], Tensor]
 """Features (N, F) -> logits (N, C)."""
 
-MOST_STEPS = 1000
-"""Of L-BFGS, as in appendix A.3 of the paper."""
+MOST_STEPS = 1000  # of L-BFGS, as in appendix A.3 of the paper
 
 
 class Examples(NamedTuple):
-    """Features and the classes that they are examples of."""
+    """Features with their classes."""
 
     features: Tensor  # (N, F)
     classes: Tensor  # (N,) int64
 
     def of(self, rows: Tensor) -> "Examples":
-        """Some of them."""
+        """Select rows."""
         return Examples(self.features[rows], self.classes[rows])
 
 
@@ -34,10 +32,15 @@ Fit = Callable[[Examples, float], Classify]
 
 
 def fit_probe(train: Examples, strength: float, count: int) -> Classify:
-    """Logistic regression of `count` classes by scikit-learn, which calls 1 / lambda C.
+    """Fit logistic regression with scikit-learn.
 
-    A class without examples is never predicted. Raises ValueError without scikit-learn, or if all
-    examples are of one class.
+    Args:
+        train: the examples.
+        strength: the L2 strength lambda, which is 1 / C in scikit-learn.
+        count: the number of classes C. A class without examples is never predicted.
+
+    Raises:
+        ValueError: scikit-learn is missing, or all examples have one class.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning
@@ -48,14 +51,14 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
         raise ValueError("the examples are of one class; expected two classes or more")
     model = LogisticRegression(C=1 / strength, max_iter=MOST_STEPS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops there, too
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops there too
         model.fit(train.features.numpy(), train.classes.numpy())
 
     def classify(features: Tensor) -> Tensor:
         logits = torch.full((len(features), count), -torch.inf, dtype=torch.float64)
-        # Not predict_log_proba, which warns of the logarithm of a probability that is 0.
+        # predict_log_proba warns of log(0).
         scores = torch.from_numpy(model.decision_function(features.numpy())).double()
-        if scores.ndim == 1:  # of two classes: the second one's
+        if scores.ndim == 1:  # two classes: the score of the second one
             scores = torch.stack([torch.zeros_like(scores), scores], dim=1)
         logits[:, seen] = scores.log_softmax(dim=1)
         return logits
@@ -64,10 +67,15 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
 
 
 def fit_from_text(train: Examples, strength: float, zeroshot: Classify) -> Classify:
-    """The zero-shot classifier, to whose weights logistic regression adds what the examples teach.
+    """Fit logistic regression that starts from a zero-shot classifier.
 
-    Minimises the cross-entropy of zeroshot(x) + x V^T, plus lambda / 2 times the squared length of
-    V (C, F), from V = 0 on. So it starts at the text's weights, and the penalty holds it near them.
+    Minimises the cross-entropy of zeroshot(x) + x V^T plus lambda / 2 times the squared length of V
+    (C, F), from V = 0. The penalty keeps the classifier near the weights that the texts give.
+
+    Args:
+        train: the examples.
+        strength: the L2 strength lambda.
+        zeroshot: the classifier to start from.
     """
     from scipy.optimize import minimize
 
@@ -88,10 +96,11 @@ def fit_from_text(train: Examples, strength: float, zeroshot: Classify) -> Class
 
 
 def sweep(accuracy: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The L2 strength of the highest accuracy, and the accuracy of each that was tried.
+    """Return the L2 strength with the highest accuracy, and the accuracy of each that was tried.
 
-    The parametric binary search of the paper's appendix A.3: from 10^-6, 10^-4, ..., 10^6, halve
-    the interval around the peak until there are eight steps a decade. The strongest of equals wins.
+    This is the parametric binary search of the paper's appendix A.3. It starts with 10^-6, 10^-4,
+    ..., 10^6 and halves the interval around the peak down to an eighth of a decade. Of equal
+    accuracies the largest strength wins.
 
     >>> best, tried = sweep(lambda strength: -abs(strength - 0.03))
     >>> round(best, 4), len(tried)
@@ -111,18 +120,31 @@ def sweep(accuracy: Callable[[float], float]) -> tuple[float, dict[float, float]
 
 
 def share_right(classify: Classify, examples: Examples) -> float:
-    """The accuracy of a classifier."""
+    """Return the accuracy of a classifier."""
     right = classify(examples.features).argmax(dim=1) == examples.classes
     return right.double().mean().item()
+
+
+def fit_best(fit: Fit, train: Examples, val: Examples) -> tuple[float, dict[float, float]]:
+    """`sweep` over classifiers that learn from `train`, measured on `val`."""
+    return sweep(lambda strength: share_right(fit(train, strength), val))
 
 
 def probe(
     fit: Fit, train: Examples, val: Examples | None = None
 ) -> tuple[Classify, float, dict[float, float]]:
-    """Choose the L2 strength on a validation split, then learn from both.
+    """Choose the L2 strength on a validation split, then learn from both splits.
 
-    Without `val` one example in five of each class is drawn from `train` for it. Returns the
-    classifier, its strength, and the validation accuracy of each strength that was tried.
+    Args:
+        fit: learns a classifier, such as `fit_probe` with its `count`.
+        train: the examples.
+        val: the validation split; by default a fifth of each class of `train`.
+
+    Returns:
+        The classifier, its strength, and the validation accuracy of each strength.
+
+    Raises:
+        ValueError: without `val`, no class has two examples.
     """
     if val is None:
         order = [rows for rows in shuffled_by_class(train.classes, seed=0) if len(rows) > 1]
@@ -132,19 +154,19 @@ def probe(
         kept = torch.ones(len(train.classes), dtype=torch.bool)
         kept[held_out] = False
         val, train = train.of(held_out), train.of(kept.nonzero().squeeze(1))
-    strength, accuracies = sweep(partial(validate, fit, train, val))
+    strength, accuracies = fit_best(fit, train, val)
     everything = Examples(*(torch.cat(parts) for parts in zip(train, val, strict=True)))
     return fit(everything, strength), strength, accuracies
 
 
 def shuffled_by_class(classes: Tensor, seed: int) -> list[Tensor]:
-    """For each class its rows, in an order that the seed decides."""
+    """Return the rows of each class, in a random order."""
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
     return [order[classes[order] == i] for i in classes.unique()]
 
 
 class Method(NamedTuple):
-    """A way to learn from few examples, and the features that it learns from."""
+    """A way to learn from few examples, with its features."""
 
     fit: Fit
     train: Examples
@@ -154,19 +176,27 @@ class Method(NamedTuple):
 def few_shot(
     methods: dict[str, Method], shots: Sequence[int], seeds: int = 3
 ) -> list[dict[str, int | float | str]]:
-    """The accuracy of each method after so many examples a class: mean and spread over draws.
+    """Measure the accuracy after a few examples of each class (the paper's figure 6).
 
-    A draw takes the examples by its seed, and up to four others of each class for the choice of the
-    L2 strength, as Zhou et al. 2022 do (CoOp, arXiv 2109.01134). All methods see the same. A class
-    that has fewer examples gives all.
+    Each seed draws the examples, the same for all methods, and up to four others of each class that
+    choose the L2 strength, as in CoOp (Zhou et al. 2022, arXiv 2109.01134). A class with fewer
+    examples gives all it has.
 
-    Returns rows of `shots`, `method`, `mean` and `std`, the sample's standard deviation.
+    Args:
+        methods: by name.
+        shots: numbers of examples of each class.
+        seeds: draws, at least two.
+
+    Returns:
+        Rows of `shots`, `method`, `mean` and `std`, the sample standard deviation over the draws.
+
+    Raises:
+        ValueError: the numbers are too small, or no examples are left to choose the strength.
     """
     if seeds < 2 or min(shots) < 1:
         raise ValueError(f"{seeds} seeds of {shots} shots; expected 2 seeds, 1 shot, or more")
-    rows: list[dict[str, int | float | str]] = []
-    plan = [(k, name, seed) for k in shots for name in methods for seed in range(seeds)]
     found: dict[tuple[int, str], list[float]] = {}
+    plan = [(k, name, seed) for k in shots for name in methods for seed in range(seeds)]
     for k, name, seed in progress(plan, "draw"):
         fit, train, test = methods[name]
         order = shuffled_by_class(train.classes, seed)
@@ -174,14 +204,9 @@ def few_shot(
         val = train.of(torch.cat([rows[k : k + min(k, 4)] for rows in order]))
         if not len(val.classes):
             raise ValueError(f"no class has more than {k} examples, and some must choose lambda")
-        strength, _ = sweep(partial(validate, fit, examples, val))
+        strength, _ = fit_best(fit, examples, val)
         found.setdefault((k, name), []).append(share_right(fit(examples, strength), test))
-    for (k, name), accuracies in found.items():
-        mean, std = fmean(accuracies), stdev(accuracies)
-        rows.append({"shots": k, "method": name, "mean": mean, "std": std})
-    return rows
-
-
-def validate(fit: Fit, train: Examples, val: Examples, strength: float) -> float:
-    """The accuracy on `val` of what was learned from `train`."""
-    return share_right(fit(train, strength), val)
+    return [
+        {"shots": k, "method": name, "mean": fmean(accuracies), "std": stdev(accuracies)}
+        for (k, name), accuracies in found.items()
+    ]

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
@@ -23,11 +23,63 @@ from miniclip.files.writing import lock
 from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings, describe, embed
 from miniclip.retrieval.pictures import Stamp, pixels_of, stamp
 from miniclip.terminal import counted, progress
+from miniclip.transform import ImageTransform
 
 PART = 512
-"""Pictures between two savings: so many, at most, are embedded again after a kill."""
+"""A build saves a part after so many pictures. After a kill it embeds at most these again."""
 
 Stamped = tuple[str | Member, Stamp]
+
+
+def encode_parts(
+    encode: Callable[[Tensor], Tensor],
+    transform: ImageTransform,
+    parts: Sequence[Sequence[str | Member]],
+    batch: int = 64,
+    workers: int | None = None,
+    silent: bool = False,
+) -> Iterator[tuple[list[Tensor], list[int], list[str]]]:
+    """Encode pictures in batches, while threads decode the next ones.
+
+    Yields for each part: what `encode` made of each batch of pixels (B, 3, S, S), the places of the
+    readable pictures, and a line about each other picture. The place of a picture in its part
+    decides its batch, because the rounding of an embedding depends on the batch.
+    """
+    check_counts(batch, workers)
+    read = partial(pixels_of, transform=transform)
+    decoded = read_ahead(read, chain(*parts), 2 * batch, workers)
+    with progress(total=sum(map(len, parts)), unit="image", disable=silent) as bar:
+        for part in parts:
+            made: list[Tensor] = []
+            rows: list[int] = []
+            skipped: list[str] = []
+            for start in range(0, len(part), batch):
+                found = list(islice(decoded, min(batch, len(part) - start)))
+                skipped += [str(x) for x in found if isinstance(x, ImageError)]
+                rows += [i for i, x in enumerate(found, start) if isinstance(x, Tensor)]
+                if pixels := [x for x in found if isinstance(x, Tensor)]:
+                    made.append(encode(torch.stack(pixels)))
+                bar.update(len(found))
+            yield made, rows, skipped
+
+
+def embed_parts(
+    loaded: Loaded,
+    parts: Sequence[Sequence[Stamped]],
+    encoder: Encoder,
+    batch: int = 64,
+    workers: int | None = None,
+    silent: bool = False,
+) -> Iterator[Index]:
+    """Embed each part as an index in memory."""
+    encode, width = partial(embed, loaded.model), loaded.model.config.embed_dim
+    pictures = [[picture for picture, _ in part] for part in parts]
+    encoded = encode_parts(encode, loaded.transform, pictures, batch, workers, silent)
+    for part, (made, rows, skipped) in zip(parts, encoded, strict=True):
+        paths = Strings.pack(str(part[row][0]) for row in rows)
+        stamps = torch.tensor([part[row][1] for row in rows], dtype=torch.int64).view(-1, 2)
+        embeddings = torch.cat([torch.empty(0, width), *made])
+        yield Index(embeddings, paths, encoder, skipped, os.getcwd(), stamps)
 
 
 def embed_images(
@@ -37,16 +89,21 @@ def embed_images(
     batch: int = 64,
     workers: int | None = None,
 ) -> Index:
-    """An index in memory of pictures that `find_pictures` has found, or of paths.
+    """Embed pictures as an index in memory.
 
-    Threads (`workers`, or as many as torch uses) decode ahead of the encoder; processes were no
-    faster, because Pillow decodes outside Python's lock. A picture that cannot be read is listed in
-    `skipped`. Raises ValueError if an embedding is not a unit vector.
+    Args:
+        loaded: model, tokenizer and transform.
+        pictures: paths, or what `find_pictures` found. The unreadable ones are named in `skipped`.
+        name: loads the model again, for `Index.load_encoder`.
+        batch: pictures in a batch.
+        workers: threads that decode; by default as many as torch uses.
+
+    Raises:
+        ValueError: an embedding is NaN or infinite.
     """
-    check_counts(batch, workers)
     stamped = [(picture, stamp(picture)) for picture in pictures]
-    ((embeddings, paths, stamps, skipped),) = embed_parts(loaded, [stamped], batch, workers)
-    return Index(embeddings, paths, describe(loaded, name), skipped, os.getcwd(), stamps)
+    (index,) = embed_parts(loaded, [stamped], describe(loaded, name), batch, workers)
+    return index
 
 
 def build_index(
@@ -59,33 +116,41 @@ def build_index(
     workers: int | None = None,
     force: bool = False,
 ) -> Index:
-    """`embed_images` into the file `out`, with what `find_pictures` found damaged among `skipped`.
+    """Write an index file, or update it: `embed_images` for a large collection.
 
-    An index that is there already is updated: it then has the pictures given and no others, and an
-    embedding whose picture has not changed is kept, bit for bit. A picture is known by its path as
-    it is written, its size and its time of change. A hash would mean reading every file again.
-    `force` embeds everything again.
+    An update keeps the embedding of an unchanged picture bit for bit, embeds new and changed
+    pictures, and drops the others. It compares path, size and time of change: a hash would mean
+    reading every file. A part is saved every 512 pictures in a folder beside `out`, so a build that
+    was killed continues and ends in the same bytes. Under torchrun each process calls this.
 
-    A part is saved every 512 pictures, in a folder beside `out` that goes when the index is whole.
-    A build that was killed and is started again continues, and ends in the same bytes; so does one
-    under torchrun, each of whose processes calls this. Raises ValueError if another model made what
-    is there, or no picture can be read.
+    Args:
+        out: the file to write.
+        loaded: model, tokenizer and transform.
+        pictures: paths, or what `find_pictures` found.
+        encoder: describes the model, see `describe`.
+        damage: what `find_pictures` could not read; added to `skipped`.
+        batch: pictures in a batch.
+        workers: threads that decode; by default as many as torch uses.
+        force: embed everything again, whoever made the old index.
+
+    Raises:
+        ValueError: another model made `out`, another process writes it, or no picture is readable.
     """
     check_counts(batch, workers)
     if Path(out).is_dir():
-        raise ValueError(f"{out}: is a folder; expected the name of a file to be written")
-    with only_builder(Path(out).with_name(f"{Path(out).name}.parts")):
-        return _build(Path(out), loaded, pictures, encoder, damage, batch, workers, force)
+        raise ValueError(f"{out}: is a folder; expected the name of a file to write")
+    with only_builder(Path(out).with_name(f"{Path(out).name}.parts")) as folder:
+        return _build(Path(out), folder, loaded, pictures, encoder, damage, batch, workers, force)
 
 
 @contextmanager
-def only_builder(folder: Path) -> Iterator[None]:
-    """Make the folder of the parts, and lock it. Raises ValueError if another process has it.
+def only_builder(folder: Path) -> Iterator[Path]:
+    """Make the folder of the parts and lock it. Raises ValueError if another process holds it.
 
     Under torchrun the first process does this for all.
     """
     if dist.is_initialized() and dist.get_rank():
-        return (yield)
+        return (yield folder)
     held = -1
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,28 +161,21 @@ def only_builder(folder: Path) -> Iterator[None]:
         if not folder.is_dir():
             raise ValueError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
-        yield
+        yield folder
     finally:
         with suppress(OSError):
-            folder.rmdir()  # if there is no part in it
+            folder.rmdir()  # only if it is empty
         if held >= 0:
             os.close(held)
 
 
 def _build(
-    out: Path,
-    loaded: Loaded,
-    pictures: Sequence[str | Member],
-    encoder: Encoder,
-    damage: Sequence[str],
-    batch: int,
-    workers: int | None,
-    force: bool,
-) -> Index:
+    out: Path, folder: Path, loaded: Loaded, pictures: Sequence[str | Member], encoder: Encoder,
+    damage: Sequence[str], batch: int, workers: int | None, force: bool,
+) -> Index:  # fmt: skip
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     barrier = dist.barrier if dist.is_initialized() else lambda: None
-    folder = out.with_name(f"{out.name}.parts")
-    old = Index.load(out) if out.exists() else None  # nothing but an index is replaced
+    old = Index.load(out) if out.exists() else None  # never replace a file that is not an index
     if force:
         old = None
         if rank == 0:
@@ -132,6 +190,7 @@ def _build(
     kept = unchanged(old, stamped) if old else {}
     todo = [one for one in stamped if str(one[0]) not in kept]
     parts = [todo[i : i + PART] for i in range(0, len(todo), PART)]
+    # The name of a part's file holds all that decides its bytes.
     decides = (encoder.fingerprint, encoder.transform, loaded.model.logit_scale.device.type, batch)
     keys = [sha256(repr((decides, part)).encode()).hexdigest() for part in parts]
     files = [folder / f"{i:06}-{key[:16]}.safetensors" for i, key in enumerate(keys)]
@@ -140,30 +199,29 @@ def _build(
         if old:
             total = counted(len(pictures), "picture")
             gone = len(set(old.paths) - {str(picture) for picture in pictures})
-            says = f"{len(kept):,} of {total} are as they were, {gone:,} are gone"
+            says = f"{len(kept):,} of {total} are unchanged, {gone:,} are gone"
             print(f"{out}: updated, {says}", file=sys.stderr)
         if done := len(parts) - len(missing):
             print(f"{out}: continued, {done} of {len(parts)} parts were done", file=sys.stderr)
-    barrier()  # before a part is added to those that the others count
+    barrier()  # all processes have listed the files before one adds another
 
     mine = missing[rank::world]
-    made = embed_parts(loaded, [parts[i] for i in mine], batch, workers, silent=rank > 0)
-    for i, (embeddings, paths, stamps, skipped) in zip(mine, made, strict=True):
-        Index(embeddings, paths, encoder, skipped, os.getcwd(), stamps).save(files[i])
+    some = [parts[i] for i in mine]
+    for i, index in zip(mine, embed_parts(loaded, some, encoder, batch, workers, rank > 0)):
+        index.save(files[i])
     barrier()
     if rank == 0:
-        new = [Index.load(file) for file in files]
-        reasons = [*damage, *chain(*(part.skipped for part in new))]
+        indexes = [*([old] if old else []), *map(Index.load, files)]
+        reasons = [*damage, *chain(*(index.skipped for index in indexes[bool(old) :]))]
         where = {name: (0, row) for name, row in kept.items()}
-        for i, part in enumerate(new, 1):
-            where |= {name: (i, row) for row, name in enumerate(part.paths)}
+        for i, index in list(enumerate(indexes))[bool(old) :]:
+            where |= {name: (i, row) for row, name in enumerate(index.paths)}
         if not where:
-            shutil.rmtree(folder)  # another time they may be readable
-            raise ValueError(
-                f"none of the pictures can be read, {len(reasons)}; the first: {reasons[0]}"
-            )
+            shutil.rmtree(folder)  # the pictures may be readable another time
+            found = f"{len(reasons)}; the first: {reasons[0]}"
+            raise ValueError(f"none of the pictures can be read, {found}")
         names = [name for name in map(str, pictures) if name in where]
-        rows = gather([old or new[0], *new], [where[name] for name in names], folder / "embeddings")
+        rows = gather(indexes, [where[name] for name in names], folder / "embeddings")
         Index(rows[0], Strings.pack(names), encoder, reasons, os.getcwd(), rows[1]).save(out)
         shutil.rmtree(folder)
     barrier()
@@ -171,58 +229,26 @@ def _build(
 
 
 def check_counts(batch: int, workers: int | None) -> None:
-    """Raises ValueError for a batch or a number of workers below 1."""
+    """Raise ValueError for a batch or a number of workers below 1."""
     for name, count in (("batch", batch), ("workers", workers)):
         if count is not None and count < 1:
             raise ValueError(f"{name} is {count}; expected at least 1")
 
 
 def unchanged(old: Index, pictures: Sequence[Stamped]) -> dict[str, int]:
-    """The row in `old` of each picture that is as it was."""
+    """Return the row in `old` of each unchanged picture."""
     rows = {key: i for i, key in enumerate(zip(old.paths, map(tuple, old.stamps.tolist())))}
     now = ((str(picture), stamp) for picture, stamp in pictures)
     return {key[0]: rows[key] for key in now if key in rows}
 
 
-def embed_parts(
-    loaded: Loaded,
-    parts: Sequence[Sequence[Stamped]],
-    batch: int = 64,
-    workers: int | None = None,
-    silent: bool = False,
-) -> Iterator[tuple[Tensor, Strings, Tensor, list[str]]]:
-    """For each part its embeddings (N, E), their N paths, their stamps (N, 2), and why the others
-    were skipped.
-
-    Which pictures share a batch is decided by their places in the part alone: the rounding of an
-    embedding depends on it.
-    """
-    model, _, transform = loaded
-    pictures = (picture for part in parts for picture, _ in part)
-    decoded = read_ahead(partial(pixels_of, transform=transform), pictures, 2 * batch, workers)
-    with progress(total=sum(map(len, parts)), unit="image", disable=silent) as bar:
-        for part in parts:
-            rows = [torch.empty(0, model.config.embed_dim)]
-            good: list[Stamped] = []
-            skipped: list[str] = []
-            for start in range(0, len(part), batch):
-                some = part[start : start + batch]
-                found = list(zip(some, islice(decoded, len(some)), strict=True))
-                skipped += [str(x) for _, x in found if isinstance(x, ImageError)]
-                good += [one for one, x in found if isinstance(x, Tensor)]
-                if pixels := [x for _, x in found if isinstance(x, Tensor)]:
-                    rows.append(embed(model, torch.stack(pixels)))
-                bar.update(len(some))
-            paths = Strings.pack(str(picture) for picture, _ in good)
-            stamps = torch.tensor([stamp for _, stamp in good], dtype=torch.int64).view(-1, 2)
-            yield torch.cat(rows), paths, stamps, skipped
-
-
 def gather(
     indexes: Sequence[Index], taken: Sequence[tuple[int, int]], scratch: Path
 ) -> tuple[Tensor, Tensor]:
-    """The embeddings and stamps of some rows, each given by its index and its place there. The
-    embeddings lie in the file `scratch` and not in memory."""
+    """Collect embeddings (N, E) and stamps (N, 2) of N rows, each an (index, row) pair.
+
+    The embeddings lie in the file `scratch`, because they may not fit into memory.
+    """
     which, places = torch.tensor(taken).T
     width = indexes[0].embeddings.shape[1]
     embeddings = torch.from_file(str(scratch), shared=True, size=len(taken) * width).view(-1, width)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -30,15 +30,23 @@ from miniclip.transform import ImageTransform
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 BLOCK = 8192
-"""Rows that a search looks at together: 16 MiB at 512 numbers a row."""
+"""Rows that a search compares at once: 16 MiB for 512 numbers a row."""
+TENSORS = {  # of an index file: their dtype and their number of dimensions
+    "embeddings": (torch.float32, 2),
+    "paths": (torch.uint8, 1),
+    "path_ends": (torch.int64, 1),
+    "stamps": (torch.int64, 2),
+    "skipped": (torch.uint8, 1),
+    "skipped_ends": (torch.int64, 1),
+}
 
 
 class Encoder(NamedTuple):
-    """What made the embeddings of an index, and so must make those of its queries."""
+    """The model that made the embeddings of an index. Its queries need the same model."""
 
     model: str
-    revision: str | None  # of a hub repository: the commit
-    fingerprint: str  # of the weights, in the dtype they were used in
+    revision: str | None  # the commit of a hub repository
+    fingerprint: str  # of the weights, in the dtype that was used
     dtype: str
     transform: ImageTransform
 
@@ -47,7 +55,7 @@ class Encoder(NamedTuple):
         return f"{self.model}{commit} (weights {self.fingerprint[:12]}, {self.dtype})"
 
     def check(self, other: "Encoder", what: str, advice: str) -> None:
-        """Raises ValueError, which names both, unless the other one gives the same embeddings."""
+        """Raise ValueError, which names both, unless the other encoder gives the same vectors."""
         ours, theirs = str(self), str(other)
         if self.fingerprint == other.fingerprint:
             if self.transform == other.transform:
@@ -57,9 +65,9 @@ class Encoder(NamedTuple):
 
 
 def fingerprint(model: CLIP) -> str:
-    """SHA-256 of every weight with its name, its shape and its dtype, in hexadecimal digits.
+    """Return the SHA-256 of all weights with their names, shapes and dtypes, in hexadecimal.
 
-    A fork's class counts too, because the same weights give other embeddings there.
+    The class of a fork is part of it, because a fork makes other embeddings of the same weights.
     """
     digest = sha256(b"" if model.model_type == "clip" else model.model_type.encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -69,14 +77,13 @@ def fingerprint(model: CLIP) -> str:
 
 
 def describe(loaded: Loaded, name: str, revision: str | None = None) -> Encoder:
-    """`loaded`, under the name and the revision that it is to be found by."""
+    """Describe a model as the `Encoder` of an index. `name` and `revision` must load it again."""
     dtype = str(loaded.model.logit_scale.dtype).removeprefix("torch.")
     return Encoder(name, revision, fingerprint(loaded.model), dtype, loaded.transform)
 
 
 def lasting_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """The name, and the revision, by which a model that has been loaded is found from any folder
-    and after its repository has changed."""
+    """Return a name and a revision that load the same model from any folder, at any later time."""
     if name in embedded_names():
         return name, None
     if os.path.exists(name):
@@ -94,7 +101,7 @@ class Strings(Sequence[str]):
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "Strings":
         """Put strings end to end."""
-        # File names need not be Unicode: what is not is kept by surrogates, as Python does it.
+        # A file name may be invalid UTF-8. Python keeps such bytes as surrogates.
         encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         text = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
         ends = torch.tensor([len(string) for string in encoded], dtype=torch.int64).cumsum(0)
@@ -110,18 +117,23 @@ class Strings(Sequence[str]):
         start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
         return self.text[start:end].numpy().tobytes().decode("utf-8", "surrogateescape")
 
+    def is_sound(self) -> bool:
+        """Whether the ends rise from 0 to the length of the text."""
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends])
+        return bool((ends.diff() >= 0).all()) and int(ends[-1]) == len(self.text)
+
 
 class Hit(NamedTuple):
-    """A row of an index that a search has found."""
+    """A row of an index that a search found."""
 
     path: str
-    score: float  # the cosine between the picture's embedding and the query
+    score: float  # the cosine of the picture's embedding and the query
     row: int
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Unit vectors of N pictures, and where each comes from.
+    """Unit vectors of N pictures, with the name of each picture.
 
     >>> encoder = Encoder("a model", None, "", "float32", ImageTransform(32))
     >>> index = Index(torch.eye(3), Strings.pack(["a.jpg", "b.jpg", "c.jpg"]), encoder)
@@ -130,28 +142,20 @@ class Index:
     """
 
     embeddings: Tensor  # (N, E) float32
-    paths: Strings  # of the N pictures; what lies in a tar has the tar's name before its own
+    paths: Strings  # of the N pictures; "photos.tar/1.jpg" is a picture in a tar
     encoder: Encoder
-    skipped: Sequence[str] = ()  # for each picture that could not be read, which and why
-    folder: str = ""  # that relative paths start from
-    stamps: Tensor = torch.empty(
-        0, 2, dtype=torch.int64
-    )  # (N, 2), each picture's `stamp`, if known
+    skipped: Sequence[str] = ()  # a line for each unreadable picture: its name and the reason
+    folder: str = ""  # where relative paths start
+    stamps: Tensor = torch.empty(0, 2, dtype=torch.int64)  # (N, 2), the `stamp` of each picture
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the index as one safetensors file, whole or not at all."""
+        """Write the index to one safetensors file, atomically."""
         skipped = Strings.pack(self.skipped)
-        tensors = {
-            "embeddings": self.embeddings,
-            "paths": self.paths.text,
-            "path_ends": self.paths.ends,
-            "stamps": self.stamps,
-            "skipped": skipped.text,
-            "skipped_ends": skipped.ends,
-        }
+        parts = (self.embeddings, self.paths.text, self.paths.ends, self.stamps)
+        tensors = dict(zip(TENSORS, (*parts, skipped.text, skipped.ends), strict=True))
         about = self.encoder._asdict() | {
             "transform": self.encoder.transform.to_dict(),
             "reference": self.encoder.transform.reference,
@@ -165,11 +169,7 @@ class Index:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Index":
-        """Map an index into memory. Raises ValueError where the file is none."""
-
-        def damaged(what: str) -> ValueError:
-            return ValueError(f"{path}: an index of `miniclip embed`, but damaged: it has {what}")
-
+        """Memory-map an index. Raises ValueError if the file is not an index, or is damaged."""
         try:
             open_regular(path).close()
             is_one = False
@@ -177,63 +177,45 @@ class Index:
                 before = os.stat(path)
                 with safe_open(path, framework="pt") as file:
                     about = json.loads((file.metadata() or {})["miniclip.index"])
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+                    tensors = {name: file.get_tensor(name) for name in TENSORS}
                 is_one = os.path.samestat(before, os.stat(path))
+            for name, kind in TENSORS.items():
+                if (tensors[name].dtype, tensors[name].ndim) != kind:
+                    raise ValueError(f"{name} has another dtype or shape")
+            embeddings, *of_paths, stamps, text, ends = tensors.values()
+            paths, skipped = Strings(*of_paths), Strings(text, ends)
+            if not paths.is_sound() or not skipped.is_sound():
+                raise ValueError("strings end where there is no text")
+            if len(paths) != (n := len(embeddings)) or stamps.shape not in ((n, 2), (0, 2)):
+                found = f"{n} embeddings, {len(paths)} paths and {len(stamps)} stamps"
+                raise ValueError(f"expected one path and one stamp for each embedding: {found}")
+            names = [about[name] for name in ("model", "fingerprint", "dtype", "folder")]
+            names += [about["revision"]] * (about["revision"] is not None)
+            if not all(isinstance(name, str) for name in names) or about["dtype"] not in DTYPES:
+                raise ValueError(f"made by {shown(about)}")
             transform = ImageTransform.from_dict(about["transform"], reference=about["reference"])
             made_by = {name: about[name] for name in Encoder._fields} | {"transform": transform}
-            index = cls(
-                tensors["embeddings"],
-                Strings(tensors["paths"], tensors["path_ends"]),
-                Encoder(**made_by),
-                Strings(tensors["skipped"], tensors["skipped_ends"]),
-                about["folder"],
-                tensors["stamps"],
-            )
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; `miniclip embed` writes one") from None
-        except (
-            *(OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError),
-            RecursionError,
-        ) as error:
-            reason = f"no index of `miniclip embed`, or damaged: {type(error).__name__}: {error}"
-            raise ValueError(f"{path}: {reason}") from None
-        expected = {
-            "embeddings": (torch.float32, 2),
-            "paths": (torch.uint8, 1),
-            "path_ends": (torch.int64, 1),
-            "stamps": (torch.int64, 2),
-            "skipped": (torch.uint8, 1),
-            "skipped_ends": (torch.int64, 1),
-        }
-        for name, kind in expected.items():
-            if (tensors[name].dtype, tensors[name].ndim) != kind:
-                raise damaged(f"{name} of {tensors[name].dtype} {tuple(tensors[name].shape)}")
-        n = len(index)
-        if len(index.paths) != n or index.stamps.shape not in ((n, 2), (0, 2)):
-            raise damaged(
-                f"{n} embeddings, {len(index.paths)} paths and {len(index.stamps)} stamps"
-            )
-        for strings in (index.paths, Strings(tensors["skipped"], tensors["skipped_ends"])):
-            ends = torch.cat([torch.zeros(1, dtype=torch.int64), strings.ends])
-            if (ends.diff() < 0).any() or ends[-1] != len(strings.text):
-                raise damaged("strings that end where there is no text")
-        texts = (
-            about["folder"],
-            *index.encoder[:1],
-            *index.encoder[2:4],
-            "" if about["revision"] is None else about["revision"],
-        )
-        if not all(isinstance(text, str) for text in texts) or about["dtype"] not in DTYPES:
-            raise damaged(f"made by {shown(about)}")
-        return index
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError,
+                RecursionError) as error:  # fmt: skip
+            reason = f"not an index of `miniclip embed`, or damaged: {type(error).__name__}"
+            raise ValueError(f"{path}: {reason}: {error}") from None
+        return cls(embeddings, paths, Encoder(**made_by), skipped, about["folder"], stamps)
 
     def search(self, query: Tensor, k: int = 12) -> list[Hit]:
-        """The k pictures of the largest cosine with `query`, a unit vector (E,): the best first,
-        and of equals the one that comes first. Takes the memory of a block, whatever N is.
+        """Find the pictures with the largest cosines, exactly.
 
-        Exact: scores are float64's. A float32 product tells which rows cannot be among the best:
-        it is off by at most E u / (1 - E u), u = eps / 2, times both lengths (Higham 2002, section
-        3.1), of which twice as much is granted here.
+        Scores are computed in float64. A float32 product first finds the rows that may be among
+        the best: its error is at most E u / (1 - E u), u = eps / 2, times both lengths (Higham
+        2002, section 3.1), and the margin here is twice as large. Memory does not grow with N.
+
+        Args:
+            query: a unit vector (E,).
+            k: the number of pictures to find.
+
+        Returns:
+            At most k hits, the best first. Of equal scores the lower row comes first.
         """
         width = self.embeddings.shape[1]
         if query.shape != (width,):
@@ -248,7 +230,7 @@ class Index:
             block = self.embeddings[start : start + BLOCK]
             worst = scores[-1].item() if len(scores) == k else -math.inf
             coarse = block @ coarse_query
-            if not coarse.abs().max() <= query.norm() * 1.01 + rounding:  # nor is NaN
+            if not coarse.abs().max() <= query.norm() * 1.01 + rounding:  # false for NaN too
                 raise ValueError("the index is damaged: it has rows that are not unit vectors")
             near = (coarse >= worst - rounding).nonzero().squeeze(1)
             scores = torch.cat([scores, (block[near].double() * query).sum(1)])
@@ -259,38 +241,44 @@ class Index:
         return [Hit(self.paths[row], score, row) for row, score in found]
 
     def open(self, path: str) -> Image.Image:
-        """One of the pictures, by its path in the index. Raises ImageError."""
+        """Open a picture by its path in the index. Raises ImageError."""
         return open_picture(os.path.join(self.folder, path))
 
     def check(self, loaded: Loaded, name: str = "the model given") -> None:
-        """Raises ValueError, which names both, unless `loaded` is what made the index."""
-        found, advice = describe(loaded, name), "cosines between the two mean nothing"
-        self.encoder.check(found, "the index", advice)
+        """Raise ValueError, which names both models, unless `loaded` made the index."""
+        advice = "cosines between vectors of two models mean nothing"
+        self.encoder.check(describe(loaded, name), "the index", advice)
 
     def load_encoder(self, name: str | None = None, device: str = "cpu") -> Loaded:
-        """Load the model that made the index, from `name` if it has moved. Raises ValueError where
-        another one is found there."""
+        """Load the model that made the index. `name` says where it is now, if it has moved.
+
+        Raises ValueError if another model is found there.
+        """
         made_by = self.encoder
-        options: Any = {"device": device, "reference": made_by.transform.reference}
-        revision, dtype = None if name else made_by.revision, getattr(torch, made_by.dtype)
-        loaded = load(name or made_by.model, revision=revision, dtype=dtype, **options)
+        loaded = load(
+            name or made_by.model,
+            device=device,
+            dtype=getattr(torch, made_by.dtype),
+            reference=made_by.transform.reference,
+            revision=None if name else made_by.revision,
+        )
         self.check(loaded, name or made_by.model)
         return loaded
 
 
+@torch.no_grad()
 def embed(model: CLIP, pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, S, S) to unit vectors (B, E), float32 and on the CPU whatever the model is."""
-    with torch.no_grad():
-        x = model.encode_image(pixels.to(model.logit_scale.device))
-        x = unit_norm(x.float()).cpu()
+    """Embed pixels (B, 3, S, S) as unit vectors (B, E), float32 on the CPU for any model."""
+    x = unit_norm(model.encode_image(pixels.to(model.logit_scale.device)).float()).cpu()
     if not x.isfinite().all():
         raise ValueError(
-            f"an embedding is not finite: the model, in {model.logit_scale.dtype}, overflows; "
-            "bfloat16 and float32 reach further"
+            f"an embedding is NaN or infinite: the model overflows in {model.logit_scale.dtype}; "
+            "load it in float32 or bfloat16, which have a larger range"
         )
     return x
 
 
+@torch.no_grad()
 def embed_query(
     loaded: Loaded,
     texts: str | Iterable[str] = (),
@@ -298,9 +286,21 @@ def embed_query(
     minus: str | Iterable[str] = (),
     minus_pictures: Sequence[str | Member] = (),
 ) -> Tensor:
-    """The sum of the unit vectors of texts and pictures, less those of others, of length 1: (E,).
+    """Add the unit vectors of texts and pictures, and subtract others.
 
-    Raises ValueError where nothing is left, and the errors of the tokenizer and the transform.
+    Args:
+        loaded: the model that made the index, see `Index.load_encoder`.
+        texts: descriptions to search for.
+        pictures: paths of pictures to search for.
+        minus: descriptions of what the results should not show.
+        minus_pictures: pictures of what the results should not show.
+
+    Returns:
+        The sum as a unit vector (E,).
+
+    Raises:
+        ValueError: a text is empty, or the sum is zero.
+        ImageError: a picture cannot be read.
 
     >>> import miniclip
     >>> query = embed_query(miniclip.load("everyday"), ["a ship"], minus=["a truck"])
@@ -313,9 +313,8 @@ def embed_query(
         raise ValueError("a text is empty: expected at least one word in it")
     rows = [torch.empty(0, model.config.embed_dim)]
     if texts or minus:
-        with torch.no_grad():
-            ids = ids_for(model.text, tokenizer, [*texts, *minus])
-            x = model.encode_text(ids.to(model.logit_scale.device))
+        ids = ids_for(model.text, tokenizer, [*texts, *minus])
+        x = model.encode_text(ids.to(model.logit_scale.device))
         rows.append(unit_norm(x.float()).cpu())
     if pictures or minus_pictures:
         pixels = [pixels_of(picture, transform) for picture in (*pictures, *minus_pictures)]
@@ -323,7 +322,5 @@ def embed_query(
     signs = [1] * len(texts) + [-1] * len(minus) + [1] * len(pictures) + [-1] * len(minus_pictures)
     query = torch.tensor(signs, dtype=torch.float32) @ torch.cat(rows)
     if query.norm() < 1e-3:
-        raise ValueError(
-            "nothing is left of the query: expected a text or a picture, more than it takes away"
-        )
+        raise ValueError("nothing is left of the query: what is subtracted equals what is added")
     return unit_norm(query)

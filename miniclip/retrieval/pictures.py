@@ -19,10 +19,10 @@ Stamp = tuple[int, int]
 
 
 def stamp(picture: str | Member) -> Stamp:
-    """The size of a file, or of the tar it is in, and when it was changed last, in nanoseconds."""
+    """Return the size of a file, or of its tar, and the time of its last change in nanoseconds."""
     try:
         found = os.stat(picture.archive if isinstance(picture, Member) else picture)
-    except OSError:  # said when the picture is read
+    except OSError:  # the reader of the picture reports it
         return (0, 0)
     return (found.st_size, found.st_mtime_ns)
 
@@ -30,13 +30,21 @@ def stamp(picture: str | Member) -> Stamp:
 def find_pictures(
     paths: Iterable[str | PathLike[str]], exclude: Sequence[str] = ()
 ) -> tuple[list[str | Member], list[str]]:
-    """The pictures that files, folders, patterns and tars stand for, and what is wrong with tars.
+    """Find the pictures in files, folders, patterns and tars.
 
-    A folder stands for the pictures and the tars in it and deeper, by their endings; a tar, such as
-    WebDataset's shards, for the pictures in it; a pattern such as `2024/**/*.jpg` for the files it
-    fits. What `is_hidden` is left out there, and what fits a pattern of `exclude`, by its name or
-    by its path. A file that is named is a picture, whatever its ending. Each is listed once, in the
-    order of the arguments, and sorted within. Raises ValueError where there is nothing.
+    Hidden and system folders are left out, unless a path names them.
+
+    Args:
+        paths: pictures with any ending; folders, searched with their subfolders and tars; tars,
+            such as WebDataset's shards; patterns, such as `2024/**/*.jpg`.
+        exclude: patterns of names or paths to leave out.
+
+    Returns:
+        The pictures, each once, in the order of `paths` and sorted within; and a line for each tar
+        that is damaged.
+
+    Raises:
+        ValueError: a path has no pictures.
     """
     found: dict[str | Member, None] = {}
     damage: list[str] = []
@@ -50,16 +58,16 @@ def find_pictures(
             raise ValueError(f"{path}: no pictures; expected a picture, a folder or a .tar of them")
         found.update(dict.fromkeys(pictures))
     if not found and not damage:
-        raise ValueError(f"all pictures are excluded, by {' '.join(exclude)}")
+        raise ValueError(f"all pictures are excluded by {' '.join(exclude)}")
     return list(found), damage
 
 
 def _is_wanted(path: str, exclude: Sequence[str], given: Sequence[str] = ()) -> bool:
-    """Whether nothing on a path is hidden, unless the user has written it, and nothing excluded."""
+    """Whether no part of a path is excluded, or hidden and not `given` by the user."""
     parts = Path(path).parts
     if any(is_hidden(part) for part in parts if part not in given):
         return False
-    names = [name.lower() for name in (path, *parts)]  # cameras write .RW2, and people *.rw2
+    names = [name.lower() for name in (path, *parts)]  # a camera's .RW2 fits the pattern *.rw2
     patterns = [pattern.rstrip("/").lower() for pattern in exclude]
     return not any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
@@ -70,16 +78,16 @@ def _files(path: str, exclude: Sequence[str]) -> list[str]:
         return []
     if os.path.isdir(path):
         return sorted(_files_below(path, exclude), key=Path)
-    if os.path.lexists(path):  # a link to nowhere is reported when it is read
+    if os.path.lexists(path):  # also a broken link, which the reader reports
         return [path]
     if not (matches := sorted(glob.glob(path, recursive=True))):
-        raise ValueError(f"{path}: no such file or folder, and no pattern that fits any")
+        raise ValueError(f"{path}: no such file or folder, and no file fits it as a pattern")
     wanted = [name for name in matches if _is_wanted(name, exclude, given)]
     return [name for match in wanted for name in _files(match, exclude)]
 
 
 def _files_below(root: str, exclude: Sequence[str]) -> Iterator[str]:
-    """Pictures and tars, in linked folders too, each of which is gone into once."""
+    """Pictures and tars, also in linked folders. Each folder is entered once."""
     seen = {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, followlinks=True):
         below = Path(folder).relative_to(root)
@@ -88,7 +96,7 @@ def _files_below(root: str, exclude: Sequence[str]) -> Iterator[str]:
             for some in (names, folders)
         )
         real = {os.path.realpath(os.path.join(folder, name)): name for name in sorted(folders)}
-        folders[:] = [name for path, name in real.items() if path not in seen]  # the same each run
+        folders[:] = [name for path, name in real.items() if path not in seen]
         seen |= real.keys()
         for path in (str(Path(folder, name)) for name in names):
             is_wanted = is_picture(path) or path.endswith(".tar")
@@ -97,15 +105,15 @@ def _files_below(root: str, exclude: Sequence[str]) -> Iterator[str]:
 
 
 def _members(archive: str, damage: list[str], exclude: Sequence[str] = ()) -> list[Member]:
-    """The pictures of a tar, up to where it is damaged. Of two of one name the later counts, as it
-    does when a tar is unpacked."""
+    """The pictures of a tar, up to where it is damaged. Of equal names the last one counts, as
+    when a tar is unpacked."""
     found = members(archive, damage)
     named = {m.name: m for m in found if is_picture(m.name) and _is_wanted(m.name, exclude)}
     return list(named.values())
 
 
 def pixels_of(source: str | Member, transform: ImageTransform) -> Tensor:
-    """A file, or a member of a tar, to (3, S, S). Raises ImageError, which names it."""
+    """Read a file, or a member of a tar, as pixels (3, S, S). Raises ImageError, which names it."""
     try:
         return transform(source if isinstance(source, str) else open_member(source))
     except ImageError as error:
@@ -113,7 +121,7 @@ def pixels_of(source: str | Member, transform: ImageTransform) -> Tensor:
 
 
 def open_member(member: Member) -> Image.Image:
-    """A picture inside a tar, as `open_image` reads a file. Raises ImageError."""
+    """Open a picture inside a tar as `open_image` opens a file. Raises ImageError."""
     try:
         return open_image(member.read(), name=member.name)
     except OSError as error:
@@ -123,7 +131,7 @@ def open_member(member: Member) -> Image.Image:
 
 
 def open_picture(name: str) -> Image.Image:
-    """A picture by its name in an index, which may go on inside a tar. Raises ImageError."""
+    """Open a picture by its name in an index, which may lead into a tar. Raises ImageError."""
     archive, inside, member = name.partition(".tar/")
     if not inside or os.path.exists(name):
         return open_image(name)

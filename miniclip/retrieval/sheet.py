@@ -10,17 +10,26 @@ from miniclip.errors import ImageError
 from miniclip.retrieval.index import Hit, Index
 from miniclip.transform import to_rgb
 
-TILE = 240  # pixels, of a picture on a sheet
+TILE = 240  # pixels: the largest side of a picture on a sheet
 SHEETS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf")
 
 
 def draw_sheet(
     index: Index, hits: Sequence[Hit], title: str, path: str | PathLike[str]
 ) -> list[str]:
-    """What a search has found as one picture, with scores, the best first in reading order.
+    """Draw the pictures that a search found, the best first, with their scores.
 
-    Returns for each picture that has moved or gone since, and leaves its place empty, which and
-    why. Raises ValueError where the sheet cannot be written.
+    Args:
+        index: the index that was searched.
+        hits: what `Index.search` returned.
+        title: the first line.
+        path: the file to write, with an ending of SHEETS.
+
+    Returns:
+        A line for each picture that cannot be read any more. Its place stays empty.
+
+    Raises:
+        ValueError: the file cannot be written.
     """
     columns = min(len(hits), 4)
     gap, line = 16, 22
@@ -54,7 +63,7 @@ def draw_sheet(
 
 
 def font_for(text: str, size: int) -> Any:
-    """Pillow's font, which is for Latin; for other scripts one that matplotlib knows, if any."""
+    """Return Pillow's font for Latin, and a font that matplotlib finds for other scripts."""
     if text.isascii():
         return ImageFont.load_default(size)
     try:
@@ -65,7 +74,7 @@ def font_for(text: str, size: int) -> Any:
 
 
 def fitting(text: str, font: Any, width: int, keep_end: bool = False) -> str:
-    """As much of a text as `width` pixels have room for: its beginning, or its end."""
+    """Cut a text to `width` pixels: keep its beginning, or its end."""
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     shown = text
     while shown and font.getlength(shown) > width:

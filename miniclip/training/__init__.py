@@ -1,12 +1,12 @@
-r"""Contrastive training.
+r"""Contrastive training: `miniclip train`, and the functions behind it.
 
 recipe.py     the numbers of a run
 pairs.py      what training data is made of
-shards.py     pairs from tar shards, wherever these are
+shards.py     pairs from tar shards
 data.py       pairs from folders and metadata files, and batches of them
 loss.py       the loss over several processes, with false captions, and in chunks of a batch
-optim.py      what is trained, by which optimizer, and how fast
-processes.py  several processes that train together: gradients, shards of the weights
+optim.py      what is trained, by which optimizer (AdamW, Muon) and how fast
+processes.py  several processes: gradients, and shards of the weights
 setup.py      names -> all that a run starts from
 run.py        the state of a run: saved, continued, logged
 loop.py       the training loop
@@ -19,47 +19,40 @@ loop.py       the training loop
     miniclip train photographs --recipe everyday --out runs/small  # shape and recipe of everyday
     miniclip train shapes --out runs/shapes  # a drawn world; no data needed
 
-The data is a folder of class folders, or of pictures with a `metadata.jsonl`, `.csv` or `.tsv` of
-`file_name` and `text`, or of pictures with a `.txt` beside each, as img2dataset writes them, or of
-WebDataset shards (`train` extra). A metadata file may have any name, and `--image-column` and
-`--text-column` name its columns. Shards may also be the output of a command
-(`'pipe:curl -s https://host/{000..099}.tar'`) or at an address that fsspec opens
-(`hf://datasets/OWNER/NAME/{000..099}.tar`). A picture, a shard or a command that fails is named and
-counted, an empty caption is counted, and training goes on without them. A picture may have several
-captions, as a list or in rows of their own. A caption counts as true of every picture that lists it
-("a dog", of a Chihuahua too).
+The data is one of these:
+
+- a folder of class folders
+- a folder of pictures with `metadata.jsonl`, `.csv` or `.tsv`, or such a file. `--image-column` and
+  `--text-column` name its columns (`file_name` and `text`). A picture may have several captions, as
+  a list or in several rows. A caption is true of every picture that lists it ("a dog", of a
+  Chihuahua too)
+- a folder of pictures with a `.txt` beside each, as img2dataset writes them
+- WebDataset shards (`train` extra): files, the output of a command (`'pipe:curl -s
+  https://host/{000..099}.tar'`), or an address that fsspec opens
+  (`hf://datasets/OWNER/NAME/{000..099}.tar`)
+
+Training continues without a picture, a shard or a command that fails, and names it.
 
 - `--val DATA`: measure held-out data after each epoch, or every `--val-every` steps: zero-shot
-  accuracy on class folders, recall@1 on pictures with captions. The best checkpoint is kept in
-  `DIR/best`
-- `--freeze vision`: leave parts as they are (LiT freezes the image tower): `vision`, `text`, or
-  globs such as `vision.blocks.[0-5].*`
+  accuracy on class folders, recall@1 on captions. `DIR/best` keeps the best checkpoint
+- `--freeze vision`: freeze parts (LiT freezes the image tower): `vision`, `text`, or globs such as
+  `vision.blocks.[0-5].*`
 - `--lora 4`: train a low-rank change of the queries and values, and write the merged weights
-- `--layer-decay 0.8`: let each layer learn 0.8 times as fast as the one above it
-- `--loss siglip`: ask of each pair by itself whether it is true. The bias stays in the training
-  state
+- `--layer-decay 0.8`: let each layer learn 0.8 times as fast as the layer above it
+- `--loss siglip`: classify each pair as true or false. The bias stays in the training state
 - `--chunk 64`: hold 64 pairs in memory at once. The gradients equal the whole batch's (GradCache).
-  A contrastive loss compares all pairs, so plain gradient accumulation would compute another loss
+  Plain gradient accumulation would not: a contrastive loss compares all pairs of a batch
 - `--ema 0.999`: write the moving average of the weights
 - `--log tensorboard`: write the metrics for TensorBoard too (`train` extra)
 - `--plot report.png`: draw the loss, the scores, the learning rate, throughput and peak memory
 - `--fsdp`: under `torchrun`, shard the weights and the optimizers' state over the processes
 
-The checkpoint is written every five minutes, and can be evaluated while the run goes on. What is
-random in a step is drawn from the seed and the step alone, so a run that was killed is continued by
-the same command and ends, on a CPU, in the same bits. Under `torchrun` PyTorch's
-DistributedDataParallel or `fully_shard` trains, and the processes, however many, share the batch
-that one process would see. After a crash `torchrun --max-restarts 3` starts them again, and they
-continue (on several machines set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, a way round a bug of
-PyTorch). Half-precision weights become float32 before they are trained: in float16 Adam's first
-step gives NaN.
-
-The pieces are short enough to read: the paper's loss in `loss.py`; gathered embeddings, false
-captions (NegCLIP) and two-pass batches (GradCache) in `training/loss.py`; AdamW and Muon in
-`optim.py`; folders and shards in `data.py` and `shards.py`; the numbers of a run in `recipe.py`;
-the loop in `loop.py`. The drawn world, with exact masks and captions that are true by proof, is
-`world/`. The initial weights are OpenAI's. transformers' differ: two standard deviations are
-exchanged.
+The checkpoint is written every five minutes. A killed run continues with the same command and ends,
+on a CPU, in the same bits. Under `torchrun` the processes share the batch of a single process.
+After a crash `torchrun --max-restarts 3` starts them again, and they continue (on several machines
+set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, because of a bug of PyTorch). Half-precision weights
+become float32, because Adam's first step in float16 gives NaN. Initial weights follow OpenAI's
+code; transformers exchanges two of its standard deviations.
 """
 
 from importlib import import_module
@@ -75,35 +68,19 @@ if TYPE_CHECKING:
     from miniclip.training.setup import Setup, from_scratch, set_up
 
 __all__ = [
-    "Batch",
-    "Pair",
-    "TrainingData",
-    "batches",
-    "open_data",
-    "Recipe",
-    "read_recipe",
-    "Setup",
-    "from_scratch",
-    "set_up",
-    "process_group",
-    "parallel",
-    "train",
-    "Loss",
-    "Objective",
-    "SigmoidLoss",
-    "backward",
-    "batch_loss",
-    "gather",
-]
+    "Batch", "Pair", "TrainingData", "batches", "open_data", "Recipe", "read_recipe", "Setup",
+    "from_scratch", "set_up", "process_group", "parallel", "train", "Loss", "Objective",
+    "SigmoidLoss", "backward", "batch_loss", "gather",
+]  # fmt: skip
 
 
 def _import(name: str) -> Any:
-    """Import a public name when it is first asked for: `recipe` must not have to wait for torch."""
+    """Import a public name when it is first used, because `recipe` must not wait for torch."""
     for home in ("recipe", "pairs", "data", "loss", "processes", "setup", "loop"):
         if name in __all__ and hasattr(module := import_module(f"{__name__}.{home}"), name):
             return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if not TYPE_CHECKING:  # which would take it to have any name
+if not TYPE_CHECKING:  # or type checkers accept any name
     __getattr__ = _import

@@ -1,11 +1,9 @@
-"""Pictures and their captions, from folders, from metadata files or from tar shards.
+"""Pairs from folders, metadata files and tar shards, and batches of them.
 
-Whatever the source, a batch is decided by three numbers: the seed, the epoch and the step. So a
-run that is resumed, or spread over more processes, sees what an undisturbed run would have seen.
+A batch depends on three numbers: the seed, the epoch and the step. So a run that is resumed, or
+shared by more processes, sees the same batches.
 """
 
-import csv
-import json
 import os
 import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -18,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miniclip.errors import ImageError, listed, shown
+from miniclip.errors import ImageError, shown
+from miniclip.evaluation.captions import COLUMNS, rows_with_captions
 from miniclip.files.ahead import read_ahead
 from miniclip.files.pictures import open_image, with_name
 from miniclip.training.pairs import (
@@ -29,42 +28,28 @@ from miniclip.training.pairs import (
     note_once,
     shuffled,
     to_bytes,
-)
+)  # fmt: skip
 from miniclip.training.shards import Shards, is_address
 from miniclip.transform import ImageTransform
-from miniclip.zeroshot.data import is_visible_file, labelled_images
+from miniclip.zeroshot.data import labelled_images
 
 TEMPLATES = (
-    "{}",
-    "a {}",
-    "the {}",
-    "a photo of a {}.",
-    "a photo of the {}.",
-    "a blurry photo of a {}.",
-    "a low resolution photo of a {}.",
-    "a close-up photo of a {}.",
-    "a picture of a small {}.",
-    "a picture of a large {}.",
-    "this is a photo of a {}.",
-    "an image of a {}.",
-)
+    "{}", "a {}", "the {}", "a photo of a {}.", "a photo of the {}.", "a blurry photo of a {}.",
+    "a low resolution photo of a {}.", "a close-up photo of a {}.", "a picture of a small {}.",
+    "a picture of a large {}.", "this is a photo of a {}.", "an image of a {}.",
+)  # fmt: skip
 
 MEMORY = 2**31
-"""Pictures are decoded once and kept, where all of a data set takes at most so many bytes."""
-
+"""Bytes. If all decoded pictures fit, they are decoded once and kept."""
 
 Entry = tuple[Path, Sequence[str], int | None]
-"""A picture file, captions that are true of it, and a label or None."""
+"""A picture file, captions that are true of it, and a class or None."""
 
 
 class Pictures:
-    """Picture files, each with the captions that are true of it, and a label or None."""
+    """Picture files with their captions."""
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        transform: ImageTransform,
-    ) -> None:
+    def __init__(self, entries: Sequence[Entry], transform: ImageTransform) -> None:
         self.entries = entries
         self.skipped: list[str] = []
         self._to_bytes = to_bytes(transform)
@@ -80,9 +65,8 @@ class Pictures:
         return shuffled(len(self), seed)
 
     def captions(self) -> Iterator[str]:
-        """Every caption, once for each set of captions that it stands in."""
-        for captions in {id(captions): captions for _, captions, _ in self.entries}.values():
-            yield from captions
+        """All captions. Pictures with the same list of captions give it once."""
+        return chain(*{id(captions): captions for _, captions, _ in self.entries}.values())
 
     def __getitem__(self, item_and_draw: tuple[int, int]) -> Pair | None:
         i, draw = item_and_draw
@@ -108,8 +92,11 @@ class Pictures:
 
 
 def labels_of_all(entries: Iterable[Entry]) -> dict[Path, list[int]]:
-    """The labels of all captions of each picture, over all its rows. The picture with the most
-    captions decides how many; another repeats its first. None at all if no picture has two."""
+    """Return the labels of all captions of each picture, from all its rows.
+
+    All lists have the length of the longest: a shorter one repeats its first label. They are empty
+    if no picture has two captions.
+    """
     lists: dict[Path, tuple[str, ...]] = {}
     for path, captions, label in entries:
         if label is None:
@@ -122,7 +109,7 @@ def labels_of_all(entries: Iterable[Entry]) -> dict[Path, list[int]]:
 
 
 def class_captions(label: str) -> tuple[str, ...]:
-    """Everything that may be said of a picture of a class: its label, in each template.
+    """Return the captions of a class: its label in each template.
 
     >>> class_captions("tea cup")[3]
     'a photo of a tea cup.'
@@ -130,140 +117,74 @@ def class_captions(label: str) -> tuple[str, ...]:
     return tuple(template.replace("{}", label) for template in TEMPLATES)
 
 
-def class_folders(root: Path, transform: ImageTransform) -> Pictures:
-    """`root/<class>/`, with pictures in it and deeper; the classes are called as `miniclip eval`
-    calls them. Raises ValueError where there are no two."""
-    images = labelled_images(root)
-    if (found := len(set(images.classes))) < 2:
-        raise ValueError(
-            f"{root}: expected at least two folders of pictures, one for each class, found "
-            f"{found}: with nothing to tell apart there is nothing to learn"
-        )
-    captions = [class_captions(label) for label in images.labels]
-    entries = zip(images.paths, images.classes, strict=True)
-    return Pictures([(path, captions[label], label) for path, label in entries], transform)
-
-
-def texts_beside(root: Path, transform: ImageTransform) -> Pictures | None:
-    """Pictures in `root` and deeper, each with its caption in a .txt of its name, as img2dataset
-    writes them. None if no picture has one. Those without, or with an empty one, are counted."""
-    files = sorted(path for path in root.rglob("*") if is_visible_file(path, root))
-    kinds = {f".{kind}" for kind in Shards.PICTURES}
-    found = {path: path.with_suffix(".txt") for path in files if path.suffix.lower() in kinds}
-    if not {*found.values()} & {*files}:
-        return None
-    entries: list[Entry] = []
-    for path, text in found.items():
-        caption = text.read_text("utf-8-sig", "replace").strip() if text.is_file() else ""
-        entries += [(path, (caption,), None)] if caption else []
-    pictures = Pictures(entries, transform)
-    if missing := len(found) - len(entries):
-        pictures.skipped.append(f"{root}: pictures without a caption in a .txt: {missing:,}")
-    return pictures
-
-
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
-COLUMNS = ("file_name", "text")
-
-
-def captioned_pictures(
-    metadata: Path, transform: ImageTransform, columns: tuple[str, str] = COLUMNS
-) -> Pictures:
-    """The `imagefolder` convention of Hugging Face's datasets: a row for each picture beside the
-    file, with its `file_name` and its `text`, or other `columns`. `text` may be a list of captions:
-    one is drawn each time. Each is true of every picture that lists it, in this row or another.
-    Empty captions are left out and counted in `skipped`. Raises ValueError, which names the row.
-    """
-    entries: list[Entry] = []
-    lists: dict[tuple[str, ...], tuple[str, ...]] = {}  # pictures with equal lists share one
-    empty: list[int] = []  # the row of each empty caption
-    for row, values in _rows(metadata):
-        if missing := [column for column in columns if column not in values]:
-            raise ValueError(
-                f"{metadata}, row {row}: no column {missing[0]!r}; say by --image-column and "
-                f"--text-column which to read, of {listed(map(str, values), 9)}"
-            )
-        name, text = (values[column] for column in columns)
-        texts = text if isinstance(text, list) and text else [text]
-        captions = tuple(text for text in texts if text not in (None, []) and str(text).strip())
-        empty += [row] * (len(texts) - len(captions))
-        if not isinstance(name, str) or not all(isinstance(each, str) for each in captions):
-            raise ValueError(f"{metadata}, row {row}: expected a {columns[0]} and a {columns[1]}")
-        if captions:
-            entries.append((metadata.parent / name, lists.setdefault(captions, captions), None))
-    if not entries:
-        raise ValueError(f"{metadata}: no rows with a caption; expected one for each picture")
-    pictures = Pictures(entries, transform)
-    if empty:
-        note = f"empty captions left out: {len(empty):,}, the first in row {empty[0]}"
-        pictures.skipped.append(f"{metadata}: {note}")
-    return pictures
-
-
-def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with open(metadata, encoding="utf-8-sig", newline="") as file:  # -sig: Excel writes one
-            if metadata.suffix != ".jsonl":
-                delimiter = max(",\t;", key=file.readline().count)  # of the header
-                file.seek(0)
-                yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
-                return
-            for i, line in enumerate(file, 1):
-                value = json.loads(line) if line.strip() else None
-                if isinstance(value, dict):
-                    yield i, value
-                elif value is not None:
-                    raise ValueError(f"row {i} is not an object")
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{metadata}: expected rows that can be read: {error}") from None
-
-
 def open_data(
-    name: str | os.PathLike[str],
-    transform: ImageTransform,
-    columns: tuple[str, str] = COLUMNS,
+    name: str | os.PathLike[str], transform: ImageTransform, columns: tuple[str, str] = COLUMNS
 ) -> TrainingData:
-    """The training data that a name stands for: `shapes`, the world this package draws; a folder
-    with metadata.jsonl, .csv or .tsv, or such a file; a folder of tar shards, or one, or a
-    command or an address of such; a folder of pictures with a .txt beside each; a folder of class
-    folders.
+    """Open training data.
 
-    Raises ValueError, which says what was found instead.
+    Args:
+        name: a folder with metadata.jsonl, .csv or .tsv, or such a file; a folder of tar shards, a
+            shard, or a command or an address of shards (see `Shards`); a folder of pictures with a
+            .txt beside each; a folder of class folders; or `shapes`, the drawn world.
+        transform: the transform of the model; training uses its resize and crop.
+        columns: the columns of a metadata file: the picture's file, and its caption or captions.
+
+    Raises:
+        ValueError: `name` is none of these; the message says what was found.
     """
     if name == "shapes":
         from miniclip.training.drawn import Shapes
 
         return Shapes()
+    root = Path(name).expanduser()
     if is_address(name):
         return Shards([str(name)], transform)
-    root = Path(name).expanduser()
     if root.is_file() and root.suffix == ".tar":
         return Shards([str(root)], transform)
-    for metadata in (root, *(root / file for file in METADATA)):
-        if metadata.is_file() and metadata.suffix in (".jsonl", ".csv", ".tsv"):
-            return captioned_pictures(metadata, transform, columns)
+    if found := rows_with_captions(root, columns):
+        rows, skipped = found
+        data = Pictures([(Path(str(path)), texts, None) for path, texts in rows], transform)
+        data.skipped += skipped
+        return data
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder of training data, nor a .tar or a metadata file")
-    shards = [str(path) for path in root.glob("*.tar")]
-    if shards:
+    if shards := list(map(str, root.glob("*.tar"))):
         return Shards(shards, transform)
-    return texts_beside(root, transform) or class_folders(root, transform)
+    images = labelled_images(root)
+    if (count := len(set(images.classes))) < 2:
+        raise ValueError(
+            f"{root}: expected at least two folders of pictures, one for each class, found "
+            f"{count}; training compares classes"
+        )
+    captions = [class_captions(label) for label in images.labels]
+    files = zip(images.paths, images.classes, strict=True)
+    return Pictures([(path, captions[label], label) for path, label in files], transform)
 
 
 def batches(
     data: TrainingData, batch: int, seed: int, first: int = 0, rank: int = 0, world_size: int = 1
 ) -> Generator[Batch, None, None]:
-    """This process's share of every batch from step `first` on, without end.
+    """Yield batches without end, while threads decode the next ones.
 
-    A batch has `batch` pairs over all processes; an epoch's last, incomplete batch is left out.
-    Threads decode the pictures ahead of the model. Another picture of the batch takes the place of
-    one that cannot be read, and an error of the data is noted. Raises ValueError if none can.
+    An epoch leaves out its last, incomplete batch. Another picture of the batch replaces an
+    unreadable one, and `data.skipped` names it.
+
+    Args:
+        data: where the pairs come from.
+        batch: pairs in a batch, over all processes.
+        seed: decides order and captions.
+        first: the step to start from.
+        rank: the number of this process, which gets every `world_size`-th pair of a batch.
+        world_size: the number of processes.
+
+    Raises:
+        ValueError: the data is smaller than a batch, or no picture can be read.
     """
 
     def read(item_and_draw: tuple[Any, int]) -> Pair | None:
         try:
             return None if item_and_draw[0] is None else data[item_and_draw]
-        except Exception as error:  # one item out of millions must not end a run
+        except Exception as error:  # one item of millions must not end a run
             reason = f"{type(error).__name__}: {error}"
             note_once(data.skipped, f"item {shown(item_and_draw[0])}: {reason}")
             return None
@@ -271,13 +192,9 @@ def batches(
     steps = len(data) // batch
     if not steps:
         raise ValueError(f"{len(data)} pictures are fewer than a batch of {batch}")
-    drawn = (
-        [(item, draw_seed(seed, step, i)) for i, item in share]
-        for step, share in _shares(data, batch, seed, first, steps, rank, world_size)
-    )
     size = len(range(rank, batch, world_size))
     threads = max(1, (os.cpu_count() or 2) - 1)
-    items = chain.from_iterable(drawn)
+    items = _items_and_draws(data, batch, seed, first, steps, rank, world_size)
     with closing(read_ahead(read, items, 2 * size, threads)) as decoded:
         while True:
             loaded = list(islice(decoded, size))
@@ -295,7 +212,7 @@ def batches(
 
 
 def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: int) -> Pair:
-    """A pair to stand in for a whole batch that cannot be read."""
+    """A pair in place of a whole batch that cannot be read."""
     for item in data.items(seed):
         if isinstance(pair := read((item, seed)), Pair):
             return pair
@@ -303,32 +220,33 @@ def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: 
 
 
 def draw_seed(seed: int, step: int, i: int = 0) -> int:
-    """One number for each (seed, step, place in the batch), to draw from."""
+    """Return one number for each seed, step and place in the batch, to draw from."""
     return ((seed * 1_000_003 + step) * 1_000_003 + i) % 2**63
 
 
-def _shares(
+def _items_and_draws(
     data: TrainingData, batch: int, seed: int, first: int, steps: int, rank: int, world_size: int
-) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
+) -> Iterator[tuple[Any, int]]:
     step = first
     while True:
         epoch, skip = divmod(step, steps)
         found = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
-        items = chain(found, repeat(None))  # a shard may lack what it had when it was counted
-        for _ in range(steps - skip):
-            numbered = enumerate(islice(items, batch))
-            yield step, [(i, item) for i, item in numbered if i % world_size == rank]
-            step += 1
+        items = chain(found, repeat(None))  # a shard may have shrunk since it was counted
+        for step in range(step, step + steps - skip):
+            for i, item in enumerate(islice(items, batch)):
+                if i % world_size == rank:
+                    yield item, draw_seed(seed, step, i)
+        step += 1
 
 
 def augment(pixels: Tensor) -> Tensor:
     """Mirror half of the pictures, zoom into half by up to 2, and move each by up to 15 %.
 
-    (B, 3, S, S) uint8. What comes in over an edge is the picture's own reflection.
+    Pixels are uint8 (B, 3, S, S). Beyond an edge the picture is reflected.
     """
     b = len(pixels)
-    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # of the square cut out; the picture's is 1
-    x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # its centre; the picture's edges are at -1 and 1
+    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # of the square to cut out, 1 for the picture
+    x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # its centre, where the picture goes from -1 to 1
     mirror = torch.randint(0, 2, (b,)) * 2 - 1
     none = torch.zeros(b)
     affine = torch.stack([side * mirror, none, x, none, side, y], dim=1).view(b, 2, 3)

@@ -14,39 +14,43 @@ from miniclip.world.scoring import SCORE_SEED
 
 
 class Shapes:
-    """`count` scenes, each drawn when it is asked for, in about half a millisecond.
+    """Scenes that are drawn when they are needed, in about half a millisecond each.
 
-    `data[index, draw]` is the scene's picture with a caption and a false caption that the number
-    `draw` chooses. Three lessons come first, each a sixth of all: scenes of one object and where it
-    is, of two and where each is, of two and how they stand to each other (`say_something`). With
-    everything from the start a model learns colours and then, for very long, nothing else. Pictures
-    are never to be mirrored: "to the left of" would become false.
+    `data[index, draw]` is a picture with a caption and a false caption, which the number `draw`
+    chooses. Three lessons come first, each a sixth of the scenes: one object and its place, two
+    objects and their places, and how two objects stand to each other. Without them a model learns
+    colours, and nothing else for a long time. Do not mirror the pictures: "to the left of" would
+    become false.
+
+    Args:
+        count: the number of scenes.
+        seed: decides the scenes. `SCORE_SEED` is refused, because `score` asks about its scenes.
     """
 
-    OBJECTS = (1, 2, 2)  # in the scenes of each lesson
+    OBJECTS = (1, 2, 2)  # in each lesson
 
     def __init__(self, count: int = 225_000, seed: int = 0) -> None:
         if seed == SCORE_SEED:
             raise ValueError(f"seed {seed} draws the scenes that `score` asks about")
         self.count, self.seed = count, seed
         self.lesson_length = count // 6
-        self.skipped: list[str] = []  # no picture is ever unreadable
+        self.skipped: list[str] = []  # always empty
 
     def __len__(self) -> int:
         return self.count
 
     def items(self, seed: int) -> Iterator[int]:
-        """All scenes, lesson after lesson, each in an order that the seed decides."""
+        """All scenes. The lessons keep their order, and the seed decides the order in a lesson."""
         starts = [lesson * self.lesson_length for lesson in range(4)]
         for first, end in pairwise((*starts, self.count)):
             yield from (first + i for i in shuffled(end - first, seed))
 
     def lesson(self, index: int) -> int:
-        """0 to 2, and 3 for all the rest."""
+        """Return the lesson of a scene, 0 to 2; 3 after the lessons."""
         return min(index // self.lesson_length, 3) if self.lesson_length else 3
 
     def scene(self, index: int) -> Scene:
-        """The scene of this index, of as many objects as its lesson allows."""
+        """Return the scene of this index, with as many objects as its lesson has."""
         lesson = self.lesson(index)
         return scene(index, seed=self.seed, count=self.OBJECTS[lesson] if lesson < 3 else None)
 
@@ -59,6 +63,6 @@ class Shapes:
         return Pair(pixels, caption, caption_label(caption), negative)
 
     def captions(self) -> Iterator[str]:
-        """A caption of some thousands of scenes: every word, for a tokenizer to learn from."""
+        """Captions of some thousands of scenes, which have all the words."""
         for index in range(0, self.count, max(1, self.count // 5000)):
             yield say_something(self.scene(index), Random(index))[0]

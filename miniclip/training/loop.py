@@ -1,13 +1,4 @@
-"""The training loop: a model, pairs and a recipe in, a checkpoint out.
-
-What is random in a step is drawn from (seed, step), so a run that was killed and is started again
-with the same command gives the weights, bit for bit, that it would have given undisturbed.
-
-    miniclip train DATA --out DIR
-    torchrun --nproc-per-node N --max-restarts 3 -m miniclip train DATA --out DIR
-
-torchrun starts all processes again when one has crashed, and they continue from what was saved.
-"""
+"""The training loop: a model, pairs and a recipe in, a checkpoint out."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +6,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,22 +41,27 @@ def train(
     validate: Callable[[Loaded], dict[str, float]] | None = None,
     log: str = "",
 ) -> CLIP:
-    """Train `model` on `data` and write the checkpoint `out`, with recipe.json and metrics.jsonl.
+    """Train a model, and write its checkpoint with recipe.json and metrics.jsonl.
 
-    The run is saved after every epoch and every five minutes. A run that was killed is continued.
-    Under torchrun each process calls `train`, and the first one writes. Half-precision weights
-    become float32 ones.
+    The run is saved after each epoch and every five minutes. A killed run continues when `train` is
+    called again, and gives the same bits: everything random in a step depends on the seed and the
+    step alone. Under torchrun each process calls `train`, and the first one writes.
 
     Args:
-        loss: a `training.Loss`, a function of (model, image_embeds, text_embeds, is_true), in place
-            of the recipe's. A module is trained and saved with the run. The logit scale is clamped
-            for the paper's loss alone.
-        validate: gives scores of a checkpoint on held-out data, as `evaluation.scorer` makes it.
-            The checkpoint with the best first score is kept in `out`/best.
-        log: "tensorboard" to write for it too.
+        model: is trained in place. Half-precision weights become float32.
+        tokenizer: the model's tokenizer.
+        transform: the model's transform.
+        data: pairs, see `open_data`.
+        recipe: the numbers of the run.
+        out: the folder of the checkpoint.
+        loss: replaces the recipe's loss. A module is trained and saved with the run. The logit
+            scale is then not clamped.
+        validate: gives the scores of a checkpoint on held-out data, see `evaluation.scorer`. The
+            checkpoint with the best first score is kept in `out`/best.
+        log: "tensorboard" to write the metrics for it too.
 
     Returns:
-        The model, trained, in evaluation mode.
+        The trained model, in evaluation mode.
 
     Raises:
         ValueError: `out` holds another checkpoint or run, there is too little data, the recipe does
@@ -94,14 +91,9 @@ def train(
 
     model.train()
     stream = batches(data, recipe.batch, recipe.seed, run.step, rank, world_size)
-    bar = progress(
-        total=steps * recipe.batch,
-        initial=run.step * recipe.batch,
-        unit="pair",
-        unit_scale=True,
-        disable=rank > 0,
-        leave=True,
-    )
+    total, initial = steps * recipe.batch, run.step * recipe.batch
+    options: Any = {"unit_scale": True, "leave": True, "disable": rank > 0}
+    bar = progress(total=total, initial=initial, unit="pair", **options)
     recomputing = recompute_blocks(model) if recipe.checkpoint_blocks else nullcontext()
     is_slow_fused = device.type == "cpu" and recipe.precision == "bfloat16"
     attention = attention_written_out(model) if is_slow_fused else nullcontext()
@@ -133,7 +125,7 @@ def train(
                 ),
                 recipe.chunk,
             )
-            reshard(model)  # a frozen tower has no backward pass
+            reshard(model)  # a frozen tower has no backward pass, which would do it
             run.note_loss(value)
             nn.utils.clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
@@ -159,11 +151,13 @@ def train(
                 bar.refresh()
             if run.agreed(must_stop()):
                 run.save(tokenizer, transform)
-                run.report(f"{out}: saved at step {run.step}; the same command goes on from there")
+                run.report(
+                    f"{out}: saved at step {run.step}; the same command continues from there"
+                )
                 raise KeyboardInterrupt
     skipped = of_all_processes(data.skipped)
     if skipped and rank == 0:
-        run.report(f"{len(skipped)} pictures or shards were skipped, as named above")
+        run.report(f"{len(skipped)} pictures or shards were skipped; they are named above")
     run.finish(tokenizer, transform)
     return whole_model.eval()
 
@@ -179,12 +173,12 @@ def check_data(data: TrainingData, least: int) -> None:
     first = next(captions)
     if all(caption == first for caption in captions):
         raise ValueError(
-            f"every caption is {first!r}: with nothing to tell apart there is nothing to learn"
+            f"every caption is {first!r}; expected different ones, because training compares them"
         )
 
 
 def normalize_pixels(pixels: Tensor, transform: ImageTransform, augmented: bool) -> Tensor:
-    """Bytes (B, 3, S, S) -> pixels for the vision tower, by the last step of the transform."""
+    """Turn bytes (B, 3, S, S) into pixels: the last step of the transform."""
     pixels = augment(pixels) if augmented else pixels
     mean, std = (
         torch.tensor(values)[:, None, None]
@@ -194,8 +188,7 @@ def normalize_pixels(pixels: Tensor, transform: ImageTransform, augmented: bool)
 
 
 def tokenize_captions(captions: list[str], tokenizer: Tokenizer, run: Run) -> Tensor:
-    """Token ids (B, T) for the text tower. A caption that is too long is cut, and the first is
-    reported."""
+    """Return token ids (B, T). Captions that are too long are cut; the first is reported."""
     text = run.trained.text
     try:
         return ids_for(text, tokenizer, captions)
@@ -206,7 +199,7 @@ def tokenize_captions(captions: list[str], tokenizer: Tokenizer, run: Run) -> Te
 
 @contextmanager
 def recompute_blocks(model: CLIP) -> Iterator[None]:
-    """Keep only the blocks' inputs in memory, and compute the rest again in the backward pass."""
+    """Keep only the inputs of the blocks in memory; the backward pass computes the rest again."""
     blocks = (*model.vision.blocks, *model.text.blocks)
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -214,12 +207,12 @@ def recompute_blocks(model: CLIP) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            del block.forward  # the class's own is below
+            del block.forward  # uncovers the method of the class
 
 
 @contextmanager
 def attention_written_out(model: CLIP) -> Iterator[None]:
-    """In bfloat16 on a CPU, the fused attention's backward pass takes four times as long."""
+    """Avoid fused attention, whose backward pass in bfloat16 on a CPU takes four times as long."""
     before = [attn.eager for attn in attentions(model)]
     model.set_attention("eager")
     try:

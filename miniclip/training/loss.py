@@ -1,4 +1,4 @@
-"""The loss over several processes, with false captions, and in chunks of a batch."""
+"""The loss of a batch: over several processes, with false captions, and in chunks."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,25 +15,25 @@ from miniclip.model import CLIP, unit_norm
 
 
 class Objective(nn.Module):
-    """All that a run trains, and a batch's way to its loss: what DistributedDataParallel wraps."""
+    """The model and the loss as one module, which DistributedDataParallel wraps."""
 
     def __init__(self, model: CLIP, loss: Any = None, precision: str = "float32") -> None:
         super().__init__()
-        self.model, self.loss = model, loss  # a loss that is a module is trained too
+        self.model, self.loss = model, loss  # a loss with parameters is trained too
         self.cast: Any = nullcontext()
         if precision == "bfloat16":
             self.cast = torch.autocast(model.logit_scale.device.type, torch.bfloat16)
 
     def forward(self, pixels: Tensor, ids: Tensor, end: Callable[[Tensor, Tensor], Any]) -> Any:
-        """`end` of the pictures' and the texts' unit embeddings, in the dtype of the weights."""
+        """Embed a batch, and call `end` with the unit vectors, in the dtype of the weights."""
         with self.cast:
             embeds = self.model.encode_image(pixels), self.model.encode_text(ids)
         return end(*(unit_norm(x.to(self.model.logit_scale.dtype)) for x in embeds))
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows, in the order of their ranks. Backwards, every process's gradient of a
-    row flows home to the process it came from."""
+    """Gather the rows of all processes, by rank. The gradient of a row is the sum over all
+    processes, and goes to the process that has the row."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
@@ -43,19 +43,25 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        # A copy, for autograd may have handed the same tensor to another operation.
+        # A copy, because autograd may share this tensor with another operation.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x: Tensor, batch: int | None = None) -> Tensor:
-    """The rows of all processes, (batch, ...), with gradient; x itself where there is one process.
+    """Gather the rows of all N processes, with gradient. With one process, return x.
 
-    Row i of process r of N is row i N + r, so a batch is the same for any number of processes.
-    Without a `batch` all have as many rows as this process. Every process then computes the same
-    loss over the whole batch. A backward pass leaves N times the gradient of that loss, spread over
-    the processes, and the mean of their gradients, which DistributedDataParallel takes, is right.
+    Row i of process r becomes row i N + r, so the batch does not depend on N. Each process computes
+    the same loss over the whole batch. The backward passes together give N times its gradient, and
+    the mean that DistributedDataParallel takes is right.
+
+    Args:
+        x: rows of this process, (B, ...).
+        batch: rows over all processes; by default N B.
+
+    Returns:
+        (batch, ...), the same in all processes.
     """
     if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
         return x
@@ -68,14 +74,14 @@ def gather(x: Tensor, batch: int | None = None) -> Tensor:
 Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """(model, image_embeds (B, E), text_embeds (B, E), is_true (B, B)) -> the loss of a batch.
 
-Embeddings have length 1, and `is_true` says which caption j is true of which image i."""
+Embeddings are unit vectors. `is_true[i, j]`: caption j is true of image i."""
 
 
 class SigmoidLoss(nn.Module):
-    """SigLIP's loss (Zhai et al. 2023, arXiv 2303.15343): of each pair by itself, is it true?
+    """SigLIP's loss: classify each pair as true or false (Zhai et al. 2023, arXiv 2303.15343).
 
-    Its bias is trained with the model. It belongs to the run and not to the checkpoint: softmax and
-    ranking do not see it.
+    The bias is trained with the model. A checkpoint does not need it, because it changes neither
+    softmax nor ranking.
     """
 
     def __init__(self) -> None:
@@ -85,9 +91,9 @@ class SigmoidLoss(nn.Module):
     def forward(
         self, model: CLIP, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor
     ) -> Tensor:
-        """A `Loss`: the mean over images of the sum over captions."""
+        """Return the mean over images of the sum over captions. The arguments are a `Loss`'s."""
         logits = model.logit_scale.exp() * image_embeds @ text_embeds.T + self.bias  # (B, B)
-        signs = 2 * is_true.to(logits) - 1  # 1 for a true pair, -1 for another
+        signs = 2 * is_true.to(logits) - 1  # 1 for a true pair, -1 for a false one
         return -F.logsigmoid(signs * logits).sum(dim=1).mean()
 
 
@@ -100,24 +106,26 @@ def batch_loss(
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     batch: int | None = None,
 ) -> Tensor:
-    """The loss of a batch over all processes.
+    """Compute the loss of a batch over all processes.
+
+    False captions, such as the true one with two words swapped, come from NegCLIP (Yuksekgonul et
+    al. 2022, arXiv 2210.01936), where they are B more columns of the matrix. Here each image only
+    chooses between its true and its false caption, by the logistic loss.
 
     Args:
+        logit_scale: of the model, a logarithm.
         labels: (B,), equal for pairs that are true of each other.
-        also: (B, K), the labels of K more captions that are true of each image: "a dog" is true of
-            a Chihuahua, and "a Chihuahua" is false of another dog.
-        image_embeds: (B, E), of length 1.
-        text_embeds: (B, E) captions, or (2 B, E) with a false caption of each image after them,
-            such as the true one with two words swapped (NegCLIP, Yuksekgonul et al. 2022, arXiv
-            2210.01936). NegCLIP makes false captions B more columns of the matrix. Here each
-            image chooses between its true and its false caption alone, by the logistic loss.
+        also: (B, K), labels of all captions of each image: "a dog" is true of a Chihuahua, and "a
+            Chihuahua" is false of another dog.
+        image_embeds: unit vectors (B, E).
+        text_embeds: unit vectors (B, E) of captions; or (2 B, E), then the false captions.
         loss: of (image_embeds, captions, is_true), in place of `contrastive_loss`.
-        batch: pairs over all processes, if not B of each.
+        batch: pairs over all processes; by default B in each.
     """
     captions, *negatives = (gather(part, batch) for part in text_embeds.split(len(also)))
     image_embeds, labels, also = (gather(x, batch) for x in (image_embeds, labels, also))
     of_image = torch.cat([labels[:, None], also], dim=1)  # (B, 1 + K)
-    is_true = (of_image[:, :, None] == labels).any(dim=1)  # (B, B): of image i, caption j
+    is_true = (of_image[:, :, None] == labels).any(dim=1)  # (B, B)
     if loss is None:
         value = contrastive_loss(image_embeds, captions, logit_scale, is_true)
     else:
@@ -136,16 +144,21 @@ def backward(
     loss: Callable[[Tensor, Tensor], Tensor],
     chunk: int = 0,
 ) -> Tensor:
-    """Embed a batch, apply `loss` to its (image, text) embeddings, and backpropagate.
+    """Embed a batch, compute its loss, and backpropagate.
+
+    With a `chunk` this takes two passes (GradCache, Gao et al. 2021, arXiv 2101.06983). The first
+    pass embeds all chunks without a graph and computes the gradient of the embeddings. The second
+    embeds each chunk with a graph, and continues from there. The gradients equal a single pass's.
 
     Args:
-        objective: an `Objective`, or what wraps it.
+        objective: an `Objective`, or a wrapper of it.
         pixels: (B, 3, S, S).
-        ids: (B, T), or (2 B, T) with a false caption of each image after the true ones.
-        chunk: pairs in memory at once, in two passes: all embeddings without a graph, the gradient
-            of the loss with respect to them, then each chunk once more with a graph, from its
-            embeddings back (GradCache, Gao et al. 2021, arXiv 2101.06983). The gradients are those
-            of one pass, dropped patches included.
+        ids: (B, T); or (2 B, T), then the false captions.
+        loss: of (image_embeds, text_embeds).
+        chunk: pairs in memory at once; 0 for all.
+
+    Returns:
+        The loss, without a graph.
     """
     if not chunk:
         value = objective(pixels, ids, loss)
@@ -153,12 +166,11 @@ def backward(
         return value.detach()
 
     def split(texts: Tensor) -> list[Tensor]:
-        """The texts of each chunk, the true ones first."""
         by_kind = texts.unflatten(0, (-1, len(pixels))).split(chunk, dim=1)
         return [part.flatten(0, 1) for part in by_kind]
 
     parts = [*zip(pixels.split(chunk), split(ids), strict=True)]
-    seeds = torch.randint(2**62, (len(parts),)).tolist()  # the two passes draw the same patches
+    seeds = torch.randint(2**62, (len(parts),)).tolist()  # both passes drop the same patches
     images, texts = [], []
     for part, seed in zip(parts, seeds, strict=True):
         torch.manual_seed(seed)
@@ -174,7 +186,7 @@ def backward(
         is_last = gradient is gradients[-1]
         end = partial(_chain, gradient, value if is_last else 0.0)
         torch.manual_seed(seed)
-        # Gradients add up here until the last chunk, which sends them to the other processes.
+        # Gradients add up, and the last chunk sends them to the other processes.
         with getattr(objective, "no_sync", nullcontext)() if not is_last else nullcontext():
             objective(*part, end).backward()
     return value.detach()
@@ -183,6 +195,6 @@ def backward(
 def _chain(
     gradient: tuple[Tensor, Tensor], value: Any, image_embeds: Tensor, text_embeds: Tensor
 ) -> Tensor:
-    """What has the loss's gradient: with respect to a chunk's embeddings by the chain rule, and,
-    with the last chunk, with respect to all else that the loss depends on."""
+    """A number with the loss's gradient: through the embeddings by the chain rule, and with `value`
+    through everything else, such as the logit scale."""
     return value + (image_embeds * gradient[0]).sum() + (text_embeds * gradient[1]).sum()

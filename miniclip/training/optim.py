@@ -1,4 +1,4 @@
-"""What is trained, by which optimizer, how fast: AdamW as in the paper's table 18, and Muon."""
+"""What is trained, by which optimizer and how fast: AdamW as in the paper's table 18, and Muon."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,15 +13,14 @@ from miniclip.model import CLIP
 from miniclip.surgery.lora import add_lora
 from miniclip.training.processes import sharded_like, whole
 
-BETAS, EPS = (0.9, 0.98), 1e-6  # the paper's for ViTs
+BETAS, EPS = (0.9, 0.98), 1e-6  # as in the paper for ViTs
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024,
-    "Muon: An optimizer for hidden layers in neural networks").
+    """Momentum that is made orthogonal before it changes a matrix.
 
-    torch.optim.Muon does the same and insists on bfloat16, which is very slow on a CPU without
-    instructions for it. This one works in the precision of the gradient.
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". torch.optim.Muon
+    computes in bfloat16, which many CPUs do slowly. This one has the precision of the gradient.
     """
 
     def __init__(
@@ -30,8 +29,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are there
-        """Update every parameter, all matrices, from its gradient."""
+    def step(self) -> None:  # type: ignore[override]  # takes no closure
+        """Update every matrix from its gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -53,9 +52,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """About U V^T of each matrix's U S V^T: all singular values become roughly 1. (N, R, C) both.
+    """Bring all singular values of N matrices (N, R, C) near 1: about U V^T of each U S V^T.
 
-    Five steps of a Newton-Schulz iteration, whose coefficients are Jordan's.
+    Takes five steps of a Newton-Schulz iteration with Jordan's coefficients.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrices.shape[1] > matrices.shape[2]
@@ -68,17 +67,18 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def trainable(model: CLIP, freeze: str = "", lora: int = 0, seed: int = 0) -> CLIP:
-    """The model, or with `lora` a copy, in which only what is to be trained requires gradients.
+    """Return the model, or with `lora` a copy, in which only some parameters require gradients.
 
-    `freeze` has names or globs of parts or parameters, with commas between them. With `lora`, the
-    rank, only low-rank changes of the queries and values are trained. Raises ValueError.
+    `freeze` has names or globs of parts and parameters, with commas between them. `lora` is the
+    rank of the changes to queries and values, which then are all that is trained. Raises ValueError
+    if `freeze` fits nothing or leaves nothing.
 
     >>> model = trainable(CLIP.from_pretrained("shapes"), "vision, text.*embed*")
     >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]
     ['logit_scale', 'text.blocks.0.ln_1.weight']
     """
     if lora:
-        torch.manual_seed(seed)  # the same random matrices in every process
+        torch.manual_seed(seed)  # the same matrices in every process
         model = add_lora(model, rank=lora)
     named = dict(model.named_parameters())
     for glob in freeze.replace(",", " ").split():
@@ -93,8 +93,10 @@ def trainable(model: CLIP, freeze: str = "", lora: int = 0, seed: int = 0) -> CL
 
 
 def layers_above(model: CLIP) -> dict[nn.Parameter, int]:
-    """How many layers of its tower stand above each parameter: none above the last LayerNorm and
-    the projection, all blocks and these above the embeddings (BEiT, Bao et al. 2021)."""
+    """Count the layers of the tower above each parameter (BEiT, Bao et al. 2021).
+
+    The last LayerNorm and the projection are the highest layer, and the embeddings the lowest.
+    """
     above: dict[nn.Parameter, int] = {}
     for tower in (model.vision, model.text):
         depth, parts = len(tower.blocks), list(tower._modules)
@@ -113,10 +115,10 @@ def make_optimizers(
     weight_decay: float,
     shares: Mapping[nn.Parameter, float],
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or, with a `muon_lr` above 0, Muon for the matrices of the blocks.
+    """Make AdamW; and with `muon_lr` above 0, Muon for the matrices of the blocks.
 
-    Matrices decay and nothing else does: not biases, norms, the class token or the logit scale.
-    `shares` has the parameters whose rate is a share of the others'.
+    Only matrices decay: not biases, norms, the class token or the logit scale. A parameter in
+    `shares` learns at this share of the rate.
     """
     kinds: tuple[dict[Any, list[Tensor]], ...] = ({(0.0, 1.0): []}, {})
     for name, p in named:
@@ -141,14 +143,14 @@ def make_optimizers(
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
-    """The share of each group's peak that `schedule` gives."""
+    """Set each group's rate to a share of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then half a cosine down to zero; in 0..1."""
+    """Return the share of the peak rate: a linear warm-up, then half a cosine down to zero."""
     rising = max(1, round(steps * warmup))
     if step < rising:
         return (step + 1) / rising

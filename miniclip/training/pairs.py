@@ -1,4 +1,4 @@
-"""What training data is made of: pairs of a picture and a caption."""
+"""Training data: pairs of a picture and a caption."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,9 +16,9 @@ class Pair(NamedTuple):
 
     pixels: Tensor  # (3, S, S) uint8
     caption: str
-    label: int  # pairs of equal label are true of each other
-    negative: str = ""  # a caption that is false of the picture, if the source makes such
-    also: Sequence[int] = ()  # labels of all its captions, as many in each pair of a source
+    label: int  # pairs with equal labels are true of each other
+    negative: str = ""  # a caption that is false of the picture, if the data has one
+    also: Sequence[int] = ()  # labels of all captions of the picture; equally many in each pair
 
 
 class Batch(NamedTuple):
@@ -32,40 +32,43 @@ class Batch(NamedTuple):
 
 
 class TrainingData(Protocol):
-    """Where pairs come from. `data[item, draw]` draws one of an item's captions by `draw`."""
+    """Where pairs come from. In `data[item, draw]` the number `draw` chooses among the captions.
 
-    skipped: list[str]  # why each unreadable picture was left out
+    None stands for a picture that cannot be read.
+    """
+
+    skipped: list[str]  # a line for each unreadable picture
 
     def __len__(self) -> int: ...
 
     def items(self, seed: int) -> Iterator[Any]:
-        """Each item once, in an order that the seed decides."""
+        """Return each item once, in an order that the seed decides."""
         ...
 
     def captions(self) -> Iterable[str]:
-        """Captions with every word of the data, for a tokenizer to learn from."""
+        """Return captions with all words of the data, to learn a tokenizer from."""
         ...
 
     def __getitem__(self, item_and_draw: tuple[Any, int]) -> Pair | None: ...
 
 
 def caption_label(caption: str) -> int:
-    """Equal captions share a label, in every process of every run."""
+    """Return a number for a caption: the same one in all processes and runs."""
     return crc32(caption.encode())
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:
-    """0 to count - 1 in an order that the seed decides."""
+    """Return the numbers 0 to count - 1, in an order that the seed decides."""
     return iter(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist())
 
 
 def to_bytes(transform: ImageTransform) -> Callable[[Any], Tensor]:
-    """The transform up to the crop: a picture to uint8 (3, S, S)."""
+    """Return the transform without its last step: from a picture to uint8 (3, S, S)."""
     plain = replace(transform, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
     return lambda picture: (plain(picture) * 255).round().to(torch.uint8)
 
 
 def note_once(notes: list[str], note: str) -> None:
-    """Append a note that is not among the notes already."""
+    """Append a note, unless it is there already."""
     if note not in notes:
         notes.append(note)

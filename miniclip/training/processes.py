@@ -1,4 +1,4 @@
-"""Several processes that train together, as torchrun starts them."""
+"""Several processes that train together, started by torchrun."""
 
 import os
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from miniclip.model import CLIP
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Give this process's device. Under torchrun, which sets RANK, join the processes inside the
-    `with` block, unless the program has done so."""
+    """Yield the device of this process. Under torchrun, which sets RANK, join the processes for the
+    time of the `with` block, unless the program has joined them."""
     if "RANK" not in os.environ or dist.is_initialized():
         yield device
         return
@@ -29,8 +29,8 @@ def process_group(device: str) -> Iterator[str]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         check_device(device)
         torch.cuda.set_device(device)
-    # torchrun may keep its store through a restart, with the addresses of the crashed processes
-    # (pytorch/pytorch#167288). Only one machine's processes agree on the number of the restart.
+    # torchrun may keep its store through a restart, with the addresses of crashed processes
+    # (pytorch/pytorch#167288). The number of the restart is the same on one machine only.
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
     store, rank, world_size = next(dist.rendezvous("env://"))
@@ -47,14 +47,14 @@ def process_group(device: str) -> Iterator[str]:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """The number of this process, from 0, and the number of processes."""
+    """Return the number of this process, from 0, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def parallel(objective: nn.Module, skips: bool) -> nn.Module:
-    """A module whose gradients are the means over all processes; itself where there is one.
+    """Wrap a module, so that its gradients are means over all processes. Alone, return it.
 
-    `skips`: a step may leave a parameter out. PyTorch then looks for it in each step.
+    `skips` says that a step may leave a parameter out, for which PyTorch then looks in each step.
     """
     if rank_and_world_size()[1] == 1:
         return objective
@@ -64,10 +64,10 @@ def parallel(objective: nn.Module, skips: bool) -> nn.Module:
 
 
 def shard(model: CLIP) -> CLIP:
-    """Shard each block and each tower over all processes, in place, by FSDP2.
+    """Shard each block and each tower over all processes, in place, with FSDP2.
 
-    The logit scale, a number, stays whole: every process computes the same loss, and so the same
-    gradient of it. Raises ValueError without processes, or for other weights outside the towers.
+    The logit scale stays whole: all processes compute the same loss, and so the same gradient of
+    it. Raises ValueError without torchrun, or for a fork with other weights outside the towers.
     """
     if not dist.is_initialized():
         raise ValueError("fsdp shards the weights over several processes: start them by torchrun")
@@ -83,20 +83,19 @@ def shard(model: CLIP) -> CLIP:
 
 
 def reshard(model: CLIP) -> None:
-    """Shard a model again whose towers a pass without gradients has left whole."""
+    """Shard a model again after a pass without gradients, which leaves its towers whole."""
     for tower in (model.vision, model.text):
         if isinstance(tower, FSDPModule):
             tower.reshard()
 
 
 def whole(state: Any, device: str | None = None) -> Any:
-    """Tensors of which every sharded one is whole again, and on this device. All processes call it
-    together."""
+    """Make all sharded tensors in a state whole, on a device. All processes call it together."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().to(device), state)
 
 
 def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
-    """A tensor that every process has whole, sharded over them as `part` is, if it is."""
+    """Shard a whole tensor as `part` is sharded, if it is."""
     if not isinstance(part, DTensor) or tensor.shape != part.shape:
         return tensor
     mesh = part.device_mesh
@@ -105,7 +104,7 @@ def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def of_first_process(value: float) -> float:
-    """What the first process says, in all of them."""
+    """Return the value of the first process, in all processes."""
     said = [value]
     if rank_and_world_size()[1] > 1:
         dist.broadcast_object_list(said)
@@ -113,7 +112,7 @@ def of_first_process(value: float) -> float:
 
 
 def of_all_processes(notes: list[str]) -> list[str]:
-    """The notes of all processes, each note once."""
+    """Return the notes of all processes, each once."""
     if not dist.is_initialized():
         return notes
     theirs: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""The state of a run: what it saves, how it continues after it was killed, what it logs."""
+"""The state of a run: saved, continued after a kill, and logged."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,10 +33,9 @@ STATE = "training.pt"
 
 
 class Run:
-    """What a run trains, and its state: its step, its optimizers, its scores, what it has logged.
+    """What a run trains, and its state: step, optimizers, scores and metrics.
 
-    `loss` is a `training.Loss`; one that is a module is trained and saved too. `log`: "tensorboard"
-    writes the rows of metrics for it as well.
+    A `loss` with parameters is trained and saved too. One of several processes `writes` the files.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Run:
     ) -> None:  # fmt: skip
         self.out, self.model, self.recipe, self.writes = out, model, recipe, writes
         if any(p.itemsize < 4 for p in model.parameters()):
-            model.float()  # a step is too small for float16, and its square is nothing
+            model.float()  # float16 rounds small steps, and the squares of gradients, to 0
         self.trained = self.plain = trainable(model, recipe.freeze, recipe.lora, recipe.seed)
         self.average = None
         if recipe.ema:
@@ -54,7 +53,7 @@ class Run:
             self.trained = shard(copied(self.plain))
             if self.average:
                 shard(self._weights())
-            self.plain.cpu()  # until the end: what is whole must not fill the device
+            self.plain.cpu()  # whole weights might not fit on the device
         self.objective = Objective(self.trained, loss, recipe.precision)
         above, decay = layers_above(self.trained), recipe.layer_decay
         self.optimizers = make_optimizers(
@@ -67,11 +66,11 @@ class Run:
         config = model.config.to_dict() | {"class": type(model).__name__}
         self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
-        self.losses: list[Any] = []  # since the last row; not yet read, where a GPU computes them
-        self.loss = math.nan  # the last that was read
+        self.losses: list[Any] = []  # since the last row; on a GPU not read yet
+        self.loss = math.nan  # the last one that was read
         self.rows: list[dict[str, float]] = []
-        self.best = -math.inf  # of the scores on held-out data
-        self.seconds = 0.0  # of training, over all starts
+        self.best = -math.inf  # score on held-out data
+        self.seconds = 0.0  # of training before this start
         self.reported: set[str] = set()
         if (out / STATE).is_file():
             self._continue()
@@ -115,25 +114,25 @@ class Run:
                 if type(self.step) is not int or self.step < 0:
                     raise ValueError(f"step is {self.step!r}; expected a number of steps")
                 sum(self.losses) + self.seconds + sum(row.get("loss", 0) for row in self.rows)
-                json.dumps(self.rows)  # or they are damaged
-        except Exception as error:  # damage shows itself in many ways
+                json.dumps(self.rows)  # this line and the last one raise for damaged rows
+        except Exception as error:  # damage raises many kinds of errors
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: cannot be continued: {reason}") from error
         if changed:
             raise ValueError(
                 f"{self.out}: holds an unfinished run with another {', '.join(changed)}; "
-                "start that one again to continue it, or choose another folder"
+                "continue it with its own command, or choose another folder"
             )
         if self.writes:
             self.report(f"{self.out}: continued at step {self.step}")
 
     @property
     def is_time_to_save(self) -> bool:
-        """Whether the last save was SAVE_EVERY seconds ago."""
+        """Whether the last save is SAVE_EVERY seconds old."""
         return self.agreed(time.monotonic() - self.saved_at > SAVE_EVERY)
 
     def agreed(self, wants_to_save: bool) -> bool:
-        """Sharded weights are saved by all processes or none: then the first process decides."""
+        """All processes save sharded weights together, so the first one decides."""
         return bool(of_first_process(wants_to_save)) if self.recipe.fsdp else wants_to_save
 
     def validate(
@@ -142,8 +141,7 @@ class Run:
         tokenizer: Tokenizer,
         transform: ImageTransform,
     ) -> dict[str, float]:
-        """The scores of the weights as they are. The first score decides whether `out`/best, the
-        best checkpoint so far, is written again."""
+        """Measure the weights. If the first score is the best so far, write `out`/best."""
         self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))
@@ -152,7 +150,7 @@ class Run:
         if first > self.best:
             self.best = first
             self._write(self.out / "best", tokenizer, transform)
-        self.started += time.monotonic() - began  # the seconds of a row are of training
+        self.started += time.monotonic() - began  # a row counts the seconds of training
         return {f"val_{name}": score for name, score in scores.items()}
 
     def note_loss(self, loss: Tensor) -> None:
@@ -162,17 +160,16 @@ class Run:
             self.read_losses()
 
     def read_losses(self) -> None:
-        """Make the losses numbers. Raises ValueError if one is NaN or infinite."""
+        """Read the losses as numbers. Raises ValueError if one is NaN or infinite."""
         self.losses = [float(loss) for loss in self.losses]
         for self.loss in self.losses:
             if not math.isfinite(self.loss):
-                raise ValueError(
-                    f"the loss is {self.loss} after {self.step} steps; try a smaller lr"
-                )
+                reason = f"the loss is {self.loss} after {self.step} steps"
+                raise ValueError(f"{reason}; try a smaller lr")
 
     def log_step(self, epoch_ended: bool, scores: dict[str, float]) -> None:
-        """Count a step. Every LOG_EVERY steps, after an epoch, and with new scores of held-out
-        data, write a row of metrics."""
+        """Count a step. Write a row of metrics every LOG_EVERY steps, after an epoch, and with
+        new scores."""
         self.step += 1
         if self.step % LOG_EVERY and not epoch_ended and not scores:
             return
@@ -199,15 +196,15 @@ class Run:
                 self.writer.add_scalar(name, value, self.step)
 
     def report(self, note: str, about: str = "") -> None:
-        """Print a note above the progress bar: once, or the first of those `about` one thing."""
+        """Print a note above the progress bar, once; of notes `about` one thing the first."""
         if (about or note) not in self.reported:
             self.reported.add(about or note)
             tqdm.write(note, file=sys.stderr)
 
     def save(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
-        """Write the state to continue from, then the checkpoint. In the other order, a run that is
-        killed in between would look finished."""
-        self.read_losses()  # nothing is saved after a loss that is NaN
+        """Write the state, then the checkpoint. In the other order, a run that is killed between
+        the two would look finished."""
+        self.read_losses()  # raises before anything is saved
         self.saved_at = time.monotonic()
         if not (self.writes or self.recipe.fsdp):
             return
@@ -225,13 +222,13 @@ class Run:
         state = whole(state, "cpu")
         if self.writes:
             with blaming_disk(self.out), replacing(self.out / STATE) as path:
-                with open(path, "wb") as file:  # a path would hide what the disk says
+                with open(path, "wb") as file:  # given a path, torch hides the disk's error
                     torch.save(state, file)
         self._write(self.out, tokenizer, transform)
 
     def finish(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
-        """Write the checkpoint, remove the state, and give the model the weights of it."""
-        weights = self._write(self.out, tokenizer, transform)  # may have been killed before this
+        """Write the checkpoint, copy its weights to the model, and remove the state."""
+        weights = self._write(self.out, tokenizer, transform)
         if weights is not self.model:
             self.model.load_state_dict(weights.state_dict())
         self.model.to(self.trained.logit_scale.device)
@@ -242,12 +239,10 @@ class Run:
 
     def _weights(self) -> CLIP:
         """The model to measure and to write: the averaged weights, if there are any."""
-        weights = self.average.module if self.average else self.trained
-        assert isinstance(weights, CLIP)  # a module, says AveragedModel
-        return weights
+        return cast(CLIP, self.average.module) if self.average else self.trained
 
     def _write(self, out: Path, tokenizer: Tokenizer, transform: ImageTransform) -> CLIP:
-        """Write a checkpoint. Sharded weights need all processes."""
+        """Write a checkpoint. All processes call it, because sharded weights need them."""
         weights = self._weights()
         if self.recipe.fsdp:
             self.plain.load_state_dict(whole(weights.state_dict(), "cpu"))
@@ -260,7 +255,7 @@ class Run:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had: of the device's memory, or of the machine's."""
+    """Return the most bytes that this process used, on the GPU or in the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -271,7 +266,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def open_tensorboard(out: Path, step: int) -> Any:
-    """PyTorch's own writer; what a killed run had written after this step is hidden."""
+    """Open PyTorch's writer. It hides what a killed run wrote after this step."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

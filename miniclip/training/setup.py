@@ -1,4 +1,4 @@
-"""What a run starts from: names -> a model, a tokenizer, a transform, data and a recipe."""
+"""From names to what a run starts from: model, tokenizer, transform, data and recipe."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +8,13 @@ import torch
 
 from miniclip.checkpoint import load
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
+from miniclip.evaluation.captions import COLUMNS
 from miniclip.files.hub import resolve
 from miniclip.files.models import check_device
 from miniclip.files.reading import read_json
 from miniclip.model import CLIP
 from miniclip.tokenizer import Tokenizer
-from miniclip.training.data import COLUMNS, open_data
+from miniclip.training.data import open_data
 from miniclip.training.pairs import TrainingData
 from miniclip.training.recipe import Recipe, read_recipe
 from miniclip.transform import ImageTransform
@@ -22,9 +23,14 @@ from miniclip.transform import ImageTransform
 def from_scratch(
     config: CLIPConfig, data: TrainingData, seed: int = 0, kind: type[CLIP] = CLIP
 ) -> tuple[CLIP, Tokenizer]:
-    """A random model of this class and shape, and a tokenizer learnt from the data's captions.
+    """Make a model with random weights, and learn a tokenizer from the captions.
 
-    `config.text.vocab_size` is an upper limit. The model gets the size that the vocabulary has.
+    Args:
+        config: the shape. `config.text.vocab_size` is an upper limit; the model gets the size of
+            the vocabulary.
+        data: training data.
+        seed: decides the weights.
+        kind: the class of the model.
     """
     tokenizer = Tokenizer.train(data.captions(), config.text.vocab_size)
     tokenizer.context_length = config.text.context_length
@@ -38,7 +44,7 @@ def from_scratch(
     return kind(replace(config, text=text)), tokenizer
 
 
-# A CLIP that two cores can train: the default, unless a checkpoint or a config is given.
+# The default shape, which two cores can train.
 SMALL = CLIPConfig(
     VisionConfig(width=128, layers=4, heads=4, mlp_width=512, image_size=32, patch_size=4),
     TextConfig(
@@ -49,19 +55,8 @@ SMALL = CLIPConfig(
 )  # fmt: skip
 
 
-def _without_token_ids(config: dict[str, Any]) -> dict[str, Any]:
-    """A config whose vocabulary is about to be learnt, and with it the ids of its special tokens.
-
-    Without this, a `vocab_size` of 1,024 does not go with transformers' default ids, 49406.
-    """
-    text = config.get("text_config")
-    if not isinstance(text, dict):
-        return config
-    return config | {"text_config": text | {"bos_token_id": 0, "eos_token_id": 0}}
-
-
 class Setup(NamedTuple):
-    """All that `train` needs to know."""
+    """The first arguments of `train`."""
 
     model: CLIP
     tokenizer: Tokenizer
@@ -79,25 +74,26 @@ def set_up(
     device: str = "cpu",
     columns: tuple[str, str] = COLUMNS,
 ) -> Setup:
-    """Find what the names stand for.
+    """Load, make and open what the names stand for.
 
     Args:
         data: see `open_data`.
-        model: the checkpoint to fine-tune. Without one the weights are random.
-        like: the checkpoint whose recipe to follow, or a recipe's file. Random weights also get
-            its shape, and pixels its mean and standard deviation.
-        config: a config.json, the shape of random weights.
-        overrides: fields of the recipe that are to be different.
-        columns: of a metadata file, for the picture's name and for its caption.
+        model: the checkpoint to fine-tune; by default the weights are random.
+        like: a checkpoint, or a recipe.json, whose recipe to follow. Random weights also get the
+            checkpoint's shape, and pixels its mean and standard deviation.
+        config: a config.json with the shape of random weights.
+        overrides: fields of the recipe to change.
+        device: where the model is trained.
+        columns: see `open_data`.
     """
     check_device(device)
     if model and config:
-        raise ValueError(f"{model} has a shape, which {config} cannot change: give one of the two")
+        raise ValueError(f"{model} has its own shape, not that of {config}: give one of the two")
     if data == "shapes" and not (model or config or like):
-        like = "shapes"  # the default shape is for smaller pictures
+        like = "shapes"  # the default shape reads smaller pictures
     directory = resolve(like, "config") if like else None
     recipe = Recipe()
-    if like and directory:  # `like` may be a recipe itself, under any name
+    if like and directory:  # `like` may be a recipe file
         recipe = read_recipe(Path(like) if like.endswith(".json") else directory / "recipe.json")
     recipe = replace(recipe, **overrides or {})
     if model:
@@ -105,7 +101,11 @@ def set_up(
         return Setup(*loaded, open_data(data, loaded.transform, columns), recipe)
     shape = SMALL
     if config:
-        shape = CLIPConfig.from_dict(_without_token_ids(read_json(Path(config))))
+        fields = read_json(Path(config))
+        if isinstance(text := fields.get("text_config"), dict):
+            # A vocabulary is about to be learnt. transformers' default ids may lie outside of it.
+            fields["text_config"] = text | {"bos_token_id": 0, "eos_token_id": 0}
+        shape = CLIPConfig.from_dict(fields)
     elif directory:
         shape = CLIPConfig.from_pretrained(directory)
     transform = ImageTransform(shape.vision.side)

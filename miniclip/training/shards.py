@@ -1,4 +1,4 @@
-"""Pictures and their captions from tar shards: files, commands and addresses."""
+"""Pairs from tar shards: files, commands and addresses."""
 
 import io
 import os
@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 
 from miniclip.errors import ImageError
+from miniclip.evaluation.captions import PICTURES
 from miniclip.files.pictures import open_image, with_name
 from miniclip.files.tars import members
 from miniclip.training.pairs import Pair, caption_label, note_once, shuffled, to_bytes
@@ -21,17 +22,16 @@ from miniclip.transform import ImageTransform
 
 
 class Shards:
-    """WebDataset tars: samples of files with one stem, a picture and a .txt beside it.
+    """WebDataset tars. A sample is a picture and a .txt with the same stem.
 
-    Every process reads all shards and decodes its own share, so that batches do not depend on how
-    many processes there are. A shuffle buffer mixes neighbours; the shards' order is drawn too.
-    They are counted once, which reads them all.
+    A shard is a file, a command ("pipe:curl -s URL/{000..099}.tar" is a hundred), or an address
+    that fsspec opens ("hf://datasets/OWNER/NAME/0.tar").
 
-    A shard is a file, a command ("pipe:curl -s URL/{000..099}.tar", for a hundred), or an address
-    that fsspec can open ("hf://datasets/OWNER/NAME/0.tar").
+    Every process reads all shards and decodes its own share, so the batches do not depend on the
+    number of processes. The order of the shards is drawn, and a shuffle buffer mixes neighbours.
+    `len` reads all shards once to count the samples.
     """
 
-    PICTURES = ("jpg", "jpeg", "png", "webp")
     BUFFER = 1000  # samples
 
     def __init__(self, paths: Iterable[str], transform: ImageTransform) -> None:
@@ -51,7 +51,7 @@ class Shards:
         return self._count
 
     def items(self, seed: int) -> Iterator[dict[str, Any]]:
-        """All samples, their shards in an order and neighbours mixed as the seed decides."""
+        """All samples, in an order that the seed decides."""
         from webdataset.filters import shuffle
 
         order = [self.paths[i] for i in shuffled(len(self.paths), seed)]
@@ -62,7 +62,7 @@ class Shards:
         return map(_caption, self._samples(self.paths))
 
     def _samples(self, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Whole samples, still as bytes. A damaged shard is noted and left where the damage is."""
+        """Whole samples, not decoded. A damaged shard is read up to the damage, and noted."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def note(error: Exception) -> bool:
@@ -76,23 +76,23 @@ class Shards:
                     yield from tar_file_expander([{"url": path, "stream": stream}], handler=note)
                 return
             for file in members(path, self.skipped):
-                if not re.match(r"__[^/]*__($|/)", file.name):  # of the shard, and no sample
+                if not re.match(r"__[^/]*__($|/)", file.name):  # metadata of the shard
                     yield {"__url__": path, "fname": file.name, "data": file.read()}
 
         for path in paths:
             try:
                 for sample in group_by_keys(files(), handler=note):
-                    if {*self.PICTURES} & sample.keys() and _caption(sample).strip():
+                    if {*PICTURES} & sample.keys() and _caption(sample).strip():
                         yield sample
                     else:
-                        missing = "expected a picture and a .txt of it"
+                        missing = "expected a picture and a .txt with its caption"
                         note_once(self.skipped, f"{_place(sample)}: {missing}")
-            except Exception as error:  # of a file system, a network or a command: all the same
+            except Exception as error:  # from a file system, a network or a command
                 note(error)
 
     def __getitem__(self, item_and_draw: tuple[dict[str, Any], int]) -> Pair | None:
         sample, _ = item_and_draw
-        kind = next(kind for kind in self.PICTURES if kind in sample)
+        kind = next(kind for kind in PICTURES if kind in sample)
         try:
             pixels = self._to_bytes(open_image(io.BytesIO(sample[kind])))
         except ImageError as error:
@@ -109,7 +109,7 @@ def is_address(name: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def open_shard(path: str) -> Iterator[Any]:
-    """A tar to read: a command's output, or what an address stands for."""
+    """Open the output of a command, or an address, to read a tar."""
     if not path.startswith("pipe:"):
         with fsspec.open(path) as stream:
             yield stream
@@ -121,7 +121,7 @@ def open_shard(path: str) -> Iterator[Any]:
         except GeneratorExit:  # nobody reads on
             process.kill()
             raise
-        while process.stdout.read(2**20):  # what stands after the end of the tar
+        while process.stdout.read(2**20):  # the rest, or the command would fail to write it
             pass
     if process.returncode:
         raise OSError(f"the command ended with exit status {process.returncode}")

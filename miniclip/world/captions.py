@@ -1,28 +1,20 @@
-"""Captions that are true of a scene by proof, and false ones."""
+"""Captions that are provably true of a scene, and false ones."""
 
 from collections.abc import Callable
 from itertools import combinations, permutations, product
 from random import Random
 from typing import NamedTuple
 
-from miniclip.world.scenes import (
-    CLEAR,
-    COLOURS,
-    HELD_OUT,
-    IMAGE_SIZE,
-    SHAPES,
-    Object,
-    Scene,
-)
+from miniclip.world.scenes import CLEAR, COLOURS, HELD_OUT, IMAGE_SIZE, SHAPES, Object, Scene
 
-RELATIONS = {  # of two objects: the axis, and the sign of the second's place minus the first's
+RELATIONS = {  # of two objects: an axis, and the sign of the second place minus the first
     "to the left of": ("x", 1),
     "to the right of": ("x", -1),
     "above": ("y", 1),
     "below": ("y", -1),
 }
 
-PLACES = {  # of one object: the same, the middle of the picture standing for the second
+PLACES = {  # of one object: the same, and the second is the middle of the picture
     "on the left": ("x", 1),
     "on the right": ("x", -1),
     "at the top": ("y", 1),
@@ -33,7 +25,7 @@ OPPOSITE = dict(zip(PLACES, ("on the right", "on the left", "at the bottom", "at
 
 
 class Phrase(NamedTuple):
-    """Words for one object. What is "" is left unsaid."""
+    """Words for one object. "" is left out."""
 
     size: str
     colour: str
@@ -41,10 +33,9 @@ class Phrase(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What a caption says: there are these different objects, and the first stands so to the other.
+    """The meaning of a caption: there are different objects that fit the phrases and the relation.
 
-    `relation` is a key of RELATIONS between two phrases, a key of PLACES after one, or "" with any
-    number of them.
+    `relation` is a key of RELATIONS for two phrases, a key of PLACES for one, or "" for any number.
     """
 
     relation: str
@@ -52,7 +43,7 @@ class Claim(NamedTuple):
 
 
 def say(claim: Claim) -> str:
-    """The claim in English.
+    """Return the claim in English.
 
     >>> red, blue = Phrase("", "red", "circle"), Phrase("small", "blue", "square")
     >>> say(Claim("to the left of", (red, blue)))
@@ -69,7 +60,7 @@ def say(claim: Claim) -> str:
 
 
 def say_phrase(phrase: Phrase) -> str:
-    """The words for one object: "a large green star", "something red"."""
+    """Return the words for one object: "a large green star", "something red"."""
     words = " ".join(word for word in phrase if word)
     if not phrase.shape:
         return f"something {words}"
@@ -77,7 +68,7 @@ def say_phrase(phrase: Phrase) -> str:
 
 
 def holds(claim: Claim, scene: Scene) -> bool:
-    """Whether the claim is true: some choice of different objects fits its phrases and relation."""
+    """Whether some different objects of the scene fit the phrases and the relation."""
     return any(
         all(map(fits, claim.phrases, chosen))
         and (not claim.relation or apart(claim.relation, *chosen) > 0)
@@ -86,27 +77,25 @@ def holds(claim: Claim, scene: Scene) -> bool:
 
 
 def fits(phrase: Phrase, object: Object) -> bool:
-    """Whether all that the phrase says of an object is true of it."""
-    return all(
-        said in ("", true)
-        for said, true in zip(phrase, (object.size, object.colour, object.shape), strict=True)
-    )
+    """Whether every word of the phrase is true of an object."""
+    true = (object.size, object.colour, object.shape)
+    return all(said in ("", word) for said, word in zip(phrase, true, strict=True))
 
 
 def apart(relation: str, first: Object, second: Object | None = None) -> int:
-    """How clearly the relation holds: pixels between the centres; negative where it is reversed."""
+    """Return the pixels between the centres along the relation; negative if it is false."""
     axis, sign = (RELATIONS | PLACES)[relation]
     there = getattr(second, axis) if second else IMAGE_SIZE // 2
     return sign * (there - getattr(first, axis))
 
 
 def singles(scene: Scene) -> list[Claim]:
-    """Of one object: "a green star", "a large green star"."""
+    """Claims about one object: "a green star", "a large green star"."""
     return [Claim("", (phrase,)) for object in scene.objects for phrase in named(object)]
 
 
 def located(scene: Scene) -> list[Claim]:
-    """Of one object's place: "a green star at the top"."""
+    """Claims about the place of one object: "a green star at the top"."""
     return [
         Claim(place, (phrase,))
         for object in scene.objects
@@ -117,7 +106,7 @@ def located(scene: Scene) -> list[Claim]:
 
 
 def relations(scene: Scene) -> list[Claim]:
-    """Of two objects' places: "a red circle to the left of a small blue square"."""
+    """Claims about two places: "a red circle to the left of a small blue square"."""
     return [
         Claim(relation, pair)
         for a, b, relation in clear_relations(scene)
@@ -126,7 +115,7 @@ def relations(scene: Scene) -> list[Claim]:
 
 
 def lists(scene: Scene) -> list[Claim]:
-    """Of all objects: "a red circle, a blue square and a green star", in any order."""
+    """Claims about all objects: "a red circle, a blue square and a green star", in any order."""
     return [
         Claim("", tuple(Phrase("", object.colour, object.shape) for object in order))
         for order in permutations(scene.objects)
@@ -134,7 +123,7 @@ def lists(scene: Scene) -> list[Claim]:
 
 
 def vague(scene: Scene) -> list[Claim]:
-    """Of a colour or a shape alone: "something red", "a star above a heart"."""
+    """Claims about a colour or a shape alone: "something red", "a star above a heart"."""
 
     def parts(object: Object) -> tuple[Phrase, Phrase]:
         return Phrase("", object.colour, ""), Phrase("", "", object.shape)
@@ -152,7 +141,7 @@ Kind = Callable[[Scene], list[Claim]]
 
 
 def kinds(scene: Scene) -> tuple[Kind, ...]:
-    """What may be said of a scene, each true, in words that name colour and shape.
+    """Return the kinds of true claims about a scene that name colour and shape.
 
     Relations come twice, because they are the hardest to learn.
     """
@@ -161,7 +150,7 @@ def kinds(scene: Scene) -> tuple[Kind, ...]:
 
 
 def clear_relations(scene: Scene) -> list[tuple[Object, Object, str]]:
-    """Every (a, b, relation) of two objects that is as clear as CLEAR asks."""
+    """Return every (a, b, relation) that holds by at least CLEAR pixels."""
     return [
         (a, b, relation)
         for a, b in permutations(scene.objects, 2)
@@ -171,18 +160,17 @@ def clear_relations(scene: Scene) -> list[tuple[Object, Object, str]]:
 
 
 def named(object: Object) -> list[Phrase]:
-    """By colour and shape, and with the size where there is a word: "plain" is left unsaid."""
+    """Name an object by colour and shape, and also with its size, unless it is "plain"."""
     sizes = ("",) if object.size == "plain" else ("", object.size)
     return [Phrase(size, object.colour, object.shape) for size in sizes]
 
 
 def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
-    """Claims that are false of the scene and differ from a true one in one thing, by that thing.
+    """Return false claims that differ from a true claim in one thing, by the name of this thing.
 
-    Two objects change "places", or their "colours": a false caption of the same words as the true
-    one. One object's place becomes the opposite. Where there is nothing to swap or to move, one
-    word becomes another: a "size", a "colour", a "shape".
-    None names a held-out pair, unless `claim` does.
+    Two objects exchange their "places" or "colours": the false caption has the same words. Or the
+    place of one object becomes the opposite. If that gives no false claim, one word is replaced: a
+    "size", a "colour" or a "shape". No false claim names a held-out pair, unless `claim` does.
     """
     opposite = OPPOSITE.get(claim.relation)
     made = swaps(claim) if len(claim.phrases) > 1 else {}
@@ -202,7 +190,7 @@ def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
 
 
 def swaps(claim: Claim) -> dict[str, list[Claim]]:
-    """Every two phrases change places, or their colours alone."""
+    """Exchange every two phrases, or their colours."""
     made: dict[str, list[Claim]] = {"places": [], "colours": []}
     for i, j in combinations(range(len(claim.phrases)), 2):
         a, b = claim.phrases[i], claim.phrases[j]
@@ -213,17 +201,16 @@ def swaps(claim: Claim) -> dict[str, list[Claim]]:
 
 
 def changed(claim: Claim, phrases: dict[int, Phrase]) -> Claim:
-    """The claim with other phrases in some positions."""
-    return claim._replace(
-        phrases=tuple(phrases.get(i, phrase) for i, phrase in enumerate(claim.phrases))
-    )
+    """Replace the phrases at some positions."""
+    old = enumerate(claim.phrases)
+    return claim._replace(phrases=tuple(phrases.get(i, phrase) for i, phrase in old))
 
 
 WORDS = {"size": ("small", "large"), "colour": tuple(COLOURS), "shape": SHAPES}
 
 
 def replacements(claim: Claim) -> dict[str, list[Claim]]:
-    """Every word that is said becomes every other word of its sort."""
+    """Replace every word of the claim by every other word of its sort."""
     made: dict[str, list[Claim]] = {what: [] for what in WORDS}
     for i, phrase in enumerate(claim.phrases):
         for what, words in WORDS.items():
@@ -233,12 +220,11 @@ def replacements(claim: Claim) -> dict[str, list[Claim]]:
 
 
 def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, str]:
-    """A caption of the scene and a false one.
+    """Return a true and a false caption of a scene.
 
-    In the first lessons, 0 and 1, objects are named with their places, in the next with what they
-    stand beside as well. After these anything is said. One caption in five is then vague, so that
-    each word is learnt by itself. The others name what they speak of, because that teaches more:
-    "something red" is true of every third picture of a batch.
+    Lessons 0 and 1 name objects with their places, and lesson 2 also relates two objects. Later
+    any claim is made. One caption in five is then vague, so that each word is learnt alone. Not
+    more, because "something red" teaches little: it is true of every third picture of a batch.
     """
     places: Kind = located if located(scene) else singles
     if lesson < 2:

@@ -1,4 +1,4 @@
-"""How often a heat map is right, on drawn scenes whose objects' pixels are known."""
+"""How often a heat map is right, on drawn scenes with known masks."""
 
 import statistics
 from typing import NamedTuple
@@ -18,12 +18,12 @@ from miniclip.world.scoring import SCORE_SEED
 
 
 class Localisation(NamedTuple):
-    """How well a method finds the named one of two objects. Shares, 0 to 1."""
+    """How well a method finds the named one of two objects, as shares from 0 to 1."""
 
     method: str
-    pointing: float  # its warmest pixel is on the object (Zhang et al. 2016, arXiv 1608.00507)
-    distracted: float  # its warmest pixel is on the other object
-    iou: float  # of the object with as many of the warmest pixels; the mean
+    pointing: float  # the warmest pixel is on the object (Zhang et al. 2016, arXiv 1608.00507)
+    distracted: float  # the warmest pixel is on the other object
+    iou: float  # mean overlap of the object's pixels with equally many of the warmest pixels
 
 
 class Question(NamedTuple):
@@ -31,12 +31,12 @@ class Question(NamedTuple):
 
     picture: Image.Image
     phrase: str
-    named: Tensor  # (S, S) bool, its pixels
-    other: Tensor  # (S, S) bool, those of the second object
+    named: Tensor  # (S, S) bool, the object's pixels
+    other: Tensor  # (S, S) bool, the other object's pixels
 
 
 def questions(scenes: int) -> list[Question]:
-    """Two for each scene of two objects; no training set has these scenes."""
+    """Ask for each object of scenes with two objects, which no training set has."""
     asked = []
     for drawn in (scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)):
         picture, masks = draw(drawn)
@@ -48,7 +48,7 @@ def questions(scenes: int) -> list[Question]:
 
 
 def answers(loaded: Loaded, asked: list[Question], method: str, batch: int = 50) -> Tensor:
-    """A map for each question, (N, rows, columns)."""
+    """Return a heat map for each question, (N, rows, columns)."""
     model, tokenizer, transform = loaded
     device = model.logit_scale.device
     maps = []
@@ -60,16 +60,20 @@ def answers(loaded: Loaded, asked: list[Question], method: str, batch: int = 50)
 
 
 RANDOM = 5
-"""Draws of random weights that a method is scored on: one may point anywhere, by chance."""
+"""Models with random weights that each method is scored on: one may be right by chance."""
 
 
 def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]:
-    """Every method on drawn scenes of two objects, each asked for by its colour and shape.
+    """Score every method on drawn scenes of two objects, asked for by colour and shape.
 
-    For the model as it is, "trained", and for RANDOM models of its shape with weights drawn anew:
-    "random" is the mean of their scores, "spread" the standard deviation. Under "limits" are a
-    random map, and the true mask averaged over each patch, which no map of patches can much
-    surpass.
+    Args:
+        loaded: model, tokenizer and transform.
+        scenes: the number of scenes; each gives two questions.
+
+    Returns:
+        "trained": the scores of the model. "random" and "spread": mean and standard deviation over
+        RANDOM models of its shape with random weights. "limits": a random map, and the true mask
+        averaged over each patch, which is about the best that a map of patches can be.
     """
     asked = questions(scenes)
     named, other = (torch.stack(masks) for masks in list(zip(*asked))[2:])  # (N, S, S)
@@ -93,14 +97,14 @@ def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]
 
 
 def untrained_like(model: CLIP, seed: int) -> CLIP:
-    """A model of the same shape, device and dtype with weights drawn from the seed."""
+    """Make a model of the same shape, device and dtype with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return type(model)(model.config).to(model.logit_scale).eval()
 
 
 def localisation(method: str, heat: Tensor, named: Tensor, other: Tensor) -> Localisation:
-    """Compare maps (N, rows, columns) with masks (N, S, S) of the object and of the distractor."""
+    """Compare heat maps (N, rows, columns) with masks (N, S, S) of the object and the other one."""
     size = named.shape[1:]
     heat = F.interpolate(heat[:, None].float(), size, mode="bilinear")[:, 0].flatten(1)
     named, other = named.flatten(1), other.flatten(1)  # (N, S * S)

@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes: what is in them, and their pictures with exact masks."""
+"""Scenes of coloured shapes, and their pictures with exact masks."""
 
 import math
 from functools import cache
@@ -21,12 +21,9 @@ COLOURS = {
     "white": (252, 252, 250),
 }
 
-RADII = {"small": 6, "plain": 9, "large": 13}  # of a circle around it, in pixels
-
+RADII = {"small": 6, "plain": 9, "large": 13}  # pixels, of a circle around the shape
 TILTS = (-12, 0, 12)  # degrees
-
-GRID = 4  # pixels; centres are at multiples of it, so that there are fewer pictures to learn from
-
+GRID = 4  # pixels; centres are at multiples of it, which makes fewer pictures to learn
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 
 Y, X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) / IMAGE_SIZE - 0.5
@@ -53,9 +50,9 @@ OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "heart": (HEART / 18.5,),
     "moon": (0.95 * ROUND, 0.8 * ROUND + (0.48 - 0.1j)),
 }
-"""A polygon in the unit circle, and for a ring and a moon a second one that is cut out of it.
+"""A polygon in the unit circle, and for a ring and a moon a second one to cut out.
 
-A corner is a complex number, x + iy with y downwards: to turn a shape is to multiply."""
+A corner is a complex number, x + iy with y downwards, so a rotation is a product."""
 SHAPES = tuple(OUTLINES)
 
 HELD_OUT = frozenset(
@@ -65,48 +62,51 @@ HELD_OUT = frozenset(
 SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
 CLEAR = 8
-"""Pixels. A relation is spoken of where the centres are so far apart along it, and one pixel is
-enough to make it true. Two objects are always so far apart along one axis at least."""
+"""Pixels between the centres of objects whose relation a caption names. (A difference of one pixel
+makes it true.) Any two objects are so far apart along at least one axis."""
 
 
 class Object(NamedTuple):
-    """A shape in a colour, of a size, turned, and where it stands."""
+    """A coloured shape with its size, tilt and place."""
 
     colour: str
     shape: str
     size: str  # a key of RADII
     tilt: int  # degrees
-    x: int  # centre: the corner that four pixels share, counted from the left and the top
-    y: int
+    x: int  # of the centre, in pixels from the left
+    y: int  # from the top
 
 
 class Background(NamedTuple):
-    """Two colours and how they are mixed."""
+    """Two colours, and the way to mix them."""
 
     kind: str
     first: tuple[int, ...]  # red, green, blue
     second: tuple[int, ...]
-    angle: float  # of a gradient and of stripes, in radians
-    grain: bytes  # of noise: 8 x 8 values
+    angle: float  # radians, of a gradient or stripes
+    grain: bytes  # 8 x 8 values, of noise
 
 
 class Scene(NamedTuple):
-    """What is in a picture: one object or several, none touching another."""
+    """The content of a picture: objects that do not touch."""
 
     objects: tuple[Object, ...]
     background: Background
 
 
 def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | None = None) -> Scene:
-    """The scene of this index, with `count` objects, or else one to three.
+    """Return a scene. No two of its objects have the same colour and shape.
 
-    No two objects of a scene have the same colour and shape. Their pairs are all of `SEEN`, or
-    with `held_out` all of `HELD_OUT`.
+    Args:
+        index: the number of the scene.
+        seed: the number of the world.
+        held_out: take pairs of colour and shape from `HELD_OUT`, not from `SEEN`.
+        count: the number of objects; by default one to three.
 
     >>> scene(0, count=1) == scene(0, count=1)
     True
     """
-    # Python promises that a string seeds the same numbers on every machine and in every version.
+    # A string seeds the same numbers in every version of Python, on every machine.
     random = Random(f"{seed} {index} {held_out} {count}")
     pairs = sorted(HELD_OUT) if held_out else SEEN
     chosen = random.sample(pairs, count or random.choice((1, 2, 2, 2, 3)))
@@ -122,7 +122,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
 
 
 def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
-    """Centres (x, y) for circles that neither touch nor leave the picture; None if luck fails."""
+    """Draw centres (x, y) of circles inside the picture that do not touch; None if none fit."""
     places: list[tuple[int, int]] = []
     for radius in radii:
         inside = [at for at in range(0, IMAGE_SIZE, GRID) if radius < at < IMAGE_SIZE - radius]
@@ -137,8 +137,7 @@ def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
 
 
 def background(random: Random) -> Background:
-    """Dark greys with a tint: no colour is in doubt, and every object is brighter than what is
-    behind it, so that the outline of a circle can be seen by one rule, whatever its colour."""
+    """Draw a dark grey background: every object is brighter, so one rule finds all outlines."""
     first, second = (
         tuple(grey + random.randint(-12, 12) for _ in "rgb")
         for grey in (random.randint(24, 76), random.randint(24, 76))
@@ -148,10 +147,10 @@ def background(random: Random) -> Background:
 
 
 def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
-    """The picture, 64 x 64, and for each of the N objects its pixels, bool (N, 64, 64).
+    """Draw a scene: a picture of 64 x 64 pixels, and a mask of each object, bool (N, 64, 64).
 
-    A pixel is an object's where the object covers at least half of it; where it covers all of it,
-    the pixel has exactly the object's colour.
+    A mask has the pixels that the object covers by at least half. A pixel that is covered whole
+    has exactly the object's colour.
     """
     pixels = paint(scene.background)  # (64, 64, 3) float32
     masks = np.zeros((len(scene.objects), IMAGE_SIZE, IMAGE_SIZE), bool)
@@ -160,19 +159,19 @@ def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
         cover = sprite(object.shape, radius, object.tilt)  # (2 r, 2 r), 0 to 1
         rows = slice(object.y - radius, object.y + radius)
         columns = slice(object.x - radius, object.x + radius)
-        patch = pixels[rows, columns]  # a view: this paints into the picture
+        patch = pixels[rows, columns]  # a view, so the next line paints the picture
         patch += cover[:, :, None] * (np.array(COLOURS[object.colour], np.float32) - patch)
         mask[rows, columns] = cover >= 0.5
     return Image.fromarray(np.rint(pixels).astype(np.uint8)), masks
 
 
 def paint(background: Background) -> np.ndarray:
-    """(64, 64, 3) float32, from 0 to 255."""
+    """Return the pixels of a background, (64, 64, 3) float32 from 0 to 255."""
     along = X * np.float32(math.cos(background.angle)) + Y * np.float32(math.sin(background.angle))
     if background.kind == "gradient":
         share = along + 0.5
     elif background.kind == "stripes":
-        share = np.sin(along * 40) * 1.5 + 0.5  # eight or so, with soft edges
+        share = np.sin(along * 40) * 1.5 + 0.5  # about eight, with soft edges
     elif background.kind == "noise":
         grain = Image.frombytes("L", (8, 8), background.grain)
         share = np.asarray(grain.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)) / 255
@@ -185,10 +184,10 @@ def paint(background: Background) -> np.ndarray:
 
 @cache  # 8 shapes x 3 radii x 3 tilts
 def sprite(shape: str, radius: int, tilt: int) -> np.ndarray:
-    """The share of each pixel that the shape covers, (2 radius, 2 radius) float32 from 0 to 1."""
+    """Return the share of each pixel that a shape covers, (2 radius, 2 radius) float32."""
     if shape not in OUTLINES:
         raise ValueError(f"shape is {shape!r}; expected one of {SHAPES}")
-    fine = 16  # drawn so many times larger, then averaged
+    fine = 16  # draw 16 times larger, then average
     canvas = Image.new("L", (2 * radius * fine, 2 * radius * fine))
     turn = np.exp(1j * math.radians(tilt))
     for polygon, ink in zip(OUTLINES[shape], (255, 0)):

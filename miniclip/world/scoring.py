@@ -20,19 +20,19 @@ SCORE_SEED = 2021
 class Scores(NamedTuple):
     """Shares of right answers, 0 to 1, on scenes that no training set has."""
 
-    seen: float  # one object: which of all 64 colours and shapes? Chance is 1/64
-    unseen: float  # the same, the object's pair being one of the 8 that training never shows
-    relations: float  # two objects: is the caption nearer than with their places swapped? 1/2
-    left_right: float  # the part of them that says "to the left of" or "to the right of"
-    above_below: float  # and that which says "above" or "below"
-    binding: float  # two objects: is the caption nearer than with their colours swapped? 1/2
+    seen: float  # one object: which of the 64 pairs of colour and shape? Chance is 1/64
+    unseen: float  # the same for the 8 pairs that training never shows
+    relations: float  # two objects: does the caption beat the one with swapped places? 1/2
+    left_right: float  # the same for "to the left of" and "to the right of"
+    above_below: float  # the same for "above" and "below"
+    binding: float  # two objects: does the caption beat the one with swapped colours? 1/2
 
 
 @torch.inference_mode()
 def score(
     model: CLIP, tokenizer: Tokenizer, transform: ImageTransform, scenes: int = 1000
 ) -> Scores:
-    """Ask the three questions about so many scenes each."""
+    """Ask the questions of `Scores` about so many scenes each."""
     model.eval()
 
     def embed_texts(texts: list[str]) -> Tensor:
@@ -59,12 +59,9 @@ def score(
     false = [negatives(claim, s) for claim, s in zip(chosen, asked, strict=True)]
 
     def preferring(what: str, axes: str = "xy") -> float:
-        """How often the true caption is nearer, among those that have a false one of this sort."""
-        rows = [
-            i
-            for i, claim in enumerate(chosen)
-            if what in false[i] and RELATIONS[claim.relation][0] in axes
-        ]
+        """The share of captions that beat a false one of this sort."""
+        on_axis = [RELATIONS[claim.relation][0] in axes for claim in chosen]
+        rows = [i for i, is_on in enumerate(on_axis) if is_on and what in false[i]]
         texts = embed_texts([say(false[i][what][0]) for i in rows])
         return mean((similarity[rows] > (images[rows] * texts).sum(dim=1)).tolist())
 

@@ -12,21 +12,12 @@ from miniclip.zeroshot.classifier import (
     class_embeddings,
     embed_texts,
     find_templates,
-)
+)  # fmt: skip
 from miniclip.zeroshot.data import LabelledImages, find_labels, folder_labels, labelled_images
 from miniclip.zeroshot.prompts import CLASS_SETS, TEMPLATE_SETS
 
 __all__ = [
-    "TEMPLATE",
-    "TEMPLATE_SETS",
-    "CLASS_SETS",
-    "Score",
-    "ZeroShotClassifier",
-    "class_embeddings",
-    "embed_texts",
-    "find_templates",
-    "find_labels",
-    "LabelledImages",
-    "labelled_images",
+    "TEMPLATE", "TEMPLATE_SETS", "CLASS_SETS", "Score", "ZeroShotClassifier", "class_embeddings",
+    "embed_texts", "find_templates", "find_labels", "LabelledImages", "labelled_images",
     "folder_labels",
-]
+]  # fmt: skip

@@ -14,26 +14,30 @@ from miniclip.tokenizer import Tokenizer
 from miniclip.zeroshot.prompts import TEMPLATE_SETS
 
 TEMPLATE = "a photo of a {}."
-"""What the paper uses where one sentence has to do for everything (section 3.1.4)."""
+"""The paper's template where one sentence serves all data sets (section 3.1.4)."""
 
 
 class Score(NamedTuple):
-    """How well a label fits an image. The probabilities of an image's labels sum to 1."""
+    """How well a label fits an image."""
 
     label: str
     logit: float  # exp(logit_scale) * cosine
-    probability: float  # says which of the labels, not whether any of them fits
+    probability: float  # compared with the other labels; together they have 1
 
 
 class ZeroShotClassifier:
-    """Scores images against labels. `classifier(pixels)` -> logits (B, C), one column a label.
+    """Score images against labels: `classifier(pixels)` returns logits (B, C).
 
-    `weights` (C, E) is an ordinary tensor: a linear probe or an adapter may start from it.
-    Gradients of the logits flow to the pixels and the vision tower.
+    As in OpenAI's notebook, the embedding of each prompt is normalised, and the mean over the
+    templates is normalised again. With one template the logits are `logits_per_image`, up to
+    rounding. Gradients flow to the pixels and the vision tower. `weights` (C, E) is an ordinary
+    tensor, from which a linear probe may start.
 
-    Each prompt's embedding is normalised, the mean over the templates is taken and normalised
-    again, as in OpenAI's notebook. With one template the logits are the model's own
-    `logits_per_image`, up to rounding.
+    Args:
+        model: a CLIP.
+        tokenizer: the model's tokenizer.
+        labels: a name for each class. " | " stands between several names of one class.
+        templates: sentences with {} for the label.
 
     >>> import miniclip
     >>> model, tokenizer, transform = miniclip.load("everyday")
@@ -58,10 +62,10 @@ class ZeroShotClassifier:
         return self.model.score(image_embeds, self.weights).T  # (B, C)
 
     def rank(self, pixels: Tensor) -> list[list[Score]]:
-        """For each image every label with its score, best first."""
-        rankings = []
+        """Return all labels with their scores for each image, the best first."""
         with torch.no_grad():
             all_logits = self(pixels).float()  # (B, C)
+        rankings = []
         for logits in all_logits:
             probabilities = logits.softmax(dim=0)
             columns = zip(self.labels, logits.tolist(), probabilities.tolist(), strict=True)
@@ -77,10 +81,10 @@ def class_embeddings(
     labels: str | Iterable[str],
     templates: str | Iterable[str] = (TEMPLATE,),
 ) -> Tensor:
-    """A unit vector for each label, (C, E). Raises ValueError where a prompt would say nothing.
+    """Return a unit vector for each label, (C, E): the arguments of `ZeroShotClassifier`.
 
-    " | " stands between several names of one class, as in "happy | smiling": the mean is taken over
-    the prompts of all of them.
+    A label such as "happy | smiling" has several names; its vector is the mean over the prompts of
+    all of them. Raises ValueError for an empty label and for a template without {}.
     """
     labels, templates = as_list(labels, "label"), as_list(templates, "template")
     names = [label.split(" | ") for label in labels]
@@ -101,10 +105,10 @@ def class_embeddings(
 def embed_texts(
     model: CLIP, tokenizer: Tokenizer, texts: str | Iterable[str], truncate: bool = False
 ) -> Tensor:
-    """A unit vector for each text, (B, E), whatever their number: in batches, with a progress bar.
+    """Return a unit vector for each text, (B, E), in batches, with a progress bar.
 
-    Texts of like length share a batch, so that little is computed for padding, and a text that
-    occurs again is embedded once. `truncate` cuts a long text, as the tokenizer does.
+    Texts of similar length share a batch, which saves padding. Equal texts are embedded once.
+    `truncate` cuts a text that is too long; without it such a text raises ContextLengthError.
     """
     texts = as_list(texts)
     places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -113,9 +117,8 @@ def embed_texts(
     if not sees_padding(model.text):
         lengths = model.text.eos_positions(ids) + 1  # no text is read beyond its end token
     embeds = model.logit_scale.new_empty(len(ids), model.config.embed_dim)
-    # Enough batches to sort texts into, each large enough to be worth the reading of the weights.
-    at_once = min(256, max(32, len(ids) // 16))
-    batches = lengths.argsort().split(at_once)
+    # Small batches save padding, and large batches read the weights less often.
+    batches = lengths.argsort().split(min(256, max(32, len(ids) // 16)))
     for rows in progress(batches, "batch of texts"):
         batch = ids[rows, : lengths[rows].max()]
         embeds[rows] = model.encode_text(batch.to(embeds.device), normalize=True)
@@ -123,7 +126,7 @@ def embed_texts(
 
 
 def find_templates(names: str | Iterable[str]) -> list[str]:
-    """Sentences with {} as they are, and the sentences of each set that is named.
+    """Return templates as they are, and those of each published set that is named.
 
     >>> find_templates(["simple", "my {}"])[-2:]
     ['a photo of the small {}.', 'my {}']
@@ -132,8 +135,8 @@ def find_templates(names: str | Iterable[str]) -> list[str]:
     for name in as_list(names, "template"):
         if name not in TEMPLATE_SETS and "{}" not in name:
             raise ValueError(
-                f"template {name!r} has no {{}} for the label to go into, and is none of the sets "
-                f"{', '.join(TEMPLATE_SETS)}"
+                f"template {name!r} has no {{}} for the label to go into, and is not one of the "
+                f"sets {', '.join(TEMPLATE_SETS)}"
             )
         templates.extend(TEMPLATE_SETS.get(name, (name,)))
     return templates

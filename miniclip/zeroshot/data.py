@@ -16,19 +16,20 @@ from miniclip.zeroshot.prompts import CLASS_SETS, IMAGENET_CLASSES, IMAGENET_WNI
 
 
 class LabelledImages(NamedTuple):
-    """Files in class folders. A class is a position: two of ImageNet's may have the same label."""
+    """Files in class folders. A class is a position: two of ImageNet's have the same label."""
 
     folders: list[str]  # names of the C class folders
-    labels: list[str]  # what each is called in a prompt
+    labels: list[str]  # the name of each class in a prompt
     paths: list[Path]  # of the N files
     classes: list[int]  # of each file, 0 to C - 1
 
 
 def find_labels(names: str | Iterable[str]) -> list[str]:
-    """Labels as they are; or, of one name alone, the labels of what it names.
+    """Return labels as they are, or read the labels that a single name stands for.
 
-    That is a set of CLASS_SETS, a folder of class folders, a text file of one label a line, or a
-    JSON file: a list, names by id, or ids by name. Raises ValueError for a file without labels.
+    A single name may be a set of CLASS_SETS, a folder of class folders, a text file with one label
+    a line, or a JSON file with a list, names by id, or ids by name. Raises ValueError for a file
+    without labels.
 
     >>> find_labels(["cat", "dog"]), len(find_labels("imagenet"))
     (['cat', 'dog'], 1000)
@@ -44,10 +45,10 @@ def find_labels(names: str | Iterable[str]) -> list[str]:
         return list(CLASS_SETS[name])
     if os.path.isdir(name) and (folders := _folders_in(path)):
         return folder_labels(folders)
-    return _labels_in(path) if files or os.path.isfile(name) else names
+    return _read_labels(path) if files or os.path.isfile(name) else names
 
 
-def _labels_in(path: Path) -> list[str]:
+def _read_labels(path: Path) -> list[str]:
     try:
         text = read_bytes(path, MOST_BYTES).decode("utf-8-sig")
         found = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
@@ -72,9 +73,9 @@ def _folders_in(root: Path) -> list[str]:
 
 
 def class_folders(root: str | PathLike[str]) -> list[str]:
-    """The names of the class folders in a folder, sorted: by number where all are numbers.
+    """Return the names of the class folders, sorted; by number if all are numbers.
 
-    Raises ValueError unless there is one.
+    Raises ValueError if there are none.
     """
     try:
         found = _folders_in(Path(root))
@@ -85,38 +86,47 @@ def class_folders(root: str | PathLike[str]) -> list[str]:
     return found
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """Return the files in a folder and its subfolders, sorted, without hidden ones."""
+
+    def is_visible(path: Path) -> bool:
+        hidden = any(map(is_hidden, path.relative_to(folder).parts))
+        return not hidden and path.is_file()
+
+    return sorted(filter(is_visible, folder.rglob("*")))
+
+
 def labelled_images(
     root: str | PathLike[str], labels: str | Iterable[str] | None = None
 ) -> LabelledImages:
-    """Find the files in `root/<class>/`, and deeper, and name the classes.
+    """Find the files in `root/<class>/` and its subfolders, and name the classes.
 
-    The folders are sorted, by number where all their names are numbers. `labels`, in that order,
-    say what they are called. Without them, folders named by ImageNet's WordNet ids (n01440764;
-    all 1,000 or some, as in ImageNet-R) or by its positions (0 to 999, as in ImageNet-V2) have
-    OpenAI's class names, and any other folder its own name: fire_truck is "fire truck".
+    Args:
+        root: the folder of the class folders. These are sorted, by number if all are numbers.
+        labels: names of the classes in this order. By default a folder gives its own name
+            (fire_truck is "fire truck"). Folders named by ImageNet's WordNet ids (n01440764; all or
+            some of them) or positions (0 to 999) get OpenAI's names of the classes.
 
-    Raises ValueError where there is no class or no file, or another number of labels.
+    Raises:
+        ValueError: there is no class or no file, or the number of labels is another.
     """
     root, folders = Path(root), class_folders(root)
     labels = folder_labels(folders) if labels is None else as_list(labels, "label")
     if len(labels) != len(folders):
         given, expected = counted(len(labels), "label"), counted(len(folders), "class folder")
         raise ValueError(f"{given} for the {expected} of {root}")
-    paths, classes = [], []
-    for i, folder in enumerate(root / name for name in folders):
-        files = sorted(path for path in folder.rglob("*") if is_visible_file(path, folder))
-        paths += files
-        classes += [i] * len(files)
-    if not paths:
+    found = [(path, i) for i, name in enumerate(folders) for path in visible_files(root / name)]
+    if not found:
         raise ValueError(f"{root}: no files in its {counted(len(folders), 'class folder')}")
+    paths, classes = map(list, zip(*found, strict=True))
     return LabelledImages(folders, labels, paths, classes)
 
 
 def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool) -> None:
     """Raise ValueError if an accuracy on these images would mean nothing.
 
-    So it is for one class, for a class without a file, and for class folders with folders of
-    pictures in them, such as train/cat and train/dog, unless the user has `named` the classes.
+    That is so for a single class, for a class without files, and for a folder such as train/ in the
+    place of a class folder, unless the user has `named` the classes.
     """
     root, folders = Path(root), images.folders
     if len(folders) == 1:
@@ -135,13 +145,13 @@ def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool
         return
     raise ValueError(
         f"{root}: pictures in folders of folders, {listed(map(str, parents), 2)}; expected them in "
-        f"{root}/CLASS. Perhaps the class folders are in {parents[0].parent}; or say with --labels "
-        f"what the {len(folders)} classes are called"
+        f"{root}/CLASS. Perhaps the class folders are in {parents[0].parent}; or name the "
+        f"{len(folders)} classes with --labels"
     )
 
 
 def with_classes_of(images: LabelledImages, others: Iterable[LabelledImages]) -> LabelledImages:
-    """These images, with the classes that only others have after their own."""
+    """Return these images, with the classes that only others have added at the end."""
     for other in others:
         new = [i for i, folder in enumerate(other.folders) if folder not in images.folders]
         images = images._replace(
@@ -151,14 +161,8 @@ def with_classes_of(images: LabelledImages, others: Iterable[LabelledImages]) ->
     return images
 
 
-def is_visible_file(path: Path, folder: Path) -> bool:
-    """Not a folder, and nothing that a system hid there, such as .DS_Store."""
-    hidden = any(map(is_hidden, path.relative_to(folder).parts))
-    return not hidden and path.is_file()
-
-
 def folder_labels(folders: Sequence[str]) -> list[str]:
-    """What sorted class folders are called.
+    """Return the label of each of the sorted class folders.
 
     >>> folder_labels(["n01440764", "n01443537"]), folder_labels(["fire_truck", "n01443537"])
     (['tench', 'goldfish'], ['fire truck', 'n01443537'])

@@ -1,9 +1,9 @@
-"""What OpenAI wrote into its prompts: templates and class names of the paper's data sets.
+"""OpenAI's prompts: templates and class names of the paper's data sets.
 
 Published facts, copied to the letter from openai/CLIP (MIT licence, Copyright 2021 OpenAI):
-data/prompts.md for 26 of the 27 data sets, notebooks/Prompt_Engineering_for_ImageNet.ipynb for the
-27th. open_clip 3.3.0 has the same lists for ImageNet, and the tests know the checksums. ImageNet's
-classes are in the order of their WordNet ids (wnids, such as n01440764, here from timm 1.0.31).
+data/prompts.md for 26 of the 27 data sets, notebooks/Prompt_Engineering_for_ImageNet.ipynb for
+ImageNet. open_clip 3.3.0 has the same lists for ImageNet. ImageNet's classes are sorted by their
+WordNet ids (such as n01440764), which are copied from timm 1.0.31.
 """
 
 import json
@@ -28,17 +28,17 @@ IMAGENET_WNIDS = tuple(line.partition(" ")[0] for line in _lines)
 IMAGENET_CLASSES = tuple(line.partition(" ")[2] for line in _lines)
 """OpenAI's names of the 1,000 classes, by position.
 
-Two names stand for two classes each: "missile" (657 and 744) and "sunglasses" (836 and 837). The
-paper's numbers were measured so. A class is therefore known by its position, never by its name.
+Two pairs of classes share a name, as in the paper's measurements: "missile" (657 and 744) and
+"sunglasses" (836 and 837). So a position identifies a class, and a name does not.
 """
 CLASS_SETS["imagenet"] = list(IMAGENET_CLASSES)
 
 
 def published_labels(name: str, folders: list[str]) -> list[str]:
-    """OpenAI's class names for the folders of a data set.
+    """Return OpenAI's class names for the folders of a data set.
 
-    A folder is found by its name, whatever its case and what stands between the words. Folders that
-    are called 0 to C - 1 are found by position. Raises ValueError for any other folder.
+    The case of a folder's name and the characters between its words do not matter. Folders called 0
+    to C - 1 are found by position. Raises ValueError for any other folder.
 
     >>> published_labels("facialemotionrecognition2013", ["Smiling", "angry"])
     ['happy | smiling', 'angry']
@@ -51,13 +51,13 @@ def published_labels(name: str, folders: list[str]) -> list[str]:
         known |= dict(zip(IMAGENET_WNIDS, classes, strict=True))
     if unknown := [folder for folder in folders if plain(folder) not in known]:
         raise ValueError(
-            f"{len(unknown)} of {len(folders)} folders are no class of {name}, such as "
-            f"{unknown[0]!r}; its classes are called {', '.join(classes[:3])}, ...; give a file of "
-            "labels for other names"
+            f"{len(unknown)} of {len(folders)} folders are not a class of {name}, such as "
+            f"{unknown[0]!r}; its classes are {', '.join(classes[:3])}, ...; for other names give "
+            "a file of labels"
         )
     return [known[plain(folder)] for folder in folders]
 
 
 def plain(text: str) -> str:
-    """Letters and digits in lower case, and nothing between them."""
+    """Keep the letters and digits of a text, in lower case."""
     return "".join(c for c in text.lower() if c.isalnum())

@@ -566,8 +566,8 @@ SLIPS = [
     ),
     Slip(
         "A picture that has changed is taken from the cache.",
-        "{about.st_mtime_ns} {about.st_size}",
-        "",
+        "[*zip(names, map(stamp, pictures))]",
+        "names",
         EVALUATION,
     ),
     Slip(
@@ -789,20 +789,20 @@ SLIPS = [
     ),
     Slip(
         "A query is embedded with transformers' reference, whatever the index has.",
-        '"device": device, "reference": made_by.transform.reference}',
-        '"device": device}',
+        "            reference=made_by.transform.reference,\n",
+        "",
         f"{RETRIEVAL} -k as_it_was_made",
     ),
     Slip(
         "A query is embedded in float32, whatever the index has.",
-        'getattr(torch, made_by.dtype)\n',
-        'torch.float32\n',
+        "dtype=getattr(torch, made_by.dtype)",
+        "dtype=torch.float32",
         f"{RETRIEVAL} -k as_it_was_made",
     ),
     Slip(
         "A query is embedded by the newest commit.",
-        '= None if name else made_by.revision, ',
-        '= None, ',
+        "revision=None if name else made_by.revision",
+        "revision=None",
         f"{FLAGS} -k commit",
     ),
     Slip(
@@ -819,8 +819,8 @@ SLIPS = [
     ),
     Slip(
         "embed ignores the number of workers.",
-        'pictures, 2 * batch, workers)',
-        'pictures, 2 * batch)',
+        "chain(*parts), 2 * batch, workers)",
+        "chain(*parts), 2 * batch)",
         f"{RETRIEVAL} -k threads",
     ),
     Slip(

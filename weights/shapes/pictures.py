@@ -4,6 +4,7 @@
     miniclip eval drawn/test --model shapes
     miniclip eval drawn/pairs --task retrieval --model shapes
     miniclip eval drawn/test --task probe --train drawn/train --model shapes
+    miniclip eval drawn/test --task fewshot --train drawn/train --model shapes
 
 train/ and test/ hold scenes of one object, in a folder for each colour and shape. pairs/ holds
 scenes of two objects with their captions. No checkpoint was trained on any of them.
