@@ -24,8 +24,8 @@ class TensorImage:
         self.size = (self.width, self.height)
 
     def resize(self, size: tuple[int, int], resample: int | None = None) -> "TensorImage":
-        """Pillow's antialiased bicubic: along the rows, then along the columns. Both times, what
-        overshoots 0 or 1 is cut off."""
+        """Pillow's antialiased bicubic: along the rows, then along the columns. Both times, values
+        below 0 and above 1 are cut off."""
         pixels = self.pixels
         for sides in ((self.height, size[0]), (size[1], size[0])):
             pixels = F.interpolate(pixels, sides, mode="bicubic", antialias=True).clamp(0, 1)
@@ -39,7 +39,7 @@ class TensorImage:
 
 
 def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
-    """What `transform` makes of pictures, nearly, and differentiable.
+    """Nearly the pixels that `transform` makes, with gradients.
 
     Args:
         images: (B, 3, H, W) or (3, H, W), RGB floats from 0 to 1, on any device.

@@ -25,7 +25,7 @@ SEED = 7  # of a world of scenes that no checkpoint was trained on
 
 
 class Exhibit(NamedTuple):
-    """A picture and what it was taken for."""
+    """A picture and the scores of its labels."""
 
     name: str
     picture: Image.Image
@@ -33,7 +33,7 @@ class Exhibit(NamedTuple):
 
 
 class Heat(NamedTuple):
-    """Where a phrase is seen in a picture, and where what it names is."""
+    """Where a model sees a phrase in a picture, and where the named object is."""
 
     phrase: str
     lost: Tensor  # (S / patch, S / patch), of the cosine, when this patch is covered
@@ -59,15 +59,15 @@ def scene_exhibit(index: int = 0) -> tuple[Exhibit, list[Heat]]:
 
 
 def negatives_by_word(claim: Claim, scene: Scene) -> list[list[Claim]]:
-    """What the claim becomes with another colour, and with another shape, where that is false."""
+    """The false claims with another colour, and the false claims with another shape."""
     made = replacements(claim)
     return [[c for c in made[word] if not holds(c, scene)] for word in ("colour", "shape")]
 
 
 def photographs() -> dict[str, Image.Image]:
-    """Photographs by name. The last one shows what `everyday` never saw.
+    """Photographs by name. The last one shows a thing that `everyday` never saw.
 
-    Raises ValueError where scikit-image or matplotlib is missing.
+    Raises ValueError if scikit-image or matplotlib is missing.
     """
     matplotlib = find_spec("matplotlib")  # not imported, because that makes a folder of settings
     place = Path(matplotlib.origin or "") if matplotlib else Path()
@@ -89,7 +89,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def photograph_exhibits() -> list[Exhibit]:
-    """The photographs, each with its labels, best first."""
+    """The photographs, each with its scores, the best first."""
     pictures = photographs()
     model, tokenizer, transform = load("everyday")
     pixels = transform(list(pictures.values()))

@@ -171,8 +171,8 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
 def check_rebuilt(who: str, model: Any) -> Any:
     """Return the model, or raise ValueError if its class builds another model from its config.
 
-    In a fork, a block may depend on its number, and a table of positions may be no parameter: after
-    saving and loading it would be another model. CLIP itself needs no such check.
+    A fork's block may depend on its number, and its table of positions may not be a parameter: then
+    saving and loading would give another model. CLIP itself does not need this check.
     """
     if model.model_type != "clip":
         try:

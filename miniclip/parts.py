@@ -29,7 +29,7 @@ def parts(config: CLIPConfig, kind: type[CLIP] = CLIP) -> list[Part]:
     Part(name='vision.patch_embed', weights='(768, 3, 32, 32)', parameters=2359296, \
 multiply_adds=115605504)
     """
-    # Without data there is no end token to look for; the legacy rule does not look for one.
+    # On the meta device ids have no values. The legacy rule does not look for an end token.
     text = replace(config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     with meta_device():
         model = kind(replace(config, text=text))
@@ -86,7 +86,7 @@ def _in_order(
 
 
 def _shapes(weights: list[nn.Parameter]) -> str:
-    """The shapes of the matrices, or of the vectors where there are no matrices."""
+    """The shapes of the matrices; without matrices, the shape of the vectors."""
     shapes = [tuple(w.shape) for w in weights if w.ndim > 1] or [tuple(weights[0].shape)]
     counts = {shape: shapes.count(shape) for shape in shapes}
     return ", ".join(f"{n} x {shape}" if n > 1 else str(shape) for shape, n in counts.items())

@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def installed_version(distribution: str) -> str:
-    """The version that pip knows. It knows none of a folder on PYTHONPATH."""
+    """The version that pip knows; a folder on PYTHONPATH has none."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -40,7 +40,7 @@ def installed_version(distribution: str) -> str:
 
 
 def import_transformers() -> ModuleType:
-    """Import the one peer that must be installed, without its log. Raises ValueError."""
+    """Import transformers and silence its log. Raises ValueError if it is not installed."""
     try:
         import transformers
     except ImportError:

@@ -14,7 +14,7 @@ Sites that nobody uses change no bit and add no operation: they cost a few calls
 layer, and nothing in a graph.
 
 In a name, `*` and `[0-3]` stand for what they stand for in file names, between two dots. The
-wrappers of `torch.compile`, DDP and PEFT are no part of a name. Inside a block, models that
+wrappers of `torch.compile`, DDP and PEFT do not belong to a name. Inside a block, models that
 `torch.compile` has compiled run uncompiled: a compiled graph does not look for hooks that came
 after it, nor notice that one is gone.
 
@@ -261,7 +261,7 @@ def matches(name: str, glob: str) -> bool:
 
 def _call(edit: Edit, name: str, module: nn.Module, args: tuple, tensor: Tensor) -> Tensor | None:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: is no tensor, but a {type(tensor).__name__}")
+        raise ValueError(f"{name}: expected a tensor, found {type(tensor).__name__}")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         raise ValueError(f"{name}: is hooked; compile or export the model outside of the block")
     return edit(tensor, name)
@@ -321,7 +321,7 @@ KINDS = {  # TransformerLens' names of sites -> ours
 def site(kind: str, *, tower: str, layer: int) -> str:
     """The name of a site, from TransformerLens' word for it and the number of the block.
 
-    Raises ValueError for a word or a tower that there is not.
+    Raises ValueError for an unknown word or tower.
 
     >>> site("resid_mid", tower="vision", layer=3), site("resid_pre", tower="text", layer=3)
     ('vision.blocks.3.resid_mid', 'text.blocks.2')

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: a progress bar, and text that cannot move the cursor."""
+"""For a person at a terminal: a progress bar, and text that cannot move the cursor."""
 
 import math
 import os
@@ -49,8 +49,10 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
 
 @contextmanager
 def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
-    """A block that the first Ctrl-C does not end. It writes the message, and what the block is
-    given then returns True: so work can stop where it can be continued. The second one interrupts.
+    """A block that the first Ctrl-C does not end, so that work can stop where it can be continued.
+
+    The first Ctrl-C prints the message, and the function that the block is given then returns True.
+    The second one interrupts.
     """
     asked: list[int] = []
 

@@ -647,7 +647,7 @@ def test_openai_clip_284_a_lightning_module_with_a_head(tmp_path):
     head = torch.nn.Linear(36, 3).state_dict(prefix="ff_head.")
     saved = {"epoch": 1, "state_dict": state | head, "hyper_parameters": {"lr": 1e-8}}
     torch.save(saved, tmp_path / "last.ckpt")
-    said = r"beside clipmodel.\*, ff_head.weight, ff_head.bias are no part of the model.*left out"
+    said = r"beside clipmodel.\*, ff_head.weight, ff_head.bias do not belong to the model.*left out"
     with pytest.warns(UserWarning, match=said):
         assert_same(CLIP.from_pretrained(tmp_path / "last.ckpt", config=OPENAI_LIKE), model)
     saved["hyper_parameters"]["model"] = model  # save_hyperparameters()
@@ -718,7 +718,7 @@ def test_diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion(tmp_path)
     tensors[f"{inside}text_model.embeddings.position_ids"] = torch.arange(20)[None]
     tensors |= {"model.diffusion_model.out.0.weight": torch.ones(3), "betas": torch.ones(9)}
     save_file(tensors, tmp_path / "sd.safetensors")
-    with pytest.warns(UserWarning, match=r"transformer.\*, betas, model.*are left out"):
+    with pytest.warns(UserWarning, match=r"transformer.\*, betas, model.*left out"):
         tower = TextTower.from_pretrained(tmp_path / "sd.safetensors", config=TINY)
     assert_same(tower.blocks, model.text.blocks)
     assert isinstance(tower.proj, torch.nn.Identity)

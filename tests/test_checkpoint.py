@@ -917,7 +917,7 @@ def test_a_layout_that_there_is_not_is_named(model, tmp_path):
 
 
 def test_without_a_network_the_error_names_the_embedded_checkpoints(monkeypatch, tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be had from the hub.* everyday"):
+    with pytest.raises(CheckpointError, match="the hub does not give it.* everyday"):
         load("openai/clip-vit-base-patch32", local_files_only=True, cache_dir=tmp_path)
 
 

@@ -286,6 +286,8 @@ def test_logit_scale_init_must_be_finite(value):
     ({}, "not the config of a CLIP with two towers: no sections (expected 'clip', with"),
     ({"model_type": "siglip", "vision_config": {}}, "model_type is 'siglip' (expected 'clip'"),
     ({"model_type": ["clip"], "vision_config": {}}, "model_type is ['clip'] (expected 'clip'"),
+    *(({"model_type": "x", "architectures": odd}, "model_type is 'x' (expected 'clip'")
+      for odd in (5, {}, [], [5], "x", ["\n"], None)),
     ({"vision_config": []}, "vision_config must be a JSON object, found list"),
     ({"vision_config": {}, "text_config": 3}, "text_config must be a JSON object, found int"),
     ({"vision_config": {"patch_size": [14, 14]}}, "in vision_config: VisionConfig: patch_size is "),

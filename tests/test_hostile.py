@@ -774,6 +774,9 @@ def config_cases(files):
     for key in ("text_config_dict", "vision_config_dict"):
         for value in VALUES:
             yield f"{key} {value!r:.40}", config | {key: value}, {}
+    for first, second in itertools.permutations(config, 2):  # an error may read another entry
+        for value in (5, {}, [[5]], "x"):
+            yield f"{first}, {second} {value}", config | {first: value, second: value}, {}
 
 
 @pytest.mark.slow

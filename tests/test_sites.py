@@ -155,7 +155,7 @@ def test_what_a_hook_may_return_and_see(tiny):
     with pytest.raises(ValueError, match="text.proj: the hook returned a float"):
         with hooks(model, {"text.proj": lambda x, name: x.sum().item()}):
             model(*inputs)
-    with pytest.raises(ValueError, match="0: is no tensor, but a tuple"):
+    with pytest.raises(ValueError, match="0: expected a tensor, found tuple"):
         lstm = nn.Sequential(nn.LSTM(3, 3))
         with hooks(lstm, {"0": nothing}):
             lstm(torch.zeros(1, 3))
@@ -295,7 +295,7 @@ def test_an_input_that_is_passed_by_name_and_one_of_two():
     with hooks(model, {"0.input": lambda x, _: 10 * x}):
         assert [model[0](2 * x, x).item() for x in (torch.tensor(1),)] == [19]
         assert model[0](x=torch.tensor(2), y=torch.tensor(1)).item() == 19
-        with pytest.raises(ValueError, match="0.input: is no tensor, but a int"):
+        with pytest.raises(ValueError, match="0.input: expected a tensor, found int"):
             model(3)
     assert model(torch.tensor(2)).item() == 2
     with pytest.raises(ValueError, match=r"0.input: the hook returned shape \(1\)"):

@@ -43,7 +43,7 @@ _SECTIONS = {
         "eos_token_id": "eos_token_id",
     },
 }
-# Written only if transformers' CLIP has no such field, under the names of its other models.
+# Fields that transformers' CLIP does not have. They are written under its other models' names.
 _BEYOND = {"head_width": "head_dim", "registers": "num_register_tokens"}
 
 METACLIP_2 = "metaclip_2"  # CLIP, except that an end token 2 means 2
@@ -68,9 +68,10 @@ def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> 
     is_known = model_type in (*model_types, METACLIP_2)
     if not is_known or not any("vision_config" in key for key in config):
         found = "no sections" if is_known else f"model_type is {shown(model_type)}"
-        name = str(config.get("architectures", [""])[0:1])
-        if not is_known and name.isprintable() and len(name) > 4:
-            found += f", of the class {name[2:-2]:.100}"
+        classes = config.get("architectures")
+        name = classes[0] if isinstance(classes, list) and classes else ""
+        if not is_known and isinstance(name, str) and name and name.isprintable():
+            found += f", of the class {name:.100}"
         raise ValueError(
             f"not the config of a CLIP with two towers: {found} (expected "
             f"{' or '.join(map(repr, model_types))}, with text_config and vision_config)"
@@ -162,7 +163,7 @@ def beyond_transformers(tower: Mapping[str, Any]) -> list[str]:
 
 
 def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]) -> Fields:
-    """What the shapes of a model's tensors say of its config: all but heads, activation and eps.
+    """The part of a config that shapes tell: everything except heads, activation and epsilon.
 
     Raises ValueError if a tensor is missing, or if the shapes contradict the three numbers that
     OpenAI's files have beside the weights.
@@ -215,11 +216,11 @@ def openai_numbers(fields: Fields) -> dict[str, Tensor]:
 def without_config(
     tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
 ) -> tuple[Fields, str]:
-    """The config of a model that has no config file, and what a user should be warned of.
+    """The config of a model without a config file, and a warning for the user.
 
-    Shapes do not tell the number of heads and the activation. OpenAI's are known; those of other
-    models come from the published models of these shapes. Raises ValueError if there is no such
-    model, or if two differ in their activation.
+    Shapes do not tell the number of heads and the activation. For OpenAI's files both are known.
+    For other files a published model with the same shapes gives both. Raises ValueError if there is
+    none, or if two differ in their activation.
     """
     fields = from_shapes(tensors, table, towers)
     is_openai = any(name in tensors for name in OPENAI_NUMBERS)

@@ -156,8 +156,8 @@ def _download(
                 said = error.__cause__  # what the network said, without the advice
             reason = " ".join(str(said).split()).rstrip(".")
             raise CheckpointError(
-                f"{repository} is no directory here, and cannot be had from the hub. Offline there "
-                f"are directories, and the embedded checkpoints: {', '.join(embedded_names())}. "
+                f"{repository} is not a directory here, and the hub does not give it. Offline, use "
+                f"a directory or an embedded checkpoint: {', '.join(embedded_names())}. "
                 f"The hub's client says {type(said).__name__}: {reason}"
             ) from error
         revision = Path(snapshot).name  # the branch may move before the next request

@@ -17,34 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from miniclip.errors import CheckpointError, blaming, listed, shown, warn, wrong
+from miniclip.files import configs, hub, names
 from miniclip.files.checks import LEGACY_EOS
-from miniclip.files.configs import (
-    TOWER_TYPES,
-    from_transformers,
-    tower_from_transformers,
-    without_config,
-)
-from miniclip.files.hub import (
-    CONFIGS,
-    OPENAI_VOCABULARY,
-    WEIGHTS,
-    as_path,
-    commit_of,
-    has_files,
-    is_clips,
-    resolve,
-    weights_in,
-)
-from miniclip.files.names import (
-    OPENAI_NUMBERS,
-    TIMM,
-    Layout,
-    Place,
-    depth,
-    names_of,
-    place,
-    recognize,
-)
 from miniclip.files.open_clip import from_open_clip
 from miniclip.files.published import Fields, fields_of_timm, published
 from miniclip.files.reading import read_json
@@ -59,7 +33,7 @@ class Fork(NamedTuple):
 
     model_type: str = "clip"
     class_name: str = "CLIP"
-    tensor_names: Layout = {}  # our name of a parameter of its own -> its place in a file
+    tensor_names: names.Layout = {}  # our name of a parameter of its own -> its place in a file
 
 
 PLAIN = Fork()
@@ -71,7 +45,7 @@ class Stored(NamedTuple):
     fields: Fields  # of its CLIPConfig; one tower alone has no entry for the other
     tensors: dict[str, Tensor]  # under the names of the layout
     layout: str
-    table: Layout
+    table: names.Layout
     path: Path  # of the weights
     config_path: Path  # of the file that the fields are from
     device: str | torch.device  # for the model
@@ -84,7 +58,7 @@ class Stored(NamedTuple):
     @property
     def commit(self) -> str | None:
         """The commit that the hub's files are of."""
-        return commit_of(self.path)
+        return hub.commit_of(self.path)
 
     def check_towers(self, towers: tuple[str, ...]) -> None:
         """Raise CheckpointError unless it has these towers."""
@@ -104,7 +78,7 @@ class Stored(NamedTuple):
         text = self.fields.get("text", {})
         other = text.get("tokenizer")
         if part == "tokenizer" and (other or text.get("literal_eos")):
-            files = ("vocab.json", OPENAI_VOCABULARY)
+            files = ("vocab.json", hub.OPENAI_VOCABULARY)
             has_vocabulary = any((self.path.parent / file).is_file() for file in files)
             if not str(other).startswith("openai/clip-") and not has_vocabulary:
                 other = other or (XLM_V if text.get("vocab_size") == 901_629 else name)
@@ -114,16 +88,18 @@ class Stored(NamedTuple):
                 )
                 return False
         tower = {"tokenizer": "text", "transform": "vision"}[part]
-        return tower in self.towers and (len(self.towers) == 2 or has_files(part, name, **options))
+        return tower in self.towers and (
+            len(self.towers) == 2 or hub.has_files(part, name, **options)
+        )
 
     def has_openais_transform(self, name: str | PathLike[str], **options: Any) -> bool:
-        """Whether its transform is OpenAI's, which has no file."""
+        """Whether its transform is OpenAI's, for which no file is written."""
         is_openais = self.layout == "openai" and "vision" in self.towers
-        return is_openais and not has_files("transform", name, **options)
+        return is_openais and not hub.has_files("transform", name, **options)
 
     def embed_dim(self, tower: str) -> int | None:
         """The width of a tower's embeddings, or None for a tower without projection."""
-        projection = place(f"{tower}.proj.weight", self.table).key
+        projection = names.place(f"{tower}.proj.weight", self.table).key
         is_projected = len(self.towers) == 2 or projection in self.tensors
         return self.fields.get("embed_dim") if is_projected else None
 
@@ -145,7 +121,7 @@ class Stored(NamedTuple):
         """
         with blaming(self.path):
             shapes = {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()}
-            places = {name: place(name, self.table) for name in shapes}
+            places = {name: names.place(name, self.table) for name in shapes}
         self._check_depth(places)
         self._check_fit(places, shapes, prefix)
         state = {
@@ -159,11 +135,11 @@ class Stored(NamedTuple):
             warn(f"{self.path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}")
         return state
 
-    def _check_depth(self, places: dict[str, Place]) -> None:
+    def _check_depth(self, places: dict[str, names.Place]) -> None:
         """Checked first: a wrong number of layers would fill the error with their tensors."""
         for tower in self.towers:
             blocks = {n.split(".")[2] for n in places if n.startswith(f"{tower}.blocks.")}
-            found = depth(tower, self.table, self.tensors)
+            found = names.depth(tower, self.table, self.tensors)
             if blocks and found != len(blocks):
                 raise CheckpointError(
                     f"{self.path}: the {tower} tower has {found} layers in the layout of "
@@ -171,15 +147,15 @@ class Stored(NamedTuple):
                 )
 
     def _check_fit(
-        self, places: dict[str, Place], shapes: dict[str, tuple[int, ...]], prefix: str
+        self, places: dict[str, names.Place], shapes: dict[str, tuple[int, ...]], prefix: str
     ) -> None:
         tensors = self.tensors
         if prefix:  # the tensors of the other tower are not needed
             rest = {*TOWERS, "logit_scale"} - {prefix.rstrip(".")}
-            others = set().union(*(names_of(part, self.table, tensors) for part in rest))
+            others = set().union(*(names.names_of(part, self.table, tensors) for part in rest))
             on_top = sorted(key for key in tensors if key.startswith("classifier."))
             if on_top:  # of CLIPForImageClassification, which has a text tower's config and no more
-                warn(f"{self.path}: {listed(on_top)} are no part of the tower, and are left out")
+                warn(f"{self.path}: {listed(on_top)} do not belong to the tower, and are left out")
             tensors = {k: t for k, t in tensors.items() if k not in others and k not in on_top}
         stored: dict[str, tuple[tuple[int, ...], str]] = {}
         for ours, where in places.items():  # of q, k and v in one tensor, q is named
@@ -230,10 +206,10 @@ def open_model(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise wrong("dtype", dtype, "a floating point type like torch.float32")
     given = None if config is None else _given_fields(config, fork)
-    directory, path = resolve(name, "model", **options), as_path(name)
-    weights = path if os.path.isfile(path) else weights_in(directory)
+    directory, path = hub.resolve(name, "model", **options), hub.as_path(name)
+    weights = path if os.path.isfile(path) else hub.weights_in(directory)
     if weights is None:
-        raise CheckpointError(f"{directory}: no weights; expected {' or '.join(WEIGHTS[::2])}")
+        raise CheckpointError(f"{directory}: no weights; expected {' or '.join(hub.WEIGHTS[::2])}")
     return _open(directory, weights, dtype, fork, device, given)
 
 
@@ -245,7 +221,7 @@ def _given_fields(config: Any, fork: Fork) -> tuple[Path, Fields]:
         raise wrong("config", config, "a CLIPConfig, a path or a name like 'ViT-L/14'")
     if fields := published(str(config)):
         return Path(f"config={config}"), fields
-    path = as_path(config)
+    path = hub.as_path(config)
     if os.path.isfile(path) and path.suffix == ".json":
         return path, _read_fields(path, fork)
     return _fields_of(config, fork)
@@ -260,11 +236,11 @@ def _open(
     given: tuple[Path, Fields] | None = None,
 ) -> Stored:
     tensors = read_tensors(weights, dtype)
-    config, open_clip = (directory / file for file in CONFIGS.values())
+    config, open_clip = (directory / file for file in hub.CONFIGS.values())
     with blaming(weights):
         try:
-            layout, table, tensors = recognize(tensors, fork.tensor_names)
-            towers = [tower for tower in TOWERS if names_of(tower, table, tensors)]
+            layout, table, tensors = names.recognize(tensors, fork.tensor_names)
+            towers = [tower for tower in TOWERS if names.names_of(tower, table, tensors)]
             if not towers:
                 raise ValueError(
                     f"no CLIP's tensors, but {listed(tensors)}. Expected names such as "
@@ -278,13 +254,13 @@ def _open(
     if layout == "openai" and open_clip.is_file():
         layout = "open_clip"
     file = {"transformers": config, "open_clip": open_clip}.get(layout)
-    if table is TIMM and not open_clip.is_file():
+    if table is names.TIMM and not open_clip.is_file():
         file = config
     if given is None and file is not None and file.is_file():
         given = file, _read_fields(file, fork)
     if given is None:
         try:
-            fields, warning = without_config(tensors, table, towers)
+            fields, warning = configs.without_config(tensors, table, towers)
         except ValueError as error:
             missing = f"{file.name}: No such file. " if file is not None else ""
             raise CheckpointError(f"{weights}: {missing}{error}") from None
@@ -294,7 +270,7 @@ def _open(
     config_path, fields = given
     others = {*TOWERS} - {*towers}
     fields = {name: value for name, value in fields.items() if name not in others}
-    tensors = {name: t for name, t in tensors.items() if name not in OPENAI_NUMBERS}
+    tensors = {name: t for name, t in tensors.items() if name not in names.OPENAI_NUMBERS}
     return Stored(fields, tensors, layout, table, weights, config_path, device)
 
 
@@ -302,13 +278,13 @@ def _read_fields(path: Path, fork: Fork) -> Fields:
     """The fields in a config file of transformers, open_clip or timm."""
     settings = read_json(path)
     with blaming(path):
-        if "model_cfg" in settings or path.name == CONFIGS["open_clip"]:
+        if "model_cfg" in settings or path.name == hub.CONFIGS["open_clip"]:
             return from_open_clip(settings)
         if "architecture" in settings:
             return fields_of_timm(settings)
-        if settings.get("model_type") in [*TOWER_TYPES]:
-            return tower_from_transformers(settings)
-        return from_transformers(settings, tuple(dict.fromkeys(("clip", fork.model_type))))
+        if settings.get("model_type") in [*configs.TOWER_TYPES]:
+            return configs.tower_from_transformers(settings)
+        return configs.from_transformers(settings, tuple(dict.fromkeys(("clip", fork.model_type))))
 
 
 def read_fields(
@@ -316,7 +292,7 @@ def read_fields(
 ) -> tuple[Path, Fields]:
     """The config of a checkpoint with two towers, by any name that `load` takes: file and fields.
 
-    OpenAI's layout has no config file: there the shapes of the weights say the same. Raises
+    OpenAI's layout has no config file; there the shapes of the weights give the fields. Raises
     CheckpointError.
     """
     path, fields = _given_fields(config, fork) if config else _fields_of(name, fork, **options)
@@ -328,14 +304,14 @@ def read_fields(
 
 def _fields_of(name: str | PathLike[str], fork: Fork, **options: Any) -> tuple[Path, Fields]:
     """The config of any checkpoint: its file and fields."""
-    if os.path.isfile(as_path(name)):
+    if os.path.isfile(hub.as_path(name)):
         stored = open_model(name, None, fork=fork, **options)
         return stored.config_path, stored.fields
-    directory = resolve(name, "config", **options)
-    files = [directory / file for file in CONFIGS.values() if (directory / file).is_file()]
-    weights = weights_in(directory)
+    directory = hub.resolve(name, "config", **options)
+    files = [directory / file for file in hub.CONFIGS.values() if (directory / file).is_file()]
+    weights = hub.weights_in(directory)
     if files or weights is None:
-        config = files[0] if len(files) == 1 or is_clips(directory) else files[-1]
+        config = files[0] if len(files) == 1 or hub.is_clips(directory) else files[-1]
         return config, _read_fields(config, fork)
     return weights, _open(directory, weights, None, fork).fields
 

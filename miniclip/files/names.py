@@ -178,13 +178,7 @@ OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 _WRAPPERS = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-# The first weight of a tower: what stands before it in the file, the prefix of the tower's names
-# (absent from a tower saved alone), and the rest of its name -> the prefix in our tables.
-_FIRST = re.compile(
-    r"((?:.+?\.)??)(text_model\.|vision_model\.|visual\.trunk\.|visual\.|text\.|vision\.)?"
-    r"(embeddings\.token_embedding|embeddings\.patch_embedding|conv1|patch_embed\.proj"
-    r"|token_embedding|patch_embed|token_embed)\.weight"
-)
+# The first weight of a tower, without the tower's prefix -> that prefix in our tables.
 _PREFIXES = {
     "embeddings.token_embedding": "text_model.",
     "embeddings.patch_embedding": "vision_model.",
@@ -194,6 +188,10 @@ _PREFIXES = {
     "patch_embed": "vision.",
     "token_embed": "text.",
 }
+_FIRST = re.compile(  # what surrounds a tower; its prefix, absent if it is saved alone; its name
+    r"((?:.+?\.)??)(text_model\.|vision_model\.|visual\.trunk\.|visual\.|text\.|vision\.)?"
+    rf"({'|'.join(map(re.escape, _PREFIXES))})\.weight"
+)
 
 
 def recognize(
@@ -218,7 +216,7 @@ def recognize(
     missing = {_PREFIXES[match[3]] for match in first if not match[2]}
     surroundings = "" if not before or _is_forks(before[0], extra) else before[0]
     if others := [name for name in tensors if not name.startswith(surroundings)]:
-        warn(f"beside {surroundings}*, {listed(others)} are no part of the model, and are left out")
+        warn(f"beside {surroundings}*, {listed(others)} do not belong to the model: left out")
         tensors = {name: t for name, t in tensors.items() if name.startswith(surroundings)}
 
     def without_surroundings(name: str) -> str:

@@ -150,7 +150,7 @@ def to_open_clip(fields: Fields) -> dict[str, Any]:
 def context_of_open_clip(settings: dict[str, Any]) -> int:
     """The context length of open_clip's tokenizer (open_clip, factory.py, get_tokenizer).
 
-    Raises ValueError, with the field, if its ids differ from those of CLIP's tokenizer.
+    Raises ValueError, with the field, if its ids differ from the ids of CLIP's tokenizer.
     """
     text = _section(_section(settings, "model_cfg"), "text_cfg")
     name, kwargs = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}

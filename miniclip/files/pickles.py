@@ -28,18 +28,9 @@ LARGEST = 400_000
 """Bytes of a pickle, and of an archive's list of contents. bigG/14 with its optimizer has 356,000,
 and a pickle of this size takes less than a second to read."""
 
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
+_DTYPES: dict[str, torch.dtype] = {"BFloat16": torch.bfloat16, "Byte": torch.uint8}
+_DTYPES |= {"Double": torch.double, "Float": torch.float, "Half": torch.half, "Bool": torch.bool}
+_DTYPES |= {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8}
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 """The first two pickles of what torch.save wrote until 2020: two numbers."""
 
@@ -56,9 +47,9 @@ class PickledTensors:
             read = _read_zip if file.read(4) == b"PK\3\4" else _read_legacy
             root, self.places = read(file)
         self.stored = find_state_dict(root)
-        numbers = [math.prod(t.shape) * t.storage.dtype.itemsize for t in self.stored.values()]
-        if sum(numbers) > 2 * path.stat().st_size:  # tied tensors are there by two names
-            raise UnpicklingError(f"its tensors would have {sum(numbers):,} bytes")
+        count = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in self.stored.values())
+        if count > 2 * path.stat().st_size:  # tied tensors are there by two names
+            raise UnpicklingError(f"its tensors would have {count:,} bytes")
         self.path = path
         self.remapped()
 
@@ -93,9 +84,7 @@ class _Bounded(io.BufferedReader):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LARGEST:
-            raise UnpicklingError(
-                f"a part that describes tensors has {size:,} bytes; no CLIP's has over {LARGEST:,}"
-            )
+            raise UnpicklingError(f"a part has {size:,} bytes; no CLIP's has over {LARGEST:,}")
         return super().read(size)
 
 
@@ -133,9 +122,7 @@ def _place(file: _Bounded, record: zipfile.ZipInfo, storage: Storage) -> int:
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
     name = file.read(name_length).decode("utf-8" if record.flag_bits & 0x800 else "cp437")
     if (signature, name) != (b"PK\3\4", record.orig_filename) or record.file_size != storage.nbytes:
-        raise UnpicklingError(
-            f"storage {storage.key:.40} should have {storage.nbytes:,} bytes, and has not"
-        )
+        raise UnpicklingError(f"storage {storage.key:.40} has not {storage.nbytes:,} bytes")
     return file.tell() + extra_length
 
 
@@ -213,7 +200,7 @@ def _storage(reference: Any) -> Any:
     kind, maker, key, _, numel, *view = reference
     if [type(part) for part in (kind, maker, key, numel)] != [str, _Maker, str, int]:
         raise UnpicklingError("a storage without name, type or size")
-    dtype = _STORAGES.get(maker.removeprefix("torch."))
+    dtype = _DTYPES.get(maker.removeprefix("torch.").removesuffix("Storage"))
     if dtype is None:
         return Made(maker)
     if kind != "storage" or not 0 <= numel < 2**40 or view not in ([], [None]):
@@ -238,7 +225,7 @@ def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
     for opcode, argument, _ in steps:
         name: str = opcode.name
         items: list[Any] = []
-        if name in ("MARK", "EMPTY_LIST", "EMPTY_DICT"):
+        if name in ("MARK", "EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT"):
             if len(outer) > 100 or len(stack) > 10_000:
                 raise UnpicklingError("it begins more than it ends")
         elif name in ("APPENDS", "SETITEMS", "TUPLE"):

@@ -57,7 +57,7 @@ def write_model(
                 names.setdefault((tensor.device, place), []).append(name)
         if tied := [" = ".join(same) for same in names.values() if len(same) > 1]:
             raise ValueError(
-                "cannot save here: a file keeps each name by itself, and parameters have several: "
+                "cannot save here: parameters have several names, and a file keeps them apart: "
                 f"{listed(tied)}. Give each name its own first: nn.Parameter(weight.clone())"
             )
         state = {name: tensor.cpu() for name, tensor in state.items()}

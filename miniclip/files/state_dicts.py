@@ -47,8 +47,8 @@ class Made(dict[Any, Any]):
 def find_state_dict(root: Any) -> dict[str, StoredTensor]:
     """The only state dict in a file: the root itself, or deeper, as a training saves it.
 
-    A state dict has tensors under dotted names. Other dictionaries of tensors count only if there
-    is no such one. Raises UnpicklingError.
+    A state dict has tensors under dotted names. Other dictionaries of tensors count only if the
+    file has none of these. Raises UnpicklingError.
     """
     found: dict[str, dict[Any, Any]] = {}
     todo, seen, modules = [("", root)], set[int](), set[int]()

@@ -117,7 +117,7 @@ def _read_merges(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
         return simple, vocabulary_of(pairs), pairs
     raise CheckpointError(
         f"{directory}: no tokenizer here; expected vocab.json and merges.txt, or tokenizer.json, "
-        f"or {OPENAI_VOCABULARY}. Most CLIPs use those of openai/clip-vit-base-patch32; "
+        f"or {OPENAI_VOCABULARY}. Most CLIPs use the files of openai/clip-vit-base-patch32; "
         "CLIP.from_pretrained loads a model without"
     )
 

@@ -49,8 +49,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def _private_folder(directory: Path) -> Iterator[Path]:
     """Yield a new folder inside `directory` that is gone afterwards.
 
-    A process locks its folder for as long as it lives. So a folder without a lock is what a killed
-    process has left, and is removed. Where there are no locks nothing is removed.
+    A process locks its folder for as long as it lives. A folder without a lock was left by a killed
+    process, and is removed. On a system without locks nothing is removed.
     """
     held = None
     while held is None:  # another process may remove a folder before it is locked, or its parents
@@ -71,7 +71,7 @@ def _private_folder(directory: Path) -> Iterator[Path]:
                 held = lock(folder)
             except BlockingIOError:
                 continue
-            except OSError:  # there are no locks here
+            except OSError:  # a system without locks
                 held = -1
             held = held if folder.exists() else None
     try:

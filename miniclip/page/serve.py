@@ -178,14 +178,14 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
 
 
 def describe_model(loaded: Loaded) -> dict[str, Any]:
-    """What the page has to know of a model: pixels along a side, heads of each layer."""
+    """What the page needs to know about a model: pixels along a side, heads of each layer."""
     heads = loaded.model.config.vision.per_layer("heads")
     return {"size": loaded.transform.crop_size, "heads": heads}
 
 
 def examples() -> list[dict[str, Any]]:
-    """A photograph, where scikit-image is there, and a drawn scene; with the model that knows it,
-    and labels of which some are true."""
+    """A photograph (if scikit-image is installed) and a drawn scene, each with a model that knows
+    it, and with labels of which some are true."""
     asked = questions(3)
     scene = {
         "name": "a drawn scene",
@@ -209,8 +209,11 @@ def examples() -> list[dict[str, Any]]:
 
 
 def check_origin(request: Request) -> None:
-    """Raise ValueError if a page of another site asks. A browser says so, and sends JSON to another
-    site only after asking it, which is not answered here."""
+    """Raise ValueError if a page of another site asks.
+
+    A browser states the site in its headers. It sends JSON to another site only after a preflight
+    request, which this server does not answer.
+    """
     origin, headers = f"http://{request.headers.get('host')}", request.headers
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ValueError("expected a question of the type application/json")
@@ -220,7 +223,7 @@ def check_origin(request: Request) -> None:
 
 
 def check_question(asked: dict[str, Any]) -> dict[str, Any]:
-    """The question itself. Raises ValueError if it has too many texts, or one that is too long."""
+    """Return the question. Raises ValueError for too many texts, or for one that is too long."""
     for name, value in asked.items():
         texts = value if isinstance(value, list) else [value]
         if len(texts) > MAX_LABELS:
@@ -231,7 +234,7 @@ def check_question(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 async def read_body(request: Request) -> bytes:
-    """What the page has sent. Raises ValueError for what is too large."""
+    """The body of a request. Raises ValueError if it is too large."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -265,12 +268,12 @@ def write_picture(picture: Image.Image) -> str:
 
 
 def enlarged(picture: Image.Image, loaded: Loaded) -> Image.Image:
-    """What the model sees, with more pixels."""
+    """The part of a picture that the model sees, in more pixels than the model gets."""
     return lens.seen(picture, loaded.transform, -(-SIDE // loaded.transform.crop_size))
 
 
 def listen(port: int | None) -> socket.socket:
-    """A socket of this machine's own address, at `port` or else the first free one from FIRST_PORT.
+    """Listen on this machine's loopback address, at `port` or the first free one from FIRST_PORT.
 
     Raises ValueError.
     """
@@ -282,15 +285,15 @@ def listen(port: int | None) -> socket.socket:
         except OSError as error:
             reason = error.strerror
     raise ValueError(
-        f"port {candidate} of {HOST} cannot be had: {reason}. Without --port a free one is found"
+        f"port {candidate} of {HOST} cannot be used: {reason}. Without --port a free one is found"
     )
 
 
 class Impatient(H11Protocol):
-    """A connection that is closed when it asks nothing: uvicorn waits for a first question."""
+    """Close a connection that asks nothing. uvicorn alone would wait for its first question."""
 
     def connection_made(self, transport: Any) -> None:
-        """Look after the connection from now on."""
+        """Start to watch the connection."""
         super().connection_made(transport)
         self.loop.call_later(IDLE_SECONDS, self.close_if_idle)
 
@@ -303,6 +306,6 @@ class Impatient(H11Protocol):
 
 
 def serve_until_interrupted(app: Starlette, listening: socket.socket) -> None:
-    """Answer until Ctrl-C, and then what was asked before; it is raised again."""
+    """Answer until Ctrl-C, and then the questions that were asked before. Raises it again."""
     config = uvicorn.Config(app, log_level="warning", lifespan="off", http=Impatient)
     uvicorn.Server(config).run(sockets=[listening])

@@ -27,7 +27,7 @@ def merge(symbols: Sequence[str], ranks: Mapping[Pair, int]) -> list[str]:
         if j == end or ranks.get((symbols[i], symbols[j])) != rank:
             continue
         symbols[i] += symbols[j]
-        symbols[j] = ""  # a pair with it has no rank
+        symbols[j] = ""  # no rank has a pair with ""
         after[i] = after[j]
         if after[i] < end:
             before[after[i]] = i

@@ -1,7 +1,7 @@
-"""The Unicode of transformers' tokenizer, for any Python from 3.10.
+"""Unicode as transformers' tokenizer knows it, the same on every Python.
 
-transformers' tokenizer is made of three Rust libraries. Each has the Unicode tables of its own
-year, and Python's tables are those of its release. The tables below settle the differences.
+transformers' tokenizer is made of three Rust libraries. Each has the Unicode tables of another
+year, and so has each release of Python. The tables below settle the differences.
 """
 
 import re
