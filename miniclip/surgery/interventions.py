@@ -211,7 +211,7 @@ def patch_dropout(model: CLIP, share: float) -> Iterator[None]:
     17
     """
     if not 0 <= share < 1:
-        raise ValueError(f"share is {share}; expected a number from 0 to below 1")
+        raise ValueError(f"share is {share}; expected 0 or more, and less than 1")
     with closing(PatchDropout(model.vision, share)):
         yield
 

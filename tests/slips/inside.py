@@ -832,8 +832,8 @@ LENS = [
     ),
     Slip(
         "Tokens are called relevance.",
-        '    "relevance": lambda model, x, ids: on_grid(model, x, relevance(model, x, ids).image),\n',
-        '    "relevance": token_map,\n',
+        '"relevance": lambda model, x, ids: on_grid(model, x, relevance(model, x, ids).image),',
+        '"relevance": token_map,',
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
