@@ -99,7 +99,8 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
             for slope, (name, pattern) in zip(slopes, acts.items())
             if name.startswith(tower)
         ]
-        paths = torch.eye(weighted[0].shape[-1]).to(weighted[0])  # (T, T)
+        T, like = weighted[0].shape[-1], weighted[0]
+        paths = torch.eye(T, dtype=like.dtype, device=like.device)  # (T, T)
         for one in weighted[start:]:
             paths = paths + one @ paths  # (B, T, T)
         return take(paths, read_positions("relevance", getattr(model, tower), x)).detach()

@@ -16,15 +16,14 @@ from miniclip.sites import norm_scale
 def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
     """The embedding that the tower would give if it ended after 0, 1, ... or all L blocks.
 
-    nostalgebraist 2020, "interpreting GPT: the logit lens".
+    Returns (B, 1 + L, E), with the tower's output last. nostalgebraist 2020, "interpreting GPT: the
+    logit lens".
 
     Args:
         x: pixels or ids.
         ln: where the last LayerNorm gets the length that it divides by. "recompute": from the
             stream that it reads, as if the tower ended there. "final": from the last stream, so
             that two entries differ by what the blocks between them add (`decompose`).
-    Returns:
-        (B, 1 + L, E). The last entry is the tower's output.
 
     >>> from miniclip import CLIP
     >>> logit_lens(CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)).shape

@@ -34,10 +34,6 @@ def is_near(one: Tensor | None, other: Tensor, tolerance: float = 1e-9) -> bool:
     return bool((one - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()))
 
 
-def layer_norm(x: Tensor, eps: float, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
 def softmax(
     scores: Tensor, hidden: Tensor, score: float = torch.finfo(torch.float64).min
 ) -> Tensor:
@@ -61,10 +57,6 @@ def token_at(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
 def end_of(ids: Tensor, text: TextConfig) -> Tensor:
     """The position of each text's end token."""
     return (ids if text.ends_at_largest else (ids == text.eos_token_id).int()).argmax(-1)
-
-
-def length(x: Tensor) -> Tensor:
-    return x.norm(dim=-1, keepdim=True)
 
 
 ACTIVATION_FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -204,6 +196,7 @@ def formula_of(site: str, side: Side) -> Formula:
     """The formula of a site with a model's own numbers, and with CLIP's steps."""
     if site == "logits":
         x = {name: side.tensors[name] for name in EMBEDDINGS if name in side.tensors}
+        length = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
         steps = {"raw": (), "length": length, "temperature": torch.exp}
         return Formula(site, x, under("", side.weights), steps)
     tower, *block = site.split(".")[:-1]
@@ -222,7 +215,7 @@ def formula_of(site: str, side: Side) -> Formula:
     return Formula(site, x, w, {
         "end": end_of(x["ids"], config) if is_text else first,
         "eps": config.ln_eps,
-        "norm": layer_norm,
+        "norm": lambda x, eps, w, bias: F.layer_norm(x, x.shape[-1:], w, bias, eps),
         "norms": {},  # how often each LayerNorm is applied, if not once
         "early": "",  # a LayerNorm that does not belong before the first block
         "before": f"after {layer - 1}",

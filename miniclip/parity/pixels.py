@@ -66,35 +66,30 @@ class TransformSteps(NamedTuple):
 
 
 def on_black(picture: Image.Image) -> Image.Image:
-    """Lay transparent pixels on black."""
     below = Image.new("RGBA", picture.size, "black")
     return Image.alpha_composite(below, picture.convert("RGBA")).convert("RGB")
 
 
 def round_long_side(picture: Image.Image, size: int) -> Image.Image:
-    """Resize, and round the long side instead of cutting its fraction."""
     width, height = (round(size * side / min(picture.size)) for side in picture.size)
     return picture.resize((width, height), BICUBIC)
 
 
 def squash(picture: Image.Image, size: int) -> Image.Image:
-    """Resize both sides to `size`."""
     return picture.resize((size, size), BICUBIC)
 
 
 def resample(how: Image.Resampling, picture: Image.Image, size: int) -> Image.Image:
-    """Resize to the right size with another filter."""
     return picture.resize(resize_short_side(picture, size).size, how)
 
 
 def crop_rounded_up(picture: Image.Image, size: int) -> Image.Image:
-    """Crop, and round the left and the upper margin up."""
     left, top = (-((size - side) // 2) for side in picture.size)
     return picture.crop((left, top, left + size, top + size))
 
 
 def divide_by(divisor: float, picture: Image.Image, *mean_and_std: Sequence[float]) -> np.ndarray:
-    """(byte / divisor - mean) / std, which is another mean and std after a division by 255."""
+    """(byte / divisor - mean) / std, which is a division by 255 with another mean and std."""
     mean, std = ([number * divisor / 255 for number in numbers] for numbers in mean_and_std)
     return scale_and_normalize(picture, mean, std)
 

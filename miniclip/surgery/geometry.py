@@ -45,17 +45,13 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     """A model for images of another size or shape.
 
     Resize the original each time, because resampling twice blurs. The new model shares the weights
-    that do not change: pass `copied(model)` to train one of the two. transformers can express
-    square images only. For images of S x S, the checkpoint's transform becomes
-    `dataclasses.replace(transform, size=S, crop_size=S)`.
+    that do not change: pass `copied(model)` to train one of the two. transformers can express only
+    square images; their transform is `dataclasses.replace(transform, size=S, crop_size=S)`.
 
     Args:
-        size: (height, width), or one number for both.
+        size: (height, width), or one number for both. Raises ValueError below one patch.
         method: whose resampling of the position embedding: "transformers"
-            (interpolate_pos_encoding), "timm" (and open_clip), "openai-bilinear" or "dino". The
-            class token's position stays.
-    Raises:
-        ValueError: for another method, and for a size below one patch.
+            (interpolate_pos_encoding), "timm" (and open_clip), "openai-bilinear" or "dino".
 
     >>> from miniclip import CLIP
     >>> wide = resize_image(CLIP.from_pretrained("shapes"), (64, 96))
@@ -109,7 +105,6 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
     patch. `resize_image` brings the old image size back.
 
     Args:
-        size: the side of a patch in pixels.
         method: whose matrix: "flexivit" (bilinear, not antialiased: big_vision, the code of Beyer
             et al. 2022, arXiv 2212.08013) or "timm" (resample_patch_embed: bicubic, antialiased).
             Their kernels differ by a quarter or more.
@@ -171,16 +166,13 @@ def extend_context(
     """A model that reads longer texts, with its position embedding stretched.
 
     A text that ends within the kept rows keeps its embedding. Set the Tokenizer's `context_length`
-    too.
+    too. Raises ValueError for a shorter context, and for fewer than two rows to stretch.
 
     Args:
-        length: the new number of positions.
         keep: how many first positions stay. Default: 20 for "longclip", because short captions
             train only these; 0 for "linear".
         method: "longclip" stretches linearly from the first row past the last (Zhang et al. 2024,
             arXiv 2403.15378). "linear" is PyTorch's linear interpolation, as in open_clip.
-    Raises:
-        ValueError: for a shorter context, and if fewer than two rows are left to stretch.
 
     >>> from miniclip import CLIP
     >>> extend_context(CLIP.from_pretrained("shapes"), 248, keep=10).config.text.context_length

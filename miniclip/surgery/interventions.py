@@ -23,12 +23,10 @@ def ablate_heads(
     embedding alone.
 
     Args:
-        heads: {layer: [head, ...]} of the tower "vision" or "text".
+        heads: {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist, and
+            for a fork's attention that does not run its site `z`.
         mode: "zero" removes what a head adds to the residual stream, as `prune_heads` does for
             good. "mean" replaces it by its mean over the batch, at every token.
-    Raises:
-        ValueError: for a layer or head that does not exist, and for a fork's attention that does
-            not run its site `z`.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -70,12 +68,10 @@ def patch_from(
     This is activation patching (Meng et al. 2022, arXiv 2202.05262).
 
     Args:
-        acts: tensors (B, T, ...) of another run, from `cache`.
+        acts: tensors (B, T, ...) of another run, from `cache`, of the same shape.
         positions: the tokens to replace, query tokens of a pattern: one of each row, (B,), or k of
             each row, (B, k). A slice and (1, k) are for all rows.
         heads: the heads to replace, at attn.q, k, v, scores, pattern and z.
-    Raises:
-        ValueError: for a tensor of another shape.
 
     >>> from miniclip import CLIP
     >>> from miniclip.sites import cache

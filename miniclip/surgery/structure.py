@@ -8,7 +8,6 @@ loads in transformers and gives the same logits.
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +17,15 @@ from miniclip.errors import listed
 from miniclip.files.checks import numbers
 from miniclip.follow import check_equal, check_rebuilt, follow
 from miniclip.model import CLIP, Block
+from miniclip.sites import Edit
 from miniclip.surgery.weights import copied
 
 
 def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -> CLIP:
     """Remove heads from a tower (Michel et al. 2019, arXiv 1905.10650), as if their z were zero.
 
-    The bias of out_proj stays. transformers cannot express the result.
-
-    Args:
-        heads: {layer: [head, ...]}, numbered as they are now.
-    Raises:
-        ValueError: for a layer or head that does not exist.
+    The bias of out_proj stays. transformers cannot express the result. `heads` is
+    {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -49,10 +45,13 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
         counts[layer] = len(kept)
     width = _block(new, tower, 0).attn.head_width
     reconfigure(new, tower, heads=tuple(counts), head_width=width)
-    gone_z: dict[str, Any] = {
-        f"blocks.{i}.attn.z": partial(_without, gone=gone) for i, gone in heads.items()
-    }
-    check_equal("prune_heads", getattr(new, tower), getattr(model, tower), gone_z)
+
+    def silence(z: Tensor, name: str) -> Tensor:  # (B, T, H, D)
+        is_kept = [i not in heads[int(name.split(".")[1])] for i in range(z.shape[2])]
+        return z * torch.tensor(is_kept, device=z.device)[:, None]
+
+    silenced: dict[str, Edit] = {f"blocks.{layer}.attn.z": silence for layer in heads}
+    check_equal("prune_heads", getattr(new, tower), getattr(model, tower), silenced)
     return check_rebuilt("prune_heads", new)
 
 
@@ -60,11 +59,7 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
     """Remove neurons from the MLPs of a tower, as if their activations were zero.
 
     The bias of fc2 stays. transformers can express the result if every layer loses the same number.
-
-    Args:
-        neurons: {layer: [neuron, ...]}.
-    Raises:
-        ValueError: for a layer or neuron that does not exist.
+    `neurons` is {layer: [neuron, ...]}. Raises ValueError if a layer or neuron does not exist.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -146,13 +141,6 @@ def _block(model: CLIP, tower: str, layer: int) -> Block:
     if layer not in range(len(blocks)):
         raise ValueError(f"no layer {layer} in the {tower} tower: expected 0 to {len(blocks) - 1}")
     return blocks[layer]
-
-
-def _without(z: Tensor, name: str, gone: Collection[int]) -> Tensor:
-    """z (B, T, H, D) with some heads at zero."""
-    kept = torch.ones(z.shape[2], 1, dtype=z.dtype, device=z.device)
-    kept[list(gone)] = 0
-    return z * kept
 
 
 def _others(gone: Collection[int], count: int, where: str, kind: str) -> Tensor:

@@ -22,12 +22,8 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
     """The model `alpha` of the way from one model to the other.
 
     WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903) goes from the zero-shot to the fine-tuned
-    model.
-
-    Args:
-        alpha: 0 gives the first model and 1 the second, exactly. Other numbers extrapolate.
-    Raises:
-        ValueError: for models that differ in more than their weights, and for unmerged LoRA.
+    model. 0 gives the first model and 1 the second, exactly; other numbers extrapolate. Raises
+    ValueError for models that differ in more than their weights, and for unmerged LoRA.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -114,14 +110,13 @@ def layer_groups(tower: VisionTower | TextTower) -> list[list[nn.Parameter]]:
     groups: list[list[nn.Parameter]] = [[] for _ in range(len(tower.blocks) + 2)]
     for name, parameter in tower.named_parameters():
         part, _, rest = name.partition(".")
-        is_output = part in OUTPUT
         if part not in ("blocks", *EMBEDDING, *OUTPUT):
             raise ValueError(
                 f"{type(tower).__name__} has a parameter {name}: layer_groups cannot know whether "
                 "it comes before the blocks or after them"
             )
-        place = 1 + int(rest.partition(".")[0]) if part == "blocks" else -1 if is_output else 0
-        groups[place].append(parameter)
+        place = -1 if part in OUTPUT else 0
+        groups[1 + int(rest.partition(".")[0]) if part == "blocks" else place].append(parameter)
     return groups
 
 

@@ -1407,8 +1407,8 @@ SURGERY = [
     ),
     Slip(
         "The last LayerNorm is in the group of the embedding.",
-        "is_output = part in OUTPUT",
-        'is_output = part == "proj"',
+        "place = -1 if part in OUTPUT else 0",
+        'place = -1 if part == "proj" else 0',
         "tests/test_surgery_weights.py -k groups",
     ),
     Slip(
