@@ -23,31 +23,25 @@ EXAMPLE = f"""{PICTURES}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image file")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to look for")
+    add = parser.add_argument
+    add("image", nargs="?", metavar="IMAGE", help="an image file")
+    add("texts", nargs="*", metavar="TEXT", help="what to look for")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--method",
-        action="append",
-        metavar="NAME",
-        help="attention, rollout, relevance, gradcam, tokens or occlusion; give several to see "
-        "them side by side (default: relevance)",
+    method = (
+        "attention, rollout, relevance, gradcam, tokens or occlusion; give several to see them "
+        "side by side (default: relevance)"
     )
+    which.add_argument("--method", action="append", metavar="NAME", help=method)
     which.add_argument("--all", action="store_true", help="every method, side by side")
-    parser.add_argument(
-        *("-o", "--out"),
-        metavar="PNG",
-        help="the picture (default: miniclip-explain.png); with --score, of the first scenes",
+    out = "the picture (default: miniclip-explain.png); with --score, of the first scenes"
+    add("-o", "--out", metavar="PNG", help=out)
+    score = (
+        "instead of IMAGE and TEXT: how often does each method find the object that is named, in "
+        "drawn scenes of two objects?"
     )
-    parser.add_argument(
-        "--score",
-        choices=("shapes",),
-        help="instead of IMAGE and TEXT: how often does each method find the object that is "
-        "named, in drawn scenes of two objects?",
-    )
-    parser.add_argument(
-        "--scenes", type=int, metavar="N", help="how many scenes to score on (default: 200)"
-    )
+    add("--score", choices=("shapes",), help=score)
+    scenes = "how many scenes to score on (default: 200)"
+    add("--scenes", type=int, metavar="N", help=scenes)
     add_device(parser)
     add_model(parser)
 
@@ -57,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.score:
         return score_methods(args)
     if not args.texts or args.scenes:
-        raise ValueError(
-            "expected an image and a text, or --score shapes, which alone takes --scenes"
-        )
+        raise ValueError("expected an image and a text, or --score shapes (only it has --scenes)")
     out = args.out or (None if args.json else "miniclip-explain.png")
     if out:
         check_figure(out)
@@ -97,12 +89,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def score_methods(args: argparse.Namespace) -> int:
-    """`miniclip explain --score`: how often each method is right, on drawn scenes."""
+    """`miniclip explain --score`: how often each method finds the named object in drawn scenes."""
     scenes = 200 if args.scenes is None else args.scenes
     if args.image or args.all or args.method or scenes < 1:
         raise ValueError(
-            "--score draws its own scenes, one or more, for every method: no IMAGE, TEXT or "
-            "--method"
+            "--score draws its own scenes, one or more, for every method: expected no IMAGE, TEXT, "
+            "--all or --method"
         )
     if args.out:
         check_figure(args.out)
@@ -121,9 +113,8 @@ def score_methods(args: argparse.Namespace) -> int:
         from miniclip.figures.explanations import draw_explanations
 
         asked = questions(3)
-        draw_explanations(
-            asked, {method: answers(loaded, asked, method) for method in METHODS}, args.out
-        )
+        maps = {method: answers(loaded, asked, method) for method in METHODS}
+        draw_explanations(asked, maps, args.out)
         note(f"picture: {args.out}")
     return 0
 
@@ -146,8 +137,8 @@ def method_table(found: dict[str, list[Any]]) -> str:
     lines += [
         "",
         f"random weights: the mean of {RANDOM} draws, of standard deviation {spread:.1%} at most.",
-        "named: the warmest pixel is on the object that the text names; other: it is on",
-        "the other object. IoU: of the object with as many of the warmest pixels.",
+        "named: how often the warmest pixel is on the object that the text names; other:",
+        "on the other object. IoU: of the object and as many of the warmest pixels.",
         "attention and rollout do not read the text.",
     ]
     return "\n".join(lines)

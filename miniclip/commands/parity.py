@@ -28,45 +28,25 @@ with a fork's checkpoint, and with a fork's code:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
+    add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help=f"{MODELS}; or a Python file and the name in it of a model, or of a function that "
-        "returns one (fork.py:build; default name: model)",
+    code = (
+        "or a fork's Python file: fork.py:NAME of a model in it, or of a function that returns one"
     )
-    which.add_argument(
-        "--random",
-        metavar="SHAPE",
-        help="weights drawn at random, in a shape of miniclip.published: B/32, L/14-336, H/14, ...",
-    )
-    parser.add_argument(
-        "--against",
-        default="transformers",
-        metavar="OTHER",
-        help="transformers, which loads the same files, or the original's checkpoint "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--names",
-        metavar="JSON",
-        help="if the modules of fork.py have names of their own: a table from our names to its "
-        "names, as in miniclip/files/names.py",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "float64", "bfloat16", "float16"),
-        help="compared in addition to float64 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--grad",
-        action="store_true",
-        help="compare each parameter's gradient of the contrastive loss too, in float64",
-    )
+    which.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODELS}; {code}")
+    shapes = "weights drawn at random, in a published shape: B/32, L/14-336, H/14, ..."
+    which.add_argument("--random", metavar="SHAPE", help=shapes)
+    against = "the original's checkpoint, or the same files in transformers (default: %(default)s)"
+    add("--against", default="transformers", metavar="OTHER", help=against)
+    names = "the fork's module names, if they are its own: a table as in miniclip/files/names.py"
+    add("--names", metavar="JSON", help=names)
+    dtypes = ("float32", "float64", "bfloat16", "float16")
+    dtype = "compared in addition to float64 (default: %(default)s)"
+    add("--dtype", default="float32", choices=dtypes, help=dtype)
+    grad = "compare each parameter's gradient of the contrastive loss too, in float64"
+    add("--grad", action="store_true", help=grad)
     add_device(parser)
-    parser.add_argument("--plot", metavar="PNG", help="draw the differences against depth")
+    add("--plot", metavar="PNG", help="draw the differences against depth")
     add_revision(parser)
 
 
@@ -86,12 +66,8 @@ def run(args: argparse.Namespace) -> int:
         if args.random
         else parity.load_pair(name, args.against, args.names, revision=args.revision)
     )
-    report = parity.compare(
-        *pair,
-        dtype=getattr(torch, args.dtype),
-        device=args.device,
-        gradients=args.grad,
-    )
+    dtype = getattr(torch, args.dtype)
+    report = parity.compare(*pair, dtype=dtype, device=args.device, gradients=args.grad)
     about = {
         "model": args.random or name,
         "other": args.against,
@@ -112,18 +88,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rows_dict(report: "Report") -> list[dict[str, Any]]:
-    """The rows for JSON, which has neither infinity nor NaN: they become null.
+    """The rows for JSON. Infinity (two shapes) and NaN become null, because JSON has neither."""
 
-    A difference is infinite if two tensors differ in shape. A relative difference is NaN if the
-    numbers are not finite.
-    """
-    return [
-        {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row._asdict().items()
-        }
-        for row in report.rows
-    ]
+    def in_json(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{name: in_json(x) for name, x in row._asdict().items()} for row in report.rows]
 
 
 def parity_table(about: dict[str, str], report: "Report") -> str:

@@ -3,13 +3,12 @@
 attention.py  attention maps, rollout, gradient-weighted relevance, Grad-CAM
 decompose.py  the embedding as an exact sum over layers, heads or tokens
 streams.py    the residual stream after each layer: logit lens, intermediate features
-heat.py       where a text is seen in an image, by several methods
+heat.py       where a model sees a text in an image, by several methods
 reading.py    which tower reads an input, and at which token
 
-The stream after a chosen block is also what diffusion models read of a prompt. What their users
-call clip skip 1 (or 2: the interfaces count differently) is the block before the last. A prompt of
-more than 77 tokens goes through the tower in windows, each with a start and an end token, side by
-side:
+Diffusion models read the residual stream after a chosen block of the text tower. Clip skip 1 is the
+block before the last; some user interfaces call it 2. A prompt of more than 77 tokens goes through
+the tower in windows, each with a start and an end token:
 
 ```python
 from miniclip.lens import forward_intermediates
@@ -28,8 +27,8 @@ For one embedding of a long text, see `surgery.extend_context`.
     miniclip explain cat.jpg "a cat" "a dog" --all -o where.png --model everyday
     miniclip explain --score shapes --model shapes -o methods.png
 
-The first draws where each text is seen, by every method side by side. The second asks each method
-where the named one of two drawn objects is, whose pixels are known:
+The first command draws where each text is seen, by every method. The second asks each method for
+one of two drawn objects, whose pixels are known:
 
                                     trained weights                random weights
     method                named     other       IoU     named     other       IoU
@@ -43,11 +42,11 @@ where the named one of two drawn objects is, whose pixels are known:
     a random map           3.0%      2.5%      1.4%
     the mask itself       85.0%      0.0%     64.0%
 
-(Shapes checkpoint, torch 2.13.0, CPU, 2026-11-29. `named`, `other`: how often the warmest pixel is
-on the object that the text names, and on the other one. `IoU`: of the object with as many of the
-warmest pixels. Random weights: the mean of five draws. Attention and rollout never read the text,
-so they find either object equally often. `the mask itself`, averaged over patches, is for scale: a
-map of 8 x 8 patches loses that much.)
+(Shapes checkpoint, torch 2.13.0, CPU, 2026-11-29. `named` and `other`: how often the warmest pixel
+is on the object that the text names, and on the other object. `IoU`: of the object and as many of
+the warmest pixels. Random weights: the mean of five draws. Attention and rollout do not read the
+text, so they find either object equally often. `the mask itself` is averaged over patches: a map of
+8 x 8 patches cannot be better.)
 """
 
 from miniclip.lens.attention import Relevance, attention_maps, gradcam, relevance, rollout
@@ -68,25 +67,8 @@ from miniclip.lens.reading import on_grid
 from miniclip.lens.streams import forward_intermediates, logit_lens
 
 __all__ = [
-    "attention_maps",
-    "rollout",
-    "Relevance",
-    "relevance",
-    "gradcam",
-    "decompose",
-    "check_sum",
-    "ablate_contributions",
-    "logit_lens",
-    "forward_intermediates",
-    "on_grid",
-    "occlusion",
-    "METHODS",
-    "BLIND",
-    "text_maps",
-    "text_map",
-    "heatmap",
-    "head_map",
-    "overlay",
-    "seen",
+    "attention_maps", "rollout", "Relevance", "relevance", "gradcam", "decompose", "check_sum",
+    "ablate_contributions", "logit_lens", "forward_intermediates", "on_grid", "occlusion",
+    "METHODS", "BLIND", "text_maps", "text_map", "heatmap", "head_map", "overlay", "seen",
     "HEAT_COLOURS",
-]
+]  # fmt: skip

@@ -5,17 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from miniclip.follow import follow, patch_places
-from miniclip.lens.reading import Tower, read_positions, take, tower_for
+from miniclip.follow import follow, patch_places, tower_for
+from miniclip.lens.reading import Tower, read_positions, take
 from miniclip.model import CLIP
 from miniclip.sites import cache
 
 
 @torch.no_grad()
 def attention_maps(model: CLIP | Tower, x: Tensor) -> list[Tensor]:
-    """The attention pattern of every block, (B, H, T, T): head, looking token, token looked at.
+    """The attention pattern of every block, (B, H, T, T): head, query token, key token.
 
-    Raises ValueError for a fork whose attention has a pattern that it does not show.
+    Raises ValueError for a fork whose attention does not run the site `pattern`.
 
     >>> from miniclip import CLIP
     >>> maps = attention_maps(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64))
@@ -30,7 +30,7 @@ def attention_maps(model: CLIP | Tower, x: Tensor) -> list[Tensor]:
 
 
 def check_patterns(acts: dict[str, Tensor], *blocks: nn.Sequential) -> None:
-    """Raise ValueError unless each block has shown its attention pattern."""
+    """Raise ValueError unless every block has run its site `attn.pattern`."""
     if len(acts) != sum(map(len, blocks)):
         silent = [type(b.attn).__name__ for some in blocks for b in some]
         raise ValueError(
@@ -41,27 +41,27 @@ def check_patterns(acts: dict[str, Tensor], *blocks: nn.Sequential) -> None:
 
 @torch.no_grad()
 def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
-    """How the token that is read draws on each input token, if nothing but attention mixed them.
+    """How much of each input token reaches the token that is read, if only attention mixes them.
 
-    (B, T), rows sum to 1. Abnar and Zuidema 2020, arXiv 2005.00928: the mean over the heads, half
-    of it replaced by the identity for the residual connection, multiplied through the blocks.
+    Abnar and Zuidema 2020, arXiv 2005.00928: the patterns, averaged over the heads and over the
+    residual connection, multiplied through the blocks. Returns (B, T); rows sum to 1.
 
     >>> from miniclip import CLIP
     >>> rollout(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 65])
     """
-    follow("rollout", tower_for(model, x), block=("forward",))
-    maps = attention_maps(model, x)
+    tower = tower_for(model, x)
+    follow("rollout", tower, block=("forward",))
+    maps = attention_maps(tower, x)
     paths = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=x.device)  # (T, T)
     for pattern in maps:
-        if pattern.shape[1]:  # a layer that has lost all its heads mixes nothing
+        if pattern.shape[1]:  # a layer without heads mixes nothing
             paths = (pattern.mean(1) @ paths + paths) / 2  # (B, T, T)
-    paths = paths.expand(len(x), -1, -1)
-    return take(paths, read_positions("rollout", tower_for(model, x), x))
+    return take(paths.expand(len(x), -1, -1), read_positions("rollout", tower, x))
 
 
 class Relevance(NamedTuple):
-    """What each token adds to the logits of B pairs; the token that is read counts itself as 1."""
+    """How much each token adds to the logits of B pairs. The token that is read has 1 more."""
 
     image: Tensor  # (B, 1 + P)
     text: Tensor  # (B, T)
@@ -71,9 +71,12 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
     """Attention weighted by its gradient, for B pairs of an image and a text, in both towers.
 
     Chefer et al. 2021, "Generic Attention-model Explainability", arXiv 2103.15679, equations 5 and
-    6: of each head's pattern times the gradient of the pair's logit the positive part, the mean
-    over the heads, accumulated over the blocks from `start` on. The paper starts at 0; the authors'
-    notebook for CLIP at -1, with the last block alone.
+    6: each head's pattern times the gradient of the pair's logit, its positive part averaged over
+    the heads, accumulated over the blocks.
+
+    Args:
+        start: the first block that counts. The paper starts at 0. The authors' notebook for CLIP
+            starts at -1, the last block.
 
     >>> import miniclip
     >>> model, tokenizer, _ = miniclip.load("shapes")
@@ -82,8 +85,8 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
     """
     if len(pixels) != len(ids):
         raise ValueError(
-            f"{len(pixels)} images and {len(ids)} texts; expected pairs: repeat what is asked "
-            "about several times, as by pixels.expand(len(ids), -1, -1, -1)"
+            f"{len(pixels)} images and {len(ids)} texts; expected pairs: repeat the image of "
+            "several texts, as pixels.expand(len(ids), -1, -1, -1) does"
         )
     for tower in (model.vision, model.text):
         follow("relevance", tower, ("forward", "pool"), block=("forward",))
@@ -108,8 +111,8 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
 def pair_gradients(
     model: CLIP, pixels: Tensor, ids: Tensor, *sites: str
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """Tensors at sites, and how the logit of each pair of an image and a text changes with them."""
-    # Also where the caller has switched gradients off; a tensor from there must be copied.
+    """The tensors at sites, and the gradients there of the logits of B pairs."""
+    # Gradients may be off around the call. A tensor from inference mode must be copied.
     with torch.inference_mode(False), torch.enable_grad():
         with cache(model, *sites, grad=True) as acts:
             logits = model(pixels.clone(), ids.clone()).logits_per_image.diagonal()  # (B,)
@@ -117,11 +120,10 @@ def pair_gradients(
 
 
 def gradcam(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """Which patches push the logits of B pairs up, through the channels that do so: (B, T).
+    """Grad-CAM of B pairs, for what attention reads in the last block: (B, T).
 
-    Grad-CAM, Selvaraju et al. 2017, arXiv 1610.02391, on what attention reads in the last block, as
-    pytorch-grad-cam has it for ViTs: the positive part of the channels' sum, each weighted by its
-    mean gradient over the patches.
+    Selvaraju et al. 2017, arXiv 1610.02391, as pytorch-grad-cam computes it for ViTs: the positive
+    part of the sum over channels, each weighted by its mean gradient over the patches.
 
     >>> import miniclip
     >>> model, tokenizer, _ = miniclip.load("shapes")

@@ -16,9 +16,9 @@ from miniclip.sites import hooks, norm_scale
 def read_rows(
     tower: Tower, x: Tensor, sites: dict[str, Callable], read: Callable
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run a tower and keep function(tensor) of each matching site. Returns them and the embedding.
+    """Run a tower and keep function(tensor) of each site, and `read` of the first residual stream.
 
-    "embed" is `read` of the residual stream before the first block.
+    `sites` is {glob: function}. Returns {"embed": ..., name of a site: ...}, and the embedding.
     """
     rows: dict[str, Tensor] = {}
 
@@ -39,30 +39,29 @@ GRAINS = {"layer": "bhd,ehd->be", "head": "bhd,ehd->bhe", "token": "bhtd,ehd->bh
 def decompose(
     model: CLIP | Tower, x: Tensor, by: str = "layer", convention: str = "miniclip"
 ) -> dict[str, Tensor]:
-    """The embedding as a sum of what each part of the tower wrote into the token that is read.
+    """The embedding as a sum of what each part of the tower writes into the token that is read.
 
-    Multiply a part, a vector of the shared space, by a text's embedding to see what it is for. The
-    last LayerNorm is linear once the length of the stream is known, so both conventions are exact.
-    Needs no more memory than the result. Gandelsman et al. 2023, arXiv 2310.05916.
+    A part is a vector of the shared space: its product with a text's embedding says how much the
+    part speaks for the text. The sum is exact, because the last LayerNorm is linear once its
+    divisor is known. Gandelsman et al. 2023, arXiv 2310.05916.
 
     Args:
-        by: the grain of attention: "layer" (B, E), "head" (B, H, E), or "token" (B, H, T, E), where
-            T are the tokens looked at.
-        convention: "miniclip" keeps biases and the LayerNorm's mean apart: a part is what the
-            embedding loses without it, and a head that writes nothing is zero. "clip_prs" is the
-            authors' code: each part has its own bias and an equal share of the LayerNorm's mean
-            and bias, which belong to no part, and is divided by the embedding's length.
-
+        x: pixels or ids.
+        by: the parts of attention: "layer" (B, E), "head" (B, H, E), or "token" (B, H, T, E), where
+            T are the tokens that a head attends to.
+        convention: "miniclip" keeps biases and the LayerNorm's mean apart, so that a part is what
+            the embedding loses without it. "clip_prs" is the authors' code: each part includes its
+            own bias and an equal share of the LayerNorm's mean and bias, and is divided by the
+            embedding's length.
     Returns:
-        "embed", the stream before the first block, "blocks.3.attn" and "blocks.3.mlp", and so on.
-        With "clip_prs" these are all, and their sum has length 1. With "miniclip" biases have
-        their own names, and the sum is the embedding. The value bias belongs to no token (a
-        pattern's rows sum to 1) but to a head: by head and by token, "blocks.3.attn.v_proj.bias"
-        is (B, H, E). An MLP of a fork's own is one part, with its biases.
-
+        "embed" (the stream before the first block), "blocks.3.attn", "blocks.3.mlp", and so on.
+        "clip_prs" has no others, and their sum has length 1. With "miniclip" the sum is the
+        embedding, and biases have their own names. The value bias belongs to a head and not to a
+        token, because a pattern's rows sum to 1: by head and by token "blocks.3.attn.v_proj.bias"
+        is (B, H, E). A fork's own MLP is one part, with its biases.
     Raises:
-        ValueError: if the sum is not the embedding, as when a hook edits the stream, and for a fork
-            with its own pooling, block or attention pattern.
+        ValueError: if the sum is not the embedding, for instance because a hook edits the stream,
+            and for a fork with its own pooling, block or attention pattern.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)
@@ -90,7 +89,7 @@ def decompose(
     else:
         sites["blocks.*.attn.z"] = read_row  # (B, H, D)
     changed = own_method(tower, (), attention=("qkv",))[1]
-    if changed:  # a fork's: is the bias still a part of the values?
+    if changed:  # in a fork the values may not include the bias
         sites["blocks.*.ln_1"] = lambda normed: normed
     rows, embedding = read_rows(tower, x, sites, read_row)
     for i, one in enumerate(tower.blocks if changed else ()):
@@ -102,8 +101,8 @@ def decompose(
     norm_name, norm = last_norm(tower)
     last = rows[f"blocks.{len(tower.blocks) - 1}"]  # (B, W)
     length = 1 if apart else embedding.norm(dim=-1, keepdim=True)  # (B, 1)
-    # From the stream to the embedding all is linear, once the scale is known. The LayerNorm takes
-    # the mean off, and if this is done in each part, it is one matrix with the projection.
+    # Once the scale is known, the way from the stream to the embedding is linear. The LayerNorm
+    # subtracts the mean. If each part does so, LayerNorm and projection are one matrix.
     scale = norm_scale(norm, last) * length
     proj, _ = affine_of(tower.proj, last.shape[-1], last)
     readout = proj * norm.weight  # (E, W)
@@ -118,7 +117,7 @@ def decompose(
         return written / scale.view(-1, *[1] * (written.ndim - 1))
 
     parts = {"embed": read(rows["embed"])}
-    block: Any  # a Block, or what someone has put in its place
+    block: Any  # a Block, or its replacement
     for i, block in enumerate(tower.blocks):
         name, attn = f"blocks.{i}", block.attn
         split = (-1, attn.head_width)
@@ -155,7 +154,7 @@ def decompose(
 
 
 def share(total: Tensor, part: Tensor) -> Tensor:
-    """What each of the vectors of a part (B, ..., E) gets of a vector (B, E) for all of them."""
+    """The equal share of a vector (B, E) for each of the vectors of a part (B, ..., E)."""
     count = part.shape[1:-1].numel()
     return total.view(len(part), *[1] * (part.ndim - 2), -1) / count
 
@@ -163,15 +162,15 @@ def share(total: Tensor, part: Tensor) -> Tensor:
 def ablate_contributions(
     parts: Mapping[str, Tensor], heads: Mapping[int, Collection[int]]
 ) -> Tensor:
-    """The embeddings (B, E) if what some heads write into them were the same for every image.
+    """The embeddings (B, E) if some heads wrote the same into them for every image.
 
-    The mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code: each head of
-    {layer: [head, ...]} gets its mean part over the batch, which is to be a whole data set. Nothing
-    runs again, so that later layers still read what the head wrote. `surgery.ablate_heads` with
-    mode="mean" changes later layers as well, and every token.
+    This is the mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code.
+    Nothing runs again, so later layers still read what the head wrote. `surgery.ablate_heads` with
+    mode="mean" also changes later layers, at every token.
 
     Args:
-        parts: of `decompose`, by "head" or by "token".
+        parts: from `decompose` of a whole data set, by "head" or by "token".
+        heads: {layer: [head, ...]}, whose parts become their means over the batch.
 
     >>> from miniclip import CLIP
     >>> parts = decompose(CLIP.from_pretrained("shapes"), torch.rand(4, 3, 64, 64), by="head")
@@ -190,8 +189,8 @@ def ablate_contributions(
 
 
 def affine_of(module: Any, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix (out, width) and the bias (out) of a Linear, or of what stands in its place: a
-    LoRA, a quantised Linear, or the Identity of a tower without projection."""
+    """The matrix (out, width) and the bias (out) of a Linear, or of its replacement: a LoRA, a
+    quantised Linear, or the Identity of a tower without projection."""
     if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
         weight = module.weight
         return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias
@@ -201,7 +200,7 @@ def affine_of(module: Any, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_sum(parts: dict[str, Tensor], embedding: Tensor) -> None:
-    """Raises ValueError unless the parts (B, ..., E) add up to the embedding (B, E)."""
+    """Raise ValueError unless the parts (B, ..., E) add up to the embedding (B, E)."""
     if embedding.is_meta:
         return
     B, E = embedding.shape
@@ -210,7 +209,7 @@ def check_sum(parts: dict[str, Tensor], embedding: Tensor) -> None:
     size = sum((part.abs().sum(1) for part in flat), torch.zeros_like(embedding)).max()
     if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:
         raise ValueError(
-            f"the parts miss the embedding by {distance:.2g}: something in this tower is not what "
-            "its weights say, as a hook that edits the stream, or a module that was replaced or "
-            "quantised"
+            f"the parts miss the embedding by {distance:.2g}: something in this tower does not "
+            "compute what its weights say, such as a hook that edits the stream, or a module that "
+            "was replaced or quantised"
         )

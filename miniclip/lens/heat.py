@@ -1,4 +1,4 @@
-"""Where a text is seen in an image, by several methods, as a map and as a picture."""
+"""Where a model sees a text in an image, by several methods: as a map and as a picture."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,15 +19,15 @@ from miniclip.transform import ImageTransform
 
 
 def last_attention(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """What the class token looks at in the last block, the mean of the heads; blind to the text."""
+    """The class token's attention in the last block, averaged over the heads."""
     follow("last_attention", model.vision, ("forward", "pool"))
     return on_grid(model, pixels, attention_maps(model, pixels)[-1][:, :, 0].mean(1))
 
 
 def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
-    """What the class token looks at, by one head of one block; blind to any text.
+    """The class token's attention in one head of one block: (B, rows, columns).
 
-    (B, rows, columns). Raises ValueError where there is no such block or head.
+    Raises ValueError if there is no such block or head.
 
     >>> from miniclip import CLIP
     >>> head_map(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64), layer=3, head=0).shape
@@ -41,24 +41,9 @@ def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
     return on_grid(model, pixels, maps[layer][:, head, 0])
 
 
-def rollout_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """`rollout`; blind to the text."""
-    return on_grid(model, pixels, rollout(model, pixels))
-
-
-def relevance_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """`relevance` of the image's patches for the text."""
-    return on_grid(model, pixels, relevance(model, pixels, ids).image)
-
-
-def gradcam_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """`gradcam` of the image's patches for the text."""
-    return on_grid(model, pixels, gradcam(model, pixels, ids))
-
-
 @torch.no_grad()
 def token_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """What all heads, by `decompose`, write from each patch in the direction of the text."""
+    """What all heads together write from each patch in the direction of the text (`decompose`)."""
     texts = model.encode_text(ids, normalize=True)  # (B, E)
     parts = decompose(model, pixels, by="token")
     tokens = sum(part.sum(1) for part in parts.values() if part.ndim == 4)  # (B, T, E)
@@ -67,17 +52,18 @@ def token_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """What the cosine loses where the image is covered.
+    """How much the cosine falls if a patch is covered (Zeiler and Fergus 2013, arXiv 1311.2901).
 
-    Windows of two by two patches are covered with grey, one after another, and what is lost is
-    shared out among the patches that were covered (Zeiler and Fergus 2013, arXiv 1311.2901).
-    Positive: the image is less like the text without this patch.
+    A grey window of two by two patches covers the image, at one place after another. The loss is
+    shared out among the patches of the window.
     """
     patch = model.vision.patch_embed.stride[0]
     rows, columns = patch_grid(model.vision, pixels)
     corners = [(i, j) for i in range(max(rows - 1, 1)) for j in range(max(columns - 1, 1))]
     texts = model.encode_text(ids, normalize=True)  # (B, E)
     heat, times = texts.new_zeros(len(texts), rows, columns), texts.new_zeros(rows, columns)
+    for i, j in corners:
+        times[i : i + 2, j : j + 2] += 1
     # A picture with several texts in a row is covered and encoded once. On a GPU this waits, once.
     repeats = [1] * len(pixels)
     if not pixels.is_meta:
@@ -94,21 +80,18 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
             lost = cosines[:, 0] - cosines[:, n]
             heat[same, i : i + 2, j : j + 2] += lost[:, None, None]
         first += count
-    for i, j in corners:
-        times[i : i + 2, j : j + 2] += 1
     return heat / times
 
 
+# (model, pixels, ids) of B pairs -> maps (B, rows, columns)
 METHODS: dict[str, Callable[[CLIP, Tensor, Tensor], Tensor]] = {
     "attention": last_attention,
-    "rollout": rollout_map,
-    "relevance": relevance_map,
-    "gradcam": gradcam_map,
+    "rollout": lambda model, x, ids: on_grid(model, x, rollout(model, x)),
+    "relevance": lambda model, x, ids: on_grid(model, x, relevance(model, x, ids).image),
+    "gradcam": lambda model, x, ids: on_grid(model, x, gradcam(model, x, ids)),
     "tokens": token_map,
     "occlusion": occlusion,
 }
-
-
 BLIND = ("attention", "rollout")  # the methods whose map is the same for every text
 
 
@@ -117,8 +100,13 @@ def text_maps(
 ) -> Tensor:
     """Where each of C texts is seen in the image, patch by patch: (C, rows, columns).
 
-    `method` is a key of METHODS. Raises ImageError, ContextLengthError, and ValueError for another
-    method or a text without a word.
+    Args:
+        image: a picture, a path, bytes or an array.
+        loaded: a model with its tokenizer and transform, from `miniclip.load`.
+        method: a key of METHODS.
+    Raises:
+        ImageError, ContextLengthError: for an image or a text that the model cannot read.
+        ValueError: for another method, or a text without a word.
 
     >>> import miniclip
     >>> picture, texts = Image.new("RGB", (80, 64)), ["a red circle", "a blue star"]
@@ -139,7 +127,7 @@ def text_maps(
 
 @torch.no_grad()
 def cosines(image: Picture, texts: str | Iterable[str], loaded: Loaded) -> Tensor:
-    """How like the image each of C texts is: the cosines of their embeddings, (C,)."""
+    """The cosine of the image's embedding and the embedding of each of C texts, (C,)."""
     model, tokenizer, transform = loaded
     device = model.logit_scale.device
     ids = ids_for(model.text, tokenizer, as_list(texts)).to(device)
@@ -148,15 +136,14 @@ def cosines(image: Picture, texts: str | Iterable[str], loaded: Loaded) -> Tenso
 
 
 def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Tensor:
-    """The same for one text: (rows, columns)."""
+    """`text_maps` of one text: (rows, columns)."""
     return text_maps(image, [text], loaded, method)[0]
 
 
 def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Image.Image:
-    """A picture of where the text is seen: the image as the model sees it, in grey, under colours.
+    """`text_map` as colours over a grey picture of what the model sees. Arguments and errors too.
 
-    `method` is a key of METHODS; what speaks against the text is left dark, as what is neutral.
-    Raises ImageError, and ValueError for another method.
+    Patches that speak against the text are as dark as neutral patches.
 
     >>> import miniclip
     >>> heatmap(Image.new("RGB", (80, 64)), "a red circle", miniclip.load("shapes")).size
@@ -166,9 +153,9 @@ def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance"
 
 
 def seen(image: Picture, transform: ImageTransform, scale: int = 1) -> Image.Image:
-    """The part of an image that the model sees, S x S pixels at `scale` 1, as a picture again.
+    """The part of an image that the model sees, as a picture of S x S pixels.
 
-    A larger scale is for people: the same crop with `scale` times as many pixels along a side.
+    With a larger `scale`, for people, the same crop has `scale` times as many pixels along a side.
     """
     larger = replace(transform, size=transform.size * scale, crop_size=transform.crop_size * scale)
     mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)
@@ -176,15 +163,15 @@ def seen(image: Picture, transform: ImageTransform, scale: int = 1) -> Image.Ima
     return Image.fromarray(pixels.round().to(torch.uint8).numpy())
 
 
-# From no heat to the most. Three colours of matplotlib's "inferno": for the colour-blind, and grey
-# printers, they run from dark to light.
+# From no heat to the most: three colours of matplotlib's "inferno". They run from dark to light,
+# for colour-blind readers and grey printers.
 HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")
 
 
 def overlay(picture: Image.Image, heat: Tensor, warmest: float | None = None) -> Image.Image:
-    """Heat (rows, columns), its positive part, laid over the picture in grey: the more, the denser.
+    """Lay the positive part of heat (rows, columns) over a grey picture. More heat is denser.
 
-    The last of HEAT_COLOURS stands for `warmest`, which is the warmest of this heat unless given.
+    The last of HEAT_COLOURS stands for `warmest`, which is the largest of these numbers by default.
     """
     shown = heat.clamp(min=0)
     warmest = shown.max().item() if warmest is None else warmest

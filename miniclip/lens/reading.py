@@ -1,7 +1,7 @@
-"""Which tower reads an input, and where: the class token of an image, the end token of a text.
+"""Which tower reads an input, and at which token.
 
-Wherever `model` is an argument, a CLIP or one of its towers will do. Of a CLIP, floats go to the
-vision tower and ids to the text tower.
+An image is read at its class token, a text at its end token. `model` may be a CLIP or one of its
+towers. A CLIP sends floats to its vision tower and ids to its text tower.
 """
 
 import torch
@@ -13,15 +13,8 @@ from miniclip.model import CLIP, TextTower, VisionTower
 Tower = VisionTower | TextTower
 
 
-def pool(tower: Tower, stream: Tensor, x: Tensor) -> Tensor:
-    """What a tower reads from a residual stream, (B, T, W) -> (B, W), if its input is x."""
-    if isinstance(tower, TextTower):
-        return tower.pool(stream, tower.eos_positions(x))
-    return tower.pool(stream)
-
-
 def read_positions(who: str, tower: Tower, x: Tensor) -> Tensor:
-    """Where the token that is read stands in each row of the batch, (B,).
+    """The position of the token that is read in each row of the input x, (B,).
 
     Raises ValueError, with the name of the function `who`, for a fork that reads several tokens.
     """

@@ -1,21 +1,14 @@
 """The residual stream after each layer: the logit lens, and intermediate features."""
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from miniclip.follow import follow, patch_grid, patch_places
+from miniclip.follow import follow, patch_grid, patch_places, tower_for
 from miniclip.lens.decompose import read_rows
-from miniclip.lens.reading import (
-    Tower,
-    last_norm,
-    pool,
-    read_positions,
-    take,
-    tower_for,
-)
-from miniclip.model import CLIP
+from miniclip.lens.reading import Tower, last_norm, read_positions, take
+from miniclip.model import CLIP, TextTower
 from miniclip.sites import norm_scale
 
 
@@ -23,10 +16,14 @@ from miniclip.sites import norm_scale
 def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
     """The embedding that the tower would give if it ended after 0, 1, ... or all L blocks.
 
-    (B, 1 + L, E); the last is the tower's output. nostalgebraist 2020, "interpreting GPT: the logit
-    lens". The last LayerNorm divides by the length of the stream: with ln="recompute" that of the
-    stream where it is read, as if the tower ended there; with "final" that at the end, which makes
-    the difference of two entries what the blocks between them added (`decompose`).
+    Returns (B, 1 + L, E), with the tower's output last. nostalgebraist 2020, "interpreting GPT: the
+    logit lens".
+
+    Args:
+        x: pixels or ids.
+        ln: where the last LayerNorm gets the length that it divides by. "recompute": from the
+            stream that it reads, as if the tower ended there. "final": from the last stream, so
+            that two entries differ by what the blocks between them add (`decompose`).
 
     >>> from miniclip import CLIP
     >>> logit_lens(CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)).shape
@@ -35,17 +32,21 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
     if ln not in ("recompute", "final"):
         raise ValueError(f"ln is {ln!r}; expected 'recompute' or 'final'")
     tower = tower_for(model, x)
+    follow("logit_lens", tower, ("forward",))
     if ln == "recompute":
-        follow("logit_lens", tower, ("forward",))
-        pooled = partial(pool, tower, x=x)
-        rows, _ = read_rows(tower, x, {"blocks.*": pooled}, pooled)
-        return tower.proj(torch.stack(list(rows.values()), dim=1))  # (B, 1 + L, E)
-    read_row = partial(take, positions=read_positions("logit_lens", tower, x))
-    rows, _ = read_rows(tower, x, {"blocks.*": read_row}, read_row)
-    streams = torch.stack(list(rows.values()), dim=1)  # (B, 1 + L, W)
+        eos = (tower.eos_positions(x),) if isinstance(tower, TextTower) else ()
+        return tower.proj(_after_each(tower, x, lambda stream: tower.pool(stream, *eos)))
+    positions = read_positions("logit_lens", tower, x)
+    streams = _after_each(tower, x, lambda stream: take(stream, positions))
     _, norm = last_norm(tower)
     centred = streams - streams.mean(-1, keepdim=True)
     return tower.proj(centred / norm_scale(norm, streams[:, -1:]) * norm.weight + norm.bias)
+
+
+def _after_each(tower: Tower, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+    """`read` of the residual stream before the first and after each block, (B, 1 + L, W)."""
+    rows, _ = read_rows(tower, x, {"blocks.*": read}, read)
+    return torch.stack(list(rows.values()), dim=1)
 
 
 def forward_intermediates(
@@ -58,16 +59,20 @@ def forward_intermediates(
     output_fmt: str | None = None,
     intermediates_only: bool = False,
 ) -> list | tuple[Tensor, list]:
-    """The residual stream after chosen blocks: timm's method of this name, with its arguments.
+    """The residual stream after chosen blocks, as timm's method of this name. Gradients flow.
 
-    `indices`: the last so many blocks, or these, or all. Images: "NCHW" (B, W, rows, columns), the
-    default, or "NLC" (B, P, W), with `return_prefix_tokens` each a pair with the tokens before the
-    patches; texts: "NLC" (B, T, W). `norm` applies the last LayerNorm to them. Returns (the last
-    block's tokens, normalised, and the list), or the list alone. `stop_early` computes no block
-    that is not needed. Gradients flow.
+    diffusers' clip skip n is `indices=[-1 - n], norm=True` of the text tower. Most user interfaces
+    call it n + 1. SDXL reads `indices=[-2]` without `norm`.
 
-    What diffusers calls clip skip n is `indices=[-1 - n], norm=True` of the text tower. Most user
-    interfaces call it n + 1. SDXL reads `indices=[-2]` without `norm`.
+    Args:
+        indices: the numbers of the blocks, or how many of the last blocks. None: all blocks.
+        return_prefix_tokens: of images, pair each map with the tokens before the patches.
+        norm: apply the last LayerNorm.
+        stop_early: do not run blocks after the last one that is asked for.
+        output_fmt: "NCHW" (B, W, rows, columns), the default for images, or "NLC" (B, T, W).
+        intermediates_only: return the list alone.
+    Returns:
+        The last block's tokens, normalised, and the list.
 
     >>> from miniclip import CLIP
     >>> vision, pixels = CLIP.from_pretrained("shapes").vision, torch.zeros(1, 3, 64, 64)
@@ -78,7 +83,6 @@ def forward_intermediates(
     tower = tower_for(model, x)
     follow("forward_intermediates", tower, ("forward",))
     is_image = hasattr(tower, "patch_embed")
-    output_fmt = output_fmt or ("NCHW" if is_image else "NLC")
     output_fmt = output_fmt or ("NCHW" if is_image else "NLC")
     if output_fmt not in (("NCHW", "NLC") if is_image else ("NLC",)):
         expected = "'NCHW' or 'NLC'" if is_image else "'NLC', as texts have no rows and columns"
@@ -106,7 +110,7 @@ def forward_intermediates(
 
 
 def block_numbers(indices: int | list[int] | tuple[int, ...] | None, layers: int) -> set[int]:
-    """The numbers from 0 of the blocks that `indices` of `forward_intermediates` names.
+    """The numbers, from 0, of the blocks that `forward_intermediates` is asked for.
 
     >>> block_numbers(2, 12), block_numbers([0, -1], 12)
     ({10, 11}, {0, 11})

@@ -1,9 +1,10 @@
 """Compare two CLIPs tensor by tensor, in the order data flows: texts, pictures, then the models."""
 
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from miniclip.checkpoint import Loaded
 from miniclip.config import CLIPConfig
@@ -14,7 +15,7 @@ from miniclip.model import CLIP
 from miniclip.parity.diagnosis import cause_in_model, differing_weights
 from miniclip.parity.formulas import Side
 from miniclip.parity.gradients import compare_gradients
-from miniclip.parity.pairs import random_inputs
+from miniclip.parity.pairs import alone, random_inputs
 from miniclip.parity.pixels import compare_transforms
 from miniclip.parity.report import (
     NAMES,
@@ -34,11 +35,8 @@ from miniclip.parity.sites import (
     under_our_names,
 )
 from miniclip.parity.tokens import compare_tokenizers
-from miniclip.parity.traces import Trace, tensors_of, trace
+from miniclip.parity.traces import Setting, Trace, tensors_of, trace
 from miniclip.terminal import progress
-
-if TYPE_CHECKING:
-    from transformers import CLIPModel
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 """The largest rounding error on a CPU. For logits it is absolute; for other tensors it is relative
@@ -56,8 +54,8 @@ bfloat16, 2 shapes, 6 seeds: eager attention against sdpa, and an MLP that adds 
 
 
 def compare(
-    model: "CLIP | CLIPModel | Loaded",
-    other: "CLIP | CLIPModel | Loaded",
+    model: nn.Module | Loaded,
+    other: nn.Module | Loaded,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -88,10 +86,7 @@ def compare(
     (True, 'tokens', 'text_embeds')
     """
     check_device(device)
-    nothing: Any = None
-    ours, theirs = (
-        m if isinstance(m, Loaded) else Loaded(m, nothing, nothing) for m in (model, other)
-    )
+    ours, theirs = (m if isinstance(m, Loaded) else alone(m) for m in (model, other))
     models = unwrapped(ours.model), unwrapped(theirs.model)
     stages = []
     if ours.tokenizer and theirs.tokenizer:
@@ -107,9 +102,7 @@ def compare(
     return Report(rows, first, cause)
 
 
-def assert_parity(
-    model: "CLIP | CLIPModel | Loaded", other: "CLIP | CLIPModel | Loaded", **options: Any
-) -> None:
+def assert_parity(model: nn.Module | Loaded, other: nn.Module | Loaded, **options: Any) -> None:
     """Raise an AssertionError that names the first site and the cause, for a fork's own tests.
 
     The arguments are those of `compare`.
@@ -127,11 +120,7 @@ def assert_parity(
 
 
 def compare_models(
-    ours: "CLIP | CLIPModel",
-    theirs: "CLIP | CLIPModel",
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
+    ours: Any, theirs: Any, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Stage:
     """A row for each site, and for each tensor of the output, that both models have."""
     models = (ours, theirs)
@@ -158,9 +147,8 @@ def compare_models(
     # OpenAI's own code adds all positions, so its texts are as long as the context.
     shorter = 3 if all(is_theirs(m) or table_of(m) is OURS for m in models) else 0
     pixels, ids = _inputs(configs[0], configs[1], seed, shorter)
-    plan = [(model, exactly) for model in models for exactly in (False, True)]
-    bar = progress(plan, "run")
-    runs = [trace(model, dtype, exactly, device, pixels, ids) for model, exactly in bar]
+    settings = [Setting(dtype, exactly, device, pixels, ids) for exactly in (False, True)]
+    runs = [trace(*plan) for plan in progress([*product(models, settings)], "run")]
     batch = {"vision": len(pixels), "text": len(ids)}
     peers = runs[2:] + runs[:2]
     tensors = [tensors_of(run, peer, batch) for run, peer in zip(runs, peers, strict=True)]

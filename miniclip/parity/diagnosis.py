@@ -1,8 +1,8 @@
-"""Why two CLIPs differ at a site: CLIP once more, as formulas, with the usual faults planted.
+"""Find out why two CLIPs differ at a site.
 
-Up to the first site that differs, two models have computed the same. That site is computed again
-by its formula, and once more with each fault that is common in reimplementations. The fault that
-gives the other model's numbers is the cause.
+Two models are equal up to the first site that differs. CLIP's formula computes that site again,
+once as it is and once with each fault that is common in reimplementations. The cause is the fault
+that gives the other model's numbers.
 """
 
 import re
@@ -12,16 +12,16 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from miniclip.parity.faults import ROUNDINGS, dtype_name, faults, what_is_read
+from miniclip.parity.faults import ROUNDINGS, dtype_name, faults, names_read
 from miniclip.parity.formulas import Named, Side, formula_of, is_near
 from miniclip.parity.report import NAMES
 
 
 def cause_in_model(site: str, model: Side, other: Side) -> str:
-    """The change to one model's formula for a site that gives the other's tensor there, in words.
+    """Say what turns one model's tensor at a site, the first that differs, into the other's.
 
-    The site is the first that differs. The text is empty if no cause is known. If only the weights
-    differ, the report describes `model` as the changed one.
+    Returns "" if no cause is known. If only the weights differ, the text describes `model` as the
+    changed one.
     """
     if ".blocks." in site:  # two rows of the batch are enough
         model, other = (
@@ -40,7 +40,7 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     if stream_enters and (otherwise := otherwise_run(site, model, other)):
         return otherwise
     followers = []  # the models that compute CLIP's formula with their own weights and config
-    related = ""
+    related = ""  # simple arithmetic that explains the difference, if nothing better does
     for source, target, names in ((other, model, NAMES[::-1]), (model, other, NAMES)):
         formula, wrong = formula_of(site, source), target.tensors[site]
         right = formula.compute()
@@ -74,9 +74,9 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
 
 
 def differing_weights(site: str, model: Side, other: Side) -> str:
-    """The weights that the formula of the site reads and that differ, and how."""
+    """Name the weights that differ among those that the formula of the site reads, and say how."""
     formula, theirs = formula_of(site, model), formula_of(site, other).w
-    read, _ = what_is_read(formula)
+    read, _ = names_read(formula)
     head_width = formula.steps.get("head_width", 1)
     changes = {
         name: _change(w, theirs[name], head_width if name.startswith("attn.") else 1)
@@ -90,7 +90,7 @@ def differing_weights(site: str, model: Side, other: Side) -> str:
 
 
 def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
-    """What has been done to a weight of theirs to get ours; in brackets how far they are apart."""
+    """Say how their weight became ours. If unknown, say in brackets how far they are apart."""
     if ours.ndim == 0:
         return f"({ours:.9g} in model, {theirs:.9g} in other)"
     if ours.shape != theirs.shape:
@@ -107,7 +107,7 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """In words what may have been done to w, and two tensors that are equal if it has been."""
+    """Each change that w may have had, in words, and two tensors that are equal if it had it."""
     for axis in range(w.ndim):
         yield f"flipped along axis {axis}", w.flip(axis), ours
         for shift in (1, -1):
@@ -127,7 +127,7 @@ def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Te
 
 
 def _sorted(w: Tensor, axis: int, size: int) -> Tensor:
-    """The slices of a weight along an axis, `size` together, in an order that is their own."""
+    """The slices of a weight along an axis, `size` at a time, sorted by their sums."""
     slices = w.movedim(axis, 0).reshape(w.shape[axis] // size, -1).contiguous()
     return slices[slices.sum(1).argsort()]
 
@@ -136,7 +136,7 @@ def _sorted(w: Tensor, axis: int, size: int) -> Tensor:
 
 
 def otherwise_run(site: str, model: Side, other: Side) -> str:
-    """Whether a model runs a part more or less often than the other, or in another order."""
+    """Say which part one model runs more or less often than the other, or in another order."""
     for kinds in ("resid_post|projected", "attn_out|mlp_out"):
         pattern = re.compile(rf"({site.partition('.')[0]}|logits)\..*({kinds})( again)?")
         ours, theirs = (list(filter(pattern.fullmatch, side.tensors)) for side in (model, other))
@@ -156,17 +156,15 @@ def _part_at(site: str) -> str:
 
 
 def relation_of(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
-    """What simple arithmetic makes of the right numbers at the site to get the wrong ones."""
+    """Say which simple arithmetic turns the right numbers at the site into the wrong ones."""
     if is_near(right, wrong):
-        return ""  # more than rounding, and less than these comparisons see
-    related = (
-        words for words, tensor in _relations(site, x, right, wrong) if is_near(tensor, wrong)
-    )
-    return next(related, "")
+        return ""  # the difference is above rounding and below what these comparisons see
+    found = _relations(site, x, right, wrong)
+    return next((words for words, tensor in found if is_near(tensor, wrong)), "")
 
 
 def _relations(site: str, x: Named, right: Tensor, wrong: Tensor) -> Iterator[tuple[str, Tensor]]:
-    for name in reversed([name for name in x if " " not in name]):  # a block's own come last
+    for name in reversed([name for name in x if " " not in name]):  # first the block's own
         yield f"{name} unchanged as {site}", x[name].double()
     yield f"{site} transposed", right.mT
     if right.shape != wrong.shape:
@@ -207,7 +205,7 @@ AXES = {
 
 
 def where_apart(ours: Tensor, theirs: Tensor, ids: Tensor | None) -> str:
-    """Where two tensors differ, in words. Empty if they differ everywhere."""
+    """Say where two tensors differ. Returns "" if they differ everywhere."""
     far = (ours - theirs).abs() > 1e-9 * max(1.0, theirs.abs().max().item())
     found = []
     if ids is not None and not (differs := far.any(-1)).all():
@@ -220,7 +218,7 @@ def where_apart(ours: Tensor, theirs: Tensor, ids: Tensor | None) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """At most three ranges of ascending numbers.
+    """Ascending numbers as at most three ranges, in words.
 
     >>> _ranges([0, 1, 2, 5])
     '0 to 2 and 5'

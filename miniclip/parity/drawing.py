@@ -1,19 +1,19 @@
-"""Differences of two models against depth."""
+"""Draw the differences of two models against depth."""
 
 from os import PathLike
 
 from miniclip.figures.style import BLUE, ORANGE, Figure, save_figure
 from miniclip.parity.report import Report
 
-NOTHING = 1e-17  # where a difference of 0 is drawn, as a logarithm has no place for it
+NOTHING = 1e-17  # where a difference of 0 is drawn, because a logarithm has no 0
 
 
 def draw_parity(report: Report, path: str | PathLike[str]) -> None:
-    """Differences against depth, a panel for each tower, on a logarithmic scale."""
+    """Save a picture with a panel for each tower, on a logarithmic scale."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     curves = {
-        "absolute": ("difference", ORANGE, "-", 4),  # broad, to be seen under the next
+        "absolute": ("difference", ORANGE, "-", 4),  # broad, so that it shows under the next
         "float64": ("difference in float64", BLUE, "-", 1.5),
         "model_error": ("error of model", "#009e73", "--", 1.5),
         "other_error": ("error of other", "#e69f00", ":", 1.5),

@@ -1,7 +1,7 @@
-"""The faults that are common in reimplementations, one after the other, to plant in a formula."""
+"""The faults that are common in reimplementations, to plant in a formula one after the other."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from itertools import combinations, product
 from typing import Any
@@ -204,31 +204,27 @@ FAULTS: dict[str, dict[str, Any]] = {
     "pool": {words: (pool, False) for words, pool in POOLS.items()}
     | {f"{words}, before the last LayerNorm": (pool, True) for words, pool in POOLS.items()},
 }
-"""For each step of the formulas, the ways in which other implementations have it."""
+"""For each step of the formulas, how other implementations may compute it."""
 
 
 class Noted(dict):
     """A dictionary that notes which of its keys are read."""
 
-    def __init__(self, named: Mapping[str, Any]) -> None:
-        super().__init__(named)
-        self.read: set[str] = set()
-
     def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
+        self.read = getattr(self, "read", set()) | {key}
         return super().__getitem__(key)
 
 
-def what_is_read(formula: Formula) -> tuple[set[str], set[str]]:
-    """The weights and the steps that a formula reads."""
+def names_read(formula: Formula) -> tuple[set[str], set[str]]:
+    """The names of the weights and of the steps that a formula reads."""
     w, steps = Noted(formula.w), Noted(formula.steps)
     formula._replace(w=w, steps=steps).compute()
-    return w.read, steps.read
+    return getattr(w, "read", set()), getattr(steps, "read", set())
 
 
 def faults(formula: Formula, source: Side, target: Side) -> Iterator[tuple[str, Named, Steps]]:
-    """Each fault that the formula can have, with the weights and the steps that plant it."""
-    read, steps_read = what_is_read(formula)
+    """Each fault that the formula can have, in words, with the weights and steps that plant it."""
+    read, steps_read = names_read(formula)
     tower = formula.site.partition(".")[0]
     config: Any = getattr(source.config, tower, None)
     planted = FAULTS | (_faults_of_configs(formula, config, target) if config else {})
@@ -277,7 +273,7 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
 def _faults_of_weights(
     w: Named, read: set[str], grid: tuple[int, int] | None
 ) -> Iterator[tuple[str, Named]]:
-    """`read`: the weights that the formula reads; `grid`: rows and columns of patches."""
+    """The faults of weights. The formula reads the weights `read`; `grid` is of the patches."""
     modules = sorted(name.removesuffix(".bias") for name in read if name.endswith(".bias"))
     for count in range(1, len(modules) + 1):
         for some in combinations(modules, count):

@@ -1,8 +1,8 @@
 """CLIP once more, as formulas: the referee between two models.
 
-A formula computes the tensor at a site from the tensors before it, with nothing but weights and a
-config. No code of the models takes part, so whether a wrong number comes from their weights, their
-config or their code makes no difference. `faults.py` replaces the steps of a formula.
+A formula computes the tensor at a site from the tensors before it, the weights and the config. It
+runs no code of the models. So it finds a fault in their weights, their config or their code alike.
+`faults.py` replaces the steps of a formula.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ Steps = Mapping[str, Any]
 
 
 class Side(NamedTuple):
-    """What a model computed in float64, its weights under our names, and its config."""
+    """The tensors of one model in float64, its weights under our names, and its config."""
 
     tensors: Named  # by site; the inputs are `pixels` and `ids`
     weights: Named
@@ -28,20 +28,16 @@ class Side(NamedTuple):
 
 
 def is_near(one: Tensor | None, other: Tensor, tolerance: float = 1e-9) -> bool:
-    """Whether two tensors are equal but for rounding, relative to the largest number above 1."""
+    """Whether two tensors are equal up to rounding, relative to the largest number above 1."""
     if one is None or one.shape != other.shape:
         return False
     return bool((one - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()))
 
 
-def layer_norm(x: Tensor, eps: float, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
 def softmax(
     scores: Tensor, hidden: Tensor, score: float = torch.finfo(torch.float64).min
 ) -> Tensor:
-    """The attention pattern. A row of which all is hidden is uniform."""
+    """The attention pattern. A row in which every token is hidden is uniform."""
     return scores.masked_fill(hidden, score).softmax(-1)
 
 
@@ -59,12 +55,8 @@ def token_at(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
 
 
 def end_of(ids: Tensor, text: TextConfig) -> Tensor:
-    """The position at which each text is read."""
+    """The position of each text's end token."""
     return (ids if text.ends_at_largest else (ids == text.eos_token_id).int()).argmax(-1)
-
-
-def length(x: Tensor) -> Tensor:
-    return x.norm(dim=-1, keepdim=True)
 
 
 ACTIVATION_FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -130,7 +122,7 @@ def _attn_out(x: Named, w: Named, s: Steps) -> Tensor:
 
 
 def _sum(x: Named, w: Named, s: Steps, terms: Sequence[str]) -> Tensor:
-    """The sum of tensors at earlier sites, or of what a LayerNorm makes of the residual stream."""
+    """The sum of tensors at earlier sites. The name of a LayerNorm stands for its output."""
     streams = {"ln_1": ("resid_pre",), "ln_2": ("resid_pre", "attn_out")}
     normed = {t: _norm(_sum(x, w, s, streams[t]), w, s, t) for t in terms if t in streams}
     return torch.stack([normed[t] if t in normed else x[t] for t in terms]).sum(0)
@@ -179,7 +171,7 @@ FORMULAS: dict[str, Callable[[Named, Named, Steps], Tensor]] = {
 
 
 class Formula(NamedTuple):
-    """The formula of a site, and what it reads, under short names."""
+    """The formula of a site and the tensors that it reads, under short names."""
 
     site: str
     x: Named  # the tensors before it
@@ -204,6 +196,7 @@ def formula_of(site: str, side: Side) -> Formula:
     """The formula of a site with a model's own numbers, and with CLIP's steps."""
     if site == "logits":
         x = {name: side.tensors[name] for name in EMBEDDINGS if name in side.tensors}
+        length = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
         steps = {"raw": (), "length": length, "temperature": torch.exp}
         return Formula(site, x, under("", side.weights), steps)
     tower, *block = site.split(".")[:-1]
@@ -222,7 +215,7 @@ def formula_of(site: str, side: Side) -> Formula:
     return Formula(site, x, w, {
         "end": end_of(x["ids"], config) if is_text else first,
         "eps": config.ln_eps,
-        "norm": layer_norm,
+        "norm": lambda x, eps, w, bias: F.layer_norm(x, x.shape[-1:], w, bias, eps),
         "norms": {},  # how often each LayerNorm is applied, if not once
         "early": "",  # a LayerNorm that does not belong before the first block
         "before": f"after {layer - 1}",
@@ -246,7 +239,7 @@ def formula_of(site: str, side: Side) -> Formula:
 
 
 def under(prefix: str, named: Named) -> dict[str, Tensor]:
-    """What is directly under a prefix, and not in the blocks below it, without the prefix."""
+    """The tensors directly under a prefix, without the prefix and without the blocks below it."""
     found = {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
     return {
         name: x.double() if x.is_floating_point() else x

@@ -4,7 +4,7 @@ A fork with the right outputs may still learn something else. A `detach` in its 
 backward pass of its own, changes no output.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +15,14 @@ from miniclip.model import CLIP
 from miniclip.parity.pairs import random_inputs
 from miniclip.parity.report import Difference, Stage
 from miniclip.parity.sites import config_of, under_our_names
-from miniclip.parity.traces import running
+from miniclip.parity.traces import Setting, running
 from miniclip.terminal import progress
-
-if TYPE_CHECKING:
-    from transformers import CLIPModel
 
 RELATIVE = 1e-8  # to the largest number of a parameter's gradient
 NOISE = 1e-12  # to the largest of all: a key bias has no gradient, only rounding errors
 
 
-def compare_gradients(
-    ours: "CLIP | CLIPModel", theirs: "CLIP | CLIPModel", device: torch.device, seed: int = 0
-) -> Stage:
+def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 0) -> Stage:
     """A row `gradient.NAME` for each parameter that both have, in the order of the backward pass.
 
     So the first row that differs is the parameter nearest to the fault. A parameter that the loss
@@ -38,8 +33,9 @@ def compare_gradients(
     tokens = config.text.context_length
     pixels, ids = random_inputs(config, images=4, texts=4, tokens=tokens, seed=seed)
     ids[:, 0] = config.text.bos_token_id
+    setting = Setting(torch.float64, True, device, pixels, ids)
     one, other = (
-        under_our_names(model, kind, _gradients(model, pixels, ids, device))
+        under_our_names(model, kind, _gradients(model, setting))
         for model in progress([ours, theirs], "backward pass")
     )
     names = [name for name in one if name in other]
@@ -62,11 +58,9 @@ def compare_gradients(
     )
 
 
-def _gradients(
-    model: "CLIP | CLIPModel", pixels: Tensor, ids: Tensor, device: torch.device
-) -> dict[str, Tensor]:
-    """The gradients of the loss by the model's own names, in float64."""
-    with running(model, torch.float64, True, device, pixels, ids) as run, torch.enable_grad():
+def _gradients(model: Any, setting: Setting) -> dict[str, Tensor]:
+    """The gradients of the loss by the model's own names."""
+    with running(model, setting) as run, torch.enable_grad():
         weights = {
             f"{path}.{name}".lstrip("."): weight
             for path, module in named_modules(model)

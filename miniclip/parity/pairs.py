@@ -74,6 +74,12 @@ def load_pair(
 CODE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
 
 
+def alone(model: Any) -> Loaded:
+    """A model without tokenizer and transform."""
+    nothing: Any = None
+    return Loaded(model, nothing, nothing)
+
+
 def _load(name: Name, options: dict[str, Any]) -> Loaded:
     """A model, and its tokenizer and transform. A part that is refused is a function that raises
     the reason, so that the comparison reports it as a difference."""
@@ -106,8 +112,7 @@ def _made_by(file: Path, name: str) -> Loaded:
         raise ValueError(f"{file}: {name} {raises(error)}") from error
     finally:
         sys.path.remove(str(file.parent))
-    nothing: Any = None
-    made = Loaded(*made) if isinstance(made, tuple) else Loaded(made, nothing, nothing)
+    made = Loaded(*made) if isinstance(made, tuple) else alone(made)
     if not isinstance(made.model, nn.Module):
         raise ValueError(f"{file}: {name} is a {type(made.model).__name__}; expected an nn.Module")
     return made

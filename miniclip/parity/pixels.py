@@ -1,6 +1,6 @@
 """The second stage of a comparison: two image transforms on pictures that show each step.
 
-The steps are the reference's own functions. A fault replaces one of them.
+The steps are the reference's own functions. A fault replaces one step.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,8 +30,8 @@ BICUBIC = Image.Resampling.BICUBIC
 def pictures(size: int) -> list[Image.Image]:
     """Pictures for a transform to `size` pixels.
 
-    The first eight are not resized. Their margins of 1 to 7 pixels show how a crop rounds. The
-    others are resized, or in another mode.
+    The first eight are not resized. Their margins of 0 to 7 pixels show how a crop rounds. The
+    others are resized, or have another mode.
     """
     random = np.random.default_rng(0)
 
@@ -66,35 +66,30 @@ class TransformSteps(NamedTuple):
 
 
 def on_black(picture: Image.Image) -> Image.Image:
-    """Transparent pixels are laid on black."""
     below = Image.new("RGBA", picture.size, "black")
     return Image.alpha_composite(below, picture.convert("RGBA")).convert("RGB")
 
 
 def round_long_side(picture: Image.Image, size: int) -> Image.Image:
-    """The long side is rounded, and loses no fraction."""
     width, height = (round(size * side / min(picture.size)) for side in picture.size)
     return picture.resize((width, height), BICUBIC)
 
 
 def squash(picture: Image.Image, size: int) -> Image.Image:
-    """Both sides become `size`, whatever the shape."""
     return picture.resize((size, size), BICUBIC)
 
 
 def resample(how: Image.Resampling, picture: Image.Image, size: int) -> Image.Image:
-    """Resize to the right size with another filter."""
     return picture.resize(resize_short_side(picture, size).size, how)
 
 
 def crop_rounded_up(picture: Image.Image, size: int) -> Image.Image:
-    """The left and the upper margin are rounded up."""
     left, top = (-((size - side) // 2) for side in picture.size)
     return picture.crop((left, top, left + size, top + size))
 
 
 def divide_by(divisor: float, picture: Image.Image, *mean_and_std: Sequence[float]) -> np.ndarray:
-    """(byte / divisor - mean) / std, which is another mean and std after a division by 255."""
+    """(byte / divisor - mean) / std, which is a division by 255 with another mean and std."""
     mean, std = ([number * divisor / 255 for number in numbers] for numbers in mean_and_std)
     return scale_and_normalize(picture, mean, std)
 
@@ -110,7 +105,7 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
     "transparency that is dropped, not laid on white": {"to_rgb": lambda p: p.convert("RGB")},
     "transparency laid on black, not on white": {"to_rgb": on_black},
     "a long side that is rounded, not cut": {"resize": round_long_side},
-    "a resize to a square": {"resize": lambda p, size: p.resize((size, size), BICUBIC)},
+    "a resize to a square": {"resize": squash},
     "the colours in the order BGR": {
         "scale": lambda p, *s: scale_and_normalize(Image.merge("RGB", p.split()[::-1]), *s)
     },
@@ -127,13 +122,13 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
         if how != BICUBIC
     },
 }
-"""What another implementation may have, and the steps that it replaces."""
+"""The faults that another implementation may have, and the steps that plant them."""
 
 
 def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tensor]) -> str:
-    """Why two transforms differ that made `one` and `other` of `pictures(ours.size)`.
+    """Why two transforms differ, which made `one` and `other` of `pictures(ours.size)`.
 
-    `ours` is an ImageTransform, `theirs` any function.
+    `ours` is an ImageTransform, `theirs` is any function.
 
     >>> from miniclip import ImageTransform
     >>> cause_in_pixels(ImageTransform(64), ImageTransform(64, crop_size=60), [], [])
@@ -160,7 +155,7 @@ def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tenso
 
 
 def compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:
-    """A row for the pixels of all pictures."""
+    """A row for the pixels of all pictures, and the cause if they differ."""
     sizes = (getattr(transform, "size", None) for transform in (ours, theirs))
     drawn = pictures(next(filter(None, sizes), ImageTransform.size))
     found, raised = run_both(lambda transform: [*map(transform, drawn)], ours, theirs)

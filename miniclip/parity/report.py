@@ -1,4 +1,4 @@
-"""What a comparison found: how far apart two models are at each site, in the order data flows."""
+"""The result of a comparison: how far apart two models are at each site."""
 
 import math
 import re
@@ -15,23 +15,20 @@ NAMES = ("model", "other")  # what a report calls the two
 
 
 class Difference(NamedTuple):
-    """The largest difference of any number at a site.
-
-    An error is the distance from the truth: what the second model computes in float64.
-    """
+    """The largest difference of any number at a site."""
 
     site: str
     absolute: float
     relative: float  # to the largest number there
     float64: float  # absolute, where both run in float64
-    model_error: float  # how far the first model is from the truth
-    other_error: float  # how far the second is
+    model_error: float  # how far the first model is from the second model in float64
+    other_error: float  # how far the second model is from itself in float64
     within_tolerance: bool
 
 
 Stage = tuple[list[Difference], str | None]
-"""The rows of one stage of a comparison: tokens, pixels or models. And the cause of the first row
-that is out of tolerance, or None if all are within."""
+"""The rows of one stage (tokens, pixels, models or gradients), and the cause of the first row out
+of tolerance, or None."""
 
 
 class Report(NamedTuple):
@@ -39,7 +36,7 @@ class Report(NamedTuple):
 
     rows: list[Difference]
     first: str | None
-    cause: str | None  # "" if nothing is known
+    cause: str | None  # "" if it is not known
 
     def __str__(self) -> str:
         if self.first is None:
@@ -50,7 +47,7 @@ class Report(NamedTuple):
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Infinity for two shapes, and for NaN."""
+    """The largest absolute difference. Infinity if the shapes differ, and for NaN."""
     if one.shape != other.shape:
         return math.inf
     distance = (one.double() - other.double()).abs().max().item()
@@ -60,7 +57,7 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 def exact_difference(
     site: str, one: Tensor | None = None, other: Tensor | None = None
 ) -> Difference:
-    """A row for what must be equal, because no rounding is involved; infinitely far without it."""
+    """A row for tensors that must be equal. They are infinitely far apart if one is missing."""
     if one is None or other is None:
         return Difference._make([site, *[math.inf] * 5, False])
     distance, size = largest_difference(one, other), max(other.abs().max().item(), 1e-30)
@@ -68,14 +65,14 @@ def exact_difference(
 
 
 def raises(error: Exception) -> str:
-    """The error in words, its first line."""
+    """The first line of an error, in words."""
     return f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def run_both(
     run: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> tuple[list[Any], str]:
-    """The results of both, or in words the error that one raises. Raise it if both raise one."""
+    """The results of both functions, and in words the error of one. Raises it if both raise."""
     found: list[Any] = []
     errors: dict[str, ValueError] = {}
     for name, function in zip(NAMES, (ours, theirs)):
@@ -89,7 +86,7 @@ def run_both(
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:
-    """One row for all blocks of a tower, with the largest of their differences."""
+    """One row for all blocks of a tower, with the largest difference of each kind."""
     depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:
@@ -103,17 +100,14 @@ def summarize(rows: list[Difference]) -> list[Difference]:
 
 
 def nearer(rows: list[Difference]) -> dict[str, int]:
-    """At how many sites each model is nearer to the truth. Tokens and pixels do not count."""
+    """At how many sites each model is nearer to float64. Tokens and pixels do not count."""
     errors = [row[4:6] for row in rows if row.site not in ("tokens", "pixels")]
-    return {
-        "model": sum(ours < theirs for ours, theirs in errors),
-        "other": sum(ours > theirs for ours, theirs in errors),
-        "equal": sum(ours == theirs for ours, theirs in errors),
-    }
+    nearer = Counter("equal" if a == b else "model" if a < b else "other" for a, b in errors)
+    return {name: nearer[name] for name in ("model", "other", "equal")}
 
 
 def measured_with(device: str | torch.device = "cpu") -> str:
-    """The versions and the processor that numbers were measured with, in one line."""
+    """One line with the versions and the processor that the numbers were measured with."""
     found = versions()
     named = ", ".join(
         f"{name} {found[name]}" for name in ("torch", "transformers") if name in found

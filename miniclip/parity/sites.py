@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,6 @@ from miniclip.files.names import (
 )
 from miniclip.model import CLIP
 
-if TYPE_CHECKING:
-    from transformers import CLIPModel
-
 OURS = {name: name for name in TRANSFORMERS}
 OUTPUTS = {
     "logits": "logits_per_image",
@@ -45,12 +42,12 @@ OUTPUTS = {
 """The sites of the output, and the names in it. A fork's own `boxes` are at `output_boxes`."""
 
 
-def is_theirs(model: nn.Module) -> bool:
+def is_theirs(model: Any) -> bool:
     """Whether the model is transformers' class, which takes its inputs by their names."""
     return hasattr(model, "vision_model")
 
 
-def table_of(model: nn.Module) -> Layout:
+def table_of(model: Any) -> Layout:
     """The table from our names to the model's, as in `files/names.py`.
 
     A table of the model's own is its attribute `tensor_names`. Raises ValueError if the model lacks
@@ -72,7 +69,7 @@ def table_of(model: nn.Module) -> Layout:
     return OURS
 
 
-def _checked(own: Layout, model: nn.Module) -> Layout:
+def _checked(own: Layout, model: Any) -> Layout:
     """The table. Raises ValueError unless we know each key and the model has each tensor."""
     state = state_of(model)
     modules = {name.rpartition(".")[0] for name in state}
@@ -92,7 +89,7 @@ def _checked(own: Layout, model: nn.Module) -> Layout:
     return own
 
 
-def _module_at(model: nn.Module, table: Layout, name: str, up: int = 0) -> Any:
+def _module_at(model: Any, table: Layout, name: str, up: int = 0) -> Any:
     """The module that the table places at one of our names, or the `up`-th module around it."""
     try:
         path = layout_name(name, table).split(".")
@@ -101,7 +98,7 @@ def _module_at(model: nn.Module, table: Layout, name: str, up: int = 0) -> Any:
         return None
 
 
-def blocks_of(model: nn.Module, table: Layout, tower: str) -> Iterator[Any]:
+def blocks_of(model: Any, table: Layout, tower: str) -> Iterator[Any]:
     """The blocks of a tower. None at all if the model or its table has none."""
     for template in re.findall(r"^[^{]*{}[^.]*", table.get(f"{tower}.blocks.{{}}.ln_1", "")):
         for i in count():
@@ -123,18 +120,18 @@ def output(args: tuple, out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out  # attention may return a pattern as well
 
 
-def second_output(args: tuple, out: Any) -> Any:
-    """The pattern (B, H, T, T), and not nn.MultiheadAttention's mean over the heads."""
-    return out[1] if isinstance(out, tuple) and getattr(out[1], "ndim", 0) == 4 else None
+def tensor_of(dimensions: int, args: tuple, out: Any) -> Any:
+    """The last output, if it has so many dimensions."""
+    last = out[-1] if isinstance(out, tuple) else out
+    return last if getattr(last, "ndim", 0) == dimensions else None
+
+
+one_vector = partial(tensor_of, 2)  # some versions normalise all tokens, and not only the one read
+returned_pattern = partial(tensor_of, 4)  # nn.MultiheadAttention returns a mean over the heads
 
 
 def heads_joined(args: tuple, out: Tensor) -> Tensor:
     return out.flatten(2) if out.ndim > 3 else out  # (B, T, W); ours are (B, T, H, D)
-
-
-def one_vector(args: tuple, out: Any) -> Any:
-    """The output if it is a vector for each picture. Some versions normalise all tokens."""
-    return out if isinstance(out, Tensor) and out.ndim == 2 else None
 
 
 def third_of(holder: Any, third: int, args: tuple, out: Any) -> Any:
@@ -145,7 +142,7 @@ def third_of(holder: Any, third: int, args: tuple, out: Any) -> Any:
     return F.linear(args[third], weight, bias)
 
 
-def sites_of(model: "CLIP | CLIPModel") -> Iterator[tuple[str, nn.Module | None, Read]]:
+def sites_of(model: Any) -> Iterator[tuple[str, nn.Module | None, Read]]:
     """Each site, its module, and how to read the tensor. ValueError for a tower without blocks."""
     for site, module, read in _all_sites(model, table_of(model)):
         if isinstance(module, nn.Module):
@@ -181,7 +178,7 @@ def _all_sites(model: Any, table: Layout) -> Iterator[tuple[str, Any, Read]]:
                     yield f"{site}.{name}", holder, partial(third_of, holder, third)
                 yield f"{site}.{name}", linear, heads_joined
             pattern = getattr(attn, "pattern", None) if table is OURS else None
-            yield f"{site}.pattern", pattern or attn, output if pattern else second_output
+            yield f"{site}.pattern", pattern or attn, output if pattern else returned_pattern
             yield f"{site}.attn_out", attn, output
             yield f"{site}.mlp_out", mlp, output
             yield f"{site}.resid_post", block, output
@@ -209,7 +206,7 @@ def outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
             yield sites.get(name, f"output_{name}"), x
 
 
-def config_of(model: "CLIP | CLIPModel", kind: type[CLIP]) -> CLIPConfig:
+def config_of(model: Any, kind: type[CLIP]) -> CLIPConfig:
     """The config of a model; without one, what its shapes and modules say."""
     table = table_of(model)
     if table is OURS:
@@ -231,9 +228,7 @@ def config_of(model: "CLIP | CLIPModel", kind: type[CLIP]) -> CLIPConfig:
     return kind.config_class.from_fields(fields)
 
 
-def under_our_names(
-    model: "CLIP | CLIPModel", kind: type[CLIP], theirs: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def under_our_names(model: Any, kind: type[CLIP], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What belongs to the parameters of a model, by their names in our class `kind`."""
     table = table_of(model)
     if table is OURS:

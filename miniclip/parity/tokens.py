@@ -26,8 +26,7 @@ TEXTS = (
     "",
     "a very long text " * 60,
 )
-"""Each shows a step of cleaning or splitting. The last is longer than any context."""
-
+"""Each text shows one step of cleaning or splitting. The last is longer than any context."""
 
 CLEANING: dict[str, Callable[[str], str]] = {
     "lower-casing": lambda text: "".join(c.lower() for c in text),
@@ -35,7 +34,7 @@ CLEANING: dict[str, Callable[[str], str]] = {
     "composing of accents (NFC)": lambda text: unicodedata.normalize("NFC", text),
     "OpenAI's cleaning (ftfy, html)": clean_openai,
 }
-"""Steps that one tokenizer may do to a text and the other may not."""
+"""Steps that one of two tokenizers may lack."""
 
 
 def cause_in_tokens(
@@ -43,9 +42,9 @@ def cause_in_tokens(
     other: Callable[[Sequence[str]], Tensor],
     words: Sequence[str] = (),
 ) -> str:
-    """Why two tokenizers differ on TEXTS, or on `words` of a vocabulary.
+    """Why two tokenizers differ on TEXTS, or on the `words` of a vocabulary.
 
-    Both return ids (B, T), and cut texts that are too long.
+    Both return ids (B, T) and truncate long texts.
 
     >>> from miniclip import Tokenizer
     >>> one = Tokenizer.from_pretrained("everyday", reference="transformers")
@@ -59,7 +58,7 @@ def cause_in_tokens(
         return f"first at the word {next(word for word, *rows in pairs if rows[0] != rows[1])!r}"
     one, two = _without_padding(ours), _without_padding(theirs)
     lengths = (len(ours[0]), len(theirs[0]))
-    short = min(lengths) - 1  # the end token is last in a row that is cut
+    short = min(lengths) - 1  # the end token is last in a truncated row
     if max(lengths) > min(lengths) and [r[:short] for r in one] == [r[:short] for r in two]:
         return f"rows of {lengths[0]} ids in model, {lengths[1]} in other"
     if one == two:
@@ -78,7 +77,7 @@ def cause_in_tokens(
 
 
 def _without_padding(rows: list[list[int]]) -> list[list[int]]:
-    """Rows up to the end token, which is the second id of the empty text."""
+    """Each row up to its end token, which is the second id of the empty text."""
     end = rows[TEXTS.index("")][1]
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
@@ -109,8 +108,8 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
 def _words(*tokenizers: Any) -> list[str]:
     """The words of the vocabularies, and characters at the end of a word or inside one.
 
-    The characters are for tokens that are a part of a character. transformers' tokenizer, which is
-    not a Tokenizer here, has the same words as ours.
+    The characters are for tokens that are a part of a character. transformers' tokenizer is not a
+    Tokenizer and has the same words as ours.
     """
     known = [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, Tokenizer)]
     words = [t.decode([i]) for t in known for i in range(t.vocab_size)]

@@ -16,6 +16,16 @@ from miniclip.parity.sites import Read, is_theirs, outputs_of, sites_of
 from miniclip.sites import uncompiled
 
 
+class Setting(NamedTuple):
+    """How a model runs. Its weights are rounded to `dtype`; `exact` then computes in float64."""
+
+    dtype: torch.dtype
+    exact: bool
+    device: torch.device
+    pixels: Tensor
+    ids: Tensor
+
+
 class Trace(NamedTuple):
     """What a run left behind, on the CPU."""
 
@@ -24,14 +34,7 @@ class Trace(NamedTuple):
 
 
 @torch.no_grad()
-def trace(
-    model: Any,  # CLIP | CLIPModel
-    dtype: torch.dtype,
-    exact: bool,
-    device: torch.device,
-    pixels: Tensor,
-    ids: Tensor,
-) -> Trace:
+def trace(model: Any, setting: Setting) -> Trace:
     """Run a model as `running` does, and keep the tensor at every site."""
     calls: dict[str, list[Tensor]] = {}
     watched: dict[str, nn.Module] = {}
@@ -61,7 +64,7 @@ def trace(
                 handle.remove()
         return ""
 
-    with running(model, dtype, exact, device, pixels, ids) as run:
+    with running(model, setting) as run:
         errors = [forward(patterns=False)]
         if hasattr(model, "set_attn_implementation"):  # transformers' own
             model.set_attn_implementation("eager")
@@ -70,20 +73,13 @@ def trace(
 
 
 @contextmanager
-def running(
-    model: nn.Module,
-    dtype: torch.dtype,
-    exact: bool,
-    device: torch.device,
-    pixels: Tensor,
-    ids: Tensor,
-) -> Iterator[Callable[[], dict[str, Tensor]]]:
+def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """A block with a function that runs the model once and returns its outputs by site.
 
-    In the block the model is uncompiled, in evaluation mode and on the device. Its weights are
-    rounded to `dtype`; an `exact` run then computes in float64. After the block the model is as it
-    was. It is not copied, because a fork's functions may hold references to its modules.
+    In the block the model is uncompiled and in evaluation mode. Afterwards it is as it was. It is
+    not copied, because a fork's functions may hold references to its modules.
     """
+    dtype, exact, device, pixels, ids = setting
     if exact and device.type == "mps":  # which has no float64
         device = torch.device("cpu")
     precision = torch.float64 if exact else dtype

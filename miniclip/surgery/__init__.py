@@ -1,19 +1,19 @@
-"""Change what a model computes, what it weighs or what shape it has, and know what stayed exact.
+"""Change what a model computes, its weights or its shape, and know what stayed exact.
 
-One rule for all of it. A function that changes weights or shapes returns a new model, config and
-all; the one given is left as it was, keeps its hooks, and shares no memory with the new one (only
-`resize_image` shares what does not change). A context manager changes the model given for as long
-as it is open. So operations compose, and nothing has to be undone. Two functions work in place:
-`freeze`, as what is trained is no part of what a model is, and `reconfigure`, which tells a config
-what you did yourself to a `copied` model. Compile a model after surgery, not before.
+A function that changes weights or shapes returns a new model with its config. The old model stays
+as it was and keeps its hooks. The two share no memory, except that `resize_image` shares what does
+not change. A context manager changes a model while its block is open. So operations compose, and
+nothing has to be undone. Two functions work in place: `freeze`, because training is not a part of a
+model, and `reconfigure`, which updates the config after your own change to a `copied` model.
+Compile a model after surgery, not before.
 
-What a function leaves is a CLIP like any other: it is saved and loaded bit for bit. Where
-transformers cannot express its shape, transformers refuses to load it (`CLIPConfig.to_dict`).
+The result is a CLIP like any other, and is saved and loaded bit for bit. transformers refuses to
+load a shape that it cannot express (`CLIPConfig.to_dict`).
 
-Here are: patches and images of another size, longer texts, tokens, registers (also at test time),
-pruned heads, layers and neurons, patch dropout, LoRA, dense features, ProxyCLIP's foreign features,
-spliced modules (adapters, sparse autoencoders), activations patched from another run, ablated
-heads, soups, WiSE-FT, task vectors, learned prompt vectors (`encode_prompts`), freezing by layer.
+The package has: other image and patch sizes, longer texts, new tokens, registers (also at test
+time), pruned heads, layers and neurons, patch dropout, LoRA, dense features, ProxyCLIP's foreign
+features, spliced modules (adapters, sparse autoencoders), activation patching, ablated heads,
+soups, WiSE-FT, task vectors, learned prompt vectors (`encode_prompts`), freezing by layer.
 """
 
 from miniclip.surgery.attention import PRESETS, Preset, dense_features, proxyclip
@@ -45,33 +45,9 @@ from miniclip.surgery.weights import (
 )
 
 __all__ = [
-    "PRESETS",
-    "Preset",
-    "dense_features",
-    "proxyclip",
-    "add_registers",
-    "add_tokens",
-    "extend_context",
-    "resize_channels",
-    "resize_image",
-    "resize_patch",
-    "ablate_heads",
-    "move_to_registers",
-    "patch_dropout",
-    "patch_from",
-    "splice",
-    "add_lora",
-    "merge_lora",
-    "unmerge_lora",
-    "encode_prompts",
-    "keep_layers",
-    "prune_heads",
-    "prune_neurons",
-    "reconfigure",
-    "TaskVector",
-    "average",
-    "copied",
-    "freeze",
-    "interpolate",
-    "layer_groups",
-]
+    "PRESETS", "Preset", "dense_features", "proxyclip", "add_registers", "add_tokens",
+    "extend_context", "resize_channels", "resize_image", "resize_patch", "ablate_heads",
+    "move_to_registers", "patch_dropout", "patch_from", "splice", "add_lora", "merge_lora",
+    "unmerge_lora", "encode_prompts", "keep_layers", "prune_heads", "prune_neurons", "reconfigure",
+    "TaskVector", "average", "copied", "freeze", "interpolate", "layer_groups",
+]  # fmt: skip

@@ -1,8 +1,8 @@
-"""Embeddings for every patch, by the last-block attentions of open-vocabulary segmentation.
+"""Embeddings for every patch, by the attention patterns of open-vocabulary segmentation.
 
-CLIP is trained at its class token alone. Its last patches are far from the texts until the last
-block attends in another way. The published ways differ in the similarity that takes the place of
-queries and keys, and in the parts of the block that they leave out.
+CLIP is trained at its class token alone. The patches come near to the texts only if the last block
+attends in another way. The published methods differ in the similarity that replaces queries and
+keys, and in the parts of the block that they leave out.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from miniclip.surgery.geometry import at_size
 
 
 class Seen(NamedTuple):
-    """What a pattern may look at beside queries, keys and values."""
+    """What a pattern may use beside queries, keys and values."""
 
-    x: Tensor  # (B, T, W), what attention reads: the output of ln_1
+    x: Tensor  # (B, T, W), the input of attention: the output of ln_1
     grid: tuple[int, int]  # rows and columns of patches
     places: slice  # where the patches stand among the T tokens
 
@@ -31,11 +31,11 @@ Pattern = Callable[[Tensor, Tensor, Tensor, Seen], Tensor]
 
 
 class Preset(NamedTuple):
-    """A way of reading patches: what they attend by, and what stays of the blocks."""
+    """A way to read patches: their attention pattern, and the parts of the blocks that stay."""
 
     pattern: Pattern
-    residual: bool = False  # the stream that the block reads is kept
-    mlp: bool = False  # and its MLP
+    residual: bool = False  # whether the residual connection of attention stays
+    mlp: bool = False  # whether the MLP stays
     depth: int = 1  # blocks from the end; each reads the model's own stream
     grid: tuple[int, int] | None = None  # other patches than the tower's: weights (B, H, P, T)
 
@@ -43,22 +43,20 @@ class Preset(NamedTuple):
 def dense_features(
     model: CLIP, pixels: Tensor, preset: str | Preset = "clearclip", resize: str | None = None
 ) -> Tensor:
-    """An embedding for each patch, row by row of the grid: pixels -> (B, P, E).
+    """An embedding for each patch, row by row of the grid, not normalised: pixels -> (B, P, E).
 
-    They are not normalised, and the model is only read. An attention of a fork's own must take a
-    `pattern`, as `Attention.forward` does, or change `qkv` alone.
+    A fork's own attention must take a `pattern`, as `Attention.forward` does, or change `qkv` only.
 
     Args:
         preset: "clip" (the model as it is), "maskclip" (Zhou et al. 2021, arXiv 2112.01071),
             "sclip" (Wang et al. 2023, arXiv 2312.01597), "clip-surgery" (Li et al. 2023, arXiv
             2304.05653), "gem" (Bousselham et al. 2023, arXiv 2312.00878), "clearclip" (Lan et al.
-            2024, arXiv 2407.12442), "naclip" (Hajimiri et al. 2024, arXiv 2404.08181), or a
-            Preset of your own, such as `proxyclip` makes.
-        resize: for images of another size than the model's, the method of `resize_image` for the
-            position embedding. SCLIP, ClearCLIP, NACLIP and ProxyCLIP use "dino", GEM "timm".
-
+            2024, arXiv 2407.12442), "naclip" (Hajimiri et al. 2024, arXiv 2404.08181), or your
+            own Preset, such as `proxyclip` makes.
+        resize: the method of `resize_image`, if the images have another size than the model's.
+            SCLIP, ClearCLIP, NACLIP and ProxyCLIP use "dino", GEM "timm".
     Raises:
-        ValueError: for an unknown preset, and for a fork whose blocks this does not follow.
+        ValueError: for an unknown preset, and for a fork whose blocks it cannot follow.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -73,7 +71,7 @@ def dense_features(
             raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
         preset = PRESETS[preset]
     if preset.grid and preset.residual:
-        raise ValueError("a Preset with a grid of its own has no residual: its tokens are others")
+        raise ValueError("a Preset with its own grid has other tokens: expected residual=False")
     tower = tower_for(model, pixels)
     follow("dense_features", tower, ("forward", "pool"), block=("forward",), attention=("attend",))
     for attn in (block.attn for block in tower.blocks):
@@ -90,7 +88,7 @@ def dense_features(
     grid, places = patch_grid(tower, pixels), patch_places(tower, pixels)
     x = tower.blocks[:first](tower.embed_tokens(pixels))  # (B, 1 + R + P, W)
     dense = x if preset.residual else torch.zeros_like(x[:, :1])
-    block: Any  # a Block, or what someone has put in its place
+    block: Any  # a Block, or its replacement
     for i, block in enumerate(tower.blocks[first:], first):
         seen = Seen(block.ln_1(x), grid, places)
         dense = dense + block.attn(seen.x, pattern=lambda q, k, v: preset.pattern(q, k, v, seen))
@@ -103,12 +101,12 @@ def dense_features(
 
 
 def similar(x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-    """The softmax of scaled products, (B, H, T, D) twice -> (B, H, T, T)."""
+    """The softmax of scaled products: (B, H, T, D) twice -> (B, H, T, T)."""
     return (x @ y.transpose(-2, -1) * x.shape[-1] ** -0.5 + bias).softmax(-1)
 
 
 def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
-    """A Gaussian of the distance between patches, (T, T); 0 to and from any other token."""
+    """A Gaussian of the distance between patches, (T, T). It is 0 for all other tokens."""
     x, places = seen.x, seen.places
     rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) for n in seen.grid)
     points = torch.cartesian_prod(rows, columns).view(-1, 2)  # (P, 2)
@@ -119,8 +117,8 @@ def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
 
 
 def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
-    """GEM's pattern: values, keys and queries each find their like twice, by cosines."""
-    # A temperature for each image: the mean length of a token, over the root of D.
+    """GEM's pattern: values, keys and queries each attend to themselves twice, by cosines."""
+    # Each image has its own temperature: the mean length of a token, over the root of D.
     sharpness = seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1) * q.shape[-1] ** -0.5
 
     def near(one: Tensor) -> Tensor:
@@ -132,13 +130,15 @@ def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 
 
 def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset:
-    """Patches that attend by the features of another model, and take its grid.
+    """A preset whose patches attend by another model's features and take that model's grid.
 
-    Lan et al. 2024, arXiv 2408.04883: cosines above `beta` times their mean, sharpened by `gamma`.
-    The mean is over one image; the authors' code takes it over the batch, which for them is one.
+    Lan et al. 2024, arXiv 2408.04883. The mean is over one image. The authors' code takes it over
+    the batch, which has one image there.
 
     Args:
-        features: (B, C, rows, columns) of the same images, as from DINO.
+        features: (B, C, rows, columns) of the same images, for instance from DINO.
+        beta: only cosines above `beta` times their mean count.
+        gamma: the factor of the cosines before the softmax.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -164,11 +164,11 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
 
 PRESETS = {
     "clip": Preset(lambda q, k, v, seen: similar(q, k), residual=True, mlp=True),
-    # Each token attends to itself alone. The authors ran it with the exact GELU and eps 1e-6, which
-    # are not what OpenAI trained with; here both are the checkpoint's.
+    # Each token attends to itself alone. The authors ran it with the exact GELU and eps 1e-6. Here
+    # both are the checkpoint's.
     "maskclip": Preset(lambda q, k, v, seen: torch.eye(q.shape[-2]).to(q), residual=True, mlp=True),
     "sclip": Preset(lambda q, k, v, seen: similar(q, q) + similar(k, k), residual=True, mlp=True),
-    # Its second path only: the text features that it takes out afterwards are no matter of images.
+    # Its second path only. The authors subtract redundant features afterwards, with the texts.
     "clip-surgery": Preset(lambda q, k, v, seen: similar(v, v), residual=True, depth=6),
     "gem": Preset(self_self, residual=True, depth=6),
     "clearclip": Preset(lambda q, k, v, seen: similar(q, q)),

@@ -1,7 +1,7 @@
-"""Other images, longer texts, more tokens: what a position or a token is, redrawn.
+"""Other image sizes, longer texts, more tokens.
 
-A position embedding is a picture with W channels, and is resized as one. The field has no single
-way of doing so; each method here is named after whose numbers it gives.
+A position embedding is resized like a picture with W channels. The field has no single method, so
+each method has the name of the code whose numbers it gives.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ Grid = tuple[int, int]  # rows, columns
 
 
 def _antialiased(x: Tensor, grid: Grid) -> Tensor:
-    if grid[1] == 1:  # in one call, torch 2.13 gets all rows but the first wrong on a CPU
+    if grid[1] == 1:  # in one call, torch 2.13 on a CPU gets all rows wrong except the first
         x = F.interpolate(x, (grid[0], x.shape[3]), mode="bicubic", antialias=True)
     return F.interpolate(x, grid, mode="bicubic", antialias=True)
 
@@ -33,8 +33,8 @@ RESAMPLE: dict[str, Callable[[Tensor, Grid], Tensor]] = {
     "timm": _antialiased,
     # How OpenAI made L/14 at 336 pixels: openai/CLIP, issue 214.
     "openai-bilinear": lambda x, grid: F.interpolate(x, grid, mode="bilinear"),
-    # DINO asks for 0.1 of a patch more, so that the size does not round down, and by that samples
-    # at other points. SCLIP, ClearCLIP and NACLIP do the same.
+    # DINO asks for 0.1 of a patch more, so that the size does not round down. That moves the points
+    # that it samples. SCLIP, ClearCLIP and NACLIP do the same.
     "dino": lambda x, grid: F.interpolate(
         x, scale_factor=[(n + 0.1) / old for n, old in zip(grid, x.shape[2:])], mode="bicubic"
     ),
@@ -42,15 +42,16 @@ RESAMPLE: dict[str, Callable[[Tensor, Grid], Tensor]] = {
 
 
 def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transformers") -> CLIP:
-    """A model for images of another size, or another shape, as (height, width).
+    """A model for images of another size or shape.
 
-    `method` names whose resampling of the position embedding: "transformers"
-    (interpolate_pos_encoding), "timm" (and open_clip), "openai-bilinear" or "dino". The class
-    token's position stays. Resize the original each time: resampling twice blurs. transformers
-    can express square images only; for those, of side S, the checkpoint's transform becomes
-    `dataclasses.replace(transform, size=S, crop_size=S)`. The new model shares the weights that do
-    not change: give `copied(model)` to train it and keep this one. ValueError for a size below one
-    patch.
+    Resize the original each time, because resampling twice blurs. The new model shares the weights
+    that do not change: pass `copied(model)` to train one of the two. transformers can express only
+    square images; their transform is `dataclasses.replace(transform, size=S, crop_size=S)`.
+
+    Args:
+        size: (height, width), or one number for both. Raises ValueError below one patch.
+        method: whose resampling of the position embedding: "transformers"
+            (interpolate_pos_encoding), "timm" (and open_clip), "openai-bilinear" or "dino".
 
     >>> from miniclip import CLIP
     >>> wide = resize_image(CLIP.from_pretrained("shapes"), (64, 96))
@@ -69,14 +70,14 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
 
 
 def resampled(pos_embed: Tensor, old: Grid, grid: Grid, method: str) -> Tensor:
-    """A position embedding (1 + P, W) for another grid; the class token's row stays."""
+    """A position embedding (1 + P, W) for another grid. The class token's row stays."""
     picture = _precise(pos_embed[1:]).T.unflatten(1, old)[None]  # (1, W, rows, columns)
     patches = RESAMPLE[method](picture, grid)[0].flatten(1).T  # (P, W)
     return torch.cat([pos_embed[:1], patches.to(pos_embed)])
 
 
 def at_size(tower: VisionTower, size: Sequence[int], method: str) -> VisionTower:
-    """The same tower for images (height, width): all modules are shared, hooks included."""
+    """The same tower for images of another size. It shares all modules and their hooks."""
     if method not in RESAMPLE:
         raise ValueError(f"resize is {method!r}; expected one of {', '.join(RESAMPLE)}")
     follow("resize", tower, ("embed_tokens",))
@@ -89,7 +90,7 @@ def at_size(tower: VisionTower, size: Sequence[int], method: str) -> VisionTower
     return new
 
 
-# How a patch is resized, whose pseudo-inverse multiplies the kernels.
+# How a patch is resized. The pseudo-inverse of this matrix multiplies the kernels.
 RESIZE = {
     "timm": partial(F.interpolate, mode="bicubic", antialias=True),
     "flexivit": partial(F.interpolate, mode="bilinear"),
@@ -97,15 +98,16 @@ RESIZE = {
 
 
 def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
-    """A model for patches of another size, and images larger or smaller by as much.
+    """A model for patches of another size. The grid stays, so the image size changes as much.
 
-    The grid stays, and with it all but the patch embedding, whose kernels are multiplied by the
-    pseudo-inverse of the matrix that resizes a patch: a larger model sees in a resized patch
-    exactly what this one sees in the patch. `resize_image` then gives the old image size back.
+    The kernels of the patch embedding are multiplied by the pseudo-inverse of the matrix that
+    resizes a patch. So a larger model sees in a resized patch exactly what this model sees in the
+    patch. `resize_image` brings the old image size back.
 
-    `method` names whose matrix: "flexivit" (bilinear, not antialiased: big_vision, the code of
-    Beyer et al. 2022, arXiv 2212.08013) or "timm" (resample_patch_embed: bicubic, antialiased).
-    Their kernels differ by a quarter or more.
+    Args:
+        method: whose matrix: "flexivit" (bilinear, not antialiased: big_vision, the code of Beyer
+            et al. 2022, arXiv 2212.08013) or "timm" (resample_patch_embed: bicubic, antialiased).
+            Their kernels differ by a quarter or more.
 
     >>> from miniclip import CLIP
     >>> model = resize_patch(CLIP.from_pretrained("shapes"), 16)  # from 8
@@ -124,7 +126,7 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
     weight = new.vision.patch_embed.weight  # (W, channels, old, old)
     pixels = torch.eye(old * old, dtype=torch.float64, device=weight.device)
     resize = RESIZE[method](pixels.view(-1, 1, old, old), (size, size)).flatten(1)
-    # resize is (old * old, size * size): what becomes of each pixel
+    # resize is (old * old, size * size), a row for each pixel
     kernels = weight.double().flatten(2) @ torch.linalg.pinv(resize).T
     _assign(new.vision.patch_embed, "weight", kernels.unflatten(2, (size, size)).to(weight))
     new.vision.patch_embed.kernel_size = new.vision.patch_embed.stride = (size, size)
@@ -132,11 +134,11 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
 
 
 def resize_channels(model: CLIP, channels: int) -> CLIP:
-    """A model for images of so many channels, such as 4 with depth or near infrared.
+    """A model for images of another number of channels, such as 4 with depth or near infrared.
 
-    timm's rule (adapt_input_conv): for one channel the kernels are summed, which reads a grey image
-    as before; for more they are repeated in order and scaled, so that the sum keeps its size. The
-    checkpoint's transform stays RGB: the other channels are the caller's to make.
+    timm's rule (adapt_input_conv): one channel gets the sum of the kernels, which reads a grey
+    image as before. More channels get the kernels in turn, scaled to keep the size of the sum. The
+    checkpoint's transform stays RGB, so you make the other channels yourself.
 
     >>> from miniclip import CLIP
     >>> four = resize_channels(CLIP.from_pretrained("shapes"), 4)
@@ -161,14 +163,16 @@ def resize_channels(model: CLIP, channels: int) -> CLIP:
 def extend_context(
     model: CLIP, length: int, *, keep: int | None = None, method: str = "longclip"
 ) -> CLIP:
-    """A model that reads longer texts, its position embedding stretched between its own rows.
+    """A model that reads longer texts, with its position embedding stretched.
 
-    "longclip": the first `keep` positions (20) stay, which are all that short captions have
-    trained, and the rest is stretched linearly from its first row, past its last: Zhang et al.
-    2024, arXiv 2403.15378. "linear": PyTorch's linear interpolation, of the whole table unless
-    `keep` is given, as open_clip does. A text that ends in the rows kept keeps its embedding.
-    The Tokenizer has a `context_length` of its own, to be set as well.
-    Raises ValueError for a context that is shorter, or of which there is too little to stretch.
+    A text that ends within the kept rows keeps its embedding. Set the Tokenizer's `context_length`
+    too. Raises ValueError for a shorter context, and for fewer than two rows to stretch.
+
+    Args:
+        keep: how many first positions stay. Default: 20 for "longclip", because short captions
+            train only these; 0 for "linear".
+        method: "longclip" stretches linearly from the first row past the last (Zhang et al. 2024,
+            arXiv 2403.15378). "linear" is PyTorch's linear interpolation, as in open_clip.
 
     >>> from miniclip import CLIP
     >>> extend_context(CLIP.from_pretrained("shapes"), 248, keep=10).config.text.context_length
@@ -191,7 +195,7 @@ def extend_context(
     rows, count = _precise(pos_embed[keep:]), length - keep  # (T, W)
     if method == "longclip":
         places = torch.arange(count, device=rows.device, dtype=rows.dtype) * len(rows) / count
-        below = places.long().clamp(max=len(rows) - 2)  # past the last row, on along its slope
+        below = places.long().clamp(max=len(rows) - 2)  # past the last row, along its slope
         stretched = torch.lerp(rows[below], rows[below + 1], (places - below)[:, None])
     else:
         stretched = F.interpolate(rows.T[None], count, mode="linear")[0].T
@@ -200,11 +204,13 @@ def extend_context(
 
 
 def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
-    """A model whose vocabulary has so many more tokens, or these: vectors (count, W).
+    """A model with more tokens in its vocabulary. The new ids follow the old ones.
 
-    The new ids follow the old ones; without vectors, each new token begins as the mean of all.
-    A model with the legacy end token 2 reads a text at its largest id, which is the last of the
-    old vocabulary; the config then names that one, as a new id would be larger.
+    A model with the legacy end token 2 reads a text at its largest id, the last id of the old
+    vocabulary. The new config names that id, because a new id would be larger.
+
+    Args:
+        tokens: vectors (count, W), or how many new tokens begin as the mean of all.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -223,11 +229,13 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
 
 
 def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
-    """A model with so many register tokens more, or these: vectors (count, W); zeros by default.
+    """A model with more register tokens (Darcet et al. 2023, arXiv 2309.16588).
 
-    They stand after the class token, have no position and are read by nobody at the end: places
-    for what attention otherwise writes over patches. Darcet et al. 2023, arXiv 2309.16588.
-    transformers cannot express the result.
+    They stand after the class token, have no position, and are not read at the end. Attention can
+    store there what it otherwise writes over patches. transformers cannot express the result.
+
+    Args:
+        registers: vectors (count, W), or how many zero vectors.
 
     >>> from miniclip import CLIP
     >>> add_registers(CLIP.from_pretrained("shapes"), 4).config.vision.registers
@@ -246,12 +254,12 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
 
 
 def _precise(x: Tensor) -> Tensor:
-    """Detached, and in float32 at least, which resampling in half precision would need."""
+    """Detached and at least float32, because resampling in half precision is not exact enough."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rows(given: int | Tensor, like: Tensor, default: Tensor) -> Tensor:
-    """(count, W) new rows for a table, in its dtype: those given, or so many of the default."""
+    """New rows (count, W) for a table, in its dtype: the given vectors, or copies of `default`."""
     width = like.shape[1]
     if not isinstance(given, Tensor):
         if type(given) is not int or given < 0:
@@ -263,7 +271,7 @@ def _rows(given: int | Tensor, like: Tensor, default: Tensor) -> Tensor:
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a parameter in the place of another, trained or not as that one was."""
+    """Replace a parameter. The new one is trained if the old one was."""
     old = getattr(module, name)
     trained = True if old is None else old.requires_grad
     setattr(module, name, nn.Parameter(value.detach().clone(), trained))

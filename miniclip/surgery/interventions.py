@@ -1,11 +1,7 @@
-"""Run a model with a part switched off, taken from another run, replaced or left out.
-
-Each is a context manager, or makes the functions for one; nothing is left behind.
-"""
+"""Context managers that switch off, patch, replace or leave out a part of a model's run."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +17,16 @@ from miniclip.surgery.weights import copied
 def ablate_heads(
     model: CLIP, tower: str, heads: Mapping[int, Collection[int]], mode: str = "zero"
 ) -> Iterator[None]:
-    """Silence heads, {layer: [head, ...]}, for as long as the block lasts.
+    """Silence heads while the block lasts.
 
-    "zero" takes what a head adds to the residual stream away, as `prune_heads` does for good.
-    "mean" puts the mean over the batch in its place, at every token, and later layers read it.
     `lens.ablate_contributions` is the ablation of Gandelsman et al. 2023, which changes the
-    embedding alone. ValueError for a layer or head that is not there.
+    embedding alone.
+
+    Args:
+        heads: {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist, and
+            for a fork's attention that does not run its site `z`.
+        mode: "zero" removes what a head adds to the residual stream, as `prune_heads` does for
+            good. "mean" replaces it by its mean over the batch, at every token.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -35,30 +35,26 @@ def ablate_heads(
     """
     if mode not in ("zero", "mean"):
         raise ValueError(f"mode is {mode!r}; expected 'zero' or 'mean'")
+    chosen = {f"{tower}.blocks.{layer}.attn": list(some) for layer, some in heads.items()}
     silenced: set[str] = set()
-    edits: dict[str, Edit] = {
-        f"{tower}.blocks.{layer}.attn.z": partial(_silence, silenced, list(chosen), mode)
-        for layer, chosen in heads.items()
-    }
-    edits |= {name.removesuffix(".z"): partial(_check_silenced, silenced) for name in edits}
-    with hooks(model, edits):
+
+    def silence(z: Tensor, name: str) -> Tensor:  # (B, T, H, D)
+        attn = name.removesuffix(".z")
+        silenced.add(attn)
+        some = numbers(chosen[attn], z.shape[2], name, "heads")
+        z = z.clone()
+        z[:, :, some] = 0 if mode == "zero" else z[:, :, some].mean(0)
+        return z
+
+    def check(out: Tensor, name: str) -> None:
+        if name not in silenced:
+            raise ValueError(
+                f"{name} has not run its site z: ablate_heads cannot follow this attention"
+            )
+
+    edits: dict[str, Edit] = {f"{name}.z": silence for name in chosen}
+    with hooks(model, edits | dict.fromkeys(chosen, check)):
         yield
-
-
-def _check_silenced(silenced: set[str], out: Tensor, name: str) -> None:
-    """Raise ValueError for an attention of a fork's own that does not run its site `z`."""
-    if f"{name}.z" not in silenced:
-        raise ValueError(
-            f"{name} has not run its site z: ablate_heads cannot follow this attention"
-        )
-
-
-def _silence(silenced: set[str], heads: list[int], mode: str, z: Tensor, name: str) -> Tensor:
-    silenced.add(name)
-    numbers(heads, z.shape[2], name, "heads")
-    z = z.clone()  # (B, T, H, D)
-    z[:, :, heads] = 0 if mode == "zero" else z[:, :, heads].mean(0)
-    return z
 
 
 def patch_from(
@@ -67,12 +63,15 @@ def patch_from(
     positions: Tensor | Sequence | slice = slice(None),
     heads: Collection[int] | None = None,
 ) -> dict[str, Edit]:
-    """Functions for `hooks` that put cached tensors in the place of a run's own.
+    """Functions for `hooks` that replace a run's tensors by cached ones.
 
-    Activation patching (Meng et al. 2022, arXiv 2202.05262): `acts` is of `cache`, the tensors
-    (B, T, ...). `positions` are the tokens to replace: one of each row, (B,), or k of them, (B, k);
-    a slice and (1, k) are for all rows. Of a pattern they are the tokens that look. `heads` are the
-    heads, in attn.q, k, v, scores, pattern and z. ValueError for a tensor of another shape.
+    This is activation patching (Meng et al. 2022, arXiv 2202.05262).
+
+    Args:
+        acts: tensors (B, T, ...) of another run, from `cache`, of the same shape.
+        positions: the tokens to replace, query tokens of a pattern: one of each row, (B,), or k of
+            each row, (B, k). A slice and (1, k) are for all rows.
+        heads: the heads to replace, at attn.q, k, v, scores, pattern and z.
 
     >>> from miniclip import CLIP
     >>> from miniclip.sites import cache
@@ -122,12 +121,14 @@ def patch_from(
 
 @contextmanager
 def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) -> Iterator[None]:
-    """Send the tensor at a site, or at all that a glob matches, through a module of your own.
+    """Send the tensor at a site through your own module: an adapter, or a sparse autoencoder.
 
-    An adapter, say, or a sparse autoencoder. With `error_term`, what an autoencoder fails to
-    reconstruct is added back as a constant (Marks et al. 2024, arXiv 2403.19647): the output is the
-    model's own, while gradients pass through the autoencoder's features, and what `hooks` on the
-    autoencoder change is all that changes. The module must return the shape it is given.
+    Args:
+        site: a name or a glob.
+        module: returns the shape that it is given.
+        error_term: add the autoencoder's reconstruction error back as a constant (Marks et al.
+            2024, arXiv 2403.19647). The output is then the model's own, gradients pass through the
+            autoencoder's features, and `hooks` on the autoencoder change the output.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -135,7 +136,7 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     >>> torch.equal(spliced, model.encode_image(pixels))
     True
     """
-    # What hooks on the module change is no error of its own.
+    # The error must not include what hooks on the module change.
     unhooked = copied(module, shares_weights=True) if error_term else module
 
     def through(tensor: Tensor, name: str) -> Tensor:
@@ -150,14 +151,17 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
 def move_to_registers(
     model: CLIP, neurons: Mapping[int, Collection[int]], count: int = 1, scale: float = 1.0
 ) -> Iterator[None]:
-    """Let neurons, {layer: [neuron, ...]}, write to `count` new tokens and to no patch.
+    """Let neurons write to new tokens and not to patches, while the block lasts.
 
-    Test-time registers, Jiang et al. 2025, arXiv 2506.08010: no training, for as long as the block
-    lasts. The tokens are zero before `ln_pre`, and stand where `add_registers` puts its own. After
-    the activation of a layer its neurons are 0 at the patches, and `scale` times m at the new
-    tokens; the class token keeps its own. m is one signed number for an image and a layer, the
-    largest in size over all tokens and all of the layer's neurons. This is what the authors' code
-    does. Their paper moves each neuron's own largest activation, and zeroes all other tokens.
+    These are test-time registers, without training (Jiang et al. 2025, arXiv 2506.08010). As in the
+    authors' code, m is one signed number for an image and a layer: the largest in size over all
+    tokens and all of the layer's neurons. The paper moves each neuron's own largest activation, and
+    zeroes all other tokens.
+
+    Args:
+        neurons: {layer: [neuron, ...]}. Their activations become 0 at the patches and `scale` * m
+            at the new tokens. The class token keeps its own.
+        count: of new tokens. They are zero before `ln_pre`, and have the places of `add_registers`.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -190,9 +194,9 @@ def move_to_registers(
 
 @contextmanager
 def patch_dropout(model: CLIP, share: float) -> Iterator[None]:
-    """Train on a random part of each image's patches; `share` of them is left out.
+    """Leave out a random `share` of each image's patches in training mode. See PatchDropout.
 
-    In evaluation mode nothing changes. See PatchDropout. ValueError for a share outside [0, 1).
+    Raises ValueError for a share outside [0, 1).
 
     >>> from miniclip import CLIP
     >>> from miniclip.sites import cache
@@ -209,17 +213,17 @@ def patch_dropout(model: CLIP, share: float) -> Iterator[None]:
 
 
 class PatchDropout:
-    """Train on a random part of each image's patches (FLIP, Li et al. 2022, arXiv 2212.00794).
+    """A hook for training on a random part of each image's patches.
 
-    A hook on `vision.ln_pre`, whose output is the residual stream before the first block. The
-    class token and registers stay, the patches that stay keep their order and, having been added
-    already, their positions.
+    FLIP (Li et al. 2022, arXiv 2212.00794). It edits the output of `vision.ln_pre`, the residual
+    stream before the first block. The class token and registers stay. The remaining patches keep
+    their order and their positions.
     """
 
     def __init__(self, tower: VisionTower, share: float) -> None:
         follow("patch_dropout", tower, ("forward", "embed_tokens"), attention=("forward", "qkv"))
         self.share = share
-        self.ahead = 1 + tower.config.registers  # tokens that are no patches
+        self.ahead = 1 + tower.config.registers  # tokens before the patches
         self.close = tower.ln_pre.register_forward_hook(self).remove
 
     def __call__(self, module: nn.Module, inputs: object, x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Train a low-rank change to some weights and leave the rest alone.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank) B A, where A is (rank, in) and B is
-(out, rank). The sum is a parametrization of the Linear (torch.nn.utils.parametrize), so that
-`linear.weight` is at all times the weight that is computed with, whoever reads it. PEFT works on
-the same modules: `get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))`.
+(out, rank). The sum is a parametrization of the Linear (torch.nn.utils.parametrize), so
+`linear.weight` is always the sum. PEFT works on the same modules:
+`get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))`.
 """
 
 from collections.abc import Callable, Collection
@@ -17,11 +17,11 @@ from miniclip.sites import find
 from miniclip.surgery.weights import copied
 
 ATTENTION_QV = ("*.blocks.*.attn.q_proj", "*.blocks.*.attn.v_proj")
-"""What the paper adapts: the queries and values of every layer, here in both towers."""
+"""The paper adapts the queries and values of every layer. These are of both towers."""
 
 
 class LowRank(nn.Module):
-    """weight -> weight + scale * B @ A. B begins as zero, so that nothing changes at first."""
+    """weight -> weight + scale * B @ A. B starts at zero, so nothing changes at first."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
@@ -43,10 +43,15 @@ def add_lora(
     rank: int = 4,
     alpha: float | None = None,
 ) -> CLIP:
-    """A model with LoRA on every Linear that the globs match, and nothing else left to train.
+    """A model with LoRA on every Linear that a glob matches. Nothing else is trained.
 
-    `alpha` is `rank` unless given, a scale of 1. `merge_lora` first to save it or to prune it.
-    Raises ValueError for a glob without a match, and for a module that is no plain Linear.
+    Call `merge_lora` before you save or prune it.
+
+    Args:
+        sites: globs of module names.
+        alpha: alpha / rank is the scale of B A. The default is `rank`, a scale of 1.
+    Raises:
+        ValueError: for a glob without a match, and for a module that is not a plain Linear.
 
     >>> from miniclip import CLIP
     >>> model = add_lora(CLIP.from_pretrained("shapes"), ["text.blocks.*.attn.q_proj"], rank=2)
@@ -65,10 +70,10 @@ def add_lora(
 
 
 def merge_lora(model: CLIP) -> CLIP:
-    """A model of plain Linears, each with its low-rank change added to its weight.
+    """A model of plain Linears, whose weights include the low-rank changes.
 
-    It is saved, exported and cut like any other, and remembers what it was made of until then:
-    see `unmerge_lora`. Raises ValueError for a model without LoRA.
+    It can be saved, exported and pruned. Until then it remembers its parts (`unmerge_lora`). Raises
+    ValueError for a model without LoRA.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -80,17 +85,17 @@ def merge_lora(model: CLIP) -> CLIP:
         plain = nn.Linear(adapted.in_features, adapted.out_features, device="meta")
         plain.weight = nn.Parameter(adapted.weight.detach().clone(), False)
         plain.bias = adapted.bias
-        # Not a submodule: to a state dict, an optimizer or a save there is a plain Linear here.
+        # Not a submodule, so that a state dict, an optimizer and a save see a plain Linear.
         object.__setattr__(plain, "unmerged", adapted)
         setattr(parent, name, plain.train(adapted.training))
     return new
 
 
 def unmerge_lora(model: CLIP) -> CLIP:
-    """A model as it was before `merge_lora`: weight, A and B are restored, not computed back.
+    """The model as it was before `merge_lora`, bit for bit: weight, A and B are restored.
 
-    Subtracting what was added would leave the rounding of both. What was done to the merged
-    weights since is lost. Raises ValueError for a model that `merge_lora` has not made.
+    Later changes to the merged weights are lost. Raises ValueError for a model that `merge_lora`
+    has not made.
 
     >>> from miniclip import CLIP
     >>> model = add_lora(CLIP.from_pretrained("shapes"))
@@ -104,21 +109,15 @@ def unmerge_lora(model: CLIP) -> CLIP:
 
 
 def _is_adapted(module: Any) -> bool:
-    return parametrize.is_parametrized(module, "weight") and isinstance(
-        module.parametrizations.weight[0], LowRank
-    )
+    is_parametrized = parametrize.is_parametrized(module, "weight")
+    return is_parametrized and isinstance(module.parametrizations.weight[0], LowRank)
 
 
 def _children(
     model: nn.Module, wanted: Callable[[nn.Module], bool]
 ) -> list[tuple[nn.Module, str, Any]]:
-    """Every (parent, name, module) whose module is wanted; ValueError if there is none."""
-    found = [
-        (parent, name, module)
-        for parent in model.modules()
-        for name, module in parent.named_children()
-        if wanted(module)
-    ]
-    if not found:
+    """Every wanted module, as (parent, name, module). ValueError if there is none."""
+    parts = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+    if not (found := [part for part in parts if wanted(part[2])]):
         raise ValueError("no Linear here has LoRA to merge or unmerge; see add_lora")
     return found

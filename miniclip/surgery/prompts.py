@@ -1,4 +1,4 @@
-"""Prompts that are learned vectors and not words: CoOp (Zhou et al. 2021, arXiv 2109.01134)."""
+"""Prompts of learned vectors in place of words: CoOp (Zhou et al. 2021, arXiv 2109.01134)."""
 
 from torch import Tensor
 
@@ -10,8 +10,8 @@ def encode_prompts(model: CLIP, vectors: Tensor, eos: Tensor, *, normalize: bool
     """Embed texts that are given as token vectors: (B, T, W) -> (B, E).
 
     Args:
-        vectors: in place of the token embeddings of ids, start and end token included.
-        eos: (B,), the position of each text's end token, where it is read.
+        vectors: replace the token embeddings of ids, those of the start and end token too.
+        eos: (B,), the position of each text's end token.
         normalize: whether embeddings have length 1.
 
     >>> import torch

@@ -1,14 +1,13 @@
 """Fewer heads, neurons or layers, or layers in another order.
 
-Head counts and MLP widths may then differ from layer to layer, which the config says with a tuple
-and transformers' CLIP cannot be told; a model where they are the same in every layer, and whose
-heads are all there, still loads in transformers and gives the same logits.
+If the head counts or MLP widths differ from layer to layer, the config has a tuple. transformers'
+CLIP cannot express that. If they are the same in every layer and no head is missing, the model
+loads in transformers and gives the same logits.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +17,15 @@ from miniclip.errors import listed
 from miniclip.files.checks import numbers
 from miniclip.follow import check_equal, check_rebuilt, follow
 from miniclip.model import CLIP, Block
+from miniclip.sites import Edit
 from miniclip.surgery.weights import copied
 
 
 def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -> CLIP:
-    """Take heads out of a tower: `heads` says which, layer by layer, as {layer: [head, ...]}.
+    """Remove heads from a tower (Michel et al. 2019, arXiv 1905.10650), as if their z were zero.
 
-    What a head added to the residual stream is gone, as if its z were zero; the bias of out_proj
-    stays. Heads are numbered as they are now. Michel et al. 2019, arXiv 1905.10650. transformers
-    cannot express the result. Raises ValueError for a layer or head that is not there.
+    The bias of out_proj stays. transformers cannot express the result. `heads` is
+    {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -46,18 +45,21 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
         counts[layer] = len(kept)
     width = _block(new, tower, 0).attn.head_width
     reconfigure(new, tower, heads=tuple(counts), head_width=width)
-    gone_z: dict[str, Any] = {
-        f"blocks.{i}.attn.z": partial(_without, gone=gone) for i, gone in heads.items()
-    }
-    check_equal("prune_heads", getattr(new, tower), getattr(model, tower), gone_z)
+
+    def silence(z: Tensor, name: str) -> Tensor:  # (B, T, H, D)
+        is_kept = [i not in heads[int(name.split(".")[1])] for i in range(z.shape[2])]
+        return z * torch.tensor(is_kept, device=z.device)[:, None]
+
+    silenced: dict[str, Edit] = {f"blocks.{layer}.attn.z": silence for layer in heads}
+    check_equal("prune_heads", getattr(new, tower), getattr(model, tower), silenced)
     return check_rebuilt("prune_heads", new)
 
 
 def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]]) -> CLIP:
-    """Take neurons out of the MLPs of a tower, as {layer: [neuron, ...]}.
+    """Remove neurons from the MLPs of a tower, as if their activations were zero.
 
-    As if their activations were zero; the bias of fc2 stays. transformers can express the result
-    if the same number goes from every layer. ValueError for a layer or neuron that is not there.
+    The bias of fc2 stays. transformers can express the result if every layer loses the same number.
+    `neurons` is {layer: [neuron, ...]}. Raises ValueError if a layer or neuron does not exist.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -78,10 +80,10 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
 
 
 def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
-    """A tower of these layers, in this order: drop some, reorder them, or name one twice.
+    """Keep these layers of a tower, in this order (Sajjad et al. 2020, arXiv 2004.03844).
 
-    Transformers so cut, as Sajjad et al. 2020, arXiv 2004.03844, read the remaining residual
-    stream through the same last LayerNorm. ValueError for a layer that is not there, or for none.
+    A layer may come twice. The last LayerNorm stays. Raises ValueError for a layer that does not
+    exist, and for an empty list.
 
     >>> from miniclip import CLIP
     >>> keep_layers(CLIP.from_pretrained("shapes"), "vision", range(3)).config.vision.layers
@@ -103,10 +105,10 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
 
 
 def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
-    """Change fields in a tower's config, in place, to say what was done to it; returns the model.
+    """Change fields of a tower's config in place, after a change to its modules. Returns the model.
 
-    Nothing else changes: saving refuses a model whose modules are not what its config says.
-    ValueError for a field that the config has not.
+    Saving refuses a model whose modules do not fit its config. Raises ValueError for an unknown
+    field.
 
     >>> from miniclip import CLIP
     >>> model = copied(CLIP.from_pretrained("shapes"))
@@ -141,20 +143,13 @@ def _block(model: CLIP, tower: str, layer: int) -> Block:
     return blocks[layer]
 
 
-def _without(z: Tensor, name: str, gone: Collection[int]) -> Tensor:
-    """z (B, T, H, D) with some heads at zero."""
-    kept = torch.ones(z.shape[2], 1, dtype=z.dtype, device=z.device)
-    kept[list(gone)] = 0
-    return z * kept
-
-
 def _others(gone: Collection[int], count: int, where: str, kind: str) -> Tensor:
     gone = numbers(gone, count, where, kind)
     return torch.tensor([i for i in range(count) if i not in gone], dtype=torch.long)
 
 
 def _cut(linear: nn.Linear, dim: int, kept: Tensor) -> None:
-    """Keep these outputs (dim 0) or inputs (dim 1) of a Linear, and no others, in place."""
+    """Keep only these outputs (dim 0) or inputs (dim 1) of a Linear, in place."""
     if type(linear) is not nn.Linear:
         raise ValueError(
             f"expected a plain Linear to cut, found {type(linear).__name__}; merge adapters first"

@@ -1,7 +1,7 @@
-"""Arithmetic on whole sets of weights, and the parts of a tower that are trained or kept.
+"""Arithmetic on whole sets of weights, and the parts of a tower that are trained or frozen.
 
-Models that were fine-tuned from the same weights lie in one basin: a mean of them is a model too.
-Everything is added up in float64 and rounded once, to the precision of the first model's weights.
+Models that were fine-tuned from the same weights lie in one basin, so their mean is a model too.
+Sums are float64 and are rounded once, to the precision of the first model's weights.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from miniclip.sites import Enter
 
 
 def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
-    """The model `alpha` of the way from one to the other: 0 is the first, 1 the second, exactly.
+    """The model `alpha` of the way from one model to the other.
 
     WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903) goes from the zero-shot to the fine-tuned
-    model; an alpha outside of 0 to 1 extrapolates. Raises ValueError for models that differ in more
-    than their weights, and for LoRA that is not merged.
+    model. 0 gives the first model and 1 the second, exactly; other numbers extrapolate. Raises
+    ValueError for models that differ in more than their weights, and for unmerged LoRA.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -34,10 +34,9 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
 
 
 def average(models: list[CLIP]) -> CLIP:
-    """The model whose every weight is the mean of theirs.
+    """The mean of the models' weights: the uniform soup of Wortsman et al. 2022, arXiv 2203.05482.
 
-    The uniform soup of Wortsman et al. 2022, arXiv 2203.05482. Raises ValueError for no models, for
-    models that differ in more than their weights, and for LoRA that is not merged.
+    Raises ValueError for no models, and as `interpolate` does.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -51,10 +50,9 @@ def average(models: list[CLIP]) -> CLIP:
 
 @dataclass(frozen=True)
 class TaskVector:
-    """What fine-tuning added to every weight: the tuned model less the base it started from.
+    """What fine-tuning adds to every weight, in float64 (Ilharco et al. 2022, arXiv 2212.04089).
 
-    Vectors are added, subtracted, negated (to forget a task) and scaled; `apply` adds one to a
-    model. Ilharco et al. 2022, arXiv 2212.04089. The tensors are float64.
+    Vectors can be added, subtracted, scaled and negated, which forgets a task.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -67,18 +65,17 @@ class TaskVector:
 
     @classmethod
     def between(cls, base: CLIP, tuned: CLIP) -> "TaskVector":
-        """The vector that leads from `base` to `tuned`. ValueError if their shapes differ."""
+        """The weights of `tuned` minus those of `base`. ValueError if their shapes differ."""
         weights, others = _weights(base, tuned)
         return cls({name: others[name].double() - weights[name].double() for name in weights})
 
     def apply(self, model: CLIP, scale: float = 1.0) -> CLIP:
-        """A new model: the one given, plus `scale` times this vector."""
+        """A new model: the given model plus `scale` times this vector."""
         (weights,) = _weights(model)
         _check_same_shapes(weights, self.tensors)
-        return _with_weights(
-            model,
-            {n: w.double() + scale * self.tensors[n].to(w.device) for n, w in weights.items()},
-        )
+        vector = self.tensors
+        moved = {n: w.double() + scale * vector[n].to(w.device) for n, w in weights.items()}
+        return _with_weights(model, moved)
 
     def __add__(self, other: "TaskVector") -> "TaskVector":
         _check_same_shapes(self.tensors, other.tensors)
@@ -101,10 +98,10 @@ OUTPUT = ("ln_post", "ln_final", "proj")
 
 
 def layer_groups(tower: VisionTower | TextTower) -> list[list[nn.Parameter]]:
-    """A tower's parameters from input to output: embedding, every block, the projection.
+    """A tower's parameters in groups, for `freeze` or a learning rate that depends on depth.
 
-    The embedding's group holds what comes before the first block, the projection's the last
-    LayerNorm as well. For freezing from below, or a learning rate that falls with depth.
+    The groups are, from input to output: all before the first block; each block; the last LayerNorm
+    and the projection.
 
     >>> from miniclip import CLIP
     >>> len(layer_groups(CLIP.from_pretrained("shapes").vision))  # 4 blocks
@@ -113,21 +110,20 @@ def layer_groups(tower: VisionTower | TextTower) -> list[list[nn.Parameter]]:
     groups: list[list[nn.Parameter]] = [[] for _ in range(len(tower.blocks) + 2)]
     for name, parameter in tower.named_parameters():
         part, _, rest = name.partition(".")
-        is_output = part in OUTPUT
         if part not in ("blocks", *EMBEDDING, *OUTPUT):
             raise ValueError(
                 f"{type(tower).__name__} has a parameter {name}: layer_groups cannot know whether "
                 "it comes before the blocks or after them"
             )
-        place = 1 + int(rest.partition(".")[0]) if part == "blocks" else -1 if is_output else 0
-        groups[place].append(parameter)
+        place = -1 if part in OUTPUT else 0
+        groups[1 + int(rest.partition(".")[0]) if part == "blocks" else place].append(parameter)
     return groups
 
 
 def freeze(tower: VisionTower | TextTower, groups: int) -> None:
-    """Take the first so many of `layer_groups` out of training, and the others into it, in place.
+    """Freeze the first `groups` of `layer_groups` and unfreeze the others, in place.
 
-    LiT (Zhai et al. 2021, arXiv 2111.07991) freezes the whole of a trained vision tower.
+    LiT (Zhai et al. 2021, arXiv 2111.07991) freezes all groups of a trained vision tower.
 
     >>> from miniclip import CLIP
     >>> tower = CLIP.from_pretrained("shapes").vision
@@ -147,9 +143,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(model: Module, shares_weights: bool = False) -> Module:
-    """A copy that has none of the model's forward hooks, and its weights if it `shares_weights`.
+    """A copy of a model without its forward hooks, because nobody could remove copied hooks.
 
-    Hooks belong to who registered them on the model; a copy of one could never be removed again.
+    The copy shares the tensors if `shares_weights`.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -175,8 +171,8 @@ def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
 
 
 def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
-    """The numbers of models that differ in nothing else. ValueError if they do, or if one is not
-    what its config says: adapters that are not merged, and quantised modules, have no mean."""
+    """The floating-point tensors of models that differ in nothing else. ValueError if they do, or
+    if a model does not fit its config: unmerged adapters and quantised modules have no mean."""
     for model in models:
         check_described(model)
     found = [
@@ -193,7 +189,7 @@ def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
 
 
 def _ties(model: CLIP) -> list[int]:
-    """Of each parameter the number of the first that is the same."""
+    """For each parameter, the number of the first parameter that is the same object."""
     ids = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     return [ids.index(one) for one in ids]
 

@@ -501,14 +501,14 @@ SLIPS = [
     ),
     Slip(
         "The flag --dtype of parity is dropped.",
-        "*pair,\n        dtype=getattr(torch, args.dtype),\n",
-        "*pair,\n",
+        "*pair, dtype=dtype, device=args.device, gradients",
+        "*pair, device=args.device, gradients",
         f"{PARITY} -k argument",
     ),
     Slip(
         "The flag --device of parity is dropped.",
-        "device=args.device,\n        gradients=",
-        "gradients=",
+        "dtype=dtype, device=args.device, gradients=args.grad",
+        "dtype=dtype, gradients=args.grad",
         f"{PARITY} -k argument",
     ),
     Slip(

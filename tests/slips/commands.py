@@ -76,14 +76,14 @@ SLIPS = [
     ),
     Slip(
         "parity ignores --dtype.",
-        "*pair,\n        dtype=getattr(torch, args.dtype),\n",
-        "*pair,\n",
+        "*pair, dtype=dtype, device=args.device, gradients",
+        "*pair, device=args.device, gradients",
         f"{FLAGS} -k 'dtype and parity'",
     ),
     Slip(
         "parity ignores --device.",
-        "device=args.device,\n        gradients=",
-        "gradients=",
+        "dtype=dtype, device=args.device, gradients=args.grad",
+        "dtype=dtype, gradients=args.grad",
         f"{FLAGS} -k 'device and parity'",
     ),
     Slip(

@@ -802,8 +802,8 @@ LENS = [
     ),
     Slip(
         "The map of relevance is of the last block alone.",
-        "return on_grid(model, pixels, relevance(model, pixels, ids).image)",
-        "return on_grid(model, pixels, relevance(model, pixels, ids, start=-1).image)",
+        "on_grid(model, x, relevance(model, x, ids).image)",
+        "on_grid(model, x, relevance(model, x, ids, start=-1).image)",
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
@@ -827,13 +827,13 @@ LENS = [
     Slip(
         "Rollout is called attention.",
         '    "attention": last_attention,\n',
-        '    "attention": rollout_map,\n',
+        '    "attention": lambda model, x, ids: on_grid(model, x, rollout(model, x)),\n',
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
         "Tokens are called relevance.",
-        '    "relevance": relevance_map,\n',
-        '    "relevance": token_map,\n',
+        '"relevance": lambda model, x, ids: on_grid(model, x, relevance(model, x, ids).image),',
+        '"relevance": token_map,',
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
@@ -1118,8 +1118,8 @@ SURGERY = [
     ),
     Slip(
         "The mean of an ablated head is over tokens too.",
-        'z[:, :, heads] = 0 if mode == "zero" else z[:, :, heads].mean(0)',
-        'z[:, :, heads] = 0 if mode == "zero" else z[:, :, heads].mean((0, 1))',
+        'z[:, :, some] = 0 if mode == "zero" else z[:, :, some].mean(0)',
+        'z[:, :, some] = 0 if mode == "zero" else z[:, :, some].mean((0, 1))',
         "tests/test_surgery_runs.py -k mean",
     ),
     Slip(
@@ -1383,8 +1383,8 @@ SURGERY = [
     ),
     Slip(
         "A task vector ignores its scale.",
-        "w.double() + scale * self.tensors[n].to(w.device)",
-        "w.double() + self.tensors[n].to(w.device)",
+        "w.double() + scale * vector[n].to(w.device)",
+        "w.double() + vector[n].to(w.device)",
         "tests/test_surgery_weights.py -k task_vectors",
     ),
     Slip(
@@ -1407,8 +1407,8 @@ SURGERY = [
     ),
     Slip(
         "The last LayerNorm is in the group of the embedding.",
-        "is_output = part in OUTPUT",
-        'is_output = part == "proj"',
+        "place = -1 if part in OUTPUT else 0",
+        'place = -1 if part == "proj" else 0',
         "tests/test_surgery_weights.py -k groups",
     ),
     Slip(
