@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -712,13 +711,29 @@ def test_help_says_what_each_argument_is_and_its_default(name):
         if action.default not in (None, False, "", [], argparse.SUPPRESS):
             assert "(default: " in action.help, action
         if action.dest == "model" and name not in ("search", "train"):
-            assert "one that comes along (" + ", ".join(embedded_names()) in action.help
+            assert "an embedded checkpoint (" + ", ".join(embedded_names()) in action.help
+
+
+# In place of the examples that take minutes.
+SMALL_RUNS = """
+miniclip explain pictures/coffee.png "a cup of coffee" --all -o where.png --model everyday
+miniclip eval noise --model everyday --plot confusions.png
+miniclip train noise --out run --epochs 1 --batch 2 --model everyday --plot run.png
+miniclip parity shapes --plot depth.png
+"""
+RUN_ALL = """
+import shlex, sys
+from miniclip.commands.main import main
+
+for line in sys.stdin:
+    status = main(shlex.split(line)[1:])
+    assert status == 0, (line, status)
+"""
 
 
 @pytest.mark.slow
-def test_the_examples_run_offline_as_they_stand(run, tmp_path, monkeypatch):
-    """In an empty folder; without those that take minutes."""
-    monkeypatch.chdir(tmp_path)
+def test_the_examples_run_offline_as_they_stand_and_no_command_warns(tmp_path):
+    """In an empty folder, under `-W error`. Bench and serve have tests of their own."""
     (commands,) = (a for a in build_parser()._actions if getattr(a, "choices", None))
     lines = [
         line.strip()
@@ -726,11 +741,22 @@ def test_the_examples_run_offline_as_they_stand(run, tmp_path, monkeypatch):
         for line in parser.epilog.partition("with ")[0].splitlines()[1:]
     ]
     assert {line.split()[1] for line in lines} == {*COMMANDS.split()}
-    for line in dict.fromkeys(lines):
-        _, *argv = shlex.split(line)
-        if argv[0] not in ("bench", "eval", "explain", "parity", "serve", "train"):
-            assert run(*argv)[0] == 0, line
-    assert (tmp_path / "drinks.png").is_file() and (tmp_path / "pictures" / "scene.png").is_file()
+    slow = "bench", "eval", "explain", "parity", "serve", "train"
+    lines = [line for line in dict.fromkeys(lines) if line.split()[1] not in slow]
+    for label in ("cat", "dog"):
+        (tmp_path / "noise" / label).mkdir(parents=True)
+        for i in range(2):
+            Image.effect_noise((64, 64), 50).save(tmp_path / "noise" / label / f"{i}.png")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", RUN_ALL],
+        input="\n".join([*lines, *SMALL_RUNS.strip().splitlines()]),
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0 and "warning" not in done.stderr.lower(), done.stderr
+    for name in ("drinks.png", "pictures/scene.png", "where.png", "confusions.png", "depth.png"):
+        assert (tmp_path / name).is_file(), name
 
 
 def test_the_version_is_that_of_the_package(run):

@@ -1,4 +1,4 @@
-"""`miniclip classify`: photographs against labels."""
+"""`miniclip classify`: rank labels for photographs."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from miniclip.retrieval.pictures import Member
     from miniclip.zeroshot.classifier import Score
 
-DESCRIPTION = "Which of these labels does a photograph show?"
+DESCRIPTION = "Rank labels for each photograph: which one does it show?"
 EXAMPLE = f"""{PICTURES}
   miniclip classify pictures/coffee.png --labels "cup of coffee" teapot dog --model everyday"""
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def found_in(images: list[str]) -> "Iterator[str | Member | Exception]":
-    """The pictures that arguments stand for, and an error for each that stands for none."""
+    """Yield the pictures that each argument stands for, or the error if it stands for none."""
     from miniclip.retrieval.pictures import find_pictures
 
     for name in images:
@@ -98,7 +98,7 @@ def found_in(images: list[str]) -> "Iterator[str | Member | Exception]":
 
 
 def check_labels(labels: list[str]) -> None:
-    """Raise ValueError where commas seem to stand between labels: a shell passes them on."""
+    """Raise ValueError if commas separate the labels: a shell separates by spaces."""
     if (
         any(label.strip().endswith(",") for label in labels)
         or len(labels) == 1

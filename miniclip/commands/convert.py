@@ -1,4 +1,4 @@
-"""`miniclip convert`: a checkpoint in another layout."""
+"""`miniclip convert`: write a checkpoint in another layout."""
 
 import argparse
 from collections import Counter
@@ -16,20 +16,20 @@ EXAMPLE = "miniclip convert shapes --out copy --layout open_clip"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("source", help="a checkpoint in any of the three")
+    parser.add_argument("source", help="a checkpoint in any of the three layouts")
     parser.add_argument("-o", "--out", required=True, metavar="DIR", help="a new directory")
-    parser.add_argument("--layout", choices=LAYOUTS, required=True, help="whose names and files")
+    parser.add_argument("--layout", choices=LAYOUTS, required=True, help="the layout to write")
     parser.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="a checkpoint to take the tokenizer from, if there is none beside the weights. "
+        help="a checkpoint whose tokenizer to copy, if there is none beside the weights; "
         "OpenAI's own files have none: use openai/clip-vit-base-patch32",
     )
     add_revision(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and print what was done to the parameters."""
+    """Convert, and print how many parameters changed their form."""
     from miniclip.convert import convert
 
     done = convert(
@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def name_change(row: "Mapped") -> str:
-    """Say what was done to a parameter on its way from one file to the other."""
+    """Say how a parameter of one file became a parameter of the other."""
     before, after = row.source.form, row.destination.form
     if before == after:
         return "as they were"
     if "T" in (before, after):
         return "transposed"
-    return "of q, k and v, taken apart" if before else "of q, k and v, put under one another"
+    return "split into q, k and v" if before else "q, k and v stacked in one"

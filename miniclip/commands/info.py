@@ -1,10 +1,10 @@
-"""`miniclip info`: the parts of a model, their parameters and multiply-adds."""
+"""`miniclip info`: show the parts of a model, their parameters and multiply-adds."""
 
 import argparse
 
 from miniclip.commands.shared import DEFAULT_MODEL, MODELS, add_revision, print_json, print_wrapped
 
-DESCRIPTION = "A model's architecture, parameters and multiply-adds, from its config alone."
+DESCRIPTION = "Show a model's architecture, parameters and multiply-adds, from its config alone."
 EXAMPLE = "miniclip info everyday"
 
 

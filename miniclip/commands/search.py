@@ -1,4 +1,4 @@
-"""`miniclip search`: the pictures of an index that are most like a query."""
+"""`miniclip search`: find the pictures of an index that are most like a query."""
 
 import argparse
 from time import perf_counter
@@ -13,7 +13,7 @@ from miniclip.commands.shared import (
 )
 from miniclip.terminal import counted, printable
 
-DESCRIPTION = "The pictures of an index nearest to a text, a picture, or a sum of several."
+DESCRIPTION = "Find the pictures of an index nearest to a text, a picture, or a sum of several."
 EXAMPLE = f"""{PICTURES}
   miniclip embed pictures --out index.safetensors --model everyday
   miniclip search index.safetensors "a drink" --out drinks.png
@@ -23,19 +23,19 @@ EXAMPLE = f"""{PICTURES}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("index", metavar="INDEX", help="what `miniclip embed` wrote")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="several are added up")
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a query; several are added")
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="add a picture to the query"
+        "--image", action="append", default=[], metavar="FILE", help="add a picture"
     )
     parser.add_argument(
-        "--minus", action="append", default=[], metavar="TEXT", help="take a text from the query"
+        "--minus", action="append", default=[], metavar="TEXT", help="subtract a text"
     )
     parser.add_argument(
         "--minus-image",
         action="append",
         default=[],
         metavar="FILE",
-        help="take a picture from the query",
+        help="subtract a picture",
     )
     parser.add_argument(
         *("-k", "--top-k"),
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="find the N nearest pictures (default: %(default)s)",
     )
     parser.add_argument("-o", "--out", metavar="PNG", help="draw the pictures with their scores")
-    parser.add_argument("--model", help="where the model is now, if not where it was")
+    parser.add_argument("--model", help="the model, if its folder has moved")
     add_device(parser)
 
 

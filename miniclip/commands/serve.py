@@ -1,4 +1,4 @@
-"""`miniclip serve`: a page in the browser to try models on."""
+"""`miniclip serve`: try models in the browser."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import json
 from miniclip.commands.shared import DEFAULT_MODEL, MODELS, add_device
 from miniclip.terminal import progress
 
-DESCRIPTION = "A page in the browser to try models on, for this machine alone."
+DESCRIPTION = "Try models on a page in the browser. Only this machine can open it."
 EXAMPLE = "miniclip serve --model everyday shapes"
 
 
@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[DEFAULT_MODEL],
         metavar="NAME",
-        help=f"one, or several to choose from: {MODELS}",
+        help=f"one or several: {MODELS}",
     )
-    parser.add_argument("--index", metavar="FILE", help="pictures to search, from `miniclip embed`")
+    parser.add_argument("--index", metavar="FILE", help="an index of `miniclip embed` to search")
     parser.add_argument(
-        "--port", type=int, metavar="N", help="this one and no other (default: a free one)"
+        "--port", type=int, metavar="N", help="this port only (default: a free one)"
     )
     add_device(parser)
 
@@ -38,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     with listen(args.port) as socket:  # first, because a port that is taken should show at once
         models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
-        find = open_index(args.index, args.device) if args.index else None
-        app = create_app(models, find)
+        app = create_app(models, *(open_index(args.index, args.device) if args.index else ()))
         url = f"http://127.0.0.1:{socket.getsockname()[1]}"
         print(json.dumps({"url": url}) if args.json else f"{url}  (Ctrl-C ends it)", flush=True)
         serve_until_interrupted(app, socket)

@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 COLUMNS = 80  # of a table, at most
 MODELS = (
-    f"one that comes along ({', '.join(embedded_names())}), a folder, a weights file, ViT-B/32 and "
-    f"OpenAI's other names, or a repository of the Hugging Face hub (default: {DEFAULT_MODEL})"
+    f"an embedded checkpoint ({', '.join(embedded_names())}), a folder, a weights file, one of "
+    "OpenAI's names such as ViT-B/32, or a repository of the Hugging Face hub "
+    f"(default: {DEFAULT_MODEL})"
 )
 REVISION = "branch, tag or commit of a hub repository (default: main)"
-PICTURES = "miniclip demo --pictures pictures"  # what the examples of other commands read
+PICTURES = "miniclip demo --pictures pictures"  # makes what other examples read
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add what says which model is loaded and how: the arguments of `load_model`."""
+    """Add the arguments of `load_model`."""
     group = parser.add_argument_group("which model")
     group.add_argument("--model", default=DEFAULT_MODEL, help=MODELS)
     group.add_argument(
@@ -54,14 +55,14 @@ LABELS = (
 
 
 def read_labels(names: list[str]) -> list[str]:
-    """The labels that --labels names."""
+    """Return the labels that --labels stands for."""
     from miniclip.zeroshot.data import find_labels
 
     return sys.stdin.read().splitlines() if names == ["-"] else find_labels(names)
 
 
 def read_input(name: str) -> str | bytes:
-    """The name of a file, or for "-" what comes from standard input."""
+    """Return the name of a file, or the bytes of standard input for "-"."""
     return sys.stdin.buffer.read() if name == "-" else name
 
 
@@ -71,7 +72,7 @@ def add_revision(parser: argparse._ActionsContainer) -> None:
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:
-    """Add what says which columns of a metadata file are read."""
+    """Add the arguments that name the columns of a metadata file."""
     for column, default in (("image", "file_name"), ("text", "text")):
         help = f"of the metadata file (default: {default})"
         parser.add_argument(f"--{column}-column", default=default, metavar="NAME", help=help)
@@ -91,10 +92,10 @@ def load_model(args: argparse.Namespace, **options: Any) -> "Loaded":
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensors.
+    """Let glibc keep freed memory for the next tensors.
 
-    By default it gives large blocks back to Linux, which clears each page again for the next
-    block: an eighth of the time that B/32 takes for 64 pictures. Memory use may grow by a quarter.
+    By default glibc returns large blocks to Linux, and Linux clears each page again. That is an
+    eighth of the time of B/32 for 64 pictures. Memory use may grow by a quarter.
     """
     if sys.platform != "linux":
         return

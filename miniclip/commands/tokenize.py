@@ -1,10 +1,10 @@
-"""`miniclip tokenize`: every stage from a text to its token ids."""
+"""`miniclip tokenize`: show how a text becomes token ids."""
 
 import argparse
 
 from miniclip.commands.shared import add_model, print_json
 
-DESCRIPTION = "What happens to a text on its way to token ids, stage by stage."
+DESCRIPTION = "Show how a text becomes token ids, stage by stage."
 EXAMPLE = 'miniclip tokenize "a photo of a cat" --model everyday'
 
 

@@ -42,7 +42,7 @@ except ImportError:
 HOST = "127.0.0.1"
 FIRST_PORT = 8400
 MAX_BYTES = 20_000_000  # of an upload
-MAX_PIXELS = 25_000_000  # of an upload: decoded, they take over ten bytes each for a while
+MAX_PIXELS = 50_000_000  # of an upload: decoded, they take over ten bytes each for a while
 MAX_LABELS, MAX_CHARACTERS = 200, 1000  # of a question, and of one of its texts
 MAX_WAITING = 16  # questions
 MAX_SECONDS = 60  # that a question may take, and that its words may take to arrive
@@ -60,8 +60,9 @@ POLICY = (
 Find = Callable[[str], list[tuple[str, float, Image.Image]]]
 
 
-def open_index(path: str, device: str) -> Find:
-    """A function from a text to the best of the index's pictures: (path, cosine, picture)."""
+def open_index(path: str, device: str) -> tuple[Find, str]:
+    """A function from a text to the best of the index's pictures: (path, cosine, picture). And the
+    name of the model that made the index."""
     from miniclip.retrieval.index import Index, embed_query
 
     index = Index.load(path)
@@ -77,11 +78,19 @@ def open_index(path: str, device: str) -> Find:
         except ImageError:  # moved or changed since; its name and score still say something
             return Image.new("RGB", (1, 1))
 
-    return find
+    return find, index.encoder.model
 
 
-def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starlette:
-    """The server of a page on which to choose among `models`, and to search with `find`."""
+def create_app(
+    models: Mapping[str, Loaded], find: Find | None = None, searcher: str = ""
+) -> Starlette:
+    """The server of a page on which to choose among `models`, and to search with `find`, whose
+    model is `searcher`."""
+
+    def find_model(name: str) -> Loaded:
+        if name not in models:  # the page may be older than the server
+            raise ValueError(f"this server has no model {name!r}: reload the page")
+        return models[name]
 
     def about(asked: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -90,13 +99,13 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
             "blind": [*lens.BLIND, "head"],
             "colours": lens.HEAT_COLOURS,
             "examples": examples(),
-            "search": find is not None,
+            "searcher": searcher,
             "max_bytes": MAX_BYTES,
         }
 
     def classify(asked: dict[str, Any]) -> dict[str, Any]:
         """{model, picture, labels, templates} -> what the model sees, and its scores."""
-        loaded, picture = models[asked["model"]], read_picture(asked["picture"])
+        loaded, picture = find_model(asked["model"]), read_picture(asked["picture"])
         templates = find_templates(asked["templates"])
         classifier = ZeroShotClassifier(*loaded[:2], asked["labels"], templates)
         (scores,) = classifier.rank(loaded.transform([picture]))
@@ -105,7 +114,7 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
 
     def explain(asked: dict[str, Any]) -> dict[str, Any]:
         """{model, picture, label, templates, method} or {..., layer, head} -> a heat map."""
-        loaded, picture = models[asked["model"]], read_picture(asked["picture"])
+        loaded, picture = find_model(asked["model"]), read_picture(asked["picture"])
         text = find_templates(asked["templates"])[0].replace("{}", asked["label"])
         if asked["method"] == "head":
             pixels = loaded.transform([picture]).to(loaded.model.logit_scale.device)
@@ -163,8 +172,9 @@ def create_app(models: Mapping[str, Loaded], find: Find | None = None) -> Starle
                 return JSONResponse({"error": message}, status_code=503)
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 known = isinstance(error, (ValueError, RuntimeError))
-                message = str(error) if known else f"not a question this page asks: {error!r}"
-                return JSONResponse({"error": message.partition("\n")[0]}, status_code=400)
+                message = str(error) if known else "not a question of this page: reload the page"
+                message = message.partition("\n")[0].replace(" (in Python, truncate=True does)", "")
+                return JSONResponse({"error": message}, status_code=400)
 
         return Route(f"/{answer.__name__}", endpoint, methods=["POST"])
 
@@ -246,18 +256,19 @@ async def read_body(request: Request) -> bytes:
 def read_picture(url: str) -> Image.Image:
     """The picture in a data: URL, upright, its first frame. Raises ImageError."""
     file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
+    too_many = ImageError(f"the picture has more than {MAX_PIXELS:,} pixels: make it smaller")
     try:
         with suppress(OSError, SyntaxError), no_warnings, Image.open(file, formats=TYPES) as header:
             if header.width * header.height > MAX_PIXELS:
-                found = f"{header.width} x {header.height} pixels"
-                raise ImageError(f"it has {found}; at most {MAX_PIXELS:,} are read")
+                raise too_many
         return open_image(file, TYPES)
-    except Image.DecompressionBombError as error:
-        raise ImageError(str(error)) from None
+    except Image.DecompressionBombError:
+        raise too_many from None
     except ImageError as error:
-        raise ImageError(
-            f"{str(error).rstrip('.')}. What can be read: {', '.join(TYPES)}"
-        ) from None
+        if error is too_many:
+            raise
+        reason = str(error).rstrip(".").replace(" that Pillow reads", "")
+        raise ImageError(f"{reason}. What can be read: {', '.join(TYPES)}") from None
 
 
 def write_picture(picture: Image.Image) -> str:
