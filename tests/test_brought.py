@@ -779,5 +779,12 @@ def test_clip_retrieval_352_a_text_beside_each_picture(tmp_path):
         assert pair.caption == f"picture {round(pair.pixels[0].max().item() / 40)}"
     assert data.skipped == [f"{tmp_path}: pictures without a caption in a .txt: 1"]
     for path in tmp_path.rglob("*.txt"):
+        text = path.read_text("utf-8-sig")
+        path.write_text("0 0.48 0.63 0.69 0.71\n")  # labels for detection, as YOLO has them
+    with pytest.raises(ValueError, match="expected a caption.*found no word.*0 0.48"):
+        open_data(tmp_path, ImageTransform(8))
+    path.write_text(text)
+    assert sorted(open_data(tmp_path, ImageTransform(8)).captions()) == [text.strip()]
+    for path in tmp_path.rglob("*.txt"):
         path.rename(path.with_name("readme.txt"))
     assert len(open_data(tmp_path, ImageTransform(8)).entries) == 10  # class folders, as before

@@ -12,7 +12,7 @@ the theory did. At 1 the step grows as it must. Below 1 a fixed cost still weigh
 reads them all. On paper, FAISS's `IVF1048576_HNSW32,PQ64` (product quantisation, 64 bytes a vector)
 takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. A query that visits
 64 of the 1,048,576 cells compares about 61,000 codes. FAISS's guide to choosing an index lists this
-one for 10M to 1B vectors. Its recall depends on the data. It was not measured here.
+one for 100M to 1B vectors. Its recall depends on the data. It was not measured here.
 """
 
 import itertools

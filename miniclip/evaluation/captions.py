@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from miniclip.errors import listed
+from miniclip.errors import listed, shown
 from miniclip.files.reading import read_json
 from miniclip.files.tars import Member, members
 from miniclip.retrieval.pictures import find_pictures
@@ -101,9 +101,15 @@ def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
     if not {*texts.values()} & {*files}:
         return None
     rows: list[Row] = []
+    caption = ""
     for path, text in texts.items():
         caption = text.read_text("utf-8-sig", "replace").strip() if text.is_file() else ""
-        rows += [(str(path), (caption,))] * bool(caption)
+        rows += [(str(path), (caption,))] * any(map(str.isalpha, caption))
+    if not rows:
+        raise ValueError(
+            f"{root}: expected a caption in the .txt beside each picture, found no word in any of "
+            f"them, as in labels for detection; the last is {shown(caption)}"
+        )
     missing = len(texts) - len(rows)
     return rows, [f"{root}: pictures without a caption in a .txt: {missing:,}"] * bool(missing)
 

@@ -205,7 +205,7 @@ SLIPS = [
         """            dtype=getattr(torch, args.dtype),
             compile=args.compile,
 """,
-        """                compile=args.compile,
+        """            compile=args.compile,
 """,
         f"{FLAGS} -k bench",
     ),
