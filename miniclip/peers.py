@@ -13,6 +13,10 @@ DISTRIBUTIONS = {
     "clip": "openai-clip",
     "PIL": "pillow",
     "faiss": "faiss-cpu",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "instant_clip_tokenizer": "instant-clip-tokenizer",
+    "hf_processors_rs": "hf-processors-rs",
 }
 """The libraries that numbers depend on: the name of the module, and its name for pip."""
 

@@ -93,7 +93,7 @@ def to_symbols(word: str) -> list[str]:
 def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]]:
     """BPE by its definition: join the pair that was learned first, everywhere, until none is left.
 
-    Returns the symbols after each step. `text/merge.py` does the same in O(n log n).
+    Returns the symbols after each step. `text/merge.py` does the same fast.
 
     >>> merge_steps(["c", "a", "t</w>"], {("a", "t</w>"): 0, ("c", "at</w>"): 1})
     [['c', 'a', 't</w>'], ['c', 'at</w>'], ['cat</w>']]
@@ -164,7 +164,7 @@ class Tokenizer(PretrainedTokenizer):
         self._split = split_openai if reference == "openai" else split_transformers
         # Cleaning, splitting and merging never look across a space. So a chunk between two spaces
         # always has the same ids, and they are remembered. (Added tokens may contain a space.)
-        self._ids_of = RememberedChunks(self._encode_chunk, whole=self._added.have_spaces)
+        self._ids_of = RememberedChunks(self._encode_chunk, self.vocab, self._ranks, self.added)
 
     @property
     def vocab_size(self) -> int:

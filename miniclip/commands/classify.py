@@ -12,6 +12,7 @@ from miniclip.commands.shared import (
     PICTURES,
     TEMPLATES,
     add_device,
+    add_engine,
     add_model,
     complain,
     load_model,
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show the N best labels of each image (default: %(default)s)",
     )
     add_device(parser)
+    add_engine(parser)
     add_model(parser)
 
 

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+from functools import partial
 
 from miniclip.commands.shared import (
     PICTURES,
     add_device,
+    add_engine,
     add_model,
     keep_freed_memory,
     load_model,
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the model (default: %(default)s)",
     )
     add_device(parser)
+    add_engine(parser, "auto")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="threads that decode (default: one for each core)"
     )
@@ -67,9 +70,11 @@ def run(args: argparse.Namespace) -> int:
     """Build the index; under torchrun, the first process prints."""
     import torch
 
+    from miniclip.engines import use_fastest
+    from miniclip.files.ahead import read_ahead
     from miniclip.retrieval.building import build_index
     from miniclip.retrieval.index import describe, lasting_name
-    from miniclip.retrieval.pictures import find_pictures
+    from miniclip.retrieval.pictures import find_pictures, pixels_of
     from miniclip.training import process_group
 
     keep_freed_memory()
@@ -78,6 +83,13 @@ def run(args: argparse.Namespace) -> int:
         name, args.revision = lasting_name(args.model, args.revision)  # a branch may move
         loaded = load_model(args, device=device, dtype=getattr(torch, args.dtype))
         encoder = describe(loaded, name, args.revision)
+        if args.engine == "auto":
+            seen = read_ahead(
+                partial(pixels_of, transform=loaded.transform), pictures[: args.batch], args.batch
+            )
+            chosen = use_fastest(loaded.model, [x for x in seen if isinstance(x, torch.Tensor)])
+            if os.environ.get("RANK", "0") == "0":
+                note(f"miniclip: {chosen}")
         options = (args.batch, args.workers, args.force)
         try:
             index = build_index(args.out, loaded, pictures, encoder, damage, *options)

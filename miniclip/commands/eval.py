@@ -11,6 +11,7 @@ from miniclip.commands.shared import (
     TEMPLATES,
     add_columns,
     add_device,
+    add_engine,
     add_model,
     keep_freed_memory,
     load_model,
@@ -86,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)"
     )
     add_device(parser)
+    add_engine(parser)
     parser.add_argument("--plot", metavar="PNG", help="draw the result")
     add_model(parser)
 

@@ -19,6 +19,11 @@ from miniclip.terminal import shorten
 if TYPE_CHECKING:
     from miniclip.parity import Report
 
+ENGINES = (
+    *("compile", "onnxruntime", "openvino"),
+    *("compile-bf16", "openvino-bf16", "onnxruntime-int8"),
+)
+
 DESCRIPTION = "How far the numbers are from transformers', or another model's, tensor by tensor."
 EXAMPLE = """miniclip parity everyday --plot depth.png
 with a fork's checkpoint, and with a fork's code:
@@ -45,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="float32", choices=dtypes, help=dtype)
     grad = "compare each parameter's gradient of the contrastive loss too, in float64"
     add("--grad", action="store_true", help=grad)
+    engine = "compare an engine of miniclip.engines with the model: embeddings and logits"
+    add("--engine", choices=ENGINES, help=engine)
     add_device(parser)
     add("--plot", metavar="PNG", help="draw the differences against depth")
     add_revision(parser)
@@ -60,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "--random draws weights for miniclip and transformers: no --against and no --names"
         )
+    if args.engine:
+        return compare_engine(args)
     name = args.model or DEFAULT_MODEL
     pair = (
         parity.random_pair(args.random)
@@ -85,6 +94,29 @@ def run(args: argparse.Namespace) -> int:
         draw_parity(report, args.plot)
         note(f"picture: {args.plot}")
     return int(report.first is not None)
+
+
+def compare_engine(args: argparse.Namespace) -> int:
+    """Print how far an engine's embeddings and logits are from the model's; 1 if too far."""
+    from miniclip import CLIP, parity
+    from miniclip.engines import differences
+
+    if args.against != "transformers" or args.grad or args.plot:
+        raise ValueError("--engine compares an engine with the model: no --against, --grad, --plot")
+    name = args.random or args.model or DEFAULT_MODEL
+    options = {"device": args.device, "revision": args.revision}
+    model = parity.random_pair(name)[0] if args.random else CLIP.from_pretrained(name, **options)
+    rows = differences(model, args.engine, *parity.random_inputs(model.config))
+    about = {"model": name, "engine": args.engine, "environment": parity.measured_with(args.device)}
+    if args.json:
+        print_json(about | {"rows": [row._asdict() for row in rows]})
+    else:
+        print(f"model   {shorten(name, 50)}\nengine  {args.engine}\n")
+        print(f"{'':<20}{'largest difference':>20}{'at most':>12}")
+        for row in rows:
+            print(f"{row.what:<20}{row.difference:>20.1e}{row.tolerance:>12.1e}")
+        print(f"\n{about['environment']}")
+    return int(not all(row.difference <= row.tolerance for row in rows))
 
 
 def rows_dict(report: "Report") -> list[dict[str, Any]]:

@@ -83,12 +83,27 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
 
 
+def add_engine(parser: argparse.ArgumentParser, *others: str) -> None:
+    """Add --engine, what runs the vision tower."""
+    parser.add_argument(
+        "--engine",
+        choices=("eager", "compile", "onnxruntime", "openvino", *others),
+        default="eager",
+        help="what runs the vision tower; all but eager take time to start (default: %(default)s)",
+    )
+
+
 def load_model(args: argparse.Namespace, **options: Any) -> "Loaded":
     """Load the model that the arguments name, with its tokenizer and its transform."""
     from miniclip.checkpoint import load
 
     asked = {"device": args.device, "reference": args.reference, "revision": args.revision}
-    return load(args.model, **asked | options)
+    loaded = load(args.model, **asked | options)
+    if getattr(args, "engine", "eager") not in ("eager", "auto"):
+        from miniclip.engines import use_engine
+
+        use_engine(loaded.model, args.engine)
+    return loaded
 
 
 def keep_freed_memory() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from miniclip.checkpoint import Loaded
+from miniclip.engines import engine_of
 from miniclip.files.tars import Member
 from miniclip.model import CLIP
 from miniclip.retrieval.building import encode_parts
@@ -31,6 +32,8 @@ class Features(NamedTuple):
 
 def encode_both(model: CLIP, pixels: Tensor) -> Tensor:
     """Encode pixels (B, 3, S, S) as both KINDS of features, side by side: (B, E + W)."""
+    if engine_of(model) != "eager":  # an engine has no inside
+        return embed(model, pixels)
     projected: list[Tensor] = []
     hook = model.vision.proj.register_forward_pre_hook(lambda _, args: projected.append(args[0]))
     try:
@@ -68,6 +71,7 @@ def picture_features(
     if cache is not None:
         encoder = describe(loaded, *name)
         about = (encoder.fingerprint, encoder.transform, [*zip(names, map(stamp, pictures))])
+        about += (engine_of(loaded.model),)  # engines differ in rounding
         key = sha256(repr(about).encode("utf-8", "surrogateescape")).hexdigest()[:16]
         files = {kind: Path(cache) / f"{key}.{kind}.safetensors" for kind in KINDS}
         if files["proj"].exists():

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from miniclip.checkpoint import Loaded
+from miniclip.engines import engine_of
 from miniclip.errors import ImageError
 from miniclip.files.ahead import read_ahead
 from miniclip.files.tars import Member
@@ -191,7 +192,8 @@ def _build(
     todo = [one for one in stamped if str(one[0]) not in kept]
     parts = [todo[i : i + PART] for i in range(0, len(todo), PART)]
     # The name of a part's file holds all that decides its bytes.
-    decides = (encoder.fingerprint, encoder.transform, loaded.model.logit_scale.device.type, batch)
+    device, engine = loaded.model.logit_scale.device.type, engine_of(loaded.model)
+    decides = (encoder.fingerprint, encoder.transform, device, batch, engine)
     keys = [sha256(repr((decides, part)).encode()).hexdigest() for part in parts]
     files = [folder / f"{i:06}-{key[:16]}.safetensors" for i, key in enumerate(keys)]
     missing = [i for i, file in enumerate(files) if not file.exists()]

@@ -12,7 +12,6 @@ class AddedTokens:
         self.cleaned = {clean(token): token for token, after in added.items() if after}
         self._split_raw = _Splitter(token for token, after in added.items() if not after)
         self._split_cleaned = _Splitter(self.cleaned)
-        self.have_spaces = any(c.isspace() for token in added for c in token)
 
     def split(self, text: str) -> Iterator[tuple[str, str | None]]:
         """The text in pieces: (as found, token), and between tokens (cleaned text, None)."""

@@ -1,16 +1,32 @@
 """A cache: the ids of each piece of text between two spaces."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from string import ascii_lowercase
+
+from miniclip.text.merge import merge
+from miniclip.text.symbols import END_OF_WORD, Pair
 
 
 class RememberedChunks:
-    """A text's ids, chunk by chunk, each chunk computed once while it is remembered."""
+    """A text's ids, chunk by chunk, each chunk computed once while it is remembered.
+
+    A chunk of lower-case ASCII letters is one word and needs no cleaning, so it is merged at once.
+    """
 
     MOST_CHUNKS, MOST_CHARACTERS = 100_000, 64  # at most some 30 MB
 
-    def __init__(self, encode: Callable[[str], list[int]], whole: bool) -> None:
-        self.encode = encode
-        self.whole = whole  # a token may have a space in it, so that a text is one chunk
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        vocab: Mapping[str, int],
+        ranks: Mapping[Pair, int],
+        added: Iterable[str],
+    ) -> None:
+        self.encode, self.vocab, self.ranks = encode, vocab, ranks
+        # A token may have a space in it, so that a text is one chunk; or be a word of letters.
+        self.whole = any(c.isspace() for token in added for c in token)
+        has_letters = all({a, a + END_OF_WORD} <= vocab.keys() for a in ascii_lowercase)
+        self.has_words = has_letters and not any(token.lower().isalpha() for token in added)
         self.known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
@@ -22,7 +38,11 @@ class RememberedChunks:
         return ids
 
     def _computed(self, chunk: str) -> list[int]:
-        ids = self.encode(chunk)
+        if self.has_words and chunk.isascii() and chunk.isalpha() and chunk.islower():
+            vocab = self.vocab
+            ids = [vocab[t] for t in merge([*chunk[:-1], chunk[-1] + END_OF_WORD], self.ranks)]
+        else:
+            ids = self.encode(chunk)
         if len(chunk) <= self.MOST_CHARACTERS:
             if len(self.known) >= self.MOST_CHUNKS:
                 self.known.clear()

@@ -34,8 +34,8 @@ SLIPS = [
     ),
     Slip(
         "Commands load in float32 and on the CPU, whatever else is asked for.",
-        "return load(args.model, **asked | options)",
-        "return load(args.model, **asked)",
+        "loaded = load(args.model, **asked | options)",
+        "loaded = load(args.model, **asked)",
         f"{FLAGS} -k dtype",
     ),
     Slip(

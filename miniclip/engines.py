@@ -1,0 +1,346 @@
+"""A tower on another engine: compiled by PyTorch, in ONNX Runtime, or in OpenVINO.
+
+PyTorch packs a weight anew at each product. An engine packs it once, which matters most for one
+picture on a CPU.
+
+```python
+from miniclip.engines import on_engine
+
+encode = on_engine(model.vision, "onnxruntime")  # or "compile", "openvino"; towers of texts too
+embeds = encode(pixels)  # model.vision(pixels), up to rounding
+```
+
+    miniclip embed photographs --out index.safetensors --engine auto
+    miniclip parity everyday --engine onnxruntime
+    miniclip bench --suite vision text --engine compile onnxruntime openvino
+
+What `on_engine` returns is a snapshot of the weights. It raises an error if a parameter was
+replaced or changed in place since then, a module or a setting was replaced, or a hook is there.
+Only an edit in place through `.data` goes unnoticed: PyTorch does not count it.
+
+Names with a precision round more: `compile-bf16`, `openvino-bf16` and `onnxruntime-int8` (weights
+in 8 bits, activations quantised as they come). `bench` and `parity` show by how much; the commands
+that keep or judge embeddings do not take them.
+"""
+
+import copy
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
+
+from miniclip.errors import ContextLengthError
+from miniclip.files.checks import check_ids, check_pixels
+from miniclip.follow import tower_for
+from miniclip.model import CLIP, unit_norm
+
+Encode = Callable[[Tensor], Tensor]
+
+
+def compiled(tower: nn.Module) -> Encode:
+    """PyTorch's compiler with weights packed once: one graph for the first shape, which is the
+    fastest for it, and one for all others."""
+    if next(tower.parameters()).is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("the engine compile needs a C++ compiler, found none: install g++")
+    from torch._inductor import config
+
+    graph = torch.compile(tower)
+
+    def run(x: Tensor) -> Tensor:
+        with config.patch(freezing=True):  # as an option of torch.compile it has no effect
+            return graph(x)
+
+    return run
+
+
+def compiled_bf16(tower: nn.Module) -> Encode:
+    """The compiled tower in bfloat16."""
+    return compiled(copy.deepcopy(tower).bfloat16())
+
+
+def write_onnx(tower: Any, path: Path) -> None:
+    """Write a tower for any number of pictures, or of texts of any length that it reads."""
+    if (dtype := next(tower.parameters()).dtype) != torch.float32:
+        raise ValueError(f"the engine needs weights in float32, found {dtype}; compile takes these")
+    if hasattr(tower, "patch_embed"):
+        config = tower.config
+        example = torch.zeros(2, config.channels, *config.height_width)
+        sizes = {0: torch.export.Dim("images")}
+    else:
+        length = tower.config.context_length
+        example = torch.full((2, min(3, length)), tower.config.eos_token_id)
+        sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", min=2, max=length)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of itself
+        torch.onnx.export(
+            tower, (example,), path, dynamo=True, dynamic_shapes=(sizes,), verbose=False
+        )
+
+
+def onnxruntime(tower: nn.Module, int8: bool = False) -> Encode:
+    """ONNX Runtime on the CPU, with as many threads as torch has."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "tower.onnx")
+        write_onnx(tower, path)
+        if int8:
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            path = Path(folder, "int8.onnx")
+            quantize_dynamic(
+                path.with_name("tower.onnx"), path, weight_type=QuantType.QInt8,
+                op_types_to_quantize=["MatMul", "Gemm"], use_external_data_format=True,
+            )  # fmt: skip
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    return lambda x: torch.from_numpy(session.run(None, {given.name: x.numpy()})[0])
+
+
+def openvino(tower: nn.Module, precision: str = "f32") -> Encode:
+    """OpenVINO on the CPU, with as many threads as torch has. Unasked it may choose bfloat16."""
+    from openvino import Core
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "tower.onnx")
+        write_onnx(tower, path)
+        model = Core().compile_model(path, "CPU", settings)
+    return lambda x: torch.from_numpy(model(x.numpy())[0])
+
+
+class Engine(NamedTuple):
+    """How a tower is put on an engine, what pip must have installed, and how far it may round."""
+
+    start: Callable[[Any], Encode]
+    packages: tuple[str, ...] = ()
+    tolerance: float = 2e-5  # of unit vectors; in float32 also of logits at scale 100
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that are not installed."""
+        return [name for name in self.packages if find_spec(name) is None]
+
+
+ONNX = ("onnx", "onnxscript")
+ENGINES = {
+    "eager": Engine(lambda tower: tower),
+    "compile": Engine(compiled),
+    "onnxruntime": Engine(onnxruntime, (*ONNX, "onnxruntime")),
+    "openvino": Engine(openvino, (*ONNX, "openvino")),
+    "compile-bf16": Engine(compiled_bf16, (), 5e-2),
+    "openvino-bf16": Engine(lambda tower: openvino(tower, "bf16"), (*ONNX, "openvino"), 5e-2),
+    "onnxruntime-int8": Engine(lambda tower: onnxruntime(tower, True), (*ONNX, "onnxruntime"), 0.5),
+}
+FLOAT32 = ("eager", "compile", "onnxruntime", "openvino")
+"""The engines that round as float32 does."""
+
+
+def find_engine(name: str) -> Engine:
+    """An engine by its name. Raises ValueError if there is none, or it is not installed."""
+    if name not in ENGINES:
+        raise ValueError(f"no engine is called {name!r}; expected {', '.join(ENGINES)}")
+    if missing := ENGINES[name].missing:
+        packages = " ".join(missing)
+        raise ValueError(f"the engine {name} is not installed: pip install {packages}")
+    return ENGINES[name]
+
+
+def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
+    """Put a tower on an engine.
+
+    Args:
+        tower: a vision or a text tower, whose weights are not to change afterwards.
+        name: one of ENGINES.
+        check: compare the first batch with the tower.
+
+    Returns:
+        A function that the tower could be replaced by, without gradients: pixels (B, channels,
+        height, width) or ids (B, T) -> embeddings (B, E).
+
+    Raises:
+        ValueError: if the engine is not installed, or the tower has hooks; when called, also if
+            the tower has changed, or the first batch is out of the engine's tolerance.
+
+    >>> import miniclip
+    >>> tower = miniclip.VisionTower.from_pretrained("shapes")
+    >>> encode = on_engine(tower, "eager")
+    >>> encode(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 128])
+    """
+    engine = find_engine(name)
+    snapshot(tower)  # raises an error for a hook
+    if name == "eager":
+        return tower
+    like = next(tower.parameters())
+    if not like.is_cpu and not name.startswith("compile"):
+        raise ValueError(f"the engine {name} runs on the CPU, and the tower is on {like.device}")
+    with torch.inference_mode(False), torch.no_grad():
+        run = engine.start(tower)
+    taken = snapshot(tower)  # now, because torch.export exchanges tensors and puts them back
+    is_checked = not check
+
+    def encode(x: Tensor) -> Tensor:
+        nonlocal is_checked
+        check_input(tower, x)
+        if (changed := difference(taken, snapshot(tower))) is not None:
+            raise ValueError(
+                f"{changed or 'the tower'} has changed since the tower was put on the engine "
+                f"{name}, which still has the old weights: call on_engine again"
+            )
+        # PyTorch packs weights neither in inference mode nor where there may be gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            x = x.to(like.dtype) if x.is_floating_point() else x.long()
+            embeds = run(x.detach().contiguous()).to(like.dtype)
+            if not is_checked:
+                far = (unit_norm(embeds.float()) - unit_norm(tower(x).float())).abs().max().item()
+                if not far <= engine.tolerance:
+                    raise ValueError(
+                        f"the engine {name} is off by {far:.1e}, expected at most "
+                        f"{engine.tolerance:.0e}: it cannot follow {type(tower).__name__} here"
+                    )
+                is_checked = True
+        return embeds
+
+    return encode
+
+
+def check_input(tower: Any, x: Any) -> None:
+    """Raise what the tower itself would raise: inside an engine, nothing is checked."""
+    if hasattr(tower, "patch_embed"):
+        check_pixels(x, tower.config)
+    else:
+        check_ids(x, tower.config.vocab_size)
+        if x.shape[1] > (most := tower.config.context_length):
+            raise ContextLengthError(f"texts of {x.shape[1]} tokens; this tower reads {most}")
+        tower.eos_positions(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("an engine has no gradients: call it under torch.no_grad()")
+
+
+Snapshot = dict[str, tuple[list[Any], list[int]]]
+
+
+def snapshot(tower: nn.Module) -> Snapshot:
+    """What each module consists of: objects that a change would replace, and numbers that it would
+    change. Raises ValueError for a hook."""
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    is_hooked = any(getattr(all_modules, f"_global_{kind}_hooks") for kind in kinds)
+    found: Snapshot = {}
+    for name, module in tower.named_modules(remove_duplicate=False):
+        if is_hooked or any(getattr(module, f"_{kind}_hooks") for kind in kinds):
+            raise ValueError(
+                f"{name or 'the tower'} has a hook, which an engine cannot call: remove it, or "
+                "run the tower itself"
+            )
+        own = [value for key, value in vars(module).items() if not key.startswith("_")]
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        numbers = [n for t in tensors if t is not None for n in (t._version, t.data_ptr())]
+        found[name] = [module, type(module), *own, *tensors], numbers
+    return found
+
+
+def difference(old: Snapshot, new: Snapshot) -> str | None:
+    """The name of the first module that has changed, or None."""
+    for name in old | new:
+        (objects, numbers), (now, counted) = old.get(name, ([], [])), new.get(name, ([], []))
+        is_same = len(objects) == len(now) and all(a is b for a, b in zip(objects, now))
+        if not is_same or numbers != counted:
+            return name
+    return None
+
+
+def use_engine(model: CLIP, name: str) -> None:
+    """Have `model.encode_image` run on an engine. Raises ValueError as `on_engine` does."""
+    encode_with(model, name, on_engine(tower_for(model, torch.empty(0)), name))
+
+
+def encode_with(model: CLIP, name: str, encode: Encode) -> None:
+    """Make `encode` the `encode_image` of a model, for as long as it has the same vision tower."""
+    tower = model.vision
+
+    def encode_image(pixels: Tensor, normalize: bool = False) -> Tensor:
+        if model.vision is not tower:
+            raise ValueError("the vision tower was replaced since it was put on an engine")
+        return unit_norm(encode(pixels)) if normalize else encode(pixels)
+
+    vars(encode_image)["engine"] = name
+    model.encode_image = encode_image  # type: ignore[method-assign]
+
+
+def engine_of(model: CLIP) -> str:
+    """The engine that `model.encode_image` runs on."""
+    return getattr(model.encode_image, "engine", "eager")
+
+
+def use_fastest(model: CLIP, pixels: Sequence[Tensor]) -> str:
+    """Have `model.encode_image` run on the engine that is fastest for these pictures, (3, S, S).
+
+    Engines that are not installed, or are out of tolerance here, are left out, and so are those
+    that round more than float32. Returns a line about the choice.
+    """
+    if not pixels:
+        return "engine eager, because no picture could be read to measure others"
+    tower, x = tower_for(model, torch.empty(0)), torch.stack([*pixels])
+    encoders: dict[str, Encode] = {}
+    reasons: list[str] = []
+    for name in FLOAT32:
+        try:
+            encode = on_engine(tower, name)
+            encode(x)
+        except (ValueError, RuntimeError) as error:
+            reasons.append(str(error).partition("\n")[0])
+        else:
+            encoders[name] = encode
+    seconds: dict[str, list[float]] = {name: [] for name in encoders}
+    for name, encode in [*encoders.items()] * 3:
+        start = time.perf_counter()
+        with torch.no_grad():
+            encode(x)
+        seconds[name].append(time.perf_counter() - start)
+    best = min(encoders, key=lambda name: min(seconds[name]))
+    if best != "eager":
+        encode_with(model, best, encoders[best])
+    ratio = min(seconds["eager"]) / min(seconds[best])
+    about = [f"engine {best}, {ratio:.2f} times as fast as eager", *reasons]
+    return "; left out: ".join([about[0], *about[1:]])
+
+
+class Row(NamedTuple):
+    """How far an engine is from the tower."""
+
+    what: str
+    difference: float  # the largest, absolute
+    tolerance: float
+
+
+@torch.no_grad()
+def differences(model: CLIP, name: str, pixels: Tensor, ids: Tensor) -> list[Row]:
+    """Unit vectors and logits of both towers on an engine, against the model's own."""
+    expected = model(pixels, ids)
+    towers = (tower_for(model, torch.empty(0)), tower_for(model, ids))
+    encoders = [on_engine(tower, name, check=False) for tower in towers]
+    found = [unit_norm(run(x)) for run, x in zip(encoders, (pixels, ids), strict=True)]
+    logits = model.score(*found).T
+    far = [
+        (one - other).abs().max().item()
+        for one, other in zip((*found, logits), (*expected[2:], expected[0]), strict=True)
+    ]
+    most, scale = ENGINES[name].tolerance, model.logit_scale.exp().item()
+    most_of_logits = most * (max(scale / 100, 1) if name in FLOAT32 else scale)
+    limits = (most, most, most_of_logits)
+    return [Row(*row) for row in zip(("image_embeds", "text_embeds", "logits"), far, limits)]

@@ -1,0 +1,276 @@
+"""Engines: the tower's numbers, a snapshot that notices every change it can, and the commands."""
+
+import copy
+import importlib
+import itertools
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from twin import TINY, assert_far, random_inputs, twins
+
+import miniclip
+from miniclip import engines
+from miniclip.commands.main import main
+from miniclip.engines import ENGINES, Engine, engine_of, on_engine, use_engine, use_fastest
+from miniclip.errors import ContextLengthError
+from miniclip.evaluation.features import picture_features
+
+# Compilers and exporters of torch 2.13 warn of themselves, in ways no caller can mend.
+EXPORTER = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def copied(tower, error=0.0):
+    """An engine that needs nothing installed: a copy of the tower, off by `error`."""
+    frozen = copy.deepcopy(tower)
+    return lambda x: frozen(x) + error * torch.arange(TINY.embed_dim)
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    monkeypatch.setitem(ENGINES, "copy", Engine(copied))
+    monkeypatch.setitem(ENGINES, "wrong", Engine(lambda tower: copied(tower, 1e-2)))
+
+
+@pytest.fixture
+def model():
+    return twins(TINY)[0]
+
+
+PIXELS, IDS = random_inputs(TINY)
+
+
+# --------------------------------------------------------------------------------- the same numbers
+
+
+@EXPORTER
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "eager"])
+def test_an_engine_gives_the_towers_numbers_for_every_size(name, model):
+    if missing := ENGINES[name].missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    if name.startswith("compile") and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("needs a C++ compiler")
+    unmasked = copy.deepcopy(model)
+    for block in unmasked.text.blocks:
+        block.attn.causal = False
+    bound = ENGINES[name].tolerance
+    vision, text = on_engine(model.vision, name), on_engine(model.text, name)
+    for images, texts, tokens in ((3, 3, 9), (1, 1, 2), (5, 2, 20)):
+        pixels, ids = random_inputs(TINY, images, texts, tokens, seed=4)
+        with torch.inference_mode():
+            found = vision(pixels.double()), text(ids.int())
+        for one, tower, x in zip(found, (model.vision, model.text), (pixels, ids), strict=True):
+            assert one.dtype == torch.float32 and not one.requires_grad
+            one, other = (t / t.norm(dim=-1, keepdim=True) for t in (one, tower(x).detach()))
+            assert (one - other).abs().max() <= bound
+        if bound < 1e-3 and tokens > 2:
+            assert_far(found[1], unmasked.text(ids))
+
+
+def test_float32_engines_promise_2e_5_and_no_other_does():
+    bounds = {name: ENGINES[name].tolerance for name in engines.FLOAT32}
+    assert {*bounds.values()} == {2e-5}
+    assert all(e.tolerance > 1e-2 for name, e in ENGINES.items() if "-" in name)
+
+
+def test_what_is_not_installed_says_what_to_install(monkeypatch, model):
+    monkeypatch.setitem(ENGINES, "copy", Engine(copied, ("os", "no_such_package")))
+    with pytest.raises(ValueError, match="copy is not installed: pip install no_such_package$"):
+        on_engine(model.vision, "copy")
+    with pytest.raises(ValueError, match="no engine is called 'onnx'; expected eager, compile, "):
+        on_engine(model.vision, "onnx")
+
+
+def test_an_engine_that_is_off_is_refused_at_its_first_batch(model):
+    encode = on_engine(model.vision, "wrong")
+    with pytest.raises(ValueError, match=r"wrong is off by .*, expected at most 2e-05"):
+        encode(PIXELS)
+    nan = Engine(lambda tower: lambda x: torch.full((len(x), 36), torch.nan))
+    ENGINES["wrong"] = nan
+    with pytest.raises(ValueError, match="off by nan"):
+        on_engine(model.vision, "wrong")(PIXELS)
+
+
+def test_inputs_are_checked_as_the_tower_checks_them(model):
+    vision, text = on_engine(model.vision, "copy"), on_engine(model.text, "copy")
+    with pytest.raises(ValueError, match="this is one picture"):
+        vision(PIXELS[0])
+    with pytest.raises(ValueError, match="has no end token"):
+        text(torch.ones(2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="this text tower knows 0 to 599"):
+        text(torch.full((1, 4), 600))
+    with pytest.raises(ContextLengthError, match="texts of 21 tokens; this tower reads 20"):
+        text(torch.full((1, 21), 599))
+    with pytest.raises(ValueError, match="an engine has no gradients"):
+        vision(PIXELS.clone().requires_grad_())
+
+
+# ----------------------------------------------------------------------------------- the snapshot
+
+
+def set_weight(tower):
+    tower.blocks[1].mlp.fc1.weight = nn.Parameter(tower.blocks[1].mlp.fc1.weight.detach().clone())
+
+
+def edit_weight(tower):
+    with torch.no_grad():
+        tower.blocks[1].mlp.fc1.weight[3, 4] += 1
+
+
+def move_data(tower):
+    fc1 = tower.blocks[1].mlp.fc1
+    fc1.weight.data = fc1.weight.data.clone()
+
+
+CHANGES = {
+    "edit": edit_weight,
+    "replaced parameter": set_weight,
+    "other memory": move_data,
+    "load_state_dict": lambda tower: tower.load_state_dict(tower.state_dict()),
+    "bfloat16": lambda tower: tower.bfloat16(),
+    "replaced module": lambda tower: setattr(tower.blocks[1].mlp, "act", nn.GELU()),
+    "a block less": lambda tower: tower.blocks.pop(2),
+    "setting": lambda tower: setattr(tower.blocks[1].attn, "causal", True),
+    "epsilon": lambda tower: setattr(tower.ln_post, "eps", 1e-3),
+    "patched forward": lambda tower: setattr(tower.ln_post, "forward", lambda x: x),
+    "patched method": lambda tower: setattr(tower, "pool", lambda x: x[:, 1]),
+    "training mode": lambda tower: tower.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_tower_is_noticed(change, model):
+    encode = on_engine(model.vision, "copy")
+    assert torch.equal(encode(PIXELS), model.vision(PIXELS))
+    change(model.vision)
+    with pytest.raises(ValueError, match="has changed since the tower was put on the engine copy"):
+        encode(PIXELS)
+
+
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(lambda *args: None),
+    "forward_pre": lambda m: m.register_forward_pre_hook(lambda *args: None),
+    "backward": lambda m: m.register_full_backward_hook(lambda *args: None),
+    "backward_pre": lambda m: m.register_full_backward_pre_hook(lambda *args: None),
+    "global": lambda m: nn.modules.module.register_module_forward_hook(lambda *args: None),
+}
+
+
+@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS.keys())
+def test_a_hook_is_never_ignored(register, model):
+    encode = on_engine(model.vision, "copy")
+    handle = register(model.vision.blocks[0].attn.q)
+    try:
+        with pytest.raises(ValueError, match="has a hook, which an engine cannot call"):
+            encode(PIXELS)
+        with pytest.raises(ValueError, match="has a hook"):
+            on_engine(model.vision, "copy")
+    finally:
+        handle.remove()
+    assert torch.equal(encode(PIXELS), model.vision(PIXELS))
+
+
+def test_a_model_on_an_engine(model):
+    expected = model(PIXELS, IDS)
+    use_engine(model, "copy")
+    assert engine_of(model) == "copy"
+    assert torch.equal(model(PIXELS, IDS).logits_per_image, expected.logits_per_image)
+    model.vision = copy.deepcopy(model.vision)
+    with pytest.raises(ValueError, match="the vision tower was replaced"):
+        model.encode_image(PIXELS)
+
+
+def test_a_fork_with_its_own_encode_image_is_refused():
+    class Louder(miniclip.CLIP):
+        def encode_image(self, pixels, normalize=False):
+            return 2 * super().encode_image(pixels, normalize)
+
+    with pytest.raises(ValueError, match="Louder has its own encode_image"):
+        use_engine(Louder(TINY), "copy")
+
+
+def test_auto_takes_the_fastest_of_those_that_are_right(monkeypatch, model):
+    monkeypatch.setattr(engines, "FLOAT32", ("eager", "wrong", "copy"))
+    times = iter(itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 1.5])))
+    monkeypatch.setattr(engines.time, "perf_counter", lambda: next(times))
+    about = use_fastest(model, [*PIXELS])
+    assert about.startswith("engine copy, 2.00 times as fast as eager; left out: the engine wrong")
+    assert engine_of(model) == "copy"
+    assert "no picture could be read" in use_fastest(model, [])
+
+
+# ----------------------------------------------------------------------------------- the commands
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ENGINES, "onnxruntime", Engine(lambda tower: copy.deepcopy(tower)))
+    for label in ("cat", "dog"):
+        os.makedirs(f"pictures/{label}")
+        Image.new("RGB", (70, 64), "red").save(f"pictures/{label}/{label}.png")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "classify pictures/cat/cat.png --labels cat dog",
+        "eval pictures",
+        "embed pictures --out index.safetensors",
+    ],
+)
+def test_commands_run_on_an_engine(line, pictures, monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        "miniclip.engines.use_engine", lambda m, name: used.append(name) or use_engine(m, name)
+    )
+    assert main([*line.split(), "--model", "shapes", "--engine", "onnxruntime"]) == 0
+    assert used == ["onnxruntime"]
+
+
+def test_features_that_are_kept_say_which_engine_made_them(pictures):
+    files = ["pictures/cat/cat.png"]
+    kinds = {}
+    for name in ("eager", "onnxruntime"):
+        loaded = miniclip.load("shapes")
+        if name != "eager":
+            use_engine(loaded.model, name)
+        kinds[name] = {*picture_features(loaded, files, cache="kept").vectors}
+    assert kinds == {"eager": {"proj", "ln_post"}, "onnxruntime": {"proj"}}
+    assert len(os.listdir("kept")) == 3
+
+
+def test_an_index_is_continued_only_with_the_engine_that_began_it(pictures, monkeypatch, tmp_path):
+    """The rounding differs, and a continued index ends in the same bytes."""
+    building = importlib.import_module("miniclip.retrieval.building")
+    seen = []
+    monkeypatch.setattr(building, "sha256", lambda key: seen.append(key) or FakeDigest())
+    for engine in ("eager", "onnxruntime"):
+        main(f"embed pictures --out {engine} --model shapes --engine {engine}".split())
+    assert len({*seen}) == 2
+
+
+class FakeDigest:
+    def hexdigest(self):
+        return "0" * 64
+
+
+@pytest.mark.parametrize(("name", "status"), [("onnxruntime", 0), ("openvino", 1)])
+def test_parity_of_an_engine(name, status, pictures, monkeypatch, capsys):
+    def off(tower):
+        frozen = copy.deepcopy(tower)
+        return lambda x: frozen(x) * torch.linspace(1, 1.001, 128)
+
+    monkeypatch.setitem(ENGINES, "openvino", Engine(off))
+    assert main(["parity", "shapes", "--engine", name, "--json"]) == status
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["what"] for row in rows] == ["image_embeds", "text_embeds", "logits"]
+    assert all((row["difference"] > row["tolerance"]) == bool(status) for row in rows[:2])
+    assert main(["parity", "shapes", "--engine", name]) == status
+    assert "logits" in capsys.readouterr().out
+    assert main(["parity", "shapes", "--engine", name, "--grad"]) == 2
