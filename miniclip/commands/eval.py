@@ -240,7 +240,7 @@ class ByKind(dict[str, "Examples"]):
     """The examples of one set of pictures, by kind of features."""
 
     def __missing__(self, kind: str) -> "Examples":
-        raise ValueError("the vision tower does not project one vector a picture: --features proj")
+        raise ValueError("this tower, or this engine, gives no ln_post: --features proj")
 
 
 def examples_of_sets(

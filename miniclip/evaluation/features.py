@@ -70,8 +70,8 @@ def picture_features(
     names = [os.path.abspath(str(picture)) for picture in pictures]
     if cache is not None:
         encoder = describe(loaded, *name)
-        about = (encoder.fingerprint, encoder.transform, [*zip(names, map(stamp, pictures))])
-        about += (engine_of(loaded.model),)  # engines differ in rounding
+        stamps, engine = [*zip(names, map(stamp, pictures))], engine_of(loaded.model)
+        about = (encoder.fingerprint, encoder.transform, stamps, engine)
         key = sha256(repr(about).encode("utf-8", "surrogateescape")).hexdigest()[:16]
         files = {kind: Path(cache) / f"{key}.{kind}.safetensors" for kind in KINDS}
         if files["proj"].exists():
