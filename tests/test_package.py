@@ -152,8 +152,9 @@ def test_the_first_page_of_the_reference_links_every_module_in_reading_order(tmp
     ]
 
 
-def test_no_docstring_loses_a_word_on_its_page():
-    """A browser would take <class> outside of backticks for a tag, and hide it."""
+def test_no_docstring_loses_words_or_columns_on_its_page():
+    """A browser would hide <class> outside of backticks, because it looks like a tag. Aligned
+    columns would run into each other: use a list."""
     pytest.importorskip("pdoc")
     from pdoc import docstrings, render_helpers
 
@@ -162,6 +163,8 @@ def test_no_docstring_loses_a_word_on_its_page():
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 continue
             text = ast.get_docstring(node) or ""
+            columns = re.search(r"^\w\S* {2,}\S.*", text, re.MULTILINE)
+            assert not columns, (path, "columns run into each other", columns)
             if "<" in re.sub("`.*?`", "", text):
                 page = render_helpers.to_html(docstrings.convert(text, "google", path))
                 tags = {*re.findall(r"<(\w+)", page)}

@@ -1,11 +1,11 @@
 r"""Measure a CLIP as its paper does: `miniclip eval`, and the functions behind it.
 
-features.py        pictures -> features, computed once and kept
-classification.py  accuracy, intervals, confusions, calibration
-captions.py        pictures with their captions, as data sets come
-retrieval.py       ranks of pictures and captions, and recall
-checkpoints.py     the scores of a model on pictures, also for training
-linear.py          linear classifiers on features: the linear probe, and few shots
+- `features.py`: pictures -> features, computed once and kept
+- `classification.py`: accuracy, intervals, confusions, calibration
+- `captions.py`: pictures with their captions, as data sets come
+- `retrieval.py`: ranks of pictures and captions, and recall
+- `checkpoints.py`: the scores of a model on pictures, also for training
+- `linear.py`: linear classifiers on features: the linear probe, and few shots
 
     miniclip eval photographs --model openai/clip-vit-base-patch32 --plot confusions.png
     miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images

@@ -1,10 +1,10 @@
 """What the activations of a model mean. Nothing here changes a weight.
 
-attention.py  attention maps, rollout, gradient-weighted relevance, Grad-CAM
-decompose.py  the embedding as an exact sum over layers, heads or tokens
-streams.py    the residual stream after each layer: logit lens, intermediate features
-heat.py       where a model sees a text in an image, by several methods
-reading.py    which tower reads an input, and at which token
+- `attention.py`: attention maps, rollout, gradient-weighted relevance, Grad-CAM
+- `decompose.py`: the embedding as an exact sum over layers, heads or tokens
+- `streams.py`: the residual stream after each layer: logit lens, intermediate features
+- `heat.py`: where a model sees a text in an image, by several methods
+- `reading.py`: which tower reads an input, and at which token
 
 Diffusion models read the residual stream after a chosen block of the text tower. Clip skip 1 is the
 block before the last; some user interfaces call it 2. A prompt of more than 77 tokens goes through

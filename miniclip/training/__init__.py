@@ -1,15 +1,15 @@
 r"""Contrastive training: `miniclip train`, and the functions behind it.
 
-recipe.py     the numbers of a run
-pairs.py      what training data is made of
-shards.py     pairs from tar shards
-data.py       pairs from folders and metadata files, and batches of them
-loss.py       the loss over several processes, with false captions, and in chunks of a batch
-optim.py      what is trained, by which optimizer (AdamW, Muon) and how fast
-processes.py  several processes: gradients, and shards of the weights
-setup.py      names -> all that a run starts from
-run.py        the state of a run: saved, continued, logged
-loop.py       the training loop
+- `recipe.py`: the numbers of a run
+- `pairs.py`: what training data is made of
+- `shards.py`: pairs from tar shards
+- `data.py`: pairs from folders and metadata files, and batches of them
+- `loss.py`: the loss over several processes, with false captions, and in chunks of a batch
+- `optim.py`: what is trained, by which optimizer (AdamW, Muon) and how fast
+- `processes.py`: several processes: gradients, and shards of the weights
+- `setup.py`: names -> all that a run starts from
+- `run.py`: the state of a run: saved, continued, logged
+- `loop.py`: the training loop
 
     miniclip train photographs --out runs/mine  # from random weights
     miniclip train photographs --model openai/clip-vit-base-patch32 --out runs/tuned --lr 1e-5

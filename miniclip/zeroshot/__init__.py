@@ -1,8 +1,8 @@
 """Zero-shot classification (section 3.1 of the paper).
 
-classifier.py  labels in templates -> a classifier
-data.py        folders of labelled images
-prompts.py     OpenAI's templates and class names of the paper's data sets
+- `classifier.py`: labels in templates -> a classifier
+- `data.py`: folders of labelled images
+- `prompts.py`: OpenAI's templates and class names of the paper's data sets
 """
 
 from miniclip.zeroshot.classifier import (
