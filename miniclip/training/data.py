@@ -123,7 +123,7 @@ def open_data(
         columns: the columns of a metadata file: the picture's file, and its caption or captions.
 
     Raises:
-        ValueError: `name` is none of these; the message says what was found.
+        ValueError: `name` is something else. The message says what was found.
     """
     if name == "shapes":
         from miniclip.training.drawn import Shapes
@@ -205,7 +205,7 @@ def batches(
 
 
 def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: int) -> Pair:
-    """A pair in place of a whole batch that cannot be read."""
+    """Return a pair that replaces a batch without a readable picture."""
     for item in data.items(seed):
         if isinstance(pair := read((item, seed)), Pair):
             return pair
