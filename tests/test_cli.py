@@ -633,7 +633,7 @@ def test_eval_reads_labels_from_a_file(run, photographs, tmp_path):
         ([], ["DATA"]),
     ],
 )
-def test_eval_of_what_makes_no_sense(run, photographs, options, words):
+def test_eval_refuses_wrong_options(run, photographs, options, words):
     options = [option.replace("DATA", str(photographs)) for option in options]
     assert_one_line_error(run("eval", *options, "--model", "everyday"), *words)
 

@@ -1,4 +1,4 @@
-"""Features that are kept, retrieval, probes and few shots. `test_zeroshot.py` has accuracy."""
+"""Cached features, retrieval, probes and few shots. `test_zeroshot.py` tests accuracy."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Five pictures of noise, the second of which cannot be read."""
+    """Five pictures of noise. The second one cannot be read."""
     rng = np.random.default_rng(0)
     paths = [str(tmp_path / f"{i}.png") for i in range(5)]
     for path in paths:
@@ -44,7 +44,7 @@ def pictures(tmp_path):
 # Features
 
 
-def test_features_are_what_the_tower_projects_and_where_it_projects_to(loaded, pictures):
+def test_features_are_the_input_and_the_output_of_the_projection(loaded, pictures):
     found = picture_features(loaded, pictures, batch=3)
     assert found.rows == [0, 2, 3, 4] and "1.png" in found.skipped[0]
     model, _, transform = loaded
@@ -57,7 +57,7 @@ def test_features_are_what_the_tower_projects_and_where_it_projects_to(loaded, p
     torch.testing.assert_close(found.vectors["proj"], after, atol=1e-6, rtol=0)
 
 
-def test_kept_features_are_not_computed_again(loaded, pictures, tmp_path, monkeypatch):
+def test_cached_features_are_not_computed_again(loaded, pictures, tmp_path, monkeypatch):
     cache, calls = tmp_path / "cache", []
     encode_image = CLIP.encode_image
 
@@ -82,7 +82,7 @@ def test_kept_features_are_not_computed_again(loaded, pictures, tmp_path, monkey
     assert not torch.equal(third.vectors["proj"][0], first.vectors["proj"][0])
 
 
-def test_kept_embeddings_are_an_index_and_kept_features_are_none(loaded, pictures, tmp_path):
+def test_cached_embeddings_are_an_index_and_cached_features_are_not(loaded, pictures, tmp_path):
     picture_features(loaded, pictures, tmp_path / "cache", ("everyday", None))
     (embeds,) = (tmp_path / "cache").glob("*.proj.safetensors")
     (features,) = (tmp_path / "cache").glob("*.ln_post.safetensors")
@@ -106,7 +106,7 @@ def test_a_fork_that_projects_in_its_own_way_has_embeddings_only(loaded, picture
 
 
 def slow_ranks(image_embeds, text_embeds, image_of):
-    """Every list sorted as a person would sort it."""
+    """Sort every list as a person would."""
     images, texts = image_embeds.double().numpy(), text_embeds.double().numpy()
     of_images, of_texts = [], []
     for i, image in enumerate(images):
@@ -137,7 +137,7 @@ def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     assert max(expected[0]) > 2 and max(expected[1]) > 2
 
 
-def test_a_picture_s_other_captions_are_not_in_its_way():
+def test_a_picture_is_found_by_its_best_caption():
     images, image_of = torch.eye(2), torch.tensor([0, 0, 0, 1])
     texts = unit_norm(torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.25]]))
     found = retrieval_ranks(images, texts, image_of)
@@ -147,7 +147,7 @@ def test_a_picture_s_other_captions_are_not_in_its_way():
         retrieval_ranks(torch.eye(3)[:, :2], texts, image_of)
 
 
-def test_ties_go_to_what_is_listed_first():
+def test_of_equal_scores_the_first_listed_wins():
     same = torch.ones(4, 1)
     found = retrieval_ranks(same, same[[0, 0, 0, 0, 0]], torch.tensor([3, 1, 2, 0, 1]))
     assert found[0].tolist() == [4, 2, 3, 1]  # the places of their first captions
@@ -296,7 +296,7 @@ def test_a_data_set_with_traps_is_counted_right(loaded, pictures, tmp_path, caps
         (["--task", "retrieval"], "no picture with a caption"),
     ],
 )
-def test_eval_of_what_makes_no_sense(options, words, pictures, tmp_path, capsys):
+def test_eval_refuses_wrong_options(options, words, pictures, tmp_path, capsys):
     try:
         status = main(["eval", str(tmp_path), "--model", "everyday", *options])
     except SystemExit as stop:
@@ -331,7 +331,7 @@ def test_the_probe_is_scikit_learn_s(blobs):
         linear.fit_probe(train.of(train.classes == 1), 0.3, count=4)
 
 
-def test_from_text_minimises_what_it_says(blobs):
+def test_from_text_minimises_the_documented_loss(blobs):
     pytest.importorskip("scipy")
     train, test = blobs
     weights = torch.randn(3, 5)
@@ -423,6 +423,6 @@ def test_eval_learns_from_examples(task, tmp_path, capsys):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
-def test_eval_learns_from_nothing(tmp_path, capsys):
+def test_a_probe_without_train_is_an_error(tmp_path, capsys):
     assert main(["eval", str(tmp_path), "--task", "probe", "--model", "everyday"]) == 2
     assert "--task probe needs --train" in capsys.readouterr().err

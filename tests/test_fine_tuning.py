@@ -1,4 +1,4 @@
-"""What a run does beside its loop: parts of a model, held-out data, logs, and starting again."""
+"""Fine-tuning: parts of a model, held-out data, logs, restarts, and data that breaks."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def rows_of(out):
 
 
 def crash_in(step, monkeypatch):
-    """Have a run end in one step, after it has been saved at the end of the first epoch."""
+    """Crash a run in one step, after the first epoch was saved."""
     note = run_module.Run.log_step
 
     def crash(self, *args):
@@ -93,7 +93,7 @@ def test_weights_are_sharded_over_processes_alone(tmp_path):
         run(tmp_path, replace(QUICK, fsdp=True))
 
 
-def test_siglips_loss_is_that_of_transformers():
+def test_siglips_loss_equals_transformers():
     from transformers import SiglipConfig, SiglipModel
 
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_siglips_loss_is_that_of_transformers():
 
 
 def test_float16_weights_are_trained_as_float32(tmp_path):
-    """In float16 the smallest squares are 0, and so is Adam's eps: 0 / 0 after the first step."""
+    """In float16 small squares and Adam's eps are 0, so the first step is 0 / 0."""
     naive = new_model()[0].half()
     optimizer = torch.optim.AdamW(naive.parameters())
     pixels = torch.rand(4, 3, 12, 12).half()
@@ -234,7 +234,7 @@ def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
 
 @pytest.mark.slow
 def test_sixteen_pictures_a_class_beat_zero_shot_on_held_out_ones(tmp_path, capsys):
-    """Written digits, which `shapes` has never seen, by the commands as a user gives them."""
+    """Handwritten digits, which `shapes` never saw, with a user's commands."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     names = "zero one two three four five six seven eight nine".split()
     for part, chosen in (("train", slice(16)), ("test", slice(16, 36))):
@@ -331,7 +331,7 @@ def test_a_command_that_fails_is_named_and_survived(shards):
                    for reason in data.skipped), name  # fmt: skip
 
 
-def test_a_command_that_nobody_reads_on_is_ended(shards, monkeypatch):
+def test_a_command_that_nobody_reads_is_killed(shards, monkeypatch):
     started = []
 
     class Noted(shards_module.Popen):
@@ -347,7 +347,7 @@ def test_a_command_that_nobody_reads_on_is_ended(shards, monkeypatch):
     assert started[0].returncode == -signal.SIGKILL
 
 
-def test_a_shard_that_vanishes_leaves_the_other_batches_as_they_were(shards):
+def test_a_shard_that_vanishes_does_not_move_the_other_batches(shards):
     data = open_data(shards, ImageTransform(SIZE))
     len(data)
     (shards / "1.tar").write_bytes(b"")

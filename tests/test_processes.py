@@ -1,4 +1,4 @@
-"""Two processes that train together, under torchrun, against one that does the same alone."""
+"""Two processes that train together under torchrun, against a single process."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with what two processes have found, and with what they have trained together."""
+    """A folder with the results of two processes, and with what they trained together."""
     folder = tmp_path_factory.mktemp("two")
     for name in ("data", "several", "like"):
         (folder / name).mkdir()
@@ -76,7 +76,7 @@ LORA = ["--batch", 12, "--lora", 2, "--freeze", "text", "--ema", 0.5]
 
 
 def train(folder, *options):
-    """The command line of a run that does not depend on who draws what."""
+    """The command line of a run that does not depend on the processes' random numbers."""
     line = ["train", folder / "data", "--recipe", folder / "like", "--patch-dropout", 0]
     line += ["--no-augment", "--muon-lr", 0, "--epochs", 4, *options]
     return [str(arg) for arg in line]
@@ -89,11 +89,11 @@ def inputs(folder):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What each of the two has found."""
+    """The results of the two processes."""
     return [torch.load(folder / f"found {rank}.pt") for rank in (0, 1)]
 
 
-def test_the_gradients_are_those_of_one_big_batch(inputs, found):
+def test_the_gradients_equal_one_big_batch(inputs, found):
     for rates, dtype, chunk, engine in CASES:
         tolerance = 1e-12 if dtype == "float64" else 1e-6
         alone = three_steps(inputs, rates, dtype)
@@ -114,7 +114,7 @@ def test_the_same_captions_are_true(folder, inputs, found):
     assert [each["several"] for each in found] == pytest.approx([alone] * 2, abs=1e-12)
 
 
-def test_the_gradients_of_siglips_loss_are_those_of_one(folder, inputs, found):
+def test_the_gradients_of_siglips_loss_equal_one_big_batch(folder, inputs, found):
     order = [0, 2, 1, 3]  # the first process has rows 0 and 2
     pixels, ids = (x[order] for x in inputs["pairs"])
     model = Siglip.from_pretrained(folder / "siglip", dtype=torch.float64)

@@ -34,7 +34,7 @@ COLOURS = ("red", "green", "blue", "white", "black")
 
 
 class Spots:
-    """Thirteen random pictures, each with two true captions; some pictures share a label."""
+    """Thirteen random pictures with two true captions each. Some pictures share a label."""
 
     skipped: list[str] = []
 
@@ -117,7 +117,7 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
 
 
 def embed_images(peer, pixels, dropped):
-    """Unit embeddings from a random part of each picture's patches, in their order."""
+    """Return unit embeddings of a random part of each picture's patches, in their order."""
 
     def drop(module, inputs, x):
         patches = x.shape[1] - 1
@@ -139,7 +139,7 @@ def embed_texts(peer, ids):
 
 
 def plain_loss(images, texts, negatives, scale, labels):
-    """Figure 3 of CLIP's paper with UniCL's shared labels; each false caption against the true."""
+    """Figure 3 of CLIP's paper with UniCL's shared labels, and true against false captions."""
     logits = scale.exp() * images @ texts.T
     same = (labels[:, None] == labels).float()
     target = same / same.sum(1, keepdim=True)
@@ -176,7 +176,7 @@ ABOVE = {
 
 
 def plain_optimizers(peer, recipe, more):
-    """AdamW with the paper's numbers for ViTs (table 18); with a rate, Muon for the matrices."""
+    """AdamW with the paper's numbers for ViTs (table 18), and Muon for the matrices."""
     named = [(name, p) for name, p in peer.named_parameters() if p.requires_grad]
     shares = {
         p: recipe.layer_decay ** next(n for part, n in ABOVE.items() if name.startswith(part))
@@ -194,7 +194,7 @@ def plain_optimizers(peer, recipe, more):
 
 
 class PlainMuon:
-    """Muon as its author describes it: Nesterov momentum, then every singular value to about 1."""
+    """Muon as its author describes it: Nesterov momentum, then singular values near 1."""
 
     def __init__(self, params, weight_decay, shares, momentum=0.95):
         self.param_groups = [{"params": [p], "share": shares[p]} for p in params]
@@ -216,7 +216,7 @@ class PlainMuon:
 
 
 def nearly_orthogonal(matrix):
-    """The quintic with Jordan's coefficients, five times, on the singular values alone."""
+    """Apply the quintic with Jordan's coefficients five times to the singular values."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.norm()
     for _ in range(5):
@@ -299,7 +299,7 @@ def test_logits_stay_within_100_times_a_cosine(tmp_path):
 
 
 def one_of_two(rank):
-    """As much of torch.distributed as the loop asks."""
+    """The part of torch.distributed that the loop uses."""
     return SimpleNamespace(
         is_initialized=lambda: True,
         get_rank=lambda: rank,
@@ -331,8 +331,8 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_of_two_processes_draws_for_itself(rank, tmp_path, monkeypatch):
-    """One of two, whose embeddings are not gathered: its share of the pairs, its own noise."""
+def test_each_of_two_processes_draws_its_own_numbers(rank, tmp_path, monkeypatch):
+    """One of two processes, without gathering: its share of the pairs, and its own noise."""
     monkeypatch.setattr(processes, "dist", one_of_two(rank))
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     recipe = replace(BASE, patch_dropout=0.6, augment=True)
@@ -344,7 +344,7 @@ def test_each_of_two_processes_draws_for_itself(rank, tmp_path, monkeypatch):
 
 
 def test_numbers_are_drawn_from_the_seed_the_step_and_the_place():
-    """By one formula for ever: it decides what a run that is resumed sees."""
+    """The formula never changes, because a resumed run must see the same data."""
     assert draw_seed(2, 3, 4) == 2 * 1_000_003**2 + 3 * 1_000_003 + 4
     assert 0 <= draw_seed(2**62, 2**40, 1) < 2**63
 
@@ -360,7 +360,7 @@ SAVINGS = {
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [None, *SAVINGS])
 def test_a_run_saves_what_its_recipe_says_and_nothing_else(name, tmp_path, monkeypatch):
-    """The ways that change no number, or few, are seen by what the towers do."""
+    """Options that change few numbers are recognised by what the towers do."""
     monkeypatch.setattr(run_module, "LOG_EVERY", 1)
     model, _, tokenizer = two_models()
     seen = {"rows": 0, "blocks": 0, "types": set(), "compiled": []}

@@ -1,4 +1,4 @@
-"""Pictures into an index and out again: what is found, in which order, after which accidents."""
+"""Indexes of pictures: what is found, in which order, and after which accidents."""
 
 import io
 import json
@@ -47,7 +47,7 @@ ENCODER = Encoder("a model", None, "0" * 64, "float32", ImageTransform(40))
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Random weights, and the tokenizer of a model that has fewer tokens."""
+    """A model with random weights, and the tokenizer of `everyday`."""
     config = replace(TINY, text=replace(TINY.text, vocab_size=2000, eos_token_id=2))
     model = twins(config)[0]
     tokenizer = miniclip.load("everyday").tokenizer
@@ -56,7 +56,7 @@ def loaded():
 
 
 def blots(seed, size=(50, 44)):
-    """Large blots, for all noise looks the same to a model."""
+    """Draw large blots, because all noise looks the same to a model."""
     pixels = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
@@ -77,7 +77,7 @@ def make_tar(path, members):
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Eleven pictures, four of them in a tar, with all that lies about in real folders."""
+    """Eleven pictures, four of them in a tar, and other files as in real folders."""
     root = tmp_path / "photographs"
     (root / "b" / ".thumbnails").mkdir(parents=True)
     for i, name in enumerate(
@@ -120,7 +120,7 @@ IN_B = [*IN_TAR, "b/[1].png", "b/x.webp", "b/y.gif", "b/é.bmp"]
         (["?"], IN_B),
     ],
 )
-def test_what_paths_stand_for(photographs, paths, found):
+def test_pictures_are_found_by_paths_and_patterns(photographs, paths, found):
     pictures, damage = find_pictures(photographs / path for path in paths)
     assert names(pictures, photographs) == found and damage == []
 
@@ -133,7 +133,7 @@ def test_what_paths_stand_for(photographs, paths, found):
         (lambda path: make_tar(path.with_name("x.tar"), {"a.txt": b"a"}), "no such file or folder"),
     ],
 )
-def test_paths_that_stand_for_nothing(tmp_path, make, message):
+def test_paths_without_pictures_are_an_error(tmp_path, make, message):
     make(tmp_path / "x")
     with pytest.raises(ValueError, match=message):
         find_pictures([tmp_path / "x"])
@@ -159,7 +159,7 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
 
 
 def lying_headers():
-    """{what lies: the tar's bytes before the end of its second file}."""
+    """Yield a name for each false header, and the bytes of a tar with it."""
 
     def header(name, size=0, kind=tarfile.REGTYPE, **fields):
         info = tarfile.TarInfo(name)
@@ -316,7 +316,7 @@ def test_links_are_followed_once_and_those_to_nowhere_are_skipped(tmp_path):
         open_picture(expected[0])
 
 
-def test_what_was_found_before_the_damage_can_be_opened_again(tmp_path):
+def test_pictures_before_the_damage_can_be_opened_again(tmp_path):
     make_tar(tmp_path / "x.tar", {f"{i}.bmp": encoded(blots(i), "bmp") for i in range(4)})
     whole = (tmp_path / "x.tar").read_bytes()
     (tmp_path / "x.tar").write_bytes(whole[: 2 * (512 + 6656) + 600])
@@ -342,7 +342,7 @@ def test_of_two_pictures_of_one_name_in_a_tar_the_later_counts(tmp_path):
 # Embeddings
 
 
-def test_embeddings_are_those_of_the_model(loaded, photographs):
+def test_embeddings_equal_the_models(loaded, photographs):
     pictures, _ = find_pictures([photographs])
     index = embed_images(loaded, pictures, batch=4)
     assert list(index.paths) == list(map(str, pictures)) and list(index.skipped) == []
@@ -358,7 +358,7 @@ def test_embeddings_are_those_of_the_model(loaded, photographs):
     assert len({tuple(row) for row in expected.tolist()}) == 11
 
 
-def test_an_index_takes_the_place_of_an_index_and_of_nothing_else(loaded, photographs, tmp_path):
+def test_an_index_takes_the_place_of_an_index_only(loaded, photographs, tmp_path):
     precious = tmp_path / "precious.jpg"
     precious.write_bytes(encoded(blots(0), "jpeg"))
     before = precious.read_bytes()
@@ -388,7 +388,7 @@ def test_a_picture_in_a_tar_is_the_picture(loaded, tmp_path):
     assert torch.equal(inside.embeddings, beside.embeddings)
 
 
-def test_what_cannot_be_read_is_listed_and_the_rest_is_there(loaded, photographs, tmp_path):
+def test_unreadable_pictures_are_listed_and_the_others_embedded(loaded, photographs, tmp_path):
     good = embed_images(loaded, find_pictures([photographs])[0])
     (photographs / "b" / "empty.png").write_bytes(b"")
     (photographs / "cut.png").write_bytes((photographs / "z.png").read_bytes()[:60])
@@ -404,7 +404,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_there(loaded, photographs
 
 
 def thin():
-    """Fit to be opened, but not to be resized: it would be 40 x 12,000,000 pixels."""
+    """It can be opened but not resized: it would have 40 x 12,000,000 pixels."""
     return Image.new("1", (1, 300_000))
 
 
@@ -418,7 +418,7 @@ def test_half_precision_gives_unit_vectors_all_the_same(loaded, photographs):
     assert not torch.equal(half.embeddings, single.embeddings)
 
 
-def test_an_embedding_that_is_no_number_is_an_error(loaded, photographs):
+def test_a_nan_embedding_is_an_error(loaded, photographs):
     model = twins(loaded.model.config)[0]
     model.vision.ln_post.bias.data[0] = torch.inf
     with pytest.raises(ValueError, match="NaN or infinite"):
@@ -426,7 +426,7 @@ def test_an_embedding_that_is_no_number_is_an_error(loaded, photographs):
 
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"workers": 0}])
-def test_batches_and_workers_of_none(loaded, photographs, options):
+def test_a_batch_or_workers_of_0_are_an_error(loaded, photographs, options):
     with pytest.raises(ValueError, match="is 0; expected at least 1"):
         embed_images(loaded, [str(photographs / "z.png")], **options)
 
@@ -516,7 +516,7 @@ def damaged(path, how):
 @pytest.mark.parametrize(
     "how", ["text", "cut", "weights", "absent", "folder", "rows", "half", "about"]
 )
-def test_files_that_are_no_index(tmp_path, how):
+def test_files_that_are_not_an_index_are_an_error(tmp_path, how):
     index_of(torch.eye(3)).save(tmp_path / "index.safetensors")
     damaged(tmp_path / "index.safetensors", how)
     with pytest.raises(ValueError, match="index.safetensors: "):
@@ -533,7 +533,7 @@ def unit_rows(n, width, seed=0):
 
 
 def best_by_float64(rows, query, k):
-    """By Python's sort and sum: neither torch nor blocks have a say in it."""
+    """Sort and sum in Python, without torch and without blocks."""
     scores = [
         math.fsum(a * b for a, b in zip(row, query, strict=True)) for row in rows.double().tolist()
     ]
@@ -554,7 +554,7 @@ def test_the_search_is_exact(monkeypatch, block, k):
 
 
 def crowd(n=1500, width=256):
-    """A query, and rows so near to it that float32 cannot put their cosines in order."""
+    """Return a query, and rows so near to it that float32 cannot order their cosines."""
     query = unit_rows(1, width, seed=1)[0]
     return torch.nn.functional.normalize(query + 2e-4 * unit_rows(n, width, seed=2)), query
 
@@ -588,7 +588,7 @@ def test_a_query_of_any_length_finds_the_same(monkeypatch):
 @pytest.mark.parametrize(
     "query, k", [(torch.ones(3), 1), (torch.ones(1, 4), 1), (torch.ones(4), 0)]
 )
-def test_queries_that_make_no_sense(query, k):
+def test_a_query_of_another_shape_is_an_error(query, k):
     with pytest.raises(ValueError, match="expected"):
         index_of(torch.eye(4)).search(query, k)
 
@@ -669,7 +669,7 @@ def test_the_model_is_loaded_as_it_was_made():
     assert again.transform.reference == again.tokenizer.reference == "openai"
 
 
-def test_names_that_last(tmp_path, monkeypatch):
+def test_lasting_names(tmp_path, monkeypatch):
     assert lasting_name("everyday") == ("everyday", None)
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
@@ -714,7 +714,7 @@ def test_a_query_is_the_sum_and_the_difference_of_unit_vectors(loaded, tmp_path)
         (["a cat " * 50], [], "tokens"),
     ],
 )
-def test_queries_of_nothing(loaded, texts, minus, message):
+def test_an_empty_query_is_an_error(loaded, texts, minus, message):
     with pytest.raises(ValueError, match=message):
         embed_query(loaded, texts, minus=minus)
 
@@ -763,7 +763,7 @@ def test_a_long_name_ends_as_it_does_and_a_long_title_begins_so(loaded, tmp_path
     assert long.startswith("…") and long.endswith(" end.png") and short == "short.png"
 
 
-def test_pictures_that_have_gone_leave_their_places_empty(loaded, photographs, tmp_path):
+def test_missing_pictures_leave_their_places_empty(loaded, photographs, tmp_path):
     index = embed_images(loaded, find_pictures([photographs])[0])
     hits = index.search(index.embeddings[0], 11)
     (photographs / "z.png").unlink()
@@ -795,7 +795,7 @@ def build(loaded, photographs, monkeypatch):
 
 @pytest.fixture
 def interrupt(build, tmp_path, monkeypatch):
-    """Begin a build, and end it after so many parts."""
+    """Begin a build, and stop it after some parts."""
 
     def interrupt(parts, **options):
         save, saved = Index.save, []
@@ -843,7 +843,7 @@ def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch,
 def test_parts_of_another_build_are_made_anew(
     build, interrupt, photographs, tmp_path, monkeypatch, changed
 ):
-    """What is left of it never becomes a part of this one, and nobody has to delete it."""
+    """Its parts never become parts of this build, and nobody has to delete them."""
     monkeypatch.chdir(tmp_path)
     interrupt(parts=3)
     options = {}
@@ -866,10 +866,10 @@ def test_parts_of_another_build_are_made_anew(
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("changed", ["weights", "dtype", "transform", "reference"])
-def test_what_another_model_made_is_replaced_by_force_alone(
+def test_what_another_model_made_is_replaced_only_by_force(
     build, interrupt, loaded, tmp_path, changed, whole
 ):
-    """An index is not replaced without a word, nor is one that is not yet whole."""
+    """Neither an index nor the parts of one are replaced silently."""
     if whole:
         build(tmp_path / "i")
     else:
@@ -897,7 +897,7 @@ def test_what_another_model_made_is_replaced_by_force_alone(
 
 @pytest.fixture
 def embedded(monkeypatch):
-    """What is decoded for the model, in any order."""
+    """The pictures that are decoded for the model, in any order."""
     seen, real = [], retrieval.building.pixels_of
 
     def pixels_of(source, transform):
@@ -997,7 +997,7 @@ def test_an_update_that_is_killed_leaves_the_old_index_and_continues(
 def test_pictures_that_moved_with_their_folder_are_kept(
     build, photographs, tmp_path, monkeypatch, embedded
 ):
-    """The path is taken as it is written: here, relative to where the command runs."""
+    """A path is compared as it is written, here relative to the working folder."""
     monkeypatch.chdir(photographs)
     build("i", pictures=find_pictures(["."])[0])
     photographs.rename(tmp_path / "elsewhere")
@@ -1024,7 +1024,7 @@ def test_the_threads_are_as_many_as_workers(build, loaded, photographs, tmp_path
 
 
 def test_two_builds_of_one_file_at_once(build, tmp_path):
-    """The second says so at once, and the first goes on."""
+    """The second build ends with an error, and the first one continues."""
     out = tmp_path / "index"
     with only_builder(tmp_path / "index.parts"):
         with pytest.raises(ValueError, match="another process writes this index now"):
@@ -1032,7 +1032,7 @@ def test_two_builds_of_one_file_at_once(build, tmp_path):
     assert len(build(out)) and not (tmp_path / "index.parts").exists()
 
 
-def test_nothing_that_can_be_read(build, photographs, tmp_path):
+def test_a_build_of_unreadable_pictures_is_an_error(build, photographs, tmp_path):
     with pytest.raises(ValueError, match="none of the pictures can be read, 2; the first: .*z.txt"):
         build(tmp_path / "i", pictures=[str(photographs / name) for name in ("z.txt", "z.json")])
     assert not (tmp_path / "i").exists() and not (tmp_path / "i.parts").exists()
@@ -1040,7 +1040,7 @@ def test_nothing_that_can_be_read(build, photographs, tmp_path):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """1,099 pictures in two folders and a tar: three parts, the last of them not full."""
+    """1,099 pictures in two folders and a tar: two full parts, and a third one."""
     root = tmp_path_factory.mktemp("many")
     pictures = [encoded(blots(i, size=(40, 32))) for i in range(50)]
     for i in range(900):
@@ -1057,7 +1057,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def command(many, loaded):
-    """The command line that embeds `many`, and a picture more, into a file yet to be named."""
+    """The command line that embeds `many` and one more picture, without the name of the file."""
     model, last = many.with_name("model"), many.with_name("last.png")
     miniclip.save(model, *loaded)
     blots(99).save(last)
@@ -1066,7 +1066,7 @@ def command(many, loaded):
 
 
 def run_here(line):
-    """The command without a process of its own, on one thread as the others."""
+    """Run the command in this process, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -1144,7 +1144,7 @@ def run(capsys):
 
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory):
-    """An index of eleven pictures, z.png the last of them."""
+    """An index of eleven pictures. The last one is z.png."""
     folder = tmp_path_factory.mktemp("indexed")
     for i in range(10):
         blots(i).save(folder / f"{i}.png")
@@ -1227,7 +1227,7 @@ def test_search_by_another_model_names_both(run, indexed):
         (["embed", "--out", "i"], ["PATH"]),
     ],
 )
-def test_commands_that_make_no_sense(run, indexed, tmp_path, monkeypatch, argv, words):
+def test_wrong_arguments_are_an_error_of_one_line(run, indexed, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     real = {"INDEX": indexed, "PHOTO": indexed.with_name("z.png")}
     status, out, err = run(*(real.get(word, word) for word in argv))
@@ -1237,7 +1237,7 @@ def test_commands_that_make_no_sense(run, indexed, tmp_path, monkeypatch, argv, 
 
 
 @pytest.mark.slow
-def test_scripts_that_pillows_font_lacks_are_legible_on_a_sheet(loaded, tmp_path):
+def test_a_sheet_shows_scripts_that_pillows_font_lacks(loaded, tmp_path):
     titles = ("Кот и пёс", "Пёс и кот", "γάτα", "日本", "nothing \udcff")
     blots(0).save(tmp_path / "кот.png")
     index = embed_images(loaded, [str(tmp_path / "кот.png")])

@@ -1,4 +1,4 @@
-"""The world of shapes: masks against pixels, captions against masks, and no hint in the words."""
+"""The drawn world: masks against pixels, captions against masks, and no hint in the words."""
 
 import math
 import re
@@ -50,7 +50,7 @@ def test_a_scene_is_a_function_of_its_numbers():
 
 
 def test_scenes_are_the_same_on_every_machine():
-    """These numbers were printed once, and weights/shapes was trained on what they stand for."""
+    """These numbers were printed once. weights/shapes was trained on their scenes."""
     (object,) = scene(0, count=1).objects
     assert object == ("green", "square", "large", -12, 44, 48)
 
@@ -66,8 +66,7 @@ def test_scenes_have_one_to_three_objects_and_all_there_is():
 
 
 def test_masks_are_the_pixels_of_the_objects(scenes):
-    """How far a pixel is on the way from the background to the object's colour is how much of it
-    the object covers; the mask has those that are half-way and more."""
+    """The mask has the pixels at least half-way from the background to the object's colour."""
     for s in scenes:
         picture, masks = draw(s)
         assert picture.size == (64, 64) and picture.mode == "RGB"
@@ -127,8 +126,8 @@ PLACES = {
 
 @cache
 def things_in(s):
-    """Words and places of a scene's objects. Colours are looked up in the picture. The rest, which
-    is hard to see, is taken from the scene, where masks have been compared with it above."""
+    """Return words and places of a scene's objects. The colours are read from the picture, and the
+    rest from the scene, which another test compares with the masks."""
     picture, masks = draw(s)
     pixels, things = np.array(picture), []
     for object, mask in zip(s.objects, masks, strict=True):
@@ -140,7 +139,7 @@ def things_in(s):
 
 
 def is_true(caption, s):
-    """Read the English, and look at the scene."""
+    """Parse the English, and compare it with the scene."""
     things = things_in(s)
     if place := next((place for place in PLACES if caption.endswith(f" {place}")), None):
         caption = caption.removesuffix(f" {place}")
@@ -173,7 +172,7 @@ class Caption(NamedTuple):
 
 
 def captions(s):
-    """Everything that may be said of a scene, each once, with what it is told from."""
+    """Return every caption of a scene once, with its false captions."""
     claims = dict.fromkeys(claim for kind in (*kinds(s), vague) for claim in kind(s))
     return [
         Caption(say(claim), [say(false) for made in negatives(claim, s).values() for false in made])
@@ -207,7 +206,7 @@ def test_what_a_scene_says_is_among_its_captions(scenes):
 # -- no answer without a look ---------------------------------------------------------------------
 
 
-def test_held_out_pairs_are_neither_shown_nor_named_in_training():
+def test_training_never_shows_or_names_held_out_pairs():
     assert len(HELD_OUT) + len(SEEN) == len(COLOURS) * len(SHAPES)
     assert 1 / 8 <= len(HELD_OUT) / 64 <= 1 / 6
     assert {c for c, _ in SEEN} == set(COLOURS) and {s for _, s in SEEN} == set(SHAPES)
@@ -237,8 +236,8 @@ def words(claim):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["places", "colours"])
 def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
-    """Over many scenes each word is as frequent at each place: a guesser that reads the caption and
-    sees no picture is at chance. Differences are within 4.5 standard deviations of none."""
+    """Over many scenes each word is equally frequent at each place in true and false captions, so
+    a guesser without the picture is at chance. Differences stay within 4.5 standard deviations."""
     true, false = Counter(), Counter()
     for i in range(1500):
         s = scene(i, count=2)
@@ -252,7 +251,7 @@ def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
 
 
 def test_no_place_is_likelier_for_one_object_than_for_another():
-    """And one that sees the picture alone learns nothing of what is said first."""
+    """A guesser that sees only the picture does not know which object comes first."""
     said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
     assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)
 
@@ -284,7 +283,7 @@ def test_data_set():
 
 @pytest.fixture(scope="module")
 def new():
-    """All that a run on this world starts from."""
+    """What a run on this world starts from."""
     return set_up("shapes")
 
 
@@ -304,7 +303,7 @@ def test_a_new_model_has_the_shape_the_recipe_and_the_pixels_of_the_checkpoint_i
 
 
 class Knowing:
-    """A model that embeds a picture as its scene and a text as the scenes it is true of."""
+    """A model that embeds a picture as its scene, and a text as the scenes it is true of."""
 
     logit_scale = torch.tensor(0.0)
 
@@ -335,7 +334,7 @@ class Knowing:
 
 
 def test_scores_are_what_is_known_and_nothing_else():
-    """One model knows all, the others all but one thing. A tie is no answer, so they score 0."""
+    """One model knows everything, and each other lacks one thing. A tie scores 0."""
     seed = 2021  # no training set has it
     single = [scene(i, seed=seed, held_out=h, count=1) for h in (False, True) for i in range(12)]
     scenes = single + [scene(i, seed=seed, count=2) for i in range(12)]
@@ -357,7 +356,7 @@ def test_scores_are_what_is_known_and_nothing_else():
 
 
 def scores_by_chance(scenes):
-    """The share of the held-out scenes that show the first of the 64 pairs, which a tie gives."""
+    """A tie gives the first of the 64 pairs, which is right for this share of the scenes."""
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 
@@ -384,7 +383,7 @@ def test_shapes_have_their_areas(shape):
 
 
 def test_the_world_is_the_same_on_every_machine():
-    """These sums were printed once. To change the world is to change every published score."""
+    """These sums were printed once. Another world would change every published score."""
     which = product(range(40), (0, 5), (False, True), (None, 2))
     scenes = [scene(i, seed=seed, held_out=h, count=count) for i, seed, h, count in which]
     said = [say_something(s, Random(i), i // 2 % 4 if i % 2 else 3) for i, s in enumerate(scenes)]

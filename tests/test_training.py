@@ -1,4 +1,4 @@
-"""Training: the loss against its formula, the shortcuts against the long way, runs against runs."""
+"""Training: the loss against its formula, fast ways against plain ones, runs against runs."""
 
 import csv
 import errno
@@ -62,7 +62,7 @@ def embeddings():
 
 
 def slow_loss(image, text, scale, labels, wrong=()):
-    """Mean negative log probability of the pairs that belong together, pair by pair."""
+    """Compute the mean negative log probability of the true pairs, pair by pair."""
 
     def direction(rows, columns):
         total = 0.0
@@ -92,7 +92,7 @@ def test_loss_is_the_formula_of_the_paper(embeddings, labels, hard):
         assert contrastive_loss(image, text, scale) == found
 
 
-def test_loss_without_labels_is_that_of_transformers():
+def test_loss_without_labels_equals_transformers():
     ours, peer = twins(TINY)
     pixels, ids = random_inputs(TINY, images=4, texts=4)
     out = ours(pixels, ids)
@@ -109,7 +109,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 3, 4])
 
 
 def batch_of(dtype):
-    """Pixels, ids of captions and then of false captions, labels."""
+    """Return pixels, ids of captions and then of false captions, and labels."""
     pixels, ids = random_inputs(TINY, images=BATCH, texts=2 * BATCH)
     return pixels.to(dtype), ids, LABELS
 
@@ -176,7 +176,7 @@ def test_gather_alone_is_the_identity():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
 @pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
-def test_muon_is_torchs_but_for_its_precision(shape):
+def test_muon_equals_torchs_up_to_its_precision(shape):
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().clone())
@@ -247,7 +247,7 @@ QUICK = Recipe(epochs=3, batch=32, muon_lr=0.02, patch_dropout=0.25, augment=Tru
 
 
 def bars(kind, generator):
-    """A picture of stripes that stand or lie."""
+    """Draw vertical or horizontal stripes."""
     rows = generator.integers(0, 256, (1, SIZE, 3)).repeat(SIZE, axis=0)
     return Image.fromarray(
         (rows if kind == "upright" else rows.transpose(1, 0, 2)).astype(np.uint8)
@@ -256,7 +256,7 @@ def bars(kind, generator):
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Two classes of 80 pictures, and one file that is no image."""
+    """Two classes of 80 pictures, and one file that is not an image."""
     root = tmp_path_factory.mktemp("stripes")
     generator = np.random.default_rng(0)
     for kind in ("upright", "level"):
@@ -268,7 +268,7 @@ def stripes(tmp_path_factory):
 
 
 def captioned(root, kind, pictures=12, broken=3):
-    """A folder of pictures with metadata of a kind, jsonl, csv or tar, or in tar shards."""
+    """Write pictures with metadata.jsonl or .csv, or in tar shards."""
     generator = np.random.default_rng(1)
     rows = []
     for i in range(pictures):
@@ -361,7 +361,7 @@ def test_a_class_is_called_by_its_name_in_every_template(tmp_path):
 
 
 def test_class_folders_are_read_as_they_are_evaluated(tmp_path):
-    """Whatever the suffix, folders in folders too, and ImageNet's ids by their names."""
+    """With any ending, in subfolders too, and ImageNet's ids by their names."""
     picture = bars("level", np.random.default_rng(0))
     for name in ("n01440764/deep/a.JPG", "n01440764/b.jpeg", "n01443537/c.PNG"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -459,7 +459,7 @@ def test_shards_without_the_library_are_an_error(tmp_path, monkeypatch):
         open_data(tmp_path, ImageTransform(SIZE))
 
 
-def test_a_batch_that_cannot_be_read_is_replaced_whatever_came_before(tmp_path):
+def test_a_batch_that_cannot_be_read_is_replaced_at_any_step(tmp_path):
     captioned(tmp_path, "jsonl", broken=None)
     for i in range(11):
         (tmp_path / f"{i:03}.png").write_bytes(b"")
@@ -569,7 +569,7 @@ def test_a_new_model_is_decided_by_the_seed_and_its_data(stripes):
 
 
 def test_a_new_model_is_like_the_one_that_is_named(stripes, like, tmp_path):
-    """Its shape, recipe and scale of pixels; what is asked for besides comes first."""
+    """It has the checkpoint's shape, recipe and pixel scale, unless the user asks for others."""
     settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     for name in ("recipe.json", "config.json"):
         (tmp_path / name).write_bytes((like / name).read_bytes())
@@ -593,7 +593,7 @@ def test_a_new_model_is_like_the_one_that_is_named(stripes, like, tmp_path):
 
 
 def test_the_defaults_of_a_recipe():
-    """As `miniclip train` has documented them: who trained by them can do so again."""
+    """They stay as documented, so that a training can be repeated."""
     assert asdict(Recipe()) == {
         "epochs": 30, "batch": 256, "lr": 1e-3, "muon_lr": 0.0, "weight_decay": 0.1,
         "warmup": 0.05, "clip_gradient": 1.0, "patch_dropout": 0.0, "full_epochs": 1, "ema": 0.0,
@@ -604,7 +604,7 @@ def test_the_defaults_of_a_recipe():
 
 
 def test_a_source_has_the_pixels_of_the_transform(tmp_path):
-    """Cut, resized and turned as the model will see them; decoded once where all of them fit."""
+    """Cropped, resized and turned as the model sees them."""
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     transform = ImageTransform(SIZE, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
@@ -679,7 +679,7 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkey
 
 
 def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, monkeypatch, capsys):
-    """In a log file: pictures a second, the time left and the loss."""
+    """A log file shows pictures a second, the time left and the loss."""
     note = run_module.Run.log_step
 
     def stop(self, *args, **kwargs):
@@ -696,7 +696,7 @@ def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, mon
 
 
 def test_a_new_vocabulary_has_its_own_size_and_token_ids(stripes, tmp_path):
-    """As a config of transformers may have it: a small vocabulary, and no special tokens."""
+    """A config of transformers may have a small vocabulary, and no ids of special tokens."""
     config = SHAPE.to_dict()
     config["text_config"] = {
         name: value for name, value in config["text_config"].items() if "token_id" not in name
@@ -745,7 +745,7 @@ def test_a_model_whose_training_was_interrupted_is_as_it_was(stripes, tmp_path, 
     assert "forward" not in vars(model.vision.blocks[0])
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(stripes, tmp_path):
+def test_a_nan_loss_ends_the_run_before_it_is_saved(stripes, tmp_path):
     with pytest.raises(ValueError, match="the loss is nan after [0-9]+ steps"):
         run(stripes, tmp_path, replace(QUICK, lr=1e18, muon_lr=0.0))
     if (tmp_path / "model.safetensors").exists():
@@ -779,7 +779,7 @@ def test_another_recipe_does_not_continue_a_run(stripes, tmp_path):
         run(stripes, tmp_path, replace(QUICK, epochs=1, seed=2))
 
 
-def test_a_state_that_lies_is_an_error(stripes, tmp_path, monkeypatch):
+def test_a_damaged_state_is_an_error(stripes, tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
 
@@ -809,7 +809,7 @@ def test_a_full_disk_is_named(stripes, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("state", [b"damaged", b"", [], {}, {"settings": {}}, {"settings": 0}])
-def test_damage_to_what_a_killed_run_saved_is_an_error(state, stripes, tmp_path):
+def test_a_damaged_state_file_is_an_error(state, stripes, tmp_path):
     if isinstance(state, bytes):
         (tmp_path / "training.pt").write_bytes(state)
     else:
@@ -893,7 +893,7 @@ def command(*args):
 
 @pytest.fixture(scope="module")
 def like(tmp_path_factory):
-    """A folder with a recipe and a shape to train like."""
+    """A folder with a recipe and a shape, for --recipe."""
     folder = tmp_path_factory.mktemp("like")
     (folder / "recipe.json").write_text(json.dumps(asdict(QUICK)))
     (folder / "config.json").write_text(json.dumps(SHAPE.to_dict()))

@@ -1,4 +1,4 @@
-"""Captions that are true of several pictures, averaged weights, and matrices stacked for Muon."""
+"""Captions that are true of several pictures, averaged weights, and Muon's stacked matrices."""
 
 import json
 import math
@@ -40,7 +40,7 @@ KINDS = {
 
 
 def with_several_captions(folder):
-    """A folder of 16 pictures, each of one colour, with all that is true of it."""
+    """Write 16 pictures of one colour each, with all true captions."""
     rows = []
     for i in range(16):
         kind = list(KINDS)[i % len(KINDS)]
@@ -56,7 +56,7 @@ def captioned(tmp_path):
 
 
 def slow_loss(image, text, scale, captions, kinds):
-    """Mean negative log probability of all that is true, picture by picture and text by text."""
+    """Compute the mean negative log probability of all true pairs, one by one."""
 
     def mean(rows, columns, is_true):
         total = 0.0
@@ -72,7 +72,7 @@ def slow_loss(image, text, scale, captions, kinds):
 
 
 def kinds_of(pixels):
-    """What is in each picture of one colour, by that colour."""
+    """Return the kind of each picture, by its colour."""
     colours = {kind: Image.new("RGB", (1, 1), kind).getpixel((0, 0)) for kind in KINDS}
     shown = [tuple(picture[:, 0, 0].tolist()) for picture in pixels]
     return [next(kind for kind in KINDS if colours[kind] == colour) for colour in shown]
@@ -106,7 +106,7 @@ def test_a_picture_with_one_caption_lists_no_more(text, tmp_path):
 
 
 @pytest.mark.parametrize("text", [["a picture", 3], {"a": "picture"}, 0, ["a picture", ["b"]]])
-def test_a_list_with_something_else_than_captions_is_an_error(text, tmp_path):
+def test_a_list_of_anything_but_strings_is_an_error(text, tmp_path):
     row = {"file_name": "0.png", "text": text}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"row 1: expected a file_name and a text"):
@@ -115,7 +115,7 @@ def test_a_list_with_something_else_than_captions_is_an_error(text, tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
 def test_several_rows_of_one_picture_are_true_of_it(kind, tmp_path):
-    """As many captions a picture as COCO has, a row for each: no row is false of another's."""
+    """Several rows of a picture, as in COCO: each row's caption is true of the picture."""
     rows = [(f"{i}.png", f"view {j} of {i}") for j in range(3) for i in range(4)]
     rows.append(("./3.png", "view 0 of 0"))  # the first picture's caption, of the last one too
     for i in range(4):

@@ -1,5 +1,4 @@
-"""Zero-shot classification: prompts, their mean, the scores that come of it, and how often they
-are right."""
+"""Zero-shot classification: prompts, scores, and accuracy."""
 
 import hashlib
 import math
@@ -68,7 +67,7 @@ def test_labels_may_fill_more_than_one_batch(model, tokenizer):
     torch.testing.assert_close(class_embeddings(model, tokenizer, LABELS, many), expected)
 
 
-def test_texts_are_embedded_once_and_in_company_of_their_length(model, tokenizer, monkeypatch):
+def test_texts_are_embedded_once_and_sorted_by_length(model, tokenizer, monkeypatch):
     texts = [f"{i} {'cat ' * (i % 7)}" for i in range(100)]
     texts += texts[::-1]
     batches = []
@@ -115,12 +114,12 @@ def test_ranking_is_sorted_and_sums_to_one(model, tokenizer):
         (["cat"], ["a photo"], "has no {}"),
     ],
 )
-def test_prompts_that_would_say_nothing(model, tokenizer, labels, templates, message):
+def test_empty_prompts_are_an_error(model, tokenizer, labels, templates, message):
     with pytest.raises(ValueError, match=message):
         class_embeddings(model, tokenizer, labels, templates)
 
 
-def test_one_label_or_template_is_one_and_several_may_come_from_anything(model, tokenizer):
+def test_one_label_may_be_a_string_and_several_any_iterable(model, tokenizer):
     assert ZeroShotClassifier(model, tokenizer, "cat").labels == ["cat"]
     expected = class_embeddings(model, tokenizer, ["cat", "cup"], ["a {}."])
     for labels in (("cat", "cup"), iter(["cat", "cup"]), np.array(["cat", "cup"])):
@@ -196,7 +195,7 @@ def test_every_public_tensor_can_be_used_in_autograd(model, tokenizer, tmp_path)
         (CIFAR_TEMPLATES, 18, 18, "9bbf912e1144ca4c7de308d478b5ced7ea3df9e6"),
     ],
 )  # fmt: skip
-def test_published_lists_are_whole(lines, count, unique, checksum):
+def test_published_lists_have_their_checksums(lines, count, unique, checksum):
     assert (len(lines), len(set(lines))) == (count, unique)
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40] == checksum
 
@@ -318,7 +317,7 @@ def test_labels_can_be_given(tmp_path):
         labelled_images(tmp_path, ["zero", "one", "two"])
 
 
-def test_hidden_files_are_no_images(tmp_path):
+def test_hidden_files_are_not_images(tmp_path):
     make_folders(tmp_path, ["cat", "cat/deeper", "cat/.cache", ".git"])
     (tmp_path / "cat" / ".DS_Store").write_bytes(b"x")
     (tmp_path / "README").write_text("beside the folders")
@@ -357,7 +356,7 @@ def planted(answers):
 
 
 def evaluate(classifier, transform, images, batch_size=64):
-    """What a classifier of pixels makes of images."""
+    """Evaluate a classifier of pixels on images."""
     paths = list(map(str, images.paths))
     ((logits, rows, skipped),) = encode_parts(classifier, transform, [paths], batch_size)
     classes = [images.classes[i] for i in rows]
@@ -369,7 +368,7 @@ def save_grey(path, row):
 
 
 def save_planted(root, confusion):
-    """An image for each count of the matrix, whose grey level is the class to be predicted."""
+    """Write an image for each count of the matrix. Its grey level is the class to predict."""
     for true, row in enumerate(confusion):
         (root / f"class_{true}").mkdir(parents=True)
         for predicted, count in enumerate(row):
@@ -408,7 +407,7 @@ def test_the_interval_holds_the_shares_that_the_score_test_keeps(right, images):
         assert error == pytest.approx(1.959964 * (edge * (1 - edge) / images) ** 0.5, abs=1e-9)
 
 
-def test_confidence_is_compared_with_accuracy_in_fifteen_bins():
+def test_calibration_compares_confidence_with_accuracy_in_fifteen_bins():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(400, 3)) * 2
     logits[0] = [100, 0, 0]  # a confidence of 1 belongs to the last bin
@@ -473,13 +472,13 @@ def test_unreadable_files_are_skipped_and_named(tmp_path):
         assert str(tmp_path / "class_1" / f"{name}.png") in reason
 
 
-def test_nothing_but_unreadable_files(tmp_path, model, tokenizer):
+def test_only_unreadable_files_are_an_error(tmp_path, model, tokenizer):
     (tmp_path / "a.txt").write_text("no image")
     with pytest.raises(ValueError, match="none of the 1 files can be read.*a.txt"):
         picture_features(Loaded(model, tokenizer, GREY), [str(tmp_path / "a.txt")])
 
 
-def test_a_batch_of_nothing(tmp_path):
+def test_a_batch_of_0_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="batch is 0"):
         evaluate(planted([[1]]), GREY, save_planted(tmp_path, [[1]]), batch_size=0)
 
@@ -544,7 +543,7 @@ def test_a_reader_that_stops_leaves_the_rest_unread(monkeypatch):
     assert started == [0, 1]
 
 
-def test_accuracy_is_that_of_transformers(tmp_path, tokenizer):
+def test_accuracy_equals_transformers(tmp_path, tokenizer):
     ours, theirs = twins(TINY)
     labels = [*LABELS, "the cup", "dog again"]
     rng = np.random.default_rng(0)

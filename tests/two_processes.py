@@ -1,4 +1,4 @@
-"""What each of two processes does for test_processes.py, under torchrun: two_processes.py FOLDER
+"""Each of the two processes of test_processes.py, under torchrun: two_processes.py FOLDER
 
 The inputs are in the folder, and each process saves there what it has found.
 """
@@ -47,7 +47,7 @@ def gradients(model):
 
 
 def three_steps(inputs, rates, dtype, chunk=0, engine="", rank=0, world=1):
-    """Three steps of gradient descent, each tower at its own rate, on one share of the batch."""
+    """Take three gradient steps on one share of the batch, each tower at its own rate."""
     model = CLIP(CLIPConfig.from_dict(inputs["config"])).to(getattr(torch, dtype))
     model.load_state_dict(inputs["weights"])
     if engine == "fsdp":
@@ -71,7 +71,7 @@ def three_steps(inputs, rates, dtype, chunk=0, engine="", rank=0, world=1):
 
 
 def loss_of_several_captions(folder, embeddings, rank=0, world=1):
-    """The loss of a whole batch, by one process that has read its share."""
+    """Compute the loss of a whole batch in a process that reads its share."""
     data = open_data(folder, ImageTransform(32))
     batch = next(batches(data, batch=8, seed=0, rank=rank, world_size=world))
     image, text = embeddings[:, rank::world]
@@ -79,7 +79,7 @@ def loss_of_several_captions(folder, embeddings, rank=0, world=1):
 
 
 def gradients_of_siglip(folder, pixels, ids, rank=0, world=1):
-    """The gradients of SigLIP's own loss, by one process that has its share of the pairs."""
+    """Compute the gradients of SigLIP's loss in a process that has its share of the pairs."""
     model = Siglip.from_pretrained(folder, dtype=torch.float64)
     labels = torch.arange(len(pixels))[rank::world]
     also, loss = labels.new_empty(len(labels), 0), partial(sigmoid_loss, model)
@@ -90,7 +90,7 @@ def gradients_of_siglip(folder, pixels, ids, rank=0, world=1):
 
 
 def crash_at(step, crash):
-    """Have runs crash in one step, before they save it. Returns what puts an end to that."""
+    """Crash runs in one step, before it is saved. Returns a function that undoes this."""
 
     def note_and_crash(run, *args):
         note(run, *args)

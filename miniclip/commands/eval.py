@@ -248,8 +248,8 @@ def examples_of_sets(
 ) -> "tuple[Loaded, LabelledImages, list[ByKind], list[str]]":
     """Load the model, and the examples of DATA, --train and --val.
 
-    A folder's name stands for one class in all of them. Returns the model, the classes, the
-    examples, and a line for each unreadable picture of DATA.
+    Folders with the same name are one class. Returns the model, the classes, the examples, and a
+    line for each unreadable picture of DATA.
     """
     import torch
 

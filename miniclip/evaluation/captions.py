@@ -47,7 +47,7 @@ def captioned_images(
         columns: the columns of a metadata file: the picture's file, and its caption or captions.
 
     Raises:
-        ValueError: no picture has a caption, or `data` is none of these.
+        ValueError: no picture has a caption, or `data` is something else.
     """
     root = Path(data).expanduser()
     skipped: list[str] = []

@@ -34,7 +34,7 @@ For far more rows, FAISS (`pip install faiss-cpu`) reads the same file:
     scores, rows = engine.search(query[None].numpy(), 12)
     print([index.paths[row] for row in rows[0]])
 
-`index` and `query` are those of the first example.
+`index` and `query` come from the example above.
 """
 
 from miniclip.retrieval.building import build_index, embed_images

@@ -95,7 +95,7 @@ def embed_images(
     Args:
         loaded: model, tokenizer and transform.
         pictures: paths, or what `find_pictures` found. The unreadable ones are named in `skipped`.
-        name: loads the model again, for `Index.load_encoder`.
+        name: the name to load the model by, for `Index.load_encoder`.
         batch: pictures in a batch.
         workers: threads that decode; by default as many as torch uses.
 
@@ -132,7 +132,7 @@ def build_index(
         damage: what `find_pictures` could not read; added to `skipped`.
         batch: pictures in a batch.
         workers: threads that decode; by default as many as torch uses.
-        force: embed everything again, whoever made the old index.
+        force: embed everything again, and replace the index of another model.
 
     Raises:
         ValueError: another model made `out`, another process writes it, or no picture is readable.

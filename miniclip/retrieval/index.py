@@ -185,7 +185,7 @@ class Index:
             embeddings, *of_paths, stamps, text, ends = tensors.values()
             paths, skipped = Strings(*of_paths), Strings(text, ends)
             if not paths.is_sound() or not skipped.is_sound():
-                raise ValueError("strings end where there is no text")
+                raise ValueError("the ends of the strings do not fit the text")
             if len(paths) != (n := len(embeddings)) or stamps.shape not in ((n, 2), (0, 2)):
                 found = f"{n} embeddings, {len(paths)} paths and {len(stamps)} stamps"
                 raise ValueError(f"expected one path and one stamp for each embedding: {found}")

@@ -71,24 +71,17 @@ class Pictures:
     def __getitem__(self, item_and_draw: tuple[int, int]) -> Pair | None:
         i, draw = item_and_draw
         path, captions, label = self.entries[i]
-        if (pixels := self._pixels(path)) is None:
-            return None
+        if (pixels := self._kept.get(path)) is None:
+            try:
+                pixels = self._to_bytes(open_image(path))
+            except ImageError as error:
+                note_once(self.skipped, with_name(str(path), error))
+                return None
+            if self._keeps:
+                self._kept[path] = pixels
         caption = random.Random(draw).choice(captions)
-        if label is not None:
-            return Pair(pixels, caption, label)
-        return Pair(pixels, caption, caption_label(caption), also=self._also[path])
-
-    def _pixels(self, path: Path) -> Tensor | None:
-        if path in self._kept:
-            return self._kept[path]
-        try:
-            pixels = self._to_bytes(open_image(path))
-        except ImageError as error:
-            note_once(self.skipped, with_name(str(path), error))
-            return None
-        if self._keeps:
-            self._kept[path] = pixels
-        return pixels
+        label = caption_label(caption) if label is None else label
+        return Pair(pixels, caption, label, also=self._also.get(path, ()))
 
 
 def labels_of_all(entries: Iterable[Entry]) -> dict[Path, list[int]]:
@@ -130,7 +123,7 @@ def open_data(
         columns: the columns of a metadata file: the picture's file, and its caption or captions.
 
     Raises:
-        ValueError: `name` is none of these; the message says what was found.
+        ValueError: `name` is something else. The message says what was found.
     """
     if name == "shapes":
         from miniclip.training.drawn import Shapes
@@ -212,7 +205,7 @@ def batches(
 
 
 def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: int) -> Pair:
-    """A pair in place of a whole batch that cannot be read."""
+    """Return a pair that replaces a batch without a readable picture."""
     for item in data.items(seed):
         if isinstance(pair := read((item, seed)), Pair):
             return pair

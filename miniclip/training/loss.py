@@ -119,7 +119,7 @@ def batch_loss(
             Chihuahua" is false of another dog.
         image_embeds: unit vectors (B, E).
         text_embeds: unit vectors (B, E) of captions; or (2 B, E), then the false captions.
-        loss: of (image_embeds, captions, is_true), in place of `contrastive_loss`.
+        loss: a function of (image_embeds, captions, is_true) that replaces `contrastive_loss`.
         batch: pairs over all processes; by default B in each.
     """
     captions, *negatives = (gather(part, batch) for part in text_embeds.split(len(also)))

@@ -20,8 +20,10 @@ from miniclip.model import CLIP
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Yield the device of this process. Under torchrun, which sets RANK, join the processes for the
-    time of the `with` block, unless the program has joined them."""
+    """Yield the device of this process. Under torchrun, which sets RANK, also join the processes.
+
+    They stay joined until the end of the `with` block. A program may have joined them before.
+    """
     if "RANK" not in os.environ or dist.is_initialized():
         yield device
         return
@@ -54,7 +56,7 @@ def rank_and_world_size() -> tuple[int, int]:
 def parallel(objective: nn.Module, skips: bool) -> nn.Module:
     """Wrap a module, so that its gradients are means over all processes. Alone, return it.
 
-    `skips` says that a step may leave a parameter out, for which PyTorch then looks in each step.
+    `skips`: a step may leave a parameter out. PyTorch then looks for such parameters in each step.
     """
     if rank_and_world_size()[1] == 1:
         return objective

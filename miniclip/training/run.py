@@ -82,7 +82,8 @@ class Run:
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 write_json(out / "recipe.json", asdict(recipe))
-                (out / "metrics.jsonl").write_text("".join(map(_line, self.rows)))
+                rows = (f"{json.dumps(row)}\n" for row in self.rows)
+                (out / "metrics.jsonl").write_text("".join(rows))
             except OSError as error:
                 raise ValueError(f"{out}: cannot be written: {error.strerror}") from error
             if log:
@@ -190,7 +191,7 @@ class Run:
         self.rows.append(row)
         if self.writes:
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(_line(row))
+                file.write(f"{json.dumps(row)}\n")
         if self.writer:
             for name, value in row.items():
                 self.writer.add_scalar(name, value, self.step)
@@ -272,7 +273,3 @@ def open_tensorboard(out: Path, step: int) -> Any:
     except ImportError:
         raise ValueError("--log tensorboard needs it: pip install 'miniclip[train]'") from None
     return SummaryWriter(str(out), purge_step=step + 1)
-
-
-def _line(row: dict[str, float]) -> str:
-    return json.dumps(row) + "\n"

@@ -88,7 +88,7 @@ def set_up(
     """
     check_device(device)
     if model and config:
-        raise ValueError(f"{model} has its own shape, not that of {config}: give one of the two")
+        raise ValueError(f"{model} has a shape, which {config} cannot change: give one of the two")
     if data == "shapes" and not (model or config or like):
         like = "shapes"  # the default shape reads smaller pictures
     directory = resolve(like, "config") if like else None

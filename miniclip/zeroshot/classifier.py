@@ -126,7 +126,7 @@ def embed_texts(
 
 
 def find_templates(names: str | Iterable[str]) -> list[str]:
-    """Return templates as they are, and those of each published set that is named.
+    """Return templates, where the name of a published set gives all templates of the set.
 
     >>> find_templates(["simple", "my {}"])[-2:]
     ['a photo of the small {}.', 'my {}']

@@ -25,11 +25,11 @@ class LabelledImages(NamedTuple):
 
 
 def find_labels(names: str | Iterable[str]) -> list[str]:
-    """Return labels as they are, or read the labels that a single name stands for.
+    """Return labels. A single name may give the labels of a set, a folder or a file.
 
-    A single name may be a set of CLASS_SETS, a folder of class folders, a text file with one label
-    a line, or a JSON file with a list, names by id, or ids by name. Raises ValueError for a file
-    without labels.
+    The set is one of CLASS_SETS. The folder has class folders. The file is a text file with one
+    label a line, or JSON: a list, names by id, or ids by name. Raises ValueError for a file without
+    labels.
 
     >>> find_labels(["cat", "dog"]), len(find_labels("imagenet"))
     (['cat', 'dog'], 1000)
@@ -108,7 +108,7 @@ def labelled_images(
             some of them) or positions (0 to 999) get OpenAI's names of the classes.
 
     Raises:
-        ValueError: there is no class or no file, or the number of labels is another.
+        ValueError: there is no class or no file, or the number of labels is wrong.
     """
     root, folders = Path(root), class_folders(root)
     labels = folder_labels(folders) if labels is None else as_list(labels, "label")
@@ -125,8 +125,8 @@ def labelled_images(
 def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool) -> None:
     """Raise ValueError if an accuracy on these images would mean nothing.
 
-    That is so for a single class, for a class without files, and for a folder such as train/ in the
-    place of a class folder, unless the user has `named` the classes.
+    Examples: a single class; a class without files; folders such as train/ where the class folders
+    should be, unless the user has `named` the classes.
     """
     root, folders = Path(root), images.folders
     if len(folders) == 1:

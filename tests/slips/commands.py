@@ -779,7 +779,7 @@ SLIPS = [
         "Embeddings that are not finite are kept.",
         "if not x.isfinite().all():",
         "if False:",
-        f"{RETRIEVAL} -k no_number",
+        f"{RETRIEVAL} -k nan_embedding",
     ),
     Slip(
         "The fingerprint does not know the dtype.",

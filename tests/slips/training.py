@@ -268,7 +268,7 @@ SLIPS = [
         "A loss that is not finite goes on.",
         "if not math.isfinite(self.loss):",
         "if False:",
-        TRAINING + " -k no_number",
+        TRAINING + " -k nan_loss",
     ),
     Slip(
         "A row of metrics has the last loss alone.",
