@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,8 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setenv("HF_HOME", home.name)  # empty: no test may depend on what a user has downloaded
     # A killed run leaves broken files in the cache of torch's compiler.
     patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{home.name}/torchinductor_")
-    if "PYTEST_XDIST_WORKER" in os.environ:  # workers with two threads each wait for each other
-        patch.setenv("OMP_NUM_THREADS", "1")
+    # The shapes are tiny: torch's other threads only wait for each other, on a busy machine long.
+    patch.setenv("OMP_NUM_THREADS", "1")
     config.add_cleanup(home.cleanup)
     config.add_cleanup(patch.undo)
 
@@ -53,6 +54,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if cases[test] % sweep.args[0]:
                 item.add_marker("slow")
             cases[test] += 1
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads of torch, for what must not depend on their number."""
+    import torch
+
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Plant the faults of `tests/slips` in a copy of the package, and see which ones the tests notice.
 
     python tests/plant_slips.py --area bench -n 2
+    python tests/plant_slips.py --sample 120 --seed 1
 
 Run by hand: it takes a few seconds for each fault. Exit status 1 if fewer than 95 % are noticed.
 """
@@ -8,6 +9,7 @@ Run by hand: it takes a few seconds for each fault. Exit status 1 if fewer than 
 import argparse
 import json
 import os
+import random
 import runpy
 import shlex
 import shutil
@@ -33,10 +35,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--area", nargs="+", choices=AREAS, default=AREAS, help="only these lists")
     parser.add_argument("--only", metavar="TEXT", default="", help="only sentences that have TEXT")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N of them, drawn by chance")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument("-n", type=int, default=1, metavar="JOBS", help="how many at a time")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     slips = [(area, s) for area in args.area for s in slips_of(area) if args.only in s.what]
+    if args.sample:
+        slips = random.Random(args.seed).sample(slips, min(args.sample, len(slips)))
     sources = read_sources(ROOT)
     errors = [slip.what for _, slip in slips if len(places(sources, slip)) != 1]
     if errors or not slips:
@@ -49,8 +55,24 @@ def main() -> int:
         for (area, slip), o in zip(slips, outcomes[len(unharmed) :], strict=True)
     ]
     share = sum(row["outcome"] == "noticed" for row in rows) / len(rows)
-    print(json.dumps({"share": share, "slips": rows}, indent=1) if args.json else table(rows))
+    low, high = wilson_interval(share, len(rows))
+    if args.json:
+        print(json.dumps({"share": share, "interval": [low, high], "slips": rows}, indent=1))
+    else:
+        print(table(rows), f"95 % interval: {low:.1%} to {high:.1%}", sep="\n")
     return int(share < 0.95)
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share that was seen in a sample (Wilson 1927).
+
+    >>> [round(end, 4) for end in wilson_interval(0.95, 120)]
+    [0.8952, 0.9769]
+    """
+    z = 1.959964
+    middle = share + z**2 / (2 * count)
+    reach = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return (middle - reach) / (1 + z**2 / count), (middle + reach) / (1 + z**2 / count)
 
 
 def slips_of(area: str) -> list[Slip]:

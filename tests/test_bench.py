@@ -174,10 +174,12 @@ def test_the_table_is_80_columns_wide():
             longest._replace(unit="bytes", cost=(6.5e8,) * 3),
             longest._replace(difference=0.0123, cost=None, ratio=None),
             longest._replace(work="other", cost=(0.1, 0.2, 0.3)),
+            longest._replace(work="other", cost=(1, 10, 30)),
         ]
     ).splitlines()
-    assert max(map(len, lines)) <= 80 and len(lines) == 9
+    assert max(map(len, lines)) <= 80 and len(lines) == 10
     assert lines[8] == lines[3].replace("99,900.0 ms       2.6/s", "   200.0 ms     1,280/s")
+    assert lines[9] == lines[3].replace("99,900.0 ms       2.6/s", "10,000.0 ms      25.6/s")
     assert lines[2:4] == [
         "vision: 256 images, L/14-336, bfloat16",
         "  transformers, compiled   99,900.0 ms       2.6/s   22.22x (11.11 to 33.33)",

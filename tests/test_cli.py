@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import shutil
@@ -25,7 +26,7 @@ from miniclip.exhibits import UNKNOWN
 from miniclip.exhibits import photographs as sample_photographs
 from miniclip.files.hub import embedded_names
 from miniclip.lens.heat import BLIND, METHODS, text_map
-from miniclip.terminal import columns
+from miniclip.terminal import columns, progress
 from miniclip.world import scoring
 from miniclip.world.localise import questions
 from miniclip.world.scenes import COLOURS
@@ -801,6 +802,17 @@ def test_what_is_written_gets_its_folder(run, picture, tmp_path):
 
 
 STRANGE = "a\nb\x1b[31m\udcff.png"
+
+
+@pytest.mark.parametrize(("is_terminal", "seconds"), [(True, 2), (False, 30)])
+def test_a_bar_is_shown_after_two_seconds_and_a_line_every_thirty(
+    is_terminal, seconds, monkeypatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    bar = progress(total=1)
+    assert (bar.delay, bar.leave) == (seconds, not is_terminal)
+    if not is_terminal:
+        assert (bar.mininterval, bar.maxinterval, bar.miniters) == (30, math.inf, 1)
 
 
 def test_names_that_would_write_on_the_terminal_are_escaped(run, picture, tmp_path, monkeypatch):

@@ -321,6 +321,7 @@ def blobs():
 def test_the_probe_is_scikit_learn_s(blobs):
     linear_model = pytest.importorskip("sklearn.linear_model")
     train, test = blobs
+    assert linear.MOST_STEPS == 1000  # CLIP's paper, appendix A.3
     theirs = linear_model.LogisticRegression(C=1 / 0.3, max_iter=1000)
     theirs.fit(train.features.numpy(), train.classes.numpy())
     ours = linear.fit_probe(train, 0.3, count=4)(test.features)
@@ -374,18 +375,28 @@ def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blob
 
 def test_few_shots_learn_from_so_many_examples_of_each_class(blobs):
     train, test = blobs
-    seen = []
+    test = test.of(torch.arange(5))  # of the classes 0, 1, 2, 0 and 1
+    draws, sizes = {}, set()
 
     def fit(examples, strength):
-        seen.append(examples)
-        guess = int(examples.features.sum() * 1e6) % 3  # another one for another draw
-        return lambda features: torch.eye(3)[torch.full((len(features),), guess)]
+        draw = draws.setdefault(examples.features.sum().item(), len(draws))
+        guess = 2 * (draw % 2)  # right for two of five, then for one
+
+        def classify(features):
+            learnt = tuple(examples.classes.bincount().tolist())
+            sizes.add((learnt, len(features)))
+            return torch.eye(3)[torch.full((len(features),), guess)]
+
+        return classify
 
     rows = linear.few_shot({"one": linear.Method(fit, train, test)}, [1, 4], seeds=2)
     assert [(row["shots"], row["method"]) for row in rows] == [(1, "one"), (4, "one")]
-    assert {tuple(one.classes.bincount().tolist()) for one in seen} == {(1, 1, 1), (4, 4, 4)}
-    assert len({one.features.sum().item() for one in seen}) == 4  # two draws of each size
-    assert all(row["mean"] == pytest.approx(1 / 3) and row["std"] == 0 for row in rows)
+    one, four = (1, 1, 1), (4, 4, 4)  # as many choose the strength, and five are the test
+    assert sizes == {(one, 3), (one, 5), (four, 12), (four, 5)}
+    assert len(draws) == 4  # two of each size
+    mean, std = np.mean([0.4, 0.2]), np.std([0.4, 0.2], ddof=1)
+    for row in rows:
+        assert (row["mean"], row["std"]) == pytest.approx((mean, std))
     with pytest.raises(ValueError, match="no class has more than 40 examples"):
         linear.few_shot({"one": linear.Method(fit, train, test)}, [40])
 

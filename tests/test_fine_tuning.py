@@ -291,6 +291,18 @@ def test_a_row_has_throughput_and_memory(tmp_path, monkeypatch):
         assert 0.05 < row["peak_gib"] < 64
 
 
+def test_the_seconds_of_a_row_are_of_training_alone(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
+
+    def validate(loaded):
+        clock[0] += 1000
+        return {"score": 1.0}
+
+    run(tmp_path, QUICK, validate=validate)
+    assert clock[0] > 0 and not any(row["seconds"] for row in rows_of(tmp_path))
+
+
 # ------------------------------------------------------------------------------------------------
 # data that is read from elsewhere, or breaks
 

@@ -374,12 +374,15 @@ def test_a_name_is_as_it_was_pasted(hub, model, name):
     assert_same_weights(CLIP.from_pretrained(name), model)
 
 
-def test_a_pasted_address_says_which_revision_and_which_folder(hub, model, other, tmp_path):
-    files = {f"parts/{n}": file for n, file in other_files(other, tmp_path).items()}
-    hub.repositories[NAME]["second"] = files
+def test_a_pasted_address_says_which_revision_and_which_folder(hub, files, model, other, tmp_path):
+    parts = {f"parts/{name}": file for name, file in other_files(other, tmp_path).items()}
+    hub.repositories[NAME]["second"] = parts
     address = f"https://huggingface.co/{NAME}/tree/second"
     assert_same_weights(CLIP.from_pretrained(f"{address}/parts"), other)
     assert_same_weights(CLIP.from_pretrained(address, subfolder="parts"), other)
+    hub.repositories[NAME]["main"] = {f"whole/{name}": file for name, file in files.items()}
+    explicit = {"revision": "main", "subfolder": "whole"}  # which count more than the address
+    assert_same_weights(CLIP.from_pretrained(f"{address}/parts", **explicit), model)
     with pytest.raises(CheckpointError, match="expected a folder inside"):
         CLIP.from_pretrained(f"{address}/../../other")
     with pytest.raises(CheckpointError, match="no checkpoint called"):

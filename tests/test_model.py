@@ -557,7 +557,7 @@ def test_custom_end_token_is_not_the_largest_id():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_official_shapes_at_full_width(name, device):
+def test_official_shapes_at_full_width(name, device, two_threads):
     """B/32 in full depth, and two layers of each tower of the others."""
     config = PUBLISHED[name]
     if name != "B/32":

@@ -20,6 +20,7 @@ from two_processes import CASES, gradients, loss_of_several_captions, three_step
 from miniclip import CLIP
 from miniclip.commands.main import main
 from miniclip.model import unit_norm
+from miniclip.retrieval import building
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,7 @@ def folder(tmp_path_factory):
         options = ["--val", folder / "data", "--fsdp"]
         lines[name] = train(folder, "--out", folder / name, *SHARDED, *options)
     lines["fsdp, lora"] = train(folder, "--out", folder / "fsdp, lora", *LORA, "--fsdp")
+    lines["embed"] = embed(folder, "index")
     (folder / "commands.json").write_text(json.dumps(lines))
     with_several_captions(folder / "several")
     redraw(Siglip(SMALL)).double().save_pretrained(folder / "siglip")
@@ -79,6 +81,12 @@ def train(folder, *options):
     """The command line of a run that does not depend on the processes' random numbers."""
     line = ["train", folder / "data", "--recipe", folder / "like", "--patch-dropout", 0]
     line += ["--no-augment", "--muon-lr", 0, "--epochs", 4, *options]
+    return [str(arg) for arg in line]
+
+
+def embed(folder, out):
+    """The command line that writes an index of the pictures."""
+    line = ["embed", folder / "data", "--model", "everyday", "--json", "--out", folder / out]
     return [str(arg) for arg in line]
 
 
@@ -134,6 +142,14 @@ def test_torchrun_gives_the_weights_of_one(folder):
 def test_torchrun_starts_a_crashed_run_again_to_the_same_bits(folder):
     one, two = (CLIP.from_pretrained(folder / name) for name in ("undisturbed", "two"))
     assert_equal_models(one, two)
+
+
+def test_torchrun_embeds_as_one_process_does(folder, monkeypatch):
+    monkeypatch.setattr(building, "PART", 8)  # of 25 pictures: each process has two parts
+    assert main(embed(folder, "index of one")) == 0
+    assert (folder / "index").read_bytes() == (folder / "index of one").read_bytes()
+    first, second = ((folder / f"said {rank}").read_text() for rank in (0, 1))
+    assert json.loads(first)["images"] == 25 and second == ""
 
 
 @pytest.mark.parametrize(("name", "options"), [("fsdp", SHARDED), ("fsdp, lora", LORA)])

@@ -224,8 +224,8 @@ def nearly_orthogonal(matrix):
     return (u @ s.diag() @ vh).float()
 
 
-# Six steps, two of them rising, where nothing else is said.
-BASE = Recipe(epochs=2, batch=4, lr=4e-3, warmup=0.4)
+# Six steps, three of them rising (2.7, rounded), where nothing else is said.
+BASE = Recipe(epochs=2, batch=4, lr=4e-3, warmup=0.45)
 RUNS = {
     "plain": {},
     "longer": {"epochs": 3, "batch": 6, "seed": 3, "warmup": 0.0},

@@ -397,6 +397,9 @@ def test_a_pattern_without_a_match_leaves_nothing_behind(tiny):
     with pytest.raises(ValueError, match=r"vision.blocks.\d.attn.pattern"):
         with cache(model, "vision.blocks.*.attn.patern"):
             pass
+    with pytest.raises(ValueError, match=r"'zzz'.*nearest are (vision|text|logit)"):
+        with cache(model, "zzz"):
+            pass
     with pytest.raises(ValueError, match="no sites named"):
         with cache(model):
             pass

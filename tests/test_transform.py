@@ -679,7 +679,7 @@ def test_other_types_are_a_type_error(picture):
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_a_list_gives_what_its_pictures_give_alone_in_order(reference, tmp_path):
+def test_a_list_gives_what_its_pictures_give_alone_in_order(reference, tmp_path, two_threads):
     pictures = []
     for i in range(40):
         image = noise("RGB", 300 - 7 * i, 40 + i, seed=i)  # the first take longest
@@ -708,7 +708,7 @@ def test_bytes_and_an_open_file_are_read_as_the_file_of_that_name(tmp_path):
         ImageTransform(32)(data[:30])
 
 
-def test_an_image_that_is_not_read_yet_may_be_listed_twice(tmp_path):
+def test_an_image_that_is_not_read_yet_may_be_listed_twice(tmp_path, two_threads):
     image = noise("RGB", 700, 500)
     image.save(tmp_path / "image.png")
     expected = transformers_pixels(image, 32)
@@ -730,7 +730,7 @@ def test_an_error_in_a_list_names_the_first_that_failed(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_calls_off_the_rest_of_the_list(tmp_path, monkeypatch):
+def test_an_error_calls_off_the_rest_of_the_list(tmp_path, monkeypatch, two_threads):
     started, failed = [], threading.Event()
 
     def open_absent(path):
@@ -979,13 +979,15 @@ def test_saving_where_nothing_can_be_saved_is_a_checkpoint_error(tmp_path):
 
 
 HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes
+BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
 
 
 @pytest.mark.parametrize(
     "name, data, package",
     [
         ("a.HEIC", HEIC, "pillow-heif"),
-        ("a.jpg", HEIC, "pillow-heif"),  # as some phones and browsers call it
+        # as some phones and browsers call it, by each brand that it may have
+        *(("a.jpg", HEIC.replace(b"heic", brand, 1), "pillow-heif") for brand in BRANDS),
         ("a.hif", b"nothing", "pillow-heif"),
         ("a.jxl", b"\xff\x0a", "pillow-jxl-plugin"),
         ("a.NEF", b"II*\0", "rawpy"),

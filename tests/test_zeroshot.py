@@ -86,6 +86,7 @@ def test_texts_are_embedded_once_and_sorted_by_length(model, tokenizer, monkeypa
     assert torch.cat([end.sort().values for end in ends]).equal(lengths.sort().values)
     one_by_one = [encode_text(tokenizer(text), normalize=True)[0] for text in texts]
     torch.testing.assert_close(found, torch.stack(one_by_one).detach(), atol=1e-6, rtol=0)
+    assert not found.requires_grad  # of a million texts no graph is kept
 
 
 def test_one_template_gives_the_logits_of_the_model(model, tokenizer):

@@ -6,6 +6,7 @@ The inputs are in the folder, and each process saves there what it has found.
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ from forks.siglip import Siglip, sigmoid_loss
 from miniclip import CLIP, ImageTransform
 from miniclip.commands.main import main
 from miniclip.config import CLIPConfig
+from miniclip.retrieval import building
 from miniclip.training import (
     Objective,
     backward,
@@ -30,7 +32,11 @@ from miniclip.training import run as run_module
 from miniclip.training.processes import shard, whole
 
 RATES = {"equal": (0.1, 0.1), "unequal": (0.1, 0.003)}
-CASES = tuple(product(RATES, ("float64", "float32"), (0, 2), ("ddp", "fsdp")))
+ENGINES = ("ddp", "fsdp")
+CASES = (
+    *product(RATES, ("float64",), (0, 2), ENGINES),
+    *product(("unequal",), ("float32",), (2,), ENGINES),
+)
 """Rates, precision, pairs of a chunk, and PyTorch's engine."""
 
 CLIP_AT = 0.5
@@ -122,6 +128,9 @@ if __name__ == "__main__":
     status = main(lines["ddp"])
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
     status += main(lines["undisturbed"])
+    building.PART = 8
+    with open(folder / f"said {rank}", "w") as said, redirect_stdout(said):
+        status += main(lines["embed"])
     status += main(lines["fsdp"]) + main(lines["fsdp, lora"])
     stopped(lines["fsdp, stopped"], at=3)
     status += main(lines["fsdp, stopped"])
