@@ -63,7 +63,7 @@ transformers on the same GPU
     model: on_every_device
 published logits and embeddings
     official: a_published_value
-It ends with "first at vision.pooled"
+ends with "first at vision.pooled"
     forks: a_fault_among_tokens_before_the_batch_is_named
 causality makes them unnecessary
     model: nothing_after_the_end_token_can_reach_the_embedding
