@@ -14,7 +14,7 @@ from miniclip.transform import ImageTransform
 
 
 class Loaded(NamedTuple):
-    """Everything between a photograph and its logits. With one tower, the others may be None."""
+    """What `load` returns. The tokenizer or transform is None if a tower's checkpoint lacks it."""
 
     model: CLIP
     tokenizer: Tokenizer
@@ -34,7 +34,7 @@ def load(
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Loaded:
-    """A checkpoint as (model, tokenizer, transform), ready to run.
+    """Load a checkpoint: (model, tokenizer, transform), ready to run.
 
     Args:
         name: a checkpoint that comes with miniclip ("everyday"), a directory, a weights file
@@ -44,7 +44,7 @@ def load(
         subfolder: of the directory or the repository, such as "text_encoder".
         config: in place of the checkpoint's: a CLIPConfig, a path, or a name such as "ViT-L/14".
     Raises:
-        CheckpointError: with the file, what was expected and what was found.
+        CheckpointError: names the file, the expected and the found value.
 
     >>> model, tokenizer, transform = load("everyday")
     >>> model.encode_text(tokenizer(["a cat", "a dog"])).shape[0]
@@ -52,7 +52,7 @@ def load(
     """
     options: Any = dict(subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only)
     stored = open_model(name, dtype, device, config=config, revision=revision, **options)
-    options["revision"] = stored.commit or revision  # a branch may move meanwhile
+    options["revision"] = stored.commit or revision  # the same commit, if a branch moves
     classes: Any = {("vision",): VisionTower, ("text",): TextTower}
     model = classes.get(tuple(stored.towers), CLIP).from_stored(stored)
     tokenizer = transform = None
@@ -77,7 +77,7 @@ def save(
     """Write a whole checkpoint that `load` reads back bit for bit, all files or none.
 
     `layout`: "transformers", "openai" (for openai/CLIP's build_model) or "open_clip". Raises
-    CheckpointError if it cannot be written, or `load` would prefer other files that are there.
+    CheckpointError if it cannot be written, or if `load` would prefer other files of `directory`.
     """
     with saving_checkpoint(directory, layout, model, tokenizer, transform) as folder:
         unwrapped(model).save_pretrained(folder, layout)

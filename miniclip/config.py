@@ -1,4 +1,4 @@
-"""What a CLIP is, in numbers: the sizes of each tower, and the width of the space they share.
+"""The numbers that define a CLIP: the sizes of each tower, and the width of the shared space.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
 arXiv 2103.00020, tables 19 and 20. The defaults describe ViT-B/32. transformers assumes the same
@@ -21,7 +21,7 @@ class TowerConfig:
     layers: int
     heads: int | tuple[int, ...]  # one number for all layers, or one for each layer
     mlp_width: int | tuple[int, ...]  # one number for all layers, or one for each layer
-    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh": the one it was trained with
+    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh": as the weights were trained
     ln_eps: float = 1e-5
     head_width: int | None = field(default=None, kw_only=True)  # None: width // heads
 
@@ -64,7 +64,7 @@ class VisionConfig(TowerConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches. Pixels at the border that fill no whole patch are unused."""
+        """Rows and columns of patches. Pixels at the border that do not fill a patch are unused."""
         height, width = self.height_width
         return height // self.patch_size, width // self.patch_size
 
@@ -76,7 +76,7 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The text tower, read at the first `eos_token_id`; if that is 2, at the text's largest id."""
+    """The text tower. It is read at the first `eos_token_id`, or at the largest id if that is 2."""
 
     width: int = 512
     layers: int = 12
@@ -86,11 +86,11 @@ class TextConfig(TowerConfig):
     context_length: int = 77
     bos_token_id: int = 49406
     eos_token_id: int = 49407
-    literal_eos: bool = field(default=False, kw_only=True)  # a 2 means 2, as in MetaCLIP 2
+    literal_eos: bool = field(default=False, kw_only=True)  # True: read at a 2 (MetaCLIP 2)
 
     @property
     def ends_at_largest(self) -> bool:
-        """Whether a text is read at its largest id, by the legacy rule."""
+        """Whether a text is read at its largest id, because its config says 2 as OpenAI's do."""
         return self.eos_token_id == LEGACY_EOS and not self.literal_eos
 
 

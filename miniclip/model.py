@@ -1,16 +1,16 @@
 """CLIP: a vision transformer and a text transformer that end in the same space.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-arXiv 2103.00020. The outputs equal those of transformers' CLIPModel, bit for bit in float32 on a
-CPU. Read it downwards: attention and MLP, the block they make, two towers made of blocks, CLIP.
-The letters in shape comments, the same in every file:
+arXiv 2103.00020. The outputs equal the outputs of transformers' CLIPModel: bit for bit, in float32
+on a CPU. Read from top to bottom: attention, MLP, block, the two towers, CLIP. In every file, shape
+comments use these letters:
 
     B batch   T tokens   W width of the residual stream   H heads   D head width, W = H * D
-    P patches of an image   R register tokens   E embedding   C captions, where B counts images
+    P patches of an image   R register tokens   E embedding   C captions, if B counts images
 
-A layer whose heads were pruned has fewer than W / D. To change CLIP, write a subclass: set the
-classes of its parts (`Block.mlp_class`, `CLIP.vision_class`, ...), override methods such as `pool`,
-and name new parameters in `tensor_names`, so that they can be saved.
+A layer with pruned heads has fewer than W / D heads. To change CLIP, write a subclass. Set the
+classes of its parts (`Block.mlp_class`, `CLIP.vision_class`, ...), or override methods such as
+`pool`. Name new parameters in `tensor_names`, so that they can be saved.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ from miniclip.files.pretrained import Pretrained
 class Site(nn.Identity):
     """A tensor with a name: hook it to read or edit the tensor, or replace it by a module.
 
-    A Site is added only where no other module outputs the tensor. So there is none for the neurons
-    (the output of `mlp.act`), for the output of `attn`, or for the stream after a block.
+    A Site is added only where no other module outputs the tensor. The neurons need no Site: they
+    are the output of `mlp.act`. The residual stream after a block is the output of the block.
     """
 
 
 def is_watched(site: nn.Module) -> bool:
-    """True if the site or all modules have hooks, or if the site or its forward was replaced."""
+    """Whether the site has hooks (its own or global ones), or was replaced by a computation."""
     hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)
     kinds = ("forward", "forward_pre", "backward", "backward_pre")
     of_all = (getattr(all_modules, f"_global_{kind}_hooks") for kind in kinds)
@@ -54,19 +54,19 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width = head_width or width // heads
         self.causal, self.eager = causal, False
-        inner = heads * self.head_width  # the width again, unless heads have been pruned
+        inner = heads * self.head_width  # equals the width unless heads were pruned
         self.q_proj = nn.Linear(width, inner)
         self.k_proj = nn.Linear(width, inner)
         self.v_proj = nn.Linear(width, inner)
         self.out_proj = nn.Linear(inner, width)
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-            nn.init.zeros_(linear.bias)  # as in nn.MultiheadAttention; nn.Linear draws them
+            nn.init.zeros_(linear.bias)  # as in nn.MultiheadAttention
         self.q, self.k, self.v = Site(), Site(), Site()
         self.scores, self.pattern, self.z = Site(), Site(), Site()
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, W) -> queries, keys and values, each (B, H, T, D)"""
-        split = (-1, self.head_width)  # (H, D); H follows from the weights, as heads may be pruned
+        split = (-1, self.head_width)  # (H, D); H is not stored: pruning changes it
         q = self.q(self.q_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
         k = self.k(self.k_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
         v = self.v(self.v_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         return self.out_proj(z.flatten(2))  # (B, T, W)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """F.scaled_dot_product_attention in plain steps, with its sites. All (B, H, T, D)."""
+        """The plain steps of F.scaled_dot_product_attention, with sites. q, k, v: (B, H, T, D)."""
         scores = self.scores(q @ k.transpose(-2, -1) * self.head_width**-0.5)  # (B, H, T, T)
         if self.causal:  # after the site, so that no edit of the scores can undo it
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -117,7 +117,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class MLP(nn.Module):
-    """Two Linears with an activation between, for each token by itself: (B, T, W) -> (B, T, W)."""
+    """Two Linears and an activation, applied to each token alone: (B, T, W) -> (B, T, W)."""
 
     def __init__(self, width: int, mlp_width: int, act: str) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Tower(Pretrained):
 
 
 def projection(width: int, embed_dim: int | None) -> nn.Module:
-    """The map into the shared space. A checkpoint of one tower may lack it: `embed_dim` None."""
+    """The map into the shared space. `embed_dim` is None if a checkpoint of one tower has none."""
     return nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim, bias=False)
 
 
@@ -170,7 +170,7 @@ class VisionTower(Tower):
     """Pixels (B, channels, height, width) -> embeddings (B, E).
 
     A ViT (Dosovitskiy et al. 2020, arXiv 2010.11929) with one more LayerNorm, before the first
-    block. The embedding is the class token's last output. The outputs of the patches are not used.
+    block. The class token's last output becomes the embedding; the patches' outputs are not used.
     """
 
     towers = ("vision",)
@@ -201,7 +201,7 @@ class VisionTower(Tower):
         x = x.flatten(2).transpose(1, 2)  # (B, P, W)
         x = torch.cat([self.class_embed.expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1 + P, W)
         x = x + self.pos_embed
-        if self.register_embed is not None:  # registers have no position in the image
+        if self.register_embed is not None:  # registers get no position embedding
             registers = self.register_embed.expand(x.shape[0], -1, -1)  # (B, R, W)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)  # (B, 1 + R + P, W)
         return self.ln_pre(x)
@@ -217,7 +217,7 @@ class VisionTower(Tower):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """OpenAI's init (openai/CLIP, model.py). q, k and v have the Xavier bound of one matrix."""
+        """OpenAI's init (openai/CLIP, model.py). q, k, v: Xavier, as one (3W, W) matrix."""
         std = self.config.width**-0.5
         for weight in (self.class_embed, self.pos_embed, *self.proj.parameters()):
             nn.init.normal_(weight, std=std)
@@ -229,8 +229,8 @@ class VisionTower(Tower):
 class TextTower(Tower):
     """Token ids (B, T), T at most context_length -> embeddings (B, E).
 
-    The architecture of GPT-2 (Radford et al. 2019). The embedding is the end token's last output.
-    No padding mask is needed: attention is causal, so the end token does not see what follows it.
+    The architecture of GPT-2 (Radford et al. 2019). The end token's last output becomes the
+    embedding. Attention is causal, so the end token sees no padding, and no padding mask is needed.
     """
 
     towers = ("text",)
@@ -259,8 +259,8 @@ class TextTower(Tower):
     def eos_positions(self, ids: Tensor) -> Tensor:
         """The position of each text's first end token: (B, T) -> (B,)
 
-        A text without one raises ValueError on a CPU. On other devices a check would make the CPU
-        wait, and a compiled graph cannot raise: there the position is -1 and the embedding NaN.
+        On a CPU, a text without an end token raises ValueError. On other devices the check would
+        make the CPU wait, and a compiled graph cannot raise: the position is -1, the embedding NaN.
         """
         if self.config.ends_at_largest:
             return ids.argmax(-1)
@@ -284,7 +284,7 @@ class TextTower(Tower):
     def init_weights(self) -> None:
         """OpenAI's init (openai/CLIP, model.py, CLIP.initialize_parameters).
 
-        transformers exchanges the std of q, k and v with the std of the output.
+        transformers swaps two of them: the std of q, k and v, and the std of out_proj.
         """
         std = self.config.width**-0.5
         residual_std = std * (2 * self.config.layers) ** -0.5  # each block adds 2 outputs
@@ -308,16 +308,16 @@ def unit_norm(x: Tensor) -> Tensor:
 
 
 class CLIPOutput(NamedTuple):
-    """The scores of B images against C captions, and the unit vectors that they come from."""
+    """The logits of B images and C captions, and the embeddings that they come from."""
 
     logits_per_image: Tensor  # (B, C), exp(logit_scale) * cosine
     logits_per_text: Tensor  # (C, B), its transpose
-    image_embeds: Tensor  # (B, E)
-    text_embeds: Tensor  # (C, E)
+    image_embeds: Tensor  # (B, E), of length 1
+    text_embeds: Tensor  # (C, E), of length 1
 
 
 class CLIP(Pretrained):
-    """Two towers and a temperature. `CLIP(config)` has random weights, `load` trained ones."""
+    """Two towers and a logit scale. `CLIP(config)` has random weights; `load` has trained ones."""
 
     towers = ("vision", "text")
     vision_class: type[VisionTower] = VisionTower
@@ -329,7 +329,7 @@ class CLIP(Pretrained):
         self.config = config
         self.vision = self.vision_class(config.vision, config.embed_dim)
         self.text = self.text_class(config.text, config.embed_dim)
-        # A logarithm, so that a gradient step multiplies the scale, which stays positive.
+        # Stored as a logarithm: a gradient step multiplies the scale, so it stays positive.
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
@@ -345,7 +345,7 @@ class CLIP(Pretrained):
         return text_embeds @ image_embeds.T * self.logit_scale.exp()
 
     def forward(self, pixels: Tensor, ids: Tensor) -> CLIPOutput:
-        """Score every image against every caption."""
+        """Compare every image with every caption."""
         image_embeds = self.encode_image(pixels, normalize=True)  # (B, E)
         text_embeds = self.encode_text(ids, normalize=True)  # (C, E)
         logits_per_text = self.score(image_embeds, text_embeds)  # (C, B)
@@ -354,7 +354,7 @@ class CLIP(Pretrained):
     def set_attention(self, kind: str) -> None:
         """Compute attention fused ("sdpa", the default) or in plain steps ("eager").
 
-        The two are equal up to rounding. A layer whose `scores` or `pattern` has hooks always
+        They are equal up to rounding errors. A layer whose `scores` or `pattern` has hooks always
         takes the plain steps. On a CPU, jvp and second derivatives need "eager".
         """
         if kind not in ("eager", "sdpa"):

@@ -1,4 +1,4 @@
-"""Text -> token ids: the byte-level BPE that CLIP reads.
+"""Text -> token ids: the byte-level BPE of CLIP.
 
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", arXiv
 1508.07909, on bytes as in GPT-2. Two references are matched exactly: transformers' CLIPTokenizer
@@ -49,13 +49,13 @@ WORD = r"""
     <\|startoftext\|> | <\|endoftext\|>    # a special token typed in the text
     | 's | 't | 're | 've | 'm | 'll | 'd  # the English contractions
     | LETTER+                              # a run of letters, of any script
-    | NUMBER                               # one digit or other number
+    | NUMBER                               # one digit or other numeral
     | [^\s LETTER NUMBER]+                 # a run of anything else except whitespace
 """
 
 
 def split_transformers(text: str) -> list[str]:
-    """The words of a cleaned text. A special token that is still there is cut in three.
+    """The words of a cleaned text. A special token in it is cut into three words.
 
     >>> split_transformers("it's 2 cats!!")
     ['it', "'s", '2', 'cats', '!!']
@@ -91,9 +91,9 @@ def to_symbols(word: str) -> list[str]:
 
 
 def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]]:
-    """BPE by its definition: join the pair that was learned first, everywhere, until none is left.
+    """BPE by definition: join the pair that was learned first, wherever it occurs, and repeat.
 
-    Returns the symbols after each step. `text/merge.py` does the same fast.
+    Returns the symbols after each step. `text/merge.py` does the same faster.
 
     >>> merge_steps(["c", "a", "t</w>"], {("a", "t</w>"): 0, ("c", "at</w>"): 1})
     [['c', 'a', 't</w>'], ['c', 'at</w>'], ['cat</w>']]
@@ -163,7 +163,7 @@ class Tokenizer(PretrainedTokenizer):
         self._clean = clean_openai if reference == "openai" else clean_transformers
         self._split = split_openai if reference == "openai" else split_transformers
         # Cleaning, splitting and merging never look across a space. So a chunk between two spaces
-        # always has the same ids, and they are remembered. (Added tokens may contain a space.)
+        # always has the same ids, and they are remembered. Added tokens with a space prevent this.
         self._ids_of = RememberedChunks(self._encode_chunk, self.vocab, self._ranks, self.added)
 
     @property
@@ -202,8 +202,8 @@ class Tokenizer(PretrainedTokenizer):
     ) -> Tensor:
         """Texts -> ids (B, T) int64: in each row a start token, the text, an end token, padding.
 
-        T is `pad_to`, which may exceed `context_length`, or else the longest row. A row of more
-        tokens than either raises ContextLengthError; `truncate` cuts it and keeps the end token.
+        T is `pad_to` if given, or else the longest row. A row of more than `context_length` or
+        `pad_to` tokens raises ContextLengthError; `truncate` cuts it and keeps the end token.
         """
         limit = checks.check_pad_to(pad_to, self.context_length)
         rows = []
@@ -223,12 +223,12 @@ class Tokenizer(PretrainedTokenizer):
         return torch.tensor(ids, dtype=torch.int64).view(len(rows), length)  # (B, T)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """The token of each id, such as `cat</w>`: labels for what an instrument shows."""
+        """The token of each id, such as `cat</w>`: labels for a table or a figure."""
         known = checks.numbers(map(int, ids), self.vocab_size, "ids", "tokens")
         return [self._tokens[id] for id in known]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids as transformers decodes it: lower case, words apart by a space, special
+        """The text of ids as transformers decodes it: lower case, spaces between words, special
         tokens as text, U+FFFD for bytes that are not UTF-8."""
         byte = {symbol: byte for byte, symbol in byte_symbols().items()}
         data = bytearray()
@@ -246,7 +246,7 @@ class Tokenizer(PretrainedTokenizer):
         """Learn merges from texts: make the most frequent pair a token, and repeat.
 
         The vocabulary is smaller than `vocab_size` if the texts run out of pairs. It depends only
-        on how often each word occurs. `options` are Tokenizer's.
+        on how often each word occurs. `options` are arguments of Tokenizer.
         """
         empty = cls(vocabulary_of([]), [], **options)
         checks.check_vocab_size(vocab_size, empty.vocab_size)

@@ -1,18 +1,18 @@
-"""Image -> pixels: the four steps between a photograph and what CLIP was trained to see.
+"""Image -> pixels: the four steps from a photograph to the input of CLIP.
 
     to RGB -> resize the short side (bicubic) -> crop the centre -> scale and normalise
 
 Two references are matched exactly: openai/CLIP (clip.py, `_transform`, on torchvision) and
 transformers (`CLIPImageProcessorPil`). They differ in two ways:
 
-- Order. transformers converts to RGB first and lays transparent pixels on white. OpenAI converts
+- Order. transformers converts to RGB first, with white behind transparent pixels. OpenAI converts
   to RGB after the crop. Pillow then resizes a palette image by nearest neighbour, and transparent
-  pixels get the colour that is stored under them.
+  pixels keep the colour that is stored in them.
 - Crop. The crop starts at m / 2 if the image has m pixels more than the crop. transformers rounds
   down (3 -> 1, 5 -> 2), OpenAI rounds half to even (3 -> 2, 5 -> 2). They differ if m % 4 is 3
   or, in an image that is smaller than the crop, if m is odd.
 
-Pillow resizes in both, with antialiasing. torchvision's resize of tensors gives other pixels.
+Both resize with Pillow and antialiasing. torchvision's resize of tensors gives other pixels.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB, transparency laid on white (transformers, `convert_to_rgb`)."""
+    """Convert any mode to RGB, with white behind transparency (transformers, `convert_to_rgb`)."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -62,14 +62,14 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, reference: str = "transformers") -> Image.Image:
-    """The middle `size` x `size` pixels, 0 outside the image. (The example's values are its rows.)
+    """The middle `size` x `size` pixels, 0 outside the image. (Example: each pixel is its row.)
 
     >>> center_crop(Image.linear_gradient("L").crop((0, 0, 4, 4)), 1, "openai").getpixel((0, 0))
     2
     """
     margins = (image.width - size, image.height - size)
     left, top = (margin // 2 for margin in margins)
-    if reference == "openai":  # torchvision pads a smaller image by half, rounded down
+    if reference == "openai":  # torchvision pads a smaller image by half of m, rounded down
         left, top = (round(m / 2) if m > 0 else -(-m // 2) for m in margins)
     return image.crop((left, top, left + size, top + size))
 
@@ -79,7 +79,7 @@ def scale_and_normalize(
 ) -> np.ndarray:
     """RGB bytes -> (byte / 255 - mean) / std, float32 of shape (3, H, W).
 
-    transformers multiplies by 1/255 in float64. In float32 all 256 values of a byte come out equal.
+    transformers multiplies by 1/255 in float64. Both ways give the same float32 for every byte.
     """
     pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # (3, H, W)
     pixels /= np.float32(255)
@@ -101,7 +101,7 @@ class ImageTransform(PretrainedTransform):
     crop_size: int = None  # type: ignore[assignment]  # default: `size`
     image_mean: tuple[float, ...] = OPENAI_MEAN
     image_std: tuple[float, ...] = OPENAI_STD
-    squash: bool = False  # resize to size x size, as open_clip's resize_mode of this name
+    squash: bool = False  # resize to size x size and ignore the ratio, as open_clip's squash
     reference: str = "transformers"
 
     def __post_init__(self) -> None:
@@ -115,8 +115,8 @@ class ImageTransform(PretrainedTransform):
         """One picture -> (3, S, S), a list of B pictures -> (B, 3, S, S), float32; S = crop_size.
 
         A picture is a path, bytes or an open file (turned upright by its EXIF), a PIL image (taken
-        as it is), a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). A list is split over
-        as many threads as torch uses. Raises ImageError, for a list with the picture's index.
+        as it is), a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). A list is read by as
+        many threads as torch uses. Raises ImageError, which for a list has the picture's index.
         """
         is_file = isinstance(pictures, str | bytes | bytearray | memoryview)
         if is_file or not isinstance(pictures, Sequence):
@@ -137,7 +137,7 @@ class ImageTransform(PretrainedTransform):
                 image = resize_short_side(image, self.size)
             image = center_crop(image, self.crop_size, self.reference)
             image = image.convert("RGB") if self.reference == "openai" else image
-        except Exception as error:  # Pillow raises many kinds, for damage and odd modes
+        except Exception as error:  # Pillow raises many kinds, for damaged files and rare modes
             name = picture if isinstance(picture, str | PathLike) else f"{original.mode} image"
             size = "{} x {} pixels".format(*original.size)
             raise ImageError(f"{name} ({size}): {reason_of(error)}") from error

@@ -34,9 +34,9 @@ Each runs offline in under three minutes
 `subfolder=` reads a part
     brought: a_subfolder_of_a_directory
     hub: a_subfolder_of_a_repository
-`config=` says what
+`config=` gives the sizes
     brought: shapes_that_were_published_with_two_activations_are_asked_about
-all of these, in and out
+reads and writes all of these
     layouts: every_pair_of_layouts_there_and_back
 logits and every block, float32, CPU
     model: logits
@@ -63,7 +63,7 @@ transformers on the same GPU
     model: on_every_device
 published logits and embeddings
     official: a_published_value
-names the first that differs
+ends with "first at vision.pooled"
     forks: a_fault_among_tokens_before_the_batch_is_named
 causality makes them unnecessary
     model: nothing_after_the_end_token_can_reach_the_embedding
@@ -75,9 +75,9 @@ does not change the one it was given
     surgery_shapes: a_resized_model_shares_what_does_not_change
 saved and loaded bit for bit
     surgery_shapes: what_surgery_made_is_saved_and_loaded_bit_for_bit
-each in ten lines and held to its paper
+each in ten lines and compared with its paper
     published: ten_lines_are_enough
-the values that it gave are tests
+compares ours with the authors' code
     originals: decompose_is_clip_prs
 is SigLIP in one file
     subclasses: siglip_equals_transformers

@@ -137,8 +137,9 @@ def desk(tmp_path_factory):
     skimage = pytest.importorskip("skimage.data")
     folder = tmp_path_factory.mktemp("desk")
     pictures = {name: getattr(skimage, name)() for name in ("coffee", "chelsea", "rocket")}
-    for name in ("cat", "dog", "coffee"):
-        Image.fromarray(pictures["coffee"]).save(folder / f"{name}.jpg")
+    (folder / "pictures").mkdir()
+    for name in ("cat.jpg", "dog.jpg", "pictures/coffee.png"):
+        Image.fromarray(pictures["coffee"]).save(folder / name)
     labels = ("cat", "ship", "truck")
     classes = dict.fromkeys(("photographs", "cifar10/train", "cifar10/test", "shards"), labels)
     classes["imagenet/val"] = ("n01440764", "n01443537", "n01484850")
@@ -155,6 +156,8 @@ def desk(tmp_path_factory):
         head = "import miniclip\nfrom forks import openai_names, own_names\n"
         head += "from miniclip import parity\n\noriginal = miniclip.load('everyday').model\n"
         (folder / f"{name}.py").write_text(f"{head}model = {code}\n")
+    fork = re.search(r"^```python\n([^`]*\nfork = .*?)^```", README, re.S | re.M)
+    (folder / "my_fork.py").write_text(fork[1])
     (folder / "names.json").write_text(json.dumps(own_names.NAMES))
     miniclip.save(folder / "mine", *miniclip.load("everyday"))
     index = str(folder / "index.safetensors")
