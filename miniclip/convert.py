@@ -51,7 +51,7 @@ from miniclip.transform import ImageTransform
 
 
 class Mapped(NamedTuple):
-    """A parameter's places in two files, and its name and form between them."""
+    """A parameter: its place in the source and in the destination, our name, shape and dtype."""
 
     source: Place
     name: str
@@ -79,8 +79,8 @@ def convert(
 ) -> Conversion:
     """Write a checkpoint in another layout.
 
-    The source's tokenizer and transform are written as well, if it has any. `tokenizer` names
-    another checkpoint for the first, because OpenAI's own files have none. Raises CheckpointError.
+    The source's tokenizer and transform are written too, if it has them. `tokenizer` names another
+    checkpoint to take the tokenizer from, because OpenAI's files have none. Raises CheckpointError.
     """
     stored, model, words, transform = _read(tokenizer, revision, source)
     save(destination, model, words, transform, layout=layout)

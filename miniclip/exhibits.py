@@ -21,7 +21,7 @@ from miniclip.zeroshot.classifier import Score, ZeroShotClassifier
 
 LABELS = "cup of coffee,rocket,person in uniform,vehicle,dog,pizza,lighthouse,bridge".split(",")
 UNKNOWN = "coins"  # no picture of coins was in the training data
-SEED = 7  # of a world of scenes that no checkpoint was trained on
+SEED = 7  # no checkpoint was trained on these scenes
 
 
 class Exhibit(NamedTuple):
@@ -36,7 +36,7 @@ class Heat(NamedTuple):
     """Where a model sees a phrase in a picture, and where the named object is."""
 
     phrase: str
-    lost: Tensor  # (S / patch, S / patch), of the cosine, when this patch is covered
+    lost: Tensor  # (S / patch, S / patch): how far the cosine falls if a patch is covered
     mask: Tensor  # (S, S) bool
 
 

@@ -95,7 +95,7 @@ def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None
 
 
 def tower_for(model: Any, x: Tensor) -> Any:
-    """The model itself, or of a CLIP the tower that reads x: ids or pixels.
+    """The tower that reads x (ids or pixels): one of a CLIP's two, or the model itself.
 
     Raises ValueError for a fork whose embedding is not the tower's output.
     """
@@ -112,7 +112,7 @@ def tower_for(model: Any, x: Tensor) -> Any:
 
 
 def sees_padding(tower: Any) -> bool:
-    """Whether what follows the end of a text may change its embedding, as in a fork that attends
+    """Whether tokens after the end of a text may change its embedding, as in a fork that attends
     both ways. CLIP's text tower is causal and is read at the end token."""
     replayed = ("forward", "pool", "eos_positions"), ("forward",), ("forward", "attend")
     method, _ = own_method(tower, *replayed)
@@ -213,7 +213,7 @@ def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -
 
 
 def some_input(tower: Any) -> Tensor:
-    """Pixels or ids for a tower, such that every token is another."""
+    """Pixels or ids for a tower, so that all tokens differ."""
     config, like = tower.config, next(tower.parameters())
     if hasattr(tower, "patch_embed"):
         size = (1, config.channels, *config.height_width)

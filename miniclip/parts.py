@@ -14,7 +14,7 @@ from miniclip.model import CLIP, TextTower, VisionTower
 
 
 class Part(NamedTuple):
-    """A part of a CLIP. What stands in every block is one part, counted over all of them."""
+    """A part of a CLIP. A module that each block has is one part, counted over all blocks."""
 
     name: str
     weights: str  # their shapes

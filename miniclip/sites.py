@@ -52,7 +52,7 @@ Edit = Callable[[Tensor, str], Tensor | None]
 def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     """Call a function on the tensor of every site that a pattern matches; what it returns goes on.
 
-    Returns of None change nothing. Functions of one site run in the order they are given in, and
+    None changes nothing. Functions of one site run in the order in which they are given, and
     the outer of two blocks comes first. A tensor that is edited in place is an error, because
     others may hold it: return a changed copy, of the same dtype and shape. Only a residual stream
     (at `ln_pre`, `resid_mid` or a block) may get another number of tokens. Raises ValueError for a
@@ -168,7 +168,7 @@ class _Steps:
 
     @classmethod
     def of(cls, norm: Any) -> "_Steps":
-        """Those that an outer block has hooked, or new ones."""
+        """The steps that an outer block has hooked, or new steps."""
         return next((h for h in norm._forward_hooks.values() if type(h) is cls), None) or cls(norm)
 
     def __call__(self, norm: Any, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
@@ -184,7 +184,7 @@ class _Steps:
         return (edited if norm.bias is None else edited + norm.bias).to(out.dtype)
 
     def remove(self) -> None:
-        """Unless another block still hooks a step."""
+        """Remove the norm's hook, unless another block still hooks a step."""
         if not (self.scale._forward_hooks or self.normalized._forward_hooks):
             self.handle.remove()
 

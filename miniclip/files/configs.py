@@ -103,7 +103,7 @@ def _literal_eos(model_type: str) -> Fields:
 
 
 def _renamed(section: dict[str, Any], names: Mapping[str, str]) -> Fields:
-    """Entries under our names. An entry that has our name for another of theirs is dropped."""
+    """Rename entries to our names. An entry is dropped if its name is our name of another field."""
     ours = {theirs: ours for ours, theirs in names.items()}
     return {
         ours.get(name, name): value
@@ -272,7 +272,7 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
         return
     vision, text = towers = fields["vision"], fields["text"]
     odd = [*beyond_transformers(vision), *beyond_transformers(text)]
-    if not odd:  # from here on each field is one number
+    if not odd:  # now each field is one number
         image, patch, acts = vision["image_size"], vision["patch_size"], [t["act"] for t in towers]
         end, is_openai = text["eos_token_id"], layout == "openai"
         reasons = {

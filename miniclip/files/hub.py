@@ -16,7 +16,7 @@ from miniclip.files.published import openai_id
 from miniclip.files.reading import read_json
 from miniclip.files.writing import SAVED, finish_save
 
-log = logging.getLogger("miniclip")  # the command prints it, Python is silent unless asked
+log = logging.getLogger("miniclip")  # the command prints it; in Python it is silent by default
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # The weights lie inside an installed package, and beside it in a checkout of the repository.
@@ -251,8 +251,10 @@ def weights_in(directory: Path) -> Path | None:
 
 
 def is_clips(directory: Path) -> bool:
-    """False if config.json is timm's and describes one image model, as in timm's repositories on
-    the hub. There the whole CLIP lies beside it, in open_clip's files."""
+    """Whether config.json describes the whole CLIP.
+
+    In timm's repositories on the hub it describes an image model, and open_clip's files the CLIP.
+    """
     config, open_clip = (directory / name for name in CONFIGS.values())
     return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
 

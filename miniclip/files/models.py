@@ -47,7 +47,7 @@ class Stored(NamedTuple):
     layout: str
     table: names.Layout
     path: Path  # of the weights
-    config_path: Path  # of the file that the fields are from
+    config_path: Path  # the file that the fields come from
     device: str | torch.device  # for the model
 
     @property
@@ -154,11 +154,11 @@ class Stored(NamedTuple):
             rest = {*TOWERS, "logit_scale"} - {prefix.rstrip(".")}
             others = set().union(*(names.names_of(part, self.table, tensors) for part in rest))
             on_top = sorted(key for key in tensors if key.startswith("classifier."))
-            if on_top:  # of CLIPForImageClassification, which has a text tower's config and no more
+            if on_top:  # CLIPForImageClassification has a config of a text tower, but no text tower
                 warn(f"{self.path}: {listed(on_top)} do not belong to the tower, and are left out")
             tensors = {k: t for k, t in tensors.items() if k not in others and k not in on_top}
         stored: dict[str, tuple[tuple[int, ...], str]] = {}
-        for ours, where in places.items():  # of q, k and v in one tensor, q is named
+        for ours, where in places.items():  # if q, k and v are one tensor, the error names q
             stored.setdefault(where.key, (where.stored_shape(shapes[ours]), ours))
         missing, misshapen, mistyped = [], [], []
         for key, (shape, ours) in stored.items():
@@ -214,7 +214,7 @@ def open_model(
 
 
 def _given_fields(config: Any, fork: Fork) -> tuple[Path, Fields]:
-    """The fields of `config=`, and where they are from."""
+    """The fields of `config=`, and where they come from."""
     if is_dataclass(config) and not isinstance(config, type):
         return Path("config="), asdict(config)
     if not isinstance(config, str | PathLike):
@@ -337,7 +337,7 @@ def check_device(device: str | torch.device) -> None:
     """Raise ValueError if tensors cannot be put on this device."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # which depends on the device
+    except (RuntimeError, AssertionError, NotImplementedError):  # the kind depends on the device
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         found += ["mps"] * torch.backends.mps.is_available()
         raise ValueError(

@@ -48,7 +48,9 @@ def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 def is_patched(module: nn.Module, name: str) -> bool:
     """Whether someone has set a method on a module itself, over its class's method."""
     patch: Any = vars(module).get(name)
-    if getattr(patch, "func", None) is checkpoint:  # the same, computed again in the backward pass
+    if (
+        getattr(patch, "func", None) is checkpoint
+    ):  # the same method, run again in the backward pass
         patch = patch.args[0]
     return patch is not None and getattr(patch, "__func__", patch) is not getattr(
         class_of(module), name, None
@@ -74,7 +76,7 @@ def check_described(model: Any) -> None:
         expected = kind(model.config)
     parts = [module for _, module in named_modules(expected)]
     if any(isinstance(v, Tensor) for m in parts for v in (*vars(m).values(), *m.buffers())):
-        with torch.random.fork_rng(devices=[]):  # a fork: its table of positions has values
+        with torch.random.fork_rng(devices=[]):  # a fork's table of positions: its values count
             expected = kind(model.config).to(next(model.parameters()).dtype)
     odd = [*differences(model, expected)]
     patched = [one for one in odd if one.endswith("is patched")]

@@ -277,8 +277,8 @@ def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Long-CLIP keeps the first 20 rows of one table and the rest of another (model_longclip.py).
 
-    Its code multiplies both by masks of 0 and 1 and adds them. Like OpenAI's, whose architecture it
-    has, its own files get a `context_length`.
+    Its code multiplies both by masks of 0 and 1 and adds them. Its own files have OpenAI's
+    architecture, so they get OpenAI's `context_length`.
     """
     long = [name for name in tensors if re.search(r"position(al)?_embedding_res\b", name)]
     for name in long:
@@ -286,7 +286,7 @@ def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if first is None or first.shape != rest.shape:
             raise ValueError(f"{name} has shape {tuple(rest.shape)}, and its other half has not")
         tensors[name.replace("_res", "")] = torch.cat([first[:20], rest[20:]])
-        if name == "positional_embedding_res":  # the file is one of Long-CLIP's own
+        if name == "positional_embedding_res":  # one of Long-CLIP's own files
             tensors.setdefault("context_length", torch.tensor(len(rest)))
     return tensors
 
@@ -294,7 +294,7 @@ def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _as_in_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's tensors in our shapes: without leading dimensions of 1, and without a bias of zeros.
 
-    timm adds the bias to a projection that has none. open_clip may keep the projection outside.
+    CLIP's projection has no bias, and timm adds one. open_clip may keep the projection outside.
     """
     trunk = "visual.trunk."
     tensors = _renamed(tensors, lambda n: n.replace("visual.head.proj.", f"{trunk}head."))

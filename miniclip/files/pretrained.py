@@ -91,7 +91,7 @@ class Pretrained(nn.Module):
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
         prefix = f"{cls.towers[0]}." if len(cls.towers) == 1 else ""
         state = stored.state_dict(model, prefix)
-        if any(buffer.is_meta for buffer in model.buffers()):  # of a fork: its table of positions
+        if any(buffer.is_meta for buffer in model.buffers()):  # a fork's table of positions
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
             model.to(stored.device, next(iter(state.values())).dtype)
         model.load_state_dict(state, assign=True)

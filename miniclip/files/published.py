@@ -112,7 +112,7 @@ def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
         return is_clips and shapes.get("embed_dim", fields["embed_dim"]) == fields["embed_dim"]
 
     named = {name: published(name) for name in RELEASES}
-    if "vision" not in shapes:  # bigG/14's text tower alone is SDXL's and SD3's clip_g: LAION's
+    if "vision" not in shapes:  # the text tower alone is clip_g of SDXL and SD3: LAION's
         del named["timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b"]
     return {name: fields for name, fields in named.items() if fields and fits(fields)}
 

@@ -1,4 +1,4 @@
-"""Open files that may be anything, and read small text files with a limit on their size."""
+"""Open only regular files, and read small text files with a limit on their size."""
 
 import errno
 import gzip
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from miniclip.errors import CheckpointError
 
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no pipes among its files
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has neither this flag nor pipes among its files
 MOST_BYTES, MOST_LINES = 5_000_000, 300_000
 """Limits for a tokenizer's files. OpenAI's have up to 3.7 million bytes and 262,145 lines."""
 
@@ -58,7 +58,7 @@ def open_regular(path: str | PathLike[str]) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a file, unpacked if its name ends in .gz. OSError or ValueError for others."""
+    """The bytes of a file, unpacked if its name ends in .gz. Raises OSError or ValueError."""
     with open_regular(path) as raw:
         with gzip.open(raw) if path.suffix == ".gz" else raw as file:
             data = file.read(most + 1)  # the limit counts unpacked bytes

@@ -97,7 +97,7 @@ def saving_checkpoint(
     with saving(directory) as folder:
         processor = directory / "processor_config.json"
         if transform and processor.is_file():
-            shutil.copy(processor, folder)  # where it is brought up to date
+            shutil.copy(processor, folder)  # save_pretrained updates this copy
         yield folder
         if tokenizer:
             tokenizer.save_pretrained(folder)
@@ -138,10 +138,10 @@ def one_version(read: F) -> F:
         if not os.path.isdir(directory):
             return read(*args, **options)
         for _ in range(1000):
-            with suppress(OSError):  # `resolve` says what hinders it
+            with suppress(OSError):  # `resolve` raises the error
                 finish_save(directory)
             before = _state(directory)
-            # A mixture has a SAVED beside it, and here there is none between two equal states.
+            # While the files of a save are moved, SAVED is there: two states may then look equal.
             is_whole = not os.path.isdir(directory / SAVED) or os.path.islink(directory / SAVED)
             result, error = None, None
             try:

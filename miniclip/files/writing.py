@@ -32,7 +32,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. On success the file takes the place of `path`."""
-    if path.exists() and not path.is_file():  # a device is not to be replaced
+    if path.exists() and not path.is_file():  # do not replace a device
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with _private_folder(path.parent) as folder:
         temporary = folder / path.name
@@ -60,7 +60,7 @@ def _private_folder(directory: Path) -> Iterator[Path]:
                 with suppress(FileExistsError):
                     os.mkdir(place)
             base = directory / PLACE
-            if base.stat().st_dev != directory.stat().st_dev:  # nothing can be moved from there
+            if base.stat().st_dev != directory.stat().st_dev:  # a rename works on one device only
                 base = directory
             for left in base.glob("miniclip-*"):
                 with suppress(OSError):
@@ -80,7 +80,7 @@ def _private_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if held >= 0:
             os.close(held)
-        with suppress(OSError):  # they may have more in them
+        with suppress(OSError):  # they may not be empty
             (directory / PLACE).rmdir()
             (directory / ".cache").rmdir()
 
@@ -137,7 +137,7 @@ def _commit(folder: Path, directory: Path) -> None:
         try:
             return os.replace(folder, directory / SAVED)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another's save came between
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saved first
                 raise
 
 
@@ -149,7 +149,7 @@ def finish_save(directory: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     for name in names:
-        with suppress(FileNotFoundError):  # another process may do the same at the same time
+        with suppress(FileNotFoundError):  # another process may do the same now
             if (saved / name).stat().st_size:
                 os.replace(saved / name, directory / name)
             else:

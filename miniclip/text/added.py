@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 class AddedTokens:
-    """Added tokens, each with the time to look for it: True after cleaning, False before."""
+    """Find added tokens in a text. True: look after the text is cleaned. False: look before."""
 
     def __init__(self, added: Mapping[str, bool], clean: Callable[[str], str]) -> None:
         self.clean = clean
@@ -14,7 +14,7 @@ class AddedTokens:
         self._split_cleaned = _Splitter(self.cleaned)
 
     def split(self, text: str) -> Iterator[tuple[str, str | None]]:
-        """The text in pieces: (as found, token), and between tokens (cleaned text, None)."""
+        """Yield the pieces of a text: (as found, token), and between them (cleaned text, None)."""
         for i, raw in enumerate(self._split_raw(text)):
             if i % 2:
                 yield raw, raw

@@ -8,7 +8,7 @@ from miniclip.text.symbols import END_OF_WORD, Pair
 
 
 class RememberedChunks:
-    """A text's ids, chunk by chunk, each chunk computed once while it is remembered.
+    """Compute a text's ids chunk by chunk, and remember the ids of each chunk.
 
     A chunk of lower-case ASCII letters is one word and needs no cleaning, so it is merged at once.
     """

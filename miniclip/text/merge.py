@@ -62,7 +62,7 @@ def merge_long(symbols: Sequence[str], ranks: Mapping[Pair, int]) -> list[str]:
 
 
 def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair]:
-    """The first `limit` merges of words, given as symbols, that occur so many times.
+    """Learn at most `limit` merges from words, each given as symbols with its count.
 
     Sennrich et al. 2016, arXiv 1508.07909: the pair that occurs most becomes a token, again and
     again. Ties go to the pair that sorts first.

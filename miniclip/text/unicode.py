@@ -56,7 +56,7 @@ def compose(text: str) -> str:
 
 
 def lower_new_capitals(text: str) -> str:
-    """Lower-case what `str.lower` treats in another way: capital sigma, and new capitals."""
+    """Lower-case the characters for which `str.lower` differs: capital sigma, new capitals."""
     return text.translate(_new_capitals())
 
 
