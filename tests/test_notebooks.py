@@ -151,8 +151,6 @@ def test_it_can_be_learnt_from(path):
     """What the reader will be able to do, how to run it, a text before every cell of code, what to
     see in every figure, and three exercises with folded solutions."""
     cells = nbformat.read(path, as_version=4).cells
-    if path.stem == NAMES[4]:
-        pytest.skip("not rewritten yet")
     goals = cells[0].source.partition("**After this notebook you can**\n\n")[2]
     assert goals.count("\n- ") >= 2
     assert "**To run it**" in goals
