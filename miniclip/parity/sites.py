@@ -28,7 +28,6 @@ from miniclip.files.names import (
     Place,
     layout_name,
     place,
-    recognize,
 )
 from miniclip.model import CLIP
 
@@ -60,12 +59,8 @@ def table_of(model: Any) -> Layout:
     if is_theirs(model):
         late = hasattr(model.vision_model, "pre_layernorm")  # without the misprint
         return TRANSFORMERS | ({"vision.ln_pre": "vision_model.pre_layernorm"} if late else {})
-    if not hasattr(model, "vision"):
-        try:
-            _, table, _ = recognize(state_of(model))
-        except ValueError:
-            return OURS
-        return table if table in (OPENAI, OPEN_CLIP_CUSTOM_TEXT) else OURS
+    if hasattr(model, "visual") and not hasattr(model, "vision"):
+        return OPEN_CLIP_CUSTOM_TEXT if hasattr(model, "text") else OPENAI
     return OURS
 
 
