@@ -379,7 +379,7 @@ FOUND = {
     "text.projected | the same vector added to each row of text.projected, as a bias would be":
         lambda s: s.t["text.projected"] + torch.arange(36.0).double(),
     **{
-        f"{V}.mlp_out | {V}.mlp_out in {dtype}, whatever the precision of the rest":
+        f"{V}.mlp_out | {V}.mlp_out in {dtype} at every precision":
             lambda s, dtype=dtype: s.t[f"{V}.mlp_out"].to(getattr(torch, dtype)).double()
         for dtype in ("float8_e4m3fn", "bfloat16", "float16", "float32")
     },

@@ -790,12 +790,24 @@ def test_a_model_of_other_names_needs_a_table_that_is_right(as_openai):
         compare(fork, as_openai)
     for names, words in (
         ({"vision.blocks.{}.ln_1": "eyes.layer.{}.before_mix"}, "'eyes.layer.0.before_mix'"),
-        ({"vision.ln_0": "eyes.enter"}, "the key 'vision.ln_0'; expected our names"),
-        ({"text.blocks.{}.ln_1": 3}, "text.blocks.{}.ln_1 is 3; expected a name"),
+        ({"vision.ln_0": "eyes.enter"}, "'vision.ln_0': 'eyes.enter'; expected one of our names"),
+        ({"text.blocks.{}.ln_1": 3}, "'text.blocks.{}.ln_1': 3; expected one of our names"),
     ):
         fork.tensor_names = own_names.NAMES | names
         with pytest.raises(ValueError, match=re.escape(words)):
             compare(fork, as_openai)
+    fork.tensor_names = {n: own for n, own in own_names.NAMES.items() if n != "text.proj.weight"}
+    with pytest.raises(ValueError, match=r"no place for text\.proj\.weight, which"):
+        compare(fork, as_openai)
+
+
+def test_a_table_that_leaves_something_out_loosens_no_limit(as_openai):
+    """A model with other parameters counts as merged otherwise, and may be a millionth apart."""
+    fork = own_names.CLIP(as_openai)
+    fork.tensor_names = {n: own for n, own in own_names.NAMES.items() if n != "vision.ln_post"}
+    assert compare(fork, as_openai).first is None
+    fork.get_parameter("eyes.layers.1.think.2.bias").data[3] += 2e-7
+    assert compare(fork, as_openai).first == "vision.blocks.1.mlp_out"
 
 
 @pytest.fixture

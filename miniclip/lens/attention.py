@@ -120,7 +120,7 @@ def pair_gradients(
 
 
 def gradcam(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """Grad-CAM of B pairs, for what attention reads in the last block: (B, T).
+    """Grad-CAM of B pairs, at the input of attention in the last block: (B, T).
 
     Selvaraju et al. 2017, arXiv 1610.02391, as pytorch-grad-cam computes it for ViTs: the positive
     part of the sum over channels, each weighted by its mean gradient over the patches.

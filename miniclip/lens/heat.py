@@ -27,7 +27,7 @@ def last_attention(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
 def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
     """The class token's attention in one head of one block: (B, rows, columns).
 
-    Raises ValueError if there is no such block or head.
+    Raises ValueError if the block or the head does not exist.
 
     >>> from miniclip import CLIP
     >>> head_map(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64), layer=3, head=0).shape
@@ -141,9 +141,10 @@ def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance
 
 
 def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Image.Image:
-    """`text_map` as colours over a grey picture of what the model sees. Arguments and errors too.
+    """`text_map` as colours over a grey picture of the part that the model sees.
 
-    Patches that speak against the text are as dark as neutral patches.
+    Patches that speak against the text are as dark as neutral patches. For the arguments and the
+    errors see `text_maps`.
 
     >>> import miniclip
     >>> heatmap(Image.new("RGB", (80, 64)), "a red circle", miniclip.load("shapes")).size

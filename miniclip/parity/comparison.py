@@ -142,7 +142,9 @@ def compare_models(
     stored = (under_our_names(model, kind, state_of(model)) for model in models)
     weights = [{name: w.cpu().to(dtype) for name, w in found.items()} for found in stored]
     exact = TOLERANCE[torch.float64]
-    if _are_rounded_once_more(*weights):
+    # A fork's own table may leave parameters out. That does not mean that they were merged.
+    is_complete = not any("tensor_names" in vars(model) for model in models)
+    if _are_rounded_once_more(weights[0], weights[1], is_complete):
         exact = ROUNDED if dtype in TOLERANCE else torch.inf
     # OpenAI's own code adds all positions, so its texts are as long as the context.
     shorter = 3 if all(is_theirs(m) or table_of(m) is OURS for m in models) else 0
@@ -209,12 +211,15 @@ def _compare_tables(
     return None
 
 
-def _are_rounded_once_more(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+def _are_rounded_once_more(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], is_complete: bool
+) -> bool:
     """Whether parameters were merged, or differ by at most one rounding, as after an exponential
     and its logarithm."""
-    if ours.keys() != theirs.keys():
+    if is_complete and ours.keys() != theirs.keys():
         return True
-    pairs = [(ours[n], theirs[n]) for n in ours if not torch.equal(ours[n], theirs[n])]
+    common = ours.keys() & theirs.keys()
+    pairs = [(ours[n], theirs[n]) for n in common if not torch.equal(ours[n], theirs[n])]
     return bool(pairs) and all(
         one.shape == other.shape
         and ((one - other).abs() <= torch.finfo(one.dtype).eps * other.abs()).all()

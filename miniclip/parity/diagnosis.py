@@ -188,7 +188,7 @@ def _relations(site: str, x: Named, right: Tensor, wrong: Tensor) -> Iterator[tu
         yield f"{words}, as a bias would be", right + apart[-1]
     for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32):
         if torch.equal(wrong.to(dtype).double(), wrong):
-            yield f"{site} in {dtype_name(dtype)}, whatever the precision of the rest", wrong
+            yield f"{site} in {dtype_name(dtype)} at every precision", wrong
     if site.endswith("resid_post"):
         terms = ("resid_pre", "attn_out", "mlp_out")
         columns = torch.stack([x[term].flatten() for term in terms], 1)

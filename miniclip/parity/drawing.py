@@ -5,7 +5,7 @@ from os import PathLike
 from miniclip.figures.style import BLUE, ORANGE, Figure, save_figure
 from miniclip.parity.report import Report
 
-NOTHING = 1e-17  # where a difference of 0 is drawn, because a logarithm has no 0
+NOTHING = 1e-17  # where a difference of 0 is drawn, because its logarithm is infinite
 
 
 def draw_parity(report: Report, path: str | PathLike[str]) -> None:

@@ -132,7 +132,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "norms": {f"no {name}{BEFORE.get(name, '')}": {name: 0} for name in LAYER_NORMS}
     | {f"{name} twice": {name: 2} for name in LAYER_NORMS},
     "early": {f"{name} before the first block": name for name in LAYER_NORMS},
-    "mask": {  # from ones (B, H, T, T) and the positions of end tokens: what is hidden
+    "mask": {  # (ones (B, H, T, T), the positions of end tokens) -> which keys are hidden
         "no causal mask": no_mask,
         "a causal mask": causal_mask,
         "a causal mask the wrong way round": lambda ones, end: ones.tril(-1).bool(),
@@ -142,7 +142,7 @@ FAULTS: dict[str, dict[str, Any]] = {
             ones.triu(1).bool() | (torch.arange(ones.shape[-1]) > end[:, None])[:, None, None]
         ),
     },
-    "softmax": {  # of scores (B, H, T, T) and what is hidden
+    "softmax": {  # (scores (B, H, T, T), which keys are hidden) -> the pattern
         "a softmax over queries, not keys": lambda s, h: s.masked_fill(h, LEAST).softmax(-2),
         "a softmax over heads, not keys": lambda s, h: s.masked_fill(h, LEAST).softmax(1),
         "a softmax with 1 added to its sum": lambda s, hidden: F.pad(

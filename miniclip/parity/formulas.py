@@ -176,7 +176,7 @@ class Formula(NamedTuple):
     site: str
     x: Named  # the tensors before it
     w: Named  # the weights of its block, or of its tower
-    steps: Steps  # what a fault may replace
+    steps: Steps  # a fault may replace each of them
 
     def compute(self, weights: Named = {}, steps: Steps = {}) -> Tensor | None:
         """The tensor, with some weights and steps replaced.

@@ -47,7 +47,7 @@ def load_pair(
             triple like `miniclip.load`'s, or a function without arguments that returns one.
         against: the same. "transformers" loads the same checkpoint with transformers.
         names: a JSON file with the fork's `tensor_names`, the table from our names to its own.
-        options: those of `miniclip.load` that say where a checkpoint comes from.
+        options: where checkpoints come from, as in `miniclip.load`.
     Returns:
         Two triples. The tokenizer and the transform are None where there are only weights.
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from miniclip.peers import versions
 
-NAMES = ("model", "other")  # what a report calls the two
+NAMES = ("model", "other")  # the names of the two in a report
 
 
 class Difference(NamedTuple):

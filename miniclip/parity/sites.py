@@ -28,7 +28,6 @@ from miniclip.files.names import (
     Place,
     layout_name,
     place,
-    recognize,
 )
 from miniclip.model import CLIP
 
@@ -60,13 +59,17 @@ def table_of(model: Any) -> Layout:
     if is_theirs(model):
         late = hasattr(model.vision_model, "pre_layernorm")  # without the misprint
         return TRANSFORMERS | ({"vision.ln_pre": "vision_model.pre_layernorm"} if late else {})
-    if not hasattr(model, "vision"):
-        try:
-            _, table, _ = recognize(state_of(model))
-        except ValueError:
-            return OURS
-        return table if table in (OPENAI, OPEN_CLIP_CUSTOM_TEXT) else OURS
+    if hasattr(model, "visual") and not hasattr(model, "vision"):
+        return OPEN_CLIP_CUSTOM_TEXT if hasattr(model, "text") else OPENAI
     return OURS
+
+
+NEEDED = ("vision.patch_embed.weight", "text.token_embed.weight") + tuple(
+    f"{tower}.{name}"
+    for tower in ("vision", "text")
+    for name in ("pos_embed", "blocks.{}.ln_1.weight", "blocks.{}.mlp.fc1.weight", "proj.weight")
+)
+"""A fork's own table must have these parameters, because their shapes give the config."""
 
 
 def _checked(own: Layout, model: Any) -> Layout:
@@ -74,18 +77,20 @@ def _checked(own: Layout, model: Any) -> Layout:
     state = state_of(model)
     modules = {name.rpartition(".")[0] for name in state}
     for ours, theirs in own.items():
-        if not isinstance(theirs, str):
-            raise ValueError(f"tensor_names: {ours} is {theirs!r}; expected a name of the model's")
-        key = place(ours.replace("{}", "0"), own).key
-        if {ours, ours.rpartition(".")[0]}.isdisjoint(TRANSFORMERS):
+        if {ours, ours.rpartition(".")[0]}.isdisjoint(TRANSFORMERS) or not isinstance(theirs, str):
             raise ValueError(
-                f"tensor_names has the key {ours!r}; expected our names: {listed(TRANSFORMERS)}"
+                f"tensor_names has {ours!r}: {theirs!r}; expected one of our names and the model's "
+                f"name for it. Ours are {listed(TRANSFORMERS)}"
             )
+        key = place(ours.replace("{}", "0"), own).key
         if key not in state and key not in modules:
             raise ValueError(
                 f"tensor_names says that {ours} is {theirs!r}, and {type(model).__name__} has no "
                 f"tensor or module {key!r}; the model has {listed(state)}"
             )
+    places = own | dict.fromkeys(f"{name}.weight" for name in own)
+    if lost := [name for name in NEEDED if name not in places]:
+        raise ValueError(f"tensor_names has no place for {listed(lost)}, which gives the config")
     return own
 
 
@@ -207,7 +212,7 @@ def outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def config_of(model: Any, kind: type[CLIP]) -> CLIPConfig:
-    """The config of a model; without one, what its shapes and modules say."""
+    """The config of a model. If it has none, its shapes and modules tell the config."""
     table = table_of(model)
     if table is OURS:
         return model.config

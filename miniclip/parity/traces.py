@@ -30,7 +30,7 @@ class Trace(NamedTuple):
     """What a run left behind, on the CPU."""
 
     calls: dict[str, list[Tensor]]  # by site, the tensor of each call of its module
-    error: str  # what the model raised, in words, or ""
+    error: str  # the model's error in words, or ""
 
 
 @torch.no_grad()
@@ -94,8 +94,8 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
         return found
 
     tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-    # `training`, transformers' choice of attention, and what a forward stores: a mask, or a weight
-    # that a pruning hook makes.
+    # `training`, transformers' choice of attention, and tensors that a forward stores, such as a
+    # mask, or a weight that a pruning hook makes.
     stored = [found for m in model.modules() for found in (vars(m), m._buffers)]
     if is_theirs(model):
         stored += [vars(m.config) for m in model.modules() if hasattr(m, "config")]

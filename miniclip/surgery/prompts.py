@@ -10,7 +10,7 @@ def encode_prompts(model: CLIP, vectors: Tensor, eos: Tensor, *, normalize: bool
     """Embed texts that are given as token vectors: (B, T, W) -> (B, E).
 
     Args:
-        vectors: replace the token embeddings of ids, those of the start and end token too.
+        vectors: replace the token embeddings of ids, including the start and end tokens'.
         eos: (B,), the position of each text's end token.
         normalize: whether embeddings have length 1.
 

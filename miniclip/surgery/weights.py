@@ -65,7 +65,7 @@ class TaskVector:
 
     @classmethod
     def between(cls, base: CLIP, tuned: CLIP) -> "TaskVector":
-        """The weights of `tuned` minus those of `base`. ValueError if their shapes differ."""
+        """The weights of `tuned` minus the weights of `base`. ValueError if their shapes differ."""
         weights, others = _weights(base, tuned)
         return cls({name: others[name].double() - weights[name].double() for name in weights})
 
