@@ -922,15 +922,6 @@ def test_a_warning_is_one_line_too(run, monkeypatch):
     assert line == "miniclip: warning: odd weights\n"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has")
-def test_a_full_disk_behind_stdout_is_an_error_of_one_line():
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "miniclip", "info", "everyday"]
-        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1
-    assert "miniclip: error: " in run.stderr and "No space left" in run.stderr
-
-
 def test_a_pipe_of_labels_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "labels.txt")
     assert main(["eval", str(tmp_path), "--labels", str(tmp_path / "labels.txt")]) == 2

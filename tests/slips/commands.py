@@ -142,14 +142,14 @@ SLIPS = [
     ),
     Slip(
         "embed ignores --batch and --workers.",
-        'options = (args.batch, args.workers, args.force)',
-        'options = (64, None, args.force)',
+        "options = (args.batch, args.workers, args.force)",
+        "options = (64, None, args.force)",
         f"{FLAGS} -k 'batches or workers'",
     ),
     Slip(
         "embed leaves out what is damaged.",
-        'loaded, pictures, encoder, damage, *options)',
-        'loaded, pictures, encoder, (), *options)',
+        "loaded, pictures, encoder, damage, *options)",
+        "loaded, pictures, encoder, (), *options)",
         f"{FLAGS} -k damaged",
     ),
     Slip(
@@ -710,9 +710,9 @@ SLIPS = [
         f"{TRANSFORM} -k 'raw or package'",
     ),
     Slip(
-        'HEIC that is called .jpg is damaged.',
+        "HEIC that is called .jpg is damaged.",
         'suffix = ".heic" if stream.read(12)[4:] in HEIC else suffix',
-        'pass',
+        "pass",
         f"{TRANSFORM} -k package",
     ),
     Slip(
@@ -747,14 +747,14 @@ SLIPS = [
     ),
     Slip(
         "A build continues parts of another model.",
-        'if self.fingerprint == other.fingerprint:\n',
-        'if True:\n',
+        "if self.fingerprint == other.fingerprint:\n",
+        "if True:\n",
         f"{RETRIEVAL} -k 'another_model_made'",
     ),
     Slip(
         "A build continues parts of another transform.",
-        '            if self.transform == other.transform:\n                return\n',
-        '            return\n',
+        "            if self.transform == other.transform:\n                return\n",
+        "            return\n",
         f"{RETRIEVAL} -k 'another_model_made'",
     ),
     Slip(
@@ -765,8 +765,8 @@ SLIPS = [
     ),
     Slip(
         "An index takes the place of any file.",
-        'old = Index.load(out) if out.exists() else None',
-        'old = None',
+        "old = Index.load(out) if out.exists() else None",
+        "old = None",
         f"{RETRIEVAL} -k takes_the_place",
     ),
     Slip(
@@ -807,7 +807,7 @@ SLIPS = [
     ),
     Slip(
         "A tar's pictures are not turned upright.",
-        'return open_image(member.read(), name=member.name)',
+        "return open_image(member.read(), name=member.name)",
         'return Image.open(__import__("io").BytesIO(member.read()))',
         f"{RETRIEVAL} -k in_a_tar_is",
     ),
@@ -863,7 +863,7 @@ SLIPS = [
     Slip(
         "The files of another step's settings are read.",
         'field in _FIXED or field.startswith("do_")\n',
-        'field in _FIXED\n',
+        "field in _FIXED\n",
         f"{TRANSFORM} -k cannot_be_followed",
     ),
     Slip(
@@ -938,5 +938,59 @@ SLIPS = [
         "NOTHING = 1e-17",
         "NOTHING = 1e-12",
         FIGURES,
+    ),
+    Slip(
+        "Of one shot, four examples choose the strength.",
+        "rows[k : k + min(k, 4)]",
+        "rows[k : k + 4]",
+        f"{EVALUATION} -k few_shots_learn",
+    ),
+    Slip(
+        "The spread of few shots is the population's.",
+        '"std": stdev(accuracies)}',
+        '"std": stdev(accuracies) * (1 - 1 / len(accuracies)) ** 0.5}',
+        f"{EVALUATION} -k few_shots_learn",
+    ),
+    Slip(
+        "A probe stops after 100 steps.",
+        "MOST_STEPS = 1000",
+        "MOST_STEPS = 100",
+        f"{EVALUATION} -k probe_is_scikit",
+    ),
+    Slip(
+        "--force keeps the parts of an interrupted build.",
+        '            for left in folder.glob("*"):\n                left.unlink()\n',
+        "            pass\n",
+        f"{RETRIEVAL} -k force_embeds",
+    ),
+    Slip(
+        "A query keeps its graph.",
+        "@torch.no_grad()\ndef embed_query(",
+        "def embed_query(",
+        f"{RETRIEVAL} -k sum_and_the_difference",
+    ),
+    Slip(
+        "Texts are embedded with their graph.",
+        "@torch.no_grad()\ndef embed_texts(",
+        "def embed_texts(",
+        f"{ZEROSHOT} -k embedded_once",
+    ),
+    Slip(
+        "One brand of HEIC is not known.",
+        'b"ftypmif1", b"ftyphevc")',
+        'b"ftypmif1")',
+        f"{TRANSFORM} -k pillow_does_not_read",
+    ),
+    Slip(
+        "A bar is shown at once.",
+        '"delay": 2, "leave": False',
+        '"delay": 0, "leave": False',
+        f"{CLI} -k bar_is",
+    ),
+    Slip(
+        "A line of progress is shown after two seconds.",
+        '"delay": 30, "mininterval": 30',
+        '"delay": 2, "mininterval": 30',
+        f"{CLI} -k bar_is",
     ),
 ]  # fmt: skip

@@ -1053,4 +1053,16 @@ SLIPS = [
         "is_projected = True",
         "tests/test_layouts.py -k one_tower_of_transformers",
     ),
+    Slip(
+        "An address' folder counts more than `subfolder`.",
+        'subfolder or address["folder"]',
+        'address["folder"] or subfolder',
+        "tests/test_hub.py -k pasted_address",
+    ),
+    Slip(
+        "An address' revision counts more than `revision`.",
+        'revision, subfolder = revision or address["revision"]',
+        'revision, subfolder = address["revision"] or revision',
+        "tests/test_hub.py -k pasted_address",
+    ),
 ]

@@ -944,4 +944,10 @@ SLIPS = [
         "(similarity[rows] >= (images",
         SHAPES,
     ),
+    Slip(
+        "The seconds of a row count the validation.",
+        "self.started += time.monotonic() - began",
+        "pass",
+        f"{FINE} -k seconds_of",
+    ),
 ]
