@@ -1,4 +1,4 @@
-"""Pictures of results, one file for each kind. style.py holds their shared fonts and colours."""
+"""Figures of results, one file for each kind."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""A classifier's confusions, the most frequent ones by name, and whether its confidence is true."""
+"""Draw a classifier's confusions and the reliability of its probabilities."""
 
 from os import PathLike
 
@@ -15,7 +15,7 @@ MOST_NUMBERS = 20  # and classes that leave room for a number in each cell
 
 
 def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
-    """What was taken for what, as a matrix; the most frequent confusions; the reliability."""
+    """Draw the confusion matrix, the most frequent confusions, and the reliability diagram."""
     figure = Figure(figsize=(14, 8.5), layout="constrained")
     axes = figure.subplot_mosaic(
         [["left", "right"], ["left", "below"]], width_ratios=(8, 5), height_ratios=(3, 2)
@@ -35,7 +35,7 @@ def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
 
 
 def draw_cells(axes: Axes, result: Evaluation) -> None:
-    """A cell for each pair of classes: its share of the true class, in percent."""
+    """Draw a cell for each pair of classes: its share of the true class, in percent."""
     labels = [shorten(label) for label in result.labels]
     share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
     # The square root of the share: a confusion of 4 % is a fifth as dark as 100 %, not a 25th.
@@ -52,7 +52,7 @@ def draw_cells(axes: Axes, result: Evaluation) -> None:
 
 
 def draw_dots(axes: Axes, result: Evaluation) -> None:
-    """With many classes, a dot for each confusion, its area the number of images."""
+    """Draw a dot for each confusion. Its area is the number of images."""
     mistakes = result.mistakes()
     count = len(result.labels)
     axes.plot([0, count - 1], [0, count - 1], color="0.8", linewidth=1, zorder=0)
@@ -69,7 +69,7 @@ def draw_dots(axes: Axes, result: Evaluation) -> None:
 
 
 def draw_mistakes(axes: Axes, result: Evaluation, most: int = 14) -> None:
-    """Bars for the most frequent confusions."""
+    """Draw a bar for each of the most frequent confusions."""
     mistakes = result.mistakes()[:most][::-1]
     names = [
         f"{shorten(result.labels[true])} → {shorten(result.labels[predicted])}"
@@ -88,7 +88,7 @@ def draw_mistakes(axes: Axes, result: Evaluation, most: int = 14) -> None:
 
 
 def draw_reliability(axes: Axes, result: Evaluation) -> None:
-    """The accuracy at each confidence: on the diagonal, the probabilities are true."""
+    """Draw the accuracy at each confidence. On the diagonal, probabilities equal accuracies."""
     images, confidence, right = result.bins[result.bins[:, 0] > 0].T.numpy()
     axes.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
     axes.bar(confidence / images, images / images.sum(), width=0.6 / BINS, color="0.85", zorder=0)

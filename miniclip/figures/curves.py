@@ -1,4 +1,4 @@
-"""A training run in one picture: curves, scores on held-out data, throughput and memory."""
+"""Draw a training run: loss, scores on held-out data, throughput and memory."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -18,7 +18,7 @@ COLORS = (BLUE, ORANGE, "#009e73")
 
 
 def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> None:
-    """The metrics of a training run against its steps, with the best score on held-out data."""
+    """Draw each metric of a run against the steps, and mark the best score on held-out data."""
     scores = [name for name in rows[-1] if name.startswith("val_")]
     panels = {title: [name] for name, title in PANELS.items() if name in rows[-1]}
     if scores:
@@ -29,7 +29,7 @@ def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> 
         axes = figure.add_subplot(lines, 3, i)
         for name, color in zip(names, COLORS, strict=False):
             found = {row["step"]: row[name] for row in rows if name in row}
-            mark = "" if len(found) > 2 else "o"  # of one step there is no line
+            mark = "" if len(found) > 2 else "o"  # a single step has no line
             label = name.removeprefix("val_").replace("_", " ")
             (line,) = axes.plot([*found], [*found.values()], color=color, linewidth=1.5)
             line.set(marker=mark, label=label)

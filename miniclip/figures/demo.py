@@ -15,7 +15,7 @@ from miniclip.lens.heat import overlay
 def draw_demo(
     scene: Exhibit, heats: Sequence[Heat], photographs: Sequence[Exhibit], path: str | PathLike[str]
 ) -> None:
-    """Photographs with their labels, above a drawn scene with its captions and heat maps."""
+    """Draw photographs with their labels, and below a drawn scene with captions and heat maps."""
     figure = Figure(figsize=(13, 9 if photographs else 4), layout="constrained")
     *above, below = figure.subfigures(2 if photographs else 1, 1, squeeze=False).flat
     if photographs:
@@ -38,6 +38,6 @@ def draw_demo(
 
 
 def draw_heat(axes: Axes, scene: Exhibit, heat: Heat) -> None:
-    """Where the phrase is seen, over the picture in grey; the object's true outline in white."""
+    """Draw a heat map over the grey picture, with the object's true outline in white."""
     show_picture(axes, overlay(scene.picture, heat.lost), heat.phrase)
     axes.contour(heat.mask.numpy(), levels=[0.5], colors="white", linewidths=1.5)

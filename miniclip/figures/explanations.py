@@ -1,4 +1,4 @@
-"""Heat maps of texts, and how often they are right."""
+"""Draw the heat maps of texts."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -19,7 +19,7 @@ from miniclip.world.localise import Question
 def draw_explanations(
     asked: Sequence[Question], maps: dict[str, Tensor], path: str | PathLike[str]
 ) -> None:
-    """A line for each question: the picture, and where each method sees what is asked for."""
+    """Draw a row for each question: the picture, then the heat map of each method."""
     size = (2 * (1 + len(maps)), 2.2 * len(asked))
     figure = Figure(figsize=size, layout="constrained")
     for i, (row, question) in enumerate(
@@ -32,7 +32,7 @@ def draw_explanations(
     save_figure(figure, path)
 
 
-# What the numbers of a map say.
+# What the values of a map mean.
 UNITS = {
     "attention": "{} of the attention",
     "rollout": "{} of the attention",
@@ -53,11 +53,11 @@ def draw_text_maps(
     maps: dict[str, Tensor],
     path: str | PathLike[str],
 ) -> None:
-    """A picture beside where each of C texts is seen in it.
+    """Draw a picture and the heat maps of C texts.
 
-    `cosines` are the texts' similarities to the picture, and `maps` (C, rows, columns) for each
-    method. Of one method the texts stand side by side, of several the methods, with a line for each
-    text. All maps of a method have one scale; under each stands how much its warmest patch is.
+    `cosines` are the similarities of texts and picture. `maps` has a tensor (C, rows, columns) for
+    each method. One method: the texts stand side by side. Several: a row for each text. The maps of
+    a method share one scale. The value of the warmest patch stands below each map.
     """
     texts = [f"{text} (cosine {cosine:.2f})" for text, cosine in zip(texts, cosines, strict=True)]
     if len(maps) == 1:
@@ -93,7 +93,7 @@ def draw_text_maps(
 
 
 def warmth(method: str, heat: Tensor) -> str:
-    """How much the warmest patch of a map is."""
+    """Say how warm the warmest patch of a map is."""
     if heat.max() <= 0:
         return "nowhere"
     blind = "; whatever the text" if method in BLIND else ""

@@ -1,4 +1,4 @@
-"""Accuracy against the number of examples: figure 6 of the paper, for any data set."""
+"""Draw accuracy against the number of examples: figure 6 of the paper, for any data set."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -12,7 +12,7 @@ from miniclip.figures.style import BLUE, ORANGE, save_figure
 def draw_few_shot(
     rows: Sequence[dict[str, Any]], names: dict[str, str], path: str | PathLike[str]
 ) -> None:
-    """A line for each method, a dashed one for zero-shot; bars are a standard deviation long."""
+    """Draw a line for each method, dashed for zero-shot. Error bars are one standard deviation."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for method, color in (("probe", BLUE), ("text", ORANGE)):

@@ -1,4 +1,4 @@
-"""Recall of a retrieval, at every number of places."""
+"""Draw the recall of a retrieval at each rank."""
 
 from os import PathLike
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from miniclip.figures.style import BLUE, ORANGE, save_figure
 
-MOST = 100  # places
+MOST = 100  # ranks
 
 
 def draw_recall(ranks: dict[str, Tensor], path: str | PathLike[str]) -> None:
-    """For each direction, the share of the queries that are answered within k places."""
+    """Draw recall@k for each direction: the share of queries with a true answer in the first k."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for (direction, of), color in zip(ranks.items(), (BLUE, ORANGE), strict=True):

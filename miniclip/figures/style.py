@@ -1,7 +1,6 @@
-"""What all figures share: colours, fonts and writing the file.
+"""Colours, fonts and file output, for all figures.
 
-The colours are Okabe and Ito's, or run from light to dark: colour-blind readers and a grey printer
-can tell them apart. This file imports matplotlib, which the `demo` extra brings.
+Colour-blind readers can tell the colours apart (Okabe and Ito), and so can a grey printer.
 """
 
 import textwrap
@@ -25,13 +24,13 @@ BLUE, ORANGE = "#0072b2", "#d55e00"
 
 
 def save_figure(figure: Figure, path: str | PathLike[str]) -> None:
-    """Write a picture in the format that its name ends in. Raises ValueError if it cannot."""
+    """Write a figure, in the format of the file's suffix. Raises ValueError if that fails."""
     texts = figure.findobj(Text)
     families = [*rcParams["font.family"], *fonts_beside("".join(t.get_text() for t in texts))]
     for text in texts:
         text.set_fontfamily(families)
     try:
-        with warnings.catch_warnings():  # characters that no font here has are drawn as boxes
+        with warnings.catch_warnings():  # a character that no font has becomes a box
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(path, dpi=120)
     except OSError as error:
@@ -39,7 +38,7 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> None:
 
 
 def fonts_beside(text: str) -> dict[str, str]:
-    """Installed fonts that have the characters that matplotlib's usual font lacks: family, file.
+    """Find installed fonts for the characters that matplotlib's default font lacks: {family: file}.
 
     >>> fonts_beside("plain, or naïve, or по-русски")
     {}
@@ -56,7 +55,7 @@ def fonts_beside(text: str) -> dict[str, str]:
 
 
 def characters_of(font: str) -> set[int]:
-    """The characters that a font file has; none if it cannot be read, as a font of bitmaps."""
+    """The code points that a font file has. Bitmap fonts cannot be read and have none."""
     try:
         return {*font_manager.get_font(font).get_charmap()}
     except RuntimeError:
@@ -64,17 +63,17 @@ def characters_of(font: str) -> set[int]:
 
 
 def usual_font() -> str:
-    """The file of matplotlib's own font."""
+    """The file of matplotlib's default font."""
     return font_manager.findfont(font_manager.FontProperties(family=rcParams["font.family"]))
 
 
 def font_file(text: str) -> str:
-    """The font for a text that can have only one."""
+    """The file of one font for a text."""
     return next(iter(fonts_beside(text).values()), usual_font())
 
 
 def draw_bars(axes: Axes, scores: Sequence[Score], inside: bool = False) -> None:
-    """A bar for each label, best on top; long labels stand above their bars."""
+    """Draw a bar for each label, the best on top. `inside` writes the labels above the bars."""
     best = scores[::-1]
     bars = axes.barh(range(len(best)), [s.probability for s in best], color=BLUE, height=0.5)
     bars[-1].set_color(ORANGE)
@@ -93,12 +92,12 @@ def draw_bars(axes: Axes, scores: Sequence[Score], inside: bool = False) -> None
 
 
 def title_of(text: str) -> list[str]:
-    """The text in at most three lines."""
+    """Wrap a text to at most three lines."""
     return textwrap.wrap(text, 28, max_lines=3, placeholder=" …")
 
 
 def show_picture(axes: Axes, picture: Image.Image, title: str, below: str = "") -> None:
-    """A picture with a title above and a note below, both wrapped."""
+    """Draw a picture with a title above and a note below, both wrapped."""
     axes.imshow(picture)
     axes.set_axis_off()
     # Plain text, because a $ would begin a formula.

@@ -4,7 +4,7 @@ With `pip install -e '.[demo]'`,
 
     miniclip serve --model everyday shapes --index index.safetensors
 
-opens a page for this machine alone: drop a picture, type labels, see which fits and where it is
-seen, look at one head of one layer, search the index. Nothing is written, or fetched from
-elsewhere.
+opens a page that only this machine can open: drop a picture, type labels, see which label fits and
+where the model sees it, look at one head, search the index. The page writes no file and loads
+nothing from elsewhere.
 """
