@@ -101,8 +101,8 @@ def compare_engine(args: argparse.Namespace) -> int:
     from miniclip import CLIP, parity
     from miniclip.engines import differences
 
-    if args.against != "transformers" or args.grad or args.plot:
-        raise ValueError("--engine compares an engine with the model: no --against, --grad, --plot")
+    if args.against != "transformers" or args.grad or args.plot or args.names:
+        raise ValueError("--engine takes a checkpoint: no --against, --grad, --plot or --names")
     name = args.random or args.model or DEFAULT_MODEL
     options = {"device": args.device, "revision": args.revision}
     model = parity.random_pair(name)[0] if args.random else CLIP.from_pretrained(name, **options)
