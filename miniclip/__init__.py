@@ -8,7 +8,7 @@ The reference, in the order to read it: `miniclip.config`, `miniclip.model`, `mi
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # else where they are first asked for, below
+if TYPE_CHECKING:  # at run time `_import` does this, at the first use
     from miniclip.checkpoint import Loaded, load, save
     from miniclip.config import CLIPConfig, TextConfig, VisionConfig
     from miniclip.errors import CheckpointError, ContextLengthError, ImageError
@@ -42,7 +42,7 @@ __version__ = "0.1.0"
 
 
 def _import(name: str) -> Any:
-    """Import all of the above when the first of it is asked for.
+    """Import all public names when one of them is first used.
 
     Importing torch takes a second or two. `miniclip --help` and Ctrl-C need not wait for it.
     """
@@ -58,7 +58,7 @@ def _import(name: str) -> Any:
     return globals()[name]
 
 
-if not TYPE_CHECKING:  # which would take it to have any name
+if not TYPE_CHECKING:  # it would accept any name
     __getattr__ = _import
 
 

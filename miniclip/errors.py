@@ -17,7 +17,7 @@ class ContextLengthError(ValueError):
 
 
 class ImageError(ValueError):
-    """An image cannot be read, or its values cannot be read as pixels without guessing."""
+    """An image cannot be decoded, or it is unclear how its values represent pixels."""
 
 
 def wrong(name: str, value: object, expected: str) -> ValueError:
@@ -41,7 +41,7 @@ def blaming(path: str | PathLike[str]) -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Warn the code that called the package, however deep inside the package this is called."""
+    """Warn at the line of the user's code that called the package."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "miniclip":
         level, frame = level + 1, frame.f_back

@@ -1,4 +1,4 @@
-"""The libraries that miniclip is compared with: which versions are at work."""
+"""The versions of the libraries that miniclip is compared with."""
 
 import platform
 import sys
@@ -18,7 +18,7 @@ DISTRIBUTIONS = {
     "instant_clip_tokenizer": "instant-clip-tokenizer",
     "hf_processors_rs": "hf-processors-rs",
 }
-"""The libraries that numbers depend on: the name of the module, and its name for pip."""
+"""The libraries that measured numbers depend on: module name -> name for pip."""
 
 
 def versions() -> dict[str, str]:
@@ -48,7 +48,7 @@ def import_transformers() -> ModuleType:
     try:
         import transformers
     except ImportError:
-        raise ValueError("nothing to compare with: pip install 'miniclip[test]'") from None
+        raise ValueError("transformers is not installed: pip install 'miniclip[test]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

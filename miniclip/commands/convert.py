@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:>9} {'written' if there else 'not found beside the weights'}")
     if not done.tokenizer:
         print(
-            "\n`miniclip.load` needs a tokenizer. Convert to a new directory with --tokenizer"
-            "\nopenai/clip-vit-base-patch32, whose vocabulary most CLIPs have; or put its"
+            "\n`miniclip.load` needs a tokenizer. Most CLIPs have OpenAI's. Convert again, to a new"
+            "\ndirectory, with --tokenizer openai/clip-vit-base-patch32, or copy that checkpoint's"
             f"\nvocab.json and merges.txt into {args.out}"
         )
     return 0
@@ -74,7 +74,7 @@ def name_change(row: "Mapped") -> str:
     """Say how a parameter of one file became a parameter of the other."""
     before, after = row.source.form, row.destination.form
     if before == after:
-        return "as they were"
+        return "unchanged"
     if "T" in (before, after):
         return "transposed"
     return "split into q, k and v" if before else "q, k and v stacked in one"

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the drawing (default: %(default)s)",
     )
     parser.add_argument(
-        "--pictures", metavar="DIR", help="write the pictures too, to try other commands on"
+        "--pictures", metavar="DIR", help="also write the pictures, as input for other commands"
     )
 
 

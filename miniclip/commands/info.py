@@ -36,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
         parameters = sum(row.parameters for row in chosen)
         multiply_adds = sum(row.multiply_adds for row in chosen)
         print(f"{name or 'both towers':<50}{parameters:>13,}{multiply_adds:>17,}")
-    print("\nMultiply-adds are for one image, and for one text as long as the context.")
+    print("\nMultiply-adds are for one image, and for one text of context_length tokens.")
     return 0

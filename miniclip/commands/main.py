@@ -1,6 +1,6 @@
 """The `miniclip` command: parse the arguments, run one command, report its errors.
 
-Exit status 0 if all went well, 1 if a check failed, 2 on bad input, which is one line on stderr.
+Exit status: 0 if all went well, 1 if a check failed, 2 on bad input, with one line on stderr.
 """
 
 import argparse
@@ -39,7 +39,7 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")  # not every terminal can show "█" or any script
+        sys.stdout.reconfigure(errors="replace")  # some terminals cannot show "█"
     parser = build_parser()
     args = parser.parse_args(argv)
     if "run" not in args:
@@ -65,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(error)
         try:
             print(end="", flush=True)
-        except OSError:  # Python would try it again, and end with a status of its own
+        except OSError:  # or Python flushes again at exit, and changes the status
             sys.stdout = None
         return 2
 
 
 class Notes(logging.Handler):
-    """What the package logs, such as a wait for the hub, as lines on stderr."""
+    """Print the log of the package, such as a wait for the hub, as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands. `args.run` is the chosen command's function."""
     parser = Parser(
         prog="miniclip",
-        description="CLIP: photographs and words in one space.",
+        description="CLIP: compare images with texts.",
         epilog="To begin: miniclip demo. An example of each command: miniclip COMMAND --help",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

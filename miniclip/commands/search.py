@@ -22,7 +22,7 @@ EXAMPLE = f"""{PICTURES}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("index", metavar="INDEX", help="what `miniclip embed` wrote")
+    parser.add_argument("index", metavar="INDEX", help="an index from `miniclip embed`")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="a query; several are added")
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="add a picture"
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         check_writable(args.out, SHEETS)
     if not (args.texts or args.image or args.minus or args.minus_image):
-        raise ValueError("no query; expected a TEXT, or --image FILE, to search for")
+        raise ValueError("no query; expected a TEXT or --image FILE")
     index = Index.load(args.index)
     loaded = index.load_encoder(args.model, args.device)
     query = embed_query(loaded, args.texts, args.image, args.minus, args.minus_image)

@@ -26,7 +26,7 @@ MODELS = (
     f"(default: {DEFAULT_MODEL})"
 )
 REVISION = "branch, tag or commit of a hub repository (default: main)"
-PICTURES = "miniclip demo --pictures pictures"  # makes what other examples read
+PICTURES = "miniclip demo --pictures pictures"  # writes the files that other examples read
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -37,20 +37,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--reference",
         choices=("transformers", "openai"),
         default="transformers",
-        help="whose text cleaning and image arithmetic to match (default: %(default)s)",
+        help="the library whose token ids and pixels to match (default: %(default)s)",
     )
     add_revision(group)
 
 
 TEMPLATES = (
-    "a sentence with {} for the label, or a published set of them: imagenet (80), simple (7 of the "
-    "80), food101 and the paper's others; give several to average them (default: 'a photo of a "
-    "{}.')"
+    "a sentence with {} for the label, or a published set of sentences: imagenet (80), simple (7 "
+    "of these), food101 and others of the paper; repeat the option to average several (default: "
+    "'a photo of a {}.')"
 )
 LABELS = (
-    "labels; or one name alone: a text file, one label a line, with ' | ' between several names of "
-    "one; a JSON list; a folder of class folders; a published set: imagenet, food101 and the "
-    "paper's others; or - for lines of standard input"
+    "the labels, or one source of labels: a text file with one label a line ('cat | kitten' is one "
+    "label with two names), a JSON list, a folder of class folders, a published set (imagenet, "
+    "food101 and others of the paper), or - for lines of standard input"
 )
 
 
@@ -74,7 +74,7 @@ def add_revision(parser: argparse._ActionsContainer) -> None:
 def add_columns(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name the columns of a metadata file."""
     for column, default in (("image", "file_name"), ("text", "text")):
-        help = f"of the metadata file (default: {default})"
+        help = f"{column} column of a metadata file (default: {default})"
         parser.add_argument(f"--{column}-column", default=default, metavar="NAME", help=help)
 
 
@@ -147,9 +147,9 @@ def check_writable(name: str, suffixes: Iterable[str]) -> None:
 def complain(error: Exception) -> None:
     """Print an error as one line on stderr: its first line, which says what is wrong."""
     text = str(error)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, a page of numbers
+    if type(error).__name__ == "OutOfMemoryError":  # torch's message is a page long
         text = "the device has too little memory; try a smaller --batch, or --dtype bfloat16"
-    if not isinstance(error, ImageError):  # one line, in which a file's name may have several
+    if not isinstance(error, ImageError):  # the name of an image file may contain line breaks
         text = text.partition("\n")[0]
     note(f"miniclip: error: {text}")
 
