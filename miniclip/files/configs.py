@@ -273,20 +273,24 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
     vision, text = towers = fields["vision"], fields["text"]
     odd = [*beyond_transformers(vision), *beyond_transformers(text)]
     if not odd:  # now each field is one number
-        image, patch, acts = vision["image_size"], vision["patch_size"], [t["act"] for t in towers]
-        end, is_openai = text["eos_token_id"], layout == "openai"
+        acts, end, is_openai = [t["act"] for t in towers], text["eos_token_id"], layout == "openai"
         reasons = {
             f"channels {vision['channels']}": vision["channels"] != 3,
             f"eos_token_id {end}": end not in (LEGACY_EOS, text["vocab_size"] - 1),
             "a literal eos_token_id 2": is_openai and text.get("literal_eos", False),
             f"two activations, {' and '.join(acts)}": acts[0] != acts[1],
-            f"act {acts[0]}": acts[0] not in ("quick_gelu", "gelu")[: 1 if is_openai else 2],
-            f"image_size {image}": is_openai and image % patch != 0,
+            f"act {acts[0]}": acts[0] == "gelu_pytorch_tanh",
         }
-        for tower in towers if is_openai else ():
-            width, heads = tower["width"], tower["heads"]
-            reasons[f"{heads} heads in a width of {width}, where each has 64"] = heads * 64 != width
-            reasons[f"ln_eps {tower['ln_eps']}"] = tower["ln_eps"] != 1e-5
+        if is_openai and not any(reasons.values()):
+            image, patch = vision["image_size"], vision["patch_size"]
+            reasons = {f"act {acts[0]}": acts[0] != "quick_gelu"}
+            reasons |= {f"image_size {image}": image % patch != 0}
+            for tower in towers:
+                width, heads, eps = tower["width"], tower["heads"], tower["ln_eps"]
+                reasons[f"ln_eps {eps}"] = eps != 1e-5
+                reasons[f"{heads} heads in a width of {width}, where each has 64"] = (
+                    heads * 64 != width
+                )
         odd = [reason for reason, holds in reasons.items() if holds]
     if odd:
         found = ", ".join(dict.fromkeys(odd))  # the two towers may have the same
