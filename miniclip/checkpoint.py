@@ -52,7 +52,7 @@ def load(
     """
     options: Any = dict(subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only)
     stored = open_model(name, dtype, device, config=config, revision=revision, **options)
-    options["revision"] = stored.commit or revision  # the same commit, if a branch moves
+    options["revision"] = stored.commit or revision  # one commit for all three
     classes: Any = {("vision",): VisionTower, ("text",): TextTower}
     model = classes.get(tuple(stored.towers), CLIP).from_stored(stored)
     tokenizer = transform = None

@@ -90,7 +90,7 @@ class TextConfig(TowerConfig):
 
     @property
     def ends_at_largest(self) -> bool:
-        """Whether a text is read at its largest id, because its config says 2 as OpenAI's do."""
+        """Whether a text is read at its largest id: the end token is 2, as in OpenAI's configs."""
         return self.eos_token_id == LEGACY_EOS and not self.literal_eos
 
 

@@ -162,7 +162,7 @@ class Tower(Pretrained):
 
 
 def projection(width: int, embed_dim: int | None) -> nn.Module:
-    """The map into the shared space. `embed_dim` is None if a checkpoint of one tower has none."""
+    """The map into the shared space. `embed_dim` None: no map, as in some one-tower checkpoints."""
     return nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim, bias=False)
 
 
