@@ -81,8 +81,13 @@ def write_onnx(tower: Any, path: Path) -> None:
         sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", min=2, max=length)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of itself
-        torch.onnx.export(
-            tower, (example,), path, dynamo=True, dynamic_shapes=(sizes,), verbose=False
+        torch.onnx.export(  # of a copy, because it exchanges parameters and puts them back
+            copy.deepcopy(tower),
+            (example,),
+            path,
+            dynamo=True,
+            dynamic_shapes=(sizes,),
+            verbose=False,
         )
 
 
@@ -182,8 +187,7 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
     >>> encode(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([2, 128])
     """
-    engine = find_engine(name)
-    snapshot(tower)  # raises an error for a hook
+    engine, taken = find_engine(name), snapshot(tower)
     if name == "eager":
         return tower
     like = next(tower.parameters())
@@ -191,7 +195,6 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
         raise ValueError(f"the engine {name} runs on the CPU, and the tower is on {like.device}")
     with torch.inference_mode(False), torch.no_grad():
         run = engine.start(tower)
-    taken = snapshot(tower)  # now, because torch.export exchanges tensors and puts them back
     is_checked = not check
 
     def encode(x: Tensor) -> Tensor:

@@ -77,14 +77,13 @@ def center_crop(image: Image.Image, size: int, reference: str = "transformers") 
 def scale_and_normalize(
     image: Image.Image, mean: Sequence[float], std: Sequence[float]
 ) -> np.ndarray:
-    """RGB bytes -> (byte / 255 - mean) / std, float32 of shape (3, H, W).
-
-    transformers multiplies by 1/255 in float64. Both ways give the same float32 for every byte.
-    """
-    pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # (3, H, W)
-    pixels /= np.float32(255)
-    pixels -= np.array(mean, np.float32)[:, None, None]
-    pixels /= np.array(std, np.float32)[:, None, None]
+    """RGB bytes -> (byte / 255 - mean) / std, float32 of shape (3, H, W)."""
+    # transformers multiplies by 1/255 in float64. Both give the same float32 for each byte.
+    values: np.ndarray = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    values = (values - np.array(mean, np.float32)) / np.array(std, np.float32)  # (256, 3)
+    pixels = np.empty((3, image.height, image.width), np.float32)
+    for row, band, out in zip(values.T, np.asarray(image).transpose(2, 0, 1), pixels):
+        np.take(row, band, out=out, mode="clip")  # "clip" writes into `out` without a copy
     return pixels
 
 

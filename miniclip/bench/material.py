@@ -17,6 +17,7 @@ from miniclip.bench.libraries import Library, libraries
 from miniclip.bench.measuring import Case, Trial, timed, unit_rows
 from miniclip.checkpoint import save
 from miniclip.config import CLIPConfig
+from miniclip.engines import find_engine
 from miniclip.files.hub import OPENAI_VOCABULARY
 from miniclip.model import CLIP
 from miniclip.parity import randomize
@@ -40,6 +41,7 @@ class Setting:
     dtype: torch.dtype
     compile: bool
     batch: int
+    engines: tuple[str, ...] = ()
 
     @cached_property
     def libraries(self) -> list[Library]:
@@ -71,7 +73,8 @@ class Setting:
     ) -> Case:
         """Work of the model, whose result depends on rounding."""
         work = f"{work}, {self.shape}, {self.dtype_name}"
-        return Case(suite, work, count, unit, trials, form, MAX_DISTANCE[self.dtype])
+        loose = {name: find_engine(name).tolerance for name in self.engines if "-" in name}
+        return Case(suite, work, count, unit, trials, form, MAX_DISTANCE[self.dtype], loose)
 
 
 def prepare(directory: Path, shape: str) -> CLIPConfig:

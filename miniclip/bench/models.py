@@ -12,6 +12,7 @@ from miniclip.bench.libraries import Library
 from miniclip.bench.material import Setting, captions
 from miniclip.bench.measuring import Case, Trial, timed
 from miniclip.config import CLIPConfig
+from miniclip.engines import on_engine
 from miniclip.files.names import OPENAI, TRANSFORMERS, layout_name, pack
 from miniclip.loss import contrastive_loss
 from miniclip.model import unit_norm
@@ -48,7 +49,7 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, T
     """Each library's encoder on its input.
 
     With `compile`, those of miniclip and transformers also run compiled. Then all outputs are
-    compared with miniclip's compiled encoder.
+    compared with miniclip's compiled encoder. `engines` run miniclip's tower.
     """
     pairs = zip(setting.libraries, inputs, strict=True)
     runs = {library.name: (getattr(library, method), x) for library, x in pairs}
@@ -59,6 +60,12 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, T
             for name in ("miniclip", "transformers")
         }
         runs = compiled | runs
+
+    if setting.engines:
+        model = setting.libraries[0].model
+        tower = model.vision if method == "encode_image" else model.text
+        torch._dynamo.reset()  # so that `compile` makes a graph for this very shape
+        runs |= {name: (on_engine(tower, name), inputs[0]) for name in setting.engines}
 
     @torch.inference_mode()
     def encode(name: str) -> Tensor:

@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,11 +44,15 @@ def tokenizer_suite(setting: Setting) -> Iterator[Case]:
         "mixed scripts and emoji": lambda: itertools.repeat(mixed_captions(count)),
         "words never seen before": lambda: invented_captions(count),
     }
+    tokenizers = {library.name: library.tokenize for library in setting.libraries}
+    if find_spec("instant_clip_tokenizer"):
+        from instant_clip_tokenizer import Tokenizer
+
+        merges = str(setting.directory / "merges.txt")
+        batch = Tokenizer.load(merges, end + 1).tokenize_batch
+        tokenizers["instant-clip-tokenizer"] = lambda texts: torch.from_numpy(batch(texts, 77))
     for work, stream in streams.items():
-        trials = setting.timed({
-            library.name: partial(next_of, library.tokenize, stream())
-            for library in setting.libraries
-        })  # fmt: skip
+        trials = setting.timed({n: partial(next_of, f, stream()) for n, f in tokenizers.items()})
         work = f"{counted(count, 'text')}, {work}"
         yield Case("tokenizer", work, count, "texts", trials, without_padding)
 
@@ -59,10 +64,21 @@ def transform_suite(setting: Setting) -> Iterator[Case]:
     def pillow_alone() -> None:
         resize_short_side(Image.open(setting.photographs[0]), size)
 
+    if native := find_spec("hf_processors_rs"):
+        from hf_processors_rs import AutoImageProcessor
+
+        settings = str(setting.directory / "preprocessor_config.json")
+        processor = AutoImageProcessor.from_pretrained(settings, backend="pil")
+
+    def native_pixels(paths: list[str]) -> Tensor:
+        return torch.from_numpy(processor(paths, num_threads=torch.get_num_threads()))
+
     for paths in (setting.photographs[:1], setting.photographs):
         runs: dict[str, Callable[[], Any]] = {
             library.name: partial(library.transform, paths) for library in setting.libraries
         }
+        if native:
+            runs["hf-processors-rs"] = partial(native_pixels, [str(path) for path in paths])
         if len(paths) == 1:
             runs["Pillow, decode + resize"] = pillow_alone
         work = f"{counted(len(paths), 'JPEG file')} of 640 x 480 pixels"

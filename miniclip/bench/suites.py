@@ -22,6 +22,7 @@ from miniclip.bench.pipeline import (
     tokenizer_suite,
     transform_suite,
 )
+from miniclip.engines import find_engine
 from miniclip.files.models import check_device
 from miniclip.peers import import_transformers, versions
 from miniclip.published import published_shape
@@ -50,6 +51,7 @@ def bench(
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
     batch: int | None = None,
+    engines: Sequence[str] = (),
 ) -> list[Row]:
     """Do the same work with miniclip and with every peer that is installed, and time it.
 
@@ -58,6 +60,7 @@ def bench(
         shape: a name from PUBLISHED. The weights are random.
         compile: run compiled encoders, too.
         batch: 16, or 256 on a GPU, unless given.
+        engines: names from miniclip.engines, to run miniclip's towers on.
     """
     for name in suites:
         if name not in SUITES:
@@ -70,11 +73,14 @@ def bench(
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1")
     check_device(device)
+    for name in engines:
+        find_engine(name)
     import_transformers()  # before the work: an error comes at once
     rows: list[Row] = []
     with TemporaryDirectory() as folder, exact_float32():
         config = prepare(Path(folder), shape)
-        setting = Setting(Path(folder), config, shape, device, dtype, compile, batch)
+        asked = (shape, device, dtype, compile, batch, tuple(engines))
+        setting = Setting(Path(folder), config, *asked)
         bar = progress(suites, "suite")
         for name in bar:
             bar.set_description(name, refresh=False)

@@ -35,6 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="time compiled encoders too, ours and transformers'"
     )
     parser.add_argument(
+        "--engine",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="time miniclip's towers there, too: compile, onnxruntime, openvino, compile-bf16, "
+        "openvino-bf16, onnxruntime-int8",
+    )
+    parser.add_argument(
         "--batch", type=int, metavar="N", help="images or texts (default: 16, on a GPU 256)"
     )
     parser.add_argument(
@@ -63,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=getattr(torch, args.dtype),
             compile=args.compile,
             batch=args.batch,
+            engines=args.engine,
         )
         text = table(rows)
     measured_with = environment(args.device)

@@ -265,8 +265,8 @@ SLIPS = [
     ),
     Slip(
         "The flag --compile is dropped.",
-        "config, shape, device, dtype, compile, batch)",
-        "config, shape, device, dtype, False, batch)",
+        "asked = (shape, device, dtype, compile, batch,",
+        "asked = (shape, device, dtype, False, batch,",
         ASKED,
     ),
     Slip(
