@@ -31,8 +31,8 @@ SLIPS = [
     ),
     Slip(
         "What is too far is timed all the same.",
-        "if far is None or far <= case.tolerance",
-        "if far is None or far <= 10 * case.tolerance",
+        "far <= case.loose.get(name, case.tolerance)",
+        "far <= 10 * case.loose.get(name, case.tolerance)",
         COSTS,
     ),
     Slip(
@@ -175,8 +175,8 @@ SLIPS = [
     ),
     Slip(
         "The ceiling counts a product as n squared.",
-        "trial()[0] * multiply_adds / n**3",
-        "trial()[0] * multiply_adds / n**2",
+        "share = multiply_adds / n**3",
+        "share = multiply_adds / n**2",
         f"{BENCH} -k ceiling",
     ),
     Slip(
@@ -259,8 +259,8 @@ SLIPS = [
     ),
     Slip(
         "A batch of 0 is accepted.",
-        "    if batch < 1:\n        raise ValueError(f\"batch is {batch}; expected at least 1\")\n    check_device(device)\n    import_t",
-        "    if batch < 0:\n        raise ValueError(f\"batch is {batch}; expected at least 1\")\n    check_device(device)\n    import_t",
+        "    if batch < 1:\n        raise ValueError(f\"batch is {batch}; expected at least 1\")\n    check_device(device)\n    for name in engines",
+        "    if batch < 0:\n        raise ValueError(f\"batch is {batch}; expected at least 1\")\n    check_device(device)\n    for name in engines",
         f"{BENCH} -k bad_input",
     ),
     Slip(

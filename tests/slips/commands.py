@@ -220,8 +220,8 @@ SLIPS = [
     ),
     Slip(
         "bench ignores --batch.",
-        "            batch=args.batch,\n        )\n        text",
-        "        )\n        text",
+        "            batch=args.batch,\n            engines=args.engine,\n        )\n        text",
+        "            engines=args.engine,\n        )\n        text",
         f"{FLAGS} -k bench",
     ),
     Slip(
