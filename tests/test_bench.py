@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig, bench, load
+from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig, bench, engines, load
 from miniclip.bench import Row, libraries, material, measuring, models, pipeline, suites, table
 from miniclip.bench.growth import memory_of
 from miniclip.bench.libraries import Library
@@ -766,3 +766,19 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["bench", "--suite", "tokenizer"]) == 2
     assert "pip install 'miniclip[test]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_engine_is_timed_within_the_tolerance_of_its_name(setting, monkeypatch):
+    """A name with a precision may round more, and the table says by how much; no other may."""
+    off = engines.Engine(lambda tower: lambda x: 1.01 * tower(x) + 0.001, (), 5e-2)
+    exact = engines.Engine(lambda tower: lambda x: tower(x).clone())
+    monkeypatch.setitem(engines.ENGINES, "copy-bf16", off)
+    monkeypatch.setitem(engines.ENGINES, "copy", exact)
+    asked = replace(setting, engines=("copy", "copy-bf16"))
+    rows = {row.contender: row for row in measure(next(models.vision_suite(asked)), seconds=0)}
+    assert rows["copy"].difference == 0 and rows["copy"].cost is not None
+    assert 1e-5 < rows["copy-bf16"].difference < 5e-2 and rows["copy-bf16"].cost is not None
+    far = rows["copy-bf16"]._replace(difference=0.009)
+    assert table([far]).endswith("its output is off by 9e-03")
+    assert table([rows["copy"]]).count("\n") == 3
