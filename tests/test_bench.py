@@ -430,7 +430,7 @@ def test_the_libraries_read_one_checkpoint_in_one_precision(monkeypatch, tmp_pat
     setting = Setting(tmp_path, SHAPE, "tiny", "cuda:1", torch.bfloat16, False, 3)
     assert setting.libraries == (tmp_path, "cuda:1", torch.bfloat16)
     case = setting.case("suite", "work", 3, "texts", {}, list)
-    assert case == ("suite", "work, tiny, bfloat16", 3, "texts", {}, list, 5e-2)
+    assert case == ("suite", "work, tiny, bfloat16", 3, "texts", {}, list, 5e-2, {})
 
 
 @pytest.mark.slow
