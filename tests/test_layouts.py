@@ -1132,6 +1132,15 @@ def test_a_weight_that_is_not_finite_is_named_and_loaded_as_it_is(tmp_path, valu
         VisionTower.from_pretrained(tmp_path)
 
 
+def test_large_weights_whose_sum_overflows_are_finite(tmp_path):
+    model = twins(TINY)[0].half()
+    model.vision.pos_embed.data[:] = 60_000.0
+    assert model.vision.pos_embed.sum().isinf()
+    model.save_pretrained(tmp_path)
+    loaded = CLIP.from_pretrained(tmp_path, dtype=torch.float16)  # a warning would be an error
+    assert torch.equal(loaded.vision.pos_embed, model.vision.pos_embed)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_dtype_is_converted_tensor_by_tensor(tmp_path, layout, dtype=torch.bfloat16):
     model = CLIP(OPENAI)

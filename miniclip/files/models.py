@@ -128,9 +128,11 @@ class Stored(NamedTuple):
             name.removeprefix(prefix): where.take(self.tensors[where.key]).to(self.device)
             for name, where in places.items()
         }
-        # One NaN or infinity in a weight silently turns every logit into NaN.
+        # One NaN or infinity in a weight silently turns every logit into NaN. A sum shows both three
+        # times as fast as the minimum and maximum. These decide, because a sum may overflow.
         real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
-        odd = [n for n, t in real.items() if not all(end.isfinite() for end in t.aminmax())]
+        odd = [name for name, t in real.items() if not t.sum().isfinite()]
+        odd = [name for name in odd if not all(end.isfinite() for end in real[name].aminmax())]
         if odd:
             warn(f"{self.path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}")
         return state
