@@ -149,7 +149,7 @@ ENGINES = {
     "openvino": Engine(openvino, (*ONNX, "openvino")),
     "compile-bf16": Engine(compiled_bf16, (), 5e-2),
     "openvino-bf16": Engine(lambda tower: openvino(tower, "bf16"), (*ONNX, "openvino"), 5e-2),
-    "onnxruntime-int8": Engine(lambda tower: onnxruntime(tower, True), (*ONNX, "onnxruntime"), 0.5),
+    "onnxruntime-int8": Engine(lambda tower: onnxruntime(tower, True), (*ONNX, "onnxruntime"), 0.1),
 }
 FLOAT32 = ("eager", "compile", "onnxruntime", "openvino")
 """The engines that round as float32 does."""
