@@ -79,5 +79,6 @@ def save(
     `layout`: "transformers", "openai" (for openai/CLIP's build_model) or "open_clip". Raises
     CheckpointError if it cannot be written, or if `load` would prefer other files of `directory`.
     """
+    model = unwrapped(model)
     with saving_checkpoint(directory, layout, model, tokenizer, transform) as folder:
-        unwrapped(model).save_pretrained(folder, layout)
+        model.save_pretrained(folder, layout)

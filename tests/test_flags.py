@@ -388,16 +388,17 @@ def test_explain_asks_by_relevance_unless_told_otherwise(output):
 def test_serve_offers_what_it_is_given(run, monkeypatch, desk):
     given = {}
 
-    def create_app(models, find):
-        given.update(models=models, find=find)
+    def create_app(models, find=None, searcher=""):
+        given.update(models=models, find=find, searcher=searcher)
 
     monkeypatch.setattr("miniclip.page.serve.create_app", create_app)
     opened = []
     monkeypatch.setattr(
-        "miniclip.page.serve.open_index", lambda *args: opened.append(args) or "find"
+        "miniclip.page.serve.open_index", lambda *args: opened.append(args) or ("find", "everyday")
     )
     assert run("serve --model everyday shapes --port 0 --index INDEX --device cpu:0")[0] == 0
-    assert list(given["models"]) == ["everyday", "shapes"] and given["find"] == "find"
+    assert list(given["models"]) == ["everyday", "shapes"]
+    assert (given["find"], given["searcher"]) == ("find", "everyday")
     assert opened == [(str(desk / "index"), "cpu:0")]
     status, out, _ = run("serve --model everyday --port 0 --json")
     assert status == 0 and given["find"] is None

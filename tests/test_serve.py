@@ -542,7 +542,7 @@ def test_it_says_what_the_page_has_to_know(server):
         "methods": ["attention", "rollout", "relevance", "gradcam", "tokens", "occlusion", "head"],
         "blind": ["attention", "rollout", "head"],  # the others read the text
         "colours": ["#000004", "#bc3754", "#fcffa4"],  # of matplotlib's inferno
-        "search": True,
+        "searcher": "everyday",
         "max_bytes": 20_000_000,
     }
     assert (photograph["name"], photograph["model"]) == ("coffee", "everyday")

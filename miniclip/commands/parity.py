@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="float32", choices=dtypes, help=dtype)
     grad = "compare each parameter's gradient of the contrastive loss too, in float64"
     add("--grad", action="store_true", help=grad)
-    engine = "compare an engine of miniclip.engines with the model: embeddings and logits"
-    add("--engine", choices=ENGINES, help=engine)
+    engine = f"compare an engine with the model, embeddings and logits: {', '.join(ENGINES)}"
+    add("--engine", choices=ENGINES, metavar="NAME", help=engine)
     add_device(parser)
     add("--plot", metavar="PNG", help="draw the differences against depth")
     add_revision(parser)
