@@ -549,7 +549,7 @@ def test_it_says_what_the_page_has_to_know(server):
     assert photograph["templates"] == ["a photo of a {}."] and len(photograph["labels"]) == 8
     assert np.array_equal(pixels_in(photograph["picture"]), skimage.data.coffee())
     assert (scene["model"], scene["templates"], len(scene["labels"])) == ("shapes", ["{}"], 6)
-    assert ask(create_app({}), "about", {})[1]["search"] is False
+    assert ask(create_app({}), "about", {})[1]["searcher"] == ""
 
 
 @pytest.fixture(scope="module")
