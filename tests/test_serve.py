@@ -802,7 +802,11 @@ def test_connections_that_ask_nothing_are_closed_and_who_leaves_is_not_mentioned
     monkeypatch.setattr(serve, "IDLE_SECONDS", 0.1)
     listening = listen(0)
     config = uvicorn.Config(
-        create_app({}, lambda text: []), log_level="warning", lifespan="off", http=serve.Impatient
+        create_app({}, lambda text: []),
+        log_config=None,  # it would close streams of other handlers, and so pytest's own
+        log_level="warning",
+        lifespan="off",
+        http=serve.Impatient,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -15,6 +15,7 @@ takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. 
 one for 100M to 1B vectors. Its recall depends on the data. It was not measured here.
 """
 
+import ctypes
 import itertools
 import shutil
 import statistics
@@ -102,6 +103,9 @@ def memory_of(run: Callable[[], Any], device: str) -> int | None:
     if sys.platform != "linux":
         run()
         return None
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # musl does not have it
+        libc.malloc_trim(0)  # give back what is free, or the work would find its memory there
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest value so far
     before = resident("VmRSS")
     run()

@@ -128,8 +128,8 @@ class Stored(NamedTuple):
             name.removeprefix(prefix): where.take(self.tensors[where.key]).to(self.device)
             for name, where in places.items()
         }
-        # One NaN or infinity in a weight silently turns every logit into NaN. A sum shows both three
-        # times as fast as the minimum and maximum. These decide, because a sum may overflow.
+        # One NaN or infinity in a weight silently turns every logit into NaN. A sum shows both
+        # three times as fast as the minimum and maximum, which decide: a sum may overflow.
         real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
         odd = [name for name, t in real.items() if not t.sum().isfinite()]
         odd = [name for name in odd if not all(end.isfinite() for end in real[name].aminmax())]

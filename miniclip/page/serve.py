@@ -318,5 +318,8 @@ class Impatient(H11Protocol):
 
 def serve_until_interrupted(app: Starlette, listening: socket.socket) -> None:
     """Answer until Ctrl-C, and then the questions that were asked before. Raises it again."""
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", http=Impatient)
+    # uvicorn's configuration of logging would end the handlers of other libraries in this process.
+    config = uvicorn.Config(
+        app, log_config=None, log_level="warning", lifespan="off", http=Impatient
+    )
     uvicorn.Server(config).run(sockets=[listening])
