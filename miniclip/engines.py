@@ -1,7 +1,7 @@
 """A tower on another engine: compiled by PyTorch, in ONNX Runtime, or in OpenVINO.
 
-PyTorch packs a weight anew at each product. An engine packs it once, which matters most for one
-picture on a CPU.
+PyTorch packs a weight again at each matrix product. An engine packs it once, which matters most for
+one picture on a CPU.
 
 ```python
 from miniclip.engines import on_engine
@@ -14,13 +14,13 @@ embeds = encode(pixels)  # model.vision(pixels), up to rounding
     miniclip parity everyday --engine onnxruntime
     miniclip bench --suite vision text --engine compile onnxruntime openvino
 
-What `on_engine` returns is a snapshot of the weights. It raises an error if a parameter was
-replaced or changed in place since then, a module or a setting was replaced, or a hook is there.
-Only an edit in place through `.data` goes unnoticed: PyTorch does not count it.
+`on_engine` returns a function with a snapshot of the weights. The function raises an error if
+the tower has a hook, a parameter has changed, or a module or a setting was replaced. It misses only
+edits in place through `.data`, because PyTorch does not count them.
 
-Names with a precision round more: `compile-bf16`, `openvino-bf16` and `onnxruntime-int8` (weights
-in 8 bits, activations quantised as they come). `bench` and `parity` show by how much; the commands
-that keep or judge embeddings do not take them.
+Engines with a precision in their name round more: `compile-bf16`, `openvino-bf16` and
+`onnxruntime-int8` (8-bit weights, activations quantised dynamically). `bench` and `parity` show by
+how much. Commands that save or evaluate embeddings do not accept these engines.
 """
 
 import copy
@@ -47,8 +47,8 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def compiled(tower: nn.Module) -> Encode:
-    """PyTorch's compiler with weights packed once: one graph for the first shape, which is the
-    fastest for it, and one for all others."""
+    """PyTorch's compiler with weights packed once. One graph is made for the first shape alone,
+    which is faster, and another graph for all other shapes."""
     if next(tower.parameters()).is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("the engine compile needs a C++ compiler, found none: install g++")
     from torch._inductor import config
@@ -80,8 +80,8 @@ def write_onnx(tower: Any, path: Path) -> None:
         example = torch.full((2, min(3, length)), tower.config.eos_token_id)
         sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", min=2, max=length)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of itself
-        torch.onnx.export(  # of a copy, because it exchanges parameters and puts them back
+        warnings.simplefilter("ignore")  # about the exporter itself
+        torch.onnx.export(  # of a copy, because the exporter replaces parameters for a time
             copy.deepcopy(tower),
             (example,),
             path,
@@ -114,7 +114,7 @@ def onnxruntime(tower: nn.Module, int8: bool = False) -> Encode:
 
 
 def openvino(tower: nn.Module, precision: str = "f32") -> Encode:
-    """OpenVINO on the CPU, with as many threads as torch has. Unasked it may choose bfloat16."""
+    """OpenVINO on the CPU, with as many threads as torch has. By itself it may choose bfloat16."""
     from openvino import Core
 
     settings = {
@@ -169,17 +169,17 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
     """Put a tower on an engine.
 
     Args:
-        tower: a vision or a text tower, whose weights are not to change afterwards.
+        tower: a vision or a text tower. Do not change it afterwards.
         name: one of ENGINES.
         check: compare the first batch with the tower.
 
     Returns:
-        A function that the tower could be replaced by, without gradients: pixels (B, channels,
+        A function that computes what the tower computes, without gradients: pixels (B, channels,
         height, width) or ids (B, T) -> embeddings (B, E).
 
     Raises:
-        ValueError: if the engine is not installed, or the tower has hooks; when called, also if
-            the tower has changed, or the first batch is out of the engine's tolerance.
+        ValueError: the engine is not installed, or the tower has hooks. The returned function
+            raises it if the tower has changed, or the first batch is out of the engine's tolerance.
 
     >>> import miniclip
     >>> tower = miniclip.VisionTower.from_pretrained("shapes")
@@ -205,7 +205,7 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
                 f"{changed or 'the tower'} has changed since the tower was put on the engine "
                 f"{name}, which still has the old weights: call on_engine again"
             )
-        # PyTorch packs weights neither in inference mode nor where there may be gradients.
+        # PyTorch does not pack weights in inference mode, or while gradients are on.
         with torch.inference_mode(False), torch.no_grad():
             x = x.to(like.dtype) if x.is_floating_point() else x.long()
             embeds = run(x.detach().contiguous()).to(like.dtype)
@@ -223,7 +223,7 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
 
 
 def check_input(tower: Any, x: Any) -> None:
-    """Raise what the tower itself would raise: inside an engine, nothing is checked."""
+    """Raise the errors that the tower would raise, because an engine checks nothing."""
     if hasattr(tower, "patch_embed"):
         check_pixels(x, tower.config)
     else:
@@ -239,8 +239,8 @@ Snapshot = dict[str, tuple[list[Any], list[int]]]
 
 
 def snapshot(tower: nn.Module) -> Snapshot:
-    """What each module consists of: objects that a change would replace, and numbers that it would
-    change. Raises ValueError for a hook."""
+    """Each module's objects, and the versions and addresses of its tensors, which show whether
+    the tower has changed. Raises ValueError for a hook."""
     kinds = ("forward", "forward_pre", "backward", "backward_pre")
     is_hooked = any(getattr(all_modules, f"_global_{kind}_hooks") for kind in kinds)
     found: Snapshot = {}
@@ -293,8 +293,8 @@ def engine_of(model: CLIP) -> str:
 def use_fastest(model: CLIP, pixels: Sequence[Tensor]) -> str:
     """Have `model.encode_image` run on the engine that is fastest for these pictures, (3, S, S).
 
-    Engines that are not installed, or are out of tolerance here, are left out, and so are those
-    that round more than float32. Returns a line about the choice.
+    Engines that round more than float32 are not tried. Engines that are not installed, or are
+    out of tolerance here, are left out. Returns a line about the choice.
     """
     if not pixels:
         return "engine eager, because no picture could be read to measure others"

@@ -1,22 +1,21 @@
 """Read or edit any tensor inside a model, by name, for as long as a `with` block lasts.
 
 A site is a module, and its output is the tensor: `vision.blocks.3.attn.pattern` is the attention
-pattern of the fourth block, `vision.blocks.3` the residual stream after it. The idea is that of
-TransformerLens' HookPoint (Nanda and Bloom 2022), on PyTorch's own forward hooks, so any nn.Module
-will do for `model`; with a bare tower the names begin at `blocks`.
+pattern of the fourth block, `vision.blocks.3` the residual stream after it. The idea is from
+TransformerLens (HookPoint, Nanda and Bloom 2022). Sites use PyTorch's forward hooks, so `model` can
+be any nn.Module. In a bare tower the names begin at `blocks`.
 
-Three more words may end a name. `vision.ln_pre.input` is what enters a module: its first argument.
-`ln_1.scale` is what a LayerNorm divides by, (B, T, 1), and `ln_1.normalized` the result, before its
-weight and bias, both in float32 at least. TransformerLens has hook_scale, and hook_normalized where
-weight and bias are folded; where they are not, its hook_normalized is the output, `ln_1`.
+A name may also end in one of three words. `vision.ln_pre.input` is a module's first argument.
+`ln_1.scale` is what a LayerNorm divides by, (B, T, 1). `ln_1.normalized` is the quotient, before
+weight and bias. Both are in float32 or float64. TransformerLens calls them hook_scale and
+hook_normalized. Unless it folds weight and bias, its hook_normalized is the output, our `ln_1`.
 
-Sites that nobody uses change no bit and add no operation: they cost a few calls of Python for each
-layer, and nothing in a graph.
+Unused sites change no bit and add no operation. They cost a few Python calls for each layer, and
+nothing in a graph.
 
-In a name, `*` and `[0-3]` stand for what they stand for in file names, between two dots. The
-wrappers of `torch.compile`, DDP and PEFT do not belong to a name. Inside a block, models that
-`torch.compile` has compiled run uncompiled: a compiled graph does not look for hooks that came
-after it, nor notice that one is gone.
+In a name, `*` and `[0-3]` work as in file names, but do not match dots. Names leave out the
+wrappers of `torch.compile`, DDP and PEFT. While the `with` block is open, compiled models run
+uncompiled, because a compiled graph does not notice that a hook was added or removed.
 
 ```python
 from miniclip import cache, hooks
@@ -50,13 +49,13 @@ Edit = Callable[[Tensor, str], Tensor | None]
 
 @contextmanager
 def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Call a function on the tensor of every site that a pattern matches; what it returns goes on.
+    """Call a function on each tensor whose site matches a pattern, and go on with its result.
 
-    None changes nothing. Functions of one site run in the order in which they are given, and
-    the outer of two blocks comes first. A tensor that is edited in place is an error, because
-    others may hold it: return a changed copy, of the same dtype and shape. Only a residual stream
-    (at `ln_pre`, `resid_mid` or a block) may get another number of tokens. Raises ValueError for a
-    pattern without a match, and for a module that is shared, because its runs look the same.
+    None changes nothing. Functions of one site run in the order in which they are given; an outer
+    block's functions run first. Editing a tensor in place is an error, because other code may hold
+    it: return a changed copy, of the same dtype and shape. Only a residual stream (at `ln_pre`,
+    `resid_mid` or a block) may get another number of tokens. Raises ValueError for a pattern
+    without a match, and for a shared module, because its calls cannot be told apart.
 
     >>> from miniclip import CLIP
     >>> import torch
@@ -77,8 +76,8 @@ def cache(
     """A dictionary that fills, as the model runs, with a copy of the tensor of each matching site.
 
     The copies are of each module's last run, on `device` (default: where the tensor is). With
-    `grad` the copy is what the model goes on with: torch.autograd.grad(score, acts[name]) is its
-    gradient. Raises ValueError as `hooks` does, and for `grad` where gradients are off.
+    `grad` the model goes on with the copy, so torch.autograd.grad(score, acts[name]) is its
+    gradient. Raises ValueError as `hooks` does, and if `grad` is set while gradients are off.
 
     >>> from miniclip import CLIP
     >>> import torch
@@ -147,7 +146,7 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            # Whichever block ends, the latest stance goes: only the count matters.
+            # A block may remove another's stance: only the number of stances matters.
             _stances.pop().__exit__(None, None, None)
 
 
@@ -253,7 +252,7 @@ def matches(name: str, glob: str) -> bool:
     >>> matches("vision.blocks.3.attn", "vision.blocks.*")
     False
     """
-    if not fnmatchcase(name, glob):  # where a * may stand for dots too; one comparison is fast
+    if not fnmatchcase(name, glob):  # here a * also matches dots: a fast first test
         return False
     names, globs = name.split("."), glob.split(".")
     return len(names) == len(globs) and all(map(fnmatchcase, names, globs))
@@ -268,8 +267,8 @@ def _call(edit: Edit, name: str, module: nn.Module, args: tuple, tensor: Tensor)
 
 
 def _checked(edit: Edit, tensor: Tensor, name: str) -> Tensor | None:
-    """Run a user's function and hold it to its promises."""
-    # In inference mode tensors do not count their changes.
+    """Run a user's function, and check that it keeps the rules of `hooks`."""
+    # Tensors made in inference mode have no version counter.
     before: Any = tensor.clone() if tensor.is_inference() else tensor._version
     edited = edit(tensor, name)
     if tensor.is_inference():

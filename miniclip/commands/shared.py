@@ -84,7 +84,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser, *others: str) -> None:
-    """Add --engine, what runs the vision tower."""
+    """Add --engine, the engine that runs the vision tower."""
     parser.add_argument(
         "--engine",
         choices=("eager", "compile", "onnxruntime", "openvino", *others),

@@ -2,7 +2,7 @@ r"""Measure a CLIP as its paper does: `miniclip eval`, and the functions behind 
 
 - `features.py`: pictures -> features, computed once and kept
 - `classification.py`: accuracy, intervals, confusions, calibration
-- `captions.py`: pictures with their captions, as data sets come
+- `captions.py`: pictures with captions, in the formats of common data sets
 - `retrieval.py`: ranks of pictures and captions, and recall
 - `checkpoints.py`: the scores of a model on pictures, also for training
 - `linear.py`: linear classifiers on features: the linear probe, and few shots

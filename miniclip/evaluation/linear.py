@@ -51,12 +51,12 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
         raise ValueError("the examples are of one class; expected two classes or more")
     model = LogisticRegression(C=1 / strength, max_iter=MOST_STEPS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the paper stops there too
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the paper also stops at this limit
         model.fit(train.features.numpy(), train.classes.numpy())
 
     def classify(features: Tensor) -> Tensor:
         logits = torch.full((len(features), count), -torch.inf, dtype=torch.float64)
-        # predict_log_proba warns of log(0).
+        # Not predict_log_proba, which warns of log(0).
         scores = torch.from_numpy(model.decision_function(features.numpy())).double()
         if scores.ndim == 1:  # two classes: the score of the second one
             scores = torch.stack([torch.zeros_like(scores), scores], dim=1)
@@ -99,14 +99,14 @@ def sweep(accuracy: Callable[[float], float]) -> tuple[float, dict[float, float]
     """Return the L2 strength with the highest accuracy, and the accuracy of each that was tried.
 
     This is the parametric binary search of the paper's appendix A.3. It starts with 10^-6, 10^-4,
-    ..., 10^6 and halves the interval around the peak down to an eighth of a decade. Of equal
-    accuracies the largest strength wins.
+    ..., 10^6 and halves the interval around the peak down to an eighth of a decade. If
+    accuracies are equal, the largest strength wins.
 
     >>> best, tried = sweep(lambda strength: -abs(strength - 0.03))
     >>> round(best, 4), len(tried)
     (0.0316, 15)
     """
-    found: dict[int, float] = {}  # by the eighth of a decade
+    found: dict[int, float] = {}  # 8 log10(strength) -> accuracy
     step, candidates = 16, [*range(-48, 49, 16)]
     with progress(total=15, unit="fit") as bar:
         while step:
@@ -178,8 +178,8 @@ def few_shot(
 ) -> list[dict[str, int | float | str]]:
     """Measure the accuracy after a few examples of each class (the paper's figure 6).
 
-    Each seed draws the examples, the same for all methods, and up to four others of each class that
-    choose the L2 strength, as in CoOp (Zhou et al. 2022, arXiv 2109.01134). A class with fewer
+    Each seed draws the same examples for all methods. It also draws up to four more of each class,
+    to choose the L2 strength, as in CoOp (Zhou et al. 2022, arXiv 2109.01134). A class with fewer
     examples gives all it has.
 
     Args:

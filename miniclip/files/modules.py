@@ -67,7 +67,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_described(model: Any) -> None:
-    """Raise ValueError unless the class of a model makes the same modules of its config.
+    """Raise ValueError unless a model's class builds the same modules from the model's config.
 
     Weights and hooks do not count. Warns of a method that is patched on a module.
     """

@@ -76,7 +76,7 @@ def _vision(settings: dict[str, Any]) -> Fields:
 def _text(settings: dict[str, Any]) -> Fields:
     known = {"width": 512, "layers": 12, "heads": 8, "context_length": 77, "vocab_size": 49408}
     values = _tower(settings, known, "text_cfg.")
-    # "argmax" is the default. It is what a 2 means in config.json: read at the largest id.
+    # "argmax" is the default: read at the largest id, as for an eos_token_id of 2 in config.json.
     at_end, eos_id = settings.get("pool_type") == "eos", settings.get("eos_id")
     if at_end and eos_id is None:
         raise wrong("text_cfg.pool_type", "eos", "an eos_id beside it, the id of the end token")

@@ -166,7 +166,7 @@ def _tensor(
     if not all(type(n) is int and 0 <= n < 2**40 for n in (offset, *shape, *stride)):
         raise UnpicklingError("a tensor whose shape has odd, negative or huge numbers")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if 0 not in shape and max(math.prod(shape), last + 1) > storage.numel:  # 1 may seem 10^12
+    if 0 not in shape and max(math.prod(shape), last + 1) > storage.numel:  # a stride may be 0
         raise UnpicklingError(f"{storage.numel:,} numbers for a tensor of shape {shape}")
     return StoredTensor(storage, offset, shape, stride)
 

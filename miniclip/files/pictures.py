@@ -98,7 +98,7 @@ def open_image(
     missing = missing_packages()
     try:
         if not is_open:
-            open_regular(source).close()  # a pipe would be waited for
+            open_regular(source).close()  # raises for a pipe, on which Pillow would wait
         if suffix in RAW:  # Pillow would read the thumbnail
             import rawpy
 

@@ -205,7 +205,7 @@ def _added_token(token: Any, id: int | None = None) -> Added:
     if len(content) > LONGEST_ADDED:
         found = shown(content)
         raise ValueError(f"expected at most {LONGEST_ADDED} characters in a token, found {found}")
-    # lstrip and rstrip remove whitespace around a token. It has no ids anyway.
+    # lstrip and rstrip are ignored: they remove whitespace, which has no ids anyway.
     if token.get("single_word"):
         raise ValueError(f"single_word of {shown(content)} is set, which no CLIP is known to do")
     if id is not None and type(id) is not int:

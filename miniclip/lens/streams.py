@@ -44,7 +44,7 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
 
 
 def _after_each(tower: Tower, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-    """`read` of the residual stream before the first and after each block, (B, 1 + L, W)."""
+    """Apply `read` to the residual stream before the first block and after each: (B, 1 + L, W)."""
     rows, _ = read_rows(tower, x, {"blocks.*": read}, read)
     return torch.stack(list(rows.values()), dim=1)
 

@@ -18,7 +18,7 @@ from miniclip.parity.report import NAMES
 
 
 def cause_in_model(site: str, model: Side, other: Side) -> str:
-    """Say what turns one model's tensor at a site, the first that differs, into the other's.
+    """Say what turns one model's tensor into the other's, at the first site that differs.
 
     Returns "" if no cause is known. If only the weights differ, the text describes `model` as the
     changed one.
@@ -32,7 +32,7 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     for name, tensor in zip(NAMES, (ours, theirs)):
         if not tensor.isfinite().all():
             return f"{name} has numbers that are not finite"
-    if "." not in site and site != "logits":  # the output beside the logits
+    if "." not in site and site != "logits":  # an output other than the logits
         rest = {name: x for name, x in other.tensors.items() if name.endswith("_embeds")}
         relation = relation_of(site, rest, theirs, ours)
         return f"model has {relation}" if relation else ""
@@ -107,7 +107,7 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Each change that w may have had, in words, and two tensors that are equal if it had it."""
+    """Each possible change of w, in words, with two tensors that are equal if it is the change."""
     for axis in range(w.ndim):
         yield f"flipped along axis {axis}", w.flip(axis), ours
         for shift in (1, -1):
@@ -158,13 +158,13 @@ def _part_at(site: str) -> str:
 def relation_of(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
     """Say which simple arithmetic turns the right numbers at the site into the wrong ones."""
     if is_near(right, wrong):
-        return ""  # the difference is above rounding and below what these comparisons see
+        return ""  # more than rounding error, but too small for these comparisons
     found = _relations(site, x, right, wrong)
     return next((words for words, tensor in found if is_near(tensor, wrong)), "")
 
 
 def _relations(site: str, x: Named, right: Tensor, wrong: Tensor) -> Iterator[tuple[str, Tensor]]:
-    for name in reversed([name for name in x if " " not in name]):  # first the block's own
+    for name in reversed([name for name in x if " " not in name]):  # the block's own first
         yield f"{name} unchanged as {site}", x[name].double()
     yield f"{site} transposed", right.mT
     if right.shape != wrong.shape:

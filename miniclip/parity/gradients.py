@@ -19,7 +19,7 @@ from miniclip.parity.traces import Setting, running
 from miniclip.terminal import progress
 
 RELATIVE = 1e-8  # to the largest number of a parameter's gradient
-NOISE = 1e-12  # to the largest of all: a key bias has no gradient, only rounding errors
+NOISE = 1e-12  # to the largest of all gradients: a key bias has only rounding errors
 
 
 def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 0) -> Stage:

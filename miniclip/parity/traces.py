@@ -47,8 +47,8 @@ def trace(model: Any, setting: Setting) -> Trace:
             calls.setdefault(site, []).append(tensor.cpu())
 
     def forward(patterns: bool) -> str:
-        """Run once and return the error. Patterns have a run of their own, because a model whose
-        pattern is watched computes attention in another way."""
+        """Run once and return the error. Patterns have a separate run, because a hook on a
+        pattern makes a model compute attention in another way."""
         handles = [
             module.register_forward_hook(partial(keep, site, read), with_kwargs=True)
             for site, module, read in sites_of(model)
@@ -80,7 +80,7 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
     not copied, because a fork's functions may hold references to its modules.
     """
     dtype, exact, device, pixels, ids = setting
-    if exact and device.type == "mps":  # which has no float64
+    if exact and device.type == "mps":  # MPS has no float64
         device = torch.device("cpu")
     precision = torch.float64 if exact else dtype
     pixels, ids = pixels.to(device, dtype).to(precision), ids.to(device)
@@ -94,8 +94,8 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
         return found
 
     tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-    # `training`, transformers' choice of attention, and tensors that a forward stores, such as a
-    # mask, or a weight that a pruning hook makes.
+    # To restore: `training`, transformers' choice of attention, and tensors that a forward stores,
+    # such as a mask, or a weight that a pruning hook makes.
     stored = [found for m in model.modules() for found in (vars(m), m._buffers)]
     if is_theirs(model):
         stored += [vars(m.config) for m in model.modules() if hasattr(m, "config")]
@@ -117,10 +117,10 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
 
 
 class Float64ForFloat32(TorchFunctionMode):
-    """A block in which code that asks for float32 gets float64, such as a float32 softmax.
+    """A block in which float64 replaces an explicit float32, as in a float32 softmax.
 
-    So does code that asks for no dtype, and a float32 tensor in a function's arguments, such as a
-    mask that is not a buffer.
+    float64 is also the default dtype. A float32 tensor in a function's arguments, such as a mask
+    that is not a buffer, becomes float64.
     """
 
     def __enter__(self) -> "Float64ForFloat32":
@@ -137,7 +137,7 @@ class Float64ForFloat32(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `function` with float64 for float32, unless it changes its first argument."""
+        """Call `function` with float64 for float32. A tensor edited in place keeps its dtype."""
         in_place = re.search(r"[^_]_$|^__(set|setitem)__$", getattr(function, "__name__", ""))
         values = [*args[:1], *map(_doubled, args[1:])] if in_place else map(_doubled, args)
         named = {n: v if n == "out" else _doubled(v) for n, v in (kwargs or {}).items()}
@@ -155,7 +155,7 @@ def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tens
     """One tensor for each site, in the peer's shape if only the order of axes differs.
 
     A fork may take a batch in pieces, or have its tokens before its batch. `batch` is the number of
-    rows in each tower. The tensor of another call of the same module is at "{site} again".
+    rows in each tower. If a module runs again, its last tensor is at "{site} again".
     """
     tensors = {}
     for site, (first, *more) in run.calls.items():

@@ -161,7 +161,7 @@ def move_to_registers(
     Args:
         neurons: {layer: [neuron, ...]}. Their activations become 0 at the patches and `scale` * m
             at the new tokens. The class token keeps its own.
-        count: of new tokens. They are zero before `ln_pre`, and have the places of `add_registers`.
+        count: how many new tokens. They are zero before `ln_pre`, and stand where registers do.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)

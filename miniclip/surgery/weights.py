@@ -52,7 +52,7 @@ def average(models: list[CLIP]) -> CLIP:
 class TaskVector:
     """What fine-tuning adds to every weight, in float64 (Ilharco et al. 2022, arXiv 2212.04089).
 
-    Vectors can be added, subtracted, scaled and negated, which forgets a task.
+    Vectors can be added, subtracted, scaled and negated. A negated vector forgets its task.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")

@@ -1,4 +1,4 @@
-"""BPE fast, by a loop for ordinary words and a heap for long ones; and learning its merges."""
+"""Apply BPE merges, with a loop for short words and a heap for long ones; and learn merges."""
 
 import heapq
 from collections import Counter, defaultdict
@@ -8,7 +8,7 @@ from math import inf
 from miniclip.text.symbols import Pair
 
 LONG = 32
-"""Symbols from which on the heap is faster than the loop: n log n against n squared."""
+"""Above this number of symbols the heap is faster than the loop: n log n against n squared."""
 
 
 def merge(symbols: Sequence[str], ranks: Mapping[Pair, int]) -> list[str]:
@@ -25,7 +25,7 @@ def merge(symbols: Sequence[str], ranks: Mapping[Pair, int]) -> list[str]:
     while found and (best := min(found)) < inf:
         i = found.index(best)
         symbols[i] += symbols.pop(i + 1)
-        del found[i]  # and the pairs beside it are others now
+        del found[i]  # and the pairs beside it change
         if i < len(found):
             found[i] = rank((symbols[i], symbols[i + 1]), inf)
         if i:
@@ -34,7 +34,7 @@ def merge(symbols: Sequence[str], ranks: Mapping[Pair, int]) -> list[str]:
 
 
 def merge_long(symbols: Sequence[str], ranks: Mapping[Pair, int]) -> list[str]:
-    """The same, with a heap of pairs over a linked list of symbols."""
+    """Do the same as `merge`, with a heap of pairs over a linked list of symbols."""
     symbols = list(symbols)
     end = len(symbols)
     after = list(range(1, end + 1))
@@ -49,7 +49,7 @@ def merge_long(symbols: Sequence[str], ranks: Mapping[Pair, int]) -> list[str]:
         if j == end or ranks.get((symbols[i], symbols[j])) != rank:
             continue
         symbols[i] += symbols[j]
-        symbols[j] = ""  # no rank has a pair with ""
+        symbols[j] = ""  # a pair with "" has no rank
         after[i] = after[j]
         if after[i] < end:
             before[after[i]] = i
@@ -84,8 +84,8 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
     made: set[str] = set()
     while heap and len(merges) < limit:
         count, best = heapq.heappop(heap)
-        # Each change of a count is pushed, and only the latest is valid. A pair whose token another
-        # pair has made already would be a second id for one token.
+        # Each change of a count is pushed, and only the latest is valid. Two pairs may make one
+        # token: the second pair is left out, because one token must not have two ids.
         if count == 0 or -count != total[best] or "".join(best) in made:
             continue
         merges.append(best)

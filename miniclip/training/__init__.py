@@ -24,8 +24,8 @@ The data is one of these:
 - a folder of class folders
 - a folder of pictures with `metadata.jsonl`, `.csv` or `.tsv`, or such a file. `--image-column` and
   `--text-column` name its columns (`file_name` and `text`). A picture may have several captions, as
-  a list or in several rows. A caption is true of every picture that lists it ("a dog", of a
-  Chihuahua too)
+  a list or in several rows. Several pictures may list one caption, such as "a
+  dog". It is then true of each of them
 - a folder of pictures with a `.txt` beside each, as img2dataset writes them
 - WebDataset shards (`train` extra): files, the output of a command (`'pipe:curl -s
   https://host/{000..099}.tar'`), or an address that fsspec opens

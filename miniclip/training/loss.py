@@ -53,8 +53,8 @@ def gather(x: Tensor, batch: int | None = None) -> Tensor:
     """Gather the rows of all N processes, with gradient. With one process, return x.
 
     Row i of process r becomes row i N + r, so the batch does not depend on N. Each process computes
-    the same loss over the whole batch. The backward passes together give N times its gradient, and
-    the mean that DistributedDataParallel takes is right.
+    the same loss over the whole batch. The gradients of all processes add up to N times the loss's
+    gradient, and DistributedDataParallel divides by N.
 
     Args:
         x: rows of this process, (B, ...).
