@@ -125,7 +125,8 @@ if __name__ == "__main__":
     rank = int(os.environ["RANK"])  # torchrun says so
     if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         crash_at(3, lambda: os._exit(1))
-    status = main(lines["ddp"])
+    if status := main(lines["ddp"]):
+        sys.exit(status)  # the other process crashed: nothing may be left in the store
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
     status += main(lines["undisturbed"])
     building.PART = 8
