@@ -155,6 +155,7 @@ def test_an_index_knows_the_commit_that_was_asked_for(run, output, monkeypatch, 
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", lambda *args, **options: iter(()))
     index = output("embed PICTURE --out out --model MODEL --revision second", "me/mine")
     assert (index["model"], index["revision"]) == ("me/mine", "commit-of-second")
 
