@@ -719,7 +719,7 @@ def test_growth_has_every_axis_at_growing_sizes(grown):
     ):
         assert (small.axis, large.axis) == (axis, axis)
         assert (small.size, large.size) == sizes
-        assert small.seconds > 0 and large.bytes is None or large.bytes >= 0
+        assert small.seconds > 0 and (large.bytes is None or large.bytes >= 0)
         assert large.theory / small.theory == factor or factor is None and large.theory > 4
 
 

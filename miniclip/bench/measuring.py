@@ -1,7 +1,7 @@
 """The clock: who takes part, what a trial costs, and how outputs are compared.
 
-A round is one trial of each contender, and a ratio is taken within a round: what slows the machine
-for a while slows them all. Nothing is timed before its output is found equal to miniclip's.
+A round is one trial of each contender, and a ratio is taken within a round, because a slow moment
+of the machine slows them all. Nothing is timed before its output is found equal to miniclip's.
 """
 
 import itertools
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     trials: dict[str, Trial]  # by contender
     form: Callable[[Any], Any]  # an output in the form that `distance` compares
     tolerance: float = 0.0
-    loose: dict[str, float] = {}  # other tolerances, of contenders that round more by their name
+    loose: dict[str, float] = {}  # tolerances of contenders in reduced precision
 
 
 class Row(NamedTuple):

@@ -48,7 +48,7 @@ def text_suite(setting: Setting) -> Iterator[Case]:
 def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, Trial]:
     """Each library's encoder on its input.
 
-    With `compile`, those of miniclip and transformers also run compiled. Then all outputs are
+    With `compile`, miniclip's and transformers' encoders also run compiled, and all outputs are
     compared with miniclip's compiled encoder. `engines` run miniclip's tower.
     """
     pairs = zip(setting.libraries, inputs, strict=True)
@@ -78,8 +78,8 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, T
 def ceiling(setting: Setting, multiply_adds: int) -> dict[str, Trial]:
     """The time for that many multiply-adds at the speed of one large matrix product.
 
-    On a CPU it is the fastest of PyTorch's product, which packs the weight at each call, and those
-    of oneDNN and MKL with a weight that is packed already.
+    On a CPU this is the fastest of three products: PyTorch's, which packs the weight at each call,
+    oneDNN's and MKL's, whose weight is packed once.
     """
     n = 8192 if setting.device.startswith("cuda") else 2048
     a, b = torch.randn(2, n, n, device=setting.device, dtype=setting.dtype)

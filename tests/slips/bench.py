@@ -270,18 +270,6 @@ SLIPS = [
         ASKED,
     ),
     Slip(
-        "The flag --dtype of bench is dropped.",
-        "            shape=args.shape,\n            device=args.device,\n            dtype=getattr(torch, args.dtype),\n",
-        "            shape=args.shape,\n            device=args.device,\n",
-        ASKED,
-    ),
-    Slip(
-        "The flag --batch of bench is dropped.",
-        "            compile=args.compile,\n            batch=args.batch,\n",
-        "            compile=args.compile,\n",
-        ASKED,
-    ),
-    Slip(
         "TF32 stays on in convolutions.",
         "(torch.backends.cuda.matmul, torch.backends.cudnn)",
         "(torch.backends.cuda.matmul,)",
