@@ -63,6 +63,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -70,10 +71,11 @@ from typing import Any, NamedTuple
 import torch
 
 from miniclip.bench.material import captions, prepare
-from miniclip.bench.models import tower_multiply_adds
 from miniclip.checkpoint import Loaded, load
+from miniclip.config import CLIPConfig
 from miniclip.model import unit_norm
 from miniclip.parity import random_inputs
+from miniclip.parts import parts
 from miniclip.published import published_shape
 from miniclip.retrieval.index import BLOCK, Encoder, Index, Strings
 from miniclip.surgery import extend_context, resize_image
@@ -157,6 +159,12 @@ def resident(field: str) -> int:
     """Bytes of this process in memory: now (VmRSS), or the highest value (VmHWM). Linux only."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+
+
+@cache
+def tower_multiply_adds(config: CLIPConfig, tower: str) -> int:
+    """The multiply-adds of one image, or of one text as long as the context."""
+    return sum(part.multiply_adds for part in parts(config) if part.name.startswith(tower))
 
 
 def images(loaded: Loaded, folder: Path) -> Iterator[Step]:

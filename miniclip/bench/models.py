@@ -1,23 +1,21 @@
 """Suites of the model: images and captions to embeddings, a zero-shot classifier, gradients."""
 
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from miniclip.bench.libraries import Library
 from miniclip.bench.material import Setting, captions
 from miniclip.bench.measuring import Case, Trial, timed
-from miniclip.config import CLIPConfig
 from miniclip.engines import on_engine
 from miniclip.files.names import OPENAI, TRANSFORMERS, layout_name, pack
 from miniclip.loss import contrastive_loss
 from miniclip.model import unit_norm
 from miniclip.parity import random_inputs
-from miniclip.parts import parts
 from miniclip.terminal import counted
 from miniclip.tokenizer import Tokenizer
 from miniclip.zeroshot.classifier import class_embeddings
@@ -26,11 +24,10 @@ from miniclip.zeroshot.prompts import IMAGENET_CLASSES, TEMPLATE_SETS
 
 def vision_suite(setting: Setting) -> Iterator[Case]:
     """Images to embeddings: one, and a batch."""
-    multiply_adds = tower_multiply_adds(setting.config, "vision")
     for count in sorted({1, setting.batch}):
         pixels = random_inputs(setting.config, images=count)[0].to(setting.device)
         trials = encoders(setting, "encode_image", [pixels] * len(setting.libraries))
-        trials |= ceiling(setting, count * multiply_adds)
+        trials |= ceiling(setting, setting.libraries[0].model.vision, pixels)
         yield setting.case("vision", counted(count, "image"), count, "images", trials)
 
 
@@ -40,7 +37,7 @@ def text_suite(setting: Setting) -> Iterator[Case]:
     ids = [library.tokenize(texts).to(setting.device) for library in setting.libraries]
     count, length = ids[0].shape
     trials = encoders(setting, "encode_text", ids)
-    trials |= ceiling(setting, count * tower_multiply_adds(setting.config, "text", length))
+    trials |= ceiling(setting, setting.libraries[0].model.text, ids[0])
     work = f"{counted(count, 'caption')} of at most {length} tokens"
     yield setting.case("text", work, count, "texts", trials)
 
@@ -75,32 +72,46 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, T
     return setting.timed({name: partial(encode, name) for name in runs})
 
 
-def ceiling(setting: Setting, multiply_adds: int) -> dict[str, Trial]:
-    """The time for that many multiply-adds at the speed of one large matrix product.
+def ceiling(setting: Setting, tower: nn.Module, x: Tensor) -> dict[str, Trial]:
+    """The time of a tower's matrix products alone: its shapes, its weights, nothing in between.
 
-    On a CPU this is the fastest of three products: PyTorch's, which packs the weight at each call,
-    oneDNN's and MKL's, whose weight is packed once.
+    On a CPU this is the fastest of three ways: PyTorch's, which packs a weight at each call, and
+    oneDNN's and MKL's, which pack it once. Attention's own two products are left out.
     """
-    n = 8192 if setting.device.startswith("cuda") else 2048
-    a, b = torch.randn(2, n, n, device=setting.device, dtype=setting.dtype)
-    ways = [lambda: F.linear(a, b)]  # on a CPU, float16 is fast only here
-    if a.is_cpu and torch.backends.mkldnn.is_available() and setting.dtype != torch.float16:
-        mkldnn, packed = torch.ops.mkldnn, torch.ops.mkldnn._reorder_linear_weight(b, n)
-        ways.append(lambda: mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
-    if a.is_cpu and torch.backends.mkl.is_available() and setting.dtype == torch.float32:
-        mkl, by_mkl = torch.ops.mkl, torch.ops.mkl._mkl_reorder_linear_weight(b, n)
-        ways.append(lambda: mkl._mkl_linear(a, by_mkl, b, None, n))
+    pairs = products(tower, x)
+    ways = [lambda: [F.linear(x, w) for x, w in pairs]]  # on a CPU, float16 is fast only here
+    if x.is_cpu and torch.backends.mkldnn.is_available() and setting.dtype != torch.float16:
+        mkldnn = torch.ops.mkldnn
+        blocks = [(x, mkldnn._reorder_linear_weight(w, len(x))) for x, w in pairs]
+        ways.append(
+            lambda: [mkldnn._linear_pointwise(x, w, None, "none", [], "") for x, w in blocks]
+        )
+    if x.is_cpu and torch.backends.mkl.is_available() and setting.dtype == torch.float32:
+        mkl = torch.ops.mkl
+        packed = [(x, mkl._mkl_reorder_linear_weight(w, len(x)), w) for x, w in pairs]
+        ways.append(lambda: [mkl._mkl_linear(x, p, w, None, len(x)) for x, p, w in packed])
     trials = [timed(way, setting.device) for way in ways]
-    share = multiply_adds / n**3
-    return {"one matrix product": lambda: (min(trial()[0] for trial in trials) * share, None)}
+    fastest = min(trials, key=lambda trial: min(trial()[0] for _ in range(3)))
+    return {"matrix products alone": lambda: (fastest()[0], None)}
 
 
-@cache
-def tower_multiply_adds(config: CLIPConfig, tower: str, tokens: int | None = None) -> int:
-    """The multiply-adds of one image, or of one text of that many tokens."""
-    if tokens is not None:
-        config = replace(config, text=replace(config.text, context_length=tokens))
-    return sum(part.multiply_adds for part in parts(config) if part.name.startswith(tower))
+@torch.no_grad()
+def products(tower: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """For each linear layer, and for the convolution that embeds patches, which is one: random
+    rows (N, in), as many as the tower multiplies, and the weight (out, in)."""
+    pairs = []
+
+    def record(layer: Any, args: tuple[Tensor]) -> None:
+        weight = layer.weight.detach().flatten(1)
+        rows = args[0].new_empty(args[0].numel() // weight.shape[1], weight.shape[1])
+        pairs.append((rows.normal_(), weight))
+
+    layers = [layer for layer in tower.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
+    tower(x)
+    for handle in handles:
+        handle.remove()
+    return pairs
 
 
 def zeroshot_suite(setting: Setting) -> Iterator[Case]:
@@ -133,11 +144,8 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
     runs = {"miniclip": partial(class_embeddings, ours.model, tokenizer, labels, templates)}
     runs |= {library.name: partial(class_by_class, library) for library in peers}
     runs["transformers, at once"] = partial(all_at_once, peers[0])
-    lengths = [2 + len(tokenizer.encode(prompt)) for prompt in prompts]
-    multiply_adds = sum(tower_multiply_adds(setting.config, "text", n) for n in lengths)
-    trials = setting.timed(runs) | ceiling(setting, multiply_adds)
     work = f"{len(labels)} labels x {len(templates)} templates"
-    yield setting.case("zeroshot", work, len(prompts), "texts", trials)
+    yield setting.case("zeroshot", work, len(prompts), "texts", setting.timed(runs))
 
 
 def train_suite(setting: Setting) -> Iterator[Case]:
