@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import regex
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from miniclip.files.pretrained import PretrainedTokenizer
 from miniclip.text.added import AddedTokens
 from miniclip.text.chunks import RememberedChunks
 from miniclip.text.explain import Explanation, explained
-from miniclip.text.merge import learn_merges, merge
+from miniclip.text.merge import Merger, learn_merges
 from miniclip.text.openai import clean_openai
 from miniclip.text.symbols import BOS, END_OF_WORD, EOS, Pair, byte_symbols, vocabulary_of
 from miniclip.text.unicode import compose, lower_new_capitals, utf8, word_pattern
@@ -156,7 +157,7 @@ class Tokenizer(PretrainedTokenizer):
         self.eos_token_id = self.vocab[eos_token]
         self.pad_token_id = 0 if reference == "openai" else self.vocab[pad_token or eos_token]
         self._tokens = sorted(self.vocab, key=self.vocab.__getitem__)
-        self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        self._merge = Merger(self.vocab, self.merges)
         self._added = AddedTokens(self.added, clean_transformers)
         for cleaned, token in self._added.cleaned.items():
             self._tokens[self.vocab[token]] = cleaned  # as transformers decodes it
@@ -164,7 +165,7 @@ class Tokenizer(PretrainedTokenizer):
         self._split = split_openai if reference == "openai" else split_transformers
         # Cleaning, splitting and merging never look across a space. So a chunk between two spaces
         # always has the same ids, and they are remembered. Added tokens with a space prevent this.
-        self._ids_of = RememberedChunks(self._encode_chunk, self.vocab, self._ranks, self.added)
+        self._ids_of = RememberedChunks(self._encode_chunk, self._merge, self.vocab, self.added)
 
     @property
     def vocab_size(self) -> int:
@@ -182,7 +183,7 @@ class Tokenizer(PretrainedTokenizer):
         ids: list[int] = []
         for piece, token in self._pieces(chunk):
             for word in self._split(piece) if token is None else ():
-                ids += [self.vocab[t] for t in merge(self._symbols(word), self._ranks)]
+                ids += self._merge([self.vocab[symbol] for symbol in self._symbols(word)])
             if token is not None:
                 ids.append(self.vocab[token])
         return ids
@@ -212,15 +213,14 @@ class Tokenizer(PretrainedTokenizer):
                 row = [self.bos_token_id, *self.encode(text), self.eos_token_id]
             except ValueError as error:
                 raise ValueError(f"text {i}: {error}") from None
-            if len(row) > limit:
-                if not truncate:
-                    raise checks.too_long(i, text, len(row), limit)
-                row[limit - 1 :] = [self.eos_token_id]
-            rows.append(row)
+            if len(row) > limit and not truncate:
+                raise checks.too_long(i, text, len(row), limit)
+            rows.append(row[: limit - 1] + [self.eos_token_id] if len(row) > limit else row)
         length = pad_to or max(map(len, rows), default=2)
-        padding = [self.pad_token_id] * length
-        ids = [row + padding[len(row) :] for row in rows]
-        return torch.tensor(ids, dtype=torch.int64).view(len(rows), length)  # (B, T)
+        ids = np.full((len(rows), length), self.pad_token_id, np.int64)  # (B, T)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        return torch.tensor(ids)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """The token of each id, such as `cat</w>`: labels for a table or a figure."""

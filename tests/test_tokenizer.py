@@ -29,7 +29,7 @@ from miniclip.files.checks import REFERENCES
 from miniclip.files.hub import OPENAI_VOCABULARY
 from miniclip.text import unicode
 from miniclip.text.chunks import RememberedChunks
-from miniclip.text.merge import learn_merges, merge
+from miniclip.text.merge import learn_merges
 from miniclip.text.openai import clean_openai
 from miniclip.text.symbols import BOS, EOS, byte_symbols
 from miniclip.tokenizer import (
@@ -335,12 +335,16 @@ def test_a_mutant_is_caught(mutate, caught_by, trained, monkeypatch):
 
 
 def test_the_heap_merges_as_the_definition_does(trained):
-    ranks = Tokenizer.from_directory(trained)._ranks
+    tokenizer = Tokenizer.from_directory(trained)
+    merge, vocab = tokenizer._merge, tokenizer.vocab
+    ranks = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
     words = [word for t in texts(1500, seed=3) for word in split_transformers(t)]
     for word in [*words, "abcab" * 40, "e" * 333]:
         symbols = to_symbols(word)
-        assert merge(symbols, ranks) == merge_steps(symbols, ranks)[-1], word
-    assert merge([], ranks) == []
+        expected = [vocab[symbol] for symbol in merge_steps(symbols, ranks)[-1]]
+        ids = [vocab[symbol] for symbol in symbols]
+        assert merge(ids) == merge.merge_long(ids) == expected, word
+    assert merge([]) == merge.merge_long([]) == []
 
 
 def test_printable_ascii_without_ampersand_needs_no_repair():

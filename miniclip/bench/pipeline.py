@@ -20,7 +20,7 @@ from torch import Tensor
 from miniclip.bench.first_logits import READY
 from miniclip.bench.libraries import Library
 from miniclip.bench.material import Setting, captions, invented_captions, mixed_captions
-from miniclip.bench.measuring import Case, Trial
+from miniclip.bench.measuring import Case, Trial, timed
 from miniclip.files.ahead import read_ahead
 from miniclip.model import unit_norm
 from miniclip.retrieval.building import encode_parts
@@ -36,8 +36,9 @@ def tokenizer_suite(setting: Setting) -> Iterator[Case]:
     def without_padding(ids: Tensor) -> list[list[int]]:
         return [row[: row.index(end)] for row in ids.tolist()]
 
-    def next_of(tokenize: Callable[[list[str]], Tensor], stream: Iterator[list[str]]) -> Tensor:
-        return tokenize(next(stream))
+    def trial(tokenize: Callable[[list[str]], Tensor], stream: Iterator[list[str]]) -> Trial:
+        """Each time on the next texts. Making them up is not timed."""
+        return lambda: timed(partial(tokenize, next(stream)))()
 
     streams: dict[str, Callable[[], Iterator[list[str]]]] = {
         "ASCII captions": lambda: itertools.repeat(captions(count)),
@@ -52,7 +53,7 @@ def tokenizer_suite(setting: Setting) -> Iterator[Case]:
         batch = Tokenizer.load(merges, end + 1).tokenize_batch
         tokenizers["instant-clip-tokenizer"] = lambda texts: torch.from_numpy(batch(texts, 77))
     for work, stream in streams.items():
-        trials = setting.timed({n: partial(next_of, f, stream()) for n, f in tokenizers.items()})
+        trials = {name: trial(tokenize, stream()) for name, tokenize in tokenizers.items()}
         work = f"{counted(count, 'text')}, {work}"
         yield Case("tokenizer", work, count, "texts", trials, without_padding)
 

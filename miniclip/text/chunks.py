@@ -1,10 +1,9 @@
 """A cache: the ids of each piece of text between two spaces."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import ascii_lowercase
 
-from miniclip.text.merge import merge
-from miniclip.text.symbols import END_OF_WORD, Pair
+from miniclip.text.symbols import END_OF_WORD
 
 
 class RememberedChunks:
@@ -18,20 +17,20 @@ class RememberedChunks:
     def __init__(
         self,
         encode: Callable[[str], list[int]],
+        merge: Callable[[list[int]], list[int]],
         vocab: Mapping[str, int],
-        ranks: Mapping[Pair, int],
         added: Iterable[str],
     ) -> None:
-        self.encode, self.vocab, self.ranks = encode, vocab, ranks
+        self.encode, self.merge, self.vocab = encode, merge, vocab
         # A token may have a space in it, so that a text is one chunk; or be a word of letters.
         self.whole = any(c.isspace() for token in added for c in token)
         has_letters = all({a, a + END_OF_WORD} <= vocab.keys() for a in ascii_lowercase)
         self.has_words = has_letters and not any(token.lower().isalpha() for token in added)
-        self.known: dict[str, list[int]] = {}
+        self.known: dict[str, Sequence[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text."""
-        known, ids = self.known, []
+        known, ids = self.known, list[int]()
         for chunk in [text] if self.whole else text.split(" "):
             found = known.get(chunk)
             ids += self._computed(chunk) if found is None else found
@@ -39,12 +38,13 @@ class RememberedChunks:
 
     def _computed(self, chunk: str) -> list[int]:
         if self.has_words and chunk.isascii() and chunk.isalpha() and chunk.islower():
-            vocab = self.vocab
-            ids = [vocab[t] for t in merge([*chunk[:-1], chunk[-1] + END_OF_WORD], self.ranks)]
+            symbols = [self.vocab[letter] for letter in chunk]
+            symbols[-1] = self.vocab[chunk[-1] + END_OF_WORD]
+            ids = self.merge(symbols)
         else:
             ids = self.encode(chunk)
         if len(chunk) <= self.MOST_CHARACTERS:
             if len(self.known) >= self.MOST_CHUNKS:
                 self.known.clear()
-            self.known[chunk] = ids
+            self.known[chunk] = tuple(ids)
         return ids

@@ -49,10 +49,11 @@ def explained(
 ) -> Explanation:
     """Every stage of a text. `merge_steps` gives the symbols of a word after each merge."""
     cleaned = clean_openai(text) if tokenizer.reference == "openai" else text
+    ranks = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
     words = []
     for piece, token in (pieces := list(tokenizer._pieces(cleaned))):
         for word in tokenizer._split(piece) if token is None else ():
-            first, *merges = steps = merge_steps(tokenizer._symbols(word), tokenizer._ranks)
+            first, *merges = steps = merge_steps(tokenizer._symbols(word), ranks)
             ids = [tokenizer.vocab[symbol] for symbol in steps[-1]]
             words.append(Word(word, first, merges, steps[-1], ids))
         if token is not None:

@@ -1,64 +1,75 @@
-"""Apply BPE merges, with a loop for short words and a heap for long ones; and learn merges."""
+"""Apply BPE merges to ids, with a loop for short words and a heap for long ones; learn merges."""
 
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from math import inf
 
 from miniclip.text.symbols import Pair
 
+GONE = -(2**40)  # no id; with it no pair has a rank
 LONG = 32
 """Above this number of symbols the heap is faster than the loop: n log n against n squared."""
 
 
-def merge(symbols: Sequence[str], ranks: Mapping[Pair, int]) -> list[str]:
-    """Join the pair of the lowest rank, the leftmost first, until no pair has a rank.
+class Merger:
+    """Merges on ids. A pair of ids is one number, which is faster to look up than two strings.
 
-    >>> merge(["c", "a", "t</w>"], {("a", "t</w>"): 0, ("c", "at</w>"): 1})
-    ['cat</w>']
+    >>> vocab = {"c": 0, "a": 1, "t</w>": 2, "at</w>": 3, "cat</w>": 4}
+    >>> Merger(vocab, [("a", "t</w>"), ("c", "at</w>")])([0, 1, 2])
+    [4]
     """
-    if len(symbols) > LONG:
-        return merge_long(symbols, ranks)
-    symbols = list(symbols)
-    rank = ranks.get
-    found = [rank(pair, inf) for pair in zip(symbols, symbols[1:])]
-    while found and (best := min(found)) < inf:
-        i = found.index(best)
-        symbols[i] += symbols.pop(i + 1)
-        del found[i]  # and the pairs beside it change
-        if i < len(found):
-            found[i] = rank((symbols[i], symbols[i + 1]), inf)
-        if i:
-            found[i - 1] = rank((symbols[i - 1], symbols[i]), inf)
-    return symbols
 
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[Pair]) -> None:
+        self.size, self.no_rank = len(vocab), len(merges)  # no merge has `no_rank`
+        self.joined = [vocab[left + right] for left, right in merges]  # by rank
+        pairs = [vocab[left] * self.size + vocab[right] for left, right in merges]
+        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
 
-def merge_long(symbols: Sequence[str], ranks: Mapping[Pair, int]) -> list[str]:
-    """Do the same as `merge`, with a heap of pairs over a linked list of symbols."""
-    symbols = list(symbols)
-    end = len(symbols)
-    after = list(range(1, end + 1))
-    before = list(range(-1, end - 1))
-    heap = [(ranks[pair], i) for i, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
-    heapq.heapify(heap)
-    while heap:
-        rank, i = heapq.heappop(heap)
-        j = after[i]
-        # The pushed pair is gone if either half has been merged since. A rank names one pair, so it
-        # is enough to check that the pair at this place still has the rank.
-        if j == end or ranks.get((symbols[i], symbols[j])) != rank:
-            continue
-        symbols[i] += symbols[j]
-        symbols[j] = ""  # a pair with "" has no rank
-        after[i] = after[j]
-        if after[i] < end:
-            before[after[i]] = i
-        for left, right in ((before[i], i), (i, after[i])):
+    def __call__(self, ids: Sequence[int]) -> list[int]:
+        """Join the pair of the lowest rank, the leftmost first, until no pair has a rank."""
+        if len(ids) > LONG:
+            return self.merge_long(ids)
+        ids, size, no_rank, rank = [*ids], self.size, self.no_rank, self.ranks.get
+        found = [rank(left * size + right, no_rank) for left, right in zip(ids, ids[1:])]
+        while found and (best := min(found)) < no_rank:
+            i = found.index(best)
+            ids[i] = self.joined[best]
+            del ids[i + 1], found[i]  # and the pairs beside it change
+            if i < len(found):
+                found[i] = rank(ids[i] * size + ids[i + 1], no_rank)
+            if i:
+                found[i - 1] = rank(ids[i - 1] * size + ids[i], no_rank)
+        return ids
+
+    def merge_long(self, ids: Sequence[int]) -> list[int]:
+        """Do the same with a heap of pairs over a linked list of ids."""
+        ids, end = [*ids], len(ids)
+        after = list(range(1, end + 1))
+        before = list(range(-1, end - 1))
+        heap: list[tuple[int, int]] = []
+
+        def push(left: int, right: int) -> None:
             if left >= 0 and right < end:
-                new = ranks.get((symbols[left], symbols[right]))
-                if new is not None:
-                    heapq.heappush(heap, (new, left))
-    return [symbol for symbol in symbols if symbol]
+                rank = self.ranks.get(ids[left] * self.size + ids[right])
+                if rank is not None:
+                    heapq.heappush(heap, (rank, left))
+
+        for i in range(end - 1):
+            push(i, i + 1)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            j = after[i]
+            # The pushed pair is gone if either half has been merged since. A rank names one pair,
+            # so it is enough to check that the pair at this place still has the rank.
+            if j == end or self.ranks.get(ids[i] * self.size + ids[j]) != rank:
+                continue
+            ids[i], ids[j] = self.joined[rank], GONE
+            after[i] = after[j]
+            if after[i] < end:
+                before[after[i]] = i
+            push(before[i], i)
+            push(i, after[i])
+        return [id for id in ids if id != GONE]
 
 
 def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair]:
@@ -92,7 +103,7 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
         made.add("".join(best))
         changed = set()
         for i in where.pop(best):
-            old, new = words[i], merge(words[i], {best: 0})
+            old, new = words[i], join(words[i], *best)
             for pair in zip(old, old[1:]):
                 total[pair] -= times[i]
                 changed.add(pair)
@@ -104,3 +115,18 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
         for pair in changed:
             heapq.heappush(heap, (-total[pair], pair))
     return merges
+
+
+def join(symbols: Sequence[str], left: str, right: str) -> list[str]:
+    """Replace each `left` and the `right` after it by one symbol.
+
+    >>> join("aaab", "a", "a")
+    ['aa', 'a', 'b']
+    """
+    joined: list[str] = []
+    for symbol in symbols:
+        if symbol == right and joined and joined[-1] == left:
+            joined[-1] += right
+        else:
+            joined.append(symbol)
+    return joined
