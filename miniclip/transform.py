@@ -82,8 +82,8 @@ def scale_and_normalize(
     values: np.ndarray = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     values = (values - np.array(mean, np.float32)) / np.array(std, np.float32)  # (256, 3)
     pixels = np.empty((3, image.height, image.width), np.float32)
-    for row, band, out in zip(values.T, np.asarray(image).transpose(2, 0, 1), pixels):
-        np.take(row, band, out=out, mode="clip")  # "clip" writes into `out` without a copy
+    for row, band, out in zip(values.T, image.split(), pixels):
+        np.take(row, np.asarray(band), out=out, mode="clip")  # "clip" fills `out` without a copy
     return pixels
 
 
