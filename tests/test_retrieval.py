@@ -1082,8 +1082,8 @@ def test_a_killed_command_is_continued_by_the_same_command(loaded, tmp_path, mon
     assert main(line) == 0
     said, err = capsys.readouterr()
     assert "continued, 2 of 3 parts were done" in err
-    assert "miniclip: skipped 1, which the index lists; the first: " in err and "broken.png" in err
-    assert said.startswith(f"{out / 'i'}: 22 pictures, by {tmp_path / 'model'} (weights ")
+    assert "miniclip: skipped 1, listed in the index; the first: " in err and "broken.png" in err
+    assert said.startswith(f"{out / 'i'}: 22 images, by {tmp_path / 'model'} (weights ")
     assert (out / "i").read_bytes() == (tmp_path / "whole").read_bytes()
     assert [path.name for path in out.iterdir()] == ["i"]
 
@@ -1121,8 +1121,8 @@ def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photograph
         (photographs / name).write_bytes(HEIC if name.endswith(("c", "C")) else b"nothing")
     line = ["embed", photographs, "--model", "everyday", "--out", tmp_path / "i"]
     status, out, err = run(*line, "--exclude", "b", "--exclude", "*.tiff")
-    assert status == 0 and "2 pictures, by everyday" in out
-    counts = re.findall(r"skipped (\d+), which the index lists; the first: \S*/(\S+):", err)
+    assert status == 0 and "2 images, by everyday" in out
+    counts = re.findall(r"skipped (\d+), listed in the index; the first: \S*/(\S+):", err)
     if "HEIF" not in Image.OPEN:
         assert counts == [("2", "1.heic"), ("1", "4.png")]
         assert "pip install pillow-heif" in err
@@ -1135,13 +1135,13 @@ def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photograph
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i")
     assert status == 2 and err.count("\n") == 1 and "everyday" in err and "--force" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i", "--force")
-    assert status == 0 and "11 pictures, by shapes" in out
+    assert status == 0 and "11 images, by shapes" in out
 
 
 def test_search_prints_what_is_nearest(run, indexed):
     z = indexed.with_name("z.png")
     status, out, err = run("search", indexed, "--image", z, "-k", 3)
-    assert status == 0 and re.fullmatch(r"11 pictures searched in \d+\.\d\d s\n", err)
+    assert status == 0 and re.fullmatch(r"11 images searched in \d+\.\d\d s\n", err)
     assert len(out.splitlines()) == 3
     assert out.splitlines()[0].split() == ["1", "1.0000", str(z)]
     query = embed_query(miniclip.load("everyday"), ["a cat"], minus=["a dog"])

@@ -1,4 +1,5 @@
-"""The `miniclip` command. Each file holds one command: its arguments, what it runs, its table.
+"""The `miniclip` command. Each file has one subcommand: its arguments, its work and its output.
 
-main.py builds the parser and turns errors into exit status; shared.py has what commands share.
+main.py builds the parser and turns errors into an exit status. shared.py has functions that several
+commands use.
 """

@@ -1,11 +1,11 @@
-"""`miniclip bench`: miniclip and its peers, timed."""
+"""`miniclip bench`: time miniclip and other libraries that do the same work."""
 
 import argparse
 from typing import Any
 
 from miniclip.commands.shared import add_device, note, print_json, print_wrapped
 
-DESCRIPTION = "The same work by miniclip and by its peers, side by side, timed."
+DESCRIPTION = "Time the same work in miniclip and in other libraries, side by side."
 EXAMPLE = "miniclip bench --suite vision text --batch 8 --plot bench.png"
 
 
@@ -15,13 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         nargs="+",
         metavar="NAME",
-        help="vision, text, tokenizer, transform, load, startup, zeroshot, train, memory, embed, "
-        "search (default: all)",
+        help="what to time: vision, text, tokenizer, transform, load, startup, zeroshot, train, "
+        "memory, embed, search (default: all)",
     )
     parser.add_argument(
         "--shape",
         default="B/32",
-        help="of the random weights, from miniclip.published: B/32, L/14-336, H/14, ... "
+        help="the shape of the random weights, from miniclip.published: B/32, L/14-336, H/14, ... "
         "(default: %(default)s)",
     )
     add_device(parser)
@@ -29,28 +29,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the weights (default: %(default)s)",
+        help="the dtype of the weights (default: %(default)s)",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="time compiled encoders too, ours and transformers'"
+        "--compile",
+        action="store_true",
+        help="also time the compiled encoders of miniclip and of transformers",
     )
     parser.add_argument(
         "--engine",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="time miniclip's towers there, too: compile, onnxruntime, openvino, compile-bf16, "
-        "openvino-bf16, onnxruntime-int8",
+        help="also time miniclip's towers in these engines: compile, onnxruntime, openvino, "
+        "compile-bf16, openvino-bf16, onnxruntime-int8",
     )
-    parser.add_argument(
-        "--batch", type=int, metavar="N", help="images or texts (default: 16, on a GPU 256)"
-    )
+    batch = "images or texts in a batch (default: 16, on a GPU 256)"
+    parser.add_argument("--batch", type=int, metavar="N", help=batch)
     parser.add_argument(
         "--growth",
         action="store_true",
-        help="instead: time and memory against the size of batch, image, text, labels, collection",
+        help="instead, measure how time and memory grow with each size, such as the batch",
     )
-    parser.add_argument("--plot", metavar="PNG", help="draw the ratios, or the growth")
+    parser.add_argument("--plot", metavar="PNG", help="draw the ratios; with --growth, the growth")
 
 
 def run(args: argparse.Namespace) -> int:

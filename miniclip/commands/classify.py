@@ -1,4 +1,4 @@
-"""`miniclip classify`: rank labels for photographs."""
+"""`miniclip classify`: rank labels for images."""
 
 import argparse
 import os
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from miniclip.retrieval.pictures import Member
     from miniclip.zeroshot.classifier import Score
 
-DESCRIPTION = "Rank labels for each photograph: which one does it show?"
+DESCRIPTION = "Rank labels for each photograph: which label fits it best?"
 EXAMPLE = f"""{PICTURES}
   miniclip classify pictures/coffee.png --labels "cup of coffee" teapot dog --model everyday"""
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Rank the labels for each image. An image that cannot be read does not stop the others."""
+    """Rank the labels for each image. An unreadable image does not stop the command."""
     from miniclip.retrieval.pictures import pixels_of
     from miniclip.zeroshot.classifier import TEMPLATE, ZeroShotClassifier, find_templates
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def found_in(images: list[str]) -> "Iterator[str | Member | Exception]":
-    """Yield the pictures that each argument stands for, or the error if it stands for none."""
+    """Yield the images that each argument names, or the error if it names none."""
     from miniclip.retrieval.pictures import find_pictures
 
     for name in images:
@@ -100,7 +100,7 @@ def found_in(images: list[str]) -> "Iterator[str | Member | Exception]":
 
 
 def check_labels(labels: list[str]) -> None:
-    """Raise ValueError if commas separate the labels: a shell separates by spaces."""
+    """Raise ValueError if the labels are separated by commas, not by spaces."""
     if (
         any(label.strip().endswith(",") for label in labels)
         or len(labels) == 1
@@ -113,7 +113,7 @@ def check_labels(labels: list[str]) -> None:
 
 
 def ranking_table(title: str, scores: "list[Score]") -> str:
-    """A title, and a line for each label."""
+    """Return a title, and a line for each label."""
     width = min(50, max(columns(printable(score.label)) for score in scores))
     longest_bar = COLUMNS - width - 12
     lines = [printable(title)]

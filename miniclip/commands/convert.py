@@ -22,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="a checkpoint whose tokenizer to copy, if there is none beside the weights; "
-        "OpenAI's own files have none: use openai/clip-vit-base-patch32",
+        help="take the tokenizer from this checkpoint; OpenAI's own files have no tokenizer: use "
+        "openai/clip-vit-base-patch32",
     )
     add_revision(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and print how many parameters changed their form."""
+    """Convert, and print a summary."""
     from miniclip.convert import convert
 
     done = convert(
@@ -63,15 +63,15 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:>9} {'written' if there else 'not found beside the weights'}")
     if not done.tokenizer:
         print(
-            "\n`miniclip.load` needs a tokenizer. Most CLIPs have OpenAI's. Convert again, to a new"
-            "\ndirectory, with --tokenizer openai/clip-vit-base-patch32, or copy that checkpoint's"
-            f"\nvocab.json and merges.txt into {args.out}"
+            "\n`miniclip.load` needs a tokenizer. Most CLIPs use OpenAI's. Convert again, to a new"
+            "\ndirectory, with --tokenizer openai/clip-vit-base-patch32, or copy vocab.json and"
+            f"\nmerges.txt from openai/clip-vit-base-patch32 into {args.out}"
         )
     return 0
 
 
 def name_change(row: "Mapped") -> str:
-    """Say how a parameter of one file became a parameter of the other."""
+    """Say how a parameter changed between source and destination."""
     before, after = row.source.form, row.destination.form
     if before == after:
         return "unchanged"

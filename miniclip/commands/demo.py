@@ -16,15 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *("-o", "--out"),
         default="miniclip-demo.png",
         metavar="PNG",
-        help="the drawing (default: %(default)s)",
+        help="the drawing to write (default: %(default)s)",
     )
     parser.add_argument(
-        "--pictures", metavar="DIR", help="also write the pictures, as input for other commands"
+        "--pictures", metavar="DIR", help="also write the images to DIR, for use by other commands"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Describe and draw. Without the `demo` extra, describe the scene alone."""
+    """Classify the photographs and describe the scene; without the `demo` extra, only the scene."""
     from miniclip.exhibits import photograph_exhibits, scene_exhibit
 
     missing = None
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         from miniclip.figures.demo import draw_demo
 
         photographs = photograph_exhibits()
-    except ValueError as error:  # the extra is not installed; the scene needs none of it
+    except ValueError as error:  # the `demo` extra is not installed; the scene does not need it
         photographs, missing = [], error
     else:
         check_figure(args.out)

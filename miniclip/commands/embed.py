@@ -1,4 +1,4 @@
-"""`miniclip embed`: an index of the embeddings of pictures."""
+"""`miniclip embed`: write an index of the embeddings of images."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ from miniclip.commands.shared import (
 )
 from miniclip.terminal import counted
 
-DESCRIPTION = "Read pictures into an index that `miniclip search` searches."
+DESCRIPTION = "Embed images, and write an index that `miniclip search` can search."
 EXAMPLE = f"""{PICTURES}
   miniclip embed pictures --out index.safetensors --model everyday
 with eight GPUs:
@@ -29,45 +29,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="pictures, folders, WebDataset .tar shards, or patterns such as '2024/**/*.jpg'",
+        help="image files, folders, WebDataset .tar shards, or patterns such as '2024/**/*.jpg'",
     )
     parser.add_argument(
         "-o",
         "--out",
         required=True,
         metavar="FILE",
-        help="the index, a safetensors file; the same command continues it if it was killed, and "
-        "updates it if pictures have come, changed or gone",
+        help="the index, a safetensors file; run the same command again to continue after an "
+        "interruption, or to update the index after images were added, changed or removed",
     )
     parser.add_argument(
-        "--force", action="store_true", help="embed all again, also if another model made the index"
+        "--force", action="store_true", help="embed all again, even if another model made the index"
     )
     parser.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave out files and folders of this name, as 'raw' or '*.gif', or path, as '2019/*'",
+        help="leave out files and folders by name, such as 'raw' or '*.gif', or by path, such as "
+        "'2019/*'",
     )
     parser.add_argument(
-        "--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)"
+        "--batch", type=int, default=64, metavar="N", help="images per batch (default: %(default)s)"
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the model (default: %(default)s)",
+        help="the dtype of the model (default: %(default)s)",
     )
     add_device(parser)
     add_engine(parser, "auto")
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads that decode (default: one for each core)"
-    )
+    workers = "threads that decode images (default: as many as torch uses)"
+    parser.add_argument("--workers", type=int, metavar="N", help=workers)
     add_model(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the index; under torchrun, the first process prints."""
+    """Build the index. Under torchrun only the first process prints the result."""
     import torch
 
     from miniclip.engines import use_fastest
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     pictures, damage = find_pictures(args.paths, args.exclude)
     with process_group(args.device) as device:
-        name, args.revision = lasting_name(args.model, args.revision)  # a branch may move
+        name, args.revision = lasting_name(args.model, args.revision)  # a commit: a branch may move
         loaded = load_model(args, device=device, dtype=getattr(torch, args.dtype))
         encoder = describe(loaded, name, args.revision)
         if args.engine == "auto":
@@ -94,16 +94,16 @@ def run(args: argparse.Namespace) -> int:
         try:
             index = build_index(args.out, loaded, pictures, encoder, damage, *options)
         except KeyboardInterrupt:
-            note(f"miniclip: {args.out} is not whole; the same command goes on where this one was")
+            note(f"miniclip: {args.out} is not complete; run the same command again to continue")
             raise
     if os.environ.get("RANK", "0") != "0":
         return 0
-    kinds: dict[str, list[str]] = {}  # what needs one package is one kind, and damage another
+    kinds: dict[str, list[str]] = {}  # {missing package, or "" for damage: ...}
     for reason in index.skipped:
         kinds.setdefault(reason.partition(": pip install ")[2], []).append(reason)
     for reasons in kinds.values():
         count = f"{len(reasons):,}"
-        note(f"miniclip: skipped {count}, which the index lists; the first: {reasons[0]}")
+        note(f"miniclip: skipped {count}, listed in the index; the first: {reasons[0]}")
     if args.json:
         print_json(
             {
@@ -118,5 +118,5 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        print(f"{args.out}: {counted(len(index), 'picture')}, by {encoder}")
+        print(f"{args.out}: {counted(len(index), 'image')}, by {encoder}")
     return 0

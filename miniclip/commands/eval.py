@@ -34,30 +34,30 @@ with data of your own:
   miniclip eval imagenet/val --template imagenet --plot confusions.png
   miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images
   miniclip eval cifar10/test --task probe --train cifar10/train --model everyday"""
-MOST_CLASSES = 50  # in the table
+MOST_CLASSES = 50  # that have a line in the table
 
-# Flags of single tasks: the tasks, the flag, its meaning, and argparse's other options.
+# Flags that only some tasks have: the tasks, the flag, its help text, and argparse's options.
 FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
     (("zeroshot", "fewshot"), "template", TEMPLATES, {"action": "append", "metavar": "TEXT"}),
     (
         ("zeroshot", "fewshot"),
         "labels",
-        f"names of the classes, in the order of the sorted folders: {LABELS} (default: their "
-        "names, and OpenAI's names for ImageNet)",
+        f"names of the classes, in the order of the sorted folders: {LABELS} (default: the names "
+        "of the folders; for ImageNet's folders, OpenAI's names)",
         {"nargs": "+", "metavar": "LABEL"},
     ),
-    (("retrieval",), "images", "folder of a .json's pictures (default: its own)",
+    (("retrieval",), "images", "folder of the images of a .json (default: the .json's folder)",
      {"metavar": "DIR"}),
-    (("retrieval",), "split", "part of Karpathy's .json (default: test)", {"metavar": "NAME"}),
-    (("probe", "fewshot"), "train", "class folders to learn from; DATA is classified",
+    (("retrieval",), "split", "split of Karpathy's .json (default: test)", {"metavar": "NAME"}),
+    (("probe", "fewshot"), "train", "class folders to learn from, before DATA is classified",
      {"metavar": "DIR"}),
-    (("probe", "fewshot"), "features", "the probe's features: before the projection as in the "
-     "paper, or after it (default: ln_post)", {"choices": ("ln_post", "proj")}),
-    (("probe",), "val", "class folders that choose the L2 strength (default: a fifth of --train)",
+    (("probe", "fewshot"), "features", "the probe's features: ln_post, before the projection "
+     "as in the paper, or proj, after it (default: ln_post)", {"choices": ("ln_post", "proj")}),
+    (("probe",), "val", "class folders to choose the L2 strength on (default: a fifth of --train)",
      {"metavar": "DIR"}),
     (("fewshot",), "shots", "examples of each class (default: 1 2 4 8 16)",
      {"type": int, "nargs": "+", "metavar": "N"}),
-    (("fewshot",), "seeds", "draws of the examples (default: 3)", {"type": int, "metavar": "N"}),
+    (("fewshot",), "seeds", "random draws of examples (default: 3)", {"type": int, "metavar": "N"}),
 )  # fmt: skip
 METHODS = {"zeroshot": "zero-shot", "probe": "linear probe", "text": "text-initialised"}
 
@@ -67,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="a folder of class folders; or `shapes`, for questions about the drawn world; for "
-        "retrieval a folder with metadata.jsonl, .csv or .tsv (file_name, text), WebDataset .tar "
-        "shards, or a .json of COCO or Karpathy",
+        help="class folders: a folder with a folder of images for each class; or `shapes`, for "
+        "questions about the drawn world; for retrieval a folder with metadata.jsonl, .csv or .tsv "
+        "(file_name, text), WebDataset .tar shards, or a .json of COCO or Karpathy",
     )
     parser.add_argument(
         "--task", choices=TASKS, default="zeroshot", help="what to measure (default: %(default)s)"
@@ -81,10 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         groups[tasks].add_argument(f"--{flag}", help=meaning, **options)
     add_columns(parser)
     parser.add_argument(
-        "--cache", metavar="DIR", help="keep the pictures' features in this folder, as index files"
+        "--cache", metavar="DIR", help="keep the images' features in this folder, as index files"
     )
     parser.add_argument(
-        "--batch", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)"
+        "--batch", type=int, default=64, metavar="N", help="images per batch (default: %(default)s)"
     )
     add_device(parser)
     add_engine(parser)
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def zeroshot(args: argparse.Namespace) -> None:
-    """Classify every image by the labels."""
+    """Classify every image of DATA zero-shot."""
     from miniclip.evaluation.checkpoints import classify
     from miniclip.zeroshot.classifier import TEMPLATE, class_embeddings, find_templates
 
@@ -122,7 +122,7 @@ def zeroshot(args: argparse.Namespace) -> None:
 
 
 def retrieval(args: argparse.Namespace) -> None:
-    """Find each caption's picture, and each picture's captions."""
+    """Find the image of each caption, and the captions of each image."""
     from miniclip.evaluation.captions import captioned_images
     from miniclip.evaluation.checkpoints import caption_ranks
     from miniclip.evaluation.retrieval import recall
@@ -134,7 +134,7 @@ def retrieval(args: argparse.Namespace) -> None:
     features = features_of(args, loaded, data.pictures)
     captions = [data.captions[row] for row in features.rows]
     texts = [text for several in captions for text in several]
-    longest = loaded.tokenizer.context_length - 2  # without the tokens of start and end
+    longest = loaded.tokenizer.context_length - 2  # without the start and end tokens
     cut = sum(len(loaded.tokenizer.encode(text)) > longest for text in texts)
     ranks = caption_ranks(loaded, captions, features)
     found = {direction: recall(of) for direction, of in ranks.items()}
@@ -222,7 +222,7 @@ def fewshot(args: argparse.Namespace) -> None:
 
 
 def class_folders(args: argparse.Namespace, data: str | None = None) -> "LabelledImages":
-    """Find the pictures of DATA, or of another folder, and the names of their classes."""
+    """Find the images of the folder `data`, by default DATA, and the names of their classes."""
     from miniclip.zeroshot import data as found
     from miniclip.zeroshot.prompts import CLASS_SETS, published_labels
 
@@ -237,10 +237,10 @@ def class_folders(args: argparse.Namespace, data: str | None = None) -> "Labelle
 
 
 class ByKind(dict[str, "Examples"]):
-    """The examples of one set of pictures, by kind of features."""
+    """The examples of one set of images: {kind of features: examples}."""
 
     def __missing__(self, kind: str) -> "Examples":
-        raise ValueError("this tower, or this engine, gives no ln_post: --features proj")
+        raise ValueError("this tower or engine does not give ln_post: use --features proj")
 
 
 def examples_of_sets(
@@ -248,8 +248,8 @@ def examples_of_sets(
 ) -> "tuple[Loaded, LabelledImages, list[ByKind], list[str]]":
     """Load the model, and the examples of DATA, --train and --val.
 
-    Folders with the same name are one class. Returns the model, the classes, the examples, and a
-    line for each unreadable picture of DATA.
+    Folders with the same name are one class. Returns the model, the images of DATA with the classes
+    of all sets, the examples of each set, and a line for each unreadable image of DATA.
     """
     import torch
 
@@ -272,14 +272,14 @@ def examples_of_sets(
     test, train = ({*one["proj"].classes.tolist()} for one in sets[:2])
     if lacking := sorted(test - train):
         folders = ", ".join(images.folders[i] for i in lacking)
-        note(f"miniclip: no examples in {args.train}, and so never right: {folders}")
+        note(f"miniclip: without examples in {args.train}, always wrong: {folders}")
     return loaded, images, sets, skipped[0]
 
 
 def load_once(args: argparse.Namespace) -> "Loaded":
-    """Load the model at the commit that the cache records, because a branch may move.
+    """Load the model. Set `args.revision` to its commit, because a branch may move.
 
-    Changes `args.revision`, and adds `args.name`.
+    Also sets `args.name`, the name under which --cache keeps the features.
     """
     from miniclip.retrieval.index import lasting_name
 
@@ -288,7 +288,7 @@ def load_once(args: argparse.Namespace) -> "Loaded":
 
 
 def features_of(args: argparse.Namespace, loaded: "Loaded", pictures: Sequence[Any]) -> "Features":
-    """Compute the features of pictures, and print a line for each unreadable one."""
+    """Compute the features of images, and print a line for each unreadable image."""
     from miniclip.evaluation.features import picture_features
     from miniclip.files.tars import Member
 
@@ -307,7 +307,7 @@ def print_evaluation(
     about: dict[str, Any],
     shown: dict[str, str],
 ) -> None:
-    """Print an evaluation as JSON or as a table, with facts `about` it, and draw it."""
+    """Print an evaluation, as JSON with `about` or as a table with `shown`, and draw it."""
     from miniclip.evaluation.classification import summary
 
     if args.json:
@@ -328,7 +328,7 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
 
     if args.template or args.labels or args.plot or args.task != "zeroshot":
         raise ValueError(
-            "the drawn world asks in its own words: no --template, --labels or --plot, or --task"
+            "eval shapes has its own questions: expected no --task, --template, --labels or --plot"
         )
     scores = score(*load_model(args))
     if args.json:
@@ -349,7 +349,7 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
 def evaluation_table(folders: list[str], result: "Evaluation") -> str:
     """Return a table: accuracies, a line for each class, and the ten most frequent confusions.
 
-    Of more than MOST_CLASSES classes only the best and the worst have a line.
+    If there are more than MOST_CLASSES classes, only the best and the worst have a line.
     """
     from miniclip.evaluation.classification import summary
 

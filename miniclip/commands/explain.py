@@ -1,4 +1,4 @@
-"""`miniclip explain`: where texts are seen in an image."""
+"""`miniclip explain`: show where a model sees texts in an image."""
 
 import argparse
 from typing import Any
@@ -15,7 +15,7 @@ from miniclip.commands.shared import (
 )
 from miniclip.terminal import printable, progress
 
-DESCRIPTION = "Where in a photograph is a text seen? Draws it, or scores the methods that can."
+DESCRIPTION = "Draw where the model sees a text in a photograph, or score the methods that show it."
 EXAMPLE = f"""{PICTURES}
   miniclip explain pictures/coffee.png "a cup of coffee" --all -o where.png --model everyday
   miniclip explain --score shapes --model shapes -o methods.png"""
@@ -25,19 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
     add("image", nargs="?", metavar="IMAGE", help="an image file")
-    add("texts", nargs="*", metavar="TEXT", help="what to look for")
+    add("texts", nargs="*", metavar="TEXT", help="a text to look for")
     which = parser.add_mutually_exclusive_group()
     method = (
         "attention, rollout, relevance, gradcam, tokens or occlusion; give several to see them "
         "side by side (default: relevance)"
     )
     which.add_argument("--method", action="append", metavar="NAME", help=method)
-    which.add_argument("--all", action="store_true", help="every method, side by side")
-    out = "the picture (default: miniclip-explain.png); with --score, of the first scenes"
+    which.add_argument("--all", action="store_true", help="show all methods side by side")
+    out = "the drawing to write (default: miniclip-explain.png; --score draws only with -o)"
     add("-o", "--out", metavar="PNG", help=out)
     score = (
-        "instead of IMAGE and TEXT: how often does each method find the object that is named, in "
-        "drawn scenes of two objects?"
+        "instead of IMAGE and TEXT: measure how often each method finds the named one of two "
+        "objects in drawn scenes"
     )
     add("--score", choices=("shapes",), help=score)
     scenes = "how many scenes to score on (default: 200)"
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.score:
         return score_methods(args)
     if not args.texts or args.scenes:
-        raise ValueError("expected an image and a text, or --score shapes (only it has --scenes)")
+        raise ValueError("expected an image and a text, or --score shapes (--scenes needs --score)")
     out = args.out or (None if args.json else "miniclip-explain.png")
     if out:
         check_figure(out)
@@ -89,12 +89,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def score_methods(args: argparse.Namespace) -> int:
-    """`miniclip explain --score`: how often each method finds the named object in drawn scenes."""
+    """Score how often each method finds the named object in drawn scenes."""
     scenes = 200 if args.scenes is None else args.scenes
     if args.image or args.all or args.method or scenes < 1:
         raise ValueError(
-            "--score draws its own scenes, one or more, for every method: expected no IMAGE, TEXT, "
-            "--all or --method"
+            "--score draws its own scenes and runs every method: expected no IMAGE, TEXT, --all or "
+            "--method, and 1 or more --scenes"
         )
     if args.out:
         check_figure(args.out)
@@ -120,7 +120,7 @@ def score_methods(args: argparse.Namespace) -> int:
 
 
 def method_table(found: dict[str, list[Any]]) -> str:
-    """A line for each method, trained and random weights side by side."""
+    """Return a table with a line for each method, for trained and for random weights."""
     from miniclip.world.localise import RANDOM
 
     def shares(row: Any) -> str:
@@ -138,7 +138,7 @@ def method_table(found: dict[str, list[Any]]) -> str:
         "",
         f"random weights: the mean of {RANDOM} draws, of standard deviation {spread:.1%} at most.",
         "named: how often the warmest pixel is on the object that the text names; other:",
-        "on the other object. IoU: of the object and as many of the warmest pixels.",
+        "on the other object. IoU: the overlap of the object with as many of the warmest pixels.",
         "attention and rollout do not read the text.",
     ]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each part."""
+    """Print the config, and a line for each part."""
     from miniclip.config import CLIPConfig
     from miniclip.parts import parts
 

@@ -29,7 +29,7 @@ from miniclip.commands import (
 )
 from miniclip.commands.shared import check_figure, complain, note
 
-# Each module has DESCRIPTION, EXAMPLE, add_arguments and run. No module imports torch before run.
+# Each module has DESCRIPTION, EXAMPLE, add_arguments and run. Only run imports torch.
 COMMANDS = (
     *(classify, embed, search, explain, eval, train, parity, bench, convert, info, tokenize),
     *(demo, serve),
@@ -54,24 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_figure(args.plot)
         status = args.run(args)
         if sys.stdout:
-            sys.stdout.flush()  # here, so that a full disk is still an error of one line
+            sys.stdout.flush()  # here, so that a full disk gives an error of one line
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
+    except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         sys.stdout = None
         return 0
-    except (ValueError, OSError, RuntimeError) as error:  # ours, the file system's and torch's
+    except (ValueError, OSError, RuntimeError) as error:  # from miniclip, the file system, torch
         complain(error)
         try:
             print(end="", flush=True)
-        except OSError:  # or Python flushes again at exit, and changes the status
+        except OSError:  # otherwise Python flushes again at exit, and changes the status
             sys.stdout = None
         return 2
 
 
 class Notes(logging.Handler):
-    """Print the log of the package, such as a wait for the hub, as lines on stderr."""
+    """Print the package's log messages, such as a wait for the hub, on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
@@ -79,7 +79,7 @@ class Notes(logging.Handler):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, like all others."""
+    """An ArgumentParser that prints an error as one line."""
 
     def error(self, message: str) -> Any:
         """Raise SystemExit with status 2."""
@@ -88,11 +88,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands. `args.run` is the chosen command's function."""
+    """Build the parser of all commands. It sets `args.run` to the chosen command's function."""
     parser = Parser(
         prog="miniclip",
         description="CLIP: compare images with texts.",
-        epilog="To begin: miniclip demo. An example of each command: miniclip COMMAND --help",
+        epilog="To begin: miniclip demo. For an example of a command: miniclip COMMAND --help",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parsers = parser.add_subparsers(metavar="COMMAND", title="commands")

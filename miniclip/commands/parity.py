@@ -1,4 +1,4 @@
-"""`miniclip parity`: two models compared site by site."""
+"""`miniclip parity`: compare two models site by site."""
 
 import argparse
 import math
@@ -24,7 +24,7 @@ ENGINES = (
     *("compile-bf16", "openvino-bf16", "onnxruntime-int8"),
 )
 
-DESCRIPTION = "How far the numbers are from transformers', or another model's, tensor by tensor."
+DESCRIPTION = "Compare a model with transformers, or with another model, tensor by tensor."
 EXAMPLE = """miniclip parity everyday --plot depth.png
 with a fork's checkpoint, and with a fork's code:
   miniclip parity runs/fork --against everyday
@@ -35,22 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
-    code = (
-        "or a fork's Python file: fork.py:NAME of a model in it, or of a function that returns one"
-    )
+    code = "or fork.py:NAME, where NAME is a model in a fork's file, or a function that returns one"
     which.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODELS}; {code}")
-    shapes = "weights drawn at random, in a published shape: B/32, L/14-336, H/14, ..."
+    shapes = "use random weights of a published shape: B/32, L/14-336, H/14, ..."
     which.add_argument("--random", metavar="SHAPE", help=shapes)
-    against = "the original's checkpoint, or the same files in transformers (default: %(default)s)"
+    against = "what to compare with: a checkpoint, or MODEL in transformers (default: %(default)s)"
     add("--against", default="transformers", metavar="OTHER", help=against)
-    names = "the fork's module names, if they are its own: a table as in miniclip/files/names.py"
+    names = "if a fork has its own module names: a table of them, as in miniclip/files/names.py"
     add("--names", metavar="JSON", help=names)
     dtypes = ("float32", "float64", "bfloat16", "float16")
-    dtype = "compared in addition to float64 (default: %(default)s)"
+    dtype = "compare in this dtype and in float64 (default: %(default)s)"
     add("--dtype", default="float32", choices=dtypes, help=dtype)
-    grad = "compare each parameter's gradient of the contrastive loss too, in float64"
+    grad = "also compare the gradients of the contrastive loss, in float64"
     add("--grad", action="store_true", help=grad)
-    engine = f"compare an engine with the model, embeddings and logits: {', '.join(ENGINES)}"
+    engine = f"compare an engine's embeddings and logits with the model's: {', '.join(ENGINES)}"
     add("--engine", choices=ENGINES, metavar="NAME", help=engine)
     add_device(parser)
     add("--plot", metavar="PNG", help="draw the differences against depth")
@@ -58,14 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, and return 1 if the models differ."""
+    """Compare, print the report, and return 1 if the models differ."""
     import torch
 
     from miniclip import parity
 
     if args.random and (args.names or args.against != "transformers"):
         raise ValueError(
-            "--random draws weights for miniclip and transformers: no --against and no --names"
+            "--random compares miniclip with transformers: expected no --against and no --names"
         )
     if args.engine:
         return compare_engine(args)
@@ -97,12 +95,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare_engine(args: argparse.Namespace) -> int:
-    """Print how far an engine's embeddings and logits are from the model's; 1 if too far."""
+    """Compare an engine with the model. Return 1 if a difference is above the tolerance."""
     from miniclip import CLIP, parity
     from miniclip.engines import differences
 
     if args.against != "transformers" or args.grad or args.plot or args.names:
-        raise ValueError("--engine takes a checkpoint: no --against, --grad, --plot or --names")
+        raise ValueError("with --engine, expected no --against, --grad, --plot or --names")
     name = args.random or args.model or DEFAULT_MODEL
     options = {"device": args.device, "revision": args.revision}
     model = parity.random_pair(name)[0] if args.random else CLIP.from_pretrained(name, **options)
@@ -120,7 +118,7 @@ def compare_engine(args: argparse.Namespace) -> int:
 
 
 def rows_dict(report: "Report") -> list[dict[str, Any]]:
-    """The rows for JSON. Infinity (two shapes) and NaN become null, because JSON has neither."""
+    """Return the rows for JSON. NaN and infinity (shapes that differ) become null."""
 
     def in_json(value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -129,7 +127,7 @@ def rows_dict(report: "Report") -> list[dict[str, Any]]:
 
 
 def parity_table(about: dict[str, str], report: "Report") -> str:
-    """A line for each kind of site."""
+    """Return a table with a line for each kind of site, and the verdict."""
     from miniclip.parity import nearer, summarize
 
     model, other = shorten(about["model"], 50), shorten(about["other"], 50)

@@ -1,4 +1,4 @@
-"""`miniclip search`: find the pictures of an index that are most like a query."""
+"""`miniclip search`: find the images in an index that are nearest to a query."""
 
 import argparse
 from time import perf_counter
@@ -13,7 +13,7 @@ from miniclip.commands.shared import (
 )
 from miniclip.terminal import counted, printable
 
-DESCRIPTION = "Find the pictures of an index nearest to a text, a picture, or a sum of several."
+DESCRIPTION = "Find the images in an index that are nearest to a text, an image, or a sum of both."
 EXAMPLE = f"""{PICTURES}
   miniclip embed pictures --out index.safetensors --model everyday
   miniclip search index.safetensors "a drink" --out drinks.png
@@ -23,10 +23,8 @@ EXAMPLE = f"""{PICTURES}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("index", metavar="INDEX", help="an index from `miniclip embed`")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a query; several are added")
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="add a picture"
-    )
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a query; several are added up")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="add an image")
     parser.add_argument(
         "--minus", action="append", default=[], metavar="TEXT", help="subtract a text"
     )
@@ -35,22 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="subtract a picture",
+        help="subtract an image",
     )
     parser.add_argument(
         *("-k", "--top-k"),
         type=int,
         default=12,
         metavar="N",
-        help="find the N nearest pictures (default: %(default)s)",
+        help="find the N nearest images (default: %(default)s)",
     )
-    parser.add_argument("-o", "--out", metavar="PNG", help="draw the pictures with their scores")
-    parser.add_argument("--model", help="the model, if its folder has moved")
+    parser.add_argument("-o", "--out", metavar="PNG", help="draw the images with their scores")
+    parser.add_argument("--model", help="the model of the index, if its folder has moved")
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, and print a line for each picture found."""
+    """Search, and print a line for each image found."""
     from miniclip.retrieval.index import Index, embed_query
     from miniclip.retrieval.sheet import SHEETS, draw_sheet
 
@@ -77,5 +75,5 @@ def run(args: argparse.Namespace) -> int:
         for reason in draw_sheet(index, hits, title, args.out):
             note(f"miniclip: not on the sheet: {reason}")
         note(f"picture: {args.out}")
-    note(f"{counted(len(index), 'picture')} searched in {seconds:.2f} s")
+    note(f"{counted(len(index), 'image')} searched in {seconds:.2f} s")
     return 0

@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[DEFAULT_MODEL],
         metavar="NAME",
-        help=f"one or several: {MODELS}",
+        help=f"one or more models, each {MODELS}",
     )
-    parser.add_argument("--index", metavar="FILE", help="an index of `miniclip embed` to search")
+    parser.add_argument("--index", metavar="FILE", help="search this index from `miniclip embed`")
     parser.add_argument(
-        "--port", type=int, metavar="N", help="this port only (default: a free one)"
+        "--port", type=int, metavar="N", help="use this port (default: a free port)"
     )
     add_device(parser)
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         serve_until_interrupted,
     )
 
-    with listen(args.port) as socket:  # first, so that a port in use is an error at once
+    with listen(args.port) as socket:  # before loading, so that a port in use is an error at once
         models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
         app = create_app(models, *(open_index(args.index, args.device) if args.index else ()))
         url = f"http://127.0.0.1:{socket.getsockname()[1]}"

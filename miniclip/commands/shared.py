@@ -1,4 +1,4 @@
-"""What commands share: arguments, the loaded model, output, and checks before the work."""
+"""Functions that several commands use: arguments, loading, checks, and output."""
 
 import argparse
 import csv
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from miniclip.checkpoint import Loaded
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
-COLUMNS = 80  # of a table, at most
+COLUMNS = 80  # the largest width of a table
 MODELS = (
     f"an embedded checkpoint ({', '.join(embedded_names())}), a folder, a weights file, one of "
     "OpenAI's names such as ViT-B/32, or a repository of the Hugging Face hub "
@@ -30,7 +30,7 @@ PICTURES = "miniclip demo --pictures pictures"  # writes the files that other ex
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `load_model`."""
+    """Add the arguments that `load_model` reads."""
     group = parser.add_argument_group("which model")
     group.add_argument("--model", default=DEFAULT_MODEL, help=MODELS)
     group.add_argument(
@@ -48,14 +48,14 @@ TEMPLATES = (
     "'a photo of a {}.')"
 )
 LABELS = (
-    "the labels, or one source of labels: a text file with one label a line ('cat | kitten' is one "
-    "label with two names), a JSON list, a folder of class folders, a published set (imagenet, "
+    "the labels, or one source of labels: a text file with one label per line ('cat | kitten' is "
+    "one label with two names), a JSON list, a folder of class folders, a published set (imagenet, "
     "food101 and others of the paper), or - for lines of standard input"
 )
 
 
 def read_labels(names: list[str]) -> list[str]:
-    """Return the labels that --labels stands for."""
+    """Return the labels that --labels gives, or that the source named by --labels contains."""
     from miniclip.zeroshot.data import find_labels
 
     return sys.stdin.read().splitlines() if names == ["-"] else find_labels(names)
@@ -89,7 +89,7 @@ def add_engine(parser: argparse.ArgumentParser, *others: str) -> None:
         "--engine",
         choices=("eager", "compile", "onnxruntime", "openvino", *others),
         default="eager",
-        help="what runs the vision tower; all but eager take time to start (default: %(default)s)",
+        help="the engine of the vision tower; only eager starts at once (default: %(default)s)",
     )
 
 
@@ -109,15 +109,15 @@ def load_model(args: argparse.Namespace, **options: Any) -> "Loaded":
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensors.
 
-    By default glibc returns large blocks to Linux, and Linux clears each page again. That is an
-    eighth of the time of B/32 for 64 pictures. Memory use may grow by a quarter.
+    By default glibc returns large blocks to Linux, and Linux clears each page before it is used
+    again. For 64 images in B/32 this takes an eighth of the time. Memory use may grow by a quarter.
     """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl does not have it
-        trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
-        libc.mallopt(trim_threshold, -1)  # never
+    if hasattr(libc, "mallopt"):  # musl, another C library, does not have it
+        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
+        libc.mallopt(trim_threshold, -1)  # never trim
         libc.mallopt(mmap_max, 0)
 
 
@@ -129,7 +129,7 @@ def check_figure(path: str) -> None:
 
 
 def check_writable(name: str, suffixes: Iterable[str]) -> None:
-    """Raise ValueError before the work, which may take hours, if the file cannot be written."""
+    """Raise ValueError if a file cannot be written. Call this before work that may take hours."""
     path = Path(name)
     if path.suffix.lower() not in suffixes:
         known = ", ".join(suffixes)
@@ -145,7 +145,7 @@ def check_writable(name: str, suffixes: Iterable[str]) -> None:
 
 
 def complain(error: Exception) -> None:
-    """Print an error as one line on stderr: its first line, which says what is wrong."""
+    """Print the first line of an error's message on stderr."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's message is a page long
         text = "the device has too little memory; try a smaller --batch, or --dtype bfloat16"
@@ -160,9 +160,9 @@ def note(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON that people can read too."""
+    """Print a value as indented JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    # A file name that is not Unicode has surrogates. They are written as JSON's escapes.
+    # A file name that is not Unicode has surrogates, which are written as JSON escapes.
     print(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
@@ -176,5 +176,5 @@ def print_csv(rows: list[dict[str, Any]]) -> None:
 
 
 def print_wrapped(head: str, words: list[str]) -> None:
-    """Print words with commas between them, wrapped to the width of a table."""
+    """Print words, separated by commas and wrapped to the width of a table."""
     print(textwrap.fill(", ".join(words), COLUMNS, initial_indent=head, subsequent_indent="  "))

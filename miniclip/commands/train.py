@@ -1,4 +1,4 @@
-"""`miniclip train`: write a checkpoint, and the curves of its training."""
+"""`miniclip train`: train a CLIP and write its checkpoint."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from miniclip.commands.shared import add_columns, add_device, keep_freed_memory, note, print_json
 from miniclip.training.recipe import Recipe
 
-DESCRIPTION = "Train a CLIP on pictures and captions, from scratch or from a checkpoint."
+DESCRIPTION = "Train a CLIP on images and captions, from scratch or from a checkpoint."
 EXAMPLE = """miniclip train shapes --out runs/shapes
 with data of your own:
   miniclip train photographs --out runs/mine"""
@@ -19,9 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments, and a flag for each field of a recipe."""
     parser.add_argument(
         "data",
-        help="a folder of class folders; of pictures with metadata.jsonl, .csv or .tsv (file_name, "
-        "text) or with a .txt beside each; or of WebDataset .tar shards; 'pipe:COMMAND' or an "
-        "address such as hf://datasets/OWNER/NAME/{00..99}.tar; or the drawn world `shapes`",
+        help="a folder with a folder for each class, with images and metadata.jsonl, .csv or .tsv "
+        "(file_name, text), with images and a .txt beside each, or with WebDataset .tar shards; or "
+        "'pipe:COMMAND', an address such as hf://datasets/OWNER/NAME/{00..99}.tar, or `shapes`, "
+        "the drawn world",
     )
     add_columns(parser)
     parser.add_argument(
@@ -31,22 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="use this checkpoint's recipe.json, and for random weights its shape",
+        help="use the recipe.json of this checkpoint, and without --model also its shape",
     )
     parser.add_argument(
-        "--config", metavar="JSON", help="the shape of random weights, a config.json"
+        "--config", metavar="JSON", help="a config.json with the shape of the random weights"
     )
     add_device(parser)
     parser.add_argument(
         "--val",
         metavar="DATA",
-        help="held-out data: class folders, classified zero-shot, or pictures with captions, "
-        "retrieved; DIR/best keeps the best checkpoint",
+        help="held-out data: class folders for zero-shot accuracy, or images with captions for "
+        "retrieval; DIR/best keeps the best checkpoint",
     )
-    parser.add_argument("--log", choices=("tensorboard",), default="", help="log to DIR for it too")
+    log = "also write TensorBoard's logs to DIR"
+    parser.add_argument("--log", choices=("tensorboard",), default="", help=log)
     parser.add_argument("--plot", metavar="PNG", help="draw a report of the run")
     numbers = parser.add_argument_group(
-        "recipe", "the numbers of a run; they replace those of --recipe"
+        "recipe", "the numbers of a run, which override the numbers of --recipe"
     )
     for entry in fields(Recipe):
         kind, meaning = type(entry.default), f"{entry.metadata['help']} (default: {entry.default})"
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train. Under torchrun the first process prints."""
+    """Train. Under torchrun only the first process prints."""
     from miniclip.training import process_group, set_up, train
 
     keep_freed_memory()
