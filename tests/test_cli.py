@@ -251,7 +251,7 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
         (["a.png", "a cat", "--scenes", "3"], ["--score"]),
         (["a.png", "--score", "shapes"], ["no IMAGE"]),
         (["--score", "shapes", "--scenes", "0"], ["one or more"]),
-        (["--score", "shapes", "--all"], ["for every method"]),
+        (["--score", "shapes", "--all"], ["runs every method"]),
         (["a.png", "a cat", "--all", "--method", "tokens"], ["--method"]),
     ],
 )

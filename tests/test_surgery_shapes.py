@@ -203,7 +203,7 @@ def test_a_config_is_told_what_was_done_to_a_model(tmp_path):
         assert torch.equal(found, model(pixels, ids).logits_per_image)
     with pytest.raises(ValueError, match="tower is 'texts'; expected 'vision' or 'text'"):
         reconfigure(model, "texts", act="gelu")
-    said = "VisionConfig has no field stride; .* patch_size.* a stride is the patch_size"
+    said = "VisionConfig has no field stride; .* patch_size.* the stride is the patch_size"
     with pytest.raises(ValueError, match=said):
         reconfigure(model, "vision", stride=4)
     with pytest.raises(ValueError, match="TextConfig has no field depth; .*vocab_size[^.]*$"):
@@ -782,7 +782,7 @@ REFUSED = {
     "no method": (lambda m: resize_image(m, 48, "bicubic"), "expected one of transformers, timm"),
     "patch 0": (lambda m: resize_patch(m, 0), "patch_size is 0; expected a positive whole"),
     "shorter": (lambda m: extend_context(m, 10, keep=0), "cannot stretch 20 positions to 10"),
-    "too much kept": (lambda m: extend_context(m, 40), "to keep 0 to 18"),
+    "too much kept": (lambda m: extend_context(m, 40), "keep from 0 to 18"),
     "one too many kept": (lambda m: extend_context(m, 40, keep=19), "keeping 19: expected"),
     "-1 kept": (lambda m: extend_context(m, 40, keep=-1), "keeping -1: expected"),
     "no rule": (lambda m: extend_context(m, 40, method="cubic"), "expected longclip or linear"),

@@ -94,7 +94,7 @@ def score_methods(args: argparse.Namespace) -> int:
     if args.image or args.all or args.method or scenes < 1:
         raise ValueError(
             "--score draws its own scenes and runs every method: expected no IMAGE, TEXT, --all or "
-            "--method, and 1 or more --scenes"
+            "--method, and one or more --scenes"
         )
     if args.out:
         check_figure(args.out)

@@ -1,19 +1,19 @@
-"""Change what a model computes, its weights or its shape, and know what stayed exact.
+"""Change what a model computes, its weights or its shape.
 
-A function that changes weights or shapes returns a new model with its config. The old model stays
-as it was and keeps its hooks. The two share no memory, except that `resize_image` shares what does
-not change. A context manager changes a model while its block is open. So operations compose, and
-nothing has to be undone. Two functions work in place: `freeze`, because training is not a part of a
-model, and `reconfigure`, which updates the config after your own change to a `copied` model.
-Compile a model after surgery, not before.
+A function that changes weights or shapes returns a new model with a new config. The old model does
+not change, and keeps its hooks. The two models share no memory, except after `resize_image`, which
+shares the tensors that do not change. A context manager changes a model only while its `with` block
+is open. So changes can be combined, and nothing has to be undone. Two functions work in place:
+`freeze`, which only sets what is trained, and `reconfigure`, which updates the config after you
+have changed a `copied` model. Compile a model after surgery, not before.
 
-The result is a CLIP like any other, and is saved and loaded bit for bit. transformers refuses to
-load a shape that it cannot express (`CLIPConfig.to_dict`).
+The result is an ordinary CLIP. Saving and loading it keeps every bit. If transformers cannot
+express its shape, transformers refuses to load it (`CLIPConfig.to_dict`).
 
-The package has: other image and patch sizes, longer texts, new tokens, registers (also at test
-time), pruned heads, layers and neurons, patch dropout, LoRA, dense features, ProxyCLIP's foreign
-features, spliced modules (adapters, sparse autoencoders), activation patching, ablated heads,
-soups, WiSE-FT, task vectors, learned prompt vectors (`encode_prompts`), freezing by layer.
+There are functions for: other image and patch sizes, longer texts, new tokens, registers (also at
+test time), pruned heads, layers and neurons, patch dropout, LoRA, dense features, ProxyCLIP,
+spliced modules (adapters, sparse autoencoders), activation patching, ablated heads, soups, WiSE-FT,
+task vectors, learned prompt vectors (`encode_prompts`), and freezing by layer.
 """
 
 from miniclip.surgery.attention import PRESETS, Preset, dense_features, proxyclip

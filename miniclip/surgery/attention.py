@@ -1,8 +1,8 @@
 """Embeddings for every patch, by the attention patterns of open-vocabulary segmentation.
 
-CLIP is trained at its class token alone. The patches come near to the texts only if the last block
-attends in another way. The published methods differ in the similarity that replaces queries and
-keys, and in the parts of the block that they leave out.
+CLIP's training uses only the class token. The embeddings of patches match texts only if the last
+block uses another attention pattern. The published methods differ in this pattern, and in the parts
+of the block that they leave out.
 """
 
 from collections.abc import Callable
@@ -19,44 +19,44 @@ from miniclip.surgery.geometry import at_size
 
 
 class Seen(NamedTuple):
-    """What a pattern may use beside queries, keys and values."""
+    """What a pattern function may use in addition to queries, keys and values."""
 
     x: Tensor  # (B, T, W), the input of attention: the output of ln_1
     grid: tuple[int, int]  # rows and columns of patches
-    places: slice  # where the patches stand among the T tokens
+    places: slice  # the positions of the patches among the T tokens
 
 
-# (q, k, v, seen) -> weights over the tokens, (B, H, T, T); all of q, k, v are (B, H, T, D)
+# (q, k, v, seen) -> weights over the tokens, (B, H, T, T); each of q, k, v is (B, H, T, D)
 Pattern = Callable[[Tensor, Tensor, Tensor, Seen], Tensor]
 
 
 class Preset(NamedTuple):
-    """A way to read patches: their attention pattern, and the parts of the blocks that stay."""
+    """How to embed patches: the attention pattern, and the parts of the blocks that stay."""
 
     pattern: Pattern
     residual: bool = False  # whether the residual connection of attention stays
     mlp: bool = False  # whether the MLP stays
-    depth: int = 1  # blocks from the end; each reads the model's own stream
-    grid: tuple[int, int] | None = None  # other patches than the tower's: weights (B, H, P, T)
+    depth: int = 1  # how many of the last blocks are replayed
+    grid: tuple[int, int] | None = None  # rows and columns of the result, if not the tower's
 
 
 def dense_features(
     model: CLIP, pixels: Tensor, preset: str | Preset = "clearclip", resize: str | None = None
 ) -> Tensor:
-    """An embedding for each patch, row by row of the grid, not normalised: pixels -> (B, P, E).
+    """Embed each patch of the grid, row by row, without normalising: pixels -> (B, P, E).
 
-    A fork's own attention must take a `pattern`, as `Attention.forward` does, or change `qkv` only.
+    A fork's own attention must accept `pattern`, as `Attention.forward` does, or change only `qkv`.
 
     Args:
-        preset: "clip" (the model as it is), "maskclip" (Zhou et al. 2021, arXiv 2112.01071),
+        preset: "clip" (the model unchanged), "maskclip" (Zhou et al. 2021, arXiv 2112.01071),
             "sclip" (Wang et al. 2023, arXiv 2312.01597), "clip-surgery" (Li et al. 2023, arXiv
             2304.05653), "gem" (Bousselham et al. 2023, arXiv 2312.00878), "clearclip" (Lan et al.
-            2024, arXiv 2407.12442), "naclip" (Hajimiri et al. 2024, arXiv 2404.08181), or your
-            own Preset, such as `proxyclip` makes.
+            2024, arXiv 2407.12442), "naclip" (Hajimiri et al. 2024, arXiv 2404.08181), or a
+            Preset of your own or from `proxyclip`.
         resize: the method of `resize_image`, if the images have another size than the model's.
             SCLIP, ClearCLIP, NACLIP and ProxyCLIP use "dino", GEM "timm".
     Raises:
-        ValueError: for an unknown preset, and for a fork whose blocks it cannot follow.
+        ValueError: for an unknown preset, or a fork whose code this function cannot follow.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -101,12 +101,12 @@ def dense_features(
 
 
 def similar(x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-    """The softmax of scaled products: (B, H, T, D) twice -> (B, H, T, T)."""
+    """The softmax of the scaled products of x and y, both (B, H, T, D): (B, H, T, T)."""
     return (x @ y.transpose(-2, -1) * x.shape[-1] ** -0.5 + bias).softmax(-1)
 
 
 def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
-    """A Gaussian of the distance between patches, (T, T). It is 0 for all other tokens."""
+    """A Gaussian of the distance between patches, (T, T), and 0 for tokens that are not patches."""
     x, places = seen.x, seen.places
     rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) for n in seen.grid)
     points = torch.cartesian_prod(rows, columns).view(-1, 2)  # (P, 2)
@@ -118,7 +118,7 @@ def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
 
 def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """GEM's pattern: values, keys and queries each attend to themselves twice, by cosines."""
-    # Each image has its own temperature: the mean length of a token, over the root of D.
+    # For each image: the mean length of its tokens, divided by the square root of D.
     sharpness = seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1) * q.shape[-1] ** -0.5
 
     def near(one: Tensor) -> Tensor:
@@ -130,10 +130,10 @@ def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 
 
 def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset:
-    """A preset whose patches attend by another model's features and take that model's grid.
+    """A preset with an attention pattern and a grid from another model's features.
 
-    Lan et al. 2024, arXiv 2408.04883. The mean is over one image. The authors' code takes it over
-    the batch, which has one image there.
+    Lan et al. 2024, arXiv 2408.04883. The cosines' mean is over each image. The authors' code
+    takes the mean over a batch, which always has one image.
 
     Args:
         features: (B, C, rows, columns) of the same images, for instance from DINO.
@@ -152,7 +152,7 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
     grid: tuple[int, int] = tuple(features.shape[2:])  # type: ignore[assignment]
 
     def pattern(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
-        # CLIP's values, resized to the foreign grid. Resizing is linear, so it is a matrix.
+        # Resize CLIP's values to the other model's grid. Resizing is linear, so a matrix can do it.
         own = torch.eye(seen.grid[0] * seen.grid[1], dtype=v.dtype, device=v.device)
         resized = F.interpolate(own.view(-1, 1, *seen.grid), grid, mode="bilinear").flatten(1)
         found = v.new_zeros(*weights.shape[:2], v.shape[2])  # (B, P, T)
@@ -164,11 +164,11 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
 
 PRESETS = {
     "clip": Preset(lambda q, k, v, seen: similar(q, k), residual=True, mlp=True),
-    # Each token attends to itself alone. The authors ran it with the exact GELU and eps 1e-6. Here
-    # both are the checkpoint's.
+    # Each token attends only to itself. The authors used the exact GELU and eps 1e-6. This code
+    # uses the checkpoint's GELU and eps.
     "maskclip": Preset(lambda q, k, v, seen: torch.eye(q.shape[-2]).to(q), residual=True, mlp=True),
     "sclip": Preset(lambda q, k, v, seen: similar(q, q) + similar(k, k), residual=True, mlp=True),
-    # Its second path only. The authors subtract redundant features afterwards, with the texts.
+    # This is only the second path of CLIP Surgery. The authors then subtract redundant features.
     "clip-surgery": Preset(lambda q, k, v, seen: similar(v, v), residual=True, depth=6),
     "gem": Preset(self_self, residual=True, depth=6),
     "clearclip": Preset(lambda q, k, v, seen: similar(q, q)),

@@ -1,7 +1,7 @@
-"""Other image sizes, longer texts, more tokens.
+"""Other image sizes, patch sizes and channels, longer texts, more tokens.
 
-A position embedding is resized like a picture with W channels. The field has no single method, so
-each method has the name of the code whose numbers it gives.
+A position embedding is resized like an image with W channels. There is no single standard for this,
+so each method is named after the code that it reproduces.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,19 +22,19 @@ Grid = tuple[int, int]  # rows, columns
 
 
 def _antialiased(x: Tensor, grid: Grid) -> Tensor:
-    if grid[1] == 1:  # in one call, torch 2.13 on a CPU gets all rows wrong except the first
+    if grid[1] == 1:  # two calls: in one, torch 2.13 on a CPU gets only the first row right
         x = F.interpolate(x, (grid[0], x.shape[3]), mode="bicubic", antialias=True)
     return F.interpolate(x, grid, mode="bicubic", antialias=True)
 
 
-# (1, W, rows, columns) at the old grid, and the new grid
+# (tensor (1, W, rows, columns) of the old grid, new grid) -> tensor of the new grid
 RESAMPLE: dict[str, Callable[[Tensor, Grid], Tensor]] = {
     "transformers": lambda x, grid: F.interpolate(x, grid, mode="bicubic"),
     "timm": _antialiased,
     # How OpenAI made L/14 at 336 pixels: openai/CLIP, issue 214.
     "openai-bilinear": lambda x, grid: F.interpolate(x, grid, mode="bilinear"),
-    # DINO asks for 0.1 of a patch more, so that the size does not round down. That moves the points
-    # that it samples. SCLIP, ClearCLIP and NACLIP do the same.
+    # DINO adds 0.1 to the new size, so that it is not rounded down. This moves the sampled points.
+    # SCLIP, ClearCLIP and NACLIP do the same.
     "dino": lambda x, grid: F.interpolate(
         x, scale_factor=[(n + 0.1) / old for n, old in zip(grid, x.shape[2:])], mode="bicubic"
     ),
@@ -44,13 +44,13 @@ RESAMPLE: dict[str, Callable[[Tensor, Grid], Tensor]] = {
 def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transformers") -> CLIP:
     """A model for images of another size or shape.
 
-    Resize the original each time, because resampling twice blurs. The new model shares the weights
-    that do not change: pass `copied(model)` to train one of the two. transformers can express only
-    square images; their transform is `dataclasses.replace(transform, size=S, crop_size=S)`.
+    Start from the original model each time, because resampling twice blurs. Both models share the
+    weights that do not change: pass `copied(model)` to train one of them. transformers can express
+    only square images. For side S, use `dataclasses.replace(transform, size=S, crop_size=S)`.
 
     Args:
         size: (height, width), or one number for both. Raises ValueError below one patch.
-        method: whose resampling of the position embedding: "transformers"
+        method: how to resample the position embedding: as "transformers"
             (interpolate_pos_encoding), "timm" (and open_clip), "openai-bilinear" or "dino".
 
     >>> from miniclip import CLIP
@@ -70,14 +70,14 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
 
 
 def resampled(pos_embed: Tensor, old: Grid, grid: Grid, method: str) -> Tensor:
-    """A position embedding (1 + P, W) for another grid. The class token's row stays."""
+    """Resample a position embedding (1 + P, W) to another grid. The class token's row stays."""
     picture = _precise(pos_embed[1:]).T.unflatten(1, old)[None]  # (1, W, rows, columns)
     patches = RESAMPLE[method](picture, grid)[0].flatten(1).T  # (P, W)
     return torch.cat([pos_embed[:1], patches.to(pos_embed)])
 
 
 def at_size(tower: VisionTower, size: Sequence[int], method: str) -> VisionTower:
-    """The same tower for images of another size. It shares all modules and their hooks."""
+    """A tower for images of another size. It shares all modules and hooks with the old tower."""
     if method not in RESAMPLE:
         raise ValueError(f"resize is {method!r}; expected one of {', '.join(RESAMPLE)}")
     follow("resize", tower, ("embed_tokens",))
@@ -90,7 +90,7 @@ def at_size(tower: VisionTower, size: Sequence[int], method: str) -> VisionTower
     return new
 
 
-# How a patch is resized. The pseudo-inverse of this matrix multiplies the kernels.
+# How to resize a patch. The kernels are multiplied by the pseudo-inverse of this linear map.
 RESIZE = {
     "timm": partial(F.interpolate, mode="bicubic", antialias=True),
     "flexivit": partial(F.interpolate, mode="bilinear"),
@@ -98,16 +98,16 @@ RESIZE = {
 
 
 def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
-    """A model for patches of another size. The grid stays, so the image size changes as much.
+    """A model for patches of another size. The grid stays, so the image size changes too.
 
     The kernels of the patch embedding are multiplied by the pseudo-inverse of the matrix that
-    resizes a patch. So a larger model sees in a resized patch exactly what this model sees in the
-    patch. `resize_image` brings the old image size back.
+    resizes a patch. So if `size` is larger, the new model embeds a resized patch exactly as this
+    model embeds the original patch. `resize_image` restores the old image size.
 
     Args:
-        method: whose matrix: "flexivit" (bilinear, not antialiased: big_vision, the code of Beyer
-            et al. 2022, arXiv 2212.08013) or "timm" (resample_patch_embed: bicubic, antialiased).
-            Their kernels differ by a quarter or more.
+        method: how to resize a patch: as "flexivit" (bilinear, not antialiased; from big_vision,
+            Beyer et al. 2022, arXiv 2212.08013) or as "timm" (bicubic, antialiased; from
+            resample_patch_embed). The kernels of the two methods differ by a quarter or more.
 
     >>> from miniclip import CLIP
     >>> model = resize_patch(CLIP.from_pretrained("shapes"), 16)  # from 8
@@ -126,7 +126,7 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
     weight = new.vision.patch_embed.weight  # (W, channels, old, old)
     pixels = torch.eye(old * old, dtype=torch.float64, device=weight.device)
     resize = RESIZE[method](pixels.view(-1, 1, old, old), (size, size)).flatten(1)
-    # resize is (old * old, size * size), a row for each pixel
+    # resize is (old * old, size * size), a row for each pixel of the old patch
     kernels = weight.double().flatten(2) @ torch.linalg.pinv(resize).T
     _assign(new.vision.patch_embed, "weight", kernels.unflatten(2, (size, size)).to(weight))
     new.vision.patch_embed.kernel_size = new.vision.patch_embed.stride = (size, size)
@@ -136,9 +136,9 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
 def resize_channels(model: CLIP, channels: int) -> CLIP:
     """A model for images of another number of channels, such as 4 with depth or near infrared.
 
-    timm's rule (adapt_input_conv): one channel gets the sum of the kernels, which reads a grey
-    image as before. More channels get the kernels in turn, scaled to keep the size of the sum. The
-    checkpoint's transform stays RGB, so you make the other channels yourself.
+    The rule is timm's (adapt_input_conv). A single channel gets the sum of the kernels. Several
+    channels get the old kernels in turn, scaled so that their sum keeps its size. The checkpoint's
+    transform still gives RGB: make the other channels yourself.
 
     >>> from miniclip import CLIP
     >>> four = resize_channels(CLIP.from_pretrained("shapes"), 4)
@@ -163,15 +163,15 @@ def resize_channels(model: CLIP, channels: int) -> CLIP:
 def extend_context(
     model: CLIP, length: int, *, keep: int | None = None, method: str = "longclip"
 ) -> CLIP:
-    """A model that reads longer texts, with its position embedding stretched.
+    """A model for longer texts. Its position embedding is stretched.
 
-    A text that ends within the kept rows keeps its embedding. Set the Tokenizer's `context_length`
-    too. Raises ValueError for a shorter context, and for fewer than two rows to stretch.
+    A text that ends within the first `keep` positions keeps its embedding. Also set the Tokenizer's
+    `context_length`. Raises ValueError for a shorter context, or fewer than two rows to stretch.
 
     Args:
-        keep: how many first positions stay. Default: 20 for "longclip", because short captions
-            train only these; 0 for "linear".
-        method: "longclip" stretches linearly from the first row past the last (Zhang et al. 2024,
+        keep: how many of the first positions do not change. Default: 20 for "longclip", because
+            short captions train only these positions; 0 for "linear".
+        method: "longclip" interpolates linearly, and extrapolates at the end (Zhang et al. 2024,
             arXiv 2403.15378). "linear" is PyTorch's linear interpolation, as in open_clip.
 
     >>> from miniclip import CLIP
@@ -188,14 +188,14 @@ def extend_context(
     if length < old or not 0 <= keep <= old - 2:
         raise ValueError(
             f"cannot stretch {old} positions to {length}, keeping {keep}: expected a length of at "
-            f"least {old}, and to keep 0 to {old - 2}, so that two rows are left to stretch"
+            f"least {old}, and keep from 0 to {old - 2}, so that two rows are left to stretch"
         )
     reconfigure(new, "text", context_length=length)
     pos_embed = new.text.pos_embed
     rows, count = _precise(pos_embed[keep:]), length - keep  # (T, W)
     if method == "longclip":
         places = torch.arange(count, device=rows.device, dtype=rows.dtype) * len(rows) / count
-        below = places.long().clamp(max=len(rows) - 2)  # past the last row, along its slope
+        below = places.long().clamp(max=len(rows) - 2)  # beyond the last row, extrapolate
         stretched = torch.lerp(rows[below], rows[below + 1], (places - below)[:, None])
     else:
         stretched = F.interpolate(rows.T[None], count, mode="linear")[0].T
@@ -206,11 +206,11 @@ def extend_context(
 def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     """A model with more tokens in its vocabulary. The new ids follow the old ones.
 
-    A model with the legacy end token 2 reads a text at its largest id, the last id of the old
-    vocabulary. The new config names that id, because a new id would be larger.
+    A model with the legacy end token 2 takes the largest id in a text for its end token. New ids
+    would be larger, so the new config names the old end token, the last id of the old vocabulary.
 
     Args:
-        tokens: vectors (count, W), or how many new tokens begin as the mean of all.
+        tokens: vectors (count, W), or a number of tokens, which start as the mean of all vectors.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -231,11 +231,11 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
 def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     """A model with more register tokens (Darcet et al. 2023, arXiv 2309.16588).
 
-    They stand after the class token, have no position, and are not read at the end. Attention can
-    store there what it otherwise writes over patches. transformers cannot express the result.
+    Registers stand after the class token, have no position embedding, and are not read at the end.
+    Attention can store in them what it otherwise stores in patches. transformers has no registers.
 
     Args:
-        registers: vectors (count, W), or how many zero vectors.
+        registers: vectors (count, W), or a number of zero vectors.
 
     >>> from miniclip import CLIP
     >>> add_registers(CLIP.from_pretrained("shapes"), 4).config.vision.registers
@@ -254,12 +254,12 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
 
 
 def _precise(x: Tensor) -> Tensor:
-    """Detached and at least float32, because resampling in half precision is not exact enough."""
+    """Detach, and convert to float32 or more, because half precision is too coarse to resample."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rows(given: int | Tensor, like: Tensor, default: Tensor) -> Tensor:
-    """New rows (count, W) for a table, in its dtype: the given vectors, or copies of `default`."""
+    """Return new rows (count, W) for a table: the given vectors, or copies of `default`."""
     width = like.shape[1]
     if not isinstance(given, Tensor):
         if type(given) is not int or given < 0:
@@ -271,7 +271,7 @@ def _rows(given: int | Tensor, like: Tensor, default: Tensor) -> Tensor:
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter. The new one is trained if the old one was."""
+    """Replace a parameter. The new one has the requires_grad of the old one, by default True."""
     old = getattr(module, name)
     trained = True if old is None else old.requires_grad
     setattr(module, name, nn.Parameter(value.detach().clone(), trained))

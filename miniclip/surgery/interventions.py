@@ -1,4 +1,4 @@
-"""Context managers that switch off, patch, replace or leave out a part of a model's run."""
+"""Context managers that ablate, patch, replace or leave out a part of a model's computation."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -17,16 +17,16 @@ from miniclip.surgery.weights import copied
 def ablate_heads(
     model: CLIP, tower: str, heads: Mapping[int, Collection[int]], mode: str = "zero"
 ) -> Iterator[None]:
-    """Silence heads while the block lasts.
+    """Switch off heads while the `with` block is open.
 
-    `lens.ablate_contributions` is the ablation of Gandelsman et al. 2023, which changes the
-    embedding alone.
+    `lens.ablate_contributions` is the ablation of Gandelsman et al. 2023, which changes only the
+    embedding.
 
     Args:
         heads: {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist, and
             for a fork's attention that does not run its site `z`.
-        mode: "zero" removes what a head adds to the residual stream, as `prune_heads` does for
-            good. "mean" replaces it by its mean over the batch, at every token.
+        mode: "zero" removes what a head adds to the residual stream, like `prune_heads`. "mean"
+            replaces a head's output with its mean over the batch, separately for each token.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -63,15 +63,15 @@ def patch_from(
     positions: Tensor | Sequence | slice = slice(None),
     heads: Collection[int] | None = None,
 ) -> dict[str, Edit]:
-    """Functions for `hooks` that replace a run's tensors by cached ones.
+    """Make functions for `hooks` that replace a run's tensors with cached tensors.
 
     This is activation patching (Meng et al. 2022, arXiv 2202.05262).
 
     Args:
-        acts: tensors (B, T, ...) of another run, from `cache`, of the same shape.
-        positions: the tokens to replace, query tokens of a pattern: one of each row, (B,), or k of
-            each row, (B, k). A slice and (1, k) are for all rows.
-        heads: the heads to replace, at attn.q, k, v, scores, pattern and z.
+        acts: tensors (B, T, ...) of another run with the same shapes, from `cache`.
+        positions: the tokens to replace (in a pattern, query tokens): (B,), one token of each
+            input; (B, k), k tokens of each input; a slice or (1, k), the same tokens of all inputs.
+        heads: the heads to replace, at the sites attn.q, k, v, scores, pattern and z.
 
     >>> from miniclip import CLIP
     >>> from miniclip.sites import cache
@@ -102,7 +102,7 @@ def patch_from(
         if places.ndim not in (1, 2) or len(places) not in (1, B):
             raise ValueError(
                 f"positions have shape {tuple(places.shape)}; expected ({B},), a token of each "
-                f"row, or ({B}, k), or (1, k) for all rows"
+                f"input, or ({B}, k), or (1, k) for all inputs"
             )
         chosen = torch.zeros(B, T, dtype=torch.bool, device=tensor.device)
         rows = torch.arange(B, device=tensor.device)[:, None]
@@ -125,10 +125,10 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
 
     Args:
         site: a name or a glob.
-        module: returns the shape that it is given.
+        module: its output must have the shape of its input.
         error_term: add the autoencoder's reconstruction error back as a constant (Marks et al.
-            2024, arXiv 2403.19647). The output is then the model's own, gradients pass through the
-            autoencoder's features, and `hooks` on the autoencoder change the output.
+            2024, arXiv 2403.19647). The model's output then does not change. Gradients pass through
+            the autoencoder's features, and `hooks` on the autoencoder do change the output.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -136,7 +136,7 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     >>> torch.equal(spliced, model.encode_image(pixels))
     True
     """
-    # The error must not include what hooks on the module change.
+    # Hooks on the module must not change the error: it would cancel their effect.
     unhooked = copied(module, shares_weights=True) if error_term else module
 
     def through(tensor: Tensor, name: str) -> Tensor:
@@ -151,17 +151,17 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
 def move_to_registers(
     model: CLIP, neurons: Mapping[int, Collection[int]], count: int = 1, scale: float = 1.0
 ) -> Iterator[None]:
-    """Let neurons write to new tokens and not to patches, while the block lasts.
+    """Let neurons write to new tokens, not to patches, while the `with` block is open.
 
-    These are test-time registers, without training (Jiang et al. 2025, arXiv 2506.08010). As in the
-    authors' code, m is one signed number for an image and a layer: the largest in size over all
-    tokens and all of the layer's neurons. The paper moves each neuron's own largest activation, and
-    zeroes all other tokens.
+    These are test-time registers, which need no training (Jiang et al. 2025, arXiv 2506.08010). The
+    activation at the new tokens is `scale` * m. As in the authors' code, m is one number for each
+    image and layer: the activation with the largest absolute value, over all tokens and all chosen
+    neurons. The paper moves each neuron's own largest activation, and zeroes all other tokens.
 
     Args:
-        neurons: {layer: [neuron, ...]}. Their activations become 0 at the patches and `scale` * m
-            at the new tokens. The class token keeps its own.
-        count: how many new tokens. They are zero before `ln_pre`, and stand where registers do.
+        neurons: {layer: [neuron, ...]}. Their activations become 0 at the patches, and do not
+            change at the class token.
+        count: how many new tokens. They are zero before `ln_pre`, and stand before the patches.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -215,9 +215,9 @@ def patch_dropout(model: CLIP, share: float) -> Iterator[None]:
 class PatchDropout:
     """A hook for training on a random part of each image's patches.
 
-    FLIP (Li et al. 2022, arXiv 2212.00794). It edits the output of `vision.ln_pre`, the residual
-    stream before the first block. The class token and registers stay. The remaining patches keep
-    their order and their positions.
+    This is FLIP (Li et al. 2022, arXiv 2212.00794). The hook edits the output of `vision.ln_pre`,
+    the residual stream before the first block. The class token and registers stay. The remaining
+    patches keep their order and their positions.
     """
 
     def __init__(self, tower: VisionTower, share: float) -> None:

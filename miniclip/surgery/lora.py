@@ -1,8 +1,8 @@
-"""Train a low-rank change to some weights and leave the rest alone.
+"""Train a low-rank change to some weights, and freeze the rest.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank) B A, where A is (rank, in) and B is
-(out, rank). The sum is a parametrization of the Linear (torch.nn.utils.parametrize), so
-`linear.weight` is always the sum. PEFT works on the same modules:
+LoRA (Hu et al. 2021, arXiv 2106.09685) replaces W with W + (alpha / rank) B A, where A is
+(rank, in) and B is (out, rank). The sum is a parametrization of the Linear
+(torch.nn.utils.parametrize), so `linear.weight` is always the sum. PEFT also works on these models:
 `get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))`.
 """
 
@@ -17,7 +17,7 @@ from miniclip.sites import find
 from miniclip.surgery.weights import copied
 
 ATTENTION_QV = ("*.blocks.*.attn.q_proj", "*.blocks.*.attn.v_proj")
-"""The paper adapts the queries and values of every layer. These are of both towers."""
+"""The queries and values of every layer, as in the paper, of both towers."""
 
 
 class LowRank(nn.Module):
@@ -29,7 +29,7 @@ class LowRank(nn.Module):
         self.scale = alpha / rank
         self.A = nn.Parameter(weight.new_empty(rank, columns))
         self.B = nn.Parameter(weight.new_zeros(rows, rank))
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as nn.Linear does, and the paper's own code
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as nn.Linear and the authors' code do
 
     def forward(self, weight: Tensor) -> Tensor:
         """(out, in) -> (out, in)"""
@@ -45,11 +45,11 @@ def add_lora(
 ) -> CLIP:
     """A model with LoRA on every Linear that a glob matches. Nothing else is trained.
 
-    Call `merge_lora` before you save or prune it.
+    Call `merge_lora` before you save or prune the model.
 
     Args:
         sites: globs of module names.
-        alpha: alpha / rank is the scale of B A. The default is `rank`, a scale of 1.
+        alpha: alpha / rank is the scale of B A. By default alpha is `rank`, so the scale is 1.
     Raises:
         ValueError: for a glob without a match, and for a module that is not a plain Linear.
 
@@ -72,8 +72,8 @@ def add_lora(
 def merge_lora(model: CLIP) -> CLIP:
     """A model of plain Linears, whose weights include the low-rank changes.
 
-    It can be saved, exported and pruned. Until then it remembers its parts (`unmerge_lora`). Raises
-    ValueError for a model without LoRA.
+    The new model can be saved, exported and pruned. It remembers W, A and B for `unmerge_lora`,
+    but a saved file does not. Raises ValueError for a model without LoRA.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -85,7 +85,7 @@ def merge_lora(model: CLIP) -> CLIP:
         plain = nn.Linear(adapted.in_features, adapted.out_features, device="meta")
         plain.weight = nn.Parameter(adapted.weight.detach().clone(), False)
         plain.bias = adapted.bias
-        # Not a submodule, so that a state dict, an optimizer and a save see a plain Linear.
+        # Not a submodule: a state dict, an optimizer and a save must see a plain Linear.
         object.__setattr__(plain, "unmerged", adapted)
         setattr(parent, name, plain.train(adapted.training))
     return new
@@ -94,8 +94,8 @@ def merge_lora(model: CLIP) -> CLIP:
 def unmerge_lora(model: CLIP) -> CLIP:
     """The model as it was before `merge_lora`, bit for bit: weight, A and B are restored.
 
-    Later changes to the merged weights are lost. Raises ValueError for a model that `merge_lora`
-    has not made.
+    Later changes to the merged weights are lost. Raises ValueError for a model that does not come
+    from `merge_lora`.
 
     >>> from miniclip import CLIP
     >>> model = add_lora(CLIP.from_pretrained("shapes"))

@@ -1,4 +1,4 @@
-"""Prompts of learned vectors in place of words: CoOp (Zhou et al. 2021, arXiv 2109.01134)."""
+"""Prompts made of learned vectors, not of words: CoOp (Zhou et al. 2021, arXiv 2109.01134)."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ def encode_prompts(model: CLIP, vectors: Tensor, eos: Tensor, *, normalize: bool
     """Embed texts that are given as token vectors: (B, T, W) -> (B, E).
 
     Args:
-        vectors: replace the token embeddings of ids, including the start and end tokens'.
+        vectors: used as token embeddings, including those of the start and end tokens.
         eos: (B,), the position of each text's end token.
         normalize: whether embeddings have length 1.
 

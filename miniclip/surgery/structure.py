@@ -1,8 +1,8 @@
 """Fewer heads, neurons or layers, or layers in another order.
 
-If the head counts or MLP widths differ from layer to layer, the config has a tuple. transformers'
-CLIP cannot express that. If they are the same in every layer and no head is missing, the model
-loads in transformers and gives the same logits.
+If the number of heads or the MLP width differs from layer to layer, the config has a tuple, which
+transformers' CLIP cannot express. If all layers are equal and no head is missing, the model loads
+in transformers and gives the same logits.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +22,7 @@ from miniclip.surgery.weights import copied
 
 
 def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -> CLIP:
-    """Remove heads from a tower (Michel et al. 2019, arXiv 1905.10650), as if their z were zero.
+    """Remove heads from a tower, as if their z were zero (Michel et al. 2019, arXiv 1905.10650).
 
     The bias of out_proj stays. transformers cannot express the result. `heads` is
     {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist.
@@ -58,7 +58,7 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
 def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]]) -> CLIP:
     """Remove neurons from the MLPs of a tower, as if their activations were zero.
 
-    The bias of fc2 stays. transformers can express the result if every layer loses the same number.
+    The bias of fc2 stays. transformers can express the result if all layers keep the same width.
     `neurons` is {layer: [neuron, ...]}. Raises ValueError if a layer or neuron does not exist.
 
     >>> from miniclip import CLIP
@@ -122,7 +122,7 @@ def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
         raise ValueError(
             f"{type(config).__name__} has no field {listed(unknown)}; expected some of "
             + ", ".join(vars(config))
-            + ". Patches do not overlap, so a stride is the patch_size" * patches
+            + ". Patches do not overlap: the stride is the patch_size" * patches
         )
     config = replace(config, **fields)
     model.config = replace(model.config, **{tower: config})

@@ -1,7 +1,7 @@
-"""Arithmetic on whole sets of weights, and the parts of a tower that are trained or frozen.
+"""Arithmetic on the weights of whole models, and freezing parts of a tower.
 
-Models that were fine-tuned from the same weights lie in one basin, so their mean is a model too.
-Sums are float64 and are rounded once, to the precision of the first model's weights.
+The mean of models that were fine-tuned from the same weights is often a good model. Sums are
+computed in float64 and rounded once, to the dtype of the first model's weights.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from miniclip.sites import Enter
 
 
 def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
-    """The model `alpha` of the way from one model to the other.
+    """Interpolate between the weights of two models.
 
     WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903) goes from the zero-shot to the fine-tuned
-    model. 0 gives the first model and 1 the second, exactly; other numbers extrapolate. Raises
-    ValueError for models that differ in more than their weights, and for unmerged LoRA.
+    model. alpha = 0 gives exactly the first model, 1 exactly the second. Below 0 or above 1, the
+    result extrapolates. Raises ValueError if more than weights differ, and for unmerged LoRA.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -36,7 +36,7 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
 def average(models: list[CLIP]) -> CLIP:
     """The mean of the models' weights: the uniform soup of Wortsman et al. 2022, arXiv 2203.05482.
 
-    Raises ValueError for no models, and as `interpolate` does.
+    Raises ValueError for an empty list, and for the reasons of `interpolate`.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -65,12 +65,12 @@ class TaskVector:
 
     @classmethod
     def between(cls, base: CLIP, tuned: CLIP) -> "TaskVector":
-        """The weights of `tuned` minus the weights of `base`. ValueError if their shapes differ."""
+        """The weights of `tuned` minus the weights of `base`. Raises as `interpolate` does."""
         weights, others = _weights(base, tuned)
         return cls({name: others[name].double() - weights[name].double() for name in weights})
 
     def apply(self, model: CLIP, scale: float = 1.0) -> CLIP:
-        """A new model: the given model plus `scale` times this vector."""
+        """Return a new model: the weights of `model` plus `scale` times this vector."""
         (weights,) = _weights(model)
         _check_same_shapes(weights, self.tensors)
         vector = self.tensors
@@ -100,8 +100,8 @@ OUTPUT = ("ln_post", "ln_final", "proj")
 def layer_groups(tower: VisionTower | TextTower) -> list[list[nn.Parameter]]:
     """A tower's parameters in groups, for `freeze` or a learning rate that depends on depth.
 
-    The groups are, from input to output: all before the first block; each block; the last LayerNorm
-    and the projection.
+    From input to output, the groups are: all parameters before the first block; each block; the
+    last LayerNorm and the projection.
 
     >>> from miniclip import CLIP
     >>> len(layer_groups(CLIP.from_pretrained("shapes").vision))  # 4 blocks
@@ -133,7 +133,7 @@ def freeze(tower: VisionTower | TextTower, groups: int) -> None:
     """
     parts = layer_groups(tower)
     if not 0 <= groups <= len(parts):
-        raise ValueError(f"groups is {groups}; this tower has {len(parts)}: expected 0 to all")
+        raise ValueError(f"groups is {groups}; expected 0 to {len(parts)}, the tower's groups")
     for i, part in enumerate(parts):
         for parameter in part:
             parameter.requires_grad_(i >= groups)
@@ -143,7 +143,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(model: Module, shares_weights: bool = False) -> Module:
-    """A copy of a model without its forward hooks, because nobody could remove copied hooks.
+    """A copy of a model without its forward hooks, because copied hooks could not be removed.
 
     The copy shares the tensors if `shares_weights`.
 
@@ -157,7 +157,7 @@ def copied(model: Module, shares_weights: bool = False) -> Module:
     for part in new.modules():
         part._forward_hooks.clear()
         for key, hook in [*part._forward_pre_hooks.items()]:
-            if isinstance(hook, Enter):  # others, such as torch.nn.utils.prune's, make the weights
+            if isinstance(hook, Enter):  # torch.nn.utils.prune needs its pre-hooks
                 del part._forward_pre_hooks[key]
     return new
 
@@ -171,8 +171,8 @@ def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
 
 
 def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
-    """The floating-point tensors of models that differ in nothing else. ValueError if they do, or
-    if a model does not fit its config: unmerged adapters and quantised modules have no mean."""
+    """The floating-point tensors of each model. Raises ValueError if the models differ in anything
+    else, or do not fit their config: unmerged adapters and quantised modules have no mean."""
     for model in models:
         check_described(model)
     found = [
@@ -206,7 +206,7 @@ def _check_same_shapes(one: dict[str, Tensor], other: dict[str, Tensor]) -> None
     shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (one, other)]
     if odd := sorted(dict(shapes[0].items() ^ shapes[1].items())):
         raise ValueError(
-            f"the two differ in the names or shapes of {len(odd)} tensors, {odd[0]} for one: "
+            f"the two differ in the names or shapes of {len(odd)} tensors, such as {odd[0]}: "
             f"{shapes[0].get(odd[0], 'absent')} and {shapes[1].get(odd[0], 'absent')}. Expected "
             "models fine-tuned from the same weights"
         )
