@@ -228,7 +228,7 @@ def test_the_parts_of_clip_prs_sum_to_the_direction_of_the_embedding(double, tow
         assert len(parts) == 1 + 2 * getattr(TINY, tower).layers
         assert distance(total(parts), expected) < 1e-12
     bare = prune_heads(model, tower, {1: range(getattr(TINY, tower).heads)})
-    with pytest.raises(ValueError, match="the parts miss the embedding"):
+    with pytest.raises(ValueError, match="the sum of the parts differs from the embedding"):
         decompose(bare, inputs[tower], "head", "clip_prs")  # its bias has no head to belong to
     with pytest.raises(ValueError, match="convention is 'prs'; expected 'miniclip' or 'clip_prs'"):
         decompose(model, inputs[tower], convention="prs")
@@ -329,7 +329,7 @@ def test_the_parts_of_a_quantised_tower_are_an_error_that_says_so(by):
     model = quantize_dynamic(tiny_clip(), {nn.Linear}, torch.qint8)
     pixels, ids = random_inputs(TINY)
     for x in (pixels, ids):
-        with pytest.raises(ValueError, match="the parts miss the embedding by .*module that was"):
+        with pytest.raises(ValueError, match="differs from the embedding by .*module that was"):
             decompose(model, x, by=by)
 
 
@@ -345,7 +345,7 @@ def test_an_edit_that_the_parts_leave_out_is_an_error(double):
     model, inputs = double
     x = inputs["vision"]
     with hooks(model, {"vision.blocks.1": lambda out, name: out * 1.1}):
-        with pytest.raises(ValueError, match="the parts miss the embedding by"):
+        with pytest.raises(ValueError, match="the sum of the parts differs from the embedding by"):
             decompose(model, x)
     # An edit of what is a part is no contradiction.
     with hooks(model, {"vision.blocks.1.mlp": lambda out, name: out * 1.1}):
@@ -390,7 +390,7 @@ def test_the_sum_of_the_parts_may_miss_by_a_thousand_roundings_of_their_size(dty
     check_sum(parts, embedding)
     check_sum(parts, embedding + 0.95 * limit)
     for wrong in (1.05 * limit, torch.nan):
-        with pytest.raises(ValueError, match="the parts miss the embedding by"):
+        with pytest.raises(ValueError, match="the sum of the parts differs from the embedding by"):
             check_sum(parts, embedding + wrong)
 
 

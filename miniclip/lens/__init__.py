@@ -1,14 +1,14 @@
-"""What the activations of a model mean. Nothing here changes a weight.
+"""Interpret the activations of a model. Nothing here changes a weight.
 
 - `attention.py`: attention maps, rollout, gradient-weighted relevance, Grad-CAM
 - `decompose.py`: the embedding as an exact sum over layers, heads or tokens
 - `streams.py`: the residual stream after each layer: logit lens, intermediate features
-- `heat.py`: where a model sees a text in an image, by several methods
+- `heat.py`: several methods to show where a model sees a text in an image
 - `reading.py`: which tower reads an input, and at which token
 
-Diffusion models read the residual stream after a chosen block of the text tower. Clip skip 1 is the
-block before the last; some user interfaces call it 2. A prompt of more than 77 tokens goes through
-the tower in windows, each with a start and an end token:
+Diffusion models read the residual stream after a chosen block of the text tower. In diffusers, clip
+skip 1 is the block before the last. Most user interfaces call it 2. A prompt of more than 77 tokens
+goes through the tower in windows, each with a start and an end token:
 
 ```python
 from miniclip.lens import forward_intermediates
@@ -27,8 +27,8 @@ For one embedding of a long text, see `surgery.extend_context`.
     miniclip explain cat.jpg "a cat" "a dog" --all -o where.png --model everyday
     miniclip explain --score shapes --model shapes -o methods.png
 
-The first command draws where each text is seen, by every method. The second asks each method for
-one of two drawn objects, whose pixels are known:
+The first command draws where the model sees each text, by every method. The second command scores
+the methods: each has to find the named one of two drawn objects, whose pixels are known:
 
                                     trained weights                random weights
     method                named     other       IoU     named     other       IoU
@@ -43,10 +43,10 @@ one of two drawn objects, whose pixels are known:
     the mask itself       85.0%      0.0%     64.0%
 
 (Shapes checkpoint, torch 2.13.0, CPU, 2026-11-29. `named` and `other`: how often the warmest pixel
-is on the object that the text names, and on the other object. `IoU`: of the object and as many of
-the warmest pixels. Random weights: the mean of five draws. Attention and rollout do not read the
-text, so they find either object equally often. `the mask itself` is averaged over patches: a map of
-8 x 8 patches cannot be better.)
+is on the object that the text names, and on the other object. `IoU`: the overlap of the object with
+as many of the warmest pixels. Random weights: the mean of five draws. Attention and rollout do not
+read the text, so they find both objects equally often. `the mask itself`: the mask of the object,
+averaged over each patch, which is about the best that a map of 8 x 8 patches can be.)
 """
 
 from miniclip.lens.attention import Relevance, attention_maps, gradcam, relevance, rollout

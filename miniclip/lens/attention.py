@@ -34,17 +34,18 @@ def check_patterns(acts: dict[str, Tensor], *blocks: nn.Sequential) -> None:
     if len(acts) != sum(map(len, blocks)):
         silent = [type(b.attn).__name__ for some in blocks for b in some]
         raise ValueError(
-            f"{len(acts)} of {len(silent)} blocks have run their site attn.pattern; the attention "
-            f"of the others computes its pattern elsewhere: {', '.join(dict.fromkeys(silent))}"
+            f"{len(acts)} of {len(silent)} blocks have run their site attn.pattern; the other "
+            f"blocks' attention computes the pattern elsewhere: {', '.join(dict.fromkeys(silent))}"
         )
 
 
 @torch.no_grad()
 def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
-    """How much of each input token reaches the token that is read, if only attention mixes them.
+    """How much of each token reaches the class or end token, if only attention mixes tokens.
 
-    Abnar and Zuidema 2020, arXiv 2005.00928: the patterns, averaged over the heads and over the
-    residual connection, multiplied through the blocks. Returns (B, T); rows sum to 1.
+    Each pattern is averaged over its heads and with the identity, for the residual connection. Then
+    the patterns are multiplied (Abnar and Zuidema 2020, arXiv 2005.00928). Returns (B, T), whose
+    rows sum to 1.
 
     >>> from miniclip import CLIP
     >>> rollout(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)).shape
@@ -61,18 +62,18 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
 
 
 class Relevance(NamedTuple):
-    """How much each token adds to the logits of B pairs. The token that is read has 1 more."""
+    """How relevant each token is to the logits of B pairs. The class and end tokens have 1 more."""
 
-    image: Tensor  # (B, 1 + P)
+    image: Tensor  # (B, 1 + R + P)
     text: Tensor  # (B, T)
 
 
 def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Relevance:
     """Attention weighted by its gradient, for B pairs of an image and a text, in both towers.
 
-    Chefer et al. 2021, "Generic Attention-model Explainability", arXiv 2103.15679, equations 5 and
-    6: each head's pattern times the gradient of the pair's logit, its positive part averaged over
-    the heads, accumulated over the blocks.
+    Each head's pattern is multiplied by its gradient of the pair's logit. The positive part is
+    averaged over the heads and accumulated over the blocks (Chefer et al. 2021, "Generic
+    Attention-model Explainability", arXiv 2103.15679, equations 5 and 6).
 
     Args:
         start: the first block that counts. The paper starts at 0. The authors' notebook for CLIP
@@ -85,8 +86,8 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
     """
     if len(pixels) != len(ids):
         raise ValueError(
-            f"{len(pixels)} images and {len(ids)} texts; expected pairs: repeat the image of "
-            "several texts, as pixels.expand(len(ids), -1, -1, -1) does"
+            f"{len(pixels)} images and {len(ids)} texts; expected pairs. For several texts of one "
+            "image, repeat the image: pixels.expand(len(ids), -1, -1, -1)"
         )
     for tower in (model.vision, model.text):
         follow("relevance", tower, ("forward", "pool"), block=("forward",))
@@ -111,8 +112,8 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
 def pair_gradients(
     model: CLIP, pixels: Tensor, ids: Tensor, *sites: str
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """The tensors at sites, and the gradients there of the logits of B pairs."""
-    # Gradients may be off around the call. A tensor from inference mode must be copied.
+    """The tensors at sites, and the gradients of the logits of B pairs with respect to them."""
+    # The caller may have turned gradients off. A tensor from inference mode must be copied.
     with torch.inference_mode(False), torch.enable_grad():
         with cache(model, *sites, grad=True) as acts:
             logits = model(pixels.clone(), ids.clone()).logits_per_image.diagonal()  # (B,)

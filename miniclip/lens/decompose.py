@@ -16,9 +16,9 @@ from miniclip.sites import hooks, norm_scale
 def read_rows(
     tower: Tower, x: Tensor, sites: dict[str, Callable], read: Callable
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run a tower and keep function(tensor) of each site, and `read` of the first residual stream.
+    """Run a tower. Return {site: the function's result for its tensor}, and the embedding.
 
-    `sites` is {glob: function}. Returns {"embed": ..., name of a site: ...}, and the embedding.
+    `sites` is {glob: function}. "embed" has `read` of the residual stream before the first block.
     """
     rows: dict[str, Tensor] = {}
 
@@ -31,7 +31,7 @@ def read_rows(
         return rows, tower(x)
 
 
-# What heads read (B, H, D) or, from each token, (B, H, T, D), times what they write, (E, H, D).
+# What heads read, (B, H, D) or from each token (B, H, T, D), times what they write, (E, H, D).
 GRAINS = {"layer": "bhd,ehd->be", "head": "bhd,ehd->bhe", "token": "bhtd,ehd->bhte"}
 
 
@@ -39,26 +39,25 @@ GRAINS = {"layer": "bhd,ehd->be", "head": "bhd,ehd->bhe", "token": "bhtd,ehd->bh
 def decompose(
     model: CLIP | Tower, x: Tensor, by: str = "layer", convention: str = "miniclip"
 ) -> dict[str, Tensor]:
-    """The embedding as a sum of what each part of the tower writes into the token that is read.
+    """The embedding as a sum of what each part of the tower adds to the class or end token.
 
-    A part is a vector of the shared space: its product with a text's embedding says how much the
-    part speaks for the text. The sum is exact, because the last LayerNorm is linear once its
-    divisor is known. Gandelsman et al. 2023, arXiv 2310.05916.
+    Each part is a vector in the space of embeddings. Its product with a text's embedding is the
+    part's share of the similarity. The sum is exact, because the last LayerNorm is linear if its
+    divisor is given. Gandelsman et al. 2023, arXiv 2310.05916.
 
     Args:
         x: pixels or ids.
-        by: the parts of attention: "layer" (B, E), "head" (B, H, E), or "token" (B, H, T, E), where
-            T are the tokens that a head attends to.
-        convention: "miniclip" keeps biases and the LayerNorm's mean apart, so that a part is what
-            the embedding loses without it. "clip_prs" is the authors' code: each part includes its
-            own bias and an equal share of the LayerNorm's mean and bias, and is divided by the
-            embedding's length.
+        by: how to split attention: by "layer" (B, E), "head" (B, H, E), or "token" (B, H, T, E),
+            where T are the tokens that a head attends to.
+        convention: with "miniclip", a part is what the embedding loses without it, and biases are
+            parts of their own. "clip_prs" is as in the authors' code: a part includes its own bias
+            and an equal share of the LayerNorm's mean and bias, divided by the embedding's length.
     Returns:
-        "embed" (the stream before the first block), "blocks.3.attn", "blocks.3.mlp", and so on.
-        "clip_prs" has no others, and their sum has length 1. With "miniclip" the sum is the
-        embedding, and biases have their own names. The value bias belongs to a head and not to a
-        token, because a pattern's rows sum to 1: by head and by token "blocks.3.attn.v_proj.bias"
-        is (B, H, E). A fork's own MLP is one part, with its biases.
+        "embed" (the residual stream before the first block), "blocks.3.attn", "blocks.3.mlp", and
+        so on, and with "miniclip" also biases. The sum of all parts is the embedding, for
+        "clip_prs" with length 1. A value bias belongs to a head, not to a token, because a
+        pattern's rows sum to 1. So "blocks.3.attn.v_proj.bias" is (B, H, E) if `by` is "head" or
+        "token". A fork's own MLP is one part, including its biases.
     Raises:
         ValueError: if the sum is not the embedding, for instance because a hook edits the stream,
             and for a fork with its own pooling, block or attention pattern.
@@ -101,8 +100,8 @@ def decompose(
     norm_name, norm = last_norm(tower)
     last = rows[f"blocks.{len(tower.blocks) - 1}"]  # (B, W)
     length = 1 if apart else embedding.norm(dim=-1, keepdim=True)  # (B, 1)
-    # Once the scale is known, the way from the stream to the embedding is linear. The LayerNorm
-    # subtracts the mean. If each part does so, LayerNorm and projection are one matrix.
+    # With a given scale, the residual stream is mapped to the embedding linearly. If the mean is
+    # subtracted from each part, LayerNorm and projection are one matrix.
     scale = norm_scale(norm, last) * length
     proj, _ = affine_of(tower.proj, last.shape[-1], last)
     readout = proj * norm.weight  # (E, W)
@@ -154,7 +153,7 @@ def decompose(
 
 
 def share(total: Tensor, part: Tensor) -> Tensor:
-    """The equal share of a vector (B, E) for each of the vectors of a part (B, ..., E)."""
+    """Divide a vector (B, E) equally among the vectors of a part (B, ..., E)."""
     count = part.shape[1:-1].numel()
     return total.view(len(part), *[1] * (part.ndim - 2), -1) / count
 
@@ -162,15 +161,15 @@ def share(total: Tensor, part: Tensor) -> Tensor:
 def ablate_contributions(
     parts: Mapping[str, Tensor], heads: Mapping[int, Collection[int]]
 ) -> Tensor:
-    """The embeddings (B, E) if some heads wrote the same into them for every image.
+    """The embeddings (B, E) after what some heads write into them is replaced with its mean.
 
     This is the mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code.
-    Nothing runs again, so later layers still read what the head wrote. `surgery.ablate_heads` with
-    mode="mean" also changes later layers, at every token.
+    Nothing runs again, so later layers still use the original output of these heads. In contrast,
+    `surgery.ablate_heads` with mode="mean" also changes later layers, at every token.
 
     Args:
-        parts: from `decompose` of a whole data set, by "head" or by "token".
-        heads: {layer: [head, ...]}, whose parts become their means over the batch.
+        parts: from `decompose` of a whole data set, with `by` "head" or "token".
+        heads: {layer: [head, ...]}. Their parts become the means over the batch.
 
     >>> from miniclip import CLIP
     >>> parts = decompose(CLIP.from_pretrained("shapes"), torch.rand(4, 3, 64, 64), by="head")
@@ -189,8 +188,8 @@ def ablate_contributions(
 
 
 def affine_of(module: Any, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix (out, width) and the bias (out) of a Linear, or of its replacement: a LoRA, a
-    quantised Linear, or the Identity of a tower without projection."""
+    """The matrix (out, width) and the bias (out) of a Linear or of a module that replaces one: a
+    LoRA, a quantised Linear, or the Identity of a tower without a projection."""
     if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
         weight = module.weight
         return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias
@@ -209,7 +208,7 @@ def check_sum(parts: dict[str, Tensor], embedding: Tensor) -> None:
     size = sum((part.abs().sum(1) for part in flat), torch.zeros_like(embedding)).max()
     if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:
         raise ValueError(
-            f"the parts miss the embedding by {distance:.2g}: something in this tower does not "
-            "compute what its weights say, such as a hook that edits the stream, or a module that "
-            "was replaced or quantised"
+            f"the sum of the parts differs from the embedding by {distance:.2g}: something changes "
+            "what this tower computes, such as a hook that edits the residual stream, or a module "
+            "that was replaced or quantised"
         )

@@ -1,4 +1,4 @@
-"""Where a model sees a text in an image, by several methods: as a map and as a picture."""
+"""Several methods to show where a model sees a text in an image, as a map and in colours."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -43,7 +43,7 @@ def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
 
 @torch.no_grad()
 def token_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """What all heads together write from each patch in the direction of the text (`decompose`)."""
+    """How much all heads write from each patch in the direction of the text (`decompose`)."""
     texts = model.encode_text(ids, normalize=True)  # (B, E)
     parts = decompose(model, pixels, by="token")
     tokens = sum(part.sum(1) for part in parts.values() if part.ndim == 4)  # (B, T, E)
@@ -54,8 +54,8 @@ def token_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
 def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     """How much the cosine falls if a patch is covered (Zeiler and Fergus 2013, arXiv 1311.2901).
 
-    A grey window of two by two patches covers the image, at one place after another. The loss is
-    shared out among the patches of the window.
+    A grey window of two by two patches moves over the image. A patch gets the mean fall of all
+    windows that cover it.
     """
     patch = model.vision.patch_embed.stride[0]
     rows, columns = patch_grid(model.vision, pixels)
@@ -64,7 +64,7 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     heat, times = texts.new_zeros(len(texts), rows, columns), texts.new_zeros(rows, columns)
     for i, j in corners:
         times[i : i + 2, j : j + 2] += 1
-    # A picture with several texts in a row is covered and encoded once. On a GPU this waits, once.
+    # Equal images one after another are encoded once. The CPU waits for a GPU here, but only once.
     repeats = [1] * len(pixels)
     if not pixels.is_meta:
         repeats = torch.unique_consecutive(pixels, dim=0, return_counts=True)[1].tolist()
@@ -98,15 +98,15 @@ BLIND = ("attention", "rollout")  # the methods whose map is the same for every 
 def text_maps(
     image: Picture, texts: str | Iterable[str], loaded: Loaded, method: str = "relevance"
 ) -> Tensor:
-    """Where each of C texts is seen in the image, patch by patch: (C, rows, columns).
+    """Where the model sees each of C texts: a number for each patch, (C, rows, columns).
 
     Args:
-        image: a picture, a path, bytes or an array.
+        image: a Pillow image, a path, bytes or an array.
         loaded: a model with its tokenizer and transform, from `miniclip.load`.
         method: a key of METHODS.
     Raises:
         ImageError, ContextLengthError: for an image or a text that the model cannot read.
-        ValueError: for another method, or a text without a word.
+        ValueError: for an unknown method, or an empty text.
 
     >>> import miniclip
     >>> picture, texts = Image.new("RGB", (80, 64)), ["a red circle", "a blue star"]
@@ -141,10 +141,9 @@ def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance
 
 
 def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Image.Image:
-    """`text_map` as colours over a grey picture of the part that the model sees.
+    """`text_map` in colours over the crop that the model sees, in grey.
 
-    Patches that speak against the text are as dark as neutral patches. For the arguments and the
-    errors see `text_maps`.
+    Negative numbers are as dark as 0. For the arguments and the errors see `text_maps`.
 
     >>> import miniclip
     >>> heatmap(Image.new("RGB", (80, 64)), "a red circle", miniclip.load("shapes")).size
@@ -154,9 +153,9 @@ def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance"
 
 
 def seen(image: Picture, transform: ImageTransform, scale: int = 1) -> Image.Image:
-    """The part of an image that the model sees, as a picture of S x S pixels.
+    """The part of an image that the model sees, as an image of S x S pixels.
 
-    With a larger `scale`, for people, the same crop has `scale` times as many pixels along a side.
+    A larger `scale` is for people: the same crop has `scale` times as many pixels along each side.
     """
     larger = replace(transform, size=transform.size * scale, crop_size=transform.crop_size * scale)
     mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)
@@ -164,20 +163,20 @@ def seen(image: Picture, transform: ImageTransform, scale: int = 1) -> Image.Ima
     return Image.fromarray(pixels.round().to(torch.uint8).numpy())
 
 
-# From no heat to the most: three colours of matplotlib's "inferno". They run from dark to light,
-# for colour-blind readers and grey printers.
+# The colours of the least, medium and most heat, from matplotlib's "inferno". They run from dark to
+# light, for colour-blind readers and grey printers.
 HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")
 
 
 def overlay(picture: Image.Image, heat: Tensor, warmest: float | None = None) -> Image.Image:
-    """Lay the positive part of heat (rows, columns) over a grey picture. More heat is denser.
+    """Draw the positive part of heat (rows, columns) over a grey image. More heat is more opaque.
 
-    The last of HEAT_COLOURS stands for `warmest`, which is the largest of these numbers by default.
+    The last of HEAT_COLOURS stands for the heat `warmest`, by default the largest of the map.
     """
     shown = heat.clamp(min=0)
     warmest = shown.max().item() if warmest is None else warmest
     levels = (shown / max(warmest, 1e-12) * 255).clamp(max=255).to(torch.uint8).numpy()
     smooth = Image.fromarray(levels).resize(picture.size, Image.Resampling.BILINEAR)
     colours = ImageOps.colorize(smooth, *HEAT_COLOURS[::2], mid=HEAT_COLOURS[1])
-    density = smooth.point(lambda h: 90 + h // 2)  # of 255: where it is cold, the picture shows
+    density = smooth.point(lambda h: 90 + h // 2)  # opacity, of 255: cold places show the image
     return Image.composite(colours, picture.convert("L").convert("RGB"), density)

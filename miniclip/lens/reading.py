@@ -14,9 +14,9 @@ Tower = VisionTower | TextTower
 
 
 def read_positions(who: str, tower: Tower, x: Tensor) -> Tensor:
-    """The position of the token that is read in each row of the input x, (B,).
+    """The position of the class or end token in each row of x, (B,).
 
-    Raises ValueError, with the name of the function `who`, for a fork that reads several tokens.
+    Raises ValueError, with the name of the function `who`, for a fork with its own pooling.
     """
     follow(who, tower, ("forward", "pool"))
     if eos_positions := getattr(tower, "eos_positions", None):
@@ -25,7 +25,7 @@ def read_positions(who: str, tower: Tower, x: Tensor) -> Tensor:
 
 
 def take(tokens: Tensor, positions: Tensor) -> Tensor:
-    """One token of each row: (B, T, ...) -> (B, ...)."""
+    """Take one token of each row: (B, T, ...) -> (B, ...)."""
     return tokens[torch.arange(len(tokens), device=tokens.device), positions]
 
 
@@ -36,6 +36,6 @@ def last_norm(tower: Tower) -> tuple[str, nn.LayerNorm]:
 
 
 def on_grid(model: CLIP | VisionTower, pixels: Tensor, tokens: Tensor) -> Tensor:
-    """Numbers of an image's tokens as a map of its patches: (B, T) -> (B, rows, columns)."""
+    """Arrange a number per token as a map of the patches: (B, T) -> (B, rows, columns)."""
     tower = tower_for(model, pixels)
     return tokens[:, patch_places(tower, pixels)].unflatten(1, patch_grid(tower, pixels))

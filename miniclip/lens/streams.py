@@ -21,9 +21,9 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
 
     Args:
         x: pixels or ids.
-        ln: where the last LayerNorm gets the length that it divides by. "recompute": from the
-            stream that it reads, as if the tower ended there. "final": from the last stream, so
-            that two entries differ by what the blocks between them add (`decompose`).
+        ln: which stream gives the divisor of the last LayerNorm. "recompute": the stream after the
+            same block, as if the tower ended there. "final": the last stream. Then the difference
+            of two entries is what the blocks between them add (`decompose`).
 
     >>> from miniclip import CLIP
     >>> logit_lens(CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)).shape
@@ -59,20 +59,20 @@ def forward_intermediates(
     output_fmt: str | None = None,
     intermediates_only: bool = False,
 ) -> list | tuple[Tensor, list]:
-    """The residual stream after chosen blocks, as timm's method of this name. Gradients flow.
+    """The residual stream after chosen blocks, with gradients, like timm's method of this name.
 
-    diffusers' clip skip n is `indices=[-1 - n], norm=True` of the text tower. Most user interfaces
-    call it n + 1. SDXL reads `indices=[-2]` without `norm`.
+    For the text tower, diffusers' clip skip n is `indices=[-1 - n], norm=True`. Most user
+    interfaces call it n + 1. SDXL reads `indices=[-2]` without `norm`.
 
     Args:
         indices: the numbers of the blocks, or how many of the last blocks. None: all blocks.
-        return_prefix_tokens: of images, pair each map with the tokens before the patches.
+        return_prefix_tokens: for images, pair each map with the tokens before the patches.
         norm: apply the last LayerNorm.
-        stop_early: do not run blocks after the last one that is asked for.
+        stop_early: do not run the blocks after the last chosen block.
         output_fmt: "NCHW" (B, W, rows, columns), the default for images, or "NLC" (B, T, W).
         intermediates_only: return the list alone.
     Returns:
-        The last block's tokens, normalised, and the list.
+        The tokens after the last block that ran, with the last LayerNorm, and the list.
 
     >>> from miniclip import CLIP
     >>> vision, pixels = CLIP.from_pretrained("shapes").vision, torch.zeros(1, 3, 64, 64)
@@ -85,7 +85,7 @@ def forward_intermediates(
     is_image = hasattr(tower, "patch_embed")
     output_fmt = output_fmt or ("NCHW" if is_image else "NLC")
     if output_fmt not in (("NCHW", "NLC") if is_image else ("NLC",)):
-        expected = "'NCHW' or 'NLC'" if is_image else "'NLC', as texts have no rows and columns"
+        expected = "'NCHW' or 'NLC'" if is_image else "'NLC': a text has no rows and columns"
         raise ValueError(f"output_fmt is {output_fmt!r}; expected {expected}")
     if return_prefix_tokens and not is_image:
         raise ValueError("return_prefix_tokens is for images; a text has no tokens before its own")
@@ -110,7 +110,7 @@ def forward_intermediates(
 
 
 def block_numbers(indices: int | list[int] | tuple[int, ...] | None, layers: int) -> set[int]:
-    """The numbers, from 0, of the blocks that `forward_intermediates` is asked for.
+    """The numbers, from 0, of the blocks that `indices` chooses among `layers` blocks.
 
     >>> block_numbers(2, 12), block_numbers([0, -1], 12)
     ({10, 11}, {0, 11})

@@ -1,6 +1,6 @@
-"""`miniclip serve`: a page to try models on, in the browser of the same machine.
+"""`miniclip serve`: a page to try models on, in a browser on the same machine.
 
-page.html is complete in itself and talks to this server only. Pictures travel in both directions as
+page.html loads no other file, and talks only to this server. Images are sent in both directions as
 data: URLs inside JSON, so no upload is written to disk. The numbers come from `zeroshot` and
 `retrieval`, and the maps from `lens`.
 """
@@ -42,16 +42,16 @@ except ImportError:
 HOST = "127.0.0.1"
 FIRST_PORT = 8400
 MAX_BYTES = 20_000_000  # of an upload
-MAX_PIXELS = 50_000_000  # of an upload: decoded, they take over ten bytes each for a while
-MAX_LABELS, MAX_CHARACTERS = 200, 1000  # of a question, and of one of its texts
-MAX_WAITING = 16  # questions
-MAX_SECONDS = 60  # that a question may take, and that its words may take to arrive
-IDLE_SECONDS = 30  # after which a connection without a question is closed
-TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would start programs for some others
-SIDE = 448  # pixels of a picture on the page, at least
-THUMBNAIL = (224, 224)  # pixels of one that was found, at most
+MAX_PIXELS = 50_000_000  # of an upload: decoding takes over ten bytes for each pixel
+MAX_LABELS, MAX_CHARACTERS = 200, 1000  # of a question, and of each of its texts
+MAX_WAITING = 16  # questions at once
+MAX_SECONDS = 60  # to receive a question, and to answer it
+IDLE_SECONDS = 30  # until a connection without a question is closed
+TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # for some other types Pillow starts programs
+SIDE = 448  # the least pixels along a side of an image on the page
+THUMBNAIL = (224, 224)  # the most pixels of an image that was found
 
-# The browser itself is told to load nothing from anywhere else.
+# This header tells the browser to load nothing from other servers.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -61,8 +61,8 @@ Find = Callable[[str], list[tuple[str, float, Image.Image]]]
 
 
 def open_index(path: str, device: str) -> tuple[Find, str]:
-    """A function from a text to the best of the index's pictures: (path, cosine, picture). And the
-    name of the model that made the index."""
+    """Return a search function, text -> [(path, cosine, image), ...] with the best image first, and
+    the name of the model that made the index."""
     from miniclip.retrieval.index import Index, embed_query
 
     index = Index.load(path)
@@ -75,7 +75,7 @@ def open_index(path: str, device: str) -> tuple[Find, str]:
     def open_hit(path: str) -> Image.Image:
         try:
             return to_rgb(index.open(path))
-        except ImageError:  # moved or changed since; its name and score still say something
+        except ImageError:  # the file has moved or changed: show its name and score anyway
             return Image.new("RGB", (1, 1))
 
     return find, index.encoder.model
@@ -84,8 +84,8 @@ def open_index(path: str, device: str) -> tuple[Find, str]:
 def create_app(
     models: Mapping[str, Loaded], find: Find | None = None, searcher: str = ""
 ) -> Starlette:
-    """The server of a page on which to choose among `models`, and to search with `find`, whose
-    model is `searcher`."""
+    """Make the server of the page. The page offers `models`, and a search with `find`, whose model
+    is called `searcher`."""
 
     def find_model(name: str) -> Loaded:
         if name not in models:  # the page may be older than the server
@@ -130,15 +130,15 @@ def create_app(
         }
 
     def search(asked: dict[str, Any]) -> list[dict[str, Any]]:
-        """{text} -> the best pictures of the index."""
+        """{text} -> the best images of the index."""
         if find is None:
-            raise ValueError("no index to search: start with --index")
+            raise ValueError("there is no index to search: start `miniclip serve` with --index")
         return [
             {"path": path, "score": score, "picture": write_picture(ImageOps.contain(p, THUMBNAIL))}
             for path, score, p in find(asked["text"])
         ]
 
-    one_at_a_time = asyncio.Lock()  # lens hooks the model, and would see another's tensors
+    one_at_a_time = asyncio.Lock()  # hooks would also see the tensors of other questions
 
     waiting: set[asyncio.Task[Response]] = set()
 
@@ -148,7 +148,7 @@ def create_app(
 
         async def in_turn(request: Request, body: bytes) -> Response:
             async with one_at_a_time:
-                if await request.is_disconnected():  # the page has a newer question by now
+                if await request.is_disconnected():  # the page has replaced this question
                     return Response()
                 return await run_in_threadpool(work, body)
 
@@ -164,7 +164,7 @@ def create_app(
                 try:
                     return await asyncio.wait_for(asyncio.shield(task), MAX_SECONDS)
                 finally:
-                    task.cancel()  # if it still waits for its turn
+                    task.cancel()  # in case it still waits for its turn
             except ClientDisconnect:
                 return Response()
             except asyncio.TimeoutError:
@@ -182,7 +182,7 @@ def create_app(
     home = Route("/", lambda _: HTMLResponse(page, headers={"content-security-policy": POLICY}))
     return Starlette(
         routes=[home, *map(route, (about, classify, explain, search))],
-        # A page of another site may not pass itself off as ours by a name of its own.
+        # Other host names are refused: another site could point its name at this server.
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
     )
 
@@ -194,8 +194,8 @@ def describe_model(loaded: Loaded) -> dict[str, Any]:
 
 
 def examples() -> list[dict[str, Any]]:
-    """A photograph (if scikit-image is installed) and a drawn scene, each with a model that knows
-    it, and with labels of which some are true."""
+    """A photograph (if the `demo` extra is installed) and a drawn scene. Each has the name of a
+    model that knows it, and labels, some of which are true."""
     asked = questions(3)
     scene = {
         "name": "a drawn scene",
@@ -219,10 +219,10 @@ def examples() -> list[dict[str, Any]]:
 
 
 def check_origin(request: Request) -> None:
-    """Raise ValueError if a page of another site asks.
+    """Raise ValueError if the question comes from a page of another site.
 
-    A browser states the site in its headers. It sends JSON to another site only after a preflight
-    request, which this server does not answer.
+    The browser names the site of the page in its headers. It sends JSON to another site only after
+    a preflight request, which this server does not answer.
     """
     origin, headers = f"http://{request.headers.get('host')}", request.headers
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -233,11 +233,11 @@ def check_origin(request: Request) -> None:
 
 
 def check_question(asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the question. Raises ValueError for too many texts, or for one that is too long."""
+    """Return the question. Raises ValueError for too many texts, or for a text that is too long."""
     for name, value in asked.items():
         texts = value if isinstance(value, list) else [value]
         if len(texts) > MAX_LABELS:
-            raise ValueError(f"{len(texts):,} {name}; at most {MAX_LABELS} are read")
+            raise ValueError(f"{len(texts):,} {name}; expected at most {MAX_LABELS}")
         if name != "picture" and any(len(str(text)) > MAX_CHARACTERS for text in texts):
             raise ValueError(f"{name}: a text has more than {MAX_CHARACTERS:,} characters")
     return asked
@@ -248,13 +248,13 @@ async def read_body(request: Request) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:  # in base64, and the words
+        if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:  # base64 takes 4/3; 1 MB for the texts
             raise ValueError(f"the picture is larger than {MAX_BYTES // 10**6} MB")
     return bytes(body)
 
 
 def read_picture(url: str) -> Image.Image:
-    """The picture in a data: URL, upright, its first frame. Raises ImageError."""
+    """Decode the image in a data: URL: its first frame, turned upright. Raises ImageError."""
     file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
     too_many = ImageError(f"the picture has more than {MAX_PIXELS:,} pixels: make it smaller")
     try:
@@ -272,44 +272,44 @@ def read_picture(url: str) -> Image.Image:
 
 
 def write_picture(picture: Image.Image) -> str:
-    """A picture as a data: URL."""
+    """Encode an image as a data: URL."""
     file = io.BytesIO()
     picture.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def enlarged(picture: Image.Image, loaded: Loaded) -> Image.Image:
-    """The part of a picture that the model sees, in more pixels than the model gets."""
+    """The part of an image that the model sees, in more pixels than the model gets."""
     return lens.seen(picture, loaded.transform, -(-SIDE // loaded.transform.crop_size))
 
 
 def listen(port: int | None) -> socket.socket:
-    """Listen on this machine's loopback address, at `port` or the first free one from FIRST_PORT.
+    """Listen on the loopback address, at `port` or at the first free port from FIRST_PORT.
 
-    Raises ValueError.
+    Raises ValueError if no port can be used.
     """
     if port is not None and not 0 <= port < 2**16:
-        raise ValueError(f"port is {port}; expected one from 1 to 65535, or 0 for any that is free")
+        raise ValueError(f"port is {port}; expected 1 to 65535, or 0 for any free port")
     for candidate in range(FIRST_PORT, FIRST_PORT + 100) if port is None else [port]:
         try:
             return socket.create_server((HOST, candidate))
         except OSError as error:
             reason = error.strerror
     raise ValueError(
-        f"port {candidate} of {HOST} cannot be used: {reason}. Without --port a free one is found"
+        f"port {candidate} of {HOST} cannot be used: {reason}. Without --port, a free port is used"
     )
 
 
 class Impatient(H11Protocol):
-    """Close a connection that asks nothing. uvicorn alone would wait for its first question."""
+    """Close a connection that asks nothing. Otherwise uvicorn would wait for its first question."""
 
     def connection_made(self, transport: Any) -> None:
-        """Start to watch the connection."""
+        """Schedule the first check of the connection."""
         super().connection_made(transport)
         self.loop.call_later(IDLE_SECONDS, self.close_if_idle)
 
     def close_if_idle(self) -> None:
-        """Close the connection unless a question is being answered."""
+        """Close the connection, or check again later if a question is being answered."""
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
         elif not self.transport.is_closing():
@@ -317,8 +317,8 @@ class Impatient(H11Protocol):
 
 
 def serve_until_interrupted(app: Starlette, listening: socket.socket) -> None:
-    """Answer until Ctrl-C, and then the questions that were asked before. Raises it again."""
-    # uvicorn's configuration of logging would end the handlers of other libraries in this process.
+    """Serve until Ctrl-C. Answer the questions that wait, then raise KeyboardInterrupt."""
+    # No log_config: uvicorn's own would close the log handlers of other libraries.
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", lifespan="off", http=Impatient
     )
