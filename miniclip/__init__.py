@@ -1,14 +1,14 @@
 """miniclip: CLIP in PyTorch, small enough to read and exact enough to trust.
 
 The reference, in the order to read it: `miniclip.config`, `miniclip.model`, `miniclip.loss`,
-`miniclip.tokenizer`, `miniclip.transform`, `miniclip.checkpoint`. `miniclip.files` and
-`miniclip.text` are behind it, and all other modules are tools that are built on it.
+`miniclip.tokenizer`, `miniclip.transform`, `miniclip.checkpoint`. The reference uses
+`miniclip.files` and `miniclip.text`. All other modules are tools that use the reference.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # at run time `_import` does this, at the first use
+if TYPE_CHECKING:  # at run time `_import` imports these names
     from miniclip.checkpoint import Loaded, load, save
     from miniclip.config import CLIPConfig, TextConfig, VisionConfig
     from miniclip.errors import CheckpointError, ContextLengthError, ImageError
@@ -44,7 +44,7 @@ __version__ = "0.1.0"
 def _import(name: str) -> Any:
     """Import all public names when one of them is first used.
 
-    Importing torch takes a second or two. `miniclip --help` and Ctrl-C need not wait for it.
+    Importing torch takes a second or two, and `miniclip --help` does not need torch.
     """
     homes = ["errors", "config", "model", "tokenizer", "transform", "checkpoint"]
     homes += ["sites", "zeroshot.classifier"]
@@ -58,7 +58,7 @@ def _import(name: str) -> Any:
     return globals()[name]
 
 
-if not TYPE_CHECKING:  # it would accept any name
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
     __getattr__ = _import
 
 

@@ -1,32 +1,31 @@
-"""A checkpoint in another layout: each weight with the same bits, in its own dtype.
+"""Write a checkpoint in another layout. Each weight keeps its bits and its dtype.
 
 ```python
 from miniclip.convert import convert
 
-miniclip.save("mine", model, tokenizer, transform)  # as transformers has it; or layout="open_clip"
+miniclip.save("mine", model, tokenizer, transform)  # in transformers' layout, or layout="open_clip"
 convert("mine", "theirs", "open_clip")  # every weight with the same bits
-tower = miniclip.VisionTower.from_pretrained("mine")  # or TextTower: one half alone
+tower = miniclip.VisionTower.from_pretrained("mine")  # or TextTower: a single tower
 ```
 
     miniclip convert mine --out theirs --layout open_clip
 
-All three layouts are read and written: transformers' (safetensors, shards, `.bin`; both towers or
-one alone, as in Stable Diffusion and IP-Adapter), OpenAI's (a state dict, whose shapes are its
-config, or the TorchScript archive, read without running its code) and open_clip's (with
-`open_clip_config.json`, also in timm's repositories; a field that this architecture cannot follow
-is refused by its name). OpenAI's own files have no vocabulary: `--tokenizer
-openai/clip-vit-base-patch32` brings it along. Shapes with a name are in
-`miniclip.published.PUBLISHED`.
+All three layouts are read and written. What can be read:
 
-To publish, huggingface_hub's own three lines do:
+- transformers: safetensors, shards or `.bin`; both towers, or a single one as in Stable Diffusion
+- OpenAI: a state dict, whose shapes give the config, or a TorchScript archive (no code is run)
+- open_clip: with `open_clip_config.json`, also from timm; fields of other architectures are errors
+
+OpenAI's own files have no vocabulary: add `--tokenizer openai/clip-vit-base-patch32`. Published
+shapes are in `miniclip.published.PUBLISHED`. To publish a checkpoint, use huggingface_hub:
 
     miniclip.save("mine", model, tokenizer, transform)
     HfApi().create_repo("me/mine", exist_ok=True)
     HfApi().upload_folder(repo_id="me/mine", folder_path="mine")
 
-Compiled and exported graphs are held to the same numbers, causal mask included (`torch.export.save`
-takes the towers; of the whole model it cannot write the named tuple). To ONNX, with any number of
-images and texts (needs `onnx` and `onnxscript`):
+Compiled and exported graphs give the model's numbers, and they include the causal mask.
+`torch.export.save` can write a tower, but not the whole model, whose output is a named tuple. To
+export to ONNX, with any number of images and texts, install `onnx` and `onnxscript`:
 
 ```python
 images, texts = torch.export.Dim("images"), torch.export.Dim("texts")
@@ -51,7 +50,7 @@ from miniclip.transform import ImageTransform
 
 
 class Mapped(NamedTuple):
-    """A parameter: its place in the source and in the destination, our name, shape and dtype."""
+    """A parameter: its places in the source and destination, miniclip's name, shape and dtype."""
 
     source: Place
     name: str
@@ -65,8 +64,8 @@ class Conversion(NamedTuple):
 
     layout: str  # of the source
     parameters: list[Mapped]
-    tokenizer: bool  # whether there was one to write
-    transform: bool
+    tokenizer: bool  # whether a tokenizer was written
+    transform: bool  # whether a transform was written
 
 
 def convert(
@@ -79,7 +78,7 @@ def convert(
 ) -> Conversion:
     """Write a checkpoint in another layout.
 
-    The source's tokenizer and transform are written too, if it has them. `tokenizer` names another
+    The source's tokenizer and transform are written too, if it has them. `tokenizer` is another
     checkpoint to take the tokenizer from, because OpenAI's files have none. Raises CheckpointError.
     """
     stored, model, words, transform = _read(tokenizer, revision, source)

@@ -1,8 +1,7 @@
-"""The image transform on tensors, with gradients: for attacks, learned images, and augmentation
-where the images are.
+"""The image transform on tensors, with gradients: for attacks, learned images and augmentation.
 
-It is a second way to nearly the same pixels, not the transform itself: Pillow rounds to bytes after
-each half of the resize, and tensors do not.
+The pixels differ a little from the exact transform's. Pillow resizes in two passes and rounds to
+bytes after each pass, and this code does not round.
 """
 
 from typing import Any
@@ -16,7 +15,7 @@ from miniclip.transform import ImageTransform, center_crop, resize_short_side
 
 
 class TensorImage:
-    """RGB floats (B, 3, H, W) with what the transform's steps use of a Pillow image."""
+    """RGB floats (B, 3, H, W) with the methods of a Pillow image that the transform uses."""
 
     def __init__(self, pixels: Tensor) -> None:
         self.pixels = pixels
@@ -24,33 +23,33 @@ class TensorImage:
         self.size = (self.width, self.height)
 
     def resize(self, size: tuple[int, int], resample: int | None = None) -> "TensorImage":
-        """Pillow's antialiased bicubic: along the rows, then along the columns. Both times, values
-        below 0 and above 1 are cut off."""
+        """Resize like Pillow's antialiased bicubic: along the rows, then along the columns. After
+        each pass, values are clamped to the range from 0 to 1."""
         pixels = self.pixels
         for sides in ((self.height, size[0]), (size[1], size[0])):
             pixels = F.interpolate(pixels, sides, mode="bicubic", antialias=True).clamp(0, 1)
         return TensorImage(pixels)
 
     def crop(self, box: tuple[int, int, int, int]) -> "TensorImage":
-        """The inside of (left, top, right, bottom); outside of the image, 0."""
+        """Cut out (left, top, right, bottom). Pixels outside of the image are 0."""
         left, top, right, bottom = box
         sides = (-left, right - self.width, -top, bottom - self.height)
         return TensorImage(F.pad(self.pixels, sides))
 
 
 def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
-    """Nearly the pixels that `transform` makes, with gradients.
+    """Compute nearly the pixels of `transform`, with gradients.
 
     Args:
         images: (B, 3, H, W) or (3, H, W), RGB floats from 0 to 1, on any device.
     Returns:
         (B, 3, S, S) or (3, S, S) pixels for the vision tower, in the images' dtype.
     Raises:
-        ImageError: for anything else.
+        ImageError: for another dtype, shape or range.
 
-    Before it is normalised, a pixel is at most 1.2/255 from the exact transform's and 0.32/255 in
-    the mean (photographs and noise, reduced and enlarged), and equal where nothing is resized.
-    Report final numbers by the exact transform, on the images rounded to bytes.
+    Before normalisation, pixels differ from the exact transform's by at most 1.2/255, and by
+    0.32/255 on average (photographs and noise, reduced and enlarged). Without a resize they are
+    equal. For final numbers, round the images to bytes and use the exact transform.
 
     >>> import torch
     >>> image = torch.rand(3, 48, 64, requires_grad=True)
@@ -68,7 +67,7 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
         if not -0.5 <= least <= most <= 1.5:  # a step of an attack may go a little too far
             raise ImageError(
                 f"expected floats from 0 to 1, found {least:.3g} to {most:.3g}: divide bytes by "
-                "255, and do not normalise, which is done here"
+                "255, and do not normalise: this function normalises"
             )
     image: Any = TensorImage(images if images.ndim == 4 else images[None])
     if transform.squash:

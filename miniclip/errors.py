@@ -1,4 +1,4 @@
-"""The errors that miniclip raises on purpose and how their messages quote values."""
+"""The errors that miniclip raises on purpose, and how their messages quote values."""
 
 import reprlib
 import sys
@@ -21,7 +21,7 @@ class ImageError(ValueError):
 
 
 def wrong(name: str, value: object, expected: str) -> ValueError:
-    """The error for a value that is not as expected.
+    """Make the error for an unexpected value.
 
     >>> wrong("heads", 0, "1 or more")
     ValueError('heads is 0; expected 1 or more')
@@ -53,16 +53,16 @@ _short.maxstring = _short.maxother = 100
 
 
 def shown(value: object) -> str:
-    """The repr of a value, shortened in the middle if it is long.
+    """The repr of a value, shortened if it is long.
 
     >>> shown([1] * 10**6)
     '[1, 1, 1, 1, 1, 1, ...]'
     """
-    return _short.repr(value)[:200]  # reprlib shortens each level of a nested value by itself
+    return _short.repr(value)[:200]  # reprlib shortens only the single levels of a nested value
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first names, and how many more there are.
+    """Join the first names, and say how many more there are.
 
     >>> listed(["a", "b", "c", "d"])
     'a, b, c and 1 more'

@@ -20,12 +20,12 @@ from miniclip.world.scenes import Scene, draw, scene
 from miniclip.zeroshot.classifier import Score, ZeroShotClassifier
 
 LABELS = "cup of coffee,rocket,person in uniform,vehicle,dog,pizza,lighthouse,bridge".split(",")
-UNKNOWN = "coins"  # no picture of coins was in the training data
+UNKNOWN = "coins"  # the training data has no image of coins
 SEED = 7  # no checkpoint was trained on these scenes
 
 
 class Exhibit(NamedTuple):
-    """A picture and the scores of its labels."""
+    """An image and the scores of its labels."""
 
     name: str
     picture: Image.Image
@@ -33,15 +33,15 @@ class Exhibit(NamedTuple):
 
 
 class Heat(NamedTuple):
-    """Where a model sees a phrase in a picture, and where the named object is."""
+    """Where a model sees a phrase in an image, and where the named object is."""
 
     phrase: str
-    lost: Tensor  # (S / patch, S / patch): how far the cosine falls if a patch is covered
-    mask: Tensor  # (S, S) bool
+    lost: Tensor  # (rows, columns): how far the cosine falls if a patch is covered
+    mask: Tensor  # (S, S) bool, the pixels of the object
 
 
 def scene_exhibit(index: int = 0) -> tuple[Exhibit, list[Heat]]:
-    """A scene of two objects, described by a true caption and by false ones, wrong in one word."""
+    """A scene of two objects, with a true and four false captions, and a heat map per object."""
     drawn = scene(index, seed=SEED, count=2)
     picture, masks = draw(drawn)
     phrases = [Phrase("", object.colour, object.shape) for object in drawn.objects]
@@ -69,7 +69,7 @@ def photographs() -> dict[str, Image.Image]:
 
     Raises ValueError if scikit-image or matplotlib is missing.
     """
-    matplotlib = find_spec("matplotlib")  # not imported, because that makes a folder of settings
+    matplotlib = find_spec("matplotlib")  # not imported: an import creates a settings folder
     place = Path(matplotlib.origin or "") if matplotlib else Path()
     grace_hopper = place.parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
     try:
@@ -89,7 +89,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def photograph_exhibits() -> list[Exhibit]:
-    """The photographs, each with its scores, the best first."""
+    """The photographs, each with the scores of LABELS, the best label first."""
     pictures = photographs()
     model, tokenizer, transform = load("everyday")
     pixels = transform(list(pictures.values()))

@@ -1,20 +1,20 @@
-"""Whether an instrument can follow a fork.
+"""Check whether an instrument can follow a fork.
 
-Some instruments compute a part of the model once more, in their own way: `dense_features` runs the
-last block with another attention pattern. Each of them names the methods that it replays. If a fork
-has its own version of such a method, the result would describe another model, so there is an error.
+An instrument is a function that inspects or changes a model. Some instruments replay methods of the
+model: `dense_features` runs the last block with another attention pattern. If a fork has its own
+version of such a method, the instrument raises an error. Its result would describe another model.
 
-A fork is a subclass in a file of your own, never a copy of ours:
+A fork is a subclass in a file of your own. Do not copy miniclip's code:
 
 ```python
 class MeanVision(miniclip.VisionTower):
-    def pool(self, x):  # the last tokens (B, T, W) -> what is projected (B, W)
+    def pool(self, x):  # last tokens (B, T, W) -> the input of the projection (B, W)
         return self.ln_post(x[:, 1:].mean(dim=1))  # the patches, not the class token
 
 class MeanCLIP(miniclip.CLIP):
     vision_class = MeanVision
 
-fork = MeanCLIP.from_pretrained("everyday")  # a MeanCLIP with the trained weights, to be tuned
+fork = MeanCLIP.from_pretrained("everyday")  # a MeanCLIP with the trained weights, to fine-tune
 miniclip.save("mean", fork, tokenizer, transform)
 same = MeanCLIP.from_pretrained("mean")  # bit for bit; CLIP.from_pretrained refuses this file
 ```
@@ -22,19 +22,19 @@ same = MeanCLIP.from_pretrained("mean")  # bit for bit; CLIP.from_pretrained ref
 - **Parts are class attributes**: `Block.attention_class` and `mlp_class`,
   `VisionTower.block_class`, `CLIP.vision_class`, `text_class` and `config_class`. **Steps are
   methods**: `embed_tokens`, `pool`, `qkv`, `score`.
-- **A new parameter** gets its place in a file by one entry of `CLIP.tensor_names`, such as
-  `{"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}`. Without the entry, saving
-  is an error that says what to write.
-- **The file says whose it is.** `model_type` in config.json is the name of the class, unless the
+- **A new parameter** needs one entry in `CLIP.tensor_names`, from its name to its name in a file:
+  `{"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}`. Without this entry,
+  saving raises an error that says what to write.
+- **The file names its class.** `model_type` in config.json is the name of the class, unless the
   class sets another. Other classes, other layouts and transformers' `AutoModel` refuse the file.
 - **Another loss** is an argument: `training.train(..., loss=function)`.
 - **The instruments** give the right answer on a fork, or raise an error that says what they cannot
-  follow: `decompose` refuses `MeanCLIP`, because it reads the class token. The promise to equal
-  transformers is not for forks.
+  follow: `decompose` refuses `MeanCLIP`, because `decompose` reads the class token. miniclip does
+  not promise that a fork equals transformers.
 
-`tests/forks/siglip.py` is the worked example. It is SigLIP in one file, loads Google's checkpoints,
-and gives transformers' numbers up to rounding error. CLIPSeg, OWL-ViT and the block of EVA-02 are
-beside it. Notebook 9 goes there step by step.
+`tests/forks/siglip.py` is a full example: SigLIP in one file. It loads Google's checkpoints, and
+gives transformers' numbers up to rounding error. CLIPSeg, OWL-ViT and the block of EVA-02 are in
+the same folder. Notebook 9 builds forks step by step.
 """
 
 from collections.abc import Sequence
@@ -59,10 +59,10 @@ def own_method(
     attention: Methods = (),
     mlp: Methods = (),
 ) -> tuple[str, str]:
-    """The first of these methods that a tower has in its own version, and the class that has it.
+    """Find the first of these methods that a fork overrides. Returns its name and the fork's class.
 
-    Two empty strings if there is none. A module that was replaced counts as a fork's, and so does
-    a method that someone has set on a module itself.
+    Returns two empty strings if there is none. A replaced module counts as a fork's module, and a
+    method that was set on a module itself counts as overridden.
     """
     kind: type = TextTower if hasattr(tower, "eos_positions") else VisionTower
     parts = [(tower, kind, of_tower)]
@@ -95,9 +95,9 @@ def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None
 
 
 def tower_for(model: Any, x: Tensor) -> Any:
-    """The tower that reads x (ids or pixels): one of a CLIP's two, or the model itself.
+    """The tower that reads x (ids or pixels): a tower of a CLIP, or the model if it is a tower.
 
-    Raises ValueError for a fork whose embedding is not the tower's output.
+    Raises ValueError for a fork with its own `encode_image` or `encode_text`.
     """
     model = unwrapped(model)
     if hasattr(model, "blocks"):
@@ -112,26 +112,26 @@ def tower_for(model: Any, x: Tensor) -> Any:
 
 
 def sees_padding(tower: Any) -> bool:
-    """Whether tokens after the end of a text may change its embedding, as in a fork that attends
-    both ways. CLIP's text tower is causal and is read at the end token."""
+    """Whether tokens after the end token may change a text's embedding, as in a fork without a
+    causal mask. CLIP's text tower is causal, and its output is read at the end token."""
     replayed = ("forward", "pool", "eos_positions"), ("forward",), ("forward", "attend")
     method, _ = own_method(tower, *replayed)
     return bool(method) or not all(block.attn.causal for block in tower.blocks)
 
 
 def ids_for(tower: Any, tokenizer: Tokenizer, texts: Sequence[str], **options: Any) -> Tensor:
-    """Token ids (B, T) for a text tower: as wide as the longest text, or as the whole context if
-    the tower sees padding, so that a text's embedding does not depend on the other texts."""
+    """Token ids (B, T) of texts, where T is the length of the longest text. If the tower sees
+    padding, T is the context length: a text's embedding must not depend on the other texts."""
     if sees_padding(tower):
         options["pad_to"] = tower.config.context_length
     return tokenizer(texts, **options)
 
 
 def patch_places(tower: Any, pixels: Tensor) -> slice:
-    """Where the patches stand among the tokens of an image: at the end, in CLIP.
+    """The positions of the patches among the tokens of an image. In CLIP they are the last tokens.
 
-    A fork that embeds pixels in its own way is asked: change one patch of an image and see which
-    token changes. Raises ValueError unless each patch has one token, row by row.
+    If a fork has its own `embed_tokens`, change one patch of an image, and see which token changes.
+    Raises ValueError unless each patch has one token, row by row.
     """
     rows, columns = patch_grid(tower, pixels)
     count = rows * columns
@@ -150,14 +150,14 @@ def patch_places(tower: Any, pixels: Tensor) -> slice:
     if changed != [[first + patch] for patch in asked]:
         raise ValueError(
             f"{type(tower).__name__}.embed_tokens does not give each patch one token, row by row: "
-            "its tokens cannot be laid out as a picture"
+            "its tokens cannot be laid out as a map of patches"
         )
     return slice(first, first + count)
 
 
 def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns of a vision tower's patches. ValueError if no Conv2d makes them, or if they
-    overlap, which no published CLIP's do."""
+    """Rows and columns of a vision tower's patches. Raises ValueError unless a Conv2d makes them,
+    without overlap and without padding, as in every published CLIP."""
     conv: Any = unwrapped(tower.patch_embed)
     if not isinstance(conv, nn.Conv2d) or conv.stride != conv.kernel_size or any(conv.padding):
         raise ValueError(
@@ -171,7 +171,7 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
 def check_rebuilt(who: str, model: Any) -> Any:
     """Return the model, or raise ValueError if its class builds another model from its config.
 
-    A fork's block may depend on its number, and its table of positions may not be a parameter: then
+    A fork's block may depend on its number, or its position table may not be a parameter. Then
     saving and loading would give another model. CLIP itself does not need this check.
     """
     if model.model_type != "clip":
@@ -184,9 +184,9 @@ def check_rebuilt(who: str, model: Any) -> Any:
 
 @torch.no_grad()
 def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -> None:
-    """Raise ValueError unless a fork's tower gives the other one's embedding, with `edits` of it.
+    """Raise ValueError unless a fork's `tower` gives the same embedding as `other` with `edits`.
 
-    Does nothing for CLIP's own towers, whose surgery is exact by tests.
+    Does nothing for CLIP's own towers, because tests show that their surgery is exact.
     """
     own = ("__init__", "forward")
     if not any(
@@ -201,7 +201,7 @@ def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -
         with hooks(other.eval(), edits):
             expected = other(x)
         error, limit = (found - expected).abs().max(), 1e-3 * expected.abs().max()
-        reason = "" if error <= limit else f"the new tower's embedding is off by {error:.2g}"
+        reason = "" if error <= limit else f"the new tower's embedding differs by {error:.2g}"
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
     finally:
@@ -213,7 +213,7 @@ def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -
 
 
 def some_input(tower: Any) -> Tensor:
-    """Pixels or ids for a tower, so that all tokens differ."""
+    """Make pixels or ids for a tower, such that all tokens differ."""
     config, like = tower.config, next(tower.parameters())
     if hasattr(tower, "patch_embed"):
         size = (1, config.channels, *config.height_width)
@@ -224,5 +224,5 @@ def some_input(tower: Any) -> Tensor:
 
 
 def end_token(text: TextConfig) -> int:
-    """The id that ends a text. With the legacy rule, a text is read at its largest id."""
+    """The id of the end token. By the legacy rule, the end token is the largest id in a text."""
     return text.vocab_size - 1 if text.ends_at_largest else text.eos_token_id

@@ -1,4 +1,4 @@
-"""What a CLIP is made of: its parts, their parameters and their multiply-adds."""
+"""The parts of a CLIP, with their parameters and multiply-adds."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,28 +14,28 @@ from miniclip.model import CLIP, TextTower, VisionTower
 
 
 class Part(NamedTuple):
-    """A part of a CLIP. A module that each block has is one part, counted over all blocks."""
+    """A part of a CLIP. The same module of all blocks is one part."""
 
     name: str
     weights: str  # their shapes
-    parameters: int
-    multiply_adds: int  # for one image, or for one text as long as the context
+    parameters: int  # of all blocks together
+    multiply_adds: int  # for one image, or for one text of `context_length` tokens
 
 
 def parts(config: CLIPConfig, kind: type[CLIP] = CLIP) -> list[Part]:
-    """The architecture in the order data flows through it. No weights are made or read.
+    """List the parts in the order in which data flows. Makes and reads no weights.
 
     >>> parts(CLIPConfig())[0]
     Part(name='vision.patch_embed', weights='(768, 3, 32, 32)', parameters=2359296, \
 multiply_adds=115605504)
     """
-    # On the meta device ids have no values. The legacy rule does not look for an end token.
+    # Ids on the meta device have no values. The legacy rule does not look for an end token.
     text = replace(config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     with meta_device():
         model = kind(replace(config, text=text))
         pixels = torch.empty(1, config.vision.channels, *config.vision.height_width)
         ids = torch.empty(1, config.text.context_length, dtype=torch.long)
-    model.set_attention("eager")  # its two matrix products are counted, which sdpa would hide
+    model.set_attention("eager")  # the counter sees its two matrix products, but not those of sdpa
     return [
         *_tower_parts("vision", model.vision, pixels),
         *_tower_parts("text", model.text, ids),
@@ -51,12 +51,12 @@ def _tower_parts(prefix: str, tower: VisionTower | TextTower, inputs: torch.Tens
         for name, by_operation in counter.get_flop_counts().items()
     }
     shapes = (tower.config.heads, tower.config.mlp_width)
-    depth = 1 if any(isinstance(n, tuple) for n in shapes) else len(tower.blocks)  # in one row
+    depth = 1 if any(isinstance(n, tuple) for n in shapes) else len(tower.blocks)  # blocks per row
     rows = []
     for name, part in _in_order(tower, len(tower.blocks) // depth):
         weights = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
         if not weights:
-            continue  # a Site
+            continue  # a Site has no weights
         label = name.replace("blocks.0", f"blocks.0-{depth - 1}") if depth > 1 else name
         copies = depth if name.startswith("blocks.") else 1
         rows.append(
@@ -81,12 +81,12 @@ def _in_order(
             for i, block in enumerate(list(tower.blocks)[:blocks]):
                 for part, module in block.named_children():
                     yield f"blocks.{i}.{part}", module
-        yield from embeddings.items()  # they come second: after the first embedding
+        yield from embeddings.items()  # after the first embedding module
         embeddings = {}
 
 
 def _shapes(weights: list[nn.Parameter]) -> str:
-    """The shapes of the matrices; without matrices, the shape of the vectors."""
+    """The shapes of all matrices. If there are none, the shape of the first vector."""
     shapes = [tuple(w.shape) for w in weights if w.ndim > 1] or [tuple(weights[0].shape)]
     counts = {shape: shapes.count(shape) for shape in shapes}
     return ", ".join(f"{n} x {shape}" if n > 1 else str(shape) for shape, n in counts.items())

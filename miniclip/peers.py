@@ -24,8 +24,8 @@ DISTRIBUTIONS = {
 def versions() -> dict[str, str]:
     """The version of Python, and of each library in DISTRIBUTIONS that has been imported.
 
-    The module's own `__version__` comes first: PyTorch says 2.14.1+cu130 where pip says 2.14.1.
-    openai/CLIP has none, so pip is asked.
+    A module's `__version__` says more than pip: PyTorch's is 2.14.1+cu130, and pip's is 2.14.1.
+    openai/CLIP has no `__version__`, so its version is pip's.
     """
     found = {"Python": platform.python_version()}
     for module, distribution in DISTRIBUTIONS.items():
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def installed_version(distribution: str) -> str:
-    """The version that pip knows; a folder on PYTHONPATH has none."""
+    """The version that pip knows. pip knows none for a folder on PYTHONPATH."""
     try:
         return version(distribution)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Configs of published models, by name. No weights."""
+"""Configs of published models, by name, without weights."""
 
 from miniclip.config import CLIPConfig
 from miniclip.files import published

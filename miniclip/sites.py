@@ -8,7 +8,7 @@ be any nn.Module. In a bare tower the names begin at `blocks`.
 A name may also end in one of three words. `vision.ln_pre.input` is a module's first argument.
 `ln_1.scale` is what a LayerNorm divides by, (B, T, 1). `ln_1.normalized` is the quotient, before
 weight and bias. Both are in float32 or float64. TransformerLens calls them hook_scale and
-hook_normalized. Unless it folds weight and bias, its hook_normalized is the output, our `ln_1`.
+hook_normalized. Unless it folds weight and bias, hook_normalized is the output, here `ln_1`.
 
 Unused sites change no bit and add no operation. They cost a few Python calls for each layer, and
 nothing in a graph.
@@ -22,7 +22,7 @@ from miniclip import cache, hooks
 
 with cache(model, "vision.blocks.*.attn.pattern") as acts:  # name -> a copy of the tensor
     model.encode_image(pixels)
-with hooks(model, {"vision.blocks.3.mlp": lambda out, name: 0 * out}):  # what comes back goes on
+with hooks(model, {"vision.blocks.3.mlp": lambda out, name: 0 * out}):  # go on with the result
     model.encode_image(pixels)
 ```
 """
@@ -44,18 +44,18 @@ from miniclip.errors import listed
 from miniclip.files.modules import named_modules
 
 Edit = Callable[[Tensor, str], Tensor | None]
-"""(the tensor, the name of its site) -> the tensor to go on with, or None to change nothing."""
+"""(tensor, name of its site) -> the tensor to go on with, or None to change nothing."""
 
 
 @contextmanager
 def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     """Call a function on each tensor whose site matches a pattern, and go on with its result.
 
-    None changes nothing. Functions of one site run in the order in which they are given; an outer
-    block's functions run first. Editing a tensor in place is an error, because other code may hold
-    it: return a changed copy, of the same dtype and shape. Only a residual stream (at `ln_pre`,
-    `resid_mid` or a block) may get another number of tokens. Raises ValueError for a pattern
-    without a match, and for a shared module, because its calls cannot be told apart.
+    A result of None changes nothing. Functions of one site run in the order in which they are
+    given. An outer `with` block's functions run first. Editing a tensor in place is an error,
+    because other code may hold it: return a changed copy, of the same dtype and shape. Only a
+    residual stream (at `ln_pre`, `resid_mid` or a block) may get another number of tokens. Raises
+    ValueError for a pattern without a match, and for a module with several names.
 
     >>> from miniclip import CLIP
     >>> import torch
@@ -73,10 +73,10 @@ def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 def cache(
     model: nn.Module, *globs: str, grad: bool = False, device: str | torch.device | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that fills, as the model runs, with a copy of the tensor of each matching site.
+    """Copy the tensor of each matching site into a dictionary, {name: tensor}, as the model runs.
 
-    The copies are of each module's last run, on `device` (default: where the tensor is). With
-    `grad` the model goes on with the copy, so torch.autograd.grad(score, acts[name]) is its
+    A second run replaces the first run's copies. They are on `device` (default: the tensor's own).
+    With `grad` the model goes on with the copy, so torch.autograd.grad(score, acts[name]) is its
     gradient. Raises ValueError as `hooks` does, and if `grad` is set while gradients are off.
 
     >>> from miniclip import CLIP
@@ -88,7 +88,7 @@ def cache(
     True
     """
     if not globs:
-        raise ValueError("no sites named; expected at least one, as 'vision.blocks.*.attn.pattern'")
+        raise ValueError("no site is given; expected at least one: 'vision.blocks.*.attn.pattern'")
     acts: dict[str, Tensor] = {}
 
     def keep(tensor: Tensor, name: str) -> Tensor | None:
@@ -96,7 +96,7 @@ def cache(
             acts[name] = tensor.detach().to(device, copy=True)
             return None
         if not torch.is_grad_enabled():
-            raise ValueError(f"{name}: grad=True needs gradients, and torch.no_grad is in force")
+            raise ValueError(f"{name}: grad=True needs gradients, but torch.no_grad is on")
         acts[name] = tensor.to(device, copy=True).requires_grad_()
         return acts[name].to(tensor.device)
 
@@ -126,17 +126,17 @@ def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
             handle.remove()
 
 
-_stances: list[Any] = []  # one for each open block; each knows the stance before it
+_stances: list[Any] = []  # one for each open block; each can restore the stance before it
 _lock = Lock()
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """A block in which compiled models run uncompiled, because a compiled graph ignores new hooks.
+    """Run compiled models uncompiled in a `with` block, because a compiled graph ignores new hooks.
 
-    The last block to end restores torch's stance, so blocks may overlap and end in any order.
+    The last block that ends restores torch's stance. Blocks may overlap and end in any order.
     """
-    # Without the compiler nothing is compiled, and importing it takes more than a second.
+    # If the compiler is not imported, nothing is compiled. Importing it takes over a second.
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -146,7 +146,7 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            # A block may remove another's stance: only the number of stances matters.
+            # This may be the stance of another block: only the number of stances matters.
             _stances.pop().__exit__(None, None, None)
 
 
@@ -156,9 +156,9 @@ def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class _Steps:
-    """The two steps of a LayerNorm, as sites. While one is hooked, this is the norm's first hook.
+    """The two steps of a LayerNorm as sites. While a step is hooked, this is the norm's first hook.
 
-    If no function changes a step, the output stays what it was, to the bit.
+    If no function changes a step, the output keeps its bits.
     """
 
     def __init__(self, norm: nn.LayerNorm) -> None:
@@ -167,7 +167,7 @@ class _Steps:
 
     @classmethod
     def of(cls, norm: Any) -> "_Steps":
-        """The steps that an outer block has hooked, or new steps."""
+        """Return the steps that an outer `with` block has hooked, or new steps."""
         return next((h for h in norm._forward_hooks.values() if type(h) is cls), None) or cls(norm)
 
     def __call__(self, norm: Any, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
@@ -183,13 +183,13 @@ class _Steps:
         return (edited if norm.bias is None else edited + norm.bias).to(out.dtype)
 
     def remove(self) -> None:
-        """Remove the norm's hook, unless another block still hooks a step."""
+        """Remove the norm's hook, unless another `with` block still hooks a step."""
         if not (self.scale._forward_hooks or self.normalized._forward_hooks):
             self.handle.remove()
 
 
 class Enter:
-    """A pre-hook that runs a function on a module's first argument, however that is passed."""
+    """A pre-hook that runs a function on a module's first argument, by position or by keyword."""
 
     def __init__(self, call: Callable) -> None:
         self.call = call
@@ -209,7 +209,7 @@ def find(model: nn.Module, glob: str) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module, _ in _matching([*named_modules(model)], glob, ())]
 
 
-PARTS = ("input", "scale", "normalized")  # the tensors of a module beside its output
+PARTS = ("input", "scale", "normalized")  # the tensors of a module, in addition to its output
 
 
 def _matching(
@@ -218,7 +218,7 @@ def _matching(
     """The name, the module and the part ("" is its output) of each tensor that a glob matches."""
     part = glob.rpartition(".")[2]
     if part not in parts or any(matches(name, glob) for name, _ in modules):
-        part = ""  # a child may have the name of a part
+        part = ""  # a submodule may have the name of a part
     has_part = _is_plain_norm if part in ("scale", "normalized") else bool
     named = [(f"{n}.{part}".rstrip("."), m, part) for n, m in modules if n and has_part(m)]
     found = [place for place in named if matches(place[0], glob)]
@@ -288,7 +288,7 @@ def _checked(edit: Edit, tensor: Tensor, name: str) -> Tensor | None:
 
 
 def _kind(x: Any, name: str) -> str:
-    """What a hook may not change, in words."""
+    """Describe what a hook must not change: shape, dtype and device."""
     if not isinstance(x, Tensor):
         return f"a {type(x).__name__}"
     shape: list[Any] = [*x.shape]
@@ -304,7 +304,7 @@ KINDS = {  # TransformerLens' names of sites -> ours
     "q": "attn.q",
     "k": "attn.k",
     "v": "attn.v",
-    "attn_scores": "attn.scores",  # before the mask; TransformerLens' site is after it
+    "attn_scores": "attn.scores",  # before the mask; in TransformerLens after the mask
     "pattern": "attn.pattern",
     "z": "attn.z",
     "attn_out": "attn",
@@ -318,9 +318,9 @@ KINDS = {  # TransformerLens' names of sites -> ours
 
 
 def site(kind: str, *, tower: str, layer: int) -> str:
-    """The name of a site, from TransformerLens' word for it and the number of the block.
+    """The name of a site, from its name in TransformerLens and the number of the block.
 
-    Raises ValueError for an unknown word or tower.
+    Raises ValueError for an unknown name or tower.
 
     >>> site("resid_mid", tower="vision", layer=3), site("resid_pre", tower="text", layer=3)
     ('vision.blocks.3.resid_mid', 'text.blocks.2')

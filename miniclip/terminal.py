@@ -1,4 +1,4 @@
-"""For a person at a terminal: a progress bar, and text that cannot move the cursor."""
+"""Output in a terminal: a progress bar, and text that cannot move the cursor."""
 
 import math
 import os
@@ -13,8 +13,8 @@ from typing import Any
 def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: Any) -> Any:
     """Wrap items in a progress bar, which appears if they take longer than two seconds.
 
-    If stderr is not a terminal, the same numbers are a line every 30 seconds. `options` are
-    tqdm's; without items they have the `total`, and the caller calls `update`.
+    If stderr is not a terminal, a line is printed every 30 seconds instead. `options` are tqdm's.
+    Without items, give the `total`, and call `update` on the result.
     """
     from tqdm import tqdm  # here, because `miniclip --help` shows no bar
 
@@ -29,7 +29,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
             return True
 
         def refresh(self, nolock: bool = False, **options: Any) -> None:
-            # With nolock, something else was written. In a notebook a line is in the way.
+            # nolock means that other output was just written. Notebooks have no room for lines.
             is_notebook = type(sys.stderr).__module__.startswith("ipykernel")
             if not (nolock or self.disable or is_notebook):
                 self.display()
@@ -49,10 +49,10 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
 
 @contextmanager
 def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
-    """A block that the first Ctrl-C does not end, so that work can stop where it can be continued.
+    """A `with` block in which work can react to Ctrl-C, and stop where it can be continued.
 
-    The first Ctrl-C prints the message, and the function that the block is given then returns True.
-    The second one interrupts.
+    It yields a function that returns True after the first Ctrl-C, which only prints the message.
+    The second Ctrl-C raises KeyboardInterrupt.
     """
     asked: list[int] = []
 
@@ -84,7 +84,7 @@ def printable(text: str) -> str:
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal a printable text takes: a Chinese character takes two.
+    """The number of terminal columns of a printable text. A Chinese character takes two.
 
     >>> columns("cat"), columns("猫")
     (3, 2)
@@ -106,7 +106,7 @@ def shorten(text: str, width: int = 24) -> str:
 
 
 def cell(text: str, width: int) -> str:
-    """A text as the cell of a table: cut or filled up with spaces to `width` columns."""
+    """A text as the cell of a table: cut, or padded with spaces, to `width` columns."""
     text = shorten(text, width)
     return text + " " * (width - columns(text))
 

@@ -400,7 +400,7 @@ def test_a_pattern_without_a_match_leaves_nothing_behind(tiny):
     with pytest.raises(ValueError, match=r"'zzz'.*nearest are (vision|text|logit)"):
         with cache(model, "zzz"):
             pass
-    with pytest.raises(ValueError, match="no sites named"):
+    with pytest.raises(ValueError, match="no site is given"):
         with cache(model):
             pass
     with pytest.raises(TypeError):

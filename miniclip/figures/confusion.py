@@ -10,8 +10,8 @@ from miniclip.evaluation.classification import BINS, Evaluation
 from miniclip.figures.style import BLUE, ORANGE, save_figure
 from miniclip.terminal import shorten
 
-MOST_NAMES = 40  # classes that can be named along a side of the matrix,
-MOST_NUMBERS = 20  # and classes that leave room for a number in each cell
+MOST_NAMES = 40  # with more classes, the matrix has no names along its sides
+MOST_NUMBERS = 20  # with more classes, the cells have no numbers
 
 
 def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
@@ -35,10 +35,10 @@ def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
 
 
 def draw_cells(axes: Axes, result: Evaluation) -> None:
-    """Draw a cell for each pair of classes: its share of the true class, in percent."""
+    """Draw a cell for each pair of classes: the pair's share of the true class, in percent."""
     labels = [shorten(label) for label in result.labels]
     share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
-    # The square root of the share: a confusion of 4 % is a fifth as dark as 100 %, not a 25th.
+    # Dark by the square root of the share: 4 % is a fifth as dark as 100 %, not a 25th.
     axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), labels)
@@ -52,7 +52,7 @@ def draw_cells(axes: Axes, result: Evaluation) -> None:
 
 
 def draw_dots(axes: Axes, result: Evaluation) -> None:
-    """Draw a dot for each confusion. Its area is the number of images."""
+    """Draw a dot for each confusion. Its area is proportional to the number of images."""
     mistakes = result.mistakes()
     count = len(result.labels)
     axes.plot([0, count - 1], [0, count - 1], color="0.8", linewidth=1, zorder=0)
@@ -75,7 +75,7 @@ def draw_mistakes(axes: Axes, result: Evaluation, most: int = 14) -> None:
         f"{shorten(result.labels[true])} → {shorten(result.labels[predicted])}"
         for true, predicted, _ in mistakes
     ]
-    # By position: two pairs of ImageNet's classes may read the same.
+    # Bars are placed by number: two pairs of ImageNet's classes may have equal names.
     bars = axes.barh(range(len(mistakes)), [n for *_, n in mistakes], color=ORANGE)
     axes.set_yticks(range(len(mistakes)), names)
     axes.bar_label(bars, [f"{n:,}" for *_, n in mistakes], padding=3)
@@ -95,7 +95,7 @@ def draw_reliability(axes: Axes, result: Evaluation) -> None:
     axes.plot(confidence / images, right / images, marker="o", color=BLUE)
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("probability of the first label; grey: the share of the images")
+    axes.set_xlabel("probability of the best label; grey: the share of the images")
     axes.set_ylabel("accuracy")
     axes.spines[["top", "right"]].set_visible(False)
     error = f"expected calibration error {result.calibration_error:.1%}"

@@ -1,4 +1,4 @@
-"""The picture of `miniclip demo`."""
+"""Draw the figure of `miniclip demo`."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -15,14 +15,14 @@ from miniclip.lens.heat import overlay
 def draw_demo(
     scene: Exhibit, heats: Sequence[Heat], photographs: Sequence[Exhibit], path: str | PathLike[str]
 ) -> None:
-    """Draw photographs with their labels, and below a drawn scene with captions and heat maps."""
+    """Draw photographs with their labels, and below them a scene with captions and heat maps."""
     figure = Figure(figsize=(13, 9 if photographs else 4), layout="constrained")
     *above, below = figure.subfigures(2 if photographs else 1, 1, squeeze=False).flat
     if photographs:
         above[0].suptitle("Photographs, and which of eight labels fits best", x=0.01, ha="left")
         rows = above[0].subplots(2, len(photographs), height_ratios=(1, 1), squeeze=False)
         for top, bottom, photograph in zip(*rows, photographs, strict=True):
-            square = ImageOps.fit(photograph.picture, (300, 300))  # what the transform leaves
+            square = ImageOps.fit(photograph.picture, (300, 300))  # the crop of the transform
             note = " (never seen: a guess)" if photograph.name == UNKNOWN else ""
             show_picture(top, square, photograph.name + note)
             draw_bars(bottom, photograph.scores[:4], inside=True)
@@ -38,6 +38,6 @@ def draw_demo(
 
 
 def draw_heat(axes: Axes, scene: Exhibit, heat: Heat) -> None:
-    """Draw a heat map over the grey picture, with the object's true outline in white."""
+    """Draw a heat map over the image in grey, with the object's true outline in white."""
     show_picture(axes, overlay(scene.picture, heat.lost), heat.phrase)
     axes.contour(heat.mask.numpy(), levels=[0.5], colors="white", linewidths=1.5)

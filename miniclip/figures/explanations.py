@@ -19,7 +19,7 @@ from miniclip.world.localise import Question
 def draw_explanations(
     asked: Sequence[Question], maps: dict[str, Tensor], path: str | PathLike[str]
 ) -> None:
-    """Draw a row for each question: the picture, then the heat map of each method."""
+    """Draw a row for each question: the image, then the heat map of each method."""
     size = (2 * (1 + len(maps)), 2.2 * len(asked))
     figure = Figure(figsize=size, layout="constrained")
     for i, (row, question) in enumerate(
@@ -32,7 +32,7 @@ def draw_explanations(
     save_figure(figure, path)
 
 
-# What the values of a map mean.
+# What the numbers of a heat map mean.
 UNITS = {
     "attention": "{} of the attention",
     "rollout": "{} of the attention",
@@ -43,7 +43,7 @@ UNITS = {
 }
 
 
-MOST_COLUMNS = 4  # of heat maps, beside the picture
+MOST_COLUMNS = 4  # of heat maps, without the column of the image
 
 
 def draw_text_maps(
@@ -53,11 +53,11 @@ def draw_text_maps(
     maps: dict[str, Tensor],
     path: str | PathLike[str],
 ) -> None:
-    """Draw a picture and the heat maps of C texts.
+    """Draw an image and the heat maps of C texts.
 
-    `cosines` are the similarities of texts and picture. `maps` has a tensor (C, rows, columns) for
-    each method. One method: the texts stand side by side. Several: a row for each text. The maps of
-    a method share one scale. The value of the warmest patch stands below each map.
+    `cosines` are the similarities of texts and image. `maps` has a tensor (C, rows, columns) for
+    each method. With one method, the texts stand side by side. With several, each text has a row.
+    All maps of a method have the same scale. The value of the warmest patch is below each map.
     """
     texts = [f"{text} (cosine {cosine:.2f})" for text, cosine in zip(texts, cosines, strict=True)]
     if len(maps) == 1:
@@ -93,7 +93,7 @@ def draw_text_maps(
 
 
 def warmth(method: str, heat: Tensor) -> str:
-    """Say how warm the warmest patch of a map is."""
+    """Say which value the warmest patch of a map has."""
     if heat.max() <= 0:
         return "nowhere"
     blind = "; whatever the text" if method in BLIND else ""

@@ -1,4 +1,4 @@
-"""Draw accuracy against the number of examples: figure 6 of the paper, for any data set."""
+"""Draw accuracy against the number of examples, like figure 6 of the paper."""
 
 from collections.abc import Sequence
 from os import PathLike

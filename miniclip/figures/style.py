@@ -1,6 +1,6 @@
 """Colours, fonts and file output, for all figures.
 
-Colour-blind readers can tell the colours apart (Okabe and Ito), and so can a grey printer.
+The colours are by Okabe and Ito. Colour-blind readers can tell them apart, also in a grey print.
 """
 
 import textwrap
@@ -17,20 +17,18 @@ from PIL import Image
 
 from miniclip.zeroshot.classifier import Score
 
-PICTURE_SUFFIXES = [
-    f".{kind}" for kind in FigureCanvasBase.filetypes
-]  # that a picture's name may end in
+PICTURE_SUFFIXES = [f".{kind}" for kind in FigureCanvasBase.filetypes]  # of a figure's file
 BLUE, ORANGE = "#0072b2", "#d55e00"
 
 
 def save_figure(figure: Figure, path: str | PathLike[str]) -> None:
-    """Write a figure, in the format of the file's suffix. Raises ValueError if that fails."""
+    """Write a figure, in the format of the file's suffix. Raises ValueError if it cannot."""
     texts = figure.findobj(Text)
     families = [*rcParams["font.family"], *fonts_beside("".join(t.get_text() for t in texts))]
     for text in texts:
         text.set_fontfamily(families)
     try:
-        with warnings.catch_warnings():  # a character that no font has becomes a box
+        with warnings.catch_warnings():  # about characters that no font has, which become boxes
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(path, dpi=120)
     except OSError as error:
@@ -55,7 +53,7 @@ def fonts_beside(text: str) -> dict[str, str]:
 
 
 def characters_of(font: str) -> set[int]:
-    """The code points that a font file has. Bitmap fonts cannot be read and have none."""
+    """The code points that a font file has. Empty for a bitmap font, which cannot be read."""
     try:
         return {*font_manager.get_font(font).get_charmap()}
     except RuntimeError:
@@ -68,7 +66,7 @@ def usual_font() -> str:
 
 
 def font_file(text: str) -> str:
-    """The file of one font for a text."""
+    """The file of a font for a text: the default font, or one for characters that it lacks."""
     return next(iter(fonts_beside(text).values()), usual_font())
 
 
@@ -97,7 +95,7 @@ def title_of(text: str) -> list[str]:
 
 
 def show_picture(axes: Axes, picture: Image.Image, title: str, below: str = "") -> None:
-    """Draw a picture with a title above and a note below, both wrapped."""
+    """Draw an image with a title above and a note below, both wrapped."""
     axes.imshow(picture)
     axes.set_axis_off()
     # Plain text, because a $ would begin a formula.

@@ -1,15 +1,15 @@
-"""A world of coloured shapes: pictures with exact masks, and captions that are provably true.
+"""A world of coloured shapes: images with exact masks, and captions that are provably true.
 
-A `Scene` has one to three shapes, none covering another, on a quiet background. A picture is drawn
-from its scene, so every caption can be checked, and every object's pixels are known. This answers
-three questions that photographs leave open:
+A `Scene` has one to three shapes, which do not touch, on a dark background. The image is drawn from
+the scene, so every caption can be checked, and every object's pixels are known. So these images
+answer three questions that photographs leave open:
 
-- Does a model know a colour and a shape together that it never saw together? No training picture
-  and no training caption has a pair of `HELD_OUT`, but each of its words.
-- Does it read the order of words? "a red circle to the left of a blue square" has a false caption
-  with the same words. Plain contrastive training makes models that read a bag of words; training
-  with false captions teaches the order (Yuksekgonul et al. 2022, arXiv 2210.01936).
-- Does a heat map point at the object? The masks say where it is.
+- Does a model recognise a pair of colour and shape that training never showed? The pairs of
+  `HELD_OUT` are in no training image and in no training caption, but each of their words is.
+- Does a model read the order of words? "a red circle to the left of a blue square" has a false
+  caption with the same words. Plain contrastive training gives models that ignore the order.
+  Training with false captions teaches it (Yuksekgonul et al. 2022, arXiv 2210.01936).
+- Does a heat map point at the object? The masks say where the object is.
 
-Everything is a pure function of numbers: scene 7 of seed 0 is always the same scene.
+A scene depends only on its numbers: scene 7 of seed 0 is always the same scene.
 """

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from miniclip.world.scenes import CLEAR, COLOURS, HELD_OUT, IMAGE_SIZE, SHAPES, Object, Scene
 
-RELATIONS = {  # of two objects: an axis, and the sign of the second place minus the first
+RELATIONS = {  # of two objects: an axis, and the sign of the second minus the first coordinate
     "to the left of": ("x", 1),
     "to the right of": ("x", -1),
     "above": ("y", 1),
     "below": ("y", -1),
 }
 
-PLACES = {  # of one object: the same, and the second is the middle of the picture
+PLACES = {  # of one object: as above; the second coordinate is the middle of the image
     "on the left": ("x", 1),
     "on the right": ("x", -1),
     "at the top": ("y", 1),
@@ -25,7 +25,7 @@ OPPOSITE = dict(zip(PLACES, ("on the right", "on the left", "at the bottom", "at
 
 
 class Phrase(NamedTuple):
-    """Words for one object. "" is left out."""
+    """The words for one object. An empty word is not said."""
 
     size: str
     colour: str
@@ -33,9 +33,9 @@ class Phrase(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """The meaning of a caption: there are different objects that fit the phrases and the relation.
+    """The meaning of a caption: a scene has different objects that fit its phrases and relation.
 
-    `relation` is a key of RELATIONS for two phrases, a key of PLACES for one, or "" for any number.
+    `relation` is a key of RELATIONS for two phrases, a key of PLACES for one phrase, or "".
     """
 
     relation: str
@@ -83,7 +83,7 @@ def fits(phrase: Phrase, object: Object) -> bool:
 
 
 def apart(relation: str, first: Object, second: Object | None = None) -> int:
-    """Return the pixels between the centres along the relation; negative if it is false."""
+    """Return the pixels between two centres along the relation's axis, negative if it is false."""
     axis, sign = (RELATIONS | PLACES)[relation]
     there = getattr(second, axis) if second else IMAGE_SIZE // 2
     return sign * (there - getattr(first, axis))
@@ -106,7 +106,7 @@ def located(scene: Scene) -> list[Claim]:
 
 
 def relations(scene: Scene) -> list[Claim]:
-    """Claims about two places: "a red circle to the left of a small blue square"."""
+    """Claims about the places of two objects: "a red circle to the left of a small blue square"."""
     return [
         Claim(relation, pair)
         for a, b, relation in clear_relations(scene)
@@ -141,9 +141,9 @@ Kind = Callable[[Scene], list[Claim]]
 
 
 def kinds(scene: Scene) -> tuple[Kind, ...]:
-    """Return the kinds of true claims about a scene that name colour and shape.
+    """Return the functions that make true claims about a scene and name both colour and shape.
 
-    Relations come twice, because they are the hardest to learn.
+    `relations` is there twice, because relations are the hardest to learn.
     """
     several = (relations, relations, lists) if len(scene.objects) > 1 else ()
     return (singles, *((located,) if located(scene) else ()), *several)
@@ -160,17 +160,18 @@ def clear_relations(scene: Scene) -> list[tuple[Object, Object, str]]:
 
 
 def named(object: Object) -> list[Phrase]:
-    """Name an object by colour and shape, and also with its size, unless it is "plain"."""
+    """Name an object by colour and shape, and also with its size unless the size is "plain"."""
     sizes = ("",) if object.size == "plain" else ("", object.size)
     return [Phrase(size, object.colour, object.shape) for size in sizes]
 
 
 def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
-    """Return false claims that differ from a true claim in one thing, by the name of this thing.
+    """Return false claims that differ from a true claim in one thing: {the thing: claims}.
 
-    Two objects exchange their "places" or "colours": the false caption has the same words. Or the
-    place of one object becomes the opposite. If that gives no false claim, one word is replaced: a
-    "size", a "colour" or a "shape". No false claim names a held-out pair, unless `claim` does.
+    Two objects exchange their "places" or "colours", so the false caption has the same words. If
+    the claim is about the place of one object, the place becomes its opposite. If none of these
+    claims is false, one word is replaced: a "size", a "colour" or a "shape". A false claim names a
+    held-out pair only if `claim` names it too.
     """
     opposite = OPPOSITE.get(claim.relation)
     made = swaps(claim) if len(claim.phrases) > 1 else {}
@@ -190,7 +191,7 @@ def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
 
 
 def swaps(claim: Claim) -> dict[str, list[Claim]]:
-    """Exchange every two phrases, or their colours."""
+    """For every two phrases of a claim, exchange the phrases or only their colours."""
     made: dict[str, list[Claim]] = {"places": [], "colours": []}
     for i, j in combinations(range(len(claim.phrases)), 2):
         a, b = claim.phrases[i], claim.phrases[j]
@@ -210,7 +211,7 @@ WORDS = {"size": ("small", "large"), "colour": tuple(COLOURS), "shape": SHAPES}
 
 
 def replacements(claim: Claim) -> dict[str, list[Claim]]:
-    """Replace every word of the claim by every other word of its sort."""
+    """For each word of a claim, put every word of the same kind in its place."""
     made: dict[str, list[Claim]] = {what: [] for what in WORDS}
     for i, phrase in enumerate(claim.phrases):
         for what, words in WORDS.items():
@@ -222,9 +223,10 @@ def replacements(claim: Claim) -> dict[str, list[Claim]]:
 def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, str]:
     """Return a true and a false caption of a scene.
 
-    Lessons 0 and 1 name objects with their places, and lesson 2 also relates two objects. Later
-    any claim is made. One caption in five is then vague, so that each word is learnt alone. Not
-    more, because "something red" teaches little: it is true of every third picture of a batch.
+    In lessons 0 and 1, a caption names one object and its place. In lesson 2, it may also relate
+    two objects. Later it may be any claim, and one caption in five is vague, so that each word is
+    learnt alone. More vague captions would teach little: "something red" is true of every third
+    image of a batch.
     """
     places: Kind = located if located(scene) else singles
     if lesson < 2:

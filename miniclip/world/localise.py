@@ -21,7 +21,7 @@ class Localisation(NamedTuple):
     """How well a method finds the named one of two objects, as shares from 0 to 1."""
 
     method: str
-    pointing: float  # the warmest pixel is on the object (Zhang et al. 2016, arXiv 1608.00507)
+    pointing: float  # the warmest pixel is on it (Zhang et al. 2016, arXiv 1608.00507)
     distracted: float  # the warmest pixel is on the other object
     iou: float  # mean overlap of the object's pixels with equally many of the warmest pixels
 
@@ -36,7 +36,7 @@ class Question(NamedTuple):
 
 
 def questions(scenes: int) -> list[Question]:
-    """Ask for each object of scenes with two objects, which no training set has."""
+    """Ask for each object of scenes with two objects. No training set has these scenes."""
     asked = []
     for drawn in (scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)):
         picture, masks = draw(drawn)
@@ -60,11 +60,11 @@ def answers(loaded: Loaded, asked: list[Question], method: str, batch: int = 50)
 
 
 RANDOM = 5
-"""Models with random weights that each method is scored on: one may be right by chance."""
+"""The number of models with random weights, because a single one may be right by chance."""
 
 
 def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]:
-    """Score every method on drawn scenes of two objects, asked for by colour and shape.
+    """Score every method on questions about drawn scenes of two objects.
 
     Args:
         loaded: model, tokenizer and transform.
@@ -72,8 +72,8 @@ def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]
 
     Returns:
         "trained": the scores of the model. "random" and "spread": mean and standard deviation over
-        RANDOM models of its shape with random weights. "limits": a random map, and the true mask
-        averaged over each patch, which is about the best that a map of patches can be.
+        RANDOM models of the same shape with random weights. "limits": a random map, and the true
+        mask averaged over each patch, which is about the best that a map of patches can be.
     """
     asked = questions(scenes)
     named, other = (torch.stack(masks) for masks in list(zip(*asked))[2:])  # (N, S, S)
@@ -104,7 +104,7 @@ def untrained_like(model: CLIP, seed: int) -> CLIP:
 
 
 def localisation(method: str, heat: Tensor, named: Tensor, other: Tensor) -> Localisation:
-    """Compare heat maps (N, rows, columns) with masks (N, S, S) of the object and the other one."""
+    """Score heat maps (N, rows, columns) by masks (N, S, S) of the named and the other object."""
     size = named.shape[1:]
     heat = F.interpolate(heat[:, None].float(), size, mode="bilinear")[:, 0].flatten(1)
     named, other = named.flatten(1), other.flatten(1)  # (N, S * S)

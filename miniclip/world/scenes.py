@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes, and their pictures with exact masks."""
+"""Scenes of coloured shapes, and their images with exact masks."""
 
 import math
 from functools import cache
@@ -21,9 +21,9 @@ COLOURS = {
     "white": (252, 252, 250),
 }
 
-RADII = {"small": 6, "plain": 9, "large": 13}  # pixels, of a circle around the shape
+RADII = {"small": 6, "plain": 9, "large": 13}  # in pixels, of a circle around the shape
 TILTS = (-12, 0, 12)  # degrees
-GRID = 4  # pixels; centres are at multiples of it, which makes fewer pictures to learn
+GRID = 4  # pixels; centres are at multiples of GRID, so there are fewer images to learn
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 
 Y, X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) / IMAGE_SIZE - 0.5
@@ -31,7 +31,7 @@ Y, X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) / IMAGE_SIZE - 0.5
 ANGLES = np.linspace(0, math.tau, 96, endpoint=False)
 ROUND = np.exp(1j * ANGLES)
 UP = -1j
-LONG, THIN = 0.94, 0.32  # of a cross
+LONG, THIN = 0.94, 0.32  # half the length and half the width of a cross's arms
 ARM = np.array([LONG - THIN * 1j, LONG + THIN * 1j, THIN + THIN * 1j])
 HEART = 16 * np.sin(ANGLES) ** 3 + 1j * (
     -13 * np.cos(ANGLES)
@@ -50,7 +50,7 @@ OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "heart": (HEART / 18.5,),
     "moon": (0.95 * ROUND, 0.8 * ROUND + (0.48 - 0.1j)),
 }
-"""A polygon in the unit circle, and for a ring and a moon a second one to cut out.
+"""A polygon in the unit circle. The second polygon of a ring and of a moon is cut out.
 
 A corner is a complex number, x + iy with y downwards, so a rotation is a product."""
 SHAPES = tuple(OUTLINES)
@@ -62,8 +62,8 @@ HELD_OUT = frozenset(
 SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
 CLEAR = 8
-"""Pixels between the centres of objects whose relation a caption names. (A difference of one pixel
-makes it true.) Any two objects are so far apart along at least one axis."""
+"""Captions name a relation only if the centres are at least this many pixels apart along its axis.
+A relation is true from one pixel on. Any two objects are CLEAR pixels apart along some axis."""
 
 
 class Object(NamedTuple):
@@ -88,7 +88,7 @@ class Background(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """The content of a picture: objects that do not touch."""
+    """The content of an image: objects that do not touch, and a background."""
 
     objects: tuple[Object, ...]
     background: Background
@@ -99,14 +99,14 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
 
     Args:
         index: the number of the scene.
-        seed: the number of the world.
+        seed: the number of the world, which has its own scenes.
         held_out: take pairs of colour and shape from `HELD_OUT`, not from `SEEN`.
         count: the number of objects; by default one to three.
 
     >>> scene(0, count=1) == scene(0, count=1)
     True
     """
-    # A string seeds the same numbers in every version of Python, on every machine.
+    # A string as a seed gives the same numbers in every version of Python, on every machine.
     random = Random(f"{seed} {index} {held_out} {count}")
     pairs = sorted(HELD_OUT) if held_out else SEEN
     chosen = random.sample(pairs, count or random.choice((1, 2, 2, 2, 3)))
@@ -122,7 +122,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
 
 
 def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
-    """Draw centres (x, y) of circles inside the picture that do not touch; None if none fit."""
+    """Draw centres (x, y) of circles in the image that do not touch. Returns None if it fails."""
     places: list[tuple[int, int]] = []
     for radius in radii:
         inside = [at for at in range(0, IMAGE_SIZE, GRID) if radius < at < IMAGE_SIZE - radius]
@@ -137,7 +137,7 @@ def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
 
 
 def background(random: Random) -> Background:
-    """Draw a dark grey background: every object is brighter, so one rule finds all outlines."""
+    """Draw a dark grey background. Every object is brighter, so one rule finds all outlines."""
     first, second = (
         tuple(grey + random.randint(-12, 12) for _ in "rgb")
         for grey in (random.randint(24, 76), random.randint(24, 76))
@@ -147,10 +147,10 @@ def background(random: Random) -> Background:
 
 
 def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
-    """Draw a scene: a picture of 64 x 64 pixels, and a mask of each object, bool (N, 64, 64).
+    """Draw a scene. Returns an image of 64 x 64 pixels and the objects' masks, bool (N, 64, 64).
 
-    A mask has the pixels that the object covers by at least half. A pixel that is covered whole
-    has exactly the object's colour.
+    A pixel is in a mask if the object covers at least half of it. A pixel that the object covers
+    completely has exactly the object's colour.
     """
     pixels = paint(scene.background)  # (64, 64, 3) float32
     masks = np.zeros((len(scene.objects), IMAGE_SIZE, IMAGE_SIZE), bool)
@@ -159,7 +159,7 @@ def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
         cover = sprite(object.shape, radius, object.tilt)  # (2 r, 2 r), 0 to 1
         rows = slice(object.y - radius, object.y + radius)
         columns = slice(object.x - radius, object.x + radius)
-        patch = pixels[rows, columns]  # a view, so the next line paints the picture
+        patch = pixels[rows, columns]  # a view, so the next line paints the image
         patch += cover[:, :, None] * (np.array(COLOURS[object.colour], np.float32) - patch)
         mask[rows, columns] = cover >= 0.5
     return Image.fromarray(np.rint(pixels).astype(np.uint8)), masks
@@ -171,7 +171,7 @@ def paint(background: Background) -> np.ndarray:
     if background.kind == "gradient":
         share = along + 0.5
     elif background.kind == "stripes":
-        share = np.sin(along * 40) * 1.5 + 0.5  # about eight, with soft edges
+        share = np.sin(along * 40) * 1.5 + 0.5  # about eight stripes with soft edges
     elif background.kind == "noise":
         grain = Image.frombytes("L", (8, 8), background.grain)
         share = np.asarray(grain.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)) / 255

@@ -2,7 +2,7 @@
 
     python weights/everyday/photographs.py
 
-They were chosen by what they show, before any result was seen.
+The photographs were chosen for their subjects, before any result was seen.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ FOLDERS = (
 
 
 def main() -> None:
-    """Print the best label of each."""
+    """Print the best label of each photograph."""
     model, tokenizer, transform = miniclip.load("everyday")
     paths = [next(d / name for d in FOLDERS if (d / name).exists()) for name in SHOWN]
     pictures = [Image.open(path).convert("RGB") for path in paths]

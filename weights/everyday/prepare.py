@@ -5,10 +5,10 @@
     miniclip eval data/val --model everyday
     miniclip eval data/pairs --task retrieval --model everyday
 
-`tiny-imagenet-200` is the folder of Stanford's CS231n (train/, val/), `cifar10` a folder with
-train/<class>/. Nothing is copied but the validation pictures: data/train/metadata.jsonl names the
-training pictures where they lie, each with every caption that is true of it. data/pairs has the
-first validation picture of each class, and one caption.
+`tiny-imagenet-200` is the folder of Stanford's CS231n (train/, val/). `cifar10` is a folder with
+train/<class>/. Only the validation images are copied. data/train/metadata.jsonl has the paths of
+the training images, each with all its true captions. data/pairs/metadata.jsonl has the first
+validation image of each class, with one caption.
 """
 
 import json
@@ -31,7 +31,7 @@ TEMPLATES = (
 
 
 def read_classes() -> Iterator[tuple[str, list[str], list[str]]]:
-    """For each class its folder, its own names, and the names that are true of others too."""
+    """Yield for each class: the folder, its own names, and wider names that it shares."""
     group: list[str] = []
     for line in CLASSES.read_text().splitlines():
         if line.endswith(":"):
@@ -43,19 +43,19 @@ def read_classes() -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def names(line: str) -> list[str]:
-    """What stands between commas; nothing gives none."""
+    """Split a line at its commas. An empty line has no names."""
     return line.split(", ") if line else []
 
 
 def captions(name: str) -> list[str]:
-    """A name in every template: the same strings, whichever class it is said of."""
+    """Return a name in every template. Classes that share a name share its captions."""
     plain = name.removeprefix("~")
     article = "" if name != plain else "an " if plain[0] in "aeiou" else "a "
     return [template.format(name=plain, a_name=article + plain) for template in TEMPLATES]
 
 
 def true_captions(own: list[str], wider: list[str]) -> list[str]:
-    """Every caption of a class; its own names are repeated until they are about two thirds."""
+    """Return all captions of a class. About two thirds name the class itself, by repetition."""
     wider = [name for name in wider if name not in own]
     own = own * max(1, round(2 * len(wider) / len(own)))
     return [caption for name in own + wider for caption in captions(name)]

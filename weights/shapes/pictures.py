@@ -1,4 +1,4 @@
-"""Draw pictures of the world of `shapes`, as the tasks of `miniclip eval` read them.
+"""Draw images of the world of `shapes`, in folders that `miniclip eval` reads.
 
     python weights/shapes/pictures.py drawn
     miniclip eval drawn/test --model shapes
@@ -6,8 +6,8 @@
     miniclip eval drawn/test --task probe --train drawn/train --model shapes
     miniclip eval drawn/test --task fewshot --train drawn/train --model shapes
 
-train/ and test/ hold scenes of one object, in a folder for each colour and shape. pairs/ holds
-scenes of two objects with their captions. No checkpoint was trained on any of them.
+train/ and test/ have scenes of one object, in a folder for each colour and shape. pairs/ has scenes
+of two objects with their captions. No checkpoint was trained on any of these scenes.
 """
 
 import json
