@@ -1,7 +1,7 @@
-"""What the figures of the notebooks share: one style, and the drawings that are more than a plot.
+"""The style of the notebooks' figures, and the drawings that need more than a few lines.
 
-Importing it sets matplotlib's style. The colours are Okabe and Ito's, which the colour-blind tell
-apart; what runs from low to high runs from dark to light (cividis).
+Importing this module sets matplotlib's style. Colour-blind readers can tell Okabe and Ito's colours
+apart. Maps have the colours of cividis: dark is low, light is high.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def pictures(
     size: float = 1.6,
     rows: int = 1,
 ) -> list[Axes]:
-    """Draw pictures in rows, each under its title."""
+    """Draw images in rows, each under its title."""
     columns = len(shown) // rows
     figure, grid = plt.subplots(
         rows, columns, figsize=(size * columns, (size + 0.3 / rows) * rows), squeeze=False
@@ -60,8 +60,8 @@ def maps(
     size: float = 1.6,
     title: str = "",
 ) -> None:
-    """Draw a picture, then each map (rows, columns) of it, light where the map is high. The white
-    outline is a mask (S, S)."""
+    """Draw an image, then each map (rows, columns) of it. A light colour is a high value. A white
+    line is drawn around `mask` (S, S)."""
     width, height = picture.size
     shown = pictures([picture] * (1 + len(heats)), ["the picture", *titles], size)
     for axes, heat in zip(shown[1:], heats, strict=True):
@@ -74,7 +74,7 @@ def maps(
 
 
 def matrix(axes: Axes, values: Tensor, numbers: str = "", **options: object) -> None:
-    """A matrix as colours, and as numbers in the given format."""
+    """Draw a matrix as colours, and as numbers in the given format."""
     axes.imshow(values.numpy(), **options)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -86,8 +86,8 @@ def matrix(axes: Axes, values: Tensor, numbers: str = "", **options: object) -> 
 
 
 def contrast(shown: Sequence[Image.Image], captions: Sequence[str], logits: Tensor) -> None:
-    """Figure 1 of the CLIP paper (arXiv 2103.00020), its left part, with the numbers of a model:
-    captions through one encoder, pictures through the other, a logit (B, B) for each pair."""
+    """Draw the left part of the CLIP paper's figure 1 (arXiv 2103.00020) with a model's logits. One
+    encoder reads images, the other reads captions, and each pair has a logit (B, B)."""
     count = len(shown)
     _, axes = plt.subplots(figsize=(7.5, 5.2))
     axes.set_aspect("equal")
@@ -147,7 +147,7 @@ def tokens(rows: Sequence[Sequence[str]], names: Sequence[str], title: str) -> N
 
 
 def beside(picture: Image.Image | np.ndarray) -> tuple[Axes, Axes]:
-    """A picture on the left, and room for a plot on the right."""
+    """Draw an image on the left, and leave room for a plot on the right."""
     _, (left, right) = plt.subplots(1, 2, width_ratios=(1, 2))
     left.imshow(picture)
     left.set_axis_off()

@@ -1,6 +1,6 @@
-"""Six forks of a model for notebook 8. Each is a copy with one fault in it. Solve before you read.
+"""Six forks of a model for notebook 8, each with one fault. Solve the exercise before you read on.
 
-The faults are those that copies of CLIP really have had.
+Real copies of CLIP have had these faults.
 """
 
 import copy as copies
@@ -12,12 +12,12 @@ from miniclip import CLIP, CLIPOutput
 
 
 def copy(model: CLIP) -> CLIP:
-    """The model again, sharing nothing with it."""
+    """A copy that shares no tensor with the model."""
     return copies.deepcopy(model)
 
 
 def fork(model: CLIP, number: int) -> CLIP:
-    """A copy with fault `number`, 1 to 6."""
+    """A copy with the fault of this number, 1 to 6."""
     fork = copy(model)
     with torch.no_grad():
         FAULTS[number - 1](fork)

@@ -1,10 +1,11 @@
-"""Logits of miniclip and of transformers, bit for bit, over threads, batches, masks and dtypes.
+"""Compare logits with transformers', bit for bit, over threads, batches, masks and dtypes.
 
-    python tests/equality_matrix.py              # every combination, in some minutes
+    python tests/equality_matrix.py              # every combination, takes minutes
     python tests/equality_matrix.py --threads 1 2 --batches 1 3
 
-Every weight is random. ATEN_CPU_CAPABILITY=default (or avx2, avx512) in the environment chooses the
-instructions. Prints a line for each combination that differs. The exit status is 1 if any does.
+Every weight is random. The environment variable ATEN_CPU_CAPABILITY (default, avx2 or avx512)
+selects the CPU's instructions. The script prints a line for each combination that differs. The
+exit status is 1 if any combination differs.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from twin import TINY, twins
 
 
 def main() -> int:
-    """Run the matrix and count the combinations."""
+    """Compare all combinations, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, add_help=True)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 3, 7, 16, 33])

@@ -1,8 +1,8 @@
-"""What other projects recorded of OpenAI's weights: golden_values.json, measured entry by entry.
+"""Measure the entries of golden_values.json, which other projects recorded with OpenAI's weights.
 
-A measure has the name of its entry and gives numbers in the form of the entry's `expected`. It runs
-on either of two sides: miniclip, whose numbers are compared, and transformers, which computes
-numbers to compare with where the weights are not OpenAI's.
+A measure is a function with the name of its entry. It returns numbers in the form of the entry's
+`expected`, either with miniclip or with transformers. transformers computes the expected numbers
+if the weights are not OpenAI's.
 """
 
 import json
@@ -39,7 +39,7 @@ B32, B16, L14 = (
 
 
 class Ours:
-    """A checkpoint as miniclip loads it."""
+    """A checkpoint, loaded by miniclip."""
 
     def __init__(self, name: str) -> None:
         self.model, self.tokenizer, self.transform = miniclip.load(name)
@@ -65,10 +65,10 @@ class Ours:
         return self.model.vision.blocks(self.model.vision.embed_tokens(pixels))
 
     def squeezed_states(self, picture, side):
-        """The same of a picture of another size, its positions resampled."""
+        """The residual stream of an image of another size, with resampled positions."""
         transform = replace(self.transform, size=side, crop_size=side)
         pixels = transform([picture.resize((side, side), Image.Resampling.BICUBIC)])
-        whole = side - side % self.model.config.vision.patch_size  # the convolution stops there
+        whole = side - side % self.model.config.vision.patch_size  # the convolution drops the rest
         model = resize_image(self.model, whole)
         return model.vision.blocks(model.vision.embed_tokens(pixels[..., :whole, :whole]))
 
@@ -76,7 +76,7 @@ class Ours:
         return self.model.vision.ln_post(self.image_states(pixels)[:, 0])
 
     def text_states(self, ids, mask=None):
-        """Every token after the last LayerNorm; `mask` is 0 where no token may look."""
+        """Every token after the last LayerNorm; no token attends to those with `mask` 0."""
         tower = self.model.text
         hidden = torch.zeros(1, 1, 1, 1) if mask is None else 1 - mask[:, None, None]
 
@@ -91,7 +91,7 @@ class Ours:
 
 
 class Theirs:
-    """The same files as transformers loads them."""
+    """The same checkpoint, loaded by transformers."""
 
     def __init__(self, name: str) -> None:
         for kind in ("tokenizer", "transform"):
@@ -141,16 +141,16 @@ class Theirs:
 Side = Ours | Theirs
 
 # ------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def find_picture(text: str) -> Image.Image:
-    """The picture that an entry names, among other words. Skips the test where there is none."""
+    """Open the image whose file name occurs in the text. Without that file, skip the test."""
     name = re.search(r"[\w.-]+\.(jpe?g|png)", text)[0]
     if "39769" in name:
         path = os.environ.get("MINICLIP_COCO_CATS")
         if not path:
-            pytest.skip("needs COCO's picture 000000039769.jpg: set MINICLIP_COCO_CATS to its path")
+            pytest.skip("needs COCO's image 000000039769.jpg: set MINICLIP_COCO_CATS to its path")
     else:
         path = next(DATA.rglob(name), None)
         if path is None:
@@ -159,7 +159,7 @@ def find_picture(text: str) -> Image.Image:
 
 
 def find_or_draw_picture(text: str) -> Image.Image:
-    """The same, or noise of the size of COCO's picture."""
+    """Open the image, or draw noise of the size of COCO's image if the file is missing."""
     try:
         return find_picture(text)
     except pytest.skip.Exception:
@@ -168,7 +168,7 @@ def find_or_draw_picture(text: str) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------
-# Measures: (sides, entry, picture) -> what is to be expected. `sides` gives the side of a name.
+# Measures: (sides, entry, picture) -> numbers. `sides` loads the checkpoint of a name.
 
 
 def probabilities(logits):
@@ -278,7 +278,7 @@ def torchmultimodal_means(sides, entry, picture):
     means = {}
     for key, name in (("B/16", B16), ("B/32", B32), ("L/14", L14)):
         side = sides(name)
-        # The text has no end token; OpenAI's code reads it at its largest id.
+        # The text has no end token. OpenAI's code reads it at the largest id.
         text = side.project(at_largest_id(side.text_states(ids), ids))
         means[key] = [unit_norm(x).mean() for x in (side.image(pixels), text)]
     return means
@@ -326,7 +326,7 @@ def sd14_L14_pooler(sides, entry, picture):
 
 
 def param_counts(sides, entry, picture):
-    """By the shapes alone."""
+    """Count without weights, from the shapes alone."""
     counts = {}
     for key in entry["expected"]:
         with meta_device():
@@ -361,7 +361,7 @@ def measure(
     sides: Callable[[str], Side],
     picture: Callable[[str], Image.Image] = find_picture,
 ) -> Any:
-    """What a side gives for an entry, in the form of its `expected` in a JSON file."""
+    """Run an entry's measure. The numbers have the form of its `expected`, as JSON has them."""
     value = MEASURES[entry["id"]](sides, entry, picture)
     return json.loads(json.dumps(value, default=torch.Tensor.tolist))
 
@@ -371,16 +371,16 @@ def measure(
 
 
 def read_entries() -> list[dict[str, Any]]:
-    """The entries, from the test data or, where that is absent, from the copy in the repository."""
+    """Read the entries from the test data, or else from the copy in the repository."""
     copies = (DATA / "golden" / "golden_values.json", Path(__file__).parent / "data/golden.json")
     path = next(path for path in copies if path.is_file())
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def published(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with all its numbers under `expected`, also those in its file or under "extra".
+    """Collect an entry's numbers under `expected`, also those in its file and under "extra".
 
-    None is there if the file is absent.
+    Numbers whose file is missing are None.
     """
     expected = entry.get("expected")
     if "file" in entry and (DATA / entry["file"]).is_file():
@@ -402,10 +402,10 @@ def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def tolerance(entry: dict[str, Any], value: float) -> float:
-    """The entry's own, whose relative part is 1e-5 unless stated, as in np.allclose.
+    """The tolerance for one number: atol + rtol * |value|, as in np.allclose.
 
-    An entry that states none has features written out in full, which another build rounds
-    otherwise, or numbers that are equal.
+    If an entry states no atol, features get 1e-4, because another build of PyTorch has other
+    rounding errors. All other numbers must be equal.
     """
     if "atol" not in entry and "features" not in entry["kind"]:
         return 0.0
@@ -413,7 +413,7 @@ def tolerance(entry: dict[str, Any], value: float) -> float:
 
 
 def mismatches(entry: dict[str, Any], found: dict[str, float]) -> list[str]:
-    """The numbers that are not what the entry expects, in words."""
+    """Describe each number that is out of the entry's tolerance."""
     expected = dict(numbers(entry["expected"]))
     assert found.keys() == expected.keys()
     return [

@@ -1,8 +1,8 @@
-"""A hub on loopback, for huggingface_hub's own client: its protocol, and all that goes wrong.
+"""A hub on this computer for huggingface_hub's own client, with faults that a test can choose.
 
-Read off the requests that huggingface_hub 2.4 makes (huggingface_hub/hf_api.py, file_download.py).
-As on the real hub, large files (here the weights) are stored under their sha256 on another path,
-to which the request for the file redirects; small ones come as they are, under git's hash of them.
+The protocol follows the requests of huggingface_hub 2.4 (hf_api.py, file_download.py). As on the
+real hub, a request for a large file (here: weights) is redirected to another path, which contains
+the file's sha256. A small file is sent at once, with git's hash of it as the ETag.
 """
 
 import base64
@@ -22,15 +22,15 @@ LARGE = (".safetensors", ".bin", ".pt")
 
 @dataclass
 class Fault:
-    """What goes wrong with the requests "METHOD /path" in which the pattern `where` is found."""
+    """A fault in the answers to the requests "METHOD /path" that match the pattern `where`."""
 
     where: str
     times: int = 1_000_000
-    status: int = 0  # the answer, in place of all else
+    status: int = 0  # the status of an answer without a file
     code: str = ""  # its X-Error-Code
-    keep: int | None = None  # the connection is cut after so many bytes of the body
-    body: bytes | None = None  # sent in place of the file
-    stated: int | None = None  # the length of the file, as the headers have it
+    keep: int | None = None  # the connection is cut after this many bytes of the body
+    body: bytes | None = None  # sent instead of the file
+    stated: int | None = None  # the length of the file that the headers state
 
 
 @dataclass
@@ -38,14 +38,14 @@ class Hub:
     """The repositories {"owner/name": {revision: {path: contents}}}, and a log of the requests."""
 
     url: str = ""
-    store: str = ""  # another host, or the client takes the redirection for one of the hub's own
+    store: str = ""  # the same server under another host name, as on the real hub
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
 
     def files(self, repository: str, revision: str) -> dict[str, bytes] | None:
-        """The files of a branch or of a commit; None where there is no such thing."""
+        """The files of a branch or of a commit, or None if there is no such revision."""
         branches = self.repositories[repository]
         return branches.get(revision) or next(
             (files for files in branches.values() if commit(files) == revision), None
@@ -60,12 +60,12 @@ class Hub:
 
 
 def commit(files: dict[str, bytes]) -> str:
-    """A commit is known by its contents."""
+    """The hash of a commit, computed from its files."""
     text = "".join(f"{path} {sha256(data)}\n" for path, data in sorted(files.items()))
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-@lru_cache(maxsize=1000)  # Python knows the same bytes again without reading them
+@lru_cache(maxsize=1000)  # quick: a bytes object keeps its hash
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ---------------------------------------------------------------------------------- downloads
 
     def files(self, repository: str, revision: str) -> dict[str, bytes] | None:
-        """The files, or None and an answer that says what is not there."""
+        """The files of a revision. Without any, answer which part is not found, and return None."""
         if repository not in self.hub.repositories:
             self.answer(404, {"X-Error-Code": "RepoNotFound"})
         elif (files := self.hub.files(repository, revision)) is not None:

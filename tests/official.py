@@ -1,6 +1,6 @@
-"""OpenAI's four checkpoints as they lie on the hub: the same files in the same form, other weights.
+"""Copies of OpenAI's four checkpoints on the hub: the same files and formats, but random weights.
 
-To run the tests marked `hub` against them, start `python tests/official.py`, or with `--small`.
+`python tests/official.py` serves them for the tests marked `hub`. `--small` makes smaller models.
 """
 
 import io
@@ -40,11 +40,11 @@ SHA256 = {
     "f1a17cdbe0f36fec524f5cafb1c261ea3bbbc13e346e0f74fc9eb0460dedd0d3": "L/14 pytorch_model.bin",
     "c6032c2e0caae3dc2d4fba35535fa6307dbb49df59c7e182b1bc4b3329b81801": "336 pytorch_model.bin",
 }
-"""OpenAI's weights on the hub at the commits 3d74acf, 57c2164, 32bd642 and ce19dc9, as other
-projects pin them. L/14 alone has safetensors."""
+"""The hashes of OpenAI's weights on the hub at the commits 3d74acf, 57c2164, 32bd642 and ce19dc9,
+as other projects state them. Only L/14 has safetensors."""
 
 # ------------------------------------------------------------------------------------------------
-# Small files. Those of B/32 are equal, byte for byte, to the files at commit 3d74acf.
+# Small files. B/32's are equal, byte for byte, to the files at commit 3d74acf.
 
 START, END = (
     {"content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
@@ -63,7 +63,7 @@ PREPROCESSOR = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 224,
 }  # fmt: skip
-TOWER = {  # what transformers wrote of every tower in 2022
+TOWER = {  # what transformers wrote about every tower in 2022
     "_name_or_path": "", "add_cross_attention": False, "architectures": None,
     "attention_dropout": 0.0, "bad_words_ids": None, "chunk_size_feed_forward": 0,
     "cross_attention_hidden_size": None, "decoder_start_token_id": None, "diversity_penalty": 0.0,
@@ -85,7 +85,7 @@ TOWER = {  # what transformers wrote of every tower in 2022
 
 
 def config_json(name: str, config: CLIPConfig) -> str:
-    """config.json. The larger models say their sizes a second time, under `..._config_dict`."""
+    """The text of config.json. The larger models repeat their sizes under `..._config_dict`."""
     sizes: dict[str, dict[str, Any]] = {
         key: {
             "hidden_size": tower.width, "intermediate_size": tower.mlp_width,
@@ -116,7 +116,7 @@ def _indented(settings: dict[str, Any], **options: Any) -> str:
 
 
 def vocabulary(name: str) -> dict[str, bytes]:
-    """The real words, or a few of our own where the real ones are not at hand."""
+    """OpenAI's vocabulary, or one that is trained here if the test data has none."""
     if (DATA / "vocab").is_dir():
         files = {path.name: path.read_bytes() for path in (DATA / "vocab").iterdir()}
     else:
@@ -130,8 +130,8 @@ def vocabulary(name: str) -> dict[str, bytes]:
 
 @lru_cache
 def _train_vocabulary() -> dict[str, bytes]:
-    """A few words, and then pairs of bytes up to the size of the real one: its end token is 49407,
-    which the config of the larger models leaves to transformers' default."""
+    """Train a few words, then add pairs of bytes until the end token is 49407. The larger models'
+    config does not state this id, because it is transformers' default."""
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.train(["a photo of a cat, the dog and a diagram"], 600).save_pretrained(folder)
         vocab, merges = (Path(folder) / name for name in ("vocab.json", "merges.txt"))
@@ -153,14 +153,14 @@ def _train_vocabulary() -> dict[str, bytes]:
 
 
 def shrunk(config: CLIPConfig) -> CLIPConfig:
-    """Narrow and shallow, but with the inputs of the original: same pictures, same tokens."""
+    """Make the towers narrow and shallow, but keep the image size and the vocabulary."""
     vision = replace(config.vision, width=60, layers=3, heads=5, mlp_width=100)
     text = replace(config.text, width=64, layers=2, heads=4, mlp_width=92)
     return replace(config, vision=vision, text=text, embed_dim=40)
 
 
 def random_weights(config: CLIPConfig, seed: int) -> dict[str, Tensor]:
-    """Every tensor that OpenAI's files have, every parameter redrawn."""
+    """Every tensor of OpenAI's files. All parameters are random."""
     tensors = twins(config, seed=seed)[1].state_dict()
     lengths = {"text": config.text.context_length, "vision": 1 + config.vision.patches}
     positions = {
@@ -171,8 +171,8 @@ def random_weights(config: CLIPConfig, seed: int) -> dict[str, Tensor]:
 
 
 def as_converted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors laid out as the script left them that made pytorch_model.bin from OpenAI's
-    files: q, k and v are parts of one storage, projections are turned."""
+    """The same tensors with the memory layout of the hub's pytorch_model.bin: q, k and v share one
+    storage, and projections are transposed."""
     laid_out = dict(tensors)
     for key in tensors:
         if "q_proj" in key:

@@ -1,12 +1,12 @@
-"""What a GPU shows, in one run of at most eight minutes.
+"""Check the package on a GPU, in one run of at most eight minutes.
 
     python tests/on_a_gpu.py -o gpu.json                # on cuda
     python tests/on_a_gpu.py -o gpu.json --device cpu   # a rehearsal with tiny shapes
 
-The tests marked `gpu`, parity with transformers at the four official shapes in three precisions,
-then suites of `miniclip bench`, eager and then compiled. Writes JSON as it goes, and prints a table
-and the targets in Markdown. What the eight minutes have no room for is named. The exit status is 1
-if parity, a test or a target fails, or if something was left out.
+It runs the tests marked `gpu`, then parity with transformers at the four official shapes in three
+precisions, then suites of `miniclip bench`, first eager and then compiled. It writes JSON after
+each part, and prints a table and the targets in Markdown. It counts the parts that do not fit into
+eight minutes. The exit status is 1 if parity, a test or a target fails, or if a part is left out.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ON_CPU = {"shapes": ("tiny",), "timed": ("tiny",), "batches": (1, 2), "seconds":
 
 
 def gpu_tests(device: str) -> Iterator[tuple[str, Any]]:
-    """The last line that pytest prints."""
+    """Run the tests marked `gpu`, and keep the last line that pytest prints."""
     if device != "cpu":
         argv = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(Path(__file__).parent)]
         done = subprocess.run(argv, capture_output=True, text=True)
@@ -45,7 +45,7 @@ def gpu_tests(device: str) -> Iterator[tuple[str, Any]]:
 
 
 def parity(shape: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Any]]:
-    """The first site out of tolerance, and how far the logits are apart."""
+    """The first site out of tolerance, and the difference between the logits."""
     report = compare(*random_pair(shape), dtype=dtype, device=device)
     logits = next(row for row in report.rows if row.site == "logits")
     name = str(dtype).removeprefix("torch.")
@@ -59,7 +59,7 @@ def timing(**options: Any) -> Iterator[tuple[str, Any]]:
 
 
 def parts(device: str, plan: dict[str, Any]) -> Iterator[Callable[[], Iterator[tuple[str, Any]]]]:
-    """All there is to do, the cheapest knowledge first."""
+    """All parts of the run, the quickest first."""
     yield partial(gpu_tests, device)
     for shape in plan["shapes"]:
         for dtype in DTYPES:
@@ -77,11 +77,11 @@ def parts(device: str, plan: dict[str, Any]) -> Iterator[Callable[[], Iterator[t
 
 
 def targets(rows: list[Row]) -> Iterator[tuple[str, float, float]]:
-    """What was aimed at: its name, the number to reach, and the number found."""
+    """Each target: its name, the ratio to reach, and the ratio found."""
     medians = {(row.suite, row.work, row.contender): row.cost[1] for row in rows if row.cost}
 
     def times(work: str, peer: str, ours: str) -> list[float]:
-        """How many times as long as ours the peer took, wherever both were timed."""
+        """The peer's time divided by ours, for each piece of work that both did."""
         return [
             medians[(suite, text, peer)] / cost
             for (suite, text, contender), cost in medians.items()
@@ -102,7 +102,7 @@ def targets(rows: list[Row]) -> Iterator[tuple[str, float, float]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run all parts that fit, and say what they show."""
+    """Run all parts that the time allows, and report their results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("-o", "--out", type=Path, default=Path("gpu.json"))
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         try:
             results = list(part())
-        except Exception as error:  # one part must not take the others with it
+        except Exception as error:  # the other parts must still run
             results = [(str(part), {"error": f"{type(error).__name__}: {error}"})]
         for name, result in results:
             print(f"{time.monotonic() - began:6.0f} s  {name}", file=sys.stderr)

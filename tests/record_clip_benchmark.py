@@ -4,8 +4,8 @@
     git -C CLIP_benchmark checkout 48de38c
     pip install torch tqdm && python tests/record_clip_benchmark.py CLIP_benchmark
 
-It runs one file of the checkout, `clip_benchmark/metrics/zeroshot_retrieval.py`, which needs torch
-and tqdm. Its model is told the embeddings, and its data set is their numbers.
+The script runs `clip_benchmark/metrics/zeroshot_retrieval.py` of the checkout. Row numbers replace
+images and texts, and a stand-in for the model returns the embeddings of the rows.
 """
 
 import json
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 PATH = Path(__file__).parent / "data" / "clip_benchmark.json"
-SIZES = [(7, 1), (40, 5), (60, 3)]  # pictures, and captions of each; then one picture has one more
+SIZES = [(7, 1), (40, 5), (60, 3)]  # images, captions of each; the last image has one more
 LEVELS = [1, 5, 10]
 
 
 def embeddings(images: int, captions: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Pictures (N, 8), captions (M, 8), not normalised, and the picture of each caption."""
+    """Embeddings of images (N, 8) and captions (M, 8), not normalised; and each caption's image."""
     image_of = [i for i in range(images) for _ in range(captions)] + [images - 1]
     image_embeds = waves(images, 0.37)
     return image_embeds, image_embeds[image_of] + 1.1 * waves(len(image_of), 0.59), image_of
 
 
 def waves(rows: int, pitch: float) -> Tensor:
-    """Numbers from -1 to 1 in no order, (rows, 8), that are the same everywhere."""
+    """Deterministic numbers from -1 to 1, (rows, 8), in no order."""
     return (torch.arange(rows * 8, dtype=torch.float64).pow(2) * pitch).sin().view(rows, 8).float()
 
 

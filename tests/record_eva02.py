@@ -1,8 +1,8 @@
-"""Record what timm's EVA-02 block makes of a small input, in data/eva02.json.
+"""Record the output of timm's EVA-02 block for a small input, in data/eva02.json.
 
     pip install -e . timm && python tests/record_eva02.py
 
-timm needs torchvision, which the tests are to do without: they read the numbers that are recorded.
+timm needs torchvision. The tests run without torchvision, so they read the recorded numbers.
 """
 
 import json
@@ -23,18 +23,18 @@ NAMES = {
 
 
 def waves(*shape: int, start: float) -> Tensor:
-    """Numbers from -1 to 1 that are the same everywhere. float64."""
+    """Deterministic float64 numbers from -1 to 1."""
     count = torch.Size(shape).numel()
     return (start + 0.7 * torch.arange(count, dtype=torch.float64)).sin().view(shape)
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """A weight for each of our names, all of them different."""
+    """A weight for each of our names. All weights differ."""
     return {name: waves(*shapes[name], start=i) / 2 for i, name in enumerate(sorted(shapes))}
 
 
 def tokens() -> Tensor:
-    """The input: two images of a class token and their patches, (B, T, W)."""
+    """The input (B, T, W): the class token and the patches of two images."""
     return waves(2, 1 + GRID[0] * GRID[1], WIDTH, start=0.3)
 
 
@@ -59,7 +59,7 @@ def record() -> dict[str, object]:
 
     count = WIDTH // HEADS // 4
     bands = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
-    assert torch.allclose(bands.float(), freq_bands(count, step=1))  # theirs have float32 alone
+    assert torch.allclose(bands.float(), freq_bands(count, step=1))  # timm's are float32
     table = build_rotary_pos_embed(
         [*GRID], bands, in_pixels=False, ref_feat_shape=[16, 16], dtype=torch.float64
     )

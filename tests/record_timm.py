@@ -1,8 +1,8 @@
-"""Record what timm and open_clip make of small tables and of a small model, in data/timm.json.
+"""Record the outputs of timm and open_clip for small tables and a small model, in data/timm.json.
 
     pip install -e . timm open_clip_torch && python tests/record_timm.py
 
-They need torchvision, which the tests are to do without: these read the numbers that are recorded.
+timm and open_clip need torchvision. The tests run without it, so they read the recorded numbers.
 """
 
 import json
@@ -17,10 +17,10 @@ from miniclip import VisionConfig, VisionTower
 
 PATH = Path(__file__).parent / "data" / "timm.json"
 
-# (rows, columns) of the grid before and after. No single column: there torch 2.13's antialiased
-# resampling, which timm's is, is wrong on a CPU.
+# (rows, columns) of the grid before and after. No grid has a single column: timm resamples with
+# antialiasing, and for a single column torch 2.13 does this wrong on a CPU.
 GRIDS = [((5, 5), (7, 7)), ((5, 5), (3, 3)), ((4, 4), (2, 8)), ((3, 4), (6, 2))]
-PATCHES = [(4, 7), (4, 3), (6, 8)]  # pixels on a side before and after
+PATCHES = [(4, 7), (4, 3), (6, 8)]  # a patch's side in pixels, before and after
 CHANNELS = [1, 2, 4, 6]  # instead of three
 CONTEXTS = [(20, 33), (16, 31)]  # tokens before and after
 
@@ -37,13 +37,13 @@ CALLS = [
 
 
 def waves(*shape: int, start: float = 0.0) -> Tensor:
-    """Numbers from -1 to 1 that are the same everywhere. float64."""
+    """Deterministic float64 numbers from -1 to 1."""
     count = torch.Size(shape).numel()
     return (start + 0.7 * torch.arange(count, dtype=torch.float64)).sin().view(shape)
 
 
 def small_tower() -> VisionTower:
-    """A vision tower of VISION's shape, no weight of which is like another."""
+    """A vision tower of VISION's shape, in which no two weights are equal."""
     tower = VisionTower(VISION, EMBED_DIM).double().eval()
     for i, (name, parameter) in enumerate(tower.named_parameters()):
         scale = 0.5 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
@@ -53,7 +53,7 @@ def small_tower() -> VisionTower:
 
 
 def timm_tower(tower: VisionTower):
-    """The same weights in timm's ViT, by way of OpenAI's names, which timm reads."""
+    """Load the same weights into timm's ViT, which reads OpenAI's names."""
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
@@ -101,7 +101,7 @@ def record() -> dict[str, object]:
         table = waves(1 + old[0] * old[1], 2)
         found["timm.pos_embed"].append(resample_abs_pos_embed(table[None], [*new], [*old])[0])
         state = {"visual.positional_embedding": table.float()}
-        if old[0] == old[1]:  # which open_clip takes for granted
+        if old[0] == old[1]:  # open_clip needs a square grid
             resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=new)))
             found["open_clip.pos_embed"].append(state["visual.positional_embedding"])
     found["timm.patch_embed"] = [
@@ -125,7 +125,7 @@ def record() -> dict[str, object]:
 
 
 def plain(value):
-    """Tensors as nested lists, of ten digits each."""
+    """Tensors as nested lists of numbers with ten digits."""
     if isinstance(value, Tensor):
         return plain(value.tolist())
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Checkpoints as people bring them: other programs' files, training files, halves, no config.
+"""Checkpoints that users bring: other programs' files, training files, one tower, no config.
 
-Each test stands for public reports about openai/CLIP, open_clip, transformers, diffusers and their
-user interfaces. The right values are those of transformers, or the weights that went in.
+Each test stands for a public report about openai/CLIP, open_clip, transformers, diffusers or their
+user interfaces. The expected values come from transformers, or are the weights that were saved.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from miniclip.lens import decompose
 from miniclip.surgery import add_tokens
 from miniclip.training.data import open_data
 
-# ------------------------------------------------------------------------------- squashed pictures
+# --------------------------------------------------------------------------------- squashed images
 
 
 def open_clip_settings(**preprocessing):
@@ -60,7 +60,7 @@ def photograph():
 
 
 def test_squash_is_transformers_resize_to_a_height_and_a_width(tmp_path, photograph):
-    """As apple/DFN5B-CLIP-ViT-H-14-378's open_clip_config.json asks for."""
+    """apple/DFN5B-CLIP-ViT-H-14-378's open_clip_config.json asks for this."""
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
     transform = ImageTransform.from_pretrained(tmp_path)
     assert transform == ImageTransform(40, squash=True)
@@ -75,7 +75,7 @@ def test_squash_is_transformers_resize_to_a_height_and_a_width(tmp_path, photogr
     transform.save_pretrained(tmp_path / "ours")
     again = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / "ours")
     assert torch.equal(again(photograph, return_tensors="pt")["pixel_values"][0], theirs)
-    transform.save_pretrained(tmp_path)  # which has open_clip's settings too
+    transform.save_pretrained(tmp_path)  # the folder has open_clip's settings too
     saved = json.loads((tmp_path / "open_clip_config.json").read_text())
     assert saved["preprocess_cfg"]["resize_mode"] == "squash"
     cropped = replace(transform, crop_size=32)
@@ -84,13 +84,13 @@ def test_squash_is_transformers_resize_to_a_height_and_a_width(tmp_path, photogr
 
 
 @pytest.mark.parametrize("mode", ["longest", "crop"])
-def test_another_resize_mode_is_refused_by_name(tmp_path, mode):
+def test_another_resize_mode_is_refused_and_named(tmp_path, mode):
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode=mode))
     with pytest.raises(CheckpointError, match=f"resize_mode is '{mode}'; a CLIP's is 'shortest'"):
         ImageTransform.from_pretrained(tmp_path)
 
 
-def test_two_files_that_disagree_about_the_pixels_are_said_to(tmp_path):
+def test_two_files_that_disagree_about_the_pixels_are_named(tmp_path):
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
     ImageTransform(40).save_pretrained(tmp_path / "beside")
     write(
@@ -115,7 +115,7 @@ def test_two_files_that_disagree_about_the_pixels_are_said_to(tmp_path):
 
 @pytest.fixture
 def metaclip(tmp_path):
-    """transformers' model, each weight random, and its directory."""
+    """transformers' model with random weights, and its directory."""
     config = transformers.MetaClip2Config(
         projection_dim=36,
         vision_config=dict(
@@ -138,7 +138,7 @@ LITERAL = torch.tensor([[0, 5, 599, 2, 1, 1], [0, 7, 2, 300, 2, 1]])  # the larg
 
 
 @torch.no_grad()
-def test_metaclip_2_reads_a_text_at_its_first_2(metaclip, tmp_path):
+def test_metaclip_2_reads_a_text_at_its_first_token_2(metaclip, tmp_path):
     peer, directory = metaclip
     said = r"not CLIP's BPE.*AutoTokenizer.from_pretrained\('.*metaclip'\)"
     with pytest.warns(UserWarning, match=said) as warned:
@@ -166,8 +166,8 @@ def test_metaclip_2_reads_a_text_at_its_first_2(metaclip, tmp_path):
 
 
 @torch.no_grad()
-def test_open_clips_worldwide_models(metaclip, tmp_path):
-    """model_configs/ViT-H-14-worldwide-quickgelu.json, smaller."""
+def test_open_clips_worldwide_models_are_read(metaclip, tmp_path):
+    """The model is a smaller copy of open_clip's ViT-H-14-worldwide-quickgelu."""
     peer, directory = metaclip
     CLIP.from_pretrained(directory).save_pretrained(tmp_path / "world", layout="open_clip")
     path = tmp_path / "world/open_clip_config.json"
@@ -194,7 +194,7 @@ def test_a_vocabulary_of_ours_with_a_literal_end_token_is_kept(tmp_path):
 # --------------------------------------------------------------------------------------- subfolders
 
 
-def test_a_subfolder_of_a_directory(tmp_path):
+def test_a_subfolder_of_a_directory_is_read(tmp_path):
     model = tiny_clip()
     save(tmp_path / "0_CLIPModel", model, Tokenizer.train(["a cat"], 600), ImageTransform(40))
     for read in (
@@ -217,7 +217,7 @@ def test_a_subfolder_of_a_directory(tmp_path):
 
 
 def write_zeros(path: Path, config: CLIPConfig, layout: str, keep=lambda name: True) -> Path:
-    """A safetensors file of the shapes of a model. Its zeros take no room on the disk."""
+    """Write a safetensors file with a model's shapes. Its zeros take no space on the disk."""
     with torch.device("meta"):
         tensors = pack(CLIP(config).state_dict(), LAYOUTS[layout])
     header, place = {}, 0
@@ -253,7 +253,7 @@ def half(tower):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_clip_g_alone_has_the_config_of_the_published_model(tmp_path, layout):
+def test_clip_gs_text_tower_alone_has_the_published_config(tmp_path, layout):
     path = write_zeros(tmp_path / "clip_g.safetensors", BIGG, layout, half("text"))
     with pytest.warns(UserWarning, match="20 text heads and the gelu of laion/CLIP-ViT-bigG") as it:
         stored = open_model(path, None)
@@ -266,7 +266,7 @@ def test_clip_g_alone_has_the_config_of_the_published_model(tmp_path, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("keep", [half("text"), lambda name: True], ids=["clip_l", "whole"])
-def test_shapes_that_were_published_with_two_activations_are_asked_about(tmp_path, layout, keep):
+def test_shapes_that_were_published_with_two_activations_need_a_config(tmp_path, layout, keep):
     path = write_zeros(tmp_path / "clip_l.safetensors", L14, layout, keep)
     said = r"laion/CLIP-ViT-L-14\S+ \(gelu\) and openai/clip-vit-large\S+ \(quick_gelu\).*config="
     with pytest.raises(CheckpointError, match=said):
@@ -281,7 +281,7 @@ def test_shapes_that_were_published_with_two_activations_are_asked_about(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_whole_clip_of_unambiguous_shapes(tmp_path):
+def test_a_whole_clip_of_unambiguous_shapes_needs_no_config(tmp_path):
     path = write_zeros(tmp_path / "x.safetensors", G14, "transformers")
     with pytest.warns(UserWarning, match="16 vision heads and 16 text heads.*laion/CLIP-ViT-g-14"):
         config = CLIPConfig.from_pretrained(path)
@@ -289,7 +289,7 @@ def test_a_whole_clip_of_unambiguous_shapes(tmp_path):
     assert config.text == replace(G14.text, eos_token_id=2)
 
 
-def test_shapes_that_no_one_published(tmp_path):
+def test_shapes_that_no_one_published_need_a_config(tmp_path):
     model = tiny_clip()
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").rename(tmp_path / "tiny.json")
@@ -311,13 +311,13 @@ def test_shapes_that_no_one_published(tmp_path):
 
 
 class Unpicklable:
-    """What runs when it is unpickled."""
+    """An object that opens a file when it is unpickled."""
 
     def __reduce__(self):
         return (open, ("/tmp/miniclip-proof", "w"))
 
 
-def test_whatever_a_training_loop_saves_beside_the_weights(tmp_path):
+def test_all_that_a_training_loop_saves_beside_the_weights_is_ignored(tmp_path):
     model = tiny_clip()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -374,7 +374,7 @@ def test_two_state_dicts_in_one_file_are_named(tmp_path):
     "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.",
     "_fsdp_wrapped_module._forward_module.", "clip_model.module.", "cond_stage_model.transformer.",
 ])  # fmt: skip
-def test_prefixes_that_wrappers_leave(tmp_path, layout, prefix):
+def test_prefixes_that_wrappers_leave_are_removed(tmp_path, layout, prefix):
     vision = replace(TINY.vision, act="quick_gelu", width=64, heads=1, ln_eps=1e-5)
     text = replace(TINY.text, width=64, heads=1)
     model = CLIP(replace(TINY, vision=vision, text=text))
@@ -384,7 +384,7 @@ def test_prefixes_that_wrappers_leave(tmp_path, layout, prefix):
     save_file({prefix + name: tensor for name, tensor in tensors.items()}, path)
     again = CLIP.from_pretrained(tmp_path)
     assert all(map(torch.equal, again.parameters(), model.parameters()))
-    inside = {  # FSDP and checkpointing wrap blocks, and people compile them one by one
+    inside = {  # FSDP and activation checkpointing wrap blocks; users also compile single blocks
         name.replace("layers.1.", "layers._fsdp_wrapped_module.1._checkpoint_wrapped_module.")
         .replace("resblocks.0.", "resblocks.0._orig_mod."): tensor
         for name, tensor in tensors.items()
@@ -398,8 +398,8 @@ def test_prefixes_that_wrappers_leave(tmp_path, layout, prefix):
 @pytest.mark.parametrize("prefix", ["", "extractor.model."])
 @pytest.mark.parametrize("tower", ["vision", "text"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_half_a_clip_under_any_prefix(tmp_path, layout, tower, prefix):
-    """Saved as `torch.save(model.visual.state_dict())`, or with the prefix of another module."""
+def test_half_a_clip_is_read_under_any_prefix(tmp_path, layout, tower, prefix):
+    """Users save `model.visual.state_dict()`, or a module that contains the tower."""
     vision = replace(TINY.vision, act="quick_gelu", width=64, heads=1, ln_eps=1e-5)
     text = replace(TINY.text, width=64, heads=1, eos_token_id=2)
     model = CLIP(replace(TINY, vision=vision, text=text))
@@ -422,8 +422,8 @@ def test_half_a_clip_under_any_prefix(tmp_path, layout, tower, prefix):
 
 
 @torch.no_grad()
-def test_long_clips_own_files(tmp_path):
-    """Their forward pass: positional_embedding * mask1 + positional_embedding_res * mask2."""
+def test_long_clips_own_files_are_read(tmp_path):
+    """Long-CLIP adds positional_embedding * mask1 and positional_embedding_res * mask2."""
     vision = VisionConfig(64, 2, 1, 256, image_size=32, patch_size=16)
     config = CLIPConfig(vision, TextConfig(64, 2, 1, 256, context_length=248), 32)
     model = CLIP(config)
@@ -435,7 +435,7 @@ def test_long_clips_own_files(tmp_path):
     tensors |= {"positional_embedding": first, "positional_embedding_res": rest}
     torch.save(tensors, tmp_path / "longclip-B.pt")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # whose files these are is known
+        warnings.simplefilter("error")  # Long-CLIP's files are recognised
         long = CLIP.from_pretrained(tmp_path / "longclip-B.pt")
     assert long.config.text.context_length == 248
     assert torch.equal(long.text.pos_embed, first * mask + rest * (1 - mask))
@@ -447,7 +447,7 @@ def test_long_clips_own_files(tmp_path):
 
 
 @torch.no_grad()
-def test_the_vision_tower_of_an_image_classifier(tmp_path):
+def test_the_vision_tower_of_an_image_classifier_is_read(tmp_path):
     ours, theirs = twins(TINY)
     config = theirs.config
     config.num_labels = 3
@@ -461,7 +461,7 @@ def test_the_vision_tower_of_an_image_classifier(tmp_path):
     assert torch.equal(tower(pixels), expected)
     with pytest.raises(CheckpointError, match="load it with VisionTower.from_pretrained"):
         CLIP.from_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"  # and a distilled tower, with the whole CLIP's config
+    path = tmp_path / "model.safetensors"  # a distilled tower, with the config of a whole CLIP
     save_file({n: t for n, t in load_file(path).items() if "classifier" not in n}, path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -503,7 +503,7 @@ def xsmall():
     return model
 
 
-def test_a_vision_tower_of_timms(tmp_path, xsmall):
+def test_timms_vision_tower_is_read(tmp_path, xsmall):
     settings = {"architecture": "vit_xsmall_patch16_clip_224", "num_classes": 32}
     write(tmp_path / "config.json", settings | {"pretrained_cfg": {"tag": "tinyclip_yfcc15m"}})
     tensors = timm_tensors(xsmall)
@@ -525,8 +525,8 @@ def test_a_vision_tower_of_timms(tmp_path, xsmall):
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["head in the trunk", "head outside"])
-def test_a_vision_tower_of_timms_in_open_clips_file(tmp_path, xsmall, outside):
-    """model_configs/MobileCLIP2-L-14.json, with a causal mask."""
+def test_timms_vision_tower_in_open_clips_file_is_read(tmp_path, xsmall, outside):
+    """The file is like open_clip's MobileCLIP2-L-14, but with a causal mask."""
     xsmall.save_pretrained(tmp_path, layout="open_clip")
     path, weights = tmp_path / "open_clip_config.json", tmp_path / "open_clip_model.safetensors"
     text = {n: t for n, t in load_file(weights).items() if not n.startswith("visual.")}
@@ -579,7 +579,7 @@ def test_a_quantised_model_is_not_saved_and_not_decomposed(tmp_path):
         decompose(quantised, pixels)
 
 
-# -------------------------------------------------- ten more threads, each tried as its author did
+# ------------------------------------- ten more reports, each repeated as its author described it
 
 OPENAI_LIKE = replace(
     TINY,
@@ -600,7 +600,7 @@ def assert_same(found, expected):
 
 
 class ResidualAttentionBlock(torch.nn.Module):
-    """As in openai/CLIP's model.py: the mask is an attribute, and no buffer."""
+    """A part of openai/CLIP's model.py. The mask is an attribute, not a buffer."""
 
     def __init__(self, width):
         super().__init__()
@@ -608,7 +608,7 @@ class ResidualAttentionBlock(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*read as OpenAI's")
-def test_openai_clip_205_a_whole_module_is_saved(tmp_path):
+def test_openai_clip_205_a_pickled_module_is_read(tmp_path):
     model = randomized(OPENAI_LIKE)
     whole = torch.nn.Module()
     for name, tensor in pack(model.state_dict(), LAYOUTS["openai"]).items():
@@ -628,7 +628,7 @@ def test_openai_clip_205_a_whole_module_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("tower", ["vision", "text", ""])
-def test_openai_clip_205_a_state_dict_or_a_module_of_ours(tmp_path, tower):
+def test_openai_clip_205_a_state_dict_or_a_module_of_ours_is_read(tmp_path, tower):
     model = tiny_clip()
     part = getattr(model, tower) if tower else model
     kind = {"vision": VisionTower, "text": TextTower, "": CLIP}[tower]
@@ -641,7 +641,7 @@ def test_openai_clip_205_a_state_dict_or_a_module_of_ours(tmp_path, tower):
 
 
 @pytest.mark.filterwarnings("ignore:.*read as OpenAI's")
-def test_openai_clip_284_a_lightning_module_with_a_head(tmp_path):
+def test_openai_clip_284_a_lightning_module_with_a_head_is_read(tmp_path):
     model = randomized(OPENAI_LIKE)
     state = {f"clipmodel.{n}": t for n, t in pack(model.state_dict(), LAYOUTS["openai"]).items()}
     head = torch.nn.Linear(36, 3).state_dict(prefix="ff_head.")
@@ -656,7 +656,7 @@ def test_openai_clip_284_a_lightning_module_with_a_head(tmp_path):
         CLIP.from_pretrained(tmp_path / "last.ckpt")
 
 
-def test_openai_clip_478_the_weights_of_another_architecture(tmp_path):
+def test_openai_clip_478_the_weights_of_another_architecture_are_refused(tmp_path):
     torch.save({"encoder.blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "parseq.pt")
     said = "no CLIP's tensors, but encoder.blocks.0.norm1.weight. Expected names such as vision_mod"
     for config in (None, TINY):
@@ -665,7 +665,7 @@ def test_openai_clip_478_the_weights_of_another_architecture(tmp_path):
 
 
 @torch.no_grad()
-def test_transformers_24650_a_token_that_was_added_after_the_end_token(tmp_path):
+def test_transformers_24650_a_token_added_after_the_end_token_gives_a_warning(tmp_path):
     tokenizer = Tokenizer.train(["a photo of a cat"], 520)
     text = replace(TINY.text, vocab_size=520, bos_token_id=518, eos_token_id=2)
     model = randomized(replace(TINY, text=text))
@@ -693,11 +693,11 @@ def test_transformers_24650_a_token_that_was_added_after_the_end_token(tmp_path)
     assert torch.equal(mended.encode_text(ids), theirs.get_text_features(ids).pooler_output)
     assert not torch.allclose(mended.encode_text(ids), legacy.encode_text(ids))
     row = legacy.text.token_embed.weight[520:]
-    ours = add_tokens(model, row)  # which names the end token itself
+    ours = add_tokens(model, row)  # add_tokens sets the end token itself
     assert torch.equal(ours.encode_text(ids), mended.encode_text(ids))
 
 
-def test_transformers_21638_images_of_one_pixel_and_of_three():
+def test_transformers_21638_images_one_or_three_pixels_wide_are_read_as_there():
     processor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
     transform = ImageTransform(32)
     rng = np.random.default_rng(0)
@@ -705,11 +705,11 @@ def test_transformers_21638_images_of_one_pixel_and_of_three():
         pixels = rng.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
         expected = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
         assert torch.equal(transform(Image.fromarray(pixels)), expected)
-        assert torch.equal(transform(pixels), expected)  # rows, columns, channels: never guessed
+        assert torch.equal(transform(pixels), expected)  # always rows, columns, channels
         assert torch.equal(transform(torch.from_numpy(pixels).permute(2, 0, 1)), expected)
 
 
-def test_diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion(tmp_path):
+def test_diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion_is_read(tmp_path):
     model = tiny_clip()
     inside = "cond_stage_model.transformer."
     text = {n: t for n, t in model.state_dict().items() if n.startswith("text.")}
@@ -737,7 +737,7 @@ def test_peft_2200_every_adapter_of_an_output_projection_is_trained():
     assert all(grad.abs().sum() > 0 for grad in grads.values())
 
 
-def test_captum_956_the_tokens_of_a_text_that_is_compared_with_an_image():
+def test_captum_956_the_tokens_of_a_text_get_attributions():
     captum = pytest.importorskip("captum.attr", reason="captum cannot be imported")
     model = tiny_clip().double()
     pixels = torch.randn(2, 3, 40, 40, dtype=torch.float64)
@@ -758,13 +758,13 @@ def test_captum_956_the_tokens_of_a_text_that_is_compared_with_an_image():
 
 
 @pytest.mark.parametrize("name", [" shapes", "openai/clip-vit-base-patch32 "])
-def test_immich_11017_a_space_before_the_name_of_a_model(name):
+def test_immich_11017_a_space_around_the_name_of_a_model_is_named(name):
     with pytest.raises(CheckpointError, match=f"called '{name}'.*leave out the space around it"):
         load(name, local_files_only=True)
 
 
-def test_clip_retrieval_352_a_text_beside_each_picture(tmp_path):
-    """As img2dataset writes them, in numbered folders, which are no classes."""
+def test_clip_retrieval_352_a_text_file_beside_an_image_is_its_caption(tmp_path):
+    """img2dataset writes such files, in numbered folders that are not classes."""
     for i in range(4):
         folder = tmp_path / f"0000{i // 2}"
         folder.mkdir(exist_ok=True)
@@ -780,11 +780,11 @@ def test_clip_retrieval_352_a_text_beside_each_picture(tmp_path):
     assert data.skipped == [f"{tmp_path}: pictures without a caption in a .txt: 1"]
     for path in tmp_path.rglob("*.txt"):
         text = path.read_text("utf-8-sig")
-        path.write_text("0 0.48 0.63 0.69 0.71\n")  # labels for detection, as YOLO has them
+        path.write_text("0 0.48 0.63 0.69 0.71\n")  # YOLO's labels for detection
     with pytest.raises(ValueError, match="expected a caption.*found no word.*0 0.48"):
         open_data(tmp_path, ImageTransform(8))
     path.write_text(text)
     assert sorted(open_data(tmp_path, ImageTransform(8)).captions()) == [text.strip()]
     for path in tmp_path.rglob("*.txt"):
         path.rename(path.with_name("readme.txt"))
-    assert len(open_data(tmp_path, ImageTransform(8)).entries) == 10  # class folders, as before
+    assert len(open_data(tmp_path, ImageTransform(8)).entries) == 10  # the folders are classes now

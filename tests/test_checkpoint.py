@@ -1,4 +1,4 @@
-"""Loading and saving: transformers' layout, directories, files, shards, and damage to them."""
+"""Loading and saving: transformers' layout, directories, files, shards, and damaged files."""
 
 import json
 import re
@@ -92,12 +92,12 @@ def assert_same_logits(model, peer, pixels, ids):
     assert torch.equal(ours, theirs)
 
 
-# ------------------------------------------------------------------------------------- the real one
+# ------------------------------------------------------------------------------- OpenAI's own file
 
 
 @pytest.fixture(scope="module")
 def official(data, tmp_path_factory):
-    """A file laid out like openai/clip-vit-base-patch32's, byte for byte but for the numbers."""
+    """A file like openai/clip-vit-base-patch32's. Only the numbers in the tensors differ."""
     header = json.loads(
         (data / "headers/openai_clip-vit-base-patch32.reconstructed_header.json").read_text()
     )
@@ -146,7 +146,7 @@ def test_an_official_file_gives_the_logits_of_transformers(official):
     assert_same_logits(model, peer, pixels, ids)
 
 
-# Each load in a process of its own, forked from one that has imported torch and used none of it.
+# Each load runs in its own process. Their parent process has imported torch, but has not used it.
 PEAKS = """
 import os, sys, torch
 from miniclip import CLIP
@@ -169,8 +169,8 @@ for case in sys.argv[1:]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
-def test_loading_takes_the_memory_of_the_file_in_the_dtype_asked_for(tmp_path):
-    """One tensor is a third of the file: it has to be converted first, and alone."""
+def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
+    """One tensor is a third of the file, so it must be converted first, and alone."""
     vision = replace(TINY.vision, mlp_width=60_000)
     text = replace(TINY.text, mlp_width=60_000, vocab_size=400_000)
     with torch.device("meta"):
@@ -196,7 +196,7 @@ def test_loading_takes_the_memory_of_the_file_in_the_dtype_asked_for(tmp_path):
     assert peaks.keys() == sizes.keys()
     largest = tensors["text_model.embeddings.token_embedding.weight"].nbytes
     for case, least in sizes.items():
-        most = least + 40e6 + largest * ("legacy" in case)  # copied, because it is not aligned
+        most = least + 40e6 + largest * ("legacy" in case)  # a legacy file is not aligned
         assert 0.9 * least < int(peaks[case]) < most, (case, least, peaks[case])
 
 
@@ -235,7 +235,7 @@ def test_a_checkpoint_can_be_saved_over_the_file_it_is_mapped_from(model, saved)
     assert_same_weights(CLIP.from_pretrained(saved), model)
 
 
-def test_changing_a_loaded_model_leaves_the_file_alone(model, saved):
+def test_changing_a_loaded_model_does_not_change_the_file(model, saved):
     loaded = CLIP.from_pretrained(saved)
     with torch.no_grad():
         for parameter in loaded.parameters():
@@ -248,7 +248,7 @@ def test_a_single_file_is_loaded_with_the_config_beside_it(model, saved):
 
 
 def as_pickle(directory, zipped):
-    """Put pytorch_model.bin in the place of model.safetensors."""
+    """Replace model.safetensors by pytorch_model.bin."""
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
@@ -276,7 +276,7 @@ DTYPES = (
 
 @ZIPPED
 def test_pickled_tensors_are_what_torch_reads(tmp_path, zipped):
-    """Of each dtype, and as views: transposed, a part of another, and one under two names."""
+    """Every dtype is tried, and views: transposed, cut out, and one tensor under two names."""
     whole = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     tensors = {str(dtype): torch.tensor([[0, 1, 2], [3, 5, 117]]).to(dtype) for dtype in DTYPES}
     tensors |= {"t": whole.T, "part": whole[2:4, 3:7], "steps": whole[::2, ::3], "empty": whole[:0]}
@@ -286,11 +286,11 @@ def test_pickled_tensors_are_what_torch_reads(tmp_path, zipped):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
-        assert tensor.data_ptr() % tensor.element_size() == 0, name  # torch takes it for granted
+        assert tensor.data_ptr() % tensor.element_size() == 0, name  # torch relies on this
 
 
-def test_a_pickle_may_have_each_tensor_by_two_names_and_no_more(tmp_path):
-    """Views cost nothing in a file, and memory when they are converted."""
+def test_a_pickle_may_have_a_tensor_under_two_names_but_not_three(tmp_path):
+    """A view takes no space in a file, but it takes memory once it is converted."""
     weight = torch.ones(10**5)
     torch.save({"one": weight, "two": weight}, tmp_path / "x.bin")
     assert len(read_tensors(tmp_path / "x.bin")) == 2
@@ -300,8 +300,8 @@ def test_a_pickle_may_have_each_tensor_by_two_names_and_no_more(tmp_path):
 
 
 @ZIPPED
-def test_what_training_saves_beside_the_tensors_is_left_aside(tmp_path, zipped):
-    """An optimizer's state has numbers for keys, and a scheduler's has a Counter."""
+def test_what_training_saves_beside_the_tensors_is_ignored(tmp_path, zipped):
+    """An optimizer's state has numbers as keys, and a scheduler's state has a Counter."""
     from collections import Counter
 
     linear = torch.nn.Linear(3, 2)
@@ -319,9 +319,9 @@ def test_what_training_saves_beside_the_tensors_is_left_aside(tmp_path, zipped):
 @pytest.mark.slow
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_file_has_ten_thousand_tensors_at_most(tmp_path, suffix):
+def test_a_file_may_have_at_most_ten_thousand_tensors(tmp_path, suffix):
     write = save_file if suffix == "safetensors" else torch.save
-    one = torch.zeros(0)  # the same, or a pickle has too many bytes
+    one = torch.zeros(0)  # one tensor under all names, so that a pickle is small enough
     tensors = {f"t{i}": one for i in range(10_000)}
     write(tensors, tmp_path / f"x.{suffix}")
     assert read_tensors(tmp_path / f"x.{suffix}").keys() == tensors.keys()
@@ -330,7 +330,7 @@ def test_a_file_has_ten_thousand_tensors_at_most(tmp_path, suffix):
         read_tensors(tmp_path / f"x.{suffix}")
 
 
-def test_a_header_has_six_million_bytes_at_most(tmp_path):
+def test_a_header_may_have_at_most_six_million_bytes(tmp_path):
     header = b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
     for length in (6_000_000, 6_000_001):
         data = length.to_bytes(8, "little") + header.ljust(length) + bytes(4)
@@ -346,7 +346,7 @@ def test_safetensors_come_before_pickles(model, saved):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_shards_are_one_checkpoint(model, saved, name):
+def test_shards_are_read_as_one_checkpoint(model, saved, name):
     tensors = load_file(saved / "model.safetensors")
     (saved / "model.safetensors").unlink()
     write_shards(saved, tensors, name)
@@ -356,7 +356,7 @@ def test_shards_are_one_checkpoint(model, saved, name):
 
 
 @pytest.mark.parametrize("read", [CLIP, VisionTower, TextTower])
-def test_a_loaded_model_evaluates_where_and_in_the_dtype_that_was_asked_for(saved, read):
+def test_a_loaded_model_is_in_eval_mode_with_the_requested_device_and_dtype(saved, read):
     for model in (read.from_pretrained(saved), read.from_pretrained(saved, device="meta")):
         assert not any(module.training for module in model.modules())
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
@@ -391,7 +391,7 @@ def test_a_device_and_a_dtype_are_checked_before_the_checkpoint_is_looked_for(re
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtype_is_the_one_asked_for(model, saved, dtype):
+def test_the_dtype_is_the_requested_one(model, saved, dtype):
     loaded = CLIP.from_pretrained(saved, dtype=dtype)
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     assert_same_weights(loaded, twins(TINY)[0].to(dtype))
@@ -414,7 +414,7 @@ def test_position_ids_are_checked_and_dropped(model, saved):
         ("audio_model.embeddings.position_ids", torch.arange(26), "unexpected: audio_model"),
     ],
 )
-def test_position_ids_of_other_types_and_of_no_tower(model, saved, name, ids, complaint):
+def test_position_ids_need_whole_numbers_and_a_tower(model, saved, name, ids, complaint):
     rewrite(saved, lambda tensors: tensors.update({name: ids}))
     if complaint is None:
         return assert_same_weights(CLIP.from_pretrained(saved), model)
@@ -422,7 +422,7 @@ def test_position_ids_of_other_types_and_of_no_tower(model, saved, name, ids, co
         CLIP.from_pretrained(saved)
 
 
-def test_save_writes_everything_that_load_and_transformers_need(model, tmp_path):
+def test_save_writes_what_load_needs_and_keeps_other_files(model, tmp_path):
     tokenizer = Tokenizer.train(["a photo of a cat", "a photo of a dog"], TINY.text.vocab_size)
     transform = ImageTransform(TINY.vision.image_size)
     (tmp_path / "notes.txt").write_text("mine")
@@ -435,7 +435,7 @@ def test_save_writes_everything_that_load_and_transformers_need(model, tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_files_have_the_permissions_of_any_new_file_or_keep_their_own(model, saved):
+def test_new_files_have_the_usual_permissions_and_old_files_keep_theirs(model, saved):
     (saved / "new").touch()
     usual = (saved / "new").stat().st_mode
     assert {path.stat().st_mode for path in saved.iterdir()} == {usual}
@@ -459,7 +459,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(model, saved, monkeypatch
 
 
 def put(path, value):
-    """A function that puts a value in the place of an attribute of a model's part."""
+    """A function that sets an attribute in a part of a model."""
     part, _, name = path.rpartition(".")
     return lambda model: setattr(model.get_submodule(part), name, value)
 
@@ -516,8 +516,8 @@ def test_a_model_that_its_config_does_not_describe_is_not_saved(saved, change, w
     assert (saved / "model.safetensors").read_bytes() == before
 
 
-def test_a_run_is_not_saved(saved, tmp_path):
-    """Hooks, the kind of attention, gradients, and blocks that are computed twice."""
+def test_settings_of_a_run_are_not_saved(saved, tmp_path):
+    """Hooks, the kind of attention, requires_grad and activation checkpointing are not saved."""
     model = CLIP.from_pretrained(saved).train().requires_grad_(False)
     model.set_attention("eager")
     model.vision.note = "mine"
@@ -533,7 +533,7 @@ def test_a_run_is_not_saved(saved, tmp_path):
 
 @pytest.fixture
 def alone():
-    """A group of one process, for the wrappers of torch.distributed."""
+    """A process group of one process, which the wrappers of torch.distributed need."""
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -562,7 +562,7 @@ def shard(model):
     torch.compile, compile_tower, DistributedDataParallel, wrap_blocks, shard,
     lambda model: AveragedModel(torch.compile(model)),
 ])  # fmt: skip
-def test_wrappers_are_looked_through(saved, tmp_path, wrap, alone):
+def test_a_wrapped_model_is_saved_without_its_wrapper(saved, tmp_path, wrap, alone):
     expected, folder = CLIP.from_pretrained(saved), tmp_path / "again"
     save(folder, wrap(CLIP.from_pretrained(saved)), None, None)
     assert_same_weights(CLIP.from_pretrained(folder), expected)
@@ -588,7 +588,7 @@ def test_tensors_that_cannot_be_written_are_a_checkpoint_error(saved, change, sa
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "folder"])
-def test_where_nothing_can_be_written_is_a_checkpoint_error(model, tmp_path, place):
+def test_a_place_that_cannot_be_written_to_is_a_checkpoint_error(model, tmp_path, place):
     (tmp_path / "file").touch()
     (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=f"{place}: cannot save here: "):
@@ -619,7 +619,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved):
     )
 
 
-def test_a_thousand_tensors_that_do_not_fit_are_listed_and_the_rest_counted(saved):
+def test_a_thousand_tensors_that_do_not_fit_are_listed_and_the_rest_are_counted(saved):
     more = {f"more{i}": torch.zeros(1) for i in range(1500)}
     rewrite(saved, lambda tensors: tensors.update(more))
     with pytest.raises(
@@ -629,7 +629,7 @@ def test_a_thousand_tensors_that_do_not_fit_are_listed_and_the_rest_counted(save
     assert str(it.value).count("\nunexpected: more") == 1000
 
 
-def test_many_names_are_three_and_a_number(saved):
+def test_a_message_names_three_of_many_tensors_and_counts_the_rest(saved):
     names = [f"vision_model.encoder.layers.{i}.mlp.fc{j}.bias" for i in range(3) for j in (1, 2)]
     index = {"weight_map": dict.fromkeys(names, "a.safetensors")}
     save_file({"x": torch.zeros(1)}, saved / "a.safetensors")
@@ -659,7 +659,7 @@ def without_a_layer(tower):
         (without_a_layer("text"), "the text tower has 1 layers .* but its config says 2"),
     ],
 )
-def test_tensors_that_are_no_weights_of_this_model(saved, change, message):
+def test_integer_weights_and_missing_layers_are_an_error(saved, change, message):
     rewrite(saved, change)
     with pytest.raises(CheckpointError, match=message):
         CLIP.from_pretrained(saved)
@@ -720,13 +720,13 @@ def test_a_pickle_of_something_else_is_an_error(saved, value):
         ("[" * 100_000, "config.json: expected a JSON file"),
     ],
 )
-def test_a_config_that_describes_no_clip(saved, text, message):
+def test_a_config_that_describes_no_clip_is_an_error(saved, text, message):
     (saved / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=re.escape(message)):
         CLIP.from_pretrained(saved)
 
 
-def test_a_config_of_another_size(saved):
+def test_a_config_of_another_size_is_an_error(saved):
     rewrite_config(saved, projection_dim=TINY.embed_dim + 1)
     with pytest.raises(CheckpointError, match="2 tensors do not fit"):
         CLIP.from_pretrained(saved)
@@ -739,7 +739,7 @@ def test_a_config_of_another_size(saved):
         {"vision_config": {"image_size": 10**9, "patch_size": 1}},
     ],
 )
-def test_a_config_of_an_impossible_size(saved, changes):
+def test_a_config_of_an_impossible_size_is_an_error(saved, changes):
     config = json.loads((saved / "config.json").read_text())
     for section in ("text_config", "vision_config"):
         changes = changes | {section: config[section] | changes.get(section, {})}
@@ -768,7 +768,7 @@ def test_missing_files_are_named(saved):
         "model.safetensors.index.json",
     ],
 )
-def test_a_shard_index_reaches_no_other_folder(saved, shard):
+def test_a_shard_index_may_only_name_weights_files_beside_it(saved, shard):
     shutil.move(saved / "model.safetensors", saved.parent / "secret.safetensors")
     index = {"weight_map": {"logit_scale": shard}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -797,7 +797,7 @@ def test_a_tensor_in_no_shard_is_an_error(saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "float16"])
-def test_a_dtype_that_is_none_for_weights(saved, dtype):
+def test_the_dtype_of_weights_must_be_a_floating_point_type(saved, dtype):
     with pytest.raises(ValueError, match="dtype is .*; expected a floating point type"):
         CLIP.from_pretrained(saved, dtype=dtype)
 
@@ -838,13 +838,13 @@ def test_a_transform_of_another_size_than_the_model_is_an_error(
     assert main(["classify", "absent.jpg", "--labels", "a", "b", "--model", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if says in line] == lines and len(lines) == 1
-    CLIPModel.from_pretrained(tmp_path)  # which looks in the forward pass
+    CLIPModel.from_pretrained(tmp_path)  # transformers looks in the forward pass
     assert CLIP.from_pretrained(tmp_path).config == TINY
     assert ImageTransform.from_pretrained(tmp_path) == wrong
 
 
 def test_no_square_transform_fits_a_wide_model(tmp_path):
-    """A half alone is held to the same."""
+    """A vision tower alone is checked in the same way."""
     config = replace(TINY, vision=replace(TINY.vision, image_size=(32, 64), patch_size=16))
     with pytest.raises(CheckpointError, match="32 x 32 pixels and the model reads 32 x 64"):
         save(tmp_path, CLIP(config), None, ImageTransform(32))
@@ -881,12 +881,12 @@ def test_no_square_transform_fits_a_wide_model(tmp_path):
     ids=lambda name: ascii(name[:20]),
 )
 @pytest.mark.parametrize("read", [CLIP, Tokenizer, ImageTransform])
-def test_an_unknown_name_is_told_the_known_ones(name, read):
+def test_the_error_for_an_unknown_name_lists_the_known_names(name, read):
     with pytest.raises(CheckpointError, match="no checkpoint called .* everyday"):
         read.from_pretrained(name)
 
 
-def test_each_part_alone_has_every_kind_of_name(model, tmp_path, monkeypatch):
+def test_each_part_alone_is_loaded_by_every_kind_of_name(model, tmp_path, monkeypatch):
     tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
     save(tmp_path / "odd näme %s {}", model, tokenizer, ImageTransform(40))
     monkeypatch.chdir(tmp_path)
@@ -909,7 +909,7 @@ def test_an_embedded_name_wins_over_a_directory(saved, monkeypatch):
     assert CLIP.from_pretrained("everyday").config != TINY
 
 
-def test_a_layout_that_there_is_not_is_named(model, tmp_path):
+def test_an_unknown_layout_is_named(model, tmp_path):
     with pytest.raises(
         ValueError, match="layout is 'hf'; expected one of transformers, openai, op"
     ):
@@ -929,5 +929,5 @@ def test_embedded_checkpoints_give_the_logits_of_transformers(name):
     pixels = transform([torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8) for _ in range(4)])
     assert pixels.shape == (4, 3, size, size)
     assert_same_logits(model, peer, pixels, tokenizer(["a cat", "a photo of a dog"]))
-    randomize(model)  # and the weights are the model's own: changing them changes no file
+    randomize(model)  # changing the loaded weights changes no file
     assert not torch.equal(CLIP.from_pretrained(name).vision.class_embed, model.vision.class_embed)

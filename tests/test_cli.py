@@ -1,4 +1,4 @@
-"""The command, run as its users run it: output, JSON, exit status and errors of one line."""
+"""The command line: its output, its JSON, its exit status and its errors of one line."""
 
 import argparse
 import csv
@@ -106,8 +106,8 @@ def test_labels_with_commas_between_them_are_an_error(run, picture, labels, says
     assert run(*command, "Paris, France", "Rome, Italy")[0] == 0
 
 
-def test_the_first_picture_is_right(run, monkeypatch):
-    """What README shows: each photograph gets its label, and what was never seen is named last."""
+def test_the_first_picture_of_readme_is_right(run, monkeypatch):
+    """In README's first picture, each image except UNKNOWN gets its true label."""
     monkeypatch.setattr("miniclip.figures.demo.draw_demo", lambda *_: None)
     found = json.loads(run("demo", "--json")[1])
     best = {row["image"]: row["labels"][0]["label"] for row in found}
@@ -142,13 +142,13 @@ def test_demo_draws_a_picture_and_prints_a_ranking(run, tmp_path, monkeypatch):
 
 
 def forget_matplotlib(monkeypatch):
-    """Have it be missing, and what imports it not imported yet."""
+    """Pretend that matplotlib is not installed, and that nothing has imported it yet."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [name for name in sys.modules if name.startswith("miniclip.figures")]:
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_demo_without_its_extra_describes_the_scene_alone(run, tmp_path, monkeypatch):
+def test_demo_without_its_extra_describes_only_the_scene(run, tmp_path, monkeypatch):
     forget_matplotlib(monkeypatch)
     status, out, err = run("demo", "--out", str(tmp_path / "demo.png"))
     assert status == 0 and "a drawn scene" in out and "chelsea" not in out
@@ -178,7 +178,9 @@ def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["кот и пёс", "the \U0001d49c", "日本語の猫", "🐈 \U000f0000"])
-def test_explain_writes_what_the_fonts_can_and_never_warns(run, picture, tmp_path, text):
+def test_explain_writes_every_character_that_a_font_has_and_never_warns(
+    run, picture, tmp_path, text
+):
     from matplotlib import font_manager
 
     from miniclip.figures.style import fonts_beside
@@ -189,12 +191,12 @@ def test_explain_writes_what_the_fonts_can_and_never_warns(run, picture, tmp_pat
     assert (status, err) == (0, f"picture: {out}\n") and len(table.splitlines()) == 2
     for file in fonts_beside(text).values():
         assert font_manager.get_font(file).get_charmap().keys() & set(map(ord, text))
-    if "\U0001d49c" in text:  # in a font that matplotlib brings, and not in its usual one
+    if "\U0001d49c" in text:  # in another font of matplotlib
         assert fonts_beside(text)
 
 
 @pytest.mark.slow
-def test_explain_all_methods_for_several_texts(run, tmp_path):
+def test_explain_all_runs_every_method_for_every_text(run, tmp_path):
     picture, out_path = str(tmp_path / "scene.png"), str(tmp_path / "where.png")
     questions(1)[0].picture.save(picture)
     texts = [question.phrase for question in questions(1)]
@@ -255,11 +257,11 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
         (["a.png", "a cat", "--all", "--method", "tokens"], ["--method"]),
     ],
 )
-def test_explain_what_makes_no_sense(run, options, words):
+def test_explain_refuses_options_that_make_no_sense(run, options, words):
     assert_one_line_error(run("explain", *options, "--model", "shapes"), *words)
 
 
-def test_explain_what_cannot_be_explained(run, picture, tmp_path):
+def test_explain_names_what_it_cannot_explain(run, picture, tmp_path):
     command = ["explain", picture, "a cat", "--model", "shapes", "-o", str(tmp_path / "a.png")]
     assert_one_line_error(run(*command, "--method", "smoothgrad"), "smoothgrad", "rollout")
     assert_one_line_error(run(*command[:3], "word " * 500, *command[3:]), "tokens")
@@ -278,7 +280,7 @@ def test_explain_says_at_once_where_it_cannot_write(run, tmp_path, name):
     assert_one_line_error(result, lost, "cannot be written")
 
 
-def test_explain_without_its_extra(run, picture, monkeypatch):
+def test_explain_without_its_extra_writes_only_json(run, picture, monkeypatch):
     forget_matplotlib(monkeypatch)
     command = ["explain", picture, "a cat", "--model", "shapes"]
     assert_one_line_error(run(*command), "miniclip[demo]")
@@ -286,8 +288,8 @@ def test_explain_without_its_extra(run, picture, monkeypatch):
 
 
 @pytest.mark.slow
-def test_eval_of_the_drawn_world(run, monkeypatch):
-    few = partial(scoring.score, scenes=60)  # of 1000
+def test_eval_shows_the_scores_of_the_drawn_world(run, monkeypatch):
+    few = partial(scoring.score, scenes=60)  # instead of 1000
     monkeypatch.setattr(scoring, "score", few)
     command = ["eval", "shapes", "--model", "shapes"]
     scores = json.loads(run(*command, "--json")[1])
@@ -297,13 +299,13 @@ def test_eval_of_the_drawn_world(run, monkeypatch):
     shown = [line.split() for line in out.splitlines() if "(chance" in line]
     names = ("seen", "unseen", "relations", "left_right", "above_below", "binding")
     assert [line[-4] for line in shown] == [f"{scores[name]:.1%}" for name in names]
-    chance = [f"{1 / 64:.1%}"[:-1]] * 2 + ["50"] * 4  # of eight colours times eight shapes
+    chance = [f"{1 / 64:.1%}"[:-1]] * 2 + ["50"] * 4  # one of 8 colours times 8 shapes
     assert [line[-2] for line in shown] == chance
     for option in (["--template", "{}"], ["--labels", "a"], ["--plot", "a.png"]):
         assert_one_line_error(run(*command, *option), "--template, --labels or --plot")
 
 
-def test_a_bad_image_does_not_take_the_good_ones_with_it(run, picture, tmp_path):
+def test_good_images_are_classified_in_spite_of_a_bad_one(run, picture, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     status, out, err = run(
         "classify", str(tmp_path / "bad.png"), picture, "--model", "everyday", "--labels", "cat"
@@ -328,7 +330,7 @@ def damaged(tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["absent", "text", "folder", "truncated", "bomb"])
-def test_images_that_cannot_be_read(run, tmp_path, kind):
+def test_images_that_cannot_be_read_are_named(run, tmp_path, kind):
     path = damaged(tmp_path, kind)
     result = run("classify", path, "--model", "everyday", "--labels", "cat", "dog")
     assert_one_line_error(result, path)
@@ -347,20 +349,20 @@ def test_images_that_cannot_be_read(run, tmp_path, kind):
         ([], ["--labels"]),
     ],
 )
-def test_options_that_make_no_sense(run, picture, options, words):
+def test_classify_refuses_options_that_make_no_sense(run, picture, options, words):
     model = [] if "--model" in options else ["--model", "everyday"]
     assert_one_line_error(run("classify", picture, *model, *options), *words)
 
 
 @pytest.mark.parametrize("device", ["mps", "gpu", "cuda:99", "vulkan"])
-def test_a_device_that_is_not_here_is_one_short_sentence(run, picture, device):
+def test_the_error_for_an_absent_device_is_one_short_sentence(run, picture, device):
     command = ["classify", picture, "--labels", "cat", "--model", "everyday", "--device", device]
     result = run(*command)
     assert_one_line_error(result, f"device '{device}' cannot be used: this PyTorch", "finds cpu")
     assert len(result[2]) < 150
 
 
-def test_a_lack_of_memory_is_one_short_sentence(run, monkeypatch):
+def test_the_error_for_too_little_memory_is_one_short_sentence(run, monkeypatch):
     def fill(*_, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. " * 20)
 
@@ -371,7 +373,7 @@ def test_a_lack_of_memory_is_one_short_sentence(run, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [["classify", "x.png", "--labels", "cat"], ["info"]])
-def test_no_network_names_the_embedded_checkpoints(run, command, monkeypatch, tmp_path):
+def test_without_a_network_the_embedded_checkpoints_are_named(run, command, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert_one_line_error(run(*command), "openai/clip-vit-base-patch32", "everyday")
@@ -379,7 +381,7 @@ def test_no_network_names_the_embedded_checkpoints(run, command, monkeypatch, tm
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Eight noisy images in seven class folders, one of them empty, and a file that is no image."""
+    """Eight noisy images in seven class folders, one without images; and two text files."""
     rng = np.random.default_rng(0)
     root = tmp_path / "photographs"
     for i, name in enumerate(["cat", "dog", "fire_truck", "frog", "horse", "ship", "none"]):
@@ -454,8 +456,8 @@ ship → frog                                                  1    100.0%
 
 
 def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
-    """Seven classes, and a classifier that is told what to say by the brightness of a picture."""
-    answers = {  # class -> the best label of each of its pictures
+    """There are seven classes. An image's brightness tells the classifier which label to give."""
+    answers = {  # class -> the best label of each of its images
         "cat": ["cat", "cat", "cat", "dog"],
         "dog": ["cat", "cat", "dog"],
         "fire_truck": ["ship", "fire_truck"],
@@ -478,7 +480,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     def told(self, pixels, **options):
         red = pixels[:, 0].mean((1, 2)) * std + mean
         best = (red * 255 / 10).round().long().clamp(max=count - 1)
-        # the others follow in their order
+        # the other labels follow in order
         return 10 * torch.nn.functional.one_hot(best, 64).float() - torch.arange(64)
 
     def axes(model, tokenizer, labels, templates):
@@ -499,7 +501,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     assert found["missing"] == ["frog"]
     assert sum(one["images"] for one in found["reliability"]) == 12
     assert found["confusions"][0] == {"true": "dog", "predicted": "cat", "images": 2}
-    for name in ("cat", "dog"):  # with five classes, top-5 would be all
+    for name in ("cat", "dog"):  # with five classes, top-5 would always be right
         (tmp_path / "data" / name).rename(tmp_path / name)
     out = run(*command)[1]
     assert "top-1 " in out and "top-5" not in out
@@ -536,7 +538,7 @@ def test_classify_prints_a_bar_for_each_label(run, picture, monkeypatch):
     assert run(*command) == (0, RANKING.replace("PICTURE", picture), "")
 
 
-def test_a_table_keeps_its_columns_whatever_the_script(run, picture):
+def test_a_table_keeps_its_columns_in_every_script(run, picture):
     labels = ["cat", "猫", "고양이", "word " * 12 + "猫"]
     command = ["classify", picture, "--model", "everyday", "--labels", *labels]
     lines = run(*command)[1].splitlines()[1:]
@@ -544,7 +546,7 @@ def test_a_table_keeps_its_columns_whatever_the_script(run, picture):
     assert max(map(columns, lines)) <= 80 and any("…" in line for line in lines)
 
 
-def test_classify_reads_labels_as_people_have_them(run, picture, tmp_path, monkeypatch):
+def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, monkeypatch):
     (tmp_path / "labels.txt").write_text("\ufeffcat\r\n\r\na cup, of tea \r\n")
     (tmp_path / "list.json").write_text('["cat", "a cup, of tea"]')
     (tmp_path / "id2label.json").write_text('{"0": "cat", "1": "a cup, of tea"}')
@@ -571,14 +573,14 @@ def test_classify_reads_labels_as_people_have_them(run, picture, tmp_path, monke
 
 
 def test_eval_refuses_what_gives_no_accuracy(run, picture, tmp_path):
-    """Folders one level too high, one class alone, and classes without pictures."""
+    """It refuses a folder one level too high, a single class, and classes without images."""
     for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
         (tmp_path / name).mkdir(parents=True)
         shutil.copy(picture, tmp_path / name)
     data = tmp_path / "data"
     command = ["eval", "--model", "everyday", "--json"]
     assert_one_line_error(run(*command, str(data)), "folders of folders", f"in {data / 'test'};")
-    assert run(*command, str(data), "--labels", "new", "old")[0] == 0  # these are the classes
+    assert run(*command, str(data), "--labels", "new", "old")[0] == 0  # the classes
     assert run(*command, str(data / "train"))[0] == 0
     (data / "train" / "frog").mkdir()
     result = run(*command, str(data / "train"))
@@ -587,7 +589,7 @@ def test_eval_refuses_what_gives_no_accuracy(run, picture, tmp_path):
     assert_one_line_error(run(*command, str(data)), "one folder, 'test'", str(data / "test"))
 
 
-def test_classify_takes_folders_patterns_and_standard_input(run, picture, tmp_path, monkeypatch):
+def test_classify_reads_folders_patterns_and_standard_input(run, picture, tmp_path, monkeypatch):
     for name in ("a/1.png", "a/b/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (9, 9), "red").save(tmp_path / name)
@@ -608,7 +610,7 @@ def test_classify_takes_folders_patterns_and_standard_input(run, picture, tmp_pa
     assert_one_line_error(run("classify", "a", *command, "--csv", "--json"), "not allowed with")
 
 
-def test_a_search_without_a_query_says_what_it_wants(run):
+def test_a_search_without_a_query_asks_for_one(run):
     assert_one_line_error(run("search", "any.safetensors"), "no query", "TEXT", "--image")
 
 
@@ -669,7 +671,7 @@ def test_info_reads_no_weights(run, tmp_path):
     assert run("info", str(tmp_path))[0] == 0
 
 
-def test_tokenize_ends_in_the_ids_of_the_tokenizer(run):
+def test_tokenize_shows_the_ids_of_the_tokenizer(run):
     tokenizer = load("everyday").tokenizer
     status, out, err = run("tokenize", "A photo of  a Cat!", "--model", "everyday", "--json")
     assert status == 0
@@ -685,7 +687,7 @@ def test_tokenize_ends_in_the_ids_of_the_tokenizer(run):
 
 
 @pytest.mark.parametrize("argv", [["dance"], ["classify"], ["info", "--frob"]])
-def test_unknown_commands_and_options(run, argv):
+def test_unknown_commands_and_options_are_errors(run, argv):
     assert_one_line_error(run(*argv), "--help")
 
 
@@ -697,10 +699,10 @@ def test_help_shows_an_example(run, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")
     status, out, err = run(name, "--help")
     assert status == 0 and f"\n  miniclip {name} " in out.partition("example, which runs")[2]
-    assert max(map(len, out.splitlines())) <= 92  # examples are not broken
+    assert max(map(len, out.splitlines())) <= 92  # examples are not wrapped
 
 
-def test_the_command_alone_is_its_help(run):
+def test_the_command_without_arguments_shows_its_help(run):
     assert run() == (0, run("--help")[1], "")
 
 
@@ -715,7 +717,7 @@ def test_help_says_what_each_argument_is_and_its_default(name):
             assert "an embedded checkpoint (" + ", ".join(embedded_names()) in action.help
 
 
-# In place of the examples that take minutes.
+# These run instead of the examples that take minutes.
 SMALL_RUNS = """
 miniclip explain pictures/coffee.png "a cup of coffee" --all -o where.png --model everyday
 miniclip eval noise --model everyday --plot confusions.png
@@ -733,8 +735,8 @@ for line in sys.stdin:
 
 
 @pytest.mark.slow
-def test_the_examples_run_offline_as_they_stand_and_no_command_warns(tmp_path):
-    """In an empty folder, under `-W error`. Bench and serve have tests of their own."""
+def test_the_examples_run_offline_and_unchanged_and_no_command_warns(tmp_path):
+    """They run in an empty folder, with `-W error`. Other tests run bench and serve."""
     (commands,) = (a for a in build_parser()._actions if getattr(a, "choices", None))
     lines = [
         line.strip()
@@ -760,12 +762,12 @@ def test_the_examples_run_offline_as_they_stand_and_no_command_warns(tmp_path):
         assert (tmp_path / name).is_file(), name
 
 
-def test_the_version_is_that_of_the_package(run):
+def test_the_version_is_the_package_version(run):
     assert run("--version") == (0, f"miniclip {version('miniclip')}\n", "")
 
 
 # ------------------------------------------------------------------------------------------------
-# What a terminal gets to see, and when
+# What appears on a terminal, and when
 
 
 @pytest.mark.sweep(2)
@@ -781,7 +783,7 @@ def test_the_version_is_that_of_the_package(run):
         ["train", "nonsense", "--out", "run", "--plot"],
     ],
 )
-def test_a_picture_that_cannot_be_written_is_said_before_the_work(run, tmp_path, command, name):
+def test_a_picture_that_cannot_be_written_is_reported_before_the_work(run, tmp_path, command, name):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     result = run(*command, str(tmp_path / name))
@@ -789,7 +791,7 @@ def test_a_picture_that_cannot_be_written_is_said_before_the_work(run, tmp_path,
     assert result[1] == "" and {path.name for path in tmp_path.iterdir()} == {"folder.png", "file"}
 
 
-def test_what_is_written_gets_its_folder(run, picture, tmp_path):
+def test_the_folder_of_an_output_is_created(run, picture, tmp_path):
     for command in (
         ["search", str(tmp_path / "a" / "i.idx"), "a cat"],
         ["explain", picture, "a cat", "--model", "shapes", "--method", "rollout"],
@@ -805,7 +807,7 @@ STRANGE = "a\nb\x1b[31m\udcff.png"
 
 
 @pytest.mark.parametrize(("is_terminal", "seconds"), [(True, 2), (False, 30)])
-def test_a_bar_is_shown_after_two_seconds_and_a_line_every_thirty(
+def test_a_terminal_shows_a_bar_after_two_seconds_and_a_log_a_line_every_thirty(
     is_terminal, seconds, monkeypatch
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
@@ -815,7 +817,7 @@ def test_a_bar_is_shown_after_two_seconds_and_a_line_every_thirty(
         assert (bar.mininterval, bar.maxinterval, bar.miniters) == (30, math.inf, 1)
 
 
-def test_names_that_would_write_on_the_terminal_are_escaped(run, picture, tmp_path, monkeypatch):
+def test_control_characters_in_names_are_escaped(run, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with open(picture, "rb") as file:
         data = file.read()
@@ -841,7 +843,7 @@ def test_a_text_without_words_is_not_explained(run, picture):
         assert_one_line_error(result, "a text is empty")
 
 
-def test_a_long_text_is_answered_in_the_terms_of_the_command_line(run, picture):
+def test_the_error_for_a_long_text_says_what_to_do(run, picture):
     result = run("explain", picture, "word " * 500, "--model", "shapes", "--json")
     assert_one_line_error(result, "Shorten it (in Python,")
 
@@ -865,7 +867,7 @@ sys.argv = ["miniclip", "tokenize", "a cat", "--model", "everyday"]
         "import runpy; runpy.run_module('miniclip', run_name='__main__', alter_sys=True)",
     ],
 )
-def test_control_c_while_torch_is_imported(start):
+def test_control_c_while_torch_is_imported_ends_without_an_error(start):
     command = [sys.executable, "-c", INTERRUPTED + start]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
@@ -898,7 +900,7 @@ def test_help_needs_no_torch():
     assert done.returncode == 0 and "classify" in done.stdout, done.stderr
 
 
-def test_a_reader_that_has_had_enough_ends_it_without_an_error(monkeypatch):
+def test_a_closed_pipe_ends_a_command_without_an_error(monkeypatch):
     class Closed:
         def write(self, text):
             raise BrokenPipeError
@@ -907,7 +909,7 @@ def test_a_reader_that_has_had_enough_ends_it_without_an_error(monkeypatch):
     assert main(["tokenize", "a cat", "--model", "everyday"]) == 0
 
 
-def test_an_error_is_its_first_line(run, monkeypatch):
+def test_only_the_first_line_of_an_error_is_printed(run, monkeypatch):
     def long(*_, **options):
         raise ValueError("what is wrong\nand a list")
 
@@ -915,14 +917,14 @@ def test_an_error_is_its_first_line(run, monkeypatch):
     assert run("tokenize", "a cat") == (2, "", "miniclip: error: what is wrong\n")
 
 
-def test_a_warning_is_one_line_too(run, monkeypatch):
+def test_a_warning_is_one_line(run, monkeypatch):
     monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
     run("tokenize", "a cat", "--model", "everyday")
     line = warnings.formatwarning("odd weights", UserWarning, "checkpoint.py", 1)
     assert line == "miniclip: warning: odd weights\n"
 
 
-def test_a_pipe_of_labels_is_not_waited_for(tmp_path, capsys):
+def test_a_named_pipe_of_labels_is_refused(tmp_path, capsys):
     os.mkfifo(tmp_path / "labels.txt")
     assert main(["eval", str(tmp_path), "--labels", str(tmp_path / "labels.txt")]) == 2
     assert "not a regular file" in capsys.readouterr().err

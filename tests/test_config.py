@@ -1,4 +1,4 @@
-"""Configs: what is refused, and that config.json means to us what it means to transformers."""
+"""Configs: which values are refused, and that transformers reads config.json in the same way."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def assert_same_meaning(ours: CLIPConfig, theirs: transformers.CLIPConfig) -> No
         assert getattr(ours.text, name) == getattr(theirs.text_config, peer), name
 
 
-# Every number another, so that no field can be read from another's place.
+# All numbers differ, so that a test notices when two fields are swapped.
 DISTINCT = CLIPConfig(
     vision=VisionConfig(96, 5, 6, 200, "gelu", 1e-6, 60, 12, 4),
     text=TextConfig(80, 3, 2, 300, "gelu_pytorch_tanh", 3e-5, 1000, 50, 7, 11),
@@ -61,9 +61,9 @@ def test_the_test_config_has_no_number_twice():
     numbers += [DISTINCT.embed_dim, DISTINCT.logit_scale_init]
     assert len(set(numbers)) == len(numbers)
     vision, text = {*TOWER_FIELDS, *VISION_FIELDS}, {*TOWER_FIELDS, *TEXT_FIELDS}
-    beyond = {"head_width", "registers"}  # of transformers, and so of a published model
+    beyond = {"head_width", "registers"}  # fields that transformers' CLIP does not have
     assert {f.name for f in dataclasses.fields(VisionConfig)} == vision | beyond
-    beyond = {"head_width", "literal_eos"}  # of which the second is a model_type of transformers
+    beyond = {"head_width", "literal_eos"}  # transformers has a model_type for literal_eos
     assert {f.name for f in dataclasses.fields(TextConfig)} == text | beyond
 
 
@@ -98,7 +98,7 @@ def test_to_dict_and_back_is_the_same_config(config):
     (None, "projection_dim"),
     (None, "logit_scale_init_value"),
 ])  # fmt: skip
-def test_an_absent_field_is_what_transformers_assumes(section, field):
+def test_an_absent_field_has_transformers_default(section, field):
     config = CLIPConfig(logit_scale_init=1.5, embed_dim=44).to_dict()
     del (config[section] if section else config)[field]
     assert_same_meaning(CLIPConfig.from_dict(config), transformers.CLIPConfig.from_dict(config))
@@ -110,20 +110,20 @@ def test_an_absent_field_is_what_transformers_assumes(section, field):
     {"model_type": "clip", "vision_config": {"patch_size": 16}},
     {"vision_config_dict": {"patch_size": 16}, "text_config_dict": None},
 ], ids=["empty sections", "no model_type", "no text section", "only the old section"])  # fmt: skip
-def test_sparse_configs_mean_what_they_mean_to_transformers(config):
+def test_transformers_reads_sparse_configs_in_the_same_way(config):
     # transformers changes the dictionary it is given
     copy = json.loads(json.dumps(config))
     assert_same_meaning(CLIPConfig.from_dict(config), transformers.CLIPConfig.from_dict(copy))
 
 
 @pytest.mark.parametrize("tower, default", [("text", 512), ("vision", 768)])
-def test_an_old_style_section_replaces_the_new_one_defaults_and_all(tower, default):
+def test_an_old_style_section_replaces_the_new_one_and_its_defaults_count(tower, default):
     config = CLIPConfig().to_dict()
     config[f"{tower}_config"] |= {"hidden_size": 96, "num_hidden_layers": 3}
     config[f"{tower}_config_dict"] = {"num_hidden_layers": 5}
     ours = CLIPConfig.from_dict(config)
     assert getattr(ours, tower).layers == 5
-    assert getattr(ours, tower).width == default  # not 96: what the old section lacks is a default
+    assert getattr(ours, tower).width == default  # not 96: the old section has no width
     assert_same_meaning(ours, transformers.CLIPConfig.from_dict(config))
 
 
@@ -133,7 +133,7 @@ def test_projection_dim_inside_a_tower_section_is_ignored():
     assert CLIPConfig.from_dict(config).embed_dim == 768
 
 
-def test_what_the_model_does_not_need_is_ignored():
+def test_fields_that_the_model_does_not_need_are_ignored():
     config = CLIPConfig().to_dict() | {"torch_dtype": "float16", "initializer_factor": 2.0}
     config["text_config"] |= {"pad_token_id": 1, "attention_dropout": 0.0, "id2label": {}}
     assert CLIPConfig.from_dict(config) == CLIPConfig()
@@ -146,7 +146,7 @@ def test_the_published_safety_checker_is_a_clip_l14(data):
     assert (ours.vision.patch_size, ours.vision.patches, ours.embed_dim) == (14, 256, 768)
     assert (ours.text.width, ours.text.layers, ours.text.heads) == (768, 12, 12)
     assert_same_meaning(ours, transformers.CLIPConfig.from_dict(deepcopy(config)))
-    # its old text section lacks an end token, and so overrules the 2 of the new one
+    # the old text section has no end token, so the default replaces the new section's 2
     assert config["text_config"]["eos_token_id"] == LEGACY_EOS != ours.text.eos_token_id == 49407
 
 
@@ -155,7 +155,7 @@ def test_the_published_safety_checker_is_a_clip_l14(data):
     "sd15_text_encoder_config.json",
     "sd21_text_encoder_config.json",
 ])  # fmt: skip
-def test_a_published_config_of_one_tower_alone_is_refused(data, name):
+def test_a_published_config_of_a_single_tower_is_refused(data, name):
     config = json.loads((data / "configs" / name).read_text())
     with pytest.raises(ValueError, match=f"model_type is '{config['model_type']}'"):
         CLIPConfig.from_dict(config)
@@ -200,7 +200,7 @@ def test_special_tokens_must_be_in_the_vocabulary(cls, field, value):
     (lambda: CLIPConfig(vision=TextConfig()), "vision must be a VisionConfig, not TextConfig"),
     (lambda: CLIPConfig(text={}), "text must be a TextConfig, not dict"),
 ])  # fmt: skip
-def test_numbers_that_do_not_go_together_are_named(make, message):
+def test_values_that_do_not_fit_each_other_are_named(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
@@ -223,7 +223,7 @@ def test_numbers_beyond_their_limits_are_named(make, message):
         make()
 
 
-def test_numbers_at_their_limits_are_taken():
+def test_numbers_at_their_limits_are_accepted():
     assert VisionConfig(layers=1000).layers == 1000
     assert VisionConfig(image_size=32).patches == 1
     assert CLIPConfig(embed_dim=2**31 - 1).embed_dim == 2**31 - 1
@@ -232,8 +232,8 @@ def test_numbers_at_their_limits_are_taken():
     assert (lost.heads, lost.mlp_width) == ((0, 3), (0, 5))
 
 
-def test_a_number_for_each_layer_that_is_the_same_in_all_is_one_number():
-    """Else a model that transformers knows could be written in a form that it refuses."""
+def test_equal_numbers_of_all_layers_become_one_number():
+    """Otherwise transformers would refuse configs of models that it can run."""
     each = VisionConfig(layers=2, heads=(12, 12), mlp_width=(9, 9), image_size=(64, 64))
     assert each == VisionConfig(layers=2, heads=12, mlp_width=9, image_size=64)
     assert TextConfig(head_width=64) == TextConfig() != TextConfig(head_width=32)
@@ -247,7 +247,7 @@ def test_a_number_for_each_layer_that_is_the_same_in_all_is_one_number():
     {"text": TextConfig(layers=2, heads=(3, 5), head_width=64)},
     {"text": TextConfig(layers=2, mlp_width=(3, 5))},
 ], ids=["registers", "oblong", "vision heads", "text heads", "lost heads", "lost MLP"])  # fmt: skip
-def test_transformers_refuses_a_model_that_it_would_run_as_another(change):
+def test_transformers_refuses_a_model_that_it_would_run_wrongly(change):
     config = CLIPConfig(**change)
     written = json.loads(json.dumps(config.to_dict()))
     assert CLIPConfig.from_dict(written) == config
@@ -331,7 +331,7 @@ def test_a_config_file_of_a_million_bytes_is_read_and_a_longer_one_is_not(tmp_pa
         read_json(path)
 
 
-def test_a_message_quotes_a_long_value_by_its_ends():
+def test_a_message_quotes_only_the_ends_of_a_long_value():
     text = shown("a" * 500 + "b" * 500)
     assert len(text) == 100 and text.startswith("'aaa") and text.endswith("bbb'")
     assert shown(10**9) == "1000000000" and shown("short") == "'short'"
@@ -342,7 +342,7 @@ def test_a_message_quotes_a_long_value_by_its_ends():
 
 
 def open_clips(embed_dim, vision, text, quick_gelu=True):
-    """One of open_clip's model_configs: image, layers, width, patch; width, heads, layers."""
+    """An open_clip config from (image size, layers, width, patch size), (width, heads, layers)."""
     return {
         "embed_dim": embed_dim,
         "quick_gelu": quick_gelu,
@@ -353,8 +353,8 @@ def open_clips(embed_dim, vision, text, quick_gelu=True):
     }
 
 
-# As github.com/mlfoundations/open_clip and microsoft/Cream (TinyCLIP) have them, in the words of
-# those files; a fifth and a sixth number of the vision tower are its head_width and mlp_ratio.
+# The configs of github.com/mlfoundations/open_clip and of microsoft/Cream (TinyCLIP). A fifth and a
+# sixth number of a vision tower are its head_width and mlp_ratio.
 AS_PUBLISHED = {
     "B/32": open_clips(512, (224, 12, 768, 32), (512, 8, 12)),
     "B/16": open_clips(512, (224, 12, 768, 16), (512, 8, 12)),

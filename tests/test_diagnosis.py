@@ -1,7 +1,7 @@
-"""Faults planted in weights, in configs and in code, in both towers: each is named, at its site.
+"""Plant faults in the weights, configs and code of both towers: parity names each at its site.
 
-The model is tiny, and every parameter is drawn at random. Faults of weights are looked for against
-transformers, and faults of code against our own.
+The model is tiny and has random weights. A model with faulty weights is compared with
+transformers' model, and a model with faulty code is compared with miniclip's.
 """
 
 import copy
@@ -29,7 +29,7 @@ FAULTS = {}
 
 
 def fault(site, cause):
-    """Registers a function that breaks a CLIP, with what a report should say of it."""
+    """Register a function that breaks a CLIP, and the site and cause that parity must report."""
 
     def register(function):
         FAULTS[function.__name__] = (function, site, cause)
@@ -256,7 +256,7 @@ def clip_skip(model):
 
 
 class SkipList(nn.ModuleList):
-    """Blocks that are not run one after another."""
+    """Blocks that run in a given order."""
 
     def __init__(self, blocks, order):
         super().__init__(blocks)
@@ -334,7 +334,7 @@ def not_a_number(model):
 
 
 def norm(formula):
-    """A LayerNorm by another formula, of x, its distance d from the mean, and eps."""
+    """Snippets that give LayerNorm another formula, in terms of x, d = x - mean, and eps."""
     of_a_fork = f"""class Norm(nn.LayerNorm):
     def forward(self, x):
         d, eps = x - x.mean(-1, keepdim=True), self.eps
@@ -347,7 +347,7 @@ class QuickGELU"""
 
 BOTH_STEPS = """x = self.resid_mid(x + self.attn(self.ln_1(x)))
         return x + self.mlp(self.ln_2(x))"""
-# In a fork: what is replaced by what, the first site that differs, and how its cause begins.
+# For each fork: old and new snippets, the first site that differs, and the start of its cause.
 CODE = {
     "no_mask_in_the_fused_kernel": (
         "is_causal=self.causal", "is_causal=False",
@@ -756,7 +756,7 @@ def test_a_fault_in_the_code_of_a_fork_is_named(name, pair):
 
 
 @pytest.mark.parametrize("name", ["no_ln_1", "another_constant", "not_normalised"])
-def test_the_faulty_one_may_be_the_other(name, pair):
+def test_a_fault_in_the_other_model_is_named(name, pair):
     *change, site, cause = CODE[name]
     report = compare(pair[0], fork_of(pair[0], *change))
     assert report.first == site and report.cause.startswith(exchanged(cause))
@@ -774,7 +774,7 @@ def test_a_fault_in_weights_or_parts_is_named(name, pair):
     assert (report.first, report.cause) == (site, cause)
 
 
-def test_an_assertion_says_it_in_a_forks_own_tests(pair):
+def test_assert_parity_names_the_site_and_the_cause(pair):
     faulty = copy.deepcopy(pair[0])
     set_eps(faulty.vision, 1e-6)
     site, cause = "vision.blocks.0.resid_pre", "model has a LayerNorm eps of 1e-06 for 2e-05"

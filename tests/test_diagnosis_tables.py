@@ -1,7 +1,7 @@
 """Each entry of the diagnosis' tables computes what its name says, and is found by that name.
 
-What a fault gives is written out here, in NumPy or with transformers' functions. No model runs: the
-tensors of one comparison are taken, and one of them is replaced.
+The tests compute the numbers that each fault gives with NumPy, torch or transformers. No model runs
+with a fault: a test takes the tensors of one comparison and replaces one of them.
 """
 
 import math
@@ -82,7 +82,7 @@ TABLES = {
     "softmax": ((X[None], HIDDEN), {
         "a softmax over queries, not keys": (M / M.sum(1, True))[None],
         "a softmax over heads, not keys":
-            torch.where(HIDDEN, 1 / 3, E / E.sum(0, True))[None],  # where all is hidden: uniform
+            torch.where(HIDDEN, 1 / 3, E / E.sum(0, True))[None],  # uniform if all is hidden
         "a softmax with 1 added to its sum": (M / (1 + M.sum(2, True)))[None],
         "a sigmoid in the place of the softmax": (M / (1 + M))[None],
         "a causal mask that comes after the softmax": (M / E.sum(2, True))[None],
@@ -171,14 +171,14 @@ def near(one, other):
     return ((one - other).abs() <= 1e-12 * other.abs().clamp(min=1)).all()
 
 
-# ------------------------------------------------------------------------------------ are found
+# -------------------------------------------------------------------------- faults in the model
 
 V, T = "vision.blocks.0", "text.blocks.0"
 
 
 @pytest.fixture(scope="module")
 def side():
-    """What a model computed, as `compare` hands it to the diagnosis."""
+    """A model's tensors and weights, as `compare` passes them to the diagnosis."""
     sides = []
     right = twins(TINY)[0]
     wrong = twins(TINY, seed=1)[0]
@@ -189,7 +189,7 @@ def side():
 
 
 class Seen:
-    """The tensors and the weights of a model, and the steps from one to the next."""
+    """A model's tensors and weights, and the steps that compute one tensor from another."""
 
     def __init__(self, side):
         self.t, self.w = side.tensors, {name: w.double() for name, w in side.weights.items()}
@@ -202,7 +202,7 @@ class Seen:
         return F.layer_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.w[f"{name}.bias"], eps)
 
     def heads(self, name, count=None):
-        """(B, H, T, D)"""
+        """Split a tensor into heads, (B, H, T, D)."""
         x = self.t[name]
         count = count or (4 if name.startswith("vision") else 2)
         return x.reshape(*x.shape[:2], count, -1).transpose(1, 2)
@@ -241,17 +241,17 @@ class Seen:
         return words + positions(self.w["text.pos_embed"])[: self.ids.shape[1]]
 
     def logits(self, scale=None, images=lambda x: x / x.norm(dim=1, keepdim=True), texts=None):
-        scale = self.w["logit_scale"].exp() if scale is None else scale  # 100, rounded
+        scale = self.w["logit_scale"].exp() if scale is None else scale  # about 100
         one, other = self.t["vision.projected"], self.t["text.projected"]
         return scale * images(one) @ (texts or images)(other).T
 
     def read(self):
-        """The last residual stream of the texts, normed."""
+        """The texts' last residual stream, after ln_final."""
         return self.norm(self.t["text.blocks.1.resid_post"], "text.ln_final")
 
 
 def of_patches(order):
-    """Position embeddings whose patches, as a grid (5, 5, W), are put in another order."""
+    """A function that reorders the position embeddings of the patches, a grid (5, 5, W)."""
     return lambda x: torch.cat([x[:1], order(x[1:].reshape(5, 5, -1)).reshape(25, -1)])
 
 
@@ -394,8 +394,8 @@ def test_a_fault_is_found_by_its_name(name, side):
     assert cause_in_model(site, side, wrong) == f"other has {cause.strip()}"
 
 
-def test_texts_may_be_read_at_their_largest_id(side):
-    """Which is the end token in OpenAI's vocabulary, but not in one where it is 300."""
+def test_texts_read_at_their_largest_id_are_named(side):
+    """The largest id is the end token in OpenAI's vocabulary. Here the end token is 300."""
     ids = side.tensors["ids"]
     ids = ids.masked_fill(ids == 300, 301).masked_fill(ids == 599, 300)
     config = replace(side.config, text=replace(side.config.text, eos_token_id=300))
@@ -408,7 +408,7 @@ def test_texts_may_be_read_at_their_largest_id(side):
     assert cause_in_model("text.pooled", wrong, right) == "model has texts read at their largest id"
 
 
-def test_a_logit_scale_above_100_may_be_cut(side):
+def test_a_logit_scale_that_is_cut_at_100_is_named(side):
     scale = torch.tensor(5.0, dtype=torch.float64)
     weights = {**side.weights, "logit_scale": scale}
     logits = Seen(side).logits(scale.exp())
@@ -418,8 +418,8 @@ def test_a_logit_scale_above_100_may_be_cut(side):
     assert cause_in_model("logits", right._replace(tensors=cut), right) == cause
 
 
-def test_more_than_rounding_is_asked_for(side):
-    """A fault is named if it gives the numbers to within 1e-9, and not if it nearly does."""
+def test_a_fault_must_explain_the_numbers_exactly(side):
+    """A fault is named only if it gives the same numbers within 1e-9."""
     wrong = Seen(side).logits(1)
     for by, cause in ((0.5e-9, "model has no logit scale"), (2e-9, "model does not compute")):
         tensors = {**side.tensors, "logits": wrong + by * torch.eye(2, 8, dtype=torch.float64)}
@@ -438,7 +438,7 @@ def test_more_than_rounding_is_asked_for(side):
         ("text.projected", (slice(3, 7), slice(0, 2)), "row 3 to 6, dimension 0 to 1"),
     ],
 )  # fmt: skip
-def test_where_two_tensors_differ_is_said(site, places, where, side):
+def test_a_report_says_where_two_tensors_differ(site, places, where, side):
     tensors = {**side.tensors, site: one_in(side.tensors[site], *places)}
     cause = f"model does not compute CLIP's formula with its own weights: only at {where}"
     assert cause_in_model(site, side._replace(tensors=tensors), side) == cause
@@ -464,14 +464,14 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_was_done_to_a_weight_is_said(change, side):
+def test_a_report_says_what_was_done_to_a_weight(change, side):
     weight = CHANGES[change](side.weights["text.proj.weight"])
     model = side._replace(weights={**side.weights, "text.proj.weight": weight})
     words = f"model has proj.weight {change.strip()}"
     assert differing_weights("text.projected", model, side) == words
 
 
-# ------------------------------------------------------------------------------ texts and pictures
+# -------------------------------------------------------------------------------- texts and images
 
 
 @pytest.fixture(scope="module")
@@ -496,7 +496,7 @@ def tokenizer():
         ("long text a very", "long text very", "a very long text a very long t"),
     ],
 )  # fmt: skip
-def test_a_text_shows_what_a_tokenizer_does_to_it(old, new, text, tokenizer):
+def test_the_first_text_with_other_ids_is_named(old, new, text, tokenizer):
     def wrong(texts):
         return tokenizer([t.replace(old, new) for t in texts], truncate=True)
 
@@ -526,7 +526,7 @@ def cut_without_an_end(ids):
         (cut_without_an_end, "the end token is 5 in model, 1636 in other"),
     ],
 )
-def test_what_stands_at_the_ends_of_rows_is_said(change, cause, tokenizer):
+def test_another_length_start_or_end_token_is_named(change, cause, tokenizer):
     def right(texts):
         return tokenizer(texts, truncate=True)
 
@@ -540,7 +540,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def scaled(mean, std, divisor=255.0, order=(0, 1, 2)):
-    """From the right pixels to pixels with other last steps."""
+    """A function that replaces the division, the mean and the std of the right pixels."""
 
     def change(pixels):
         colours = (pixels * STD + MEAN) * 255 / divisor
@@ -558,7 +558,7 @@ def taken(
     picture, background=(255, 255, 255), resample=Image.Resampling.BICUBIC, long=math.floor,
     offset=math.floor, square=False, rgb_last=False,
 ):  # fmt: skip
-    """The steps as transformers has them, with one of them changed."""
+    """Do transformers' steps, with one step changed."""
     if background and picture.mode == "RGBA":
         below = Image.new("RGB", picture.size, background)
         below.paste(picture, mask=picture.getchannel("A"))
@@ -605,18 +605,18 @@ FAULTS_OF_PIXELS = {
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Pictures, and what our transform makes of them."""
+    """The test images, and their pixels after our transform."""
     pictures = pixels.pictures(24)
     return pictures, [RIGHT(picture) for picture in pictures]
 
 
-def test_no_fault_of_pictures_is_without_a_test():
+def test_no_fault_of_images_is_without_a_test():
     assert FAULTS_OF_PIXELS.keys() == pixels.FAULTS_OF_PIXELS.keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cause", FAULTS_OF_PIXELS)
-def test_a_fault_of_pictures_is_found_by_its_name(cause, drawn):
+def test_a_fault_of_images_is_found_by_its_name(cause, drawn):
     pictures, right = drawn
     wrong = [torch.from_numpy(FAULTS_OF_PIXELS[cause](picture)).float() for picture in pictures]
     assert cause_in_pixels(RIGHT, None, wrong, right) == f"model has {cause}"

@@ -31,7 +31,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Five pictures of noise. The second one cannot be read."""
+    """Five images of noise. The second image cannot be read."""
     rng = np.random.default_rng(0)
     paths = [str(tmp_path / f"{i}.png") for i in range(5)]
     for path in paths:
@@ -72,13 +72,13 @@ def test_cached_features_are_not_computed_again(loaded, pictures, tmp_path, monk
     assert calls == [4] and (second.rows, second.skipped) == (first.rows, first.skipped)
     assert all(torch.equal(second.vectors[kind], first.vectors[kind]) for kind in first.vectors)
     picture_features(loaded, pictures[:4], cache)
-    assert calls == [4, 3]  # other pictures
+    assert calls == [4, 3]  # other images
     picture_features(loaded._replace(model=CLIP(loaded.model.config)), pictures, cache)
     assert calls == [4, 3, 4]  # another model
     Image.new("RGB", (32, 32)).save(pictures[0])
     os.utime(pictures[0], (0, 0))
     third = picture_features(loaded, pictures, cache)
-    assert calls == [4, 3, 4, 4]  # a picture that has changed
+    assert calls == [4, 3, 4, 4]  # an image has changed
     assert not torch.equal(third.vectors["proj"][0], first.vectors["proj"][0])
 
 
@@ -94,7 +94,7 @@ def test_cached_embeddings_are_an_index_and_cached_features_are_not(loaded, pict
         Index.load(features).load_encoder()
 
 
-def test_a_fork_that_projects_in_its_own_way_has_embeddings_only(loaded, pictures):
+def test_a_fork_that_projects_in_its_own_way_has_only_embeddings(loaded, pictures):
     model = CLIP(loaded.model.config)
     model.vision.forward = lambda pixels: pixels.mean((2, 3)) @ torch.ones(3, 128)
     found = picture_features(loaded._replace(model=model), pictures)
@@ -106,7 +106,7 @@ def test_a_fork_that_projects_in_its_own_way_has_embeddings_only(loaded, picture
 
 
 def slow_ranks(image_embeds, text_embeds, image_of):
-    """Sort every list as a person would."""
+    """Compute the ranks by sorting each list of scores."""
     images, texts = image_embeds.double().numpy(), text_embeds.double().numpy()
     of_images, of_texts = [], []
     for i, image in enumerate(images):
@@ -128,8 +128,8 @@ def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     images = unit_norm(torch.randn(17, 6))
     image_of = torch.cat([torch.randint(0, 17, (30,)), torch.arange(17)])
     texts = unit_norm(images[image_of] + 0.7 * torch.randn(47, 6))
-    images[3], images[11] = images[5], images[5]  # the same picture three times
-    texts[20:24] = texts[2]  # one caption of five pictures
+    images[3], images[11] = images[5], images[5]  # the same image three times
+    texts[20:24] = texts[2]  # one caption of five images
     texts[30] = texts[31] + 2e-8 * torch.randn(6)  # float32 products cannot tell these apart
     found = retrieval_ranks(images, texts, image_of)
     expected = slow_ranks(images, texts, image_of)
@@ -137,24 +137,24 @@ def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     assert max(expected[0]) > 2 and max(expected[1]) > 2
 
 
-def test_a_picture_is_found_by_its_best_caption():
+def test_an_image_is_found_by_its_best_caption():
     images, image_of = torch.eye(2), torch.tensor([0, 0, 0, 1])
     texts = unit_norm(torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.25]]))
     found = retrieval_ranks(images, texts, image_of)
-    assert found[0].tolist() == [1, 2]  # the second loses to the worst caption of the first
+    assert found[0].tolist() == [1, 2]  # a caption of the first image wins for the second
     assert found[1].tolist() == [1, 1, 1, 2]
     with pytest.raises(ValueError, match="1 of 3 pictures have no caption"):
         retrieval_ranks(torch.eye(3)[:, :2], texts, image_of)
 
 
-def test_of_equal_scores_the_first_listed_wins():
+def test_the_first_of_equal_scores_wins():
     same = torch.ones(4, 1)
     found = retrieval_ranks(same, same[[0, 0, 0, 0, 0]], torch.tensor([3, 1, 2, 0, 1]))
     assert found[0].tolist() == [4, 2, 3, 1]  # the places of their first captions
     assert found[1].tolist() == [4, 2, 3, 1, 2]
 
 
-def test_recall_is_clip_benchmark_s():
+def test_recall_equals_clip_benchmarks():
     recorded = json.loads((Path(__file__).parent / "data" / "clip_benchmark.json").read_text())
     for size, theirs in zip(SIZES, recorded, strict=True):
         image_embeds, text_embeds, image_of = embeddings(*size)
@@ -208,7 +208,7 @@ CAPTIONS = {"0.png": "a cat\nthe cat", "1.png": "a dog", "2.png": "a ship\n ", "
 
 
 @pytest.mark.parametrize("save", SAVE)
-def test_captions_are_read_from(save, pictures, tmp_path):
+def test_captions_are_read_from_each_format(save, pictures, tmp_path):
     found = captioned_images(save(tmp_path, CAPTIONS))
     names = [os.path.basename(str(picture)) for picture in found.pictures]
     assert names == ["0.png", "1.png", "2.png"]
@@ -225,7 +225,7 @@ def test_captions_are_read_from(save, pictures, tmp_path):
         ('{"images": [], "annotations": []}', "no picture with a caption"),
     ],
 )
-def test_captions_that_cannot_be_read(tmp_path, content, message):
+def test_captions_that_cannot_be_read_are_an_error(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         captioned_images(tmp_path / "x.json")
@@ -254,8 +254,8 @@ def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_a_data_set_with_traps_is_counted_right(loaded, pictures, tmp_path, capsys):
-    """Several captions, one picture twice, equal scores, and a class with no readable picture."""
+def test_a_dataset_with_traps_is_counted_correctly(loaded, pictures, tmp_path, capsys):
+    """It has several captions for an image, an image twice, and a class without readable images."""
     model, tokenizer, transform = loaded
     (tmp_path / "5.png").write_bytes(Path(pictures[0]).read_bytes())
     rows = {"3.png": "a ship", "0.png": "a cat\na dog", "5.png": "a dog\na ship", "2.png": "a cat"}
@@ -318,7 +318,7 @@ def blobs():
     return [Examples(centres[classes] + torch.randn(120, 5), classes) for _ in range(2)]
 
 
-def test_the_probe_is_scikit_learn_s(blobs):
+def test_the_probe_equals_scikit_learns(blobs):
     linear_model = pytest.importorskip("sklearn.linear_model")
     train, test = blobs
     assert linear.MOST_STEPS == 1000  # CLIP's paper, appendix A.3
@@ -357,7 +357,7 @@ def test_the_sweep_finds_a_peak_to_an_eighth_of_a_decade(peak):
     best, found = linear.sweep(accuracy)
     assert best == pytest.approx(10 ** (peak / 8)) and [*found] == sorted(set(tried))
     assert tried[:7] == pytest.approx([10.0**e for e in range(-6, 7, 2)]) and len(tried) <= 15
-    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # of equals the strongest
+    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # of equal strengths, the largest
 
 
 def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blobs):
@@ -373,9 +373,9 @@ def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blob
     assert sizes[-1] == [40, 40, 40]
 
 
-def test_few_shots_learn_from_so_many_examples_of_each_class(blobs):
+def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
     train, test = blobs
-    test = test.of(torch.arange(5))  # of the classes 0, 1, 2, 0 and 1
+    test = test.of(torch.arange(5))  # their classes are 0, 1, 2, 0 and 1
     draws, sizes = {}, set()
 
     def fit(examples, strength):
@@ -391,7 +391,7 @@ def test_few_shots_learn_from_so_many_examples_of_each_class(blobs):
 
     rows = linear.few_shot({"one": linear.Method(fit, train, test)}, [1, 4], seeds=2)
     assert [(row["shots"], row["method"]) for row in rows] == [(1, "one"), (4, "one")]
-    one, four = (1, 1, 1), (4, 4, 4)  # as many choose the strength, and five are the test
+    one, four = (1, 1, 1), (4, 4, 4)  # as many for the strength; five for the test
     assert sizes == {(one, 3), (one, 5), (four, 12), (four, 5)}
     assert len(draws) == 4  # two of each size
     mean, std = np.mean([0.4, 0.2]), np.std([0.4, 0.2], ddof=1)

@@ -1,9 +1,8 @@
-"""Graphs of the model, compiled, exported and in ONNX, give the numbers of the code itself.
+"""A compiled, an exported and an ONNX graph return the same numbers as the model.
 
-Another batch and another length of text than the graph was made with, texts that end anywhere, and
-the rule for end tokens of OpenAI's own config files. A lost causal mask is the known failure of
-exporters (probabilities of 0.41, 0.29, 0.29 where one is 0.99): so each comparison has as its
-control a model without the mask.
+The tests use batch sizes and text lengths that the graph was not made with, and both rules for end
+tokens. Exporters are known to lose the causal mask (probabilities of 0.41, 0.29 and 0.29 instead of
+0.99). Therefore each comparison has a control: a model without the mask.
 """
 
 import copy
@@ -19,16 +18,16 @@ from twin import TINY, assert_close, assert_far, random_inputs, twins
 from miniclip.config import LEGACY_EOS
 
 pytestmark = [
-    # Compilers and exporters of torch 2.13 warn of themselves, in ways no caller can mend.
+    # The compilers and exporters of torch 2.13 raise these warnings about their own code.
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning"),
 ]
 
-LOGITS = 2e-5  # at logit scale 100, the operations in another order
+LOGITS = 2e-5  # a graph may reorder operations, and the logit scale is 100
 
-# Compilers and exporters take their time. The text tower needs its two layers: at the last token of
-# a single one no mask shows. OpenAI's own config files name no end token that is one: texts end at
-# their largest id.
+# Compilers and exporters are slow, so the vision tower has one layer. The text tower needs two: with
+# one layer, a mask does not change the last token. OpenAI's config files do not state the true end
+# token, so their texts end at the largest id.
 SHALLOW = replace(TINY, vision=replace(TINY.vision, layers=1))
 AS_OPENAI = replace(SHALLOW, text=replace(SHALLOW.text, eos_token_id=LEGACY_EOS))
 
@@ -47,7 +46,7 @@ def without_mask(model):
 
 @torch.no_grad()
 def assert_same(graph, model):
-    """Of other sizes than the graph was made with; and its text tower has a mask."""
+    """Assert equal outputs for sizes that the graph was not made with, and that it has a mask."""
     for images, texts, tokens in ((1, 1, 2), (5, 3, 12), (2, 7, 20)):
         inputs = random_inputs(model.config, images, texts, tokens, seed=4)
         expected, found = model(*inputs), graph(*inputs)
@@ -73,7 +72,7 @@ def exported(model):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 def test_compiles_into_one_graph(model):
-    """One size for each dynamic shape, as a graph takes its time to compile."""
+    """Only one size is compared, because compiling is slow."""
     compiled = torch.compile(model, fullgraph=True, backend="inductor")
     inputs = random_inputs(SHALLOW)
     with torch.no_grad():
@@ -104,7 +103,7 @@ def test_exports_with_attention_written_out():
     assert_same(exported(model).module(), model)
 
 
-def test_a_graph_without_a_mask_is_found_out(model):
+def test_a_graph_without_a_mask_is_noticed(model):
     with pytest.raises(AssertionError):
         assert_same(without_mask(model), model)
 

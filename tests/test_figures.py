@@ -1,4 +1,4 @@
-"""Pictures of results: what is drawn is what was counted, measured or computed."""
+"""Figures show the numbers that were counted, measured or computed."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from miniclip.zeroshot.classifier import Score
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Call a function that draws; return matplotlib's figure, which is not rendered."""
+    """Call a drawing function, and return matplotlib's figure without rendering it."""
     figures = []
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig", lambda figure, *_, **options: figures.append(figure)
@@ -34,7 +34,7 @@ def drawn(monkeypatch, tmp_path):
 
 
 def bins():
-    """Four images of a confidence of 1/4, two of them right, and four of 7/8, three right."""
+    """Four images have confidence 1/4 and two are right; four have 7/8 and three are right."""
     found = torch.zeros(BINS, 3)
     found[3], found[13] = torch.tensor([4, 1, 2]), torch.tensor([4, 3.5, 3])
     return found
@@ -108,7 +108,7 @@ def test_a_report_has_the_best_score_throughput_and_memory(drawn):
     assert held_out.get_title(loc="left") == "held-out data" and texts(held_out) == ["50.0%"]
     accuracy, mean, best = held_out.lines
     assert accuracy.get_xydata().tolist() == [[1, 0.25], [2, 0.5], [3, 0.5]]
-    assert best.get_xydata().tolist() == [[2, 0.5]]  # the first of equal ones
+    assert best.get_xydata().tolist() == [[2, 0.5]]  # the first of two equal scores
     named = [text.get_text() for text in held_out.get_legend().get_texts()]
     assert named == ["accuracy", "mean per class"]
     assert [*throughput.lines[0].get_ydata()] == [10, 11, 12, 13]
@@ -131,7 +131,7 @@ def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
     assert texts(bars) == ["20%", "30%", "50%", "label 2", "label 1", "label 0"]
     assert texts(photograph) == texts(bars)
     assert hot.get_title(loc="left") == "a star"
-    warmth = hot.images[0].get_array()[[0, 0, -1, -1], [0, -1, 0, -1]].sum(1)  # of the corners
+    warmth = hot.images[0].get_array()[[0, 0, -1, -1], [0, -1, 0, -1]].sum(1)  # at the corners
     assert warmth[0] < warmth[1] < warmth[2] < warmth[3] and hot.collections  # the outline
 
 
@@ -146,7 +146,7 @@ def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
         ("occlusion", "up to 0.75 of the cosine lost"),
     ],
 )
-def test_a_map_says_how_much_its_warmest_patch_is(drawn, method, note):
+def test_a_map_states_the_value_of_its_warmest_patch(drawn, method, note):
     heats = torch.tensor([[[0.25, 0.75], [-1, 0]], [[-1, -2], [-3, 0]]])
     figure = drawn(
         draw_text_maps, Image.new("RGB", (8, 8)), ["a $cat$", "dog"], [0.25, 0.5], {method: heats}
@@ -157,7 +157,7 @@ def test_a_map_says_how_much_its_warmest_patch_is(drawn, method, note):
     assert " ".join(texts(cat)[0].split()) == note and texts(dog) == ["nowhere"]
 
 
-def test_four_maps_stand_beside_a_picture(drawn):
+def test_a_row_has_an_image_and_up_to_four_maps(drawn):
     picture, texts = Image.new("RGB", (8, 8)), [f"text {i}" for i in range(6)]
     shown = [f"{text} (cosine 0.50)" for text in texts]
     maps = {"tokens": torch.rand(6, 2, 2)}
@@ -171,7 +171,7 @@ def test_four_maps_stand_beside_a_picture(drawn):
 
 
 def test_the_maps_of_one_method_have_one_scale(drawn):
-    """The same patch is as bright for a text that it suits half as much as another text."""
+    """A patch is less warm for a text if it suits this text half as much as another text."""
     heats = torch.tensor([[[1.0]], [[0.5]]])
     picture = Image.new("RGB", (8, 8))
     axes = drawn(draw_text_maps, picture, ["a", "b"], [0.5, 0.5], {"tokens": heats}).axes
@@ -200,10 +200,10 @@ def test_ratios_of_bench_are_bars_from_one_with_quartiles(drawn):
     assert names(axes) == ["", "miniclip", "transformers", "one matrix product"]
     assert axes.get_xscale() == "log"
     colours = [bar.get_facecolor()[:3] for bar in bars]
-    assert len(set(colours)) == 3 and len(set(colours[2])) == 1  # no peer, and so grey
+    assert len(set(colours)) == 3 and len(set(colours[2])) == 1  # grey: not a library
 
 
-def test_differences_stand_at_their_depth(drawn):
+def test_differences_are_drawn_at_their_depth(drawn):
     sites = ["vision.blocks.0.resid_pre", "vision.blocks.0.q", "text.blocks.0.resid_pre", "logits"]
     rows = [
         Difference(site, 10.0**-i, 0.5, 10.0 ** -(i + 4), 10.0 ** -(i + 8), 0.0, i != 1)
@@ -215,7 +215,7 @@ def test_differences_stand_at_their_depth(drawn):
     assert shown["difference"] == [0.1, 0.01, 0.0001]
     assert shown["difference in float64"] == pytest.approx([1e-5, 1e-6, 1e-8])
     assert shown["error of model"] == pytest.approx([1e-9, 1e-10, 1e-12])
-    assert shown["error of other"] == [1e-17] * 3  # where zero is drawn
+    assert shown["error of other"] == [1e-17] * 3  # zero is drawn here
     assert [*text.lines[0].get_ydata()] == [0.001, 0.0001]
     assert names(vision, "x") == ["0", "logits"] and texts(vision) == [f" {sites[0]}"]
     assert "first at vision.blocks.0.resid_pre; likely cause: a cause" in figure.get_suptitle()

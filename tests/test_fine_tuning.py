@@ -1,4 +1,4 @@
-"""Fine-tuning: parts of a model, held-out data, logs, restarts, and data that breaks."""
+"""Fine-tuning: parts of a model, held-out data, logs, restarts, and broken data."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def rows_of(out):
 
 
 def crash_in(step, monkeypatch):
-    """Crash a run in one step, after the first epoch was saved."""
+    """Make runs crash at a step of the second epoch. Returns a function that undoes this."""
     note = run_module.Run.log_step
 
     def crash(self, *args):
@@ -81,14 +81,14 @@ def test_parts_are_frozen_by_their_names(freeze, trained):
     assert not any(".blocks." in name for name in left if name.startswith("vision"))
 
 
-def test_a_part_that_is_not_there_is_an_error():
+def test_freezing_an_absent_part_or_everything_is_an_error():
     with pytest.raises(ValueError, match="freeze: no part is called 'visual'; there are logit_sca"):
         trainable(new_model()[0], "text, visual")
     with pytest.raises(ValueError, match="nothing is left to train"):
         trainable(new_model()[0], "*")
 
 
-def test_weights_are_sharded_over_processes_alone(tmp_path):
+def test_weights_cannot_be_sharded_in_a_single_process(tmp_path):
     with pytest.raises(ValueError, match="several processes: start them by torchrun"):
         run(tmp_path, replace(QUICK, fsdp=True))
 
@@ -109,7 +109,7 @@ def test_siglips_loss_equals_transformers():
     inputs = {"input_ids": torch.arange(12).view(3, 4), "pixel_values": torch.randn(3, 3, 8, 8)}
     found = peer(**inputs, return_loss=True)
     ours, model = SigmoidLoss(), nn.Module()
-    assert ours.bias.item() == -10  # the paper's, at the start
+    assert ours.bias.item() == -10  # the paper's initial value
     ours.bias.data.fill_(-2.5)
     model.logit_scale = peer.logit_scale
     value = ours(model, found.image_embeds, found.text_embeds, torch.eye(3).bool())
@@ -117,7 +117,7 @@ def test_siglips_loss_equals_transformers():
 
 
 def test_float16_weights_are_trained_as_float32(tmp_path):
-    """In float16 small squares and Adam's eps are 0, so the first step is 0 / 0."""
+    """In float16, small squares and Adam's eps become 0, so the first step is 0 / 0."""
     naive = new_model()[0].half()
     optimizer = torch.optim.AdamW(naive.parameters())
     pixels = torch.rand(4, 3, 12, 12).half()
@@ -143,12 +143,12 @@ OPTIONS = {
 
 
 def by_weight(loaded):
-    """A score that any change of the weights changes."""
+    """A score that changes with the weights of a layer."""
     return {"score": loaded.model.vision.blocks[0].attn.q_proj.weight.double().sum().sin().item()}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_crashed_run_goes_on_to_the_same_bits_with_each_option(name, tmp_path, monkeypatch):
+def test_a_crashed_run_ends_with_the_same_bits_for_each_option(name, tmp_path, monkeypatch):
     recipe = replace(QUICK, val_every=2, **OPTIONS[name])
     expected = run(tmp_path / "whole", recipe, validate=by_weight)
     restore = crash_in(4, monkeypatch)
@@ -175,8 +175,8 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
         seen.append({name: p.clone() for name, p in loaded.model.state_dict().items()})
         return {"accuracy": next(scores), "other": -1.0}
 
-    recipe = replace(QUICK, epochs=2, val_every=2, ema=0.5)  # and at the end of six steps
-    with pytest.raises(StopIteration):  # nor more often
+    recipe = replace(QUICK, epochs=2, val_every=2, ema=0.5)  # and after the last step
+    with pytest.raises(StopIteration):  # after the last step
         run(tmp_path, replace(recipe, epochs=3), validate=validate)
     rows = [row for row in rows_of(tmp_path) if "val_accuracy" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
@@ -233,8 +233,8 @@ def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_sixteen_pictures_a_class_beat_zero_shot_on_held_out_ones(tmp_path, capsys):
-    """Handwritten digits, which `shapes` never saw, with a user's commands."""
+def test_sixteen_images_of_each_class_beat_zero_shot_on_held_out_images(tmp_path, capsys):
+    """A user's commands train `shapes` on handwritten digits, which it has never seen."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     names = "zero one two three four five six seven eight nine".split()
     for part, chosen in (("train", slice(16)), ("test", slice(16, 36))):
@@ -291,7 +291,7 @@ def test_a_row_has_throughput_and_memory(tmp_path, monkeypatch):
         assert 0.05 < row["peak_gib"] < 64
 
 
-def test_the_seconds_of_a_row_are_of_training_alone(tmp_path, monkeypatch):
+def test_the_seconds_of_a_row_count_only_training(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
 
@@ -304,12 +304,12 @@ def test_the_seconds_of_a_row_are_of_training_alone(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# data that is read from elsewhere, or breaks
+# Data from other places, and broken data
 
 
 @pytest.fixture
 def shards(tmp_path):
-    captioned(tmp_path, "tar", broken=None)  # 0.tar and 1.tar, of six pictures each
+    captioned(tmp_path, "tar", broken=None)  # 0.tar and 1.tar, with six images each
     return tmp_path
 
 
@@ -319,7 +319,7 @@ def captions_of(name, steps=6, batch=4):
     return data, found
 
 
-def test_shards_come_from_commands_and_addresses(shards, monkeypatch):
+def test_shards_are_read_from_commands_and_addresses(shards, monkeypatch):
     import fsspec
     from huggingface_hub import HfFileSystem
 
@@ -329,10 +329,10 @@ def test_shards_come_from_commands_and_addresses(shards, monkeypatch):
         data, found = captions_of(name, batch=2)
         assert len(data) == 6 and found == expected and data.skipped == []
     assert len(open_data(f"pipe:cat {shards}/{{0..1}}.tar", ImageTransform(SIZE))) == 12
-    assert fsspec.get_filesystem_class("hf") is HfFileSystem  # which reads hf://
+    assert fsspec.get_filesystem_class("hf") is HfFileSystem  # it reads hf://
 
 
-def test_a_command_that_fails_is_named_and_survived(shards):
+def test_a_command_that_fails_is_named_and_does_not_end_the_run(shards):
     half = f"pipe:head -c 4000 {shards}/0.tar; exit 3"
     name = f"{half}::pipe:cat {shards}/1.tar::pipe:cat {shards}/absent.tar 2> /dev/null"
     data, found = captions_of(f"{name}::{shards}/gone.tar::memory://gone.tar", batch=4)
@@ -343,7 +343,7 @@ def test_a_command_that_fails_is_named_and_survived(shards):
                    for reason in data.skipped), name  # fmt: skip
 
 
-def test_a_command_that_nobody_reads_is_killed(shards, monkeypatch):
+def test_a_command_whose_output_is_no_longer_read_is_killed(shards, monkeypatch):
     started = []
 
     class Noted(shards_module.Popen):
@@ -359,14 +359,14 @@ def test_a_command_that_nobody_reads_is_killed(shards, monkeypatch):
     assert started[0].returncode == -signal.SIGKILL
 
 
-def test_a_shard_that_vanishes_does_not_move_the_other_batches(shards):
+def test_a_shard_that_vanishes_does_not_move_the_next_epoch(shards):
     data = open_data(shards, ImageTransform(SIZE))
     len(data)
     (shards / "1.tar").write_bytes(b"")
     found = list(islice(batches(data, 4, seed=0), 4))
     assert [len(batch.captions) for batch in found] == [4] * 4
     assert any("1.tar" in reason for reason in data.skipped)
-    late = list(islice(batches(data, 4, seed=0, first=3), 1))  # the second epoch starts in step
+    late = list(islice(batches(data, 4, seed=0, first=3), 1))  # the second epoch starts as before
     assert torch.equal(late[0].pixels, found[3].pixels)
 
 

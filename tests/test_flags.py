@@ -1,4 +1,4 @@
-"""Each flag of each command arrives where it is used, and each default is what the help says."""
+"""Each flag of each command reaches the code that uses it, and each default is documented."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from miniclip.published import PUBLISHED
 
 OFFICIAL = "openai/clip-vit-base-patch32"
 
-# A line for each command, or half of a command, that loads a model.
+# Command lines that load a model: one for each command, or for each use of a command.
 LINES = {
     "classify": "classify PICTURE --labels cat --model MODEL",
     "info": "info MODEL",
@@ -47,7 +47,7 @@ WITH_DEVICE = [name for name in LINES if name not in ("info", "tokenize", "conve
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A picture, class folders, and an index of the picture."""
+    """A folder with an image, class folders, and an index of the image."""
     folder = tmp_path_factory.mktemp("desk")
     pixels = np.random.default_rng(0).integers(0, 256, (36, 36, 3), dtype=np.uint8)
     for name in ("cat", "dog"):
@@ -62,7 +62,7 @@ def desk(tmp_path_factory):
 
 @pytest.fixture
 def run(desk, tmp_path, monkeypatch, capsys):
-    """Run a line of LINES, or any other, in an empty folder: (status, stdout, stderr)."""
+    """Run a line of LINES, or any other line, in an empty folder: (status, stdout, stderr)."""
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.page.serve.serve_until_interrupted", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)
@@ -94,18 +94,18 @@ def output(run):
 
 def assert_error(result, *words):
     status, _, err = result
-    err = re.sub("miniclip: asking the Hugging Face hub for .*\n", "", err)  # once in a process
+    err = re.sub("miniclip: asking the Hugging Face hub for .*\n", "", err)  # printed only once
     assert status == 2 and err.startswith("miniclip: error: ") and err.count("\n") == 1
     assert all(word in err for word in words), err
 
 
 # ------------------------------------------------------------------------------------------------
-# What says which model, and how it is loaded
+# Flags that choose a model and say how to load it
 
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """A hub that says what it is asked for, and has nothing."""
+    """A hub that has no files. Its error says what it was asked for."""
 
     def asked(repository, *, revision, **options):
         raise ValueError(f"asked for {repository} at {revision}")
@@ -121,7 +121,7 @@ def test_the_revision_reaches_the_hub(run, no_hub, name):
 
 
 @pytest.mark.parametrize("name", WITH_DEFAULT_MODEL)
-def test_the_model_is_openais_unless_it_is_named(run, no_hub, name):
+def test_the_default_model_is_openais(run, no_hub, name):
     line = LINES[name].replace("--model", "").replace("MODEL", "")
     assert_error(run(line), f"asked for {OFFICIAL} at None")
 
@@ -145,8 +145,8 @@ def test_the_device_reaches_the_model(run, name):
     assert_error(run(f"{LINES[name]} --device toaster"), "device 'toaster' cannot be used")
 
 
-def test_an_index_knows_the_commit_that_was_asked_for(run, output, monkeypatch, tmp_path):
-    """As the hub's client has it, by the name of the folder."""
+def test_an_index_stores_the_commit_that_was_loaded(run, output, monkeypatch, tmp_path):
+    """The hub's client names the folder after the commit."""
 
     def snapshot(repository, *, revision, **options):
         folder = tmp_path / "snapshots" / f"commit-of-{revision}"
@@ -167,10 +167,10 @@ def test_an_index_knows_the_commit_that_was_asked_for(run, output, monkeypatch, 
 
 
 # ------------------------------------------------------------------------------------------------
-# What says how much, how, and where to
+# Flags for amounts, methods and outputs
 
 
-def test_the_dtype_is_that_of_the_embeddings(output):
+def test_embeddings_have_the_requested_dtype(output):
     found = {
         dtype: output(f"embed PICTURE --out {dtype} --model everyday {flag}")["dtype"]
         for dtype, flag in [("float32", ""), ("bfloat16", "--dtype bfloat16")]
@@ -179,7 +179,7 @@ def test_the_dtype_is_that_of_the_embeddings(output):
 
 
 @pytest.mark.slow
-def test_the_dtype_is_what_parity_measures_errors_in(output):
+def test_parity_measures_errors_in_the_requested_dtype(output):
     errors = {
         dtype: max(
             row["model_error"] for row in output(f"parity --random tiny --dtype {dtype}")["rows"]
@@ -199,8 +199,8 @@ def test_parity_prints_what_it_measured(run, output):
 
 
 @pytest.mark.slow
-def test_bench_measures_what_it_is_asked_for(run, monkeypatch):
-    """The cases, without their measurement."""
+def test_bench_measures_the_requested_cases(run, monkeypatch):
+    """The test looks at the cases and does not measure them."""
     cases = []
     monkeypatch.setattr("miniclip.bench.suites.measure", lambda case, *_: cases.append(case) or [])
     assert run("bench --shape tiny --suite vision text")[0] == 0
@@ -236,17 +236,17 @@ def test_batches_have_64_images_unless_told_otherwise(run, monkeypatch, tmp_path
     assert run(line.replace("OUT", "other") + " --batch 35")[0] == 0 and set(sizes) == {35}
 
 
-def test_workers_reach_the_work(run):
+def test_the_number_of_workers_reaches_the_loading(run):
     assert_error(run(f"{LINES['embed']} --workers 0"), "workers is 0")
 
 
-def test_an_index_lists_what_is_damaged(run, output, tmp_path):
+def test_an_index_lists_damaged_files(run, output, tmp_path):
     (tmp_path / "x.tar").write_bytes(b"no tar, but some text" * 100)
     (skipped,) = output("embed x.tar PICTURE --out out --model MODEL")["skipped"]
     assert "x.tar: cannot be read as a tar" in skipped
 
 
-RECIPE = {  # every number another than Recipe's own
+RECIPE = {  # the values differ from Recipe's defaults, except for three
     "epochs": 2, "batch": 3, "lr": 2e-3, "muon_lr": 3e-3, "weight_decay": 0.2, "warmup": 0.5,
     "clip_gradient": 2.5, "patch_dropout": 0.25, "full_epochs": 0, "ema": 0.5, "augment": True,
     "hard_negatives": False, "chunk": 1, "checkpoint_blocks": True, "precision": "bfloat16",
@@ -256,7 +256,7 @@ RECIPE = {  # every number another than Recipe's own
 
 
 @pytest.mark.slow
-def test_every_number_of_a_recipe_has_its_flag(run, output, tmp_path):
+def test_every_field_of_a_recipe_has_its_flag(run, output, tmp_path):
     config = TINY.to_dict()
     (tmp_path / "tiny.json").write_text(json.dumps(config))
     (tmp_path / "like").mkdir()
@@ -272,7 +272,7 @@ def test_every_number_of_a_recipe_has_its_flag(run, output, tmp_path):
             flags.append(f"--{flag} {value}")
     rows = output(f"train CLASSES --out out --recipe like --config tiny.json {' '.join(flags)}")
     assert json.loads((tmp_path / "out" / "recipe.json").read_text()) == RECIPE
-    assert [row["step"] for row in rows] == [2, 4]  # six pictures, three a step
+    assert [row["step"] for row in rows] == [2, 4]  # six images, three in each step
     model = miniclip.CLIP.from_pretrained(tmp_path / "out")
     assert model.config.embed_dim == TINY.embed_dim
     assert RECIPE.keys() == vars(miniclip.training.Recipe()).keys()
@@ -287,7 +287,7 @@ def test_every_number_of_a_recipe_has_its_flag(run, output, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_starts_from_the_model_that_is_named(run, tmp_path):
+def test_training_starts_from_the_given_model(run, tmp_path):
     assert run("train CLASSES --out out --model everyday --lr 0 --epochs 1 --batch 2")[0] == 0
     before, after = (
         miniclip.CLIP.from_pretrained(name).state_dict() for name in ("everyday", tmp_path / "out")
@@ -298,7 +298,7 @@ def test_a_training_starts_from_the_model_that_is_named(run, tmp_path):
 @pytest.mark.slow
 def test_convert_takes_a_layout_and_a_tokenizer(output, tmp_path):
     tokenizer = miniclip.Tokenizer.from_pretrained("everyday")
-    shape = {"mlp_width": 256, "width": 64, "heads": 1, "ln_eps": 1e-5}  # as OpenAI's layout has it
+    shape = {"mlp_width": 256, "width": 64, "heads": 1, "ln_eps": 1e-5}  # for OpenAI's layout
     text = replace(
         TINY.text, **shape, vocab_size=tokenizer.vocab_size, context_length=77,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -314,7 +314,7 @@ def test_convert_takes_a_layout_and_a_tokenizer(output, tmp_path):
     assert ids == tokenizer.encode("a photo of a cat")
 
 
-def test_classify_asks_with_each_template_and_openais_unless_told(output):
+def test_classify_uses_each_given_template_or_openais(output):
     line = "classify PICTURE --labels cat dog --model MODEL"
     usual = output(line)
     assert usual == output(f"{line} --template 'a photo of a {{}}.'")
@@ -329,7 +329,7 @@ def test_classify_asks_with_each_template_and_openais_unless_told(output):
     assert found == pytest.approx(dict(zip(["cat", "dog"], logits.tolist())), abs=1e-4)
 
 
-def test_search_adds_and_takes_away_texts_and_pictures(output, desk, tmp_path):
+def test_search_adds_and_subtracts_texts_and_images(output, desk, tmp_path):
     pictures = [desk / "classes" / "cat" / f"{i}.png" for i in range(2)]
     plus, minus = map(str, pictures)
     found = output(f"search INDEX cat 'a dog' --minus frog --image {plus} --minus-image {minus}")
@@ -342,7 +342,7 @@ def test_search_adds_and_takes_away_texts_and_pictures(output, desk, tmp_path):
     assert [row["score"] for row in found] == [pytest.approx(expected, abs=1e-5)]
 
 
-def test_search_shows_twelve_pictures_unless_told_otherwise(output, desk, tmp_path):
+def test_search_shows_twelve_images_unless_told_otherwise(output, desk, tmp_path):
     for i in range(14):
         Image.new("RGB", (8, 8), (9 * i, 255 - 9 * i, 0)).save(tmp_path / f"{i}.png")
     output("embed . --out index --model MODEL")
@@ -364,7 +364,7 @@ def test_the_title_of_a_sheet_is_the_query(run, monkeypatch, desk):
 
 
 @pytest.mark.slow
-def test_a_picture_has_a_name_unless_told_otherwise(run, tmp_path):
+def test_explain_chooses_a_file_name_unless_told_otherwise(run, tmp_path):
     status, _, err = run("explain PICTURE cat --model MODEL")
     assert (status, err) == (0, "picture: miniclip-explain.png\n")
     with Image.open(tmp_path / "miniclip-explain.png") as picture:
@@ -380,13 +380,13 @@ def test_explain_scores_200_scenes_unless_told_otherwise(output, monkeypatch):
     assert output("explain --score shapes --model MODEL", "shapes")["scenes"] == 200
 
 
-def test_explain_asks_by_relevance_unless_told_otherwise(output):
+def test_explain_uses_relevance_unless_told_otherwise(output):
     line = "explain PICTURE cat --model MODEL"
     assert output(line)["method"] == "relevance"
     assert output(f"{line} --method rollout")["method"] == "rollout"
 
 
-def test_serve_offers_what_it_is_given(run, monkeypatch, desk):
+def test_serve_offers_the_given_models_and_index(run, monkeypatch, desk):
     given = {}
 
     def create_app(models, find=None, searcher=""):

@@ -1,4 +1,4 @@
-"""Forks that compute the same, in other ways than ours, pass; and faults where no text looks."""
+"""Forks that compute the same numbers in another way pass. Faults in rare places are found."""
 
 import copy
 import json
@@ -85,7 +85,7 @@ def test_a_fork_that_computes_the_same_passes(name, pair):
 
 
 @pytest.mark.slow
-def test_a_forward_that_holds_on_to_the_original_passes(pair):
+def test_a_patched_forward_that_calls_the_original_passes(pair):
     for model, part in (
         (pair[0], lambda m: m), (pair[0], lambda m: m.vision.blocks[1].mlp),
         (pair[1], lambda m: m), (pair[1], lambda m: m.text_model.encoder.layers[0]),
@@ -115,13 +115,13 @@ MASK_KEPT = (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_what_a_forward_keeps_is_not_kept_from_a_run(dtype, pair):
+def test_a_comparison_leaves_no_tensors_that_a_forward_keeps(dtype, pair):
     same = fork_of(pair[0], *MASK_KEPT)
     assert compare(same, pair[0], dtype=dtype).first is None
-    same(*random_inputs(TINY, tokens=17))  # of another length and precision
+    same(*random_inputs(TINY, tokens=17))  # another length, and another precision
 
 
-def test_what_a_forward_changes_is_as_it_was(pair):
+def test_a_comparison_restores_what_a_forward_changes(pair):
     same = copy.deepcopy(pair[0])
     same.register_buffer("count", torch.zeros((), dtype=torch.long))
 
@@ -153,7 +153,7 @@ def test_a_fault_among_tokens_before_the_batch_is_named(pair):
     assert compare(pair[0], faulty).cause == f"other{cause}"
 
 
-def test_rows_that_have_changed_places(pair):
+def test_rows_that_are_swapped_are_named(pair):
     swapped = ("self.encode_image(pixels, n", "self.encode_image(pixels.flip(0), n")
     cause = "model has vision.embeddings of another row of the batch in row 0 to 1"
     assert compare(fork_of(pair[0], *swapped), pair[0]).cause == cause
@@ -175,7 +175,7 @@ def test_compiled_models_pass(pair):
 
 
 class Attention(nn.Module):
-    """A fused projection, and no pattern."""
+    """Attention with a fused projection. It returns no pattern."""
 
     def __init__(self, attn, causal):
         super().__init__()
@@ -195,7 +195,7 @@ class Attention(nn.Module):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_parts_of_transformers_may_be_other_modules(pair):
+def test_parts_of_transformers_model_may_be_replaced(pair):
     same = copy.deepcopy(pair[1])
     for tower in ("vision", "text"):
         for layer in getattr(same, f"{tower}_model").encoder.layers:
@@ -221,8 +221,8 @@ def test_each_row_of_a_table_counts(name, table, pair):
 
 
 @pytest.mark.slow
-def test_words_may_have_been_added(pair):
-    """Whichever of the two has them."""
+def test_models_with_and_without_added_tokens_pass(pair):
+    """Either of the two models may have them."""
     text = TINY.text.__class__(**{**vars(TINY.text), "vocab_size": 610})
     more = twins(TINY.__class__(TINY.vision, text, TINY.embed_dim))[0]
     weights, table = pair[0].state_dict(), "text.token_embed.weight"
@@ -234,7 +234,7 @@ def test_words_may_have_been_added(pair):
 @pytest.mark.slow
 @torch.no_grad()
 def test_merged_weights_pass(pair):
-    """They are rounded once more than what was merged; a small fault shows all the same."""
+    """Merging adds a rounding error, which passes. A small fault is still found."""
     tuned = surgery.add_lora(pair[0], rank=2)
     for name, weight in tuned.named_parameters():
         if name.endswith((".A", ".B")):
@@ -258,7 +258,7 @@ def test_merged_weights_pass(pair):
          "image_embeds", ""),
     ],
 )  # fmt: skip
-def test_the_rest_of_the_output_counts(change, site, cause, pair):
+def test_every_output_is_compared(change, site, cause, pair):
     report = compare(fork_of(pair[0], *change), pair[0])
     assert (report.first, report.cause) == (site, cause)
 
@@ -278,9 +278,9 @@ def test_json_has_no_nan(pair):
 
 
 @pytest.mark.slow
-def test_bytes_that_are_no_word_count(pair):
+def test_bytes_that_are_not_words_are_compared(pair):
     right = Tokenizer.from_pretrained("everyday")
-    for one, other in ("Ñ", "Ð"), ("!", '"'):  # the first byte of Cyrillic letters; not at an end
+    for one, other in ("Ñ", "Ð"), ("!", '"'):  # a first byte of Cyrillic letters
         vocab = {**right.vocab, one: right.vocab[other], other: right.vocab[one]}
         faulty = Tokenizer(vocab, right.merges, context_length=right.context_length)
         report = compare(*(Loaded(pair[0], t, None) for t in (faulty, right)))
@@ -311,7 +311,7 @@ def test_a_fork_is_compared_with_its_own_model_of_transformers(tmp_path):
 
 
 class WithBoxes(CLIP):
-    """Its output has a tensor that CLIP's has not."""
+    """A fork with one more output than CLIP."""
 
     factor = 1.0
 
@@ -336,8 +336,8 @@ def test_a_model_that_has_no_sites_is_refused(pair):
         compare(other, pair[0])
 
 
-def test_a_block_may_lack_parts(pair):
-    """Their sites are left out; the residual stream after the block is compared all the same."""
+def test_a_block_may_have_other_parts(pair):
+    """Their sites are left out, but the residual stream after the block is compared."""
 
     class Plain(nn.Module):
         def __init__(self, block):

@@ -28,14 +28,14 @@ which imports none of them
 Each runs offline in under three minutes
     notebooks: it_runs_without_an_error_or_a_warning
 `load` takes an embedded name, a directory
-    checkpoint: each_part_alone_has_every_kind_of_name
+    checkpoint: each_part_alone_is_loaded_by_every_kind_of_name
     hub: openais_own_names_are_those_of_the_hub
     hub: a_name_is_as_it_was_pasted
 `subfolder=` reads a part
-    brought: a_subfolder_of_a_directory
+    brought: a_subfolder_of_a_directory_is_read
     hub: a_subfolder_of_a_repository
 `config=` gives the sizes
-    brought: shapes_that_were_published_with_two_activations_are_asked_about
+    brought: shapes_that_were_published_with_two_activations_need_a_config
 reads and writes all of these
     layouts: every_pair_of_layouts_there_and_back
 logits and every block, float32, CPU
@@ -84,15 +84,15 @@ is SigLIP in one file
 lists all that are missing, unexpected or misshapen
     checkpoint: missing_unexpected_and_misshapen_tensors_are_all_listed
 is named in a warning
-    brought: openai_clip_284_a_lightning_module_with_a_head
-    brought: diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion
+    brought: openai_clip_284_a_lightning_module_with_a_head_is_read
+    brought: diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion_is_read
 Load, save, load is bit-exact
     checkpoint: load_save_load_is_bit_exact
 NaN and infinity are named
     layouts: a_weight_that_is_not_finite_is_named_and_loaded_as_it_is
 end token are the checkpoint's
     model: custom_end_token_is_not_the_largest_id
-    brought: metaclip_2_reads_a_text_at_its_first_2
+    brought: metaclip_2_reads_a_text_at_its_first_token_2
     layouts: open_clip_heads_and_eps
 A layout that cannot express a model
     layouts: a_layout_says_what_it_cannot_express
@@ -138,7 +138,7 @@ leaves the old checkpoint or the new one
     saving: two_savers_and_a_finisher_at_once_leave_one_of_the_two
     saving: a_full_disk_is_an_error_that_leaves_the_old_checkpoint
 within 1.15 times the model
-    checkpoint: loading_takes_the_memory_of_the_file_in_the_dtype_asked_for
+    checkpoint: loading_takes_the_memory_of_the_file_in_the_requested_dtype
 """
 PROMISES: dict[str, list[str]] = {}  # words of the promise: its tests
 for line in TABLE.strip().splitlines():

@@ -1,4 +1,4 @@
-"""Which versions are at work, and the lists of versions that the tests were run with."""
+"""The versions in use, and the lists of versions that the tests were run with."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ from miniclip.peers import versions
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # pytest brings it on Python 3.10
+    import tomli as tomllib  # pytest installs it on Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +27,7 @@ def project() -> dict:
 
 
 def requirements(project: dict, *extras: str) -> dict[str, str]:
-    """Name -> lower bound, of what the package and these extras need."""
+    """Name -> lower bound, for each library that the package and these extras need."""
     lines = [*project["dependencies"]]
     for extra in extras:
         lines += project["optional-dependencies"][extra]
@@ -41,8 +41,8 @@ def pins(name: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-def test_versions_are_those_that_the_modules_state(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "9.8.7+cu130")  # pip knows no such version
+def test_versions_are_read_from_the_modules(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "9.8.7+cu130")  # a version that pip does not know
     assert versions()["torch"] == "9.8.7+cu130"
     assert versions()["transformers"] == transformers.__version__
     assert versions()["pillow"] == PIL.__version__
@@ -51,27 +51,27 @@ def test_versions_are_those_that_the_modules_state(monkeypatch):
     assert parity.measured_with().startswith(expected)
 
 
-def test_a_module_without_a_version_has_the_one_that_pip_knows(monkeypatch):
+def test_a_module_without_a_version_gets_it_from_pip(monkeypatch):
     monkeypatch.setitem(sys.modules, "clip", ModuleType("clip"))
     monkeypatch.setattr("miniclip.peers.version", {"openai-clip": "1.0.1"}.__getitem__)
     assert versions()["openai-clip"] == "1.0.1"
 
 
-def test_a_module_without_any_version_is_named_all_the_same(monkeypatch):
+def test_a_module_without_any_version_is_still_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "clip", ModuleType("clip"))
     monkeypatch.setitem(peers.DISTRIBUTIONS, "clip", "no-such-library")
     assert versions()["no-such-library"] == "of unknown version"
 
 
-def test_what_is_not_imported_is_not_at_work(monkeypatch):
+def test_a_library_that_is_not_imported_is_not_in_use(monkeypatch):
     monkeypatch.delitem(sys.modules, "faiss", raising=False)
     assert "faiss-cpu" not in versions()
 
 
-def test_the_lowest_versions_that_were_run_are_the_lower_bounds(project):
+def test_the_lowest_tested_versions_are_the_lower_bounds(project):
     assert pins("constraints-lowest.txt") == requirements(project, "demo", "train", "eval", "test")
 
 
-def test_every_library_that_the_tests_need_has_a_version_that_was_run(project):
+def test_every_library_that_the_tests_need_has_a_tested_version(project):
     needed = requirements(project, "demo", "train", "test", "dev")
     assert needed.keys() <= pins("constraints.txt").keys()

@@ -1,6 +1,7 @@
-"""A miniclip CLIP and a transformers CLIPModel with the same weights, every one of them random.
+"""Make twins and forks.
 
-And forks of miniclip: copies of its files with a line changed.
+Twins are a miniclip CLIP and a transformers CLIPModel with the same random weights. A fork is a
+copy of one of miniclip's files with changed lines.
 """
 
 import copy
@@ -23,7 +24,7 @@ __all__ = [
     "random_inputs", "randomize", "tiny_clip", "transformers_config", "twins", "write_shards",
 ]  # fmt: skip
 
-# The two towers differ in every number they can differ in, so that none can stand in for another.
+# The two towers differ in every size that may differ, so that a test notices swapped sizes.
 TINY = CLIPConfig(
     vision=VisionConfig(
         width=48, layers=3, heads=4, mlp_width=100, image_size=40, patch_size=8, ln_eps=2e-5
@@ -44,7 +45,7 @@ def twins(
     device: str = "cpu",
     seed: int = 0,
 ) -> tuple[CLIP, transformers.CLIPModel]:
-    """(ours, theirs), in evaluation mode. No tensor is shared: a change to one leaves the other."""
+    """Make (ours, theirs) in evaluation mode. The two models share no tensor."""
     pair = _remembered if config == TINY else _twins  # a copy takes a quarter of the time
     return copy.deepcopy(pair(config, attention, dtype, device, seed))
 
@@ -67,7 +68,7 @@ _remembered = functools.cache(_twins)
 
 
 def write_shards(directory: Path, tensors: dict[str, torch.Tensor], name: str) -> None:
-    """Two shards and their index, under a name of transformers'."""
+    """Write two shards and their index. `name` is the name that the unsharded file would have."""
     stem, suffix = name.rsplit(".", 1)
     shards = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
     places = dict(zip(sorted(tensors), shards * len(tensors)))
@@ -78,12 +79,12 @@ def write_shards(directory: Path, tensors: dict[str, torch.Tensor], name: str) -
 
 
 def tiny_clip(dtype: torch.dtype = torch.float32, seed: int = 0) -> CLIP:
-    """Ours of `twins(TINY)`, for a test that needs no peer."""
+    """miniclip's model of `twins(TINY)`, for a test that does not need transformers."""
     return copy.deepcopy(_remembered(TINY, "sdpa", dtype, "cpu", seed)[0])
 
 
 def transformers_config(config: CLIPConfig) -> transformers.CLIPConfig:
-    """Written out field by field: miniclip's own `to_dict` is one of the things under test."""
+    """The config for transformers, field by field, because `to_dict` is itself under test."""
     vision, text = config.vision, config.text
     return transformers.CLIPConfig(
         projection_dim=config.embed_dim,
@@ -117,19 +118,19 @@ def transformers_config(config: CLIPConfig) -> transformers.CLIPConfig:
 
 
 def assert_close(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Equal within the rounding of a few layers, 1e-10 in float64 and 1e-5 in float32."""
+    """Assert equality up to a few layers' rounding error: 1e-10 in float64, 1e-5 in float32."""
     assert one.shape == other.shape and one.isfinite().all()
     tolerance = 1e-10 if one.dtype == torch.float64 else 1e-5
     assert (one - other).abs().max() < tolerance * max(1, other.abs().max())
 
 
 def assert_far(one: torch.Tensor, other: torch.Tensor) -> None:
-    """A control: what `assert_close` must not take for equal."""
+    """A control: assert a difference that `assert_close` must notice."""
     assert one.shape == other.shape and (one - other).abs().max() > 1e-3
 
 
 def fork(module: types.ModuleType, *changes: str) -> types.ModuleType:
-    """A copy of one of our files, texts in it replaced: old, new, old, new, ..."""
+    """A copy of one of our modules with replaced snippets. `changes` is old, new, old, new, ..."""
     source = Path(module.__file__ or "").read_text(encoding="utf-8")
     for old, new in zip(changes[::2], changes[1::2], strict=True):
         assert old in source, old
@@ -141,12 +142,12 @@ def fork(module: types.ModuleType, *changes: str) -> types.ModuleType:
 
 
 def fork_of(original: CLIP, *changes: str) -> CLIP:
-    """A model with the weights of another, by the code of a fork."""
+    """A model with the original's weights and a fork's code."""
     copied = fork(model, *changes).CLIP(original.config)
     copied.load_state_dict(original.state_dict())
     return copied.eval()
 
 
 def exchanged(cause: str) -> str:
-    """The same cause, of models that have changed places."""
+    """The same cause with "model" and "other" swapped."""
     return re.sub("model|other", lambda m: {"model": "other", "other": "model"}[m[0]], cause)

@@ -1,6 +1,6 @@
-"""Each of the two processes of test_processes.py, under torchrun: two_processes.py FOLDER
+"""The program of both processes that test_processes.py starts by torchrun: two_processes.py FOLDER
 
-The inputs are in the folder, and each process saves there what it has found.
+A process reads its inputs from the folder and saves its results there.
 """
 
 import json
@@ -37,9 +37,9 @@ CASES = (
     *product(RATES, ("float64",), (0, 2), ENGINES),
     *product(("unequal",), ("float32",), (2,), ENGINES),
 )
-"""Rates, precision, pairs of a chunk, and PyTorch's engine."""
+"""Each case: learning rates, dtype, pairs in a chunk, and PyTorch's engine."""
 
-CLIP_AT = 0.5
+CLIP_AT = 0.5  # about half of the gradient's norm
 
 
 def step(model, pixels, ids, labels, chunk=0, engine=None, batch=None):
@@ -53,7 +53,7 @@ def gradients(model):
 
 
 def three_steps(inputs, rates, dtype, chunk=0, engine="", rank=0, world=1):
-    """Take three gradient steps on one share of the batch, each tower at its own rate."""
+    """Take three steps on a process's share of the batch. Each tower has its own learning rate."""
     model = CLIP(CLIPConfig.from_dict(inputs["config"])).to(getattr(torch, dtype))
     model.load_state_dict(inputs["weights"])
     if engine == "fsdp":
@@ -70,14 +70,14 @@ def three_steps(inputs, rates, dtype, chunk=0, engine="", rank=0, world=1):
     for _ in range(3):
         optimizer.zero_grad()
         loss = step(model, pixels.to(getattr(torch, dtype)), ids, labels, chunk, wrapped, batch)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_AT)  # about half of its length
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_AT)
         losses.append(loss.item())
         optimizer.step()
     return {"losses": losses, "grads": gradients(model), "weights": whole(model.state_dict())}
 
 
 def loss_of_several_captions(folder, embeddings, rank=0, world=1):
-    """Compute the loss of a whole batch in a process that reads its share."""
+    """Compute the loss of a whole batch in a process that reads only its share of the batch."""
     data = open_data(folder, ImageTransform(32))
     batch = next(batches(data, batch=8, seed=0, rank=rank, world_size=world))
     image, text = embeddings[:, rank::world]
@@ -85,7 +85,7 @@ def loss_of_several_captions(folder, embeddings, rank=0, world=1):
 
 
 def gradients_of_siglip(folder, pixels, ids, rank=0, world=1):
-    """Compute the gradients of SigLIP's loss in a process that has its share of the pairs."""
+    """Compute the gradients of SigLIP's loss in a process that has only its share of the pairs."""
     model = Siglip.from_pretrained(folder, dtype=torch.float64)
     labels = torch.arange(len(pixels))[rank::world]
     also, loss = labels.new_empty(len(labels), 0), partial(sigmoid_loss, model)
@@ -96,7 +96,7 @@ def gradients_of_siglip(folder, pixels, ids, rank=0, world=1):
 
 
 def crash_at(step, crash):
-    """Crash runs in one step, before it is saved. Returns a function that undoes this."""
+    """Make runs crash at a step, before that step is saved. Returns a function that undoes this."""
 
     def note_and_crash(run, *args):
         note(run, *args)
@@ -109,24 +109,24 @@ def crash_at(step, crash):
 
 
 def stopped(line, at):
-    """Run a command that crashes in one step."""
+    """Run a command that crashes at step `at`."""
     restore = crash_at(at, lambda: 1 / 0)
     try:
         main(line)
     except ZeroDivisionError:
         return restore()
-    raise AssertionError("has not crashed")
+    raise AssertionError("the command did not crash")
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     lines = json.loads((folder / "commands.json").read_text())
-    rank = int(os.environ["RANK"])  # torchrun says so
+    rank = int(os.environ["RANK"])  # set by torchrun
     if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         crash_at(3, lambda: os._exit(1))
     if status := main(lines["ddp"]):
-        sys.exit(status)  # the other process crashed: nothing may be left in the store
+        sys.exit(status)  # the other process crashed; the store must be left empty
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
     status += main(lines["undisturbed"])
     building.PART = 8

@@ -1,4 +1,4 @@
-"""A typed program of a user; test_package.py has mypy and pyright check it."""
+"""A user's program with types. test_package.py checks it with mypy and pyright."""
 
 import torch
 from torch import Tensor

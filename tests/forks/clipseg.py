@@ -1,9 +1,9 @@
 """CLIPSeg (Lüddecke and Ecker 2022, arXiv 2112.10003) as a fork of CLIP.
 
-It differs in one thing: a small decoder reads the residual stream after three layers of the vision
+The fork adds one thing: a small decoder reads the residual stream after three layers of the vision
 tower and returns a mask for a text. The decoder's blocks are narrow and post-norm. The text's
-embedding enters once, as a scale and a shift of every token (FiLM). It loads transformers'
-`CIDAS/clipseg-*`, except for the refined decoder with three convolutions.
+embedding enters one block, as a scale and a shift of every token (FiLM). The fork loads
+transformers' `CIDAS/clipseg-*`, except for the refined decoder with three convolutions.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from miniclip.model import Attention
 
 @dataclass(frozen=True)
 class CLIPSegConfig(CLIPConfig):
-    extract_layers: tuple[int, ...] = (3, 6, 9)  # the blocks that the decoder reads, from 0
+    extract_layers: tuple[int, ...] = (3, 6, 9)  # the blocks that the decoder reads; the first is 0
     reduce_dim: int = 64  # the decoder's width
     decoder_num_attention_heads: int = 4
     decoder_intermediate_size: int = 2048
-    conditional_layer: int = 0  # the decoder's layer that the text enters
+    conditional_layer: int = 0  # the decoder's block that the text enters
     use_complex_transposed_convolution: bool = False
 
     @classmethod
@@ -33,7 +33,7 @@ class CLIPSegConfig(CLIPConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_complex_transposed_convolution:
-            raise ValueError("use_complex_transposed_convolution is true; this decoder has one")
+            raise ValueError("use_complex_transposed_convolution must be false")
 
 
 class DecoderMLP(nn.Module):
@@ -47,7 +47,7 @@ class DecoderMLP(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """A post-norm layer: each LayerNorm comes after the addition."""
+    """A post-norm block: each LayerNorm comes after the addition."""
 
     def __init__(self, config: CLIPSegConfig) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Streams (B, 1 + P, W), the deepest first, and text embeddings (B, E) -> mask logits."""
+    """Residual streams (B, 1 + P, W), deepest first, and text embeddings (B, E) -> mask logits."""
 
     def __init__(self, config: CLIPSegConfig) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
 
 
 class CLIPSeg(CLIP):
-    """`forward` is CLIP's own; `segment` gives the masks."""
+    """`forward` is inherited from CLIP; `segment` returns the masks."""
 
     config_class = CLIPSegConfig
     model_type = "clipseg"
@@ -111,7 +111,7 @@ class CLIPSeg(CLIP):
         self.decoder = Decoder(config)
 
     def segment(self, pixels: Tensor, ids: Tensor) -> Tensor:
-        """B images and a text for each -> the logits of each pixel, (B, height, width)."""
+        """B images and one text for each -> the logits of each pixel, (B, height, width)."""
         layers = [f"vision.blocks.{i}" for i in reversed(self.config.extract_layers)]
         with cache(self, *layers) as acts:
             self.encode_image(pixels)

@@ -1,8 +1,8 @@
 """The block of EVA-02 (Fang et al. 2023, arXiv 2303.11331) in the vision tower of a CLIP.
 
-It differs in three ways: queries and keys are turned by angles that grow with a patch's row and
-column (rotary positions, Su et al. 2021, arXiv 2104.09864), keys have no bias, and the MLP is gated
-(SwiGLU, Shazeer 2020, arXiv 2002.05202) with a LayerNorm of its own before its last matrix.
+It differs from CLIP's block in three ways. Rotary positions (Su et al. 2021, arXiv 2104.09864)
+rotate queries and keys by angles that grow with a patch's row and column. Keys have no bias. The
+MLP is gated (SwiGLU, Shazeer 2020, arXiv 2002.05202) and has a LayerNorm before its last matrix.
 """
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from miniclip import CLIP, VisionConfig, VisionTower
 from miniclip.model import MLP, Attention, Block
 
-TRAINED_GRID = 16  # rows and columns of patches in pretraining; other grids are scaled to it
+TRAINED_GRID = 16  # rows and columns of patches in pretraining; positions of other grids are scaled
 
 
 class Eva02Attention(Attention):
-    """The sites q and k are before the rotation, scores and pattern after it."""
+    """The sites `q` and `k` come before the rotation; `scores` and `pattern` come after it."""
 
-    grid: tuple[int, int]  # the block says
+    grid: tuple[int, int]  # set by the block
 
     def __init__(self, width: int, heads: int, causal: bool, head_width: int | None = None) -> None:
         super().__init__(width, heads, causal, head_width)
@@ -29,7 +29,7 @@ class Eva02Attention(Attention):
 
 
 def rotated(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Turn each pair of numbers of a patch, (B, H, T, D). The class token stays."""
+    """Rotate each pair of numbers of each patch in x (B, H, T, D), but not the class token."""
     count = grid[0] * grid[1]
     angle = angles(grid, x.shape[-1], like=x).repeat_interleave(2, dim=1)  # (P, D)
     patches = x[:, :, -count:]
@@ -39,7 +39,7 @@ def rotated(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def angles(grid: tuple[int, int], head_width: int, like: Tensor) -> Tensor:
-    """(P, D / 2): a quarter of D speeds for the row, and the same for the column."""
+    """The angles (P, D / 2): first D / 4 for a patch's row, then D / 4 for its column."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     speeds = 10000 ** -torch.linspace(0, 1, head_width // 4 + 1, dtype=dtype, device=like.device)
     places = (torch.arange(n, device=like.device) / n * TRAINED_GRID for n in grid)

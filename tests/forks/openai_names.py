@@ -1,4 +1,4 @@
-"""A CLIP whose modules have OpenAI's names (openai/CLIP, model.py), for parity to look into."""
+"""A CLIP whose modules have OpenAI's names (openai/CLIP, model.py), for tests of parity."""
 
 from collections import OrderedDict
 
@@ -54,8 +54,8 @@ class Visual(nn.Module):
 
 
 class CLIP(nn.Module):
-    """`kind`: "openai" returns two tables of logits, "open_clip" embeddings and their scale.
-    "custom_text" does so too, and has its text tower in a module of its own."""
+    """`kind` "openai" returns two matrices of logits; "open_clip" returns embeddings and a scale.
+    "custom_text" returns the same as "open_clip", but keeps its text tower in a module."""
 
     def __init__(self, like: miniclip.CLIP, kind: str = "openai") -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class CLIP(nn.Module):
 
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         text = self._text()
-        x = text.token_embedding(ids) + text.positional_embedding  # all positions, as OpenAI's does
+        x = text.token_embedding(ids) + text.positional_embedding  # every position, as OpenAI does
         x = text.ln_final(text.transformer(x.transpose(0, 1)).transpose(0, 1))
         x = x[torch.arange(len(x)), ids.argmax(-1)] @ text.text_projection
         image, words = (x / x.norm(dim=-1, keepdim=True) for x in (self.visual(pixels), x))

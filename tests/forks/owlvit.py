@@ -1,8 +1,8 @@
 """OWL-ViT (Minderer et al. 2022, arXiv 2205.06230) as a fork of CLIP.
 
-It differs in one thing: two heads on the patches of the vision tower. For each patch, one gives the
-logits of B images for their texts and the other a box. A patch's box begins where the patch stands
-in the image. It loads transformers' `google/owlvit-*`.
+The fork adds one thing: two heads read the patches of the vision tower. For each patch, the class
+head returns a logit for each text, and the box head returns a box. The box head predicts the
+difference from a box at the patch. The fork loads transformers' `google/owlvit-*`.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class OwlConfig(CLIPConfig):
 
 
 class ClassHead(nn.Module):
-    """Patches (B, P, W) and texts (B, Q, E), of length 1 -> logits (B, P, Q)."""
+    """Patches (B, P, W) and text embeddings (B, Q, E) -> logits (B, P, Q)."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class BoxHead(nn.Module):
 
 
 def first_boxes(rows: int, columns: int) -> Tensor:
-    """The logits of boxes as large as a patch, each centred on its patch's far corner, (P, 4)."""
+    """Logits (P, 4) of boxes of a patch's size, each centred on its patch's lower right corner."""
     row_and_column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (P, 2)
     size = torch.tensor([columns, rows])
     centre = (row_and_column.flip(1) + 1) / size  # (P, 2), x and y
@@ -74,12 +74,12 @@ class Detections(NamedTuple):
 
 
 class OwlViT(CLIP):
-    """`forward` is CLIP's own; `detect` gives logits and boxes."""
+    """`forward` is inherited from CLIP; `detect` returns logits and boxes."""
 
     config_class = OwlConfig
     model_type = "owlvit"
     tensor_names = {ours: f"owlvit.{theirs}" for ours, theirs in TRANSFORMERS.items()} | {
-        "vision.ln_pre": "owlvit.vision_model.pre_layernorm",  # without the typing error of CLIP's
+        "vision.ln_pre": "owlvit.vision_model.pre_layernorm",  # CLIP has "pre_layrnorm"
         "ln_patches": "layer_norm",
         "class_head.proj": "class_head.dense0",
         "class_head.shift": "class_head.logit_shift",
@@ -93,11 +93,11 @@ class OwlViT(CLIP):
         super().__init__(config)
         width = config.vision.width
         self.ln_patches = nn.LayerNorm(width, eps=config.vision.ln_eps)
-        self.class_head = ClassHead(width, config.text.width)  # so theirs: E and W are equal
+        self.class_head = ClassHead(width, config.text.width)  # as transformers has it: E = W
         self.box_head = BoxHead(width)
 
     def detect(self, pixels: Tensor, ids: Tensor) -> Detections:
-        """B images and Q texts for each, ids (B * Q, T)."""
+        """Look for Q texts in each of B images. The ids of all texts are (B * Q, T)."""
         x = self.vision.blocks(self.vision.embed_tokens(pixels))  # (B, 1 + P, W)
         x = self.vision.ln_post(x)
         patches = self.ln_patches(x[:, 1:] * x[:, :1])  # (B, P, W)

@@ -1,4 +1,4 @@
-"""A CLIP whose modules have names of their own, with the table that parity reads them by."""
+"""A CLIP with other module names, and the table that maps miniclip's names to them."""
 
 import torch
 import torch.nn.functional as F

@@ -1,8 +1,8 @@
 """SigLIP (Zhai et al. 2023, arXiv 2303.15343) as a fork of CLIP.
 
-It differs in five ways: the image is read by an attention of its own instead of a class token, the
-text is read at its last token, text attention sees both ways, logits have a bias, and the loss asks
-of each pair by itself whether it is true. It loads transformers' `google/siglip-*`.
+The fork differs in five ways. An attention layer pools the patches; there is no class token. A text
+is read at its last token. Text attention is not causal. Logits have a bias. The loss judges each
+pair on its own, as true or false. The fork loads transformers' `google/siglip-*`.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class SiglipTextConfig(TextConfig):
     context_length: int = 64
 
     def __post_init__(self) -> None:
-        check_tower(self)  # no end token: a text is padded to its full length and read there
+        check_tower(self)  # no end token: a text is read at its last token, a padding token
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SiglipVision(VisionTower):
         self.blocks = self.make_blocks(config, causal=False)
         self.ln_post = nn.LayerNorm(width, eps=config.ln_eps)
         self.probe = nn.Parameter(torch.randn(1, 1, width))
-        heads = width // (config.head_width or width // config.heads)  # also if some are pruned
+        heads = width // (config.head_width or width // config.heads)  # before any pruning
         self.pool_attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.pool_ln = nn.LayerNorm(width, eps=config.ln_eps)
         self.pool_mlp = MLP(width, config.mlp_width, config.act)
@@ -110,7 +110,7 @@ class Siglip(CLIP):
 def sigmoid_loss(
     model: Siglip, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor
 ) -> Tensor:
-    """The paper's algorithm 1: the mean over images of the log-sigmoids of a row of pairs."""
+    """Algorithm 1 of the paper: sum -log sigmoid over an image's pairs, average over images."""
     logits = model.score(image_embeds, text_embeds).T  # (B, B)
-    signs = 2 * is_true.to(logits) - 1  # 1 for a pair, -1 otherwise
+    signs = 2 * is_true.to(logits) - 1  # 1 for a true pair, -1 for a false one
     return -F.logsigmoid(signs * logits).sum(dim=1).mean()

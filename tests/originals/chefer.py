@@ -26,7 +26,7 @@ def record(checkout: str) -> dict:
     model, found = openai_clip(CLIP.clip.model), {"image": [], "text": []}
     for start in STARTS:
         with torch.enable_grad():
-            # For each text of one image. The notebook has one image.
+            # The notebook explains one image for each text.
             text, image = names["interpret"](pixels()[:1], ids(), model, "cpu", start, start)
         found["image"].append(image)
         found["text"].append(text[range(2), ids().argmax(1)])

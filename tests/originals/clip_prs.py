@@ -1,4 +1,4 @@
-"""Gandelsman et al. 2023: what each head and token, and each MLP, writes into the embedding.
+"""Gandelsman et al. 2023: the contribution of each head, token and MLP to the embedding.
 
 github.com/yossigandelsman/clip_prs
 """

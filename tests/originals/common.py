@@ -1,12 +1,12 @@
-"""What the recording scripts share: one small model, its inputs, and how values are written.
+"""The recording scripts share this file: one small model, its inputs, and the writing of values.
 
-Each script beside this one runs the authors' own code on this model and keeps what it gives:
+Each other script in this folder runs the authors' own code on this model and records the outputs:
 
     pip install -e . einops open_clip_torch timm jaxtyping fancy_einsum
     git clone https://github.com/yossigandelsman/clip_prs
     cd tests && python -m originals.clip_prs ../clip_prs
 
-The values lie in data/originals.json, and test_originals.py holds ours to them.
+The values are stored in data/originals.json. test_originals.py compares miniclip's with them.
 """
 
 import json
@@ -24,7 +24,7 @@ from miniclip.files.names import OPENAI, pack
 
 PATH = Path(__file__).parent.parent / "data" / "originals.json"
 
-# Eight blocks, because some methods change the last six or seven. Most code can only do squares.
+# Eight blocks, because some methods change the last six or seven. Most code needs square images.
 CONFIG = CLIPConfig(
     VisionConfig(width=12, layers=8, heads=3, mlp_width=48, image_size=12, patch_size=4),
     TextConfig(
@@ -36,13 +36,13 @@ CONFIG = CLIPConfig(
 
 
 def chirp(*shape: int, start: float = 0.0) -> Tensor:
-    """Numbers from -1 to 1 that are the same everywhere and make matrices of full rank. float64."""
+    """Deterministic float64 numbers from -1 to 1. Their matrices have full rank."""
     n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return (start + 0.7 * n + 0.013 * n.square()).sin().view(shape)
 
 
 def small_clip(config: CLIPConfig = CONFIG, seed: int = 0) -> CLIP:
-    """A float64 model, no weight of which is like another."""
+    """A float64 model in which no two weights are equal."""
     model = CLIP(config).double().eval()
     for i, (name, parameter) in enumerate(model.named_parameters(), seed):
         scale = 0.5 if parameter.ndim < 2 else 2 * parameter[0].numel() ** -0.5
@@ -57,12 +57,12 @@ def pixels(images: int = 2, size: int = 12) -> Tensor:
 
 
 def ids() -> Tensor:
-    """(2, 7) token ids, each row with its end."""
+    """Token ids (2, 7). Each row has an end token."""
     return torch.tensor([[18, 3, 7, 19, 0, 0, 0], [18, 1, 2, 11, 4, 19, 0]])
 
 
 def openai_state(prefix: str = "", model: CLIP | None = None) -> dict[str, Tensor]:
-    """A model's tensors under OpenAI's names, those that begin with the prefix and without it."""
+    """The tensors whose OpenAI names start with `prefix`, by their names without the prefix."""
     model = model or small_clip()
     state = pack({name: p.detach() for name, p in model.named_parameters()}, OPENAI)
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -74,12 +74,12 @@ def import_from(checkout: str, *folders: str) -> None:
 
 
 def digests(state: dict[str, Tensor]) -> Tensor:
-    """One number for each tensor, by the order of names; every element adds another share."""
+    """A checksum of each tensor, sorted by name: a sum with a weight for each element."""
     return torch.stack([(state[n] * chirp(*state[n].shape)).sum() for n in sorted(state)])
 
 
 def without(*modules: str) -> None:
-    """Let a script import what only imports these, and does not need them here."""
+    """Replace these modules by mocks, for code that imports them but does not need them here."""
     sys.modules.update({name: MagicMock() for name in modules})
 
 
@@ -90,7 +90,7 @@ def openai_clip(module: types.ModuleType) -> nn.Module:
     v, t = CONFIG.vision, CONFIG.text
     name = "VisionTransformer" if hasattr(module, "VisionTransformer") else "VisualTransformer"
     vit = getattr(module, name)
-    setattr(module, name, lambda **sizes: vit(**sizes | {"heads": v.heads}))  # not 64 wide
+    setattr(module, name, lambda **sizes: vit(**sizes | {"heads": v.heads}))  # not width // 64
     model = module.CLIP(
         CONFIG.embed_dim, v.image_size, v.layers, v.width, v.patch_size,
         t.context_length, t.vocab_size, t.width, t.heads, t.layers,
@@ -128,7 +128,7 @@ def loaded(visual: nn.Module) -> nn.Module:
 
 
 def plain(value):
-    """Tensors as nested lists, of thirteen digits."""
+    """Tensors as nested lists of numbers with thirteen digits."""
     if isinstance(value, Tensor):
         return plain(value.detach().tolist())
     if isinstance(value, dict):
@@ -139,7 +139,7 @@ def plain(value):
 
 
 def main(record: Callable[[str], dict[str, Tensor]]) -> None:
-    """Run a script on the checkout that the command line names, and keep what it finds."""
+    """Run a recording script on the checkout that the command line names, and write its values."""
     name = Path(sys.modules["__main__"].__file__).stem
     with torch.no_grad():
         found = plain(record(sys.argv[1]))

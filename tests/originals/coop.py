@@ -6,7 +6,7 @@ import torch
 from originals.common import CONFIG, chirp, import_from, main, openai_clip, without
 
 PLACES = ("end", "middle", "front")
-# start, two tokens to learn, a name of one token or two, the full stop, end
+# start token, two learnt tokens, a class name of one or two tokens, full stop, end token
 IDS = torch.tensor([[18, 0, 0, 3, 5, 19, 0], [18, 0, 0, 4, 7, 5, 19]])
 LENGTHS = {"one": 1, "two": 2}
 
@@ -19,7 +19,7 @@ def record(checkout: str) -> dict:
 
     model = openai_clip(clip.model)
     rows = iter(len(PLACES) * [*IDS])
-    coop.clip.tokenize = lambda prompt: next(rows)[None]  # its vocabulary has 49,408 tokens
+    coop.clip.tokenize = lambda prompt: next(rows)[None]  # CoOp's own has 49,408 tokens
     coop._tokenizer = SimpleNamespace(encode=lambda name: [0] * LENGTHS[name])
     found = []
     for place in PLACES:

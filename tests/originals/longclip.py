@@ -6,7 +6,7 @@ from torch import Tensor
 
 from miniclip import CLIPConfig, TextConfig, VisionConfig
 
-CONFIG = CLIPConfig(  # its heads are 64 wide, and its texts 77 tokens long
+CONFIG = CLIPConfig(  # their code needs heads of width 64 and texts of 77 tokens
     VisionConfig(width=64, layers=1, heads=1, mlp_width=256, image_size=8, patch_size=4),
     TextConfig(
         width=64, layers=2, heads=1, mlp_width=256, vocab_size=20, context_length=77,
@@ -17,7 +17,7 @@ CONFIG = CLIPConfig(  # its heads are 64 wide, and its texts 77 tokens long
 
 
 def ids() -> Tensor:
-    """(2, 248), a text of 100 tokens and one of 248."""
+    """Token ids (2, 248): a text of 100 tokens and a text of 248."""
     ids = torch.arange(2 * 248).view(2, 248).mul(7).remainder(18)
     ids[0, 99], ids[1, 247] = 19, 19
     return ids

@@ -1,6 +1,6 @@
 """Wortsman et al. 2022, uniform and greedy soups: github.com/mlfoundations/model-soups
 
-Its main.py is run on four small models, not on 72, with a score in place of ImageNet's accuracy.
+Their main.py runs on four small models instead of 72, and on a score instead of accuracies.
 """
 
 import os
@@ -21,13 +21,13 @@ SCORED = ("visual.proj", "text_projection")
 
 
 def ingredients() -> list[CLIP]:
-    """Models on both sides of one."""
+    """Four models on the line through two small models."""
     ends = small_clip(), small_clip(seed=1)
     return [interpolate(*ends, distance) for distance in DISTANCES]
 
 
 def score(state: dict[str, Tensor]) -> float:
-    """How near some of the weights under OpenAI's names are to the one's."""
+    """Minus the squared distance of some weights from the first small model's weights."""
     return -sum((state[name] - base()[name]).square().sum().item() for name in SCORED)
 
 
@@ -35,7 +35,7 @@ base = cache(openai_state)
 
 
 class DataSet:
-    """What has a name and makes nothing."""
+    """A stand-in for a dataset's class. It only has a name."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = name

@@ -4,7 +4,7 @@ from originals.common import chirp, import_from, main, open_clip_vision, pixels
 
 
 def features():
-    """Those of another model for two images, (2, 6, 4, 5): another grid than ours of 3 by 3."""
+    """Another model's features of two images, (2, 6, 4, 5). CLIP's own grid is 3 by 3."""
     return chirp(2, 6, 4, 5) + 0.3
 
 

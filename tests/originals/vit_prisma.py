@@ -1,4 +1,4 @@
-"""The hook points of a block in ViT-Prisma, which has TransformerLens' names.
+"""The hook points of a block in ViT-Prisma, whose names are TransformerLens'.
 
 github.com/soniajoseph/ViT-Prisma
 """
@@ -8,7 +8,7 @@ from originals.common import CONFIG, chirp, digests, import_from, main, small_cl
 from torch import Tensor
 
 BLOCK = 3
-SITES = {  # their hook -> our site, both after the block's name
+SITES = {  # their hook -> our site; both names follow the block's name
     "hook_resid_pre": "input",
     "ln1.hook_scale": "ln_1.scale",
     "ln1.hook_normalized": "ln_1",  # after weight and bias, unless they are folded
@@ -31,7 +31,7 @@ SITES = {  # their hook -> our site, both after the block's name
 
 
 def stream() -> Tensor:
-    """What the block reads, (2, 10, W)."""
+    """The block's input, (2, 10, W)."""
     return 2 * chirp(2, 10, CONFIG.vision.width, start=0.2)
 
 

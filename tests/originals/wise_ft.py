@@ -1,4 +1,4 @@
-"""Wortsman et al. 2021: from the zero-shot weights to the fine-tuned ones.
+"""Wortsman et al. 2021, WiSE-FT: weights between the zero-shot and the fine-tuned model.
 
 github.com/mlfoundations/wise-ft
 """

@@ -9,7 +9,7 @@ PARITY = "tests/test_parity.py"
 FORKS = "tests/test_forks.py"
 FAULTS = "tests/test_diagnosis.py"
 TABLES = "tests/test_diagnosis_tables.py -k 'computes_what or found_by'"
-TEXTS = "tests/test_diagnosis_tables.py -k 'tokenizer or ends'"
+TEXTS = "tests/test_diagnosis_tables.py -k 'other_ids or another_length'"
 WEIGHTS = "tests/test_diagnosis_tables.py -k weight"
 COSTS = f"{BENCH} -k 'rounds or refused or order or time or gpu or tolerance or table or ratios'"
 ASKED = f"{BENCH} -k 'argument or tf32 or libraries_read or compiled'"
@@ -540,7 +540,7 @@ SLIPS = [
         "A fault need only come near to the numbers.",
         "tolerance: float = 1e-9) -> bool:",
         "tolerance: float = 1e-8) -> bool:",
-        "tests/test_diagnosis_tables.py -k more_than_rounding",
+        "tests/test_diagnosis_tables.py -k must_explain",
     ),
     Slip(
         "quick_gelu of 1.7 is of 1.71.",
@@ -658,16 +658,16 @@ SLIPS = [
         "A crop that rounds up rounds down.",
         "-((size - side) // 2)",
         "(side - size) // 2",
-        "tests/test_diagnosis_tables.py -k 'pictures and crop'",
+        "tests/test_diagnosis_tables.py -k 'images and crop'",
     ),
-    Slip("ImageNet's std is wrong in the third digit.", "(0.229, 0.224, 0.225)}", "(0.229, 0.224, 0.226)}", "tests/test_diagnosis_tables.py -k 'pictures and ImageNet'"),
-    Slip("Bytes divided by 256 are divided by 254.", 'partial(divide_by, 256.0)', 'partial(divide_by, 254.0)', "tests/test_diagnosis_tables.py -k 'pictures and 256'"),
+    Slip("ImageNet's std is wrong in the third digit.", "(0.229, 0.224, 0.225)}", "(0.229, 0.224, 0.226)}", "tests/test_diagnosis_tables.py -k 'images and ImageNet'"),
+    Slip("Bytes divided by 256 are divided by 254.", 'partial(divide_by, 256.0)', 'partial(divide_by, 254.0)', "tests/test_diagnosis_tables.py -k 'images and 256'"),
     Slip("A setting of the std that differs is not named.", '("size", "crop_size", "squash", "image_mean", "image_std", "reference"):\n        a, b', '("size", "crop_size", "squash", "image_mean", "reference"):\n        a, b', "tests/test_diagnosis_tables.py -k setting"),
     Slip(
         "No picture is transparent.",
         'resized[0].convert("P"), transparent]',
         'resized[0].convert("P")]',
-        "tests/test_diagnosis_tables.py -k 'pictures and transparency'",
+        "tests/test_diagnosis_tables.py -k 'images and transparency'",
     ),
     Slip("Dropout is looked for in differences of 100 %.", "far = 0.01 * max(1.0,", "far = 1.0 * max(1.0,", f"{FAULTS} -k dropout"),
     Slip(

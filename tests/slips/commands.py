@@ -337,13 +337,13 @@ SLIPS = [
         "An image that cannot be read leaves the exit status 0.",
         "failures += 1",
         "pass",
-        f"{CLI} -k bad_image",
+        f"{CLI} -k a_bad_one",
     ),
     Slip(
         "Ctrl-C gives the exit status of an error.",
         "return 130",
         "return 1",
-        f"{CLI} -k control_c",
+        f"{CLI} -k control_c_while",
     ),
     Slip(
         "A closed pipe is an error.",
@@ -353,7 +353,7 @@ SLIPS = [
         """        sys.stdout = None
         return 2
 """,
-        f"{CLI} -k enough",
+        f"{CLI} -k closed_pipe",
     ),
     Slip(
         "An error has all its lines.",
@@ -453,7 +453,7 @@ SLIPS = [
         "A question that nobody waits for is answered.",
         "if await request.is_disconnected():",
         "if False:",
-        f"{SERVE} -k nobody_waits",
+        f"{SERVE} -k no_longer_read_waits",
     ),
     Slip(
         "The heat map is of the last sentence.",
@@ -955,7 +955,7 @@ SLIPS = [
         "A probe stops after 100 steps.",
         "MOST_STEPS = 1000",
         "MOST_STEPS = 100",
-        f"{EVALUATION} -k probe_is_scikit",
+        f"{EVALUATION} -k probe_equals_scikit",
     ),
     Slip(
         "--force keeps the parts of an interrupted build.",
@@ -985,12 +985,12 @@ SLIPS = [
         "A bar is shown at once.",
         '"delay": 2, "leave": False',
         '"delay": 0, "leave": False',
-        f"{CLI} -k bar_is",
+        f"{CLI} -k shows_a_bar",
     ),
     Slip(
         "A line of progress is shown after two seconds.",
         '"delay": 30, "mininterval": 30',
         '"delay": 2, "mininterval": 30',
-        f"{CLI} -k bar_is",
+        f"{CLI} -k shows_a_bar",
     ),
 ]  # fmt: skip

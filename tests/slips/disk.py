@@ -121,13 +121,13 @@ SLIPS = [
         "One number for each layer stays a list when all are the same.",
         "if len(set(value)) == 1 and value[0]:",
         "if False:",
-        "tests/test_config.py -k same_in_all",
+        "tests/test_config.py -k become_one_number",
     ),
     Slip(
         "The usual width of a head is taken for an unusual one.",
         'object.__setattr__(config, "head_width", None)',
         "pass",
-        "tests/test_config.py -k same_in_all",
+        "tests/test_config.py -k become_one_number",
     ),
     Slip(
         "Heads that differ need no width.",
@@ -151,7 +151,7 @@ SLIPS = [
         "transformers is not stopped at a model that it would run as another.",
         'heads if isinstance(heads, tuple) else (heads,) * tower["layers"]',
         "heads",
-        "tests/test_config.py -k run_as_another",
+        "tests/test_config.py -k run_wrongly",
     ),
     Slip(
         "Registers are written under a name of our own.",
@@ -541,7 +541,7 @@ SLIPS = [
         "A loaded model is in training mode.",
         "        return model.eval()\n\n    def save_pretrained",
         "        return model\n\n    def save_pretrained",
-        "tests/test_checkpoint.py -k evaluates",
+        "tests/test_checkpoint.py -k eval_mode",
     ),
     Slip(
         "load ignores the device.",
@@ -763,7 +763,7 @@ SLIPS = [
         "The text tower's layers are not counted.",
         "        for tower in self.towers:\n            blocks",
         "        for tower in self.towers[:1]:\n            blocks",
-        "tests/test_checkpoint.py -k no_weights_of",
+        "tests/test_checkpoint.py -k integer_weights",
     ),
     Slip(
         "The position ids of a checkpoint are not looked at.",
@@ -775,7 +775,7 @@ SLIPS = [
         "Whole numbers are loaded as weights.",
         "if not tensor.is_floating_point():\n                found",
         "if False:\n                found",
-        "tests/test_checkpoint.py -k no_weights_of",
+        "tests/test_checkpoint.py -k integer_weights",
     ),
     Slip(
         "A device that cannot be used is torch's own error.",
@@ -847,13 +847,13 @@ SLIPS = [
         "How a model is run keeps it from being saved.",
         'OWN = {*vars(nn.Module()), "eager"}',
         "OWN = {*vars(nn.Module())}",
-        "tests/test_checkpoint.py -k a_run_is_not",
+        "tests/test_checkpoint.py -k settings_of_a_run",
     ),
     Slip(
         "A patched method is left out of a file without a word.",
         "    if patched:\n        warnings.warn(",
         "    if False:\n        warnings.warn(",
-        "tests/test_checkpoint.py -k a_run_is_not",
+        "tests/test_checkpoint.py -k settings_of_a_run",
     ),
     Slip(
         "A fork whose blocks keep their numbers to themselves is saved in another order.",
@@ -871,13 +871,13 @@ SLIPS = [
         "Wrappers are a part of the names in a file.",
         "    module = unwrapped(module)\n    yield prefix, module",
         "    yield prefix, module",
-        "tests/test_checkpoint.py -k looked_through",
+        "tests/test_checkpoint.py -k without_its_wrapper",
     ),
     Slip(
         "A sharded model is a fork of its own.",
         "class_of(self).fork()",
         "self.fork()",
-        "tests/test_checkpoint.py -k looked_through",
+        "tests/test_checkpoint.py -k without_its_wrapper",
     ),
     Slip(
         "bfloat16 is read as float16.",
@@ -991,25 +991,25 @@ SLIPS = [
         "A message names two tensors of many.",
         "most: int = 3) -> str:",
         "most: int = 2) -> str:",
-        "tests/test_checkpoint.py -k three_and_a_number",
+        "tests/test_checkpoint.py -k names_three",
     ),
     Slip(
         "A message counts the tensors that it names as others.",
         "{len(names) - most} more",
         "{len(names)} more",
-        "tests/test_checkpoint.py -k three_and_a_number",
+        "tests/test_checkpoint.py -k names_three",
     ),
     Slip(
         "An unknown layout is a KeyError.",
         "    if layout not in LAYOUTS:\n",
         "    if False:\n",
-        "tests/test_checkpoint.py -k there_is_not",
+        "tests/test_checkpoint.py -k unknown_layout",
     ),
     Slip(
         "A dtype of whole numbers is accepted.",
         "torch.dtype) and dtype.is_floating_point)",
         "torch.dtype))",
-        "tests/test_checkpoint.py -k none_for_weights",
+        "tests/test_checkpoint.py -k must_be_a_floating",
     ),
     Slip(
         "Pickled weights are not looked for on the hub.",

@@ -629,7 +629,7 @@ SLIPS = [
         "A command that nobody reads goes on.",
         "            process.kill()\n",
         "",
-        FINE + " -k nobody",
+        FINE + " -k no_longer_read",
     ),
     Slip(
         "A shard that cannot be opened ends the run.",
