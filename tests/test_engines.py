@@ -55,12 +55,16 @@ def test_an_engine_gives_the_towers_numbers_for_every_size(name, model):
         pytest.skip(f"needs {', '.join(missing)}")
     if name.startswith("compile") and not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("needs a C++ compiler")
+    for tower in (model.vision, model.text):
+        del tower.blocks[1:]  # compilers take seconds for each block
     unmasked = copy.deepcopy(model)
-    for block in unmasked.text.blocks:
-        block.attn.causal = False
+    unmasked.text.blocks[0].attn.causal = False
     bound = ENGINES[name].tolerance
     vision, text = on_engine(model.vision, name), on_engine(model.text, name)
-    for images, texts, tokens in ((3, 3, 9), (1, 1, 2), (5, 2, 20)):
+    sizes = [(3, 3, 9), (5, 2, 20), (1, 1, 2)]
+    if name.startswith("compile"):  # each size takes seconds: the first graph, and that for others
+        sizes = sizes[: 2 if name == "compile" else 1]
+    for images, texts, tokens in sizes:
         pixels, ids = random_inputs(TINY, images, texts, tokens, seed=4)
         with torch.inference_mode():
             found = vision(pixels.double()), text(ids.int())
