@@ -89,7 +89,7 @@ def test_a_part_that_is_not_there_is_an_error():
 
 
 def test_weights_are_sharded_over_processes_alone(tmp_path):
-    with pytest.raises(ValueError, match="several processes: start them by torchrun"):
+    with pytest.raises(ValueError, match="several processes: start them with torchrun"):
         run(tmp_path, replace(QUICK, fsdp=True))
 
 
