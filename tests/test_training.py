@@ -488,7 +488,7 @@ def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no rows with a caption"):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.csv").write_text("filepath,title\na.png,a cat\n")
-    says = "row 1: no column 'file_name'; choose with --image-column .*filepath, title"
+    says = "row 1: no column 'file_name' in filepath, title; .* --image-column"
     with pytest.raises(ValueError, match=says):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n{"file')
