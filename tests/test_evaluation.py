@@ -143,7 +143,7 @@ def test_an_image_is_found_by_its_best_caption():
     found = retrieval_ranks(images, texts, image_of)
     assert found[0].tolist() == [1, 2]  # a caption of the first image wins for the second
     assert found[1].tolist() == [1, 1, 1, 2]
-    with pytest.raises(ValueError, match="1 of 3 pictures have no caption"):
+    with pytest.raises(ValueError, match="1 of 3 images have no caption"):
         retrieval_ranks(torch.eye(3)[:, :2], texts, image_of)
 
 
@@ -222,7 +222,7 @@ def test_captions_are_read_from_each_format(save, pictures, tmp_path):
         ("[]", "a JSON object"),
         ('{"images": [{"id": 3}], "annotations": []}', "expected COCO's"),
         ('{"images": [{"split": "train"}]}', "no split 'test'; there are train"),
-        ('{"images": [], "annotations": []}', "no picture with a caption"),
+        ('{"images": [], "annotations": []}', "no image with a caption"),
     ],
 )
 def test_captions_that_cannot_be_read_are_an_error(tmp_path, content, message):
@@ -293,7 +293,7 @@ def test_a_dataset_with_traps_is_counted_correctly(loaded, pictures, tmp_path, c
         (["--task", "retrieval", "--labels", "x"], "--labels is for zeroshot and fewshot, not for"),
         (["--split", "val"], "--split is for retrieval, not for zeroshot"),
         (["--task", "guess"], "invalid choice"),
-        (["--task", "retrieval"], "no picture with a caption"),
+        (["--task", "retrieval"], "no image with a caption"),
     ],
 )
 def test_eval_refuses_wrong_options(options, words, pictures, tmp_path, capsys):
@@ -328,7 +328,7 @@ def test_the_probe_equals_scikit_learns(blobs):
     expected = theirs.predict_log_proba(test.features.numpy())
     np.testing.assert_allclose(ours[:, :3].numpy(), expected, atol=1e-6)
     assert ours[:, 3].isneginf().all()  # a class without examples
-    with pytest.raises(ValueError, match="one class"):
+    with pytest.raises(ValueError, match="all examples have the same class"):
         linear.fit_probe(train.of(train.classes == 1), 0.3, count=4)
 
 

@@ -89,7 +89,7 @@ def test_freezing_an_absent_part_or_everything_is_an_error():
 
 
 def test_weights_cannot_be_sharded_in_a_single_process(tmp_path):
-    with pytest.raises(ValueError, match="several processes: start them by torchrun"):
+    with pytest.raises(ValueError, match="several processes: start them with torchrun"):
         run(tmp_path, replace(QUICK, fsdp=True))
 
 

@@ -473,7 +473,7 @@ def test_a_batch_that_cannot_be_read_is_replaced_at_any_step(tmp_path):
 
 def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
     transform = ImageTransform(SIZE)
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="expected a folder of training data"):
         open_data(tmp_path / "absent", transform)
     with pytest.raises(ValueError, match="no folders in it"):
         open_data(tmp_path, transform)
@@ -488,18 +488,18 @@ def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no rows with a caption"):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.csv").write_text("filepath,title\na.png,a cat\n")
-    says = "row 1: no column 'file_name'; choose with --image-column .*filepath, title"
+    says = "row 1: no column 'file_name' in filepath, title; .* --image-column"
     with pytest.raises(ValueError, match=says):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n{"file')
     with pytest.raises(ValueError, match="rows that can be read"):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n')
-    with pytest.raises(ValueError, match="no picture can be read, of 1; the first: .*a.png"):
+    with pytest.raises(ValueError, match="no image can be read; the first of 1: .*a.png"):
         next(batches(open_data(tmp_path, transform), 1, seed=0))
-    with pytest.raises(ValueError, match="1 pictures are fewer than a batch of 2"):
+    with pytest.raises(ValueError, match="expected at least 2 images, for one batch; found 1"):
         next(batches(open_data(tmp_path, transform), 2, seed=0))
-    with pytest.raises(ValueError, match="1 picture to train on; expected at least 2"):
+    with pytest.raises(ValueError, match="1 image to train on; expected at least 2"):
         run(tmp_path, tmp_path / "out")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n' * 3)
     with pytest.raises(ValueError, match="every caption is 'a'"):
@@ -775,7 +775,7 @@ def test_a_finished_run_is_not_overwritten(stripes, undisturbed):
 
 def test_another_recipe_does_not_continue_a_run(stripes, tmp_path):
     torch.save({"settings": {"recipe": asdict(QUICK), "config": {}}}, tmp_path / "training.pt")
-    with pytest.raises(ValueError, match="unfinished run with another epochs, seed"):
+    with pytest.raises(ValueError, match="unfinished run with other values of epochs, seed"):
         run(stripes, tmp_path, replace(QUICK, epochs=1, seed=2))
 
 
@@ -847,7 +847,7 @@ def test_a_caption_of_500_words_is_cut_and_said_to_be(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("captions too long for the text tower are cut") == 1
     assert said.count("003.png") == 1  # the broken picture is named too, and counted
-    assert "1 pictures or shards were skipped" in said
+    assert "skipped images or shards: 1;" in said
 
 
 def test_hard_negatives_need_data_that_has_them(stripes, tmp_path):
@@ -946,7 +946,7 @@ def test_fine_tuning_starts_from_the_checkpoint(stripes, undisturbed, tmp_path):
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
-        (["absent"], "no such folder"),
+        (["absent"], "expected a folder of training data"),
         (["."], "no folders in it"),
         ([".", "--model", "absent"], "no checkpoint called 'absent'"),
         ([".", "--recipe", "absent"], "no checkpoint called 'absent'"),

@@ -109,7 +109,7 @@ def test_a_picture_with_one_caption_lists_no_more(text, tmp_path):
 def test_a_list_of_anything_but_strings_is_an_error(text, tmp_path):
     row = {"file_name": "0.png", "text": text}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match=r"row 1: expected a file_name and a text"):
+    with pytest.raises(ValueError, match=r"row 1: expected text in file_name and text"):
         open_data(tmp_path, ImageTransform(32))
 
 

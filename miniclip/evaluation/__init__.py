@@ -1,11 +1,11 @@
 r"""Measure a CLIP as its paper does: `miniclip eval`, and the functions behind it.
 
-- `features.py`: pictures -> features, computed once and kept
-- `classification.py`: accuracy, intervals, confusions, calibration
-- `captions.py`: pictures with captions, in the formats of common data sets
-- `retrieval.py`: ranks of pictures and captions, and recall
-- `checkpoints.py`: the scores of a model on pictures, also for training
-- `linear.py`: linear classifiers on features: the linear probe, and few shots
+- `features.py`: features of images, computed once and kept
+- `classification.py`: accuracy, its interval, confusions, calibration
+- `captions.py`: images with captions, in the formats of common data sets
+- `retrieval.py`: ranks of images and captions, and recall
+- `checkpoints.py`: the scores of a model on images, also during training
+- `linear.py`: linear classifiers on features: the linear probe, and few-shot learning
 
     miniclip eval photographs --model openai/clip-vit-base-patch32 --plot confusions.png
     miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images
@@ -13,28 +13,27 @@ r"""Measure a CLIP as its paper does: `miniclip eval`, and the functions behind 
     miniclip eval cifar10/test --task fewshot --train cifar10/train \
         --model everyday --plot shots.png
 
-All tasks read `DATA` and take `--json`, `--plot` and `--cache DIR`, which keeps the features of the
-pictures for the next task. Unreadable files are named and counted. `probe` and `fewshot` need
+All tasks read `DATA`, and accept `--json` and `--plot`. `--cache DIR` keeps the features of the
+images for the next task. Unreadable files are left out and counted. `probe` and `fewshot` need
 scikit-learn (`pip install -e '.[eval]'`).
 
-- **zeroshot** (default): a folder for each class, labels from the folders' names (`fire_truck` is
-  "fire truck") or from `--labels FILE`, one a line. Prints top-1 with its 95 % interval, top-5, the
-  mean over the classes, the calibration error, each class and the most frequent confusions.
-  `--labels food101 --template food101` uses the class names and templates that OpenAI published.
-  The names of the paper's other data sets work too.
-- **retrieval**: recall@1, 5 and 10 and the median rank, from pictures to captions and back. A
-  picture counts as found by its best caption, as in CLIP_benchmark. The data is a folder with
-  `metadata.jsonl` (`text` may be a list), WebDataset shards, or a .json of COCO or of Karpathy's
-  Flickr30k.
-- **probe**: logistic regression on the features before the projection, or after it (`--features
-  proj`). A validation split chooses the L2 strength, as in the paper's appendix A.3.
-- **fewshot**: the paper's figure 6. 1, 2, 4, 8 and 16 examples a class train a linear probe, and a
-  classifier that starts from the zero-shot weights; mean and spread over three draws.
+- **zeroshot** (default): the data has one folder for each class. The folders' names are the labels
+  (`fire_truck` becomes "fire truck"), or `--labels FILE` has one label on each line. Prints top-1
+  and top-5 accuracy, the 95 % interval of top-1, the mean accuracy of the classes, the calibration
+  error, the accuracy of each class, and the most frequent confusions. `--labels food101 --template
+  food101` uses OpenAI's class names and templates. The paper's other data sets work the same way.
+- **retrieval**: recall@1, 5 and 10 and the median rank, from images to captions and back. An image
+  has the rank of its best caption, as in CLIP_benchmark. The data is a folder with `metadata.jsonl`
+  (`text` may be a list), WebDataset shards, or a .json of COCO or of Karpathy's Flickr30k.
+- **probe**: logistic regression on the features before the projection, or after the projection with
+  `--features proj`. A validation split chooses the L2 strength, as in the paper's appendix A.3.
+- **fewshot**: the paper's figure 6. A linear probe, and a classifier that starts from the zero-shot
+  weights, learn from 1 to 16 examples of each class. Prints the mean and spread of three draws.
 
-ImageNet's folders, named by WordNet ids (`n01440764`; all or some, as in ImageNet-R) or positions
-(`0` to `999`, as in ImageNet-V2), get OpenAI's class names, which score higher than ImageNet's own.
-With the 80 published templates this is the paper's measurement (two pairs of classes share a name,
-"missile" and "sunglasses", here as there):
+Folders with WordNet ids as names (`n01440764`), or with positions (`0` to `999`, as in
+ImageNet-V2), are recognised as all or some of ImageNet's classes. They get OpenAI's class names,
+which give a higher accuracy than ImageNet's own names. Two of these classes are called "missile",
+and two "sunglasses". With the 80 published templates this is the paper's measurement:
 
     miniclip eval imagenet/val --model openai/clip-vit-large-patch14-336 \
         --template imagenet --reference openai --device cuda

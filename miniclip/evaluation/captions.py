@@ -1,4 +1,4 @@
-"""Pictures with their captions, as data sets come."""
+"""Read images with their captions, in the formats of common data sets."""
 
 import csv
 import json
@@ -13,21 +13,21 @@ from miniclip.files.tars import Member, members
 from miniclip.retrieval.pictures import find_pictures
 from miniclip.zeroshot.data import visible_files
 
-MOST_JSON = 2**30  # bytes; the captions of COCO's training pictures have 2**27
+MOST_JSON = 2**30  # bytes; the captions of COCO's training images need less than 2**27
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 COLUMNS = ("file_name", "text")
-PICTURES = ("jpg", "jpeg", "png", "webp")  # endings of pictures that have a .txt beside them
+PICTURES = ("jpg", "jpeg", "png", "webp")  # endings of image files that may have a .txt
 
 Row = tuple[str | Member, Sequence[str]]
-"""A picture, and captions that are true of it."""
+"""An image, and captions that are true of the image."""
 
 
 class CaptionedImages(NamedTuple):
-    """Pictures, each with at least one caption."""
+    """Images, each with at least one caption."""
 
     pictures: list[str | Member]
-    captions: list[list[str]]  # of each picture
-    skipped: list[str]  # what was left out, and why
+    captions: list[list[str]]  # of each image
+    skipped: list[str]  # lines that say what was left out, and why
 
 
 def captioned_images(
@@ -36,18 +36,18 @@ def captioned_images(
     split: str = "test",
     columns: tuple[str, str] = COLUMNS,
 ) -> CaptionedImages:
-    """Find pictures and all captions of each. Empty captions are left out and counted.
+    """Find images, and all captions of each image. Empty captions are left out and counted.
 
     Args:
-        data: a folder with metadata.jsonl, .csv or .tsv, or such a file; a folder of pictures with
-            a .txt beside each; WebDataset .tar shards, or a folder of them, where each line of a
-            .txt is a caption; a .json of COCO, or of Karpathy and Fei-Fei (2015).
-        images: the folder of the pictures that a .json names; by default the folder of the .json.
-        split: the part of Karpathy's .json to read.
-        columns: the columns of a metadata file: the picture's file, and its caption or captions.
+        data: a folder with metadata.jsonl, .csv or .tsv, or such a file; a folder of images with a
+            .txt beside each; a WebDataset .tar, or a folder of .tar shards, with a caption on each
+            line of a .txt; a .json of COCO, or of Karpathy and Fei-Fei (2015).
+        images: the folder of the images that a .json names; by default the folder of the .json.
+        split: the split of Karpathy's .json to read.
+        columns: the columns of a metadata file: the image's file, and its caption or captions.
 
     Raises:
-        ValueError: no picture has a caption, or `data` is something else.
+        ValueError: no image has a caption, or `data` is something else.
     """
     root = Path(data).expanduser()
     skipped: list[str] = []
@@ -68,11 +68,11 @@ def captioned_images(
     if empty:
         skipped.append(f"{root}: empty captions left out: {empty:,}")
     if bare := [str(picture) for picture, texts in captions.items() if not texts]:
-        skipped.append(f"{root}: pictures without a caption: {len(bare):,}, {listed(bare)}")
+        skipped.append(f"{root}: images without a caption: {len(bare):,}, {listed(bare)}")
     captions = {picture: texts for picture, texts in captions.items() if texts}
     if not captions:
         raise ValueError(
-            f"{root}: no picture with a caption; expected metadata.jsonl, .csv or .tsv, .tar "
+            f"{root}: no image with a caption; expected metadata.jsonl, .csv or .tsv, .tar "
             "shards with .txt files, or a .json of COCO or Karpathy"
         )
     return CaptionedImages([*captions], [*captions.values()], skipped)
@@ -81,9 +81,9 @@ def captioned_images(
 def rows_with_captions(
     root: Path, columns: tuple[str, str] = COLUMNS
 ) -> tuple[list[Row], list[str]] | None:
-    """Read a metadata file, or a folder with a metadata file or with a .txt beside each picture.
+    """Read a metadata file, or a folder with a metadata file or with a .txt beside each image.
 
-    Returns the rows, and lines about what was left out; None if `root` is neither.
+    Returns the rows, and lines that say what was left out. Returns None for any other `root`.
     """
     for table in (root, *(root / name for name in METADATA)):
         if table.is_file() and table.suffix in (".jsonl", ".csv", ".tsv"):
@@ -94,7 +94,7 @@ def rows_with_captions(
 
 
 def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
-    """A picture and its .txt have one name, as img2dataset writes them. None without any .txt."""
+    """Read a folder in which an image and its .txt share a name. None if no image has a .txt."""
     files = visible_files(root)
     endings = {f".{ending}" for ending in PICTURES}
     texts = {path: path.with_suffix(".txt") for path in files if path.suffix.lower() in endings}
@@ -107,34 +107,34 @@ def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
         rows += [(str(path), (caption,))] * any(map(str.isalpha, caption))
     if not rows:
         raise ValueError(
-            f"{root}: expected a caption in the .txt beside each picture, found no word in any of "
-            f"them, as in labels for detection; the last is {shown(caption)}"
+            f"{root}: expected a caption in the .txt beside each image, found no word in any .txt; "
+            f"labels for detection are not captions; the last .txt is {shown(caption)}"
         )
     missing = len(texts) - len(rows)
-    return rows, [f"{root}: pictures without a caption in a .txt: {missing:,}"] * bool(missing)
+    return rows, [f"{root}: images without a caption in a .txt: {missing:,}"] * bool(missing)
 
 
 def _read_table(table: Path, columns: tuple[str, str]) -> tuple[list[Row], list[str]]:
-    """The `imagefolder` convention of Hugging Face's datasets: a row for each picture."""
+    """Read a table in the `imagefolder` format of Hugging Face's datasets: a row for each image."""
     rows: list[Row] = []
-    shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # pictures with equal lists share one
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal lists of captions become one tuple
     empty: list[int] = []  # the row of each empty caption
     for number, values in _values_of(table):
         if missing := [column for column in columns if column not in values]:
             raise ValueError(
-                f"{table}, row {number}: no column {missing[0]!r}; choose with --image-column and "
-                f"--text-column among {listed(map(str, values), 9)}"
+                f"{table}, row {number}: no column {missing[0]!r} in {listed(map(str, values), 9)}"
+                "; choose the columns with --image-column and --text-column"
             )
         name, text = (values[column] for column in columns)
         texts = text if isinstance(text, list) and text else [text]
         captions = tuple(text for text in texts if text not in (None, []) and str(text).strip())
         empty += [number] * (len(texts) - len(captions))
         if not isinstance(name, str) or not all(isinstance(each, str) for each in captions):
-            raise ValueError(f"{table}, row {number}: expected a {columns[0]} and a {columns[1]}")
+            raise ValueError(f"{table}, row {number}: expected text in {' and '.join(columns)}")
         if captions:
             rows.append((str(table.parent / name), shared.setdefault(captions, captions)))
     if not rows:
-        raise ValueError(f"{table}: no rows with a caption; expected one for each picture")
+        raise ValueError(f"{table}: no rows with a caption; expected a row for each image")
     first = f"the first in row {empty[0]}" if empty else ""
     return rows, [f"{table}: empty captions left out: {len(empty):,}, {first}"] * bool(empty)
 
@@ -152,7 +152,7 @@ def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if isinstance(value, dict):
                     yield number, value
                 elif value is not None:
-                    raise ValueError(f"row {number} is not an object")
+                    raise ValueError(f"row {number} is not a JSON object")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{table}: expected rows that can be read: {error}") from None
 
@@ -182,7 +182,7 @@ def _read_json(path: Path, images: Path, split: str) -> Iterator[tuple[str, list
 
 
 def _read_shards(pictures: Sequence[Member]) -> Iterator[tuple[Member, list[str]]]:
-    """Each picture with the lines of the .txt that has its key: the name up to the first dot."""
+    """Yield each image with the lines of its .txt. Both have the same name up to the first dot."""
 
     def key(name: str) -> str:
         folder, slash, file = name.rpartition("/")

@@ -1,4 +1,4 @@
-"""Scores of a model on pictures: how it classifies them, and how it finds them by captions."""
+"""Score a model on images: zero-shot classification, and retrieval by captions."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from miniclip.zeroshot.data import LabelledImages, labelled_images
 def classify(
     loaded: Loaded, images: LabelledImages, features: Features, text_embeds: Tensor
 ) -> Evaluation:
-    """Classify pictures by their features and by the embeddings of their labels (C, E)."""
+    """Classify images: compare their features with the embeddings (C, E) of the labels."""
     image_embeds = features.vectors["proj"].to(text_embeds)
     logits = loaded.model.score(image_embeds, text_embeds).T.float()  # (N, C)
     classes = [images.classes[row] for row in features.rows]
@@ -28,7 +28,7 @@ def classify(
 def caption_ranks(
     loaded: Loaded, captions: Sequence[Sequence[str]], features: Features
 ) -> dict[str, Tensor]:
-    """Compute `retrieval_ranks` in both directions, for N pictures and the captions of each.
+    """Compute `retrieval_ranks` in both directions, for N images and the captions of each image.
 
     A caption that is too long for the model is cut.
     """
@@ -40,15 +40,15 @@ def caption_ranks(
 
 
 def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], dict[str, float]]:
-    """Make the function by which `train` measures a checkpoint on held-out data.
+    """Make the function with which `train` scores a checkpoint on held-out data.
 
     Args:
-        data: class folders, classified zero-shot, or pictures with captions as `captioned_images`
-            finds them, which are retrieved.
+        data: a folder of class folders, or images with captions in a format of `captioned_images`.
         columns: see `captioned_images`.
 
     Returns:
-        A function that gives the accuracy and its mean over the classes, or recall@1: the mean of
+        A function from a checkpoint to its scores. With class folders these are the zero-shot
+        accuracy and the mean accuracy of the classes. With captions they are recall@1: the mean of
         both directions, and each direction. `train` keeps the checkpoint with the best first score.
 
     Raises:

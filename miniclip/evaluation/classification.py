@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 BINS = 15
-"""Bins of equal width for the calibration error, as in Guo et al. 2017 (arXiv 1706.04599)."""
+"""The number of equally wide bins for the calibration error (Guo et al. 2017, arXiv 1706.04599)."""
 
 
 class Evaluation(NamedTuple):
-    """Counts of a classifier's answers on labelled images. A share of 0 images is NaN."""
+    """Counts of a classifier's answers on labelled images."""
 
     labels: list[str]
     confusion: Tensor  # (C, C) int64, images of the row's class that got the column's label
-    in_top5: Tensor  # (C,) int64, images of the class with the true label among the best five
+    in_top5: Tensor  # (C,) int64, images of each class with the true label among the best five
     skipped: list[str]  # a line for each unreadable file; such files are not counted
-    bins: Tensor  # (BINS, 3) float64: images in a bin of confidence, its sum, and right answers
+    bins: Tensor  # (BINS, 3) float64, of a bin: images, sum of confidences, right answers
 
     @property
     def images(self) -> Tensor:
@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
 
     @property
     def standard_error(self) -> float:
-        """The standard error of the accuracy, as a mean over independent images."""
+        """The standard error of the accuracy, if the images are independent."""
         return (self.accuracy * (1 - self.accuracy) / self.images.sum().item()) ** 0.5
 
     @property
@@ -46,25 +46,25 @@ class Evaluation(NamedTuple):
 
     @property
     def class_accuracy(self) -> Tensor:
-        """The accuracy of each class, (C,)."""
+        """The accuracy of each class, (C,). NaN for a class without images."""
         return self.right.double() / self.images
 
     @property
     def mean_per_class(self) -> float:
         """The mean accuracy of the classes that have images.
 
-        The paper reports it for Oxford Pets, Caltech-101, Flowers102 and FGVC Aircraft.
+        The paper reports this mean for Oxford Pets, Caltech-101, Flowers102 and FGVC Aircraft.
         """
         return self.class_accuracy.nanmean().item()
 
     @property
     def calibration_error(self) -> float:
-        """The expected calibration error: the mean distance of confidence and accuracy in a bin."""
+        """The expected calibration error: a bin's |confidence - accuracy|, averaged over images."""
         images, confidence, right = self.bins.T
         return ((confidence - right).abs().sum() / images.sum()).item()
 
     def mistakes(self) -> list[tuple[int, int, int]]:
-        """Return (true class, predicted class, images) of all confusions, most frequent first."""
+        """Return (true class, predicted class, images) for each confusion, most frequent first."""
         wrong = self.confusion - self.right.diag()
         counts = [(i, j, int(wrong[i, j])) for i, j in wrong.nonzero().tolist()]
         return sorted(counts, key=lambda mistake: -mistake[2])
@@ -75,13 +75,13 @@ def evaluate(
 ) -> Evaluation:
     """Count the answers of a classifier.
 
-    Of two equal logits either may count as the best, as in OpenAI's evaluation, which uses `topk`.
+    If two logits are equal, `topk` decides which one is the best, as in OpenAI's evaluation.
 
     Args:
-        logits: (N, C).
+        logits: (N, C), for N images and C classes.
         classes: the true class of each image, 0 to C - 1.
         labels: the names of the C classes.
-        skipped: lines about unreadable files.
+        skipped: a line for each unreadable file.
 
     >>> result = evaluate(torch.tensor([[2.0, 0.0], [1.0, 0.0]]), [0, 1], ["cat", "dog"])
     >>> result.accuracy, result.mistakes()
@@ -100,7 +100,7 @@ def evaluate(
 
 
 def wilson_interval(right: float, images: float) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927), which stays within 0 and 1.
+    """Return the 95 % interval of right / images (Wilson 1927). The interval is within 0 and 1.
 
     >>> [round(edge, 3) for edge in wilson_interval(9, 10)]
     [0.596, 0.982]
@@ -112,7 +112,7 @@ def wilson_interval(right: float, images: float) -> tuple[float, float]:
 
 
 def summary(result: Evaluation, folders: Sequence[str]) -> dict[str, Any]:
-    """Return all numbers, for JSON. A folder names its class, because labels may repeat."""
+    """Return all numbers, for JSON. Folders identify the classes, because labels may repeat."""
     counts = (result.images.tolist(), result.right.tolist(), result.in_top5.tolist())
     names = ("folder", "label", "images", "right", "in_top5")
     rows = zip(folders, result.labels, *counts, strict=True)

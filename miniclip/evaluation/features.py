@@ -1,4 +1,4 @@
-"""Features of pictures, computed once: in memory, or kept in index files for the next task."""
+"""Compute the features of images once. Index files can keep the features for the next task."""
 
 import os
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ from miniclip.retrieval.index import Index, Strings, describe, embed
 from miniclip.retrieval.pictures import stamp
 
 KINDS = ("proj", "ln_post")
-"""Embeddings, unit vectors (N, E); and the input of the vision tower's projection, (N, W)."""
+"""`proj`: embeddings, unit vectors (N, E). `ln_post`: the input of the projection, (N, W)."""
 
 
 class Features(NamedTuple):
-    """What a vision tower makes of pictures."""
+    """The features of the N readable images among all images."""
 
     vectors: dict[str, Tensor]  # by kind: (N, E) or (N, W), float32
-    rows: list[int]  # the places of the N readable pictures in the list of all pictures
-    skipped: list[str]  # a line for each other picture: its name and the reason
+    rows: list[int]  # the places of the N readable images in the list of all images
+    skipped: list[str]  # a line for each unreadable image: its name and the reason
 
 
 def encode_both(model: CLIP, pixels: Tensor) -> Tensor:
-    """Encode pixels (B, 3, S, S) as both KINDS of features, side by side: (B, E + W)."""
-    if engine_of(model) != "eager":  # an engine has no inside
+    """Encode pixels (B, 3, S, S) as both KINDS side by side, (B, E + W), or as `proj` only."""
+    if engine_of(model) != "eager":  # the tensors inside an engine cannot be read
         return embed(model, pixels)
     projected: list[Tensor] = []
     hook = model.vision.proj.register_forward_pre_hook(lambda _, args: projected.append(args[0]))
@@ -52,20 +52,20 @@ def picture_features(
     name: tuple[str, str | None] = ("a model in memory", None),
     batch: int = 64,
 ) -> Features:
-    """Compute the features of pictures, or read them from a cache.
+    """Compute the features of images, or read them from a cache.
 
     Args:
-        loaded: model, tokenizer and transform.
-        pictures: paths, or what `find_pictures` found.
-        cache: a folder that keeps the features of unchanged pictures as index files.
-        name: name and revision that load the model again, written to the cache.
-        batch: pictures in a batch.
+        loaded: the model, tokenizer and transform.
+        pictures: the images: paths, or members of tars, as `find_pictures` returns them.
+        cache: a folder that keeps the features of unchanged images as index files.
+        name: the model's name and revision. The cache stores them, to load the model again.
+        batch: the number of images in a batch.
 
     Returns:
-        Both KINDS; only `proj` for a fork that projects in its own way.
+        Both KINDS, or only `proj` for an engine, or for a fork that projects in its own way.
 
     Raises:
-        ValueError: no picture can be read.
+        ValueError: no image can be read.
     """
     names = [os.path.abspath(str(picture)) for picture in pictures]
     if cache is not None:
@@ -88,10 +88,10 @@ def picture_features(
     vectors = {"proj": both[:, :width].contiguous()}
     if both.shape[1] > width:
         vectors["ln_post"] = both[:, width:].contiguous()
-    for kind in reversed([*vectors] if cache is not None else []):  # `proj` last: the rest is there
+    for kind in reversed([*vectors] if cache is not None else []):  # `proj` completes the cache
         files[kind].parent.mkdir(parents=True, exist_ok=True)
         made_by = encoder
-        if kind == "ln_post":  # another fingerprint, because no text can be compared with these
+        if kind == "ln_post":  # another fingerprint, because texts have no such features
             made_by = encoder._replace(fingerprint=f"ln_post:{encoder.fingerprint}")
         paths = Strings.pack(names[row] for row in rows)
         Index(vectors[kind], paths, made_by, skipped).save(files[kind])

@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features: the linear probe, and learning from a few examples."""
+"""Linear classifiers on frozen features: the linear probe, and few-shot learning."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from miniclip.terminal import progress
 Classify = Callable[[Tensor], Tensor]
 """Features (N, F) -> logits (N, C)."""
 
-MOST_STEPS = 1000  # of L-BFGS, as in appendix A.3 of the paper
+MOST_STEPS = 1000  # the largest number of L-BFGS steps, as in appendix A.3 of the paper
 
 
 class Examples(NamedTuple):
@@ -28,7 +28,7 @@ class Examples(NamedTuple):
 
 
 Fit = Callable[[Examples, float], Classify]
-"""Examples and the L2 strength, lambda -> a classifier."""
+"""(examples, L2 strength lambda) -> a classifier."""
 
 
 def fit_probe(train: Examples, strength: float, count: int) -> Classify:
@@ -36,8 +36,8 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
 
     Args:
         train: the examples.
-        strength: the L2 strength lambda, which is 1 / C in scikit-learn.
-        count: the number of classes C. A class without examples is never predicted.
+        strength: the L2 strength lambda. scikit-learn takes the inverse.
+        count: the number of classes. A class without examples is never predicted.
 
     Raises:
         ValueError: scikit-learn is missing, or all examples have one class.
@@ -48,7 +48,7 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
     except ImportError:
         raise ValueError("a probe needs scikit-learn: pip install 'miniclip[eval]'") from None
     if len(seen := train.classes.unique()) < 2:
-        raise ValueError("the examples are of one class; expected two classes or more")
+        raise ValueError("all examples have the same class; expected two classes or more")
     model = LogisticRegression(C=1 / strength, max_iter=MOST_STEPS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the paper also stops at this limit
@@ -56,9 +56,9 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
 
     def classify(features: Tensor) -> Tensor:
         logits = torch.full((len(features), count), -torch.inf, dtype=torch.float64)
-        # Not predict_log_proba, which warns of log(0).
+        # predict_log_proba would warn of log(0).
         scores = torch.from_numpy(model.decision_function(features.numpy())).double()
-        if scores.ndim == 1:  # two classes: the score of the second one
+        if scores.ndim == 1:  # with two classes, these are the scores of the second class
             scores = torch.stack([torch.zeros_like(scores), scores], dim=1)
         logits[:, seen] = scores.log_softmax(dim=1)
         return logits
@@ -69,8 +69,8 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
 def fit_from_text(train: Examples, strength: float, zeroshot: Classify) -> Classify:
     """Fit logistic regression that starts from a zero-shot classifier.
 
-    Minimises the cross-entropy of zeroshot(x) + x V^T plus lambda / 2 times the squared length of V
-    (C, F), from V = 0. The penalty keeps the classifier near the weights that the texts give.
+    Starts at V = 0 (C, F), and minimises the cross-entropy of zeroshot(x) + x V^T plus lambda / 2
+    times the squared length of V. This penalty keeps the weights near the zero-shot weights.
 
     Args:
         train: the examples.
@@ -96,10 +96,10 @@ def fit_from_text(train: Examples, strength: float, zeroshot: Classify) -> Class
 
 
 def sweep(accuracy: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """Return the L2 strength with the highest accuracy, and the accuracy of each that was tried.
+    """Return the L2 strength with the highest accuracy, and the accuracies of all tried strengths.
 
     This is the parametric binary search of the paper's appendix A.3. It starts with 10^-6, 10^-4,
-    ..., 10^6 and halves the interval around the peak down to an eighth of a decade. If
+    ..., 10^6, and halves the step around the best strength until it is an eighth of a decade. If
     accuracies are equal, the largest strength wins.
 
     >>> best, tried = sweep(lambda strength: -abs(strength - 0.03))
@@ -120,13 +120,13 @@ def sweep(accuracy: Callable[[float], float]) -> tuple[float, dict[float, float]
 
 
 def share_right(classify: Classify, examples: Examples) -> float:
-    """Return the accuracy of a classifier."""
+    """Return the accuracy of a classifier on examples."""
     right = classify(examples.features).argmax(dim=1) == examples.classes
     return right.double().mean().item()
 
 
 def fit_best(fit: Fit, train: Examples, val: Examples) -> tuple[float, dict[float, float]]:
-    """`sweep` over classifiers that learn from `train`, measured on `val`."""
+    """Choose the L2 strength with `sweep`. Each classifier learns from `train`; `val` scores it."""
     return sweep(lambda strength: share_right(fit(train, strength), val))
 
 
@@ -136,12 +136,12 @@ def probe(
     """Choose the L2 strength on a validation split, then learn from both splits.
 
     Args:
-        fit: learns a classifier, such as `fit_probe` with its `count`.
-        train: the examples.
+        fit: fits a classifier, for example `fit_probe` with a fixed `count`.
+        train: the examples to learn from.
         val: the validation split; by default a fifth of each class of `train`.
 
     Returns:
-        The classifier, its strength, and the validation accuracy of each strength.
+        The classifier, its strength, and the validation accuracy of each tried strength.
 
     Raises:
         ValueError: without `val`, no class has two examples.
@@ -149,7 +149,7 @@ def probe(
     if val is None:
         order = [rows for rows in shuffled_by_class(train.classes, seed=0) if len(rows) > 1]
         if not order:
-            raise ValueError("no class has two examples, and some must choose lambda")
+            raise ValueError("every class has one example; expected two or more, to choose lambda")
         held_out = torch.cat([rows[: max(1, len(rows) // 5)] for rows in order])
         kept = torch.ones(len(train.classes), dtype=torch.bool)
         kept[held_out] = False
@@ -160,13 +160,13 @@ def probe(
 
 
 def shuffled_by_class(classes: Tensor, seed: int) -> list[Tensor]:
-    """Return the rows of each class, in a random order."""
+    """Return the rows of each class, in an order that the seed decides."""
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
     return [order[classes[order] == i] for i in classes.unique()]
 
 
 class Method(NamedTuple):
-    """A way to learn from few examples, with its features."""
+    """A way to learn from few examples, with the examples to learn from and to test on."""
 
     fit: Fit
     train: Examples
@@ -179,22 +179,21 @@ def few_shot(
     """Measure the accuracy after a few examples of each class (the paper's figure 6).
 
     Each seed draws the same examples for all methods. It also draws up to four more of each class,
-    to choose the L2 strength, as in CoOp (Zhou et al. 2022, arXiv 2109.01134). A class with fewer
-    examples gives all it has.
+    to choose the L2 strength, as in CoOp (Zhou et al. 2022, arXiv 2109.01134).
 
     Args:
-        methods: by name.
-        shots: numbers of examples of each class.
-        seeds: draws, at least two.
+        methods: the methods by name.
+        shots: the numbers of examples of each class.
+        seeds: the number of draws, at least two.
 
     Returns:
-        Rows of `shots`, `method`, `mean` and `std`, the sample standard deviation over the draws.
+        Rows of `shots`, `method`, `mean` (accuracy) and `std` (sample standard deviation).
 
     Raises:
-        ValueError: the numbers are too small, or no examples are left to choose the strength.
+        ValueError: `seeds` or `shots` is too small, or no examples are left to choose the strength.
     """
     if seeds < 2 or min(shots) < 1:
-        raise ValueError(f"{seeds} seeds of {shots} shots; expected 2 seeds, 1 shot, or more")
+        raise ValueError(f"{seeds} seeds, shots {shots}; expected at least 2 seeds and 1 shot")
     found: dict[tuple[int, str], list[float]] = {}
     plan = [(k, name, seed) for k in shots for name in methods for seed in range(seeds)]
     for k, name, seed in progress(plan, "draw"):
@@ -203,7 +202,7 @@ def few_shot(
         examples = train.of(torch.cat([rows[:k] for rows in order]))
         val = train.of(torch.cat([rows[k : k + min(k, 4)] for rows in order]))
         if not len(val.classes):
-            raise ValueError(f"no class has more than {k} examples, and some must choose lambda")
+            raise ValueError(f"no class has more than {k} examples; choosing lambda needs more")
         strength, _ = fit_best(fit, examples, val)
         found.setdefault((k, name), []).append(share_right(fit(examples, strength), test))
     return [

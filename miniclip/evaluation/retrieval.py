@@ -1,4 +1,4 @@
-"""Retrieval between pictures and their captions: ranks, and recall."""
+"""Retrieval between images and their captions: ranks, and recall."""
 
 from itertools import product
 
@@ -8,45 +8,45 @@ from torch import Tensor
 
 from miniclip.terminal import progress
 
-BLOCK = 512, 4096  # pictures and captions, compared at once in float32
-PAIRS = 65_536  # scored at once in float64
+BLOCK = 512, 4096  # images and captions that are compared at once in float32
+PAIRS = 65_536  # pairs that are compared at once in float64
 
 
 def retrieval_ranks(
     image_embeds: Tensor, text_embeds: Tensor, image_of: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute where a search finds what belongs together; 1 is the first place.
+    """Compute the rank of each image's best caption, and the rank of each caption's image.
 
-    The rank of a picture is the place of its best caption among all captions of other pictures. The
-    rank of a caption is the place of its picture among all pictures. Of equal scores the one listed
-    first comes first. Scores are float64, and a float32 product finds the pairs that need them, as
-    in `Index.search`. Memory does not grow with the number of pairs.
+    Rank 1 is the best. The best caption of an image competes with the captions of other images, and
+    the image of a caption with all other images. If scores are equal, the caption or image that is
+    listed first wins. Ranks are exact in float64. As in `Index.search`, a float32 product finds the
+    pairs that need a float64 score. Memory does not grow with the number of pairs.
 
     Args:
-        image_embeds: unit vectors of pictures (N, E), float32.
+        image_embeds: unit vectors of images (N, E), float32.
         text_embeds: unit vectors of captions (M, E), float32.
-        image_of: the picture of each caption (M,). Each picture has at least one caption.
+        image_of: the image of each caption (M,). Each image has at least one caption.
 
     Returns:
-        The ranks of the pictures (N,) and of the captions (M,).
+        The ranks of the images (N,) and of the captions (M,).
 
     >>> retrieval_ranks(torch.eye(2), torch.eye(2)[[0, 1, 0]], torch.tensor([0, 1, 1]))
     (tensor([1, 1]), tensor([1, 1, 2]))
     """
     n, m = len(image_embeds), len(text_embeds)
     if len(image_of.unique()) != n:
-        raise ValueError(f"{n - len(image_of.unique())} of {n} pictures have no caption")
+        raise ValueError(f"{n - len(image_of.unique())} of {n} images have no caption")
 
     def exact(images: Tensor, texts: Tensor) -> Tensor:
         some = zip(images.split(PAIRS), texts.split(PAIRS), strict=True)
         return torch.cat([(image_embeds[i].double() * text_embeds[j]).sum(1) for i, j in some])
 
-    own = exact(image_of, torch.arange(m))  # (M,) of each caption with its picture
+    own = exact(image_of, torch.arange(m))  # (M,), the score of each caption with its image
     best_score = own.new_empty(n).scatter_reduce(0, image_of, own, "amax", include_self=False)
     is_best = (own == best_score[image_of]).nonzero().squeeze(1)
     first = torch.full((n,), m).scatter_reduce(0, image_of[is_best], is_best, "amin")  # (N,)
 
-    # Twice the largest error of a float32 product, and the rounding of the score to compare with.
+    # Twice the largest error of a float32 product, plus the rounding error of `wanted.float()`.
     rounding = (image_embeds.shape[1] + 4) * torch.finfo(torch.float32).eps
     image_ranks, text_ranks = torch.ones(n, dtype=torch.int64), torch.ones(m, dtype=torch.int64)
     parts = (torch.arange(count).split(size) for count, size in zip((n, m), BLOCK, strict=True))
@@ -71,7 +71,7 @@ def retrieval_ranks(
 
 
 def recall(ranks: Tensor) -> dict[str, float]:
-    """Return the shares of ranks within the first 1, 5 and 10 places, and the median rank.
+    """Return the shares of ranks up to 1, 5 and 10, and the median rank.
 
     >>> recall(torch.tensor([1, 2, 7, 50]))
     {'recall@1': 0.25, 'recall@5': 0.5, 'recall@10': 0.75, 'median_rank': 4.5}

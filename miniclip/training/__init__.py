@@ -1,14 +1,14 @@
 r"""Contrastive training: `miniclip train`, and the functions behind it.
 
-- `recipe.py`: the numbers of a run
-- `pairs.py`: what training data is made of
+- `recipe.py`: the settings of a run
+- `pairs.py`: the interface of training data: pairs of an image and a caption
 - `shards.py`: pairs from tar shards
-- `data.py`: pairs from folders and metadata files, and batches of them
+- `data.py`: pairs from folders and metadata files, and batches of pairs
 - `loss.py`: the loss over several processes, with false captions, and in chunks of a batch
-- `optim.py`: what is trained, by which optimizer (AdamW, Muon) and how fast
-- `processes.py`: several processes: gradients, and shards of the weights
-- `setup.py`: names -> all that a run starts from
-- `run.py`: the state of a run: saved, continued, logged
+- `optim.py`: the trained parameters, their optimizers (AdamW, Muon) and learning rates
+- `processes.py`: train in several processes, and shard the weights
+- `setup.py`: load or make the model, tokenizer, transform, data and recipe of a run
+- `run.py`: save, continue and log a run
 - `loop.py`: the training loop
 
     miniclip train photographs --out runs/mine  # from random weights
@@ -17,42 +17,41 @@ r"""Contrastive training: `miniclip train`, and the functions behind it.
         --freeze vision --val cifar10/test --out runs/lit
     torchrun --nproc-per-node 8 -m miniclip train shards --device cuda --out runs/large
     miniclip train photographs --recipe everyday --out runs/small  # shape and recipe of everyday
-    miniclip train shapes --out runs/shapes  # a drawn world; no data needed
+    miniclip train shapes --out runs/shapes  # drawn scenes; needs no data
 
 The data is one of these:
 
-- a folder of class folders
-- a folder of pictures with `metadata.jsonl`, `.csv` or `.tsv`, or such a file. `--image-column` and
-  `--text-column` name its columns (`file_name` and `text`). A picture may have several captions, as
-  a list or in several rows. Several pictures may list one caption, such as "a
-  dog". It is then true of each of them
-- a folder of pictures with a `.txt` beside each, as img2dataset writes them
+- a folder with one folder of images for each class
+- a folder of images with `metadata.jsonl`, `.csv` or `.tsv`, or such a file. `--image-column` and
+  `--text-column` name its columns (default: `file_name` and `text`). An image may have several
+  captions, as a list or in several rows. A caption that images share is true of each of them
+- a folder of images with a `.txt` beside each image, as img2dataset writes them
 - WebDataset shards (`train` extra): files, the output of a command (`'pipe:curl -s
   https://host/{000..099}.tar'`), or an address that fsspec opens
   (`hf://datasets/OWNER/NAME/{000..099}.tar`)
 
-Training continues without a picture, a shard or a command that fails, and names it.
+If an image, a shard or a command fails, training reports it and continues without it.
 
-- `--val DATA`: measure held-out data after each epoch, or every `--val-every` steps: zero-shot
-  accuracy on class folders, recall@1 on captions. `DIR/best` keeps the best checkpoint
-- `--freeze vision`: freeze parts (LiT freezes the image tower): `vision`, `text`, or globs such as
+- `--val DATA`: measure on held-out data after each epoch, or every `--val-every` steps: zero-shot
+  accuracy on class folders, recall@1 on captions. The subfolder `best` keeps the best checkpoint
+- `--freeze vision`: freeze parts: `vision` (as LiT does), `text`, or globs such as
   `vision.blocks.[0-5].*`
 - `--lora 4`: train a low-rank change of the queries and values, and write the merged weights
-- `--layer-decay 0.8`: let each layer learn 0.8 times as fast as the layer above it
-- `--loss siglip`: classify each pair as true or false. The bias stays in the training state
-- `--chunk 64`: hold 64 pairs in memory at once. The gradients equal the whole batch's (GradCache).
-  Plain gradient accumulation would not: a contrastive loss compares all pairs of a batch
+- `--layer-decay 0.8`: give each layer 0.8 times the learning rate of the layer above it
+- `--loss siglip`: classify each pair as true or false. The checkpoint leaves out the loss's bias
+- `--chunk 64`: hold 64 pairs in memory at once (GradCache). The gradients equal the whole batch's
+  gradients. Gradient accumulation would not work: a contrastive loss compares all pairs of a batch
 - `--ema 0.999`: write the moving average of the weights
-- `--log tensorboard`: write the metrics for TensorBoard too (`train` extra)
-- `--plot report.png`: draw the loss, the scores, the learning rate, throughput and peak memory
+- `--log tensorboard`: also write the metrics for TensorBoard (`train` extra)
+- `--plot report.png`: plot the loss, the scores, the learning rate, throughput and peak memory
 - `--fsdp`: under `torchrun`, shard the weights and the optimizers' state over the processes
 
-The checkpoint is written every five minutes. A killed run continues with the same command and ends,
-on a CPU, in the same bits. Under `torchrun` the processes share the batch of a single process.
-After a crash `torchrun --max-restarts 3` starts them again, and they continue (on several machines
-set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, because of a bug of PyTorch). Half-precision weights
-become float32, because Adam's first step in float16 gives NaN. Initial weights follow OpenAI's
-code; transformers exchanges two of its standard deviations.
+The run is saved after each epoch and every five minutes. After a kill, the same command continues
+the run. On a CPU the result equals an uninterrupted run's result bit for bit. Under `torchrun` the
+processes share one batch, and `torchrun --max-restarts 3` restarts them after a crash. On several
+machines set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, because of a bug in PyTorch. Half-precision
+weights become float32, because Adam's first step in float16 gives NaN. Initial weights follow
+OpenAI's code. transformers swaps two of OpenAI's standard deviations.
 """
 
 from importlib import import_module
@@ -75,12 +74,12 @@ __all__ = [
 
 
 def _import(name: str) -> Any:
-    """Import a public name when it is first used, because `recipe` must not wait for torch."""
+    """Import a public name at its first use, so that importing `recipe` does not import torch."""
     for home in ("recipe", "pairs", "data", "loss", "processes", "setup", "loop"):
         if name in __all__ and hasattr(module := import_module(f"{__name__}.{home}"), name):
             return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if not TYPE_CHECKING:  # or type checkers accept any name
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
     __getattr__ = _import

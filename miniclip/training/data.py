@@ -1,7 +1,7 @@
-"""Pairs from folders, metadata files and tar shards, and batches of them.
+"""Pairs from folders, metadata files and tar shards, and batches of pairs.
 
-A batch depends on three numbers: the seed, the epoch and the step. So a run that is resumed, or
-shared by more processes, sees the same batches.
+The seed and the step decide what is in a batch. A run therefore sees the same batches after a
+restart, or with another number of processes.
 """
 
 import os
@@ -40,14 +40,14 @@ TEMPLATES = (
 )  # fmt: skip
 
 MEMORY = 2**31
-"""Bytes. If all decoded pictures fit, they are decoded once and kept."""
+"""The size in bytes up to which all decoded images are kept in memory."""
 
 Entry = tuple[Path, Sequence[str], int | None]
-"""A picture file, captions that are true of it, and a class or None."""
+"""An image file, captions that are true of the image, and its class or None."""
 
 
 class Pictures:
-    """Picture files with their captions."""
+    """Image files with their captions, as training data."""
 
     def __init__(self, entries: Sequence[Entry], transform: ImageTransform) -> None:
         self.entries = entries
@@ -61,11 +61,11 @@ class Pictures:
         return len(self.entries)
 
     def items(self, seed: int) -> Iterator[int]:
-        """The numbers of all files, in an order that the seed decides."""
+        """Return the indices of all files, in an order that the seed decides."""
         return shuffled(len(self), seed)
 
     def captions(self) -> Iterator[str]:
-        """All captions. Pictures with the same list of captions give it once."""
+        """Return all captions. If images share a list of captions, the list comes once."""
         return chain(*{id(captions): captions for _, captions, _ in self.entries}.values())
 
     def __getitem__(self, item_and_draw: tuple[int, int]) -> Pair | None:
@@ -85,10 +85,10 @@ class Pictures:
 
 
 def labels_of_all(entries: Iterable[Entry]) -> dict[Path, list[int]]:
-    """Return the labels of all captions of each picture, from all its rows.
+    """Return the labels of each image's captions, from all rows of the image.
 
-    All lists have the length of the longest: a shorter one repeats its first label. They are empty
-    if no picture has two captions.
+    All lists are equally long: shorter lists repeat their first label. If no image has two
+    different captions, all lists are empty. Rows with a class are left out.
     """
     lists: dict[Path, tuple[str, ...]] = {}
     for path, captions, label in entries:
@@ -102,7 +102,7 @@ def labels_of_all(entries: Iterable[Entry]) -> dict[Path, list[int]]:
 
 
 def class_captions(label: str) -> tuple[str, ...]:
-    """Return the captions of a class: its label in each template.
+    """Return the captions of a class: each template with the class's label.
 
     >>> class_captions("tea cup")[3]
     'a photo of a tea cup.'
@@ -117,13 +117,13 @@ def open_data(
 
     Args:
         name: a folder with metadata.jsonl, .csv or .tsv, or such a file; a folder of tar shards, a
-            shard, or a command or an address of shards (see `Shards`); a folder of pictures with a
+            shard, or a command or an address of shards (see `Shards`); a folder of images with a
             .txt beside each; a folder of class folders; or `shapes`, the drawn world.
-        transform: the transform of the model; training uses its resize and crop.
-        columns: the columns of a metadata file: the picture's file, and its caption or captions.
+        transform: the model's transform. It resizes and crops the images, except for `shapes`.
+        columns: the columns of a metadata file: the image's file, and its caption or captions.
 
     Raises:
-        ValueError: `name` is something else. The message says what was found.
+        ValueError: `name` is something else.
     """
     if name == "shapes":
         from miniclip.training.drawn import Shapes
@@ -140,14 +140,14 @@ def open_data(
         data.skipped += skipped
         return data
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder of training data, nor a .tar or a metadata file")
+        raise ValueError(f"{root}: expected a folder of training data, a .tar or a metadata file")
     if shards := list(map(str, root.glob("*.tar"))):
         return Shards(shards, transform)
     images = labelled_images(root)
     if (count := len(set(images.classes))) < 2:
         raise ValueError(
-            f"{root}: expected at least two folders of pictures, one for each class, found "
-            f"{count}; training compares classes"
+            f"{root}: expected at least two folders of images, one for each class, because "
+            f"training compares classes; found {count}"
         )
     captions = [class_captions(label) for label in images.labels]
     files = zip(images.paths, images.classes, strict=True)
@@ -157,34 +157,34 @@ def open_data(
 def batches(
     data: TrainingData, batch: int, seed: int, first: int = 0, rank: int = 0, world_size: int = 1
 ) -> Generator[Batch, None, None]:
-    """Yield batches without end, while threads decode the next ones.
+    """Yield batches forever, while threads decode the images of the next batches.
 
-    An epoch leaves out its last, incomplete batch. Another picture of the batch replaces an
-    unreadable one, and `data.skipped` names it.
+    If the last batch of an epoch is incomplete, it is left out. If an image cannot be read, another
+    image of the batch takes its place, and `data.skipped` names the unreadable image.
 
     Args:
-        data: where the pairs come from.
-        batch: pairs in a batch, over all processes.
-        seed: decides order and captions.
+        data: the source of the pairs.
+        batch: the number of pairs in a batch, over all processes.
+        seed: decides the order of the pairs and the choice of captions.
         first: the step to start from.
-        rank: the number of this process, which gets every `world_size`-th pair of a batch.
+        rank: the number of this process. It gets every `world_size`-th pair of a batch.
         world_size: the number of processes.
 
     Raises:
-        ValueError: the data is smaller than a batch, or no picture can be read.
+        ValueError: the data is smaller than a batch, or no image can be read.
     """
 
     def read(item_and_draw: tuple[Any, int]) -> Pair | None:
         try:
             return None if item_and_draw[0] is None else data[item_and_draw]
-        except Exception as error:  # one item of millions must not end a run
+        except Exception as error:  # one bad item must not end a run
             reason = f"{type(error).__name__}: {error}"
             note_once(data.skipped, f"item {shown(item_and_draw[0])}: {reason}")
             return None
 
     steps = len(data) // batch
     if not steps:
-        raise ValueError(f"{len(data)} pictures are fewer than a batch of {batch}")
+        raise ValueError(f"expected at least {batch} images, for one batch; found {len(data)}")
     size = len(range(rank, batch, world_size))
     threads = max(1, (os.cpu_count() or 2) - 1)
     items = _items_and_draws(data, batch, seed, first, steps, rank, world_size)
@@ -205,15 +205,15 @@ def batches(
 
 
 def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: int) -> Pair:
-    """Return a pair that replaces a batch without a readable picture."""
+    """Return the first readable pair of the data, for a batch in which no image can be read."""
     for item in data.items(seed):
         if isinstance(pair := read((item, seed)), Pair):
             return pair
-    raise ValueError(f"no picture can be read, of {len(data)}; the first: {data.skipped[0]}")
+    raise ValueError(f"no image can be read; the first of {len(data)}: {data.skipped[0]}")
 
 
 def draw_seed(seed: int, step: int, i: int = 0) -> int:
-    """Return one number for each seed, step and place in the batch, to draw from."""
+    """Return the random seed for one step of a run, and for one place in its batch."""
     return ((seed * 1_000_003 + step) * 1_000_003 + i) % 2**63
 
 
@@ -224,7 +224,7 @@ def _items_and_draws(
     while True:
         epoch, skip = divmod(step, steps)
         found = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
-        items = chain(found, repeat(None))  # a shard may have shrunk since it was counted
+        items = chain(found, repeat(None))  # a shard may have become shorter since it was counted
         for step in range(step, step + steps - skip):
             for i, item in enumerate(islice(items, batch)):
                 if i % world_size == rank:
@@ -233,13 +233,13 @@ def _items_and_draws(
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Mirror half of the pictures, zoom into half by up to 2, and move each by up to 15 %.
+    """Mirror half of the images, zoom into half by up to 2, and shift each by up to 15 %.
 
-    Pixels are uint8 (B, 3, S, S). Beyond an edge the picture is reflected.
+    Pixels are uint8 (B, 3, S, S). Reflection fills the area beyond an edge of an image.
     """
     b = len(pixels)
-    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # of the square to cut out, 1 for the picture
-    x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # its centre, where the picture goes from -1 to 1
+    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # of the crop; the whole image has side 1
+    x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # the crop's centre; the image spans -1 to 1
     mirror = torch.randint(0, 2, (b,)) * 2 - 1
     none = torch.zeros(b)
     affine = torch.stack([side * mirror, none, x, none, side, y], dim=1).view(b, 2, 3)

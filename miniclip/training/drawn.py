@@ -1,4 +1,4 @@
-"""The drawn world as training data."""
+"""Training data from the drawn world of coloured shapes."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -16,22 +16,21 @@ from miniclip.world.scoring import SCORE_SEED
 class Shapes:
     """Scenes that are drawn when they are needed, in about half a millisecond each.
 
-    `data[index, draw]` is a picture with a caption and a false caption, which the number `draw`
-    chooses. Three lessons come first, each a sixth of the scenes: one object and its place, two
-    objects and their places, and how two objects stand to each other. Without them a model learns
-    colours, and nothing else for a long time. Do not mirror the pictures: "to the left of" would
-    become false.
+    `data[index, draw]` is an image with a caption and a false caption. The number `draw` chooses
+    both captions. The first half of the scenes has three lessons: the place of one object, the
+    places of two objects, and their positions relative to each other. Without the lessons a model
+    learns only colours for a long time. Do not mirror the images: "to the left of" would be false.
 
     Args:
         count: the number of scenes.
-        seed: decides the scenes. `SCORE_SEED` is refused, because `score` asks about its scenes.
+        seed: decides the scenes. `SCORE_SEED` is refused: `score` tests models on its scenes.
     """
 
-    OBJECTS = (1, 2, 2)  # in each lesson
+    OBJECTS = (1, 2, 2)  # the number of objects in a scene of each lesson
 
     def __init__(self, count: int = 225_000, seed: int = 0) -> None:
         if seed == SCORE_SEED:
-            raise ValueError(f"seed {seed} draws the scenes that `score` asks about")
+            raise ValueError(f"seed {seed} draws the scenes on which `score` tests models")
         self.count, self.seed = count, seed
         self.lesson_length = count // 6
         self.skipped: list[str] = []  # always empty
@@ -40,17 +39,17 @@ class Shapes:
         return self.count
 
     def items(self, seed: int) -> Iterator[int]:
-        """All scenes. The lessons keep their order, and the seed decides the order in a lesson."""
+        """Yield all indices. Lessons keep their order; the seed decides the order in a lesson."""
         starts = [lesson * self.lesson_length for lesson in range(4)]
         for first, end in pairwise((*starts, self.count)):
             yield from (first + i for i in shuffled(end - first, seed))
 
     def lesson(self, index: int) -> int:
-        """Return the lesson of a scene, 0 to 2; 3 after the lessons."""
+        """Return the lesson of a scene, 0 to 2, or 3 if the scene comes after the lessons."""
         return min(index // self.lesson_length, 3) if self.lesson_length else 3
 
     def scene(self, index: int) -> Scene:
-        """Return the scene of this index, with as many objects as its lesson has."""
+        """Return the scene with this index. Its lesson decides the number of objects."""
         lesson = self.lesson(index)
         return scene(index, seed=self.seed, count=self.OBJECTS[lesson] if lesson < 3 else None)
 
@@ -63,6 +62,6 @@ class Shapes:
         return Pair(pixels, caption, caption_label(caption), negative)
 
     def captions(self) -> Iterator[str]:
-        """Captions of some thousands of scenes, which have all the words."""
+        """Yield captions of at most 10,000 scenes, to learn a vocabulary from."""
         for index in range(0, self.count, max(1, self.count // 5000)):
             yield say_something(self.scene(index), Random(index))[0]

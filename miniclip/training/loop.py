@@ -1,4 +1,4 @@
-"""The training loop: a model, pairs and a recipe in, a checkpoint out."""
+"""The training loop. It trains a model on pairs, as a recipe says, and writes a checkpoint."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -43,28 +43,28 @@ def train(
 ) -> CLIP:
     """Train a model, and write its checkpoint with recipe.json and metrics.jsonl.
 
-    The run is saved after each epoch and every five minutes. A killed run continues when `train` is
-    called again, and gives the same bits: everything random in a step depends on the seed and the
-    step alone. Under torchrun each process calls `train`, and the first one writes.
+    The run is saved after each epoch and every five minutes. To continue a killed run, call `train`
+    again. On a CPU the result is the same bit for bit, because the seed and the step decide
+    everything random. Under torchrun each process calls `train`, and the first one writes files.
 
     Args:
-        model: is trained in place. Half-precision weights become float32.
+        model: the model, which is trained in place. Half-precision weights become float32.
         tokenizer: the model's tokenizer.
         transform: the model's transform.
-        data: pairs, see `open_data`.
-        recipe: the numbers of the run.
+        data: the pairs; see `open_data`.
+        recipe: the settings of the run.
         out: the folder of the checkpoint.
-        loss: replaces the recipe's loss. A module is trained and saved with the run. The logit
-            scale is then not clamped.
-        validate: gives the scores of a checkpoint on held-out data, see `evaluation.scorer`. The
-            checkpoint with the best first score is kept in `out`/best.
-        log: "tensorboard" to write the metrics for it too.
+        loss: replaces the recipe's loss, and leaves the logit scale unclamped. A module is trained
+            and saved with the run.
+        validate: a function from a checkpoint to its scores on held-out data; see
+            `evaluation.scorer`. `out`/best keeps the checkpoint with the best first score.
+        log: "tensorboard" also writes the metrics for TensorBoard.
 
     Returns:
         The trained model, in evaluation mode.
 
     Raises:
-        ValueError: `out` holds another checkpoint or run, there is too little data, the recipe does
+        ValueError: `out` holds another checkpoint or run, the data is too small, the recipe does
             not fit the model, or the loss is NaN or infinite.
     """
     rank, world_size = rank_and_world_size()
@@ -125,7 +125,7 @@ def train(
                 ),
                 recipe.chunk,
             )
-            reshard(model)  # a frozen tower has no backward pass to reshard it
+            reshard(model)  # a frozen tower has no backward pass, which would reshard it
             run.note_loss(value)
             nn.utils.clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
@@ -157,28 +157,28 @@ def train(
                 raise KeyboardInterrupt
     skipped = of_all_processes(data.skipped)
     if skipped and rank == 0:
-        run.report(f"{len(skipped)} pictures or shards were skipped; they are named above")
+        run.report(f"skipped images or shards: {len(skipped)}; they are named above")
     run.finish(tokenizer, transform)
     return whole_model.eval()
 
 
 def check_data(data: TrainingData, least: int) -> None:
-    """Raise ValueError if there are too few pictures, or if all have the same caption."""
+    """Raise ValueError if there are too few images, or if all images have the same caption."""
     if len(data) < least:
         reason = f"; {data.skipped[0]}" if data.skipped else ""
         raise ValueError(
-            f"{counted(len(data), 'picture')} to train on; expected at least {least}{reason}"
+            f"{counted(len(data), 'image')} to train on; expected at least {least}{reason}"
         )
     captions = iter(data.captions())
     first = next(captions)
     if all(caption == first for caption in captions):
         raise ValueError(
-            f"every caption is {first!r}; expected different ones, because training compares them"
+            f"every caption is {first!r}; expected different captions: training compares captions"
         )
 
 
 def normalize_pixels(pixels: Tensor, transform: ImageTransform, augmented: bool) -> Tensor:
-    """Turn bytes (B, 3, S, S) into pixels: the last step of the transform."""
+    """Normalize bytes (B, 3, S, S) as the transform does. If `augmented`, augment them first."""
     pixels = augment(pixels) if augmented else pixels
     mean, std = (
         torch.tensor(values)[:, None, None]
@@ -188,7 +188,7 @@ def normalize_pixels(pixels: Tensor, transform: ImageTransform, augmented: bool)
 
 
 def tokenize_captions(captions: list[str], tokenizer: Tokenizer, run: Run) -> Tensor:
-    """Return token ids (B, T). Captions that are too long are cut; the first is reported."""
+    """Return token ids (B, T). Cut captions that are too long, and report the first of them."""
     text = run.trained.text
     try:
         return ids_for(text, tokenizer, captions)
@@ -199,7 +199,7 @@ def tokenize_captions(captions: list[str], tokenizer: Tokenizer, run: Run) -> Te
 
 @contextmanager
 def recompute_blocks(model: CLIP) -> Iterator[None]:
-    """Keep only the inputs of the blocks in memory; the backward pass computes the rest again."""
+    """Keep only the blocks' inputs in memory. The backward pass computes the blocks again."""
     blocks = (*model.vision.blocks, *model.text.blocks)
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -207,12 +207,12 @@ def recompute_blocks(model: CLIP) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            del block.forward  # uncovers the method of the class
+            del block.forward  # then Python finds the class's method again
 
 
 @contextmanager
 def attention_written_out(model: CLIP) -> Iterator[None]:
-    """Avoid fused attention, whose backward pass in bfloat16 on a CPU takes four times as long."""
+    """Avoid fused attention: on a CPU its bfloat16 backward pass takes four times as long."""
     before = [attn.eager for attn in attentions(model)]
     model.set_attention("eager")
     try:

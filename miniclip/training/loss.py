@@ -15,7 +15,7 @@ from miniclip.model import CLIP, unit_norm
 
 
 class Objective(nn.Module):
-    """The model and the loss as one module, which DistributedDataParallel wraps."""
+    """The model and the loss as one module, so that DistributedDataParallel can wrap both."""
 
     def __init__(self, model: CLIP, loss: Any = None, precision: str = "float32") -> None:
         super().__init__()
@@ -25,15 +25,15 @@ class Objective(nn.Module):
             self.cast = torch.autocast(model.logit_scale.device.type, torch.bfloat16)
 
     def forward(self, pixels: Tensor, ids: Tensor, end: Callable[[Tensor, Tensor], Any]) -> Any:
-        """Embed a batch, and call `end` with the unit vectors, in the dtype of the weights."""
+        """Embed a batch. Return `end` of the embeddings: unit vectors in the weights' dtype."""
         with self.cast:
             embeds = self.model.encode_image(pixels), self.model.encode_text(ids)
         return end(*(unit_norm(x.to(self.model.logit_scale.dtype)) for x in embeds))
 
 
 class _Gather(torch.autograd.Function):
-    """Gather the rows of all processes, by rank. The gradient of a row is the sum over all
-    processes, and goes to the process that has the row."""
+    """Gather the rows of all processes, in the order of their ranks. The gradient of a row is
+    summed over all processes. The process that owns the row gets the sum."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
@@ -50,23 +50,23 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor, batch: int | None = None) -> Tensor:
-    """Gather the rows of all N processes, with gradient. With one process, return x.
+    """Gather the rows of all N processes, with gradient. A single process gets x back.
 
     Row i of process r becomes row i N + r, so the batch does not depend on N. Each process computes
-    the same loss over the whole batch. The gradients of all processes add up to N times the loss's
-    gradient, and DistributedDataParallel divides by N.
+    the same loss over the whole batch. So the sum of the processes' gradients is N times the loss's
+    gradient. DistributedDataParallel divides this sum by N.
 
     Args:
-        x: rows of this process, (B, ...).
-        batch: rows over all processes; by default N B.
+        x: the rows of this process, (B, ...).
+        batch: the number of rows over all processes; by default N B.
 
     Returns:
-        (batch, ...), the same in all processes.
+        The rows of all processes, (batch, ...), the same in each process.
     """
     if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
         return x
     batch = batch or world * len(x)
-    missing = -(-batch // world) - len(x)  # the last processes may have one row less
+    missing = -(-batch // world) - len(x)  # 1 for the last processes if N does not divide the batch
     rows = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
     return _Gather.apply(rows).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:batch]
 
@@ -74,14 +74,14 @@ def gather(x: Tensor, batch: int | None = None) -> Tensor:
 Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """(model, image_embeds (B, E), text_embeds (B, E), is_true (B, B)) -> the loss of a batch.
 
-Embeddings are unit vectors. `is_true[i, j]`: caption j is true of image i."""
+Embeddings are unit vectors. `is_true[i, j]` says whether caption j is true of image i."""
 
 
 class SigmoidLoss(nn.Module):
     """SigLIP's loss: classify each pair as true or false (Zhai et al. 2023, arXiv 2303.15343).
 
-    The bias is trained with the model. A checkpoint does not need it, because it changes neither
-    softmax nor ranking.
+    The bias is trained with the model. A checkpoint does not need the bias, because a constant
+    added to all logits changes neither their softmax nor their order.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class SigmoidLoss(nn.Module):
     def forward(
         self, model: CLIP, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor
     ) -> Tensor:
-        """Return the mean over images of the sum over captions. The arguments are a `Loss`'s."""
+        """Return the loss: summed over captions, averaged over images. `Loss` has the shapes."""
         logits = model.logit_scale.exp() * image_embeds @ text_embeds.T + self.bias  # (B, B)
         signs = 2 * is_true.to(logits) - 1  # 1 for a true pair, -1 for a false one
         return -F.logsigmoid(signs * logits).sum(dim=1).mean()
@@ -108,19 +108,19 @@ def batch_loss(
 ) -> Tensor:
     """Compute the loss of a batch over all processes.
 
-    False captions, such as the true one with two words swapped, come from NegCLIP (Yuksekgonul et
-    al. 2022, arXiv 2210.01936), where they are B more columns of the matrix. Here each image only
-    chooses between its true and its false caption, by the logistic loss.
+    A false caption may be the true caption with two words swapped (NegCLIP, Yuksekgonul et al.
+    2022, arXiv 2210.01936). NegCLIP compares every image with every false caption. Here a logistic
+    loss compares each image with its own true and false caption only.
 
     Args:
-        logit_scale: of the model, a logarithm.
-        labels: (B,), equal for pairs that are true of each other.
-        also: (B, K), labels of all captions of each image: "a dog" is true of a Chihuahua, and "a
-            Chihuahua" is false of another dog.
+        logit_scale: the model's logit scale, a logarithm.
+        labels: (B,). If two pairs have the same label, the caption of each is true of both images.
+        also: (B, K), the labels of all captions of each image. So "a dog" can be true of a
+            Chihuahua while "a Chihuahua" is false of another dog.
         image_embeds: unit vectors (B, E).
-        text_embeds: unit vectors (B, E) of captions; or (2 B, E), then the false captions.
-        loss: a function of (image_embeds, captions, is_true) that replaces `contrastive_loss`.
-        batch: pairs over all processes; by default B in each.
+        text_embeds: unit vectors of the captions (B, E), or (2 B, E) with false captions last.
+        loss: a function of (image_embeds, text_embeds, is_true), instead of `contrastive_loss`.
+        batch: the number of pairs over all processes; by default B in each process.
     """
     captions, *negatives = (gather(part, batch) for part in text_embeds.split(len(also)))
     image_embeds, labels, also = (gather(x, batch) for x in (image_embeds, labels, also))
@@ -146,16 +146,16 @@ def backward(
 ) -> Tensor:
     """Embed a batch, compute its loss, and backpropagate.
 
-    With a `chunk` this takes two passes (GradCache, Gao et al. 2021, arXiv 2101.06983). The first
-    pass embeds all chunks without a graph and computes the gradient of the embeddings. The second
-    embeds each chunk with a graph, and continues from there. The gradients equal a single pass's.
+    With `chunk` there are two passes (GradCache, Gao et al. 2021, arXiv 2101.06983). The first pass
+    embeds all chunks without a graph, and computes the embeddings' gradients. The second pass
+    embeds each chunk with a graph, and backpropagates. The gradients equal a single pass's.
 
     Args:
-        objective: an `Objective`, or a wrapper of it.
+        objective: an `Objective`, or a wrapper of an `Objective`.
         pixels: (B, 3, S, S).
-        ids: (B, T); or (2 B, T), then the false captions.
-        loss: of (image_embeds, text_embeds).
-        chunk: pairs in memory at once; 0 for all.
+        ids: (B, T), or (2 B, T) with the false captions last.
+        loss: a function of (image_embeds, text_embeds).
+        chunk: the number of pairs in memory at once; 0 means all.
 
     Returns:
         The loss, without a graph.
@@ -186,7 +186,7 @@ def backward(
         is_last = gradient is gradients[-1]
         end = partial(_chain, gradient, value if is_last else 0.0)
         torch.manual_seed(seed)
-        # Gradients add up, and the last chunk sends them to the other processes.
+        # The chunks' gradients add up. Only the last chunk shares the sum with other processes.
         with getattr(objective, "no_sync", nullcontext)() if not is_last else nullcontext():
             objective(*part, end).backward()
     return value.detach()
@@ -195,6 +195,6 @@ def backward(
 def _chain(
     gradient: tuple[Tensor, Tensor], value: Any, image_embeds: Tensor, text_embeds: Tensor
 ) -> Tensor:
-    """A number with the loss's gradient: through the embeddings by the chain rule, and with `value`
-    through everything else, such as the logit scale."""
+    """Return a number with the gradient of the loss. The chain rule gives the part through the
+    embeddings, and `value` the rest, such as the gradient of the logit scale."""
     return value + (image_embeds * gradient[0]).sum() + (text_embeds * gradient[1]).sum()

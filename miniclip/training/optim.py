@@ -1,4 +1,4 @@
-"""What is trained, by which optimizer and how fast: AdamW as in the paper's table 18, and Muon."""
+"""The trained parameters, their optimizers (AdamW as in the paper's table 18, Muon) and rates."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,14 +13,14 @@ from miniclip.model import CLIP
 from miniclip.surgery.lora import add_lora
 from miniclip.training.processes import sharded_like, whole
 
-BETAS, EPS = (0.9, 0.98), 1e-6  # as in the paper for ViTs
+BETAS, EPS = (0.9, 0.98), 1e-6  # the paper's values for ViTs
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum that is made orthogonal before it changes a matrix.
+    """An optimizer that makes the momentum of a matrix orthogonal before each update.
 
     Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". torch.optim.Muon
-    computes in bfloat16, which many CPUs do slowly. This one has the precision of the gradient.
+    computes in bfloat16, which is slow on many CPUs. This class computes in the gradient's dtype.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Bring all singular values of N matrices (N, R, C) near 1: about U V^T of each U S V^T.
+    """Turn each of N matrices (N, R, C) from U S V^T into about U V^T, with singular values near 1.
 
     Takes five steps of a Newton-Schulz iteration with Jordan's coefficients.
     """
@@ -67,11 +67,11 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def trainable(model: CLIP, freeze: str = "", lora: int = 0, seed: int = 0) -> CLIP:
-    """Return the model, or with `lora` a copy, in which only some parameters require gradients.
+    """Freeze the parameters that are not trained. Return the model, or with `lora` a copy.
 
-    `freeze` has names or globs of parts and parameters, with commas between them. `lora` is the
-    rank of the changes to queries and values, which then are all that is trained. Raises ValueError
-    if `freeze` fits nothing or leaves nothing.
+    `freeze` has names or globs of parts and parameters, separated by commas. With `lora`, only
+    changes of this rank to the queries and values are trained. Raises ValueError if a glob matches
+    nothing, or if nothing is left to train.
 
     >>> model = trainable(CLIP.from_pretrained("shapes"), "vision, text.*embed*")
     >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]
@@ -88,14 +88,14 @@ def trainable(model: CLIP, freeze: str = "", lora: int = 0, seed: int = 0) -> CL
         for name in found:
             named[name].requires_grad_(False)
     if not any(p.requires_grad for p in named.values()):
-        raise ValueError("nothing is left to train: all is frozen")
+        raise ValueError("nothing is left to train: all parameters are frozen")
     return model
 
 
 def layers_above(model: CLIP) -> dict[nn.Parameter, int]:
-    """Count the layers of the tower above each parameter (BEiT, Bao et al. 2021).
+    """Count the layers above each parameter in its tower, as BEiT does (Bao et al. 2021).
 
-    The last LayerNorm and the projection are the highest layer, and the embeddings the lowest.
+    The last LayerNorm and the projection are the highest layer. The embeddings are the lowest.
     """
     above: dict[nn.Parameter, int] = {}
     for tower in (model.vision, model.text):
@@ -115,10 +115,10 @@ def make_optimizers(
     weight_decay: float,
     shares: Mapping[nn.Parameter, float],
 ) -> list[torch.optim.Optimizer]:
-    """Make AdamW; and with `muon_lr` above 0, Muon for the matrices of the blocks.
+    """Make AdamW. If `muon_lr` is above 0, also make Muon, for the matrices of the blocks.
 
-    Only matrices decay: not biases, norms, the class token or the logit scale. A parameter in
-    `shares` learns at this share of the rate.
+    Weight decay does not apply to biases, LayerNorms, the class token and the logit scale.
+    `shares` gives a parameter's learning rate as a share of `lr` or `muon_lr`; by default 1.
     """
     kinds: tuple[dict[Any, list[Tensor]], ...] = ({(0.0, 1.0): []}, {})
     for name, p in named:
@@ -143,14 +143,14 @@ def make_optimizers(
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
-    """Set each group's rate to a share of its peak."""
+    """Set each group's learning rate to this share of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Return the share of the peak rate: a linear warm-up, then half a cosine down to zero."""
+    """Return a step's share of the peak rate: a linear warm-up, then a cosine down to zero."""
     rising = max(1, round(steps * warmup))
     if step < rising:
         return (step + 1) / rising

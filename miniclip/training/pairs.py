@@ -1,4 +1,4 @@
-"""Training data: pairs of a picture and a caption."""
+"""The interface of training data: pairs of an image and a caption."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -12,17 +12,17 @@ from miniclip.transform import ImageTransform
 
 
 class Pair(NamedTuple):
-    """A picture and a caption that is true of it."""
+    """An image and a caption that is true of the image."""
 
     pixels: Tensor  # (3, S, S) uint8
     caption: str
-    label: int  # pairs with equal labels are true of each other
-    negative: str = ""  # a caption that is false of the picture, if the data has one
-    also: Sequence[int] = ()  # labels of all captions of the picture; equally many in each pair
+    label: int  # if two pairs have the same label, each caption is true of both images
+    negative: str = ""  # a caption that is false of the image, if the data has false captions
+    also: Sequence[int] = ()  # labels of all captions of the image; equally many in each pair
 
 
 class Batch(NamedTuple):
-    """B pairs."""
+    """A batch of B pairs."""
 
     pixels: Tensor  # (B, 3, S, S) uint8
     captions: list[str]
@@ -32,12 +32,12 @@ class Batch(NamedTuple):
 
 
 class TrainingData(Protocol):
-    """Where pairs come from. In `data[item, draw]` the number `draw` chooses among the captions.
+    """A source of pairs. `data[item, draw]` is a pair, or None if its image cannot be read.
 
-    None stands for a picture that cannot be read.
+    The number `draw` chooses one of the image's captions.
     """
 
-    skipped: list[str]  # a line for each unreadable picture
+    skipped: list[str]  # a line for each unreadable file
 
     def __len__(self) -> int: ...
 
@@ -46,14 +46,14 @@ class TrainingData(Protocol):
         ...
 
     def captions(self) -> Iterable[str]:
-        """Return captions with all words of the data, to learn a tokenizer from."""
+        """Return captions that contain all words of the data, to learn a tokenizer from."""
         ...
 
     def __getitem__(self, item_and_draw: tuple[Any, int]) -> Pair | None: ...
 
 
 def caption_label(caption: str) -> int:
-    """Return a number for a caption: the same one in all processes and runs."""
+    """Return a number for a caption, which is the same in all processes and runs."""
     return crc32(caption.encode())
 
 
@@ -63,12 +63,12 @@ def shuffled(count: int, seed: int) -> Iterator[int]:
 
 
 def to_bytes(transform: ImageTransform) -> Callable[[Any], Tensor]:
-    """Return the transform without its last step: from a picture to uint8 (3, S, S)."""
+    """Return the transform without normalization: a function from an image to uint8 (3, S, S)."""
     plain = replace(transform, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
     return lambda picture: (plain(picture) * 255).round().to(torch.uint8)
 
 
 def note_once(notes: list[str], note: str) -> None:
-    """Append a note, unless it is there already."""
+    """Append a note, unless the list has it already."""
     if note not in notes:
         notes.append(note)

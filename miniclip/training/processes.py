@@ -1,4 +1,4 @@
-"""Several processes that train together, started by torchrun."""
+"""Train in several processes, which torchrun starts."""
 
 import os
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from miniclip.model import CLIP
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Yield the device of this process. Under torchrun, which sets RANK, also join the processes.
+    """Yield the device of this process. Under torchrun, also join the process group.
 
-    They stay joined until the end of the `with` block. A program may have joined them before.
+    The group ends with the `with` block. A group that the program joined before is kept.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield device
@@ -31,8 +31,8 @@ def process_group(device: str) -> Iterator[str]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         check_device(device)
         torch.cuda.set_device(device)
-    # torchrun may keep its store through a restart, with the addresses of crashed processes
-    # (pytorch/pytorch#167288). The number of the restart is the same on one machine only.
+    # After a restart, torchrun's store may still have the addresses of crashed processes
+    # (pytorch/pytorch#167288). On one machine, the number of the restart hides these addresses.
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
     store, rank, world_size = next(dist.rendezvous("env://"))
@@ -54,9 +54,9 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def parallel(objective: nn.Module, skips: bool) -> nn.Module:
-    """Wrap a module, so that its gradients are means over all processes. Alone, return it.
+    """Wrap a module, so that its gradients are averaged over all processes, if there are several.
 
-    `skips`: a step may leave a parameter out. PyTorch then looks for such parameters in each step.
+    `skips` says whether a step may leave out parameters. PyTorch then looks for them in each step.
     """
     if rank_and_world_size()[1] == 1:
         return objective
@@ -68,11 +68,11 @@ def parallel(objective: nn.Module, skips: bool) -> nn.Module:
 def shard(model: CLIP) -> CLIP:
     """Shard each block and each tower over all processes, in place, with FSDP2.
 
-    The logit scale stays whole: all processes compute the same loss, and so the same gradient of
-    it. Raises ValueError without torchrun, or for a fork with other weights outside the towers.
+    The logit scale is not sharded: its gradient is the same in all processes, like the loss.
+    Raises ValueError without torchrun, or if a fork has other weights outside the towers.
     """
     if not dist.is_initialized():
-        raise ValueError("fsdp shards the weights over several processes: start them by torchrun")
+        raise ValueError("fsdp shards the weights over several processes: start them with torchrun")
     mesh = init_device_mesh(model.logit_scale.device.type, (dist.get_world_size(),))
     for tower in (model.vision, model.text):
         for block in tower.blocks:
@@ -80,24 +80,24 @@ def shard(model: CLIP) -> CLIP:
         fully_shard(tower, mesh=mesh)
     for name, p in model.named_parameters():
         if not isinstance(p, DTensor) and p is not model.logit_scale:
-            raise ValueError(f"fsdp shards the two towers, and {name} is in neither")
+            raise ValueError(f"fsdp shards only the two towers, but {name} is outside of them")
     return model
 
 
 def reshard(model: CLIP) -> None:
-    """Shard a model again after a pass without gradients, which leaves its towers whole."""
+    """Shard a model again, because a pass without gradients leaves its towers unsharded."""
     for tower in (model.vision, model.text):
         if isinstance(tower, FSDPModule):
             tower.reshard()
 
 
 def whole(state: Any, device: str | None = None) -> Any:
-    """Make all sharded tensors in a state whole, on a device. All processes call it together."""
+    """Make all sharded tensors in a state whole, on a device. All processes must take part."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().to(device), state)
 
 
 def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
-    """Shard a whole tensor as `part` is sharded, if it is."""
+    """Shard a whole tensor like `part`, if `part` is sharded and has the same shape."""
     if not isinstance(part, DTensor) or tensor.shape != part.shape:
         return tensor
     mesh = part.device_mesh
@@ -106,7 +106,7 @@ def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def of_first_process(value: float) -> float:
-    """Return the value of the first process, in all processes."""
+    """Return the first process's value in all processes."""
     said = [value]
     if rank_and_world_size()[1] > 1:
         dist.broadcast_object_list(said)
@@ -114,7 +114,7 @@ def of_first_process(value: float) -> float:
 
 
 def of_all_processes(notes: list[str]) -> list[str]:
-    """Return the notes of all processes, each once."""
+    """Return the notes of all processes, without repetitions."""
     if not dist.is_initialized():
         return notes
     theirs: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""The numbers of a training run: each field, its default, its meaning and its limits.
+"""The settings of a training run: each field, its default, its meaning and its limits.
 
 This file imports no torch, so that `miniclip --help` is fast.
 """
@@ -18,40 +18,40 @@ def described(default: Any, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run. Raises ValueError for a number outside its limits."""
+    """The settings of a run. Raises ValueError if a setting is outside its limits."""
 
     epochs: int = described(30, "passes over the data")
-    batch: int = described(256, "pairs in a step, over all processes")
-    lr: float = described(1e-3, "AdamW's learning rate at its peak")
-    muon_lr: float = described(0.0, "above 0, Muon trains the matrices of the blocks, at this peak")
+    batch: int = described(256, "pairs in a batch, over all processes")
+    lr: float = described(1e-3, "peak learning rate of AdamW")
+    muon_lr: float = described(0.0, "peak rate of Muon; above 0, Muon trains the blocks' matrices")
     weight_decay: float = described(0.1, "weight decay of the matrices")
-    layer_decay: float = described(1.0, "a layer's rate, as a share of the rate of the layer above")
-    warmup: float = described(0.05, "share of the steps in which the learning rate rises")
-    clip_gradient: float = described(1.0, "largest norm of the gradient")
-    patch_dropout: float = described(0.0, "share of an image's patches left out (FLIP)")
+    layer_decay: float = described(1.0, "a layer's rate, divided by the rate of the layer above")
+    warmup: float = described(0.05, "share of the steps during which the learning rate rises")
+    clip_gradient: float = described(1.0, "norm to which a larger gradient is scaled down")
+    patch_dropout: float = described(0.0, "share of an image's patches that is dropped (FLIP)")
     # The last epochs train the model as it will be used.
-    full_epochs: int = described(1, "epochs at the end without patch dropout")
+    full_epochs: int = described(1, "epochs without patch dropout at the end of the run")
     ema: float = described(0.0, "above 0, write the weights' moving average, with this decay")
-    loss: str = described("clip", "clip, or siglip, whose bias stays in the training state")
-    freeze: str = described("", "parts to freeze: vision (LiT), text, or globs, with commas")
+    loss: str = described("clip", "clip or siglip; the checkpoint leaves out siglip's bias")
+    freeze: str = described("", "parts to freeze, separated by commas: vision (LiT), text or globs")
     lora: int = described(0, "above 0, train only changes of this rank, and write merged weights")
-    val_every: int = described(0, "steps between two measurements of --val; 0: once an epoch")
-    # A mirror makes captions with "left" and "right" false.
-    augment: bool = described(False, "mirror, zoom into and move the pictures")
-    hard_negatives: bool = described(False, "learn from false captions, if there are any (NegCLIP)")
-    # Other losses accumulate gradients. This loss needs the whole batch.
+    val_every: int = described(0, "steps between two measurements on --val; 0: after each epoch")
+    # In a mirrored image, "left" and "right" in the caption are wrong.
+    augment: bool = described(False, "mirror, zoom into and shift the images at random")
+    hard_negatives: bool = described(False, "also learn from the data's false captions (NegCLIP)")
+    # Gradient accumulation would not work, because the loss compares all pairs of a batch.
     chunk: int = described(0, "pairs in memory at once, in two passes (GradCache); 0: all")
-    checkpoint_blocks: bool = described(False, "compute blocks twice to save memory")
-    precision: str = described("float32", "float32, or bfloat16 by autocast")
-    compile: bool = described(False, "compile the towers")
+    checkpoint_blocks: bool = described(False, "to save memory, compute each block twice")
+    precision: str = described("float32", "float32, or bfloat16 with autocast")
+    compile: bool = described(False, "compile the towers with torch.compile")
     fsdp: bool = described(False, "under torchrun, shard the weights over the processes")
     seed: int = described(0, "decides everything that is random")
 
     def __post_init__(self) -> None:
         for name in (each.name for each in fields(self) if type(each.default) in (int, float)):
-            least = {"epochs": 1, "batch": 2}.get(name, 0)  # a batch of one has nothing to compare
+            least = {"epochs": 1, "batch": 2}.get(name, 0)  # the loss compares at least two pairs
             most = 1 if name == "warmup" else 2**63 - 1
-            if not least <= getattr(self, name) <= most:  # false for NaN and infinity too
+            if not least <= getattr(self, name) <= most:  # also refuses NaN and infinity
                 found = f"{name} is {getattr(self, name)}"
                 raise ValueError(f"{found}; expected at least {least}, at most {most}")
         for name, fits, expected in (
@@ -67,7 +67,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read the recipe.json of a run. Raises ValueError."""
+    """Read the recipe.json of a run. Raises ValueError for an unknown or wrong entry."""
     values = read_json(path)
     kinds = {each.name: type(each.default) for each in fields(Recipe)}
     for name, value in values.items():

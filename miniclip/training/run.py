@@ -1,4 +1,4 @@
-"""The state of a run: saved, continued after a kill, and logged."""
+"""The state of a run: save it, continue it after a kill, and log it."""
 
 import json
 import math
@@ -33,9 +33,9 @@ STATE = "training.pt"
 
 
 class Run:
-    """What a run trains, and its state: step, optimizers, scores and metrics.
+    """A run: the trained model, and the state: step, optimizers, scores and metrics.
 
-    A `loss` with parameters is trained and saved too. One of several processes `writes` the files.
+    A `loss` with parameters is trained and saved too. Only the process with `writes` writes files.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Run:
             self.trained = shard(copied(self.plain))
             if self.average:
                 shard(self._weights())
-            self.plain.cpu()  # whole weights might not fit on the device
+            self.plain.cpu()  # unsharded weights might not fit on the device
         self.objective = Objective(self.trained, loss, recipe.precision)
         above, decay = layers_above(self.trained), recipe.layer_decay
         self.optimizers = make_optimizers(
@@ -66,11 +66,11 @@ class Run:
         config = model.config.to_dict() | {"class": type(model).__name__}
         self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
-        self.losses: list[Any] = []  # since the last row; on a GPU not read yet
-        self.loss = math.nan  # the last one that was read
+        self.losses: list[Any] = []  # of the steps since the last row; tensors, until they are read
+        self.loss = math.nan  # the last loss that was read
         self.rows: list[dict[str, float]] = []
-        self.best = -math.inf  # score on held-out data
-        self.seconds = 0.0  # of training before this start
+        self.best = -math.inf  # the best first score on held-out data
+        self.seconds = 0.0  # of training, before this process started
         self.reported: set[str] = set()
         if (out / STATE).is_file():
             self._continue()
@@ -115,25 +115,25 @@ class Run:
                 if type(self.step) is not int or self.step < 0:
                     raise ValueError(f"step is {self.step!r}; expected a number of steps")
                 sum(self.losses) + self.seconds + sum(row.get("loss", 0) for row in self.rows)
-                json.dumps(self.rows)  # this line and the last one raise for damaged rows
-        except Exception as error:  # damage raises many kinds of errors
+                json.dumps(self.rows)  # this line and the line before fail if the rows are damaged
+        except Exception as error:  # a damaged file can raise any error
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: cannot be continued: {reason}") from error
         if changed:
             raise ValueError(
-                f"{self.out}: holds an unfinished run with another {', '.join(changed)}; "
-                "continue it with its own command, or choose another folder"
+                f"{self.out}: holds an unfinished run with other values of {', '.join(changed)}; "
+                "continue that run with its own command, or choose another folder"
             )
         if self.writes:
             self.report(f"{self.out}: continued at step {self.step}")
 
     @property
     def is_time_to_save(self) -> bool:
-        """Whether the last save is SAVE_EVERY seconds old."""
+        """Whether the last save is more than SAVE_EVERY seconds old."""
         return self.agreed(time.monotonic() - self.saved_at > SAVE_EVERY)
 
     def agreed(self, wants_to_save: bool) -> bool:
-        """All processes save sharded weights together, so the first one decides."""
+        """With sharded weights, let the first process decide, because all save together."""
         return bool(of_first_process(wants_to_save)) if self.recipe.fsdp else wants_to_save
 
     def validate(
@@ -142,7 +142,7 @@ class Run:
         tokenizer: Tokenizer,
         transform: ImageTransform,
     ) -> dict[str, float]:
-        """Measure the weights. If the first score is the best so far, write `out`/best."""
+        """Score the model on held-out data. Write `out`/best if the first score is the best yet."""
         self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))
@@ -151,17 +151,17 @@ class Run:
         if first > self.best:
             self.best = first
             self._write(self.out / "best", tokenizer, transform)
-        self.started += time.monotonic() - began  # a row counts the seconds of training
+        self.started += time.monotonic() - began  # this is not training time
         return {f"val_{name}": score for name, score in scores.items()}
 
     def note_loss(self, loss: Tensor) -> None:
-        """Keep the loss of a step. On a GPU it is read later, because reading waits for the GPU."""
+        """Keep a step's loss. On a GPU it is read later, because reading waits for the GPU."""
         self.losses.append(loss)
         if loss.is_cpu:
             self.read_losses()
 
     def read_losses(self) -> None:
-        """Read the losses as numbers. Raises ValueError if one is NaN or infinite."""
+        """Turn the losses into numbers. Raises ValueError if a loss is NaN or infinite."""
         self.losses = [float(loss) for loss in self.losses]
         for self.loss in self.losses:
             if not math.isfinite(self.loss):
@@ -169,8 +169,8 @@ class Run:
                 raise ValueError(f"{reason}; try a smaller lr")
 
     def log_step(self, epoch_ended: bool, scores: dict[str, float]) -> None:
-        """Count a step. Write a row of metrics every LOG_EVERY steps, after an epoch, and with
-        new scores."""
+        """Count a step. Write a row of metrics every LOG_EVERY steps, at the end of an epoch, and
+        if there are scores."""
         self.step += 1
         if self.step % LOG_EVERY and not epoch_ended and not scores:
             return
@@ -197,15 +197,15 @@ class Run:
                 self.writer.add_scalar(name, value, self.step)
 
     def report(self, note: str, about: str = "") -> None:
-        """Print a note above the progress bar, once; of notes `about` one thing the first."""
+        """Print a note above the progress bar, once. Print only the first note for each `about`."""
         if (about or note) not in self.reported:
             self.reported.add(about or note)
             tqdm.write(note, file=sys.stderr)
 
     def save(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
-        """Write the state, then the checkpoint. In the other order, a run that is killed between
-        the two would look finished."""
-        self.read_losses()  # raises before anything is saved
+        """Write the state first, then the checkpoint. In the other order, a run that is killed in
+        between would look finished."""
+        self.read_losses()  # a loss of NaN raises an error before anything is saved
         self.saved_at = time.monotonic()
         if not (self.writes or self.recipe.fsdp):
             return
@@ -223,12 +223,12 @@ class Run:
         state = whole(state, "cpu")
         if self.writes:
             with blaming_disk(self.out), replacing(self.out / STATE) as path:
-                with open(path, "wb") as file:  # given a path, torch hides the disk's error
+                with open(path, "wb") as file:  # torch.save to a path hides the disk's error
                     torch.save(state, file)
         self._write(self.out, tokenizer, transform)
 
     def finish(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
-        """Write the checkpoint, copy its weights to the model, and remove the state."""
+        """Write the checkpoint, copy its weights to the model, and delete the saved state."""
         weights = self._write(self.out, tokenizer, transform)
         if weights is not self.model:
             self.model.load_state_dict(weights.state_dict())
@@ -239,11 +239,11 @@ class Run:
             self.writer.close()
 
     def _weights(self) -> CLIP:
-        """The model to measure and to write: the averaged weights, if there are any."""
+        """Return the model to measure and to write: the moving average, if there is one."""
         return cast(CLIP, self.average.module) if self.average else self.trained
 
     def _write(self, out: Path, tokenizer: Tokenizer, transform: ImageTransform) -> CLIP:
-        """Write a checkpoint. All processes call it, because sharded weights need them."""
+        """Write a checkpoint. All processes must take part, because weights may be sharded."""
         weights = self._weights()
         if self.recipe.fsdp:
             self.plain.load_state_dict(whole(weights.state_dict(), "cpu"))
@@ -256,20 +256,20 @@ class Run:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process used, on the GPU or in the machine's memory."""
+    """Return the peak memory of this process in bytes, on the GPU or in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         from resource import RUSAGE_SELF, getrusage
-    except ImportError:  # Windows
+    except ImportError:  # on Windows
         return 0
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def open_tensorboard(out: Path, step: int) -> Any:
-    """Open PyTorch's writer. It hides what a killed run wrote after this step."""
+    """Open PyTorch's TensorBoard writer. It hides metrics that a killed run wrote after `step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("--log tensorboard needs it: pip install 'miniclip[train]'") from None
+        raise ValueError("TensorBoard is not installed: pip install 'miniclip[train]'") from None
     return SummaryWriter(str(out), purge_step=step + 1)

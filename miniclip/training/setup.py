@@ -1,4 +1,4 @@
-"""From names to what a run starts from: model, tokenizer, transform, data and recipe."""
+"""Load or make what a run starts from: model, tokenizer, transform, data and recipe."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,8 @@ def from_scratch(
 
     Args:
         config: the shape. `config.text.vocab_size` is an upper limit; the model gets the size of
-            the vocabulary.
-        data: training data.
+            the learnt vocabulary.
+        data: the training data.
         seed: decides the weights.
         kind: the class of the model.
     """
@@ -44,7 +44,7 @@ def from_scratch(
     return kind(replace(config, text=text)), tokenizer
 
 
-# The default shape, which two cores can train.
+# The default shape. Two CPU cores can train it.
 SMALL = CLIPConfig(
     VisionConfig(width=128, layers=4, heads=4, mlp_width=512, image_size=32, patch_size=4),
     TextConfig(
@@ -56,7 +56,7 @@ SMALL = CLIPConfig(
 
 
 class Setup(NamedTuple):
-    """The first arguments of `train`."""
+    """The first five arguments of `train`."""
 
     model: CLIP
     tokenizer: Tokenizer
@@ -74,23 +74,23 @@ def set_up(
     device: str = "cpu",
     columns: tuple[str, str] = COLUMNS,
 ) -> Setup:
-    """Load, make and open what the names stand for.
+    """Load or make everything that a run starts from.
 
     Args:
         data: see `open_data`.
         model: the checkpoint to fine-tune; by default the weights are random.
-        like: a checkpoint, or a recipe.json, whose recipe to follow. Random weights also get the
-            checkpoint's shape, and pixels its mean and standard deviation.
+        like: a checkpoint, or a recipe.json in a checkpoint's folder. The run gets its recipe and,
+            without `model` and `config`, also its shape and transform.
         config: a config.json with the shape of random weights.
         overrides: fields of the recipe to change.
-        device: where the model is trained.
+        device: the device on which the model is trained.
         columns: see `open_data`.
     """
     check_device(device)
     if model and config:
-        raise ValueError(f"{model} has a shape, which {config} cannot change: give one of the two")
+        raise ValueError(f"{config} cannot change the shape of {model}: give one of the two")
     if data == "shapes" and not (model or config or like):
-        like = "shapes"  # the default shape reads smaller pictures
+        like = "shapes"  # the default shape reads smaller images
     directory = resolve(like, "config") if like else None
     recipe = Recipe()
     if like and directory:  # `like` may be a recipe file
@@ -103,7 +103,7 @@ def set_up(
     if config:
         fields = read_json(Path(config))
         if isinstance(text := fields.get("text_config"), dict):
-            # A vocabulary is about to be learnt. transformers' default ids may lie outside of it.
+            # The vocabulary that is learnt below may be too small for transformers' default ids.
             fields["text_config"] = text | {"bos_token_id": 0, "eos_token_id": 0}
         shape = CLIPConfig.from_dict(fields)
     elif directory:

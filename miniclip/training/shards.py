@@ -22,14 +22,14 @@ from miniclip.transform import ImageTransform
 
 
 class Shards:
-    """WebDataset tars. A sample is a picture and a .txt with the same stem.
+    """WebDataset tar shards. A sample is an image and a .txt with the same stem.
 
-    A shard is a file, a command ("pipe:curl -s URL/{000..099}.tar" is a hundred), or an address
-    that fsspec opens ("hf://datasets/OWNER/NAME/0.tar").
+    A shard is a file, the output of a command ("pipe:curl -s URL/{000..099}.tar" gives a hundred
+    shards), or an address that fsspec opens ("hf://datasets/OWNER/NAME/0.tar").
 
     Every process reads all shards and decodes its own share, so the batches do not depend on the
-    number of processes. The order of the shards is drawn, and a shuffle buffer mixes neighbours.
-    `len` reads all shards once to count the samples.
+    number of processes. The shards are read in random order, and a buffer shuffles the samples.
+    The first call of `len` reads all shards, to count the samples.
     """
 
     BUFFER = 1000  # samples
@@ -51,18 +51,18 @@ class Shards:
         return self._count
 
     def items(self, seed: int) -> Iterator[dict[str, Any]]:
-        """All samples, in an order that the seed decides."""
+        """Yield all samples, in an order that the seed decides."""
         from webdataset.filters import shuffle
 
         order = [self.paths[i] for i in shuffled(len(self.paths), seed)]
         yield from shuffle(self.BUFFER, rng=random.Random(seed))(self._samples(order))
 
     def captions(self) -> Iterator[str]:
-        """The caption of every sample."""
+        """Return the caption of every sample."""
         return map(_caption, self._samples(self.paths))
 
     def _samples(self, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Whole samples, not decoded. A damaged shard is read up to the damage, and noted."""
+        """Yield complete samples, not decoded. Damage in a shard is noted, and ends the shard."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def note(error: Exception) -> bool:
@@ -85,9 +85,9 @@ class Shards:
                     if {*PICTURES} & sample.keys() and _caption(sample).strip():
                         yield sample
                     else:
-                        missing = "expected a picture and a .txt with its caption"
+                        missing = "expected an image and a .txt with its caption"
                         note_once(self.skipped, f"{_place(sample)}: {missing}")
-            except Exception as error:  # from a file system, a network or a command
+            except Exception as error:  # a file system, a network or a command can raise any error
                 note(error)
 
     def __getitem__(self, item_and_draw: tuple[dict[str, Any], int]) -> Pair | None:
@@ -103,13 +103,13 @@ class Shards:
 
 
 def is_address(name: str | os.PathLike[str]) -> bool:
-    """Whether a name is a command or an address, and not a path."""
+    """Return whether a name is a command or an address, not a path."""
     return str(name).startswith("pipe:") or "://" in str(name)
 
 
 @contextmanager
 def open_shard(path: str) -> Iterator[Any]:
-    """Open the output of a command, or an address, to read a tar."""
+    """Open a shard that is the output of a command, or that has an address."""
     if not path.startswith("pipe:"):
         with fsspec.open(path) as stream:
             yield stream
@@ -118,10 +118,10 @@ def open_shard(path: str) -> Iterator[Any]:
         assert process.stdout
         try:
             yield process.stdout
-        except GeneratorExit:  # nobody reads on
+        except GeneratorExit:  # the reader has stopped
             process.kill()
             raise
-        while process.stdout.read(2**20):  # the rest, or the command would fail to write it
+        while process.stdout.read(2**20):  # so that the command can write all its output
             pass
     if process.returncode:
         raise OSError(f"the command ended with exit status {process.returncode}")

@@ -442,8 +442,8 @@ SLIPS = [
     ),
     Slip(
         "The two passes draw other patches.",
-        "        torch.manual_seed(seed)\n        # Gradients add up",
-        "        # Gradients add up",
+        "        torch.manual_seed(seed)\n        # The chunks' gradients add up",
+        "        # The chunks' gradients add up",
         TRAINING + " -k passes",
     ),
     Slip(
@@ -633,7 +633,7 @@ SLIPS = [
     ),
     Slip(
         "A shard that cannot be opened ends the run.",
-        "            except Exception as error:  # from a file system",
+        "            except Exception as error:  # a file system",
         "            except ZeroDivisionError as error:  # from a file system",
         FINE + " -k fails",
     ),
@@ -645,7 +645,7 @@ SLIPS = [
     ),
     Slip(
         "An item that crashes ends the run.",
-        "        except Exception as error:  # one item",
+        "        except Exception as error:  # one bad item",
         "        except ZeroDivisionError as error:  # one item",
         FINE + " -k crashes",
     ),
