@@ -128,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.files(repository, revision or "main")
         if files is not None:
             siblings = [{"rfilename": path} for path in files]
+            if "blobs=" in urlsplit(self.path).query:
+                siblings = [_sibling(path, data) for path, data in files.items()]
             self.json({"id": repository, "sha": commit(files), "siblings": siblings})
 
     def tree(self, repository: str, revision: str) -> None:
@@ -238,6 +240,13 @@ _ROUTES = [
     (r"/upload/(\w+)", _Handler.upload),
     (rf"/api/models/{_REPOSITORY}/commit/(main)", _Handler.commit),
 ]
+
+
+def _sibling(path: str, data: bytes) -> dict[str, object]:
+    sibling = {"rfilename": path, "size": len(data), "blobId": git_hash(data)}
+    if path.endswith(LARGE):
+        sibling["lfs"] = {"sha256": sha256(data), "size": len(data), "pointerSize": 134}
+    return sibling
 
 
 def _entry(path: str, data: bytes) -> dict[str, object]:

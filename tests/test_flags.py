@@ -154,13 +154,13 @@ def test_an_index_stores_the_commit_that_was_loaded(run, output, monkeypatch, tm
             miniclip.save(folder, *miniclip.load("everyday"))
         return str(folder)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", lambda *args, **options: iter(()))
-    index = output("embed PICTURE --out out --model MODEL --revision second", "me/mine")
-    assert (index["model"], index["revision"]) == ("me/mine", "commit-of-second")
-
     def asked(repository, *, revision, **options):
         raise ValueError(f"asked for {repository} at {revision}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", asked)
+    index = output("embed PICTURE --out out --model MODEL --revision second", "me/mine")
+    assert (index["model"], index["revision"]) == ("me/mine", "commit-of-second")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
     assert_error(run("search out cat"), "asked for me/mine at commit-of-second")

@@ -39,7 +39,7 @@ from miniclip.commands.main import main
 from miniclip.config import LEGACY_EOS
 from miniclip.convert import convert
 from miniclip.files import hub as hub_files
-from miniclip.files.hub import HUB_FILES, _has_its_hash
+from miniclip.files.hub import HUB_FILES, _has_its_hash, _hashes_at
 from miniclip.files.writing import SAVED, saving
 from miniclip.retrieval.index import Index, fingerprint
 
@@ -595,7 +595,7 @@ def test_without_symlinks_the_hub_is_asked_for_the_hashes(hub, files, model, mon
     assert_same_weights(CLIP.from_pretrained(NAME), model)
     hub.requests.clear()
     assert_same_weights(CLIP.from_pretrained(NAME), model)
-    assert not asked(hub, "/tree/")
+    assert len(asked(hub, "GET /api/models")) == 1  # by the hub's client
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     edited = next(cache.glob("*/snapshots/*")) / name
     assert not edited.is_symlink()
@@ -603,6 +603,13 @@ def test_without_symlinks_the_hub_is_asked_for_the_hashes(hub, files, model, mon
     with pytest.raises(CheckpointError, match=f"{name} is not the file that the hub announced"):
         CLIP.from_pretrained(NAME)
     assert edited.read_bytes() == other
+
+
+def test_a_hub_that_does_not_answer_is_asked_for_hashes_once(hub, files):
+    hub.faults = [Fault("/api/models", status=503)]
+    hub.requests.clear()
+    assert _hashes_at(NAME, "main", local_files_only=False) == {}
+    assert len(hub.requests) == 1
 
 
 def test_a_damaged_file_that_cannot_be_deleted_is_an_error_of_ours(hub, files, monkeypatch):

@@ -181,9 +181,12 @@ def _hashes_at(repository: str, commit: str, local_files_only: bool) -> dict[str
 
     if not local_files_only:
         with suppress(Exception):  # no network: a file without a hash is checked another time
-            tree: Any = HfApi().list_repo_tree(repository, revision=commit, recursive=True)
-            files = [file for file in tree if hasattr(file, "blob_id")]
-            return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+            # Unlike the list of a folder, this is asked once, not again and again for minutes.
+            info = HfApi().model_info(repository, revision=commit, files_metadata=True, timeout=10)
+            return {
+                file.rfilename: str(file.lfs.sha256 if file.lfs else file.blob_id)
+                for file in info.siblings or []
+            }
     return {}
 
 
