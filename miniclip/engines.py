@@ -24,11 +24,13 @@ how much. Commands that save or evaluate embeddings do not accept these engines.
 """
 
 import copy
+import logging
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,6 +69,19 @@ def compiled_bf16(tower: nn.Module) -> Encode:
     return compiled(copy.deepcopy(tower).bfloat16())
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """Hide what exporters say about themselves."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
 def write_onnx(tower: Any, path: Path) -> None:
     """Write a tower for any number of pictures, or of texts of any length that it reads."""
     if (dtype := next(tower.parameters()).dtype) != torch.float32:
@@ -79,8 +94,7 @@ def write_onnx(tower: Any, path: Path) -> None:
         length = tower.config.context_length
         example = torch.full((2, min(3, length)), tower.config.eos_token_id)
         sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", min=2, max=length)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the exporter itself
+    with silence():
         torch.onnx.export(  # of a copy, because the exporter replaces parameters for a time
             copy.deepcopy(tower),
             (example,),
@@ -104,10 +118,11 @@ def onnxruntime(tower: nn.Module, int8: bool = False) -> Encode:
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
             path = Path(folder, "int8.onnx")
-            quantize_dynamic(
-                path.with_name("tower.onnx"), path, weight_type=QuantType.QInt8,
-                op_types_to_quantize=["MatMul", "Gemm"], use_external_data_format=True,
-            )  # fmt: skip
+            with silence():
+                quantize_dynamic(
+                    path.with_name("tower.onnx"), path, weight_type=QuantType.QInt8,
+                    op_types_to_quantize=["MatMul", "Gemm"], use_external_data_format=True,
+                )  # fmt: skip
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
     return lambda x: torch.from_numpy(session.run(None, {given.name: x.numpy()})[0])

@@ -50,7 +50,7 @@ PIXELS, IDS = random_inputs(TINY)
 @EXPORTER
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "eager"])
-def test_an_engine_gives_the_towers_numbers_for_every_size(name, model):
+def test_an_engine_gives_the_towers_numbers_for_every_size(name, model, capfd, caplog):
     if missing := ENGINES[name].missing:
         pytest.skip(f"needs {', '.join(missing)}")
     if name.startswith("compile") and not shutil.which(os.environ.get("CXX", "g++")):
@@ -74,6 +74,8 @@ def test_an_engine_gives_the_towers_numbers_for_every_size(name, model):
             assert (one - other).abs().max() <= bound
         if bound < 1e-3 and tokens > 2:
             assert_far(found[1], unmasked.text(ids))
+    assert capfd.readouterr().err == ""
+    assert not [record for record in caplog.records if record.levelname != "DEBUG"]
 
 
 def test_float32_engines_promise_2e_5_and_no_other_does():
