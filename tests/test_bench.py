@@ -758,11 +758,12 @@ def test_memory_of_growth_is_what_the_work_takes():
 
 def test_growth_is_a_command_and_a_picture(grown, tmp_path, monkeypatch, capsys):
     asked = []
+    monkeypatch.setattr("miniclip.commands.bench.keep_freed_memory", lambda: asked.append("memory"))
     monkeypatch.setattr(bench, "growth", lambda *args: asked.append(args) or grown)
     picture = tmp_path / "growth.png"
     argv = ["bench", "--growth", "--shape", "tiny", "--plot", str(picture)]
     assert main(argv) == 0
-    assert asked == [("tiny", "cpu")]
+    assert asked == ["memory", ("tiny", "cpu")]
     table = capsys.readouterr().out
     assert all(axis in table for axis in GROWN) and max(map(len, table.splitlines())) <= 80
     with Image.open(picture) as drawn:
