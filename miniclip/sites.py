@@ -262,7 +262,7 @@ def _call(edit: Edit, name: str, module: nn.Module, args: tuple, tensor: Tensor)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, found {type(tensor).__name__}")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        raise ValueError(f"{name}: is hooked; compile or export the model outside of the block")
+        raise ValueError(f"{name}: is hooked; compile or export the model outside the `with`")
     return edit(tensor, name)
 
 
@@ -277,7 +277,7 @@ def _checked(edit: Edit, tensor: Tensor, name: str) -> Tensor | None:
         changed = tensor._version != before
     if changed:
         raise ValueError(
-            f"{name}: the hook changed the tensor in place; return a changed copy, as of x.clone()"
+            f"{name}: the hook changed the tensor in place; change x.clone() and return it"
         )
     if edited is not None and _kind(edited, name) != _kind(tensor, name):
         raise ValueError(

@@ -68,7 +68,7 @@ def say_phrase(phrase: Phrase) -> str:
 
 
 def holds(claim: Claim, scene: Scene) -> bool:
-    """Whether some different objects of the scene fit the phrases and the relation."""
+    """Whether the scene has different objects that fit the phrases and the relation."""
     return any(
         all(map(fits, claim.phrases, chosen))
         and (not claim.relation or apart(claim.relation, *chosen) > 0)

@@ -99,7 +99,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
 
     Args:
         index: the number of the scene.
-        seed: the number of the world, which has its own scenes.
+        seed: the number of the world. Each world has other scenes.
         held_out: take pairs of colour and shape from `HELD_OUT`, not from `SEEN`.
         count: the number of objects; by default one to three.
 
