@@ -245,7 +245,7 @@ def _is_plain_norm(module: Any) -> bool:
 
 
 def matches(name: str, glob: str) -> bool:
-    """Whether a glob matches a name, in which a * stands for one part between two dots.
+    """Whether a glob matches a name. A * stands for one part of a name, between two dots.
 
     >>> matches("vision.blocks.3.attn", "vision.blocks.*.attn")
     True

@@ -272,7 +272,7 @@ def examples_of_sets(
     test, train = ({*one["proj"].classes.tolist()} for one in sets[:2])
     if lacking := sorted(test - train):
         folders = ", ".join(images.folders[i] for i in lacking)
-        note(f"miniclip: without examples in {args.train}, always wrong: {folders}")
+        note(f"miniclip: no examples in {args.train}, so always wrong: {folders}")
     return loaded, images, sets, skipped[0]
 
 

@@ -62,7 +62,7 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
 
 
 class Relevance(NamedTuple):
-    """How relevant each token is to B logits. The class and end tokens start from 1, others from 0."""
+    """The relevance of each token to B logits. Class and end tokens start from 1, others from 0."""
 
     image: Tensor  # (B, 1 + R + P)
     text: Tensor  # (B, T)

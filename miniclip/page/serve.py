@@ -48,8 +48,8 @@ MAX_WAITING = 16  # questions at once
 MAX_SECONDS = 60  # to receive a question, and to answer it
 IDLE_SECONDS = 30  # until a connection without a question is closed
 TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # for some other types Pillow starts programs
-SIDE = 448  # the least pixels along a side of an image on the page
-THUMBNAIL = (224, 224)  # the most pixels of an image that was found
+SIDE = 448  # the smallest side of an image on the page, in pixels
+THUMBNAIL = (224, 224)  # the largest size of an image that was found, in pixels
 
 # This header tells the browser to load nothing from other servers.
 POLICY = (

@@ -189,7 +189,7 @@ def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
 
 
 def _ties(model: CLIP) -> list[int]:
-    """For each parameter, the number of the first parameter that is the same object."""
+    """For each parameter, the index of the first parameter that is the same object."""
     ids = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     return [ids.index(one) for one in ids]
 
