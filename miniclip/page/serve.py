@@ -249,14 +249,14 @@ async def read_body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:  # base64 takes 4/3; 1 MB for the texts
-            raise ValueError(f"the picture is larger than {MAX_BYTES // 10**6} MB")
+            raise ValueError(f"the image is larger than {MAX_BYTES // 10**6} MB")
     return bytes(body)
 
 
 def read_picture(url: str) -> Image.Image:
     """Decode the image in a data: URL: its first frame, turned upright. Raises ImageError."""
     file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
-    too_many = ImageError(f"the picture has more than {MAX_PIXELS:,} pixels: make it smaller")
+    too_many = ImageError(f"the image has more than {MAX_PIXELS:,} pixels: make it smaller")
     try:
         with suppress(OSError, SyntaxError), no_warnings, Image.open(file, formats=TYPES) as header:
             if header.width * header.height > MAX_PIXELS:
