@@ -7,8 +7,8 @@ be any nn.Module. In a bare tower the names begin at `blocks`.
 
 A name may also end in one of three words. `vision.ln_pre.input` is a module's first argument.
 `ln_1.scale` is what a LayerNorm divides by, (B, T, 1). `ln_1.normalized` is the quotient, before
-weight and bias. Both are in float32 or float64. TransformerLens calls them hook_scale and
-hook_normalized. Unless it folds weight and bias, hook_normalized is the output, here `ln_1`.
+weight and bias. Both are in float32 or float64. TransformerLens has hook_scale and hook_normalized.
+If it does not fold weight and bias, its hook_normalized is the output, here `ln_1`.
 
 Unused sites change no bit and add no operation. They cost a few Python calls for each layer, and
 nothing in a graph.

@@ -49,7 +49,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
 
 @contextmanager
 def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
-    """A `with` block whose work can stop at a point from which it can continue after Ctrl-C.
+    """Delay Ctrl-C in a `with` block, so that its work can stop where it can be continued.
 
     Yields a function that returns True after the first Ctrl-C, which only prints the message. The
     second Ctrl-C raises KeyboardInterrupt.

@@ -63,7 +63,7 @@ SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
 CLEAR = 8
 """Captions name a relation only if the centres are at least this many pixels apart along its axis.
-A relation is true from one pixel on. Any two objects are CLEAR pixels apart along some axis."""
+One pixel already makes a relation true. Any two objects are CLEAR pixels apart along some axis."""
 
 
 class Object(NamedTuple):
@@ -122,7 +122,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
 
 
 def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
-    """Draw centres (x, y) of circles in the image that do not touch. Returns None if it fails."""
+    """Draw centres (x, y) of circles in the image that do not touch. Returns None if there is no room."""
     places: list[tuple[int, int]] = []
     for radius in radii:
         inside = [at for at in range(0, IMAGE_SIZE, GRID) if radius < at < IMAGE_SIZE - radius]
