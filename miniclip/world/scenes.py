@@ -122,7 +122,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
 
 
 def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
-    """Draw centres (x, y) of circles in the image that do not touch. Returns None if there is no room."""
+    """Draw centres (x, y) of circles in the image that do not touch. None if there is no room."""
     places: list[tuple[int, int]] = []
     for radius in radii:
         inside = [at for at in range(0, IMAGE_SIZE, GRID) if radius < at < IMAGE_SIZE - radius]
