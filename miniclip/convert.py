@@ -23,7 +23,7 @@ shapes are in `miniclip.published.PUBLISHED`. To publish a checkpoint, use huggi
     HfApi().create_repo("me/mine", exist_ok=True)
     HfApi().upload_folder(repo_id="me/mine", folder_path="mine")
 
-Compiled and exported graphs give the model's numbers, and they include the causal mask.
+Compiled and exported graphs equal the model up to rounding error, and include the causal mask.
 `torch.export.save` can write a tower, but not the whole model, whose output is a named tuple. To
 export to ONNX, with any number of images and texts, install `onnx` and `onnxscript`:
 

@@ -77,7 +77,7 @@ def photographs() -> dict[str, Image.Image]:
 
         portrait = Image.open(grace_hopper)
     except (ImportError, FileNotFoundError):
-        raise ValueError("photographs come with: pip install 'miniclip[demo]'") from None
+        raise ValueError("the photographs need an extra: pip install 'miniclip[demo]'") from None
     with portrait:
         found = {
             "coffee": Image.fromarray(data.coffee()),

@@ -2,7 +2,7 @@
 
 An instrument is a function that inspects or changes a model. Some instruments replay methods of the
 model: `dense_features` runs the last block with another attention pattern. If a fork has its own
-version of such a method, the instrument raises an error. Its result would describe another model.
+version of such a method, the instrument raises an error: the result would be of another model.
 
 A fork is a subclass in a file of your own. Do not copy miniclip's code:
 

@@ -7,8 +7,8 @@ be any nn.Module. In a bare tower the names begin at `blocks`.
 
 A name may also end in one of three words. `vision.ln_pre.input` is a module's first argument.
 `ln_1.scale` is what a LayerNorm divides by, (B, T, 1). `ln_1.normalized` is the quotient, before
-weight and bias. Both are in float32 or float64. TransformerLens calls them hook_scale and
-hook_normalized. Unless it folds weight and bias, hook_normalized is the output, here `ln_1`.
+weight and bias. Both are in float32 or float64. TransformerLens has hook_scale and hook_normalized.
+If it does not fold weight and bias, its hook_normalized is the output, here `ln_1`.
 
 Unused sites change no bit and add no operation. They cost a few Python calls for each layer, and
 nothing in a graph.
@@ -245,7 +245,7 @@ def _is_plain_norm(module: Any) -> bool:
 
 
 def matches(name: str, glob: str) -> bool:
-    """Whether a glob matches a name, in which a * stands for one part between two dots.
+    """Whether a glob matches a name. A * stands for one part of a name, between two dots.
 
     >>> matches("vision.blocks.3.attn", "vision.blocks.*.attn")
     True
@@ -262,7 +262,7 @@ def _call(edit: Edit, name: str, module: nn.Module, args: tuple, tensor: Tensor)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, found {type(tensor).__name__}")
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        raise ValueError(f"{name}: is hooked; compile or export the model outside of the block")
+        raise ValueError(f"{name}: is hooked; compile or export the model outside the `with`")
     return edit(tensor, name)
 
 
@@ -277,7 +277,7 @@ def _checked(edit: Edit, tensor: Tensor, name: str) -> Tensor | None:
         changed = tensor._version != before
     if changed:
         raise ValueError(
-            f"{name}: the hook changed the tensor in place; return a changed copy, as of x.clone()"
+            f"{name}: the hook changed the tensor in place; change x.clone() and return it"
         )
     if edited is not None and _kind(edited, name) != _kind(tensor, name):
         raise ValueError(

@@ -29,7 +29,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
             return True
 
         def refresh(self, nolock: bool = False, **options: Any) -> None:
-            # nolock means that other output was just written. Notebooks have no room for lines.
+            # No line after other output (nolock), and none in a notebook.
             is_notebook = type(sys.stderr).__module__.startswith("ipykernel")
             if not (nolock or self.disable or is_notebook):
                 self.display()
@@ -49,10 +49,10 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
 
 @contextmanager
 def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
-    """A `with` block in which work can react to Ctrl-C, and stop where it can be continued.
+    """Delay Ctrl-C in a `with` block, so that its work can stop where it can be continued.
 
-    It yields a function that returns True after the first Ctrl-C, which only prints the message.
-    The second Ctrl-C raises KeyboardInterrupt.
+    Yields a function that returns True after the first Ctrl-C, which only prints the message. The
+    second Ctrl-C raises KeyboardInterrupt.
     """
     asked: list[int] = []
 
@@ -60,7 +60,7 @@ def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        os.write(2, f"\nminiclip: {message}; Ctrl-C again ends at once\n".encode())
+        os.write(2, f"\nminiclip: {message}; press Ctrl-C again to stop at once\n".encode())
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or (
         threading.current_thread() is not threading.main_thread()

@@ -138,8 +138,8 @@ def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
 @pytest.mark.parametrize(
     ("method", "note"),
     [
-        ("attention", "up to 0.75 of the attention; whatever the text"),
-        ("rollout", "up to 0.75 of the attention; whatever the text"),
+        ("attention", "up to 0.75 of the attention; the same for every text"),
+        ("rollout", "up to 0.75 of the attention; the same for every text"),
         ("relevance", "up to 0.75"),
         ("gradcam", "up to 0.75 of weighted channels"),
         ("tokens", "up to 0.75 written towards the text"),

@@ -1127,11 +1127,11 @@ def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photograph
         assert counts == [("2", "1.heic"), ("1", "4.png")]
         assert "pip install pillow-heif" in err
     status, out, err = run(*line)
-    assert status == 0 and "11 pictures" in out and "updated, 2 of 15 pictures" in err
+    assert status == 0 and "11 images" in out and "updated, 2 of 15 pictures" in err
     if "rawpy" not in sys.modules:
         assert re.search(r"skipped 1, .*3.NEF: .*pip install rawpy", err)
     status, out, err = run(*line, "--exclude", "b")  # what is excluded now is dropped
-    assert status == 0 and "3 pictures" in out and "updated, 3 of 6 pictures" in err
+    assert status == 0 and "3 images" in out and "updated, 3 of 6 pictures" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i")
     assert status == 2 and err.count("\n") == 1 and "everyday" in err and "--force" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i", "--force")

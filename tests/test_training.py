@@ -674,7 +674,7 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkey
     state = torch.load(tmp_path / "training.pt", weights_only=True)
     assert state["step"] == 2
     said = capfd.readouterr().err
-    assert "the run is saved after this step; Ctrl-C again ends at once" in said
+    assert "the run is saved after this step; press Ctrl-C again to stop at once" in said
     assert f"{tmp_path}: saved at step 2; the same command continues from there" in said
 
 

@@ -1,5 +1,4 @@
 """The `miniclip` command. Each file has one subcommand: its arguments, its work and its output.
 
-main.py builds the parser and turns errors into an exit status. shared.py has functions that several
-commands use.
+main.py builds the parser and turns errors into an exit status. shared.py has common functions.
 """

@@ -109,7 +109,9 @@ def check_labels(labels: list[str]) -> None:
     ):
         asked = " ".join(labels)
         words = " ".join(shlex.quote(word.strip()) for word in asked.split(",") if word.strip())
-        raise ValueError(f"--labels {asked!r}: expected spaces between labels: --labels {words}")
+        raise ValueError(
+            f"--labels {asked!r}: expected spaces between labels, as in --labels {words}"
+        )
 
 
 def ranking_table(title: str, scores: "list[Score]") -> str:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         for name, _, scores in exhibits:
             print(ranking_table(name, scores[:4]), end="\n\n")
     if missing:
-        note(f"no picture was drawn: {missing}")
+        note(f"nothing was drawn: {missing}")
     else:
         draw_demo(scene, heats, photographs, args.out)
         note(f"picture: {args.out}")

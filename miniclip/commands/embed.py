@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             raise
     if os.environ.get("RANK", "0") != "0":
         return 0
-    kinds: dict[str, list[str]] = {}  # {missing package, or "" for damage: ...}
+    kinds: dict[str, list[str]] = {}  # {missing package, "" for damage: reasons}
     for reason in index.skipped:
         kinds.setdefault(reason.partition(": pip install ")[2], []).append(reason)
     for reasons in kinds.values():

@@ -53,7 +53,7 @@ FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
      {"metavar": "DIR"}),
     (("probe", "fewshot"), "features", "the probe's features: ln_post, before the projection "
      "as in the paper, or proj, after it (default: ln_post)", {"choices": ("ln_post", "proj")}),
-    (("probe",), "val", "class folders to choose the L2 strength on (default: a fifth of --train)",
+    (("probe",), "val", "class folders for choosing the L2 strength (default: a fifth of --train)",
      {"metavar": "DIR"}),
     (("fewshot",), "shots", "examples of each class (default: 1 2 4 8 16)",
      {"type": int, "nargs": "+", "metavar": "N"}),
@@ -272,7 +272,7 @@ def examples_of_sets(
     test, train = ({*one["proj"].classes.tolist()} for one in sets[:2])
     if lacking := sorted(test - train):
         folders = ", ".join(images.folders[i] for i in lacking)
-        note(f"miniclip: without examples in {args.train}, always wrong: {folders}")
+        note(f"miniclip: no examples in {args.train}, so always wrong: {folders}")
     return loaded, images, sets, skipped[0]
 
 

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("texts", nargs="*", metavar="TEXT", help="a text to look for")
     which = parser.add_mutually_exclusive_group()
     method = (
-        "attention, rollout, relevance, gradcam, tokens or occlusion; give several to see them "
-        "side by side (default: relevance)"
+        "attention, rollout, relevance, gradcam, tokens or occlusion; repeat the option to see "
+        "several side by side (default: relevance)"
     )
     which.add_argument("--method", action="append", metavar="NAME", help=method)
     which.add_argument("--all", action="store_true", help="show all methods side by side")
@@ -136,9 +136,9 @@ def method_table(found: dict[str, list[Any]]) -> str:
     spread = max(share for row in found["spread"] for share in row[1:])
     lines += [
         "",
-        f"random weights: the mean of {RANDOM} draws, of standard deviation {spread:.1%} at most.",
-        "named: how often the warmest pixel is on the object that the text names; other:",
-        "on the other object. IoU: the overlap of the object with as many of the warmest pixels.",
-        "attention and rollout do not read the text.",
+        f"random weights: the mean of {RANDOM} draws; standard deviation at most {spread:.1%}.",
+        "named: how often the warmest pixel is on the object that the text names.",
+        "other: how often it is on the other object. IoU: the overlap of the object",
+        "with as many of the warmest pixels. attention and rollout do not read the text.",
     ]
     return "\n".join(lines)

@@ -118,7 +118,7 @@ def compare_engine(args: argparse.Namespace) -> int:
 
 
 def rows_dict(report: "Report") -> list[dict[str, Any]]:
-    """Return the rows for JSON. NaN and infinity (shapes that differ) become null."""
+    """Return the rows for JSON. NaN becomes null, and so does infinity, for shapes that differ."""
 
     def in_json(value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value

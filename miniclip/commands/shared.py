@@ -122,7 +122,7 @@ def keep_freed_memory() -> None:
 
 
 def check_figure(path: str) -> None:
-    """Raise ValueError before the work if matplotlib is missing or cannot write this file."""
+    """Raise ValueError if matplotlib is missing or cannot write this file. Call this early."""
     from miniclip.figures.style import PICTURE_SUFFIXES
 
     check_writable(path, PICTURE_SUFFIXES)

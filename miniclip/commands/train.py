@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments, and a flag for each field of a recipe."""
     parser.add_argument(
         "data",
-        help="a folder with a folder for each class, with images and metadata.jsonl, .csv or .tsv "
-        "(file_name, text), with images and a .txt beside each, or with WebDataset .tar shards; or "
-        "'pipe:COMMAND', an address such as hf://datasets/OWNER/NAME/{00..99}.tar, or `shapes`, "
-        "the drawn world",
+        help="a folder that contains: a folder of images for each class; or images with a .txt "
+        "beside each, or with metadata.jsonl, .csv or .tsv (file_name, text); or WebDataset .tar "
+        "shards. Or 'pipe:COMMAND', an address such as hf://datasets/OWNER/NAME/{00..99}.tar, or "
+        "`shapes`, the drawn world",
     )
     add_columns(parser)
     parser.add_argument(

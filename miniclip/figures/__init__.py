@@ -3,4 +3,4 @@
 from importlib.util import find_spec
 
 if find_spec("matplotlib") is None:
-    raise ValueError("pictures need matplotlib: pip install 'miniclip[demo]'")
+    raise ValueError("figures need matplotlib: pip install 'miniclip[demo]'")

@@ -38,7 +38,7 @@ def draw_cells(axes: Axes, result: Evaluation) -> None:
     """Draw a cell for each pair of classes: the pair's share of the true class, in percent."""
     labels = [shorten(label) for label in result.labels]
     share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
-    # Dark by the square root of the share: 4 % is a fifth as dark as 100 %, not a 25th.
+    # Darkness is the square root of the share: 4 % is a fifth as dark as 100 %, not a 25th.
     axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), labels)

@@ -96,5 +96,5 @@ def warmth(method: str, heat: Tensor) -> str:
     """Say which value the warmest patch of a map has."""
     if heat.max() <= 0:
         return "nowhere"
-    blind = "; whatever the text" if method in BLIND else ""
+    blind = "; the same for every text" if method in BLIND else ""
     return f"up to {UNITS[method].format(f'{heat.max():.2g}')}{blind}"

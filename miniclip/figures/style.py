@@ -22,7 +22,7 @@ BLUE, ORANGE = "#0072b2", "#d55e00"
 
 
 def save_figure(figure: Figure, path: str | PathLike[str]) -> None:
-    """Write a figure, in the format of the file's suffix. Raises ValueError if it cannot."""
+    """Write a figure, in the format of the file's suffix. Raises ValueError if writing fails."""
     texts = figure.findobj(Text)
     families = [*rcParams["font.family"], *fonts_beside("".join(t.get_text() for t in texts))]
     for text in texts:

@@ -43,9 +43,9 @@ def check_patterns(acts: dict[str, Tensor], *blocks: nn.Sequential) -> None:
 def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
     """How much of each token reaches the class or end token, if only attention mixes tokens.
 
-    Each pattern is averaged over its heads and with the identity, for the residual connection. Then
-    the patterns are multiplied (Abnar and Zuidema 2020, arXiv 2005.00928). Returns (B, T), whose
-    rows sum to 1.
+    The matrix of a block is the mean of two: the mean pattern of its heads, and the identity for
+    the residual connection. The matrices of all blocks are multiplied (Abnar and Zuidema 2020,
+    arXiv 2005.00928). Returns (B, T), whose rows sum to 1.
 
     >>> from miniclip import CLIP
     >>> rollout(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)).shape
@@ -62,7 +62,7 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
 
 
 class Relevance(NamedTuple):
-    """How relevant each token is to the logits of B pairs. The class and end tokens have 1 more."""
+    """The relevance of tokens, for B pairs. Class and end tokens start from 1, others from 0."""
 
     image: Tensor  # (B, 1 + R + P)
     text: Tensor  # (B, T)
@@ -71,7 +71,7 @@ class Relevance(NamedTuple):
 def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Relevance:
     """Attention weighted by its gradient, for B pairs of an image and a text, in both towers.
 
-    Each head's pattern is multiplied by its gradient of the pair's logit. The positive part is
+    Each head's pattern is multiplied by the gradient of the pair's logit. The positive part is
     averaged over the heads and accumulated over the blocks (Chefer et al. 2021, "Generic
     Attention-model Explainability", arXiv 2103.15679, equations 5 and 6).
 
@@ -123,8 +123,8 @@ def pair_gradients(
 def gradcam(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     """Grad-CAM of B pairs, at the input of attention in the last block: (B, T).
 
-    Selvaraju et al. 2017, arXiv 1610.02391, as pytorch-grad-cam computes it for ViTs: the positive
-    part of the sum over channels, each weighted by its mean gradient over the patches.
+    Channels are weighted by their mean gradient over the patches and added, and negative sums
+    become 0 (Selvaraju et al. 2017, arXiv 1610.02391; for ViTs as in pytorch-grad-cam).
 
     >>> import miniclip
     >>> model, tokenizer, _ = miniclip.load("shapes")

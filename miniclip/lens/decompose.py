@@ -16,9 +16,9 @@ from miniclip.sites import hooks, norm_scale
 def read_rows(
     tower: Tower, x: Tensor, sites: dict[str, Callable], read: Callable
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run a tower. Return {site: the function's result for its tensor}, and the embedding.
+    """Run a tower. Return the results of functions at sites, {site: result}, and the embedding.
 
-    `sites` is {glob: function}. "embed" has `read` of the residual stream before the first block.
+    `sites` is {glob: function}. "embed" is `read` of the residual stream before the first block.
     """
     rows: dict[str, Tensor] = {}
 
@@ -161,7 +161,7 @@ def share(total: Tensor, part: Tensor) -> Tensor:
 def ablate_contributions(
     parts: Mapping[str, Tensor], heads: Mapping[int, Collection[int]]
 ) -> Tensor:
-    """The embeddings (B, E) after what some heads write into them is replaced with its mean.
+    """The embeddings (B, E), with the contributions of some heads replaced with their means.
 
     This is the mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code.
     Nothing runs again, so later layers still use the original output of these heads. In contrast,

@@ -43,7 +43,7 @@ def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
 
 @torch.no_grad()
 def token_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """How much all heads write from each patch in the direction of the text (`decompose`)."""
+    """How much each patch adds to the similarity with the text, through all heads (`decompose`)."""
     texts = model.encode_text(ids, normalize=True)  # (B, E)
     parts = decompose(model, pixels, by="token")
     tokens = sum(part.sum(1) for part in parts.values() if part.ndim == 4)  # (B, T, E)
@@ -54,8 +54,8 @@ def token_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
 def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     """How much the cosine falls if a patch is covered (Zeiler and Fergus 2013, arXiv 1311.2901).
 
-    A grey window of two by two patches moves over the image. A patch gets the mean fall of all
-    windows that cover it.
+    A grey window of two by two patches moves over the image. The number of a patch is the
+    mean fall over all windows that cover it.
     """
     patch = model.vision.patch_embed.stride[0]
     rows, columns = patch_grid(model.vision, pixels)
@@ -64,7 +64,7 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     heat, times = texts.new_zeros(len(texts), rows, columns), texts.new_zeros(rows, columns)
     for i, j in corners:
         times[i : i + 2, j : j + 2] += 1
-    # Equal images one after another are encoded once. The CPU waits for a GPU here, but only once.
+    # Equal images that follow each other are encoded once. Finding them waits for a GPU, once.
     repeats = [1] * len(pixels)
     if not pixels.is_meta:
         repeats = torch.unique_consecutive(pixels, dim=0, return_counts=True)[1].tolist()
@@ -141,7 +141,7 @@ def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance
 
 
 def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Image.Image:
-    """`text_map` in colours over the crop that the model sees, in grey.
+    """Draw `text_map` in colours over a grey copy of the crop that the model sees.
 
     Negative numbers are as dark as 0. For the arguments and the errors see `text_maps`.
 
@@ -153,7 +153,7 @@ def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance"
 
 
 def seen(image: Picture, transform: ImageTransform, scale: int = 1) -> Image.Image:
-    """The part of an image that the model sees, as an image of S x S pixels.
+    """The crop of an image that the model sees, as an image of S x S pixels.
 
     A larger `scale` is for people: the same crop has `scale` times as many pixels along each side.
     """

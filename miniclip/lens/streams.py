@@ -72,7 +72,7 @@ def forward_intermediates(
         output_fmt: "NCHW" (B, W, rows, columns), the default for images, or "NLC" (B, T, W).
         intermediates_only: return the list alone.
     Returns:
-        The tokens after the last block that ran, with the last LayerNorm, and the list.
+        The tokens after the last block that ran, with the last LayerNorm applied, and the list.
 
     >>> from miniclip import CLIP
     >>> vision, pixels = CLIP.from_pretrained("shapes").vision, torch.zeros(1, 3, 64, 64)

@@ -48,8 +48,8 @@ MAX_WAITING = 16  # questions at once
 MAX_SECONDS = 60  # to receive a question, and to answer it
 IDLE_SECONDS = 30  # until a connection without a question is closed
 TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # for some other types Pillow starts programs
-SIDE = 448  # the least pixels along a side of an image on the page
-THUMBNAIL = (224, 224)  # the most pixels of an image that was found
+SIDE = 448  # the smallest side of an image on the page, in pixels
+THUMBNAIL = (224, 224)  # the largest size of an image that was found, in pixels
 
 # This header tells the browser to load nothing from other servers.
 POLICY = (
@@ -249,14 +249,14 @@ async def read_body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:  # base64 takes 4/3; 1 MB for the texts
-            raise ValueError(f"the picture is larger than {MAX_BYTES // 10**6} MB")
+            raise ValueError(f"the image is larger than {MAX_BYTES // 10**6} MB")
     return bytes(body)
 
 
 def read_picture(url: str) -> Image.Image:
     """Decode the image in a data: URL: its first frame, turned upright. Raises ImageError."""
     file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
-    too_many = ImageError(f"the picture has more than {MAX_PIXELS:,} pixels: make it smaller")
+    too_many = ImageError(f"the image has more than {MAX_PIXELS:,} pixels: make it smaller")
     try:
         with suppress(OSError, SyntaxError), no_warnings, Image.open(file, formats=TYPES) as header:
             if header.width * header.height > MAX_PIXELS:

@@ -52,7 +52,7 @@ def dense_features(
             "sclip" (Wang et al. 2023, arXiv 2312.01597), "clip-surgery" (Li et al. 2023, arXiv
             2304.05653), "gem" (Bousselham et al. 2023, arXiv 2312.00878), "clearclip" (Lan et al.
             2024, arXiv 2407.12442), "naclip" (Hajimiri et al. 2024, arXiv 2404.08181), or a
-            Preset of your own or from `proxyclip`.
+            Preset, such as `proxyclip` makes.
         resize: the method of `resize_image`, if the images have another size than the model's.
             SCLIP, ClearCLIP, NACLIP and ProxyCLIP use "dino", GEM "timm".
     Raises:
@@ -132,8 +132,8 @@ def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset:
     """A preset with an attention pattern and a grid from another model's features.
 
-    Lan et al. 2024, arXiv 2408.04883. The cosines' mean is over each image. The authors' code
-    takes the mean over a batch, which always has one image.
+    Lan et al. 2024, arXiv 2408.04883. The mean of the cosines is taken over each image. The
+    authors' code takes it over the batch, which there has one image.
 
     Args:
         features: (B, C, rows, columns) of the same images, for instance from DINO.

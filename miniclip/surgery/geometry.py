@@ -134,7 +134,7 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
 
 
 def resize_channels(model: CLIP, channels: int) -> CLIP:
-    """A model for images of another number of channels, such as 4 with depth or near infrared.
+    """A model for images with another number of channels, such as 4 with depth or near infrared.
 
     The rule is timm's (adapt_input_conv). A single channel gets the sum of the kernels. Several
     channels get the old kernels in turn, scaled so that their sum keeps its size. The checkpoint's

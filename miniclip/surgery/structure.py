@@ -82,7 +82,7 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
 def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
     """Keep these layers of a tower, in this order (Sajjad et al. 2020, arXiv 2004.03844).
 
-    A layer may come twice. The last LayerNorm stays. Raises ValueError for a layer that does not
+    A layer may appear twice. The last LayerNorm stays. Raises ValueError for a layer that does not
     exist, and for an empty list.
 
     >>> from miniclip import CLIP

@@ -22,8 +22,8 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
     """Interpolate between the weights of two models.
 
     WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903) goes from the zero-shot to the fine-tuned
-    model. alpha = 0 gives exactly the first model, 1 exactly the second. Below 0 or above 1, the
-    result extrapolates. Raises ValueError if more than weights differ, and for unmerged LoRA.
+    model. alpha = 0 gives exactly the first model, 1 exactly the second. Below 0 and above 1 is
+    extrapolation. Raises ValueError if more than weights differ, or if a model has unmerged LoRA.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -189,7 +189,7 @@ def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
 
 
 def _ties(model: CLIP) -> list[int]:
-    """For each parameter, the number of the first parameter that is the same object."""
+    """For each parameter, the index of the first parameter that is the same object."""
     ids = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     return [ids.index(one) for one in ids]
 

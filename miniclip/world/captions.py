@@ -1,4 +1,4 @@
-"""Captions that are provably true of a scene, and false ones."""
+"""Captions that are provably true of a scene, and captions that are false."""
 
 from collections.abc import Callable
 from itertools import combinations, permutations, product
@@ -68,7 +68,7 @@ def say_phrase(phrase: Phrase) -> str:
 
 
 def holds(claim: Claim, scene: Scene) -> bool:
-    """Whether some different objects of the scene fit the phrases and the relation."""
+    """Whether the scene has different objects that fit the phrases and the relation."""
     return any(
         all(map(fits, claim.phrases, chosen))
         and (not claim.relation or apart(claim.relation, *chosen) > 0)
@@ -168,10 +168,9 @@ def named(object: Object) -> list[Phrase]:
 def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
     """Return false claims that differ from a true claim in one thing: {the thing: claims}.
 
-    Two objects exchange their "places" or "colours", so the false caption has the same words. If
-    the claim is about the place of one object, the place becomes its opposite. If none of these
-    claims is false, one word is replaced: a "size", a "colour" or a "shape". A false claim names a
-    held-out pair only if `claim` names it too.
+    Two objects exchange their "places" or "colours", so the false caption has the same words. Or
+    the place of one object becomes its opposite. If none of these claims is false, one word is
+    replaced: a "size", "colour" or "shape". Only the held-out pairs of `claim` itself are named.
     """
     opposite = OPPOSITE.get(claim.relation)
     made = swaps(claim) if len(claim.phrases) > 1 else {}
@@ -224,9 +223,8 @@ def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, s
     """Return a true and a false caption of a scene.
 
     In lessons 0 and 1, a caption names one object and its place. In lesson 2, it may also relate
-    two objects. Later it may be any claim, and one caption in five is vague, so that each word is
-    learnt alone. More vague captions would teach little: "something red" is true of every third
-    image of a batch.
+    two objects. Later it may be any claim, and one in five is vague, so that each word is learnt
+    alone. More would teach little: "something red" is true of every third image of a batch.
     """
     places: Kind = located if located(scene) else singles
     if lesson < 2:

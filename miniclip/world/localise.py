@@ -21,7 +21,7 @@ class Localisation(NamedTuple):
     """How well a method finds the named one of two objects, as shares from 0 to 1."""
 
     method: str
-    pointing: float  # the warmest pixel is on it (Zhang et al. 2016, arXiv 1608.00507)
+    pointing: float  # the warmest pixel is on the named object (arXiv 1608.00507)
     distracted: float  # the warmest pixel is on the other object
     iou: float  # mean overlap of the object's pixels with equally many of the warmest pixels
 
@@ -36,7 +36,7 @@ class Question(NamedTuple):
 
 
 def questions(scenes: int) -> list[Question]:
-    """Ask for each object of scenes with two objects. No training set has these scenes."""
+    """Make a question for each object of scenes with two objects. No training set has them."""
     asked = []
     for drawn in (scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)):
         picture, masks = draw(drawn)

@@ -63,7 +63,7 @@ SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
 CLEAR = 8
 """Captions name a relation only if the centres are at least this many pixels apart along its axis.
-A relation is true from one pixel on. Any two objects are CLEAR pixels apart along some axis."""
+One pixel already makes a relation true. Any two objects are CLEAR pixels apart along some axis."""
 
 
 class Object(NamedTuple):
@@ -99,7 +99,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
 
     Args:
         index: the number of the scene.
-        seed: the number of the world, which has its own scenes.
+        seed: the number of the world. Each world has other scenes.
         held_out: take pairs of colour and shape from `HELD_OUT`, not from `SEEN`.
         count: the number of objects; by default one to three.
 
@@ -122,7 +122,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
 
 
 def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
-    """Draw centres (x, y) of circles in the image that do not touch. Returns None if it fails."""
+    """Draw centres (x, y) of circles in the image that do not touch. None if there is no room."""
     places: list[tuple[int, int]] = []
     for radius in radii:
         inside = [at for at in range(0, IMAGE_SIZE, GRID) if radius < at < IMAGE_SIZE - radius]

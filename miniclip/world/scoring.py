@@ -21,11 +21,11 @@ class Scores(NamedTuple):
     """Shares of right answers, 0 to 1, on scenes that no training set has."""
 
     seen: float  # one object: which of the 64 pairs of colour and shape? Chance is 1/64
-    unseen: float  # the same for the 8 pairs that training never shows
-    relations: float  # two objects: caption or swapped places? Chance is 1/2
+    unseen: float  # the same about the 8 pairs that training never shows
+    relations: float  # two objects: is the caption above one with swapped places? Chance is 1/2
     left_right: float  # the same for "to the left of" and "to the right of"
     above_below: float  # the same for "above" and "below"
-    binding: float  # two objects: caption or swapped colours? Chance is 1/2
+    binding: float  # two objects: is the caption above one with swapped colours? Chance is 1/2
 
 
 @torch.inference_mode()

@@ -923,7 +923,7 @@ SLIPS = [
     ),
     Slip(
         "A map that reads no text does not say so.",
-        'blind = "; whatever the text" if method in BLIND else ""',
+        'blind = "; the same for every text" if method in BLIND else ""',
         'blind = ""',
         FIGURES,
     ),

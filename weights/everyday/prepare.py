@@ -55,7 +55,7 @@ def captions(name: str) -> list[str]:
 
 
 def true_captions(own: list[str], wider: list[str]) -> list[str]:
-    """Return all captions of a class. About two thirds name the class itself, by repetition."""
+    """Return all captions of a class. Its own names are repeated to about two thirds."""
     wider = [name for name in wider if name not in own]
     own = own * max(1, round(2 * len(wider) / len(own)))
     return [caption for name in own + wider for caption in captions(name)]
