@@ -67,7 +67,7 @@ for tower, norm in (("vision", "ln_post"), ("text", "ln_final")):
     )  # fmt: skip
 fault_in_weights(
     "no_class_token", "vision.class_embed", torch.zeros_like,
-    "vision.embeddings", "model has no class token's embedding",
+    "vision.embeddings", "model has no embedding of the class token",
 )  # fmt: skip
 fault_in_weights(
     "positions_shifted", "text.pos_embed", lambda x: x.roll(1, 0),
@@ -127,11 +127,12 @@ for name, parameter, change, site, cause in (
     fault_in_weights(name, parameter, change, site, f"model has {cause}")
 fault_in_weights(
     "padding_of_zeros", "text.token_embed.weight", lambda x: torch.cat([0 * x[:1], x[1:]]),
-    "text.embeddings", "different weights: token_embed.weight (1 of 600 rows, by at most 5.5e-01)",
+    "text.embeddings",
+    "different weights: token_embed.weight (1 of 600 rows differ, by at most 5.5e-01)",
 )  # fmt: skip
 fault_in_weights(
     "positions_beyond_the_twelfth", "text.pos_embed", lambda x: torch.cat([x[:12], 0.9 * x[12:]]),
-    "text.embeddings", "different weights: pos_embed (8 of 20 rows, by at most 8.1e-02)",
+    "text.embeddings", "different weights: pos_embed (8 of 20 rows differ, by at most 8.1e-02)",
 )  # fmt: skip
 fault_in_weights(
     "another_temperature", "logit_scale", lambda x: torch.full_like(x, 2.6592),
@@ -140,7 +141,7 @@ fault_in_weights(
 fault_in_weights(
     "noise_in_a_weight", "text.blocks.0.mlp.fc2.weight", lambda x: x + 1e-3,
     "text.blocks.0.mlp_out",
-    "different weights: mlp.fc2.weight (40 of 40 rows, by at most 1.0e-03)",
+    "different weights: mlp.fc2.weight (40 of 40 rows differ, by at most 1.0e-03)",
 )  # fmt: skip
 
 
@@ -411,7 +412,7 @@ CODE = {
     "mlp_beside_attention": (
         "x = self.resid_mid(x + self.attn(self.ln_1(x)))\n        return x +",
         "return x + self.attn(self.ln_1(x)) +",
-        "vision.blocks.0.mlp_out", "model has the MLP beside attention, and not after it",
+        "vision.blocks.0.mlp_out", "model has the MLP parallel to attention, not after it",
     ),
     "blocks_from_last_to_first": (
         "self.blocks(self.embed_tokens(pixels))", "self.blocks[::-1](self.embed_tokens(pixels))",
@@ -458,7 +459,7 @@ CODE = {
     ),
     "read_before_the_end_token": (
         "is_eos.int().argmax(-1), -1)", "is_eos.int().argmax(-1) - 1, -1)",
-        "text.pooled", "model has texts read before their end token",
+        "text.pooled", "model has pooling before the end token",
     ),
     "end_token_that_no_text_has": (
         "ids == self.config.eos_token_id", "ids == 1",
@@ -545,7 +546,7 @@ CODE = {
     "another_leak": (
         "x * torch.sigmoid_(1.702 * x)", "F.leaky_relu(x, 0.1)",
         "vision.blocks.0.mlp_out",
-        "model has the activation leaky_relu of 0.1 instead of quick_gelu",
+        "model has the activation leaky_relu with slope 0.1 instead of quick_gelu",
     ),
     "relu_squared": (
         "x * torch.sigmoid_(1.702 * x)", "F.relu(x) ** 2",
@@ -554,7 +555,7 @@ CODE = {
     "quick_gelu_of_1.7": (
         "1.702", "1.7",
         "vision.blocks.0.mlp_out",
-        "model has the activation quick_gelu of 1.7 instead of quick_gelu",
+        "model has the activation quick_gelu with 1.7 instead of quick_gelu",
     ),
     "no_activation": (
         "x * torch.sigmoid_(1.702 * x)", "x",
@@ -572,7 +573,7 @@ CODE = {
     "one_norm_beside": (
         BOTH_STEPS,
         "h = self.ln_1(x)\n        return x + self.attn(h) + self.mlp(h)",
-        "vision.blocks.0.mlp_out", "model has the MLP beside attention, after the same ln_1",
+        "vision.blocks.0.mlp_out", "model has the MLP parallel to attention, after the same ln_1",
     ),
     "mlp_first": (
         BOTH_STEPS,
@@ -704,7 +705,7 @@ class QuickGELU""",
     "read_at_the_last_end_token": (
         "is_eos.int().argmax(-1), -1)",
         "ids.shape[1] - 1 - is_eos.flip(-1).int().argmax(-1), -1)",
-        "text.pooled", "model has texts read at their last end token",
+        "text.pooled", "model has pooling at the last end token",
     ),
     "logit_scale_squared": (
         "self.logit_scale.exp()", "self.logit_scale.exp() ** 2",
@@ -716,7 +717,7 @@ class QuickGELU""",
     ),
     "logit_scale_divides": (
         "* self.logit_scale.exp()", "/ self.logit_scale.exp()",
-        "logits", "model has a logit scale that divides",
+        "logits", "model has a logit scale that divides the cosines",
     ),
     "logit_scale_cut": (
         "self.logit_scale.exp()", "self.logit_scale.exp().clamp(max=50)",

@@ -46,12 +46,12 @@ TABLES = {
             "quick_gelu", "gelu", "gelu_pytorch_tanh", "relu", "leaky_relu", "silu", "mish",
             "sigmoid", "tanh",
         )},
-        "quick_gelu of 1.7": X / (1 + (-1.7 * X).exp()),
+        "quick_gelu with 1.7": X / (1 + (-1.7 * X).exp()),
         "quick_gelu twice": QUICK(QUICK(X)),
         "gelu twice": ACT2FN["gelu"](ACT2FN["gelu"](X)),
         "relu squared": ACT2FN["relu2"](X),
-        "leaky_relu of 0.1": X.where(X > 0, 0.1 * X),
-        "leaky_relu of 0.2": X.where(X > 0, 0.2 * X),
+        "leaky_relu with slope 0.1": X.where(X > 0, 0.1 * X),
+        "leaky_relu with slope 0.2": X.where(X > 0, 0.2 * X),
         "elu": X.where(X > 0, E - 1),
         "selu": 1.0507009873554805 * X.where(X > 0, 1.6732632423543772 * (E - 1)),
         "hardswish": X * (X + 3).clamp(0, 6) / 6,
@@ -111,10 +111,10 @@ TABLES = {
         "pooling at the maximum of all tokens": torch.from_numpy(X.numpy().max(1)),
         "pooling at the mean of a text up to its end token":
             torch.stack([(X[0, 0] + X[0, 1]) / 2, X[1, 0], (X[2, 0] + X[2, 1] + X[2, 2]) / 3]),
-        "texts read at their largest id": torch.stack([X[0, 2], X[1, 0], X[2, 2]]),
-        "texts read at their last end token": torch.stack([X[0, 3], X[1, 0], X[2, 2]]),
-        "texts read before their end token": torch.stack([X[0, 0], X[1, 3], X[2, 1]]),
-        "texts read after their end token": torch.stack([X[0, 2], X[1, 1], X[2, 3]]),
+        "pooling at the largest id": torch.stack([X[0, 2], X[1, 0], X[2, 2]]),
+        "pooling at the last end token": torch.stack([X[0, 3], X[1, 0], X[2, 2]]),
+        "pooling before the end token": torch.stack([X[0, 0], X[1, 3], X[2, 1]]),
+        "pooling after the end token": torch.stack([X[0, 2], X[1, 1], X[2, 3]]),
     }),
     "length": ((X[0],), {
         f"embeddings divided by {words}": divisor
@@ -133,8 +133,8 @@ TABLES = {
     "temperature": ((torch.tensor(5.0, dtype=torch.float64),), {
         "a logit scale that is not exponentiated": 5,
         "a logit scale that is exponentiated twice": math.exp(math.exp(5)),
-        "a logit scale that divides": 1 / math.exp(5),
-        "a logit scale that is a power of 2": 32,
+        "a logit scale that divides the cosines": 1 / math.exp(5),
+        "a logit scale that is exponentiated with base 2": 32,
         "a logit scale that is squared": math.exp(5) ** 2,
         "a logit scale that is clamped at 100": 100,
         "the logit scale at the start of training": 1 / 0.07,
@@ -346,8 +346,8 @@ FOUND = {
         lambda s: s.t[f"{V}.resid_pre"] + s.t[f"{V}.attn_out"] / 2 + 2 * s.t[f"{V}.mlp_out"],
     "text.pooled | pooling at the first token": lambda s: s.read()[:, 0],
     "text.pooled | pooling at the last token": lambda s: s.read()[:, 16],
-    "text.pooled | texts read before their end token": lambda s: s.read()[s.rows, s.end - 1],
-    "text.pooled | texts read after their end token":
+    "text.pooled | pooling before the end token": lambda s: s.read()[s.rows, s.end - 1],
+    "text.pooled | pooling after the end token":
         lambda s: s.read()[s.rows, (s.end + 1) % 17],
     "text.pooled | pooling at the mean of a text up to its end token":
         lambda s: torch.stack([s.read()[i, : s.end[i] + 1].mean(0) for i in range(8)]),
@@ -356,7 +356,8 @@ FOUND = {
     "text.pooled | pooling at the maximum of all tokens, before the last LayerNorm":
         lambda s: s.norm(s.t["text.blocks.1.resid_post"].amax(1), "text.ln_final"),
     "logits | a logit scale that is not exponentiated": lambda s: s.logits(s.w["logit_scale"]),
-    "logits | a logit scale that is a power of 2": lambda s: s.logits(2 ** s.w["logit_scale"]),
+    "logits | a logit scale that is exponentiated with base 2":
+        lambda s: s.logits(2 ** s.w["logit_scale"]),
     "logits | the logit scale at the start of training": lambda s: s.logits(1 / 0.07),
     "logits | no logit scale": lambda s: s.logits(1),
     "logits | embeddings that are not normalised": lambda s: s.logits(images=lambda x: x),
@@ -407,7 +408,7 @@ def test_texts_read_at_their_largest_id_are_named(side):
         side._replace(config=config, tensors={**tensors, "text.pooled": read[rows, place]})
         for place in ((ids == 300).int().argmax(1), ids.argmax(1))
     )
-    assert cause_in_model("text.pooled", wrong, right) == "model has texts read at their largest id"
+    assert cause_in_model("text.pooled", wrong, right) == "model has pooling at the largest id"
 
 
 def test_a_logit_scale_that_is_cut_at_100_is_named(side):

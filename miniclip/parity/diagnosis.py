@@ -103,7 +103,7 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
         return f"multiplied by {factor:.6g}"
     rows = (ours != theirs).reshape(len(ours), -1).any(1)
     distance = (ours - theirs).abs().max().item()
-    return f"({rows.sum()} of {len(rows)} rows, by at most {distance:.1e})"
+    return f"({rows.sum()} of {len(rows)} rows differ, by at most {distance:.1e})"
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:

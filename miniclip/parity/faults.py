@@ -52,7 +52,7 @@ def _mean_to_the_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
 
 
 POOLS = {  # (residual stream (B, T, W), ids, the positions of end tokens) -> (B, W)
-    "texts read at their largest id": lambda x, ids, end: token_at(x, ids, ids.argmax(-1)),
+    "pooling at the largest id": lambda x, ids, end: token_at(x, ids, ids.argmax(-1)),
     "pooling at the first token": lambda x, ids, end: x[:, 0],
     "pooling at the second token": lambda x, ids, end: x[:, 1],
     "pooling at the last token": lambda x, ids, end: x[:, -1],
@@ -61,11 +61,9 @@ POOLS = {  # (residual stream (B, T, W), ids, the positions of end tokens) -> (B
     "pooling at the sum of all tokens": lambda x, ids, end: x.sum(1),
     "pooling at the maximum of all tokens": lambda x, ids, end: x.amax(1),
     "pooling at the mean of a text up to its end token": _mean_to_the_end,
-    "texts read at their last end token": _last_end,
-    "texts read before their end token": lambda x, ids, end: token_at(x, ids, end - 1),
-    "texts read after their end token": lambda x, ids, end: token_at(
-        x, ids, (end + 1) % x.shape[1]
-    ),
+    "pooling at the last end token": _last_end,
+    "pooling before the end token": lambda x, ids, end: token_at(x, ids, end - 1),
+    "pooling after the end token": lambda x, ids, end: token_at(x, ids, (end + 1) % x.shape[1]),
 }
 LEAST = torch.finfo(torch.float64).min
 LAYER_NORMS = ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final")
@@ -93,8 +91,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "temperature": {
         "a logit scale that is not exponentiated": lambda scale: scale,
         "a logit scale that is exponentiated twice": lambda scale: scale.exp().exp(),
-        "a logit scale that divides": lambda scale: (-scale).exp(),
-        "a logit scale that is a power of 2": torch.exp2,
+        "a logit scale that divides the cosines": lambda scale: (-scale).exp(),
+        "a logit scale that is exponentiated with base 2": torch.exp2,
         "a logit scale that is squared": lambda scale: (2 * scale).exp(),
         "a logit scale that is clamped at 100": lambda scale: scale.exp().clamp(max=100),
         "the logit scale at the start of training": lambda scale: torch.full_like(scale, 1 / 0.07),
@@ -102,14 +100,14 @@ FAULTS: dict[str, dict[str, Any]] = {
     },
     "act": ACTIVATION_FORMULAS
     | {
-        "quick_gelu of 1.7": lambda x: x * torch.sigmoid(1.7 * x),
+        "quick_gelu with 1.7": lambda x: x * torch.sigmoid(1.7 * x),
         "quick_gelu twice": lambda x: ACTIVATION_FORMULAS["quick_gelu"](
             ACTIVATION_FORMULAS["quick_gelu"](x)
         ),
         "gelu twice": lambda x: F.gelu(F.gelu(x)),
         "relu squared": lambda x: F.relu(x) ** 2,
-        "leaky_relu of 0.1": partial(F.leaky_relu, negative_slope=0.1),
-        "leaky_relu of 0.2": partial(F.leaky_relu, negative_slope=0.2),
+        "leaky_relu with slope 0.1": partial(F.leaky_relu, negative_slope=0.1),
+        "leaky_relu with slope 0.2": partial(F.leaky_relu, negative_slope=0.2),
         "identity": lambda x: x,
     }
     | {
@@ -173,8 +171,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     },
     "mlp_reads": {
         "ln_1 before the MLP, not ln_2": (("resid_pre", "attn_out"), "ln_1"),
-        "the MLP beside attention, and not after it": (("resid_pre",), "ln_2"),
-        "the MLP beside attention, after the same ln_1": (("resid_pre",), "ln_1"),
+        "the MLP parallel to attention, not after it": (("resid_pre",), "ln_2"),
+        "the MLP parallel to attention, after the same ln_1": (("resid_pre",), "ln_1"),
         "no residual connection around attention": (("attn_out",), "ln_2"),
         "the residual stream after ln_1, not before it": (("ln_1", "attn_out"), "ln_2"),
     },
@@ -303,7 +301,7 @@ def _faults_of_weights(
         for fault, positions in _wrong_positions(w["pos_embed"], grid):
             yield fault, {"pos_embed": positions}
     if "class_embed" in read:
-        yield "no class token's embedding", {"class_embed": torch.zeros_like(w["class_embed"])}
+        yield "no embedding of the class token", {"class_embed": torch.zeros_like(w["class_embed"])}
     for dtype in ROUNDINGS[:2]:
         rounded = {name: w[name].to(dtype).double() for name in read}
         yield f"weights rounded to {dtype_name(dtype)}", rounded

@@ -27,7 +27,7 @@ class Side(NamedTuple):
 
 
 def is_near(one: Tensor | None, other: Tensor, tolerance: float = 1e-9) -> bool:
-    """Return whether two tensors are equal within a tolerance, which is relative above 1."""
+    """Return whether no number differs by more than tolerance * max(1, the largest of `other`)."""
     if one is None or one.shape != other.shape:
         return False
     return bool((one - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()))
@@ -174,7 +174,7 @@ class Formula(NamedTuple):
 
     site: str
     x: Named  # the tensors at earlier sites
-    w: Named  # the weights of its block, or of its tower
+    w: Named  # the weights of the site's block, or of its tower
     steps: Steps  # the steps of the computation; a fault replaces one of them
 
     def compute(self, weights: Named = {}, steps: Steps = {}) -> Tensor | None:

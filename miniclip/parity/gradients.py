@@ -25,7 +25,7 @@ NOISE = 1e-12  # relative to the largest gradient of all: a key bias has only ro
 def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 0) -> Stage:
     """Return a row `gradient.NAME` for each parameter of both models, and the cause if one differs.
 
-    In the order of the backward pass, the first row that differs is nearest to the fault. A
+    Rows are in the order of the backward pass, so the first difference is nearest to the fault. A
     parameter that the loss does not reach has a gradient of 0. A frozen parameter has no row.
     """
     kind = next((type(m) for m in (ours, theirs) if isinstance(m, CLIP)), CLIP)

@@ -42,14 +42,14 @@ def load_pair(
     """Load two models to compare: one checkpoint in both libraries, or two checkpoints or forks.
 
     Args:
-        name: an embedded name, a directory, a hub id, or a fork's Python file. "fork.py:build"
-            means `build` in the file, and "fork.py" means `model`. This is a model, a triple like
+        name: an embedded name, a directory, a hub id, or a fork's Python file. "fork.py" means
+            `model` in the file, "fork.py:build" means `build`. Either is a model, a triple like
             `miniclip.load`'s, or a function without arguments that returns a model or a triple.
-        against: the second model, named like the first; "transformers": `name` in transformers.
-        names: a JSON file with the fork's `tensor_names`, the table from our names to its names.
+        against: the second model, in the same form, or "transformers" to load `name` with it.
+        names: a JSON file with `tensor_names`, the table from our names to the fork's names.
         options: where checkpoints come from, as in `miniclip.load`.
     Returns:
-        Two triples. A tokenizer or transform is None if there is none.
+        Two triples. A tokenizer or transform is None if the name has none.
     Raises:
         CheckpointError: for the same reasons as `miniclip.load`.
         ValueError: transformers cannot load the model, or a Python file does not give a model.
@@ -158,7 +158,7 @@ def random_pair(shape: str) -> "tuple[CLIP, CLIPModel]":
 
 
 def transformers_twin(model: CLIP) -> "CLIPModel":
-    """Return transformers' CLIPModel with our weights. ValueError if it cannot express a model."""
+    """Return transformers' CLIPModel with our weights. ValueError for a model it cannot express."""
     transformers = import_transformers()
     if model.model_type != "clip":
         raise ValueError(
@@ -182,7 +182,7 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
     weights = ours.state_dict().items()
     copies = {layout_name(name, TRANSFORMERS): weight.detach().clone() for name, weight in weights}
     theirs.load_state_dict(copies, strict=True, assign=True)
-    for module in theirs.modules():  # no checkpoint has this buffer: it is on the meta device
+    for module in theirs.modules():  # this buffer is on the meta device: no checkpoint has it
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor):
             module.position_ids = torch.arange(ids.shape[-1], device=ours.logit_scale.device)[None]

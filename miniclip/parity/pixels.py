@@ -144,7 +144,7 @@ def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tenso
     )
     drawn = pictures(ours.size)
     for fault, changed in FAULTS_OF_PIXELS.items():
-        if steps._replace(**changed) == steps:  # this transform has these steps, so no fault
+        if steps._replace(**changed) == steps:  # the transform already has these steps
             continue
         faulty = [steps._replace(**changed).pixels_of(picture) for picture in drawn]
         for name, found in zip(NAMES, (one, other)):

@@ -47,7 +47,7 @@ def is_theirs(model: Any) -> bool:
 
 
 def table_of(model: Any) -> Layout:
-    """The table from our names to the model's, as in `files/names.py`.
+    """Return the table from our names to the model's names, as in `files/names.py`.
 
     A model's own table is its attribute `tensor_names`. Raises ValueError if the model lacks a
     tensor that its own table names.
@@ -90,7 +90,7 @@ def _checked(own: Layout, model: Any) -> Layout:
             )
     places = own | dict.fromkeys(f"{name}.weight" for name in own)
     if lost := [name for name in NEEDED if name not in places]:
-        raise ValueError(f"tensor_names has no place for {listed(lost)}, which gives the config")
+        raise ValueError(f"tensor_names lacks {listed(lost)}; their shapes give the config")
     return own
 
 
@@ -131,8 +131,8 @@ def tensor_of(dimensions: int, args: tuple, out: Any) -> Any:
     return last if getattr(last, "ndim", 0) == dimensions else None
 
 
-one_vector = partial(tensor_of, 2)  # not the output of a version that normalises all tokens
-returned_pattern = partial(tensor_of, 4)  # not nn.MultiheadAttention's mean over the heads
+one_vector = partial(tensor_of, 2)  # ignores LayerNorms that normalise all tokens
+returned_pattern = partial(tensor_of, 4)  # ignores nn.MultiheadAttention's mean over the heads
 
 
 def heads_joined(args: tuple, out: Tensor) -> Tensor:
@@ -196,8 +196,8 @@ def outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that a model returns, with their sites."""
     if hasattr(output, "_asdict"):
         output = output._asdict()
-    elif isinstance(output, tuple):  # of openai/CLIP
-        if len(output) > 2 and output[2].numel() == 1:  # of open_clip: embeddings and their scale
+    elif isinstance(output, tuple):  # openai/CLIP returns a tuple
+        if len(output) > 2 and output[2].numel() == 1:  # open_clip: two embeddings and the scale
             image_embeds, text_embeds, scale = output[:3]
             logits = scale * image_embeds @ text_embeds.T  # (B, C)
             output = (logits, logits.T, image_embeds, text_embeds)

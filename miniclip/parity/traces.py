@@ -27,7 +27,7 @@ class Setting(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The tensors of a run, on the CPU, and its error."""
+    """The tensors of a run, on the CPU, and the run's error."""
 
     calls: dict[str, list[Tensor]]  # by site, the tensor of each call of its module
     error: str  # the model's error in words, or ""
