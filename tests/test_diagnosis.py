@@ -67,11 +67,11 @@ for tower, norm in (("vision", "ln_post"), ("text", "ln_final")):
     )  # fmt: skip
 fault_in_weights(
     "no_class_token", "vision.class_embed", torch.zeros_like,
-    "vision.embeddings", "model has no class token's embedding",
+    "vision.embeddings", "model has no embedding of the class token",
 )  # fmt: skip
 fault_in_weights(
     "positions_shifted", "text.pos_embed", lambda x: x.roll(1, 0),
-    "text.embeddings", "model has positions that are off by one",
+    "text.embeddings", "model has positions that are shifted by one",
 )  # fmt: skip
 fault_in_weights(
     "no_position_of_the_class_token", "vision.pos_embed", lambda x: torch.cat([0 * x[:1], x[1:]]),
@@ -122,16 +122,17 @@ for name, parameter, change, site, cause in (
      "vision.embeddings", "positions that are mirrored"),
     ("positions_of_patches_shifted", "vision.pos_embed",
      lambda x: torch.cat([x[:1], x[1:].roll(1, 0)]),
-     "vision.embeddings", "positions of patches that are off by one"),
+     "vision.embeddings", "positions of patches that are shifted by one"),
 ):  # fmt: skip
     fault_in_weights(name, parameter, change, site, f"model has {cause}")
 fault_in_weights(
     "padding_of_zeros", "text.token_embed.weight", lambda x: torch.cat([0 * x[:1], x[1:]]),
-    "text.embeddings", "different weights: token_embed.weight (1 of 600 rows, by at most 5.5e-01)",
+    "text.embeddings",
+    "different weights: token_embed.weight (1 of 600 rows differ, by at most 5.5e-01)",
 )  # fmt: skip
 fault_in_weights(
     "positions_beyond_the_twelfth", "text.pos_embed", lambda x: torch.cat([x[:12], 0.9 * x[12:]]),
-    "text.embeddings", "different weights: pos_embed (8 of 20 rows, by at most 8.1e-02)",
+    "text.embeddings", "different weights: pos_embed (8 of 20 rows differ, by at most 8.1e-02)",
 )  # fmt: skip
 fault_in_weights(
     "another_temperature", "logit_scale", lambda x: torch.full_like(x, 2.6592),
@@ -140,17 +141,17 @@ fault_in_weights(
 fault_in_weights(
     "noise_in_a_weight", "text.blocks.0.mlp.fc2.weight", lambda x: x + 1e-3,
     "text.blocks.0.mlp_out",
-    "different weights: mlp.fc2.weight (40 of 40 rows, by at most 1.0e-03)",
+    "different weights: mlp.fc2.weight (40 of 40 rows differ, by at most 1.0e-03)",
 )  # fmt: skip
 
 
-@fault("text.blocks.0.mlp_out", "model has the activation gelu for quick_gelu")
+@fault("text.blocks.0.mlp_out", "model has the activation gelu instead of quick_gelu")
 def gelu_for_quick_gelu(model):
     for block in model.text.blocks:
         block.mlp.act = nn.GELU()
 
 
-@fault("vision.blocks.2.mlp_out", "model has the activation relu for quick_gelu")
+@fault("vision.blocks.2.mlp_out", "model has the activation relu instead of quick_gelu")
 def relu_in_one_layer(model):
     model.vision.blocks[2].mlp.act = nn.ReLU()
 
@@ -161,17 +162,17 @@ def set_eps(tower, eps):
             module.eps = eps
 
 
-@fault("vision.blocks.0.resid_pre", "model has a LayerNorm eps of 1e-06 for 2e-05")
+@fault("vision.blocks.0.resid_pre", "model has a LayerNorm eps of 1e-06 instead of 2e-05")
 def vision_eps(model):
     set_eps(model.vision, 1e-6)
 
 
-@fault("text.blocks.0.q", "model has a LayerNorm eps of 1e-06 for 1e-05")
+@fault("text.blocks.0.q", "model has a LayerNorm eps of 1e-06 instead of 1e-05")
 def text_eps(model):
     set_eps(model.text, 1e-6)
 
 
-@fault("vision.pooled", "model has a LayerNorm eps of 1e-12 for 2e-05")
+@fault("vision.pooled", "model has a LayerNorm eps of 1e-12 instead of 2e-05")
 def eps_of_ln_post(model):
     model.vision.ln_post.eps = 1e-12
 
@@ -275,13 +276,13 @@ def no_projection(model):
     model.text.proj.weight.data = torch.eye(40)[:36] * 2
 
 
-@fault("vision.blocks.0.pattern", "model has heads of width 24 for 12")
+@fault("vision.blocks.0.pattern", "model has heads of width 24 instead of 12")
 def half_the_heads(model):
     for block in model.vision.blocks:
         block.attn.head_width = 24
 
 
-@fault("text.blocks.0.mlp_out", "model in float64 is far from itself: dropout in evaluation?")
+@fault("text.blocks.0.mlp_out", "model differs from itself in float64: dropout in evaluation?")
 def dropout_in_evaluation(model):
     for block in model.text.blocks:
         block.mlp.register_forward_hook(lambda mlp, x, out: nn.functional.dropout(out, 0.1, True))
@@ -362,7 +363,7 @@ CODE = {
     ),
     "scores_scaled_by_the_head_width": (
         "self.head_width**-0.5", "(1 / self.head_width)",
-        "vision.blocks.0.pattern", "model has scores scaled by 1 / head width, and not its root",
+        "vision.blocks.0.pattern", "model has scores divided by the head width, not by its root",
     ),
     "scale_of_the_fused_kernel": (
         "is_causal=self.causal)", "is_causal=self.causal, scale=1)",
@@ -388,14 +389,14 @@ CODE = {
     ),
     "gelu_under_the_name_of_quick_gelu": (
         "x * torch.sigmoid_(1.702 * x)", "F.gelu(x)",
-        "vision.blocks.0.mlp_out", "model has the activation gelu for quick_gelu",
+        "vision.blocks.0.mlp_out", "model has the activation gelu instead of quick_gelu",
     ),
     "another_constant": (
         "1.702", "1.71", "vision.blocks.0.mlp_out", "model does not compute CLIP's formula",
     ),
     "one_norm_for_both": (
         "x + self.mlp(self.ln_2(x))", "x + self.mlp(self.ln_1(x))",
-        "vision.blocks.0.mlp_out", "model has ln_1 before the MLP, for ln_2",
+        "vision.blocks.0.mlp_out", "model has ln_1 before the MLP, not ln_2",
     ),
     "no_ln_1": (
         "self.attn(self.ln_1(x))", "self.attn(x)", "vision.blocks.0.q", "model has no ln_1",
@@ -411,7 +412,7 @@ CODE = {
     "mlp_beside_attention": (
         "x = self.resid_mid(x + self.attn(self.ln_1(x)))\n        return x +",
         "return x + self.attn(self.ln_1(x)) +",
-        "vision.blocks.0.mlp_out", "model has the MLP beside attention, and not after it",
+        "vision.blocks.0.mlp_out", "model has the MLP parallel to attention, not after it",
     ),
     "blocks_from_last_to_first": (
         "self.blocks(self.embed_tokens(pixels))", "self.blocks[::-1](self.embed_tokens(pixels))",
@@ -419,7 +420,7 @@ CODE = {
     ),
     "eps_of_1e-6": (
         "eps=config.ln_eps", "eps=1e-6",
-        "vision.blocks.0.resid_pre", "model has a LayerNorm eps of 1e-06 for 2e-05",
+        "vision.blocks.0.resid_pre", "model has a LayerNorm eps of 1e-06 instead of 2e-05",
     ),
     "no_ln_pre": (
         "self.ln_pre(x)", "x", "vision.blocks.0.resid_pre", "model has no ln_pre",
@@ -458,7 +459,7 @@ CODE = {
     ),
     "read_before_the_end_token": (
         "is_eos.int().argmax(-1), -1)", "is_eos.int().argmax(-1) - 1, -1)",
-        "text.pooled", "model has texts read before their end token",
+        "text.pooled", "model has pooling before the end token",
     ),
     "end_token_that_no_text_has": (
         "ids == self.config.eos_token_id", "ids == 1",
@@ -510,15 +511,15 @@ CODE = {
     ),
     "mask_the_wrong_way_round": (
         "triu(1)", "tril(-1)",
-        "text.blocks.0.pattern", "model has a causal mask the wrong way round",
+        "text.blocks.0.pattern", "model has a causal mask that hides earlier tokens",
     ),
     "mask_of_zeros": (
         "-torch.inf", "0.0",
-        "text.blocks.0.pattern", "model has a score of 0 where the mask hides",
+        "text.blocks.0.pattern", "model has masked scores of 0, not of -inf",
     ),
     "scaled_by_the_heads": (
         "self.head_width**-0.5", "q.shape[1]**-0.5",
-        "vision.blocks.0.pattern", "model has scores scaled by the root of the heads",
+        "vision.blocks.0.pattern", "model has scores divided by the root of the number of heads",
     ),
     "scaled_by_the_width": (
         "self.head_width**-0.5", "self.q_proj.in_features**-0.5",
@@ -536,7 +537,7 @@ CODE = {
     ),
     "heads_joined_interleaved": (
         "z.flatten(2)", "z.transpose(2, 3).flatten(2)",
-        "vision.blocks.0.attn_out", "model has heads that are joined the wrong way round",
+        "vision.blocks.0.attn_out", "model has heads that are joined as (D, H), not (H, D)",
     ),
     "heads_not_transposed_back": (
         "self.z(z.transpose(1, 2))", "self.z(z.reshape(*x.shape[:2], -1, self.head_width))",
@@ -544,23 +545,26 @@ CODE = {
     ),
     "another_leak": (
         "x * torch.sigmoid_(1.702 * x)", "F.leaky_relu(x, 0.1)",
-        "vision.blocks.0.mlp_out", "model has the activation leaky_relu of 0.1 for quick_gelu",
+        "vision.blocks.0.mlp_out",
+        "model has the activation leaky_relu with slope 0.1 instead of quick_gelu",
     ),
     "relu_squared": (
         "x * torch.sigmoid_(1.702 * x)", "F.relu(x) ** 2",
-        "vision.blocks.0.mlp_out", "model has the activation relu squared for quick_gelu",
+        "vision.blocks.0.mlp_out", "model has the activation relu squared instead of quick_gelu",
     ),
     "quick_gelu_of_1.7": (
         "1.702", "1.7",
-        "vision.blocks.0.mlp_out", "model has the activation quick_gelu of 1.7 for quick_gelu",
+        "vision.blocks.0.mlp_out",
+        "model has the activation quick_gelu with 1.7 instead of quick_gelu",
     ),
     "no_activation": (
         "x * torch.sigmoid_(1.702 * x)", "x",
-        "vision.blocks.0.mlp_out", "model has the activation identity for quick_gelu",
+        "vision.blocks.0.mlp_out", "model has the activation identity instead of quick_gelu",
     ),
     "activation_twice": (
         "self.act(self.fc1(x))", "self.act(self.act(self.fc1(x)))",
-        "vision.blocks.0.mlp_out", "model has the activation quick_gelu twice for quick_gelu",
+        "vision.blocks.0.mlp_out",
+        "model has the activation quick_gelu twice instead of quick_gelu",
     ),
     "norm_after_the_mlp": (
         "self.mlp(self.ln_2(x))", "self.ln_2(self.mlp(x))",
@@ -569,7 +573,7 @@ CODE = {
     "one_norm_beside": (
         BOTH_STEPS,
         "h = self.ln_1(x)\n        return x + self.attn(h) + self.mlp(h)",
-        "vision.blocks.0.mlp_out", "model has the MLP beside attention, after the same ln_1",
+        "vision.blocks.0.mlp_out", "model has the MLP parallel to attention, after the same ln_1",
     ),
     "mlp_first": (
         BOTH_STEPS,
@@ -601,12 +605,12 @@ CODE = {
     ),
     "rms_norm": (
         *norm("x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()"),
-        "vision.blocks.0.resid_pre", "model has RMSNorm for LayerNorm",
+        "vision.blocks.0.resid_pre", "model has RMSNorm instead of LayerNorm",
     ),
     "rms_norm_without_bias": (
         *norm("x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()"),
         " * self.weight + self.bias", " * self.weight",
-        "vision.blocks.0.resid_pre", "model has RMSNorm without bias for LayerNorm",
+        "vision.blocks.0.resid_pre", "model has RMSNorm without bias instead of LayerNorm",
     ),
     "ln_pre_twice": (
         "self.ln_pre(x)", "self.ln_pre(self.ln_pre(x))",
@@ -642,11 +646,11 @@ CODE = {
     ),
     "positions_off_by_two": (
         "self.pos_embed[: x.shape[1]]", "self.pos_embed[2 : 2 + x.shape[1]]",
-        "text.embeddings", "model has positions that are off by two",
+        "text.embeddings", "model has positions that are shifted by two",
     ),
     "positions_from_the_end": (
         "self.pos_embed[: x.shape[1]]", "self.pos_embed[-x.shape[1] :]",
-        "text.embeddings", "model has positions that are off by three",
+        "text.embeddings", "model has positions that are shifted by three",
     ),
     "ids_clamped": (
         "self.token_embed(ids)", "self.token_embed(ids.clamp(max=300))",
@@ -670,7 +674,8 @@ class QuickGELU""",
     "a_block_that_returns_its_input": (
         "        x = self.resid_mid(x +", "        before, x = x, self.resid_mid(x +",
         "return x + self.mlp(self.ln_2(x))", "self.mlp(self.ln_2(x))\n        return before",
-        "vision.blocks.0.resid_post", "model has resid_pre unchanged as vision.blocks.0.resid_post",
+        "vision.blocks.0.resid_post",
+        "model has resid_pre in the place of vision.blocks.0.resid_post",
     ),
     "positions_twice": (
         "x = x + self.pos_embed\n", "x = x + 2 * self.pos_embed\n",
@@ -686,12 +691,12 @@ class QuickGELU""",
     ),
     "pooling_by_maximum": (
         "self.ln_post(x[:, 0])", "self.ln_post(x).amax(1)",
-        "vision.pooled", "model has pooling at the largest of all tokens",
+        "vision.pooled", "model has pooling at the maximum of all tokens",
     ),
     "penultimate_layer": (
         "x = self.blocks(self.embed_tokens(pixels))",
         "x = self.blocks[:-1](self.embed_tokens(pixels))\n        self.blocks[-1](x)",
-        "vision.pooled", "model has the residual stream after block 1 there",
+        "vision.pooled", "model has the residual stream after block 1 as its input",
     ),
     "text_pooling_by_mean": (
         "x[torch.arange(x.shape[0], device=x.device), eos]", "x.mean(1)",
@@ -700,7 +705,7 @@ class QuickGELU""",
     "read_at_the_last_end_token": (
         "is_eos.int().argmax(-1), -1)",
         "ids.shape[1] - 1 - is_eos.flip(-1).int().argmax(-1), -1)",
-        "text.pooled", "model has texts read at their last end token",
+        "text.pooled", "model has pooling at the last end token",
     ),
     "logit_scale_squared": (
         "self.logit_scale.exp()", "self.logit_scale.exp() ** 2",
@@ -712,7 +717,7 @@ class QuickGELU""",
     ),
     "logit_scale_divides": (
         "* self.logit_scale.exp()", "/ self.logit_scale.exp()",
-        "logits", "model has a logit scale that divides",
+        "logits", "model has a logit scale that divides the cosines",
     ),
     "logit_scale_cut": (
         "self.logit_scale.exp()", "self.logit_scale.exp().clamp(max=50)",
@@ -729,7 +734,7 @@ class QuickGELU""",
     ),
     "normalised_over_the_batch": (
         "x.pow(2).sum(-1,", "x.pow(2).sum(0,",
-        "logits", "model has embeddings divided by the root of the sum over the batch",
+        "logits", "model has embeddings divided by the root of the sum of squares over the batch",
     ),
     "normalised_without_the_root": (
         ".pow(0.5)", "",
@@ -737,7 +742,7 @@ class QuickGELU""",
     ),
     "normalised_with_an_eps": (
         ".pow(0.5)", ".pow(0.5).add(1e-5)",
-        "logits", "model has embeddings divided by their length and an eps of 1e-05",
+        "logits", "model has embeddings divided by their length plus an eps of 1e-05",
     ),
     "normalised_by_l1": (
         "x.pow(2).sum(-1, keepdim=True).pow(0.5)", "x.abs().sum(-1, keepdim=True)",
@@ -777,6 +782,6 @@ def test_a_fault_in_weights_or_parts_is_named(name, pair):
 def test_assert_parity_names_the_site_and_the_cause(pair):
     faulty = copy.deepcopy(pair[0])
     set_eps(faulty.vision, 1e-6)
-    site, cause = "vision.blocks.0.resid_pre", "model has a LayerNorm eps of 1e-06 for 2e-05"
+    site, cause = "vision.blocks.0.resid_pre", "model has a LayerNorm eps of 1e-06 instead of 2e-05"
     with pytest.raises(AssertionError, match=re.escape(f"first at {site}\nlikely cause: {cause}")):
         assert_parity(faulty, pair[0])

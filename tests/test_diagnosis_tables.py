@@ -46,12 +46,12 @@ TABLES = {
             "quick_gelu", "gelu", "gelu_pytorch_tanh", "relu", "leaky_relu", "silu", "mish",
             "sigmoid", "tanh",
         )},
-        "quick_gelu of 1.7": X / (1 + (-1.7 * X).exp()),
+        "quick_gelu with 1.7": X / (1 + (-1.7 * X).exp()),
         "quick_gelu twice": QUICK(QUICK(X)),
         "gelu twice": ACT2FN["gelu"](ACT2FN["gelu"](X)),
         "relu squared": ACT2FN["relu2"](X),
-        "leaky_relu of 0.1": X.where(X > 0, 0.1 * X),
-        "leaky_relu of 0.2": X.where(X > 0, 0.2 * X),
+        "leaky_relu with slope 0.1": X.where(X > 0, 0.1 * X),
+        "leaky_relu with slope 0.2": X.where(X > 0, 0.2 * X),
         "elu": X.where(X > 0, E - 1),
         "selu": 1.0507009873554805 * X.where(X > 0, 1.6732632423543772 * (E - 1)),
         "hardswish": X * (X + 3).clamp(0, 6) / 6,
@@ -65,19 +65,21 @@ TABLES = {
             D / ((D.square().sum(-1, True) / 6).sqrt() + EPS) * W + B,
         "LayerNorm with the unbiased variance and eps outside the root":
             D / ((D.square().sum(-1, True) / 5).sqrt() + EPS) * W + B,
-        "RMSNorm for LayerNorm": X / (X.square().sum(-1, True) / 6 + EPS).sqrt() * W + B,
-        "RMSNorm without bias for LayerNorm": X / (X.square().sum(-1, True) / 6 + EPS).sqrt() * W,
+        "RMSNorm instead of LayerNorm": X / (X.square().sum(-1, True) / 6 + EPS).sqrt() * W + B,
+        "RMSNorm without bias instead of LayerNorm":
+            X / (X.square().sum(-1, True) / 6 + EPS).sqrt() * W,
         "LayerNorm over all tokens together": W * (X - X.mean((1, 2), True))
             / (X.var((1, 2), correction=0, keepdim=True) + EPS).sqrt() + B,
     }),
     "mask": ((ONES, END), {
         "no causal mask": torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 0]]),
         "a causal mask": torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0]]),
-        "a causal mask the wrong way round": torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0]]),
+        "a causal mask that hides earlier tokens": torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0]]),
         "a causal mask that hides a token from itself":
             torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1]]),
         "a causal mask that shows the next token": torch.tensor([[0, 0, 1], [0, 0, 0], [0, 0, 0]]),
-        "a mask of what follows the end token": torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 1]]),
+        "a mask that also hides tokens after the end token":
+            torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 1]]),
     }),
     "softmax": ((X[None], HIDDEN), {
         "a softmax over queries, not keys": (M / M.sum(1, True))[None],
@@ -87,17 +89,17 @@ TABLES = {
         "a sigmoid in the place of the softmax": (M / (1 + M))[None],
         "a causal mask that comes after the softmax": (M / E.sum(2, True))[None],
         **{
-            f"a score of {score} where the mask hides, not of -inf":
+            f"masked scores of {score}, not of -inf":
                 shares(X.masked_fill(HIDDEN, score).exp())[None]
             for score in (0, -1, -10, -100)
         },
     }),
     "scale": ((16, 64), {
         "scores that are not scaled": 1,
-        "scores scaled by 1 / head width, and not its root": 1 / 16,
+        "scores divided by the head width, not by its root": 1 / 16,
         "scores multiplied by the root of the head width": 4,
-        "scores scaled by the root of the width, and not of a head's": 1 / 8,
-        "scores scaled by the root of the heads": 1 / 2,
+        "scores divided by the root of the width, not of the head width": 1 / 8,
+        "scores divided by the root of the number of heads": 1 / 2,
     }),
     "pool": ((X, IDS, ENDS), {
         "pooling at the first token": X[:, 0],
@@ -106,24 +108,24 @@ TABLES = {
         "pooling at the mean of all tokens": (X[:, 0] + X[:, 1] + X[:, 2] + X[:, 3]) / 4,
         "pooling at the mean of the patches": (X[:, 1] + X[:, 2] + X[:, 3]) / 3,
         "pooling at the sum of all tokens": X[:, 0] + X[:, 1] + X[:, 2] + X[:, 3],
-        "pooling at the largest of all tokens": torch.from_numpy(X.numpy().max(1)),
+        "pooling at the maximum of all tokens": torch.from_numpy(X.numpy().max(1)),
         "pooling at the mean of a text up to its end token":
             torch.stack([(X[0, 0] + X[0, 1]) / 2, X[1, 0], (X[2, 0] + X[2, 1] + X[2, 2]) / 3]),
-        "texts read at their largest id": torch.stack([X[0, 2], X[1, 0], X[2, 2]]),
-        "texts read at their last end token": torch.stack([X[0, 3], X[1, 0], X[2, 2]]),
-        "texts read before their end token": torch.stack([X[0, 0], X[1, 3], X[2, 1]]),
-        "texts read after their end token": torch.stack([X[0, 2], X[1, 1], X[2, 3]]),
+        "pooling at the largest id": torch.stack([X[0, 2], X[1, 0], X[2, 2]]),
+        "pooling at the last end token": torch.stack([X[0, 3], X[1, 0], X[2, 2]]),
+        "pooling before the end token": torch.stack([X[0, 0], X[1, 3], X[2, 1]]),
+        "pooling after the end token": torch.stack([X[0, 2], X[1, 1], X[2, 3]]),
     }),
     "length": ((X[0],), {
         f"embeddings divided by {words}": divisor
         for words, divisor in {
-            "the root of the sum over the batch": (X[0] * X[0]).sum(0, True).sqrt(),
+            "the root of the sum of squares over the batch": (X[0] * X[0]).sum(0, True).sqrt(),
             "the root of the mean of squares": ((X[0] * X[0]).sum(1, True) / 6).sqrt(),
             "the sum of squares": (X[0] * X[0]).sum(1, True),
             "the sum of absolute values": X[0].abs().sum(1, True),
             "the largest absolute value": torch.from_numpy(X[0].abs().numpy().max(1)[:, None]),
             **{
-                f"their length and an eps of {eps}": (X[0] * X[0]).sum(1, True).sqrt() + float(eps)
+                f"their length plus an eps of {eps}": (X[0] * X[0]).sum(1, True).sqrt() + float(eps)
                 for eps in ("0.001", "0.0001", "1e-05", "1e-06", "1e-07", "1e-08")
             },
         }.items()
@@ -131,11 +133,11 @@ TABLES = {
     "temperature": ((torch.tensor(5.0, dtype=torch.float64),), {
         "a logit scale that is not exponentiated": 5,
         "a logit scale that is exponentiated twice": math.exp(math.exp(5)),
-        "a logit scale that divides": 1 / math.exp(5),
-        "a logit scale that is a power of 2": 32,
+        "a logit scale that divides the cosines": 1 / math.exp(5),
+        "a logit scale that is exponentiated with base 2": 32,
         "a logit scale that is squared": math.exp(5) ** 2,
-        "a logit scale that is cut at 100": 100,
-        "the logit scale that training begins with": 1 / 0.07,
+        "a logit scale that is clamped at 100": 100,
+        "the logit scale at the start of training": 1 / 0.07,
         "no logit scale": 1,
     }),
     "pixels": ((X[None],), {
@@ -145,7 +147,7 @@ TABLES = {
         "pixels that are upside down": X[None, :, [3, 2, 1, 0]],
         "pixels that are multiplied by 255": X[None] * 255,
         "pixels that are divided by 255": X[None] / 255,
-        "pixels that are brought from 0..1 to -1..1 once more": (X[None] - 0.5) / 0.5,
+        "pixels that are rescaled from 0..1 to -1..1 once more": (X[None] - 0.5) / 0.5,
     }),
     "patches": ((X[None],), {  # three numbers for each of 4 x 6 patches
         "patches in the order of columns":
@@ -268,7 +270,7 @@ def one_in(x, *places, by=0.1):
 
 FOUND = {
     **{
-        f"vision.blocks.0.resid_pre | a LayerNorm eps of {eps:g} for 2e-05":
+        f"vision.blocks.0.resid_pre | a LayerNorm eps of {eps:g} instead of 2e-05":
             lambda s, eps=eps: s.norm(s.t["vision.embeddings"], "vision.ln_pre", eps)
         for eps in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-12)
     },
@@ -276,25 +278,25 @@ FOUND = {
         lambda s: s.images(lambda x: x.transpose(2, 3)),
     "vision.embeddings | pixels that are upside down": lambda s: s.images(lambda x: x.flip(2)),
     "vision.embeddings | pixels that are divided by 255": lambda s: s.images(lambda x: x / 255),
-    "vision.embeddings | pixels that are brought from 0..1 to -1..1 once more":
+    "vision.embeddings | pixels that are rescaled from 0..1 to -1..1 once more":
         lambda s: s.images(lambda x: (x - 0.5) / 0.5),
     "vision.embeddings | no position embedding": lambda s: s.images(positions=lambda x: 0 * x),
     "vision.embeddings | position embeddings that are added twice":
         lambda s: s.images(positions=lambda x: x + x),
     **{
-        f"text.embeddings | positions that are off by {words} ":
+        f"text.embeddings | positions that are shifted by {words} ":
             lambda s, n=n: s.texts(lambda x: torch.cat([x[-n:], x[:-n]]))
         for n, words in ((1, "one"), (2, "two"), (3, "three"))
     },
     **{
-        f"text.embeddings | positions that are off by {words}":
+        f"text.embeddings | positions that are shifted by {words}":
             lambda s, n=n: s.texts(lambda x: torch.cat([x[n:], x[:n]]))
         for n, words in ((1, "one"), (2, "two"), (3, "three"))
     },
     "text.embeddings | positions from last to first": lambda s: s.texts(lambda x: x.flip(0)),
-    "vision.embeddings | positions of patches that are off by one":
+    "vision.embeddings | positions of patches that are shifted by one":
         lambda s: s.images(positions=of_patches(lambda x: x.flatten(0, 1).roll(1, 0))),
-    "vision.embeddings | positions of patches that are off by one ":
+    "vision.embeddings | positions of patches that are shifted by one ":
         lambda s: s.images(positions=of_patches(lambda x: x.flatten(0, 1).roll(-1, 0))),
     "vision.embeddings | positions that are upside down":
         lambda s: s.images(positions=of_patches(lambda x: x.flip(0))),
@@ -306,28 +308,28 @@ FOUND = {
         lambda s: s.scores(V).exp() / (1 + s.scores(V).exp().sum(3, keepdim=True)),
     f"{V}.pattern | scores multiplied by the root of the head width":
         lambda s: (12 * s.scores(V)).softmax(3),
-    f"{V}.pattern | scores scaled by the root of the width, and not of a head's":
+    f"{V}.pattern | scores divided by the root of the width, not of the head width":
         lambda s: (s.scores(V) / 4**0.5).softmax(3),
-    f"{V}.pattern | scores scaled by the root of the heads":
+    f"{V}.pattern | scores divided by the root of the number of heads":
         lambda s: (s.scores(V) * 12**0.5 / 4**0.5).softmax(3),
-    f"{V}.pattern | heads that are split the wrong way round":
+    f"{V}.pattern | heads that are split as (D, H), not (H, D)":
         lambda s: torch.stack([
             s.t[f"{V}.q"][..., h::4] @ s.t[f"{V}.k"][..., h::4].mT / 12**0.5 for h in range(4)
         ], 1).softmax(3),
     f"{T}.pattern | a causal mask that comes after the softmax":
         lambda s: s.scores(T).softmax(3) * ~s.future(),
     **{
-        f"{T}.pattern | a score of {score} where the mask hides, not of -inf":
+        f"{T}.pattern | masked scores of {score}, not of -inf":
             lambda s, score=score: s.scores(T).masked_fill(s.future(), score).softmax(3)
         for score in (0, -1, -10)
     },
-    f"{T}.pattern | a mask of what follows the end token":
+    f"{T}.pattern | a mask that also hides tokens after the end token":
         lambda s: s.scores(T).masked_fill(
             s.future() | (s.rows.new_tensor(range(17)) > s.end[:, None])[:, None, None], -math.inf
         ).softmax(3),
-    f"{V}.attn_out | heads of width 24 for 12":
+    f"{V}.attn_out | heads of width 24 instead of 12":
         lambda s: s.attended(V, s.scores(V, 2).softmax(3), 2),
-    f"{V}.attn_out | heads of width 6 for 12":
+    f"{V}.attn_out | heads of width 6 instead of 12":
         lambda s: s.attended(V, s.scores(V, 8).softmax(3), 8),
     f"{T}.mlp_out | no weight and bias in ln_2":
         lambda s: s.fed(T, F.layer_norm(s.middle(T), (40,), eps=1e-5)),
@@ -344,18 +346,19 @@ FOUND = {
         lambda s: s.t[f"{V}.resid_pre"] + s.t[f"{V}.attn_out"] / 2 + 2 * s.t[f"{V}.mlp_out"],
     "text.pooled | pooling at the first token": lambda s: s.read()[:, 0],
     "text.pooled | pooling at the last token": lambda s: s.read()[:, 16],
-    "text.pooled | texts read before their end token": lambda s: s.read()[s.rows, s.end - 1],
-    "text.pooled | texts read after their end token":
+    "text.pooled | pooling before the end token": lambda s: s.read()[s.rows, s.end - 1],
+    "text.pooled | pooling after the end token":
         lambda s: s.read()[s.rows, (s.end + 1) % 17],
     "text.pooled | pooling at the mean of a text up to its end token":
         lambda s: torch.stack([s.read()[i, : s.end[i] + 1].mean(0) for i in range(8)]),
     "text.pooled | pooling at the second token": lambda s: s.read()[:, 1],
     "text.pooled | pooling at the sum of all tokens": lambda s: s.read().sum(1),
-    "text.pooled | pooling at the largest of all tokens, before the last LayerNorm":
+    "text.pooled | pooling at the maximum of all tokens, before the last LayerNorm":
         lambda s: s.norm(s.t["text.blocks.1.resid_post"].amax(1), "text.ln_final"),
     "logits | a logit scale that is not exponentiated": lambda s: s.logits(s.w["logit_scale"]),
-    "logits | a logit scale that is a power of 2": lambda s: s.logits(2 ** s.w["logit_scale"]),
-    "logits | the logit scale that training begins with": lambda s: s.logits(1 / 0.07),
+    "logits | a logit scale that is exponentiated with base 2":
+        lambda s: s.logits(2 ** s.w["logit_scale"]),
+    "logits | the logit scale at the start of training": lambda s: s.logits(1 / 0.07),
     "logits | no logit scale": lambda s: s.logits(1),
     "logits | embeddings that are not normalised": lambda s: s.logits(images=lambda x: x),
     "logits | image embeddings that are not normalised":
@@ -369,11 +372,11 @@ FOUND = {
     "logits | a softmax of logits": lambda s: s.logits().softmax(1),
     "logits | -10 added to logits": lambda s: s.logits() - 10,
     "logits | logits multiplied by 0.5": lambda s: s.logits() / 2,
-    "text.projected | text.projected of another row of the batch in row 0 to 1 and 4":
+    "text.projected | text.projected with batch rows in the wrong place: 0 to 1 and 4":
         lambda s: s.t["text.projected"][[4, 0, 2, 3, 1, 5, 6, 7]],
     f"{T}.q | the same vector added to each token, as a bias would be":
         lambda s: s.t[f"{T}.q"] + torch.arange(40.0).double(),
-    "vision.embeddings | the same vector added to each patch, and not to the first token, "
+    "vision.embeddings | the same vector added to each patch, but not to the first token, "
     "as a bias would be":
         lambda s: s.images() + (torch.arange(26)[:, None] > 0) * torch.arange(48.0).double(),
     "text.projected | the same vector added to each row of text.projected, as a bias would be":
@@ -405,7 +408,7 @@ def test_texts_read_at_their_largest_id_are_named(side):
         side._replace(config=config, tensors={**tensors, "text.pooled": read[rows, place]})
         for place in ((ids == 300).int().argmax(1), ids.argmax(1))
     )
-    assert cause_in_model("text.pooled", wrong, right) == "model has texts read at their largest id"
+    assert cause_in_model("text.pooled", wrong, right) == "model has pooling at the largest id"
 
 
 def test_a_logit_scale_that_is_cut_at_100_is_named(side):
@@ -414,7 +417,7 @@ def test_a_logit_scale_that_is_cut_at_100_is_named(side):
     logits = Seen(side).logits(scale.exp())
     right = side._replace(weights=weights, tensors={**side.tensors, "logits": logits})
     cut = {**side.tensors, "logits": Seen(side).logits(100)}
-    cause = "model has a logit scale that is cut at 100"
+    cause = "model has a logit scale that is clamped at 100"
     assert cause_in_model("logits", right._replace(tensors=cut), right) == cause
 
 
@@ -580,10 +583,11 @@ FAULTS_OF_PIXELS = {
     "a crop that rounds up, not down": lambda p: taken(p, offset=math.ceil),
     "a crop from the upper left corner": lambda p: taken(p, offset=lambda margin: 0),
     "OpenAI's order and crop": lambda p: taken(p, offset=round, rgb_last=True, background=None),
-    "RGB after the resize, not before": lambda p: taken(p, rgb_last=True, background=None),
+    "conversion to RGB after the resize, not before":
+        lambda p: taken(p, rgb_last=True, background=None),
     "transparency that is dropped, not laid on white": lambda p: taken(p, background=None),
     "transparency laid on black, not on white": lambda p: taken(p, background=(0, 0, 0)),
-    "a long side that is rounded, not cut": lambda p: taken(p, long=round),
+    "a long side that is rounded, not truncated": lambda p: taken(p, long=round),
     "a resize to a square": lambda p: taken(p, square=True),
     **{
         f"{name.lower()} resampling, not bicubic": resampled(name)

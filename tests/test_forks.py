@@ -148,14 +148,14 @@ def test_a_fault_among_tokens_before_the_batch_is_named(pair):
         *SAME["tokens_before_the_batch"],
         "x * torch.sigmoid_(1.702 * x)", "F.gelu(x)",
     )  # fmt: skip
-    cause = " has the activation gelu for quick_gelu"
+    cause = " has the activation gelu instead of quick_gelu"
     assert compare(faulty, pair[0]).cause == f"model{cause}"
     assert compare(pair[0], faulty).cause == f"other{cause}"
 
 
 def test_rows_that_are_swapped_are_named(pair):
     swapped = ("self.encode_image(pixels, n", "self.encode_image(pixels.flip(0), n")
-    cause = "model has vision.embeddings of another row of the batch in row 0 to 1"
+    cause = "model has vision.embeddings with batch rows in the wrong place: 0 to 1"
     assert compare(fork_of(pair[0], *swapped), pair[0]).cause == cause
 
 
@@ -267,7 +267,7 @@ def test_a_fork_without_logits_does_not_pass(pair):
     output = "CLIPOutput(logits_per_text.T, logits_per_text, image_embeds, text_embeds)"
     other = "dict(scores=logits_per_text.T, image_embeds=image_embeds)"
     report = compare(fork_of(pair[0], output, other), pair[0])
-    cause = "model raises ValueError: it returns a dict without logits_per_image"
+    cause = "model raises ValueError: the output is a dict without logits_per_image"
     assert (report.first, report.cause) == ("logits", cause)
 
 

@@ -83,7 +83,7 @@ def test_half_precision_may_not_be_worse_than_the_other(pair):
     faulty.text.blocks[1].mlp.register_forward_hook(round_half_to_bfloat16)
     report = compare(faulty, pair[0], dtype=torch.float16)
     assert report.first == "text.blocks.1.mlp_out"
-    assert report.cause == "rounding: in float64 the two agree"
+    assert report.cause == "rounding errors: the two models agree in float64"
     assert parity.nearer(report.rows)["other"] > parity.nearer(report.rows)["model"]
 
 
@@ -797,7 +797,7 @@ def test_a_model_of_other_names_needs_a_table_that_is_right(as_openai):
         with pytest.raises(ValueError, match=re.escape(words)):
             compare(fork, as_openai)
     fork.tensor_names = {n: own for n, own in own_names.NAMES.items() if n != "text.proj.weight"}
-    with pytest.raises(ValueError, match=r"no place for text\.proj\.weight, which"):
+    with pytest.raises(ValueError, match=r"lacks text\.proj\.weight; their shapes"):
         compare(fork, as_openai)
 
 
@@ -841,7 +841,7 @@ def test_the_command_reads_a_forks_code_and_its_names(fork_files, capsys, pair):
     "argv, words",
     [
         (["fork.py:build", "--against", "original"], "has no blocks in its vision tower"),
-        (["fork.py:build"], "name a directory, or a checkpoint to compare it with (--against)"),
+        (["fork.py:build"], "name a directory, or another model to compare with (--against)"),
         (["fork.py", "--against", "original"], "fork.py: model raises AttributeError"),
         (["fork.py:number", "--against", "original"], "fork.py: number raises TypeError"),
         (["absent.py", "--against", "original"], "absent.py: model raises FileNotFoundError"),

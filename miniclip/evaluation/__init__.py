@@ -33,7 +33,7 @@ scikit-learn (`pip install -e '.[eval]'`).
 Folders with WordNet ids as names (`n01440764`), or with positions (`0` to `999`, as in
 ImageNet-V2), are recognised as all or some of ImageNet's classes. They get OpenAI's class names,
 which give a higher accuracy than ImageNet's own names. Two of these classes are called "missile",
-and two "sunglasses". With the 80 published templates this is the paper's measurement:
+and two "sunglasses". The paper's measurement uses the 80 published templates:
 
     miniclip eval imagenet/val --model openai/clip-vit-large-patch14-336 \
         --template imagenet --reference openai --device cuda

@@ -23,10 +23,10 @@ KINDS = ("proj", "ln_post")
 
 
 class Features(NamedTuple):
-    """The features of the N readable images among all images."""
+    """The features of N readable images."""
 
     vectors: dict[str, Tensor]  # by kind: (N, E) or (N, W), float32
-    rows: list[int]  # the places of the N readable images in the list of all images
+    rows: list[int]  # the places of the readable images in the list of all images
     skipped: list[str]  # a line for each unreadable image: its name and the reason
 
 
@@ -88,7 +88,8 @@ def picture_features(
     vectors = {"proj": both[:, :width].contiguous()}
     if both.shape[1] > width:
         vectors["ln_post"] = both[:, width:].contiguous()
-    for kind in reversed([*vectors] if cache is not None else []):  # `proj` completes the cache
+    # The file of `proj` comes last, because it marks the cache as complete.
+    for kind in reversed([*vectors] if cache is not None else []):
         files[kind].parent.mkdir(parents=True, exist_ok=True)
         made_by = encoder
         if kind == "ln_post":  # another fingerprint, because texts have no such features

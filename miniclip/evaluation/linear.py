@@ -36,7 +36,7 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
 
     Args:
         train: the examples.
-        strength: the L2 strength lambda. scikit-learn takes the inverse.
+        strength: the L2 strength lambda. scikit-learn's C is 1 / lambda.
         count: the number of classes. A class without examples is never predicted.
 
     Raises:

@@ -1,13 +1,13 @@
-"""The same input through two CLIPs, compared tensor by tensor in the order data flows.
+"""Compare two CLIPs on the same input, tensor by tensor, from the input to the logits.
 
-The two models are miniclip and transformers, or a fork and the original. Both run in one precision
-and in float64. In float32 the unchanged model equals transformers bit for bit, and a model that
-computes in another order differs by rounding errors. In float64 rounding cannot hide a real
-difference. `diagnosis.py` explains the first tensor that differs.
+The two models are miniclip and transformers, or a fork and the original. Both run in float64 and in
+another precision, by default float32. In float32 miniclip equals transformers bit for bit. A model
+that computes in another order differs by rounding errors. In float64 these errors are too small to
+hide a real difference. `diagnosis.py` explains the first tensor that differs.
 
-`miniclip parity` compares a checkpoint that both libraries load (`miniclip parity everyday`), or a
-fork and the original (`--against`), or a published shape with random weights. Every parameter is
-random then, biases and LayerNorms too, and the logit scale is 100:
+`miniclip parity` compares one checkpoint in both libraries (`miniclip parity everyday`), a fork and
+the original (`--against`), or a published shape with random weights (`--random`). With `--random`,
+biases and LayerNorms are random too, and the logit scale is 100:
 
     $ miniclip parity --random B/32
     model  B/32
@@ -48,13 +48,13 @@ random then, biases and LayerNorms too, and the logit scale is 100:
 
 (2026-11-28. The float64 runs override explicit casts to float32, such as transformers' softmax.)
 
-The report names the first site out of tolerance and the likely cause. It finds the cause by
-planting common faults in CLIP's formulas: `first at vision.blocks.0.mlp_out, likely cause: model
-has the activation gelu for quick_gelu`. If weights differ, it says how: transposed, flipped,
-rounded to bfloat16, heads in another order. The exit status is then 1. `--plot` draws the
-differences against depth. A fork with the right outputs may still learn something else, so `--grad`
-also compares each parameter's gradient of the contrastive loss and names the first one that
-differs, from the loss backwards. In a fork's own tests:
+If a site is out of tolerance, the exit status is 1. The report names the first such site and the
+likely cause: `first at vision.blocks.0.mlp_out, likely cause: model has the activation gelu instead
+of quick_gelu`. To find the cause, the command plants common faults in CLIP's formulas. If weights
+differ, the report says how: transposed, flipped, rounded to bfloat16, heads in another order.
+`--plot` plots the differences against depth. A fork with the right outputs may still have wrong
+gradients. `--grad` also compares the gradient of the contrastive loss for each parameter, in the
+order of the backward pass. In a fork's own tests:
 
 ```python
 from miniclip.parity import assert_parity, transformers_twin
@@ -64,27 +64,27 @@ assert_parity(my_model, model)
 assert_parity(my_model, model, gradients=True)
 ```
 
-**Forks of five kinds** are read. A fork's checkpoint is named by its folder. A fork's code is named
-by its Python file and, in it, a model or a function that returns one: `my_fork.py:build` (default:
-`my_fork.py:model`). The model is called as `model(pixels, ids)` and returns what one of the four
-libraries returns. `--grad` works for each kind.
+**Five kinds of forks** can be compared. Name a checkpoint by its folder. Name code by its Python
+file and the name of a model, or of a function that returns a model: `my_fork.py:build`. The default
+name is `model`. The command calls `model(pixels, ids)`, which must return what miniclip,
+transformers, OpenAI's code or open_clip returns. `--grad` works for each kind.
 
-1. A subclass of ours, or our code with a change. See `miniclip/follow.py`.
-2. transformers' own class, changed in place, as `transformers_twin(model)` with a new layer.
-3. A model with OpenAI's module names (`clip/model.py` of openai/CLIP, changed).
-4. A model with open_clip's names (its `CLIP` or `CustomTextCLIP`, changed).
-5. A model with names of its own, and a table from our names to its names.
+1. A subclass of miniclip's `CLIP`, or a changed copy of our code. See `miniclip/follow.py`.
+2. transformers' class, changed in place, such as `transformers_twin(model)` with a new layer.
+3. A model with OpenAI's module names, such as a changed `clip/model.py` of openai/CLIP.
+4. A model with open_clip's module names, such as a changed `CLIP` or `CustomTextCLIP`.
+5. A model with other module names, and a table from our names to these names.
 
-Examples of 3 and 4 are `tests/forks/openai_names.py`, of 5 `tests/forks/own_names.py`:
+`tests/forks/openai_names.py` has examples of 3 and 4, `tests/forks/own_names.py` an example of 5:
 
     miniclip parity my_transformers.py --against everyday --grad
     miniclip parity my_openai.py --against everyday --grad
     miniclip parity my_open_clip.py:build --against everyday --grad
     miniclip parity my_own.py --names names.json --against everyday --grad
 
-`names.json` is a table like those by which checkpoints are read (`miniclip/files/names.py`). `{}`
-is the number of a block, `[0]` to `[2]` are the thirds of a joint matrix, and `.T` marks a
-transposed matrix. What the table leaves out is not compared:
+`names.json` is a table like the tables in `miniclip/files/names.py`. `{}` is the number of a block,
+`[0]` to `[2]` are the thirds of a joint matrix, and `.T` marks a transposed matrix. A tensor that
+the table leaves out is not compared:
 
     {"vision.blocks.{}.ln_1": "eyes.layers.{}.before_mix",
      "vision.blocks.{}.attn.q_proj.weight": "eyes.layers.{}.mix.qkv.weight[0]",

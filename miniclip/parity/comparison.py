@@ -1,4 +1,4 @@
-"""Compare two CLIPs tensor by tensor, in the order data flows: texts, pictures, then the models."""
+"""Compare two CLIPs in the order in which data flows: token ids, pixels, the models' tensors."""
 
 from itertools import product
 from typing import Any
@@ -39,18 +39,18 @@ from miniclip.parity.traces import Setting, Trace, tensors_of, trace
 from miniclip.terminal import progress
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
-"""The largest rounding error on a CPU. For logits it is absolute; for other tensors it is relative
-to the largest number there, if that is above 1."""
-ON_DEVICES = 1e-4  # the same for float32 on GPUs, which add in another order
-IN_PATTERN = 1e-6  # for float64: transformers computes its softmax in float32 even there
-ROUNDED = 1e-6  # in float64, if weights were rounded once more, as merged weights are
+"""The largest rounding error on a CPU. For logits it is absolute. For another tensor it is relative
+to the tensor's largest number, if that number is above 1."""
+ON_DEVICES = 1e-4  # the tolerance for float32 on GPUs, which add in another order
+IN_PATTERN = 1e-6  # for float64 patterns, because transformers computes the softmax in float32
+ROUNDED = 1e-6  # in float64, if one model's weights were rounded once more, as after a merge
 HALF = 2.0
-"""In half precision: how many times the other's largest error at a site ours may be.
+"""In half precision, the model's error at a site may be this many times the other model's error.
 
-miniclip's error equals transformers' at every site. In a fork that adds in another order, the error
-is 1.0 times as large in the median. It is more than 1.1 times as large at 29 % of sites, and more
-than 2 times at 2 of 2,244, because a maximum depends on few numbers. (Measured in float16 and
-bfloat16, 2 shapes, 6 seeds: eager attention against sdpa, and an MLP that adds in reverse.)"""
+miniclip's error equals transformers' error at every site. For a fork that adds in another order,
+the median ratio is 1.0. The ratio is above 1.1 at 29 % of sites, and above 2 at 2 of 2,244 sites,
+because a largest error depends on few numbers. This was measured in float16 and bfloat16 with 2
+shapes and 6 seeds: eager attention against sdpa, and an MLP that adds in reverse order."""
 
 
 def compare(
@@ -64,21 +64,21 @@ def compare(
 ) -> Report:
     """Run two models of one shape on the same random input and compare them site by site.
 
-    The sites are, for each tower: `embeddings`; for each block `resid_pre`, `q`, `k`, `v`,
-    `pattern`, `attn_out`, `mlp_out`, `resid_post`; `pooled` and `projected`. `logits` and every
-    other tensor of the output follow. A site that one of the models lacks is left out. The float64
-    runs override explicit casts to float32, such as a float32 softmax, and allow for weights that
-    are one rounding apart. Both models run uncompiled, and are then as they were.
+    The sites of each tower are `embeddings`, then `resid_pre`, `q`, `k`, `v`, `pattern`,
+    `attn_out`, `mlp_out` and `resid_post` of each block, then `pooled` and `projected`. `logits`
+    and every other tensor of the output follow. A site that one model lacks is left out. The
+    float64 runs override explicit casts to float32, such as a float32 softmax. Both models run
+    uncompiled, and are restored afterwards.
 
     Args:
         model: a model, or a triple from `miniclip.load`. Its modules have our names, transformers',
             OpenAI's or open_clip's, or the names in its attribute `tensor_names`.
-        other: the same. If both are triples, `tokens` and `pixels` are the first sites.
-        dtype: the precision that is compared in addition to float64.
-        gradients: also compare each parameter's gradient of the contrastive loss in float64, if all
-            sites are within tolerance: rows `gradient.NAME`, in the order of the backward pass.
+        other: the second model, or its triple. With two triples, `tokens` and `pixels` come first.
+        dtype: the precision to compare in, besides float64.
+        gradients: if all sites are within tolerance, also compare the contrastive loss's gradients
+            in float64. Adds a row `gradient.NAME` for each parameter.
     Raises:
-        ValueError: for models of different depth, and for a model whose towers have no blocks.
+        ValueError: the models have different depths, or a tower has no blocks.
 
     >>> from miniclip import load
     >>> report = compare(load("shapes"), load("shapes"))
@@ -103,9 +103,9 @@ def compare(
 
 
 def assert_parity(model: nn.Module | Loaded, other: nn.Module | Loaded, **options: Any) -> None:
-    """Raise an AssertionError that names the first site and the cause, for a fork's own tests.
+    """Raise an AssertionError unless all sites are within tolerance, for a fork's own tests.
 
-    The arguments are those of `compare`.
+    The error names the first site out of tolerance and the cause. See `compare` for the arguments.
 
     >>> from miniclip import CLIP
     >>> assert_parity(CLIP.from_pretrained("shapes"), CLIP.from_pretrained("shapes"))
@@ -114,15 +114,15 @@ def assert_parity(model: nn.Module | Loaded, other: nn.Module | Loaded, **option
     if report.first is not None:
         row = next(row for row in report.rows if row.site == report.first)
         raise AssertionError(
-            f"{report}\nthere: absolute {row.absolute:.1e}, relative {row.relative:.1e}, "
-            f"in float64 {row.float64:.1e}"
+            f"{report}\nlargest difference at this site: absolute {row.absolute:.1e}, "
+            f"relative {row.relative:.1e}, in float64 {row.float64:.1e}"
         )
 
 
 def compare_models(
     ours: Any, theirs: Any, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Stage:
-    """A row for each site, and for each tensor of the output, that both models have."""
+    """Return a row for each site that both models have, and the cause of the first difference."""
     models = (ours, theirs)
     for name, model in zip(NAMES, models, strict=True):
         if any(weight.is_meta for weight in model.parameters()):
@@ -134,10 +134,10 @@ def compare_models(
     ]
     if depths[0] != depths[1]:
         raise ValueError(
-            f"the two models differ in their number of blocks: {depths[0]} and {depths[1]} in the "
-            "vision and the text tower; expected the same"
+            f"the two models differ in their number of blocks, (vision, text): {depths[0]} and "
+            f"{depths[1]}; expected the same"
         )
-    kind = next((type(m) for m in models if isinstance(m, CLIP)), CLIP)  # perhaps a fork
+    kind = next((type(m) for m in models if isinstance(m, CLIP)), CLIP)  # a fork's class, if any
     configs = [config_of(model, kind) for model in models]
     stored = (under_our_names(model, kind, state_of(model)) for model in models)
     weights = [{name: w.cpu().to(dtype) for name, w in found.items()} for found in stored]
@@ -146,7 +146,7 @@ def compare_models(
     is_complete = not any("tensor_names" in vars(model) for model in models)
     if _are_rounded_once_more(weights[0], weights[1], is_complete):
         exact = ROUNDED if dtype in TOLERANCE else torch.inf
-    # OpenAI's own code adds all positions, so its texts are as long as the context.
+    # OpenAI's code adds all position embeddings, so its texts must be as long as the context.
     shorter = 3 if all(is_theirs(m) or table_of(m) is OURS for m in models) else 0
     pixels, ids = _inputs(configs[0], configs[1], seed, shorter)
     settings = [Setting(dtype, exactly, device, pixels, ids) for exactly in (False, True)]
@@ -154,7 +154,7 @@ def compare_models(
     batch = {"vision": len(pixels), "text": len(ids)}
     peers = runs[2:] + runs[:2]
     tensors = [tensors_of(run, peer, batch) for run, peer in zip(runs, peers, strict=True)]
-    # OpenAI's code projects with a matrix. It is not a module, so nobody can say that it ran.
+    # OpenAI's code projects with a matrix, which is not a module. No hook can see whether it ran.
     lost = {s for s in {*offered[0]} ^ {*offered[1]} if s.endswith((".pooled", ".projected"))}
     tensors = [{site: x for site, x in run.items() if site not in lost} for run in tensors]
     rows = []
@@ -173,7 +173,7 @@ def compare_models(
     failed = next((row for row in rows if not row.within_tolerance), None)
     if failed is not None:
         return rows, _cause(failed, runs, tensors, sides, dtype)
-    site = "text.embeddings"  # eight texts do not contain every word of a vocabulary
+    site = "text.embeddings"  # the eight texts do not read every row of the embedding tables
     far = _compare_tables(site, exact, *weights)
     rows = [far if far and row.site == site else row for row in rows]
     return rows, differing_weights(site, *sides) if far else None
@@ -183,28 +183,28 @@ def _cause(
     failed: Difference, runs: list[Trace], tensors: list[dict[str, Tensor]], sides: list[Side],
     dtype: torch.dtype,
 ) -> str:  # fmt: skip
-    """Why the first site out of tolerance differs."""
+    """Say why the first site out of tolerance differs."""
     site, names = failed.site, ("model", "model in float64", "other", "other in float64")
     if any(site not in run for run in tensors):
         return next(f"{name} {run.error}" for name, run in zip(names, runs) if run.error)
     if failed.float64 <= _limit(site, TOLERANCE[torch.float64], tensors[-1][site]):
-        return "rounding: in float64 the two agree"
+        return "rounding errors: the two models agree in float64"
     for name, one, exactly in zip(NAMES, tensors[::2], tensors[1::2], strict=True):
         far = 0.01 * max(1.0, exactly[site].abs().max().item())
         if dtype in TOLERANCE and far < largest_difference(one[site], exactly[site]) < torch.inf:
-            return f"{name} in float64 is far from itself: dropout in evaluation?"
+            return f"{name} differs from itself in float64: dropout in evaluation?"
     return cause_in_model(site, *sides)
 
 
 def _compare_tables(
     site: str, exact: float, ours: dict[str, Tensor], theirs: dict[str, Tensor]
 ) -> Difference | None:
-    """A row if the token or position embeddings differ, in rows that no text here reads too."""
+    """Return a row if the token or position embeddings differ, even if no text here reads them."""
     for name in ("text.token_embed.weight", "text.pos_embed"):
         one, other = ours.get(name), theirs.get(name)
         if one is None or other is None or one.shape[1:] != other.shape[1:]:
             continue
-        rows = min(len(one), len(other))  # a fork may have more words
+        rows = min(len(one), len(other))  # a fork may have a larger vocabulary
         difference = exact_difference(site, one[:rows], other[:rows])
         if difference.absolute > exact:
             return difference
@@ -214,8 +214,8 @@ def _compare_tables(
 def _are_rounded_once_more(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], is_complete: bool
 ) -> bool:
-    """Whether parameters were merged, or differ by at most one rounding, as after an exponential
-    and its logarithm."""
+    """Return whether parameters were merged, or differ by at most one rounding, as after an
+    exponential and its logarithm."""
     if is_complete and ours.keys() != theirs.keys():
         return True
     common = ours.keys() & theirs.keys()
@@ -230,8 +230,8 @@ def _are_rounded_once_more(
 def _difference(
     site: str, found: list[Tensor], dtype: torch.dtype, exact: float, device: torch.device
 ) -> Difference:
-    """The row of a site. `found` are tensors of ours, ours in float64, theirs, theirs in float64;
-    `exact` is the tolerance in float64."""
+    """Return the row of a site. `found` has our tensor, our float64 tensor, their tensor and their
+    float64 tensor. `exact` is the tolerance in float64."""
     ours, ours_64, theirs, theirs_64 = found
     absolute, float64 = largest_difference(ours, theirs), largest_difference(ours_64, theirs_64)
     model_error, other_error = (largest_difference(x, theirs_64) for x in (ours, theirs))
@@ -248,20 +248,20 @@ def _difference(
 
 
 def _limit(site: str, tolerance: float, truth: Tensor) -> float:
-    """The largest difference at a site that is within tolerance."""
+    """Return the largest difference that is within tolerance at a site."""
     if site.startswith("logits") and tolerance != ROUNDED:
         return tolerance
     return tolerance * max(1.0, truth.abs().max().item())
 
 
 def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:
-    """Two images, and eight texts with an end token of each model, at positions all over the text.
+    """Return two images, and eight texts with both models' end tokens at various positions.
 
-    Texts are `shorter` than the context, which shows whether a model counts positions from the end.
+    Texts leave `shorter` positions free, to find a model that counts positions from the end.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)
-    ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # a fork may have more words
+    ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # a fork's vocabulary may be larger
     ids[:, 0] = ours.text.bos_token_id
     ids[1, -1] = 0  # openai/CLIP pads with 0
     ends = [end_token(text) for text in (ours.text, theirs.text)]

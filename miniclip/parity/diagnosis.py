@@ -1,7 +1,7 @@
 """Find out why two CLIPs differ at a site.
 
-Two models are equal up to the first site that differs. CLIP's formula computes that site again,
-once as it is and once with each fault that is common in reimplementations. The cause is the fault
+Two models are equal before the first site that differs. CLIP's formula computes this site again:
+once without a fault, and once with each common fault of reimplementations. The cause is the fault
 that gives the other model's numbers.
 """
 
@@ -40,7 +40,7 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     if stream_enters and (otherwise := otherwise_run(site, model, other)):
         return otherwise
     followers = []  # the models that compute CLIP's formula with their own weights and config
-    related = ""  # simple arithmetic that explains the difference, if nothing better does
+    related = ""  # simple arithmetic that explains the difference; used if no fault does
     for source, target, names in ((other, model, NAMES[::-1]), (model, other, NAMES)):
         formula, wrong = formula_of(site, source), target.tensors[site]
         right = formula.compute()
@@ -74,7 +74,7 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
 
 
 def differing_weights(site: str, model: Side, other: Side) -> str:
-    """Name the weights that differ among those that the formula of the site reads, and say how."""
+    """Say how the weights of the site's formula differ. Returns "" if they are equal."""
     formula, theirs = formula_of(site, model), formula_of(site, other).w
     read, _ = names_read(formula)
     head_width = formula.steps.get("head_width", 1)
@@ -90,7 +90,7 @@ def differing_weights(site: str, model: Side, other: Side) -> str:
 
 
 def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
-    """Say how their weight became ours. If unknown, say in brackets how far they are apart."""
+    """Say which change turns `theirs` into `ours`. If unknown, give their distance in brackets."""
     if ours.ndim == 0:
         return f"({ours:.9g} in model, {theirs:.9g} in other)"
     if ours.shape != theirs.shape:
@@ -103,11 +103,11 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
         return f"multiplied by {factor:.6g}"
     rows = (ours != theirs).reshape(len(ours), -1).any(1)
     distance = (ours - theirs).abs().max().item()
-    return f"({rows.sum()} of {len(rows)} rows, by at most {distance:.1e})"
+    return f"({rows.sum()} of {len(rows)} rows differ, by at most {distance:.1e})"
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Each possible change of w, in words, with two tensors that are equal if it is the change."""
+    """Yield possible changes of w in words, with two tensors that are equal after each change."""
     for axis in range(w.ndim):
         yield f"flipped along axis {axis}", w.flip(axis), ours
         for shift in (1, -1):
@@ -127,7 +127,7 @@ def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Te
 
 
 def _sorted(w: Tensor, axis: int, size: int) -> Tensor:
-    """The slices of a weight along an axis, `size` at a time, sorted by their sums."""
+    """Return groups of `size` slices of a weight along an axis, sorted by the groups' sums."""
     slices = w.movedim(axis, 0).reshape(w.shape[axis] // size, -1).contiguous()
     return slices[slices.sum(1).argsort()]
 
@@ -158,20 +158,20 @@ def _part_at(site: str) -> str:
 def relation_of(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
     """Say which simple arithmetic turns the right numbers at the site into the wrong ones."""
     if is_near(right, wrong):
-        return ""  # more than rounding error, but too small for these comparisons
+        return ""  # the difference is too small for these comparisons
     found = _relations(site, x, right, wrong)
     return next((words for words, tensor in found if is_near(tensor, wrong)), "")
 
 
 def _relations(site: str, x: Named, right: Tensor, wrong: Tensor) -> Iterator[tuple[str, Tensor]]:
-    for name in reversed([name for name in x if " " not in name]):  # the block's own first
-        yield f"{name} unchanged as {site}", x[name].double()
+    for name in reversed([name for name in x if " " not in name]):  # the block's tensors first
+        yield f"{name} in the place of {site}", x[name].double()
     yield f"{site} transposed", right.mT
     if right.shape != wrong.shape:
         return
     order = torch.cdist(wrong.flatten(1), right.flatten(1)).argmin(1)
     moved = (order != torch.arange(len(order))).nonzero()[:, 0].tolist()
-    yield f"{site} of another row of the batch in row {_ranges(moved)}", right[order]
+    yield f"{site} with batch rows in the wrong place: {_ranges(moved)}", right[order]
     factor = ((wrong * right).sum() / right.square().sum()).item()
     yield f"{site} multiplied by {factor:.6g}", right * factor
     apart = wrong - right
@@ -181,7 +181,7 @@ def _relations(site: str, x: Named, right: Tensor, wrong: Tensor) -> Iterator[tu
         vector = apart[-1, -1]
         yield "the same vector added to each token, as a bias would be", right + vector
         patches = torch.cat([wrong[:, :1], right[:, 1:] + vector], 1)
-        words = "the same vector added to each patch, and not to the first token"
+        words = "the same vector added to each patch, but not to the first token"
         yield f"{words}, as a bias would be", patches
     elif "logits" not in site and right.ndim == 2:
         words = f"the same vector added to each row of {site}"
@@ -218,12 +218,12 @@ def where_apart(ours: Tensor, theirs: Tensor, ids: Tensor | None) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers as at most three ranges, in words.
+    """Write ascending numbers as at most three ranges, in words.
 
     >>> _ranges([0, 1, 2, 5])
     '0 to 2 and 5'
     """
-    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # equal within a range
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # constant within a range
     ranges = [[number for _, number in run] for _, run in runs]
     words = [f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges]
     return " and ".join(words[:3] + ["others"] * (len(words) > 3))

@@ -1,25 +1,25 @@
-"""Draw the differences of two models against depth."""
+"""Plot the differences between two models against depth."""
 
 from os import PathLike
 
 from miniclip.figures.style import BLUE, ORANGE, Figure, save_figure
 from miniclip.parity.report import Report
 
-NOTHING = 1e-17  # where a difference of 0 is drawn, because its logarithm is infinite
+NOTHING = 1e-17  # a difference of 0 is drawn here, because its logarithm is infinite
 
 
 def draw_parity(report: Report, path: str | PathLike[str]) -> None:
-    """Save a picture with a panel for each tower, on a logarithmic scale."""
+    """Save a plot with a panel for each tower, on a logarithmic scale."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     curves = {
-        "absolute": ("difference", ORANGE, "-", 4),  # broad, so that it shows under the next
+        "absolute": ("difference", ORANGE, "-", 4),  # thick, so that the next curve cannot hide it
         "float64": ("difference in float64", BLUE, "-", 1.5),
         "model_error": ("error of model", "#009e73", "--", 1.5),
         "other_error": ("error of other", "#e69f00", ":", 1.5),
     }
     for axes, tower in zip(panels, ("vision", "text"), strict=True):
-        # Patterns are left out: in float64, transformers' are rounded to float32.
+        # Patterns are left out, because transformers may compute them in float32 in a float64 run.
         rows = [
             row
             for row in report.rows
@@ -42,7 +42,7 @@ def draw_parity(report: Report, path: str | PathLike[str]) -> None:
         axes.set_yscale("log")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("largest of any number")
+    panels[0].set_ylabel("largest difference or error")
     panels[0].set_yticks([NOTHING, *(10.0**n for n in range(-15, 4, 3))])
     panels[0].set_yticklabels(["0", *(f"$10^{{{n}}}$" for n in range(-15, 4, 3))])
     panels[1].legend(frameon=False, fontsize=9)

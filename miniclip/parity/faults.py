@@ -1,4 +1,4 @@
-"""The faults that are common in reimplementations, to plant in a formula one after the other."""
+"""Common faults of reimplementations, to plant in a formula one at a time."""
 
 import re
 from collections.abc import Iterator
@@ -51,21 +51,19 @@ def _mean_to_the_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
     return torch.stack([row[: last + 1].mean(0) for row, last in rows])
 
 
-POOLS = {  # of the stream (B, T, W), ids and the positions of end tokens -> (B, W)
-    "texts read at their largest id": lambda x, ids, end: token_at(x, ids, ids.argmax(-1)),
+POOLS = {  # (residual stream (B, T, W), ids, the positions of end tokens) -> (B, W)
+    "pooling at the largest id": lambda x, ids, end: token_at(x, ids, ids.argmax(-1)),
     "pooling at the first token": lambda x, ids, end: x[:, 0],
     "pooling at the second token": lambda x, ids, end: x[:, 1],
     "pooling at the last token": lambda x, ids, end: x[:, -1],
     "pooling at the mean of all tokens": lambda x, ids, end: x.mean(1),
     "pooling at the mean of the patches": lambda x, ids, end: x[:, 1:].mean(1),
     "pooling at the sum of all tokens": lambda x, ids, end: x.sum(1),
-    "pooling at the largest of all tokens": lambda x, ids, end: x.amax(1),
+    "pooling at the maximum of all tokens": lambda x, ids, end: x.amax(1),
     "pooling at the mean of a text up to its end token": _mean_to_the_end,
-    "texts read at their last end token": _last_end,
-    "texts read before their end token": lambda x, ids, end: token_at(x, ids, end - 1),
-    "texts read after their end token": lambda x, ids, end: token_at(
-        x, ids, (end + 1) % x.shape[1]
-    ),
+    "pooling at the last end token": _last_end,
+    "pooling before the end token": lambda x, ids, end: token_at(x, ids, end - 1),
+    "pooling after the end token": lambda x, ids, end: token_at(x, ids, (end + 1) % x.shape[1]),
 }
 LEAST = torch.finfo(torch.float64).min
 LAYER_NORMS = ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final")
@@ -79,13 +77,13 @@ FAULTS: dict[str, dict[str, Any]] = {
     "length": {
         f"embeddings divided by {words}": function
         for words, function in {
-            "the root of the sum over the batch": lambda x: x.norm(dim=0, keepdim=True),
+            "the root of the sum of squares over the batch": lambda x: x.norm(dim=0, keepdim=True),
             "the root of the mean of squares": lambda x: x.pow(2).mean(-1, keepdim=True).sqrt(),
             "the sum of squares": lambda x: x.pow(2).sum(-1, keepdim=True),
             "the sum of absolute values": lambda x: x.abs().sum(-1, keepdim=True),
             "the largest absolute value": lambda x: x.abs().amax(-1, keepdim=True),
             **{
-                f"their length and an eps of {eps:g}": partial(_length_with_eps, eps)
+                f"their length plus an eps of {eps:g}": partial(_length_with_eps, eps)
                 for eps in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
             },
         }.items()
@@ -93,23 +91,23 @@ FAULTS: dict[str, dict[str, Any]] = {
     "temperature": {
         "a logit scale that is not exponentiated": lambda scale: scale,
         "a logit scale that is exponentiated twice": lambda scale: scale.exp().exp(),
-        "a logit scale that divides": lambda scale: (-scale).exp(),
-        "a logit scale that is a power of 2": torch.exp2,
+        "a logit scale that divides the cosines": lambda scale: (-scale).exp(),
+        "a logit scale that is exponentiated with base 2": torch.exp2,
         "a logit scale that is squared": lambda scale: (2 * scale).exp(),
-        "a logit scale that is cut at 100": lambda scale: scale.exp().clamp(max=100),
-        "the logit scale that training begins with": lambda scale: torch.full_like(scale, 1 / 0.07),
+        "a logit scale that is clamped at 100": lambda scale: scale.exp().clamp(max=100),
+        "the logit scale at the start of training": lambda scale: torch.full_like(scale, 1 / 0.07),
         "no logit scale": torch.ones_like,
     },
     "act": ACTIVATION_FORMULAS
     | {
-        "quick_gelu of 1.7": lambda x: x * torch.sigmoid(1.7 * x),
+        "quick_gelu with 1.7": lambda x: x * torch.sigmoid(1.7 * x),
         "quick_gelu twice": lambda x: ACTIVATION_FORMULAS["quick_gelu"](
             ACTIVATION_FORMULAS["quick_gelu"](x)
         ),
         "gelu twice": lambda x: F.gelu(F.gelu(x)),
         "relu squared": lambda x: F.relu(x) ** 2,
-        "leaky_relu of 0.1": partial(F.leaky_relu, negative_slope=0.1),
-        "leaky_relu of 0.2": partial(F.leaky_relu, negative_slope=0.2),
+        "leaky_relu with slope 0.1": partial(F.leaky_relu, negative_slope=0.1),
+        "leaky_relu with slope 0.2": partial(F.leaky_relu, negative_slope=0.2),
         "identity": lambda x: x,
     }
     | {
@@ -126,8 +124,8 @@ FAULTS: dict[str, dict[str, Any]] = {
         "LayerNorm over all tokens together": lambda x, eps, weight, bias: (
             F.layer_norm(x, x.shape[1:], eps=eps) * weight + bias
         ),
-        "RMSNorm for LayerNorm": _rescaled,
-        "RMSNorm without bias for LayerNorm": lambda x, eps, w, bias: _rescaled(x, eps, w, 0.0),
+        "RMSNorm instead of LayerNorm": _rescaled,
+        "RMSNorm without bias instead of LayerNorm": lambda x, eps, w, b: _rescaled(x, eps, w, 0.0),
     },
     "norms": {f"no {name}{BEFORE.get(name, '')}": {name: 0} for name in LAYER_NORMS}
     | {f"{name} twice": {name: 2} for name in LAYER_NORMS},
@@ -135,10 +133,10 @@ FAULTS: dict[str, dict[str, Any]] = {
     "mask": {  # (ones (B, H, T, T), the positions of end tokens) -> which keys are hidden
         "no causal mask": no_mask,
         "a causal mask": causal_mask,
-        "a causal mask the wrong way round": lambda ones, end: ones.tril(-1).bool(),
+        "a causal mask that hides earlier tokens": lambda ones, end: ones.tril(-1).bool(),
         "a causal mask that hides a token from itself": lambda ones, end: ones.triu(0).bool(),
         "a causal mask that shows the next token": lambda ones, end: ones.triu(2).bool(),
-        "a mask of what follows the end token": lambda ones, end: (
+        "a mask that also hides tokens after the end token": lambda ones, end: (
             ones.triu(1).bool() | (torch.arange(ones.shape[-1]) > end[:, None])[:, None, None]
         ),
     },
@@ -151,30 +149,30 @@ FAULTS: dict[str, dict[str, Any]] = {
         "a sigmoid in the place of the softmax": lambda s, hidden: s.sigmoid() * ~hidden,
         "a causal mask that comes after the softmax": lambda s, hidden: s.softmax(-1) * ~hidden,
         **{
-            f"a score of {score} where the mask hides, not of -inf": partial(softmax, score=score)
+            f"masked scores of {score}, not of -inf": partial(softmax, score=score)
             for score in (0, -1, -10, -100)
         },
     },
     "scale": {
         "scores that are not scaled": lambda head_width, width: 1.0,
-        "scores scaled by 1 / head width, and not its root": lambda d, width: 1 / d,
+        "scores divided by the head width, not by its root": lambda d, width: 1 / d,
         "scores multiplied by the root of the head width": lambda d, width: d**0.5,
-        "scores scaled by the root of the width, and not of a head's": lambda d, w: w**-0.5,
-        "scores scaled by the root of the heads": lambda d, width: (width / d) ** -0.5,
+        "scores divided by the root of the width, not of the head width": lambda d, w: w**-0.5,
+        "scores divided by the root of the number of heads": lambda d, width: (width / d) ** -0.5,
     },
     "qk": {"q and k exchanged": ("k", "q")},
     "turned": {"a pattern that is transposed": lambda pattern: pattern.mT},
-    "interleaved": {"heads that are split the wrong way round": True},
+    "interleaved": {"heads that are split as (D, H), not (H, D)": True},
     "joined": {
-        "heads that are joined the wrong way round": lambda z: z.permute(0, 2, 3, 1).flatten(2),
+        "heads that are joined as (D, H), not (H, D)": lambda z: z.permute(0, 2, 3, 1).flatten(2),
         "heads that are joined without being transposed": lambda z: z.reshape(
             len(z), z.shape[2], -1
         ),
     },
     "mlp_reads": {
-        "ln_1 before the MLP, for ln_2": (("resid_pre", "attn_out"), "ln_1"),
-        "the MLP beside attention, and not after it": (("resid_pre",), "ln_2"),
-        "the MLP beside attention, after the same ln_1": (("resid_pre",), "ln_1"),
+        "ln_1 before the MLP, not ln_2": (("resid_pre", "attn_out"), "ln_1"),
+        "the MLP parallel to attention, not after it": (("resid_pre",), "ln_2"),
+        "the MLP parallel to attention, after the same ln_1": (("resid_pre",), "ln_1"),
         "no residual connection around attention": (("attn_out",), "ln_2"),
         "the residual stream after ln_1, not before it": (("ln_1", "attn_out"), "ln_2"),
     },
@@ -191,7 +189,7 @@ FAULTS: dict[str, dict[str, Any]] = {
         "pixels that are upside down": lambda x: x.flip(-2),
         "pixels that are multiplied by 255": lambda x: x * 255,
         "pixels that are divided by 255": lambda x: x / 255,
-        "pixels that are brought from 0..1 to -1..1 once more": lambda x: 2 * x - 1,
+        "pixels that are rescaled from 0..1 to -1..1 once more": lambda x: 2 * x - 1,
     },
     "patches": {  # (B, W, rows, columns) -> (B, P, W)
         "patches in the order of columns": lambda x: x.mT.flatten(2).mT,
@@ -204,11 +202,11 @@ FAULTS: dict[str, dict[str, Any]] = {
     "pool": {words: (pool, False) for words, pool in POOLS.items()}
     | {f"{words}, before the last LayerNorm": (pool, True) for words, pool in POOLS.items()},
 }
-"""For each step of the formulas, how other implementations may compute it."""
+"""For each step of a formula: other ways to compute the step, by their descriptions."""
 
 
 class Noted(dict):
-    """A dictionary that notes which of its keys are read."""
+    """A dictionary that remembers which of its keys were read."""
 
     def __getitem__(self, key: str) -> Any:
         self.read = getattr(self, "read", set()) | {key}
@@ -216,14 +214,14 @@ class Noted(dict):
 
 
 def names_read(formula: Formula) -> tuple[set[str], set[str]]:
-    """The names of the weights and of the steps that a formula reads."""
+    """Return the names of the weights and the names of the steps that a formula reads."""
     w, steps = Noted(formula.w), Noted(formula.steps)
     formula._replace(w=w, steps=steps).compute()
     return getattr(w, "read", set()), getattr(steps, "read", set())
 
 
 def faults(formula: Formula, source: Side, target: Side) -> Iterator[tuple[str, Named, Steps]]:
-    """Each fault that the formula can have, in words, with the weights and steps that plant it."""
+    """Yield each possible fault of a formula in words, with the weights and steps that plant it."""
     read, steps_read = names_read(formula)
     tower = formula.site.partition(".")[0]
     config: Any = getattr(source.config, tower, None)
@@ -240,7 +238,7 @@ def faults(formula: Formula, source: Side, target: Side) -> Iterator[tuple[str, 
 
 
 def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str, dict[str, Any]]:
-    """The faults that depend on the config of the tower, or on the other model."""
+    """Return the faults that depend on the tower's config, or on the other model."""
     tower = formula.site.partition(".")[0]
     peer = getattr(target.config, tower)
     head_width = formula.steps["head_width"]
@@ -255,16 +253,17 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
 
         pools = {f"the end token {peer.eos_token_id}": (at_their_end, False)} | pools
     return {
-        "act": {f"the activation {a} for {config.act}": f for a, f in FAULTS["act"].items()},
+        "act": {f"the activation {a} instead of {config.act}": f for a, f in FAULTS["act"].items()},
         "eps": {
-            f"a LayerNorm eps of {eps:g} for {config.ln_eps:g}": eps
+            f"a LayerNorm eps of {eps:g} instead of {config.ln_eps:g}": eps
             for eps in (peer.ln_eps, *FAULTS["eps"].values())
         },
         "head_width": {
-            f"heads of width {width} for {head_width}": width for width in widths - {0, head_width}
+            f"heads of width {w} instead of {head_width}": w for w in widths - {0, head_width}
         },
         "before": {
-            f"the residual stream after block {i} there": f"after {i}" for i in range(config.layers)
+            f"the residual stream after block {i} as its input": f"after {i}"
+            for i in range(config.layers)
         },
         "pool": pools,
     }
@@ -273,7 +272,7 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
 def _faults_of_weights(
     w: Named, read: set[str], grid: tuple[int, int] | None
 ) -> Iterator[tuple[str, Named]]:
-    """The faults of weights. `read` names the formula's weights; `grid` is the patch grid."""
+    """Yield the faults in the weights that are `read`. `grid` is the patch grid (rows, columns)."""
     modules = sorted(name.removesuffix(".bias") for name in read if name.endswith(".bias"))
     for count in range(1, len(modules) + 1):
         for some in combinations(modules, count):
@@ -302,7 +301,7 @@ def _faults_of_weights(
         for fault, positions in _wrong_positions(w["pos_embed"], grid):
             yield fault, {"pos_embed": positions}
     if "class_embed" in read:
-        yield "no class token's embedding", {"class_embed": torch.zeros_like(w["class_embed"])}
+        yield "no embedding of the class token", {"class_embed": torch.zeros_like(w["class_embed"])}
     for dtype in ROUNDINGS[:2]:
         rounded = {name: w[name].to(dtype).double() for name in read}
         yield f"weights rounded to {dtype_name(dtype)}", rounded
@@ -315,14 +314,14 @@ def _wrong_positions(
     yield "position embeddings that are added twice", 2 * positions
     for count, words in enumerate(("one", "two", "three"), 1):
         for shift in (-count, count):
-            yield f"positions that are off by {words}", positions.roll(shift, 0)
+            yield f"positions that are shifted by {words}", positions.roll(shift, 0)
     yield "positions from last to first", positions.flip(0)
     yield "no position for the first token", torch.cat([0 * positions[:1], positions[1:]])
     if grid:
         first, patches = positions[:1], positions[1:].unflatten(0, grid)  # (rows, columns, W)
         for fault, moved in (
-            ("positions of patches that are off by one", positions[1:].roll(1, 0)),
-            ("positions of patches that are off by one", positions[1:].roll(-1, 0)),
+            ("positions of patches that are shifted by one", positions[1:].roll(1, 0)),
+            ("positions of patches that are shifted by one", positions[1:].roll(-1, 0)),
             ("rows and columns of positions exchanged", patches.transpose(0, 1)),
             ("positions that are mirrored", patches.flip(1)),
             ("positions that are upside down", patches.flip(0)),

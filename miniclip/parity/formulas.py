@@ -1,8 +1,7 @@
-"""CLIP once more, as formulas: the referee between two models.
+"""CLIP as formulas, to decide which of two models is right at a site.
 
-A formula computes the tensor at a site from the tensors before it, the weights and the config. It
-runs no code of the models. So it finds a fault in their weights, their config or their code alike.
-`faults.py` replaces the steps of a formula.
+A formula computes the tensor at a site from the tensors at earlier sites, the weights and the
+config. It does not run the models' code. `faults.py` replaces the steps of a formula.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ class Side(NamedTuple):
 
 
 def is_near(one: Tensor | None, other: Tensor, tolerance: float = 1e-9) -> bool:
-    """Whether two tensors are equal up to rounding, relative to the largest number above 1."""
+    """Return whether no number differs by more than tolerance * max(1, the largest of `other`)."""
     if one is None or one.shape != other.shape:
         return False
     return bool((one - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()))
@@ -37,7 +36,7 @@ def is_near(one: Tensor | None, other: Tensor, tolerance: float = 1e-9) -> bool:
 def softmax(
     scores: Tensor, hidden: Tensor, score: float = torch.finfo(torch.float64).min
 ) -> Tensor:
-    """The attention pattern. A row in which every token is hidden is uniform."""
+    """Return the attention pattern. If a row hides every token, its pattern is uniform."""
     return scores.masked_fill(hidden, score).softmax(-1)
 
 
@@ -50,12 +49,12 @@ def causal_mask(ones: Tensor, end: Tensor) -> Tensor:
 
 
 def token_at(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
-    """The residual stream at the end token of a text, or at the first token of an image."""
+    """Return the residual stream at a text's end token, or at an image's first token."""
     return stream[torch.arange(len(stream)), end]
 
 
 def end_of(ids: Tensor, text: TextConfig) -> Tensor:
-    """The position of each text's end token."""
+    """Return the position of each text's end token."""
     return (ids if text.ends_at_largest else (ids == text.eos_token_id).int()).argmax(-1)
 
 
@@ -122,7 +121,7 @@ def _attn_out(x: Named, w: Named, s: Steps) -> Tensor:
 
 
 def _sum(x: Named, w: Named, s: Steps, terms: Sequence[str]) -> Tensor:
-    """The sum of tensors at earlier sites. The name of a LayerNorm stands for its output."""
+    """Return the sum of tensors at earlier sites. A LayerNorm's name stands for its output."""
     streams = {"ln_1": ("resid_pre",), "ln_2": ("resid_pre", "attn_out")}
     normed = {t: _norm(_sum(x, w, s, streams[t]), w, s, t) for t in terms if t in streams}
     return torch.stack([normed[t] if t in normed else x[t] for t in terms]).sum(0)
@@ -174,14 +173,14 @@ class Formula(NamedTuple):
     """The formula of a site and the tensors that it reads, under short names."""
 
     site: str
-    x: Named  # the tensors before it
-    w: Named  # the weights of its block, or of its tower
-    steps: Steps  # a fault may replace each of them
+    x: Named  # the tensors at earlier sites
+    w: Named  # the weights of the site's block, or of its tower
+    steps: Steps  # the steps of the computation; a fault replaces one of them
 
     def compute(self, weights: Named = {}, steps: Steps = {}) -> Tensor | None:
-        """The tensor, with some weights and steps replaced.
+        """Return the tensor at the site, with some weights and steps replaced.
 
-        None if the model lacks a part of it, or if shapes do not fit.
+        Return None if the model lacks a tensor or a weight, or if shapes do not fit.
         """
         kind = self.site.rpartition(".")[2]
         compute = FORMULAS[kind if kind in FORMULAS else self.site]
@@ -193,7 +192,7 @@ class Formula(NamedTuple):
 
 
 def formula_of(site: str, side: Side) -> Formula:
-    """The formula of a site with a model's own numbers, and with CLIP's steps."""
+    """Return the formula of a site, with one model's tensors and weights, and with CLIP's steps."""
     if site == "logits":
         x = {name: side.tensors[name] for name in EMBEDDINGS if name in side.tensors}
         length = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
@@ -207,7 +206,7 @@ def formula_of(site: str, side: Side) -> Formula:
         if (after := f"{tower}.blocks.{i}.resid_post") in side.tensors:
             x[f"after {i}"] = side.tensors[after]
     layer = int(block[1]) if block else config.layers
-    # The first residual stream comes out of the tower's own parameters, and not out of a block's.
+    # The first residual stream is computed from the tower's own parameters, not from a block's.
     own = not block or site.endswith("blocks.0.resid_pre")
     w = under(f"{tower}." if own else f"{tower}.blocks.{layer}.", side.weights)
     is_text = tower == "text"
@@ -216,8 +215,8 @@ def formula_of(site: str, side: Side) -> Formula:
         "end": end_of(x["ids"], config) if is_text else first,
         "eps": config.ln_eps,
         "norm": lambda x, eps, w, bias: F.layer_norm(x, x.shape[-1:], w, bias, eps),
-        "norms": {},  # how often each LayerNorm is applied, if not once
-        "early": "",  # a LayerNorm that does not belong before the first block
+        "norms": {},  # LayerNorm -> how often it is applied, if not once
+        "early": "",  # a LayerNorm that is wrongly applied to the embeddings
         "before": f"after {layer - 1}",
         "pixels": lambda pixels: pixels,
         "patches": lambda patches: patches.flatten(2).mT,
@@ -239,7 +238,7 @@ def formula_of(site: str, side: Side) -> Formula:
 
 
 def under(prefix: str, named: Named) -> dict[str, Tensor]:
-    """The tensors directly under a prefix, without the prefix and without the blocks below it."""
+    """Return the tensors under a prefix, in float64. Names lose the prefix; blocks are left out."""
     found = {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
     return {
         name: x.double() if x.is_floating_point() else x

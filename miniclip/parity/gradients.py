@@ -1,6 +1,6 @@
-"""The gradient of the contrastive loss for each parameter of two CLIPs, compared in float64.
+"""Compare the gradients of two CLIPs' contrastive loss, parameter by parameter, in float64.
 
-A fork with the right outputs may still learn something else. A `detach` in its forward pass, or a
+A fork with the right outputs may still have wrong gradients. A `detach` in its forward pass, or a
 backward pass of its own, changes no output.
 """
 
@@ -18,15 +18,15 @@ from miniclip.parity.sites import config_of, under_our_names
 from miniclip.parity.traces import Setting, running
 from miniclip.terminal import progress
 
-RELATIVE = 1e-8  # to the largest number of a parameter's gradient
-NOISE = 1e-12  # to the largest of all gradients: a key bias has only rounding errors
+RELATIVE = 1e-8  # the tolerance relative to the largest number of the parameter's gradient
+NOISE = 1e-12  # relative to the largest gradient of all: a key bias has only rounding errors
 
 
 def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 0) -> Stage:
-    """A row `gradient.NAME` for each parameter that both have, in the order of the backward pass.
+    """Return a row `gradient.NAME` for each parameter of both models, and the cause if one differs.
 
-    So the first row that differs is the parameter nearest to the fault. A parameter that the loss
-    does not reach has a gradient of 0. A parameter that is frozen in either model has no row.
+    Rows are in the order of the backward pass, so the first difference is nearest to the fault. A
+    parameter that the loss does not reach has a gradient of 0. A frozen parameter has no row.
     """
     kind = next((type(m) for m in (ours, theirs) if isinstance(m, CLIP)), CLIP)
     config = config_of(ours, kind)
@@ -53,13 +53,13 @@ def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 
     if all(row.within_tolerance for row in rows):
         return rows, None
     return rows, (
-        "the forward pass is the same and the gradient is not: between this parameter and the loss "
-        "something is detached, frozen, or has a backward pass of its own"
+        "the forward pass is the same, but the gradient differs: between this parameter and the "
+        "loss a tensor is detached or frozen, or a part has a backward pass of its own"
     )
 
 
 def _gradients(model: Any, setting: Setting) -> dict[str, Tensor]:
-    """The gradients of the loss by the model's own names."""
+    """Return the gradient of the loss for each parameter, by the model's own names."""
     with running(model, setting) as run, torch.enable_grad():
         weights = {
             f"{path}.{name}".lstrip("."): weight

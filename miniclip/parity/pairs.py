@@ -1,4 +1,4 @@
-"""Pairs to compare: a checkpoint as two libraries load it, two checkpoints, or random weights."""
+"""Make two models to compare: one checkpoint in two libraries, two models, or random weights."""
 
 import math
 import os
@@ -39,31 +39,31 @@ Name = str | os.PathLike[str]
 def load_pair(
     name: Name, against: Name = "transformers", names: Name | None = None, **options: Any
 ) -> tuple[Loaded, Loaded]:
-    """A checkpoint as miniclip and as transformers load it, or two checkpoints, or a fork's code.
+    """Load two models to compare: one checkpoint in both libraries, or two checkpoints or forks.
 
     Args:
-        name: an embedded name, a directory, a hub id, or a Python file that makes a fork:
-            "fork.py", whose `model` is compared, or "fork.py:build". What it names is a model, a
-            triple like `miniclip.load`'s, or a function without arguments that returns one.
-        against: the same. "transformers" loads the same checkpoint with transformers.
-        names: a JSON file with the fork's `tensor_names`, the table from our names to its own.
+        name: an embedded name, a directory, a hub id, or a fork's Python file. "fork.py" means
+            `model` in the file, "fork.py:build" means `build`. Either is a model, a triple like
+            `miniclip.load`'s, or a function without arguments that returns a model or a triple.
+        against: the second model, in the same form, or "transformers" to load `name` with it.
+        names: a JSON file with `tensor_names`, the table from our names to the fork's names.
         options: where checkpoints come from, as in `miniclip.load`.
     Returns:
-        Two triples. The tokenizer and the transform are None where there are only weights.
+        Two triples. A tokenizer or transform is None if the name has none.
     Raises:
-        CheckpointError: as `miniclip.load`. ValueError: if transformers cannot load such a model,
-            or a Python file does not give one.
+        CheckpointError: for the same reasons as `miniclip.load`.
+        ValueError: transformers cannot load the model, or a Python file does not give a model.
     """
     if against == "transformers" and (os.path.isfile(name) or CODE.fullmatch(str(name))):
         raise ValueError(
-            f"{name} is a file, and transformers loads directories: name a directory, or a "
-            "checkpoint to compare it with (--against)"
+            f"{name} is a file, but transformers loads directories: name a directory, or another "
+            "model to compare with (--against)"
         )
     one = _load(name, options)
     model: Any = one.model
     if names is not None:
         if isinstance(model, CLIP):
-            raise ValueError(f"{name} has our module names: expected no table of names, {names}")
+            raise ValueError(f"{name} has our module names: leave out the table of names, {names}")
         model.tensor_names = read_json(Path(names))
     if against != "transformers":
         return one, _load(against, options)
@@ -75,14 +75,14 @@ CODE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
 
 
 def alone(model: Any) -> Loaded:
-    """A model without tokenizer and transform."""
+    """Return a triple of a model, and None for the tokenizer and the transform."""
     nothing: Any = None
     return Loaded(model, nothing, nothing)
 
 
 def _load(name: Name, options: dict[str, Any]) -> Loaded:
-    """A model, and its tokenizer and transform. A part that is refused is a function that raises
-    the reason, so that the comparison reports it as a difference."""
+    """Load a model, its tokenizer and its transform. If a tokenizer or transform is refused, return
+    a function that raises the error. The comparison then reports the error as a difference."""
     if code := CODE.fullmatch(str(name)):
         return _made_by(Path(code["file"]), code["name"] or "model")
     parts: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
@@ -100,7 +100,7 @@ def _raise(error: Exception, *args: Any, **options: Any) -> None:
 
 
 def _made_by(file: Path, name: str) -> Loaded:
-    """What a user's Python file makes. The file may import its neighbours, as a script may."""
+    """Return what a Python file makes, as a triple. The file can import from its own folder."""
     spec: Any = spec_from_file_location(f"fork_{file.stem}", file)
     module = sys.modules[spec.name] = module_from_spec(spec)
     sys.path.insert(0, str(file.parent))
@@ -108,7 +108,7 @@ def _made_by(file: Path, name: str) -> Loaded:
         spec.loader.exec_module(module)
         made: Any = getattr(module, name)
         made = made if isinstance(made, nn.Module | tuple) else made()
-    except Exception as error:  # it may raise anything
+    except Exception as error:  # a user's file can raise any error
         raise ValueError(f"{file}: {name} {raises(error)}") from error
     finally:
         sys.path.remove(str(file.parent))
@@ -119,7 +119,7 @@ def _made_by(file: Path, name: str) -> Loaded:
 
 
 def _load_with_transformers(name: Name, ours: Loaded, options: dict[str, Any]) -> Loaded:
-    """transformers' model, tokenizer and processor, the latter two as functions like ours."""
+    """Load transformers' model, and functions like our tokenizer and transform."""
     transformers = import_transformers()
 
     def load_part(kind: Any, part: str, **more: Any) -> Any:
@@ -145,9 +145,9 @@ def _load_with_transformers(name: Name, ours: Loaded, options: dict[str, Any]) -
 
 
 def random_pair(shape: str) -> "tuple[CLIP, CLIPModel]":
-    """A model of ours and transformers' model with the same random weights, in a published shape.
+    """Make miniclip's and transformers' model with the same random weights, in a published shape.
 
-    Needs no checkpoint. Raises ValueError for another shape.
+    Needs no checkpoint. Raises ValueError if the shape is not a published one.
     """
     shape = published_shape(shape)
     import_transformers()
@@ -158,11 +158,11 @@ def random_pair(shape: str) -> "tuple[CLIP, CLIPModel]":
 
 
 def transformers_twin(model: CLIP) -> "CLIPModel":
-    """transformers' CLIPModel with a copy of our weights. ValueError if it cannot express them."""
+    """Return transformers' CLIPModel with our weights. ValueError for a model it cannot express."""
     transformers = import_transformers()
     if model.model_type != "clip":
         raise ValueError(
-            f"transformers' CLIPModel does not compute what {type(model).__name__} computes"
+            f"transformers' CLIPModel does not compute the same as {type(model).__name__}"
         )
     _check_expressible(model.config)
     config = transformers.CLIPConfig.from_dict(model.config.to_dict())
@@ -182,7 +182,7 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
     weights = ours.state_dict().items()
     copies = {layout_name(name, TRANSFORMERS): weight.detach().clone() for name, weight in weights}
     theirs.load_state_dict(copies, strict=True, assign=True)
-    for module in theirs.modules():  # a buffer, still on the meta device: no checkpoint has it
+    for module in theirs.modules():  # this buffer is on the meta device: no checkpoint has it
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor):
             module.position_ids = torch.arange(ids.shape[-1], device=ours.logit_scale.device)[None]
@@ -190,10 +190,10 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Redraw every parameter so that activations stay near 1 and each weight counts.
+    """Redraw every parameter, so that activations stay near 1 and each weight changes the output.
 
-    Initial weights hide faults: a lost bias of zeros changes nothing. The logit scale is ln 100,
-    the largest that OpenAI's training allows, because there rounding errors show most.
+    Initial weights hide faults: if a bias is zero, a missing bias changes nothing. The logit scale
+    is ln 100, the largest value in OpenAI's training, because a large scale shows rounding errors.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -209,10 +209,9 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 def random_inputs(
     config: CLIPConfig, images: int = 2, texts: int = 3, tokens: int = 9, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Noise (images, channels, height, width) and ids (texts, tokens).
+    """Return noise (images, channels, height, width) and random ids (texts, tokens).
 
-    The end token is at another position in each row. Random ids follow it, because padding may be
-    any id.
+    Each text has its end token at another position. Random ids follow the end token.
     """
     generator = torch.Generator().manual_seed(seed)
     vision, text = config.vision, config.text

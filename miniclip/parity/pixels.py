@@ -1,6 +1,6 @@
-"""The second stage of a comparison: two image transforms on pictures that show each step.
+"""The second stage of a comparison: run two image transforms on images that show each step.
 
-The steps are the reference's own functions. A fault replaces one step.
+The steps are the functions of `transform.py`. A fault replaces one or two steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def pictures(size: int) -> list[Image.Image]:
-    """Pictures for a transform to `size` pixels.
+    """Make images that test a transform to `size` pixels.
 
-    The first eight are not resized. Their margins of 0 to 7 pixels show how a crop rounds. The
-    others are resized, or have another mode.
+    The first eight images are not resized. Their margins of 0 to 7 pixels show how a crop rounds.
+    The others are resized, and three of them are not RGB.
     """
     random = np.random.default_rng(0)
 
@@ -48,7 +48,7 @@ def pictures(size: int) -> list[Image.Image]:
 
 
 class TransformSteps(NamedTuple):
-    """An image transform: transformers' four steps, until one is replaced."""
+    """An image transform in four steps. By default they are transformers' steps."""
 
     size: int
     crop_size: int
@@ -60,7 +60,7 @@ class TransformSteps(NamedTuple):
     scale: Callable[..., np.ndarray] = scale_and_normalize
 
     def pixels_of(self, picture: Image.Image) -> Tensor:
-        """(3, S, S)"""
+        """Return the pixels (3, S, S) of an image."""
         image = self.crop(self.resize(self.to_rgb(picture), self.size), self.crop_size)
         return torch.from_numpy(self.scale(image.convert("RGB"), self.mean, self.std))
 
@@ -89,7 +89,7 @@ def crop_rounded_up(picture: Image.Image, size: int) -> Image.Image:
 
 
 def divide_by(divisor: float, picture: Image.Image, *mean_and_std: Sequence[float]) -> np.ndarray:
-    """(byte / divisor - mean) / std, which is a division by 255 with another mean and std."""
+    """Compute (byte / divisor - mean) / std, as a division by 255 with another mean and std."""
     mean, std = ([number * divisor / 255 for number in numbers] for numbers in mean_and_std)
     return scale_and_normalize(picture, mean, std)
 
@@ -101,10 +101,10 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
     "a crop that rounds up, not down": {"crop": crop_rounded_up},
     "a crop from the upper left corner": {"crop": lambda p, size: p.crop((0, 0, size, size))},
     "OpenAI's order and crop": {"crop": openai_crop, "to_rgb": lambda picture: picture},
-    "RGB after the resize, not before": {"to_rgb": lambda picture: picture},
+    "conversion to RGB after the resize, not before": {"to_rgb": lambda picture: picture},
     "transparency that is dropped, not laid on white": {"to_rgb": lambda p: p.convert("RGB")},
     "transparency laid on black, not on white": {"to_rgb": on_black},
-    "a long side that is rounded, not cut": {"resize": round_long_side},
+    "a long side that is rounded, not truncated": {"resize": round_long_side},
     "a resize to a square": {"resize": squash},
     "the colours in the order BGR": {
         "scale": lambda p, *s: scale_and_normalize(Image.merge("RGB", p.split()[::-1]), *s)
@@ -122,11 +122,11 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
         if how != BICUBIC
     },
 }
-"""The faults that another implementation may have, and the steps that plant them."""
+"""Faults that another implementation may have, and the steps that plant each fault."""
 
 
 def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tensor]) -> str:
-    """Why two transforms differ, which made `one` and `other` of `pictures(ours.size)`.
+    """Say why two transforms give different pixels, `one` and `other`, for `pictures(ours.size)`.
 
     `ours` is an ImageTransform, `theirs` is any function.
 
@@ -144,7 +144,7 @@ def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tenso
     )
     drawn = pictures(ours.size)
     for fault, changed in FAULTS_OF_PIXELS.items():
-        if steps._replace(**changed) == steps:  # no fault here
+        if steps._replace(**changed) == steps:  # the transform already has these steps
             continue
         faulty = [steps._replace(**changed).pixels_of(picture) for picture in drawn]
         for name, found in zip(NAMES, (one, other)):
@@ -155,7 +155,7 @@ def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tenso
 
 
 def compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:
-    """A row for the pixels of all pictures, and the cause if they differ."""
+    """Return a row for the pixels of all images, and the cause if they differ."""
     sizes = (getattr(transform, "size", None) for transform in (ours, theirs))
     drawn = pictures(next(filter(None, sizes), ImageTransform.size))
     found, raised = run_both(lambda transform: [*map(transform, drawn)], ours, theirs)

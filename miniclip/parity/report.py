@@ -11,16 +11,16 @@ from torch import Tensor
 
 from miniclip.peers import versions
 
-NAMES = ("model", "other")  # the names of the two in a report
+NAMES = ("model", "other")  # the names of the two models in a report
 
 
 class Difference(NamedTuple):
-    """The largest difference of any number at a site."""
+    """The largest differences at a site."""
 
     site: str
     absolute: float
-    relative: float  # to the largest number there
-    float64: float  # absolute, where both run in float64
+    relative: float  # to the largest number at the site
+    float64: float  # the absolute difference, if both models run in float64
     model_error: float  # how far the first model is from the second model in float64
     other_error: float  # how far the second model is from itself in float64
     within_tolerance: bool
@@ -32,11 +32,11 @@ of tolerance, or None."""
 
 
 class Report(NamedTuple):
-    """Every site in the order data flows, the first out of tolerance, and its likely cause."""
+    """All sites in the order in which data flows, the first out of tolerance, and its cause."""
 
     rows: list[Difference]
     first: str | None
-    cause: str | None  # "" if it is not known
+    cause: str | None  # the likely cause; "" if no cause is known
 
     def __str__(self) -> str:
         if self.first is None:
@@ -47,7 +47,7 @@ class Report(NamedTuple):
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """The largest absolute difference. Infinity if the shapes differ, and for NaN."""
+    """Return the largest absolute difference, or infinity for different shapes and for NaN."""
     if one.shape != other.shape:
         return math.inf
     distance = (one.double() - other.double()).abs().max().item()
@@ -57,7 +57,7 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 def exact_difference(
     site: str, one: Tensor | None = None, other: Tensor | None = None
 ) -> Difference:
-    """A row for tensors that must be equal. They are infinitely far apart if one is missing."""
+    """Return a row for tensors that must be equal. The difference is infinite if one is missing."""
     if one is None or other is None:
         return Difference._make([site, *[math.inf] * 5, False])
     distance, size = largest_difference(one, other), max(other.abs().max().item(), 1e-30)
@@ -65,14 +65,15 @@ def exact_difference(
 
 
 def raises(error: Exception) -> str:
-    """The first line of an error, in words."""
+    """Describe an error by its type and the first line of its message."""
     return f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def run_both(
     run: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> tuple[list[Any], str]:
-    """The results of both functions, and in words the error of one. Raises it if both raise."""
+    """Apply `run` to both functions. Return the results, and in words the error of one function.
+    If both fail, raise the first error."""
     found: list[Any] = []
     errors: dict[str, ValueError] = {}
     for name, function in zip(NAMES, (ours, theirs)):
@@ -86,7 +87,7 @@ def run_both(
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:
-    """One row for all blocks of a tower, with the largest difference of each kind."""
+    """Merge the rows of a tower's blocks. A merged row has the largest number of each kind."""
     depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:
@@ -100,14 +101,14 @@ def summarize(rows: list[Difference]) -> list[Difference]:
 
 
 def nearer(rows: list[Difference]) -> dict[str, int]:
-    """At how many sites each model is nearer to float64. Tokens and pixels do not count."""
+    """Count the sites at which each model is nearer to float64. Tokens and pixels do not count."""
     errors = [row[4:6] for row in rows if row.site not in ("tokens", "pixels")]
     nearer = Counter("equal" if a == b else "model" if a < b else "other" for a, b in errors)
     return {name: nearer[name] for name in ("model", "other", "equal")}
 
 
 def measured_with(device: str | torch.device = "cpu") -> str:
-    """One line with the versions and the processor that the numbers were measured with."""
+    """Return a line with the versions and the processor with which the numbers were measured."""
     found = versions()
     named = ", ".join(
         f"{name} {found[name]}" for name in ("torch", "transformers") if name in found

@@ -1,8 +1,8 @@
-"""Where two models are compared: which module of a CLIP gives which tensor.
+"""The sites at which two models are compared, and the module that gives the tensor at each site.
 
-A model may have our module names, transformers', OpenAI's or open_clip's. A model with names of its
-own brings a table. The tables are the tables by which checkpoints are read (`files/names.py`). A
-site is left out if one of the models has no such module.
+A model may have our module names, transformers', OpenAI's or open_clip's. `files/names.py` has the
+tables of these names. A model with other names has a table of its own. A site is left out if one of
+the models has no such module.
 """
 
 import re
@@ -38,26 +38,26 @@ OUTPUTS = {
     "image_embeds": "image_embeds",
     "text_embeds": "text_embeds",
 }
-"""The sites of the output, and the names in it. A fork's own `boxes` are at `output_boxes`."""
+"""The sites of the output, and their names in it. A fork's own output `x` is at `output_x`."""
 
 
 def is_theirs(model: Any) -> bool:
-    """Whether the model is transformers' class, which takes its inputs by their names."""
+    """Return whether the model is transformers' class, which takes its inputs by their names."""
     return hasattr(model, "vision_model")
 
 
 def table_of(model: Any) -> Layout:
-    """The table from our names to the model's, as in `files/names.py`.
+    """Return the table from our names to the model's names, as in `files/names.py`.
 
-    A table of the model's own is its attribute `tensor_names`. Raises ValueError if the model lacks
-    a tensor that its own table names.
+    A model's own table is its attribute `tensor_names`. Raises ValueError if the model lacks a
+    tensor that its own table names.
     """
     own = getattr(model, "tensor_names", None)
     is_named_so = hasattr(model, "vision") and "tensor_names" not in vars(model)
     if isinstance(own, dict) and not isinstance(model, CLIP) and not is_named_so:
         return _checked(own, model)
     if is_theirs(model):
-        late = hasattr(model.vision_model, "pre_layernorm")  # without the misprint
+        late = hasattr(model.vision_model, "pre_layernorm")  # later versions correct a misprint
         return TRANSFORMERS | ({"vision.ln_pre": "vision_model.pre_layernorm"} if late else {})
     if hasattr(model, "visual") and not hasattr(model, "vision"):
         return OPEN_CLIP_CUSTOM_TEXT if hasattr(model, "text") else OPENAI
@@ -73,7 +73,7 @@ NEEDED = ("vision.patch_embed.weight", "text.token_embed.weight") + tuple(
 
 
 def _checked(own: Layout, model: Any) -> Layout:
-    """The table. Raises ValueError unless we know each key and the model has each tensor."""
+    """Return the table. Raises ValueError if a key is not our name, or a tensor is missing."""
     state = state_of(model)
     modules = {name.rpartition(".")[0] for name in state}
     for ours, theirs in own.items():
@@ -85,17 +85,17 @@ def _checked(own: Layout, model: Any) -> Layout:
         key = place(ours.replace("{}", "0"), own).key
         if key not in state and key not in modules:
             raise ValueError(
-                f"tensor_names says that {ours} is {theirs!r}, and {type(model).__name__} has no "
+                f"tensor_names says that {ours} is {theirs!r}, but {type(model).__name__} has no "
                 f"tensor or module {key!r}; the model has {listed(state)}"
             )
     places = own | dict.fromkeys(f"{name}.weight" for name in own)
     if lost := [name for name in NEEDED if name not in places]:
-        raise ValueError(f"tensor_names has no place for {listed(lost)}, which gives the config")
+        raise ValueError(f"tensor_names lacks {listed(lost)}; their shapes give the config")
     return own
 
 
 def _module_at(model: Any, table: Layout, name: str, up: int = 0) -> Any:
-    """The module that the table places at one of our names, or the `up`-th module around it."""
+    """Return the module with one of our names, or the module `up` levels above, or None."""
     try:
         path = layout_name(name, table).split(".")
         return model.get_submodule(".".join(path[: len(path) - up]))
@@ -104,7 +104,7 @@ def _module_at(model: Any, table: Layout, name: str, up: int = 0) -> Any:
 
 
 def blocks_of(model: Any, table: Layout, tower: str) -> Iterator[Any]:
-    """The blocks of a tower. None at all if the model or its table has none."""
+    """Yield the blocks of a tower, if the model and its table have blocks."""
     for template in re.findall(r"^[^{]*{}[^.]*", table.get(f"{tower}.blocks.{{}}.ln_1", "")):
         for i in count():
             try:
@@ -114,7 +114,7 @@ def blocks_of(model: Any, table: Layout, tower: str) -> Iterator[Any]:
 
 
 Read = Callable[[tuple, Any], Any]
-"""(arguments, output) of a module -> the tensor at a site, or anything else if there is none."""
+"""(arguments, output) of a module -> the tensor at a site, or something else if there is none."""
 
 
 def argument(args: tuple, out: Any) -> Any:
@@ -126,13 +126,13 @@ def output(args: tuple, out: Any) -> Any:
 
 
 def tensor_of(dimensions: int, args: tuple, out: Any) -> Any:
-    """The last output, if it has so many dimensions."""
+    """Return the last output if it has this number of dimensions."""
     last = out[-1] if isinstance(out, tuple) else out
     return last if getattr(last, "ndim", 0) == dimensions else None
 
 
-one_vector = partial(tensor_of, 2)  # some versions normalise all tokens, and not only the one read
-returned_pattern = partial(tensor_of, 4)  # nn.MultiheadAttention returns a mean over the heads
+one_vector = partial(tensor_of, 2)  # ignores LayerNorms that normalise all tokens
+returned_pattern = partial(tensor_of, 4)  # ignores nn.MultiheadAttention's mean over the heads
 
 
 def heads_joined(args: tuple, out: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def heads_joined(args: tuple, out: Tensor) -> Tensor:
 
 
 def third_of(holder: Any, third: int, args: tuple, out: Any) -> Any:
-    """q, k or v of a module that computes all three with one matrix."""
+    """Return q, k or v of a module that computes all three with one matrix."""
     if not hasattr(holder, "in_proj_weight"):
         return out.chunk(3, -1)[third]
     weight, bias = (x.chunk(3)[third] for x in (holder.in_proj_weight, holder.in_proj_bias))
@@ -148,7 +148,7 @@ def third_of(holder: Any, third: int, args: tuple, out: Any) -> Any:
 
 
 def sites_of(model: Any) -> Iterator[tuple[str, nn.Module | None, Read]]:
-    """Each site, its module, and how to read the tensor. ValueError for a tower without blocks."""
+    """Yield each site, its module and its `Read`. ValueError if a tower has no blocks."""
     for site, module, read in _all_sites(model, table_of(model)):
         if isinstance(module, nn.Module):
             yield site, module, read
@@ -166,7 +166,7 @@ def _all_sites(model: Any, table: Layout) -> Iterator[tuple[str, Any, Read]]:
                 "expected the module names of miniclip, transformers, OpenAI or open_clip, or a "
                 "table of names (tensor_names in Python, --names on the command line)"
             )
-        # The first of the two modules that runs counts: the text tower has no LayerNorm there.
+        # The trace keeps the module that runs first. In the text tower this is the first block.
         yield f"{tower}.embeddings", at(f"{tower}.ln_pre"), argument
         yield f"{tower}.embeddings", blocks[0], argument
         for i, block in enumerate(blocks):
@@ -193,11 +193,11 @@ def _all_sites(model: Any, table: Layout) -> Iterator[tuple[str, Any, Read]]:
 
 
 def outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a model returns, by site."""
+    """Yield the tensors that a model returns, with their sites."""
     if hasattr(output, "_asdict"):
         output = output._asdict()
-    elif isinstance(output, tuple):  # openai/CLIP's
-        if len(output) > 2 and output[2].numel() == 1:  # open_clip's: embeddings and their scale
+    elif isinstance(output, tuple):  # openai/CLIP returns a tuple
+        if len(output) > 2 and output[2].numel() == 1:  # open_clip: two embeddings and the scale
             image_embeds, text_embeds, scale = output[:3]
             logits = scale * image_embeds @ text_embeds.T  # (B, C)
             output = (logits, logits.T, image_embeds, text_embeds)
@@ -212,7 +212,7 @@ def outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def config_of(model: Any, kind: type[CLIP]) -> CLIPConfig:
-    """The config of a model. If it has none, its shapes and modules tell the config."""
+    """Return a model's config. If the model has none, derive it from shapes and modules."""
     table = table_of(model)
     if table is OURS:
         return model.config
@@ -234,7 +234,7 @@ def config_of(model: Any, kind: type[CLIP]) -> CLIPConfig:
 
 
 def under_our_names(model: Any, kind: type[CLIP], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What belongs to the parameters of a model, by their names in our class `kind`."""
+    """Replace a model's own parameter names in `theirs` by the names in our class `kind`."""
     table = table_of(model)
     if table is OURS:
         return theirs
@@ -245,9 +245,9 @@ def under_our_names(model: Any, kind: type[CLIP], theirs: dict[str, Tensor]) -> 
     for name in names:
         try:
             key, form = place(name, table | kind.tensor_names)
-        except ValueError:  # a fork's own table need not have everything
+        except ValueError:  # a fork's own table may leave out parameters
             continue
-        # The CLIP inside a larger model of theirs has no prefix, such as "clip.".
+        # The table of a larger model has a prefix, such as "clip.". A CLIP alone has no prefix.
         key = key if key in theirs else key.partition(".")[2]
         if key in theirs:
             found[name] = Place(key, form).take(theirs[key])

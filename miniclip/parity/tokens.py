@@ -1,4 +1,4 @@
-"""The first stage of a comparison: two tokenizers on texts that show each step, then on words."""
+"""The first stage of a comparison: run two tokenizers on words and on texts that show each step."""
 
 import re
 import unicodedata
@@ -42,9 +42,9 @@ def cause_in_tokens(
     other: Callable[[Sequence[str]], Tensor],
     words: Sequence[str] = (),
 ) -> str:
-    """Why two tokenizers differ on TEXTS, or on the `words` of a vocabulary.
+    """Say why two tokenizers differ on TEXTS, or on the `words` of a vocabulary.
 
-    Both return ids (B, T) and truncate long texts.
+    Both tokenizers return ids (B, T) and truncate long texts.
 
     >>> from miniclip import Tokenizer
     >>> one = Tokenizer.from_pretrained("everyday", reference="transformers")
@@ -58,7 +58,7 @@ def cause_in_tokens(
         return f"first at the word {next(word for word, *rows in pairs if rows[0] != rows[1])!r}"
     one, two = _without_padding(ours), _without_padding(theirs)
     lengths = (len(ours[0]), len(theirs[0]))
-    short = min(lengths) - 1  # the end token is last in a truncated row
+    short = min(lengths) - 1  # without the end token, which is last in a truncated row
     if max(lengths) > min(lengths) and [r[:short] for r in one] == [r[:short] for r in two]:
         return f"rows of {lengths[0]} ids in model, {lengths[1]} in other"
     if one == two:
@@ -77,13 +77,13 @@ def cause_in_tokens(
 
 
 def _without_padding(rows: list[list[int]]) -> list[list[int]]:
-    """Each row up to its end token, which is the second id of the empty text."""
+    """Cut each row after its end token. The empty text's second id is the end token."""
     end = rows[TEXTS.index("")][1]
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
 def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
-    """A row for the ids of all texts and words."""
+    """Return a row for the ids of all texts and words, and the cause if they differ."""
     one, other = (partial(tokenizer, truncate=True) for tokenizer in (ours, theirs))
     words = _words(ours, theirs)
 
@@ -96,7 +96,7 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
     row = exact_difference("tokens", *found)
     if not row.within_tolerance:
         return [row], cause_in_tokens(one, other, words)
-    # Two merges in the wrong order change few words, and none of a vocabulary.
+    # Two merges in the wrong order change few words, and often no word of the vocabulary.
     merges = [getattr(tokenizer, "merges", []) for tokenizer in (ours, theirs)]
     for rank, (mine, yours) in enumerate(zip(*merges)):
         if mine != yours:
@@ -106,10 +106,10 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
 
 
 def _words(*tokenizers: Any) -> list[str]:
-    """The words of the vocabularies, and characters at the end of a word or inside one.
+    """Return the words of the vocabularies, and characters, alone and before another character.
 
-    The characters are for tokens that are a part of a character. transformers' tokenizer is not a
-    Tokenizer and has the same words as ours.
+    The characters test tokens that are a part of a character. transformers' tokenizer is not a
+    Tokenizer, and has the same words as our tokenizer.
     """
     known = [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, Tokenizer)]
     words = [t.decode([i]) for t in known for i in range(t.vocab_size)]

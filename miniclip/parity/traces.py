@@ -17,7 +17,7 @@ from miniclip.sites import uncompiled
 
 
 class Setting(NamedTuple):
-    """How a model runs. Its weights are rounded to `dtype`; `exact` then computes in float64."""
+    """How a model runs. Weights are rounded to `dtype`. If `exact`, the run is in float64."""
 
     dtype: torch.dtype
     exact: bool
@@ -27,7 +27,7 @@ class Setting(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a run left behind, on the CPU."""
+    """The tensors of a run, on the CPU, and the run's error."""
 
     calls: dict[str, list[Tensor]]  # by site, the tensor of each call of its module
     error: str  # the model's error in words, or ""
@@ -47,8 +47,8 @@ def trace(model: Any, setting: Setting) -> Trace:
             calls.setdefault(site, []).append(tensor.cpu())
 
     def forward(patterns: bool) -> str:
-        """Run once and return the error. Patterns have a separate run, because a hook on a
-        pattern makes a model compute attention in another way."""
+        """Run once and return the error in words. Patterns have a separate run, because a hook on
+        a pattern changes how a model computes attention."""
         handles = [
             module.register_forward_hook(partial(keep, site, read), with_kwargs=True)
             for site, module, read in sites_of(model)
@@ -57,7 +57,7 @@ def trace(model: Any, setting: Setting) -> Trace:
         try:
             for site, tensor in run().items():
                 calls.setdefault(site, [tensor.cpu()])
-        except Exception as error:  # a fork may raise anything
+        except Exception as error:  # a fork can raise any error
             return raises(error)
         finally:
             for handle in handles:
@@ -66,7 +66,7 @@ def trace(model: Any, setting: Setting) -> Trace:
 
     with running(model, setting) as run:
         errors = [forward(patterns=False)]
-        if hasattr(model, "set_attn_implementation"):  # transformers' own
+        if hasattr(model, "set_attn_implementation"):  # transformers' class
             model.set_attn_implementation("eager")
         errors.append(forward(patterns=True))
     return Trace(calls, next(filter(None, errors), ""))
@@ -74,10 +74,10 @@ def trace(model: Any, setting: Setting) -> Trace:
 
 @contextmanager
 def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """A block with a function that runs the model once and returns its outputs by site.
+    """Yield a function that runs the model once and returns its outputs by site.
 
-    In the block the model is uncompiled and in evaluation mode. Afterwards it is as it was. It is
-    not copied, because a fork's functions may hold references to its modules.
+    In the `with` block the model is uncompiled and in evaluation mode. Afterwards it is restored.
+    It is not copied, because a fork's functions may hold references to its modules.
     """
     dtype, exact, device, pixels, ids = setting
     if exact and device.type == "mps":  # MPS has no float64
@@ -90,12 +90,12 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
         output = model(**by_name) if is_theirs(model) else model(pixels, ids)
         found = dict(outputs_of(output))
         if "logits" not in found:
-            raise ValueError(f"it returns a {type(output).__name__} without logits_per_image")
+            raise ValueError(f"the output is a {type(output).__name__} without logits_per_image")
         return found
 
     tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-    # To restore: `training`, transformers' choice of attention, and tensors that a forward stores,
-    # such as a mask, or a weight that a pruning hook makes.
+    # `before` keeps `training`, transformers' choice of attention, and tensors that a forward
+    # stores: a mask, or a weight that a pruning hook makes.
     stored = [found for m in model.modules() for found in (vars(m), m._buffers)]
     if is_theirs(model):
         stored += [vars(m.config) for m in model.modules() if hasattr(m, "config")]
@@ -117,7 +117,7 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
 
 
 class Float64ForFloat32(TorchFunctionMode):
-    """A block in which float64 replaces an explicit float32, as in a float32 softmax.
+    """Replace explicit float32 by float64 in a `with` block, for example in a float32 softmax.
 
     float64 is also the default dtype. A float32 tensor in a function's arguments, such as a mask
     that is not a buffer, becomes float64.
@@ -130,14 +130,14 @@ class Float64ForFloat32(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        """Change it back."""
+        """Restore the default dtype."""
         super().__exit__(*exception)
         torch.set_default_dtype(self.default)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `function` with float64 for float32. A tensor edited in place keeps its dtype."""
+        """Call `function` with float64 instead of float32, except for a tensor edited in place."""
         in_place = re.search(r"[^_]_$|^__(set|setitem)__$", getattr(function, "__name__", ""))
         values = [*args[:1], *map(_doubled, args[1:])] if in_place else map(_doubled, args)
         named = {n: v if n == "out" else _doubled(v) for n, v in (kwargs or {}).items()}
@@ -152,10 +152,10 @@ def _doubled(value: Any) -> Any:
 
 
 def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tensor]:
-    """One tensor for each site, in the peer's shape if only the order of axes differs.
+    """Return one tensor for each site, in the peer's shape if possible.
 
-    A fork may take a batch in pieces, or have its tokens before its batch. `batch` is the number of
-    rows in each tower. If a module runs again, its last tensor is at "{site} again".
+    A fork may compute a batch in pieces, or put the token axis before the batch axis. `batch` has
+    the number of rows in each tower. If a module runs again, its last tensor is at "{site} again".
     """
     tensors = {}
     for site, (first, *more) in run.calls.items():
@@ -169,16 +169,16 @@ def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tens
 
 
 def _join(calls: list[Tensor], shape: torch.Size, rows: int) -> Tensor | None:
-    """All calls as one tensor of this shape, or None if they do not fit."""
+    """Join the tensors of all calls into one tensor of this shape. None if they do not fit."""
     for axis in range(len(shape)):
         try:
             joined = torch.cat(calls, axis)
         except (IndexError, RuntimeError):
             continue
         if joined.ndim == 2 and len(shape) == 3 and joined.numel() == math.prod(shape):
-            joined = joined.reshape(shape)  # the tokens of a whole batch in one row
+            joined = joined.reshape(shape)  # batch and tokens were one axis
         if joined.ndim == len(shape) == 3 and shape[0] == rows != joined.shape[0]:
-            joined = joined.transpose(0, 1)  # the batch comes first, as in the formulas
+            joined = joined.transpose(0, 1)  # now the batch axis comes first, as in the formulas
         if joined.shape == shape:
             return joined
     return None

@@ -65,7 +65,7 @@ class Pictures:
         return shuffled(len(self), seed)
 
     def captions(self) -> Iterator[str]:
-        """Return all captions. If images share a list of captions, the list comes once."""
+        """Return all captions. If images share a list of captions, it is returned once."""
         return chain(*{id(captions): captions for _, captions, _ in self.entries}.values())
 
     def __getitem__(self, item_and_draw: tuple[int, int]) -> Pair | None:
@@ -213,7 +213,7 @@ def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: 
 
 
 def draw_seed(seed: int, step: int, i: int = 0) -> int:
-    """Return the random seed for one step of a run, and for one place in its batch."""
+    """Return a seed for a random draw. It depends on the run's seed, the step and a number `i`."""
     return ((seed * 1_000_003 + step) * 1_000_003 + i) % 2**63
 
 

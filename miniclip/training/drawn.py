@@ -30,7 +30,7 @@ class Shapes:
 
     def __init__(self, count: int = 225_000, seed: int = 0) -> None:
         if seed == SCORE_SEED:
-            raise ValueError(f"seed {seed} draws the scenes on which `score` tests models")
+            raise ValueError(f"`score` tests models on the scenes of seed {seed}: choose another")
         self.count, self.seed = count, seed
         self.lesson_length = count // 6
         self.skipped: list[str] = []  # always empty

@@ -25,7 +25,7 @@ class Objective(nn.Module):
             self.cast = torch.autocast(model.logit_scale.device.type, torch.bfloat16)
 
     def forward(self, pixels: Tensor, ids: Tensor, end: Callable[[Tensor, Tensor], Any]) -> Any:
-        """Embed a batch. Return `end` of the embeddings: unit vectors in the weights' dtype."""
+        """Embed a batch as unit vectors in the weights' dtype, and return `end(images, texts)`."""
         with self.cast:
             embeds = self.model.encode_image(pixels), self.model.encode_text(ids)
         return end(*(unit_norm(x.to(self.model.logit_scale.dtype)) for x in embeds))
@@ -196,5 +196,5 @@ def _chain(
     gradient: tuple[Tensor, Tensor], value: Any, image_embeds: Tensor, text_embeds: Tensor
 ) -> Tensor:
     """Return a number with the gradient of the loss. The chain rule gives the part through the
-    embeddings, and `value` the rest, such as the gradient of the logit scale."""
+    embeddings. `value` gives the rest, such as the gradient of the logit scale."""
     return value + (image_embeds * gradient[0]).sum() + (text_embeds * gradient[1]).sum()

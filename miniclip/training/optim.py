@@ -67,11 +67,11 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def trainable(model: CLIP, freeze: str = "", lora: int = 0, seed: int = 0) -> CLIP:
-    """Freeze the parameters that are not trained. Return the model, or with `lora` a copy.
+    """Choose which parameters are trained. Return the model, or with `lora` a copy.
 
     `freeze` has names or globs of parts and parameters, separated by commas. With `lora`, only
-    changes of this rank to the queries and values are trained. Raises ValueError if a glob matches
-    nothing, or if nothing is left to train.
+    changes of this rank to the query and value weights are trained. Raises ValueError if a glob
+    matches nothing, or if nothing is left to train.
 
     >>> model = trainable(CLIP.from_pretrained("shapes"), "vision, text.*embed*")
     >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]

@@ -32,7 +32,7 @@ def process_group(device: str) -> Iterator[str]:
         check_device(device)
         torch.cuda.set_device(device)
     # After a restart, torchrun's store may still have the addresses of crashed processes
-    # (pytorch/pytorch#167288). On one machine, the number of the restart hides these addresses.
+    # (pytorch/pytorch#167288). On one machine, a prefix hides them: the number of the restart.
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
     store, rank, world_size = next(dist.rendezvous("env://"))

@@ -66,7 +66,7 @@ class Run:
         config = model.config.to_dict() | {"class": type(model).__name__}
         self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
-        self.losses: list[Any] = []  # of the steps since the last row; tensors, until they are read
+        self.losses: list[Any] = []  # since the last row; tensors, until `read_losses` reads them
         self.loss = math.nan  # the last loss that was read
         self.rows: list[dict[str, float]] = []
         self.best = -math.inf  # the best first score on held-out data

@@ -79,8 +79,8 @@ def set_up(
     Args:
         data: see `open_data`.
         model: the checkpoint to fine-tune; by default the weights are random.
-        like: a checkpoint, or a recipe.json in a checkpoint's folder. The run gets its recipe and,
-            without `model` and `config`, also its shape and transform.
+        like: a checkpoint, or a recipe.json in a checkpoint's folder. The run uses the recipe. If
+            `model` and `config` are None, it also uses the checkpoint's shape and transform.
         config: a config.json with the shape of random weights.
         overrides: fields of the recipe to change.
         device: the device on which the model is trained.

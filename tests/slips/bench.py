@@ -548,7 +548,7 @@ SLIPS = [
         "torch.sigmoid(1.71 * x)",
         TABLES,
     ),
-    Slip("leaky_relu of 0.2 is of 0.25.", "negative_slope=0.2)", "negative_slope=0.25)", TABLES),
+    Slip("leaky_relu with slope 0.2 has 0.25.", "negative_slope=0.2)", "negative_slope=0.25)", TABLES),
     Slip(
         "mish is silu.",
         "getattr(F, name)",
