@@ -78,12 +78,12 @@ def scale_and_normalize(
     image: Image.Image, mean: Sequence[float], std: Sequence[float]
 ) -> np.ndarray:
     """RGB bytes -> (byte / 255 - mean) / std, float32 of shape (3, H, W)."""
-    # transformers multiplies by 1/255 in float64. Both give the same float32 for each byte.
-    values: np.ndarray = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
-    values = (values - np.array(mean, np.float32)) / np.array(std, np.float32)  # (256, 3)
     pixels = np.empty((3, image.height, image.width), np.float32)
-    for row, band, out in zip(values.T, image.split(), pixels):
-        np.take(row, np.asarray(band), out=out, mode="clip")  # "clip" fills `out` without a copy
+    for out, band, band_mean, band_std in zip(pixels, image.split(), mean, std):
+        out[:] = band
+        out /= 255  # transformers multiplies by 1/255 in float64: the same float32 for each byte
+        out -= band_mean
+        out /= band_std
     return pixels
 
 

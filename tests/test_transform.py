@@ -1088,7 +1088,7 @@ SIZES = [(64, 64), (51, 300), (301, 225), (20, 31), (66, 67)]
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("kind", ["noise", "black and white", "photograph"])
 def test_the_twin_is_as_near_as_it_says(kind, reference):
-    pattern = r"at most ([\d.]+)/255 .* ([\d.]+)/255 in\s+the mean"
+    pattern = r"at most ([\d.]+)/255, and by\s+([\d.]+)/255 on average"
     said = re.search(pattern, transform_tensor.__doc__, re.S)
     largest, mean = map(float, said.groups())
     rng, found = np.random.default_rng(0), []
