@@ -527,7 +527,7 @@ def test_settings_of_a_run_are_not_saved(saved, tmp_path):
     model.save_pretrained(tmp_path / "again")
     assert_same_weights(CLIP.from_pretrained(tmp_path / "again"), model)
     block.forward = torch.zeros_like
-    with pytest.warns(UserWarning, match="vision.blocks.0.forward is patched on the model"):
+    with pytest.warns(UserWarning, match="vision.blocks.0.forward is patched, which a config"):
         model.save_pretrained(tmp_path / "again")
 
 
@@ -686,7 +686,7 @@ def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
 
     (saved / "model.safetensors").unlink()
     torch.save({"logit_scale": Harmful()}, saved / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin: .* pickled code is never run"):
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: .* code in a pickle never runs"):
         CLIP.from_pretrained(saved)
     assert not (tmp_path / "proof").exists()
 
@@ -705,7 +705,7 @@ def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
 def test_a_pickle_of_something_else_is_an_error(saved, value):
     (saved / "model.safetensors").unlink()
     torch.save(value, saved / "pytorch_model.bin")
-    found = "expected a dictionary of tensors and nothing else"
+    found = "expected a dictionary of tensors, as"
     with pytest.raises(CheckpointError, match=found):
         CLIP.from_pretrained(saved)
 
@@ -772,7 +772,7 @@ def test_a_shard_index_may_only_name_weights_files_beside_it(saved, shard):
     shutil.move(saved / "model.safetensors", saved.parent / "secret.safetensors")
     index = {"weight_map": {"logit_scale": shard}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="not a weights file beside it"):
+    with pytest.raises(CheckpointError, match="not a weights file beside the index"):
         CLIP.from_pretrained(saved)
 
 
@@ -781,7 +781,7 @@ def test_a_tensor_in_two_shards_is_an_error(saved):
     save_file({"logit_scale": torch.zeros(())}, saved / "b.safetensors")
     index = {"weight_map": {"logit_scale": "a.safetensors", "visual_projection": "b.safetensors"}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="b.safetensors: .* another shard again: logit_scale"):
+    with pytest.raises(CheckpointError, match="b.safetensors: .* another shard has: logit_scale"):
         CLIP.from_pretrained(saved)
 
 
@@ -811,7 +811,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(model, tmp_path
     assert not any(tmp_path.iterdir())
     save(tmp_path, model, None, ImageTransform(TINY.vision.image_size))
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="tokenizer has 601 tokens .* embeds only 600"):
+    with pytest.raises(CheckpointError, match="tokenizer has 601 tokens, .* embeds only 600"):
         load(tmp_path)
     tokenizer = Tokenizer.train(texts, TINY.text.vocab_size)
     save(tmp_path, model, tokenizer, ImageTransform(TINY.vision.image_size))
@@ -917,7 +917,7 @@ def test_an_unknown_layout_is_named(model, tmp_path):
 
 
 def test_without_a_network_the_error_names_the_embedded_checkpoints(monkeypatch, tmp_path):
-    with pytest.raises(CheckpointError, match="the hub does not give it.* everyday"):
+    with pytest.raises(CheckpointError, match="the hub's client cannot download it.* everyday"):
         load("openai/clip-vit-base-patch32", local_files_only=True, cache_dir=tmp_path)
 
 

@@ -568,7 +568,7 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
     for name, says in (("bad", "a list of labels"), ("no", "No such"), ("empty", "no labels")):
         file = tmp_path / f"{name}.{'txt' if name == 'empty' else 'json'}"
         assert_one_line_error(run(*command, str(file)), str(file), says)
-    assert_one_line_error(run(*command, "cat", "labels.txt"), "'labels.txt' stands between")
+    assert_one_line_error(run(*command, "cat", "labels.txt"), "'labels.txt' is among labels")
     assert_one_line_error(run(*command, "cat", "-k", "0"), "--top-k is 0")
 
 
@@ -579,14 +579,14 @@ def test_eval_refuses_what_gives_no_accuracy(run, picture, tmp_path):
         shutil.copy(picture, tmp_path / name)
     data = tmp_path / "data"
     command = ["eval", "--model", "everyday", "--json"]
-    assert_one_line_error(run(*command, str(data)), "folders of folders", f"in {data / 'test'};")
+    assert_one_line_error(run(*command, str(data)), "has images in", f"in {data / 'test'}. If not")
     assert run(*command, str(data), "--labels", "new", "old")[0] == 0  # the classes
     assert run(*command, str(data / "train"))[0] == 0
     (data / "train" / "frog").mkdir()
     result = run(*command, str(data / "train"))
     assert_one_line_error(result, "no files in 1 of its 3 folders, frog", "of each class")
     shutil.rmtree(data / "train")
-    assert_one_line_error(run(*command, str(data)), "one folder, 'test'", str(data / "test"))
+    assert_one_line_error(run(*command, str(data)), "only the folder 'test'", str(data / "test"))
 
 
 def test_classify_reads_folders_patterns_and_standard_input(run, picture, tmp_path, monkeypatch):
@@ -845,7 +845,7 @@ def test_a_text_without_words_is_not_explained(run, picture):
 
 def test_the_error_for_a_long_text_says_what_to_do(run, picture):
     result = run("explain", picture, "word " * 500, "--model", "shapes", "--json")
-    assert_one_line_error(result, "Shorten it (in Python,")
+    assert_one_line_error(result, "Shorten the text, or use truncate=True")
 
 
 INTERRUPTED = """

@@ -208,8 +208,8 @@ def test_values_that_do_not_fit_each_other_are_named(make, message):
 @pytest.mark.parametrize("make, message", [
     (lambda: VisionConfig(layers=1001), "VisionConfig: layers is 1001; expected at most 1,000"),
     (lambda: TextConfig(layers=1001), "TextConfig: layers is 1001; expected at most 1,000"),
-    (lambda: VisionConfig(registers=-1), "VisionConfig: registers is -1; expected 0 or more"),
-    (lambda: VisionConfig(registers=True), "registers is True; expected 0 or more"),
+    (lambda: VisionConfig(registers=-1), "VisionConfig: registers is -1; expected a whole"),
+    (lambda: VisionConfig(registers=True), "registers is True; expected a whole number, 0 or more"),
     (lambda: VisionConfig(image_size=(64, 7), patch_size=8), "patch_size 8 is larger than"),
     (lambda: VisionConfig(image_size=(64, 64, 64)), "one for the height and one for the width"),
     (lambda: VisionConfig(image_size=(0, 64)), "image_size is (0, 64); expected one positive"),

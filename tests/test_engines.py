@@ -104,7 +104,7 @@ def test_an_engine_that_is_off_is_refused_at_its_first_batch(model):
 
 def test_inputs_are_checked_as_the_tower_checks_them(model):
     vision, text = on_engine(model.vision, "copy"), on_engine(model.text, "copy")
-    with pytest.raises(ValueError, match="For one picture, add the batch"):
+    with pytest.raises(ValueError, match="For one image, add the batch"):
         vision(PIXELS[0])
     with pytest.raises(ValueError, match="has no end token"):
         text(torch.ones(2, 5, dtype=torch.long))

@@ -243,7 +243,7 @@ def test_the_number_of_workers_reaches_the_loading(run):
 def test_an_index_lists_damaged_files(run, output, tmp_path):
     (tmp_path / "x.tar").write_bytes(b"no tar, but some text" * 100)
     (skipped,) = output("embed x.tar PICTURE --out out --model MODEL")["skipped"]
-    assert "x.tar: cannot be read as a tar" in skipped
+    assert "x.tar: the tar cannot be read" in skipped
 
 
 RECIPE = {  # the values differ from Recipe's defaults, except for three

@@ -1,8 +1,8 @@
 """What README and the header of `miniclip/files` promise, and the tests that hold each promise.
 
 A promise is quoted by some of its words, so that a changed sentence is noticed here. What needs a
-GPU or the network is skipped without one. Not promised: a weights file that another program cuts
-short in place, while a model has it mapped, ends the process (a bus error), with transformers too.
+GPU or the network is skipped without one. Not promised: if another program shortens a weights file
+while a model has it memory-mapped, the process ends with a bus error, as with transformers.
 """
 
 import ast
@@ -83,31 +83,31 @@ is SigLIP in one file
     subclasses: siglip_equals_transformers
 lists all that are missing, unexpected or misshapen
     checkpoint: missing_unexpected_and_misshapen_tensors_are_all_listed
-is named in a warning
+A warning lists the other tensors
     brought: openai_clip_284_a_lightning_module_with_a_head_is_read
     brought: diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion_is_read
 Load, save, load is bit-exact
     checkpoint: load_save_load_is_bit_exact
-NaN and infinity are named
+A warning lists the tensors with NaN or infinity
     layouts: a_weight_that_is_not_finite_is_named_and_loaded_as_it_is
-end token are the checkpoint's
+end token come from the checkpoint
     model: custom_end_token_is_not_the_largest_id
     brought: metaclip_2_reads_a_text_at_its_first_token_2
     layouts: open_clip_heads_and_eps
-A layout that cannot express a model
+layout that cannot express the model
     layouts: a_layout_says_what_it_cannot_express
-must fit the model
+does not fit the model
     checkpoint: a_tokenizer_with_more_tokens_than_the_model_is_an_error
     checkpoint: a_transform_of_another_size_than_the_model_is_an_error
     checkpoint: no_square_transform_fits_a_wide_model
-another model's files is refused
+would read another model's files
     saving: over_another_checkpoint_there_is_the_new_one_or_an_error
-run no code
+Code in a file never runs
     checkpoint: pickled_code_is_refused_and_not_run
     hostile: pickles_that_lie
     hostile: pickles_made_by_hand
     layouts: a_torchscript_archive_is_read_without_its_code
-or in a load that is what the file says
+or it loads exactly as the file says
     hostile: safetensors_that_lie
     hostile: an_index_of_shards_that_lies
     hostile: a_config_that_lies
@@ -119,19 +119,19 @@ within a second of CPU time and 200 MB
     hostile: long_files_take_little_memory_and_short_messages
     tokenizer: a_long_run_of_marks_costs_no_quadratic_work
     tokenizer: a_place_in_a_text_costs_one_look_for_each_length_of_an_added_token
-comes damaged from the hub is deleted
+from the hub is an error, and is deleted
     hub: a_file_that_is_another_is_an_error_and_not_kept
     hub: without_symlinks_the_hub_is_asked_for_the_hashes
-was changed later is an error and stays
+changed later is an error, and is kept
     hub: a_file_that_was_changed_after_the_check_is_checked_again
 are of one commit
     hub: a_branch_that_moves_during_a_load_or_a_conversion
     hub: the_features_of_eval_are_kept_under_the_commit_of_their_model
 or of one save
     saving: a_load_during_a_save_has_one_version
-goes with the next save
+The next save removes
     saving: what_killed_processes_left_is_cleared_away_and_what_live_ones_write_is_not
-is never published
+never publishes them
     hub: what_a_crashed_save_left_is_not_published
 leaves the old checkpoint or the new one
     saving: a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new

@@ -129,7 +129,7 @@ def test_pictures_are_found_by_paths_and_patterns(photographs, paths, found):
     "make, message",
     [
         (lambda path: None, "no such file or folder"),
-        (lambda path: path.mkdir(), "no pictures"),
+        (lambda path: path.mkdir(), "no images"),
         (lambda path: make_tar(path.with_name("x.tar"), {"a.txt": b"a"}), "no such file or folder"),
     ],
 )
@@ -141,7 +141,7 @@ def test_paths_without_pictures_are_an_error(tmp_path, make, message):
 
 def test_a_tar_without_pictures(tmp_path):
     make_tar(tmp_path / "x.tar", {"a.txt": b"a"})
-    with pytest.raises(ValueError, match="x.tar: no pictures"):
+    with pytest.raises(ValueError, match="x.tar: no images"):
         find_pictures([tmp_path / "x.tar"])
 
 
@@ -199,7 +199,7 @@ def test_a_tar_whose_headers_lie_is_read_up_to_the_lie(tmp_path, what, lie):
     with cpu_seconds(5):  # none takes 0.1
         pictures, damage = find_pictures([tmp_path])
     assert [picture.name for picture in pictures] == ["0.bmp"]
-    assert len(damage) == 1 and "x.tar: cannot be read as a tar to its end" in damage[0]
+    assert len(damage) == 1 and "x.tar: the tar cannot be read to its end" in damage[0]
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_more_can_be_left_out(photographs, monkeypatch, exclude, left):
     every = [path for path in find_pictures(["."])[0] if isinstance(path, str)]
     named = [*every, "b/0.tar"]  # as a shell writes a pattern out
     assert sorted(map(str, find_pictures(named, exclude)[0])) == sorted(left)
-    with pytest.raises(ValueError, match="all pictures are excluded by a b"):
+    with pytest.raises(ValueError, match="all images are excluded by a b"):
         find_pictures(["b"], ["a", "b"])
 
 
@@ -322,7 +322,7 @@ def test_pictures_before_the_damage_can_be_opened_again(tmp_path):
     (tmp_path / "x.tar").write_bytes(whole[: 2 * (512 + 6656) + 600])
     pictures, _ = find_pictures([tmp_path / "x.tar"])
     assert np.array_equal(np.asarray(open_picture(str(pictures[0]))), np.asarray(blots(0)))
-    with pytest.raises(ImageError, match="3.bmp: cannot be read: .*as a tar to its end"):
+    with pytest.raises(ImageError, match="3.bmp: cannot be read: .*cannot be read to its end"):
         open_picture(f"{tmp_path}/x.tar/3.bmp")
 
 
@@ -708,8 +708,8 @@ def test_a_query_is_the_sum_and_the_difference_of_unit_vectors(loaded, tmp_path)
 @pytest.mark.parametrize(
     "texts, minus, message",
     [
-        ([], [], "nothing is left"),
-        (["a cat"], ["a cat"], "nothing is left"),
+        ([], [], "the query is zero"),
+        (["a cat"], ["a cat"], "the query is zero"),
         (["a cat", " "], [], "a text is empty"),
         (["a cat"], [""], "a text is empty"),
         (["a cat " * 50], [], "tokens"),
@@ -926,7 +926,7 @@ def test_an_update_embeds_what_is_new_or_changed_and_keeps_the_rest_bit_for_bit(
     after = build(tmp_path / "i")
     new = ["a.JPG", "b/deep/new.png", "b/x.webp", "d.tiff", "new.png"]
     assert sorted(embedded) == [str(photographs / name) for name in new]
-    assert "updated, 7 of 12 pictures" in capsys.readouterr().err
+    assert "updated, 7 of 12 images" in capsys.readouterr().err
     expected = find_pictures([photographs])[0]
     gone = str(photographs / "b" / "x.webp")
     assert list(after.paths) == [str(path) for path in expected if str(path) != gone]
@@ -1033,13 +1033,13 @@ def test_two_builds_of_one_file_at_once(build, tmp_path):
     """The second build ends with an error, and the first one continues."""
     out = tmp_path / "index"
     with only_builder(tmp_path / "index.parts"):
-        with pytest.raises(ValueError, match="another process writes this index now"):
+        with pytest.raises(ValueError, match="another process is writing this index"):
             build(out)
     assert len(build(out)) and not (tmp_path / "index.parts").exists()
 
 
 def test_a_build_of_unreadable_pictures_is_an_error(build, photographs, tmp_path):
-    with pytest.raises(ValueError, match="none of the pictures can be read, 2; the first: .*z.txt"):
+    with pytest.raises(ValueError, match="none of the images can be read, 2; the first: .*z.txt"):
         build(tmp_path / "i", pictures=[str(photographs / name) for name in ("z.txt", "z.json")])
     assert not (tmp_path / "i").exists() and not (tmp_path / "i.parts").exists()
 
@@ -1127,11 +1127,11 @@ def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photograph
         assert counts == [("2", "1.heic"), ("1", "4.png")]
         assert "pip install pillow-heif" in err
     status, out, err = run(*line)
-    assert status == 0 and "11 images" in out and "updated, 2 of 15 pictures" in err
+    assert status == 0 and "11 images" in out and "updated, 2 of 15 images" in err
     if "rawpy" not in sys.modules:
         assert re.search(r"skipped 1, .*3.NEF: .*pip install rawpy", err)
     status, out, err = run(*line, "--exclude", "b")  # what is excluded now is dropped
-    assert status == 0 and "3 images" in out and "updated, 3 of 6 pictures" in err
+    assert status == 0 and "3 images" in out and "updated, 3 of 6 images" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i")
     assert status == 2 and err.count("\n") == 1 and "everyday" in err and "--force" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i", "--force")

@@ -293,7 +293,7 @@ def test_tied_parameters_are_named_before_anything_is_written(tmp_path, layout):
     blocks[1].mlp.fc1.weight.data = blocks[0].mlp.fc1.weight.data
     said = (
         "vision.proj.weight = text.proj.weight, text.blocks.0.mlp.fc1.weight = "
-        "text.blocks.1.mlp.fc1.weight. Give each name its own first"
+        "text.blocks.1.mlp.fc1.weight. First give each name a copy"
     )
     with pytest.raises(CheckpointError, match=said):
         model.save_pretrained(tmp_path / "tied", layout)
@@ -357,7 +357,7 @@ def test_a_complete_save_that_cannot_be_finished_is_an_error(saved, monkeypatch)
     miniclip.save(saved / SAVED, *new())
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", refuse)
-        with pytest.raises(CheckpointError, match="a save was cut short here.*Read-only"):
+        with pytest.raises(CheckpointError, match="a save was interrupted here.*Read-only"):
             miniclip.load(saved)
     assert contents(miniclip.load(saved)) == contents(new())
 

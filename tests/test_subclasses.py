@@ -464,7 +464,7 @@ def saved_and_loaded(model, folder):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings(
-    "ignore:beside .* do not belong to the model"
+    "ignore:.* are left out. only .* belongs to the model"
 )  # said before the refusal
 def test_a_fork_is_saved_and_loaded_bit_for_bit_and_refused_by_other_classes(model, tmp_path):
     saved_and_loaded(model, tmp_path)

@@ -810,7 +810,7 @@ def test_what_cannot_be_done_is_said(name):
     (lambda: TextConfig(head_width=0), "head_width is 0; expected a positive whole number"),
     (lambda: VisionConfig(image_size=(224, 0)), "one for the height and one for the width"),
     (lambda: VisionConfig(image_size=(224, 31)), "patch_size 32 is larger than image_size"),
-    (lambda: VisionConfig(registers=-1), "registers is -1; expected 0 or more"),
+    (lambda: VisionConfig(registers=-1), "registers is -1; expected a whole number, 0 or more"),
 ])  # fmt: skip
 def test_configs_that_no_surgery_makes(make, words):
     with pytest.raises(ValueError, match=re.escape(words)):

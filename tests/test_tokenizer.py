@@ -862,8 +862,8 @@ def no_ends_of_words(folder: Path) -> None:
         (damage("merges.txt", b"#version\na \n"), "merge 0: expected two tokens"),
         (damage("merges.txt", b"#version\na qq\n"), "'qq' is not in the vocabulary"),
         (damage_vocab(lambda v: v.update(x=7)), "each once; no token has"),
-        (damage_vocab(lambda v: v.update({"!": 1})), "each once; no token has 0"),
-        (damage_vocab(lambda v: v.update({"!": 0.0})), "each once; no token has 0"),
+        (damage_vocab(lambda v: v.update({"!": 1})), "each once; no token has the id 0"),
+        (damage_vocab(lambda v: v.update({"!": 0.0})), "each once; no token has the id 0"),
         (
             damage_vocab(lambda v: v.update(xx=v.pop(EOS))),
             "'<.endoftext.>' is not in the vocabulary",
@@ -878,7 +878,7 @@ def no_ends_of_words(folder: Path) -> None:
         ),
         (
             damage("tokenizer_config.json", {"added_tokens_decoder": {"7": flags("<x>", True)}}),
-            "the added token '<x>' should have the id 7, and has 1500",
+            "the added token '<x>' should have the id 7, but has 1500",
         ),
         (
             damage(

@@ -475,7 +475,7 @@ def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
     transform = ImageTransform(SIZE)
     with pytest.raises(ValueError, match="expected a folder of training data"):
         open_data(tmp_path / "absent", transform)
-    with pytest.raises(ValueError, match="no folders in it"):
+    with pytest.raises(ValueError, match="has no folders"):
         open_data(tmp_path, transform)
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "one.png").touch()
@@ -947,7 +947,7 @@ def test_fine_tuning_starts_from_the_checkpoint(stripes, undisturbed, tmp_path):
     ("args", "reason"),
     [
         (["absent"], "expected a folder of training data"),
-        (["."], "no folders in it"),
+        (["."], "has no folders"),
         ([".", "--model", "absent"], "no checkpoint called 'absent'"),
         ([".", "--recipe", "absent"], "no checkpoint called 'absent'"),
         ([".", "--config", "absent"], "absent: expected a JSON file"),

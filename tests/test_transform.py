@@ -853,7 +853,7 @@ def test_of_two_files_we_read_the_one_that_transformers_reads(tmp_path):
     save_clip_processor(tmp_path)
     write(tmp_path, OLD_FORM)
     read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
-    with pytest.warns(UserWarning, match="processor_config.json is followed"):
+    with pytest.warns(UserWarning, match="processor_config.json is used"):
         assert ImageTransform.from_pretrained(tmp_path).size == read == 70
     ImageTransform(96).save_pretrained(tmp_path)  # and what is saved is what is read afterwards
     read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
@@ -1070,7 +1070,7 @@ def test_floats_from_0_to_1_are_refused_with_the_reason(most, refused, tmp_path)
     image.save(tmp_path / "a.tiff")
     for picture in (image, tmp_path / "a.tiff", (tmp_path / "a.tiff").read_bytes()):
         if refused:
-            with pytest.raises(ImageError, match=r"floats, and the largest is .*multiply by 255"):
+            with pytest.raises(ImageError, match=r"floats, and the largest is .*multiply them"):
                 ImageTransform(8)(picture)
         else:
             ImageTransform(8)(picture)

@@ -129,7 +129,7 @@ def test_one_label_may_be_a_string_and_several_any_iterable(model, tokenizer):
         assert torch.equal(classifier.weights, expected)
     assert torch.equal(embed_texts(model, tokenizer, "cat"), embed_texts(model, tokenizer, ["cat"]))
     assert find_templates("simple") == find_templates(["simple"])
-    for wrong, reason in [(None, "a label or a list of them, found None"), (["cat", 3], "label 1")]:
+    for wrong, reason in [(None, "a list of labels, found None"), (["cat", 3], "label 1")]:
         with pytest.raises(TypeError, match=reason):
             ZeroShotClassifier(model, tokenizer, wrong)
 
@@ -332,7 +332,7 @@ def test_hidden_files_are_not_images(tmp_path):
     [
         (lambda root: None, "No such file"),
         (lambda root: root.write_text("a file"), "Not a directory"),
-        (lambda root: root.mkdir(), "no folders in it"),
+        (lambda root: root.mkdir(), "has no folders"),
         (lambda root: (root / "cat").mkdir(parents=True), "no files in its 1 class folder"),
     ],
 )

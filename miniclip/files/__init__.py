@@ -1,48 +1,50 @@
-"""Everything about disks and hubs.
+"""Read and write the files of checkpoints, on a disk and from the Hugging Face hub.
 
-These files know configs, dictionaries and tensors, and never the classes of the reference. The
-classes build themselves from these:
+These modules work with configs, dictionaries and tensors. They never import the classes of the
+reference, which import them:
 
 - `hub.py`: a name -> a directory (embedded, local, or downloaded)
 - `tensors.py`: a weights file -> its tensors
-- `names.py`: the names that three layouts give the tensors
+- `names.py`: the names of the tensors in each layout
 - `configs.py`: transformers' config, or the shapes of OpenAI's weights <-> fields of a config
-- `open_clip.py`: open_clip's config
-- `published.py`: the published models: their numbers, names and activations
-- `models.py`: fields and tensors under our names, for a class to build itself from
+- `open_clip.py`: open_clip's config <-> fields of a config
+- `published.py`: the shapes, names and activations of the published models
+- `models.py`: a checkpoint -> the fields and tensors that a model is built from
 - `modules.py`: the names of a model's modules, and whether its config describes them
-- `pretrained.py`: from_pretrained and save_pretrained of the classes
-- `checks.py`: checks of the numbers of configs, tokenizers and transforms
+- `pretrained.py`: `from_pretrained` and `save_pretrained` of the classes
+- `checks.py`: checks of configs, inputs, tokenizers and transforms
 - `saving.py`: a model, or a whole checkpoint -> a directory
 - `vocabularies.py`: a tokenizer's files <-> vocabulary, merges and special tokens
 - `images.py`: an image transform's files <-> settings
 - `pictures.py`: files, arrays and tensors -> Pillow images
-- `pickles.py`: the tensors of .bin and .pt files; their code is never run
-- `state_dicts.py`: what such a file holds -> the state dict of one model
-- `tars.py`: what lies in a tar, up to where it is damaged
+- `ahead.py`: the next files, read in threads
+- `pickles.py`: the tensors of .bin and .pt files; the code in them never runs
+- `state_dicts.py`: the contents of a pickle -> the state dict of one model
+- `tars.py`: the files of a tar, up to the first damage
 - `reading.py`: JSON and lines of text, with limits
 - `writing.py`: atomic writes
 
-What holds for every file (`tests/test_promises.py` names the test of each promise):
+The promises of these modules (`tests/test_promises.py` names the tests of each promise):
 
-- Every tensor in a file has its place in the model, and every parameter its tensor of the same
-  shape; otherwise a `CheckpointError` lists all that are missing, unexpected or misshapen. What
-  surrounds a CLIP in a larger model's file (Lightning's, Stable Diffusion's) is named in a warning.
-- No weight is changed: no folding, no fusing, no invented bias. Load, save, load is bit-exact, and
-  so is converting there and back. NaN and infinity are named in a warning.
-- The activation, the LayerNorm epsilon and the end token are the checkpoint's. A layout that cannot
-  express a model refuses it. Tokenizer and transform must fit the model, when they are loaded or
-  saved together. A save into a directory with another model's files is refused.
-- Files that cannot be trusted run no code. They end in a `CheckpointError` or in a load that is
-  what the file says: `tests/test_hostile.py` tries 8,900 of them, each within a second of CPU time
-  and 200 MB. JSON may have 1 MB, a tokenizer's files 5 MB, a safetensors header 6 MB, a pickle 400
-  kB and 10,000 tensors: more than any CLIP's. A file that comes damaged from the hub is deleted;
-  one that was changed later is an error and stays.
-- All files of one `load` or one conversion are of one commit, or of one save, whatever is pushed or
-  saved meanwhile. A process that is killed while it saves leaves the old checkpoint or the new one.
-  What else it left goes with the next save, and is never published by `upload_folder`.
-- Not promised: a weights file that another program cuts short in place, while a model has it
-  mapped, ends the process (a bus error), with transformers too.
-- In the file's dtype the weights are the mapped file; in another they are converted a few at a
-  time, so that the most memory at once stays within 1.15 times the model.
+- Every tensor in a file has a place in the model, and every parameter has a tensor of its shape.
+  Otherwise a `CheckpointError` lists all that are missing, unexpected or misshapen. A warning lists
+  the other tensors in a larger model's file (Lightning's, Stable Diffusion's).
+- Weights are not folded, fused or invented. Load, save, load is bit-exact. So is a conversion to
+  another layout and back. A warning lists the tensors with NaN or infinity.
+- The activation, the LayerNorm epsilon and the end token come from the checkpoint. Errors are: a
+  layout that cannot express the model; a tokenizer or a transform that does not fit the model; a
+  save into a directory in which `load` would read another model's files instead.
+- Code in a file never runs. A hostile file gives a `CheckpointError`, or it loads exactly as the
+  file says: `tests/test_hostile.py` tries 8,900 files, each within a second of CPU time and 200 MB.
+  The limits are higher than any published CLIP needs: 1 MB for JSON, 5 MB for a tokenizer's file,
+  6 MB for a safetensors header, 400 kB for a pickle, 10,000 tensors.
+- A file that was damaged in the download from the hub is an error, and is deleted. A file that was
+  changed later is an error, and is kept.
+- All files of one `load` or one conversion are of one commit or of one save, even if others push or
+  save at the same time. A process that is killed during a save leaves the old checkpoint or the new
+  one. The next save removes the unfinished files, and `upload_folder` never publishes them.
+- Weights in the file's dtype are memory-mapped. Weights in another dtype are converted a few at a
+  time, so that loading takes memory within 1.15 times the model.
+- Not promised: if another program shortens a weights file while a model has it memory-mapped, the
+  process ends with a bus error. transformers has the same limit.
 """

@@ -1,4 +1,4 @@
-"""Read files ahead of the model, in threads: Pillow decodes outside Python's lock."""
+"""Read the next files in threads while the model works. Pillow decodes without Python's lock."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -15,10 +15,10 @@ T = TypeVar("T")
 def read_ahead(
     read: Callable[[Any], T], items: Iterable[Any], ahead: int, threads: int | None = None
 ) -> Generator[T | ImageError, None, None]:
-    """Yield `read(item)` for each item, in order, or the ImageError that it raised.
+    """Yield `read(item)` for each item, in order, or the ImageError that `read` raised.
 
     Threads (by default as many as torch uses) read up to `ahead` items in advance. Closing the
-    generator cancels what has not begun.
+    generator cancels the reads that have not begun.
     """
 
     def result(item: Any) -> T | ImageError:

@@ -1,6 +1,6 @@
-"""Checks of configs, inputs, tokenizers and transforms. Each error states the numbers.
+"""Checks of configs, inputs, tokenizers and transforms, with errors that quote the wrong values.
 
-The classes of the reference call these functions, which take any object with the same fields.
+The classes of the reference call these functions. Any object with the same fields can be checked.
 """
 
 import math
@@ -13,27 +13,27 @@ from torch import Tensor
 from miniclip.errors import ContextLengthError, shown, wrong
 
 MAX_PIXELS = 178_956_970
-"""The most pixels of an image: Pillow's own limit on files (twice `MAX_IMAGE_PIXELS`; cameras make
-150 million). Here it also limits the resized image, because a strip of 1 x 100,000 grows a lot."""
+"""The most pixels that an image may have. It is Pillow's limit for files, 2 * `MAX_IMAGE_PIXELS`.
+The resized image has the same limit, because resizing makes a strip of 1 x 100,000 very large."""
 ACTIVATION_NAMES = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 REFERENCES = ("transformers", "openai")
 LEGACY_EOS = 2
-"""The end token in OpenAI's config files. It is wrong: their tokenizer ends a text with 49407.
-transformers reads a 2 as "pool at the largest id of the row", and so does miniclip."""
+"""The id of the end token in OpenAI's config files. It is wrong: the tokenizer ends a text with
+49407. If a config has this id, transformers and miniclip pool a text at its largest id."""
 
 # ------------------------------------------------------------------------------------------------
 # configs
 
 
 def check_config(config: Any) -> None:
-    """Check the numbers of a vision or a text tower."""
+    """Check the config of a vision or a text tower. Raises ValueError."""
     check_tower(config)
     kind = type(config).__name__
     if hasattr(config, "patch_size"):
         positive(config, "patch_size", "channels")
         _one_or_each(config, "image_size", 2, "one for the height and one for the width")
         if type(config.registers) is not int or not 0 <= config.registers < 2**31:
-            raise wrong(f"{kind}: registers", config.registers, "0 or more")
+            raise wrong(f"{kind}: registers", config.registers, "a whole number, 0 or more")
         if config.patch_size > min(config.height_width):
             raise ValueError(
                 f"{kind}: patch_size {config.patch_size} is larger than image_size "
@@ -47,16 +47,16 @@ def check_config(config: Any) -> None:
                 ids = f"an id from 0 to {last}, because vocab_size is {config.vocab_size}"
                 raise wrong(f"{kind}: {name}", value, ids)
         if config.eos_token_id != LEGACY_EOS:
-            object.__setattr__(config, "literal_eos", False)  # so that equal configs are equal
+            object.__setattr__(config, "literal_eos", False)  # unused: equal models, equal configs
 
 
 def check_tower(config: Any) -> None:
-    """Check what the two towers share, and store equal numbers of all layers as one."""
+    """Check the fields that both towers have. Replace equal numbers of all layers by one number."""
     kind = type(config).__name__
     positive(config, "width", "layers")
-    if config.layers > 1000:  # the published models have 2 to 48
+    if config.layers > 1000:  # the published models have at most 48
         raise wrong(f"{kind}: layers", config.layers, "at most 1,000")
-    for name in ("heads", "mlp_width"):  # surgery may leave a layer with 0
+    for name in ("heads", "mlp_width"):  # surgery may remove all heads or the MLP of a layer
         _one_or_each(config, name, config.layers, "one for each layer", least=0)
     if config.head_width is not None:
         positive(config, "head_width")
@@ -70,14 +70,14 @@ def check_tower(config: Any) -> None:
             f"{kind}: width {config.width} does not divide into {config.heads} heads of equal width"
         )
     if config.act not in ACTIVATION_NAMES:
-        names = f"one of {', '.join(ACTIVATION_NAMES)}: the one that the weights are trained with"
+        names = f"one of {', '.join(ACTIVATION_NAMES)}, as the weights were trained"
         raise wrong(f"{kind}: act", config.act, names)
     if not _is_finite(config.ln_eps) or config.ln_eps <= 0:
         raise wrong(f"{kind}: ln_eps", config.ln_eps, "a number above 0")
 
 
 def check_clip(config: Any) -> None:
-    """Check the numbers that the two towers share."""
+    """Check the tower classes, `embed_dim` and `logit_scale_init` of a CLIPConfig."""
     for name, kind in config.tower_classes.items():
         if not isinstance(getattr(config, name), kind):
             found = type(getattr(config, name)).__name__
@@ -117,19 +117,19 @@ def _is_finite(value: Any) -> bool:
 
 
 def numbers(chosen: Iterable[int], count: int, where: str, kind: str) -> list[int]:
-    """The numbers that are chosen, such as heads. ValueError unless each is 0 to count - 1."""
+    """The chosen numbers as a list. Raises ValueError unless each is from 0 to count - 1."""
     chosen = list(chosen)
     if absent := sorted({number for number in chosen if number not in range(count)}):
         raise ValueError(f"{where}: no {kind} {absent}; expected numbers from 0 to {count - 1}")
     return chosen
 
 
-FROM_PICTURES = "The checkpoint's ImageTransform makes them: encode_image(transform([picture]))"
-FROM_TEXTS = "The checkpoint's Tokenizer makes them: encode_text(tokenizer(texts))"
+FROM_PICTURES = "The checkpoint's ImageTransform makes pixels: encode_image(transform([image]))"
+FROM_TEXTS = "The checkpoint's Tokenizer makes ids: encode_text(tokenizer(texts))"
 
 
 def check_pixels(pixels: Any, config: Any) -> None:
-    """Raise unless pixels are what a vision tower reads: floats (B, channels, height, width)."""
+    """Raise TypeError or ValueError unless pixels are floats (B, channels, height, width)."""
     size = (config.channels, *config.height_width)
     shape = f"(B, {', '.join(map(str, size))})"
     if not isinstance(pixels, Tensor):
@@ -142,14 +142,14 @@ def check_pixels(pixels: Any, config: Any) -> None:
     if pixels.ndim != 4 or pixels.shape[1:] != size:
         advice = FROM_PICTURES
         if pixels.shape == size:
-            advice = "For one picture, add the batch: encode_image(pixels[None])"
+            advice = "For one image, add the batch: encode_image(pixels[None])"
         raise ValueError(
             f"pixels have shape {tuple(pixels.shape)}; this vision tower reads {shape}. {advice}"
         )
 
 
 def check_ids(ids: Any, vocab_size: int) -> None:
-    """Raise unless ids are what a text tower reads: whole numbers (B, T), a row for each text."""
+    """Raise TypeError or ValueError unless ids are whole numbers (B, T) below `vocab_size`."""
     if not isinstance(ids, Tensor):
         found = type(ids).__name__
         raise TypeError(f"expected token ids as a tensor (B, T), found {found}. {FROM_TEXTS}")
@@ -170,18 +170,18 @@ def check_ids(ids: Any, vocab_size: int) -> None:
 
 
 def can_look_at(x: Tensor) -> bool:
-    """Whether values can be checked: on a CPU, outside of compiled graphs, vmap and grad."""
+    """Whether a tensor's values can be read: on a CPU, outside compiled graphs, vmap and grad."""
     if torch.compiler.is_compiling():
         return False
     return x.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def check_has_eos(is_eos: Tensor, eos_token_id: int) -> None:
-    """Raise ValueError unless each row of ids has an end token, where `is_eos` (B, T) is true."""
+    """Raise ValueError if a row of ids has no end token. `is_eos` (B, T) is true at end tokens."""
     if can_look_at(is_eos) and not (has_eos := is_eos.any(-1)).all():
         raise ValueError(
-            f"row {has_eos.int().argmin()} of ids has no end token ({eos_token_id}), where the "
-            "text would be read. The checkpoint's Tokenizer adds one"
+            f"row {has_eos.int().argmin()} of ids has no end token ({eos_token_id}). The "
+            "checkpoint's Tokenizer adds one"
         )
 
 
@@ -192,8 +192,8 @@ def check_token_vectors(x: Tensor, pos_embed: Tensor) -> None:
         raise ValueError(f"token vectors have shape {tuple(x.shape)}; expected (B, T, {width})")
     if x.shape[1] > positions:
         raise ContextLengthError(
-            f"texts of {x.shape[1]} tokens; this text tower has {positions} positions. Shorten the "
-            "texts, or tokenize with truncate=True"
+            f"the texts have {x.shape[1]} tokens; this text tower has {positions} positions. "
+            "Shorten the texts, or tokenize with truncate=True"
         )
 
 
@@ -210,7 +210,7 @@ def as_list(texts: Any, what: str = "text") -> list[str]:
     if isinstance(texts, str):
         return [texts]
     if not isinstance(texts, Iterable) or isinstance(texts, bytes):
-        raise TypeError(f"expected a {what} or a list of them, found {type(texts).__name__}")
+        raise TypeError(f"expected a {what} or a list of {what}s, found {type(texts).__name__}")
     texts = list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
@@ -225,22 +225,22 @@ def check_reference(reference: str) -> None:
 
 
 def check_context_length(length: Any) -> None:
-    """Raise ValueError unless a start and an end token fit."""
+    """Raise ValueError unless a start and an end token fit into the context length."""
     if type(length) is not int or length < 2:
         least = "2 or more, because every text has a start and an end token"
         raise wrong("context_length", length, least)
 
 
 def check_vocab_size(vocab_size: int, least: int) -> None:
-    """Raise ValueError unless a vocabulary has room for the bytes."""
+    """Raise ValueError if a vocabulary is too small for the bytes and the special tokens."""
     if vocab_size < least:
-        raise wrong("vocab_size", vocab_size, f"at least {least}, for the bytes")
+        raise wrong("vocab_size", vocab_size, f"at least {least}: bytes and special tokens")
 
 
 def check_pad_to(pad_to: int | None, context_length: int) -> int:
     """The most tokens that a row may have. Raises ValueError if `pad_to` is below 2."""
     if pad_to is not None and pad_to < 2:
-        raise ValueError(f"pad_to is {pad_to}; every text has a start and an end token")
+        raise ValueError(f"pad_to is {pad_to}; start and end token alone need 2")
     return context_length if pad_to is None else min(pad_to, context_length)
 
 
@@ -248,7 +248,7 @@ def too_long(i: int, text: str, tokens: int, limit: int) -> ContextLengthError:
     """The error for a text with too many tokens."""
     return ContextLengthError(
         f"text {i} has {tokens} tokens with the start and the end token, and at most {limit} fit. "
-        f"Shorten it (in Python, truncate=True does): {text[:40]!r}..."
+        f"Shorten the text, or use truncate=True in Python: {text[:40]!r}..."
     )
 
 
@@ -260,7 +260,7 @@ def check_tokens(
     if missing := set(range(len(vocab))) - ids:
         raise ValueError(
             f"expected the {len(vocab)} tokens to have the ids 0 to {len(vocab) - 1}, each once; "
-            f"no token has {min(missing)}"
+            f"no token has the id {min(missing)}"
         )
     for token in tokens:
         if token not in vocab:
@@ -269,7 +269,7 @@ def check_tokens(
         for token in (left, right, left + right):
             if token not in vocab:
                 raise ValueError(
-                    f"merge {rank} joins {shown(left)} and {shown(right)}, and {shown(token)} is "
+                    f"merge {rank} joins {shown(left)} and {shown(right)}, but {shown(token)} is "
                     "not in the vocabulary; vocabulary and merges must come from the same tokenizer"
                 )
 
@@ -279,11 +279,11 @@ def check_transform(transform: Any) -> None:
     for name in ("size", "crop_size"):
         value = getattr(transform, name)
         if type(value) is not int or not 1 <= value <= math.isqrt(MAX_PIXELS):
-            raise wrong(name, value, "a whole number of pixels above 0")
+            raise wrong(name, value, f"a whole number from 1 to {math.isqrt(MAX_PIXELS)}")
     for name, least in (("image_mean", 0), ("image_std", 1e-3)):
         values = getattr(transform, name)
         three = isinstance(values, list | tuple) and len(values) == 3
         if not three or not all(type(v) in (int, float) and least <= v <= 1 for v in values):
-            numbers = f"three numbers from {least} to 1, for R, G and B: bytes are divided by 255"
+            numbers = f"three numbers from {least} to 1, for R, G and B after division by 255"
             raise wrong(name, values, numbers)
     check_reference(transform.reference)

@@ -1,8 +1,7 @@
-"""Three kinds of config files <-> the fields of a CLIPConfig, as nested dictionaries.
+"""transformers' config.json <-> the fields of a CLIPConfig, as nested dictionaries.
 
-    config.json              transformers' (model_type "clip", or one tower alone)
-    open_clip_config.json    open_clip's model_cfg
-    none                     OpenAI's files: the shapes of the weights are the config
+OpenAI's files have no config. Their fields are read from the shapes of the weights. open_clip's
+config is read in `open_clip.py`.
 
 The fields are {"vision": {...}, "text": {...}, "embed_dim": ..., "logit_scale_init": ...}. A field
 that a file leaves out is left out here too, because the dataclasses have transformers' defaults.
@@ -43,10 +42,10 @@ _SECTIONS = {
         "eos_token_id": "eos_token_id",
     },
 }
-# Fields that transformers' CLIP does not have. They are written under its other models' names.
+# Fields that transformers' CLIP does not have. The names are from other models of transformers.
 _BEYOND = {"head_width": "head_dim", "registers": "num_register_tokens"}
 
-METACLIP_2 = "metaclip_2"  # CLIP, except that an end token 2 means 2
+METACLIP_2 = "metaclip_2"  # a CLIP that pools a text at its end token, also if the id is 2
 TOWER_TYPES = {
     f"{family}_{tower}_model": tower
     for family in ("clip", METACLIP_2)
@@ -57,10 +56,10 @@ TOWER_TYPES = {
 def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> Fields:
     """Read a parsed config.json of two towers. Raises ValueError.
 
-    `model_types` are CLIP's and a fork's own. `projection_dim` counts at the top level only: some
-    official files have a wrong copy inside the tower sections. `text_config_dict` and
-    `vision_config_dict` replace the tower sections (transformers, configuration_clip.py). Entries
-    that transformers' CLIP does not have keep their names: they may be the fields of a fork.
+    `model_types` are the types that are accepted: CLIP's, and a fork's own. `projection_dim` is
+    read only at the top level, because some official files have a wrong copy in the tower sections.
+    `text_config_dict` and `vision_config_dict` replace the tower sections (transformers,
+    configuration_clip.py). Unknown entries keep their names, because a fork may have such fields.
     """
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object, found {type(config).__name__}")
@@ -103,7 +102,7 @@ def _literal_eos(model_type: str) -> Fields:
 
 
 def _renamed(section: dict[str, Any], names: Mapping[str, str]) -> Fields:
-    """Rename entries to our names. An entry is dropped if its name is our name of another field."""
+    """Rename entries to our names. Drop an entry under our name if transformers' name differs."""
     ours = {theirs: ours for ours, theirs in names.items()}
     return {
         ours.get(name, name): value
@@ -115,11 +114,11 @@ def _renamed(section: dict[str, Any], names: Mapping[str, str]) -> Fields:
 def to_transformers(
     fields: Fields, model_type: str = "clip", architecture: str = "CLIPModel"
 ) -> dict[str, Any]:
-    """config.json of a model with these fields.
+    """The contents of config.json for a model with these fields.
 
-    A tower that is `beyond_transformers` has more entries, and its number of heads is a list with
-    one number for each layer. transformers accepts only a single number there, and so refuses a
-    model that it would otherwise run without the entries it does not know.
+    A tower that is `beyond_transformers` gets extra entries. transformers would ignore them and run
+    another model. So the number of heads is written as a list with one number for each layer:
+    transformers accepts only a single number, and refuses the file.
     """
     family = "clip"
     if fields["text"].get("literal_eos") and model_type == "clip":
@@ -147,7 +146,7 @@ def to_transformers(
 
 
 def beyond_transformers(tower: Mapping[str, Any]) -> list[str]:
-    """The fields of a tower that transformers' CLIP cannot express. A published model has none.
+    """The fields of a tower that transformers' CLIP cannot express. Published models have none.
 
     >>> beyond_transformers({"image_size": (224, 336), "registers": 4})
     ['image_size (224, 336)', 'registers 4']
@@ -163,7 +162,7 @@ def beyond_transformers(tower: Mapping[str, Any]) -> list[str]:
 
 
 def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]) -> Fields:
-    """The part of a config that shapes tell: everything except heads, activation and epsilon.
+    """Read the fields of a config from the shapes of tensors: all but heads, activation, epsilon.
 
     Raises ValueError if a tensor is missing, or if the shapes contradict the three numbers that
     OpenAI's files have beside the weights.
@@ -172,7 +171,7 @@ def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         key, form = place(name, table)
         if key not in tensors or tensors[key].ndim != ndim:
-            raise ValueError(f"no tensor {key} of {ndim} dimensions, to read the config from")
+            raise ValueError(f"no tensor {key} of {ndim} dimensions, whose shape gives the config")
         found = tuple(tensors[key].shape)
         return found[::-1] if form == "T" else found
 
@@ -186,7 +185,7 @@ def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
         else:
             vocab_size, width = shape("text.token_embed.weight", 2)
             sizes = {"vocab_size": vocab_size, "context_length": shape("text.pos_embed", 2)[0]}
-            # OpenAI's code reads a text at its largest id.
+            # OpenAI's code pools a text at its largest id.
             sizes |= {"bos_token_id": max(vocab_size - 2, 0), "eos_token_id": LEGACY_EOS}
         mlp_width, _ = shape(f"{tower}.blocks.0.mlp.fc1.weight", 2)
         layers = depth(tower, table, tensors)
@@ -198,16 +197,16 @@ def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
         found = tensors[name].flatten()[:2].tolist() if name in tensors else None
         if found and found != [said.get(field)]:
             raise ValueError(
-                f"{name} is {found}, and the shapes of the weights say {said.get(field)}"
+                f"{name} is {found}, but the shapes of the weights say {said.get(field)}"
             )
     return fields
 
 
-_NUMBERED = ("image_size", "context_length", "vocab_size")  # our names of OPENAI_NUMBERS
+_NUMBERED = ("image_size", "context_length", "vocab_size")  # our names for OPENAI_NUMBERS
 
 
 def openai_numbers(fields: Fields) -> dict[str, Tensor]:
-    """The three numbers, as OpenAI's own files have them."""
+    """The three tensors OPENAI_NUMBERS that OpenAI's files have beside the weights."""
     said = fields["vision"] | fields["text"]
     numbers = [torch.tensor(said[field]) for field in _NUMBERED]
     return dict(zip(OPENAI_NUMBERS, numbers, strict=True))
@@ -216,11 +215,12 @@ def openai_numbers(fields: Fields) -> dict[str, Tensor]:
 def without_config(
     tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
 ) -> tuple[Fields, str]:
-    """The config of a model without a config file, and a warning for the user.
+    """The fields of a model without a config file, and a warning for the user, which may be empty.
 
-    Shapes do not tell the number of heads and the activation. For OpenAI's files both are known.
-    For other files a published model with the same shapes gives both. Raises ValueError if there is
-    none, or if two differ in their activation.
+    Shapes give neither heads nor activation. OpenAI's own files have heads of width 64 and
+    QuickGELU. Otherwise a published model with the same shapes gives both. Without such a model, a
+    file in OpenAI's layout is read as OpenAI's, and a file in another layout is a ValueError. Two
+    such models with different activations are a ValueError too.
     """
     fields = from_shapes(tensors, table, towers)
     is_openai = any(name in tensors for name in OPENAI_NUMBERS)
@@ -230,31 +230,31 @@ def without_config(
         found = " and ".join(f"{name} ({act})" for act, name in sorted(by_act.items()))
         raise ValueError(
             "no config file beside it, and published models of these shapes differ in their "
-            f"activation: {found}. Say which it is: config={max(by_act.values())!r} or the other"
+            f"activation: {found}. Choose one of them, as with config={max(by_act.values())!r}"
         )
     if not (releases or is_openai or table is OPENAI):
         raise ValueError(
-            "no config file beside it, and no published model has its shapes. Put its config.json "
-            "beside it, or pass config= (an official name, a path or a CLIPConfig)"
+            "no config file beside it, and no published model has these shapes. Put config.json "
+            "beside the weights, or pass config= (an official name, a path or a CLIPConfig)"
         )
     name, known = next(iter(releases.items()), ("", {}))
     for tower in towers:
         width = fields[tower]["width"]
         if not known and width % 64:
             raise ValueError(
-                f"the {tower} tower has width {width}; OpenAI's heads are 64 wide. If open_clip "
-                "wrote the file, put its open_clip_config.json beside it"
+                f"the {tower} tower has width {width}, not a multiple of 64, the width of OpenAI's "
+                "heads. If open_clip wrote the file, put open_clip_config.json beside it"
             )
         numbers = known.get(tower, {"heads": width // 64, "act": "quick_gelu"})
         fields[tower] |= {field: numbers[field] for field in ("heads", "act")}
     if known:
         heads = " and ".join(f"{fields[tower]['heads']} {tower} heads" for tower in towers)
         return fields, (
-            f"no config file beside it: read with the {heads} and the {next(iter(by_act))} of "
-            f"{name}, whose shapes it has. If it is another model, pass config="
+            f"no config file beside it. Its shapes are the shapes of {name}, so it is read with "
+            f"{heads} and {next(iter(by_act))}. If it is another model, pass config="
         )
     return fields, "" if is_openai else (
-        "read as OpenAI's, with QuickGELU and heads of 64. If open_clip wrote it, put its "
+        "read as OpenAI's, with QuickGELU and heads of width 64. If open_clip wrote the file, put "
         "open_clip_config.json beside it, or pass config="
     )
 
@@ -264,9 +264,9 @@ def without_config(
 
 
 def refuse_inexpressible(fields: Fields, layout: str) -> None:
-    """Raise ValueError, with the fields, if a layout cannot express a model.
+    """Raise ValueError if a layout cannot express a model. The message names the fields.
 
-    The layout of transformers can express every model, with entries of our own in config.json.
+    transformers' layout can express every model: config.json may have entries of our own.
     """
     if layout == "transformers":
         return
@@ -288,10 +288,10 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
             for tower in towers:
                 width, heads, eps = tower["width"], tower["heads"], tower["ln_eps"]
                 reasons[f"ln_eps {eps}"] = eps != 1e-5
-                reasons[f"{heads} heads in a width of {width}, where each has 64"] = (
+                reasons[f"{heads} heads in a width of {width} (each head must have width 64)"] = (
                     heads * 64 != width
                 )
         odd = [reason for reason, holds in reasons.items() if holds]
     if odd:
-        found = ", ".join(dict.fromkeys(odd))  # the two towers may have the same
+        found = ", ".join(dict.fromkeys(odd))  # both towers may give the same reason
         raise ValueError(f"the layout {layout!r} cannot express {found}; 'transformers' can")

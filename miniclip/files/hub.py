@@ -1,4 +1,4 @@
-"""A name -> the directory of a checkpoint: an embedded one, a local one, or one of the hub."""
+"""A name -> the directory of a checkpoint, which is embedded, local or downloaded from the hub."""
 
 import hashlib
 import logging
@@ -16,10 +16,10 @@ from miniclip.files.published import openai_id
 from miniclip.files.reading import read_json
 from miniclip.files.writing import SAVED, finish_save
 
-log = logging.getLogger("miniclip")  # the command prints it; in Python it is silent by default
+log = logging.getLogger("miniclip")  # printed by the command, silent by default in Python
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# The weights lie inside an installed package, and beside it in a checkout of the repository.
+# An installed package contains the weights. In a checkout they are beside the package.
 EMBEDDED = next(
     (d for d in (PACKAGE / "weights", PACKAGE.parent / "weights") if d.is_dir()),
     PACKAGE / "weights",
@@ -43,9 +43,9 @@ HUB_FILES = {
     ),
     "transform": (["preprocessor_config.json", "processor_config.json", "open_clip_config.json"],),
 }
-"""What each part of a checkpoint is read from. Each next list is for repositories that have nothing
-of the lists before."""
-CHECKED = ".miniclip-checked"  # in a repository's cache: files whose hash was right
+"""The files of each part of a checkpoint. For a model, a list is downloaded only if the lists
+before it gave no weights."""
+CHECKED = ".miniclip-checked"  # a file in a repository's cache, which lists the verified files
 SUFFIXES = (".safetensors", ".bin", ".pt")
 WEIGHTS = tuple(
     f"{file}{index}"
@@ -56,7 +56,7 @@ ADDRESS = re.compile(
     r"(?:hf[-_]hub:|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)(?P<id>[^/?#]+/[^/?#]+)"
     r"(?:/tree/(?P<revision>[^/?#]+)(?:/(?P<folder>[^?#]+?))?)?/?(?:[?#].*)?"
 )
-"""How open_clip writes a hub id, and the address of a repository's page, as it is pasted."""
+"""A hub id with open_clip's prefix "hf-hub:", or the address of a repository's web page."""
 
 
 def embedded_names() -> list[str]:
@@ -76,8 +76,8 @@ def resolve(
     """The directory of a checkpoint. From the hub, only the files of one `kind` are downloaded.
 
     `kind` is a key of HUB_FILES, and `subfolder` a folder inside the directory or the repository.
-    An embedded name wins over a directory with the same name: write ./everyday for the directory.
-    Raises CheckpointError.
+    An embedded name such as everyday always gives the embedded checkpoint: write ./everyday for a
+    directory of this name. Raises CheckpointError.
     """
     address = None if os.path.exists(as_path(name)) else ADDRESS.fullmatch(str(name))
     if address:
@@ -93,8 +93,8 @@ def resolve(
             finish_save(directory)
         except OSError as error:
             raise CheckpointError(
-                f"{directory}: a save was cut short here, and the files that it left in {SAVED} "
-                f"cannot be moved to their places: {error}"
+                f"{directory}: a save was interrupted here, and its files in {SAVED} cannot be "
+                f"moved to their places: {error}"
             ) from error
         return directory
     id = address["id"] if address else openai_id(str(name)) or str(name)
@@ -102,7 +102,7 @@ def resolve(
         raise CheckpointError(
             f"no checkpoint called {shown(str(name))}: expected one of {', '.join(embedded)}, a "
             "directory, a weights file, or a hub id such as openai/clip-vit-base-patch32"
-            + "; leave out the space around it"
+            + "; remove the space around the name"
             * (str(name) != str(name).strip())
         )
     return _download(id, kind, revision, folder, cache_dir, local_files_only)
@@ -119,7 +119,7 @@ def _inside(directory: Path, folder: str) -> Path:
 
 
 def as_path(name: str | PathLike[str]) -> Path:
-    """A name as a path. Ask about it with os.path, which never raises, unlike Path's methods."""
+    """A name as a path. Test it with os.path, because Path's methods may raise OSError."""
     return Path(os.path.expanduser(name))
 
 
@@ -153,12 +153,12 @@ def _download(
         except Exception as error:  # the hub client's errors have no common base class
             said: BaseException = error
             if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__:
-                said = error.__cause__  # what the network said, without the advice
+                said = error.__cause__  # the network's error, without the client's advice
             reason = " ".join(str(said).split()).rstrip(".")
             raise CheckpointError(
-                f"{repository} is not a directory here, and the hub does not give it. Offline, use "
-                f"a directory or an embedded checkpoint: {', '.join(embedded_names())}. "
-                f"The hub's client says {type(said).__name__}: {reason}"
+                f"{repository} is not a directory here, and the hub's client cannot download it. "
+                f"Offline, use a directory or an embedded checkpoint: {', '.join(embedded_names())}"
+                f". The client says {type(said).__name__}: {reason}"
             ) from error
         revision = Path(snapshot).name  # the branch may move before the next request
         directory = _inside(Path(snapshot), folder)
@@ -170,7 +170,7 @@ def _download(
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit whose files are in a folder of the hub's cache, .../snapshots/COMMIT."""
+    """The commit in a path of the hub's cache, .../snapshots/COMMIT. None for any other path."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
 
@@ -180,8 +180,8 @@ def _hashes_at(repository: str, commit: str, local_files_only: bool) -> dict[str
     from huggingface_hub import HfApi
 
     if not local_files_only:
-        with suppress(Exception):  # no network: a file without a hash is checked another time
-            # Unlike the list of a folder, this is asked once, not again and again for minutes.
+        with suppress(Exception):  # no network: a later load checks the files without a hash
+            # The client repeats a failed request for a folder's list for minutes, but not this one.
             info = HfApi().model_info(repository, revision=commit, files_metadata=True, timeout=10)
             return {
                 file.rfilename: str(file.lfs.sha256 if file.lfs else file.blob_id)
@@ -195,9 +195,9 @@ def _check_hashes(
 ) -> None:
     """Verify each cached file against its hash once, because the hub's client does not.
 
-    The hash is the name of the file that a link leads to; in a cache without links, `ask` gives it.
-    Files that pass are remembered. A file that does not pass is a CheckpointError, and is deleted
-    if this load has downloaded it: it was not among the files `before`.
+    A cached file is a link to a file whose name is the hash. In a cache without links, `ask` gives
+    the hash. The file `checked` lists the files that pass. Raises CheckpointError for a file that
+    does not pass, and deletes it if this load has downloaded it (it is not in `before`).
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
     hashes = None
@@ -214,16 +214,16 @@ def _check_hashes(
         if expected and not _has_its_hash(blob, expected):
             if blob in {path.resolve() for path in before}:
                 raise CheckpointError(
-                    f"{file} is not the file that the hub announced: its hash is another. Delete "
-                    "it to download it again; if it was edited, load a copy of the folder"
+                    f"{file} is not the file of the hub: its hash differs. Delete the file to "
+                    "download it again. If you have edited it, load a copy of the folder"
                 )
-            advice = "It is deleted; load again to download it again"
+            advice = "The file is deleted; load again to download it again"
             try:
                 for path in {file, blob}:
                     path.unlink()
             except OSError as error:
-                advice = f"It cannot be deleted: {error.strerror}"
-            what = "came damaged from the hub: its hash is not the announced one"
+                advice = f"The file cannot be deleted: {error.strerror}"
+            what = "was damaged in the download from the hub: its hash differs"
             raise CheckpointError(f"{file} {what}. {advice}")
         if expected:
             with suppress(OSError), open(checked, "a") as notes:  # a cache may be read-only
@@ -231,10 +231,10 @@ def _check_hashes(
 
 
 def _has_its_hash(blob: Path, name: str = "") -> bool:
-    """Whether a cached file's content fits a name, by default its own, if the name is a hash.
+    """Whether `name`, by default the name of a cached file, is the hash of the file's content.
 
     The hub's cache names large files by their sha256 and small files by git's sha1. A mirror of
-    the hub may use the plain sha1, or names that are not hashes.
+    the hub may use the plain sha1, or names that are not hashes: these names are accepted.
     """
     name = name or blob.name
     git = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
@@ -247,23 +247,20 @@ def _has_its_hash(blob: Path, name: str = "") -> bool:
 
 
 def weights_in(directory: Path) -> Path | None:
-    """The weights file of a directory, or the index of its shards."""
+    """The weights file of a directory, or the index of its shards, or None."""
     only = "" if is_clips(directory) else "open_clip"
     names = (name for name in WEIGHTS if name.startswith(only))
     return next((directory / name for name in names if (directory / name).is_file()), None)
 
 
 def is_clips(directory: Path) -> bool:
-    """Whether config.json describes the whole CLIP.
-
-    In timm's repositories on the hub it describes an image model, and open_clip's files the CLIP.
-    """
+    """Whether config.json describes the CLIP. In timm's repositories, it describes a timm model."""
     config, open_clip = (directory / name for name in CONFIGS.values())
     return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
 
 
 def has_files(kind: str, name: str | PathLike[str], **options: Any) -> bool:
-    """Whether a checkpoint has a "tokenizer" or a "transform"; options as of `resolve`."""
+    """Whether a checkpoint has a "tokenizer" or a "transform". `options` go to `resolve`."""
     directory = resolve(name, kind, **options)
     files = VOCABULARIES if kind == "tokenizer" else HUB_FILES[kind][0]
     return any((directory / file).is_file() for file in files)

@@ -1,4 +1,4 @@
-"""The settings of an image transform, in transformers' two forms and in open_clip's."""
+"""Read and write the settings of an image transform, for transformers and for open_clip."""
 
 from os import PathLike
 from pathlib import Path
@@ -10,7 +10,7 @@ from miniclip.files.open_clip import preprocessing_from_open_clip, preprocessing
 from miniclip.files.reading import read_json, read_json_if_there
 from miniclip.files.writing import saving, write_json
 
-# What the file of each CLIP says, if it says it: the four steps, and how they are done.
+# The settings that are the same in every CLIP. A file may leave them out.
 _FIXED = {
     "do_convert_rgb": True,
     "do_resize": True,
@@ -23,9 +23,9 @@ _FIXED = {
 
 
 def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
-    """A parsed preprocessor_config.json, old form or new, as fields of an ImageTransform.
+    """Read a parsed preprocessor_config.json, in the old form or the new, as ImageTransform fields.
 
-    A field that is left out or null is left out. Raises ValueError for a setting that the transform
+    The default of `size` and `crop_size` is 224. Raises ValueError for a setting that the transform
     cannot follow.
 
     >>> from_transformers({"size": {"shortest_edge": 336}, "crop_size": 224})
@@ -38,10 +38,10 @@ def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or not kind.startswith("CLIP"):
         raise wrong("image_processor_type", kind, "CLIPImageProcessor")
     for field, value in settings.items():
-        expected = _FIXED.get(field, False)  # do_pad and its like are steps of other models
+        expected = _FIXED.get(field, False)  # other do_* settings are steps of other models
         is_checked = field in _FIXED or field.startswith("do_")
         if is_checked and value != expected and not (field == "do_center_crop" and is_squash):
-            raise ValueError(f"{field:.100} is {shown(value)}; a CLIP's transform has {expected!r}")
+            raise ValueError(f"{field:.100} is {shown(value)}; every CLIP has {expected!r}")
     fields = {"size": _side(size, "size")}
     is_cropped = not is_squash or settings.get("do_center_crop", True)
     crop_size = settings.get("crop_size", 224) if is_cropped else fields["size"]
@@ -51,18 +51,18 @@ def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _side(value: Any, field: str) -> Any:
-    """The number of pixels in 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+    """Read a number of pixels: 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
     forms = ({"shortest_edge"}, {"height", "width"})[field == "crop_size" :]
     is_form = isinstance(value, dict) and value.keys() in forms
     sides = list(value.values()) if is_form else [value]
     if type(sides[0]) is not int or sides[0] != sides[-1]:
         names = " or ".join(" and ".join(f"'{key}'" for key in sorted(keys)) for keys in forms)
-        raise wrong(field, value, f"pixels, as one number or by {names}")
+        raise wrong(field, value, f"one number of pixels, alone or under {names}")
     return sides[0]
 
 
 def to_transformers(fields: dict[str, Any]) -> dict[str, Any]:
-    """preprocessor_config.json from the fields of an ImageTransform."""
+    """The contents of preprocessor_config.json for the fields of an ImageTransform."""
     squashed = {"height": fields["size"], "width": fields["size"]}
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -75,9 +75,9 @@ def to_transformers(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_files(directory: Path) -> list[Path]:
-    """The files of a directory that have image settings, the one that transformers reads first.
+    """The files of a directory that have image settings. transformers reads the first of them.
 
-    Since 5.0 CLIPProcessor saves the settings inside processor_config.json. Raises CheckpointError.
+    Since transformers 5.0, the settings are in processor_config.json. Raises CheckpointError.
     """
     processor = directory / "processor_config.json"
     has_settings = isinstance(read_json_if_there(processor).get("image_processor"), dict)
@@ -87,13 +87,13 @@ def settings_files(directory: Path) -> list[Path]:
     if not paths:
         raise CheckpointError(
             f"{directory}: no preprocessor_config.json, which says how images are resized and "
-            "normalised. Most CLIPs want ImageTransform(image_size), which has OpenAI's values"
+            "normalised. For most CLIPs, use ImageTransform(image_size), with OpenAI's values"
         )
     return paths
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The fields of an ImageTransform in one of these files. Raises CheckpointError."""
+    """Read the fields of an ImageTransform from one of `settings_files`. Raises CheckpointError."""
     settings = read_json(path)
     with blaming(path):
         if path.name == CONFIGS["open_clip"]:
@@ -107,7 +107,7 @@ def write_settings(directory: str | PathLike[str], fields: dict[str, Any]) -> No
     settings = to_transformers(fields)
     with saving(directory) as folder:
         if saved := read_json_if_there(directory / CONFIGS["open_clip"]):
-            with blaming(directory):  # it may not express the settings
+            with blaming(directory):  # open_clip may not be able to express the settings
                 preprocessing = preprocessing_to_open_clip(fields)
             write_json(folder / CONFIGS["open_clip"], {**saved, "preprocess_cfg": preprocessing})
         processor = directory / "processor_config.json"

@@ -1,7 +1,7 @@
-"""A checkpoint's model as its files have it: a config's fields, and tensors under our names.
+"""A checkpoint -> the fields of its config and its tensors, from which a class builds the model.
 
-Nothing is guessed and nothing is repaired. Each tensor in the file must have its place in the
-model, each parameter must have its tensor of the same shape, and no weight is changed on the way.
+Each tensor in the file must have a place in the model. Each parameter must have a tensor of its
+shape. Nothing is repaired, and no weight is changed.
 """
 
 import os
@@ -33,16 +33,16 @@ class Fork(NamedTuple):
 
     model_type: str = "clip"
     class_name: str = "CLIP"
-    tensor_names: names.Layout = {}  # our name of a parameter of its own -> its place in a file
+    tensor_names: names.Layout = {}  # a parameter that CLIP does not have -> its place in a file
 
 
 PLAIN = Fork()
 
 
 class Stored(NamedTuple):
-    """A checkpoint's model as its files have it."""
+    """The contents of a model's files."""
 
-    fields: Fields  # of its CLIPConfig; one tower alone has no entry for the other
+    fields: Fields  # of the CLIPConfig, without a tower that the file does not have
     tensors: dict[str, Tensor]  # under the names of the layout
     layout: str
     table: names.Layout
@@ -52,16 +52,16 @@ class Stored(NamedTuple):
 
     @property
     def towers(self) -> list[str]:
-        """The towers it has: "vision", "text" or both."""
+        """The towers in the files: "vision", "text" or both."""
         return [tower for tower in TOWERS if tower in self.fields]
 
     @property
     def commit(self) -> str | None:
-        """The commit that the hub's files are of."""
+        """The hub's commit that the files come from. None for local files."""
         return hub.commit_of(self.path)
 
     def check_towers(self, towers: tuple[str, ...]) -> None:
-        """Raise CheckpointError unless it has these towers."""
+        """Raise CheckpointError unless the files have these towers."""
         if {*towers} <= {*self.towers}:
             return
         only = self.towers[0]
@@ -71,9 +71,9 @@ class Stored(NamedTuple):
         raise CheckpointError(f"{self.path}: {reason}")
 
     def has(self, part: str, name: str | PathLike[str], **options: Any) -> bool:
-        """Whether to read its "tokenizer" or "transform". A tower alone may have none.
+        """Whether `load` has to read a "tokenizer" or a "transform" (`part`) for this model.
 
-        Warns if the vocabulary is not CLIP's. `name` and options as of `resolve`.
+        Warns, and returns False, if the vocabulary is not CLIP's. `options` go to `resolve`.
         """
         text = self.fields.get("text", {})
         other = text.get("tokenizer")
@@ -83,7 +83,7 @@ class Stored(NamedTuple):
             if not str(other).startswith("openai/clip-") and not has_vocabulary:
                 other = other or (XLM_V if text.get("vocab_size") == 901_629 else name)
                 warn(
-                    f"{name}: its vocabulary is not CLIP's BPE, so there is no tokenizer. Make the "
+                    f"{name}: its vocabulary is not CLIP's, so miniclip has no tokenizer. Make the "
                     f"ids with transformers.AutoTokenizer.from_pretrained({str(other)!r})"
                 )
                 return False
@@ -93,7 +93,7 @@ class Stored(NamedTuple):
         )
 
     def has_openais_transform(self, name: str | PathLike[str], **options: Any) -> bool:
-        """Whether its transform is OpenAI's, for which no file is written."""
+        """Whether to use OpenAI's transform: the layout is OpenAI's, without a transform file."""
         is_openais = self.layout == "openai" and "vision" in self.towers
         return is_openais and not hub.has_files("transform", name, **options)
 
@@ -105,7 +105,7 @@ class Stored(NamedTuple):
 
     @contextmanager
     def skeleton(self) -> Iterator[None]:
-        """A block in which models have shapes and no weights, and config errors name the file."""
+        """A context in which models have shapes but no weights, and config errors name the file."""
         try:
             with blaming(self.config_path), meta_device():
                 yield
@@ -114,10 +114,10 @@ class Stored(NamedTuple):
             raise CheckpointError(f"{self.config_path}: {reason}") from None
 
     def state_dict(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors under the names of a model's `state_dict`; `model` may be of shapes alone.
+        """The tensors under the names of a model's `state_dict`; `model` may be on the meta device.
 
-        `prefix` is "vision." or "text." for a tower. If something does not fit, one CheckpointError
-        lists it all, up to a thousand lines. Warns of NaN and infinity.
+        `prefix` is "vision." or "text." for a tower. If tensors do not fit, one CheckpointError
+        lists them, at most a thousand. Warns of NaN and infinity.
         """
         with blaming(self.path):
             shapes = {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -128,8 +128,8 @@ class Stored(NamedTuple):
             name.removeprefix(prefix): where.take(self.tensors[where.key]).to(self.device)
             for name, where in places.items()
         }
-        # One NaN or infinity in a weight silently turns every logit into NaN. A sum shows both
-        # three times as fast as the minimum and maximum, which decide: a sum may overflow.
+        # One NaN or infinity in a weight silently turns every logit into NaN. A sum is three times
+        # as fast as minimum and maximum, but it may overflow. Then minimum and maximum decide.
         real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
         odd = [name for name, t in real.items() if not t.sum().isfinite()]
         odd = [name for name in odd if not all(end.isfinite() for end in real[name].aminmax())]
@@ -138,7 +138,7 @@ class Stored(NamedTuple):
         return state
 
     def _check_depth(self, places: dict[str, names.Place]) -> None:
-        """Checked first: a wrong number of layers would fill the error with their tensors."""
+        """Check the number of layers first, so that no error lists every tensor of a layer."""
         for tower in self.towers:
             blocks = {n.split(".")[2] for n in places if n.startswith(f"{tower}.blocks.")}
             found = names.depth(tower, self.table, self.tensors)
@@ -182,7 +182,7 @@ class Stored(NamedTuple):
         if complaints := missing + unexpected + misshapen + mistyped:
             raise CheckpointError(
                 f"{self.path}: {len(complaints)} tensors do not fit the model that its config "
-                f"describes; the first, {complaints[0]}\n" + "\n".join(complaints[:1000])
+                f"describes. The first is {complaints[0]}\n" + "\n".join(complaints[:1000])
             )
 
 
@@ -194,15 +194,16 @@ def open_model(
     config: Any = None,
     **options: Any,
 ) -> Stored:
-    """The model of a checkpoint, before a class is built for it.
+    """Read the config and the tensors of a checkpoint's model.
 
     Args:
-        dtype: what floating point tensors are converted to; None keeps the file's.
-        config: in place of the checkpoint's: a CLIPConfig, an official name ("ViT-L/14"), or what
-            `load` reads a config from.
-        options: as of `resolve`.
+        dtype: the type that floating point tensors are converted to. None keeps the file's type.
+        config: replaces the checkpoint's config: a CLIPConfig, an official name ("ViT-L/14"), a
+            config.json, or the name of another checkpoint.
+        options: for `resolve`.
     Raises:
-        CheckpointError; ValueError for the dtype or the device, before anything is downloaded.
+        CheckpointError: a file is missing or damaged, or describes another model.
+        ValueError: the dtype or the device is wrong. Raised before anything is downloaded.
     """
     check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -245,11 +246,11 @@ def _open(
             towers = [tower for tower in TOWERS if names.names_of(tower, table, tensors)]
             if not towers:
                 raise ValueError(
-                    f"no CLIP's tensors, but {listed(tensors)}. Expected names such as "
+                    f"the tensors are not a CLIP's: {listed(tensors)}. Expected names such as "
                     "vision_model.* and text_model.* (transformers) or visual.* (openai/CLIP, "
                     "open_clip)"
                 )
-        except ValueError:  # the config's own error says more: its field, or the class of a fork
+        except ValueError:  # an error about the config says more, so check the config first
             if file := next((f for f in (open_clip, config) if f.is_file()), None):
                 _read_fields(file, fork)
             raise
@@ -292,10 +293,10 @@ def _read_fields(path: Path, fork: Fork) -> Fields:
 def read_fields(
     name: str | PathLike[str], fork: Fork = PLAIN, config: Any = None, **options: Any
 ) -> tuple[Path, Fields]:
-    """The config of a checkpoint with two towers, by any name that `load` takes: file and fields.
+    """The file and the fields of the config of a checkpoint with two towers.
 
-    OpenAI's layout has no config file; there the shapes of the weights give the fields. Raises
-    CheckpointError.
+    `name` is any name that `load` takes. OpenAI's layout has no config file: the fields come from
+    the shapes of the weights. Raises CheckpointError.
     """
     path, fields = _given_fields(config, fork) if config else _fields_of(name, fork, **options)
     if "vision" not in fields or "text" not in fields:
@@ -327,9 +328,9 @@ class _Undrawn(TorchFunctionMode):
 
 @contextmanager
 def meta_device() -> Iterator[None]:
-    """A block in which models have shapes and no weights.
+    """A context in which models have shapes but no weights.
 
-    Nothing is drawn either: to draw a normal on its meta device, torch imports its compiler.
+    Random initialisation is skipped. On the meta device, torch would import its compiler for it.
     """
     with torch.device("meta"), _Undrawn():
         yield
@@ -339,7 +340,7 @@ def check_device(device: str | torch.device) -> None:
     """Raise ValueError if tensors cannot be put on this device."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # the kind depends on the device
+    except (RuntimeError, AssertionError, NotImplementedError):  # which one depends on the device
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         found += ["mps"] * torch.backends.mps.is_available()
         raise ValueError(
@@ -349,10 +350,10 @@ def check_device(device: str | torch.device) -> None:
 
 
 def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> None:
-    """Raise CheckpointError if a tokenizer or a transform is not for the model with these fields.
+    """Raise CheckpointError if a tokenizer or a transform does not fit the model with these fields.
 
-    The tokenizer may have at most as many tokens as the text tower embeds, and the transform's crop
-    must be the image that the vision tower reads. transformers finds out in the forward pass.
+    The tokenizer may have at most as many tokens as the text tower embeds. The transform's crop
+    must have the size that the vision tower reads. transformers fails only in the forward pass.
     """
     text, vision = fields.get("text", {}), fields.get("vision")
     if vision and transform:
@@ -361,15 +362,15 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
         if (height, width) != (side, side):
             raise CheckpointError(
                 f"{name}: the transform makes images of {side} x {side} pixels and the model reads "
-                f"{height} x {width}. Correct crop_size, or take the model and a transform by "
-                "themselves: CLIP.from_pretrained, ImageTransform"
+                f"{height} x {width}. Correct crop_size, or use CLIP.from_pretrained and an "
+                "ImageTransform of your own"
             )
     if not tokenizer:
         return
     count, embedded = tokenizer.vocab_size, text.get("vocab_size", 49408)
     if count > embedded:
         raise CheckpointError(
-            f"{name}: the tokenizer has {count} tokens and the model embeds only {embedded}; they "
+            f"{name}: the tokenizer has {count} tokens, but the model embeds only {embedded}; both "
             "must come from the same checkpoint"
         )
     end = tokenizer.eos_token_id
@@ -377,6 +378,6 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
     if count > end + 1 and is_legacy:
         warn(
             f"{name}: its config has eos_token_id {LEGACY_EOS}, so transformers and miniclip read "
-            f"a text at its largest id. Tokens were added after the end token: a text that has one "
-            f"is read there. Put {end} in the config to read it at its end"
+            "a text at its largest id. This tokenizer has ids above the end token's: a text with "
+            f"such an id is read there. Set eos_token_id to {end} to read every text at its end"
         )

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from miniclip.errors import listed, shown
 from miniclip.files.models import meta_device
 
-WRAPPERS = {  # class -> where it keeps the module that it wraps
+WRAPPERS = {  # class -> its attribute with the wrapped module
     "OptimizedModule": "_orig_mod",  # torch.compile
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "DistributedDataParallel": "module",
@@ -24,7 +24,7 @@ WRAPPERS = {  # class -> where it keeps the module that it wraps
 
 
 def unwrapped(module: Any) -> Any:
-    """The module that torch.compile, DDP, activation checkpointing or PEFT has wrapped."""
+    """The module inside the wrappers of torch.compile, DDP, activation checkpointing and PEFT."""
     for kind in type(module).__mro__:
         if kind.__name__ in WRAPPERS:
             return unwrapped(getattr(module, WRAPPERS[kind.__name__]))
@@ -32,12 +32,12 @@ def unwrapped(module: Any) -> Any:
 
 
 def class_of(module: nn.Module) -> Any:
-    """The class of a module, and not the class that FSDP2 makes of it."""
+    """The class of a module, before FSDP2 replaced it by a subclass."""
     return next(c for c in type(module).__mro__ if "torch.distributed.fsdp" not in c.__module__)
 
 
 def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Like nn.Module.named_modules, without wrappers; a shared module comes under all its names."""
+    """Like nn.Module.named_modules, but without wrappers, and with all names of a shared module."""
     module = unwrapped(module)
     yield prefix, module
     for name, child in module._modules.items():
@@ -46,20 +46,17 @@ def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def is_patched(module: nn.Module, name: str) -> bool:
-    """Whether someone has set a method on a module itself, over its class's method."""
+    """Whether someone has replaced the method `name` of this module, but not of its class."""
     patch: Any = vars(module).get(name)
-    if (
-        getattr(patch, "func", None) is checkpoint
-    ):  # the same method, run again in the backward pass
-        patch = patch.args[0]
+    if getattr(patch, "func", None) is checkpoint:
+        patch = patch.args[0]  # activation checkpointing runs the same method
     return patch is not None and getattr(patch, "__func__", patch) is not getattr(
         class_of(module), name, None
     )
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, without wrappers in the names. Tensors that FSDP2 has sharded are gathered,
-    which needs all processes."""
+    """The state dict without wrappers in its names. With FSDP2, all processes must call this."""
     state: dict[str, Any] = {}
     for name, module in named_modules(model):
         module._save_to_state_dict(state, f"{name}.".lstrip("."), False)
@@ -69,19 +66,19 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def check_described(model: Any) -> None:
     """Raise ValueError unless a model's class builds the same modules from the model's config.
 
-    Weights and hooks do not count. Warns of a method that is patched on a module.
+    Weights and hooks are not compared. Warns if a method of a module was patched.
     """
     kind = class_of(model)
     with meta_device():
         expected = kind(model.config)
     parts = [module for _, module in named_modules(expected)]
     if any(isinstance(v, Tensor) for m in parts for v in (*vars(m).values(), *m.buffers())):
-        with torch.random.fork_rng(devices=[]):  # a fork's table of positions: its values count
+        with torch.random.fork_rng(devices=[]):  # with values, because buffers are compared
             expected = kind(model.config).to(next(model.parameters()).dtype)
     odd = [*differences(model, expected)]
     patched = [one for one in odd if one.endswith("is patched")]
     if patched:
-        warnings.warn(f"{listed(patched)} on the model, which no config can say", stacklevel=3)
+        warnings.warn(f"{listed(patched)}, which a config cannot describe", stacklevel=3)
     if odd := [one for one in odd if one not in patched]:
         raise ValueError(
             f"the config does not describe the model: {listed(odd)}. Merge adapters first "
@@ -91,19 +88,19 @@ def check_described(model: Any) -> None:
 
 
 def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
-    """The differences between the modules of two models, in words."""
+    """Yield the differences between the modules of two models, one sentence for each."""
     ours, theirs = dict(named_modules(model)), dict(named_modules(expected))
     for name in theirs | ours:
         kinds = [class_of(m[name]).__name__ if name in m else "absent" for m in (ours, theirs)]
         if kinds[0] == kinds[1] and class_of(ours[name]) is not class_of(theirs[name]):
-            kinds[0] = f"{class_of(ours[name]).__module__}.{kinds[0]}"  # quantised, say
+            kinds[0] = f"{class_of(ours[name]).__module__}.{kinds[0]}"  # such as a quantised Linear
         if "absent" in kinds or class_of(ours[name]) is not class_of(theirs[name]):
             yield f"{name or 'the model'} is {kinds[0]}, expected {kinds[1]}"
             continue
         found, wanted = _settings(ours[name]), _settings(theirs[name])
         for key in wanted | found:
             place = f"{name}.{key}".lstrip(".")
-            # An attribute that neither the class nor its __init__ has is never read.
+            # A class never reads an attribute that neither it nor its __init__ sets.
             default = found.get(key) if key in vars(ours[name]) else "absent"
             default = getattr(theirs[name], key, default)
             values = found.get(key, "absent"), wanted.get(key, default)
@@ -114,11 +111,11 @@ def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
                 yield f"{place} is {shown(values[0])}, expected {shown(values[1])}"
 
 
-OWN = {*vars(nn.Module()), "eager"}  # what every module has, and how attention is run
+OWN = {*vars(nn.Module()), "eager"}  # attributes of every module, and the engine of attention
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module has beside its class: the names of its parts, its attributes and shapes."""
+    """The settings of a module: the names of its parts, its attributes, and its tensors' shapes."""
     settings: dict[str, Any] = {"parts": [*module._modules]} | module._buffers
     for name, value in vars(module).items():
         if name not in OWN and (name[0] != "_" or isinstance(value, int | float | str)):
@@ -132,7 +129,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A setting in words: equal words for equal settings."""
+    """A setting as text. Equal settings have equal texts."""
     if isinstance(value, Tensor):
         value = value.tolist()
     cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]

@@ -1,15 +1,14 @@
-"""The names that three layouts give the tensors of a CLIP, and which layout a file has.
+"""The names of a CLIP's tensors in each layout, and which layout a file has.
 
-    transformers   q, k and v are three matrices; config.json has the rest
-    openai         q, k and v are stacked in one matrix and projections are transposed. There is no
-                   config: each model has QuickGELU and heads of 64, and the shapes tell the rest
-    open_clip      OpenAI's tensors, with one more prefix in some models, and open_clip_config.json
-    timm           a vision tower alone, or the one in open_clip's file; only read, never written
+    transformers   q, k and v are three matrices. The config is config.json
+    openai         q, k and v are stacked in one matrix, and projections are transposed. There is no
+                   config: each model has QuickGELU and heads of width 64
+    open_clip      as openai, with one more prefix in some models, and with open_clip_config.json
+    timm           a vision tower, alone or in open_clip's file. It is read, but never written
 
-A layout is a table. A key is our name of a parameter, or of the module that has a weight and a
-bias; {} is the number of the block. The value is the place of the same numbers in a file. A place
-that ends in .T holds the transpose; [0], [1] and [2] are the upper, middle and lower third of a
-tensor's rows.
+A layout is a table. A key is our name of a parameter, or of a module with a weight and a bias. {}
+stands for the number of the block. The value is the name of the tensor in the file. If it ends in
+.T, the tensor is transposed. [0], [1] and [2] are the first, second and last third of its rows.
 """
 
 import re
@@ -23,7 +22,7 @@ from miniclip.errors import listed, warn
 
 Layout = dict[str, str]
 
-# ours, transformers (pre_layrnorm is spelled so in every checkpoint), openai/CLIP, timm
+# our name, transformers (every checkpoint has the spelling pre_layrnorm), openai/CLIP, timm
 _TOWERS = """
 logit_scale           logit_scale                                       logit_scale
 vision.class_embed    vision_model.embeddings.class_embedding           visual.class_embedding
@@ -59,7 +58,7 @@ mlp.fc2             mlp.fc2             mlp.c_proj              mlp.fc2
 
 
 def _layout(column: int, vision: str, text: str) -> Layout:
-    """The table of a column, with what stands before the number of a block in each tower."""
+    """The layout of one column. `vision` and `text` are the names of the lists of blocks."""
     rows = [[*line.split(), "-"] for line in _TOWERS.strip().splitlines()]
     layout = {row[0]: row[column] for row in rows}
     for tower, blocks in (("vision", vision), ("text", text)):
@@ -70,7 +69,7 @@ def _layout(column: int, vision: str, text: str) -> Layout:
 
 TRANSFORMERS = _layout(1, "vision_model.encoder.layers", "text_model.encoder.layers")
 OPENAI = _layout(2, "visual.transformer.resblocks", "transformer.resblocks")
-OPEN_CLIP_CUSTOM_TEXT = {  # `custom_text` in its config, CustomTextCLIP in its code
+OPEN_CLIP_CUSTOM_TEXT = {  # `custom_text` in open_clip's config, CustomTextCLIP in its code
     ours: f"text.{theirs}" if ours.startswith("text.") else theirs
     for ours, theirs in OPENAI.items()
 }
@@ -103,13 +102,13 @@ def layout_name(name: str, layout: Layout) -> str:
         if module in layout:
             return f"{layout[module]}.{kind}".format(*numbers)
     raise ValueError(
-        f"the parameter {name} has no place in a file; a class with parameters of its own "
-        f'names their places in `tensor_names`, such as {{"{template}": "{template}"}}'
+        f"the parameter {name} has no place in a file. The class must name the place in "
+        f'`tensor_names`, such as {{"{template}": "{template}"}}'
     )
 
 
 def depth(tower: str, layout: Layout, names: Iterable[str]) -> int:
-    """How many blocks a tower has, by the names in a file."""
+    """The number of blocks of a tower, counted from the names in a file."""
     before, _ = layout[f"{tower}.blocks.{{}}.ln_1"].split("{}")
     numbers = (re.match(rf"{re.escape(before)}(\d+)\.", name) for name in names)
     return len({number[1] for number in numbers if number})
@@ -125,27 +124,27 @@ def names_of(tower: str, layout: Layout, names: Iterable[str]) -> set[str]:
 
 
 class Place(NamedTuple):
-    """The tensor of a file that holds a parameter, and in which form."""
+    """The name of the file's tensor that holds a parameter, and the form of the tensor."""
 
     key: str
     form: str  # "" unchanged, "T" transposed, "0" to "2" a third of the rows
 
     def stored_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """The shape of the file's tensor, if this is the parameter's shape."""
+        """The shape of the file's tensor for a parameter of this shape."""
         shape = tuple(shape)
         if self.form == "T":
             return shape[::-1]
         return (3 * shape[0], *shape[1:]) if self.form else shape
 
     def take(self, tensor: Tensor) -> Tensor:
-        """The parameter: a view of the file's tensor, or a copy of a transposed one."""
+        """The parameter: a view of the file's tensor, or a copy if the tensor is transposed."""
         if self.form == "T":
             return tensor.T.contiguous()
         return tensor.chunk(3)[int(self.form)] if self.form else tensor
 
 
 def place(name: str, layout: Layout) -> Place:
-    """Where a layout keeps a parameter.
+    """The place of a parameter in a layout.
 
     >>> place("vision.proj.weight", OPENAI)
     Place(key='visual.proj', form='T')
@@ -156,7 +155,7 @@ def place(name: str, layout: Layout) -> Place:
 
 
 def pack(parameters: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Parameters under our names -> tensors under a layout's names. None share memory."""
+    """Parameters under our names -> tensors under a layout's names."""
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in parameters.items():  # q, k and v come in this order
         key, form = place(name, layout)
@@ -171,14 +170,14 @@ def pack(parameters: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 # Which layout is it?
 
 OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
-"""OpenAI's files hold these three as tensors. Their code ignores them: the shapes say the same."""
+"""OpenAI's files hold these three numbers as tensors. OpenAI's code reads the shapes instead."""
 
-# What DistributedDataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed put into
-# names. Each may stand anywhere in a name, and more than once.
+# The prefixes of DistributedDataParallel, torch.compile, FSDP, activation checkpointing and
+# DeepSpeed. A prefix may be anywhere in a name, and more than once.
 _WRAPPERS = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-# The first weight of a tower, without the tower's prefix -> that prefix in our tables.
+# The first weight of a tower, without the tower's prefix -> the prefix in our tables.
 _PREFIXES = {
     "embeddings.token_embedding": "text_model.",
     "embeddings.patch_embedding": "vision_model.",
@@ -188,7 +187,7 @@ _PREFIXES = {
     "patch_embed": "vision.",
     "token_embed": "text.",
 }
-_FIRST = re.compile(  # what surrounds a tower; its prefix, absent if it is saved alone; its name
+_FIRST = re.compile(  # a larger model's prefix, the tower's prefix (both optional), first weight
     r"((?:.+?\.)??)(text_model\.|vision_model\.|visual\.trunk\.|visual\.|text\.|vision\.)?"
     rf"({'|'.join(map(re.escape, _PREFIXES))})\.weight"
 )
@@ -197,10 +196,10 @@ _FIRST = re.compile(  # what surrounds a tower; its prefix, absent if it is save
 def recognize(
     tensors: Mapping[str, Tensor], extra: Layout = {}
 ) -> tuple[str, Layout, dict[str, Tensor]]:
-    """The name of the layout, its table, and the tensors under the names of that table.
+    """Find the name of the layout, its table, and the tensors under the table's names.
 
-    `extra` are the places of a fork's own parameters. Raises ValueError if the tensors are not one
-    CLIP's with a vision transformer.
+    `extra` are the places of a fork's own parameters. Raises ValueError if there are two models, or
+    parts that miniclip does not have, such as a ResNet.
     """
     tensors = _renamed(tensors, lambda name: _WRAPPERS.sub("", name))
     for key, found in _OTHERS.items():
@@ -211,18 +210,18 @@ def recognize(
     if len(before) > 1:
         raise ValueError(
             f"has more than one model, under the names {listed(f'{b}*' for b in before)}. Save the "
-            "tensors of the one you want in a file of its own"
+            "tensors of one model in a separate file"
         )
     missing = {_PREFIXES[match[3]] for match in first if not match[2]}
     surroundings = "" if not before or _is_forks(before[0], extra) else before[0]
     if others := [name for name in tensors if not name.startswith(surroundings)]:
-        warn(f"beside {surroundings}*, {listed(others)} do not belong to the model: left out")
+        warn(f"{listed(others)} are left out: only {surroundings}* belongs to the model")
         tensors = {name: t for name, t in tensors.items() if name.startswith(surroundings)}
 
     def without_surroundings(name: str) -> str:
         name = name.removeprefix(surroundings)
         # Since 5.6 transformers leaves out the prefix of a tower that is saved alone. A projection
-        # never had it.
+        # never had this prefix.
         own = name != "logit_scale" and "_projection." not in name
         return max(missing) + name if own and len(missing) == 1 else name
 
@@ -240,22 +239,22 @@ def recognize(
 
 
 def _is_forks(prefix: str, extra: Layout) -> bool:
-    """Whether a fork's own places have this prefix, as in a CLIP inside a larger model."""
+    """Whether a fork's own parameters have this prefix, because the fork is the larger model."""
     return any(theirs.startswith(prefix) for theirs in extra.values())
 
 
 def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
     renamed = {rename(name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
-        raise ValueError("has two tensors of one name, apart from the prefixes of wrappers")
+        raise ValueError("has two tensors with the same name after the prefixes of wrappers")
     return renamed
 
 
 def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the buffers that libraries save beside the weights, after checking their values.
+    """Drop the buffers that libraries save beside the weights. Raises ValueError for wrong ones.
 
-    transformers saved the positions 0..n-1 until 4.31. open_clip's TorchScript archives store the
-    causal mask, and an AveragedModel its count.
+    transformers saved the positions 0 to n-1 until 4.31. A TorchScript archive of open_clip stores
+    the causal mask. An AveragedModel stores the number of averaged models.
     """
     kept = dict(tensors)
     for name in ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"):
@@ -275,16 +274,16 @@ def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Long-CLIP keeps the first 20 rows of one table and the rest of another (model_longclip.py).
+    """Join Long-CLIP's two tables of positions: 20 rows of the first, the rest of the second.
 
-    Its code multiplies both by masks of 0 and 1 and adds them. Its own files have OpenAI's
-    architecture, so they get OpenAI's `context_length`.
+    Long-CLIP's code multiplies the tables by masks of 0 and 1 and adds them (model_longclip.py).
+    Its own files have OpenAI's architecture, so they get OpenAI's `context_length`.
     """
     long = [name for name in tensors if re.search(r"position(al)?_embedding_res\b", name)]
     for name in long:
         first, rest = tensors.get(name.replace("_res", "")), tensors.pop(name)
         if first is None or first.shape != rest.shape:
-            raise ValueError(f"{name} has shape {tuple(rest.shape)}, and its other half has not")
+            raise ValueError(f"both tables of {name} must have the shape {tuple(rest.shape)}")
         tensors[name.replace("_res", "")] = torch.cat([first[:20], rest[20:]])
         if name == "positional_embedding_res":  # one of Long-CLIP's own files
             tensors.setdefault("context_length", torch.tensor(len(rest)))
@@ -292,9 +291,10 @@ def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_in_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's tensors in our shapes: without leading dimensions of 1, and without a bias of zeros.
+    """Give timm's tensors our shapes: drop leading dimensions of 1, and a bias that is zero.
 
-    CLIP's projection has no bias, and timm adds one. open_clip may keep the projection outside.
+    The bias is the bias that timm adds to CLIP's projection. open_clip may store the projection
+    outside of `visual.trunk`.
     """
     trunk = "visual.trunk."
     tensors = _renamed(tensors, lambda n: n.replace("visual.head.proj.", f"{trunk}head."))

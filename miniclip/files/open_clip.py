@@ -8,15 +8,14 @@ from miniclip.files.checks import LEGACY_EOS
 from miniclip.files.configs import refuse_inexpressible
 from miniclip.files.published import Fields, vision_of_timm
 
-# Fields that are accepted and ignored, because they do not change the output: what every CLIP has,
-# what only training uses, and what only the tokenizer uses. 0, "", {}, null and false are always
-# accepted.
+# Fields that do not change the output: every CLIP has these values, or only training or the
+# tokenizer uses the field. 0, "", {}, null and false are accepted in every field.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pool_type": ("tok", "argmax", "eos"),
     "pos_embed_type": ("learnable",),
     "proj_type": ("linear",),
     "block_type": ("default",),
-    "custom_text": (True,),  # the names of the tensors say the same
+    "custom_text": (True,),  # known from the names of the tensors
     "timm_pool": ("token",),
     "timm_proj": ("linear",),
 }
@@ -30,7 +29,7 @@ _IGNORED = (
 def from_open_clip(settings: dict[str, Any]) -> Fields:
     """Read a parsed open_clip_config.json (open_clip, model.py: CLIPVisionCfg and CLIPTextCfg).
 
-    Raises ValueError, with the field, for anything that this architecture does not have.
+    Raises ValueError for a field that miniclip's CLIP cannot express. The message names the field.
 
     >>> from_open_clip({"model_cfg": {"embed_dim": 512, "vision_cfg": {"width": 640,
     ...     "head_width": 80}, "text_cfg": {}}})["vision"]["heads"]
@@ -76,7 +75,7 @@ def _vision(settings: dict[str, Any]) -> Fields:
 def _text(settings: dict[str, Any]) -> Fields:
     known = {"width": 512, "layers": 12, "heads": 8, "context_length": 77, "vocab_size": 49408}
     values = _tower(settings, known, "text_cfg.")
-    # "argmax" is the default: read at the largest id, as for an eos_token_id of 2 in config.json.
+    # "argmax", the default, pools at the largest id, as eos_token_id 2 does in config.json.
     at_end, eos_id = settings.get("pool_type") == "eos", settings.get("eos_id")
     if at_end and eos_id is None:
         raise wrong("text_cfg.pool_type", "eos", "an eos_id beside it, the id of the end token")
@@ -89,11 +88,11 @@ def _text(settings: dict[str, Any]) -> Fields:
 
 
 def _tower(settings: dict[str, Any], known: Fields, section: str) -> Fields:
-    """The fields that are `known` with their defaults, the MLP's width and the epsilon."""
+    """The fields `known`, which has their defaults, and the MLP's width and the epsilon."""
     known = known | {"mlp_ratio": 4.0}
     _refuse_others(settings, {*known, "norm_kwargs"}, section)
     values: Fields = {name: settings.get(name, default) for name, default in known.items()}
-    # These are computed with, and Python can multiply more than numbers.
+    # These values are multiplied later, and Python would also multiply a string or a list.
     for name in ("width", "head_width", "vocab_size", "mlp_ratio"):
         value, kinds = values.get(name, 1), (int, float) if name == "mlp_ratio" else (int,)
         if type(value) not in kinds or not 0 < value < 2**31:
@@ -102,7 +101,7 @@ def _tower(settings: dict[str, Any], known: Fields, section: str) -> Fields:
     is_known = isinstance(norm, dict) and norm.keys() <= {"eps"}
     eps: Any = norm.get("eps", 1e-5) if is_known else None
     if type(eps) not in (int, float):
-        raise wrong(f"{section}norm_kwargs", norm, "at most eps, a number")
+        raise wrong(f"{section}norm_kwargs", norm, "an object with only eps, a number")
     return values | {"mlp_width": int(values["width"] * values.pop("mlp_ratio")), "ln_eps": eps}
 
 
@@ -115,7 +114,7 @@ def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _refuse_others(settings: dict[str, Any], known: set[str], section: str) -> None:
     for name, value in settings.items():
-        # Details of a library's model count only if `timm_model_name` or its like names one.
+        # `timm_*` is unused without `timm_model_name`, and so on for the other libraries.
         library = re.match(r"(timm|hf|attn_pooler)_", name)
         unused = library and not settings.get(f"{library[1]}_model_name")
         harmless = name in known or name in _IGNORED or unused
@@ -125,7 +124,7 @@ def _refuse_others(settings: dict[str, Any], known: set[str], section: str) -> N
 
 
 def to_open_clip(fields: Fields) -> dict[str, Any]:
-    """The model_cfg of open_clip_config.json. Raises ValueError for what it cannot express."""
+    """The model_cfg of open_clip_config.json. Raises ValueError if it cannot express the model."""
     vision, text = fields["vision"], fields["text"]
     refuse_inexpressible(fields, "open_clip")
     towers = {}
@@ -135,7 +134,7 @@ def to_open_clip(fields: Fields) -> dict[str, Any]:
         if int(tower["width"] * ratio) != tower["mlp_width"]:
             ratio *= 1 + 2**-50  # open_clip drops the fraction of the product
         towers[name]["mlp_ratio"] = ratio
-        if tower["ln_eps"] != 1e-5:  # the default; older versions do not know the field
+        if tower["ln_eps"] != 1e-5:  # the default; old versions of open_clip do not know the field
             towers[name]["norm_kwargs"] = {"eps": tower["ln_eps"]}
     head_width = vision["head_width"] or vision["width"] // vision["heads"]
     towers["vision_cfg"] |= {name: vision[name] for name in ("image_size", "patch_size")}
@@ -150,26 +149,27 @@ def to_open_clip(fields: Fields) -> dict[str, Any]:
 def context_of_open_clip(settings: dict[str, Any]) -> int:
     """The context length of open_clip's tokenizer (open_clip, factory.py, get_tokenizer).
 
-    Raises ValueError, with the field, if its ids differ from the ids of CLIP's tokenizer.
+    Raises ValueError for a field that makes other ids than CLIP's tokenizer. Warns of another
+    vocabulary.
     """
     text = _section(_section(settings, "model_cfg"), "text_cfg")
     name, kwargs = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise wrong("text_cfg.tokenizer_kwargs", kwargs, "an object")
     said = {f"tokenizer_kwargs.{field}": value for field, value in kwargs.items()}
-    cleaning = ["lower", "whitespace"] if name else ["lower"]  # transformers' always lowers
+    cleaning = ["lower", "whitespace"] if name else ["lower"]  # transformers always lower-cases
     for field, value in (said | {"tokenizer_mode": text.get("tokenizer_mode")}).items():
         if value and not (field == "tokenizer_kwargs.clean" and value in cleaning):
             found = f"text_cfg.{field:.100} is {shown(value)}"
             raise ValueError(f"{found}; CLIP's tokenizer would give other ids")
     if name and not str(name).startswith("openai/clip-"):
         warn(
-            f"text_cfg.hf_tokenizer_name is {shown(name)}: miniclip has CLIP's tokenizer only, "
-            "and uses the vocabulary beside the weights"
+            f"text_cfg.hf_tokenizer_name is {shown(name)}, but miniclip has only CLIP's tokenizer. "
+            "It uses the vocabulary beside the weights"
         )
     length: Any = text.get("context_length", 77)
     if type(length) is not int or length < 2:
-        raise wrong("text_cfg.context_length", length, "a number from 2 on")
+        raise wrong("text_cfg.context_length", length, "a whole number, 2 or more")
     return length
 
 
@@ -186,7 +186,7 @@ def preprocessing_from_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in said.items():
         if value not in fixed.get(name, (value,)):
             found, known = f"preprocess_cfg.{name} is {shown(value)}", map(repr, fixed[name])
-            raise ValueError(f"{found}; a CLIP's is {' or '.join(known)}")
+            raise ValueError(f"{found}; expected {' or '.join(known)}")
     model = _section(_section(settings, "model_cfg"), "vision_cfg")
     size = said.get("size", model.get("image_size"))
     if isinstance(size, list) and size and size == size[:1] * len(size):
@@ -200,13 +200,13 @@ def preprocessing_from_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
 def preprocessing_to_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
     """The preprocess_cfg of open_clip_config.json, from the fields of an ImageTransform.
 
-    Raises ValueError for what it cannot express.
+    Raises ValueError if `size` and `crop_size` differ.
     """
     size, crop_size = settings["size"], settings["crop_size"]
     if size != crop_size:
         raise ValueError(
-            f"open_clip resizes and crops to one size; this transform resizes to {size} and crops "
-            f"{crop_size}"
+            f"open_clip resizes and crops to one size, but this transform resizes to {size} and "
+            f"crops to {crop_size}"
         )
     return {
         "size": size,

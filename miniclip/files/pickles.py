@@ -1,12 +1,11 @@
-"""The tensors of .bin and .pt files. The code in these files never runs.
+"""Read the tensors of .bin and .pt files. The code in these files never runs.
 
 torch.save writes a pickle and the numbers of each tensor. torch.jit.save also writes the modules
 and their code; OpenAI publishes its models in this form. A pickle is a program: it can call any
-Python function, and a few bytes can make it repeat long work. Here `pickletools`, which runs
-nothing, splits it into instructions. Only the instructions that torch.save writes are followed, and
-each of them only notes its arguments. `torch.load(weights_only=True)` knows more instructions, some
-of which take as much memory as a file asks for, and refuses what a training loop saves beside the
-weights.
+Python function, and a few bytes can make it repeat long work. Here `pickletools` splits a pickle
+into instructions and runs nothing. Only the instructions that torch.save writes are followed, and a
+call is only noted. `torch.load(weights_only=True)` follows more instructions, and some take as much
+memory as a file asks for. It also refuses objects that a training loop saves beside the weights.
 """
 
 import io
@@ -25,21 +24,21 @@ from torch import Tensor
 from miniclip.files.state_dicts import Made, Storage, StoredTensor, find_state_dict
 
 LARGEST = 400_000
-"""Bytes of a pickle, and of an archive's list of contents. bigG/14 with its optimizer has 356,000,
-and a pickle of this size takes less than a second to read."""
+"""The most bytes of a pickle, and of an archive's list of contents. The pickle of bigG/14 with its
+optimizer has 356,000. A pickle of the largest size is read in less than a second."""
 
 _DTYPES: dict[str, torch.dtype] = {"BFloat16": torch.bfloat16, "Byte": torch.uint8}
 _DTYPES |= {"Double": torch.double, "Float": torch.float, "Half": torch.half, "Bool": torch.bool}
 _DTYPES |= {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8}
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
-"""The first two pickles of what torch.save wrote until 2020: two numbers."""
+"""The start of a file that torch.save wrote until 2020: two pickles, each of one number."""
 
 
 class PickledTensors:
-    """The tensors of a file, each memory-mapped: the part of safetensors' `safe_open` that is used.
+    """The memory-mapped tensors of a file, with the methods of safetensors' `safe_open`.
 
-    Raises UnpicklingError unless the file has one state dict, and whatever zipfile, pickle
-    and torch raise for a damaged file.
+    Raises UnpicklingError unless the file has one state dict. For a damaged file, the errors of
+    zipfile, pickle and torch are raised too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,13 +47,13 @@ class PickledTensors:
             root, self.places = read(file)
         self.stored = find_state_dict(root)
         count = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in self.stored.values())
-        if count > 2 * path.stat().st_size:  # tied tensors are there by two names
+        if count > 2 * path.stat().st_size:  # twice, because a tied tensor has two names
             raise UnpicklingError(f"its tensors would have {count:,} bytes")
         self.path = path
         self.remapped()
 
     def remapped(self) -> "PickledTensors":
-        """Map the file again: pages that were read go with the last tensor that is on them."""
+        """Map the file again. The old map's memory is freed with the last tensor that uses it."""
         size = self.path.stat().st_size
         self.mapped = torch.UntypedStorage.from_file(str(self.path), False, size)
         return self
@@ -71,29 +70,29 @@ class PickledTensors:
         numbers = self.mapped[start : start + storage.nbytes]
         flat = torch.empty(0, dtype=storage.dtype).set_(numbers)
         tensor = flat.as_strided(shape, stride, offset)
-        # In files before 2020 numbers lie anywhere, and torch assumes that they do not.
+        # torch needs aligned numbers. In files before 2020 they may begin at any byte.
         return tensor.clone() if start % storage.dtype.itemsize else tensor
 
 
 # ------------------------------------------------------------------------------------------------
-# a file -> what its pickle says, and where the numbers of each storage begin
+# a file -> the object in its pickle, and the place of each storage's numbers
 
 
 class _Bounded(io.BufferedReader):
-    """A file that refuses to read much at once, whatever it says about the size of its parts."""
+    """A file that refuses to read more than LARGEST bytes at once, even if its header says so."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LARGEST:
-            raise UnpicklingError(f"a part has {size:,} bytes; no CLIP's has over {LARGEST:,}")
+            raise UnpicklingError(f"a part has {size:,} bytes; expected at most {LARGEST:,}")
         return super().read(size)
 
 
 def _read_zip(file: _Bounded) -> tuple[Any, dict[str, int]]:
-    """torch.save's archive, since 2020, or torch.jit.save's."""
+    """Read an archive of torch.save (since 2020) or torch.jit.save."""
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1 or len(set(archive.namelist())) < len(archive.namelist()):
-            raise UnpicklingError("a zip without a single data.pkl, or with a name twice")
+            raise UnpicklingError("expected a zip with one data.pkl, and each name once")
         folder = names[0].removesuffix("data.pkl")
         root, storages = _read_pickle(io.BytesIO(_contents(archive, names[0])))
         order = f"{folder}byteorder"
@@ -115,41 +114,41 @@ def _contents(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _place(file: _Bounded, record: zipfile.ZipInfo, storage: Storage) -> int:
-    """Where the numbers of a storage begin, if zip and pickle agree about them."""
+    """The byte at which a storage begins. Raises UnpicklingError if zip and pickle disagree."""
     if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
         raise UnpicklingError("its numbers are compressed or encrypted")
     file.seek(record.header_offset)
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
     name = file.read(name_length).decode("utf-8" if record.flag_bits & 0x800 else "cp437")
     if (signature, name) != (b"PK\3\4", record.orig_filename) or record.file_size != storage.nbytes:
-        raise UnpicklingError(f"storage {storage.key:.40} has not {storage.nbytes:,} bytes")
+        raise UnpicklingError(f"storage {storage.key:.40} does not have {storage.nbytes:,} bytes")
     return file.tell() + extra_length
 
 
 def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
-    """What torch.save wrote until 2020: five pickles, and each storage after its length."""
+    """Read a file of torch.save until 2020: five pickles, then the length and bytes of storages."""
     file.seek(0)
     head = io.BytesIO(file.read(LARGEST))
     if head.read(len(_LEGACY)) != _LEGACY:
-        raise UnpicklingError("torch.save did not write it")
-    _read_pickle(head)  # the machine that wrote it; its numbers are little-endian all the same
+        raise UnpicklingError("torch.save did not write the file")
+    _read_pickle(head)  # about the machine; the numbers are little-endian on every machine
     (root, storages), (keys, _) = _read_pickle(head), _read_pickle(head)
     place, places = head.tell(), {}
     for key in keys:
         storage = storages.get(key if isinstance(key, str) else "")
         file.seek(place)
         if storage is None or file.read(8) != struct.pack("<q", storage.numel):
-            raise UnpicklingError("its list of storages does not fit what follows")
+            raise UnpicklingError("its list of storages does not fit the storages")
         places[storage.key] = place + 8
         place += 8 + storage.nbytes
     return root, places
 
 
 # ------------------------------------------------------------------------------------------------
-# a pickle -> what it describes
+# a pickle -> the object that it describes
 #
-# Nothing below copies a value, and only texts become keys of a dictionary: a pickle can make values
-# that take long to copy or to hash. Tuples are lists here, because lists have no hash.
+# A pickle can make values that take long to copy or to hash. So nothing below copies a value, and
+# only strings become keys of a dictionary. Tuples become lists, because lists cannot be hashed.
 
 
 class _Maker(str):
@@ -162,12 +161,12 @@ def _tensor(
     if type(storage) is Made:
         return Made("torch._utils._rebuild_tensor_v2 of another dtype")
     if type(storage) is not Storage or len(shape) > 8 or len(stride) > 8 or extra:
-        raise UnpicklingError("a tensor that is not as torch.save writes them")
+        raise UnpicklingError("a tensor in a form that torch.save does not write")
     if not all(type(n) is int and 0 <= n < 2**40 for n in (offset, *shape, *stride)):
-        raise UnpicklingError("a tensor whose shape has odd, negative or huge numbers")
+        raise UnpicklingError("a tensor with a shape of negative, huge or fractional numbers")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if 0 not in shape and max(math.prod(shape), last + 1) > storage.numel:  # a stride may be 0
-        raise UnpicklingError(f"{storage.numel:,} numbers for a tensor of shape {shape}")
+        raise UnpicklingError(f"a tensor {shape} in a storage of {storage.numel:,} numbers")
     return StoredTensor(storage, offset, shape, stride)
 
 
@@ -184,13 +183,13 @@ _CALLS: dict[str, Callable[..., Any]] = {
 
 
 def _made(function: Any, arguments: Any) -> Any:
-    """What a call makes: a tensor, or what stands for anything else."""
+    """The result of a call: a tensor, or a placeholder for any other object."""
     if type(function) is not _Maker:
         raise UnpicklingError(f"it calls a {type(function).__name__}")
     if function not in _CALLS:
         return Made(function)
     if not isinstance(arguments, list) or len(arguments) > 8:
-        raise UnpicklingError("a tensor that is not as torch.save writes them")
+        raise UnpicklingError("a tensor in a form that torch.save does not write")
     return _CALLS[function](*arguments)
 
 
@@ -199,12 +198,12 @@ def _storage(reference: Any) -> Any:
         raise UnpicklingError("a storage of more than six fields")
     kind, maker, key, _, numel, *view = reference
     if [type(part) for part in (kind, maker, key, numel)] != [str, _Maker, str, int]:
-        raise UnpicklingError("a storage without name, type or size")
+        raise UnpicklingError("a storage without a name, a type or a size")
     dtype = _DTYPES.get(maker.removeprefix("torch.").removesuffix("Storage"))
     if dtype is None:
         return Made(maker)
     if kind != "storage" or not 0 <= numel < 2**40 or view not in ([], [None]):
-        raise UnpicklingError("a storage that is not as torch.save writes them")
+        raise UnpicklingError("a storage in a form that torch.save does not write")
     return Storage(key, dtype, numel)
 
 
@@ -216,9 +215,9 @@ _VALUES = (
 
 
 def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
-    """What the next pickle of a file describes, and its storages by name."""
+    """Read the next pickle of a file: the object that it describes, and its storages by name."""
     stack: list[Any] = []
-    outer: list[list[Any]] = []  # a stack for each mark that is open
+    outer: list[list[Any]] = []  # the stack outside of each open mark
     memo: list[Any] = []
     storages: dict[str, Storage] = {}
     steps: Iterable[Any] = pickletools.genops(file)
@@ -227,7 +226,7 @@ def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
         items: list[Any] = []
         if name in ("MARK", "EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT"):
             if len(outer) > 100 or len(stack) > 10_000:
-                raise UnpicklingError("it begins more than it ends")
+                raise UnpicklingError("its objects are too many or nested too deeply")
         elif name in ("APPENDS", "SETITEMS", "TUPLE"):
             items, stack = stack, outer.pop()
         if name in _VALUES:
@@ -236,7 +235,7 @@ def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
             stack.append(memo[argument])
         elif name in ("BINPUT", "LONG_BINPUT"):
             if argument != len(memo):
-                raise UnpicklingError("it numbers what it remembers out of turn")
+                raise UnpicklingError("its memo is not in order")
             memo.append(stack[-1])
         elif name == "GLOBAL":
             stack.append(_Maker(argument.replace(" ", ".")))
@@ -263,11 +262,11 @@ def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
             if not isinstance(stack[-1], dict):
                 raise UnpicklingError(f"it sets items of a {type(stack[-1]).__name__}")
             for key, value in zip(items[::2], items[1::2], strict=True):
-                stack[-1][key if type(key) is str else None] = value  # an optimizer's are numbers
+                stack[-1][key if type(key) is str else None] = value  # an optimizer's keys: numbers
         elif name == "BINPERSID":
             stack[-1] = storage = _storage(stack[-1])
             if type(storage) is Storage and storages.setdefault(storage.key, storage) != storage:
-                raise UnpicklingError(f"storage {storage.key:.40} is said to be two things")
+                raise UnpicklingError(f"storage {storage.key:.40} has two different descriptions")
         elif name == "REDUCE":
             arguments = stack.pop()
             stack[-1] = _made(stack[-1], arguments)

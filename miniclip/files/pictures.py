@@ -1,4 +1,4 @@
-"""Pictures as Pillow images: from files, open files, bytes, arrays and tensors."""
+"""Read images from files, open files, bytes, arrays and tensors, as Pillow images."""
 
 import io
 import os
@@ -34,7 +34,7 @@ PACKAGES = {
     "pillow-jxl-plugin": ("pillow_jxl", [".jxl"]),
     "rawpy": ("rawpy", RAW),
 }
-HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")  # bytes 4 to 12 of such a file
+HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")  # bytes 4 to 12 of a HEIC file
 SYSTEM_FOLDERS = frozenset(  # of network drives, Windows, Linux and macOS
     "@eadir @recycle @recently-snapshot #recycle #snapshot $recycle.bin lost+found __macosx".split()
 ) | {"system volume information"}
@@ -42,9 +42,9 @@ SYSTEM_FOLDERS = frozenset(  # of network drives, Windows, Linux and macOS
 
 @cache
 def missing_packages() -> dict[str, str]:
-    """Import the packages of PACKAGES that are installed; Pillow then uses their plugins.
+    """Import the installed packages of PACKAGES, so that Pillow can use their plugins.
 
-    Returns the endings that cannot be read without another package, each with the package.
+    Returns a dictionary: a file ending that cannot be read -> the package that is missing.
     """
     missing: dict[str, str] = {}
     for package, (module, endings) in PACKAGES.items():
@@ -61,18 +61,18 @@ def _of_pillow() -> set[str]:
 
 @cache
 def picture_suffixes() -> frozenset[str]:
-    """The endings of picture files, those that need another package included."""
+    """The endings of image files, also of formats that need another package."""
     missing_packages()
     return frozenset(_of_pillow().union(*(endings for _, endings in PACKAGES.values())))
 
 
 def is_picture(name: str) -> bool:
-    """Whether the name ends as one of `picture_suffixes`, in any case."""
+    """Whether a file name has one of `picture_suffixes`, in upper or lower case."""
     return os.path.splitext(name)[1].lower() in picture_suffixes()
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a system keeps a file or folder of this name for itself, as for thumbnails."""
+    """Whether a file or folder is hidden, or belongs to a system (thumbnails), by its name."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
@@ -86,26 +86,26 @@ def open_image(
     Args:
         file: a path, the bytes of a file, or an open binary file.
         formats: the formats that are allowed, by Pillow's names.
-        name: of an open file, whose ending says which package is missing.
+        name: the name of an open file. Its ending tells which package is missing.
     Raises:
-        ImageError: with the path and the reason, also for more than `MAX_PIXELS` pixels.
+        ImageError: the file cannot be read, or has more than `MAX_PIXELS` pixels.
     """
     source: Any = io.BytesIO(file) if isinstance(file, Bytes) else file
     is_open = hasattr(source, "read")
-    # os.fspath raises TypeError for a number, which Pillow would take for a file descriptor.
+    # os.fspath raises TypeError for a number, which Pillow would use as a file descriptor.
     title = "the image" if is_open else f"{os.fspath(source)!s}:"
     suffix = os.path.splitext(name or title.rstrip(":"))[1].lower()
     missing = missing_packages()
     try:
         if not is_open:
-            open_regular(source).close()  # raises for a pipe, on which Pillow would wait
-        if suffix in RAW:  # Pillow would read the thumbnail
+            open_regular(source).close()  # raises for a pipe, for which Pillow would wait
+        if suffix in RAW:  # Pillow would read only the thumbnail
             import rawpy
 
             with rawpy.imread(source if is_open else os.fspath(source)) as raw:
                 return Image.fromarray(raw.postprocess(use_camera_wb=True))
         with no_warnings, Image.open(source, formats=formats) as image:
-            ImageOps.exif_transpose(image, in_place=True)  # reads the pixels first
+            ImageOps.exif_transpose(image, in_place=True)  # also reads the pixels
     except Exception as error:  # Pillow's parsers raise many kinds of errors
         reason = reason_of(error)
         if isinstance(error, UnidentifiedImageError | ImportError):
@@ -120,12 +120,12 @@ def open_image(
 
 
 def with_name(name: str, error: ImageError) -> str:
-    """The error's message, with the image's name in front if it does not have it yet."""
+    """The message of an error, with the image's name before it unless the message has the name."""
     return str(error) if name in str(error) else f"{name}: {error}"
 
 
 def as_image(picture: Picture) -> Image.Image:
-    """A picture in any accepted form as a Pillow image. Raises ImageError or TypeError."""
+    """Convert an image in any accepted form to a Pillow image. Raises ImageError or TypeError."""
     if isinstance(picture, str | PathLike | Bytes) or hasattr(picture, "read"):
         file: Any = picture
         picture = open_image(file)
@@ -144,9 +144,8 @@ def as_image(picture: Picture) -> Image.Image:
     if not is_bytes:
         raise ImageError(
             f"expected bytes (uint8, 0 to 255), found {picture.dtype}. A float image may be scaled "
-            "to 0..1 already and would be scaled twice: pass the bytes it was made from, or, if "
-            "it is normalised too, pass it to the model itself. For gradients, see "
-            "miniclip.differentiable"
+            "to 0..1 already, and would be scaled twice. Pass the original bytes. Pass normalised "
+            "pixels directly to the model. For gradients, see miniclip.differentiable"
         )
     if picture.ndim != 3 or tuple(channels) != (3,) or 0 in picture.shape:
         raise ImageError(
@@ -159,20 +158,20 @@ def as_image(picture: Picture) -> Image.Image:
 
 
 def _check_floats(image: Image.Image) -> None:
-    """Raise ImageError for floats that Pillow would cut off to black."""
+    """Raise ImageError for floats that are not from 0 to 255, which Pillow would turn black."""
     if image.mode != "F":
         return
     most = np.abs(np.asarray(image)).max(initial=0)
     if not np.isfinite(most) or 0 < most <= 1:
         name = getattr(image, "filename", "") or "the image"
         raise ImageError(
-            f"{name}: has floats, and the largest is {most:.3g}: expected 0 to 255. If they go "
-            "from 0 to 1, multiply by 255 first"
+            f"{name}: has floats, and the largest is {most:.3g}: expected 0 to 255. If the floats "
+            "go from 0 to 1, multiply them by 255 first"
         )
 
 
 def reason_of(error: Exception) -> str:
-    """One line that says what an error says."""
+    """The message of an error in one line."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow reads, or damaged in its first bytes"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -180,8 +179,8 @@ def reason_of(error: Exception) -> str:
 
 
 class _NoWarnings:
-    """`warnings.catch_warnings` is not thread-safe. This version counts entries and restores the
-    filters at the last exit."""
+    """Silence warnings. `warnings.catch_warnings` is not thread-safe. This version counts entries
+    and restores the filters at the last exit."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -208,12 +207,12 @@ no_warnings = _NoWarnings()
 def fill_in_threads(
     rows: np.ndarray, compute: Callable[[Any], np.ndarray], pictures: Sequence[Any]
 ) -> None:
-    """Compute each picture's row, in as many threads as torch uses.
+    """Compute a row for each image, in as many threads as torch uses.
 
-    Pillow works outside Python's lock. In a DataLoader's worker torch has one thread. An ImageError
-    or TypeError of `compute` is raised again with the index of the picture.
+    Pillow works without Python's lock. In a worker of a DataLoader, torch uses one thread. An
+    ImageError or a TypeError of `compute` is raised again with the index of the image.
     """
-    first: dict[int, int] = {}  # two threads must not work on one PIL image
+    first: dict[int, int] = {}  # two threads must not work on the same Pillow image
     for i, picture in enumerate(pictures):
         first.setdefault(id(picture), i)
 
@@ -224,7 +223,7 @@ def fill_in_threads(
             raise type(error)(f"image {i} of {len(pictures)}: {error}") from error
 
     with no_warnings, ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        each = pool.map if len(first) > 1 else map  # a new thread costs a tenth of a picture
+        each = pool.map if len(first) > 1 else map  # a new thread costs a tenth of an image's time
         for _ in each(fill, first.values()):
             pass  # raises what `fill` raised, and cancels the rest
     for i, picture in enumerate(pictures):

@@ -1,4 +1,4 @@
-"""`from_pretrained` and `save_pretrained` of the classes of the reference: their base classes."""
+"""Base classes with `from_pretrained` and `save_pretrained` for the classes of the reference."""
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         def forward(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     class _Called:
-        """A `__call__` with the types of `forward`, also in a fork; nn.Module's gives Any."""
+        """Gives `__call__` the types of `forward`, also in a fork. nn.Module's returns Any."""
 
         def __get__(self, module: _HasForward[P, R], owner: Any = None) -> Callable[P, R]: ...
 
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 class Pretrained(nn.Module):
     """A model with `from_pretrained` and `save_pretrained`.
 
-    A subclass has its name as `model_type`, so that no other class loads its files by mistake.
-    `tensor_names` maps its new parameters to their places in a file, such as
+    The `model_type` of a subclass is its name, so that no other class loads its files by mistake.
+    `tensor_names` maps the new parameters of a subclass to their places in a file, such as
     {"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}.
     """
 
-    towers: ClassVar[tuple[str, ...]]  # what its checkpoint must have
+    towers: ClassVar[tuple[str, ...]]  # the towers that a checkpoint must have
     model_type: ClassVar[str] = "clip"
     tensor_names: ClassVar[dict[str, str]] = {}
     config: Any
@@ -66,7 +66,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def build(cls: Any, values: dict[str, Any], embed_dim: int | None) -> Any:
-        """A model with random weights, from the fields of a checkpoint's config."""
+        """Build a model with random weights from the fields of a checkpoint's config."""
         if len(cls.towers) == 2:
             return cls(cls.config_class.from_fields(values))
         return cls(tower_config(cls.config_class, values[cls.towers[0]]), embed_dim)
@@ -74,40 +74,39 @@ class Pretrained(nn.Module):
     @classmethod
     @one_version
     def from_pretrained(cls: type[M], name: str | PathLike[str], **options: Any) -> M:
-        """Load the model of a checkpoint, in evaluation mode. Options as of `miniclip.load`.
+        """Load the model of a checkpoint, in evaluation mode. `miniclip.load` explains the options.
 
-        In the file's own dtype on a CPU, parameters are the memory-mapped file: they take no memory
-        until they are used, and changes never reach the file. They keep the file's strides, as in
-        transformers, because the last bit of a product depends on them. If a tower's checkpoint has
-        no projection, `proj` returns its input. Raises CheckpointError.
+        On a CPU and in the file's dtype, parameters are memory-mapped. They take no memory until
+        they are used, and changes never reach the file. Parameters keep the file's strides, as in
+        transformers, because strides can change the last bit of a product. If a tower's checkpoint
+        has no projection, `proj` returns its input. Raises CheckpointError.
         """
         return cls.from_stored(open_model(name, fork=cls.fork(), **options))
 
     @classmethod
     def from_stored(cls: type[M], stored: Stored) -> M:
-        """Build the model that the files of a checkpoint hold."""
+        """Build the model from the contents of a checkpoint's files."""
         stored.check_towers(cls.towers)
         with stored.skeleton():  # shapes without weights
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
         prefix = f"{cls.towers[0]}." if len(cls.towers) == 1 else ""
         state = stored.state_dict(model, prefix)
-        if any(buffer.is_meta for buffer in model.buffers()):  # a fork's table of positions
+        if any(buffer.is_meta for buffer in model.buffers()):  # a table that is not in the file
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
             model.to(stored.device, next(iter(state.values())).dtype)
         model.load_state_dict(state, assign=True)
         return model.eval()
 
     def save_pretrained(self, directory: str | PathLike[str], layout: str = "transformers") -> None:
-        """Write config.json and model.safetensors, for miniclip and for transformers to load.
+        """Write the config and the weights, by default as transformers' files.
 
         `layout` is "transformers", "openai" or "open_clip". `miniclip.save` writes a whole
-        checkpoint. Hooks are not saved; nor is a method that is patched on the model, and a warning
-        says so. A model that FSDP2 has sharded is gathered: call this in all its processes. Raises
-        CheckpointError, also if the config does not describe the model (another activation, an
-        adapter).
+        checkpoint. Hooks and patched methods are not saved; a warning names the patched methods.
+        If FSDP2 has sharded the model, call this in all processes. Raises CheckpointError, also if
+        the config does not describe the model (another activation, an adapter).
         """
         if len(self.towers) < 2:
-            raise CheckpointError(f"{directory}: one tower alone is not saved; save its CLIP")
+            raise CheckpointError(f"{directory}: a tower cannot be saved alone; save its CLIP")
         with blaming(f"{directory}: not saved"):
             check_described(self)
         state, fork = state_of(self), class_of(self).fork()
@@ -115,7 +114,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def fork(cls) -> Fork:
-        """What distinguishes the files of this class."""
+        """How the files of this class differ from the files of CLIP."""
         return Fork(cls.model_type, cls.__name__, cls.tensor_names)
 
 
@@ -133,18 +132,19 @@ class PretrainedConfig:
     @classmethod
     @one_version
     def from_pretrained(cls: type[T], name: str | PathLike[str], **options: Any) -> T:
-        """The config of a checkpoint. Options as of `miniclip.load`. Raises CheckpointError."""
+        """Load a checkpoint's config. `options` may be `revision`, `subfolder`, `cache_dir` and
+        `local_files_only`, as for `miniclip.load`. Raises CheckpointError."""
         path, values = read_fields(name, **options)
         with blaming(path):
             return cls.from_fields(values)
 
     @classmethod
     def from_dict(cls: type[T], config: dict[str, Any]) -> T:
-        """Read transformers' config.json, parsed. Raises ValueError if it is not a CLIP's."""
+        """Read a parsed config.json of transformers. Raises ValueError if it is not a CLIP's."""
         return cls.from_fields(configs.from_transformers(config))
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as transformers writes it, for config.json."""
+        """The contents of transformers' config.json."""
         return configs.to_transformers(asdict(self))  # type: ignore[call-overload]
 
 
@@ -163,7 +163,8 @@ class PretrainedTokenizer:
     def from_pretrained(
         cls: type[T], name: str | PathLike[str], *, reference: str = "transformers", **options: Any
     ) -> T:
-        """The tokenizer of a checkpoint. Options as of `miniclip.load`. Raises CheckpointError."""
+        """Load a checkpoint's tokenizer. `options` may be `revision`, `subfolder`, `cache_dir` and
+        `local_files_only`, as for `miniclip.load`. Raises CheckpointError."""
         return cls.from_directory(resolve(name, "tokenizer", **options), reference=reference)
 
     @classmethod
@@ -180,7 +181,7 @@ class PretrainedTokenizer:
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write vocab.json, merges.txt and two small files, for miniclip and for transformers.
 
-        `reference` is the reader's choice and is not written. Raises CheckpointError.
+        `reference` is not written, because it is chosen at each load. Raises CheckpointError.
         """
         parts = (self.vocab, self.merges, self.added, self.special_tokens, self.context_length)
         write_vocabulary(directory, Vocabulary(*parts))
@@ -194,10 +195,10 @@ class PretrainedTransform:
     def from_pretrained(
         cls: type[T], name: str | PathLike[str], *, reference: str = "transformers", **options: Any
     ) -> T:
-        """The transform of a checkpoint. Options as of `miniclip.load`.
+        """Load a checkpoint's transform. `options` may be `revision`, `subfolder`, `cache_dir` and
+        `local_files_only`, as for `miniclip.load`. Raises CheckpointError.
 
-        Warns if two files of the checkpoint disagree, and follows the one that transformers reads.
-        Raises CheckpointError.
+        If two files of the checkpoint disagree, warns and uses the file that transformers reads.
         """
 
         def read(path: Path) -> T:
@@ -215,24 +216,24 @@ class PretrainedTransform:
                 odd = [str(error)]
             if odd:
                 found = listed(odd, most=6)
-                warn(f"{first} and {path.name} disagree: {found}. {first.name} is followed")
+                warn(f"{first} and {path.name} disagree: {found}. {first.name} is used")
         return transform
 
     @classmethod
     def from_dict(cls: type[T], settings: dict[str, Any], *, reference: str = "transformers") -> T:
-        """Read transformers' preprocessor_config.json, parsed, old form or new.
+        """Read a parsed preprocessor_config.json of transformers, in the old form or the new.
 
         Raises ValueError for a setting that the transform cannot follow.
         """
         return cls(**images.from_transformers(settings), reference=reference)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as transformers writes them, for preprocessor_config.json."""
+        """The contents of transformers' preprocessor_config.json."""
         return images.to_transformers(asdict(self))  # type: ignore[call-overload]
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Write preprocessor_config.json, for miniclip and for transformers to load.
+        """Write preprocessor_config.json, for miniclip and for transformers.
 
-        `reference` is the reader's choice and is not written. Raises CheckpointError.
+        `reference` is not written, because it is chosen at each load. Raises CheckpointError.
         """
         images.write_settings(directory, asdict(self))  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""The published CLIPs: their numbers, their names, and the activation of each release."""
+"""The published CLIPs: their shapes, their names, and the activation of each release."""
 
 import re
 from collections.abc import Mapping
@@ -34,9 +34,9 @@ PUBLISHED = {
     "TinyCLIP-40M/32": _fields((512, 12, 8, 2048, 32, 224), (512, 6, 512)),
     "TinyCLIP-61M/32": _fields((640, 12, 10, 2560, 32, 224), (512, 9, 512)),
 }
-"""OpenAI's four (tables 19 and 20 of the paper), LAION's (github.com/mlfoundations/open_clip,
-model_configs) and TinyCLIP's (Wu et al. 2023, arXiv 2309.12314). The end token is the tokenizer's,
-49407; OpenAI's own files say 2 (LEGACY_EOS)."""
+"""The shapes of OpenAI's CLIPs (tables 19 and 20 of the paper), of LAION's CLIPs
+(github.com/mlfoundations/open_clip, model_configs) and of TinyCLIP (Wu et al. 2023, arXiv
+2309.12314). The end token is 49407, although OpenAI's own files say 2 (LEGACY_EOS)."""
 
 OPENAI_NAMES = {
     "ViT-B/32": "openai/clip-vit-base-patch32",
@@ -44,11 +44,11 @@ OPENAI_NAMES = {
     "ViT-L/14": "openai/clip-vit-large-patch14",
     "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
 }
-"""The names of openai/CLIP's `clip.load`, and the same weights on the hub."""
+"""A name in openai/CLIP's `clip.load` -> the hub id of the same weights."""
 
 
 def openai_id(name: str) -> str | None:
-    """The hub id of OpenAI's weights by the name that OpenAI or people give them, or None.
+    """The hub id of an OpenAI model, from its official or usual name. None for any other name.
 
     >>> openai_id("ViT-L/14@336px") == openai_id("L/14-336"), openai_id("vit-b/32")
     (True, 'openai/clip-vit-base-patch32')
@@ -57,7 +57,7 @@ def openai_id(name: str) -> str | None:
 
 
 def shape_name(name: str) -> str:
-    """The key of PUBLISHED that a name stands for: "B/32" for "ViT-B/32"; or the name itself."""
+    """The key of PUBLISHED for a name: "B/32" for "ViT-B/32". Other names do not change."""
     return {_plain(known): known for known in PUBLISHED}.get(_plain(name), name)
 
 
@@ -80,11 +80,11 @@ RELEASES = {
     "timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b": ("bigG/14", "quick_gelu"),
     **{name: (name, "quick_gelu") for name in PUBLISHED if name.startswith("TinyCLIP")},
 }
-"""A release for each activation that these shapes were trained with."""
+"""A name -> its shape and activation. There is one release for each such pair."""
 
 
 def published(name: str) -> Fields | None:
-    """The fields of a model by an official name: OpenAI's ("ViT-L/14"), a hub id of RELEASES, or a
+    """The fields of a model by its name: an OpenAI name ("ViT-L/14"), a hub id in RELEASES, or a
     key of PUBLISHED. None for any other name.
 
     >>> published("ViT-L/14")["text"]["act"]
@@ -100,7 +100,7 @@ def published(name: str) -> Fields | None:
 
 
 def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
-    """The releases whose towers have these shapes: the fields that weights alone tell."""
+    """The releases whose towers have the fields `shapes`, which were read from weights."""
 
     def fits(fields: Fields) -> bool:
         known = ("width", "layers", "mlp_width", "patch_size")
@@ -112,7 +112,7 @@ def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
         return is_clips and shapes.get("embed_dim", fields["embed_dim"]) == fields["embed_dim"]
 
     named = {name: published(name) for name in RELEASES}
-    if "vision" not in shapes:  # the text tower alone is clip_g of SDXL and SD3: LAION's
+    if "vision" not in shapes:  # a text tower alone is clip_g of SDXL and SD3, which LAION trained
         del named["timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b"]
     return {name: fields for name, fields in named.items() if fields and fits(fields)}
 
@@ -124,9 +124,9 @@ _TIMM_SIZES = {
 
 
 def vision_of_timm(name: Any) -> Fields | None:
-    """The vision tower that timm calls vit_large_patch14_clip_224, or None for another name.
+    """The fields of a vision tower of timm by its name. None if the name is not a CLIP tower's.
 
-    timm's CLIP towers have exact GELU unless the name says quickgelu.
+    timm's CLIP towers have exact GELU unless the name contains "quickgelu".
 
     >>> vision_of_timm("vit_large_patch14_clip_quickgelu_336")["image_size"]
     336
@@ -146,10 +146,10 @@ def fields_of_timm(settings: dict[str, Any]) -> Fields:
     tag = str(trained.get("tag")) if isinstance(trained, dict) else ""
     vision = vision_of_timm(name)
     if vision is None or settings.get("global_pool", "token") != "token":
-        raise ValueError(f"architecture is {shown(name)}; of timm's, expected vit_*_patch*_clip_*")
+        raise ValueError(f"architecture is {shown(name)}; expected timm's vit_*_patch*_clip_*")
     if vision["act"] == "gelu" and re.fullmatch(r"openai|metaclip_(400m|2pt5b)|dfn5b", tag):
         raise ValueError(
-            f"architecture is {shown(name)}, which has GELU, and the weights {tag!r} were trained "
-            "with QuickGELU. Say which to use, such as config='openai/clip-vit-base-patch32'"
+            f"architecture is {shown(name)}, which has GELU, but the weights {tag!r} were trained "
+            "with QuickGELU. Choose one, as with config='openai/clip-vit-base-patch32'"
         )
     return {"vision": vision, "embed_dim": settings.get("num_classes")}

@@ -12,14 +12,14 @@ from typing import Any, BinaryIO
 
 from miniclip.errors import CheckpointError
 
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has neither this flag nor pipes among its files
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows does not have it, and does not need it
 MOST_BYTES, MOST_LINES = 5_000_000, 300_000
-"""Limits for a tokenizer's files. OpenAI's have up to 3.7 million bytes and 262,145 lines."""
+"""Limits for each file of a tokenizer. OpenAI's have up to 3.7 million bytes and 262,145 lines."""
 
 
 def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:
-    """The object in a JSON file. Refuses files above `most` bytes: parsed JSON can take 30 times
-    its size in memory. Raises CheckpointError."""
+    """Read the object in a JSON file. Refuses files above `most` bytes, because parsed JSON can
+    take 30 times its size in memory. Raises CheckpointError."""
     try:
         value = json.loads(read_bytes(path, most).decode())
     except (OSError, ValueError, RecursionError) as error:
@@ -31,16 +31,16 @@ def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:
 
 
 def read_json_if_there(path: Path, most: int = 1_000_000) -> dict[str, Any]:
-    """The object in a JSON file, or an empty one if there is no such file."""
+    """Read the object in a JSON file, or return {} if there is no such file."""
     return read_json(path, most) if path.is_file() else {}
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, which may be gzipped. Raises CheckpointError."""
+    """Read the lines of a UTF-8 text file, which may be gzipped. Raises CheckpointError."""
     try:
         data = read_bytes(path, MOST_BYTES)
         if data.count(b"\n") > MOST_LINES:
-            raise OSError(f"it has more than {MOST_LINES:,} lines, which no CLIP's has")
+            raise OSError(f"it has more than {MOST_LINES:,} lines, the most that is read")
         text = data.decode()
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise CheckpointError(f"{path}: expected lines of UTF-8 text: {error}") from None
@@ -58,7 +58,7 @@ def open_regular(path: str | PathLike[str]) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a file, unpacked if its name ends in .gz. Raises OSError or ValueError."""
+    """Read the bytes of a file, unpacked if it ends in .gz. Raises OSError or ValueError."""
     with open_regular(path) as raw:
         with gzip.open(raw) if path.suffix == ".gz" else raw as file:
             data = file.read(most + 1)  # the limit counts unpacked bytes

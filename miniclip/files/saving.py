@@ -1,4 +1,4 @@
-"""A model, or a whole checkpoint -> a directory; and readers that a save does not disturb."""
+"""Save a model or a whole checkpoint to a directory, and read it while others save there."""
 
 import os
 import shutil
@@ -39,16 +39,16 @@ def write_model(
 ) -> None:
     """Write a model's config and its weights in their own dtype, both files or none.
 
-    open_clip's image settings stay if they are there. Raises CheckpointError if nothing can be
-    written, the layout cannot express the model, or the directory holds another checkpoint's
-    files, which `load` would read instead.
+    If the directory has open_clip's image settings, they are kept. Raises CheckpointError if the
+    files cannot be written, if the layout cannot express the model, or if `load` would read other
+    files of the directory instead.
     """
     directory = Path(directory)
     check_layout(layout)
     refuse_other_files(directory, layout)
     with blaming_disk(directory), blaming(directory):
         if layout != "transformers" and fork.model_type != "clip":
-            reason = f"has no place for the class {fork.class_name}; 'transformers' has"
+            reason = f"has no place for the class {fork.class_name}; use 'transformers'"
             raise ValueError(f"the layout {layout!r} {reason}")
         refuse_inexpressible(fields, layout)
         names: dict[Any, list[str]] = {}
@@ -57,8 +57,8 @@ def write_model(
                 names.setdefault((tensor.device, place), []).append(name)
         if tied := [" = ".join(same) for same in names.values() if len(same) > 1]:
             raise ValueError(
-                "cannot save here: parameters have several names, and a file keeps them apart: "
-                f"{listed(tied)}. Give each name its own first: nn.Parameter(weight.clone())"
+                "cannot save here: one parameter has several names, which a file cannot express: "
+                f"{listed(tied)}. First give each name a copy: nn.Parameter(weight.clone())"
             )
         state = {name: tensor.cpu() for name, tensor in state.items()}
         tensors = pack(state, LAYOUTS[layout] | fork.tensor_names)
@@ -83,10 +83,10 @@ def write_model(
 def saving_checkpoint(
     directory: str | PathLike[str], layout: str, model: Any, tokenizer: Any, transform: Any
 ) -> Iterator[Path]:
-    """Yield a folder for a model, to which a tokenizer and a transform are saved; see `saving`.
+    """Yield a folder to save the model in. Then save the tokenizer and the transform; see `saving`.
 
-    Raises CheckpointError if the three do not fit together, so that `load` would refuse them, or if
-    the directory holds other files that `load` would read.
+    Raises CheckpointError if the three do not fit together, or if `load` would read other files of
+    the directory instead.
     """
     directory = Path(directory)
     check_layout(layout)
@@ -102,7 +102,7 @@ def saving_checkpoint(
         if tokenizer:
             tokenizer.save_pretrained(folder)
             for stale in STALE:
-                (folder / stale).touch()  # deletes the file, which transformers would read first
+                (folder / stale).touch()  # empty, so that `saving` deletes the old file
         if transform:
             transform.save_pretrained(folder)
 
@@ -125,9 +125,9 @@ def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
 
 
 def one_version(read: F) -> F:
-    """Decorate a reader: it reads again if a save has changed the directory meanwhile.
+    """Decorate a reader: it reads again if a save changes the directory during the read.
 
-    `read` takes the name of a checkpoint as its last positional argument.
+    `read` takes the name of a checkpoint as its last positional argument, or as `name`.
     """
 
     @wraps(read)
@@ -141,7 +141,7 @@ def one_version(read: F) -> F:
             with suppress(OSError):  # `resolve` raises the error
                 finish_save(directory)
             before = _state(directory)
-            # While the files of a save are moved, SAVED is there: two states may then look equal.
+            # While a save moves its files, SAVED exists, and two different states may look equal.
             is_whole = not os.path.isdir(directory / SAVED) or os.path.islink(directory / SAVED)
             result, error = None, None
             try:
@@ -152,13 +152,13 @@ def one_version(read: F) -> F:
                 if error:
                     raise error
                 return result
-        raise CheckpointError(f"{directory}: other processes save here all the time")
+        raise CheckpointError(f"{directory}: other processes saved here during each of 1,000 reads")
 
     return reading  # type: ignore[return-value]
 
 
 def _state(directory: Path) -> dict[str, tuple[int, int, int]]:
-    """Inode, time and size of each file: they differ between two versions of a directory."""
+    """The inode, time and size of each file. Two versions of a directory differ in one of them."""
     state = {}
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:

@@ -1,4 +1,4 @@
-"""What a pickle describes -> the state dict in it."""
+"""The object that a pickle describes -> the state dict inside it."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -13,7 +13,7 @@ MOST_TENSORS = 10_000  # bigG/14 has 974
 
 
 class Storage(NamedTuple):
-    """The numbers of one or more tensors, in a record of the file."""
+    """A block of numbers in the file, for one or more tensors."""
 
     key: str
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class StoredTensor(NamedTuple):
 
 
 class Made(dict[Any, Any]):
-    """A placeholder for an object that code would make: its items, attributes and maker."""
+    """A placeholder for an object that only code could make: its items, attributes and maker."""
 
     def __init__(self, maker: str = "") -> None:
         self.maker = maker
@@ -45,14 +45,14 @@ class Made(dict[Any, Any]):
 
 
 def find_state_dict(root: Any) -> dict[str, StoredTensor]:
-    """The only state dict in a file: the root itself, or deeper, as a training saves it.
+    """Find the only state dict in a file: the root, or a dictionary inside it.
 
     A state dict has tensors under dotted names. Other dictionaries of tensors count only if the
-    file has none of these. Raises UnpicklingError.
+    file has no dotted names. Raises UnpicklingError.
     """
     found: dict[str, dict[Any, Any]] = {}
     todo, seen, modules = [("", root)], set[int](), set[int]()
-    for path, value in todo:  # which grows
+    for path, value in todo:  # the loop adds to `todo`
         if not isinstance(value, dict) or id(value) in seen or len(todo) > MOST_TENSORS:
             continue
         seen.add(id(value))
@@ -66,21 +66,21 @@ def find_state_dict(root: Any) -> dict[str, StoredTensor]:
     found = {path: tensors for path, tensors in found.items() if _is_dotted(tensors)} or found
     if len(found) > 1:
         raise UnpicklingError(
-            f"it has more than one state dict: {listed(map(repr, found))}. Choose: read the file "
-            "with torch.load, and torch.save the one you want in a file of its own"
+            f"it has more than one state dict: {listed(map(repr, found))}. Read the file with "
+            "torch.load, and save one of them in a separate file with torch.save"
         )
     tensors = next(iter(found.values()), {})
     named = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, StoredTensor)}
     if len(named) > MOST_TENSORS:
-        raise UnpicklingError(f"expected some hundreds of tensors, found {len(named):,}")
+        raise UnpicklingError(f"expected at most {MOST_TENSORS:,} tensors, found {len(named):,}")
     odd = [v.maker for v in tensors.values() if isinstance(v, Made) and "_rebuild_" in v.maker]
-    if not named and isinstance(root, dict):  # what is there instead?
+    if not named and isinstance(root, dict):  # without tensors, the error names other objects
         odd = [value.maker for value in (root, *root.values()) if isinstance(value, Made)]
     if odd or None in named or not named:
         what = f"a value that {odd[0]:.80} makes" if odd else "none"
         raise UnpicklingError(
-            "expected a dictionary of tensors and nothing else, as torch.save writes of "
-            f"model.state_dict(), and found {what}; pickled code is never run"
+            "expected a dictionary of tensors, as torch.save(model.state_dict(), path) writes it, "
+            f"but found {what}; code in a pickle never runs"
         )
     return named
 
@@ -91,20 +91,17 @@ def _is_dotted(tensors: dict[Any, Any]) -> bool:
 
 
 def _tensors(attributes: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, StoredTensor]]:
-    """Every parameter and buffer of a module, under its name in `state_dict`.
-
-    A module that is in two places is read at the first one.
-    """
+    """Yield each parameter and buffer of a module, with its first name in `state_dict`."""
     if not isinstance(attributes, dict) or id(attributes) in seen:
         return
     seen.add(id(attributes))
-    if "_parameters" in attributes:  # torch.save wrote the module, and not TorchScript
+    if "_parameters" in attributes:  # a module that torch.save wrote, and not TorchScript
         for kind in ("_parameters", "_buffers", "_modules"):
             yield from _tensors(attributes.get(kind), prefix, seen)
         return
     for name, value in attributes.items():
         if not isinstance(name, str) or len(prefix) + len(name) > 1000:
-            raise UnpicklingError(f"a module in {prefix[:40]!r} has no name, or a long one")
+            raise UnpicklingError(f"a module in {prefix[:40]!r} has no name, or a very long name")
         if isinstance(value, StoredTensor):
             yield prefix + name, value
         elif isinstance(value, Made):

@@ -1,4 +1,4 @@
-"""The files of a tar, up to the first damage. A false header is damage and costs no time."""
+"""Read the files of a tar, up to the first damage. Reading a damaged header takes no time."""
 
 import tarfile
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from miniclip.files.reading import open_regular
 
 
 class Member(NamedTuple):
-    """A file inside a tar, uncompressed: its bytes can be read without the rest."""
+    """A file in an uncompressed tar. It can be read without the rest of the tar."""
 
     archive: str
     name: str
@@ -20,42 +20,39 @@ class Member(NamedTuple):
         return f"{self.archive}/{self.name}"
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError."""
+        """Read the bytes of the file. Raises OSError."""
         with open_regular(self.archive) as file:
             file.seek(self.offset)
             return file.read(self.size)
 
 
 def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]:
-    """Yield the files of a tar up to its first damage, which is described in `damage`."""
+    """Yield the files of a tar up to its first damage. Add a line about the damage to `damage`."""
     name, last = fspath(archive), -1
     try:
         with open_regular(archive) as file:
             bounded = _Bounded(file)
             with tarfile.open(fileobj=bounded, mode="r:") as tar:  # type: ignore[call-overload]
                 for info in tar:
-                    tar.members.clear()  # or each header stays in memory
+                    tar.members.clear()  # otherwise each header stays in memory
                     if info.size < 0 or info.offset <= last:
-                        raise ValueError(f"the header of {info.name!r:.200} leads backwards")
+                        raise ValueError(f"the header of {info.name!r:.200} points backwards")
                     last = info.offset
                     if not info.isfile():
                         continue
                     if info.issparse() or info.offset_data + info.size > bounded.size:
                         kind = "is sparse" if info.issparse() else f"has {info.size:,} bytes"
-                        raise ValueError(f"{info.name!r:.200} {kind}, and is not all there")
+                        raise ValueError(f"{info.name!r:.200} {kind}, and is not complete")
                     yield Member(name, info.name, info.offset_data, info.size)
-    # For a false header tarfile raises many kinds of errors.
+    # tarfile raises many kinds of errors for a damaged header.
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError,
             RecursionError) as error:  # fmt: skip
-        note = f"{name}: cannot be read as a tar to its end: {str(error)[:300]}"
+        note = f"{name}: the tar cannot be read to its end: {str(error)[:300]}"
         damage += [note] * (note not in damage)  # training reads a tar again in each epoch
 
 
 class _Bounded:
-    """A file that raises ValueError when tarfile asks for more bytes than there are.
-
-    tarfile reads as many bytes as a header says, and for some headers it asks until it has enough.
-    """
+    """A file that raises ValueError if a damaged header makes tarfile read beyond its end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -65,7 +62,7 @@ class _Bounded:
 
     def read(self, count: int) -> bytes:
         if not 0 <= count <= max(self.size - self.tell(), 512) or self.ended:
-            raise ValueError(f"a header speaks of {count:,} bytes")
+            raise ValueError(f"a header asks for {count:,} bytes")
         data = self.file.read(count)
-        self.ended = count > 0 and not data  # tarfile asks once at the end of a sound tar
+        self.ended = count > 0 and not data  # at the end of a complete tar, tarfile asks only once
         return data

@@ -17,11 +17,11 @@ from miniclip.files.state_dicts import MOST_TENSORS
 
 
 def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a weights file or of a sharded index, memory-mapped.
+    """Read every tensor of a weights file, or of the shards in an index, memory-mapped.
 
-    Floating point tensors of another dtype than `dtype` are converted a few at a time, so that the
-    file is never in memory beside the model. Code in .bin and .pt files never runs: see pickles.py.
-    Raises CheckpointError.
+    Floating point tensors are converted to `dtype`, unless it is None. They are converted a few at
+    a time, so that the whole file is never in memory beside the model. Code in .bin and .pt files
+    never runs: see pickles.py. Raises CheckpointError.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path, dtype)
@@ -29,10 +29,10 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
         tensors = _read_in_turn(path, dtype)
     except Exception as error:  # damage raises many kinds of errors
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        reason = "".join(filter(str.isprintable, reason))  # it may quote the file
+        reason = "".join(filter(str.isprintable, reason))  # an error may quote the file
         size = f"{path.stat().st_size:,} bytes" if path.exists() else "no such file"
         raise CheckpointError(
-            f"{path}: no weights file that can be read, or one cut short ({size}): {reason}"
+            f"{path}: the weights file cannot be read, or is not complete ({size}): {reason}"
         ) from error
     if not all(map(str.isprintable, tensors)):
         raise CheckpointError(f"{path}: has tensors whose names cannot be printed")
@@ -43,7 +43,7 @@ def _read_in_turn(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     is_safe = path.suffix == ".safetensors"
     with open(path, "rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    if is_safe and header > 6_000_000:  # parsed, it takes many times that; a CLIP's has 200,000
+    if is_safe and header > 6_000_000:  # a CLIP's has 200,000 bytes, and many times more parsed
         raise ValueError(f"expected a header of at most 6,000,000 bytes, found {header:,}")
     file: Any = safe_open(path, framework="pt") if is_safe else PickledTensors(path)
     if len(file.keys()) > MOST_TENSORS:
@@ -56,7 +56,7 @@ def _read_in_turn(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
         tensors[name] = mapped.to(dtype) if mapped.is_floating_point() else mapped
         read += mapped.nbytes if tensors[name] is not mapped else 0
         if read > 1 << 24:
-            del mapped  # the pages that were read go with the last tensor that maps them
+            del mapped  # memory is freed only when no tensor uses the old map
             file = safe_open(path, framework="pt") if is_safe else file.remapped()
             read = 0
     return {name: tensors[name] for name in size}
@@ -72,11 +72,11 @@ def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     for shard in sorted(set(places.values())):
         path = index.parent / shard
         if Path(shard).name != shard or path.suffix not in SUFFIXES or not os.path.isfile(path):
-            reason = f"a shard {shown(shard)} that is not a weights file beside it"
+            reason = f"a shard {shown(shard)} that is not a weights file beside the index"
             raise CheckpointError(f"{index}: names {reason}")
         more = read_tensors(path, dtype)
         if twice := sorted(tensors.keys() & more.keys()):
-            raise CheckpointError(f"{path}: tensors of another shard again: {listed(twice)}")
+            raise CheckpointError(f"{path}: has tensors that another shard has: {listed(twice)}")
         tensors |= more
     if absent := sorted(places.keys() - tensors.keys()):
         raise CheckpointError(f"{index}: {len(absent)} tensors are in no shard: {listed(absent)}")

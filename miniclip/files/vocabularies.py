@@ -18,26 +18,26 @@ from miniclip.text.symbols import BOS, END_OF_WORD, EOS, Pair, byte_symbols, voc
 
 OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
 STALE = ("tokenizer.json", "added_tokens.json")
-"""Files of an older tokenizer in the same directory."""
+"""Files of an older tokenizer. A save deletes them, because transformers would read them first."""
 MOST_ADDED, LONGEST_ADDED = 20_000, 100
-"""Added tokens, and characters of one: a place in a text costs one look for each length."""
+"""The most added tokens, and the most characters of one. Each length costs time in each text."""
 
 
 class Vocabulary(NamedTuple):
-    """What the files of a tokenizer say."""
+    """The contents of a tokenizer's files."""
 
     vocab: dict[str, int]
     merges: list[Pair]
-    added: dict[str, bool]  # tokens to find in a text; True: look after cleaning
+    added: dict[str, bool]  # tokens to find in a text. True: match after cleaning. False: before
     special: dict[str, str]  # bos_token, eos_token, unk_token, pad_token
     context_length: int
 
 
 def read_vocabulary(directory: Path) -> Vocabulary:
-    """Read a tokenizer's files from where transformers reads them. Raises CheckpointError."""
+    """Read a tokenizer from the files that transformers reads. Raises CheckpointError."""
     open_clip = directory / "open_clip_config.json"
     open_clip_length = None
-    if open_clip.is_file():  # first, because it may name another kind of tokenizer
+    if open_clip.is_file():  # first, because open_clip may use another kind of tokenizer
         with blaming(open_clip):
             open_clip_length = context_of_open_clip(read_json(open_clip))
     source, vocab, merges = _read_merges(directory)
@@ -45,24 +45,24 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     with blaming(source):
         check_tokens(vocab, merges, [])
         if not any(token.endswith(END_OF_WORD) for token in vocab):
-            raise ValueError(f"no token ends with {END_OF_WORD}, which ends each word of CLIP's")
+            raise ValueError(f"no token ends with {END_OF_WORD}, the end of a word in CLIP's")
         given = {token: id for token, (_, id) in added.items() if id is not None}
         for token, id in sorted(given.items(), key=lambda item: item[1]):
             if (found := vocab.setdefault(token, len(vocab))) != id:
                 raise ValueError(
-                    f"the added token {shown(token)} should have the id {id}, and has {found}; "
+                    f"the added token {shown(token)} should have the id {id}, but has {found}; "
                     "the files must come from the same tokenizer"
                 )
         check_tokens(vocab, [], [special["bos_token"], special["eos_token"]])
         _check_all_made(vocab, merges, [*special.values(), *added])
-    for token in added:  # a token without an id gets the next one, as in transformers
+    for token in added:  # a token without an id gets the next free id, as in transformers
         vocab.setdefault(token, len(vocab))
     is_normalized = {token: after_cleaning for token, (after_cleaning, _) in added.items()}
     return Vocabulary(vocab, merges, is_normalized, special, open_clip_length or context_length)
 
 
 def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> None:
-    """Write vocab.json, merges.txt and two small files, for transformers to read as well."""
+    """Write vocab.json, merges.txt and two small files, as transformers does."""
     vocab, merges, added, special, context_length = vocabulary
     never = {"lstrip": False, "rstrip": False, "single_word": False}
     decoder = {
@@ -79,11 +79,11 @@ def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> 
         write_json(folder / "special_tokens_map.json", special)
         write_json(folder / "tokenizer_config.json", config | {"added_tokens_decoder": decoder})
         for stale in STALE:
-            (folder / stale).touch()  # deletes the file, which transformers would read first
+            (folder / stale).touch()  # empty, so that `saving` deletes the old file
 
 
 def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Iterable[str]) -> None:
-    """Raise ValueError if a merge is missing: the words with its token would fall apart.
+    """Raise ValueError if no merge makes a token, because then no text ever has this token.
 
     This can be checked only if the vocabulary contains all 256 bytes.
     """
@@ -100,7 +100,7 @@ def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Itera
 
 
 def _read_merges(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
-    """The vocabulary, the merges, and the file that they are from."""
+    """Read the file of the vocabulary, the vocabulary and the merges."""
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     whole, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
     if vocab.is_file() and (merges.is_file() or not whole.is_file()):
@@ -117,13 +117,13 @@ def _read_merges(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
         return simple, vocabulary_of(pairs), pairs
     raise CheckpointError(
         f"{directory}: no tokenizer here; expected vocab.json and merges.txt, or tokenizer.json, "
-        f"or {OPENAI_VOCABULARY}. Most CLIPs use the files of openai/clip-vit-base-patch32; "
-        "CLIP.from_pretrained loads a model without"
+        f"or {OPENAI_VOCABULARY}. Most CLIPs use the files of openai/clip-vit-base-patch32. "
+        "CLIP.from_pretrained loads a model without a tokenizer"
     )
 
 
 def _pairs(path: Path, merges: Iterable[Any]) -> list[Pair]:
-    """Merges are written "a b", or in newer tokenizer.json files ["a", "b"]."""
+    """Read merges as pairs. A merge is "a b" or, in a newer tokenizer.json, ["a", "b"]."""
     pairs = []
     for rank, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -137,15 +137,15 @@ def _pairs(path: Path, merges: Iterable[Any]) -> list[Pair]:
 
 
 Added = dict[str, tuple[bool, int | None]]
-"""A token to find in texts: (whether to look after cleaning, its id if a file has one)."""
+"""A token to find in texts: (whether to match it after cleaning, its id or None)."""
 
 
 def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
-    """The four named tokens, all tokens to find in texts, and the context length.
+    """Read the four named tokens, all tokens to find in texts, and the context length.
 
-    Over the years transformers has written these into four files. They are read in its order: a
-    later entry wins, and with `added_tokens_decoder` only tokenizer_config.json is read. Raises
-    CheckpointError.
+    Versions of transformers have written them into four different files. The files are read in
+    transformers' order, and a later entry replaces an earlier entry. If tokenizer_config.json has
+    `added_tokens_decoder`, only this file is read. Raises CheckpointError.
     """
 
     def read(name: str) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
 
 
 def _added_token(token: Any, id: int | None = None) -> Added:
-    """A token as a file has it, under its content. A bare string is a special token."""
+    """Read a token from its entry in a file. A string instead of an entry is a special token."""
     if isinstance(token, str):
         token = {"content": token}
     content = token["content"]
@@ -207,7 +207,7 @@ def _added_token(token: Any, id: int | None = None) -> Added:
         raise ValueError(f"expected at most {LONGEST_ADDED} characters in a token, found {found}")
     # lstrip and rstrip are ignored: they remove whitespace, which has no ids anyway.
     if token.get("single_word"):
-        raise ValueError(f"single_word of {shown(content)} is set, which no CLIP is known to do")
+        raise ValueError(f"single_word of {shown(content)} is set, as in no known CLIP")
     if id is not None and type(id) is not int:
         raise ValueError(f"expected the id of {shown(content)} to be a number, found {shown(id)}")
     is_special = token.get("special", id is None)

@@ -1,4 +1,4 @@
-"""Atomic writes: one file, or all files of a checkpoint, are replaced together or not at all."""
+"""Atomic writes: one file, or all files of a checkpoint together, are replaced or not changed."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ except ImportError:  # Windows
 PLACE = ".cache/huggingface"
 """Unfinished files are written here. huggingface_hub's `upload_folder` leaves this folder out."""
 SAVED = f"{PLACE}/miniclip.saved"
-"""A folder with a complete save, whose files still have to be moved to their places."""
+"""A folder with a complete save. Its files still have to be moved to their places."""
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -47,13 +47,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _private_folder(directory: Path) -> Iterator[Path]:
-    """Yield a new folder inside `directory` that is gone afterwards.
+    """Yield a new folder inside `directory`, and remove it at the end.
 
-    A process locks its folder for as long as it lives. A folder without a lock was left by a killed
-    process, and is removed. On a system without locks nothing is removed.
+    A process locks its folder until it ends. A folder without a lock was left by a killed process,
+    and is removed here. On a system without locks, such a folder stays.
     """
     held = None
-    while held is None:  # another process may remove a folder before it is locked, or its parents
+    while held is None:  # another process may remove the folder or its parents before the lock
         os.stat(directory)  # raises if there is no such directory
         with suppress(FileNotFoundError):
             for place in (directory / ".cache", directory / PLACE):
@@ -80,7 +80,7 @@ def _private_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if held >= 0:
             os.close(held)
-        with suppress(OSError):  # they may not be empty
+        with suppress(OSError):  # the folders may not be empty
             (directory / PLACE).rmdir()
             (directory / ".cache").rmdir()
 
@@ -88,7 +88,7 @@ def _private_folder(directory: Path) -> Iterator[Path]:
 def lock(folder: Path) -> int:
     """Lock a folder until the returned descriptor is closed.
 
-    Raises BlockingIOError if another process has it, and OSError if the system has no locks.
+    Raises BlockingIOError if another process has the lock, and OSError on a system without locks.
     """
     if fcntl is None:
         raise OSError("no locks")
@@ -103,11 +103,11 @@ def lock(folder: Path) -> int:
 
 @contextmanager
 def saving(directory: Path) -> Iterator[Path]:
-    """Yield a folder to write files to. They move to `directory` all together or not at all.
+    """Yield a folder to write files to. At the end, all of them move to `directory`, or none.
 
-    An empty file in the folder means: delete the file with this name. If the process is killed,
-    the directory has all old files or all new ones: one rename makes the folder a complete save,
-    and the next reader of the directory calls `finish_save`. Raises CheckpointError.
+    An empty file in the folder means: delete the file with this name. One rename makes the folder a
+    complete save. If the process is killed before it, the directory keeps its files. If the process
+    is killed later, the next reader calls `finish_save`. Raises CheckpointError.
     """
     folder, is_new = directory, not directory.exists()
     try:
@@ -123,12 +123,12 @@ def saving(directory: Path) -> Iterator[Path]:
                         file.chmod(target.stat().st_mode)
                 _commit(folder, directory)
                 finish_save(directory)
-    except CheckpointError as error:  # name the directory, and not the folder inside
+    except CheckpointError as error:  # name the directory, and not the folder inside it
         raise CheckpointError(str(error).replace(str(folder), str(directory))) from error
     finally:
         if is_new:
             with suppress(OSError):
-                directory.rmdir()  # it is empty only if nothing is saved
+                directory.rmdir()  # succeeds only if the directory is empty
 
 
 def _commit(folder: Path, directory: Path) -> None:
@@ -142,7 +142,7 @@ def _commit(folder: Path, directory: Path) -> None:
 
 
 def finish_save(directory: Path) -> None:
-    """Move the files of a complete save to their places, if a process was killed before it did."""
+    """Move the files of a complete save, if there is one, to their places."""
     saved = directory / SAVED
     try:
         names = [] if saved.is_symlink() else os.listdir(saved)
@@ -155,7 +155,7 @@ def finish_save(directory: Path) -> None:
             else:
                 (directory / name).unlink(missing_ok=True)
                 (saved / name).unlink()
-    with suppress(OSError):  # it may be gone, or already the next save
+    with suppress(OSError):  # another process may have removed it, or started the next save
         saved.rmdir()
 
 

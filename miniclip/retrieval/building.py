@@ -1,4 +1,4 @@
-"""Pictures -> an index. The same command continues it after a kill, and updates it later."""
+"""Build an index of images. A second build continues after a kill, or updates the index."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ from miniclip.terminal import counted, progress
 from miniclip.transform import ImageTransform
 
 PART = 512
-"""A build saves a part after so many pictures. After a kill it embeds at most these again."""
+"""The number of images in a part. A build saves each part, and continues after the last part."""
 
 Stamped = tuple[str | Member, Stamp]
 
@@ -40,11 +40,11 @@ def encode_parts(
     workers: int | None = None,
     silent: bool = False,
 ) -> Iterator[tuple[list[Tensor], list[int], list[str]]]:
-    """Encode pictures in batches, while threads decode the next ones.
+    """Encode images in batches, while threads decode the next images.
 
-    Yields for each part: what `encode` made of each batch of pixels (B, 3, S, S), the places of the
-    readable pictures, and a line about each other picture. The place of a picture in its part
-    decides its batch, because the rounding of an embedding depends on the batch.
+    Yields for each part: the results of `encode` for batches of pixels (B, 3, S, S), the places of
+    the readable images, and a line about each unreadable image. The place of an image in its part
+    decides its batch, because the rounding errors of an embedding depend on the batch.
     """
     check_counts(batch, workers)
     read = partial(pixels_of, transform=transform)
@@ -90,14 +90,14 @@ def embed_images(
     batch: int = 64,
     workers: int | None = None,
 ) -> Index:
-    """Embed pictures as an index in memory.
+    """Embed images as an index in memory.
 
     Args:
         loaded: model, tokenizer and transform.
-        pictures: paths, or what `find_pictures` found. The unreadable ones are named in `skipped`.
-        name: the name to load the model by, for `Index.load_encoder`.
-        batch: pictures in a batch.
-        workers: threads that decode; by default as many as torch uses.
+        pictures: paths, or images from `find_pictures`. `skipped` names the unreadable images.
+        name: the name with which `Index.load_encoder` loads the model.
+        batch: the number of images in a batch.
+        workers: the number of decoding threads; by default as many as torch uses.
 
     Raises:
         ValueError: an embedding is NaN or infinite.
@@ -117,25 +117,25 @@ def build_index(
     workers: int | None = None,
     force: bool = False,
 ) -> Index:
-    """Write an index file, or update it: `embed_images` for a large collection.
+    """Write or update an index file, for a large collection of images.
 
-    An update keeps the embedding of an unchanged picture bit for bit, embeds new and changed
-    pictures, and drops the others. It compares path, size and time of change: a hash would mean
-    reading every file. A part is saved every 512 pictures in a folder beside `out`, so a build that
-    was killed continues and ends in the same bytes. Under torchrun each process calls this.
+    An update keeps the embeddings of unchanged images bit for bit, embeds new and changed images,
+    and drops missing images. It compares path, size and time of change, because a hash would mean
+    reading every file. A part of 512 images is saved in a folder beside `out`, so a killed build
+    can continue and gives the same bytes. Under torchrun, each process calls this function.
 
     Args:
         out: the file to write.
         loaded: model, tokenizer and transform.
-        pictures: paths, or what `find_pictures` found.
+        pictures: paths, or images from `find_pictures`.
         encoder: describes the model, see `describe`.
-        damage: what `find_pictures` could not read; added to `skipped`.
-        batch: pictures in a batch.
-        workers: threads that decode; by default as many as torch uses.
+        damage: the damaged tars from `find_pictures`, added to `skipped`.
+        batch: the number of images in a batch.
+        workers: the number of decoding threads; by default as many as torch uses.
         force: embed everything again, and replace the index of another model.
 
     Raises:
-        ValueError: another model made `out`, another process writes it, or no picture is readable.
+        ValueError: another model made `out`, another process writes it, or no image is readable.
     """
     check_counts(batch, workers)
     if Path(out).is_dir():
@@ -146,7 +146,7 @@ def build_index(
 
 @contextmanager
 def only_builder(folder: Path) -> Iterator[Path]:
-    """Make the folder of the parts and lock it. Raises ValueError if another process holds it.
+    """Make the folder of the parts and lock it. Raises ValueError if another process has the lock.
 
     Under torchrun the first process does this for all.
     """
@@ -157,7 +157,7 @@ def only_builder(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         held = lock(folder)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process writes this index now") from None
+        raise ValueError(f"{folder}: another process is writing this index") from None
     except OSError as error:
         if not folder.is_dir():
             raise ValueError(f"{folder}: cannot be written: {error.strerror}") from None
@@ -191,7 +191,7 @@ def _build(
     kept = unchanged(old, stamped) if old else {}
     todo = [one for one in stamped if str(one[0]) not in kept]
     parts = [todo[i : i + PART] for i in range(0, len(todo), PART)]
-    # The name of a part's file holds all that decides its bytes.
+    # The name of a part's file is a hash of everything that decides its bytes.
     device, engine = loaded.model.logit_scale.device.type, engine_of(loaded.model)
     decides = (encoder.fingerprint, encoder.transform, device, batch, engine)
     keys = [sha256(repr((decides, part)).encode()).hexdigest() for part in parts]
@@ -199,13 +199,13 @@ def _build(
     missing = [i for i, file in enumerate(files) if not file.exists()]
     if rank == 0:
         if old:
-            total = counted(len(pictures), "picture")
+            total = counted(len(pictures), "image")
             gone = len(set(old.paths) - {str(picture) for picture in pictures})
             says = f"{len(kept):,} of {total} are unchanged, {gone:,} are gone"
             print(f"{out}: updated, {says}", file=sys.stderr)
         if done := len(parts) - len(missing):
             print(f"{out}: continued, {done} of {len(parts)} parts were done", file=sys.stderr)
-    barrier()  # all processes have listed the files before one adds another
+    barrier()  # all processes must list the files before one process adds a file
 
     mine = missing[rank::world]
     some = [parts[i] for i in mine]
@@ -219,9 +219,9 @@ def _build(
         for i, index in list(enumerate(indexes))[bool(old) :]:
             where |= {name: (i, row) for row, name in enumerate(index.paths)}
         if not where:
-            shutil.rmtree(folder)  # the pictures may be readable another time
+            shutil.rmtree(folder)  # the images may be readable in the next build
             found = f"{len(reasons)}; the first: {reasons[0]}"
-            raise ValueError(f"none of the pictures can be read, {found}")
+            raise ValueError(f"none of the images can be read, {found}")
         names = [name for name in map(str, pictures) if name in where]
         rows = gather(indexes, [where[name] for name in names], folder / "embeddings")
         Index(rows[0], Strings.pack(names), encoder, reasons, os.getcwd(), rows[1]).save(out)
@@ -238,7 +238,7 @@ def check_counts(batch: int, workers: int | None) -> None:
 
 
 def unchanged(old: Index, pictures: Sequence[Stamped]) -> dict[str, int]:
-    """Return the row in `old` of each unchanged picture."""
+    """Return the row in `old` of each unchanged image, by name."""
     rows = {key: i for i, key in enumerate(zip(old.paths, map(tuple, old.stamps.tolist())))}
     now = ((str(picture), stamp) for picture, stamp in pictures)
     return {key[0]: rows[key] for key in now if key in rows}
@@ -247,9 +247,9 @@ def unchanged(old: Index, pictures: Sequence[Stamped]) -> dict[str, int]:
 def gather(
     indexes: Sequence[Index], taken: Sequence[tuple[int, int]], scratch: Path
 ) -> tuple[Tensor, Tensor]:
-    """Collect embeddings (N, E) and stamps (N, 2) of N rows, each an (index, row) pair.
+    """Collect embeddings (N, E) and stamps (N, 2) of N rows, each given by (index, row).
 
-    The embeddings lie in the file `scratch`, because they may not fit into memory.
+    The embeddings are in the file `scratch`, because they may not fit into memory.
     """
     which, places = torch.tensor(taken).T
     width = indexes[0].embeddings.shape[1]

@@ -1,4 +1,4 @@
-"""A file of embeddings, and exact search in it."""
+"""A file of embeddings, and exact search in the file."""
 
 import json
 import math
@@ -42,7 +42,7 @@ TENSORS = {  # of an index file: their dtype and their number of dimensions
 
 
 class Encoder(NamedTuple):
-    """The model that made the embeddings of an index. Its queries need the same model."""
+    """The model that made the embeddings of an index. Queries need the same model."""
 
     model: str
     revision: str | None  # the commit of a hub repository
@@ -55,7 +55,7 @@ class Encoder(NamedTuple):
         return f"{self.model}{commit} (weights {self.fingerprint[:12]}, {self.dtype})"
 
     def check(self, other: "Encoder", what: str, advice: str) -> None:
-        """Raise ValueError, which names both, unless the other encoder gives the same vectors."""
+        """Raise ValueError, which names both encoders, unless `other` gives the same vectors."""
         ours, theirs = str(self), str(other)
         if self.fingerprint == other.fingerprint:
             if self.transform == other.transform:
@@ -67,7 +67,7 @@ class Encoder(NamedTuple):
 def fingerprint(model: CLIP) -> str:
     """Return the SHA-256 of all weights with their names, shapes and dtypes, in hexadecimal.
 
-    The class of a fork is part of it, because a fork makes other embeddings of the same weights.
+    The hash also covers the class of a fork, because a fork uses the same weights differently.
     """
     digest = sha256(b"" if model.model_type == "clip" else model.model_type.encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -92,7 +92,7 @@ def lasting_name(name: str, revision: str | None = None) -> tuple[str, str | Non
 
 
 class Strings(Sequence[str]):
-    """Strings end to end in one tensor, so that a file of millions is mapped and not read."""
+    """Strings in one tensor, so that a file of millions of strings is memory-mapped, not read."""
 
     def __init__(self, text: Tensor, ends: Tensor) -> None:
         self.text = text  # uint8, UTF-8
@@ -100,7 +100,7 @@ class Strings(Sequence[str]):
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "Strings":
-        """Put strings end to end."""
+        """Join strings in one tensor."""
         # A file name may be invalid UTF-8. Python keeps such bytes as surrogates.
         encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         text = torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8)
@@ -118,7 +118,7 @@ class Strings(Sequence[str]):
         return self.text[start:end].numpy().tobytes().decode("utf-8", "surrogateescape")
 
     def is_sound(self) -> bool:
-        """Whether the ends rise from 0 to the length of the text."""
+        """Whether the ends never decrease, and the last one is the length of the text."""
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends])
         return bool((ends.diff() >= 0).all()) and int(ends[-1]) == len(self.text)
 
@@ -127,13 +127,13 @@ class Hit(NamedTuple):
     """A row of an index that a search found."""
 
     path: str
-    score: float  # the cosine of the picture's embedding and the query
+    score: float  # the cosine of the image's embedding and the query
     row: int
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Unit vectors of N pictures, with the name of each picture.
+    """Unit vectors of N images, with the name of each image.
 
     >>> encoder = Encoder("a model", None, "", "float32", ImageTransform(32))
     >>> index = Index(torch.eye(3), Strings.pack(["a.jpg", "b.jpg", "c.jpg"]), encoder)
@@ -142,11 +142,11 @@ class Index:
     """
 
     embeddings: Tensor  # (N, E) float32
-    paths: Strings  # of the N pictures; "photos.tar/1.jpg" is a picture in a tar
+    paths: Strings  # of the N images; "photos.tar/1.jpg" is an image in a tar
     encoder: Encoder
-    skipped: Sequence[str] = ()  # a line for each unreadable picture: its name and the reason
+    skipped: Sequence[str] = ()  # a line for each unreadable image: its name and the reason
     folder: str = ""  # where relative paths start
-    stamps: Tensor = torch.empty(0, 2, dtype=torch.int64)  # (N, 2), the `stamp` of each picture
+    stamps: Tensor = torch.empty(0, 2, dtype=torch.int64)  # (N, 2), the `stamp` of each image
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -173,7 +173,7 @@ class Index:
         try:
             open_regular(path).close()
             is_one = False
-            while not is_one:  # safetensors opens a file twice, and a save may come in between
+            while not is_one:  # safetensors opens a file twice; a save may replace it in between
                 before = os.stat(path)
                 with safe_open(path, framework="pt") as file:
                     about = json.loads((file.metadata() or {})["miniclip.index"])
@@ -204,18 +204,18 @@ class Index:
         return cls(embeddings, paths, Encoder(**made_by), skipped, about["folder"], stamps)
 
     def search(self, query: Tensor, k: int = 12) -> list[Hit]:
-        """Find the pictures with the largest cosines, exactly.
+        """Find the images with the largest cosines, exactly.
 
-        Scores are computed in float64. A float32 product first finds the rows that may be among
-        the best: its error is at most E u / (1 - E u), u = eps / 2, times both lengths (Higham
-        2002, section 3.1), and the margin here is twice as large. Memory does not grow with N.
+        A float32 product finds the rows that may be among the best. Their scores are then computed
+        in float64. The product's error is at most E u / (1 - E u), u = eps / 2, times both lengths
+        (Higham 2002, section 3.1). Twice this error is allowed. Memory does not grow with N.
 
         Args:
             query: a unit vector (E,).
-            k: the number of pictures to find.
+            k: the number of images to find.
 
         Returns:
-            At most k hits, the best first. Of equal scores the lower row comes first.
+            At most k hits, the best first. If scores are equal, the lower row comes first.
         """
         width = self.embeddings.shape[1]
         if query.shape != (width,):
@@ -230,7 +230,7 @@ class Index:
             block = self.embeddings[start : start + BLOCK]
             worst = scores[-1].item() if len(scores) == k else -math.inf
             coarse = block @ coarse_query
-            if not coarse.abs().max() <= query.norm() * 1.01 + rounding:  # false for NaN too
+            if not coarse.abs().max() <= query.norm() * 1.01 + rounding:  # raises for NaN too
                 raise ValueError("the index is damaged: it has rows that are not unit vectors")
             near = (coarse >= worst - rounding).nonzero().squeeze(1)
             scores = torch.cat([scores, (block[near].double() * query).sum(1)])
@@ -241,7 +241,7 @@ class Index:
         return [Hit(self.paths[row], score, row) for row, score in found]
 
     def open(self, path: str) -> Image.Image:
-        """Open a picture by its path in the index. Raises ImageError."""
+        """Open an image by its path in the index. Raises ImageError."""
         return open_picture(os.path.join(self.folder, path))
 
     def check(self, loaded: Loaded, name: str = "the model given") -> None:
@@ -250,10 +250,7 @@ class Index:
         self.encoder.check(describe(loaded, name), "the index", advice)
 
     def load_encoder(self, name: str | None = None, device: str = "cpu") -> Loaded:
-        """Load the model that made the index. `name` says where it is now, if it has moved.
-
-        Raises ValueError if another model is found there.
-        """
+        """Load the model that made the index, from `name` if it has moved. Raises ValueError."""
         made_by = self.encoder
         loaded = load(
             name or made_by.model,
@@ -268,7 +265,7 @@ class Index:
 
 @torch.no_grad()
 def embed(model: CLIP, pixels: Tensor) -> Tensor:
-    """Embed pixels (B, 3, S, S) as unit vectors (B, E), float32 on the CPU for any model."""
+    """Embed pixels (B, 3, S, S) as unit vectors (B, E), always in float32 and on the CPU."""
     x = unit_norm(model.encode_image(pixels.to(model.logit_scale.device)).float()).cpu()
     if not x.isfinite().all():
         raise ValueError(
@@ -286,21 +283,21 @@ def embed_query(
     minus: str | Iterable[str] = (),
     minus_pictures: Sequence[str | Member] = (),
 ) -> Tensor:
-    """Add the unit vectors of texts and pictures, and subtract others.
+    """Make a query: add the unit vectors of texts and images, and subtract others.
 
     Args:
         loaded: the model that made the index, see `Index.load_encoder`.
-        texts: descriptions to search for.
-        pictures: paths of pictures to search for.
-        minus: descriptions of what the results should not show.
-        minus_pictures: pictures of what the results should not show.
+        texts: texts to search for.
+        pictures: paths of images to search for.
+        minus: texts to subtract, which the results should not match.
+        minus_pictures: paths of images to subtract.
 
     Returns:
         The sum as a unit vector (E,).
 
     Raises:
         ValueError: a text is empty, or the sum is zero.
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
 
     >>> import miniclip
     >>> query = embed_query(miniclip.load("everyday"), ["a ship"], minus=["a truck"])
@@ -322,5 +319,5 @@ def embed_query(
     signs = [1] * len(texts) + [-1] * len(minus) + [1] * len(pictures) + [-1] * len(minus_pictures)
     query = torch.tensor(signs, dtype=torch.float32) @ torch.cat(rows)
     if query.norm() < 1e-3:
-        raise ValueError("nothing is left of the query: what is subtracted equals what is added")
+        raise ValueError("the query is zero: the subtracted embeddings equal the added embeddings")
     return unit_norm(query)

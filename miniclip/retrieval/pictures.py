@@ -1,4 +1,4 @@
-"""Pictures in folders and in tars."""
+"""Find and open images in folders and in tars."""
 
 import glob
 import os
@@ -19,10 +19,10 @@ Stamp = tuple[int, int]
 
 
 def stamp(picture: str | Member) -> Stamp:
-    """Return the size of a file, or of its tar, and the time of its last change in nanoseconds."""
+    """Return the size of an image's file or tar, and the time of its last change in nanoseconds."""
     try:
         found = os.stat(picture.archive if isinstance(picture, Member) else picture)
-    except OSError:  # the reader of the picture reports it
+    except OSError:  # reported when the image is read
         return (0, 0)
     return (found.st_size, found.st_mtime_ns)
 
@@ -30,21 +30,21 @@ def stamp(picture: str | Member) -> Stamp:
 def find_pictures(
     paths: Iterable[str | PathLike[str]], exclude: Sequence[str] = ()
 ) -> tuple[list[str | Member], list[str]]:
-    """Find the pictures in files, folders, patterns and tars.
+    """Find the images in files, folders, patterns and tars.
 
     Hidden and system folders are left out, unless a path names them.
 
     Args:
-        paths: pictures with any ending; folders, searched with their subfolders and tars; tars,
-            such as WebDataset's shards; patterns, such as `2024/**/*.jpg`.
+        paths: images with any ending; folders, searched with their subfolders and tars; tars, such
+            as WebDataset's shards; patterns, such as `2024/**/*.jpg`.
         exclude: patterns of names or paths to leave out.
 
     Returns:
-        The pictures, each once, in the order of `paths` and sorted within; and a line for each tar
-        that is damaged.
+        The images, each once and in the order of `paths`, where the files of a folder are sorted;
+        and a line for each damaged tar.
 
     Raises:
-        ValueError: a path has no pictures.
+        ValueError: a path has no images, or all images are excluded.
     """
     found: dict[str | Member, None] = {}
     damage: list[str] = []
@@ -55,19 +55,19 @@ def find_pictures(
             is_tar = name.endswith(".tar")
             pictures += _members(name, damage, exclude) if is_tar else [name]
         if not pictures and not exclude and len(damage) == known_damage:
-            raise ValueError(f"{path}: no pictures; expected a picture, a folder or a .tar of them")
+            raise ValueError(f"{path}: no images; expected an image, or a folder or .tar of images")
         found.update(dict.fromkeys(pictures))
     if not found and not damage:
-        raise ValueError(f"all pictures are excluded by {' '.join(exclude)}")
+        raise ValueError(f"all images are excluded by {' '.join(exclude)}")
     return list(found), damage
 
 
 def _is_wanted(path: str, exclude: Sequence[str], given: Sequence[str] = ()) -> bool:
-    """Whether no part of a path is excluded, or hidden and not `given` by the user."""
+    """Whether no part of a path is excluded. Hidden parts are excluded unless they are `given`."""
     parts = Path(path).parts
     if any(is_hidden(part) for part in parts if part not in given):
         return False
-    names = [name.lower() for name in (path, *parts)]  # a camera's .RW2 fits the pattern *.rw2
+    names = [name.lower() for name in (path, *parts)]  # a camera's .RW2 matches the pattern *.rw2
     patterns = [pattern.rstrip("/").lower() for pattern in exclude]
     return not any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
@@ -78,16 +78,16 @@ def _files(path: str, exclude: Sequence[str]) -> list[str]:
         return []
     if os.path.isdir(path):
         return sorted(_files_below(path, exclude), key=Path)
-    if os.path.lexists(path):  # also a broken link, which the reader reports
+    if os.path.lexists(path):  # also a broken link, which is reported when it is read
         return [path]
     if not (matches := sorted(glob.glob(path, recursive=True))):
-        raise ValueError(f"{path}: no such file or folder, and no file fits it as a pattern")
+        raise ValueError(f"{path}: no such file or folder, and no file matches the pattern")
     wanted = [name for name in matches if _is_wanted(name, exclude, given)]
     return [name for match in wanted for name in _files(match, exclude)]
 
 
 def _files_below(root: str, exclude: Sequence[str]) -> Iterator[str]:
-    """Pictures and tars, also in linked folders. Each folder is entered once."""
+    """Yield the images and tars below a folder, also in linked folders. Read each folder once."""
     seen = {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, followlinks=True):
         below = Path(folder).relative_to(root)
@@ -105,15 +105,15 @@ def _files_below(root: str, exclude: Sequence[str]) -> Iterator[str]:
 
 
 def _members(archive: str, damage: list[str], exclude: Sequence[str] = ()) -> list[Member]:
-    """The pictures of a tar, up to where it is damaged. Of equal names the last one counts, as
-    when a tar is unpacked."""
+    """The images of a tar, up to the first damage. If a name occurs twice, the last file counts,
+    as when the tar is unpacked."""
     found = members(archive, damage)
     named = {m.name: m for m in found if is_picture(m.name) and _is_wanted(m.name, exclude)}
     return list(named.values())
 
 
 def pixels_of(source: str | Member, transform: ImageTransform) -> Tensor:
-    """Read a file, or a member of a tar, as pixels (3, S, S). Raises ImageError, which names it."""
+    """Read an image file, or an image in a tar, as pixels (3, S, S). Raises ImageError."""
     try:
         return transform(source if isinstance(source, str) else open_member(source))
     except ImageError as error:
@@ -121,7 +121,7 @@ def pixels_of(source: str | Member, transform: ImageTransform) -> Tensor:
 
 
 def open_member(member: Member) -> Image.Image:
-    """Open a picture inside a tar as `open_image` opens a file. Raises ImageError."""
+    """Open an image inside a tar, as `open_image` opens a file. Raises ImageError."""
     try:
         return open_image(member.read(), name=member.name)
     except OSError as error:
@@ -131,7 +131,7 @@ def open_member(member: Member) -> Image.Image:
 
 
 def open_picture(name: str) -> Image.Image:
-    """Open a picture by its name in an index, which may lead into a tar. Raises ImageError."""
+    """Open an image by its name in an index. The image may be in a tar. Raises ImageError."""
     archive, inside, member = name.partition(".tar/")
     if not inside or os.path.exists(name):
         return open_image(name)
@@ -139,4 +139,4 @@ def open_picture(name: str) -> Image.Image:
     for found in _members(f"{archive}.tar", damage):
         if found.name == member:
             return open_member(found)
-    raise ImageError(f"{name}: cannot be read: {', '.join(damage) or 'no such picture in the tar'}")
+    raise ImageError(f"{name}: cannot be read: {', '.join(damage) or 'no such image in the tar'}")

@@ -1,4 +1,4 @@
-"""Search results as one picture."""
+"""Draw search results as one image."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -10,23 +10,23 @@ from miniclip.errors import ImageError
 from miniclip.retrieval.index import Hit, Index
 from miniclip.transform import to_rgb
 
-TILE = 240  # pixels: the largest side of a picture on a sheet
+TILE = 240  # pixels: the largest side of an image on a sheet
 SHEETS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf")
 
 
 def draw_sheet(
     index: Index, hits: Sequence[Hit], title: str, path: str | PathLike[str]
 ) -> list[str]:
-    """Draw the pictures that a search found, the best first, with their scores.
+    """Draw the images that a search found, the best first, with their scores.
 
     Args:
         index: the index that was searched.
-        hits: what `Index.search` returned.
+        hits: the results of `Index.search`.
         title: the first line.
         path: the file to write, with an ending of SHEETS.
 
     Returns:
-        A line for each picture that cannot be read any more. Its place stays empty.
+        A line for each image that cannot be read any more. The sheet says so in its place.
 
     Raises:
         ValueError: the file cannot be written.
@@ -63,7 +63,7 @@ def draw_sheet(
 
 
 def font_for(text: str, size: int) -> Any:
-    """Return Pillow's font for Latin, and a font that matplotlib finds for other scripts."""
+    """Return Pillow's font for ASCII, and a font that matplotlib finds for other texts."""
     if text.isascii():
         return ImageFont.load_default(size)
     try:
@@ -74,7 +74,7 @@ def font_for(text: str, size: int) -> Any:
 
 
 def fitting(text: str, font: Any, width: int, keep_end: bool = False) -> str:
-    """Cut a text to `width` pixels: keep its beginning, or its end."""
+    """Shorten a text to `width` pixels: keep its beginning, or its end."""
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     shown = text
     while shown and font.getlength(shown) > width:

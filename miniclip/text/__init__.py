@@ -1,10 +1,10 @@
 """The parts of the tokenizer that are not needed to understand it.
 
 - `symbols.py`: characters for bytes, and the special tokens
-- `merge.py`: BPE in n log n, and learning its merges
+- `merge.py`: applying BPE merges in n log n, and learning them
 - `chunks.py`: a cache of ids
-- `unicode.py`: Unicode tables, the same on every Python
+- `unicode.py`: Unicode tables, the same on every version of Python
 - `openai.py`: OpenAI's text cleaning
 - `added.py`: transformers' added tokens
-- `explain.py`: every stage of a text on its way to ids
+- `explain.py`: every step from a text to its ids
 """

@@ -1,11 +1,11 @@
-"""Tokens that are found in a text before it is split into words: transformers' added tokens."""
+"""Find transformers' added tokens in a text, before the text is split into words."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 class AddedTokens:
-    """Find added tokens in a text. True: look after the text is cleaned. False: look before."""
+    """Find the tokens `added` in a text: after it is cleaned (True) or before (False)."""
 
     def __init__(self, added: Mapping[str, bool], clean: Callable[[str], str]) -> None:
         self.clean = clean
@@ -14,7 +14,7 @@ class AddedTokens:
         self._split_cleaned = _Splitter(self.cleaned)
 
     def split(self, text: str) -> Iterator[tuple[str, str | None]]:
-        """Yield the pieces of a text: (as found, token), and between them (cleaned text, None)."""
+        """Yield the pieces of a text: (piece, token) for a token, (cleaned piece, None) between."""
         for i, raw in enumerate(self._split_raw(text)):
             if i % 2:
                 yield raw, raw
@@ -24,10 +24,10 @@ class AddedTokens:
 
 
 class _Splitter:
-    """Split a text at tokens, the longest first, and keep them, as `re.split` with a group does.
+    """Split a text at tokens and keep the tokens, as `re.split` does with a group.
 
-    `re` tries one token after another at each place. Here the tokens are a set, and a place costs
-    one look for each length that a token with this first character has.
+    At each place the longest token is found. `re` would try one token after another. Here the
+    tokens are a set, with one look-up for each length of the tokens with this first character.
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""A cache: the ids of each piece of text between two spaces."""
+"""A cache of ids, with an entry for each piece of text between two spaces."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import ascii_lowercase
@@ -9,10 +9,11 @@ from miniclip.text.symbols import END_OF_WORD
 class RememberedChunks:
     """Compute a text's ids chunk by chunk, and remember the ids of each chunk.
 
-    A chunk of lower-case ASCII letters is one word and needs no cleaning, so it is merged at once.
+    A chunk of lower-case ASCII letters is one word. It is merged directly, without cleaning, unless
+    an added token has only letters.
     """
 
-    MOST_CHUNKS, MOST_CHARACTERS = 100_000, 64  # at most some 30 MB
+    MOST_CHUNKS, MOST_CHARACTERS = 100_000, 64  # about 30 MB at most
 
     def __init__(
         self,
@@ -22,8 +23,7 @@ class RememberedChunks:
         added: Iterable[str],
     ) -> None:
         self.encode, self.merge, self.vocab = encode, merge, vocab
-        # A token may have a space in it, so that a text is one chunk; or be a word of letters.
-        self.whole = any(c.isspace() for token in added for c in token)
+        self.whole = any(c.isspace() for token in added for c in token)  # a text is then one chunk
         has_letters = all({a, a + END_OF_WORD} <= vocab.keys() for a in ascii_lowercase)
         self.has_words = has_letters and not any(token.lower().isalpha() for token in added)
         self.known: dict[str, Sequence[int]] = {}

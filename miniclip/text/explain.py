@@ -1,4 +1,4 @@
-"""Every stage of a text on its way to ids, to be printed."""
+"""Every step from a text to its ids, for printing."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ class Word(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Every stage of a text. Print it to read it."""
+    """Every step from a text to its ids. `print` shows it in words."""
 
     text: str
     cleaned: str
     words: list[Word]
     ids: list[int]
-    row: list[int]  # the ids between the start and the end token, as the text tower reads them
+    row: list[int]  # the start token, the ids and the end token: the text tower's input
     context_length: int
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Explanation(NamedTuple):
 def explained(
     tokenizer: Any, text: str, merge_steps: Callable[..., list[list[str]]]
 ) -> Explanation:
-    """Every stage of a text. `merge_steps` gives the symbols of a word after each merge."""
+    """Explain a text. `merge_steps` returns the symbols of a word after each merge."""
     cleaned = clean_openai(text) if tokenizer.reference == "openai" else text
     ranks = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
     words = []

@@ -1,4 +1,4 @@
-"""Apply BPE merges to ids, with a loop for short words and a heap for long ones; learn merges."""
+"""Apply BPE merges to ids, with a loop for short words and a heap for long words. Learn merges."""
 
 import heapq
 from collections import Counter, defaultdict
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from miniclip.text.symbols import Pair
 
-GONE = -(2**40)  # no id; with it no pair has a rank
+GONE = -(2**40)  # takes the place of a merged id; no pair with this number has a rank
 LONG = 32
-"""Above this number of symbols the heap is faster than the loop: n log n against n squared."""
+"""Above this number of ids the heap is faster than the loop: n log n against n squared."""
 
 
 class Merger:
-    """Merges on ids. A pair of ids is one number, which is faster to look up than two strings.
+    """Apply merges to ids. A pair of ids is one number: its look-up is faster than two strings'.
 
     >>> vocab = {"c": 0, "a": 1, "t</w>": 2, "at</w>": 3, "cat</w>": 4}
     >>> Merger(vocab, [("a", "t</w>"), ("c", "at</w>")])([0, 1, 2])
@@ -26,7 +26,7 @@ class Merger:
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
 
     def __call__(self, ids: Sequence[int]) -> list[int]:
-        """Join the pair of the lowest rank, the leftmost first, until no pair has a rank."""
+        """Join the pair with the lowest rank, the leftmost first, until no pair has a rank."""
         if len(ids) > LONG:
             return self.merge_long(ids)
         ids, size, no_rank, rank = [*ids], self.size, self.no_rank, self.ranks.get
@@ -34,7 +34,7 @@ class Merger:
         while found and (best := min(found)) < no_rank:
             i = found.index(best)
             ids[i] = self.joined[best]
-            del ids[i + 1], found[i]  # and the pairs beside it change
+            del ids[i + 1], found[i]  # the two pairs beside it change too
             if i < len(found):
                 found[i] = rank(ids[i] * size + ids[i + 1], no_rank)
             if i:
@@ -42,7 +42,7 @@ class Merger:
         return ids
 
     def merge_long(self, ids: Sequence[int]) -> list[int]:
-        """Do the same with a heap of pairs over a linked list of ids."""
+        """Do the same as `__call__`, with a heap of pairs over a linked list of ids."""
         ids, end = [*ids], len(ids)
         after = list(range(1, end + 1))
         before = list(range(-1, end - 1))
@@ -59,8 +59,8 @@ class Merger:
         while heap:
             rank, i = heapq.heappop(heap)
             j = after[i]
-            # The pushed pair is gone if either half has been merged since. A rank names one pair,
-            # so it is enough to check that the pair at this place still has the rank.
+            # If a half was merged after the push, the pair no longer exists. Each rank belongs to
+            # one pair, so it is enough to check that the pair at this place still has the rank.
             if j == end or self.ranks.get(ids[i] * self.size + ids[j]) != rank:
                 continue
             ids[i], ids[j] = self.joined[rank], GONE
@@ -73,10 +73,10 @@ class Merger:
 
 
 def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair]:
-    """Learn at most `limit` merges from words, each given as symbols with its count.
+    """Learn at most `limit` merges from words. `counts` has the symbols and the count of each word.
 
-    Sennrich et al. 2016, arXiv 1508.07909: the pair that occurs most becomes a token, again and
-    again. Ties go to the pair that sorts first.
+    Sennrich et al. 2016, arXiv 1508.07909: the most frequent pair becomes a token, repeatedly. If
+    counts are equal, the pair that sorts first is taken.
 
     >>> learn_merges({("c", "a", "t"): 2, ("h", "a", "t"): 1, ("c", "a", "p"): 1}, 2)
     [('a', 't'), ('c', 'at')]
@@ -84,7 +84,7 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
     words: list[Sequence[str]] = list(counts)
     times = list(counts.values())
     total: Counter[Pair] = Counter()
-    where: defaultdict[Pair, set[int]] = defaultdict(set)  # the words a pair is or was in
+    where: defaultdict[Pair, set[int]] = defaultdict(set)  # the words that have or had the pair
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             total[pair] += times[i]
@@ -95,8 +95,8 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
     made: set[str] = set()
     while heap and len(merges) < limit:
         count, best = heapq.heappop(heap)
-        # Each change of a count is pushed, and only the latest is valid. Two pairs may make one
-        # token: the second pair is left out, because one token must not have two ids.
+        # Each change of a count is pushed, and only the latest count is valid. If two pairs make
+        # the same token, the second pair is left out, because a token must not have two ids.
         if count == 0 or -count != total[best] or "".join(best) in made:
             continue
         merges.append(best)
@@ -118,7 +118,7 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
 
 
 def join(symbols: Sequence[str], left: str, right: str) -> list[str]:
-    """Replace each `left` and the `right` after it by one symbol.
+    """Replace each `left` that is followed by `right` by one symbol.
 
     >>> join("aaab", "a", "a")
     ['aa', 'a', 'b']

@@ -23,7 +23,7 @@ def _repaired(text: str) -> str:
 
     if len(text) < 5000 or not LONG_RUN.search(ftfy.fix_text(text, normalization=None)):
         return ftfy.fix_text(text)
-    before = ""  # ftfy repeats its steps until none changes the text, and its NFC is quadratic
+    before = ""  # repeat until nothing changes, as ftfy does; ftfy's own NFC takes quadratic time
     while text != before:
         before, text = text, nfc(ftfy.fix_text(text, normalization=None))
     return text

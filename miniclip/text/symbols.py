@@ -1,4 +1,4 @@
-"""The characters that a vocabulary file has for bytes, and its special tokens."""
+"""The characters that stand for bytes in a vocabulary file, and the special tokens."""
 
 from functools import cache
 
@@ -12,8 +12,8 @@ Pair = tuple[str, str]
 def byte_symbols() -> dict[int, str]:
     """A visible character for each of the 256 bytes, in the order of the vocabulary (GPT-2).
 
-    A vocabulary is a text file, where a space or a control character would be trouble. Bytes that
-    print in Latin-1 stand for themselves, the other 68 become the characters from U+0100 on.
+    In a vocabulary file, a space or a control character would cause errors. A byte that is visible
+    in Latin-1 becomes this character. The other 68 bytes become the characters from U+0100 on.
 
     >>> byte_symbols()[ord("a")], byte_symbols()[ord(" ")], byte_symbols()[0]
     ('a', 'Ġ', 'Ā')
@@ -27,7 +27,7 @@ def byte_symbols() -> dict[int, str]:
 
 
 def vocabulary_of(merges: list[Pair]) -> dict[str, int]:
-    """OpenAI's order of ids: 256 bytes, 256 bytes that end a word, merges, two special tokens."""
+    """Make OpenAI's vocabulary: 256 bytes, 256 bytes that end a word, merges, special tokens."""
     symbols = list(byte_symbols().values())
     ends = [symbol + END_OF_WORD for symbol in symbols]
     merged = [left + right for left, right in merges]

@@ -1,7 +1,7 @@
-"""Unicode as transformers' tokenizer knows it, the same on every Python.
+"""Unicode as in transformers' tokenizer, the same on every version of Python.
 
-transformers' tokenizer is made of three Rust libraries. Each has the Unicode tables of another
-year, and so has each release of Python. The tables below settle the differences.
+transformers' tokenizer uses three Rust libraries. Each library has the tables of a different
+version of Unicode, and so does each version of Python. The tables below correct the differences.
 """
 
 import re
@@ -36,8 +36,8 @@ LONG_RUN = regex.compile(r"\p{M}{32}")
 
 
 def nfc(text: str) -> str:
-    r"""Compose characters. Python sorts the combining marks after a letter in quadratic time, so
-    long runs of them are sorted here first, in n log n.
+    r"""Compose characters (NFC). Python sorts the combining marks after a letter in quadratic time,
+    so long runs of marks are sorted here first, in n log n.
 
     >>> nfc("a" + 20 * "\u0301\u0316") == "á" + 20 * "\u0316" + 19 * "\u0301"
     True
@@ -51,19 +51,20 @@ def nfc(text: str) -> str:
 
 def compose(text: str) -> str:
     """Compose characters (NFC) with the tables of Unicode 9."""
-    parts = re.split(NEW_MARK, text)  # NFC does not reach across these marks
+    parts = re.split(NEW_MARK, text)  # NFC does not combine characters across these marks
     return "".join(map(nfc, parts))
 
 
 def lower_new_capitals(text: str) -> str:
-    """Lower-case the characters for which `str.lower` differs: capital sigma, new capitals."""
+    """Lower-case the characters that `str.lower` may change differently: see `_new_capitals`."""
     return text.translate(_new_capitals())
 
 
 @cache
 def _new_capitals() -> dict[int, int]:
-    """Capital sigma, which `str.lower` changes at the end of a word, and Unicode 14 to 17."""
-    ranges = [  # first, last, step, distance to the lower case
+    """The lower case of capital sigma (`str.lower` has a second form at the end of a word), and of
+    the capitals in Unicode 14 to 17, which older versions of Python do not know."""
+    ranges = [  # first, last, step, distance to the lower-case letter
         (0x03A3, 0x03A3, 1, 32),
         (0x1C89, 0x1C89, 1, 1),
         (0x2C2F, 0x2C2F, 1, 48),
@@ -81,8 +82,8 @@ def _new_capitals() -> dict[int, int]:
     return {c: c + far for first, last, by, far in ranges for c in range(first, last + 1, by)}
 
 
-# Letters and numbers newer than Unicode 16. transformers (Oniguruma) does not know them; the regex
-# module knows some.
+# Letters and numbers newer than Unicode 16. transformers (Oniguruma) does not know them, but the
+# regex module knows some.
 TOO_NEW = (
     r"\u0558\u058B-\u058C\u088F\u0C5C\u0CDC\u208F\u209D-\u209F\uA7CE-\uA7CF\uA7D2\uA7D4\uA7DD"
     r"\uA7E2\uA7F1\uAB6C-\uAB6D\U000107BB-\U000107BF\U00010940-\U00010959\U00010EC5-\U00010EC7"
@@ -97,9 +98,9 @@ TOO_NEW = (
 
 @cache
 def word_pattern(word: str, reference: str) -> regex.Pattern[str]:
-    """Compile a pattern with LETTER and NUMBER in it, by the Unicode of a reference.
+    """Compile the pattern of a word: LETTER and NUMBER become the classes of a reference's Unicode.
 
-    OpenAI ignores case, so that an old long s (ſ) counts as an s.
+    OpenAI's pattern ignores case, so a long s (ſ) counts as an s.
     """
     letter, number, flags = r"\p{L}", r"\p{N}", regex.VERBOSE | regex.IGNORECASE
     if reference == "transformers":

@@ -14,7 +14,7 @@ from miniclip.tokenizer import Tokenizer
 from miniclip.zeroshot.prompts import TEMPLATE_SETS
 
 TEMPLATE = "a photo of a {}."
-"""The paper's template where one sentence serves all data sets (section 3.1.4)."""
+"""The paper's default template, for all data sets (section 3.1.4)."""
 
 
 class Score(NamedTuple):
@@ -22,21 +22,21 @@ class Score(NamedTuple):
 
     label: str
     logit: float  # exp(logit_scale) * cosine
-    probability: float  # compared with the other labels; together they have 1
+    probability: float  # the softmax over all labels
 
 
 class ZeroShotClassifier:
     """Score images against labels: `classifier(pixels)` returns logits (B, C).
 
     As in OpenAI's notebook, the embedding of each prompt is normalised, and the mean over the
-    templates is normalised again. With one template the logits are `logits_per_image`, up to
-    rounding. Gradients flow to the pixels and the vision tower. `weights` (C, E) is an ordinary
-    tensor, from which a linear probe may start.
+    templates is normalised again. With one template, the logits are `logits_per_image`, with other
+    rounding errors. Gradients flow to the pixels and the vision tower. `weights` (C, E) is an
+    ordinary tensor, from which a linear probe can start.
 
     Args:
         model: a CLIP.
         tokenizer: the model's tokenizer.
-        labels: a name for each class. " | " stands between several names of one class.
+        labels: a name for each class. " | " separates several names of one class.
         templates: sentences with {} for the label.
 
     >>> import miniclip
@@ -81,18 +81,18 @@ def class_embeddings(
     labels: str | Iterable[str],
     templates: str | Iterable[str] = (TEMPLATE,),
 ) -> Tensor:
-    """Return a unit vector for each label, (C, E): the arguments of `ZeroShotClassifier`.
+    """Return a unit vector for each label, (C, E). The arguments are as in `ZeroShotClassifier`.
 
-    A label such as "happy | smiling" has several names; its vector is the mean over the prompts of
-    all of them. Raises ValueError for an empty label and for a template without {}.
+    A label such as "happy | smiling" has several names. Its vector is the normalised mean over the
+    prompts of all names. Raises ValueError for an empty label and for a template without {}.
     """
     labels, templates = as_list(labels, "label"), as_list(templates, "template")
     names = [label.split(" | ") for label in labels]
     if not names or not all(name.strip() for several in names for name in several):
-        raise ValueError("a label is empty: expected at least one, each with a word in it")
+        raise ValueError("a label is empty: expected at least one label, each with a word in it")
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"template {template!r} has no {{}} for the label to go into")
+            raise ValueError(f"template {template!r} has no {{}}, the place of the label")
     if not templates:
         raise ValueError("no templates: expected at least one, such as 'a photo of a {}.'")
     prompts = [t.replace("{}", name) for several in names for name in several for t in templates]
@@ -108,7 +108,7 @@ def embed_texts(
     """Return a unit vector for each text, (B, E), in batches, with a progress bar.
 
     Texts of similar length share a batch, which saves padding. Equal texts are embedded once.
-    `truncate` cuts a text that is too long; without it such a text raises ContextLengthError.
+    `truncate` cuts texts that are too long. Otherwise a long text raises ContextLengthError.
     """
     texts = as_list(texts)
     places = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -126,7 +126,7 @@ def embed_texts(
 
 
 def find_templates(names: str | Iterable[str]) -> list[str]:
-    """Return templates, where the name of a published set gives all templates of the set.
+    """Return templates. The name of a published set is replaced by all templates of the set.
 
     >>> find_templates(["simple", "my {}"])[-2:]
     ['a photo of the small {}.', 'my {}']
@@ -135,7 +135,7 @@ def find_templates(names: str | Iterable[str]) -> list[str]:
     for name in as_list(names, "template"):
         if name not in TEMPLATE_SETS and "{}" not in name:
             raise ValueError(
-                f"template {name!r} has no {{}} for the label to go into, and is not one of the "
+                f"template {name!r} has no {{}}, the place of the label, and is not one of the "
                 f"sets {', '.join(TEMPLATE_SETS)}"
             )
         templates.extend(TEMPLATE_SETS.get(name, (name,)))

@@ -16,20 +16,20 @@ from miniclip.zeroshot.prompts import CLASS_SETS, IMAGENET_CLASSES, IMAGENET_WNI
 
 
 class LabelledImages(NamedTuple):
-    """Files in class folders. A class is a position: two of ImageNet's have the same label."""
+    """Files in class folders. A class is a number, because two classes may have the same label."""
 
     folders: list[str]  # names of the C class folders
-    labels: list[str]  # the name of each class in a prompt
+    labels: list[str]  # the name of each class, for prompts
     paths: list[Path]  # of the N files
     classes: list[int]  # of each file, 0 to C - 1
 
 
 def find_labels(names: str | Iterable[str]) -> list[str]:
-    """Return labels. A single name may give the labels of a set, a folder or a file.
+    """Return labels. A single name may stand for all labels of a set, a folder or a file.
 
-    The set is one of CLASS_SETS. The folder has class folders. The file is a text file with one
-    label a line, or JSON: a list, names by id, or ids by name. Raises ValueError for a file without
-    labels.
+    A set is a key of CLASS_SETS. A folder has class folders. A file is a text file with one label
+    on each line, or a JSON file: a list of labels, {id: label} or {label: id}. Raises ValueError
+    for a file without labels.
 
     >>> find_labels(["cat", "dog"]), len(find_labels("imagenet"))
     (['cat', 'dog'], 1000)
@@ -37,7 +37,7 @@ def find_labels(names: str | Iterable[str]) -> list[str]:
     names = as_list(names, "label")
     files = [name for name in names if Path(name).suffix.lower() in (".txt", ".json")]
     if len(names) > 1 and files:
-        raise ValueError(f"{files[0]!r} stands between labels; expected a file of labels alone")
+        raise ValueError(f"{files[0]!r} is among labels; expected labels, or one file of labels")
     if len(names) != 1:
         return names
     path, name = Path(names[0]), names[0]
@@ -54,7 +54,7 @@ def _read_labels(path: Path) -> list[str]:
         found = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: expected labels, one a line or a JSON list: {reason}") from None
+        raise ValueError(f"{path}: expected labels in lines or in a JSON list: {reason}") from None
     if isinstance(found, dict):
         is_id_by_name = all(type(id) is int for id in found.values())
         found = sorted(found, key=found.__getitem__) if is_id_by_name else [*found.values()]
@@ -62,7 +62,7 @@ def _read_labels(path: Path) -> list[str]:
         raise ValueError(f"{path}: expected a list of labels, or an object of ids and labels")
     if labels := [label.strip() for label in found if label.strip()]:
         return labels
-    raise ValueError(f"{path}: has no labels; expected one a line or a JSON list")
+    raise ValueError(f"{path}: has no labels; expected labels in lines or in a JSON list")
 
 
 def _folders_in(root: Path) -> list[str]:
@@ -73,21 +73,18 @@ def _folders_in(root: Path) -> list[str]:
 
 
 def class_folders(root: str | PathLike[str]) -> list[str]:
-    """Return the names of the class folders, sorted; by number if all are numbers.
-
-    Raises ValueError if there are none.
-    """
+    """Return the class folders, sorted (by number if all are numbers). Raises ValueError."""
     try:
         found = _folders_in(Path(root))
     except OSError as error:
         raise ValueError(f"{root}: {error.strerror}; expected a folder of class folders") from None
     if not found:
-        raise ValueError(f"{root}: no folders in it; expected one for each class, of images")
+        raise ValueError(f"{root}: has no folders; expected a folder of images for each class")
     return found
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return the files in a folder and its subfolders, sorted, without hidden ones."""
+    """Return the files in a folder and its subfolders, sorted, without hidden files."""
 
     def is_visible(path: Path) -> bool:
         hidden = any(map(is_hidden, path.relative_to(folder).parts))
@@ -102,10 +99,10 @@ def labelled_images(
     """Find the files in `root/<class>/` and its subfolders, and name the classes.
 
     Args:
-        root: the folder of the class folders. These are sorted, by number if all are numbers.
-        labels: names of the classes in this order. By default a folder gives its own name
-            (fire_truck is "fire truck"). Folders named by ImageNet's WordNet ids (n01440764; all or
-            some of them) or positions (0 to 999) get OpenAI's names of the classes.
+        root: the folder that contains the class folders.
+        labels: the names of the classes, in the order of `class_folders`. By default, a folder's
+            name is the label (fire_truck is "fire truck"). If all folders are WordNet ids of
+            ImageNet (n01440764), or positions (0 to 999), the labels are OpenAI's class names.
 
     Raises:
         ValueError: there is no class or no file, or the number of labels is wrong.
@@ -125,33 +122,33 @@ def labelled_images(
 def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool) -> None:
     """Raise ValueError if an accuracy on these images would mean nothing.
 
-    Examples: a single class; a class without files; folders such as train/ where the class folders
-    should be, unless the user has `named` the classes.
+    Examples: a single class; a class without files; folders such as train/, each of which contains
+    the class folders, unless the user has `named` the classes.
     """
     root, folders = Path(root), images.folders
     if len(folders) == 1:
         raise ValueError(
-            f"{root}: one folder, {folders[0]!r}; expected one for each class, two or more. "
+            f"{root}: has only the folder {folders[0]!r}; expected one for each class. "
             f"Perhaps the class folders are in {root / folders[0]}"
         )
     if empty := [folder for i, folder in enumerate(folders) if i not in {*images.classes}]:
         raise ValueError(
             f"{root}: no files in {len(empty)} of its {len(folders)} folders, {listed(empty)}; "
-            "expected pictures in the folder of each class"
+            "expected images in the folder of each class"
         )
     parents = sorted({path.parent for path in images.paths})
     above = [folder.relative_to(root).parts for folder in parents]
     if named or any(len(parts) == 1 for parts in above) or len(parents) == len(folders):
         return
     raise ValueError(
-        f"{root}: pictures in folders of folders, {listed(map(str, parents), 2)}; expected them in "
-        f"{root}/CLASS. Perhaps the class folders are in {parents[0].parent}; or name the "
-        f"{len(folders)} classes with --labels"
+        f"{root}: has images in {listed(map(str, parents), 2)}; expected images in {root}/CLASS. "
+        f"Perhaps the class folders are in {parents[0].parent}. If not, name the {len(folders)} "
+        "classes with --labels"
     )
 
 
 def with_classes_of(images: LabelledImages, others: Iterable[LabelledImages]) -> LabelledImages:
-    """Return these images, with the classes that only others have added at the end."""
+    """Return `images` with more classes at the end: the classes that only `others` have."""
     for other in others:
         new = [i for i, folder in enumerate(other.folders) if folder not in images.folders]
         images = images._replace(
@@ -162,7 +159,7 @@ def with_classes_of(images: LabelledImages, others: Iterable[LabelledImages]) ->
 
 
 def folder_labels(folders: Sequence[str]) -> list[str]:
-    """Return the label of each of the sorted class folders.
+    """Return a label for each class folder. `folders` are sorted.
 
     >>> folder_labels(["n01440764", "n01443537"]), folder_labels(["fire_truck", "n01443537"])
     (['tench', 'goldfish'], ['fire truck', 'n01443537'])

@@ -1,9 +1,9 @@
 """OpenAI's prompts: templates and class names of the paper's data sets.
 
-Published facts, copied to the letter from openai/CLIP (MIT licence, Copyright 2021 OpenAI):
-data/prompts.md for 26 of the 27 data sets, notebooks/Prompt_Engineering_for_ImageNet.ipynb for
-ImageNet. open_clip 3.3.0 has the same lists for ImageNet. ImageNet's classes are sorted by their
-WordNet ids (such as n01440764), which are copied from timm 1.0.31.
+The lists are exact copies from openai/CLIP (MIT licence, Copyright 2021 OpenAI): data/prompts.md
+for 26 of the 27 data sets, notebooks/Prompt_Engineering_for_ImageNet.ipynb for ImageNet. open_clip
+3.3.0 has the same lists for ImageNet. ImageNet's classes are sorted by their WordNet ids (such as
+n01440764), which are copied from timm 1.0.31.
 """
 
 import json
@@ -13,12 +13,12 @@ _sets = json.loads(Path(__file__).with_name("prompts.json").read_text(encoding="
 _sets.pop("source")
 
 TEMPLATE_SETS: dict[str, list[str]] = {name: found["templates"] for name, found in _sets.items()}
-"""Templates by the name of their data set. "imagenet" has the 80 of the paper's section 3.1.4.
-"simple" has seven of the 80, found by forward selection on ImageNet: the notebook says that it
+"""The templates of each data set. "imagenet" has the 80 templates of the paper's section 3.1.4.
+"simple" has seven of them, which OpenAI selected on ImageNet. The notebook says that this ensemble
 "performs a bit better than the full 80 ensemble reported in the paper"."""
 
 CLASS_SETS: dict[str, list[str]] = {n: s["classes"] for n, s in _sets.items() if "classes" in s}
-"""Class names by the name of their data set. " | " stands between several names of one class."""
+"""The class names of each data set. " | " separates several names of one class."""
 
 _lines = Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
 
@@ -29,7 +29,7 @@ IMAGENET_CLASSES = tuple(line.partition(" ")[2] for line in _lines)
 """OpenAI's names of the 1,000 classes, by position.
 
 Two pairs of classes share a name, as in the paper's measurements: "missile" (657 and 744) and
-"sunglasses" (836 and 837). So a position identifies a class, and a name does not.
+"sunglasses" (836 and 837). So a position identifies a class, but a name does not.
 """
 CLASS_SETS["imagenet"] = list(IMAGENET_CLASSES)
 
@@ -37,8 +37,8 @@ CLASS_SETS["imagenet"] = list(IMAGENET_CLASSES)
 def published_labels(name: str, folders: list[str]) -> list[str]:
     """Return OpenAI's class names for the folders of a data set.
 
-    The case of a folder's name and the characters between its words do not matter. Folders called 0
-    to C - 1 are found by position. Raises ValueError for any other folder.
+    Only letters and digits are compared, without case. Folders called 0 to C - 1 are found by
+    position. Raises ValueError for any other folder.
 
     >>> published_labels("facialemotionrecognition2013", ["Smiling", "angry"])
     ['happy | smiling', 'angry']
@@ -52,7 +52,7 @@ def published_labels(name: str, folders: list[str]) -> list[str]:
     if unknown := [folder for folder in folders if plain(folder) not in known]:
         raise ValueError(
             f"{len(unknown)} of {len(folders)} folders are not a class of {name}, such as "
-            f"{unknown[0]!r}; its classes are {', '.join(classes[:3])}, ...; for other names give "
+            f"{unknown[0]!r}; its classes are {', '.join(classes[:3])}, .... For other names, give "
             "a file of labels"
         )
     return [known[plain(folder)] for folder in folders]

@@ -713,8 +713,8 @@ SLIPS = [
     ),
     Slip(
         "What surrounds a CLIP in a file is silently left out.",
-        '        warn(f"beside {surroundings}*,',
-        '        (f"beside {surroundings}*,',
+        '        warn(f"{listed(others)} are left out:',
+        '        (f"{listed(others)} are left out:',
         "tests/test_brought.py -k openai_clip_284",
     ),
     Slip(
