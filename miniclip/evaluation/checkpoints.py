@@ -49,7 +49,7 @@ def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], 
     Returns:
         A function from a checkpoint to its scores. With class folders these are the zero-shot
         accuracy and the mean accuracy of the classes. With captions they are recall@1: the mean of
-        both directions, and each direction. `train` keeps the checkpoint with the best first score.
+        both directions, and each direction. The first score decides which checkpoint `train` keeps.
 
     Raises:
         ValueError: there is nothing to measure.

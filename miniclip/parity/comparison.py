@@ -71,8 +71,8 @@ def compare(
     uncompiled, and are restored afterwards.
 
     Args:
-        model: a model, or a triple from `miniclip.load`. Its modules have our names, transformers',
-            OpenAI's or open_clip's, or the names in its attribute `tensor_names`.
+        model: a model, or a triple from `miniclip.load`. The modules have the names of miniclip,
+            transformers, OpenAI or open_clip, or the names in the attribute `tensor_names`.
         other: the second model, or its triple. With two triples, `tokens` and `pixels` come first.
         dtype: the precision to compare in, besides float64.
         gradients: if all sites are within tolerance, also compare the contrastive loss's gradients

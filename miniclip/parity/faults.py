@@ -202,7 +202,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "pool": {words: (pool, False) for words, pool in POOLS.items()}
     | {f"{words}, before the last LayerNorm": (pool, True) for words, pool in POOLS.items()},
 }
-"""For each step of a formula: other ways to compute the step, by their descriptions."""
+"""For each step of a formula: a table from descriptions to other ways to compute the step."""
 
 
 class Noted(dict):

@@ -158,7 +158,10 @@ def random_pair(shape: str) -> "tuple[CLIP, CLIPModel]":
 
 
 def transformers_twin(model: CLIP) -> "CLIPModel":
-    """Return transformers' CLIPModel with our weights. ValueError for a model it cannot express."""
+    """Return transformers' CLIPModel with a copy of our weights.
+
+    Raises ValueError if CLIPModel cannot compute what our model computes.
+    """
     transformers = import_transformers()
     if model.model_type != "clip":
         raise ValueError(

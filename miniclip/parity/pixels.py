@@ -48,7 +48,7 @@ def pictures(size: int) -> list[Image.Image]:
 
 
 class TransformSteps(NamedTuple):
-    """An image transform in four steps. By default they are transformers' steps."""
+    """An image transform in four steps. The default steps are transformers' steps."""
 
     size: int
     crop_size: int

@@ -27,8 +27,8 @@ class Difference(NamedTuple):
 
 
 Stage = tuple[list[Difference], str | None]
-"""The rows of one stage (tokens, pixels, models or gradients), and the cause of the first row out
-of tolerance, or None."""
+"""(rows, cause) of a stage: tokens, pixels, models or gradients. The cause is None if all rows are
+within tolerance."""
 
 
 class Report(NamedTuple):

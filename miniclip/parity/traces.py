@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 class Trace(NamedTuple):
     """The tensors of a run, on the CPU, and the run's error."""
 
-    calls: dict[str, list[Tensor]]  # by site, the tensor of each call of its module
+    calls: dict[str, list[Tensor]]  # site -> the tensor of each call of the site's module
     error: str  # the model's error in words, or ""
 
 

@@ -32,8 +32,8 @@ The data is one of these:
 
 If an image, a shard or a command fails, training reports it and continues without it.
 
-- `--val DATA`: measure on held-out data after each epoch, or every `--val-every` steps: zero-shot
-  accuracy on class folders, recall@1 on captions. The subfolder `best` keeps the best checkpoint
+- `--val DATA`: score the model on held-out data after each epoch, or every `--val-every` steps.
+  Class folders give accuracy, captions give recall@1. The folder `best` has the best checkpoint
 - `--freeze vision`: freeze parts: `vision` (as LiT does), `text`, or globs such as
   `vision.blocks.[0-5].*`
 - `--lora 4`: train a low-rank change of the queries and values, and write the merged weights

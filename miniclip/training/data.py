@@ -116,9 +116,8 @@ def open_data(
     """Open training data.
 
     Args:
-        name: a folder with metadata.jsonl, .csv or .tsv, or such a file; a folder of tar shards, a
-            shard, or a command or an address of shards (see `Shards`); a folder of images with a
-            .txt beside each; a folder of class folders; or `shapes`, the drawn world.
+        name: the path, command or address of data in a form that `miniclip.training` lists, or
+            `shapes` for the drawn world.
         transform: the model's transform. It resizes and crops the images, except for `shapes`.
         columns: the columns of a metadata file: the image's file, and its caption or captions.
 
@@ -238,7 +237,7 @@ def augment(pixels: Tensor) -> Tensor:
     Pixels are uint8 (B, 3, S, S). Reflection fills the area beyond an edge of an image.
     """
     b = len(pixels)
-    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # of the crop; the whole image has side 1
+    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # of the crop; the whole image has 1
     x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # the crop's centre; the image spans -1 to 1
     mirror = torch.randint(0, 2, (b,)) * 2 - 1
     none = torch.zeros(b)

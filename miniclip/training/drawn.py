@@ -23,7 +23,7 @@ class Shapes:
 
     Args:
         count: the number of scenes.
-        seed: decides the scenes. `SCORE_SEED` is refused: `score` tests models on its scenes.
+        seed: decides the scenes. `SCORE_SEED` is refused, because its scenes are test data.
     """
 
     OBJECTS = (1, 2, 2)  # the number of objects in a scene of each lesson

@@ -57,7 +57,7 @@ def train(
         loss: replaces the recipe's loss, and leaves the logit scale unclamped. A module is trained
             and saved with the run.
         validate: a function from a checkpoint to its scores on held-out data; see
-            `evaluation.scorer`. `out`/best keeps the checkpoint with the best first score.
+            `evaluation.scorer`. The first score decides which checkpoint `out`/best keeps.
         log: "tensorboard" also writes the metrics for TensorBoard.
 
     Returns:
@@ -81,7 +81,7 @@ def train(
     run = Run(Path(out), model, recipe, loss, rank == 0, log)
     whole_model, model = model, run.trained
     if run.step > steps:
-        raise ValueError(f"{out}: run is at step {run.step:,} of {steps:,}; choose another folder")
+        raise ValueError(f"{out} is at step {run.step:,} of {steps:,}; choose another folder")
     dropout = PatchDropout(model.vision, 0.0) if recipe.patch_dropout else None
     if recipe.compile:
         model.vision.compile()

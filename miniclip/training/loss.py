@@ -91,7 +91,7 @@ class SigmoidLoss(nn.Module):
     def forward(
         self, model: CLIP, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor
     ) -> Tensor:
-        """Return the loss: summed over captions, averaged over images. `Loss` has the shapes."""
+        """Return the loss, summed over captions and averaged over images. `Loss` has the shapes."""
         logits = model.logit_scale.exp() * image_embeds @ text_embeds.T + self.bias  # (B, B)
         signs = 2 * is_true.to(logits) - 1  # 1 for a true pair, -1 for a false one
         return -F.logsigmoid(signs * logits).sum(dim=1).mean()
@@ -148,7 +148,7 @@ def backward(
 
     With `chunk` there are two passes (GradCache, Gao et al. 2021, arXiv 2101.06983). The first pass
     embeds all chunks without a graph, and computes the embeddings' gradients. The second pass
-    embeds each chunk with a graph, and backpropagates. The gradients equal a single pass's.
+    embeds each chunk with a graph, and backpropagates. The gradients are the same as in one pass.
 
     Args:
         objective: an `Objective`, or a wrapper of an `Objective`.

@@ -54,7 +54,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def parallel(objective: nn.Module, skips: bool) -> nn.Module:
-    """Wrap a module, so that its gradients are averaged over all processes, if there are several.
+    """Wrap a module to average its gradients over all processes. One process needs no wrapper.
 
     `skips` says whether a step may leave out parameters. PyTorch then looks for them in each step.
     """

@@ -33,7 +33,7 @@ STATE = "training.pt"
 
 
 class Run:
-    """A run: the trained model, and the state: step, optimizers, scores and metrics.
+    """A run: the trained model, the optimizers, the step, the scores and the metrics.
 
     A `loss` with parameters is trained and saved too. Only the process with `writes` writes files.
     """
@@ -69,8 +69,8 @@ class Run:
         self.losses: list[Any] = []  # since the last row; tensors, until `read_losses` reads them
         self.loss = math.nan  # the last loss that was read
         self.rows: list[dict[str, float]] = []
-        self.best = -math.inf  # the best first score on held-out data
-        self.seconds = 0.0  # of training, before this process started
+        self.best = -math.inf  # the highest value of the first score on held-out data
+        self.seconds = 0.0  # of training before this process started
         self.reported: set[str] = set()
         if (out / STATE).is_file():
             self._continue()
@@ -142,7 +142,7 @@ class Run:
         tokenizer: Tokenizer,
         transform: ImageTransform,
     ) -> dict[str, float]:
-        """Score the model on held-out data. Write `out`/best if the first score is the best yet."""
+        """Score the model on held-out data. The first score decides whether to write `out`/best."""
         self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))

@@ -81,7 +81,7 @@ def set_up(
         model: the checkpoint to fine-tune; by default the weights are random.
         like: a checkpoint, or a recipe.json in a checkpoint's folder. The run uses the recipe. If
             `model` and `config` are None, it also uses the checkpoint's shape and transform.
-        config: a config.json with the shape of random weights.
+        config: a config.json with the shape, if the weights are random.
         overrides: fields of the recipe to change.
         device: the device on which the model is trained.
         columns: see `open_data`.

@@ -109,7 +109,7 @@ def is_address(name: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def open_shard(path: str) -> Iterator[Any]:
-    """Open a shard that is the output of a command, or that has an address."""
+    """Open a shard that has an address, or that is the output of a command."""
     if not path.startswith("pipe:"):
         with fsspec.open(path) as stream:
             yield stream
