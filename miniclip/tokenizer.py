@@ -165,7 +165,7 @@ class Tokenizer(PretrainedTokenizer):
         self._split = split_openai if reference == "openai" else split_transformers
         # Cleaning, splitting and merging never look across a space. So a chunk between two spaces
         # always has the same ids, and they are remembered. Added tokens with a space prevent this.
-        self._ids_of = RememberedChunks(self._encode_chunk, self._merge, self.vocab, self.added)
+        self._chunks = RememberedChunks(self._encode_chunk, self._merge, self.vocab, self.added)
 
     @property
     def vocab_size(self) -> int:
@@ -177,7 +177,7 @@ class Tokenizer(PretrainedTokenizer):
         if not isinstance(text, str):
             raise TypeError(f"expected a text, found {type(text).__name__}")
         # ftfy looks at several words, so OpenAI's way must clean the whole text at once.
-        return self._ids_of(clean_openai(text) if self.reference == "openai" else text)
+        return self._chunks.ids(clean_openai(text) if self.reference == "openai" else text)
 
     def _encode_chunk(self, chunk: str) -> list[int]:
         ids: list[int] = []

@@ -80,7 +80,7 @@ def scale_and_normalize(
     """RGB bytes -> (byte / 255 - mean) / std, float32 of shape (3, H, W)."""
     pixels = np.empty((3, image.height, image.width), np.float32)
     for out, band, band_mean, band_std in zip(pixels, image.split(), mean, std):
-        out[:] = band
+        out[:] = np.asarray(band)
         out /= 255  # transformers multiplies by 1/255 in float64: the same float32 for each byte
         out -= band_mean
         out /= band_std

@@ -436,7 +436,7 @@ def test_a_place_in_a_text_costs_one_look_for_each_length_of_an_added_token(trai
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_a_text_in_chunks_is_the_text_as_a_whole(trained, reference):
     chunks, whole = (Tokenizer.from_directory(trained, reference=reference) for _ in range(2))
-    whole._ids_of.whole = True
+    whole._chunks.whole = True
     for text in texts(800, seed=9):
         assert chunks.encode(text) == chunks.encode(text) == whole.encode(text), text
 
@@ -446,8 +446,8 @@ def test_the_memory_of_chunks_is_bounded(trained, monkeypatch):
     tokenizer = Tokenizer.from_directory(trained)
     for i in range(35):
         tokenizer.encode(f"word{i} " + "x" * 100)
-    assert 0 < len(tokenizer._ids_of.known) <= 10
-    assert all(len(chunk) < 100 for chunk in tokenizer._ids_of.known)
+    assert 0 < len(tokenizer._chunks) <= 10
+    assert all(len(chunk) < 100 for chunk in tokenizer._chunks)
 
 
 @pytest.mark.slow
@@ -456,12 +456,12 @@ def test_the_memory_of_chunks_is_some_30_megabytes(trained):
     tokenizer = Tokenizer.from_directory(trained)
     for length in (64, 65):
         tokenizer.encode("\N{CAT FACE}" * length)
-        assert len(tokenizer._ids_of.known) == 1
-    tokenizer._ids_of.known = {str(i): [] for i in range(99_999)}
+        assert len(tokenizer._chunks) == 1
+    tokenizer._chunks.update({str(i): [] for i in range(99_998)})
     tokenizer.encode("a")
-    assert len(tokenizer._ids_of.known) == 100_000
+    assert len(tokenizer._chunks) == 100_000
     tokenizer.encode("b")
-    assert len(tokenizer._ids_of.known) == 1
+    assert len(tokenizer._chunks) == 1
 
 
 # ---- rows --------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from string import ascii_lowercase
 from miniclip.text.symbols import END_OF_WORD
 
 
-class RememberedChunks:
-    """Compute a text's ids chunk by chunk, and remember the ids of each chunk.
+class RememberedChunks(dict[str, Sequence[int]]):
+    """The ids of chunks of text. A chunk is encoded when it is first looked up.
 
     A chunk of lower-case ASCII letters is one word. It is merged directly, without cleaning, unless
     an added token has only letters.
@@ -22,29 +22,31 @@ class RememberedChunks:
         vocab: Mapping[str, int],
         added: Iterable[str],
     ) -> None:
-        self.encode, self.merge, self.vocab = encode, merge, vocab
+        super().__init__()
+        self.encode, self.merge = encode, merge
         self.whole = any(c.isspace() for token in added for c in token)  # a text is then one chunk
         has_letters = all({a, a + END_OF_WORD} <= vocab.keys() for a in ascii_lowercase)
         self.has_words = has_letters and not any(token.lower().isalpha() for token in added)
-        self.known: dict[str, Sequence[int]] = {}
+        if self.has_words:
+            self.id_of = {a: vocab[a] for a in ascii_lowercase}.__getitem__
+            self.last_id_of = {a: vocab[a + END_OF_WORD] for a in ascii_lowercase}
 
-    def __call__(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
         """The ids of a text."""
-        known, ids = self.known, list[int]()
+        ids: list[int] = []
         for chunk in [text] if self.whole else text.split(" "):
-            found = known.get(chunk)
-            ids += self._computed(chunk) if found is None else found
+            ids += self[chunk]
         return ids
 
-    def _computed(self, chunk: str) -> list[int]:
+    def __missing__(self, chunk: str) -> Sequence[int]:
         if self.has_words and chunk.isascii() and chunk.isalpha() and chunk.islower():
-            symbols = [self.vocab[letter] for letter in chunk]
-            symbols[-1] = self.vocab[chunk[-1] + END_OF_WORD]
+            symbols = list(map(self.id_of, chunk))
+            symbols[-1] = self.last_id_of[chunk[-1]]
             ids = self.merge(symbols)
         else:
             ids = self.encode(chunk)
         if len(chunk) <= self.MOST_CHARACTERS:
-            if len(self.known) >= self.MOST_CHUNKS:
-                self.known.clear()
-            self.known[chunk] = tuple(ids)
+            if len(self) >= self.MOST_CHUNKS:
+                self.clear()
+            self[chunk] = tuple(ids)
         return ids

@@ -1607,7 +1607,7 @@ TOKENIZER = [
     ),
     Slip(
         "Every chunk is remembered for good.",
-        "if len(self.known) >= self.MOST_CHUNKS:",
+        "if len(self) >= self.MOST_CHUNKS:",
         "if False:",
         "tests/test_tokenizer.py -k 'memory'",
     ),
