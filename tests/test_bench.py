@@ -315,6 +315,24 @@ def test_captions_and_invented_words_are_all_different():
     assert len(set(words)) == len(words) == 600
 
 
+def test_words_are_invented_before_the_clock_starts(setting, monkeypatch):
+    events = []
+
+    def invented(count):
+        while True:
+            events.append("invented")
+            yield ["a cat"]
+
+    def timed(run):
+        return lambda: events.append("timed") or measuring.timed(run)()
+
+    monkeypatch.setattr(pipeline, "invented_captions", invented)
+    monkeypatch.setattr(pipeline, "timed", timed)
+    *_, case = pipeline.tokenizer_suite(setting)
+    case.trials["miniclip"]()
+    assert events == ["invented", "timed"]
+
+
 def test_the_ceiling_takes_the_fastest_way(setting, monkeypatch):
     """One way, or three where this build of PyTorch has oneDNN and MKL."""
     costs = []
