@@ -781,7 +781,7 @@ def test_a_tensor_in_two_shards_is_an_error(saved):
     save_file({"logit_scale": torch.zeros(())}, saved / "b.safetensors")
     index = {"weight_map": {"logit_scale": "a.safetensors", "visual_projection": "b.safetensors"}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="b.safetensors: .* another shard has: logit_scale"):
+    with pytest.raises(CheckpointError, match="b.safetensors: another shard .* logit_scale"):
         CLIP.from_pretrained(saved)
 
 

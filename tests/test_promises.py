@@ -81,9 +81,9 @@ compares ours with the authors' code
     originals: decompose_is_clip_prs
 is SigLIP in one file
     subclasses: siglip_equals_transformers
-lists all that are missing, unexpected or misshapen
+lists all tensors that are missing, unexpected or misshapen
     checkpoint: missing_unexpected_and_misshapen_tensors_are_all_listed
-A warning lists the other tensors
+warning lists the other tensors
     brought: openai_clip_284_a_lightning_module_with_a_head_is_read
     brought: diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion_is_read
 Load, save, load is bit-exact
@@ -137,7 +137,7 @@ leaves the old checkpoint or the new one
     saving: a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new
     saving: two_savers_and_a_finisher_at_once_leave_one_of_the_two
     saving: a_full_disk_is_an_error_that_leaves_the_old_checkpoint
-within 1.15 times the model
+at most 1.15 times the memory of the model
     checkpoint: loading_takes_the_memory_of_the_file_in_the_requested_dtype
 """
 PROMISES: dict[str, list[str]] = {}  # words of the promise: its tests

@@ -1,7 +1,7 @@
 """Read and write the files of checkpoints, on a disk and from the Hugging Face hub.
 
-These modules work with configs, dictionaries and tensors. They never import the classes of the
-reference, which import them:
+These modules work with configs, dictionaries and tensors. The classes of the reference import
+these modules. These modules never import the classes.
 
 - `hub.py`: a name -> a directory (embedded, local, or downloaded)
 - `tensors.py`: a weights file -> its tensors
@@ -27,13 +27,14 @@ reference, which import them:
 The promises of these modules (`tests/test_promises.py` names the tests of each promise):
 
 - Every tensor in a file has a place in the model, and every parameter has a tensor of its shape.
-  Otherwise a `CheckpointError` lists all that are missing, unexpected or misshapen. A warning lists
-  the other tensors in a larger model's file (Lightning's, Stable Diffusion's).
-- Weights are not folded, fused or invented. Load, save, load is bit-exact. So is a conversion to
-  another layout and back. A warning lists the tensors with NaN or infinity.
-- The activation, the LayerNorm epsilon and the end token come from the checkpoint. Errors are: a
-  layout that cannot express the model; a tokenizer or a transform that does not fit the model; a
-  save into a directory in which `load` would read another model's files instead.
+  Otherwise a `CheckpointError` lists all tensors that are missing, unexpected or misshapen. A
+  warning lists the other tensors in a larger model's file (Lightning's, Stable Diffusion's).
+- No weight is folded, fused or added. Load, save, load is bit-exact. So is a conversion to another
+  layout and back. A warning lists the tensors with NaN or infinity.
+- The activation, the LayerNorm epsilon and the end token come from the checkpoint. `save` refuses a
+  layout that cannot express the model. `load` and `save` refuse a tokenizer or a transform that
+  does not fit the model. `save` refuses a directory in which `load` would read another model's
+  files instead.
 - Code in a file never runs. A hostile file gives a `CheckpointError`, or it loads exactly as the
   file says: `tests/test_hostile.py` tries 8,900 files, each within a second of CPU time and 200 MB.
   The limits are higher than any published CLIP needs: 1 MB for JSON, 5 MB for a tokenizer's file,
@@ -44,7 +45,7 @@ The promises of these modules (`tests/test_promises.py` names the tests of each 
   save at the same time. A process that is killed during a save leaves the old checkpoint or the new
   one. The next save removes the unfinished files, and `upload_folder` never publishes them.
 - Weights in the file's dtype are memory-mapped. Weights in another dtype are converted a few at a
-  time, so that loading takes memory within 1.15 times the model.
+  time, so that a load needs at most 1.15 times the memory of the model.
 - Not promised: if another program shortens a weights file while a model has it memory-mapped, the
   process ends with a bus error. transformers has the same limit.
 """

@@ -47,7 +47,7 @@ def check_config(config: Any) -> None:
                 ids = f"an id from 0 to {last}, because vocab_size is {config.vocab_size}"
                 raise wrong(f"{kind}: {name}", value, ids)
         if config.eos_token_id != LEGACY_EOS:
-            object.__setattr__(config, "literal_eos", False)  # unused: equal models, equal configs
+            object.__setattr__(config, "literal_eos", False)  # no effect here, so it is reset
 
 
 def check_tower(config: Any) -> None:
@@ -64,13 +64,13 @@ def check_tower(config: Any) -> None:
             object.__setattr__(config, "head_width", None)
     elif isinstance(config.heads, tuple):
         found = f"heads is {shown(config.heads)}"
-        raise ValueError(f"{kind}: {found}, which differ, so head_width must be given")
+        raise ValueError(f"{kind}: {found}: layers with different heads need a head_width")
     elif config.width % config.heads:
         raise ValueError(
             f"{kind}: width {config.width} does not divide into {config.heads} heads of equal width"
         )
     if config.act not in ACTIVATION_NAMES:
-        names = f"one of {', '.join(ACTIVATION_NAMES)}, as the weights were trained"
+        names = f"one of {', '.join(ACTIVATION_NAMES)}: the activation that was trained"
         raise wrong(f"{kind}: act", config.act, names)
     if not _is_finite(config.ln_eps) or config.ln_eps <= 0:
         raise wrong(f"{kind}: ln_eps", config.ln_eps, "a number above 0")
@@ -234,13 +234,13 @@ def check_context_length(length: Any) -> None:
 def check_vocab_size(vocab_size: int, least: int) -> None:
     """Raise ValueError if a vocabulary is too small for the bytes and the special tokens."""
     if vocab_size < least:
-        raise wrong("vocab_size", vocab_size, f"at least {least}: bytes and special tokens")
+        raise wrong("vocab_size", vocab_size, f"at least {least}, for bytes and special tokens")
 
 
 def check_pad_to(pad_to: int | None, context_length: int) -> int:
     """The most tokens that a row may have. Raises ValueError if `pad_to` is below 2."""
     if pad_to is not None and pad_to < 2:
-        raise ValueError(f"pad_to is {pad_to}; start and end token alone need 2")
+        raise ValueError(f"pad_to is {pad_to}; the start and the end token alone need 2")
     return context_length if pad_to is None else min(pad_to, context_length)
 
 

@@ -102,7 +102,7 @@ def _literal_eos(model_type: str) -> Fields:
 
 
 def _renamed(section: dict[str, Any], names: Mapping[str, str]) -> Fields:
-    """Rename entries to our names. Drop an entry under our name if transformers' name differs."""
+    """Rename entries to our names. Drop an entry whose name is ours and not transformers'."""
     ours = {theirs: ours for ours, theirs in names.items()}
     return {
         ours.get(name, name): value
@@ -146,7 +146,7 @@ def to_transformers(
 
 
 def beyond_transformers(tower: Mapping[str, Any]) -> list[str]:
-    """The fields of a tower that transformers' CLIP cannot express. Published models have none.
+    """The fields of a tower that transformers' CLIP cannot express. No published model has any.
 
     >>> beyond_transformers({"image_size": (224, 336), "registers": 4})
     ['image_size (224, 336)', 'registers 4']
@@ -171,7 +171,7 @@ def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         key, form = place(name, table)
         if key not in tensors or tensors[key].ndim != ndim:
-            raise ValueError(f"no tensor {key} of {ndim} dimensions, whose shape gives the config")
+            raise ValueError(f"no tensor {key} of {ndim} dimensions; the config needs its shape")
         found = tuple(tensors[key].shape)
         return found[::-1] if form == "T" else found
 
@@ -217,10 +217,10 @@ def without_config(
 ) -> tuple[Fields, str]:
     """The fields of a model without a config file, and a warning for the user, which may be empty.
 
-    Shapes give neither heads nor activation. OpenAI's own files have heads of width 64 and
-    QuickGELU. Otherwise a published model with the same shapes gives both. Without such a model, a
-    file in OpenAI's layout is read as OpenAI's, and a file in another layout is a ValueError. Two
-    such models with different activations are a ValueError too.
+    Shapes do not give the heads and the activation. OpenAI's own files have heads of width 64 and
+    QuickGELU. For other files, a published model with the same shapes gives the heads and the
+    activation. Without such a model, a file in OpenAI's layout is read as OpenAI's. Raises
+    ValueError for other layouts, or if such models have different activations.
     """
     fields = from_shapes(tensors, table, towers)
     is_openai = any(name in tensors for name in OPENAI_NUMBERS)
@@ -230,7 +230,7 @@ def without_config(
         found = " and ".join(f"{name} ({act})" for act, name in sorted(by_act.items()))
         raise ValueError(
             "no config file beside it, and published models of these shapes differ in their "
-            f"activation: {found}. Choose one of them, as with config={max(by_act.values())!r}"
+            f"activation: {found}. Choose one of them, such as config={max(by_act.values())!r}"
         )
     if not (releases or is_openai or table is OPENAI):
         raise ValueError(
@@ -272,7 +272,7 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
         return
     vision, text = towers = fields["vision"], fields["text"]
     odd = [*beyond_transformers(vision), *beyond_transformers(text)]
-    if not odd:  # now each field is one number
+    if not odd:  # here each field is one number
         acts, end, is_openai = [t["act"] for t in towers], text["eos_token_id"], layout == "openai"
         reasons = {
             f"channels {vision['channels']}": vision["channels"] != 3,

@@ -181,7 +181,7 @@ def _hashes_at(repository: str, commit: str, local_files_only: bool) -> dict[str
 
     if not local_files_only:
         with suppress(Exception):  # no network: a later load checks the files without a hash
-            # The client repeats a failed request for a folder's list for minutes, but not this one.
+            # Without a network, the client repeats `list_repo_tree` for minutes, but not this call.
             info = HfApi().model_info(repository, revision=commit, files_metadata=True, timeout=10)
             return {
                 file.rfilename: str(file.lfs.sha256 if file.lfs else file.blob_id)
@@ -197,7 +197,7 @@ def _check_hashes(
 
     A cached file is a link to a file whose name is the hash. In a cache without links, `ask` gives
     the hash. The file `checked` lists the files that pass. Raises CheckpointError for a file that
-    does not pass, and deletes it if this load has downloaded it (it is not in `before`).
+    does not pass. A file that this load has downloaded (it is not in `before`) is deleted too.
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
     hashes = None
@@ -254,7 +254,7 @@ def weights_in(directory: Path) -> Path | None:
 
 
 def is_clips(directory: Path) -> bool:
-    """Whether config.json describes the CLIP. In timm's repositories, it describes a timm model."""
+    """Whether config.json describes the CLIP. In a repository of timm, open_clip's config does."""
     config, open_clip = (directory / name for name in CONFIGS.values())
     return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
 

@@ -330,7 +330,7 @@ class _Undrawn(TorchFunctionMode):
 def meta_device() -> Iterator[None]:
     """A context in which models have shapes but no weights.
 
-    Random initialisation is skipped. On the meta device, torch would import its compiler for it.
+    Random initialisation is skipped: on the meta device, it makes torch import its compiler.
     """
     with torch.device("meta"), _Undrawn():
         yield

@@ -46,7 +46,7 @@ def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def is_patched(module: nn.Module, name: str) -> bool:
-    """Whether someone has replaced the method `name` of this module, but not of its class."""
+    """Whether the method `name` was replaced on this module alone, and not in its class."""
     patch: Any = vars(module).get(name)
     if getattr(patch, "func", None) is checkpoint:
         patch = patch.args[0]  # activation checkpointing runs the same method
@@ -100,7 +100,7 @@ def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
         found, wanted = _settings(ours[name]), _settings(theirs[name])
         for key in wanted | found:
             place = f"{name}.{key}".lstrip(".")
-            # A class never reads an attribute that neither it nor its __init__ sets.
+            # A class never reads an attribute that was only set from outside.
             default = found.get(key) if key in vars(ours[name]) else "absent"
             default = getattr(theirs[name], key, default)
             values = found.get(key, "absent"), wanted.get(key, default)

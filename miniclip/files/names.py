@@ -7,8 +7,8 @@
     timm           a vision tower, alone or in open_clip's file. It is read, but never written
 
 A layout is a table. A key is our name of a parameter, or of a module with a weight and a bias. {}
-stands for the number of the block. The value is the name of the tensor in the file. If it ends in
-.T, the tensor is transposed. [0], [1] and [2] are the first, second and last third of its rows.
+stands for the number of the block. The value is the name of the tensor in the file. A name with .T
+at the end is of a transposed tensor. [0], [1] and [2] are the three thirds of a tensor's rows.
 """
 
 import re
@@ -251,10 +251,10 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dic
 
 
 def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the buffers that libraries save beside the weights. Raises ValueError for wrong ones.
+    """Drop the buffers that libraries save beside the weights.
 
-    transformers saved the positions 0 to n-1 until 4.31. A TorchScript archive of open_clip stores
-    the causal mask. An AveragedModel stores the number of averaged models.
+    transformers saved the positions 0 to n-1 until 4.31; other positions raise ValueError. A
+    TorchScript archive of open_clip stores the causal mask. An AveragedModel stores a count.
     """
     kept = dict(tensors)
     for name in ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"):
@@ -293,8 +293,8 @@ def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _as_in_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give timm's tensors our shapes: drop leading dimensions of 1, and a bias that is zero.
 
-    The bias is the bias that timm adds to CLIP's projection. open_clip may store the projection
-    outside of `visual.trunk`.
+    timm adds the bias to CLIP's projection. open_clip may store the projection outside of
+    `visual.trunk`.
     """
     trunk = "visual.trunk."
     tensors = _renamed(tensors, lambda n: n.replace("visual.head.proj.", f"{trunk}head."))

@@ -88,7 +88,7 @@ def _text(settings: dict[str, Any]) -> Fields:
 
 
 def _tower(settings: dict[str, Any], known: Fields, section: str) -> Fields:
-    """The fields `known`, which has their defaults, and the MLP's width and the epsilon."""
+    """Read the fields in `known` (name -> default), and add the MLP's width and the epsilon."""
     known = known | {"mlp_ratio": 4.0}
     _refuse_others(settings, {*known, "norm_kwargs"}, section)
     values: Fields = {name: settings.get(name, default) for name, default in known.items()}
@@ -114,7 +114,7 @@ def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _refuse_others(settings: dict[str, Any], known: set[str], section: str) -> None:
     for name, value in settings.items():
-        # `timm_*` is unused without `timm_model_name`, and so on for the other libraries.
+        # open_clip uses `timm_*` only with `timm_model_name`, and `hf_*` only with `hf_model_name`.
         library = re.match(r"(timm|hf|attn_pooler)_", name)
         unused = library and not settings.get(f"{library[1]}_model_name")
         harmless = name in known or name in _IGNORED or unused
@@ -149,7 +149,7 @@ def to_open_clip(fields: Fields) -> dict[str, Any]:
 def context_of_open_clip(settings: dict[str, Any]) -> int:
     """The context length of open_clip's tokenizer (open_clip, factory.py, get_tokenizer).
 
-    Raises ValueError for a field that makes other ids than CLIP's tokenizer. Warns of another
+    Raises ValueError for a field that changes the ids of CLIP's tokenizer. Warns of another
     vocabulary.
     """
     text = _section(_section(settings, "model_cfg"), "text_cfg")
@@ -164,8 +164,8 @@ def context_of_open_clip(settings: dict[str, Any]) -> int:
             raise ValueError(f"{found}; CLIP's tokenizer would give other ids")
     if name and not str(name).startswith("openai/clip-"):
         warn(
-            f"text_cfg.hf_tokenizer_name is {shown(name)}, but miniclip has only CLIP's tokenizer. "
-            "It uses the vocabulary beside the weights"
+            f"text_cfg.hf_tokenizer_name is {shown(name)}, but miniclip has only CLIP's tokenizer, "
+            "and uses the vocabulary beside the weights"
         )
     length: Any = text.get("context_length", 77)
     if type(length) is not int or length < 2:

@@ -5,7 +5,7 @@ and their code; OpenAI publishes its models in this form. A pickle is a program:
 Python function, and a few bytes can make it repeat long work. Here `pickletools` splits a pickle
 into instructions and runs nothing. Only the instructions that torch.save writes are followed, and a
 call is only noted. `torch.load(weights_only=True)` follows more instructions, and some take as much
-memory as a file asks for. It also refuses objects that a training loop saves beside the weights.
+memory as a file asks for. `torch.load` also refuses objects that training saves beside the weights.
 """
 
 import io
@@ -79,7 +79,7 @@ class PickledTensors:
 
 
 class _Bounded(io.BufferedReader):
-    """A file that refuses to read more than LARGEST bytes at once, even if its header says so."""
+    """A file that never reads more than LARGEST bytes at once, even if its header asks for more."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > LARGEST:
@@ -126,7 +126,7 @@ def _place(file: _Bounded, record: zipfile.ZipInfo, storage: Storage) -> int:
 
 
 def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
-    """Read a file of torch.save until 2020: five pickles, then the length and bytes of storages."""
+    """Read a file that torch.save wrote until 2020: five pickles, and storages after lengths."""
     file.seek(0)
     head = io.BytesIO(file.read(LARGEST))
     if head.read(len(_LEGACY)) != _LEGACY:
@@ -262,7 +262,7 @@ def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
             if not isinstance(stack[-1], dict):
                 raise UnpicklingError(f"it sets items of a {type(stack[-1]).__name__}")
             for key, value in zip(items[::2], items[1::2], strict=True):
-                stack[-1][key if type(key) is str else None] = value  # an optimizer's keys: numbers
+                stack[-1][key if type(key) is str else None] = value  # optimizers have numeric keys
         elif name == "BINPERSID":
             stack[-1] = storage = _storage(stack[-1])
             if type(storage) is Storage and storages.setdefault(storage.key, storage) != storage:

@@ -72,7 +72,7 @@ def is_picture(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or belongs to a system (thumbnails), by its name."""
+    """Whether a file or folder with this name is hidden, or made by a system for itself."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
@@ -120,7 +120,7 @@ def open_image(
 
 
 def with_name(name: str, error: ImageError) -> str:
-    """The message of an error, with the image's name before it unless the message has the name."""
+    """The message of an error, after the image's name unless the message has the name already."""
     return str(error) if name in str(error) else f"{name}: {error}"
 
 
@@ -158,7 +158,7 @@ def as_image(picture: Picture) -> Image.Image:
 
 
 def _check_floats(image: Image.Image) -> None:
-    """Raise ImageError for floats that are not from 0 to 255, which Pillow would turn black."""
+    """Raise ImageError for floats from 0 to 1 or with NaN, which Pillow would turn black."""
     if image.mode != "F":
         return
     most = np.abs(np.asarray(image)).max(initial=0)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         def forward(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     class _Called:
-        """Gives `__call__` the types of `forward`, also in a fork. nn.Module's returns Any."""
+        """Give `__call__` the types of `forward`, also in a fork. nn.Module has Any instead."""
 
         def __get__(self, module: _HasForward[P, R], owner: Any = None) -> Callable[P, R]: ...
 

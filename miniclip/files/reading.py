@@ -58,7 +58,7 @@ def open_regular(path: str | PathLike[str]) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Read the bytes of a file, unpacked if it ends in .gz. Raises OSError or ValueError."""
+    """Read the bytes of a file, unpacked if its name ends in .gz. May raise OSError, ValueError."""
     with open_regular(path) as raw:
         with gzip.open(raw) if path.suffix == ".gz" else raw as file:
             data = file.read(most + 1)  # the limit counts unpacked bytes

@@ -1,4 +1,4 @@
-"""Save a model or a whole checkpoint to a directory, and read it while others save there."""
+"""Save a model or a whole checkpoint to a directory. Read a directory during another save."""
 
 import os
 import shutil

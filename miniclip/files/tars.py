@@ -1,4 +1,4 @@
-"""Read the files of a tar, up to the first damage. Reading a damaged header takes no time."""
+"""Read the files of a tar, up to the first damage. Reading a damaged header takes little time."""
 
 import tarfile
 from collections.abc import Iterator
@@ -41,8 +41,10 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
                     if not info.isfile():
                         continue
                     if info.issparse() or info.offset_data + info.size > bounded.size:
-                        kind = "is sparse" if info.issparse() else f"has {info.size:,} bytes"
-                        raise ValueError(f"{info.name!r:.200} {kind}, and is not complete")
+                        kind = (
+                            "is sparse" if info.issparse() else f"should have {info.size:,} bytes"
+                        )
+                        raise ValueError(f"{info.name!r:.200} {kind}")
                     yield Member(name, info.name, info.offset_data, info.size)
     # tarfile raises many kinds of errors for a damaged header.
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError,

@@ -43,7 +43,7 @@ def _read_in_turn(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     is_safe = path.suffix == ".safetensors"
     with open(path, "rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    if is_safe and header > 6_000_000:  # a CLIP's has 200,000 bytes, and many times more parsed
+    if is_safe and header > 6_000_000:  # a CLIP's has 200,000; parsing needs many times more
         raise ValueError(f"expected a header of at most 6,000,000 bytes, found {header:,}")
     file: Any = safe_open(path, framework="pt") if is_safe else PickledTensors(path)
     if len(file.keys()) > MOST_TENSORS:
@@ -76,7 +76,7 @@ def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
             raise CheckpointError(f"{index}: names {reason}")
         more = read_tensors(path, dtype)
         if twice := sorted(tensors.keys() & more.keys()):
-            raise CheckpointError(f"{path}: has tensors that another shard has: {listed(twice)}")
+            raise CheckpointError(f"{path}: another shard has the same tensors: {listed(twice)}")
         tensors |= more
     if absent := sorted(places.keys() - tensors.keys()):
         raise CheckpointError(f"{index}: {len(absent)} tensors are in no shard: {listed(absent)}")

@@ -20,7 +20,7 @@ OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
 STALE = ("tokenizer.json", "added_tokens.json")
 """Files of an older tokenizer. A save deletes them, because transformers would read them first."""
 MOST_ADDED, LONGEST_ADDED = 20_000, 100
-"""The most added tokens, and the most characters of one. Each length costs time in each text."""
+"""The most added tokens, and the most characters of a token. Each length costs time in a text."""
 
 
 class Vocabulary(NamedTuple):
@@ -45,7 +45,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     with blaming(source):
         check_tokens(vocab, merges, [])
         if not any(token.endswith(END_OF_WORD) for token in vocab):
-            raise ValueError(f"no token ends with {END_OF_WORD}, the end of a word in CLIP's")
+            raise ValueError(f"no token ends with {END_OF_WORD}, as the last token of a word must")
         given = {token: id for token, (_, id) in added.items() if id is not None}
         for token, id in sorted(given.items(), key=lambda item: item[1]):
             if (found := vocab.setdefault(token, len(vocab))) != id:
@@ -83,7 +83,7 @@ def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> 
 
 
 def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Iterable[str]) -> None:
-    """Raise ValueError if no merge makes a token, because then no text ever has this token.
+    """Raise ValueError if no merge makes some token, because no text could have this token.
 
     This can be checked only if the vocabulary contains all 256 bytes.
     """
@@ -100,7 +100,7 @@ def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Itera
 
 
 def _read_merges(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
-    """Read the file of the vocabulary, the vocabulary and the merges."""
+    """Read the vocabulary and the merges. The first value is the file of the vocabulary."""
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     whole, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
     if vocab.is_file() and (merges.is_file() or not whole.is_file()):
@@ -207,7 +207,7 @@ def _added_token(token: Any, id: int | None = None) -> Added:
         raise ValueError(f"expected at most {LONGEST_ADDED} characters in a token, found {found}")
     # lstrip and rstrip are ignored: they remove whitespace, which has no ids anyway.
     if token.get("single_word"):
-        raise ValueError(f"single_word of {shown(content)} is set, as in no known CLIP")
+        raise ValueError(f"single_word of {shown(content)} is set; no known CLIP has such tokens")
     if id is not None and type(id) is not int:
         raise ValueError(f"expected the id of {shown(content)} to be a number, found {shown(id)}")
     is_special = token.get("special", id is None)

@@ -1,4 +1,4 @@
-"""Atomic writes: one file, or all files of a checkpoint together, are replaced or not changed."""
+"""Atomic writes: either all files of a save are replaced, or none is changed."""
 
 import errno
 import json
@@ -49,8 +49,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def _private_folder(directory: Path) -> Iterator[Path]:
     """Yield a new folder inside `directory`, and remove it at the end.
 
-    A process locks its folder until it ends. A folder without a lock was left by a killed process,
-    and is removed here. On a system without locks, such a folder stays.
+    A process locks its folder. A folder without a lock was left by a killed process, and is removed
+    here. On a system without locks, such a folder stays.
     """
     held = None
     while held is None:  # another process may remove the folder or its parents before the lock
@@ -106,8 +106,8 @@ def saving(directory: Path) -> Iterator[Path]:
     """Yield a folder to write files to. At the end, all of them move to `directory`, or none.
 
     An empty file in the folder means: delete the file with this name. One rename makes the folder a
-    complete save. If the process is killed before it, the directory keeps its files. If the process
-    is killed later, the next reader calls `finish_save`. Raises CheckpointError.
+    complete save. If the process is killed before the rename, the directory keeps its files. If the
+    process is killed later, the next reader calls `finish_save`. Raises CheckpointError.
     """
     folder, is_new = directory, not directory.exists()
     try:

@@ -27,7 +27,7 @@ from miniclip.terminal import counted, progress
 from miniclip.transform import ImageTransform
 
 PART = 512
-"""The number of images in a part. A build saves each part, and continues after the last part."""
+"""The number of images in a part. A killed build continues after the last part that it saved."""
 
 Stamped = tuple[str | Member, Stamp]
 
@@ -44,7 +44,7 @@ def encode_parts(
 
     Yields for each part: the results of `encode` for batches of pixels (B, 3, S, S), the places of
     the readable images, and a line about each unreadable image. The place of an image in its part
-    decides its batch, because the rounding errors of an embedding depend on the batch.
+    decides its batch, so that a repeated build makes the same rounding errors.
     """
     check_counts(batch, workers)
     read = partial(pixels_of, transform=transform)
@@ -121,7 +121,7 @@ def build_index(
 
     An update keeps the embeddings of unchanged images bit for bit, embeds new and changed images,
     and drops missing images. It compares path, size and time of change, because a hash would mean
-    reading every file. A part of 512 images is saved in a folder beside `out`, so a killed build
+    reading every file. Each part of 512 images is saved in a folder beside `out`, so a killed build
     can continue and gives the same bytes. Under torchrun, each process calls this function.
 
     Args:

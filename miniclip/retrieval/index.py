@@ -77,7 +77,7 @@ def fingerprint(model: CLIP) -> str:
 
 
 def describe(loaded: Loaded, name: str, revision: str | None = None) -> Encoder:
-    """Describe a model as the `Encoder` of an index. `name` and `revision` must load it again."""
+    """Describe a model as the `Encoder` of an index. `name` and `revision` must load this model."""
     dtype = str(loaded.model.logit_scale.dtype).removeprefix("torch.")
     return Encoder(name, revision, fingerprint(loaded.model), dtype, loaded.transform)
 
@@ -192,7 +192,7 @@ class Index:
             names = [about[name] for name in ("model", "fingerprint", "dtype", "folder")]
             names += [about["revision"]] * (about["revision"] is not None)
             if not all(isinstance(name, str) for name in names) or about["dtype"] not in DTYPES:
-                raise ValueError(f"made by {shown(about)}")
+                raise ValueError(f"the model is described as {shown(about)}")
             transform = ImageTransform.from_dict(about["transform"], reference=about["reference"])
             made_by = {name: about[name] for name in Encoder._fields} | {"transform": transform}
         except FileNotFoundError:
@@ -208,7 +208,7 @@ class Index:
 
         A float32 product finds the rows that may be among the best. Their scores are then computed
         in float64. The product's error is at most E u / (1 - E u), u = eps / 2, times both lengths
-        (Higham 2002, section 3.1). Twice this error is allowed. Memory does not grow with N.
+        (Higham 2002, section 3.1). The search allows twice this. Memory does not grow with N.
 
         Args:
             query: a unit vector (E,).

@@ -81,7 +81,7 @@ def _files(path: str, exclude: Sequence[str]) -> list[str]:
     if os.path.lexists(path):  # also a broken link, which is reported when it is read
         return [path]
     if not (matches := sorted(glob.glob(path, recursive=True))):
-        raise ValueError(f"{path}: no such file or folder, and no file matches the pattern")
+        raise ValueError(f"{path}: no such file or folder; as a pattern, it matches no file")
     wanted = [name for name in matches if _is_wanted(name, exclude, given)]
     return [name for match in wanted for name in _files(match, exclude)]
 

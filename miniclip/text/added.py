@@ -14,7 +14,7 @@ class AddedTokens:
         self._split_cleaned = _Splitter(self.cleaned)
 
     def split(self, text: str) -> Iterator[tuple[str, str | None]]:
-        """Yield the pieces of a text: (piece, token) for a token, (cleaned piece, None) between."""
+        """Yield the pieces of a text: (piece, token) for a token, else (cleaned piece, None)."""
         for i, raw in enumerate(self._split_raw(text)):
             if i % 2:
                 yield raw, raw

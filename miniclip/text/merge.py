@@ -12,7 +12,7 @@ LONG = 32
 
 
 class Merger:
-    """Apply merges to ids. A pair of ids is one number: its look-up is faster than two strings'.
+    """Apply merges to ids. A pair of ids is one number, which is looked up faster than strings.
 
     >>> vocab = {"c": 0, "a": 1, "t</w>": 2, "at</w>": 3, "cat</w>": 4}
     >>> Merger(vocab, [("a", "t</w>"), ("c", "at</w>")])([0, 1, 2])

@@ -12,8 +12,8 @@ Pair = tuple[str, str]
 def byte_symbols() -> dict[int, str]:
     """A visible character for each of the 256 bytes, in the order of the vocabulary (GPT-2).
 
-    In a vocabulary file, a space or a control character would cause errors. A byte that is visible
-    in Latin-1 becomes this character. The other 68 bytes become the characters from U+0100 on.
+    In a vocabulary file, a space or a control character would cause errors. A byte with a visible
+    character in Latin-1 gets this character. The other 68 bytes get characters from U+0100 on.
 
     >>> byte_symbols()[ord("a")], byte_symbols()[ord(" ")], byte_symbols()[0]
     ('a', 'Ġ', 'Ā')

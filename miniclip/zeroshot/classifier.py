@@ -29,7 +29,7 @@ class ZeroShotClassifier:
     """Score images against labels: `classifier(pixels)` returns logits (B, C).
 
     As in OpenAI's notebook, the embedding of each prompt is normalised, and the mean over the
-    templates is normalised again. With one template, the logits are `logits_per_image`, with other
+    templates is normalised again. With one template, the logits equal `logits_per_image` except for
     rounding errors. Gradients flow to the pixels and the vision tower. `weights` (C, E) is an
     ordinary tensor, from which a linear probe can start.
 

@@ -27,9 +27,9 @@ class LabelledImages(NamedTuple):
 def find_labels(names: str | Iterable[str]) -> list[str]:
     """Return labels. A single name may stand for all labels of a set, a folder or a file.
 
-    A set is a key of CLASS_SETS. A folder has class folders. A file is a text file with one label
-    on each line, or a JSON file: a list of labels, {id: label} or {label: id}. Raises ValueError
-    for a file without labels.
+    A set is a key of CLASS_SETS. A folder contains class folders. A file is a text file with one
+    label on each line, or a JSON file: a list of labels, {id: label} or {label: id}. Raises
+    ValueError for a file without labels.
 
     >>> find_labels(["cat", "dog"]), len(find_labels("imagenet"))
     (['cat', 'dog'], 1000)
@@ -54,7 +54,7 @@ def _read_labels(path: Path) -> list[str]:
         found = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: expected labels in lines or in a JSON list: {reason}") from None
+        raise ValueError(f"{path}: expected labels, as lines or as a JSON list: {reason}") from None
     if isinstance(found, dict):
         is_id_by_name = all(type(id) is int for id in found.values())
         found = sorted(found, key=found.__getitem__) if is_id_by_name else [*found.values()]
@@ -62,7 +62,7 @@ def _read_labels(path: Path) -> list[str]:
         raise ValueError(f"{path}: expected a list of labels, or an object of ids and labels")
     if labels := [label.strip() for label in found if label.strip()]:
         return labels
-    raise ValueError(f"{path}: has no labels; expected labels in lines or in a JSON list")
+    raise ValueError(f"{path}: has no labels; expected labels, as lines or as a JSON list")
 
 
 def _folders_in(root: Path) -> list[str]:
@@ -111,7 +111,7 @@ def labelled_images(
     labels = folder_labels(folders) if labels is None else as_list(labels, "label")
     if len(labels) != len(folders):
         given, expected = counted(len(labels), "label"), counted(len(folders), "class folder")
-        raise ValueError(f"{given} for the {expected} of {root}")
+        raise ValueError(f"found {given} for the {expected} of {root}")
     found = [(path, i) for i, name in enumerate(folders) for path in visible_files(root / name)]
     if not found:
         raise ValueError(f"{root}: no files in its {counted(len(folders), 'class folder')}")
@@ -159,7 +159,7 @@ def with_classes_of(images: LabelledImages, others: Iterable[LabelledImages]) ->
 
 
 def folder_labels(folders: Sequence[str]) -> list[str]:
-    """Return a label for each class folder. `folders` are sorted.
+    """Return a label for each class folder. `folders` must be sorted.
 
     >>> folder_labels(["n01440764", "n01443537"]), folder_labels(["fire_truck", "n01443537"])
     (['tench', 'goldfish'], ['fire truck', 'n01443537'])
