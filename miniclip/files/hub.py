@@ -254,7 +254,7 @@ def weights_in(directory: Path) -> Path | None:
 
 
 def is_clips(directory: Path) -> bool:
-    """Whether config.json describes the CLIP. In a repository of timm, open_clip's config does."""
+    """Whether config.json describes the CLIP, and not a model of timm beside open_clip's config."""
     config, open_clip = (directory / name for name in CONFIGS.values())
     return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
 

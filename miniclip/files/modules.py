@@ -73,7 +73,7 @@ def check_described(model: Any) -> None:
         expected = kind(model.config)
     parts = [module for _, module in named_modules(expected)]
     if any(isinstance(v, Tensor) for m in parts for v in (*vars(m).values(), *m.buffers())):
-        with torch.random.fork_rng(devices=[]):  # with values, because buffers are compared
+        with torch.random.fork_rng(devices=[]):  # built with values, to compare buffers
             expected = kind(model.config).to(next(model.parameters()).dtype)
     odd = [*differences(model, expected)]
     patched = [one for one in odd if one.endswith("is patched")]

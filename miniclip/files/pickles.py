@@ -185,7 +185,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
 def _made(function: Any, arguments: Any) -> Any:
     """The result of a call: a tensor, or a placeholder for any other object."""
     if type(function) is not _Maker:
-        raise UnpicklingError(f"it calls a {type(function).__name__}")
+        raise UnpicklingError(f"it calls a {type(function).__name__}, not a function")
     if function not in _CALLS:
         return Made(function)
     if not isinstance(arguments, list) or len(arguments) > 8:

@@ -83,7 +83,7 @@ def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> 
 
 
 def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Iterable[str]) -> None:
-    """Raise ValueError if no merge makes some token, because no text could have this token.
+    """Raise ValueError for a token that no merge makes, because no text can have this token.
 
     This can be checked only if the vocabulary contains all 256 bytes.
     """

@@ -102,7 +102,7 @@ def labelled_images(
         root: the folder that contains the class folders.
         labels: the names of the classes, in the order of `class_folders`. By default, a folder's
             name is the label (fire_truck is "fire truck"). If all folders are WordNet ids of
-            ImageNet (n01440764), or positions (0 to 999), the labels are OpenAI's class names.
+            ImageNet (n01440764), or the positions 0 to 999, the labels are OpenAI's class names.
 
     Raises:
         ValueError: there is no class or no file, or the number of labels is wrong.
