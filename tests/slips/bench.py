@@ -13,7 +13,7 @@ TEXTS = "tests/test_diagnosis_tables.py -k 'other_ids or another_length'"
 WEIGHTS = "tests/test_diagnosis_tables.py -k weight"
 COSTS = f"{BENCH} -k 'rounds or refused or order or time or gpu or tolerance or table or ratios'"
 ASKED = f"{BENCH} -k 'argument or tf32 or libraries_read or compiled'"
-LIMITS = f"{PARITY} -k 'too_far or worse or finite'"
+LIMITS = f"{PARITY} -k 'documented or twice_the_error or larger_errors or finite'"
 
 SLIPS = [
     # ------------------------------------------------------------------------------------- bench
@@ -425,7 +425,7 @@ SLIPS = [
         "Weights two roundings apart count as the same.",
         "torch.finfo(one.dtype).eps * other.abs()",
         "2 * torch.finfo(one.dtype).eps * other.abs()",
-        f"{PARITY} -k rounding_apart",
+        f"{PARITY} -k by_a_rounding",
     ),
     Slip(
         "The seed of the inputs is dropped.",
@@ -461,13 +461,13 @@ SLIPS = [
         "The transforms are not compared.",
         "    if ours.transform and theirs.transform:\n",
         "    if not ours.transform and theirs.transform:\n",
-        f"{PARITY} -k come_first",
+        f"{PARITY} -k compared_first",
     ),
     Slip(
         "Merges that have changed places pass.",
         "        if mine != yours:\n            cause = f\"merge",
         "        if False:\n            cause = f\"merge",
-        f"{PARITY} -k changed_places",
+        f"{PARITY} -k are_swapped",
     ),
     Slip(
         "A tokenizer is not compared on the words of its vocabulary.",
@@ -485,13 +485,13 @@ SLIPS = [
         "The revision is dropped on the way to the weights.",
         "Loaded(CLIP.from_pretrained(name, **options), **parts)",
         "Loaded(CLIP.from_pretrained(name), **parts)",
-        f"{PARITY} -k asked_for",
+        f"{PARITY} -k given_place",
     ),
     Slip(
         "The revision is dropped on the way to the tokenizer.",
         "kind.from_pretrained(name, **options) if found",
         "kind.from_pretrained(name) if found",
-        f"{PARITY} -k asked_for",
+        f"{PARITY} -k given_place",
     ),
     Slip(
         "The flag --revision of parity is dropped.",
@@ -521,13 +521,13 @@ SLIPS = [
         "Random weights have a logit scale of 1.",
         "parameter.fill_(math.log(100))",
         "parameter.fill_(0.0)",
-        f"{PARITY} -k drawn_at_random",
+        f"{PARITY} -k random_weights",
     ),
     Slip(
         "The seed of random weights is dropped.",
         "generator = torch.Generator().manual_seed(seed)\n    for name",
         "generator = torch.Generator().manual_seed(0)\n    for name",
-        f"{PARITY} -k drawn_at_random",
+        f"{PARITY} -k random_weights",
     ),
     Slip(
         "The tokens count as sites of the models.",

@@ -411,19 +411,19 @@ SLIPS = [
         "An upload may have 30 MB.",
         "MAX_BYTES = 20_000_000",
         "MAX_BYTES = 30_000_000",
-        f"{SERVE} -k 'know or never'",
+        f"{SERVE} -k 'needs or never'",
     ),
     Slip(
         "The page reads EPS files.",
         '"BMP", "TIFF")',
         '"BMP", "TIFF", "EPS")',
-        f"{SERVE} -k formats",
+        f"{SERVE} -k format",
     ),
     Slip(
         "The page reads no WEBP files.",
         '("JPEG", "PNG", "WEBP",',
         '("JPEG", "PNG",',
-        f"{SERVE} -k formats",
+        f"{SERVE} -k format",
     ),
     Slip(
         "The page may load pictures from anywhere.",
@@ -435,7 +435,7 @@ SLIPS = [
         "Any name of this machine is answered.",
         "allowed_hosts=[HOST, ",
         'allowed_hosts=["*", ',
-        f"{SERVE} -k another_site",
+        f"{SERVE} -k 'another_host or another_site'",
     ),
     Slip(
         "The server listens to other machines.",
@@ -453,7 +453,7 @@ SLIPS = [
         "A question that nobody waits for is answered.",
         "if await request.is_disconnected():",
         "if False:",
-        f"{SERVE} -k no_longer_read_waits",
+        f"{SERVE} -k nobody_waits",
     ),
     Slip(
         "The heat map is of the last sentence.",
@@ -489,13 +489,13 @@ SLIPS = [
         "What was found is shown at half the size.",
         "THUMBNAIL = (224, 224)",
         "THUMBNAIL = (112, 112)",
-        f"{SERVE} -k best_pictures",
+        f"{SERVE} -k best_images",
     ),
     Slip(
         "The colours of heat are in another order.",
         'HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")',
         'HEAT_COLOURS = ("#000004", "#fcffa4", "#bc3754")',
-        f"{SERVE} -k 'heat or know'",
+        f"{SERVE} -k 'heat or needs'",
     ),
     Slip(
         "Cold places hide the picture.",
@@ -659,7 +659,7 @@ SLIPS = [
         "Of equal scores the last comes first.",
         "order = scores.argsort(descending=True, stable=True)[:k]",
         "order = len(scores) - 1 - scores.flip(0).argsort(descending=True, stable=True)[:k]",
-        f"{RETRIEVAL} -k equals",
+        f"{RETRIEVAL} -k equal_scores",
     ),
     Slip(
         "A part has 500 pictures.",
@@ -689,19 +689,19 @@ SLIPS = [
         "embed ignores --force.",
         "(args.batch, args.workers, args.force)",
         "(args.batch, args.workers)",
-        f"{RETRIEVAL} -k embed_leaves",
+        f"{RETRIEVAL} -k embed_excludes",
     ),
     Slip(
         "embed ignores --exclude.",
         "find_pictures(args.paths, args.exclude)",
         "find_pictures(args.paths)",
-        f"{RETRIEVAL} -k embed_leaves",
+        f"{RETRIEVAL} -k embed_excludes",
     ),
     Slip(
         "The thumbnails of network drives are pictures.",
         "or name.lower() in SYSTEM_FOLDERS",
         "",
-        f"{RETRIEVAL} -k a_system_keeps",
+        f"{RETRIEVAL} -k hidden_files",
     ),
     Slip(
         "Camera raw is read as Pillow reads it.",
@@ -767,7 +767,7 @@ SLIPS = [
         "An index takes the place of any file.",
         "old = Index.load(out) if out.exists() else None",
         "old = None",
-        f"{RETRIEVAL} -k takes_the_place",
+        f"{RETRIEVAL} -k only_replaces",
     ),
     Slip(
         "A query is not of length 1.",
@@ -791,13 +791,13 @@ SLIPS = [
         "A query is embedded with transformers' reference, whatever the index has.",
         "            reference=made_by.transform.reference,\n",
         "",
-        f"{RETRIEVAL} -k as_it_was_made",
+        f"{RETRIEVAL} -k options_that_made",
     ),
     Slip(
         "A query is embedded in float32, whatever the index has.",
         "dtype=getattr(torch, made_by.dtype)",
         "dtype=torch.float32",
-        f"{RETRIEVAL} -k as_it_was_made",
+        f"{RETRIEVAL} -k options_that_made",
     ),
     Slip(
         "A query is embedded by the newest commit.",
@@ -809,7 +809,7 @@ SLIPS = [
         "A tar's pictures are not turned upright.",
         "return open_image(member.read(), name=member.name)",
         'return Image.open(__import__("io").BytesIO(member.read()))',
-        f"{RETRIEVAL} -k in_a_tar_is",
+        f"{RETRIEVAL} -k in_a_tar_has",
     ),
     Slip(
         "A name in the index is looked for in the working folder.",
@@ -858,7 +858,7 @@ SLIPS = [
         "The largest image is a pixel too small.",
         "if size * new_long > MAX_PIXELS:",
         "if size * new_long >= MAX_PIXELS:",
-        f"{TRANSFORM} -k most_pixels",
+        f"{TRANSFORM} -k max_pixels",
     ),
     Slip(
         "The files of another step's settings are read.",

@@ -7,7 +7,7 @@ TRAINING = "tests/test_training.py"
 FINE = "tests/test_fine_tuning.py"
 PROCESSES = "tests/test_processes.py"
 DATA = (
-    "tests/test_training.py -k 'source or pictures or pixels or shards or class "
+    "tests/test_training.py -k 'source or images or pixels or shards or class "
     "or called_by or batches or augment or cannot'"
 )
 SETUP = (
@@ -450,7 +450,7 @@ SLIPS = [
         "A gathered row's gradient is its own process's alone.",
         "        dist.all_reduce(gradient)\n",
         "",
-        PROCESSES + " -k 'gathering or big_batch'",
+        PROCESSES + " -k 'gather or big_batch'",
     ),
     Slip(
         "Each process goes on with its own gradients.",
