@@ -40,7 +40,7 @@ MODEL = [
         "tests/test_model.py -k 'watched or place_of_a_site'",
     ),
     Slip(
-        "Nobody looks at the pattern.",
+        "Hooks on the pattern do not count as watching.",
         "if self.eager or is_watched(self.scores) or is_watched(self.pattern):",
         "if self.eager or is_watched(self.scores):",
         "tests/test_model.py -k 'watched or sdpa_never_makes'",
@@ -70,7 +70,7 @@ MODEL = [
         "tests/test_model.py -k patched",
     ),
     Slip(
-        "The scores are masked before anybody edits them.",
+        "The scores are masked before the hooks see them.",
         "            scores = scores.masked_fill(future, -torch.inf)\n",
         "            scores = self.scores(scores.masked_fill(future, -torch.inf))\n",
         "tests/test_model.py -k 'lets_later or temperature'",
@@ -180,7 +180,7 @@ MODEL = [
         "tests/test_model.py -k init",
     ),
     Slip(
-        "Queries, keys and values of images begin as Xavier's of three matrices.",
+        "Queries, keys and values of images begin as three Xavier matrices.",
         "nn.init.uniform_(linear.weight, -(1.5**0.5) * std, 1.5**0.5 * std)",
         "nn.init.xavier_uniform_(linear.weight)",
         "tests/test_model.py -k init",
@@ -198,13 +198,13 @@ MODEL = [
         "tests/test_model.py -k init",
     ),
     Slip(
-        "The init of what is added to the stream does not know the depth.",
+        "The init of the output layers ignores the depth.",
         "residual_std = std * (2 * self.config.layers) ** -0.5",
         "residual_std = std * 2**-0.5",
         "tests/test_model.py -k init",
     ),
     Slip(
-        "The init of what is added to the stream counts one addition a layer.",
+        "The init of the output layers counts one addition per layer.",
         "residual_std = std * (2 * self.config.layers) ** -0.5",
         "residual_std = std * self.config.layers**-0.5",
         "tests/test_model.py -k init",
@@ -236,13 +236,13 @@ MODEL = [
         "tests/test_model.py -k test_embeddings_equal_transformers",
     ),
     Slip(
-        "Vectors in the place of ids are of any width.",
+        "Vectors given in place of ids may have any width.",
         "if x.ndim != 3 or x.shape[2] != width:",
         "if x.ndim != 3:",
         "tests/test_surgery_runs.py -k do_not_fit",
     ),
     Slip(
-        "The place to read a text at is ignored.",
+        "The given end of a text is ignored.",
         "tower.pool(tower.blocks(tower.add_positions(vectors)), eos)",
         "tower.pool(tower.blocks(tower.add_positions(vectors)), 0 * eos)",
         "tests/test_surgery_runs.py -k 'vectors'",
@@ -284,7 +284,7 @@ MODEL = [
         "tests/test_model.py -k without_an_end_token",
     ),
     Slip(
-        "Length 1 to the last bit: another operation for the root.",
+        "Unit vectors are computed with another operation for the root.",
         "return x / x.pow(2).sum(-1, keepdim=True).pow(0.5)",
         "return F.normalize(x, dim=-1)",
         "tests/test_model.py -k 'bit_equal'",
@@ -302,7 +302,7 @@ MODEL = [
         "tests/test_model.py -k 'test_logits_equal_transformers or scaled_cosines'",
     ),
     Slip(
-        "The temperature that the config names is not where training begins.",
+        "The config's initial logit scale is ignored.",
         "self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))",
         "self.logit_scale = nn.Parameter(torch.tensor(2.6592))",
         "tests/test_model.py -k init",
@@ -314,7 +314,7 @@ MODEL = [
         "tests/test_model.py -k another_kind",
     ),
     Slip(
-        "Attention once written out stays so.",
+        "Attention cannot be switched back to the fused function.",
         'attn.eager = kind == "eager"',
         'attn.eager = attn.eager or kind == "eager"',
         "tests/test_model.py -k another_kind",
@@ -326,7 +326,7 @@ MODEL = [
         "tests/test_model.py -k from_pretrained",
     ),
     Slip(
-        "A model is saved in transformers' layout, whatever is asked.",
+        "save_pretrained ignores the layout.",
         "asdict(self.config), state, layout, fork)",
         'asdict(self.config), state, "transformers", fork)',
         "tests/test_model.py -k the_given_layout",
@@ -335,13 +335,13 @@ MODEL = [
 
 SITES = [
     Slip(
-        "Compiled models run compiled, and look for no hook.",
+        "Compiled models run compiled even if there are hooks.",
         '_stances.append(torch.compiler.set_stance("force_eager"))',
         '_stances.append(torch.compiler.set_stance("default"))',
         "tests/test_sites.py -k compiled",
     ),
     Slip(
-        "The first of two blocks to end takes the stance along.",
+        "The stance ends with the first of two blocks.",
         "_stances.pop().__exit__",
         "_stances.pop(0).__exit__",
         "tests/test_sites.py -k overlap",
@@ -377,13 +377,13 @@ SITES = [
         "tests/test_sites.py -k gradients",
     ),
     Slip(
-        "Gradients that are off are not noticed.",
+        "grad=True without gradients is not an error.",
         'if not torch.is_grad_enabled():\n            raise ValueError(f"{name}: grad=True',
         'if False:\n            raise ValueError(f"{name}: grad=True',
         "tests/test_sites.py -k gradients",
     ),
     Slip(
-        "A cache of no sites is empty and silent.",
+        "A cache of no sites is not an error.",
         "    if not globs:\n",
         "    if False:\n",
         "tests/test_sites.py -k without_a_match",
@@ -407,13 +407,13 @@ SITES = [
         "tests/test_sites.py -k star",
     ),
     Slip(
-        "In inference mode an edit in place goes unseen.",
+        "In inference mode an edit in place is not noticed.",
         "changed = not torch.allclose(tensor, before, rtol=0, atol=0, equal_nan=True)",
         "changed = False",
         "tests/test_sites.py -k in_place",
     ),
     Slip(
-        "In inference mode a small edit in place goes unseen.",
+        "In inference mode a small edit in place is not noticed.",
         "changed = not torch.allclose(tensor, before, rtol=0, atol=0, equal_nan=True)",
         "changed = not torch.allclose(tensor, before, equal_nan=True)",
         "tests/test_sites.py -k in_place",
@@ -425,13 +425,13 @@ SITES = [
         "tests/test_sites.py -k nan",
     ),
     Slip(
-        "With gradients an edit in place goes unseen.",
+        "With gradients an edit in place is not noticed.",
         "changed = tensor._version != before",
         "changed = False",
         "tests/test_sites.py -k in_place",
     ),
     Slip(
-        "A hook may return what is not a tensor.",
+        "A hook may return something other than a tensor.",
         "if edited is not None and _kind(edited, name) != _kind(tensor, name):",
         "if False:",
         "tests/test_sites.py -k 'see_and_return or another_kind'",
@@ -502,13 +502,13 @@ SITES = [
         "tests/test_sites.py -k 'sum_of_its_parts or transformer_lens'",
     ),
     Slip(
-        "A block with a negative number is named.",
+        "A negative block number is accepted.",
         "if type(layer) is not int or layer < 0:",
         "if type(layer) is not int:",
         "tests/test_sites.py -k transformer_lens",
     ),
     Slip(
-        "True is the number of a block.",
+        "True is accepted as the number of a block.",
         "if type(layer) is not int or layer < 0:",
         "if layer < 0:",
         "tests/test_sites.py -k transformer_lens",
@@ -544,13 +544,13 @@ SITES = [
         "tests/test_sites.py -k of_a_step",
     ),
     Slip(
-        "The inner of two blocks takes the outer's hooks along when it ends.",
+        "The end of the inner block removes the hooks of the outer one.",
         "if not (self.scale._forward_hooks or self.normalized._forward_hooks):",
         "if True:",
         "tests/test_sites.py -k of_a_step",
     ),
     Slip(
-        "A LayerNorm that is only looked at is computed in steps.",
+        "A LayerNorm with hooks that edit nothing is computed in steps.",
         "if edited_scale is scale and edited is quotient:",
         "if False:",
         "tests/test_sites.py -k layer_norm_are_right",
@@ -589,19 +589,19 @@ SITES = [
 
 LENS = [
     Slip(
-        "The sum of the parts may miss by a million times as much.",
+        "The sum of the parts may differ a million times more.",
         "if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:",
         "if not distance <= 1e9 * torch.finfo(embedding.dtype).eps * size:",
         "tests/test_lens.py -k 'parts or sum'",
     ),
     Slip(
-        "The sum of the parts may miss by four times as much.",
+        "The sum of the parts may differ four times more.",
         "if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:",
         "if not distance <= 4000 * torch.finfo(embedding.dtype).eps * size:",
         "tests/test_lens.py -k 'parts or sum'",
     ),
     Slip(
-        "The sum of the parts may miss by a fourth only.",
+        "The sum of the parts may differ only a fourth as much.",
         "if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:",
         "if not distance <= 250 * torch.finfo(embedding.dtype).eps * size:",
         "tests/test_lens.py -k 'parts or sum'",
@@ -613,7 +613,7 @@ LENS = [
         "tests/test_lens.py -k 'parts or sum'",
     ),
     Slip(
-        "The size of the parts is what is left of them.",
+        "The tolerance depends on the sum and not on the parts.",
         "size = sum((part.abs().sum(1) for part in flat), torch.zeros_like(embedding)).max()",
         "size = embedding.abs().max()",
         "tests/test_lens.py -k 'parts or sum'",
@@ -637,7 +637,7 @@ LENS = [
         "tests/test_lens.py -k head",
     ),
     Slip(
-        "A head's map is what it is looked at.",
+        "A head's map is transposed.",
         "return on_grid(model, pixels, maps[layer][:, head, 0])",
         "return on_grid(model, pixels, maps[layer][:, head, :, 0])",
         "tests/test_lens.py -k head",
@@ -655,13 +655,13 @@ LENS = [
         "tests/test_lens.py -k rollout",
     ),
     Slip(
-        "Relevance keeps what speaks against a pair.",
+        "Relevance keeps negative gradients.",
         "(slope * pattern).clamp(min=0).sum(1)",
         "(slope * pattern).sum(1)",
         "tests/test_lens.py -k relevance",
     ),
     Slip(
-        "Relevance takes all blocks, whatever the start.",
+        "Relevance ignores the first block to use.",
         "for one in weighted[start:]:",
         "for one in weighted:",
         "tests/test_lens.py -k relevance",
@@ -789,7 +789,7 @@ LENS = [
         "tests/test_lens.py -k intermediates",
     ),
     Slip(
-        "The last attention is what the class token is looked at by.",
+        "The map of the last attention is transposed.",
         "attention_maps(model, pixels)[-1][:, :, 0].mean(1))",
         "attention_maps(model, pixels)[-1][:, :, :, 0].mean(1))",
         "tests/test_lens.py -k 'method or definition'",
@@ -801,13 +801,13 @@ LENS = [
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
-        "The map of relevance is of the last block alone.",
+        "The map of relevance takes only the last block.",
         "on_grid(model, x, relevance(model, x, ids).image)",
         "on_grid(model, x, relevance(model, x, ids, start=-1).image)",
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
-        "The map of tokens is of a text as long as it is.",
+        "The map of tokens does not normalise the text.",
         "texts = model.encode_text(ids, normalize=True)  # (B, E)\n    parts",
         "texts = model.encode_text(ids)  # (B, E)\n    parts",
         "tests/test_lens.py -k 'method or definition'",
@@ -819,7 +819,7 @@ LENS = [
         "tests/test_lens.py -k occlusion",
     ),
     Slip(
-        "What is lost is not shared out.",
+        "A loss of the occlusion is not divided among its patches.",
         "return heat / times",
         "return heat",
         "tests/test_lens.py -k occlusion",
@@ -849,7 +849,7 @@ LENS = [
         "tests/test_lens.py -k method",
     ),
     Slip(
-        "A map is made by attention unless a method is named.",
+        "The default method of a map is attention.",
         'image: Picture, texts: str | Iterable[str], loaded: Loaded, method: str = "relevance"',
         'image: Picture, texts: str | Iterable[str], loaded: Loaded, method: str = "attention"',
         "tests/test_lens.py -k 'map'",
@@ -867,38 +867,38 @@ LENS = [
         "tests/test_lens.py -k 'map'",
     ),
     Slip(
-        "The picture of what the model sees has OpenAI's colours.",
+        "The image that a model sees is drawn with OpenAI's mean and std.",
         "mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)",
         "mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])\n"
         "    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])",
         "tests/test_lens.py -k seen_is",
     ),
     Slip(
-        "The picture of what the model sees has its colours cut off, not rounded.",
+        "The colours of the image that a model sees are rounded down.",
         "return Image.fromarray(pixels.round().to(torch.uint8).numpy())",
         "return Image.fromarray(pixels.to(torch.uint8).numpy())",
         "tests/test_lens.py -k seen_is",
     ),
     Slip(
-        "A larger picture of what the model sees shows more of it.",
+        "The enlarged image that a model sees shows more of the original.",
         "larger = replace(transform, size=transform.size * scale, crop_size",
         "larger = replace(transform, crop_size",
         "tests/test_lens.py -k seen_is",
     ),
     Slip(
-        "What speaks against the text is as warm as what speaks for it.",
+        "Negative heat is as warm as positive heat.",
         "shown = heat.clamp(min=0)",
         "shown = heat.abs()",
         "tests/test_lens.py -k heat",
     ),
     Slip(
-        "Each picture is as warm as its own warmest patch.",
+        "The heat of each image is scaled by its own maximum.",
         "warmest = shown.max().item() if warmest is None else warmest",
         "warmest = shown.max().item()",
         "tests/test_lens.py -k heat",
     ),
     Slip(
-        "What is warmer than the warmest is cold.",
+        "Heat above the maximum is drawn as cold.",
         "* 255).clamp(max=255).to(torch.uint8).numpy()",
         "* 255).to(torch.uint8).numpy()",
         "tests/test_lens.py -k heat",
@@ -916,7 +916,7 @@ LENS = [
         "tests/test_lens.py -k inferno",
     ),
     Slip(
-        "The picture under the heat is as dense where it is cold.",
+        "Cold patches cover the image as much as warm ones.",
         "density = smooth.point(lambda h: 90 + h // 2)",
         "density = smooth.point(lambda h: 180)",
         "tests/test_lens.py -k heat",
@@ -928,25 +928,25 @@ LENS = [
         "tests/test_lens.py -k questions",
     ),
     Slip(
-        "The object that is asked for is the other.",
+        "Questions ask for the other object.",
         "zip(drawn.objects, (first, second), (second, first))",
         "zip(drawn.objects, (second, first), (first, second))",
         "tests/test_lens.py -k questions",
     ),
     Slip(
-        "Questions are answered by relevance, whatever the method.",
+        "Questions are always answered by relevance.",
         "maps.append(METHODS[method](model, pixels.to(device), ids.to(device)).cpu())",
         'maps.append(METHODS["relevance"](model, pixels.to(device), ids.to(device)).cpu())',
         "tests/test_lens.py -k 'answer or draws'",
     ),
     Slip(
-        "A model is scored while it trains.",
+        "A model is scored in training mode.",
         "model = loaded.model.eval()\n    untrained",
         "model = loaded.model\n    untrained",
         "tests/test_lens.py -k evaluation",
     ),
     Slip(
-        "An untrained model trains.",
+        "An untrained model is in training mode.",
         "return type(model)(model.config).to(model.logit_scale).eval()",
         "return type(model)(model.config).to(model.logit_scale)",
         "tests/test_lens.py -k evaluation",
@@ -958,7 +958,7 @@ LENS = [
         "tests/test_lens.py -k 'draws'",
     ),
     Slip(
-        "Random weights are of one draw less.",
+        "There is one draw of random weights less.",
         "RANDOM = 5",
         "RANDOM = 4",
         "tests/test_lens.py -k 'draws'",
@@ -976,7 +976,7 @@ LENS = [
         "tests/test_lens.py -k 'draws'",
     ),
     Slip(
-        "Area under the warmest pixels has one pixel more.",
+        "The region of the warmest pixels has one pixel more.",
         "common = ((rank < area) & named).sum(1)",
         "common = ((rank <= area) & named).sum(1)",
         "tests/test_lens.py -k score",
@@ -1033,13 +1033,13 @@ SURGERY = [
         "tests/test_surgery_weights.py -k lora",
     ),
     Slip(
-        "LoRA of True's rank.",
+        "LoRA accepts True as a rank.",
         "if type(rank) is not int or rank < 1:",
         "if rank < 1:",
         "tests/test_surgery_weights.py -k 'impossible or lora'",
     ),
     Slip(
-        "The base goes on learning beside LoRA.",
+        "The base weights are trained beside LoRA.",
         "new = copied(model).requires_grad_(False)",
         "new = copied(model)",
         "tests/test_surgery_weights.py -k lora",
@@ -1051,13 +1051,13 @@ SURGERY = [
         "tests/test_surgery_weights.py -k lora",
     ),
     Slip(
-        "A merged Linear trains, whatever its parts did.",
+        "A merged Linear can always be trained.",
         "setattr(parent, name, plain.train(adapted.training))",
         "setattr(parent, name, plain)",
         "tests/test_surgery_weights.py -k merg",
     ),
     Slip(
-        "A merged weight learns.",
+        "A merged weight can be trained.",
         "plain.weight = nn.Parameter(adapted.weight.detach().clone(), False)",
         "plain.weight = nn.Parameter(adapted.weight.detach().clone())",
         "tests/test_surgery_weights.py -k merg",
@@ -1093,7 +1093,7 @@ SURGERY = [
         "tests/test_surgery_runs.py -k dropout",
     ),
     Slip(
-        "Patch dropout drops while evaluating.",
+        "Patch dropout drops patches in evaluation mode.",
         "if not module.training or not self.share:",
         "if not self.share:",
         "tests/test_surgery_runs.py -k dropout",
@@ -1123,7 +1123,7 @@ SURGERY = [
         "tests/test_surgery_runs.py -k mean",
     ),
     Slip(
-        "Ablation takes the mean unless told otherwise.",
+        "The default of ablation is the mean.",
         'heads: Mapping[int, Collection[int]], mode: str = "zero"',
         'heads: Mapping[int, Collection[int]], mode: str = "mean"',
         "tests/test_surgery_runs.py -k ablating",
@@ -1171,7 +1171,7 @@ SURGERY = [
         "tests/test_surgery_runs.py -k splic",
     ),
     Slip(
-        "What a hook on a spliced module takes is put back as its error.",
+        "The effect of a hook on a spliced module is undone by its error.",
         "unhooked = copied(module, shares_weights=True) if error_term else module",
         "unhooked = module",
         "tests/test_surgery_runs.py -k splic",
@@ -1201,13 +1201,13 @@ SURGERY = [
         "tests/test_surgery_shapes.py -k pruning_heads",
     ),
     Slip(
-        "What is cut learns again.",
+        "A frozen parameter can be trained after it was cut.",
         "setattr(linear, name, nn.Parameter(rest, parameter.requires_grad))",
         "setattr(linear, name, nn.Parameter(rest))",
         "tests/test_surgery_shapes.py -k surgery_keeps",
     ),
     Slip(
-        "A Linear that was cut does not know its size.",
+        "A Linear that was cut keeps its old sizes.",
         "    linear.out_features, linear.in_features = linear.weight.shape\n",
         "",
         "tests/test_surgery_shapes.py -k pruning",
@@ -1237,13 +1237,13 @@ SURGERY = [
         "tests/test_surgery_shapes.py -k 'resizing_equals or equal_timms or equals_timms'",
     ),
     Slip(
-        "Images are resized as timm does it unless told otherwise.",
+        "The default resampling is timm's.",
         'size: int | tuple[int, int], method: str = "transformers") -> CLIP:',
         'size: int | tuple[int, int], method: str = "timm") -> CLIP:',
         "tests/test_surgery_shapes.py -k 'resizing_equals or equal_timms or equals_timms'",
     ),
     Slip(
-        "Half precision is resampled as it is.",
+        "Half precision is resampled in half precision.",
         "return x.detach().to(torch.promote_types(x.dtype, torch.float32))",
         "return x.detach()",
         "tests/test_surgery_shapes.py -k half_precision",
@@ -1273,7 +1273,7 @@ SURGERY = [
         "tests/test_surgery_shapes.py -k 'published_formulas or equal_open_clips'",
     ),
     Slip(
-        "Of a context all positions may be kept.",
+        "All positions of a context may be kept.",
         "if length < old or not 0 <= keep <= old - 2:",
         "if length < old or not 0 <= keep <= old:",
         "tests/test_surgery_shapes.py -k impossible_surgery",
@@ -1297,7 +1297,7 @@ SURGERY = [
         "tests/test_surgery_shapes.py -k impossible_surgery",
     ),
     Slip(
-        "Past the last position the table is flat.",
+        "The stretched table ends with equal rows.",
         "below = places.long().clamp(max=len(rows) - 2)",
         "below = places.long().clamp(max=len(rows) - 2)\n"
         "        places = places.clamp(max=len(rows) - 1)",
@@ -1316,7 +1316,7 @@ SURGERY = [
         "tests/test_surgery_shapes.py -k legacy_end",
     ),
     Slip(
-        "The embedding of more tokens does not know how many it has.",
+        "The embedding of more tokens keeps its old num_embeddings.",
         "    new.text.token_embed.num_embeddings = old + len(rows)\n",
         "",
         "tests/test_surgery_shapes.py -k new_tokens",
@@ -1334,7 +1334,7 @@ SURGERY = [
         "tests/test_surgery_shapes.py -k impossible_surgery",
     ),
     Slip(
-        "A parameter that was frozen learns after it was replaced.",
+        "A frozen parameter can be trained after it was replaced.",
         "trained = True if old is None else old.requires_grad",
         "trained = True",
         "tests/test_surgery_shapes.py -k surgery_keeps",
@@ -1352,7 +1352,7 @@ SURGERY = [
         "tests/test_surgery_weights.py -k 'rounded_once or average'",
     ),
     Slip(
-        "Adapters that are not merged are averaged apart.",
+        "Adapters that are not merged are averaged factor by factor.",
         "        check_described(model)\n    found",
         "        pass\n    found",
         "tests/test_surgery_weights.py -k config_says",
@@ -1388,7 +1388,7 @@ SURGERY = [
         "tests/test_surgery_weights.py -k task_vectors",
     ),
     Slip(
-        "A task vector is of the precision of the weights.",
+        "A task vector is computed in the precision of the weights.",
         "others[name].double() - weights[name].double()",
         "others[name] - weights[name]",
         "tests/test_surgery_weights.py -k task_vector",
@@ -1412,7 +1412,7 @@ SURGERY = [
         "tests/test_surgery_weights.py -k groups",
     ),
     Slip(
-        "What was frozen stays frozen.",
+        "Parameters that were frozen before stay frozen.",
         "parameter.requires_grad_(i >= groups)",
         "parameter.requires_grad_(parameter.requires_grad and i >= groups)",
         "tests/test_surgery_weights.py -k frozen",
@@ -1438,7 +1438,7 @@ SURGERY = [
                 "similar(v, v), residual=True, depth=5)",
             ),
             (
-                "CLIP Surgery changes the last block alone.",
+                "CLIP Surgery changes only the last block.",
                 "similar(v, v), residual=True, depth=6)",
                 "similar(v, v), residual=True)",
             ),
@@ -1454,14 +1454,14 @@ SURGERY = [
                 "cosines.mean((1, 2), keepdim=True)",
                 "cosines.mean()",
             ),
-            ("The last block runs for nothing.", "if i + 1 < len(tower.blocks):", "if True:"),
+            ("The unused last block is computed.", "if i + 1 < len(tower.blocks):", "if True:"),
             (
                 "ClearCLIP keeps the residual stream.",
                 "seen: similar(q, q)),",
                 "seen: similar(q, q), residual=True),",
             ),
             (
-                "SCLIP has queries alone.",
+                "SCLIP compares only queries.",
                 "similar(q, q) + similar(k, k)",
                 "similar(q, q) + similar(q, q)",
             ),
@@ -1471,12 +1471,12 @@ SURGERY = [
                 "similar(k, k)",
             ),
             (
-                "SCLIP, not ClearCLIP, unless a preset is named.",
+                "The default preset is SCLIP.",
                 'preset: str | Preset = "clearclip"',
                 'preset: str | Preset = "sclip"',
             ),
             (
-                "The last patches are read for all of them.",
+                "The patches are read from the last layer only.",
                 "dense if preset.grid else dense[:, places]",
                 "dense if preset.grid else dense[:, 1:]",
             ),
@@ -1552,37 +1552,37 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k 'pads'",
     ),
     Slip(
-        "A pad token of its own is ignored.",
+        "A pad token other than the end token is ignored.",
         'self.pad_token_id = 0 if reference == "openai" else self.vocab[pad_token or eos_token]',
         'self.pad_token_id = 0 if reference == "openai" else self.vocab[eos_token]',
         "tests/test_tokenizer.py -k 'special_tokens and pad'",
     ),
     Slip(
-        "An unknown token of its own is ignored.",
+        "An unknown token other than the end token is ignored.",
         '"unk_token": unk_token or eos_token,',
         '"unk_token": eos_token,',
         "tests/test_tokenizer.py -k 'special_tokens and unknown'",
     ),
     Slip(
-        "Entities are resolved once.",
+        "HTML entities are decoded only once.",
         "text = html.unescape(html.unescape(_repaired(text))).strip()",
         "text = html.unescape(_repaired(text)).strip()",
         "tests/test_tokenizer.py -k texts_have_the_ids_of_openai",
     ),
     Slip(
-        "Mojibake is left as it is.",
+        "Wrongly decoded text is not repaired.",
         "text = html.unescape(html.unescape(_repaired(text))).strip()",
         "text = html.unescape(html.unescape(text)).strip()",
         "tests/test_tokenizer.py -k texts_have_the_ids_of_openai",
     ),
     Slip(
-        "Printable text with an entity is taken for clean.",
+        "Printable text with an entity counts as clean.",
         'if text.isascii() and text.isprintable() and "&" not in text:',
         "if text.isascii() and text.isprintable():",
         "tests/test_tokenizer.py -k texts_have_the_ids_of_openai",
     ),
     Slip(
-        "Control characters are taken for clean.",
+        "Text with control characters counts as clean.",
         'if text.isascii() and text.isprintable() and "&" not in text:',
         'if text.isascii() and "&" not in text:',
         "tests/test_tokenizer.py -k texts_have_the_ids_of_openai",
@@ -1606,7 +1606,7 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k texts_have_the_ids_of_transformers",
     ),
     Slip(
-        "Every chunk is remembered for good.",
+        "Chunks are never forgotten.",
         "if len(self) >= self.MOST_CHUNKS:",
         "if False:",
         "tests/test_tokenizer.py -k 'memory'",
@@ -1690,7 +1690,7 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k 'damaged'",
     ),
     Slip(
-        "Merges that are missing go unseen.",
+        "Missing merges are not noticed.",
         "if unmade := vocab.keys() - symbols - made - set(special):",
         "if False and (unmade := vocab.keys() - symbols - made - set(special)):",
         "tests/test_tokenizer.py -k 'damaged or missing'",
@@ -1708,7 +1708,7 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k 'packs or openais_file'",
     ),
     Slip(
-        "The first line of OpenAI's file is a merge.",
+        "The first line of OpenAI's file is read as a merge.",
         "read_lines(simple)[1 : OPENAI_MERGES + 1]",
         "read_lines(simple)[0:OPENAI_MERGES]",
         "tests/test_tokenizer.py -k 'packs or openais_file'",
@@ -1738,7 +1738,7 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k 'context'",
     ),
     Slip(
-        "The context is 76 tokens where no file says it.",
+        "The default context is 76 tokens.",
         "length if sane else 77",
         "length if sane else 76",
         "tests/test_tokenizer.py -k 'context'",
@@ -1750,19 +1750,19 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k 'context'",
     ),
     Slip(
-        "The reference is dropped on the way from a directory.",
+        "from_directory drops the reference.",
         'options |= {"reference": reference, **vocabulary.special}',
         "options |= vocabulary.special",
         "tests/test_tokenizer.py -k reads_a_directory",
     ),
     Slip(
-        "The reference is dropped on the way from a name.",
+        "from_pretrained drops the reference.",
         'return cls.from_directory(resolve(name, "tokenizer", **options), reference=reference)',
         'return cls.from_directory(resolve(name, "tokenizer", **options))',
         "tests/test_tokenizer.py -k 'reads_a_directory'",
     ),
     Slip(
-        "The revision is dropped on the way from a name.",
+        "from_pretrained drops the revision.",
         'return cls.from_directory(resolve(name, "tokenizer", **options), reference=reference)',
         'return cls.from_directory(resolve(name, "tokenizer"), reference=reference)',
         "tests/test_tokenizer.py -k 'from_pretrained'",
@@ -1780,19 +1780,19 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k 'special_tokens and decoder'",
     ),
     Slip(
-        "A tokenizer that was there before is left beside the new one.",
+        "An old tokenizer.json is left beside the new files.",
         'STALE = ("tokenizer.json", "added_tokens.json")',
         'STALE = ("added_tokens.json",)',
         "tests/test_tokenizer.py -k 'saving or saved'",
     ),
     Slip(
-        "Added tokens that were there before are left beside the new ones.",
+        "An old added_tokens.json is left beside the new files.",
         'STALE = ("tokenizer.json", "added_tokens.json")',
         'STALE = ("tokenizer.json",)',
         "tests/test_tokenizer.py -k saving",
     ),
     Slip(
-        "A name far from all sites has no nearest ones.",
+        "The error of a name far from all sites lists no sites.",
         "get_close_matches(glob, names, cutoff=0)",
         "get_close_matches(glob, names)",
         "tests/test_sites.py -k without_a_match",
