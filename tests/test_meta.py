@@ -108,7 +108,7 @@ def test_a_training_step_does_not_wait(inputs):
     adam.step()  # outside, because PyTorch counts Adam's steps on the CPU
 
 
-def test_an_edit_that_waits_is_noticed(inputs):
+def test_an_edit_that_waits_for_the_device_is_noticed(inputs):
     model, pixels, _ = inputs
     for wrong in (lambda z, name: z * z.sum().item(), lambda z, name: z * torch.ones(3).sum()):
         with OnlyMeta(), hooks(model, {"vision.blocks.1.attn.z": wrong}):

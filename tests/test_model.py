@@ -949,7 +949,7 @@ def test_every_parameter_has_transformers_gradient():
     for name, parameter in ours.named_parameters():
         expected = gradients[layout_name(name, TRANSFORMERS)]
         assert difference(parameter.grad, expected) < FLOAT64, name
-        if "k_proj.bias" not in name:  # softmax ignores what is added to all scores
+        if "k_proj.bias" not in name:  # it adds one number to all scores, which softmax ignores
             assert parameter.grad.abs().max() > 1e-9, name
 
 

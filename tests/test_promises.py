@@ -47,8 +47,8 @@ every block, head and site, float64
 both loading the same file
     checkpoint: an_official_file_gives_the_logits_of_transformers
 operations in another order
-    export: compiles_into_one_graph
-    export: exports_with_attention_written_out
+    export: the_model_compiles_into_one_graph
+    export: the_model_exports_with_attention_written_out
 1.1 times the error of transformers
     model: half_precision_is_no_worse_than_transformers
 equal, every code point

@@ -50,7 +50,7 @@ SERVE = AUDITED + "from miniclip.commands.main import main\nsys.exit(main())"
 
 
 class Server:
-    """`miniclip serve` in a process of its own."""
+    """`miniclip serve` in a separate process."""
 
     def __init__(self, log, *options):
         self.log = log
@@ -862,7 +862,7 @@ def test_the_page_shows_the_results_of_a_search(page):
 
 @pytest.mark.slow
 def test_the_server_writes_nothing_and_calls_nobody(server, tmp_path):
-    """The server's log has all that the server did in the tests above."""
+    """The log lists all that the server did in the tests above."""
     done = server.log.read_text().splitlines()
     # torch's compiler, if something imports it, makes an empty temporary folder.
     known = ("/dev/null", "torchinductor_")

@@ -615,7 +615,7 @@ class NormedValues(Attention):
 
 
 class AdaptedCLIP(CLIP):
-    """Its embedding differs from its tower's."""
+    """encode_image doubles the embedding of the tower."""
 
     def encode_image(self, pixels, normalize=False):
         return super().encode_image(pixels, normalize) * 2

@@ -679,7 +679,7 @@ def test_openais_file_goes_on_after_the_last_merge_that_clip_uses(tmp_path):
     assert tokenizer.merges == [tuple(pair.split()) for pair in pairs[: 49408 - 512 - 2]]
 
 
-def test_a_tokenizer_travels_to_another_process(trained):
+def test_a_pickled_tokenizer_gives_the_same_ids(trained):
     tokenizer = Tokenizer.from_directory(trained)
     tokenizer.encode("a cat")
     again = pickle.loads(pickle.dumps(tokenizer))

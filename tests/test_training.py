@@ -360,7 +360,7 @@ def test_every_template_names_the_class(tmp_path):
     assert cup == set(plain) and dog == set(class_captions("dog"))
 
 
-def test_class_folders_are_read_as_they_are_evaluated(tmp_path):
+def test_training_reads_class_folders_as_eval_does(tmp_path):
     """Any suffix and subfolder is read, and folders called by ImageNet ids get class names."""
     picture = bars("level", np.random.default_rng(0))
     for name in ("n01440764/deep/a.JPG", "n01440764/b.jpeg", "n01443537/c.PNG"):

@@ -872,7 +872,7 @@ SLIPS = [
         "image.load()",
         f"{TRANSFORM} -k upright",
     ),
-    # Pictures of results
+    # Figures
     Slip(
         "The shares of confusions are of the predicted class.",
         "result.confusion.double() / result.images.clamp(min=1)[:, None]",
