@@ -29,7 +29,7 @@ def waves(*shape: int, start: float) -> Tensor:
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """A weight for each of our names. All weights differ."""
+    """Return a different weight for each of our names."""
     return {name: waves(*shapes[name], start=i) / 2 for i, name in enumerate(sorted(shapes))}
 
 

@@ -648,7 +648,7 @@ def test_the_command(capsys, tmp_path, monkeypatch, setting):
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )
-def test_bad_input_is_one_line(argv, words, capsys):
+def test_bad_input_is_an_error_of_one_line(argv, words, capsys):
     try:
         status = main(["bench", *argv])
     except SystemExit as stop:

@@ -758,7 +758,7 @@ def test_captum_956_the_tokens_of_a_text_get_attributions():
 
 
 @pytest.mark.parametrize("name", [" shapes", "openai/clip-vit-base-patch32 "])
-def test_immich_11017_a_space_around_the_name_of_a_model_is_named(name):
+def test_immich_11017_a_space_around_a_models_name_is_reported(name):
     with pytest.raises(CheckpointError, match=f"called '{name}'.*remove the space around the name"):
         load(name, local_files_only=True)
 

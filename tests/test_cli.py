@@ -106,8 +106,8 @@ def test_labels_with_commas_between_them_are_an_error(run, picture, labels, says
     assert run(*command, "Paris, France", "Rome, Italy")[0] == 0
 
 
-def test_the_first_picture_of_readme_is_right(run, monkeypatch):
-    """In README's first picture, each image except UNKNOWN gets its true label."""
+def test_the_first_figure_of_readme_is_right(run, monkeypatch):
+    """In README's first figure, each image except UNKNOWN gets its true label."""
     monkeypatch.setattr("miniclip.figures.demo.draw_demo", lambda *_: None)
     found = json.loads(run("demo", "--json")[1])
     best = {row["image"]: row["labels"][0]["label"] for row in found}
@@ -121,7 +121,7 @@ def test_the_first_picture_of_readme_is_right(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_draws_a_picture_and_prints_a_ranking(run, tmp_path, monkeypatch):
+def test_demo_draws_an_image_and_prints_a_ranking(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = run("demo")
     assert status == 0 and err == "picture: miniclip-demo.png\n"

@@ -391,7 +391,7 @@ def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
 
     rows = linear.few_shot({"one": linear.Method(fit, train, test)}, [1, 4], seeds=2)
     assert [(row["shots"], row["method"]) for row in rows] == [(1, "one"), (4, "one")]
-    one, four = (1, 1, 1), (4, 4, 4)  # as many for the strength; five for the test
+    one, four = (1, 1, 1), (4, 4, 4)  # examples of each class
     assert sizes == {(one, 3), (one, 5), (four, 12), (four, 5)}
     assert len(draws) == 4  # two of each size
     mean, std = np.mean([0.4, 0.2]), np.std([0.4, 0.2], ddof=1)

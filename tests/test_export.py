@@ -71,7 +71,7 @@ def exported(model):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-def test_compiles_into_one_graph(model):
+def test_the_model_compiles_into_one_graph(model):
     """Only one size is compared, because compiling is slow."""
     compiled = torch.compile(model, fullgraph=True, backend="inductor")
     inputs = random_inputs(SHALLOW)
@@ -83,7 +83,7 @@ def test_compiles_into_one_graph(model):
 
 
 @pytest.mark.slow
-def test_is_one_graph_for_every_size(model):
+def test_the_model_is_one_graph_for_every_size(model):
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     assert_same(compiled, model)
     torch._dynamo.reset()
@@ -93,12 +93,12 @@ def test_is_one_graph_for_every_size(model):
 
 
 @pytest.mark.slow
-def test_exports_with_any_batch_and_any_length(model):
+def test_the_model_exports_with_any_batch_and_any_length(model):
     assert_same(exported(model).module(), model)
 
 
 @pytest.mark.slow
-def test_exports_with_attention_written_out():
+def test_the_model_exports_with_attention_written_out():
     model, _ = twins(AS_OPENAI, attention="eager")
     assert_same(exported(model).module(), model)
 

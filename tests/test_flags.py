@@ -217,7 +217,7 @@ def test_bench_measures_the_requested_cases(run, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["eval", "embed"])
-def test_batches_have_64_images_unless_told_otherwise(run, monkeypatch, tmp_path, name):
+def test_batches_have_64_images_by_default(run, monkeypatch, tmp_path, name):
     for label in ("cat", "dog"):
         (tmp_path / "many" / label).mkdir(parents=True)
     for i in range(70):
@@ -342,7 +342,7 @@ def test_search_adds_and_subtracts_texts_and_images(output, desk, tmp_path):
     assert [row["score"] for row in found] == [pytest.approx(expected, abs=1e-5)]
 
 
-def test_search_shows_twelve_images_unless_told_otherwise(output, desk, tmp_path):
+def test_search_shows_twelve_images_by_default(output, desk, tmp_path):
     for i in range(14):
         Image.new("RGB", (8, 8), (9 * i, 255 - 9 * i, 0)).save(tmp_path / f"{i}.png")
     output("embed . --out index --model MODEL")
@@ -364,7 +364,7 @@ def test_the_title_of_a_sheet_is_the_query(run, monkeypatch, desk):
 
 
 @pytest.mark.slow
-def test_explain_chooses_a_file_name_unless_told_otherwise(run, tmp_path):
+def test_explain_chooses_a_file_name_by_default(run, tmp_path):
     status, _, err = run("explain PICTURE cat --model MODEL")
     assert (status, err) == (0, "picture: miniclip-explain.png\n")
     with Image.open(tmp_path / "miniclip-explain.png") as picture:
@@ -372,7 +372,7 @@ def test_explain_chooses_a_file_name_unless_told_otherwise(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_explain_scores_200_scenes_unless_told_otherwise(output, monkeypatch):
+def test_explain_scores_200_scenes_by_default(output, monkeypatch):
     from miniclip.lens.heat import METHODS
 
     for method in list(METHODS):
@@ -380,7 +380,7 @@ def test_explain_scores_200_scenes_unless_told_otherwise(output, monkeypatch):
     assert output("explain --score shapes --model MODEL", "shapes")["scenes"] == 200
 
 
-def test_explain_uses_relevance_unless_told_otherwise(output):
+def test_explain_uses_relevance_by_default(output):
     line = "explain PICTURE cat --model MODEL"
     assert output(line)["method"] == "relevance"
     assert output(f"{line} --method rollout")["method"] == "rollout"

@@ -1,9 +1,9 @@
-"""Files that lie. Each is a CheckpointError, soon and in little memory, or is loaded as what it
-says: the weights and settings that an independent reading of the file finds in it.
+"""Files that lie. Each file either raises a CheckpointError, quickly and with little memory, or is
+loaded with exactly the weights and settings that it states.
 
-The promise: a directory or a repository that cannot be trusted runs no code, reads no file outside
-of it but through symbolic links (the hub's cache consists of them), and takes no longer and no more
-memory than its size accounts for.
+An untrusted directory or repository cannot run code. It cannot make miniclip read files outside of
+it, except through symbolic links, of which the hub's cache consists. Its size limits the time and
+the memory that it takes.
 """
 
 import gzip
@@ -47,7 +47,7 @@ CONFIG = CLIPConfig(
 )  # fmt: skip
 
 DEEP = [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000]
-# What JSON can say where a whole number is expected.
+# Values that JSON can have instead of the expected whole number.
 VALUES = [
     -1, 0, 1, 7, 10**6, 2**31 - 1, 2**31, 2**63, 2**64, 10**30, 0.5, 8.0, 1e300, float("inf"),
     float("nan"), "8", "", True, None, [], [8, 8], [1e9], {"8": 8}, "quick_gelu", [2] * 10**4,
@@ -58,7 +58,7 @@ VALUES = [
 
 
 class Referee:
-    """Loads a directory with some of its files changed, and notes whatever should not happen."""
+    """Loads a directory with changed files, and notes everything that should not happen."""
 
     def __init__(self, files, directory):
         self.files, self.directory, self.complaints = files, directory, []
@@ -67,7 +67,7 @@ class Referee:
 
     @contextmanager
     def changed(self, changes):
-        """The directory with these files instead; None removes one."""
+        """The directory with these files replaced. None as contents removes a file."""
         try:
             for name, data in changes.items():
                 (self.directory / name).unlink(missing_ok=True)
@@ -81,9 +81,9 @@ class Referee:
                     (self.directory / name).write_bytes(self.files[name])
 
     def judge(self, cases, load, is_as_stated):
-        """The labels of the cases that were errors and of those that were loaded.
+        """Load each case. Returns the labels of the refused cases and of the loaded cases.
 
-        Fails if a case was neither.
+        Fails if a case does anything else.
         """
         errors, loads = [], []
         reset_peak()
@@ -91,20 +91,20 @@ class Referee:
         for label, changes in cases:
             with self.changed(changes):
                 try:
-                    with cpu_seconds(10):  # no case takes 0.3
+                    with cpu_seconds(10):  # no case takes more than 0.3 s
                         loaded = load(self.directory)
                 except CheckpointError as error:
                     errors.append(label)
                     if not str(error).partition("\n")[0].isprintable():
-                        self.complaints.append(f"{label}: a message of odd characters {error!r}")
+                        self.complaints.append(f"{label}: an unprintable message: {error!r}")
                 except KeyboardInterrupt:
                     raise
-                except BaseException as error:  # a panic in Rust is no Exception
+                except BaseException as error:  # a panic in Rust is not an Exception
                     self.complaints.append(f"{label}: {type(error).__name__}: {error}"[:300])
                 else:
                     loads.append(label)
                     if not is_as_stated(loaded, label):
-                        self.complaints.append(f"{label}: loaded, and not as the files say")
+                        self.complaints.append(f"{label}: loaded, but not as the files state")
         if (growth := peak() - before) > 200e6:
             self.complaints.append(f"memory grew by {growth / 1e6:.0f} MB")
         assert not self.complaints, f"{len(self.complaints)}\n" + "\n".join(self.complaints[:40])
@@ -112,14 +112,14 @@ class Referee:
 
 
 class TooLong(BaseException):
-    """No Exception, because the loader reports each of those as damage to the file."""
+    """Not an Exception, because the loader reports every Exception as damage to the file."""
 
 
 @contextmanager
 def cpu_seconds(most):
-    """Stop the block when the process has used so many seconds of CPU time in it.
+    """Raise TooLong in the block after this many seconds of CPU time.
 
-    CPU time, because a loaded machine stretches wall time at will.
+    Wall time would depend on what else the machine does.
     """
 
     def stop(*args):
@@ -138,7 +138,7 @@ def reset_peak():
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # not Linux: the peak is then of the whole process, and growth shows all the same
+        pass  # not Linux: the peak of the whole process also shows that it grows
 
 
 def peak():
@@ -168,7 +168,7 @@ def referee(files, tmp_path):
 
 @pytest.fixture(scope="module")
 def their_names(files, tmp_path_factory):
-    """{our name: the file's}, by what is in them, for all are random and none is twice."""
+    """{our name: the file's name} of each tensor, found by the values, which are random."""
     directory = tmp_path_factory.mktemp("names")
     for name, data in files.items():
         (directory / name).write_bytes(data)
@@ -179,7 +179,7 @@ def their_names(files, tmp_path_factory):
     return {ours: same[0] for ours, same in names.items()}
 
 
-# ---------------------------------------------------------------------- weights, as safetensors has
+# --------------------------------------------------------------------------- weights in safetensors
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -197,7 +197,7 @@ def join(header, body, length=None):
 
 
 def as_safetensors_says(model, data, their_names):
-    """The weights are what the file says, read by hand: the last of two entries of a name wins."""
+    """Whether the weights are the file's, read by hand. The last entry of a name counts."""
     header, body = split(data)
     for ours, tensor in model.state_dict().items():
         entry = header[their_names[ours]]
@@ -210,7 +210,7 @@ def as_safetensors_says(model, data, their_names):
 
 
 def truncated(data):
-    """Cut at each boundary there is: of the header's every token, of every tensor; and about it."""
+    """Cut the file at the boundaries of tensors and of the header's tokens, and near them."""
     header, body = split(data)
     start = len(data) - len(body)
     ends = {end for key, e in header.items() if key != "__metadata__" for end in e["data_offsets"]}
@@ -234,7 +234,7 @@ def lengths(data):
 
 
 def lying_entries(data):
-    """One field of one tensor's entry is something else."""
+    """Change, remove, swap or repeat one tensor's entry in the header."""
     header, body = split(data)
     names = [name for name in header if name != "__metadata__"]
     for name in names[::16]:
@@ -306,7 +306,7 @@ def odd_headers(data):
 
 
 def flipped(data, count, seed=0):
-    """Some bytes are others, mostly in the header."""
+    """Change some bytes, mostly in the header."""
     dice = random.Random(seed)
     start = len(data) - len(split(data)[1])
     for _ in range(count):
@@ -325,7 +325,7 @@ def safetensors_cases(files):
 
 
 @pytest.mark.slow
-def test_safetensors_that_lie(referee, files, their_names):
+def test_safetensors_that_lie_are_refused_or_loaded_as_stated(referee, files, their_names):
     cases = safetensors_cases(files)
 
     def is_as_stated(model, label):
@@ -337,7 +337,7 @@ def test_safetensors_that_lie(referee, files, their_names):
     assert len(errors) > 1200 and len(loads) > 50
 
 
-# ----------------------------------------------------------------------------- weights, as pickles
+# ------------------------------------------------------------------------------- weights in pickles
 
 
 def pickled(tensors, **options):
@@ -347,7 +347,7 @@ def pickled(tensors, **options):
 
 
 class Harmful:
-    """What runs when it is unpickled, and leaves a file behind."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, proof):
         self.proof = str(proof)
@@ -357,7 +357,7 @@ class Harmful:
 
 
 def zip_boundaries(data):
-    """Where records, their headers and the directory of the archive begin, and near it."""
+    """Places at and near the starts of the archive's records, their headers and the directory."""
     at = [
         m.start() for m in re.finditer(rb"PK\x03\x04|PK\x01\x02|PK\x05\x06|PK\x06[\x06\x07]", data)
     ]
@@ -367,7 +367,7 @@ def zip_boundaries(data):
 
 
 def rezipped(data, change):
-    """The archive with (name, contents) of each record put through `change`."""
+    """The archive after `change`, which turns (name, contents) into a list of records."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
         for info in old.infolist():
@@ -377,7 +377,7 @@ def rezipped(data, change):
 
 
 def compressed(data):
-    """An archive of a kilobyte or so for each megabyte, that torch would blow up in memory."""
+    """A small archive that contains 250 MB in compressed form."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old:
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
@@ -455,8 +455,8 @@ def pickle_cases(files, tensors, proof):
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning"
-)  # torch, as it saves
-def test_pickles_that_lie(referee, files, their_names, tmp_path):
+)  # torch warns when it saves
+def test_pickles_that_lie_are_refused_or_loaded_as_stated(referee, files, their_names, tmp_path):
     tensors = load_file(referee.directory / "model.safetensors")
     proof = tmp_path / "proof"
     cases = pickle_cases(files, tensors, proof)
@@ -464,7 +464,7 @@ def test_pickles_that_lie(referee, files, their_names, tmp_path):
     def is_as_stated(model, label):
         path = referee.directory / "pytorch_model.bin"
         stated = tensors
-        for mmap in (True, False):  # a checksum is not looked at in a mapping, nor by us
+        for mmap in (True, False):  # torch ignores checksums with mmap, and so does miniclip
             with suppress(RuntimeError, OSError, pickle.UnpicklingError):
                 stated = torch.load(path, weights_only=True, mmap=mmap)
         weights = model.state_dict()
@@ -480,10 +480,10 @@ def test_pickles_that_lie(referee, files, their_names, tmp_path):
     assert not proof.exists()
 
 
-# ------------------------------------------------------- pickles by hand, as no program writes them
+# ---------------------------------------------------- pickles made by hand, which no program writes
 
 
-LARGEST = 400_000  # bytes of a pickle that is read, here and in miniclip
+LARGEST = 400_000  # the most bytes of a pickle that miniclip reads
 
 
 def text(value):
@@ -528,13 +528,13 @@ def module(items):
 
 
 def kept(value, place=0):
-    """A value that the memo keeps, dropped, and what names it again."""
+    """Opcodes that store a value in the memo and drop it, and opcodes that fetch it again."""
     number = struct.pack("<I", place)
     return value + b"r" + number + b"0", b"j" + number
 
 
 def nested(depth, each, core, place=0):
-    """`each` around `each` around ... the core, with the inner one in two places."""
+    """The core inside of `depth` layers. `each` makes a layer around the layer that it fetches."""
     made, again = kept(core, place)
     for further in range(1, depth + 1):
         more, again = kept(each(again), place + further)
@@ -656,7 +656,7 @@ def hand_made_cases():
     for order in ("little", "big"):
         record = [("a/byteorder", order.encode())]
         yield f"{order}-endian", rezipped(right, lambda n, c, r=record: [(n, c), *r * (n == "x")])
-    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # of data/0
+    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # data/0's entry
     for label, at, value in (
         ("encrypted", 8, b"\1"),
         ("compressed", 10, b"\x08"),
@@ -674,8 +674,8 @@ def hand_made_cases():
 
 
 @pytest.mark.slow
-def test_pickles_made_by_hand(referee):
-    """Read as tensors alone, for no config describes one of four numbers."""
+def test_pickles_made_by_hand_are_refused_or_read_as_stated(referee):
+    """Only tensors are read, because no config describes a model of four numbers."""
     numbers = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     cases = [(label, {"x.bin": data}) for label, data in hand_made_cases()]
 
@@ -724,7 +724,7 @@ def shard_cases(files):
     yield "sizes that lie", {"weight_map": whole, "metadata": {"total_size": -1}}
 
 
-def test_an_index_of_shards_that_lies(referee, files, their_names):
+def test_an_index_of_shards_that_lies_is_refused_or_loaded_as_stated(referee, files, their_names):
     directory = referee.directory
     (directory.parent / "a.safetensors").write_bytes(files["model.safetensors"])
     (directory / "loop.safetensors").symlink_to("loop.safetensors")
@@ -752,7 +752,7 @@ def test_an_index_of_shards_that_lies(referee, files, their_names):
 
 
 def config_cases(files):
-    """(label, config, {where: value}): every number of a config is everything it should not be."""
+    """(label, config, {place: value}): each field of a config has each wrong value."""
     config = json.loads(files["config.json"])
     places = [
         (section, key) for section in ("text_config", "vision_config") for key in config[section]
@@ -774,13 +774,13 @@ def config_cases(files):
     for key in ("text_config_dict", "vision_config_dict"):
         for value in VALUES:
             yield f"{key} {value!r:.40}", config | {key: value}, {}
-    for first, second in itertools.permutations(config, 2):  # an error may read another entry
+    for first, second in itertools.permutations(config, 2):  # a message may read another entry
         for value in (5, {}, [[5]], "x"):
             yield f"{first}, {second} {value}", config | {first: value, second: value}, {}
 
 
 @pytest.mark.slow
-def test_a_config_that_lies(referee, files, their_names):
+def test_a_config_that_lies_is_refused_or_loaded_as_stated(referee, files, their_names):
     cases = [*config_cases(files)]
     stated = {label: values for label, _, values in cases}
     texts = [(label, json.dumps(config).encode()) for label, config, _ in cases]
@@ -791,11 +791,11 @@ def test_a_config_that_lies(referee, files, their_names):
     texts += [("UTF-16", whole.decode().encode("utf-16")), ("with a mark", b"\xef\xbb\xbf" + whole)]
 
     def is_as_stated(model, label):
-        """The model says of itself what the file said, where that is read at all."""
+        """Whether the model's config has the values of the file, if miniclip reads them."""
         for place, value in stated.get(label, {}).items():
             found = model.config.to_dict()
             for key in place:
-                found = found.get(key, value)  # other names for what is said elsewhere
+                found = found.get(key, value)  # absent if a field has another name
             unread = value is None or place[-1] in ("architectures", "model_type", "projection_dim")
             if not unread and value not in (found, [found]):
                 return False
@@ -806,13 +806,13 @@ def test_a_config_that_lies(referee, files, their_names):
     assert len(errors) > 400 and len(loads) > 50
 
 
-# ------------------------------------------------------------------------- long where it is read
+# ----------------------------------------------------------------------------------- long files
 
 LONG = 6 * 10**6
 
 
 def long_files(files):
-    """Files of megabytes, where there are bytes or kilobytes in a CLIP's."""
+    """Files with megabytes in places where a CLIP has bytes or kilobytes."""
     config = json.loads(files["config.json"])
     vision = config["vision_config"]
     odd = {
@@ -859,7 +859,7 @@ def long_files(files):
 
 
 @pytest.mark.slow
-def test_long_files_take_little_memory_and_short_messages(referee, files):
+def test_long_files_take_little_memory_and_give_short_messages(referee, files):
     messages = []
 
     def load(directory):
@@ -876,7 +876,7 @@ def test_long_files_take_little_memory_and_short_messages(referee, files):
 
 
 @pytest.mark.parametrize("name", ["config.json", "merges.txt", "vocab.json", "model.safetensors"])
-def test_a_pipe_is_not_waited_for(files, tmp_path, name):
+def test_a_named_pipe_is_refused_and_not_waited_for(files, tmp_path, name):
     for file, data in files.items():
         (tmp_path / file).write_bytes(data)
     (tmp_path / name).unlink()
@@ -942,7 +942,7 @@ def tokenizer_cases(files):
         )
 
 
-def test_a_tokenizer_that_lies(referee, files):
+def test_a_tokenizer_that_lies_is_refused_or_loaded_as_stated(referee, files):
     def is_as_stated(tokenizer, label):
         if tokenizer.encode("a cat")[:2] == [] or re.fullmatch(r"merge \d+ missing", label):
             return False
@@ -973,7 +973,7 @@ def transform_cases(files):
         yield f"cut at {cut}", {name: files[name][:cut]}
 
 
-def test_a_transform_that_lies(referee, files):
+def test_a_transform_that_lies_is_refused_or_loaded_as_stated(referee, files):
     picture = torch.zeros(3, 20, 30, dtype=torch.uint8)
 
     def is_as_stated(transform, label):
@@ -985,8 +985,8 @@ def test_a_transform_that_lies(referee, files):
     assert len(errors) > 300 and len(loads) > 20
 
 
-def test_parts_that_disagree(referee, files):
-    """A model that embeds fewer tokens than the tokenizer has is found by `load` alone."""
+def test_parts_that_disagree_are_refused(referee, files):
+    """Only `load` can notice that a tokenizer has more tokens than the model embeds."""
     longer = json.loads(files["vocab.json"])
     longer |= {f"more{i}": len(longer) + i for i in range(600 - len(longer))}
     cases = [("more tokens", {"vocab.json": json.dumps(longer).encode()})]

@@ -1,7 +1,7 @@
-"""The hub's own client against a hub on loopback that fails in every way hubs do.
+"""The hub's own client asks a local hub, which fails in every way that hubs fail.
 
-Each test ends in the right model or in one CheckpointError, and what is left in the cache is never
-a file that a later run wrongly trusts.
+Each test ends with the right model or with one CheckpointError. The cache never keeps a damaged
+file that a later run trusts.
 """
 
 import errno
@@ -87,7 +87,7 @@ def hub(server, files, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # before the client tries again
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # no pause before the client's next try
     return server
 
 
@@ -147,7 +147,7 @@ def test_local_files_only_makes_no_request(hub, model):
     assert not hub.requests
 
 
-def test_a_hub_that_is_gone_leaves_what_was_downloaded(hub, model):
+def test_downloaded_files_are_loaded_while_the_hub_is_down(hub, model):
     CLIP.from_pretrained(NAME)
     hub.faults = [Fault("", status=503)]
     assert_same_weights(CLIP.from_pretrained(NAME), model)
@@ -197,7 +197,7 @@ def test_each_option_of_each_reader_reaches_the_hubs_client(hub, monkeypatch, tm
     count = len(asked_with) // 2
     assert [one["local_files_only"] for one in asked_with] == [False] * count + [True] * count
     assert {one["cache_dir"] for one in asked_with} == {tmp_path / "mine"}
-    # The first answer says which commit it is, and the others ask for that one.
+    # The first answer names the commit, and the other requests ask for this commit.
     for first, *others in (asked_with[:count], asked_with[count:]):
         assert first["revision"] == "tuned"
         assert all(len(other["revision"]) == 40 for other in others)
@@ -205,7 +205,7 @@ def test_each_option_of_each_reader_reaches_the_hubs_client(hub, monkeypatch, tm
 
 
 @pytest.mark.slow
-def test_a_config_and_a_conversion_have_the_revision_asked_for(hub, other, tmp_path):
+def test_a_config_and_a_conversion_have_the_requested_revision(hub, other, tmp_path):
     files = hub.repositories[NAME]["main"] | other_files(other, tmp_path)
     config = json.loads(files["config.json"])
     config["logit_scale_init_value"] = 1.5
@@ -217,7 +217,7 @@ def test_a_config_and_a_conversion_have_the_revision_asked_for(hub, other, tmp_p
     assert_same_weights(CLIP.from_pretrained(tmp_path / "there"), other)
 
 
-# Each file that a part of a checkpoint may be in, with what else goes to the hub to read it.
+# Functions that write each form of weights that the hub may have.
 
 
 def as_shards(directory, name, model):
@@ -273,8 +273,8 @@ SETTINGS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_tokenizers_every_file_is_downloaded(hub, tmp_path, name):
-    """Each of these files changes ids, and each may be there beside the vocabulary alone."""
+def test_every_file_of_a_tokenizer_is_downloaded(hub, tmp_path, name):
+    """Each of these files changes ids, and may be the only file beside the vocabulary."""
     tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
     tokenizer.save_pretrained(tmp_path / "files")
     files = {name: contents(tmp_path / "files")[name] for name in ("vocab.json", "merges.txt")}
@@ -289,7 +289,7 @@ def test_a_tokenizers_every_file_is_downloaded(hub, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_transform_is_downloaded_in_each_of_its_files(hub, model, tmp_path):
+def test_a_transform_is_read_from_each_of_its_files(hub, model, tmp_path):
     transform = ImageTransform(40, image_mean=(0.1, 0.2, 0.3))
     transform.save_pretrained(tmp_path / "files")
     files = contents(tmp_path / "files")
@@ -323,8 +323,8 @@ def test_only_one_form_of_the_weights_is_downloaded(hub, model):
 
 
 @pytest.mark.slow
-def test_a_repository_of_timms(hub, model, tmp_path):
-    """It has a config and weights of timm's under the plain names, and a CLIP as open_clip's."""
+def test_a_repository_of_timms_is_read(hub, model, tmp_path):
+    """timm's config and weights have the usual names. open_clip's files have the CLIP."""
     folder = tmp_path / "timm"
     miniclip.save(folder, *miniclip.load(NAME), layout="open_clip")
     (folder / "config.json").write_text('{"architecture": "vit_tiny_clip_40", "num_classes": 36}')
@@ -340,8 +340,8 @@ def test_a_repository_of_timms(hub, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_subfolder_of_a_repository(hub, model, other, tmp_path):
-    """As Stable Diffusion's `text_encoder`. Only its own files are downloaded."""
+def test_a_subfolder_of_a_repository_is_read(hub, model, other, tmp_path):
+    """Stable Diffusion has a subfolder `text_encoder`. Only its own files are downloaded."""
     files = hub.repositories[NAME]["main"]
     inside = {f"text_encoder/{name}": data for name, data in files.items()}
     hub.repositories[NAME]["main"] = inside | other_files(other, tmp_path)
@@ -356,7 +356,7 @@ def test_a_subfolder_of_a_repository(hub, model, other, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ViT-L/14@336px", "L/14-336", "vit-l/14@336"])
-def test_openais_own_names_are_those_of_the_hub(hub, model, name):
+def test_openais_own_names_load_the_repositories_of_the_hub(hub, model, name):
     hub.repositories["openai/clip-vit-large-patch14-336"] = hub.repositories[NAME]
     assert_same_weights(CLIP.from_pretrained(name), model)
 
@@ -370,7 +370,7 @@ def test_openais_own_names_are_those_of_the_hub(hub, model, name):
         f"hf.co/{NAME}/tree/main",
     ],
 )
-def test_a_name_is_as_it_was_pasted(hub, model, name):
+def test_a_pasted_address_is_a_name(hub, model, name):
     assert_same_weights(CLIP.from_pretrained(name), model)
 
 
@@ -381,7 +381,7 @@ def test_a_pasted_address_says_which_revision_and_which_folder(hub, files, model
     assert_same_weights(CLIP.from_pretrained(f"{address}/parts"), other)
     assert_same_weights(CLIP.from_pretrained(address, subfolder="parts"), other)
     hub.repositories[NAME]["main"] = {f"whole/{name}": file for name, file in files.items()}
-    explicit = {"revision": "main", "subfolder": "whole"}  # which count more than the address
+    explicit = {"revision": "main", "subfolder": "whole"}  # these override the address
     assert_same_weights(CLIP.from_pretrained(f"{address}/parts", **explicit), model)
     with pytest.raises(CheckpointError, match="expected a folder inside"):
         CLIP.from_pretrained(f"{address}/../../other")
@@ -389,7 +389,7 @@ def test_a_pasted_address_says_which_revision_and_which_folder(hub, files, model
         CLIP.from_pretrained(f"https://huggingface.co/{NAME}/blob/main/model.safetensors")
 
 
-def test_the_command_says_at_once_whom_it_asks(hub, capsys, monkeypatch):
+def test_the_command_says_at_once_that_it_asks_the_hub(hub, capsys, monkeypatch):
     hub_files._say_once.cache_clear()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: 1 / 0)
     assert main(["info", "made-up/slow"]) == 2
@@ -401,7 +401,7 @@ def test_the_command_says_at_once_whom_it_asks(hub, capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_repository_without_weights(hub):
+def test_a_repository_without_weights_is_an_error(hub):
     del hub.repositories[NAME]["main"]["model.safetensors"]
     with pytest.raises(CheckpointError, match="no weights; expected model.safetensors or"):
         CLIP.from_pretrained(NAME)
@@ -438,7 +438,7 @@ def test_a_repository_without_weights(hub):
         "500 of weights",
     ],
 )
-def test_a_refusal_is_one_clear_error_and_the_next_load_is_well(hub, model, fault, complaint):
+def test_a_refusal_is_one_clear_error_and_the_next_load_succeeds(hub, model, fault, complaint):
     hub.faults = [fault]
     with pytest.raises(CheckpointError, match=f"{NAME} .* everyday.* says .*{complaint}") as it:
         CLIP.from_pretrained(NAME)
@@ -448,13 +448,13 @@ def test_a_refusal_is_one_clear_error_and_the_next_load_is_well(hub, model, faul
 
 
 @pytest.mark.parametrize("name", ["made-up/another", "made-up/clip--clip", "a/b.git"])
-def test_a_repository_that_is_none(hub, name):
+def test_an_unknown_repository_is_an_error(hub, name):
     with pytest.raises(CheckpointError, match=f"{name} is not a directory here"):
         CLIP.from_pretrained(name)
 
 
 @pytest.mark.parametrize("revision", ["never", "0" * 40, "", "../../main", "a b", "\0"])
-def test_a_revision_that_is_none(hub, revision):
+def test_an_unknown_revision_is_an_error(hub, revision):
     with pytest.raises(CheckpointError, match="the hub's client cannot download it"):
         CLIP.from_pretrained(NAME, revision=revision)
 
@@ -465,7 +465,7 @@ def test_the_message_of_a_missing_revision_names_it(hub):
 
 
 @pytest.mark.parametrize("where", ["/tree/", "HEAD .*/resolve/.*safetensors"])
-def test_what_fails_once_is_asked_for_again(hub, model, where):
+def test_a_request_that_fails_once_is_repeated(hub, model, where):
     if where == "/tree/" and huggingface_hub.__version__.startswith("1."):
         pytest.skip("before 2.0 the hub's client asks for the list of files only once")
     hub.faults = [Fault(where, times=1, status=500)]
@@ -500,7 +500,7 @@ def longer(files):
 
 
 def turned(files):
-    """One bit of one weight is another."""
+    """The weights with one bit flipped."""
     data = bytearray(files["model.safetensors"])
     data[-1] ^= 1
     return bytes(data)
@@ -515,7 +515,7 @@ def turned(files):
         (turned, "model.safetensors was damaged in the download from the hub: its hash"),
     ],
 )
-def test_a_file_that_is_another_is_an_error_and_not_kept(hub, files, model, body, complaint):
+def test_a_damaged_download_is_an_error_and_not_kept(hub, files, model, body, complaint):
     hub.faults = [Fault(WEIGHTS, body=body(files))]
     for _ in range(2):
         with pytest.raises(CheckpointError, match=complaint):
@@ -528,7 +528,7 @@ def test_a_file_that_is_another_is_an_error_and_not_kept(hub, files, model, body
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "vocab.json"])
-def test_a_small_file_that_is_another_is_an_error_and_not_kept(hub, files, name):
+def test_a_damaged_small_file_is_an_error_and_not_kept(hub, files, name):
     other = files[name].replace(b"0", b"1", 1)
     assert len(other) == len(files[name]) and other != files[name]
     hub.faults = [Fault(f"GET .*/{name}", body=other)]
@@ -540,13 +540,13 @@ def test_a_small_file_that_is_another_is_an_error_and_not_kept(hub, files, name)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_damaged_file_is_not_trusted_after_another_one_failed(hub, files, model, name):
-    """Nor after the process was killed before the check, which leaves the same files."""
+def test_a_damaged_file_of_an_earlier_call_is_not_trusted(hub, files, model, name):
+    """The earlier call failed at another file, or its process was killed before the check."""
     if name == "config.json":
         hub.faults = [Fault(f"GET .*/{name}", body=files[name].replace(b"0", b"1", 1))]
     else:
         hub.faults = [Fault(WEIGHTS, body=turned(files))]
-    snapshot_download(NAME, allow_patterns=HUB_FILES["model"][0])  # as a call that was cut short
+    snapshot_download(NAME, allow_patterns=HUB_FILES["model"][0])  # without a check
     hub.faults = []
     with pytest.raises(CheckpointError, match=f"{name} is not the file .*Delete the file"):
         CLIP.from_pretrained(NAME)
@@ -557,10 +557,10 @@ def test_a_damaged_file_is_not_trusted_after_another_one_failed(hub, files, mode
 
 
 @pytest.mark.parametrize("change", [lambda data: data, lambda data: data[:-1] + b"!"])
-def test_the_four_kinds_of_name_that_a_cached_file_has(tmp_path, change):
+def test_a_cached_file_is_checked_if_its_name_is_a_hash(tmp_path, change):
     data = b"the contents" * 200_000
     hashes = [hashlib.sha256(data), hashlib.sha1(b"blob %d\0" % len(data) + data)]
-    hashes += [hashlib.sha1(data)]  # as some mirrors of the hub have it
+    hashes += [hashlib.sha1(data)]  # some mirrors of the hub use this hash
     for digest in hashes:
         (tmp_path / digest.hexdigest()).write_bytes(change(data))
         assert _has_its_hash(tmp_path / digest.hexdigest()) == (change(data) == data)
@@ -574,7 +574,7 @@ def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
     blob = (next(cache.glob("*/snapshots/*")) / "model.safetensors").resolve()
     os.utime(blob, ns=(0, 0))
     blob.write_bytes(blob.read_bytes()[:-1] + b"!")
-    for _ in range(2):  # what this load has not downloaded may be the user's, and stays
+    for _ in range(2):  # this load did not download it, so it may be the user's
         with pytest.raises(CheckpointError, match="model.safetensors is not the file .*Delete the"):
             CLIP.from_pretrained(NAME, local_files_only=True)
     (next(cache.glob("*/snapshots/*")) / "model.safetensors").unlink()
@@ -584,7 +584,7 @@ def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_without_symlinks_the_hub_is_asked_for_the_hashes(hub, files, model, monkeypatch, name):
-    """As on Windows: the file itself lies in the snapshot, and its name is not its hash."""
+    """Windows has no symlinks. The file itself is in the snapshot, and its name is not a hash."""
     monkeypatch.setattr(file_download, "are_symlinks_supported", lambda cache_dir=None: False)
     other = files[name][:-1] + b" " if name == "config.json" else turned(files)
     hub.faults = [Fault(f"GET .*/{name}" if name == "config.json" else WEIGHTS, body=other)]
@@ -612,7 +612,7 @@ def test_a_hub_that_does_not_answer_is_asked_for_hashes_once(hub, files):
     assert len(hub.requests) == 1
 
 
-def test_a_damaged_file_that_cannot_be_deleted_is_an_error_of_ours(hub, files, monkeypatch):
+def test_a_damaged_file_that_cannot_be_deleted_is_a_checkpoint_error(hub, files, monkeypatch):
     unlink = Path.unlink
 
     def refuse(path, **options):
@@ -628,7 +628,7 @@ def test_a_damaged_file_that_cannot_be_deleted_is_an_error_of_ours(hub, files, m
 
 @contextmanager
 def moving_branch(hub, commits, at):
-    """A block before whose request number `at` the branch moves to the second commit."""
+    """In the block, the branch moves to the second commit before request number `at`."""
     hub.repositories[NAME] = {"main": commits[0]}
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE, ignore_errors=True)
     left, answered = [at], type(hub).fault
@@ -645,8 +645,8 @@ def moving_branch(hub, commits, at):
 
 
 @pytest.mark.parametrize("at", range(1, 12))
-def test_a_branch_that_moves_during_a_load_or_a_conversion(hub, files, other, tmp_path, at):
-    """Whatever the request before which it moves, all is of one commit."""
+def test_a_branch_may_move_during_a_load_or_a_conversion(hub, files, other, tmp_path, at):
+    """All files are of one commit, no matter before which request the branch moves."""
     commits = [dict(hub.repositories[NAME]["main"]), files | other_files(other, tmp_path)]
     for read in (miniclip.load, lambda name: convert(name, tmp_path / f"{at}", "transformers")):
         with moving_branch(hub, commits, at):
@@ -659,7 +659,7 @@ def test_a_branch_that_moves_during_a_load_or_a_conversion(hub, files, other, tm
 def test_the_features_of_eval_are_kept_under_the_commit_of_their_model(
     hub, model, other, tmp_path, at
 ):
-    """The name is resolved once: the commit that is written made the vectors, whenever it moves."""
+    """The branch may move at any time. The stored commit is the one that made the features."""
     texts = [" ".join("abcdefghij"[i:] + "abcdefghij"[:j] for i in range(9)) for j in range(9)]
     tokenizer = Tokenizer.train(texts, TINY.text.vocab_size)
     commits = []
@@ -678,25 +678,25 @@ def test_the_features_of_eval_are_kept_under_the_commit_of_their_model(
     assert index.encoder.fingerprint == fingerprint(made_by[index.encoder.revision])
 
 
-def test_hashes_are_looked_at_once(hub, monkeypatch):
+def test_hashes_are_checked_once(hub, monkeypatch):
     CLIP.from_pretrained(NAME)
     monkeypatch.setattr(hub_files, "_has_its_hash", None)
     CLIP.from_pretrained(NAME)
     with pytest.raises(TypeError):
-        miniclip.load(NAME)  # of the tokenizer's files
+        miniclip.load(NAME)  # the tokenizer's files are new
 
 
-def test_a_cache_that_takes_no_notes_is_checked_each_time(hub, model):
+def test_a_cache_that_cannot_store_notes_is_usable(hub, model):
     CLIP.from_pretrained(NAME)
     (notes,) = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("*/.miniclip-checked")
     notes.unlink()
-    notes.mkdir()  # no file can be written here now
+    notes.mkdir()  # so no file can be written here
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [-100, 100])
-def test_a_file_whose_stated_length_is_wrong(hub, model, more):
+def test_a_file_whose_stated_length_is_wrong_is_an_error(hub, model, more):
     size = len(hub.repositories[NAME]["main"]["model.safetensors"])
     hub.faults = [Fault("HEAD .*/resolve/.*safetensors", stated=size + more)]
     with pytest.raises(CheckpointError, match=f"should be of size {size + more}"):
@@ -705,7 +705,7 @@ def test_a_file_whose_stated_length_is_wrong(hub, model, more):
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
-def test_a_process_killed_in_mid_file_leaves_nothing_that_is_trusted(hub, model, tmp_path):
+def test_a_process_killed_during_a_file_leaves_nothing_that_is_trusted(hub, model, tmp_path):
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     CLIP.from_pretrained(NAME)
     blob = (next(cache.glob("*/snapshots/*")) / "model.safetensors").resolve()
@@ -717,7 +717,7 @@ def test_a_process_killed_in_mid_file_leaves_nothing_that_is_trusted(hub, model,
 
 
 @pytest.mark.parametrize("place", ["cache", "cache/models--made-up--clip"])
-def test_a_cache_that_cannot_be_made(hub, tmp_path, place):
+def test_a_cache_that_cannot_be_made_is_an_error(hub, tmp_path, place):
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text("a file")
     with pytest.raises(CheckpointError, match="client says (NotADirectory|FileExists)Error"):
@@ -726,7 +726,7 @@ def test_a_cache_that_cannot_be_made(hub, tmp_path, place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("errno", [28, 30], ids=["full disk", "read-only"])
-def test_a_cache_that_cannot_be_written(hub, model, monkeypatch, errno):
+def test_a_cache_that_cannot_be_written_is_an_error(hub, model, monkeypatch, errno):
     def refuse(*args, **kwargs):
         raise OSError(errno, os.strerror(errno))
 
@@ -740,9 +740,9 @@ def test_a_cache_that_cannot_be_written(hub, model, monkeypatch, errno):
 # -------------------------------------------------------------------------------------- publishing
 
 
-@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's own
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's code
 def test_what_a_crashed_save_left_is_not_published(hub, files, tmp_path):
-    """Neither a save that had not written all, nor one that had not moved all."""
+    """One save crashed while it wrote its files, and another while it moved them."""
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     unfinished = saving(tmp_path)
@@ -760,7 +760,7 @@ def test_what_a_crashed_save_left_is_not_published(hub, files, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's own
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's code
 def test_a_saved_checkpoint_is_published_and_loaded_from_the_hub(hub, other, files, tmp_path):
     tokenizer = Tokenizer.train(["a photo of a dog"], TINY.text.vocab_size)
     miniclip.save(tmp_path / "mine", other, tokenizer, ImageTransform(TINY.vision.image_size))

@@ -1,8 +1,8 @@
-"""The layouts of OpenAI and open_clip, towers alone, and conversion between them all.
+"""The layouts of OpenAI and open_clip, single towers, and conversion between all layouts.
 
-Held to models of these layouts: one written here around torch's own nn.MultiheadAttention, whose
-fused matrices and transposed projections are the originals', and, where they are installed, the
-classes of openai/CLIP (`pip install openai-clip`) and open_clip themselves, which need torchvision.
+The embeddings are compared with a model that is written here. It uses torch's MultiheadAttention,
+with the originals' fused matrices and transposed projections. If openai/CLIP (`pip install
+openai-clip`) or open_clip is installed, its own classes are compared too; both need torchvision.
 """
 
 import json
@@ -56,7 +56,7 @@ from miniclip.files.tensors import read_tensors
 from miniclip.published import PUBLISHED
 from miniclip.transform import ImageTransform
 
-# ------------------------------------------------------------------ a CLIP as OpenAI's code has it
+# ---------------------------------------------------------------------- a CLIP as in OpenAI's code
 
 
 class Block(nn.Module):
@@ -115,7 +115,7 @@ class Visual(nn.Module):
 
 
 class TextHalf(nn.Module):
-    """What is CLIP's own in openai/CLIP, and the module `text` in open_clip's CustomTextCLIP."""
+    """The text tower: a part of CLIP in openai/CLIP, a module in open_clip's CustomTextCLIP."""
 
     def __init__(self, c, act):
         super().__init__()
@@ -155,14 +155,14 @@ OPENAI = CLIPConfig(
 
 
 def variant(**changes):
-    """OPENAI with fields of both towers changed, as open_clip's models differ."""
+    """OPENAI with fields of both towers changed."""
     vision, text = vars(OPENAI.vision) | changes, vars(OPENAI.text) | changes
     return CLIPConfig(VisionConfig(**vision), TextConfig(**text), OPENAI.embed_dim)
 
 
 @torch.no_grad()
 def original(config, dtype=torch.float64):
-    """With every parameter random."""
+    """A model with OpenAI's structure and random parameters."""
     model = Original(config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -178,7 +178,7 @@ def inputs():
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 499, (4, 20), generator=generator)
     ids[torch.arange(4), torch.tensor([19, 3, 7, 1])] = 499
-    ids[3] = torch.randint(0, 499, (20,), generator=generator)  # no end token: the largest id
+    ids[3] = torch.randint(0, 499, (20,), generator=generator)  # no end token: at the largest id
     return torch.randn(3, 3, 64, 64, generator=generator, dtype=torch.float64), ids
 
 
@@ -244,7 +244,7 @@ NO_NUMBERS = "ignore:.*read as OpenAI's"
 @pytest.mark.parametrize("name", ["model.safetensors", "ViT-B-32.pt", "epoch_1.pt"])
 def test_openai_state_dict_alone_is_a_whole_model(tmp_path, inputs, name):
     peer = original(OPENAI)
-    if name == "epoch_1.pt":  # of a training by open_clip's code, on several GPUs
+    if name == "epoch_1.pt":  # from a training by open_clip on several GPUs
         tensors = {f"module.{key}": tensor for key, tensor in peer.state_dict().items()}
         torch.save({"epoch": 1, "state_dict": tensors}, tmp_path / name)
     else:
@@ -272,7 +272,7 @@ def mutations():
 
 @pytest.mark.filterwarnings(NO_NUMBERS)
 @pytest.mark.parametrize("fault", mutations(), ids=lambda fault: fault.__name__)
-def test_a_fault_in_the_mapping_would_show(tmp_path, inputs, fault):
+def test_a_fault_in_the_mapping_is_noticed(tmp_path, inputs, fault):
     peer = original(OPENAI)
     model = CLIP.from_pretrained(write_openai(tmp_path / "x.pt", peer), dtype=torch.float64)
     fault(model)
@@ -280,14 +280,14 @@ def test_a_fault_in_the_mapping_would_show(tmp_path, inputs, fault):
         assert_same_embeddings(model, peer, *inputs)
 
 
-def test_a_file_that_may_be_openais_or_open_clips_is_said_to_be(tmp_path):
+def test_a_file_that_may_be_openais_or_open_clips_gives_a_warning(tmp_path):
     path = write_openai(tmp_path / "x.pt", original(OPENAI))
     with pytest.warns(UserWarning, match="read as OpenAI's.*open_clip_config.json"):
         CLIP.from_pretrained(path)
 
 
 def test_openais_mixed_precision_is_read_and_kept(tmp_path, inputs):
-    """Matrices in float16 and the rest in float32, as `clip.load` leaves a model on a GPU."""
+    """On a GPU, `clip.load` makes matrices float16 and leaves the rest float32."""
     peer = original(OPENAI, torch.float32)
     mixed = {n: t.half() if t.ndim > 1 else t for n, t in peer.state_dict().items()}
     peer.load_state_dict(mixed)
@@ -309,7 +309,7 @@ def test_openais_mixed_precision_is_read_and_kept(tmp_path, inputs):
 
 
 class Archive(nn.Module):
-    """OpenAI's archives have three numbers as buffers, and things that are no tensors."""
+    """A model with three numbers as buffers, as in OpenAI's archives."""
 
     def __init__(self, peer):
         super().__init__()
@@ -330,7 +330,7 @@ def archive(tmp_path_factory):
     peer = original(OPENAI, torch.float32)
     path = tmp_path_factory.mktemp("archive") / "ViT-B-32.pt"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated, and OpenAI's files remain
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, but OpenAI's files use it
         torch.jit.trace(Archive(peer).eval(), torch.zeros(1, 3, 64, 64)).save(path)
     return peer, path
 
@@ -344,7 +344,7 @@ def test_a_torchscript_archive_is_read_without_its_code(archive, inputs, monkeyp
 
 
 def rezip(path, to, change):
-    """An archive with one file in it changed."""
+    """Copy an archive. `change` gives each file's new contents, or None to leave it out."""
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(to, "w") as target:
         for name in source.namelist():
             data = change(name, source.read(name))
@@ -381,7 +381,7 @@ def test_an_archive_with_compressed_pickles_is_an_error(archive, tmp_path):
         read_tensors(tmp_path / "x.pt")
 
 
-def test_a_causal_mask_among_the_buffers_is_known_and_another_is_not(tmp_path):
+def test_a_causal_mask_among_the_buffers_is_accepted_and_another_mask_is_not(tmp_path):
     model = CLIP(OPENAI)
     model.save_pretrained(tmp_path, layout="openai")
     path = tmp_path / "model.safetensors"
@@ -394,7 +394,7 @@ def test_a_causal_mask_among_the_buffers_is_known_and_another_is_not(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_is_mapped_anew_after_16_megabytes_and_not_for_each_tensor(tmp_path, monkeypatch):
+def test_a_file_is_mapped_again_after_16_megabytes_and_not_for_each_tensor(tmp_path, monkeypatch):
     opened = []
 
     def counted(*args, **kwargs):
@@ -417,7 +417,7 @@ def packed():
 
 
 def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
-    """Its transform has no file; its tokenizer's is OpenAI's vocabulary, or any other."""
+    """The transform has no file. The tokenizer comes from files beside the weights."""
     model, tokenizer, transform = load("shapes")
     config = CLIPConfig(
         OPENAI.vision,
@@ -463,7 +463,7 @@ def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
         ({"more": torch.zeros(2)}, r"unexpected: more \(2,\)"),
     ],
 )
-def test_what_is_no_model_in_openais_layout(packed, tmp_path, change, message):
+def test_a_file_that_is_not_a_clip_in_openais_layout_is_an_error(packed, tmp_path, change, message):
     tensors = packed | change
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -479,7 +479,7 @@ def test_what_is_no_model_in_openais_layout(packed, tmp_path, change, message):
         ("visual.trunk.cls_token", "vision_cfg", "timm_model_name", "vit_base_patch16_224"),
     ],
 )
-def test_another_model_of_open_clips_is_told_by_the_field(tmp_path, tensor, section, field, value):
+def test_another_model_of_open_clips_is_named_by_its_field(tmp_path, tensor, section, field, value):
     CLIP(OPENAI).save_pretrained(tmp_path, layout="open_clip")
     path = tmp_path / "open_clip_model.safetensors"
     save_file(load_file(path) | {tensor: torch.zeros(1)}, path)
@@ -491,7 +491,7 @@ def test_another_model_of_open_clips_is_told_by_the_field(tmp_path, tensor, sect
 
 
 @pytest.mark.parametrize("value", ["L", [1], 3, True, {"size": [[64]]}, {"size": [{"a": 1}]}])
-def test_preprocessing_of_open_clips_that_is_none(tmp_path, value):
+def test_invalid_preprocessing_of_open_clips_is_an_error(tmp_path, value):
     settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": value}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="preprocess_cfg|size"):
@@ -503,7 +503,7 @@ def test_preprocessing_of_open_clips_that_is_none(tmp_path, value):
 
 @pytest.mark.parametrize("custom_text", [False, True], ids=["plain", "custom_text"])
 @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick_gelu"])
-def test_open_clip(tmp_path, inputs, custom_text, quick_gelu):
+def test_open_clips_layout_is_read(tmp_path, inputs, custom_text, quick_gelu):
     config = variant(act="quick_gelu" if quick_gelu else "gelu")
     peer = original(config)
     changes = {"quick_gelu": True} if quick_gelu else {}
@@ -516,7 +516,7 @@ def test_open_clip(tmp_path, inputs, custom_text, quick_gelu):
     assert transform == ImageTransform(64, image_mean=(0.5,) * 3, image_std=(0.3,) * 3)
 
 
-def test_open_clip_heads_and_eps(tmp_path, inputs):
+def test_heads_and_eps_of_open_clip_are_read(tmp_path, inputs):
     settings = json.loads(json.dumps(OPEN_CLIP))
     settings["vision_cfg"] |= {"head_width": 32, "norm_kwargs": {"eps": 1e-3}}
     settings["text_cfg"] |= {"norm_kwargs": {"eps": 1e-2}}
@@ -532,7 +532,7 @@ def test_open_clip_heads_and_eps(tmp_path, inputs):
     assert_same_embeddings(model, peer, *inputs)
 
 
-# Each number another, so that none can be written in another's place.
+# All numbers differ, so that a test notices a number in the wrong field.
 DISTINCT = CLIPConfig(
     VisionConfig(96, 5, 6, 240, "gelu", 1e-6, 60, 12),
     TextConfig(80, 3, 4, 300, "gelu", 3e-5, 1000, 50, 998, LEGACY_EOS),
@@ -557,7 +557,7 @@ def test_each_field_has_its_place_in_open_clips_config():
     assert CLIPConfig.from_fields(from_open_clip({"model_cfg": DISTINCT_OPEN_CLIP})) == DISTINCT
 
 
-def test_older_open_clips_are_spared_a_field_that_says_nothing():
+def test_an_eps_is_written_for_open_clip_only_if_it_is_not_the_default():
     vision, text = (replace(t, ln_eps=1e-5) for t in (DISTINCT.vision, DISTINCT.text))
     written = to_open_clip(asdict(replace(DISTINCT, vision=vision)))
     assert "norm_kwargs" not in written["vision_cfg"] and "norm_kwargs" in written["text_cfg"]
@@ -565,8 +565,8 @@ def test_older_open_clips_are_spared_a_field_that_says_nothing():
     assert "norm_kwargs" in written["vision_cfg"] and "norm_kwargs" not in written["text_cfg"]
 
 
-def test_an_absent_field_is_what_open_clip_assumes():
-    """The defaults of CLIPVisionCfg and CLIPTextCfg, which are a ViT-B/16 with exact GELU."""
+def test_an_absent_field_has_open_clips_default():
+    """The defaults of CLIPVisionCfg and CLIPTextCfg describe a ViT-B/16 with exact GELU."""
     empty = {"model_cfg": {"embed_dim": 9, "vision_cfg": {}, "text_cfg": {}}}
     assert CLIPConfig.from_fields(from_open_clip(empty)) == CLIPConfig(
         VisionConfig(768, 12, 12, 3072, "gelu", 1e-5, 224, 16),
@@ -576,7 +576,7 @@ def test_an_absent_field_is_what_open_clip_assumes():
     assert context_of_open_clip(empty) == 77
 
 
-def test_open_clips_other_ways_to_say_what_we_have():
+def test_other_fields_of_open_clip_for_the_same_values_are_read():
     settings = json.loads(json.dumps(DISTINCT_OPEN_CLIP))
     settings["vision_cfg"]["image_size"] = [60, 36]
     settings["text_cfg"] |= {"pool_type": "eos", "eos_id": 999}
@@ -611,8 +611,8 @@ def test_open_clips_other_ways_to_say_what_we_have():
         ("", "output_dict", [True]),
     ],
 )
-def test_a_field_of_open_clips_that_changes_no_number(section, field, values):
-    """No value, or the value of every CLIP. Other values are refused if they change a number."""
+def test_a_field_of_open_clips_that_changes_no_number_is_accepted(section, field, values):
+    """A field may be empty, or have a value that changes no number."""
     for value in [0, "", {}, None, False, *values]:
         settings = json.loads(json.dumps(DISTINCT_OPEN_CLIP))
         (settings[section] if section else settings)[field] = value
@@ -665,7 +665,7 @@ def test_a_field_of_open_clips_that_changes_no_number(section, field, values):
         ("text_cfg", {"embed_cls": True}, "text_cfg.embed_cls"),
     ],
 )
-def test_what_open_clip_has_and_this_architecture_has_not(tmp_path, section, change, message):
+def test_features_of_open_clip_that_clip_lacks_are_refused(tmp_path, section, change, message):
     settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
     (settings["model_cfg"][section] if section else settings["model_cfg"]).update(change)
     with pytest.raises(ValueError, match=message):
@@ -675,8 +675,8 @@ def test_what_open_clip_has_and_this_architecture_has_not(tmp_path, section, cha
         CLIPConfig.from_pretrained(tmp_path)
 
 
-def test_what_open_clip_writes_and_no_number_depends_on():
-    """Every field of its two dataclasses at its default, and what only training heeds."""
+def test_all_fields_that_open_clip_writes_are_accepted():
+    """Each field of its two dataclasses has its default, or a value that only training uses."""
     settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP}))
     plain = CLIPConfig.from_fields(from_open_clip(settings))
     settings["model_cfg"]["vision_cfg"] |= {
@@ -709,7 +709,7 @@ TOKENIZING = [
 
 
 @pytest.mark.parametrize(("change", "message"), TOKENIZING)
-def test_what_open_clip_tokenizes_otherwise(tmp_path, change, message):
+def test_settings_that_change_open_clips_tokens_are_refused(tmp_path, change, message):
     path = tmp_path / "open_clip_config.json"
     path.write_text(json.dumps({"model_cfg": OPEN_CLIP}))
     Tokenizer.from_pretrained("shapes").save_pretrained(tmp_path)
@@ -729,7 +729,7 @@ def test_what_open_clip_tokenizes_otherwise(tmp_path, change, message):
         {"tokenizer_kwargs": {"clean": "whitespace"}, "hf_tokenizer_name": "openai/clip-vit-l"},
     ],
 )
-def test_what_open_clip_tokenizes_as_we_do(tmp_path, change):
+def test_settings_that_do_not_change_open_clips_tokens_are_accepted(tmp_path, change):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
     Tokenizer.from_pretrained("shapes").save_pretrained(tmp_path)
     plain = Tokenizer.from_pretrained(tmp_path)
@@ -756,20 +756,20 @@ def test_what_open_clip_tokenizes_as_we_do(tmp_path, change):
         ({"mean": [0.5]}, "image_mean"),
     ],
 )
-def test_a_transform_of_open_clip_that_is_none_of_clips(tmp_path, change, message):
+def test_a_transform_of_open_clip_that_no_clip_has_is_refused(tmp_path, change, message):
     settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": change}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=f"open_clip_config.json: .*{message}"):
         ImageTransform.from_pretrained(tmp_path)
 
 
-def test_open_clip_names_for_a_square_transform():
+def test_open_clip_may_give_a_square_size_as_two_numbers():
     settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": {"size": [32, 32], "fill_color": 0}}
     assert preprocessing_from_open_clip(settings)["size"] == 32
 
 
 def test_each_setting_of_a_transform_has_its_place_in_open_clips_config():
-    """The fields of open_clip's PreprocessCfg, in transform.py."""
+    """These are the fields of PreprocessCfg in open_clip's transform.py."""
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     transform = ImageTransform(40, image_mean=mean, image_std=std)
     written = preprocessing_to_open_clip(asdict(transform))
@@ -805,12 +805,12 @@ def test_a_transform_is_saved_into_each_file_that_has_one(tmp_path):
         (tmp_path / name).unlink()
 
 
-# ---------------------------------------------------------------------------- there and back again
+# ------------------------------------------------------------- conversion to a layout and back
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), [*product(LAYOUTS, LAYOUTS)])
-def test_every_pair_of_layouts_there_and_back(tmp_path, one, other, inputs):
+def test_conversion_to_any_layout_and_back_changes_no_bit(tmp_path, one, other, inputs):
     model = CLIP(OPENAI).double()
     randomize(model)
     model.save_pretrained(tmp_path / "a", layout=one)
@@ -828,7 +828,7 @@ def test_every_pair_of_layouts_there_and_back(tmp_path, one, other, inputs):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_whole_checkpoint_in_every_layout(tmp_path, layout):
+def test_a_whole_checkpoint_is_saved_in_every_layout(tmp_path, layout):
     shapes = load("shapes")
     vision = vars(OPENAI.vision) | {"image_size": 64, "patch_size": 8}
     text = vars(OPENAI.text) | {"vocab_size": shapes.tokenizer.vocab_size, "bos_token_id": 1}
@@ -851,7 +851,7 @@ def text_with(**changes):
     return replace(OPENAI, text=replace(OPENAI.text, **changes))
 
 
-# What is not said, and the layouts that cannot say it.
+# A config, the part that some layouts cannot express, and these layouts.
 UNSAYABLE = [
     (variant(act="gelu"), "act gelu", {"openai"}),
     (variant(act="gelu_pytorch_tanh"), "act gelu_pytorch_tanh", {"openai", "open_clip"}),
@@ -884,7 +884,7 @@ def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing)
     for layout in LAYOUTS.keys() - refusing:
         model.save_pretrained(tmp_path / layout, layout=layout)
         loaded = CLIP.from_pretrained(tmp_path / layout)
-        if layout != "transformers":  # whose config alone can say that 499 is the end token
+        if layout != "transformers":  # only its config can state the end token 499
             text = replace(model.config.text, eos_token_id=LEGACY_EOS)
             assert loaded.config == replace(model.config, text=text)
         else:
@@ -892,7 +892,7 @@ def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing)
         assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
 
 
-def test_open_clip_beside_weights_that_go_first_is_refused(tmp_path):
+def test_saving_open_clip_beside_weights_that_are_read_first_is_refused(tmp_path):
     model = CLIP(OPENAI)
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="model.safetensors, which would be loaded instead"):
@@ -901,7 +901,7 @@ def test_open_clip_beside_weights_that_go_first_is_refused(tmp_path):
 
 
 def test_an_open_clip_mlp_ratio_gives_back_the_width():
-    # The last one's ratio times its width is less than the MLP's width, in float64.
+    # For the last pair, ratio * width is less than the MLP's width in float64.
     for width, mlp_width in [(1408, 6144), (1664, 8192), (96, 385), (7, 3), (49, 1000), (13, 63)]:
         vision = VisionConfig(width=width, heads=1, mlp_width=mlp_width)
         config = CLIPConfig(vision, TextConfig(width=width, heads=1, mlp_width=mlp_width))
@@ -915,7 +915,7 @@ def read_shapes(tensors):
 
 
 def test_the_shapes_of_openais_tensors_are_its_whole_config():
-    """Each number another, in a file that no layout would write: images of four channels."""
+    """All numbers differ. No layout would write this file, because images have four channels."""
     config = CLIPConfig(
         VisionConfig(192, 5, 3, 240, image_size=84, patch_size=12, channels=4),
         TextConfig(128, 4, 2, 300, "quick_gelu", 1e-5, 1000, 50, 998, LEGACY_EOS),
@@ -936,7 +936,7 @@ def test_packing_shares_no_memory():
     assert model.vision.blocks[0].attn.q_proj.weight.any()
 
 
-def test_the_convert_report(tmp_path):
+def test_the_report_of_convert_names_both_layouts_tensors(tmp_path):
     CLIP(OPENAI).save_pretrained(tmp_path / "a")
     done = convert(tmp_path / "a", tmp_path / "b", "openai")
     rows = {row.name: row for row in done.parameters}
@@ -947,8 +947,8 @@ def test_the_convert_report(tmp_path):
     assert rows["vision.proj.weight"].destination == ("visual.proj", "T")
 
 
-def test_a_file_without_vocabulary_takes_that_of_another_checkpoint(tmp_path, capsys):
-    """As OpenAI's own, which their code has beside itself."""
+def test_a_file_without_vocabulary_takes_another_checkpoints_vocabulary(tmp_path, capsys):
+    """OpenAI's own files have no vocabulary. It is part of their code."""
     tokenizer = load("shapes").tokenizer
     text = vars(OPENAI.text) | {"vocab_size": tokenizer.vocab_size, "bos_token_id": 1}
     config = CLIPConfig(OPENAI.vision, TextConfig(**text), OPENAI.embed_dim)
@@ -974,7 +974,7 @@ def test_a_file_without_vocabulary_takes_that_of_another_checkpoint(tmp_path, ca
     assert not (tmp_path / "c").exists()
 
 
-# ------------------------------------------------------------------------------------ towers alone
+# ----------------------------------------------------------------------------------- single towers
 
 VISION = dict(
     hidden_size=48, intermediate_size=100, num_hidden_layers=3, num_attention_heads=4,
@@ -1005,7 +1005,7 @@ PEERS = {
 @pytest.mark.parametrize("prefixed", [True, False, None], ids=["prefix", "as saved", "no prefix"])
 @pytest.mark.parametrize("name", PEERS)
 @torch.no_grad()
-def test_one_tower_of_transformers(tmp_path, name, prefixed):
+def test_one_tower_of_transformers_is_read(tmp_path, name, prefixed):
     model_class, config_class, shape = PEERS[name]
     kind = name.partition(",")[0]
     peer = model_class(config_class(**shape))
@@ -1013,7 +1013,7 @@ def test_one_tower_of_transformers(tmp_path, name, prefixed):
     for parameter in peer.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     peer.eval().save_pretrained(tmp_path)
-    if prefixed:  # as transformers wrote a tower without projection until 5.6
+    if prefixed:  # transformers wrote a tower without projection like this until 5.6
         path = tmp_path / "model.safetensors"
         tensors = load_file(path)
         if "projected" not in name:
@@ -1047,7 +1047,7 @@ def test_one_tower_of_transformers(tmp_path, name, prefixed):
         CLIPConfig.from_pretrained(tmp_path)
 
 
-def test_one_tower_of_a_whole_checkpoint(tmp_path):
+def test_one_tower_of_a_whole_checkpoint_is_read(tmp_path):
     model = twins(TINY)[0]
     model.save_pretrained(tmp_path)
     vision, text = VisionTower.from_pretrained(tmp_path), TextTower.from_pretrained(tmp_path)
@@ -1058,10 +1058,10 @@ def test_one_tower_of_a_whole_checkpoint(tmp_path):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
 
 
-def test_towers_bring_the_files_that_are_theirs(tmp_path):
+def test_a_tower_is_loaded_with_only_the_parts_that_it_needs(tmp_path):
     shapes = load("shapes")
     CLIPTextModel(CLIPTextConfig(**TEXT | {"vocab_size": 700})).save_pretrained(tmp_path)
-    assert load(tmp_path)[1:] == (None, None)  # as in Stable Diffusion, which has it elsewhere
+    assert load(tmp_path)[1:] == (None, None)  # Stable Diffusion has them elsewhere
     shapes.tokenizer.save_pretrained(tmp_path)
     shapes.transform.save_pretrained(tmp_path)
     _, tokenizer, transform = load(tmp_path)
@@ -1076,14 +1076,14 @@ def test_towers_bring_the_files_that_are_theirs(tmp_path):
         ("ipadapter_h14_image_encoder_config.json", 32, 1280, "gelu"),
     ],
 )
-def test_published_configs_of_one_tower(data, name, layers, width, act):
+def test_published_configs_of_one_tower_are_read(data, name, layers, width, act):
     fields = tower_from_transformers(json.loads((data / "configs" / name).read_text()))
     tower = fields["text" if "text" in name else "vision"]
     assert (tower["layers"], tower["width"], tower["act"]) == (layers, width, act)
 
 
 @pytest.mark.parametrize("projection_dim", [0, -1, "wide", None, 2**40])
-def test_a_tower_whose_embeddings_have_no_width(tmp_path, projection_dim):
+def test_an_invalid_projection_dim_of_a_tower_is_an_error(tmp_path, projection_dim):
     CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     settings = json.loads(path.read_text()) | {"projection_dim": projection_dim}
@@ -1132,7 +1132,7 @@ def test_a_weight_that_is_not_finite_is_named_and_loaded_as_it_is(tmp_path, valu
         VisionTower.from_pretrained(tmp_path)
 
 
-def test_large_weights_whose_sum_overflows_are_finite(tmp_path):
+def test_large_weights_whose_sum_overflows_give_no_warning(tmp_path):
     model = twins(TINY)[0].half()
     model.vision.pos_embed.data[:] = 60_000.0
     assert model.vision.pos_embed.sum().isinf()
@@ -1142,7 +1142,7 @@ def test_large_weights_whose_sum_overflows_are_finite(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_dtype_is_converted_tensor_by_tensor(tmp_path, layout, dtype=torch.bfloat16):
+def test_weights_are_converted_to_the_requested_dtype(tmp_path, layout, dtype=torch.bfloat16):
     model = CLIP(OPENAI)
     randomize(model)
     model.save_pretrained(tmp_path, layout=layout)
@@ -1151,7 +1151,7 @@ def test_a_dtype_is_converted_tensor_by_tensor(tmp_path, layout, dtype=torch.bfl
         assert theirs.is_contiguous() and torch.equal(ours.to(dtype), theirs)
 
 
-# ---------------------------------------------------------- the originals, where they are installed
+# ------------------------------------------------------------ the originals, if they are installed
 
 
 @pytest.fixture(scope="module")
@@ -1176,7 +1176,7 @@ def random_weights(model):
 
 
 @pytest.mark.filterwarnings(NO_NUMBERS)
-def test_openais_own_model(openai_model, tmp_path, inputs):
+def test_openais_own_class_agrees(openai_model, tmp_path, inputs):
     peer = random_weights(openai_model.CLIP(48, 64, 3, 128, 16, 20, 500, 64, 1, 2))
     torch.save(peer.state_dict(), tmp_path / "x.pt")
     pixels, ids = inputs
@@ -1190,7 +1190,7 @@ def test_openais_own_model(openai_model, tmp_path, inputs):
 
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_open_clips_own_model(open_clip, tmp_path, inputs, custom_text, quick_gelu):
+def test_open_clips_own_classes_agree(open_clip, tmp_path, inputs, custom_text, quick_gelu):
     kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     peer = random_weights(kind(**OPEN_CLIP, quick_gelu=quick_gelu))
     settings = OPEN_CLIP | {"quick_gelu": quick_gelu, "custom_text": custom_text}

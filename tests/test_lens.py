@@ -1,6 +1,6 @@
-"""What the lens shows, against transformers, against slow formulas, and against what must hold.
+"""The lens is compared with transformers, with slow formulas, and with sums that must hold.
 
-Every parameter is random, so that a bias or a LayerNorm that is lost shows; float64 decides.
+All parameters are random, so that a lost bias or LayerNorm is noticed. Most tests use float64.
 """
 
 import json
@@ -87,8 +87,8 @@ def test_attention_maps_are_the_attentions_of_transformers(tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_rollout_is_the_walk_of_a_chance_reader(double, tower):
-    """Token by token: half the time it stays, half the time it follows a head's pattern."""
+def test_rollout_is_a_random_walk_over_the_tokens(double, tower):
+    """At each step the walk stays with probability 1/2, or follows the heads' mean pattern."""
     model, inputs = double
     x = inputs[tower]
     maps = attention_maps(model, x)
@@ -103,13 +103,13 @@ def test_rollout_is_the_walk_of_a_chance_reader(double, tower):
                     after[to] = after.get(to, 0) + weight * p / 2
             share = after
         expected = torch.tensor([share.get(t, 0) for t in range(result.shape[1])]).double()
-        assert distance(result[b], expected) < 1e-7  # the numbers above were floats of a list
+        assert distance(result[b], expected) < 1e-7  # torch.tensor makes float32 of a list
     assert distance(result.sum(1), torch.ones(len(x)).double()) < FLOAT64
     assert distance(result, rollout(getattr(model, tower), x)) == 0
 
 
-def test_relevance_is_its_formula_with_slopes_measured(double):
-    """One head's slope by finite differences, then equations 5 and 6 in loops."""
+def test_relevance_equals_its_formula(double):
+    """Finite differences confirm one slope. Loops compute equations 5 and 6."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     result = relevance(model, pixels, ids)
@@ -140,7 +140,7 @@ def test_relevance_is_its_formula_with_slopes_measured(double):
             assert distance(got[b], torch.from_numpy(R[at])) < FLOAT64 * np.abs(R).max()
 
 
-def test_relevance_of_a_pair_is_its_own(double):
+def test_relevance_of_a_pair_does_not_depend_on_its_batch(double):
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     both = relevance(model, pixels, ids)
@@ -165,7 +165,7 @@ def test_relevance_needs_no_gradients_of_the_caller(double):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_relevance_from_the_last_block_alone(double):
+def test_relevance_may_start_at_the_last_block(double):
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     last = relevance(model, pixels, ids, start=-1)
@@ -179,7 +179,7 @@ def test_relevance_from_the_last_block_alone(double):
 
 
 def test_a_layer_without_heads_mixes_nothing(double):
-    """As pruning leaves it: its projections have no rows left, and its output is a bias."""
+    """Pruning leaves such a layer. Its projections have no rows, and its output is a bias."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     attn = model.vision.blocks[1].attn
@@ -214,7 +214,7 @@ def test_the_parts_sum_to_the_embedding(by, tower, attention):
         expected = encode(model, tower, x)
         parts = decompose(model, x, by)
         assert (total(parts) - expected).norm() / expected.norm() < relative
-        for lost in parts:  # each part counts: without any one of them it is not the embedding
+        for lost in parts:  # no part can be left out
             rest = {name: part for name, part in parts.items() if name != lost}
             assert (total(rest) - expected).norm() / expected.norm() > 1e-4, lost
 
@@ -229,12 +229,12 @@ def test_the_parts_of_clip_prs_sum_to_the_direction_of_the_embedding(double, tow
         assert distance(total(parts), expected) < 1e-12
     bare = prune_heads(model, tower, {1: range(getattr(TINY, tower).heads)})
     with pytest.raises(ValueError, match="the sum of the parts differs from the embedding"):
-        decompose(bare, inputs[tower], "head", "clip_prs")  # its bias has no head to belong to
+        decompose(bare, inputs[tower], "head", "clip_prs")  # its bias belongs to no head
     with pytest.raises(ValueError, match="convention is 'prs'; expected 'miniclip' or 'clip_prs'"):
         decompose(model, inputs[tower], convention="prs")
 
 
-def test_contributions_that_are_not_there_cannot_be_ablated(double):
+def test_absent_contributions_cannot_be_ablated(double):
     model, inputs = double
     parts = decompose(model, inputs["vision"], "head")
     with pytest.raises(
@@ -268,8 +268,8 @@ def test_coarse_parts_are_sums_of_fine_ones(double, tower):
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
-    """Each by a run of its own: the stream less what a head or a bias wrote, under the LayerNorm
-    whose length is held where it was. Slow, and with no formula in common."""
+    """Subtract what a head or a bias wrote from the residual stream, then apply the last LayerNorm
+    with its old scale. This way is slow, and it shares no formula with `decompose`."""
     model, inputs = double
     half = getattr(model, tower)
     x = inputs[tower]
@@ -305,7 +305,7 @@ def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
         assert distance(parts["blocks.0.mlp.fc2.bias"], lost) < FLOAT64
 
 
-def test_a_head_that_writes_nothing_is_nothing(double):
+def test_a_head_that_writes_nothing_contributes_nothing(double):
     model, inputs = double
     attn = model.vision.blocks[1].attn
     with torch.no_grad():
@@ -314,7 +314,7 @@ def test_a_head_that_writes_nothing_is_nothing(double):
     assert heads[:, 2].abs().max() == 0 and heads[:, [0, 1, 3]].abs().min() > 0
 
 
-def test_a_text_has_no_part_from_after_its_end(double):
+def test_tokens_after_the_end_token_contribute_nothing(double):
     model, inputs = double
     ids = inputs["text"]
     tokens = decompose(model, ids, "token")["blocks.0.attn"].abs().sum((1, 3))  # (B, T)
@@ -325,7 +325,7 @@ def test_a_text_has_no_part_from_after_its_end(double):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
 @pytest.mark.parametrize("by", ["layer", "token"])
 def test_the_parts_of_a_quantised_tower_are_an_error_that_says_so(by):
-    """Its activations are rounded too, which no sum of parts can follow."""
+    """The tower also rounds its activations, so no sum of parts equals the embedding."""
     model = quantize_dynamic(tiny_clip(), {nn.Linear}, torch.qint8)
     pixels, ids = random_inputs(TINY)
     for x in (pixels, ids):
@@ -333,7 +333,7 @@ def test_the_parts_of_a_quantised_tower_are_an_error_that_says_so(by):
             decompose(model, x, by=by)
 
 
-def test_a_tower_without_projection_is_a_sum_too(double):
+def test_a_tower_without_projection_is_the_sum_of_its_parts(double):
     _, x = double
     tower = miniclip.VisionTower(TINY.vision, None).double().eval()
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_an_edit_that_the_parts_leave_out_is_an_error(double):
     with hooks(model, {"vision.blocks.1": lambda out, name: out * 1.1}):
         with pytest.raises(ValueError, match="the sum of the parts differs from the embedding by"):
             decompose(model, x)
-    # An edit of what is a part is no contradiction.
+    # An edit of a part changes the part and the embedding in the same way.
     with hooks(model, {"vision.blocks.1.mlp": lambda out, name: out * 1.1}):
         assert distance(total(decompose(model, x, "token")), encode(model, "vision", x)) < FLOAT64
     with pytest.raises(ValueError, match="'layer', 'head', 'token'"):
@@ -380,8 +380,8 @@ def test_the_sum_holds_with_an_adapter_in_a_linears_place(double):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_sum_of_the_parts_may_miss_by_a_thousand_roundings_of_their_size(dtype):
-    """Of the size of the parts, 6 here, and not of the embedding's, which is 2: parts cancel."""
+def test_the_sum_of_the_parts_may_differ_by_a_thousand_rounding_errors(dtype):
+    """The limit grows with the sizes of the parts (here 6 together), because parts may cancel."""
     parts = {
         "one": torch.tensor([[4.0, 0]]).to(dtype),
         "other": torch.tensor([[-2.0, 1]]).to(dtype),
@@ -394,8 +394,8 @@ def test_the_sum_of_the_parts_may_miss_by_a_thousand_roundings_of_their_size(dty
             check_sum(parts, embedding + wrong)
 
 
-def test_only_what_the_read_token_needs_is_kept():
-    """By token, at most the result itself and a few tensors of a layer are alive at once."""
+def test_decompose_makes_no_tensor_larger_than_its_result():
+    """The parts of all query tokens would take T times as much memory."""
     model = tiny_clip()
     pixels, _ = random_inputs(TINY)
     largest = []
@@ -410,7 +410,7 @@ def test_only_what_the_read_token_needs_is_kept():
 
     with Sizes():
         decompose(model, pixels, "token")
-    assert max(largest) <= result  # (B, H, T, E), where all query tokens would be T times that
+    assert max(largest) <= result  # (B, H, T, E)
 
 
 # -------------------------------------------------------------------------------------- logit lens
@@ -429,7 +429,7 @@ def test_the_lens_after_all_blocks_is_the_embedding(double, tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_the_lens_is_the_tower_cut_short(double, tower):
+def test_the_lens_after_some_blocks_is_the_output_of_a_shorter_tower(double, tower):
     model, inputs = double
     x, half = inputs[tower], getattr(model, tower)
     recomputed, final = logit_lens(half, x), logit_lens(half, x, ln="final")
@@ -441,7 +441,7 @@ def test_the_lens_is_the_tower_cut_short(double, tower):
     for k in range(len(blocks)):  # additive: the difference is what the block wrote
         wrote = sum(part for name, part in parts.items() if name.startswith(f"blocks.{k}."))
         assert distance(final[:, k + 1] - final[:, k], wrote) < FLOAT64
-        assert distance(recomputed[:, k + 1] - recomputed[:, k], wrote) > 1e-2  # not so this one
+        assert distance(recomputed[:, k + 1] - recomputed[:, k], wrote) > 1e-2  # not additive
 
 
 # ----------------------------------------------------------------------------------- intermediates
@@ -465,13 +465,13 @@ def test_intermediates_are_the_hidden_states_of_transformers(tower):
             ours, x, 1, norm=True, output_fmt="NLC", intermediates_only=True
         )
         assert torch.equal(normed, norm(states[-1])[:, skip:])
-        if tower == "text":  # which have no other format
+        if tower == "text":  # texts have no other format
             assert torch.equal(forward_intermediates(ours, x, 1)[1][0], states[-1])
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])
-def test_clip_skip_is_that_of_diffusers(clip_skip):
-    """Its pipelines take hidden_states[-(clip_skip + 1)] and apply the text tower's last norm."""
+def test_clip_skip_equals_diffusers(clip_skip):
+    """diffusers takes hidden_states[-(clip_skip + 1)] and applies the text tower's last norm."""
     ours, theirs = twins(TINY)
     ids = random_inputs(TINY)[1]
     peer = theirs.text_model
@@ -483,7 +483,7 @@ def test_clip_skip_is_that_of_diffusers(clip_skip):
     assert torch.equal(found, expected)
 
 
-def test_intermediates_as_maps_and_prefixes(double):
+def test_intermediates_are_maps_and_prefix_tokens(double):
     model, inputs = double
     x = inputs["vision"]
     with torch.no_grad(), cache(model, "vision.blocks.*") as acts:
@@ -499,8 +499,8 @@ def test_intermediates_as_maps_and_prefixes(double):
                 assert torch.equal(spatial[:, :, row, column], stream[:, 1 + 5 * row + column])
 
 
-def test_intermediates_are_those_of_timm():
-    """Recorded, for each call, from timm's own ViT with the same weights: see record_timm.py."""
+def test_intermediates_equal_timms():
+    """record_timm.py recorded each call of timm's own ViT with the same weights."""
     recorded = json.loads(record_timm.PATH.read_text())
     tower, pixels = record_timm.small_tower(), record_timm.waves(1, 3, 12, 8)
     assert furthest(tower(pixels), recorded["timm.embedding"]) < 1e-9
@@ -511,7 +511,7 @@ def test_intermediates_are_those_of_timm():
 
 
 def furthest(found, values):
-    """The largest difference of two nests of lists, which must be nested alike."""
+    """The largest difference between two nested lists of the same form."""
     if isinstance(values, float):
         return abs(found - values)
     found = record_timm.plain(found)
@@ -545,13 +545,13 @@ def test_stopping_early_runs_no_block_too_many(double):
         ("text", dict(output_fmt="NLC", return_prefix_tokens=True)),
     ],
 )
-def test_intermediates_that_make_no_sense(double, tower, options):
+def test_options_of_intermediates_that_make_no_sense_are_refused(double, tower, options):
     model, inputs = double
     with pytest.raises(ValueError, match="expected|for images"):
         forward_intermediates(model, inputs[tower], **options)
 
 
-# ---------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------ images
 
 
 def test_maps_are_row_by_row(double):
@@ -562,11 +562,11 @@ def test_maps_are_row_by_row(double):
     ]
 
 
-def test_occlusion_is_its_definition(double):
+def test_occlusion_equals_its_definition(double):
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     result = occlusion(model, pixels, ids)
-    row, column = 0, 3  # a patch at the upper edge: in two windows
+    row, column = 0, 3  # a patch at the upper edge is in two windows
     losses = []
     with torch.no_grad():
         for left in (2, 3):
@@ -581,8 +581,8 @@ def test_occlusion_is_its_definition(double):
 
 
 @torch.no_grad()
-def test_grad_cam_is_its_definition_with_slopes_measured(double):
-    """A channel's weight is how the logit changes as the channel does on all patches alike."""
+def test_grad_cam_equals_its_definition(double):
+    """A channel's weight is the slope of the logit if the channel changes on all patches."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     site = "vision.blocks.2.ln_1"
@@ -604,7 +604,7 @@ def test_grad_cam_is_its_definition_with_slopes_measured(double):
 
 @torch.no_grad()
 def written_by_heads(model, pixels, ids):
-    """From each patch, in the direction of the text, by the parts that decompose names."""
+    """What all heads write from each patch in the direction of the text, by `decompose`."""
     parts = decompose(model, pixels, by="token")
     heads = torch.stack([parts[f"blocks.{i}.attn"] for i in range(3)]).sum((0, 2))  # (B, T, E)
     texts = torch.nn.functional.normalize(model.encode_text(ids), dim=-1)
@@ -615,7 +615,7 @@ def seen_by_class_token(model, pixels):
     return attention_maps(model, pixels)[2][:, :, 0, 1:].mean(1)
 
 
-DEFINITIONS = {  # of each patch's number, (B, P); the others have tests of their own
+DEFINITIONS = {  # each patch's number, (B, P); the other methods have their own tests
     "attention": lambda model, pixels, ids: seen_by_class_token(model, pixels),
     "rollout": lambda model, pixels, ids: rollout(model, pixels)[:, 1:],
     "relevance": lambda model, pixels, ids: relevance(model, pixels, ids).image[:, 1:],
@@ -638,7 +638,7 @@ def test_every_method_makes_a_map_for_each_pair(double, method):
     assert torch.equal(maps, other) == (method in BLIND)
 
 
-def test_a_heads_map_is_what_its_class_token_looks_at():
+def test_a_heads_map_is_the_attention_of_the_class_token():
     ours, theirs = twins(TINY, attention="eager")
     pixels, _ = random_inputs(TINY)
     with torch.no_grad():
@@ -656,7 +656,7 @@ def shapes():
     return miniclip.load("shapes")
 
 
-def test_a_map_is_made_by_the_method_it_is_told(shapes, monkeypatch):
+def test_a_map_is_made_by_the_given_method(shapes, monkeypatch):
     grey, asked = Image.new("RGB", (64, 64), "grey"), []
 
     def method(name):
@@ -684,8 +684,8 @@ def test_a_map_is_made_by_the_method_it_is_told(shapes, monkeypatch):
         text_maps(grey, ["a star", " "], shapes)
 
 
-def test_what_the_model_sees_is_the_picture_in_its_own_colours(shapes):
-    """Exactly, where nothing is to be resized; and with another checkpoint's mean and std."""
+def test_seen_is_the_image_in_its_own_colours(shapes):
+    """Pixels that need no resize are equal, also with another checkpoint's mean and std."""
     generator = np.random.default_rng(0)
     other = replace(shapes.transform, image_mean=(0.1, 0.5, 0.9), image_std=(0.3, 0.2, 0.7))
     for scale, transform in ((1, shapes.transform), (2, shapes.transform), (1, other), (2, other)):
@@ -704,13 +704,13 @@ def test_the_colours_of_heat_are_those_of_inferno():
         (0.0, 1.0, HEAT_COLOURS[0], 90),
         (0.5, 1.0, HEAT_COLOURS[1], 153),
         (1.0, 1.0, HEAT_COLOURS[2], 217),
-        (0.3, None, HEAT_COLOURS[2], 217),  # the warmest there is
+        (0.3, None, HEAT_COLOURS[2], 217),  # the warmest value
         (7.0, 1.0, HEAT_COLOURS[2], 217),
         (-1.0, 1.0, HEAT_COLOURS[0], 90),
         (-1.0, None, HEAT_COLOURS[0], 90),
     ],
 )
-def test_heat_lies_over_the_picture_in_grey_the_denser_the_warmer(heat, warmest, colour, density):
+def test_heat_lies_over_a_grey_image_and_warmer_heat_is_denser(heat, warmest, colour, density):
     picture = Image.new("RGB", (16, 16), (40, 90, 200))
     found = np.asarray(overlay(picture, torch.full((2, 2), heat), warmest), float)
     grey = 0.299 * 40 + 0.587 * 90 + 0.114 * 200
@@ -728,7 +728,7 @@ def test_a_heatmap_is_warm_where_the_map_is(shapes, monkeypatch):
     assert picture.size == (64, 64) and (row // 8, column // 8) == (1, 6)
 
 
-# ---------------------------------------------------------------------------- how often it is right
+# ------------------------------------------------------------------------- how often maps are right
 
 
 def test_questions_ask_for_each_object_of_scenes_that_no_training_set_has():
@@ -745,7 +745,7 @@ def test_questions_ask_for_each_object_of_scenes_that_no_training_set_has():
         assert one.picture is two.picture
 
 
-def test_the_score_of_maps_with_known_answers():
+def test_maps_with_known_answers_have_the_right_scores():
     named, other = torch.zeros(2, 1, 16, 16).bool()
     named[0, :8, :8] = True
     other[0, 8:, 8:] = True
@@ -754,14 +754,14 @@ def test_the_score_of_maps_with_known_answers():
     wrong = localisation("wrong", -heat + other[:, ::8, ::8], named, other)
     assert right.pointing == 1 and right.distracted == 0 and right.iou > 0.8
     assert wrong.pointing == 0 and wrong.distracted == 1 and wrong.iou == 0
-    pixels = 0.5 * named.float()  # the next warmest is on the object, too
+    pixels = 0.5 * named.float()  # the next warmest pixels are on the object
     pixels[0, :8, 4:12] = 1 + torch.rand(8, 8)  # half of it is on the object
     assert math.isclose(localisation("half", pixels, named, other).iou, 1 / 3, rel_tol=1e-6)
 
 
 @pytest.mark.slow
 def test_random_weights_are_scored_over_five_draws(shapes, monkeypatch):
-    """Mean and deviation are those of the draws one by one; and the draws differ."""
+    """The mean and the deviation are those of five single draws, which all differ."""
     monkeypatch.setattr("miniclip.world.localise.METHODS", {"attention": METHODS["attention"]})
     asked = questions(4)
     named, other = (torch.stack([getattr(q, name) for q in asked]) for name in ("named", "other"))
@@ -792,8 +792,8 @@ def test_maps_are_scored_in_evaluation_mode(monkeypatch):
 
 @pytest.mark.slow
 def test_methods_that_read_the_text_find_the_named_object(shapes, monkeypatch):
-    """On the embedded checkpoint, whatever its training: better than chance, and no worse than the
-    methods that are told nothing. Those must fall on either object equally often."""
+    """They point at the named object more often than at the other, and beat chance. Methods that do
+    not read the text point at both objects equally often."""
     monkeypatch.setattr("miniclip.world.localise.RANDOM", 2)
     found = localise(shapes, scenes=6)
     assert list(found) == ["trained", "random", "spread", "limits"]

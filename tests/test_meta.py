@@ -1,7 +1,7 @@
-"""On a device of its own nothing waits for the host: shown on the `meta` device.
+"""A GPU need not wait for the host. The tests show this with the `meta` device.
 
-A meta tensor has a shape and no numbers, so that whatever reads one raises. A tensor that is made
-on the CPU on the way is an error here too: on a GPU it would be copied there at each call.
+A meta tensor has a shape but no numbers, so code that reads a number raises. A tensor that is made
+on the CPU is an error here too, because each call would copy it to the GPU.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ DROP = {"vision.blocks.1.attn.z": lambda z, name: z * 2}
 
 
 class OnlyMeta(TorchDispatchMode):
-    """Raises at the first operation whose result lies elsewhere."""
+    """Raises at the first operation whose result is on another device."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **kwargs or {})
@@ -33,7 +33,7 @@ class OnlyMeta(TorchDispatchMode):
 
 @pytest.fixture
 def inputs():
-    """(model, pixels, ids), one text for each picture, all of them on the meta device."""
+    """(model, pixels, ids) with one text for each image, all on the meta device."""
     model = CLIP.from_pretrained("shapes", device="meta")
     pixels = torch.empty(IMAGES, 3, *[model.config.vision.image_size] * 2, device="meta")
     ids = torch.empty(IMAGES, model.config.text.context_length, dtype=torch.long, device="meta")
@@ -105,10 +105,10 @@ def test_a_training_step_does_not_wait(inputs):
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         muon.step()
         clamp_logit_scale(model)
-    adam.step()  # PyTorch counts its steps on the CPU
+    adam.step()  # outside, because PyTorch counts Adam's steps on the CPU
 
 
-def test_what_waits_is_found(inputs):
+def test_an_edit_that_waits_for_the_device_is_noticed(inputs):
     model, pixels, _ = inputs
     for wrong in (lambda z, name: z * z.sum().item(), lambda z, name: z * torch.ones(3).sum()):
         with OnlyMeta(), hooks(model, {"vision.blocks.1.attn.z": wrong}):

@@ -1,8 +1,8 @@
-"""The model against transformers' CLIPModel and against formulas written out, in tiers.
+"""Compare the model with transformers' CLIPModel and with formulas.
 
-Unit, then module by module in float64 with every parameter random, then float32 bit for bit, then
-shapes that no preset has, the official shapes at full size, half precision, sites, gradients, and
-faults planted on purpose. The tolerances are those of the table in the README.
+The tests begin with single parts. Then they compare each module in float64 with random parameters,
+float32 bit for bit, unusual shapes, the official shapes, half precision, sites and gradients. The
+last tests plant faults. README's table has the tolerances.
 """
 
 import copy
@@ -35,11 +35,11 @@ from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.published import PUBLISHED
 
 FLOAT64 = 1e-10
-REORDERED = 2e-5  # float32 on a CPU, at logit scale 100, the operations in another order
+REORDERED = 2e-5  # float32 on a CPU with reordered operations, at logit scale 100
 CUDA = 1e-4  # float32 on a GPU without TF32, at logit scale 100
 
 pytestmark = [
-    # torch.compile and torch.export of torch 2.13 warn of themselves, in ways no caller can mend.
+    # torch.compile and torch.export of torch 2.13 raise these warnings about their own code.
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*"),
 ]
 
@@ -68,7 +68,7 @@ def difference(ours, theirs):
 
 @torch.no_grad()
 def watch(model, names, *inputs):
-    """The outputs of the named modules in one forward pass, and the model's own."""
+    """The outputs of the named modules in one forward pass, and the model's output."""
     seen, handles = {}, []
     for name in names:
         keep = lambda module, args, out, name=name: seen.__setitem__(name, out)  # noqa: E731
@@ -83,7 +83,7 @@ def watch(model, names, *inputs):
 
 
 def site_shapes(config, B, C, T):
-    """Every module whose output is a named tensor, in both towers, and the shape of it."""
+    """{name: shape} of the output of every module in both towers whose output is named."""
     shapes = {}
     for tower, batch, tokens, part in (
         ("vision", B, 1 + config.vision.patches, config.vision),
@@ -120,7 +120,7 @@ def site_shapes(config, B, C, T):
     side = config.vision.image_size // config.vision.patch_size
     shapes["vision.patch_embed"] = (B, config.vision.width, side, side)
     shapes["vision.ln_pre"] = (B, 1 + config.vision.patches, config.vision.width)
-    shapes["vision.ln_post"] = (B, config.vision.width)  # the class token alone
+    shapes["vision.ln_post"] = (B, config.vision.width)  # only the class token
     shapes["text.token_embed"] = shapes["text.ln_final"] = (C, T, config.text.width)
     return shapes
 
@@ -140,7 +140,7 @@ def test_quick_gelu_is_its_formula():
     values = [v / (1 + math.exp(-1.702 * v)) for v in x.tolist()]
     expected = torch.tensor(values, dtype=torch.float64)
     assert difference(QuickGELU()(x), expected) < 1e-14
-    assert difference(F.gelu(x), expected) > 0.02  # the approximation is not the function
+    assert difference(F.gelu(x), expected) > 0.02  # QuickGELU is not GELU
 
 
 def test_unit_norm_divides_by_the_length():
@@ -168,7 +168,7 @@ def test_attention_without_a_mask_sees_everything():
 @pytest.mark.parametrize("causal", [True, False])
 @torch.no_grad()
 def test_attention_is_its_formula(causal):
-    """Written with loops over images, heads and tokens."""
+    """Loops over images, heads and tokens compute the formula."""
     attention = Attention(12, 3, causal).double()
     randomize(attention)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
@@ -203,21 +203,21 @@ def test_logits_are_scaled_cosines():
 
 
 def openai_init_stds(config):
-    """openai/CLIP, model.py: VisionTransformer.__init__ and CLIP.initialize_parameters."""
+    """{name: std} by VisionTransformer and initialize_parameters in openai/CLIP's model.py."""
     v, t = config.vision, config.text
     stds = {
         "vision.class_embed": v.width**-0.5,
         "vision.pos_embed": v.width**-0.5,
         "vision.proj.weight": v.width**-0.5,
-        # what the code leaves to PyTorch: kaiming_uniform(sqrt 5), of variance 1 / (3 fan_in)
+        # PyTorch's default: kaiming_uniform(sqrt 5) has variance 1 / (3 fan_in)
         "vision.patch_embed.weight": (3 * v.channels * v.patch_size**2) ** -0.5,
         "text.token_embed.weight": 0.02,
         "text.pos_embed": 0.01,
         "text.proj.weight": t.width**-0.5,
     }
-    # nn.MultiheadAttention: xavier_uniform of the (3 W, W) matrix, of variance 2 / (4 W)
+    # nn.MultiheadAttention: xavier_uniform of the (3 W, W) matrix has variance 2 / (4 W)
     attn = dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj"), (2 / (4 * v.width)) ** 0.5)
-    narrow, wide = (3 * v.width) ** -0.5, (3 * v.mlp_width) ** -0.5  # again as PyTorch does
+    narrow, wide = (3 * v.width) ** -0.5, (3 * v.mlp_width) ** -0.5  # PyTorch's default
     vision = attn | {"attn.out_proj": narrow, "mlp.fc1": narrow, "mlp.fc2": wide}
     proj_std = t.width**-0.5 * (2 * t.layers) ** -0.5
     attn = dict.fromkeys(("attn.q_proj", "attn.k_proj", "attn.v_proj"), t.width**-0.5)
@@ -247,7 +247,7 @@ def test_init_follows_openai():
     for name, values in parameters.items():
         if name.endswith("weight"):
             assert "ln_" in name and (values == 1).all(), name
-        elif "mlp" in name:  # nn.Linear's own: uniform up to fan_in ** -0.5
+        elif "mlp" in name:  # nn.Linear's default: uniform up to fan_in ** -0.5
             fan_in = config.vision.width if "vision" in name else config.text.width
             fan_in = fan_in if "fc1" in name else {"v": 400, "t": 300}[name[0]]
             assert 0.9 * fan_in**-0.5 < values.abs().max() <= fan_in**-0.5, name
@@ -255,8 +255,8 @@ def test_init_follows_openai():
             assert (values == 0).all(), name
 
 
-# openai/CLIP's notebooks print 151,277,313; B/16 is from keras-cv's presets; the others are from
-# keras-hub's (clip_published.py @71453d08), less the position ids that it counts.
+# openai/CLIP's notebooks print 151,277,313. B/16 is from keras-cv's presets. The others are from
+# keras-hub's presets (clip_published.py @71453d08), without the position ids that those count.
 PARAMETERS = {
     "B/32": 151277313,
     "B/16": 149620737,
@@ -280,7 +280,7 @@ def test_parameter_counts_are_the_published_ones(name):
     assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
 
 
-TINYCLIP = {  # TinyCLIP, in its models' names: millions, of the text tower without its vocabulary
+TINYCLIP = {  # the millions in the models' names; the text tower's are without the vocabulary
     "TinyCLIP-8M/16": (8, 3),
     "TinyCLIP-39M/16": (39, 19),
     "TinyCLIP-40M/32": (40, 19),
@@ -306,8 +306,8 @@ def test_tinyclips_towers_have_the_size_of_their_names(name):
 
 @pytest.fixture(scope="module")
 def double():
-    """(ours, theirs, pixels, ids) in float64. Theirs runs sdpa: the softmax of its eager attention
-    is taken in float32 whatever the weights are, so its `attentions` are good to 1e-7 only."""
+    """(ours, theirs, pixels, ids) in float64. transformers runs sdpa, because its eager attention
+    always computes the softmax in float32, with rounding errors of 1e-7."""
     pixels, ids = random_inputs(TINY)
     return *twins(TINY, dtype=torch.float64), pixels.double(), ids
 
@@ -327,7 +327,7 @@ def residual_stream(tower, seed=3):
 
 
 @torch.no_grad()
-def test_embeddings(double):
+def test_embeddings_equal_transformers(double):
     ours, theirs, pixels, ids = double
     vision = theirs.vision_model
     expected = vision.pre_layrnorm(vision.embeddings(pixels))
@@ -338,7 +338,7 @@ def test_embeddings(double):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_attention(double, tower, kind):
+def test_attention_equals_transformers(double, tower, kind):
     ours, theirs = modules(double, tower)
     x = residual_stream(tower)
     for block, layer in zip(ours.blocks, theirs.encoder.layers, strict=True):
@@ -350,7 +350,7 @@ def test_attention(double, tower, kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tower", TOWERS)
-def test_mlp_and_layer_norms(double, tower):
+def test_mlp_and_layer_norms_equal_transformers(double, tower):
     ours, theirs = modules(double, tower)
     x = residual_stream(tower)
     for block, layer in zip(ours.blocks, theirs.encoder.layers, strict=True):
@@ -361,7 +361,7 @@ def test_mlp_and_layer_norms(double, tower):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tower", TOWERS)
-def test_block(double, tower):
+def test_blocks_equal_transformers(double, tower):
     ours, theirs = modules(double, tower)
     x = residual_stream(tower)
     for block, layer in zip(ours.blocks, theirs.encoder.layers, strict=True):
@@ -369,7 +369,7 @@ def test_block(double, tower):
 
 
 @torch.no_grad()
-def test_hidden_states_pooled_and_projected(double):
+def test_hidden_states_pooled_and_projected_equal_transformers(double):
     ours, theirs, pixels, ids = double
     for tower, x in (("vision", pixels), ("text", ids)):
         mine, peer = modules(double, tower)
@@ -392,14 +392,14 @@ def test_hidden_states_pooled_and_projected(double):
     assert difference(ours.encode_text(ids), text) < FLOAT64
 
 
-def test_logits(double):
+def test_logits_equal_transformers(double):
     ours, theirs, pixels, ids = double
     assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < FLOAT64
 
 
 @torch.no_grad()
-def test_every_site_is_the_tensor_it_is_called(double):
-    """Against transformers where it has the tensor, and the formula for scores and pattern."""
+def test_every_site_is_the_tensor_that_its_name_says(double):
+    """transformers has no scores and no pattern: these two are compared with their formulas."""
     ours, theirs, pixels, ids = double
     seen, _ = watch(ours, site_shapes(TINY, B=2, C=3, T=9), pixels, ids)
     expected = transformers_sites(theirs, pixels, ids)
@@ -410,7 +410,7 @@ def test_every_site_is_the_tensor_it_is_called(double):
 
 @torch.no_grad()
 def transformers_sites(theirs, pixels, ids):
-    """Our names -> transformers' tensors, gathered with hooks of our own."""
+    """miniclip's names -> transformers' tensors, which hooks collect."""
     inputs, outputs, handles = {}, {}, []
     for name, module in theirs.named_modules():
         if not name:
@@ -473,7 +473,7 @@ def transformers_sites(theirs, pixels, ids):
 
 
 @torch.no_grad()
-def test_pattern_is_the_attentions_of_transformers_to_float32():
+def test_pattern_equals_transformers_attentions_up_to_float32():
     pixels, ids = random_inputs(TINY)
     ours, theirs = twins(TINY, attention="eager", dtype=torch.float64)
     for tower, x in (("vision", pixels.double()), ("text", ids)):
@@ -535,7 +535,7 @@ UNUSUAL = {
 
 @pytest.mark.sweep(8)
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_shapes_that_no_preset_has(name, device):
+def test_shapes_that_no_preset_has_equal_transformers(name, device):
     config = UNUSUAL[name]
     tokens = config.text.context_length if "context" in name else 9
     pixels, ids = (x.to(device) for x in random_inputs(config, tokens=tokens))
@@ -548,7 +548,7 @@ def test_shapes_that_no_preset_has(name, device):
 
 
 def test_custom_end_token_is_not_the_largest_id():
-    """So that the test above can tell the two rules of pooling apart."""
+    """Otherwise the test above could not tell the two rules of pooling apart."""
     config = UNUSUAL["end token below added ones"]
     _, ids = random_inputs(config)
     model, _ = twins(config)
@@ -557,8 +557,8 @@ def test_custom_end_token_is_not_the_largest_id():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_official_shapes_at_full_width(name, device, two_threads):
-    """B/32 in full depth, and two layers of each tower of the others."""
+def test_official_shapes_at_full_width_equal_transformers(name, device, two_threads):
+    """B/32 has its full depth. The other shapes have two layers in each tower."""
     config = PUBLISHED[name]
     if name != "B/32":
         towers = {"vision": config.vision, "text": config.text}
@@ -573,7 +573,7 @@ def test_official_shapes_at_full_width(name, device, two_threads):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_on_every_device(attention, device):
+def test_logits_are_close_to_transformers_on_every_device(attention, device):
     ours, theirs = twins(TINY, attention=attention, device=device)
     pixels, ids = (x.to(device) for x in random_inputs(TINY, images=8, texts=8, tokens=20))
     assert difference(logits(ours, pixels, ids), logits(theirs, pixels, ids)) < CUDA
@@ -598,7 +598,7 @@ def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
 
 @torch.no_grad()
 def test_nothing_after_the_end_token_can_reach_the_embedding():
-    """Why there is no padding mask."""
+    """This is why there is no padding mask."""
     model = tiny_clip()
     _, ids = random_inputs(TINY, texts=1, tokens=20)
     ids[0, 11:] = TINY.text.eos_token_id
@@ -637,8 +637,8 @@ def test_no_edit_of_the_scores_lets_later_tokens_in(edit):
     assert (difference(edited, plain) > 1e-3) == (edit != "NaN at later tokens")
 
 
-def test_a_temperature_of_the_scores_has_the_gradient_that_it_has_on_q():
-    """The mask stands after the site: a product of 0 and minus infinity would be NaN."""
+def test_a_temperature_has_the_same_gradient_on_the_scores_as_on_q():
+    """The mask comes after the site, because 0 times minus infinity would be NaN."""
     model, (_, ids) = tiny_clip(torch.float64), random_inputs(TINY)
     attn, slopes = model.text.blocks[0].attn, []
     for site in (attn.scores, attn.q):
@@ -665,7 +665,7 @@ def test_a_row_without_an_end_token_is_an_error():
 
 @pytest.mark.slow
 def test_a_row_without_an_end_token_is_nan_in_a_compiled_graph():
-    """A graph cannot raise. Its other rows are as they are without it."""
+    """A graph cannot raise. The other rows keep their values."""
     model = tiny_clip()
     ids = random_inputs(TINY)[1]
     expected = model.encode_text(ids)
@@ -676,7 +676,7 @@ def test_a_row_without_an_end_token_is_nan_in_a_compiled_graph():
 
 
 def test_a_forward_pass_never_waits_for_the_device():
-    """A meta tensor has no values: a check that reads one raises."""
+    """A meta tensor has no values, so a check that reads a value raises."""
     pixels, ids = (x.to("meta") for x in random_inputs(TINY))
     out = tiny_clip().to("meta")(pixels, ids)
     assert out.logits_per_image.shape == (len(pixels), len(ids))
@@ -722,7 +722,7 @@ def test_ids_without_a_batch_are_an_error():
         ),
     ],
 )
-def test_what_is_no_pixels_is_a_sentence_with_the_call_to_make(pixels, error, words):
+def test_the_error_for_wrong_pixels_names_the_right_call(pixels, error, words):
     with pytest.raises(error) as raised:
         tiny_clip().encode_image(pixels)
     assert all(word in str(raised.value) for word in words), raised.value
@@ -739,18 +739,18 @@ def test_what_is_no_pixels_is_a_sentence_with_the_call_to_make(pixels, error, wo
         (torch.tensor([[-1, 599]]), ValueError, ["from -1 to 599"]),
     ],
 )
-def test_what_is_no_ids_is_a_sentence_with_the_call_to_make(ids, error, words):
+def test_the_error_for_wrong_ids_names_the_right_call(ids, error, words):
     with pytest.raises(error) as raised:
         tiny_clip().encode_text(ids)
     assert all(word in str(raised.value) for word in words), raised.value
 
 
-def test_int32_ids_are_ids():
+def test_int32_ids_are_accepted():
     model, ids = tiny_clip(), random_inputs(TINY)[1]
     assert torch.equal(model.encode_text(ids.int()), model.encode_text(ids))
 
 
-def test_an_empty_batch_is_an_empty_batch():
+def test_an_empty_batch_gives_empty_outputs():
     model, tokenizer, transform = load("everyday")
     out = model(transform([]), tokenizer([]))
     assert out.logits_per_image.shape == (0, 0)
@@ -759,9 +759,9 @@ def test_an_empty_batch_is_an_empty_batch():
 
 
 def test_values_are_not_checked_under_vmap():
-    """A check would have to read what a batched tensor does not have."""
+    """A check would read a value, which a batched tensor does not have."""
     model, (pixels, ids) = tiny_clip(), random_inputs(TINY)
-    model.set_attention("eager")  # the fused one warns that vmap is slow
+    model.set_attention("eager")  # the fused kernel warns that vmap is slow
     found = torch.vmap(model.encode_text)(ids[:, None])
     torch.testing.assert_close(found[:, 0], model.encode_text(ids))
     found = torch.vmap(model.encode_image)(pixels[:, None])
@@ -787,7 +787,7 @@ def test_from_pretrained_takes_the_options_of_load(kind):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
 
 
-def test_a_model_saves_in_the_layout_it_is_told(tmp_path):
+def test_a_model_is_saved_in_the_given_layout(tmp_path):
     CLIP.from_pretrained("shapes").save_pretrained(tmp_path, layout="open_clip")
     saved = {path.name for path in tmp_path.iterdir()}
     assert "open_clip_config.json" in saved and "config.json" not in saved
@@ -797,7 +797,7 @@ def test_a_model_saves_in_the_layout_it_is_told(tmp_path):
 
 
 class Untouched(Attention):
-    """Attention as it would be written without sites."""
+    """Attention without sites."""
 
     def forward(self, x):
         B, T, W = x.shape
@@ -809,7 +809,7 @@ class Untouched(Attention):
         return self.out_proj(z.transpose(1, 2).reshape(B, T, W))
 
 
-def test_sites_that_nobody_uses_change_no_bit():
+def test_unread_sites_change_no_bit():
     model = tiny_clip()
     bare = copy.deepcopy(model)
     for module in bare.modules():
@@ -845,7 +845,7 @@ def test_reading_changes_no_bit(kind, names):
 
 
 @pytest.mark.parametrize("site", ["scores", "pattern"])
-def test_reading_what_sdpa_never_makes_agrees_to_rounding(site):
+def test_reading_a_site_that_sdpa_never_makes_changes_only_the_rounding(site):
     model = tiny_clip()
     inputs = random_inputs(TINY)
     name = f"vision.blocks.1.attn.{site}"
@@ -857,7 +857,7 @@ def test_reading_what_sdpa_never_makes_agrees_to_rounding(site):
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
-def test_editing_any_site_changes_the_output_and_letting_go_restores_it(kind):
+def test_editing_any_site_changes_the_output_and_removing_the_edit_restores_it(kind):
     model, _ = twins(TINY, attention=kind)
     inputs = random_inputs(TINY)
     expected = logits(model, *inputs)
@@ -879,7 +879,7 @@ LOOKS += [f"module_{look}" for look in LOOKS]  # on all modules at once
 
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("name", ["scores", "pattern"])
-def test_a_layer_is_written_out_while_its_site_is_watched(name, look):
+def test_attention_is_written_out_while_its_site_is_watched(name, look):
     attention, seen = Attention(12, 3, causal=False), []
     site, x = getattr(attention, name), torch.randn(1, 5, 12, requires_grad=True)
     register = getattr(module_hooks if "module" in look else site, f"register_{look}")
@@ -892,12 +892,12 @@ def test_a_layer_is_written_out_while_its_site_is_watched(name, look):
     assert not seen
 
 
-def test_a_layer_is_written_out_while_its_sites_forward_is_patched(monkeypatch):
+def test_attention_is_written_out_while_its_sites_forward_is_patched(monkeypatch):
     attention, x = Attention(12, 3, causal=False), torch.randn(1, 5, 12)
     plain = attention(x)
     attention.pattern.forward = torch.zeros_like
     assert torch.equal(attention(x)[0, 0], attention.out_proj.bias)
-    del attention.pattern.forward  # the class's own is below
+    del attention.pattern.forward  # next, the class's forward is patched
     assert torch.equal(attention(x), plain)
     seen = []
     monkeypatch.setattr(Site, "forward", lambda self, x: seen.append(self) or x)
@@ -919,7 +919,7 @@ def test_a_module_in_the_place_of_a_site_is_called():
 
 
 @torch.no_grad()
-def test_zeroing_a_head_is_removing_its_columns_of_the_output():
+def test_zeroing_a_head_equals_zeroing_its_columns_of_out_proj():
     model = tiny_clip(torch.float64)
     pixels, _ = random_inputs(TINY)
     pixels, attention = pixels.double(), model.vision.blocks[1].attn
@@ -938,7 +938,7 @@ def test_zeroing_a_head_is_removing_its_columns_of_the_output():
 # ---------------------------------------------------------------------------------------- gradients
 
 
-def test_every_parameter_has_the_gradient_it_has_in_transformers():
+def test_every_parameter_has_transformers_gradient():
     ours, theirs = twins(TINY, dtype=torch.float64)
     pixels, ids = random_inputs(TINY, images=4, texts=4)
     target = torch.arange(4)
@@ -949,7 +949,7 @@ def test_every_parameter_has_the_gradient_it_has_in_transformers():
     for name, parameter in ours.named_parameters():
         expected = gradients[layout_name(name, TRANSFORMERS)]
         assert difference(parameter.grad, expected) < FLOAT64, name
-        if "k_proj.bias" not in name:  # a softmax is blind to what all its scores share
+        if "k_proj.bias" not in name:  # it adds one number to all scores, which softmax ignores
             assert parameter.grad.abs().max() > 1e-9, name
 
 
@@ -1041,13 +1041,13 @@ def lower_logit_scale(model):
     swapped_queries_and_keys, flipped_values, shifted_positions, read_at_a_patch,
     lower_logit_scale,
 ])  # fmt: skip
-def test_a_planted_fault_is_seen(fault, double):
+def test_a_planted_mistake_is_noticed(fault, double):
     ours, theirs, pixels, ids = double
     faulty = copy.deepcopy(ours)
     expected = logits(theirs, pixels, ids)
     assert difference(logits(faulty, pixels, ids), expected) < FLOAT64
     fault(faulty)
-    # far out of the float64 tolerance, and out of the float32 one where that is the only check
+    # far out of the float64 tolerance, and out of the float32 tolerance too
     assert difference(logits(faulty, pixels, ids), expected) > REORDERED
 
 

@@ -1,10 +1,10 @@
-"""The notebooks run in a bare kernel, and what is committed is what they print.
+"""The notebooks run in a fresh kernel, and their outputs are committed.
 
-`python tests/test_notebooks.py` executes them all and stores the outputs, without what varies from
-run to run. Names after it select notebooks.
+`python tests/test_notebooks.py` runs all notebooks and stores their outputs, except for the parts
+that vary from run to run. Names on the command line select notebooks.
 
-A solution is a markdown cell with a folded `<details>`: a block of Python, and a block of what it
-prints. A run executes the block after the cells above it, and fills in what it prints.
+A solution is a markdown cell with a folded `<details>`: a block of Python, and a block with its
+output. A run executes the block after the notebook's own cells, and fills in the output.
 """
 
 import os
@@ -33,8 +33,8 @@ SOLUTION = re.compile(
     re.DOTALL,
 )
 
-# Runs in the kernel before the notebook. Each warning is an error, and so is a figure without a
-# title, or with an axis without a name.
+# This code runs in the kernel before the notebook. It makes each warning an error. A figure without
+# a title is an error, and so is an axis without a name.
 STRICT = """
 import warnings
 from matplotlib.backend_bases import FigureCanvasBase
@@ -57,7 +57,7 @@ warnings.filterwarnings("ignore", module="ipykernel|asyncio")
 warnings.filterwarnings("ignore", "__array_")  # torch does not yet follow NumPy 2
 """
 
-# The kernel's machinery, not the notebooks, is what these come from.
+# These warnings come from the kernel's libraries, not from the notebooks.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -65,10 +65,10 @@ pytestmark = [
 
 
 def executed(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run in a fresh kernel of this interpreter.
+    """Run a notebook in a fresh kernel of this interpreter, and return it with its outputs.
 
-    An empty folder for Jupyter's and IPython's own settings: neither another environment's kernel
-    of the same name nor a startup file of the user's gets in between.
+    Jupyter and IPython read their settings from an empty folder. So the run uses no kernel of
+    another environment and no startup file of the user.
     """
     notebook = nbformat.read(path, as_version=4)
     solutions = [cell for cell in notebook.cells if SOLUTION.search(cell.source)]
@@ -86,7 +86,7 @@ def executed(path: Path) -> nbformat.NotebookNode:
         nbclient.NotebookClient(
             notebook,
             kernel_name="python3",
-            timeout=None,  # a loaded machine takes its time
+            timeout=None,  # a busy machine is slow
             startup_timeout=600,
             iopub_timeout=600,
             record_timing=False,
@@ -110,7 +110,7 @@ def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def texts(notebook: nbformat.NotebookNode) -> str:
-    """All that the outputs say in words; pictures are left out."""
+    """All text in the outputs, without the images."""
     return "\n".join(
         output.get("text") or output.get("data", {}).get("text/plain", "")
         for output in outputs(notebook)
@@ -118,25 +118,25 @@ def texts(notebook: nbformat.NotebookNode) -> str:
 
 
 def check_outputs(notebook: nbformat.NotebookNode) -> None:
-    """No error, no warning, and no folder of the machine that they were made on."""
+    """Assert that the outputs have no error, no warning and no folder of this machine."""
     assert outputs(notebook)
     assert not any(output.output_type == "error" for output in outputs(notebook))
     assert not any(output.get("name") == "stderr" for output in outputs(notebook))
     assert not A_PLACE.search(texts(notebook))
 
 
-def test_the_ladder_is_whole():
+def test_no_notebook_is_missing():
     assert tuple(path.stem for path in NOTEBOOKS) == NAMES
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs_without_an_error_or_a_warning(path):
+def test_each_notebook_runs_without_an_error_or_a_warning(path):
     executed(path)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_is_committed_is_a_whole_run(path):
+def test_the_committed_outputs_are_those_of_a_whole_run(path):
     assert path.stat().st_size < MOST_BYTES
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -147,9 +147,9 @@ def test_what_is_committed_is_a_whole_run(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_can_be_learnt_from(path):
-    """What the reader will be able to do, how to run it, a text before every cell of code, what to
-    see in every figure, and three exercises with folded solutions."""
+def test_each_notebook_has_the_parts_that_a_reader_needs(path):
+    """These are its goals, how to run it, a text before every code cell, what to see in every
+    figure, and three exercises with folded solutions."""
     cells = nbformat.read(path, as_version=4).cells
     goals = cells[0].source.partition("**After this notebook you can**\n\n")[2]
     assert goals.count("\n- ") >= 2

@@ -1,11 +1,11 @@
-"""OpenAI's four checkpoints, from their names to their logits, against transformers.
+"""Compare OpenAI's four checkpoints with transformers, from their names to their logits.
 
     MINICLIP_HUB=1 pytest -m hub
 
-downloads them from the hub into the user's own cache. Another hub can be named in HF_ENDPOINT.
-What other projects recorded of OpenAI's weights is compared too, unless other weights come. The
-ordinary suite rehearses: it runs the same code on small random weights, from a hub on loopback that
-serves the same files.
+downloads them from the hub into the user's own cache. HF_ENDPOINT can name another hub. If the
+weights are OpenAI's, they must also give the values that other projects recorded. Without
+MINICLIP_HUB there is a rehearsal: the same code runs with small random weights, from a local hub
+that serves the same files.
 """
 
 import hashlib
@@ -42,19 +42,19 @@ from miniclip.files.hub import WEIGHTS, resolve
 from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.published import PUBLISHED
 
-# What the hub's client warns of depends on the machine: symbolic links, tokens, open connections.
+# The warnings of the hub's client depend on the machine: symbolic links, tokens, open connections.
 pytestmark = [
     pytest.mark.filterwarnings("default::Warning:huggingface_hub"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 THE_HUB = "https://huggingface.co"
-REORDERED = 2e-5  # of logits at scale 100, operations in another order
+REORDERED = 2e-5  # the tolerance of logits at scale 100, for reordered operations
 ENTRIES = {entry["id"]: entry for entry in read_entries()}
 
 
 @pytest.fixture(scope="module", params=["rehearsal", pytest.param("real", marks=pytest.mark.hub)])
 def hub(request, tmp_path_factory):
-    """The hub that huggingface_hub's client asks: ours on loopback, or the user's."""
+    """The hub that huggingface_hub's client asks: a local hub for the rehearsal, or the user's."""
     if request.param == "real":
         if os.environ.get("MINICLIP_HUB") != "1":
             pytest.skip("downloads OpenAI's weights: set MINICLIP_HUB=1")
@@ -79,7 +79,7 @@ def weights_file(name):
 
 
 # ------------------------------------------------------------------------------------------------
-# Against transformers
+# Compared with transformers
 
 TEXTS = [
     "a photo of a cat",
@@ -118,7 +118,7 @@ def test_an_official_checkpoint_gives_what_transformers_gives(hub, name, tmp_pat
     weights = dict(theirs.model.named_parameters())
     for key, parameter in ours.model.named_parameters():
         other = weights.pop(layout_name(key, TRANSFORMERS))
-        # Small products do not show it, but with other strides large ones differ in the last bit.
+        # With other strides, the last bit of a large matrix product differs.
         assert torch.equal(parameter, other) and parameter.stride() == other.stride()
     assert not weights
     expected = logits(theirs.model, pixels, ids)
@@ -155,7 +155,7 @@ def test_an_official_checkpoint_gives_what_transformers_gives(hub, name, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------
-# Against what others recorded
+# Compared with what other projects recorded
 
 
 def strangers(name):
@@ -187,12 +187,12 @@ def theirs(hub):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [*map(published, ENTRIES.values())], ids=ENTRIES)
-def test_a_published_value(hub, entry, ours, theirs):
-    """In the rehearsal transformers gives the value, and one a little off has to fail."""
+def test_a_published_value_is_reproduced(hub, entry, ours, theirs):
+    """In the rehearsal, transformers computes the value, and a slightly wrong value must fail."""
     picture = find_picture if hub is None else find_or_draw_picture
     if hub is not None:
         expected = measure(entry, theirs, picture)
-        if "file" not in entry:  # whose length is the width of the model
+        if "file" not in entry:  # a file's length depends on the model's width
             assert dict(numbers(expected)).keys() == dict(numbers(entry["expected"])).keys()
         entry = entry | {"expected": expected}
     elif entry["expected"] is None:
@@ -206,7 +206,7 @@ def test_a_published_value(hub, entry, ours, theirs):
 
 
 @pytest.mark.parametrize("hub", ["rehearsal"], indirect=True)
-def test_other_weights_are_told_from_openais(hub, monkeypatch):
+def test_weights_that_are_not_openais_are_recognised(hub, monkeypatch):
     name = "openai/clip-vit-base-patch32"
     reason = strangers(name)
     assert "not OpenAI's weights" in reason and "patch32/pytorch_model.bin" in reason
@@ -215,7 +215,7 @@ def test_other_weights_are_told_from_openais(hub, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# What the rehearsal is worth
+# The rehearsal's hub is like the real one
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_the_small_files_are_openais():
     name = "openai/clip-vit-base-patch32"
     small = files(name)
     config = config_json(name, PUBLISHED["B/32"])
-    # Someone put these there by hand: one line higher, and once with a space more.
+    # Someone edited OpenAI's file by hand: one field is a line higher, and once has an extra space.
     moved = r'(    "problem_type": null,\n)(    "projection_dim)": 512,\n'
     config = re.sub(moved, r'\2": 512,\n\1', config, count=1)
     config = re.sub(moved, r'\2" : 512,\n\1', config, count=1)

@@ -1,4 +1,4 @@
-"""Ours against values that the authors' own code gave for the same weights: see originals/."""
+"""Compare miniclip with the values of the authors' own code for the same weights: originals/."""
 
 import json
 
@@ -58,7 +58,7 @@ def assert_equal(found, expected, tolerance=1e-12):
 
 
 def assert_other(found, expected):
-    """A control: what `assert_equal` must not take for equal."""
+    """A control: assert a difference that `assert_equal` must notice."""
     assert found.shape == expected.shape
     assert (found - expected).abs().max() > 1e-3 * expected.abs().max()
 
@@ -66,7 +66,7 @@ def assert_other(found, expected):
 # ------------------------------------------------------------------------------------- clip_prs
 
 
-def test_decompose_is_clip_prs(model):
+def test_decompose_equals_clip_prs(model):
     pixels = common.pixels()
     by = {by: decompose(model, pixels, by, "clip_prs") for by in ("layer", "head", "token")}
     names = ["embed"] + [f"blocks.{i}.{part}" for i in range(8) for part in ("attn", "mlp")]
@@ -82,12 +82,12 @@ def test_decompose_is_clip_prs(model):
     assert_equal(by["token"]["blocks.7.attn"].mT, values("clip_prs", "tokens").permute(0, 2, 3, 1))
     assert_equal(model.encode_image(pixels), values("clip_prs", "embed"))
     ours = decompose(model, pixels, "head")
-    for i in range(8):  # another reading, even with the biases folded in
+    for i in range(8):  # our own convention differs, even with the biases added
         folded = ours[f"blocks.{i}.attn"] + ours[f"blocks.{i}.attn.v_proj.bias"]
         assert_other(folded / model.encode_image(pixels).norm(dim=-1)[:, None, None], heads[:, i])
 
 
-def test_ablated_contributions_are_those_of_clip_prs(model):
+def test_ablated_contributions_equal_clip_prs(model):
     for by in ("head", "token"):
         parts = decompose(model, common.pixels(), by, "clip_prs")
         expected = values("clip_prs", "ablated")
@@ -98,7 +98,7 @@ def test_ablated_contributions_are_those_of_clip_prs(model):
 # ----------------------------------------------------------------------------------- big_vision
 
 
-def test_resize_patch_is_that_of_flexivit():
+def test_resize_patch_equals_flexivit():
     recorded = RECORDED["big_vision"]["patch_embed"]
     for (old, new), expected in zip(big_vision.SIZES, recorded, strict=True):
         shape = VisionConfig(width=1, layers=1, heads=1, image_size=old, patch_size=old, channels=2)
@@ -120,7 +120,7 @@ def test_neurons_move_to_registers_as_in_the_authors_code(model):
     found = []
     for call in registers.CALLS:
         with move_to_registers(model, registers.NEURONS, **call):
-            found.append(model.encode_image(pixels))  # each image of a batch as if alone
+            found.append(model.encode_image(pixels))  # each image as if alone
     assert_equal(torch.stack(found), recorded)
     assert_other(found[0], recorded[1])
     assert_other(model.encode_image(pixels), recorded[0])
@@ -139,7 +139,7 @@ AUTHORS = {
 
 
 @pytest.mark.parametrize("preset", AUTHORS)
-def test_each_preset_is_that_of_its_authors(model, preset):
+def test_each_preset_equals_its_authors_code(model, preset):
     repository, resize = AUTHORS[preset]
     tolerance = 1e-6 if preset == "naclip" else 1e-12  # its window is float32
     expected = values(repository, "patches")
@@ -153,7 +153,7 @@ def test_each_preset_is_that_of_its_authors(model, preset):
         assert_other(dense_features(model, common.pixels(size=16), preset, other), larger)
 
 
-def test_maskclip_is_that_of_clearclips_authors(model):
+def test_maskclip_equals_clearclips_code(model):
     found = dense_features(model, common.pixels(), "maskclip")
     assert_equal(found, values("clearclip", "maskclip"))
 
@@ -168,7 +168,7 @@ def test_patches_attend_by_foreign_features_as_in_proxyclip(model):
 # -------------------------------------------------------------------------- weights, texts, prompts
 
 
-def test_interpolated_weights_are_those_of_wise_ft(model):
+def test_interpolated_weights_equal_wise_ft(model):
     tuned = common.small_clip(seed=1)
     for alpha, expected in zip(wise_ft.ALPHAS, values("wise_ft", "merged"), strict=True):
         found = common.openai_state(model=interpolate(model, tuned, alpha))
@@ -177,7 +177,7 @@ def test_interpolated_weights_are_those_of_wise_ft(model):
 
 
 @pytest.mark.slow
-def test_soups_are_those_of_the_authors():
+def test_soups_equal_the_authors_code():
     models = model_soups.ingredients()
 
     def score(model):
@@ -216,7 +216,7 @@ def test_the_context_is_extended_as_in_long_clip():
     assert_other(other.text.pos_embed[:, ::16], values("longclip", "positions"))
 
 
-def test_relevance_is_that_of_chefers_notebook(model):
+def test_relevance_equals_chefers_notebook(model):
     pixels = common.pixels()[:1].expand(2, -1, -1, -1)
     for i, start in enumerate(chefer.STARTS):
         found = relevance(model, pixels, common.ids(), start=start)
@@ -226,7 +226,7 @@ def test_relevance_is_that_of_chefers_notebook(model):
 
 
 def merged_tokens(x, sizes, keys, count):
-    """The mean of `count` even tokens, the likest, and of the odd ones that they are like."""
+    """Merge the `count` even tokens that are most like an odd token into it, by their mean."""
     near = F.normalize(keys, dim=-1)[::2] @ F.normalize(keys, dim=-1)[1::2].T
     near[0] = -torch.inf  # the class token stays
     like, to = near.max(1)
@@ -260,7 +260,7 @@ def test_token_merging_is_three_hooks(model):
     assert_other(model.encode_image(common.pixels()), values("tome", "embeds"))
 
 
-def test_sites_are_the_hook_points_of_vit_prisma(model):
+def test_sites_equal_the_hook_points_of_vit_prisma(model):
     block = f"vision.blocks.{vit_prisma.BLOCK}"
     names = {theirs: f"{block}.{ours}".rstrip(".") for theirs, ours in vit_prisma.SITES.items()}
     with cache(model, *names.values(), f"{block}.ln_1.normalized") as acts:
@@ -268,7 +268,7 @@ def test_sites_are_the_hook_points_of_vit_prisma(model):
     found = {theirs: acts[ours] for theirs, ours in names.items()}
     assert_equal(common.digests(found), values("vit_prisma", "sites"))
     assert_equal(acts[f"{block}.ln_1.normalized"][0], values("vit_prisma", "folded"))
-    for name in found:  # a control: no digest is blind
+    for name in found:  # a control: a change of one site changes one digest
         changed = common.digests(
             found | {name: found[name] + 1e-6 * common.chirp(*found[name].shape)}
         )

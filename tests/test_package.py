@@ -1,4 +1,4 @@
-"""The package as a stranger gets it: the wheel, what importing it costs, the README's example."""
+"""The package as a user gets it: the wheel, imports, types, output and the reference's pages."""
 
 import ast
 import os
@@ -21,14 +21,14 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    # The environment is empty but for a path to the dependencies, which are installed already.
+    # The new environment has only a path to the dependencies, which are installed already.
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
     install = [*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     (packages,) = (tmp_path / "env" / "lib").glob("*/site-packages")
-    # Without it nobody's type checker reads our types.
+    # Without this file, type checkers ignore our types.
     assert (packages / "miniclip" / "py.typed").is_file()
     dependencies = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "dependencies.pth").write_text("\n".join(dependencies))
@@ -47,7 +47,7 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     assert "classify" in entry.stdout, entry.stderr
 
 
-def test_importing_prints_nothing_and_takes_no_peer_along():
+def test_importing_prints_nothing_and_imports_no_heavy_library():
     script = (
         "import sys, miniclip, miniclip.commands.main;"
         "heavy = {'transformers', 'matplotlib', 'skimage', 'ftfy', 'huggingface_hub'};"
@@ -58,7 +58,7 @@ def test_importing_prints_nothing_and_takes_no_peer_along():
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-def test_the_reference_imports_no_tool(name):
+def test_the_reference_imports_no_other_part(name):
     source = (ROOT / "miniclip" / f"{name}.py").read_text()
     imported = set(re.findall(r"^\s*(?:from|import) miniclip\.(\w+)", source, re.MULTILINE))
     assert imported <= {*REFERENCE, "errors", "files", "text"}
@@ -82,8 +82,8 @@ def test_every_public_name_is_there():
 
 
 @pytest.mark.parametrize("name", ["everyday", "shapes"])
-def test_what_is_loaded_is_ready_to_be_used(name):
-    """In evaluation mode, all of it, on the CPU, in float32."""
+def test_a_loaded_model_is_ready_to_be_used(name):
+    """All modules are in evaluation mode, on the CPU and in float32."""
     import torch
 
     import miniclip
@@ -110,7 +110,7 @@ def test_output_that_cannot_be_written_is_an_error_of_one_line():
 
 
 @pytest.mark.slow
-def test_a_terminal_without_the_characters_shows_the_rest(tmp_path):
+def test_a_terminal_without_a_character_shows_a_question_mark(tmp_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
     argv = ["classify", str(tmp_path / "red.png"), "--labels", "cat", "château"]
@@ -122,7 +122,7 @@ def test_a_terminal_without_the_characters_shows_the_rest(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_a_typed_program_is_checked(checker):
-    """A model, a tower and a fork have the types of their `forward`: what is wrong is found."""
+    """Calls of a model, a tower and a fork have the types of `forward`, so errors are found."""
     pytest.importorskip(checker)
     program = ROOT / "tests" / "typed_user.py"
     lines = program.read_text().splitlines()
@@ -154,7 +154,7 @@ def test_the_first_page_of_the_reference_links_every_module_in_reading_order(tmp
 
 def test_no_docstring_loses_words_or_columns_on_its_page():
     """A browser would hide <class> outside of backticks, because it looks like a tag. Aligned
-    columns would run into each other: use a list."""
+    columns would run into each other, so a list is needed."""
     pytest.importorskip("pdoc")
     from pdoc import docstrings, render_helpers
 

@@ -1,6 +1,6 @@
-"""The instrument itself: it sees nothing where there is nothing, and names what was planted.
+"""Parity finds no difference between equal models, and names planted faults.
 
-Here the faults are planted in texts and pictures; test_diagnosis.py has those of the models.
+This file plants faults in tokenizers and transforms. test_diagnosis.py plants faults in models.
 """
 
 import copy
@@ -64,21 +64,21 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
         assert row.absolute == row.relative == 0 and row.within_tolerance, row
         assert row.float64 < (1e-6 if row.site.endswith("pattern") else 1e-12), row
         assert row.model_error == row.other_error
-        assert 0 < row.model_error < 1e-3  # so that something was measured
+        assert 0 < row.model_error < 1e-3  # something was measured
     assert parity.nearer(report.rows) == {"model": 0, "other": 0, "equal": 50}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions(dtype, pair):
+def test_other_precisions_pass(dtype, pair):
     report = compare(*pair, dtype=dtype)
     assert report.first is None
-    if dtype != torch.float64:  # as the README says; `compare` lets a fork have more
+    if dtype != torch.float64:  # README's limit; `compare` allows a fork more
         assert all(row.model_error <= 1.1 * row.other_error for row in report.rows)
     largest = max(row.model_error for row in report.rows)
     assert largest < 1e-6 if dtype == torch.float64 else 1e-2 < largest < 1
 
 
-def test_half_precision_may_not_be_worse_than_the_other(pair):
+def test_half_precision_with_larger_errors_than_the_other_is_named(pair):
     faulty = copy.deepcopy(pair[0])
     faulty.text.blocks[1].mlp.register_forward_hook(round_half_to_bfloat16)
     report = compare(faulty, pair[0], dtype=torch.float16)
@@ -91,7 +91,7 @@ def round_half_to_bfloat16(module, args, out):
     return out.bfloat16().half() if out.dtype == torch.float16 else out
 
 
-def test_the_twin_that_parity_makes_is_the_one_that_is_written_out_field_by_field(pair):
+def test_the_twin_that_parity_makes_equals_the_twin_of_the_tests(pair):
     ours, theirs = pair
     for other in (parity.transformers_twin(ours), theirs):
         assert all(row.absolute == 0 for row in compare(ours, other).rows)
@@ -112,7 +112,7 @@ def test_neither_model_is_changed(pair):
 
 
 def test_dropout_is_off(pair):
-    """A model may come in training mode."""
+    """The model may be in training mode."""
     same = copy.deepcopy(pair[0]).train()
     same.text.blocks[0].mlp.register_forward_hook(
         lambda mlp, given, out: nn.functional.dropout(out, 0.5, mlp.training)
@@ -120,7 +120,7 @@ def test_dropout_is_off(pair):
     assert compare(same, pair[0]).first is None
 
 
-def test_weights_that_are_not_there(pair):
+def test_weights_on_the_meta_device_are_an_error(pair):
     with torch.device("meta"):
         empty = CLIP(TINY)
     with pytest.raises(ValueError, match="other is on the meta device"):
@@ -142,16 +142,16 @@ OPENAI_NORM = """class LayerNorm(nn.LayerNorm):
 class QuickGELU"""
 
 
-def test_a_fork_that_takes_its_norms_in_float32_passes(pair):
-    """As openai/CLIP's does; asked about float64, parity says so."""
+def test_a_fork_that_computes_norms_in_float32_passes(pair):
+    """openai/CLIP does this. Only a comparison in float64 reports it."""
     same = fork_of(pair[0], "class QuickGELU", OPENAI_NORM, "nn.LayerNorm(", "LayerNorm(")
     report = compare(same, pair[0])
     assert report.first is None and max(row.float64 for row in report.rows) < 1e-13
     assert compare(same, pair[0], dtype=torch.float64).first == "vision.blocks.0.resid_pre"
 
 
-def test_a_fork_that_takes_its_softmax_in_float32_passes(pair):
-    """As transformers' eager attention does."""
+def test_a_fork_that_computes_softmax_in_float32_passes(pair):
+    """transformers' eager attention does this."""
     same = fork_of(
         pair[0],
         "if self.eager or ", "if True or ",
@@ -175,8 +175,8 @@ def test_a_fork_that_computes_in_another_order_passes(pair):
 
 
 @torch.no_grad()
-def test_weights_that_are_a_rounding_apart_pass(pair):
-    """As after an exponential and its logarithm; but not two roundings apart."""
+def test_weights_that_differ_by_a_rounding_error_pass(pair):
+    """An exponential and its logarithm make such an error. Two rounding errors do not pass."""
     apart = copy.deepcopy(pair[0])
     weight = apart.text.blocks[1].mlp.fc1.weight
     weight[3] = weight[3].nextafter(torch.tensor(9.0))
@@ -187,25 +187,25 @@ def test_weights_that_are_a_rounding_apart_pass(pair):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_copy_in_half_precision_passes_in_that_precision_only(dtype, pair):
+def test_a_copy_in_half_precision_passes_only_in_that_precision(dtype, pair):
     half = copy.deepcopy(pair[0]).to(dtype)
     assert compare(half, pair[0], dtype=dtype).first is None
     cause = f"model has weights rounded to {str(dtype).removeprefix('torch.')}"
     assert compare(half, pair[0]).cause == cause
 
 
-# ------------------------------------------------------------------- faults in texts and pictures
+# --------------------------------------------------------------------- faults in texts and images
 
 
 @pytest.fixture(scope="module")
 def whole(pair):
-    """Both libraries' tokenizers and transforms of a real checkpoint, and the small models."""
+    """Both libraries' tokenizers and transforms of `everyday`, and the small models."""
     ours, theirs = parity.load_pair("everyday")
     return ours._replace(model=pair[0]), theirs._replace(model=pair[1])
 
 
 @pytest.mark.slow
-def test_texts_and_pictures_come_first(whole):
+def test_tokens_and_pixels_are_compared_first(whole):
     report = compare(*whole)
     assert [row.site for row in report.rows] == ["tokens", "pixels", *sites(TINY)]
     assert report.first is None and all(row.absolute == 0 for row in report.rows)
@@ -219,13 +219,13 @@ def test_texts_and_pictures_come_first(whole):
         ("compose(text)", "text", "model lacks composing of accents (NFC)"),
     ],
 )
-def test_a_step_of_cleaning_left_out(old, new, cause, whole):
+def test_a_missing_step_of_cleaning_is_named(old, new, cause, whole):
     faulty = fork(tokenizer, old, new).Tokenizer.from_pretrained("everyday")
     assert_tokens_differ(whole[0]._replace(tokenizer=faulty), whole, cause)
 
 
 @pytest.mark.slow
-def test_white_space_that_is_no_space(whole):
+def test_white_space_that_is_not_squeezed_is_named(whole):
     right = whole[0].tokenizer
 
     def faulty(texts, truncate):
@@ -236,8 +236,8 @@ def test_white_space_that_is_no_space(whole):
 
 
 @pytest.mark.slow
-def test_a_merge_that_is_missing(whole):
-    """The last, which none of the texts needs."""
+def test_a_missing_merge_is_noticed(whole):
+    """It is the last merge, which none of the test texts needs."""
     right = whole[0].tokenizer
     fewer = Tokenizer(right.vocab, right.merges[:-1], context_length=right.context_length)
     word = "".join(right.merges[-1]).removesuffix("</w>")
@@ -245,7 +245,7 @@ def test_a_merge_that_is_missing(whole):
 
 
 @pytest.mark.slow
-def test_merges_that_have_changed_places(whole):
+def test_merges_that_are_swapped_are_named(whole):
     right = whole[0].tokenizer
     merges = [*right.merges]
     merges[100], merges[150] = merges[150], merges[100]
@@ -257,7 +257,7 @@ def test_merges_that_have_changed_places(whole):
 
 
 def assert_tokens_differ(faulty, whole, cause):
-    """Against ours, which gives transformers' ids: theirs take twenty times as long."""
+    """Compare with our tokenizer, which gives transformers' ids twenty times as fast."""
     report = compare(faulty, whole[0])
     assert (report.first, report.cause) == ("tokens", cause)
     assert [row.within_tolerance for row in report.rows] == [False] + [True] * 51
@@ -266,13 +266,13 @@ def assert_tokens_differ(faulty, whole, cause):
 
 
 @pytest.mark.slow
-def test_the_other_reference(whole):
+def test_the_other_reference_of_a_tokenizer_is_named(whole):
     faulty = whole[0]._replace(tokenizer=Tokenizer.from_pretrained("everyday", reference="openai"))
     assert_tokens_differ(faulty, whole, "other lacks OpenAI's cleaning (ftfy, html)")
 
 
 @pytest.mark.slow
-def test_padding_and_the_end_token(whole):
+def test_another_padding_or_end_token_is_named(whole):
     faulty = Tokenizer.from_pretrained("everyday")
     faulty.pad_token_id = 0
     end = faulty.eos_token_id
@@ -286,7 +286,7 @@ def test_padding_and_the_end_token(whole):
 
 @pytest.mark.slow
 def test_a_fault_in_the_transform_is_named(whole):
-    """test_diagnosis_tables.py has the others."""
+    """test_diagnosis_tables.py tests the other faults."""
     faulty = fork(transform, "Resampling.BICUBIC)", "Resampling.BILINEAR)")
     one = whole[0]._replace(
         transform=faulty.ImageTransform(**settings_of(whole[0].transform)), tokenizer=None
@@ -306,7 +306,7 @@ def settings_of(transform):
 
 
 @pytest.mark.slow
-def test_the_other_reference_for_pictures(whole):
+def test_the_other_reference_of_a_transform_is_named(whole):
     faulty = ImageTransform(**settings_of(whole[0].transform), reference="openai")
     report = compare(whole[0]._replace(transform=faulty), whole[1])
     assert (report.first, report.cause) == ("pixels", "model has OpenAI's order and crop")
@@ -315,7 +315,7 @@ def test_the_other_reference_for_pictures(whole):
 
 
 @pytest.mark.slow
-def test_settings_of_a_transform(whole):
+def test_other_settings_of_a_transform_are_named(whole):
     settings = settings_of(whole[0].transform)
     faulty = ImageTransform(**settings | {"image_mean": (0.5, 0.5, 0.5)})
     report = compare(whole[0]._replace(transform=faulty), whole[1])
@@ -326,7 +326,7 @@ def test_settings_of_a_transform(whole):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, pair):
-    """The small model with a transform, and one with a fault in a weight."""
+    """Folders of the small model and of a copy that has a fault in a weight."""
     faulty = copy.deepcopy(pair[0])
     faulty.vision.blocks[2].ln_1.bias.data[3] += 1
     folder = tmp_path_factory.mktemp("folders")
@@ -365,10 +365,10 @@ def test_a_transform_that_both_refuse_leaves_nothing_to_compare(folders, tmp_pat
     assert "resample is 2" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------- shapes, and the rest
+# -------------------------------------------------------------------------- shapes and tolerances
 
 
-def test_models_of_another_shape(pair):
+def test_another_shape_is_named_and_another_depth_is_an_error(pair):
     ours, theirs = copy.deepcopy(pair[0]), pair[1]
     ours.vision.proj = nn.Linear(48, 30, bias=False)
     report = compare(ours, theirs)
@@ -380,8 +380,8 @@ def test_models_of_another_shape(pair):
         compare(ours, theirs)
 
 
-def test_parts_that_are_no_longer_there_are_left_out(pair):
-    """A fork may compute attention as it likes; what it adds to the stream is compared."""
+def test_absent_parts_are_left_out(pair):
+    """A fork may compute attention in any way. What it adds to the residual stream is compared."""
     ours = copy.deepcopy(pair[0])
     del ours.vision.blocks[0].attn.q
     ours.vision.blocks[0].attn.q = lambda x: x
@@ -389,7 +389,7 @@ def test_parts_that_are_no_longer_there_are_left_out(pair):
     assert {row.site for row in rows} == set(sites(TINY)) - {"vision.blocks.0.q"}
 
 
-def test_a_summary_keeps_the_largest():
+def test_a_summary_keeps_the_largest_differences():
     def row(site, *numbers, within=True):
         return Difference(site, *numbers, 0.0, 0.0, within)
 
@@ -421,8 +421,8 @@ SITE, PATTERN = "vision.blocks.0.q", "vision.blocks.0.pattern"
         (SITE, torch.float64, "cuda", 30, 3e-9),
     ],
 )
-def test_how_far_apart_is_too_far(site, dtype, device, size, limit):
-    """As in the README: of logits absolute, elsewhere relative to what is above 1."""
+def test_the_tolerances_are_the_documented_ones(site, dtype, device, size, limit):
+    """README has them. They are absolute for logits, and relative for larger values elsewhere."""
     assert row_of(site, size, 0.9 * limit, 0.0, dtype=dtype, device=device).within_tolerance
     assert not row_of(site, size, 1.1 * limit, 0.0, dtype=dtype, device=device).within_tolerance
 
@@ -434,7 +434,7 @@ def row_of(site, size, apart, apart_64, dtype=torch.float32, exact=1e-10, device
     return comparison._difference(site, tensors, dtype, exact, torch.device(device))
 
 
-def test_how_far_apart_is_too_far_in_float64():
+def test_the_tolerances_in_float64_are_the_documented_ones():
     for apart, within in ((0.9e-6, True), (1.1e-6, False)):  # transformers' softmax is in float32
         row = row_of(PATTERN, 0.5, apart, 0.0, dtype=torch.float64)
         assert row.within_tolerance == within
@@ -444,12 +444,12 @@ def test_how_far_apart_is_too_far_in_float64():
     ):  # fmt: skip
         for site in (SITE, PATTERN):
             assert row_of(site, size, 0.0, apart, exact=exact).within_tolerance == within
-    # Of merged weights the logits are relative as well.
+    # For merged weights, the tolerance of logits is relative too.
     assert row_of("logits", 100, 0.0, 0.9e-4, exact=1e-6).within_tolerance
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 
 
-def test_how_much_worse_half_precision_may_be():
+def test_half_precision_may_have_twice_the_error_of_the_other():
     right = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for times, within in ((1.9, True), (2.1, False)):
         tensors = [right + times * 0.01, right, right - 0.01, right]
@@ -467,8 +467,8 @@ def test_numbers_that_are_not_finite_are_infinitely_far():
 
 
 @torch.no_grad()
-def test_merged_weights_may_be_a_millionth_apart(pair):
-    """A model with other parameters: what was merged was rounded once more."""
+def test_merged_weights_may_differ_by_a_millionth(pair):
+    """A model with other parameters counts as merged, and merging adds a rounding error."""
     for by, within in ((2e-7, True), (2e-5, False)):
         merged = copy.deepcopy(pair[0])
         merged.text.blocks[1].mlp.fc2.bias[3] += by
@@ -491,7 +491,7 @@ def test_inputs_reach_each_position_and_both_end_tokens(pair):
     (pixels, ids), *_, (again, _), (_, _), (seeded, other_ids), _ = (
         seen[i] for i in (0, 3, 4, 5, 8, 9)
     )
-    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # of at most 20
+    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # 20 is the most
     assert (ids[:, 0] == 598).all() and ids[1, -1] == 0
     ends = {599: [1, 3, 5, 7, 9, 11, 10, 9], 500: [2, 4, 6, 8, 10, 12, 14, 1]}
     for end, places in ends.items():
@@ -500,7 +500,7 @@ def test_inputs_reach_each_position_and_both_end_tokens(pair):
     assert not torch.equal(pixels, seeded) and not torch.equal(ids, other_ids)
 
 
-def test_which_model_is_nearer_is_counted():
+def test_nearer_counts_which_model_has_the_smaller_error():
     def row(site, ours, theirs):
         return Difference(site, 0.0, 0.0, 0.0, ours, theirs, True)
 
@@ -509,7 +509,7 @@ def test_which_model_is_nearer_is_counted():
     assert parity.nearer(rows) == {"model": 1, "other": 2, "equal": 1}
 
 
-def test_weights_drawn_at_random_keep_activations_near_1():
+def test_random_weights_have_the_right_mean_and_std():
     model = CLIP(TINY)
     parity.randomize(model, seed=3)
     weights = dict(model.named_parameters())
@@ -573,7 +573,7 @@ def test_the_command_draws_weights(capsys, monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the command asks for, without any work."""
+    """Record what the command asks for. The functions do no work."""
     seen = {}
 
     def record(name, answer):
@@ -611,7 +611,7 @@ def test_each_argument_of_the_command_arrives(asked, capsys):
     assert asked["load_pair"][0] == ("openai/clip-vit-base-patch32", "transformers", None)
 
 
-def test_each_part_is_loaded_from_the_place_that_was_asked_for(monkeypatch):
+def test_each_part_is_loaded_from_the_given_place(monkeypatch):
     asked = []
     model = CLIP.from_pretrained("everyday")
 
@@ -646,7 +646,7 @@ def test_each_part_is_loaded_from_the_place_that_was_asked_for(monkeypatch):
         ([__file__], "transformers loads directories"),
     ],
 )
-def test_bad_input_is_one_line(argv, words, capsys):
+def test_bad_input_is_an_error_of_one_line(argv, words, capsys):
     try:
         status = main(["parity", *argv])
     except SystemExit as stop:
@@ -694,18 +694,18 @@ def test_a_detach_or_another_backward_pass_is_found_at_its_place(pair):
         assert "detached" in report.cause
 
 
-def test_parity_prints_what_the_gradients_are(capsys):
+def test_parity_prints_the_difference_of_the_gradients(capsys):
     assert main(["parity", "shapes", "--against", "shapes", "--grad"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"gradients of \d+ parameters, in float64: 0.0e\+00 at most", out)
 
 
-# -------------------------------------------------------------------------- modules of other names
+# ------------------------------------------------------------------------ modules with other names
 
 
 @pytest.fixture(scope="module")
 def as_openai():
-    """In the shape that OpenAI's code can express: heads of 64, and a ratio of 4."""
+    """A model that OpenAI's code can express: heads of width 64, MLPs four times as wide."""
     shape = {"width": 64, "heads": 1, "mlp_width": 256, "ln_eps": 1e-5, "act": "quick_gelu"}
     words = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
     text = replace(TINY.text, **shape, **words, context_length=77)
@@ -713,7 +713,7 @@ def as_openai():
 
 
 class WithEyes(openai_names.CLIP):
-    """OpenAI's class, in which somebody has given a module another name."""
+    """OpenAI's class with one module renamed."""
 
     visual = property(lambda self: self.eyes)
 
@@ -732,7 +732,7 @@ def own_names_of(like):
     return fork
 
 
-# How a fork of each kind is made, and where its first MLP of images is.
+# A function that makes each kind of fork, and the name of the first MLP in its vision tower.
 KINDS_OF_FORK = {
     "miniclip": (copy.deepcopy, "vision.blocks.0.mlp"),
     "transformers": (parity.transformers_twin, "vision_model.encoder.layers.0.mlp"),
@@ -772,7 +772,7 @@ def test_a_fork_of_each_kind_is_compared_site_by_site(as_openai, kind):
     assert report.first == "vision.blocks.0.mlp_out" and "activation gelu" in report.cause, report
 
 
-def test_the_keys_of_a_joint_matrix_are_told_apart(as_openai):
+def test_a_fault_in_the_keys_of_a_fused_matrix_is_named(as_openai):
     for kind, matrix in (
         ("openai", "visual.transformer.resblocks.1.attn.in_proj_bias"),
         ("own names", "eyes.layers.1.mix.qkv.bias"),
@@ -784,7 +784,7 @@ def test_the_keys_of_a_joint_matrix_are_told_apart(as_openai):
         assert report.cause.startswith("different weights: attn.k_proj.bias (64 of 64 rows")
 
 
-def test_a_model_of_other_names_needs_a_table_that_is_right(as_openai):
+def test_a_model_with_other_names_needs_a_correct_table(as_openai):
     fork = own_names.CLIP(as_openai)
     with pytest.raises(ValueError, match=r"has no blocks in its vision tower.*--names"):
         compare(fork, as_openai)
@@ -801,8 +801,8 @@ def test_a_model_of_other_names_needs_a_table_that_is_right(as_openai):
         compare(fork, as_openai)
 
 
-def test_a_table_that_leaves_something_out_loosens_no_limit(as_openai):
-    """A model with other parameters counts as merged otherwise, and may be a millionth apart."""
+def test_a_table_that_leaves_a_part_out_loosens_no_tolerance(as_openai):
+    """Otherwise the model would count as merged, and could differ by a millionth."""
     fork = own_names.CLIP(as_openai)
     fork.tensor_names = {n: own for n, own in own_names.NAMES.items() if n != "vision.ln_post"}
     assert compare(fork, as_openai).first is None
@@ -812,7 +812,7 @@ def test_a_table_that_leaves_something_out_loosens_no_limit(as_openai):
 
 @pytest.fixture
 def fork_files(tmp_path, monkeypatch, pair):
-    """The code of a fork with names of its own, as a user would have it, and its original."""
+    """A user's folder with the code of a fork, its names, and its original."""
     monkeypatch.chdir(tmp_path)
     pair[0].save_pretrained("original")
     shutil.copy(own_names.__file__, "my_clip.py")
@@ -850,7 +850,7 @@ def test_the_command_reads_a_forks_code_and_its_names(fork_files, capsys, pair):
         (["--random", "B/32", "--names", "names.json"], "no --against and no --names"),
     ],
 )
-def test_what_is_wrong_with_a_forks_files_is_one_line(argv, words, fork_files, capsys):
+def test_an_error_in_a_forks_files_is_one_line(argv, words, fork_files, capsys):
     assert main(["parity", *argv]) == 2
     err = capsys.readouterr().err
     assert words in err and err.startswith("miniclip: error: ") and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Two processes that train together under torchrun, against a single process."""
+"""Compare two processes that train together under torchrun with a single process."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     (folder / "like" / "recipe.json").write_text(json.dumps(asdict(QUICK)))
     (folder / "like" / "config.json").write_text(json.dumps(SHAPE.to_dict()))
     captioned(folder / "data", "tar", pictures=25, broken=None)
-    # a batch larger than the data is all of it, 25: one process gets 13 and the other 12
+    # the batch is larger than the data, so it has all 25 pairs: 13 in a process, 12 in the other
     lines = {"ddp": train(folder, "--out", folder / "two", "--batch", 1000)}
     lines["undisturbed"] = train(folder, "--out", folder / "undisturbed", "--batch", 1000)
     for name in ("fsdp", "fsdp, stopped"):
@@ -67,11 +67,11 @@ def folder(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert re.search("two: continued at step [23]", done.stderr)  # the other one may have saved
+    assert re.search("two: continued at step [23]", done.stderr)  # the other process may have saved
     return folder
 
 
-# All that is kept of weights: their average, momentum by both optimizers, a bias of the loss.
+# A run with these options has to keep averaged weights, both optimizers' state, and a loss's bias.
 SHARDED = ["--batch", 12, "--ema", 0.5, "--chunk", 4, "--loss", "siglip", "--layer-decay", 0.8]
 SHARDED += ["--muon-lr", 0.01]
 LORA = ["--batch", 12, "--lora", 2, "--freeze", "text", "--ema", 0.5]
@@ -85,7 +85,7 @@ def train(folder, *options):
 
 
 def embed(folder, out):
-    """The command line that writes an index of the pictures."""
+    """The command line that writes an index of the images."""
     line = ["embed", folder / "data", "--model", "everyday", "--json", "--out", folder / out]
     return [str(arg) for arg in line]
 
@@ -111,13 +111,13 @@ def test_the_gradients_equal_one_big_batch(inputs, found):
             assert_same(theirs["weights"], alone["weights"], tolerance)
 
 
-def test_gathering_leaves_the_gradient_of_what_it_is_added_to(found):
+def test_gather_sums_its_gradient_and_leaves_other_gradients_alone(found):
     for each, own in zip(found, (3.0, 5.0), strict=True):
         x, y = each["sum"]
         assert x.tolist() == [2 * own] and y.tolist() == [3, 5]
 
 
-def test_the_same_captions_are_true(folder, inputs, found):
+def test_the_same_captions_are_true_in_both_processes(folder, inputs, found):
     alone = loss_of_several_captions(folder / "several", inputs["embeddings"])
     assert [each["several"] for each in found] == pytest.approx([alone] * 2, abs=1e-12)
 
@@ -133,19 +133,19 @@ def test_the_gradients_of_siglips_loss_equal_one_big_batch(folder, inputs, found
         assert_same(each["siglip"], gradients(model), 1e-10)
 
 
-def test_torchrun_gives_the_weights_of_one(folder):
+def test_torchrun_gives_the_weights_of_one_process(folder):
     assert main(train(folder, "--out", folder / "one", "--batch", 25)) == 0
     one, two = (CLIP.from_pretrained(folder / name).state_dict() for name in ("one", "two"))
     assert_same(two, one, 1e-4)
 
 
-def test_torchrun_starts_a_crashed_run_again_to_the_same_bits(folder):
+def test_a_run_that_torchrun_restarts_ends_with_the_same_bits(folder):
     one, two = (CLIP.from_pretrained(folder / name) for name in ("undisturbed", "two"))
     assert_equal_models(one, two)
 
 
 def test_torchrun_embeds_as_one_process_does(folder, monkeypatch):
-    monkeypatch.setattr(building, "PART", 8)  # of 25 pictures: each process has two parts
+    monkeypatch.setattr(building, "PART", 8)  # each process has two parts of the 25 images
     assert main(embed(folder, "index of one")) == 0
     assert (folder / "index").read_bytes() == (folder / "index of one").read_bytes()
     first, second = ((folder / f"said {rank}").read_text() for rank in (0, 1))
@@ -161,6 +161,6 @@ def test_sharded_weights_train_as_whole_ones_do(name, options, folder):
 
 
 @pytest.mark.parametrize("part", ["", "best"])
-def test_a_sharded_run_that_crashed_is_continued_to_the_same_bits(part, folder):
+def test_a_sharded_run_that_crashed_ends_with_the_same_bits(part, folder):
     one, two = (CLIP.from_pretrained(folder / name / part) for name in ("fsdp", "fsdp, stopped"))
     assert_equal_models(one, two)

@@ -1,8 +1,8 @@
-"""What README and the header of `miniclip/files` promise, and the tests that hold each promise.
+"""The promises of README and of the header of `miniclip/files`, and the tests that check each.
 
-A promise is quoted by some of its words, so that a changed sentence is noticed here. What needs a
-GPU or the network is skipped without one. Not promised: if another program shortens a weights file
-while a model has it memory-mapped, the process ends with a bus error, as with transformers.
+Some words of each promise are quoted, so a changed sentence fails here. A test that needs a GPU or
+the network is skipped without it. Not promised: if another program shortens a weights file while a
+model has it memory-mapped, the process ends with a bus error, as with transformers.
 """
 
 import ast
@@ -18,37 +18,37 @@ load `openai/clip-vit-*`
     official: an_official_checkpoint_gives_what_transformers_gives
     layouts: presets_have_the_shapes_of_the_published_files
 draw this picture offline, in seconds
-    readme: the_command_works
+    readme: each_command_works
 Six files are the reference
-    structure: the_reference_is_read_in_order
+    structure: the_reference_can_be_read_in_order
     structure: the_reference_has_at_most_a_thousand_lines
     structure: definitions_come_before_their_use
 which imports none of them
-    structure: the_reference_stands_on_files_and_text_alone
+    structure: the_reference_imports_only_files_and_text
 Each runs offline in under three minutes
-    notebooks: it_runs_without_an_error_or_a_warning
+    notebooks: each_notebook_runs_without_an_error_or_a_warning
 `load` takes an embedded name, a directory
     checkpoint: each_part_alone_is_loaded_by_every_kind_of_name
-    hub: openais_own_names_are_those_of_the_hub
-    hub: a_name_is_as_it_was_pasted
+    hub: openais_own_names_load_the_repositories_of_the_hub
+    hub: a_pasted_address_is_a_name
 `subfolder=` reads a part
     brought: a_subfolder_of_a_directory_is_read
-    hub: a_subfolder_of_a_repository
+    hub: a_subfolder_of_a_repository_is_read
 `config=` gives the sizes
     brought: shapes_that_were_published_with_two_activations_need_a_config
 reads and writes all of these
-    layouts: every_pair_of_layouts_there_and_back
+    layouts: conversion_to_any_layout_and_back_changes_no_bit
 logits and every block, float32, CPU
-    model: logits
+    model: logits_equal_transformers
     model: float32_is_bit_equal_at_every_batch_size
 every block, head and site, float64
-    model: every_site_is_the_tensor_it_is_called
-    model: every_parameter_has_the_gradient_it_has_in_transformers
+    model: every_site_is_the_tensor_that_its_name_says
+    model: every_parameter_has_transformers_gradient
 both loading the same file
     checkpoint: an_official_file_gives_the_logits_of_transformers
 operations in another order
-    export: compiles_into_one_graph
-    export: exports_with_attention_written_out
+    export: the_model_compiles_into_one_graph
+    export: the_model_exports_with_attention_written_out
 1.1 times the error of transformers
     model: half_precision_is_no_worse_than_transformers
 equal, every code point
@@ -56,13 +56,13 @@ equal, every code point
     tokenizer: texts_have_the_ids_of_openai
     tokenizer: every_code_point_has_the_ids_of_the_reference
 transformers' PIL back end
-    transform: every_mode_of_pillow
-    transform: a_hundred_sizes
+    transform: every_mode_of_pillow_gives_the_pixels_of_the_reference
+    transform: a_hundred_sizes_give_the_pixels_of_the_reference
     transform: difficult_files_give_the_pixels_of_the_reference
 transformers on the same GPU
-    model: on_every_device
+    model: logits_are_close_to_transformers_on_every_device
 published logits and embeddings
-    official: a_published_value
+    official: a_published_value_is_reproduced
 ends with "first at vision.pooled"
     forks: a_fault_among_tokens_before_the_batch_is_named
 causality makes them unnecessary
@@ -78,7 +78,7 @@ saved and loaded bit for bit
 each in ten lines and compared with its paper
     published: ten_lines_are_enough
 compares ours with the authors' code
-    originals: decompose_is_clip_prs
+    originals: decompose_equals_clip_prs
 is SigLIP in one file
     subclasses: siglip_equals_transformers
 lists all tensors that are missing, unexpected or misshapen
@@ -93,7 +93,7 @@ A warning lists the tensors with NaN or infinity
 end token come from the checkpoint
     model: custom_end_token_is_not_the_largest_id
     brought: metaclip_2_reads_a_text_at_its_first_token_2
-    layouts: open_clip_heads_and_eps
+    layouts: heads_and_eps_of_open_clip_are_read
 layout that cannot express the model
     layouts: a_layout_says_what_it_cannot_express
 does not fit the model
@@ -101,36 +101,36 @@ does not fit the model
     checkpoint: a_transform_of_another_size_than_the_model_is_an_error
     checkpoint: no_square_transform_fits_a_wide_model
 would read another model's files
-    saving: over_another_checkpoint_there_is_the_new_one_or_an_error
+    saving: a_save_over_another_checkpoint_replaces_it_or_is_an_error
 Code in a file never runs
     checkpoint: pickled_code_is_refused_and_not_run
-    hostile: pickles_that_lie
-    hostile: pickles_made_by_hand
+    hostile: pickles_that_lie_are_refused_or_loaded_as_stated
+    hostile: pickles_made_by_hand_are_refused_or_read_as_stated
     layouts: a_torchscript_archive_is_read_without_its_code
 or it loads exactly as the file says
-    hostile: safetensors_that_lie
-    hostile: an_index_of_shards_that_lies
-    hostile: a_config_that_lies
-    hostile: a_tokenizer_that_lies
-    hostile: a_transform_that_lies
-    hostile: parts_that_disagree
+    hostile: safetensors_that_lie_are_refused_or_loaded_as_stated
+    hostile: an_index_of_shards_that_lies_is_refused_or_loaded_as_stated
+    hostile: a_config_that_lies_is_refused_or_loaded_as_stated
+    hostile: a_tokenizer_that_lies_is_refused_or_loaded_as_stated
+    hostile: a_transform_that_lies_is_refused_or_loaded_as_stated
+    hostile: parts_that_disagree_are_refused
 within a second of CPU time and 200 MB
-    hostile: a_pipe_is_not_waited_for
-    hostile: long_files_take_little_memory_and_short_messages
-    tokenizer: a_long_run_of_marks_costs_no_quadratic_work
-    tokenizer: a_place_in_a_text_costs_one_look_for_each_length_of_an_added_token
+    hostile: a_named_pipe_is_refused_and_not_waited_for
+    hostile: long_files_take_little_memory_and_give_short_messages
+    tokenizer: a_long_run_of_marks_takes_no_quadratic_time
+    tokenizer: each_place_in_a_text_is_looked_up_once_per_length_of_an_added_token
 from the hub is an error, and is deleted
-    hub: a_file_that_is_another_is_an_error_and_not_kept
+    hub: a_damaged_download_is_an_error_and_not_kept
     hub: without_symlinks_the_hub_is_asked_for_the_hashes
 changed later is an error, and is kept
     hub: a_file_that_was_changed_after_the_check_is_checked_again
 are of one commit
-    hub: a_branch_that_moves_during_a_load_or_a_conversion
+    hub: a_branch_may_move_during_a_load_or_a_conversion
     hub: the_features_of_eval_are_kept_under_the_commit_of_their_model
 or of one save
     saving: a_load_during_a_save_has_one_version
 The next save removes
-    saving: what_killed_processes_left_is_cleared_away_and_what_live_ones_write_is_not
+    saving: files_of_killed_processes_are_removed_and_others_are_kept
 never publishes them
     hub: what_a_crashed_save_left_is_not_published
 leaves the old checkpoint or the new one
@@ -149,7 +149,7 @@ for line in TABLE.strip().splitlines():
 
 
 @pytest.mark.parametrize("words", PROMISES)
-def test_the_promise_is_made_and_its_tests_are_there(words):
+def test_each_promise_is_made_and_its_tests_exist(words):
     assert words in " ".join(" ".join(path.read_text(encoding="utf-8") for path in PLACES).split())
     assert PROMISES[words]
     for test in PROMISES[words]:

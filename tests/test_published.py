@@ -1,8 +1,8 @@
-"""Ten published modifications, as a user would write them: public names alone, in ten lines.
+"""Ten published modifications, each in ten lines and with public names only.
 
-Each recipe is held to its paper, worked out slowly on transformers' copy of the same weights (with
-PEFT, where there is LoRA), and each check is shown a fault that it catches. The model has the shape
-of the embedded checkpoint "shapes", its tokenizer and its transform; every weight is redrawn.
+A slow version follows each paper, with transformers' copy of the same weights (for LoRA, with
+PEFT). Each test also has a control: a wrong version whose difference it must notice. The model is
+like the embedded checkpoint "shapes", but with random weights.
 """
 
 import ast
@@ -76,7 +76,7 @@ def their_texts(theirs, ids):
 
 
 def sclip(model, pixels, texts):
-    """In the last block queries look for queries, keys for keys: arXiv 2312.01597, equation 4."""
+    """In the last block, queries attend to queries and keys to keys: arXiv 2312.01597, eq. 4."""
     attn = f"vision.blocks.{len(model.vision.blocks) - 1}.attn"
 
     def correlative(pattern, name):
@@ -90,7 +90,7 @@ def sclip(model, pixels, texts):
 
 
 @torch.no_grad()
-def test_sclip(loaded, theirs, pixels, ids):
+def test_sclip_equals_its_paper(loaded, theirs, pixels, ids):
     texts = loaded.model.encode_text(ids, normalize=True)
     found = sclip(loaded.model, pixels, texts)
 
@@ -124,7 +124,7 @@ def test_sclip(loaded, theirs, pixels, ids):
 
 
 def long_clip(loaded, directory):
-    """248 tokens from 77: arXiv 2403.15378, section 3.2."""
+    """Extend the context from 77 to 248 tokens: arXiv 2403.15378, section 3.2."""
     model, tokenizer, transform = loaded
     tokenizer.context_length = 248
     miniclip.save(directory, extend_context(model, 248), tokenizer, transform)
@@ -133,14 +133,14 @@ def long_clip(loaded, directory):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_long_clip(loaded, ids, tmp_path):
+def test_long_clip_equals_its_paper(loaded, ids, tmp_path):
     short, rows = loaded.model.encode_text(ids), loaded.model.text.pos_embed.detach()
     long, tokenizer, _ = long_clip(loaded, tmp_path)
     longer = tokenizer(["a red circle above a blue star. " * 25, "a star"])
     assert 77 < longer.shape[1] <= 248
     theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert_close(long.encode_text(longer), their_texts(theirs, longer))
-    assert torch.equal(long.encode_text(ids), short)  # which end within the 20 rows kept
+    assert torch.equal(long.encode_text(ids), short)  # they end within the 20 rows that are kept
 
     def stretched(keep):
         out = [*rows[:keep]]
@@ -157,7 +157,7 @@ def test_long_clip(loaded, ids, tmp_path):
 
 
 def larger_images(loaded, size, directory):
-    """As `openai/clip-vit-large-patch14-336` began: section 2.5 of the paper, 224 to 336 pixels."""
+    """Enlarge images, as OpenAI did from 224 to 336 pixels: CLIP's paper, section 2.5."""
     model, tokenizer, transform = loaded
     transform = replace(transform, size=size, crop_size=size)
     miniclip.save(directory, resize_image(model, size), tokenizer, transform)
@@ -165,8 +165,8 @@ def larger_images(loaded, size, directory):
 
 
 @torch.no_grad()
-def test_336_from_224(loaded, theirs, tmp_path):
-    model, _, transform = larger_images(loaded, 96, tmp_path)  # half as large again, as 336 is
+def test_larger_images_equal_transformers(loaded, theirs, tmp_path):
+    model, _, transform = larger_images(loaded, 96, tmp_path)  # 1.5 times as large
     picture = torch.randint(256, (3, 120, 150), dtype=torch.uint8)
     pixels = transform([picture]).double()
     expected = their_images(theirs, pixels, interpolate_pos_encoding=True)
@@ -180,7 +180,7 @@ def test_336_from_224(loaded, theirs, tmp_path):
 
 
 def without_least_important_heads(model, pixels, ids, count):
-    """Importance is how much the loss of each image hangs on the head: arXiv 1905.10650, eq. 2."""
+    """A head's importance is the slope of the loss with respect to its gate: arXiv 1905.10650."""
     with cache(model, "vision.blocks.*.attn.z", grad=True) as acts:
         logits = model(pixels, ids).logits_per_image
         loss = F.cross_entropy(logits, torch.arange(len(ids)), reduction="sum")
@@ -195,12 +195,12 @@ def without_least_important_heads(model, pixels, ids, count):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_head_pruning(loaded, theirs, pixels, ids):
+def test_head_pruning_equals_its_paper(loaded, theirs, pixels, ids):
     with torch.enable_grad():
         pruned, importance = without_least_important_heads(loaded.model, pixels, ids, 5)
 
     def losses(layer, head, gate):
-        """With a gate on one head, of which 1 is open."""
+        """The images' losses with one head multiplied by a gate."""
         gates = torch.ones(3, 1, dtype=torch.float64)
         gates[head] = gate
         attn = theirs.vision_model.encoder.layers[layer].self_attn
@@ -241,11 +241,11 @@ def tuned_with_lora(model, pixels, ids, steps=3):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's code
 def test_lora_is_trained_as_peft_trains_it(loaded, theirs, pixels, ids):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    start = add_lora(loaded.model, rank=4, alpha=8)  # B is zero; A is what the seed draws
+    start = add_lora(loaded.model, rank=4, alpha=8)  # B is zero, and A depends on the seed
 
     def trained_by_peft(alpha):
         options = dict(r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj"])
@@ -279,11 +279,11 @@ def test_lora_is_trained_as_peft_trains_it(loaded, theirs, pixels, ids):
 
 
 def coop(model, tokenizer, images, labels, classes, steps=3):
-    """Four vectors for "a photo of a", one context for all classes: arXiv 2109.01134.
+    """Learn four vectors in place of "a photo of a", for all classes: arXiv 2109.01134.
 
     The authors' code puts a full stop after each label; their paper has none.
     """
-    ids = tokenizer([f"x x x x {name}" for name in classes])  # each x a place for a vector
+    ids = tokenizer([f"x x x x {name}" for name in classes])  # each x is a place for a vector
     words = model.text.token_embed(ids).detach()
     context = words.new_zeros(4, words.shape[2]).requires_grad_()
     for _ in range(steps):
@@ -294,14 +294,14 @@ def coop(model, tokenizer, images, labels, classes, steps=3):
     return context
 
 
-def test_prompt_vectors(loaded, theirs, pixels):
+def test_prompt_vectors_equal_their_paper(loaded, theirs, pixels):
     model, tokenizer, _ = loaded
     images, labels = model.encode_image(pixels, normalize=True).detach(), torch.tensor([0, 1, 0, 2])
     classes = ["circle", "green star", "ring"]
     found = coop(model, tokenizer, images, labels, classes)
 
     def slowly(first):
-        """Each class by itself through transformers' layers, and read at its last token."""
+        """Run each class alone through transformers' layers, and read it at its last token."""
         text, context = theirs.text_model, torch.zeros(4, 96, dtype=torch.float64)
         for _ in range(3):
             context.requires_grad_()
@@ -328,17 +328,17 @@ def test_prompt_vectors(loaded, theirs, pixels):
 
 
 def with_registers(model, pixels, neurons):
-    """What some neurons write goes to a new token, without training: arXiv 2506.08010.
+    """Move what some neurons write to a new token, without training: arXiv 2506.08010.
 
-    As in the authors' code. Their paper moves each neuron's own maximum, and zeroes the class token
-    too.
+    This follows the authors' code. Their paper moves each neuron's own maximum, and it zeroes the
+    neurons at the class token too.
     """
     with move_to_registers(model, neurons):
         return model.encode_image(pixels)
 
 
 @torch.no_grad()
-def test_registers(loaded, theirs, pixels):
+def test_registers_equal_the_authors_code(loaded, theirs, pixels):
     neurons = {1: [3, 50, 51, 300], 3: [0, 7]}
     found = with_registers(loaded.model, pixels, neurons)
 
@@ -359,7 +359,7 @@ def test_registers(loaded, theirs, pixels):
         return torch.cat(images)
 
     assert_close(found, slowly(emptied=slice(1, None)))
-    assert_far(found, slowly(emptied=slice(None)))  # the class token keeps its own
+    assert_far(found, slowly(emptied=slice(None)))  # the class token keeps its activations
     assert_far(found, add_registers(loaded.model, 1).encode_image(pixels))
 
 
@@ -377,7 +377,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def without_features(model, pixels, site, sae, features):
-    """Features off, and what the autoencoder fails to say kept: arXiv 2403.19647, section 2."""
+    """Switch features off, but keep the autoencoder's error: arXiv 2403.19647, section 2."""
 
     def off(activations, name):
         kept = activations.clone()
@@ -389,14 +389,14 @@ def without_features(model, pixels, site, sae, features):
 
 
 @torch.no_grad()
-def test_sae_splice(loaded, theirs, pixels):
+def test_splicing_an_autoencoder_equals_its_paper(loaded, theirs, pixels):
     torch.manual_seed(0)
     sae = SparseAutoencoder(96, 200).double()
     site, features = "vision.blocks.2", [7, 120]
     found = without_features(loaded.model, pixels, site, sae, features)
 
     def slowly(features):
-        """What a feature wrote, taken out of transformers' stream."""
+        """Subtract what the features wrote from transformers' residual stream."""
 
         def taken(module, args, x):
             left = x
@@ -413,7 +413,7 @@ def test_sae_splice(loaded, theirs, pixels):
     assert_close(found, slowly(features))
     assert_far(found, slowly(features[:1]))
     assert_close(without_features(loaded.model, pixels, site, sae, []), slowly([]))
-    with splice(loaded.model, site, sae):  # the reconstruction alone is another model
+    with splice(loaded.model, site, sae):  # without the error term, the output differs
         assert_far(loaded.model.encode_image(pixels), slowly([]))
 
 
@@ -421,7 +421,7 @@ def test_sae_splice(loaded, theirs, pixels):
 
 
 def without_heads_for(model, pixels, text, count):
-    """The heads that write most along a text, mean-ablated: arXiv 2310.05916, section 5.1."""
+    """Mean-ablate the heads that write most towards a text: arXiv 2310.05916, section 5.1."""
     parts = decompose(model, pixels, by="head")
     written = torch.stack([part for name, part in parts.items() if name.endswith("attn")], 1)
     scores = (written @ text).mean(0)  # (B, L, H, E) -> (L, H)
@@ -433,7 +433,7 @@ def without_heads_for(model, pixels, text, count):
 
 
 @torch.no_grad()
-def test_heads_chosen_by_text(loaded, theirs, pixels, ids):
+def test_heads_chosen_by_a_text_equal_their_paper(loaded, theirs, pixels, ids):
     text = loaded.model.encode_text(ids[:1], normalize=True)[0]
     found, scores = without_heads_for(loaded.model, pixels, text, 3)
 
@@ -477,9 +477,9 @@ def test_heads_chosen_by_text(loaded, theirs, pixels, ids):
 
 
 def greedy_soup(models, score):
-    """Best first; another stays in if the mean with it is no worse: arXiv 2203.05482, recipe 1.
+    """Add models, best first, unless the mean gets worse: arXiv 2203.05482, recipe 1.
 
-    The authors' code asks for better: `>`, where their paper has `>=`.
+    The authors' code has `>`, but their paper has `>=`.
     """
     ranked = sorted(models, key=score, reverse=True)
     kept = ranked[:1]
@@ -491,8 +491,8 @@ def greedy_soup(models, score):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_soup_of_three(loaded, pixels, ids, tmp_path):
-    """Of four models, three that lie around a fourth that scores best, and one that lies apart."""
+def test_a_greedy_soup_equals_its_paper(loaded, pixels, ids, tmp_path):
+    """The mean of three of the four models scores best. The fourth model is far away."""
     base = miniclip.load("shapes", dtype=torch.float64).model
     models = []
     for seed, distance in ((1, 0.003), (2, 0.003), (3, 0.003), (4, 0.2)):

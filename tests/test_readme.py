@@ -1,9 +1,7 @@
-"""Whatever the README and the headers of the packages show is run: their Python in one go, each of
-their commands, and their options.
+"""The tests run what README and the packages' headers show: all Python code, and each command.
 
-Commands are given to the command line's own parser and run, on small stand-ins for what only a user
-has: photographs, a model from the hub, a GPU. `python tests/test_readme.py` runs the commands whose
-output they show (those after a `$`) and writes what they print into them.
+Small stand-ins replace what only a user has: photos, a model from the hub, a GPU. `python
+tests/test_readme.py` runs the commands that stand after a `$` and writes their output below them.
 """
 
 import ast
@@ -43,14 +41,13 @@ TABLES = [ROOT / "miniclip" / name / "__init__.py" for name in ("parity", "bench
 
 
 def shown() -> str:
-    """The README and the headers, one after the other."""
+    """README and the headers as one text."""
     headers = (ast.parse(path.read_text(encoding="utf-8")) for path in HEADERS + TABLES)
     return "\n".join([README, *(ast.get_docstring(header) or "" for header in headers)])
 
 
 def lines_of_code() -> list[str]:
-    """The lines of the indented blocks, those that go on with a backslash joined, and the commands
-    in tables."""
+    """The lines of indented blocks, with continued lines joined, and the commands in tables."""
     text = re.sub(r"\\\n *", "", shown())
     text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     in_tables = re.findall(r"^\|.*`(miniclip [a-z].*)` \|$", text, re.M)
@@ -58,7 +55,7 @@ def lines_of_code() -> list[str]:
 
 
 def commands() -> list[str]:
-    """What is to be typed: without prompt, comment, or output."""
+    """The commands that a reader types, without prompt, comment or output."""
     parts = [part.strip() for line in lines_of_code() for part in line.split(" && ")]
     found = [
         re.match(r"(?:\$ )?((?:miniclip [a-z]|torchrun ).*?)(?: +# |$)", part) for part in parts
@@ -66,7 +63,7 @@ def commands() -> list[str]:
     return list(dict.fromkeys(part[1].strip() for part in found if part))
 
 
-# What takes minutes, or what a test has not, and what stands in for it.
+# Commands that take minutes or need what a test does not have, and the commands that run instead.
 INSTEAD = {
     "miniclip bench": "miniclip bench --suite tokenizer --shape tiny",
     "miniclip bench --device cuda --json": "miniclip bench --suite transform --json --shape tiny",
@@ -90,7 +87,7 @@ INSTEAD = {
 
 @pytest.fixture
 def little(monkeypatch):
-    """Less of what takes long: scenes, rounds of `bench`, methods of `explain`."""
+    """Make slow commands short: fewer scenes, rounds of `bench` and methods of `explain`."""
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.bench.suites.measure", partial(measuring.measure, seconds=0))
     monkeypatch.setattr(scoring, "score", partial(scoring.score, scenes=8))
@@ -123,7 +120,7 @@ TINY_CONFIG = """{
 }"""
 
 
-FORKS = {  # the code of a fork of each kind, as the header of parity names it
+FORKS = {  # the code of each kind of fork that the header of parity names
     "my_transformers": "parity.transformers_twin(original)",
     "my_openai": "openai_names.CLIP(original)",
     "my_open_clip": "openai_names.CLIP(original, 'custom_text')\nbuild = lambda: model",
@@ -133,7 +130,7 @@ FORKS = {  # the code of a fork of each kind, as the header of parity names it
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with everything that the README's reader is supposed to have."""
+    """A folder with everything that README's reader needs."""
     skimage = pytest.importorskip("skimage.data")
     folder = tmp_path_factory.mktemp("desk")
     pictures = {name: getattr(skimage, name)() for name in ("coffee", "chelsea", "rocket")}
@@ -165,7 +162,7 @@ def desk(tmp_path_factory):
     return folder
 
 
-def test_the_readme_is_a_front_door():
+def test_readme_is_short_and_its_line_counts_and_links_are_right():
     assert len(README.splitlines()) <= 300
     for name, lines in re.findall(r"^\| \[`(\w+\.py)`\].* \| (\d+) \|", README, re.M):
         code = (ROOT / "miniclip" / name).read_text(encoding="utf-8")
@@ -185,16 +182,16 @@ def test_every_command_is_found():
 
 
 def shallow(model):
-    """A model of one layer a tower."""
+    """The model's shape with one layer in each tower."""
     towers = {name: replace(vars(model.config)[name], layers=1) for name in ("vision", "text")}
     return miniclip.CLIP(replace(model.config, **towers)).eval()
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch's own, as it exports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch warns when it exports
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")
-def test_the_python_runs_as_it_stands(desk, monkeypatch):
-    """All blocks one after the other, as a reader would type them."""
+def test_the_python_code_runs_unchanged(desk, monkeypatch):
+    """A reader would type all blocks one after the other."""
     blocks = re.findall(r"^```python\n(.*?)^```", shown(), re.S | re.M)
     assert len(blocks) >= 6
     monkeypatch.chdir(desk)
@@ -214,7 +211,7 @@ def test_the_python_runs_as_it_stands(desk, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
-def test_the_command_works(desk, command, little, monkeypatch, capsys):
+def test_each_command_works(desk, command, little, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     argv = stand_in(command)
     if argv[0] == "serve":
@@ -231,7 +228,7 @@ def test_the_command_works(desk, command, little, monkeypatch, capsys):
 
 
 def refreshed(text: str) -> str:
-    """A text with the output of its `$` commands as they print it now."""
+    """The text with new output below each of its `$` commands."""
 
     def run(block: re.Match[str]) -> str:
         argv = shlex.split(block["command"])[1:]

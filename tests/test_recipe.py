@@ -1,7 +1,7 @@
-"""A run against a plain loop, written from the recipe's definition.
+"""Compare a run with a plain loop that is written from the recipe's definition.
 
-The loop has transformers' model, torch's AdamW, and Muon by a singular value decomposition. Every
-field of a recipe is switched in one of the runs, and the weights at the end are compared.
+The loop has transformers' model, torch's AdamW, and Muon by a singular value decomposition. Each
+run changes some fields of the recipe, and the final weights are compared.
 """
 
 import json
@@ -34,7 +34,7 @@ COLOURS = ("red", "green", "blue", "white", "black")
 
 
 class Spots:
-    """Thirteen random pictures with two true captions each. Some pictures share a label."""
+    """Thirteen random images with two true captions each. Some images share a label."""
 
     skipped: list[str] = []
 
@@ -63,7 +63,7 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
     rising = max(1, round(recipe.warmup * steps))
     for name, p in peer.named_parameters():
         p.requires_grad_(not (recipe.freeze and name.startswith(PARTS[recipe.freeze])))
-    bias = torch.nn.Parameter(torch.tensor(-10.0))  # the paper's, of SigLIP's loss
+    bias = torch.nn.Parameter(torch.tensor(-10.0))  # SigLIP's initial bias
     optimizers = plain_optimizers(peer, recipe, [bias] * (recipe.loss == "siglip"))
     peaks = [recipe.lr, recipe.muon_lr]
     average, history = None, []
@@ -117,7 +117,7 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
 
 
 def embed_images(peer, pixels, dropped):
-    """Return unit embeddings of a random part of each picture's patches, in their order."""
+    """Return unit embeddings of images, after dropping a random share of their patches."""
 
     def drop(module, inputs, x):
         patches = x.shape[1] - 1
@@ -139,7 +139,7 @@ def embed_texts(peer, ids):
 
 
 def plain_loss(images, texts, negatives, scale, labels):
-    """Figure 3 of CLIP's paper with UniCL's shared labels, and true against false captions."""
+    """Figure 3 of CLIP's paper with UniCL's shared labels, plus a loss for the false captions."""
     logits = scale.exp() * images @ texts.T
     same = (labels[:, None] == labels).float()
     target = same / same.sum(1, keepdim=True)
@@ -165,7 +165,7 @@ PARTS = {
     "vision": ("vision_model", "visual_projection"),
     "text": ("text_model", "text_projection"),
 }
-# How many layers of its tower stand above a part: the vision tower has two blocks, the text one.
+# The number of layers above a part. The vision tower has two blocks, the text tower has one.
 ABOVE = {
     "vision_model.embeddings": 3, "vision_model.pre_layrnorm": 3,
     "vision_model.encoder.layers.0": 2,
@@ -216,7 +216,7 @@ class PlainMuon:
 
 
 def nearly_orthogonal(matrix):
-    """Apply the quintic with Jordan's coefficients five times to the singular values."""
+    """Apply Jordan's polynomial of degree 5 to the singular values, five times."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.norm()
     for _ in range(5):
@@ -224,7 +224,7 @@ def nearly_orthogonal(matrix):
     return (u @ s.diag() @ vh).float()
 
 
-# Six steps, three of them rising (2.7, rounded), where nothing else is said.
+# Six steps. The learning rate rises in the first three (2.7, rounded).
 BASE = Recipe(epochs=2, batch=4, lr=4e-3, warmup=0.45)
 RUNS = {
     "plain": {},
@@ -257,7 +257,7 @@ def two_models(logit_scale=SHAPE.logit_scale_init):
 def assert_same_weights(ours, peer, prefix=""):
     theirs = peer.state_dict()
     for name, value in ours.state_dict().items():
-        if name.endswith("k_proj.bias"):  # its gradient is rounding errors: softmax ignores it
+        if name.endswith("k_proj.bias"):  # softmax ignores it: its gradient is rounding error
             continue
         difference = (value - theirs[layout_name(prefix + name, TRANSFORMERS)]).abs().max()
         assert difference < 2e-5, name
@@ -285,7 +285,7 @@ def test_a_run_gives_the_weights_of_the_plain_loop(name, tmp_path, monkeypatch):
         assert row["logit_scale"] == pytest.approx(scales[-1], rel=1e-5)
 
 
-def test_the_runs_switch_every_field_of_a_recipe():
+def test_the_runs_change_every_field_of_a_recipe():
     switched = set().union(*RUNS.values()) | {"epochs", "batch", "lr"}
     elsewhere = {"precision", "compile", "fsdp", "lora", "val_every"}
     assert {field.name for field in fields(Recipe)} - switched == elsewhere
@@ -299,7 +299,7 @@ def test_logits_stay_within_100_times_a_cosine(tmp_path):
 
 
 def one_of_two(rank):
-    """The part of torch.distributed that the loop uses."""
+    """A stand-in for the part of torch.distributed that the loop uses."""
     return SimpleNamespace(
         is_initialized=lambda: True,
         get_rank=lambda: rank,
@@ -313,7 +313,7 @@ def test_processes_share_a_batch_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     model, _, tokenizer = two_models()
     train(model, tokenizer, TRANSFORM, Spots(), Recipe(epochs=1, batch=100), tmp_path / "all")
-    assert read_recipe(tmp_path / "all" / "recipe.json").batch == 13  # as one process would
+    assert read_recipe(tmp_path / "all" / "recipe.json").batch == 13  # as in one process
     three = {**vars(one_of_two(0)), "get_world_size": lambda: 3}
     monkeypatch.setattr(processes, "dist", SimpleNamespace(**three))
     with pytest.raises(ValueError, match="a batch of 2 cannot be shared by 3 processes"):
@@ -332,7 +332,7 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_of_two_processes_draws_its_own_numbers(rank, tmp_path, monkeypatch):
-    """One of two processes, without gathering: its share of the pairs, and its own noise."""
+    """The process does not gather. It has its share of the pairs, and its own noise."""
     monkeypatch.setattr(processes, "dist", one_of_two(rank))
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     recipe = replace(BASE, patch_dropout=0.6, augment=True)
@@ -359,8 +359,8 @@ SAVINGS = {
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [None, *SAVINGS])
-def test_a_run_saves_what_its_recipe_says_and_nothing_else(name, tmp_path, monkeypatch):
-    """Options that change few numbers are recognised by what the towers do."""
+def test_a_run_uses_only_the_savings_of_its_recipe(name, tmp_path, monkeypatch):
+    """These options change few numbers, so the test looks at what the towers do."""
     monkeypatch.setattr(run_module, "LOG_EVERY", 1)
     model, _, tokenizer = two_models()
     seen = {"rows": 0, "blocks": 0, "types": set(), "compiled": []}
@@ -377,7 +377,7 @@ def test_a_run_saves_what_its_recipe_says_and_nothing_else(name, tmp_path, monke
     train(model, tokenizer, TRANSFORM, Spots(), recipe, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = torch.tensor([row["loss"] for row in rows])
-    assert (losses.bfloat16().float() != losses).all()  # the loss itself is never coarse
+    assert (losses.bfloat16().float() != losses).all()  # the loss itself is never bfloat16
     assert seen == {
         "rows": 3 if name == "chunk" else 4,
         "blocks": {"chunk": 24, "checkpoint_blocks": 12}.get(name, 6),  # 3 steps, 2 towers
@@ -389,7 +389,7 @@ def test_a_run_saves_what_its_recipe_says_and_nothing_else(name, tmp_path, monke
 @pytest.mark.parametrize(
     "field", [{"lr": math.inf}, {"warmup": math.inf}, {"warmup": 1.5}, {"seed": 2**64}]
 )
-def test_numbers_beyond_their_limits(field):
+def test_numbers_beyond_their_limits_are_an_error(field):
     (name,) = field
     with pytest.raises(ValueError, match=f"{name} is .*expected at least 0, at most"):
         Recipe(**field)

@@ -1,4 +1,4 @@
-"""Indexes of pictures: what is found, in which order, and after which accidents."""
+"""Indexes of images: which images are found, in which order, and what survives accidents."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def loaded():
 
 
 def blots(seed, size=(50, 44)):
-    """Draw large blots, because all noise looks the same to a model."""
+    """Draw large blots of colour, because all noise looks the same to a model."""
     pixels = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
@@ -77,7 +77,7 @@ def make_tar(path, members):
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Eleven pictures, four of them in a tar, and other files as in real folders."""
+    """Eleven images, four of them in a tar, and other files that real folders have."""
     root = tmp_path / "photographs"
     (root / "b" / ".thumbnails").mkdir(parents=True)
     for i, name in enumerate(
@@ -113,14 +113,14 @@ IN_B = [*IN_TAR, "b/[1].png", "b/x.webp", "b/y.gif", "b/é.bmp"]
         (["z.png", ""], ["z.png", "a.JPG", *IN_B, "c.tiff"]),
         (["", "z.png"], ["a.JPG", *IN_B, "c.tiff", "z.png"]),
         (["b/0.tar"], IN_TAR),
-        (["z.txt"], ["z.txt"]),  # named, so that it is to be reported
+        (["z.txt"], ["z.txt"]),  # named, so it will be reported
         (["*.png"], ["z.png"]),
         (["**/*.[pw]*"], ["b/[1].png", "b/x.webp", "z.png"]),
-        (["b/[1].png"], ["b/[1].png"]),  # a file's name before it is a pattern
+        (["b/[1].png"], ["b/[1].png"]),  # a file's name, not a pattern
         (["?"], IN_B),
     ],
 )
-def test_pictures_are_found_by_paths_and_patterns(photographs, paths, found):
+def test_images_are_found_by_paths_and_patterns(photographs, paths, found):
     pictures, damage = find_pictures(photographs / path for path in paths)
     assert names(pictures, photographs) == found and damage == []
 
@@ -133,13 +133,13 @@ def test_pictures_are_found_by_paths_and_patterns(photographs, paths, found):
         (lambda path: make_tar(path.with_name("x.tar"), {"a.txt": b"a"}), "no such file or folder"),
     ],
 )
-def test_paths_without_pictures_are_an_error(tmp_path, make, message):
+def test_paths_without_images_are_an_error(tmp_path, make, message):
     make(tmp_path / "x")
     with pytest.raises(ValueError, match=message):
         find_pictures([tmp_path / "x"])
 
 
-def test_a_tar_without_pictures(tmp_path):
+def test_a_tar_without_images_is_an_error(tmp_path):
     make_tar(tmp_path / "x.tar", {"a.txt": b"a"})
     with pytest.raises(ValueError, match="x.tar: no images"):
         find_pictures([tmp_path / "x.tar"])
@@ -154,7 +154,7 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     if kept == 0:
         (tmp_path / "x.tar").write_bytes(b"no tar at all, but some text" * 100)
     pictures, damage = find_pictures([tmp_path])
-    assert len(pictures) in (found, found + 1)  # the last one's header may be whole
+    assert len(pictures) in (found, found + 1)  # the last header may be whole
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
@@ -191,12 +191,12 @@ def lying_headers():
 
 
 @pytest.mark.parametrize("what, lie", [*lying_headers()], ids=lambda value: str(value)[:40])
-def test_a_tar_whose_headers_lie_is_read_up_to_the_lie(tmp_path, what, lie):
+def test_a_tar_with_a_false_header_is_read_up_to_that_header(tmp_path, what, lie):
     make_tar(tmp_path / "x.tar", {"0.bmp": encoded(blots(0), "bmp")})
     data = (tmp_path / "x.tar").read_bytes()
     first = 512 + -(-len(encoded(blots(0), "bmp")) // 512) * 512
     (tmp_path / "x.tar").write_bytes(data[:first] + lie)
-    with cpu_seconds(5):  # none takes 0.1
+    with cpu_seconds(5):  # none takes 0.1 s
         pictures, damage = find_pictures([tmp_path])
     assert [picture.name for picture in pictures] == ["0.bmp"]
     assert len(damage) == 1 and "x.tar: the tar cannot be read to its end" in damage[0]
@@ -250,7 +250,7 @@ def test_rows_that_are_not_unit_vectors_are_an_error(value):
 
 
 @pytest.mark.parametrize("name", ["pipe.jpg", "pipe.tar"])
-def test_a_pipe_is_not_waited_for(tmp_path, name):
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)
     blots(1).save(tmp_path / "a.png")
     pictures, damage = find_pictures([tmp_path / name, tmp_path])
@@ -266,7 +266,7 @@ HIDDEN = [
 ]
 
 
-def test_what_a_system_keeps_for_itself_is_left_out(tmp_path):
+def test_hidden_files_of_systems_are_left_out(tmp_path):
     for name in (*HIDDEN, "a.jpg", "@home/b.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         blots(0).save(tmp_path / name)
@@ -274,7 +274,7 @@ def test_what_a_system_keeps_for_itself_is_left_out(tmp_path):
     expected = ["@home/b.jpg", "a.jpg", "t.tar/./c.jpg"]
     assert names(find_pictures([tmp_path])[0], tmp_path) == expected
     assert names(find_pictures([tmp_path / "**" / "*.jpg"])[0], tmp_path) == expected[:2]
-    for asked in (HIDDEN[0], "@eaDir", "@eaDir/*/*.jpg"):  # what is named is meant
+    for asked in (HIDDEN[0], "@eaDir", "@eaDir/*/*.jpg"):  # a named path is read
         assert names(find_pictures([tmp_path / asked])[0], tmp_path) == HIDDEN[:1]
 
 
@@ -282,25 +282,25 @@ def test_what_a_system_keeps_for_itself_is_left_out(tmp_path):
     "exclude, left",
     [
         (["b"], ["a.JPG", "c.tiff", "z.png"]),
-        (["B", "*.jpg"], ["c.tiff", "z.png"]),  # in any case
+        (["B", "*.jpg"], ["c.tiff", "z.png"]),  # upper or lower case
         (["b/"], ["a.JPG", "c.tiff", "z.png"]),
         (["*.png", "*.tar"], ["a.JPG", "b/x.webp", "b/y.gif", "b/é.bmp", "c.tiff"]),
         (["b/*.tar", "[yz].*"], ["a.JPG", "b/[1].png", "b/x.webp", "b/é.bmp", "c.tiff"]),
         (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # also inside of the tar
     ],
 )
-def test_more_can_be_left_out(photographs, monkeypatch, exclude, left):
+def test_exclude_leaves_more_images_out(photographs, monkeypatch, exclude, left):
     assert names(find_pictures([photographs], exclude)[0], photographs) == left
     monkeypatch.chdir(photographs)
     assert list(map(str, find_pictures(["."], exclude)[0])) == left
     every = [path for path in find_pictures(["."])[0] if isinstance(path, str)]
-    named = [*every, "b/0.tar"]  # as a shell writes a pattern out
+    named = [*every, "b/0.tar"]  # as a shell expands a pattern
     assert sorted(map(str, find_pictures(named, exclude)[0])) == sorted(left)
     with pytest.raises(ValueError, match="all images are excluded by a b"):
         find_pictures(["b"], ["a", "b"])
 
 
-def test_links_are_followed_once_and_those_to_nowhere_are_skipped(tmp_path):
+def test_links_are_followed_once_and_a_broken_link_is_unreadable(tmp_path):
     folder = tmp_path / "folder"
     (tmp_path / "elsewhere").mkdir()
     folder.mkdir()
@@ -316,7 +316,7 @@ def test_links_are_followed_once_and_those_to_nowhere_are_skipped(tmp_path):
         open_picture(expected[0])
 
 
-def test_pictures_before_the_damage_can_be_opened_again(tmp_path):
+def test_images_before_the_damage_can_be_opened_again(tmp_path):
     make_tar(tmp_path / "x.tar", {f"{i}.bmp": encoded(blots(i), "bmp") for i in range(4)})
     whole = (tmp_path / "x.tar").read_bytes()
     (tmp_path / "x.tar").write_bytes(whole[: 2 * (512 + 6656) + 600])
@@ -326,7 +326,7 @@ def test_pictures_before_the_damage_can_be_opened_again(tmp_path):
         open_picture(f"{tmp_path}/x.tar/3.bmp")
 
 
-def test_of_two_pictures_of_one_name_in_a_tar_the_later_counts(tmp_path):
+def test_the_later_of_two_images_with_one_name_in_a_tar_counts(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(2):
             data = encoded(blots(i))
@@ -358,7 +358,7 @@ def test_embeddings_equal_the_models(loaded, photographs):
     assert len({tuple(row) for row in expected.tolist()}) == 11
 
 
-def test_an_index_takes_the_place_of_an_index_only(loaded, photographs, tmp_path):
+def test_an_index_only_replaces_an_index(loaded, photographs, tmp_path):
     precious = tmp_path / "precious.jpg"
     precious.write_bytes(encoded(blots(0), "jpeg"))
     before = precious.read_bytes()
@@ -371,10 +371,10 @@ def test_an_index_takes_the_place_of_an_index_only(loaded, photographs, tmp_path
         assert len(build_index(tmp_path / "x.index", loaded, pictures, made_by)) == 11
 
 
-def test_a_picture_in_a_tar_is_the_picture(loaded, tmp_path):
+def test_an_image_in_a_tar_has_the_embedding_of_the_same_file(loaded, tmp_path):
     data = {f"{i}.{kind}": encoded(blots(i), kind) for i, kind in enumerate(["jpeg", "png", "gif"])}
     exif = Image.Exif()
-    exif[274] = 6  # on its side
+    exif[274] = 6  # turned by 90 degrees
     buffer = io.BytesIO()
     blots(3).save(buffer, "jpeg", exif=exif)
     data["3.jpg"] = buffer.getvalue()
@@ -388,7 +388,7 @@ def test_a_picture_in_a_tar_is_the_picture(loaded, tmp_path):
     assert torch.equal(inside.embeddings, beside.embeddings)
 
 
-def test_unreadable_pictures_are_listed_and_the_others_embedded(loaded, photographs, tmp_path):
+def test_unreadable_images_are_listed_and_the_others_are_embedded(loaded, photographs, tmp_path):
     good = embed_images(loaded, find_pictures([photographs])[0])
     (photographs / "b" / "empty.png").write_bytes(b"")
     (photographs / "cut.png").write_bytes((photographs / "z.png").read_bytes()[:60])
@@ -404,11 +404,11 @@ def test_unreadable_pictures_are_listed_and_the_others_embedded(loaded, photogra
 
 
 def thin():
-    """It can be opened but not resized: it would have 40 x 12,000,000 pixels."""
+    """An image that can be opened but not resized: it would have 40 x 12,000,000 pixels."""
     return Image.new("1", (1, 300_000))
 
 
-def test_half_precision_gives_unit_vectors_all_the_same(loaded, photographs):
+def test_half_precision_also_gives_unit_vectors(loaded, photographs):
     single = embed_images(loaded, find_pictures([photographs])[0])
     model = twins(loaded.model.config, dtype=torch.bfloat16)[0]
     half = embed_images(loaded._replace(model=model), find_pictures([photographs])[0])
@@ -567,7 +567,7 @@ def test_the_search_is_exact_where_float32_is_not(monkeypatch):
     assert (rows @ query).argsort(descending=True, stable=True)[:10].tolist() != expected
 
 
-def test_of_equals_the_first_come_first(monkeypatch):
+def test_equal_scores_keep_the_order_of_the_index(monkeypatch):
     monkeypatch.setattr(retrieval.index, "BLOCK", 50)
     rows = unit_rows(3, 32).repeat(200, 1)
     query = rows[1]
@@ -614,7 +614,7 @@ print(found[0].row, anonymous() - before)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # of SWIG, in faiss
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # from faiss
 def test_faiss_reads_the_file_and_finds_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     index_of(unit_rows(3000, 64)).save("index.safetensors")
@@ -629,7 +629,7 @@ def test_faiss_reads_the_file_and_finds_the_same(tmp_path, monkeypatch, capsys):
 # The right model
 
 
-def test_the_fingerprint_is_of_every_weight(loaded):
+def test_the_fingerprint_depends_on_every_weight(loaded):
     model = twins(loaded.model.config)[0]
     first = fingerprint(model)
     assert first == fingerprint(loaded.model) and len(first) == 64
@@ -662,14 +662,14 @@ def test_another_model_is_an_error_that_names_both(loaded):
         index.check(loaded._replace(transform=ImageTransform(40, reference="openai")))
 
 
-def test_the_model_is_loaded_as_it_was_made():
+def test_the_model_is_loaded_with_the_options_that_made_the_index():
     loaded = miniclip.load("everyday", dtype=torch.bfloat16, reference="openai")
     again = index_of(torch.eye(3), encoder=describe(loaded, "everyday")).load_encoder()
     assert again.model.logit_scale.dtype == torch.bfloat16
     assert again.transform.reference == again.tokenizer.reference == "openai"
 
 
-def test_lasting_names(tmp_path, monkeypatch):
+def test_a_lasting_name_has_the_whole_path_or_the_commit(tmp_path, monkeypatch):
     assert lasting_name("everyday") == ("everyday", None)
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
@@ -720,7 +720,7 @@ def test_an_empty_query_is_an_error(loaded, texts, minus, message):
         embed_query(loaded, texts, minus=minus)
 
 
-def test_a_query_picture_that_cannot_be_read(loaded, tmp_path):
+def test_a_query_image_that_cannot_be_read_is_an_error(loaded, tmp_path):
     with pytest.raises(ImageError, match="absent.png"):
         embed_query(loaded, pictures=[str(tmp_path / "absent.png")])
 
@@ -733,7 +733,7 @@ def test_the_sheet_shows_what_was_found(loaded, photographs, tmp_path, k):
     assert draw_sheet(index, hits, "a title that is far too long" * 20, tmp_path / "s.png") == []
     with Image.open(tmp_path / "s.png") as sheet:
         assert sheet.width == min(k, 4) * 256 + 16
-        for i in range(k):  # the middle of each tile is the middle of its picture
+        for i in range(k):  # the middle of each tile is the middle of its image
             place = (16 + i % 4 * 256 + 120, 54 + i // 4 * 300 + 120)
             shown, true = sheet.getpixel(place), index.open(hits[i].path).convert("RGB")
             middle = true.resize(
@@ -748,7 +748,7 @@ def test_the_sheet_shows_what_was_found(loaded, photographs, tmp_path, k):
             assert np.abs(np.subtract(shown, middle.getpixel((0, 0)))).max() < 12
 
 
-def test_a_long_name_ends_as_it_does_and_a_long_title_begins_so(loaded, tmp_path, monkeypatch):
+def test_a_long_name_keeps_its_end_and_a_long_title_its_beginning(loaded, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args: written.append(args[2]))
     monkeypatch.chdir(tmp_path)
@@ -764,7 +764,7 @@ def test_a_long_name_ends_as_it_does_and_a_long_title_begins_so(loaded, tmp_path
     assert long.startswith("…") and long.endswith(" end.png") and short == "short.png"
 
 
-def test_missing_pictures_leave_their_places_empty(loaded, photographs, tmp_path):
+def test_missing_images_leave_their_places_empty(loaded, photographs, tmp_path):
     index = embed_images(loaded, find_pictures([photographs])[0])
     hits = index.search(index.embeddings[0], 11)
     (photographs / "z.png").unlink()
@@ -815,7 +815,7 @@ def interrupt(build, tmp_path, monkeypatch):
     return interrupt
 
 
-def test_a_build_is_what_embedding_in_memory_gives(build, loaded, photographs, tmp_path):
+def test_a_build_equals_embedding_in_memory(build, loaded, photographs, tmp_path):
     (photographs / "a.png").write_bytes(b"")
     built = build(tmp_path / "i", damage=["a tar"])
     whole = embed_images(loaded, find_pictures([photographs])[0])
@@ -841,10 +841,10 @@ def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("changed", ["batch", "pictures", "picture", "folder", "part"])
-def test_parts_of_another_build_are_made_anew(
+def test_parts_of_another_build_are_made_again(
     build, interrupt, photographs, tmp_path, monkeypatch, changed
 ):
-    """Its parts never become parts of this build, and nobody has to delete them."""
+    """Parts of the other build never become parts of this build, and need not be deleted."""
     monkeypatch.chdir(tmp_path)
     interrupt(parts=3)
     options = {}
@@ -898,7 +898,7 @@ def test_what_another_model_made_is_replaced_only_by_force(
 
 @pytest.fixture
 def embedded(monkeypatch):
-    """The pictures that are decoded for the model, in any order."""
+    """The images that are decoded for the model, in any order."""
     seen, real = [], retrieval.building.pixels_of
 
     def pixels_of(source, transform):
@@ -943,7 +943,7 @@ def test_an_update_embeds_what_is_new_or_changed_and_keeps_the_rest_bit_for_bit(
     del embedded[:]
     bits = (tmp_path / "i").read_bytes()
     again = build(tmp_path / "i")
-    assert embedded == [gone]  # which may have been mended
+    assert embedded == [gone]  # it may have been repaired
     assert (tmp_path / "i").read_bytes() == bits and len(again) == len(after)
 
 
@@ -971,7 +971,7 @@ def test_a_tar_that_has_changed_is_read_again(build, photographs, tmp_path, embe
 
 
 def test_force_embeds_everything_again(build, interrupt, tmp_path, embedded):
-    """What an interrupted build has left, and what is whole."""
+    """The first build finds parts of an interrupted build, and the second a whole index."""
     build(tmp_path / "whole")
     interrupt(parts=1)
     for _ in range(2):
@@ -998,7 +998,7 @@ def test_an_update_that_is_killed_leaves_the_old_index_and_continues(
     assert (tmp_path / "i").read_bytes() == (tmp_path / "j").read_bytes()
 
 
-def test_pictures_that_moved_with_their_folder_are_kept(
+def test_images_that_moved_with_their_folder_are_kept(
     build, photographs, tmp_path, monkeypatch, embedded
 ):
     """A path is compared as it is written, here relative to the working folder."""
@@ -1012,7 +1012,7 @@ def test_pictures_that_moved_with_their_folder_are_kept(
     assert np.array_equal(np.asarray(index.open("z.png")), np.asarray(blots(0)))
 
 
-def test_the_threads_are_as_many_as_workers(
+def test_there_are_as_many_threads_as_workers(
     build, loaded, photographs, tmp_path, monkeypatch, two_threads
 ):
     pools, real = [], ahead.ThreadPoolExecutor
@@ -1029,8 +1029,8 @@ def test_the_threads_are_as_many_as_workers(
     assert pools == [3, 4, 2]
 
 
-def test_two_builds_of_one_file_at_once(build, tmp_path):
-    """The second build ends with an error, and the first one continues."""
+def test_a_second_build_of_one_file_at_the_same_time_is_an_error(build, tmp_path):
+    """A build works again after the other build has ended."""
     out = tmp_path / "index"
     with only_builder(tmp_path / "index.parts"):
         with pytest.raises(ValueError, match="another process is writing this index"):
@@ -1038,7 +1038,7 @@ def test_two_builds_of_one_file_at_once(build, tmp_path):
     assert len(build(out)) and not (tmp_path / "index.parts").exists()
 
 
-def test_a_build_of_unreadable_pictures_is_an_error(build, photographs, tmp_path):
+def test_a_build_of_unreadable_images_is_an_error(build, photographs, tmp_path):
     with pytest.raises(ValueError, match="none of the images can be read, 2; the first: .*z.txt"):
         build(tmp_path / "i", pictures=[str(photographs / name) for name in ("z.txt", "z.json")])
     assert not (tmp_path / "i").exists() and not (tmp_path / "i.parts").exists()
@@ -1059,8 +1059,8 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
-def test_a_killed_command_is_continued_by_the_same_command(loaded, tmp_path, monkeypatch, capsys):
-    """22 pictures in a folder and a tar, and a broken one: three parts, the last not full."""
+def test_the_same_command_continues_after_it_was_killed(loaded, tmp_path, monkeypatch, capsys):
+    """22 images in a folder and a tar, and a broken image, make three parts."""
     many, out = tmp_path / "many", tmp_path / "out"
     many.mkdir()
     out.mkdir()
@@ -1106,7 +1106,7 @@ def run(capsys):
 
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory):
-    """An index of eleven pictures. The last one is z.png."""
+    """An index of eleven images. The last image is z.png."""
     folder = tmp_path_factory.mktemp("indexed")
     for i in range(10):
         blots(i).save(folder / f"{i}.png")
@@ -1116,7 +1116,7 @@ def indexed(tmp_path_factory):
     return folder / "index.safetensors"
 
 
-def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photographs, tmp_path):
+def test_embed_excludes_images_counts_unreadable_ones_and_updates(run, photographs, tmp_path):
     for name in ("1.heic", "2.HEIC", "b/3.NEF", "4.png"):
         (photographs / name).write_bytes(HEIC if name.endswith(("c", "C")) else b"nothing")
     line = ["embed", photographs, "--model", "everyday", "--out", tmp_path / "i"]
@@ -1130,7 +1130,7 @@ def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photograph
     assert status == 0 and "11 images" in out and "updated, 2 of 15 images" in err
     if "rawpy" not in sys.modules:
         assert re.search(r"skipped 1, .*3.NEF: .*pip install rawpy", err)
-    status, out, err = run(*line, "--exclude", "b")  # what is excluded now is dropped
+    status, out, err = run(*line, "--exclude", "b")  # excluded images are dropped
     assert status == 0 and "3 images" in out and "updated, 3 of 6 images" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i")
     assert status == 2 and err.count("\n") == 1 and "everyday" in err and "--force" in err
@@ -1138,7 +1138,7 @@ def test_embed_leaves_out_counts_what_it_cannot_read_and_updates(run, photograph
     assert status == 0 and "11 images, by shapes" in out
 
 
-def test_search_prints_what_is_nearest(run, indexed):
+def test_search_prints_the_nearest_images(run, indexed):
     z = indexed.with_name("z.png")
     status, out, err = run("search", indexed, "--image", z, "-k", 3)
     assert status == 0 and re.fullmatch(r"11 images searched in \d+\.\d\d s\n", err)
@@ -1208,4 +1208,4 @@ def test_a_sheet_shows_scripts_that_pillows_font_lacks(loaded, tmp_path):
     for title in titles:
         assert draw_sheet(index, hits, title, tmp_path / "s.png") == []
         drawn.append((tmp_path / "s.png").read_bytes())
-    assert len(set(drawn)) == len(titles)  # boxes would be alike in the first two
+    assert len(set(drawn)) == len(titles)  # boxes instead of letters would make the first two equal

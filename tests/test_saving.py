@@ -1,4 +1,4 @@
-"""A save that is killed, or runs out of disk, leaves the old checkpoint or the new one, whole."""
+"""A save that is killed or fills the disk leaves a whole checkpoint: the old one or the new one."""
 
 import errno
 import json
@@ -27,8 +27,8 @@ from miniclip.files import reading, writing
 from miniclip.files.writing import SAVED, finish_save, saving
 from miniclip.parity import randomize
 
-# Two checkpoints that differ in every file. The shapes of their weights are the same, so that no
-# error would come of the weights of one beside the configuration of the other.
+# Two checkpoints that differ in every file. Their weights have the same shapes, so a mixture of the
+# two raises no error.
 VISION = VisionConfig(width=24, layers=1, heads=2, mlp_width=40, image_size=16, patch_size=8)
 TEXT = TextConfig(
     width=16, layers=1, heads=2, mlp_width=24, vocab_size=600, context_length=12,
@@ -55,14 +55,14 @@ def new():
 
 
 def contents(loaded):
-    """All there is to a checkpoint, comparable."""
+    """Everything in a checkpoint, in a form that can be compared."""
     model, tokenizer, transform = loaded
     weights = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
     tokens = tokenizer.vocab, tokenizer.merges, tokenizer.context_length
     return model.config, weights, tokens, transform
 
 
-# A process that does nothing but save one and the other, and is killed.
+# A process that saves the two checkpoints in turn until it is killed.
 SCRIPT = """
 import os, random, signal, sys, time
 from miniclip import load, save
@@ -127,7 +127,7 @@ print(operation - 1, *ends)
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new(tmp_path):
-    """Ten times at random, and then before each of its operations on files."""
+    """It is killed ten times at random, and then before each of its operations on files."""
     paths = [str(Path(miniclip.__file__).parent.parent), str(Path(__file__).parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), "10"]
@@ -142,7 +142,7 @@ def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new(tm
 
 @contextmanager
 def disk_of(size):
-    """Files can be no longer than this. Python ignores the signal, so that it is an OSError."""
+    """Limit the size of files. Python ignores the signal, so a larger file raises an OSError."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -169,7 +169,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_old_checkpoint(saved, size):
 
 
 @pytest.mark.parametrize("part", range(3), ids=["model", "tokenizer", "transform"])
-def test_a_full_disk_for_one_part_alone(saved, part):
+def test_a_full_disk_during_the_save_of_one_part_leaves_the_old_checkpoint(saved, part):
     with disk_of(100), pytest.raises(CheckpointError, match="cannot save"):
         new()[part].save_pretrained(saved)
     assert contents(miniclip.load(saved)) == contents(old())
@@ -195,7 +195,7 @@ def test_other_files_and_permissions_are_respected(saved):
     assert contents(miniclip.load(saved)) == contents(new())
 
 
-def test_the_files_of_a_tokenizer_in_another_form_are_superseded(saved):
+def test_the_files_of_a_tokenizer_in_another_form_are_removed(saved):
     (saved / "tokenizer.json").write_text("of another")
     (saved / "added_tokens.json").write_text("of another")
     miniclip.save(saved, *new())
@@ -203,7 +203,7 @@ def test_the_files_of_a_tokenizer_in_another_form_are_superseded(saved):
     assert contents(miniclip.load(saved)) == contents(new())
 
 
-def test_the_weights_say_that_they_are_pytorch_s(saved):
+def test_the_weights_file_says_that_it_is_pytorchs(saved):
     with safe_open(saved / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -214,7 +214,7 @@ LAYOUTS = ("transformers", "openai", "open_clip")
 
 
 def quick():
-    """A checkpoint that every layout can express; its tokenizer has another vocabulary."""
+    """A checkpoint that every layout can express. Its tokenizer has another vocabulary."""
     config = CLIPConfig(
         replace(VISION, width=64, heads=1), replace(TEXT, width=64, heads=1, vocab_size=550,
         bos_token_id=548, eos_token_id=549), embed_dim=20,
@@ -230,7 +230,7 @@ def names_and_bytes(directory):
 @pytest.mark.parametrize("parts", ["all", "no tokenizer", "no transform", "model"])
 @pytest.mark.parametrize("later", LAYOUTS)
 @pytest.mark.parametrize("earlier", LAYOUTS)
-def test_over_another_checkpoint_there_is_the_new_one_or_an_error(tmp_path, earlier, later, parts):
+def test_a_save_over_another_checkpoint_replaces_it_or_is_an_error(tmp_path, earlier, later, parts):
     model, tokenizer, transform = old()
     text = replace(model.config.text, width=64, heads=1)
     model = CLIP(replace(model.config, vision=replace(VISION, width=64, heads=1), text=text)).eval()
@@ -261,14 +261,14 @@ def test_over_another_checkpoint_there_is_the_new_one_or_an_error(tmp_path, earl
     if parts == "all":
         loaded = miniclip.load(tmp_path)
         assert loaded.tokenizer.vocab == tokenizer.vocab and loaded.transform == transform
-    else:  # its transform is still there
+    else:  # the transform is still there
         assert ImageTransform.from_pretrained(tmp_path).image_mean == (0.5,) * 3
-        if later == "open_clip":  # which reads it from its own file
+        if later == "open_clip":  # open_clip reads it from its own file
             settings = json.loads((tmp_path / "open_clip_config.json").read_text())
             assert settings["preprocess_cfg"]["mean"] == [0.5] * 3
 
 
-# -------------------------------------------------------------------------------- the steps of it
+# ---------------------------------------------------------------------------- the steps of a save
 
 
 @pytest.mark.parametrize("layout", ["openai", "open_clip"])
@@ -303,7 +303,7 @@ def test_tied_parameters_are_named_before_anything_is_written(tmp_path, layout):
     model.save_pretrained(tmp_path / "untied", layout)
 
 
-def test_nothing_is_in_place_before_all_is_written(tmp_path):
+def test_no_file_is_replaced_before_all_files_are_written(tmp_path):
     (tmp_path / "a").write_text("old")
     with pytest.raises(KeyboardInterrupt), saving(tmp_path) as folder:
         (folder / "a").write_text("new")
@@ -313,7 +313,7 @@ def test_nothing_is_in_place_before_all_is_written(tmp_path):
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_place(saved, monkeypatch):
-    """Else a power cut right after the save could leave its name with nothing behind it."""
+    """Otherwise a power cut right after the save could leave an empty file."""
     written, synced = os.replace, os.fsync
     numbers = []
 
@@ -332,8 +332,8 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(saved, monkeypatch):
     assert len(set(numbers)) >= len([path for path in saved.iterdir()])
 
 
-def test_a_complete_save_is_finished_by_whoever_comes_next(saved):
-    miniclip.save(saved / SAVED, *new())  # as left behind by a process killed before its last step
+def test_a_complete_save_is_finished_by_the_next_load(saved):
+    miniclip.save(saved / SAVED, *new())  # a process killed before its last step leaves this
     (saved / "tokenizer.json").write_text("of another")
     (saved / SAVED / "tokenizer.json").touch()
     assert contents(miniclip.load(saved)) == contents(new())
@@ -362,7 +362,7 @@ def test_a_complete_save_that_cannot_be_finished_is_an_error(saved, monkeypatch)
     assert contents(miniclip.load(saved)) == contents(new())
 
 
-def test_a_link_is_no_save_to_finish(saved, tmp_path):
+def test_a_link_is_not_a_save_to_finish(saved, tmp_path):
     miniclip.save(tmp_path / "elsewhere", *new())
     (saved / SAVED).parent.mkdir(parents=True)
     (saved / SAVED).symlink_to(tmp_path / "elsewhere")
@@ -370,8 +370,8 @@ def test_a_link_is_no_save_to_finish(saved, tmp_path):
     assert contents(miniclip.load(tmp_path / "elsewhere")) == contents(new())
 
 
-def test_what_killed_processes_left_is_cleared_away_and_what_live_ones_write_is_not(saved):
-    """Whatever the clocks say. upload_folder leaves .cache/huggingface out in any case."""
+def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
+    """The files' times do not matter. upload_folder never uploads .cache/huggingface."""
     killed, alive = (saved / ".cache/huggingface" / f"miniclip-{name}" for name in ("old", "new"))
     for folder in (killed, alive):
         folder.mkdir(parents=True)
@@ -386,7 +386,7 @@ def test_what_killed_processes_left_is_cleared_away_and_what_live_ones_write_is_
 
 
 def test_each_save_writes_to_a_file_of_its_own(tmp_path):
-    """The names are not told by the process: two threads have one, and so have two containers."""
+    """Its name does not contain the process id: two threads or two containers may share one."""
     path = tmp_path / "index"
     with writing.replacing(path) as first, writing.replacing(path) as second:
         assert first != second and str(os.getpid()) not in f"{first}{second}".split("-", 1)[1]
@@ -405,7 +405,7 @@ def test_a_device_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("read", [miniclip.load, Tokenizer.from_pretrained])
 def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
-    """A save comes between any two files that are opened, once each time."""
+    """In each round, a save comes after another of the files that the load opens."""
     parts = [old(), new()]
     saves = [0]
     opened = open
@@ -431,7 +431,7 @@ def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
         with monkeypatch.context() as patch:
             patch.setattr(reading, "open", opening(at), raising=False)
             found = read(saved)
-        expected = parts[saves[0] - before]  # the tokenizer alone has fewer files
+        expected = parts[saves[0] - before]  # a tokenizer has fewer files
         vocab = found.tokenizer if isinstance(found, tuple) else found
         assert (vocab.vocab, vocab.merges) == (expected[1].vocab, expected[1].merges)
         if isinstance(found, tuple):
@@ -450,7 +450,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
 
 
 def test_two_savers_and_a_finisher_at_once_leave_one_of_the_two(tmp_path):
-    """Two threads do as two processes would; whoever is late gets the error of a busy folder."""
+    """Two threads act like two processes. The later one gets an OSError, for a full folder."""
     from concurrent.futures import ThreadPoolExecutor
 
     def save_often(text):

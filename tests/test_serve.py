@@ -1,7 +1,7 @@
 """The page of `miniclip serve`: what its server answers, and the page in a real browser.
 
-What is expected of heat maps and scores is computed from transformers' attention patterns, their
-gradients and embeddings, and drawn by a few lines of numpy.
+The expected heat maps and scores are computed from transformers' attention patterns, gradients and
+embeddings, and drawn with NumPy.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from miniclip.files.hub import EMBEDDED
 from miniclip.page import serve
 from miniclip.page.serve import create_app, listen, open_index, read_picture, write_picture
 
-# Writes down what a process does to the network and to files, and then runs the command line.
+# A script that logs what its process does to files and to the network.
 AUDITED = """
 import os, sys, tempfile
 tempfile.gettempdir()  # tries to write there, and torch asks for it sooner or later
@@ -50,7 +50,7 @@ SERVE = AUDITED + "from miniclip.commands.main import main\nsys.exit(main())"
 
 
 class Server:
-    """`miniclip serve` in a process of its own."""
+    """`miniclip serve` in a separate process."""
 
     def __init__(self, log, *options):
         self.log = log
@@ -67,10 +67,10 @@ class Server:
         if not line:
             raise RuntimeError(self.end()[1])
         self.url = json.loads(line)["url"]
-        log.write_text("")  # until here torch was imported, which tries out the temporary folder
+        log.write_text("")  # forget the start, in which torch tries the temporary folder
 
     def post(self, path, question, **headers):
-        """(status, the answer)"""
+        """Ask a question. Returns (status, answer)."""
         data = question if isinstance(question, bytes) else json.dumps(question).encode()
         headers = {"Content-Type": "application/json"} | headers
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
@@ -82,7 +82,7 @@ class Server:
                 return error.code, error.read().decode()
 
     def end(self):
-        """By Ctrl-C: (exit status, stderr)"""
+        """End the server by Ctrl-C. Returns (exit status, stderr)."""
         self.process.send_signal(signal.SIGINT)
         _, err = self.process.communicate(timeout=60)
         return self.process.returncode, err
@@ -90,7 +90,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
-    """An index of three photographs."""
+    """An index of three images."""
     folder = tmp_path_factory.mktemp("photographs")
     for name in ("chelsea", "rocket", "coffee"):
         Image.fromarray(getattr(skimage.data, name)()).save(folder / f"{name}.png")
@@ -101,7 +101,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def servers():
-    """The server that runs, if one does."""
+    """A list with the server, once it runs."""
     running = []
     yield running
     for server in running:
@@ -155,7 +155,7 @@ def settle(page):
 
 
 def bars(page):
-    """(label, percent) of each, in order."""
+    """(label, percent) of each bar, in order."""
     return [tuple(text.split("\n")) for text in page.locator("#bars button").all_inner_texts()]
 
 
@@ -165,11 +165,11 @@ def shown(page, selector):
 
 
 # ------------------------------------------------------------------------------------------------
-# What is expected
+# The expected values
 
 
 class Theirs:
-    """A checkpoint as transformers runs it."""
+    """A checkpoint that runs in transformers."""
 
     def __init__(self, name):
         how = {"dtype": torch.float32, "attn_implementation": "eager"}
@@ -178,7 +178,7 @@ class Theirs:
         self.settings = json.loads((EMBEDDED / name / "preprocessor_config.json").read_text())
 
     def pixels(self, picture):
-        """(1, 3, S, S), by Pillow and the checkpoint's own numbers."""
+        """The pixels (1, 3, S, S), computed with Pillow and the checkpoint's mean and std."""
         mean, std = (self.settings[f"image_{key}"] for key in ("mean", "std"))
         x = np.asarray(crop(picture, self.model.config.vision_config.image_size)) / 255
         return torch.tensor((x - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
@@ -199,7 +199,7 @@ class Theirs:
         return dict(zip(labels, rows, strict=True))
 
     def relevance(self, picture, text):
-        """Chefer et al. 2021 (arXiv 2103.15679), equations 5 and 6, of the image's patches."""
+        """Chefer et al. 2021 (arXiv 2103.15679), equations 5 and 6, for the image's patches."""
         output = self.output(picture, [text])
         patterns = output.vision_model_output.attentions
         slopes = torch.autograd.grad(output.logits_per_image[0, 0], patterns)
@@ -210,7 +210,7 @@ class Theirs:
 
     @torch.no_grad()
     def attention(self, picture, layer, head=slice(None)):
-        """What the class token looks at, the mean of the heads."""
+        """The class token's attention to the patches, averaged over heads."""
         pattern = self.output(picture, ["a"]).vision_model_output.attentions[layer][0]
         return self.patches(pattern[head].reshape(-1, *pattern.shape[1:]).mean(0)[0])
 
@@ -220,7 +220,7 @@ class Theirs:
 
 
 def crop(picture, size):
-    """The middle of a picture, `size` pixels along the short side."""
+    """Resize the short side to `size` pixels, and crop the middle square."""
     long = int(size * max(picture.size) / min(picture.size))
     wide = picture.width > picture.height
     picture = picture.resize((long, size) if wide else (size, long), Image.Resampling.BICUBIC)
@@ -230,7 +230,7 @@ def crop(picture, size):
 
 
 def drawn(picture, heat):
-    """The heat's positive part in three colours over the picture in grey, 448 pixels a side."""
+    """The positive heat in three colours over the grey image, 448 by 448 pixels."""
     picture = crop(picture, 448)
     levels = (heat.clamp(min=0) / heat.max() * 255).to(torch.uint8).numpy()
     smooth = np.asarray(Image.fromarray(levels).resize((448, 448), Image.Resampling.BILINEAR))
@@ -248,7 +248,7 @@ def pixels_in(url):
 def assert_drawn(url, picture, heat):
     found, expected = pixels_in(url), drawn(picture, heat)
     assert found.shape == (448, 448, 3)
-    # The last bit of a patch's heat may be another, and so its level; and colours are rounded.
+    # Colours are rounded. If the last bit of a patch's heat differs, its level may differ too.
     assert np.abs(found - expected).max() <= 4 and np.abs(found - expected).mean() < 1
 
 
@@ -267,13 +267,13 @@ def coffee(tmp_path_factory):
     path = tmp_path_factory.mktemp("upload") / "coffee.jpg"
     picture = Image.fromarray(skimage.data.coffee())
     exif = Image.Exif()
-    exif[274] = 6  # lies on its side
+    exif[274] = 6  # turned by 90 degrees
     picture.save(path, exif=exif)
     return path
 
 
 @pytest.mark.slow
-def test_it_opens_with_an_example_and_asks_nobody_else(page, server):
+def test_the_page_opens_with_an_example_and_asks_only_its_server(page, server):
     labels, shares = zip(*bars(page))
     assert labels[0] == "cup of coffee" and len(labels) == 8
     assert sum(float(share.split()[0]) for share in shares) == pytest.approx(100, abs=0.5)
@@ -284,8 +284,8 @@ def test_it_opens_with_an_example_and_asks_nobody_else(page, server):
 
 
 @pytest.mark.slow
-def test_the_browser_may_ask_nobody_else(page):
-    """And if the page tried, the test above would see it."""
+def test_the_browser_refuses_other_addresses(page):
+    """If the page tried, the test above would notice it."""
     failed = page.evaluate(
         "fetch('http://127.0.0.1:9/other').then(() => 'answered', () => 'refused')"
     )
@@ -296,7 +296,7 @@ def test_the_browser_may_ask_nobody_else(page):
 
 
 @pytest.mark.slow
-def test_upload_labels_templates_bars_and_heat(page, coffee, theirs):
+def test_an_upload_gets_the_right_bars_and_heat(page, coffee, theirs):
     page.set_input_files("#file", coffee)
     page.fill("#labels", "a cup\n\n  a ship \na <b>frog</b>")
     page.fill("#templates", "a photo of {}.\n{}")
@@ -325,7 +325,7 @@ def test_upload_labels_templates_bars_and_heat(page, coffee, theirs):
 
 
 @pytest.mark.slow
-def test_one_head_of_one_layer(page, theirs, example):
+def test_the_page_shows_one_head_of_one_layer(page, theirs, example):
     assert not page.is_visible("#layer")
     page.select_option("#method", "head")
     page.select_option("#layer", "2")
@@ -337,15 +337,15 @@ def test_one_head_of_one_layer(page, theirs, example):
 
 
 @pytest.mark.slow
-def test_by_keyboard_alone(page):
-    """The second example, which brings its model, and of its labels the second."""
+def test_the_page_works_by_keyboard_alone(page):
+    """The keys choose the second example, which has its own model, and then its second label."""
 
     def tab_to(selector):
         for _ in range(40):
             if page.evaluate(f"document.activeElement.matches({json.dumps(selector)})"):
                 return
             page.keyboard.press("Tab")
-        raise AssertionError(f"Tab never comes to {selector}")
+        raise AssertionError(f"Tab never reaches {selector}")
 
     tab_to("#examples button:last-child")
     page.keyboard.press("Enter")
@@ -372,7 +372,7 @@ def test_a_phone_needs_no_sideways_scrolling(page):
 
 
 @pytest.mark.slow
-def test_what_is_no_picture_is_refused_in_words(page, tmp_path, coffee):
+def test_an_upload_that_is_not_an_image_is_refused_with_a_reason(page, tmp_path, coffee):
     uploads = {name: tmp_path / f"{name}.jpg" for name in ("text", "cut", "bomb", "large", "eps")}
     uploads["text"].write_text("no picture")
     uploads["cut"].write_bytes(coffee.read_bytes()[:2000])
@@ -390,15 +390,15 @@ def test_what_is_no_picture_is_refused_in_words(page, tmp_path, coffee):
     for kind, message in messages.items():
         page.set_input_files("#file", uploads[kind])
         page.wait_for_selector(f"#error:visible:has-text('{message}')")
-        assert bars(page)[0][0] == "cup of coffee"  # of the picture that is still there
-    page.fill("#labels", "cup of coffee\ndog\nzebra")  # it goes on with the picture that it had
+        assert bars(page)[0][0] == "cup of coffee"  # the old image is still there
+    page.fill("#labels", "cup of coffee\ndog\nzebra")  # the page still has its old image
     page.wait_for_selector("#bars button:has-text('zebra')")
     settle(page)
     assert bars(page)[0][0] == "cup of coffee" and not page.is_visible("#error")
 
 
 @pytest.mark.slow
-def test_words_that_are_refused(page):
+def test_bad_labels_and_templates_are_refused_with_a_reason(page):
     for box, text, message in (
         ("#labels", "word " * 150, "77 fit. Shorten it: "),
         ("#labels", " ", "write at least one"),
@@ -418,7 +418,7 @@ def test_words_that_are_refused(page):
 
 
 @pytest.mark.slow
-def test_a_new_picture_shows_the_heat_of_its_own_best_label(page, tmp_path):
+def test_a_new_image_shows_the_heat_of_its_own_best_label(page, tmp_path):
     assert "cup of coffee" in page.inner_text("#text")
     Image.fromarray(skimage.data.rocket()).save(tmp_path / "rocket.png")
     page.fill("#labels", "cup of coffee\nrocket")
@@ -434,7 +434,7 @@ def test_a_new_picture_shows_the_heat_of_its_own_best_label(page, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_photograph_of_forty_megapixels_is_turned_upright(page, coffee):
+def test_a_photo_of_forty_megapixels_is_turned_upright(page, coffee):
     small = Image.open(coffee)
     picture = small.resize((7744, 5184), Image.Resampling.NEAREST)
     exif = Image.Exif()
@@ -466,15 +466,15 @@ def test_two_tabs_do_not_mix(page, server, chromium):
 
 
 @pytest.mark.slow
-def test_a_server_that_has_ended_is_named(page):
+def test_the_page_says_that_its_server_has_ended(page):
     page.route("**/classify", lambda route: route.abort())
     page.fill("#labels", "dog\nzebra")
     page.wait_for_selector("#error:visible:has-text('is miniclip serve still running?')")
     assert bars(page) == []
 
 
-# For each visible text, and each border of a control, its contrast with what lies behind it
-# (WCAG 2.2, 1.4.3 and 1.4.11).
+# The contrast of each visible text and of each control's border with its background (WCAG 2.2,
+# 1.4.3 and 1.4.11).
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const rgba = colour => {
@@ -516,7 +516,7 @@ CONTRAST = """() => {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_controls_stand_out(page, scheme):
+def test_text_and_controls_have_enough_contrast(page, scheme):
     page.emulate_media(color_scheme=scheme)
     search(page, "a cat")
     page.evaluate("show($('found'), () => { throw new Error('an error'); }, true)")
@@ -531,7 +531,7 @@ def test_text_and_controls_stand_out(page, scheme):
 
 
 @pytest.mark.slow
-def test_it_says_what_the_page_has_to_know(server):
+def test_the_server_tells_the_page_what_it_needs(server):
     status, about = server.post("about", {})
     scene, photograph = about.pop("examples")[::-1]
     assert status == 200 and about == {
@@ -541,7 +541,7 @@ def test_it_says_what_the_page_has_to_know(server):
         },
         "methods": ["attention", "rollout", "relevance", "gradcam", "tokens", "occlusion", "head"],
         "blind": ["attention", "rollout", "head"],  # the others read the text
-        "colours": ["#000004", "#bc3754", "#fcffa4"],  # of matplotlib's inferno
+        "colours": ["#000004", "#bc3754", "#fcffa4"],  # from matplotlib's inferno
         "searcher": "everyday",
         "max_bytes": 20_000_000,
     }
@@ -554,7 +554,7 @@ def test_it_says_what_the_page_has_to_know(server):
 
 @pytest.fixture(scope="module")
 def asked(example):
-    """What the page asks about a photograph."""
+    """The page's question about an image."""
     return {
         "model": "everyday",
         "picture": write_picture(example),
@@ -564,7 +564,7 @@ def asked(example):
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_transformers(server, theirs, asked, example):
+def test_scores_equal_transformers(server, theirs, asked, example):
     status, answer = server.post("classify", asked)
     assert status == 200
     expected = theirs["everyday"].scores(example, asked["labels"], asked["templates"])
@@ -577,9 +577,7 @@ def test_scores_are_those_of_transformers(server, theirs, asked, example):
 
 
 @pytest.mark.slow
-def test_heat_is_that_of_the_first_sentence_by_the_method_that_is_asked_for(
-    server, theirs, asked, example
-):
+def test_heat_is_of_the_first_sentence_and_by_the_given_method(server, theirs, asked, example):
     text = "a photo of a cat."
     expected = {
         "relevance": theirs["everyday"].relevance(example, text),
@@ -595,7 +593,7 @@ def test_heat_is_that_of_the_first_sentence_by_the_method_that_is_asked_for(
 
 
 def ask(app, path, *questions, then=(), **headers):
-    """What an app answers, without a server: (status, the answer) of one question, or of each."""
+    """Ask an app without a server. Returns (status, answer) of one question, or of each."""
 
     async def answer(question):
         messages = [{"type": "http.request", "body": json.dumps(question).encode()}, *then]
@@ -603,7 +601,7 @@ def ask(app, path, *questions, then=(), **headers):
 
         async def receive():
             if not messages:
-                await asyncio.Event().wait()  # the other side has nothing more to say
+                await asyncio.Event().wait()  # the client sends nothing more
             return messages.pop(0)
 
         async def send(message):
@@ -618,12 +616,12 @@ def ask(app, path, *questions, then=(), **headers):
     async def answers():
         return await asyncio.gather(*map(answer, questions))
 
-    with ThreadPoolExecutor(1) as pool:  # in this thread Playwright may have a loop of its own
+    with ThreadPoolExecutor(1) as pool:  # because this thread may have Playwright's event loop
         found = pool.submit(lambda: asyncio.run(answers())).result()
     return found[0] if len(found) == 1 else found
 
 
-def test_a_search_finds_the_best_pictures_with_their_cosines(index, theirs, tmp_path):
+def test_a_search_finds_the_best_images_with_their_cosines(index, theirs, tmp_path):
     status, found = ask(create_app({}, *open_index(index, "cpu")), "search", {"text": "a ship"})
     names = {os.path.basename(hit["path"]): hit for hit in found}
     assert status == 200 and names.keys() == {"chelsea.png", "rocket.png", "coffee.png"}
@@ -637,7 +635,7 @@ def test_a_search_finds_the_best_pictures_with_their_cosines(index, theirs, tmp_
         assert max(pixels_in(hit["picture"]).shape[:2]) == 224
 
 
-def test_a_picture_that_has_moved_is_found_by_name_and_score(tmp_path):
+def test_an_image_that_has_moved_is_found_by_name_and_score(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     line = ["embed", tmp_path / "red.png", "--out", tmp_path / "i", "--model", "everyday"]
     assert main(list(map(str, line))) == 0
@@ -649,7 +647,7 @@ def test_a_picture_that_has_moved_is_found_by_name_and_score(tmp_path):
 
 
 def test_questions_are_answered_one_at_a_time():
-    """A hook of one question would see the tensors of another."""
+    """Otherwise a hook of one question would see the tensors of another question."""
     inside, two = [], threading.Event()
 
     def find(text):
@@ -675,7 +673,7 @@ def test_a_question_that_nobody_waits_for_is_not_answered():
 
 
 @pytest.mark.slow
-def test_the_page_comes_with_a_policy_that_lets_it_ask_this_server_only(server):
+def test_the_page_has_a_policy_that_lets_it_ask_only_this_server(server):
     with urllib.request.urlopen(server.url) as answer:
         policy, page = answer.headers["content-security-policy"], answer.read().decode()
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
@@ -704,8 +702,8 @@ def test_the_usual_formats_are_read(kind):
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "JPEG2000", "PDF"])
-def test_other_formats_are_refused_with_those_that_are_read(kind):
-    """Pillow would start Ghostscript for one of them."""
+def test_the_error_for_another_format_lists_those_that_are_read(kind):
+    """For EPS, Pillow would start Ghostscript."""
     with pytest.raises(ImageError, match="not an image.*: JPEG, PNG, WEBP, GIF, BMP, TIFF$"):
         read_picture(encoded(kind))
 
@@ -717,7 +715,7 @@ def test_other_formats_are_refused_with_those_that_are_read(kind):
         ("classify", b"\xff", "utf-8"),
         ("classify", b"[1, 2]", "not a question"),
         ("classify", {"model": "other"}, "has no model 'other': reload the page"),
-        # 20 MB in base64, and a million bytes for the words
+        # 20 MB in base64, and a million bytes for texts
         ("classify", b"x" * (20_000_000 * 4 // 3 + 1_000_000), "Expecting value"),
         ("classify", b"x" * (20_000_000 * 4 // 3 + 1_000_001), "larger than 20 MB"),
         ("explain", {"method": "smoothgrad", "label": "a"}, "smoothgrad"),
@@ -725,7 +723,7 @@ def test_other_formats_are_refused_with_those_that_are_read(kind):
         ("explain", {"method": "head", "label": "a", "layer": 0, "head": 3}, "no head 3"),
     ],
 )
-def test_what_the_page_would_never_ask(server, path, question, message):
+def test_questions_that_the_page_never_asks_are_refused(server, path, question, message):
     if path == "explain":
         picture = write_picture(Image.new("RGB", (9, 9)))
         question |= {"model": "shapes", "picture": picture, "templates": ["{}"]}
@@ -774,7 +772,7 @@ def test_long_questions_are_refused(question, message):
     assert status == 400 and message in answer["error"]
 
 
-def test_a_picture_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
+def test_an_image_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(serve, "open_image", None)
     for side in (7072, 15000):
         picture = io.BytesIO()
@@ -784,7 +782,7 @@ def test_a_picture_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
             read_picture(url)
 
 
-def test_only_so_many_questions_wait_and_only_for_so_long(monkeypatch):
+def test_the_number_of_waiting_questions_and_their_time_are_limited(monkeypatch):
     go = threading.Event()
     monkeypatch.setattr(serve, "MAX_WAITING", 2)
     monkeypatch.setattr(serve, "MAX_SECONDS", 0.2)
@@ -796,14 +794,12 @@ def test_only_so_many_questions_wait_and_only_for_so_long(monkeypatch):
     assert said.count("no answer within 0.2 seconds") == 2
 
 
-def test_connections_that_ask_nothing_are_closed_and_who_leaves_is_not_mentioned(
-    monkeypatch, capfd
-):
+def test_idle_connections_are_closed_and_lost_ones_are_not_logged(monkeypatch, capfd):
     monkeypatch.setattr(serve, "IDLE_SECONDS", 0.1)
     listening = listen(0)
     config = uvicorn.Config(
         create_app({}, lambda text: []),
-        log_config=None,  # it would close streams of other handlers, and so pytest's own
+        log_config=None,  # a log_config would close pytest's streams
         log_level="warning",
         lifespan="off",
         http=serve.Impatient,
@@ -827,7 +823,7 @@ def test_connections_that_ask_nothing_are_closed_and_who_leaves_is_not_mentioned
 
 @pytest.mark.slow
 def test_only_this_machine_is_answered(server):
-    """The address that other machines would use."""
+    """127.0.0.2 stands for the address that other machines would use."""
     port = int(server.url.rpartition(":")[2])
     with socket.socket() as other, pytest.raises(OSError):
         other.connect(("127.0.0.2", port))
@@ -836,14 +832,14 @@ def test_only_this_machine_is_answered(server):
 
 
 @pytest.mark.slow
-def test_another_site_cannot_pass_itself_off_as_this_one(server):
+def test_another_host_name_is_refused(server):
     status, answer = server.post("about", {}, Host="evil.example")
     assert status == 400 and "examples" not in answer
     for host in ("127.0.0.1", "localhost"):
         assert server.post("about", {}, Host=host)[0] == 200
 
 
-def test_pictures_come_back_as_they_went(coffee):
+def test_an_image_is_the_same_after_its_data_url(coffee):
     upright = read_picture("data:;base64," + base64.b64encode(coffee.read_bytes()).decode())
     assert upright.size == (400, 600)
     assert np.array_equal(np.asarray(read_picture(write_picture(upright))), np.asarray(upright))
@@ -856,7 +852,7 @@ def search(page, text):
 
 
 @pytest.mark.slow
-def test_search_on_the_page(page):
+def test_the_page_shows_the_results_of_a_search(page):
     search(page, "a photo of a cup of coffee.")
     assert "by everyday, the model that made the index" in page.inner_text("main #search")
     assert page.locator("#found li").count() == 3
@@ -865,10 +861,10 @@ def test_search_on_the_page(page):
 
 
 @pytest.mark.slow
-def test_nothing_is_written_and_nobody_called(server, tmp_path):
-    """The last test of the page: what its server did in all the others, by its own account."""
+def test_the_server_writes_nothing_and_calls_nobody(server, tmp_path):
+    """The log lists all that the server did in the tests above."""
     done = server.log.read_text().splitlines()
-    # torch's compiler, where something imports it, makes itself an empty temporary folder.
+    # torch's compiler, if something imports it, makes an empty temporary folder.
     known = ("/dev/null", "torchinductor_")
     assert [line for line in done if not any(name in line for name in known)] == []
     log = tmp_path / "log"
@@ -882,7 +878,7 @@ def test_nothing_is_written_and_nobody_called(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_control_c_ends_it_with_what_was_asked_before(server, servers):
+def test_control_c_ends_the_server_after_it_has_answered(server, servers):
     picture = write_picture(Image.new("RGB", (9, 9)))
     question = {"model": "shapes", "picture": picture, "templates": ["{}"], "label": "a star"}
     body = json.dumps(question | {"method": "attention"}).encode()
@@ -912,7 +908,7 @@ def test_control_c_ends_it_with_what_was_asked_before(server, servers):
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def test_a_port_that_is_taken(capsys):
+def test_a_port_that_is_taken_is_an_error(capsys):
     with listen(None) as first, listen(None) as second:
         port = first.getsockname()[1]
         assert first.getsockname()[0] == "127.0.0.1"
@@ -924,7 +920,7 @@ def test_a_port_that_is_taken(capsys):
     assert impossible.startswith("miniclip: error: port is 70000")
 
 
-def test_without_its_extra(capsys, monkeypatch):
+def test_serve_without_its_extra_names_the_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "miniclip.page.serve")
     assert main(["serve", "--model", "shapes"]) == 2

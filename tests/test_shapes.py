@@ -1,4 +1,4 @@
-"""The drawn world: masks against pixels, captions against masks, and no hint in the words."""
+"""The drawn world: masks fit the pixels, captions fit the masks, and words give no hints."""
 
 import math
 import re
@@ -39,10 +39,10 @@ def scenes():
     return [scene(i) for i in range(150)] + [scene(i, held_out=True) for i in range(30)]
 
 
-# -- scenes and pictures --------------------------------------------------------------------------
+# -- scenes and images ----------------------------------------------------------------------------
 
 
-def test_a_scene_is_a_function_of_its_numbers():
+def test_a_scene_depends_only_on_its_numbers():
     assert scene(7, seed=3) == scene(7, seed=3)
     assert len({scene(i, seed=seed) for i in range(20) for seed in range(3)}) == 60
     pictures = [np.array(draw(scene(7))[0]) for _ in range(2)]
@@ -55,7 +55,7 @@ def test_scenes_are_the_same_on_every_machine():
     assert object == ("green", "square", "large", -12, 44, 48)
 
 
-def test_scenes_have_one_to_three_objects_and_all_there_is():
+def test_scenes_have_one_to_three_objects_and_every_kind():
     drawn = [scene(i) for i in range(600)]
     assert {len(s.objects) for s in drawn} == {1, 2, 3}
     assert {len(scene(i, count=2).objects) for i in range(20)} == {2}
@@ -66,7 +66,7 @@ def test_scenes_have_one_to_three_objects_and_all_there_is():
 
 
 def test_masks_are_the_pixels_of_the_objects(scenes):
-    """The mask has the pixels at least half-way from the background to the object's colour."""
+    """A mask has the pixels whose colour is at least half the object's."""
     for s in scenes:
         picture, masks = draw(s)
         assert picture.size == (64, 64) and picture.mode == "RGB"
@@ -108,7 +108,7 @@ def test_colours_are_far_from_each_other_and_from_every_background():
         assert np.linalg.norm(behind - ours, axis=2).min() > 40
 
 
-# -- captions, read by someone else ---------------------------------------------------------------
+# -- captions, read by an independent parser ------------------------------------------------------
 
 BELIEFS = {
     "to the left of": lambda a, b: a[0] < b[0],
@@ -126,7 +126,7 @@ PLACES = {
 
 @cache
 def things_in(s):
-    """Return words and places of a scene's objects. The colours are read from the picture, and the
+    """Return words and places of a scene's objects. The colours are read from the image, and the
     rest from the scene, which another test compares with the masks."""
     picture, masks = draw(s)
     pixels, things = np.array(picture), []
@@ -168,7 +168,7 @@ def believes(relation, wanted, chosen):
 
 class Caption(NamedTuple):
     text: str  # true
-    negatives: list[str]  # false, each in one thing
+    negatives: list[str]  # false, each in one respect
 
 
 def captions(s):
@@ -193,7 +193,7 @@ def test_captions_are_true_and_their_negatives_false(scenes):
             false = random.choice(caption.negatives)
             assert not is_true(false, s), (caption.text, false)
             checked[len(caption.text.split())] += 1
-    assert len(checked) > 4  # short ones and long ones
+    assert len(checked) > 4  # short and long captions
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_what_a_scene_says_is_among_its_captions(scenes):
         assert negative in dict(captions(s))[text]
 
 
-# -- no answer without a look ---------------------------------------------------------------------
+# -- no answer without the image ------------------------------------------------------------------
 
 
 def test_training_never_shows_or_names_held_out_pairs():
@@ -237,7 +237,7 @@ def words(claim):
 @pytest.mark.parametrize("what", ["places", "colours"])
 def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
     """Over many scenes each word is equally frequent at each place in true and false captions, so
-    a guesser without the picture is at chance. Differences stay within 4.5 standard deviations."""
+    a guesser without the image is at chance. Differences stay within 4.5 standard deviations."""
     true, false = Counter(), Counter()
     for i in range(1500):
         s = scene(i, count=2)
@@ -250,16 +250,16 @@ def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
         assert abs(true[word] - false[word]) <= 4.5 * (true[word] + false[word]) ** 0.5, word
 
 
-def test_no_place_is_likelier_for_one_object_than_for_another():
-    """A guesser that sees only the picture does not know which object comes first."""
+def test_no_relation_is_likelier_than_another():
+    """A guesser that sees only the image does not know which object comes first."""
     said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
     assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)
 
 
-# -- the data set and the score -------------------------------------------------------------------
+# -- the dataset and the score --------------------------------------------------------------------
 
 
-def test_data_set():
+def test_the_dataset_is_reproducible_and_begins_with_easy_scenes():
     data = Shapes(36)
     order = list(data.items(0))
     assert len(data) == 36 and sorted(order) == list(range(36))
@@ -283,7 +283,7 @@ def test_data_set():
 
 @pytest.fixture(scope="module")
 def new():
-    """What a run on this world starts from."""
+    """The model, tokenizer, transform and recipe that a run on this world starts from."""
     return set_up("shapes")
 
 
@@ -294,7 +294,7 @@ def test_a_tokenizer_learns_every_word_as_one_token(new):
 
 
 @pytest.mark.slow
-def test_a_new_model_has_the_shape_the_recipe_and_the_pixels_of_the_checkpoint_it_is_like(new):
+def test_a_new_run_has_the_shape_recipe_and_transform_of_its_checkpoint(new):
     assert new.transform == ImageTransform.from_pretrained("shapes") != ImageTransform(64)
     assert new.recipe == read_recipe(resolve("shapes", "recipe") / "recipe.json")
     theirs = CLIP.from_pretrained("shapes").config
@@ -303,7 +303,7 @@ def test_a_new_model_has_the_shape_the_recipe_and_the_pixels_of_the_checkpoint_i
 
 
 class Knowing:
-    """A model that embeds a picture as its scene, and a text as the scenes it is true of."""
+    """A model that embeds an image as its scene, and a text as all scenes that it is true for."""
 
     logit_scale = torch.tensor(0.0)
 
@@ -333,9 +333,9 @@ class Knowing:
         return score(self, self.tokenize, self.transform, scenes=12)
 
 
-def test_scores_are_what_is_known_and_nothing_else():
-    """One model knows everything, and each other lacks one thing. A tie scores 0."""
-    seed = 2021  # no training set has it
+def test_each_score_measures_one_kind_of_knowledge():
+    """One model knows everything. Each other model lacks one thing. A tie scores 0."""
+    seed = 2021  # no training set has this seed
     single = [scene(i, seed=seed, held_out=h, count=1) for h in (False, True) for i in range(12)]
     scenes = single + [scene(i, seed=seed, count=2) for i in range(12)]
     assert Knowing(scenes).score() == (1, 1, 1, 1, 1, 1)
@@ -360,7 +360,7 @@ def scores_by_chance(scenes):
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 
-# The areas of the shapes in a circle of radius 1. Of a heart and a moon they were measured once.
+# The areas of the shapes in a circle of radius 1. The heart's and the moon's were measured once.
 STAR = 10 / 2 * 0.42 * math.sin(math.tau / 10)
 CROSS = 4 * (0.94 - 0.32) * 2 * 0.32 + (2 * 0.32) ** 2
 AREAS = {
@@ -401,7 +401,7 @@ def test_the_world_is_the_same_on_every_machine():
     ]
 
 
-def test_score_of_a_model_that_knows_nothing():
+def test_a_model_that_knows_nothing_scores_by_chance():
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(Shapes(100).captions(), 600)
     model = CLIP(small(tokenizer))

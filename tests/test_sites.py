@@ -1,7 +1,7 @@
-"""Sites by name: what hooks may do, that they leave no trace, and that every name means its tensor.
+"""Sites by name: what hooks may do, that they leave no trace, and which tensor each name means.
 
-The values of the sites are compared with transformers, module by module, in test_model.py; here
-they are compared with it through `cache`, and with each other.
+test_model.py compares each site with transformers. This file compares the tensors of `cache` with
+transformers and with each other.
 """
 
 import copy
@@ -31,7 +31,7 @@ from miniclip.surgery import add_lora, copied
 FLOAT64 = 1e-10
 REORDERED = 2e-5
 
-# torch.compile of torch 2.13 warns of itself, in ways no caller can mend.
+# torch.compile of torch 2.13 raises these warnings about its own code.
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
 
 TOWERS = [("vision", TINY.vision.layers), ("text", TINY.text.layers)]
@@ -78,7 +78,7 @@ def test_a_hook_that_returns_nothing_changes_no_bit(tiny):
     assert torch.equal(logits(model, inputs), expected)
 
 
-def test_with_sdpa_only_looking_at_scores_and_pattern_costs_rounding():
+def test_with_sdpa_only_reading_scores_or_pattern_changes_the_rounding():
     model = tiny_clip()
     inputs = random_inputs(TINY)
     expected = logits(model, inputs)
@@ -105,8 +105,7 @@ def test_an_edit_at_every_site_reaches_the_output(tiny):
         assert torch.equal(logits(model, inputs), expected), name
 
 
-def test_an_edit_is_the_edit_it_says_it_is(tiny):
-    """Zeroing a head at z is zeroing its columns of the output projection."""
+def test_zeroing_a_head_at_z_equals_zeroing_its_columns_of_out_proj(tiny):
     model, (pixels, _) = tiny
     model, pixels = model.double(), pixels.double()
     D = model.vision.blocks[1].attn.head_width
@@ -118,7 +117,7 @@ def test_an_edit_is_the_edit_it_says_it_is(tiny):
         assert (edited - model.encode_image(pixels)).abs().max() < FLOAT64
 
 
-def test_functions_run_in_the_order_they_are_given_in(tiny):
+def test_functions_run_in_the_given_order(tiny):
     model, inputs = tiny
     seen = []
     name = "text.blocks.0"
@@ -143,14 +142,14 @@ def test_an_edit_in_place_is_an_error(tiny, mode, returns):
             model(*inputs)
 
 
-def test_reading_a_nan_is_no_edit(tiny):
+def test_reading_a_nan_is_not_an_edit(tiny):
     model, (pixels, ids) = tiny
     pixels[:] = torch.nan
     with torch.inference_mode(), hooks(model, {"vision.blocks.*": nothing}):
         model(pixels, ids)
 
 
-def test_what_a_hook_may_return_and_see(tiny):
+def test_a_hook_must_see_and_return_a_tensor(tiny):
     model, inputs = tiny
     with pytest.raises(ValueError, match="text.proj: the hook returned a float"):
         with hooks(model, {"text.proj": lambda x, name: x.sum().item()}):
@@ -177,7 +176,7 @@ def test_a_hook_that_returns_another_kind_of_tensor_is_an_error_at_its_site(tiny
     model, inputs = tiny
     site = f"vision.blocks.1.{name}"
     with hooks(model, {site: OTHERS[edit]}):
-        if (edit, name) == ("one token", "resid_mid"):  # a stream may lose tokens
+        if (edit, name) == ("one token", "resid_mid"):  # a residual stream may lose tokens
             assert model.vision.blocks(model.vision.embed_tokens(inputs[0])).shape[1] == 1
             return
         with pytest.raises(ValueError, match=f"{site}: the hook returned shape .*; expected shape"):
@@ -198,23 +197,23 @@ def test_under_autocast_a_hook_may_return_another_dtype(tiny):
     lambda m, x: logit_lens(m, x),
     lambda m, x: decompose(m, x),
 ])  # fmt: skip
-def test_the_runs_of_a_shared_module_are_an_error(tiny, look):
+def test_a_shared_module_is_an_error(tiny, look):
     model, (pixels, _) = tiny
     blocks = model.vision.blocks
     blocks[1] = blocks[0]
     with pytest.raises(ValueError, match="blocks.0.*: a module with several names"):
         look(model, pixels)
     parameters = {id(parameter): parameter for parameter in blocks[0].parameters()}
-    blocks[1] = copy.deepcopy(blocks[0], parameters)  # shared weights, and not the module
+    blocks[1] = copy.deepcopy(blocks[0], parameters)  # shared weights, but two modules
     assert blocks[1].mlp.fc1.weight is blocks[0].mlp.fc1.weight
     assert len(attention_maps(model, pixels)) == 3
 
 
-# ------------------------------------------------------- what enters a module; the steps of a norm
+# --------------------------------------------- the input of a module, and the steps of a LayerNorm
 
 
 @torch.no_grad()
-def test_what_enters_and_what_a_layer_norm_computes():
+def test_inputs_and_the_steps_of_a_layer_norm_are_right():
     ours, theirs = twins(TINY, attention="eager")
     pixels, ids = random_inputs(TINY)
     expected = logits(ours, (pixels, ids))
@@ -246,7 +245,7 @@ def test_what_enters_and_what_a_layer_norm_computes():
 
 @torch.no_grad()
 @pytest.mark.parametrize("affine", [True, False, "no bias"])
-def test_an_edit_of_a_step_goes_on_through_the_next(affine):
+def test_an_edit_of_a_step_changes_the_next_step(affine):
     norm = nn.LayerNorm(6, elementwise_affine=bool(affine), bias=affine is True).double()
     for parameter in norm.parameters():
         parameter.normal_()
@@ -268,7 +267,7 @@ def test_an_edit_of_a_step_goes_on_through_the_next(affine):
     assert torch.equal(model(x), norm(x)) and not norm._forward_hooks
 
 
-def test_gradients_of_the_steps_of_a_layer_norm(tiny):
+def test_gradients_of_the_steps_of_a_layer_norm_are_slopes(tiny):
     model, (pixels, _) = tiny
     model, pixels = model.double().requires_grad_(False), pixels.double()
     names = [f"vision.ln_pre.{part}" for part in PARTS]
@@ -286,7 +285,7 @@ def test_gradients_of_the_steps_of_a_layer_norm(tiny):
 
 
 @torch.no_grad()
-def test_an_input_that_is_passed_by_name_and_one_of_two():
+def test_an_input_may_be_passed_by_name_or_beside_another():
     class Sum(nn.Module):
         def forward(self, x, y=0):
             return x - y
@@ -304,7 +303,7 @@ def test_an_input_that_is_passed_by_name_and_one_of_two():
 
 
 @torch.no_grad()
-def test_a_stream_may_get_tokens_where_it_enters(tiny):
+def test_a_residual_stream_may_get_more_tokens_at_its_input(tiny):
     model, (pixels, _) = tiny
     twice = lambda x, _: torch.cat([x, x], 1)  # noqa: E731
     for name in ("vision.ln_pre.input", "vision.blocks.1.input"):
@@ -352,7 +351,7 @@ def test_in_half_precision_the_steps_are_float32():
 
 
 @torch.no_grad()
-def test_a_copy_of_a_hooked_model_has_no_hooks_but_keeps_what_makes_its_weights(tiny):
+def test_a_copy_of_a_hooked_model_has_no_hooks_but_keeps_its_pruning(tiny):
     model, (pixels, _) = tiny
     fc1 = model.vision.blocks[0].mlp.fc1
     prune.random_unstructured(fc1, "weight", 0.5)  # by a pre-hook: weight = weight_orig * mask
@@ -364,10 +363,10 @@ def test_a_copy_of_a_hooked_model_has_no_hooks_but_keeps_what_makes_its_weights(
     assert not torch.equal(twin.encode_image(pixels), expected)
 
 
-# ----------------------------------------------------------------------------------- what is left
+# -------------------------------------------------------------------------- what hooks leave behind
 
 
-def test_only_own_handles_are_removed(tiny):
+def test_a_block_removes_only_its_own_hooks(tiny):
     model, inputs = tiny
     calls = []
     block = model.vision.blocks[0]
@@ -408,7 +407,7 @@ def test_a_pattern_without_a_match_leaves_nothing_behind(tiny):
             pass
 
 
-def test_a_model_is_what_it_was(tiny):
+def test_a_model_is_unchanged_after_hooks(tiny):
     model, inputs = tiny
     keys, expected = list(model.state_dict()), logits(model, inputs)
     with cache(model, "*.blocks.*.attn.*"):
@@ -421,7 +420,7 @@ def test_a_model_is_what_it_was(tiny):
     )
 
 
-# --------------------------------------------------------------------------------------- their cost
+# -------------------------------------------------------------------------------- the cost of sites
 
 
 class BareAttention(Attention):
@@ -441,7 +440,7 @@ class BareBlock(Block):
 
 
 def without_sites(tower):
-    """The same tower, of the same parameters, as it would be written if it had no sites."""
+    """The same tower with the same parameters, but without sites."""
     bare = copy.deepcopy(tower, {id(p): p for p in tower.parameters()})
     for module in bare.modules():
         kind = type(module)
@@ -450,7 +449,7 @@ def without_sites(tower):
 
 
 def test_unused_sites_add_no_operation_and_change_no_bit():
-    """What is left of their cost are calls of Python, which no test can time on a busy machine."""
+    """The remaining cost is Python calls, which no test can time on a busy machine."""
     model = tiny_clip()
     bare, (pixels, _) = without_sites(model.vision), random_inputs(TINY)
 
@@ -472,7 +471,7 @@ def test_unused_sites_add_no_operation_and_change_no_bit():
     assert with_sites.names == without.names and len(without.names) > 50
 
 
-def test_of_unused_sites_nothing_is_left_in_a_graph(shallow):
+def test_unused_sites_leave_nothing_in_a_graph(shallow):
     model, (pixels, _) = shallow
     model.set_attention("sdpa")
     graphs = [
@@ -486,7 +485,7 @@ def test_of_unused_sites_nothing_is_left_in_a_graph(shallow):
 # ------------------------------------------------------------------------------------------- names
 
 
-def test_a_star_is_one_part_of_a_name(tiny):
+def test_a_star_matches_one_part_of_a_name(tiny):
     model, _ = tiny
     names = [name for name, _ in find(model, "vision.blocks.*")]
     assert names == [f"vision.blocks.{i}" for i in range(TINY.vision.layers)]
@@ -495,7 +494,7 @@ def test_a_star_is_one_part_of_a_name(tiny):
     assert not matches("vision.blocks.1.LN_1", "vision.blocks.*.ln_1")
 
 
-def test_a_bare_tower_and_any_other_module(tiny):
+def test_a_bare_tower_and_any_other_module_can_be_read(tiny):
     model, (pixels, _) = tiny
     with cache(model.vision, "blocks.*.attn.z") as acts:
         model.vision(pixels)
@@ -505,7 +504,7 @@ def test_a_bare_tower_and_any_other_module(tiny):
     assert acts == {}
 
 
-def test_names_of_transformer_lens(tiny):
+def test_names_of_transformer_lens_are_known(tiny):
     model, _ = tiny
     assert site("attn_scores", tower="vision", layer=2) == "vision.blocks.2.attn.scores"
     assert site("resid_post", tower="text", layer=1) == "text.blocks.1"
@@ -525,7 +524,7 @@ def test_names_of_transformer_lens(tiny):
 # ------------------------------------------------------------------------------------------- cache
 
 
-def test_the_stream_is_the_sum_it_is_said_to_be(tiny):
+def test_the_residual_stream_is_the_sum_of_its_parts(tiny):
     model, inputs = tiny
     with torch.no_grad(), cache(model, *IN_BLOCKS, "vision.ln_pre", "text.blocks.0.input") as acts:
         model(*inputs)
@@ -539,7 +538,7 @@ def test_the_stream_is_the_sum_it_is_said_to_be(tiny):
             assert not torch.equal(post, pre + mlp)
 
 
-def test_what_a_block_reads_and_the_neurons_are_what_they_are_called(tiny):
+def test_the_sites_of_a_block_follow_from_each_other(tiny):
     model, inputs = tiny
     with torch.no_grad(), cache(model, *IN_BLOCKS) as acts:
         model(*inputs)
@@ -565,8 +564,8 @@ def test_what_a_block_reads_and_the_neurons_are_what_they_are_called(tiny):
             assert torch.equal(out, F.linear(post, fc2.weight, fc2.bias))
 
 
-def test_patterns_and_streams_are_those_of_transformers():
-    """Patterns are compared in float32, in which their eager softmax is computed always."""
+def test_patterns_and_streams_equal_transformers():
+    """The test is in float32, because transformers' eager softmax is always float32."""
     ours, theirs = twins(TINY, attention="eager")
     pixels, ids = random_inputs(TINY)
     with torch.no_grad(), cache(ours, "*.blocks.*.attn.pattern", "*.blocks.*") as acts:
@@ -583,7 +582,7 @@ def test_patterns_and_streams_are_those_of_transformers():
             assert torch.equal(acts[block], peers[tower].hidden_states[i + 1])
 
 
-def test_attention_is_made_of_its_sites(tiny):
+def test_the_sites_of_attention_follow_from_each_other(tiny):
     model, (pixels, ids) = tiny
     with torch.no_grad(), cache(model.double(), "*.blocks.*.attn.*") as acts:
         model(pixels.double(), ids)
@@ -602,7 +601,7 @@ def test_attention_is_made_of_its_sites(tiny):
             assert (z - torch.einsum("bhqk,bkhd->bqhd", pattern, v)).abs().max() < FLOAT64
 
 
-def test_copies_are_copies(tiny):
+def test_cached_tensors_are_copies(tiny):
     model, inputs = tiny
     name = "vision.blocks.0.attn.q"
     held = []
@@ -616,11 +615,11 @@ def test_copies_are_copies(tiny):
     with cache(model, name) as acts:
         model(*inputs)
         model(inputs[0] + 1, inputs[1])
-    assert not torch.equal(acts[name], first)  # the last run's
-    assert not acts[name].requires_grad  # and no graph is kept
+    assert not torch.equal(acts[name], first)  # the last run counts
+    assert not acts[name].requires_grad  # no graph is kept
 
 
-def test_another_device_is_for_the_copy(tiny):
+def test_another_device_is_only_for_the_copies(tiny):
     model, inputs = tiny
     with cache(model, "vision.blocks.*", device="meta") as acts:
         model(*inputs)
@@ -654,7 +653,7 @@ def test_gradients_at_a_site_are_slopes(tiny):
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, "blocks"])
-def test_wrappers_are_no_part_of_a_name(tiny, wrap):
+def test_wrappers_are_not_a_part_of_a_name(tiny, wrap):
     model, inputs = tiny
     expected = [name for name, _ in find(model, "*.blocks.*.attn.*")]
     if wrap == "blocks":
@@ -678,7 +677,7 @@ def test_wrappers_are_no_part_of_a_name(tiny, wrap):
 
 
 def test_the_compiler_is_not_imported_for_hooks(tiny, monkeypatch):
-    """It takes more than a second, and nothing is compiled before."""
+    """The import takes more than a second, and nothing was compiled before."""
     model, inputs = tiny
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     monkeypatch.setattr(torch.compiler, "set_stance", None)
@@ -696,7 +695,7 @@ def test_a_hook_in_a_graph_that_is_traced_is_an_error(shallow):
 
 @pytest.fixture
 def shallow():
-    """One layer in each tower, as a graph takes its time to compile."""
+    """One layer in each tower, because compiling is slow."""
     towers = {name: replace(getattr(TINY, name), layers=1) for name, _ in TOWERS}
     config = replace(TINY, **towers)
     return twins(config, attention="eager")[0], random_inputs(config)
@@ -705,7 +704,7 @@ def shallow():
 @pytest.mark.slow
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("how", ["wrapped", "in place", "a tower"])
-def test_hooks_of_a_compiled_model_fire(shallow, how):
+def test_hooks_of_a_compiled_model_run(shallow, how):
     model, inputs = shallow
     expected = logits(model, inputs)
     called = model
@@ -717,7 +716,7 @@ def test_hooks_of_a_compiled_model_fire(shallow, how):
         model.vision = torch.compile(model.vision, backend="eager", fullgraph=True)
     assert torch.equal(logits(called, inputs), expected)
     name = "vision.blocks.0.attn.z"
-    for whole in {model, called}:  # the compiled model, or the one that was compiled
+    for whole in {model, called}:  # the compiled model and the original
         with cache(whole, name) as acts, hooks(whole, {name: lambda z, _: 0 * z}):
             assert (logits(called, inputs) - expected).abs().max() > 1e-3
         assert acts[name].abs().max() > 0
@@ -727,7 +726,7 @@ def test_hooks_of_a_compiled_model_fire(shallow, how):
 
 @pytest.mark.slow
 def test_blocks_may_overlap_and_end_in_any_order(shallow):
-    """Compiled code runs uncompiled while any block is open, and compiled after the last one."""
+    """Compiled code runs uncompiled until the last `with` block ends."""
     model, runs = shallow[0], []
     compiled = torch.compile(
         lambda x: x + 1, backend=lambda graph, _: lambda *given: runs.append(1) or graph(*given)
@@ -747,7 +746,7 @@ def test_blocks_may_overlap_and_end_in_any_order(shallow):
 
 @pytest.mark.slow
 def test_without_the_stance_a_compiled_model_ignores_hooks(shallow):
-    """Why `hooks` sets one. If this fails, torch looks for new hooks, and it need not be set."""
+    """So `hooks` sets a stance. If this test fails, torch looks for new hooks by itself."""
     model, inputs = shallow
     compiled = torch.compile(model, backend="eager")
     expected = logits(compiled, inputs)

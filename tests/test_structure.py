@@ -1,5 +1,5 @@
-"""The rules of the house: arrows point down, files/ knows no classes, the reference stays short.
-And each slip of `plant_slips.py` still has a place where it can be planted.
+"""The structure of the package: what may import what, and the length of its files.
+And each slip of `plant_slips.py` still fits one place in the package.
 
 Every import counts: at the top of a file, inside a function, and under TYPE_CHECKING.
 """
@@ -17,13 +17,13 @@ MOST_LINES_OF_A_FILE = 420  # a longer file says why in its first lines
 
 
 def modules() -> dict[str, Path]:
-    """Each module's name, without "miniclip.", and its file."""
+    """Return {name without "miniclip.": file} of each module."""
     paths = {path.relative_to(ROOT).with_suffix(""): path for path in ROOT.rglob("*.py")}
     return {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of the package that a file imports."""
+    """Return the modules of the package that a file imports."""
     known, found = modules(), set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
@@ -41,7 +41,7 @@ GRAPH = {name: imports(path) - {name} for name, path in modules().items()}
 
 
 def reached(start: str) -> set[str]:
-    """Everything that a module imports, directly or not."""
+    """Return all modules that a module imports, directly or indirectly."""
     seen: set[str] = set()
     todo = [start]
     while todo:
@@ -52,17 +52,17 @@ def reached(start: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", sorted(GRAPH.keys() - {"__init__"}))
-def test_no_module_reaches_itself(name):
+def test_no_module_imports_itself_indirectly(name):
     assert name not in reached(name)
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(GRAPH) if name.startswith("files")])
-def test_files_never_imports_the_classes(name):
+def test_files_imports_none_of_the_classes(name):
     assert not reached(name) & {"model", "tokenizer", "transform", "checkpoint", "config"}
 
 
 @pytest.mark.parametrize("file", REFERENCE)
-def test_the_reference_stands_on_files_and_text_alone(file):
+def test_the_reference_imports_only_files_and_text(file):
     below = {name.removesuffix(".py") for name in REFERENCE} | {"errors"}
     others = {
         n for n in reached(file.removesuffix(".py")) if n.split(".")[0] not in ("files", "text")
@@ -70,8 +70,8 @@ def test_the_reference_stands_on_files_and_text_alone(file):
     assert others <= below
 
 
-def test_the_reference_is_read_in_order():
-    """No file of it imports one that is read later."""
+def test_the_reference_can_be_read_in_order():
+    """None of its files imports one that comes later in the order of reading."""
     order = [file.removesuffix(".py") for file in REFERENCE]
     for i, name in enumerate(order):
         assert not GRAPH[name] & {*order[i:]}
@@ -91,13 +91,13 @@ def test_a_long_file_says_why(name):
         assert "This file is long because" in ast.get_docstring(ast.parse(text))
 
 
-def test_a_circle_would_be_found(monkeypatch):
+def test_a_circular_import_is_noticed(monkeypatch):
     monkeypatch.setitem(GRAPH, "errors", {"files.reading"})
     assert "errors" in reached("errors")
 
 
 def test_definitions_come_before_their_use():
-    """In the reference, a function uses only what stands above it, or itself."""
+    """In the reference, a function uses only itself and definitions above it."""
     for file in REFERENCE:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         place = {node.name: node.lineno for node in tree.body if hasattr(node, "name")}

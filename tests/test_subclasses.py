@@ -49,7 +49,7 @@ from miniclip.zeroshot.classifier import embed_texts
 
 @torch.no_grad()
 def redraw(model, seed=0):
-    """Every parameter at random, LayerNorm weights around 1, so that each one counts."""
+    """Make every parameter random, with LayerNorm weights around 1, so that each one matters."""
     generator = torch.Generator().manual_seed(seed)
     norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm)}
     for name, weight in model.named_parameters():
@@ -95,7 +95,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def assert_near(ours, theirs, float32=0.0):
-    """Equal to 1e-10 in float64 and to `float32` times the largest number otherwise."""
+    """Assert equality within 1e-10 in float64, or else `float32` times the largest number."""
     assert ours.shape == theirs.shape
     limit = 1e-10 if ours.dtype == torch.float64 else float32
     assert (ours - theirs).abs().max() <= limit * max(1, theirs.abs().max())
@@ -112,7 +112,7 @@ def test_siglip_equals_transformers(dtype, tmp_path):
     expected, found = theirs(pixel_values=pixels, input_ids=ids), ours(pixels, ids)
     assert_near(ours.vision(pixels), expected.vision_model_output.pooler_output)
     assert_near(ours.text(ids), expected.text_model_output.pooler_output)
-    for name in found._fields:  # they divide by a length in other operations
+    for name in found._fields:  # transformers divides by the length in another way
         assert_near(getattr(found, name), expected[name], 2e-7)
 
 
@@ -168,7 +168,7 @@ def test_owlvit_equals_transformers(dtype, tmp_path):
     ],
 )  # fmt: skip
 @torch.no_grad()
-def test_transformers_loads_what_such_a_fork_saves(kind, theirs, config, fields, tmp_path):
+def test_transformers_loads_what_a_fork_saves(kind, theirs, config, fields, tmp_path):
     original = saved(theirs(their_config(config, **fields)), tmp_path / "theirs", torch.float32)
     kind.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     again = theirs.from_pretrained(tmp_path / "ours", dtype=torch.float32)
@@ -192,7 +192,7 @@ def test_transformers_loads_what_such_a_fork_saves(kind, theirs, config, fields,
 )
 @torch.no_grad()
 def test_cache_reads_what_transformers_computes(kind, theirs, config, fields, tmp_path):
-    """The residual stream after each block, and the decoder's."""
+    """The test compares the residual stream after each block, also in the decoder."""
     theirs = saved(theirs(their_config(config, **fields)), tmp_path, torch.float64)
     ours = kind.from_pretrained(tmp_path, dtype=torch.float64)
     pixels, ids = inputs(torch.float64)
@@ -227,7 +227,7 @@ def test_the_block_of_eva02_equals_timm():
 
 
 # ------------------------------------------------------------------------------------------------
-# Forks as a user would write them, of a model of tests/twin.py's size
+# Forks that a user could write, with TINY's size
 
 
 class MeanVision(VisionTower):
@@ -236,7 +236,7 @@ class MeanVision(VisionTower):
 
 
 class MeanCLIP(CLIP):
-    """No new parameter."""
+    """A fork without new parameters."""
 
     vision_class = MeanVision
 
@@ -264,13 +264,13 @@ class GatedCLIP(CLIP):
 
 
 class HomelessCLIP(CLIP):
-    """The same, without an entry in a table."""
+    """GatedCLIP without `tensor_names`."""
 
     text_class = GatedText
 
 
 def turned(x):
-    """Rotary positions along the row of tokens, of q or k, (B, H, T, D)."""
+    """Rotary positions for q or k, (B, H, T, D)."""
     half = x.shape[-1] // 2
     angle = torch.arange(x.shape[2])[:, None] * 10 ** -torch.linspace(0, 1, half)  # (T, D / 2)
     a, b = x[..., :half], x[..., half:]
@@ -279,7 +279,7 @@ def turned(x):
 
 
 class RopeAttention(Attention):
-    """Changes `qkv` alone."""
+    """It overrides only `qkv`."""
 
     def qkv(self, x):
         q, k, v = super().qkv(x)
@@ -287,7 +287,7 @@ class RopeAttention(Attention):
 
 
 class OpaqueAttention(Attention):
-    """Writes `forward` anew, and shows no pattern and no z."""
+    """It overrides `forward`, and calls neither the site pattern nor z."""
 
     def forward(self, x):
         q, k, v = self.qkv(x)
@@ -337,7 +337,7 @@ class BothWaysText(TextTower):
 
 
 class TwoMoreTokens(VisionTower):
-    """They come after the patches."""
+    """The two tokens come after the patches."""
 
     def __init__(self, config, embed_dim):
         super().__init__(config, embed_dim)
@@ -349,7 +349,7 @@ class TwoMoreTokens(VisionTower):
 
 
 def clip_of(attention=Attention, block=Block, vision=VisionTower, text=TextTower, names=()):
-    """A CLIP with other parts, in both towers, and its class."""
+    """A subclass of CLIP with other parts in both towers."""
     parts = {"attention_class": attention}
     one = type("OwnBlock", (block,), parts) if attention is not Attention else block
     return type(
@@ -397,7 +397,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-OFTEN = ("gated MLP", "SigLIP")  # a new parameter, and no class token
+OFTEN = ("gated MLP", "SigLIP")  # one has a new parameter, and one no class token
 
 
 @pytest.fixture(
@@ -415,14 +415,14 @@ def some(config=TINY):
 
 
 def or_refuses(function, *args, **options):
-    """What a function returns, or None if it says what it cannot follow."""
+    """Return a function's result, or None if it raises that it cannot follow the model."""
     try:
         return function(*args, **options)
     except ValueError as error:
         assert re.search("follow|has its own|replays|elsewhere|cannot know|has not run", str(error))
 
 
-# What each instrument must be able to do: all others may refuse, and none may be wrong.
+# The instruments that must work on each fork. The others may refuse, but none may be wrong.
 FOLLOWED = {
     "mean pooling": {"logit_lens", "attention_maps", "intermediates", "prune_heads"},
     "gated MLP": {
@@ -451,7 +451,7 @@ FOLLOWED = {
 
 
 def saved_and_loaded(model, folder):
-    """A fork that has been saved is read by its class and by no other, bit for bit."""
+    """Save a fork, load it by its class, and assert that it is the same bit for bit."""
     model.save_pretrained(folder)
     again = type(model).from_pretrained(folder, dtype=torch.float64)
     assert type(again) is type(model) and again.config == model.config
@@ -465,7 +465,7 @@ def saved_and_loaded(model, folder):
 @torch.no_grad()
 @pytest.mark.filterwarnings(
     "ignore:.* are left out. only .* belongs to the model"
-)  # said before the refusal
+)  # a warning before the error
 def test_a_fork_is_saved_and_loaded_bit_for_bit_and_refused_by_other_classes(model, tmp_path):
     saved_and_loaded(model, tmp_path)
     name = type(model).__name__
@@ -509,7 +509,7 @@ def test_a_parameter_without_a_place_is_named_on_save_and_on_load(tmp_path):
 
 
 class BufferAttention(RopeAttention):
-    """Its table of positions is a buffer that no file has."""
+    """Its table of positions is a buffer that is not saved."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -557,7 +557,7 @@ def test_instruments_are_right_on_a_fork_or_say_what_they_cannot_follow(model):
         assert [m.shape[-1] for m in maps] == [T] * 3
         inside = vision.blocks[2].attn
         _, _, v = inside.qkv(vision.blocks[2].ln_1(vision.blocks[:2](vision.embed_tokens(pixels))))
-        if not isinstance(vision.blocks[2], PostNormBlock):  # reads another tensor
+        if not isinstance(vision.blocks[2], PostNormBlock):  # it reads another tensor
             with cache(vision, "blocks.2.attn.z") as acts:
                 vision(pixels)
             assert_near((maps[2] @ v).transpose(1, 2), acts["blocks.2.attn.z"])
@@ -615,14 +615,14 @@ class NormedValues(Attention):
 
 
 class AdaptedCLIP(CLIP):
-    """Its embedding is not the tower's."""
+    """encode_image doubles the embedding of the tower."""
 
     def encode_image(self, pixels, normalize=False):
         return super().encode_image(pixels, normalize) * 2
 
 
 class StemVision(VisionTower):
-    """Sees each patch with its neighbours."""
+    """It mixes each patch with its neighbours."""
 
     def embed_tokens(self, pixels):
         return super().embed_tokens(F.avg_pool2d(pixels, 3, 1, 1))
@@ -687,7 +687,7 @@ def test_grad_cam_of_a_fork_is_right_or_refused(model):
     pixels, ids = some(model.config)
     heat = or_refuses(lens.gradcam, model, pixels[:1], ids[:1])
     assert (heat is None) == (type(model.vision.blocks[-1]).forward is not Block.forward)
-    if heat is not None:  # the tokens' channels, as the fork's own score weighs them
+    if heat is not None:  # channels, weighted by the fork's own score
         last = f"vision.blocks.{len(model.vision.blocks) - 1}.ln_1"
         with cache(model, last, grad=True) as acts:
             score = model(pixels[:1], ids[:1]).logits_per_image[0, 0]
@@ -697,7 +697,7 @@ def test_grad_cam_of_a_fork_is_right_or_refused(model):
         assert_near(heat[0], (x[0] @ weights).clamp(min=0))
 
 
-def test_occlusion_needs_nothing_of_the_inside(model):
+def test_occlusion_is_right_on_every_fork(model):
     pixels, ids = some(model.config)
     heat = lens.occlusion(model, pixels[:1], ids[:1])
     covered = pixels[:1].clone()
@@ -716,7 +716,7 @@ def test_patches_are_dropped_only_if_they_keep_their_positions(model):
         model.encode_image(pixels)
 
 
-def test_a_fork_agrees_with_itself_and_not_with_clip(model):
+def test_a_fork_agrees_with_itself_and_has_no_twin_in_transformers(model):
     assert compare(model, copy.deepcopy(model)).first is None
     with pytest.raises(ValueError, match=type(model).__name__):
         transformers_twin(model)
@@ -764,7 +764,7 @@ def test_a_texts_embedding_does_not_depend_on_the_others(kind, tokenizer):
         assert (found - full).abs().max() < 1e-5
 
 
-def test_blocks_that_are_computed_twice_in_training_need_no_padding(tokenizer):
+def test_recomputed_blocks_need_no_padding(tokenizer):
     model = fork_for(GatedCLIP, tokenizer)
     with recompute_blocks(model):
         assert ids_for(model.text, tokenizer, ["green"]).shape[1] < 20
@@ -821,7 +821,7 @@ def test_siglip_trains_with_its_own_loss(chunk, tokenizer, tmp_path):
     data = open_data(pictures(tmp_path), transform)
     model = fork_for(Siglip, tokenizer)
     with torch.no_grad():
-        model.logit_scale.fill_(5.0)  # above ln 100, where CLIP's loss would hold it
+        model.logit_scale.fill_(5.0)  # above ln 100, the limit of CLIP's loss
     recipe = Recipe(epochs=6, batch=8, lr=3e-4, chunk=chunk, warmup=0.0)
     trained = train(model, tokenizer, transform, data, recipe, tmp_path / "out", loss=sigmoid_loss)
     found = losses(tmp_path / "out")
@@ -837,8 +837,8 @@ def model_bias(tokenizer):
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [MeanCLIP, GatedCLIP, CLIP])
-def test_the_loss_of_train_is_the_papers_unless_given(kind, tokenizer, tmp_path):
-    """A fork trains, and the same loss as a function gives the same weights."""
+def test_the_default_loss_of_train_is_the_papers(kind, tokenizer, tmp_path):
+    """The same loss, given as a function, gives the same weights."""
 
     def same(model, image_embeds, text_embeds, is_true):
         return contrastive_loss(image_embeds, text_embeds, model.logit_scale, is_true)

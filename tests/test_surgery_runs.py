@@ -1,4 +1,4 @@
-"""Interventions, dense features and prompts that are vectors: one run at a time, nothing kept."""
+"""Interventions, dense features and prompt vectors. None of them changes the model."""
 
 import math
 import re
@@ -58,7 +58,7 @@ def handles(model):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_ablated_heads_are_pruned_for_the_time_being(model, tower):
+def test_ablating_heads_equals_pruning_them(model, tower):
     x, heads = inputs(model, tower), {0: [0], 1: [1]}
     whole = encode(model, tower, x)
     with ablate_heads(model, tower, heads):
@@ -69,7 +69,7 @@ def test_ablated_heads_are_pruned_for_the_time_being(model, tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_mean_ablation(model, tower):
+def test_mean_ablation_gives_every_row_the_mean(model, tower):
     x = inputs(model, tower)
     alike = x[:1].expand_as(x)
     whole = encode(model, tower, alike)
@@ -85,17 +85,17 @@ def test_mean_ablation(model, tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_patching_from_another_run(model, tower):
+def test_patching_gives_the_result_of_the_other_run(model, tower):
     one, other = inputs(model, tower), inputs(model, tower, seed=1)
     last = getattr(TINY, tower).layers - 1
     end = f"{tower}.blocks.{last}"
-    if tower == "text":  # read at the same places
+    if tower == "text":  # both are read at the same places
         other = other.where(one != 599, 599).where((one == 599) | (other != 599), 5)
     with cache(model, f"{tower}.blocks.*", f"{tower}.blocks.*.attn.z") as acts:
         expected = encode(model, tower, one)
     with hooks(model, patch_from({end: acts[end]})):
         assert torch.equal(encode(model, tower, other), expected)
-    with hooks(model, patch_from(acts)):  # with what it has anyway
+    with hooks(model, patch_from(acts)):  # with its own tensors
         assert torch.equal(encode(model, tower, one), expected)
     plain = encode(model, tower, other)
     assert_far(plain, expected)
@@ -103,13 +103,13 @@ def test_patching_from_another_run(model, tower):
     others = [[t for t in range(9) if t != end] for end in ends]
     assert tower == "vision" or len(set(ends.tolist())) > 1
     with hooks(model, patch_from({end: acts[end]}, positions=others)):
-        assert torch.equal(encode(model, tower, other), plain)  # nobody reads those
+        assert torch.equal(encode(model, tower, other), plain)  # these are never read
     with hooks(model, patch_from({end: acts[end]}, positions=ends)):
         assert torch.equal(encode(model, tower, other), expected)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_patching_some_heads_at_some_positions(model, tower):
+def test_patching_some_heads_at_some_positions_changes_only_those(model, tower):
     one, other = inputs(model, tower), inputs(model, tower, seed=1)
     site = f"{tower}.blocks.0.attn.z"
     with cache(model, site) as source:
@@ -137,7 +137,7 @@ def test_patching_some_heads_at_some_positions(model, tower):
     "part",
     ["attn.z", "attn.pattern", "attn.pattern.input", "attn.scores", "resid_mid", "ln_2.input"],
 )
-def test_patching_another_token_of_each_row(part):
+def test_patching_may_choose_another_token_in_each_row(part):
     model, site = tiny_clip(), f"text.blocks.1.{part}"
     one, other = inputs(model, "text"), inputs(model, "text", seed=1)
     acts = {}
@@ -169,7 +169,7 @@ def test_patching_another_token_of_each_row(part):
     ("text.proj", {"positions": [1, 4, 0]}, "text.proj: has no tokens to choose from"),
     ("text.blocks.0.attn.z", {"heads": [2]}, "no heads [2]; expected numbers from 0 to 1"),
 ])  # fmt: skip
-def test_positions_and_heads_that_are_not_there(site, options, words):
+def test_positions_and_heads_that_do_not_fit_are_an_error(site, options, words):
     model = tiny_clip()
     x = inputs(model, "text")
     with cache(model, site) as acts:
@@ -191,7 +191,7 @@ class Autoencoder(nn.Module):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_splicing(model, tower):
+def test_splicing_replaces_a_site_and_an_error_term_restores_it(model, tower):
     x, site = inputs(model, tower), f"{tower}.blocks.0.resid_mid"
     width = getattr(TINY, tower).width
     sae = Autoencoder(width).to(model.logit_scale.dtype)
@@ -207,11 +207,11 @@ def test_splicing(model, tower):
         assert_close(encode(model, tower, x), whole)
         out = model.encode_image(x) if tower == "vision" else model.encode_text(x)
     (gradient,) = torch.autograd.grad(out.square().sum(), [sae.encoder.weight])
-    assert gradient.abs().max() > 1e-3  # the error's own would cancel it
+    assert gradient.abs().max() > 1e-3  # the error term must not cancel it
     with splice(model, site, sae, error_term=True), torch.no_grad():
-        sae.decoder.weight.mul_(2)  # a step of training: the error is that of the new weights
+        sae.decoder.weight.mul_(2)  # after a training step, the error is the new weights'
         assert_close(encode(model, tower, x), whole)
-        with hooks(sae, {"encoder": lambda out, name: 0 * out}):  # what a hook takes is gone
+        with hooks(sae, {"encoder": lambda out, name: 0 * out}):  # a hook's change remains
             gone = encode(model, tower, x)
     wrote = lambda r, name: r - sae(r) + sae.decoder.bias  # noqa: E731
     with hooks(model, {site: wrote}):
@@ -236,13 +236,13 @@ def test_a_rotation_and_its_inverse_spliced_in_a_row_cancel(model):
 
 
 @torch.no_grad()
-def test_patch_dropout_is_a_gather_of_the_patches_kept(model):
+def test_patch_dropout_keeps_some_patches_in_their_order(model):
     model = add_registers(model, torch.randn(2, TINY.vision.width))
     x = inputs(model, "vision")
     whole = encode(model, "vision", x)
     embedded = model.vision.embed_tokens(x)
     with patch_dropout(model, 0.6):
-        assert torch.equal(encode(model, "vision", x), whole)  # not while evaluating
+        assert torch.equal(encode(model, "vision", x), whole)  # not in evaluation mode
         model.train()
         with cache(model, "vision.ln_pre", "vision.blocks.2") as acts:
             found = model.encode_image(x)
@@ -258,8 +258,8 @@ def test_patch_dropout_is_a_gather_of_the_patches_kept(model):
 
 
 @pytest.mark.parametrize("share, kept", [(0.0, 25), (0.65, 9), (0.69, 8), (0.99, 1)])
-def test_patch_dropout_keeps_the_nearest_number_of_patches_and_one_at_least(share, kept):
-    """Of 25: 8.75, 7.75 and 0.25."""
+def test_patch_dropout_keeps_the_nearest_number_of_patches_but_at_least_one(share, kept):
+    """Of 25 patches, 8.75, 7.75 and 0.25 would be left."""
     model = tiny_clip()
     with patch_dropout(model.train(), share):
         assert model.vision.embed_tokens(inputs(model, "vision")).shape[1] == 1 + kept
@@ -276,7 +276,7 @@ def test_patch_dropout_keeps_the_nearest_number_of_patches_and_one_at_least(shar
     (lambda m: patch_dropout(m, 1.0), "share is 1.0; expected 0 or more, and less than 1"),
     (lambda m: patch_dropout(m, -0.1), "share is -0.1; expected 0 or more, and less than 1"),
 ])  # fmt: skip
-def test_what_cannot_be_done_is_said_and_leaves_nothing(context, words):
+def test_an_impossible_intervention_is_an_error_and_leaves_no_hooks(context, words):
     model = tiny_clip()
     with pytest.raises(ValueError, match=re.escape(words)), context(model):
         model.encode_image(inputs(model, "vision"))
@@ -296,7 +296,7 @@ def projected(model, x):
 
 
 def attention(block, x, weights_of):
-    """A head at a time: weights_of(q, k, v) -> (B, T, T), then the heads side by side."""
+    """Attention, one head at a time, with the pattern weights_of(q, k, v) -> (B, T, T)."""
     y, D, z = block.ln_1(x), block.attn.head_width, []
     q, k, v = block.attn.q_proj(y), block.attn.k_proj(y), block.attn.v_proj(y)
     for first in range(0, q.shape[-1], D):
@@ -391,7 +391,7 @@ DERIVED = {
 @pytest.mark.parametrize("shape", ["square", "wide, pruned, with registers", "deep"])
 @pytest.mark.parametrize("preset", DERIVED)
 @torch.no_grad()
-def test_each_preset_is_its_derivation(model, preset, shape):
+def test_each_preset_equals_its_definition(model, preset, shape):
     if shape == "wide, pruned, with registers":
         model = add_registers(resize_image(prune_heads(model, "vision", {2: [1]}), (24, 56)), 2)
         model.vision.register_embed.data.normal_()
@@ -402,16 +402,16 @@ def test_each_preset_is_its_derivation(model, preset, shape):
     found = dense_features(model, x, preset)
     assert found.shape == (3, model.config.vision.patches, 36)
     assert_close(found, DERIVED[preset](model, x))
-    for other in DERIVED.keys() - {preset}:  # no two are one
+    for other in DERIVED.keys() - {preset}:  # no two presets are equal
         assert_far(found, DERIVED[other](model, x))
 
 
-def test_every_preset_is_derived():
+def test_every_preset_has_a_definition_here():
     assert PRESETS.keys() == DERIVED.keys()
 
 
 @torch.no_grad()
-def test_dense_features_leave_the_model_alone_and_are_hooked_like_it(model):
+def test_dense_features_do_not_change_the_model_and_run_its_hooks(model):
     x = inputs(model, "vision")
     whole = encode(model, "vision", x)
     before = dense_features(model, x, "sclip")
@@ -427,7 +427,7 @@ def test_dense_features_leave_the_model_alone_and_are_hooked_like_it(model):
 
 
 @torch.no_grad()
-def test_a_preset_of_ones_own(model):
+def test_a_user_may_write_a_preset(model):
     x, block = inputs(model, "vision"), model.vision.blocks[-1]
 
     def first_patch(q, k, v, seen):
@@ -447,7 +447,7 @@ def test_a_preset_of_ones_own(model):
 
 
 @torch.no_grad()
-def test_dense_features_run_no_block_for_nothing(model):
+def test_dense_features_run_only_the_blocks_that_they_need(model):
     runs = []
     for block in model.vision.blocks:
         block.register_forward_hook(lambda module, *_: runs.append(module))
@@ -457,14 +457,12 @@ def test_dense_features_run_no_block_for_nothing(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["dino", "transformers"])
-def test_dense_features_at_another_size_copy_nothing_else(model, method, monkeypatch):
+def test_dense_features_at_another_size_copy_only_positions(model, method, monkeypatch):
     large = torch.randn(2, 3, 24, 56).to(model.logit_scale)
     expected = dense_features(resize_image(model, (24, 56), method), large, "sclip")
     before = {name: p.clone() for name, p in model.state_dict().items()}
     monkeypatch.setattr("miniclip.surgery.geometry.copied", None)
-    with ablate_heads(
-        model, "vision", {2: [0]}
-    ):  # hooks of the model are those of its resized self
+    with ablate_heads(model, "vision", {2: [0]}):  # hooks also run at the other size
         ablated = dense_features(model, large, "sclip", method)
     found = dense_features(model, large, "sclip", method)
     assert_close(found, expected)
@@ -483,7 +481,7 @@ def test_each_image_is_read_by_its_own_foreign_features(model):
     for i in range(3):
         one = slice(i, i + 1)
         assert_close(found[one], dense_features(model, x[one], proxyclip(foreign[one])))
-    registered = add_registers(model, torch.randn(2, 48))  # which are not patches
+    registered = add_registers(model, torch.randn(2, 48))  # registers are not patches
     block, stream = registered.vision.blocks[-1], stream_before_last(registered, x)
     own = block.attn.v_proj(block.ln_1(stream))[:, -25:].mT.unflatten(2, (5, 5))
     read = F.interpolate(own, (4, 6), mode="bilinear").flatten(2).mT  # (B, 24, W)
@@ -514,11 +512,11 @@ def test_neighbours_are_found_where_a_fork_has_its_patches(model):
     assert_close(dense_features(fork, x, "naclip"), expected)
 
 
-# ---------------------------------------------------------------------- prompts that are vectors
+# ------------------------------------------------------------------------------- prompt vectors
 
 
 @torch.no_grad()
-def test_the_vectors_of_tokens_give_what_the_tokens_give(model):
+def test_the_vectors_of_tokens_give_the_embedding_of_the_tokens(model):
     ids = inputs(model, "text")
     vectors, eos = model.text.token_embed(ids), (ids == 599).int().argmax(-1)
     for normalize in (False, True):
@@ -528,7 +526,7 @@ def test_the_vectors_of_tokens_give_what_the_tokens_give(model):
 
 
 @torch.no_grad()
-def test_vectors_reach_transformers_blocks_as_they_reach_ours():
+def test_prompt_vectors_give_transformers_embedding():
     ours, theirs = twins(TINY, dtype=torch.float64)
     ids = inputs(ours, "text")
     vectors = torch.randn(3, 9, 40, dtype=torch.float64)
@@ -544,11 +542,11 @@ def test_vectors_reach_transformers_blocks_as_they_reach_ours():
 
 
 def test_learned_context_vectors_get_the_gradient_and_the_model_none():
-    """CoOp: the same four vectors before each class's own tokens."""
+    """As in CoOp, the same four vectors stand before each class's own tokens."""
     model = tiny_clip()
     model.requires_grad_(False)
     ids = inputs(model, "text")
-    ids[:, 8] = 599  # every text ends last, so that the vectors come before the end
+    ids[:, 8] = 599  # every text ends at the last token, after the vectors
     ids[:, :8] = ids[:, :8].clamp(max=590)
     context = nn.Parameter(torch.randn(4, 40))
     vectors = model.text.token_embed(ids)

@@ -1,4 +1,4 @@
-"""Surgery that changes shapes: what stays exact, what transformers makes of it, save and load."""
+"""Surgery that changes shapes: what stays exact, what transformers can load, saving and loading."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def assert_same_weights(one, other):
 
 
 def zeroed_outputs(model, tower, heads):
-    """The same ablation by weights: the columns of out_proj that read a head are zero."""
+    """Ablate heads by weights: set the columns of out_proj that read them to zero."""
     for layer, gone in heads.items():
         attn = getattr(model, tower).blocks[layer].attn
         for head in gone:
@@ -81,7 +81,7 @@ def zeroed_outputs(model, tower, heads):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_pruned_heads_are_heads_whose_output_is_nowhere_read(model, tower):
+def test_pruning_heads_equals_ignoring_their_output(model, tower):
     heads = {0: [1], 1: [0]}
     pruned = prune_heads(model, tower, heads)
     D = getattr(model, tower).blocks[0].attn.head_width
@@ -97,14 +97,14 @@ def test_pruned_heads_are_heads_whose_output_is_nowhere_read(model, tower):
 
 
 def CLIP_like(model):
-    """A copy made without any tool of the package under test."""
+    """A copy that is made without the tools under test."""
     copy = CLIP(model.config).to(model.logit_scale.dtype)
     copy.load_state_dict(model.state_dict())
     return copy.eval()
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_pruned_neurons_are_neurons_whose_activation_is_zero(model, tower):
+def test_pruning_neurons_equals_zeroing_their_activation(model, tower):
     gone = {0: [0, 5, 91], 1: range(40)}
     pruned = prune_neurons(model, tower, gone)
 
@@ -136,7 +136,7 @@ def test_a_layer_that_lost_all_its_heads_and_neurons_adds_its_biases(model, towe
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_kept_layers_are_the_stream_after_the_last_of_them(model, tower):
+def test_kept_layers_run_in_the_given_order(model, tower):
     part = getattr(model, tower)
     pixels, ids = inputs_of(model)
     with torch.no_grad():
@@ -153,13 +153,13 @@ def test_kept_layers_are_the_stream_after_the_last_of_them(model, tower):
     assert getattr(kept.config, tower).layers == len(getattr(kept, tower).blocks) == 3
     assert_far(run(keep_layers(model, tower, [0, 1]), tower), expected)
     blocks = getattr(kept, tower).blocks
-    blocks[0].ln_1.weight.data += 1  # a layer named twice is two layers
+    blocks[0].ln_1.weight.data += 1  # a layer named twice becomes two layers
     assert not torch.equal(blocks[0].ln_1.weight, blocks[2].ln_1.weight)
 
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("tower", TOWERS)
-def test_nothing_asked_is_nothing_changed(model, tower):
+def test_empty_surgery_changes_nothing(model, tower):
     part = getattr(TINY, tower)
     for same in (
         prune_heads(model, tower, {}),
@@ -179,7 +179,7 @@ def test_nothing_asked_is_nothing_changed(model, tower):
 
 
 def test_a_resized_model_shares_what_does_not_change(model):
-    """At B/16, a copy of the rest would be 582 MB."""
+    """A copy of B/16's other tensors would take 582 MB."""
     new = resize_image(model, 64)
     theirs = {p.data_ptr() for p in model.parameters()}
     own = [n for n, p in new.named_parameters() if p.data_ptr() not in theirs]
@@ -189,7 +189,7 @@ def test_a_resized_model_shares_what_does_not_change(model):
         assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_a_config_is_told_what_was_done_to_a_model(tmp_path):
+def test_reconfigure_updates_the_config_of_a_changed_model(tmp_path):
     model = copied(tiny_clip())
     for block in model.text.blocks:
         block.mlp.act = nn.GELU()
@@ -227,13 +227,13 @@ SIZES = [(56, 56), (24, 24), (40, 72), (80, 24), (200, 8), (45, 51)]
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
-def test_resized_as_transformers_interpolates(size):
+def test_resizing_equals_transformers(size):
     ours, theirs = twins(TINY, dtype=torch.float64)
     pixels = torch.randn(2, 3, *size, dtype=torch.float64)
     expected = theirs.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
     resized = resize_image(ours, size)
     assert_close(resized.encode_image(pixels), expected)
-    if size != (200, 8):  # 1 column: nothing to interpolate between
+    if size != (200, 8):  # one column cannot be interpolated
         for other in ("timm", "openai-bilinear", "dino"):
             with pytest.raises(AssertionError):
                 assert_close(resize_image(ours, size, other).encode_image(pixels), expected)
@@ -247,12 +247,12 @@ def kernel(t, a):
 
 
 def resampling_matrix(old, new, method):
-    """(new, old): the weights that a line of old samples is resampled with, one at a time."""
+    """The weights (new, old) that resample a line of old samples."""
     matrix = torch.zeros(new, old, dtype=torch.float64)
     scale = old / (new + 0.1) if method == "dino" else old / new
     for i in range(new):
         centre = (i + 0.5) * scale - 0.5
-        if method == "timm":  # Pillow's: the kernel as wide as a new sample, within the picture
+        if method == "timm":  # as Pillow: a kernel as wide as a new sample, cut at the edge
             wide = max(scale, 1)
             weights = [kernel((j - centre) / wide, -0.5) for j in range(old)]
             matrix[i] = torch.tensor(weights, dtype=torch.float64) / sum(weights)
@@ -261,7 +261,7 @@ def resampling_matrix(old, new, method):
             low = min(math.floor(centre), old - 1)
             matrix[i, low] += 1 - (centre - low)
             matrix[i, min(low + 1, old - 1)] += centre - low
-        else:  # what lies outside is the nearest inside
+        else:  # a sample outside is the nearest one inside
             for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
                 matrix[i, min(max(j, 0), old - 1)] += kernel(j - centre, -0.75)
     return matrix
@@ -270,7 +270,7 @@ def resampling_matrix(old, new, method):
 @pytest.mark.sweep(5)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("method", ["transformers", "timm", "openai-bilinear", "dino"])
-def test_resized_as_the_formula_of_each_method(size, method):
+def test_resizing_equals_the_formula_of_each_method(size, method):
     model = tiny_clip(torch.float64)
     pos_embed = model.vision.pos_embed.detach()
     resized = resize_image(model, size, method)
@@ -284,7 +284,7 @@ def test_resized_as_the_formula_of_each_method(size, method):
     assert resized.config.vision.image_size == (size[0] if size[0] == size[1] else size)
 
 
-def test_the_same_number_of_patches_in_another_grid_is_another_embedding():
+def test_the_same_number_of_patches_in_another_grid_has_other_positions():
     config = replace(TINY, vision=replace(TINY.vision, image_size=32))
     model, _ = twins(config)
     wide = resize_image(model, (16, 64))  # 4 x 4 patches, then 2 x 8
@@ -305,12 +305,12 @@ def test_half_precision_is_resampled_in_float32():
 
 @pytest.fixture(scope="module")
 def recorded():
-    """What timm and open_clip gave for the tables of record_timm.py, which says how."""
+    """The values that record_timm.py recorded from timm and open_clip."""
     return json.loads(record_timm.PATH.read_text())
 
 
 def assert_recorded(found, values, tolerance=1e-6):
-    """Within the rounding of float32, in which timm resamples whatever it is given."""
+    """Assert equality within float32's rounding error, because timm resamples in float32."""
     values = torch.tensor(values, dtype=torch.float64)
     assert found.shape == values.shape and (found.detach() - values).abs().max() < tolerance
 
@@ -323,7 +323,7 @@ def resized_table(old, new, method):
 
 
 @pytest.mark.slow
-def test_resized_as_timm_and_open_clip_resample(recorded):
+def test_resizing_equals_timm_and_open_clip(recorded):
     for (old, new), values in zip(record_timm.GRIDS, recorded["timm.pos_embed"], strict=True):
         assert_recorded(resized_table(old, new, "timm"), values)
         for other in ("transformers", "openai-bilinear", "dino"):
@@ -332,11 +332,11 @@ def test_resized_as_timm_and_open_clip_resample(recorded):
     square = [(old, new) for old, new in record_timm.GRIDS if old[0] == old[1]]
     for (old, new), values in zip(square, recorded["open_clip.pos_embed"], strict=True):
         if math.prod(old) == math.prod(new):
-            continue  # which open_clip leaves as it is, whatever the shape
+            continue  # open_clip leaves a table with as many rows unchanged
         assert_recorded(resized_table(old, new, "timm"), values)
 
 
-def test_patches_resized_as_timm_resamples_them(recorded):
+def test_resized_patches_equal_timms(recorded):
     for (old, new), values in zip(record_timm.PATCHES, recorded["timm.patch_embed"], strict=True):
         config = VisionConfig(
             width=1, layers=1, heads=1, image_size=old, patch_size=old, channels=2
@@ -344,12 +344,12 @@ def test_patches_resized_as_timm_resamples_them(recorded):
         model = CLIP(replace(TINY, vision=config)).double()
         model.vision.patch_embed.weight.data = record_timm.waves(1, 2, old, old)
         found = resize_patch(model, new).vision.patch_embed.weight
-        assert_recorded(found, values, tolerance=1e-5)  # its pseudo-inverse is of float32
+        assert_recorded(found, values, tolerance=1e-5)  # timm's pseudo-inverse is float32
         with pytest.raises(AssertionError):
             assert_recorded(found.flip(2), values, tolerance=1e-3)
 
 
-def test_resize_channels_is_timms(recorded):
+def test_resize_channels_equals_timm(recorded):
     model = CLIP(replace(TINY, vision=replace(TINY.vision, width=12, heads=2, patch_size=2)))
     model.vision.patch_embed.weight.data[:2] = record_timm.waves(2, 3, 2, 2)
     for channels, values in zip(record_timm.CHANNELS, recorded["timm.channels"], strict=True):
@@ -361,13 +361,13 @@ def test_resize_channels_is_timms(recorded):
     assert resize_channels(model, 3).state_dict().keys() == model.state_dict().keys()
 
 
-def test_one_channel_reads_grey_as_three_read_it_and_more_keep_the_size():
+def test_one_channel_reads_grey_like_three_channels():
     model = tiny_clip().double()
     grey = random_inputs(TINY)[0].double()[:, :1]
     expected = model.encode_image(grey.expand(-1, 3, -1, -1))
     for channels in (1, 2, 4, 6):
         found = resize_channels(model, channels).encode_image(grey.expand(-1, channels, -1, -1))
-        if channels in (1, 6):  # each colour is there as often
+        if channels in (1, 6):  # each colour occurs equally often
             torch.testing.assert_close(found, expected)
         assert found.shape == expected.shape
     with pytest.raises(ValueError, match="channels is 0"):
@@ -387,7 +387,7 @@ def test_other_channels_are_saved_and_loaded(channels, tmp_path):
     torch.testing.assert_close(theirs.pooler_output, ours)
 
 
-def test_contexts_stretched_as_open_clip_stretches_them(recorded):
+def test_stretched_contexts_equal_open_clips(recorded):
     values = recorded["open_clip.text_pos_embed"]
     for (old, new), values in zip(record_timm.CONTEXTS, values, strict=True):
         config = replace(TINY.text, width=2, heads=1, context_length=old)
@@ -398,7 +398,7 @@ def test_contexts_stretched_as_open_clip_stretches_them(recorded):
             assert_recorded(extend_context(model, new, keep=0).text.pos_embed, values, 1e-3)
 
 
-def test_a_model_resized_as_timm_resizes_it(recorded):
+def test_a_resized_model_equals_timms(recorded):
     tower = record_timm.small_tower()
     model = CLIP(CLIPConfig(record_timm.VISION, TINY.text, record_timm.EMBED_DIM)).double()
     model.vision = tower
@@ -411,7 +411,7 @@ def test_a_model_resized_as_timm_resizes_it(recorded):
 
 
 def resize_matrix(old, new):
-    """timm's: the resampling of every basis image, one at a time. (new * new, old * old)"""
+    """timm's resampling as a matrix, (new * new, old * old)."""
     line = resampling_matrix(old, new, "timm").numpy()
     return np.kron(line, line)
 
@@ -433,7 +433,7 @@ def test_resize_patch_multiplies_by_the_pseudo_inverse(size):
 
 
 @torch.no_grad()
-def test_a_larger_patch_sees_in_a_resized_patch_what_the_smaller_saw():
+def test_a_resized_patch_reads_resized_images_like_the_original():
     model = tiny_clip(torch.float64)
     pixels = torch.randn(2, 3, 40, 40, dtype=torch.float64)
     patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8)  # (2, 3, 5, 5, 8, 8)
@@ -452,7 +452,7 @@ def test_a_larger_patch_sees_in_a_resized_patch_what_the_smaller_saw():
 
 
 def longclip(rows, keep, times):
-    """Long-CLIP's rule: between two rows in quarters, past the last along the last slope."""
+    """Long-CLIP's rule: interpolate between rows, and continue the last slope after the end."""
     out = [rows[i] for i in range(keep)]
     for i in range(keep, len(rows)):
         low = min(i, len(rows) - 2)
@@ -471,14 +471,14 @@ def linear(rows, count):
     return torch.stack(out)
 
 
-def test_longer_contexts_are_the_published_formulas(model):
+def test_longer_contexts_equal_the_published_formulas(model):
     rows = model.text.pos_embed.detach()
     stretched = extend_context(model, 8 + 12 * 4, keep=8)
     assert_close(stretched.text.pos_embed.detach(), longclip(rows, 8, 4))
     assert torch.equal(stretched.text.pos_embed[:8], rows[:8])
     straight = extend_context(model, 33, method="linear").text.pos_embed.detach()
     assert_close(straight, linear(rows, 33))
-    for keep in (5, 18):  # 2 of 20 rows are left to stretch, at least
+    for keep in (5, 18):  # at least 2 of 20 rows are left to stretch
         kept = extend_context(model, 33, method="linear", keep=keep).text.pos_embed.detach()
         assert_close(kept, torch.cat([rows[:keep], linear(rows[keep:], 33 - keep)]))
     assert_far(stretched.text.pos_embed[:33], straight)
@@ -492,7 +492,7 @@ def test_clip_of_77_becomes_long_clip_of_248():
 
 
 @torch.no_grad()
-def test_a_text_that_ends_in_the_rows_kept_keeps_its_embedding(model):
+def test_a_text_that_ends_within_the_kept_rows_keeps_its_embedding(model):
     _, ids = random_inputs(TINY, texts=4, tokens=9)
     stretched = extend_context(model, 60, keep=9)
     assert torch.equal(stretched.encode_text(ids), model.encode_text(ids))
@@ -505,7 +505,7 @@ def test_a_text_that_ends_in_the_rows_kept_keeps_its_embedding(model):
 
 
 @torch.no_grad()
-def test_new_tokens(model):
+def test_new_tokens_have_the_given_rows_or_the_mean(model):
     rows = torch.randn(3, TINY.text.width, dtype=model.logit_scale.dtype)
     larger = add_tokens(model, rows)
     _, ids = random_inputs(TINY)
@@ -519,11 +519,11 @@ def test_new_tokens(model):
 
 
 @torch.no_grad()
-def test_new_tokens_do_not_move_the_legacy_end():
+def test_new_tokens_do_not_change_the_legacy_end_token():
     config = replace(TINY, text=replace(TINY.text, eos_token_id=2, bos_token_id=0))
     model, _ = twins(config)
     _, ids = random_inputs(config)
-    larger = add_tokens(model, model.text.token_embed.weight[5:6])  # as id 5, but the largest id
+    larger = add_tokens(model, model.text.token_embed.weight[5:6])  # id 5's row for id 600
     assert torch.equal(larger.encode_text(ids), model.encode_text(ids))
     marked = ids.clone()
     marked[:, 0], ids[:, 0] = 600, 5
@@ -543,9 +543,9 @@ def test_registers_stand_between_class_token_and_patches(model):
     assert_close(stream[:, 1:4], model.vision.ln_pre(rows).expand(2, -1, -1))
     assert torch.equal(add_registers(model, 2).vision.register_embed, torch.zeros(2, 48).to(rows))
     found = more.encode_image(pixels)
-    assert_close(add_registers(model, rows[[2, 0, 1]]).encode_image(pixels), found)  # no order
+    assert_close(add_registers(model, rows[[2, 0, 1]]).encode_image(pixels), found)  # in any order
     assert_far(found, model.encode_image(pixels))
-    assert_close(more.encode_image(pixels[:1]), found[:1])  # every item of a batch has them
+    assert_close(more.encode_image(pixels[:1]), found[:1])  # every image has them
 
     def masked(scores, name):
         scores = scores.clone()
@@ -595,7 +595,7 @@ BEYOND = {
 def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
     model = tiny_clip()
     changed = surgery(model)
-    assert_same_weights(model, tiny_clip())  # the model given is left as it was
+    assert_same_weights(model, tiny_clip())  # the given model is unchanged
     changed.save_pretrained(tmp_path)
     again = CLIP.from_pretrained(tmp_path)
     assert_same_weights(again, changed)
@@ -635,7 +635,7 @@ def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
 
 @pytest.mark.slow
 def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
-    """Why the list is there: registers alone are a key it does not know, and only warns of."""
+    """So the list is written: transformers only warns of the unknown key for registers."""
     model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -646,7 +646,7 @@ def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path
     pixels, _ = inputs_of(model)
     with torch.no_grad():
         assert_far(theirs.get_image_features(pixels).pooler_output, run(model, "vision"))
-    assert CLIP.from_pretrained(tmp_path).config == model.config  # one number or a list: the same
+    assert CLIP.from_pretrained(tmp_path).config == model.config  # a number means the same
 
 
 def test_ordinary_config_files_have_no_new_entries():
@@ -676,7 +676,7 @@ def test_operations_on_different_parts_commute():
         other = change(other)
     assert_same_weights(one, other)
     twice = prune_heads(prune_heads(model, "vision", {1: [0]}), "vision", {1: [1]})
-    assert_same_weights(twice, prune_heads(model, "vision", {1: [0, 2]}))  # numbered as they are
+    assert_same_weights(twice, prune_heads(model, "vision", {1: [0, 2]}))  # renumbered
 
 
 @pytest.mark.sweep(4)
@@ -710,7 +710,7 @@ def test_the_parity_command_says_what_it_cannot_compare(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_hooks_stay_with_the_model_they_were_put_on():
+def test_surgery_copies_no_hooks():
     model = tiny_clip()
     seen = []
     with hooks(model, {"vision.blocks.*.attn": lambda x, name: seen.append(name)}):
@@ -724,7 +724,7 @@ def test_hooks_stay_with_the_model_they_were_put_on():
     assert len(seen) == 3 and not any(module._forward_hooks for module in model.modules())
 
 
-def test_what_was_frozen_or_set_stays_so():
+def test_surgery_keeps_frozen_parts_and_settings():
     model = tiny_clip()
     model.set_attention("eager")
     model.vision.requires_grad_(False)
@@ -794,7 +794,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_done_is_said(name):
+def test_impossible_surgery_is_an_error(name):
     model = tiny_clip()
     operation, words = REFUSED[name]
     with pytest.raises(ValueError, match=re.escape(words)):
@@ -812,12 +812,12 @@ def test_what_cannot_be_done_is_said(name):
     (lambda: VisionConfig(image_size=(224, 31)), "patch_size 32 is larger than image_size"),
     (lambda: VisionConfig(registers=-1), "registers is -1; expected a whole number, 0 or more"),
 ])  # fmt: skip
-def test_configs_that_no_surgery_makes(make, words):
+def test_impossible_configs_are_an_error(make, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         make()
 
 
-def test_a_config_has_one_way_of_saying_a_thing():
+def test_equivalent_configs_are_equal():
     assert VisionConfig(heads=(12,) * 12, head_width=64, image_size=(224, 224)) == VisionConfig()
     assert TextConfig(mlp_width=(2048,) * 12) == TextConfig()
     assert hash(VisionConfig(image_size=(224, 224))) == hash(VisionConfig())

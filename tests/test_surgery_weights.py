@@ -68,7 +68,7 @@ def test_the_ends_of_an_interpolation_are_exact(dtype):
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 0.9, -0.5, 1.5])
-def test_interpolation_is_its_formula(alpha):
+def test_interpolation_equals_its_formula(alpha):
     one, other, _ = three()
     a, b = one.state_dict(), other.state_dict()
     found = interpolate(one, other, alpha)
@@ -88,7 +88,7 @@ def test_an_average_is_the_mean_in_float64_rounded_once():
     assert_same_weights(average([models[0]] * 7), models[0])
 
 
-def test_task_vectors():
+def test_task_vectors_equal_their_formulas():
     base, tuned, other = three()
     task, second = TaskVector.between(base, tuned), TaskVector.between(base, other)
     a, b, c = (model.state_dict() for model in (base, tuned, other))
@@ -103,7 +103,7 @@ def test_task_vectors():
         assert_close_weights(second.apply(base), b)
 
 
-def test_a_task_vector_leads_from_float32_to_float32_exactly():
+def test_a_task_vector_between_float32_models_is_exact():
     base, tuned, _ = three(torch.float32)
     assert_same_weights(TaskVector.between(base, tuned).apply(base), tuned)
 
@@ -174,7 +174,7 @@ def wrong_activation(model):
     add_lora, wrong_activation, lambda m: quantize_dynamic(m, {nn.Linear}, torch.qint8),
 ], ids=["LoRA", "GELU", "quantised"])  # fmt: skip
 def test_models_that_are_not_what_their_config_says_have_no_mean(combine, change):
-    """Of two adapters that are not merged, A and B would be averaged apart."""
+    """Otherwise A and B of two unmerged adapters would be averaged separately."""
     with pytest.raises(ValueError, match="does not describe the model: .*surgery.merge_lora"):
         combine(change(tiny_clip()), change(tiny_clip(seed=1)))
 
@@ -270,11 +270,11 @@ def test_lora_begins_as_the_base_bit_for_bit():
                if p.requires_grad}  # fmt: skip
     blocks = [f"vision.blocks.{i}" for i in range(3)] + [f"text.blocks.{i}" for i in range(2)]
     assert trained == {f"{block}.attn.{p}_proj" for block in blocks for p in "qv"}
-    assert all(p.requires_grad for p in base.parameters())  # the base is left as it was
+    assert all(p.requires_grad for p in base.parameters())  # the base is unchanged
 
 
-def test_lora_begins_as_a_linear_layer_does_and_with_zeros():
-    """As the paper's code and PEFT's; of rank 4 and scale 1 unless told otherwise."""
+def test_lora_begins_with_the_values_of_a_linear_layer_and_with_zeros():
+    """The paper's code and PEFT do the same. The defaults are rank 4 and scale 1."""
     name = "text.blocks.0.mlp.fc1"
     torch.manual_seed(0)
     lora = low_rank(add_lora(tiny_clip(), [name]), name)
@@ -284,7 +284,7 @@ def test_lora_begins_as_a_linear_layer_does_and_with_zeros():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
-def test_lora_is_its_formula(dtype, tolerance):
+def test_lora_equals_its_formula(dtype, tolerance):
     base, model = adapted(dtype)
     for name in NAMES:
         old, new, lora = base.get_submodule(name), model.get_submodule(name), low_rank(model, name)
@@ -317,7 +317,7 @@ def test_only_a_and_b_learn_and_the_base_never_moves():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_merging_and_unmerging(dtype):
+def test_unmerging_restores_the_model_bit_for_bit(dtype):
     base, model = adapted(dtype)
     merged = merge_lora(model)
     assert torch.equal(logits(merged), logits(model))
@@ -335,7 +335,7 @@ def test_merging_and_unmerging(dtype):
 
 
 def test_subtracting_what_was_added_would_not_restore_the_weight():
-    """Why the tensor is kept: the negative control of the test above."""
+    """A control that shows why merging keeps the original tensor."""
     base, model = adapted(torch.float32)
     weight, lora = base.get_submodule(NAMES[0]).weight, low_rank(model, NAMES[0])
     delta = lora.scale * (lora.B @ lora.A)
@@ -378,7 +378,7 @@ def test_lora_composes_with_other_surgery():
     (lambda m: unmerge_lora(m), "no Linear here has LoRA"),
     (lambda m: unmerge_lora(add_lora(m)), "no Linear here has LoRA"),
 ])  # fmt: skip
-def test_what_cannot_be_done_is_said(call, words):
+def test_impossible_surgery_is_an_error(call, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         call(tiny_clip())
 
@@ -407,7 +407,7 @@ def test_peft_gives_the_same_numbers_on_the_same_modules(peft):
         layer.lora_A["default"].weight.data.copy_(lora.A)
         layer.lora_B["default"].weight.data.copy_(lora.B)
     assert (logits_of(theirs) - logits(model)).abs().max() < FLOAT64
-    low_rank(model, NAMES[-1]).scale = 1  # a fault that the comparison catches
+    low_rank(model, NAMES[-1]).scale = 1  # a fault that the comparison must notice
     assert (logits_of(theirs) - logits(model)).abs().max() > 1e-3
 
 
@@ -436,7 +436,7 @@ def test_peft_trains_merges_and_unloads_a_miniclip(peft, tmp_path):
 
 
 def test_a_model_of_the_same_seed_is_the_same():
-    """So that comparing with a fresh twin shows whether an argument was changed."""
+    """Other tests compare with a fresh model to see whether an argument was changed."""
     one, other = three()[0], three()[0]
     assert_same_weights(one, other)
     randomize(other, 9)

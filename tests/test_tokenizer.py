@@ -1,6 +1,6 @@
-"""The tokenizer against both of its references, id for id.
+"""Compare the tokenizer with its two references, transformers and OpenAI, id for id.
 
-Each test runs with a vocabulary that is trained here, and with CLIP's own where the test data is.
+Most tests use a small vocabulary that is trained here. With the test data, some also use CLIP's.
 """
 
 import gzip
@@ -91,7 +91,7 @@ PHRASES = [
 
 
 def random_text(rng: random.Random) -> str:
-    """One to six pieces of any of the classes above, or any characters at all."""
+    """Join one to six pieces: words, scripts, phrases, ASCII or arbitrary characters."""
     pieces = []
     for _ in range(rng.randint(1, 6)):
         kind = rng.randrange(10)
@@ -155,13 +155,13 @@ def transformers_ids(folder: Path, some: list[str]) -> list[list[int]]:
 
 
 def different(ours: Tokenizer, folder: Path, some: list[str]) -> list[str]:
-    """The texts whose ids are not those of transformers."""
+    """Return the texts to which `ours` gives other ids than transformers."""
     expected = transformers_ids(folder, some)
     return [text for text, ids in zip(some, expected) if ours.encode(text) != ids]
 
 
 class OpenAI:
-    """clip/simple_tokenizer.py as published, with none of our code and no care for speed."""
+    """The published clip/simple_tokenizer.py, rewritten without any of our code."""
 
     def __init__(self, folder: Path) -> None:
         self.ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ class OpenAI:
                 new = []
                 for part in parts:
                     if new and new[-1] is not None and (new[-1], part) == (first, second):
-                        new[-1:] = [first + second, None]  # the None keeps it from merging twice
+                        new[-1:] = [first + second, None]  # None keeps it from merging again
                     else:
                         new.append(part)
                 parts = [part for part in new if part is not None]
@@ -204,7 +204,7 @@ class OpenAI:
 # ---- ids ---------------------------------------------------------------------------------------
 
 
-# Every code point is compared below; random texts are for what stands beside what.
+# Other tests compare every code point. Random texts put them next to each other.
 HOW_MANY = [1000, pytest.param(10_000, marks=pytest.mark.slow)]
 
 
@@ -219,16 +219,16 @@ def test_texts_have_the_ids_of_openai(folder, count):
     assert [t for t in texts(count) if ours.encode(t) != theirs.encode(t)] == []
 
 
-def test_words_of_10000_characters(trained):
+def test_words_of_10000_characters_have_the_ids_of_the_reference(trained):
     words = long_words()
     assert different(Tokenizer.from_directory(trained), trained, words) == []
     ours, theirs = Tokenizer.from_directory(trained, reference="openai"), OpenAI(trained)
-    short = [word[:1000] for word in words]  # theirs takes the square of the length
+    short = [word[:1000] for word in words]  # the reference takes quadratic time
     assert all(ours.encode(word) == theirs.encode(word) for word in short)
 
 
-def test_golden_ids_of_other_projects(data):
-    """80 texts. Two came from transformers, where OpenAI's own ids differ."""
+def test_golden_ids_of_other_projects_are_reproduced(data):
+    """For 2 of the 80 texts, recorded with transformers, OpenAI's tokenizer gives other ids."""
     entries = json.loads((data / "golden" / "tokenizer_golden.json").read_text(encoding="utf-8"))
     assert len(entries) == 80
     wrong = {"transformers": [], "openai": []}
@@ -263,8 +263,8 @@ def test_every_code_point_is_cleaned_as_transformers_cleans_it(context, trained)
 @pytest.mark.parametrize(
     ("theirs", "ours"), [(r"\p{L}", "LETTER"), (r"\p{N}", "NUMBER"), (r"\s", r"\s")]
 )
-def test_every_code_point_is_in_the_class_that_transformers_has_it_in(theirs, ours):
-    """Letters, numbers and whitespace are all that the pattern of a word asks about."""
+def test_every_code_point_has_the_class_that_transformers_gives_it(theirs, ours):
+    """The pattern of a word asks for no other classes than letters, numbers and whitespace."""
     ours = unicode.word_pattern(ours, "transformers")
     theirs = normalizers.Replace(Regex(theirs), "")
     for first in range(0, 0x110000, 0x800):
@@ -276,7 +276,7 @@ def test_every_code_point_is_in_the_class_that_transformers_has_it_in(theirs, ou
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_every_code_point_has_the_ids_of_the_reference(reference, trained):
-    """In order, so that scripts stay together and words, digits and marks meet their like."""
+    """Neighbours share a text, because letters, digits or marks in a row may form one token."""
     points = (range(first, first + 64) for first in range(0, 0x110000, 64))
     every = ["".join(map(chr, some)) for some in points if not 0xD800 <= some[0] < 0xE000]
     ours = Tokenizer.from_directory(trained, reference=reference)
@@ -287,7 +287,7 @@ def test_every_code_point_has_the_ids_of_the_reference(reference, trained):
         assert [text for text in every if ours.encode(text) != theirs.encode(text)] == []
 
 
-# ---- mutants: what the comparison above would see ----------------------------------------------
+# ---- planted mistakes: the comparison notices them ---------------------------------------------
 
 PROBES = ["cafe\u0301", "ΟΔΟΣ ΑΣ", EOS.upper() + ">", "it's 20", "\U0001e6c0a"]
 
@@ -325,16 +325,16 @@ def unicode_of_regex(monkeypatch):
         (unicode_of_regex, [PROBES[4]]),
     ],
 )
-def test_a_mutant_is_caught(mutate, caught_by, trained, monkeypatch):
+def test_a_planted_mistake_is_noticed(mutate, caught_by, trained, monkeypatch):
     assert different(Tokenizer.from_directory(trained), trained, PROBES) == []
     mutate(monkeypatch)
     assert different(Tokenizer.from_directory(trained), trained, PROBES) == caught_by
 
 
-# ---- short cuts come to the same as the long way -----------------------------------------------
+# ---- fast code gives the same result as plain code ---------------------------------------------
 
 
-def test_the_heap_merges_as_the_definition_does(trained):
+def test_merging_with_a_heap_equals_its_definition(trained):
     tokenizer = Tokenizer.from_directory(trained)
     merge, vocab = tokenizer._merge, tokenizer.vocab
     ranks = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
@@ -368,7 +368,7 @@ def test_printable_ascii_without_ampersand_needs_no_repair():
 
 
 class CountingMarks:
-    """`unicodedata`, with a count of the exchanges that Python's NFC makes to sort marks."""
+    """`unicodedata` that counts the exchanges with which Python's NFC sorts marks."""
 
     def __init__(self):
         self.exchanges = 0
@@ -386,7 +386,7 @@ class CountingMarks:
 
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("run", ["\u0301\u0316", "\u0344\u0316", "&#769;&#790;"])
-def test_a_long_run_of_marks_costs_no_quadratic_work(trained, monkeypatch, reference, run):
+def test_a_long_run_of_marks_takes_no_quadratic_time(trained, monkeypatch, reference, run):
     counting = CountingMarks()
     monkeypatch.setattr(unicode, "unicodedata", counting)
     monkeypatch.setattr(ftfy, "unicodedata", counting)
@@ -401,7 +401,7 @@ def test_a_long_run_of_marks_costs_no_quadratic_work(trained, monkeypatch, refer
         assert ids == CLIPTokenizer.from_pretrained(trained)(text).input_ids[1:-1]
 
 
-def test_marks_in_any_order_are_composed_as_python_does_it():
+def test_marks_in_any_order_are_composed_as_in_python():
     dice = random.Random(0)
     kinds = [[], []]
     for c in map(chr, range(0x30000)):
@@ -421,7 +421,7 @@ class CountingSet(set):
         return super().__contains__(token)
 
 
-def test_a_place_in_a_text_costs_one_look_for_each_length_of_an_added_token(trained):
+def test_each_place_in_a_text_is_looked_up_once_per_length_of_an_added_token(trained):
     vocabulary = Tokenizer.from_directory(trained)
     added = [f"{'a' * (i % 50)}_{i}" for i in range(9000)] + ["b" * 60]
     vocab = vocabulary.vocab | {t: vocabulary.vocab_size + i for i, t in enumerate(added)}
@@ -434,7 +434,7 @@ def test_a_place_in_a_text_costs_one_look_for_each_length_of_an_added_token(trai
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_a_text_in_chunks_is_the_text_as_a_whole(trained, reference):
+def test_a_text_in_chunks_has_the_ids_of_the_whole_text(trained, reference):
     chunks, whole = (Tokenizer.from_directory(trained, reference=reference) for _ in range(2))
     whole._chunks.whole = True
     for text in texts(800, seed=9):
@@ -452,7 +452,7 @@ def test_the_memory_of_chunks_is_bounded(trained, monkeypatch):
 
 @pytest.mark.slow
 def test_the_memory_of_chunks_is_some_30_megabytes(trained):
-    """Of chunks as long as any that is remembered, with an id for each character."""
+    """Measured with the longest chunks that are remembered, and one id for each character."""
     tokenizer = Tokenizer.from_directory(trained)
     for length in (64, 65):
         tokenizer.encode("\N{CAT FACE}" * length)
@@ -476,13 +476,13 @@ def test_rows_are_padded_to_the_longest_or_to_pad_to(trained):
     assert wide.shape == (3, 77) and torch.equal(wide[:, : ids.shape[1]], ids)
     assert (wide[:, ids.shape[1] :] == tokenizer.eos_token_id).all()
     assert torch.equal(tokenizer("a cat"), tokenizer(["a cat"]))
-    wider = tokenizer(some, pad_to=100)  # for a model of a longer context
+    wider = tokenizer(some, pad_to=100)  # for a model with a longer context
     options = {"padding": "max_length", "max_length": 100, "return_tensors": "pt"}
     assert torch.equal(wider, transformers_tokenizer(trained)(some, **options)["input_ids"])
     assert tokenizer([]).shape == (0, 2) and tokenizer([], pad_to=7).shape == (0, 7)
 
 
-def test_texts_may_come_from_anything_that_has_some(trained):
+def test_texts_may_come_in_any_iterable(trained):
     tokenizer, some = Tokenizer.from_directory(trained), ["a cat", "two cats"]
     expected = tokenizer(some)
     for texts in (tuple(some), iter(some), np.array(some), dict.fromkeys(some)):
@@ -514,7 +514,7 @@ def test_a_text_of_77_tokens_fits_and_one_of_78_does_not(trained):
         assert torch.equal(ids[0, :-1], tokenizer("! " * 75)[0, : length - 1])
 
 
-def test_bad_arguments_say_which_text(trained):
+def test_an_error_of_bad_arguments_says_which_text(trained):
     tokenizer = Tokenizer.from_directory(trained)
     with pytest.raises(ValueError, match=r"text 1: .*lone surrogate, '\\ud800'"):
         tokenizer(["fine", "half a \ud800 character"])
@@ -538,10 +538,10 @@ def test_openai_repairs_a_lone_surrogate(trained):
     assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
 
 
-# ---- ids to text, and what there is to see -----------------------------------------------------
+# ---- ids to text, and the steps of encoding ----------------------------------------------------
 
 
-def test_decode_is_that_of_transformers(trained):
+def test_decode_equals_transformers(trained):
     ours, theirs = Tokenizer.from_directory(trained), transformers_tokenizer(trained)
     rng = random.Random(2)
     for text in texts(500, seed=4):
@@ -557,7 +557,7 @@ def test_decode_is_that_of_transformers(trained):
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_explain_ends_in_the_ids_of_encode(trained, reference):
+def test_explain_ends_with_the_ids_of_encode(trained, reference):
     tokenizer = Tokenizer.from_directory(trained, reference=reference)
     for text in texts(500, seed=6):
         stages = tokenizer.explain(text)
@@ -573,7 +573,7 @@ def test_explain_ends_in_the_ids_of_encode(trained, reference):
 
 
 def test_training_finds_the_most_frequent_pair_each_time():
-    """Against counting everything anew for every merge."""
+    """Compare with code that counts all pairs again after every merge."""
     counts = {"low": 5, "lower": 2, "newest": 6, "widest": 3, "banana": 4, "aaaa": 2, "né": 3}
     words = {word: to_symbols(word) for word in counts}
     expected = []
@@ -608,7 +608,7 @@ def test_training_is_deterministic_and_laid_out_like_openai():
 
 
 def test_training_cleans_and_splits_as_its_reference_does():
-    """To OpenAI an entity is its character, and a special token is not a word to learn."""
+    """OpenAI decodes HTML entities first, and learns nothing from the text of a special token."""
     some = ["&amp;amp; " * 9, f"{EOS} " * 9]
     openai = Tokenizer.train(some, 600, reference="openai")
     assert openai.reference == "openai" and openai.merges == []
@@ -630,7 +630,7 @@ def write(path: Path, value: object) -> None:
 
 def test_saving_and_loading_changes_nothing(trained, tmp_path):
     first = Tokenizer.from_directory(trained)
-    for name in ("tokenizer.json", "added_tokens.json"):  # of an earlier save, by transformers
+    for name in ("tokenizer.json", "added_tokens.json"):  # from an earlier save by transformers
         (tmp_path / name).write_text("{}")
     first.save_pretrained(tmp_path)
     second = Tokenizer.from_directory(tmp_path)
@@ -650,7 +650,7 @@ def test_an_interrupted_save_leaves_the_old_file(copy, monkeypatch):
     assert (copy / "merges.txt").read_bytes() == before and len(list(copy.iterdir())) == 4
 
 
-def test_tokenizer_json_as_transformers_writes_it(trained, tmp_path):
+def test_tokenizer_json_of_transformers_is_read(trained, tmp_path):
     transformers_tokenizer(trained).save_pretrained(tmp_path)
     assert not (tmp_path / "vocab.json").exists()
     tokenizer = Tokenizer.from_directory(tmp_path)
@@ -664,7 +664,7 @@ def packed(folder: Path, lines: list[str]) -> Path:
     return folder
 
 
-def test_the_vocabulary_as_openai_packs_it(trained, tmp_path):
+def test_the_file_that_openai_packs_is_read(trained, tmp_path):
     lines = (trained / "merges.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     unpacked = Tokenizer.from_directory(packed(tmp_path, lines), reference="openai")
     assert unpacked.vocab == Tokenizer.from_directory(trained).vocab
@@ -679,7 +679,7 @@ def test_openais_file_goes_on_after_the_last_merge_that_clip_uses(tmp_path):
     assert tokenizer.merges == [tuple(pair.split()) for pair in pairs[: 49408 - 512 - 2]]
 
 
-def test_a_tokenizer_travels_to_another_process(trained):
+def test_a_pickled_tokenizer_gives_the_same_ids(trained):
     tokenizer = Tokenizer.from_directory(trained)
     tokenizer.encode("a cat")
     again = pickle.loads(pickle.dumps(tokenizer))
@@ -741,7 +741,7 @@ LAYOUTS = {
 
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_special_tokens_are_those_of_transformers(layout, copy):
+def test_special_tokens_equal_transformers(layout, copy):
     (copy / "tokenizer_config.json").unlink()
     (copy / "special_tokens_map.json").unlink()
     for name, value in LAYOUTS[layout].items():
@@ -778,7 +778,7 @@ def test_special_tokens_are_those_of_transformers(layout, copy):
         *((1, 77), (100_001, 77), (int(1e30), 77), (None, 77), (0, 77), ("77", 77), (True, 77)),
     ],
 )
-def test_the_context_length_is_read_where_it_makes_sense(copy, length, read):
+def test_a_context_length_outside_2_to_100000_is_read_as_77(copy, length, read):
     write(copy / "tokenizer_config.json", {"model_max_length": length})
     assert Tokenizer.from_directory(copy).context_length == read
 
@@ -789,7 +789,7 @@ def test_the_context_length_of_open_clip_comes_first(copy):
     assert Tokenizer.from_directory(copy).context_length == 64
 
 
-def test_a_symbol_that_is_not_in_the_vocabulary_is_unknown(copy):
+def test_a_symbol_outside_the_vocabulary_is_unknown(copy):
     vocab = json.loads((copy / "vocab.json").read_text(encoding="utf-8"))
     used = {
         token
@@ -934,8 +934,8 @@ def test_from_pretrained_reads_a_directory(trained):
     assert (tokenizer.reference, tokenizer.vocab_size) == ("openai", 1500)
 
 
-def test_from_pretrained_passes_the_options_of_load_on(trained, tmp_path):
-    """A revision of a repository that is in one cache and nowhere else."""
+def test_from_pretrained_takes_the_options_of_load(trained, tmp_path):
+    """The repository's revision is only in this one cache."""
     repository, commit = tmp_path / "models--a--b", "0123456789" * 4
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "v2").write_text(commit)

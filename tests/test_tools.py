@@ -1,8 +1,8 @@
-"""The tools that people use on PyTorch models work on ours, because a site is a module.
+"""Common tools for PyTorch models work on miniclip's, because a site is a module.
 
     pip install captum grad-cam nnsight bertviz torchao peft
 
-Each test is skipped where its tool is not installed.
+A test is skipped if its tool is not installed.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from miniclip import Tokenizer, cache, hooks
 from miniclip.lens import attention_maps, gradcam, on_grid
 from miniclip.surgery import splice
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs, at import and later
+pytestmark = pytest.mark.filterwarnings("ignore")  # the tools' warnings
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def installed(name):
 
 
 class Scores(nn.Module):
-    """The logits of one text, (B, 1): what tools for classifiers want."""
+    """The logits (B, 1) of one text, for tools that expect a classifier."""
 
     def __init__(self, model, ids):
         super().__init__()
@@ -47,7 +47,7 @@ class Scores(nn.Module):
         return self.model(pixels, self.ids).logits_per_image
 
 
-def test_captum(model, pixels, ids):
+def test_captum_attributes_to_sites_and_pixels(model, pixels, ids):
     captum = installed("captum.attr")
     scores = Scores(model, ids[:1])
     site = "vision.blocks.1.attn.pattern"
@@ -64,7 +64,7 @@ def test_captum(model, pixels, ids):
     assert ((found.sum((1, 2, 3)) - gained[:, 0]).abs() < 1e-3 * gained.abs().max()).all()
 
 
-def test_pytorch_grad_cam(model, pixels, ids):
+def test_pytorch_grad_cam_gives_our_map(model, pixels, ids):
     grad_cam = installed("pytorch_grad_cam")
     from pytorch_grad_cam.utils.image import scale_cam_image
 
@@ -75,13 +75,13 @@ def test_pytorch_grad_cam(model, pixels, ids):
     with grad_cam.GradCAM(Scores(model, ids[:1]), [layer], on_patches) as cam:
         found = torch.from_numpy(cam(pixels, targets=None))
     maps = on_grid(model, pixels, gradcam(model, pixels, ids[:1].expand(2, -1)))
-    resized = scale_cam_image(maps.numpy(), (40, 40))  # as theirs: scaled, resized, scaled again
+    resized = scale_cam_image(maps.numpy(), (40, 40))  # scale, resize, scale
     expected = torch.from_numpy(scale_cam_image(resized))
     assert (found - expected).abs().max() < 1e-5
     assert (found - expected.flip(0)).abs().max() > 0.1
 
 
-def test_nnsight(model, pixels, ids):
+def test_nnsight_reads_and_edits_sites(model, pixels, ids):
     nnsight = installed("nnsight")
     traced = nnsight.NNsight(model)
     with torch.no_grad(), traced.trace(pixels, ids):
@@ -93,7 +93,7 @@ def test_nnsight(model, pixels, ids):
         assert_close(embeds, model.encode_image(pixels))
 
 
-def test_bertviz():
+def test_bertviz_shows_attention_maps():
     bertviz = installed("bertviz")
     tokenizer = Tokenizer.from_pretrained("shapes")
     ids = tokenizer(["a red circle"])
@@ -105,13 +105,13 @@ def test_bertviz():
     )  # fmt: skip
     maps = attention_maps(model, ids)
     page = bertviz.head_view(maps, tokenizer.tokens(ids[0]), html_action="return").data
-    labels = [token.removesuffix("</w>") for token in tokenizer.tokens(ids[0])]  # as it shows them
+    labels = [token.removesuffix("</w>") for token in tokenizer.tokens(ids[0])]  # what it shows
     assert all(f'"{label}"' in page for label in labels)
     with pytest.raises(ValueError):
         bertviz.head_view(maps, ["one", "token"], html_action="return")
 
 
-def test_torchao(pixels):
+def test_torchao_quantises_a_tower_and_keeps_its_sites(pixels):
     torchao = installed("torchao.quantization")
     model, pixels = tiny_clip(), pixels.float()
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_torchao(pixels):
     assert_close(acts["vision.blocks.1.attn.pattern"].sum(-1), torch.ones(2, 4, 26))
 
 
-def test_peft(model, pixels, ids):
+def test_peft_adapts_and_merges_a_model(model, pixels, ids):
     peft = installed("peft")
     with torch.no_grad():
         whole = model.encode_image(pixels)
@@ -137,7 +137,7 @@ def test_peft(model, pixels, ids):
 
 
 class PrismaSAE(nn.Module):
-    """A sparse autoencoder as ViT-Prisma writes it: x -> ReLU((x - b_dec) W_enc + b_enc) W_dec."""
+    """ViT-Prisma's sparse autoencoder: x -> ReLU((x - b_dec) W_enc + b_enc) W_dec + b_dec."""
 
     def __init__(self, path):
         super().__init__()
@@ -152,7 +152,7 @@ class PrismaSAE(nn.Module):
 
 @pytest.fixture
 def sae_file(tmp_path):
-    """Weights with ViT-Prisma's names and shapes, as on the hub: weights.pt beside config.json."""
+    """A weights.pt with the names and shapes that ViT-Prisma's files have on the hub."""
     torch.manual_seed(0)
     shapes = {"W_enc": (48, 96), "b_enc": (96,), "W_dec": (96, 48), "b_dec": (48,)}
     weights = {name: torch.randn(shape, dtype=torch.float64) / 7 for name, shape in shapes.items()}
@@ -161,7 +161,7 @@ def sae_file(tmp_path):
 
 
 @torch.no_grad()
-def test_an_sae_of_vit_prisma(model, pixels, sae_file):
+def test_an_sae_of_vit_prisma_can_be_spliced(model, pixels, sae_file):
     sae, site = PrismaSAE(sae_file), "vision.blocks.1"
     with splice(model, site, sae), cache(sae, "features") as acts:
         found = model.encode_image(pixels)

@@ -1,4 +1,4 @@
-"""Training: the loss against its formula, fast ways against plain ones, runs against runs."""
+"""Training: the loss follows its formula, and a continued run equals an uninterrupted one."""
 
 import csv
 import errno
@@ -102,14 +102,14 @@ def test_loss_without_labels_equals_transformers():
 
 
 # ------------------------------------------------------------------------------------------------
-# the same gradients by other ways
+# other ways to the same gradients
 
 BATCH = 6
 LABELS = torch.tensor([0, 1, 2, 0, 3, 4])
 
 
 def batch_of(dtype):
-    """Return pixels, ids of captions and then of false captions, and labels."""
+    """Return pixels, ids (of the captions, then of the false captions), and labels."""
     pixels, ids = random_inputs(TINY, images=BATCH, texts=2 * BATCH)
     return pixels.to(dtype), ids, LABELS
 
@@ -127,7 +127,7 @@ def plain_step(model, chunk=0):
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_two_passes_in_chunks_give_the_gradients_of_one(dtype, tolerance, chunk):
+def test_two_passes_in_chunks_give_the_gradients_of_one_pass(dtype, tolerance, chunk):
     model, again = (twins(TINY, dtype=dtype)[0] for _ in range(2))
     expected = plain_step(model)
     found = plain_step(again, chunk)
@@ -150,7 +150,7 @@ def test_the_two_passes_drop_the_same_patches():
     assert_same(in_chunks, gradients(model), 1e-12)
 
 
-def test_blocks_computed_twice_give_the_same_gradients():
+def test_recomputed_blocks_give_the_same_gradients():
     model, again = (twins(TINY)[0].train() for _ in range(2))
     calls = []
     again.text.blocks[0].ln_1.register_forward_hook(lambda *_: calls.append(1))
@@ -162,10 +162,10 @@ def test_blocks_computed_twice_give_the_same_gradients():
     assert_same(gradients(again), gradients(model), 0.0)
     assert len(calls) == 2
     plain_step(again)
-    assert len(calls) == 3  # and once more is once again
+    assert len(calls) == 3  # outside the context, a block is computed once
 
 
-def test_gather_alone_is_the_identity():
+def test_gather_in_a_single_process_is_the_identity():
     x = torch.randn(3, 2)
     assert gather(x) is x
 
@@ -176,7 +176,7 @@ def test_gather_alone_is_the_identity():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
 @pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
-def test_muon_equals_torchs_up_to_its_precision(shape):
+def test_muon_equals_torchs_muon_up_to_bfloat16(shape):
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().clone())
@@ -187,13 +187,13 @@ def test_muon_equals_torchs_up_to_its_precision(shape):
         theirs.grad = ours.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    # theirs orthogonalises in bfloat16, which keeps two to three digits
+    # torch's Muon orthogonalises in bfloat16, which has two to three digits
     assert (ours - theirs).norm() < 0.03 * 5 * 0.02 * min(shape) ** 0.5
     assert (ours - theirs).abs().max() < 0.003
 
 
 # ------------------------------------------------------------------------------------------------
-# what is done to the pictures
+# patch dropout and augmentation
 
 
 def test_patch_dropout_keeps_the_class_token_and_some_patches_in_order():
@@ -201,7 +201,7 @@ def test_patch_dropout_keeps_the_class_token_and_some_patches_in_order():
     pixels, _ = random_inputs(TINY)
     whole = model.vision.embed_tokens(pixels)
     dropout = PatchDropout(model.vision, 0.6)
-    assert torch.equal(model.vision.embed_tokens(pixels), whole)  # not while evaluating
+    assert torch.equal(model.vision.embed_tokens(pixels), whole)  # in eval mode, none is dropped
     part = model.train().vision.embed_tokens(pixels)
     assert part.shape[1] == 1 + round(0.4 * TINY.vision.patches)
     for kept, full in zip(part, whole, strict=True):
@@ -211,7 +211,7 @@ def test_patch_dropout_keeps_the_class_token_and_some_patches_in_order():
     assert torch.equal(model.vision.embed_tokens(pixels), whole)
 
 
-def test_augmentation_mirrors_zooms_and_moves_and_invents_nothing():
+def test_augmentation_mirrors_zooms_and_moves_and_does_nothing_else():
     torch.manual_seed(0)
     across = torch.arange(0, 256, 8, dtype=torch.uint8)  # (32,)
     ramps = torch.stack([across.expand(32, 32), across[:, None].expand(32, 32)])
@@ -221,8 +221,8 @@ def test_augmentation_mirrors_zooms_and_moves_and_invents_nothing():
     steps_x = (moved[:, :, 16, 18].double() - moved[:, :, 16, 14].double()) / 4
     steps_y = (moved[:, :, 18, 16].double() - moved[:, :, 14, 16].double()) / 4
     assert steps_x[:, 1].abs().max() == 0 and steps_y[:, 0].abs().max() == 0  # axes stay axes
-    assert torch.equal(moved[:, 0], moved[:, 2])  # all channels of a picture go together
-    zoom = steps_x[:, 0].abs() / 8  # of the ramp's steps: 1 for the whole, 1/2 for the half
+    assert torch.equal(moved[:, 0], moved[:, 2])  # all channels of an image move together
+    zoom = steps_x[:, 0].abs() / 8  # 1 if the whole image is shown, 1/2 if half of it
     assert 0.47 < zoom.min() < 0.55 and 0.95 < zoom.max() < 1.03
     assert 70 < (steps_x[:, 0] > 0).sum() < 130 and steps_y[:, 1].min() > 0  # never upside down
     assert 30 < 128 - middle[:, :2].min() < 47 and 30 < middle[:, :2].max() - 128 < 47
@@ -256,7 +256,7 @@ def bars(kind, generator):
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Two classes of 80 pictures, and one file that is not an image."""
+    """Two classes of 80 images, and one file that is not an image."""
     root = tmp_path_factory.mktemp("stripes")
     generator = np.random.default_rng(0)
     for kind in ("upright", "level"):
@@ -268,7 +268,7 @@ def stripes(tmp_path_factory):
 
 
 def captioned(root, kind, pictures=12, broken=3):
-    """Write pictures with metadata.jsonl or .csv, or in tar shards."""
+    """Write images with metadata.jsonl or .csv, or in tar shards."""
     generator = np.random.default_rng(1)
     rows = []
     for i in range(pictures):
@@ -332,14 +332,14 @@ def test_batches_do_not_depend_on_where_they_start_or_how_they_are_shared(kind, 
     assert not torch.equal(other.pixels, whole[0].pixels)
 
 
-def test_every_epoch_shows_every_picture_once(stripes):
+def test_every_epoch_shows_every_image_once(stripes):
     data = open_data(stripes, ImageTransform(SIZE))
     epochs = [list(data.items(seed)) for seed in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(161))
     assert epochs[0] != epochs[1]
 
 
-def test_broken_pictures_are_skipped_and_named(stripes):
+def test_broken_images_are_skipped_and_named(stripes):
     data = open_data(stripes, ImageTransform(SIZE))
     for _ in islice(batches(data, 32, seed=0), 12):
         pass
@@ -347,7 +347,7 @@ def test_broken_pictures_are_skipped_and_named(stripes):
     assert "broken.png" in skipped
 
 
-def test_a_class_is_called_by_its_name_in_every_template(tmp_path):
+def test_every_template_names_the_class(tmp_path):
     plain = class_captions("tea cup")
     assert plain[0] == "tea cup" and plain[3] == "a photo of a tea cup."
     assert len(set(plain)) == 12 and all(text.count("tea cup") == 1 for text in plain)
@@ -360,8 +360,8 @@ def test_a_class_is_called_by_its_name_in_every_template(tmp_path):
     assert cup == set(plain) and dog == set(class_captions("dog"))
 
 
-def test_class_folders_are_read_as_they_are_evaluated(tmp_path):
-    """With any ending, in subfolders too, and ImageNet's ids by their names."""
+def test_training_reads_class_folders_as_eval_does(tmp_path):
+    """Any suffix and subfolder is read, and folders called by ImageNet ids get class names."""
     picture = bars("level", np.random.default_rng(0))
     for name in ("n01440764/deep/a.JPG", "n01440764/b.jpeg", "n01443537/c.PNG"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -374,7 +374,7 @@ def test_class_folders_are_read_as_they_are_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # a byte order mark, as Excel writes it
-def test_metadata_may_name_folders_and_letters_of_any_script(start, tmp_path):
+def test_metadata_may_have_folders_and_letters_of_any_script(start, tmp_path):
     (tmp_path / "deep").mkdir()
     bars("level", np.random.default_rng(0)).save(tmp_path / "deep" / "é.png")
     rows = 'file_name,text\r\ndeep/é.png,"Käse, quergestreift"\r\nabsent.png,猫\r\n'
@@ -405,7 +405,7 @@ def as_bytes(picture, kind="png", **options):
 def test_shards_are_turned_upright_and_their_damage_is_named_once(tmp_path):
     generator = np.random.default_rng(0)
     exif = Image.Exif()
-    exif[274] = 6  # a camera held on its side: lying bars that are to be shown upright
+    exif[274] = 6  # the camera was turned: these level bars are upright once rotated
     members = {
         "a.JPG": as_bytes(bars("level", generator), "jpeg", exif=exif, quality=100),
         "a.txt": b"\xef\xbb\xbfupright",
@@ -425,7 +425,7 @@ def test_shards_are_turned_upright_and_their_damage_is_named_once(tmp_path):
     assert len(data) == 3 and list(data.captions()) == ["upright", "half", "none"]
     for batch in islice(batches(data, 3, seed=0), 3):
         assert batch.captions == ["upright"] * 3
-        columns = batch.pixels.float().std(dim=2).mean()  # along a bar that stands
+        columns = batch.pixels.float().std(dim=2).mean()  # along an upright bar
         assert columns < batch.pixels.float().std(dim=3).mean() / 5
     named = ["half.png", "no.png", "mute", "empty", "blind", "1.tar", "2.tar"]
     assert len(data.skipped) == len(named)
@@ -433,7 +433,7 @@ def test_shards_are_turned_upright_and_their_damage_is_named_once(tmp_path):
         assert sum(name in reason for reason in data.skipped) == 1, (name, data.skipped)
 
 
-def test_shards_and_their_samples_are_mixed_anew_by_each_seed(tmp_path, monkeypatch):
+def test_each_seed_mixes_shards_and_their_samples_in_another_order(tmp_path, monkeypatch):
     for shard in "abcd":
         members = {f"{i}.png": b"" for i in range(6)}
         members |= {f"{i}.txt": f"{shard}{i}".encode() for i in range(6)}
@@ -452,7 +452,7 @@ def test_shards_and_their_samples_are_mixed_anew_by_each_seed(tmp_path, monkeypa
     assert len({order(data, seed)[0][0] for seed in range(8)}) > 1
 
 
-def test_shards_without_the_library_are_an_error(tmp_path, monkeypatch):
+def test_shards_without_their_library_are_an_error(tmp_path, monkeypatch):
     tar_of(tmp_path / "0.tar", {})
     monkeypatch.setattr(shards_module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install 'miniclip\\[train\\]'"):
@@ -529,7 +529,7 @@ def undisturbed(stripes, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_its_checkpoint_loads_here_and_in_transformers(stripes, tmp_path):
+def test_a_run_learns_and_its_checkpoint_loads_in_transformers_too(stripes, tmp_path):
     trained = run(stripes, tmp_path, replace(QUICK, epochs=12))
     model, tokenizer, transform = load(tmp_path)
     assert_equal_models(model, trained)
@@ -546,7 +546,7 @@ def test_a_run_learns_and_its_checkpoint_loads_here_and_in_transformers(stripes,
         assert torch.equal(model(pixels, ids).logits_per_image, expected)
 
 
-def test_a_run_writes_down_what_it_did(undisturbed):
+def test_a_run_writes_its_recipe_and_losses(undisturbed):
     _, out = undisturbed
     assert read_recipe(out / "recipe.json") == QUICK
     rows = list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
@@ -555,7 +555,7 @@ def test_a_run_writes_down_what_it_did(undisturbed):
     assert not (out / "training.pt").exists()
 
 
-def test_a_new_model_is_decided_by_the_seed_and_its_data(stripes):
+def test_the_seed_and_the_data_decide_a_new_model(stripes):
     source = open_data(stripes, ImageTransform(SIZE))
     (model, tokenizer), (again, _), (other, _) = (
         from_scratch(SHAPE, source, seed) for seed in (0, 0, 1)
@@ -568,8 +568,8 @@ def test_a_new_model_is_decided_by_the_seed_and_its_data(stripes):
     assert tokenizer.context_length == text.context_length == 24
 
 
-def test_a_new_model_is_like_the_one_that_is_named(stripes, like, tmp_path):
-    """It has the checkpoint's shape, recipe and pixel scale, unless the user asks for others."""
+def test_a_new_model_is_like_the_given_checkpoint(stripes, like, tmp_path):
+    """It has the checkpoint's shape, recipe, mean and std, unless the user gives others."""
     settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     for name in ("recipe.json", "config.json"):
         (tmp_path / name).write_bytes((like / name).read_bytes())
@@ -584,7 +584,7 @@ def test_a_new_model_is_like_the_one_that_is_named(stripes, like, tmp_path):
     (tmp_path / "shape.json").write_text(json.dumps(shape.to_dict()))
     found = set_up(str(stripes), like=str(tmp_path), config=str(tmp_path / "shape.json"))
     assert found.model.config.embed_dim == 24 and found.recipe == QUICK
-    assert found.transform == ImageTransform(SIZE)  # the pixels are the other shape's
+    assert found.transform == ImageTransform(SIZE)  # it follows `config`, not `like`
 
     found = set_up(str(stripes))
     assert found.recipe == Recipe() and found.model.config.vision == SMALL.vision
@@ -592,8 +592,8 @@ def test_a_new_model_is_like_the_one_that_is_named(stripes, like, tmp_path):
     assert found.recipe == QUICK
 
 
-def test_the_defaults_of_a_recipe():
-    """They stay as documented, so that a training can be repeated."""
+def test_the_defaults_of_a_recipe_do_not_change():
+    """If they changed, the command of an earlier training would give another model."""
     assert asdict(Recipe()) == {
         "epochs": 30, "batch": 256, "lr": 1e-3, "muon_lr": 0.0, "weight_decay": 0.1,
         "warmup": 0.05, "clip_gradient": 1.0, "patch_dropout": 0.0, "full_epochs": 1, "ema": 0.0,
@@ -603,8 +603,8 @@ def test_the_defaults_of_a_recipe():
     }  # fmt: skip
 
 
-def test_a_source_has_the_pixels_of_the_transform(tmp_path):
-    """Cropped, resized and turned as the model sees them."""
+def test_every_source_gives_the_pixels_of_the_transform(tmp_path):
+    """After normalising, they equal the pixels that the model gets when it is used."""
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     transform = ImageTransform(SIZE, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
@@ -619,7 +619,7 @@ def test_a_source_has_the_pixels_of_the_transform(tmp_path):
 
 
 @pytest.mark.parametrize("memory", [3 * SIZE**2, 3 * SIZE**2 - 1])
-def test_pictures_are_decoded_once_where_all_of_them_fit(memory, tmp_path, monkeypatch):
+def test_images_are_decoded_once_if_all_fit_in_memory(memory, tmp_path, monkeypatch):
     captioned(tmp_path, "jsonl", pictures=1, broken=None)
     monkeypatch.setattr(data_module, "MEMORY", memory)
     opened = []
@@ -679,7 +679,7 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkey
 
 
 def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, monkeypatch, capsys):
-    """A log file shows pictures a second, the time left and the loss."""
+    """A log file shows pairs per second, the time left and the loss."""
     note = run_module.Run.log_step
 
     def stop(self, *args, **kwargs):
@@ -696,7 +696,7 @@ def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, mon
 
 
 def test_a_new_vocabulary_has_its_own_size_and_token_ids(stripes, tmp_path):
-    """A config of transformers may have a small vocabulary, and no ids of special tokens."""
+    """A transformers config may give a small vocabulary, and no ids of special tokens."""
     config = SHAPE.to_dict()
     config["text_config"] = {
         name: value for name, value in config["text_config"].items() if "token_id" not in name
@@ -734,7 +734,7 @@ def test_a_run_that_is_killed_while_it_saves_can_be_continued(
     assert not (tmp_path / "training.pt").exists()
 
 
-def test_a_model_whose_training_was_interrupted_is_as_it_was(stripes, tmp_path, monkeypatch):
+def test_an_error_in_training_leaves_no_hook_on_the_model(stripes, tmp_path, monkeypatch):
     source = open_data(stripes, ImageTransform(SIZE))
     model, tokenizer = from_scratch(SHAPE, source)
     monkeypatch.setattr(run_module.Run, "log_step", lambda *args, **kwargs: 1 / 0)
@@ -752,8 +752,8 @@ def test_a_nan_loss_ends_the_run_before_it_is_saved(stripes, tmp_path):
         assert all(p.isfinite().all() for p in loaded(tmp_path).parameters())
 
 
-def test_a_loss_on_a_gpu_is_read_only_where_it_is_needed(stripes, tmp_path):
-    """Reading a loss waits for the device. A meta tensor cannot be read at all."""
+def test_a_loss_on_a_gpu_is_read_only_when_needed(stripes, tmp_path):
+    """Reading a loss waits for the device. A meta tensor raises an error when it is read."""
     model, _ = from_scratch(SHAPE, open_data(stripes, ImageTransform(SIZE)))
     state = run_module.Run(tmp_path, model, QUICK)
     state.note_loss(torch.empty((), device="meta"))
@@ -773,7 +773,7 @@ def test_a_finished_run_is_not_overwritten(stripes, undisturbed):
     assert (undisturbed[1] / "model.safetensors").read_bytes() == before
 
 
-def test_another_recipe_does_not_continue_a_run(stripes, tmp_path):
+def test_continuing_a_run_with_another_recipe_is_an_error(stripes, tmp_path):
     torch.save({"settings": {"recipe": asdict(QUICK), "config": {}}}, tmp_path / "training.pt")
     with pytest.raises(ValueError, match="unfinished run with other values of epochs, seed"):
         run(stripes, tmp_path, replace(QUICK, epochs=1, seed=2))
@@ -797,7 +797,7 @@ def test_a_damaged_state_is_an_error(stripes, tmp_path, monkeypatch):
         run(stripes, tmp_path)
 
 
-def test_a_full_disk_is_named(stripes, tmp_path, monkeypatch):
+def test_an_error_of_a_full_disk_says_so(stripes, tmp_path, monkeypatch):
     def full(state, file):
         file.write(b"a" * 100)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -819,9 +819,9 @@ def test_a_damaged_state_file_is_an_error(state, stripes, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch.compile's own
-def test_a_compiled_run_has_nearly_the_loss_of_another(stripes, tmp_path, monkeypatch):
-    """The towers' graphs run without inductor, which would compile C++ for a minute."""
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from torch.compile itself
+def test_compiling_changes_the_loss_by_less_than_1e_4(stripes, tmp_path, monkeypatch):
+    """The graphs run without inductor, which would compile C++ for a minute."""
     in_graphs = partialmethod(torch.nn.Module.compile, backend="eager")
     monkeypatch.setattr(torch.nn.Module, "compile", in_graphs)
     plain = replace(QUICK, epochs=1, patch_dropout=0.0)
@@ -832,12 +832,12 @@ def test_a_compiled_run_has_nearly_the_loss_of_another(stripes, tmp_path, monkey
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_batch_larger_than_the_data_is_the_data(stripes, tmp_path):
+def test_a_batch_larger_than_the_data_is_all_of_it(stripes, tmp_path):
     run(stripes, tmp_path, replace(QUICK, epochs=1, batch=10_000))
     assert read_recipe(tmp_path / "recipe.json").batch == 161
 
 
-def test_a_caption_of_500_words_is_cut_and_said_to_be(tmp_path, capsys):
+def test_a_caption_of_500_words_is_cut_with_a_message(tmp_path, capsys):
     captioned(tmp_path, "jsonl")
     with open(tmp_path / "metadata.jsonl", "a") as file:
         for words in (250, 300):
@@ -846,11 +846,11 @@ def test_a_caption_of_500_words_is_cut_and_said_to_be(tmp_path, capsys):
     run(tmp_path, tmp_path / "out", replace(QUICK, epochs=3, batch=7))
     said = capsys.readouterr().err
     assert said.count("captions too long for the text tower are cut") == 1
-    assert said.count("003.png") == 1  # the broken picture is named too, and counted
+    assert said.count("003.png") == 1  # the broken image is named too, and counted
     assert "skipped images or shards: 1;" in said
 
 
-def test_hard_negatives_need_data_that_has_them(stripes, tmp_path):
+def test_hard_negatives_need_data_with_false_captions(stripes, tmp_path):
     with pytest.raises(ValueError, match="no false captions"):
         run(stripes, tmp_path, replace(QUICK, hard_negatives=True))
 
@@ -873,12 +873,12 @@ def test_hard_negatives_need_data_that_has_them(stripes, tmp_path):
         *((name, -1, "at least 0") for name in ("lora", "val_every")),
     ],
 )
-def test_a_recipe_is_checked(name, value, expected):
+def test_a_recipe_value_out_of_range_is_an_error(name, value, expected):
     with pytest.raises(ValueError, match=f"{name} is {value!r}; expected {expected}"):
         Recipe(**{name: value})
 
 
-def test_a_recipe_may_have_whole_numbers_for_fractions(tmp_path):
+def test_a_recipe_may_have_integers_for_floats(tmp_path):
     (tmp_path / "recipe.json").write_text('{"lr": 1, "augment": true}')
     assert read_recipe(tmp_path / "recipe.json") == Recipe(lr=1, augment=True)
     (tmp_path / "recipe.json").write_text('{"augment": 1}')
@@ -912,7 +912,7 @@ def loaded(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_command_is_continued_by_the_same_command(
+def test_the_same_command_continues_after_it_was_killed(
     stripes, like, undisturbed, tmp_path, capsys
 ):
     line = ["train", stripes, "--recipe", like, "--out", tmp_path / "killed"]
@@ -958,7 +958,7 @@ def test_fine_tuning_starts_from_the_checkpoint(stripes, undisturbed, tmp_path):
         ([".", "--device", "warp"], "device"),
     ],
 )
-def test_bad_input_is_one_line(args, reason, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_an_error_of_one_line(args, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.json").write_text('{"speed": 1}')
     (tmp_path / "typed.json").write_text('{"epochs": "3"}')
@@ -975,7 +975,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(stripes, tmp_path):
 
 
 @pytest.mark.slow
-def test_curves_are_drawn(stripes, like, tmp_path, capsys):
+def test_train_draws_its_curves(stripes, like, tmp_path, capsys):
     line = ["train", stripes, "--recipe", like, "--epochs", 2, "--out", tmp_path / "out"]
     line += ["--plot", tmp_path / "curves.png", "--json"]
     assert main(list(map(str, line))) == 0
@@ -985,7 +985,7 @@ def test_curves_are_drawn(stripes, like, tmp_path, capsys):
         assert picture.width > 1000
 
 
-def test_initial_weights_are_spread_as_openai_spreads_them():
+def test_initial_weights_have_openais_standard_deviations():
     torch.manual_seed(0)
     shape = replace(SHAPE, text=replace(SHAPE.text, width=128, layers=3, vocab_size=2000))
     text = CLIP(shape).text
@@ -993,7 +993,7 @@ def test_initial_weights_are_spread_as_openai_spreads_them():
     assert text.token_embed.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert attn.q_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
     assert attn.out_proj.weight.std().item() == pytest.approx(128**-0.5 * 6**-0.5, rel=0.05)
-    # transformers has these two the other way round
+    # transformers exchanges these two values
     theirs = transformers.CLIPModel(transformers_config(shape)).text_model.encoder.layers[0]
     swapped = theirs.self_attn.q_proj.weight.std().item()
     assert swapped == pytest.approx(128**-0.5 * 6**-0.5, rel=0.05)

@@ -1,4 +1,4 @@
-"""Captions that are true of several pictures, averaged weights, and Muon's stacked matrices."""
+"""Training: captions that are true of several images, averaged weights, Muon and bfloat16."""
 
 import json
 import math
@@ -40,7 +40,7 @@ KINDS = {
 
 
 def with_several_captions(folder):
-    """Write 16 pictures of one colour each, with all true captions."""
+    """Write 16 images of one colour each, with all true captions."""
     rows = []
     for i in range(16):
         kind = list(KINDS)[i % len(KINDS)]
@@ -72,14 +72,14 @@ def slow_loss(image, text, scale, captions, kinds):
 
 
 def kinds_of(pixels):
-    """Return the kind of each picture, by its colour."""
+    """Return the kind of each image, by its colour."""
     colours = {kind: Image.new("RGB", (1, 1), kind).getpixel((0, 0)) for kind in KINDS}
     shown = [tuple(picture[:, 0, 0].tolist()) for picture in pixels]
     return [next(kind for kind in KINDS if colours[kind] == colour) for colour in shown]
 
 
 @pytest.mark.parametrize("step", range(3))
-def test_a_caption_is_true_of_every_picture_that_lists_it(captioned, step):
+def test_a_caption_is_true_of_every_image_that_lists_it(captioned, step):
     data = open_data(captioned, ImageTransform(32))
     batch = next(batches(data, batch=12, seed=step, first=step))
     kinds = kinds_of(batch.pixels)
@@ -90,12 +90,12 @@ def test_a_caption_is_true_of_every_picture_that_lists_it(captioned, step):
     found = batch_loss(scale, batch.labels, batch.also, image, text)
     expected = slow_loss(image, text, scale, batch.captions, kinds)
     assert found.item() == pytest.approx(expected, abs=1e-12)
-    # With equal captions alone counted as true, the loss would be another one.
+    # The loss differs from one in which only equal captions count as true.
     assert found != contrastive_loss(image, text, scale, batch.labels[:, None] == batch.labels)
 
 
 @pytest.mark.parametrize("text", ["a picture", ["a picture"]])
-def test_a_picture_with_one_caption_lists_no_more(text, tmp_path):
+def test_an_image_with_one_caption_lists_no_others(text, tmp_path):
     for i in range(2):
         Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
     rows = [json.dumps({"file_name": f"{i}.png", "text": text}) + "\n" for i in range(2)]
@@ -114,10 +114,10 @@ def test_a_list_of_anything_but_strings_is_an_error(text, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
-def test_several_rows_of_one_picture_are_true_of_it(kind, tmp_path):
-    """Several rows of a picture, as in COCO: each row's caption is true of the picture."""
+def test_the_captions_in_several_rows_of_an_image_are_true_of_it(kind, tmp_path):
+    """COCO, for one, has several rows for each image."""
     rows = [(f"{i}.png", f"view {j} of {i}") for j in range(3) for i in range(4)]
-    rows.append(("./3.png", "view 0 of 0"))  # the first picture's caption, of the last one too
+    rows.append(("./3.png", "view 0 of 0"))  # the last image also has the first one's caption
     for i in range(4):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
     if kind == "jsonl":
@@ -154,7 +154,7 @@ def test_empty_captions_are_counted_and_left_out(tmp_path):
 @pytest.mark.parametrize("between", [",", "\t", ";"])
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_columns_may_have_other_names_and_separators(between, suffix, tmp_path):
-    """open_clip's files are called .csv and have tabs; many spreadsheets write semicolons."""
+    """open_clip's .csv files are separated by tabs, and many spreadsheets write semicolons."""
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     rows = [("filepath", "id", "title"), ("a.png", "7", '"a cat, black; asleep"')]
     text = "\n".join(between.join(row) for row in rows)
@@ -163,7 +163,7 @@ def test_columns_may_have_other_names_and_separators(between, suffix, tmp_path):
     assert list(data.captions()) == ["a cat, black; asleep"]
 
 
-def test_chunks_share_targets_as_the_whole_batch_does():
+def test_chunks_give_the_gradients_of_the_whole_batch():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (6,), generator=generator)
     also = torch.randint(3, (6, 2), generator=generator)
@@ -189,7 +189,7 @@ AVERAGED = Recipe(epochs=4, batch=8, lr=0.01, muon_lr=0.02, patch_dropout=0.5, e
 
 
 @pytest.mark.slow
-def test_a_run_learns_what_is_true_of_several_pictures(captioned, tmp_path):
+def test_a_run_learns_captions_that_are_true_of_several_images(captioned, tmp_path):
     data = open_data(captioned, ImageTransform(32))
     model, tokenizer = from_scratch(SHAPE, data)
     recipe = replace(AVERAGED, epochs=20, patch_dropout=0.0)
@@ -224,7 +224,7 @@ def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
     for i, (returned, written) in enumerate(
         zip(model.parameters(), saved.parameters(), strict=True)
     ):
-        # Each later step weighs a quarter; what is left, the first step.
+        # Every step after the first weighs 1/4 at its time, and then decays.
         shares = [0.75**7] + [0.25 * 0.75 ** (7 - step) for step in range(1, 8)]
         average = sum(share * p[i] for share, p in zip(shares, after_each_step, strict=True))
         torch.testing.assert_close(returned.data, average, rtol=0, atol=1e-6)
@@ -255,17 +255,17 @@ def test_a_stopped_run_continues_its_average_to_the_same_bits(captioned, tmp_pat
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
-def test_stacked_matrices_become_orthogonal_as_each_does_alone(shape):
+def test_stacking_matrices_does_not_change_how_each_becomes_orthogonal(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     matrices *= torch.tensor([1e-3, 1, 1e3])[:, None, None]
     alone = torch.cat([orthogonalized(matrix[None]) for matrix in matrices])
     torch.testing.assert_close(orthogonalized(matrices), alone, rtol=0, atol=1e-5)
-    # Newton and Schulz leave every singular value somewhere near 1, Jordan says 0.7 to 1.2.
+    # The Newton-Schulz iteration gives singular values near 1; Muon's author says 0.7 to 1.2.
     singular = torch.linalg.svdvals(orthogonalized(matrices))
     assert singular.min() > 0.5 and singular.max() < 1.3
 
 
-def test_muon_steps_each_matrix_as_if_it_were_alone():
+def test_muon_steps_each_matrix_independently():
     generator = torch.Generator().manual_seed(0)
     shapes = [(4, 6), (6, 4), (4, 6), (5, 5), (6, 4)]
     together = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -284,7 +284,7 @@ def test_muon_steps_each_matrix_as_if_it_were_alone():
 # bfloat16 on a CPU
 
 
-def test_bfloat16_ends_before_the_loss(captioned, tmp_path, monkeypatch):
+def test_under_bfloat16_embeddings_are_normalised_in_float32(captioned, tmp_path, monkeypatch):
     lengths = []
 
     def note(image, text, *args):
@@ -296,12 +296,10 @@ def test_bfloat16_ends_before_the_loss(captioned, tmp_path, monkeypatch):
     model, tokenizer = from_scratch(SHAPE, data)
     recipe = Recipe(epochs=1, batch=16, precision="bfloat16")
     train(model, tokenizer, ImageTransform(32), data, recipe, tmp_path / "run")
-    assert lengths == pytest.approx([1] * 32, abs=1e-6)  # bfloat16 would be off by 1e-3
+    assert lengths == pytest.approx([1] * 32, abs=1e-6)  # in bfloat16 the error would be 1e-3
 
 
-def test_bfloat16_writes_attention_out_and_leaves_the_model_as_it_was(
-    captioned, tmp_path, monkeypatch
-):
+def test_bfloat16_writes_attention_out_only_during_training(captioned, tmp_path, monkeypatch):
     written_out = []
 
     def attend(self, q, k, v):

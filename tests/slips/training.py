@@ -7,7 +7,7 @@ TRAINING = "tests/test_training.py"
 FINE = "tests/test_fine_tuning.py"
 PROCESSES = "tests/test_processes.py"
 DATA = (
-    "tests/test_training.py -k 'source or pictures or pixels or shards or class "
+    "tests/test_training.py -k 'source or images or pixels or shards or class "
     "or called_by or batches or augment or cannot'"
 )
 SETUP = (
@@ -25,7 +25,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "Gradients are clipped to 1, whatever the recipe says.",
+        "Gradients are always clipped to 1.",
         "clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)",
         "clip_grad_norm_(run.objective.parameters(), 1.0)",
         RUNS,
@@ -55,7 +55,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "One epoch too few is without patch dropout.",
+        "Patch dropout ends one epoch too late.",
         "(epoch < recipe.epochs - recipe.full_epochs)",
         "(epoch <= recipe.epochs - recipe.full_epochs)",
         RUNS,
@@ -67,19 +67,19 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "Every run augments its pictures.",
+        "Every run augments its images.",
         "augment(pixels) if augmented else pixels",
         "augment(pixels)",
         RUNS,
     ),
     Slip(
-        "OpenAI's mean and std stand in place of the transform's.",
+        "OpenAI's mean and std replace the transform's.",
         "for values in (transform.image_mean, transform.image_std)",
         "for values in (ImageTransform().image_mean, ImageTransform().image_std)",
         RUNS,
     ),
     Slip(
-        "Mean and std change places.",
+        "Mean and std are exchanged.",
         "for values in (transform.image_mean, transform.image_std)",
         "for values in (transform.image_std, transform.image_mean)",
         RUNS,
@@ -109,7 +109,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "A step's seed leaves the seed of the run out.",
+        "A step's seed ignores the seed of the run.",
         "((seed * 1_000_003 + step) * 1_000_003 + i)",
         "(step * 1_000_003 + i)",
         RUNS,
@@ -127,13 +127,13 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "A picture has the same caption in every epoch.",
+        "An image has the same caption in every epoch.",
         "yield item, draw_seed(seed, step, i)",
         "yield item, draw_seed(seed, step % steps, i)",
         RUNS,
     ),
     Slip(
-        "All pictures of a step draw the same number.",
+        "All images of a step draw the same number.",
         "yield item, draw_seed(seed, step, i)",
         "yield item, draw_seed(seed, step)",
         RUNS,
@@ -163,13 +163,13 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "A run that is continued sees the first batches again.",
+        "A continued run gets the first batches again.",
         "batches(data, recipe.batch, recipe.seed, run.step, rank, world_size)",
         "batches(data, recipe.batch, recipe.seed, 0, rank, world_size)",
         TRAINING + " -k stopped",
     ),
     Slip(
-        "False captions are learnt from without being asked for.",
+        "False captions are always learnt from.",
         "batch.negatives * recipe.hard_negatives",
         "batch.negatives",
         RUNS,
@@ -187,7 +187,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "The schedule goes on to the next step's rate.",
+        "The schedule gives the rate of the next step.",
         "schedule(run.step, steps, recipe.warmup)",
         "schedule(run.step + 1, steps, recipe.warmup)",
         RUNS,
@@ -221,14 +221,14 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "Embeddings of pictures are not normalised.",
+        "Embeddings of images are not normalised.",
         "(unit_norm(x.to(self.model.logit_scale.dtype)) for x in embeds)",
         "(embeds[0].float(), unit_norm(embeds[1].float()))",
         RUNS,
     ),
     Slip("The model is not put in training mode.", "    model.train()\n", "", RUNS),
     Slip(
-        "The model comes back in training mode.",
+        "train returns a model in training mode.",
         "    return whole_model.eval()",
         "    return whole_model",
         RUNS,
@@ -247,7 +247,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "Weight decay is not what the recipe says.",
+        "Weight decay ignores the recipe.",
         "            recipe.weight_decay,\n            {p:",
         "            0.1,\n            {p:",
         RUNS,
@@ -265,13 +265,13 @@ SLIPS = [
         TRAINING + " -k cut",
     ),
     Slip(
-        "A loss that is not finite goes on.",
+        "A loss that is not finite does not end the run.",
         "if not math.isfinite(self.loss):",
         "if False:",
         TRAINING + " -k nan_loss",
     ),
     Slip(
-        "A row of metrics has the last loss alone.",
+        "A row of metrics has only the last loss.",
         "sum(self.losses) / len(self.losses)",
         "self.losses[-1]",
         RUNS,
@@ -340,7 +340,7 @@ SLIPS = [
         "about = 0.0,",
         RUNS,
     ),
-    Slip("Adam decouples no decay.", "torch.optim.AdamW(", "torch.optim.Adam(", RUNS),
+    Slip("Weight decay is Adam's, not AdamW's.", "torch.optim.AdamW(", "torch.optim.Adam(", RUNS),
     Slip("Muon's momentum is 0.9.", "momentum: float = 0.95", "momentum: float = 0.9", RUNS),
     Slip(
         "Muon has no Nesterov momentum.",
@@ -367,13 +367,13 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "Muon takes four steps of Newton and Schulz.",
+        "Muon takes four Newton-Schulz steps.",
         "for _ in range(5):\n        gram",
         "for _ in range(4):\n        gram",
         RUNS,
     ),
     Slip(
-        "A coefficient of Newton and Schulz is off.",
+        "A Newton-Schulz coefficient is wrong.",
         "3.4445, -4.7750, 2.0315",
         "3.4445, -4.7750, 2.0351",
         RUNS,
@@ -382,7 +382,7 @@ SLIPS = [
         "Muon takes the embeddings too.", 'p.ndim == 2 and ".blocks." in name', "p.ndim == 2", RUNS
     ),
     Slip(
-        "Muon takes the vision tower only.",
+        "Muon optimises only the vision tower.",
         'p.ndim == 2 and ".blocks." in name',
         'p.ndim == 2 and "vision.blocks." in name',
         RUNS,
@@ -400,7 +400,7 @@ SLIPS = [
         "(step - rising) / max(1, steps - rising + 1)",
         RUNS,
     ),
-    Slip("The share of warm-up is floored.", "round(steps * warmup)", "int(steps * warmup)", RUNS),
+    Slip("The warm-up is rounded down.", "round(steps * warmup)", "int(steps * warmup)", RUNS),
     Slip(
         "The rate of Muon stays at its peak.",
         "    for optimizer in optimizers:\n        for group in optimizer.param_groups:\n"
@@ -411,7 +411,7 @@ SLIPS = [
     ),
     # the loss
     Slip(
-        "The loss looks in one direction.",
+        "The loss has only one direction.",
         "cross_entropy(logits.T, is_true.T)",
         "cross_entropy(logits, is_true)",
         TRAINING + " -k loss",
@@ -441,25 +441,25 @@ SLIPS = [
         TRAINING + " -k loss",
     ),
     Slip(
-        "The two passes draw other patches.",
+        "The two passes drop different patches.",
         "        torch.manual_seed(seed)\n        # The chunks' gradients add up",
         "        # The chunks' gradients add up",
         TRAINING + " -k passes",
     ),
     Slip(
-        "A gathered row's gradient is its own process's alone.",
+        "A gathered row has only the gradient of its own process.",
         "        dist.all_reduce(gradient)\n",
         "",
-        PROCESSES + " -k 'gathering or big_batch'",
+        PROCESSES + " -k 'gather or big_batch'",
     ),
     Slip(
-        "Each process goes on with its own gradients.",
+        "Processes do not share their gradients.",
         "    return DistributedDataParallel(\n        objective,",
         "    DistributedDataParallel(\n        nn.Linear(1, 1),",
         PROCESSES + " -k big_batch",
     ),
     Slip(
-        "Gathered rows come process by process.",
+        "Gathered rows are in the order of the processes.",
         ".transpose(0, 1).flatten(0, 1)[:batch]",
         ".flatten(0, 1)[:batch]",
         PROCESSES + " -k big_batch",
@@ -491,7 +491,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "The model comes back without its average.",
+        "train returns the weights and not their average.",
         "self.model.load_state_dict(weights.state_dict())",
         "pass",
         RUNS,
@@ -505,7 +505,7 @@ SLIPS = [
     ),
     Slip("`lora` is ignored.", "    if lora:\n", "    if False:\n", FINE + " -k lora"),
     Slip(
-        "Processes and starts draw other low-rank matrices.",
+        "Each process and start draws other low-rank matrices.",
         "        torch.manual_seed(seed)  # the same matrices in every process\n",
         "        torch.seed()\n",
         FINE + " -k crashed",
@@ -535,7 +535,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "SigLIP's loss takes every pair for a false one.",
+        "SigLIP's loss treats every pair as false.",
         "signs = 2 * is_true.to(logits) - 1",
         "signs = 0 * is_true.to(logits) - 1",
         FINE + " -k siglip",
@@ -559,7 +559,7 @@ SLIPS = [
         FINE + " -k best",
     ),
     Slip(
-        "Of equal checkpoints the later one counts as the best.",
+        "Of equal checkpoints, the last counts as the best.",
         "if first > self.best:",
         "if first >= self.best:",
         FINE + " -k best",
@@ -577,7 +577,7 @@ SLIPS = [
         FINE + " -k best",
     ),
     Slip(
-        "Training goes on in evaluation mode.",
+        "After a measurement, training continues in evaluation mode.",
         "reshard(weights.train())",
         "reshard(weights)",
         FINE + " -k held_out",
@@ -613,7 +613,7 @@ SLIPS = [
         PROCESSES + " -k sharded",
     ),
     Slip(
-        "Blocks are not sharded by themselves, and towers not at all.",
+        "Towers are not sharded.",
         "        fully_shard(tower, mesh=mesh)\n",
         "",
         PROCESSES + " -k sharded",
@@ -626,7 +626,7 @@ SLIPS = [
         FINE + " -k fails",
     ),
     Slip(
-        "A command that nobody reads goes on.",
+        "A command whose output nobody reads continues.",
         "            process.kill()\n",
         "",
         FINE + " -k no_longer_read",
@@ -650,13 +650,13 @@ SLIPS = [
         FINE + " -k crashes",
     ),
     Slip(
-        "A picture has its first caption only.",
+        "An image has only its first caption.",
         "random.Random(draw).choice(captions)",
         "captions[0]",
         DATA,
     ),
     Slip(
-        "The pictures keep the transform's mean and std.",
+        "The stored images keep the transform's mean and std.",
         "plain = replace(transform, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)",
         "plain = transform",
         DATA,
@@ -665,19 +665,19 @@ SLIPS = [
         "Pixels are floored.", "(plain(picture) * 255).round()", "(plain(picture) * 255)", TRAINING
     ),
     Slip(
-        "Pictures are never remembered.",
+        "Images are never kept in memory.",
         "            self._kept[path] = pixels\n",
         "            pass\n",
         DATA,
     ),
     Slip(
-        "Pictures are remembered that do not fit.",
+        "Images are kept in memory even if they do not fit.",
         "crop_size**2 <= MEMORY",
         "crop_size**2 >= 0",
         DATA,
     ),
     Slip(
-        "A skipped picture is noted again and again.",
+        "A skipped image is noted again and again.",
         "    if note not in notes:",
         "    if True:",
         DATA,
@@ -689,18 +689,18 @@ SLIPS = [
         DATA,
     ),
     Slip(
-        "One folder is enough.",
+        "A single class folder is accepted.",
         "labelled_images(root)\n    if (count := len(set(images.classes))) < 2:",
         "labelled_images(root)\n    if (count := len(set(images.classes))) < 1:",
         DATA,
     ),
     Slip(
-        "A caption without words is taken.",
+        "A caption without words is accepted.",
         "if text not in (None, []) and str(text).strip())",
         "if text not in (None, []))",
         DATA,
     ),
-    Slip("A sample without words is taken.", "and _caption(sample).strip():", ":", DATA),
+    Slip("A sample without words is accepted.", "and _caption(sample).strip():", ":", DATA),
     Slip(
         "Shards are read in one order.",
         "[self.paths[i] for i in shuffled(len(self.paths), seed)]",
@@ -726,19 +726,19 @@ SLIPS = [
         DATA,
     ),
     Slip(
-        "A batch that lost a picture is smaller.",
+        "A batch that lost an image is smaller.",
         "pairs += [pairs[i % len(pairs)] for i in range(len(loaded) - len(pairs))]",
         "pass",
         DATA,
     ),
     Slip(
-        "A run that is continued within an epoch starts it again.",
+        "A run that is continued within an epoch starts the epoch again.",
         "skip * batch, steps * batch)",
         "0, steps * batch)",
         DATA,
     ),
     Slip(
-        "Shares are halves in a row.",
+        "The processes share a batch in contiguous parts.",
         "if i % world_size == rank:",
         "if i * world_size // batch == rank:",
         DATA,
@@ -750,14 +750,14 @@ SLIPS = [
         DATA,
     ),
     Slip(
-        "Every picture is zoomed.",
+        "Every image is zoomed.",
         "side = 1 - (torch.rand(b) - 0.5).clamp(min=0)",
         "side = 1 - torch.rand(b) / 2",
         DATA,
     ),
-    Slip("Pictures are moved twice as far.", "x, y = 0.3 * (", "x, y = 0.6 * (", DATA),
+    Slip("Images are moved twice as far.", "x, y = 0.3 * (", "x, y = 0.6 * (", DATA),
     Slip(
-        "Pictures are also turned upside down.",
+        "Images are also turned upside down.",
         "torch.stack([side * mirror, none, x, none, side, y]",
         "torch.stack([side, none, x, none, side * mirror, y]",
         DATA,
@@ -782,13 +782,13 @@ SLIPS = [
         SETUP,
     ),
     Slip(
-        "What is asked for does not come first.",
+        "The user's values do not override the recipe.",
         "replace(recipe, **overrides or {})",
         "recipe",
         SETUP,
     ),
     Slip(
-        "The scale of pixels is not taken over.",
+        "The checkpoint's transform is ignored.",
         "        transform = ImageTransform.from_pretrained(directory)\n    source",
         "        pass\n    source",
         SETUP,
@@ -799,27 +799,27 @@ SLIPS = [
         "pass",
         SETUP,
     ),
-    Slip("A model and a config are taken together.", "if model and config:", "if False:", SETUP),
+    Slip("A model and a config may be given together.", "if model and config:", "if False:", SETUP),
     Slip(
-        "No epoch at all is taken.",
+        "A recipe of 0 epochs is accepted.",
         '{"epochs": 1, "batch": 2}',
         '{"epochs": 0, "batch": 2}',
         SETUP,
     ),
     Slip(
-        "A batch of one is taken.",
+        "A batch of one is accepted.",
         '{"epochs": 1, "batch": 2}',
         '{"epochs": 1, "batch": 1}',
         SETUP,
     ),
     Slip(
-        "NaN is a rate.",
+        "NaN is accepted as a learning rate.",
         "if not least <= getattr(self, name) <= most:",
         "if getattr(self, name) < least or getattr(self, name) > most:",
         SETUP,
     ),
     Slip(
-        "A gradient of length 0 is taken.",
+        "Clipping gradients to length 0 is accepted.",
         '"clip_gradient", self.clip_gradient > 0',
         '"clip_gradient", self.clip_gradient >= 0',
         SETUP,
@@ -831,13 +831,13 @@ SLIPS = [
         SETUP,
     ),
     Slip(
-        "The default rate is another.",
+        "The default learning rate is another one.",
         "lr: float = described(1e-3,",
         "lr: float = described(2e-3,",
         SETUP,
     ),
     Slip(
-        "The default warm-up is another.",
+        "The default warm-up is another one.",
         "warmup: float = described(0.05,",
         "warmup: float = described(0.1,",
         TRAINING,
@@ -861,16 +861,16 @@ SLIPS = [
         SETUP,
     ),
     Slip(
-        "Optimizers start anew in a run that is continued.",
+        "A continued run starts with new optimizers.",
         "optimizer.load_state_dict(saved)",
         "pass",
         SETUP,
     ),
     # the drawn world
-    Slip("A colour is another.", '"pink": (255, 140, 196)', '"pink": (255, 150, 196)', SHAPES),
-    Slip("Large is smaller.", '"large": 13', '"large": 12', SHAPES),
+    Slip("Pink is another colour.", '"pink": (255, 140, 196)', '"pink": (255, 150, 196)', SHAPES),
+    Slip("Large objects are smaller.", '"large": 13', '"large": 12', SHAPES),
     Slip("Tilts are other angles.", "TILTS = (-12, 0, 12)", "TILTS = (-10, 0, 10)", SHAPES),
-    Slip("Relations are spoken of sooner.", "CLEAR = 8\n", "CLEAR = 6\n", SHAPES),
+    Slip("Relations are named at smaller distances.", "CLEAR = 8\n", "CLEAR = 6\n", SHAPES),
     Slip("Other pairs are held out.", "SHAPES[(3 * i + 1) % 8]", "SHAPES[(3 * i + 2) % 8]", SHAPES),
     Slip("A star is fatter.", "np.tile([1, 0.42], 5)", "np.tile([1, 0.46], 5)", SHAPES),
     Slip(
@@ -880,7 +880,7 @@ SLIPS = [
         SHAPES,
     ),
     Slip(
-        "Masks have what is covered a little.",
+        "Masks include pixels that are covered by a fifth.",
         "mask[rows, columns] = cover >= 0.5",
         "mask[rows, columns] = cover >= 0.2",
         SHAPES,
@@ -899,19 +899,19 @@ SLIPS = [
         SHAPES,
     ),
     Slip(
-        "Nothing vague is said.",
+        "No caption is vague.",
         "kind = vague if random.random() < 0.2 else",
         "kind = vague if random.random() < 0.0 else",
         SHAPES,
     ),
     Slip(
-        "A lesson is a fifth of all.",
+        "A lesson is a fifth of the training set.",
         "self.lesson_length = count // 6",
         "self.lesson_length = count // 5",
         SHAPES,
     ),
     Slip(
-        "Lessons come in one order.",
+        "Lessons always have the same order.",
         "for i in shuffled(end - first, seed))",
         "for i in range(end - first))",
         SHAPES,
@@ -921,19 +921,19 @@ SLIPS = [
     ),
     Slip("The score asks about training's scenes.", "SCORE_SEED = 2021", "SCORE_SEED = 0", SHAPES),
     Slip(
-        "Seen and unseen are one.",
+        "Unseen pairs are scored on seen pairs.",
         "unseen=naming(held_out=True)",
         "unseen=naming(held_out=False)",
         SHAPES,
     ),
     Slip(
-        "Left and right are above and below.",
+        "Left and right are scored on above and below.",
         'left_right=preferring("places", "x")',
         'left_right=preferring("places", "y")',
         SHAPES,
     ),
     Slip(
-        "Binding is about places.",
+        "Binding is scored on places.",
         'binding=preferring("colours")',
         'binding=preferring("places")',
         SHAPES,
@@ -945,7 +945,7 @@ SLIPS = [
         SHAPES,
     ),
     Slip(
-        "The seconds of a row count the validation.",
+        "The seconds of a row include the validation.",
         "self.started += time.monotonic() - began",
         "pass",
         f"{FINE} -k seconds_of",
