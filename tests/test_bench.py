@@ -185,7 +185,7 @@ def test_the_table_is_80_columns_wide():
         "  transformers, compiled   99,900.0 ms       2.6/s   22.22x (11.11 to 33.33)",
     ]
     assert "650 MB" in lines[4]
-    assert lines[5].endswith("not timed: its output is another, by 0.01")
+    assert lines[5].endswith("not timed: its output differs by 0.01")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -658,13 +658,13 @@ def test_bad_input_is_an_error_of_one_line(argv, words, capsys):
     assert words in err
 
 
-@pytest.mark.parametrize("stderr, reason", [("a\nb: c\n", "b: c"), ("", "it said nothing")])
+@pytest.mark.parametrize("stderr, reason", [("a\nb: c\n", "b: c"), ("", "it printed no error")])
 def test_a_process_that_fails_says_why(stderr, reason, monkeypatch, tmp_path):
     setting = Setting(tmp_path, SHAPE, "tiny", "cpu", torch.float32, False, 3)
     done = types.SimpleNamespace(returncode=1, stderr=stderr)
     monkeypatch.setattr(pipeline.subprocess, "run", lambda *args, **named: done)
     monkeypatch.setattr(pipeline, "first_inputs", lambda setting: ())
-    with pytest.raises(RuntimeError, match=f"miniclip failed in a process of its own: {reason}$"):
+    with pytest.raises(RuntimeError, match=f"miniclip failed in a new process: {reason}$"):
         pipeline.in_process(setting, "miniclip")
 
 
@@ -809,5 +809,5 @@ def test_an_engine_is_timed_within_the_tolerance_of_its_name(setting, monkeypatc
     assert rows["copy"].difference == 0 and rows["copy"].cost is not None
     assert 1e-5 < rows["copy-bf16"].difference < 5e-2 and rows["copy-bf16"].cost is not None
     far = rows["copy-bf16"]._replace(difference=0.009)
-    assert table([far]).endswith("its output is off by 9e-03")
+    assert table([far]).endswith("its output differs by 9e-03")
     assert table([rows["copy"]]).count("\n") == 3

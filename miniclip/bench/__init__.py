@@ -1,9 +1,9 @@
-"""The same work by miniclip and by its peers, side by side, timed.
+"""Time the same work in miniclip and in other libraries, side by side.
 
-`miniclip bench` does the same work with miniclip, transformers and, where they are installed,
-open_clip and openai/CLIP, on random weights in an official shape. Outputs are compared first; what
-differs is not timed. "One matrix product" is the same number of multiply-adds at this machine's
-best speed, which no model can exceed.
+`miniclip bench` times miniclip, transformers and, if they are installed, open_clip and openai/CLIP,
+with random weights in an official shape. It compares the outputs first, and does not time a library
+whose output differs. "Matrix products alone" are the products with a tower's weights, without the
+rest of the tower. The fastest of PyTorch, oneDNN and MKL computes them.
 
     $ miniclip bench
     Medians over the rounds, and of each round's cost in miniclip's (quartiles).
@@ -82,19 +82,19 @@ best speed, which no model can exceed.
       2.13.0+cpu, transformers 5.23.0, tokenizers 0.23.3, pillow 13.0.0, faiss-cpu
       1.15.1
 
-"At once" pads all texts to the longest of them, where the other goes label by label; open_clip and
-openai/CLIP, which pad to 77, take 9.2 and 9.3 times as long (`--suite zeroshot`, both installed,
-same machine and date). `search` ranks by float64 and keeps one block of its mapped file in memory;
-FAISS holds a copy of it all. `miniclip bench --suite vision text --compile` adds compiled encoders
-of both libraries: at 16 images transformers' eager vision tower takes 1.04 to 1.19 times as long as
-the compiled one (medians of three runs), which is at 0.95 to 0.97 of the matrix product; with
-`--dtype bfloat16` 1.01 to 1.03 times, and 0.78 to 0.83.
+"transformers, at once" pads all texts to the longest one; "transformers" embeds one label's texts
+at a time. open_clip and openai/CLIP pad to 77 tokens and take 9.2 and 9.3 times as long as miniclip
+(`--suite zeroshot`, same machine and date). In `search`, miniclip ranks by float64 and keeps one
+block of the file in memory; FAISS keeps a copy of all rows. `miniclip bench --suite vision text
+--compile` adds compiled encoders: at 16 images, transformers' eager vision tower takes 1.04 to 1.19
+times as long as the compiled one (medians of three runs), and the matrix product takes 0.95 to 0.97
+times as long. In bfloat16, the two ratios are 1.01 to 1.03, and 0.78 to 0.83.
 
-On Linux part of an eager pass is the clearing of memory that glibc gave back a moment before.
-`embed`, `eval` and `train` have it kept; for a script of your own `MALLOC_MMAP_MAX_=0` and
-`MALLOC_TRIM_THRESHOLD_=4294967296` in the environment do the same.
+On Linux, glibc returns freed memory to the system, which clears it before the next use. This costs
+an eager pass time. `embed`, `eval` and `train` keep freed memory; in a script of your own, set
+`MALLOC_MMAP_MAX_=0` and `MALLOC_TRIM_THRESHOLD_=4294967296` in the environment.
 
-On a GPU, not run here:
+On a GPU (not run here):
 
     miniclip bench --device cuda --json && pytest -m gpu
 """

@@ -1,4 +1,4 @@
-"""The pictures of `miniclip bench`: times of several libraries, and growth with size."""
+"""The figures of `miniclip bench`: the costs of several libraries, and how time grows with size."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from miniclip.figures.style import BLUE, ORANGE, Figure, save_figure
 
 
 def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
-    """How many times as long as miniclip each contender took: medians, and quartiles as whiskers.
+    """Draw each contender's cost divided by miniclip's: medians as bars, quartiles as whiskers.
 
-    The scale is logarithmic, so that half as long and twice as long are equally far from 1.
+    The scale is logarithmic, so the ratios 0.5 and 2 are equally far from 1.
     """
     timed = [row for row in rows if row.ratio is not None]
     titles = dict.fromkeys(f"{row.suite}: {row.work}" for row in timed)
-    lines: list[Row | str] = []  # from the top: each case's title, then its contenders
+    lines: list[Row | str] = []  # from the top: the title of each case, then its contenders
     for title in titles:
         lines += [title, *(row for row in timed if f"{row.suite}: {row.work}" == title)]
     figure = Figure(figsize=(9, 0.8 + 0.26 * len(lines)), layout="constrained")
@@ -27,10 +27,10 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
             heading = axes.text(0, y, line, transform=axes.get_yaxis_transform(), va="center")
             heading.set(weight="bold", backgroundcolor="white")
             continue
-        assert line.ratio is not None  # the others are not among the timed
+        assert line.ratio is not None  # `timed` has only rows with a ratio
         lower, median, upper = line.ratio
         color = ORANGE if line.contender.startswith("miniclip") else BLUE
-        color = "0.7" if line.difference is None else color  # shown for scale, and no peer
+        color = "0.7" if line.difference is None else color  # does only a part of the work
         axes.barh(y, median - 1, left=1, color=color, height=0.6)
         axes.errorbar(
             median, y, xerr=[[median - lower], [upper - median]], color="black", linewidth=1
@@ -44,20 +44,20 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.1)
-    axes.set_xlabel("cost, as a multiple of miniclip's (logarithmic)")
+    axes.set_xlabel("cost divided by miniclip's cost (logarithmic)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     save_figure(figure, path)
 
 
 def draw_growth(rows: Sequence[Growth], path: str | PathLike[str]) -> None:
-    """Time against size, an axis in each panel, beside the line that the theory predicts."""
+    """Draw the measured and the theoretical time against the size, one panel for each axis."""
     axes = {axis: list(group) for axis, group in itertools.groupby(rows, lambda row: row.axis)}
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     for panel, (axis, group) in zip(figure.subplots(2, 3).flat, axes.items(), strict=True):
         sizes = [row.size for row in group]
         theory = [group[-1].seconds * row.theory / group[-1].theory for row in group]
-        panel.plot(sizes, theory, "--", color=BLUE, label="theory, from the largest size")
+        panel.plot(sizes, theory, "--", color=BLUE, label="theory, scaled to fit the largest size")
         panel.plot(sizes, [row.seconds for row in group], "o-", color=ORANGE, label="measured")
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
         panel.spines[["top", "right"]].set_visible(False)

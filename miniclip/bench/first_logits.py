@@ -1,6 +1,6 @@
-"""From the files to the first logits, by miniclip or by transformers.
+"""Load a checkpoint and compute the first logits, with miniclip or with transformers.
 
-In a new process this file runs as a script, and imports nothing but the library that it measures:
+`miniclip bench` runs this file as a script in a new process, which imports only one of the two:
 
     python first_logits.py LIBRARY '[directory, photograph, texts, device, dtype]'
 """
@@ -8,7 +8,7 @@ In a new process this file runs as a script, and imports nothing but the library
 import sys
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder, whose files have the names of other people's modules
+    del sys.path[0]  # this folder: its files would hide other modules of the same names
 
 import json
 import re
@@ -62,14 +62,14 @@ READY = {"miniclip": ready_miniclip, "transformers": ready_transformers}
 
 
 def kilobytes(field: str) -> int:
-    """A field of this process's status. getrusage's peak includes the parent's."""
+    """Read a field of this process's status. The peak of getrusage includes the parent process."""
     with open("/proc/self/status") as status:
         found = re.search(field + r":\s*(\d+) kB", status.read())
     return int(found[1]) if found else 0
 
 
 def main(library: str, inputs: str) -> None:
-    """Print the logits, and the most bytes that the process took after its imports."""
+    """Print the logits, and the peak memory in bytes beyond the memory that the imports took."""
     first_logits = READY[library]()
     on_linux = sys.platform == "linux"
     before = kilobytes("VmRSS") if on_linux else 0

@@ -1,10 +1,10 @@
-"""How time and memory grow with the batch, the image, the context, the collection and the labels.
+"""Measure how time and memory grow with the sizes of batch, image, text, labels and index.
 
     miniclip bench --growth --plot growth.png
 
-Each step is timed at several sizes beside its theory: the multiply-adds of the model, or the number
-of rows or labels. "growth" is how often the time grew since the size before, divided by how often
-the theory did. At 1 the step grows as it must. Below 1 a fixed cost still weighs.
+In theory, the time is proportional to the model's multiply-adds, or to the number of rows or
+labels. "growth" is the factor by which the time grew from one size to the next, divided by the
+factor that theory predicts. It is below 1 if a fixed cost is a large part of the time.
 
                                               time        memory      growth
 
@@ -47,13 +47,13 @@ the theory did. At 1 the step grows as it must. Below 1 a fixed cost still weigh
                            1,000,000      146.6 ms         85 MB        0.63
 
 2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows.
-256 images take 1.5 times as long as 64 suggest. Why was not measured.
+256 images take 1.5 times as long as the time of 64 images predicts. The reason is not known.
 
 10^9 rows do not fit here: as float32 vectors of 512 numbers they take 2 TB, and an exact search
-reads them all. On paper, FAISS's `IVF1048576_HNSW32,PQ64` (product quantisation, 64 bytes a vector)
-takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. A query that visits
-64 of the 1,048,576 cells compares about 61,000 codes. FAISS's guide to choosing an index lists this
-one for 100M to 1B vectors. Its recall depends on the data. It was not measured here.
+reads them all. By calculation, the index `IVF1048576_HNSW32,PQ64` of FAISS (product quantisation,
+64 bytes a vector) takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. A
+query that visits 64 of the 1,048,576 cells compares about 61,000 codes. FAISS's guide lists this
+index for 100M to 1B vectors. Its recall depends on the data, and was not measured here.
 """
 
 import ctypes
@@ -87,7 +87,7 @@ ROUNDS = 3
 
 
 class Step(NamedTuple):
-    """One piece of work, before it is timed."""
+    """Work of one size, to be timed."""
 
     axis: str
     size: int
@@ -96,13 +96,13 @@ class Step(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """What one size of an axis took."""
+    """The time and the memory of one size."""
 
-    axis: str
+    axis: str  # what grows, such as "images in a batch"
     size: int
     seconds: float  # median of the rounds
-    bytes: int | None  # most at once, beyond what was there before; None: only Linux and CUDA tell
-    theory: float  # the time should be proportional to it: multiply-adds, rows or labels
+    bytes: int | None  # peak memory beyond the memory before the work; Linux and CUDA only
+    theory: float  # multiply-adds, rows or labels; in theory, proportional to the time
 
 
 def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -> list[Growth]:
@@ -110,7 +110,7 @@ def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -
 
     Args:
         shape: a name from PUBLISHED.
-        sizes: at most this many of each axis, the smallest ones.
+        sizes: how many sizes of each axis to time, beginning with the smallest. By default all.
     """
     rows: list[Growth] = []
     with TemporaryDirectory() as folder, torch.inference_mode():
@@ -122,7 +122,7 @@ def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -
 
 
 def measured(steps: Iterator[Step], device: str) -> Iterator[Growth]:
-    """Run each step once to warm up, ROUNDS times against the clock, and once for its memory."""
+    """Run each step once to measure its memory and to warm up, then ROUNDS times for its time."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     for axis, size, theory, run in steps:
         most = memory_of(run, device)
@@ -137,7 +137,7 @@ def measured(steps: Iterator[Step], device: str) -> Iterator[Growth]:
 
 
 def memory_of(run: Callable[[], Any], device: str) -> int | None:
-    """The most bytes at once during `run`, beyond those before it."""
+    """Return the peak memory of `run` in bytes, beyond the memory in use before it."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -146,29 +146,30 @@ def memory_of(run: Callable[[], Any], device: str) -> int | None:
     if sys.platform != "linux":
         run()
         return None
+    # Return freed memory to the system: if `run` reused it, the result would be too small.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # musl does not have it
-        libc.malloc_trim(0)  # give back what is free, or the work would find its memory there
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest value so far
+        libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     run()
     return max(0, resident("VmHWM") - before)
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory: now (VmRSS), or the highest value (VmHWM). Linux only."""
+    """The memory of this process in bytes: now (VmRSS), or the peak (VmHWM). Linux only."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
 @cache
 def tower_multiply_adds(config: CLIPConfig, tower: str) -> int:
-    """The multiply-adds of one image, or of one text as long as the context."""
+    """The multiply-adds of a tower for one image, or for one text of the full context length."""
     return sum(part.multiply_adds for part in parts(config) if part.name.startswith(tower))
 
 
 def images(loaded: Loaded, folder: Path) -> Iterator[Step]:
-    """Images in one batch."""
+    """Encode batches of a growing number of images."""
     config = loaded.model.config
     work = tower_multiply_adds(config, "vision")
     for n in (1, 4, 16, 64, 256):
@@ -177,7 +178,7 @@ def images(loaded: Loaded, folder: Path) -> Iterator[Step]:
 
 
 def sides(loaded: Loaded, folder: Path) -> Iterator[Step]:
-    """One image of a growing side."""
+    """Encode one image of a growing size."""
     vision = loaded.model.config.vision
     for side in (vision.side, 2 * vision.side, 3 * vision.side, 32 * vision.side // 7):
         larger = resize_image(loaded.model, side // vision.patch_size * vision.patch_size)
@@ -188,7 +189,7 @@ def sides(loaded: Loaded, folder: Path) -> Iterator[Step]:
 
 
 def contexts(loaded: Loaded, folder: Path) -> Iterator[Step]:
-    """One text of a growing length."""
+    """Encode one text of a growing length."""
     text = loaded.model.config.text
     for length in (text.context_length, 256, 512, 1024, 2048):
         longer = extend_context(loaded.model, length)
@@ -198,14 +199,14 @@ def contexts(loaded: Loaded, folder: Path) -> Iterator[Step]:
 
 
 def embedded_labels(loaded: Loaded, folder: Path) -> Iterator[Step]:
-    """Growing numbers of labels to a classifier."""
+    """Make a classifier from a growing number of labels."""
     for n in (10, 100, 1_000):
         names = captions(n)
         yield Step("labels embedded", n, n, lambda: ZeroShotClassifier(*loaded[:2], names, ["{}"]))
 
 
 def ranked_labels(loaded: Loaded, folder: Path) -> Iterator[Step]:
-    """One image against growing numbers of labels."""
+    """Rank a growing number of labels for one image."""
     classifier = ZeroShotClassifier(*loaded[:2], ["a label"])
     pixels = random_inputs(loaded.model.config, images=1)[0].to(classifier.weights.device)
     row = classifier.weights
@@ -215,13 +216,13 @@ def ranked_labels(loaded: Loaded, folder: Path) -> Iterator[Step]:
 
 
 def collection(loaded: Loaded, folder: Path) -> Iterator[Step]:
-    """A query against growing numbers of rows in a memory-mapped file."""
+    """Search a growing number of rows in a memory-mapped file."""
     width = loaded.model.config.embed_dim
     draw = torch.Generator().manual_seed(0)
     query, *block = unit_norm(torch.randn(1 + BLOCK, width, generator=draw)).split([1, BLOCK])
     noise = Encoder("noise", None, "", "float32", ImageTransform())
     for n in (1_000, 10_000, 100_000, 1_000_000, 10_000_000):
-        if shutil.disk_usage(folder).free < 6 * n * width:  # the file takes two thirds of it
+        if shutil.disk_usage(folder).free < 6 * n * width:  # the file takes 4 * n * width
             return
         path = folder / "rows"
         rows = torch.from_file(str(path), shared=True, size=n * width).view(n, width)
@@ -237,7 +238,7 @@ AXES = (images, sides, contexts, embedded_labels, ranked_labels, collection)
 
 
 def growth_table(rows: Sequence[Growth]) -> str:
-    """A paragraph for each axis, 80 columns wide."""
+    """Return a paragraph for each axis, at most 80 columns wide."""
     lines = [f"{'':32}{'time':>14}{'memory':>14}{'growth':>12}"]
     for axis, group in itertools.groupby(rows, key=lambda row: row.axis):
         lines += ["", axis]

@@ -1,4 +1,4 @@
-"""One checkpoint in several libraries, each used as its own documentation uses it."""
+"""Load one checkpoint in several libraries, each used as its documentation shows."""
 
 import warnings
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from miniclip.peers import import_transformers
 
 
 class Library(NamedTuple):
-    """A CLIP that a library read from a directory. Ids are padded as the library pads them."""
+    """A CLIP that a library has loaded. The library decides how token ids are padded."""
 
     name: str
-    model: Any  # a module of the library's own
+    model: Any  # the library's own module
     encode_image: Callable[[Tensor], Tensor]  # pixels (B, 3, S, S) -> (B, E)
     encode_text: Callable[[Tensor], Tensor]  # ids (B, T) -> (B, E)
     tokenize: Callable[[list[str]], Tensor]  # texts -> ids (B, T)
@@ -31,28 +31,28 @@ class Library(NamedTuple):
 
 
 def libraries(directory: Path, device: str, dtype: torch.dtype) -> list[Library]:
-    """miniclip, transformers, and open_clip and openai/CLIP if they can be imported.
+    """Load a checkpoint in miniclip, transformers and, if installed, open_clip and openai/CLIP.
 
-    The directory holds a checkpoint as `miniclip.save` writes it, and its vocabulary in OpenAI's
-    form. Raises ValueError without transformers.
+    The directory has a checkpoint that `miniclip.save` wrote, and its vocabulary in OpenAI's file
+    format. Raises ValueError if transformers is not installed.
     """
     found = [use_miniclip(directory, device, dtype), use_transformers(directory, device, dtype)]
     for use in (use_open_clip, use_openai):
         try:
             found.append(use(directory, device, dtype))
         except ImportError:
-            pass  # it is not installed, or torchvision is not
+            pass  # the library or torchvision is not installed
     return found
 
 
 def use_miniclip(directory: Path, device: str, dtype: torch.dtype) -> Library:
-    """miniclip's `load`."""
+    """Load the checkpoint with miniclip."""
     model, tokenizer, transform = load(directory, device=device, dtype=dtype)
     return Library("miniclip", model, model.encode_image, model.encode_text, tokenizer, transform)
 
 
 def use_transformers(directory: Path, device: str, dtype: torch.dtype) -> Library:
-    """transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessorPil."""
+    """Load the checkpoint with transformers."""
     transformers = import_transformers()
     model = transformers.CLIPModel.from_pretrained(directory, dtype=dtype).to(device).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(directory)
@@ -72,11 +72,11 @@ def use_transformers(directory: Path, device: str, dtype: torch.dtype) -> Librar
 
 
 def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
-    """open_clip's. Raises ImportError if it is not installed."""
+    """Load the checkpoint with open_clip. Raises ImportError if it is not installed."""
     import open_clip
 
     ours = CLIP.from_pretrained(directory)
-    # It reads a text at its largest id, which is the end token in this vocabulary.
+    # open_clip reads the embedding at the largest id. In this vocabulary that is the end token.
     text = replace(ours.config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     model = open_clip.CLIP(**to_open_clip(asdict(replace(ours.config, text=text))))
     tokenizer = open_clip.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))
@@ -86,9 +86,9 @@ def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
 
 
 def use_openai(directory: Path, device: str, dtype: torch.dtype) -> Library:
-    """openai/CLIP's. Raises ImportError if it is not installed."""
+    """Load the checkpoint with openai/CLIP. Raises ImportError if it is not installed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it imports pkg_resources, which is deprecated
+        warnings.simplefilter("ignore")  # openai/CLIP imports pkg_resources, which is deprecated
         from clip import clip, model, simple_tokenizer
 
     ours = CLIP.from_pretrained(directory)
@@ -98,7 +98,7 @@ def use_openai(directory: Path, device: str, dtype: torch.dtype) -> Library:
         *(vision.image_size, vision.layers, vision.width, vision.patch_size),
         *(text.context_length, text.vocab_size, text.width, text.heads, text.layers),
     )
-    # The vocabulary that clip.tokenize reads is a variable of its module.
+    # clip.tokenize takes its vocabulary from this variable.
     clip._tokenizer = simple_tokenizer.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))
     theirs = with_weights(theirs, ours).to(device, dtype)
     preprocess = clip._transform(vision.image_size)
@@ -112,7 +112,7 @@ def in_openai_style(
     preprocess: Callable[[Image.Image], Tensor],
     dtype: torch.dtype,
 ) -> Library:
-    """A model whose methods and preprocessing have the names of openai/CLIP's."""
+    """Make a Library of a model that has the methods and the preprocessing of openai/CLIP."""
     return Library(
         name,
         model.eval(),
@@ -124,6 +124,6 @@ def in_openai_style(
 
 
 def with_weights(theirs: nn.Module, ours: CLIP) -> nn.Module:
-    """Give a model of openai/CLIP or open_clip our weights. The two share their names."""
+    """Put our weights into a model of openai/CLIP or open_clip. Both use the same tensor names."""
     theirs.load_state_dict(pack(ours.state_dict(), OPENAI), strict=True)
     return theirs

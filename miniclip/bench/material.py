@@ -1,4 +1,4 @@
-"""What the suites work on: random weights, a vocabulary, captions and photographs."""
+"""The inputs of the suites: random weights, a vocabulary, captions and photographs."""
 
 import gzip
 import random
@@ -27,12 +27,12 @@ from miniclip.transform import ImageTransform
 from miniclip.zeroshot.prompts import IMAGENET_CLASSES, TEMPLATE_SETS
 
 MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far an output may be from miniclip's, relative to its length: what rounding explains."""
+"""The largest distance from miniclip's output that rounding explains, relative to its length."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the suites work with. Libraries and photographs are made when they are first needed."""
+    """The arguments of a suite. Libraries are loaded, and images made, when they are first used."""
 
     directory: Path  # of a checkpoint with random weights
     config: CLIPConfig
@@ -45,21 +45,21 @@ class Setting:
 
     @cached_property
     def libraries(self) -> list[Library]:
-        """miniclip first, then its peers, with the checkpoint loaded."""
+        """The checkpoint in each library, miniclip first."""
         return libraries(self.directory, self.device, self.dtype)
 
     @cached_property
     def photographs(self) -> list[Path]:
-        """Sixteen JPEG files."""
+        """The paths of sixteen JPEG files."""
         return [photograph(self.directory / f"{i}.jpg", i) for i in range(16)]
 
     @property
     def dtype_name(self) -> str:
-        """The dtype without its module: "float32"."""
+        """The name of the dtype, such as "float32"."""
         return str(self.dtype).removeprefix("torch.")
 
     def timed(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, Trial]:
-        """A trial of each contender's work, timed on this device."""
+        """Make a trial of each function, timed on this device."""
         return {name: timed(run, self.device) for name, run in runs.items()}
 
     def case(
@@ -71,17 +71,17 @@ class Setting:
         trials: dict[str, Trial],
         form: Callable[[Any], Any] = unit_rows,
     ) -> Case:
-        """Work of the model, whose result depends on rounding."""
+        """Make a Case for work of the model, with a tolerance for rounding errors."""
         work = f"{work}, {self.shape}, {self.dtype_name}"
         loose = {name: find_engine(name).tolerance for name in self.engines if "-" in name}
         return Case(suite, work, count, unit, trials, form, MAX_DISTANCE[self.dtype], loose)
 
 
 def prepare(directory: Path, shape: str) -> CLIPConfig:
-    """Write a checkpoint of random weights in an official shape, for every library to read.
+    """Write a checkpoint with random weights in an official shape, which every library can read.
 
-    The vocabulary is learned from the captions, because the package contains no published one. The
-    embedding has as many rows as a published model's.
+    The vocabulary is learnt from captions, because the package does not contain OpenAI's. The token
+    embedding still has as many rows as the published model's.
     """
     tokenizer = Tokenizer.train([*captions(2000), *MIXED_SCRIPTS], 4096)
     config = PUBLISHED[shape]
@@ -102,7 +102,7 @@ def prepare(directory: Path, shape: str) -> CLIPConfig:
 
 
 def captions(count: int) -> list[str]:
-    """OpenAI's templates with OpenAI's class names. Up to 80,000 captions nearly all differ.
+    """Put OpenAI's class names into OpenAI's templates. Nearly all of the first 80,000 are different.
 
     >>> captions(2)
     ['a bad photo of a tench.', 'a photo of many rooster.']
@@ -113,7 +113,7 @@ def captions(count: int) -> list[str]:
     ]
 
 
-# Article 1 of the Universal Declaration of Human Rights, its first sentence; and emoji.
+# The first sentence of article 1 of the Universal Declaration of Human Rights, and emoji.
 MIXED_SCRIPTS = [
     "Tous les êtres humains naissent libres et égaux en dignité et en droits.",
     "Alle Menschen sind frei und gleich an Würde und Rechten geboren.",
@@ -131,14 +131,14 @@ MIXED_SCRIPTS = [
 
 
 def mixed_captions(count: int) -> list[str]:
-    """Eight words each, from twelve scripts."""
+    """Make texts of eight random words from MIXED_SCRIPTS."""
     words = [word for text in MIXED_SCRIPTS for word in text.split()]
     draw = random.Random(0)
     return [" ".join(draw.choices(words, k=8)) for _ in range(count)]
 
 
 def invented_captions(count: int) -> Iterator[list[str]]:
-    """Yield `count` texts at a time, without end, whose words are all new."""
+    """Yield lists of `count` texts, without end. No word was used before."""
     draw = random.Random(0)
     while True:
         yield [
@@ -150,8 +150,7 @@ def invented_captions(count: int) -> Iterator[list[str]]:
 
 
 def photograph(path: Path, seed: int) -> Path:
-    """Write a JPEG file of 640 x 480 pixels, soft colours with grain, as large as a photograph
-    (about 90 kB)."""
+    """Write a JPEG file of 640 x 480 pixels: random colours with noise, about 90 kB."""
     draw = np.random.default_rng(seed)
     blots = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     smooth = np.asarray(blots.resize((640, 480), Image.Resampling.BICUBIC), np.float32)

@@ -1,7 +1,7 @@
-"""The clock: who takes part, what a trial costs, and how outputs are compared.
+"""Time several contenders at the same work, and compare their outputs.
 
-A round is one trial of each contender, and a ratio is taken within a round, because a slow moment
-of the machine slows them all. Nothing is timed before its output is found equal to miniclip's.
+A contender is a library, an engine, or a part of the work. A round is one trial of each contender.
+Ratios are computed within a round, because a slow moment of the machine slows the whole round.
 """
 
 import itertools
@@ -20,45 +20,45 @@ from miniclip.model import unit_norm
 SECONDS = 6.0  # for each case
 
 Trial = Callable[[], tuple[float, Any]]
-"""One who does the work once returns the cost, in seconds or bytes, and the output. An output of
-None is not compared: it comes from less work, and is shown for scale."""
+"""A function that does the work once and returns its cost, in seconds or bytes, and its output. The
+output is None, and is not compared, if the trial does only a part of the work."""
 
 
 class Case(NamedTuple):
-    """One piece of work. The first contender is miniclip; the others are compared with it."""
+    """Work for several contenders. The first is miniclip, and the others are compared with it."""
 
     suite: str
     work: str
-    # Of units per trial. The name hides a method of tuples, which nobody needs here.
+    # The number of units in a trial. It hides the method `count` of tuples, which is not used.
     count: int  # type: ignore[assignment]
-    unit: str  # "images", "texts", ...; or "bytes", which are themselves the cost
-    trials: dict[str, Trial]  # by contender
-    form: Callable[[Any], Any]  # an output in the form that `distance` compares
+    unit: str  # "images", "texts", ...; "bytes" if the cost is memory
+    trials: dict[str, Trial]  # {name of the contender: trial}
+    form: Callable[[Any], Any]  # converts an output for `distance`
     tolerance: float = 0.0
-    loose: dict[str, float] = {}  # tolerances of contenders in reduced precision
+    loose: dict[str, float] = {}  # {contender in reduced precision: tolerance}
 
 
 class Row(NamedTuple):
-    """What one contender took. Quartiles are (lower, median, upper)."""
+    """The result of one contender. Tuples are (lower quartile, median, upper quartile)."""
 
     suite: str
     work: str
     count: int  # type: ignore[assignment]  # as in Case
     unit: str
     contender: str
-    difference: float | None  # of its output from miniclip's; None if it has no output
-    cost: tuple[float, float, float] | None  # seconds or bytes; None: not timed, because it differs
-    ratio: tuple[float, float, float] | None  # of its cost to miniclip's in the same round
+    difference: float | None  # between its output and miniclip's; None without an output
+    cost: tuple[float, float, float] | None  # seconds or bytes; None if its output differs
+    ratio: tuple[float, float, float] | None  # its cost divided by miniclip's, in a round
 
 
 def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
-    """Compare all outputs, and then time those that are equal to miniclip's."""
+    """Compare each output with miniclip's, then time the contenders whose outputs agree with it."""
     outputs = []
     for trial in case.trials.values():
-        output = trial()[1]  # `form` at once: a CUDA graph reuses its memory
+        output = trial()[1]  # convert it now: a CUDA graph overwrites its output in its next run
         outputs.append(None if output is None else case.form(output))
     differences = [None if out is None else distance(out, outputs[0]) for out in outputs]
-    if differences[0] != 0:  # from itself
+    if differences[0] != 0:  # miniclip's output compared with itself
         raise RuntimeError(f"{case.suite}: miniclip's own output has numbers that are not finite")
     named = dict(zip(case.trials, differences, strict=True))
     equal = {
@@ -66,7 +66,7 @@ def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
         for name, far in named.items()
         if far is None or far <= case.loose.get(name, case.tolerance)
     }
-    alternate(equal, 1, least=1, most=3)  # compilers, caches and clocks warm up
+    alternate(equal, 1, least=1, most=3)  # warm up: compile, fill caches
     costs = dict(zip(equal, zip(*alternate(equal, seconds), strict=True), strict=True))
     first = next(iter(costs.values()))
     rows = []
@@ -82,10 +82,10 @@ def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
 def alternate(
     trials: dict[str, Trial], seconds: float, *, least: int = 3, most: int = 40
 ) -> list[list[float]]:
-    """The costs of each round, in the given order.
+    """Return the costs of each round, in the order of `trials`.
 
-    Trials of a round run in random order: a large product leaves the caches full, and the same
-    contender must not always follow it.
+    Each round runs in a random order. In a fixed order, a trial would always find the caches as the
+    same other trial leaves them.
     """
     draw = random.Random(0)
     start = time.perf_counter()
@@ -107,9 +107,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def distance(one: Any, other: Any) -> float:
-    """The largest |one - other| / |other| of any row of two tensors (..., N).
+    """The largest |one - other| / |other| over the rows of two tensors (..., N).
 
-    For other things than tensors: 0 if they are equal, or else infinity.
+    The distance of other values is 0 if they are equal, and infinity if they are not.
 
     >>> distance(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 5.0]])) < 0.2
     True
@@ -124,12 +124,12 @@ def distance(one: Any, other: Any) -> float:
 
 
 def unit_rows(embeds: Tensor) -> Tensor:
-    """Embeddings (B, E) in the form that is compared: unit vectors in float64 on the CPU."""
+    """Convert embeddings (B, E) to unit vectors in float64 on the CPU."""
     return unit_norm(embeds.double().cpu())
 
 
 def timed(run: Callable[[], Any], device: str = "cpu") -> Trial:
-    """A trial that costs the seconds of `run`, including the work it starts on a GPU."""
+    """Make a trial whose cost is the seconds of `run`, including its work on a GPU."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     def trial() -> tuple[float, Any]:
@@ -143,20 +143,20 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> Trial:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A paragraph for each case, 80 columns wide."""
-    lines = ["Medians over the rounds, and of each round's cost in miniclip's (quartiles)."]
+    """Return a paragraph for each case, at most 80 columns wide."""
+    lines = ["Medians over the rounds: cost, rate, and cost divided by miniclip's (quartiles)."]
     for (suite, work), group in itertools.groupby(rows, key=lambda row: row[:2]):
         lines += ["", f"{suite}: {work}"]
         for row in group:
             lines.append(f"  {row.contender:<24}{_numbers(row)}")
-            if row.ratio and (row.difference or 0) > 1e-3:  # of unit vectors
-                lines.append(f"{'':28}its output is off by {row.difference:.0e}")
+            if row.ratio and (row.difference or 0) > 1e-3:  # more than rounding in float32
+                lines.append(f"{'':28}its output differs by {row.difference:.0e}")
     return "\n".join(lines)
 
 
 def _numbers(row: Row) -> str:
     if row.cost is None or row.ratio is None:
-        return f"not timed: its output is another, by {row.difference:.1g}"
+        return f"not timed: its output differs by {row.difference:.1g}"
     _, cost, _ = row.cost
     if row.unit == "bytes":
         amount = f"{cost / 1e6:>9,.0f} MB{'':13}"

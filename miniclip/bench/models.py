@@ -1,4 +1,4 @@
-"""Suites of the model: images and captions to embeddings, a zero-shot classifier, gradients."""
+"""The suites that time the model: both towers, a zero-shot classifier, the loss and gradients."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +23,7 @@ from miniclip.zeroshot.prompts import IMAGENET_CLASSES, TEMPLATE_SETS
 
 
 def vision_suite(setting: Setting) -> Iterator[Case]:
-    """Images to embeddings: one, and a batch."""
+    """Encode one image, and a batch of images."""
     for count in sorted({1, setting.batch}):
         pixels = random_inputs(setting.config, images=count)[0].to(setting.device)
         trials = encoders(setting, "encode_image", [pixels] * len(setting.libraries))
@@ -32,7 +32,7 @@ def vision_suite(setting: Setting) -> Iterator[Case]:
 
 
 def text_suite(setting: Setting) -> Iterator[Case]:
-    """A batch of captions to embeddings."""
+    """Encode a batch of captions."""
     texts = captions(setting.batch)
     ids = [library.tokenize(texts).to(setting.device) for library in setting.libraries]
     count, length = ids[0].shape
@@ -43,10 +43,10 @@ def text_suite(setting: Setting) -> Iterator[Case]:
 
 
 def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, Trial]:
-    """Each library's encoder on its input.
+    """Make a trial of each library's encoder, on the library's own input.
 
     With `compile`, miniclip's and transformers' encoders also run compiled, and all outputs are
-    compared with miniclip's compiled encoder. `engines` run miniclip's tower.
+    compared with the output of miniclip's compiled encoder. Each engine runs miniclip's tower.
     """
     pairs = zip(setting.libraries, inputs, strict=True)
     runs = {library.name: (getattr(library, method), x) for library, x in pairs}
@@ -61,7 +61,7 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, T
     if setting.engines:
         model = setting.libraries[0].model
         tower = model.vision if method == "encode_image" else model.text
-        torch._dynamo.reset()  # so that `compile` makes a graph for this very shape
+        torch._dynamo.reset()  # so that `compile` makes a new graph, for this shape alone
         runs |= {name: (on_engine(tower, name), inputs[0]) for name in setting.engines}
 
     @torch.inference_mode()
@@ -73,13 +73,13 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, T
 
 
 def ceiling(setting: Setting, tower: nn.Module, x: Tensor) -> dict[str, Trial]:
-    """The time of a tower's matrix products alone: its shapes, its weights, nothing in between.
+    """Make a trial of the products with a tower's weights alone, without the rest of the tower.
 
-    On a CPU this is the fastest of three ways: PyTorch's, which packs a weight at each call, and
-    oneDNN's and MKL's, which pack it once. Attention's own two products are left out.
+    On a CPU, the fastest of three libraries is used: PyTorch, which packs a weight at each call,
+    and oneDNN and MKL, which pack it once. The two products inside attention are left out.
     """
     pairs = products(tower, x)
-    ways = [lambda: [F.linear(x, w) for x, w in pairs]]  # on a CPU, float16 is fast only here
+    ways = [lambda: [F.linear(x, w) for x, w in pairs]]  # on a CPU, only this is fast in float16
     if x.is_cpu and torch.backends.mkldnn.is_available() and setting.dtype != torch.float16:
         mkldnn = torch.ops.mkldnn
         blocks = [(x, mkldnn._reorder_linear_weight(w, len(x))) for x, w in pairs]
@@ -97,8 +97,8 @@ def ceiling(setting: Setting, tower: nn.Module, x: Tensor) -> dict[str, Trial]:
 
 @torch.no_grad()
 def products(tower: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For each linear layer, and for the convolution that embeds patches, which is one: random
-    rows (N, in), as many as the tower multiplies, and the weight (out, in)."""
+    """Return random rows (N, in) and the weight (out, in) of each linear layer and of the patch
+    embedding. N is the number of rows that the tower multiplies by this weight."""
     pairs = []
 
     def record(layer: Any, args: tuple[Tensor]) -> None:
@@ -115,18 +115,18 @@ def products(tower: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def zeroshot_suite(setting: Setting) -> Iterator[Case]:
-    """Labels in 80 templates to a classifier."""
+    """Make a classifier from labels and 80 templates."""
     ours, *peers = setting.libraries
     tokenizer = ours.tokenize
     assert isinstance(tokenizer, Tokenizer)
-    # A few of the thousand, and the longest: a library that takes all at once pads them to it.
+    # Every hundredth label, and the longest one, to which all texts at once are padded.
     longest = max(IMAGENET_CLASSES, key=lambda label: len(tokenizer.encode(label)))
     labels, templates = [*IMAGENET_CLASSES[::100], longest], TEMPLATE_SETS["imagenet"]
     prompts = [template.replace("{}", label) for label in labels for template in templates]
 
     @torch.inference_mode()
     def class_by_class(library: Library) -> Tensor:
-        """As in OpenAI's notebook."""
+        """Embed the prompts of one label at a time, as in OpenAI's notebook."""
         rows = []
         for label in labels:
             ids = library.tokenize([template.replace("{}", label) for template in templates])
@@ -136,7 +136,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
 
     @torch.inference_mode()
     def all_at_once(library: Library) -> Tensor:
-        """As the library pads a list of texts: to the longest text."""
+        """Tokenize all prompts at once, so that the library pads them to the longest one."""
         batches = library.tokenize(prompts).to(setting.device).split(256)
         embeds = unit_norm(torch.cat([library.encode_text(ids) for ids in batches]))
         return unit_norm(embeds.unflatten(0, (len(labels), -1)).mean(dim=1))
@@ -149,7 +149,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
 
 
 def train_suite(setting: Setting) -> Iterator[Case]:
-    """The contrastive loss of a batch, and its gradients."""
+    """Compute the contrastive loss of a batch and its gradients."""
     texts = captions(setting.batch)
     pixels = random_inputs(setting.config, images=len(texts))[0].to(setting.device)
     names = setting.libraries[0].model.state_dict().keys()
@@ -163,7 +163,7 @@ def train_suite(setting: Setting) -> Iterator[Case]:
         return dict(zip(parameters, grads, strict=True))
 
     def one_vector(gradients: dict[str, Tensor]) -> Tensor:
-        """In OpenAI's layout. open_clip uses it, and the others are converted to it."""
+        """Convert gradients to one vector in OpenAI's layout, which open_clip has too."""
         theirs = {name: layout_name(name, TRANSFORMERS) for name in names}
         if gradients.keys() == set(theirs.values()):
             gradients = {name: gradients[their] for name, their in theirs.items()}

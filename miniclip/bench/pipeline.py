@@ -1,5 +1,5 @@
-"""Suites of all that is around the model: texts to ids, files to pixels, many files to embeddings,
-a query against a million of them, and a start from the files to the first logits."""
+"""The suites that time the steps around the model: the tokenizer, the transform, the embedding of
+many files, a search, and loading from the files to the first logits."""
 
 import itertools
 import json
@@ -30,14 +30,14 @@ from miniclip.transform import ImageTransform, resize_short_side
 
 
 def tokenizer_suite(setting: Setting) -> Iterator[Case]:
-    """Texts to ids: captions, other scripts, and words that no cache has seen."""
+    """Tokenize captions, texts in many scripts, and words that are in no cache."""
     end, count = setting.config.text.eos_token_id, 1000
 
     def without_padding(ids: Tensor) -> list[list[int]]:
         return [row[: row.index(end)] for row in ids.tolist()]
 
     def trial(tokenize: Callable[[list[str]], Tensor], stream: Iterator[list[str]]) -> Trial:
-        """Each time on the next texts. Making them up is not timed."""
+        """Make a trial that tokenizes the next texts of a stream. Making the texts is not timed."""
         return lambda: timed(partial(tokenize, next(stream)))()
 
     streams: dict[str, Callable[[], Iterator[list[str]]]] = {
@@ -59,7 +59,7 @@ def tokenizer_suite(setting: Setting) -> Iterator[Case]:
 
 
 def transform_suite(setting: Setting) -> Iterator[Case]:
-    """Files to pixels: one photograph, and sixteen."""
+    """Transform one JPEG file, and sixteen."""
     size = setting.config.vision.side
 
     def pillow_alone() -> None:
@@ -88,9 +88,9 @@ def transform_suite(setting: Setting) -> Iterator[Case]:
 
 
 def embed_suite(setting: Setting) -> Iterator[Case]:
-    """Four batches of files to unit vectors, and each half of the work alone.
+    """Embed four batches of files. Also time the two halves alone: decoding and encoding.
 
-    On a CPU both halves share the cores, so the whole takes at least their sum.
+    On a CPU both halves share the cores, so the whole takes at least the sum of the two times.
     """
     paths = setting.photographs * (setting.batch // 4) or setting.photographs
     batches = [paths[i : i + setting.batch] for i in range(0, len(paths), setting.batch)]
@@ -126,10 +126,7 @@ SEARCHED = 1_000_000  # rows of 512 numbers, 2 GB
 
 
 def search_suite(setting: Setting) -> Iterator[Case]:
-    """The rows of the twelve largest inner products of a query with a million unit vectors.
-
-    The vectors are a memory-mapped file.
-    """
+    """Search a memory-mapped file of a million unit vectors for the twelve nearest to a query."""
     width, k = 512, 12
     draw = torch.Generator().manual_seed(0)
     path = str(setting.directory / "vectors")
@@ -157,14 +154,14 @@ def search_suite(setting: Setting) -> Iterator[Case]:
 
 
 def load_suite(setting: Setting) -> Iterator[Case]:
-    """From the files to the first logits, in this process."""
+    """Load the files and compute the first logits, in this process."""
     inputs = first_inputs(setting)
     trials = setting.timed({name: partial(ready(), *inputs) for name, ready in READY.items()})
     yield setting.case("load", "files to logits", 1, "times", trials)
 
 
 def startup_suite(setting: Setting) -> Iterator[Case]:
-    """The same in a new process, imports and all."""
+    """Start a process, import the library, load the files and compute the first logits."""
 
     def run(library: str) -> Tensor:
         return in_process(setting, library)[1]
@@ -174,7 +171,7 @@ def startup_suite(setting: Setting) -> Iterator[Case]:
 
 
 def memory_suite(setting: Setting) -> Iterator[Case]:
-    """The most memory of the GPU, or of the process, which only Linux reports."""
+    """Measure the peak memory of the GPU, or of the process if there is no GPU (Linux only)."""
     if not setting.device.startswith("cuda") and sys.platform != "linux":
         return
     size = (setting.directory / "model.safetensors").stat().st_size
@@ -184,14 +181,14 @@ def memory_suite(setting: Setting) -> Iterator[Case]:
 
 
 def first_inputs(setting: Setting) -> tuple[str, str, list[str], str, str]:
-    """What `first_logits.py` reads: directory, photograph, texts, device and dtype."""
+    """The arguments for `first_logits.py`: directory, photograph, texts, device and dtype."""
     texts = ["a photo of a cat", "a photo of two dogs"]
     photograph = str(setting.photographs[0])
     return str(setting.directory), photograph, texts, setting.device, setting.dtype_name
 
 
 def in_process(setting: Setting, library: str) -> tuple[float, Tensor]:
-    """The most bytes that a new process takes after its imports, and its first logits."""
+    """Run `first_logits.py` in a new process. Returns its peak memory in bytes and its logits."""
     script = Path(__file__).with_name("first_logits.py")
     paths = [str(script.parents[2]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -201,7 +198,7 @@ def in_process(setting: Setting, library: str) -> tuple[float, Tensor]:
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RuntimeError(f"{library} failed in a process of its own: {reason}")
+        reason = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
+        raise RuntimeError(f"{library} failed in a new process: {reason}")
     logits, most = json.loads(done.stdout)
     return most, torch.tensor(logits)

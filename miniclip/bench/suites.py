@@ -1,4 +1,4 @@
-"""All suites, the function that runs them, and what they were measured with."""
+"""All suites, the function that runs them, and the hardware and versions that it runs with."""
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -53,14 +53,14 @@ def bench(
     batch: int | None = None,
     engines: Sequence[str] = (),
 ) -> list[Row]:
-    """Do the same work with miniclip and with every peer that is installed, and time it.
+    """Time the same work in miniclip and in every other library that is installed.
 
     Args:
         suites: names from SUITES.
         shape: a name from PUBLISHED. The weights are random.
-        compile: run compiled encoders, too.
-        batch: 16, or 256 on a GPU, unless given.
-        engines: names from miniclip.engines, to run miniclip's towers on.
+        compile: also time compiled encoders.
+        batch: the number of images or texts. By default 16, or 256 on a GPU.
+        engines: names from miniclip.engines. Also time miniclip's towers on them.
     """
     for name in suites:
         if name not in SUITES:
@@ -75,7 +75,7 @@ def bench(
     check_device(device)
     for name in engines:
         find_engine(name)
-    import_transformers()  # before the work: an error comes at once
+    import_transformers()  # before the work, so that its error comes at once
     rows: list[Row] = []
     with TemporaryDirectory() as folder, exact_float32():
         config = prepare(Path(folder), shape)
@@ -91,7 +91,7 @@ def bench(
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """A block without TF32: ten bits of float32's fraction, which cuDNN uses by default."""
+    """Turn TF32 off in a block. TF32 keeps ten bits of the fraction, and is cuDNN's default."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -104,7 +104,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """The hardware and the versions that numbers were measured with."""
+    """The date, the hardware and the versions of the libraries."""
     hardware = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
     hardware += f", {torch.get_num_threads()} threads"
     if device.startswith("cuda"):
@@ -113,7 +113,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def processor() -> str:
-    """The name of the CPU, from Linux or else from Python."""
+    """The name of the CPU, from Linux if possible, otherwise from Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
