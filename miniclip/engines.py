@@ -1,12 +1,12 @@
-"""A tower on another engine: compiled by PyTorch, in ONNX Runtime, or in OpenVINO.
+"""Run a tower on another engine: PyTorch's compiler, ONNX Runtime or OpenVINO.
 
-PyTorch packs a weight again at each matrix product. An engine packs it once, which matters most for
-one picture on a CPU.
+Before each matrix product on a CPU, PyTorch packs the weight: it reorders the numbers. An engine
+packs each weight only once. This saves the most time for a single image.
 
 ```python
 from miniclip.engines import on_engine
 
-encode = on_engine(model.vision, "onnxruntime")  # or "compile", "openvino"; towers of texts too
+encode = on_engine(model.vision, "onnxruntime")  # or "compile", "openvino"; text towers too
 embeds = encode(pixels)  # model.vision(pixels), up to rounding
 ```
 
@@ -15,12 +15,12 @@ embeds = encode(pixels)  # model.vision(pixels), up to rounding
     miniclip bench --suite vision text --engine compile onnxruntime openvino
 
 `on_engine` returns a function with a snapshot of the weights. The function raises an error if
-the tower has a hook, a parameter has changed, or a module or a setting was replaced. It misses only
-edits in place through `.data`, because PyTorch does not count them.
+the tower has a hook, a parameter has changed, or a module or a setting was replaced. The only
+change that it does not notice is an edit in place through `.data`.
 
 Engines with a precision in their name round more: `compile-bf16`, `openvino-bf16` and
-`onnxruntime-int8` (8-bit weights, activations quantised dynamically). `bench` and `parity` show by
-how much. Commands that save or evaluate embeddings do not accept these engines.
+`onnxruntime-int8` (8-bit weights, activations quantised dynamically). `bench` and `parity` show the
+rounding error. Commands that save or evaluate embeddings do not accept these engines.
 """
 
 import copy
@@ -49,8 +49,8 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def compiled(tower: nn.Module) -> Encode:
-    """PyTorch's compiler with weights packed once. One graph is made for the first shape alone,
-    which is faster, and another graph for all other shapes."""
+    """Compile a tower, with weights packed once. PyTorch makes a faster graph for the first shape
+    alone, and a second graph for all other shapes."""
     if next(tower.parameters()).is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("the engine compile needs a C++ compiler, found none: install g++")
     from torch._inductor import config
@@ -58,20 +58,20 @@ def compiled(tower: nn.Module) -> Encode:
     graph = torch.compile(tower)
 
     def run(x: Tensor) -> Tensor:
-        with config.patch(freezing=True):  # as an option of torch.compile it has no effect
+        with config.patch(freezing=True):  # has no effect as an option of torch.compile
             return graph(x)
 
     return run
 
 
 def compiled_bf16(tower: nn.Module) -> Encode:
-    """The compiled tower in bfloat16."""
+    """Compile a tower in bfloat16."""
     return compiled(copy.deepcopy(tower).bfloat16())
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Hide what exporters say about themselves."""
+    """Hide the warnings and the log messages of exporters."""
     level = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,9 +83,9 @@ def silence() -> Iterator[None]:
 
 
 def write_onnx(tower: Any, path: Path) -> None:
-    """Write a tower for any number of pictures, or of texts of any length that it reads."""
+    """Write a tower as ONNX, for any number of images, or of texts up to the context length."""
     if (dtype := next(tower.parameters()).dtype) != torch.float32:
-        raise ValueError(f"the engine needs weights in float32, found {dtype}; compile takes these")
+        raise ValueError(f"the engine needs weights in float32, found {dtype}: use compile instead")
     if hasattr(tower, "patch_embed"):
         config = tower.config
         example = torch.zeros(2, config.channels, *config.height_width)
@@ -95,7 +95,7 @@ def write_onnx(tower: Any, path: Path) -> None:
         example = torch.full((2, min(3, length)), tower.config.eos_token_id)
         sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", min=2, max=length)}
     with silence():
-        torch.onnx.export(  # of a copy, because the exporter replaces parameters for a time
+        torch.onnx.export(  # a copy, because the exporter replaces the parameters while it runs
             copy.deepcopy(tower),
             (example,),
             path,
@@ -106,7 +106,7 @@ def write_onnx(tower: Any, path: Path) -> None:
 
 
 def onnxruntime(tower: nn.Module, int8: bool = False) -> Encode:
-    """ONNX Runtime on the CPU, with as many threads as torch has."""
+    """Run a tower in ONNX Runtime on the CPU, with as many threads as PyTorch uses."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -129,7 +129,7 @@ def onnxruntime(tower: nn.Module, int8: bool = False) -> Encode:
 
 
 def openvino(tower: nn.Module, precision: str = "f32") -> Encode:
-    """OpenVINO on the CPU, with as many threads as torch has. By itself it may choose bfloat16."""
+    """Run a tower in OpenVINO on the CPU. Without `precision`, OpenVINO might choose bfloat16."""
     from openvino import Core
 
     settings = {
@@ -144,11 +144,11 @@ def openvino(tower: nn.Module, precision: str = "f32") -> Encode:
 
 
 class Engine(NamedTuple):
-    """How a tower is put on an engine, what pip must have installed, and how far it may round."""
+    """An engine: the function that starts it, the packages that it needs, and its tolerance."""
 
     start: Callable[[Any], Encode]
     packages: tuple[str, ...] = ()
-    tolerance: float = 2e-5  # of unit vectors; in float32 also of logits at scale 100
+    tolerance: float = 2e-5  # of unit vectors; in float32, also of logits at a scale of 100
 
     @property
     def missing(self) -> list[str]:
@@ -167,11 +167,11 @@ ENGINES = {
     "onnxruntime-int8": Engine(lambda tower: onnxruntime(tower, True), (*ONNX, "onnxruntime"), 0.1),
 }
 FLOAT32 = ("eager", "compile", "onnxruntime", "openvino")
-"""The engines that round as float32 does."""
+"""The engines that compute in float32."""
 
 
 def find_engine(name: str) -> Engine:
-    """An engine by its name. Raises ValueError if there is none, or it is not installed."""
+    """Return an engine by its name. Raises ValueError if it is unknown or not installed."""
     if name not in ENGINES:
         raise ValueError(f"no engine is called {name!r}; expected {', '.join(ENGINES)}")
     if missing := ENGINES[name].missing:
@@ -181,20 +181,20 @@ def find_engine(name: str) -> Engine:
 
 
 def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
-    """Put a tower on an engine.
+    """Make a function that runs a tower on an engine.
 
     Args:
         tower: a vision or a text tower. Do not change it afterwards.
         name: one of ENGINES.
-        check: compare the first batch with the tower.
+        check: compare the first output with the tower's.
 
     Returns:
         A function that computes what the tower computes, without gradients: pixels (B, channels,
         height, width) or ids (B, T) -> embeddings (B, E).
 
     Raises:
-        ValueError: the engine is not installed, or the tower has hooks. The returned function
-            raises it if the tower has changed, or the first batch is out of the engine's tolerance.
+        ValueError: the engine is not installed, or the tower has hooks. The returned function also
+            raises it, if the tower has changed or the first output is out of the tolerance.
 
     >>> import miniclip
     >>> tower = miniclip.VisionTower.from_pretrained("shapes")
@@ -207,7 +207,7 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
         return tower
     like = next(tower.parameters())
     if not like.is_cpu and not name.startswith("compile"):
-        raise ValueError(f"the engine {name} runs on the CPU, and the tower is on {like.device}")
+        raise ValueError(f"the engine {name} runs on the CPU, but the tower is on {like.device}")
     with torch.inference_mode(False), torch.no_grad():
         run = engine.start(tower)
     is_checked = not check
@@ -220,7 +220,7 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
                 f"{changed or 'the tower'} has changed since the tower was put on the engine "
                 f"{name}, which still has the old weights: call on_engine again"
             )
-        # PyTorch does not pack weights in inference mode, or while gradients are on.
+        # PyTorch does not pack weights in inference mode, nor while it records gradients.
         with torch.inference_mode(False), torch.no_grad():
             x = x.to(like.dtype) if x.is_floating_point() else x.long()
             embeds = run(x.detach().contiguous()).to(like.dtype)
@@ -228,8 +228,8 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
                 far = (unit_norm(embeds.float()) - unit_norm(tower(x).float())).abs().max().item()
                 if not far <= engine.tolerance:
                     raise ValueError(
-                        f"the engine {name} is off by {far:.1e}, expected at most "
-                        f"{engine.tolerance:.0e}: it cannot follow {type(tower).__name__} here"
+                        f"the engine {name} differs from the tower by {far:.1e}, expected at most "
+                        f"{engine.tolerance:.0e}: use another engine for {type(tower).__name__}"
                     )
                 is_checked = True
         return embeds
@@ -244,7 +244,7 @@ def check_input(tower: Any, x: Any) -> None:
     else:
         check_ids(x, tower.config.vocab_size)
         if x.shape[1] > (most := tower.config.context_length):
-            raise ContextLengthError(f"texts of {x.shape[1]} tokens; this tower reads {most}")
+            raise ContextLengthError(f"texts of {x.shape[1]} tokens; expected at most {most}")
         tower.eos_positions(x)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("an engine has no gradients: call it under torch.no_grad()")
@@ -254,8 +254,8 @@ Snapshot = dict[str, tuple[list[Any], list[int]]]
 
 
 def snapshot(tower: nn.Module) -> Snapshot:
-    """Each module's objects, and the versions and addresses of its tensors, which show whether
-    the tower has changed. Raises ValueError for a hook."""
+    """Return the objects of each module, and the versions and addresses of its tensors. If any of
+    these change, the tower has changed. Raises ValueError if a module has a hook."""
     kinds = ("forward", "forward_pre", "backward", "backward_pre")
     is_hooked = any(getattr(all_modules, f"_global_{kind}_hooks") for kind in kinds)
     found: Snapshot = {}
@@ -263,7 +263,7 @@ def snapshot(tower: nn.Module) -> Snapshot:
         if is_hooked or any(getattr(module, f"_{kind}_hooks") for kind in kinds):
             raise ValueError(
                 f"{name or 'the tower'} has a hook, which an engine cannot call: remove it, or "
-                "run the tower itself"
+                "run the tower without an engine"
             )
         own = [value for key, value in vars(module).items() if not key.startswith("_")]
         tensors = [*module._parameters.values(), *module._buffers.values()]
@@ -283,12 +283,12 @@ def difference(old: Snapshot, new: Snapshot) -> str | None:
 
 
 def use_engine(model: CLIP, name: str) -> None:
-    """Have `model.encode_image` run on an engine. Raises ValueError as `on_engine` does."""
+    """Make `model.encode_image` run on an engine. Raises the errors of `on_engine`."""
     encode_with(model, name, on_engine(tower_for(model, torch.empty(0)), name))
 
 
 def encode_with(model: CLIP, name: str, encode: Encode) -> None:
-    """Make `encode` the `encode_image` of a model, for as long as it has the same vision tower."""
+    """Make `model.encode_image` call `encode`, or raise an error if the vision tower was replaced."""
     tower = model.vision
 
     def encode_image(pixels: Tensor, normalize: bool = False) -> Tensor:
@@ -306,13 +306,13 @@ def engine_of(model: CLIP) -> str:
 
 
 def use_fastest(model: CLIP, pixels: Sequence[Tensor]) -> str:
-    """Have `model.encode_image` run on the engine that is fastest for these pictures, (3, S, S).
+    """Make `model.encode_image` run on the engine that is fastest for these images, each (3, S, S).
 
-    Engines that round more than float32 are not tried. Engines that are not installed, or are
-    out of tolerance here, are left out. Returns a line about the choice.
+    Only engines in float32 are tried. An engine is left out if it is not installed, or if its
+    output is out of the tolerance. Returns a line about the choice.
     """
     if not pixels:
-        return "engine eager, because no picture could be read to measure others"
+        return "engine eager: no image could be read, so the other engines were not timed"
     tower, x = tower_for(model, torch.empty(0)), torch.stack([*pixels])
     encoders: dict[str, Encode] = {}
     reasons: list[str] = []
@@ -339,16 +339,16 @@ def use_fastest(model: CLIP, pixels: Sequence[Tensor]) -> str:
 
 
 class Row(NamedTuple):
-    """How far an engine is from the tower."""
+    """The difference between the outputs of an engine and of the tower."""
 
     what: str
-    difference: float  # the largest, absolute
+    difference: float  # the largest absolute difference
     tolerance: float
 
 
 @torch.no_grad()
 def differences(model: CLIP, name: str, pixels: Tensor, ids: Tensor) -> list[Row]:
-    """Unit vectors and logits of both towers on an engine, against the model's own."""
+    """Compare an engine's unit vectors and logits with the model's own."""
     expected = model(pixels, ids)
     towers = (tower_for(model, torch.empty(0)), tower_for(model, ids))
     encoders = [on_engine(tower, name, check=False) for tower in towers]

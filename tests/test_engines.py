@@ -94,11 +94,11 @@ def test_what_is_not_installed_says_what_to_install(monkeypatch, model):
 
 def test_an_engine_that_is_off_is_refused_at_its_first_batch(model):
     encode = on_engine(model.vision, "wrong")
-    with pytest.raises(ValueError, match=r"wrong is off by .*, expected at most 2e-05"):
+    with pytest.raises(ValueError, match=r"wrong differs from .*, expected at most 2e-05"):
         encode(PIXELS)
     nan = Engine(lambda tower: lambda x: torch.full((len(x), 36), torch.nan))
     ENGINES["wrong"] = nan
-    with pytest.raises(ValueError, match="off by nan"):
+    with pytest.raises(ValueError, match="differs from the tower by nan"):
         on_engine(model.vision, "wrong")(PIXELS)
 
 
@@ -110,7 +110,7 @@ def test_inputs_are_checked_as_the_tower_checks_them(model):
         text(torch.ones(2, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="this text tower knows 0 to 599"):
         text(torch.full((1, 4), 600))
-    with pytest.raises(ContextLengthError, match="texts of 21 tokens; this tower reads 20"):
+    with pytest.raises(ContextLengthError, match="texts of 21 tokens; expected at most 20"):
         text(torch.full((1, 21), 599))
     with pytest.raises(ValueError, match="an engine has no gradients"):
         vision(PIXELS.clone().requires_grad_())
@@ -207,7 +207,7 @@ def test_auto_takes_the_fastest_of_those_that_are_right(monkeypatch, model):
     about = use_fastest(model, [*PIXELS])
     assert about.startswith("engine copy, 2.00 times as fast as eager; left out: the engine wrong")
     assert engine_of(model) == "copy"
-    assert "no picture could be read" in use_fastest(model, [])
+    assert "no image could be read" in use_fastest(model, [])
 
 
 # ----------------------------------------------------------------------------------- the commands

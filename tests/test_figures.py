@@ -141,9 +141,9 @@ def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
         ("attention", "up to 0.75 of the attention; the same for every text"),
         ("rollout", "up to 0.75 of the attention; the same for every text"),
         ("relevance", "up to 0.75"),
-        ("gradcam", "up to 0.75 of weighted channels"),
-        ("tokens", "up to 0.75 written towards the text"),
-        ("occlusion", "up to 0.75 of the cosine lost"),
+        ("gradcam", "up to 0.75, a weighted sum of channels"),
+        ("tokens", "up to 0.75 added to the cosine"),
+        ("occlusion", "up to 0.75 taken from the cosine"),
     ],
 )
 def test_a_map_states_the_value_of_its_warmest_patch(drawn, method, note):

@@ -102,7 +102,7 @@ def prepare(directory: Path, shape: str) -> CLIPConfig:
 
 
 def captions(count: int) -> list[str]:
-    """Put OpenAI's class names into OpenAI's templates. Nearly all of the first 80,000 are different.
+    """Put OpenAI's class names into OpenAI's templates. Nearly all of the first 80,000 differ.
 
     >>> captions(2)
     ['a bad photo of a tench.', 'a photo of many rooster.']

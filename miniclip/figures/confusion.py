@@ -35,7 +35,7 @@ def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
 
 
 def draw_cells(axes: Axes, result: Evaluation) -> None:
-    """Draw a cell for each pair of classes: the pair's share of the true class, in percent."""
+    """Draw a cell for each true and predicted class: the percentage of the true class."""
     labels = [shorten(label) for label in result.labels]
     share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
     # Darkness is the square root of the share: 4 % is a fifth as dark as 100 %, not a 25th.
@@ -44,7 +44,7 @@ def draw_cells(axes: Axes, result: Evaluation) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(length=0, labelsize=11 if len(labels) <= MOST_NUMBERS else 7)
     axes.spines[:].set_visible(False)
-    axes.set_title("of each true class, in percent", loc="left", fontsize=11)
+    axes.set_title("percentage of each true class", loc="left", fontsize=11)
     if len(labels) <= MOST_NUMBERS:
         for i, j in (share >= 0.005).nonzero().tolist():
             color = "white" if share[i, j] > 0.3 else "black"
@@ -65,7 +65,7 @@ def draw_dots(axes: Axes, result: Evaluation) -> None:
     axes.set_ylim(count, -1)  # the first class on top, as in a matrix
     axes.set_aspect("equal")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("confusions, by the positions of the classes", loc="left", fontsize=11)
+    axes.set_title("confusions; each number stands for a class", loc="left", fontsize=11)
 
 
 def draw_mistakes(axes: Axes, result: Evaluation, most: int = 14) -> None:
@@ -84,7 +84,7 @@ def draw_mistakes(axes: Axes, result: Evaluation, most: int = 14) -> None:
     axes.spines[:].set_visible(False)
     axes.margins(x=0.12)
     axes.set_ylim(len(mistakes) - most - 0.5, len(mistakes) - 0.5)
-    axes.set_title("most frequent: true → predicted, images", loc="left", fontsize=11)
+    axes.set_title("most frequent confusions: true → predicted, images", loc="left", fontsize=11)
 
 
 def draw_reliability(axes: Axes, result: Evaluation) -> None:

@@ -19,7 +19,7 @@ def draw_demo(
     figure = Figure(figsize=(13, 9 if photographs else 4), layout="constrained")
     *above, below = figure.subfigures(2 if photographs else 1, 1, squeeze=False).flat
     if photographs:
-        above[0].suptitle("Photographs, and which of eight labels fits best", x=0.01, ha="left")
+        above[0].suptitle("Photographs: which of eight labels fits best?", x=0.01, ha="left")
         rows = above[0].subplots(2, len(photographs), height_ratios=(1, 1), squeeze=False)
         for top, bottom, photograph in zip(*rows, photographs, strict=True):
             square = ImageOps.fit(photograph.picture, (300, 300))  # the crop of the transform
@@ -27,7 +27,7 @@ def draw_demo(
             show_picture(top, square, photograph.name + note)
             draw_bars(bottom, photograph.scores[:4], inside=True)
     below.suptitle(
-        "A drawn scene, which caption fits best, and where the words are seen", x=0.01, ha="left"
+        "A drawn scene: which caption fits best, and where is each object?", x=0.01, ha="left"
     )
     axes = below.subplots(1, 2 + len(heats), width_ratios=(2, 3, *(2 for _ in heats)))
     show_picture(axes[0], scene.picture, scene.name)

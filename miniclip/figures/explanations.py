@@ -37,11 +37,10 @@ UNITS = {
     "attention": "{} of the attention",
     "rollout": "{} of the attention",
     "relevance": "{}",
-    "gradcam": "{} of weighted channels",
-    "tokens": "{} written towards the text",
-    "occlusion": "{} of the cosine lost",
+    "gradcam": "{}, a weighted sum of channels",
+    "tokens": "{} added to the cosine",
+    "occlusion": "{} taken from the cosine",
 }
-
 
 MOST_COLUMNS = 4  # of heat maps, without the column of the image
 
@@ -88,12 +87,13 @@ def draw_text_maps(
         ax=rows, location="bottom", ticks=[], shrink=2 / columns, aspect=30, pad=0.02,
     )  # fmt: skip
     bar.outline.set_visible(False)
-    bar.set_label("nothing, or against the text  →  a method's warmest patch", fontsize=9)
+    ends = "no evidence, or evidence against the text  →  the warmest patch of the method"
+    bar.set_label(ends, fontsize=9)
     save_figure(figure, path)
 
 
 def warmth(method: str, heat: Tensor) -> str:
-    """Say which value the warmest patch of a map has."""
+    """Return a note with the value of the warmest patch of a map."""
     if heat.max() <= 0:
         return "nowhere"
     blind = "; the same for every text" if method in BLIND else ""

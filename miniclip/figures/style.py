@@ -1,6 +1,6 @@
 """Colours, fonts and file output, for all figures.
 
-The colours are by Okabe and Ito. Colour-blind readers can tell them apart, also in a grey print.
+The colours are by Okabe and Ito. They stay distinct for colour-blind readers and in a grey print.
 """
 
 import textwrap
@@ -17,7 +17,7 @@ from PIL import Image
 
 from miniclip.zeroshot.classifier import Score
 
-PICTURE_SUFFIXES = [f".{kind}" for kind in FigureCanvasBase.filetypes]  # of a figure's file
+PICTURE_SUFFIXES = [f".{kind}" for kind in FigureCanvasBase.filetypes]  # of the files of figures
 BLUE, ORANGE = "#0072b2", "#d55e00"
 
 
@@ -28,7 +28,7 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> None:
     for text in texts:
         text.set_fontfamily(families)
     try:
-        with warnings.catch_warnings():  # about characters that no font has, which become boxes
+        with warnings.catch_warnings():  # a character that no font has is drawn as a box
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(path, dpi=120)
     except OSError as error:
@@ -66,7 +66,7 @@ def usual_font() -> str:
 
 
 def font_file(text: str) -> str:
-    """The file of a font for a text: the default font, or one for characters that it lacks."""
+    """The file of a font for a text: the default font, or a font for what the default lacks."""
     return next(iter(fonts_beside(text).values()), usual_font())
 
 

@@ -1,7 +1,7 @@
 """`miniclip serve`: a page to try models on, in a browser on the same machine.
 
-page.html loads no other file, and talks only to this server. Images are sent in both directions as
-data: URLs inside JSON, so no upload is written to disk. The numbers come from `zeroshot` and
+page.html loads no other file, and talks only to this server. Inside the JSON, images are `data:`
+URLs in both directions, so no upload is written to disk. The numbers come from `zeroshot` and
 `retrieval`, and the maps from `lens`.
 """
 
@@ -43,13 +43,13 @@ HOST = "127.0.0.1"
 FIRST_PORT = 8400
 MAX_BYTES = 20_000_000  # of an upload
 MAX_PIXELS = 50_000_000  # of an upload: decoding takes over ten bytes for each pixel
-MAX_LABELS, MAX_CHARACTERS = 200, 1000  # of a question, and of each of its texts
+MAX_LABELS, MAX_CHARACTERS = 200, 1000  # labels of a question, characters of a text
 MAX_WAITING = 16  # questions at once
 MAX_SECONDS = 60  # to receive a question, and to answer it
-IDLE_SECONDS = 30  # until a connection without a question is closed
-TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # for some other types Pillow starts programs
+IDLE_SECONDS = 30  # after which a connection without a question is closed
+TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # for others, Pillow may start programs
 SIDE = 448  # the smallest side of an image on the page, in pixels
-THUMBNAIL = (224, 224)  # the largest size of an image that was found, in pixels
+THUMBNAIL = (224, 224)  # the largest size of a search result, in pixels
 
 # This header tells the browser to load nothing from other servers.
 POLICY = (
@@ -84,8 +84,8 @@ def open_index(path: str, device: str) -> tuple[Find, str]:
 def create_app(
     models: Mapping[str, Loaded], find: Find | None = None, searcher: str = ""
 ) -> Starlette:
-    """Make the server of the page. The page offers `models`, and a search with `find`, whose model
-    is called `searcher`."""
+    """Make the server of the page, which offers `models`. `find` searches an index, and `searcher`
+    is the name of the model that made the index."""
 
     def find_model(name: str) -> Loaded:
         if name not in models:  # the page may be older than the server
@@ -104,7 +104,7 @@ def create_app(
         }
 
     def classify(asked: dict[str, Any]) -> dict[str, Any]:
-        """{model, picture, labels, templates} -> what the model sees, and its scores."""
+        """{model, picture, labels, templates} -> the part of the image that is seen, and scores."""
         loaded, picture = find_model(asked["model"]), read_picture(asked["picture"])
         templates = find_templates(asked["templates"])
         classifier = ZeroShotClassifier(*loaded[:2], asked["labels"], templates)
@@ -138,7 +138,7 @@ def create_app(
             for path, score, p in find(asked["text"])
         ]
 
-    one_at_a_time = asyncio.Lock()  # hooks would also see the tensors of other questions
+    one_at_a_time = asyncio.Lock()  # otherwise hooks would also see the tensors of other questions
 
     waiting: set[asyncio.Task[Response]] = set()
 
@@ -182,20 +182,20 @@ def create_app(
     home = Route("/", lambda _: HTMLResponse(page, headers={"content-security-policy": POLICY}))
     return Starlette(
         routes=[home, *map(route, (about, classify, explain, search))],
-        # Other host names are refused: another site could point its name at this server.
+        # No other host names, because another site could point its own name at this server.
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
     )
 
 
 def describe_model(loaded: Loaded) -> dict[str, Any]:
-    """What the page needs to know about a model: pixels along a side, heads of each layer."""
+    """The facts about a model that the page shows: pixels along a side, heads of each layer."""
     heads = loaded.model.config.vision.per_layer("heads")
     return {"size": loaded.transform.crop_size, "heads": heads}
 
 
 def examples() -> list[dict[str, Any]]:
-    """A photograph (if the `demo` extra is installed) and a drawn scene. Each has the name of a
-    model that knows it, and labels, some of which are true."""
+    """Return a photograph (if the `demo` extra is installed) and a drawn scene. Each comes with the
+    name of a model for such images, and with true and false labels."""
     asked = questions(3)
     scene = {
         "name": "a drawn scene",
@@ -229,7 +229,7 @@ def check_origin(request: Request) -> None:
         raise ValueError("expected a question of the type application/json")
     from_here = headers.get("sec-fetch-site", "same-origin") == "same-origin"
     if not from_here or headers.get("origin", origin) != origin:
-        raise ValueError("only the page of this server may ask")
+        raise ValueError("the question comes from another site; expected the page of this server")
 
 
 def check_question(asked: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def check_question(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request. Raises ValueError if it is too large."""
+    """Read the body of a request. Raises ValueError if the body is too large."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -254,7 +254,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def read_picture(url: str) -> Image.Image:
-    """Decode the image in a data: URL: its first frame, turned upright. Raises ImageError."""
+    """Decode the first frame of the image in a data: URL, turned upright. Raises ImageError."""
     file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
     too_many = ImageError(f"the image has more than {MAX_PIXELS:,} pixels: make it smaller")
     try:
@@ -268,7 +268,7 @@ def read_picture(url: str) -> Image.Image:
         if error is too_many:
             raise
         reason = str(error).rstrip(".").replace(" that Pillow reads", "")
-        raise ImageError(f"{reason}. What can be read: {', '.join(TYPES)}") from None
+        raise ImageError(f"{reason}. The page reads {', '.join(TYPES)}") from None
 
 
 def write_picture(picture: Image.Image) -> str:
@@ -301,7 +301,7 @@ def listen(port: int | None) -> socket.socket:
 
 
 class Impatient(H11Protocol):
-    """Close a connection that asks nothing. Otherwise uvicorn would wait for its first question."""
+    """Close a connection without a question. uvicorn would wait for its first question forever."""
 
     def connection_made(self, transport: Any) -> None:
         """Schedule the first check of the connection."""

@@ -5,9 +5,9 @@ the scene, so every caption can be checked, and every object's pixels are known.
 answer three questions that photographs leave open:
 
 - Does a model recognise a pair of colour and shape that training never showed? The pairs of
-  `HELD_OUT` are in no training image and in no training caption, but each of their words is.
-- Does a model read the order of words? "a red circle to the left of a blue square" has a false
-  caption with the same words. Plain contrastive training gives models that ignore the order.
+  `HELD_OUT` are in no training image and in no training caption. Their words are in other pairs.
+- Does a model read the order of words? "a red circle to the left of a blue square" becomes false if
+  two words are exchanged. Plain contrastive training gives models that ignore the order.
   Training with false captions teaches it (Yuksekgonul et al. 2022, arXiv 2210.01936).
 - Does a heat map point at the object? The masks say where the object is.
 

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from miniclip.world.scenes import CLEAR, COLOURS, HELD_OUT, IMAGE_SIZE, SHAPES, Object, Scene
 
-RELATIONS = {  # of two objects: an axis, and the sign of the second minus the first coordinate
+RELATIONS = {  # of two objects: an axis, and the sign of the second coordinate minus the first
     "to the left of": ("x", 1),
     "to the right of": ("x", -1),
     "above": ("y", 1),
     "below": ("y", -1),
 }
 
-PLACES = {  # of one object: as above; the second coordinate is the middle of the image
+PLACES = {  # of one object: the same; the second coordinate is the middle of the image
     "on the left": ("x", 1),
     "on the right": ("x", -1),
     "at the top": ("y", 1),
@@ -25,7 +25,7 @@ OPPOSITE = dict(zip(PLACES, ("on the right", "on the left", "at the bottom", "at
 
 
 class Phrase(NamedTuple):
-    """The words for one object. An empty word is not said."""
+    """The words for one object. A word may be empty: then it is left out."""
 
     size: str
     colour: str
@@ -33,7 +33,7 @@ class Phrase(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """The meaning of a caption: a scene has different objects that fit its phrases and relation.
+    """The meaning of a caption: each phrase fits a different object, and their relation holds.
 
     `relation` is a key of RELATIONS for two phrases, a key of PLACES for one phrase, or "".
     """
@@ -68,7 +68,7 @@ def say_phrase(phrase: Phrase) -> str:
 
 
 def holds(claim: Claim, scene: Scene) -> bool:
-    """Whether the scene has different objects that fit the phrases and the relation."""
+    """Return whether each phrase fits a different object, and the relation of the objects holds."""
     return any(
         all(map(fits, claim.phrases, chosen))
         and (not claim.relation or apart(claim.relation, *chosen) > 0)
@@ -77,13 +77,13 @@ def holds(claim: Claim, scene: Scene) -> bool:
 
 
 def fits(phrase: Phrase, object: Object) -> bool:
-    """Whether every word of the phrase is true of an object."""
+    """Return whether every word of the phrase is true of an object."""
     true = (object.size, object.colour, object.shape)
     return all(said in ("", word) for said, word in zip(phrase, true, strict=True))
 
 
 def apart(relation: str, first: Object, second: Object | None = None) -> int:
-    """Return the pixels between two centres along the relation's axis, negative if it is false."""
+    """Return the pixels between two centres along a relation, negative if the relation is false."""
     axis, sign = (RELATIONS | PLACES)[relation]
     there = getattr(second, axis) if second else IMAGE_SIZE // 2
     return sign * (there - getattr(first, axis))
@@ -141,9 +141,9 @@ Kind = Callable[[Scene], list[Claim]]
 
 
 def kinds(scene: Scene) -> tuple[Kind, ...]:
-    """Return the functions that make true claims about a scene and name both colour and shape.
+    """Return the functions whose claims about a scene name both colour and shape.
 
-    `relations` is there twice, because relations are the hardest to learn.
+    The list has `relations` twice, because relations are the hardest to learn.
     """
     several = (relations, relations, lists) if len(scene.objects) > 1 else ()
     return (singles, *((located,) if located(scene) else ()), *several)
@@ -168,9 +168,9 @@ def named(object: Object) -> list[Phrase]:
 def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
     """Return false claims that differ from a true claim in one thing: {the thing: claims}.
 
-    Two objects exchange their "places" or "colours", so the false caption has the same words. Or
-    the place of one object becomes its opposite. If none of these claims is false, one word is
-    replaced: a "size", "colour" or "shape". Only the held-out pairs of `claim` itself are named.
+    Two objects exchange their "places" or "colours", so the false caption has the same words. If
+    the claim has one object, its place becomes the opposite place. If no such claim is false, one
+    word is replaced: a "size", "colour" or "shape". No held-out pair is added to a claim.
     """
     opposite = OPPOSITE.get(claim.relation)
     made = swaps(claim) if len(claim.phrases) > 1 else {}
@@ -210,7 +210,7 @@ WORDS = {"size": ("small", "large"), "colour": tuple(COLOURS), "shape": SHAPES}
 
 
 def replacements(claim: Claim) -> dict[str, list[Claim]]:
-    """For each word of a claim, put every word of the same kind in its place."""
+    """Replace each word of a claim by every word of the same kind."""
     made: dict[str, list[Claim]] = {what: [] for what in WORDS}
     for i, phrase in enumerate(claim.phrases):
         for what, words in WORDS.items():
@@ -223,8 +223,8 @@ def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, s
     """Return a true and a false caption of a scene.
 
     In lessons 0 and 1, a caption names one object and its place. In lesson 2, it may also relate
-    two objects. Later it may be any claim, and one in five is vague, so that each word is learnt
-    alone. More would teach little: "something red" is true of every third image of a batch.
+    two objects. Later it may be any claim. One in five is vague, so that each word is also learnt
+    alone. More would teach little: "something red" is true of one image in three.
     """
     places: Kind = located if located(scene) else singles
     if lesson < 2:

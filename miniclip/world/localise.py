@@ -1,4 +1,4 @@
-"""How often a heat map is right, on drawn scenes with known masks."""
+"""Measure how often a heat map is right, on drawn scenes with known masks."""
 
 import statistics
 from typing import NamedTuple
@@ -18,12 +18,12 @@ from miniclip.world.scoring import SCORE_SEED
 
 
 class Localisation(NamedTuple):
-    """How well a method finds the named one of two objects, as shares from 0 to 1."""
+    """The scores of a method on scenes of two objects, one of which is named. Shares, 0 to 1."""
 
     method: str
     pointing: float  # the warmest pixel is on the named object (arXiv 1608.00507)
     distracted: float  # the warmest pixel is on the other object
-    iou: float  # mean overlap of the object's pixels with equally many of the warmest pixels
+    iou: float  # mean overlap (IoU) of the object's N pixels and the N warmest pixels
 
 
 class Question(NamedTuple):
@@ -31,12 +31,12 @@ class Question(NamedTuple):
 
     picture: Image.Image
     phrase: str
-    named: Tensor  # (S, S) bool, the object's pixels
-    other: Tensor  # (S, S) bool, the other object's pixels
+    named: Tensor  # (S, S) bool, the pixels of this object
+    other: Tensor  # (S, S) bool, the pixels of the other object
 
 
 def questions(scenes: int) -> list[Question]:
-    """Make a question for each object of scenes with two objects. No training set has them."""
+    """Make a question for each object of scenes with two objects. No training has these scenes."""
     asked = []
     for drawn in (scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)):
         picture, masks = draw(drawn)
@@ -60,7 +60,7 @@ def answers(loaded: Loaded, asked: list[Question], method: str, batch: int = 50)
 
 
 RANDOM = 5
-"""The number of models with random weights, because a single one may be right by chance."""
+"""The number of models with random weights. A single one could be right by chance."""
 
 
 def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]:
@@ -72,8 +72,8 @@ def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]
 
     Returns:
         "trained": the scores of the model. "random" and "spread": mean and standard deviation over
-        RANDOM models of the same shape with random weights. "limits": a random map, and the true
-        mask averaged over each patch, which is about the best that a map of patches can be.
+        RANDOM models of the same shape with random weights. "limits": the scores of a random map
+        and of the true mask averaged over each patch. No map of patches can be much better.
     """
     asked = questions(scenes)
     named, other = (torch.stack(masks) for masks in list(zip(*asked))[2:])  # (N, S, S)
@@ -104,7 +104,7 @@ def untrained_like(model: CLIP, seed: int) -> CLIP:
 
 
 def localisation(method: str, heat: Tensor, named: Tensor, other: Tensor) -> Localisation:
-    """Score heat maps (N, rows, columns) by masks (N, S, S) of the named and the other object."""
+    """Score heat maps (N, rows, columns) with the masks (N, S, S) of the named and other object."""
     size = named.shape[1:]
     heat = F.interpolate(heat[:, None].float(), size, mode="bilinear")[:, 0].flatten(1)
     named, other = named.flatten(1), other.flatten(1)  # (N, S * S)

@@ -50,20 +50,20 @@ OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "heart": (HEART / 18.5,),
     "moon": (0.95 * ROUND, 0.8 * ROUND + (0.48 - 0.1j)),
 }
-"""A polygon in the unit circle. The second polygon of a ring and of a moon is cut out.
+"""Polygons in the unit circle. The second polygon of a ring and of a moon is cut out.
 
 A corner is a complex number, x + iy with y downwards, so a rotation is a product."""
 SHAPES = tuple(OUTLINES)
 
 HELD_OUT = frozenset(
     (colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)
-)  # one pair of each colour and of each shape: 8 of the 64
+)  # 8 of the 64 pairs; each colour and each shape is in one of them
 
 SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
 CLEAR = 8
 """Captions name a relation only if the centres are at least this many pixels apart along its axis.
-One pixel already makes a relation true. Any two objects are CLEAR pixels apart along some axis."""
+A relation can be true with less. Any two objects are at least this far apart along one axis."""
 
 
 class Object(NamedTuple):
@@ -83,8 +83,8 @@ class Background(NamedTuple):
     kind: str
     first: tuple[int, ...]  # red, green, blue
     second: tuple[int, ...]
-    angle: float  # radians, of a gradient or stripes
-    grain: bytes  # 8 x 8 values, of noise
+    angle: float  # radians; for a gradient or stripes
+    grain: bytes  # 8 x 8 values; for noise
 
 
 class Scene(NamedTuple):
@@ -99,7 +99,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
 
     Args:
         index: the number of the scene.
-        seed: the number of the world. Each world has other scenes.
+        seed: the number of the world. Each world has different scenes.
         held_out: take pairs of colour and shape from `HELD_OUT`, not from `SEEN`.
         count: the number of objects; by default one to three.
 
@@ -122,7 +122,7 @@ def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | Non
 
 
 def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
-    """Draw centres (x, y) of circles in the image that do not touch. None if there is no room."""
+    """Choose centres (x, y) of circles that do not touch. Returns None if there is no room."""
     places: list[tuple[int, int]] = []
     for radius in radii:
         inside = [at for at in range(0, IMAGE_SIZE, GRID) if radius < at < IMAGE_SIZE - radius]
@@ -137,7 +137,7 @@ def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
 
 
 def background(random: Random) -> Background:
-    """Draw a dark grey background. Every object is brighter, so one rule finds all outlines."""
+    """Choose a dark grey background. Every object is brighter."""
     first, second = (
         tuple(grey + random.randint(-12, 12) for _ in "rgb")
         for grey in (random.randint(24, 76), random.randint(24, 76))

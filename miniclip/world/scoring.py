@@ -1,4 +1,4 @@
-"""How well a model knows the drawn world."""
+"""Measure how well a model knows the drawn world."""
 
 from itertools import product
 from random import Random
@@ -21,11 +21,11 @@ class Scores(NamedTuple):
     """Shares of right answers, 0 to 1, on scenes that no training set has."""
 
     seen: float  # one object: which of the 64 pairs of colour and shape? Chance is 1/64
-    unseen: float  # the same about the 8 pairs that training never shows
-    relations: float  # two objects: is the caption above one with swapped places? Chance is 1/2
+    unseen: float  # the same for the 8 pairs that training never shows
+    relations: float  # two objects: is the caption nearer than one with swapped places? 1/2
     left_right: float  # the same for "to the left of" and "to the right of"
     above_below: float  # the same for "above" and "below"
-    binding: float  # two objects: is the caption above one with swapped colours? Chance is 1/2
+    binding: float  # two objects: is the caption nearer than one with swapped colours? 1/2
 
 
 @torch.inference_mode()
@@ -59,7 +59,7 @@ def score(
     false = [negatives(claim, s) for claim, s in zip(chosen, asked, strict=True)]
 
     def preferring(what: str, axes: str = "xy") -> float:
-        """The share of captions that score above their false caption of this kind."""
+        """Return the share of images that are nearer to the true than to the false caption."""
         on_axis = [RELATIONS[claim.relation][0] in axes for claim in chosen]
         rows = [i for i, is_on in enumerate(on_axis) if is_on and what in false[i]]
         texts = embed_texts([say(false[i][what][0]) for i in rows])

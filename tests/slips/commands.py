@@ -917,7 +917,7 @@ SLIPS = [
     ),
     Slip(
         "The map of a method names the unit of another.",
-        '"occlusion": "{} of the cosine lost"',
+        '"occlusion": "{} taken from the cosine"',
         '"occlusion": "{} of the attention"',
         FIGURES,
     ),
