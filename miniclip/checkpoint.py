@@ -14,7 +14,7 @@ from miniclip.transform import ImageTransform
 
 
 class Loaded(NamedTuple):
-    """What `load` returns. The tokenizer or transform is None if a tower's checkpoint lacks it."""
+    """What `load` returns. For a single tower, the tokenizer or the transform may be None."""
 
     model: CLIP
     tokenizer: Tokenizer
@@ -38,11 +38,11 @@ def load(
 
     Args:
         name: a checkpoint that comes with miniclip ("everyday"), a directory, a weights file
-            (.safetensors, .bin, .pt) beside its other files, or "openai/clip-vit-base-patch32".
-        dtype: of the weights. None keeps the file's.
-        reference: whose token ids and pixels to match, "transformers" or "openai".
-        subfolder: of the directory or the repository, such as "text_encoder".
-        config: in place of the checkpoint's: a CLIPConfig, a path, or a name such as "ViT-L/14".
+            (.safetensors, .bin, .pt), or a hub name such as "openai/clip-vit-base-patch32".
+        dtype: of the weights. None: the same as in the file.
+        reference: the library whose token ids and pixels to match, "transformers" or "openai".
+        subfolder: a folder in the directory or the repository, such as "text_encoder".
+        config: replaces the checkpoint's: a CLIPConfig, a path, or a name such as "ViT-L/14".
     Raises:
         CheckpointError: names the file, the expected and the found value.
 
@@ -77,7 +77,7 @@ def save(
     """Write a whole checkpoint that `load` reads back bit for bit, all files or none.
 
     `layout`: "transformers", "openai" (for openai/CLIP's build_model) or "open_clip". Raises
-    CheckpointError if it cannot be written, or if `load` would prefer other files of `directory`.
+    CheckpointError if it cannot be written, or if `load` would read files that are already there.
     """
     model = unwrapped(model)
     with saving_checkpoint(directory, layout, model, tokenizer, transform) as folder:

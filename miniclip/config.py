@@ -15,13 +15,13 @@ from miniclip.files.pretrained import PretrainedConfig
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """The transformer of a tower."""
+    """The sizes of a tower's transformer."""
 
     width: int  # of the residual stream
     layers: int
     heads: int | tuple[int, ...]  # one number for all layers, or one for each layer
     mlp_width: int | tuple[int, ...]  # one number for all layers, or one for each layer
-    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh": as the weights were trained
+    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"; the same as in training
     ln_eps: float = 1e-5
     head_width: int | None = field(default=None, kw_only=True)  # None: width // heads
 
@@ -76,7 +76,7 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The text tower. It is read at the first `eos_token_id`, or at the largest id if that is 2."""
+    """The text tower. A text ends at its first `eos_token_id`. If this is 2: at its largest id."""
 
     width: int = 512
     layers: int = 12
@@ -86,11 +86,11 @@ class TextConfig(TowerConfig):
     context_length: int = 77
     bos_token_id: int = 49406
     eos_token_id: int = 49407
-    literal_eos: bool = field(default=False, kw_only=True)  # True: read at a 2 (MetaCLIP 2)
+    literal_eos: bool = field(default=False, kw_only=True)  # True: a text ends at a 2 (MetaCLIP 2)
 
     @property
     def ends_at_largest(self) -> bool:
-        """Whether a text is read at its largest id: the end token is 2, as in OpenAI's configs."""
+        """Whether a text ends at its largest id: `eos_token_id` is 2, as in OpenAI's configs."""
         return self.eos_token_id == LEGACY_EOS and not self.literal_eos
 
 

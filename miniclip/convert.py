@@ -4,7 +4,7 @@
 from miniclip.convert import convert
 
 miniclip.save("mine", model, tokenizer, transform)  # in transformers' layout, or layout="open_clip"
-convert("mine", "theirs", "open_clip")  # every weight with the same bits
+convert("mine", "theirs", "open_clip")  # every weight keeps its bits
 tower = miniclip.VisionTower.from_pretrained("mine")  # or TextTower: a single tower
 ```
 
@@ -14,16 +14,16 @@ All three layouts are read and written. What can be read:
 
 - transformers: safetensors, shards or `.bin`; both towers, or a single one as in Stable Diffusion
 - OpenAI: a state dict, whose shapes give the config, or a TorchScript archive (no code is run)
-- open_clip: with `open_clip_config.json`, also from timm; fields of other architectures are errors
+- open_clip: with `open_clip_config.json`, also timm's; fields of other architectures raise errors
 
 OpenAI's own files have no vocabulary: add `--tokenizer openai/clip-vit-base-patch32`. Published
-shapes are in `miniclip.published.PUBLISHED`. To publish a checkpoint, use huggingface_hub:
+configs are in `miniclip.published.PUBLISHED`. To publish a checkpoint, use huggingface_hub:
 
     miniclip.save("mine", model, tokenizer, transform)
     HfApi().create_repo("me/mine", exist_ok=True)
     HfApi().upload_folder(repo_id="me/mine", folder_path="mine")
 
-Compiled and exported graphs equal the model up to rounding error, and include the causal mask.
+Compiled and exported graphs include the causal mask. Their outputs differ by rounding errors.
 `torch.export.save` can write a tower, but not the whole model, whose output is a named tuple. To
 export to ONNX, with any number of images and texts, install `onnx` and `onnxscript`:
 
@@ -97,7 +97,7 @@ def _read(
     tokenizer: str | PathLike[str] | None, revision: str | None, source: str | PathLike[str]
 ) -> tuple[Stored, CLIP, Tokenizer | None, ImageTransform | None]:
     stored = open_model(source, None, revision=revision)
-    options: Any = {"revision": stored.commit or revision}  # a branch may move meanwhile
+    options: Any = {"revision": stored.commit or revision}  # one commit for all files
     model = CLIP.from_stored(stored)
     words = transform = None
     if tokenizer is not None:

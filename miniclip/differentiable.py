@@ -1,4 +1,4 @@
-"""The image transform on tensors, with gradients: for attacks, learned images and augmentation.
+"""The image transform on tensors, with gradients: to attack, learn or augment images.
 
 The pixels differ a little from the exact transform's. Pillow resizes in two passes and rounds to
 bytes after each pass, and this code does not round.
@@ -15,7 +15,7 @@ from miniclip.transform import ImageTransform, center_crop, resize_short_side
 
 
 class TensorImage:
-    """RGB floats (B, 3, H, W) with the methods of a Pillow image that the transform uses."""
+    """RGB floats (B, 3, H, W), with `resize` and `crop` as a Pillow image has them."""
 
     def __init__(self, pixels: Tensor) -> None:
         self.pixels = pixels
@@ -38,7 +38,7 @@ class TensorImage:
 
 
 def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
-    """Compute nearly the pixels of `transform`, with gradients.
+    """Compute almost the same pixels as `transform`, with gradients.
 
     Args:
         images: (B, 3, H, W) or (3, H, W), RGB floats from 0 to 1, on any device.
@@ -48,8 +48,8 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
         ImageError: for another dtype, shape or range.
 
     Before normalisation, pixels differ from the exact transform's by at most 1.2/255, and by
-    0.32/255 on average (photographs and noise, reduced and enlarged). Without a resize they are
-    equal. For final numbers, round the images to bytes and use the exact transform.
+    0.32/255 on average (measured on photographs and noise, made smaller and larger). Without a
+    resize they are equal. For final numbers, round the images to bytes and use the exact transform.
 
     >>> import torch
     >>> image = torch.rand(3, 48, 64, requires_grad=True)
@@ -64,7 +64,7 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
         )
     if can_look_at(images) and images.numel():
         least, most = (x.item() for x in images.detach().aminmax())
-        if not -0.5 <= least <= most <= 1.5:  # a step of an attack may go a little too far
+        if not -0.5 <= least <= most <= 1.5:  # a gradient step may leave the range a little
             raise ImageError(
                 f"expected floats from 0 to 1, found {least:.3g} to {most:.3g}: divide bytes by "
                 "255, and do not normalise: this function normalises"

@@ -1,8 +1,8 @@
-"""Check whether an instrument can follow a fork.
+"""Check whether a function that inspects or changes a model gives the right result on a fork.
 
-An instrument is a function that inspects or changes a model. Some instruments replay methods of the
-model: `dense_features` runs the last block with another attention pattern. If a fork has its own
-version of such a method, the instrument raises an error: the result would be of another model.
+Some of these functions replay methods of the model: `dense_features` runs the last block with
+another attention pattern. If a fork has its own version of such a method, the function raises an
+error, because it would replay CLIP's version and give a wrong result.
 
 A fork is a subclass in a file of your own. Do not copy miniclip's code:
 
@@ -16,24 +16,24 @@ class MeanCLIP(miniclip.CLIP):
 
 fork = MeanCLIP.from_pretrained("everyday")  # a MeanCLIP with the trained weights, to fine-tune
 miniclip.save("mean", fork, tokenizer, transform)
-same = MeanCLIP.from_pretrained("mean")  # bit for bit; CLIP.from_pretrained refuses this file
+same = MeanCLIP.from_pretrained("mean")  # bit for bit; CLIP.from_pretrained raises an error
 ```
 
 - **Parts are class attributes**: `Block.attention_class` and `mlp_class`,
   `VisionTower.block_class`, `CLIP.vision_class`, `text_class` and `config_class`. **Steps are
   methods**: `embed_tokens`, `pool`, `qkv`, `score`.
-- **A new parameter** needs one entry in `CLIP.tensor_names`, from its name to its name in a file:
+- **A new parameter** needs an entry in `CLIP.tensor_names`, which gives its name in a file:
   `{"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}`. Without this entry,
   saving raises an error that says what to write.
 - **The file names its class.** `model_type` in config.json is the name of the class, unless the
-  class sets another. Other classes, other layouts and transformers' `AutoModel` refuse the file.
+  class sets another. Another class, and transformers' `AutoModel`, raise an error for this file.
 - **Another loss** is an argument: `training.train(..., loss=function)`.
-- **The instruments** give the right answer on a fork, or raise an error that says what they cannot
-  follow: `decompose` refuses `MeanCLIP`, because `decompose` reads the class token. miniclip does
-  not promise that a fork equals transformers.
+- **Functions that inspect a model** give the right result on a fork, or raise an error that says
+  why. `decompose` needs the class token's output, so it raises an error for `MeanCLIP`. miniclip
+  does not promise that a fork equals transformers.
 
 `tests/forks/siglip.py` is a full example: SigLIP in one file. It loads Google's checkpoints, and
-gives transformers' numbers up to rounding error. CLIPSeg, OWL-ViT and the block of EVA-02 are in
+its outputs equal transformers' up to rounding error. CLIPSeg, OWL-ViT and EVA-02's block are in
 the same folder. Notebook 9 builds forks step by step.
 """
 
@@ -62,7 +62,7 @@ def own_method(
     """Find the first of these methods that a fork overrides. Returns its name and the fork's class.
 
     Returns two empty strings if there is none. A replaced module counts as a fork's module, and a
-    method that was set on a module itself counts as overridden.
+    method that was set on an instance counts as overridden.
     """
     kind: type = TextTower if hasattr(tower, "eos_positions") else VisionTower
     parts = [(tower, kind, of_tower)]
@@ -171,7 +171,7 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
 def check_rebuilt(who: str, model: Any) -> Any:
     """Return the model, or raise ValueError if its class builds another model from its config.
 
-    A fork's block may depend on its number, or its position table may not be a parameter. Then
+    A fork's block may depend on its layer, or its position embedding may not be a parameter. Then
     saving and loading would give another model. CLIP itself does not need this check.
     """
     if model.model_type != "clip":
@@ -186,7 +186,7 @@ def check_rebuilt(who: str, model: Any) -> Any:
 def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -> None:
     """Raise ValueError unless a fork's `tower` gives the same embedding as `other` with `edits`.
 
-    Does nothing for CLIP's own towers, because tests show that their surgery is exact.
+    Does nothing for CLIP's own towers, because tests show that surgery on them is exact.
     """
     own = ("__init__", "forward")
     if not any(

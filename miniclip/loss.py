@@ -21,11 +21,11 @@ def cross_entropy(logits: Tensor, is_true: Tensor) -> Tensor:
 def contrastive_loss(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, is_true: Tensor | None = None
 ) -> Tensor:
-    """The mean of two cross-entropies: over the captions of an image, and the images of a caption.
+    """The mean of two cross-entropies: find each image's caption, and find each caption's image.
 
     Embeddings are (B, E) and have length 1. Image i and caption i are a pair. `logit_scale` is a
-    logarithm. `is_true` (B, B) is True at [i, j] if caption j is true of image i, and at each pair.
-    Default: only the pairs. If an image has k true captions, each has the target 1 / k (UniCL, Yang
+    logarithm. `is_true` (B, B) is True at [i, i], and at [i, j] if caption j describes image i.
+    Default: only at [i, i]. If an image has k true captions, each has the target 1 / k (UniCL, Yang
     et al. 2022, arXiv 2204.03610).
     """
     logits = logit_scale.exp() * image_embeds @ text_embeds.T  # (B, B)

@@ -27,7 +27,7 @@ from miniclip.files.pretrained import Pretrained
 
 
 class Site(nn.Identity):
-    """A tensor with a name: hook it to read or edit the tensor, or replace it by a module.
+    """A named tensor. Read or edit it with a hook, or put another module in the Site's place.
 
     A Site is added only where no other module outputs the tensor. The neurons need no Site: they
     are the output of `mlp.act`. The residual stream after a block is the output of the block.
@@ -35,7 +35,7 @@ class Site(nn.Identity):
 
 
 def is_watched(site: nn.Module) -> bool:
-    """Whether the site has hooks (its own or global ones), or was replaced by a computation."""
+    """Whether a site has hooks (its own or global ones), or its `forward` was replaced."""
     hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)
     kinds = ("forward", "forward_pre", "backward", "backward_pre")
     of_all = (getattr(all_modules, f"_global_{kind}_hooks") for kind in kinds)
@@ -87,7 +87,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The plain steps of F.scaled_dot_product_attention, with sites. q, k, v: (B, H, T, D)."""
         scores = self.scores(q @ k.transpose(-2, -1) * self.head_width**-0.5)  # (B, H, T, T)
-        if self.causal:  # after the site, so that no edit of the scores can undo it
+        if self.causal:  # the mask comes after the site, so that no edit can undo it
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
         # In half precision the softmax is computed in float32, as in transformers.
@@ -196,7 +196,7 @@ class VisionTower(Tower):
     def embed_tokens(self, pixels: Tensor) -> Tensor:
         """Pixels -> the residual stream before the first block, (B, 1 + R + P, W)."""
         check_pixels(pixels, self.config)
-        # Pixels take the dtype of the weights, as in transformers.
+        # Convert pixels to the dtype of the weights, as transformers does.
         x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))  # (B, W, rows, columns)
         x = x.flatten(2).transpose(1, 2)  # (B, P, W)
         x = torch.cat([self.class_embed.expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1 + P, W)
@@ -259,8 +259,8 @@ class TextTower(Tower):
     def eos_positions(self, ids: Tensor) -> Tensor:
         """The position of each text's first end token: (B, T) -> (B,)
 
-        On a CPU, a text without an end token raises ValueError. On other devices the check would
-        make the CPU wait, and a compiled graph cannot raise: the position is -1, the embedding NaN.
+        On a CPU, a text without an end token raises ValueError. A compiled graph cannot raise, and
+        a check on a GPU would be slow: there the position is -1, and the embedding is NaN.
         """
         if self.config.ends_at_largest:
             return ids.argmax(-1)
@@ -284,7 +284,7 @@ class TextTower(Tower):
     def init_weights(self) -> None:
         """OpenAI's init (openai/CLIP, model.py, CLIP.initialize_parameters).
 
-        transformers swaps two of them: the std of q, k and v, and the std of out_proj.
+        transformers swaps two numbers: the std of q, k and v, and the std of out_proj.
         """
         std = self.config.width**-0.5
         residual_std = std * (2 * self.config.layers) ** -0.5  # each block adds 2 outputs
@@ -303,7 +303,7 @@ class TextTower(Tower):
 
 
 def unit_norm(x: Tensor) -> Tensor:
-    """Divide each row by its L2 norm, with the three operations of transformers."""
+    """Divide each row by its L2 norm, in the same three operations as transformers."""
     return x / x.pow(2).sum(-1, keepdim=True).pow(0.5)
 
 
@@ -354,8 +354,8 @@ class CLIP(Pretrained):
     def set_attention(self, kind: str) -> None:
         """Compute attention fused ("sdpa", the default) or in plain steps ("eager").
 
-        They are equal up to rounding errors. A layer whose `scores` or `pattern` has hooks always
-        takes the plain steps. On a CPU, jvp and second derivatives need "eager".
+        Both give the same result, up to rounding error. A layer whose `scores` or `pattern` has
+        hooks always takes the plain steps. On a CPU, jvp and second derivatives need "eager".
         """
         if kind not in ("eager", "sdpa"):
             raise ValueError(f"attention kind is {kind!r}; expected 'eager' or 'sdpa'")

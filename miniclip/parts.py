@@ -14,7 +14,7 @@ from miniclip.model import CLIP, TextTower, VisionTower
 
 
 class Part(NamedTuple):
-    """A part of a CLIP. The same module of all blocks is one part."""
+    """A part of a CLIP. The `attn` modules of all blocks, for example, are one part."""
 
     name: str
     weights: str  # their shapes
@@ -23,19 +23,19 @@ class Part(NamedTuple):
 
 
 def parts(config: CLIPConfig, kind: type[CLIP] = CLIP) -> list[Part]:
-    """List the parts in the order in which data flows. Makes and reads no weights.
+    """List the parts in the order in which data flows. Creates and reads no weights.
 
     >>> parts(CLIPConfig())[0]
     Part(name='vision.patch_embed', weights='(768, 3, 32, 32)', parameters=2359296, \
 multiply_adds=115605504)
     """
-    # Ids on the meta device have no values. The legacy rule does not look for an end token.
+    # Ids on the meta device have no values. The legacy rule does not search them for an end token.
     text = replace(config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     with meta_device():
         model = kind(replace(config, text=text))
         pixels = torch.empty(1, config.vision.channels, *config.vision.height_width)
         ids = torch.empty(1, config.text.context_length, dtype=torch.long)
-    model.set_attention("eager")  # the counter sees its two matrix products, but not those of sdpa
+    model.set_attention("eager")  # the counter sees eager's matrix products, but not sdpa's
     return [
         *_tower_parts("vision", model.vision, pixels),
         *_tower_parts("text", model.text, ids),

@@ -1,17 +1,17 @@
-"""Read or edit any tensor inside a model, by name, for as long as a `with` block lasts.
+"""Read or edit any tensor inside a model, by name, while a `with` block is open.
 
 A site is a module, and its output is the tensor: `vision.blocks.3.attn.pattern` is the attention
 pattern of the fourth block, `vision.blocks.3` the residual stream after it. The idea is from
 TransformerLens (HookPoint, Nanda and Bloom 2022). Sites use PyTorch's forward hooks, so `model` can
-be any nn.Module. In a bare tower the names begin at `blocks`.
+be any nn.Module. For a single tower, leave out `vision.` or `text.`.
 
 A name may also end in one of three words. `vision.ln_pre.input` is a module's first argument.
-`ln_1.scale` is what a LayerNorm divides by, (B, T, 1). `ln_1.normalized` is the quotient, before
-weight and bias. Both are in float32 or float64. TransformerLens has hook_scale and hook_normalized.
-If it does not fold weight and bias, its hook_normalized is the output, here `ln_1`.
+`ln_1.scale` is the divisor of a LayerNorm, (B, T, 1). `ln_1.normalized` is the quotient, before
+weight and bias. Both are in float32 or float64. TransformerLens calls them hook_scale and
+hook_normalized. But if it does not fold weights, its hook_normalized is the output of `ln_1`.
 
 Unused sites change no bit and add no operation. They cost a few Python calls for each layer, and
-nothing in a graph.
+nothing in a compiled graph.
 
 In a name, `*` and `[0-3]` work as in file names, but do not match dots. Names leave out the
 wrappers of `torch.compile`, DDP and PEFT. While the `with` block is open, compiled models run
@@ -22,7 +22,7 @@ from miniclip import cache, hooks
 
 with cache(model, "vision.blocks.*.attn.pattern") as acts:  # name -> a copy of the tensor
     model.encode_image(pixels)
-with hooks(model, {"vision.blocks.3.mlp": lambda out, name: 0 * out}):  # go on with the result
+with hooks(model, {"vision.blocks.3.mlp": lambda out, name: 0 * out}):  # the new output
     model.encode_image(pixels)
 ```
 """
@@ -44,18 +44,18 @@ from miniclip.errors import listed
 from miniclip.files.modules import named_modules
 
 Edit = Callable[[Tensor, str], Tensor | None]
-"""(tensor, name of its site) -> the tensor to go on with, or None to change nothing."""
+"""(tensor, name of its site) -> the tensor that replaces it, or None to change nothing."""
 
 
 @contextmanager
 def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Call a function on each tensor whose site matches a pattern, and go on with its result.
+    """For each site that a glob matches, replace the tensor by the result of a function.
 
     A result of None changes nothing. Functions of one site run in the order in which they are
     given. An outer `with` block's functions run first. Editing a tensor in place is an error,
-    because other code may hold it: return a changed copy, of the same dtype and shape. Only a
-    residual stream (at `ln_pre`, `resid_mid` or a block) may get another number of tokens. Raises
-    ValueError for a pattern without a match, and for a module with several names.
+    because other code may use it too: return a changed copy, of the same dtype and shape. Only in
+    a residual stream (at `ln_pre`, `resid_mid` or a block) may the number of tokens change. Raises
+    ValueError for a glob without a match, and for a module with several names.
 
     >>> from miniclip import CLIP
     >>> import torch
@@ -76,7 +76,7 @@ def cache(
     """Copy the tensor of each matching site into a dictionary, {name: tensor}, as the model runs.
 
     A second run replaces the first run's copies. They are on `device` (default: the tensor's own).
-    With `grad` the model goes on with the copy, so torch.autograd.grad(score, acts[name]) is its
+    With `grad` the copy replaces the tensor, so torch.autograd.grad(score, acts[name]) is its
     gradient. Raises ValueError as `hooks` does, and if `grad` is set while gradients are off.
 
     >>> from miniclip import CLIP
@@ -126,7 +126,7 @@ def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
             handle.remove()
 
 
-_stances: list[Any] = []  # one for each open block; each can restore the stance before it
+_stances: list[Any] = []  # what each open block undoes at its end
 _lock = Lock()
 
 
@@ -134,7 +134,7 @@ _lock = Lock()
 def uncompiled() -> Iterator[None]:
     """Run compiled models uncompiled in a `with` block, because a compiled graph ignores new hooks.
 
-    The last block that ends restores torch's stance. Blocks may overlap and end in any order.
+    Blocks may overlap and end in any order. When the last one ends, torch's setting is restored.
     """
     # If the compiler is not imported, nothing is compiled. Importing it takes over a second.
     if "torch._dynamo" not in sys.modules:
@@ -146,12 +146,12 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            # This may be the stance of another block: only the number of stances matters.
+            # The entry may be another block's. Only the last exit matters: it restores the setting.
             _stances.pop().__exit__(None, None, None)
 
 
 def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """What a LayerNorm divides its input by, (..., W) -> (..., 1): the standard deviation."""
+    """The divisor of a LayerNorm, (..., W) -> (..., 1): the standard deviation of its input."""
     return (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
 
 
@@ -189,7 +189,7 @@ class _Steps:
 
 
 class Enter:
-    """A pre-hook that runs a function on a module's first argument, by position or by keyword."""
+    """A pre-hook that runs a function on a module's first argument, which may be a keyword."""
 
     def __init__(self, call: Callable) -> None:
         self.call = call
@@ -215,7 +215,7 @@ PARTS = ("input", "scale", "normalized")  # the tensors of a module, in addition
 def _matching(
     modules: list[tuple[str, nn.Module]], glob: str, parts: tuple[str, ...] = PARTS
 ) -> list[tuple[str, nn.Module, str]]:
-    """The name, the module and the part ("" is its output) of each tensor that a glob matches."""
+    """The name, module and part ("" for the output) of each tensor that a glob matches."""
     part = glob.rpartition(".")[2]
     if part not in parts or any(matches(name, glob) for name, _ in modules):
         part = ""  # a submodule may have the name of a part
@@ -232,14 +232,14 @@ def _matching(
     times = Counter(id(module) for _, module in modules)
     if shared := [name for name, module, _ in found if times[id(module)] > 1]:
         raise ValueError(
-            f"{listed(shared)}: a module with several names, whose runs cannot be told apart. "
+            f"{listed(shared)}: a module with several names, whose runs cannot be distinguished. "
             "Share its parameters, and not the module"
         )
     return found
 
 
 def _is_plain_norm(module: Any) -> bool:
-    """Whether a module is a LayerNorm over the last dimension, as PyTorch computes it."""
+    """Whether a module is PyTorch's own LayerNorm, over the last dimension only."""
     is_norm = type(module).forward is nn.LayerNorm.forward and "forward" not in vars(module)
     return is_norm and len(module.normalized_shape) == 1
 
@@ -252,7 +252,7 @@ def matches(name: str, glob: str) -> bool:
     >>> matches("vision.blocks.3.attn", "vision.blocks.*")
     False
     """
-    if not fnmatchcase(name, glob):  # here a * also matches dots: a fast first test
+    if not fnmatchcase(name, glob):  # a fast first test, in which a * also matches dots
         return False
     names, globs = name.split("."), glob.split(".")
     return len(names) == len(globs) and all(map(fnmatchcase, names, globs))
@@ -267,8 +267,8 @@ def _call(edit: Edit, name: str, module: nn.Module, args: tuple, tensor: Tensor)
 
 
 def _checked(edit: Edit, tensor: Tensor, name: str) -> Tensor | None:
-    """Run a user's function, and check that it keeps the rules of `hooks`."""
-    # Tensors made in inference mode have no version counter.
+    """Run a user's function, and check that it follows the rules of `hooks`."""
+    # Tensors made in inference mode have no version counter, so their values are compared.
     before: Any = tensor.clone() if tensor.is_inference() else tensor._version
     edited = edit(tensor, name)
     if tensor.is_inference():
@@ -294,12 +294,12 @@ def _kind(x: Any, name: str) -> str:
     shape: list[Any] = [*x.shape]
     last = name.removesuffix(".input").rpartition(".")[2]
     if x.ndim == 3 and (last.isdigit() or last in ("ln_pre", "resid_mid")):
-        shape[1] = "T"  # a residual stream may lose tokens, or get more
+        shape[1] = "T"  # the number of tokens may change in a residual stream
     dtype = "any dtype" if torch._C._is_any_autocast_enabled() else x.dtype
     return f"shape ({', '.join(map(str, shape))}), {dtype} on {x.device}"
 
 
-KINDS = {  # TransformerLens' names of sites -> ours
+KINDS = {  # TransformerLens' names of sites -> miniclip's
     "ln1": "ln_1",
     "q": "attn.q",
     "k": "attn.k",

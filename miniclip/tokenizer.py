@@ -2,7 +2,7 @@
 
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", arXiv
 1508.07909, on bytes as in GPT-2. Two references are matched exactly: transformers' CLIPTokenizer
-and OpenAI's clip/simple_tokenizer.py. The two clean and split texts differently.
+and OpenAI's clip/simple_tokenizer.py. They clean and split texts differently.
 
     clean             "Cats,  NAPPING"  ->  "cats, napping"
     split             "cats, napping"   ->  "cats"  ","  "napping"
@@ -92,7 +92,7 @@ def to_symbols(word: str) -> list[str]:
 
 
 def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]]:
-    """BPE by definition: join the pair that was learned first, wherever it occurs, and repeat.
+    """BPE as it is defined: join the pair that was learned first, wherever it occurs, and repeat.
 
     Returns the symbols after each step. `text/merge.py` does the same faster.
 
@@ -116,7 +116,7 @@ class Tokenizer(PretrainedTokenizer):
     """Text -> token ids, and back.
 
     `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` has
-    tokens to find before the text is split: True finds the token in the cleaned text, False in
+    tokens to find before the text is split. True: find the token in the cleaned text. False: in
     the raw text. OpenAI's tokenizer does not look for added tokens.
 
     >>> tokenizer = Tokenizer.train(["a cat", "a dog", "two cats"], vocab_size=520)
@@ -164,7 +164,7 @@ class Tokenizer(PretrainedTokenizer):
         self._clean = clean_openai if reference == "openai" else clean_transformers
         self._split = split_openai if reference == "openai" else split_transformers
         # Cleaning, splitting and merging never look across a space. So a chunk between two spaces
-        # always has the same ids, and they are remembered. Added tokens with a space prevent this.
+        # always has the same ids, and these are stored. Added tokens with a space prevent this.
         self._chunks = RememberedChunks(self._encode_chunk, self._merge, self.vocab, self.added)
 
     @property
@@ -176,7 +176,7 @@ class Tokenizer(PretrainedTokenizer):
         """The ids of a text, without the start and the end token."""
         if not isinstance(text, str):
             raise TypeError(f"expected a text, found {type(text).__name__}")
-        # ftfy looks at several words, so OpenAI's way must clean the whole text at once.
+        # ftfy looks at several words at once, so for OpenAI the whole text is cleaned first.
         return self._chunks.ids(clean_openai(text) if self.reference == "openai" else text)
 
     def _encode_chunk(self, chunk: str) -> list[int]:
@@ -203,8 +203,8 @@ class Tokenizer(PretrainedTokenizer):
     ) -> Tensor:
         """Texts -> ids (B, T) int64: in each row a start token, the text, an end token, padding.
 
-        T is `pad_to` if given, or else the longest row. A row of more than `context_length` or
-        `pad_to` tokens raises ContextLengthError; `truncate` cuts it and keeps the end token.
+        T is `pad_to` if given, or else the longest row's length. A row of more tokens than
+        `context_length` or `pad_to` raises ContextLengthError. `truncate` cuts the text.
         """
         limit = checks.check_pad_to(pad_to, self.context_length)
         rows = []
@@ -238,15 +238,15 @@ class Tokenizer(PretrainedTokenizer):
         return data.decode(errors="replace").replace(END_OF_WORD, " ").strip()
 
     def explain(self, text: str) -> Explanation:
-        """Every stage of `encode`, to be printed."""
+        """The results of each stage of `encode`, ready to print."""
         return explained(self, text, merge_steps)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, **options: Any) -> "Tokenizer":
         """Learn merges from texts: make the most frequent pair a token, and repeat.
 
-        The vocabulary is smaller than `vocab_size` if the texts run out of pairs. It depends only
-        on how often each word occurs. `options` are arguments of Tokenizer.
+        The vocabulary is smaller than `vocab_size` if no pair is left to join. The result depends
+        only on how often each word occurs. `options` are arguments of Tokenizer.
         """
         empty = cls(vocabulary_of([]), [], **options)
         checks.check_vocab_size(vocab_size, empty.vocab_size)

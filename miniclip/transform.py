@@ -8,9 +8,9 @@ transformers (`CLIPImageProcessorPil`). They differ in two ways:
 - Order. transformers converts to RGB first, with white behind transparent pixels. OpenAI converts
   to RGB after the crop. Pillow then resizes a palette image by nearest neighbour, and transparent
   pixels keep the colour that is stored in them.
-- Crop. The crop starts at m / 2 if the image has m pixels more than the crop. transformers rounds
-  down (3 -> 1, 5 -> 2), OpenAI rounds half to even (3 -> 2, 5 -> 2). They differ if m % 4 is 3
-  or, in an image that is smaller than the crop, if m is odd.
+- Crop. If a side has m more pixels than the crop, the crop starts at m / 2. transformers rounds
+  down (3 -> 1, 5 -> 2), OpenAI rounds half to even (3 -> 2, 5 -> 2). They differ if m % 4 is 3. If
+  the image is smaller than the crop (m is negative), they differ for every odd m.
 
 Both resize with Pillow and antialiasing. torchvision's resize of tensors gives other pixels.
 """
@@ -30,7 +30,7 @@ from miniclip.files.checks import MAX_PIXELS, check_transform
 from miniclip.files.pictures import Picture, as_image, fill_in_threads, no_warnings, reason_of
 from miniclip.files.pretrained import PretrainedTransform
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B in 0..1 over OpenAI's training set
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B (0 to 1) in OpenAI's training set
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -62,7 +62,7 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, reference: str = "transformers") -> Image.Image:
-    """The middle `size` x `size` pixels, 0 outside the image. (Example: each pixel is its row.)
+    """The middle `size` x `size` pixels, 0 outside the image. Example: a pixel's value is its row.
 
     >>> center_crop(Image.linear_gradient("L").crop((0, 0, 4, 4)), 1, "openai").getpixel((0, 0))
     2
@@ -81,7 +81,7 @@ def scale_and_normalize(
     pixels = np.empty((3, image.height, image.width), np.float32)
     for out, band, band_mean, band_std in zip(pixels, image.split(), mean, std):
         out[:] = np.asarray(band)
-        out /= 255  # transformers multiplies by 1/255 in float64: the same float32 for each byte
+        out /= 255  # transformers: times 1/255 in float64, which gives each byte the same float32
         out -= band_mean
         out /= band_std
     return pixels
@@ -95,7 +95,7 @@ class ImageTransform(PretrainedTransform):
     torch.Size([3, 224, 224])
     """
 
-    size: int = 224  # of the short side after resizing
+    size: int = 224  # the short side after resizing
     _: KW_ONLY
     crop_size: int = None  # type: ignore[assignment]  # default: `size`
     image_mean: tuple[float, ...] = OPENAI_MEAN
@@ -115,7 +115,7 @@ class ImageTransform(PretrainedTransform):
 
         A picture is a path, bytes or an open file (turned upright by its EXIF), a PIL image (taken
         as it is), a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). A list is read by as
-        many threads as torch uses. Raises ImageError, which for a list has the picture's index.
+        many threads as torch uses. Raises ImageError; for a list, it names the picture's index.
         """
         is_file = isinstance(pictures, str | bytes | bytearray | memoryview)
         if is_file or not isinstance(pictures, Sequence):
@@ -136,7 +136,7 @@ class ImageTransform(PretrainedTransform):
                 image = resize_short_side(image, self.size)
             image = center_crop(image, self.crop_size, self.reference)
             image = image.convert("RGB") if self.reference == "openai" else image
-        except Exception as error:  # Pillow raises many kinds, for damaged files and rare modes
+        except Exception as error:  # for damage or rare modes, Pillow raises many types
             name = picture if isinstance(picture, str | PathLike) else f"{original.mode} image"
             size = "{} x {} pixels".format(*original.size)
             raise ImageError(f"{name} ({size}): {reason_of(error)}") from error

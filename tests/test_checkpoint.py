@@ -614,7 +614,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(saved):
     assert "missing: logit_scale ()" in message
     assert "unexpected: extra.bias (3,)" in message
     assert (
-        f"visual_projection.weight ({wide}, {high}), our vision.proj.weight ({high}, {wide})"
+        f"visual_projection.weight ({wide}, {high}), miniclip's vision.proj.weight ({high}, {wide})"
         in message
     )
 

@@ -445,11 +445,11 @@ def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
         ({"visual.proj": None}, "missing: visual.proj .128, 48."),
         (
             {"visual.proj": torch.zeros(48, 128)},
-            r"wrong shape: visual.proj \(48, 128\), our vision",
+            r"wrong shape: visual.proj \(48, 128\), miniclip's vision",
         ),
         (
             {"transformer.resblocks.1.attn.in_proj_weight": torch.zeros(128, 64)},
-            r"wrong shape: \S+in_proj_weight \(128, 64\), our text.blocks.1.attn.q_proj.weight",
+            r"wrong shape: \S+_weight \(128, 64\), miniclip's text.blocks.1.attn.q_proj.weight",
         ),
         ({"context_length": torch.tensor(7)}, r"context_length is \[7\].* say 20"),
         ({"token_embedding.weight": torch.zeros(500, 100)}, "the text tower has width 100"),

@@ -119,10 +119,10 @@ within a second of CPU time and 200 MB
     hostile: long_files_take_little_memory_and_give_short_messages
     tokenizer: a_long_run_of_marks_takes_no_quadratic_time
     tokenizer: each_place_in_a_text_is_looked_up_once_per_length_of_an_added_token
-from the hub is an error, and is deleted
+from the hub raises an error, and is deleted
     hub: a_damaged_download_is_an_error_and_not_kept
     hub: without_symlinks_the_hub_is_asked_for_the_hashes
-changed later is an error, and is kept
+changed later raises an error, and is kept
     hub: a_file_that_was_changed_after_the_check_is_checked_again
 are of one commit
     hub: a_branch_may_move_during_a_load_or_a_conversion

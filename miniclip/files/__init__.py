@@ -1,7 +1,7 @@
 """Read and write the files of checkpoints, on a disk and from the Hugging Face hub.
 
-These modules work with configs, dictionaries and tensors. The classes of the reference import
-these modules. These modules never import the classes.
+These modules work with dictionaries and tensors. The six main files (config.py, model.py, ...)
+import these modules. These modules never import the six files.
 
 - `hub.py`: a name -> a directory (embedded, local, or downloaded)
 - `tensors.py`: a weights file -> its tensors
@@ -10,8 +10,8 @@ these modules. These modules never import the classes.
 - `open_clip.py`: open_clip's config <-> fields of a config
 - `published.py`: the shapes, names and activations of the published models
 - `models.py`: a checkpoint -> the fields and tensors that a model is built from
-- `modules.py`: the names of a model's modules, and whether its config describes them
-- `pretrained.py`: `from_pretrained` and `save_pretrained` of the classes
+- `modules.py`: the names of a model's modules, and a check that its config describes them
+- `pretrained.py`: base classes with `from_pretrained` and `save_pretrained`
 - `checks.py`: checks of configs, inputs, tokenizers and transforms
 - `saving.py`: a model, or a whole checkpoint -> a directory
 - `vocabularies.py`: a tokenizer's files <-> vocabulary, merges and special tokens
@@ -31,16 +31,16 @@ The promises of these modules (`tests/test_promises.py` names the tests of each 
   warning lists the other tensors in a larger model's file (Lightning's, Stable Diffusion's).
 - No weight is folded, fused or added. Load, save, load is bit-exact. So is a conversion to another
   layout and back. A warning lists the tensors with NaN or infinity.
-- The activation, the LayerNorm epsilon and the end token come from the checkpoint. `save` refuses a
-  layout that cannot express the model. `load` and `save` refuse a tokenizer or a transform that
-  does not fit the model. `save` refuses a directory in which `load` would read another model's
-  files instead.
+- The activation, the LayerNorm epsilon and the end token come from the checkpoint. `save` raises an
+  error for a layout that cannot express the model. `load` and `save` raise an error for a tokenizer
+  or a transform that does not fit the model. `save` raises an error if `load` would read another
+  model's files in the directory instead.
 - Code in a file never runs. A hostile file gives a `CheckpointError`, or it loads exactly as the
   file says: `tests/test_hostile.py` tries 8,900 files, each within a second of CPU time and 200 MB.
   The limits are higher than any published CLIP needs: 1 MB for JSON, 5 MB for a tokenizer's file,
   6 MB for a safetensors header, 400 kB for a pickle, 10,000 tensors.
-- A file that was damaged in the download from the hub is an error, and is deleted. A file that was
-  changed later is an error, and is kept.
+- A file that was damaged in the download from the hub raises an error, and is deleted. A file that
+  was changed later raises an error, and is kept.
 - All files of one `load` or one conversion are of one commit or of one save, even if others push or
   save at the same time. A process that is killed during a save leaves the old checkpoint or the new
   one. The next save removes the unfinished files, and `upload_folder` never publishes them.

@@ -1,4 +1,4 @@
-"""Read the next files in threads while the model works. Pillow decodes without Python's lock."""
+"""Read the next files in threads while the model runs. Pillow decodes without Python's lock."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable

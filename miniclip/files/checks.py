@@ -1,6 +1,6 @@
 """Checks of configs, inputs, tokenizers and transforms, with errors that quote the wrong values.
 
-The classes of the reference call these functions. Any object with the same fields can be checked.
+The six main files call these functions. Any object with the same fields can be checked.
 """
 
 import math
@@ -47,11 +47,11 @@ def check_config(config: Any) -> None:
                 ids = f"an id from 0 to {last}, because vocab_size is {config.vocab_size}"
                 raise wrong(f"{kind}: {name}", value, ids)
         if config.eos_token_id != LEGACY_EOS:
-            object.__setattr__(config, "literal_eos", False)  # no effect here, so it is reset
+            object.__setattr__(config, "literal_eos", False)  # it has no effect if the id is not 2
 
 
 def check_tower(config: Any) -> None:
-    """Check the fields that both towers have. Replace equal numbers of all layers by one number."""
+    """Check a tower's fields. If all layers have the same number (not 0), keep only this number."""
     kind = type(config).__name__
     positive(config, "width", "layers")
     if config.layers > 1000:  # the published models have at most 48
@@ -70,7 +70,7 @@ def check_tower(config: Any) -> None:
             f"{kind}: width {config.width} does not divide into {config.heads} heads of equal width"
         )
     if config.act not in ACTIVATION_NAMES:
-        names = f"one of {', '.join(ACTIVATION_NAMES)}: the activation that was trained"
+        names = f"one of {', '.join(ACTIVATION_NAMES)}: the activation used in training"
         raise wrong(f"{kind}: act", config.act, names)
     if not _is_finite(config.ln_eps) or config.ln_eps <= 0:
         raise wrong(f"{kind}: ln_eps", config.ln_eps, "a number above 0")
@@ -238,7 +238,7 @@ def check_vocab_size(vocab_size: int, least: int) -> None:
 
 
 def check_pad_to(pad_to: int | None, context_length: int) -> int:
-    """The most tokens that a row may have. Raises ValueError if `pad_to` is below 2."""
+    """The number of tokens that fit in a row. Raises ValueError if `pad_to` is below 2."""
     if pad_to is not None and pad_to < 2:
         raise ValueError(f"pad_to is {pad_to}; the start and the end token alone need 2")
     return context_length if pad_to is None else min(pad_to, context_length)

@@ -3,8 +3,8 @@
 OpenAI's files have no config. Their fields are read from the shapes of the weights. open_clip's
 config is read in `open_clip.py`.
 
-The fields are {"vision": {...}, "text": {...}, "embed_dim": ..., "logit_scale_init": ...}. A field
-that a file leaves out is left out here too, because the dataclasses have transformers' defaults.
+The fields are {"vision": {...}, "text": {...}, "embed_dim": ..., "logit_scale_init": ...}. Fields
+that a file leaves out get their defaults later: the dataclasses have transformers' defaults.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ from miniclip.files.published import Fields, releases_of
 # ------------------------------------------------------------------------------------------------
 # transformers: config.json
 
-# our name -> transformers' name
+# miniclip's name -> transformers' name
 _SHARED = {"embed_dim": "projection_dim", "logit_scale_init": "logit_scale_init_value"}
 _TRANSFORMER = {
     "width": "hidden_size",
@@ -45,7 +45,7 @@ _SECTIONS = {
 # Fields that transformers' CLIP does not have. The names are from other models of transformers.
 _BEYOND = {"head_width": "head_dim", "registers": "num_register_tokens"}
 
-METACLIP_2 = "metaclip_2"  # a CLIP that pools a text at its end token, also if the id is 2
+METACLIP_2 = "metaclip_2"  # a CLIP whose texts end at the end token, even if its id is 2
 TOWER_TYPES = {
     f"{family}_{tower}_model": tower
     for family in ("clip", METACLIP_2)
@@ -102,7 +102,7 @@ def _literal_eos(model_type: str) -> Fields:
 
 
 def _renamed(section: dict[str, Any], names: Mapping[str, str]) -> Fields:
-    """Rename entries to our names. Drop an entry whose name is ours and not transformers'."""
+    """Rename entries to miniclip's names. Drop an entry whose name only miniclip uses."""
     ours = {theirs: ours for ours, theirs in names.items()}
     return {
         ours.get(name, name): value
@@ -118,7 +118,7 @@ def to_transformers(
 
     A tower that is `beyond_transformers` gets extra entries. transformers would ignore them and run
     another model. So the number of heads is written as a list with one number for each layer:
-    transformers accepts only a single number, and refuses the file.
+    transformers accepts only a single number, and raises an error.
     """
     family = "clip"
     if fields["text"].get("literal_eos") and model_type == "clip":
@@ -158,11 +158,11 @@ def beyond_transformers(tower: Mapping[str, Any]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# no config file: the shapes are the config
+# no config file: the shapes of the tensors give the config
 
 
 def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]) -> Fields:
-    """Read the fields of a config from the shapes of tensors: all but heads, activation, epsilon.
+    """Read a config's fields, except heads, activation and epsilon, from the shapes of tensors.
 
     Raises ValueError if a tensor is missing, or if the shapes contradict the three numbers that
     OpenAI's files have beside the weights.
@@ -202,7 +202,7 @@ def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
     return fields
 
 
-_NUMBERED = ("image_size", "context_length", "vocab_size")  # our names for OPENAI_NUMBERS
+_NUMBERED = ("image_size", "context_length", "vocab_size")  # OPENAI_NUMBERS in miniclip's names
 
 
 def openai_numbers(fields: Fields) -> dict[str, Tensor]:
@@ -219,8 +219,8 @@ def without_config(
 
     Shapes do not give the heads and the activation. OpenAI's own files have heads of width 64 and
     QuickGELU. For other files, a published model with the same shapes gives the heads and the
-    activation. Without such a model, a file in OpenAI's layout is read as OpenAI's. Raises
-    ValueError for other layouts, or if such models have different activations.
+    activation. If there is none, a file in OpenAI's layout is read like OpenAI's own files, and
+    another layout raises ValueError. So do published models with different activations.
     """
     fields = from_shapes(tensors, table, towers)
     is_openai = any(name in tensors for name in OPENAI_NUMBERS)
@@ -260,19 +260,19 @@ def without_config(
 
 
 # ------------------------------------------------------------------------------------------------
-# what a layout cannot express
+# models that a layout cannot express
 
 
 def refuse_inexpressible(fields: Fields, layout: str) -> None:
     """Raise ValueError if a layout cannot express a model. The message names the fields.
 
-    transformers' layout can express every model: config.json may have entries of our own.
+    transformers' layout can express every model: config.json may have more entries.
     """
     if layout == "transformers":
         return
     vision, text = towers = fields["vision"], fields["text"]
     odd = [*beyond_transformers(vision), *beyond_transformers(text)]
-    if not odd:  # here each field is one number
+    if not odd:  # so heads, MLP width and image size are single numbers
         acts, end, is_openai = [t["act"] for t in towers], text["eos_token_id"], layout == "openai"
         reasons = {
             f"channels {vision['channels']}": vision["channels"] != 3,

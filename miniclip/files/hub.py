@@ -1,4 +1,4 @@
-"""A name -> the directory of a checkpoint, which is embedded, local or downloaded from the hub."""
+"""Find the directory of a checkpoint by its name: embedded, local or downloaded from the hub."""
 
 import hashlib
 import logging
@@ -16,7 +16,7 @@ from miniclip.files.published import openai_id
 from miniclip.files.reading import read_json
 from miniclip.files.writing import SAVED, finish_save
 
-log = logging.getLogger("miniclip")  # printed by the command, silent by default in Python
+log = logging.getLogger("miniclip")  # the command prints it; in Python it is off by default
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # An installed package contains the weights. In a checkout they are beside the package.
@@ -43,8 +43,8 @@ HUB_FILES = {
     ),
     "transform": (["preprocessor_config.json", "processor_config.json", "open_clip_config.json"],),
 }
-"""The files of each part of a checkpoint. For a model, a list is downloaded only if the lists
-before it gave no weights."""
+"""The files of each part of a checkpoint. A model has several lists: a list is downloaded only if
+the lists before it gave no weights."""
 CHECKED = ".miniclip-checked"  # a file in a repository's cache, which lists the verified files
 SUFFIXES = (".safetensors", ".bin", ".pt")
 WEIGHTS = tuple(
@@ -76,8 +76,8 @@ def resolve(
     """The directory of a checkpoint. From the hub, only the files of one `kind` are downloaded.
 
     `kind` is a key of HUB_FILES, and `subfolder` a folder inside the directory or the repository.
-    An embedded name such as everyday always gives the embedded checkpoint: write ./everyday for a
-    directory of this name. Raises CheckpointError.
+    A name such as "everyday" always gives the embedded checkpoint. For a directory with this name,
+    write "./everyday". Raises CheckpointError.
     """
     address = None if os.path.exists(as_path(name)) else ADDRESS.fullmatch(str(name))
     if address:
@@ -138,7 +138,7 @@ def _download(
 ) -> Path:
     from huggingface_hub import constants, snapshot_download  # here, because it is slow to import
 
-    if not (local_files_only or constants.HF_HUB_OFFLINE):  # a bad network takes long to answer
+    if not (local_files_only or constants.HF_HUB_OFFLINE):  # an answer may take minutes
         _say_once(f"asking the Hugging Face hub for {repository}")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     home = cache / f"models--{repository.replace('/', '--')}"
@@ -153,14 +153,14 @@ def _download(
         except Exception as error:  # the hub client's errors have no common base class
             said: BaseException = error
             if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__:
-                said = error.__cause__  # the network's error, without the client's advice
+                said = error.__cause__  # the network's own error, not the client's advice
             reason = " ".join(str(said).split()).rstrip(".")
             raise CheckpointError(
                 f"{repository} is not a directory here, and the hub's client cannot download it. "
                 f"Offline, use a directory or an embedded checkpoint: {', '.join(embedded_names())}"
                 f". The client says {type(said).__name__}: {reason}"
             ) from error
-        revision = Path(snapshot).name  # the branch may move before the next request
+        revision = Path(snapshot).name  # the same commit for the next request
         directory = _inside(Path(snapshot), folder)
         ask = partial(_hashes_at, repository, revision, local_files_only)
         _check_hashes(directory, home / CHECKED, before, ask)
@@ -176,12 +176,12 @@ def commit_of(path: Path) -> str | None:
 
 
 def _hashes_at(repository: str, commit: str, local_files_only: bool) -> dict[str, str]:
-    """The hash of each file at a commit; empty if the hub cannot be asked."""
+    """The hash of each file at a commit. Empty if the hub does not answer."""
     from huggingface_hub import HfApi
 
     if not local_files_only:
-        with suppress(Exception):  # no network: a later load checks the files without a hash
-            # Without a network, the client repeats `list_repo_tree` for minutes, but not this call.
+        with suppress(Exception):  # without a network, a later load will check the files
+            # Not `list_repo_tree`: without a network, the client retries it for minutes.
             info = HfApi().model_info(repository, revision=commit, files_metadata=True, timeout=10)
             return {
                 file.rfilename: str(file.lfs.sha256 if file.lfs else file.blob_id)
@@ -197,7 +197,7 @@ def _check_hashes(
 
     A cached file is a link to a file whose name is the hash. In a cache without links, `ask` gives
     the hash. The file `checked` lists the files that pass. Raises CheckpointError for a file that
-    does not pass. A file that this load has downloaded (it is not in `before`) is deleted too.
+    does not pass. If this load has downloaded the file (it is not in `before`), it is deleted.
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
     hashes = None
@@ -231,10 +231,10 @@ def _check_hashes(
 
 
 def _has_its_hash(blob: Path, name: str = "") -> bool:
-    """Whether `name`, by default the name of a cached file, is the hash of the file's content.
+    """Whether a cached file's content has the hash `name`, by default the name of the file.
 
     The hub's cache names large files by their sha256 and small files by git's sha1. A mirror of
-    the hub may use the plain sha1, or names that are not hashes: these names are accepted.
+    the hub may use the plain sha1, or names that are not hashes. All of these are accepted.
     """
     name = name or blob.name
     git = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
@@ -254,7 +254,7 @@ def weights_in(directory: Path) -> Path | None:
 
 
 def is_clips(directory: Path) -> bool:
-    """Whether config.json describes the CLIP, and not a model of timm beside open_clip's config."""
+    """False if config.json is timm's. Then open_clip's config beside it describes the CLIP."""
     config, open_clip = (directory / name for name in CONFIGS.values())
     return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
 

@@ -25,8 +25,8 @@ _FIXED = {
 def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
     """Read a parsed preprocessor_config.json, in the old form or the new, as ImageTransform fields.
 
-    The default of `size` and `crop_size` is 224. Raises ValueError for a setting that the transform
-    cannot follow.
+    The default of `size` and `crop_size` is 224. Raises ValueError for a setting that an
+    ImageTransform does not have.
 
     >>> from_transformers({"size": {"shortest_edge": 336}, "crop_size": 224})
     {'size': 336, 'crop_size': 224}
@@ -38,7 +38,7 @@ def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or not kind.startswith("CLIP"):
         raise wrong("image_processor_type", kind, "CLIPImageProcessor")
     for field, value in settings.items():
-        expected = _FIXED.get(field, False)  # other do_* settings are steps of other models
+        expected = _FIXED.get(field, False)  # no CLIP has the steps of other do_*
         is_checked = field in _FIXED or field.startswith("do_")
         if is_checked and value != expected and not (field == "do_center_crop" and is_squash):
             raise ValueError(f"{field:.100} is {shown(value)}; every CLIP has {expected!r}")
@@ -75,7 +75,7 @@ def to_transformers(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_files(directory: Path) -> list[Path]:
-    """The files of a directory that have image settings. transformers reads the first of them.
+    """The files in a directory that have image settings. transformers reads the first one.
 
     Since transformers 5.0, the settings are in processor_config.json. Raises CheckpointError.
     """

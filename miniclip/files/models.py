@@ -1,7 +1,7 @@
-"""A checkpoint -> the fields of its config and its tensors, from which a class builds the model.
+"""A checkpoint -> its tensors and the fields of its config, from which a class builds the model.
 
-Each tensor in the file must have a place in the model. Each parameter must have a tensor of its
-shape. Nothing is repaired, and no weight is changed.
+Each tensor in the file must have a place in the model. Each parameter must have a tensor of the
+same shape. Nothing is repaired, and no weight is changed.
 """
 
 import os
@@ -42,7 +42,7 @@ PLAIN = Fork()
 class Stored(NamedTuple):
     """The contents of a model's files."""
 
-    fields: Fields  # of the CLIPConfig, without a tower that the file does not have
+    fields: Fields  # of the CLIPConfig, without the fields of a tower that the file lacks
     tensors: dict[str, Tensor]  # under the names of the layout
     layout: str
     table: names.Layout
@@ -61,7 +61,7 @@ class Stored(NamedTuple):
         return hub.commit_of(self.path)
 
     def check_towers(self, towers: tuple[str, ...]) -> None:
-        """Raise CheckpointError unless the files have these towers."""
+        """Raise CheckpointError unless the files have all of `towers`."""
         if {*towers} <= {*self.towers}:
             return
         only = self.towers[0]
@@ -71,7 +71,7 @@ class Stored(NamedTuple):
         raise CheckpointError(f"{self.path}: {reason}")
 
     def has(self, part: str, name: str | PathLike[str], **options: Any) -> bool:
-        """Whether `load` has to read a "tokenizer" or a "transform" (`part`) for this model.
+        """Whether `load` must read the `part`, "tokenizer" or "transform", for this model.
 
         Warns, and returns False, if the vocabulary is not CLIP's. `options` go to `resolve`.
         """
@@ -93,7 +93,7 @@ class Stored(NamedTuple):
         )
 
     def has_openais_transform(self, name: str | PathLike[str], **options: Any) -> bool:
-        """Whether to use OpenAI's transform: the layout is OpenAI's, without a transform file."""
+        """Whether to use OpenAI's transform: OpenAI's layout, and no file with a transform."""
         is_openais = self.layout == "openai" and "vision" in self.towers
         return is_openais and not hub.has_files("transform", name, **options)
 
@@ -109,12 +109,12 @@ class Stored(NamedTuple):
         try:
             with blaming(self.config_path), meta_device():
                 yield
-        except RuntimeError as error:  # more bytes than 64 bits can count
+        except RuntimeError as error:  # the number of bytes does not fit in 64 bits
             reason = f"no model can be so large: {error}"
             raise CheckpointError(f"{self.config_path}: {reason}") from None
 
     def state_dict(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors under the names of a model's `state_dict`; `model` may be on the meta device.
+        """The tensors with the names of a model's `state_dict`. `model` may be on the meta device.
 
         `prefix` is "vision." or "text." for a tower. If tensors do not fit, one CheckpointError
         lists them, at most a thousand. Warns of NaN and infinity.
@@ -128,8 +128,8 @@ class Stored(NamedTuple):
             name.removeprefix(prefix): where.take(self.tensors[where.key]).to(self.device)
             for name, where in places.items()
         }
-        # One NaN or infinity in a weight silently turns every logit into NaN. A sum is three times
-        # as fast as minimum and maximum, but it may overflow. Then minimum and maximum decide.
+        # One NaN or infinity in a weight silently turns every logit into NaN. A sum finds it three
+        # times as fast as minimum and maximum, but may overflow. Then minimum and maximum decide.
         real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
         odd = [name for name, t in real.items() if not t.sum().isfinite()]
         odd = [name for name in odd if not all(end.isfinite() for end in real[name].aminmax())]
@@ -156,21 +156,21 @@ class Stored(NamedTuple):
             rest = {*TOWERS, "logit_scale"} - {prefix.rstrip(".")}
             others = set().union(*(names.names_of(part, self.table, tensors) for part in rest))
             on_top = sorted(key for key in tensors if key.startswith("classifier."))
-            if on_top:  # CLIPForImageClassification has a config of a text tower, but no text tower
+            if on_top:  # CLIPForImageClassification: a vision tower and a classifier on top
                 warn(f"{self.path}: {listed(on_top)} do not belong to the tower, and are left out")
             tensors = {k: t for k, t in tensors.items() if k not in others and k not in on_top}
         stored: dict[str, tuple[tuple[int, ...], str]] = {}
-        for ours, where in places.items():  # if q, k and v are one tensor, the error names q
+        for ours, where in places.items():  # if q, k and v are one tensor, an error will name q
             stored.setdefault(where.key, (where.stored_shape(shapes[ours]), ours))
         missing, misshapen, mistyped = [], [], []
         for key, (shape, ours) in stored.items():
             tensor = tensors.get(key)
             if tensor is None:
-                missing.append(f"missing: {key} {shape}, our {ours}")
+                missing.append(f"missing: {key} {shape}, miniclip's {ours}")
                 continue
             if tuple(tensor.shape) != shape:
                 found = shown(tuple(tensor.shape))
-                misshapen.append(f"wrong shape: {key} {found}, our {ours} {shape}")
+                misshapen.append(f"wrong shape: {key} {found}, miniclip's {ours} {shape}")
             if not tensor.is_floating_point():
                 found = f"holds {tensor.dtype}, expected floating point numbers"
                 mistyped.append(f"wrong type: {key} {found}")
@@ -197,7 +197,7 @@ def open_model(
     """Read the config and the tensors of a checkpoint's model.
 
     Args:
-        dtype: the type that floating point tensors are converted to. None keeps the file's type.
+        dtype: floating point tensors are converted to this type. None keeps the file's type.
         config: replaces the checkpoint's config: a CLIPConfig, an official name ("ViT-L/14"), a
             config.json, or the name of another checkpoint.
         options: for `resolve`.
@@ -250,7 +250,7 @@ def _open(
                     "vision_model.* and text_model.* (transformers) or visual.* (openai/CLIP, "
                     "open_clip)"
                 )
-        except ValueError:  # an error about the config says more, so check the config first
+        except ValueError:  # if the config is wrong too, its error explains more
             if file := next((f for f in (open_clip, config) if f.is_file()), None):
                 _read_fields(file, fork)
             raise
@@ -306,7 +306,7 @@ def read_fields(
 
 
 def _fields_of(name: str | PathLike[str], fork: Fork, **options: Any) -> tuple[Path, Fields]:
-    """The config of any checkpoint: its file and fields."""
+    """The config file of any checkpoint, and its fields."""
     if os.path.isfile(hub.as_path(name)):
         stored = open_model(name, None, fork=fork, **options)
         return stored.config_path, stored.fields
@@ -330,7 +330,7 @@ class _Undrawn(TorchFunctionMode):
 def meta_device() -> Iterator[None]:
     """A context in which models have shapes but no weights.
 
-    Random initialisation is skipped: on the meta device, it makes torch import its compiler.
+    Random initialisation is skipped, because on the meta device it makes torch import its compiler.
     """
     with torch.device("meta"), _Undrawn():
         yield
@@ -340,7 +340,7 @@ def check_device(device: str | torch.device) -> None:
     """Raise ValueError if tensors cannot be put on this device."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # which one depends on the device
+    except (RuntimeError, AssertionError, NotImplementedError):  # the type depends on the device
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         found += ["mps"] * torch.backends.mps.is_available()
         raise ValueError(
@@ -353,7 +353,7 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
     """Raise CheckpointError if a tokenizer or a transform does not fit the model with these fields.
 
     The tokenizer may have at most as many tokens as the text tower embeds. The transform's crop
-    must have the size that the vision tower reads. transformers fails only in the forward pass.
+    must have the size that the vision tower reads. transformers checks this in the forward pass.
     """
     text, vision = fields.get("text", {}), fields.get("vision")
     if vision and transform:

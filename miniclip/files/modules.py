@@ -1,4 +1,4 @@
-"""The names of a model's modules, and whether its config describes them."""
+"""The names of a model's modules, and a check that its config describes them."""
 
 import re
 import warnings
@@ -32,7 +32,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def class_of(module: nn.Module) -> Any:
-    """The class of a module, before FSDP2 replaced it by a subclass."""
+    """The class of a module, as it was before FSDP2 replaced it by a subclass."""
     return next(c for c in type(module).__mro__ if "torch.distributed.fsdp" not in c.__module__)
 
 
@@ -46,7 +46,7 @@ def named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def is_patched(module: nn.Module, name: str) -> bool:
-    """Whether the method `name` was replaced on this module alone, and not in its class."""
+    """Whether the method `name` was replaced on this one module, not in its class."""
     patch: Any = vars(module).get(name)
     if getattr(patch, "func", None) is checkpoint:
         patch = patch.args[0]  # activation checkpointing runs the same method
@@ -73,7 +73,7 @@ def check_described(model: Any) -> None:
         expected = kind(model.config)
     parts = [module for _, module in named_modules(expected)]
     if any(isinstance(v, Tensor) for m in parts for v in (*vars(m).values(), *m.buffers())):
-        with torch.random.fork_rng(devices=[]):  # built with values, to compare buffers
+        with torch.random.fork_rng(devices=[]):  # buffers are compared, so they need values
             expected = kind(model.config).to(next(model.parameters()).dtype)
     odd = [*differences(model, expected)]
     patched = [one for one in odd if one.endswith("is patched")]
@@ -100,7 +100,7 @@ def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
         found, wanted = _settings(ours[name]), _settings(theirs[name])
         for key in wanted | found:
             place = f"{name}.{key}".lstrip(".")
-            # A class never reads an attribute that was only set from outside.
+            # An attribute that the class does not set has no effect: it is not a difference.
             default = found.get(key) if key in vars(ours[name]) else "absent"
             default = getattr(theirs[name], key, default)
             values = found.get(key, "absent"), wanted.get(key, default)
@@ -111,7 +111,7 @@ def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
                 yield f"{place} is {shown(values[0])}, expected {shown(values[1])}"
 
 
-OWN = {*vars(nn.Module()), "eager"}  # attributes of every module, and the engine of attention
+OWN = {*vars(nn.Module()), "eager"}  # attributes of every module, and `Attention.eager`
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The names of a CLIP's tensors in each layout, and which layout a file has.
+"""The names of a CLIP's tensors in each layout. `recognize` finds the layout of a file.
 
     transformers   q, k and v are three matrices. The config is config.json
     openai         q, k and v are stacked in one matrix, and projections are transposed. There is no
@@ -6,9 +6,9 @@
     open_clip      as openai, with one more prefix in some models, and with open_clip_config.json
     timm           a vision tower, alone or in open_clip's file. It is read, but never written
 
-A layout is a table. A key is our name of a parameter, or of a module with a weight and a bias. {}
-stands for the number of the block. The value is the name of the tensor in the file. A name with .T
-at the end is of a transposed tensor. [0], [1] and [2] are the three thirds of a tensor's rows.
+A layout is a table. A key is miniclip's name of a parameter, or of a module with weight and bias.
+{} stands for the number of the block. The value is the name of the tensor in the file. A tensor
+with .T after its name is transposed. [0], [1] and [2] are the first, second and last third of rows.
 """
 
 import re
@@ -22,7 +22,7 @@ from miniclip.errors import listed, warn
 
 Layout = dict[str, str]
 
-# our name, transformers (every checkpoint has the spelling pre_layrnorm), openai/CLIP, timm
+# The columns: miniclip, transformers (pre_layrnorm is its own spelling), openai/CLIP, timm
 _TOWERS = """
 logit_scale           logit_scale                                       logit_scale
 vision.class_embed    vision_model.embeddings.class_embedding           visual.class_embedding
@@ -86,7 +86,7 @@ TIMM = {ours: place for ours, place in OPEN_CLIP_CUSTOM_TEXT.items() if "vision.
 
 
 def layout_name(name: str, layout: Layout) -> str:
-    """The place of a parameter in another layout. Raises ValueError if the layout has none.
+    """The place of a parameter in another layout. Raises ValueError if it has no place.
 
     >>> layout_name("vision.blocks.3.ln_1.bias", TRANSFORMERS)
     'vision_model.encoder.layers.3.layer_norm1.bias'
@@ -155,7 +155,7 @@ def place(name: str, layout: Layout) -> Place:
 
 
 def pack(parameters: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Parameters under our names -> tensors under a layout's names."""
+    """Parameters with miniclip's names -> tensors with a layout's names."""
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in parameters.items():  # q, k and v come in this order
         key, form = place(name, layout)
@@ -170,14 +170,14 @@ def pack(parameters: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 # Which layout is it?
 
 OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
-"""OpenAI's files hold these three numbers as tensors. OpenAI's code reads the shapes instead."""
+"""OpenAI's files have these three numbers as tensors. OpenAI's code uses the weights' shapes."""
 
 # The prefixes of DistributedDataParallel, torch.compile, FSDP, activation checkpointing and
 # DeepSpeed. A prefix may be anywhere in a name, and more than once.
 _WRAPPERS = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-# The first weight of a tower, without the tower's prefix -> the prefix in our tables.
+# The first weight of a tower, without the tower's prefix -> the prefix in the tables above.
 _PREFIXES = {
     "embeddings.token_embedding": "text_model.",
     "embeddings.patch_embedding": "vision_model.",
@@ -196,7 +196,7 @@ _FIRST = re.compile(  # a larger model's prefix, the tower's prefix (both option
 def recognize(
     tensors: Mapping[str, Tensor], extra: Layout = {}
 ) -> tuple[str, Layout, dict[str, Tensor]]:
-    """Find the name of the layout, its table, and the tensors under the table's names.
+    """Find the name of the layout, its table, and the tensors with the table's names.
 
     `extra` are the places of a fork's own parameters. Raises ValueError if there are two models, or
     parts that miniclip does not have, such as a ResNet.
@@ -246,14 +246,14 @@ def _is_forks(prefix: str, extra: Layout) -> bool:
 def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
     renamed = {rename(name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
-        raise ValueError("has two tensors with the same name after the prefixes of wrappers")
+        raise ValueError("has two tensors whose names differ only in their prefixes")
     return renamed
 
 
 def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop the buffers that libraries save beside the weights.
 
-    transformers saved the positions 0 to n-1 until 4.31; other positions raise ValueError. A
+    Until 4.31, transformers saved the positions 0 to n-1; other positions raise ValueError. A
     TorchScript archive of open_clip stores the causal mask. An AveragedModel stores a count.
     """
     kept = dict(tensors)
@@ -277,7 +277,7 @@ def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join Long-CLIP's two tables of positions: 20 rows of the first, the rest of the second.
 
     Long-CLIP's code multiplies the tables by masks of 0 and 1 and adds them (model_longclip.py).
-    Its own files have OpenAI's architecture, so they get OpenAI's `context_length`.
+    Its own files have OpenAI's architecture, so they get a `context_length` as in OpenAI's files.
     """
     long = [name for name in tensors if re.search(r"position(al)?_embedding_res\b", name)]
     for name in long:
@@ -291,7 +291,7 @@ def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_in_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give timm's tensors our shapes: drop leading dimensions of 1, and a bias that is zero.
+    """Give timm's tensors CLIP's shapes: drop leading dimensions of 1, and a bias that is zero.
 
     timm adds the bias to CLIP's projection. open_clip may store the projection outside of
     `visual.trunk`.

@@ -124,7 +124,7 @@ def _refuse_others(settings: dict[str, Any], known: set[str], section: str) -> N
 
 
 def to_open_clip(fields: Fields) -> dict[str, Any]:
-    """The model_cfg of open_clip_config.json. Raises ValueError if it cannot express the model."""
+    """The model_cfg of open_clip_config.json. Raises ValueError if it cannot describe the model."""
     vision, text = fields["vision"], fields["text"]
     refuse_inexpressible(fields, "open_clip")
     towers = {}
@@ -132,7 +132,7 @@ def to_open_clip(fields: Fields) -> dict[str, Any]:
         towers[name] = {"width": tower["width"], "layers": tower["layers"]}
         ratio = tower["mlp_width"] / tower["width"]
         if int(tower["width"] * ratio) != tower["mlp_width"]:
-            ratio *= 1 + 2**-50  # open_clip drops the fraction of the product
+            ratio *= 1 + 2**-50  # because open_clip rounds the product down
         towers[name]["mlp_ratio"] = ratio
         if tower["ln_eps"] != 1e-5:  # the default; old versions of open_clip do not know the field
             towers[name]["norm_kwargs"] = {"eps": tower["ln_eps"]}
@@ -174,9 +174,9 @@ def context_of_open_clip(settings: dict[str, Any]) -> int:
 
 
 def preprocessing_from_open_clip(settings: dict[str, Any]) -> dict[str, Any]:
-    """The preprocess_cfg of a parsed open_clip_config.json, in transformers' terms.
+    """The preprocess_cfg of a parsed open_clip_config.json, as transformers' settings.
 
-    Raises ValueError for a setting that an ImageTransform cannot follow.
+    Raises ValueError for a setting that an ImageTransform does not have.
     """
     preprocessing = settings.get("preprocess_cfg") or {}
     if not isinstance(preprocessing, dict):

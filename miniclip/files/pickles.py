@@ -4,8 +4,8 @@ torch.save writes a pickle and the numbers of each tensor. torch.jit.save also w
 and their code; OpenAI publishes its models in this form. A pickle is a program: it can call any
 Python function, and a few bytes can make it repeat long work. Here `pickletools` splits a pickle
 into instructions and runs nothing. Only the instructions that torch.save writes are followed, and a
-call is only noted. `torch.load(weights_only=True)` follows more instructions, and some take as much
-memory as a file asks for. `torch.load` also refuses objects that training saves beside the weights.
+call is noted but not made. `torch.load(weights_only=True)` follows more instructions, and some take
+as much memory as a file asks for. It also raises an error for some objects that training saves.
 """
 
 import io
@@ -24,8 +24,8 @@ from torch import Tensor
 from miniclip.files.state_dicts import Made, Storage, StoredTensor, find_state_dict
 
 LARGEST = 400_000
-"""The most bytes of a pickle, and of an archive's list of contents. The pickle of bigG/14 with its
-optimizer has 356,000. A pickle of the largest size is read in less than a second."""
+"""The largest size, in bytes, of a pickle and of an archive's list of contents. The pickle of
+bigG/14 with its optimizer has 356,000. The largest pickle is read in less than a second."""
 
 _DTYPES: dict[str, torch.dtype] = {"BFloat16": torch.bfloat16, "Byte": torch.uint8}
 _DTYPES |= {"Double": torch.double, "Float": torch.float, "Half": torch.half, "Bool": torch.bool}
@@ -126,12 +126,12 @@ def _place(file: _Bounded, record: zipfile.ZipInfo, storage: Storage) -> int:
 
 
 def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
-    """Read a file that torch.save wrote until 2020: five pickles, and storages after lengths."""
+    """Read torch.save's format until 2020: five pickles, then each storage's length and numbers."""
     file.seek(0)
     head = io.BytesIO(file.read(LARGEST))
     if head.read(len(_LEGACY)) != _LEGACY:
         raise UnpicklingError("torch.save did not write the file")
-    _read_pickle(head)  # about the machine; the numbers are little-endian on every machine
+    _read_pickle(head)  # skipped: it describes the machine. Numbers are always little-endian
     (root, storages), (keys, _) = _read_pickle(head), _read_pickle(head)
     place, places = head.tell(), {}
     for key in keys:
@@ -148,7 +148,7 @@ def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
 # a pickle -> the object that it describes
 #
 # A pickle can make values that take long to copy or to hash. So nothing below copies a value, and
-# only strings become keys of a dictionary. Tuples become lists, because lists cannot be hashed.
+# only strings become keys of a dictionary. Tuples become lists, so that Python never hashes them.
 
 
 class _Maker(str):
@@ -165,7 +165,7 @@ def _tensor(
     if not all(type(n) is int and 0 <= n < 2**40 for n in (offset, *shape, *stride)):
         raise UnpicklingError("a tensor with a shape of negative, huge or fractional numbers")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if 0 not in shape and max(math.prod(shape), last + 1) > storage.numel:  # a stride may be 0
+    if 0 not in shape and max(math.prod(shape), last + 1) > storage.numel:  # strides may be 0
         raise UnpicklingError(f"a tensor {shape} in a storage of {storage.numel:,} numbers")
     return StoredTensor(storage, offset, shape, stride)
 
@@ -262,7 +262,7 @@ def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
             if not isinstance(stack[-1], dict):
                 raise UnpicklingError(f"it sets items of a {type(stack[-1]).__name__}")
             for key, value in zip(items[::2], items[1::2], strict=True):
-                stack[-1][key if type(key) is str else None] = value  # optimizers have numeric keys
+                stack[-1][key if type(key) is str else None] = value  # optimizers use numeric keys
         elif name == "BINPERSID":
             stack[-1] = storage = _storage(stack[-1])
             if type(storage) is Storage and storages.setdefault(storage.key, storage) != storage:

@@ -72,7 +72,7 @@ def is_picture(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder with this name is hidden, or made by a system for itself."""
+    """Whether a file or folder with this name is hidden, or belongs to the system."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
@@ -98,7 +98,7 @@ def open_image(
     missing = missing_packages()
     try:
         if not is_open:
-            open_regular(source).close()  # raises for a pipe, for which Pillow would wait
+            open_regular(source).close()  # raises for a pipe: Pillow would wait for its data
         if suffix in RAW:  # Pillow would read only the thumbnail
             import rawpy
 
@@ -120,7 +120,7 @@ def open_image(
 
 
 def with_name(name: str, error: ImageError) -> str:
-    """The message of an error, after the image's name unless the message has the name already."""
+    """The message of an error. It begins with the image's name if it does not contain the name."""
     return str(error) if name in str(error) else f"{name}: {error}"
 
 

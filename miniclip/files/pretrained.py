@@ -1,4 +1,4 @@
-"""Base classes with `from_pretrained` and `save_pretrained` for the classes of the reference."""
+"""`from_pretrained` and `save_pretrained` for models, configs, tokenizers and transforms."""
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -91,7 +91,7 @@ class Pretrained(nn.Module):
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
         prefix = f"{cls.towers[0]}." if len(cls.towers) == 1 else ""
         state = stored.state_dict(model, prefix)
-        if any(buffer.is_meta for buffer in model.buffers()):  # a table that is not in the file
+        if any(buffer.is_meta for buffer in model.buffers()):  # a buffer that is not in the file
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
             model.to(stored.device, next(iter(state.values())).dtype)
         model.load_state_dict(state, assign=True)
@@ -223,7 +223,7 @@ class PretrainedTransform:
     def from_dict(cls: type[T], settings: dict[str, Any], *, reference: str = "transformers") -> T:
         """Read a parsed preprocessor_config.json of transformers, in the old form or the new.
 
-        Raises ValueError for a setting that the transform cannot follow.
+        Raises ValueError for a setting that an ImageTransform does not have.
         """
         return cls(**images.from_transformers(settings), reference=reference)
 

@@ -18,8 +18,8 @@ MOST_BYTES, MOST_LINES = 5_000_000, 300_000
 
 
 def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:
-    """Read the object in a JSON file. Refuses files above `most` bytes, because parsed JSON can
-    take 30 times its size in memory. Raises CheckpointError."""
+    """Read the object in a JSON file. Raises CheckpointError, also above `most` bytes,
+    because parsed JSON can take 30 times its size in memory."""
     try:
         value = json.loads(read_bytes(path, most).decode())
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Save a model or a whole checkpoint to a directory. Read a directory during another save."""
+"""Save a model or a whole checkpoint to a directory. Read it while another process saves to it."""
 
 import os
 import shutil
@@ -114,7 +114,7 @@ def check_layout(layout: str) -> None:
 
 
 def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
-    """Raise CheckpointError if a directory has files that `load` would read instead."""
+    """Raise CheckpointError if `load` would read other files instead of those to be saved."""
     others = [name for key, name in CONFIGS.items() if key != layout]
     others += [*WEIGHTS[: WEIGHTS.index(WRITTEN[layout])], *more]
     if there := [name for name in others if (directory / name).is_file()]:
@@ -138,7 +138,7 @@ def one_version(read: F) -> F:
         if not os.path.isdir(directory):
             return read(*args, **options)
         for _ in range(1000):
-            with suppress(OSError):  # `resolve` raises the error
+            with suppress(OSError):  # `read` calls `resolve`, which tries again and raises
                 finish_save(directory)
             before = _state(directory)
             # While a save moves its files, SAVED exists, and two different states may look equal.

@@ -50,7 +50,7 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError,
             RecursionError) as error:  # fmt: skip
         note = f"{name}: the tar cannot be read to its end: {str(error)[:300]}"
-        damage += [note] * (note not in damage)  # training reads a tar again in each epoch
+        damage += [note] * (note not in damage)  # once: training reads tars again in each epoch
 
 
 class _Bounded:

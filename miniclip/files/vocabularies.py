@@ -20,7 +20,7 @@ OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
 STALE = ("tokenizer.json", "added_tokens.json")
 """Files of an older tokenizer. A save deletes them, because transformers would read them first."""
 MOST_ADDED, LONGEST_ADDED = 20_000, 100
-"""The most added tokens, and the most characters of a token. Each length costs time in a text."""
+"""The largest number of added tokens, and of characters in one. `AddedTokens` tries each length."""
 
 
 class Vocabulary(NamedTuple):
@@ -37,7 +37,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     """Read a tokenizer from the files that transformers reads. Raises CheckpointError."""
     open_clip = directory / "open_clip_config.json"
     open_clip_length = None
-    if open_clip.is_file():  # first, because open_clip may use another kind of tokenizer
+    if open_clip.is_file():  # first, because it may name a tokenizer that is not CLIP's
         with blaming(open_clip):
             open_clip_length = context_of_open_clip(read_json(open_clip))
     source, vocab, merges = _read_merges(directory)

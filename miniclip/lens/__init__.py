@@ -4,11 +4,11 @@
 - `decompose.py`: the embedding as an exact sum over layers, heads or tokens
 - `streams.py`: the residual stream after each layer: logit lens, intermediate features
 - `heat.py`: several methods to show where a model sees a text in an image
-- `reading.py`: which tower reads an input, and at which token
+- `reading.py`: which tower gets an input, and which token's output becomes the embedding
 
 Diffusion models read the residual stream after a chosen block of the text tower. In diffusers, clip
-skip 1 is the block before the last. Most user interfaces call it 2. A prompt of more than 77 tokens
-goes through the tower in windows, each with a start and an end token:
+skip 1 means the block before the last. Most user interfaces call it clip skip 2. A prompt of more
+than 77 tokens goes through the tower in windows, each with a start and an end token:
 
 ```python
 from miniclip.lens import forward_intermediates
@@ -27,8 +27,8 @@ For one embedding of a long text, see `surgery.extend_context`.
     miniclip explain cat.jpg "a cat" "a dog" --all -o where.png --model everyday
     miniclip explain --score shapes --model shapes -o methods.png
 
-The first command draws where the model sees each text, by every method. The second command scores
-the methods: each has to find the named one of two drawn objects, whose pixels are known:
+The first command draws where the model sees each text, with every method. The second command scores
+the methods. An image has two drawn objects, and a method must find the one that the text names:
 
                                     trained weights                random weights
     method                named     other       IoU     named     other       IoU
@@ -42,11 +42,11 @@ the methods: each has to find the named one of two drawn objects, whose pixels a
     a random map           3.0%      2.5%      1.4%
     the mask itself       85.0%      0.0%     64.0%
 
-(Shapes checkpoint, torch 2.13.0, CPU, 2026-11-29. `named` and `other`: how often the warmest pixel
-is on the object that the text names, and on the other object. `IoU`: the overlap of the object with
-as many of the warmest pixels. Random weights: the mean of five draws. Attention and rollout do not
-read the text, so they find both objects equally often. `the mask itself`: the mask of the object,
-averaged over each patch, which is about the best that a map of 8 x 8 patches can be.)
+(Shapes checkpoint, torch 2.13.0, CPU, 2026-11-29. `named`, `other`: how often the warmest pixel is
+on the object that the text names, or on the other one. `IoU`: take as many of the warmest pixels as
+the object has pixels, and compare the two regions (intersection over union). Random weights: the
+mean over five models. Attention and rollout do not read the text, so they find both objects equally
+often. `the mask itself`: the object's mask, averaged over each patch: about the best possible map.)
 """
 
 from miniclip.lens.attention import Relevance, attention_maps, gradcam, relevance, rollout

@@ -43,7 +43,7 @@ def check_patterns(acts: dict[str, Tensor], *blocks: nn.Sequential) -> None:
 def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
     """How much of each token reaches the class or end token, if only attention mixes tokens.
 
-    The matrix of a block is the mean of two: the mean pattern of its heads, and the identity for
+    A block's matrix is the mean of two matrices: its heads' mean pattern, and the identity for
     the residual connection. The matrices of all blocks are multiplied (Abnar and Zuidema 2020,
     arXiv 2005.00928). Returns (B, T), whose rows sum to 1.
 
@@ -76,7 +76,7 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
     Attention-model Explainability", arXiv 2103.15679, equations 5 and 6).
 
     Args:
-        start: the first block that counts. The paper starts at 0. The authors' notebook for CLIP
+        start: the first block that is used. The paper starts at 0. The authors' notebook for CLIP
             starts at -1, the last block.
 
     >>> import miniclip

@@ -18,7 +18,7 @@ def read_rows(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run a tower. Return the results of functions at sites, {site: result}, and the embedding.
 
-    `sites` is {glob: function}. "embed" is `read` of the residual stream before the first block.
+    `sites` is {glob: function}. The result "embed" is `read` of the stream before the first block.
     """
     rows: dict[str, Tensor] = {}
 
@@ -31,7 +31,7 @@ def read_rows(
         return rows, tower(x)
 
 
-# What heads read, (B, H, D) or from each token (B, H, T, D), times what they write, (E, H, D).
+# z (B, H, D) or its parts by token (B, H, T, D), times the heads' maps to the embedding (E, H, D).
 GRAINS = {"layer": "bhd,ehd->be", "head": "bhd,ehd->bhe", "token": "bhtd,ehd->bhte"}
 
 
@@ -49,18 +49,18 @@ def decompose(
         x: pixels or ids.
         by: how to split attention: by "layer" (B, E), "head" (B, H, E), or "token" (B, H, T, E),
             where T are the tokens that a head attends to.
-        convention: with "miniclip", a part is what the embedding loses without it, and biases are
-            parts of their own. "clip_prs" is as in the authors' code: a part includes its own bias
-            and an equal share of the LayerNorm's mean and bias, divided by the embedding's length.
+        convention: with "miniclip", a part is what the embedding would lose without it, and a bias
+            is a part. With "clip_prs", as in the authors' code, a part includes its bias and an
+            equal share of the LayerNorm's mean and bias, and is divided by the embedding's length.
     Returns:
         "embed" (the residual stream before the first block), "blocks.3.attn", "blocks.3.mlp", and
-        so on, and with "miniclip" also biases. The sum of all parts is the embedding, for
-        "clip_prs" with length 1. A value bias belongs to a head, not to a token, because a
+        so on, and with "miniclip" also biases. The sum of all parts is the embedding (with
+        "clip_prs": of length 1). A value bias belongs to a head, not to a token, because a
         pattern's rows sum to 1. So "blocks.3.attn.v_proj.bias" is (B, H, E) if `by` is "head" or
         "token". A fork's own MLP is one part, including its biases.
     Raises:
-        ValueError: if the sum is not the embedding, for instance because a hook edits the stream,
-            and for a fork with its own pooling, block or attention pattern.
+        ValueError: if the sum is not the embedding (for instance because a hook edits the stream),
+            or for a fork with its own pooling, block or attention pattern.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)
@@ -88,7 +88,7 @@ def decompose(
     else:
         sites["blocks.*.attn.z"] = read_row  # (B, H, D)
     changed = own_method(tower, (), attention=("qkv",))[1]
-    if changed:  # in a fork the values may not include the bias
+    if changed:  # a fork's values may differ from the output of v_proj
         sites["blocks.*.ln_1"] = lambda normed: normed
     rows, embedding = read_rows(tower, x, sites, read_row)
     for i, one in enumerate(tower.blocks if changed else ()):
@@ -100,8 +100,8 @@ def decompose(
     norm_name, norm = last_norm(tower)
     last = rows[f"blocks.{len(tower.blocks) - 1}"]  # (B, W)
     length = 1 if apart else embedding.norm(dim=-1, keepdim=True)  # (B, 1)
-    # With a given scale, the residual stream is mapped to the embedding linearly. If the mean is
-    # subtracted from each part, LayerNorm and projection are one matrix.
+    # For a given scale, the map from the residual stream to the embedding is linear. If the mean
+    # is subtracted from each part, LayerNorm and projection are one matrix.
     scale = norm_scale(norm, last) * length
     proj, _ = affine_of(tower.proj, last.shape[-1], last)
     readout = proj * norm.weight  # (E, W)
@@ -164,7 +164,7 @@ def ablate_contributions(
     """The embeddings (B, E), with the contributions of some heads replaced with their means.
 
     This is the mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code.
-    Nothing runs again, so later layers still use the original output of these heads. In contrast,
+    The model does not run again: later layers still use the original output of these heads. But
     `surgery.ablate_heads` with mode="mean" also changes later layers, at every token.
 
     Args:
@@ -194,7 +194,7 @@ def affine_of(module: Any, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
         weight = module.weight
         return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias
     one = torch.eye(width, dtype=like.dtype, device=like.device)
-    bias = module(torch.zeros_like(one))  # in each row
+    bias = module(torch.zeros_like(one))  # each row is the bias
     return (module(one) - bias).T, bias[0]
 
 

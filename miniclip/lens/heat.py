@@ -54,8 +54,8 @@ def token_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
 def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     """How much the cosine falls if a patch is covered (Zeiler and Fergus 2013, arXiv 1311.2901).
 
-    A grey window of two by two patches moves over the image. The number of a patch is the
-    mean fall over all windows that cover it.
+    A grey window of two by two patches moves over the image. The value of a patch is the
+    mean fall of the cosine over all windows that cover the patch.
     """
     patch = model.vision.patch_embed.stride[0]
     rows, columns = patch_grid(model.vision, pixels)
@@ -64,7 +64,7 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     heat, times = texts.new_zeros(len(texts), rows, columns), texts.new_zeros(rows, columns)
     for i, j in corners:
         times[i : i + 2, j : j + 2] += 1
-    # Equal images that follow each other are encoded once. Finding them waits for a GPU, once.
+    # Equal images that follow each other are encoded once. To find them, the CPU waits for the GPU.
     repeats = [1] * len(pixels)
     if not pixels.is_meta:
         repeats = torch.unique_consecutive(pixels, dim=0, return_counts=True)[1].tolist()
@@ -155,7 +155,7 @@ def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance"
 def seen(image: Picture, transform: ImageTransform, scale: int = 1) -> Image.Image:
     """The crop of an image that the model sees, as an image of S x S pixels.
 
-    A larger `scale` is for people: the same crop has `scale` times as many pixels along each side.
+    Use a larger `scale` for display: the same crop with `scale` * S pixels along each side.
     """
     larger = replace(transform, size=transform.size * scale, crop_size=transform.crop_size * scale)
     mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)
@@ -171,12 +171,12 @@ HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")
 def overlay(picture: Image.Image, heat: Tensor, warmest: float | None = None) -> Image.Image:
     """Draw the positive part of heat (rows, columns) over a grey image. More heat is more opaque.
 
-    The last of HEAT_COLOURS stands for the heat `warmest`, by default the largest of the map.
+    The last of HEAT_COLOURS stands for the heat `warmest`, by default the map's largest value.
     """
     shown = heat.clamp(min=0)
     warmest = shown.max().item() if warmest is None else warmest
     levels = (shown / max(warmest, 1e-12) * 255).clamp(max=255).to(torch.uint8).numpy()
     smooth = Image.fromarray(levels).resize(picture.size, Image.Resampling.BILINEAR)
     colours = ImageOps.colorize(smooth, *HEAT_COLOURS[::2], mid=HEAT_COLOURS[1])
-    density = smooth.point(lambda h: 90 + h // 2)  # opacity, of 255: cold places show the image
+    density = smooth.point(lambda h: 90 + h // 2)  # opacity, 0 to 255: cold places show the image
     return Image.composite(colours, picture.convert("L").convert("RGB"), density)

@@ -1,6 +1,6 @@
-"""Which tower reads an input, and at which token.
+"""Which tower gets an input, and which token's output becomes the embedding.
 
-An image is read at its class token, a text at its end token. `model` may be a CLIP or one of its
+For an image this is the class token, for a text the end token. `model` may be a CLIP or one of its
 towers. A CLIP sends floats to its vision tower and ids to its text tower.
 """
 

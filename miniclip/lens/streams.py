@@ -22,8 +22,8 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
     Args:
         x: pixels or ids.
         ln: which stream gives the divisor of the last LayerNorm. "recompute": the stream after the
-            same block, as if the tower ended there. "final": the last stream. Then the difference
-            of two entries is what the blocks between them add (`decompose`).
+            same block, as if the tower ended there. "final": the stream after the last block. Then
+            two entries differ by what the blocks between them add (`decompose`).
 
     >>> from miniclip import CLIP
     >>> logit_lens(CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)).shape
@@ -44,7 +44,7 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
 
 
 def _after_each(tower: Tower, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `read` to the residual stream before the first block and after each: (B, 1 + L, W)."""
+    """Apply `read` to the stream before the first block and after each block: (B, 1 + L, W)."""
     rows, _ = read_rows(tower, x, {"blocks.*": read}, read)
     return torch.stack(list(rows.values()), dim=1)
 
@@ -59,20 +59,20 @@ def forward_intermediates(
     output_fmt: str | None = None,
     intermediates_only: bool = False,
 ) -> list | tuple[Tensor, list]:
-    """The residual stream after chosen blocks, with gradients, like timm's method of this name.
+    """The residual stream after chosen blocks, with gradients, like timm's `forward_intermediates`.
 
     For the text tower, diffusers' clip skip n is `indices=[-1 - n], norm=True`. Most user
     interfaces call it n + 1. SDXL reads `indices=[-2]` without `norm`.
 
     Args:
-        indices: the numbers of the blocks, or how many of the last blocks. None: all blocks.
+        indices: a list of block numbers, or one number n for the last n blocks. None: all blocks.
         return_prefix_tokens: for images, pair each map with the tokens before the patches.
         norm: apply the last LayerNorm.
         stop_early: do not run the blocks after the last chosen block.
         output_fmt: "NCHW" (B, W, rows, columns), the default for images, or "NLC" (B, T, W).
-        intermediates_only: return the list alone.
+        intermediates_only: return only the list of streams.
     Returns:
-        The tokens after the last block that ran, with the last LayerNorm applied, and the list.
+        The last LayerNorm's output after the last block that ran, and the list of streams.
 
     >>> from miniclip import CLIP
     >>> vision, pixels = CLIP.from_pretrained("shapes").vision, torch.zeros(1, 3, 64, 64)
@@ -88,7 +88,7 @@ def forward_intermediates(
         expected = "'NCHW' or 'NLC'" if is_image else "'NLC': a text has no rows and columns"
         raise ValueError(f"output_fmt is {output_fmt!r}; expected {expected}")
     if return_prefix_tokens and not is_image:
-        raise ValueError("return_prefix_tokens is for images; a text has no tokens before its own")
+        raise ValueError("return_prefix_tokens is for images; a text has no prefix tokens")
     chosen = block_numbers(indices, len(tower.blocks))
     kept, tokens = [], tower.embed_tokens(x)
     _, last_ln = last_norm(tower)

@@ -4,15 +4,15 @@
     miniclip search index.safetensors "a red bicycle" --out bicycles.png
     miniclip search index.safetensors --image dog.jpg --minus "grass"
 
-`embed` reads each image once. If it is killed, the same command continues. On a complete index, the
-same command embeds new and changed images, drops missing images, and keeps the other embeddings bit
+`embed` reads each image once. If it is killed, the same command continues. For a complete index,
+the command embeds new and changed images, drops missing images, and keeps the other embeddings bit
 for bit. The index of another model is replaced only with `--force`. Hidden folders, system folders
 and files that match `--exclude PATTERN` are left out. HEIC needs `pillow-heif`, and camera RAW
 needs `rawpy`. Without the package, a message counts the skipped files and names the package.
 `torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.
 
 The index is one memory-mapped safetensors file. It holds unit vectors, names, a list of unreadable
-files, and a fingerprint of the weights. A search with another model is an error.
+files, and a fingerprint of the weights. A search with another model raises an error.
 
 ```python
 from miniclip.retrieval import Index, embed_query

@@ -1,4 +1,4 @@
-"""Build an index of images. A second build continues after a kill, or updates the index."""
+"""Build an index of images. A second build continues a killed build, or updates the index."""
 
 import os
 import shutil
@@ -176,7 +176,7 @@ def _build(
 ) -> Index:  # fmt: skip
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     barrier = dist.barrier if dist.is_initialized() else lambda: None
-    old = Index.load(out) if out.exists() else None  # never replace a file that is not an index
+    old = Index.load(out) if out.exists() else None  # raises if the file is not an index
     if force:
         old = None
         if rank == 0:
@@ -219,7 +219,7 @@ def _build(
         for i, index in list(enumerate(indexes))[bool(old) :]:
             where |= {name: (i, row) for row, name in enumerate(index.paths)}
         if not where:
-            shutil.rmtree(folder)  # the images may be readable in the next build
+            shutil.rmtree(folder)  # so that the next build tries the images again
             found = f"{len(reasons)}; the first: {reasons[0]}"
             raise ValueError(f"none of the images can be read, {found}")
         names = [name for name in map(str, pictures) if name in where]
@@ -247,7 +247,7 @@ def unchanged(old: Index, pictures: Sequence[Stamped]) -> dict[str, int]:
 def gather(
     indexes: Sequence[Index], taken: Sequence[tuple[int, int]], scratch: Path
 ) -> tuple[Tensor, Tensor]:
-    """Collect embeddings (N, E) and stamps (N, 2) of N rows, each given by (index, row).
+    """Collect embeddings (N, E) and stamps (N, 2). `taken` has (number of index, row) for each.
 
     The embeddings are in the file `scratch`, because they may not fit into memory.
     """

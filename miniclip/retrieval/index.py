@@ -31,7 +31,7 @@ from miniclip.transform import ImageTransform
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 BLOCK = 8192
 """Rows that a search compares at once: 16 MiB for 512 numbers a row."""
-TENSORS = {  # of an index file: their dtype and their number of dimensions
+TENSORS = {  # the tensors of an index file: dtype and number of dimensions
     "embeddings": (torch.float32, 2),
     "paths": (torch.uint8, 1),
     "path_ends": (torch.int64, 1),
@@ -46,7 +46,7 @@ class Encoder(NamedTuple):
 
     model: str
     revision: str | None  # the commit of a hub repository
-    fingerprint: str  # of the weights, in the dtype that was used
+    fingerprint: str  # a hash of the weights, in the dtype that was used
     dtype: str
     transform: ImageTransform
 
@@ -145,7 +145,7 @@ class Index:
     paths: Strings  # of the N images; "photos.tar/1.jpg" is an image in a tar
     encoder: Encoder
     skipped: Sequence[str] = ()  # a line for each unreadable image: its name and the reason
-    folder: str = ""  # where relative paths start
+    folder: str = ""  # relative paths start in this folder
     stamps: Tensor = torch.empty(0, 2, dtype=torch.int64)  # (N, 2), the `stamp` of each image
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ class Index:
 
         A float32 product finds the rows that may be among the best. Their scores are then computed
         in float64. The product's error is at most E u / (1 - E u), u = eps / 2, times both lengths
-        (Higham 2002, section 3.1). The search allows twice this. Memory does not grow with N.
+        (Higham 2002, section 3.1). The search allows twice this error. Memory does not grow with N.
 
         Args:
             query: a unit vector (E,).
@@ -230,7 +230,7 @@ class Index:
             block = self.embeddings[start : start + BLOCK]
             worst = scores[-1].item() if len(scores) == k else -math.inf
             coarse = block @ coarse_query
-            if not coarse.abs().max() <= query.norm() * 1.01 + rounding:  # raises for NaN too
+            if not coarse.abs().max() <= query.norm() * 1.01 + rounding:  # also true for NaN
                 raise ValueError("the index is damaged: it has rows that are not unit vectors")
             near = (coarse >= worst - rounding).nonzero().squeeze(1)
             scores = torch.cat([scores, (block[near].double() * query).sum(1)])
@@ -250,7 +250,7 @@ class Index:
         self.encoder.check(describe(loaded, name), "the index", advice)
 
     def load_encoder(self, name: str | None = None, device: str = "cpu") -> Loaded:
-        """Load the model that made the index, from `name` if it has moved. Raises ValueError."""
+        """Load the model that made the index. If it was moved, give `name`. Raises ValueError."""
         made_by = self.encoder
         loaded = load(
             name or made_by.model,

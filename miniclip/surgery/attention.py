@@ -1,4 +1,4 @@
-"""Embeddings for every patch, by the attention patterns of open-vocabulary segmentation.
+"""Embeddings for every patch, with attention patterns for open-vocabulary segmentation.
 
 CLIP's training uses only the class token. The embeddings of patches match texts only if the last
 block uses another attention pattern. The published methods differ in this pattern, and in the parts
@@ -71,7 +71,7 @@ def dense_features(
             raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
         preset = PRESETS[preset]
     if preset.grid and preset.residual:
-        raise ValueError("a Preset with its own grid has other tokens: expected residual=False")
+        raise ValueError("a Preset with its own grid has new tokens: expected residual=False")
     tower = tower_for(model, pixels)
     follow("dense_features", tower, ("forward", "pool"), block=("forward",), attention=("attend",))
     for attn in (block.attn for block in tower.blocks):
@@ -118,7 +118,7 @@ def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
 
 def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """GEM's pattern: values, keys and queries each attend to themselves twice, by cosines."""
-    # For each image: the mean length of its tokens, divided by the square root of D.
+    # For each image: the mean norm of its token vectors, divided by the square root of D.
     sharpness = seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1) * q.shape[-1] ** -0.5
 
     def near(one: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
 
     Args:
         features: (B, C, rows, columns) of the same images, for instance from DINO.
-        beta: only cosines above `beta` times their mean count.
+        beta: cosines below `beta` times their mean are ignored.
         gamma: the factor of the cosines before the softmax.
 
     >>> from miniclip import CLIP
@@ -168,7 +168,7 @@ PRESETS = {
     # uses the checkpoint's GELU and eps.
     "maskclip": Preset(lambda q, k, v, seen: torch.eye(q.shape[-2]).to(q), residual=True, mlp=True),
     "sclip": Preset(lambda q, k, v, seen: similar(q, q) + similar(k, k), residual=True, mlp=True),
-    # This is only the second path of CLIP Surgery. The authors then subtract redundant features.
+    # This is only the second path of CLIP Surgery. The authors also subtract redundant features.
     "clip-surgery": Preset(lambda q, k, v, seen: similar(v, v), residual=True, depth=6),
     "gem": Preset(self_self, residual=True, depth=6),
     "clearclip": Preset(lambda q, k, v, seen: similar(q, q)),

@@ -22,7 +22,7 @@ Grid = tuple[int, int]  # rows, columns
 
 
 def _antialiased(x: Tensor, grid: Grid) -> Tensor:
-    if grid[1] == 1:  # two calls: in one, torch 2.13 on a CPU gets only the first row right
+    if grid[1] == 1:  # with one call, torch 2.13 on a CPU gets only the first row right
         x = F.interpolate(x, (grid[0], x.shape[3]), mode="bicubic", antialias=True)
     return F.interpolate(x, grid, mode="bicubic", antialias=True)
 
@@ -46,10 +46,10 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
 
     Start from the original model each time, because resampling twice blurs. Both models share the
     weights that do not change: pass `copied(model)` to train one of them. transformers can express
-    only square images. For side S, use `dataclasses.replace(transform, size=S, crop_size=S)`.
+    only square images. Transform for side S: `dataclasses.replace(transform, size=S, crop_size=S)`.
 
     Args:
-        size: (height, width), or one number for both. Raises ValueError below one patch.
+        size: (height, width), or one number for both. ValueError if smaller than one patch.
         method: how to resample the position embedding: as "transformers"
             (interpolate_pos_encoding), "timm" (and open_clip), "openai-bilinear" or "dino".
 
@@ -101,7 +101,7 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
     """A model for patches of another size. The grid stays, so the image size changes too.
 
     The kernels of the patch embedding are multiplied by the pseudo-inverse of the matrix that
-    resizes a patch. So if `size` is larger, the new model embeds a resized patch exactly as this
+    resizes a patch. So if `size` is larger, the new model embeds a resized patch exactly as the old
     model embeds the original patch. `resize_image` restores the old image size.
 
     Args:
@@ -137,8 +137,8 @@ def resize_channels(model: CLIP, channels: int) -> CLIP:
     """A model for images with another number of channels, such as 4 with depth or near infrared.
 
     The rule is timm's (adapt_input_conv). A single channel gets the sum of the kernels. Several
-    channels get the old kernels in turn, scaled so that their sum keeps its size. The checkpoint's
-    transform still gives RGB: make the other channels yourself.
+    channels get the old kernels in turn (R, G, B, R, ...), times old / new number of channels. The
+    checkpoint's transform still gives RGB: make the other channels yourself.
 
     >>> from miniclip import CLIP
     >>> four = resize_channels(CLIP.from_pretrained("shapes"), 4)
@@ -206,8 +206,8 @@ def extend_context(
 def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     """A model with more tokens in its vocabulary. The new ids follow the old ones.
 
-    A model with the legacy end token 2 takes the largest id in a text for its end token. New ids
-    would be larger, so the new config names the old end token, the last id of the old vocabulary.
+    A model with the legacy end token 2 reads a text at its largest id. New ids would be larger than
+    the end token's, so the new config has the end token's id: the last of the old vocabulary.
 
     Args:
         tokens: vectors (count, W), or a number of tokens, which start as the mean of all vectors.
@@ -231,7 +231,7 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
 def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     """A model with more register tokens (Darcet et al. 2023, arXiv 2309.16588).
 
-    Registers stand after the class token, have no position embedding, and are not read at the end.
+    Registers stand after the class token, without position embedding. Their outputs are not used.
     Attention can store in them what it otherwise stores in patches. transformers has no registers.
 
     Args:
@@ -271,7 +271,7 @@ def _rows(given: int | Tensor, like: Tensor, default: Tensor) -> Tensor:
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter. The new one has the requires_grad of the old one, by default True."""
+    """Replace a parameter. The new one keeps the old one's requires_grad (default: True)."""
     old = getattr(module, name)
     trained = True if old is None else old.requires_grad
     setattr(module, name, nn.Parameter(value.detach().clone(), trained))

@@ -19,8 +19,7 @@ def ablate_heads(
 ) -> Iterator[None]:
     """Switch off heads while the `with` block is open.
 
-    `lens.ablate_contributions` is the ablation of Gandelsman et al. 2023, which changes only the
-    embedding.
+    The ablation of Gandelsman et al. 2023, `lens.ablate_contributions`, changes only the embedding.
 
     Args:
         heads: {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist, and
@@ -136,7 +135,7 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     >>> torch.equal(spliced, model.encode_image(pixels))
     True
     """
-    # Hooks on the module must not change the error: it would cancel their effect.
+    # The error is computed without the module's hooks. Otherwise it would cancel their effect.
     unhooked = copied(module, shares_weights=True) if error_term else module
 
     def through(tensor: Tensor, name: str) -> Tensor:
@@ -156,7 +155,8 @@ def move_to_registers(
     These are test-time registers, which need no training (Jiang et al. 2025, arXiv 2506.08010). The
     activation at the new tokens is `scale` * m. As in the authors' code, m is one number for each
     image and layer: the activation with the largest absolute value, over all tokens and all chosen
-    neurons. The paper moves each neuron's own largest activation, and zeroes all other tokens.
+    neurons. The text of the paper differs from this code: there each neuron moves its own largest
+    activation, and its activations at all other tokens become 0.
 
     Args:
         neurons: {layer: [neuron, ...]}. Their activations become 0 at the patches, and do not

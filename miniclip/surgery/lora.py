@@ -17,7 +17,7 @@ from miniclip.sites import find
 from miniclip.surgery.weights import copied
 
 ATTENTION_QV = ("*.blocks.*.attn.q_proj", "*.blocks.*.attn.v_proj")
-"""The queries and values of every layer, as in the paper, of both towers."""
+"""The query and value projections of every layer of both towers, as in the paper."""
 
 
 class LowRank(nn.Module):

@@ -107,7 +107,7 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
 def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
     """Change fields of a tower's config in place, after a change to its modules. Returns the model.
 
-    Saving refuses a model whose modules do not fit its config. Raises ValueError for an unknown
+    Saving raises an error if the modules do not fit the config. Raises ValueError for an unknown
     field.
 
     >>> from miniclip import CLIP

@@ -22,8 +22,8 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
     """Interpolate between the weights of two models.
 
     WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903) goes from the zero-shot to the fine-tuned
-    model. alpha = 0 gives exactly the first model, 1 exactly the second. Below 0 and above 1 is
-    extrapolation. Raises ValueError if more than weights differ, or if a model has unmerged LoRA.
+    model. alpha = 0 gives exactly the first model, 1 exactly the second. An alpha below 0 or above
+    1 extrapolates. Raises ValueError if more than weights differ, or if a model has unmerged LoRA.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -52,7 +52,7 @@ def average(models: list[CLIP]) -> CLIP:
 class TaskVector:
     """What fine-tuning adds to every weight, in float64 (Ilharco et al. 2022, arXiv 2212.04089).
 
-    Vectors can be added, subtracted, scaled and negated. A negated vector forgets its task.
+    Vectors can be added, subtracted, scaled and negated (to make a model forget the task).
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -157,7 +157,7 @@ def copied(model: Module, shares_weights: bool = False) -> Module:
     for part in new.modules():
         part._forward_hooks.clear()
         for key, hook in [*part._forward_pre_hooks.items()]:
-            if isinstance(hook, Enter):  # torch.nn.utils.prune needs its pre-hooks
+            if isinstance(hook, Enter):  # keep the pre-hooks of torch.nn.utils.prune
                 del part._forward_pre_hooks[key]
     return new
 
@@ -172,7 +172,7 @@ def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
 
 def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
     """The floating-point tensors of each model. Raises ValueError if the models differ in anything
-    else, or do not fit their config: unmerged adapters and quantised modules have no mean."""
+    else, or do not fit their config. Unmerged adapters and quantised modules cannot be averaged."""
     for model in models:
         check_described(model)
     found = [

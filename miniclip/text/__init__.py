@@ -1,7 +1,7 @@
 """The parts of the tokenizer that are not needed to understand it.
 
 - `symbols.py`: characters for bytes, and the special tokens
-- `merge.py`: applying BPE merges in n log n, and learning them
+- `merge.py`: applying BPE merges in n log n steps, and learning merges
 - `chunks.py`: a cache of ids
 - `unicode.py`: Unicode tables, the same on every version of Python
 - `openai.py`: OpenAI's text cleaning

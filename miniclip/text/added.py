@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 class AddedTokens:
-    """Find the tokens `added` in a text: after it is cleaned (True) or before (False)."""
+    """Find added tokens in the cleaned text (`added` maps them to True) or the raw text (False)."""
 
     def __init__(self, added: Mapping[str, bool], clean: Callable[[str], str]) -> None:
         self.clean = clean
@@ -26,8 +26,8 @@ class AddedTokens:
 class _Splitter:
     """Split a text at tokens and keep the tokens, as `re.split` does with a group.
 
-    At each place the longest token is found. `re` would try one token after another. Here the
-    tokens are a set, with one look-up for each length of the tokens with this first character.
+    At each place, find the longest token. `re` would try one token after another. Here the tokens
+    are a set, with one look-up for each length that tokens with this first character have.
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ class RememberedChunks(dict[str, Sequence[int]]):
     """The ids of chunks of text. A chunk is encoded when it is first looked up.
 
     A chunk of lower-case ASCII letters is one word. It is merged directly, without cleaning, unless
-    an added token has only letters.
+    one of the added tokens has only letters.
     """
 
     MOST_CHUNKS, MOST_CHARACTERS = 100_000, 64  # about 30 MB at most

@@ -20,7 +20,7 @@ class Merger:
     """
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[Pair]) -> None:
-        self.size, self.no_rank = len(vocab), len(merges)  # no merge has `no_rank`
+        self.size, self.no_rank = len(vocab), len(merges)  # `no_rank` is above all ranks
         self.joined = [vocab[left + right] for left, right in merges]  # by rank
         pairs = [vocab[left] * self.size + vocab[right] for left, right in merges]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
@@ -59,7 +59,7 @@ class Merger:
         while heap:
             rank, i = heapq.heappop(heap)
             j = after[i]
-            # If a half was merged after the push, the pair no longer exists. Each rank belongs to
+            # If one half was merged after the push, the pair no longer exists. Each rank belongs to
             # one pair, so it is enough to check that the pair at this place still has the rank.
             if j == end or self.ranks.get(ids[i] * self.size + ids[j]) != rank:
                 continue
@@ -73,10 +73,10 @@ class Merger:
 
 
 def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair]:
-    """Learn at most `limit` merges from words. `counts` has the symbols and the count of each word.
+    """Learn at most `limit` merges from words. `counts` maps each word's symbols to its count.
 
-    Sennrich et al. 2016, arXiv 1508.07909: the most frequent pair becomes a token, repeatedly. If
-    counts are equal, the pair that sorts first is taken.
+    Sennrich et al. 2016, arXiv 1508.07909: make the most frequent pair a token, and repeat. If two
+    pairs are equally frequent, the pair that sorts first becomes a token.
 
     >>> learn_merges({("c", "a", "t"): 2, ("h", "a", "t"): 1, ("c", "a", "p"): 1}, 2)
     [('a', 't'), ('c', 'at')]
@@ -118,7 +118,7 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
 
 
 def join(symbols: Sequence[str], left: str, right: str) -> list[str]:
-    """Replace each `left` that is followed by `right` by one symbol.
+    """Join each `left` and the `right` that follows it into one symbol.
 
     >>> join("aaab", "a", "a")
     ['aa', 'a', 'b']

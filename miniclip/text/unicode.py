@@ -11,7 +11,7 @@ from itertools import groupby
 
 import regex
 
-# Marks newer than Unicode 9. transformers' NFC neither reorders nor composes them.
+# Combining marks added after Unicode 9. transformers' NFC neither reorders nor composes them.
 NEW_MARK = (
     r"([\u05C8-\u05C9\u07FD\u0897-\u08D3\u09FE\u0C3C\u0D3B-\u0D3C\u0EBA\u1715\u1ABF-\u1AF0"
     r"\u1DF6-\u1DFA\uA82C\U000105D2-\U000105DA\U00010D24-\U00010F85\U00011070\U0001133B"
@@ -63,7 +63,7 @@ def lower_new_capitals(text: str) -> str:
 @cache
 def _new_capitals() -> dict[int, int]:
     """The lower case of capital sigma (`str.lower` has a second form at the end of a word), and of
-    the capitals in Unicode 14 to 17, which older versions of Python do not know."""
+    the capitals that Unicode 14 to 17 added, which older versions of Python do not know."""
     ranges = [  # first, last, step, distance to the lower-case letter
         (0x03A3, 0x03A3, 1, 32),
         (0x1C89, 0x1C89, 1, 1),
@@ -82,8 +82,8 @@ def _new_capitals() -> dict[int, int]:
     return {c: c + far for first, last, by, far in ranges for c in range(first, last + 1, by)}
 
 
-# Letters and numbers newer than Unicode 16. transformers (Oniguruma) does not know them, but the
-# regex module knows some.
+# Letters and numbers that were added after Unicode 16. transformers (Oniguruma) does not know them,
+# but the regex module knows some.
 TOO_NEW = (
     r"\u0558\u058B-\u058C\u088F\u0C5C\u0CDC\u208F\u209D-\u209F\uA7CE-\uA7CF\uA7D2\uA7D4\uA7DD"
     r"\uA7E2\uA7F1\uAB6C-\uAB6D\U000107BB-\U000107BF\U00010940-\U00010959\U00010EC5-\U00010EC7"
@@ -98,7 +98,7 @@ TOO_NEW = (
 
 @cache
 def word_pattern(word: str, reference: str) -> regex.Pattern[str]:
-    """Compile the pattern of a word: LETTER and NUMBER become the classes of a reference's Unicode.
+    """Compile the pattern of a word: LETTER and NUMBER become a reference's character classes.
 
     OpenAI's pattern ignores case, so a long s (ſ) counts as an s.
     """

@@ -73,7 +73,7 @@ def _folders_in(root: Path) -> list[str]:
 
 
 def class_folders(root: str | PathLike[str]) -> list[str]:
-    """Return the class folders, sorted (by number if all are numbers). Raises ValueError."""
+    """Return the class folders, sorted (by number if all are numbers). ValueError if none."""
     try:
         found = _folders_in(Path(root))
     except OSError as error:
@@ -120,10 +120,10 @@ def labelled_images(
 
 
 def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool) -> None:
-    """Raise ValueError if an accuracy on these images would mean nothing.
+    """Raise ValueError if an accuracy on these images would be meaningless.
 
-    Examples: a single class; a class without files; folders such as train/, each of which contains
-    the class folders, unless the user has `named` the classes.
+    Examples: a single class; a class without files; folders such as train/ that contain the class
+    folders. The last check is left out if the user has `named` the classes.
     """
     root, folders = Path(root), images.folders
     if len(folders) == 1:

@@ -28,7 +28,7 @@ IMAGENET_WNIDS = tuple(line.partition(" ")[0] for line in _lines)
 IMAGENET_CLASSES = tuple(line.partition(" ")[2] for line in _lines)
 """OpenAI's names of the 1,000 classes, by position.
 
-Two names belong to two classes each, as in the paper's measurements: "missile" (657 and 744) and
+As in the paper's measurements, two classes are called "missile" (657 and 744), and two are called
 "sunglasses" (836 and 837). So a position identifies a class, but a name does not.
 """
 CLASS_SETS["imagenet"] = list(IMAGENET_CLASSES)
