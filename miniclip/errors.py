@@ -9,7 +9,7 @@ from os import PathLike
 
 
 class CheckpointError(ValueError):
-    """A checkpoint's files are missing, damaged, or not what they claim to be."""
+    """A checkpoint's files are missing, damaged, or in an unexpected format."""
 
 
 class ContextLengthError(ValueError):
@@ -58,7 +58,7 @@ def shown(value: object) -> str:
     >>> shown([1] * 10**6)
     '[1, 1, 1, 1, 1, 1, ...]'
     """
-    return _short.repr(value)[:200]  # reprlib shortens only the single levels of a nested value
+    return _short.repr(value)[:200]  # reprlib limits each level of a nested value, not the whole
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:

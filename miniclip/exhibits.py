@@ -41,7 +41,7 @@ class Heat(NamedTuple):
 
 
 def scene_exhibit(index: int = 0) -> tuple[Exhibit, list[Heat]]:
-    """A scene of two objects, with a true and four false captions, and a heat map per object."""
+    """A scene of two objects, with one true and four false captions, and a heat map per object."""
     drawn = scene(index, seed=SEED, count=2)
     picture, masks = draw(drawn)
     phrases = [Phrase("", object.colour, object.shape) for object in drawn.objects]
@@ -65,7 +65,7 @@ def negatives_by_word(claim: Claim, scene: Scene) -> list[list[Claim]]:
 
 
 def photographs() -> dict[str, Image.Image]:
-    """Photographs by name. The last one shows a thing that `everyday` never saw.
+    """Photographs by name. The last one shows a thing that `everyday` was not trained on.
 
     Raises ValueError if scikit-image or matplotlib is missing.
     """

@@ -24,8 +24,8 @@ DISTRIBUTIONS = {
 def versions() -> dict[str, str]:
     """The version of Python, and of each library in DISTRIBUTIONS that has been imported.
 
-    A module's `__version__` says more than pip: PyTorch's is 2.14.1+cu130, and pip's is 2.14.1.
-    openai/CLIP has no `__version__`, so its version is pip's.
+    A module's `__version__` says more than pip: for PyTorch 2.14.1+cu130 instead of 2.14.1.
+    openai/CLIP has no `__version__`, so its version is from pip.
     """
     found = {"Python": platform.python_version()}
     for module, distribution in DISTRIBUTIONS.items():
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def installed_version(distribution: str) -> str:
-    """The version that pip knows. pip knows none for a folder on PYTHONPATH."""
+    """The version that pip knows. For a folder on PYTHONPATH, pip does not know a version."""
     try:
         return version(distribution)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Output in a terminal: a progress bar, and text that cannot move the cursor."""
+"""Output in a terminal: a progress bar, and text whose control characters are escaped."""
 
 import math
 import os
@@ -29,7 +29,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
             return True
 
         def refresh(self, nolock: bool = False, **options: Any) -> None:
-            # No line after other output (nolock), and none in a notebook.
+            # Print no line after each `tqdm.write` (nolock), and no line in a notebook.
             is_notebook = type(sys.stderr).__module__.startswith("ipykernel")
             if not (nolock or self.disable or is_notebook):
                 self.display()
@@ -112,7 +112,7 @@ def cell(text: str, width: int) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A count with its noun, whose plural ends in "s".
+    """A count with a noun. The noun's plural must end in "s".
 
     >>> counted(1, "picture"), counted(1200, "picture")
     ('1 picture', '1,200 pictures')

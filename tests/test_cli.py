@@ -432,11 +432,11 @@ model      everyday
 templates  simple | {{}}
 images     12, in 7 folders
 skipped    2 unreadable files
-missing    1 without images: frog
+empty      1 folder: frog
 top-1      58.33%, 95 % interval 31.95% to 80.67%
 top-5      91.67%
 per class  59.72%, the mean of the classes' top-1
-calibrated to ERROR, the expected calibration error
+ECE        ERROR, the expected calibration error
 
 class        images   top-1
 horse             1  100.0% {52 * "█"}

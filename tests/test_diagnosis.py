@@ -282,7 +282,10 @@ def half_the_heads(model):
         block.attn.head_width = 24
 
 
-@fault("text.blocks.0.mlp_out", "model differs from itself in float64: dropout in evaluation?")
+@fault(
+    "text.blocks.0.mlp_out",
+    "model gives different numbers in its two runs: is dropout on in evaluation?",
+)
 def dropout_in_evaluation(model):
     for block in model.text.blocks:
         block.mlp.register_forward_hook(lambda mlp, x, out: nn.functional.dropout(out, 0.1, True))
@@ -655,7 +658,8 @@ CODE = {
     "ids_clamped": (
         "self.token_embed(ids)", "self.token_embed(ids.clamp(max=300))",
         "text.embeddings",
-        "model does not compute CLIP's formula with its own weights: only at id 303 to 599",
+        "model does not compute CLIP's formula with its own weights: the models differ only at "
+        "id 303 to 599",
     ),
     "patches_with_a_bias": (
         "x = x.flatten(2).transpose(1, 2)", "x = x.flatten(2).transpose(1, 2) + self.ln_pre.bias",

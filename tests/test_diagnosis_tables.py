@@ -382,7 +382,7 @@ FOUND = {
     "text.projected | the same vector added to each row of text.projected, as a bias would be":
         lambda s: s.t["text.projected"] + torch.arange(36.0).double(),
     **{
-        f"{V}.mlp_out | {V}.mlp_out in {dtype} at every precision":
+        f"{V}.mlp_out | {V}.mlp_out rounded to {dtype}, in the float64 run too":
             lambda s, dtype=dtype: s.t[f"{V}.mlp_out"].to(getattr(torch, dtype)).double()
         for dtype in ("float8_e4m3fn", "bfloat16", "float16", "float32")
     },
@@ -443,7 +443,8 @@ def test_a_fault_must_explain_the_numbers_exactly(side):
 )  # fmt: skip
 def test_a_report_says_where_two_tensors_differ(site, places, where, side):
     tensors = {**side.tensors, site: one_in(side.tensors[site], *places)}
-    cause = f"model does not compute CLIP's formula with its own weights: only at {where}"
+    formula = "model does not compute CLIP's formula with its own weights"
+    cause = f"{formula}: the models differ only at {where}"
     assert cause_in_model(site, side._replace(tensors=tensors), side) == cause
 
 
@@ -506,7 +507,7 @@ def test_the_first_text_with_other_ids_is_named(old, new, text, tokenizer):
     def right(texts):
         return tokenizer(texts, truncate=True)
 
-    assert cause_in_tokens(wrong, right) == f"first at the text {text!r}"
+    assert cause_in_tokens(wrong, right) == f"different ids for the text {text!r}"
 
 
 def without_its_last(ids):

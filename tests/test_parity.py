@@ -241,7 +241,8 @@ def test_a_missing_merge_is_noticed(whole):
     right = whole[0].tokenizer
     fewer = Tokenizer(right.vocab, right.merges[:-1], context_length=right.context_length)
     word = "".join(right.merges[-1]).removesuffix("</w>")
-    assert_tokens_differ(whole[0]._replace(tokenizer=fewer), whole, f"first at the word {word!r}")
+    cause = f"different ids for the word {word!r}"
+    assert_tokens_differ(whole[0]._replace(tokenizer=fewer), whole, cause)
 
 
 @pytest.mark.slow

@@ -77,4 +77,4 @@ def name_change(row: "Mapped") -> str:
         return "unchanged"
     if "T" in (before, after):
         return "transposed"
-    return "split into q, k and v" if before else "q, k and v stacked in one"
+    return "split into q, k and v" if before else "q, k and v joined into one"

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     pictures, damage = find_pictures(args.paths, args.exclude)
     with process_group(args.device) as device:
-        name, args.revision = lasting_name(args.model, args.revision)  # a commit: a branch may move
+        name, args.revision = lasting_name(args.model, args.revision)  # a commit, not a branch
         loaded = load_model(args, device=device, dtype=getattr(torch, args.dtype))
         encoder = describe(loaded, name, args.revision)
         if args.engine == "auto":

@@ -34,7 +34,7 @@ with data of your own:
   miniclip eval imagenet/val --template imagenet --plot confusions.png
   miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images
   miniclip eval cifar10/test --task probe --train cifar10/train --model everyday"""
-MOST_CLASSES = 50  # that have a line in the table
+MOST_CLASSES = 50  # the largest number of classes with a line in the table
 
 # Flags that only some tasks have: the tasks, the flag, its help text, and argparse's options.
 FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
@@ -272,12 +272,12 @@ def examples_of_sets(
     test, train = ({*one["proj"].classes.tolist()} for one in sets[:2])
     if lacking := sorted(test - train):
         folders = ", ".join(images.folders[i] for i in lacking)
-        note(f"miniclip: no examples in {args.train}, so always wrong: {folders}")
+        note(f"miniclip: classes without examples in {args.train}, always wrong: {folders}")
     return loaded, images, sets, skipped[0]
 
 
 def load_once(args: argparse.Namespace) -> "Loaded":
-    """Load the model. Set `args.revision` to its commit, because a branch may move.
+    """Load the model. Set `args.revision` to the model's commit, because a branch may move.
 
     Also sets `args.name`, the name under which --cache keeps the features.
     """
@@ -336,12 +336,12 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
         return
     print(f"model  {args.model}, on scenes that no training set has\n")
     for question, share, chance in (
-        ("which colour and shape, of 64: pairs seen in training", scores.seen, "1.6 %"),
+        ("true colour and shape rank first of 64: seen in training", scores.seen, "1.6 %"),
         ("the same: pairs never seen in training", scores.unseen, "1.6 %"),
-        ("the caption, or the objects' places swapped", scores.relations, "50 %"),
-        ("    of left and right", scores.left_right, "50 %"),
-        ("    of above and below", scores.above_below, "50 %"),
-        ("the caption, or the objects' colours swapped", scores.binding, "50 %"),
+        ("true caption scores above one with swapped places", scores.relations, "50 %"),
+        ("    captions with left or right", scores.left_right, "50 %"),
+        ("    captions with above or below", scores.above_below, "50 %"),
+        ("true caption scores above one with swapped colours", scores.binding, "50 %"),
     ):
         print(f"{question:<56}{share:>7.1%}  (chance {chance})")
 
@@ -360,13 +360,13 @@ def evaluation_table(folders: list[str], result: "Evaluation") -> str:
     if result.skipped:
         lines.append(f"skipped    {len(result.skipped):,} unreadable files")
     if found["missing"]:
-        head = f"missing    {len(found['missing']):,} without images: "
+        head = f"empty      {counted(len(found['missing']), 'folder')}: "
         lines.append(head + shorten(", ".join(found["missing"]), COLUMNS - len(head)))
     lines.append(f"top-1      {result.accuracy:.2%}, 95 % interval {low:.2%} to {high:.2%}")
     if len(images) > 5:
         lines.append(f"top-5      {result.top5:.2%}")
     lines.append(f"per class  {result.mean_per_class:.2%}, the mean of the classes' top-1")
-    lines.append(f"calibrated to {result.calibration_error:.2%}, the expected calibration error")
+    lines.append(f"ECE        {result.calibration_error:.2%}, the expected calibration error")
 
     width = min(30, max(5, *(columns(printable(label)) for label in result.labels)))
     longest_bar = COLUMNS - width - 18

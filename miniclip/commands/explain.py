@@ -137,8 +137,8 @@ def method_table(found: dict[str, list[Any]]) -> str:
     lines += [
         "",
         f"random weights: the mean of {RANDOM} draws; standard deviation at most {spread:.1%}.",
-        "named: how often the warmest pixel is on the object that the text names.",
-        "other: how often it is on the other object. IoU: the overlap of the object",
-        "with as many of the warmest pixels. attention and rollout do not read the text.",
+        "named, other: how often the warmest pixel is on the object that the text names,",
+        "and on the other object. IoU: the overlap of the object's pixels with as many",
+        "warmest pixels as the object has. attention and rollout do not read the text.",
     ]
     return "\n".join(lines)

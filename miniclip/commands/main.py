@@ -1,6 +1,6 @@
 """The `miniclip` command: parse the arguments, run one command, report its errors.
 
-Exit status: 0 if all went well, 1 if a check failed, 2 on bad input, with one line on stderr.
+Exit status: 0 if all went well, 1 if a check failed, 2 after an error, with one line on stderr.
 """
 
 import argparse

@@ -110,7 +110,7 @@ def compare_engine(args: argparse.Namespace) -> int:
         print_json(about | {"rows": [row._asdict() for row in rows]})
     else:
         print(f"model   {shorten(name, 50)}\nengine  {args.engine}\n")
-        print(f"{'':<20}{'largest difference':>20}{'at most':>12}")
+        print(f"{'':<20}{'largest difference':>20}{'tolerance':>12}")
         for row in rows:
             print(f"{row.what:<20}{row.difference:>20.1e}{row.tolerance:>12.1e}")
         print(f"\n{about['environment']}")
@@ -118,7 +118,7 @@ def compare_engine(args: argparse.Namespace) -> int:
 
 
 def rows_dict(report: "Report") -> list[dict[str, Any]]:
-    """Return the rows for JSON. NaN becomes null, and so does infinity, for shapes that differ."""
+    """Return the rows for JSON. NaN and infinity become null, because JSON has neither."""
 
     def in_json(value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value

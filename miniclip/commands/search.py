@@ -23,7 +23,7 @@ EXAMPLE = f"""{PICTURES}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("index", metavar="INDEX", help="an index from `miniclip embed`")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a query; several are added up")
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a query; several texts are added")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="add an image")
     parser.add_argument(
         "--minus", action="append", default=[], metavar="TEXT", help="subtract a text"
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="find the N nearest images (default: %(default)s)",
     )
     parser.add_argument("-o", "--out", metavar="PNG", help="draw the images with their scores")
-    parser.add_argument("--model", help="the model of the index, if its folder has moved")
+    parser.add_argument("--model", help="the model of the index, if the model's folder has moved")
     add_device(parser)
 
 

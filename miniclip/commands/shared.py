@@ -55,7 +55,7 @@ LABELS = (
 
 
 def read_labels(names: list[str]) -> list[str]:
-    """Return the labels that --labels gives, or that the source named by --labels contains."""
+    """Return the labels in --labels, or the labels of the source that --labels names."""
     from miniclip.zeroshot.data import find_labels
 
     return sys.stdin.read().splitlines() if names == ["-"] else find_labels(names)
@@ -89,7 +89,7 @@ def add_engine(parser: argparse.ArgumentParser, *others: str) -> None:
         "--engine",
         choices=("eager", "compile", "onnxruntime", "openvino", *others),
         default="eager",
-        help="the engine of the vision tower; only eager starts at once (default: %(default)s)",
+        help="the engine of the vision tower; eager needs no preparation (default: %(default)s)",
     )
 
 
@@ -109,8 +109,8 @@ def load_model(args: argparse.Namespace, **options: Any) -> "Loaded":
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensors.
 
-    By default glibc returns large blocks to Linux, and Linux clears each page before it is used
-    again. For 64 images in B/32 this takes an eighth of the time. Memory use may grow by a quarter.
+    By default glibc returns large blocks to Linux, and Linux clears each page before its next use.
+    For 64 images in B/32, clearing takes an eighth of the time. Memory use may grow by a quarter.
     """
     if sys.platform != "linux":
         return
@@ -122,7 +122,7 @@ def keep_freed_memory() -> None:
 
 
 def check_figure(path: str) -> None:
-    """Raise ValueError if matplotlib is missing or cannot write this file. Call this early."""
+    """Raise ValueError if matplotlib is missing or cannot write this file."""
     from miniclip.figures.style import PICTURE_SUFFIXES
 
     check_writable(path, PICTURE_SUFFIXES)
@@ -149,7 +149,7 @@ def complain(error: Exception) -> None:
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's message is a page long
         text = "the device has too little memory; try a smaller --batch, or --dtype bfloat16"
-    if not isinstance(error, ImageError):  # the name of an image file may contain line breaks
+    if not isinstance(error, ImageError):  # keep all lines of a file name with line breaks
         text = text.partition("\n")[0]
     note(f"miniclip: error: {text}")
 

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log", choices=("tensorboard",), default="", help=log)
     parser.add_argument("--plot", metavar="PNG", help="draw a report of the run")
     numbers = parser.add_argument_group(
-        "recipe", "the numbers of a run, which override the numbers of --recipe"
+        "recipe", "the settings of a run, which override the settings of --recipe"
     )
     for entry in fields(Recipe):
         kind, meaning = type(entry.default), f"{entry.metadata['help']} (default: {entry.default})"

@@ -23,17 +23,17 @@ scikit-learn (`pip install -e '.[eval]'`).
   error, the accuracy of each class, and the most frequent confusions. `--labels food101 --template
   food101` uses OpenAI's class names and templates. The paper's other data sets work the same way.
 - **retrieval**: recall@1, 5 and 10 and the median rank, from images to captions and back. An image
-  has the rank of its best caption, as in CLIP_benchmark. The data is a folder with `metadata.jsonl`
+  has its best caption's rank, as in CLIP_benchmark. The data is a folder with `metadata.jsonl`
   (`text` may be a list), WebDataset shards, or a .json of COCO or of Karpathy's Flickr30k.
 - **probe**: logistic regression on the features before the projection, or after the projection with
   `--features proj`. A validation split chooses the L2 strength, as in the paper's appendix A.3.
 - **fewshot**: the paper's figure 6. A linear probe, and a classifier that starts from the zero-shot
-  weights, learn from 1 to 16 examples of each class. Prints the mean and spread of three draws.
+  weights, learn from 1 to 16 examples of each class. Prints the mean accuracy of three draws.
 
-Folders with WordNet ids as names (`n01440764`), or with positions (`0` to `999`, as in
-ImageNet-V2), are recognised as all or some of ImageNet's classes. They get OpenAI's class names,
-which give a higher accuracy than ImageNet's own names. Two of these classes are called "missile",
-and two "sunglasses". The paper's measurement uses the 80 published templates:
+Folders with WordNet ids as names (`n01440764`), or with numbers (`0` to `999`, as in ImageNet-V2),
+are recognised as all or some of ImageNet's classes. They get OpenAI's class names, which give a
+higher accuracy than ImageNet's own names. Two of these names, "missile" and "sunglasses", belong to
+two classes each. The paper's measurement uses the 80 published templates:
 
     miniclip eval imagenet/val --model openai/clip-vit-large-patch14-336 \
         --template imagenet --reference openai --device cuda

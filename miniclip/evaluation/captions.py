@@ -39,7 +39,7 @@ def captioned_images(
     """Find images, and all captions of each image. Empty captions are left out and counted.
 
     Args:
-        data: a folder with metadata.jsonl, .csv or .tsv, or such a file; a folder of images with a
+        data: a folder with metadata.jsonl, .csv or .tsv, or this file; a folder of images with a
             .txt beside each; a WebDataset .tar, or a folder of .tar shards, with a caption on each
             line of a .txt; a .json of COCO, or of Karpathy and Fei-Fei (2015).
         images: the folder of the images that a .json names; by default the folder of the .json.
@@ -143,7 +143,7 @@ def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:  # Excel writes a BOM
             if table.suffix != ".jsonl":
-                delimiter = max(",\t;", key=file.readline().count)  # in the header
+                delimiter = max(",\t;", key=file.readline().count)  # most frequent in the header
                 file.seek(0)
                 yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
                 return

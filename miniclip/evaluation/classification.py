@@ -17,7 +17,7 @@ class Evaluation(NamedTuple):
     confusion: Tensor  # (C, C) int64, images of the row's class that got the column's label
     in_top5: Tensor  # (C,) int64, images of each class with the true label among the best five
     skipped: list[str]  # a line for each unreadable file; such files are not counted
-    bins: Tensor  # (BINS, 3) float64, of a bin: images, sum of confidences, right answers
+    bins: Tensor  # (BINS, 3) float64: images, sum of confidences and right answers of each bin
 
     @property
     def images(self) -> Tensor:
@@ -73,7 +73,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     logits: Tensor, classes: Sequence[int], labels: Sequence[str], skipped: Sequence[str] = ()
 ) -> Evaluation:
-    """Count the answers of a classifier.
+    """Count the right and wrong answers of a classifier.
 
     If two logits are equal, `topk` decides which one is the best, as in OpenAI's evaluation.
 

@@ -26,7 +26,7 @@ class Features(NamedTuple):
     """The features of N readable images."""
 
     vectors: dict[str, Tensor]  # by kind: (N, E) or (N, W), float32
-    rows: list[int]  # the places of the readable images in the list of all images
+    rows: list[int]  # the positions of the readable images in the list of all images
     skipped: list[str]  # a line for each unreadable image: its name and the reason
 
 
@@ -58,7 +58,7 @@ def picture_features(
         loaded: the model, tokenizer and transform.
         pictures: the images: paths, or members of tars, as `find_pictures` returns them.
         cache: a folder that keeps the features of unchanged images as index files.
-        name: the model's name and revision. The cache stores them, to load the model again.
+        name: the model's name and revision. The cache stores both, to load the model again.
         batch: the number of images in a batch.
 
     Returns:
@@ -88,11 +88,11 @@ def picture_features(
     vectors = {"proj": both[:, :width].contiguous()}
     if both.shape[1] > width:
         vectors["ln_post"] = both[:, width:].contiguous()
-    # The file of `proj` comes last, because it marks the cache as complete.
+    # The file of `proj` is written last: if it exists, the cache is complete.
     for kind in reversed([*vectors] if cache is not None else []):
         files[kind].parent.mkdir(parents=True, exist_ok=True)
         made_by = encoder
-        if kind == "ln_post":  # another fingerprint, because texts have no such features
+        if kind == "ln_post":  # another fingerprint, because texts cannot search these features
             made_by = encoder._replace(fingerprint=f"ln_post:{encoder.fingerprint}")
         paths = Strings.pack(names[row] for row in rows)
         Index(vectors[kind], paths, made_by, skipped).save(files[kind])

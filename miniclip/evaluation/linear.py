@@ -56,7 +56,7 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
 
     def classify(features: Tensor) -> Tensor:
         logits = torch.full((len(features), count), -torch.inf, dtype=torch.float64)
-        # predict_log_proba would warn of log(0).
+        # predict_log_proba would print a warning about log(0).
         scores = torch.from_numpy(model.decision_function(features.numpy())).double()
         if scores.ndim == 1:  # with two classes, these are the scores of the second class
             scores = torch.stack([torch.zeros_like(scores), scores], dim=1)
@@ -69,8 +69,8 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
 def fit_from_text(train: Examples, strength: float, zeroshot: Classify) -> Classify:
     """Fit logistic regression that starts from a zero-shot classifier.
 
-    Starts at V = 0 (C, F), and minimises the cross-entropy of zeroshot(x) + x V^T plus lambda / 2
-    times the squared length of V. This penalty keeps the weights near the zero-shot weights.
+    The logits are zeroshot(x) + x V^T, and V (C, F) starts at 0. The loss is the cross-entropy plus
+    lambda / 2 times the squared length of V, a penalty that keeps V small.
 
     Args:
         train: the examples.
@@ -99,8 +99,8 @@ def sweep(accuracy: Callable[[float], float]) -> tuple[float, dict[float, float]
     """Return the L2 strength with the highest accuracy, and the accuracies of all tried strengths.
 
     This is the parametric binary search of the paper's appendix A.3. It starts with 10^-6, 10^-4,
-    ..., 10^6, and halves the step around the best strength until it is an eighth of a decade. If
-    accuracies are equal, the largest strength wins.
+    ..., 10^6, and halves the step of the exponent around the best strength, until the step is 1/8.
+    If accuracies are equal, the largest strength is the best.
 
     >>> best, tried = sweep(lambda strength: -abs(strength - 0.03))
     >>> round(best, 4), len(tried)
@@ -126,7 +126,7 @@ def share_right(classify: Classify, examples: Examples) -> float:
 
 
 def fit_best(fit: Fit, train: Examples, val: Examples) -> tuple[float, dict[float, float]]:
-    """Choose the L2 strength with `sweep`. Each classifier learns from `train`; `val` scores it."""
+    """Choose the L2 strength with `sweep`. Classifiers learn from `train`; `val` measures them."""
     return sweep(lambda strength: share_right(fit(train, strength), val))
 
 
@@ -166,7 +166,7 @@ def shuffled_by_class(classes: Tensor, seed: int) -> list[Tensor]:
 
 
 class Method(NamedTuple):
-    """A way to learn from few examples, with the examples to learn from and to test on."""
+    """A way to learn from few examples, the examples to learn from, and the examples to test on."""
 
     fit: Fit
     train: Examples
@@ -176,10 +176,10 @@ class Method(NamedTuple):
 def few_shot(
     methods: dict[str, Method], shots: Sequence[int], seeds: int = 3
 ) -> list[dict[str, int | float | str]]:
-    """Measure the accuracy after a few examples of each class (the paper's figure 6).
+    """Measure the accuracy after learning from few examples of each class (the paper's figure 6).
 
-    Each seed draws the same examples for all methods. It also draws up to four more of each class,
-    to choose the L2 strength, as in CoOp (Zhou et al. 2022, arXiv 2109.01134).
+    Each seed draws the same examples for all methods. It also draws up to four other examples of
+    each class, to choose the L2 strength, as in CoOp (Zhou et al. 2022, arXiv 2109.01134).
 
     Args:
         methods: the methods by name.

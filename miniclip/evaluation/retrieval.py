@@ -17,10 +17,10 @@ def retrieval_ranks(
 ) -> tuple[Tensor, Tensor]:
     """Compute the rank of each image's best caption, and the rank of each caption's image.
 
-    Rank 1 is the best. An image's best caption competes with the captions of other images. A
-    caption's image competes with all other images. If scores are equal, the first in the list wins.
-    Scores have float64 precision. As in `Index.search`, a float32 product finds the pairs for which
-    float64 is needed. Memory does not grow with the number of pairs.
+    Rank 1 is the best. An image's best caption is compared with the captions of other images. A
+    caption's image is compared with all other images. If scores are equal, the first in the list
+    ranks higher. Scores have float64 precision. As in `Index.search`, a float32 product finds the
+    pairs that need float64. Memory does not grow with the number of pairs.
 
     Args:
         image_embeds: unit vectors of images (N, E), float32.

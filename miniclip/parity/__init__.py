@@ -1,8 +1,8 @@
 """Compare two CLIPs on the same input, tensor by tensor, from the input to the logits.
 
 The two models are miniclip and transformers, or a fork and the original. Both run in float64 and in
-another precision, by default float32. In float32 miniclip equals transformers bit for bit. A model
-that computes in another order differs by rounding errors. In float64 these errors are too small to
+another precision, by default float32. In float32 miniclip equals transformers bit for bit. A fork
+that adds in another order differs by rounding errors. In float64 these errors are too small to
 hide a real difference. `diagnosis.py` explains the first tensor that differs.
 
 `miniclip parity` compares one checkpoint in both libraries (`miniclip parity everyday`), a fork and
@@ -64,27 +64,27 @@ assert_parity(my_model, model)
 assert_parity(my_model, model, gradients=True)
 ```
 
-**Five kinds of forks** can be compared. Name a checkpoint by its folder. Name code by its Python
-file and the name of a model, or of a function that returns a model: `my_fork.py:build`. The default
-name is `model`. The command calls `model(pixels, ids)`, which must return what miniclip,
-transformers, OpenAI's code or open_clip returns. `--grad` works for each kind.
+**Five kinds of forks** can be compared. A fork is a checkpoint's folder or a Python file. After the
+file, name a model in it, or a function that returns a model: `my_fork.py:build`. The default is
+`model`. The command calls `model(pixels, ids)`, which must return what miniclip, transformers,
+OpenAI's code or open_clip returns. `--grad` works for each kind.
 
 1. A subclass of miniclip's `CLIP`, or a changed copy of our code. See `miniclip/follow.py`.
 2. transformers' class, changed in place, such as `transformers_twin(model)` with a new layer.
 3. A model with OpenAI's module names, such as a changed `clip/model.py` of openai/CLIP.
 4. A model with open_clip's module names, such as a changed `CLIP` or `CustomTextCLIP`.
-5. A model with other module names, and a table from our names to these names.
+5. A model with other module names, and a table from our names to the model's names.
 
-`tests/forks/openai_names.py` has examples of 3 and 4, `tests/forks/own_names.py` an example of 5:
+`tests/forks/openai_names.py` has examples of 3 and 4, `tests/forks/own_names.py` of 5. Commands:
 
     miniclip parity my_transformers.py --against everyday --grad
     miniclip parity my_openai.py --against everyday --grad
     miniclip parity my_open_clip.py:build --against everyday --grad
     miniclip parity my_own.py --names names.json --against everyday --grad
 
-`names.json` is a table like the tables in `miniclip/files/names.py`. `{}` is the number of a block,
-`[0]` to `[2]` are the thirds of a joint matrix, and `.T` marks a transposed matrix. A tensor that
-the table leaves out is not compared:
+`names.json` is a table like the tables in `miniclip/files/names.py`. `{}` is the number of a block.
+`[0]`, `[1]` and `[2]` are the thirds of a matrix that joins q, k and v. `.T` marks a transposed
+matrix. A tensor that is not in the table is not compared:
 
     {"vision.blocks.{}.ln_1": "eyes.layers.{}.before_mix",
      "vision.blocks.{}.attn.q_proj.weight": "eyes.layers.{}.mix.qkv.weight[0]",

@@ -39,18 +39,18 @@ from miniclip.parity.traces import Setting, Trace, tensors_of, trace
 from miniclip.terminal import progress
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
-"""The largest rounding error on a CPU. For logits it is absolute. For another tensor it is relative
-to the tensor's largest number, if that number is above 1."""
-ON_DEVICES = 1e-4  # the tolerance for float32 on GPUs, which add in another order
+"""The largest difference that counts as a rounding error on a CPU. For logits it is absolute. For
+another tensor it is multiplied by the tensor's largest number, if that number is above 1."""
+ON_DEVICES = 1e-4  # the tolerance for float32 on GPUs, which add in another order than CPUs
 IN_PATTERN = 1e-6  # for float64 patterns, because transformers computes the softmax in float32
-ROUNDED = 1e-6  # in float64, if one model's weights were rounded once more, as after a merge
+ROUNDED = 1e-6  # the tolerance in float64, if one model's weights were rounded once more
 HALF = 2.0
 """In half precision, the model's error at a site may be this many times the other model's error.
 
 miniclip's error equals transformers' error at every site. For a fork that adds in another order,
-the median ratio is 1.0. The ratio is above 1.1 at 29 % of sites, and above 2 at 2 of 2,244 sites,
-because a largest error depends on few numbers. This was measured in float16 and bfloat16 with 2
-shapes and 6 seeds: eager attention against sdpa, and an MLP that adds in reverse order."""
+the median ratio of errors is 1.0. The ratio is above 1.1 at 29 % of sites, and above 2 at 2 of
+2,244 sites, because a site's largest error depends on few numbers. This was measured in float16 and
+bfloat16 with 2 shapes and 6 seeds, for eager attention and an MLP that adds in reverse order."""
 
 
 def compare(
@@ -62,19 +62,19 @@ def compare(
     seed: int = 0,
     gradients: bool = False,
 ) -> Report:
-    """Run two models of one shape on the same random input and compare them site by site.
+    """Run two models of the same shape on the same random input, and compare them site by site.
 
     The sites of each tower are `embeddings`, then `resid_pre`, `q`, `k`, `v`, `pattern`,
     `attn_out`, `mlp_out` and `resid_post` of each block, then `pooled` and `projected`. `logits`
     and every other tensor of the output follow. A site that one model lacks is left out. The
-    float64 runs override explicit casts to float32, such as a float32 softmax. Both models run
-    uncompiled, and are restored afterwards.
+    float64 runs override explicit casts to float32, such as the cast in a float32 softmax. Both
+    models run uncompiled, and are restored afterwards.
 
     Args:
         model: a model, or a triple from `miniclip.load`. The modules have the names of miniclip,
             transformers, OpenAI or open_clip, or the names in the attribute `tensor_names`.
-        other: the second model, or its triple. With two triples, `tokens` and `pixels` come first.
-        dtype: the precision to compare in, besides float64.
+        other: the second model, or its triple. Triples also give the rows `tokens` and `pixels`.
+        dtype: the precision of the comparison. Both models also run in float64.
         gradients: if all sites are within tolerance, also compare the contrastive loss's gradients
             in float64. Adds a row `gradient.NAME` for each parameter.
     Raises:
@@ -103,7 +103,7 @@ def compare(
 
 
 def assert_parity(model: nn.Module | Loaded, other: nn.Module | Loaded, **options: Any) -> None:
-    """Raise an AssertionError unless all sites are within tolerance, for a fork's own tests.
+    """For the tests of a fork: raise an AssertionError unless all sites are within tolerance.
 
     The error names the first site out of tolerance and the cause. See `compare` for the arguments.
 
@@ -126,7 +126,7 @@ def compare_models(
     models = (ours, theirs)
     for name, model in zip(NAMES, models, strict=True):
         if any(weight.is_meta for weight in model.parameters()):
-            raise ValueError(f"{name} is on the meta device, where weights have no numbers")
+            raise ValueError(f"{name} is on the meta device, where weights have no values")
     offered = [[site for site, *_ in sites_of(model)] for model in models]
     depths = [
         tuple(len([*blocks_of(m, table_of(m), tower)]) for tower in ("vision", "text"))
@@ -137,7 +137,7 @@ def compare_models(
             f"the two models differ in their number of blocks, (vision, text): {depths[0]} and "
             f"{depths[1]}; expected the same"
         )
-    kind = next((type(m) for m in models if isinstance(m, CLIP)), CLIP)  # a fork's class, if any
+    kind = next((type(m) for m in models if isinstance(m, CLIP)), CLIP)  # or a subclass of CLIP
     configs = [config_of(model, kind) for model in models]
     stored = (under_our_names(model, kind, state_of(model)) for model in models)
     weights = [{name: w.cpu().to(dtype) for name, w in found.items()} for found in stored]
@@ -154,7 +154,7 @@ def compare_models(
     batch = {"vision": len(pixels), "text": len(ids)}
     peers = runs[2:] + runs[:2]
     tensors = [tensors_of(run, peer, batch) for run, peer in zip(runs, peers, strict=True)]
-    # OpenAI's code projects with a matrix, which is not a module. No hook can see whether it ran.
+    # OpenAI's code projects with a parameter, not with a module, so no hook can see the projection.
     lost = {s for s in {*offered[0]} ^ {*offered[1]} if s.endswith((".pooled", ".projected"))}
     tensors = [{site: x for site, x in run.items() if site not in lost} for run in tensors]
     rows = []
@@ -192,14 +192,14 @@ def _cause(
     for name, one, exactly in zip(NAMES, tensors[::2], tensors[1::2], strict=True):
         far = 0.01 * max(1.0, exactly[site].abs().max().item())
         if dtype in TOLERANCE and far < largest_difference(one[site], exactly[site]) < torch.inf:
-            return f"{name} differs from itself in float64: dropout in evaluation?"
+            return f"{name} gives different numbers in its two runs: is dropout on in evaluation?"
     return cause_in_model(site, *sides)
 
 
 def _compare_tables(
     site: str, exact: float, ours: dict[str, Tensor], theirs: dict[str, Tensor]
 ) -> Difference | None:
-    """Return a row if the token or position embeddings differ, even if no text here reads them."""
+    """Return a `Difference` if token or position embeddings differ, even if no text reads them."""
     for name in ("text.token_embed.weight", "text.pos_embed"):
         one, other = ours.get(name), theirs.get(name)
         if one is None or other is None or one.shape[1:] != other.shape[1:]:
@@ -214,8 +214,8 @@ def _compare_tables(
 def _are_rounded_once_more(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], is_complete: bool
 ) -> bool:
-    """Return whether parameters were merged, or differ by at most one rounding, as after an
-    exponential and its logarithm."""
+    """Return whether one model's parameters were merged, or differ from the other's by at most one
+    rounding, as log(exp(x)) differs from x."""
     if is_complete and ours.keys() != theirs.keys():
         return True
     common = ours.keys() & theirs.keys()
@@ -257,11 +257,11 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
 def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:
     """Return two images, and eight texts with both models' end tokens at various positions.
 
-    Texts leave `shorter` positions free, to find a model that counts positions from the end.
+    Texts have `shorter` fewer tokens than the context, to detect positions counted from the end.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)
-    ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # a fork's vocabulary may be larger
+    ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # the two sizes may differ
     ids[:, 0] = ours.text.bos_token_id
     ids[1, -1] = 0  # openai/CLIP pads with 0
     ends = [end_token(text) for text in (ours.text, theirs.text)]

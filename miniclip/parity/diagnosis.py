@@ -1,8 +1,8 @@
 """Find out why two CLIPs differ at a site.
 
-Two models are equal before the first site that differs. CLIP's formula computes this site again:
-once without a fault, and once with each common fault of reimplementations. The cause is the fault
-that gives the other model's numbers.
+Two models are equal before the first site that differs. The numbers at this site are computed with
+CLIP's formula, once without a fault, and once with each common fault of reimplementations. The
+cause is the fault that gives the other model's numbers.
 """
 
 import re
@@ -18,7 +18,7 @@ from miniclip.parity.report import NAMES
 
 
 def cause_in_model(site: str, model: Side, other: Side) -> str:
-    """Say what turns one model's tensor into the other's, at the first site that differs.
+    """Say what changes one model's tensor into the other's tensor, at the first site that differs.
 
     Returns "" if no cause is known. If only the weights differ, the text describes `model` as the
     changed one.
@@ -40,7 +40,7 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     if stream_enters and (otherwise := otherwise_run(site, model, other)):
         return otherwise
     followers = []  # the models that compute CLIP's formula with their own weights and config
-    related = ""  # simple arithmetic that explains the difference; used if no fault does
+    related = ""  # simple arithmetic that explains the difference, used if no fault explains it
     for source, target, names in ((other, model, NAMES[::-1]), (model, other, NAMES)):
         formula, wrong = formula_of(site, source), target.tensors[site]
         right = formula.compute()
@@ -90,7 +90,7 @@ def differing_weights(site: str, model: Side, other: Side) -> str:
 
 
 def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
-    """Say which change turns `theirs` into `ours`. If unknown, give their distance in brackets."""
+    """Say which change turns `theirs` into `ours`. If unknown, say in brackets how they differ."""
     if ours.ndim == 0:
         return f"({ours:.9g} in model, {theirs:.9g} in other)"
     if ours.shape != theirs.shape:
@@ -107,7 +107,7 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield possible changes of w in words, with two tensors that are equal after each change."""
+    """Yield each possible change of `w` in words, and two tensors that are equal if it was made."""
     for axis in range(w.ndim):
         yield f"flipped along axis {axis}", w.flip(axis), ours
         for shift in (1, -1):
@@ -127,7 +127,7 @@ def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Te
 
 
 def _sorted(w: Tensor, axis: int, size: int) -> Tensor:
-    """Return groups of `size` slices of a weight along an axis, sorted by the groups' sums."""
+    """Cut a weight along an axis into groups of `size` slices. Sort the groups by their sums."""
     slices = w.movedim(axis, 0).reshape(w.shape[axis] // size, -1).contiguous()
     return slices[slices.sum(1).argsort()]
 
@@ -156,7 +156,7 @@ def _part_at(site: str) -> str:
 
 
 def relation_of(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
-    """Say which simple arithmetic turns the right numbers at the site into the wrong ones."""
+    """Say which simple arithmetic turns the right numbers at the site into the wrong numbers."""
     if is_near(right, wrong):
         return ""  # the difference is too small for these comparisons
     found = _relations(site, x, right, wrong)
@@ -188,7 +188,7 @@ def _relations(site: str, x: Named, right: Tensor, wrong: Tensor) -> Iterator[tu
         yield f"{words}, as a bias would be", right + apart[-1]
     for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32):
         if torch.equal(wrong.to(dtype).double(), wrong):
-            yield f"{site} in {dtype_name(dtype)} at every precision", wrong
+            yield f"{site} rounded to {dtype_name(dtype)}, in the float64 run too", wrong
     if site.endswith("resid_post"):
         terms = ("resid_pre", "attn_out", "mlp_out")
         columns = torch.stack([x[term].flatten() for term in terms], 1)
@@ -214,7 +214,7 @@ def where_apart(ours: Tensor, theirs: Tensor, ids: Tensor | None) -> str:
         differs = far.movedim(axis, 0).flatten(1).any(1)
         if not differs.all():
             found.append(f"{name} {_ranges(differs.nonzero()[:, 0].tolist())}")
-    return f": only at {', '.join(found)}" if found else ""
+    return f": the models differ only at {', '.join(found)}" if found else ""
 
 
 def _ranges(numbers: list[int]) -> str:

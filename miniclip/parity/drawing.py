@@ -5,7 +5,7 @@ from os import PathLike
 from miniclip.figures.style import BLUE, ORANGE, Figure, save_figure
 from miniclip.parity.report import Report
 
-NOTHING = 1e-17  # a difference of 0 is drawn here, because its logarithm is infinite
+NOTHING = 1e-17  # a difference of 0 is drawn at this height, because its logarithm is infinite
 
 
 def draw_parity(report: Report, path: str | PathLike[str]) -> None:

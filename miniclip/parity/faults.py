@@ -202,7 +202,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "pool": {words: (pool, False) for words, pool in POOLS.items()}
     | {f"{words}, before the last LayerNorm": (pool, True) for words, pool in POOLS.items()},
 }
-"""For each step of a formula: a table from descriptions to other ways to compute the step."""
+"""Step of a formula -> {a fault in words: the faulty way to compute the step}."""
 
 
 class Noted(dict):
@@ -272,7 +272,7 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
 def _faults_of_weights(
     w: Named, read: set[str], grid: tuple[int, int] | None
 ) -> Iterator[tuple[str, Named]]:
-    """Yield the faults in the weights that are `read`. `grid` is the patch grid (rows, columns)."""
+    """Yield possible faults in the weights named in `read`. `grid` has the rows and columns."""
     modules = sorted(name.removesuffix(".bias") for name in read if name.endswith(".bias"))
     for count in range(1, len(modules) + 1):
         for some in combinations(modules, count):

@@ -27,7 +27,7 @@ class Side(NamedTuple):
 
 
 def is_near(one: Tensor | None, other: Tensor, tolerance: float = 1e-9) -> bool:
-    """Return whether no number differs by more than tolerance * max(1, the largest of `other`)."""
+    """Return whether all numbers differ by at most tolerance * max(1, largest of |`other`|)."""
     if one is None or one.shape != other.shape:
         return False
     return bool((one - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()))
@@ -36,7 +36,7 @@ def is_near(one: Tensor | None, other: Tensor, tolerance: float = 1e-9) -> bool:
 def softmax(
     scores: Tensor, hidden: Tensor, score: float = torch.finfo(torch.float64).min
 ) -> Tensor:
-    """Return the attention pattern. If a row hides every token, its pattern is uniform."""
+    """Return the attention pattern. A row in which every key is hidden gets a uniform pattern."""
     return scores.masked_fill(hidden, score).softmax(-1)
 
 
@@ -121,7 +121,7 @@ def _attn_out(x: Named, w: Named, s: Steps) -> Tensor:
 
 
 def _sum(x: Named, w: Named, s: Steps, terms: Sequence[str]) -> Tensor:
-    """Return the sum of tensors at earlier sites. A LayerNorm's name stands for its output."""
+    """Add up tensors at earlier sites. In `terms`, the name of a LayerNorm means its output."""
     streams = {"ln_1": ("resid_pre",), "ln_2": ("resid_pre", "attn_out")}
     normed = {t: _norm(_sum(x, w, s, streams[t]), w, s, t) for t in terms if t in streams}
     return torch.stack([normed[t] if t in normed else x[t] for t in terms]).sum(0)
@@ -174,7 +174,7 @@ class Formula(NamedTuple):
 
     site: str
     x: Named  # the tensors at earlier sites
-    w: Named  # the weights of the site's block, or of its tower
+    w: Named  # the weights of the block that has the site, or of the tower
     steps: Steps  # the steps of the computation; a fault replaces one of them
 
     def compute(self, weights: Named = {}, steps: Steps = {}) -> Tensor | None:

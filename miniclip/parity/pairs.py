@@ -49,7 +49,7 @@ def load_pair(
         names: a JSON file with `tensor_names`, the table from our names to the fork's names.
         options: where checkpoints come from, as in `miniclip.load`.
     Returns:
-        Two triples. A tokenizer or transform is None if the name has none.
+        Two triples. A tokenizer or transform is None if there are no files for it.
     Raises:
         CheckpointError: for the same reasons as `miniclip.load`.
         ValueError: transformers cannot load the model, or a Python file does not give a model.
@@ -81,8 +81,8 @@ def alone(model: Any) -> Loaded:
 
 
 def _load(name: Name, options: dict[str, Any]) -> Loaded:
-    """Load a model, its tokenizer and its transform. If a tokenizer or transform is refused, return
-    a function that raises the error. The comparison then reports the error as a difference."""
+    """Load a model, its tokenizer and its transform. If a tokenizer or transform cannot be loaded,
+    a function that raises the error replaces it. The comparison then reports the error."""
     if code := CODE.fullmatch(str(name)):
         return _made_by(Path(code["file"]), code["name"] or "model")
     parts: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
@@ -100,7 +100,7 @@ def _raise(error: Exception, *args: Any, **options: Any) -> None:
 
 
 def _made_by(file: Path, name: str) -> Loaded:
-    """Return what a Python file makes, as a triple. The file can import from its own folder."""
+    """Return the model in a Python file, as a triple. The file can import from its own folder."""
     spec: Any = spec_from_file_location(f"fork_{file.stem}", file)
     module = sys.modules[spec.name] = module_from_spec(spec)
     sys.path.insert(0, str(file.parent))
@@ -119,7 +119,7 @@ def _made_by(file: Path, name: str) -> Loaded:
 
 
 def _load_with_transformers(name: Name, ours: Loaded, options: dict[str, Any]) -> Loaded:
-    """Load transformers' model, and functions like our tokenizer and transform."""
+    """Load transformers' model. Wrap its tokenizer and image processor as functions like ours."""
     transformers = import_transformers()
 
     def load_part(kind: Any, part: str, **more: Any) -> Any:
@@ -185,7 +185,7 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
     weights = ours.state_dict().items()
     copies = {layout_name(name, TRANSFORMERS): weight.detach().clone() for name, weight in weights}
     theirs.load_state_dict(copies, strict=True, assign=True)
-    for module in theirs.modules():  # this buffer is on the meta device: no checkpoint has it
+    for module in theirs.modules():  # `weights` lacks this buffer, so it is on the meta device
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor):
             module.position_ids = torch.arange(ids.shape[-1], device=ours.logit_scale.device)[None]
@@ -212,9 +212,9 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 def random_inputs(
     config: CLIPConfig, images: int = 2, texts: int = 3, tokens: int = 9, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Return noise (images, channels, height, width) and random ids (texts, tokens).
+    """Return random pixels (images, channels, height, width) and random ids (texts, tokens).
 
-    Each text has its end token at another position. Random ids follow the end token.
+    The texts have their end tokens at different positions. Random ids follow an end token.
     """
     generator = torch.Generator().manual_seed(seed)
     vision, text = config.vision, config.text

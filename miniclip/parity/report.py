@@ -32,7 +32,7 @@ within tolerance."""
 
 
 class Report(NamedTuple):
-    """All sites in the order in which data flows, the first out of tolerance, and its cause."""
+    """All sites in the order in which data flows, the first site out of tolerance, its cause."""
 
     rows: list[Difference]
     first: str | None
@@ -72,8 +72,8 @@ def raises(error: Exception) -> str:
 def run_both(
     run: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> tuple[list[Any], str]:
-    """Apply `run` to both functions. Return the results, and in words the error of one function.
-    If both fail, raise the first error."""
+    """Apply `run` to both functions. Return the results and, if one function fails, its error in
+    words. If both fail, raise the first error."""
     found: list[Any] = []
     errors: dict[str, ValueError] = {}
     for name, function in zip(NAMES, (ours, theirs)):
@@ -87,7 +87,7 @@ def run_both(
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:
-    """Merge the rows of a tower's blocks. A merged row has the largest number of each kind."""
+    """Merge the rows of a site in all blocks of a tower. Each number is the largest of the rows."""
     depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:
@@ -101,7 +101,7 @@ def summarize(rows: list[Difference]) -> list[Difference]:
 
 
 def nearer(rows: list[Difference]) -> dict[str, int]:
-    """Count the sites at which each model is nearer to float64. Tokens and pixels do not count."""
+    """Count the sites where each model has the smaller error, and where the errors are equal."""
     errors = [row[4:6] for row in rows if row.site not in ("tokens", "pixels")]
     nearer = Counter("equal" if a == b else "model" if a < b else "other" for a, b in errors)
     return {name: nearer[name] for name in ("model", "other", "equal")}

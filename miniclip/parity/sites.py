@@ -2,7 +2,7 @@
 
 A model may have our module names, transformers', OpenAI's or open_clip's. `files/names.py` has the
 tables of these names. A model with other names has a table of its own. A site is left out if one of
-the models has no such module.
+the models has no module for it.
 """
 
 import re
@@ -38,11 +38,11 @@ OUTPUTS = {
     "image_embeds": "image_embeds",
     "text_embeds": "text_embeds",
 }
-"""The sites of the output, and their names in it. A fork's own output `x` is at `output_x`."""
+"""Site -> its name in the model's output. A fork's other output `x` has the site `output_x`."""
 
 
 def is_theirs(model: Any) -> bool:
-    """Return whether the model is transformers' class, which takes its inputs by their names."""
+    """Return whether the model is transformers' class, which takes its inputs as keywords."""
     return hasattr(model, "vision_model")
 
 
@@ -57,7 +57,7 @@ def table_of(model: Any) -> Layout:
     if isinstance(own, dict) and not isinstance(model, CLIP) and not is_named_so:
         return _checked(own, model)
     if is_theirs(model):
-        late = hasattr(model.vision_model, "pre_layernorm")  # later versions correct a misprint
+        late = hasattr(model.vision_model, "pre_layernorm")  # older versions have "pre_layrnorm"
         return TRANSFORMERS | ({"vision.ln_pre": "vision_model.pre_layernorm"} if late else {})
     if hasattr(model, "visual") and not hasattr(model, "vision"):
         return OPEN_CLIP_CUSTOM_TEXT if hasattr(model, "text") else OPENAI
@@ -73,14 +73,14 @@ NEEDED = ("vision.patch_embed.weight", "text.token_embed.weight") + tuple(
 
 
 def _checked(own: Layout, model: Any) -> Layout:
-    """Return the table. Raises ValueError if a key is not our name, or a tensor is missing."""
+    """Return the table. Raises ValueError if a key is not our name, or the model lacks a tensor."""
     state = state_of(model)
     modules = {name.rpartition(".")[0] for name in state}
     for ours, theirs in own.items():
         if {ours, ours.rpartition(".")[0]}.isdisjoint(TRANSFORMERS) or not isinstance(theirs, str):
             raise ValueError(
                 f"tensor_names has {ours!r}: {theirs!r}; expected one of our names and the model's "
-                f"name for it. Ours are {listed(TRANSFORMERS)}"
+                f"name for it. Our names are {listed(TRANSFORMERS)}"
             )
         key = place(ours.replace("{}", "0"), own).key
         if key not in state and key not in modules:
@@ -95,7 +95,7 @@ def _checked(own: Layout, model: Any) -> Layout:
 
 
 def _module_at(model: Any, table: Layout, name: str, up: int = 0) -> Any:
-    """Return the module with one of our names, or the module `up` levels above, or None."""
+    """Return the module that has our name `name`, or the module `up` levels above it, or None."""
     try:
         path = layout_name(name, table).split(".")
         return model.get_submodule(".".join(path[: len(path) - up]))
@@ -104,7 +104,7 @@ def _module_at(model: Any, table: Layout, name: str, up: int = 0) -> Any:
 
 
 def blocks_of(model: Any, table: Layout, tower: str) -> Iterator[Any]:
-    """Yield the blocks of a tower, if the model and its table have blocks."""
+    """Yield the blocks of a tower. Yields nothing if the model or its table has no blocks."""
     for template in re.findall(r"^[^{]*{}[^.]*", table.get(f"{tower}.blocks.{{}}.ln_1", "")):
         for i in count():
             try:
@@ -136,7 +136,7 @@ returned_pattern = partial(tensor_of, 4)  # ignores nn.MultiheadAttention's mean
 
 
 def heads_joined(args: tuple, out: Tensor) -> Tensor:
-    return out.flatten(2) if out.ndim > 3 else out  # (B, T, W); ours are (B, T, H, D)
+    return out.flatten(2) if out.ndim > 3 else out  # (B, T, W); miniclip has (B, T, H, D)
 
 
 def third_of(holder: Any, third: int, args: tuple, out: Any) -> Any:
@@ -148,7 +148,7 @@ def third_of(holder: Any, third: int, args: tuple, out: Any) -> Any:
 
 
 def sites_of(model: Any) -> Iterator[tuple[str, nn.Module | None, Read]]:
-    """Yield each site, its module and its `Read`. ValueError if a tower has no blocks."""
+    """Yield each site, its module and its `Read`. Raises ValueError if a tower has no blocks."""
     for site, module, read in _all_sites(model, table_of(model)):
         if isinstance(module, nn.Module):
             yield site, module, read
@@ -166,7 +166,7 @@ def _all_sites(model: Any, table: Layout) -> Iterator[tuple[str, Any, Read]]:
                 "expected the module names of miniclip, transformers, OpenAI or open_clip, or a "
                 "table of names (tensor_names in Python, --names on the command line)"
             )
-        # The trace keeps the module that runs first. In the text tower this is the first block.
+        # Both modules give this site. `trace` keeps the one that runs first: ln_pre, if it exists.
         yield f"{tower}.embeddings", at(f"{tower}.ln_pre"), argument
         yield f"{tower}.embeddings", blocks[0], argument
         for i, block in enumerate(blocks):
@@ -247,7 +247,7 @@ def under_our_names(model: Any, kind: type[CLIP], theirs: dict[str, Tensor]) -> 
             key, form = place(name, table | kind.tensor_names)
         except ValueError:  # a fork's own table may leave out parameters
             continue
-        # The table of a larger model has a prefix, such as "clip.". A CLIP alone has no prefix.
+        # If a fork is part of a larger model, its table has a prefix, such as "clip.".
         key = key if key in theirs else key.partition(".")[2]
         if key in theirs:
             found[name] = Place(key, form).take(theirs[key])

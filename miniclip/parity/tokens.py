@@ -1,4 +1,4 @@
-"""The first stage of a comparison: run two tokenizers on words and on texts that show each step."""
+"""The first stage of a comparison: run two tokenizers on words and on texts that test each step."""
 
 import re
 import unicodedata
@@ -26,7 +26,7 @@ TEXTS = (
     "",
     "a very long text " * 60,
 )
-"""Each text shows one step of cleaning or splitting. The last is longer than any context."""
+"""Each text tests one step of cleaning or splitting. The last is longer than any context."""
 
 CLEANING: dict[str, Callable[[str], str]] = {
     "lower-casing": lambda text: "".join(c.lower() for c in text),
@@ -55,7 +55,7 @@ def cause_in_tokens(
     ours, theirs = model(TEXTS).tolist(), other(TEXTS).tolist()
     if ours == theirs:
         pairs = zip(words, model(words).tolist(), other(words).tolist())
-        return f"first at the word {next(word for word, *rows in pairs if rows[0] != rows[1])!r}"
+        return f"different ids for the word {next(w for w, *ids in pairs if ids[0] != ids[1])!r}"
     one, two = _without_padding(ours), _without_padding(theirs)
     lengths = (len(ours[0]), len(theirs[0]))
     short = min(lengths) - 1  # without the end token, which is last in a truncated row
@@ -73,7 +73,7 @@ def cause_in_tokens(
             if (a := mine[position]) != (b := yours[position]):
                 return f"the {word} token is {a} in model, {b} in other"
     text = next(text for text, *rows in zip(TEXTS, one, two) if rows[0] != rows[1])
-    return f"first at the text {text[:30]!r}"
+    return f"different ids for the text {text[:30]!r}"
 
 
 def _without_padding(rows: list[list[int]]) -> list[list[int]]:
@@ -108,8 +108,8 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
 def _words(*tokenizers: Any) -> list[str]:
     """Return the words of the vocabularies, and characters, alone and before another character.
 
-    The characters test tokens that are a part of a character. transformers' tokenizer is not a
-    Tokenizer, and has the same words as our tokenizer.
+    Some tokens are only a part of a character. The added characters test them. transformers'
+    tokenizer is not a Tokenizer, and has the same words as our tokenizer.
     """
     known = [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, Tokenizer)]
     words = [t.decode([i]) for t in known for i in range(t.vocab_size)]

@@ -17,7 +17,7 @@ from miniclip.sites import uncompiled
 
 
 class Setting(NamedTuple):
-    """How a model runs. Weights are rounded to `dtype`. If `exact`, the run is in float64."""
+    """How a model runs: with weights and pixels in `dtype`, or, if `exact`, cast on to float64."""
 
     dtype: torch.dtype
     exact: bool
@@ -77,7 +77,7 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
     """Yield a function that runs the model once and returns its outputs by site.
 
     In the `with` block the model is uncompiled and in evaluation mode. Afterwards it is restored.
-    It is not copied, because a fork's functions may hold references to its modules.
+    It is not copied, because a fork's functions may refer to the original's modules.
     """
     dtype, exact, device, pixels, ids = setting
     if exact and device.type == "mps":  # MPS has no float64
@@ -94,8 +94,8 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
         return found
 
     tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-    # `before` keeps `training`, transformers' choice of attention, and tensors that a forward
-    # stores: a mask, or a weight that a pruning hook makes.
+    # `before` keeps `training`, transformers' choice of attention, and tensors that a forward pass
+    # may replace, such as a mask, or a weight that a pruning hook makes.
     stored = [found for m in model.modules() for found in (vars(m), m._buffers)]
     if is_theirs(model):
         stored += [vars(m.config) for m in model.modules() if hasattr(m, "config")]
@@ -104,7 +104,7 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
         model.eval()
         for tensor, data in tensors:
             moved = data.to(device, dtype).to(precision) if data.is_floating_point() else data
-            # A forward may change a tensor in place, such as a counter.
+            # Always a copy, because a forward pass may change a tensor in place, such as a counter.
             tensor.data = moved.to(device, copy=moved is data)
         with uncompiled(), Float64ForFloat32() if exact else nullcontext():
             yield run
@@ -117,10 +117,10 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
 
 
 class Float64ForFloat32(TorchFunctionMode):
-    """Replace explicit float32 by float64 in a `with` block, for example in a float32 softmax.
+    """In a `with` block, replace explicit float32 by float64, for example in a float32 softmax.
 
-    float64 is also the default dtype. A float32 tensor in a function's arguments, such as a mask
-    that is not a buffer, becomes float64.
+    The default dtype becomes float64 too. A float32 tensor in a function's arguments, such as a
+    mask that is not a buffer, becomes float64.
     """
 
     def __enter__(self) -> "Float64ForFloat32":
@@ -152,10 +152,10 @@ def _doubled(value: Any) -> Any:
 
 
 def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tensor]:
-    """Return one tensor for each site, in the peer's shape if possible.
+    """Return one tensor for each site. If possible, it has the shape of the tensor in `peer`.
 
     A fork may compute a batch in pieces, or put the token axis before the batch axis. `batch` has
-    the number of rows in each tower. If a module runs again, its last tensor is at "{site} again".
+    each tower's number of rows. If later calls are not joined, the last is at "{site} again".
     """
     tensors = {}
     for site, (first, *more) in run.calls.items():

@@ -5,7 +5,7 @@ r"""Contrastive training: `miniclip train`, and the functions behind it.
 - `shards.py`: pairs from tar shards
 - `data.py`: pairs from folders and metadata files, and batches of pairs
 - `loss.py`: the loss over several processes, with false captions, and in chunks of a batch
-- `optim.py`: the trained parameters, their optimizers (AdamW, Muon) and learning rates
+- `optim.py`: which parameters are trained, their optimizers (AdamW, Muon) and learning rates
 - `processes.py`: train in several processes, and shard the weights
 - `setup.py`: load or make the model, tokenizer, transform, data and recipe of a run
 - `run.py`: save, continue and log a run
@@ -22,9 +22,9 @@ r"""Contrastive training: `miniclip train`, and the functions behind it.
 The data is one of these:
 
 - a folder with one folder of images for each class
-- a folder of images with `metadata.jsonl`, `.csv` or `.tsv`, or such a file. `--image-column` and
-  `--text-column` name its columns (default: `file_name` and `text`). An image may have several
-  captions, as a list or in several rows. Several images may share a caption, such as "a dog"
+- a folder of images with `metadata.jsonl`, `.csv` or `.tsv`, or the path of this file.
+  `--image-column` and `--text-column` name its columns (default: `file_name` and `text`). An image
+  may have several captions, as a list or in several rows. Images may share one, such as "a dog"
 - a folder of images with a `.txt` beside each image, as img2dataset writes them
 - WebDataset shards (`train` extra): files, the output of a command (`'pipe:curl -s
   https://host/{000..099}.tar'`), or an address that fsspec opens
@@ -36,9 +36,9 @@ If an image, a shard or a command fails, training reports it and continues witho
   Class folders give accuracy, captions give recall@1. The folder `best` has the best checkpoint
 - `--freeze vision`: freeze parts: `vision` (as LiT does), `text`, or globs such as
   `vision.blocks.[0-5].*`
-- `--lora 4`: train a low-rank change of the queries and values, and write the merged weights
+- `--lora 4`: train a change of rank 4 to the query and value weights, and write the merged weights
 - `--layer-decay 0.8`: give each layer 0.8 times the learning rate of the layer above it
-- `--loss siglip`: classify each pair as true or false. The checkpoint leaves out the loss's bias
+- `--loss siglip`: classify each pair as true or false. The checkpoint does not have the loss's bias
 - `--chunk 64`: hold 64 pairs in memory at once (GradCache). The gradients equal the whole batch's
   gradients. Gradient accumulation would not work: a contrastive loss compares all pairs of a batch
 - `--ema 0.999`: write the moving average of the weights
@@ -49,7 +49,7 @@ If an image, a shard or a command fails, training reports it and continues witho
 The run is saved after each epoch and every five minutes. After a kill, the same command continues
 the run. On a CPU the result equals an uninterrupted run's result bit for bit. Under `torchrun` the
 processes share one batch, and `torchrun --max-restarts 3` restarts them after a crash. On several
-machines set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, because of a bug in PyTorch. Half-precision
+machines set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, to avoid a bug in PyTorch. Half-precision
 weights become float32, because Adam's first step in float16 gives NaN. Initial weights follow
 OpenAI's code. transformers swaps two of OpenAI's standard deviations.
 """

@@ -1,7 +1,7 @@
 """Pairs from folders, metadata files and tar shards, and batches of pairs.
 
-The seed and the step decide what is in a batch. A run therefore sees the same batches after a
-restart, or with another number of processes.
+Only the seed and the step decide what is in a batch. So the batches stay the same after a restart,
+and with another number of processes.
 """
 
 import os
@@ -40,7 +40,7 @@ TEMPLATES = (
 )  # fmt: skip
 
 MEMORY = 2**31
-"""The size in bytes up to which all decoded images are kept in memory."""
+"""If all decoded images together have at most this many bytes, they are kept in memory."""
 
 Entry = tuple[Path, Sequence[str], int | None]
 """An image file, captions that are true of the image, and its class or None."""
@@ -65,7 +65,7 @@ class Pictures:
         return shuffled(len(self), seed)
 
     def captions(self) -> Iterator[str]:
-        """Return all captions. If images share a list of captions, it is returned once."""
+        """Return all captions. Captions in a list that several images share are returned once."""
         return chain(*{id(captions): captions for _, captions, _ in self.entries}.values())
 
     def __getitem__(self, item_and_draw: tuple[int, int]) -> Pair | None:
@@ -118,7 +118,7 @@ def open_data(
     Args:
         name: the path, command or address of data in a form that `miniclip.training` lists, or
             `shapes` for the drawn world.
-        transform: the model's transform. It resizes and crops the images, except for `shapes`.
+        transform: the model's transform, which resizes and crops images. `shapes` does not use it.
         columns: the columns of a metadata file: the image's file, and its caption or captions.
 
     Raises:
@@ -204,11 +204,11 @@ def batches(
 
 
 def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: int) -> Pair:
-    """Return the first readable pair of the data, for a batch in which no image can be read."""
+    """Return the first readable pair of the data. It replaces a batch without a readable image."""
     for item in data.items(seed):
         if isinstance(pair := read((item, seed)), Pair):
             return pair
-    raise ValueError(f"no image can be read; the first of {len(data)}: {data.skipped[0]}")
+    raise ValueError(f"none of {len(data)} images can be read; the first is {data.skipped[0]}")
 
 
 def draw_seed(seed: int, step: int, i: int = 0) -> int:
@@ -223,7 +223,7 @@ def _items_and_draws(
     while True:
         epoch, skip = divmod(step, steps)
         found = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
-        items = chain(found, repeat(None))  # a shard may have become shorter since it was counted
+        items = chain(found, repeat(None))  # None if shards have lost samples since the count
         for step in range(step, step + steps - skip):
             for i, item in enumerate(islice(items, batch)):
                 if i % world_size == rank:
@@ -232,13 +232,13 @@ def _items_and_draws(
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Mirror half of the images, zoom into half by up to 2, and shift each by up to 15 %.
+    """Mirror half of the images, enlarge half by up to 2, and shift all by up to 15 %, at random.
 
-    Pixels are uint8 (B, 3, S, S). Reflection fills the area beyond an edge of an image.
+    Pixels are uint8 (B, 3, S, S). Reflection fills the area outside an image.
     """
     b = len(pixels)
-    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # of the crop; the whole image has 1
-    x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # the crop's centre; the image spans -1 to 1
+    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # the crop's side; 1 is the whole image
+    x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # the crop's centre; the image is from -1 to 1
     mirror = torch.randint(0, 2, (b,)) * 2 - 1
     none = torch.zeros(b)
     affine = torch.stack([side * mirror, none, x, none, side, y], dim=1).view(b, 2, 3)

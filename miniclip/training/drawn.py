@@ -23,14 +23,14 @@ class Shapes:
 
     Args:
         count: the number of scenes.
-        seed: decides the scenes. `SCORE_SEED` is refused, because its scenes are test data.
+        seed: decides the scenes. `SCORE_SEED` raises ValueError: its scenes are test data.
     """
 
     OBJECTS = (1, 2, 2)  # the number of objects in a scene of each lesson
 
     def __init__(self, count: int = 225_000, seed: int = 0) -> None:
         if seed == SCORE_SEED:
-            raise ValueError(f"`score` tests models on the scenes of seed {seed}: choose another")
+            raise ValueError(f"`score` tests models on scenes of seed {seed}: choose another seed")
         self.count, self.seed = count, seed
         self.lesson_length = count // 6
         self.skipped: list[str] = []  # always empty
@@ -45,7 +45,7 @@ class Shapes:
             yield from (first + i for i in shuffled(end - first, seed))
 
     def lesson(self, index: int) -> int:
-        """Return the lesson of a scene, 0 to 2, or 3 if the scene comes after the lessons."""
+        """Return the number of a scene's lesson, 0 to 2, or 3 if it comes after the lessons."""
         return min(index // self.lesson_length, 3) if self.lesson_length else 3
 
     def scene(self, index: int) -> Scene:

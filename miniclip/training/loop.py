@@ -44,8 +44,8 @@ def train(
     """Train a model, and write its checkpoint with recipe.json and metrics.jsonl.
 
     The run is saved after each epoch and every five minutes. To continue a killed run, call `train`
-    again. On a CPU the result is the same bit for bit, because the seed and the step decide
-    everything random. Under torchrun each process calls `train`, and the first one writes files.
+    again. On a CPU the result equals an uninterrupted run's bit for bit, because all random numbers
+    depend on the seed and the step. Under torchrun each process calls `train`; one writes files.
 
     Args:
         model: the model, which is trained in place. Half-precision weights become float32.
@@ -54,8 +54,8 @@ def train(
         data: the pairs; see `open_data`.
         recipe: the settings of the run.
         out: the folder of the checkpoint.
-        loss: replaces the recipe's loss, and leaves the logit scale unclamped. A module is trained
-            and saved with the run.
+        loss: a loss to use instead of the recipe's. The logit scale is then not clamped. If it is
+            an nn.Module, its parameters are trained and saved too.
         validate: a function from a checkpoint to its scores on held-out data; see
             `evaluation.scorer`. The first score decides which checkpoint `out`/best keeps.
         log: "tensorboard" also writes the metrics for TensorBoard.
@@ -125,7 +125,7 @@ def train(
                 ),
                 recipe.chunk,
             )
-            reshard(model)  # a frozen tower has no backward pass, which would reshard it
+            reshard(model)  # a frozen tower has no backward pass, in which FSDP would reshard it
             run.note_loss(value)
             nn.utils.clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
@@ -212,7 +212,7 @@ def recompute_blocks(model: CLIP) -> Iterator[None]:
 
 @contextmanager
 def attention_written_out(model: CLIP) -> Iterator[None]:
-    """Avoid fused attention: on a CPU its bfloat16 backward pass takes four times as long."""
+    """Use eager attention: on a CPU, fused attention's bfloat16 backward pass is 4 times slower."""
     before = [attn.eager for attn in attentions(model)]
     model.set_attention("eager")
     try:

@@ -25,15 +25,15 @@ class Objective(nn.Module):
             self.cast = torch.autocast(model.logit_scale.device.type, torch.bfloat16)
 
     def forward(self, pixels: Tensor, ids: Tensor, end: Callable[[Tensor, Tensor], Any]) -> Any:
-        """Embed a batch as unit vectors in the weights' dtype, and return `end(images, texts)`."""
+        """Embed a batch as unit vectors in the weights' dtype. Return `end` of both embeddings."""
         with self.cast:
             embeds = self.model.encode_image(pixels), self.model.encode_text(ids)
         return end(*(unit_norm(x.to(self.model.logit_scale.dtype)) for x in embeds))
 
 
 class _Gather(torch.autograd.Function):
-    """Gather the rows of all processes, in the order of their ranks. The gradient of a row is
-    summed over all processes. The process that owns the row gets the sum."""
+    """Gather the rows of all processes, in the order of the ranks. In the backward pass, the
+    gradient of a row is summed over all processes, and the row's own process gets the sum."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
@@ -43,14 +43,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        # A copy, because autograd may share this tensor with another operation.
+        # A copy, because `all_reduce` changes it, and autograd may use `gradient` elsewhere too.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x: Tensor, batch: int | None = None) -> Tensor:
-    """Gather the rows of all N processes, with gradient. A single process gets x back.
+    """Gather the rows of all N processes, with gradient. A single process gets `x` back.
 
     Row i of process r becomes row i N + r, so the batch does not depend on N. Each process computes
     the same loss over the whole batch. So the sum of the processes' gradients is N times the loss's
@@ -66,7 +66,7 @@ def gather(x: Tensor, batch: int | None = None) -> Tensor:
     if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
         return x
     batch = batch or world * len(x)
-    missing = -(-batch // world) - len(x)  # 1 for the last processes if N does not divide the batch
+    missing = -(-batch // world) - len(x)  # 1 in the last processes if N does not divide the batch
     rows = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
     return _Gather.apply(rows).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:batch]
 
@@ -91,7 +91,7 @@ class SigmoidLoss(nn.Module):
     def forward(
         self, model: CLIP, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor
     ) -> Tensor:
-        """Return the loss, summed over captions and averaged over images. `Loss` has the shapes."""
+        """Return the loss, summed over captions and averaged over images. Shapes: see `Loss`."""
         logits = model.logit_scale.exp() * image_embeds @ text_embeds.T + self.bias  # (B, B)
         signs = 2 * is_true.to(logits) - 1  # 1 for a true pair, -1 for a false one
         return -F.logsigmoid(signs * logits).sum(dim=1).mean()
@@ -118,7 +118,7 @@ def batch_loss(
         also: (B, K), the labels of all captions of each image. So "a dog" can be true of a
             Chihuahua while "a Chihuahua" is false of another dog.
         image_embeds: unit vectors (B, E).
-        text_embeds: unit vectors of the captions (B, E), or (2 B, E) with false captions last.
+        text_embeds: unit vectors of the captions (B, E), or (2 B, E) with the false captions last.
         loss: a function of (image_embeds, text_embeds, is_true), instead of `contrastive_loss`.
         batch: the number of pairs over all processes; by default B in each process.
     """
@@ -195,6 +195,6 @@ def backward(
 def _chain(
     gradient: tuple[Tensor, Tensor], value: Any, image_embeds: Tensor, text_embeds: Tensor
 ) -> Tensor:
-    """Return a number with the gradient of the loss. The chain rule gives the part through the
+    """Return a scalar that has the gradient of the loss. The chain rule gives the part through the
     embeddings. `value` gives the rest, such as the gradient of the logit scale."""
     return value + (image_embeds * gradient[0]).sum() + (text_embeds * gradient[1]).sum()

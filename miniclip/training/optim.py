@@ -1,4 +1,4 @@
-"""The trained parameters, their optimizers (AdamW as in the paper's table 18, Muon) and rates."""
+"""Which parameters are trained, their optimizers (AdamW, Muon), and their learning rates."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from miniclip.model import CLIP
 from miniclip.surgery.lora import add_lora
 from miniclip.training.processes import sharded_like, whole
 
-BETAS, EPS = (0.9, 0.98), 1e-6  # the paper's values for ViTs
+BETAS, EPS = (0.9, 0.98), 1e-6  # the values for ViTs in table 18 of the paper
 
 
 class Muon(torch.optim.Optimizer):
@@ -118,7 +118,7 @@ def make_optimizers(
     """Make AdamW. If `muon_lr` is above 0, also make Muon, for the matrices of the blocks.
 
     Weight decay does not apply to biases, LayerNorms, the class token and the logit scale.
-    `shares` gives a parameter's learning rate as a share of `lr` or `muon_lr`; by default 1.
+    `shares` gives a parameter's learning rate as a share of `lr` or `muon_lr`. The default is 1.
     """
     kinds: tuple[dict[Any, list[Tensor]], ...] = ({(0.0, 1.0): []}, {})
     for name, p in named:

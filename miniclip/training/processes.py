@@ -31,8 +31,8 @@ def process_group(device: str) -> Iterator[str]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         check_device(device)
         torch.cuda.set_device(device)
-    # After a restart, torchrun's store may still have the addresses of crashed processes
-    # (pytorch/pytorch#167288). On one machine, a prefix hides them: the number of the restart.
+    # torchrun's store may still have the addresses of crashed processes (pytorch/pytorch#167288).
+    # On one machine, the number of the restart is a prefix of all keys, so no old address is found.
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
     store, rank, world_size = next(dist.rendezvous("env://"))
@@ -56,7 +56,7 @@ def rank_and_world_size() -> tuple[int, int]:
 def parallel(objective: nn.Module, skips: bool) -> nn.Module:
     """Wrap a module to average its gradients over all processes. One process needs no wrapper.
 
-    `skips` says whether a step may leave out parameters. PyTorch then looks for them in each step.
+    `skips` says whether a step may not use some parameters. PyTorch then searches for them.
     """
     if rank_and_world_size()[1] == 1:
         return objective
@@ -92,7 +92,7 @@ def reshard(model: CLIP) -> None:
 
 
 def whole(state: Any, device: str | None = None) -> Any:
-    """Make all sharded tensors in a state whole, on a device. All processes must take part."""
+    """Replace sharded tensors in a state by whole tensors, on a device. All processes call this."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().to(device), state)
 
 

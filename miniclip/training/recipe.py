@@ -27,7 +27,7 @@ class Recipe:
     weight_decay: float = described(0.1, "weight decay of the matrices")
     layer_decay: float = described(1.0, "a layer's rate, divided by the rate of the layer above")
     warmup: float = described(0.05, "share of the steps during which the learning rate rises")
-    clip_gradient: float = described(1.0, "norm to which a larger gradient is scaled down")
+    clip_gradient: float = described(1.0, "a gradient with a larger norm is scaled down to this")
     patch_dropout: float = described(0.0, "share of an image's patches that is dropped (FLIP)")
     # The last epochs train the model as it will be used.
     full_epochs: int = described(1, "epochs without patch dropout at the end of the run")
@@ -51,7 +51,7 @@ class Recipe:
         for name in (each.name for each in fields(self) if type(each.default) in (int, float)):
             least = {"epochs": 1, "batch": 2}.get(name, 0)  # the loss compares at least two pairs
             most = 1 if name == "warmup" else 2**63 - 1
-            if not least <= getattr(self, name) <= most:  # also refuses NaN and infinity
+            if not least <= getattr(self, name) <= most:  # NaN and infinity are outside too
                 found = f"{name} is {getattr(self, name)}"
                 raise ValueError(f"{found}; expected at least {least}, at most {most}")
         for name, fits, expected in (

@@ -66,11 +66,11 @@ class Run:
         config = model.config.to_dict() | {"class": type(model).__name__}
         self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
-        self.losses: list[Any] = []  # since the last row; tensors, until `read_losses` reads them
+        self.losses: list[Any] = []  # of steps after the last row; `read_losses` makes them floats
         self.loss = math.nan  # the last loss that was read
         self.rows: list[dict[str, float]] = []
         self.best = -math.inf  # the highest value of the first score on held-out data
-        self.seconds = 0.0  # of training before this process started
+        self.seconds = 0.0  # the training time before this process started
         self.reported: set[str] = set()
         if (out / STATE).is_file():
             self._continue()
@@ -115,7 +115,7 @@ class Run:
                 if type(self.step) is not int or self.step < 0:
                     raise ValueError(f"step is {self.step!r}; expected a number of steps")
                 sum(self.losses) + self.seconds + sum(row.get("loss", 0) for row in self.rows)
-                json.dumps(self.rows)  # this line and the line before fail if the rows are damaged
+                json.dumps(self.rows)  # this line and the line before raise an error for bad rows
         except Exception as error:  # a damaged file can raise any error
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: cannot be continued: {reason}") from error
@@ -133,7 +133,7 @@ class Run:
         return self.agreed(time.monotonic() - self.saved_at > SAVE_EVERY)
 
     def agreed(self, wants_to_save: bool) -> bool:
-        """With sharded weights, let the first process decide, because all save together."""
+        """Return whether to save. With sharded weights the first process decides for all."""
         return bool(of_first_process(wants_to_save)) if self.recipe.fsdp else wants_to_save
 
     def validate(
@@ -151,7 +151,7 @@ class Run:
         if first > self.best:
             self.best = first
             self._write(self.out / "best", tokenizer, transform)
-        self.started += time.monotonic() - began  # this is not training time
+        self.started += time.monotonic() - began  # do not count this as training time
         return {f"val_{name}": score for name, score in scores.items()}
 
     def note_loss(self, loss: Tensor) -> None:
@@ -243,7 +243,7 @@ class Run:
         return cast(CLIP, self.average.module) if self.average else self.trained
 
     def _write(self, out: Path, tokenizer: Tokenizer, transform: ImageTransform) -> CLIP:
-        """Write a checkpoint. All processes must take part, because weights may be sharded."""
+        """Write a checkpoint. All processes must call this, because weights may be sharded."""
         weights = self._weights()
         if self.recipe.fsdp:
             self.plain.load_state_dict(whole(weights.state_dict(), "cpu"))

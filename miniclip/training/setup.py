@@ -79,7 +79,7 @@ def set_up(
     Args:
         data: see `open_data`.
         model: the checkpoint to fine-tune; by default the weights are random.
-        like: a checkpoint, or a recipe.json in a checkpoint's folder. The run uses the recipe. If
+        like: a checkpoint, or a recipe.json in a checkpoint's folder. The run uses this recipe. If
             `model` and `config` are None, it also uses the checkpoint's shape and transform.
         config: a config.json with the shape, if the weights are random.
         overrides: fields of the recipe to change.
@@ -90,7 +90,7 @@ def set_up(
     if model and config:
         raise ValueError(f"{config} cannot change the shape of {model}: give one of the two")
     if data == "shapes" and not (model or config or like):
-        like = "shapes"  # the default shape reads smaller images
+        like = "shapes"  # the drawn scenes are larger than the images of the default shape
     directory = resolve(like, "config") if like else None
     recipe = Recipe()
     if like and directory:  # `like` may be a recipe file

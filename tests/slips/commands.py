@@ -293,8 +293,8 @@ SLIPS = [
     ),
     Slip(
         "Two accuracies of the drawn world are exchanged.",
-        '("    of left and right", scores.left_right, "50 %")',
-        '("    of left and right", scores.above_below, "50 %")',
+        '("    captions with left or right", scores.left_right, "50 %")',
+        '("    captions with left or right", scores.above_below, "50 %")',
         f"{CLI} -k drawn_world",
     ),
     Slip(
