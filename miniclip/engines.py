@@ -288,7 +288,7 @@ def use_engine(model: CLIP, name: str) -> None:
 
 
 def encode_with(model: CLIP, name: str, encode: Encode) -> None:
-    """Make `model.encode_image` call `encode`, or raise an error if the vision tower was replaced."""
+    """Make `model.encode_image` call `encode`, until the vision tower is replaced."""
     tower = model.vision
 
     def encode_image(pixels: Tensor, normalize: bool = False) -> Tensor:
