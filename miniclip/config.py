@@ -42,7 +42,7 @@ class VisionConfig(TowerConfig):
     layers: int = 12
     heads: int | tuple[int, ...] = 12
     mlp_width: int | tuple[int, ...] = 3072
-    image_size: int | tuple[int, int] = 224  # a side, or (height, width)
+    image_size: int | tuple[int, int] = 224  # one side of a square, or (height, width)
     patch_size: int = 32
     channels: int = 3
     registers: int = 0  # extra tokens between the class token and the patches

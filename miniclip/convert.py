@@ -23,7 +23,7 @@ configs are in `miniclip.published.PUBLISHED`. To publish a checkpoint, use hugg
     HfApi().create_repo("me/mine", exist_ok=True)
     HfApi().upload_folder(repo_id="me/mine", folder_path="mine")
 
-Compiled and exported graphs include the causal mask. Their outputs differ by rounding errors.
+Compiled and exported graphs include the causal mask, and equal the model up to rounding error.
 `torch.export.save` can write a tower, but not the whole model, whose output is a named tuple. To
 export to ONNX, with any number of images and texts, install `onnx` and `onnxscript`:
 

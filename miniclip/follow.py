@@ -95,7 +95,7 @@ def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None
 
 
 def tower_for(model: Any, x: Tensor) -> Any:
-    """The tower that reads x (ids or pixels): a tower of a CLIP, or the model if it is a tower.
+    """The tower that reads x (ids or pixels): a tower of a CLIP, or the model itself if it is one.
 
     Raises ValueError for a fork with its own `encode_image` or `encode_text`.
     """

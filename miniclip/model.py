@@ -217,7 +217,7 @@ class VisionTower(Tower):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """OpenAI's init (openai/CLIP, model.py). q, k, v: Xavier, as one (3W, W) matrix."""
+        """OpenAI's init (openai/CLIP, model.py). q, k, v: Xavier, as for one (3W, W) matrix."""
         std = self.config.width**-0.5
         for weight in (self.class_embed, self.pos_embed, *self.proj.parameters()):
             nn.init.normal_(weight, std=std)

@@ -53,9 +53,9 @@ def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
     A result of None changes nothing. Functions of one site run in the order in which they are
     given. An outer `with` block's functions run first. Editing a tensor in place is an error,
-    because other code may use it too: return a changed copy, of the same dtype and shape. Only in
-    a residual stream (at `ln_pre`, `resid_mid` or a block) may the number of tokens change. Raises
-    ValueError for a glob without a match, and for a module with several names.
+    because other code may use it too: return a changed copy, of the same dtype and shape. The
+    number of tokens may change only in a residual stream (at `ln_pre`, `resid_mid` or a block).
+    Raises ValueError for a glob without a match, and for a module with several names.
 
     >>> from miniclip import CLIP
     >>> import torch
@@ -233,7 +233,7 @@ def _matching(
     if shared := [name for name, module, _ in found if times[id(module)] > 1]:
         raise ValueError(
             f"{listed(shared)}: a module with several names, whose runs cannot be distinguished. "
-            "Share its parameters, and not the module"
+            "Share its parameters instead of the module"
         )
     return found
 

@@ -55,7 +55,7 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     if size * new_long > MAX_PIXELS:
         raise ImageError(
             f"resized to {size} x {new_long} it would have more than {MAX_PIXELS} pixels, "
-            "the most allowed; crop it first"
+            "the limit; crop it first"
         )
     new_size = (size, new_long) if image.width == short else (new_long, size)
     return image.resize(new_size, Image.Resampling.BICUBIC)
@@ -136,7 +136,7 @@ class ImageTransform(PretrainedTransform):
                 image = resize_short_side(image, self.size)
             image = center_crop(image, self.crop_size, self.reference)
             image = image.convert("RGB") if self.reference == "openai" else image
-        except Exception as error:  # for damage or rare modes, Pillow raises many types
+        except Exception as error:  # Pillow raises many types of errors, also for rare modes
             name = picture if isinstance(picture, str | PathLike) else f"{original.mode} image"
             size = "{} x {} pixels".format(*original.size)
             raise ImageError(f"{name} ({size}): {reason_of(error)}") from error

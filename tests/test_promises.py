@@ -86,7 +86,7 @@ lists all tensors that are missing, unexpected or misshapen
 warning lists the other tensors
     brought: openai_clip_284_a_lightning_module_with_a_head_is_read
     brought: diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion_is_read
-Load, save, load is bit-exact
+Loading what was saved changes no bit
     checkpoint: load_save_load_is_bit_exact
 A warning lists the tensors with NaN or infinity
     layouts: a_weight_that_is_not_finite_is_named_and_loaded_as_it_is
@@ -124,10 +124,10 @@ from the hub raises an error, and is deleted
     hub: without_symlinks_the_hub_is_asked_for_the_hashes
 changed later raises an error, and is kept
     hub: a_file_that_was_changed_after_the_check_is_checked_again
-are of one commit
+come from one commit
     hub: a_branch_may_move_during_a_load_or_a_conversion
     hub: the_features_of_eval_are_kept_under_the_commit_of_their_model
-or of one save
+or from one save
     saving: a_load_during_a_save_has_one_version
 The next save removes
     saving: files_of_killed_processes_are_removed_and_others_are_kept

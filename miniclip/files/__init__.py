@@ -17,11 +17,11 @@ import these modules. These modules never import the six files.
 - `vocabularies.py`: a tokenizer's files <-> vocabulary, merges and special tokens
 - `images.py`: an image transform's files <-> settings
 - `pictures.py`: files, arrays and tensors -> Pillow images
-- `ahead.py`: the next files, read in threads
+- `ahead.py`: reads the next files in threads
 - `pickles.py`: the tensors of .bin and .pt files; the code in them never runs
 - `state_dicts.py`: the contents of a pickle -> the state dict of one model
-- `tars.py`: the files of a tar, up to the first damage
-- `reading.py`: JSON and lines of text, with limits
+- `tars.py`: reads the files of a tar, up to the first damage
+- `reading.py`: reads JSON and lines of text, with a limit on their size
 - `writing.py`: atomic writes
 
 The promises of these modules (`tests/test_promises.py` names the tests of each promise):
@@ -29,8 +29,8 @@ The promises of these modules (`tests/test_promises.py` names the tests of each 
 - Every tensor in a file has a place in the model, and every parameter has a tensor of its shape.
   Otherwise a `CheckpointError` lists all tensors that are missing, unexpected or misshapen. A
   warning lists the other tensors in a larger model's file (Lightning's, Stable Diffusion's).
-- No weight is folded, fused or added. Load, save, load is bit-exact. So is a conversion to another
-  layout and back. A warning lists the tensors with NaN or infinity.
+- No weight is folded, fused or added. Loading what was saved changes no bit, nor does a conversion
+  to another layout and back. A warning lists the tensors with NaN or infinity.
 - The activation, the LayerNorm epsilon and the end token come from the checkpoint. `save` raises an
   error for a layout that cannot express the model. `load` and `save` raise an error for a tokenizer
   or a transform that does not fit the model. `save` raises an error if `load` would read another
@@ -41,9 +41,9 @@ The promises of these modules (`tests/test_promises.py` names the tests of each 
   6 MB for a safetensors header, 400 kB for a pickle, 10,000 tensors.
 - A file that was damaged in the download from the hub raises an error, and is deleted. A file that
   was changed later raises an error, and is kept.
-- All files of one `load` or one conversion are of one commit or of one save, even if others push or
-  save at the same time. A process that is killed during a save leaves the old checkpoint or the new
-  one. The next save removes the unfinished files, and `upload_folder` never publishes them.
+- All files of one `load` or one conversion come from one commit, or from one save, even if others
+  push or save at the same time. A process that is killed during a save leaves the old checkpoint or
+  the new one. The next save removes the unfinished files, and `upload_folder` never publishes them.
 - Weights in the file's dtype are memory-mapped. Weights in another dtype are converted a few at a
   time, so that a load needs at most 1.15 times the memory of the model.
 - Not promised: if another program shortens a weights file while a model has it memory-mapped, the

@@ -13,7 +13,7 @@ from torch import Tensor
 from miniclip.errors import ContextLengthError, shown, wrong
 
 MAX_PIXELS = 178_956_970
-"""The most pixels that an image may have. It is Pillow's limit for files, 2 * `MAX_IMAGE_PIXELS`.
+"""The largest number of pixels of an image. It is Pillow's limit for files, 2 * `MAX_IMAGE_PIXELS`.
 The resized image has the same limit, because resizing makes a strip of 1 x 100,000 very large."""
 ACTIVATION_NAMES = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 REFERENCES = ("transformers", "openai")

@@ -42,7 +42,7 @@ _SECTIONS = {
         "eos_token_id": "eos_token_id",
     },
 }
-# Fields that transformers' CLIP does not have. The names are from other models of transformers.
+# Fields that transformers' CLIP does not have. The names are from other models in transformers.
 _BEYOND = {"head_width": "head_dim", "registers": "num_register_tokens"}
 
 METACLIP_2 = "metaclip_2"  # a CLIP whose texts end at the end token, even if its id is 2
@@ -165,7 +165,7 @@ def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
     """Read a config's fields, except heads, activation and epsilon, from the shapes of tensors.
 
     Raises ValueError if a tensor is missing, or if the shapes contradict the three numbers that
-    OpenAI's files have beside the weights.
+    OpenAI's files have in addition to the weights.
     """
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
@@ -202,11 +202,11 @@ def from_shapes(tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
     return fields
 
 
-_NUMBERED = ("image_size", "context_length", "vocab_size")  # OPENAI_NUMBERS in miniclip's names
+_NUMBERED = ("image_size", "context_length", "vocab_size")  # miniclip's fields for OPENAI_NUMBERS
 
 
 def openai_numbers(fields: Fields) -> dict[str, Tensor]:
-    """The three tensors OPENAI_NUMBERS that OpenAI's files have beside the weights."""
+    """The three tensors OPENAI_NUMBERS that OpenAI's files have in addition to the weights."""
     said = fields["vision"] | fields["text"]
     numbers = [torch.tensor(said[field]) for field in _NUMBERED]
     return dict(zip(OPENAI_NUMBERS, numbers, strict=True))
@@ -219,8 +219,8 @@ def without_config(
 
     Shapes do not give the heads and the activation. OpenAI's own files have heads of width 64 and
     QuickGELU. For other files, a published model with the same shapes gives the heads and the
-    activation. If there is none, a file in OpenAI's layout is read like OpenAI's own files, and
-    another layout raises ValueError. So do published models with different activations.
+    activation. If there is none, a file in OpenAI's layout is read like OpenAI's own files. Another
+    layout raises ValueError, and so do several such models with different activations.
     """
     fields = from_shapes(tensors, table, towers)
     is_openai = any(name in tensors for name in OPENAI_NUMBERS)

@@ -45,7 +45,7 @@ HUB_FILES = {
 }
 """The files of each part of a checkpoint. A model has several lists: a list is downloaded only if
 the lists before it gave no weights."""
-CHECKED = ".miniclip-checked"  # a file in a repository's cache, which lists the verified files
+CHECKED = ".miniclip-checked"  # in a repository's cache: a list of the verified files
 SUFFIXES = (".safetensors", ".bin", ".pt")
 WEIGHTS = tuple(
     f"{file}{index}"
@@ -109,7 +109,7 @@ def resolve(
 
 
 def _inside(directory: Path, folder: str) -> Path:
-    """A folder of a checkpoint's directory. Raises CheckpointError if it is not there."""
+    """A folder of a checkpoint's directory. Raises CheckpointError if there is no such folder."""
     if not (directory / folder).is_dir():
         folders = listed(sorted(f.name for f in directory.iterdir() if f.is_dir()), most=10)
         raise CheckpointError(
@@ -138,7 +138,7 @@ def _download(
 ) -> Path:
     from huggingface_hub import constants, snapshot_download  # here, because it is slow to import
 
-    if not (local_files_only or constants.HF_HUB_OFFLINE):  # an answer may take minutes
+    if not (local_files_only or constants.HF_HUB_OFFLINE):  # it may take minutes
         _say_once(f"asking the Hugging Face hub for {repository}")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     home = cache / f"models--{repository.replace('/', '--')}"
@@ -197,7 +197,7 @@ def _check_hashes(
 
     A cached file is a link to a file whose name is the hash. In a cache without links, `ask` gives
     the hash. The file `checked` lists the files that pass. Raises CheckpointError for a file that
-    does not pass. If this load has downloaded the file (it is not in `before`), it is deleted.
+    does not pass. A file that this load has downloaded (not in `before`) is also deleted.
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
     hashes = None

@@ -38,7 +38,7 @@ def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or not kind.startswith("CLIP"):
         raise wrong("image_processor_type", kind, "CLIPImageProcessor")
     for field, value in settings.items():
-        expected = _FIXED.get(field, False)  # no CLIP has the steps of other do_*
+        expected = _FIXED.get(field, False)  # no CLIP has another do_* step
         is_checked = field in _FIXED or field.startswith("do_")
         if is_checked and value != expected and not (field == "do_center_crop" and is_squash):
             raise ValueError(f"{field:.100} is {shown(value)}; every CLIP has {expected!r}")

@@ -293,7 +293,7 @@ def _read_fields(path: Path, fork: Fork) -> Fields:
 def read_fields(
     name: str | PathLike[str], fork: Fork = PLAIN, config: Any = None, **options: Any
 ) -> tuple[Path, Fields]:
-    """The file and the fields of the config of a checkpoint with two towers.
+    """The config of a checkpoint with two towers: its file and its fields.
 
     `name` is any name that `load` takes. OpenAI's layout has no config file: the fields come from
     the shapes of the weights. Raises CheckpointError.
@@ -378,6 +378,6 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
     if count > end + 1 and is_legacy:
         warn(
             f"{name}: its config has eos_token_id {LEGACY_EOS}, so transformers and miniclip read "
-            "a text at its largest id. This tokenizer has ids above the end token's: a text with "
-            f"such an id is read there. Set eos_token_id to {end} to read every text at its end"
+            "a text at its largest id. This tokenizer has ids above the end token's, so some texts "
+            f"are not read at their end. Set eos_token_id to {end} to read every text at its end"
         )

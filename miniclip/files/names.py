@@ -251,7 +251,7 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dic
 
 
 def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the buffers that libraries save beside the weights.
+    """Drop the buffers that libraries save in addition to the weights.
 
     Until 4.31, transformers saved the positions 0 to n-1; other positions raise ValueError. A
     TorchScript archive of open_clip stores the causal mask. An AveragedModel stores a count.

@@ -2,7 +2,7 @@
 
 torch.save writes a pickle and the numbers of each tensor. torch.jit.save also writes the modules
 and their code; OpenAI publishes its models in this form. A pickle is a program: it can call any
-Python function, and a few bytes can make it repeat long work. Here `pickletools` splits a pickle
+Python function, and a few bytes can make it run very long. Here `pickletools` splits a pickle
 into instructions and runs nothing. Only the instructions that torch.save writes are followed, and a
 call is noted but not made. `torch.load(weights_only=True)` follows more instructions, and some take
 as much memory as a file asks for. It also raises an error for some objects that training saves.
@@ -217,7 +217,7 @@ _VALUES = (
 def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
     """Read the next pickle of a file: the object that it describes, and its storages by name."""
     stack: list[Any] = []
-    outer: list[list[Any]] = []  # the stack outside of each open mark
+    outer: list[list[Any]] = []  # for each open MARK, the stack before it
     memo: list[Any] = []
     storages: dict[str, Storage] = {}
     steps: Iterable[Any] = pickletools.genops(file)

@@ -120,7 +120,7 @@ def open_image(
 
 
 def with_name(name: str, error: ImageError) -> str:
-    """The message of an error. It begins with the image's name if it does not contain the name."""
+    """The message of an error. If the message lacks the image's name, the name is put first."""
     return str(error) if name in str(error) else f"{name}: {error}"
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         def forward(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     class _Called:
-        """Give `__call__` the types of `forward`, also in a fork. nn.Module has Any instead."""
+        """Give `__call__` the types of `forward`, also in a fork. In nn.Module, they are Any."""
 
         def __get__(self, module: _HasForward[P, R], owner: Any = None) -> Callable[P, R]: ...
 

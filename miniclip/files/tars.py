@@ -66,5 +66,5 @@ class _Bounded:
         if not 0 <= count <= max(self.size - self.tell(), 512) or self.ended:
             raise ValueError(f"a header asks for {count:,} bytes")
         data = self.file.read(count)
-        self.ended = count > 0 and not data  # at the end of a complete tar, tarfile asks only once
+        self.ended = count > 0 and not data  # a second read after the end means damage
         return data

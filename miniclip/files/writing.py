@@ -53,7 +53,7 @@ def _private_folder(directory: Path) -> Iterator[Path]:
     here. On a system without locks, such a folder stays.
     """
     held = None
-    while held is None:  # another process may remove the folder or its parents before the lock
+    while held is None:  # another process may remove the folder or its parents before we lock it
         os.stat(directory)  # raises if there is no such directory
         with suppress(FileNotFoundError):
             for place in (directory / ".cache", directory / PLACE):

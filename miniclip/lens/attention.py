@@ -62,7 +62,7 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
 
 
 class Relevance(NamedTuple):
-    """The relevance of tokens, for B pairs. Class and end tokens start from 1, others from 0."""
+    """The relevance of tokens, for B pairs. The class and end tokens start at 1, others at 0."""
 
     image: Tensor  # (B, 1 + R + P)
     text: Tensor  # (B, T)

@@ -49,9 +49,9 @@ def decompose(
         x: pixels or ids.
         by: how to split attention: by "layer" (B, E), "head" (B, H, E), or "token" (B, H, T, E),
             where T are the tokens that a head attends to.
-        convention: with "miniclip", a part is what the embedding would lose without it, and a bias
-            is a part. With "clip_prs", as in the authors' code, a part includes its bias and an
-            equal share of the LayerNorm's mean and bias, and is divided by the embedding's length.
+        convention: with "miniclip", a part is what the embedding would lose without it, and biases
+            are parts of their own. "clip_prs" is the authors' code: a part includes its bias and a
+            share of the LayerNorm's mean and bias, and is divided by the embedding's length.
     Returns:
         "embed" (the residual stream before the first block), "blocks.3.attn", "blocks.3.mlp", and
         so on, and with "miniclip" also biases. The sum of all parts is the embedding (with

@@ -153,7 +153,7 @@ def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance"
 
 
 def seen(image: Picture, transform: ImageTransform, scale: int = 1) -> Image.Image:
-    """The crop of an image that the model sees, as an image of S x S pixels.
+    """What the model sees of an image: its crop, as an image of S x S pixels.
 
     Use a larger `scale` for display: the same crop with `scale` * S pixels along each side.
     """
@@ -169,7 +169,7 @@ HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")
 
 
 def overlay(picture: Image.Image, heat: Tensor, warmest: float | None = None) -> Image.Image:
-    """Draw the positive part of heat (rows, columns) over a grey image. More heat is more opaque.
+    """Draw the positive heat (rows, columns) over a grey image. Warm places are more opaque.
 
     The last of HEAT_COLOURS stands for the heat `warmest`, by default the map's largest value.
     """

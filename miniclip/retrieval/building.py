@@ -120,7 +120,7 @@ def build_index(
     """Write or update an index file, for a large collection of images.
 
     An update keeps the embeddings of unchanged images bit for bit, embeds new and changed images,
-    and drops missing images. It compares path, size and time of change, because a hash would mean
+    and drops missing images. It compares path, size and time of change, because hashes would mean
     reading every file. Each part of 512 images is saved in a folder beside `out`, so a killed build
     can continue and gives the same bytes. Under torchrun, each process calls this function.
 

@@ -124,7 +124,7 @@ class Strings(Sequence[str]):
 
 
 class Hit(NamedTuple):
-    """A row of an index that a search found."""
+    """One result of a search: a row of the index."""
 
     path: str
     score: float  # the cosine of the image's embedding and the query
@@ -250,7 +250,7 @@ class Index:
         self.encoder.check(describe(loaded, name), "the index", advice)
 
     def load_encoder(self, name: str | None = None, device: str = "cpu") -> Loaded:
-        """Load the model that made the index. If it was moved, give `name`. Raises ValueError."""
+        """Load the model that made the index. If it has moved, give `name`. Raises ValueError."""
         made_by = self.encoder
         loaded = load(
             name or made_by.model,

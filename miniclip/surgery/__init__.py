@@ -8,7 +8,7 @@ is open. So changes can be combined, and nothing has to be undone. Two functions
 changed a `copied` model. Compile a model after surgery, not before.
 
 The result is an ordinary CLIP. Saving and loading it keeps every bit. If transformers cannot
-express its shape, transformers raises an error for its files (`CLIPConfig.to_dict`).
+express the result's shape, it raises an error for the saved files (`CLIPConfig.to_dict`).
 
 There are functions for: other image and patch sizes, longer texts, new tokens, registers (also at
 test time), pruned heads, layers and neurons, patch dropout, LoRA, dense features, ProxyCLIP,

@@ -31,11 +31,11 @@ Pattern = Callable[[Tensor, Tensor, Tensor, Seen], Tensor]
 
 
 class Preset(NamedTuple):
-    """How to embed patches: the attention pattern, and the parts of the blocks that stay."""
+    """How to embed patches: the attention pattern, and which parts of the blocks are kept."""
 
     pattern: Pattern
-    residual: bool = False  # whether the residual connection of attention stays
-    mlp: bool = False  # whether the MLP stays
+    residual: bool = False  # whether the residual connection of attention is kept
+    mlp: bool = False  # whether the MLP is kept
     depth: int = 1  # how many of the last blocks are replayed
     grid: tuple[int, int] | None = None  # rows and columns of the result, if not the tower's
 
@@ -133,12 +133,12 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
     """A preset with an attention pattern and a grid from another model's features.
 
     Lan et al. 2024, arXiv 2408.04883. The mean of the cosines is taken over each image. The
-    authors' code takes it over the batch, which there has one image.
+    authors' code takes it over the batch, and their batch has one image.
 
     Args:
         features: (B, C, rows, columns) of the same images, for instance from DINO.
         beta: cosines below `beta` times their mean are ignored.
-        gamma: the factor of the cosines before the softmax.
+        gamma: the cosines are multiplied by this before the softmax.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)

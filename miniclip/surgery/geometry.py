@@ -207,7 +207,7 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     """A model with more tokens in its vocabulary. The new ids follow the old ones.
 
     A model with the legacy end token 2 reads a text at its largest id. New ids would be larger than
-    the end token's, so the new config has the end token's id: the last of the old vocabulary.
+    the end token's. So the new `eos_token_id` is the end token's real id, the last old id.
 
     Args:
         tokens: vectors (count, W), or a number of tokens, which start as the mean of all vectors.
@@ -231,7 +231,7 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
 def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     """A model with more register tokens (Darcet et al. 2023, arXiv 2309.16588).
 
-    Registers stand after the class token, without position embedding. Their outputs are not used.
+    Registers come after the class token, without position embedding. Their outputs are not used.
     Attention can store in them what it otherwise stores in patches. transformers has no registers.
 
     Args:

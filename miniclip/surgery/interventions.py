@@ -161,7 +161,7 @@ def move_to_registers(
     Args:
         neurons: {layer: [neuron, ...]}. Their activations become 0 at the patches, and do not
             change at the class token.
-        count: how many new tokens. They are zero before `ln_pre`, and stand before the patches.
+        count: how many new tokens. They are zero before `ln_pre`, and come before the patches.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)

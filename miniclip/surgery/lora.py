@@ -85,7 +85,7 @@ def merge_lora(model: CLIP) -> CLIP:
         plain = nn.Linear(adapted.in_features, adapted.out_features, device="meta")
         plain.weight = nn.Parameter(adapted.weight.detach().clone(), False)
         plain.bias = adapted.bias
-        # Not a submodule: a state dict, an optimizer and a save must see a plain Linear.
+        # Not registered as a submodule: state_dict, optimizers and saving must see a plain Linear.
         object.__setattr__(plain, "unmerged", adapted)
         setattr(parent, name, plain.train(adapted.training))
     return new

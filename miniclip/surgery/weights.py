@@ -36,7 +36,7 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
 def average(models: list[CLIP]) -> CLIP:
     """The mean of the models' weights: the uniform soup of Wortsman et al. 2022, arXiv 2203.05482.
 
-    Raises ValueError for an empty list, and for the reasons of `interpolate`.
+    Raises ValueError for an empty list, and as `interpolate` does.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")

@@ -17,7 +17,7 @@ class Word(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Every step from a text to its ids. `print` shows it in words."""
+    """Every step from a text to its ids. `print` shows the steps in words."""
 
     text: str
     cleaned: str

@@ -7,7 +7,7 @@ from miniclip.text.unicode import LONG_RUN, nfc
 
 
 def clean_openai(text: str) -> str:
-    r"""Repair mojibake (ftfy), resolve html entities twice, strip, squeeze whitespace, lower-case.
+    r"""Repair wrong encodings (ftfy), resolve html entities twice, clean whitespace, lower-case.
 
     >>> clean_openai(" Tom &amp;amp; Jerryâ€™s  ΟΔΟΣ ")
     "tom & jerry's οδος"

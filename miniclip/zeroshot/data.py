@@ -25,7 +25,7 @@ class LabelledImages(NamedTuple):
 
 
 def find_labels(names: str | Iterable[str]) -> list[str]:
-    """Return labels. A single name may stand for all labels of a set, a folder or a file.
+    """Return labels. A single name may mean all labels of a set, a folder or a file.
 
     A set is a key of CLASS_SETS. A folder contains class folders. A file is a text file with one
     label on each line, or a JSON file: a list of labels, {id: label} or {label: id}. Raises

@@ -37,8 +37,8 @@ CLASS_SETS["imagenet"] = list(IMAGENET_CLASSES)
 def published_labels(name: str, folders: list[str]) -> list[str]:
     """Return OpenAI's class names for the folders of a data set.
 
-    Only letters and digits are compared, without case. Folders called 0 to C - 1 are found by
-    position. Raises ValueError for any other folder.
+    Only letters and digits are compared, without case. Folders called 0 to C - 1 get the names in
+    order. Raises ValueError for any other folder.
 
     >>> published_labels("facialemotionrecognition2013", ["Smiling", "angry"])
     ['happy | smiling', 'angry']
