@@ -310,7 +310,7 @@ def settings_of(transform):
 def test_the_other_reference_of_a_transform_is_named(whole):
     faulty = ImageTransform(**settings_of(whole[0].transform), reference="openai")
     report = compare(whole[0]._replace(transform=faulty), whole[1])
-    assert (report.first, report.cause) == ("pixels", "model has OpenAI's order and crop")
+    assert (report.first, report.cause) == ("pixels", "model has OpenAI's crop and order of steps")
     report = compare(whole[0], whole[0]._replace(transform=faulty))
     assert report.cause == "reference is transformers in model, openai in other"
 

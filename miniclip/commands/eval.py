@@ -210,7 +210,7 @@ def fewshot(args: argparse.Namespace) -> None:
         print(f"model      {args.model}")
         print(f"templates  {shorten(' | '.join(args.template or templates), COLUMNS - 11)}")
         print(f"images     {len(tests[kind].classes):,}, of {classes}\n")
-        print(f"{'examples a class':<18}{'method':<20}{'accuracy':>10}   spread over the draws")
+        print(f"{'examples a class':<18}{'method':<20}{'accuracy':>10}   standard deviation")
         for row in rows:
             spread = f"± {row['std']:.2%}" if row["shots"] else ""
             name = METHODS[row["method"]]
@@ -307,7 +307,7 @@ def print_evaluation(
     about: dict[str, Any],
     shown: dict[str, str],
 ) -> None:
-    """Print an evaluation, as JSON with `about` or as a table with `shown`, and draw it."""
+    """Print an evaluation, and draw it. `about` is added to JSON, `shown` to the table."""
     from miniclip.evaluation.classification import summary
 
     if args.json:

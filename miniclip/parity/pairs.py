@@ -119,7 +119,7 @@ def _made_by(file: Path, name: str) -> Loaded:
 
 
 def _load_with_transformers(name: Name, ours: Loaded, options: dict[str, Any]) -> Loaded:
-    """Load transformers' model. Wrap its tokenizer and image processor as functions like ours."""
+    """Load transformers' model, and its tokenizer and image processor as functions like ours."""
     transformers = import_transformers()
 
     def load_part(kind: Any, part: str, **more: Any) -> Any:

@@ -87,7 +87,7 @@ def run_both(
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:
-    """Merge the rows of a site in all blocks of a tower. Each number is the largest of the rows."""
+    """Merge the rows of a site in all blocks of a tower. Each number is the largest of them."""
     depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:

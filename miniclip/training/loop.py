@@ -45,7 +45,7 @@ def train(
 
     The run is saved after each epoch and every five minutes. To continue a killed run, call `train`
     again. On a CPU the result equals an uninterrupted run's bit for bit, because all random numbers
-    depend on the seed and the step. Under torchrun each process calls `train`; one writes files.
+    depend on the seed and the step. Under torchrun each process calls `train`. One writes files.
 
     Args:
         model: the model, which is trained in place. Half-precision weights become float32.

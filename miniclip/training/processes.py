@@ -56,7 +56,7 @@ def rank_and_world_size() -> tuple[int, int]:
 def parallel(objective: nn.Module, skips: bool) -> nn.Module:
     """Wrap a module to average its gradients over all processes. One process needs no wrapper.
 
-    `skips` says whether a step may not use some parameters. PyTorch then searches for them.
+    If `skips`, some parameters may get no gradient in a step, and PyTorch searches for them.
     """
     if rank_and_world_size()[1] == 1:
         return objective

@@ -66,7 +66,7 @@ class Run:
         config = model.config.to_dict() | {"class": type(model).__name__}
         self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
-        self.losses: list[Any] = []  # of steps after the last row; `read_losses` makes them floats
+        self.losses: list[Any] = []  # since the last row; `read_losses` turns tensors into floats
         self.loss = math.nan  # the last loss that was read
         self.rows: list[dict[str, float]] = []
         self.best = -math.inf  # the highest value of the first score on held-out data
