@@ -293,7 +293,7 @@ FOUND = {
             lambda s, n=n: s.texts(lambda x: torch.cat([x[n:], x[:n]]))
         for n, words in ((1, "one"), (2, "two"), (3, "three"))
     },
-    "text.embeddings | positions from last to first": lambda s: s.texts(lambda x: x.flip(0)),
+    "text.embeddings | positions in reverse order": lambda s: s.texts(lambda x: x.flip(0)),
     "vision.embeddings | positions of patches that are shifted by one":
         lambda s: s.images(positions=of_patches(lambda x: x.flatten(0, 1).roll(1, 0))),
     "vision.embeddings | positions of patches that are shifted by one ":
@@ -302,7 +302,7 @@ FOUND = {
         lambda s: s.images(positions=of_patches(lambda x: x.flip(0))),
     "vision.embeddings | positions that are mirrored":
         lambda s: s.images(positions=of_patches(lambda x: x.flip(1))),
-    "vision.embeddings | positions of patches from last to first":
+    "vision.embeddings | positions of patches in reverse order":
         lambda s: s.images(positions=of_patches(lambda x: x.flip(0, 1))),
     f"{V}.pattern | a softmax with 1 added to its sum":
         lambda s: s.scores(V).exp() / (1 + s.scores(V).exp().sum(3, keepdim=True)),

@@ -216,7 +216,7 @@ def test_tokens_and_pixels_are_compared_first(whole):
     "old, new, cause",
     [
         (".lower()", "", "model lacks lower-casing"),
-        ("compose(text)", "text", "model lacks composing of accents (NFC)"),
+        ("compose(text)", "text", "model lacks the joining of letter and accent (NFC)"),
     ],
 )
 def test_a_missing_step_of_cleaning_is_named(old, new, cause, whole):
@@ -231,7 +231,7 @@ def test_white_space_that_is_not_squeezed_is_named(whole):
     def faulty(texts, truncate):
         return right([text.replace("\n", "_") for text in texts], truncate=truncate)
 
-    cause = "model lacks squeezing of white space"
+    cause = "model lacks the merging of white space"
     assert_tokens_differ(whole[0]._replace(tokenizer=faulty), whole, cause)
 
 

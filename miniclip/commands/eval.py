@@ -51,8 +51,8 @@ FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
     (("retrieval",), "split", "split of Karpathy's .json (default: test)", {"metavar": "NAME"}),
     (("probe", "fewshot"), "train", "class folders to learn from, before DATA is classified",
      {"metavar": "DIR"}),
-    (("probe", "fewshot"), "features", "the probe's features: ln_post, before the projection "
-     "as in the paper, or proj, after it (default: ln_post)", {"choices": ("ln_post", "proj")}),
+    (("probe", "fewshot"), "features", "the probe's features: ln_post (before the projection, as "
+     "in the paper) or proj (after it) (default: ln_post)", {"choices": ("ln_post", "proj")}),
     (("probe",), "val", "class folders for choosing the L2 strength (default: a fifth of --train)",
      {"metavar": "DIR"}),
     (("fewshot",), "shots", "examples of each class (default: 1 2 4 8 16)",
@@ -202,7 +202,7 @@ def fewshot(args: argparse.Namespace) -> None:
     counts = trains[kind].classes.bincount(minlength=len(images.folders))
     short = [one for one, n in zip(images.folders, counts, strict=True) if n < max(shots)]
     if short:
-        note(f"miniclip: fewer than {max(shots)} examples: {', '.join(short)}")
+        note(f"miniclip: classes with fewer than {max(shots)} examples: {', '.join(short)}")
     if args.json:
         print_json(rows)
     else:

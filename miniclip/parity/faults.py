@@ -315,7 +315,7 @@ def _wrong_positions(
     for count, words in enumerate(("one", "two", "three"), 1):
         for shift in (-count, count):
             yield f"positions that are shifted by {words}", positions.roll(shift, 0)
-    yield "positions from last to first", positions.flip(0)
+    yield "positions in reverse order", positions.flip(0)
     yield "no position for the first token", torch.cat([0 * positions[:1], positions[1:]])
     if grid:
         first, patches = positions[:1], positions[1:].unflatten(0, grid)  # (rows, columns, W)
@@ -325,7 +325,7 @@ def _wrong_positions(
             ("rows and columns of positions exchanged", patches.transpose(0, 1)),
             ("positions that are mirrored", patches.flip(1)),
             ("positions that are upside down", patches.flip(0)),
-            ("positions of patches from last to first", patches.flip(0, 1)),
+            ("positions of patches in reverse order", patches.flip(0, 1)),
         ):
             yield fault, torch.cat([first, moved.reshape(positions[1:].shape)])
 

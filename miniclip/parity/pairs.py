@@ -45,7 +45,7 @@ def load_pair(
         name: an embedded name, a directory, a hub id, or a fork's Python file. "fork.py" means
             `model` in the file, "fork.py:build" means `build`. Either is a model, a triple like
             `miniclip.load`'s, or a function without arguments that returns a model or a triple.
-        against: the second model, in the same form, or "transformers" to load `name` with it.
+        against: the second model, in the same form, or "transformers", which then loads `name`.
         names: a JSON file with `tensor_names`, the table from our names to the fork's names.
         options: where checkpoints come from, as in `miniclip.load`.
     Returns:

@@ -19,10 +19,10 @@ class Difference(NamedTuple):
 
     site: str
     absolute: float
-    relative: float  # to the largest number at the site
+    relative: float  # the absolute difference, divided by the largest number at the site
     float64: float  # the absolute difference, if both models run in float64
-    model_error: float  # how far the first model is from the second model in float64
-    other_error: float  # how far the second model is from itself in float64
+    model_error: float  # how far the first model is from the second model's float64 run
+    other_error: float  # how far the second model is from its own float64 run
     within_tolerance: bool
 
 

@@ -30,8 +30,8 @@ TEXTS = (
 
 CLEANING: dict[str, Callable[[str], str]] = {
     "lower-casing": lambda text: "".join(c.lower() for c in text),
-    "squeezing of white space": lambda text: re.sub(r"\s+", " ", text),
-    "composing of accents (NFC)": lambda text: unicodedata.normalize("NFC", text),
+    "the merging of white space": lambda text: re.sub(r"\s+", " ", text),
+    "the joining of letter and accent (NFC)": lambda text: unicodedata.normalize("NFC", text),
     "OpenAI's cleaning (ftfy, html)": clean_openai,
 }
 """Steps that one of two tokenizers may lack."""

@@ -81,7 +81,7 @@ def train(
     run = Run(Path(out), model, recipe, loss, rank == 0, log)
     whole_model, model = model, run.trained
     if run.step > steps:
-        raise ValueError(f"{out} is at step {run.step:,} of {steps:,}; choose another folder")
+        raise ValueError(f"{out} ran {run.step:,} steps, more than {steps:,}; choose another folder")
     dropout = PatchDropout(model.vision, 0.0) if recipe.patch_dropout else None
     if recipe.compile:
         model.vision.compile()

@@ -115,7 +115,7 @@ class Run:
                 if type(self.step) is not int or self.step < 0:
                     raise ValueError(f"step is {self.step!r}; expected a number of steps")
                 sum(self.losses) + self.seconds + sum(row.get("loss", 0) for row in self.rows)
-                json.dumps(self.rows)  # this line and the line before raise an error for bad rows
+                json.dumps(self.rows)  # this line and the last one raise errors for damaged rows
         except Exception as error:  # a damaged file can raise any error
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: cannot be continued: {reason}") from error
