@@ -70,7 +70,7 @@ def fit_from_text(train: Examples, strength: float, zeroshot: Classify) -> Class
     """Fit logistic regression that starts from a zero-shot classifier.
 
     The logits are zeroshot(x) + x V^T, and V (C, F) starts at 0. The loss is the cross-entropy plus
-    lambda / 2 times the squared length of V, a penalty that keeps V small.
+    lambda / 2 times the squared length of V. The second term keeps V small.
 
     Args:
         train: the examples.

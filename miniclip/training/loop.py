@@ -44,8 +44,8 @@ def train(
     """Train a model, and write its checkpoint with recipe.json and metrics.jsonl.
 
     The run is saved after each epoch and every five minutes. To continue a killed run, call `train`
-    again. On a CPU the result equals an uninterrupted run's bit for bit, because all random numbers
-    depend on the seed and the step. Under torchrun each process calls `train`. One writes files.
+    again. On a CPU the result equals the result of an uninterrupted run bit for bit. Under torchrun
+    each process calls `train`, and the first process writes the files.
 
     Args:
         model: the model, which is trained in place. Half-precision weights become float32.
@@ -81,7 +81,7 @@ def train(
     run = Run(Path(out), model, recipe, loss, rank == 0, log)
     whole_model, model = model, run.trained
     if run.step > steps:
-        raise ValueError(f"{out} ran {run.step:,} steps, more than {steps:,}; choose another folder")
+        raise ValueError(f"{out} ran {run.step:,} steps, more than {steps:,}; choose a new folder")
     dropout = PatchDropout(model.vision, 0.0) if recipe.patch_dropout else None
     if recipe.compile:
         model.vision.compile()
