@@ -336,8 +336,8 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
         return
     print(f"model  {args.model}, on scenes that no training set has\n")
     for question, share, chance in (
-        ("true colour and shape rank first of 64: seen in training", scores.seen, "1.6 %"),
-        ("the same: pairs never seen in training", scores.unseen, "1.6 %"),
+        ("colour and shape seen in training rank first of 64", scores.seen, "1.6 %"),
+        ("colour and shape never seen together rank first of 64", scores.unseen, "1.6 %"),
         ("true caption scores above one with swapped places", scores.relations, "50 %"),
         ("    captions with left or right", scores.left_right, "50 %"),
         ("    captions with above or below", scores.above_below, "50 %"),

@@ -114,7 +114,7 @@ def blocks_of(model: Any, table: Layout, tower: str) -> Iterator[Any]:
 
 
 Read = Callable[[tuple, Any], Any]
-"""(arguments, output) of a module -> the tensor at a site, or no tensor if there is none."""
+"""(arguments, output) of a module -> the tensor at a site, or an object that is not a tensor."""
 
 
 def argument(args: tuple, out: Any) -> Any:
