@@ -166,7 +166,7 @@ def shuffled_by_class(classes: Tensor, seed: int) -> list[Tensor]:
 
 
 class Method(NamedTuple):
-    """A way to learn from few examples, the examples to learn from, and the examples to test on."""
+    """A way to learn from few examples, with its training examples and its test examples."""
 
     fit: Fit
     train: Examples

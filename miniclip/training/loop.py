@@ -56,8 +56,8 @@ def train(
         out: the folder of the checkpoint.
         loss: a loss to use instead of the recipe's. The logit scale is then not clamped. If it is
             an nn.Module, its parameters are trained and saved too.
-        validate: a function from a checkpoint to its scores on held-out data; see
-            `evaluation.scorer`. The first score decides which checkpoint `out`/best keeps.
+        validate: a function from a checkpoint to a dict of scores on held-out data; see
+            `evaluation.scorer`. `out`/best is the checkpoint with the highest first entry.
         log: "tensorboard" also writes the metrics for TensorBoard.
 
     Returns:

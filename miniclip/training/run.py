@@ -69,7 +69,7 @@ class Run:
         self.losses: list[Any] = []  # since the last row; `read_losses` turns tensors into floats
         self.loss = math.nan  # the last loss that was read
         self.rows: list[dict[str, float]] = []
-        self.best = -math.inf  # the highest value of the first score on held-out data
+        self.best = -math.inf  # the highest value yet of the first entry in the scores
         self.seconds = 0.0  # the training time before this process started
         self.reported: set[str] = set()
         if (out / STATE).is_file():
@@ -142,7 +142,7 @@ class Run:
         tokenizer: Tokenizer,
         transform: ImageTransform,
     ) -> dict[str, float]:
-        """Score the model on held-out data. The first score decides whether to write `out`/best."""
+        """Score the model on held-out data. Write `out`/best if the first entry is the highest yet."""
         self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))
