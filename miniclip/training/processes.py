@@ -92,7 +92,7 @@ def reshard(model: CLIP) -> None:
 
 
 def whole(state: Any, device: str | None = None) -> Any:
-    """Replace sharded tensors in a state by whole tensors, on a device. All processes call this."""
+    """Make the sharded tensors in a state whole, on a device. All processes must call this."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().to(device), state)
 
 

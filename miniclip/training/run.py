@@ -142,7 +142,7 @@ class Run:
         tokenizer: Tokenizer,
         transform: ImageTransform,
     ) -> dict[str, float]:
-        """Score the model on held-out data. Write `out`/best if the first entry is the highest yet."""
+        """Score the model on held-out data. Write `out`/best if the first entry is the highest."""
         self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))
