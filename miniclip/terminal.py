@@ -29,7 +29,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
             return True
 
         def refresh(self, nolock: bool = False, **options: Any) -> None:
-            # Print no line after each `tqdm.write` (nolock), and no line in a notebook.
+            # Print no line after a `tqdm.write` (nolock), and no line in a notebook.
             is_notebook = type(sys.stderr).__module__.startswith("ipykernel")
             if not (nolock or self.disable or is_notebook):
                 self.display()

@@ -86,7 +86,7 @@ for name, parameter, change, site, cause in (
     ("patch_kernel_of_a_true_convolution", OF_PATCHES, lambda x: x.flip(-1, -2),
      "vision.embeddings", "patch_embed.weight turned by 180 degrees"),
     ("patch_kernel_with_colours_last", OF_PATCHES, lambda x: x.permute(0, 2, 3, 1).reshape(x.shape),
-     "vision.embeddings", "patch_embed.weight with the colours in the last place"),
+     "vision.embeddings", "patch_embed.weight with channels last"),
     ("patch_kernel_bgr", OF_PATCHES, lambda x: x.flip(1),
      "vision.embeddings", "the colours in the order BGR"),
     ("rows_rolled", f"{V}.mlp.fc1.weight", lambda x: x.roll(1, 0),
@@ -284,7 +284,7 @@ def half_the_heads(model):
 
 @fault(
     "text.blocks.0.mlp_out",
-    "model gives different numbers in its two runs: is dropout on in evaluation?",
+    "model gives different numbers in two runs: is dropout active in evaluation?",
 )
 def dropout_in_evaluation(model):
     for block in model.text.blocks:
@@ -439,7 +439,7 @@ CODE = {
     ),
     "patches_in_columns": (
         "x.flatten(2).transpose(1, 2)  # (B, P, W)", "x.mT.flatten(2).transpose(1, 2)",
-        "vision.embeddings", "model has patches in the order of columns",
+        "vision.embeddings", "model has patches column by column, not row by row",
     ),
     "colours_in_the_order_bgr": (
         "self.patch_embed(pixels", "self.patch_embed(pixels.flip(1)",
@@ -447,7 +447,7 @@ CODE = {
     ),
     "pooling_by_mean": (
         "self.ln_post(x[:, 0])", "self.ln_post(x).mean(1)",
-        "vision.pooled", "model has pooling at the mean of all tokens",
+        "vision.pooled", "model has pooling by the mean of all tokens",
     ),
     "pooling_before_ln_post": (
         "self.ln_post(x[:, 0])", "x[:, 0]", "vision.pooled", "model has no ln_post",
@@ -687,24 +687,24 @@ class QuickGELU""",
     ),
     "pooling_by_mean_before_ln_post": (
         "self.ln_post(x[:, 0])", "self.ln_post(x.mean(1))",
-        "vision.pooled", "model has pooling at the mean of all tokens, before the last LayerNorm",
+        "vision.pooled", "model has pooling by the mean of all tokens, before the last LayerNorm",
     ),
     "pooling_by_mean_of_patches": (
         "self.ln_post(x[:, 0])", "self.ln_post(x[:, 1:].mean(1))",
-        "vision.pooled", "model has pooling at the mean of the patches, before the last LayerNorm",
+        "vision.pooled", "model has pooling by the mean of the patches, before the last LayerNorm",
     ),
     "pooling_by_maximum": (
         "self.ln_post(x[:, 0])", "self.ln_post(x).amax(1)",
-        "vision.pooled", "model has pooling at the maximum of all tokens",
+        "vision.pooled", "model has pooling by the maximum of all tokens",
     ),
     "penultimate_layer": (
         "x = self.blocks(self.embed_tokens(pixels))",
         "x = self.blocks[:-1](self.embed_tokens(pixels))\n        self.blocks[-1](x)",
-        "vision.pooled", "model has the residual stream after block 1 as its input",
+        "vision.pooled", "model has the residual stream after block 1 as this site's input",
     ),
     "text_pooling_by_mean": (
         "x[torch.arange(x.shape[0], device=x.device), eos]", "x.mean(1)",
-        "text.pooled", "model has pooling at the mean of all tokens",
+        "text.pooled", "model has pooling by the mean of all tokens",
     ),
     "read_at_the_last_end_token": (
         "is_eos.int().argmax(-1), -1)",

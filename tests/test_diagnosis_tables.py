@@ -105,11 +105,11 @@ TABLES = {
         "pooling at the first token": X[:, 0],
         "pooling at the second token": X[:, 1],
         "pooling at the last token": X[:, 3],
-        "pooling at the mean of all tokens": (X[:, 0] + X[:, 1] + X[:, 2] + X[:, 3]) / 4,
-        "pooling at the mean of the patches": (X[:, 1] + X[:, 2] + X[:, 3]) / 3,
-        "pooling at the sum of all tokens": X[:, 0] + X[:, 1] + X[:, 2] + X[:, 3],
-        "pooling at the maximum of all tokens": torch.from_numpy(X.numpy().max(1)),
-        "pooling at the mean of a text up to its end token":
+        "pooling by the mean of all tokens": (X[:, 0] + X[:, 1] + X[:, 2] + X[:, 3]) / 4,
+        "pooling by the mean of the patches": (X[:, 1] + X[:, 2] + X[:, 3]) / 3,
+        "pooling by the sum of all tokens": X[:, 0] + X[:, 1] + X[:, 2] + X[:, 3],
+        "pooling by the maximum of all tokens": torch.from_numpy(X.numpy().max(1)),
+        "pooling by the mean of a text up to its end token":
             torch.stack([(X[0, 0] + X[0, 1]) / 2, X[1, 0], (X[2, 0] + X[2, 1] + X[2, 2]) / 3]),
         "pooling at the largest id": torch.stack([X[0, 2], X[1, 0], X[2, 2]]),
         "pooling at the last end token": torch.stack([X[0, 3], X[1, 0], X[2, 2]]),
@@ -150,7 +150,7 @@ TABLES = {
         "pixels that are rescaled from 0..1 to -1..1 once more": (X[None] - 0.5) / 0.5,
     }),
     "patches": ((X[None],), {  # three numbers for each of 4 x 6 patches
-        "patches in the order of columns":
+        "patches column by column, not row by row":
             torch.stack([X[:, row, column] for column in range(6) for row in range(4)])[None],
         "patches that are reshaped, not transposed": X.flatten().unflatten(0, (24, 3))[None],
     }),
@@ -293,7 +293,7 @@ FOUND = {
             lambda s, n=n: s.texts(lambda x: torch.cat([x[n:], x[:n]]))
         for n, words in ((1, "one"), (2, "two"), (3, "three"))
     },
-    "text.embeddings | positions from last to first": lambda s: s.texts(lambda x: x.flip(0)),
+    "text.embeddings | positions in reverse order": lambda s: s.texts(lambda x: x.flip(0)),
     "vision.embeddings | positions of patches that are shifted by one":
         lambda s: s.images(positions=of_patches(lambda x: x.flatten(0, 1).roll(1, 0))),
     "vision.embeddings | positions of patches that are shifted by one ":
@@ -302,7 +302,7 @@ FOUND = {
         lambda s: s.images(positions=of_patches(lambda x: x.flip(0))),
     "vision.embeddings | positions that are mirrored":
         lambda s: s.images(positions=of_patches(lambda x: x.flip(1))),
-    "vision.embeddings | positions of patches from last to first":
+    "vision.embeddings | positions of patches in reverse order":
         lambda s: s.images(positions=of_patches(lambda x: x.flip(0, 1))),
     f"{V}.pattern | a softmax with 1 added to its sum":
         lambda s: s.scores(V).exp() / (1 + s.scores(V).exp().sum(3, keepdim=True)),
@@ -349,11 +349,11 @@ FOUND = {
     "text.pooled | pooling before the end token": lambda s: s.read()[s.rows, s.end - 1],
     "text.pooled | pooling after the end token":
         lambda s: s.read()[s.rows, (s.end + 1) % 17],
-    "text.pooled | pooling at the mean of a text up to its end token":
+    "text.pooled | pooling by the mean of a text up to its end token":
         lambda s: torch.stack([s.read()[i, : s.end[i] + 1].mean(0) for i in range(8)]),
     "text.pooled | pooling at the second token": lambda s: s.read()[:, 1],
-    "text.pooled | pooling at the sum of all tokens": lambda s: s.read().sum(1),
-    "text.pooled | pooling at the maximum of all tokens, before the last LayerNorm":
+    "text.pooled | pooling by the sum of all tokens": lambda s: s.read().sum(1),
+    "text.pooled | pooling by the maximum of all tokens, before the last LayerNorm":
         lambda s: s.norm(s.t["text.blocks.1.resid_post"].amax(1), "text.ln_final"),
     "logits | a logit scale that is not exponentiated": lambda s: s.logits(s.w["logit_scale"]),
     "logits | a logit scale that is exponentiated with base 2":
@@ -583,7 +583,8 @@ FAULTS_OF_PIXELS = {
     "a crop that rounds half to even, not down": lambda p: taken(p, offset=round),
     "a crop that rounds up, not down": lambda p: taken(p, offset=math.ceil),
     "a crop from the upper left corner": lambda p: taken(p, offset=lambda margin: 0),
-    "OpenAI's order and crop": lambda p: taken(p, offset=round, rgb_last=True, background=None),
+    "OpenAI's crop and order of steps":
+        lambda p: taken(p, offset=round, rgb_last=True, background=None),
     "conversion to RGB after the resize, not before":
         lambda p: taken(p, rgb_last=True, background=None),
     "transparency that is dropped, not laid on white": lambda p: taken(p, background=None),

@@ -216,7 +216,7 @@ def test_tokens_and_pixels_are_compared_first(whole):
     "old, new, cause",
     [
         (".lower()", "", "model lacks lower-casing"),
-        ("compose(text)", "text", "model lacks composing of accents (NFC)"),
+        ("compose(text)", "text", "model lacks the joining of letter and accent (NFC)"),
     ],
 )
 def test_a_missing_step_of_cleaning_is_named(old, new, cause, whole):
@@ -231,7 +231,7 @@ def test_white_space_that_is_not_squeezed_is_named(whole):
     def faulty(texts, truncate):
         return right([text.replace("\n", "_") for text in texts], truncate=truncate)
 
-    cause = "model lacks squeezing of white space"
+    cause = "model lacks the merging of white space"
     assert_tokens_differ(whole[0]._replace(tokenizer=faulty), whole, cause)
 
 
@@ -310,7 +310,7 @@ def settings_of(transform):
 def test_the_other_reference_of_a_transform_is_named(whole):
     faulty = ImageTransform(**settings_of(whole[0].transform), reference="openai")
     report = compare(whole[0]._replace(transform=faulty), whole[1])
-    assert (report.first, report.cause) == ("pixels", "model has OpenAI's order and crop")
+    assert (report.first, report.cause) == ("pixels", "model has OpenAI's crop and order of steps")
     report = compare(whole[0], whole[0]._replace(transform=faulty))
     assert report.cause == "reference is transformers in model, openai in other"
 

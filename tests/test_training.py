@@ -793,7 +793,7 @@ def test_a_damaged_state_is_an_error(stripes, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="training.pt: cannot be continued: .*Error"):
             run(stripes, tmp_path)
     torch.save(state | {"step": 10**9}, tmp_path / "training.pt")
-    with pytest.raises(ValueError, match="is at step 1,000,000,000 of"):
+    with pytest.raises(ValueError, match="ran 1,000,000,000 steps, more than"):
         run(stripes, tmp_path)
 
 

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "interruption, or to update the index after images were added, changed or removed",
     )
     parser.add_argument(
-        "--force", action="store_true", help="embed all again, even if another model made the index"
+        "--force", action="store_true", help="embed all files, even if another model made the index"
     )
     parser.add_argument(
         "--exclude",
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             raise
     if os.environ.get("RANK", "0") != "0":
         return 0
-    kinds: dict[str, list[str]] = {}  # {missing package, "" for damage: reasons}
+    kinds: dict[str, list[str]] = {}  # {missing package, or "" for damaged files: reasons}
     for reason in index.skipped:
         kinds.setdefault(reason.partition(": pip install ")[2], []).append(reason)
     for reasons in kinds.values():

@@ -51,8 +51,8 @@ FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
     (("retrieval",), "split", "split of Karpathy's .json (default: test)", {"metavar": "NAME"}),
     (("probe", "fewshot"), "train", "class folders to learn from, before DATA is classified",
      {"metavar": "DIR"}),
-    (("probe", "fewshot"), "features", "the probe's features: ln_post, before the projection "
-     "as in the paper, or proj, after it (default: ln_post)", {"choices": ("ln_post", "proj")}),
+    (("probe", "fewshot"), "features", "the probe's features: ln_post (before the projection, as "
+     "in the paper) or proj (after it) (default: ln_post)", {"choices": ("ln_post", "proj")}),
     (("probe",), "val", "class folders for choosing the L2 strength (default: a fifth of --train)",
      {"metavar": "DIR"}),
     (("fewshot",), "shots", "examples of each class (default: 1 2 4 8 16)",
@@ -202,7 +202,7 @@ def fewshot(args: argparse.Namespace) -> None:
     counts = trains[kind].classes.bincount(minlength=len(images.folders))
     short = [one for one, n in zip(images.folders, counts, strict=True) if n < max(shots)]
     if short:
-        note(f"miniclip: fewer than {max(shots)} examples: {', '.join(short)}")
+        note(f"miniclip: classes with fewer than {max(shots)} examples: {', '.join(short)}")
     if args.json:
         print_json(rows)
     else:
@@ -210,7 +210,7 @@ def fewshot(args: argparse.Namespace) -> None:
         print(f"model      {args.model}")
         print(f"templates  {shorten(' | '.join(args.template or templates), COLUMNS - 11)}")
         print(f"images     {len(tests[kind].classes):,}, of {classes}\n")
-        print(f"{'examples a class':<18}{'method':<20}{'accuracy':>10}   spread over the draws")
+        print(f"{'examples a class':<18}{'method':<20}{'accuracy':>10}   standard deviation")
         for row in rows:
             spread = f"± {row['std']:.2%}" if row["shots"] else ""
             name = METHODS[row["method"]]
@@ -307,7 +307,7 @@ def print_evaluation(
     about: dict[str, Any],
     shown: dict[str, str],
 ) -> None:
-    """Print an evaluation, as JSON with `about` or as a table with `shown`, and draw it."""
+    """Print an evaluation, and draw it. `about` is added to JSON, `shown` to the table."""
     from miniclip.evaluation.classification import summary
 
     if args.json:
@@ -336,8 +336,8 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
         return
     print(f"model  {args.model}, on scenes that no training set has\n")
     for question, share, chance in (
-        ("true colour and shape rank first of 64: seen in training", scores.seen, "1.6 %"),
-        ("the same: pairs never seen in training", scores.unseen, "1.6 %"),
+        ("colour and shape seen in training rank first of 64", scores.seen, "1.6 %"),
+        ("colour and shape never seen together rank first of 64", scores.unseen, "1.6 %"),
         ("true caption scores above one with swapped places", scores.relations, "50 %"),
         ("    captions with left or right", scores.left_right, "50 %"),
         ("    captions with above or below", scores.above_below, "50 %"),

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = "the drawing to write (default: miniclip-explain.png; --score draws only with -o)"
     add("-o", "--out", metavar="PNG", help=out)
     score = (
-        "instead of IMAGE and TEXT: measure how often each method finds the named one of two "
-        "objects in drawn scenes"
+        "instead of IMAGE and TEXT: draw scenes of two objects, and measure how often each method "
+        "finds the object that a text names"
     )
     add("--score", choices=("shapes",), help=score)
     scenes = "how many scenes to score on (default: 200)"

@@ -23,7 +23,7 @@ EXAMPLE = f"""{PICTURES}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("index", metavar="INDEX", help="an index from `miniclip embed`")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a query; several texts are added")
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a query; several are summed")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="add an image")
     parser.add_argument(
         "--minus", action="append", default=[], metavar="TEXT", help="subtract a text"

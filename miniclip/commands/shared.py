@@ -37,14 +37,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--reference",
         choices=("transformers", "openai"),
         default="transformers",
-        help="the library whose token ids and pixels to match (default: %(default)s)",
+        help="give the token ids and pixels of this library (default: %(default)s)",
     )
     add_revision(group)
 
 
 TEMPLATES = (
-    "a sentence with {} for the label, or a published set of sentences: imagenet (80), simple (7 "
-    "of these), food101 and others of the paper; repeat the option to average several (default: "
+    "a sentence with {} for the label, or a published set: imagenet (80 sentences), simple (7 of "
+    "the 80), food101 and others of the paper; repeat the option to average several (default: "
     "'a photo of a {}.')"
 )
 LABELS = (

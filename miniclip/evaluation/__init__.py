@@ -17,8 +17,8 @@ All tasks read `DATA`, and accept `--json` and `--plot`. `--cache DIR` keeps the
 images for the next task. Unreadable files are left out and counted. `probe` and `fewshot` need
 scikit-learn (`pip install -e '.[eval]'`).
 
-- **zeroshot** (default): the data has one folder for each class. The folders' names are the labels
-  (`fire_truck` becomes "fire truck"), or `--labels FILE` has one label on each line. Prints top-1
+- **zeroshot** (default): the data has one folder for each class. The labels are the folders' names
+  (`fire_truck` becomes "fire truck"), or the lines of the file in `--labels FILE`. Prints top-1
   and top-5 accuracy, the 95 % interval of top-1, the mean accuracy of the classes, the calibration
   error, the accuracy of each class, and the most frequent confusions. `--labels food101 --template
   food101` uses OpenAI's class names and templates. The paper's other data sets work the same way.

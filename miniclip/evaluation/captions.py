@@ -107,8 +107,8 @@ def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
         rows += [(str(path), (caption,))] * any(map(str.isalpha, caption))
     if not rows:
         raise ValueError(
-            f"{root}: expected a caption in the .txt beside each image, found no word in any .txt; "
-            f"labels for detection are not captions; the last .txt is {shown(caption)}"
+            f"{root}: no .txt beside an image contains a word; expected captions, not labels for "
+            f"detection; the last .txt is {shown(caption)}"
         )
     missing = len(texts) - len(rows)
     return rows, [f"{root}: images without a caption in a .txt: {missing:,}"] * bool(missing)
@@ -117,7 +117,7 @@ def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
 def _read_table(table: Path, columns: tuple[str, str]) -> tuple[list[Row], list[str]]:
     """Read a table in the `imagefolder` format of Hugging Face's datasets: a row for each image."""
     rows: list[Row] = []
-    shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal lists of captions become one tuple
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal lists share a tuple, to save memory
     empty: list[int] = []  # the row of each empty caption
     for number, values in _values_of(table):
         if missing := [column for column in columns if column not in values]:

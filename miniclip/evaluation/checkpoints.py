@@ -47,9 +47,9 @@ def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], 
         columns: see `captioned_images`.
 
     Returns:
-        A function from a checkpoint to its scores. With class folders these are the zero-shot
+        A function from a checkpoint to a dict of scores. With class folders these are the zero-shot
         accuracy and the mean accuracy of the classes. With captions they are recall@1: the mean of
-        both directions, and each direction. The first score decides which checkpoint `train` keeps.
+        both directions, and each direction. `train` keeps the checkpoint with the best first entry.
 
     Raises:
         ValueError: there is nothing to measure.

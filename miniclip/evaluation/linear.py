@@ -70,7 +70,7 @@ def fit_from_text(train: Examples, strength: float, zeroshot: Classify) -> Class
     """Fit logistic regression that starts from a zero-shot classifier.
 
     The logits are zeroshot(x) + x V^T, and V (C, F) starts at 0. The loss is the cross-entropy plus
-    lambda / 2 times the squared length of V, a penalty that keeps V small.
+    lambda / 2 times the squared length of V. The second term keeps V small.
 
     Args:
         train: the examples.
@@ -166,7 +166,7 @@ def shuffled_by_class(classes: Tensor, seed: int) -> list[Tensor]:
 
 
 class Method(NamedTuple):
-    """A way to learn from few examples, the examples to learn from, and the examples to test on."""
+    """A way to learn from few examples, with its training examples and its test examples."""
 
     fit: Fit
     train: Examples

@@ -66,8 +66,8 @@ assert_parity(my_model, model, gradients=True)
 
 **Five kinds of forks** can be compared. A fork is a checkpoint's folder or a Python file. After the
 file, name a model in it, or a function that returns a model: `my_fork.py:build`. The default is
-`model`. The command calls `model(pixels, ids)`, which must return what miniclip, transformers,
-OpenAI's code or open_clip returns. `--grad` works for each kind.
+`model`. The command calls `model(pixels, ids)`. The output must have the form of miniclip's,
+transformers', OpenAI's or open_clip's output. `--grad` works for each kind.
 
 1. A subclass of miniclip's `CLIP`, or a changed copy of our code. See `miniclip/follow.py`.
 2. transformers' class, changed in place, such as `transformers_twin(model)` with a new layer.

@@ -137,7 +137,7 @@ def compare_models(
             f"the two models differ in their number of blocks, (vision, text): {depths[0]} and "
             f"{depths[1]}; expected the same"
         )
-    kind = next((type(m) for m in models if isinstance(m, CLIP)), CLIP)  # or a subclass of CLIP
+    kind = next((type(m) for m in models if isinstance(m, CLIP)), CLIP)  # CLIP or a fork's class
     configs = [config_of(model, kind) for model in models]
     stored = (under_our_names(model, kind, state_of(model)) for model in models)
     weights = [{name: w.cpu().to(dtype) for name, w in found.items()} for found in stored]
@@ -192,7 +192,7 @@ def _cause(
     for name, one, exactly in zip(NAMES, tensors[::2], tensors[1::2], strict=True):
         far = 0.01 * max(1.0, exactly[site].abs().max().item())
         if dtype in TOLERANCE and far < largest_difference(one[site], exactly[site]) < torch.inf:
-            return f"{name} gives different numbers in its two runs: is dropout on in evaluation?"
+            return f"{name} gives different numbers in two runs: is dropout active in evaluation?"
     return cause_in_model(site, *sides)
 
 
@@ -257,7 +257,7 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
 def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:
     """Return two images, and eight texts with both models' end tokens at various positions.
 
-    Texts have `shorter` fewer tokens than the context, to detect positions counted from the end.
+    A text has `shorter` fewer tokens than the context, to find models that count from the end.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)

@@ -115,7 +115,7 @@ def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Te
     if w.ndim == 4:
         yield "turned by 180 degrees", w.flip(-1, -2), ours
         colours_last = w.permute(0, 2, 3, 1).reshape(w.shape)
-        yield "with the colours in the last place", colours_last, ours
+        yield "with channels last", colours_last, ours
     for dtype in ROUNDINGS:
         yield f"rounded to {dtype_name(dtype)}", w.to(dtype).double(), ours
     yield "of zeros", torch.zeros_like(w), ours

@@ -56,11 +56,11 @@ POOLS = {  # (residual stream (B, T, W), ids, the positions of end tokens) -> (B
     "pooling at the first token": lambda x, ids, end: x[:, 0],
     "pooling at the second token": lambda x, ids, end: x[:, 1],
     "pooling at the last token": lambda x, ids, end: x[:, -1],
-    "pooling at the mean of all tokens": lambda x, ids, end: x.mean(1),
-    "pooling at the mean of the patches": lambda x, ids, end: x[:, 1:].mean(1),
-    "pooling at the sum of all tokens": lambda x, ids, end: x.sum(1),
-    "pooling at the maximum of all tokens": lambda x, ids, end: x.amax(1),
-    "pooling at the mean of a text up to its end token": _mean_to_the_end,
+    "pooling by the mean of all tokens": lambda x, ids, end: x.mean(1),
+    "pooling by the mean of the patches": lambda x, ids, end: x[:, 1:].mean(1),
+    "pooling by the sum of all tokens": lambda x, ids, end: x.sum(1),
+    "pooling by the maximum of all tokens": lambda x, ids, end: x.amax(1),
+    "pooling by the mean of a text up to its end token": _mean_to_the_end,
     "pooling at the last end token": _last_end,
     "pooling before the end token": lambda x, ids, end: token_at(x, ids, end - 1),
     "pooling after the end token": lambda x, ids, end: token_at(x, ids, (end + 1) % x.shape[1]),
@@ -192,7 +192,7 @@ FAULTS: dict[str, dict[str, Any]] = {
         "pixels that are rescaled from 0..1 to -1..1 once more": lambda x: 2 * x - 1,
     },
     "patches": {  # (B, W, rows, columns) -> (B, P, W)
-        "patches in the order of columns": lambda x: x.mT.flatten(2).mT,
+        "patches column by column, not row by row": lambda x: x.mT.flatten(2).mT,
         "patches that are reshaped, not transposed": lambda x: x.reshape(len(x), -1, x.shape[1]),
     },
     "class_last": {"the class token last": True},
@@ -262,7 +262,7 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
             f"heads of width {w} instead of {head_width}": w for w in widths - {0, head_width}
         },
         "before": {
-            f"the residual stream after block {i} as its input": f"after {i}"
+            f"the residual stream after block {i} as this site's input": f"after {i}"
             for i in range(config.layers)
         },
         "pool": pools,
@@ -272,7 +272,7 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
 def _faults_of_weights(
     w: Named, read: set[str], grid: tuple[int, int] | None
 ) -> Iterator[tuple[str, Named]]:
-    """Yield possible faults in the weights named in `read`. `grid` has the rows and columns."""
+    """Yield possible faults in the weights named in `read`. `grid`: (rows, columns) of patches."""
     modules = sorted(name.removesuffix(".bias") for name in read if name.endswith(".bias"))
     for count in range(1, len(modules) + 1):
         for some in combinations(modules, count):
@@ -315,7 +315,7 @@ def _wrong_positions(
     for count, words in enumerate(("one", "two", "three"), 1):
         for shift in (-count, count):
             yield f"positions that are shifted by {words}", positions.roll(shift, 0)
-    yield "positions from last to first", positions.flip(0)
+    yield "positions in reverse order", positions.flip(0)
     yield "no position for the first token", torch.cat([0 * positions[:1], positions[1:]])
     if grid:
         first, patches = positions[:1], positions[1:].unflatten(0, grid)  # (rows, columns, W)
@@ -325,7 +325,7 @@ def _wrong_positions(
             ("rows and columns of positions exchanged", patches.transpose(0, 1)),
             ("positions that are mirrored", patches.flip(1)),
             ("positions that are upside down", patches.flip(0)),
-            ("positions of patches from last to first", patches.flip(0, 1)),
+            ("positions of patches in reverse order", patches.flip(0, 1)),
         ):
             yield fault, torch.cat([first, moved.reshape(positions[1:].shape)])
 

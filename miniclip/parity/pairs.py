@@ -45,7 +45,7 @@ def load_pair(
         name: an embedded name, a directory, a hub id, or a fork's Python file. "fork.py" means
             `model` in the file, "fork.py:build" means `build`. Either is a model, a triple like
             `miniclip.load`'s, or a function without arguments that returns a model or a triple.
-        against: the second model, in the same form, or "transformers" to load `name` with it.
+        against: the second model, in the same form, or "transformers", which then loads `name`.
         names: a JSON file with `tensor_names`, the table from our names to the fork's names.
         options: where checkpoints come from, as in `miniclip.load`.
     Returns:
@@ -119,7 +119,7 @@ def _made_by(file: Path, name: str) -> Loaded:
 
 
 def _load_with_transformers(name: Name, ours: Loaded, options: dict[str, Any]) -> Loaded:
-    """Load transformers' model. Wrap its tokenizer and image processor as functions like ours."""
+    """Load transformers' model, and its tokenizer and image processor as functions like ours."""
     transformers = import_transformers()
 
     def load_part(kind: Any, part: str, **more: Any) -> Any:

@@ -100,7 +100,7 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
     "a crop that rounds half to even, not down": {"crop": openai_crop},
     "a crop that rounds up, not down": {"crop": crop_rounded_up},
     "a crop from the upper left corner": {"crop": lambda p, size: p.crop((0, 0, size, size))},
-    "OpenAI's order and crop": {"crop": openai_crop, "to_rgb": lambda picture: picture},
+    "OpenAI's crop and order of steps": {"crop": openai_crop, "to_rgb": lambda picture: picture},
     "conversion to RGB after the resize, not before": {"to_rgb": lambda picture: picture},
     "transparency that is dropped, not laid on white": {"to_rgb": lambda p: p.convert("RGB")},
     "transparency laid on black, not on white": {"to_rgb": on_black},

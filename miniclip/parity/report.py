@@ -19,10 +19,10 @@ class Difference(NamedTuple):
 
     site: str
     absolute: float
-    relative: float  # to the largest number at the site
+    relative: float  # the absolute difference, divided by the largest number at the site
     float64: float  # the absolute difference, if both models run in float64
-    model_error: float  # how far the first model is from the second model in float64
-    other_error: float  # how far the second model is from itself in float64
+    model_error: float  # how far the first model is from the second model's float64 run
+    other_error: float  # how far the second model is from its own float64 run
     within_tolerance: bool
 
 
@@ -87,7 +87,7 @@ def run_both(
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:
-    """Merge the rows of a site in all blocks of a tower. Each number is the largest of the rows."""
+    """Merge the rows of a site in all blocks of a tower. Each number is the largest of them."""
     depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:

@@ -42,7 +42,7 @@ OUTPUTS = {
 
 
 def is_theirs(model: Any) -> bool:
-    """Return whether the model is transformers' class, which takes its inputs as keywords."""
+    """Return whether the model is transformers' class, which takes its inputs by keyword."""
     return hasattr(model, "vision_model")
 
 
@@ -114,7 +114,7 @@ def blocks_of(model: Any, table: Layout, tower: str) -> Iterator[Any]:
 
 
 Read = Callable[[tuple, Any], Any]
-"""(arguments, output) of a module -> the tensor at a site, or something else if there is none."""
+"""(arguments, output) of a module -> the tensor at a site, or an object that is not a tensor."""
 
 
 def argument(args: tuple, out: Any) -> Any:
@@ -247,7 +247,7 @@ def under_our_names(model: Any, kind: type[CLIP], theirs: dict[str, Tensor]) -> 
             key, form = place(name, table | kind.tensor_names)
         except ValueError:  # a fork's own table may leave out parameters
             continue
-        # If a fork is part of a larger model, its table has a prefix, such as "clip.".
+        # If a CLIP is part of a larger model, the table's names have a prefix, such as "clip.".
         key = key if key in theirs else key.partition(".")[2]
         if key in theirs:
             found[name] = Place(key, form).take(theirs[key])

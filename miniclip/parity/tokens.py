@@ -30,8 +30,8 @@ TEXTS = (
 
 CLEANING: dict[str, Callable[[str], str]] = {
     "lower-casing": lambda text: "".join(c.lower() for c in text),
-    "squeezing of white space": lambda text: re.sub(r"\s+", " ", text),
-    "composing of accents (NFC)": lambda text: unicodedata.normalize("NFC", text),
+    "the merging of white space": lambda text: re.sub(r"\s+", " ", text),
+    "the joining of letter and accent (NFC)": lambda text: unicodedata.normalize("NFC", text),
     "OpenAI's cleaning (ftfy, html)": clean_openai,
 }
 """Steps that one of two tokenizers may lack."""
@@ -106,7 +106,7 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
 
 
 def _words(*tokenizers: Any) -> list[str]:
-    """Return the words of the vocabularies, and characters, alone and before another character.
+    """Return the words of the vocabularies, and many characters, alone and before another one.
 
     Some tokens are only a part of a character. The added characters test them. transformers'
     tokenizer is not a Tokenizer, and has the same words as our tokenizer.

@@ -17,7 +17,7 @@ from miniclip.sites import uncompiled
 
 
 class Setting(NamedTuple):
-    """How a model runs: with weights and pixels in `dtype`, or, if `exact`, cast on to float64."""
+    """How a model runs. Weights and pixels are cast to `dtype`, and if `exact`, then to float64."""
 
     dtype: torch.dtype
     exact: bool

@@ -47,7 +47,7 @@ If an image, a shard or a command fails, training reports it and continues witho
 - `--fsdp`: under `torchrun`, shard the weights and the optimizers' state over the processes
 
 The run is saved after each epoch and every five minutes. After a kill, the same command continues
-the run. On a CPU the result equals an uninterrupted run's result bit for bit. Under `torchrun` the
+the run. On a CPU the result equals the result without a kill, bit for bit. Under `torchrun` the
 processes share one batch, and `torchrun --max-restarts 3` restarts them after a crash. On several
 machines set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, to avoid a bug in PyTorch. Half-precision
 weights become float32, because Adam's first step in float16 gives NaN. Initial weights follow

@@ -232,7 +232,7 @@ def _items_and_draws(
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Mirror half of the images, enlarge half by up to 2, and shift all by up to 15 %, at random.
+    """Mirror half of the images, enlarge half by up to 100 %, and shift all by up to 15 %.
 
     Pixels are uint8 (B, 3, S, S). Reflection fills the area outside an image.
     """

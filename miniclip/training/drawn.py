@@ -33,7 +33,7 @@ class Shapes:
             raise ValueError(f"`score` tests models on scenes of seed {seed}: choose another seed")
         self.count, self.seed = count, seed
         self.lesson_length = count // 6
-        self.skipped: list[str] = []  # always empty
+        self.skipped: list[str] = []  # always empty, because no scene is unreadable
 
     def __len__(self) -> int:
         return self.count
@@ -45,7 +45,7 @@ class Shapes:
             yield from (first + i for i in shuffled(end - first, seed))
 
     def lesson(self, index: int) -> int:
-        """Return the number of a scene's lesson, 0 to 2, or 3 if it comes after the lessons."""
+        """Return the number of a scene's lesson, 0 to 2, or 3 for a scene after all lessons."""
         return min(index // self.lesson_length, 3) if self.lesson_length else 3
 
     def scene(self, index: int) -> Scene:

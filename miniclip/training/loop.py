@@ -44,8 +44,8 @@ def train(
     """Train a model, and write its checkpoint with recipe.json and metrics.jsonl.
 
     The run is saved after each epoch and every five minutes. To continue a killed run, call `train`
-    again. On a CPU the result equals an uninterrupted run's bit for bit, because all random numbers
-    depend on the seed and the step. Under torchrun each process calls `train`; one writes files.
+    again. On a CPU the result equals the result of an uninterrupted run bit for bit. Under torchrun
+    each process calls `train`, and the first process writes the files.
 
     Args:
         model: the model, which is trained in place. Half-precision weights become float32.
@@ -56,8 +56,8 @@ def train(
         out: the folder of the checkpoint.
         loss: a loss to use instead of the recipe's. The logit scale is then not clamped. If it is
             an nn.Module, its parameters are trained and saved too.
-        validate: a function from a checkpoint to its scores on held-out data; see
-            `evaluation.scorer`. The first score decides which checkpoint `out`/best keeps.
+        validate: a function from a checkpoint to a dict of scores on held-out data; see
+            `evaluation.scorer`. `out`/best is the checkpoint with the highest first entry.
         log: "tensorboard" also writes the metrics for TensorBoard.
 
     Returns:
@@ -81,7 +81,7 @@ def train(
     run = Run(Path(out), model, recipe, loss, rank == 0, log)
     whole_model, model = model, run.trained
     if run.step > steps:
-        raise ValueError(f"{out} is at step {run.step:,} of {steps:,}; choose another folder")
+        raise ValueError(f"{out} ran {run.step:,} steps, more than {steps:,}; choose a new folder")
     dropout = PatchDropout(model.vision, 0.0) if recipe.patch_dropout else None
     if recipe.compile:
         model.vision.compile()

@@ -25,7 +25,7 @@ class Objective(nn.Module):
             self.cast = torch.autocast(model.logit_scale.device.type, torch.bfloat16)
 
     def forward(self, pixels: Tensor, ids: Tensor, end: Callable[[Tensor, Tensor], Any]) -> Any:
-        """Embed a batch as unit vectors in the weights' dtype. Return `end` of both embeddings."""
+        """Return `end(image_embeds, text_embeds)`, with unit vectors in the weights' dtype."""
         with self.cast:
             embeds = self.model.encode_image(pixels), self.model.encode_text(ids)
         return end(*(unit_norm(x.to(self.model.logit_scale.dtype)) for x in embeds))
@@ -43,7 +43,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        # A copy, because `all_reduce` changes it, and autograd may use `gradient` elsewhere too.
+        # A copy, because `all_reduce` changes its input, and autograd may use `gradient` elsewhere.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -56,7 +56,7 @@ def rank_and_world_size() -> tuple[int, int]:
 def parallel(objective: nn.Module, skips: bool) -> nn.Module:
     """Wrap a module to average its gradients over all processes. One process needs no wrapper.
 
-    `skips` says whether a step may not use some parameters. PyTorch then searches for them.
+    If `skips`, some parameters may get no gradient in a step, and PyTorch searches for them.
     """
     if rank_and_world_size()[1] == 1:
         return objective
@@ -92,7 +92,7 @@ def reshard(model: CLIP) -> None:
 
 
 def whole(state: Any, device: str | None = None) -> Any:
-    """Replace sharded tensors in a state by whole tensors, on a device. All processes call this."""
+    """Make the sharded tensors in a state whole, on a device. All processes must call this."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().to(device), state)
 
 

@@ -66,10 +66,10 @@ class Run:
         config = model.config.to_dict() | {"class": type(model).__name__}
         self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
-        self.losses: list[Any] = []  # of steps after the last row; `read_losses` makes them floats
+        self.losses: list[Any] = []  # since the last row; `read_losses` turns tensors into floats
         self.loss = math.nan  # the last loss that was read
         self.rows: list[dict[str, float]] = []
-        self.best = -math.inf  # the highest value of the first score on held-out data
+        self.best = -math.inf  # the highest value yet of the first entry in the scores
         self.seconds = 0.0  # the training time before this process started
         self.reported: set[str] = set()
         if (out / STATE).is_file():
@@ -115,7 +115,7 @@ class Run:
                 if type(self.step) is not int or self.step < 0:
                     raise ValueError(f"step is {self.step!r}; expected a number of steps")
                 sum(self.losses) + self.seconds + sum(row.get("loss", 0) for row in self.rows)
-                json.dumps(self.rows)  # this line and the line before raise an error for bad rows
+                json.dumps(self.rows)  # this line and the last one raise errors for damaged rows
         except Exception as error:  # a damaged file can raise any error
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: cannot be continued: {reason}") from error
@@ -142,7 +142,7 @@ class Run:
         tokenizer: Tokenizer,
         transform: ImageTransform,
     ) -> dict[str, float]:
-        """Score the model on held-out data. The first score decides whether to write `out`/best."""
+        """Score the model on held-out data. Write `out`/best if the first entry is the highest."""
         self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))

@@ -27,8 +27,8 @@ class Shards:
     A shard is a file, the output of a command ("pipe:curl -s URL/{000..099}.tar" gives a hundred
     shards), or an address that fsspec opens ("hf://datasets/OWNER/NAME/0.tar").
 
-    Every process reads all shards and decodes its own share, so the batches do not depend on the
-    number of processes. The shards are read in random order, and a buffer shuffles the samples.
+    Every process reads all shards and decodes its own share of the images, so the batches do not
+    depend on the number of processes. Shards are in random order, and a buffer shuffles samples.
     The first call of `len` reads all shards, to count the samples.
     """
 

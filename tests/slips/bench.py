@@ -629,8 +629,8 @@ SLIPS = [
         TABLES,
     ),
     Slip(
-        "Positions from last to first are not tried.",
-        '    yield "positions from last to first", positions.flip(0)\n',
+        "Positions in reverse order are not tried.",
+        '    yield "positions in reverse order", positions.flip(0)\n',
         "",
         TABLES,
     ),

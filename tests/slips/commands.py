@@ -299,8 +299,8 @@ SLIPS = [
     ),
     Slip(
         "The chance of one in 64 is said to be 6.4 %.",
-        '("the same: pairs never seen in training", scores.unseen, "1.6 %")',
-        '("the same: pairs never seen in training", scores.unseen, "6.4 %")',
+        '("colour and shape never seen together rank first of 64", scores.unseen, "1.6 %")',
+        '("colour and shape never seen together rank first of 64", scores.unseen, "6.4 %")',
         f"{CLI} -k drawn_world",
     ),
     Slip(
