@@ -90,8 +90,8 @@ block of the file in memory; FAISS keeps a copy of all rows. `miniclip bench --s
 times as long as the compiled one (medians of three runs), and the matrix product takes 0.95 to 0.97
 times as long. In bfloat16, the two ratios are 1.01 to 1.03, and 0.78 to 0.83.
 
-On Linux, glibc returns freed memory to the system, which clears it before the next use. This costs
-an eager pass time. `embed`, `eval` and `train` keep freed memory; in a script of your own, set
+On Linux, glibc returns freed memory to the system, which clears it before the next use. This makes
+an eager pass slower. `embed`, `eval` and `train` keep freed memory; in a script of your own, set
 `MALLOC_MMAP_MAX_=0` and `MALLOC_TRIM_THRESHOLD_=4294967296` in the environment.
 
 On a GPU (not run here):

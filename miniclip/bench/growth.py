@@ -222,7 +222,7 @@ def collection(loaded: Loaded, folder: Path) -> Iterator[Step]:
     query, *block = unit_norm(torch.randn(1 + BLOCK, width, generator=draw)).split([1, BLOCK])
     noise = Encoder("noise", None, "", "float32", ImageTransform())
     for n in (1_000, 10_000, 100_000, 1_000_000, 10_000_000):
-        if shutil.disk_usage(folder).free < 6 * n * width:  # the file takes 4 * n * width
+        if shutil.disk_usage(folder).free < 6 * n * width:  # the file takes 4 * n * width bytes
             return
         path = folder / "rows"
         rows = torch.from_file(str(path), shared=True, size=n * width).view(n, width)

@@ -76,7 +76,7 @@ def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
     import open_clip
 
     ours = CLIP.from_pretrained(directory)
-    # open_clip reads the embedding at the largest id. In this vocabulary that is the end token.
+    # open_clip reads the embedding at the largest id: the end token, in this vocabulary.
     text = replace(ours.config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     model = open_clip.CLIP(**to_open_clip(asdict(replace(ours.config, text=text))))
     tokenizer = open_clip.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))

@@ -78,7 +78,7 @@ class Setting:
 
 
 def prepare(directory: Path, shape: str) -> CLIPConfig:
-    """Write a checkpoint with random weights in an official shape, which every library can read.
+    """Write a checkpoint that every library can read: random weights in an official shape.
 
     The vocabulary is learnt from captions, because the package does not contain OpenAI's. The token
     embedding still has as many rows as the published model's.
@@ -102,7 +102,7 @@ def prepare(directory: Path, shape: str) -> CLIPConfig:
 
 
 def captions(count: int) -> list[str]:
-    """Put OpenAI's class names into OpenAI's templates. Nearly all of the first 80,000 differ.
+    """Put OpenAI's class names into OpenAI's templates. Nearly all of 80,000 captions differ.
 
     >>> captions(2)
     ['a bad photo of a tench.', 'a photo of many rooster.']
@@ -138,7 +138,7 @@ def mixed_captions(count: int) -> list[str]:
 
 
 def invented_captions(count: int) -> Iterator[list[str]]:
-    """Yield lists of `count` texts, without end. No word was used before."""
+    """Yield lists of `count` texts, without end. All words are new."""
     draw = random.Random(0)
     while True:
         yield [

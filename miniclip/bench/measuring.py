@@ -84,8 +84,8 @@ def alternate(
 ) -> list[list[float]]:
     """Return the costs of each round, in the order of `trials`.
 
-    Each round runs in a random order. In a fixed order, a trial would always find the caches as the
-    same other trial leaves them.
+    Each round runs in a random order, because the cost of a trial depends on the caches, which the
+    trial before it has filled.
     """
     draw = random.Random(0)
     start = time.perf_counter()

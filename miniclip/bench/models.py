@@ -119,7 +119,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
     ours, *peers = setting.libraries
     tokenizer = ours.tokenize
     assert isinstance(tokenizer, Tokenizer)
-    # Every hundredth label, and the longest one, to which all texts at once are padded.
+    # Every hundredth label, and the longest: if all texts go in at once, they are padded to it.
     longest = max(IMAGENET_CLASSES, key=lambda label: len(tokenizer.encode(label)))
     labels, templates = [*IMAGENET_CLASSES[::100], longest], TEMPLATE_SETS["imagenet"]
     prompts = [template.replace("{}", label) for label in labels for template in templates]

@@ -35,7 +35,7 @@ def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
 
 
 def draw_cells(axes: Axes, result: Evaluation) -> None:
-    """Draw a cell for each true and predicted class: the percentage of the true class."""
+    """Draw the confusion matrix. A cell has the percentage of its row, which is the true class."""
     labels = [shorten(label) for label in result.labels]
     share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
     # Darkness is the square root of the share: 4 % is a fifth as dark as 100 %, not a 25th.

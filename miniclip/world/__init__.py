@@ -8,7 +8,7 @@ answer three questions that photographs leave open:
   `HELD_OUT` are in no training image and in no training caption. Their words are in other pairs.
 - Does a model read the order of words? "a red circle to the left of a blue square" becomes false if
   two words are exchanged. Plain contrastive training gives models that ignore the order.
-  Training with false captions teaches it (Yuksekgonul et al. 2022, arXiv 2210.01936).
+  Training with false captions teaches the order (Yuksekgonul et al. 2022, arXiv 2210.01936).
 - Does a heat map point at the object? The masks say where the object is.
 
 A scene depends only on its numbers: scene 7 of seed 0 is always the same scene.

@@ -83,7 +83,7 @@ def fits(phrase: Phrase, object: Object) -> bool:
 
 
 def apart(relation: str, first: Object, second: Object | None = None) -> int:
-    """Return the pixels between two centres along a relation, negative if the relation is false."""
+    """Return by how many pixels a relation holds. The number is negative if it does not hold."""
     axis, sign = (RELATIONS | PLACES)[relation]
     there = getattr(second, axis) if second else IMAGE_SIZE // 2
     return sign * (there - getattr(first, axis))

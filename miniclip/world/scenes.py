@@ -63,7 +63,7 @@ SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
 CLEAR = 8
 """Captions name a relation only if the centres are at least this many pixels apart along its axis.
-A relation can be true with less. Any two objects are at least this far apart along one axis."""
+A relation can be true at a smaller distance. Any two objects are this far apart on one axis."""
 
 
 class Object(NamedTuple):

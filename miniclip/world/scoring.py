@@ -22,10 +22,10 @@ class Scores(NamedTuple):
 
     seen: float  # one object: which of the 64 pairs of colour and shape? Chance is 1/64
     unseen: float  # the same for the 8 pairs that training never shows
-    relations: float  # two objects: is the caption nearer than one with swapped places? 1/2
+    relations: float  # two objects: is the caption nearer than one with swapped places? Chance 1/2
     left_right: float  # the same for "to the left of" and "to the right of"
     above_below: float  # the same for "above" and "below"
-    binding: float  # two objects: is the caption nearer than one with swapped colours? 1/2
+    binding: float  # two objects: is the caption nearer than one with swapped colours? Chance 1/2
 
 
 @torch.inference_mode()
