@@ -109,7 +109,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def distance(one: Any, other: Any) -> float:
     """The largest |one - other| / |other| over the rows of two tensors (..., N).
 
-    The distance of other values is 0 if they are equal, and infinity if they are not.
+    Values of other types have the distance 0 if they are equal, and infinity if not.
 
     >>> distance(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 5.0]])) < 0.2
     True

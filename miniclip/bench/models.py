@@ -73,7 +73,7 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, T
 
 
 def ceiling(setting: Setting, tower: nn.Module, x: Tensor) -> dict[str, Trial]:
-    """Make a trial of the products with a tower's weights alone, without the rest of the tower.
+    """Make a trial that computes only the matrix products with a tower's weights.
 
     On a CPU, the fastest of three libraries is used: PyTorch, which packs a weight at each call,
     and oneDNN and MKL, which pack it once. The two products inside attention are left out.

@@ -173,7 +173,7 @@ def create_app(
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 known = isinstance(error, (ValueError, RuntimeError))
                 message = str(error) if known else "not a question of this page: reload the page"
-                message = message.partition("\n")[0].replace(" (in Python, truncate=True does)", "")
+                message = message.partition("\n")[0].replace(", or use truncate=True in Python", "")
                 return JSONResponse({"error": message}, status_code=400)
 
         return Route(f"/{answer.__name__}", endpoint, methods=["POST"])
