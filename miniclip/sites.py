@@ -126,7 +126,7 @@ def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
             handle.remove()
 
 
-_stances: list[Any] = []  # what each open block undoes at its end
+_stances: list[Any] = []  # one entry for each open block, to undo at its end
 _lock = Lock()
 
 

@@ -138,7 +138,7 @@ def _download(
 ) -> Path:
     from huggingface_hub import constants, snapshot_download  # here, because it is slow to import
 
-    if not (local_files_only or constants.HF_HUB_OFFLINE):  # it may take minutes
+    if not (local_files_only or constants.HF_HUB_OFFLINE):  # say it: an answer may take minutes
         _say_once(f"asking the Hugging Face hub for {repository}")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     home = cache / f"models--{repository.replace('/', '--')}"
