@@ -76,7 +76,7 @@ class Ours:
         return self.model.vision.ln_post(self.image_states(pixels)[:, 0])
 
     def text_states(self, ids, mask=None):
-        """Every token after the last LayerNorm; no token attends to those with `mask` 0."""
+        """All tokens after the last LayerNorm. No token attends to a token whose `mask` is 0."""
         tower = self.model.text
         hidden = torch.zeros(1, 1, 1, 1) if mask is None else 1 - mask[:, None, None]
 
@@ -361,7 +361,7 @@ def measure(
     sides: Callable[[str], Side],
     picture: Callable[[str], Image.Image] = find_picture,
 ) -> Any:
-    """Run an entry's measure. The numbers have the form of its `expected`, as JSON has them."""
+    """Run an entry's measure. The numbers have the form of its `expected`, as JSON stores them."""
     value = MEASURES[entry["id"]](sides, entry, picture)
     return json.loads(json.dumps(value, default=torch.Tensor.tolist))
 

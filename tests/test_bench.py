@@ -1,5 +1,5 @@
-"""The instrument: its arithmetic on costs that are known, what it refuses to time, and that what it
-compares is the same work."""
+"""`miniclip bench`: its arithmetic on known costs, the outputs that it refuses to time, and whether
+all libraries do the same work."""
 
 import itertools
 import json
@@ -45,13 +45,13 @@ CEILING = models.ceiling
 def tiny(monkeypatch):
     monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
     monkeypatch.setattr(pipeline, "SEARCHED", 20_000)
-    # The real one takes most of the time.
+    # The real `ceiling` would take most of the tests' time.
     alone = dict([contender("matrix products alone", [1.0], None)])
     monkeypatch.setattr(models, "ceiling", lambda setting, tower, x: alone)
 
 
 def contender(name, costs, output, log=None):
-    """One whose trials cost what is written, over and over."""
+    """A name and its trial, which returns the given costs one after another, over and over."""
     costs = itertools.cycle(costs)
 
     def trial():
@@ -71,9 +71,9 @@ def rows_of(*contenders, **fields):
 
 
 def test_medians_and_ratios_are_those_of_the_rounds():
-    # One trial is for its output and three warm up; the costs that follow are measured.
+    # The first trial gives the output, and three more are warm-up. Only later costs are measured.
     ours = [9.0] * 4 + [1.0, 2.0, 4.0]
-    theirs = [9.0] * 4 + [3.0, 4.0, 20.0]  # 3, 2 and 5 times as much
+    theirs = [9.0] * 4 + [3.0, 4.0, 20.0]  # 3, 2 and 5 times ours
     rows = rows_of(contender("ours", ours, 0), contender("theirs", theirs, 0))
     assert rows["ours"].cost == (1.5, 2, 3) and rows["ours"].ratio == (1, 1, 1)
     assert rows["theirs"].cost == (3.5, 4, 12)
@@ -202,7 +202,7 @@ def setting(tmp_path_factory):
 
 
 def cases(suite, setting, monkeypatch):
-    """Those of a suite; the labels are each hundredth and the longest, here of fewer."""
+    """The cases of a suite. The suite zeroshot gets 100 of ImageNet's classes, to be quick."""
     if suite == "zeroshot":
         monkeypatch.setattr(models, "IMAGENET_CLASSES", models.IMAGENET_CLASSES[:100])
     return bench.SUITES[suite](setting)
@@ -217,7 +217,7 @@ def test_the_checkpoint_is_one_that_all_can_read(setting):
     assert (text.bos_token_id, text.eos_token_id) == (tokenizer.bos_token_id, end)
     assert text.vocab_size == 5000 and 3000 < tokenizer.vocab_size == end + 1
     assert transform.size == transform.crop_size == 40
-    assert model.logit_scale.item() == pytest.approx(math.log(100))  # every weight is drawn
+    assert model.logit_scale.item() == pytest.approx(math.log(100))  # as in trained models
     assert (model.text.blocks[0].ln_1.bias != 0).all()
 
 
@@ -285,7 +285,7 @@ def test_an_input_of_the_peers_that_is_another_is_noticed(
 
 @pytest.mark.slow
 def test_a_gradient_of_the_peers_that_is_another_is_noticed(setting, monkeypatch):
-    """One of the same length, of the same loss."""
+    """The gradient has the right length, and the loss is the same."""
     ours, theirs = setting.libraries[:2]
 
     def climb(pixels):
@@ -334,7 +334,7 @@ def test_words_are_invented_before_the_clock_starts(setting, monkeypatch):
 
 
 def test_the_ceiling_takes_the_fastest_way(setting, monkeypatch):
-    """One way, or three where this build of PyTorch has oneDNN and MKL."""
+    """There are three implementations if PyTorch was built with oneDNN and MKL, or else one."""
     costs = []
 
     def timed(way, device):
@@ -352,22 +352,22 @@ def test_the_ceiling_takes_the_fastest_way(setting, monkeypatch):
 def test_multiply_adds_of_a_text_grow_with_its_tokens():
     texts = [replace(SHAPE.text, context_length=tokens) for tokens in (5, 10)]
     short, long = (tower_multiply_adds(replace(SHAPE, text=text), "text") for text in texts)
-    assert 2 * short < long < 2.5 * short  # the projection once, attention squared
+    assert 2 * short < long < 2.5 * short  # attention grows with the square of the length
     assert long == 10 * 64 * (4 * 64 + 2 * 96) * 2 + 2 * (2 * 10 * 10 * 64) + 64 * 36
-    # One image of B/32: 4.4 billion, as counted by others for ViT-B/32.
+    # Others count 4.4 billion multiply-adds for an image in ViT-B/32.
     assert tower_multiply_adds(CLIPConfig(), "vision") == pytest.approx(4.41e9, rel=0.01)
 
 
 @pytest.mark.slow
 def test_padding_is_not_compared(setting):
-    """OpenAI pads with 0, to the whole context."""
+    """OpenAI's tokenizer pads with 0, up to the context length."""
     end = setting.config.text.eos_token_id
     ids = torch.tensor([[7, 8, end, 0, 0], [7, end, end, end, end]])
     assert next(pipeline.tokenizer_suite(setting)).form(ids) == [[7, 8], [7]]
 
 
 def test_the_ceiling_multiplies_what_the_tower_multiplies(setting, monkeypatch):
-    """All multiply-adds but attention's own two products, for the images and the tokens at work."""
+    """They are the tower's multiply-adds without the two products inside attention."""
     counted = []
     monkeypatch.setattr(
         models, "ceiling", lambda setting, tower, x: counted.append((tower, x)) or {}
@@ -389,7 +389,7 @@ def test_the_ceiling_multiplies_what_the_tower_multiplies(setting, monkeypatch):
 
 
 def test_the_parts_of_a_model_are_counted():
-    """By hand: a matrix (N, M) multiplies and adds N * M times for each token."""
+    """A matrix (N, M) has N * M multiply-adds for each token."""
     vision, text = (
         VisionConfig(width=48, layers=3, heads=4, mlp_width=100, image_size=40, patch_size=8),
         TextConfig(
@@ -472,7 +472,7 @@ def test_the_libraries_keep_the_precision(setting):
 
 
 class Peer(nn.Module):
-    """In the place of a model of open_clip or openai/CLIP."""
+    """A fake model in place of open_clip's or openai/CLIP's."""
 
     def __init__(self, *sizes, **config):
         super().__init__()
@@ -490,7 +490,7 @@ class Peer(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["open_clip", "openai/CLIP"])
 def test_a_peer_gets_our_weights_and_our_vocabulary(name, setting, monkeypatch):
-    """By modules that stand in for theirs: neither is in the test extra."""
+    """Fake modules replace both libraries, because the test extra installs neither."""
     tokenizer = types.SimpleNamespace(SimpleTokenizer=lambda path: lambda texts: (path, texts))
     clip = types.SimpleNamespace(
         tokenize=lambda texts: texts,
@@ -511,7 +511,9 @@ def test_a_peer_gets_our_weights_and_our_vocabulary(name, setting, monkeypatch):
     assert list(found) == ["miniclip", "transformers", "open_clip", "openai/CLIP"]
     peer = found[name]
     ours = load(setting.directory).model
-    assert peer.model.strict and len(peer.model.weights) < len(ours.state_dict())  # q, k, v in one
+    assert peer.model.strict and len(peer.model.weights) < len(
+        ours.state_dict()
+    )  # q, k, v are fused
     assert torch.equal(peer.model.weights["visual.proj"], ours.vision.proj.weight.T)
     assert peer.model.weight.dtype == torch.bfloat16 and not peer.model.training
     assert peer.encode_image(torch.ones(1, 2)).dtype == torch.bfloat16
@@ -556,7 +558,7 @@ def test_four_batches_of_files_are_embedded(setting):
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """What `bench` is asked for, without any work."""
+    """Record what `bench` is asked for. Nothing is measured."""
     seen = []
     monkeypatch.setattr(suites, "prepare", lambda folder, shape: PUBLISHED[shape])
 
@@ -670,7 +672,7 @@ def test_a_process_that_fails_says_why(stderr, reason, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_of_its_own_gives_the_same_logits(setting):
-    """With the setting's dtype."""
+    """The process uses the setting's dtype."""
     exact, half = setting, replace(setting, dtype=torch.bfloat16)
     here, rounded = (
         next(bench.SUITES["load"](one)).trials["miniclip"]()[1] for one in (exact, half)
@@ -693,9 +695,10 @@ def test_on_a_gpu(monkeypatch):
 def test_the_run_on_a_gpu_is_rehearsed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
     monkeypatch.setattr(suites, "measure", measure)
-    monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # many processes
+    monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # takes many processes
     monkeypatch.setattr(torch, "compile", lambda encoder, mode: encoder)
-    assert on_a_gpu.main(["--device", "cpu", "-o", str(tmp_path / "gpu.json")]) == 1  # no targets
+    # Tiny shapes reach no target, so the exit status is 1.
+    assert on_a_gpu.main(["--device", "cpu", "-o", str(tmp_path / "gpu.json")]) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert "'error'" not in capsys.readouterr().err
     kinds = [name.partition(" ")[0] for name in found]
@@ -714,7 +717,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
         row("vision", "1 image, B/32, float32", ours, 1.0),
         row("vision", "1 image, B/32, float32", peer, 5.0),
         row("vision", "1 image, L/14, float32", ours, 1.0),
-        row("vision", "1 image, L/14, float32", peer, 4.0),  # the worst counts
+        row("vision", "1 image, L/14, float32", peer, 4.0),  # the smaller ratio counts
         row("vision", large, ours, 2.0),
         row("vision", large, peer, 3.0),
         row("vision", large, "one matrix product", 1.5),
@@ -724,7 +727,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
-GROWN = {  # axis: two sizes of it, and how much more work the theory sees in the second
+GROWN = {  # axis: (two sizes, the factor by which the work grows, or None if it is no whole number)
     "images in a batch": ((1, 4), 4),
     "pixels along a side": ((40, 80), None),
     "tokens of a text": ((77, 256), None),
@@ -753,7 +756,7 @@ def test_growth_has_every_axis_at_growing_sizes(grown):
 
 @pytest.mark.parametrize("tower, tokens", [("vision", 26), ("vision", 101), ("text", 256)])
 def test_growths_theory_counts_attention(grown, tower, tokens):
-    """Twice the tokens are more than twice the work: 2 T^2 W in each block beside the weights."""
+    """Attention adds 2 T^2 W multiply-adds to each block, which grow faster than T."""
     axis = "pixels along a side" if tower == "vision" else "tokens of a text"
     config = getattr(SHAPE, tower)
     width, blocks = config.width, config.layers
@@ -799,7 +802,7 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch, capsys
 
 @pytest.mark.slow
 def test_an_engine_is_timed_within_the_tolerance_of_its_name(setting, monkeypatch):
-    """A name with a precision may round more, and the table says by how much; no other may."""
+    """If the outputs differ, the table says by how much."""
     off = engines.Engine(lambda tower: lambda x: 1.01 * tower(x) + 0.001, (), 5e-2)
     exact = engines.Engine(lambda tower: lambda x: tower(x).clone())
     monkeypatch.setitem(engines.ENGINES, "copy-bf16", off)

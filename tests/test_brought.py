@@ -1,6 +1,6 @@
 """Checkpoints that users bring: other programs' files, training files, one tower, no config.
 
-Each test stands for a public report about openai/CLIP, open_clip, transformers, diffusers or their
+Each test repeats a public report about openai/CLIP, open_clip, transformers, diffusers or their
 user interfaces. The expected values come from transformers, or are the weights that were saved.
 """
 
@@ -705,7 +705,7 @@ def test_transformers_21638_images_one_or_three_pixels_wide_are_read_as_there():
         pixels = rng.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
         expected = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
         assert torch.equal(transform(Image.fromarray(pixels)), expected)
-        assert torch.equal(transform(pixels), expected)  # always rows, columns, channels
+        assert torch.equal(transform(pixels), expected)  # axes: rows, columns, channels
         assert torch.equal(transform(torch.from_numpy(pixels).permute(2, 0, 1)), expected)
 
 

@@ -191,7 +191,7 @@ def test_explain_writes_every_character_that_a_font_has_and_never_warns(
     assert (status, err) == (0, f"picture: {out}\n") and len(table.splitlines()) == 2
     for file in fonts_beside(text).values():
         assert font_manager.get_font(file).get_charmap().keys() & set(map(ord, text))
-    if "\U0001d49c" in text:  # in another font of matplotlib
+    if "\U0001d49c" in text:  # another font of matplotlib has it
         assert fonts_beside(text)
 
 
@@ -299,7 +299,7 @@ def test_eval_shows_the_scores_of_the_drawn_world(run, monkeypatch):
     shown = [line.split() for line in out.splitlines() if "(chance" in line]
     names = ("seen", "unseen", "relations", "left_right", "above_below", "binding")
     assert [line[-4] for line in shown] == [f"{scores[name]:.1%}" for name in names]
-    chance = [f"{1 / 64:.1%}"[:-1]] * 2 + ["50"] * 4  # one of 8 colours times 8 shapes
+    chance = [f"{1 / 64:.1%}"[:-1]] * 2 + ["50"] * 4  # 8 colours times 8 shapes
     assert [line[-2] for line in shown] == chance
     for option in (["--template", "{}"], ["--labels", "a"], ["--plot", "a.png"]):
         assert_one_line_error(run(*command, *option), "--template, --labels or --plot")
@@ -480,7 +480,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     def told(self, pixels, **options):
         red = pixels[:, 0].mean((1, 2)) * std + mean
         best = (red * 255 / 10).round().long().clamp(max=count - 1)
-        # the other labels follow in order
+        # the other labels have lower logits, in their order
         return 10 * torch.nn.functional.one_hot(best, 64).float() - torch.arange(64)
 
     def axes(model, tokenizer, labels, templates):
@@ -573,14 +573,14 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
 
 
 def test_eval_refuses_what_gives_no_accuracy(run, picture, tmp_path):
-    """It refuses a folder one level too high, a single class, and classes without images."""
+    """Such are a folder one level too high, a single class, and classes without images."""
     for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
         (tmp_path / name).mkdir(parents=True)
         shutil.copy(picture, tmp_path / name)
     data = tmp_path / "data"
     command = ["eval", "--model", "everyday", "--json"]
     assert_one_line_error(run(*command, str(data)), "has images in", f"in {data / 'test'}. If not")
-    assert run(*command, str(data), "--labels", "new", "old")[0] == 0  # the classes
+    assert run(*command, str(data), "--labels", "new", "old")[0] == 0  # train and test are classes
     assert run(*command, str(data / "train"))[0] == 0
     (data / "train" / "frog").mkdir()
     result = run(*command, str(data / "train"))

@@ -1,4 +1,4 @@
-"""Configs: which values are refused, and that transformers reads config.json in the same way."""
+"""Configs: which values are errors, and that transformers reads config.json in the same way."""
 
 import dataclasses
 import json
@@ -233,7 +233,7 @@ def test_numbers_at_their_limits_are_accepted():
 
 
 def test_equal_numbers_of_all_layers_become_one_number():
-    """Otherwise transformers would refuse configs of models that it can run."""
+    """transformers can run such a model, but cannot read a list of numbers."""
     each = VisionConfig(layers=2, heads=(12, 12), mlp_width=(9, 9), image_size=(64, 64))
     assert each == VisionConfig(layers=2, heads=12, mlp_width=9, image_size=64)
     assert TextConfig(head_width=64) == TextConfig() != TextConfig(head_width=32)
@@ -353,8 +353,8 @@ def open_clips(embed_dim, vision, text, quick_gelu=True):
     }
 
 
-# The configs of github.com/mlfoundations/open_clip and of microsoft/Cream (TinyCLIP). A fifth and a
-# sixth number of a vision tower are its head_width and mlp_ratio.
+# The configs of github.com/mlfoundations/open_clip and of microsoft/Cream (TinyCLIP). If a vision
+# tower has more than four numbers, the others are its head_width and mlp_ratio.
 AS_PUBLISHED = {
     "B/32": open_clips(512, (224, 12, 768, 32), (512, 8, 12)),
     "B/16": open_clips(512, (224, 12, 768, 16), (512, 8, 12)),

@@ -1,4 +1,4 @@
-"""Engines: the tower's numbers, a snapshot that notices every change it can, and the commands."""
+"""Engines give the tower's numbers, notice changes of the model, and work in the commands."""
 
 import copy
 import importlib
@@ -20,12 +20,12 @@ from miniclip.engines import ENGINES, Engine, engine_of, on_engine, use_engine, 
 from miniclip.errors import ContextLengthError
 from miniclip.evaluation.features import picture_features
 
-# Compilers and exporters of torch 2.13 warn of themselves, in ways no caller can mend.
+# The compilers and exporters of torch 2.13 raise these warnings about their own code.
 EXPORTER = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 def copied(tower, error=0.0):
-    """An engine that needs nothing installed: a copy of the tower, off by `error`."""
+    """An engine that needs no package: a copy of the tower. `error` is added to its output."""
     frozen = copy.deepcopy(tower)
     return lambda x: frozen(x) + error * torch.arange(TINY.embed_dim)
 
@@ -62,7 +62,7 @@ def test_an_engine_gives_the_towers_numbers_for_every_size(name, model, capfd, c
     bound = ENGINES[name].tolerance
     vision, text = on_engine(model.vision, name), on_engine(model.text, name)
     sizes = [(3, 3, 9), (5, 2, 20), (1, 1, 2)]
-    if name.startswith("compile"):  # each size takes seconds: the first graph, and that for others
+    if name.startswith("compile"):  # the second size compiles again, which takes seconds
         sizes = sizes[: 2 if name == "compile" else 1]
     for images, texts, tokens in sizes:
         pixels, ids = random_inputs(TINY, images, texts, tokens, seed=4)
@@ -252,7 +252,7 @@ def test_features_that_are_kept_say_which_engine_made_them(pictures):
 
 
 def test_an_index_is_continued_only_with_the_engine_that_began_it(pictures, monkeypatch, tmp_path):
-    """The rounding differs, and a continued index ends in the same bytes."""
+    """Engines round differently, but a continued index must equal an uninterrupted one."""
     building = importlib.import_module("miniclip.retrieval.building")
     seen = []
     monkeypatch.setattr(building, "sha256", lambda key: seen.append(key) or FakeDigest())

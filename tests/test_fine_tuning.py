@@ -175,8 +175,8 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
         seen.append({name: p.clone() for name, p in loaded.model.state_dict().items()})
         return {"accuracy": next(scores), "other": -1.0}
 
-    recipe = replace(QUICK, epochs=2, val_every=2, ema=0.5)  # and after the last step
-    with pytest.raises(StopIteration):  # after the last step
+    recipe = replace(QUICK, epochs=2, val_every=2, ema=0.5)
+    with pytest.raises(StopIteration):  # at the fifth validation, after the last step
         run(tmp_path, replace(recipe, epochs=3), validate=validate)
     rows = [row for row in rows_of(tmp_path) if "val_accuracy" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]

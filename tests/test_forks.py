@@ -337,7 +337,7 @@ def test_a_model_that_has_no_sites_is_refused(pair):
 
 
 def test_a_block_may_have_other_parts(pair):
-    """Their sites are left out, but the residual stream after the block is compared."""
+    """Sites of these parts are left out, but the residual stream after the block is compared."""
 
     class Plain(nn.Module):
         def __init__(self, block):

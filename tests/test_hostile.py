@@ -1,9 +1,9 @@
-"""Files that lie. Each file either raises a CheckpointError, quickly and with little memory, or is
-loaded with exactly the weights and settings that it states.
+"""Files with false contents. Each file either raises a CheckpointError, quickly and with little
+memory, or is loaded with exactly the weights and settings that it states.
 
 An untrusted directory or repository cannot run code. It cannot make miniclip read files outside of
-it, except through symbolic links, of which the hub's cache consists. Its size limits the time and
-the memory that it takes.
+it, except through symbolic links, because the hub's cache consists of such links. It cannot take
+much time or memory unless its files are large.
 """
 
 import gzip
@@ -58,7 +58,7 @@ VALUES = [
 
 
 class Referee:
-    """Loads a directory with changed files, and notes everything that should not happen."""
+    """Load a directory with changed files, and note everything that should not happen."""
 
     def __init__(self, files, directory):
         self.files, self.directory, self.complaints = files, directory, []
@@ -138,7 +138,7 @@ def reset_peak():
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # not Linux: the peak of the whole process also shows that it grows
+        pass  # not Linux: the peak counts from the start of the process
 
 
 def peak():
@@ -168,7 +168,7 @@ def referee(files, tmp_path):
 
 @pytest.fixture(scope="module")
 def their_names(files, tmp_path_factory):
-    """{our name: the file's name} of each tensor, found by the values, which are random."""
+    """{our name: the file's name} of each tensor. Names are matched by the random values."""
     directory = tmp_path_factory.mktemp("names")
     for name, data in files.items():
         (directory / name).write_bytes(data)
@@ -197,7 +197,7 @@ def join(header, body, length=None):
 
 
 def as_safetensors_says(model, data, their_names):
-    """Whether the weights are the file's, read by hand. The last entry of a name counts."""
+    """Whether the weights equal the file's, parsed here. The last entry of a name counts."""
     header, body = split(data)
     for ours, tensor in model.state_dict().items():
         entry = header[their_names[ours]]
@@ -464,7 +464,7 @@ def test_pickles_that_lie_are_refused_or_loaded_as_stated(referee, files, their_
     def is_as_stated(model, label):
         path = referee.directory / "pytorch_model.bin"
         stated = tensors
-        for mmap in (True, False):  # torch ignores checksums with mmap, and so does miniclip
+        for mmap in (True, False):  # with mmap, torch ignores checksums, as miniclip does
             with suppress(RuntimeError, OSError, pickle.UnpicklingError):
                 stated = torch.load(path, weights_only=True, mmap=mmap)
         weights = model.state_dict()
@@ -528,7 +528,7 @@ def module(items):
 
 
 def kept(value, place=0):
-    """Opcodes that store a value in the memo and drop it, and opcodes that fetch it again."""
+    """(opcodes that store a value in the pickle's memo, opcodes that fetch it from there)"""
     number = struct.pack("<I", place)
     return value + b"r" + number + b"0", b"j" + number
 

@@ -161,9 +161,9 @@ def test_a_revision_is_a_branch_or_a_commit(hub, model, other, tmp_path):
     assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)
     hub.repositories[NAME]["old"] = hub.repositories[NAME]["main"]
     hub.repositories[NAME]["main"] = hub.repositories[NAME]["tuned"]
-    assert_same_weights(CLIP.from_pretrained(NAME), other)  # a branch moves
+    assert_same_weights(CLIP.from_pretrained(NAME), other)  # the branch has a new commit
     hub.requests.clear()
-    assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)  # a commit does not
+    assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)  # a commit stays
     assert not hub.requests
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
     assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)
@@ -595,7 +595,7 @@ def test_without_symlinks_the_hub_is_asked_for_the_hashes(hub, files, model, mon
     assert_same_weights(CLIP.from_pretrained(NAME), model)
     hub.requests.clear()
     assert_same_weights(CLIP.from_pretrained(NAME), model)
-    assert len(asked(hub, "GET /api/models")) == 1  # by the hub's client
+    assert len(asked(hub, "GET /api/models")) == 1  # one request, by the hub's client
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     edited = next(cache.glob("*/snapshots/*")) / name
     assert not edited.is_symlink()
@@ -628,7 +628,7 @@ def test_a_damaged_file_that_cannot_be_deleted_is_a_checkpoint_error(hub, files,
 
 @contextmanager
 def moving_branch(hub, commits, at):
-    """In the block, the branch moves to the second commit before request number `at`."""
+    """In the block, the branch gets the second commit before request number `at`."""
     hub.repositories[NAME] = {"main": commits[0]}
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE, ignore_errors=True)
     left, answered = [at], type(hub).fault
@@ -646,7 +646,7 @@ def moving_branch(hub, commits, at):
 
 @pytest.mark.parametrize("at", range(1, 12))
 def test_a_branch_may_move_during_a_load_or_a_conversion(hub, files, other, tmp_path, at):
-    """All files are of one commit, no matter before which request the branch moves."""
+    """All files are of one commit, whenever the branch gets a new commit."""
     commits = [dict(hub.repositories[NAME]["main"]), files | other_files(other, tmp_path)]
     for read in (miniclip.load, lambda name: convert(name, tmp_path / f"{at}", "transformers")):
         with moving_branch(hub, commits, at):
@@ -659,7 +659,7 @@ def test_a_branch_may_move_during_a_load_or_a_conversion(hub, files, other, tmp_
 def test_the_features_of_eval_are_kept_under_the_commit_of_their_model(
     hub, model, other, tmp_path, at
 ):
-    """The branch may move at any time. The stored commit is the one that made the features."""
+    """The branch on the hub may get a new commit at any time. The loaded commit is stored."""
     texts = [" ".join("abcdefghij"[i:] + "abcdefghij"[:j] for i in range(9)) for j in range(9)]
     tokenizer = Tokenizer.train(texts, TINY.text.vocab_size)
     commits = []
@@ -683,14 +683,14 @@ def test_hashes_are_checked_once(hub, monkeypatch):
     monkeypatch.setattr(hub_files, "_has_its_hash", None)
     CLIP.from_pretrained(NAME)
     with pytest.raises(TypeError):
-        miniclip.load(NAME)  # the tokenizer's files are new
+        miniclip.load(NAME)  # only the tokenizer's files are checked now
 
 
 def test_a_cache_that_cannot_store_notes_is_usable(hub, model):
     CLIP.from_pretrained(NAME)
     (notes,) = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("*/.miniclip-checked")
     notes.unlink()
-    notes.mkdir()  # so no file can be written here
+    notes.mkdir()  # so no notes can be written
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 

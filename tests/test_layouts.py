@@ -605,14 +605,14 @@ def test_other_fields_of_open_clip_for_the_same_values_are_read():
         ("text_cfg", "eos_id", [7]),
         ("text_cfg", "hf_tokenizer_name", ["openai/clip-vit-base-patch32"]),
         ("text_cfg", "tokenizer_kwargs", [{"clean": "lower"}]),
-        ("text_cfg", "tokenizer_mode", ["clips"]),  # the tokenizer refuses it
+        ("text_cfg", "tokenizer_mode", ["clips"]),  # only the tokenizer raises an error
         ("text_cfg", "hf_proj_type", ["mlp"]),
         ("", "custom_text", [True]),
         ("", "output_dict", [True]),
     ],
 )
 def test_a_field_of_open_clips_that_changes_no_number_is_accepted(section, field, values):
-    """A field may be empty, or have a value that changes no number."""
+    """A field may be empty, or have a value that does not change the output."""
     for value in [0, "", {}, None, False, *values]:
         settings = json.loads(json.dumps(DISTINCT_OPEN_CLIP))
         (settings[section] if section else settings)[field] = value
@@ -1061,7 +1061,7 @@ def test_one_tower_of_a_whole_checkpoint_is_read(tmp_path):
 def test_a_tower_is_loaded_with_only_the_parts_that_it_needs(tmp_path):
     shapes = load("shapes")
     CLIPTextModel(CLIPTextConfig(**TEXT | {"vocab_size": 700})).save_pretrained(tmp_path)
-    assert load(tmp_path)[1:] == (None, None)  # Stable Diffusion has them elsewhere
+    assert load(tmp_path)[1:] == (None, None)  # in Stable Diffusion, they are elsewhere
     shapes.tokenizer.save_pretrained(tmp_path)
     shapes.transform.save_pretrained(tmp_path)
     _, tokenizer, transform = load(tmp_path)

@@ -1,4 +1,4 @@
-"""The lens is compared with transformers, with slow formulas, and with sums that must hold.
+"""The lens is compared with transformers, with slow implementations, and with sums that must hold.
 
 All parameters are random, so that a lost bias or LayerNorm is noticed. Most tests use float64.
 """
@@ -103,7 +103,7 @@ def test_rollout_is_a_random_walk_over_the_tokens(double, tower):
                     after[to] = after.get(to, 0) + weight * p / 2
             share = after
         expected = torch.tensor([share.get(t, 0) for t in range(result.shape[1])]).double()
-        assert distance(result[b], expected) < 1e-7  # torch.tensor makes float32 of a list
+        assert distance(result[b], expected) < 1e-7  # torch.tensor turns a list into float32
     assert distance(result.sum(1), torch.ones(len(x)).double()) < FLOAT64
     assert distance(result, rollout(getattr(model, tower), x)) == 0
 
@@ -268,7 +268,7 @@ def test_coarse_parts_are_sums_of_fine_ones(double, tower):
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
-    """Subtract what a head or a bias wrote from the residual stream, then apply the last LayerNorm
+    """From the residual stream, subtract what a head or a bias wrote. Then apply the last LayerNorm
     with its old scale. This way is slow, and it shares no formula with `decompose`."""
     model, inputs = double
     half = getattr(model, tower)
@@ -296,7 +296,7 @@ def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
             wrote = (z[:, h] - attn.v_proj.bias[h * D : (h + 1) * D]) @ columns.T
             lost = read(stream) - read(stream - wrote)
             assert distance(parts["blocks.1.attn"][:, h], lost) < FLOAT64
-            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # with its share of the bias
+            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # with its value bias
             whole = parts["blocks.1.attn"] + parts["blocks.1.attn.v_proj.bias"]
             assert distance(whole[:, h], lost) < FLOAT64
         wrote = acts["blocks.0.mlp.act"][rows, at] @ mlp.fc2.weight.T
@@ -381,7 +381,7 @@ def test_the_sum_holds_with_an_adapter_in_a_linears_place(double):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_sum_of_the_parts_may_differ_by_a_thousand_rounding_errors(dtype):
-    """The limit grows with the sizes of the parts (here 6 together), because parts may cancel."""
+    """The limit grows with the sizes of the parts (here 6 in total), because parts may cancel."""
     parts = {
         "one": torch.tensor([[4.0, 0]]).to(dtype),
         "other": torch.tensor([[-2.0, 1]]).to(dtype),
@@ -615,7 +615,7 @@ def seen_by_class_token(model, pixels):
     return attention_maps(model, pixels)[2][:, :, 0, 1:].mean(1)
 
 
-DEFINITIONS = {  # each patch's number, (B, P); the other methods have their own tests
+DEFINITIONS = {  # method -> a value for each patch, (B, P); other methods have their own tests
     "attention": lambda model, pixels, ids: seen_by_class_token(model, pixels),
     "rollout": lambda model, pixels, ids: rollout(model, pixels)[:, 1:],
     "relevance": lambda model, pixels, ids: relevance(model, pixels, ids).image[:, 1:],
@@ -685,7 +685,7 @@ def test_a_map_is_made_by_the_given_method(shapes, monkeypatch):
 
 
 def test_seen_is_the_image_in_its_own_colours(shapes):
-    """Pixels that need no resize are equal, also with another checkpoint's mean and std."""
+    """Pixels that need no resize are those of the original, also with another mean and std."""
     generator = np.random.default_rng(0)
     other = replace(shapes.transform, image_mean=(0.1, 0.5, 0.9), image_std=(0.3, 0.2, 0.7))
     for scale, transform in ((1, shapes.transform), (2, shapes.transform), (1, other), (2, other)):
@@ -749,19 +749,19 @@ def test_maps_with_known_answers_have_the_right_scores():
     named, other = torch.zeros(2, 1, 16, 16).bool()
     named[0, :8, :8] = True
     other[0, 8:, 8:] = True
-    heat = named[:, ::8, ::8].float()  # (1, 2, 2): the quarter itself
+    heat = named[:, ::8, ::8].float()  # (1, 2, 2): exactly the named quarter
     right = localisation("right", heat, named, other)
     wrong = localisation("wrong", -heat + other[:, ::8, ::8], named, other)
     assert right.pointing == 1 and right.distracted == 0 and right.iou > 0.8
     assert wrong.pointing == 0 and wrong.distracted == 1 and wrong.iou == 0
     pixels = 0.5 * named.float()  # the next warmest pixels are on the object
-    pixels[0, :8, 4:12] = 1 + torch.rand(8, 8)  # half of it is on the object
+    pixels[0, :8, 4:12] = 1 + torch.rand(8, 8)  # half of this square is on the object
     assert math.isclose(localisation("half", pixels, named, other).iou, 1 / 3, rel_tol=1e-6)
 
 
 @pytest.mark.slow
 def test_random_weights_are_scored_over_five_draws(shapes, monkeypatch):
-    """The mean and the deviation are those of five single draws, which all differ."""
+    """They equal the mean and standard deviation of five single draws, which all differ."""
     monkeypatch.setattr("miniclip.world.localise.METHODS", {"attention": METHODS["attention"]})
     asked = questions(4)
     named, other = (torch.stack([getattr(q, name) for q in asked]) for name in ("named", "other"))

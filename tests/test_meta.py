@@ -1,4 +1,4 @@
-"""A GPU need not wait for the host. The tests show this with the `meta` device.
+"""The host need not wait for a GPU. The tests show this with the `meta` device.
 
 A meta tensor has a shape but no numbers, so code that reads a number raises. A tensor that is made
 on the CPU is an error here too, because each call would copy it to the GPU.

@@ -83,7 +83,7 @@ def watch(model, names, *inputs):
 
 
 def site_shapes(config, B, C, T):
-    """{name: shape} of the output of every module in both towers whose output is named."""
+    """{name: shape} of the output of every module in both towers that has a named output."""
     shapes = {}
     for tower, batch, tokens, part in (
         ("vision", B, 1 + config.vision.patches, config.vision),
@@ -280,7 +280,7 @@ def test_parameter_counts_are_the_published_ones(name):
     assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
 
 
-TINYCLIP = {  # the millions in the models' names; the text tower's are without the vocabulary
+TINYCLIP = {  # millions of parameters, from the names; the text tower's are without the vocabulary
     "TinyCLIP-8M/16": (8, 3),
     "TinyCLIP-39M/16": (39, 19),
     "TinyCLIP-40M/32": (40, 19),
@@ -949,7 +949,7 @@ def test_every_parameter_has_transformers_gradient():
     for name, parameter in ours.named_parameters():
         expected = gradients[layout_name(name, TRANSFORMERS)]
         assert difference(parameter.grad, expected) < FLOAT64, name
-        if "k_proj.bias" not in name:  # it adds one number to all scores, which softmax ignores
+        if "k_proj.bias" not in name:  # adds the same number to all scores: softmax ignores it
             assert parameter.grad.abs().max() > 1e-9, name
 
 

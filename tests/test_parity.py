@@ -72,7 +72,7 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
 def test_other_precisions_pass(dtype, pair):
     report = compare(*pair, dtype=dtype)
     assert report.first is None
-    if dtype != torch.float64:  # README's limit; `compare` allows a fork more
+    if dtype != torch.float64:  # README's limit; `compare` allows larger errors for forks
         assert all(row.model_error <= 1.1 * row.other_error for row in report.rows)
     largest = max(row.model_error for row in report.rows)
     assert largest < 1e-6 if dtype == torch.float64 else 1e-2 < largest < 1
@@ -258,7 +258,7 @@ def test_merges_that_are_swapped_are_named(whole):
 
 
 def assert_tokens_differ(faulty, whole, cause):
-    """Compare with our tokenizer, which gives transformers' ids twenty times as fast."""
+    """Compare with our tokenizer, which gives the same ids as transformers', but faster."""
     report = compare(faulty, whole[0])
     assert (report.first, report.cause) == ("tokens", cause)
     assert [row.within_tolerance for row in report.rows] == [False] + [True] * 51
@@ -413,7 +413,7 @@ SITE, PATTERN = "vision.blocks.0.q", "vision.blocks.0.pattern"
     "site, dtype, device, size, limit",
     [
         ("logits", torch.float32, "cpu", 1, 2e-5),
-        ("logits", torch.float32, "cpu", 100, 2e-5),  # not relative
+        ("logits", torch.float32, "cpu", 100, 2e-5),  # absolute
         (SITE, torch.float32, "cpu", 0.1, 2e-5),
         (SITE, torch.float32, "cpu", 30, 6e-4),
         ("logits", torch.float32, "cuda", 100, 1e-4),
@@ -492,7 +492,7 @@ def test_inputs_reach_each_position_and_both_end_tokens(pair):
     (pixels, ids), *_, (again, _), (_, _), (seeded, other_ids), _ = (
         seen[i] for i in (0, 3, 4, 5, 8, 9)
     )
-    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # 20 is the most
+    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # the context has 20
     assert (ids[:, 0] == 598).all() and ids[1, -1] == 0
     ends = {599: [1, 3, 5, 7, 9, 11, 10, 9], 500: [2, 4, 6, 8, 10, 12, 14, 1]}
     for end, places in ends.items():

@@ -1,4 +1,4 @@
-"""Indexes of images: which images are found, in which order, and what survives accidents."""
+"""Indexes of images: what is found, in which order, and what remains after damage or a crash."""
 
 import io
 import json
@@ -113,7 +113,7 @@ IN_B = [*IN_TAR, "b/[1].png", "b/x.webp", "b/y.gif", "b/é.bmp"]
         (["z.png", ""], ["z.png", "a.JPG", *IN_B, "c.tiff"]),
         (["", "z.png"], ["a.JPG", *IN_B, "c.tiff", "z.png"]),
         (["b/0.tar"], IN_TAR),
-        (["z.txt"], ["z.txt"]),  # named, so it will be reported
+        (["z.txt"], ["z.txt"]),  # given by name, so its error will be reported
         (["*.png"], ["z.png"]),
         (["**/*.[pw]*"], ["b/[1].png", "b/x.webp", "z.png"]),
         (["b/[1].png"], ["b/[1].png"]),  # a file's name, not a pattern
@@ -159,7 +159,7 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
 
 
 def lying_headers():
-    """Yield a name for each false header, and the bytes of a tar with it."""
+    """Yield a name for each false header, and the bytes of a tar that has the header."""
 
     def header(name, size=0, kind=tarfile.REGTYPE, **fields):
         info = tarfile.TarInfo(name)
@@ -554,7 +554,7 @@ def test_the_search_is_exact(monkeypatch, block, k):
 
 
 def crowd(n=1500, width=256):
-    """Return a query, and rows so near to it that float32 cannot order their cosines."""
+    """Return a query, and rows so near to the query that float32 cannot order their cosines."""
     query = unit_rows(1, width, seed=1)[0]
     return torch.nn.functional.normalize(query + 2e-4 * unit_rows(n, width, seed=2)), query
 
@@ -870,7 +870,7 @@ def test_parts_of_another_build_are_made_again(
 def test_what_another_model_made_is_replaced_only_by_force(
     build, interrupt, loaded, tmp_path, changed, whole
 ):
-    """Neither an index nor the parts of one are replaced silently."""
+    """Neither a finished index nor the parts of an unfinished one are replaced silently."""
     if whole:
         build(tmp_path / "i")
     else:

@@ -127,7 +127,7 @@ print(operation - 1, *ends)
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new(tmp_path):
-    """It is killed ten times at random, and then before each of its operations on files."""
+    """It is killed at ten random moments, and then before each of its operations on files."""
     paths = [str(Path(miniclip.__file__).parent.parent), str(Path(__file__).parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), "10"]
@@ -371,7 +371,7 @@ def test_a_link_is_not_a_save_to_finish(saved, tmp_path):
 
 
 def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
-    """The files' times do not matter. upload_folder never uploads .cache/huggingface."""
+    """The times of the files do not matter. upload_folder never uploads .cache/huggingface."""
     killed, alive = (saved / ".cache/huggingface" / f"miniclip-{name}" for name in ("old", "new"))
     for folder in (killed, alive):
         folder.mkdir(parents=True)
@@ -405,7 +405,7 @@ def test_a_device_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("read", [miniclip.load, Tokenizer.from_pretrained])
 def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
-    """In each round, a save comes after another of the files that the load opens."""
+    """For each file that the load opens, there is a round with a save right after it is opened."""
     parts = [old(), new()]
     saves = [0]
     opened = open
@@ -431,7 +431,7 @@ def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
         with monkeypatch.context() as patch:
             patch.setattr(reading, "open", opening(at), raising=False)
             found = read(saved)
-        expected = parts[saves[0] - before]  # a tokenizer has fewer files
+        expected = parts[saves[0] - before]  # a tokenizer has fewer than five files
         vocab = found.tokenizer if isinstance(found, tuple) else found
         assert (vocab.vocab, vocab.merges) == (expected[1].vocab, expected[1].merges)
         if isinstance(found, tuple):
@@ -450,7 +450,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
 
 
 def test_two_savers_and_a_finisher_at_once_leave_one_of_the_two(tmp_path):
-    """Two threads act like two processes. The later one gets an OSError, for a full folder."""
+    """Two threads act like two processes. One may get an OSError: the folder is not empty."""
     from concurrent.futures import ThreadPoolExecutor
 
     def save_often(text):

@@ -285,7 +285,7 @@ def test_the_page_opens_with_an_example_and_asks_only_its_server(page, server):
 
 @pytest.mark.slow
 def test_the_browser_refuses_other_addresses(page):
-    """If the page tried, the test above would notice it."""
+    """The test above would notice if the page tried to reach them."""
     failed = page.evaluate(
         "fetch('http://127.0.0.1:9/other').then(() => 'answered', () => 'refused')"
     )

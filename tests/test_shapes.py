@@ -1,4 +1,4 @@
-"""The drawn world: masks fit the pixels, captions fit the masks, and words give no hints."""
+"""The drawn world: masks fit the pixels, captions fit the masks, and words alone say nothing."""
 
 import math
 import re
@@ -236,8 +236,8 @@ def words(claim):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["places", "colours"])
 def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
-    """Over many scenes each word is equally frequent at each place in true and false captions, so
-    a guesser without the image is at chance. Differences stay within 4.5 standard deviations."""
+    """In many scenes, each word is as frequent at each place in true captions as in false ones, so
+    words alone do not help. Differences stay within 4.5 standard deviations."""
     true, false = Counter(), Counter()
     for i in range(1500):
         s = scene(i, count=2)
@@ -251,7 +251,7 @@ def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
 
 
 def test_no_relation_is_likelier_than_another():
-    """A guesser that sees only the image does not know which object comes first."""
+    """So the image alone does not show which object the caption names first."""
     said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
     assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)
 

@@ -1,5 +1,5 @@
 """The structure of the package: what may import what, and the length of its files.
-And each slip of `plant_slips.py` still fits one place in the package.
+Also, each fault of `plant_slips.py` still has exactly one place in the package.
 
 Every import counts: at the top of a file, inside a function, and under TYPE_CHECKING.
 """

@@ -95,7 +95,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def assert_near(ours, theirs, float32=0.0):
-    """Assert equality within 1e-10 in float64, or else `float32` times the largest number."""
+    """Assert equality within 1e-10 in float64; in float32, within `float32` times the largest."""
     assert ours.shape == theirs.shape
     limit = 1e-10 if ours.dtype == torch.float64 else float32
     assert (ours - theirs).abs().max() <= limit * max(1, theirs.abs().max())
@@ -112,7 +112,7 @@ def test_siglip_equals_transformers(dtype, tmp_path):
     expected, found = theirs(pixel_values=pixels, input_ids=ids), ours(pixels, ids)
     assert_near(ours.vision(pixels), expected.vision_model_output.pooler_output)
     assert_near(ours.text(ids), expected.text_model_output.pooler_output)
-    for name in found._fields:  # transformers divides by the length in another way
+    for name in found._fields:  # transformers normalises in another way
         assert_near(getattr(found, name), expected[name], 2e-7)
 
 
@@ -397,7 +397,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-OFTEN = ("gated MLP", "SigLIP")  # one has a new parameter, and one no class token
+OFTEN = ("gated MLP", "SigLIP")  # one has a new parameter, the other has no class token
 
 
 @pytest.fixture(
@@ -422,7 +422,7 @@ def or_refuses(function, *args, **options):
         assert re.search("follow|has its own|replays|elsewhere|cannot know|has not run", str(error))
 
 
-# The instruments that must work on each fork. The others may refuse, but none may be wrong.
+# The instruments that must work on each fork. Others may raise an error, but none may be wrong.
 FOLLOWED = {
     "mean pooling": {"logit_lens", "attention_maps", "intermediates", "prune_heads"},
     "gated MLP": {
@@ -465,7 +465,7 @@ def saved_and_loaded(model, folder):
 @torch.no_grad()
 @pytest.mark.filterwarnings(
     "ignore:.* are left out. only .* belongs to the model"
-)  # a warning before the error
+)  # a warning comes before the error
 def test_a_fork_is_saved_and_loaded_bit_for_bit_and_refused_by_other_classes(model, tmp_path):
     saved_and_loaded(model, tmp_path)
     name = type(model).__name__
@@ -557,7 +557,7 @@ def test_instruments_are_right_on_a_fork_or_say_what_they_cannot_follow(model):
         assert [m.shape[-1] for m in maps] == [T] * 3
         inside = vision.blocks[2].attn
         _, _, v = inside.qkv(vision.blocks[2].ln_1(vision.blocks[:2](vision.embed_tokens(pixels))))
-        if not isinstance(vision.blocks[2], PostNormBlock):  # it reads another tensor
+        if not isinstance(vision.blocks[2], PostNormBlock):  # its LayerNorm reads another tensor
             with cache(vision, "blocks.2.attn.z") as acts:
                 vision(pixels)
             assert_near((maps[2] @ v).transpose(1, 2), acts["blocks.2.attn.z"])

@@ -220,7 +220,7 @@ def test_augmentation_mirrors_zooms_and_moves_and_does_nothing_else():
     middle = moved[:, :, 16, 16].double()
     steps_x = (moved[:, :, 16, 18].double() - moved[:, :, 16, 14].double()) / 4
     steps_y = (moved[:, :, 18, 16].double() - moved[:, :, 14, 16].double()) / 4
-    assert steps_x[:, 1].abs().max() == 0 and steps_y[:, 0].abs().max() == 0  # axes stay axes
+    assert steps_x[:, 1].abs().max() == 0 and steps_y[:, 0].abs().max() == 0  # no rotation
     assert torch.equal(moved[:, 0], moved[:, 2])  # all channels of an image move together
     zoom = steps_x[:, 0].abs() / 8  # 1 if the whole image is shown, 1/2 if half of it
     assert 0.47 < zoom.min() < 0.55 and 0.95 < zoom.max() < 1.03

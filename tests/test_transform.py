@@ -1,6 +1,6 @@
 """Pixels equal transformers' PIL back end and OpenAI's transform, bit for bit.
 
-torchvision is not a dependency. The operations that openai/CLIP uses of it are written out below.
+torchvision is not a dependency. Its operations that openai/CLIP uses are written out below.
 """
 
 import io
@@ -545,7 +545,8 @@ def test_damage_that_pillow_notices_only_when_it_reads_is_an_image_error(tmp_pat
 def test_a_size_that_changes_when_pillow_reads_is_used(tmp_path):
     noise("RGB", 97, 50).save(tmp_path / "image.jp2")
     with Image.open(tmp_path / "image.jp2") as image, Image.open(tmp_path / "image.jp2") as same:
-        image.reduce = same.reduce = 1  # it is read at half the size that `size` still states
+        # Pillow will read it at half the size; until then `size` has the full size.
+        image.reduce = same.reduce = 1
         expected = transformers_pixels(same, 32)
         assert same.size == (49, 25)
         assert torch.equal(ImageTransform(32)(image), expected)
@@ -1020,7 +1021,7 @@ def test_heic_is_read_if_its_package_is_there(tmp_path):
 
 
 def test_a_raw_file_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
-    """With a stand-in for rawpy. Pillow would read the thumbnail in the file instead."""
+    """A small fake class replaces rawpy. Pillow would read the thumbnail in the file instead."""
 
     class Raw:
         def __init__(self, file):

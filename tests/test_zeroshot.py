@@ -222,8 +222,8 @@ def test_templates_are_found_by_the_name_of_their_set():
         find_templates(["imagnet"])
 
 
-# Classes of each data set, from table 9 of the paper; but it counts 8 emotions, and prompts.md
-# names 7. The checksums are from data/prompts.md in openai/CLIP at d05afc4.
+# The number of classes of each data set, from the paper's table 9. The table has 8 emotions, but
+# prompts.md has 7. The checksums are from data/prompts.md in openai/CLIP at d05afc4.
 PUBLISHED = {
     "birdsnap": 500, "cifar10": 10, "cifar100": 100, "clevrcounts": 8, "caltech101": 102,
     "country211": 211, "describabletextures": 47, "eurosat": 10, "fgvcaircraft": 100,
