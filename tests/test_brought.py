@@ -84,7 +84,7 @@ def test_squash_is_transformers_resize_to_a_height_and_a_width(tmp_path, photogr
 
 
 @pytest.mark.parametrize("mode", ["longest", "crop"])
-def test_another_resize_mode_is_refused_and_named(tmp_path, mode):
+def test_another_resize_mode_is_an_error_that_names_it(tmp_path, mode):
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode=mode))
     with pytest.raises(CheckpointError, match=f"resize_mode is '{mode}'; expected 'shortest'"):
         ImageTransform.from_pretrained(tmp_path)
@@ -656,7 +656,7 @@ def test_openai_clip_284_a_lightning_module_with_a_head_is_read(tmp_path):
         CLIP.from_pretrained(tmp_path / "last.ckpt")
 
 
-def test_openai_clip_478_the_weights_of_another_architecture_are_refused(tmp_path):
+def test_openai_clip_478_the_weights_of_another_architecture_are_an_error(tmp_path):
     torch.save({"encoder.blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "parseq.pt")
     said = "not a CLIP's: encoder.blocks.0.norm1.weight. Expected names such as vision_mod"
     for config in (None, TINY):
@@ -697,7 +697,7 @@ def test_transformers_24650_a_token_added_after_the_end_token_gives_a_warning(tm
     assert torch.equal(ours.encode_text(ids), mended.encode_text(ids))
 
 
-def test_transformers_21638_images_one_or_three_pixels_wide_are_read_as_there():
+def test_transformers_21638_images_one_or_three_pixels_wide_have_the_right_axes():
     processor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
     transform = ImageTransform(32)
     rng = np.random.default_rng(0)

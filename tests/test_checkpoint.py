@@ -679,7 +679,7 @@ def test_garbage_is_an_error(saved):
         CLIP.from_pretrained(saved)
 
 
-def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
+def test_pickled_code_is_an_error_and_does_not_run(saved, tmp_path):
     class Harmful:
         def __reduce__(self):
             return (open, (str(tmp_path / "proof"), "w"))

@@ -257,7 +257,7 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
         (["a.png", "a cat", "--all", "--method", "tokens"], ["--method"]),
     ],
 )
-def test_explain_refuses_options_that_make_no_sense(run, options, words):
+def test_explain_options_that_make_no_sense_are_an_error(run, options, words):
     assert_one_line_error(run("explain", *options, "--model", "shapes"), *words)
 
 
@@ -305,7 +305,7 @@ def test_eval_shows_the_scores_of_the_drawn_world(run, monkeypatch):
         assert_one_line_error(run(*command, *option), "--template, --labels or --plot")
 
 
-def test_good_images_are_classified_in_spite_of_a_bad_one(run, picture, tmp_path):
+def test_good_images_are_classified_despite_a_bad_one(run, picture, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     status, out, err = run(
         "classify", str(tmp_path / "bad.png"), picture, "--model", "everyday", "--labels", "cat"
@@ -349,7 +349,7 @@ def test_images_that_cannot_be_read_are_named(run, tmp_path, kind):
         ([], ["--labels"]),
     ],
 )
-def test_classify_refuses_options_that_make_no_sense(run, picture, options, words):
+def test_classify_options_that_make_no_sense_are_an_error(run, picture, options, words):
     model = [] if "--model" in options else ["--model", "everyday"]
     assert_one_line_error(run("classify", picture, *model, *options), *words)
 
@@ -572,7 +572,7 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
     assert_one_line_error(run(*command, "cat", "-k", "0"), "--top-k is 0")
 
 
-def test_eval_refuses_what_gives_no_accuracy(run, picture, tmp_path):
+def test_folders_that_give_no_accuracy_are_an_error(run, picture, tmp_path):
     """Such are a folder one level too high, a single class, and classes without images."""
     for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
         (tmp_path / name).mkdir(parents=True)
@@ -636,7 +636,7 @@ def test_eval_reads_labels_from_a_file(run, photographs, tmp_path):
         ([], ["DATA"]),
     ],
 )
-def test_eval_refuses_wrong_options(run, photographs, options, words):
+def test_wrong_options_of_eval_are_an_error(run, photographs, options, words):
     options = [option.replace("DATA", str(photographs)) for option in options]
     assert_one_line_error(run("eval", *options, "--model", "everyday"), *words)
 
@@ -924,7 +924,7 @@ def test_a_warning_is_one_line(run, monkeypatch):
     assert line == "miniclip: warning: odd weights\n"
 
 
-def test_a_named_pipe_of_labels_is_refused(tmp_path, capsys):
+def test_a_named_pipe_of_labels_is_an_error(tmp_path, capsys):
     os.mkfifo(tmp_path / "labels.txt")
     assert main(["eval", str(tmp_path), "--labels", str(tmp_path / "labels.txt")]) == 2
     assert "not a regular file" in capsys.readouterr().err

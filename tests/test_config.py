@@ -155,7 +155,7 @@ def test_the_published_safety_checker_is_a_clip_l14(data):
     "sd15_text_encoder_config.json",
     "sd21_text_encoder_config.json",
 ])  # fmt: skip
-def test_a_published_config_of_a_single_tower_is_refused(data, name):
+def test_a_published_config_of_a_single_tower_is_an_error(data, name):
     config = json.loads((data / "configs" / name).read_text())
     with pytest.raises(ValueError, match=f"model_type is '{config['model_type']}'"):
         CLIPConfig.from_dict(config)
@@ -247,7 +247,7 @@ def test_equal_numbers_of_all_layers_become_one_number():
     {"text": TextConfig(layers=2, heads=(3, 5), head_width=64)},
     {"text": TextConfig(layers=2, mlp_width=(3, 5))},
 ], ids=["registers", "oblong", "vision heads", "text heads", "lost heads", "lost MLP"])  # fmt: skip
-def test_transformers_refuses_a_model_that_it_would_run_wrongly(change):
+def test_transformers_cannot_load_a_model_that_it_would_run_wrongly(change):
     config = CLIPConfig(**change)
     written = json.loads(json.dumps(config.to_dict()))
     assert CLIPConfig.from_dict(written) == config
@@ -295,7 +295,7 @@ def test_logit_scale_init_must_be_finite(value):
     ({"vision_config": {}, "text_config": {"eos_token_id": [2]}}, "in text_config: TextConfig: "),
     ({"vision_config": {}, "projection_dim": None}, "CLIPConfig: embed_dim is None"),
 ])  # fmt: skip
-def test_a_config_that_describes_no_clip_is_refused(config, message):
+def test_a_config_without_a_clip_is_an_error(config, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         CLIPConfig.from_dict(config)
 

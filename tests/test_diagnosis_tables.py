@@ -411,7 +411,7 @@ def test_texts_read_at_their_largest_id_are_named(side):
     assert cause_in_model("text.pooled", wrong, right) == "model has pooling at the largest id"
 
 
-def test_a_logit_scale_that_is_cut_at_100_is_named(side):
+def test_a_logit_scale_that_is_clamped_at_100_is_named(side):
     scale = torch.tensor(5.0, dtype=torch.float64)
     weights = {**side.weights, "logit_scale": scale}
     logits = Seen(side).logits(scale.exp())
@@ -616,7 +616,7 @@ def drawn():
     return pictures, [RIGHT(picture) for picture in pictures]
 
 
-def test_no_fault_of_images_is_without_a_test():
+def test_every_fault_of_images_has_a_test():
     assert FAULTS_OF_PIXELS.keys() == pixels.FAULTS_OF_PIXELS.keys()
 
 

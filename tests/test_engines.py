@@ -78,13 +78,13 @@ def test_an_engine_gives_the_towers_numbers_for_every_size(name, model, capfd, c
     assert not [record for record in caplog.records if record.levelname != "DEBUG"]
 
 
-def test_float32_engines_promise_2e_5_and_no_other_does():
+def test_only_float32_engines_promise_2e_5():
     bounds = {name: ENGINES[name].tolerance for name in engines.FLOAT32}
     assert {*bounds.values()} == {2e-5}
     assert all(e.tolerance > 1e-2 for name, e in ENGINES.items() if "-" in name)
 
 
-def test_what_is_not_installed_says_what_to_install(monkeypatch, model):
+def test_the_error_for_a_missing_engine_says_what_to_install(monkeypatch, model):
     monkeypatch.setitem(ENGINES, "copy", Engine(copied, ("os", "no_such_package")))
     with pytest.raises(ValueError, match="copy is not installed: pip install no_such_package$"):
         on_engine(model.vision, "copy")
@@ -92,7 +92,7 @@ def test_what_is_not_installed_says_what_to_install(monkeypatch, model):
         on_engine(model.vision, "onnx")
 
 
-def test_an_engine_that_is_off_is_refused_at_its_first_batch(model):
+def test_an_engine_with_wrong_numbers_is_an_error_at_its_first_batch(model):
     encode = on_engine(model.vision, "wrong")
     with pytest.raises(ValueError, match=r"wrong differs from .*, expected at most 2e-05"):
         encode(PIXELS)
@@ -181,7 +181,7 @@ def test_a_hook_is_never_ignored(register, model):
     assert torch.equal(encode(PIXELS), model.vision(PIXELS))
 
 
-def test_a_model_on_an_engine(model):
+def test_a_model_on_an_engine_gives_the_same_logits(model):
     expected = model(PIXELS, IDS)
     use_engine(model, "copy")
     assert engine_of(model) == "copy"
@@ -191,7 +191,7 @@ def test_a_model_on_an_engine(model):
         model.encode_image(PIXELS)
 
 
-def test_a_fork_with_its_own_encode_image_is_refused():
+def test_a_fork_with_its_own_encode_image_is_an_error():
     class Louder(miniclip.CLIP):
         def encode_image(self, pixels, normalize=False):
             return 2 * super().encode_image(pixels, normalize)
@@ -200,7 +200,7 @@ def test_a_fork_with_its_own_encode_image_is_refused():
         use_engine(Louder(TINY), "copy")
 
 
-def test_auto_takes_the_fastest_of_those_that_are_right(monkeypatch, model):
+def test_auto_takes_the_fastest_correct_engine(monkeypatch, model):
     monkeypatch.setattr(engines, "FLOAT32", ("eager", "wrong", "copy"))
     times = iter(itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 1.5])))
     monkeypatch.setattr(engines.time, "perf_counter", lambda: next(times))
@@ -239,7 +239,7 @@ def test_commands_run_on_an_engine(line, pictures, monkeypatch):
     assert used == ["onnxruntime"]
 
 
-def test_features_that_are_kept_say_which_engine_made_them(pictures):
+def test_cached_features_store_the_engine_that_made_them(pictures):
     files = ["pictures/cat/cat.png"]
     kinds = {}
     for name in ("eager", "onnxruntime"):
@@ -267,7 +267,7 @@ class FakeDigest:
 
 
 @pytest.mark.parametrize(("name", "status"), [("onnxruntime", 0), ("openvino", 1)])
-def test_parity_of_an_engine(name, status, pictures, monkeypatch, capsys):
+def test_parity_compares_an_engine_with_its_tolerances(name, status, pictures, monkeypatch, capsys):
     def off(tower):
         frozen = copy.deepcopy(tower)
         return lambda x: frozen(x) * torch.linspace(1, 1.001, 128)

@@ -296,7 +296,7 @@ def test_a_dataset_with_traps_is_counted_correctly(loaded, pictures, tmp_path, c
         (["--task", "retrieval"], "no image with a caption"),
     ],
 )
-def test_eval_refuses_wrong_options(options, words, pictures, tmp_path, capsys):
+def test_wrong_options_of_eval_are_an_error(options, words, pictures, tmp_path, capsys):
     try:
         status = main(["eval", str(tmp_path), "--model", "everyday", *options])
     except SystemExit as stop:
@@ -347,7 +347,7 @@ def test_from_text_minimises_the_documented_loss(blobs):
 
 
 @pytest.mark.parametrize("peak", [-48, -31, 0, 5, 33, 48])
-def test_the_sweep_finds_a_peak_to_an_eighth_of_a_decade(peak):
+def test_the_search_for_a_strength_is_right_to_an_eighth_of_a_decade(peak):
     tried = []
 
     def accuracy(strength):

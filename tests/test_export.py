@@ -98,7 +98,7 @@ def test_the_model_exports_with_any_batch_and_any_length(model):
 
 
 @pytest.mark.slow
-def test_the_model_exports_with_attention_written_out():
+def test_the_model_exports_with_eager_attention():
     model, _ = twins(AS_OPENAI, attention="eager")
     assert_same(exported(model).module(), model)
 

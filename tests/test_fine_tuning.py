@@ -256,7 +256,7 @@ def test_sixteen_images_of_each_class_beat_zero_shot_on_held_out_images(tmp_path
     assert low < 0.1 < high < accuracy_interval(tuned)[0]
 
 
-def test_tensorboard_gets_the_rows_and_forgets_what_a_crash_undid(tmp_path, monkeypatch):
+def test_tensorboard_has_each_step_once_even_after_a_crash(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -359,7 +359,7 @@ def test_a_command_whose_output_is_no_longer_read_is_killed(shards, monkeypatch)
     assert started[0].returncode == -signal.SIGKILL
 
 
-def test_a_shard_that_vanishes_does_not_move_the_next_epoch(shards):
+def test_a_shard_that_vanishes_does_not_shift_the_next_epoch(shards):
     data = open_data(shards, ImageTransform(SIZE))
     len(data)
     (shards / "1.tar").write_bytes(b"")

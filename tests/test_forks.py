@@ -115,7 +115,7 @@ MASK_KEPT = (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_comparison_leaves_no_tensors_that_a_forward_keeps(dtype, pair):
+def test_a_comparison_removes_tensors_that_a_forward_stores(dtype, pair):
     same = fork_of(pair[0], *MASK_KEPT)
     assert compare(same, pair[0], dtype=dtype).first is None
     same(*random_inputs(TINY, tokens=17))  # another length, and another precision
@@ -142,7 +142,7 @@ def test_a_pruned_model_passes_and_runs_afterwards(pair):
     same(*random_inputs(TINY))
 
 
-def test_a_fault_among_tokens_before_the_batch_is_named(pair):
+def test_a_fault_in_a_model_with_tokens_as_the_first_axis_is_named(pair):
     faulty = fork_of(
         pair[0],
         *SAME["tokens_before_the_batch"],
@@ -288,7 +288,7 @@ def test_bytes_that_are_not_words_are_compared(pair):
 
 
 @pytest.mark.slow
-def test_a_fork_is_compared_with_its_own_model_of_transformers(tmp_path):
+def test_a_fork_is_compared_with_its_own_model_in_transformers(tmp_path):
     size = {
         "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 40,
@@ -329,7 +329,7 @@ def test_a_forks_own_output_is_compared():
     assert compare(one, other).first == "output_boxes"
 
 
-def test_a_model_that_has_no_sites_is_refused(pair):
+def test_a_model_that_has_no_sites_is_an_error(pair):
     other = copy.deepcopy(pair[0])
     del other.text.blocks
     with pytest.raises(ValueError, match="CLIP has no blocks in its text tower"):

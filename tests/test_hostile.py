@@ -325,7 +325,7 @@ def safetensors_cases(files):
 
 
 @pytest.mark.slow
-def test_safetensors_that_lie_are_refused_or_loaded_as_stated(referee, files, their_names):
+def test_false_safetensors_raise_an_error_or_load_as_stated(referee, files, their_names):
     cases = safetensors_cases(files)
 
     def is_as_stated(model, label):
@@ -456,7 +456,7 @@ def pickle_cases(files, tensors, proof):
 @pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning"
 )  # torch warns when it saves
-def test_pickles_that_lie_are_refused_or_loaded_as_stated(referee, files, their_names, tmp_path):
+def test_false_pickles_raise_an_error_or_load_as_stated(referee, files, their_names, tmp_path):
     tensors = load_file(referee.directory / "model.safetensors")
     proof = tmp_path / "proof"
     cases = pickle_cases(files, tensors, proof)
@@ -674,7 +674,7 @@ def hand_made_cases():
 
 
 @pytest.mark.slow
-def test_pickles_made_by_hand_are_refused_or_read_as_stated(referee):
+def test_pickles_made_by_hand_raise_an_error_or_load_as_stated(referee):
     """Only tensors are read, because no config describes a model of four numbers."""
     numbers = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     cases = [(label, {"x.bin": data}) for label, data in hand_made_cases()]
@@ -724,7 +724,7 @@ def shard_cases(files):
     yield "sizes that lie", {"weight_map": whole, "metadata": {"total_size": -1}}
 
 
-def test_an_index_of_shards_that_lies_is_refused_or_loaded_as_stated(referee, files, their_names):
+def test_a_false_index_of_shards_raises_an_error_or_loads_as_stated(referee, files, their_names):
     directory = referee.directory
     (directory.parent / "a.safetensors").write_bytes(files["model.safetensors"])
     (directory / "loop.safetensors").symlink_to("loop.safetensors")
@@ -780,7 +780,7 @@ def config_cases(files):
 
 
 @pytest.mark.slow
-def test_a_config_that_lies_is_refused_or_loaded_as_stated(referee, files, their_names):
+def test_a_false_config_raises_an_error_or_loads_as_stated(referee, files, their_names):
     cases = [*config_cases(files)]
     stated = {label: values for label, _, values in cases}
     texts = [(label, json.dumps(config).encode()) for label, config, _ in cases]
@@ -876,7 +876,7 @@ def test_long_files_take_little_memory_and_give_short_messages(referee, files):
 
 
 @pytest.mark.parametrize("name", ["config.json", "merges.txt", "vocab.json", "model.safetensors"])
-def test_a_named_pipe_is_refused_and_not_waited_for(files, tmp_path, name):
+def test_a_named_pipe_is_an_error_and_not_waited_for(files, tmp_path, name):
     for file, data in files.items():
         (tmp_path / file).write_bytes(data)
     (tmp_path / name).unlink()
@@ -942,7 +942,7 @@ def tokenizer_cases(files):
         )
 
 
-def test_a_tokenizer_that_lies_is_refused_or_loaded_as_stated(referee, files):
+def test_a_false_tokenizer_raises_an_error_or_loads_as_stated(referee, files):
     def is_as_stated(tokenizer, label):
         if tokenizer.encode("a cat")[:2] == [] or re.fullmatch(r"merge \d+ missing", label):
             return False
@@ -973,7 +973,7 @@ def transform_cases(files):
         yield f"cut at {cut}", {name: files[name][:cut]}
 
 
-def test_a_transform_that_lies_is_refused_or_loaded_as_stated(referee, files):
+def test_a_false_transform_raises_an_error_or_loads_as_stated(referee, files):
     picture = torch.zeros(3, 20, 30, dtype=torch.uint8)
 
     def is_as_stated(transform, label):
@@ -985,7 +985,7 @@ def test_a_transform_that_lies_is_refused_or_loaded_as_stated(referee, files):
     assert len(errors) > 300 and len(loads) > 20
 
 
-def test_parts_that_disagree_are_refused(referee, files):
+def test_parts_that_disagree_are_an_error(referee, files):
     """Only `load` can notice that a tokenizer has more tokens than the model embeds."""
     longer = json.loads(files["vocab.json"])
     longer |= {f"more{i}": len(longer) + i for i in range(600 - len(longer))}

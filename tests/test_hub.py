@@ -389,7 +389,7 @@ def test_a_pasted_address_says_which_revision_and_which_folder(hub, files, model
         CLIP.from_pretrained(f"https://huggingface.co/{NAME}/blob/main/model.safetensors")
 
 
-def test_the_command_says_at_once_that_it_asks_the_hub(hub, capsys, monkeypatch):
+def test_the_command_prints_at_once_that_it_asks_the_hub(hub, capsys, monkeypatch):
     hub_files._say_once.cache_clear()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: 1 / 0)
     assert main(["info", "made-up/slow"]) == 2
@@ -438,7 +438,9 @@ def test_a_repository_without_weights_is_an_error(hub):
         "500 of weights",
     ],
 )
-def test_a_refusal_is_one_clear_error_and_the_next_load_succeeds(hub, model, fault, complaint):
+def test_a_failed_request_is_one_clear_error_and_the_next_load_succeeds(
+    hub, model, fault, complaint
+):
     hub.faults = [fault]
     with pytest.raises(CheckpointError, match=f"{NAME} .* everyday.* says .*{complaint}") as it:
         CLIP.from_pretrained(NAME)
@@ -645,7 +647,9 @@ def moving_branch(hub, commits, at):
 
 
 @pytest.mark.parametrize("at", range(1, 12))
-def test_a_branch_may_move_during_a_load_or_a_conversion(hub, files, other, tmp_path, at):
+def test_a_branch_may_get_a_new_commit_during_a_load_or_a_conversion(
+    hub, files, other, tmp_path, at
+):
     """All files are of one commit, whenever the branch gets a new commit."""
     commits = [dict(hub.repositories[NAME]["main"]), files | other_files(other, tmp_path)]
     for read in (miniclip.load, lambda name: convert(name, tmp_path / f"{at}", "transformers")):
@@ -656,9 +660,7 @@ def test_a_branch_may_move_during_a_load_or_a_conversion(hub, files, other, tmp_
 
 
 @pytest.mark.parametrize("at", [1, 2, 12])
-def test_the_features_of_eval_are_kept_under_the_commit_of_their_model(
-    hub, model, other, tmp_path, at
-):
+def test_cached_features_are_stored_with_the_commit_of_their_model(hub, model, other, tmp_path, at):
     """The branch on the hub may get a new commit at any time. The loaded commit is stored."""
     texts = [" ".join("abcdefghij"[i:] + "abcdefghij"[:j] for i in range(9)) for j in range(9)]
     tokenizer = Tokenizer.train(texts, TINY.text.vocab_size)

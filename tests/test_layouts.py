@@ -365,7 +365,7 @@ def no_storage(name, data):
 
 
 @pytest.mark.parametrize("change", [other_function, short_storage, no_storage])
-def test_an_archive_that_lies_is_an_error(archive, tmp_path, change):
+def test_an_archive_with_false_contents_is_an_error(archive, tmp_path, change):
     rezip(archive[1], tmp_path / "x.pt", change)
     assert change is no_storage or (tmp_path / "x.pt").stat().st_size
     with pytest.raises(CheckpointError, match="x.pt: the weights file cannot be read"):
@@ -665,7 +665,7 @@ def test_a_field_of_open_clips_that_changes_no_number_is_accepted(section, field
         ("text_cfg", {"embed_cls": True}, "text_cfg.embed_cls"),
     ],
 )
-def test_features_of_open_clip_that_clip_lacks_are_refused(tmp_path, section, change, message):
+def test_features_of_open_clip_that_clip_lacks_are_an_error(tmp_path, section, change, message):
     settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
     (settings["model_cfg"][section] if section else settings["model_cfg"]).update(change)
     with pytest.raises(ValueError, match=message):
@@ -709,7 +709,7 @@ TOKENIZING = [
 
 
 @pytest.mark.parametrize(("change", "message"), TOKENIZING)
-def test_settings_that_change_open_clips_tokens_are_refused(tmp_path, change, message):
+def test_settings_that_change_open_clips_tokens_are_an_error(tmp_path, change, message):
     path = tmp_path / "open_clip_config.json"
     path.write_text(json.dumps({"model_cfg": OPEN_CLIP}))
     Tokenizer.from_pretrained("shapes").save_pretrained(tmp_path)
@@ -756,7 +756,7 @@ def test_settings_that_do_not_change_open_clips_tokens_are_accepted(tmp_path, ch
         ({"mean": [0.5]}, "image_mean"),
     ],
 )
-def test_a_transform_of_open_clip_that_no_clip_has_is_refused(tmp_path, change, message):
+def test_a_transform_of_open_clip_that_no_clip_has_is_an_error(tmp_path, change, message):
     settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": change}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=f"open_clip_config.json: .*{message}"):
@@ -892,7 +892,7 @@ def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing)
         assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
 
 
-def test_saving_open_clip_beside_weights_that_are_read_first_is_refused(tmp_path):
+def test_saving_open_clip_beside_weights_that_are_read_first_is_an_error(tmp_path):
     model = CLIP(OPENAI)
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="model.safetensors, which would be loaded instead"):
@@ -928,7 +928,7 @@ def test_the_shapes_of_openais_tensors_are_its_whole_config():
     assert read_shapes(tensors | numbers) == config
 
 
-def test_packing_shares_no_memory():
+def test_openais_fused_tensors_share_no_memory_with_the_model():
     model = CLIP(OPENAI)
     packed = pack(model.state_dict(), LAYOUTS["openai"])
     name = "visual.transformer.resblocks.0.attn.in_proj_weight"

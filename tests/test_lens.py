@@ -324,7 +324,7 @@ def test_tokens_after_the_end_token_contribute_nothing(double):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
 @pytest.mark.parametrize("by", ["layer", "token"])
-def test_the_parts_of_a_quantised_tower_are_an_error_that_says_so(by):
+def test_the_parts_of_a_quantised_tower_raise_an_error_that_says_so(by):
     """The tower also rounds its activations, so no sum of parts equals the embedding."""
     model = quantize_dynamic(tiny_clip(), {nn.Linear}, torch.qint8)
     pixels, ids = random_inputs(TINY)
@@ -545,7 +545,7 @@ def test_stopping_early_runs_no_block_too_many(double):
         ("text", dict(output_fmt="NLC", return_prefix_tokens=True)),
     ],
 )
-def test_options_of_intermediates_that_make_no_sense_are_refused(double, tower, options):
+def test_options_of_intermediates_that_make_no_sense_are_an_error(double, tower, options):
     model, inputs = double
     with pytest.raises(ValueError, match="expected|for images"):
         forward_intermediates(model, inputs[tower], **options)

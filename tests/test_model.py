@@ -125,7 +125,7 @@ def site_shapes(config, B, C, T):
     return shapes
 
 
-def test_every_site_has_the_shape_of_the_table():
+def test_every_site_has_its_documented_shape():
     model = tiny_clip()
     expected = site_shapes(TINY, B=2, C=3, T=9)
     names = [name for name, _ in model.named_modules() if name]
@@ -879,7 +879,7 @@ LOOKS += [f"module_{look}" for look in LOOKS]  # on all modules at once
 
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("name", ["scores", "pattern"])
-def test_attention_is_written_out_while_its_site_is_watched(name, look):
+def test_attention_is_eager_while_its_site_is_watched(name, look):
     attention, seen = Attention(12, 3, causal=False), []
     site, x = getattr(attention, name), torch.randn(1, 5, 12, requires_grad=True)
     register = getattr(module_hooks if "module" in look else site, f"register_{look}")
@@ -892,7 +892,7 @@ def test_attention_is_written_out_while_its_site_is_watched(name, look):
     assert not seen
 
 
-def test_attention_is_written_out_while_its_sites_forward_is_patched(monkeypatch):
+def test_attention_is_eager_while_its_sites_forward_is_patched(monkeypatch):
     attention, x = Attention(12, 3, causal=False), torch.randn(1, 5, 12)
     plain = attention(x)
     attention.pattern.forward = torch.zeros_like

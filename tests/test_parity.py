@@ -78,7 +78,7 @@ def test_other_precisions_pass(dtype, pair):
     assert largest < 1e-6 if dtype == torch.float64 else 1e-2 < largest < 1
 
 
-def test_half_precision_with_larger_errors_than_the_other_is_named(pair):
+def test_half_precision_with_larger_errors_is_named(pair):
     faulty = copy.deepcopy(pair[0])
     faulty.text.blocks[1].mlp.register_forward_hook(round_half_to_bfloat16)
     report = compare(faulty, pair[0], dtype=torch.float16)
@@ -345,7 +345,7 @@ def folders(tmp_path_factory, pair):
         ("do_normalize", False), ("image_processor_type", "SiglipImageProcessor"),
     ],
 )  # fmt: skip
-def test_a_transform_that_is_refused_is_a_difference(field, value, folders, tmp_path):
+def test_a_transform_that_one_library_cannot_read_is_a_difference(field, value, folders, tmp_path):
     odd, right = tmp_path / "odd", folders / "original"
     shutil.copytree(right, odd)
     settings = odd / "preprocessor_config.json"
@@ -358,7 +358,7 @@ def test_a_transform_that_is_refused_is_a_difference(field, value, folders, tmp_
         assert [row.within_tolerance for row in report.rows].count(False) == 1
 
 
-def test_a_transform_that_both_refuse_leaves_nothing_to_compare(folders, tmp_path, capsys):
+def test_a_transform_that_neither_library_can_read_is_not_compared(folders, tmp_path, capsys):
     odd = tmp_path / "odd"
     shutil.copytree(folders / "original", odd)
     (odd / "preprocessor_config.json").write_text('{"resample": 2}')
@@ -591,7 +591,7 @@ def asked(monkeypatch):
     return seen
 
 
-def test_each_argument_of_the_command_arrives(asked, capsys):
+def test_each_argument_of_the_command_is_used(asked, capsys):
     argv = ["--against", "shapes", "--revision", "v2", "--dtype", "float16", "--device", "mps"]
     argv += ["--names", "names.json"]
     assert main(["parity", "everyday", *argv]) == 1

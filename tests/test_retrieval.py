@@ -224,7 +224,7 @@ def test_a_tar_with_a_false_header_is_read_up_to_that_header(tmp_path, what, lie
     ],
     ids=lambda change: str(change)[:40],
 )
-def test_an_index_that_lies_is_an_error_of_one_line(tmp_path, change):
+def test_a_false_index_is_an_error_of_one_line(tmp_path, change):
     index = Index(torch.eye(3), Strings.pack("abc"), ENCODER)
     index.save(tmp_path / "i")
     with safe_open(tmp_path / "i", framework="pt") as file:
@@ -250,7 +250,7 @@ def test_rows_that_are_not_unit_vectors_are_an_error(value):
 
 
 @pytest.mark.parametrize("name", ["pipe.jpg", "pipe.tar"])
-def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path, name):
+def test_a_named_pipe_is_an_error_and_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)
     blots(1).save(tmp_path / "a.png")
     pictures, damage = find_pictures([tmp_path / name, tmp_path])
@@ -266,7 +266,7 @@ HIDDEN = [
 ]
 
 
-def test_hidden_files_of_systems_are_left_out(tmp_path):
+def test_hidden_files_and_system_folders_are_left_out(tmp_path):
     for name in (*HIDDEN, "a.jpg", "@home/b.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         blots(0).save(tmp_path / name)

@@ -272,7 +272,7 @@ def test_a_save_over_another_checkpoint_replaces_it_or_is_an_error(tmp_path, ear
 
 
 @pytest.mark.parametrize("layout", ["openai", "open_clip"])
-def test_a_save_that_is_refused_leaves_no_folder(tmp_path, layout):
+def test_a_save_that_raises_an_error_leaves_no_folder(tmp_path, layout):
     _, tokenizer, transform = old()
     model = CLIP(replace(OLD, vision=replace(VISION, registers=2)))
     (tmp_path / "mine").mkdir()

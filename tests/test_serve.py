@@ -723,7 +723,7 @@ def test_the_error_for_another_format_lists_those_that_are_read(kind):
         ("explain", {"method": "head", "label": "a", "layer": 0, "head": 3}, "no head 3"),
     ],
 )
-def test_questions_that_the_page_never_asks_are_refused(server, path, question, message):
+def test_questions_that_the_page_never_asks_are_an_error(server, path, question, message):
     if path == "explain":
         picture = write_picture(Image.new("RGB", (9, 9)))
         question |= {"model": "shapes", "picture": picture, "templates": ["{}"]}
@@ -767,7 +767,7 @@ def test_a_page_of_another_site_is_not_answered(headers, status):
         ({"text": "a", "labels": ["b", "a" * 1001]}, "labels: a text has more than 1,000"),
     ],
 )
-def test_long_questions_are_refused(question, message):
+def test_long_questions_are_an_error(question, message):
     status, answer = ask(create_app({}, lambda text: []), "search", question)
     assert status == 400 and message in answer["error"]
 
@@ -861,7 +861,7 @@ def test_the_page_shows_the_results_of_a_search(page):
 
 
 @pytest.mark.slow
-def test_the_server_writes_nothing_and_calls_nobody(server, tmp_path):
+def test_the_server_writes_no_file_and_connects_to_no_other(server, tmp_path):
     """The log lists all that the server did in the tests above."""
     done = server.log.read_text().splitlines()
     # torch's compiler, if something imports it, makes an empty temporary folder.

@@ -235,7 +235,7 @@ def words(claim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["places", "colours"])
-def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
+def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
     """In many scenes, each word is as frequent at each place in true captions as in false ones, so
     words alone do not help. Differences stay within 4.5 standard deviations."""
     true, false = Counter(), Counter()
@@ -250,7 +250,7 @@ def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
         assert abs(true[word] - false[word]) <= 4.5 * (true[word] + false[word]) ** 0.5, word
 
 
-def test_no_relation_is_likelier_than_another():
+def test_no_relation_is_more_frequent_than_another():
     """So the image alone does not show which object the caption names first."""
     said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
     assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)

@@ -622,7 +622,7 @@ def test_cached_tensors_are_copies(tiny):
     assert not acts[name].requires_grad  # no graph is kept
 
 
-def test_another_device_is_only_for_the_copies(tiny):
+def test_the_device_of_cache_is_only_for_the_copies(tiny):
     model, inputs = tiny
     with cache(model, "vision.blocks.*", device="meta") as acts:
         model(*inputs)
@@ -748,7 +748,7 @@ def test_blocks_may_overlap_and_end_in_any_order(shallow):
 
 
 @pytest.mark.slow
-def test_without_the_stance_a_compiled_model_ignores_hooks(shallow):
+def test_without_set_stance_a_compiled_model_ignores_hooks(shallow):
     """Therefore `hooks` makes compiled models run uncompiled (by `torch.compiler.set_stance`)."""
     model, inputs = shallow
     compiled = torch.compile(model, backend="eager")

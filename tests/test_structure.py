@@ -110,7 +110,7 @@ def test_definitions_come_before_their_use():
 
 
 @pytest.mark.parametrize("area", AREAS)
-def test_each_slip_has_one_place_in_the_package(area):
+def test_each_planted_fault_has_one_place_in_the_package(area):
     sources, tests = read_sources(ROOT.parent), Path(__file__).parent.parent
     slips = slips_of(area)
     assert len({slip.what for slip in slips}) == len(slips)

@@ -466,7 +466,7 @@ def saved_and_loaded(model, folder):
 @pytest.mark.filterwarnings(
     "ignore:.* are left out. only .* belongs to the model"
 )  # a warning comes before the error
-def test_a_fork_is_saved_and_loaded_bit_for_bit_and_refused_by_other_classes(model, tmp_path):
+def test_a_fork_is_loaded_bit_for_bit_but_not_by_other_classes(model, tmp_path):
     saved_and_loaded(model, tmp_path)
     name = type(model).__name__
     with pytest.raises(CheckpointError, match=name):
@@ -496,7 +496,7 @@ def test_a_fork_without_new_parameters_loads_a_checkpoint_of_clip(tmp_path):
     assert not torch.allclose(fork(pixels, ids).image_embeds, plain(pixels, ids).image_embeds)
 
 
-def test_a_parameter_without_a_place_is_named_on_save_and_on_load(tmp_path):
+def test_a_parameter_without_a_tensor_name_is_an_error_on_save_and_on_load(tmp_path):
     fork = redraw(HomelessCLIP(TINY))
     where = r"text\.blocks\.0\.mlp\.gate\.weight .*`tensor_names`.*blocks\.\{\}\.mlp\.gate"
     with pytest.raises(CheckpointError, match=where):
@@ -628,7 +628,7 @@ class StemVision(VisionTower):
         return super().embed_tokens(F.avg_pool2d(pixels, 3, 1, 1))
 
 
-def test_parts_of_a_tower_that_an_instrument_cannot_know_are_named():
+def test_a_method_that_an_instrument_cannot_follow_is_named():
     pixels, _ = some()
     with pytest.raises(ValueError, match="NormedValues.qkv changes the values"):
         lens.decompose(redraw(clip_of(NormedValues)(TINY)).double(), pixels)
@@ -655,7 +655,7 @@ def test_layers_that_depend_on_their_number_cannot_be_reordered(block, words):
         surgery.keep_layers(model, "vision", [1, 2])
 
 
-def test_models_of_two_classes_are_not_averaged():
+def test_models_of_different_classes_are_not_averaged():
     for one, other in ((MeanCLIP, CLIP), (CLIP, MeanCLIP)):
         with pytest.raises(ValueError, match="the model is .*CLIP, expected .*CLIP"):
             surgery.average([one(TINY), other(TINY)])
@@ -672,7 +672,7 @@ def test_heads_are_silenced_or_the_attention_is_named(model):
         assert (silent - model.encode_image(pixels)).abs().max() > 1e-3
 
 
-def test_relevance_of_a_fork_is_right_or_refused(model):
+def test_relevance_of_a_fork_is_right_or_an_error(model):
     pixels, ids = some(model.config)
     pixels, ids = pixels[:2], ids[:2]
     found = or_refuses(lens.relevance, model, pixels, ids)
@@ -683,7 +683,7 @@ def test_relevance_of_a_fork_is_right_or_refused(model):
     assert (found is None) == is_other
 
 
-def test_grad_cam_of_a_fork_is_right_or_refused(model):
+def test_grad_cam_of_a_fork_is_right_or_an_error(model):
     pixels, ids = some(model.config)
     heat = or_refuses(lens.gradcam, model, pixels[:1], ids[:1])
     assert (heat is None) == (type(model.vision.blocks[-1]).forward is not Block.forward)
@@ -722,7 +722,7 @@ def test_a_fork_agrees_with_itself_and_has_no_twin_in_transformers(model):
         transformers_twin(model)
 
 
-def test_parity_finds_where_a_fork_leaves_clip():
+def test_parity_finds_where_a_fork_differs_from_clip():
     fork = redraw(MeanCLIP(TINY))
     plain = CLIP(TINY).eval()
     plain.load_state_dict(fork.state_dict())

@@ -224,7 +224,7 @@ def test_splicing_replaces_a_site_and_an_error_term_restores_it(model, tower):
     assert torch.equal(encode(model, tower, x), whole) and not any(handles(model))
 
 
-def test_a_rotation_and_its_inverse_spliced_in_a_row_cancel(model):
+def test_a_spliced_rotation_and_its_spliced_inverse_cancel(model):
     x = inputs(model, "vision")
     rotation = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64))[0].to(x.dtype)
     turn, back = nn.Linear(48, 48, bias=False), nn.Linear(48, 48, bias=False)
@@ -475,7 +475,7 @@ def test_dense_features_at_another_size_copy_only_positions(model, method, monke
 
 
 @torch.no_grad()
-def test_each_image_is_read_by_its_own_foreign_features(model):
+def test_each_image_uses_its_own_features_of_another_model(model):
     x, foreign = inputs(model, "vision"), torch.randn(3, 7, 4, 6).to(model.logit_scale)
     found = dense_features(model, x, proxyclip(foreign))
     assert found.shape == (3, 24, 36)

@@ -116,7 +116,7 @@ def test_a_task_vector_between_float32_models_is_exact():
     lambda a, b: TaskVector.between(a, a).apply(b),
     lambda a, b: TaskVector.between(a, a) + TaskVector.between(b, b),
 ])  # fmt: skip
-def test_models_of_two_shapes_have_no_mean(combine):
+def test_models_of_different_shapes_have_no_mean(combine):
     model = three()[0]
     for other in (keep_layers(model, "text", [0]), resize_image(model, 64)):
         with pytest.raises(ValueError, match="differ in the names or shapes of .* tensors"):

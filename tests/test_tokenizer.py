@@ -441,7 +441,7 @@ def test_a_text_in_chunks_has_the_ids_of_the_whole_text(trained, reference):
         assert chunks.encode(text) == chunks.encode(text) == whole.encode(text), text
 
 
-def test_the_memory_of_chunks_is_bounded(trained, monkeypatch):
+def test_the_cache_of_chunks_is_bounded(trained, monkeypatch):
     monkeypatch.setattr(RememberedChunks, "MOST_CHUNKS", 10)
     tokenizer = Tokenizer.from_directory(trained)
     for i in range(35):
@@ -451,7 +451,7 @@ def test_the_memory_of_chunks_is_bounded(trained, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_memory_of_chunks_is_some_30_megabytes(trained):
+def test_the_cache_of_chunks_takes_about_30_megabytes(trained):
     """Measured with the longest chunks that are cached, and one id for each character."""
     tokenizer = Tokenizer.from_directory(trained)
     for length in (64, 65):

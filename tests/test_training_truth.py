@@ -299,7 +299,7 @@ def test_under_bfloat16_embeddings_are_normalised_in_float32(captioned, tmp_path
     assert lengths == pytest.approx([1] * 32, abs=1e-6)  # in bfloat16 the error would be 1e-3
 
 
-def test_bfloat16_writes_attention_out_only_during_training(captioned, tmp_path, monkeypatch):
+def test_bfloat16_makes_attention_eager_only_during_training(captioned, tmp_path, monkeypatch):
     written_out = []
 
     def attend(self, q, k, v):

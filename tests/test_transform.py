@@ -848,7 +848,7 @@ def test_settings_that_transformers_saves_are_read(tmp_path):
     assert ImageTransform.from_pretrained(tmp_path / "processor") == CUSTOM
 
 
-def test_of_two_files_the_one_that_transformers_reads_is_read(tmp_path):
+def test_if_two_files_exist_the_one_that_transformers_reads_is_read(tmp_path):
     save_clip_processor(tmp_path)
     write(tmp_path, OLD_FORM)
     read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
@@ -1138,6 +1138,6 @@ def test_the_twin_squashes_where_the_transform_does():
         (torch.zeros(3, 0, 8), "no pixels"),
     ],
 )
-def test_the_twin_refuses_tensors_that_are_no_images(images, words):
+def test_tensors_that_are_not_images_are_an_error_of_the_twin(images, words):
     with pytest.raises(ImageError, match=words):
         transform_tensor(ImageTransform(8), images)

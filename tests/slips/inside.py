@@ -368,7 +368,7 @@ SITES = [
         "The cache ignores the device.",
         "acts[name] = tensor.detach().to(device, copy=True)",
         "acts[name] = tensor.detach().clone()",
-        "tests/test_sites.py -k another_device",
+        "tests/test_sites.py -k device_of_cache",
     ),
     Slip(
         "With grad=True, a cached tensor of a frozen model has no gradient.",
@@ -1428,7 +1428,7 @@ SURGERY = [
             f"In dense features, {what}",
             old,
             new,
-            "tests/test_surgery_runs.py -k 'preset or dense or foreign'",
+            "tests/test_surgery_runs.py -k 'preset or dense or another_model'",
         )
         for what, old, new in (
             ("NACLIP's Gaussian is narrower.", "std: float = 5.0", "std: float = 4.0"),
@@ -1609,19 +1609,19 @@ TOKENIZER = [
         "The tokenizer's cache has no limit.",
         "if len(self) >= self.MOST_CHUNKS:",
         "if False:",
-        "tests/test_tokenizer.py -k 'memory'",
+        "tests/test_tokenizer.py -k 'cache'",
     ),
     Slip(
         "The tokenizer's cache keeps long chunks too.",
         "if len(chunk) <= self.MOST_CHARACTERS:",
         "if len(chunk) <= self.MOST_CHARACTERS * 100:",
-        "tests/test_tokenizer.py -k 'memory'",
+        "tests/test_tokenizer.py -k 'cache'",
     ),
     Slip(
         "The tokenizer's cache may keep ten times as many chunks.",
         "MOST_CHUNKS, MOST_CHARACTERS = 100_000, 64",
         "MOST_CHUNKS, MOST_CHARACTERS = 1_000_000, 64",
-        "tests/test_tokenizer.py -k 'memory'",
+        "tests/test_tokenizer.py -k 'cache'",
     ),
     Slip(
         "An added token with a space is split at the space.",
