@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 collect_ignore = ["plant_slips.py", "slips"]  # run by hand
 
 
-# Variables that change what a command prints, where a download goes, or how training starts.
+# Environment variables that change a command's output, the folder of downloads, or a training.
 DROPPED_PREFIXES = ("hf_", "huggingface_", "transformers_", "tqdm_")
 DROPPED = {
     *("columns", "force_color", "python_colors", "pythonwarnings", "rank"),
@@ -68,7 +68,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The folder of real vocabularies, golden values and hard images, which is not in the repo."""
+    """The folder of vocabularies, recorded values and difficult images. It is not in the repo."""
     if not DATA.is_dir():
         pytest.skip(f"no test data at {DATA}; set MINICLIP_TEST_DATA to its folder")
     return DATA

@@ -35,7 +35,7 @@ B32, B16, L14 = (
 )
 
 # ------------------------------------------------------------------------------------------------
-# The two sides
+# miniclip and transformers
 
 
 class Ours:
@@ -168,7 +168,7 @@ def find_or_draw_picture(text: str) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------
-# Measures: (sides, entry, picture) -> numbers. `sides` loads the checkpoint of a name.
+# Measures: (sides, entry, picture) -> numbers. `sides(name)` loads a checkpoint.
 
 
 def probabilities(logits):
@@ -326,7 +326,7 @@ def sd14_L14_pooler(sides, entry, picture):
 
 
 def param_counts(sides, entry, picture):
-    """Count without weights, from the shapes alone."""
+    """Count the parameters from the shapes alone, without weights."""
     counts = {}
     for key in entry["expected"]:
         with meta_device():
@@ -393,7 +393,7 @@ def published(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Each number in nested dictionaries and lists, under its path."""
+    """Each number in nested dictionaries and lists, with its path."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from numbers(inner, f"{path}/{key}")

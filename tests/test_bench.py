@@ -725,7 +725,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
-GROWN = {  # axis: (two sizes, the factor by which the work grows, or None if it is no whole number)
+GROWN = {  # axis: (two sizes, the factor by which the work grows, or None: not an integer)
     "images in a batch": ((1, 4), 4),
     "pixels along a side": ((40, 80), None),
     "tokens of a text": ((77, 256), None),

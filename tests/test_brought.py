@@ -650,7 +650,7 @@ def test_openai_clip_284_a_lightning_module_with_a_head_is_read(tmp_path):
     said = r"ff_head.weight, ff_head.bias are left out: only clipmodel.\* belongs to the model"
     with pytest.warns(UserWarning, match=said):
         assert_same(CLIP.from_pretrained(tmp_path / "last.ckpt", config=OPENAI_LIKE), model)
-    saved["hyper_parameters"]["model"] = model  # save_hyperparameters()
+    saved["hyper_parameters"]["model"] = model  # as by save_hyperparameters()
     torch.save(saved, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match="'state_dict', 'hyper_parameters.model'. Read"):
         CLIP.from_pretrained(tmp_path / "last.ckpt")

@@ -863,7 +863,7 @@ sys.argv = ["miniclip", "tokenize", "a cat", "--model", "everyday"]
 @pytest.mark.parametrize(
     "start",
     [
-        "from miniclip.commands.main import main; sys.exit(main())",  # what pip's script does
+        "from miniclip.commands.main import main; sys.exit(main())",  # the code of pip's script
         "import runpy; runpy.run_module('miniclip', run_name='__main__', alter_sys=True)",
     ],
 )

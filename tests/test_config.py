@@ -232,7 +232,7 @@ def test_numbers_at_their_limits_are_accepted():
     assert (lost.heads, lost.mlp_width) == ((0, 3), (0, 5))
 
 
-def test_equal_numbers_of_all_layers_become_one_number():
+def test_a_number_that_all_layers_share_is_stored_once():
     """transformers can run such a model, but cannot read a list of numbers."""
     each = VisionConfig(layers=2, heads=(12, 12), mlp_width=(9, 9), image_size=(64, 64))
     assert each == VisionConfig(layers=2, heads=12, mlp_width=9, image_size=64)

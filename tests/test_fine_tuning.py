@@ -176,7 +176,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
         return {"accuracy": next(scores), "other": -1.0}
 
     recipe = replace(QUICK, epochs=2, val_every=2, ema=0.5)
-    with pytest.raises(StopIteration):  # at the fifth validation, after the last step
+    with pytest.raises(StopIteration):  # no score is left for the fifth validation
         run(tmp_path, replace(recipe, epochs=3), validate=validate)
     rows = [row for row in rows_of(tmp_path) if "val_accuracy" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]

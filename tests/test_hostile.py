@@ -81,7 +81,7 @@ class Referee:
                     (self.directory / name).write_bytes(self.files[name])
 
     def judge(self, cases, load, is_as_stated):
-        """Load each case. Returns the labels of the refused cases and of the loaded cases.
+        """Load each case. Returns the labels of the cases with an error, and of the loaded cases.
 
         Fails if a case does anything else.
         """
@@ -233,7 +233,7 @@ def lengths(data):
                 yield f"header of {length}", join(text, body, length)
 
 
-def lying_entries(data):
+def false_entries(data):
     """Change, remove, swap or repeat one tensor's entry in the header."""
     header, body = split(data)
     names = [name for name in header if name != "__metadata__"]
@@ -320,7 +320,7 @@ def flipped(data, count, seed=0):
 
 def safetensors_cases(files):
     data = files["model.safetensors"]
-    families = truncated(data), lengths(data), lying_entries(data), odd_headers(data)
+    families = truncated(data), lengths(data), false_entries(data), odd_headers(data)
     return [*itertools.chain(*families, flipped(data, 200))]
 
 
@@ -534,7 +534,7 @@ def kept(value, place=0):
 
 
 def nested(depth, each, core, place=0):
-    """The core inside of `depth` layers. `each` makes a layer around the layer that it fetches."""
+    """The core inside of `depth` layers. `each(again)` is a layer around what `again` fetches."""
     made, again = kept(core, place)
     for further in range(1, depth + 1):
         more, again = kept(each(again), place + further)
@@ -774,7 +774,7 @@ def config_cases(files):
     for key in ("text_config_dict", "vision_config_dict"):
         for value in VALUES:
             yield f"{key} {value!r:.40}", config | {key: value}, {}
-    for first, second in itertools.permutations(config, 2):  # a message may read another entry
+    for first, second in itertools.permutations(config, 2):  # one entry's error may use the other
         for value in (5, {}, [[5]], "x"):
             yield f"{first}, {second} {value}", config | {first: value, second: value}, {}
 

@@ -163,7 +163,7 @@ def test_a_revision_is_a_branch_or_a_commit(hub, model, other, tmp_path):
     hub.repositories[NAME]["main"] = hub.repositories[NAME]["tuned"]
     assert_same_weights(CLIP.from_pretrained(NAME), other)  # the branch has a new commit
     hub.requests.clear()
-    assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)  # a commit stays
+    assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)  # the old commit
     assert not hub.requests
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
     assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)

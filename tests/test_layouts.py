@@ -178,7 +178,9 @@ def inputs():
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 499, (4, 20), generator=generator)
     ids[torch.arange(4), torch.tensor([19, 3, 7, 1])] = 499
-    ids[3] = torch.randint(0, 499, (20,), generator=generator)  # no end token: at the largest id
+    ids[3] = torch.randint(
+        0, 499, (20,), generator=generator
+    )  # no end token: read at the largest id
     return torch.randn(3, 3, 64, 64, generator=generator, dtype=torch.float64), ids
 
 
@@ -1061,7 +1063,7 @@ def test_one_tower_of_a_whole_checkpoint_is_read(tmp_path):
 def test_a_tower_is_loaded_with_only_the_parts_that_it_needs(tmp_path):
     shapes = load("shapes")
     CLIPTextModel(CLIPTextConfig(**TEXT | {"vocab_size": 700})).save_pretrained(tmp_path)
-    assert load(tmp_path)[1:] == (None, None)  # in Stable Diffusion, they are elsewhere
+    assert load(tmp_path)[1:] == (None, None)  # Stable Diffusion has both elsewhere
     shapes.tokenizer.save_pretrained(tmp_path)
     shapes.transform.save_pretrained(tmp_path)
     _, tokenizer, transform = load(tmp_path)

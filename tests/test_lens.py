@@ -554,7 +554,7 @@ def test_options_of_intermediates_that_make_no_sense_are_an_error(double, tower,
 # ------------------------------------------------------------------------------------------ images
 
 
-def test_maps_are_row_by_row(double):
+def test_maps_have_the_patches_row_by_row(double):
     model, inputs = double
     tokens = torch.arange(26.0).expand(2, 26)
     assert on_grid(model, inputs["vision"], tokens)[1].tolist() == [
@@ -761,7 +761,7 @@ def test_maps_with_known_answers_have_the_right_scores():
 
 @pytest.mark.slow
 def test_random_weights_are_scored_over_five_draws(shapes, monkeypatch):
-    """They equal the mean and standard deviation of five single draws, which all differ."""
+    """The scores are the mean and standard deviation of five single draws, which all differ."""
     monkeypatch.setattr("miniclip.world.localise.METHODS", {"attention": METHODS["attention"]})
     asked = questions(4)
     named, other = (torch.stack([getattr(q, name) for q in asked]) for name in ("named", "other"))

@@ -535,7 +535,7 @@ UNUSUAL = {
 
 @pytest.mark.sweep(8)
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_shapes_that_no_preset_has_equal_transformers(name, device):
+def test_models_of_unusual_shapes_equal_transformers(name, device):
     config = UNUSUAL[name]
     tokens = config.text.context_length if "context" in name else 9
     pixels, ids = (x.to(device) for x in random_inputs(config, tokens=tokens))
@@ -548,7 +548,7 @@ def test_shapes_that_no_preset_has_equal_transformers(name, device):
 
 
 def test_custom_end_token_is_not_the_largest_id():
-    """Otherwise the test above could not tell the two rules of pooling apart."""
+    """Otherwise the test above could not distinguish the two rules of pooling."""
     config = UNUSUAL["end token below added ones"]
     _, ids = random_inputs(config)
     model, _ = twins(config)

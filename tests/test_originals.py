@@ -82,7 +82,7 @@ def test_decompose_equals_clip_prs(model):
     assert_equal(by["token"]["blocks.7.attn"].mT, values("clip_prs", "tokens").permute(0, 2, 3, 1))
     assert_equal(model.encode_image(pixels), values("clip_prs", "embed"))
     ours = decompose(model, pixels, "head")
-    for i in range(8):  # our own convention differs, even with the biases added
+    for i in range(8):  # miniclip's convention gives other values, even with biases
         folded = ours[f"blocks.{i}.attn"] + ours[f"blocks.{i}.attn.v_proj.bias"]
         assert_other(folded / model.encode_image(pixels).norm(dim=-1)[:, None, None], heads[:, i])
 
@@ -226,7 +226,7 @@ def test_relevance_equals_chefers_notebook(model):
 
 
 def merged_tokens(x, sizes, keys, count):
-    """Take the `count` even tokens that are nearest to an odd token, and average each with it."""
+    """Average the `count` tokens at even places that are most like one at an odd place with it."""
     near = F.normalize(keys, dim=-1)[::2] @ F.normalize(keys, dim=-1)[1::2].T
     near[0] = -torch.inf  # the class token stays
     like, to = near.max(1)

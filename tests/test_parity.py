@@ -450,7 +450,7 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 
 
-def test_half_precision_may_have_twice_the_error_of_the_other():
+def test_half_precision_may_have_twice_the_error_of_the_other_model():
     right = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for times, within in ((1.9, True), (2.1, False)):
         tensors = [right + times * 0.01, right, right - 0.01, right]

@@ -229,7 +229,7 @@ def test_head_pruning_equals_its_paper(loaded, theirs, pixels, ids):
 
 
 def tuned_with_lora(model, pixels, ids, steps=3):
-    """arXiv 2106.09685, on the queries and values of both towers."""
+    """LoRA (arXiv 2106.09685) on the queries and values of both towers."""
     tuned = add_lora(model, rank=4, alpha=8)
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.01)
     for _ in range(steps):

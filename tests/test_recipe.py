@@ -380,7 +380,9 @@ def test_a_run_saves_memory_and_time_only_as_its_recipe_says(name, tmp_path, mon
     assert (losses.bfloat16().float() != losses).all()  # the loss itself is never bfloat16
     assert seen == {
         "rows": 3 if name == "chunk" else 4,
-        "blocks": {"chunk": 24, "checkpoint_blocks": 12}.get(name, 6),  # 3 steps, 2 towers
+        "blocks": {"chunk": 24, "checkpoint_blocks": 12}.get(
+            name, 6
+        ),  # block calls: 3 steps, 2 towers
         "types": {torch.bfloat16 if name == "precision" else torch.float32},
         "compiled": [model.vision, model.text] if name == "compile" else [],
     }

@@ -158,7 +158,7 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
-def lying_headers():
+def false_headers():
     """Yield a name for each false header, and the bytes of a tar that has the header."""
 
     def header(name, size=0, kind=tarfile.REGTYPE, **fields):
@@ -190,7 +190,7 @@ def lying_headers():
     yield "an old sparse file", header("a.bmp", 512, tarfile.GNUTYPE_SPARSE) + bytes(512)
 
 
-@pytest.mark.parametrize("what, lie", [*lying_headers()], ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("what, lie", [*false_headers()], ids=lambda value: str(value)[:40])
 def test_a_tar_with_a_false_header_is_read_up_to_that_header(tmp_path, what, lie):
     make_tar(tmp_path / "x.tar", {"0.bmp": encoded(blots(0), "bmp")})
     data = (tmp_path / "x.tar").read_bytes()
@@ -286,7 +286,7 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
         (["b/"], ["a.JPG", "c.tiff", "z.png"]),
         (["*.png", "*.tar"], ["a.JPG", "b/x.webp", "b/y.gif", "b/é.bmp", "c.tiff"]),
         (["b/*.tar", "[yz].*"], ["a.JPG", "b/[1].png", "b/x.webp", "b/é.bmp", "c.tiff"]),
-        (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # also inside of the tar
+        (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # also in the tar
     ],
 )
 def test_exclude_leaves_more_images_out(photographs, monkeypatch, exclude, left):

@@ -386,7 +386,7 @@ def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
 
 
 def test_each_save_writes_to_a_file_of_its_own(tmp_path):
-    """Its name does not contain the process id: two threads or two containers may share one."""
+    """Its name does not contain the process id: two threads or two containers may have the same."""
     path = tmp_path / "index"
     with writing.replacing(path) as first, writing.replacing(path) as second:
         assert first != second and str(os.getpid()) not in f"{first}{second}".split("-", 1)[1]
@@ -405,7 +405,7 @@ def test_a_device_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("read", [miniclip.load, Tokenizer.from_pretrained])
 def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
-    """For each file that the load opens, there is a round with a save right after it is opened."""
+    """For each file that the load opens, one round saves right after the file is opened."""
     parts = [old(), new()]
     saves = [0]
     opened = open

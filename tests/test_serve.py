@@ -67,7 +67,7 @@ class Server:
         if not line:
             raise RuntimeError(self.end()[1])
         self.url = json.loads(line)["url"]
-        log.write_text("")  # forget the start, in which torch tries the temporary folder
+        log.write_text("")  # without the start, when torch tests the temporary folder
 
     def post(self, path, question, **headers):
         """Ask a question. Returns (status, answer)."""
@@ -285,7 +285,7 @@ def test_the_page_opens_with_an_example_and_asks_only_its_server(page, server):
 
 @pytest.mark.slow
 def test_the_browser_refuses_other_addresses(page):
-    """The test above would notice if the page tried to reach them."""
+    """The test above would notice if the page tried to reach another address."""
     failed = page.evaluate(
         "fetch('http://127.0.0.1:9/other').then(() => 'answered', () => 'refused')"
     )
@@ -540,7 +540,7 @@ def test_the_server_tells_the_page_what_it_needs(server):
             "shapes": {"size": 64, "heads": [3, 3, 3, 3]},
         },
         "methods": ["attention", "rollout", "relevance", "gradcam", "tokens", "occlusion", "head"],
-        "blind": ["attention", "rollout", "head"],  # the others read the text
+        "blind": ["attention", "rollout", "head"],  # the other methods read the text
         "colours": ["#000004", "#bc3754", "#fcffa4"],  # from matplotlib's inferno
         "searcher": "everyday",
         "max_bytes": 20_000_000,
@@ -861,7 +861,7 @@ def test_the_page_shows_the_results_of_a_search(page):
 
 
 @pytest.mark.slow
-def test_the_server_writes_no_file_and_connects_to_no_other(server, tmp_path):
+def test_the_server_writes_no_file_and_connects_to_no_computer(server, tmp_path):
     """The log lists all that the server did in the tests above."""
     done = server.log.read_text().splitlines()
     # torch's compiler, if something imports it, makes an empty temporary folder.

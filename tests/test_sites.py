@@ -680,7 +680,7 @@ def test_wrappers_are_not_a_part_of_a_name(tiny, wrap):
 
 
 def test_the_compiler_is_not_imported_for_hooks(tiny, monkeypatch):
-    """The import takes more than a second, and nothing was compiled before."""
+    """The import takes more than a second. It is not needed if nothing was compiled before."""
     model, inputs = tiny
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     monkeypatch.setattr(torch.compiler, "set_stance", None)

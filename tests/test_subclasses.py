@@ -95,7 +95,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def assert_near(ours, theirs, float32=0.0):
-    """Assert equality within 1e-10 in float64; in float32, within `float32` times the largest."""
+    """Assert equality within 1e-10 in float64, or `float32` times the largest number in float32."""
     assert ours.shape == theirs.shape
     limit = 1e-10 if ours.dtype == torch.float64 else float32
     assert (ours - theirs).abs().max() <= limit * max(1, theirs.abs().max())
@@ -415,7 +415,7 @@ def some(config=TINY):
 
 
 def or_refuses(function, *args, **options):
-    """Return a function's result, or None if it raises that it cannot follow the model."""
+    """Return a function's result, or None if its error says that it cannot follow the model."""
     try:
         return function(*args, **options)
     except ValueError as error:

@@ -103,7 +103,9 @@ def test_patching_gives_the_result_of_the_other_run(model, tower):
     others = [[t for t in range(9) if t != end] for end in ends]
     assert tower == "vision" or len(set(ends.tolist())) > 1
     with hooks(model, patch_from({end: acts[end]}, positions=others)):
-        assert torch.equal(encode(model, tower, other), plain)  # the embedding does not read these
+        assert torch.equal(
+            encode(model, tower, other), plain
+        )  # the embedding does not read these tokens
     with hooks(model, patch_from({end: acts[end]}, positions=ends)):
         assert torch.equal(encode(model, tower, other), expected)
 

@@ -71,7 +71,7 @@ def assert_same_weights(one, other):
 
 
 def zeroed_outputs(model, tower, heads):
-    """Ablate heads by weights: set the columns of out_proj that read them to zero."""
+    """Ablate heads by weights: set to zero the columns of out_proj that read these heads."""
     for layer, gone in heads.items():
         attn = getattr(model, tower).blocks[layer].attn
         for head in gone:
@@ -332,7 +332,7 @@ def test_resizing_equals_timm_and_open_clip(recorded):
     square = [(old, new) for old, new in record_timm.GRIDS if old[0] == old[1]]
     for (old, new), values in zip(square, recorded["open_clip.pos_embed"], strict=True):
         if math.prod(old) == math.prod(new):
-            continue  # open_clip leaves a table with as many rows unchanged
+            continue  # open_clip leaves a table of the right size unchanged
         assert_recorded(resized_table(old, new, "timm"), values)
 
 
@@ -635,7 +635,7 @@ def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
 
 @pytest.mark.slow
 def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
-    """Therefore the config lists the heads of each layer, which raises an error in transformers."""
+    """Therefore the config has a list of heads. transformers raises an error when it reads one."""
     model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -686,7 +686,7 @@ def test_what_surgery_made_is_decomposed_exactly(name, by):
     model = tiny_clip(torch.float64)
     model = add_lora(model) if name == "LoRA" else BEYOND[name](model)
     for parameter in model.parameters():
-        if not parameter.any():  # registers and B begin as zeros
+        if not parameter.any():  # registers and LoRA's B are zero at first
             parameter.data.normal_()
     for tower, x in zip(TOWERS, inputs_of(model)):
         whole = run(model, tower)
@@ -749,7 +749,7 @@ def test_surgically_changed_models_train_and_compile():
     torch._dynamo.reset()
 
 
-# -------------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------------- errors
 
 REFUSED = {
     "no head 4": (

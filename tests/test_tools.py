@@ -55,7 +55,7 @@ def test_captum_attributes_to_sites_and_pixels(model, pixels, ids):
     with cache(model, site, grad=True) as acts:
         score = scores(pixels).sum()
     slope = torch.autograd.grad(score, acts[site])[0]
-    heads = slope.mean((2, 3), keepdim=True)  # the channels of (B, H, T, T)
+    heads = slope.mean((2, 3), keepdim=True)  # heads are the channels: (B, H, T, T)
     assert_close(found, (heads * acts[site]).sum(1, keepdim=True).detach())
 
     found = captum.IntegratedGradients(scores).attribute(pixels, target=0, n_steps=200)

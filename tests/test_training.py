@@ -361,7 +361,7 @@ def test_every_template_names_the_class(tmp_path):
 
 
 def test_training_reads_class_folders_as_eval_does(tmp_path):
-    """Any suffix and subfolder is read, and folders called by ImageNet ids get class names."""
+    """Any suffix and subfolder is read, and folders named by ImageNet ids get class names."""
     picture = bars("level", np.random.default_rng(0))
     for name in ("n01440764/deep/a.JPG", "n01440764/b.jpeg", "n01443537/c.PNG"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -405,7 +405,7 @@ def as_bytes(picture, kind="png", **options):
 def test_shards_are_turned_upright_and_their_damage_is_named_once(tmp_path):
     generator = np.random.default_rng(0)
     exif = Image.Exif()
-    exif[274] = 6  # the camera was turned: these level bars are upright once rotated
+    exif[274] = 6  # the camera was turned: level bars become upright
     members = {
         "a.JPG": as_bytes(bars("level", generator), "jpeg", exif=exif, quality=100),
         "a.txt": b"\xef\xbb\xbfupright",
@@ -664,7 +664,9 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkey
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(run_module.Run, "log_step", interrupt)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell may have disabled Ctrl-C
     try:
         with pytest.raises(KeyboardInterrupt):
             run(stripes, tmp_path)

@@ -471,7 +471,7 @@ def test_a_file_without_pixels_is_an_image_error(header, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "webp", "bmp", "ppm", "jpeg2000"])
 def test_a_damaged_file_gives_an_image_or_an_image_error(suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # damage may state enormous sizes
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a damaged file may state a huge size
     rng = random.Random(suffix)
     exif = Image.Exif()
     exif[274] = 6

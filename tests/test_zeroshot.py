@@ -428,7 +428,7 @@ def test_calibration_compares_confidence_with_accuracy_in_fifteen_bins():
 def test_top5_counts_the_five_best(tmp_path):
     for true in range(7):
         (tmp_path / str(true)).mkdir()
-    for row in range(7):  # seven images of class 2, which is at place `row` in each answer
+    for row in range(7):  # seven images; the right class is at place `row` of the answer
         save_grey(tmp_path / "2" / f"{row}.png", row)
     order = [[c for c in range(7) if c != 2] for _ in range(7)]
     answers = torch.zeros(7, 7)
@@ -506,7 +506,7 @@ def test_reading_ahead_keeps_the_order_and_never_exceeds_its_distance():
             assert goes_on.wait(60)  # ends the test if the code is wrong
         if i == 6:
             seventh.set()
-        if i == 1:  # item 2 finishes before it
+        if i == 1:  # item 2 finishes before item 1
             assert overtaken.wait(60)
         elif i == 2:
             overtaken.set()

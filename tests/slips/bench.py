@@ -84,7 +84,7 @@ SLIPS = [
         f"{BENCH} -k distance",
     ),
     Slip(
-        "NaN in a peer's output counts as equal.",
+        "NaN in another library's output counts as equal.",
         "return math.inf if math.isnan(far) else far",
         "return 0.0 if math.isnan(far) else far",
         COSTS,
@@ -234,7 +234,7 @@ SLIPS = [
         f"{BENCH} -k separate_process",
     ),
     Slip(
-        "Memory includes the imports.",
+        "The measured memory includes the imports.",
         'before = kilobytes("VmRSS") if on_linux else 0',
         "before = -1000000",
         f"{BENCH} -k separate_process",
@@ -282,13 +282,13 @@ SLIPS = [
         ASKED,
     ),
     Slip(
-        "TF32 stays on in convolutions.",
+        "TF32 stays on for convolutions.",
         "(torch.backends.cuda.matmul, torch.backends.cudnn)",
         "(torch.backends.cuda.matmul,)",
         ASKED,
     ),
     Slip(
-        "TF32 stays off afterwards.",
+        "TF32 stays off after bench has ended.",
         "            backend.allow_tf32 = allowed\n",
         "            backend.allow_tf32 = False\n",
         ASKED,
@@ -398,7 +398,7 @@ SLIPS = [
         LIMITS,
     ),
     Slip(
-        "Sites are compared by absolute differences.",
+        "Sites are compared by absolute differences, not relative ones.",
         "return tolerance * max(1.0, truth.abs().max().item())",
         "return tolerance",
         LIMITS,

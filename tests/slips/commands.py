@@ -274,7 +274,7 @@ SLIPS = [
         f"{CLI} -k prints",
     ),
     Slip(
-        "top-5 is shown as top-1.",
+        "The line \"top-5\" shows the top-1 accuracy.",
         'f"top-5      {result.top5:.2%}"',
         'f"top-5      {result.top1:.2%}"',
         f"{CLI} -k prints",
@@ -613,7 +613,7 @@ SLIPS = [
         f"{ZEROSHOT} -k top5",
     ),
     Slip(
-        "True and predicted classes are exchanged.",
+        "True and predicted classes are exchanged in the confusion matrix.",
         "confusion.index_put_((true, best[:, 0]),",
         "confusion.index_put_((best[:, 0], true),",
         f"{ZEROSHOT} -k confusions",
@@ -776,7 +776,7 @@ SLIPS = [
         f"{RETRIEVAL} -k 'sum_and_the_difference'",
     ),
     Slip(
-        "Embeddings that are not finite are kept.",
+        "Embeddings with NaN or infinity are accepted.",
         "if not x.isfinite().all():",
         "if False:",
         f"{RETRIEVAL} -k nan_embedding",

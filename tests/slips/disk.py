@@ -118,16 +118,16 @@ SLIPS = [
         "tests/test_config.py -k limits",
     ),
     Slip(
-        "Equal numbers for each layer stay a list.",
+        "A config keeps a list even if its numbers are all equal.",
         "if len(set(value)) == 1 and value[0]:",
         "if False:",
-        "tests/test_config.py -k become_one_number",
+        "tests/test_config.py -k stored_once",
     ),
     Slip(
         "A head width that equals the default is stored all the same.",
         'object.__setattr__(config, "head_width", None)',
         "pass",
-        "tests/test_config.py -k become_one_number",
+        "tests/test_config.py -k stored_once",
     ),
     Slip(
         "Layers with different numbers of heads need no head width.",
@@ -244,13 +244,13 @@ SLIPS = [
         "tests/test_saving.py -k complete",
     ),
     Slip(
-        "A save over an unfinished one fails.",
+        "A save over an unfinished save fails.",
         "    while True:\n        finish_save(directory)\n",
         "    while True:\n",
         "tests/test_saving.py -k complete",
     ),
     Slip(
-        "Loading does not finish a save that was cut short.",
+        "Loading does not finish an interrupted save.",
         "            finish_save(directory)\n        except OSError as error:",
         "            pass\n        except OSError as error:",
         "tests/test_saving.py -k complete",
@@ -448,13 +448,13 @@ SLIPS = [
         "tests/test_brought.py -k disagree",
     ),
     Slip(
-        "MetaCLIP 2's end token is looked for at the largest id.",
+        "MetaCLIP 2's texts are read at their largest id.",
         'return {"literal_eos": True} if model_type.startswith(METACLIP_2) else {}',
         "return {}",
         "tests/test_brought.py -k metaclip_2",
     ),
     Slip(
-        "A literal end token is saved as OpenAI's.",
+        "A literal end token 2 is saved as OpenAI's end token 2.",
         'if fields["text"].get("literal_eos") and model_type == "clip":',
         "if False:",
         "tests/test_brought.py -k metaclip_2",
@@ -520,7 +520,7 @@ SLIPS = [
         "tests/test_layouts.py -k cannot_express",
     ),
     Slip(
-        "The largest id is refused as the end token.",
+        "The largest id as the end token raises an error.",
         'end not in (LEGACY_EOS, text["vocab_size"] - 1)',
         'end not in (LEGACY_EOS, text["vocab_size"])',
         "tests/test_layouts.py -k cannot_express",
@@ -712,7 +712,7 @@ SLIPS = [
         "tests/test_brought.py -k openai_clip_205",
     ),
     Slip(
-        "Tensors around a CLIP in a file are left out without a warning.",
+        "There is no warning of other tensors in a CLIP's file.",
         '        warn(f"{listed(others)} are left out:',
         '        (f"{listed(others)} are left out:',
         "tests/test_brought.py -k openai_clip_284",
@@ -844,7 +844,7 @@ SLIPS = [
         "tests/test_checkpoint.py -k does_not_describe",
     ),
     Slip(
-        "A model with attention written out cannot be saved.",
+        "A model with eager attention cannot be saved.",
         'OWN = {*vars(nn.Module()), "eager"}',
         "OWN = {*vars(nn.Module())}",
         "tests/test_checkpoint.py -k settings_of_a_run",

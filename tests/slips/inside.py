@@ -115,13 +115,13 @@ MODEL = [
         "Every MLP has OpenAI's activation.",
         "self.mlp = self.mlp_class(config.width, mlp_width, config.act)",
         'self.mlp = self.mlp_class(config.width, mlp_width, "quick_gelu")',
-        "tests/test_model.py -k no_preset",
+        "tests/test_model.py -k unusual_shapes",
     ),
     Slip(
-        "The tanh approximation of GELU is GELU.",
+        "The tanh approximation of GELU is computed as exact GELU.",
         'lambda: nn.GELU(approximate="tanh"),',
         "nn.GELU,",
-        "tests/test_model.py -k no_preset",
+        "tests/test_model.py -k unusual_shapes",
     ),
     Slip(
         "Every layer has as many heads as the first layer.",
@@ -139,7 +139,7 @@ MODEL = [
         "Images have three channels, whatever the config says.",
         "self.patch_embed = nn.Conv2d(config.channels, width",
         "self.patch_embed = nn.Conv2d(3, width",
-        "tests/test_model.py -k no_preset",
+        "tests/test_model.py -k unusual_shapes",
     ),
     Slip(
         "Height and width of the pixels are exchanged in the check.",
@@ -148,7 +148,7 @@ MODEL = [
         "tests/test_surgery_shapes.py -k resizing_equals_transformers",
     ),
     Slip(
-        "Pixels of another number of channels pass the check.",
+        "Pixels with a wrong number of channels pass the check.",
         "pixels.shape[1:] != size:",
         "pixels.shape[2:] != size[1:]:",
         "tests/test_model.py -k another_shape",
@@ -160,7 +160,7 @@ MODEL = [
         "tests/test_model.py -k 'logits or half'",
     ),
     Slip(
-        "Registers stand before the class token.",
+        "Registers come before the class token.",
         "x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)",
         "x = torch.cat([registers, x], dim=1)",
         "tests/test_surgery_shapes.py -k registers_stand",
@@ -251,13 +251,13 @@ MODEL = [
         "With OpenAI's end token 2, the text is searched for token 2.",
         "if self.config.ends_at_largest:\n            return ids.argmax(-1)",
         "if False:\n            return ids.argmax(-1)",
-        "tests/test_model.py -k no_preset",
+        "tests/test_model.py -k unusual_shapes",
     ),
     Slip(
         "Every text embedding is read at the largest token id.",
         "is_eos.int().argmax(-1), -1)",
         "ids.argmax(-1), -1)",
-        "tests/test_model.py -k 'no_preset or first_end'",
+        "tests/test_model.py -k 'unusual_shapes or first_end'",
     ),
     Slip(
         "A text without an end token raises no error.",
@@ -347,13 +347,13 @@ SITES = [
         "tests/test_sites.py -k overlap",
     ),
     Slip(
-        "Hooks outlive an error.",
+        "Hooks are not removed after an error.",
         "    finally:\n        for handle in handles:",
         "    except ZeroDivisionError:\n        raise\n    else:\n        for handle in handles:",
         "tests/test_sites.py -k own_hooks",
     ),
     Slip(
-        "The cache holds the model's own tensor.",
+        "The cache holds the model's own tensor, not a copy.",
         "acts[name] = tensor.detach().to(device, copy=True)",
         "acts[name] = tensor.detach().to(device)",
         "tests/test_sites.py -k copies",
@@ -425,7 +425,7 @@ SITES = [
         "tests/test_sites.py -k nan",
     ),
     Slip(
-        "With gradients an edit in place is not noticed.",
+        "While autograd records, an edit in place is not noticed.",
         "changed = tensor._version != before",
         "changed = False",
         "tests/test_sites.py -k in_place",
@@ -514,7 +514,7 @@ SITES = [
         "tests/test_sites.py -k transformer_lens",
     ),
     Slip(
-        "The name of the text tower's first residual stream means the vision tower's.",
+        "The text tower's first residual stream gets the name of the vision tower's.",
         '"vision.ln_pre" if tower == "vision" else "text.blocks.0.input"',
         '"vision.ln_pre"',
         "tests/test_sites.py -k transformer_lens",
@@ -556,7 +556,7 @@ SITES = [
         "tests/test_sites.py -k layer_norm_are_right",
     ),
     Slip(
-        "In half precision the square of a large number is infinite.",
+        "In half precision, the sites of a LayerNorm overflow for large numbers.",
         "x = x.to(torch.promote_types(x.dtype, torch.float32))  # as layer_norm itself does",
         "",
         "tests/test_sites.py -k half_precision",
@@ -673,7 +673,7 @@ LENS = [
         "tests/test_lens.py -k relevance",
     ),
     Slip(
-        "Images and texts need not be pairs.",
+        "Relevance accepts different numbers of images and texts.",
         "    if len(pixels) != len(ids):\n        raise ValueError(\n"
         '            f"{len(pixels)} images and',
         "    if len(pixels) < 0:\n        raise ValueError(\n"
@@ -837,13 +837,13 @@ LENS = [
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
-        "Relevance counts as blind to the text.",
+        "Relevance is listed as a method that ignores the text.",
         'BLIND = ("attention", "rollout")',
         'BLIND = ("attention", "rollout", "relevance")',
         "tests/test_lens.py -k method",
     ),
     Slip(
-        "Rollout does not count as blind to the text.",
+        "Rollout is not listed as a method that ignores the text.",
         'BLIND = ("attention", "rollout")',
         'BLIND = ("attention",)',
         "tests/test_lens.py -k method",
@@ -970,13 +970,13 @@ LENS = [
         "tests/test_lens.py -k 'draws'",
     ),
     Slip(
-        "Random weights are scored by their median.",
+        "The score of random weights is the median of the draws, not the mean.",
         "map(statistics.mean, shares)",
         "map(statistics.median, shares)",
         "tests/test_lens.py -k 'draws'",
     ),
     Slip(
-        "The region of the warmest pixels has one pixel more.",
+        "The region of the warmest pixels has one pixel too many.",
         "common = ((rank < area) & named).sum(1)",
         "common = ((rank <= area) & named).sum(1)",
         "tests/test_lens.py -k score",
@@ -1684,7 +1684,7 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k 'damaged'",
     ),
     Slip(
-        "A vocabulary with a gap is accepted.",
+        "A vocabulary with a gap in its ids is accepted.",
         "if missing := set(range(len(vocab))) - ids:",
         "if missing := set(range(len(ids))) - ids:",
         "tests/test_tokenizer.py -k 'damaged'",

@@ -193,7 +193,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "The schedule spans one epoch.",
+        "The learning rate's schedule spans one epoch, not the whole run.",
         "schedule(run.step, steps, recipe.warmup)",
         "schedule(run.step, steps_per_epoch, recipe.warmup)",
         RUNS,
