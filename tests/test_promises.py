@@ -125,8 +125,8 @@ from the hub raises an error, and is deleted
 changed later raises an error, and is kept
     hub: a_file_that_was_changed_after_the_check_is_checked_again
 come from one commit
-    hub: a_branch_may_move_during_a_load_or_a_conversion
-    hub: the_features_of_eval_are_kept_under_the_commit_of_their_model
+    hub: a_branch_may_get_a_new_commit_during_a_load_or_a_conversion
+    hub: cached_features_are_stored_with_the_commit_of_their_model
 or from one save
     saving: a_load_during_a_save_has_one_version
 The next save removes
