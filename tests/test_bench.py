@@ -690,7 +690,7 @@ def test_every_library_is_timed_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_run_on_a_gpu_is_rehearsed(tmp_path, monkeypatch, capsys):
+def test_the_script_for_a_gpu_also_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
     monkeypatch.setattr(suites, "measure", measure)
     monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # takes many processes

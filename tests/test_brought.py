@@ -59,7 +59,7 @@ def photograph():
     return Image.fromarray(noise)
 
 
-def test_squash_is_transformers_resize_to_a_height_and_a_width(tmp_path, photograph):
+def test_squash_equals_transformers_resize_to_a_height_and_a_width(tmp_path, photograph):
     """apple/DFN5B-CLIP-ViT-H-14-378's open_clip_config.json asks for this."""
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
     transform = ImageTransform.from_pretrained(tmp_path)
@@ -352,7 +352,7 @@ def test_all_that_a_training_loop_saves_beside_the_weights_is_ignored(tmp_path):
     assert CLIP.from_pretrained(tmp_path / "flat.pt").config == TINY
 
 
-def test_two_state_dicts_in_one_file_are_named(tmp_path):
+def test_two_state_dicts_in_one_file_are_an_error_that_names_them(tmp_path):
     tiny_clip().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     other = {name: tensor + 1 for name, tensor in tensors.items()}
@@ -398,7 +398,7 @@ def test_prefixes_that_wrappers_leave_are_removed(tmp_path, layout, prefix):
 @pytest.mark.parametrize("prefix", ["", "extractor.model."])
 @pytest.mark.parametrize("tower", ["vision", "text"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_half_a_clip_is_read_under_any_prefix(tmp_path, layout, tower, prefix):
+def test_one_tower_is_read_under_any_prefix(tmp_path, layout, tower, prefix):
     """Users save `model.visual.state_dict()`, or a module that contains the tower."""
     vision = replace(TINY.vision, act="quick_gelu", width=64, heads=1, ln_eps=1e-5)
     text = replace(TINY.text, width=64, heads=1, eos_token_id=2)

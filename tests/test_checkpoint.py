@@ -702,7 +702,7 @@ def test_pickled_code_is_an_error_and_does_not_run(saved, tmp_path):
         [torch.zeros(3)],
     ],
 )
-def test_a_pickle_of_something_else_is_an_error(saved, value):
+def test_a_pickle_of_other_objects_is_an_error(saved, value):
     (saved / "model.safetensors").unlink()
     torch.save(value, saved / "pytorch_model.bin")
     found = "expected a dictionary of tensors, as"

@@ -156,7 +156,7 @@ def test_demo_without_its_extra_describes_only_the_scene(run, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
+def test_explain_draws_a_heat_map_of_a_text(run, picture, tmp_path):
     command = ["explain", picture, "a red circle", "--model", "shapes"]
     status, out, err = run(*command, "-o", str(tmp_path / "where.png"))
     assert (status, err) == (0, f"picture: {tmp_path / 'where.png'}\n")
@@ -272,7 +272,7 @@ def test_explain_names_what_it_cannot_explain(run, picture, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file/where.png", "where", "where.txt", "folder.png"])
-def test_explain_says_at_once_where_it_cannot_write(run, tmp_path, name):
+def test_explain_reports_at_once_that_it_cannot_write(run, tmp_path, name):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     lost = str(tmp_path / name)

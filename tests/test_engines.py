@@ -102,7 +102,7 @@ def test_an_engine_with_wrong_numbers_is_an_error_at_its_first_batch(model):
         on_engine(model.vision, "wrong")(PIXELS)
 
 
-def test_inputs_are_checked_as_the_tower_checks_them(model):
+def test_an_engine_checks_its_inputs_as_the_tower_does(model):
     vision, text = on_engine(model.vision, "copy"), on_engine(model.text, "copy")
     with pytest.raises(ValueError, match="For one image, add the batch"):
         vision(PIXELS[0])

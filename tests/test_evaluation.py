@@ -147,14 +147,14 @@ def test_an_image_is_found_by_its_best_caption():
         retrieval_ranks(torch.eye(3)[:, :2], texts, image_of)
 
 
-def test_the_first_of_equal_scores_wins():
+def test_if_scores_are_equal_the_first_one_wins():
     same = torch.ones(4, 1)
     found = retrieval_ranks(same, same[[0, 0, 0, 0, 0]], torch.tensor([3, 1, 2, 0, 1]))
     assert found[0].tolist() == [4, 2, 3, 1]  # the places of their first captions
     assert found[1].tolist() == [4, 2, 3, 1, 2]
 
 
-def test_recall_equals_clip_benchmarks():
+def test_recall_equals_clip_benchmark():
     recorded = json.loads((Path(__file__).parent / "data" / "clip_benchmark.json").read_text())
     for size, theirs in zip(SIZES, recorded, strict=True):
         image_embeds, text_embeds, image_of = embeddings(*size)
@@ -318,7 +318,7 @@ def blobs():
     return [Examples(centres[classes] + torch.randn(120, 5), classes) for _ in range(2)]
 
 
-def test_the_probe_equals_scikit_learns(blobs):
+def test_the_probe_equals_that_of_scikit_learn(blobs):
     linear_model = pytest.importorskip("sklearn.linear_model")
     train, test = blobs
     assert linear.MOST_STEPS == 1000  # CLIP's paper, appendix A.3
@@ -434,6 +434,6 @@ def test_eval_learns_from_examples(task, tmp_path, capsys):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
-def test_a_probe_without_train_is_an_error(tmp_path, capsys):
+def test_a_probe_without_training_images_is_an_error(tmp_path, capsys):
     assert main(["eval", str(tmp_path), "--task", "probe", "--model", "everyday"]) == 2
     assert "--task probe needs --train" in capsys.readouterr().err

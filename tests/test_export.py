@@ -113,7 +113,7 @@ def test_a_graph_without_a_mask_is_noticed(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [SHALLOW, AS_OPENAI], ids=["shallow", "as openai"])
-def test_runs_in_onnxruntime(config, tmp_path):
+def test_the_model_runs_in_onnxruntime(config, tmp_path):
     model, _ = twins(config)
     path, names = tmp_path / "model.onnx", ["pixels", "ids"]
     torch.onnx.export(

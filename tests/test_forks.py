@@ -78,14 +78,14 @@ SAME = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
-def test_a_fork_that_computes_the_same_passes(name, pair):
+def test_a_fork_that_computes_the_same_numbers_passes(name, pair):
     same = fork_of(pair[0], *SAME[name])
     for report in (compare(same, pair[0]), compare(pair[1], same)):
         assert report.first is None, report
 
 
 @pytest.mark.slow
-def test_a_patched_forward_that_calls_the_original_passes(pair):
+def test_a_model_passes_if_its_patched_forward_calls_the_original(pair):
     for model, part in (
         (pair[0], lambda m: m), (pair[0], lambda m: m.vision.blocks[1].mlp),
         (pair[1], lambda m: m), (pair[1], lambda m: m.text_model.encoder.layers[0]),
@@ -159,7 +159,7 @@ def test_rows_that_are_swapped_are_named(pair):
     assert compare(fork_of(pair[0], *swapped), pair[0]).cause == cause
 
 
-def test_a_model_that_keeps_an_activation_passes(pair):
+def test_a_model_that_stores_an_activation_passes(pair):
     same = copy.deepcopy(pair[0])
     same.text.blocks[0].register_forward_hook(lambda m, args, out: setattr(m, "last", out))
     same.text(torch.tensor([[598, 5, 599]]))
@@ -211,7 +211,7 @@ def test_parts_of_transformers_model_may_be_replaced(pair):
     "name, table",
     [("text.token_embed.weight", "token_embed.weight"), ("text.pos_embed", "pos_embed")],
 )
-def test_each_row_of_a_table_counts(name, table, pair):
+def test_a_difference_in_one_row_of_a_table_is_noticed(name, table, pair):
     for row in (0, 1, len(pair[0].get_parameter(name)) // 2, -2, -1):
         faulty = copy.deepcopy(pair[0])
         faulty.get_parameter(name).data[row] += 0.5

@@ -481,7 +481,9 @@ def test_a_file_that_is_not_a_clip_in_openais_layout_is_an_error(packed, tmp_pat
         ("visual.trunk.cls_token", "vision_cfg", "timm_model_name", "vit_base_patch16_224"),
     ],
 )
-def test_another_model_of_open_clips_is_named_by_its_field(tmp_path, tensor, section, field, value):
+def test_the_error_for_another_model_of_open_clips_names_its_field(
+    tmp_path, tensor, section, field, value
+):
     CLIP(OPENAI).save_pretrained(tmp_path, layout="open_clip")
     path = tmp_path / "open_clip_model.safetensors"
     save_file(load_file(path) | {tensor: torch.zeros(1)}, path)
@@ -938,7 +940,7 @@ def test_openais_fused_tensors_share_no_memory_with_the_model():
     assert model.vision.blocks[0].attn.q_proj.weight.any()
 
 
-def test_the_report_of_convert_names_both_layouts_tensors(tmp_path):
+def test_the_report_of_convert_names_the_tensors_of_both_layouts(tmp_path):
     CLIP(OPENAI).save_pretrained(tmp_path / "a")
     done = convert(tmp_path / "a", tmp_path / "b", "openai")
     rows = {row.name: row for row in done.parameters}
@@ -1178,7 +1180,7 @@ def random_weights(model):
 
 
 @pytest.mark.filterwarnings(NO_NUMBERS)
-def test_openais_own_class_agrees(openai_model, tmp_path, inputs):
+def test_openais_own_class_gives_the_same_embeddings(openai_model, tmp_path, inputs):
     peer = random_weights(openai_model.CLIP(48, 64, 3, 128, 16, 20, 500, 64, 1, 2))
     torch.save(peer.state_dict(), tmp_path / "x.pt")
     pixels, ids = inputs
@@ -1192,7 +1194,9 @@ def test_openais_own_class_agrees(openai_model, tmp_path, inputs):
 
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_open_clips_own_classes_agree(open_clip, tmp_path, inputs, custom_text, quick_gelu):
+def test_open_clips_own_classes_give_the_same_embeddings(
+    open_clip, tmp_path, inputs, custom_text, quick_gelu
+):
     kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     peer = random_weights(kind(**OPEN_CLIP, quick_gelu=quick_gelu))
     settings = OPEN_CLIP | {"quick_gelu": quick_gelu, "custom_text": custom_text}

@@ -354,7 +354,7 @@ def test_an_edit_that_the_parts_leave_out_is_an_error(double):
         decompose(model, x, by="neuron")
 
 
-def test_the_sum_holds_with_an_adapter_in_a_linears_place(double):
+def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
     class Adapted(nn.Module):
         def __init__(self, linear):
             super().__init__()
@@ -684,7 +684,7 @@ def test_a_map_is_made_by_the_given_method(shapes, monkeypatch):
         text_maps(grey, ["a star", " "], shapes)
 
 
-def test_seen_is_the_image_in_its_own_colours(shapes):
+def test_the_drawn_input_has_the_colours_of_the_image(shapes):
     """Pixels that need no resize are those of the original, also with another mean and std."""
     generator = np.random.default_rng(0)
     other = replace(shapes.transform, image_mean=(0.1, 0.5, 0.9), image_std=(0.3, 0.2, 0.7))
@@ -710,7 +710,7 @@ def test_the_colours_of_heat_are_those_of_inferno():
         (-1.0, None, HEAT_COLOURS[0], 90),
     ],
 )
-def test_heat_lies_over_a_grey_image_and_warmer_heat_is_denser(heat, warmest, colour, density):
+def test_heat_covers_a_grey_image_and_warmer_heat_covers_it_more(heat, warmest, colour, density):
     picture = Image.new("RGB", (16, 16), (40, 90, 200))
     found = np.asarray(overlay(picture, torch.full((2, 2), heat), warmest), float)
     grey = 0.299 * 40 + 0.587 * 90 + 0.114 * 200

@@ -89,7 +89,7 @@ INSTRUMENTS = {
 
 
 @pytest.mark.parametrize("name", [*FORWARD, *INSTRUMENTS])
-def test_nothing_waits_for_the_host(name, inputs):
+def test_no_method_waits_for_the_device(name, inputs):
     with OnlyMeta():
         (FORWARD | INSTRUMENTS)[name](*inputs)
 

@@ -564,7 +564,7 @@ def test_the_command_compares_a_fork_with_the_original(capsys, folders, tmp_path
 
 
 @pytest.mark.slow
-def test_the_command_draws_weights(capsys, monkeypatch):
+def test_the_command_can_compare_random_models(capsys, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     assert main(["parity", "--random", "tiny", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
@@ -706,7 +706,7 @@ def test_parity_prints_the_difference_of_the_gradients(capsys):
 
 @pytest.fixture(scope="module")
 def as_openai():
-    """A model that OpenAI's code can express: heads of width 64, MLPs four times as wide."""
+    """A model that OpenAI's code can express: heads of width 64, MLPs of four times the width."""
     shape = {"width": 64, "heads": 1, "mlp_width": 256, "ln_eps": 1e-5, "act": "quick_gelu"}
     words = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
     text = replace(TINY.text, **shape, **words, context_length=77)
@@ -802,7 +802,7 @@ def test_a_model_with_other_names_needs_a_correct_table(as_openai):
         compare(fork, as_openai)
 
 
-def test_a_table_that_leaves_a_part_out_loosens_no_tolerance(as_openai):
+def test_an_incomplete_table_of_names_does_not_loosen_a_tolerance(as_openai):
     """Otherwise the model would count as merged, and could differ by a millionth."""
     fork = own_names.CLIP(as_openai)
     fork.tensor_names = {n: own for n, own in own_names.NAMES.items() if n != "vision.ln_post"}

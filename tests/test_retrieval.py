@@ -289,7 +289,7 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
         (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # also in the tar
     ],
 )
-def test_exclude_leaves_more_images_out(photographs, monkeypatch, exclude, left):
+def test_exclude_leaves_out_the_given_images(photographs, monkeypatch, exclude, left):
     assert names(find_pictures([photographs], exclude)[0], photographs) == left
     monkeypatch.chdir(photographs)
     assert list(map(str, find_pictures(["."], exclude)[0])) == left
@@ -358,7 +358,7 @@ def test_embeddings_equal_the_models(loaded, photographs):
     assert len({tuple(row) for row in expected.tolist()}) == 11
 
 
-def test_an_index_only_replaces_an_index(loaded, photographs, tmp_path):
+def test_a_file_that_is_not_an_index_is_not_overwritten(loaded, photographs, tmp_path):
     precious = tmp_path / "precious.jpg"
     precious.write_bytes(encoded(blots(0), "jpeg"))
     before = precious.read_bytes()
@@ -576,7 +576,7 @@ def test_equal_scores_keep_the_order_of_the_index(monkeypatch):
     assert len({hit.score for hit in hits[:200]}) == 1
 
 
-def test_a_query_of_any_length_finds_the_same(monkeypatch):
+def test_a_query_of_any_length_finds_the_same_rows(monkeypatch):
     monkeypatch.setattr(retrieval.index, "BLOCK", 128)
     rows, query = crowd()
     expected = [hit.row for hit in index_of(rows).search(query, 10)]
@@ -615,7 +615,7 @@ print(found[0].row, anonymous() - before)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # from faiss
-def test_faiss_reads_the_file_and_finds_the_same(tmp_path, monkeypatch, capsys):
+def test_faiss_reads_the_file_and_finds_the_same_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     index_of(unit_rows(3000, 64)).save("index.safetensors")
     index, query = Index.load("index.safetensors"), unit_rows(1, 64, seed=1)[0]
@@ -947,7 +947,7 @@ def test_an_update_embeds_what_is_new_or_changed_and_keeps_the_rest_bit_for_bit(
     assert (tmp_path / "i").read_bytes() == bits and len(again) == len(after)
 
 
-def test_an_update_sees_a_change_of_the_same_size(build, photographs, tmp_path, embedded):
+def test_an_update_notices_a_changed_file_of_the_same_size(build, photographs, tmp_path, embedded):
     build(tmp_path / "i")
     z = photographs / "z.png"
     size, then = z.stat().st_size, z.stat().st_mtime_ns

@@ -179,7 +179,7 @@ def test_a_full_disk_during_the_save_of_one_part_leaves_the_old_checkpoint(saved
 # --------------------------------------------------------------------------------- the other files
 
 
-def test_other_files_and_permissions_are_respected(saved):
+def test_other_files_and_permissions_are_kept(saved):
     (saved / "README.md").write_text("mine")
     (saved / "empty").touch()
     (saved / "runs" / "1").mkdir(parents=True)
@@ -203,7 +203,7 @@ def test_the_files_of_a_tokenizer_in_another_form_are_removed(saved):
     assert contents(miniclip.load(saved)) == contents(new())
 
 
-def test_the_weights_file_says_that_it_is_pytorchs(saved):
+def test_the_weights_file_states_the_format_pt(saved):
     with safe_open(saved / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -449,7 +449,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
     assert not list(saved.glob(".*"))
 
 
-def test_two_savers_and_a_finisher_at_once_leave_one_of_the_two(tmp_path):
+def test_two_saves_and_a_finish_at_once_leave_one_of_the_two_saves(tmp_path):
     """Two threads act like two processes. One may get an OSError: the folder is not empty."""
     from concurrent.futures import ThreadPoolExecutor
 

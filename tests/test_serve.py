@@ -839,7 +839,7 @@ def test_another_host_name_is_refused(server):
         assert server.post("about", {}, Host=host)[0] == 200
 
 
-def test_an_image_is_the_same_after_its_data_url(coffee):
+def test_a_data_url_does_not_change_an_image(coffee):
     upright = read_picture("data:;base64," + base64.b64encode(coffee.read_bytes()).decode())
     assert upright.size == (400, 600)
     assert np.array_equal(np.asarray(read_picture(write_picture(upright))), np.asarray(upright))

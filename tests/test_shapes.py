@@ -181,7 +181,7 @@ def captions(s):
 
 
 @pytest.mark.slow
-def test_captions_are_true_and_their_negatives_false(scenes):
+def test_captions_are_true_and_false_captions_are_false(scenes):
     checked = Counter()
     for s in scenes:
         random = Random(str(s.objects))

@@ -57,7 +57,7 @@ def test_no_module_imports_itself_indirectly(name):
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(GRAPH) if name.startswith("files")])
-def test_files_imports_none_of_the_classes(name):
+def test_miniclip_files_does_not_import_the_classes(name):
     assert not reached(name) & {"model", "tokenizer", "transform", "checkpoint", "config"}
 
 

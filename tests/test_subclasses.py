@@ -662,7 +662,7 @@ def test_models_of_different_classes_are_not_averaged():
 
 
 @torch.no_grad()
-def test_heads_are_silenced_or_the_attention_is_named(model):
+def test_heads_of_a_fork_are_ablated_or_the_error_names_the_attention(model):
     pixels, _ = some(model.config)
     with surgery.ablate_heads(model, "vision", {0: [0]}):
         silent = or_refuses(model.encode_image, pixels)
@@ -753,7 +753,7 @@ def fork_for(kind, tokenizer):
 
 @pytest.mark.parametrize("kind", [EACH["no causal mask"], Siglip, CLIP, GatedCLIP])
 @torch.no_grad()
-def test_a_texts_embedding_does_not_depend_on_the_others(kind, tokenizer):
+def test_a_texts_embedding_does_not_depend_on_other_texts(kind, tokenizer):
     model = fork_for(kind, tokenizer)
     together = embed_texts(model, tokenizer, WORDS)
     alone = torch.cat([embed_texts(model, tokenizer, [word]) for word in WORDS])
@@ -837,7 +837,7 @@ def model_bias(tokenizer):
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [MeanCLIP, GatedCLIP, CLIP])
-def test_the_default_loss_of_train_is_the_papers(kind, tokenizer, tmp_path):
+def test_the_default_loss_of_train_follows_the_paper(kind, tokenizer, tmp_path):
     """The same loss, given as a function, gives the same weights."""
 
     def same(model, image_embeds, text_embeds, is_true):

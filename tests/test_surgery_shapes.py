@@ -295,7 +295,7 @@ def test_the_same_number_of_patches_in_another_grid_has_other_positions():
     assert (resize_image(constant, (16, 64)).vision.pos_embed[1:] - 0.7).abs().max() < 1e-6
 
 
-def test_half_precision_is_resampled_in_float32():
+def test_half_precision_weights_are_resampled_in_float32():
     model = tiny_clip()
     model = model.bfloat16()
     found = resize_image(model, 72).vision.pos_embed
@@ -607,7 +607,7 @@ def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 @torch.no_grad()
-def test_transformers_loads_what_it_can_express_with_equal_logits(name, tmp_path):
+def test_models_that_transformers_can_express_have_equal_logits_there(name, tmp_path):
     model = EXPRESSIBLE[name](tiny_clip(torch.float64))
     model.save_pretrained(tmp_path)
     theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()

@@ -262,7 +262,7 @@ def low_rank(model, name):
     return model.get_submodule(name).parametrizations.weight[0]
 
 
-def test_lora_begins_as_the_base_bit_for_bit():
+def test_lora_begins_equal_to_the_base_bit_for_bit():
     base = tiny_clip()
     model = add_lora(base)
     assert torch.equal(logits(model), logits(base))
@@ -435,7 +435,7 @@ def test_peft_trains_merges_and_unloads_a_miniclip(peft, tmp_path):
     assert_same_weights(CLIP.from_pretrained(tmp_path, dtype=torch.float64), merged)
 
 
-def test_a_model_of_the_same_seed_is_the_same():
+def test_models_of_the_same_seed_are_equal():
     """Other tests compare with a fresh model to see whether an argument was changed."""
     one, other = three()[0], three()[0]
     assert_same_weights(one, other)

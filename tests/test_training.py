@@ -402,7 +402,7 @@ def as_bytes(picture, kind="png", **options):
     return data.getvalue()
 
 
-def test_shards_are_turned_upright_and_their_damage_is_named_once(tmp_path):
+def test_images_in_shards_are_turned_upright_and_damage_is_named_once(tmp_path):
     generator = np.random.default_rng(0)
     exif = Image.Exif()
     exif[274] = 6  # the camera was turned: level bars become upright
@@ -834,7 +834,7 @@ def test_compiling_changes_the_loss_by_less_than_1e_4(stripes, tmp_path, monkeyp
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_batch_larger_than_the_data_is_all_of_it(stripes, tmp_path):
+def test_a_batch_larger_than_the_data_becomes_all_of_the_data(stripes, tmp_path):
     run(stripes, tmp_path, replace(QUICK, epochs=1, batch=10_000))
     assert read_recipe(tmp_path / "recipe.json").batch == 161
 

@@ -730,7 +730,7 @@ def test_an_error_in_a_list_names_the_first_that_failed(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_ends_the_work_on_a_list(tmp_path, monkeypatch, two_threads):
+def test_an_error_ends_the_reading_of_a_list(tmp_path, monkeypatch, two_threads):
     started, failed = [], threading.Event()
 
     def open_absent(path):
@@ -1086,7 +1086,7 @@ SIZES = [(64, 64), (51, 300), (301, 225), (20, 31), (66, 67)]
 
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("kind", ["noise", "black and white", "photograph"])
-def test_the_twin_is_as_near_as_documented(kind, reference):
+def test_the_twin_is_as_exact_as_documented(kind, reference):
     pattern = r"at most ([\d.]+)/255, and by\s+([\d.]+)/255 on average"
     said = re.search(pattern, transform_tensor.__doc__, re.S)
     largest, mean = map(float, said.groups())

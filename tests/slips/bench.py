@@ -479,7 +479,7 @@ SLIPS = [
         "Embeddings of tokens that are in no text may differ.",
         "if difference.absolute > exact:",
         "if difference.absolute > 1:",
-        f"{FORKS} -k each_row",
+        f"{FORKS} -k one_row",
     ),
     Slip(
         "The weights are loaded without the revision.",

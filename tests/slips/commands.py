@@ -388,7 +388,7 @@ SLIPS = [
         f"{CLI} -k demo_draws",
     ),
     Slip(
-        "No false caption of the demo's scene has another colour.",
+        "No false caption of the demo's scene has a wrong colour.",
         'for word in ("colour", "shape")]',
         'for word in ("shape", "shape")]',
         f"{CLI} -k demo_draws",
@@ -725,7 +725,7 @@ SLIPS = [
         "The differentiable resize clamps once after both passes, not after each pass.",
         "for sides in ((self.height, size[0]), (size[1], size[0])):",
         "for sides in ((size[1], size[0]),):",
-        f"{TRANSFORM} -k as_near",
+        f"{TRANSFORM} -k as_exact",
     ),
     Slip(
         "The classifier's weights cannot be used in autograd.",
@@ -767,7 +767,7 @@ SLIPS = [
         "An index overwrites any file.",
         "old = Index.load(out) if out.exists() else None",
         "old = None",
-        f"{RETRIEVAL} -k only_replaces",
+        f"{RETRIEVAL} -k not_overwritten",
     ),
     Slip(
         "A query is not normalised.",
@@ -955,7 +955,7 @@ SLIPS = [
         "A probe stops after 100 steps.",
         "MOST_STEPS = 1000",
         "MOST_STEPS = 100",
-        f"{EVALUATION} -k probe_equals_scikit",
+        f"{EVALUATION} -k probe_equals",
     ),
     Slip(
         "--force keeps the parts of an interrupted build.",

@@ -190,7 +190,7 @@ SLIPS = [
         "tests/test_config.py -k published_ones",
     ),
     Slip(
-        "A config for one tower ignores the width of its embeddings.",
+        "The config of a single tower ignores projection_dim.",
         'embed_dim: Any = config.get("projection_dim", 512)',
         "embed_dim: Any = 512",
         "tests/test_layouts.py -k one_tower",
@@ -805,7 +805,7 @@ SLIPS = [
         "Saved weights lack the format in their metadata.",
         'metadata={"format": "pt"}',
         "metadata=None",
-        "tests/test_saving.py -k pytorch",
+        "tests/test_saving.py -k format_pt",
     ),
     Slip(
         "An old tokenizer.json stays beside a new tokenizer in another format.",

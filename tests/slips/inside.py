@@ -705,13 +705,13 @@ LENS = [
         "tests/test_lens.py -k parts",
     ),
     Slip(
-        "The clip_prs way leaves out the LayerNorm's mean.",
+        "The convention clip_prs leaves out the LayerNorm's mean.",
         "rest - read(last.mean(-1, keepdim=True).expand_as(last))",
         "rest - 0",
         "tests/test_originals.py -k clip_prs",
     ),
     Slip(
-        "The clip_prs way divides the rest among parts, not among vectors.",
+        "The convention clip_prs divides the rest among parts, not among vectors.",
         "count = part.shape[1:-1].numel()",
         "count = 1",
         "tests/test_originals.py -k clip_prs",
@@ -871,19 +871,19 @@ LENS = [
         "mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)",
         "mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])\n"
         "    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])",
-        "tests/test_lens.py -k seen_is",
+        "tests/test_lens.py -k colours_of_the_image",
     ),
     Slip(
         "The colours of the drawn input image are rounded down.",
         "return Image.fromarray(pixels.round().to(torch.uint8).numpy())",
         "return Image.fromarray(pixels.to(torch.uint8).numpy())",
-        "tests/test_lens.py -k seen_is",
+        "tests/test_lens.py -k colours_of_the_image",
     ),
     Slip(
         "The enlarged input image shows another part of the original.",
         "larger = replace(transform, size=transform.size * scale, crop_size",
         "larger = replace(transform, crop_size",
-        "tests/test_lens.py -k seen_is",
+        "tests/test_lens.py -k colours_of_the_image",
     ),
     Slip(
         "Negative heat is as warm as positive heat.",

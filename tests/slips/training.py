@@ -379,7 +379,10 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "Muon takes the embeddings too.", 'p.ndim == 2 and ".blocks." in name', "p.ndim == 2", RUNS
+        "Muon optimises the embeddings too.",
+        'p.ndim == 2 and ".blocks." in name',
+        "p.ndim == 2",
+        RUNS,
     ),
     Slip(
         "Muon optimises only the vision tower.",
@@ -765,7 +768,7 @@ SLIPS = [
     ),
     Slip("Augmentation shifts images twice as far.", "x, y = 0.3 * (", "x, y = 0.6 * (", DATA),
     Slip(
-        "Images are also turned upside down.",
+        "Augmentation also turns images upside down.",
         "torch.stack([side * mirror, none, x, none, side, y]",
         "torch.stack([side, none, x, none, side * mirror, y]",
         DATA,
