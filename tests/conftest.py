@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 collect_ignore = ["plant_slips.py", "slips"]  # run by hand
 
 
-# Variables that change what a command prints, where a download goes, or how training starts.
+# Environment variables that change a command's output, the folder of downloads, or a training.
 DROPPED_PREFIXES = ("hf_", "huggingface_", "transformers_", "tqdm_")
 DROPPED = {
     *("columns", "force_color", "python_colors", "pythonwarnings", "rank"),
@@ -37,15 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setenv("HF_HOME", home.name)  # empty: no test may depend on what a user has downloaded
     # A killed run leaves broken files in the cache of torch's compiler.
     patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{home.name}/torchinductor_")
-    # The shapes are tiny: torch's other threads only wait for each other, on a busy machine long.
+    # The shapes are tiny, so more threads of torch would only wait for each other.
     patch.setenv("OMP_NUM_THREADS", "1")
     config.add_cleanup(home.cleanup)
     config.add_cleanup(patch.undo)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest looks who is slow
+@pytest.hookimpl(tryfirst=True)  # before pytest selects tests by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `sweep(n)`, make every case slow except for one in n."""
+    """Mark the cases of a test with `sweep(n)` as slow, except for one case in n."""
     cases: Counter[str] = Counter()
     for item in items:
         sweep = item.get_closest_marker("sweep")
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Two threads of torch, for what must not depend on their number."""
+    """Let torch use two threads, for results that must not depend on the number of threads."""
     import torch
 
     torch.set_num_threads(2)
@@ -68,7 +68,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The folder of real vocabularies, golden values and hard images, which is not in the repo."""
+    """The folder of vocabularies, recorded values and difficult images. It is not in the repo."""
     if not DATA.is_dir():
         pytest.skip(f"no test data at {DATA}; set MINICLIP_TEST_DATA to its folder")
     return DATA

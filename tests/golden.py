@@ -35,7 +35,7 @@ B32, B16, L14 = (
 )
 
 # ------------------------------------------------------------------------------------------------
-# The two sides
+# miniclip and transformers
 
 
 class Ours:
@@ -76,7 +76,7 @@ class Ours:
         return self.model.vision.ln_post(self.image_states(pixels)[:, 0])
 
     def text_states(self, ids, mask=None):
-        """Every token after the last LayerNorm; no token attends to those with `mask` 0."""
+        """All tokens after the last LayerNorm. No token attends to a token whose `mask` is 0."""
         tower = self.model.text
         hidden = torch.zeros(1, 1, 1, 1) if mask is None else 1 - mask[:, None, None]
 
@@ -168,7 +168,7 @@ def find_or_draw_picture(text: str) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------
-# Measures: (sides, entry, picture) -> numbers. `sides` loads the checkpoint of a name.
+# Measures: (sides, entry, picture) -> numbers. `sides(name)` loads a checkpoint.
 
 
 def probabilities(logits):
@@ -326,7 +326,7 @@ def sd14_L14_pooler(sides, entry, picture):
 
 
 def param_counts(sides, entry, picture):
-    """Count without weights, from the shapes alone."""
+    """Count the parameters from the shapes alone, without weights."""
     counts = {}
     for key in entry["expected"]:
         with meta_device():
@@ -361,7 +361,7 @@ def measure(
     sides: Callable[[str], Side],
     picture: Callable[[str], Image.Image] = find_picture,
 ) -> Any:
-    """Run an entry's measure. The numbers have the form of its `expected`, as JSON has them."""
+    """Run an entry's measure. The numbers have the form of its `expected`, as JSON stores them."""
     value = MEASURES[entry["id"]](sides, entry, picture)
     return json.loads(json.dumps(value, default=torch.Tensor.tolist))
 
@@ -393,7 +393,7 @@ def published(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Each number in nested dictionaries and lists, under its path."""
+    """Each number in nested dictionaries and lists, with its path."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from numbers(inner, f"{path}/{key}")

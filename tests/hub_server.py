@@ -65,7 +65,7 @@ def commit(files: dict[str, bytes]) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-@lru_cache(maxsize=1000)  # quick: a bytes object keeps its hash
+@lru_cache(maxsize=1000)  # quick, because Python stores the hash of a bytes object
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ---------------------------------------------------------------------------------- downloads
 
     def files(self, repository: str, revision: str) -> dict[str, bytes] | None:
-        """The files of a revision. Without any, answer which part is not found, and return None."""
+        """The files of a revision. If there are none, answer what is missing, and return None."""
         if repository not in self.hub.repositories:
             self.answer(404, {"X-Error-Code": "RepoNotFound"})
         elif (files := self.hub.files(repository, revision)) is not None:

@@ -35,9 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--area", nargs="+", choices=AREAS, default=AREAS, help="only these lists")
     parser.add_argument("--only", metavar="TEXT", default="", help="only sentences that have TEXT")
-    parser.add_argument("--sample", type=int, metavar="N", help="only N of them, drawn by chance")
-    parser.add_argument("--seed", type=int, default=0, help="of that draw")
-    parser.add_argument("-n", type=int, default=1, metavar="JOBS", help="how many at a time")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N of them, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    parser.add_argument("-n", type=int, default=1, metavar="JOBS", help="how many run at a time")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     slips = [(area, s) for area in args.area for s in slips_of(area) if args.only in s.what]
@@ -46,7 +46,7 @@ def main() -> int:
     sources = read_sources(ROOT)
     errors = [slip.what for _, slip in slips if len(places(sources, slip)) != 1]
     if errors or not slips:
-        parser.error("\n".join(["no slip, or not in exactly one place:", *errors]))
+        parser.error("\n".join(["no fault, or its text is not in exactly one place:", *errors]))
     unharmed = [*dict.fromkeys((slip.tests, None) for _, slip in slips)]
     outcomes = run_all(unharmed + [(slip.tests, slip) for _, slip in slips], args.n)
     failing = {tests for (tests, _), outcome in zip(unharmed, outcomes) if outcome != "unnoticed"}
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share that was seen in a sample (Wilson 1927).
+    """The 95 % interval of a share that was measured in a sample (Wilson 1927).
 
     >>> [round(end, 4) for end in wilson_interval(0.95, 120)]
     [0.8952, 0.9769]
@@ -76,24 +76,24 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def slips_of(area: str) -> list[Slip]:
-    """The slips of one list."""
+    """The faults in one list."""
     return runpy.run_path(f"{LISTS / area}.py")["SLIPS"]
 
 
 def read_sources(folder: Path) -> dict[Path, str]:
-    """The text of each file of the package in which a slip may be planted."""
+    """The text of each file of the package that may get a planted fault."""
     kinds = {".py", ".html", ".txt", ".json"}
     files = [p for p in (folder / "miniclip").rglob("*") if p.suffix in kinds]
     return {file: file.read_text(encoding="utf-8") for file in files}
 
 
 def places(sources: dict[Path, str], slip: Slip) -> list[Path]:
-    """The files that have the snippet, each as often as it occurs there."""
+    """The files that have the snippet. A file is repeated if the snippet occurs more than once."""
     return [file for file, text in sources.items() for _ in range(text.count(slip.old))]
 
 
 def run_all(plan: list[tuple[str, Slip | None]], jobs: int) -> list[str]:
-    """The outcome of each run. Each job has a copy of the repository for itself."""
+    """The outcome of each run. Each job has its own copy of the repository."""
     git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout
     with TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
@@ -108,7 +108,7 @@ def run_all(plan: list[tuple[str, Slip | None]], jobs: int) -> list[str]:
 
 
 def run_planted(copies: "SimpleQueue[Path]", tests: str, slip: Slip | None) -> str:
-    """The outcome of the tests in a free copy, with the slip or without one."""
+    """The outcome of the tests in a free copy, with the fault or without it."""
     copy = copies.get()
     sources = {file: file.read_bytes() for file in places(read_sources(copy), slip)} if slip else {}
     env = os.environ | {"PYTHONPATH": str(copy)}
@@ -129,13 +129,13 @@ def run_planted(copies: "SimpleQueue[Path]", tests: str, slip: Slip | None) -> s
 
 
 def write(file: Path, source: bytes) -> None:
-    """With a time that goes by the text: Python has compiled what has the same time and size."""
+    """Write a file. Its time depends on its text, or Python might reuse old compiled code."""
     file.write_bytes(source)
     os.utime(file, 2 * (zlib.crc32(source),))
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """What was not noticed, then the share noticed of each area, 80 columns wide."""
+    """A table of 80 columns: the faults that were not noticed, then the share noticed by area."""
     lines = []
     for row in rows:
         if row["outcome"] != "noticed":

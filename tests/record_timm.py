@@ -17,12 +17,12 @@ from miniclip import VisionConfig, VisionTower
 
 PATH = Path(__file__).parent / "data" / "timm.json"
 
-# (rows, columns) of the grid before and after. No grid has a single column: timm resamples with
+# (rows, columns) of a grid, then of the resized one. No grid has one column: timm resamples with
 # antialiasing, and for a single column torch 2.13 does this wrong on a CPU.
 GRIDS = [((5, 5), (7, 7)), ((5, 5), (3, 3)), ((4, 4), (2, 8)), ((3, 4), (6, 2))]
-PATCHES = [(4, 7), (4, 3), (6, 8)]  # a patch's side in pixels, before and after
+PATCHES = [(4, 7), (4, 3), (6, 8)]  # a patch's side in pixels, before and after the resize
 CHANNELS = [1, 2, 4, 6]  # instead of three
-CONTEXTS = [(20, 33), (16, 31)]  # tokens before and after
+CONTEXTS = [(20, 33), (16, 31)]  # tokens before and after the stretch
 
 VISION = VisionConfig(
     width=12, layers=3, heads=3, mlp_width=24, image_size=(12, 8), patch_size=4, act="quick_gelu"

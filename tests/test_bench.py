@@ -1,5 +1,5 @@
-"""The instrument: its arithmetic on costs that are known, what it refuses to time, and that what it
-compares is the same work."""
+"""`miniclip bench`: its arithmetic on known costs, the outputs that it refuses to time, and whether
+all libraries do the same work."""
 
 import itertools
 import json
@@ -45,13 +45,13 @@ CEILING = models.ceiling
 def tiny(monkeypatch):
     monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
     monkeypatch.setattr(pipeline, "SEARCHED", 20_000)
-    # The real one takes most of the time.
+    # The real `ceiling` would take most of the tests' time.
     alone = dict([contender("matrix products alone", [1.0], None)])
     monkeypatch.setattr(models, "ceiling", lambda setting, tower, x: alone)
 
 
 def contender(name, costs, output, log=None):
-    """One whose trials cost what is written, over and over."""
+    """A name and its trial, which returns the given costs one after another, over and over."""
     costs = itertools.cycle(costs)
 
     def trial():
@@ -70,23 +70,23 @@ def rows_of(*contenders, **fields):
     return {row.contender: row for row in measure(case(*contenders, **fields), seconds=0)}
 
 
-def test_medians_and_ratios_are_those_of_the_rounds():
-    # One trial is for its output and three warm up; the costs that follow are measured.
+def test_costs_are_medians_and_ratios_are_taken_within_rounds():
+    # The first trial gives the output, and three more are warm-up. Only later costs are measured.
     ours = [9.0] * 4 + [1.0, 2.0, 4.0]
-    theirs = [9.0] * 4 + [3.0, 4.0, 20.0]  # 3, 2 and 5 times as much
+    theirs = [9.0] * 4 + [3.0, 4.0, 20.0]  # 3, 2 and 5 times ours
     rows = rows_of(contender("ours", ours, 0), contender("theirs", theirs, 0))
     assert rows["ours"].cost == (1.5, 2, 3) and rows["ours"].ratio == (1, 1, 1)
     assert rows["theirs"].cost == (3.5, 4, 12)
     assert rows["theirs"].ratio == (2.5, 3, 4)  # the ratio of the medians would be 2
 
 
-def test_a_slow_spell_of_the_machine_changes_no_ratio():
+def test_a_slow_moment_of_the_machine_changes_no_ratio():
     spell = [1.0] * 5 + [50.0, 30.0]
     rows = rows_of(contender("ours", spell, 0), contender("theirs", [3 * c for c in spell], 0))
     assert rows["theirs"].ratio == (3, 3, 3)
 
 
-def test_rounds_alternate_and_end_with_the_time(monkeypatch):
+def test_rounds_alternate_until_the_time_is_over(monkeypatch):
     log = []
     pair = dict(contender(name, [1.0], 0, log) for name in "AB")
     assert alternate(pair, seconds=0) == [[1.0, 1.0]] * 3
@@ -102,13 +102,13 @@ def test_rounds_alternate_and_end_with_the_time(monkeypatch):
     assert alternate(pair, seconds=0) == [[1.0, 3.0], [2.0, 4.0], [1.0, 3.0]]
 
 
-def test_time_is_that_of_the_work(monkeypatch):
+def test_only_the_work_is_timed(monkeypatch):
     clock = iter([10.0, 10.25])
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
     assert timed(lambda: "output")() == (0.25, "output")
 
 
-def test_a_gpu_is_waited_for_before_and_after(monkeypatch):
+def test_the_clock_waits_for_the_gpu_before_and_after_the_work(monkeypatch):
     log = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: log.append("clock") or 0.0)
@@ -116,7 +116,7 @@ def test_a_gpu_is_waited_for_before_and_after(monkeypatch):
     assert log == ["wait", "clock", "work", "wait", "clock"]
 
 
-def test_another_output_is_refused_before_anything_is_timed():
+def test_a_library_with_a_wrong_output_is_not_timed():
     log = []
     outputs = {"ours": 1.0, "same": 1.0 + 1e-7, "wrong": 1.1, "shape": 1.0, "nan": math.nan}
     tensors = {name: torch.full((2, 3), value) for name, value in outputs.items()}
@@ -135,20 +135,20 @@ def test_another_output_is_refused_before_anything_is_timed():
     assert rows["for scale"].difference is None and rows["for scale"].ratio == (0.5, 0.5, 0.5)
 
 
-def test_numbers_of_our_own_that_are_not_finite():
+def test_a_nan_in_our_own_output_is_an_error():
     ours = contender("ours", [1.0], torch.full((2, 3), math.nan))
     with pytest.raises(RuntimeError, match="miniclip's own output has numbers that are not finite"):
         rows_of(ours, contender("theirs", [1.0], torch.ones(2, 3)))
 
 
-def test_distance_is_that_of_the_worst_row():
+def test_the_distance_of_two_outputs_is_that_of_the_worst_row():
     one = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
     other = one + torch.tensor([[0.0, 0.0], [0.0, 1.0]])
     assert distance(one, other) == pytest.approx(1 / math.hypot(6, 9))
     assert distance([[1, 2]], [[1, 2]]) == 0 and distance([[1, 2]], [[1, 3]]) == math.inf
 
 
-def test_tolerances_are_what_rounding_explains():
+def test_a_tolerance_allows_only_the_rounding_error_of_its_dtype():
     expected = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
     assert expected == material.MAX_DISTANCE
     for difference, is_timed in ((0.9e-5, True), (1.1e-5, False)):
@@ -157,7 +157,7 @@ def test_tolerances_are_what_rounding_explains():
         assert (rows["theirs"].cost is not None) == is_timed
 
 
-def test_without_a_tolerance_outputs_are_equal():
+def test_without_a_tolerance_outputs_must_be_equal():
     rows = rows_of(contender("ours", [1.0], [[1, 2]]), contender("theirs", [1.0], [[1, 3]]))
     assert rows["theirs"].cost is None
     assert case(contender("ours", [1.0], 0)).tolerance == 0
@@ -202,14 +202,14 @@ def setting(tmp_path_factory):
 
 
 def cases(suite, setting, monkeypatch):
-    """Those of a suite; the labels are each hundredth and the longest, here of fewer."""
+    """The cases of a suite. The suite zeroshot gets 100 of ImageNet's classes, to be quick."""
     if suite == "zeroshot":
         monkeypatch.setattr(models, "IMAGENET_CLASSES", models.IMAGENET_CLASSES[:100])
     return bench.SUITES[suite](setting)
 
 
 @pytest.mark.slow
-def test_the_checkpoint_is_one_that_all_can_read(setting):
+def test_every_library_can_read_the_checkpoint(setting):
     model, tokenizer, transform = load(setting.directory)
     end = tokenizer.eos_token_id
     assert model.config == setting.config and setting.config.vision == SHAPE.vision
@@ -217,12 +217,12 @@ def test_the_checkpoint_is_one_that_all_can_read(setting):
     assert (text.bos_token_id, text.eos_token_id) == (tokenizer.bos_token_id, end)
     assert text.vocab_size == 5000 and 3000 < tokenizer.vocab_size == end + 1
     assert transform.size == transform.crop_size == 40
-    assert model.logit_scale.item() == pytest.approx(math.log(100))  # every weight is drawn
+    assert model.logit_scale.item() == pytest.approx(math.log(100))  # as in trained models
     assert (model.text.blocks[0].ln_1.bias != 0).all()
 
 
 @pytest.mark.slow
-def test_photographs_are_as_large_as_photographs(setting):
+def test_the_drawn_photographs_have_the_file_size_of_real_ones(setting):
     assert len({path.read_bytes() for path in setting.photographs}) == 16
     for path in setting.photographs:
         with Image.open(path) as image:
@@ -244,7 +244,7 @@ def test_every_suite_does_the_same_work_with_each_library(suite, setting, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", ["vision", "text", "train"])
-def test_a_weight_of_the_peers_that_is_another_is_noticed(suite, setting, monkeypatch):
+def test_a_library_with_a_changed_weight_is_noticed(suite, setting, monkeypatch):
     mlp = "vision_model" if suite == "vision" else "text_model"
     bias = getattr(setting.libraries[1].model, mlp).encoder.layers[1].mlp.fc1.bias
     case = next(cases(suite, setting, monkeypatch))
@@ -271,9 +271,7 @@ def test_a_weight_of_the_peers_that_is_another_is_noticed(suite, setting, monkey
         ("transform", "transform", lambda pixels: pixels.nextafter(torch.tensor(9.0))),
     ],
 )
-def test_an_input_of_the_peers_that_is_another_is_noticed(
-    suite, field, change, setting, monkeypatch
-):
+def test_a_library_with_a_changed_input_is_noticed(suite, field, change, setting, monkeypatch):
     ours, theirs = setting.libraries[:2]
     right = getattr(theirs, field)
     faulty = theirs._replace(**{field: lambda given: change(right(given))})
@@ -284,8 +282,8 @@ def test_an_input_of_the_peers_that_is_another_is_noticed(
 
 
 @pytest.mark.slow
-def test_a_gradient_of_the_peers_that_is_another_is_noticed(setting, monkeypatch):
-    """One of the same length, of the same loss."""
+def test_a_library_with_a_changed_gradient_is_noticed(setting, monkeypatch):
+    """The gradient has the right length, and the loss is the same."""
     ours, theirs = setting.libraries[:2]
 
     def climb(pixels):
@@ -300,7 +298,7 @@ def test_a_gradient_of_the_peers_that_is_another_is_noticed(setting, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_row_that_only_the_peers_see_is_noticed(setting, monkeypatch):
+def test_a_search_that_finds_other_rows_is_noticed(setting, monkeypatch):
     case = next(bench.SUITES["search"](setting))
     monkeypatch.setattr(pipeline.Index, "search", lambda index, query, k: [])
     rows = {row.contender: row for row in measure(case, seconds=0)}
@@ -333,8 +331,8 @@ def test_words_are_invented_before_the_clock_starts(setting, monkeypatch):
     assert events == ["invented", "timed"]
 
 
-def test_the_ceiling_takes_the_fastest_way(setting, monkeypatch):
-    """One way, or three where this build of PyTorch has oneDNN and MKL."""
+def test_matrix_products_alone_take_the_fastest_implementation(setting, monkeypatch):
+    """There are three implementations if PyTorch was built with oneDNN and MKL, or else one."""
     costs = []
 
     def timed(way, device):
@@ -352,22 +350,22 @@ def test_the_ceiling_takes_the_fastest_way(setting, monkeypatch):
 def test_multiply_adds_of_a_text_grow_with_its_tokens():
     texts = [replace(SHAPE.text, context_length=tokens) for tokens in (5, 10)]
     short, long = (tower_multiply_adds(replace(SHAPE, text=text), "text") for text in texts)
-    assert 2 * short < long < 2.5 * short  # the projection once, attention squared
+    assert 2 * short < long < 2.5 * short  # attention grows with the square of the length
     assert long == 10 * 64 * (4 * 64 + 2 * 96) * 2 + 2 * (2 * 10 * 10 * 64) + 64 * 36
-    # One image of B/32: 4.4 billion, as counted by others for ViT-B/32.
+    # Others count 4.4 billion multiply-adds for an image in ViT-B/32.
     assert tower_multiply_adds(CLIPConfig(), "vision") == pytest.approx(4.41e9, rel=0.01)
 
 
 @pytest.mark.slow
 def test_padding_is_not_compared(setting):
-    """OpenAI pads with 0, to the whole context."""
+    """OpenAI's tokenizer pads with 0, up to the context length."""
     end = setting.config.text.eos_token_id
     ids = torch.tensor([[7, 8, end, 0, 0], [7, end, end, end, end]])
     assert next(pipeline.tokenizer_suite(setting)).form(ids) == [[7, 8], [7]]
 
 
-def test_the_ceiling_multiplies_what_the_tower_multiplies(setting, monkeypatch):
-    """All multiply-adds but attention's own two products, for the images and the tokens at work."""
+def test_matrix_products_alone_are_all_products_with_a_weight(setting, monkeypatch):
+    """They are the tower's multiply-adds without the two products inside attention."""
     counted = []
     monkeypatch.setattr(
         models, "ceiling", lambda setting, tower, x: counted.append((tower, x)) or {}
@@ -389,7 +387,7 @@ def test_the_ceiling_multiplies_what_the_tower_multiplies(setting, monkeypatch):
 
 
 def test_the_parts_of_a_model_are_counted():
-    """By hand: a matrix (N, M) multiplies and adds N * M times for each token."""
+    """A matrix (N, M) has N * M multiply-adds for each token."""
     vision, text = (
         VisionConfig(width=48, layers=3, heads=4, mlp_width=100, image_size=40, patch_size=8),
         TextConfig(
@@ -423,7 +421,7 @@ def test_the_parts_of_a_model_are_counted():
     assert found["text.blocks.0-1.ln_1"].parameters == 2 * 2 * 40
 
 
-def test_words_of_the_work():
+def test_counts_have_plurals_and_mixed_captions_have_eight_words():
     assert counted(1, "image") == "1 image" and counted(1000, "text") == "1,000 texts"
     assert {len(text.split()) for text in material.mixed_captions(50)} == {8}
     assert len(material.MIXED_SCRIPTS) == 12
@@ -462,7 +460,7 @@ def test_the_libraries_read_one_checkpoint_in_one_precision(monkeypatch, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_libraries_keep_the_precision(setting):
+def test_the_libraries_compute_in_the_given_precision(setting):
     for library in libraries.libraries(setting.directory, "cpu", torch.bfloat16):
         weights = list(library.model.parameters())
         assert {weight.dtype for weight in weights} == {torch.bfloat16}, library.name
@@ -472,7 +470,7 @@ def test_the_libraries_keep_the_precision(setting):
 
 
 class Peer(nn.Module):
-    """In the place of a model of open_clip or openai/CLIP."""
+    """A fake model in place of open_clip's or openai/CLIP's."""
 
     def __init__(self, *sizes, **config):
         super().__init__()
@@ -489,8 +487,8 @@ class Peer(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["open_clip", "openai/CLIP"])
-def test_a_peer_gets_our_weights_and_our_vocabulary(name, setting, monkeypatch):
-    """By modules that stand in for theirs: neither is in the test extra."""
+def test_open_clip_and_openai_get_our_weights_and_vocabulary(name, setting, monkeypatch):
+    """Fake modules replace both libraries, because the test extra installs neither."""
     tokenizer = types.SimpleNamespace(SimpleTokenizer=lambda path: lambda texts: (path, texts))
     clip = types.SimpleNamespace(
         tokenize=lambda texts: texts,
@@ -511,7 +509,9 @@ def test_a_peer_gets_our_weights_and_our_vocabulary(name, setting, monkeypatch):
     assert list(found) == ["miniclip", "transformers", "open_clip", "openai/CLIP"]
     peer = found[name]
     ours = load(setting.directory).model
-    assert peer.model.strict and len(peer.model.weights) < len(ours.state_dict())  # q, k, v in one
+    assert peer.model.strict and len(peer.model.weights) < len(
+        ours.state_dict()
+    )  # q, k, v are fused
     assert torch.equal(peer.model.weights["visual.proj"], ours.vision.proj.weight.T)
     assert peer.model.weight.dtype == torch.bfloat16 and not peer.model.training
     assert peer.encode_image(torch.ones(1, 2)).dtype == torch.bfloat16
@@ -528,7 +528,7 @@ def test_a_peer_gets_our_weights_and_our_vocabulary(name, setting, monkeypatch):
 
 
 @pytest.mark.slow
-def test_processes_of_their_own_are_weighed_and_timed(setting, monkeypatch):
+def test_memory_and_start_time_are_measured_in_new_processes(setting, monkeypatch):
     asked = []
     monkeypatch.setattr(
         pipeline, "in_process", lambda *given: asked.append(given) or (7e6, torch.ones(1, 2))
@@ -556,7 +556,7 @@ def test_four_batches_of_files_are_embedded(setting):
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """What `bench` is asked for, without any work."""
+    """Record what `bench` is asked for. Nothing is measured."""
     seen = []
     monkeypatch.setattr(suites, "prepare", lambda folder, shape: PUBLISHED[shape])
 
@@ -573,7 +573,7 @@ def prepared(monkeypatch):
     return seen
 
 
-def test_each_argument_reaches_the_work(prepared, capsys):
+def test_each_argument_reaches_the_suites(prepared, capsys):
     argv = ["--suite", "train", "text", "--shape", "tiny", "--dtype", "bfloat16", "--batch", "5"]
     assert main(["bench", *argv, "--compile"]) == 0
     assert [name for name, *_ in prepared] == ["train", "text"]
@@ -590,7 +590,7 @@ def test_without_arguments_every_suite_runs(prepared, capsys):
     assert not setting.compile and setting.batch == 16
 
 
-def test_tf32_is_off_while_it_runs_and_then_as_it_was(prepared, monkeypatch):
+def test_tf32_is_off_during_bench_and_then_restored(prepared, monkeypatch):
     monkeypatch.setattr(suites, "check_device", lambda device: None)
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
@@ -607,13 +607,13 @@ def test_tf32_is_off_while_it_runs_and_then_as_it_was(prepared, monkeypatch):
     assert during == [False, False] and after == [True, True]
 
 
-def test_a_dtype_without_a_tolerance():
+def test_a_dtype_without_a_tolerance_is_an_error():
     with pytest.raises(ValueError, match="float64; expected one of float32, bfloat16, float16"):
         bench.bench(["vision"], dtype=torch.float64)
 
 
 @pytest.mark.slow
-def test_the_command(capsys, tmp_path, monkeypatch, setting):
+def test_the_command_prints_json_and_draws(capsys, tmp_path, monkeypatch, setting):
     def copied(folder, shape):
         shutil.copytree(setting.directory, folder, dirs_exist_ok=True)
         return setting.config
@@ -659,7 +659,7 @@ def test_bad_input_is_an_error_of_one_line(argv, words, capsys):
 
 
 @pytest.mark.parametrize("stderr, reason", [("a\nb: c\n", "b: c"), ("", "it printed no error")])
-def test_a_process_that_fails_says_why(stderr, reason, monkeypatch, tmp_path):
+def test_the_error_of_a_failed_process_is_reported(stderr, reason, monkeypatch, tmp_path):
     setting = Setting(tmp_path, SHAPE, "tiny", "cpu", torch.float32, False, 3)
     done = types.SimpleNamespace(returncode=1, stderr=stderr)
     monkeypatch.setattr(pipeline.subprocess, "run", lambda *args, **named: done)
@@ -669,8 +669,8 @@ def test_a_process_that_fails_says_why(stderr, reason, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_of_its_own_gives_the_same_logits(setting):
-    """With the setting's dtype."""
+def test_a_separate_process_gives_the_same_logits(setting):
+    """The process uses the setting's dtype."""
     exact, half = setting, replace(setting, dtype=torch.bfloat16)
     here, rounded = (
         next(bench.SUITES["load"](one)).trials["miniclip"]()[1] for one in (exact, half)
@@ -683,19 +683,20 @@ def test_a_process_of_its_own_gives_the_same_logits(setting):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu(monkeypatch):
+def test_every_library_is_timed_on_a_gpu(monkeypatch):
     monkeypatch.setattr(suites, "measure", partial(measure, seconds=0))
     rows = bench.bench(["vision", "text"], shape="tiny", device="cuda", batch=2)
     assert all(row.cost is not None for row in rows)
 
 
 @pytest.mark.slow
-def test_the_run_on_a_gpu_is_rehearsed(tmp_path, monkeypatch, capsys):
+def test_the_script_for_a_gpu_also_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
     monkeypatch.setattr(suites, "measure", measure)
-    monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # many processes
+    monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # takes many processes
     monkeypatch.setattr(torch, "compile", lambda encoder, mode: encoder)
-    assert on_a_gpu.main(["--device", "cpu", "-o", str(tmp_path / "gpu.json")]) == 1  # no targets
+    # Tiny shapes reach no target, so the exit status is 1.
+    assert on_a_gpu.main(["--device", "cpu", "-o", str(tmp_path / "gpu.json")]) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert "'error'" not in capsys.readouterr().err
     kinds = [name.partition(" ")[0] for name in found]
@@ -714,7 +715,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
         row("vision", "1 image, B/32, float32", ours, 1.0),
         row("vision", "1 image, B/32, float32", peer, 5.0),
         row("vision", "1 image, L/14, float32", ours, 1.0),
-        row("vision", "1 image, L/14, float32", peer, 4.0),  # the worst counts
+        row("vision", "1 image, L/14, float32", peer, 4.0),  # the smaller ratio counts
         row("vision", large, ours, 2.0),
         row("vision", large, peer, 3.0),
         row("vision", large, "one matrix product", 1.5),
@@ -724,7 +725,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
-GROWN = {  # axis: two sizes of it, and how much more work the theory sees in the second
+GROWN = {  # axis: (two sizes, the factor by which the work grows, or None: not an integer)
     "images in a batch": ((1, 4), 4),
     "pixels along a side": ((40, 80), None),
     "tokens of a text": ((77, 256), None),
@@ -741,7 +742,7 @@ def grown():
         return bench.growth("tiny", sizes=2)
 
 
-def test_growth_has_every_axis_at_growing_sizes(grown):
+def test_growth_measures_every_axis_at_two_sizes(grown):
     for (axis, (sizes, factor)), (small, large) in zip(
         GROWN.items(), zip(grown[::2], grown[1::2], strict=True), strict=True
     ):
@@ -752,8 +753,8 @@ def test_growth_has_every_axis_at_growing_sizes(grown):
 
 
 @pytest.mark.parametrize("tower, tokens", [("vision", 26), ("vision", 101), ("text", 256)])
-def test_growths_theory_counts_attention(grown, tower, tokens):
-    """Twice the tokens are more than twice the work: 2 T^2 W in each block beside the weights."""
+def test_the_theory_of_growth_counts_attention(grown, tower, tokens):
+    """Attention adds 2 T^2 W multiply-adds to each block, which grow faster than T."""
     axis = "pixels along a side" if tower == "vision" else "tokens of a text"
     config = getattr(SHAPE, tower)
     width, blocks = config.width, config.layers
@@ -763,18 +764,18 @@ def test_growths_theory_counts_attention(grown, tower, tokens):
     assert work in [row.theory for row in grown if row.axis == axis]
 
 
-def test_growth_is_told_from_one_size_to_the_next():
+def test_growth_compares_each_size_with_the_one_before():
     rows = [bench.Growth("rows", 10**i, s, None, 10.0**i) for i, s in enumerate((1, 5, 100))]
     cells = [line.split()[-1] for line in bench.growth_table(rows).splitlines()[3:]]
     assert cells == ["ms", "0.50", "2.00"]
 
 
-def test_memory_of_growth_is_what_the_work_takes():
+def test_the_memory_of_growth_is_the_memory_of_the_work():
     took = memory_of(lambda: torch.ones(64, 2**20), "cpu")
     assert took is None or 0.9 < took / 2**28 < 1.2
 
 
-def test_growth_is_a_command_and_a_picture(grown, tmp_path, monkeypatch, capsys):
+def test_growth_is_printed_and_drawn(grown, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr("miniclip.commands.bench.keep_freed_memory", lambda: asked.append("memory"))
     monkeypatch.setattr(bench, "growth", lambda *args: asked.append(args) or grown)
@@ -798,8 +799,8 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_an_engine_is_timed_within_the_tolerance_of_its_name(setting, monkeypatch):
-    """A name with a precision may round more, and the table says by how much; no other may."""
+def test_only_an_engine_with_a_precision_in_its_name_has_a_larger_tolerance(setting, monkeypatch):
+    """If the outputs differ, the table says by how much."""
     off = engines.Engine(lambda tower: lambda x: 1.01 * tower(x) + 0.001, (), 5e-2)
     exact = engines.Engine(lambda tower: lambda x: tower(x).clone())
     monkeypatch.setitem(engines.ENGINES, "copy-bf16", off)

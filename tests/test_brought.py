@@ -1,6 +1,6 @@
 """Checkpoints that users bring: other programs' files, training files, one tower, no config.
 
-Each test stands for a public report about openai/CLIP, open_clip, transformers, diffusers or their
+Each test repeats a public report about openai/CLIP, open_clip, transformers, diffusers or their
 user interfaces. The expected values come from transformers, or are the weights that were saved.
 """
 
@@ -59,7 +59,7 @@ def photograph():
     return Image.fromarray(noise)
 
 
-def test_squash_is_transformers_resize_to_a_height_and_a_width(tmp_path, photograph):
+def test_squash_equals_transformers_resize_to_a_height_and_a_width(tmp_path, photograph):
     """apple/DFN5B-CLIP-ViT-H-14-378's open_clip_config.json asks for this."""
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
     transform = ImageTransform.from_pretrained(tmp_path)
@@ -84,7 +84,7 @@ def test_squash_is_transformers_resize_to_a_height_and_a_width(tmp_path, photogr
 
 
 @pytest.mark.parametrize("mode", ["longest", "crop"])
-def test_another_resize_mode_is_refused_and_named(tmp_path, mode):
+def test_another_resize_mode_is_an_error_that_names_it(tmp_path, mode):
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode=mode))
     with pytest.raises(CheckpointError, match=f"resize_mode is '{mode}'; expected 'shortest'"):
         ImageTransform.from_pretrained(tmp_path)
@@ -352,7 +352,7 @@ def test_all_that_a_training_loop_saves_beside_the_weights_is_ignored(tmp_path):
     assert CLIP.from_pretrained(tmp_path / "flat.pt").config == TINY
 
 
-def test_two_state_dicts_in_one_file_are_named(tmp_path):
+def test_two_state_dicts_in_one_file_are_an_error_that_names_them(tmp_path):
     tiny_clip().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     other = {name: tensor + 1 for name, tensor in tensors.items()}
@@ -398,7 +398,7 @@ def test_prefixes_that_wrappers_leave_are_removed(tmp_path, layout, prefix):
 @pytest.mark.parametrize("prefix", ["", "extractor.model."])
 @pytest.mark.parametrize("tower", ["vision", "text"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_half_a_clip_is_read_under_any_prefix(tmp_path, layout, tower, prefix):
+def test_one_tower_is_read_under_any_prefix(tmp_path, layout, tower, prefix):
     """Users save `model.visual.state_dict()`, or a module that contains the tower."""
     vision = replace(TINY.vision, act="quick_gelu", width=64, heads=1, ln_eps=1e-5)
     text = replace(TINY.text, width=64, heads=1, eos_token_id=2)
@@ -650,13 +650,13 @@ def test_openai_clip_284_a_lightning_module_with_a_head_is_read(tmp_path):
     said = r"ff_head.weight, ff_head.bias are left out: only clipmodel.\* belongs to the model"
     with pytest.warns(UserWarning, match=said):
         assert_same(CLIP.from_pretrained(tmp_path / "last.ckpt", config=OPENAI_LIKE), model)
-    saved["hyper_parameters"]["model"] = model  # save_hyperparameters()
+    saved["hyper_parameters"]["model"] = model  # as by save_hyperparameters()
     torch.save(saved, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match="'state_dict', 'hyper_parameters.model'. Read"):
         CLIP.from_pretrained(tmp_path / "last.ckpt")
 
 
-def test_openai_clip_478_the_weights_of_another_architecture_are_refused(tmp_path):
+def test_openai_clip_478_the_weights_of_another_architecture_are_an_error(tmp_path):
     torch.save({"encoder.blocks.0.norm1.weight": torch.ones(3)}, tmp_path / "parseq.pt")
     said = "not a CLIP's: encoder.blocks.0.norm1.weight. Expected names such as vision_mod"
     for config in (None, TINY):
@@ -697,7 +697,7 @@ def test_transformers_24650_a_token_added_after_the_end_token_gives_a_warning(tm
     assert torch.equal(ours.encode_text(ids), mended.encode_text(ids))
 
 
-def test_transformers_21638_images_one_or_three_pixels_wide_are_read_as_there():
+def test_transformers_21638_images_one_or_three_pixels_wide_have_the_right_axes():
     processor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
     transform = ImageTransform(32)
     rng = np.random.default_rng(0)
@@ -705,7 +705,7 @@ def test_transformers_21638_images_one_or_three_pixels_wide_are_read_as_there():
         pixels = rng.integers(0, 256, (rows, columns, 3), dtype=np.uint8)
         expected = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
         assert torch.equal(transform(Image.fromarray(pixels)), expected)
-        assert torch.equal(transform(pixels), expected)  # always rows, columns, channels
+        assert torch.equal(transform(pixels), expected)  # axes: rows, columns, channels
         assert torch.equal(transform(torch.from_numpy(pixels).permute(2, 0, 1)), expected)
 
 

@@ -146,7 +146,7 @@ def test_an_official_file_gives_the_logits_of_transformers(official):
     assert_same_logits(model, peer, pixels, ids)
 
 
-# Each load runs in its own process. Their parent process has imported torch, but has not used it.
+# Each load runs in its own process. The parent process has imported torch, but has not used it.
 PEAKS = """
 import os, sys, torch
 from miniclip import CLIP
@@ -170,7 +170,7 @@ for case in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
-    """One tensor is a third of the file, so it must be converted first, and alone."""
+    """One tensor is a third of the file. Unless it is converted first, the peak is too high."""
     vision = replace(TINY.vision, mlp_width=60_000)
     text = replace(TINY.text, mlp_width=60_000, vocab_size=400_000)
     with torch.device("meta"):
@@ -196,7 +196,7 @@ def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
     assert peaks.keys() == sizes.keys()
     largest = tensors["text_model.embeddings.token_embedding.weight"].nbytes
     for case, least in sizes.items():
-        most = least + 40e6 + largest * ("legacy" in case)  # a legacy file is not aligned
+        most = least + 40e6 + largest * ("legacy" in case)  # unaligned tensors are copied
         assert 0.9 * least < int(peaks[case]) < most, (case, least, peaks[case])
 
 
@@ -286,7 +286,7 @@ def test_pickled_tensors_are_what_torch_reads(tmp_path, zipped):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
-        assert tensor.data_ptr() % tensor.element_size() == 0, name  # torch relies on this
+        assert tensor.data_ptr() % tensor.element_size() == 0, name  # torch needs aligned memory
 
 
 def test_a_pickle_may_have_a_tensor_under_two_names_but_not_three(tmp_path):
@@ -679,7 +679,7 @@ def test_garbage_is_an_error(saved):
         CLIP.from_pretrained(saved)
 
 
-def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
+def test_pickled_code_is_an_error_and_does_not_run(saved, tmp_path):
     class Harmful:
         def __reduce__(self):
             return (open, (str(tmp_path / "proof"), "w"))
@@ -702,7 +702,7 @@ def test_pickled_code_is_refused_and_not_run(saved, tmp_path):
         [torch.zeros(3)],
     ],
 )
-def test_a_pickle_of_something_else_is_an_error(saved, value):
+def test_a_pickle_of_other_objects_is_an_error(saved, value):
     (saved / "model.safetensors").unlink()
     torch.save(value, saved / "pytorch_model.bin")
     found = "expected a dictionary of tensors, as"
@@ -838,7 +838,7 @@ def test_a_transform_of_another_size_than_the_model_is_an_error(
     assert main(["classify", "absent.jpg", "--labels", "a", "b", "--model", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if says in line] == lines and len(lines) == 1
-    CLIPModel.from_pretrained(tmp_path)  # transformers looks in the forward pass
+    CLIPModel.from_pretrained(tmp_path)  # transformers checks only in the forward pass
     assert CLIP.from_pretrained(tmp_path).config == TINY
     assert ImageTransform.from_pretrained(tmp_path) == wrong
 

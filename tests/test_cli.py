@@ -156,7 +156,7 @@ def test_demo_without_its_extra_describes_only_the_scene(run, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_explain_draws_where_a_text_is_seen(run, picture, tmp_path):
+def test_explain_draws_a_heat_map_of_a_text(run, picture, tmp_path):
     command = ["explain", picture, "a red circle", "--model", "shapes"]
     status, out, err = run(*command, "-o", str(tmp_path / "where.png"))
     assert (status, err) == (0, f"picture: {tmp_path / 'where.png'}\n")
@@ -191,7 +191,7 @@ def test_explain_writes_every_character_that_a_font_has_and_never_warns(
     assert (status, err) == (0, f"picture: {out}\n") and len(table.splitlines()) == 2
     for file in fonts_beside(text).values():
         assert font_manager.get_font(file).get_charmap().keys() & set(map(ord, text))
-    if "\U0001d49c" in text:  # in another font of matplotlib
+    if "\U0001d49c" in text:  # another font of matplotlib has it
         assert fonts_beside(text)
 
 
@@ -257,7 +257,7 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
         (["a.png", "a cat", "--all", "--method", "tokens"], ["--method"]),
     ],
 )
-def test_explain_refuses_options_that_make_no_sense(run, options, words):
+def test_explain_options_that_make_no_sense_are_an_error(run, options, words):
     assert_one_line_error(run("explain", *options, "--model", "shapes"), *words)
 
 
@@ -272,7 +272,7 @@ def test_explain_names_what_it_cannot_explain(run, picture, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file/where.png", "where", "where.txt", "folder.png"])
-def test_explain_says_at_once_where_it_cannot_write(run, tmp_path, name):
+def test_explain_reports_at_once_that_it_cannot_write(run, tmp_path, name):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     lost = str(tmp_path / name)
@@ -299,13 +299,13 @@ def test_eval_shows_the_scores_of_the_drawn_world(run, monkeypatch):
     shown = [line.split() for line in out.splitlines() if "(chance" in line]
     names = ("seen", "unseen", "relations", "left_right", "above_below", "binding")
     assert [line[-4] for line in shown] == [f"{scores[name]:.1%}" for name in names]
-    chance = [f"{1 / 64:.1%}"[:-1]] * 2 + ["50"] * 4  # one of 8 colours times 8 shapes
+    chance = [f"{1 / 64:.1%}"[:-1]] * 2 + ["50"] * 4  # 8 colours times 8 shapes
     assert [line[-2] for line in shown] == chance
     for option in (["--template", "{}"], ["--labels", "a"], ["--plot", "a.png"]):
         assert_one_line_error(run(*command, *option), "--template, --labels or --plot")
 
 
-def test_good_images_are_classified_in_spite_of_a_bad_one(run, picture, tmp_path):
+def test_good_images_are_classified_despite_a_bad_one(run, picture, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     status, out, err = run(
         "classify", str(tmp_path / "bad.png"), picture, "--model", "everyday", "--labels", "cat"
@@ -349,7 +349,7 @@ def test_images_that_cannot_be_read_are_named(run, tmp_path, kind):
         ([], ["--labels"]),
     ],
 )
-def test_classify_refuses_options_that_make_no_sense(run, picture, options, words):
+def test_classify_options_that_make_no_sense_are_an_error(run, picture, options, words):
     model = [] if "--model" in options else ["--model", "everyday"]
     assert_one_line_error(run("classify", picture, *model, *options), *words)
 
@@ -480,7 +480,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     def told(self, pixels, **options):
         red = pixels[:, 0].mean((1, 2)) * std + mean
         best = (red * 255 / 10).round().long().clamp(max=count - 1)
-        # the other labels follow in order
+        # the other labels have lower logits, in their order
         return 10 * torch.nn.functional.one_hot(best, 64).float() - torch.arange(64)
 
     def axes(model, tokenizer, labels, templates):
@@ -572,15 +572,15 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
     assert_one_line_error(run(*command, "cat", "-k", "0"), "--top-k is 0")
 
 
-def test_eval_refuses_what_gives_no_accuracy(run, picture, tmp_path):
-    """It refuses a folder one level too high, a single class, and classes without images."""
+def test_folders_that_give_no_accuracy_are_an_error(run, picture, tmp_path):
+    """Such are a folder one level too high, a single class, and classes without images."""
     for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
         (tmp_path / name).mkdir(parents=True)
         shutil.copy(picture, tmp_path / name)
     data = tmp_path / "data"
     command = ["eval", "--model", "everyday", "--json"]
     assert_one_line_error(run(*command, str(data)), "has images in", f"in {data / 'test'}. If not")
-    assert run(*command, str(data), "--labels", "new", "old")[0] == 0  # the classes
+    assert run(*command, str(data), "--labels", "new", "old")[0] == 0  # train and test are classes
     assert run(*command, str(data / "train"))[0] == 0
     (data / "train" / "frog").mkdir()
     result = run(*command, str(data / "train"))
@@ -636,7 +636,7 @@ def test_eval_reads_labels_from_a_file(run, photographs, tmp_path):
         ([], ["DATA"]),
     ],
 )
-def test_eval_refuses_wrong_options(run, photographs, options, words):
+def test_wrong_options_of_eval_are_an_error(run, photographs, options, words):
     options = [option.replace("DATA", str(photographs)) for option in options]
     assert_one_line_error(run("eval", *options, "--model", "everyday"), *words)
 
@@ -863,7 +863,7 @@ sys.argv = ["miniclip", "tokenize", "a cat", "--model", "everyday"]
 @pytest.mark.parametrize(
     "start",
     [
-        "from miniclip.commands.main import main; sys.exit(main())",  # what pip's script does
+        "from miniclip.commands.main import main; sys.exit(main())",  # the code of pip's script
         "import runpy; runpy.run_module('miniclip', run_name='__main__', alter_sys=True)",
     ],
 )
@@ -924,7 +924,7 @@ def test_a_warning_is_one_line(run, monkeypatch):
     assert line == "miniclip: warning: odd weights\n"
 
 
-def test_a_named_pipe_of_labels_is_refused(tmp_path, capsys):
+def test_a_named_pipe_of_labels_is_an_error(tmp_path, capsys):
     os.mkfifo(tmp_path / "labels.txt")
     assert main(["eval", str(tmp_path), "--labels", str(tmp_path / "labels.txt")]) == 2
     assert "not a regular file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Configs: which values are refused, and that transformers reads config.json in the same way."""
+"""Configs: which values are errors, and that transformers reads config.json in the same way."""
 
 import dataclasses
 import json
@@ -155,7 +155,7 @@ def test_the_published_safety_checker_is_a_clip_l14(data):
     "sd15_text_encoder_config.json",
     "sd21_text_encoder_config.json",
 ])  # fmt: skip
-def test_a_published_config_of_a_single_tower_is_refused(data, name):
+def test_a_published_config_of_a_single_tower_is_an_error(data, name):
     config = json.loads((data / "configs" / name).read_text())
     with pytest.raises(ValueError, match=f"model_type is '{config['model_type']}'"):
         CLIPConfig.from_dict(config)
@@ -232,8 +232,8 @@ def test_numbers_at_their_limits_are_accepted():
     assert (lost.heads, lost.mlp_width) == ((0, 3), (0, 5))
 
 
-def test_equal_numbers_of_all_layers_become_one_number():
-    """Otherwise transformers would refuse configs of models that it can run."""
+def test_a_number_that_all_layers_share_is_stored_once():
+    """transformers can run such a model, but cannot read a list of numbers."""
     each = VisionConfig(layers=2, heads=(12, 12), mlp_width=(9, 9), image_size=(64, 64))
     assert each == VisionConfig(layers=2, heads=12, mlp_width=9, image_size=64)
     assert TextConfig(head_width=64) == TextConfig() != TextConfig(head_width=32)
@@ -247,7 +247,7 @@ def test_equal_numbers_of_all_layers_become_one_number():
     {"text": TextConfig(layers=2, heads=(3, 5), head_width=64)},
     {"text": TextConfig(layers=2, mlp_width=(3, 5))},
 ], ids=["registers", "oblong", "vision heads", "text heads", "lost heads", "lost MLP"])  # fmt: skip
-def test_transformers_refuses_a_model_that_it_would_run_wrongly(change):
+def test_transformers_cannot_load_a_model_that_it_would_run_wrongly(change):
     config = CLIPConfig(**change)
     written = json.loads(json.dumps(config.to_dict()))
     assert CLIPConfig.from_dict(written) == config
@@ -295,7 +295,7 @@ def test_logit_scale_init_must_be_finite(value):
     ({"vision_config": {}, "text_config": {"eos_token_id": [2]}}, "in text_config: TextConfig: "),
     ({"vision_config": {}, "projection_dim": None}, "CLIPConfig: embed_dim is None"),
 ])  # fmt: skip
-def test_a_config_that_describes_no_clip_is_refused(config, message):
+def test_a_config_without_a_clip_is_an_error(config, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         CLIPConfig.from_dict(config)
 
@@ -353,8 +353,8 @@ def open_clips(embed_dim, vision, text, quick_gelu=True):
     }
 
 
-# The configs of github.com/mlfoundations/open_clip and of microsoft/Cream (TinyCLIP). A fifth and a
-# sixth number of a vision tower are its head_width and mlp_ratio.
+# The configs of github.com/mlfoundations/open_clip and of microsoft/Cream (TinyCLIP). If a vision
+# tower has more than four numbers, the others are its head_width and mlp_ratio.
 AS_PUBLISHED = {
     "B/32": open_clips(512, (224, 12, 768, 32), (512, 8, 12)),
     "B/16": open_clips(512, (224, 12, 768, 16), (512, 8, 12)),

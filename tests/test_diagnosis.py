@@ -1,4 +1,4 @@
-"""Plant faults in the weights, configs and code of both towers: parity names each at its site.
+"""Plant faults in weights, configs and code. Parity must name the site and the cause of each.
 
 The model is tiny and has random weights. A model with faulty weights is compared with
 transformers' model, and a model with faulty code is compared with miniclip's.
@@ -351,7 +351,7 @@ class QuickGELU"""
 
 BOTH_STEPS = """x = self.resid_mid(x + self.attn(self.ln_1(x)))
         return x + self.mlp(self.ln_2(x))"""
-# For each fork: old and new snippets, the first site that differs, and the start of its cause.
+# For each fork: old and new snippets, the first site that differs, and how the cause begins.
 CODE = {
     "no_mask_in_the_fused_kernel": (
         "is_causal=self.causal", "is_causal=False",

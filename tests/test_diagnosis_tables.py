@@ -84,7 +84,7 @@ TABLES = {
     "softmax": ((X[None], HIDDEN), {
         "a softmax over queries, not keys": (M / M.sum(1, True))[None],
         "a softmax over heads, not keys":
-            torch.where(HIDDEN, 1 / 3, E / E.sum(0, True))[None],  # uniform if all is hidden
+            torch.where(HIDDEN, 1 / 3, E / E.sum(0, True))[None],  # uniform if every head is hidden
         "a softmax with 1 added to its sum": (M / (1 + M.sum(2, True)))[None],
         "a sigmoid in the place of the softmax": (M / (1 + M))[None],
         "a causal mask that comes after the softmax": (M / E.sum(2, True))[None],
@@ -411,7 +411,7 @@ def test_texts_read_at_their_largest_id_are_named(side):
     assert cause_in_model("text.pooled", wrong, right) == "model has pooling at the largest id"
 
 
-def test_a_logit_scale_that_is_cut_at_100_is_named(side):
+def test_a_logit_scale_that_is_clamped_at_100_is_named(side):
     scale = torch.tensor(5.0, dtype=torch.float64)
     weights = {**side.weights, "logit_scale": scale}
     logits = Seen(side).logits(scale.exp())
@@ -593,7 +593,7 @@ FAULTS_OF_PIXELS = {
     "a resize to a square": lambda p: taken(p, square=True),
     **{
         f"{name.lower()} resampling, not bicubic": resampled(name)
-        for name in sorted(Image.Resampling.__members__.keys() - {"BICUBIC"})  # Pillow 12: seven
+        for name in sorted(Image.Resampling.__members__.keys() - {"BICUBIC"})  # Pillow 12 has seven
     },
     "the colours in the order BGR":
         lambda p: scaled(RIGHT.image_mean, RIGHT.image_std, order=(2, 1, 0))(taken(p)),
@@ -616,7 +616,7 @@ def drawn():
     return pictures, [RIGHT(picture) for picture in pictures]
 
 
-def test_no_fault_of_images_is_without_a_test():
+def test_every_fault_of_images_has_a_test():
     assert FAULTS_OF_PIXELS.keys() == pixels.FAULTS_OF_PIXELS.keys()
 
 

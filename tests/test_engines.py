@@ -1,4 +1,4 @@
-"""Engines: the tower's numbers, a snapshot that notices every change it can, and the commands."""
+"""Engines give the tower's numbers, notice changes of the model, and work in the commands."""
 
 import copy
 import importlib
@@ -20,12 +20,12 @@ from miniclip.engines import ENGINES, Engine, engine_of, on_engine, use_engine, 
 from miniclip.errors import ContextLengthError
 from miniclip.evaluation.features import picture_features
 
-# Compilers and exporters of torch 2.13 warn of themselves, in ways no caller can mend.
+# The compilers and exporters of torch 2.13 raise these warnings about their own code.
 EXPORTER = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 def copied(tower, error=0.0):
-    """An engine that needs nothing installed: a copy of the tower, off by `error`."""
+    """An engine that needs no package: a copy of the tower. `error` is added to its output."""
     frozen = copy.deepcopy(tower)
     return lambda x: frozen(x) + error * torch.arange(TINY.embed_dim)
 
@@ -62,7 +62,7 @@ def test_an_engine_gives_the_towers_numbers_for_every_size(name, model, capfd, c
     bound = ENGINES[name].tolerance
     vision, text = on_engine(model.vision, name), on_engine(model.text, name)
     sizes = [(3, 3, 9), (5, 2, 20), (1, 1, 2)]
-    if name.startswith("compile"):  # each size takes seconds: the first graph, and that for others
+    if name.startswith("compile"):  # the second size compiles again, which takes seconds
         sizes = sizes[: 2 if name == "compile" else 1]
     for images, texts, tokens in sizes:
         pixels, ids = random_inputs(TINY, images, texts, tokens, seed=4)
@@ -78,13 +78,13 @@ def test_an_engine_gives_the_towers_numbers_for_every_size(name, model, capfd, c
     assert not [record for record in caplog.records if record.levelname != "DEBUG"]
 
 
-def test_float32_engines_promise_2e_5_and_no_other_does():
+def test_only_float32_engines_promise_2e_5():
     bounds = {name: ENGINES[name].tolerance for name in engines.FLOAT32}
     assert {*bounds.values()} == {2e-5}
     assert all(e.tolerance > 1e-2 for name, e in ENGINES.items() if "-" in name)
 
 
-def test_what_is_not_installed_says_what_to_install(monkeypatch, model):
+def test_the_error_for_a_missing_engine_says_what_to_install(monkeypatch, model):
     monkeypatch.setitem(ENGINES, "copy", Engine(copied, ("os", "no_such_package")))
     with pytest.raises(ValueError, match="copy is not installed: pip install no_such_package$"):
         on_engine(model.vision, "copy")
@@ -92,7 +92,7 @@ def test_what_is_not_installed_says_what_to_install(monkeypatch, model):
         on_engine(model.vision, "onnx")
 
 
-def test_an_engine_that_is_off_is_refused_at_its_first_batch(model):
+def test_an_engine_with_wrong_numbers_is_an_error_at_its_first_batch(model):
     encode = on_engine(model.vision, "wrong")
     with pytest.raises(ValueError, match=r"wrong differs from .*, expected at most 2e-05"):
         encode(PIXELS)
@@ -102,7 +102,7 @@ def test_an_engine_that_is_off_is_refused_at_its_first_batch(model):
         on_engine(model.vision, "wrong")(PIXELS)
 
 
-def test_inputs_are_checked_as_the_tower_checks_them(model):
+def test_an_engine_checks_its_inputs_as_the_tower_does(model):
     vision, text = on_engine(model.vision, "copy"), on_engine(model.text, "copy")
     with pytest.raises(ValueError, match="For one image, add the batch"):
         vision(PIXELS[0])
@@ -181,7 +181,7 @@ def test_a_hook_is_never_ignored(register, model):
     assert torch.equal(encode(PIXELS), model.vision(PIXELS))
 
 
-def test_a_model_on_an_engine(model):
+def test_a_model_on_an_engine_gives_the_same_logits(model):
     expected = model(PIXELS, IDS)
     use_engine(model, "copy")
     assert engine_of(model) == "copy"
@@ -191,7 +191,7 @@ def test_a_model_on_an_engine(model):
         model.encode_image(PIXELS)
 
 
-def test_a_fork_with_its_own_encode_image_is_refused():
+def test_a_fork_with_its_own_encode_image_is_an_error():
     class Louder(miniclip.CLIP):
         def encode_image(self, pixels, normalize=False):
             return 2 * super().encode_image(pixels, normalize)
@@ -200,7 +200,7 @@ def test_a_fork_with_its_own_encode_image_is_refused():
         use_engine(Louder(TINY), "copy")
 
 
-def test_auto_takes_the_fastest_of_those_that_are_right(monkeypatch, model):
+def test_auto_takes_the_fastest_correct_engine(monkeypatch, model):
     monkeypatch.setattr(engines, "FLOAT32", ("eager", "wrong", "copy"))
     times = iter(itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 1.5])))
     monkeypatch.setattr(engines.time, "perf_counter", lambda: next(times))
@@ -239,7 +239,7 @@ def test_commands_run_on_an_engine(line, pictures, monkeypatch):
     assert used == ["onnxruntime"]
 
 
-def test_features_that_are_kept_say_which_engine_made_them(pictures):
+def test_cached_features_store_the_engine_that_made_them(pictures):
     files = ["pictures/cat/cat.png"]
     kinds = {}
     for name in ("eager", "onnxruntime"):
@@ -252,7 +252,7 @@ def test_features_that_are_kept_say_which_engine_made_them(pictures):
 
 
 def test_an_index_is_continued_only_with_the_engine_that_began_it(pictures, monkeypatch, tmp_path):
-    """The rounding differs, and a continued index ends in the same bytes."""
+    """Engines round differently, but a continued index must equal an uninterrupted one."""
     building = importlib.import_module("miniclip.retrieval.building")
     seen = []
     monkeypatch.setattr(building, "sha256", lambda key: seen.append(key) or FakeDigest())
@@ -267,7 +267,7 @@ class FakeDigest:
 
 
 @pytest.mark.parametrize(("name", "status"), [("onnxruntime", 0), ("openvino", 1)])
-def test_parity_of_an_engine(name, status, pictures, monkeypatch, capsys):
+def test_parity_compares_an_engine_with_its_tolerances(name, status, pictures, monkeypatch, capsys):
     def off(tower):
         frozen = copy.deepcopy(tower)
         return lambda x: frozen(x) * torch.linspace(1, 1.001, 128)

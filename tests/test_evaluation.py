@@ -130,7 +130,7 @@ def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     texts = unit_norm(images[image_of] + 0.7 * torch.randn(47, 6))
     images[3], images[11] = images[5], images[5]  # the same image three times
     texts[20:24] = texts[2]  # one caption of five images
-    texts[30] = texts[31] + 2e-8 * torch.randn(6)  # float32 products cannot tell these apart
+    texts[30] = texts[31] + 2e-8 * torch.randn(6)  # float32 products cannot order these two
     found = retrieval_ranks(images, texts, image_of)
     expected = slow_ranks(images, texts, image_of)
     assert (found[0].tolist(), found[1].tolist()) == expected
@@ -141,20 +141,20 @@ def test_an_image_is_found_by_its_best_caption():
     images, image_of = torch.eye(2), torch.tensor([0, 0, 0, 1])
     texts = unit_norm(torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.25]]))
     found = retrieval_ranks(images, texts, image_of)
-    assert found[0].tolist() == [1, 2]  # a caption of the first image wins for the second
+    assert found[0].tolist() == [1, 2]  # for the second image, a caption of the first ranks higher
     assert found[1].tolist() == [1, 1, 1, 2]
     with pytest.raises(ValueError, match="1 of 3 images have no caption"):
         retrieval_ranks(torch.eye(3)[:, :2], texts, image_of)
 
 
-def test_the_first_of_equal_scores_wins():
+def test_if_scores_are_equal_the_first_one_wins():
     same = torch.ones(4, 1)
     found = retrieval_ranks(same, same[[0, 0, 0, 0, 0]], torch.tensor([3, 1, 2, 0, 1]))
     assert found[0].tolist() == [4, 2, 3, 1]  # the places of their first captions
     assert found[1].tolist() == [4, 2, 3, 1, 2]
 
 
-def test_recall_equals_clip_benchmarks():
+def test_recall_equals_clip_benchmark():
     recorded = json.loads((Path(__file__).parent / "data" / "clip_benchmark.json").read_text())
     for size, theirs in zip(SIZES, recorded, strict=True):
         image_embeds, text_embeds, image_of = embeddings(*size)
@@ -296,7 +296,7 @@ def test_a_dataset_with_traps_is_counted_correctly(loaded, pictures, tmp_path, c
         (["--task", "retrieval"], "no image with a caption"),
     ],
 )
-def test_eval_refuses_wrong_options(options, words, pictures, tmp_path, capsys):
+def test_wrong_options_of_eval_are_an_error(options, words, pictures, tmp_path, capsys):
     try:
         status = main(["eval", str(tmp_path), "--model", "everyday", *options])
     except SystemExit as stop:
@@ -318,7 +318,7 @@ def blobs():
     return [Examples(centres[classes] + torch.randn(120, 5), classes) for _ in range(2)]
 
 
-def test_the_probe_equals_scikit_learns(blobs):
+def test_the_probe_equals_that_of_scikit_learn(blobs):
     linear_model = pytest.importorskip("sklearn.linear_model")
     train, test = blobs
     assert linear.MOST_STEPS == 1000  # CLIP's paper, appendix A.3
@@ -347,7 +347,7 @@ def test_from_text_minimises_the_documented_loss(blobs):
 
 
 @pytest.mark.parametrize("peak", [-48, -31, 0, 5, 33, 48])
-def test_the_sweep_finds_a_peak_to_an_eighth_of_a_decade(peak):
+def test_the_search_for_a_strength_is_right_to_an_eighth_of_a_decade(peak):
     tried = []
 
     def accuracy(strength):
@@ -357,7 +357,7 @@ def test_the_sweep_finds_a_peak_to_an_eighth_of_a_decade(peak):
     best, found = linear.sweep(accuracy)
     assert best == pytest.approx(10 ** (peak / 8)) and [*found] == sorted(set(tried))
     assert tried[:7] == pytest.approx([10.0**e for e in range(-6, 7, 2)]) and len(tried) <= 15
-    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # of equal strengths, the largest
+    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # if all are equally good, the largest
 
 
 def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blobs):
@@ -380,7 +380,7 @@ def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
 
     def fit(examples, strength):
         draw = draws.setdefault(examples.features.sum().item(), len(draws))
-        guess = 2 * (draw % 2)  # right for two of five, then for one
+        guess = 2 * (draw % 2)  # right for two of five images, then for one
 
         def classify(features):
             learnt = tuple(examples.classes.bincount().tolist())
@@ -393,7 +393,7 @@ def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
     assert [(row["shots"], row["method"]) for row in rows] == [(1, "one"), (4, "one")]
     one, four = (1, 1, 1), (4, 4, 4)  # examples of each class
     assert sizes == {(one, 3), (one, 5), (four, 12), (four, 5)}
-    assert len(draws) == 4  # two of each size
+    assert len(draws) == 4  # two draws of each size
     mean, std = np.mean([0.4, 0.2]), np.std([0.4, 0.2], ddof=1)
     for row in rows:
         assert (row["mean"], row["std"]) == pytest.approx((mean, std))
@@ -434,6 +434,6 @@ def test_eval_learns_from_examples(task, tmp_path, capsys):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
-def test_a_probe_without_train_is_an_error(tmp_path, capsys):
+def test_a_probe_without_training_images_is_an_error(tmp_path, capsys):
     assert main(["eval", str(tmp_path), "--task", "probe", "--model", "everyday"]) == 2
     assert "--task probe needs --train" in capsys.readouterr().err

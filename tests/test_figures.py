@@ -132,7 +132,7 @@ def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
     assert texts(photograph) == texts(bars)
     assert hot.get_title(loc="left") == "a star"
     warmth = hot.images[0].get_array()[[0, 0, -1, -1], [0, -1, 0, -1]].sum(1)  # at the corners
-    assert warmth[0] < warmth[1] < warmth[2] < warmth[3] and hot.collections  # the outline
+    assert warmth[0] < warmth[1] < warmth[2] < warmth[3] and hot.collections  # an outline
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_row_has_an_image_and_up_to_four_maps(drawn):
 
 
 def test_the_maps_of_one_method_have_one_scale(drawn):
-    """A patch is less warm for a text if it suits this text half as much as another text."""
+    """If a patch scores half as much for one text as for another, it is drawn less warm."""
     heats = torch.tensor([[[1.0]], [[0.5]]])
     picture = Image.new("RGB", (8, 8))
     axes = drawn(draw_text_maps, picture, ["a", "b"], [0.5, 0.5], {"tokens": heats}).axes
@@ -200,7 +200,7 @@ def test_ratios_of_bench_are_bars_from_one_with_quartiles(drawn):
     assert names(axes) == ["", "miniclip", "transformers", "one matrix product"]
     assert axes.get_xscale() == "log"
     colours = [bar.get_facecolor()[:3] for bar in bars]
-    assert len(set(colours)) == 3 and len(set(colours[2])) == 1  # grey: not a library
+    assert len(set(colours)) == 3 and len(set(colours[2])) == 1  # grey, because it is not a library
 
 
 def test_differences_are_drawn_at_their_depth(drawn):

@@ -175,8 +175,8 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
         seen.append({name: p.clone() for name, p in loaded.model.state_dict().items()})
         return {"accuracy": next(scores), "other": -1.0}
 
-    recipe = replace(QUICK, epochs=2, val_every=2, ema=0.5)  # and after the last step
-    with pytest.raises(StopIteration):  # after the last step
+    recipe = replace(QUICK, epochs=2, val_every=2, ema=0.5)
+    with pytest.raises(StopIteration):  # no score is left for the fifth validation
         run(tmp_path, replace(recipe, epochs=3), validate=validate)
     rows = [row for row in rows_of(tmp_path) if "val_accuracy" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
@@ -256,7 +256,7 @@ def test_sixteen_images_of_each_class_beat_zero_shot_on_held_out_images(tmp_path
     assert low < 0.1 < high < accuracy_interval(tuned)[0]
 
 
-def test_tensorboard_gets_the_rows_and_forgets_what_a_crash_undid(tmp_path, monkeypatch):
+def test_tensorboard_has_each_step_once_even_after_a_crash(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -359,7 +359,7 @@ def test_a_command_whose_output_is_no_longer_read_is_killed(shards, monkeypatch)
     assert started[0].returncode == -signal.SIGKILL
 
 
-def test_a_shard_that_vanishes_does_not_move_the_next_epoch(shards):
+def test_a_shard_that_vanishes_does_not_shift_the_next_epoch(shards):
     data = open_data(shards, ImageTransform(SIZE))
     len(data)
     (shards / "1.tar").write_bytes(b"")

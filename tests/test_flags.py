@@ -236,7 +236,7 @@ def test_batches_have_64_images_by_default(run, monkeypatch, tmp_path, name):
     assert run(line.replace("OUT", "other") + " --batch 35")[0] == 0 and set(sizes) == {35}
 
 
-def test_the_number_of_workers_reaches_the_loading(run):
+def test_the_number_of_workers_reaches_the_reader(run):
     assert_error(run(f"{LINES['embed']} --workers 0"), "workers is 0")
 
 

@@ -78,14 +78,14 @@ SAME = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
-def test_a_fork_that_computes_the_same_passes(name, pair):
+def test_a_fork_that_computes_the_same_numbers_passes(name, pair):
     same = fork_of(pair[0], *SAME[name])
     for report in (compare(same, pair[0]), compare(pair[1], same)):
         assert report.first is None, report
 
 
 @pytest.mark.slow
-def test_a_patched_forward_that_calls_the_original_passes(pair):
+def test_a_model_passes_if_its_patched_forward_calls_the_original(pair):
     for model, part in (
         (pair[0], lambda m: m), (pair[0], lambda m: m.vision.blocks[1].mlp),
         (pair[1], lambda m: m), (pair[1], lambda m: m.text_model.encoder.layers[0]),
@@ -115,7 +115,7 @@ MASK_KEPT = (
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_comparison_leaves_no_tensors_that_a_forward_keeps(dtype, pair):
+def test_a_comparison_removes_tensors_that_a_forward_stores(dtype, pair):
     same = fork_of(pair[0], *MASK_KEPT)
     assert compare(same, pair[0], dtype=dtype).first is None
     same(*random_inputs(TINY, tokens=17))  # another length, and another precision
@@ -142,7 +142,7 @@ def test_a_pruned_model_passes_and_runs_afterwards(pair):
     same(*random_inputs(TINY))
 
 
-def test_a_fault_among_tokens_before_the_batch_is_named(pair):
+def test_a_fault_in_a_model_with_tokens_as_the_first_axis_is_named(pair):
     faulty = fork_of(
         pair[0],
         *SAME["tokens_before_the_batch"],
@@ -159,7 +159,7 @@ def test_rows_that_are_swapped_are_named(pair):
     assert compare(fork_of(pair[0], *swapped), pair[0]).cause == cause
 
 
-def test_a_model_that_keeps_an_activation_passes(pair):
+def test_a_model_that_stores_an_activation_passes(pair):
     same = copy.deepcopy(pair[0])
     same.text.blocks[0].register_forward_hook(lambda m, args, out: setattr(m, "last", out))
     same.text(torch.tensor([[598, 5, 599]]))
@@ -211,7 +211,7 @@ def test_parts_of_transformers_model_may_be_replaced(pair):
     "name, table",
     [("text.token_embed.weight", "token_embed.weight"), ("text.pos_embed", "pos_embed")],
 )
-def test_each_row_of_a_table_counts(name, table, pair):
+def test_a_difference_in_one_row_of_a_table_is_noticed(name, table, pair):
     for row in (0, 1, len(pair[0].get_parameter(name)) // 2, -2, -1):
         faulty = copy.deepcopy(pair[0])
         faulty.get_parameter(name).data[row] += 0.5
@@ -288,7 +288,7 @@ def test_bytes_that_are_not_words_are_compared(pair):
 
 
 @pytest.mark.slow
-def test_a_fork_is_compared_with_its_own_model_of_transformers(tmp_path):
+def test_a_fork_is_compared_with_its_own_model_in_transformers(tmp_path):
     size = {
         "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 40,
@@ -329,7 +329,7 @@ def test_a_forks_own_output_is_compared():
     assert compare(one, other).first == "output_boxes"
 
 
-def test_a_model_that_has_no_sites_is_refused(pair):
+def test_a_model_that_has_no_sites_is_an_error(pair):
     other = copy.deepcopy(pair[0])
     del other.text.blocks
     with pytest.raises(ValueError, match="CLIP has no blocks in its text tower"):
@@ -337,7 +337,7 @@ def test_a_model_that_has_no_sites_is_refused(pair):
 
 
 def test_a_block_may_have_other_parts(pair):
-    """Their sites are left out, but the residual stream after the block is compared."""
+    """Sites of these parts are left out, but the residual stream after the block is compared."""
 
     class Plain(nn.Module):
         def __init__(self, block):

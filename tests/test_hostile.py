@@ -1,9 +1,9 @@
-"""Files that lie. Each file either raises a CheckpointError, quickly and with little memory, or is
-loaded with exactly the weights and settings that it states.
+"""Files with false contents. Each file either raises a CheckpointError, quickly and with little
+memory, or is loaded with exactly the weights and settings that it states.
 
 An untrusted directory or repository cannot run code. It cannot make miniclip read files outside of
-it, except through symbolic links, of which the hub's cache consists. Its size limits the time and
-the memory that it takes.
+it, except through symbolic links, because the hub's cache consists of such links. It cannot take
+much time or memory unless its files are large.
 """
 
 import gzip
@@ -58,7 +58,7 @@ VALUES = [
 
 
 class Referee:
-    """Loads a directory with changed files, and notes everything that should not happen."""
+    """Load a directory with changed files, and note everything that should not happen."""
 
     def __init__(self, files, directory):
         self.files, self.directory, self.complaints = files, directory, []
@@ -81,7 +81,7 @@ class Referee:
                     (self.directory / name).write_bytes(self.files[name])
 
     def judge(self, cases, load, is_as_stated):
-        """Load each case. Returns the labels of the refused cases and of the loaded cases.
+        """Load each case. Returns the labels of the cases with an error, and of the loaded cases.
 
         Fails if a case does anything else.
         """
@@ -138,7 +138,7 @@ def reset_peak():
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # not Linux: the peak of the whole process also shows that it grows
+        pass  # not Linux: the peak counts from the start of the process
 
 
 def peak():
@@ -168,7 +168,7 @@ def referee(files, tmp_path):
 
 @pytest.fixture(scope="module")
 def their_names(files, tmp_path_factory):
-    """{our name: the file's name} of each tensor, found by the values, which are random."""
+    """{our name: the file's name} of each tensor. Names are matched by the random values."""
     directory = tmp_path_factory.mktemp("names")
     for name, data in files.items():
         (directory / name).write_bytes(data)
@@ -197,7 +197,7 @@ def join(header, body, length=None):
 
 
 def as_safetensors_says(model, data, their_names):
-    """Whether the weights are the file's, read by hand. The last entry of a name counts."""
+    """Whether the weights equal the file's, parsed here. The last entry of a name counts."""
     header, body = split(data)
     for ours, tensor in model.state_dict().items():
         entry = header[their_names[ours]]
@@ -233,7 +233,7 @@ def lengths(data):
                 yield f"header of {length}", join(text, body, length)
 
 
-def lying_entries(data):
+def false_entries(data):
     """Change, remove, swap or repeat one tensor's entry in the header."""
     header, body = split(data)
     names = [name for name in header if name != "__metadata__"]
@@ -320,12 +320,12 @@ def flipped(data, count, seed=0):
 
 def safetensors_cases(files):
     data = files["model.safetensors"]
-    families = truncated(data), lengths(data), lying_entries(data), odd_headers(data)
+    families = truncated(data), lengths(data), false_entries(data), odd_headers(data)
     return [*itertools.chain(*families, flipped(data, 200))]
 
 
 @pytest.mark.slow
-def test_safetensors_that_lie_are_refused_or_loaded_as_stated(referee, files, their_names):
+def test_false_safetensors_raise_an_error_or_load_as_stated(referee, files, their_names):
     cases = safetensors_cases(files)
 
     def is_as_stated(model, label):
@@ -456,7 +456,7 @@ def pickle_cases(files, tensors, proof):
 @pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning"
 )  # torch warns when it saves
-def test_pickles_that_lie_are_refused_or_loaded_as_stated(referee, files, their_names, tmp_path):
+def test_false_pickles_raise_an_error_or_load_as_stated(referee, files, their_names, tmp_path):
     tensors = load_file(referee.directory / "model.safetensors")
     proof = tmp_path / "proof"
     cases = pickle_cases(files, tensors, proof)
@@ -464,7 +464,7 @@ def test_pickles_that_lie_are_refused_or_loaded_as_stated(referee, files, their_
     def is_as_stated(model, label):
         path = referee.directory / "pytorch_model.bin"
         stated = tensors
-        for mmap in (True, False):  # torch ignores checksums with mmap, and so does miniclip
+        for mmap in (True, False):  # with mmap, torch ignores checksums, as miniclip does
             with suppress(RuntimeError, OSError, pickle.UnpicklingError):
                 stated = torch.load(path, weights_only=True, mmap=mmap)
         weights = model.state_dict()
@@ -528,13 +528,13 @@ def module(items):
 
 
 def kept(value, place=0):
-    """Opcodes that store a value in the memo and drop it, and opcodes that fetch it again."""
+    """(opcodes that store a value in the pickle's memo, opcodes that fetch it from there)"""
     number = struct.pack("<I", place)
     return value + b"r" + number + b"0", b"j" + number
 
 
 def nested(depth, each, core, place=0):
-    """The core inside of `depth` layers. `each` makes a layer around the layer that it fetches."""
+    """The core inside of `depth` layers. `each(again)` is a layer around what `again` fetches."""
     made, again = kept(core, place)
     for further in range(1, depth + 1):
         more, again = kept(each(again), place + further)
@@ -674,7 +674,7 @@ def hand_made_cases():
 
 
 @pytest.mark.slow
-def test_pickles_made_by_hand_are_refused_or_read_as_stated(referee):
+def test_pickles_made_by_hand_raise_an_error_or_load_as_stated(referee):
     """Only tensors are read, because no config describes a model of four numbers."""
     numbers = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     cases = [(label, {"x.bin": data}) for label, data in hand_made_cases()]
@@ -724,7 +724,7 @@ def shard_cases(files):
     yield "sizes that lie", {"weight_map": whole, "metadata": {"total_size": -1}}
 
 
-def test_an_index_of_shards_that_lies_is_refused_or_loaded_as_stated(referee, files, their_names):
+def test_a_false_index_of_shards_raises_an_error_or_loads_as_stated(referee, files, their_names):
     directory = referee.directory
     (directory.parent / "a.safetensors").write_bytes(files["model.safetensors"])
     (directory / "loop.safetensors").symlink_to("loop.safetensors")
@@ -774,13 +774,13 @@ def config_cases(files):
     for key in ("text_config_dict", "vision_config_dict"):
         for value in VALUES:
             yield f"{key} {value!r:.40}", config | {key: value}, {}
-    for first, second in itertools.permutations(config, 2):  # a message may read another entry
+    for first, second in itertools.permutations(config, 2):  # one entry's error may use the other
         for value in (5, {}, [[5]], "x"):
             yield f"{first}, {second} {value}", config | {first: value, second: value}, {}
 
 
 @pytest.mark.slow
-def test_a_config_that_lies_is_refused_or_loaded_as_stated(referee, files, their_names):
+def test_a_false_config_raises_an_error_or_loads_as_stated(referee, files, their_names):
     cases = [*config_cases(files)]
     stated = {label: values for label, _, values in cases}
     texts = [(label, json.dumps(config).encode()) for label, config, _ in cases]
@@ -876,7 +876,7 @@ def test_long_files_take_little_memory_and_give_short_messages(referee, files):
 
 
 @pytest.mark.parametrize("name", ["config.json", "merges.txt", "vocab.json", "model.safetensors"])
-def test_a_named_pipe_is_refused_and_not_waited_for(files, tmp_path, name):
+def test_a_named_pipe_is_an_error_and_not_waited_for(files, tmp_path, name):
     for file, data in files.items():
         (tmp_path / file).write_bytes(data)
     (tmp_path / name).unlink()
@@ -942,7 +942,7 @@ def tokenizer_cases(files):
         )
 
 
-def test_a_tokenizer_that_lies_is_refused_or_loaded_as_stated(referee, files):
+def test_a_false_tokenizer_raises_an_error_or_loads_as_stated(referee, files):
     def is_as_stated(tokenizer, label):
         if tokenizer.encode("a cat")[:2] == [] or re.fullmatch(r"merge \d+ missing", label):
             return False
@@ -973,7 +973,7 @@ def transform_cases(files):
         yield f"cut at {cut}", {name: files[name][:cut]}
 
 
-def test_a_transform_that_lies_is_refused_or_loaded_as_stated(referee, files):
+def test_a_false_transform_raises_an_error_or_loads_as_stated(referee, files):
     picture = torch.zeros(3, 20, 30, dtype=torch.uint8)
 
     def is_as_stated(transform, label):
@@ -985,7 +985,7 @@ def test_a_transform_that_lies_is_refused_or_loaded_as_stated(referee, files):
     assert len(errors) > 300 and len(loads) > 20
 
 
-def test_parts_that_disagree_are_refused(referee, files):
+def test_parts_that_disagree_are_an_error(referee, files):
     """Only `load` can notice that a tokenizer has more tokens than the model embeds."""
     longer = json.loads(files["vocab.json"])
     longer |= {f"more{i}": len(longer) + i for i in range(600 - len(longer))}

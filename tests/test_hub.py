@@ -161,9 +161,9 @@ def test_a_revision_is_a_branch_or_a_commit(hub, model, other, tmp_path):
     assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)
     hub.repositories[NAME]["old"] = hub.repositories[NAME]["main"]
     hub.repositories[NAME]["main"] = hub.repositories[NAME]["tuned"]
-    assert_same_weights(CLIP.from_pretrained(NAME), other)  # a branch moves
+    assert_same_weights(CLIP.from_pretrained(NAME), other)  # the branch has a new commit
     hub.requests.clear()
-    assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)  # a commit does not
+    assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)  # the old commit
     assert not hub.requests
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
     assert_same_weights(CLIP.from_pretrained(NAME, revision=pinned), model)
@@ -389,7 +389,7 @@ def test_a_pasted_address_says_which_revision_and_which_folder(hub, files, model
         CLIP.from_pretrained(f"https://huggingface.co/{NAME}/blob/main/model.safetensors")
 
 
-def test_the_command_says_at_once_that_it_asks_the_hub(hub, capsys, monkeypatch):
+def test_the_command_prints_at_once_that_it_asks_the_hub(hub, capsys, monkeypatch):
     hub_files._say_once.cache_clear()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: 1 / 0)
     assert main(["info", "made-up/slow"]) == 2
@@ -438,7 +438,9 @@ def test_a_repository_without_weights_is_an_error(hub):
         "500 of weights",
     ],
 )
-def test_a_refusal_is_one_clear_error_and_the_next_load_succeeds(hub, model, fault, complaint):
+def test_a_failed_request_is_one_clear_error_and_the_next_load_succeeds(
+    hub, model, fault, complaint
+):
     hub.faults = [fault]
     with pytest.raises(CheckpointError, match=f"{NAME} .* everyday.* says .*{complaint}") as it:
         CLIP.from_pretrained(NAME)
@@ -595,7 +597,7 @@ def test_without_symlinks_the_hub_is_asked_for_the_hashes(hub, files, model, mon
     assert_same_weights(CLIP.from_pretrained(NAME), model)
     hub.requests.clear()
     assert_same_weights(CLIP.from_pretrained(NAME), model)
-    assert len(asked(hub, "GET /api/models")) == 1  # by the hub's client
+    assert len(asked(hub, "GET /api/models")) == 1  # one request, by the hub's client
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     edited = next(cache.glob("*/snapshots/*")) / name
     assert not edited.is_symlink()
@@ -628,7 +630,7 @@ def test_a_damaged_file_that_cannot_be_deleted_is_a_checkpoint_error(hub, files,
 
 @contextmanager
 def moving_branch(hub, commits, at):
-    """In the block, the branch moves to the second commit before request number `at`."""
+    """In the block, the branch gets the second commit before request number `at`."""
     hub.repositories[NAME] = {"main": commits[0]}
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE, ignore_errors=True)
     left, answered = [at], type(hub).fault
@@ -645,8 +647,10 @@ def moving_branch(hub, commits, at):
 
 
 @pytest.mark.parametrize("at", range(1, 12))
-def test_a_branch_may_move_during_a_load_or_a_conversion(hub, files, other, tmp_path, at):
-    """All files are of one commit, no matter before which request the branch moves."""
+def test_a_branch_may_get_a_new_commit_during_a_load_or_a_conversion(
+    hub, files, other, tmp_path, at
+):
+    """All files are of one commit, whenever the branch gets a new commit."""
     commits = [dict(hub.repositories[NAME]["main"]), files | other_files(other, tmp_path)]
     for read in (miniclip.load, lambda name: convert(name, tmp_path / f"{at}", "transformers")):
         with moving_branch(hub, commits, at):
@@ -656,10 +660,8 @@ def test_a_branch_may_move_during_a_load_or_a_conversion(hub, files, other, tmp_
 
 
 @pytest.mark.parametrize("at", [1, 2, 12])
-def test_the_features_of_eval_are_kept_under_the_commit_of_their_model(
-    hub, model, other, tmp_path, at
-):
-    """The branch may move at any time. The stored commit is the one that made the features."""
+def test_cached_features_are_stored_with_the_commit_of_their_model(hub, model, other, tmp_path, at):
+    """The branch on the hub may get a new commit at any time. The loaded commit is stored."""
     texts = [" ".join("abcdefghij"[i:] + "abcdefghij"[:j] for i in range(9)) for j in range(9)]
     tokenizer = Tokenizer.train(texts, TINY.text.vocab_size)
     commits = []
@@ -683,14 +685,14 @@ def test_hashes_are_checked_once(hub, monkeypatch):
     monkeypatch.setattr(hub_files, "_has_its_hash", None)
     CLIP.from_pretrained(NAME)
     with pytest.raises(TypeError):
-        miniclip.load(NAME)  # the tokenizer's files are new
+        miniclip.load(NAME)  # only the tokenizer's files are checked now
 
 
 def test_a_cache_that_cannot_store_notes_is_usable(hub, model):
     CLIP.from_pretrained(NAME)
     (notes,) = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("*/.miniclip-checked")
     notes.unlink()
-    notes.mkdir()  # so no file can be written here
+    notes.mkdir()  # so no notes can be written
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 

@@ -178,7 +178,9 @@ def inputs():
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 499, (4, 20), generator=generator)
     ids[torch.arange(4), torch.tensor([19, 3, 7, 1])] = 499
-    ids[3] = torch.randint(0, 499, (20,), generator=generator)  # no end token: at the largest id
+    ids[3] = torch.randint(
+        0, 499, (20,), generator=generator
+    )  # no end token: read at the largest id
     return torch.randn(3, 3, 64, 64, generator=generator, dtype=torch.float64), ids
 
 
@@ -365,7 +367,7 @@ def no_storage(name, data):
 
 
 @pytest.mark.parametrize("change", [other_function, short_storage, no_storage])
-def test_an_archive_that_lies_is_an_error(archive, tmp_path, change):
+def test_an_archive_with_false_contents_is_an_error(archive, tmp_path, change):
     rezip(archive[1], tmp_path / "x.pt", change)
     assert change is no_storage or (tmp_path / "x.pt").stat().st_size
     with pytest.raises(CheckpointError, match="x.pt: the weights file cannot be read"):
@@ -479,7 +481,9 @@ def test_a_file_that_is_not_a_clip_in_openais_layout_is_an_error(packed, tmp_pat
         ("visual.trunk.cls_token", "vision_cfg", "timm_model_name", "vit_base_patch16_224"),
     ],
 )
-def test_another_model_of_open_clips_is_named_by_its_field(tmp_path, tensor, section, field, value):
+def test_the_error_for_another_model_of_open_clips_names_its_field(
+    tmp_path, tensor, section, field, value
+):
     CLIP(OPENAI).save_pretrained(tmp_path, layout="open_clip")
     path = tmp_path / "open_clip_model.safetensors"
     save_file(load_file(path) | {tensor: torch.zeros(1)}, path)
@@ -605,14 +609,14 @@ def test_other_fields_of_open_clip_for_the_same_values_are_read():
         ("text_cfg", "eos_id", [7]),
         ("text_cfg", "hf_tokenizer_name", ["openai/clip-vit-base-patch32"]),
         ("text_cfg", "tokenizer_kwargs", [{"clean": "lower"}]),
-        ("text_cfg", "tokenizer_mode", ["clips"]),  # the tokenizer refuses it
+        ("text_cfg", "tokenizer_mode", ["clips"]),  # only the tokenizer raises an error
         ("text_cfg", "hf_proj_type", ["mlp"]),
         ("", "custom_text", [True]),
         ("", "output_dict", [True]),
     ],
 )
 def test_a_field_of_open_clips_that_changes_no_number_is_accepted(section, field, values):
-    """A field may be empty, or have a value that changes no number."""
+    """A field may be empty, or have a value that does not change the output."""
     for value in [0, "", {}, None, False, *values]:
         settings = json.loads(json.dumps(DISTINCT_OPEN_CLIP))
         (settings[section] if section else settings)[field] = value
@@ -665,7 +669,7 @@ def test_a_field_of_open_clips_that_changes_no_number_is_accepted(section, field
         ("text_cfg", {"embed_cls": True}, "text_cfg.embed_cls"),
     ],
 )
-def test_features_of_open_clip_that_clip_lacks_are_refused(tmp_path, section, change, message):
+def test_features_of_open_clip_that_clip_lacks_are_an_error(tmp_path, section, change, message):
     settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
     (settings["model_cfg"][section] if section else settings["model_cfg"]).update(change)
     with pytest.raises(ValueError, match=message):
@@ -709,7 +713,7 @@ TOKENIZING = [
 
 
 @pytest.mark.parametrize(("change", "message"), TOKENIZING)
-def test_settings_that_change_open_clips_tokens_are_refused(tmp_path, change, message):
+def test_settings_that_change_open_clips_tokens_are_an_error(tmp_path, change, message):
     path = tmp_path / "open_clip_config.json"
     path.write_text(json.dumps({"model_cfg": OPEN_CLIP}))
     Tokenizer.from_pretrained("shapes").save_pretrained(tmp_path)
@@ -756,7 +760,7 @@ def test_settings_that_do_not_change_open_clips_tokens_are_accepted(tmp_path, ch
         ({"mean": [0.5]}, "image_mean"),
     ],
 )
-def test_a_transform_of_open_clip_that_no_clip_has_is_refused(tmp_path, change, message):
+def test_a_transform_of_open_clip_that_no_clip_has_is_an_error(tmp_path, change, message):
     settings = {"model_cfg": OPEN_CLIP, "preprocess_cfg": change}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=f"open_clip_config.json: .*{message}"):
@@ -892,7 +896,7 @@ def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing)
         assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
 
 
-def test_saving_open_clip_beside_weights_that_are_read_first_is_refused(tmp_path):
+def test_saving_open_clip_beside_weights_that_are_read_first_is_an_error(tmp_path):
     model = CLIP(OPENAI)
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="model.safetensors, which would be loaded instead"):
@@ -928,7 +932,7 @@ def test_the_shapes_of_openais_tensors_are_its_whole_config():
     assert read_shapes(tensors | numbers) == config
 
 
-def test_packing_shares_no_memory():
+def test_openais_fused_tensors_share_no_memory_with_the_model():
     model = CLIP(OPENAI)
     packed = pack(model.state_dict(), LAYOUTS["openai"])
     name = "visual.transformer.resblocks.0.attn.in_proj_weight"
@@ -936,7 +940,7 @@ def test_packing_shares_no_memory():
     assert model.vision.blocks[0].attn.q_proj.weight.any()
 
 
-def test_the_report_of_convert_names_both_layouts_tensors(tmp_path):
+def test_the_report_of_convert_names_the_tensors_of_both_layouts(tmp_path):
     CLIP(OPENAI).save_pretrained(tmp_path / "a")
     done = convert(tmp_path / "a", tmp_path / "b", "openai")
     rows = {row.name: row for row in done.parameters}
@@ -1061,7 +1065,7 @@ def test_one_tower_of_a_whole_checkpoint_is_read(tmp_path):
 def test_a_tower_is_loaded_with_only_the_parts_that_it_needs(tmp_path):
     shapes = load("shapes")
     CLIPTextModel(CLIPTextConfig(**TEXT | {"vocab_size": 700})).save_pretrained(tmp_path)
-    assert load(tmp_path)[1:] == (None, None)  # Stable Diffusion has them elsewhere
+    assert load(tmp_path)[1:] == (None, None)  # Stable Diffusion has both elsewhere
     shapes.tokenizer.save_pretrained(tmp_path)
     shapes.transform.save_pretrained(tmp_path)
     _, tokenizer, transform = load(tmp_path)
@@ -1176,7 +1180,7 @@ def random_weights(model):
 
 
 @pytest.mark.filterwarnings(NO_NUMBERS)
-def test_openais_own_class_agrees(openai_model, tmp_path, inputs):
+def test_openais_own_class_gives_the_same_embeddings(openai_model, tmp_path, inputs):
     peer = random_weights(openai_model.CLIP(48, 64, 3, 128, 16, 20, 500, 64, 1, 2))
     torch.save(peer.state_dict(), tmp_path / "x.pt")
     pixels, ids = inputs
@@ -1190,7 +1194,9 @@ def test_openais_own_class_agrees(openai_model, tmp_path, inputs):
 
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_open_clips_own_classes_agree(open_clip, tmp_path, inputs, custom_text, quick_gelu):
+def test_open_clips_own_classes_give_the_same_embeddings(
+    open_clip, tmp_path, inputs, custom_text, quick_gelu
+):
     kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     peer = random_weights(kind(**OPEN_CLIP, quick_gelu=quick_gelu))
     settings = OPEN_CLIP | {"quick_gelu": quick_gelu, "custom_text": custom_text}

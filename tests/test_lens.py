@@ -1,4 +1,4 @@
-"""The lens is compared with transformers, with slow formulas, and with sums that must hold.
+"""The lens is compared with transformers, with slow implementations, and with sums that must hold.
 
 All parameters are random, so that a lost bias or LayerNorm is noticed. Most tests use float64.
 """
@@ -103,7 +103,7 @@ def test_rollout_is_a_random_walk_over_the_tokens(double, tower):
                     after[to] = after.get(to, 0) + weight * p / 2
             share = after
         expected = torch.tensor([share.get(t, 0) for t in range(result.shape[1])]).double()
-        assert distance(result[b], expected) < 1e-7  # torch.tensor makes float32 of a list
+        assert distance(result[b], expected) < 1e-7  # torch.tensor turns a list into float32
     assert distance(result.sum(1), torch.ones(len(x)).double()) < FLOAT64
     assert distance(result, rollout(getattr(model, tower), x)) == 0
 
@@ -268,7 +268,7 @@ def test_coarse_parts_are_sums_of_fine_ones(double, tower):
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
-    """Subtract what a head or a bias wrote from the residual stream, then apply the last LayerNorm
+    """From the residual stream, subtract what a head or a bias wrote. Then apply the last LayerNorm
     with its old scale. This way is slow, and it shares no formula with `decompose`."""
     model, inputs = double
     half = getattr(model, tower)
@@ -296,7 +296,7 @@ def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
             wrote = (z[:, h] - attn.v_proj.bias[h * D : (h + 1) * D]) @ columns.T
             lost = read(stream) - read(stream - wrote)
             assert distance(parts["blocks.1.attn"][:, h], lost) < FLOAT64
-            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # with its share of the bias
+            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # with its value bias
             whole = parts["blocks.1.attn"] + parts["blocks.1.attn.v_proj.bias"]
             assert distance(whole[:, h], lost) < FLOAT64
         wrote = acts["blocks.0.mlp.act"][rows, at] @ mlp.fc2.weight.T
@@ -324,7 +324,7 @@ def test_tokens_after_the_end_token_contribute_nothing(double):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
 @pytest.mark.parametrize("by", ["layer", "token"])
-def test_the_parts_of_a_quantised_tower_are_an_error_that_says_so(by):
+def test_the_parts_of_a_quantised_tower_raise_an_error_that_says_so(by):
     """The tower also rounds its activations, so no sum of parts equals the embedding."""
     model = quantize_dynamic(tiny_clip(), {nn.Linear}, torch.qint8)
     pixels, ids = random_inputs(TINY)
@@ -354,7 +354,7 @@ def test_an_edit_that_the_parts_leave_out_is_an_error(double):
         decompose(model, x, by="neuron")
 
 
-def test_the_sum_holds_with_an_adapter_in_a_linears_place(double):
+def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
     class Adapted(nn.Module):
         def __init__(self, linear):
             super().__init__()
@@ -381,7 +381,7 @@ def test_the_sum_holds_with_an_adapter_in_a_linears_place(double):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_sum_of_the_parts_may_differ_by_a_thousand_rounding_errors(dtype):
-    """The limit grows with the sizes of the parts (here 6 together), because parts may cancel."""
+    """The limit grows with the sizes of the parts (here 6 in total), because parts may cancel."""
     parts = {
         "one": torch.tensor([[4.0, 0]]).to(dtype),
         "other": torch.tensor([[-2.0, 1]]).to(dtype),
@@ -545,7 +545,7 @@ def test_stopping_early_runs_no_block_too_many(double):
         ("text", dict(output_fmt="NLC", return_prefix_tokens=True)),
     ],
 )
-def test_options_of_intermediates_that_make_no_sense_are_refused(double, tower, options):
+def test_options_of_intermediates_that_make_no_sense_are_an_error(double, tower, options):
     model, inputs = double
     with pytest.raises(ValueError, match="expected|for images"):
         forward_intermediates(model, inputs[tower], **options)
@@ -554,7 +554,7 @@ def test_options_of_intermediates_that_make_no_sense_are_refused(double, tower, 
 # ------------------------------------------------------------------------------------------ images
 
 
-def test_maps_are_row_by_row(double):
+def test_maps_have_the_patches_row_by_row(double):
     model, inputs = double
     tokens = torch.arange(26.0).expand(2, 26)
     assert on_grid(model, inputs["vision"], tokens)[1].tolist() == [
@@ -615,7 +615,7 @@ def seen_by_class_token(model, pixels):
     return attention_maps(model, pixels)[2][:, :, 0, 1:].mean(1)
 
 
-DEFINITIONS = {  # each patch's number, (B, P); the other methods have their own tests
+DEFINITIONS = {  # method -> a value for each patch, (B, P); other methods have their own tests
     "attention": lambda model, pixels, ids: seen_by_class_token(model, pixels),
     "rollout": lambda model, pixels, ids: rollout(model, pixels)[:, 1:],
     "relevance": lambda model, pixels, ids: relevance(model, pixels, ids).image[:, 1:],
@@ -684,8 +684,8 @@ def test_a_map_is_made_by_the_given_method(shapes, monkeypatch):
         text_maps(grey, ["a star", " "], shapes)
 
 
-def test_seen_is_the_image_in_its_own_colours(shapes):
-    """Pixels that need no resize are equal, also with another checkpoint's mean and std."""
+def test_the_drawn_input_has_the_colours_of_the_image(shapes):
+    """Pixels that need no resize are those of the original, also with another mean and std."""
     generator = np.random.default_rng(0)
     other = replace(shapes.transform, image_mean=(0.1, 0.5, 0.9), image_std=(0.3, 0.2, 0.7))
     for scale, transform in ((1, shapes.transform), (2, shapes.transform), (1, other), (2, other)):
@@ -710,7 +710,7 @@ def test_the_colours_of_heat_are_those_of_inferno():
         (-1.0, None, HEAT_COLOURS[0], 90),
     ],
 )
-def test_heat_lies_over_a_grey_image_and_warmer_heat_is_denser(heat, warmest, colour, density):
+def test_heat_covers_a_grey_image_and_warmer_heat_covers_it_more(heat, warmest, colour, density):
     picture = Image.new("RGB", (16, 16), (40, 90, 200))
     found = np.asarray(overlay(picture, torch.full((2, 2), heat), warmest), float)
     grey = 0.299 * 40 + 0.587 * 90 + 0.114 * 200
@@ -749,19 +749,19 @@ def test_maps_with_known_answers_have_the_right_scores():
     named, other = torch.zeros(2, 1, 16, 16).bool()
     named[0, :8, :8] = True
     other[0, 8:, 8:] = True
-    heat = named[:, ::8, ::8].float()  # (1, 2, 2): the quarter itself
+    heat = named[:, ::8, ::8].float()  # (1, 2, 2): exactly the named quarter
     right = localisation("right", heat, named, other)
     wrong = localisation("wrong", -heat + other[:, ::8, ::8], named, other)
     assert right.pointing == 1 and right.distracted == 0 and right.iou > 0.8
     assert wrong.pointing == 0 and wrong.distracted == 1 and wrong.iou == 0
     pixels = 0.5 * named.float()  # the next warmest pixels are on the object
-    pixels[0, :8, 4:12] = 1 + torch.rand(8, 8)  # half of it is on the object
+    pixels[0, :8, 4:12] = 1 + torch.rand(8, 8)  # half of this square is on the object
     assert math.isclose(localisation("half", pixels, named, other).iou, 1 / 3, rel_tol=1e-6)
 
 
 @pytest.mark.slow
 def test_random_weights_are_scored_over_five_draws(shapes, monkeypatch):
-    """The mean and the deviation are those of five single draws, which all differ."""
+    """The scores are the mean and standard deviation of five single draws, which all differ."""
     monkeypatch.setattr("miniclip.world.localise.METHODS", {"attention": METHODS["attention"]})
     asked = questions(4)
     named, other = (torch.stack([getattr(q, name) for q in asked]) for name in ("named", "other"))

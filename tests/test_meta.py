@@ -1,4 +1,4 @@
-"""A GPU need not wait for the host. The tests show this with the `meta` device.
+"""The host need not wait for a GPU. The tests show this with the `meta` device.
 
 A meta tensor has a shape but no numbers, so code that reads a number raises. A tensor that is made
 on the CPU is an error here too, because each call would copy it to the GPU.
@@ -89,7 +89,7 @@ INSTRUMENTS = {
 
 
 @pytest.mark.parametrize("name", [*FORWARD, *INSTRUMENTS])
-def test_nothing_waits_for_the_host(name, inputs):
+def test_no_method_waits_for_the_device(name, inputs):
     with OnlyMeta():
         (FORWARD | INSTRUMENTS)[name](*inputs)
 

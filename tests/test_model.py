@@ -83,7 +83,7 @@ def watch(model, names, *inputs):
 
 
 def site_shapes(config, B, C, T):
-    """{name: shape} of the output of every module in both towers whose output is named."""
+    """{name: shape} of the output of every module in both towers that has a named output."""
     shapes = {}
     for tower, batch, tokens, part in (
         ("vision", B, 1 + config.vision.patches, config.vision),
@@ -125,7 +125,7 @@ def site_shapes(config, B, C, T):
     return shapes
 
 
-def test_every_site_has_the_shape_of_the_table():
+def test_every_site_has_its_documented_shape():
     model = tiny_clip()
     expected = site_shapes(TINY, B=2, C=3, T=9)
     names = [name for name, _ in model.named_modules() if name]
@@ -280,7 +280,7 @@ def test_parameter_counts_are_the_published_ones(name):
     assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
 
 
-TINYCLIP = {  # the millions in the models' names; the text tower's are without the vocabulary
+TINYCLIP = {  # millions of parameters, from the names; the text tower's are without the vocabulary
     "TinyCLIP-8M/16": (8, 3),
     "TinyCLIP-39M/16": (39, 19),
     "TinyCLIP-40M/32": (40, 19),
@@ -535,7 +535,7 @@ UNUSUAL = {
 
 @pytest.mark.sweep(8)
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_shapes_that_no_preset_has_equal_transformers(name, device):
+def test_models_of_unusual_shapes_equal_transformers(name, device):
     config = UNUSUAL[name]
     tokens = config.text.context_length if "context" in name else 9
     pixels, ids = (x.to(device) for x in random_inputs(config, tokens=tokens))
@@ -548,7 +548,7 @@ def test_shapes_that_no_preset_has_equal_transformers(name, device):
 
 
 def test_custom_end_token_is_not_the_largest_id():
-    """Otherwise the test above could not tell the two rules of pooling apart."""
+    """Otherwise the test above could not distinguish the two rules of pooling."""
     config = UNUSUAL["end token below added ones"]
     _, ids = random_inputs(config)
     model, _ = twins(config)
@@ -879,7 +879,7 @@ LOOKS += [f"module_{look}" for look in LOOKS]  # on all modules at once
 
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("name", ["scores", "pattern"])
-def test_attention_is_written_out_while_its_site_is_watched(name, look):
+def test_attention_is_eager_while_its_site_is_watched(name, look):
     attention, seen = Attention(12, 3, causal=False), []
     site, x = getattr(attention, name), torch.randn(1, 5, 12, requires_grad=True)
     register = getattr(module_hooks if "module" in look else site, f"register_{look}")
@@ -892,7 +892,7 @@ def test_attention_is_written_out_while_its_site_is_watched(name, look):
     assert not seen
 
 
-def test_attention_is_written_out_while_its_sites_forward_is_patched(monkeypatch):
+def test_attention_is_eager_while_its_sites_forward_is_patched(monkeypatch):
     attention, x = Attention(12, 3, causal=False), torch.randn(1, 5, 12)
     plain = attention(x)
     attention.pattern.forward = torch.zeros_like
@@ -949,7 +949,7 @@ def test_every_parameter_has_transformers_gradient():
     for name, parameter in ours.named_parameters():
         expected = gradients[layout_name(name, TRANSFORMERS)]
         assert difference(parameter.grad, expected) < FLOAT64, name
-        if "k_proj.bias" not in name:  # it adds one number to all scores, which softmax ignores
+        if "k_proj.bias" not in name:  # adds the same number to all scores: softmax ignores it
             assert parameter.grad.abs().max() > 1e-9, name
 
 

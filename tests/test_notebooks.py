@@ -136,7 +136,7 @@ def test_each_notebook_runs_without_an_error_or_a_warning(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_committed_outputs_are_those_of_a_whole_run(path):
+def test_the_committed_outputs_come_from_a_complete_run(path):
     assert path.stat().st_size < MOST_BYTES
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)

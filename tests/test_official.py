@@ -234,7 +234,7 @@ def test_the_small_files_are_openais():
     name = "openai/clip-vit-base-patch32"
     small = files(name)
     config = config_json(name, PUBLISHED["B/32"])
-    # Someone edited OpenAI's file by hand: one field is a line higher, and once has an extra space.
+    # Someone edited OpenAI's file by hand: one field is a line higher, and there is an extra space.
     moved = r'(    "problem_type": null,\n)(    "projection_dim)": 512,\n'
     config = re.sub(moved, r'\2": 512,\n\1', config, count=1)
     config = re.sub(moved, r'\2" : 512,\n\1', config, count=1)

@@ -1,4 +1,4 @@
-"""Compare miniclip with the values of the authors' own code for the same weights: originals/."""
+"""Compare miniclip with values of the authors' own code for the same weights (see originals/)."""
 
 import json
 
@@ -82,7 +82,7 @@ def test_decompose_equals_clip_prs(model):
     assert_equal(by["token"]["blocks.7.attn"].mT, values("clip_prs", "tokens").permute(0, 2, 3, 1))
     assert_equal(model.encode_image(pixels), values("clip_prs", "embed"))
     ours = decompose(model, pixels, "head")
-    for i in range(8):  # our own convention differs, even with the biases added
+    for i in range(8):  # miniclip's convention gives other values, even with biases
         folded = ours[f"blocks.{i}.attn"] + ours[f"blocks.{i}.attn.v_proj.bias"]
         assert_other(folded / model.encode_image(pixels).norm(dim=-1)[:, None, None], heads[:, i])
 
@@ -120,7 +120,7 @@ def test_neurons_move_to_registers_as_in_the_authors_code(model):
     found = []
     for call in registers.CALLS:
         with move_to_registers(model, registers.NEURONS, **call):
-            found.append(model.encode_image(pixels))  # each image as if alone
+            found.append(model.encode_image(pixels))  # hooks treat each image by itself
     assert_equal(torch.stack(found), recorded)
     assert_other(found[0], recorded[1])
     assert_other(model.encode_image(pixels), recorded[0])
@@ -158,7 +158,7 @@ def test_maskclip_equals_clearclips_code(model):
     assert_equal(found, values("clearclip", "maskclip"))
 
 
-def test_patches_attend_by_foreign_features_as_in_proxyclip(model):
+def test_patches_attend_by_another_models_features_as_in_proxyclip(model):
     foreign, expected = proxyclip.features(), values("proxyclip", "patches")
     assert_equal(dense_features(model, common.pixels(), by_features(foreign)), expected)
     assert_other(dense_features(model, common.pixels(), by_features(foreign, beta=1.0)), expected)
@@ -226,7 +226,7 @@ def test_relevance_equals_chefers_notebook(model):
 
 
 def merged_tokens(x, sizes, keys, count):
-    """Merge the `count` even tokens that are most like an odd token into it, by their mean."""
+    """Average the `count` tokens at even places that are most like one at an odd place with it."""
     near = F.normalize(keys, dim=-1)[::2] @ F.normalize(keys, dim=-1)[1::2].T
     near[0] = -torch.inf  # the class token stays
     like, to = near.max(1)
@@ -268,7 +268,7 @@ def test_sites_equal_the_hook_points_of_vit_prisma(model):
     found = {theirs: acts[ours] for theirs, ours in names.items()}
     assert_equal(common.digests(found), values("vit_prisma", "sites"))
     assert_equal(acts[f"{block}.ln_1.normalized"][0], values("vit_prisma", "folded"))
-    for name in found:  # a control: a change of one site changes one digest
+    for name in found:  # a control: a change of any site changes its digest
         changed = common.digests(
             found | {name: found[name] + 1e-6 * common.chirp(*found[name].shape)}
         )

@@ -121,8 +121,8 @@ def test_a_terminal_without_a_character_shows_a_question_mark(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_a_typed_program_is_checked(checker):
-    """Calls of a model, a tower and a fork have the types of `forward`, so errors are found."""
+def test_type_checkers_find_exactly_the_wrong_calls(checker):
+    """Calls of a model, a tower and a fork have the types of `forward`: wrong calls are found."""
     pytest.importorskip(checker)
     program = ROOT / "tests" / "typed_user.py"
     lines = program.read_text().splitlines()

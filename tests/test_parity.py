@@ -72,13 +72,13 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
 def test_other_precisions_pass(dtype, pair):
     report = compare(*pair, dtype=dtype)
     assert report.first is None
-    if dtype != torch.float64:  # README's limit; `compare` allows a fork more
+    if dtype != torch.float64:  # README's limit; `compare` allows larger errors for forks
         assert all(row.model_error <= 1.1 * row.other_error for row in report.rows)
     largest = max(row.model_error for row in report.rows)
     assert largest < 1e-6 if dtype == torch.float64 else 1e-2 < largest < 1
 
 
-def test_half_precision_with_larger_errors_than_the_other_is_named(pair):
+def test_half_precision_with_larger_errors_is_named(pair):
     faulty = copy.deepcopy(pair[0])
     faulty.text.blocks[1].mlp.register_forward_hook(round_half_to_bfloat16)
     report = compare(faulty, pair[0], dtype=torch.float16)
@@ -258,7 +258,7 @@ def test_merges_that_are_swapped_are_named(whole):
 
 
 def assert_tokens_differ(faulty, whole, cause):
-    """Compare with our tokenizer, which gives transformers' ids twenty times as fast."""
+    """Compare with our tokenizer, which gives the same ids as transformers', but faster."""
     report = compare(faulty, whole[0])
     assert (report.first, report.cause) == ("tokens", cause)
     assert [row.within_tolerance for row in report.rows] == [False] + [True] * 51
@@ -345,7 +345,7 @@ def folders(tmp_path_factory, pair):
         ("do_normalize", False), ("image_processor_type", "SiglipImageProcessor"),
     ],
 )  # fmt: skip
-def test_a_transform_that_is_refused_is_a_difference(field, value, folders, tmp_path):
+def test_a_transform_that_one_library_cannot_read_is_a_difference(field, value, folders, tmp_path):
     odd, right = tmp_path / "odd", folders / "original"
     shutil.copytree(right, odd)
     settings = odd / "preprocessor_config.json"
@@ -358,7 +358,7 @@ def test_a_transform_that_is_refused_is_a_difference(field, value, folders, tmp_
         assert [row.within_tolerance for row in report.rows].count(False) == 1
 
 
-def test_a_transform_that_both_refuse_leaves_nothing_to_compare(folders, tmp_path, capsys):
+def test_a_transform_that_neither_library_can_read_is_not_compared(folders, tmp_path, capsys):
     odd = tmp_path / "odd"
     shutil.copytree(folders / "original", odd)
     (odd / "preprocessor_config.json").write_text('{"resample": 2}')
@@ -413,7 +413,7 @@ SITE, PATTERN = "vision.blocks.0.q", "vision.blocks.0.pattern"
     "site, dtype, device, size, limit",
     [
         ("logits", torch.float32, "cpu", 1, 2e-5),
-        ("logits", torch.float32, "cpu", 100, 2e-5),  # not relative
+        ("logits", torch.float32, "cpu", 100, 2e-5),  # absolute
         (SITE, torch.float32, "cpu", 0.1, 2e-5),
         (SITE, torch.float32, "cpu", 30, 6e-4),
         ("logits", torch.float32, "cuda", 100, 1e-4),
@@ -450,7 +450,7 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 
 
-def test_half_precision_may_have_twice_the_error_of_the_other():
+def test_half_precision_may_have_twice_the_error_of_the_other_model():
     right = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for times, within in ((1.9, True), (2.1, False)):
         tensors = [right + times * 0.01, right, right - 0.01, right]
@@ -492,7 +492,7 @@ def test_inputs_reach_each_position_and_both_end_tokens(pair):
     (pixels, ids), *_, (again, _), (_, _), (seeded, other_ids), _ = (
         seen[i] for i in (0, 3, 4, 5, 8, 9)
     )
-    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # 20 is the most
+    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # the context has 20
     assert (ids[:, 0] == 598).all() and ids[1, -1] == 0
     ends = {599: [1, 3, 5, 7, 9, 11, 10, 9], 500: [2, 4, 6, 8, 10, 12, 14, 1]}
     for end, places in ends.items():
@@ -564,7 +564,7 @@ def test_the_command_compares_a_fork_with_the_original(capsys, folders, tmp_path
 
 
 @pytest.mark.slow
-def test_the_command_draws_weights(capsys, monkeypatch):
+def test_the_command_can_compare_random_models(capsys, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     assert main(["parity", "--random", "tiny", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
@@ -591,7 +591,7 @@ def asked(monkeypatch):
     return seen
 
 
-def test_each_argument_of_the_command_arrives(asked, capsys):
+def test_each_argument_of_the_command_is_used(asked, capsys):
     argv = ["--against", "shapes", "--revision", "v2", "--dtype", "float16", "--device", "mps"]
     argv += ["--names", "names.json"]
     assert main(["parity", "everyday", *argv]) == 1
@@ -706,7 +706,7 @@ def test_parity_prints_the_difference_of_the_gradients(capsys):
 
 @pytest.fixture(scope="module")
 def as_openai():
-    """A model that OpenAI's code can express: heads of width 64, MLPs four times as wide."""
+    """A model that OpenAI's code can express: heads of width 64, MLPs of four times the width."""
     shape = {"width": 64, "heads": 1, "mlp_width": 256, "ln_eps": 1e-5, "act": "quick_gelu"}
     words = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
     text = replace(TINY.text, **shape, **words, context_length=77)
@@ -802,7 +802,7 @@ def test_a_model_with_other_names_needs_a_correct_table(as_openai):
         compare(fork, as_openai)
 
 
-def test_a_table_that_leaves_a_part_out_loosens_no_tolerance(as_openai):
+def test_an_incomplete_table_of_names_does_not_loosen_a_tolerance(as_openai):
     """Otherwise the model would count as merged, and could differ by a millionth."""
     fork = own_names.CLIP(as_openai)
     fork.tensor_names = {n: own for n, own in own_names.NAMES.items() if n != "vision.ln_post"}

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the results of two processes, and with what they trained together."""
+    """A folder with the results of two processes, and with the models that they trained."""
     folder = tmp_path_factory.mktemp("two")
     for name in ("data", "several", "like"):
         (folder / name).mkdir()
@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert re.search("two: continued at step [23]", done.stderr)  # the other process may have saved
+    assert re.search("two: continued at step [23]", done.stderr)  # 3 if the other process saved it
     return folder
 
 

@@ -48,7 +48,7 @@ both loading the same file
     checkpoint: an_official_file_gives_the_logits_of_transformers
 operations in another order
     export: the_model_compiles_into_one_graph
-    export: the_model_exports_with_attention_written_out
+    export: the_model_exports_with_eager_attention
 1.1 times the error of transformers
     model: half_precision_is_no_worse_than_transformers
 equal, every code point
@@ -64,7 +64,7 @@ transformers on the same GPU
 published logits and embeddings
     official: a_published_value_is_reproduced
 ends with "first at vision.pooled"
-    forks: a_fault_among_tokens_before_the_batch_is_named
+    forks: a_fault_in_a_model_with_tokens_as_the_first_axis_is_named
 causality makes them unnecessary
     model: nothing_after_the_end_token_can_reach_the_embedding
 Unused, they change no bit
@@ -103,19 +103,19 @@ does not fit the model
 would read another model's files
     saving: a_save_over_another_checkpoint_replaces_it_or_is_an_error
 Code in a file never runs
-    checkpoint: pickled_code_is_refused_and_not_run
-    hostile: pickles_that_lie_are_refused_or_loaded_as_stated
-    hostile: pickles_made_by_hand_are_refused_or_read_as_stated
+    checkpoint: pickled_code_is_an_error_and_does_not_run
+    hostile: false_pickles_raise_an_error_or_load_as_stated
+    hostile: pickles_made_by_hand_raise_an_error_or_load_as_stated
     layouts: a_torchscript_archive_is_read_without_its_code
 or it loads exactly as the file says
-    hostile: safetensors_that_lie_are_refused_or_loaded_as_stated
-    hostile: an_index_of_shards_that_lies_is_refused_or_loaded_as_stated
-    hostile: a_config_that_lies_is_refused_or_loaded_as_stated
-    hostile: a_tokenizer_that_lies_is_refused_or_loaded_as_stated
-    hostile: a_transform_that_lies_is_refused_or_loaded_as_stated
-    hostile: parts_that_disagree_are_refused
+    hostile: false_safetensors_raise_an_error_or_load_as_stated
+    hostile: a_false_index_of_shards_raises_an_error_or_loads_as_stated
+    hostile: a_false_config_raises_an_error_or_loads_as_stated
+    hostile: a_false_tokenizer_raises_an_error_or_loads_as_stated
+    hostile: a_false_transform_raises_an_error_or_loads_as_stated
+    hostile: parts_that_disagree_are_an_error
 within a second of CPU time and 200 MB
-    hostile: a_named_pipe_is_refused_and_not_waited_for
+    hostile: a_named_pipe_is_an_error_and_not_waited_for
     hostile: long_files_take_little_memory_and_give_short_messages
     tokenizer: a_long_run_of_marks_takes_no_quadratic_time
     tokenizer: each_place_in_a_text_is_looked_up_once_per_length_of_an_added_token
@@ -125,8 +125,8 @@ from the hub raises an error, and is deleted
 changed later raises an error, and is kept
     hub: a_file_that_was_changed_after_the_check_is_checked_again
 come from one commit
-    hub: a_branch_may_move_during_a_load_or_a_conversion
-    hub: the_features_of_eval_are_kept_under_the_commit_of_their_model
+    hub: a_branch_may_get_a_new_commit_during_a_load_or_a_conversion
+    hub: cached_features_are_stored_with_the_commit_of_their_model
 or from one save
     saving: a_load_during_a_save_has_one_version
 The next save removes
@@ -135,7 +135,7 @@ never publishes them
     hub: what_a_crashed_save_left_is_not_published
 leaves the old checkpoint or the new one
     saving: a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new
-    saving: two_savers_and_a_finisher_at_once_leave_one_of_the_two
+    saving: two_saves_and_a_finish_at_once_leave_one_of_the_two_saves
     saving: a_full_disk_is_an_error_that_leaves_the_old_checkpoint
 at most 1.15 times the memory of the model
     checkpoint: loading_takes_the_memory_of_the_file_in_the_requested_dtype

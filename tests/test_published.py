@@ -1,7 +1,7 @@
 """Ten published modifications, each in ten lines and with public names only.
 
-A slow version follows each paper, with transformers' copy of the same weights (for LoRA, with
-PEFT). Each test also has a control: a wrong version whose difference it must notice. The model is
+Each is compared with a slow version that follows the paper and runs in transformers (LoRA: in PEFT)
+with the same weights. Each test also has a control: it must notice a wrong version. The model is
 like the embedded checkpoint "shapes", but with random weights.
 """
 
@@ -229,7 +229,7 @@ def test_head_pruning_equals_its_paper(loaded, theirs, pixels, ids):
 
 
 def tuned_with_lora(model, pixels, ids, steps=3):
-    """arXiv 2106.09685, on the queries and values of both towers."""
+    """LoRA (arXiv 2106.09685) on the queries and values of both towers."""
     tuned = add_lora(model, rank=4, alpha=8)
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.01)
     for _ in range(steps):
@@ -477,9 +477,9 @@ def test_heads_chosen_by_a_text_equal_their_paper(loaded, theirs, pixels, ids):
 
 
 def greedy_soup(models, score):
-    """Add models, best first, unless the mean gets worse: arXiv 2203.05482, recipe 1.
+    """Add models to a mean, best first, unless its score gets worse: arXiv 2203.05482, recipe 1.
 
-    The authors' code has `>`, but their paper has `>=`.
+    The authors' code compares scores by `>`, but their paper by `>=`.
     """
     ranked = sorted(models, key=score, reverse=True)
     kept = ranked[:1]

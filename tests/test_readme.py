@@ -1,6 +1,6 @@
 """The tests run what README and the packages' headers show: all Python code, and each command.
 
-Small stand-ins replace what only a user has: photos, a model from the hub, a GPU. `python
+Small substitutes replace what only a user has: photos, a model from the hub, a GPU. `python
 tests/test_readme.py` runs the commands that stand after a `$` and writes their output below them.
 """
 

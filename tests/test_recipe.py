@@ -224,7 +224,7 @@ def nearly_orthogonal(matrix):
     return (u @ s.diag() @ vh).float()
 
 
-# Six steps. The learning rate rises in the first three (2.7, rounded).
+# Six steps. The learning rate rises in the first three: 0.45 of six is 2.7, rounded to 3.
 BASE = Recipe(epochs=2, batch=4, lr=4e-3, warmup=0.45)
 RUNS = {
     "plain": {},
@@ -299,7 +299,7 @@ def test_logits_stay_within_100_times_a_cosine(tmp_path):
 
 
 def one_of_two(rank):
-    """A stand-in for the part of torch.distributed that the loop uses."""
+    """A fake of the part of torch.distributed that the loop uses."""
     return SimpleNamespace(
         is_initialized=lambda: True,
         get_rank=lambda: rank,
@@ -332,7 +332,7 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_of_two_processes_draws_its_own_numbers(rank, tmp_path, monkeypatch):
-    """The process does not gather. It has its share of the pairs, and its own noise."""
+    """The process has its own share of the pairs and its own random numbers. It gathers nothing."""
     monkeypatch.setattr(processes, "dist", one_of_two(rank))
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     recipe = replace(BASE, patch_dropout=0.6, augment=True)
@@ -359,8 +359,8 @@ SAVINGS = {
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [None, *SAVINGS])
-def test_a_run_uses_only_the_savings_of_its_recipe(name, tmp_path, monkeypatch):
-    """These options change few numbers, so the test looks at what the towers do."""
+def test_a_run_saves_memory_and_time_only_as_its_recipe_says(name, tmp_path, monkeypatch):
+    """These options hardly change the weights, so the test watches what the towers do."""
     monkeypatch.setattr(run_module, "LOG_EVERY", 1)
     model, _, tokenizer = two_models()
     seen = {"rows": 0, "blocks": 0, "types": set(), "compiled": []}
@@ -380,7 +380,9 @@ def test_a_run_uses_only_the_savings_of_its_recipe(name, tmp_path, monkeypatch):
     assert (losses.bfloat16().float() != losses).all()  # the loss itself is never bfloat16
     assert seen == {
         "rows": 3 if name == "chunk" else 4,
-        "blocks": {"chunk": 24, "checkpoint_blocks": 12}.get(name, 6),  # 3 steps, 2 towers
+        "blocks": {"chunk": 24, "checkpoint_blocks": 12}.get(
+            name, 6
+        ),  # block calls: 3 steps, 2 towers
         "types": {torch.bfloat16 if name == "precision" else torch.float32},
         "compiled": [model.vision, model.text] if name == "compile" else [],
     }

@@ -1,4 +1,4 @@
-"""Indexes of images: which images are found, in which order, and what survives accidents."""
+"""Indexes of images: what is found, in which order, and what remains after damage or a crash."""
 
 import io
 import json
@@ -113,7 +113,7 @@ IN_B = [*IN_TAR, "b/[1].png", "b/x.webp", "b/y.gif", "b/é.bmp"]
         (["z.png", ""], ["z.png", "a.JPG", *IN_B, "c.tiff"]),
         (["", "z.png"], ["a.JPG", *IN_B, "c.tiff", "z.png"]),
         (["b/0.tar"], IN_TAR),
-        (["z.txt"], ["z.txt"]),  # named, so it will be reported
+        (["z.txt"], ["z.txt"]),  # given by name, so its error will be reported
         (["*.png"], ["z.png"]),
         (["**/*.[pw]*"], ["b/[1].png", "b/x.webp", "z.png"]),
         (["b/[1].png"], ["b/[1].png"]),  # a file's name, not a pattern
@@ -158,8 +158,8 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
-def lying_headers():
-    """Yield a name for each false header, and the bytes of a tar with it."""
+def false_headers():
+    """Yield a name for each false header, and the bytes of a tar that has the header."""
 
     def header(name, size=0, kind=tarfile.REGTYPE, **fields):
         info = tarfile.TarInfo(name)
@@ -190,7 +190,7 @@ def lying_headers():
     yield "an old sparse file", header("a.bmp", 512, tarfile.GNUTYPE_SPARSE) + bytes(512)
 
 
-@pytest.mark.parametrize("what, lie", [*lying_headers()], ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("what, lie", [*false_headers()], ids=lambda value: str(value)[:40])
 def test_a_tar_with_a_false_header_is_read_up_to_that_header(tmp_path, what, lie):
     make_tar(tmp_path / "x.tar", {"0.bmp": encoded(blots(0), "bmp")})
     data = (tmp_path / "x.tar").read_bytes()
@@ -224,7 +224,7 @@ def test_a_tar_with_a_false_header_is_read_up_to_that_header(tmp_path, what, lie
     ],
     ids=lambda change: str(change)[:40],
 )
-def test_an_index_that_lies_is_an_error_of_one_line(tmp_path, change):
+def test_a_false_index_is_an_error_of_one_line(tmp_path, change):
     index = Index(torch.eye(3), Strings.pack("abc"), ENCODER)
     index.save(tmp_path / "i")
     with safe_open(tmp_path / "i", framework="pt") as file:
@@ -250,7 +250,7 @@ def test_rows_that_are_not_unit_vectors_are_an_error(value):
 
 
 @pytest.mark.parametrize("name", ["pipe.jpg", "pipe.tar"])
-def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path, name):
+def test_a_named_pipe_is_an_error_and_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)
     blots(1).save(tmp_path / "a.png")
     pictures, damage = find_pictures([tmp_path / name, tmp_path])
@@ -266,7 +266,7 @@ HIDDEN = [
 ]
 
 
-def test_hidden_files_of_systems_are_left_out(tmp_path):
+def test_hidden_files_and_system_folders_are_left_out(tmp_path):
     for name in (*HIDDEN, "a.jpg", "@home/b.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         blots(0).save(tmp_path / name)
@@ -286,10 +286,10 @@ def test_hidden_files_of_systems_are_left_out(tmp_path):
         (["b/"], ["a.JPG", "c.tiff", "z.png"]),
         (["*.png", "*.tar"], ["a.JPG", "b/x.webp", "b/y.gif", "b/é.bmp", "c.tiff"]),
         (["b/*.tar", "[yz].*"], ["a.JPG", "b/[1].png", "b/x.webp", "b/é.bmp", "c.tiff"]),
-        (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # also inside of the tar
+        (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # also in the tar
     ],
 )
-def test_exclude_leaves_more_images_out(photographs, monkeypatch, exclude, left):
+def test_exclude_leaves_out_the_given_images(photographs, monkeypatch, exclude, left):
     assert names(find_pictures([photographs], exclude)[0], photographs) == left
     monkeypatch.chdir(photographs)
     assert list(map(str, find_pictures(["."], exclude)[0])) == left
@@ -358,7 +358,7 @@ def test_embeddings_equal_the_models(loaded, photographs):
     assert len({tuple(row) for row in expected.tolist()}) == 11
 
 
-def test_an_index_only_replaces_an_index(loaded, photographs, tmp_path):
+def test_a_file_that_is_not_an_index_is_not_overwritten(loaded, photographs, tmp_path):
     precious = tmp_path / "precious.jpg"
     precious.write_bytes(encoded(blots(0), "jpeg"))
     before = precious.read_bytes()
@@ -554,7 +554,7 @@ def test_the_search_is_exact(monkeypatch, block, k):
 
 
 def crowd(n=1500, width=256):
-    """Return a query, and rows so near to it that float32 cannot order their cosines."""
+    """Return a query, and rows so near to the query that float32 cannot order their cosines."""
     query = unit_rows(1, width, seed=1)[0]
     return torch.nn.functional.normalize(query + 2e-4 * unit_rows(n, width, seed=2)), query
 
@@ -576,7 +576,7 @@ def test_equal_scores_keep_the_order_of_the_index(monkeypatch):
     assert len({hit.score for hit in hits[:200]}) == 1
 
 
-def test_a_query_of_any_length_finds_the_same(monkeypatch):
+def test_a_query_of_any_length_finds_the_same_rows(monkeypatch):
     monkeypatch.setattr(retrieval.index, "BLOCK", 128)
     rows, query = crowd()
     expected = [hit.row for hit in index_of(rows).search(query, 10)]
@@ -615,7 +615,7 @@ print(found[0].row, anonymous() - before)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # from faiss
-def test_faiss_reads_the_file_and_finds_the_same(tmp_path, monkeypatch, capsys):
+def test_faiss_reads_the_file_and_finds_the_same_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     index_of(unit_rows(3000, 64)).save("index.safetensors")
     index, query = Index.load("index.safetensors"), unit_rows(1, 64, seed=1)[0]
@@ -870,7 +870,7 @@ def test_parts_of_another_build_are_made_again(
 def test_what_another_model_made_is_replaced_only_by_force(
     build, interrupt, loaded, tmp_path, changed, whole
 ):
-    """Neither an index nor the parts of one are replaced silently."""
+    """Neither a finished index nor the parts of an unfinished one are replaced silently."""
     if whole:
         build(tmp_path / "i")
     else:
@@ -947,7 +947,7 @@ def test_an_update_embeds_what_is_new_or_changed_and_keeps_the_rest_bit_for_bit(
     assert (tmp_path / "i").read_bytes() == bits and len(again) == len(after)
 
 
-def test_an_update_sees_a_change_of_the_same_size(build, photographs, tmp_path, embedded):
+def test_an_update_notices_a_changed_file_of_the_same_size(build, photographs, tmp_path, embedded):
     build(tmp_path / "i")
     z = photographs / "z.png"
     size, then = z.stat().st_size, z.stat().st_mtime_ns

@@ -127,7 +127,7 @@ print(operation - 1, *ends)
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new(tmp_path):
-    """It is killed ten times at random, and then before each of its operations on files."""
+    """It is killed at ten random moments, and then before each of its operations on files."""
     paths = [str(Path(miniclip.__file__).parent.parent), str(Path(__file__).parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), "10"]
@@ -179,7 +179,7 @@ def test_a_full_disk_during_the_save_of_one_part_leaves_the_old_checkpoint(saved
 # --------------------------------------------------------------------------------- the other files
 
 
-def test_other_files_and_permissions_are_respected(saved):
+def test_other_files_and_permissions_are_kept(saved):
     (saved / "README.md").write_text("mine")
     (saved / "empty").touch()
     (saved / "runs" / "1").mkdir(parents=True)
@@ -203,7 +203,7 @@ def test_the_files_of_a_tokenizer_in_another_form_are_removed(saved):
     assert contents(miniclip.load(saved)) == contents(new())
 
 
-def test_the_weights_file_says_that_it_is_pytorchs(saved):
+def test_the_weights_file_states_the_format_pt(saved):
     with safe_open(saved / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -272,7 +272,7 @@ def test_a_save_over_another_checkpoint_replaces_it_or_is_an_error(tmp_path, ear
 
 
 @pytest.mark.parametrize("layout", ["openai", "open_clip"])
-def test_a_save_that_is_refused_leaves_no_folder(tmp_path, layout):
+def test_a_save_that_raises_an_error_leaves_no_folder(tmp_path, layout):
     _, tokenizer, transform = old()
     model = CLIP(replace(OLD, vision=replace(VISION, registers=2)))
     (tmp_path / "mine").mkdir()
@@ -371,7 +371,7 @@ def test_a_link_is_not_a_save_to_finish(saved, tmp_path):
 
 
 def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
-    """The files' times do not matter. upload_folder never uploads .cache/huggingface."""
+    """The times of the files do not matter. upload_folder never uploads .cache/huggingface."""
     killed, alive = (saved / ".cache/huggingface" / f"miniclip-{name}" for name in ("old", "new"))
     for folder in (killed, alive):
         folder.mkdir(parents=True)
@@ -386,7 +386,7 @@ def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
 
 
 def test_each_save_writes_to_a_file_of_its_own(tmp_path):
-    """Its name does not contain the process id: two threads or two containers may share one."""
+    """Its name does not contain the process id: two threads or two containers may have the same."""
     path = tmp_path / "index"
     with writing.replacing(path) as first, writing.replacing(path) as second:
         assert first != second and str(os.getpid()) not in f"{first}{second}".split("-", 1)[1]
@@ -405,7 +405,7 @@ def test_a_device_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("read", [miniclip.load, Tokenizer.from_pretrained])
 def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
-    """In each round, a save comes after another of the files that the load opens."""
+    """For each file that the load opens, one round saves right after the file is opened."""
     parts = [old(), new()]
     saves = [0]
     opened = open
@@ -431,7 +431,7 @@ def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
         with monkeypatch.context() as patch:
             patch.setattr(reading, "open", opening(at), raising=False)
             found = read(saved)
-        expected = parts[saves[0] - before]  # a tokenizer has fewer files
+        expected = parts[saves[0] - before]  # a tokenizer has fewer than five files
         vocab = found.tokenizer if isinstance(found, tuple) else found
         assert (vocab.vocab, vocab.merges) == (expected[1].vocab, expected[1].merges)
         if isinstance(found, tuple):
@@ -449,8 +449,8 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
     assert not list(saved.glob(".*"))
 
 
-def test_two_savers_and_a_finisher_at_once_leave_one_of_the_two(tmp_path):
-    """Two threads act like two processes. The later one gets an OSError, for a full folder."""
+def test_two_saves_and_a_finish_at_once_leave_one_of_the_two_saves(tmp_path):
+    """Two threads act like two processes. One may get an OSError: the folder is not empty."""
     from concurrent.futures import ThreadPoolExecutor
 
     def save_often(text):

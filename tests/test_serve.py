@@ -67,7 +67,7 @@ class Server:
         if not line:
             raise RuntimeError(self.end()[1])
         self.url = json.loads(line)["url"]
-        log.write_text("")  # forget the start, in which torch tries the temporary folder
+        log.write_text("")  # without the start, when torch tests the temporary folder
 
     def post(self, path, question, **headers):
         """Ask a question. Returns (status, answer)."""
@@ -285,7 +285,7 @@ def test_the_page_opens_with_an_example_and_asks_only_its_server(page, server):
 
 @pytest.mark.slow
 def test_the_browser_refuses_other_addresses(page):
-    """If the page tried, the test above would notice it."""
+    """The test above would notice if the page tried to reach another address."""
     failed = page.evaluate(
         "fetch('http://127.0.0.1:9/other').then(() => 'answered', () => 'refused')"
     )
@@ -540,7 +540,7 @@ def test_the_server_tells_the_page_what_it_needs(server):
             "shapes": {"size": 64, "heads": [3, 3, 3, 3]},
         },
         "methods": ["attention", "rollout", "relevance", "gradcam", "tokens", "occlusion", "head"],
-        "blind": ["attention", "rollout", "head"],  # the others read the text
+        "blind": ["attention", "rollout", "head"],  # the other methods read the text
         "colours": ["#000004", "#bc3754", "#fcffa4"],  # from matplotlib's inferno
         "searcher": "everyday",
         "max_bytes": 20_000_000,
@@ -723,7 +723,7 @@ def test_the_error_for_another_format_lists_those_that_are_read(kind):
         ("explain", {"method": "head", "label": "a", "layer": 0, "head": 3}, "no head 3"),
     ],
 )
-def test_questions_that_the_page_never_asks_are_refused(server, path, question, message):
+def test_questions_that_the_page_never_asks_are_an_error(server, path, question, message):
     if path == "explain":
         picture = write_picture(Image.new("RGB", (9, 9)))
         question |= {"model": "shapes", "picture": picture, "templates": ["{}"]}
@@ -767,7 +767,7 @@ def test_a_page_of_another_site_is_not_answered(headers, status):
         ({"text": "a", "labels": ["b", "a" * 1001]}, "labels: a text has more than 1,000"),
     ],
 )
-def test_long_questions_are_refused(question, message):
+def test_long_questions_are_an_error(question, message):
     status, answer = ask(create_app({}, lambda text: []), "search", question)
     assert status == 400 and message in answer["error"]
 
@@ -839,7 +839,7 @@ def test_another_host_name_is_refused(server):
         assert server.post("about", {}, Host=host)[0] == 200
 
 
-def test_an_image_is_the_same_after_its_data_url(coffee):
+def test_a_data_url_does_not_change_an_image(coffee):
     upright = read_picture("data:;base64," + base64.b64encode(coffee.read_bytes()).decode())
     assert upright.size == (400, 600)
     assert np.array_equal(np.asarray(read_picture(write_picture(upright))), np.asarray(upright))
@@ -861,7 +861,7 @@ def test_the_page_shows_the_results_of_a_search(page):
 
 
 @pytest.mark.slow
-def test_the_server_writes_nothing_and_calls_nobody(server, tmp_path):
+def test_the_server_writes_no_file_and_connects_to_no_computer(server, tmp_path):
     """The log lists all that the server did in the tests above."""
     done = server.log.read_text().splitlines()
     # torch's compiler, if something imports it, makes an empty temporary folder.

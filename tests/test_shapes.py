@@ -1,4 +1,4 @@
-"""The drawn world: masks fit the pixels, captions fit the masks, and words give no hints."""
+"""The drawn world: masks fit the pixels, captions fit the masks, and words alone say nothing."""
 
 import math
 import re
@@ -50,7 +50,7 @@ def test_a_scene_depends_only_on_its_numbers():
 
 
 def test_scenes_are_the_same_on_every_machine():
-    """These numbers were printed once. weights/shapes was trained on their scenes."""
+    """These numbers were recorded once. weights/shapes was trained on these scenes."""
     (object,) = scene(0, count=1).objects
     assert object == ("green", "square", "large", -12, 44, 48)
 
@@ -66,7 +66,7 @@ def test_scenes_have_one_to_three_objects_and_every_kind():
 
 
 def test_masks_are_the_pixels_of_the_objects(scenes):
-    """A mask has the pixels whose colour is at least half the object's."""
+    """A mask has the pixels that are covered by the object at least by half."""
     for s in scenes:
         picture, masks = draw(s)
         assert picture.size == (64, 64) and picture.mode == "RGB"
@@ -168,7 +168,7 @@ def believes(relation, wanted, chosen):
 
 class Caption(NamedTuple):
     text: str  # true
-    negatives: list[str]  # false, each in one respect
+    negatives: list[str]  # false captions, each wrong in one respect
 
 
 def captions(s):
@@ -181,7 +181,7 @@ def captions(s):
 
 
 @pytest.mark.slow
-def test_captions_are_true_and_their_negatives_false(scenes):
+def test_captions_are_true_and_false_captions_are_false(scenes):
     checked = Counter()
     for s in scenes:
         random = Random(str(s.objects))
@@ -235,9 +235,9 @@ def words(claim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["places", "colours"])
-def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
-    """Over many scenes each word is equally frequent at each place in true and false captions, so
-    a guesser without the image is at chance. Differences stay within 4.5 standard deviations."""
+def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
+    """In many scenes, each word is as frequent at each place in true captions as in false ones, so
+    words alone do not help. Differences stay within 4.5 standard deviations."""
     true, false = Counter(), Counter()
     for i in range(1500):
         s = scene(i, count=2)
@@ -250,8 +250,8 @@ def test_no_word_at_any_place_tells_a_true_caption_from_a_swapped_one(what):
         assert abs(true[word] - false[word]) <= 4.5 * (true[word] + false[word]) ** 0.5, word
 
 
-def test_no_relation_is_likelier_than_another():
-    """A guesser that sees only the image does not know which object comes first."""
+def test_no_relation_is_more_frequent_than_another():
+    """So the image alone does not show which object the caption names first."""
     said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
     assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)
 
@@ -266,7 +266,7 @@ def test_the_dataset_is_reproducible_and_begins_with_easy_scenes():
     assert order == list(data.items(0)) != list(data.items(1))
     counts = [len(data.scene(index).objects) for index in order]
     assert counts[:6] == [1] * 6 and counts[6:18] == [2] * 12 and {*counts[18:]} == {1, 2, 3}
-    for index in order[:12]:  # the first lessons say where a thing is, unless it is in the middle
+    for index in order[:12]:  # the first lessons name a place, unless it is the middle
         assert data[index, 0].caption.endswith(tuple(PLACES)) or not located(data.scene(index))
     assert any(" the " in data[index, 0].caption for index in order[12:18])
     for index in (35, 12):
@@ -303,7 +303,7 @@ def test_a_new_run_has_the_shape_recipe_and_transform_of_its_checkpoint(new):
 
 
 class Knowing:
-    """A model that embeds an image as its scene, and a text as all scenes that it is true for."""
+    """A model that embeds an image as its scene, and a text as all scenes for which it is true."""
 
     logit_scale = torch.tensor(0.0)
 
@@ -356,7 +356,7 @@ def test_each_score_measures_one_kind_of_knowledge():
 
 
 def scores_by_chance(scenes):
-    """A tie gives the first of the 64 pairs, which is right for this share of the scenes."""
+    """In a tie, the first of the 64 pairs wins. It is right for this share of the scenes."""
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 
@@ -383,7 +383,7 @@ def test_shapes_have_their_areas(shape):
 
 
 def test_the_world_is_the_same_on_every_machine():
-    """These sums were printed once. Another world would change every published score."""
+    """These sums were recorded once. Another world would change every published score."""
     which = product(range(40), (0, 5), (False, True), (None, 2))
     scenes = [scene(i, seed=seed, held_out=h, count=count) for i, seed, h, count in which]
     said = [say_something(s, Random(i), i // 2 % 4 if i % 2 else 3) for i, s in enumerate(scenes)]

@@ -340,7 +340,10 @@ def test_only_a_layer_norm_has_steps_and_a_child_keeps_its_name(tiny):
 @torch.no_grad()
 def test_in_half_precision_the_steps_are_float32():
     norm = nn.LayerNorm(6).half()
-    model, x = nn.Sequential(norm), 300 * torch.randn(2, 6).half()  # a variance of 90,000
+    model, x = (
+        nn.Sequential(norm),
+        300 * torch.randn(2, 6).half(),
+    )  # variance 90,000: inf in float16
     with cache(model, "0.scale", "0.normalized") as acts:
         assert torch.equal(model(x), norm(x))
     expected = (x.double().var(-1, correction=0, keepdim=True) + norm.eps).sqrt().float()
@@ -619,7 +622,7 @@ def test_cached_tensors_are_copies(tiny):
     assert not acts[name].requires_grad  # no graph is kept
 
 
-def test_another_device_is_only_for_the_copies(tiny):
+def test_the_device_of_cache_is_only_for_the_copies(tiny):
     model, inputs = tiny
     with cache(model, "vision.blocks.*", device="meta") as acts:
         model(*inputs)
@@ -677,7 +680,7 @@ def test_wrappers_are_not_a_part_of_a_name(tiny, wrap):
 
 
 def test_the_compiler_is_not_imported_for_hooks(tiny, monkeypatch):
-    """The import takes more than a second, and nothing was compiled before."""
+    """The import takes more than a second. It is not needed if nothing was compiled before."""
     model, inputs = tiny
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     monkeypatch.setattr(torch.compiler, "set_stance", None)
@@ -726,7 +729,7 @@ def test_hooks_of_a_compiled_model_run(shallow, how):
 
 @pytest.mark.slow
 def test_blocks_may_overlap_and_end_in_any_order(shallow):
-    """Compiled code runs uncompiled until the last `with` block ends."""
+    """Compiled models run uncompiled until the last `with` block ends."""
     model, runs = shallow[0], []
     compiled = torch.compile(
         lambda x: x + 1, backend=lambda graph, _: lambda *given: runs.append(1) or graph(*given)
@@ -745,8 +748,8 @@ def test_blocks_may_overlap_and_end_in_any_order(shallow):
 
 
 @pytest.mark.slow
-def test_without_the_stance_a_compiled_model_ignores_hooks(shallow):
-    """So `hooks` sets a stance. If this test fails, torch looks for new hooks by itself."""
+def test_without_set_stance_a_compiled_model_ignores_hooks(shallow):
+    """Therefore `hooks` makes compiled models run uncompiled (by `torch.compiler.set_stance`)."""
     model, inputs = shallow
     compiled = torch.compile(model, backend="eager")
     expected = logits(compiled, inputs)

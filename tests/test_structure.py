@@ -1,5 +1,5 @@
 """The structure of the package: what may import what, and the length of its files.
-And each slip of `plant_slips.py` still fits one place in the package.
+Also, each fault of `plant_slips.py` still has exactly one place in the package.
 
 Every import counts: at the top of a file, inside a function, and under TYPE_CHECKING.
 """
@@ -57,7 +57,7 @@ def test_no_module_imports_itself_indirectly(name):
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(GRAPH) if name.startswith("files")])
-def test_files_imports_none_of_the_classes(name):
+def test_miniclip_files_does_not_import_the_classes(name):
     assert not reached(name) & {"model", "tokenizer", "transform", "checkpoint", "config"}
 
 
@@ -110,7 +110,7 @@ def test_definitions_come_before_their_use():
 
 
 @pytest.mark.parametrize("area", AREAS)
-def test_each_slip_has_one_place_in_the_package(area):
+def test_each_planted_fault_has_one_place_in_the_package(area):
     sources, tests = read_sources(ROOT.parent), Path(__file__).parent.parent
     slips = slips_of(area)
     assert len({slip.what for slip in slips}) == len(slips)

@@ -95,7 +95,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def assert_near(ours, theirs, float32=0.0):
-    """Assert equality within 1e-10 in float64, or else `float32` times the largest number."""
+    """Assert equality within 1e-10 in float64, or `float32` times the largest number in float32."""
     assert ours.shape == theirs.shape
     limit = 1e-10 if ours.dtype == torch.float64 else float32
     assert (ours - theirs).abs().max() <= limit * max(1, theirs.abs().max())
@@ -112,7 +112,7 @@ def test_siglip_equals_transformers(dtype, tmp_path):
     expected, found = theirs(pixel_values=pixels, input_ids=ids), ours(pixels, ids)
     assert_near(ours.vision(pixels), expected.vision_model_output.pooler_output)
     assert_near(ours.text(ids), expected.text_model_output.pooler_output)
-    for name in found._fields:  # transformers divides by the length in another way
+    for name in found._fields:  # transformers normalises in another way
         assert_near(getattr(found, name), expected[name], 2e-7)
 
 
@@ -397,7 +397,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-OFTEN = ("gated MLP", "SigLIP")  # one has a new parameter, and one no class token
+OFTEN = ("gated MLP", "SigLIP")  # one has a new parameter, the other has no class token
 
 
 @pytest.fixture(
@@ -415,14 +415,14 @@ def some(config=TINY):
 
 
 def or_refuses(function, *args, **options):
-    """Return a function's result, or None if it raises that it cannot follow the model."""
+    """Return a function's result, or None if its error says that it cannot follow the model."""
     try:
         return function(*args, **options)
     except ValueError as error:
         assert re.search("follow|has its own|replays|elsewhere|cannot know|has not run", str(error))
 
 
-# The instruments that must work on each fork. The others may refuse, but none may be wrong.
+# The instruments that must work on each fork. Others may raise an error, but none may be wrong.
 FOLLOWED = {
     "mean pooling": {"logit_lens", "attention_maps", "intermediates", "prune_heads"},
     "gated MLP": {
@@ -465,8 +465,8 @@ def saved_and_loaded(model, folder):
 @torch.no_grad()
 @pytest.mark.filterwarnings(
     "ignore:.* are left out. only .* belongs to the model"
-)  # a warning before the error
-def test_a_fork_is_saved_and_loaded_bit_for_bit_and_refused_by_other_classes(model, tmp_path):
+)  # a warning comes before the error
+def test_a_fork_is_loaded_bit_for_bit_but_not_by_other_classes(model, tmp_path):
     saved_and_loaded(model, tmp_path)
     name = type(model).__name__
     with pytest.raises(CheckpointError, match=name):
@@ -496,7 +496,7 @@ def test_a_fork_without_new_parameters_loads_a_checkpoint_of_clip(tmp_path):
     assert not torch.allclose(fork(pixels, ids).image_embeds, plain(pixels, ids).image_embeds)
 
 
-def test_a_parameter_without_a_place_is_named_on_save_and_on_load(tmp_path):
+def test_a_parameter_without_a_tensor_name_is_an_error_on_save_and_on_load(tmp_path):
     fork = redraw(HomelessCLIP(TINY))
     where = r"text\.blocks\.0\.mlp\.gate\.weight .*`tensor_names`.*blocks\.\{\}\.mlp\.gate"
     with pytest.raises(CheckpointError, match=where):
@@ -557,7 +557,7 @@ def test_instruments_are_right_on_a_fork_or_say_what_they_cannot_follow(model):
         assert [m.shape[-1] for m in maps] == [T] * 3
         inside = vision.blocks[2].attn
         _, _, v = inside.qkv(vision.blocks[2].ln_1(vision.blocks[:2](vision.embed_tokens(pixels))))
-        if not isinstance(vision.blocks[2], PostNormBlock):  # it reads another tensor
+        if not isinstance(vision.blocks[2], PostNormBlock):  # its LayerNorm reads another tensor
             with cache(vision, "blocks.2.attn.z") as acts:
                 vision(pixels)
             assert_near((maps[2] @ v).transpose(1, 2), acts["blocks.2.attn.z"])
@@ -628,7 +628,7 @@ class StemVision(VisionTower):
         return super().embed_tokens(F.avg_pool2d(pixels, 3, 1, 1))
 
 
-def test_parts_of_a_tower_that_an_instrument_cannot_know_are_named():
+def test_a_method_that_an_instrument_cannot_follow_is_named():
     pixels, _ = some()
     with pytest.raises(ValueError, match="NormedValues.qkv changes the values"):
         lens.decompose(redraw(clip_of(NormedValues)(TINY)).double(), pixels)
@@ -655,14 +655,14 @@ def test_layers_that_depend_on_their_number_cannot_be_reordered(block, words):
         surgery.keep_layers(model, "vision", [1, 2])
 
 
-def test_models_of_two_classes_are_not_averaged():
+def test_models_of_different_classes_are_not_averaged():
     for one, other in ((MeanCLIP, CLIP), (CLIP, MeanCLIP)):
         with pytest.raises(ValueError, match="the model is .*CLIP, expected .*CLIP"):
             surgery.average([one(TINY), other(TINY)])
 
 
 @torch.no_grad()
-def test_heads_are_silenced_or_the_attention_is_named(model):
+def test_heads_of_a_fork_are_ablated_or_the_error_names_the_attention(model):
     pixels, _ = some(model.config)
     with surgery.ablate_heads(model, "vision", {0: [0]}):
         silent = or_refuses(model.encode_image, pixels)
@@ -672,7 +672,7 @@ def test_heads_are_silenced_or_the_attention_is_named(model):
         assert (silent - model.encode_image(pixels)).abs().max() > 1e-3
 
 
-def test_relevance_of_a_fork_is_right_or_refused(model):
+def test_relevance_of_a_fork_is_right_or_an_error(model):
     pixels, ids = some(model.config)
     pixels, ids = pixels[:2], ids[:2]
     found = or_refuses(lens.relevance, model, pixels, ids)
@@ -683,7 +683,7 @@ def test_relevance_of_a_fork_is_right_or_refused(model):
     assert (found is None) == is_other
 
 
-def test_grad_cam_of_a_fork_is_right_or_refused(model):
+def test_grad_cam_of_a_fork_is_right_or_an_error(model):
     pixels, ids = some(model.config)
     heat = or_refuses(lens.gradcam, model, pixels[:1], ids[:1])
     assert (heat is None) == (type(model.vision.blocks[-1]).forward is not Block.forward)
@@ -722,7 +722,7 @@ def test_a_fork_agrees_with_itself_and_has_no_twin_in_transformers(model):
         transformers_twin(model)
 
 
-def test_parity_finds_where_a_fork_leaves_clip():
+def test_parity_finds_where_a_fork_differs_from_clip():
     fork = redraw(MeanCLIP(TINY))
     plain = CLIP(TINY).eval()
     plain.load_state_dict(fork.state_dict())
@@ -753,7 +753,7 @@ def fork_for(kind, tokenizer):
 
 @pytest.mark.parametrize("kind", [EACH["no causal mask"], Siglip, CLIP, GatedCLIP])
 @torch.no_grad()
-def test_a_texts_embedding_does_not_depend_on_the_others(kind, tokenizer):
+def test_a_texts_embedding_does_not_depend_on_other_texts(kind, tokenizer):
     model = fork_for(kind, tokenizer)
     together = embed_texts(model, tokenizer, WORDS)
     alone = torch.cat([embed_texts(model, tokenizer, [word]) for word in WORDS])
@@ -837,7 +837,7 @@ def model_bias(tokenizer):
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [MeanCLIP, GatedCLIP, CLIP])
-def test_the_default_loss_of_train_is_the_papers(kind, tokenizer, tmp_path):
+def test_the_default_loss_of_train_follows_the_paper(kind, tokenizer, tmp_path):
     """The same loss, given as a function, gives the same weights."""
 
     def same(model, image_embeds, text_embeds, is_true):

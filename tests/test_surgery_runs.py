@@ -95,7 +95,7 @@ def test_patching_gives_the_result_of_the_other_run(model, tower):
         expected = encode(model, tower, one)
     with hooks(model, patch_from({end: acts[end]})):
         assert torch.equal(encode(model, tower, other), expected)
-    with hooks(model, patch_from(acts)):  # with its own tensors
+    with hooks(model, patch_from(acts)):  # a run with its own tensors does not change
         assert torch.equal(encode(model, tower, one), expected)
     plain = encode(model, tower, other)
     assert_far(plain, expected)
@@ -103,7 +103,9 @@ def test_patching_gives_the_result_of_the_other_run(model, tower):
     others = [[t for t in range(9) if t != end] for end in ends]
     assert tower == "vision" or len(set(ends.tolist())) > 1
     with hooks(model, patch_from({end: acts[end]}, positions=others)):
-        assert torch.equal(encode(model, tower, other), plain)  # these are never read
+        assert torch.equal(
+            encode(model, tower, other), plain
+        )  # the embedding does not read these tokens
     with hooks(model, patch_from({end: acts[end]}, positions=ends)):
         assert torch.equal(encode(model, tower, other), expected)
 
@@ -207,11 +209,12 @@ def test_splicing_replaces_a_site_and_an_error_term_restores_it(model, tower):
         assert_close(encode(model, tower, x), whole)
         out = model.encode_image(x) if tower == "vision" else model.encode_text(x)
     (gradient,) = torch.autograd.grad(out.square().sum(), [sae.encoder.weight])
-    assert gradient.abs().max() > 1e-3  # the error term must not cancel it
+    assert gradient.abs().max() > 1e-3  # the error term must not cancel the gradient
     with splice(model, site, sae, error_term=True), torch.no_grad():
-        sae.decoder.weight.mul_(2)  # after a training step, the error is the new weights'
+        sae.decoder.weight.mul_(2)  # after a training step, the error term uses the new weights
         assert_close(encode(model, tower, x), whole)
-        with hooks(sae, {"encoder": lambda out, name: 0 * out}):  # a hook's change remains
+        # The error term must not cancel a hook's change.
+        with hooks(sae, {"encoder": lambda out, name: 0 * out}):
             gone = encode(model, tower, x)
     wrote = lambda r, name: r - sae(r) + sae.decoder.bias  # noqa: E731
     with hooks(model, {site: wrote}):
@@ -223,7 +226,7 @@ def test_splicing_replaces_a_site_and_an_error_term_restores_it(model, tower):
     assert torch.equal(encode(model, tower, x), whole) and not any(handles(model))
 
 
-def test_a_rotation_and_its_inverse_spliced_in_a_row_cancel(model):
+def test_a_spliced_rotation_and_its_spliced_inverse_cancel(model):
     x = inputs(model, "vision")
     rotation = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64))[0].to(x.dtype)
     turn, back = nn.Linear(48, 48, bias=False), nn.Linear(48, 48, bias=False)
@@ -259,7 +262,7 @@ def test_patch_dropout_keeps_some_patches_in_their_order(model):
 
 @pytest.mark.parametrize("share, kept", [(0.0, 25), (0.65, 9), (0.69, 8), (0.99, 1)])
 def test_patch_dropout_keeps_the_nearest_number_of_patches_but_at_least_one(share, kept):
-    """Of 25 patches, 8.75, 7.75 and 0.25 would be left."""
+    """Before rounding, 8.75, 7.75 and 0.25 of 25 patches would be left."""
     model = tiny_clip()
     with patch_dropout(model.train(), share):
         assert model.vision.embed_tokens(inputs(model, "vision")).shape[1] == 1 + kept
@@ -474,7 +477,7 @@ def test_dense_features_at_another_size_copy_only_positions(model, method, monke
 
 
 @torch.no_grad()
-def test_each_image_is_read_by_its_own_foreign_features(model):
+def test_each_image_uses_its_own_features_of_another_model(model):
     x, foreign = inputs(model, "vision"), torch.randn(3, 7, 4, 6).to(model.logit_scale)
     found = dense_features(model, x, proxyclip(foreign))
     assert found.shape == (3, 24, 36)

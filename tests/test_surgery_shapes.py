@@ -71,7 +71,7 @@ def assert_same_weights(one, other):
 
 
 def zeroed_outputs(model, tower, heads):
-    """Ablate heads by weights: set the columns of out_proj that read them to zero."""
+    """Ablate heads by weights: set to zero the columns of out_proj that read these heads."""
     for layer, gone in heads.items():
         attn = getattr(model, tower).blocks[layer].attn
         for head in gone:
@@ -93,7 +93,7 @@ def test_pruning_heads_equals_ignoring_their_output(model, tower):
     expected = run(zeroed_outputs(CLIP_like(model), tower, heads), tower)
     assert_close(run(pruned, tower), expected)
     wrong = run(zeroed_outputs(CLIP_like(model), tower, {0: [0], 1: [1]}), tower)
-    assert_far(run(pruned, tower), wrong)  # the check tells one head from another
+    assert_far(run(pruned, tower), wrong)  # a control: the wrong heads give another result
 
 
 def CLIP_like(model):
@@ -153,7 +153,7 @@ def test_kept_layers_run_in_the_given_order(model, tower):
     assert getattr(kept.config, tower).layers == len(getattr(kept, tower).blocks) == 3
     assert_far(run(keep_layers(model, tower, [0, 1]), tower), expected)
     blocks = getattr(kept, tower).blocks
-    blocks[0].ln_1.weight.data += 1  # a layer named twice becomes two layers
+    blocks[0].ln_1.weight.data += 1  # a layer that is listed twice becomes two layers
     assert not torch.equal(blocks[0].ln_1.weight, blocks[2].ln_1.weight)
 
 
@@ -261,7 +261,7 @@ def resampling_matrix(old, new, method):
             low = min(math.floor(centre), old - 1)
             matrix[i, low] += 1 - (centre - low)
             matrix[i, min(low + 1, old - 1)] += centre - low
-        else:  # a sample outside is the nearest one inside
+        else:  # outside, the nearest sample inside counts
             for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
                 matrix[i, min(max(j, 0), old - 1)] += kernel(j - centre, -0.75)
     return matrix
@@ -295,7 +295,7 @@ def test_the_same_number_of_patches_in_another_grid_has_other_positions():
     assert (resize_image(constant, (16, 64)).vision.pos_embed[1:] - 0.7).abs().max() < 1e-6
 
 
-def test_half_precision_is_resampled_in_float32():
+def test_half_precision_weights_are_resampled_in_float32():
     model = tiny_clip()
     model = model.bfloat16()
     found = resize_image(model, 72).vision.pos_embed
@@ -332,7 +332,7 @@ def test_resizing_equals_timm_and_open_clip(recorded):
     square = [(old, new) for old, new in record_timm.GRIDS if old[0] == old[1]]
     for (old, new), values in zip(square, recorded["open_clip.pos_embed"], strict=True):
         if math.prod(old) == math.prod(new):
-            continue  # open_clip leaves a table with as many rows unchanged
+            continue  # open_clip leaves a table of the right size unchanged
         assert_recorded(resized_table(old, new, "timm"), values)
 
 
@@ -344,7 +344,7 @@ def test_resized_patches_equal_timms(recorded):
         model = CLIP(replace(TINY, vision=config)).double()
         model.vision.patch_embed.weight.data = record_timm.waves(1, 2, old, old)
         found = resize_patch(model, new).vision.patch_embed.weight
-        assert_recorded(found, values, tolerance=1e-5)  # timm's pseudo-inverse is float32
+        assert_recorded(found, values, tolerance=1e-5)  # timm's pseudo-inverse is in float32
         with pytest.raises(AssertionError):
             assert_recorded(found.flip(2), values, tolerance=1e-3)
 
@@ -441,7 +441,7 @@ def test_a_resized_patch_reads_resized_images_like_the_original():
     large = large.view(2, 3, 5, 5, 12, 12).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 60, 60)
     resized = resize_patch(model, 12)
     assert_close(resized.encode_image(large), model.encode_image(pixels))
-    plain = CLIP_like(resized)  # a kernel that is only resampled does not
+    plain = CLIP_like(resized)  # a control: a kernel that is only resampled
     plain.vision.patch_embed.weight.copy_(
         F.interpolate(model.vision.patch_embed.weight, (12, 12), mode="bicubic") * (8 / 12) ** 2
     )
@@ -545,7 +545,7 @@ def test_registers_stand_between_class_token_and_patches(model):
     found = more.encode_image(pixels)
     assert_close(add_registers(model, rows[[2, 0, 1]]).encode_image(pixels), found)  # in any order
     assert_far(found, model.encode_image(pixels))
-    assert_close(more.encode_image(pixels[:1]), found[:1])  # every image has them
+    assert_close(more.encode_image(pixels[:1]), found[:1])  # every image has the registers
 
     def masked(scores, name):
         scores = scores.clone()
@@ -607,7 +607,7 @@ def test_what_surgery_made_is_saved_and_loaded_bit_for_bit(surgery, tmp_path):
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 @torch.no_grad()
-def test_transformers_loads_what_it_can_express_with_equal_logits(name, tmp_path):
+def test_models_that_transformers_can_express_have_equal_logits_there(name, tmp_path):
     model = EXPRESSIBLE[name](tiny_clip(torch.float64))
     model.save_pretrained(tmp_path)
     theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
@@ -635,7 +635,7 @@ def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
 
 @pytest.mark.slow
 def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
-    """So the list is written: transformers only warns of the unknown key for registers."""
+    """Therefore the config has a list of heads. transformers raises an error when it reads one."""
     model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -646,7 +646,7 @@ def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path
     pixels, _ = inputs_of(model)
     with torch.no_grad():
         assert_far(theirs.get_image_features(pixels).pooler_output, run(model, "vision"))
-    assert CLIP.from_pretrained(tmp_path).config == model.config  # a number means the same
+    assert CLIP.from_pretrained(tmp_path).config == model.config  # one number for all layers
 
 
 def test_ordinary_config_files_have_no_new_entries():
@@ -676,7 +676,7 @@ def test_operations_on_different_parts_commute():
         other = change(other)
     assert_same_weights(one, other)
     twice = prune_heads(prune_heads(model, "vision", {1: [0]}), "vision", {1: [1]})
-    assert_same_weights(twice, prune_heads(model, "vision", {1: [0, 2]}))  # renumbered
+    assert_same_weights(twice, prune_heads(model, "vision", {1: [0, 2]}))  # head 2 became 1
 
 
 @pytest.mark.sweep(4)
@@ -686,7 +686,7 @@ def test_what_surgery_made_is_decomposed_exactly(name, by):
     model = tiny_clip(torch.float64)
     model = add_lora(model) if name == "LoRA" else BEYOND[name](model)
     for parameter in model.parameters():
-        if not parameter.any():  # registers and B begin as zeros
+        if not parameter.any():  # registers and LoRA's B are zero at first
             parameter.data.normal_()
     for tower, x in zip(TOWERS, inputs_of(model)):
         whole = run(model, tower)
@@ -749,7 +749,7 @@ def test_surgically_changed_models_train_and_compile():
     torch._dynamo.reset()
 
 
-# -------------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------------- errors
 
 REFUSED = {
     "no head 4": (

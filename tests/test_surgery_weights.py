@@ -116,7 +116,7 @@ def test_a_task_vector_between_float32_models_is_exact():
     lambda a, b: TaskVector.between(a, a).apply(b),
     lambda a, b: TaskVector.between(a, a) + TaskVector.between(b, b),
 ])  # fmt: skip
-def test_models_of_two_shapes_have_no_mean(combine):
+def test_models_of_different_shapes_have_no_mean(combine):
     model = three()[0]
     for other in (keep_layers(model, "text", [0]), resize_image(model, 64)):
         with pytest.raises(ValueError, match="differ in the names or shapes of .* tensors"):
@@ -174,7 +174,7 @@ def wrong_activation(model):
     add_lora, wrong_activation, lambda m: quantize_dynamic(m, {nn.Linear}, torch.qint8),
 ], ids=["LoRA", "GELU", "quantised"])  # fmt: skip
 def test_models_that_are_not_what_their_config_says_have_no_mean(combine, change):
-    """Otherwise A and B of two unmerged adapters would be averaged separately."""
+    """Otherwise LoRA's A and B of two unmerged models would be averaged separately."""
     with pytest.raises(ValueError, match="does not describe the model: .*surgery.merge_lora"):
         combine(change(tiny_clip()), change(tiny_clip(seed=1)))
 
@@ -262,7 +262,7 @@ def low_rank(model, name):
     return model.get_submodule(name).parametrizations.weight[0]
 
 
-def test_lora_begins_as_the_base_bit_for_bit():
+def test_lora_begins_equal_to_the_base_bit_for_bit():
     base = tiny_clip()
     model = add_lora(base)
     assert torch.equal(logits(model), logits(base))
@@ -435,7 +435,7 @@ def test_peft_trains_merges_and_unloads_a_miniclip(peft, tmp_path):
     assert_same_weights(CLIP.from_pretrained(tmp_path, dtype=torch.float64), merged)
 
 
-def test_a_model_of_the_same_seed_is_the_same():
+def test_models_of_the_same_seed_are_equal():
     """Other tests compare with a fresh model to see whether an argument was changed."""
     one, other = three()[0], three()[0]
     assert_same_weights(one, other)

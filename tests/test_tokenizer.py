@@ -264,7 +264,7 @@ def test_every_code_point_is_cleaned_as_transformers_cleans_it(context, trained)
     ("theirs", "ours"), [(r"\p{L}", "LETTER"), (r"\p{N}", "NUMBER"), (r"\s", r"\s")]
 )
 def test_every_code_point_has_the_class_that_transformers_gives_it(theirs, ours):
-    """The pattern of a word asks for no other classes than letters, numbers and whitespace."""
+    """The word pattern uses only three classes: letters, numbers and whitespace."""
     ours = unicode.word_pattern(ours, "transformers")
     theirs = normalizers.Replace(Regex(theirs), "")
     for first in range(0, 0x110000, 0x800):
@@ -368,7 +368,7 @@ def test_printable_ascii_without_ampersand_needs_no_repair():
 
 
 class CountingMarks:
-    """`unicodedata` that counts the exchanges with which Python's NFC sorts marks."""
+    """A `unicodedata` that counts how often Python's NFC exchanges two marks to sort them."""
 
     def __init__(self):
         self.exchanges = 0
@@ -441,7 +441,7 @@ def test_a_text_in_chunks_has_the_ids_of_the_whole_text(trained, reference):
         assert chunks.encode(text) == chunks.encode(text) == whole.encode(text), text
 
 
-def test_the_memory_of_chunks_is_bounded(trained, monkeypatch):
+def test_the_cache_of_chunks_is_bounded(trained, monkeypatch):
     monkeypatch.setattr(RememberedChunks, "MOST_CHUNKS", 10)
     tokenizer = Tokenizer.from_directory(trained)
     for i in range(35):
@@ -451,8 +451,8 @@ def test_the_memory_of_chunks_is_bounded(trained, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_memory_of_chunks_is_some_30_megabytes(trained):
-    """Measured with the longest chunks that are remembered, and one id for each character."""
+def test_the_cache_of_chunks_takes_about_30_megabytes(trained):
+    """Measured with the longest chunks that are cached, and one id for each character."""
     tokenizer = Tokenizer.from_directory(trained)
     for length in (64, 65):
         tokenizer.encode("\N{CAT FACE}" * length)
@@ -935,7 +935,7 @@ def test_from_pretrained_reads_a_directory(trained):
 
 
 def test_from_pretrained_takes_the_options_of_load(trained, tmp_path):
-    """The repository's revision is only in this one cache."""
+    """Only this cache has the repository, so a load with other options would fail."""
     repository, commit = tmp_path / "models--a--b", "0123456789" * 4
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "v2").write_text(commit)

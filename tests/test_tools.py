@@ -1,4 +1,4 @@
-"""Common tools for PyTorch models work on miniclip's, because a site is a module.
+"""Common tools for PyTorch models work on a miniclip model, because a site is a module.
 
     pip install captum grad-cam nnsight bertviz torchao peft
 
@@ -14,7 +14,7 @@ from miniclip import Tokenizer, cache, hooks
 from miniclip.lens import attention_maps, gradcam, on_grid
 from miniclip.surgery import splice
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the tools' warnings
+pytestmark = pytest.mark.filterwarnings("ignore")  # the tools raise warnings about their own code
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_captum_attributes_to_sites_and_pixels(model, pixels, ids):
     with cache(model, site, grad=True) as acts:
         score = scores(pixels).sum()
     slope = torch.autograd.grad(score, acts[site])[0]
-    heads = slope.mean((2, 3), keepdim=True)  # the channels of (B, H, T, T)
+    heads = slope.mean((2, 3), keepdim=True)  # heads are the channels: (B, H, T, T)
     assert_close(found, (heads * acts[site]).sum(1, keepdim=True).detach())
 
     found = captum.IntegratedGradients(scores).attribute(pixels, target=0, n_steps=200)
@@ -105,7 +105,7 @@ def test_bertviz_shows_attention_maps():
     )  # fmt: skip
     maps = attention_maps(model, ids)
     page = bertviz.head_view(maps, tokenizer.tokens(ids[0]), html_action="return").data
-    labels = [token.removesuffix("</w>") for token in tokenizer.tokens(ids[0])]  # what it shows
+    labels = [token.removesuffix("</w>") for token in tokenizer.tokens(ids[0])]  # as bertviz shows
     assert all(f'"{label}"' in page for label in labels)
     with pytest.raises(ValueError):
         bertviz.head_view(maps, ["one", "token"], html_action="return")

@@ -220,7 +220,7 @@ def test_augmentation_mirrors_zooms_and_moves_and_does_nothing_else():
     middle = moved[:, :, 16, 16].double()
     steps_x = (moved[:, :, 16, 18].double() - moved[:, :, 16, 14].double()) / 4
     steps_y = (moved[:, :, 18, 16].double() - moved[:, :, 14, 16].double()) / 4
-    assert steps_x[:, 1].abs().max() == 0 and steps_y[:, 0].abs().max() == 0  # axes stay axes
+    assert steps_x[:, 1].abs().max() == 0 and steps_y[:, 0].abs().max() == 0  # no rotation
     assert torch.equal(moved[:, 0], moved[:, 2])  # all channels of an image move together
     zoom = steps_x[:, 0].abs() / 8  # 1 if the whole image is shown, 1/2 if half of it
     assert 0.47 < zoom.min() < 0.55 and 0.95 < zoom.max() < 1.03
@@ -361,7 +361,7 @@ def test_every_template_names_the_class(tmp_path):
 
 
 def test_training_reads_class_folders_as_eval_does(tmp_path):
-    """Any suffix and subfolder is read, and folders called by ImageNet ids get class names."""
+    """Any suffix and subfolder is read, and folders named by ImageNet ids get class names."""
     picture = bars("level", np.random.default_rng(0))
     for name in ("n01440764/deep/a.JPG", "n01440764/b.jpeg", "n01443537/c.PNG"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -402,10 +402,10 @@ def as_bytes(picture, kind="png", **options):
     return data.getvalue()
 
 
-def test_shards_are_turned_upright_and_their_damage_is_named_once(tmp_path):
+def test_images_in_shards_are_turned_upright_and_damage_is_named_once(tmp_path):
     generator = np.random.default_rng(0)
     exif = Image.Exif()
-    exif[274] = 6  # the camera was turned: these level bars are upright once rotated
+    exif[274] = 6  # the camera was turned: level bars become upright
     members = {
         "a.JPG": as_bytes(bars("level", generator), "jpeg", exif=exif, quality=100),
         "a.txt": b"\xef\xbb\xbfupright",
@@ -664,7 +664,9 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkey
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(run_module.Run, "log_step", interrupt)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell may have disabled Ctrl-C
     try:
         with pytest.raises(KeyboardInterrupt):
             run(stripes, tmp_path)
@@ -832,7 +834,7 @@ def test_compiling_changes_the_loss_by_less_than_1e_4(stripes, tmp_path, monkeyp
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_batch_larger_than_the_data_is_all_of_it(stripes, tmp_path):
+def test_a_batch_larger_than_the_data_becomes_all_of_the_data(stripes, tmp_path):
     run(stripes, tmp_path, replace(QUICK, epochs=1, batch=10_000))
     assert read_recipe(tmp_path / "recipe.json").batch == 161
 

@@ -115,7 +115,7 @@ def test_a_list_of_anything_but_strings_is_an_error(text, tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
 def test_the_captions_in_several_rows_of_an_image_are_true_of_it(kind, tmp_path):
-    """COCO, for one, has several rows for each image."""
+    """For example, COCO has several rows for each image."""
     rows = [(f"{i}.png", f"view {j} of {i}") for j in range(3) for i in range(4)]
     rows.append(("./3.png", "view 0 of 0"))  # the last image also has the first one's caption
     for i in range(4):
@@ -224,7 +224,7 @@ def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
     for i, (returned, written) in enumerate(
         zip(model.parameters(), saved.parameters(), strict=True)
     ):
-        # Every step after the first weighs 1/4 at its time, and then decays.
+        # Each later step gets the weight 1/4, which then decays.
         shares = [0.75**7] + [0.25 * 0.75 ** (7 - step) for step in range(1, 8)]
         average = sum(share * p[i] for share, p in zip(shares, after_each_step, strict=True))
         torch.testing.assert_close(returned.data, average, rtol=0, atol=1e-6)
@@ -299,7 +299,7 @@ def test_under_bfloat16_embeddings_are_normalised_in_float32(captioned, tmp_path
     assert lengths == pytest.approx([1] * 32, abs=1e-6)  # in bfloat16 the error would be 1e-3
 
 
-def test_bfloat16_writes_attention_out_only_during_training(captioned, tmp_path, monkeypatch):
+def test_bfloat16_makes_attention_eager_only_during_training(captioned, tmp_path, monkeypatch):
     written_out = []
 
     def attend(self, q, k, v):

@@ -1,6 +1,6 @@
 """Pixels equal transformers' PIL back end and OpenAI's transform, bit for bit.
 
-torchvision is not a dependency. The operations that openai/CLIP uses of it are written out below.
+torchvision is not a dependency. Its operations that openai/CLIP uses are written out below.
 """
 
 import io
@@ -471,7 +471,7 @@ def test_a_file_without_pixels_is_an_image_error(header, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "tiff", "webp", "bmp", "ppm", "jpeg2000"])
 def test_a_damaged_file_gives_an_image_or_an_image_error(suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # damage may state enormous sizes
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a damaged file may state a huge size
     rng = random.Random(suffix)
     exif = Image.Exif()
     exif[274] = 6
@@ -545,7 +545,8 @@ def test_damage_that_pillow_notices_only_when_it_reads_is_an_image_error(tmp_pat
 def test_a_size_that_changes_when_pillow_reads_is_used(tmp_path):
     noise("RGB", 97, 50).save(tmp_path / "image.jp2")
     with Image.open(tmp_path / "image.jp2") as image, Image.open(tmp_path / "image.jp2") as same:
-        image.reduce = same.reduce = 1  # it is read at half the size that `size` still states
+        # Pillow will read it at half the size; until then `size` has the full size.
+        image.reduce = same.reduce = 1
         expected = transformers_pixels(same, 32)
         assert same.size == (49, 25)
         assert torch.equal(ImageTransform(32)(image), expected)
@@ -729,7 +730,7 @@ def test_an_error_in_a_list_names_the_first_that_failed(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_ends_the_work_on_a_list(tmp_path, monkeypatch, two_threads):
+def test_an_error_ends_the_reading_of_a_list(tmp_path, monkeypatch, two_threads):
     started, failed = [], threading.Event()
 
     def open_absent(path):
@@ -847,7 +848,7 @@ def test_settings_that_transformers_saves_are_read(tmp_path):
     assert ImageTransform.from_pretrained(tmp_path / "processor") == CUSTOM
 
 
-def test_of_two_files_the_one_that_transformers_reads_is_read(tmp_path):
+def test_if_two_files_exist_the_one_that_transformers_reads_is_read(tmp_path):
     save_clip_processor(tmp_path)
     write(tmp_path, OLD_FORM)
     read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
@@ -1020,7 +1021,7 @@ def test_heic_is_read_if_its_package_is_there(tmp_path):
 
 
 def test_a_raw_file_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
-    """With a stand-in for rawpy. Pillow would read the thumbnail in the file instead."""
+    """A small fake class replaces rawpy. Pillow would read the thumbnail in the file instead."""
 
     class Raw:
         def __init__(self, file):
@@ -1085,7 +1086,7 @@ SIZES = [(64, 64), (51, 300), (301, 225), (20, 31), (66, 67)]
 
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("kind", ["noise", "black and white", "photograph"])
-def test_the_twin_is_as_near_as_documented(kind, reference):
+def test_the_twin_is_as_exact_as_documented(kind, reference):
     pattern = r"at most ([\d.]+)/255, and by\s+([\d.]+)/255 on average"
     said = re.search(pattern, transform_tensor.__doc__, re.S)
     largest, mean = map(float, said.groups())
@@ -1137,6 +1138,6 @@ def test_the_twin_squashes_where_the_transform_does():
         (torch.zeros(3, 0, 8), "no pixels"),
     ],
 )
-def test_the_twin_refuses_tensors_that_are_no_images(images, words):
+def test_tensors_that_are_not_images_are_an_error_of_the_twin(images, words):
     with pytest.raises(ImageError, match=words):
         transform_tensor(ImageTransform(8), images)

@@ -222,8 +222,8 @@ def test_templates_are_found_by_the_name_of_their_set():
         find_templates(["imagnet"])
 
 
-# Classes of each data set, from table 9 of the paper; but it counts 8 emotions, and prompts.md
-# names 7. The checksums are from data/prompts.md in openai/CLIP at d05afc4.
+# The number of classes of each data set, from the paper's table 9. The table has 8 emotions, but
+# prompts.md has 7. The checksums are from data/prompts.md in openai/CLIP at d05afc4.
 PUBLISHED = {
     "birdsnap": 500, "cifar10": 10, "cifar100": 100, "clevrcounts": 8, "caltech101": 102,
     "country211": 211, "describabletextures": 47, "eurosat": 10, "fgvcaircraft": 100,
@@ -428,7 +428,7 @@ def test_calibration_compares_confidence_with_accuracy_in_fifteen_bins():
 def test_top5_counts_the_five_best(tmp_path):
     for true in range(7):
         (tmp_path / str(true)).mkdir()
-    for row in range(7):  # seven images of class 2, which is at place `row` in each answer
+    for row in range(7):  # seven images; the right class is at place `row` of the answer
         save_grey(tmp_path / "2" / f"{row}.png", row)
     order = [[c for c in range(7) if c != 2] for _ in range(7)]
     answers = torch.zeros(7, 7)
@@ -495,7 +495,7 @@ def test_images_of_every_mode_are_read(tmp_path, mode):
     assert (result.images.tolist(), result.skipped) == ([1], [])
 
 
-def test_reading_ahead_keeps_the_order_and_never_exceeds_its_distance():
+def test_reading_ahead_keeps_the_order_and_its_limit():
     started = []
     overtaken, sixth, seventh, goes_on = (threading.Event() for _ in range(4))
 
@@ -506,7 +506,7 @@ def test_reading_ahead_keeps_the_order_and_never_exceeds_its_distance():
             assert goes_on.wait(60)  # ends the test if the code is wrong
         if i == 6:
             seventh.set()
-        if i == 1:  # item 2 finishes before it
+        if i == 1:  # item 2 finishes before item 1
             assert overtaken.wait(60)
         elif i == 2:
             overtaken.set()

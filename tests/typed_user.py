@@ -36,8 +36,8 @@ def wrong(model: CLIP, fork: Words, pixels: Tensor) -> None:
     model(pixels)  # wrong: no ids
     model(pixels, ["a cat"])  # wrong: texts, not ids
     model(pixels, pixels).logits  # wrong: no such field
-    model.vision(pixels).logits_per_text  # wrong: a tensor
-    fork(pixels, pixels, best="two")  # wrong: the fork's own argument
+    model.vision(pixels).logits_per_text  # wrong: a tensor has no such field
+    fork(pixels, pixels, best="two")  # wrong: `best` must be an int
     model.encode_text("a cat")  # wrong: a text, not ids
 
 

@@ -54,8 +54,8 @@ class Visual(nn.Module):
 
 
 class CLIP(nn.Module):
-    """`kind` "openai" returns two matrices of logits; "open_clip" returns embeddings and a scale.
-    "custom_text" returns the same as "open_clip", but keeps its text tower in a module."""
+    """The kind "openai" returns two matrices of logits; "open_clip" returns embeddings and a scale.
+    "custom_text" returns the same as "open_clip", but has a module for its text tower."""
 
     def __init__(self, like: miniclip.CLIP, kind: str = "openai") -> None:
         super().__init__()

@@ -35,7 +35,7 @@ class SiglipTextConfig(TextConfig):
     context_length: int = 64
 
     def __post_init__(self) -> None:
-        check_tower(self)  # no end token: a text is read at its last token, a padding token
+        check_tower(self)  # no end token: a text is read at its last token, which may be padding
 
 
 @dataclass(frozen=True)

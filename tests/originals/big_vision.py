@@ -5,7 +5,7 @@ github.com/google-research/big_vision, which needs jax, flax, tensorflow-cpu and
 
 from originals.common import chirp, import_from, main
 
-SIZES = [(4, 7), (4, 3), (6, 8)]  # a patch's side in pixels, before and after
+SIZES = [(4, 7), (4, 3), (6, 8)]  # a patch's side in pixels, before and after the resize
 
 
 def record(checkout: str) -> dict:

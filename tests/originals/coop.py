@@ -1,4 +1,4 @@
-"""Zhou et al. 2021, CoOp, with the class at three places: github.com/KaiyangZhou/CoOp"""
+"""Zhou et al. 2021, CoOp, with the class name at three places: github.com/KaiyangZhou/CoOp"""
 
 from types import SimpleNamespace
 

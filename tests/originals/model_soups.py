@@ -35,7 +35,7 @@ base = cache(openai_state)
 
 
 class DataSet:
-    """A stand-in for a dataset's class. It only has a name."""
+    """A fake dataset class. It only has a name."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = name

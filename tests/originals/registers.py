@@ -1,4 +1,4 @@
-"""Jiang et al. 2025: neurons write to extra tokens that no training has seen.
+"""Jiang et al. 2025: neurons write to extra tokens that are new to the trained model.
 
 github.com/nickjiang2378/test-time-registers
 """

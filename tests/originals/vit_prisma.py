@@ -1,4 +1,4 @@
-"""The hook points of a block in ViT-Prisma, whose names are TransformerLens'.
+"""The hook points of a block in ViT-Prisma. They have TransformerLens' names.
 
 github.com/soniajoseph/ViT-Prisma
 """

@@ -1,4 +1,4 @@
-"""Slips in the commands, their output and figures, zero-shot, retrieval, the page, transform."""
+"""Faults to plant in the commands, their output, zero-shot, retrieval, the page and transforms."""
 
 from slip import Slip
 
@@ -13,7 +13,7 @@ FIGURES = "tests/test_figures.py"
 PACKAGE = "tests/test_package.py"
 
 SLIPS = [
-    # A flag is dropped on the way to the call.
+# A flag is ignored.
     Slip(
         "Commands ignore --revision when they load.",
         '"reference": args.reference, "revision": args.revision}',
@@ -33,7 +33,7 @@ SLIPS = [
         f"{FLAGS} -k 'device and (classify or eval or explain)'",
     ),
     Slip(
-        "Commands drop the options of a load.",
+        "Commands ignore the options that they pass to `load`.",
         "loaded = load(args.model, **asked | options)",
         "loaded = load(args.model, **asked)",
         f"{FLAGS} -k dtype",
@@ -45,7 +45,7 @@ SLIPS = [
         f"{FLAGS} -k template",
     ),
     Slip(
-        "classify averages the last template only.",
+        "classify uses only the last template.",
         "find_templates(args.template or [TEMPLATE])\n    model",
         "find_templates((args.template or [TEMPLATE])[-1:])\n    model",
         f"{FLAGS} -k template",
@@ -135,7 +135,7 @@ SLIPS = [
         f"{FLAGS} -k dtype",
     ),
     Slip(
-        "The index drops the requested revision.",
+        "embed ignores --revision.",
         "name, args.revision = lasting_name(args.model, args.revision)  #",
         "name, args.revision = lasting_name(args.model)  #",
         f"{FLAGS} -k commit",
@@ -147,7 +147,7 @@ SLIPS = [
         f"{FLAGS} -k 'batches or workers'",
     ),
     Slip(
-        "embed skips damaged files without a word.",
+        "embed does not report the damaged files that it skips.",
         "loaded, pictures, encoder, damage, *options)",
         "loaded, pictures, encoder, (), *options)",
         f"{FLAGS} -k damaged",
@@ -249,12 +249,12 @@ SLIPS = [
         f"{FLAGS} -k recipe",
     ),
     Slip(
-        "The default model is another of OpenAI's.",
+        "The default model is ViT-B/16, not ViT-B/32.",
         'DEFAULT_MODEL = "openai/clip-vit-base-patch32"',
         'DEFAULT_MODEL = "openai/clip-vit-base-patch16"',
         f"{FLAGS} -k 'openais and tokenize'",
     ),
-    # What a command prints, and how it ends.
+    # The output and the exit status
     Slip(
         "A bar is half as long as it should be.",
         'bar = "█" * round(probability * longest_bar)',
@@ -262,61 +262,61 @@ SLIPS = [
         f"{CLI} -k prints",
     ),
     Slip(
-        "classify prints a share as it is and not in percent.",
+        "classify prints a probability as a fraction, not in percent.",
         "{probability:7.1%} {bar}",
         "{probability:7.1f} {bar}",
         f"{CLI} -k prints",
     ),
     Slip(
-        "A confusion is shown as a share of the predicted class.",
+        "A confusion is divided by the images of the predicted class, not of the true one.",
         "{count:8,}{count / images[true]:10.1%}",
         "{count:8,}{count / max(images[predicted], 1):10.1%}",
         f"{CLI} -k prints",
     ),
     Slip(
-        "top-5 is shown as top-1.",
+        "The line \"top-5\" shows the top-1 accuracy.",
         'f"top-5      {result.top5:.2%}"',
         'f"top-5      {result.top1:.2%}"',
         f"{CLI} -k prints",
     ),
     Slip(
-        "The table of classes is sorted the other way round.",
+        "The table of classes is sorted from worst to best, not from best to worst.",
         "key=lambda i: -accuracy[i] if images[i] else 1)",
         "key=lambda i: accuracy[i] if images[i] else 1)",
         f"{CLI} -k prints",
     ),
     Slip(
-        "Confusions are of the wrong class in JSON.",
+        "In the JSON, the true and the predicted class of a confusion are exchanged.",
         '{"true": folders[true], "predicted": folders[predicted], "images": images}',
         '{"true": folders[predicted], "predicted": folders[true], "images": images}',
         f"{CLI} -k prints",
     ),
     Slip(
-        "Two accuracies of the drawn world are exchanged.",
+        "The row 'left and right' shows the accuracy for 'above and below'.",
         '("    captions with left or right", scores.left_right, "50 %")',
         '("    captions with left or right", scores.above_below, "50 %")',
         f"{CLI} -k drawn_world",
     ),
     Slip(
-        "The chance of one in 64 is said to be 6.4 %.",
+        "The chance level of one in 64 is printed as 6.4 %.",
         '("colour and shape never seen together rank first of 64", scores.unseen, "1.6 %")',
         '("colour and shape never seen together rank first of 64", scores.unseen, "6.4 %")',
         f"{CLI} -k drawn_world",
     ),
     Slip(
-        "The table of methods has its halves exchanged.",
+        "The two halves of the table of methods are exchanged.",
         "{a.method:<17}{shares(a)}{shares(b)}",
         "{a.method:<17}{shares(b)}{shares(a)}",
         f"{CLI} -k scores_the_methods",
     ),
     Slip(
-        "The spread is the smallest of all.",
+        "The standard deviation below the table is the smallest one, not the largest.",
         'spread = max(share for row in found["spread"]',
         'spread = min(share for row in found["spread"]',
         f"{CLI} -k scores_the_methods",
     ),
     Slip(
-        "info prints multiply-adds of one part twice.",
+        "The total of multiply-adds in `info` leaves out one part.",
         "multiply_adds = sum(row.multiply_adds for row in chosen)",
         "multiply_adds = sum(row.multiply_adds for row in chosen[1:])",
         f"{CLI} -k info_counts",
@@ -346,7 +346,7 @@ SLIPS = [
         f"{CLI} -k control_c_while",
     ),
     Slip(
-        "A closed pipe is an error.",
+        "A closed pipe gives an error as the exit status.",
         """        sys.stdout = None
         return 0
 """,
@@ -356,13 +356,13 @@ SLIPS = [
         f"{CLI} -k closed_pipe",
     ),
     Slip(
-        "An error has all its lines.",
+        "All lines of an error are printed, not only the first.",
         'text = text.partition("\\n")[0]\n    note(',
         "pass\n    note(",
         f"{CLI} -k first_line",
     ),
     Slip(
-        "Control characters in names are printed.",
+        "Control characters in file names are printed as they are.",
         'return "".join(c if c.isprintable() else',
         'return "".join(c if True else',
         f"{CLI} -k 'escaped or prints'",
@@ -374,7 +374,7 @@ SLIPS = [
         f"{CLI} -k prints",
     ),
     Slip(
-        "The name of an output image is checked only after the work.",
+        "The file name for a figure is not checked before the work begins.",
         """        if getattr(args, "plot", None):
             check_figure(args.plot)
 """,
@@ -382,13 +382,13 @@ SLIPS = [
         f"{CLI} -k before_the_work",
     ),
     Slip(
-        "The demo draws another scene in each run.",
+        "The demo draws a different scene in each run.",
         "random = Random(index)",
         "random = Random()",
         f"{CLI} -k demo_draws",
     ),
     Slip(
-        "No false caption of the demo's scene has another colour.",
+        "No false caption of the demo's scene has a wrong colour.",
         'for word in ("colour", "shape")]',
         'for word in ("shape", "shape")]',
         f"{CLI} -k demo_draws",
@@ -462,7 +462,7 @@ SLIPS = [
         f"{SERVE} -k heat",
     ),
     Slip(
-        "The heat map is always that of relevance.",
+        "The heat map is always computed by relevance.",
         '[text], loaded, asked["method"])[0]',
         "[text], loaded)[0]",
         f"{SERVE} -k heat",
@@ -474,13 +474,13 @@ SLIPS = [
         f"{SERVE} -k heat",
     ),
     Slip(
-        "The mean of the patches is shown as the largest.",
+        "The value shown for the warmest patch is the mean of the patches.",
         '"warmest": heat.max().item()',
         '"warmest": heat.mean().item()',
         f"{SERVE} -k heat",
     ),
     Slip(
-        "The image on the page has half the pixels.",
+        "The image on the page has half the height and width.",
         "SIDE = 448",
         "SIDE = 224",
         f"{SERVE} -k 'heat or scores'",
@@ -492,13 +492,13 @@ SLIPS = [
         f"{SERVE} -k best_images",
     ),
     Slip(
-        "The colours of the heat map are in another order.",
+        "Two of the heat map's three colours are exchanged.",
         'HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")',
         'HEAT_COLOURS = ("#000004", "#fcffa4", "#bc3754")',
         f"{SERVE} -k 'heat or needs'",
     ),
     Slip(
-        "Cold places hide the image.",
+        "Patches without heat hide the image.",
         "lambda h: 90 + h // 2",
         "lambda h: 180 + h // 4",
         f"{SERVE} -k heat",
@@ -517,61 +517,61 @@ SLIPS = [
         f"{FLAGS} -k template",
     ),
     Slip(
-        "One letter of ImageNet's templates is another.",
+        "One letter of ImageNet's templates is wrong.",
         '"a photo of the hard to see {}."',
         '"a photo of the hard to sea {}."',
         f"{ZEROSHOT} -k published",
     ),
     Slip(
-        "Only the first name of a class is asked for.",
+        "Only the first name of a class is used.",
         "for name in several for t in templates]",
         "for name in several[:1] * len(several) for t in templates]",
         f"{ZEROSHOT} -k several_names",
     ),
     Slip(
-        "Published names are assigned to folders by position.",
+        "Published class names are assigned to folders by position, not by name.",
         "return [known[plain(folder)] for folder in folders]",
         "return list(classes[: len(folders)])",
         "miniclip/zeroshot/prompts.py",
     ),
     Slip(
-        "A class without images counts in the mean of the classes.",
+        "A class without images counts as 0 in the mean over the classes.",
         "return self.class_accuracy.nanmean().item()",
         "return self.class_accuracy.nan_to_num().mean().item()",
         f"{ZEROSHOT} -k mean_of_the_classes",
     ),
     Slip(
-        "A bin of confidence includes its lower edge.",
+        "A bin of confidences includes its lower edge, not its upper edge.",
         "which = (confidence * BINS).ceil().long() - 1",
         "which = (confidence * BINS).long().clamp(max=BINS - 1)",
         f"{ZEROSHOT} -k fifteen_bins",
     ),
     Slip(
-        "An image's other captions count as wrong.",
+        "An image's other captions count as wrong answers.",
         "near = (ahead.abs() <= rounding) & (image_of[None, j] != i[:, None])",
         "near = ahead.abs() <= rounding",
         EVALUATION,
     ),
     Slip(
-        "Of equal scores the one that is listed last comes first.",
+        "If two captions have equal scores, the later one gets the better rank.",
         "((score == wanted) & (place < wanted_place))",
         "((score == wanted) & (place > wanted_place))",
         EVALUATION,
     ),
     Slip(
-        "Ranks are decided in float32.",
+        "Scores are compared in float32 to find the ranks.",
         "wins = (score > wanted) | ((score == wanted)",
         "wins = (score.float() > wanted.float()) | ((score.float() == wanted.float())",
         EVALUATION,
     ),
     Slip(
-        "A changed image is taken from the cache.",
+        "The cached features of a changed image are used.",
         "[*zip(names, map(stamp, pictures))]",
         "names",
         EVALUATION,
     ),
     Slip(
-        "Any split of a .json counts.",
+        "Images of every split in a .json are read.",
         'if image["split"] == split:',
         "if True:",
         EVALUATION,
@@ -583,7 +583,7 @@ SLIPS = [
         EVALUATION,
     ),
     Slip(
-        "The sweep stops at four steps a decade.",
+        "The search for the L2 strength stops at four steps for each factor of 10.",
         "            step //= 2\n",
         "            step = step // 2 if step > 2 else 0\n",
         EVALUATION,
@@ -595,25 +595,25 @@ SLIPS = [
         EVALUATION,
     ),
     Slip(
-        "The probe does not learn from the validation split.",
+        "The last probe does not learn from the validation split.",
         "return fit(everything, strength), strength, accuracies",
         "return fit(train, strength), strength, accuracies",
         EVALUATION,
     ),
     Slip(
-        "Few shots are the same in each draw.",
+        "The few-shot images are the same in each draw.",
         "order = shuffled_by_class(train.classes, seed)",
         "order = shuffled_by_class(train.classes, 0)",
         EVALUATION,
     ),
     Slip(
-        "top-5 counts four labels.",
+        "top-5 accuracy counts four labels.",
         "logits.topk(min(5, count))",
         "logits.topk(min(4, count))",
         f"{ZEROSHOT} -k top5",
     ),
     Slip(
-        "True and predicted classes are exchanged.",
+        "True and predicted classes are exchanged in the confusion matrix.",
         "confusion.index_put_((true, best[:, 0]),",
         "confusion.index_put_((best[:, 0], true),",
         f"{ZEROSHOT} -k confusions",
@@ -625,62 +625,62 @@ SLIPS = [
         f"{ZEROSHOT} -k 'name_the_classes or sorted'",
     ),
     Slip(
-        "Hidden files are images.",
+        "Hidden files count as images.",
         "return not hidden and path.is_file()",
         "return path.is_file()",
         f"{ZEROSHOT} -k hidden",
     ),
     Slip(
-        "Reading ahead goes one image too far.",
+        "One image too many is read ahead.",
         "if len(waiting) > ahead:",
         "if len(waiting) > ahead + 1:",
         f"{ZEROSHOT} -k ahead",
     ),
     Slip(
-        "The number of reading threads is torch's.",
+        "The number of threads that read is always torch's number of threads.",
         "ThreadPoolExecutor(threads or torch.get_num_threads())",
         "ThreadPoolExecutor(torch.get_num_threads())",
         f"{ZEROSHOT} {RETRIEVAL} -k 'ahead or workers or threads'",
     ),
     Slip(
-        "A reader that stops waits for items that it will not use.",
+        "A reader that is closed early waits for items that nobody will use.",
         "pool.shutdown(cancel_futures=True)",
         "pool.shutdown()",
         f"{ZEROSHOT} -k unread",
     ),
     # Retrieval
     Slip(
-        "The search trusts float32.",
+        "The search does not allow for rounding errors of float32.",
         "rounding = (width + 2) * torch.finfo(torch.float32).eps * query.norm().item()",
         "rounding = 0.0",
         f"{RETRIEVAL} -k 'exact or any_length'",
     ),
     Slip(
-        "Of equal scores the last comes first.",
+        "If two images have equal scores, the later one is listed first.",
         "order = scores.argsort(descending=True, stable=True)[:k]",
         "order = len(scores) - 1 - scores.flip(0).argsort(descending=True, stable=True)[:k]",
         f"{RETRIEVAL} -k equal_scores",
     ),
     Slip(
-        "A part has 500 images.",
+        "A part of an index has 500 images, not 512.",
         "PART = 512",
         "PART = 500",
         f"{RETRIEVAL} -k killed",
     ),
     Slip(
-        "An update ignores when a file was changed.",
+        "An update ignores the time at which a file was changed.",
         "return (found.st_size, found.st_mtime_ns)",
         "return (found.st_size, 0)",
         f"{RETRIEVAL} -k same_size",
     ),
     Slip(
-        "An update keeps deleted files.",
+        "An update keeps the embeddings of deleted files.",
         "names = [name for name in map(str, pictures) if name in where]",
         "names = list(where)",
         f"{RETRIEVAL} -k 'an_update_embeds'",
     ),
     Slip(
-        "An update embeds everything again.",
+        "An update embeds all files again.",
         "kept = unchanged(old, stamped) if old else {}",
         "kept = {}",
         f"{RETRIEVAL} -k 'an_update_embeds'",
@@ -698,7 +698,7 @@ SLIPS = [
         f"{RETRIEVAL} -k embed_excludes",
     ),
     Slip(
-        "The thumbnails of network drives are embedded.",
+        "Thumbnails in the system folders of network drives are embedded.",
         "or name.lower() in SYSTEM_FOLDERS",
         "",
         f"{RETRIEVAL} -k hidden_files",
@@ -716,16 +716,16 @@ SLIPS = [
         f"{TRANSFORM} -k package",
     ),
     Slip(
-        "Floats from 0 to 1 are read as black.",
+        "An image of floats from 0 to 1 is accepted and becomes black.",
         "or 0 < most <= 1:",
         ":",
         f"{TRANSFORM} -k floats_from",
     ),
     Slip(
-        "The twin cuts off once, after both halves of a resize.",
+        "The differentiable resize clamps once after both passes, not after each pass.",
         "for sides in ((self.height, size[0]), (size[1], size[0])):",
         "for sides in ((size[1], size[0]),):",
-        f"{TRANSFORM} -k as_near",
+        f"{TRANSFORM} -k as_exact",
     ),
     Slip(
         "The classifier's weights cannot be used in autograd.",
@@ -740,25 +740,25 @@ SLIPS = [
         f"{ZEROSHOT} -k one_label",
     ),
     Slip(
-        "Captions in several rows of an image are false of each other.",
+        "If an image has captions in several rows, only the last row counts.",
         "(*lists[path], *captions) if path in lists else tuple(captions)",
         "tuple(captions)",
         "tests/test_training_truth.py -k several_rows",
     ),
     Slip(
-        "A build continues parts of another model.",
+        "A build continues from parts that another model embedded.",
         "if self.fingerprint == other.fingerprint:\n",
         "if True:\n",
         f"{RETRIEVAL} -k 'another_model_made'",
     ),
     Slip(
-        "A build continues parts of another transform.",
+        "A build continues from parts that another transform made.",
         "            if self.transform == other.transform:\n                return\n",
         "            return\n",
         f"{RETRIEVAL} -k 'another_model_made'",
     ),
     Slip(
-        "A build continues parts of other images.",
+        "A build continues from parts of other images.",
         "repr((decides, part))",
         "repr(decides)",
         f"{RETRIEVAL} -k parts_of_another",
@@ -767,16 +767,16 @@ SLIPS = [
         "An index overwrites any file.",
         "old = Index.load(out) if out.exists() else None",
         "old = None",
-        f"{RETRIEVAL} -k only_replaces",
+        f"{RETRIEVAL} -k not_overwritten",
     ),
     Slip(
-        "A query is not of length 1.",
+        "A query is not normalised.",
         "    return unit_norm(query)\n",
         "    return query\n",
         f"{RETRIEVAL} -k 'sum_and_the_difference'",
     ),
     Slip(
-        "Embeddings that are not finite are kept.",
+        "Embeddings with NaN or infinity are accepted.",
         "if not x.isfinite().all():",
         "if False:",
         f"{RETRIEVAL} -k nan_embedding",
@@ -800,7 +800,7 @@ SLIPS = [
         f"{RETRIEVAL} -k options_that_made",
     ),
     Slip(
-        "A query is embedded by the newest commit.",
+        "A query is embedded by the newest commit of the model.",
         "revision=None if name else made_by.revision",
         "revision=None",
         f"{FLAGS} -k commit",
@@ -812,7 +812,7 @@ SLIPS = [
         f"{RETRIEVAL} -k in_a_tar_has",
     ),
     Slip(
-        "A name in the index is looked for in the working folder.",
+        "A file of the index is looked for in the working directory.",
         "return open_picture(os.path.join(self.folder, path))",
         "return open_picture(path)",
         f"{RETRIEVAL} -k any_folder",
@@ -824,44 +824,44 @@ SLIPS = [
         f"{RETRIEVAL} -k threads",
     ),
     Slip(
-        "A sheet keeps the beginning of a long name.",
+        "The sheet of results shows the beginning of a long name, not the end.",
         "fitting(hit.path, font, TILE, keep_end=True)",
         "fitting(hit.path, font, TILE)",
         f"{RETRIEVAL} -k long_name",
     ),
     Slip(
-        "The scores on a sheet are one row off.",
+        "The ranks on the sheet of results begin at 0.",
         'f"{i + 1}   {hit.score:.3f}"',
         'f"{i}   {hit.score:.3f}"',
         f"{RETRIEVAL} -k long_name",
     ),
     # The transform
     Slip(
-        "OpenAI's mean of blue is wrong in the fifth digit.",
+        "OpenAI's mean of blue is wrong in the sixth digit.",
         "OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)",
         "OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821173)",
         f"{TRANSFORM} -k 'published or every_mode'",
     ),
     Slip(
-        "OpenAI's crop rounds as transformers' does.",
+        "OpenAI's crop is rounded in transformers' way.",
         "left, top = (round(m / 2) if m > 0",
         "left, top = (m // 2 if m > 0",
         f"{TRANSFORM} -k crop",
     ),
     Slip(
-        "Transparent pixels are laid on black.",
+        "Transparent pixels become black, not white.",
         'Image.new("RGBA", image.size, "white")',
         'Image.new("RGBA", image.size, "black")',
         f"{TRANSFORM} -k every_mode",
     ),
     Slip(
-        "The largest image is a pixel too small.",
+        "An image of exactly the largest size raises an error.",
         "if size * new_long > MAX_PIXELS:",
         "if size * new_long >= MAX_PIXELS:",
         f"{TRANSFORM} -k max_pixels",
     ),
     Slip(
-        "A setting of an unknown step is accepted.",
+        "A setting that turns on an unknown step is accepted.",
         'field in _FIXED or field.startswith("do_")\n',
         "field in _FIXED\n",
         f"{TRANSFORM} -k cannot_be_followed",
@@ -874,19 +874,19 @@ SLIPS = [
     ),
     # Figures
     Slip(
-        "The shares of confusions are of the predicted class.",
+        "The plot divides confusions by the images of the predicted class.",
         "result.confusion.double() / result.images.clamp(min=1)[:, None]",
         "result.confusion.double() / result.images.clamp(min=1)[None, :]",
         FIGURES,
     ),
     Slip(
-        "A share in the matrix of confusions is a tenth of itself.",
+        "The shares in the confusion matrix are ten times too small.",
         'f"{share[i, j]:.0%}"[:-1]',
         'f"{share[i, j] / 10:.0%}"[:-1]',
         FIGURES,
     ),
     Slip(
-        "The bars of frequent confusions are upside down.",
+        "The plot of frequent confusions has the most frequent one at the bottom.",
         "mistakes = result.mistakes()[:most][::-1]",
         "mistakes = result.mistakes()[:most]",
         FIGURES,
@@ -898,55 +898,55 @@ SLIPS = [
         FIGURES,
     ),
     Slip(
-        "The curve of the loss shows the learning rate.",
+        "The plot of the loss shows the learning rate.",
         '"loss": "loss",',
         '"lr": "loss",',
         FIGURES,
     ),
     Slip(
-        "The ratios of bench begin at 0.",
+        "The bars of `bench` ratios begin at 0, not at 1.",
         "axes.barh(y, median - 1, left=1,",
         "axes.barh(y, median, left=0,",
         FIGURES,
     ),
     Slip(
-        "Whiskers reach from the median to the quartiles' distance from 0.",
+        "The lengths of the error bars are the quartiles, not their distances from the median.",
         "xerr=[[median - lower], [upper - median]]",
         "xerr=[[lower], [upper]]",
         FIGURES,
     ),
     Slip(
-        "The map of a method names the unit of another.",
+        "The heat map of occlusion has the unit of attention.",
         '"occlusion": "{} taken from the cosine"',
         '"occlusion": "{} of the attention"',
         FIGURES,
     ),
     Slip(
-        "A map of a method that ignores the text does not say so.",
+        "The title does not say that a method ignores the text.",
         'blind = "; the same for every text" if method in BLIND else ""',
         'blind = ""',
         FIGURES,
     ),
     Slip(
-        "Five maps stand side by side.",
+        "A figure has up to five heat maps in a row, not four.",
         "MOST_COLUMNS = 4",
         "MOST_COLUMNS = 5",
         FIGURES,
     ),
     Slip(
-        "A difference of zero is drawn among small ones.",
+        "Differences below 1e-12 are drawn as zero.",
         "NOTHING = 1e-17",
         "NOTHING = 1e-12",
         FIGURES,
     ),
     Slip(
-        "With one shot, four examples choose the strength.",
+        "With one image per class, four images per class choose the L2 strength.",
         "rows[k : k + min(k, 4)]",
         "rows[k : k + 4]",
         f"{EVALUATION} -k few_shots_learn",
     ),
     Slip(
-        "The spread of few shots is the standard deviation of a population.",
+        "The spread over few-shot draws is divided by n, not by n - 1.",
         '"std": stdev(accuracies)}',
         '"std": stdev(accuracies) * (1 - 1 / len(accuracies)) ** 0.5}',
         f"{EVALUATION} -k few_shots_learn",
@@ -955,7 +955,7 @@ SLIPS = [
         "A probe stops after 100 steps.",
         "MOST_STEPS = 1000",
         "MOST_STEPS = 100",
-        f"{EVALUATION} -k probe_equals_scikit",
+        f"{EVALUATION} -k probe_equals",
     ),
     Slip(
         "--force keeps the parts of an interrupted build.",
@@ -964,31 +964,31 @@ SLIPS = [
         f"{RETRIEVAL} -k force_embeds",
     ),
     Slip(
-        "A query keeps its graph.",
+        "The embedding of a query keeps its autograd graph.",
         "@torch.no_grad()\ndef embed_query(",
         "def embed_query(",
         f"{RETRIEVAL} -k sum_and_the_difference",
     ),
     Slip(
-        "Texts are embedded with their graph.",
+        "Text embeddings keep their autograd graph.",
         "@torch.no_grad()\ndef embed_texts(",
         "def embed_texts(",
         f"{ZEROSHOT} -k embedded_once",
     ),
     Slip(
-        "One brand of HEIC is not known.",
+        "One of the HEIC file types is not recognised.",
         'b"ftypmif1", b"ftyphevc")',
         'b"ftypmif1")',
         f"{TRANSFORM} -k pillow_does_not_read",
     ),
     Slip(
-        "A progress bar is shown at once.",
+        "A progress bar appears at once, not after two seconds.",
         '"delay": 2, "leave": False',
         '"delay": 0, "leave": False',
         f"{CLI} -k shows_a_bar",
     ),
     Slip(
-        "A line of progress is shown after two seconds.",
+        "A progress line appears after two seconds, not after thirty.",
         '"delay": 30, "mininterval": 30',
         '"delay": 2, "mininterval": 30',
         f"{CLI} -k shows_a_bar",

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 
 class Slip(NamedTuple):
-    """A small mistake to plant in the package, and the tests that should notice it."""
+    """A small fault to plant in the package, and the tests that should notice it."""
 
     what: str  # one sentence: "No gradient is clipped."
-    old: str  # a snippet that occurs exactly once in the package, so it may move to another file
+    old: str  # text that occurs exactly once in the package; it may move to another file
     new: str
     tests: str  # arguments for pytest: "tests/test_training.py -k clip"
