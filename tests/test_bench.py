@@ -631,7 +631,7 @@ def test_the_command_prints_json_and_draws(capsys, tmp_path, monkeypatch, settin
     assert main(["bench", "--shape", "tiny", "--batch", "1", "--suite", "vision", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     names = [row["contender"] for row in found["rows"]]
-    assert names[:2] == ["miniclip", "transformers"] and names[-1] == "one matrix product"
+    assert names[:2] == ["miniclip", "transformers"] and names[-1] == "matrix products alone"
     assert found["rows"][1]["difference"] == 0
     assert found["environment"].keys() >= {"Python", "torch", "transformers", "pillow"}
     assert found["environment"]["date"] == str(date.today())
@@ -700,10 +700,19 @@ def test_the_script_for_a_gpu_also_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert "'error'" not in capsys.readouterr().err
     kinds = [name.partition(" ")[0] for name in found]
-    assert kinds == ["environment", *["parity"] * 3, *["bench"] * 8]
+    assert kinds == ["environment", "product", *["parity"] * 3, *["bench"] * 8]
     assert all(found[name]["first"] is None for name in found if name.startswith("parity"))
     compiled = [row for rows in list(found.values())[-2:] for row in rows]
     assert {row["contender"] for row in compiled} >= {"miniclip, compiled", "transformers"}
+
+
+def test_the_large_product_stands_for_the_work_of_256_images(monkeypatch):
+    costs = itertools.count(1.0)
+    monkeypatch.setattr(on_a_gpu, "timed", lambda run, device: lambda: (next(costs), run()))
+    ((_, (row,)),) = on_a_gpu.large_product("cpu", 8)
+    work = 256 * tower_multiply_adds(PUBLISHED["L/14"], "vision")
+    assert row.cost[1] == pytest.approx(work / 8**3 * 7.5)  # the median of 3 to 12
+    assert row.work in "vision: 256 images, L/14, bfloat16"
 
 
 def test_the_targets_of_a_gpu_are_ratios_of_medians():
@@ -718,10 +727,14 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
         row("vision", "1 image, L/14, float32", peer, 4.0),  # the smaller ratio counts
         row("vision", large, ours, 2.0),
         row("vision", large, peer, 3.0),
-        row("vision", large, "one matrix product", 1.5),
+        row("vision", large, "one large product", 1.5),
         row("train", "the loss", "miniclip", 2.0),
     ]
-    assert [found for *_, found in on_a_gpu.targets(rows)][:3] == [4.0, 1.5, 0.75]
+    work = 256 * tower_multiply_adds(
+        PUBLISHED["L/14"], "vision"
+    )  # in 2 s, on a chip of 1e12 a second
+    found = [found for *_, found in on_a_gpu.targets(rows)][:3]
+    assert found == [4.0, 1.5, pytest.approx(work / 2 / 1e12)]
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 

@@ -187,7 +187,7 @@ def test_ratios_of_bench_are_bars_from_one_with_quartiles(drawn):
     rows = [
         row("miniclip", 0.0, (1, 1, 1)),
         row("transformers", 0.0, (1.5, 2.0, 3.0)),
-        row("one matrix product", None, (0.4, 0.5, 0.6)),
+        row("matrix products alone", None, (0.4, 0.5, 0.6)),
         row("another", 1.0, None),
     ]
     (axes,) = drawn(draw_bench, rows).axes
@@ -197,7 +197,7 @@ def test_ratios_of_bench_are_bars_from_one_with_quartiles(drawn):
     whiskers = [line.get_segments()[0][:, 0].tolist() for line in axes.collections]
     assert whiskers == [[1, 1], [1.5, 3.0], [0.4, 0.6]]
     assert texts(axes) == ["vision: 2 images", "1.00", "2.00", "0.50"]
-    assert names(axes) == ["", "miniclip", "transformers", "one matrix product"]
+    assert names(axes) == ["", "miniclip", "transformers", "matrix products alone"]
     assert axes.get_xscale() == "log"
     colours = [bar.get_facecolor()[:3] for bar in bars]
     assert len(set(colours)) == 3 and len(set(colours[2])) == 1  # grey, because it is not a library
