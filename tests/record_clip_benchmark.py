@@ -5,7 +5,7 @@
     pip install torch tqdm && python tests/record_clip_benchmark.py CLIP_benchmark
 
 The script runs `clip_benchmark/metrics/zeroshot_retrieval.py` of the checkout. Row numbers replace
-images and texts, and a stand-in for the model returns the embeddings of the rows.
+images and texts, and a fake model returns the embeddings of the rows.
 """
 
 import json

@@ -141,7 +141,7 @@ def test_an_image_is_found_by_its_best_caption():
     images, image_of = torch.eye(2), torch.tensor([0, 0, 0, 1])
     texts = unit_norm(torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.25]]))
     found = retrieval_ranks(images, texts, image_of)
-    assert found[0].tolist() == [1, 2]  # for the second image, a caption of the first ranks higher
+    assert found[0].tolist() == [1, 2]  # a caption of image 0 ranks above image 1's own
     assert found[1].tolist() == [1, 1, 1, 2]
     with pytest.raises(ValueError, match="1 of 3 images have no caption"):
         retrieval_ranks(torch.eye(3)[:, :2], texts, image_of)

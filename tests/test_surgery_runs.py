@@ -414,7 +414,7 @@ def test_every_preset_has_a_definition_here():
 
 
 @torch.no_grad()
-def test_dense_features_do_not_change_the_model_and_run_its_hooks(model):
+def test_dense_features_run_the_hooks_of_the_model_and_do_not_change_it(model):
     x = inputs(model, "vision")
     whole = encode(model, "vision", x)
     before = dense_features(model, x, "sclip")

@@ -18,13 +18,13 @@ LIMITS = f"{PARITY} -k 'documented or twice_the_error or larger_errors or finite
 SLIPS = [
     # ------------------------------------------------------------------------------------- bench
     Slip(
-        "An output in float32 may be ten times farther from miniclip's.",
+        "The limit for the distance of two float32 outputs is 1e-4, not 1e-5.",
         "MAX_DISTANCE = {torch.float32: 1e-5, torch.bf",
         "MAX_DISTANCE = {torch.float32: 1e-4, torch.bf",
         COSTS,
     ),
     Slip(
-        "An output in float16 may be ten times farther from miniclip's.",
+        "The limit for the distance of two float16 outputs is 0.1, not 0.01.",
         "torch.float16: 1e-2}",
         "torch.float16: 1e-1}",
         COSTS,
@@ -36,7 +36,7 @@ SLIPS = [
         COSTS,
     ),
     Slip(
-        "The ratio of two times is inverted.",
+        "The ratio to miniclip's time is inverted.",
         "quartiles([a / b for a, b in zip(costs[name], first, strict=True)])",
         "quartiles([b / a for a, b in zip(costs[name], first, strict=True)])",
         COSTS,
@@ -294,7 +294,7 @@ SLIPS = [
         ASKED,
     ),
     Slip(
-        "A rate counts one item a call, whatever the batch size.",
+        "The rate counts one item for each call, whatever the batch size.",
         "rate = row.count / cost",
         "rate = 1 / cost",
         COSTS,
@@ -356,31 +356,31 @@ SLIPS = [
     ),
     # ------------------------------------------------------------------------------------ parity
     Slip(
-        "Parity's limit in float32 is ten times looser.",
+        "Parity's limit in float32 is 2e-4, not 2e-5.",
         "{torch.float32: 2e-5, torch.float64: 1e-10}",
         "{torch.float32: 2e-4, torch.float64: 1e-10}",
         LIMITS,
     ),
     Slip(
-        "Parity's limit in float64 is ten times looser.",
+        "Parity's limit in float64 is 1e-9, not 1e-10.",
         "{torch.float32: 2e-5, torch.float64: 1e-10}",
         "{torch.float32: 2e-5, torch.float64: 1e-9}",
         LIMITS,
     ),
     Slip(
-        "Parity's limit on GPUs is ten times looser.",
+        "Parity's limit on GPUs is 1e-3, not 1e-4.",
         "ON_DEVICES = 1e-4",
         "ON_DEVICES = 1e-3",
         LIMITS,
     ),
     Slip(
-        "Parity's limit for a pattern in float64 is ten times looser.",
+        "Parity's limit for a pattern in float64 is 1e-5, not 1e-6.",
         "IN_PATTERN = 1e-6",
         "IN_PATTERN = 1e-5",
         LIMITS,
     ),
     Slip(
-        "Parity's limit for merged weights is ten times looser.",
+        "Parity's limit for merged weights is 1e-5, not 1e-6.",
         "ROUNDED = 1e-6",
         "ROUNDED = 1e-5",
         f"{LIMITS[:-1]} or millionth'",
@@ -543,7 +543,7 @@ SLIPS = [
     ),
     # --------------------------------------------------------------------------------- diagnosis
     Slip(
-        "A suggested cause may explain the numbers ten times less exactly.",
+        "A suggested cause may leave an error of 1e-8, not 1e-9.",
         "tolerance: float = 1e-9) -> bool:",
         "tolerance: float = 1e-8) -> bool:",
         "tests/test_diagnosis_tables.py -k must_explain",
@@ -623,7 +623,7 @@ SLIPS = [
         TABLES,
     ),
     Slip(
-        "The fault of image embeddings that are not normalised changes the text embeddings.",
+        "The entry for image embeddings leaves out the normalisation of text embeddings.",
         '"image embeddings that are not normalised": EMBEDDINGS[:1]',
         '"image embeddings that are not normalised": EMBEDDINGS[1:]',
         TABLES,
@@ -641,7 +641,7 @@ SLIPS = [
         TABLES,
     ),
     Slip(
-        "The fault of reading one token after the end token reads the second after it.",
+        "The pooling after the end token reads the second token after it, not the first.",
         "(end + 1) % x.shape[1]",
         "(end + 2) % x.shape[1]",
         TABLES,

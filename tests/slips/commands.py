@@ -177,7 +177,7 @@ SLIPS = [
         f"{FLAGS} -k twelve",
     ),
     Slip(
-        "A sheet's title adds the texts that are subtracted.",
+        "In the title of the sheet, subtracted texts have a plus sign.",
         '" - ".join([plus, *args.minus, *args.minus_image])',
         '" + ".join([plus, *args.minus, *args.minus_image])',
         f"{FLAGS} -k title",
@@ -189,7 +189,7 @@ SLIPS = [
         f"{FLAGS} -k serve",
     ),
     Slip(
-        "serve ignores --device for its models.",
+        "serve ignores --device when it loads the models.",
         "{name: load(name, device=args.device) for name",
         "{name: load(name) for name",
         f"{FLAGS} -k 'device and serve'",
@@ -256,7 +256,7 @@ SLIPS = [
     ),
     # The output and the exit status
     Slip(
-        "A bar is half as long as it should be.",
+        "Bars of probabilities are drawn at half their length.",
         'bar = "█" * round(probability * longest_bar)',
         'bar = "█" * round(probability * longest_bar / 2)',
         f"{CLI} -k prints",
@@ -408,7 +408,7 @@ SLIPS = [
     ),
     # The page
     Slip(
-        "An upload may have 30 MB.",
+        "An upload may have 30 MB, not 20.",
         "MAX_BYTES = 20_000_000",
         "MAX_BYTES = 30_000_000",
         f"{SERVE} -k 'needs or never'",
@@ -450,7 +450,7 @@ SLIPS = [
         f"{SERVE} -k one_at_a_time",
     ),
     Slip(
-        "A question that the page has abandoned is still answered.",
+        "A question is answered although the page no longer waits for it.",
         "if await request.is_disconnected():",
         "if False:",
         f"{SERVE} -k nobody_waits",
@@ -547,7 +547,7 @@ SLIPS = [
         f"{ZEROSHOT} -k fifteen_bins",
     ),
     Slip(
-        "An image's other captions count as wrong answers.",
+        "In retrieval, an image's second caption counts as a wrong answer.",
         "near = (ahead.abs() <= rounding) & (image_of[None, j] != i[:, None])",
         "near = ahead.abs() <= rounding",
         EVALUATION,

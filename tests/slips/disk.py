@@ -4,19 +4,19 @@ from slip import Slip
 
 SLIPS = [
     Slip(
-        "A patch has 16 pixels unless the config says so.",
+        "The default patch size is 16, not 32.",
         "patch_size: int = 32",
         "patch_size: int = 16",
         "tests/test_config.py -k absent",
     ),
     Slip(
-        "The default eps is a tenth of CLIP's.",
+        "The default eps is 1e-6, not 1e-5.",
         "ln_eps: float = 1e-5",
         "ln_eps: float = 1e-6",
         "tests/test_config.py -k absent",
     ),
     Slip(
-        "A text tower has 4 heads unless the config says so.",
+        "The default number of text heads is 4, not 8.",
         "= 8\n    mlp_width: int | tuple[int, ...] = 2048",
         "= 4\n    mlp_width: int | tuple[int, ...] = 2048",
         "tests/test_config.py -k absent",
@@ -52,7 +52,7 @@ SLIPS = [
         "tests/test_config.py -k million",
     ),
     Slip(
-        "A message may quote ten times as many characters of a value.",
+        "A message may quote 1000 characters of a value, not 100.",
         "_short.maxstring = _short.maxother = 100",
         "_short.maxstring = _short.maxother = 1000",
         "tests/test_config.py -k quotes",
@@ -124,7 +124,7 @@ SLIPS = [
         "tests/test_config.py -k stored_once",
     ),
     Slip(
-        "A head width that equals the default is stored all the same.",
+        "The config stores a head width even if it equals the default.",
         'object.__setattr__(config, "head_width", None)',
         "pass",
         "tests/test_config.py -k stored_once",
@@ -166,7 +166,7 @@ SLIPS = [
         "tests/test_config.py -k published_ones",
     ),
     Slip(
-        "The MLP of g/14 is 4 times as wide as its residual stream.",
+        "The MLP of g/14 has a width of 5632, not 6144.",
         "(1408, 40, 16, 6144, 14, 224)",
         "(1408, 40, 16, 5632, 14, 224)",
         "tests/test_config.py -k published_ones",
@@ -346,7 +346,7 @@ SLIPS = [
         "tests/test_layouts.py -k its_place",
     ),
     Slip(
-        "open_clip's activation is QuickGELU unless its config says so.",
+        "The default activation of open_clip is QuickGELU, not GELU.",
         '"quick_gelu" if quick_gelu else "gelu"',
         '"gelu" if quick_gelu is False else "quick_gelu"',
         "tests/test_layouts.py -k open_clips_default",
@@ -424,7 +424,7 @@ SLIPS = [
         "tests/test_layouts.py -k its_place",
     ),
     Slip(
-        "A transform that resizes and then crops is written without its crop.",
+        "The crop of a transform is not saved in open_clip's config.",
         "    if size != crop_size:\n",
         "    if False:\n",
         "tests/test_layouts.py -k its_place",
@@ -646,7 +646,7 @@ SLIPS = [
         "tests/test_hub.py -k its_files",
     ),
     Slip(
-        "A mirror's file that is named by its plain SHA-1 counts as damaged.",
+        "A file counts as damaged if its mirror names files by plain SHA-1.",
         ", hashlib.sha1()]",
         "]",
         "tests/test_hub.py -k name_is_a_hash",
@@ -676,13 +676,13 @@ SLIPS = [
         "tests/test_checkpoint.py -k before_pickles",
     ),
     Slip(
-        "A file may have ten times as many tensors.",
+        "The limit for the number of tensors is ten times higher.",
         "if len(file.keys()) > MOST_TENSORS:",
         "if len(file.keys()) > 10 * MOST_TENSORS:",
         "tests/test_checkpoint.py -k ten_thousand",
     ),
     Slip(
-        "The header of a safetensors file may be ten times as long.",
+        "The limit for a safetensors header is ten times higher.",
         "header > 6_000_000:",
         "header > 60_000_000:",
         "tests/test_checkpoint.py -k six_million",
@@ -820,13 +820,13 @@ SLIPS = [
         "tests/test_saving.py -k over_another",
     ),
     Slip(
-        "A model that does not match its config is saved.",
+        "A model is saved although it does not match its config.",
         "            check_described(self)\n",
         "            pass\n",
         "tests/test_checkpoint.py -k does_not_describe",
     ),
     Slip(
-        "A model whose modules have other numbers than its config is saved.",
+        "A model is saved although numbers in its modules differ from its config.",
         "            settings[name] = value\n",
         "            pass\n",
         "tests/test_checkpoint.py -k does_not_describe",
@@ -892,13 +892,13 @@ SLIPS = [
         "tests/test_checkpoint.py -k torch_reads",
     ),
     Slip(
-        "A pickle may have ten times as many bytes.",
+        "The limit for the bytes of a pickle is ten times higher.",
         "LARGEST = 400_000",
         "LARGEST = 4_000_000",
         "tests/test_hostile.py -k by_hand",
     ),
     Slip(
-        "The tensors of a pickle may have twenty times the bytes of the file.",
+        "The tensors of a pickle may have 20 times the file's size, not twice.",
         "count > 2 * path.stat().st_size",
         "count > 20 * path.stat().st_size",
         "tests/test_checkpoint.py -k two_names",
@@ -928,7 +928,7 @@ SLIPS = [
         "tests/test_hostile.py -k by_hand",
     ),
     Slip(
-        "A pickled tensor with a negative or conjugate bit is read without it.",
+        "The negative or conjugate bit of a pickled tensor is ignored.",
         "len(stride) > 8 or extra:",
         "len(stride) > 8:",
         "tests/test_hostile.py -k by_hand",

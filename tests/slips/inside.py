@@ -186,13 +186,13 @@ MODEL = [
         "tests/test_model.py -k init",
     ),
     Slip(
-        "The initial token embeddings are half as large.",
+        "The initial token embeddings have a std of 0.01, not 0.02.",
         "nn.init.normal_(self.token_embed.weight, std=0.02)",
         "nn.init.normal_(self.token_embed.weight, std=0.01)",
         "tests/test_model.py -k init",
     ),
     Slip(
-        "The initial position embeddings are twice as large.",
+        "The initial position embeddings have a std of 0.02, not 0.01.",
         "nn.init.normal_(self.pos_embed, std=0.01)",
         "nn.init.normal_(self.pos_embed, std=0.02)",
         "tests/test_model.py -k init",
@@ -589,19 +589,19 @@ SITES = [
 
 LENS = [
     Slip(
-        "The sum of the parts may differ from the embedding a million times more.",
+        "The tolerance for the sum of the parts is a million times larger.",
         "if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:",
         "if not distance <= 1e9 * torch.finfo(embedding.dtype).eps * size:",
         "tests/test_lens.py -k 'parts or sum'",
     ),
     Slip(
-        "The sum of the parts may differ from the embedding four times more.",
+        "The tolerance for the sum of the parts is four times larger.",
         "if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:",
         "if not distance <= 4000 * torch.finfo(embedding.dtype).eps * size:",
         "tests/test_lens.py -k 'parts or sum'",
     ),
     Slip(
-        "The sum of the parts may differ from the embedding only a fourth as much.",
+        "The tolerance for the sum of the parts is four times smaller.",
         "if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:",
         "if not distance <= 250 * torch.finfo(embedding.dtype).eps * size:",
         "tests/test_lens.py -k 'parts or sum'",
@@ -723,7 +723,7 @@ LENS = [
         "tests/test_originals.py -k flexivit",
     ),
     Slip(
-        "A register gets the largest activation, even if a negative one has a larger magnitude.",
+        "A register gets the maximum, not the activation of largest magnitude.",
         "most = torch.where(highest.abs() > lowest.abs(), highest, lowest)",
         "most = highest",
         "tests/test_originals.py -k registers",
@@ -880,7 +880,7 @@ LENS = [
         "tests/test_lens.py -k colours_of_the_image",
     ),
     Slip(
-        "The enlarged input image shows another part of the original.",
+        "The enlarged input image shows more of the original than the model sees.",
         "larger = replace(transform, size=transform.size * scale, crop_size",
         "larger = replace(transform, crop_size",
         "tests/test_lens.py -k colours_of_the_image",
@@ -928,7 +928,7 @@ LENS = [
         "tests/test_lens.py -k questions",
     ),
     Slip(
-        "The score counts the heat on the wrong one of two objects.",
+        "The score counts the heat on the object that the text does not name.",
         "zip(drawn.objects, (first, second), (second, first))",
         "zip(drawn.objects, (second, first), (first, second))",
         "tests/test_lens.py -k questions",
@@ -988,7 +988,7 @@ LENS = [
         "tests/test_lens.py -k score",
     ),
     Slip(
-        "The share on the other object is counted on the named one.",
+        "The share of heat on the other object is computed for the named object.",
         "shares = (named.gather(1, warmest), other.gather(1, warmest), iou)",
         "shares = (named.gather(1, warmest), named.gather(1, warmest), iou)",
         "tests/test_lens.py -k score",
@@ -997,7 +997,7 @@ LENS = [
 
 SURGERY = [
     Slip(
-        "LoRA's A is initialised with the larger range for ReLU.",
+        "LoRA's A is initialised with the range for ReLU, which is too large.",
         "nn.init.kaiming_uniform_(self.A, a=5**0.5)",
         "nn.init.kaiming_uniform_(self.A)",
         "tests/test_surgery_weights.py -k lora",
@@ -1207,7 +1207,7 @@ SURGERY = [
         "tests/test_surgery_shapes.py -k surgery_keeps",
     ),
     Slip(
-        "A Linear that was cut keeps its old sizes.",
+        "A Linear that was cut keeps its old in_features and out_features.",
         "    linear.out_features, linear.in_features = linear.weight.shape\n",
         "",
         "tests/test_surgery_shapes.py -k pruning",
@@ -1267,7 +1267,7 @@ SURGERY = [
         "tests/test_surgery_shapes.py -k long_clip",
     ),
     Slip(
-        "The linear stretch keeps 20 positions, as Long-CLIP does.",
+        "The linear stretch keeps 20 positions; only Long-CLIP's should.",
         'keep = (20 if method == "longclip" else 0) if keep is None else keep',
         "keep = 20 if keep is None else keep",
         "tests/test_surgery_shapes.py -k 'published_formulas or equal_open_clips'",
@@ -1504,7 +1504,7 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k 'fits'",
     ),
     Slip(
-        "After a merge, the new pair on its left is not considered.",
+        "After a merge at the second token, the new pair on its left is not considered.",
         "            if i:\n                found[i - 1]",
         "            if i > 1:\n                found[i - 1]",
         "tests/test_tokenizer.py -k 'definition'",
@@ -1618,7 +1618,7 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k 'cache'",
     ),
     Slip(
-        "The tokenizer's cache may keep ten times as many chunks.",
+        "The limit for chunks in the tokenizer's cache is ten times higher.",
         "MOST_CHUNKS, MOST_CHARACTERS = 100_000, 64",
         "MOST_CHUNKS, MOST_CHARACTERS = 1_000_000, 64",
         "tests/test_tokenizer.py -k 'cache'",
@@ -1714,13 +1714,13 @@ TOKENIZER = [
         "tests/test_tokenizer.py -k 'packs or openais_file'",
     ),
     Slip(
-        "The tokenizer's files may have ten times as many bytes.",
+        "The limit for the bytes of the tokenizer's files is ten times higher.",
         "MOST_BYTES, MOST_LINES = 5_000_000, 300_000",
         "MOST_BYTES, MOST_LINES = 50_000_000, 300_000",
         "tests/test_tokenizer.py -k 'damaged'",
     ),
     Slip(
-        "The tokenizer's files may have ten times as many lines.",
+        "The limit for the lines of the tokenizer's files is ten times higher.",
         "MOST_BYTES, MOST_LINES = 5_000_000, 300_000",
         "MOST_BYTES, MOST_LINES = 5_000_000, 3_000_000",
         "tests/test_tokenizer.py -k 'damaged'",

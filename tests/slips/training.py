@@ -277,7 +277,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "A row's mean loss includes the rows before it.",
+        "The mean loss in a row includes the steps of earlier rows.",
         "        self.losses = []\n        self.rows",
         "        self.rows",
         RUNS,
@@ -319,7 +319,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "If the data is smaller than the batch, the batch is rounded to the processes.",
+        "If the batch is larger than the data, it is rounded to a multiple of the processes.",
         "min(recipe.batch, len(data))",
         "min(recipe.batch, len(data) - len(data) % world_size)",
         RUNS,
@@ -513,7 +513,7 @@ SLIPS = [
     ),
     Slip("`lora` is ignored.", "    if lora:\n", "    if False:\n", FINE + " -k lora"),
     Slip(
-        "Each process draws other random LoRA matrices.",
+        "The processes draw different random LoRA matrices.",
         "        torch.manual_seed(seed)  # the same matrices in every process\n",
         "        torch.seed()\n",
         FINE + " -k crashed",
@@ -737,7 +737,7 @@ SLIPS = [
         DATA,
     ),
     Slip(
-        "A batch with an unreadable image is smaller.",
+        "A batch with an unreadable image has one pair less than it should.",
         "pairs += [pairs[i % len(pairs)] for i in range(len(loaded) - len(pairs))]",
         "pass",
         DATA,
@@ -766,7 +766,12 @@ SLIPS = [
         "side = 1 - torch.rand(b) / 2",
         DATA,
     ),
-    Slip("Augmentation shifts images twice as far.", "x, y = 0.3 * (", "x, y = 0.6 * (", DATA),
+    Slip(
+        "Augmentation shifts images twice as far as it should.",
+        "x, y = 0.3 * (",
+        "x, y = 0.6 * (",
+        DATA,
+    ),
     Slip(
         "Augmentation also turns images upside down.",
         "torch.stack([side * mirror, none, x, none, side, y]",
@@ -842,13 +847,13 @@ SLIPS = [
         SETUP,
     ),
     Slip(
-        "The default learning rate is twice as large.",
+        "The default learning rate is 2e-3, not 1e-3.",
         "lr: float = described(1e-3,",
         "lr: float = described(2e-3,",
         SETUP,
     ),
     Slip(
-        "The default warm-up is twice as long.",
+        "The default warm-up is 10 % of the steps, not 5 %.",
         "warmup: float = described(0.05,",
         "warmup: float = described(0.1,",
         TRAINING,
@@ -879,12 +884,12 @@ SLIPS = [
     ),
     # the drawn world
     Slip(
-        "The colour pink is slightly different.",
+        "The colour pink is slightly wrong.",
         '"pink": (255, 140, 196)',
         '"pink": (255, 150, 196)',
         SHAPES,
     ),
-    Slip("Large objects are smaller.", '"large": 13', '"large": 12', SHAPES),
+    Slip("Large objects are too small.", '"large": 13', '"large": 12', SHAPES),
     Slip(
         "Objects are tilted by 10 degrees, not by 12.",
         "TILTS = (-12, 0, 12)",
@@ -892,7 +897,7 @@ SLIPS = [
         SHAPES,
     ),
     Slip(
-        "A caption names a relation of objects that are closer together.",
+        "A caption names a relation even if two objects are too close together.",
         "CLEAR = 8\n",
         "CLEAR = 6\n",
         SHAPES,
@@ -904,10 +909,13 @@ SLIPS = [
         SHAPES,
     ),
     Slip(
-        "A star's inner radius is larger.", "np.tile([1, 0.42], 5)", "np.tile([1, 0.46], 5)", SHAPES
+        "A star's inner radius is too large.",
+        "np.tile([1, 0.42], 5)",
+        "np.tile([1, 0.46], 5)",
+        SHAPES,
     ),
     Slip(
-        "A ring's hole is larger.",
+        "A ring's hole is too large.",
         "0.95 * ROUND, 0.5 * ROUND",
         "0.95 * ROUND, 0.6 * ROUND",
         SHAPES,
