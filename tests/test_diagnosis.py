@@ -22,7 +22,7 @@ def pair():
     return twins(TINY)
 
 
-# ------------------------------------------------------------------------------ in weights or parts
+# ----------------------------------------------------------------------- faults in weights or parts
 
 V, T = "vision.blocks.1", "text.blocks.1"
 FAULTS = {}

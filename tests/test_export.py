@@ -66,7 +66,7 @@ def exported(model):
     return torch.export.export(model, example, dynamic_shapes=SHAPES)
 
 
-# ---------------------------------------------------------------------------------------- compiled
+# --------------------------------------------------------------------------------- compiled graphs
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_the_model_is_one_graph_for_every_size(model):
     torch._dynamo.reset()
 
 
-# ---------------------------------------------------------------------------------------- exported
+# --------------------------------------------------------------------------------- exported graphs
 
 
 @pytest.mark.slow

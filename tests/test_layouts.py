@@ -1117,7 +1117,7 @@ def test_presets_have_the_shapes_of_the_published_files(data, preset, file):
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == published
 
 
-# --------------------------------------------------------------------------------- what is damaged
+# --------------------------------------------------------------------------------- damaged weights
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

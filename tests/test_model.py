@@ -79,7 +79,7 @@ def watch(model, names, *inputs):
     return {n: o[0] if isinstance(o, tuple) else o for n, o in seen.items()}, output
 
 
-# --------------------------------------------------------------------------------------------- unit
+# ------------------------------------------------------------------------------------- single parts
 
 
 def site_shapes(config, B, C, T):
@@ -593,7 +593,7 @@ def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
     assert error.max() <= 1.1 * peer_error.max()
 
 
-# -------------------------------------------------------------------------- what the towers promise
+# ------------------------------------------------------------------------ what holds for the towers
 
 
 @torch.no_grad()

@@ -153,7 +153,7 @@ def test_long_clip_equals_its_paper(loaded, ids, tmp_path):
     assert_far(long.text.pos_embed.detach(), stretched(16))
 
 
-# ------------------------------------------------------------------------------------- 336 from 224
+# ----------------------------------------------------------------------------- images of 336 pixels
 
 
 def larger_images(loaded, size, directory):
@@ -473,7 +473,7 @@ def test_heads_chosen_by_a_text_equal_their_paper(loaded, theirs, pixels, ids):
     assert_far(found, slowly(ranked[:2]))
 
 
-# ------------------------------------------------------------------------------------ soup of three
+# ------------------------------------------------------------------------------------ a greedy soup
 
 
 def greedy_soup(models, score):

@@ -137,7 +137,7 @@ def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new(tm
     assert operations > 20 and min(olds, news) > 10, run.stdout
 
 
-# ------------------------------------------------------------------------------------------ no room
+# -------------------------------------------------------------------------------------- a full disk
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def test_a_full_disk_during_the_save_of_one_part_leaves_the_old_checkpoint(saved
     assert not list(saved.glob(".*"))
 
 
-# --------------------------------------------------------------------------------- the other files
+# ------------------------------------------------------------------------- files of other programs
 
 
 def test_other_files_and_permissions_are_kept(saved):
@@ -208,7 +208,7 @@ def test_the_weights_file_states_the_format_pt(saved):
         assert file.metadata() == {"format": "pt"}
 
 
-# ----------------------------------------------------------------------- over another checkpoint
+# ---------------------------------------------------------------- a save over another checkpoint
 
 LAYOUTS = ("transformers", "openai", "open_clip")
 

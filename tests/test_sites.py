@@ -652,7 +652,7 @@ def test_gradients_at_a_site_are_slopes(tiny):
             model.encode_image(pixels)
 
 
-# ----------------------------------------------------------------------------------------- wrapped
+# ---------------------------------------------------------------------------------- wrapped models
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, "blocks"])
@@ -676,7 +676,7 @@ def test_wrappers_are_not_a_part_of_a_name(tiny, wrap):
     assert torch.equal(logit_lens(wrapped, inputs[0]), logit_lens(model, inputs[0]))
 
 
-# ----------------------------------------------------------------------------------------- compiled
+# ---------------------------------------------------------------------------------- compiled models
 
 
 def test_the_compiler_is_not_imported_for_hooks(tiny, monkeypatch):

@@ -85,7 +85,7 @@ def without(*modules: str) -> None:
 
 def openai_clip(module: types.ModuleType) -> nn.Module:
     """The model of a copy of OpenAI's model.py, with our weights."""
-    # Its LayerNorm computes in float32, whose rounding would hide a small difference.
+    # Its LayerNorm computes in float32, and the rounding would hide a small difference.
     module.LayerNorm.forward = nn.LayerNorm.forward
     v, t = CONFIG.vision, CONFIG.text
     name = "VisionTransformer" if hasattr(module, "VisionTransformer") else "VisualTransformer"
@@ -101,7 +101,7 @@ def openai_clip(module: types.ModuleType) -> nn.Module:
 
 def openai_vision(module: types.ModuleType) -> nn.Module:
     """The vision tower of a copy of OpenAI's model.py, with our weights."""
-    # Its LayerNorm computes in float32, whose rounding would hide a small difference.
+    # Its LayerNorm computes in float32, and the rounding would hide a small difference.
     module.LayerNorm.forward = nn.LayerNorm.forward
     v = CONFIG.vision
     visual = module.VisionTransformer(

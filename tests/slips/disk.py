@@ -526,7 +526,7 @@ SLIPS = [
         "tests/test_layouts.py -k cannot_express",
     ),
     Slip(
-        "There is no warning of minus infinity in a weight.",
+        "There is no warning about minus infinity in a weight.",
         "for end in real[name].aminmax())",
         "for end in [real[name].max()])",
         "tests/test_layouts.py -k not_finite",
@@ -712,7 +712,7 @@ SLIPS = [
         "tests/test_brought.py -k openai_clip_205",
     ),
     Slip(
-        "There is no warning of other tensors in a CLIP's file.",
+        "There is no warning about other tensors in a CLIP's file.",
         '        warn(f"{listed(others)} are left out:',
         '        (f"{listed(others)} are left out:',
         "tests/test_brought.py -k openai_clip_284",

@@ -79,7 +79,7 @@ SLIPS = [
         RUNS,
     ),
     Slip(
-        "Mean and std are exchanged.",
+        "In training, the transform's mean and std are exchanged.",
         "for values in (transform.image_mean, transform.image_std)",
         "for values in (transform.image_std, transform.image_mean)",
         RUNS,
