@@ -1,4 +1,4 @@
-"""Configs: which values are errors, and that transformers reads config.json in the same way."""
+"""Configs: which values raise errors, and that transformers reads config.json the same way."""
 
 import dataclasses
 import json

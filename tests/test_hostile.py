@@ -67,7 +67,7 @@ class Referee:
 
     @contextmanager
     def changed(self, changes):
-        """The directory with these files replaced. None as contents removes a file."""
+        """The directory with these files replaced. A file with the contents None is removed."""
         try:
             for name, data in changes.items():
                 (self.directory / name).unlink(missing_ok=True)

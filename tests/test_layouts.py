@@ -1,6 +1,6 @@
 """The layouts of OpenAI and open_clip, single towers, and conversion between all layouts.
 
-The embeddings are compared with a model that is written here. It uses torch's MultiheadAttention,
+The embeddings are compared with a model in this file. It uses torch's MultiheadAttention,
 with the originals' fused matrices and transposed projections. If openai/CLIP (`pip install
 openai-clip`) or open_clip is installed, its own classes are compared too; both need torchvision.
 """

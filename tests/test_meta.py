@@ -1,7 +1,7 @@
 """The host need not wait for a GPU. The tests show this with the `meta` device.
 
-A meta tensor has a shape but no numbers, so code that reads a number raises. A tensor that is made
-on the CPU is an error here too, because each call would copy it to the GPU.
+A meta tensor has a shape but no numbers, so code that reads a number raises an error. A tensor that
+is made on the CPU is an error here too, because each call would copy it to the GPU.
 """
 
 from functools import partial

@@ -135,7 +135,7 @@ never publishes them
     hub: what_a_crashed_save_left_is_not_published
 leaves the old checkpoint or the new one
     saving: a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new
-    saving: two_saves_and_a_finish_at_once_leave_one_of_the_two_saves
+    saving: two_saves_at_the_same_time_leave_one_whole_save
     saving: a_full_disk_is_an_error_that_leaves_the_old_checkpoint
 at most 1.15 times the memory of the model
     checkpoint: loading_takes_the_memory_of_the_file_in_the_requested_dtype

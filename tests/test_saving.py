@@ -449,7 +449,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
     assert not list(saved.glob(".*"))
 
 
-def test_two_saves_and_a_finish_at_once_leave_one_of_the_two_saves(tmp_path):
+def test_two_saves_at_the_same_time_leave_one_whole_save(tmp_path):
     """Two threads act like two processes. One may get an OSError: the folder is not empty."""
     from concurrent.futures import ThreadPoolExecutor
 

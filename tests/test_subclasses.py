@@ -1,4 +1,4 @@
-"""A fork is a subclass in the user's own file. Four published models show that it can be exact."""
+"""A fork is a subclass in the user's own file. Four published models show how exact it is."""
 
 import copy
 import json
@@ -821,7 +821,7 @@ def test_siglip_trains_with_its_own_loss(chunk, tokenizer, tmp_path):
     data = open_data(pictures(tmp_path), transform)
     model = fork_for(Siglip, tokenizer)
     with torch.no_grad():
-        model.logit_scale.fill_(5.0)  # above ln 100, the limit of CLIP's loss
+        model.logit_scale.fill_(5.0)  # above ln 100, where training with CLIP's loss clamps it
     recipe = Recipe(epochs=6, batch=8, lr=3e-4, chunk=chunk, warmup=0.0)
     trained = train(model, tokenizer, transform, data, recipe, tmp_path / "out", loss=sigmoid_loss)
     found = losses(tmp_path / "out")

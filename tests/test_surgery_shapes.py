@@ -1,4 +1,4 @@
-"""Surgery that changes shapes: what stays exact, what transformers can load, saving and loading."""
+"""Surgery that changes shapes: which results are exact, and what can be saved and loaded."""
 
 import json
 import math

@@ -1,8 +1,8 @@
 """SigLIP (Zhai et al. 2023, arXiv 2303.15343) as a fork of CLIP.
 
-The fork differs in five ways. An attention layer pools the patches; there is no class token. A text
-is read at its last token. Text attention is not causal. Logits have a bias. The loss judges each
-pair on its own, as true or false. The fork loads transformers' `google/siglip-*`.
+The fork differs from CLIP in five ways. An attention layer pools the patches; there is no class
+token. A text is read at its last token. Text attention is not causal. Logits have a bias. The loss
+judges each pair on its own, as true or false. The fork loads transformers' `google/siglip-*`.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The type of an entry in a list of slips."""
+"""The type of an entry in the lists of faults to plant."""
 
 from typing import NamedTuple
 
