@@ -707,7 +707,7 @@ def test_a_file_whose_stated_length_is_wrong_is_an_error(hub, model, more):
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
-def test_a_process_killed_during_a_file_leaves_nothing_that_is_trusted(hub, model, tmp_path):
+def test_a_process_killed_during_a_download_leaves_nothing_that_is_trusted(hub, model, tmp_path):
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     CLIP.from_pretrained(NAME)
     blob = (next(cache.glob("*/snapshots/*")) / "model.safetensors").resolve()
