@@ -52,7 +52,7 @@ DISTINCT = CLIPConfig(
 )
 
 
-# ------------------------------------------------------------------------------ with transformers
+# -------------------------------------------------------------------- the same as in transformers
 
 
 def test_the_test_config_has_no_number_twice():

@@ -227,7 +227,7 @@ OPEN_CLIP = {  # as open_clip writes it
 }  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------- OpenAI's
+# -------------------------------------------------------------------------------- OpenAI's layout
 
 
 def write_openai(path, model):
@@ -502,7 +502,7 @@ def test_invalid_preprocessing_of_open_clips_is_an_error(tmp_path, value):
         ImageTransform.from_pretrained(tmp_path)
 
 
-# ------------------------------------------------------------------------------------- open_clip's
+# ------------------------------------------------------------------------------ open_clip's layout
 
 
 @pytest.mark.parametrize("custom_text", [False, True], ids=["plain", "custom_text"])

@@ -577,7 +577,7 @@ SLIPS = [
         EVALUATION,
     ),
     Slip(
-        "The probe's L2 strength is scikit-learn's C.",
+        "The probe's L2 strength is passed as C to scikit-learn, not as 1 / C.",
         "LogisticRegression(C=1 / strength,",
         "LogisticRegression(C=strength,",
         EVALUATION,
