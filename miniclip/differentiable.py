@@ -64,7 +64,7 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
         )
     if can_look_at(images) and images.numel():
         least, most = (x.item() for x in images.detach().aminmax())
-        if not -0.5 <= least <= most <= 1.5:  # a gradient step may leave the range a little
+        if not -0.5 <= least <= most <= 1.5:  # a gradient step may go slightly out of the range
             raise ImageError(
                 f"expected floats from 0 to 1, found {least:.3g} to {most:.3g}: divide bytes by "
                 "255, and do not normalise: this function normalises"

@@ -115,9 +115,9 @@ def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]
 class Tokenizer(PretrainedTokenizer):
     """Text -> token ids, and back.
 
-    `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` has
-    tokens to find before the text is split. True: find the token in the cleaned text. False: in
-    the raw text. OpenAI's tokenizer does not look for added tokens.
+    `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` maps
+    tokens that are found before the text is split to True (found in the cleaned text) or False
+    (found in the raw text). OpenAI's tokenizer does not look for added tokens.
 
     >>> tokenizer = Tokenizer.train(["a cat", "a dog", "two cats"], vocab_size=520)
     >>> tokenizer(["a cat", "a hat"]).shape

@@ -27,7 +27,7 @@ from tqdm import tqdm
 LISTS = Path(__file__).resolve().parent / "slips"
 ROOT = LISTS.parent.parent
 AREAS = sorted(path.stem for path in LISTS.glob("*.py") if path.stem != "slip")
-sys.path.insert(0, str(LISTS))  # where the lists find `slip`
+sys.path.insert(0, str(LISTS))  # so that the files in it can import `slip`
 from slip import Slip  # noqa: E402
 
 

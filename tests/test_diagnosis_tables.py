@@ -253,7 +253,7 @@ class Seen:
 
 
 def of_patches(order):
-    """A function that reorders the position embeddings of the patches, a grid (5, 5, W)."""
+    """A function that applies `order` to the patches' position embeddings, as a grid (5, 5, W)."""
     return lambda x: torch.cat([x[:1], order(x[1:].reshape(5, 5, -1)).reshape(25, -1)])
 
 

@@ -367,7 +367,7 @@ def zip_boundaries(data):
 
 
 def rezipped(data, change):
-    """The archive after `change`, which turns (name, contents) into a list of records."""
+    """The archive, with each record replaced by the list `change(name, contents)`."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
         for info in old.infolist():

@@ -685,7 +685,7 @@ def test_a_map_is_made_by_the_given_method(shapes, monkeypatch):
 
 
 def test_the_drawn_input_has_the_colours_of_the_image(shapes):
-    """Pixels that need no resize are those of the original, also with another mean and std."""
+    """An image that needs no resize is drawn unchanged, also with another mean and std."""
     generator = np.random.default_rng(0)
     other = replace(shapes.transform, image_mean=(0.1, 0.5, 0.9), image_std=(0.3, 0.2, 0.7))
     for scale, transform in ((1, shapes.transform), (2, shapes.transform), (1, other), (2, other)):

@@ -450,7 +450,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
 
 
 def test_two_saves_at_the_same_time_leave_one_whole_save(tmp_path):
-    """Two threads act like two processes. One may get an OSError: the folder is not empty."""
+    """Two threads save and one finishes. A save may get an OSError: the folder is not empty."""
     from concurrent.futures import ThreadPoolExecutor
 
     def save_often(text):

@@ -427,7 +427,7 @@ def test_a_new_image_shows_the_heat_of_its_own_best_label(page, tmp_path):
     settle(page)
     assert page.inner_text("#text") == "“a photo of a rocket.”"
     page.click("#bars li:nth-child(2) button")
-    page.fill("#labels", "dog\ncup of coffee\nrocket")  # the label that was clicked stays
+    page.fill("#labels", "dog\ncup of coffee\nrocket")  # the clicked label stays selected
     page.wait_for_selector("#bars button:has-text('dog')")
     settle(page)
     assert page.inner_text("#text") == "“a photo of a cup of coffee.”"

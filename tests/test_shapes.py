@@ -266,7 +266,7 @@ def test_the_dataset_is_reproducible_and_begins_with_easy_scenes():
     assert order == list(data.items(0)) != list(data.items(1))
     counts = [len(data.scene(index).objects) for index in order]
     assert counts[:6] == [1] * 6 and counts[6:18] == [2] * 12 and {*counts[18:]} == {1, 2, 3}
-    for index in order[:12]:  # the first lessons name a place, unless it is the middle
+    for index in order[:12]:  # in the first lessons a caption names a place, except the middle
         assert data[index, 0].caption.endswith(tuple(PLACES)) or not located(data.scene(index))
     assert any(" the " in data[index, 0].caption for index in order[12:18])
     for index in (35, 12):

@@ -369,7 +369,7 @@ def save_grey(path, row):
 
 
 def save_planted(root, confusion):
-    """Write an image for each count of the matrix. Its grey level is the class to predict."""
+    """Write an image for each count. Its grey level is the class that `planted` answers."""
     for true, row in enumerate(confusion):
         (root / f"class_{true}").mkdir(parents=True)
         for predicted, count in enumerate(row):

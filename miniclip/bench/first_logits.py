@@ -69,7 +69,7 @@ def kilobytes(field: str) -> int:
 
 
 def main(library: str, inputs: str) -> None:
-    """Print the logits, and the peak memory in bytes beyond the memory that the imports took."""
+    """Print the logits, and the peak memory in bytes minus the memory after the imports."""
     first_logits = READY[library]()
     on_linux = sys.platform == "linux"
     before = kilobytes("VmRSS") if on_linux else 0

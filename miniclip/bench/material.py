@@ -27,7 +27,7 @@ from miniclip.transform import ImageTransform
 from miniclip.zeroshot.prompts import IMAGENET_CLASSES, TEMPLATE_SETS
 
 MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""The largest distance from miniclip's output that rounding explains, relative to its length."""
+"""The largest |library's output - miniclip's| / |miniclip's| that can be rounding error."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def bench(
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Turn TF32 off in a block. TF32 keeps ten bits of the fraction, and is cuDNN's default."""
+    """Turn TF32 off in a `with` statement. TF32 keeps ten bits of a fraction; cuDNN uses it."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:

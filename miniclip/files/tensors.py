@@ -43,7 +43,7 @@ def _read_in_turn(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     is_safe = path.suffix == ".safetensors"
     with open(path, "rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    if is_safe and header > 6_000_000:  # a CLIP's has 200,000; parsing takes much more memory
+    if is_safe and header > 6_000_000:  # bytes; a CLIP's header has 200,000
         raise ValueError(f"expected a header of at most 6,000,000 bytes, found {header:,}")
     file: Any = safe_open(path, framework="pt") if is_safe else PickledTensors(path)
     if len(file.keys()) > MOST_TENSORS:

@@ -18,7 +18,7 @@ def read_rows(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run a tower. Return the results of functions at sites, {site: result}, and the embedding.
 
-    `sites` is {glob: function}. The result "embed" is `read` of the stream before the first block.
+    `sites` is {glob: function}. The result "embed" is `read(the input of block 0)`.
     """
     rows: dict[str, Tensor] = {}
 
@@ -50,8 +50,8 @@ def decompose(
         by: how to split attention: by "layer" (B, E), "head" (B, H, E), or "token" (B, H, T, E),
             where T are the tokens that a head attends to.
         convention: with "miniclip", a part is what the embedding would lose without it, and biases
-            are parts of their own. "clip_prs" is the authors' code: a part includes its bias and a
-            share of the LayerNorm's mean and bias, and is divided by the embedding's length.
+            are parts of their own. With "clip_prs", as in the authors' code, a part includes its
+            bias and an equal share of the LayerNorm's, and is divided by the embedding's length.
     Returns:
         "embed" (the residual stream before the first block), "blocks.3.attn", "blocks.3.mlp", and
         so on, and with "miniclip" also biases. The sum of all parts is the embedding (with

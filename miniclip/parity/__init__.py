@@ -46,7 +46,7 @@ biases and LayerNorms are random too, and the logit scale is 100:
     torch 2.13.0+cpu, transformers 5.23.0, CPU with AVX512, threads: 2
     within tolerance at all 202 sites
 
-(2026-11-28. The float64 runs override explicit casts to float32, such as transformers' softmax.)
+(2026-11-28. The float64 runs override casts to float32, such as transformers' for softmax.)
 
 If a site is out of tolerance, the exit status is 1. The report names the first such site and the
 likely cause: `first at vision.blocks.0.mlp_out, likely cause: model has the activation gelu instead

@@ -202,7 +202,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "pool": {words: (pool, False) for words, pool in POOLS.items()}
     | {f"{words}, before the last LayerNorm": (pool, True) for words, pool in POOLS.items()},
 }
-"""Step of a formula -> {a fault in words: the faulty way to compute the step}."""
+"""For each step of a formula: {the fault in words: the faulty way to compute the step}."""
 
 
 class Noted(dict):

@@ -106,7 +106,7 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
 
 
 def _words(*tokenizers: Any) -> list[str]:
-    """Return the words of the vocabularies, and many characters, alone and before another one.
+    """Return the vocabularies' words, and many characters: each alone and before "a" or "~".
 
     Some tokens are only a part of a character. The added characters test them. transformers'
     tokenizer is not a Tokenizer, and has the same words as our tokenizer.

@@ -43,8 +43,8 @@ def encode_parts(
     """Encode images in batches, while threads decode the next images.
 
     Yields for each part: the results of `encode` for batches of pixels (B, 3, S, S), the places of
-    the readable images, and a line about each unreadable image. The place of an image in its part
-    decides its batch, so that a repeated build makes the same rounding errors.
+    the readable images, and a line about each unreadable image. Only an image's place in its part
+    decides its batch, so a repeated build has the same batches and the same rounding errors.
     """
     check_counts(batch, workers)
     read = partial(pixels_of, transform=transform)

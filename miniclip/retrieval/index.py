@@ -250,7 +250,7 @@ class Index:
         self.encoder.check(describe(loaded, name), "the index", advice)
 
     def load_encoder(self, name: str | None = None, device: str = "cpu") -> Loaded:
-        """Load the model that made the index. If it has moved, give `name`. Raises ValueError."""
+        """Load the model that made the index. `name`: its new place. Raises ValueError."""
         made_by = self.encoder
         loaded = load(
             name or made_by.model,

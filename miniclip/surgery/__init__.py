@@ -5,7 +5,7 @@ not change, and keeps its hooks. The two models share no memory, except after `r
 shares the tensors that do not change. A context manager changes a model only while its `with` block
 is open. So changes can be combined, and nothing has to be undone. Two functions work in place:
 `freeze` sets which parameters are trained, and `reconfigure` updates the config after you have
-changed a `copied` model. Compile a model after surgery, not before.
+changed a model that `copied` returned. Compile a model after surgery, not before.
 
 The result is an ordinary CLIP. Saving and loading it keeps every bit. If transformers cannot
 express the result's shape, it raises an error for the saved files (`CLIPConfig.to_dict`).

@@ -27,7 +27,7 @@ class _Splitter:
     """Split a text at tokens and keep the tokens, as `re.split` does with a group.
 
     At each place, find the longest token. `re` would try one token after another. Here the tokens
-    are a set, with one look-up for each length that tokens with this first character have.
+    are a set, and a place needs one look-up for each length of the tokens with its character first.
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:
