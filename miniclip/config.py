@@ -90,7 +90,7 @@ class TextConfig(TowerConfig):
 
     @property
     def ends_at_largest(self) -> bool:
-        """Whether a text ends at its largest id, as an `eos_token_id` of 2 says (OpenAI's files)."""
+        """Whether a text ends at its largest id, as an `eos_token_id` of 2 says (OpenAI)."""
         return self.eos_token_id == LEGACY_EOS and not self.literal_eos
 
 
