@@ -51,7 +51,7 @@ def _tower_parts(prefix: str, tower: VisionTower | TextTower, inputs: torch.Tens
         for name, by_operation in counter.get_flop_counts().items()
     }
     shapes = (tower.config.heads, tower.config.mlp_width)
-    depth = 1 if any(isinstance(n, tuple) for n in shapes) else len(tower.blocks)  # blocks per row
+    depth = 1 if any(isinstance(n, tuple) for n in shapes) else len(tower.blocks)  # blocks in a row
     rows = []
     for name, part in _in_order(tower, len(tower.blocks) // depth):
         weights = [part] if isinstance(part, nn.Parameter) else list(part.parameters())

@@ -37,7 +37,7 @@ The promises of these modules (`tests/test_promises.py` names the tests of each 
   model's files in the directory instead.
 - Code in a file never runs. A hostile file gives a `CheckpointError`, or it loads exactly as the
   file says: `tests/test_hostile.py` tries 8,900 files, each within a second of CPU time and 200 MB.
-  The limits are higher than any published CLIP needs: 1 MB for JSON, 5 MB for a tokenizer's file,
+  Size limits are higher than any published CLIP needs: 1 MB for JSON, 5 MB for a tokenizer's file,
   6 MB for a safetensors header, 400 kB for a pickle, 10,000 tensors.
 - A file that was damaged in the download from the hub raises an error, and is deleted. A file that
   was changed later raises an error, and is kept.

@@ -20,7 +20,7 @@ OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
 STALE = ("tokenizer.json", "added_tokens.json")
 """Files of an older tokenizer. A save deletes them, because transformers would read them first."""
 MOST_ADDED, LONGEST_ADDED = 20_000, 100
-"""The largest number of added tokens, and of characters in one. `AddedTokens` tries each length."""
+"""The largest number of added tokens, and of characters in a token: each length takes time."""
 
 
 class Vocabulary(NamedTuple):
@@ -137,7 +137,7 @@ def _pairs(path: Path, merges: Iterable[Any]) -> list[Pair]:
 
 
 Added = dict[str, tuple[bool, int | None]]
-"""A token to find in texts: (whether to match it after cleaning, its id or None)."""
+"""Tokens to find in texts: {token: (whether to match it after cleaning, its id or None)}."""
 
 
 def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:

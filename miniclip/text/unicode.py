@@ -62,8 +62,8 @@ def lower_new_capitals(text: str) -> str:
 
 @cache
 def _new_capitals() -> dict[int, int]:
-    """The lower case of capital sigma (`str.lower` has a second form at the end of a word). Also of
-    the capitals that Unicode 14 to 17 added, because older versions of Python do not know them."""
+    """The lower case of sigma, because `str.lower` has a second form at the end of a word, and of
+    capitals that Unicode 14 to 17 added, because older versions of Python do not know them."""
     ranges = [  # first, last, step, distance to the lower-case letter
         (0x03A3, 0x03A3, 1, 32),
         (0x1C89, 0x1C89, 1, 1),

@@ -32,7 +32,7 @@ class Scores(NamedTuple):
 def score(
     model: CLIP, tokenizer: Tokenizer, transform: ImageTransform, scenes: int = 1000
 ) -> Scores:
-    """Ask the questions of `Scores`, each about `scenes` scenes."""
+    """Ask the questions of `Scores`, each about at most `scenes` scenes."""
     model.eval()
 
     def embed_texts(texts: list[str]) -> Tensor:
