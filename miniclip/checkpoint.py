@@ -40,7 +40,7 @@ def load(
         name: a checkpoint that comes with miniclip ("everyday"), a directory, a weights file
             (.safetensors, .bin, .pt), or a hub name such as "openai/clip-vit-base-patch32".
         dtype: of the weights. None: the dtype in the file.
-        reference: the library whose token ids and pixels to match, "transformers" or "openai".
+        reference: the library to match in token ids and pixels, "transformers" or "openai".
         subfolder: a folder in the directory or the repository, such as "text_encoder".
         config: replaces the checkpoint's config: a CLIPConfig, a path, or a name ("ViT-L/14").
     Raises:

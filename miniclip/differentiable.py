@@ -49,7 +49,7 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
 
     Before normalisation, pixels differ from the exact transform's by at most 1.2/255, and by
     0.32/255 on average (measured on photographs and noise, made smaller and larger). Without a
-    resize, the pixels are equal. For final numbers, use the exact transform on rounded bytes.
+    resize, the pixels are equal. For final numbers, round to bytes and use the exact transform.
 
     >>> import torch
     >>> image = torch.rand(3, 48, 64, requires_grad=True)

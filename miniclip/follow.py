@@ -26,7 +26,7 @@ same = MeanCLIP.from_pretrained("mean")  # bit for bit; CLIP.from_pretrained rai
   `{"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}`. Without this entry,
   saving raises an error that says what to write.
 - **The file names its class.** `model_type` in config.json is the name of the class, unless the
-  class sets one itself. Other classes, and transformers' `AutoModel`, raise an error for the file.
+  class sets its own. Other classes, and transformers' `AutoModel`, raise an error for the file.
 - **Another loss** is an argument: `training.train(..., loss=function)`.
 - **Functions that inspect a model** give the right result on a fork, or raise an error that says
   why. `decompose` needs the class token's output, so it raises an error for `MeanCLIP`. miniclip
@@ -59,7 +59,7 @@ def own_method(
     attention: Methods = (),
     mlp: Methods = (),
 ) -> tuple[str, str]:
-    """Find the first of these methods that a fork overrides. Returns its name and its class's name.
+    """Find the first of these methods that a fork overrides. Returns the names of method and class.
 
     Returns two empty strings if there is none. A replaced module counts as a fork's module, and a
     method that was set on an instance counts as overridden.
@@ -130,7 +130,7 @@ def ids_for(tower: Any, tokenizer: Tokenizer, texts: Sequence[str], **options: A
 def patch_places(tower: Any, pixels: Tensor) -> slice:
     """The positions of the patches among the tokens of an image. In CLIP they are the last tokens.
 
-    For a fork with its own `embed_tokens`, this function changes a patch to see its token change.
+    In a fork with its own `embed_tokens`, patches are changed to see which tokens change.
     Raises ValueError unless each patch has one token, row by row.
     """
     rows, columns = patch_grid(tower, pixels)

@@ -260,7 +260,7 @@ class TextTower(Tower):
         """The position of each text's first end token: (B, T) -> (B,)
 
         On a CPU, a text without an end token raises ValueError. A compiled graph cannot raise, and
-        a check on a GPU would be slow. In both, the position is -1, and the embedding is NaN.
+        a check on a GPU would be slow. In both cases, the position is -1, and the embedding is NaN.
         """
         if self.config.ends_at_largest:
             return ids.argmax(-1)
@@ -287,7 +287,7 @@ class TextTower(Tower):
         transformers swaps two numbers: the std of q, k and v, and the std of out_proj.
         """
         std = self.config.width**-0.5
-        residual_std = std * (2 * self.config.layers) ** -0.5  # each block adds twice
+        residual_std = std * (2 * self.config.layers) ** -0.5  # a block adds to the stream twice
         nn.init.normal_(self.token_embed.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
         for weight in self.proj.parameters():
@@ -317,7 +317,7 @@ class CLIPOutput(NamedTuple):
 
 
 class CLIP(Pretrained):
-    """Two towers and a logit scale. `CLIP(config)` has random weights; `load` reads a file's."""
+    """Two towers and a logit scale. `CLIP(config)` is random; `load` gives trained weights."""
 
     towers = ("vision", "text")
     vision_class: type[VisionTower] = VisionTower

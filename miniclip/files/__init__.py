@@ -10,7 +10,7 @@ import these modules. These modules never import the six files.
 - `open_clip.py`: open_clip's config <-> fields of a config
 - `published.py`: the shapes, names and activations of the published models
 - `models.py`: a checkpoint -> the fields and tensors that a model is built from
-- `modules.py`: the names of a model's modules, and a check that its config describes them
+- `modules.py`: the names of a model's modules, and a check of the modules against the config
 - `pretrained.py`: base classes with `from_pretrained` and `save_pretrained`
 - `checks.py`: checks of configs, inputs, tokenizers and transforms
 - `saving.py`: a model, or a whole checkpoint -> a directory

@@ -181,7 +181,7 @@ def _hashes_at(repository: str, commit: str, local_files_only: bool) -> dict[str
 
     if not local_files_only:
         with suppress(Exception):  # without a network, a later load will check the files
-            # Not `list_repo_tree`: without a network, the client retries it for minutes.
+            # Without a network, `list_repo_tree` would try again for minutes.
             info = HfApi().model_info(repository, revision=commit, files_metadata=True, timeout=10)
             return {
                 file.rfilename: str(file.lfs.sha256 if file.lfs else file.blob_id)

@@ -340,7 +340,7 @@ def check_device(device: str | torch.device) -> None:
     """Raise ValueError if tensors cannot be put on this device."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # the type depends on the device
+    except (RuntimeError, AssertionError, NotImplementedError):  # the error's type varies
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         found += ["mps"] * torch.backends.mps.is_available()
         raise ValueError(
@@ -353,7 +353,7 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
     """Raise CheckpointError if a tokenizer or a transform does not fit the model with these fields.
 
     The tokenizer may have at most as many tokens as the text tower embeds. The transform's crop
-    must have the size that the vision tower reads. transformers checks sizes in the forward pass.
+    must have the size that the vision tower reads. transformers checks only in the forward pass.
     """
     text, vision = fields.get("text", {}), fields.get("vision")
     if vision and transform:

@@ -25,7 +25,7 @@ from miniclip.files.state_dicts import Made, Storage, StoredTensor, find_state_d
 
 LARGEST = 400_000
 """The largest size, in bytes, of a pickle and of an archive's list of contents. The pickle of
-bigG/14 with its optimizer has 356,000. A pickle of 400,000 bytes is read within a second."""
+bigG/14 with its optimizer has 356,000 bytes. A pickle of 400,000 bytes is read within a second."""
 
 _DTYPES: dict[str, torch.dtype] = {"BFloat16": torch.bfloat16, "Byte": torch.uint8}
 _DTYPES |= {"Double": torch.double, "Float": torch.float, "Half": torch.half, "Bool": torch.bool}
@@ -131,7 +131,7 @@ def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
     head = io.BytesIO(file.read(LARGEST))
     if head.read(len(_LEGACY)) != _LEGACY:
         raise UnpicklingError("torch.save did not write the file")
-    _read_pickle(head)  # the machine that saved; numbers are always little-endian
+    _read_pickle(head)  # not used: it describes the machine; numbers are little-endian
     (root, storages), (keys, _) = _read_pickle(head), _read_pickle(head)
     place, places = head.tell(), {}
     for key in keys:

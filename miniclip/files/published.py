@@ -57,7 +57,7 @@ def openai_id(name: str) -> str | None:
 
 
 def shape_name(name: str) -> str:
-    """The key of PUBLISHED for a name: "B/32" for "ViT-B/32". It returns other names unchanged."""
+    """The key of PUBLISHED for a name: "B/32" for "ViT-B/32". Other names stay unchanged."""
     return {_plain(known): known for known in PUBLISHED}.get(_plain(name), name)
 
 
@@ -80,7 +80,7 @@ RELEASES = {
     "timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b": ("bigG/14", "quick_gelu"),
     **{name: (name, "quick_gelu") for name in PUBLISHED if name.startswith("TinyCLIP")},
 }
-"""A name -> its shape and activation. There is one release for each such pair."""
+"""A release -> its shape and activation. Each pair of shape and activation has one release."""
 
 
 def published(name: str) -> Fields | None:

@@ -161,7 +161,7 @@ def share(total: Tensor, part: Tensor) -> Tensor:
 def ablate_contributions(
     parts: Mapping[str, Tensor], heads: Mapping[int, Collection[int]]
 ) -> Tensor:
-    """The embeddings (B, E), with the contributions of some heads replaced with their means.
+    """The embeddings (B, E), in which the contributions of some heads become their means.
 
     This is the mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code.
     The model does not run again: later layers still use the original output of these heads. But
