@@ -39,12 +39,12 @@ def load(
     Args:
         name: a checkpoint that comes with miniclip ("everyday"), a directory, a weights file
             (.safetensors, .bin, .pt), or a hub name such as "openai/clip-vit-base-patch32".
-        dtype: of the weights. None: the same as in the file.
-        reference: the library whose token ids and pixels to match, "transformers" or "openai".
+        dtype: of the weights. None: the dtype in the file.
+        reference: the library to match in token ids and pixels, "transformers" or "openai".
         subfolder: a folder in the directory or the repository, such as "text_encoder".
-        config: replaces the checkpoint's: a CLIPConfig, a path, or a name such as "ViT-L/14".
+        config: replaces the checkpoint's config: a CLIPConfig, a path, or a name ("ViT-L/14").
     Raises:
-        CheckpointError: names the file, the expected and the found value.
+        CheckpointError: says which file is wrong, what was expected, and what was found.
 
     >>> model, tokenizer, transform = load("everyday")
     >>> model.encode_text(tokenizer(["a cat", "a dog"])).shape[0]
@@ -74,10 +74,10 @@ def save(
     *,
     layout: str = "transformers",
 ) -> None:
-    """Write a whole checkpoint that `load` reads back bit for bit, all files or none.
+    """Write a whole checkpoint, all files or none. `load` reads it back bit for bit.
 
     `layout`: "transformers", "openai" (for openai/CLIP's build_model) or "open_clip". Raises
-    CheckpointError if it cannot be written, or if `load` would read files that are already there.
+    CheckpointError if writing fails, or if `load` would read other files of the directory instead.
     """
     model = unwrapped(model)
     with saving_checkpoint(directory, layout, model, tokenizer, transform) as folder:

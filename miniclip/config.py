@@ -21,7 +21,7 @@ class TowerConfig:
     layers: int
     heads: int | tuple[int, ...]  # one number for all layers, or one for each layer
     mlp_width: int | tuple[int, ...]  # one number for all layers, or one for each layer
-    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"; the same as in training
+    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh": the one used in training
     ln_eps: float = 1e-5
     head_width: int | None = field(default=None, kw_only=True)  # None: width // heads
 
@@ -29,7 +29,7 @@ class TowerConfig:
         check_config(self)
 
     def per_layer(self, name: str) -> tuple[int, ...]:
-        """`heads` or `mlp_width` of each layer."""
+        """The value of a field, "heads" or "mlp_width", in each layer."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * self.layers
 
@@ -70,13 +70,13 @@ class VisionConfig(TowerConfig):
 
     @property
     def patches(self) -> int:
-        """Patches in an image: 49 at 224 pixels and patch 32."""
+        """The number of patches in an image: 7 x 7 = 49 for 224 pixels and patches of 32."""
         return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The text tower. A text ends at its first `eos_token_id`. If this is 2: at its largest id."""
+    """The text tower. A text ends at its first `eos_token_id`; if that is 2, at its largest id."""
 
     width: int = 512
     layers: int = 12
@@ -86,11 +86,11 @@ class TextConfig(TowerConfig):
     context_length: int = 77
     bos_token_id: int = 49406
     eos_token_id: int = 49407
-    literal_eos: bool = field(default=False, kw_only=True)  # True: a text ends at a 2 (MetaCLIP 2)
+    literal_eos: bool = field(default=False, kw_only=True)  # True: 2 is the end token (MetaCLIP 2)
 
     @property
     def ends_at_largest(self) -> bool:
-        """Whether a text ends at its largest id, as an `eos_token_id` of 2 says (OpenAI)."""
+        """Whether a text ends at its largest id: OpenAI's rule, if `eos_token_id` is 2."""
         return self.eos_token_id == LEGACY_EOS and not self.literal_eos
 
 

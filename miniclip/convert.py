@@ -13,8 +13,8 @@ tower = miniclip.VisionTower.from_pretrained("mine")  # or TextTower: a single t
 All three layouts are read and written. What can be read:
 
 - transformers: safetensors, shards or `.bin`; both towers, or a single one as in Stable Diffusion
-- OpenAI: a state dict, whose shapes give the config, or a TorchScript archive (no code is run)
-- open_clip: with `open_clip_config.json`, also timm's; fields of other architectures raise errors
+- OpenAI: a state dict or a TorchScript archive. No code is run, and the shapes give the config
+- open_clip: with `open_clip_config.json`, or timm's config of a vision tower alone
 
 OpenAI's own files have no vocabulary: add `--tokenizer openai/clip-vit-base-patch32`. Published
 configs are in `miniclip.published.PUBLISHED`. To publish a checkpoint, use huggingface_hub:
@@ -23,8 +23,8 @@ configs are in `miniclip.published.PUBLISHED`. To publish a checkpoint, use hugg
     HfApi().create_repo("me/mine", exist_ok=True)
     HfApi().upload_folder(repo_id="me/mine", folder_path="mine")
 
-Compiled and exported graphs include the causal mask, and equal the model up to rounding error.
-`torch.export.save` can write a tower, but not the whole model, whose output is a named tuple. To
+Compiled and exported graphs include the causal mask. Their outputs equal the model's up to rounding
+error. `torch.export.save` can write a tower, but not a CLIP, because it returns a named tuple. To
 export to ONNX, with any number of images and texts, install `onnx` and `onnxscript`:
 
 ```python

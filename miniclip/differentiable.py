@@ -15,7 +15,7 @@ from miniclip.transform import ImageTransform, center_crop, resize_short_side
 
 
 class TensorImage:
-    """RGB floats (B, 3, H, W), with `resize` and `crop` as a Pillow image has them."""
+    """RGB floats (B, 3, H, W), with the methods `resize` and `crop` of a Pillow image."""
 
     def __init__(self, pixels: Tensor) -> None:
         self.pixels = pixels
@@ -49,7 +49,7 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
 
     Before normalisation, pixels differ from the exact transform's by at most 1.2/255, and by
     0.32/255 on average (measured on photographs and noise, made smaller and larger). Without a
-    resize they are equal. For final numbers, round the images to bytes and use the exact transform.
+    resize, the pixels are equal. For final numbers, round to bytes and use the exact transform.
 
     >>> import torch
     >>> image = torch.rand(3, 48, 64, requires_grad=True)

@@ -26,7 +26,7 @@ same = MeanCLIP.from_pretrained("mean")  # bit for bit; CLIP.from_pretrained rai
   `{"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}`. Without this entry,
   saving raises an error that says what to write.
 - **The file names its class.** `model_type` in config.json is the name of the class, unless the
-  class sets another. Another class, and transformers' `AutoModel`, raise an error for this file.
+  class sets its own. Other classes, and transformers' `AutoModel`, raise an error for the file.
 - **Another loss** is an argument: `training.train(..., loss=function)`.
 - **Functions that inspect a model** give the right result on a fork, or raise an error that says
   why. `decompose` needs the class token's output, so it raises an error for `MeanCLIP`. miniclip
@@ -59,7 +59,7 @@ def own_method(
     attention: Methods = (),
     mlp: Methods = (),
 ) -> tuple[str, str]:
-    """Find the first of these methods that a fork overrides. Returns its name and the fork's class.
+    """Find the first of these methods that a fork overrides. Returns the names of method and class.
 
     Returns two empty strings if there is none. A replaced module counts as a fork's module, and a
     method that was set on an instance counts as overridden.
@@ -95,7 +95,7 @@ def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None
 
 
 def tower_for(model: Any, x: Tensor) -> Any:
-    """The tower that reads x (ids or pixels): a tower of a CLIP, or the model itself if it is one.
+    """The tower that reads x (ids or pixels): a tower of a CLIP, or the model if it is a tower.
 
     Raises ValueError for a fork with its own `encode_image` or `encode_text`.
     """
@@ -130,7 +130,7 @@ def ids_for(tower: Any, tokenizer: Tokenizer, texts: Sequence[str], **options: A
 def patch_places(tower: Any, pixels: Tensor) -> slice:
     """The positions of the patches among the tokens of an image. In CLIP they are the last tokens.
 
-    If a fork has its own `embed_tokens`, change one patch of an image, and see which token changes.
+    In a fork with its own `embed_tokens`, patches are changed to see which tokens change.
     Raises ValueError unless each patch has one token, row by row.
     """
     rows, columns = patch_grid(tower, pixels)
@@ -171,8 +171,8 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
 def check_rebuilt(who: str, model: Any) -> Any:
     """Return the model, or raise ValueError if its class builds another model from its config.
 
-    A fork's block may depend on its layer, or its position embedding may not be a parameter. Then
-    saving and loading would give another model. CLIP itself does not need this check.
+    Examples: a fork's blocks differ from layer to layer, or its position embedding is a buffer.
+    Then saving and loading would give another model. CLIP itself does not need this check.
     """
     if model.model_type != "clip":
         try:

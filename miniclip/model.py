@@ -260,7 +260,7 @@ class TextTower(Tower):
         """The position of each text's first end token: (B, T) -> (B,)
 
         On a CPU, a text without an end token raises ValueError. A compiled graph cannot raise, and
-        a check on a GPU would be slow: there the position is -1, and the embedding is NaN.
+        a check on a GPU would be slow. In both cases, the position is -1, and the embedding is NaN.
         """
         if self.config.ends_at_largest:
             return ids.argmax(-1)
@@ -287,7 +287,7 @@ class TextTower(Tower):
         transformers swaps two numbers: the std of q, k and v, and the std of out_proj.
         """
         std = self.config.width**-0.5
-        residual_std = std * (2 * self.config.layers) ** -0.5  # each block adds 2 outputs
+        residual_std = std * (2 * self.config.layers) ** -0.5  # a block adds to the stream twice
         nn.init.normal_(self.token_embed.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
         for weight in self.proj.parameters():
@@ -311,13 +311,13 @@ class CLIPOutput(NamedTuple):
     """The logits of B images and C captions, and the embeddings that they come from."""
 
     logits_per_image: Tensor  # (B, C), exp(logit_scale) * cosine
-    logits_per_text: Tensor  # (C, B), its transpose
+    logits_per_text: Tensor  # (C, B), the transpose of logits_per_image
     image_embeds: Tensor  # (B, E), of length 1
     text_embeds: Tensor  # (C, E), of length 1
 
 
 class CLIP(Pretrained):
-    """Two towers and a logit scale. `CLIP(config)` has random weights; `load` has trained ones."""
+    """Two towers and a logit scale. `CLIP(config)` is random; `load` gives trained weights."""
 
     towers = ("vision", "text")
     vision_class: type[VisionTower] = VisionTower

@@ -29,7 +29,7 @@ def parts(config: CLIPConfig, kind: type[CLIP] = CLIP) -> list[Part]:
     Part(name='vision.patch_embed', weights='(768, 3, 32, 32)', parameters=2359296, \
 multiply_adds=115605504)
     """
-    # Ids on the meta device have no values. The legacy rule does not search them for an end token.
+    # On the meta device, ids have no values. The legacy rule needs no end token among the ids.
     text = replace(config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     with meta_device():
         model = kind(replace(config, text=text))
@@ -51,7 +51,7 @@ def _tower_parts(prefix: str, tower: VisionTower | TextTower, inputs: torch.Tens
         for name, by_operation in counter.get_flop_counts().items()
     }
     shapes = (tower.config.heads, tower.config.mlp_width)
-    depth = 1 if any(isinstance(n, tuple) for n in shapes) else len(tower.blocks)  # blocks per row
+    depth = 1 if any(isinstance(n, tuple) for n in shapes) else len(tower.blocks)  # blocks per Part
     rows = []
     for name, part in _in_order(tower, len(tower.blocks) // depth):
         weights = [part] if isinstance(part, nn.Parameter) else list(part.parameters())

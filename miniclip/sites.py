@@ -1,14 +1,14 @@
 """Read or edit any tensor inside a model, by name, while a `with` block is open.
 
 A site is a module, and its output is the tensor: `vision.blocks.3.attn.pattern` is the attention
-pattern of the fourth block, `vision.blocks.3` the residual stream after it. The idea is from
+pattern of the fourth block, and `vision.blocks.3` is the block's output. The idea is from
 TransformerLens (HookPoint, Nanda and Bloom 2022). Sites use PyTorch's forward hooks, so `model` can
 be any nn.Module. For a single tower, leave out `vision.` or `text.`.
 
 A name may also end in one of three words. `vision.ln_pre.input` is a module's first argument.
 `ln_1.scale` is the divisor of a LayerNorm, (B, T, 1). `ln_1.normalized` is the quotient, before
 weight and bias. Both are in float32 or float64. TransformerLens calls them hook_scale and
-hook_normalized. But if it does not fold weights, its hook_normalized is the output of `ln_1`.
+hook_normalized. But if weights are not folded, hook_normalized is the output of `ln_1`.
 
 Unused sites change no bit and add no operation. They cost a few Python calls for each layer, and
 nothing in a compiled graph.
@@ -75,8 +75,8 @@ def cache(
 ) -> Iterator[dict[str, Tensor]]:
     """Copy the tensor of each matching site into a dictionary, {name: tensor}, as the model runs.
 
-    A second run replaces the first run's copies. They are on `device` (default: the tensor's own).
-    With `grad` the copy replaces the tensor, so torch.autograd.grad(score, acts[name]) is its
+    A second run replaces the first run's copies. Their `device` is by default the tensor's device.
+    With `grad` the model goes on with the copy, so torch.autograd.grad(score, acts[name]) gives a
     gradient. Raises ValueError as `hooks` does, and if `grad` is set while gradients are off.
 
     >>> from miniclip import CLIP
@@ -126,7 +126,7 @@ def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
             handle.remove()
 
 
-_stances: list[Any] = []  # one entry for each open block, to undo at its end
+_stances: list[Any] = []  # one stance for each open `with uncompiled()`
 _lock = Lock()
 
 
@@ -134,7 +134,7 @@ _lock = Lock()
 def uncompiled() -> Iterator[None]:
     """Run compiled models uncompiled in a `with` block, because a compiled graph ignores new hooks.
 
-    Blocks may overlap and end in any order. When the last one ends, torch's setting is restored.
+    Such `with` blocks may overlap and end in any order. The last exit restores torch's setting.
     """
     # If the compiler is not imported, nothing is compiled. Importing it takes over a second.
     if "torch._dynamo" not in sys.modules:
@@ -146,7 +146,7 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            # The entry may be another block's. Only the last exit matters: it restores the setting.
+            # It may be another `with` block's entry. Only the last exit restores the setting.
             _stances.pop().__exit__(None, None, None)
 
 
@@ -156,7 +156,7 @@ def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class _Steps:
-    """The two steps of a LayerNorm as sites. While a step is hooked, this is the norm's first hook.
+    """The two steps of a LayerNorm as sites. If a step has hooks, `self` is the first hook.
 
     If no function changes a step, the output keeps its bits.
     """
@@ -189,7 +189,7 @@ class _Steps:
 
 
 class Enter:
-    """A pre-hook that runs a function on a module's first argument, which may be a keyword."""
+    """A pre-hook that edits a module's first argument, positional or keyword."""
 
     def __init__(self, call: Callable) -> None:
         self.call = call

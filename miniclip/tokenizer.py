@@ -115,9 +115,9 @@ def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]
 class Tokenizer(PretrainedTokenizer):
     """Text -> token ids, and back.
 
-    `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` maps
-    tokens that are found before the text is split to True (found in the cleaned text) or False
-    (found in the raw text). OpenAI's tokenizer does not look for added tokens.
+    `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` are
+    tokens that are found before the text is split into words: {token: True} in the cleaned text,
+    {token: False} in the raw text. OpenAI's tokenizer does not look for added tokens.
 
     >>> tokenizer = Tokenizer.train(["a cat", "a dog", "two cats"], vocab_size=520)
     >>> tokenizer(["a cat", "a hat"]).shape
@@ -204,7 +204,7 @@ class Tokenizer(PretrainedTokenizer):
         """Texts -> ids (B, T) int64: in each row a start token, the text, an end token, padding.
 
         T is `pad_to` if given, or else the longest row's length. A row of more tokens than
-        `context_length` or `pad_to` raises ContextLengthError. `truncate` cuts the text.
+        `context_length` or `pad_to` raises ContextLengthError. With `truncate`, its text is cut.
         """
         limit = checks.check_pad_to(pad_to, self.context_length)
         rows = []

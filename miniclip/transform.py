@@ -6,7 +6,7 @@ Two references are matched exactly: openai/CLIP (clip.py, `_transform`, on torch
 transformers (`CLIPImageProcessorPil`). They differ in two ways:
 
 - Order. transformers converts to RGB first, with white behind transparent pixels. OpenAI converts
-  to RGB after the crop. Pillow then resizes a palette image by nearest neighbour, and transparent
+  to RGB after the crop. So Pillow resizes a palette image by nearest neighbour, and transparent
   pixels keep the colour that is stored in them.
 - Crop. If a side has m more pixels than the crop, the crop starts at m / 2. transformers rounds
   down (3 -> 1, 5 -> 2), OpenAI rounds half to even (3 -> 2, 5 -> 2). They differ if m % 4 is 3. If
@@ -62,14 +62,14 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, reference: str = "transformers") -> Image.Image:
-    """The middle `size` x `size` pixels, 0 outside the image. Example: a pixel's value is its row.
+    """The middle `size` x `size` pixels, 0 outside the image. Here a pixel's value is its row:
 
     >>> center_crop(Image.linear_gradient("L").crop((0, 0, 4, 4)), 1, "openai").getpixel((0, 0))
     2
     """
     margins = (image.width - size, image.height - size)
     left, top = (margin // 2 for margin in margins)
-    if reference == "openai":  # torchvision pads a smaller image by half of m, rounded down
+    if reference == "openai":  # torchvision pads a smaller image by half of -m, rounded down
         left, top = (round(m / 2) if m > 0 else -(-m // 2) for m in margins)
     return image.crop((left, top, left + size, top + size))
 
@@ -81,7 +81,7 @@ def scale_and_normalize(
     pixels = np.empty((3, image.height, image.width), np.float32)
     for out, band, band_mean, band_std in zip(pixels, image.split(), mean, std):
         out[:] = np.asarray(band)
-        out /= 255  # transformers: times 1/255 in float64, which gives each byte the same float32
+        out /= 255  # transformers multiplies by 1/255 in float64: the float32 results are equal
         out -= band_mean
         out /= band_std
     return pixels
@@ -100,7 +100,7 @@ class ImageTransform(PretrainedTransform):
     crop_size: int = None  # type: ignore[assignment]  # default: `size`
     image_mean: tuple[float, ...] = OPENAI_MEAN
     image_std: tuple[float, ...] = OPENAI_STD
-    squash: bool = False  # resize to size x size and ignore the ratio, as open_clip's squash
+    squash: bool = False  # resize to size x size and ignore the ratio (open_clip: "squash")
     reference: str = "transformers"
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import these modules. These modules never import the six files.
 - `open_clip.py`: open_clip's config <-> fields of a config
 - `published.py`: the shapes, names and activations of the published models
 - `models.py`: a checkpoint -> the fields and tensors that a model is built from
-- `modules.py`: the names of a model's modules, and a check that its config describes them
+- `modules.py`: the names of a model's modules, and a check of the modules against the config
 - `pretrained.py`: base classes with `from_pretrained` and `save_pretrained`
 - `checks.py`: checks of configs, inputs, tokenizers and transforms
 - `saving.py`: a model, or a whole checkpoint -> a directory
@@ -37,7 +37,7 @@ The promises of these modules (`tests/test_promises.py` names the tests of each 
   model's files in the directory instead.
 - Code in a file never runs. A hostile file gives a `CheckpointError`, or it loads exactly as the
   file says: `tests/test_hostile.py` tries 8,900 files, each within a second of CPU time and 200 MB.
-  The limits are higher than any published CLIP needs: 1 MB for JSON, 5 MB for a tokenizer's file,
+  Size limits are higher than any published CLIP needs: 1 MB for JSON, 5 MB for a tokenizer's file,
   6 MB for a safetensors header, 400 kB for a pickle, 10,000 tensors.
 - A file that was damaged in the download from the hub raises an error, and is deleted. A file that
   was changed later raises an error, and is kept.

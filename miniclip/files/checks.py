@@ -1,6 +1,6 @@
 """Checks of configs, inputs, tokenizers and transforms, with errors that quote the wrong values.
 
-The six main files call these functions. Any object with the same fields can be checked.
+The six main files call these functions. The functions accept any object with the needed fields.
 """
 
 import math
@@ -51,7 +51,7 @@ def check_config(config: Any) -> None:
 
 
 def check_tower(config: Any) -> None:
-    """Check a tower's fields. If all layers have the same number (not 0), keep only this number."""
+    """Check a tower's fields. A tuple of equal numbers (not 0) becomes one number."""
     kind = type(config).__name__
     positive(config, "width", "layers")
     if config.layers > 1000:  # the published models have at most 48

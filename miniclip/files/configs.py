@@ -56,7 +56,7 @@ TOWER_TYPES = {
 def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> Fields:
     """Read a parsed config.json of two towers. Raises ValueError.
 
-    `model_types` are the types that are accepted: CLIP's, and a fork's own. `projection_dim` is
+    `model_types` are the accepted types: CLIP's type, and a fork's own. `projection_dim` is
     read only at the top level, because some official files have a wrong copy in the tower sections.
     `text_config_dict` and `vision_config_dict` replace the tower sections (transformers,
     configuration_clip.py). Unknown entries keep their names, because a fork may have such fields.
@@ -116,9 +116,9 @@ def to_transformers(
 ) -> dict[str, Any]:
     """The contents of config.json for a model with these fields.
 
-    A tower that is `beyond_transformers` gets extra entries. transformers would ignore them and run
-    another model. So the number of heads is written as a list with one number for each layer:
-    transformers accepts only a single number, and raises an error.
+    If a tower has fields from `beyond_transformers`, they become extra entries. transformers would
+    ignore the entries and run another model. To prevent this, the number of heads is written as a
+    list with one number for each layer: transformers accepts only one number, and raises an error.
     """
     family = "clip"
     if fields["text"].get("literal_eos") and model_type == "clip":
@@ -219,8 +219,8 @@ def without_config(
 
     Shapes do not give the heads and the activation. OpenAI's own files have heads of width 64 and
     QuickGELU. For other files, a published model with the same shapes gives the heads and the
-    activation. If there is none, a file in OpenAI's layout is read like OpenAI's own files. Another
-    layout raises ValueError, and so do several such models with different activations.
+    activation. Without such a model, a file in OpenAI's layout is read like OpenAI's own files, and
+    a file in another layout raises ValueError. It is also raised if the activation is not unique.
     """
     fields = from_shapes(tensors, table, towers)
     is_openai = any(name in tensors for name in OPENAI_NUMBERS)

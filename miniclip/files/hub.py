@@ -16,7 +16,7 @@ from miniclip.files.published import openai_id
 from miniclip.files.reading import read_json
 from miniclip.files.writing import SAVED, finish_save
 
-log = logging.getLogger("miniclip")  # the command prints it; in Python it is off by default
+log = logging.getLogger("miniclip")  # the command prints this log; in Python it is off by default
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # An installed package contains the weights. In a checkout they are beside the package.
@@ -138,7 +138,7 @@ def _download(
 ) -> Path:
     from huggingface_hub import constants, snapshot_download  # here, because it is slow to import
 
-    if not (local_files_only or constants.HF_HUB_OFFLINE):  # say it: an answer may take minutes
+    if not (local_files_only or constants.HF_HUB_OFFLINE):  # because an answer may take minutes
         _say_once(f"asking the Hugging Face hub for {repository}")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     home = cache / f"models--{repository.replace('/', '--')}"
@@ -181,7 +181,7 @@ def _hashes_at(repository: str, commit: str, local_files_only: bool) -> dict[str
 
     if not local_files_only:
         with suppress(Exception):  # without a network, a later load will check the files
-            # Not `list_repo_tree`: without a network, the client retries it for minutes.
+            # Without a network, `list_repo_tree` would try again for minutes.
             info = HfApi().model_info(repository, revision=commit, files_metadata=True, timeout=10)
             return {
                 file.rfilename: str(file.lfs.sha256 if file.lfs else file.blob_id)
@@ -197,7 +197,7 @@ def _check_hashes(
 
     A cached file is a link to a file whose name is the hash. In a cache without links, `ask` gives
     the hash. The file `checked` lists the files that pass. Raises CheckpointError for a file that
-    does not pass. A file that this load has downloaded (not in `before`) is also deleted.
+    does not pass, and deletes this file if it is not in `before`: then this load downloaded it.
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
     hashes = None
@@ -254,7 +254,7 @@ def weights_in(directory: Path) -> Path | None:
 
 
 def is_clips(directory: Path) -> bool:
-    """False if config.json is timm's. Then open_clip's config beside it describes the CLIP."""
+    """False if config.json is timm's, and open_clip's config beside it describes the CLIP."""
     config, open_clip = (directory / name for name in CONFIGS.values())
     return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
 

@@ -93,7 +93,7 @@ class Stored(NamedTuple):
         )
 
     def has_openais_transform(self, name: str | PathLike[str], **options: Any) -> bool:
-        """Whether to use OpenAI's transform: OpenAI's layout, and no file with a transform."""
+        """Whether to use OpenAI's transform: the layout is OpenAI's, no file has a transform."""
         is_openais = self.layout == "openai" and "vision" in self.towers
         return is_openais and not hub.has_files("transform", name, **options)
 
@@ -105,7 +105,7 @@ class Stored(NamedTuple):
 
     @contextmanager
     def skeleton(self) -> Iterator[None]:
-        """A context in which models have shapes but no weights, and config errors name the file."""
+        """A context manager: inside, models have no weights, and config errors name the file."""
         try:
             with blaming(self.config_path), meta_device():
                 yield
@@ -328,7 +328,7 @@ class _Undrawn(TorchFunctionMode):
 
 @contextmanager
 def meta_device() -> Iterator[None]:
-    """A context in which models have shapes but no weights.
+    """A context manager: models that are made inside have shapes but no weights.
 
     Random initialisation is skipped, because on the meta device it makes torch import its compiler.
     """
@@ -340,7 +340,7 @@ def check_device(device: str | torch.device) -> None:
     """Raise ValueError if tensors cannot be put on this device."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # the type depends on the device
+    except (RuntimeError, AssertionError, NotImplementedError):  # the error's type varies
         found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         found += ["mps"] * torch.backends.mps.is_available()
         raise ValueError(
@@ -353,7 +353,7 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
     """Raise CheckpointError if a tokenizer or a transform does not fit the model with these fields.
 
     The tokenizer may have at most as many tokens as the text tower embeds. The transform's crop
-    must have the size that the vision tower reads. transformers checks this in the forward pass.
+    must have the size that the vision tower reads. transformers checks only in the forward pass.
     """
     text, vision = fields.get("text", {}), fields.get("vision")
     if vision and transform:

@@ -1,4 +1,4 @@
-"""The names of a model's modules, and a check that its config describes them."""
+"""The names of a model's modules, and a check that the config describes the modules."""
 
 import re
 import warnings

@@ -8,7 +8,7 @@
 
 A layout is a table. A key is miniclip's name of a parameter, or of a module with weight and bias.
 {} stands for the number of the block. The value is the name of the tensor in the file. A tensor
-with .T after its name is transposed. [0], [1] and [2] are the first, second and last third of rows.
+with .T after its name is transposed. [0], [1] and [2] are thirds of the rows.
 """
 
 import re
@@ -170,7 +170,7 @@ def pack(parameters: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 # Which layout is it?
 
 OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
-"""OpenAI's files have these three numbers as tensors. OpenAI's code uses the weights' shapes."""
+"""OpenAI's files have these three numbers as tensors. OpenAI's code does not read them."""
 
 # The prefixes of DistributedDataParallel, torch.compile, FSDP, activation checkpointing and
 # DeepSpeed. A prefix may be anywhere in a name, and more than once.
@@ -277,7 +277,7 @@ def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join Long-CLIP's two tables of positions: 20 rows of the first, the rest of the second.
 
     Long-CLIP's code multiplies the tables by masks of 0 and 1 and adds them (model_longclip.py).
-    Its own files have OpenAI's architecture, so they get a `context_length` as in OpenAI's files.
+    Long-CLIP's own files lack the `context_length` of OpenAI's files, so it is added.
     """
     long = [name for name in tensors if re.search(r"position(al)?_embedding_res\b", name)]
     for name in long:

@@ -8,8 +8,8 @@ from miniclip.files.checks import LEGACY_EOS
 from miniclip.files.configs import refuse_inexpressible
 from miniclip.files.published import Fields, vision_of_timm
 
-# Fields that do not change the output: every CLIP has these values, or only training or the
-# tokenizer uses the field. 0, "", {}, null and false are accepted in every field.
+# Fields that do not change the output. _NEUTRAL: every CLIP has one of these values. _IGNORED: only
+# training or the tokenizer uses the field. Any field may also be 0, "", {}, null or false.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pool_type": ("tok", "argmax", "eos"),
     "pos_embed_type": ("learnable",),

@@ -4,8 +4,8 @@ torch.save writes a pickle and the numbers of each tensor. torch.jit.save also w
 and their code; OpenAI publishes its models in this form. A pickle is a program: it can call any
 Python function, and a few bytes can make it run very long. Here `pickletools` splits a pickle
 into instructions and runs nothing. Only the instructions that torch.save writes are followed, and a
-call is noted but not made. `torch.load(weights_only=True)` follows more instructions, and some take
-as much memory as a file asks for. It also raises an error for some objects that training saves.
+call is noted but not made. `torch.load(weights_only=True)` follows more instructions, which may
+take as much memory as a file asks for. It also refuses some of the objects that training saves.
 """
 
 import io
@@ -25,7 +25,7 @@ from miniclip.files.state_dicts import Made, Storage, StoredTensor, find_state_d
 
 LARGEST = 400_000
 """The largest size, in bytes, of a pickle and of an archive's list of contents. The pickle of
-bigG/14 with its optimizer has 356,000. The largest pickle is read in less than a second."""
+bigG/14 with its optimizer has 356,000 bytes. A pickle of 400,000 bytes is read within a second."""
 
 _DTYPES: dict[str, torch.dtype] = {"BFloat16": torch.bfloat16, "Byte": torch.uint8}
 _DTYPES |= {"Double": torch.double, "Float": torch.float, "Half": torch.half, "Bool": torch.bool}
@@ -37,8 +37,8 @@ _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 class PickledTensors:
     """The memory-mapped tensors of a file, with the methods of safetensors' `safe_open`.
 
-    Raises UnpicklingError unless the file has one state dict. For a damaged file, the errors of
-    zipfile, pickle and torch are raised too.
+    Raises UnpicklingError unless the file has one state dict. A damaged file may also raise the
+    errors of zipfile, pickle and torch.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +70,7 @@ class PickledTensors:
         numbers = self.mapped[start : start + storage.nbytes]
         flat = torch.empty(0, dtype=storage.dtype).set_(numbers)
         tensor = flat.as_strided(shape, stride, offset)
-        # torch needs aligned numbers. In files before 2020 they may begin at any byte.
+        # torch needs aligned numbers. In files before 2020, numbers may begin at any byte.
         return tensor.clone() if start % storage.dtype.itemsize else tensor
 
 
@@ -131,7 +131,7 @@ def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
     head = io.BytesIO(file.read(LARGEST))
     if head.read(len(_LEGACY)) != _LEGACY:
         raise UnpicklingError("torch.save did not write the file")
-    _read_pickle(head)  # it describes the saving machine; numbers are always little-endian
+    _read_pickle(head)  # not used: it describes the machine; numbers are little-endian
     (root, storages), (keys, _) = _read_pickle(head), _read_pickle(head)
     place, places = head.tell(), {}
     for key in keys:

@@ -57,7 +57,7 @@ def openai_id(name: str) -> str | None:
 
 
 def shape_name(name: str) -> str:
-    """The key of PUBLISHED for a name: "B/32" for "ViT-B/32". Other names do not change."""
+    """The key of PUBLISHED for a name: "B/32" for "ViT-B/32". Other names stay unchanged."""
     return {_plain(known): known for known in PUBLISHED}.get(_plain(name), name)
 
 
@@ -80,7 +80,7 @@ RELEASES = {
     "timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b": ("bigG/14", "quick_gelu"),
     **{name: (name, "quick_gelu") for name in PUBLISHED if name.startswith("TinyCLIP")},
 }
-"""A name -> its shape and activation. There is one release for each such pair."""
+"""A release -> its shape and activation. Each pair of shape and activation has one release."""
 
 
 def published(name: str) -> Fields | None:
@@ -100,7 +100,7 @@ def published(name: str) -> Fields | None:
 
 
 def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
-    """The releases whose towers have the fields `shapes`, which were read from weights."""
+    """The releases that fit `shapes`, the fields that were read from a file's weights."""
 
     def fits(fields: Fields) -> bool:
         known = ("width", "layers", "mlp_width", "patch_size")
@@ -112,7 +112,7 @@ def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
         return is_clips and shapes.get("embed_dim", fields["embed_dim"]) == fields["embed_dim"]
 
     named = {name: published(name) for name in RELEASES}
-    if "vision" not in shapes:  # a text tower alone is clip_g of SDXL and SD3, which LAION trained
+    if "vision" not in shapes:  # SDXL and SD3 contain LAION's bigG/14 text tower alone
         del named["timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b"]
     return {name: fields for name, fields in named.items() if fields and fits(fields)}
 
@@ -124,7 +124,7 @@ _TIMM_SIZES = {
 
 
 def vision_of_timm(name: Any) -> Fields | None:
-    """The fields of a vision tower of timm by its name. None if the name is not a CLIP tower's.
+    """The fields of a CLIP's vision tower from its name in timm. None for any other name.
 
     timm's CLIP towers have exact GELU unless the name contains "quickgelu".
 

@@ -14,7 +14,7 @@ from miniclip.errors import CheckpointError
 
 NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows does not have it, and does not need it
 MOST_BYTES, MOST_LINES = 5_000_000, 300_000
-"""Limits for each file of a tokenizer. OpenAI's have up to 3.7 million bytes and 262,145 lines."""
+"""Limits for each file of a tokenizer. OpenAI's files have at most 3.7 MB and 262,145 lines."""
 
 
 def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Save a model or a whole checkpoint to a directory. Read it while another process saves to it."""
+"""Save a model or a whole checkpoint. Read a directory while another process saves to it."""
 
 import os
 import shutil
@@ -114,7 +114,7 @@ def check_layout(layout: str) -> None:
 
 
 def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
-    """Raise CheckpointError if `load` would read other files instead of those to be saved."""
+    """Raise CheckpointError if `load` would read other files instead of the saved files."""
     others = [name for key, name in CONFIGS.items() if key != layout]
     others += [*WEIGHTS[: WEIGHTS.index(WRITTEN[layout])], *more]
     if there := [name for name in others if (directory / name).is_file()]:

@@ -13,7 +13,7 @@ MOST_TENSORS = 10_000  # bigG/14 has 974
 
 
 class Storage(NamedTuple):
-    """A block of numbers in the file, for one or more tensors."""
+    """Numbers in the file, which belong to one or more tensors."""
 
     key: str
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class StoredTensor(NamedTuple):
 
 
 class Made(dict[Any, Any]):
-    """A placeholder for an object that only code could make: its items, attributes and maker."""
+    """A placeholder for an object that only code could make. It keeps items and attributes."""
 
     def __init__(self, maker: str = "") -> None:
         self.maker = maker

@@ -54,7 +54,7 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
 
 
 class _Bounded:
-    """A file that raises ValueError if a damaged header makes tarfile read beyond its end."""
+    """A file that raises ValueError if a damaged header makes tarfile read beyond the end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell

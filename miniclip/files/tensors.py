@@ -20,7 +20,7 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
     """Read every tensor of a weights file, or of the shards in an index, memory-mapped.
 
     Floating point tensors are converted to `dtype`, unless it is None. They are converted a few at
-    a time, so that the whole file is never in memory with the model. Code in .bin and .pt files
+    a time, so the whole file is never in memory together with the model. Code in .bin and .pt files
     never runs: see pickles.py. Raises CheckpointError.
     """
     if path.name.endswith(".index.json"):
@@ -43,7 +43,7 @@ def _read_in_turn(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     is_safe = path.suffix == ".safetensors"
     with open(path, "rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    if is_safe and header > 6_000_000:  # bytes; a CLIP's header has 200,000
+    if is_safe and header > 6_000_000:  # a CLIP's header has 200,000 bytes
         raise ValueError(f"expected a header of at most 6,000,000 bytes, found {header:,}")
     file: Any = safe_open(path, framework="pt") if is_safe else PickledTensors(path)
     if len(file.keys()) > MOST_TENSORS:

@@ -20,7 +20,7 @@ OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
 STALE = ("tokenizer.json", "added_tokens.json")
 """Files of an older tokenizer. A save deletes them, because transformers would read them first."""
 MOST_ADDED, LONGEST_ADDED = 20_000, 100
-"""The largest number of added tokens, and of characters in one. `AddedTokens` tries each length."""
+"""The largest number of added tokens, and of characters in each. Long tokens need more look-ups."""
 
 
 class Vocabulary(NamedTuple):
@@ -137,13 +137,13 @@ def _pairs(path: Path, merges: Iterable[Any]) -> list[Pair]:
 
 
 Added = dict[str, tuple[bool, int | None]]
-"""A token to find in texts: (whether to match it after cleaning, its id or None)."""
+"""Tokens to find in texts: {token: (whether to match it after cleaning, its id or None)}."""
 
 
 def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
     """Read the four named tokens, all tokens to find in texts, and the context length.
 
-    Versions of transformers have written them into four different files. The files are read in
+    Versions of transformers have used four different files for this. The files are read in
     transformers' order, and a later entry replaces an earlier entry. If tokenizer_config.json has
     `added_tokens_decoder`, only this file is read. Raises CheckpointError.
     """

@@ -43,15 +43,15 @@ def decompose(
 
     Each part is a vector in the space of embeddings. Its product with a text's embedding is the
     part's share of the similarity. The sum is exact, because the last LayerNorm is linear if its
-    divisor is given. Gandelsman et al. 2023, arXiv 2310.05916.
+    divisor is fixed. Gandelsman et al. 2023, arXiv 2310.05916.
 
     Args:
         x: pixels or ids.
         by: how to split attention: by "layer" (B, E), "head" (B, H, E), or "token" (B, H, T, E),
             where T are the tokens that a head attends to.
-        convention: with "miniclip", a part is what the embedding would lose without it, and biases
-            are parts of their own. With "clip_prs", as in the authors' code, a part includes its
-            bias and an equal share of the LayerNorm's, and is divided by the embedding's length.
+        convention: "miniclip": a part is what the embedding would lose without it, and each bias is
+            a part. "clip_prs" (the authors' code): attention and MLP include their biases, all
+            parts share the LayerNorm's bias equally, and the sum of all parts has length 1.
     Returns:
         "embed" (the residual stream before the first block), "blocks.3.attn", "blocks.3.mlp", and
         so on, and with "miniclip" also biases. The sum of all parts is the embedding (with
@@ -161,7 +161,7 @@ def share(total: Tensor, part: Tensor) -> Tensor:
 def ablate_contributions(
     parts: Mapping[str, Tensor], heads: Mapping[int, Collection[int]]
 ) -> Tensor:
-    """The embeddings (B, E), with the contributions of some heads replaced with their means.
+    """The embeddings (B, E), in which the contributions of some heads become their means.
 
     This is the mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code.
     The model does not run again: later layers still use the original output of these heads. But

@@ -164,7 +164,7 @@ def seen(image: Picture, transform: ImageTransform, scale: int = 1) -> Image.Ima
 
 
 # The colours of the least, medium and most heat, from matplotlib's "inferno". They run from dark to
-# light, for colour-blind readers and grey printers.
+# light, for colour-blind readers and black-and-white prints.
 HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")
 
 

@@ -238,7 +238,7 @@ def check_counts(batch: int, workers: int | None) -> None:
 
 
 def unchanged(old: Index, pictures: Sequence[Stamped]) -> dict[str, int]:
-    """Return the row in `old` of each unchanged image, by name."""
+    """Return {name: row in `old`} for the unchanged images."""
     rows = {key: i for i, key in enumerate(zip(old.paths, map(tuple, old.stamps.tolist())))}
     now = ((str(picture), stamp) for picture, stamp in pictures)
     return {key[0]: rows[key] for key in now if key in rows}
@@ -247,7 +247,7 @@ def unchanged(old: Index, pictures: Sequence[Stamped]) -> dict[str, int]:
 def gather(
     indexes: Sequence[Index], taken: Sequence[tuple[int, int]], scratch: Path
 ) -> tuple[Tensor, Tensor]:
-    """Collect embeddings (N, E) and stamps (N, 2). `taken` has (number of index, row) for each.
+    """Collect embeddings (N, E) and stamps (N, 2). `taken`: (number of index, row) for each image.
 
     The embeddings are in the file `scratch`, because they may not fit into memory.
     """

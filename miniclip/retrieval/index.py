@@ -30,7 +30,7 @@ from miniclip.transform import ImageTransform
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 BLOCK = 8192
-"""Rows that a search compares at once: 16 MiB for 512 numbers a row."""
+"""Rows that a search compares at once: 16 MiB, if a row has 512 numbers."""
 TENSORS = {  # the tensors of an index file: dtype and number of dimensions
     "embeddings": (torch.float32, 2),
     "paths": (torch.uint8, 1),
@@ -55,7 +55,7 @@ class Encoder(NamedTuple):
         return f"{self.model}{commit} (weights {self.fingerprint[:12]}, {self.dtype})"
 
     def check(self, other: "Encoder", what: str, advice: str) -> None:
-        """Raise ValueError, which names both encoders, unless `other` gives the same vectors."""
+        """Raise ValueError unless `other` gives the same vectors. The error names both encoders."""
         ours, theirs = str(self), str(other)
         if self.fingerprint == other.fingerprint:
             if self.transform == other.transform:
@@ -207,7 +207,7 @@ class Index:
         """Find the images with the largest cosines, exactly.
 
         A float32 product finds the rows that may be among the best. Their scores are then computed
-        in float64. The product's error is at most E u / (1 - E u), u = eps / 2, times both lengths
+        in float64. For unit vectors, the float32 error is at most E u / (1 - E u), u = eps / 2
         (Higham 2002, section 3.1). The search allows twice this error. Memory does not grow with N.
 
         Args:
@@ -245,12 +245,12 @@ class Index:
         return open_picture(os.path.join(self.folder, path))
 
     def check(self, loaded: Loaded, name: str = "the model given") -> None:
-        """Raise ValueError, which names both models, unless `loaded` made the index."""
+        """Raise ValueError unless `loaded` made the index. The error names both models."""
         advice = "cosines between vectors of two models mean nothing"
         self.encoder.check(describe(loaded, name), "the index", advice)
 
     def load_encoder(self, name: str | None = None, device: str = "cpu") -> Loaded:
-        """Load the model that made the index. `name`: its new place. Raises ValueError."""
+        """Load the model that made the index. `name`: where the model is now. Raises ValueError."""
         made_by = self.encoder
         loaded = load(
             name or made_by.model,

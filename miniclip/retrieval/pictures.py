@@ -40,8 +40,8 @@ def find_pictures(
         exclude: patterns of names or paths to leave out.
 
     Returns:
-        The images, each once and in the order of `paths`, where the files of a folder are sorted;
-        and a line for each damaged tar.
+        The images, each once and in the order of `paths`, and a line for each damaged tar. The
+        files of a folder are sorted.
 
     Raises:
         ValueError: a path has no images, or all images are excluded.
@@ -67,7 +67,7 @@ def _is_wanted(path: str, exclude: Sequence[str], given: Sequence[str] = ()) -> 
     parts = Path(path).parts
     if any(is_hidden(part) for part in parts if part not in given):
         return False
-    names = [name.lower() for name in (path, *parts)]  # a camera's .RW2 matches the pattern *.rw2
+    names = [name.lower() for name in (path, *parts)]  # so *.rw2 also excludes a camera's .RW2
     patterns = [pattern.rstrip("/").lower() for pattern in exclude]
     return not any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 

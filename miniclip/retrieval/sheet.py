@@ -26,7 +26,7 @@ def draw_sheet(
         path: the file to write, with an ending of SHEETS.
 
     Returns:
-        A line for each image that cannot be read any more. The sheet says so in its place.
+        A line for each image that can no longer be read. On the sheet, a note takes its place.
 
     Raises:
         ValueError: the file cannot be written.

@@ -37,7 +37,7 @@ class Preset(NamedTuple):
     residual: bool = False  # whether the residual connection of attention is kept
     mlp: bool = False  # whether the MLP is kept
     depth: int = 1  # how many of the last blocks are replayed
-    grid: tuple[int, int] | None = None  # rows and columns of the result, if not the tower's
+    grid: tuple[int, int] | None = None  # rows and columns of the result. None: the tower's
 
 
 def dense_features(
@@ -53,8 +53,8 @@ def dense_features(
             2304.05653), "gem" (Bousselham et al. 2023, arXiv 2312.00878), "clearclip" (Lan et al.
             2024, arXiv 2407.12442), "naclip" (Hajimiri et al. 2024, arXiv 2404.08181), or a
             Preset, such as `proxyclip` makes.
-        resize: the method of `resize_image`, if the images have another size than the model's.
-            SCLIP, ClearCLIP, NACLIP and ProxyCLIP use "dino", GEM "timm".
+        resize: a method of `resize_image`, if the images do not have the model's size. SCLIP,
+            ClearCLIP, NACLIP and ProxyCLIP use "dino"; GEM uses "timm".
     Raises:
         ValueError: for an unknown preset, or a fork whose code this function cannot follow.
 
@@ -138,7 +138,7 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
     Args:
         features: (B, C, rows, columns) of the same images, for instance from DINO.
         beta: cosines below `beta` times their mean are ignored.
-        gamma: the cosines are multiplied by this before the softmax.
+        gamma: the other cosines are multiplied by `gamma` before the softmax.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)

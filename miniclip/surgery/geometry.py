@@ -46,7 +46,7 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
 
     Start from the original model each time, because resampling twice blurs. Both models share the
     weights that do not change: pass `copied(model)` to train one of them. transformers can express
-    only square images. Transform for side S: `dataclasses.replace(transform, size=S, crop_size=S)`.
+    only square images. For side S, use `dataclasses.replace(transform, size=S, crop_size=S)`.
 
     Args:
         size: (height, width), or one number for both. ValueError if smaller than one patch.
@@ -137,7 +137,7 @@ def resize_channels(model: CLIP, channels: int) -> CLIP:
     """A model for images with another number of channels, such as 4 with depth or near infrared.
 
     The rule is timm's (adapt_input_conv). A single channel gets the sum of the kernels. Several
-    channels get the old kernels in turn (R, G, B, R, ...), times old / new number of channels. The
+    channels get the old kernels in turn (R, G, B, R, ...), times old channels / new channels. The
     checkpoint's transform still gives RGB: make the other channels yourself.
 
     >>> from miniclip import CLIP
@@ -207,7 +207,7 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     """A model with more tokens in its vocabulary. The new ids follow the old ones.
 
     A model with the legacy end token 2 reads a text at its largest id. New ids would be larger than
-    the end token's. So the new `eos_token_id` is the end token's real id, the last old id.
+    the end token's id. So the new `eos_token_id` is the end token's real id, the last old id.
 
     Args:
         tokens: vectors (count, W), or a number of tokens, which start as the mean of all vectors.
@@ -271,7 +271,7 @@ def _rows(given: int | Tensor, like: Tensor, default: Tensor) -> Tensor:
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter. The new one keeps the old one's requires_grad (default: True)."""
+    """Replace a parameter, and keep its requires_grad (True if there was no parameter)."""
     old = getattr(module, name)
     trained = True if old is None else old.requires_grad
     setattr(module, name, nn.Parameter(value.detach().clone(), trained))

@@ -155,8 +155,8 @@ def move_to_registers(
     These are test-time registers, which need no training (Jiang et al. 2025, arXiv 2506.08010). The
     activation at the new tokens is `scale` * m. As in the authors' code, m is one number for each
     image and layer: the activation with the largest absolute value, over all tokens and all chosen
-    neurons. The text of the paper differs from this code: there each neuron moves its own largest
-    activation, and its activations at all other tokens become 0.
+    neurons. In the text of the paper, each neuron moves its own largest activation, and its
+    activations at all other tokens become 0.
 
     Args:
         neurons: {layer: [neuron, ...]}. Their activations become 0 at the patches, and do not

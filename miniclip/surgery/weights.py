@@ -23,7 +23,7 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
 
     WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903) goes from the zero-shot to the fine-tuned
     model. alpha = 0 gives exactly the first model, 1 exactly the second. An alpha below 0 or above
-    1 extrapolates. Raises ValueError if more than weights differ, or if a model has unmerged LoRA.
+    1 extrapolates. Raises ValueError if anything else differs, or if a model has unmerged LoRA.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 class AddedTokens:
-    """Find added tokens in the cleaned text (`added` maps them to True) or the raw text (False)."""
+    """Find added tokens: {token: True} in the cleaned text, {token: False} in the raw text."""
 
     def __init__(self, added: Mapping[str, bool], clean: Callable[[str], str]) -> None:
         self.clean = clean
@@ -27,7 +27,7 @@ class _Splitter:
     """Split a text at tokens and keep the tokens, as `re.split` does with a group.
 
     At each place, find the longest token. `re` would try one token after another. Here the tokens
-    are a set, and a place needs one look-up for each length of the tokens with its character first.
+    are a set: if tokens that begin with "<" have 3 lengths, a "<" in a text needs up to 3 look-ups.
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:

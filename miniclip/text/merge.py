@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from miniclip.text.symbols import Pair
 
-GONE = -(2**40)  # replaces a merged id; no pair with this number has a rank
+GONE = -(2**40)  # replaces a merged id; no pair that contains it has a rank
 LONG = 32
 """Above this number of ids the heap is faster than the loop: n log n against n squared."""
 

@@ -56,14 +56,14 @@ def compose(text: str) -> str:
 
 
 def lower_new_capitals(text: str) -> str:
-    """Lower-case the characters for which `str.lower` may differ: see `_new_capitals`."""
+    """Lower-case the letters of `_new_capitals`, for which `str.lower` may not be right."""
     return text.translate(_new_capitals())
 
 
 @cache
 def _new_capitals() -> dict[int, int]:
-    """The lower case of capital sigma (`str.lower` has a second form at the end of a word). Also of
-    the capitals that Unicode 14 to 17 added, because older versions of Python do not know them."""
+    """Capital -> lower case, for sigma (`str.lower` gives it another form at the end of a word) and
+    for the capitals that Unicode 14 to 17 added (older versions of Python do not know them)."""
     ranges = [  # first, last, step, distance to the lower-case letter
         (0x03A3, 0x03A3, 1, 32),
         (0x1C89, 0x1C89, 1, 1),

@@ -83,7 +83,7 @@ def fits(phrase: Phrase, object: Object) -> bool:
 
 
 def apart(relation: str, first: Object, second: Object | None = None) -> int:
-    """Return by how many pixels a relation holds. The number is negative if it does not hold."""
+    """Return by how many pixels a relation holds. 0 or less means that it does not hold."""
     axis, sign = (RELATIONS | PLACES)[relation]
     there = getattr(second, axis) if second else IMAGE_SIZE // 2
     return sign * (there - getattr(first, axis))
@@ -222,9 +222,9 @@ def replacements(claim: Claim) -> dict[str, list[Claim]]:
 def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, str]:
     """Return a true and a false caption of a scene.
 
-    In lessons 0 and 1, a caption names one object and its place. In lesson 2, it may also relate
-    two objects. Later it may be any claim. One in five is vague, so that each word is also learnt
-    alone. More would teach little: "something red" is true of one image in three.
+    In lessons 0 and 1, a caption names one object, with a place if it is clear. In lesson 2, it may
+    relate two objects. Later it may be any claim. One in five is then vague, so that each word is
+    also learnt alone. More would teach little: "something red" is true of one image in three.
     """
     places: Kind = located if located(scene) else singles
     if lesson < 2:

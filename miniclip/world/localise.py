@@ -36,7 +36,7 @@ class Question(NamedTuple):
 
 
 def questions(scenes: int) -> list[Question]:
-    """Make a question for each object of scenes with two objects. No training set has them."""
+    """Make a question for each object of scenes with two objects. Training never shows them."""
     asked = []
     for drawn in (scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)):
         picture, masks = draw(drawn)

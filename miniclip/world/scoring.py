@@ -22,17 +22,17 @@ class Scores(NamedTuple):
 
     seen: float  # one object: which of the 64 pairs of colour and shape? Chance is 1/64
     unseen: float  # the same for the 8 pairs that training never shows
-    relations: float  # two objects: is the caption nearer than one with swapped places? Chance 1/2
+    relations: float  # two objects: does the caption beat one with swapped places? Chance is 1/2
     left_right: float  # the same for "to the left of" and "to the right of"
     above_below: float  # the same for "above" and "below"
-    binding: float  # two objects: is the caption nearer than one with swapped colours? Chance 1/2
+    binding: float  # two objects: does the caption beat one with swapped colours? Chance is 1/2
 
 
 @torch.inference_mode()
 def score(
     model: CLIP, tokenizer: Tokenizer, transform: ImageTransform, scenes: int = 1000
 ) -> Scores:
-    """Ask the questions of `Scores`, each about `scenes` scenes."""
+    """Ask the questions of `Scores`, each about at most `scenes` scenes."""
     model.eval()
 
     def embed_texts(texts: list[str]) -> Tensor:
@@ -59,7 +59,7 @@ def score(
     false = [negatives(claim, s) for claim, s in zip(chosen, asked, strict=True)]
 
     def preferring(what: str, axes: str = "xy") -> float:
-        """Return the share of images that are nearer to the true than to the false caption."""
+        """Return the share of images that are nearer to the true caption than to the false one."""
         on_axis = [RELATIONS[claim.relation][0] in axes for claim in chosen]
         rows = [i for i, is_on in enumerate(on_axis) if is_on and what in false[i]]
         texts = embed_texts([say(false[i][what][0]) for i in rows])

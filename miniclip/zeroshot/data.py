@@ -73,7 +73,7 @@ def _folders_in(root: Path) -> list[str]:
 
 
 def class_folders(root: str | PathLike[str]) -> list[str]:
-    """Return the class folders, sorted (by number if all are numbers). ValueError if none."""
+    """Return the class folders, sorted; numbers by value. Raises ValueError if there are none."""
     try:
         found = _folders_in(Path(root))
     except OSError as error:

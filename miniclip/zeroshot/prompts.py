@@ -38,7 +38,7 @@ def published_labels(name: str, folders: list[str]) -> list[str]:
     """Return OpenAI's class names for the folders of a data set.
 
     Only letters and digits are compared, without case. Folders called 0 to C - 1 get the names in
-    order. Raises ValueError for any other folder.
+    order. Raises ValueError for a folder that is not a class.
 
     >>> published_labels("facialemotionrecognition2013", ["Smiling", "angry"])
     ['happy | smiling', 'angry']
