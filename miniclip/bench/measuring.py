@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 
 def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
-    """Compare each output with miniclip's, then time the contenders whose outputs agree with it."""
+    """Compare all outputs with miniclip's output, then time the contenders that agree with it."""
     outputs = []
     for trial in case.trials.values():
         output = trial()[1]  # convert it now: a CUDA graph overwrites its output in its next run

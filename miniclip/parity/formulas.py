@@ -1,7 +1,7 @@
 """CLIP as formulas, to decide which of two models is right at a site.
 
 A formula computes the tensor at a site from the tensors at earlier sites, the weights and the
-config. It does not run the models' code. `faults.py` replaces the steps of a formula.
+config. It does not run the models' code. `faults.py` replaces steps of a formula by faulty steps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ Steps = Mapping[str, Any]
 class Side(NamedTuple):
     """The tensors of one model in float64, its weights under our names, and its config."""
 
-    tensors: Named  # by site; the inputs are `pixels` and `ids`
+    tensors: Named  # by site; the inputs have the names `pixels` and `ids`
     weights: Named
     config: CLIPConfig
 

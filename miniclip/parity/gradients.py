@@ -23,10 +23,10 @@ NOISE = 1e-12  # relative to the largest gradient: a key bias's gradient is only
 
 
 def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 0) -> Stage:
-    """Return a row `gradient.NAME` for each parameter of both models, and the cause if one differs.
+    """Return a row `gradient.NAME` for each common parameter, and the cause if a gradient differs.
 
-    Rows are in the order of the backward pass, so the first difference is nearest to the fault. A
-    parameter that does not affect the loss has a gradient of 0. A frozen parameter has no row.
+    Rows are in the order of the backward pass, so the first difference is the nearest to the fault.
+    A parameter that does not affect the loss has a gradient of 0. A frozen parameter has no row.
     """
     kind = next((type(m) for m in (ours, theirs) if isinstance(m, CLIP)), CLIP)
     config = config_of(ours, kind)

@@ -110,7 +110,7 @@ def batch_loss(
 
     A false caption may be the true caption with two words swapped (NegCLIP, Yuksekgonul et al.
     2022, arXiv 2210.01936). NegCLIP compares every image with every false caption. Here a logistic
-    loss compares each image with its own true and false caption only.
+    loss compares each image only with its own true caption and its own false caption.
 
     Args:
         logit_scale: the model's logit scale, a logarithm.
