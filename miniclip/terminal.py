@@ -95,7 +95,7 @@ def columns(text: str) -> int:
 
 
 def shorten(text: str, width: int = 24) -> str:
-    """Make a text `printable`, and cut it to `width` columns if it is longer."""
+    """Escape a text with `printable`, and cut it to `width` columns if it is longer."""
     text = printable(text)
     if columns(text) <= width:
         return text

@@ -106,7 +106,7 @@ class Growth(NamedTuple):
 
 
 def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -> list[Growth]:
-    """Time every axis at growing sizes, with random weights of a published shape.
+    """Time each of AXES at growing sizes, with random weights of a published shape.
 
     Args:
         shape: a name from PUBLISHED.
@@ -122,7 +122,7 @@ def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -
 
 
 def measured(steps: Iterator[Step], device: str) -> Iterator[Growth]:
-    """Run each step once to measure its memory and to warm up, then ROUNDS times for its time."""
+    """Run each step once to warm up and to measure its memory, then ROUNDS times to time it."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     for axis, size, theory, run in steps:
         most = memory_of(run, device)

@@ -223,7 +223,7 @@ def _ranges(numbers: list[int]) -> str:
     >>> _ranges([0, 1, 2, 5])
     '0 to 2 and 5'
     """
-    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # equal within a range
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # constant in a range
     ranges = [[number for _, number in run] for _, run in runs]
     words = [f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges]
     return " and ".join(words[:3] + ["others"] * (len(words) > 3))

@@ -19,7 +19,7 @@ from miniclip.parity.traces import Setting, running
 from miniclip.terminal import progress
 
 RELATIVE = 1e-8  # the tolerance relative to the largest number of the parameter's gradient
-NOISE = 1e-12  # relative to the largest gradient: a key bias's gradient is only rounding error
+NOISE = 1e-12  # relative to the largest gradient, because a key bias's gradient is rounding error
 
 
 def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 0) -> Stage:

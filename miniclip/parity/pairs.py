@@ -145,7 +145,7 @@ def _load_with_transformers(name: Name, ours: Loaded, options: dict[str, Any]) -
 
 
 def random_pair(shape: str) -> "tuple[CLIP, CLIPModel]":
-    """Make miniclip's and transformers' model with the same random weights, in a published shape.
+    """Make a miniclip and a transformers model with the same random weights, in a published shape.
 
     Needs no checkpoint. Raises ValueError if the shape is not a published one.
     """

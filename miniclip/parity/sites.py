@@ -166,7 +166,7 @@ def _all_sites(model: Any, table: Layout) -> Iterator[tuple[str, Any, Read]]:
                 "expected the module names of miniclip, transformers, OpenAI or open_clip, or a "
                 "table of names (tensor_names in Python, --names on the command line)"
             )
-        # Both modules give this site. `trace` keeps the one that runs first: ln_pre, if it exists.
+        # Both modules give this site. `trace` uses the one that runs first: ln_pre, if it exists.
         yield f"{tower}.embeddings", at(f"{tower}.ln_pre"), argument
         yield f"{tower}.embeddings", blocks[0], argument
         for i, block in enumerate(blocks):

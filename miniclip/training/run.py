@@ -69,7 +69,7 @@ class Run:
         self.losses: list[Any] = []  # since the last row of metrics; tensors until `read_losses`
         self.loss = math.nan  # the last loss that was read
         self.rows: list[dict[str, float]] = []
-        self.best = -math.inf  # the highest first score so far
+        self.best = -math.inf  # the highest value of the first score so far
         self.seconds = 0.0  # the training time before this process started
         self.reported: set[str] = set()
         if (out / STATE).is_file():
@@ -197,7 +197,7 @@ class Run:
                 self.writer.add_scalar(name, value, self.step)
 
     def report(self, note: str, about: str = "") -> None:
-        """Print a note above the progress bar, once. Print only the first note for each `about`."""
+        """Print a note once, above the progress bar. Print only the first note for each `about`."""
         if (about or note) not in self.reported:
             self.reported.add(about or note)
             tqdm.write(note, file=sys.stderr)
