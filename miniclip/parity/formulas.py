@@ -206,7 +206,7 @@ def formula_of(site: str, side: Side) -> Formula:
         if (after := f"{tower}.blocks.{i}.resid_post") in side.tensors:
             x[f"after {i}"] = side.tensors[after]
     layer = int(block[1]) if block else config.layers
-    # The first residual stream is computed from the tower's own parameters, not from a block's.
+    # The first residual stream is computed from parameters of the tower, not of a block.
     own = not block or site.endswith("blocks.0.resid_pre")
     w = under(f"{tower}." if own else f"{tower}.blocks.{layer}.", side.weights)
     is_text = tower == "text"

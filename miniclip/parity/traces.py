@@ -35,7 +35,7 @@ class Trace(NamedTuple):
 
 @torch.no_grad()
 def trace(model: Any, setting: Setting) -> Trace:
-    """Run a model as `running` does, and keep the tensor at every site."""
+    """Run a model with `running`, and keep the tensor at every site."""
     calls: dict[str, list[Tensor]] = {}
     watched: dict[str, nn.Module] = {}
 
