@@ -107,7 +107,7 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield each change of `w` in words, and two tensors that are equal if `w` has this change."""
+    """Yield each change of `w` in words, and two tensors that are equal if it gives `ours`."""
     for axis in range(w.ndim):
         yield f"flipped along axis {axis}", w.flip(axis), ours
         for shift in (1, -1):

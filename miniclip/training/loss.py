@@ -114,7 +114,7 @@ def batch_loss(
 
     Args:
         logit_scale: the model's logit scale, a logarithm.
-        labels: (B,). If two pairs have the same label, the caption of each is true of both images.
+        labels: (B,). If two pairs have the same label, each caption is true of both images.
         also: (B, K), the labels of all captions of each image. So "a dog" can be true of a
             Chihuahua while "a Chihuahua" is false of another dog.
         image_embeds: unit vectors (B, E).
