@@ -14,8 +14,8 @@ embeds = encode(pixels)  # model.vision(pixels), up to rounding
     miniclip parity everyday --engine onnxruntime
     miniclip bench --suite vision text --engine compile onnxruntime openvino compile-bf16
 
-The last command, with all engines, B/32, two threads, in milliseconds (the largest difference is
-relative to an embedding's length; each ratio in brackets is to eager in the same round):
+Milliseconds for all engines, B/32, two threads. In brackets: the time divided by eager's time in
+the same round. The largest difference is divided by the length of the embedding:
 
                        1 image          16 images        16 captions      largest difference
     eager              75               605              117
@@ -33,7 +33,7 @@ multiplies matrices of bfloat16 and of int8.
 the tower has a hook, a parameter has changed, or a module or a setting was replaced. The only
 change that it does not notice is an edit in place through `.data`.
 
-Engines with a precision in their name round more: `compile-bf16`, `openvino-bf16` and
+Engines with a precision in their name round more than float32: `compile-bf16`, `openvino-bf16` and
 `onnxruntime-int8` (8-bit weights, activations quantised dynamically). `bench` and `parity` show the
 rounding error. Commands that save or evaluate embeddings do not accept these engines.
 """
@@ -64,8 +64,8 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def compiled(tower: nn.Module) -> Encode:
-    """Compile a tower, with weights packed once. PyTorch makes a faster graph for the first shape
-    alone, and a second graph for all other shapes."""
+    """Compile a tower, with weights packed once. PyTorch makes a graph for the first shape of the
+    input, and a slower graph for all other shapes."""
     if next(tower.parameters()).is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("the engine compile needs a C++ compiler, found none: install g++")
     from torch._inductor import config
@@ -163,7 +163,7 @@ class Engine(NamedTuple):
 
     start: Callable[[Any], Encode]
     packages: tuple[str, ...] = ()
-    tolerance: float = 2e-5  # of unit vectors; in float32, also of logits at a scale of 100
+    tolerance: float = 2e-5  # of unit vectors; in float32, also of logits at a scale up to 100
 
     @property
     def missing(self) -> list[str]:
@@ -201,15 +201,15 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
     Args:
         tower: a vision or a text tower. Do not change it afterwards.
         name: one of ENGINES.
-        check: compare the first output with the tower's.
+        check: compare the first output with the tower's output.
 
     Returns:
-        A function that computes what the tower computes, without gradients: pixels (B, channels,
+        A function that computes the same as the tower, without gradients: pixels (B, channels,
         height, width) or ids (B, T) -> embeddings (B, E).
 
     Raises:
-        ValueError: the engine is not installed, or the tower has hooks. The returned function also
-            raises it, if the tower has changed or the first output is out of the tolerance.
+        ValueError: the engine is not installed, or the tower has hooks. The returned function
+            raises it too, if the tower has changed or the first output is out of the tolerance.
 
     >>> import miniclip
     >>> tower = miniclip.VisionTower.from_pretrained("shapes")
@@ -303,7 +303,7 @@ def use_engine(model: CLIP, name: str) -> None:
 
 
 def encode_with(model: CLIP, name: str, encode: Encode) -> None:
-    """Make `model.encode_image` call `encode`, until the vision tower is replaced."""
+    """Make `model.encode_image` call `encode`, and raise an error for a replaced vision tower."""
     tower = model.vision
 
     def encode_image(pixels: Tensor, normalize: bool = False) -> Tensor:
@@ -363,7 +363,7 @@ class Row(NamedTuple):
 
 @torch.no_grad()
 def differences(model: CLIP, name: str, pixels: Tensor, ids: Tensor) -> list[Row]:
-    """Compare an engine's unit vectors and logits with the model's own."""
+    """Compare an engine's unit vectors and logits with the model's unit vectors and logits."""
     expected = model(pixels, ids)
     towers = (tower_for(model, torch.empty(0)), tower_for(model, ids))
     encoders = [on_engine(tower, name, check=False) for tower in towers]

@@ -13,7 +13,7 @@ from typing import Any
 def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: Any) -> Any:
     """Wrap items in a progress bar, which appears if they take longer than two seconds.
 
-    If stderr is not a terminal, a line is printed every 30 seconds instead. `options` are tqdm's.
+    If stderr is not a terminal, a line is printed every 30 seconds instead. `options` are for tqdm.
     Without items, give the `total`, and call `update` on the result.
     """
     from tqdm import tqdm  # here, because `miniclip --help` shows no bar
@@ -49,10 +49,10 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
 
 @contextmanager
 def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
-    """Delay Ctrl-C in a `with` block, so that its work can stop where it can be continued.
+    """Delay Ctrl-C in a `with` block, so that work stops only where it can be continued.
 
-    Yields a function that returns True after the first Ctrl-C, which only prints the message. The
-    second Ctrl-C raises KeyboardInterrupt.
+    The first Ctrl-C prints the message, and makes the yielded function return True. The second
+    Ctrl-C raises KeyboardInterrupt.
     """
     asked: list[int] = []
 
@@ -95,7 +95,7 @@ def columns(text: str) -> int:
 
 
 def shorten(text: str, width: int = 24) -> str:
-    """Make a text `printable`, and cut it to `width` columns if it is longer."""
+    """Escape a text with `printable`, and cut it to `width` columns if it is longer."""
     text = printable(text)
     if columns(text) <= width:
         return text

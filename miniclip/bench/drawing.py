@@ -10,7 +10,7 @@ from miniclip.figures.style import BLUE, ORANGE, Figure, save_figure
 
 
 def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
-    """Draw each contender's cost divided by miniclip's: medians as bars, quartiles as whiskers.
+    """Draw each contender's cost divided by miniclip's cost: medians as bars, quartiles as lines.
 
     The scale is logarithmic, so the ratios 0.5 and 2 are equally far from 1.
     """
@@ -30,7 +30,7 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
         assert line.ratio is not None  # `timed` has only rows with a ratio
         lower, median, upper = line.ratio
         color = ORANGE if line.contender.startswith("miniclip") else BLUE
-        color = "0.7" if line.difference is None else color  # does only a part of the work
+        color = "0.7" if line.difference is None else color  # grey: only a part of the work
         axes.barh(y, median - 1, left=1, color=color, height=0.6)
         axes.errorbar(
             median, y, xerr=[[median - lower], [upper - median]], color="black", linewidth=1
@@ -51,7 +51,7 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
 
 
 def draw_growth(rows: Sequence[Growth], path: str | PathLike[str]) -> None:
-    """Draw the measured and the theoretical time against the size, one panel for each axis."""
+    """Draw measured and theoretical time against the size, in one panel for each `Growth.axis`."""
     axes = {axis: list(group) for axis, group in itertools.groupby(rows, lambda row: row.axis)}
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     for panel, (axis, group) in zip(figure.subplots(2, 3).flat, axes.items(), strict=True):

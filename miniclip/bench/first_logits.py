@@ -1,6 +1,6 @@
 """Load a checkpoint and compute the first logits, with miniclip or with transformers.
 
-`miniclip bench` runs this file as a script in a new process, which imports only one of the two:
+`miniclip bench` runs this file as a script in a new process. The script imports one library:
 
     python first_logits.py LIBRARY '[directory, photograph, texts, device, dtype]'
 """
@@ -8,7 +8,7 @@
 import sys
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder: its files would hide other modules of the same names
+    del sys.path[0]  # this folder: its files would hide other modules with the same names
 
 import json
 import re
@@ -62,7 +62,7 @@ READY = {"miniclip": ready_miniclip, "transformers": ready_transformers}
 
 
 def kilobytes(field: str) -> int:
-    """Read a field of this process's status. (The peak of getrusage includes the parent's.)"""
+    """Read a field of this process's status. (getrusage's peak includes the parent process.)"""
     with open("/proc/self/status") as status:
         found = re.search(field + r":\s*(\d+) kB", status.read())
     return int(found[1]) if found else 0

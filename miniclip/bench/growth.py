@@ -47,13 +47,13 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
                            1,000,000      146.6 ms         85 MB        0.63
 
 2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows.
-256 images take 1.5 times as long as the time of 64 images predicts. The reason is not known.
+From 64 to 256 images, the time grows 1.5 times as much as in theory. The reason is not known.
 
 10^9 rows do not fit here: as float32 vectors of 512 numbers they take 2 TB, and an exact search
 reads them all. By calculation, the index `IVF1048576_HNSW32,PQ64` of FAISS (product quantisation,
 64 bytes a vector) takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. A
 query that visits 64 of the 1,048,576 cells compares about 61,000 codes. FAISS's guide lists this
-index for 100M to 1B vectors. Its recall depends on the data, and was not measured here.
+index for 100M to 1B vectors. The index's recall depends on the data, and was not measured.
 """
 
 import ctypes
@@ -106,7 +106,7 @@ class Growth(NamedTuple):
 
 
 def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -> list[Growth]:
-    """Time every axis at growing sizes, with random weights of a published shape.
+    """Time each of AXES at growing sizes, with random weights of a published shape.
 
     Args:
         shape: a name from PUBLISHED.
@@ -122,7 +122,7 @@ def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -
 
 
 def measured(steps: Iterator[Step], device: str) -> Iterator[Growth]:
-    """Run each step once to measure its memory and to warm up, then ROUNDS times for its time."""
+    """Run each step once to warm up and to measure its memory, then ROUNDS times to time it."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     for axis, size, theory, run in steps:
         most = memory_of(run, device)

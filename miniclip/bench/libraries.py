@@ -124,6 +124,6 @@ def in_openai_style(
 
 
 def with_weights(theirs: nn.Module, ours: CLIP) -> nn.Module:
-    """Put our weights into a model of openai/CLIP or open_clip. Both use the same tensor names."""
+    """Put our weights into a model of openai/CLIP or open_clip. Both have the same tensor names."""
     theirs.load_state_dict(pack(ours.state_dict(), OPENAI), strict=True)
     return theirs

@@ -80,8 +80,8 @@ class Setting:
 def prepare(directory: Path, shape: str) -> CLIPConfig:
     """Write a checkpoint that every library can read: random weights in an official shape.
 
-    The vocabulary is learnt from captions, because the package does not contain OpenAI's. The token
-    embedding still has as many rows as the published model's.
+    The vocabulary is learnt from captions, because OpenAI's vocabulary is not in the package. The
+    token embedding still has as many rows as in the published model.
     """
     tokenizer = Tokenizer.train([*captions(2000), *MIXED_SCRIPTS], 4096)
     config = PUBLISHED[shape]

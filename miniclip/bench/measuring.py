@@ -46,13 +46,13 @@ class Row(NamedTuple):
     count: int  # type: ignore[assignment]  # as in Case
     unit: str
     contender: str
-    difference: float | None  # between its output and miniclip's; None without an output
+    difference: float | None  # between its output and miniclip's output; None without output
     cost: tuple[float, float, float] | None  # seconds or bytes; None if its output differs
-    ratio: tuple[float, float, float] | None  # its cost divided by miniclip's, in a round
+    ratio: tuple[float, float, float] | None  # its cost divided by miniclip's cost
 
 
 def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
-    """Compare each output with miniclip's, then time the contenders whose outputs agree with it."""
+    """Compare all outputs with miniclip's output, then time the contenders that agree with it."""
     outputs = []
     for trial in case.trials.values():
         output = trial()[1]  # convert it now: a CUDA graph overwrites its output in its next run
@@ -84,8 +84,8 @@ def alternate(
 ) -> list[list[float]]:
     """Return the costs of each round, in the order of `trials`.
 
-    Each round runs in a random order, because the cost of a trial depends on the caches, which the
-    trial before it has filled.
+    Each round runs in a random order, because a trial leaves data in the caches, and this changes
+    the cost of the next trial.
     """
     draw = random.Random(0)
     start = time.perf_counter()

@@ -130,7 +130,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
     ours, *peers = setting.libraries
     tokenizer = ours.tokenize
     assert isinstance(tokenizer, Tokenizer)
-    # Every hundredth label, and the longest: if all texts go in at once, they are padded to it.
+    # Every hundredth label, and the longest one: if all texts go in at once, it sets their length.
     longest = max(IMAGENET_CLASSES, key=lambda label: len(tokenizer.encode(label)))
     labels, templates = [*IMAGENET_CLASSES[::100], longest], TEMPLATE_SETS["imagenet"]
     prompts = [template.replace("{}", label) for label in labels for template in templates]
@@ -160,7 +160,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
 
 
 def train_suite(setting: Setting) -> Iterator[Case]:
-    """Compute the contrastive loss of a batch and its gradients."""
+    """Compute the contrastive loss of a batch, and the gradients of the loss."""
     texts = captions(setting.batch)
     pixels = random_inputs(setting.config, images=len(texts))[0].to(setting.device)
     names = setting.libraries[0].model.state_dict().keys()

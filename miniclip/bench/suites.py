@@ -1,4 +1,4 @@
-"""All suites, the function that runs them, and the hardware and versions that it runs with."""
+"""All suites, the function that runs them, and a description of the hardware and the versions."""
 
 import platform
 from collections.abc import Callable, Iterator, Sequence

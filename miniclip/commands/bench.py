@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     rows: Any
     if args.growth:
-        keep_freed_memory()  # otherwise Linux's clearing of memory would be measured too
+        keep_freed_memory()  # otherwise the times would include the clearing of memory by Linux
         rows = growth(args.shape, args.device)
         text = growth_table(rows)
     else:

@@ -349,7 +349,7 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
 def evaluation_table(folders: list[str], result: "Evaluation") -> str:
     """Return a table: accuracies, a line for each class, and the ten most frequent confusions.
 
-    If there are more than MOST_CLASSES classes, only the best and the worst have a line.
+    If there are more than MOST_CLASSES classes, only the best and the worst classes have a line.
     """
     from miniclip.evaluation.classification import summary
 

@@ -23,7 +23,7 @@ scikit-learn (`pip install -e '.[eval]'`).
   error, the accuracy of each class, and the most frequent confusions. `--labels food101 --template
   food101` uses OpenAI's class names and templates. The paper's other data sets work the same way.
 - **retrieval**: recall@1, 5 and 10 and the median rank, from images to captions and back. An image
-  has its best caption's rank, as in CLIP_benchmark. The data is a folder with `metadata.jsonl`
+  has the rank of its best caption, as in CLIP_benchmark. The data is a folder with `metadata.jsonl`
   (`text` may be a list), WebDataset shards, or a .json of COCO or of Karpathy's Flickr30k.
 - **probe**: logistic regression on the features before the projection, or after the projection with
   `--features proj`. A validation split chooses the L2 strength, as in the paper's appendix A.3.
@@ -32,8 +32,8 @@ scikit-learn (`pip install -e '.[eval]'`).
 
 Folders with WordNet ids as names (`n01440764`), or with numbers (`0` to `999`, as in ImageNet-V2),
 are recognised as all or some of ImageNet's classes. They get OpenAI's class names, which give a
-higher accuracy than ImageNet's own names. Two of these names, "missile" and "sunglasses", belong to
-two classes each. The paper's measurement uses the 80 published templates:
+higher accuracy than ImageNet's own names. Two of OpenAI's names, "missile" and "sunglasses", belong
+to two classes each. The paper's measurement uses the 80 published templates:
 
     miniclip eval imagenet/val --model openai/clip-vit-large-patch14-336 \
         --template imagenet --reference openai --device cuda

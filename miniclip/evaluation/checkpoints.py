@@ -28,7 +28,7 @@ def classify(
 def caption_ranks(
     loaded: Loaded, captions: Sequence[Sequence[str]], features: Features
 ) -> dict[str, Tensor]:
-    """Compute `retrieval_ranks` in both directions, for N images and the captions of each image.
+    """Compute the ranks of N images and of their captions, as `retrieval_ranks` does.
 
     A caption that is too long for the model is cut.
     """
@@ -49,7 +49,7 @@ def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], 
     Returns:
         A function from a checkpoint to a dict of scores. With class folders these are the zero-shot
         accuracy and the mean accuracy of the classes. With captions they are recall@1: the mean of
-        both directions, and each direction. `train` keeps the checkpoint with the best first entry.
+        both directions, and each direction. `train` keeps the checkpoint with the best first score.
 
     Raises:
         ValueError: there is nothing to measure.

@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
 
     @property
     def calibration_error(self) -> float:
-        """The expected calibration error: a bin's |confidence - accuracy|, averaged over images."""
+        """Expected calibration error: |confidence - accuracy| of the bins, weighted by images."""
         images, confidence, right = self.bins.T
         return ((confidence - right).abs().sum() / images.sum()).item()
 

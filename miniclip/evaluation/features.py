@@ -92,7 +92,7 @@ def picture_features(
     for kind in reversed([*vectors] if cache is not None else []):
         files[kind].parent.mkdir(parents=True, exist_ok=True)
         made_by = encoder
-        if kind == "ln_post":  # another fingerprint, because texts cannot search these features
+        if kind == "ln_post":  # another fingerprint, because texts cannot be compared with these
             made_by = encoder._replace(fingerprint=f"ln_post:{encoder.fingerprint}")
         paths = Strings.pack(names[row] for row in rows)
         Index(vectors[kind], paths, made_by, skipped).save(files[kind])

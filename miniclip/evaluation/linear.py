@@ -126,7 +126,7 @@ def share_right(classify: Classify, examples: Examples) -> float:
 
 
 def fit_best(fit: Fit, train: Examples, val: Examples) -> tuple[float, dict[float, float]]:
-    """Choose the L2 strength with `sweep`. Classifiers learn from `train`; `val` measures them."""
+    """Choose the L2 strength with `sweep`: learn from `train`, measure the accuracy on `val`."""
     return sweep(lambda strength: share_right(fit(train, strength), val))
 
 

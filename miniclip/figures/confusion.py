@@ -35,7 +35,7 @@ def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
 
 
 def draw_cells(axes: Axes, result: Evaluation) -> None:
-    """Draw the confusion matrix. A cell has the percentage of its row, which is the true class."""
+    """Draw the confusion matrix. A row is a true class; a cell has its percentage of the row."""
     labels = [shorten(label) for label in result.labels]
     share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
     # Darkness is the square root of the share: 4 % is a fifth as dark as 100 %, not a 25th.
@@ -52,7 +52,7 @@ def draw_cells(axes: Axes, result: Evaluation) -> None:
 
 
 def draw_dots(axes: Axes, result: Evaluation) -> None:
-    """Draw a dot for each confusion. Its area is proportional to the number of images."""
+    """Draw a dot for each confusion, with an area proportional to the number of images."""
     mistakes = result.mistakes()
     count = len(result.labels)
     axes.plot([0, count - 1], [0, count - 1], color="0.8", linewidth=1, zorder=0)
@@ -75,7 +75,7 @@ def draw_mistakes(axes: Axes, result: Evaluation, most: int = 14) -> None:
         f"{shorten(result.labels[true])} → {shorten(result.labels[predicted])}"
         for true, predicted, _ in mistakes
     ]
-    # Bars are placed by number: two pairs of ImageNet's classes may have equal names.
+    # Bars are placed by number, because two confusions may have the same name in ImageNet.
     bars = axes.barh(range(len(mistakes)), [n for *_, n in mistakes], color=ORANGE)
     axes.set_yticks(range(len(mistakes)), names)
     axes.bar_label(bars, [f"{n:,}" for *_, n in mistakes], padding=3)

@@ -55,7 +55,7 @@ def draw_text_maps(
     """Draw an image and the heat maps of C texts.
 
     `cosines` are the similarities of texts and image. `maps` has a tensor (C, rows, columns) for
-    each method. With one method, the texts stand side by side. With several, each text has a row.
+    each method. With one method, texts are side by side. With more methods, each text has a row.
     All maps of a method have the same scale. The value of the warmest patch is below each map.
     """
     texts = [f"{text} (cosine {cosine:.2f})" for text, cosine in zip(texts, cosines, strict=True)]

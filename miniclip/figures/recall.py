@@ -11,7 +11,7 @@ MOST = 100  # ranks
 
 
 def draw_recall(ranks: dict[str, Tensor], path: str | PathLike[str]) -> None:
-    """Draw recall@k for each direction: the share of queries with a right answer in the first k."""
+    """Draw recall@k for each direction: the share of queries with a right answer in the top k."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for (direction, of), color in zip(ranks.items(), (BLUE, ORANGE), strict=True):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from miniclip.zeroshot.classifier import Score
 
-PICTURE_SUFFIXES = [f".{kind}" for kind in FigureCanvasBase.filetypes]  # of the files of figures
+PICTURE_SUFFIXES = [f".{kind}" for kind in FigureCanvasBase.filetypes]  # of figure files
 BLUE, ORANGE = "#0072b2", "#d55e00"
 
 
@@ -66,7 +66,7 @@ def usual_font() -> str:
 
 
 def font_file(text: str) -> str:
-    """The file of a font for a text: the default font, or a font for what the default lacks."""
+    """The file of a font for a text: the default font, or a font with the characters it lacks."""
     return next(iter(fonts_beside(text).values()), usual_font())
 
 

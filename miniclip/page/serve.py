@@ -1,8 +1,8 @@
 """`miniclip serve`: a page to try models on, in a browser on the same machine.
 
-page.html loads no other file, and talks only to this server. Inside the JSON, images are `data:`
-URLs in both directions, so no upload is written to disk. The numbers come from `zeroshot` and
-`retrieval`, and the maps from `lens`.
+page.html loads no other file, and talks only to this server, in JSON. Images in the JSON are
+`data:` URLs, in both directions, so no upload is written to disk. The numbers come from `zeroshot`
+and `retrieval`, and the maps from `lens`.
 """
 
 import asyncio
@@ -104,7 +104,7 @@ def create_app(
         }
 
     def classify(asked: dict[str, Any]) -> dict[str, Any]:
-        """{model, picture, labels, templates} -> the part of the image that is seen, and scores."""
+        """{model, picture, labels, templates} -> the crop that the model sees, and scores."""
         loaded, picture = find_model(asked["model"]), read_picture(asked["picture"])
         templates = find_templates(asked["templates"])
         classifier = ZeroShotClassifier(*loaded[:2], asked["labels"], templates)
@@ -221,7 +221,7 @@ def examples() -> list[dict[str, Any]]:
 def check_origin(request: Request) -> None:
     """Raise ValueError if the question comes from a page of another site.
 
-    The browser names the site of the page in its headers. It sends JSON to another site only after
+    The browser names the page's site in the headers. It sends JSON to another site only after
     a preflight request, which this server does not answer.
     """
     origin, headers = f"http://{request.headers.get('host')}", request.headers
@@ -301,7 +301,7 @@ def listen(port: int | None) -> socket.socket:
 
 
 class Impatient(H11Protocol):
-    """Close a connection without a question. uvicorn would wait for its first question forever."""
+    """Close a connection without a question. uvicorn would wait forever for a first question."""
 
     def connection_made(self, transport: Any) -> None:
         """Schedule the first check of the connection."""
@@ -318,7 +318,7 @@ class Impatient(H11Protocol):
 
 def serve_until_interrupted(app: Starlette, listening: socket.socket) -> None:
     """Serve until Ctrl-C. Answer the questions that wait, then raise KeyboardInterrupt."""
-    # No log_config: uvicorn's own would close the log handlers of other libraries.
+    # No log_config: uvicorn's own config would close the log handlers of other libraries.
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", lifespan="off", http=Impatient
     )

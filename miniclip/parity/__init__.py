@@ -2,8 +2,8 @@
 
 The two models are miniclip and transformers, or a fork and the original. Both run in float64 and in
 another precision, by default float32. In float32 miniclip equals transformers bit for bit. A fork
-that adds in another order differs by rounding errors. In float64 these errors are too small to
-hide a real difference. `diagnosis.py` explains the first tensor that differs.
+that adds numbers in another order differs by rounding errors. In float64 these errors are too small
+to hide a real difference. `diagnosis.py` explains the first tensor that differs.
 
 `miniclip parity` compares one checkpoint in both libraries (`miniclip parity everyday`), a fork and
 the original (`--against`), or a published shape with random weights (`--random`). With `--random`,
@@ -46,7 +46,7 @@ biases and LayerNorms are random too, and the logit scale is 100:
     torch 2.13.0+cpu, transformers 5.23.0, CPU with AVX512, threads: 2
     within tolerance at all 202 sites
 
-(2026-11-28. The float64 runs override casts to float32, such as transformers' for softmax.)
+(2026-11-28. The float64 runs override casts to float32, such as the cast in transformers' softmax.)
 
 If a site is out of tolerance, the exit status is 1. The report names the first such site and the
 likely cause: `first at vision.blocks.0.mlp_out, likely cause: model has the activation gelu instead
@@ -54,7 +54,7 @@ of quick_gelu`. To find the cause, the command plants common faults in CLIP's fo
 differ, the report says how: transposed, flipped, rounded to bfloat16, heads in another order.
 `--plot` plots the differences against depth. A fork with the right outputs may still have wrong
 gradients. `--grad` also compares the gradient of the contrastive loss for each parameter, in the
-order of the backward pass. In a fork's own tests:
+order of the backward pass. In the tests of a fork, write:
 
 ```python
 from miniclip.parity import assert_parity, transformers_twin
@@ -64,10 +64,10 @@ assert_parity(my_model, model)
 assert_parity(my_model, model, gradients=True)
 ```
 
-**Five kinds of forks** can be compared. A fork is a checkpoint's folder or a Python file. After the
-file, name a model in it, or a function that returns a model: `my_fork.py:build`. The default is
-`model`. The command calls `model(pixels, ids)`. The output must have the form of miniclip's,
-transformers', OpenAI's or open_clip's output. `--grad` works for each kind.
+**Five kinds of forks** can be compared. Give the path of a checkpoint's folder or of a Python file.
+After the file's path, name a model in the file, or a function that returns one: `my_fork.py:build`.
+The default is `model`. The command calls `model(pixels, ids)`. The output must be like the output
+of miniclip, transformers, OpenAI or open_clip. `--grad` works for each kind.
 
 1. A subclass of miniclip's `CLIP`, or a changed copy of our code. See `miniclip/follow.py`.
 2. transformers' class, changed in place, such as `transformers_twin(model)` with a new layer.
@@ -75,7 +75,7 @@ transformers', OpenAI's or open_clip's output. `--grad` works for each kind.
 4. A model with open_clip's module names, such as a changed `CLIP` or `CustomTextCLIP`.
 5. A model with other module names, and a table from our names to the model's names.
 
-`tests/forks/openai_names.py` has examples of 3 and 4, `tests/forks/own_names.py` of 5. Commands:
+Examples: `tests/forks/openai_names.py` for 3 and 4, `tests/forks/own_names.py` for 5. Commands:
 
     miniclip parity my_transformers.py --against everyday --grad
     miniclip parity my_openai.py --against everyday --grad

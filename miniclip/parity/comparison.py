@@ -39,18 +39,18 @@ from miniclip.parity.traces import Setting, Trace, tensors_of, trace
 from miniclip.terminal import progress
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
-"""The largest difference that counts as a rounding error on a CPU. For logits it is absolute. For
-another tensor it is multiplied by the tensor's largest number, if that number is above 1."""
-ON_DEVICES = 1e-4  # the tolerance for float32 on GPUs, which add in another order than CPUs
-IN_PATTERN = 1e-6  # for float64 patterns, because transformers computes the softmax in float32
-ROUNDED = 1e-6  # the tolerance in float64, if one model's weights were rounded once more
+"""The largest absolute difference that counts as a rounding error on a CPU. Except for logits, this
+limit is multiplied by the tensor's largest number, if that number is above 1."""
+ON_DEVICES = 1e-4  # tolerance for float32 on GPUs, which add numbers in another order than CPUs
+IN_PATTERN = 1e-6  # tolerance for float64 patterns, because transformers has a float32 softmax
+ROUNDED = 1e-6  # float64 tolerance, if one model's weights have one more rounding than the other's
 HALF = 2.0
 """In half precision, the model's error at a site may be this many times the other model's error.
 
-miniclip's error equals transformers' error at every site. For a fork that adds in another order,
-the median ratio of errors is 1.0. The ratio is above 1.1 at 29 % of sites, and above 2 at 2 of
-2,244 sites, because a site's largest error depends on few numbers. This was measured in float16 and
-bfloat16 with 2 shapes and 6 seeds, for eager attention and an MLP that adds in reverse order."""
+miniclip's error equals transformers' error at every site. For a fork that adds numbers in another
+order, the median ratio of the two errors is 1.0. The ratio is above 1.1 at 29 % of sites, and above
+2 at 2 of 2,244 sites, because a site's largest error depends on few numbers. Measured in float16
+and bfloat16, 2 shapes and 6 seeds, for eager attention and an MLP that adds in reverse order."""
 
 
 def compare(
@@ -73,7 +73,7 @@ def compare(
     Args:
         model: a model, or a triple from `miniclip.load`. The modules have the names of miniclip,
             transformers, OpenAI or open_clip, or the names in the attribute `tensor_names`.
-        other: the second model, or its triple. Triples also give the rows `tokens` and `pixels`.
+        other: the second model, or its triple. Two triples also give rows `tokens` and `pixels`.
         dtype: the precision of the comparison. Both models also run in float64.
         gradients: if all sites are within tolerance, also compare the contrastive loss's gradients
             in float64. Adds a row `gradient.NAME` for each parameter.
@@ -142,7 +142,7 @@ def compare_models(
     stored = (under_our_names(model, kind, state_of(model)) for model in models)
     weights = [{name: w.cpu().to(dtype) for name, w in found.items()} for found in stored]
     exact = TOLERANCE[torch.float64]
-    # A fork's own table may leave parameters out. That does not mean that they were merged.
+    # A parameter that a fork's own table leaves out was not merged into another parameter.
     is_complete = not any("tensor_names" in vars(model) for model in models)
     if _are_rounded_once_more(weights[0], weights[1], is_complete):
         exact = ROUNDED if dtype in TOLERANCE else torch.inf
@@ -214,8 +214,8 @@ def _compare_tables(
 def _are_rounded_once_more(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], is_complete: bool
 ) -> bool:
-    """Return whether one model's parameters were merged, or differ from the other's by at most one
-    rounding, as log(exp(x)) differs from x."""
+    """Return whether one model has merged parameters, or its parameters differ from the other's by
+    at most one rounding, as log(exp(x)) differs from x."""
     if is_complete and ours.keys() != theirs.keys():
         return True
     common = ours.keys() & theirs.keys()
@@ -257,7 +257,7 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
 def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:
     """Return two images, and eight texts with both models' end tokens at various positions.
 
-    A text has `shorter` fewer tokens than the context, to find models that count from the end.
+    A text has (context length - `shorter`) tokens, to find models that count from the end.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)

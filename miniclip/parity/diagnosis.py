@@ -107,7 +107,7 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield each possible change of `w` in words, and two tensors that are equal if it was made."""
+    """Yield each change of `w` in words, and two tensors that are equal if it gives `ours`."""
     for axis in range(w.ndim):
         yield f"flipped along axis {axis}", w.flip(axis), ours
         for shift in (1, -1):
@@ -223,7 +223,7 @@ def _ranges(numbers: list[int]) -> str:
     >>> _ranges([0, 1, 2, 5])
     '0 to 2 and 5'
     """
-    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # constant within a range
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # constant in a range
     ranges = [[number for _, number in run] for _, run in runs]
     words = [f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges]
     return " and ".join(words[:3] + ["others"] * (len(words) > 3))

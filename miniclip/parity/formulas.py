@@ -1,7 +1,7 @@
 """CLIP as formulas, to decide which of two models is right at a site.
 
 A formula computes the tensor at a site from the tensors at earlier sites, the weights and the
-config. It does not run the models' code. `faults.py` replaces the steps of a formula.
+config. It does not run the models' code. `faults.py` replaces steps of a formula by faulty steps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ Steps = Mapping[str, Any]
 class Side(NamedTuple):
     """The tensors of one model in float64, its weights under our names, and its config."""
 
-    tensors: Named  # by site; the inputs are `pixels` and `ids`
+    tensors: Named  # by site; the inputs have the names `pixels` and `ids`
     weights: Named
     config: CLIPConfig
 
@@ -206,7 +206,7 @@ def formula_of(site: str, side: Side) -> Formula:
         if (after := f"{tower}.blocks.{i}.resid_post") in side.tensors:
             x[f"after {i}"] = side.tensors[after]
     layer = int(block[1]) if block else config.layers
-    # The first residual stream is computed from the tower's own parameters, not from a block's.
+    # The first residual stream is computed from parameters of the tower, not of a block.
     own = not block or site.endswith("blocks.0.resid_pre")
     w = under(f"{tower}." if own else f"{tower}.blocks.{layer}.", side.weights)
     is_text = tower == "text"

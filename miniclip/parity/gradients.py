@@ -19,14 +19,14 @@ from miniclip.parity.traces import Setting, running
 from miniclip.terminal import progress
 
 RELATIVE = 1e-8  # the tolerance relative to the largest number of the parameter's gradient
-NOISE = 1e-12  # relative to the largest gradient: a key bias's gradient is only rounding error
+NOISE = 1e-12  # relative to the largest gradient, because a key bias's gradient is rounding error
 
 
 def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 0) -> Stage:
-    """Return a row `gradient.NAME` for each parameter of both models, and the cause if one differs.
+    """Return a row `gradient.NAME` for each common parameter, and the cause if a gradient differs.
 
-    Rows are in the order of the backward pass, so the first difference is nearest to the fault. A
-    parameter that does not affect the loss has a gradient of 0. A frozen parameter has no row.
+    Rows are in the order of the backward pass, so the first difference is the nearest to the fault.
+    A parameter that does not affect the loss has a gradient of 0. A frozen parameter has no row.
     """
     kind = next((type(m) for m in (ours, theirs) if isinstance(m, CLIP)), CLIP)
     config = config_of(ours, kind)

@@ -43,9 +43,9 @@ def load_pair(
 
     Args:
         name: an embedded name, a directory, a hub id, or a fork's Python file. "fork.py" means
-            `model` in the file, "fork.py:build" means `build`. Either is a model, a triple like
-            `miniclip.load`'s, or a function without arguments that returns a model or a triple.
-        against: the second model, in the same form, or "transformers", which then loads `name`.
+            `model` in the file, "fork.py:build" means `build`: a model, a triple as from
+            `miniclip.load`, or a function without arguments that returns a model or a triple.
+        against: the second model, in the same form, or "transformers", to load `name` with it.
         names: a JSON file with `tensor_names`, the table from our names to the fork's names.
         options: where checkpoints come from, as in `miniclip.load`.
     Returns:
@@ -145,7 +145,7 @@ def _load_with_transformers(name: Name, ours: Loaded, options: dict[str, Any]) -
 
 
 def random_pair(shape: str) -> "tuple[CLIP, CLIPModel]":
-    """Make miniclip's and transformers' model with the same random weights, in a published shape.
+    """Make a miniclip and a transformers model with the same random weights, in a published shape.
 
     Needs no checkpoint. Raises ValueError if the shape is not a published one.
     """

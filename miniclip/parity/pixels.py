@@ -89,7 +89,7 @@ def crop_rounded_up(picture: Image.Image, size: int) -> Image.Image:
 
 
 def divide_by(divisor: float, picture: Image.Image, *mean_and_std: Sequence[float]) -> np.ndarray:
-    """Compute (byte / divisor - mean) / std. Rescales mean and std, and then divides by 255."""
+    """Compute (byte / divisor - mean) / std, by dividing by 255 and rescaling mean and std."""
     mean, std = ([number * divisor / 255 for number in numbers] for numbers in mean_and_std)
     return scale_and_normalize(picture, mean, std)
 

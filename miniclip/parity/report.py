@@ -32,7 +32,7 @@ within tolerance."""
 
 
 class Report(NamedTuple):
-    """All sites in the order in which data flows, the first site out of tolerance, its cause."""
+    """The rows of all sites in order, the first site out of tolerance, and the cause."""
 
     rows: list[Difference]
     first: str | None
@@ -87,7 +87,7 @@ def run_both(
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:
-    """Merge the rows of a site in all blocks of a tower. Each number is the largest of them."""
+    """Merge a site's rows of all blocks of a tower. Each number is the largest in these rows."""
     depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:

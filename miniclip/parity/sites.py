@@ -1,8 +1,8 @@
 """The sites at which two models are compared, and the module that gives the tensor at each site.
 
-A model may have our module names, transformers', OpenAI's or open_clip's. `files/names.py` has the
-tables of these names. A model with other names has a table of its own. A site is left out if one of
-the models has no module for it.
+A model may have the module names of miniclip, transformers, OpenAI or open_clip. `files/names.py`
+has the tables of these names. A model with other names has a table of its own. A site is left out
+if one of the models has no module for it.
 """
 
 import re
@@ -38,11 +38,11 @@ OUTPUTS = {
     "image_embeds": "image_embeds",
     "text_embeds": "text_embeds",
 }
-"""Site -> its name in the model's output. A fork's other output `x` has the site `output_x`."""
+"""Site -> the tensor's name in the model's output. Any other output `x` has the site `output_x`."""
 
 
 def is_theirs(model: Any) -> bool:
-    """Return whether the model is transformers' class, which takes its inputs by keyword."""
+    """Return whether the model has transformers' class, which takes its inputs by keyword."""
     return hasattr(model, "vision_model")
 
 
@@ -73,7 +73,7 @@ NEEDED = ("vision.patch_embed.weight", "text.token_embed.weight") + tuple(
 
 
 def _checked(own: Layout, model: Any) -> Layout:
-    """Return the table. Raises ValueError if a key is not our name, or the model lacks a tensor."""
+    """Return the table. Raises ValueError for a key that is not our name, or a missing tensor."""
     state = state_of(model)
     modules = {name.rpartition(".")[0] for name in state}
     for ours, theirs in own.items():
@@ -166,7 +166,7 @@ def _all_sites(model: Any, table: Layout) -> Iterator[tuple[str, Any, Read]]:
                 "expected the module names of miniclip, transformers, OpenAI or open_clip, or a "
                 "table of names (tensor_names in Python, --names on the command line)"
             )
-        # Both modules give this site. `trace` keeps the one that runs first: ln_pre, if it exists.
+        # Both modules give this site. `trace` uses the one that runs first: ln_pre, if it exists.
         yield f"{tower}.embeddings", at(f"{tower}.ln_pre"), argument
         yield f"{tower}.embeddings", blocks[0], argument
         for i, block in enumerate(blocks):

@@ -108,7 +108,7 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
 def _words(*tokenizers: Any) -> list[str]:
     """Return the vocabularies' words, and many characters: each alone and before "a" or "~".
 
-    Some tokens are only a part of a character. The added characters test them. transformers'
+    Some tokens are only a part of a character. The added characters test such tokens. transformers'
     tokenizer is not a Tokenizer, and has the same words as our tokenizer.
     """
     known = [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, Tokenizer)]

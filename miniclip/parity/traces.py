@@ -17,7 +17,7 @@ from miniclip.sites import uncompiled
 
 
 class Setting(NamedTuple):
-    """How a model runs. Weights and pixels are cast to `dtype`, and if `exact`, then to float64."""
+    """How a model runs. Weights and pixels are cast to `dtype`, then, if `exact`, to float64."""
 
     dtype: torch.dtype
     exact: bool
@@ -35,7 +35,7 @@ class Trace(NamedTuple):
 
 @torch.no_grad()
 def trace(model: Any, setting: Setting) -> Trace:
-    """Run a model as `running` does, and keep the tensor at every site."""
+    """Run a model with `running`, and keep the tensor at every site."""
     calls: dict[str, list[Tensor]] = {}
     watched: dict[str, nn.Module] = {}
 
@@ -77,7 +77,7 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
     """Yield a function that runs the model once and returns its outputs by site.
 
     In the `with` block the model is uncompiled and in evaluation mode. Afterwards it is restored.
-    It is not copied, because a fork's functions may refer to the original's modules.
+    It is not copied: a fork's functions in a copy might still call the original's modules.
     """
     dtype, exact, device, pixels, ids = setting
     if exact and device.type == "mps":  # MPS has no float64
@@ -137,7 +137,7 @@ class Float64ForFloat32(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `function` with float64 instead of float32, except for a tensor edited in place."""
+        """Call `function` with float64 instead of float32, except for a tensor that it edits."""
         in_place = re.search(r"[^_]_$|^__(set|setitem)__$", getattr(function, "__name__", ""))
         values = [*args[:1], *map(_doubled, args[1:])] if in_place else map(_doubled, args)
         named = {n: v if n == "out" else _doubled(v) for n, v in (kwargs or {}).items()}
@@ -155,7 +155,7 @@ def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tens
     """Return one tensor for each site. If possible, it has the shape of the tensor in `peer`.
 
     A fork may compute a batch in pieces, or put the token axis before the batch axis. `batch` has
-    each tower's number of rows. If later calls are not joined, the last is at "{site} again".
+    each tower's number of rows. If the calls are not joined, the last tensor is at "{site} again".
     """
     tensors = {}
     for site, (first, *more) in run.calls.items():

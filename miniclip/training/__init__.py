@@ -24,7 +24,7 @@ The data is one of these:
 - a folder with one folder of images for each class
 - a folder of images with `metadata.jsonl`, `.csv` or `.tsv`, or the path of this file.
   `--image-column` and `--text-column` name its columns (default: `file_name` and `text`). An image
-  may have several captions, as a list or in several rows. Images may share one, such as "a dog"
+  may have several captions, as a list or in several rows. Images may share a caption ("a dog")
 - a folder of images with a `.txt` beside each image, as img2dataset writes them
 - WebDataset shards (`train` extra): files, the output of a command (`'pipe:curl -s
   https://host/{000..099}.tar'`), or an address that fsspec opens

@@ -65,7 +65,7 @@ class Pictures:
         return shuffled(len(self), seed)
 
     def captions(self) -> Iterator[str]:
-        """Return all captions. Captions in a list that several images share are returned once."""
+        """Return all captions. If several images share a list of captions, return the list once."""
         return chain(*{id(captions): captions for _, captions, _ in self.entries}.values())
 
     def __getitem__(self, item_and_draw: tuple[int, int]) -> Pair | None:
@@ -223,7 +223,7 @@ def _items_and_draws(
     while True:
         epoch, skip = divmod(step, steps)
         found = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
-        items = chain(found, repeat(None))  # None if shards have lost samples since the count
+        items = chain(found, repeat(None))  # None if shards now have fewer samples than counted
         for step in range(step, step + steps - skip):
             for i, item in enumerate(islice(items, batch)):
                 if i % world_size == rank:

@@ -54,10 +54,10 @@ def train(
         data: the pairs; see `open_data`.
         recipe: the settings of the run.
         out: the folder of the checkpoint.
-        loss: a loss to use instead of the recipe's. The logit scale is then not clamped. If it is
-            an nn.Module, its parameters are trained and saved too.
+        loss: a loss in place of the recipe's loss. The logit scale is then not clamped. If the
+            loss is an nn.Module, its parameters are trained and saved too.
         validate: a function from a checkpoint to a dict of scores on held-out data; see
-            `evaluation.scorer`. `out`/best is the checkpoint with the highest first entry.
+            `evaluation.scorer`. `out`/best is the checkpoint with the highest first score.
         log: "tensorboard" also writes the metrics for TensorBoard.
 
     Returns:
@@ -125,7 +125,7 @@ def train(
                 ),
                 recipe.chunk,
             )
-            reshard(model)  # a frozen tower has no backward pass, in which FSDP would reshard it
+            reshard(model)  # a frozen tower has no backward pass, so FSDP does not reshard it
             run.note_loss(value)
             nn.utils.clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
@@ -212,7 +212,7 @@ def recompute_blocks(model: CLIP) -> Iterator[None]:
 
 @contextmanager
 def attention_written_out(model: CLIP) -> Iterator[None]:
-    """Use eager attention: on a CPU, fused attention's bfloat16 backward pass is 4 times slower."""
+    """Use eager, not fused attention: its bfloat16 backward pass on a CPU is 4 times as fast."""
     before = [attn.eager for attn in attentions(model)]
     model.set_attention("eager")
     try:

@@ -110,11 +110,11 @@ def batch_loss(
 
     A false caption may be the true caption with two words swapped (NegCLIP, Yuksekgonul et al.
     2022, arXiv 2210.01936). NegCLIP compares every image with every false caption. Here a logistic
-    loss compares each image with its own true and false caption only.
+    loss compares each image only with its own true caption and its own false caption.
 
     Args:
         logit_scale: the model's logit scale, a logarithm.
-        labels: (B,). If two pairs have the same label, the caption of each is true of both images.
+        labels: (B,). If two pairs have the same label, each caption is true of both images.
         also: (B, K), the labels of all captions of each image. So "a dog" can be true of a
             Chihuahua while "a Chihuahua" is false of another dog.
         image_embeds: unit vectors (B, E).

@@ -18,7 +18,7 @@ class Pair(NamedTuple):
     caption: str
     label: int  # if two pairs have the same label, each caption is true of both images
     negative: str = ""  # a caption that is false of the image, if the data has false captions
-    also: Sequence[int] = ()  # labels of all captions of the image; the same number in each pair
+    also: Sequence[int] = ()  # labels of all captions of the image; equally many in each pair
 
 
 class Batch(NamedTuple):
@@ -53,7 +53,7 @@ class TrainingData(Protocol):
 
 
 def caption_label(caption: str) -> int:
-    """Return a number for a caption, which is the same in all processes and runs."""
+    """Turn a caption into a number that is the same in all processes and runs."""
     return crc32(caption.encode())
 
 

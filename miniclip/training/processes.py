@@ -56,7 +56,7 @@ def rank_and_world_size() -> tuple[int, int]:
 def parallel(objective: nn.Module, skips: bool) -> nn.Module:
     """Wrap a module to average its gradients over all processes. One process needs no wrapper.
 
-    If `skips`, some parameters may get no gradient in a step, and PyTorch searches for them.
+    If `skips`, PyTorch searches in each step for the parameters that get no gradient.
     """
     if rank_and_world_size()[1] == 1:
         return objective
@@ -85,7 +85,7 @@ def shard(model: CLIP) -> CLIP:
 
 
 def reshard(model: CLIP) -> None:
-    """Shard a model again, because a pass without gradients leaves its towers unsharded."""
+    """Shard a model again, after a pass without gradients, which leaves its towers unsharded."""
     for tower in (model.vision, model.text):
         if isinstance(tower, FSDPModule):
             tower.reshard()

@@ -35,7 +35,7 @@ STATE = "training.pt"
 class Run:
     """A run: the trained model, the optimizers, the step, the scores and the metrics.
 
-    A `loss` with parameters is trained and saved too. Only the process with `writes` writes files.
+    A `loss` with parameters is trained and saved too. Files are written only if `writes` is True.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Run:
         config = model.config.to_dict() | {"class": type(model).__name__}
         self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
-        self.losses: list[Any] = []  # since the last row; `read_losses` turns tensors into floats
+        self.losses: list[Any] = []  # since the last row of metrics; tensors until `read_losses`
         self.loss = math.nan  # the last loss that was read
         self.rows: list[dict[str, float]] = []
-        self.best = -math.inf  # the highest value yet of the first entry in the scores
+        self.best = -math.inf  # the highest value of the first score so far
         self.seconds = 0.0  # the training time before this process started
         self.reported: set[str] = set()
         if (out / STATE).is_file():
@@ -115,7 +115,7 @@ class Run:
                 if type(self.step) is not int or self.step < 0:
                     raise ValueError(f"step is {self.step!r}; expected a number of steps")
                 sum(self.losses) + self.seconds + sum(row.get("loss", 0) for row in self.rows)
-                json.dumps(self.rows)  # this line and the last one raise errors for damaged rows
+                json.dumps(self.rows)  # this line and the line above raise errors for damaged rows
         except Exception as error:  # a damaged file can raise any error
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path}: cannot be continued: {reason}") from error
@@ -142,7 +142,7 @@ class Run:
         tokenizer: Tokenizer,
         transform: ImageTransform,
     ) -> dict[str, float]:
-        """Score the model on held-out data. Write `out`/best if the first entry is the highest."""
+        """Score the model on held-out data. If the first score is a record, write `out`/best."""
         self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))
@@ -197,7 +197,7 @@ class Run:
                 self.writer.add_scalar(name, value, self.step)
 
     def report(self, note: str, about: str = "") -> None:
-        """Print a note above the progress bar, once. Print only the first note for each `about`."""
+        """Print a note once, above the progress bar. Print only the first note for each `about`."""
         if (about or note) not in self.reported:
             self.reported.add(about or note)
             tqdm.write(note, file=sys.stderr)

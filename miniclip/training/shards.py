@@ -22,7 +22,7 @@ from miniclip.transform import ImageTransform
 
 
 class Shards:
-    """WebDataset tar shards. A sample is an image and a .txt with the same stem.
+    """WebDataset tar shards. A sample is an image and a .txt with the same name.
 
     A shard is a file, the output of a command ("pipe:curl -s URL/{000..099}.tar" gives a hundred
     shards), or an address that fsspec opens ("hf://datasets/OWNER/NAME/0.tar").
