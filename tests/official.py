@@ -44,7 +44,7 @@ SHA256 = {
 as other projects state them. Only L/14 has safetensors."""
 
 # ------------------------------------------------------------------------------------------------
-# Small files. B/32's are equal, byte for byte, to the files at commit 3d74acf.
+# Small files. For B/32 they are equal, byte for byte, to the files at commit 3d74acf.
 
 START, END = (
     {"content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}

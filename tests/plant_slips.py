@@ -129,7 +129,7 @@ def run_planted(copies: "SimpleQueue[Path]", tests: str, slip: Slip | None) -> s
 
 
 def write(file: Path, source: bytes) -> None:
-    """Write a file. Its time depends on its text, or Python might reuse old compiled code."""
+    """Write a file. The text sets the file's time, or Python might reuse old compiled code."""
     file.write_bytes(source)
     os.utime(file, 2 * (zlib.crc32(source),))
 

@@ -246,7 +246,7 @@ NO_NUMBERS = "ignore:.*read as OpenAI's"
 @pytest.mark.parametrize("name", ["model.safetensors", "ViT-B-32.pt", "epoch_1.pt"])
 def test_openai_state_dict_alone_is_a_whole_model(tmp_path, inputs, name):
     peer = original(OPENAI)
-    if name == "epoch_1.pt":  # from a training by open_clip on several GPUs
+    if name == "epoch_1.pt":  # saved by open_clip in a training on several GPUs
         tensors = {f"module.{key}": tensor for key, tensor in peer.state_dict().items()}
         torch.save({"epoch": 1, "state_dict": tensors}, tmp_path / name)
     else:
@@ -680,7 +680,7 @@ def test_features_of_open_clip_that_clip_lacks_are_an_error(tmp_path, section, c
 
 
 def test_all_fields_that_open_clip_writes_are_accepted():
-    """Each field of its two dataclasses has its default, or a value that only training uses."""
+    """Each field of its two dataclasses has the default, or a value that only training uses."""
     settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP}))
     plain = CLIPConfig.from_fields(from_open_clip(settings))
     settings["model_cfg"]["vision_cfg"] |= {
@@ -788,7 +788,7 @@ def test_each_setting_of_a_transform_has_its_place_in_open_clips_config():
 
 
 def test_a_transform_is_saved_into_each_file_that_has_one(tmp_path):
-    """Other programs read the first of these files that they know."""
+    """Other programs read the first file that they know."""
     earlier, later = ImageTransform(40), ImageTransform(32, image_mean=(0.1, 0.2, 0.3))
     files = {
         "open_clip_config.json": {"model_cfg": OPEN_CLIP, "preprocess_cfg": {"size": 40}},

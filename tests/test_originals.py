@@ -141,7 +141,7 @@ AUTHORS = {
 @pytest.mark.parametrize("preset", AUTHORS)
 def test_each_preset_equals_its_authors_code(model, preset):
     repository, resize = AUTHORS[preset]
-    tolerance = 1e-6 if preset == "naclip" else 1e-12  # its window is float32
+    tolerance = 1e-6 if preset == "naclip" else 1e-12  # NACLIP's window is float32
     expected = values(repository, "patches")
     assert_equal(dense_features(model, common.pixels(), preset), expected, tolerance)
     larger = values(repository, "larger")
@@ -226,7 +226,7 @@ def test_relevance_equals_chefers_notebook(model):
 
 
 def merged_tokens(x, sizes, keys, count):
-    """Average the `count` tokens at even places that are most like one at an odd place with it."""
+    """Pair each even token with the most similar odd token. Average the `count` closest pairs."""
     near = F.normalize(keys, dim=-1)[::2] @ F.normalize(keys, dim=-1)[1::2].T
     near[0] = -torch.inf  # the class token stays
     like, to = near.max(1)

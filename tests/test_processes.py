@@ -1,4 +1,4 @@
-"""Compare two processes that train together under torchrun with a single process."""
+"""Train in two processes under torchrun, and compare the results with a single process."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert re.search("two: continued at step [23]", done.stderr)  # 3 if the other process saved it
+    assert re.search("two: continued at step [23]", done.stderr)  # 3 if step 3 was saved
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Pixels equal transformers' PIL back end and OpenAI's transform, bit for bit.
+"""Compare pixels with transformers' PIL back end and OpenAI's transform, bit for bit.
 
 torchvision is not a dependency. Its operations that openai/CLIP uses are written out below.
 """
@@ -834,7 +834,7 @@ def custom_processor():
 
 
 def save_clip_processor(directory):
-    """Write the file with image settings that CLIPProcessor.save_pretrained writes since 5.0."""
+    """Write the image settings as CLIPProcessor.save_pretrained does since transformers 5.0."""
     processor = CLIPProcessor.__new__(CLIPProcessor)
     processor.image_processor = custom_processor()
     settings = {"image_processor": processor.image_processor.to_dict()}
