@@ -2,7 +2,7 @@
 
 The protocol follows the requests of huggingface_hub 2.4 (hf_api.py, file_download.py). As on the
 real hub, a request for a large file (here: weights) is redirected to another path, which contains
-the file's sha256. A small file is sent at once, with git's hash of it as the ETag.
+the file's sha256. A small file is sent at once, with its git hash as the ETag.
 """
 
 import base64
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ---------------------------------------------------------------------------------- downloads
 
     def files(self, repository: str, revision: str) -> dict[str, bytes] | None:
-        """The files of a revision. If there are none, send what is missing, and return None."""
+        """The files of a revision. If there are none, answer with the reason, and return None."""
         if repository not in self.hub.repositories:
             self.answer(404, {"X-Error-Code": "RepoNotFound"})
         elif (files := self.hub.files(repository, revision)) is not None:

@@ -116,7 +116,7 @@ def _indented(settings: dict[str, Any], **options: Any) -> str:
 
 
 def vocabulary(name: str) -> dict[str, bytes]:
-    """OpenAI's vocabulary, or one that is trained here if the test data has none."""
+    """OpenAI's vocabulary from the test data, or else a vocabulary that is trained here."""
     if (DATA / "vocab").is_dir():
         files = {path.name: path.read_bytes() for path in (DATA / "vocab").iterdir()}
     else:

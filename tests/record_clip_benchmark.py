@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 PATH = Path(__file__).parent / "data" / "clip_benchmark.json"
-SIZES = [(7, 1), (40, 5), (60, 3)]  # images, captions of each; one more caption of the last
+SIZES = [(7, 1), (40, 5), (60, 3)]  # images, captions of each image; the last image has one more
 LEVELS = [1, 5, 10]
 
 

@@ -352,7 +352,7 @@ def test_multiply_adds_of_a_text_grow_with_its_tokens():
     short, long = (tower_multiply_adds(replace(SHAPE, text=text), "text") for text in texts)
     assert 2 * short < long < 2.5 * short  # attention grows with the square of the length
     assert long == 10 * 64 * (4 * 64 + 2 * 96) * 2 + 2 * (2 * 10 * 10 * 64) + 64 * 36
-    # Others count 4.4 billion multiply-adds for an image in ViT-B/32.
+    # Other projects count 4.4 billion multiply-adds for an image in ViT-B/32.
     assert tower_multiply_adds(CLIPConfig(), "vision") == pytest.approx(4.41e9, rel=0.01)
 
 

@@ -480,7 +480,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     def told(self, pixels, **options):
         red = pixels[:, 0].mean((1, 2)) * std + mean
         best = (red * 255 / 10).round().long().clamp(max=count - 1)
-        # the other labels have lower logits: the first label has the largest
+        # the other labels have lower logits, which fall from label to label
         return 10 * torch.nn.functional.one_hot(best, 64).float() - torch.arange(64)
 
     def axes(model, tokenizer, labels, templates):
@@ -717,7 +717,7 @@ def test_help_says_what_each_argument_is_and_its_default(name):
             assert "an embedded checkpoint (" + ", ".join(embedded_names()) in action.help
 
 
-# These run instead of the examples that take minutes.
+# These commands run instead of the examples that take minutes.
 SMALL_RUNS = """
 miniclip explain pictures/coffee.png "a cup of coffee" --all -o where.png --model everyday
 miniclip eval noise --model everyday --plot confusions.png
@@ -736,7 +736,7 @@ for line in sys.stdin:
 
 @pytest.mark.slow
 def test_the_examples_run_offline_and_unchanged_and_no_command_warns(tmp_path):
-    """They run in an empty folder, with `-W error`. Other tests run bench and serve."""
+    """The examples run in an empty folder, with `-W error`. Other tests run bench and serve."""
     (commands,) = (a for a in build_parser()._actions if getattr(a, "choices", None))
     lines = [
         line.strip()

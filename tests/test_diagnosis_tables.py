@@ -593,7 +593,7 @@ FAULTS_OF_PIXELS = {
     "a resize to a square": lambda p: taken(p, square=True),
     **{
         f"{name.lower()} resampling, not bicubic": resampled(name)
-        for name in sorted(Image.Resampling.__members__.keys() - {"BICUBIC"})  # Pillow 12 has seven
+        for name in sorted(Image.Resampling.__members__.keys() - {"BICUBIC"})  # seven in Pillow 13
     },
     "the colours in the order BGR":
         lambda p: scaled(RIGHT.image_mean, RIGHT.image_std, order=(2, 1, 0))(taken(p)),

@@ -255,7 +255,7 @@ def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
 
 
 def test_a_dataset_with_traps_is_counted_correctly(loaded, pictures, tmp_path, capsys):
-    """It has several captions for an image, an image twice, and a class without readable images."""
+    """An image has several captions, an image occurs twice, and a class has no readable image."""
     model, tokenizer, transform = loaded
     (tmp_path / "5.png").write_bytes(Path(pictures[0]).read_bytes())
     rows = {"3.png": "a ship", "0.png": "a cat\na dog", "5.png": "a dog\na ship", "2.png": "a cat"}

@@ -25,7 +25,7 @@ pytestmark = [
 
 LOGITS = 2e-5  # a graph may reorder operations, and the logit scale is 100
 
-# Compilers and exporters are slow, so the vision tower has one layer. The text tower needs two:
+# Compilers and exporters are slow, so the vision tower has one layer. The text tower has two:
 # with one layer, a mask does not change the last token. OpenAI's config files do not state the true
 # end token, so their texts end at the largest id.
 SHALLOW = replace(TINY, vision=replace(TINY.vision, layers=1))

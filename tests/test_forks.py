@@ -337,7 +337,7 @@ def test_a_model_that_has_no_sites_is_an_error(pair):
 
 
 def test_a_block_may_have_other_parts(pair):
-    """Sites of these parts are left out, but the residual stream after the block is compared."""
+    """Sites inside such parts are left out, but the residual stream after the block is compared."""
 
     class Plain(nn.Module):
         def __init__(self, block):

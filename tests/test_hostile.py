@@ -168,7 +168,7 @@ def referee(files, tmp_path):
 
 @pytest.fixture(scope="module")
 def their_names(files, tmp_path_factory):
-    """{our name: the file's name} of each tensor. The random values show the pairs."""
+    """{our name: the file's name} of each tensor. Tensors with equal values belong together."""
     directory = tmp_path_factory.mktemp("names")
     for name, data in files.items():
         (directory / name).write_bytes(data)
@@ -197,7 +197,7 @@ def join(header, body, length=None):
 
 
 def as_safetensors_says(model, data, their_names):
-    """Whether the weights equal the file's tensors, parsed here. A name's last entry counts."""
+    """Whether the weights equal the tensors in `data`. If a name repeats, its last entry counts."""
     header, body = split(data)
     for ours, tensor in model.state_dict().items():
         entry = header[their_names[ours]]
@@ -210,7 +210,7 @@ def as_safetensors_says(model, data, their_names):
 
 
 def truncated(data):
-    """Cut the file at the boundaries of tensors and of the header's tokens, and near them."""
+    """Cut the file at the ends of the header's JSON tokens, and at and near the ends of tensors."""
     header, body = split(data)
     start = len(data) - len(body)
     ends = {end for key, e in header.items() if key != "__metadata__" for end in e["data_offsets"]}

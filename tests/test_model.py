@@ -280,7 +280,7 @@ def test_parameter_counts_are_the_published_ones(name):
     assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
 
 
-TINYCLIP = {  # millions of parameters by the names: vision, text without the vocabulary
+TINYCLIP = {  # millions of parameters, from the names: vision, text without vocabulary
     "TinyCLIP-8M/16": (8, 3),
     "TinyCLIP-39M/16": (39, 19),
     "TinyCLIP-40M/32": (40, 19),
@@ -548,7 +548,7 @@ def test_models_of_unusual_shapes_equal_transformers(name, device):
 
 
 def test_custom_end_token_is_not_the_largest_id():
-    """Otherwise the test above could not distinguish the two rules of pooling."""
+    """If it were, the test above could not distinguish the two rules of pooling."""
     config = UNUSUAL["end token below added ones"]
     _, ids = random_inputs(config)
     model, _ = twins(config)

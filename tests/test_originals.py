@@ -1,4 +1,4 @@
-"""Compare miniclip with values of the authors' own code for the same weights (see originals/)."""
+"""Compare miniclip with values from the authors' own code for the same weights (see originals/)."""
 
 import json
 

@@ -127,7 +127,7 @@ print(operation - 1, *ends)
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new(tmp_path):
-    """It is killed at ten random moments, and then before each of its operations on files."""
+    """The process is killed at ten random moments, and then before each operation on files."""
     paths = [str(Path(miniclip.__file__).parent.parent), str(Path(__file__).parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), "10"]
@@ -450,7 +450,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
 
 
 def test_two_saves_at_the_same_time_leave_one_whole_save(tmp_path):
-    """Two threads save and one finishes. A save may get an OSError: the folder is not empty."""
+    """Two threads save, and a third finishes saves. A save may fail: the folder is not empty."""
     from concurrent.futures import ThreadPoolExecutor
 
     def save_often(text):

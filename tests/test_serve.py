@@ -248,7 +248,7 @@ def pixels_in(url):
 def assert_drawn(url, picture, heat):
     found, expected = pixels_in(url), drawn(picture, heat)
     assert found.shape == (448, 448, 3)
-    # Colours are rounded. If the last bit of a patch's heat differs, its level may differ too.
+    # Colours are rounded: if the last bit of a patch's heat differs, the level may differ too.
     assert np.abs(found - expected).max() <= 4 and np.abs(found - expected).mean() < 1
 
 
@@ -593,7 +593,7 @@ def test_heat_is_of_the_first_sentence_and_by_the_given_method(server, theirs, a
 
 
 def ask(app, path, *questions, then=(), **headers):
-    """Ask an app without a server. Returns (status, answer), or a list of one for each question."""
+    """Ask an app without a server. Returns (status, answer), or a list for several questions."""
 
     async def answer(question):
         messages = [{"type": "http.request", "body": json.dumps(question).encode()}, *then]

@@ -251,7 +251,7 @@ def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
 
 
 def test_no_relation_is_more_frequent_than_another():
-    """So the image alone does not show which object the caption names first."""
+    """The image alone does not show which object the caption names first."""
     said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
     assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)
 
@@ -356,7 +356,7 @@ def test_each_score_measures_one_kind_of_knowledge():
 
 
 def scores_by_chance(scenes):
-    """In a tie, the first of the 64 pairs wins. It is right for this share of the scenes."""
+    """In a tie, the first of the 64 pairs wins. Return the share of scenes where it is right."""
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 

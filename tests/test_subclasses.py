@@ -95,7 +95,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def assert_near(ours, theirs, float32=0.0):
-    """Assert equality within a share of the largest number: 1e-10 in float64, or `float32`."""
+    """Assert equality up to a share of the largest number: 1e-10 or, in float32, `float32`."""
     assert ours.shape == theirs.shape
     limit = 1e-10 if ours.dtype == torch.float64 else float32
     assert (ours - theirs).abs().max() <= limit * max(1, theirs.abs().max())
@@ -150,7 +150,7 @@ def test_owlvit_equals_transformers(dtype, tmp_path):
     ours = OwlViT.from_pretrained(tmp_path, dtype=dtype)
     pixels, ids = inputs(dtype, texts=6)
     found, expected = ours.detect(pixels, ids), theirs(pixel_values=pixels, input_ids=ids)
-    # Their `forward` casts logits to float32, so the head is called by itself.
+    # transformers' `forward` casts logits to float32, so the head is called by itself.
     texts, patches, _ = theirs.image_text_embedder(ids, pixels, None)
     logits, _ = theirs.class_predictor(patches.flatten(1, 2), texts.unflatten(0, (2, 3)))
     assert_near(found.logits, logits)

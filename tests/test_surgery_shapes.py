@@ -179,7 +179,7 @@ def test_empty_surgery_changes_nothing(model, tower):
 
 
 def test_a_resized_model_shares_what_does_not_change(model):
-    """A copy of B/16's other tensors would take 582 MB."""
+    """A copy of B/16's unchanged tensors would take 582 MB."""
     new = resize_image(model, 64)
     theirs = {p.data_ptr() for p in model.parameters()}
     own = [n for n, p in new.named_parameters() if p.data_ptr() not in theirs]

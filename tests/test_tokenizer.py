@@ -1,6 +1,6 @@
 """Compare the tokenizer with its two references, transformers and OpenAI, id for id.
 
-Most tests use a small vocabulary that is trained here. Some also need CLIP's, from the test data.
+Most tests train a small vocabulary. Some also need CLIP's vocabulary, from the test data.
 """
 
 import gzip

@@ -1,6 +1,6 @@
 """Compare pixels with transformers' PIL back end and OpenAI's transform, bit for bit.
 
-torchvision is not a dependency. Its operations that openai/CLIP uses are written out below.
+torchvision is not a dependency. The operations that openai/CLIP uses are written out below.
 """
 
 import io
@@ -59,7 +59,7 @@ def openai_pixels(image, size=224, crop_size=None):
     new_size = (new_short, new_long) if width <= height else (new_long, new_short)
     if new_size != (width, height):
         image = image.resize(new_size, Image.Resampling.BICUBIC)
-    # center_crop: pad with 0 if it is too small, then cut at round((size - crop) / 2)
+    # center_crop: pad with 0 if the image is too small, then cut at round((size - crop) / 2)
     lack_x, lack_y = (max(0, crop_size - length) for length in image.size)
     if lack_x or lack_y:
         border = (lack_x // 2, lack_y // 2, (lack_x + 1) // 2, (lack_y + 1) // 2)
@@ -545,7 +545,7 @@ def test_damage_that_pillow_notices_only_when_it_reads_is_an_image_error(tmp_pat
 def test_a_size_that_changes_when_pillow_reads_is_used(tmp_path):
     noise("RGB", 97, 50).save(tmp_path / "image.jp2")
     with Image.open(tmp_path / "image.jp2") as image, Image.open(tmp_path / "image.jp2") as same:
-        # Pillow will read it at half the size; until then `size` has the full size.
+        # Pillow will read the image at half the size; until then `size` has the full size.
         image.reduce = same.reduce = 1
         expected = transformers_pixels(same, 32)
         assert same.size == (49, 25)
@@ -977,7 +977,7 @@ def test_saving_where_nothing_can_be_saved_is_a_checkpoint_error(tmp_path):
 # Formats that need another package
 
 
-HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes of a file
 BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
 
 

@@ -503,7 +503,7 @@ def test_reading_ahead_keeps_the_order_and_its_limit():
         started.append(i)
         if i == 5:
             sixth.set()
-            assert goes_on.wait(60)  # ends the test if the code is wrong
+            assert goes_on.wait(60)  # fails after a minute if the code is wrong
         if i == 6:
             seventh.set()
         if i == 1:  # item 2 finishes before item 1
