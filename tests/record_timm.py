@@ -53,7 +53,7 @@ def small_tower() -> VisionTower:
 
 
 def timm_tower(tower: VisionTower):
-    """Load the same weights into timm's ViT, which reads OpenAI's names."""
+    """Load the tower's weights into timm's ViT, which reads OpenAI's names."""
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 

@@ -357,7 +357,7 @@ def test_the_search_for_a_strength_is_right_to_an_eighth_of_a_decade(peak):
     best, found = linear.sweep(accuracy)
     assert best == pytest.approx(10 ** (peak / 8)) and [*found] == sorted(set(tried))
     assert tried[:7] == pytest.approx([10.0**e for e in range(-6, 7, 2)]) and len(tried) <= 15
-    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # if all scores are equal, the largest
+    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # with equal scores, the largest strength
 
 
 def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blobs):

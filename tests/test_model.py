@@ -256,7 +256,7 @@ def test_init_follows_openai():
 
 
 # openai/CLIP's notebooks print 151,277,313. B/16 is from keras-cv's presets. The others are from
-# keras-hub's presets (clip_published.py @71453d08), minus the position ids (counted there).
+# keras-hub's presets (clip_published.py @71453d08); position ids are subtracted.
 PARAMETERS = {
     "B/32": 151277313,
     "B/16": 149620737,

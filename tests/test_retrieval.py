@@ -844,7 +844,7 @@ def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch,
 def test_parts_of_another_build_are_made_again(
     build, interrupt, photographs, tmp_path, monkeypatch, changed
 ):
-    """Parts of the other build never become parts of this build, and need not be deleted."""
+    """Parts of the other build never become parts of this build. They need not be deleted."""
     monkeypatch.chdir(tmp_path)
     interrupt(parts=3)
     options = {}

@@ -263,7 +263,7 @@ def test_a_save_over_another_checkpoint_replaces_it_or_is_an_error(tmp_path, ear
         assert loaded.tokenizer.vocab == tokenizer.vocab and loaded.transform == transform
     else:  # the transform is still there
         assert ImageTransform.from_pretrained(tmp_path).image_mean == (0.5,) * 3
-        if later == "open_clip":  # open_clip reads it from its own file
+        if later == "open_clip":  # open_clip reads the transform from its own file
             settings = json.loads((tmp_path / "open_clip_config.json").read_text())
             assert settings["preprocess_cfg"]["mean"] == [0.5] * 3
 

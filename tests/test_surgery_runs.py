@@ -245,7 +245,7 @@ def test_patch_dropout_keeps_some_patches_in_their_order(model):
     whole = encode(model, "vision", x)
     embedded = model.vision.embed_tokens(x)
     with patch_dropout(model, 0.6):
-        assert torch.equal(encode(model, "vision", x), whole)  # none is dropped in evaluation mode
+        assert torch.equal(encode(model, "vision", x), whole)  # no patch is dropped in eval mode
         model.train()
         with cache(model, "vision.ln_pre", "vision.blocks.2") as acts:
             found = model.encode_image(x)

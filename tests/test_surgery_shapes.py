@@ -56,7 +56,7 @@ def inputs_of(model, **counts):
 
 @torch.no_grad()
 def run(model, tower, **counts):
-    """The tower's embeddings of its random inputs."""
+    """The tower's embeddings of random inputs."""
     pixels, ids = inputs_of(model, **counts)
     return model.encode_image(pixels) if tower == "vision" else model.encode_text(ids)
 

@@ -201,7 +201,7 @@ def test_patch_dropout_keeps_the_class_token_and_some_patches_in_order():
     pixels, _ = random_inputs(TINY)
     whole = model.vision.embed_tokens(pixels)
     dropout = PatchDropout(model.vision, 0.6)
-    assert torch.equal(model.vision.embed_tokens(pixels), whole)  # in eval mode, none is dropped
+    assert torch.equal(model.vision.embed_tokens(pixels), whole)  # no patch is dropped in eval mode
     part = model.train().vision.embed_tokens(pixels)
     assert part.shape[1] == 1 + round(0.4 * TINY.vision.patches)
     for kept, full in zip(part, whole, strict=True):

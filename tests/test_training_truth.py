@@ -90,7 +90,7 @@ def test_a_caption_is_true_of_every_image_that_lists_it(captioned, step):
     found = batch_loss(scale, batch.labels, batch.also, image, text)
     expected = slow_loss(image, text, scale, batch.captions, kinds)
     assert found.item() == pytest.approx(expected, abs=1e-12)
-    # The loss differs from one in which only equal captions count as true.
+    # The loss differs from a loss in which only equal captions count as true.
     assert found != contrastive_loss(image, text, scale, batch.labels[:, None] == batch.labels)
 
 

@@ -38,7 +38,7 @@ LAYS_ON_WHITE = Version(transformers.__version__) >= Version("5.21")
 
 
 def transformers_pixels(image, size=224, crop_size=None):
-    """Return transformers' pixels (3, S, S), or raise its error."""
+    """Return transformers' pixels (3, S, S), or raise transformers' error."""
     if image.has_transparency_data and not LAYS_ON_WHITE:
         pytest.skip("transformers before 5.21, the newest for Python 3.10, drops transparency")
     crop_size = crop_size or size
@@ -50,7 +50,7 @@ def transformers_pixels(image, size=224, crop_size=None):
 
 def openai_pixels(image, size=224, crop_size=None):
     """Return the pixels (3, S, S) of openai/CLIP's `_transform`: Resize, CenterCrop, convert to
-    RGB, ToTensor and Normalize, as torchvision's functional.py and _functional_pil.py have them."""
+    RGB, ToTensor and Normalize, as in torchvision's functional.py and _functional_pil.py."""
     crop_size = crop_size or size
     # resize: the short edge becomes `size`, the long one is rounded down
     width, height = image.size
@@ -496,7 +496,7 @@ def test_a_damaged_file_gives_an_image_or_an_image_error(suffix, tmp_path, monke
 
 
 def test_a_large_image_opens_and_a_decompression_bomb_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow raises above twice this number
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's limit is twice this number
     for side in (10, 14, 15):
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
     assert open_image(tmp_path / "10.png").size == (10, 10)
