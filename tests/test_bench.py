@@ -693,7 +693,7 @@ def test_every_library_is_timed_on_a_gpu(monkeypatch):
 def test_the_script_for_a_gpu_also_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
     monkeypatch.setattr(suites, "measure", measure)
-    monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # starts processes
+    monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # needs new processes
     monkeypatch.setattr(torch, "compile", lambda encoder, mode: encoder)
     # Tiny shapes reach no target, so the exit status is 1.
     assert on_a_gpu.main(["--device", "cpu", "-o", str(tmp_path / "gpu.json")]) == 1
