@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 collect_ignore = ["plant_slips.py", "slips"]  # run by hand
 
 
-# Environment variables that change a command's output, the folder of downloads, or a training.
+# Environment variables that change a command's output, the download folder, or training.
 DROPPED_PREFIXES = ("hf_", "huggingface_", "transformers_", "tqdm_")
 DROPPED = {
     *("columns", "force_color", "python_colors", "pythonwarnings", "rank"),
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects tests by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the cases of a test with `sweep(n)` as slow, except for one case in n."""
+    """If a test is marked `sweep(n)`, mark its cases as slow, except for one case in n."""
     cases: Counter[str] = Counter()
     for item in items:
         sweep = item.get_closest_marker("sweep")
@@ -68,7 +68,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The folder of vocabularies, recorded values and difficult images. It is not in the repo."""
+    """The folder with vocabularies, recorded values and difficult images. It is not in the repo."""
     if not DATA.is_dir():
         pytest.skip(f"no test data at {DATA}; set MINICLIP_TEST_DATA to its folder")
     return DATA

@@ -278,7 +278,7 @@ def torchmultimodal_means(sides, entry, picture):
     means = {}
     for key, name in (("B/16", B16), ("B/32", B32), ("L/14", L14)):
         side = sides(name)
-        # The text has no end token. OpenAI's code reads it at the largest id.
+        # The text has no end token. OpenAI's code reads the text at its largest id.
         text = side.project(at_largest_id(side.text_states(ids), ids))
         means[key] = [unit_norm(x).mean() for x in (side.image(pixels), text)]
     return means
@@ -361,7 +361,7 @@ def measure(
     sides: Callable[[str], Side],
     picture: Callable[[str], Image.Image] = find_picture,
 ) -> Any:
-    """Run an entry's measure. The numbers have the form of its `expected`, as JSON stores them."""
+    """Run an entry's measure. Return numbers in the form of the entry's `expected`, as in JSON."""
     value = MEASURES[entry["id"]](sides, entry, picture)
     return json.loads(json.dumps(value, default=torch.Tensor.tolist))
 
@@ -378,7 +378,7 @@ def read_entries() -> list[dict[str, Any]]:
 
 
 def published(entry: dict[str, Any]) -> dict[str, Any]:
-    """Collect an entry's numbers under `expected`, also those in its file and under "extra".
+    """Collect all numbers of an entry under `expected`: also from its file and from "extra".
 
     Numbers whose file is missing are None.
     """

@@ -2,7 +2,7 @@
 
 The protocol follows the requests of huggingface_hub 2.4 (hf_api.py, file_download.py). As on the
 real hub, a request for a large file (here: weights) is redirected to another path, which contains
-the file's sha256. A small file is sent at once, with git's hash of it as the ETag.
+the file's sha256. A small file is sent at once, with its git hash as the ETag.
 """
 
 import base64
@@ -27,10 +27,10 @@ class Fault:
     where: str
     times: int = 1_000_000
     status: int = 0  # the status of an answer without a file
-    code: str = ""  # its X-Error-Code
+    code: str = ""  # the X-Error-Code of this answer
     keep: int | None = None  # the connection is cut after this many bytes of the body
     body: bytes | None = None  # sent instead of the file
-    stated: int | None = None  # the length of the file that the headers state
+    stated: int | None = None  # the file length that the headers state
 
 
 @dataclass
@@ -76,7 +76,7 @@ def git_hash(data: bytes) -> str:
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A hub that answers at `hub.url` until the block ends."""
+    """A hub that answers at `hub.url` until the `with` statement ends."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ---------------------------------------------------------------------------------- downloads
 
     def files(self, repository: str, revision: str) -> dict[str, bytes] | None:
-        """The files of a revision. If there are none, answer what is missing, and return None."""
+        """The files of a revision. If there are none, answer with the reason, and return None."""
         if repository not in self.hub.repositories:
             self.answer(404, {"X-Error-Code": "RepoNotFound"})
         elif (files := self.hub.files(repository, revision)) is not None:

@@ -44,7 +44,7 @@ SHA256 = {
 as other projects state them. Only L/14 has safetensors."""
 
 # ------------------------------------------------------------------------------------------------
-# Small files. B/32's are equal, byte for byte, to the files at commit 3d74acf.
+# Small files. For B/32 they are equal, byte for byte, to the files at commit 3d74acf.
 
 START, END = (
     {"content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
@@ -116,7 +116,7 @@ def _indented(settings: dict[str, Any], **options: Any) -> str:
 
 
 def vocabulary(name: str) -> dict[str, bytes]:
-    """OpenAI's vocabulary, or one that is trained here if the test data has none."""
+    """OpenAI's vocabulary from the test data, or else a vocabulary that is trained here."""
     if (DATA / "vocab").is_dir():
         files = {path.name: path.read_bytes() for path in (DATA / "vocab").iterdir()}
     else:

@@ -63,7 +63,7 @@ LARGE = "256 images, L/14, bfloat16"
 
 
 def large_product(device: str, size: int) -> Iterator[tuple[str, Any]]:
-    """A row for the multiply-adds of LARGE, at the speed of one large matrix product."""
+    """How long the multiply-adds of LARGE would take at the speed of one large matrix product."""
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     trial = timed(lambda: a @ b, device)
     scale = 256 * tower_multiply_adds(PUBLISHED["L/14"], "vision") / size**3

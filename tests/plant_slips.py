@@ -81,7 +81,7 @@ def slips_of(area: str) -> list[Slip]:
 
 
 def read_sources(folder: Path) -> dict[Path, str]:
-    """The text of each file of the package that may get a planted fault."""
+    """Read the files of the package that may get a planted fault: {file: text}."""
     kinds = {".py", ".html", ".txt", ".json"}
     files = [p for p in (folder / "miniclip").rglob("*") if p.suffix in kinds]
     return {file: file.read_text(encoding="utf-8") for file in files}
@@ -129,13 +129,13 @@ def run_planted(copies: "SimpleQueue[Path]", tests: str, slip: Slip | None) -> s
 
 
 def write(file: Path, source: bytes) -> None:
-    """Write a file. Its time depends on its text, or Python might reuse old compiled code."""
+    """Write a file with a time that depends on its text, so that Python compiles it again."""
     file.write_bytes(source)
     os.utime(file, 2 * (zlib.crc32(source),))
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """A table of 80 columns: the faults that were not noticed, then the share noticed by area."""
+    """A table of 80 columns: the faults not noticed, then the noticed share of each area."""
     lines = []
     for row in rows:
         if row["outcome"] != "noticed":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 PATH = Path(__file__).parent / "data" / "clip_benchmark.json"
-SIZES = [(7, 1), (40, 5), (60, 3)]  # images, captions of each; the last image has one more
+SIZES = [(7, 1), (40, 5), (60, 3)]  # images, captions of each image; the last image has one more
 LEVELS = [1, 5, 10]
 
 
@@ -30,7 +30,7 @@ def embeddings(images: int, captions: int) -> tuple[Tensor, Tensor, list[int]]:
 
 
 def waves(rows: int, pitch: float) -> Tensor:
-    """Deterministic numbers from -1 to 1, (rows, 8), in no order."""
+    """Deterministic numbers from -1 to 1, (rows, 8), not sorted."""
     return (torch.arange(rows * 8, dtype=torch.float64).pow(2) * pitch).sin().view(rows, 8).float()
 
 

@@ -49,7 +49,7 @@ def record() -> dict[str, object]:
         WIDTH, HEADS, qkv_fused=False, mlp_ratio=MLP_WIDTH / WIDTH, swiglu_mlp=True,
         scale_mlp=True, norm_layer=lambda *args, **options: LayerNorm(*args, eps=EPS, **options),
     ).double().eval()  # fmt: skip
-    ours = {}  # our name: timm's
+    ours = {}  # our name: timm's name
     for name in block.state_dict():
         module, _, kind = name.rpartition(".")
         ours[f"{NAMES[module]}.{kind}"] = name
@@ -59,7 +59,7 @@ def record() -> dict[str, object]:
 
     count = WIDTH // HEADS // 4
     bands = 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
-    assert torch.allclose(bands.float(), freq_bands(count, step=1))  # timm's are float32
+    assert torch.allclose(bands.float(), freq_bands(count, step=1))  # timm's bands are float32
     table = build_rotary_pos_embed(
         [*GRID], bands, in_pixels=False, ref_feat_shape=[16, 16], dtype=torch.float64
     )

@@ -17,7 +17,7 @@ from miniclip import VisionConfig, VisionTower
 
 PATH = Path(__file__).parent / "data" / "timm.json"
 
-# (rows, columns) of a grid, then of the resized one. No grid has one column: timm resamples with
+# (rows, columns) of a grid before and after the resize. No grid has one column: timm resamples with
 # antialiasing, and for a single column torch 2.13 does this wrong on a CPU.
 GRIDS = [((5, 5), (7, 7)), ((5, 5), (3, 3)), ((4, 4), (2, 8)), ((3, 4), (6, 2))]
 PATCHES = [(4, 7), (4, 3), (6, 8)]  # a patch's side in pixels, before and after the resize
@@ -53,7 +53,7 @@ def small_tower() -> VisionTower:
 
 
 def timm_tower(tower: VisionTower):
-    """Load the same weights into timm's ViT, which reads OpenAI's names."""
+    """Load the tower's weights into timm's ViT, which reads OpenAI's names."""
     import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 

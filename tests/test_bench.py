@@ -283,7 +283,7 @@ def test_a_library_with_a_changed_input_is_noticed(suite, field, change, setting
 
 @pytest.mark.slow
 def test_a_library_with_a_changed_gradient_is_noticed(setting, monkeypatch):
-    """The gradient has the right length, and the loss is the same."""
+    """The gradient has the wrong sign. Its length and the loss stay the same."""
     ours, theirs = setting.libraries[:2]
 
     def climb(pixels):
@@ -332,7 +332,7 @@ def test_words_are_invented_before_the_clock_starts(setting, monkeypatch):
 
 
 def test_matrix_products_alone_take_the_fastest_implementation(setting, monkeypatch):
-    """There are three implementations if PyTorch was built with oneDNN and MKL, or else one."""
+    """There are three implementations if PyTorch was built with oneDNN and MKL, otherwise one."""
     costs = []
 
     def timed(way, device):
@@ -352,7 +352,7 @@ def test_multiply_adds_of_a_text_grow_with_its_tokens():
     short, long = (tower_multiply_adds(replace(SHAPE, text=text), "text") for text in texts)
     assert 2 * short < long < 2.5 * short  # attention grows with the square of the length
     assert long == 10 * 64 * (4 * 64 + 2 * 96) * 2 + 2 * (2 * 10 * 10 * 64) + 64 * 36
-    # Others count 4.4 billion multiply-adds for an image in ViT-B/32.
+    # Other projects count 4.4 billion multiply-adds for an image in ViT-B/32.
     assert tower_multiply_adds(CLIPConfig(), "vision") == pytest.approx(4.41e9, rel=0.01)
 
 
@@ -365,7 +365,7 @@ def test_padding_is_not_compared(setting):
 
 
 def test_matrix_products_alone_are_all_products_with_a_weight(setting, monkeypatch):
-    """They are the tower's multiply-adds without the two products inside attention."""
+    """All products of the tower are counted, except for the two products inside attention."""
     counted = []
     monkeypatch.setattr(
         models, "ceiling", lambda setting, tower, x: counted.append((tower, x)) or {}
@@ -470,7 +470,7 @@ def test_the_libraries_compute_in_the_given_precision(setting):
 
 
 class Peer(nn.Module):
-    """A fake model in place of open_clip's or openai/CLIP's."""
+    """A fake model in place of the models of open_clip and openai/CLIP."""
 
     def __init__(self, *sizes, **config):
         super().__init__()
@@ -693,7 +693,7 @@ def test_every_library_is_timed_on_a_gpu(monkeypatch):
 def test_the_script_for_a_gpu_also_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
     monkeypatch.setattr(suites, "measure", measure)
-    monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # takes many processes
+    monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # needs new processes
     monkeypatch.setattr(torch, "compile", lambda encoder, mode: encoder)
     # Tiny shapes reach no target, so the exit status is 1.
     assert on_a_gpu.main(["--device", "cpu", "-o", str(tmp_path / "gpu.json")]) == 1
@@ -711,7 +711,7 @@ def test_the_large_product_stands_for_the_work_of_256_images(monkeypatch):
     monkeypatch.setattr(on_a_gpu, "timed", lambda run, device: lambda: (next(costs), run()))
     ((_, (row,)),) = on_a_gpu.large_product("cpu", 8)
     work = 256 * tower_multiply_adds(PUBLISHED["L/14"], "vision")
-    assert row.cost[1] == pytest.approx(work / 8**3 * 7.5)  # the median of 3 to 12
+    assert row.cost[1] == pytest.approx(work / 8**3 * 7.5)  # the median of the costs 3 to 12
     assert row.work in "vision: 256 images, L/14, bfloat16"
 
 
@@ -732,13 +732,13 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
     ]
     work = 256 * tower_multiply_adds(
         PUBLISHED["L/14"], "vision"
-    )  # in 2 s, on a chip of 1e12 a second
+    )  # in 2 s, on a chip with 1e12 multiply-adds a second
     found = [found for *_, found in on_a_gpu.targets(rows)][:3]
     assert found == [4.0, 1.5, pytest.approx(work / 2 / 1e12)]
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
-GROWN = {  # axis: (two sizes, the factor by which the work grows, or None: not an integer)
+GROWN = {  # axis: (two sizes, the growth of the work, or None if it is not an integer)
     "images in a batch": ((1, 4), 4),
     "pixels along a side": ((40, 80), None),
     "tokens of a text": ((77, 256), None),
@@ -767,7 +767,7 @@ def test_growth_measures_every_axis_at_two_sizes(grown):
 
 @pytest.mark.parametrize("tower, tokens", [("vision", 26), ("vision", 101), ("text", 256)])
 def test_the_theory_of_growth_counts_attention(grown, tower, tokens):
-    """Attention adds 2 T^2 W multiply-adds to each block, which grow faster than T."""
+    """Attention adds 2 T^2 W multiply-adds to each block. They grow faster than T."""
     axis = "pixels along a side" if tower == "vision" else "tokens of a text"
     config = getattr(SHAPE, tower)
     width, blocks = config.width, config.layers

@@ -60,7 +60,7 @@ def photograph():
 
 
 def test_squash_equals_transformers_resize_to_a_height_and_a_width(tmp_path, photograph):
-    """apple/DFN5B-CLIP-ViT-H-14-378's open_clip_config.json asks for this."""
+    """apple/DFN5B-CLIP-ViT-H-14-378's open_clip_config.json asks for this resize."""
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
     transform = ImageTransform.from_pretrained(tmp_path)
     assert transform == ImageTransform(40, squash=True)
@@ -134,7 +134,7 @@ def metaclip(tmp_path):
     return peer, tmp_path / "metaclip"
 
 
-LITERAL = torch.tensor([[0, 5, 599, 2, 1, 1], [0, 7, 2, 300, 2, 1]])  # the largest id is elsewhere
+LITERAL = torch.tensor([[0, 5, 599, 2, 1, 1], [0, 7, 2, 300, 2, 1]])  # 2 is not the largest id
 
 
 @torch.no_grad()
@@ -650,7 +650,7 @@ def test_openai_clip_284_a_lightning_module_with_a_head_is_read(tmp_path):
     said = r"ff_head.weight, ff_head.bias are left out: only clipmodel.\* belongs to the model"
     with pytest.warns(UserWarning, match=said):
         assert_same(CLIP.from_pretrained(tmp_path / "last.ckpt", config=OPENAI_LIKE), model)
-    saved["hyper_parameters"]["model"] = model  # as by save_hyperparameters()
+    saved["hyper_parameters"]["model"] = model  # as save_hyperparameters() does
     torch.save(saved, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match="'state_dict', 'hyper_parameters.model'. Read"):
         CLIP.from_pretrained(tmp_path / "last.ckpt")

@@ -97,7 +97,7 @@ def assert_same_logits(model, peer, pixels, ids):
 
 @pytest.fixture(scope="module")
 def official(data, tmp_path_factory):
-    """A file like openai/clip-vit-base-patch32's. Only the numbers in the tensors differ."""
+    """A copy of openai/clip-vit-base-patch32 with other numbers in the tensors."""
     header = json.loads(
         (data / "headers/openai_clip-vit-base-patch32.reconstructed_header.json").read_text()
     )
@@ -170,7 +170,7 @@ for case in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
-    """One tensor is a third of the file. Unless it is converted first, the peak is too high."""
+    """One tensor is a third of the file. If it is not converted first, the peak is too high."""
     vision = replace(TINY.vision, mlp_width=60_000)
     text = replace(TINY.text, mlp_width=60_000, vocab_size=400_000)
     with torch.device("meta"):
@@ -276,7 +276,7 @@ DTYPES = (
 
 @ZIPPED
 def test_pickled_tensors_are_what_torch_reads(tmp_path, zipped):
-    """Every dtype is tried, and views: transposed, cut out, and one tensor under two names."""
+    """The tensors have all dtypes. Some are views: transposed, cut out, or under a second name."""
     whole = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     tensors = {str(dtype): torch.tensor([[0, 1, 2], [3, 5, 117]]).to(dtype) for dtype in DTYPES}
     tensors |= {"t": whole.T, "part": whole[2:4, 3:7], "steps": whole[::2, ::3], "empty": whole[:0]}
@@ -838,7 +838,7 @@ def test_a_transform_of_another_size_than_the_model_is_an_error(
     assert main(["classify", "absent.jpg", "--labels", "a", "b", "--model", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if says in line] == lines and len(lines) == 1
-    CLIPModel.from_pretrained(tmp_path)  # transformers checks only in the forward pass
+    CLIPModel.from_pretrained(tmp_path)  # transformers checks sizes only in the forward pass
     assert CLIP.from_pretrained(tmp_path).config == TINY
     assert ImageTransform.from_pretrained(tmp_path) == wrong
 

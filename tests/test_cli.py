@@ -135,7 +135,7 @@ def test_demo_draws_an_image_and_prints_a_ranking(run, tmp_path, monkeypatch):
         assert title == row["image"] and len(lines) == 4
         for line, score in zip(lines, row["labels"]):
             assert line.startswith(f"  {score['label']}") and f"{score['probability']:.1%}" in line
-    # the true caption of the scene is the best, and the false ones are wrong in one word
+    # the true caption of the scene scores best, and each false caption has one wrong word
     true, *false = (row["label"].split() for row in found[-1]["labels"])
     changed = [[b for a, b in zip(true, one, strict=True) if a != b] for one in false]
     assert sorted(word in COLOURS for (word,) in changed) == [False, False, True, True]
@@ -191,7 +191,7 @@ def test_explain_writes_every_character_that_a_font_has_and_never_warns(
     assert (status, err) == (0, f"picture: {out}\n") and len(table.splitlines()) == 2
     for file in fonts_beside(text).values():
         assert font_manager.get_font(file).get_charmap().keys() & set(map(ord, text))
-    if "\U0001d49c" in text:  # another font of matplotlib has it
+    if "\U0001d49c" in text:  # another font of matplotlib has this character
         assert fonts_beside(text)
 
 
@@ -381,7 +381,7 @@ def test_without_a_network_the_embedded_checkpoints_are_named(run, command, monk
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Eight noisy images in seven class folders, one without images; and two text files."""
+    """Eight noisy images in six of seven class folders, and two text files."""
     rng = np.random.default_rng(0)
     root = tmp_path / "photographs"
     for i, name in enumerate(["cat", "dog", "fire_truck", "frog", "horse", "ship", "none"]):
@@ -480,7 +480,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     def told(self, pixels, **options):
         red = pixels[:, 0].mean((1, 2)) * std + mean
         best = (red * 255 / 10).round().long().clamp(max=count - 1)
-        # the other labels have lower logits, in their order
+        # the other labels have lower logits, which fall from label to label
         return 10 * torch.nn.functional.one_hot(best, 64).float() - torch.arange(64)
 
     def axes(model, tokenizer, labels, templates):
@@ -573,7 +573,7 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
 
 
 def test_folders_that_give_no_accuracy_are_an_error(run, picture, tmp_path):
-    """Such are a folder one level too high, a single class, and classes without images."""
+    """Examples: a folder one level too high, a single class, and classes without images."""
     for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
         (tmp_path / name).mkdir(parents=True)
         shutil.copy(picture, tmp_path / name)
@@ -717,7 +717,7 @@ def test_help_says_what_each_argument_is_and_its_default(name):
             assert "an embedded checkpoint (" + ", ".join(embedded_names()) in action.help
 
 
-# These run instead of the examples that take minutes.
+# These commands run instead of the examples that take minutes.
 SMALL_RUNS = """
 miniclip explain pictures/coffee.png "a cup of coffee" --all -o where.png --model everyday
 miniclip eval noise --model everyday --plot confusions.png
@@ -736,7 +736,7 @@ for line in sys.stdin:
 
 @pytest.mark.slow
 def test_the_examples_run_offline_and_unchanged_and_no_command_warns(tmp_path):
-    """They run in an empty folder, with `-W error`. Other tests run bench and serve."""
+    """The examples run in an empty folder, with `-W error`. Other tests run bench and serve."""
     (commands,) = (a for a in build_parser()._actions if getattr(a, "choices", None))
     lines = [
         line.strip()
@@ -863,7 +863,7 @@ sys.argv = ["miniclip", "tokenize", "a cat", "--model", "everyday"]
 @pytest.mark.parametrize(
     "start",
     [
-        "from miniclip.commands.main import main; sys.exit(main())",  # the code of pip's script
+        "from miniclip.commands.main import main; sys.exit(main())",  # as pip's script does
         "import runpy; runpy.run_module('miniclip', run_name='__main__', alter_sys=True)",
     ],
 )

@@ -1,4 +1,4 @@
-"""Configs: which values raise errors, and that transformers reads config.json the same way."""
+"""Configs: wrong values raise errors, and transformers reads config.json in the same way."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def test_the_test_config_has_no_number_twice():
     vision, text = {*TOWER_FIELDS, *VISION_FIELDS}, {*TOWER_FIELDS, *TEXT_FIELDS}
     beyond = {"head_width", "registers"}  # fields that transformers' CLIP does not have
     assert {f.name for f in dataclasses.fields(VisionConfig)} == vision | beyond
-    beyond = {"head_width", "literal_eos"}  # transformers has a model_type for literal_eos
+    beyond = {"head_width", "literal_eos"}  # transformers uses model_type instead of literal_eos
     assert {f.name for f in dataclasses.fields(TextConfig)} == text | beyond
 
 

@@ -1,7 +1,7 @@
 """Plant faults in weights, configs and code. Parity must name the site and the cause of each.
 
 The model is tiny and has random weights. A model with faulty weights is compared with
-transformers' model, and a model with faulty code is compared with miniclip's.
+transformers' model, and a model with faulty code is compared with miniclip's model.
 """
 
 import copy

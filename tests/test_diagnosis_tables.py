@@ -1,6 +1,6 @@
 """Each entry of the diagnosis' tables computes what its name says, and is found by that name.
 
-The tests compute the numbers that each fault gives with NumPy, torch or transformers. No model runs
+The tests use NumPy, torch or transformers to compute the numbers of each fault. No model runs
 with a fault: a test takes the tensors of one comparison and replaces one of them.
 """
 
@@ -253,7 +253,7 @@ class Seen:
 
 
 def of_patches(order):
-    """A function that applies `order` to the patches' position embeddings, as a grid (5, 5, W)."""
+    """A function that reorders the patches' position embeddings. `order` gets a grid (5, 5, W)."""
     return lambda x: torch.cat([x[:1], order(x[1:].reshape(5, 5, -1)).reshape(25, -1)])
 
 
@@ -593,7 +593,7 @@ FAULTS_OF_PIXELS = {
     "a resize to a square": lambda p: taken(p, square=True),
     **{
         f"{name.lower()} resampling, not bicubic": resampled(name)
-        for name in sorted(Image.Resampling.__members__.keys() - {"BICUBIC"})  # Pillow 12 has seven
+        for name in sorted(Image.Resampling.__members__.keys() - {"BICUBIC"})  # seven in Pillow 13
     },
     "the colours in the order BGR":
         lambda p: scaled(RIGHT.image_mean, RIGHT.image_std, order=(2, 1, 0))(taken(p)),

@@ -129,7 +129,7 @@ def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     image_of = torch.cat([torch.randint(0, 17, (30,)), torch.arange(17)])
     texts = unit_norm(images[image_of] + 0.7 * torch.randn(47, 6))
     images[3], images[11] = images[5], images[5]  # the same image three times
-    texts[20:24] = texts[2]  # one caption of five images
+    texts[20:24] = texts[2]  # five images have this caption
     texts[30] = texts[31] + 2e-8 * torch.randn(6)  # float32 products cannot order these two
     found = retrieval_ranks(images, texts, image_of)
     expected = slow_ranks(images, texts, image_of)
@@ -141,7 +141,7 @@ def test_an_image_is_found_by_its_best_caption():
     images, image_of = torch.eye(2), torch.tensor([0, 0, 0, 1])
     texts = unit_norm(torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.25]]))
     found = retrieval_ranks(images, texts, image_of)
-    assert found[0].tolist() == [1, 2]  # a caption of image 0 ranks above image 1's own
+    assert found[0].tolist() == [1, 2]  # image 1 ranks a caption of image 0 first
     assert found[1].tolist() == [1, 1, 1, 2]
     with pytest.raises(ValueError, match="1 of 3 images have no caption"):
         retrieval_ranks(torch.eye(3)[:, :2], texts, image_of)
@@ -150,7 +150,7 @@ def test_an_image_is_found_by_its_best_caption():
 def test_if_scores_are_equal_the_first_one_wins():
     same = torch.ones(4, 1)
     found = retrieval_ranks(same, same[[0, 0, 0, 0, 0]], torch.tensor([3, 1, 2, 0, 1]))
-    assert found[0].tolist() == [4, 2, 3, 1]  # the places of their first captions
+    assert found[0].tolist() == [4, 2, 3, 1]  # the place of each image's first caption
     assert found[1].tolist() == [4, 2, 3, 1, 2]
 
 
@@ -255,7 +255,7 @@ def test_eval_measures_retrieval(loaded, pictures, tmp_path, capsys):
 
 
 def test_a_dataset_with_traps_is_counted_correctly(loaded, pictures, tmp_path, capsys):
-    """It has several captions for an image, an image twice, and a class without readable images."""
+    """An image has several captions, an image occurs twice, and a class has no readable image."""
     model, tokenizer, transform = loaded
     (tmp_path / "5.png").write_bytes(Path(pictures[0]).read_bytes())
     rows = {"3.png": "a ship", "0.png": "a cat\na dog", "5.png": "a dog\na ship", "2.png": "a cat"}
@@ -357,7 +357,7 @@ def test_the_search_for_a_strength_is_right_to_an_eighth_of_a_decade(peak):
     best, found = linear.sweep(accuracy)
     assert best == pytest.approx(10 ** (peak / 8)) and [*found] == sorted(set(tried))
     assert tried[:7] == pytest.approx([10.0**e for e in range(-6, 7, 2)]) and len(tried) <= 15
-    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # if all are equally good, the largest
+    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # with equal scores, the largest strength
 
 
 def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blobs):

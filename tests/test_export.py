@@ -25,7 +25,7 @@ pytestmark = [
 
 LOGITS = 2e-5  # a graph may reorder operations, and the logit scale is 100
 
-# Compilers and exporters are slow, so the vision tower has one layer. The text tower needs two:
+# Compilers and exporters are slow, so the vision tower has one layer. The text tower has two:
 # with one layer, a mask does not change the last token. OpenAI's config files do not state the true
 # end token, so their texts end at the largest id.
 SHALLOW = replace(TINY, vision=replace(TINY.vision, layers=1))
@@ -46,7 +46,7 @@ def without_mask(model):
 
 @torch.no_grad()
 def assert_same(graph, model):
-    """Assert equal outputs for sizes that the graph was not made with, and that it has a mask."""
+    """Assert that the graph has a mask, and equal outputs for sizes that it was not made with."""
     for images, texts, tokens in ((1, 1, 2), (5, 3, 12), (2, 7, 20)):
         inputs = random_inputs(model.config, images, texts, tokens, seed=4)
         expected, found = model(*inputs), graph(*inputs)

@@ -171,7 +171,7 @@ def test_a_row_has_an_image_and_up_to_four_maps(drawn):
 
 
 def test_the_maps_of_one_method_have_one_scale(drawn):
-    """If a patch scores half as much for one text as for another, it is drawn less warm."""
+    """If a patch scores half as much for a second text, it is drawn less warm for that text."""
     heats = torch.tensor([[[1.0]], [[0.5]]])
     picture = Image.new("RGB", (8, 8))
     axes = drawn(draw_text_maps, picture, ["a", "b"], [0.5, 0.5], {"tokens": heats}).axes

@@ -234,7 +234,7 @@ def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
 
 @pytest.mark.slow
 def test_sixteen_images_of_each_class_beat_zero_shot_on_held_out_images(tmp_path, capsys):
-    """A user's commands train `shapes` on handwritten digits, which it has never seen."""
+    """A user's commands train the model `shapes` on handwritten digits, which are new to it."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     names = "zero one two three four five six seven eight nine".split()
     for part, chosen in (("train", slice(16)), ("test", slice(16, 36))):

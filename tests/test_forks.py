@@ -222,7 +222,7 @@ def test_a_difference_in_one_row_of_a_table_is_noticed(name, table, pair):
 
 @pytest.mark.slow
 def test_models_with_and_without_added_tokens_pass(pair):
-    """Either of the two models may have them."""
+    """Either of the two models may have the added tokens."""
     text = TINY.text.__class__(**{**vars(TINY.text), "vocab_size": 610})
     more = twins(TINY.__class__(TINY.vision, text, TINY.embed_dim))[0]
     weights, table = pair[0].state_dict(), "text.token_embed.weight"
@@ -280,7 +280,7 @@ def test_json_has_no_nan(pair):
 @pytest.mark.slow
 def test_bytes_that_are_not_words_are_compared(pair):
     right = Tokenizer.from_pretrained("everyday")
-    for one, other in ("Ñ", "Ð"), ("!", '"'):  # a first byte of Cyrillic letters
+    for one, other in ("Ñ", "Ð"), ("!", '"'):  # first bytes of Cyrillic letters
         vocab = {**right.vocab, one: right.vocab[other], other: right.vocab[one]}
         faulty = Tokenizer(vocab, right.merges, context_length=right.context_length)
         report = compare(*(Loaded(pair[0], t, None) for t in (faulty, right)))
@@ -337,7 +337,7 @@ def test_a_model_that_has_no_sites_is_an_error(pair):
 
 
 def test_a_block_may_have_other_parts(pair):
-    """Sites of these parts are left out, but the residual stream after the block is compared."""
+    """Sites inside such parts are left out, but the residual stream after the block is compared."""
 
     class Plain(nn.Module):
         def __init__(self, block):

@@ -117,7 +117,7 @@ class TooLong(BaseException):
 
 @contextmanager
 def cpu_seconds(most):
-    """Raise TooLong in the block after this many seconds of CPU time.
+    """Raise TooLong if a `with` statement takes more than this many seconds of CPU time.
 
     Wall time would depend on what else the machine does.
     """
@@ -168,7 +168,7 @@ def referee(files, tmp_path):
 
 @pytest.fixture(scope="module")
 def their_names(files, tmp_path_factory):
-    """{our name: the file's name} of each tensor. Names are matched by the random values."""
+    """{our name: the file's name} of each tensor. Tensors with equal values belong together."""
     directory = tmp_path_factory.mktemp("names")
     for name, data in files.items():
         (directory / name).write_bytes(data)
@@ -197,7 +197,7 @@ def join(header, body, length=None):
 
 
 def as_safetensors_says(model, data, their_names):
-    """Whether the weights equal the file's, parsed here. The last entry of a name counts."""
+    """Whether the weights equal the tensors in `data`. If a name repeats, its last entry counts."""
     header, body = split(data)
     for ours, tensor in model.state_dict().items():
         entry = header[their_names[ours]]
@@ -210,7 +210,7 @@ def as_safetensors_says(model, data, their_names):
 
 
 def truncated(data):
-    """Cut the file at the boundaries of tensors and of the header's tokens, and near them."""
+    """Cut the file at the ends of the header's JSON tokens, and at and near the ends of tensors."""
     header, body = split(data)
     start = len(data) - len(body)
     ends = {end for key, e in header.items() if key != "__metadata__" for end in e["data_offsets"]}
@@ -367,7 +367,7 @@ def zip_boundaries(data):
 
 
 def rezipped(data, change):
-    """The archive, with each record replaced by the list `change(name, contents)`."""
+    """The archive, with each record replaced by the records in `change(name, contents)`."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
         for info in old.infolist():
@@ -483,7 +483,7 @@ def test_false_pickles_raise_an_error_or_load_as_stated(referee, files, their_na
 # ---------------------------------------------------- pickles made by hand, which no program writes
 
 
-LARGEST = 400_000  # the most bytes of a pickle that miniclip reads
+LARGEST = 400_000  # miniclip reads pickles of at most this many bytes
 
 
 def text(value):
@@ -534,7 +534,7 @@ def kept(value, place=0):
 
 
 def nested(depth, each, core, place=0):
-    """The core inside of `depth` layers. `each(again)` is a layer around what `again` fetches."""
+    """Wrap `core` `depth` times. `each(again)` wraps the object that `again` fetches."""
     made, again = kept(core, place)
     for further in range(1, depth + 1):
         more, again = kept(each(again), place + further)
@@ -656,7 +656,7 @@ def hand_made_cases():
     for order in ("little", "big"):
         record = [("a/byteorder", order.encode())]
         yield f"{order}-endian", rezipped(right, lambda n, c, r=record: [(n, c), *r * (n == "x")])
-    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # data/0's entry
+    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # the entry of data/0
     for label, at, value in (
         ("encrypted", 8, b"\1"),
         ("compressed", 10, b"\x08"),
@@ -752,7 +752,7 @@ def test_a_false_index_of_shards_raises_an_error_or_loads_as_stated(referee, fil
 
 
 def config_cases(files):
-    """(label, config, {place: value}): each field of a config has each wrong value."""
+    """Yield (label, config, {place: value}). Each field gets each wrong value in turn."""
     config = json.loads(files["config.json"])
     places = [
         (section, key) for section in ("text_config", "vision_config") for key in config[section]
@@ -774,7 +774,7 @@ def config_cases(files):
     for key in ("text_config_dict", "vision_config_dict"):
         for value in VALUES:
             yield f"{key} {value!r:.40}", config | {key: value}, {}
-    for first, second in itertools.permutations(config, 2):  # one entry's error may use the other
+    for first, second in itertools.permutations(config, 2):  # one entry's error may quote the other
         for value in (5, {}, [[5]], "x"):
             yield f"{first}, {second} {value}", config | {first: value, second: value}, {}
 
@@ -812,7 +812,7 @@ LONG = 6 * 10**6
 
 
 def long_files(files):
-    """Files with megabytes in places where a CLIP has bytes or kilobytes."""
+    """Files with megabytes in places where a real checkpoint has bytes or kilobytes."""
     config = json.loads(files["config.json"])
     vision = config["vision_config"]
     odd = {

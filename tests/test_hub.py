@@ -132,7 +132,7 @@ def test_a_second_load_asks_for_no_file_again(hub, model):
     assert len(asked(hub, "/stored/")) == 1
     hub.requests.clear()
     assert_same_weights(miniclip.load(NAME).model, model)
-    assert hub.requests == [f"GET /api/models/{NAME}/revision/main"]  # for the commit
+    assert hub.requests == [f"GET /api/models/{NAME}/revision/main"]  # asks for the commit
 
 
 def test_local_files_only_makes_no_request(hub, model):
@@ -324,7 +324,7 @@ def test_only_one_form_of_the_weights_is_downloaded(hub, model):
 
 @pytest.mark.slow
 def test_a_repository_of_timms_is_read(hub, model, tmp_path):
-    """timm's config and weights have the usual names. open_clip's files have the CLIP."""
+    """timm's config and weights have the usual names. The CLIP is in open_clip's files."""
     folder = tmp_path / "timm"
     miniclip.save(folder, *miniclip.load(NAME), layout="open_clip")
     (folder / "config.json").write_text('{"architecture": "vit_tiny_clip_40", "num_classes": 36}')
@@ -341,7 +341,7 @@ def test_a_repository_of_timms_is_read(hub, model, tmp_path):
 
 @pytest.mark.slow
 def test_a_subfolder_of_a_repository_is_read(hub, model, other, tmp_path):
-    """Stable Diffusion has a subfolder `text_encoder`. Only its own files are downloaded."""
+    """Stable Diffusion has a subfolder `text_encoder`. Only files in it are downloaded."""
     files = hub.repositories[NAME]["main"]
     inside = {f"text_encoder/{name}": data for name, data in files.items()}
     hub.repositories[NAME]["main"] = inside | other_files(other, tmp_path)
@@ -576,7 +576,7 @@ def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
     blob = (next(cache.glob("*/snapshots/*")) / "model.safetensors").resolve()
     os.utime(blob, ns=(0, 0))
     blob.write_bytes(blob.read_bytes()[:-1] + b"!")
-    for _ in range(2):  # this load did not download it, so it may be the user's
+    for _ in range(2):  # this load did not download the file: it may be the user's
         with pytest.raises(CheckpointError, match="model.safetensors is not the file .*Delete the"):
             CLIP.from_pretrained(NAME, local_files_only=True)
     (next(cache.glob("*/snapshots/*")) / "model.safetensors").unlink()
@@ -586,7 +586,7 @@ def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_without_symlinks_the_hub_is_asked_for_the_hashes(hub, files, model, monkeypatch, name):
-    """Windows has no symlinks. The file itself is in the snapshot, and its name is not a hash."""
+    """Windows has no symlinks, so the snapshot has the file itself. Its name is not a hash."""
     monkeypatch.setattr(file_download, "are_symlinks_supported", lambda cache_dir=None: False)
     other = files[name][:-1] + b" " if name == "config.json" else turned(files)
     hub.faults = [Fault(f"GET .*/{name}" if name == "config.json" else WEIGHTS, body=other)]
@@ -630,7 +630,7 @@ def test_a_damaged_file_that_cannot_be_deleted_is_a_checkpoint_error(hub, files,
 
 @contextmanager
 def moving_branch(hub, commits, at):
-    """In the block, the branch gets the second commit before request number `at`."""
+    """In the `with` statement, the branch gets the second commit before request number `at`."""
     hub.repositories[NAME] = {"main": commits[0]}
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE, ignore_errors=True)
     left, answered = [at], type(hub).fault
@@ -650,7 +650,7 @@ def moving_branch(hub, commits, at):
 def test_a_branch_may_get_a_new_commit_during_a_load_or_a_conversion(
     hub, files, other, tmp_path, at
 ):
-    """All files are of one commit, whenever the branch gets a new commit."""
+    """All files come from one commit, even if the branch gets a new commit meanwhile."""
     commits = [dict(hub.repositories[NAME]["main"]), files | other_files(other, tmp_path)]
     for read in (miniclip.load, lambda name: convert(name, tmp_path / f"{at}", "transformers")):
         with moving_branch(hub, commits, at):
@@ -685,7 +685,7 @@ def test_hashes_are_checked_once(hub, monkeypatch):
     monkeypatch.setattr(hub_files, "_has_its_hash", None)
     CLIP.from_pretrained(NAME)
     with pytest.raises(TypeError):
-        miniclip.load(NAME)  # only the tokenizer's files are checked now
+        miniclip.load(NAME)  # the tokenizer's files are not checked yet
 
 
 def test_a_cache_that_cannot_store_notes_is_usable(hub, model):

@@ -246,7 +246,7 @@ NO_NUMBERS = "ignore:.*read as OpenAI's"
 @pytest.mark.parametrize("name", ["model.safetensors", "ViT-B-32.pt", "epoch_1.pt"])
 def test_openai_state_dict_alone_is_a_whole_model(tmp_path, inputs, name):
     peer = original(OPENAI)
-    if name == "epoch_1.pt":  # from a training by open_clip on several GPUs
+    if name == "epoch_1.pt":  # saved by open_clip in a training on several GPUs
         tensors = {f"module.{key}": tensor for key, tensor in peer.state_dict().items()}
         torch.save({"epoch": 1, "state_dict": tensors}, tmp_path / name)
     else:
@@ -680,7 +680,7 @@ def test_features_of_open_clip_that_clip_lacks_are_an_error(tmp_path, section, c
 
 
 def test_all_fields_that_open_clip_writes_are_accepted():
-    """Each field of its two dataclasses has its default, or a value that only training uses."""
+    """Each field of open_clip's dataclasses has the default, or a value that only training uses."""
     settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP}))
     plain = CLIPConfig.from_fields(from_open_clip(settings))
     settings["model_cfg"]["vision_cfg"] |= {
@@ -773,7 +773,7 @@ def test_open_clip_may_give_a_square_size_as_two_numbers():
 
 
 def test_each_setting_of_a_transform_has_its_place_in_open_clips_config():
-    """These are the fields of PreprocessCfg in open_clip's transform.py."""
+    """The settings become fields of PreprocessCfg in open_clip's transform.py."""
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     transform = ImageTransform(40, image_mean=mean, image_std=std)
     written = preprocessing_to_open_clip(asdict(transform))
@@ -788,7 +788,7 @@ def test_each_setting_of_a_transform_has_its_place_in_open_clips_config():
 
 
 def test_a_transform_is_saved_into_each_file_that_has_one(tmp_path):
-    """Other programs read the first of these files that they know."""
+    """Other programs read the first file that they know."""
     earlier, later = ImageTransform(40), ImageTransform(32, image_mean=(0.1, 0.2, 0.3))
     files = {
         "open_clip_config.json": {"model_cfg": OPEN_CLIP, "preprocess_cfg": {"size": 40}},
@@ -855,7 +855,7 @@ def text_with(**changes):
     return replace(OPENAI, text=replace(OPENAI.text, **changes))
 
 
-# A config, the part that some layouts cannot express, and these layouts.
+# A config, the part of it that some layouts cannot express, and the names of these layouts.
 UNSAYABLE = [
     (variant(act="gelu"), "act gelu", {"openai"}),
     (variant(act="gelu_pytorch_tanh"), "act gelu_pytorch_tanh", {"openai", "open_clip"}),
@@ -952,7 +952,7 @@ def test_the_report_of_convert_names_the_tensors_of_both_layouts(tmp_path):
 
 
 def test_a_file_without_vocabulary_takes_another_checkpoints_vocabulary(tmp_path, capsys):
-    """OpenAI's own files have no vocabulary. It is part of their code."""
+    """OpenAI's own files have no vocabulary: it is part of OpenAI's code."""
     tokenizer = load("shapes").tokenizer
     text = vars(OPENAI.text) | {"vocab_size": tokenizer.vocab_size, "bos_token_id": 1}
     config = CLIPConfig(OPENAI.vision, TextConfig(**text), OPENAI.embed_dim)

@@ -229,7 +229,7 @@ def test_the_parts_of_clip_prs_sum_to_the_direction_of_the_embedding(double, tow
         assert distance(total(parts), expected) < 1e-12
     bare = prune_heads(model, tower, {1: range(getattr(TINY, tower).heads)})
     with pytest.raises(ValueError, match="the sum of the parts differs from the embedding"):
-        decompose(bare, inputs[tower], "head", "clip_prs")  # its bias belongs to no head
+        decompose(bare, inputs[tower], "head", "clip_prs")  # the layer's bias belongs to no head
     with pytest.raises(ValueError, match="convention is 'prs'; expected 'miniclip' or 'clip_prs'"):
         decompose(model, inputs[tower], convention="prs")
 
@@ -296,7 +296,7 @@ def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
             wrote = (z[:, h] - attn.v_proj.bias[h * D : (h + 1) * D]) @ columns.T
             lost = read(stream) - read(stream - wrote)
             assert distance(parts["blocks.1.attn"][:, h], lost) < FLOAT64
-            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # with its value bias
+            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # with the head's value bias
             whole = parts["blocks.1.attn"] + parts["blocks.1.attn.v_proj.bias"]
             assert distance(whole[:, h], lost) < FLOAT64
         wrote = acts["blocks.0.mlp.act"][rows, at] @ mlp.fc2.weight.T
@@ -604,7 +604,7 @@ def test_grad_cam_equals_its_definition(double):
 
 @torch.no_grad()
 def written_by_heads(model, pixels, ids):
-    """What all heads write from each patch in the direction of the text, by `decompose`."""
+    """How much all heads write from each patch towards the text, computed by `decompose`."""
     parts = decompose(model, pixels, by="token")
     heads = torch.stack([parts[f"blocks.{i}.attn"] for i in range(3)]).sum((0, 2))  # (B, T, E)
     texts = torch.nn.functional.normalize(model.encode_text(ids), dim=-1)

@@ -21,7 +21,7 @@ DROP = {"vision.blocks.1.attn.z": lambda z, name: z * 2}
 
 
 class OnlyMeta(TorchDispatchMode):
-    """Raises at the first operation whose result is on another device."""
+    """Raise an error at the first operation whose result is not on the meta device."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **kwargs or {})

@@ -83,7 +83,7 @@ def watch(model, names, *inputs):
 
 
 def site_shapes(config, B, C, T):
-    """{name: shape} of the output of every module in both towers that has a named output."""
+    """{name: shape} of every named output in both towers."""
     shapes = {}
     for tower, batch, tokens, part in (
         ("vision", B, 1 + config.vision.patches, config.vision),
@@ -203,7 +203,7 @@ def test_logits_are_scaled_cosines():
 
 
 def openai_init_stds(config):
-    """{name: std} by VisionTransformer and initialize_parameters in openai/CLIP's model.py."""
+    """{name: std} as in VisionTransformer and initialize_parameters in openai/CLIP's model.py."""
     v, t = config.vision, config.text
     stds = {
         "vision.class_embed": v.width**-0.5,
@@ -256,7 +256,7 @@ def test_init_follows_openai():
 
 
 # openai/CLIP's notebooks print 151,277,313. B/16 is from keras-cv's presets. The others are from
-# keras-hub's presets (clip_published.py @71453d08), without the position ids that those count.
+# keras-hub's presets (clip_published.py @71453d08); position ids are subtracted.
 PARAMETERS = {
     "B/32": 151277313,
     "B/16": 149620737,
@@ -280,7 +280,7 @@ def test_parameter_counts_are_the_published_ones(name):
     assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
 
 
-TINYCLIP = {  # millions of parameters, from the names; the text tower's are without the vocabulary
+TINYCLIP = {  # millions of parameters, from the names: vision, text without vocabulary
     "TinyCLIP-8M/16": (8, 3),
     "TinyCLIP-39M/16": (39, 19),
     "TinyCLIP-40M/32": (40, 19),
@@ -548,7 +548,7 @@ def test_models_of_unusual_shapes_equal_transformers(name, device):
 
 
 def test_custom_end_token_is_not_the_largest_id():
-    """Otherwise the test above could not distinguish the two rules of pooling."""
+    """If it were, the test above could not distinguish the two rules of pooling."""
     config = UNUSUAL["end token below added ones"]
     _, ids = random_inputs(config)
     model, _ = twins(config)
@@ -665,7 +665,7 @@ def test_a_row_without_an_end_token_is_an_error():
 
 @pytest.mark.slow
 def test_a_row_without_an_end_token_is_nan_in_a_compiled_graph():
-    """A graph cannot raise. The other rows keep their values."""
+    """A graph cannot raise an error. The other rows keep their values."""
     model = tiny_clip()
     ids = random_inputs(TINY)[1]
     expected = model.encode_text(ids)
@@ -676,7 +676,7 @@ def test_a_row_without_an_end_token_is_nan_in_a_compiled_graph():
 
 
 def test_a_forward_pass_never_waits_for_the_device():
-    """A meta tensor has no values, so a check that reads a value raises."""
+    """A meta tensor has no values, so a check that reads a value raises an error."""
     pixels, ids = (x.to("meta") for x in random_inputs(TINY))
     out = tiny_clip().to("meta")(pixels, ids)
     assert out.logits_per_image.shape == (len(pixels), len(ids))

@@ -148,7 +148,7 @@ def test_the_committed_outputs_come_from_a_complete_run(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_each_notebook_has_the_parts_that_a_reader_needs(path):
-    """These are its goals, how to run it, a text before every code cell, what to see in every
+    """The parts: goals, how to run it, a text before every code cell, what to see in every
     figure, and three exercises with folded solutions."""
     cells = nbformat.read(path, as_version=4).cells
     goals = cells[0].source.partition("**After this notebook you can**\n\n")[2]

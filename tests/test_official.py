@@ -54,7 +54,7 @@ ENTRIES = {entry["id"]: entry for entry in read_entries()}
 
 @pytest.fixture(scope="module", params=["rehearsal", pytest.param("real", marks=pytest.mark.hub)])
 def hub(request, tmp_path_factory):
-    """The hub that huggingface_hub's client asks: a local hub for the rehearsal, or the user's."""
+    """The hub that huggingface_hub asks: a local hub for the rehearsal, or the user's own hub."""
     if request.param == "real":
         if os.environ.get("MINICLIP_HUB") != "1":
             pytest.skip("downloads OpenAI's weights: set MINICLIP_HUB=1")

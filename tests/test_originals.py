@@ -1,4 +1,4 @@
-"""Compare miniclip with values of the authors' own code for the same weights (see originals/)."""
+"""Compare miniclip with values from the authors' own code for the same weights (see originals/)."""
 
 import json
 
@@ -82,7 +82,7 @@ def test_decompose_equals_clip_prs(model):
     assert_equal(by["token"]["blocks.7.attn"].mT, values("clip_prs", "tokens").permute(0, 2, 3, 1))
     assert_equal(model.encode_image(pixels), values("clip_prs", "embed"))
     ours = decompose(model, pixels, "head")
-    for i in range(8):  # miniclip's convention gives other values, even with biases
+    for i in range(8):  # miniclip's convention gives other values, even with the biases added
         folded = ours[f"blocks.{i}.attn"] + ours[f"blocks.{i}.attn.v_proj.bias"]
         assert_other(folded / model.encode_image(pixels).norm(dim=-1)[:, None, None], heads[:, i])
 
@@ -141,7 +141,7 @@ AUTHORS = {
 @pytest.mark.parametrize("preset", AUTHORS)
 def test_each_preset_equals_its_authors_code(model, preset):
     repository, resize = AUTHORS[preset]
-    tolerance = 1e-6 if preset == "naclip" else 1e-12  # its window is float32
+    tolerance = 1e-6 if preset == "naclip" else 1e-12  # NACLIP's window is float32
     expected = values(repository, "patches")
     assert_equal(dense_features(model, common.pixels(), preset), expected, tolerance)
     larger = values(repository, "larger")
@@ -226,7 +226,7 @@ def test_relevance_equals_chefers_notebook(model):
 
 
 def merged_tokens(x, sizes, keys, count):
-    """Average the `count` tokens at even places that are most like one at an odd place with it."""
+    """Pair each even token with the most similar odd token. Average the `count` closest pairs."""
     near = F.normalize(keys, dim=-1)[::2] @ F.normalize(keys, dim=-1)[1::2].T
     near[0] = -torch.inf  # the class token stays
     like, to = near.max(1)

@@ -237,7 +237,7 @@ def test_white_space_that_is_not_squeezed_is_named(whole):
 
 @pytest.mark.slow
 def test_a_missing_merge_is_noticed(whole):
-    """It is the last merge, which none of the test texts needs."""
+    """The last merge is missing. None of the test texts needs it."""
     right = whole[0].tokenizer
     fewer = Tokenizer(right.vocab, right.merges[:-1], context_length=right.context_length)
     word = "".join(right.merges[-1]).removesuffix("</w>")
@@ -258,7 +258,7 @@ def test_merges_that_are_swapped_are_named(whole):
 
 
 def assert_tokens_differ(faulty, whole, cause):
-    """Compare with our tokenizer, which gives the same ids as transformers', but faster."""
+    """Compare with our tokenizer. It gives the ids of transformers' tokenizer, but faster."""
     report = compare(faulty, whole[0])
     assert (report.first, report.cause) == ("tokens", cause)
     assert [row.within_tolerance for row in report.rows] == [False] + [True] * 51
@@ -423,7 +423,7 @@ SITE, PATTERN = "vision.blocks.0.q", "vision.blocks.0.pattern"
     ],
 )
 def test_the_tolerances_are_the_documented_ones(site, dtype, device, size, limit):
-    """README has them. They are absolute for logits, and relative for larger values elsewhere."""
+    """README lists them. They are absolute for logits, and relative for larger values elsewhere."""
     assert row_of(site, size, 0.9 * limit, 0.0, dtype=dtype, device=device).within_tolerance
     assert not row_of(site, size, 1.1 * limit, 0.0, dtype=dtype, device=device).within_tolerance
 
@@ -813,7 +813,7 @@ def test_an_incomplete_table_of_names_does_not_loosen_a_tolerance(as_openai):
 
 @pytest.fixture
 def fork_files(tmp_path, monkeypatch, pair):
-    """A user's folder with the code of a fork, its names, and its original."""
+    """A user's folder with a fork's code, its table of names, and its original model."""
     monkeypatch.chdir(tmp_path)
     pair[0].save_pretrained("original")
     shutil.copy(own_names.__file__, "my_clip.py")

@@ -1,4 +1,4 @@
-"""Compare two processes that train together under torchrun with a single process."""
+"""Train in two processes under torchrun, and compare the results with a single process."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     (folder / "like" / "recipe.json").write_text(json.dumps(asdict(QUICK)))
     (folder / "like" / "config.json").write_text(json.dumps(SHAPE.to_dict()))
     captioned(folder / "data", "tar", pictures=25, broken=None)
-    # the batch is larger than the data, so it has all 25 pairs: 13 in a process, 12 in the other
+    # the batch is larger than the data, so it has all 25 pairs: 13 in one process, 12 in the other
     lines = {"ddp": train(folder, "--out", folder / "two", "--batch", 1000)}
     lines["undisturbed"] = train(folder, "--out", folder / "undisturbed", "--batch", 1000)
     for name in ("fsdp", "fsdp, stopped"):
@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert re.search("two: continued at step [23]", done.stderr)  # 3 if the other process saved it
+    assert re.search("two: continued at step [23]", done.stderr)  # 3 if step 3 was saved
     return folder
 
 

@@ -140,7 +140,7 @@ leaves the old checkpoint or the new one
 at most 1.15 times the memory of the model
     checkpoint: loading_takes_the_memory_of_the_file_in_the_requested_dtype
 """
-PROMISES: dict[str, list[str]] = {}  # words of the promise: its tests
+PROMISES: dict[str, list[str]] = {}  # quoted words: the names of the tests
 for line in TABLE.strip().splitlines():
     if line.startswith("    "):
         [*PROMISES.values()][-1].append(line.strip())

@@ -140,7 +140,7 @@ def test_long_clip_equals_its_paper(loaded, ids, tmp_path):
     assert 77 < longer.shape[1] <= 248
     theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert_close(long.encode_text(longer), their_texts(theirs, longer))
-    assert torch.equal(long.encode_text(ids), short)  # they end within the 20 rows that are kept
+    assert torch.equal(long.encode_text(ids), short)  # the texts end within the 20 kept rows
 
     def stretched(keep):
         out = [*rows[:keep]]
@@ -180,7 +180,7 @@ def test_larger_images_equal_transformers(loaded, theirs, tmp_path):
 
 
 def without_least_important_heads(model, pixels, ids, count):
-    """A head's importance is the slope of the loss with respect to its gate: arXiv 1905.10650."""
+    """A head's importance is the slope of the loss with respect to a gate: arXiv 1905.10650."""
     with cache(model, "vision.blocks.*.attn.z", grad=True) as acts:
         logits = model(pixels, ids).logits_per_image
         loss = F.cross_entropy(logits, torch.arange(len(ids)), reduction="sum")
@@ -301,7 +301,7 @@ def test_prompt_vectors_equal_their_paper(loaded, theirs, pixels):
     found = coop(model, tokenizer, images, labels, classes)
 
     def slowly(first):
-        """Run each class alone through transformers' layers, and read it at its last token."""
+        """Run each class alone through transformers' layers, and read the last token."""
         text, context = theirs.text_model, torch.zeros(4, 96, dtype=torch.float64)
         for _ in range(3):
             context.requires_grad_()
@@ -477,7 +477,7 @@ def test_heads_chosen_by_a_text_equal_their_paper(loaded, theirs, pixels, ids):
 
 
 def greedy_soup(models, score):
-    """Add models to a mean, best first, unless its score gets worse: arXiv 2203.05482, recipe 1.
+    """Add models to a mean, best first, unless the score gets worse: arXiv 2203.05482, recipe 1.
 
     The authors' code compares scores by `>`, but their paper by `>=`.
     """

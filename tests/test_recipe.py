@@ -245,7 +245,7 @@ RUNS = {
 
 
 def two_models(logit_scale=SHAPE.logit_scale_init):
-    """Our model and transformers', with the same random weights, and their tokenizer."""
+    """Our model and transformers' model with the same random weights, and a tokenizer."""
     ours, tokenizer = from_scratch(SHAPE, Spots(), seed=0)
     ours.logit_scale.data.fill_(logit_scale)
     ours.eval()  # a run puts it in training mode
@@ -360,7 +360,7 @@ SAVINGS = {
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [None, *SAVINGS])
 def test_a_run_saves_memory_and_time_only_as_its_recipe_says(name, tmp_path, monkeypatch):
-    """These options hardly change the weights, so the test watches what the towers do."""
+    """Options that save memory or time hardly change weights, so the test watches the towers."""
     monkeypatch.setattr(run_module, "LOG_EVERY", 1)
     model, _, tokenizer = two_models()
     seen = {"rows": 0, "blocks": 0, "types": set(), "compiled": []}

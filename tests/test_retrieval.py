@@ -95,7 +95,7 @@ def photographs(tmp_path):
     return root
 
 
-HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes of a file
 
 
 def names(pictures, root):
@@ -643,7 +643,7 @@ def test_the_fingerprint_depends_on_every_weight(loaded):
     assert fingerprint(model) == first
     assert fingerprint(model.double()) not in seen
     for parameter in model.parameters():
-        parameter.data.zero_()  # the same bytes in both
+        parameter.data.zero_()  # zeros have the same bytes in both dtypes
     assert fingerprint(model.half()) != fingerprint(model.bfloat16())
 
 
@@ -844,7 +844,7 @@ def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch,
 def test_parts_of_another_build_are_made_again(
     build, interrupt, photographs, tmp_path, monkeypatch, changed
 ):
-    """Parts of the other build never become parts of this build, and need not be deleted."""
+    """Parts of the other build never become parts of this build. They need not be deleted."""
     monkeypatch.chdir(tmp_path)
     interrupt(parts=3)
     options = {}

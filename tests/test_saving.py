@@ -127,7 +127,7 @@ print(operation - 1, *ends)
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new(tmp_path):
-    """It is killed at ten random moments, and then before each of its operations on files."""
+    """The process is killed at ten random moments, and then before each operation on files."""
     paths = [str(Path(miniclip.__file__).parent.parent), str(Path(__file__).parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), "10"]
@@ -263,7 +263,7 @@ def test_a_save_over_another_checkpoint_replaces_it_or_is_an_error(tmp_path, ear
         assert loaded.tokenizer.vocab == tokenizer.vocab and loaded.transform == transform
     else:  # the transform is still there
         assert ImageTransform.from_pretrained(tmp_path).image_mean == (0.5,) * 3
-        if later == "open_clip":  # open_clip reads it from its own file
+        if later == "open_clip":  # open_clip reads the transform from its own file
             settings = json.loads((tmp_path / "open_clip_config.json").read_text())
             assert settings["preprocess_cfg"]["mean"] == [0.5] * 3
 
@@ -386,7 +386,7 @@ def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
 
 
 def test_each_save_writes_to_a_file_of_its_own(tmp_path):
-    """Its name does not contain the process id: two threads or two containers may have the same."""
+    """The file's name has no process id: two threads or two containers may have the same id."""
     path = tmp_path / "index"
     with writing.replacing(path) as first, writing.replacing(path) as second:
         assert first != second and str(os.getpid()) not in f"{first}{second}".split("-", 1)[1]
@@ -431,7 +431,7 @@ def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
         with monkeypatch.context() as patch:
             patch.setattr(reading, "open", opening(at), raising=False)
             found = read(saved)
-        expected = parts[saves[0] - before]  # a tokenizer has fewer than five files
+        expected = parts[saves[0] - before]  # no save if fewer than `at` files are opened
         vocab = found.tokenizer if isinstance(found, tuple) else found
         assert (vocab.vocab, vocab.merges) == (expected[1].vocab, expected[1].merges)
         if isinstance(found, tuple):
@@ -450,7 +450,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
 
 
 def test_two_saves_at_the_same_time_leave_one_whole_save(tmp_path):
-    """Two threads save and one finishes. A save may get an OSError: the folder is not empty."""
+    """Two threads save, and a third finishes saves. A save may fail: the folder is not empty."""
     from concurrent.futures import ThreadPoolExecutor
 
     def save_often(text):

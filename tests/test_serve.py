@@ -67,7 +67,7 @@ class Server:
         if not line:
             raise RuntimeError(self.end()[1])
         self.url = json.loads(line)["url"]
-        log.write_text("")  # without the start, when torch tests the temporary folder
+        log.write_text("")  # forget the start, when torch tests the temporary folder
 
     def post(self, path, question, **headers):
         """Ask a question. Returns (status, answer)."""
@@ -248,7 +248,7 @@ def pixels_in(url):
 def assert_drawn(url, picture, heat):
     found, expected = pixels_in(url), drawn(picture, heat)
     assert found.shape == (448, 448, 3)
-    # Colours are rounded. If the last bit of a patch's heat differs, its level may differ too.
+    # Colours are rounded: if the last bit of a patch's heat differs, the level may differ too.
     assert np.abs(found - expected).max() <= 4 and np.abs(found - expected).mean() < 1
 
 
@@ -338,7 +338,7 @@ def test_the_page_shows_one_head_of_one_layer(page, theirs, example):
 
 @pytest.mark.slow
 def test_the_page_works_by_keyboard_alone(page):
-    """The keys choose the second example, which has its own model, and then its second label."""
+    """The keys choose the second example, which has its own model, and then the second label."""
 
     def tab_to(selector):
         for _ in range(40):
@@ -593,7 +593,7 @@ def test_heat_is_of_the_first_sentence_and_by_the_given_method(server, theirs, a
 
 
 def ask(app, path, *questions, then=(), **headers):
-    """Ask an app without a server. Returns (status, answer) of one question, or of each."""
+    """Ask an app without a server. Returns (status, answer), or a list for several questions."""
 
     async def answer(question):
         messages = [{"type": "http.request", "body": json.dumps(question).encode()}, *then]

@@ -66,7 +66,7 @@ def test_scenes_have_one_to_three_objects_and_every_kind():
 
 
 def test_masks_are_the_pixels_of_the_objects(scenes):
-    """A mask has the pixels that are covered by the object at least by half."""
+    """A pixel belongs to a mask if the object covers at least half of the pixel."""
     for s in scenes:
         picture, masks = draw(s)
         assert picture.size == (64, 64) and picture.mode == "RGB"
@@ -127,7 +127,7 @@ PLACES = {
 @cache
 def things_in(s):
     """Return words and places of a scene's objects. The colours are read from the image, and the
-    rest from the scene, which another test compares with the masks."""
+    rest from the scene. Another test compares scenes with masks."""
     picture, masks = draw(s)
     pixels, things = np.array(picture), []
     for object, mask in zip(s.objects, masks, strict=True):
@@ -236,8 +236,8 @@ def words(claim):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["places", "colours"])
 def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
-    """In many scenes, each word is as frequent at each place in true captions as in false ones, so
-    words alone do not help. Differences stay within 4.5 standard deviations."""
+    """True and false captions have each word equally often at each place, so words alone do not
+    help. Over many scenes, differences stay within 4.5 standard deviations."""
     true, false = Counter(), Counter()
     for i in range(1500):
         s = scene(i, count=2)
@@ -251,7 +251,7 @@ def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
 
 
 def test_no_relation_is_more_frequent_than_another():
-    """So the image alone does not show which object the caption names first."""
+    """The image alone does not show which object the caption names first."""
     said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
     assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)
 
@@ -266,7 +266,7 @@ def test_the_dataset_is_reproducible_and_begins_with_easy_scenes():
     assert order == list(data.items(0)) != list(data.items(1))
     counts = [len(data.scene(index).objects) for index in order]
     assert counts[:6] == [1] * 6 and counts[6:18] == [2] * 12 and {*counts[18:]} == {1, 2, 3}
-    for index in order[:12]:  # in the first lessons a caption names a place, except the middle
+    for index in order[:12]:  # early captions name a place if the object has one
         assert data[index, 0].caption.endswith(tuple(PLACES)) or not located(data.scene(index))
     assert any(" the " in data[index, 0].caption for index in order[12:18])
     for index in (35, 12):
@@ -356,11 +356,11 @@ def test_each_score_measures_one_kind_of_knowledge():
 
 
 def scores_by_chance(scenes):
-    """In a tie, the first of the 64 pairs wins. It is right for this share of the scenes."""
+    """In a tie, the first of the 64 pairs wins. Return the share of scenes where it is right."""
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 
-# The areas of the shapes in a circle of radius 1. The heart's and the moon's were measured once.
+# The areas of the shapes in a circle of radius 1. Heart and moon were measured once.
 STAR = 10 / 2 * 0.42 * math.sin(math.tau / 10)
 CROSS = 4 * (0.94 - 0.32) * 2 * 0.32 + (2 * 0.32) ** 2
 AREAS = {

@@ -1,4 +1,4 @@
-"""Sites by name: what hooks may do, that they leave no trace, and which tensor each name means.
+"""Sites by name: what hooks may do, what they leave behind, and which tensor each name means.
 
 test_model.py compares each site with transformers. This file compares the tensors of `cache` with
 transformers and with each other.
@@ -321,7 +321,7 @@ def test_only_a_layer_norm_has_steps_and_a_child_keeps_its_name(tiny):
         with cache(model, "vision.blocks.0.mlp.scale"):
             pass
 
-    class Float32Norm(nn.LayerNorm):  # openai/CLIP's
+    class Float32Norm(nn.LayerNorm):  # as in openai/CLIP
         def forward(self, x):
             return super().forward(x.float()).to(x.dtype)
 

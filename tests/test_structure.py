@@ -71,7 +71,7 @@ def test_the_reference_imports_only_files_and_text(file):
 
 
 def test_the_reference_can_be_read_in_order():
-    """None of its files imports one that comes later in the order of reading."""
+    """No file of the reference imports a file that comes later in the order of reading."""
     order = [file.removesuffix(".py") for file in REFERENCE]
     for i, name in enumerate(order):
         assert not GRAPH[name] & {*order[i:]}

@@ -49,7 +49,7 @@ from miniclip.zeroshot.classifier import embed_texts
 
 @torch.no_grad()
 def redraw(model, seed=0):
-    """Make every parameter random, with LayerNorm weights around 1, so that each one matters."""
+    """Make all parameters random, LayerNorm weights around 1, so that each parameter matters."""
     generator = torch.Generator().manual_seed(seed)
     norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm)}
     for name, weight in model.named_parameters():
@@ -95,7 +95,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def assert_near(ours, theirs, float32=0.0):
-    """Assert equality within 1e-10 in float64, or `float32` times the largest number in float32."""
+    """Assert equality up to a share of the largest number: 1e-10 or, in float32, `float32`."""
     assert ours.shape == theirs.shape
     limit = 1e-10 if ours.dtype == torch.float64 else float32
     assert (ours - theirs).abs().max() <= limit * max(1, theirs.abs().max())
@@ -150,7 +150,7 @@ def test_owlvit_equals_transformers(dtype, tmp_path):
     ours = OwlViT.from_pretrained(tmp_path, dtype=dtype)
     pixels, ids = inputs(dtype, texts=6)
     found, expected = ours.detect(pixels, ids), theirs(pixel_values=pixels, input_ids=ids)
-    # Their `forward` casts logits to float32, so the head is called by itself.
+    # transformers' `forward` casts logits to float32, so the head is called by itself.
     texts, patches, _ = theirs.image_text_embedder(ids, pixels, None)
     logits, _ = theirs.class_predictor(patches.flatten(1, 2), texts.unflatten(0, (2, 3)))
     assert_near(found.logits, logits)
@@ -287,7 +287,7 @@ class RopeAttention(Attention):
 
 
 class OpaqueAttention(Attention):
-    """It overrides `forward`, and calls neither the site pattern nor z."""
+    """It overrides `forward`, and calls neither the site `pattern` nor the site `z`."""
 
     def forward(self, x):
         q, k, v = self.qkv(x)
@@ -302,7 +302,7 @@ class PostNormBlock(Block):
 
 
 class NumberedBlock(Block):
-    """Every second layer has no MLP."""
+    """Every second layer ignores its MLP."""
 
     def __init__(self, config, layer, causal):
         super().__init__(config, layer, causal)
@@ -509,7 +509,7 @@ def test_a_parameter_without_a_tensor_name_is_an_error_on_save_and_on_load(tmp_p
 
 
 class BufferAttention(RopeAttention):
-    """Its table of positions is a buffer that is not saved."""
+    """The factors of q are a buffer that is not saved."""
 
     def __init__(self, *args):
         super().__init__(*args)

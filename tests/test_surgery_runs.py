@@ -89,13 +89,13 @@ def test_patching_gives_the_result_of_the_other_run(model, tower):
     one, other = inputs(model, tower), inputs(model, tower, seed=1)
     last = getattr(TINY, tower).layers - 1
     end = f"{tower}.blocks.{last}"
-    if tower == "text":  # both are read at the same places
+    if tower == "text":  # both texts end at the same places
         other = other.where(one != 599, 599).where((one == 599) | (other != 599), 5)
     with cache(model, f"{tower}.blocks.*", f"{tower}.blocks.*.attn.z") as acts:
         expected = encode(model, tower, one)
     with hooks(model, patch_from({end: acts[end]})):
         assert torch.equal(encode(model, tower, other), expected)
-    with hooks(model, patch_from(acts)):  # a run with its own tensors does not change
+    with hooks(model, patch_from(acts)):  # a run's own tensors do not change it
         assert torch.equal(encode(model, tower, one), expected)
     plain = encode(model, tower, other)
     assert_far(plain, expected)
@@ -245,7 +245,7 @@ def test_patch_dropout_keeps_some_patches_in_their_order(model):
     whole = encode(model, "vision", x)
     embedded = model.vision.embed_tokens(x)
     with patch_dropout(model, 0.6):
-        assert torch.equal(encode(model, "vision", x), whole)  # not in evaluation mode
+        assert torch.equal(encode(model, "vision", x), whole)  # no patch is dropped in eval mode
         model.train()
         with cache(model, "vision.ln_pre", "vision.blocks.2") as acts:
             found = model.encode_image(x)

@@ -56,7 +56,7 @@ def inputs_of(model, **counts):
 
 @torch.no_grad()
 def run(model, tower, **counts):
-    """The tower's embeddings of its random inputs."""
+    """The tower's embeddings of random inputs."""
     pixels, ids = inputs_of(model, **counts)
     return model.encode_image(pixels) if tower == "vision" else model.encode_text(ids)
 
@@ -179,7 +179,7 @@ def test_empty_surgery_changes_nothing(model, tower):
 
 
 def test_a_resized_model_shares_what_does_not_change(model):
-    """A copy of B/16's other tensors would take 582 MB."""
+    """A copy of B/16's unchanged tensors would take 582 MB."""
     new = resize_image(model, 64)
     theirs = {p.data_ptr() for p in model.parameters()}
     own = [n for n, p in new.named_parameters() if p.data_ptr() not in theirs]
@@ -247,12 +247,12 @@ def kernel(t, a):
 
 
 def resampling_matrix(old, new, method):
-    """The weights (new, old) that resample a line of old samples."""
+    """The matrix (new, old) that resamples a line of `old` samples to `new` samples."""
     matrix = torch.zeros(new, old, dtype=torch.float64)
     scale = old / (new + 0.1) if method == "dino" else old / new
     for i in range(new):
         centre = (i + 0.5) * scale - 0.5
-        if method == "timm":  # as Pillow: a kernel as wide as a new sample, cut at the edge
+        if method == "timm":  # as in Pillow: a kernel as wide as a new sample, cut at the edge
             wide = max(scale, 1)
             weights = [kernel((j - centre) / wide, -0.5) for j in range(old)]
             matrix[i] = torch.tensor(weights, dtype=torch.float64) / sum(weights)
@@ -261,7 +261,7 @@ def resampling_matrix(old, new, method):
             low = min(math.floor(centre), old - 1)
             matrix[i, low] += 1 - (centre - low)
             matrix[i, min(low + 1, old - 1)] += centre - low
-        else:  # outside, the nearest sample inside counts
+        else:  # outside, the sample at the edge counts
             for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
                 matrix[i, min(max(j, 0), old - 1)] += kernel(j - centre, -0.75)
     return matrix
@@ -523,7 +523,7 @@ def test_new_tokens_do_not_change_the_legacy_end_token():
     config = replace(TINY, text=replace(TINY.text, eos_token_id=2, bos_token_id=0))
     model, _ = twins(config)
     _, ids = random_inputs(config)
-    larger = add_tokens(model, model.text.token_embed.weight[5:6])  # id 5's row for id 600
+    larger = add_tokens(model, model.text.token_embed.weight[5:6])  # id 600 gets a copy of row 5
     assert torch.equal(larger.encode_text(ids), model.encode_text(ids))
     marked = ids.clone()
     marked[:, 0], ids[:, 0] = 600, 5
@@ -635,7 +635,7 @@ def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
 
 @pytest.mark.slow
 def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
-    """Therefore the config has a list of heads. transformers raises an error when it reads one."""
+    """Therefore the config has a list of heads. transformers raises an error for a list."""
     model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -676,7 +676,7 @@ def test_operations_on_different_parts_commute():
         other = change(other)
     assert_same_weights(one, other)
     twice = prune_heads(prune_heads(model, "vision", {1: [0]}), "vision", {1: [1]})
-    assert_same_weights(twice, prune_heads(model, "vision", {1: [0, 2]}))  # head 2 became 1
+    assert_same_weights(twice, prune_heads(model, "vision", {1: [0, 2]}))  # head 2 became head 1
 
 
 @pytest.mark.sweep(4)

@@ -1,6 +1,6 @@
 """Compare the tokenizer with its two references, transformers and OpenAI, id for id.
 
-Most tests use a small vocabulary that is trained here. Some also need CLIP's, from the test data.
+Most tests train a small vocabulary. Some also need CLIP's vocabulary, from the test data.
 """
 
 import gzip
@@ -188,7 +188,7 @@ class OpenAI:
                 new = []
                 for part in parts:
                     if new and new[-1] is not None and (new[-1], part) == (first, second):
-                        new[-1:] = [first + second, None]  # None keeps it from merging again
+                        new[-1:] = [first + second, None]  # None prevents another merge
                     else:
                         new.append(part)
                 parts = [part for part in new if part is not None]
@@ -204,7 +204,7 @@ class OpenAI:
 # ---- ids ---------------------------------------------------------------------------------------
 
 
-# Other tests compare every code point. Random texts put them next to each other.
+# Other tests compare every code point. Random texts mix code points.
 HOW_MANY = [1000, pytest.param(10_000, marks=pytest.mark.slow)]
 
 
@@ -228,7 +228,7 @@ def test_words_of_10000_characters_have_the_ids_of_the_reference(trained):
 
 
 def test_golden_ids_of_other_projects_are_reproduced(data):
-    """For 2 of the 80 texts, recorded with transformers, OpenAI's tokenizer gives other ids."""
+    """Two of the 80 records have ids that transformers gives, but OpenAI's tokenizer does not."""
     entries = json.loads((data / "golden" / "tokenizer_golden.json").read_text(encoding="utf-8"))
     assert len(entries) == 80
     wrong = {"transformers": [], "openai": []}
@@ -276,7 +276,7 @@ def test_every_code_point_has_the_class_that_transformers_gives_it(theirs, ours)
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_every_code_point_has_the_ids_of_the_reference(reference, trained):
-    """Neighbours share a text, because letters, digits or marks in a row may form one token."""
+    """64 code points share a text, because letters, digits or marks in a row may form one token."""
     points = (range(first, first + 64) for first in range(0, 0x110000, 64))
     every = ["".join(map(chr, some)) for some in points if not 0xD800 <= some[0] < 0xE000]
     ours = Tokenizer.from_directory(trained, reference=reference)

@@ -201,7 +201,7 @@ def test_patch_dropout_keeps_the_class_token_and_some_patches_in_order():
     pixels, _ = random_inputs(TINY)
     whole = model.vision.embed_tokens(pixels)
     dropout = PatchDropout(model.vision, 0.6)
-    assert torch.equal(model.vision.embed_tokens(pixels), whole)  # in eval mode, none is dropped
+    assert torch.equal(model.vision.embed_tokens(pixels), whole)  # no patch is dropped in eval mode
     part = model.train().vision.embed_tokens(pixels)
     assert part.shape[1] == 1 + round(0.4 * TINY.vision.patches)
     for kept, full in zip(part, whole, strict=True):
@@ -604,7 +604,7 @@ def test_the_defaults_of_a_recipe_do_not_change():
 
 
 def test_every_source_gives_the_pixels_of_the_transform(tmp_path):
-    """After normalising, they equal the pixels that the model gets when it is used."""
+    """After normalising, training pixels equal the pixels that `transform` returns."""
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8))
     transform = ImageTransform(SIZE, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))

@@ -90,7 +90,7 @@ def test_a_caption_is_true_of_every_image_that_lists_it(captioned, step):
     found = batch_loss(scale, batch.labels, batch.also, image, text)
     expected = slow_loss(image, text, scale, batch.captions, kinds)
     assert found.item() == pytest.approx(expected, abs=1e-12)
-    # The loss differs from one in which only equal captions count as true.
+    # The loss differs from a loss in which only equal captions count as true.
     assert found != contrastive_loss(image, text, scale, batch.labels[:, None] == batch.labels)
 
 
@@ -117,7 +117,7 @@ def test_a_list_of_anything_but_strings_is_an_error(text, tmp_path):
 def test_the_captions_in_several_rows_of_an_image_are_true_of_it(kind, tmp_path):
     """For example, COCO has several rows for each image."""
     rows = [(f"{i}.png", f"view {j} of {i}") for j in range(3) for i in range(4)]
-    rows.append(("./3.png", "view 0 of 0"))  # the last image also has the first one's caption
+    rows.append(("./3.png", "view 0 of 0"))  # the last image also has a caption of the first
     for i in range(4):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
     if kind == "jsonl":
@@ -224,7 +224,7 @@ def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
     for i, (returned, written) in enumerate(
         zip(model.parameters(), saved.parameters(), strict=True)
     ):
-        # Each later step gets the weight 1/4, which then decays.
+        # The share of each later step begins at 1/4, and then decays.
         shares = [0.75**7] + [0.25 * 0.75 ** (7 - step) for step in range(1, 8)]
         average = sum(share * p[i] for share, p in zip(shares, after_each_step, strict=True))
         torch.testing.assert_close(returned.data, average, rtol=0, atol=1e-6)

@@ -1,6 +1,6 @@
-"""Pixels equal transformers' PIL back end and OpenAI's transform, bit for bit.
+"""Compare pixels with transformers' PIL back end and OpenAI's transform, bit for bit.
 
-torchvision is not a dependency. Its operations that openai/CLIP uses are written out below.
+torchvision is not a dependency. The operations that openai/CLIP uses are written out below.
 """
 
 import io
@@ -38,7 +38,7 @@ LAYS_ON_WHITE = Version(transformers.__version__) >= Version("5.21")
 
 
 def transformers_pixels(image, size=224, crop_size=None):
-    """Return transformers' pixels (3, S, S), or raise its error."""
+    """Return transformers' pixels (3, S, S), or raise transformers' error."""
     if image.has_transparency_data and not LAYS_ON_WHITE:
         pytest.skip("transformers before 5.21, the newest for Python 3.10, drops transparency")
     crop_size = crop_size or size
@@ -50,7 +50,7 @@ def transformers_pixels(image, size=224, crop_size=None):
 
 def openai_pixels(image, size=224, crop_size=None):
     """Return the pixels (3, S, S) of openai/CLIP's `_transform`: Resize, CenterCrop, convert to
-    RGB, ToTensor and Normalize, as torchvision's functional.py and _functional_pil.py have them."""
+    RGB, ToTensor and Normalize, as in torchvision's functional.py and _functional_pil.py."""
     crop_size = crop_size or size
     # resize: the short edge becomes `size`, the long one is rounded down
     width, height = image.size
@@ -59,7 +59,7 @@ def openai_pixels(image, size=224, crop_size=None):
     new_size = (new_short, new_long) if width <= height else (new_long, new_short)
     if new_size != (width, height):
         image = image.resize(new_size, Image.Resampling.BICUBIC)
-    # center_crop: pad with 0 if it is too small, then cut at round((size - crop) / 2)
+    # center_crop: pad with 0 if the image is too small, then cut at round((size - crop) / 2)
     lack_x, lack_y = (max(0, crop_size - length) for length in image.size)
     if lack_x or lack_y:
         border = (lack_x // 2, lack_y // 2, (lack_x + 1) // 2, (lack_y + 1) // 2)
@@ -496,7 +496,7 @@ def test_a_damaged_file_gives_an_image_or_an_image_error(suffix, tmp_path, monke
 
 
 def test_a_large_image_opens_and_a_decompression_bomb_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow raises above twice this number
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's limit is twice this number
     for side in (10, 14, 15):
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
     assert open_image(tmp_path / "10.png").size == (10, 10)
@@ -545,7 +545,7 @@ def test_damage_that_pillow_notices_only_when_it_reads_is_an_image_error(tmp_pat
 def test_a_size_that_changes_when_pillow_reads_is_used(tmp_path):
     noise("RGB", 97, 50).save(tmp_path / "image.jp2")
     with Image.open(tmp_path / "image.jp2") as image, Image.open(tmp_path / "image.jp2") as same:
-        # Pillow will read it at half the size; until then `size` has the full size.
+        # Pillow will read the image at half the size; until then `size` has the full size.
         image.reduce = same.reduce = 1
         expected = transformers_pixels(same, 32)
         assert same.size == (49, 25)
@@ -834,7 +834,7 @@ def custom_processor():
 
 
 def save_clip_processor(directory):
-    """Write the file with image settings that CLIPProcessor.save_pretrained writes since 5.0."""
+    """Write the image settings as CLIPProcessor.save_pretrained does since transformers 5.0."""
     processor = CLIPProcessor.__new__(CLIPProcessor)
     processor.image_processor = custom_processor()
     settings = {"image_processor": processor.image_processor.to_dict()}
@@ -977,7 +977,7 @@ def test_saving_where_nothing_can_be_saved_is_a_checkpoint_error(tmp_path):
 # Formats that need another package
 
 
-HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes of a file
 BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
 
 

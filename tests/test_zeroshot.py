@@ -343,7 +343,7 @@ def test_folders_without_images_are_an_error(tmp_path, make, message):
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation, by a classifier with given answers: an image's grey level is a row of `answers`.
+# Evaluation, by a classifier with given answers: an image's grey level is its row in `answers`.
 
 GREY = ImageTransform(8, image_mean=(0, 0, 0), image_std=(1, 1, 1))
 
@@ -369,7 +369,7 @@ def save_grey(path, row):
 
 
 def save_planted(root, confusion):
-    """Write an image for each count. Its grey level is the class that `planted` answers."""
+    """Write as many images as `confusion` counts. The grey level is the predicted class."""
     for true, row in enumerate(confusion):
         (root / f"class_{true}").mkdir(parents=True)
         for predicted, count in enumerate(row):
@@ -396,7 +396,7 @@ def test_confusions_are_counted_by_true_and_predicted_class(tmp_path, batch_size
 
 def test_the_mean_of_the_classes_and_the_standard_error_follow_their_formulas(tmp_path):
     result = evaluate(planted(torch.eye(4)), GREY, save_planted(tmp_path, CONFUSION))
-    assert result.mean_per_class == pytest.approx((2 / 3 + 0 + 1 / 2) / 3)  # class 4 has no images
+    assert result.mean_per_class == pytest.approx((2 / 3 + 0 + 1 / 2) / 3)  # class 3 has no images
     right = np.array([1, 1, 0, 0, 0, 0, 1, 0])
     assert result.standard_error == pytest.approx(right.std() / 8**0.5)
 
@@ -503,7 +503,7 @@ def test_reading_ahead_keeps_the_order_and_its_limit():
         started.append(i)
         if i == 5:
             sixth.set()
-            assert goes_on.wait(60)  # ends the test if the code is wrong
+            assert goes_on.wait(60)  # fails after a minute if the code is wrong
         if i == 6:
             seventh.set()
         if i == 1:  # item 2 finishes before item 1

@@ -3,7 +3,7 @@
 The fork adds one thing: a small decoder reads the residual stream after three layers of the vision
 tower and returns a mask for a text. The decoder's blocks are narrow and post-norm. The text's
 embedding enters one block, as a scale and a shift of every token (FiLM). The fork loads
-transformers' `CIDAS/clipseg-*`, except for the refined decoder with three convolutions.
+transformers' checkpoints `CIDAS/clipseg-*`, but not the refined decoder with three convolutions.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 The fork adds one thing: two heads read the patches of the vision tower. For each patch, the class
 head returns a logit for each text, and the box head returns a box. The box head predicts the
-difference from a box at the patch. The fork loads transformers' `google/owlvit-*`.
+difference from a default box. The fork loads transformers' checkpoints `google/owlvit-*`.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class BoxHead(nn.Module):
 
 
 def first_boxes(rows: int, columns: int) -> Tensor:
-    """Logits (P, 4) of boxes of a patch's size, each centred on its patch's lower right corner."""
+    """Logits (P, 4) of one box per patch, of the patch's size, around its lower right corner."""
     row_and_column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (P, 2)
     size = torch.tensor([columns, rows])
     centre = (row_and_column.flip(1) + 1) / size  # (P, 2), x and y
@@ -93,7 +93,7 @@ class OwlViT(CLIP):
         super().__init__(config)
         width = config.vision.width
         self.ln_patches = nn.LayerNorm(width, eps=config.vision.ln_eps)
-        self.class_head = ClassHead(width, config.text.width)  # as transformers has it: E = W
+        self.class_head = ClassHead(width, config.text.width)  # as in transformers: E = W
         self.box_head = BoxHead(width)
 
     def detect(self, pixels: Tensor, ids: Tensor) -> Detections:

@@ -2,7 +2,7 @@
 
 The fork differs from CLIP in five ways. An attention layer pools the patches; there is no class
 token. A text is read at its last token. Text attention is not causal. Logits have a bias. The loss
-judges each pair on its own, as true or false. The fork loads transformers' `google/siglip-*`.
+judges each pair on its own. The fork loads transformers' checkpoints `google/siglip-*`.
 """
 
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class SiglipVision(VisionTower):
         self.blocks = self.make_blocks(config, causal=False)
         self.ln_post = nn.LayerNorm(width, eps=config.ln_eps)
         self.probe = nn.Parameter(torch.randn(1, 1, width))
-        heads = width // (config.head_width or width // config.heads)  # before any pruning
+        heads = width // (config.head_width or width // config.heads)  # as before any pruning
         self.pool_attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.pool_ln = nn.LayerNorm(width, eps=config.ln_eps)
         self.pool_mlp = MLP(width, config.mlp_width, config.act)

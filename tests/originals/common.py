@@ -6,7 +6,7 @@ Each other script in this folder runs the authors' own code on this model and re
     git clone https://github.com/yossigandelsman/clip_prs
     cd tests && python -m originals.clip_prs ../clip_prs
 
-The values are stored in data/originals.json. test_originals.py compares miniclip's with them.
+The values are stored in data/originals.json. test_originals.py compares miniclip with them.
 """
 
 import json
@@ -84,8 +84,8 @@ def without(*modules: str) -> None:
 
 
 def openai_clip(module: types.ModuleType) -> nn.Module:
-    """The model of a copy of OpenAI's model.py, with our weights."""
-    # Its LayerNorm computes in float32, and the rounding would hide a small difference.
+    """The model from a copy of OpenAI's model.py, with our weights."""
+    # OpenAI's LayerNorm computes in float32, and the rounding would hide a small difference.
     module.LayerNorm.forward = nn.LayerNorm.forward
     v, t = CONFIG.vision, CONFIG.text
     name = "VisionTransformer" if hasattr(module, "VisionTransformer") else "VisualTransformer"
@@ -100,8 +100,8 @@ def openai_clip(module: types.ModuleType) -> nn.Module:
 
 
 def openai_vision(module: types.ModuleType) -> nn.Module:
-    """The vision tower of a copy of OpenAI's model.py, with our weights."""
-    # Its LayerNorm computes in float32, and the rounding would hide a small difference.
+    """The vision tower from a copy of OpenAI's model.py, with our weights."""
+    # OpenAI's LayerNorm computes in float32, and the rounding would hide a small difference.
     module.LayerNorm.forward = nn.LayerNorm.forward
     v = CONFIG.vision
     visual = module.VisionTransformer(
@@ -111,7 +111,7 @@ def openai_vision(module: types.ModuleType) -> nn.Module:
 
 
 def open_clip_vision(module: types.ModuleType) -> nn.Module:
-    """The vision tower of a copy of open_clip's transformer.py, with our weights."""
+    """The vision tower from a copy of open_clip's transformer.py, with our weights."""
     v = CONFIG.vision
     visual = module.VisionTransformer(
         image_size=v.image_size, patch_size=v.patch_size, width=v.width, layers=v.layers,

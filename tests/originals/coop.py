@@ -19,7 +19,7 @@ def record(checkout: str) -> dict:
 
     model = openai_clip(clip.model)
     rows = iter(len(PLACES) * [*IDS])
-    coop.clip.tokenize = lambda prompt: next(rows)[None]  # CoOp's own has 49,408 tokens
+    coop.clip.tokenize = lambda prompt: next(rows)[None]  # CoOp's tokenizer has 49,408 tokens
     coop._tokenizer = SimpleNamespace(encode=lambda name: [0] * LENGTHS[name])
     found = []
     for place in PLACES:

@@ -17,7 +17,7 @@ CONFIG = CLIPConfig(  # their code needs heads of width 64 and texts of 77 token
 
 
 def ids() -> Tensor:
-    """Token ids (2, 248): a text of 100 tokens and a text of 248."""
+    """Token ids (2, 248): a text of 100 tokens and a text of 248 tokens."""
     ids = torch.arange(2 * 248).view(2, 248).mul(7).remainder(18)
     ids[0, 99], ids[1, 247] = 19, 19
     return ids
