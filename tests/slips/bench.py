@@ -181,8 +181,8 @@ SLIPS = [
     ),
     Slip(
         "The row \"matrix products alone\" takes the slowest implementation.",
-        "fastest = min(trials, key=",
-        "fastest = max(trials, key=",
+        "fastest = trials[min(enumerate(rounds), key=",
+        "fastest = trials[max(enumerate(rounds), key=",
         f"{BENCH} -k matrix_products",
     ),
     Slip(
