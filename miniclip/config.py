@@ -90,7 +90,7 @@ class TextConfig(TowerConfig):
 
     @property
     def ends_at_largest(self) -> bool:
-        """Whether a text ends at its largest id: OpenAI's rule, if `eos_token_id` is 2."""
+        """Whether a text ends at its largest id: `eos_token_id` is 2 and not literal (OpenAI)."""
         return self.eos_token_id == LEGACY_EOS and not self.literal_eos
 
 

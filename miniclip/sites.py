@@ -6,7 +6,7 @@ TransformerLens (HookPoint, Nanda and Bloom 2022). Sites use PyTorch's forward h
 be any nn.Module. For a single tower, leave out `vision.` or `text.`.
 
 A name may also end in one of three words. `vision.ln_pre.input` is a module's first argument.
-`ln_1.scale` is the divisor of a LayerNorm, (B, T, 1). `ln_1.normalized` is the quotient, before
+`ln_1.scale` is the divisor of a LayerNorm, (B, T, 1). `ln_1.normalized` is the result before
 weight and bias. Both are in float32 or float64. TransformerLens calls them hook_scale and
 hook_normalized. But if weights are not folded, hook_normalized is the output of `ln_1`.
 

@@ -129,7 +129,7 @@ class Stored(NamedTuple):
             for name, where in places.items()
         }
         # One NaN or infinity in a weight silently turns every logit into NaN. A sum finds it three
-        # times as fast as minimum and maximum, but may overflow. Then minimum and maximum decide.
+        # times as fast as minimum and maximum, but may overflow: then minimum and maximum decide.
         real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
         odd = [name for name, t in real.items() if not t.sum().isfinite()]
         odd = [name for name in odd if not all(end.isfinite() for end in real[name].aminmax())]

@@ -100,7 +100,7 @@ def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
         found, wanted = _settings(ours[name]), _settings(theirs[name])
         for key in wanted | found:
             place = f"{name}.{key}".lstrip(".")
-            # An attribute that the class does not set has no effect: it is not a difference.
+            # An extra attribute of one module has no effect, so it is not a difference.
             default = found.get(key) if key in vars(ours[name]) else "absent"
             default = getattr(theirs[name], key, default)
             values = found.get(key, "absent"), wanted.get(key, default)

@@ -274,7 +274,7 @@ def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join Long-CLIP's two tables of positions: 20 rows of the first, the rest of the second.
+    """Join Long-CLIP's two tables of positions: rows 0 to 19 of the first, the rest of the other.
 
     Long-CLIP's code multiplies the tables by masks of 0 and 1 and adds them (model_longclip.py).
     Long-CLIP's own files lack the `context_length` of OpenAI's files, so it is added.

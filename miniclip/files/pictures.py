@@ -209,7 +209,7 @@ def fill_in_threads(
 ) -> None:
     """Compute a row for each image, in as many threads as torch uses.
 
-    Pillow works without Python's lock. In a worker of a DataLoader, torch uses one thread. An
+    Pillow works without Python's lock. In a worker of a DataLoader, this is one thread. An
     ImageError or a TypeError of `compute` is raised again with the index of the image.
     """
     first: dict[int, int] = {}  # two threads must not work on the same Pillow image

@@ -112,7 +112,7 @@ def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
         return is_clips and shapes.get("embed_dim", fields["embed_dim"]) == fields["embed_dim"]
 
     named = {name: published(name) for name in RELEASES}
-    if "vision" not in shapes:  # SDXL and SD3 contain LAION's bigG/14 text tower alone
+    if "vision" not in shapes:  # a bigG/14 text tower alone is LAION's, from SDXL or SD3
         del named["timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b"]
     return {name: fields for name, fields in named.items() if fields and fits(fields)}
 

@@ -158,7 +158,7 @@ def one_version(read: F) -> F:
 
 
 def _state(directory: Path) -> dict[str, tuple[int, int, int]]:
-    """The inode, time and size of each file. Two versions of a directory differ in at least one."""
+    """The inode, time and size of each file. Two versions of a directory differ in one of these."""
     state = {}
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:

@@ -143,7 +143,7 @@ Added = dict[str, tuple[bool, int | None]]
 def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
     """Read the four named tokens, all tokens to find in texts, and the context length.
 
-    Versions of transformers have used four different files for this. The files are read in
+    Versions of transformers have used four different files for tokens. The files are read in
     transformers' order, and a later entry replaces an earlier entry. If tokenizer_config.json has
     `added_tokens_decoder`, only this file is read. Raises CheckpointError.
     """

@@ -62,7 +62,7 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
 
 
 class Relevance(NamedTuple):
-    """The relevance of tokens, for B pairs. The class and end tokens start at 1, others at 0."""
+    """The relevance of tokens, for B pairs. It starts at 1 for class and end token, else at 0."""
 
     image: Tensor  # (B, 1 + R + P)
     text: Tensor  # (B, T)

@@ -46,7 +46,7 @@ class Encoder(NamedTuple):
 
     model: str
     revision: str | None  # the commit of a hub repository
-    fingerprint: str  # a hash of the weights, in the dtype that was used
+    fingerprint: str  # a hash of the weights, in `dtype`
     dtype: str
     transform: ImageTransform
 
@@ -118,7 +118,7 @@ class Strings(Sequence[str]):
         return self.text[start:end].numpy().tobytes().decode("utf-8", "surrogateescape")
 
     def is_sound(self) -> bool:
-        """Whether the ends never decrease, and the last one is the length of the text."""
+        """Whether the ends never decrease, and the last end is the length of the text."""
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends])
         return bool((ends.diff() >= 0).all()) and int(ends[-1]) == len(self.text)
 

@@ -4,8 +4,8 @@ A function that changes weights or shapes returns a new model with a new config.
 not change, and keeps its hooks. The two models share no memory, except after `resize_image`, which
 shares the tensors that do not change. A context manager changes a model only while its `with` block
 is open. So changes can be combined, and nothing has to be undone. Two functions work in place:
-`freeze` sets which parameters are trained, and `reconfigure` updates the config after you have
-changed a model that `copied` returned. Compile a model after surgery, not before.
+`freeze` sets which parameters are trained, and `reconfigure` updates the config of a model
+(made by `copied`) after you have changed its modules. Compile a model after surgery, not before.
 
 The result is an ordinary CLIP. Saving and loading it keeps every bit. If transformers cannot
 express the result's shape, it raises an error for the saved files (`CLIPConfig.to_dict`).

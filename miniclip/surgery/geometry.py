@@ -45,8 +45,8 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     """A model for images of another size or shape.
 
     Start from the original model each time, because resampling twice blurs. Both models share the
-    weights that do not change: pass `copied(model)` to train one of them. transformers can express
-    only square images. For side S, use `dataclasses.replace(transform, size=S, crop_size=S)`.
+    weights that do not change: pass `copied(model)` to train one of them. transformers needs square
+    images. Their transform is `dataclasses.replace(transform, size=size, crop_size=size)`.
 
     Args:
         size: (height, width), or one number for both. ValueError if smaller than one patch.

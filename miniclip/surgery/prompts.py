@@ -10,7 +10,7 @@ def encode_prompts(model: CLIP, vectors: Tensor, eos: Tensor, *, normalize: bool
     """Embed texts that are given as token vectors: (B, T, W) -> (B, E).
 
     Args:
-        vectors: used as token embeddings, also for the start and the end token.
+        vectors: the token embeddings of each text, from the start token to the end token.
         eos: (B,), the position of each text's end token.
         normalize: whether embeddings have length 1.
 

@@ -5,7 +5,7 @@ the scene, so every caption can be checked, and every object's pixels are known.
 answer three questions that photographs leave open:
 
 - Does a model recognise a pair of colour and shape that training never showed? The pairs of
-  `HELD_OUT` are in no training image and in no training caption. Their words are in other pairs.
+  `HELD_OUT` are in no training image and in no training caption. Their words occur in other pairs.
 - Does a model read the order of words? "a red circle to the left of a blue square" becomes false if
   two words are exchanged. Plain contrastive training gives models that ignore the order.
   Training with false captions teaches the order (Yuksekgonul et al. 2022, arXiv 2210.01936).

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from miniclip.world.scenes import CLEAR, COLOURS, HELD_OUT, IMAGE_SIZE, SHAPES, Object, Scene
 
-RELATIONS = {  # of two objects: an axis, and the sign of the second coordinate minus the first
+RELATIONS = {  # of two objects: on this axis, sign * (second - first) is positive
     "to the left of": ("x", 1),
     "to the right of": ("x", -1),
     "above": ("y", 1),
     "below": ("y", -1),
 }
 
-PLACES = {  # of one object: the same; the second coordinate is the middle of the image
+PLACES = {  # of one object: on this axis, sign * (middle of the image - object) is positive
     "on the left": ("x", 1),
     "on the right": ("x", -1),
     "at the top": ("y", 1),

@@ -18,7 +18,7 @@ from miniclip.world.scoring import SCORE_SEED
 
 
 class Localisation(NamedTuple):
-    """The scores of a method on scenes of two objects, one of which is named. Shares, 0 to 1."""
+    """The scores of a method on scenes of two objects. The text names one. Shares, 0 to 1."""
 
     method: str
     pointing: float  # the warmest pixel is on the named object (arXiv 1608.00507)

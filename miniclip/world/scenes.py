@@ -23,7 +23,7 @@ COLOURS = {
 
 RADII = {"small": 6, "plain": 9, "large": 13}  # in pixels, of a circle around the shape
 TILTS = (-12, 0, 12)  # degrees
-GRID = 4  # pixels; centres are at multiples of GRID, so there are fewer images to learn
+GRID = 4  # pixels; centres are at multiples of GRID, so there are fewer different images
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 
 Y, X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) / IMAGE_SIZE - 0.5
