@@ -156,7 +156,7 @@ def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class _Steps:
-    """The two steps of a LayerNorm as sites. If a step has hooks, `self` is the first hook.
+    """The two steps of a LayerNorm as sites. With hooks, `self` is the LayerNorm's first hook.
 
     If no function changes a step, the output keeps its bits.
     """

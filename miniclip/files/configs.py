@@ -56,7 +56,7 @@ TOWER_TYPES = {
 def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> Fields:
     """Read a parsed config.json of two towers. Raises ValueError.
 
-    `model_types` are the accepted types: CLIP's type, and a fork's own. `projection_dim` is
+    `model_types` are the accepted types: "clip", and for a fork also its own. `projection_dim` is
     read only at the top level, because some official files have a wrong copy in the tower sections.
     `text_config_dict` and `vision_config_dict` replace the tower sections (transformers,
     configuration_clip.py). Unknown entries keep their names, because a fork may have such fields.

@@ -196,7 +196,7 @@ _FIRST = re.compile(  # a larger model's prefix, the tower's prefix (both option
 def recognize(
     tensors: Mapping[str, Tensor], extra: Layout = {}
 ) -> tuple[str, Layout, dict[str, Tensor]]:
-    """Find the name of the layout, its table, and the tensors with the table's names.
+    """Find the layout's name and table, and rename the tensors as the table expects.
 
     `extra` are the places of a fork's own parameters. Raises ValueError if there are two models, or
     parts that miniclip does not have, such as a ResNet.

@@ -235,7 +235,7 @@ def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
             stack.append(memo[argument])
         elif name in ("BINPUT", "LONG_BINPUT"):
             if argument != len(memo):
-                raise UnpicklingError("its memo is not in order")
+                raise UnpicklingError("its objects are not numbered 0, 1, 2 and so on")
             memo.append(stack[-1])
         elif name == "GLOBAL":
             stack.append(_Maker(argument.replace(" ", ".")))

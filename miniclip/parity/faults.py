@@ -221,7 +221,7 @@ def names_read(formula: Formula) -> tuple[set[str], set[str]]:
 
 
 def faults(formula: Formula, source: Side, target: Side) -> Iterator[tuple[str, Named, Steps]]:
-    """Yield each possible fault of a formula in words, with the weights and steps that plant it."""
+    """Yield each possible fault of a formula: its description, weights and steps."""
     read, steps_read = names_read(formula)
     tower = formula.site.partition(".")[0]
     config: Any = getattr(source.config, tower, None)

@@ -27,7 +27,7 @@ class _Splitter:
     """Split a text at tokens and keep the tokens, as `re.split` does with a group.
 
     At each place, find the longest token. `re` would try one token after another. Here the tokens
-    are a set: if tokens that begin with "<" have 3 lengths, a "<" in a text needs up to 3 look-ups.
+    are a set: if the tokens with "<" first have 3 lengths, a "<" in a text needs up to 3 look-ups.
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:

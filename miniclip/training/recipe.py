@@ -40,7 +40,7 @@ class Recipe:
     augment: bool = described(False, "mirror, zoom into and shift the images at random")
     hard_negatives: bool = described(False, "also learn from the data's false captions (NegCLIP)")
     # Gradient accumulation would not work, because the loss compares all pairs of a batch.
-    chunk: int = described(0, "pairs in memory at once, in two passes (GradCache); 0: all")
+    chunk: int = described(0, "pairs in memory at once; each is embedded twice (GradCache); 0: all")
     checkpoint_blocks: bool = described(False, "to save memory, compute each block twice")
     precision: str = described("float32", "float32, or bfloat16 with autocast")
     compile: bool = described(False, "compile the towers with torch.compile")

@@ -68,7 +68,7 @@ def say_phrase(phrase: Phrase) -> str:
 
 
 def holds(claim: Claim, scene: Scene) -> bool:
-    """Return whether each phrase fits a different object, and the relation of the objects holds."""
+    """Return whether each phrase fits another object, and the relation of these objects is true."""
     return any(
         all(map(fits, claim.phrases, chosen))
         and (not claim.relation or apart(claim.relation, *chosen) > 0)
