@@ -250,7 +250,7 @@ class Index:
         self.encoder.check(describe(loaded, name), "the index", advice)
 
     def load_encoder(self, name: str | None = None, device: str = "cpu") -> Loaded:
-        """Load the model that made the index. `name`: where it is now, if it has moved. Raises ValueError."""
+        """Load the model that made the index. `name`: its new place, if it has moved."""
         made_by = self.encoder
         loaded = load(
             name or made_by.model,

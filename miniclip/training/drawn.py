@@ -18,8 +18,9 @@ class Shapes:
 
     `data[index, draw]` is an image with a caption and a false caption. The number `draw` chooses
     both captions. The first half of the scenes has three lessons: one object and its place, two
-    objects and the place of one, and their positions relative to each other. Without the lessons a model
-    learns only colours for a long time. Do not mirror the images: "to the left of" would be false.
+    objects and the place of one, and their positions relative to each other. Without the lessons,
+    a model learns only colours for a long time. Do not mirror the images: "to the left of" would be
+    false.
 
     Args:
         count: the number of scenes.
