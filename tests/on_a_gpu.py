@@ -46,7 +46,7 @@ def gpu_tests(device: str) -> Iterator[tuple[str, Any]]:
 
 
 def parity(shape: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Any]]:
-    """The first site out of tolerance, and the difference between the logits."""
+    """Yield the first site out of tolerance and the difference between the logits."""
     report = compare(*random_pair(shape), dtype=dtype, device=device)
     logits = next(row for row in report.rows if row.site == "logits")
     name = str(dtype).removeprefix("torch.")
@@ -54,7 +54,7 @@ def parity(shape: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, A
 
 
 def timing(**options: Any) -> Iterator[tuple[str, Any]]:
-    """The rows of one call of `bench`."""
+    """Yield the rows of one call of `bench`."""
     name = " ".join(str(value).removeprefix("torch.") for value in options.values())
     yield f"bench {name}", bench(**options)
 
@@ -63,7 +63,7 @@ LARGE = "256 images, L/14, bfloat16"
 
 
 def large_product(device: str, size: int) -> Iterator[tuple[str, Any]]:
-    """How long the multiply-adds of LARGE would take at the speed of one large matrix product."""
+    """Time one large matrix product, scaled to the multiply-adds of the work in LARGE."""
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     trial = timed(lambda: a @ b, device)
     scale = 256 * tower_multiply_adds(PUBLISHED["L/14"], "vision") / size**3

@@ -202,7 +202,7 @@ def setting(tmp_path_factory):
 
 
 def cases(suite, setting, monkeypatch):
-    """The cases of a suite. The suite zeroshot gets 100 of ImageNet's classes, to be quick."""
+    """Return the cases of a suite. The suite zeroshot uses only 100 classes, to save time."""
     if suite == "zeroshot":
         monkeypatch.setattr(models, "IMAGENET_CLASSES", models.IMAGENET_CLASSES[:100])
     return bench.SUITES[suite](setting)
@@ -283,7 +283,7 @@ def test_a_library_with_a_changed_input_is_noticed(suite, field, change, setting
 
 @pytest.mark.slow
 def test_a_library_with_a_changed_gradient_is_noticed(setting, monkeypatch):
-    """The gradient has the wrong sign. Its length and the loss stay the same."""
+    """The changed gradient has the opposite sign. Its norm and the loss stay the same."""
     ours, theirs = setting.libraries[:2]
 
     def climb(pixels):
@@ -358,7 +358,7 @@ def test_multiply_adds_of_a_text_grow_with_its_tokens():
 
 @pytest.mark.slow
 def test_padding_is_not_compared(setting):
-    """OpenAI's tokenizer pads with 0, up to the context length."""
+    """Padding is 0 for OpenAI's tokenizer and the end token for the others."""
     end = setting.config.text.eos_token_id
     ids = torch.tensor([[7, 8, end, 0, 0], [7, end, end, end, end]])
     assert next(pipeline.tokenizer_suite(setting)).form(ids) == [[7, 8], [7]]
@@ -511,7 +511,7 @@ def test_open_clip_and_openai_get_our_weights_and_vocabulary(name, setting, monk
     ours = load(setting.directory).model
     assert peer.model.strict and len(peer.model.weights) < len(
         ours.state_dict()
-    )  # q, k, v are fused
+    )  # q, k and v are one tensor there
     assert torch.equal(peer.model.weights["visual.proj"], ours.vision.proj.weight.T)
     assert peer.model.weight.dtype == torch.bfloat16 and not peer.model.training
     assert peer.encode_image(torch.ones(1, 2)).dtype == torch.bfloat16
@@ -556,7 +556,7 @@ def test_four_batches_of_files_are_embedded(setting):
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """Record what `bench` is asked for. Nothing is measured."""
+    """Replace every suite with one that only records its setting. Return the records."""
     seen = []
     monkeypatch.setattr(suites, "prepare", lambda folder, shape: PUBLISHED[shape])
 
@@ -670,7 +670,7 @@ def test_the_error_of_a_failed_process_is_reported(stderr, reason, monkeypatch, 
 
 @pytest.mark.slow
 def test_a_separate_process_gives_the_same_logits(setting):
-    """The process uses the setting's dtype."""
+    """The new process uses the dtype of the setting, here bfloat16."""
     exact, half = setting, replace(setting, dtype=torch.bfloat16)
     here, rounded = (
         next(bench.SUITES["load"](one)).trials["miniclip"]()[1] for one in (exact, half)
@@ -695,7 +695,7 @@ def test_the_script_for_a_gpu_also_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suites, "measure", measure)
     monkeypatch.setitem(suites.SUITES, "memory", lambda setting: iter(()))  # needs new processes
     monkeypatch.setattr(torch, "compile", lambda encoder, mode: encoder)
-    # Tiny shapes reach no target, so the exit status is 1.
+    # A tiny model reaches none of the script's speed targets, so the exit status is 1.
     assert on_a_gpu.main(["--device", "cpu", "-o", str(tmp_path / "gpu.json")]) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert "'error'" not in capsys.readouterr().err
@@ -711,7 +711,7 @@ def test_the_large_product_stands_for_the_work_of_256_images(monkeypatch):
     monkeypatch.setattr(on_a_gpu, "timed", lambda run, device: lambda: (next(costs), run()))
     ((_, (row,)),) = on_a_gpu.large_product("cpu", 8)
     work = 256 * tower_multiply_adds(PUBLISHED["L/14"], "vision")
-    assert row.cost[1] == pytest.approx(work / 8**3 * 7.5)  # the median of the costs 3 to 12
+    assert row.cost[1] == pytest.approx(work / 8**3 * 7.5)  # the median of 3 to 12; 1, 2 warm up
     assert row.work in "vision: 256 images, L/14, bfloat16"
 
 
@@ -724,7 +724,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
         row("vision", "1 image, B/32, float32", ours, 1.0),
         row("vision", "1 image, B/32, float32", peer, 5.0),
         row("vision", "1 image, L/14, float32", ours, 1.0),
-        row("vision", "1 image, L/14, float32", peer, 4.0),  # the smaller ratio counts
+        row("vision", "1 image, L/14, float32", peer, 4.0),  # `targets` keeps the smaller ratio
         row("vision", large, ours, 2.0),
         row("vision", large, peer, 3.0),
         row("vision", large, "one large product", 1.5),
@@ -767,7 +767,7 @@ def test_growth_measures_every_axis_at_two_sizes(grown):
 
 @pytest.mark.parametrize("tower, tokens", [("vision", 26), ("vision", 101), ("text", 256)])
 def test_the_theory_of_growth_counts_attention(grown, tower, tokens):
-    """Attention adds 2 T^2 W multiply-adds to each block. They grow faster than T."""
+    """For T tokens and width W, attention adds 2 T^2 W multiply-adds to each block."""
     axis = "pixels along a side" if tower == "vision" else "tokens of a text"
     config = getattr(SHAPE, tower)
     width, blocks = config.width, config.layers

@@ -75,7 +75,7 @@ def test_squash_equals_transformers_resize_to_a_height_and_a_width(tmp_path, pho
     transform.save_pretrained(tmp_path / "ours")
     again = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / "ours")
     assert torch.equal(again(photograph, return_tensors="pt")["pixel_values"][0], theirs)
-    transform.save_pretrained(tmp_path)  # the folder has open_clip's settings too
+    transform.save_pretrained(tmp_path)  # this folder has an open_clip_config.json too
     saved = json.loads((tmp_path / "open_clip_config.json").read_text())
     assert saved["preprocess_cfg"]["resize_mode"] == "squash"
     cropped = replace(transform, crop_size=32)
@@ -115,7 +115,7 @@ def test_two_files_that_disagree_about_the_pixels_are_named(tmp_path):
 
 @pytest.fixture
 def metaclip(tmp_path):
-    """transformers' model with random weights, and its directory."""
+    """A MetaClip2Model of transformers with random weights, and its directory."""
     config = transformers.MetaClip2Config(
         projection_dim=36,
         vision_config=dict(
@@ -134,7 +134,8 @@ def metaclip(tmp_path):
     return peer, tmp_path / "metaclip"
 
 
-LITERAL = torch.tensor([[0, 5, 599, 2, 1, 1], [0, 7, 2, 300, 2, 1]])  # 2 is not the largest id
+# The end token is 2, which is not the largest id.
+LITERAL = torch.tensor([[0, 5, 599, 2, 1, 1], [0, 7, 2, 300, 2, 1]])
 
 
 @torch.no_grad()
@@ -435,7 +436,7 @@ def test_long_clips_own_files_are_read(tmp_path):
     tensors |= {"positional_embedding": first, "positional_embedding_res": rest}
     torch.save(tensors, tmp_path / "longclip-B.pt")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Long-CLIP's files are recognised
+        warnings.simplefilter("error")  # no warning, because Long-CLIP's files are known
         long = CLIP.from_pretrained(tmp_path / "longclip-B.pt")
     assert long.config.text.context_length == 248
     assert torch.equal(long.text.pos_embed, first * mask + rest * (1 - mask))
@@ -461,7 +462,7 @@ def test_the_vision_tower_of_an_image_classifier_is_read(tmp_path):
     assert torch.equal(tower(pixels), expected)
     with pytest.raises(CheckpointError, match="load it with VisionTower.from_pretrained"):
         CLIP.from_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"  # a distilled tower, with the config of a whole CLIP
+    path = tmp_path / "model.safetensors"  # no classifier, but the config of a whole CLIP
     save_file({n: t for n, t in load_file(path).items() if "classifier" not in n}, path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -196,7 +196,7 @@ def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
     assert peaks.keys() == sizes.keys()
     largest = tensors["text_model.embeddings.token_embedding.weight"].nbytes
     for case, least in sizes.items():
-        most = least + 40e6 + largest * ("legacy" in case)  # unaligned tensors are copied
+        most = least + 40e6 + largest * ("legacy" in case)  # its tensors are unaligned, so copied
         assert 0.9 * least < int(peaks[case]) < most, (case, least, peaks[case])
 
 

@@ -191,7 +191,7 @@ def test_explain_writes_every_character_that_a_font_has_and_never_warns(
     assert (status, err) == (0, f"picture: {out}\n") and len(table.splitlines()) == 2
     for file in fonts_beside(text).values():
         assert font_manager.get_font(file).get_charmap().keys() & set(map(ord, text))
-    if "\U0001d49c" in text:  # another font of matplotlib has this character
+    if "\U0001d49c" in text:  # a font of matplotlib has this character
         assert fonts_beside(text)
 
 

@@ -111,7 +111,7 @@ def test_an_absent_field_has_transformers_default(section, field):
     {"vision_config_dict": {"patch_size": 16}, "text_config_dict": None},
 ], ids=["empty sections", "no model_type", "no text section", "only the old section"])  # fmt: skip
 def test_transformers_reads_sparse_configs_in_the_same_way(config):
-    # transformers changes the dictionary it is given
+    # a copy, because transformers changes the dictionary it is given
     copy = json.loads(json.dumps(config))
     assert_same_meaning(CLIPConfig.from_dict(config), transformers.CLIPConfig.from_dict(copy))
 
@@ -233,7 +233,7 @@ def test_numbers_at_their_limits_are_accepted():
 
 
 def test_a_number_that_all_layers_share_is_stored_once():
-    """transformers can run such a model, but cannot read a list of numbers."""
+    """transformers has one number for all layers of a tower, and cannot read a list."""
     each = VisionConfig(layers=2, heads=(12, 12), mlp_width=(9, 9), image_size=(64, 64))
     assert each == VisionConfig(layers=2, heads=12, mlp_width=9, image_size=64)
     assert TextConfig(head_width=64) == TextConfig() != TextConfig(head_width=32)

@@ -338,7 +338,7 @@ def not_a_number(model):
 
 
 def norm(formula):
-    """Snippets that give LayerNorm another formula, in terms of x, d = x - mean, and eps."""
+    """Return snippets for `fork_of` that give LayerNorm this formula of x, d = x - mean and eps."""
     of_a_fork = f"""class Norm(nn.LayerNorm):
     def forward(self, x):
         d, eps = x - x.mean(-1, keepdim=True), self.eps

@@ -30,7 +30,7 @@ LEAST, MOST = -torch.inf, torch.inf
 QUICK = ACT2FN["quick_gelu"]
 ONES, END = torch.ones(1, 1, 3, 3), torch.tensor([1])
 E = X.exp()
-HIDDEN = torch.eye(4, 6).bool()  # one mask for three heads
+HIDDEN = torch.eye(4, 6).bool()  # the same mask for all three heads
 M = E.masked_fill(HIDDEN, 0)
 IDS, ENDS = torch.tensor([[0, 7, 9, 7], [7, 0, 0, 0], [0, 0, 7, 1]]), torch.tensor([1, 0, 2])
 W, B = torch.linspace(1, 2, 6).double(), torch.linspace(3, 4, 6).double()
@@ -398,7 +398,7 @@ def test_a_fault_is_found_by_its_name(name, side):
 
 
 def test_texts_read_at_their_largest_id_are_named(side):
-    """The largest id is the end token in OpenAI's vocabulary. Here the end token is 300."""
+    """In OpenAI's vocabulary the end token has the largest id. Here its id is 300."""
     ids = side.tensors["ids"]
     ids = ids.masked_fill(ids == 300, 301).masked_fill(ids == 599, 300)
     config = replace(side.config, text=replace(side.config.text, eos_token_id=300))
@@ -544,7 +544,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def scaled(mean, std, divisor=255.0, order=(0, 1, 2)):
-    """A function that replaces the division, the mean and the std of the right pixels."""
+    """Return a function that computes pixels again with this divisor, mean, std and order."""
 
     def change(pixels):
         colours = (pixels * STD + MEAN) * 255 / divisor
@@ -562,7 +562,7 @@ def taken(
     picture, background=(255, 255, 255), resample=Image.Resampling.BICUBIC, long=math.floor,
     offset=math.floor, square=False, rgb_last=False,
 ):  # fmt: skip
-    """Do transformers' steps, with one step changed."""
+    """Make an image's pixels by transformers' steps. Each option changes one step."""
     if background and picture.mode == "RGBA":
         below = Image.new("RGB", picture.size, background)
         below.paste(picture, mask=picture.getchannel("A"))
@@ -593,7 +593,7 @@ FAULTS_OF_PIXELS = {
     "a resize to a square": lambda p: taken(p, square=True),
     **{
         f"{name.lower()} resampling, not bicubic": resampled(name)
-        for name in sorted(Image.Resampling.__members__.keys() - {"BICUBIC"})  # seven in Pillow 13
+        for name in sorted(Image.Resampling.__members__.keys() - {"BICUBIC"})  # Pillow 13 has 7
     },
     "the colours in the order BGR":
         lambda p: scaled(RIGHT.image_mean, RIGHT.image_std, order=(2, 1, 0))(taken(p)),

@@ -311,7 +311,7 @@ def test_wrong_options_of_eval_are_an_error(options, words, pictures, tmp_path, 
 
 @pytest.fixture(scope="module")
 def blobs():
-    """Three classes of 40 points around three centres, in five dimensions: train and test."""
+    """Return a train and a test set. Each has three classes of 40 points, in five dimensions."""
     torch.manual_seed(0)
     classes = torch.arange(3).repeat(40)
     centres = torch.randn(3, 5)
@@ -337,7 +337,7 @@ def test_from_text_minimises_the_documented_loss(blobs):
     train, test = blobs
     weights = torch.randn(3, 5)
     found = linear.fit_from_text(train, 2.0, lambda x: x @ weights.T)
-    change = (found(torch.eye(5)) - weights.T.double()).T.requires_grad_()  # V (3, 5)
+    change = (found(torch.eye(5)) - weights.T.double()).T.requires_grad_()  # V of fit_from_text
     logits = train.features.double() @ (weights.double() + change).T
     loss = torch.nn.functional.cross_entropy(logits, train.classes, reduction="sum")
     (gradient,) = torch.autograd.grad(loss + change.square().sum(), change)

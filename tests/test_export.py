@@ -46,7 +46,7 @@ def without_mask(model):
 
 @torch.no_grad()
 def assert_same(graph, model):
-    """Assert that the graph has a mask, and equal outputs for sizes that it was not made with."""
+    """Assert that the graph has a mask and gives the model's outputs at sizes new to it."""
     for images, texts, tokens in ((1, 1, 2), (5, 3, 12), (2, 7, 20)):
         inputs = random_inputs(model.config, images, texts, tokens, seed=4)
         expected, found = model(*inputs), graph(*inputs)

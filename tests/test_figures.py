@@ -64,7 +64,7 @@ def test_a_matrix_has_the_shares_of_each_true_class_in_percent(drawn):
     assert cells == {(0, 0): "60", (1, 0): "10", (2, 0): "30", (0, 1): "50", (1, 1): "50"}
     assert (left.get_xlabel(), left.get_ylabel()) == ("predicted class", "true class")
     assert names(left) == names(left, "x") == ["cat", "dog", "a ship a ship a ship a …"]
-    # from the bottom: the most frequent on top
+    # The first name is the bottom bar. The top bar is the most frequent confusion.
     assert names(right) == ["cat → dog", "dog → cat", "cat → a ship a ship a ship a …"]
     assert widths(right) == [1, 2, 3] and texts(right) == ["1", "2", "3"]
     assert figure.get_suptitle() == "top-1 57.1% of 14 images"
@@ -81,7 +81,7 @@ def test_many_classes_have_a_dot_for_each_confusion(drawn):
     left, right, _ = drawn(draw_confusion, result).axes
     (dots,) = left.collections
     assert dots.get_offsets().tolist() == [[40, 3], [9, 7]]  # (predicted, true)
-    assert dots.get_sizes().tolist() == [60, 15]  # areas
+    assert dots.get_sizes().tolist() == [60, 15]  # areas, proportional to the counts
     assert left.get_ylim() == (50, -1) and widths(right) == [1, 4]
 
 
@@ -127,7 +127,7 @@ def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
     above, photograph, shown, bars, hot, *_ = figure.axes
     assert above.get_title(loc="left") == "cat"
     assert shown.get_title(loc="left") == "a drawn scene"
-    assert widths(bars) == widths(photograph) == [0.2, 0.3, 0.5]  # from the bottom
+    assert widths(bars) == widths(photograph) == [0.2, 0.3, 0.5]  # the first bar is at the bottom
     assert texts(bars) == ["20%", "30%", "50%", "label 2", "label 1", "label 0"]
     assert texts(photograph) == texts(bars)
     assert hot.get_title(loc="left") == "a star"
@@ -215,7 +215,7 @@ def test_differences_are_drawn_at_their_depth(drawn):
     assert shown["difference"] == [0.1, 0.01, 0.0001]
     assert shown["difference in float64"] == pytest.approx([1e-5, 1e-6, 1e-8])
     assert shown["error of model"] == pytest.approx([1e-9, 1e-10, 1e-12])
-    assert shown["error of other"] == [1e-17] * 3  # zero is drawn here
+    assert shown["error of other"] == [1e-17] * 3  # an error of 0 is drawn at 1e-17
     assert [*text.lines[0].get_ydata()] == [0.001, 0.0001]
     assert names(vision, "x") == ["0", "logits"] and texts(vision) == [f" {sites[0]}"]
     assert "first at vision.blocks.0.resid_pre; likely cause: a cause" in figure.get_suptitle()

@@ -23,7 +23,7 @@ from miniclip.training import shards as shards_module
 from miniclip.training.loss import SigmoidLoss
 from miniclip.training.optim import trainable
 
-QUICK = replace(BASE, epochs=2)  # of three steps each
+QUICK = replace(BASE, epochs=2)  # each epoch has three steps
 
 
 def new_model():
@@ -41,7 +41,7 @@ def rows_of(out):
 
 
 def crash_in(step, monkeypatch):
-    """Make runs crash at a step of the second epoch. Returns a function that undoes this."""
+    """Make runs crash at this step, before it is logged. Return a function that undoes this."""
     note = run_module.Run.log_step
 
     def crash(self, *args):
@@ -143,7 +143,7 @@ OPTIONS = {
 
 
 def by_weight(loaded):
-    """A score that changes with the weights of a layer."""
+    """Return a score that depends only on the weights of one layer."""
     return {"score": loaded.model.vision.blocks[0].attn.q_proj.weight.double().sum().sin().item()}
 
 
@@ -366,7 +366,8 @@ def test_a_shard_that_vanishes_does_not_shift_the_next_epoch(shards):
     found = list(islice(batches(data, 4, seed=0), 4))
     assert [len(batch.captions) for batch in found] == [4] * 4
     assert any("1.tar" in reason for reason in data.skipped)
-    late = list(islice(batches(data, 4, seed=0, first=3), 1))  # the second epoch starts as before
+    # Step 3 is the first step of the second epoch. Its batch is the same as in the run above.
+    late = list(islice(batches(data, 4, seed=0, first=3), 1))
     assert torch.equal(late[0].pixels, found[3].pixels)
 
 

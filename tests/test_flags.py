@@ -246,7 +246,7 @@ def test_an_index_lists_damaged_files(run, output, tmp_path):
     assert "x.tar: the tar cannot be read" in skipped
 
 
-RECIPE = {  # the values differ from Recipe's defaults, except for three
+RECIPE = {  # no value is a default, except for hard_negatives, compile and fsdp
     "epochs": 2, "batch": 3, "lr": 2e-3, "muon_lr": 3e-3, "weight_decay": 0.2, "warmup": 0.5,
     "clip_gradient": 2.5, "patch_dropout": 0.25, "full_epochs": 0, "ema": 0.5, "augment": True,
     "hard_negatives": False, "chunk": 1, "checkpoint_blocks": True, "precision": "bfloat16",

@@ -118,7 +118,7 @@ MASK_KEPT = (
 def test_a_comparison_removes_tensors_that_a_forward_stores(dtype, pair):
     same = fork_of(pair[0], *MASK_KEPT)
     assert compare(same, pair[0], dtype=dtype).first is None
-    same(*random_inputs(TINY, tokens=17))  # another length, and another precision
+    same(*random_inputs(TINY, tokens=17))  # fails if the old mask is still stored
 
 
 def test_a_comparison_restores_what_a_forward_changes(pair):
@@ -280,7 +280,7 @@ def test_json_has_no_nan(pair):
 @pytest.mark.slow
 def test_bytes_that_are_not_words_are_compared(pair):
     right = Tokenizer.from_pretrained("everyday")
-    for one, other in ("Ñ", "Ð"), ("!", '"'):  # first bytes of Cyrillic letters
+    for one, other in ("Ñ", "Ð"), ("!", '"'):  # Ñ and Ð are the first bytes of Cyrillic letters
         vocab = {**right.vocab, one: right.vocab[other], other: right.vocab[one]}
         faulty = Tokenizer(vocab, right.merges, context_length=right.context_length)
         report = compare(*(Loaded(pair[0], t, None) for t in (faulty, right)))

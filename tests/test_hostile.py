@@ -67,7 +67,7 @@ class Referee:
 
     @contextmanager
     def changed(self, changes):
-        """The directory with these files replaced. A file with the contents None is removed."""
+        """Replace these files in a `with` statement. A file whose contents are None is removed."""
         try:
             for name, data in changes.items():
                 (self.directory / name).unlink(missing_ok=True)
@@ -81,9 +81,9 @@ class Referee:
                     (self.directory / name).write_bytes(self.files[name])
 
     def judge(self, cases, load, is_as_stated):
-        """Load each case. Returns the labels of the cases with an error, and of the loaded cases.
+        """Load each case. Return the labels of the cases with an error, and of the loaded cases.
 
-        Fails if a case does anything else.
+        Fail if a case does anything else.
         """
         errors, loads = [], []
         reset_peak()
@@ -168,7 +168,7 @@ def referee(files, tmp_path):
 
 @pytest.fixture(scope="module")
 def their_names(files, tmp_path_factory):
-    """{our name: the file's name} of each tensor. Tensors with equal values belong together."""
+    """Return {our name: the file's name} of each tensor. Tensors are matched by their values."""
     directory = tmp_path_factory.mktemp("names")
     for name, data in files.items():
         (directory / name).write_bytes(data)
@@ -357,7 +357,7 @@ class Harmful:
 
 
 def zip_boundaries(data):
-    """Places at and near the starts of the archive's records, their headers and the directory."""
+    """Places at and near the starts of an archive's headers, contents and list of contents."""
     at = [
         m.start() for m in re.finditer(rb"PK\x03\x04|PK\x01\x02|PK\x05\x06|PK\x06[\x06\x07]", data)
     ]
@@ -795,7 +795,7 @@ def test_a_false_config_raises_an_error_or_loads_as_stated(referee, files, their
         for place, value in stated.get(label, {}).items():
             found = model.config.to_dict()
             for key in place:
-                found = found.get(key, value)  # absent if a field has another name
+                found = found.get(key, value)  # a field with another name is not checked
             unread = value is None or place[-1] in ("architectures", "model_type", "projection_dim")
             if not unread and value not in (found, [found]):
                 return False

@@ -180,7 +180,7 @@ def inputs():
     ids[torch.arange(4), torch.tensor([19, 3, 7, 1])] = 499
     ids[3] = torch.randint(
         0, 499, (20,), generator=generator
-    )  # no end token: read at the largest id
+    )  # this text has no end token, so it is pooled at its largest id
     return torch.randn(3, 3, 64, 64, generator=generator, dtype=torch.float64), ids
 
 
@@ -871,7 +871,7 @@ UNSAYABLE = [
     (vision_with(image_size=70), "image_size 70", {"openai"}),
     (vision_with(image_size=(64, 32)), r"image_size \(64, 32\)", {"openai", "open_clip"}),
     (text_with(eos_token_id=7), "eos_token_id 7", {"openai", "open_clip"}),
-    (text_with(eos_token_id=499), "", set()),  # the largest id of all
+    (text_with(eos_token_id=499), "", set()),  # the largest id: every layout can express it
 ]
 
 
@@ -919,7 +919,7 @@ def read_shapes(tensors):
 
 
 def test_the_shapes_of_openais_tensors_are_its_whole_config():
-    """All numbers differ. No layout would write this file, because images have four channels."""
+    """All numbers differ. miniclip would not save this file, because images have four channels."""
     config = CLIPConfig(
         VisionConfig(192, 5, 3, 240, image_size=84, patch_size=12, channels=4),
         TextConfig(128, 4, 2, 300, "quick_gelu", 1e-5, 1000, 50, 998, LEGACY_EOS),
@@ -1065,7 +1065,7 @@ def test_one_tower_of_a_whole_checkpoint_is_read(tmp_path):
 def test_a_tower_is_loaded_with_only_the_parts_that_it_needs(tmp_path):
     shapes = load("shapes")
     CLIPTextModel(CLIPTextConfig(**TEXT | {"vocab_size": 700})).save_pretrained(tmp_path)
-    assert load(tmp_path)[1:] == (None, None)  # Stable Diffusion has both elsewhere
+    assert load(tmp_path)[1:] == (None, None)  # Stable Diffusion has them in other folders
     shapes.tokenizer.save_pretrained(tmp_path)
     shapes.transform.save_pretrained(tmp_path)
     _, tokenizer, transform = load(tmp_path)

@@ -109,7 +109,7 @@ def test_rollout_is_a_random_walk_over_the_tokens(double, tower):
 
 
 def test_relevance_equals_its_formula(double):
-    """Finite differences confirm one slope. Loops compute equations 5 and 6."""
+    """Finite differences confirm one slope. Loops compute equations 5 and 6 of Chefer et al."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     result = relevance(model, pixels, ids)
@@ -754,8 +754,8 @@ def test_maps_with_known_answers_have_the_right_scores():
     wrong = localisation("wrong", -heat + other[:, ::8, ::8], named, other)
     assert right.pointing == 1 and right.distracted == 0 and right.iou > 0.8
     assert wrong.pointing == 0 and wrong.distracted == 1 and wrong.iou == 0
-    pixels = 0.5 * named.float()  # the next warmest pixels are on the object
-    pixels[0, :8, 4:12] = 1 + torch.rand(8, 8)  # half of this square is on the object
+    pixels = 0.5 * named.float()  # the whole object is warm
+    pixels[0, :8, 4:12] = 1 + torch.rand(8, 8)  # the warmest square is half on the object
     assert math.isclose(localisation("half", pixels, named, other).iou, 1 / 3, rel_tol=1e-6)
 
 

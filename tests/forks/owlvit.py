@@ -93,7 +93,7 @@ class OwlViT(CLIP):
         super().__init__(config)
         width = config.vision.width
         self.ln_patches = nn.LayerNorm(width, eps=config.vision.ln_eps)
-        self.class_head = ClassHead(width, config.text.width)  # as in transformers: E = W
+        self.class_head = ClassHead(width, config.text.width)  # E = text width, as in transformers
         self.box_head = BoxHead(width)
 
     def detect(self, pixels: Tensor, ids: Tensor) -> Detections:
