@@ -378,7 +378,7 @@ def read_entries() -> list[dict[str, Any]]:
 
 
 def published(entry: dict[str, Any]) -> dict[str, Any]:
-    """Collect all numbers of an entry under `expected`: also from its file and from "extra".
+    """Put all numbers of an entry under `expected`, also those of its file and of its "extra".
 
     Numbers whose file is missing are None.
     """

@@ -3,10 +3,11 @@
     python tests/on_a_gpu.py -o gpu.json                # on cuda
     python tests/on_a_gpu.py -o gpu.json --device cpu   # a rehearsal with tiny shapes
 
-It runs the tests marked `gpu`, then parity with transformers at the four official shapes in three
-precisions, then suites of `miniclip bench`, first eager and then compiled. It writes JSON after
-each part, and prints a table and the targets in Markdown. It counts the parts that do not fit into
-eight minutes. The exit status is 1 if parity, a test or a target fails, or if a part is left out.
+It runs the tests marked `gpu`, one large matrix product, parity with transformers at the four
+official shapes in three precisions, and suites of `miniclip bench`, first eager, then compiled. It
+writes JSON after each part, and prints a table and the targets in Markdown. It counts the parts
+that do not fit into eight minutes. The exit status is 1 if parity, a test or a target fails, or if
+a part is left out.
 """
 
 import argparse

@@ -21,7 +21,7 @@ PATH = Path(__file__).parent / "data" / "timm.json"
 # antialiasing, and for a single column torch 2.13 does this wrong on a CPU.
 GRIDS = [((5, 5), (7, 7)), ((5, 5), (3, 3)), ((4, 4), (2, 8)), ((3, 4), (6, 2))]
 PATCHES = [(4, 7), (4, 3), (6, 8)]  # a patch's side in pixels, before and after the resize
-CHANNELS = [1, 2, 4, 6]  # instead of three
+CHANNELS = [1, 2, 4, 6]  # input channels, instead of three
 CONTEXTS = [(20, 33), (16, 31)]  # tokens before and after the stretch
 
 VISION = VisionConfig(

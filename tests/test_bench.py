@@ -51,7 +51,7 @@ def tiny(monkeypatch):
 
 
 def contender(name, costs, output, log=None):
-    """A name and its trial, which returns the given costs one after another, over and over."""
+    """Return a name and a fake trial, which returns the given costs in turn, again and again."""
     costs = itertools.cycle(costs)
 
     def trial():
@@ -97,7 +97,7 @@ def test_rounds_alternate_until_the_time_is_over(monkeypatch):
     assert {"".join(log[i : i + 2]) for i in range(0, len(log), 2)} == {
         "AB",
         "BA",
-    }  # no fixed order
+    }  # both orders occur
     pair = dict([contender("A", [1.0, 2.0], 0), contender("B", [3.0, 4.0], 0)])
     assert alternate(pair, seconds=0) == [[1.0, 3.0], [2.0, 4.0], [1.0, 3.0]]
 
@@ -307,7 +307,7 @@ def test_a_search_that_finds_other_rows_is_noticed(setting, monkeypatch):
 
 
 def test_captions_and_invented_words_are_all_different():
-    assert len(set(material.captions(80_000))) == 80 * 998  # two class names occur twice
+    assert len(set(material.captions(80_000))) == 80 * 998  # two of 1000 class names occur twice
     stream = material.invented_captions(50)
     words = " ".join([*next(stream), *next(stream)]).split()
     assert len(set(words)) == len(words) == 600

@@ -327,7 +327,7 @@ def test_all_that_a_training_loop_saves_beside_the_weights_is_ignored(tmp_path):
     optimizer.step()
     (tmp_path / "model.safetensors").unlink()
     marked = torch.nn.Parameter(tensors["logit_scale"])
-    marked.weight_decay = 0.1  # saved by torch's _rebuild_from_type_v2
+    marked.weight_decay = 0.1  # so torch pickles it with _rebuild_from_type_v2
     beside = {
         "args": argparse.Namespace(lr=1e-5, when=datetime.datetime.now(), path=Path("x")),
         "best": np.float64(0.5),
@@ -748,7 +748,7 @@ def test_captum_956_the_tokens_of_a_text_get_attributions():
         return model(pixels, ids).logits_per_image.diagonal()
 
     method = captum.LayerIntegratedGradients(score, model.text.token_embed)
-    blank = ids.where(ids >= 598, 0)  # start and end tokens stay
+    blank = ids.where(ids >= 598, 0)  # 0 replaces all tokens except start and end
     found, missed = method.attribute(
         ids, blank, additional_forward_args=(pixels,), n_steps=200, return_convergence_delta=True
     )

@@ -146,7 +146,7 @@ def test_an_official_file_gives_the_logits_of_transformers(official):
     assert_same_logits(model, peer, pixels, ids)
 
 
-# Each load runs in its own process. The parent process has imported torch, but has not used it.
+# Each load runs in a fork of a process that has imported torch, and has not used it.
 PEAKS = """
 import os, sys, torch
 from miniclip import CLIP
@@ -170,7 +170,7 @@ for case in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
-    """One tensor is a third of the file. If it is not converted first, the peak is too high."""
+    """One tensor is a third of the file. The loader must convert it first to keep the peak low."""
     vision = replace(TINY.vision, mlp_width=60_000)
     text = replace(TINY.text, mlp_width=60_000, vocab_size=400_000)
     with torch.device("meta"):

@@ -329,7 +329,7 @@ def test_shards_are_read_from_commands_and_addresses(shards, monkeypatch):
         data, found = captions_of(name, batch=2)
         assert len(data) == 6 and found == expected and data.skipped == []
     assert len(open_data(f"pipe:cat {shards}/{{0..1}}.tar", ImageTransform(SIZE))) == 12
-    assert fsspec.get_filesystem_class("hf") is HfFileSystem  # it reads hf://
+    assert fsspec.get_filesystem_class("hf") is HfFileSystem  # it opens hf:// addresses
 
 
 def test_a_command_that_fails_is_named_and_does_not_end_the_run(shards):

@@ -118,7 +118,7 @@ MASK_KEPT = (
 def test_a_comparison_removes_tensors_that_a_forward_stores(dtype, pair):
     same = fork_of(pair[0], *MASK_KEPT)
     assert compare(same, pair[0], dtype=dtype).first is None
-    same(*random_inputs(TINY, tokens=17))  # fails if the old mask is still stored
+    same(*random_inputs(TINY, tokens=17))  # runs with a new mask
 
 
 def test_a_comparison_restores_what_a_forward_changes(pair):

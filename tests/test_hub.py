@@ -132,7 +132,7 @@ def test_a_second_load_asks_for_no_file_again(hub, model):
     assert len(asked(hub, "/stored/")) == 1
     hub.requests.clear()
     assert_same_weights(miniclip.load(NAME).model, model)
-    assert hub.requests == [f"GET /api/models/{NAME}/revision/main"]  # asks for the commit
+    assert hub.requests == [f"GET /api/models/{NAME}/revision/main"]  # only asks for the commit
 
 
 def test_local_files_only_makes_no_request(hub, model):

@@ -155,7 +155,7 @@ OPENAI = CLIPConfig(
 
 
 def variant(**changes):
-    """OPENAI with fields of both towers changed."""
+    """Return the config OPENAI with the same changes in both towers."""
     vision, text = vars(OPENAI.vision) | changes, vars(OPENAI.text) | changes
     return CLIPConfig(VisionConfig(**vision), TextConfig(**text), OPENAI.embed_dim)
 

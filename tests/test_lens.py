@@ -148,7 +148,7 @@ def test_relevance_of_a_pair_does_not_depend_on_its_batch(double):
     assert torch.allclose(both.image[1:], alone.image, rtol=1e-9)
     assert torch.allclose(both.text[1:], alone.text, rtol=1e-9)
     swapped = relevance(model, pixels, ids.flip(0))
-    assert distance(swapped.image, both.image) > 1e-2  # another text, another map
+    assert distance(swapped.image, both.image) > 1e-2  # another text has another map
     with pytest.raises(ValueError, match="2 images and 3 texts"):
         relevance(model, pixels, inputs["text"])
 
@@ -465,7 +465,7 @@ def test_intermediates_are_the_hidden_states_of_transformers(tower):
             ours, x, 1, norm=True, output_fmt="NLC", intermediates_only=True
         )
         assert torch.equal(normed, norm(states[-1])[:, skip:])
-        if tower == "text":  # texts have no other format
+        if tower == "text":  # texts have only the format NLC
             assert torch.equal(forward_intermediates(ours, x, 1)[1][0], states[-1])
 
 

@@ -136,7 +136,7 @@ def fork(module: types.ModuleType, *changes: str) -> types.ModuleType:
         assert old in source, old
         source = source.replace(old, new)
     copied = types.ModuleType(f"{module.__name__}_of_a_fork")
-    sys.modules[copied.__name__] = copied  # where dataclasses look for it
+    sys.modules[copied.__name__] = copied  # dataclasses look up their module here
     exec(compile(source, copied.__name__, "exec"), vars(copied))
     return copied
 

@@ -28,7 +28,8 @@ def record(checkout: str) -> dict:
     embeds = model.visual(pixels(), attn_method="head")  # (B, E)
     heads, mlps = logger.finalize(embeds)  # (B, L, T, H, E) and (B, 1 + L, E)
     silenced = heads.sum(2)  # (B, L, H, E)
-    silenced[:, 6, 1] = silenced[:, 6, 1].mean(0)  # as compute_use_specific_heads.py does
+    # As compute_use_specific_heads.py does, replace a head by its mean over the images.
+    silenced[:, 6, 1] = silenced[:, 6, 1].mean(0)
     return {
         "embed": embeds,
         "heads": heads.sum(2),

@@ -1,6 +1,6 @@
 """Wortsman et al. 2022, uniform and greedy soups: github.com/mlfoundations/model-soups
 
-Their main.py runs on four small models instead of 72, and on a score instead of accuracies.
+Their main.py runs on four small models instead of 72, and a score replaces the accuracies.
 """
 
 import os
