@@ -576,7 +576,7 @@ def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
     blob = (next(cache.glob("*/snapshots/*")) / "model.safetensors").resolve()
     os.utime(blob, ns=(0, 0))
     blob.write_bytes(blob.read_bytes()[:-1] + b"!")
-    for _ in range(2):  # this load did not download the file: it may be the user's
+    for _ in range(2):  # this load did not download the file, so it does not delete it
         with pytest.raises(CheckpointError, match="model.safetensors is not the file .*Delete the"):
             CLIP.from_pretrained(NAME, local_files_only=True)
     (next(cache.glob("*/snapshots/*")) / "model.safetensors").unlink()

@@ -419,7 +419,7 @@ def packed():
 
 
 def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
-    """The transform has no file. The tokenizer comes from files beside the weights."""
+    """The folder has no file for the transform, so the image size comes from the weights."""
     model, tokenizer, transform = load("shapes")
     config = CLIPConfig(
         OPENAI.vision,

@@ -438,10 +438,10 @@ def test_the_lens_after_some_blocks_is_the_output_of_a_shorter_tower(double, tow
     for k in range(len(blocks) + 1):
         half.blocks = blocks[:k]
         assert distance(recomputed[:, k], encode(model, tower, x)) < FLOAT64
-    for k in range(len(blocks)):  # additive: the difference is what the block wrote
+    for k in range(len(blocks)):  # with "final", the difference is what the block wrote
         wrote = sum(part for name, part in parts.items() if name.startswith(f"blocks.{k}."))
         assert distance(final[:, k + 1] - final[:, k], wrote) < FLOAT64
-        assert distance(recomputed[:, k + 1] - recomputed[:, k], wrote) > 1e-2  # not additive
+        assert distance(recomputed[:, k + 1] - recomputed[:, k], wrote) > 1e-2  # here it is not
 
 
 # ----------------------------------------------------------------------------------- intermediates
@@ -604,7 +604,7 @@ def test_grad_cam_equals_its_definition(double):
 
 @torch.no_grad()
 def written_by_heads(model, pixels, ids):
-    """How much all heads write from each patch towards the text, computed by `decompose`."""
+    """For each patch, the dot product of what all heads write from it and the text's direction."""
     parts = decompose(model, pixels, by="token")
     heads = torch.stack([parts[f"blocks.{i}.attn"] for i in range(3)]).sum((0, 2))  # (B, T, E)
     texts = torch.nn.functional.normalize(model.encode_text(ids), dim=-1)
