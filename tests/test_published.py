@@ -140,7 +140,7 @@ def test_long_clip_equals_its_paper(loaded, ids, tmp_path):
     assert 77 < longer.shape[1] <= 248
     theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert_close(long.encode_text(longer), their_texts(theirs, longer))
-    assert torch.equal(long.encode_text(ids), short)  # the texts end within the 20 kept rows
+    assert torch.equal(long.encode_text(ids), short)  # they read only the 20 kept rows
 
     def stretched(keep):
         out = [*rows[:keep]]
@@ -421,7 +421,10 @@ def test_splicing_an_autoencoder_equals_its_paper(loaded, theirs, pixels):
 
 
 def without_heads_for(model, pixels, text, count):
-    """Mean-ablate the heads that write most towards a text: arXiv 2310.05916, section 5.1."""
+    """Replace the output of some heads with its mean over the batch: arXiv 2310.05916, section 5.1.
+
+    These are the heads whose parts of the embedding have the largest dot products with a text.
+    """
     parts = decompose(model, pixels, by="head")
     written = torch.stack([part for name, part in parts.items() if name.endswith("attn")], 1)
     scores = (written @ text).mean(0)  # (B, L, H, E) -> (L, H)

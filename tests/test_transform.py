@@ -977,7 +977,7 @@ def test_saving_where_nothing_can_be_saved_is_a_checkpoint_error(tmp_path):
 # Formats that need another package
 
 
-HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes of a file
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes of a HEIC file
 BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
 
 
