@@ -35,7 +35,7 @@ from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.published import PUBLISHED
 
 FLOAT64 = 1e-10
-REORDERED = 2e-5  # float32 on a CPU with reordered operations, at logit scale 100
+REORDERED = 2e-5  # float32 on a CPU if the order of operations differs, at logit scale 100
 CUDA = 1e-4  # float32 on a GPU without TF32, at logit scale 100
 
 pytestmark = [
@@ -601,7 +601,7 @@ def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
 
 @torch.no_grad()
 def test_nothing_after_the_end_token_can_reach_the_embedding():
-    """This is why there is no padding mask."""
+    """Therefore the text tower needs no padding mask."""
     model = tiny_clip()
     _, ids = random_inputs(TINY, texts=1, tokens=20)
     ids[0, 11:] = TINY.text.eos_token_id

@@ -472,7 +472,7 @@ def test_numbers_that_are_not_finite_are_infinitely_far():
 
 @torch.no_grad()
 def test_merged_weights_may_differ_by_a_millionth(pair):
-    """Merging adds a rounding error. A model whose parameters have other names counts as merged."""
+    """Merging adds a rounding error. A model with more or fewer parameters counts as merged."""
     for by, within in ((2e-7, True), (2e-5, False)):
         merged = copy.deepcopy(pair[0])
         merged.text.blocks[1].mlp.fc2.bias[3] += by
@@ -495,7 +495,7 @@ def test_inputs_reach_each_position_and_both_end_tokens(pair):
     (pixels, ids), *_, (again, _), (_, _), (seeded, other_ids), _ = (
         seen[i] for i in (0, 3, 4, 5, 8, 9)
     )
-    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # the context has 20
+    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # 3 less than the context
     assert (ids[:, 0] == 598).all() and ids[1, -1] == 0
     ends = {599: [1, 3, 5, 7, 9, 11, 10, 9], 500: [2, 4, 6, 8, 10, 12, 14, 1]}
     for end, places in ends.items():
@@ -577,7 +577,7 @@ def test_the_command_can_compare_random_models(capsys, monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Record what the command asks for. The functions do no work."""
+    """Replace the functions that the command calls, and record the arguments of each call."""
     seen = {}
 
     def record(name, answer):

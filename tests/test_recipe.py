@@ -103,7 +103,7 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
             optimizer.step()
             optimizer.zero_grad()
         if recipe.loss == "clip":
-            peer.logit_scale.data.clamp_(max=math.log(100))  # section 2.5 of the paper
+            peer.logit_scale.data.clamp_(max=math.log(100))  # CLIP's paper, section 2.5
         if recipe.ema:
             share = recipe.ema if average else 0
             average = [

@@ -779,7 +779,7 @@ def test_missing_images_leave_their_places_empty(loaded, photographs, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Building: interrupted, shared, wrong
+# Builds that are interrupted, or that find the parts of another build
 
 
 @pytest.fixture

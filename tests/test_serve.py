@@ -862,7 +862,7 @@ def test_the_page_shows_the_results_of_a_search(page):
 
 @pytest.mark.slow
 def test_the_server_writes_no_file_and_connects_to_no_computer(server, tmp_path):
-    """The log lists each file and connection that the server opened in the tests above."""
+    """The log lists each write and each connection of the server in the tests above."""
     done = server.log.read_text().splitlines()
     # torch's compiler, if something imports it, makes an empty temporary folder.
     known = ("/dev/null", "torchinductor_")

@@ -204,7 +204,7 @@ def test_what_a_scene_says_is_among_its_captions(scenes):
         assert negative in dict(captions(s))[text]
 
 
-# -- no answer without the image ------------------------------------------------------------------
+# -- a model needs the image to answer ------------------------------------------------------------
 
 
 def test_training_never_shows_or_names_held_out_pairs():

@@ -97,7 +97,7 @@ def test_pruning_heads_equals_ignoring_their_output(model, tower):
 
 
 def CLIP_like(model):
-    """A copy that is made without the tools under test."""
+    """A copy that is made without miniclip.surgery, which these tests check."""
     copy = CLIP(model.config).to(model.logit_scale.dtype)
     copy.load_state_dict(model.state_dict())
     return copy.eval()
