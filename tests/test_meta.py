@@ -1,7 +1,8 @@
-"""The host need not wait for a GPU. The tests show this with the `meta` device.
+"""The model, its instruments and a training step never make the CPU wait for a GPU.
 
-A meta tensor has a shape but no numbers, so code that reads a number raises an error. A tensor that
-is made on the CPU is an error here too, because each call would copy it to the GPU.
+The tests run on the `meta` device. A meta tensor has a shape but no numbers, so code that reads a
+number raises an error. A tensor that is made on the CPU is an error here too, because each call
+would copy it to the GPU.
 """
 
 from functools import partial
@@ -105,7 +106,7 @@ def test_a_training_step_does_not_wait(inputs):
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         muon.step()
         clamp_logit_scale(model)
-    adam.step()  # outside, because PyTorch counts Adam's steps on the CPU
+    adam.step()  # not within OnlyMeta, because PyTorch counts Adam's steps on the CPU
 
 
 def test_an_edit_that_waits_for_the_device_is_noticed(inputs):

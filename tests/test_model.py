@@ -35,7 +35,7 @@ from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.published import PUBLISHED
 
 FLOAT64 = 1e-10
-REORDERED = 2e-5  # float32 on a CPU with reordered operations, at logit scale 100
+REORDERED = 2e-5  # float32 on a CPU if the order of operations differs, at logit scale 100
 CUDA = 1e-4  # float32 on a GPU without TF32, at logit scale 100
 
 pytestmark = [
@@ -120,7 +120,7 @@ def site_shapes(config, B, C, T):
     side = config.vision.image_size // config.vision.patch_size
     shapes["vision.patch_embed"] = (B, config.vision.width, side, side)
     shapes["vision.ln_pre"] = (B, 1 + config.vision.patches, config.vision.width)
-    shapes["vision.ln_post"] = (B, config.vision.width)  # only the class token
+    shapes["vision.ln_post"] = (B, config.vision.width)  # it gets only the class token
     shapes["text.token_embed"] = shapes["text.ln_final"] = (C, T, config.text.width)
     return shapes
 
@@ -168,7 +168,7 @@ def test_attention_without_a_mask_sees_everything():
 @pytest.mark.parametrize("causal", [True, False])
 @torch.no_grad()
 def test_attention_is_its_formula(causal):
-    """Loops over images, heads and tokens compute the formula."""
+    """The expected values come from loops over images, heads and tokens."""
     attention = Attention(12, 3, causal).double()
     randomize(attention)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
@@ -239,7 +239,7 @@ def test_init_follows_openai():
     parameters = dict(CLIP(config).named_parameters())
     for name, std in openai_init_stds(config).items():
         values = parameters.pop(name)
-        few = 5 * (2 * values.numel()) ** -0.5  # five standard errors of a standard deviation
+        few = 5 * (2 * values.numel()) ** -0.5  # five standard errors of the std that is measured
         assert values.std().item() == pytest.approx(std, rel=few), name
         assert abs(values.mean().item()) < 5 * std * values.numel() ** -0.5, name
     assert parameters.pop("logit_scale").item() == 3.5
@@ -255,8 +255,8 @@ def test_init_follows_openai():
             assert (values == 0).all(), name
 
 
-# openai/CLIP's notebooks print 151,277,313. B/16 is from keras-cv's presets. The others are from
-# keras-hub's presets (clip_published.py @71453d08); position ids are subtracted.
+# Sources: for B/32 what openai/CLIP's notebooks print, for B/16 keras-cv's presets, and for the
+# others keras-hub's presets (clip_published.py @71453d08), minus the number of position ids.
 PARAMETERS = {
     "B/32": 151277313,
     "B/16": 149620737,
@@ -280,7 +280,9 @@ def test_parameter_counts_are_the_published_ones(name):
     assert sum(p.numel() for p in theirs.parameters()) == PARAMETERS[name]
 
 
-TINYCLIP = {  # millions of parameters, from the names: vision, text without vocabulary
+# Millions of parameters in the vision tower, and in the text tower without its token embedding. The
+# published names state both, as in "TinyCLIP-ViT-8M-16-Text-3M".
+TINYCLIP = {
     "TinyCLIP-8M/16": (8, 3),
     "TinyCLIP-39M/16": (39, 19),
     "TinyCLIP-40M/32": (40, 19),
@@ -399,7 +401,7 @@ def test_logits_equal_transformers(double):
 
 @torch.no_grad()
 def test_every_site_is_the_tensor_that_its_name_says(double):
-    """transformers has no scores and no pattern: these two are compared with their formulas."""
+    """transformers' sdpa attention returns no scores and no pattern: formulas give their values."""
     ours, theirs, pixels, ids = double
     seen, _ = watch(ours, site_shapes(TINY, B=2, C=3, T=9), pixels, ids)
     expected = transformers_sites(theirs, pixels, ids)
@@ -467,7 +469,7 @@ def transformers_sites(theirs, pixels, ids):
             if tower == "text":
                 t = torch.arange(scores.shape[-1])
                 exp[:, :, t[:, None] < t[None]] = 0
-            sites[f"{ours}.attn.scores"] = scores  # the mask comes after the site
+            sites[f"{ours}.attn.scores"] = scores  # before the causal mask
             sites[f"{ours}.attn.pattern"] = exp / exp.sum(-1, keepdim=True)
     return sites
 
@@ -548,7 +550,8 @@ def test_models_of_unusual_shapes_equal_transformers(name, device):
 
 
 def test_custom_end_token_is_not_the_largest_id():
-    """If it were, the test above could not distinguish the two rules of pooling."""
+    """There are two rules to find the end token: by its id, or as the largest id. The test above
+    can distinguish them only if they give different positions."""
     config = UNUSUAL["end token below added ones"]
     _, ids = random_inputs(config)
     model, _ = twins(config)
@@ -598,7 +601,7 @@ def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
 
 @torch.no_grad()
 def test_nothing_after_the_end_token_can_reach_the_embedding():
-    """This is why there is no padding mask."""
+    """Therefore the text tower needs no padding mask."""
     model = tiny_clip()
     _, ids = random_inputs(TINY, texts=1, tokens=20)
     ids[0, 11:] = TINY.text.eos_token_id
@@ -638,7 +641,8 @@ def test_no_edit_of_the_scores_lets_later_tokens_in(edit):
 
 
 def test_a_temperature_has_the_same_gradient_on_the_scores_as_on_q():
-    """The mask comes after the site, because 0 times minus infinity would be NaN."""
+    """The causal mask is applied after the site `scores`. If it were applied before, some scores
+    would be -inf, and the gradient of the temperature would be 0 * -inf, which is NaN."""
     model, (_, ids) = tiny_clip(torch.float64), random_inputs(TINY)
     attn, slopes = model.text.blocks[0].attn, []
     for site in (attn.scores, attn.q):
@@ -665,7 +669,7 @@ def test_a_row_without_an_end_token_is_an_error():
 
 @pytest.mark.slow
 def test_a_row_without_an_end_token_is_nan_in_a_compiled_graph():
-    """A graph cannot raise an error. The other rows keep their values."""
+    """A compiled graph cannot raise an error. The other rows keep their values."""
     model = tiny_clip()
     ids = random_inputs(TINY)[1]
     expected = model.encode_text(ids)
@@ -874,7 +878,7 @@ def test_editing_any_site_changes_the_output_and_removing_the_edit_restores_it(k
 
 
 LOOKS = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
-LOOKS += [f"module_{look}" for look in LOOKS]  # on all modules at once
+LOOKS += [f"module_{look}" for look in LOOKS]  # PyTorch's hooks on all modules
 
 
 @pytest.mark.parametrize("look", LOOKS)

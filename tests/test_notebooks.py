@@ -93,7 +93,7 @@ def executed(path: Path) -> nbformat.NotebookNode:
             coalesce_streams=True,
             resources={"metadata": {"path": path.parent}},
         ).execute()
-    notebook.metadata.language_info = {"name": "python"}  # without the version
+    notebook.metadata.language_info = {"name": "python"}  # leave out Python's version
     for cell in notebook.cells:
         cell.metadata.clear()
     check_outputs(notebook)

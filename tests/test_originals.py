@@ -120,7 +120,7 @@ def test_neurons_move_to_registers_as_in_the_authors_code(model):
     found = []
     for call in registers.CALLS:
         with move_to_registers(model, registers.NEURONS, **call):
-            found.append(model.encode_image(pixels))  # hooks treat each image by itself
+            found.append(model.encode_image(pixels))  # recorded image by image
     assert_equal(torch.stack(found), recorded)
     assert_other(found[0], recorded[1])
     assert_other(model.encode_image(pixels), recorded[0])

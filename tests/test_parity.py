@@ -64,7 +64,7 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
         assert row.absolute == row.relative == 0 and row.within_tolerance, row
         assert row.float64 < (1e-6 if row.site.endswith("pattern") else 1e-12), row
         assert row.model_error == row.other_error
-        assert 0 < row.model_error < 1e-3  # something was measured
+        assert 0 < row.model_error < 1e-3  # not 0, so float32's error is measured
     assert parity.nearer(report.rows) == {"model": 0, "other": 0, "equal": 50}
 
 
@@ -72,7 +72,7 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
 def test_other_precisions_pass(dtype, pair):
     report = compare(*pair, dtype=dtype)
     assert report.first is None
-    if dtype != torch.float64:  # README's limit; `compare` allows larger errors for forks
+    if dtype != torch.float64:  # README promises 1.1; `compare` allows forks twice the error
         assert all(row.model_error <= 1.1 * row.other_error for row in report.rows)
     largest = max(row.model_error for row in report.rows)
     assert largest < 1e-6 if dtype == torch.float64 else 1e-2 < largest < 1
@@ -112,7 +112,7 @@ def test_neither_model_is_changed(pair):
 
 
 def test_dropout_is_off(pair):
-    """The model may be in training mode."""
+    """`compare` turns dropout off, even if the model is in training mode."""
     same = copy.deepcopy(pair[0]).train()
     same.text.blocks[0].mlp.register_forward_hook(
         lambda mlp, given, out: nn.functional.dropout(out, 0.5, mlp.training)
@@ -176,7 +176,7 @@ def test_a_fork_that_computes_in_another_order_passes(pair):
 
 @torch.no_grad()
 def test_weights_that_differ_by_a_rounding_error_pass(pair):
-    """An exponential and its logarithm make such an error. Two rounding errors do not pass."""
+    """For example, log(exp(x)) differs from x by one rounding. A second rounding does not pass."""
     apart = copy.deepcopy(pair[0])
     weight = apart.text.blocks[1].mlp.fc1.weight
     weight[3] = weight[3].nextafter(torch.tensor(9.0))
@@ -199,7 +199,7 @@ def test_a_copy_in_half_precision_passes_only_in_that_precision(dtype, pair):
 
 @pytest.fixture(scope="module")
 def whole(pair):
-    """Both libraries' tokenizers and transforms of `everyday`, and the small models."""
+    """(ours, theirs): each has the tokenizer and transform of `everyday`, and a small model."""
     ours, theirs = parity.load_pair("everyday")
     return ours._replace(model=pair[0]), theirs._replace(model=pair[1])
 
@@ -237,7 +237,7 @@ def test_white_space_that_is_not_squeezed_is_named(whole):
 
 @pytest.mark.slow
 def test_a_missing_merge_is_noticed(whole):
-    """The last merge is missing. None of the test texts needs it."""
+    """`compare` notices that the last merge is missing, although none of its texts needs it."""
     right = whole[0].tokenizer
     fewer = Tokenizer(right.vocab, right.merges[:-1], context_length=right.context_length)
     word = "".join(right.merges[-1]).removesuffix("</w>")
@@ -258,7 +258,7 @@ def test_merges_that_are_swapped_are_named(whole):
 
 
 def assert_tokens_differ(faulty, whole, cause):
-    """Compare with our tokenizer. It gives the ids of transformers' tokenizer, but faster."""
+    """Compare with our tokenizer: its ids equal transformers' ids, and it is faster."""
     report = compare(faulty, whole[0])
     assert (report.first, report.cause) == ("tokens", cause)
     assert [row.within_tolerance for row in report.rows] == [False] + [True] * 51
@@ -382,7 +382,7 @@ def test_another_shape_is_named_and_another_depth_is_an_error(pair):
 
 
 def test_absent_parts_are_left_out(pair):
-    """A fork may compute attention in any way. What it adds to the residual stream is compared."""
+    """A site that one model does not have is not compared: here `q` is a function, not a module."""
     ours = copy.deepcopy(pair[0])
     del ours.vision.blocks[0].attn.q
     ours.vision.blocks[0].attn.q = lambda x: x
@@ -413,7 +413,7 @@ SITE, PATTERN = "vision.blocks.0.q", "vision.blocks.0.pattern"
     "site, dtype, device, size, limit",
     [
         ("logits", torch.float32, "cpu", 1, 2e-5),
-        ("logits", torch.float32, "cpu", 100, 2e-5),  # absolute
+        ("logits", torch.float32, "cpu", 100, 2e-5),  # the same limit, although size is larger
         (SITE, torch.float32, "cpu", 0.1, 2e-5),
         (SITE, torch.float32, "cpu", 30, 6e-4),
         ("logits", torch.float32, "cuda", 100, 1e-4),
@@ -423,7 +423,8 @@ SITE, PATTERN = "vision.blocks.0.q", "vision.blocks.0.pattern"
     ],
 )
 def test_the_tolerances_are_the_documented_ones(site, dtype, device, size, limit):
-    """README lists them. They are absolute for logits, and relative for larger values elsewhere."""
+    """README lists them. For logits, the limit is absolute. At other sites, it is multiplied by the
+    largest number, if that is above 1."""
     assert row_of(site, size, 0.9 * limit, 0.0, dtype=dtype, device=device).within_tolerance
     assert not row_of(site, size, 1.1 * limit, 0.0, dtype=dtype, device=device).within_tolerance
 
@@ -436,7 +437,8 @@ def row_of(site, size, apart, apart_64, dtype=torch.float32, exact=1e-10, device
 
 
 def test_the_tolerances_in_float64_are_the_documented_ones():
-    for apart, within in ((0.9e-6, True), (1.1e-6, False)):  # transformers' softmax is in float32
+    # A pattern may differ by 1e-6, because transformers' softmax is always in float32.
+    for apart, within in ((0.9e-6, True), (1.1e-6, False)):
         row = row_of(PATTERN, 0.5, apart, 0.0, dtype=torch.float64)
         assert row.within_tolerance == within
     for size, exact, apart, within in (
@@ -445,7 +447,8 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     ):  # fmt: skip
         for site in (SITE, PATTERN):
             assert row_of(site, size, 0.0, apart, exact=exact).within_tolerance == within
-    # For merged weights, the tolerance of logits is relative too.
+    # `exact` is 1e-6 if one model's weights are merged or rounded once more. Then the tolerance is
+    # relative for logits, as it is at every other site.
     assert row_of("logits", 100, 0.0, 0.9e-4, exact=1e-6).within_tolerance
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 
@@ -469,7 +472,7 @@ def test_numbers_that_are_not_finite_are_infinitely_far():
 
 @torch.no_grad()
 def test_merged_weights_may_differ_by_a_millionth(pair):
-    """A model with other parameters counts as merged, and merging adds a rounding error."""
+    """Merging adds a rounding error. A model with more or fewer parameters counts as merged."""
     for by, within in ((2e-7, True), (2e-5, False)):
         merged = copy.deepcopy(pair[0])
         merged.text.blocks[1].mlp.fc2.bias[3] += by
@@ -492,7 +495,7 @@ def test_inputs_reach_each_position_and_both_end_tokens(pair):
     (pixels, ids), *_, (again, _), (_, _), (seeded, other_ids), _ = (
         seen[i] for i in (0, 3, 4, 5, 8, 9)
     )
-    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # the context has 20
+    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # 3 less than the context
     assert (ids[:, 0] == 598).all() and ids[1, -1] == 0
     ends = {599: [1, 3, 5, 7, 9, 11, 10, 9], 500: [2, 4, 6, 8, 10, 12, 14, 1]}
     for end, places in ends.items():
@@ -574,7 +577,7 @@ def test_the_command_can_compare_random_models(capsys, monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Record what the command asks for. The functions do no work."""
+    """Replace the functions that the command calls, and record the arguments of each call."""
     seen = {}
 
     def record(name, answer):
@@ -661,7 +664,7 @@ def test_bad_input_is_an_error_of_one_line(argv, words, capsys):
 
 
 class Straight(torch.autograd.Function):
-    """The identity, whose backward pass halves the gradient."""
+    """The identity, but with a wrong backward pass: it halves the gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -683,7 +686,7 @@ def test_the_gradients_of_the_same_model_are_equal(pair, against):
 
 
 def test_a_detach_or_another_backward_pass_is_found_at_its_place(pair):
-    """Neither changes a number of the forward pass."""
+    """Both faults leave the forward pass as it is, so only `gradients=True` finds them."""
     ours, theirs = pair
     for change, block in ((Tensor.detach, 1), (Straight.apply, 0)):
         fork = copy.deepcopy(ours)
@@ -803,7 +806,7 @@ def test_a_model_with_other_names_needs_a_correct_table(as_openai):
 
 
 def test_an_incomplete_table_of_names_does_not_loosen_a_tolerance(as_openai):
-    """Otherwise the model would count as merged, and could differ by a millionth."""
+    """If the model counted as merged, it could differ by a millionth."""
     fork = own_names.CLIP(as_openai)
     fork.tensor_names = {n: own for n, own in own_names.NAMES.items() if n != "vision.ln_post"}
     assert compare(fork, as_openai).first is None

@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert re.search("two: continued at step [23]", done.stderr)  # 3 if step 3 was saved
+    assert re.search("two: continued at step [23]", done.stderr)  # the last saved step
     return folder
 
 

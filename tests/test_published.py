@@ -140,7 +140,7 @@ def test_long_clip_equals_its_paper(loaded, ids, tmp_path):
     assert 77 < longer.shape[1] <= 248
     theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert_close(long.encode_text(longer), their_texts(theirs, longer))
-    assert torch.equal(long.encode_text(ids), short)  # the texts end within the 20 kept rows
+    assert torch.equal(long.encode_text(ids), short)  # these texts read only the 20 kept rows
 
     def stretched(keep):
         out = [*rows[:keep]]
@@ -180,7 +180,8 @@ def test_larger_images_equal_transformers(loaded, theirs, tmp_path):
 
 
 def without_least_important_heads(model, pixels, ids, count):
-    """A head's importance is the slope of the loss with respect to a gate: arXiv 1905.10650."""
+    """Prune the `count` least important heads: arXiv 1905.10650. A head's importance is the mean
+    size of the loss's slope with respect to a factor (a gate) on the head's output."""
     with cache(model, "vision.blocks.*.attn.z", grad=True) as acts:
         logits = model(pixels, ids).logits_per_image
         loss = F.cross_entropy(logits, torch.arange(len(ids)), reduction="sum")
@@ -200,7 +201,7 @@ def test_head_pruning_equals_its_paper(loaded, theirs, pixels, ids):
         pruned, importance = without_least_important_heads(loaded.model, pixels, ids, 5)
 
     def losses(layer, head, gate):
-        """The images' losses with one head multiplied by a gate."""
+        """The loss of each image, if one head's output is multiplied by `gate`."""
         gates = torch.ones(3, 1, dtype=torch.float64)
         gates[head] = gate
         attn = theirs.vision_model.encoder.layers[layer].self_attn
@@ -421,7 +422,10 @@ def test_splicing_an_autoencoder_equals_its_paper(loaded, theirs, pixels):
 
 
 def without_heads_for(model, pixels, text, count):
-    """Mean-ablate the heads that write most towards a text: arXiv 2310.05916, section 5.1."""
+    """Replace the output of some heads with its mean over the batch: arXiv 2310.05916, section 5.1.
+
+    These are the heads whose parts of the embedding have the largest dot products with a text.
+    """
     parts = decompose(model, pixels, by="head")
     written = torch.stack([part for name, part in parts.items() if name.endswith("attn")], 1)
     scores = (written @ text).mean(0)  # (B, L, H, E) -> (L, H)

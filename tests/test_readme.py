@@ -1,7 +1,8 @@
 """The tests run what README and the packages' headers show: all Python code, and each command.
 
 Small substitutes replace what only a user has: photos, a model from the hub, a GPU. `python
-tests/test_readme.py` runs the commands that stand after a `$` and writes their output below them.
+tests/test_readme.py` runs the commands after a `$` in the headers of `parity` and `bench`, and
+writes their output below them.
 """
 
 import ast
@@ -130,7 +131,7 @@ FORKS = {  # the code of each kind of fork that the header of parity names
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with everything that README's reader needs."""
+    """A folder with all files that README's commands and code read."""
     skimage = pytest.importorskip("skimage.data")
     folder = tmp_path_factory.mktemp("desk")
     pictures = {name: getattr(skimage, name)() for name in ("coffee", "chelsea", "rocket")}
@@ -191,7 +192,7 @@ def shallow(model):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # torch warns when it exports
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")
 def test_the_python_code_runs_unchanged(desk, monkeypatch):
-    """A reader would type all blocks one after the other."""
+    """All blocks run one after the other in one Python session, as a reader would type them."""
     blocks = re.findall(r"^```python\n(.*?)^```", shown(), re.S | re.M)
     assert len(blocks) >= 6
     monkeypatch.chdir(desk)

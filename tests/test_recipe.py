@@ -103,7 +103,7 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
             optimizer.step()
             optimizer.zero_grad()
         if recipe.loss == "clip":
-            peer.logit_scale.data.clamp_(max=math.log(100))  # section 2.5 of the paper
+            peer.logit_scale.data.clamp_(max=math.log(100))  # CLIP's paper, section 2.5
         if recipe.ema:
             share = recipe.ema if average else 0
             average = [
@@ -248,7 +248,7 @@ def two_models(logit_scale=SHAPE.logit_scale_init):
     """Our model and transformers' model with the same random weights, and a tokenizer."""
     ours, tokenizer = from_scratch(SHAPE, Spots(), seed=0)
     ours.logit_scale.data.fill_(logit_scale)
-    ours.eval()  # a run puts it in training mode
+    ours.eval()  # the run itself must switch to training mode
     peer = transformers.CLIPModel(transformers_config(ours.config)).train()
     copy_weights(ours, peer)
     return ours, peer, tokenizer
@@ -313,7 +313,7 @@ def test_processes_share_a_batch_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     model, _, tokenizer = two_models()
     train(model, tokenizer, TRANSFORM, Spots(), Recipe(epochs=1, batch=100), tmp_path / "all")
-    assert read_recipe(tmp_path / "all" / "recipe.json").batch == 13  # as in one process
+    assert read_recipe(tmp_path / "all" / "recipe.json").batch == 13  # all pairs, as in one process
     three = {**vars(one_of_two(0)), "get_world_size": lambda: 3}
     monkeypatch.setattr(processes, "dist", SimpleNamespace(**three))
     with pytest.raises(ValueError, match="a batch of 2 cannot be shared by 3 processes"):
@@ -332,7 +332,8 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_of_two_processes_draws_its_own_numbers(rank, tmp_path, monkeypatch):
-    """The process has its own share of the pairs and its own random numbers. It gathers nothing."""
+    """A process has its own share of the pairs and its own random numbers. `one_of_two` fakes the
+    other process, so embeddings and gradients are not gathered."""
     monkeypatch.setattr(processes, "dist", one_of_two(rank))
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     recipe = replace(BASE, patch_dropout=0.6, augment=True)

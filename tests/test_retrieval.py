@@ -95,7 +95,7 @@ def photographs(tmp_path):
     return root
 
 
-HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes of a file
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes of a HEIC file
 
 
 def names(pictures, root):
@@ -154,7 +154,7 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     if kept == 0:
         (tmp_path / "x.tar").write_bytes(b"no tar at all, but some text" * 100)
     pictures, damage = find_pictures([tmp_path])
-    assert len(pictures) in (found, found + 1)  # the last header may be whole
+    assert len(pictures) in (found, found + 1)  # or one more, if the cut is after its header
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
@@ -196,7 +196,7 @@ def test_a_tar_with_a_false_header_is_read_up_to_that_header(tmp_path, what, lie
     data = (tmp_path / "x.tar").read_bytes()
     first = 512 + -(-len(encoded(blots(0), "bmp")) // 512) * 512
     (tmp_path / "x.tar").write_bytes(data[:first] + lie)
-    with cpu_seconds(5):  # none takes 0.1 s
+    with cpu_seconds(5):  # each takes less than 0.1 s
         pictures, damage = find_pictures([tmp_path])
     assert [picture.name for picture in pictures] == ["0.bmp"]
     assert len(damage) == 1 and "x.tar: the tar cannot be read to its end" in damage[0]
@@ -274,7 +274,7 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
     expected = ["@home/b.jpg", "a.jpg", "t.tar/./c.jpg"]
     assert names(find_pictures([tmp_path])[0], tmp_path) == expected
     assert names(find_pictures([tmp_path / "**" / "*.jpg"])[0], tmp_path) == expected[:2]
-    for asked in (HIDDEN[0], "@eaDir", "@eaDir/*/*.jpg"):  # a named path is read
+    for asked in (HIDDEN[0], "@eaDir", "@eaDir/*/*.jpg"):  # a path that the user names is read
         assert names(find_pictures([tmp_path / asked])[0], tmp_path) == HIDDEN[:1]
 
 
@@ -282,7 +282,7 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
     "exclude, left",
     [
         (["b"], ["a.JPG", "c.tiff", "z.png"]),
-        (["B", "*.jpg"], ["c.tiff", "z.png"]),  # upper or lower case
+        (["B", "*.jpg"], ["c.tiff", "z.png"]),  # case does not matter
         (["b/"], ["a.JPG", "c.tiff", "z.png"]),
         (["*.png", "*.tar"], ["a.JPG", "b/x.webp", "b/y.gif", "b/é.bmp", "c.tiff"]),
         (["b/*.tar", "[yz].*"], ["a.JPG", "b/[1].png", "b/x.webp", "b/é.bmp", "c.tiff"]),
@@ -294,7 +294,7 @@ def test_exclude_leaves_out_the_given_images(photographs, monkeypatch, exclude, 
     monkeypatch.chdir(photographs)
     assert list(map(str, find_pictures(["."], exclude)[0])) == left
     every = [path for path in find_pictures(["."])[0] if isinstance(path, str)]
-    named = [*every, "b/0.tar"]  # as a shell expands a pattern
+    named = [*every, "b/0.tar"]  # all paths by name, as a shell passes them for *
     assert sorted(map(str, find_pictures(named, exclude)[0])) == sorted(left)
     with pytest.raises(ValueError, match="all images are excluded by a b"):
         find_pictures(["b"], ["a", "b"])
@@ -466,7 +466,8 @@ def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
 
 
 def test_an_index_that_is_saved_while_it_is_read_is_read_again(tmp_path, monkeypatch):
-    """safetensors opens a file twice: for its header, and for the numbers."""
+    """safetensors opens a file twice: for its header, and for the numbers. Here, a new index is
+    saved between the two."""
     new = replace(index_of(torch.eye(3).flip(0)), encoder=ENCODER._replace(model="another"))
     index_of(torch.eye(3)).save(tmp_path / "i")
     times = []
@@ -778,7 +779,7 @@ def test_missing_images_leave_their_places_empty(loaded, photographs, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Building: interrupted, shared, wrong
+# Builds that are interrupted, or that find the parts of another build
 
 
 @pytest.fixture
@@ -835,7 +836,7 @@ def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch,
     capsys.readouterr()
     build(tmp_path / "i")
     assert "continued, 2 of 3 parts" in capsys.readouterr().err
-    assert len(saved) == 2  # the third part, and the whole
+    assert len(saved) == 2  # the third part, and the whole index
     assert (tmp_path / "i").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not (tmp_path / "i.parts").exists()
 
@@ -844,7 +845,7 @@ def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch,
 def test_parts_of_another_build_are_made_again(
     build, interrupt, photographs, tmp_path, monkeypatch, changed
 ):
-    """Parts of the other build never become parts of this build. They need not be deleted."""
+    """No part of the other build is used in this build. The user need not delete them."""
     monkeypatch.chdir(tmp_path)
     interrupt(parts=3)
     options = {}
@@ -898,7 +899,7 @@ def test_what_another_model_made_is_replaced_only_by_force(
 
 @pytest.fixture
 def embedded(monkeypatch):
-    """The images that are decoded for the model, in any order."""
+    """A list to which each image that is decoded for the model is added, in any order."""
     seen, real = [], retrieval.building.pixels_of
 
     def pixels_of(source, transform):
@@ -943,7 +944,7 @@ def test_an_update_embeds_what_is_new_or_changed_and_keeps_the_rest_bit_for_bit(
     del embedded[:]
     bits = (tmp_path / "i").read_bytes()
     again = build(tmp_path / "i")
-    assert embedded == [gone]  # it may have been repaired
+    assert embedded == [gone]  # read again, because someone may have repaired it
     assert (tmp_path / "i").read_bytes() == bits and len(again) == len(after)
 
 
@@ -971,7 +972,7 @@ def test_a_tar_that_has_changed_is_read_again(build, photographs, tmp_path, embe
 
 
 def test_force_embeds_everything_again(build, interrupt, tmp_path, embedded):
-    """The first build finds parts of an interrupted build, and the second a whole index."""
+    """The first forced build finds parts of an interrupted build, and the second a whole index."""
     build(tmp_path / "whole")
     interrupt(parts=1)
     for _ in range(2):
@@ -1001,7 +1002,8 @@ def test_an_update_that_is_killed_leaves_the_old_index_and_continues(
 def test_images_that_moved_with_their_folder_are_kept(
     build, photographs, tmp_path, monkeypatch, embedded
 ):
-    """A path is compared as it is written, here relative to the working folder."""
+    """An update knows an image by its path as the user wrote it: here a relative path, which stays
+    the same."""
     monkeypatch.chdir(photographs)
     build("i", pictures=find_pictures(["."])[0])
     photographs.rename(tmp_path / "elsewhere")

@@ -62,7 +62,7 @@ def contents(loaded):
     return model.config, weights, tokens, transform
 
 
-# A process that saves the two checkpoints in turn until it is killed.
+# This script kills processes that save the two checkpoints in turn, and loads what each one left.
 SCRIPT = """
 import os, random, signal, sys, time
 from miniclip import load, save
@@ -142,7 +142,7 @@ def test_a_process_killed_while_it_saves_leaves_the_old_checkpoint_or_the_new(tm
 
 @contextmanager
 def disk_of(size):
-    """Limit the size of files. Python ignores the signal, so a larger file raises an OSError."""
+    """Limit the size of each file. Python ignores SIGXFSZ, so a larger file raises an OSError."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -261,7 +261,7 @@ def test_a_save_over_another_checkpoint_replaces_it_or_is_an_error(tmp_path, ear
     if parts == "all":
         loaded = miniclip.load(tmp_path)
         assert loaded.tokenizer.vocab == tokenizer.vocab and loaded.transform == transform
-    else:  # the transform is still there
+    else:  # the earlier transform is still there
         assert ImageTransform.from_pretrained(tmp_path).image_mean == (0.5,) * 3
         if later == "open_clip":  # open_clip reads the transform from its own file
             settings = json.loads((tmp_path / "open_clip_config.json").read_text())
@@ -371,7 +371,8 @@ def test_a_link_is_not_a_save_to_finish(saved, tmp_path):
 
 
 def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
-    """The times of the files do not matter. upload_folder never uploads .cache/huggingface."""
+    """A lock, not the age of the files, shows that a process is alive. The files are in
+    .cache/huggingface, because upload_folder never uploads that folder."""
     killed, alive = (saved / ".cache/huggingface" / f"miniclip-{name}" for name in ("old", "new"))
     for folder in (killed, alive):
         folder.mkdir(parents=True)
@@ -450,7 +451,8 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
 
 
 def test_two_saves_at_the_same_time_leave_one_whole_save(tmp_path):
-    """Two threads save, and a third finishes saves. A save may fail: the folder is not empty."""
+    """Two threads save, and a third calls `finish_save`. A save may raise "Directory not empty",
+    because the other thread's save is there."""
     from concurrent.futures import ThreadPoolExecutor
 
     def save_often(text):

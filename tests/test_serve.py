@@ -67,7 +67,7 @@ class Server:
         if not line:
             raise RuntimeError(self.end()[1])
         self.url = json.loads(line)["url"]
-        log.write_text("")  # forget the start, when torch tests the temporary folder
+        log.write_text("")  # forget the start: torch tests the temporary folder then
 
     def post(self, path, question, **headers):
         """Ask a question. Returns (status, answer)."""
@@ -101,7 +101,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def servers():
-    """A list with the server, once it runs."""
+    """A list for the running server, which ends after the last test."""
     running = []
     yield running
     for server in running:
@@ -285,7 +285,7 @@ def test_the_page_opens_with_an_example_and_asks_only_its_server(page, server):
 
 @pytest.mark.slow
 def test_the_browser_refuses_other_addresses(page):
-    """The test above would notice if the page tried to reach another address."""
+    """A control for the test above: a request to another address leaves a complaint."""
     failed = page.evaluate(
         "fetch('http://127.0.0.1:9/other').then(() => 'answered', () => 'refused')"
     )
@@ -391,7 +391,7 @@ def test_an_upload_that_is_not_an_image_is_refused_with_a_reason(page, tmp_path,
         page.set_input_files("#file", uploads[kind])
         page.wait_for_selector(f"#error:visible:has-text('{message}')")
         assert bars(page)[0][0] == "cup of coffee"  # the old image is still there
-    page.fill("#labels", "cup of coffee\ndog\nzebra")  # the page still has its old image
+    page.fill("#labels", "cup of coffee\ndog\nzebra")
     page.wait_for_selector("#bars button:has-text('zebra')")
     settle(page)
     assert bars(page)[0][0] == "cup of coffee" and not page.is_visible("#error")
@@ -715,7 +715,7 @@ def test_the_error_for_another_format_lists_those_that_are_read(kind):
         ("classify", b"\xff", "utf-8"),
         ("classify", b"[1, 2]", "not a question"),
         ("classify", {"model": "other"}, "has no model 'other': reload the page"),
-        # 20 MB in base64, and a million bytes for texts
+        # the limit of a question: 20 MB in base64, and a million bytes for texts
         ("classify", b"x" * (20_000_000 * 4 // 3 + 1_000_000), "Expecting value"),
         ("classify", b"x" * (20_000_000 * 4 // 3 + 1_000_001), "larger than 20 MB"),
         ("explain", {"method": "smoothgrad", "label": "a"}, "smoothgrad"),
@@ -862,7 +862,7 @@ def test_the_page_shows_the_results_of_a_search(page):
 
 @pytest.mark.slow
 def test_the_server_writes_no_file_and_connects_to_no_computer(server, tmp_path):
-    """The log lists all that the server did in the tests above."""
+    """The log lists each write and each connection of the server in the tests above."""
     done = server.log.read_text().splitlines()
     # torch's compiler, if something imports it, makes an empty temporary folder.
     known = ("/dev/null", "torchinductor_")
@@ -890,7 +890,7 @@ def test_control_c_ends_the_server_after_it_has_answered(server, servers):
         connection.putheader("Content-Length", str(len(body)))
         connection.putheader("Expect", "100-continue")
         connection.endheaders()
-        # The server says that it is listening to this question.
+        # "100 Continue" means that the server now waits for the body of this question.
         assert connection.sock.recv(len(CONTINUE), socket.MSG_WAITALL) == CONTINUE
         connections.append(connection)
     servers.remove(server)

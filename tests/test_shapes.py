@@ -1,4 +1,5 @@
-"""The drawn world: masks fit the pixels, captions fit the masks, and words alone say nothing."""
+"""The scenes of drawn shapes: the masks fit the pixels, the captions fit the scene, and the words
+of a caption alone do not show whether it is true."""
 
 import math
 import re
@@ -75,7 +76,7 @@ def test_masks_are_the_pixels_of_the_objects(scenes):
         pixels, behind = np.array(picture).astype(float), paint(s.background).astype(float)
         rest = np.full((64, 64), True)
         for object, mask in zip(s.objects, masks, strict=True):
-            way = COLOURS[object.colour] - behind
+            way = COLOURS[object.colour] - behind  # a pixel is a mixture: behind + cover * way
             cover = ((pixels - behind) * way).sum(axis=2) / (way**2).sum(axis=2)
             near = dilated(mask)
             assert abs(pixels - behind - cover[:, :, None] * way)[near].max() < 1  # no third colour
@@ -139,7 +140,7 @@ def things_in(s):
 
 
 def is_true(caption, s):
-    """Parse the English, and compare it with the scene."""
+    """Parse a caption, and return whether it is true of a scene."""
     things = things_in(s)
     if place := next((place for place in PLACES if caption.endswith(f" {place}")), None):
         caption = caption.removesuffix(f" {place}")
@@ -203,7 +204,7 @@ def test_what_a_scene_says_is_among_its_captions(scenes):
         assert negative in dict(captions(s))[text]
 
 
-# -- no answer without the image ------------------------------------------------------------------
+# -- a model needs the image to answer ------------------------------------------------------------
 
 
 def test_training_never_shows_or_names_held_out_pairs():
@@ -251,7 +252,7 @@ def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
 
 
 def test_no_relation_is_more_frequent_than_another():
-    """The image alone does not show which object the caption names first."""
+    """A caption names either object first, so each relation is as frequent as its opposite."""
     said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
     assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)
 
@@ -334,7 +335,8 @@ class Knowing:
 
 
 def test_each_score_measures_one_kind_of_knowledge():
-    """One model knows everything. Each other model lacks one thing. A tie scores 0."""
+    """One model knows everything. Each other model lacks one thing, and a tie between a true and a
+    false caption scores 0."""
     seed = 2021  # no training set has this seed
     single = [scene(i, seed=seed, held_out=h, count=1) for h in (False, True) for i in range(12)]
     scenes = single + [scene(i, seed=seed, count=2) for i in range(12)]
@@ -344,7 +346,7 @@ def test_each_score_measures_one_kind_of_knowledge():
         return is_true(text, s) and not HELD_OUT & {(o.colour, o.shape) for o in s.objects}
 
     def no_left(text, s):
-        return " of a" in text or is_true(text, s)  # "to the left of a"
+        return " of a" in text or is_true(text, s)  # any "left of a" or "right of a"
 
     def no_colour(text, s):
         return len(s.objects) > 1 or is_true(text, s)

@@ -357,7 +357,7 @@ def test_in_half_precision_the_steps_are_float32():
 def test_a_copy_of_a_hooked_model_has_no_hooks_but_keeps_its_pruning(tiny):
     model, (pixels, _) = tiny
     fc1 = model.vision.blocks[0].mlp.fc1
-    prune.random_unstructured(fc1, "weight", 0.5)  # by a pre-hook: weight = weight_orig * mask
+    prune.random_unstructured(fc1, "weight", 0.5)  # a pre-hook computes weight_orig * mask
     expected = model.encode_image(pixels)
     with hooks(model, {"vision.blocks.*.input": lambda x, _: 0 * x, "*.ln_pre.scale": nothing}):
         twin = copied(model)
@@ -597,7 +597,7 @@ def test_the_sites_of_attention_follow_from_each_other(tiny):
             )
             products = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
             assert torch.allclose(scores, products, rtol=0, atol=FLOAT64)
-            if tower == "text":  # the mask comes after the site
+            if tower == "text":  # the mask is applied after the site `scores`
                 assert pattern.triu(1).abs().max() == 0
                 products[..., ~torch.ones_like(pattern[0, 0]).tril().bool()] = -torch.inf
             assert (pattern - products.softmax(-1)).abs().max() < FLOAT64

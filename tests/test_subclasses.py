@@ -95,7 +95,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def assert_near(ours, theirs, float32=0.0):
-    """Assert equality up to a share of the largest number: 1e-10 or, in float32, `float32`."""
+    """Assert that no difference is above `limit` times the largest number of `theirs` (or times 1,
+    if that is larger). In float64 the limit is 1e-10, else it is the argument `float32`."""
     assert ours.shape == theirs.shape
     limit = 1e-10 if ours.dtype == torch.float64 else float32
     assert (ours - theirs).abs().max() <= limit * max(1, theirs.abs().max())
@@ -397,7 +398,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-OFTEN = ("gated MLP", "SigLIP")  # one has a new parameter, the other has no class token
+OFTEN = ("gated MLP", "SigLIP")  # not slow: one has a new parameter, one has no class token
 
 
 @pytest.fixture(
@@ -687,7 +688,7 @@ def test_grad_cam_of_a_fork_is_right_or_an_error(model):
     pixels, ids = some(model.config)
     heat = or_refuses(lens.gradcam, model, pixels[:1], ids[:1])
     assert (heat is None) == (type(model.vision.blocks[-1]).forward is not Block.forward)
-    if heat is not None:  # channels, weighted by the fork's own score
+    if heat is not None:  # Grad-CAM's formula, with the fork's own score
         last = f"vision.blocks.{len(model.vision.blocks) - 1}.ln_1"
         with cache(model, last, grad=True) as acts:
             score = model(pixels[:1], ids[:1]).logits_per_image[0, 0]

@@ -97,7 +97,7 @@ def test_pruning_heads_equals_ignoring_their_output(model, tower):
 
 
 def CLIP_like(model):
-    """A copy that is made without the tools under test."""
+    """A copy that is made without miniclip.surgery, which these tests check."""
     copy = CLIP(model.config).to(model.logit_scale.dtype)
     copy.load_state_dict(model.state_dict())
     return copy.eval()
@@ -261,7 +261,7 @@ def resampling_matrix(old, new, method):
             low = min(math.floor(centre), old - 1)
             matrix[i, low] += 1 - (centre - low)
             matrix[i, min(low + 1, old - 1)] += centre - low
-        else:  # outside, the sample at the edge counts
+        else:  # outside the line, the sample at its edge is repeated
             for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
                 matrix[i, min(max(j, 0), old - 1)] += kernel(j - centre, -0.75)
     return matrix
@@ -646,7 +646,7 @@ def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path
     pixels, _ = inputs_of(model)
     with torch.no_grad():
         assert_far(theirs.get_image_features(pixels).pooler_output, run(model, "vision"))
-    assert CLIP.from_pretrained(tmp_path).config == model.config  # one number for all layers
+    assert CLIP.from_pretrained(tmp_path).config == model.config  # 4 means 4 in each layer
 
 
 def test_ordinary_config_files_have_no_new_entries():

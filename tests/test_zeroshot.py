@@ -285,8 +285,8 @@ def make_folders(root, names):
     [
         (["fire_truck", "cat", "Zebra"], ["Zebra", "cat", "fire truck"]),
         (["10", "9", "1"], ["1", "9", "10"]),
-        (["n02123045", "n01440764"], ["tench", "tabby cat"]),  # a part of ImageNet
-        (["n02123045", "n00000000"], ["n00000000", "n02123045"]),  # not ImageNet
+        (["n02123045", "n01440764"], ["tench", "tabby cat"]),  # all are ids of ImageNet
+        (["n02123045", "n00000000"], ["n00000000", "n02123045"]),  # one is not an id of ImageNet
     ],
 )
 def test_folders_name_the_classes(tmp_path, folders, labels):
@@ -343,7 +343,7 @@ def test_folders_without_images_are_an_error(tmp_path, make, message):
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation, by a classifier with given answers: an image's grey level is its row in `answers`.
+# Evaluation of a classifier with known answers: an image's grey level is its row in `answers`.
 
 GREY = ImageTransform(8, image_mean=(0, 0, 0), image_std=(1, 1, 1))
 
@@ -403,7 +403,7 @@ def test_the_mean_of_the_classes_and_the_standard_error_follow_their_formulas(tm
 
 @pytest.mark.parametrize("right, images", [(3, 8), (0, 5), (5, 5)])
 def test_the_ends_of_the_interval_solve_wilsons_equation(right, images):
-    for edge in evaluation.wilson_interval(right, images):  # both ends solve Wilson's equation
+    for edge in evaluation.wilson_interval(right, images):
         error = abs(right / images - edge)
         assert error == pytest.approx(1.959964 * (edge * (1 - edge) / images) ** 0.5, abs=1e-9)
 
