@@ -730,11 +730,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
         row("vision", large, "one large product", 1.5),
         row("train", "the loss", "miniclip", 2.0),
     ]
-    work = 256 * tower_multiply_adds(
-        PUBLISHED["L/14"], "vision"
-    )  # in 2 s, on a chip with 1e12 multiply-adds a second
-    found = [found for *_, found in on_a_gpu.targets(rows)][:3]
-    assert found == [4.0, 1.5, pytest.approx(work / 2 / 1e12)]
+    assert [found for *_, found in on_a_gpu.targets(rows)][:3] == [4.0, 1.5, 0.75]
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
