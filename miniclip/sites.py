@@ -8,7 +8,7 @@ be any nn.Module. For a single tower, leave out `vision.` or `text.`.
 A name may also end in one of three words. `vision.ln_pre.input` is a module's first argument.
 `ln_1.scale` is the divisor of a LayerNorm, (B, T, 1). `ln_1.normalized` is the result before
 weight and bias. Both are in float32 or float64. TransformerLens calls them hook_scale and
-hook_normalized. But if weights are not folded, hook_normalized is the output of `ln_1`.
+hook_normalized; unless it moves weight and bias to the next Linear, that is `ln_1`'s output.
 
 Unused sites change no bit and add no operation. They cost a few Python calls for each layer, and
 nothing in a compiled graph.

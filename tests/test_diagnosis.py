@@ -501,7 +501,7 @@ CODE = {
     ),
     "softmax_in_bfloat16": (
         "scores.softmax(-1, dtype=dtype)", "scores.bfloat16().softmax(-1)",
-        "vision.blocks.0.pattern", "model has vision.blocks.0.pattern in bfloat16",
+        "vision.blocks.0.pattern", "model has vision.blocks.0.pattern rounded to bfloat16",
     ),
     "mask_shows_the_next_token": (
         "triu(1)", "triu(2)",
@@ -526,7 +526,7 @@ CODE = {
     ),
     "scaled_by_the_width": (
         "self.head_width**-0.5", "self.q_proj.in_features**-0.5",
-        "vision.blocks.0.pattern", "model has scores scaled by the root of the width",
+        "vision.blocks.0.pattern", "model has scores divided by the root of the width",
     ),
     "queries_scaled_twice": (
         "self.q(self.q_proj(x)", "self.q(0.5 * self.q_proj(x)",
@@ -596,7 +596,7 @@ CODE = {
     "stream_in_bfloat16": (
         "return x + self.mlp(self.ln_2(x))",
         "return (x + self.mlp(self.ln_2(x))).bfloat16().to(x.dtype)",
-        "vision.blocks.0.resid_post", "model has vision.blocks.0.resid_post in bfloat16",
+        "vision.blocks.0.resid_post", "model has vision.blocks.0.resid_post rounded to bfloat16",
     ),
     "unbiased_variance": (
         *norm("d / (x.var(-1, keepdim=True) + eps).sqrt()"),
@@ -663,7 +663,7 @@ CODE = {
     ),
     "patches_with_a_bias": (
         "x = x.flatten(2).transpose(1, 2)", "x = x.flatten(2).transpose(1, 2) + self.ln_pre.bias",
-        "vision.embeddings", "model has the same vector added to each patch, and not to the first",
+        "vision.embeddings", "model has the same vector added to each patch, but not to the first",
     ),
     "projection_with_a_bias": (
         "nn.Linear(width, embed_dim, bias=False)", "Biased(width, embed_dim, bias=False)",

@@ -306,7 +306,7 @@ def test_a_fork_is_compared_with_its_own_model_in_transformers(tmp_path):
     assert report.first is None and len(report.rows) == 38, report
     ours.text.blocks[1].mlp.act = nn.ReLU()
     report = compare(theirs, ours)
-    cause = "other has the activation relu for gelu_pytorch_tanh"
+    cause = "other has the activation relu instead of gelu_pytorch_tanh"
     assert (report.first, report.cause) == ("text.blocks.1.mlp_out", cause)
 
 

@@ -774,7 +774,7 @@ def config_cases(files):
     for key in ("text_config_dict", "vision_config_dict"):
         for value in VALUES:
             yield f"{key} {value!r:.40}", config | {key: value}, {}
-    for first, second in itertools.permutations(config, 2):  # one entry's error may quote the other
+    for first, second in itertools.permutations(config, 2):  # two wrong entries
         for value in (5, {}, [[5]], "x"):
             yield f"{first}, {second} {value}", config | {first: value, second: value}, {}
 

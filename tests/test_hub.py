@@ -335,7 +335,9 @@ def test_a_repository_of_timms_is_read(hub, model, tmp_path):
         assert_same_weights(loaded, model)
         assert CLIPConfig.from_pretrained(name) == loaded.config
     (folder / "open_clip_config.json").unlink()
-    with pytest.raises(CheckpointError, match="architecture is 'vit_tiny_clip_40'; of timm's"):
+    with pytest.raises(
+        CheckpointError, match="architecture is 'vit_tiny_clip_40'; expected timm's"
+    ):
         miniclip.load(folder)
 
 

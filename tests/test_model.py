@@ -713,10 +713,10 @@ def test_ids_without_a_batch_are_an_error():
         (
             Image.new("RGB", (40, 40)),
             TypeError,
-            ["found Image", "transform([picture])"],
+            ["found Image", "transform([image])"],
         ),
         (np.zeros((1, 3, 40, 40), np.float32), TypeError, ["ndarray", "(B, 3, 40, 40)"]),
-        ("cat.jpg", TypeError, ["found str", "transform([picture])"]),
+        ("cat.jpg", TypeError, ["found str", "transform([image])"]),
         (torch.zeros(1, 3, 40, 40, dtype=torch.uint8), ValueError, ["torch.uint8", "transform(["]),
         (torch.zeros(1, 3, 40, 40, dtype=torch.int64), ValueError, ["torch.int64"]),
         (

@@ -447,7 +447,7 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     ):  # fmt: skip
         for site in (SITE, PATTERN):
             assert row_of(site, size, 0.0, apart, exact=exact).within_tolerance == within
-    # `exact` is 1e-6 if one model's weights are merged or rounded once more. Then the tolerance is
+    # `exact` is 1e-6 if one model has merged weights, or one more rounding. Then the tolerance is
     # relative for logits, as it is at every other site.
     assert row_of("logits", 100, 0.0, 0.9e-4, exact=1e-6).within_tolerance
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance

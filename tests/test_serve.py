@@ -400,7 +400,7 @@ def test_an_upload_that_is_not_an_image_is_refused_with_a_reason(page, tmp_path,
 @pytest.mark.slow
 def test_bad_labels_and_templates_are_refused_with_a_reason(page):
     for box, text, message in (
-        ("#labels", "word " * 150, "77 fit. Shorten it: "),
+        ("#labels", "word " * 150, "77 fit. Shorten the text: "),
         ("#labels", " ", "write at least one"),
         ("#templates", "a photo", "write {} where the label goes"),
         ("#templates", "", "no sentence is given"),
@@ -704,7 +704,9 @@ def test_the_usual_formats_are_read(kind):
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "JPEG2000", "PDF"])
 def test_the_error_for_another_format_lists_those_that_are_read(kind):
     """For EPS, Pillow would start Ghostscript."""
-    with pytest.raises(ImageError, match="not an image.*: JPEG, PNG, WEBP, GIF, BMP, TIFF$"):
+    with pytest.raises(
+        ImageError, match="not an image.* page reads JPEG, PNG, WEBP, GIF, BMP, TIFF$"
+    ):
         read_picture(encoded(kind))
 
 

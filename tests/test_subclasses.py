@@ -865,5 +865,5 @@ def test_a_run_of_one_class_is_not_continued_by_another(tokenizer, tmp_path):
     recipe = Recipe(epochs=2, batch=8)
     run = Run(tmp_path / "out", fork_for(CLIP, tokenizer), recipe, writes=True)
     run.save(tokenizer, transform)
-    with pytest.raises(ValueError, match="another class"):
+    with pytest.raises(ValueError, match="other values of class"):
         train(fork_for(MeanCLIP, tokenizer), tokenizer, transform, data, recipe, tmp_path / "out")

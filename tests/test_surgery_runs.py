@@ -563,7 +563,7 @@ def test_learned_context_vectors_get_the_gradient_and_the_model_none():
 @pytest.mark.parametrize("shape, error, words", [
     ((2, 40), ValueError, "token vectors have shape (2, 40); expected (B, T, 40)"),
     ((2, 5, 1), ValueError, "token vectors have shape (2, 5, 1); expected (B, T, 40)"),
-    ((2, 21, 40), ContextLengthError, "texts of 21 tokens; this text tower has 20 positions"),
+    ((2, 21, 40), ContextLengthError, "the texts have 21 tokens; this text tower has 20 positions"),
 ])  # fmt: skip
 def test_prompts_that_do_not_fit_the_text_tower_are_an_error(shape, error, words):
     with pytest.raises(error, match=re.escape(words)):

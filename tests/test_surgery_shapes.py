@@ -252,7 +252,7 @@ def resampling_matrix(old, new, method):
     scale = old / (new + 0.1) if method == "dino" else old / new
     for i in range(new):
         centre = (i + 0.5) * scale - 0.5
-        if method == "timm":  # as in Pillow: a kernel as wide as a new sample, cut at the edge
+        if method == "timm":  # as in Pillow: stretched to shrink an image
             wide = max(scale, 1)
             weights = [kernel((j - centre) / wide, -0.5) for j in range(old)]
             matrix[i] = torch.tensor(weights, dtype=torch.float64) / sum(weights)

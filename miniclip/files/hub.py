@@ -254,7 +254,7 @@ def weights_in(directory: Path) -> Path | None:
 
 
 def is_clips(directory: Path) -> bool:
-    """False if config.json is timm's, and open_clip's config beside it describes the CLIP."""
+    """Whether config.json describes the CLIP. If it is timm's, the config of open_clip does."""
     config, open_clip = (directory / name for name in CONFIGS.values())
     return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
 

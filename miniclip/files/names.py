@@ -293,7 +293,7 @@ def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _as_in_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give timm's tensors CLIP's shapes: drop leading dimensions of 1, and a bias that is zero.
 
-    timm adds the bias to CLIP's projection. open_clip may store the projection outside of
+    timm's projection has a bias, CLIP's has none. open_clip may store the projection outside of
     `visual.trunk`.
     """
     trunk = "visual.trunk."
