@@ -9,45 +9,47 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
                                               time        memory      growth
 
     images in a batch
-                                   1       69.6 ms         22 MB
-                                   4      170.9 ms         16 MB        0.61
-                                  16      663.6 ms         65 MB        0.97
-                                  64    2,823.9 ms        246 MB        1.06
-                                 256   17,065.8 ms        679 MB        1.51
+                                   1       97.5 ms         25 MB
+                                   4      296.8 ms         14 MB        0.76
+                                  16      954.1 ms         77 MB        0.80
+                                  64    4,207.9 ms        236 MB        1.10
+                                 256   13,054.5 ms        956 MB        0.78
 
     pixels along a side
-                                 224       72.4 ms         14 MB
-                                 448      196.1 ms         21 MB        0.67
-                                 672      385.7 ms         26 MB        0.84
-                               1,024    1,014.9 ms        112 MB        1.02
+                                 224       94.1 ms         14 MB
+                                 448      253.5 ms         15 MB        0.66
+                                 672      525.3 ms         29 MB        0.88
+                               1,024    1,413.3 ms        125 MB        1.04
 
     tokens of a text
-                                  77       51.0 ms          5 MB
-                                 256      137.5 ms         18 MB        0.77
-                                 512      266.8 ms         22 MB        0.90
-                               1,024      546.1 ms         58 MB        0.90
-                               2,048    1,143.9 ms        104 MB        0.84
+                                  77       62.6 ms          5 MB
+                                 256      135.7 ms         12 MB        0.62
+                                 512      270.7 ms         21 MB        0.93
+                               1,024      482.4 ms         76 MB        0.78
+                               2,048    1,160.9 ms        119 MB        0.96
 
     labels embedded
-                                  10       77.7 ms         12 MB
-                                 100      458.1 ms         36 MB        0.59
-                               1,000    3,740.9 ms         55 MB        0.82
+                                  10       75.7 ms         12 MB
+                                 100      496.3 ms         26 MB        0.66
+                               1,000    4,411.6 ms         58 MB        0.89
 
     labels ranked
-                                  10       78.8 ms         15 MB
-                                 100       83.0 ms         15 MB        0.11
-                               1,000       75.9 ms         15 MB        0.09
-                              10,000       98.9 ms         15 MB        0.13
-                             100,000      403.0 ms         35 MB        0.41
+                                  10       97.6 ms         14 MB
+                                 100       92.7 ms         15 MB        0.09
+                               1,000       98.8 ms         14 MB        0.11
+                              10,000      102.0 ms         14 MB        0.10
+                             100,000    1,281.2 ms         35 MB        1.26
 
     rows searched
-                               1,000        2.1 ms         11 MB
-                              10,000        9.9 ms         85 MB        0.48
-                             100,000       23.4 ms         85 MB        0.24
-                           1,000,000      146.6 ms         85 MB        0.63
+                               1,000        1.6 ms         11 MB
+                              10,000       15.1 ms         85 MB        0.95
+                             100,000       31.0 ms         85 MB        0.20
+                           1,000,000      246.6 ms         85 MB        0.79
 
-2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows.
-From 64 to 256 images, the time grows 1.5 times as much as in theory. The reason is not known.
+2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows. The
+machine was not quiet: in another run, 100,000 labels took a third of this time (growth 0.41). The
+command keeps freed memory. Without that, 256 images took 1.5 times as long as 64 suggest, because
+Linux clears the memory again for each tensor.
 
 10^9 rows do not fit here: as float32 vectors of 512 numbers they take 2 TB, and an exact search
 reads them all. By calculation, the index `IVF1048576_HNSW32,PQ64` of FAISS (product quantisation,
