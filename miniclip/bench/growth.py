@@ -46,10 +46,10 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
                              100,000       31.0 ms         85 MB        0.20
                            1,000,000      246.6 ms         85 MB        0.79
 
-2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows. The
-machine was not quiet: in another run, 100,000 labels took a third of this time (growth 0.41). The
-command keeps freed memory. Without that, 256 images took 1.5 times as long as 64 suggest, because
-Linux clears the memory again for each tensor.
+2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows.
+The machine was not quiet: in another run, 100,000 labels took a third of this time (growth 0.41).
+The command keeps freed memory. Without that, 256 images took 1.5 times as long as 64 suggest,
+because Linux clears the memory again for each tensor.
 
 10^9 rows do not fit here: as float32 vectors of 512 numbers they take 2 TB, and an exact search
 reads them all. By calculation, the index `IVF1048576_HNSW32,PQ64` of FAISS (product quantisation,
