@@ -14,8 +14,8 @@ embeds = encode(pixels)  # model.vision(pixels), up to rounding
     miniclip parity everyday --engine onnxruntime
     miniclip bench --suite vision text --engine compile onnxruntime openvino compile-bf16
 
-Milliseconds for all engines, B/32, two threads. In brackets: the time divided by eager's time in
-the same round. The largest difference is divided by the length of the embedding:
+Milliseconds of this command with all engines, two threads. In brackets: the time divided by eager's
+in the same round. The largest difference is divided by the length of the embedding:
 
                        1 image          16 images        16 captions      largest difference
     eager              75               605              117

@@ -5,23 +5,32 @@ with random weights in an official shape. It compares the outputs first, and doe
 whose output differs. "Matrix products alone" are the products with a tower's weights, without the
 rest of the tower. The fastest of PyTorch, oneDNN and MKL computes them.
 
-    $ miniclip bench --suite vision text tokenizer transform load startup memory search
+    $ miniclip bench --suite vision text
     Medians over the rounds: cost, rate, and cost divided by miniclip's (quartiles).
 
     vision: 1 image, B/32, float32
-      miniclip                     92.6 ms      10.8/s    1.00x (1.00 to 1.00)
-      transformers                 90.7 ms      11.0/s    0.97x (0.89 to 1.04)
-      matrix products alone        77.5 ms      12.9/s    0.84x (0.68 to 0.89)
+      miniclip                     88.0 ms      11.4/s    1.00x (1.00 to 1.00)
+      transformers                 91.6 ms      10.9/s    1.05x (0.99 to 1.08)
+      matrix products alone        58.8 ms      17.0/s    0.67x (0.62 to 0.72)
 
     vision: 16 images, B/32, float32
-      miniclip                    650.3 ms      24.6/s    1.00x (1.00 to 1.00)
-      transformers                659.6 ms      24.3/s    1.01x (1.00 to 1.02)
-      matrix products alone       578.2 ms      27.7/s    0.86x (0.84 to 0.89)
+      miniclip                    755.7 ms      21.2/s    1.00x (1.00 to 1.00)
+      transformers                757.4 ms      21.1/s    1.01x (0.97 to 1.02)
+      matrix products alone       524.4 ms      30.5/s    0.73x (0.69 to 0.74)
 
     text: 16 captions of at most 15 tokens, B/32, float32
-      miniclip                    108.7 ms       147/s    1.00x (1.00 to 1.00)
-      transformers                106.7 ms       150/s    0.99x (0.95 to 1.01)
-      matrix products alone        80.5 ms       199/s    0.75x (0.68 to 0.80)
+      miniclip                    115.2 ms       139/s    1.00x (1.00 to 1.00)
+      transformers                114.5 ms       140/s    1.01x (0.95 to 1.11)
+      matrix products alone        87.0 ms       184/s    0.77x (0.71 to 0.90)
+
+    date 2026-11-29, hardware Intel(R) Xeon(R) Processor, AVX512, 2 threads, Python
+      3.11.7, torch 2.13.0+cpu, transformers 5.23.0, tokenizers 0.23.3, pillow
+      13.0.0
+
+The same day, on the same machine:
+
+    $ miniclip bench --suite tokenizer transform load startup memory search
+    Medians over the rounds: cost, rate, and cost divided by miniclip's (quartiles).
 
     tokenizer: 1,000 texts, ASCII captions
       miniclip                      2.4 ms   424,420/s    1.00x (1.00 to 1.00)

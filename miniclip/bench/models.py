@@ -111,11 +111,14 @@ def products(tower: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return random rows (N, in) and the weight (out, in) of each linear layer and of the patch
     embedding. N is the number of rows that the tower multiplies by this weight."""
     pairs = []
+    rows: dict[tuple[int, int], Tensor] = {}  # shared: L/14 would need 58 GB for 256 images
 
     def record(layer: Any, args: tuple[Tensor]) -> None:
         weight = layer.weight.detach().flatten(1)
-        rows = args[0].new_empty(args[0].numel() // weight.shape[1], weight.shape[1])
-        pairs.append((rows.normal_(), weight))
+        shape = (args[0].numel() // weight.shape[1], weight.shape[1])
+        if shape not in rows:
+            rows[shape] = args[0].new_empty(shape).normal_()
+        pairs.append((rows[shape], weight))
 
     layers = [layer for layer in tower.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
