@@ -185,7 +185,7 @@ def test_the_table_is_80_columns_wide():
         "  transformers, compiled   99,900.0 ms       2.6/s   22.22x (11.11 to 33.33)",
     ]
     assert "650 MB" in lines[4]
-    assert lines[5].endswith("not timed: its output differs by 0.01")
+    assert lines[5].endswith("not timed: its output differs from miniclip's by 0.01")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -819,5 +819,5 @@ def test_only_an_engine_with_a_precision_in_its_name_has_a_larger_tolerance(sett
     assert rows["copy"].difference == 0 and rows["copy"].cost is not None
     assert 1e-5 < rows["copy-bf16"].difference < 5e-2 and rows["copy-bf16"].cost is not None
     far = rows["copy-bf16"]._replace(difference=0.009)
-    assert table([far]).endswith("its output differs by 9e-03")
+    assert table([far]).endswith("its output differs from miniclip's by 9e-03")
     assert table([rows["copy"]]).count("\n") == 3

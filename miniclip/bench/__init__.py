@@ -1,9 +1,9 @@
 """Time the same work in miniclip and in other libraries, side by side.
 
-`miniclip bench` times miniclip, transformers and, if they are installed, open_clip and openai/CLIP,
-with random weights in an official shape. It compares the outputs first, and does not time a library
-whose output differs. "Matrix products alone" are the products with a tower's weights, without the
-rest of the tower. The fastest of PyTorch, oneDNN and MKL computes them.
+`miniclip bench` times miniclip and transformers, with random weights in an official shape. If they
+are installed, it also times open_clip and openai/CLIP. It compares the outputs first. A library is
+not timed if its output differs from miniclip's. "Matrix products alone" is the time for only the
+products with a tower's weights, in the fastest of PyTorch, oneDNN and MKL.
 
     $ miniclip bench --suite vision text
     Medians over the rounds: cost, rate, and cost divided by miniclip's (quartiles).
@@ -61,7 +61,7 @@ The same day, on the same machine:
       miniclip                  2,592.3 ms       0.4/s    1.00x (1.00 to 1.00)
       transformers              6,776.3 ms       0.1/s    2.48x (2.47 to 2.59)
 
-    memory: most at once, files to logits, B/32, float32
+    memory: peak, files to logits, B/32, float32
       miniclip                      647 MB                1.00x (1.00 to 1.00)
       transformers                  548 MB                0.85x (0.85 to 0.85)
       the weights file              605 MB                0.94x (0.93 to 0.94)
@@ -95,15 +95,16 @@ The other suites were measured on another machine:
     date 2026-11-28, hardware AMD EPYC, AVX512, 2 threads, Python 3.11.7, torch
       2.13.0+cpu, transformers 5.23.0, tokenizers 0.23.3, pillow 13.0.0
 
-"transformers, at once" pads all texts to the longest one; "transformers" embeds one label's texts
-at a time. open_clip and openai/CLIP pad to 77 tokens and take 9.2 and 9.3 times as long as miniclip
-(`--suite zeroshot`, same machine and date). In `search`, miniclip ranks by float64 and keeps one
-block of the file in memory; FAISS keeps a copy of all rows. `miniclip bench --compile` adds
-compiled encoders, and `--engine` other engines (see `engines.py`).
+"transformers, at once" pads all texts to the longest text. "transformers" embeds one label's texts
+at a time. open_clip and openai/CLIP pad each text to 77 tokens. They take 9.2 and 9.3 times as long
+as miniclip (`--suite zeroshot`, same machine and date). In `search`, miniclip computes scores in
+float64 and keeps one block of the file in memory. FAISS keeps a copy of all vectors in memory.
+`--compile` also times compiled encoders. `--engine` also times other engines (see `engines.py`).
 
-On Linux, glibc returns freed memory to the system, which clears it before the next use. This makes
-an eager pass slower. `embed`, `eval` and `train` keep freed memory; in a script of your own, set
-`MALLOC_MMAP_MAX_=0` and `MALLOC_TRIM_THRESHOLD_=4294967296` in the environment.
+On Linux, glibc returns freed memory to the system. Before the next use, the system clears this
+memory, and this makes an eager forward pass slower. The commands `embed`, `eval` and `train` keep
+freed memory. In your own scripts, do the same: set the environment variables `MALLOC_MMAP_MAX_=0`
+and `MALLOC_TRIM_THRESHOLD_=4294967296`.
 
 On a GPU (not run here):
 

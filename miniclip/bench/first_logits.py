@@ -8,7 +8,7 @@
 import sys
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder: its files would hide other modules with the same names
+    del sys.path[0]  # import nothing from this folder: its files could hide other modules
 
 import json
 import re

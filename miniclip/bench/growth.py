@@ -2,8 +2,8 @@
 
     miniclip bench --growth --plot growth.png
 
-In theory, the time is proportional to the model's multiply-adds, or to the number of rows or
-labels. "growth" is the factor by which the time grew from one size to the next, divided by the
+In theory, the time is proportional to the model's multiply-adds, or to the number of labels or
+rows. "growth" is the factor by which the time grew from one size to the next, divided by the
 factor that theory predicts. It is below 1 if a fixed cost is a large part of the time.
 
                                               time        memory      growth
@@ -47,15 +47,15 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
                            1,000,000      246.6 ms         85 MB        0.79
 
 2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows.
-The machine was not quiet: in another run, 100,000 labels took a third of this time (growth 0.41).
-The command keeps freed memory. Without that, 256 images took 1.5 times as long as 64 suggest,
-because Linux clears the memory again for each tensor.
+The times vary: in another run, 100,000 labels took a third of this time (growth 0.41). The command
+keeps freed memory for the next tensors. In a run that did not, 256 images took 1.5 times as long as
+theory predicts from 64 images, because Linux cleared the memory again for each tensor.
 
-10^9 rows do not fit here: as float32 vectors of 512 numbers they take 2 TB, and an exact search
-reads them all. By calculation, the index `IVF1048576_HNSW32,PQ64` of FAISS (product quantisation,
-64 bytes a vector) takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. A
-query that visits 64 of the 1,048,576 cells compares about 61,000 codes. FAISS's guide lists this
-index for 100M to 1B vectors. The index's recall depends on the data, and was not measured.
+10^9 rows do not fit on this machine: float32 vectors of 512 numbers take 2 TB. An exact search
+reads all of them. By calculation, FAISS's index `IVF1048576_HNSW32,PQ64` (product quantisation, 64
+bytes a vector) takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. A
+query that visits 64 of the 1,048,576 cells compares about 61,000 codes. FAISS's guide recommends
+this index for 100M to 1B vectors. Its recall depends on the data, and was not measured.
 """
 
 import ctypes
@@ -89,7 +89,7 @@ ROUNDS = 3
 
 
 class Step(NamedTuple):
-    """Work of one size, to be timed."""
+    """A function to time, and the size of its work."""
 
     axis: str
     size: int
@@ -98,7 +98,7 @@ class Step(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """The time and the memory of one size."""
+    """The measured time and memory at one size."""
 
     axis: str  # what grows, such as "images in a batch"
     size: int
@@ -108,7 +108,7 @@ class Growth(NamedTuple):
 
 
 def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -> list[Growth]:
-    """Time each of AXES at growing sizes, with random weights of a published shape.
+    """Measure each of AXES at growing sizes, with random weights of a published shape.
 
     Args:
         shape: a name from PUBLISHED.
@@ -150,7 +150,7 @@ def memory_of(run: Callable[[], Any], device: str) -> int | None:
         return None
     # Return freed memory to the system: if `run` reused it, the result would be too small.
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # musl does not have it
+    if hasattr(libc, "malloc_trim"):  # the C library musl has no malloc_trim
         libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")

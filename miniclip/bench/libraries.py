@@ -1,4 +1,4 @@
-"""Load one checkpoint in several libraries, each used as its documentation shows."""
+"""Load one checkpoint in several libraries. Use each library as its documentation shows."""
 
 import warnings
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
     import open_clip
 
     ours = CLIP.from_pretrained(directory)
-    # open_clip reads the embedding at the largest id: the end token, in this vocabulary.
+    # open_clip reads the embedding at the largest id. In this vocabulary, it is the end token.
     text = replace(ours.config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     model = open_clip.CLIP(**to_open_clip(asdict(replace(ours.config, text=text))))
     tokenizer = open_clip.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))
@@ -124,6 +124,6 @@ def in_openai_style(
 
 
 def with_weights(theirs: nn.Module, ours: CLIP) -> nn.Module:
-    """Put our weights into a model of openai/CLIP or open_clip. Both have the same tensor names."""
+    """Put our weights into a model of openai/CLIP or open_clip. Both use OpenAI's tensor names."""
     theirs.load_state_dict(pack(ours.state_dict(), OPENAI), strict=True)
     return theirs

@@ -32,7 +32,7 @@ MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 @dataclass(frozen=True)
 class Setting:
-    """The arguments of a suite. Libraries are loaded, and images made, when they are first used."""
+    """The arguments of a suite. `libraries` and `photographs` are made when they are first used."""
 
     directory: Path  # of a checkpoint with random weights
     config: CLIPConfig
@@ -71,7 +71,7 @@ class Setting:
         trials: dict[str, Trial],
         form: Callable[[Any], Any] = unit_rows,
     ) -> Case:
-        """Make a Case for work of the model, with a tolerance for rounding errors."""
+        """Make a Case for a suite that runs the model. Outputs may differ by rounding errors."""
         work = f"{work}, {self.shape}, {self.dtype_name}"
         loose = {name: find_engine(name).tolerance for name in self.engines if "-" in name}
         return Case(suite, work, count, unit, trials, form, MAX_DISTANCE[self.dtype], loose)
@@ -80,8 +80,8 @@ class Setting:
 def prepare(directory: Path, shape: str) -> CLIPConfig:
     """Write a checkpoint that every library can read: random weights in an official shape.
 
-    The vocabulary is learnt from captions, because OpenAI's vocabulary is not in the package. The
-    token embedding still has as many rows as in the published model.
+    The vocabulary is learnt from captions, because OpenAI's vocabulary is not in the package. It is
+    small, but the token embedding keeps the size of the published model.
     """
     tokenizer = Tokenizer.train([*captions(2000), *MIXED_SCRIPTS], 4096)
     config = PUBLISHED[shape]
@@ -102,7 +102,7 @@ def prepare(directory: Path, shape: str) -> CLIPConfig:
 
 
 def captions(count: int) -> list[str]:
-    """Put OpenAI's class names into OpenAI's templates. Nearly all of 80,000 captions differ.
+    """Put OpenAI's class names into OpenAI's templates. 80,000 captions contain few duplicates.
 
     >>> captions(2)
     ['a bad photo of a tench.', 'a photo of many rooster.']

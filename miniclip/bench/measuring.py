@@ -25,11 +25,11 @@ output is None, and is not compared, if the trial does only a part of the work."
 
 
 class Case(NamedTuple):
-    """Work for several contenders. The first is miniclip, and the others are compared with it."""
+    """Work that several contenders do. The first contender is miniclip."""
 
     suite: str
     work: str
-    # The number of units in a trial. It hides the method `count` of tuples, which is not used.
+    # The number of units in a trial. The field hides the method `tuple.count`, which is not used.
     count: int  # type: ignore[assignment]
     unit: str  # "images", "texts", ...; "bytes" if the cost is memory
     trials: dict[str, Trial]  # {name of the contender: trial}
@@ -55,7 +55,7 @@ def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
     """Compare all outputs with miniclip's output, then time the contenders that agree with it."""
     outputs = []
     for trial in case.trials.values():
-        output = trial()[1]  # convert it now: a CUDA graph overwrites its output in its next run
+        output = trial()[1]  # convert it now: the next run of a CUDA graph overwrites it
         outputs.append(None if output is None else case.form(output))
     differences = [None if out is None else distance(out, outputs[0]) for out in outputs]
     if differences[0] != 0:  # miniclip's output compared with itself
@@ -129,7 +129,7 @@ def unit_rows(embeds: Tensor) -> Tensor:
 
 
 def timed(run: Callable[[], Any], device: str = "cpu") -> Trial:
-    """Make a trial whose cost is the seconds of `run`, including its work on a GPU."""
+    """Make a trial whose cost is the time of `run` in seconds, including its work on a GPU."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     def trial() -> tuple[float, Any]:
@@ -149,14 +149,14 @@ def table(rows: Sequence[Row]) -> str:
         lines += ["", f"{suite}: {work}"]
         for row in group:
             lines.append(f"  {row.contender:<24}{_numbers(row)}")
-            if row.ratio and (row.difference or 0) > 1e-3:  # more than rounding in float32
-                lines.append(f"{'':28}its output differs by {row.difference:.0e}")
+            if row.ratio and (row.difference or 0) > 1e-3:  # above rounding errors
+                lines.append(f"{'':28}its output differs from miniclip's by {row.difference:.0e}")
     return "\n".join(lines)
 
 
 def _numbers(row: Row) -> str:
     if row.cost is None or row.ratio is None:
-        return f"not timed: its output differs by {row.difference:.1g}"
+        return f"not timed: its output differs from miniclip's by {row.difference:.1g}"
     _, cost, _ = row.cost
     if row.unit == "bytes":
         amount = f"{cost / 1e6:>9,.0f} MB{'':13}"

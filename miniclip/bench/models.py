@@ -75,11 +75,11 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, T
 def ceiling(setting: Setting, tower: nn.Module, x: Tensor) -> dict[str, Trial]:
     """Make a trial that computes only the matrix products with a tower's weights.
 
-    On a CPU, the fastest of three libraries is used: PyTorch, which packs a weight at each call,
-    and oneDNN and MKL, which pack it once. The two products inside attention are left out.
+    On a CPU, this uses the fastest of PyTorch, oneDNN and MKL. PyTorch packs a weight at each call.
+    oneDNN and MKL pack it once. The two products inside attention are not included.
     """
     pairs = products(tower, x)
-    ways = [each(F.linear, pairs)]  # on a CPU, float16 is fast only here
+    ways = [each(F.linear, pairs)]  # on a CPU, float16 is fast only in F.linear
     if x.is_cpu and torch.backends.mkldnn.is_available() and setting.dtype != torch.float16:
         mkldnn = torch.ops.mkldnn
         blocks = [(x, mkldnn._reorder_linear_weight(w, len(x))) for x, w in pairs]
@@ -89,7 +89,7 @@ def ceiling(setting: Setting, tower: nn.Module, x: Tensor) -> dict[str, Trial]:
         packed = [(x, mkl._mkl_reorder_linear_weight(w, len(x)), w) for x, w in pairs]
         ways.append(each(lambda x, p, w: mkl._mkl_linear(x, p, w, None, len(x)), packed))
     trials = [timed(way, setting.device) for way in ways]
-    rounds = zip(*([trial()[0] for trial in trials] for _ in range(4)))  # in turn: caches are cold
+    rounds = zip(*([trial()[0] for trial in trials] for _ in range(4)))  # in turn, for cold caches
     fastest = trials[min(enumerate(rounds), key=lambda column: min(column[1]))[0]]
     return {"matrix products alone": lambda: (fastest()[0], None)}
 
@@ -111,7 +111,8 @@ def products(tower: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return random rows (N, in) and the weight (out, in) of each linear layer and of the patch
     embedding. N is the number of rows that the tower multiplies by this weight."""
     pairs = []
-    rows: dict[tuple[int, int], Tensor] = {}  # shared: L/14 would need 58 GB for 256 images
+    # Layers share inputs of the same shape. Separate inputs take 58 GB (L/14, 256 images).
+    rows: dict[tuple[int, int], Tensor] = {}
 
     def record(layer: Any, args: tuple[Tensor]) -> None:
         weight = layer.weight.detach().flatten(1)
@@ -133,7 +134,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
     ours, *peers = setting.libraries
     tokenizer = ours.tokenize
     assert isinstance(tokenizer, Tokenizer)
-    # Every hundredth label, and the longest one: if all texts go in at once, it sets their length.
+    # Every hundredth label, and the longest label, because `all_at_once` pads all texts to it.
     longest = max(IMAGENET_CLASSES, key=lambda label: len(tokenizer.encode(label)))
     labels, templates = [*IMAGENET_CLASSES[::100], longest], TEMPLATE_SETS["imagenet"]
     prompts = [template.replace("{}", label) for label in labels for template in templates]

@@ -1,5 +1,5 @@
-"""The suites that time the steps around the model: the tokenizer, the transform, the embedding of
-many files, a search, and loading from the files to the first logits."""
+"""The suites that time the steps around the model: tokenize texts, transform images, embed many
+files, search an index, and load a model and compute its first logits."""
 
 import itertools
 import json
@@ -171,13 +171,13 @@ def startup_suite(setting: Setting) -> Iterator[Case]:
 
 
 def memory_suite(setting: Setting) -> Iterator[Case]:
-    """Measure the peak memory of the GPU, or on a CPU, of the process (Linux only)."""
+    """Measure the peak memory: the GPU's memory, or without a GPU, the process's (Linux only)."""
     if not setting.device.startswith("cuda") and sys.platform != "linux":
         return
     size = (setting.directory / "model.safetensors").stat().st_size
     trials: dict[str, Trial] = {name: partial(in_process, setting, name) for name in READY}
     trials["the weights file"] = lambda: (size, None)
-    yield setting.case("memory", "most at once, files to logits", 1, "bytes", trials)
+    yield setting.case("memory", "peak, files to logits", 1, "bytes", trials)
 
 
 def first_inputs(setting: Setting) -> tuple[str, str, list[str], str, str]:

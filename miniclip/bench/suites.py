@@ -60,7 +60,7 @@ def bench(
         shape: a name from PUBLISHED. The weights are random.
         compile: also time compiled encoders.
         batch: the number of images or texts. By default 16, or 256 on a GPU.
-        engines: names from miniclip.engines. Also time miniclip's towers on them.
+        engines: also time miniclip's towers on these engines, names from miniclip.engines.
     """
     for name in suites:
         if name not in SUITES:
@@ -75,7 +75,7 @@ def bench(
     check_device(device)
     for name in engines:
         find_engine(name)
-    import_transformers()  # before the work, so that its error comes at once
+    import_transformers()  # raises its error now, before the slow work
     rows: list[Row] = []
     with TemporaryDirectory() as folder, exact_float32():
         config = prepare(Path(folder), shape)
@@ -91,7 +91,7 @@ def bench(
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Turn TF32 off in a `with` statement. TF32 keeps ten bits of a fraction; cuDNN uses it."""
+    """Turn off TF32 (ten fraction bits) in a `with` statement. By default, cuDNN uses TF32."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
