@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--growth",
         action="store_true",
-        help="instead, measure how time and memory grow with each size, such as the batch size",
+        help="instead of the suites, measure how time and memory grow with each size",
     )
-    parser.add_argument("--plot", metavar="PNG", help="plot the ratios; with --growth, the growth")
+    parser.add_argument("--plot", metavar="PNG", help="draw the result to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     rows: Any
     if args.growth:
-        keep_freed_memory()  # otherwise the times would include the clearing of memory by Linux
+        keep_freed_memory()  # otherwise Linux would clear it again in the timed work
         rows = growth(args.shape, args.device)
         text = growth_table(rows)
     else:

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def found_in(images: list[str]) -> "Iterator[str | Member | Exception]":
-    """Yield the images that each argument names, or the error if it names none."""
+    """Yield the images that each argument names, or an error for an argument without images."""
     from miniclip.retrieval.pictures import find_pictures
 
     for name in images:

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     pictures, damage = find_pictures(args.paths, args.exclude)
     with process_group(args.device) as device:
-        name, args.revision = lasting_name(args.model, args.revision)  # a commit, not a branch
+        name, args.revision = lasting_name(args.model, args.revision)  # the commit of a branch
         loaded = load_model(args, device=device, dtype=getattr(torch, args.dtype))
         encoder = describe(loaded, name, args.revision)
         if args.engine == "auto":
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     for reason in index.skipped:
         kinds.setdefault(reason.partition(": pip install ")[2], []).append(reason)
     for reasons in kinds.values():
-        count = f"{len(reasons):,}"
+        count = counted(len(reasons), "file")
         note(f"miniclip: skipped {count}, listed in the index; the first: {reasons[0]}")
     if args.json:
         print_json(

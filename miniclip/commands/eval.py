@@ -46,18 +46,18 @@ FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
         "of the folders; for ImageNet's folders, OpenAI's names)",
         {"nargs": "+", "metavar": "LABEL"},
     ),
-    (("retrieval",), "images", "folder of the images of a .json (default: the .json's folder)",
+    (("retrieval",), "images", "folder with the images of a .json (default: its own folder)",
      {"metavar": "DIR"}),
     (("retrieval",), "split", "split of Karpathy's .json (default: test)", {"metavar": "NAME"}),
-    (("probe", "fewshot"), "train", "class folders to learn from, before DATA is classified",
+    (("probe", "fewshot"), "train", "class folders with the images to learn from",
      {"metavar": "DIR"}),
     (("probe", "fewshot"), "features", "the probe's features: ln_post (before the projection, as "
      "in the paper) or proj (after it) (default: ln_post)", {"choices": ("ln_post", "proj")}),
     (("probe",), "val", "class folders for choosing the L2 strength (default: a fifth of --train)",
      {"metavar": "DIR"}),
-    (("fewshot",), "shots", "examples of each class (default: 1 2 4 8 16)",
+    (("fewshot",), "shots", "learn from N examples of each class (default: 1 2 4 8 16)",
      {"type": int, "nargs": "+", "metavar": "N"}),
-    (("fewshot",), "seeds", "random draws of examples (default: 3)", {"type": int, "metavar": "N"}),
+    (("fewshot",), "seeds", "draw examples N times (default: 3)", {"type": int, "metavar": "N"}),
 )  # fmt: skip
 METHODS = {"zeroshot": "zero-shot", "probe": "linear probe", "text": "text-initialised"}
 
@@ -248,8 +248,8 @@ def examples_of_sets(
 ) -> "tuple[Loaded, LabelledImages, list[ByKind], list[str]]":
     """Load the model, and the examples of DATA, --train and --val.
 
-    Folders with the same name are one class. Returns the model, the images of DATA with the classes
-    of all sets, the examples of each set, and a line for each unreadable image of DATA.
+    Folders with the same name are one class. Returns the model; the images of DATA, with the
+    classes of all sets; the examples of each set; and a line for each unreadable image of DATA.
     """
     import torch
 
@@ -272,7 +272,7 @@ def examples_of_sets(
     test, train = ({*one["proj"].classes.tolist()} for one in sets[:2])
     if lacking := sorted(test - train):
         folders = ", ".join(images.folders[i] for i in lacking)
-        note(f"miniclip: classes without examples in {args.train}, always wrong: {folders}")
+        note(f"miniclip: {args.train} has no examples of these classes: {folders}")
     return loaded, images, sets, skipped[0]
 
 
@@ -307,7 +307,7 @@ def print_evaluation(
     about: dict[str, Any],
     shown: dict[str, str],
 ) -> None:
-    """Print an evaluation, and draw it. `about` is added to JSON, `shown` to the table."""
+    """Print an evaluation, and draw it. JSON also has `about`. The table also has `shown`."""
     from miniclip.evaluation.classification import summary
 
     if args.json:
@@ -336,12 +336,12 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
         return
     print(f"model  {args.model}, on scenes that no training set has\n")
     for question, share, chance in (
-        ("colour and shape seen in training rank first of 64", scores.seen, "1.6 %"),
-        ("colour and shape never seen together rank first of 64", scores.unseen, "1.6 %"),
-        ("true caption scores above one with swapped places", scores.relations, "50 %"),
+        ("top-1 of 64 colour-shape pairs, if seen in training", scores.seen, "1.6 %"),
+        ("top-1 of 64 colour-shape pairs, if never seen", scores.unseen, "1.6 %"),
+        ("true caption beats the caption with swapped places", scores.relations, "50 %"),
         ("    captions with left or right", scores.left_right, "50 %"),
         ("    captions with above or below", scores.above_below, "50 %"),
-        ("true caption scores above one with swapped colours", scores.binding, "50 %"),
+        ("true caption beats the caption with swapped colours", scores.binding, "50 %"),
     ):
         print(f"{question:<56}{share:>7.1%}  (chance {chance})")
 

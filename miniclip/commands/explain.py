@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def score_methods(args: argparse.Namespace) -> int:
-    """Score how often each method finds the named object in drawn scenes."""
+    """Measure how often each method finds the named object in drawn scenes."""
     scenes = 200 if args.scenes is None else args.scenes
     if args.image or args.all or args.method or scenes < 1:
         raise ValueError(
@@ -137,8 +137,8 @@ def method_table(found: dict[str, list[Any]]) -> str:
     lines += [
         "",
         f"random weights: the mean of {RANDOM} draws; standard deviation at most {spread:.1%}.",
-        "named, other: how often the warmest pixel is on the object that the text names,",
-        "and on the other object. IoU: the overlap of the object's pixels with as many",
-        "warmest pixels as the object has. attention and rollout do not read the text.",
+        "named: how often the warmest pixel is on the object that the text names.",
+        "other: how often it is on the other object. IoU: the overlap of the object's",
+        "N pixels with the N warmest pixels. attention and rollout ignore the text.",
     ]
     return "\n".join(lines)

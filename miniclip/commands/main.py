@@ -54,18 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_figure(args.plot)
         status = args.run(args)
         if sys.stdout:
-            sys.stdout.flush()  # here, so that a full disk gives an error of one line
+            sys.stdout.flush()  # a full disk raises its error here
         return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         sys.stdout = None
         return 0
-    except (ValueError, OSError, RuntimeError) as error:  # from miniclip, the file system, torch
+    except (ValueError, OSError, RuntimeError) as error:  # raised by miniclip or a library
         complain(error)
         try:
             print(end="", flush=True)
-        except OSError:  # otherwise Python flushes again at exit, and changes the status
+        except OSError:  # otherwise Python would flush again, and change the exit status
             sys.stdout = None
         return 2
 

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--random", metavar="SHAPE", help=shapes)
     against = "what to compare with: a checkpoint, or MODEL in transformers (default: %(default)s)"
     add("--against", default="transformers", metavar="OTHER", help=against)
-    names = "if a fork has other module names: a table of them, as in miniclip/files/names.py"
+    names = "a table of the fork's own module names, in the form of miniclip/files/names.py"
     add("--names", metavar="JSON", help=names)
     dtypes = ("float32", "float64", "bfloat16", "float16")
     dtype = "compare in this dtype and in float64 (default: %(default)s)"

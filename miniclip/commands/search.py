@@ -23,7 +23,8 @@ EXAMPLE = f"""{PICTURES}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("index", metavar="INDEX", help="an index from `miniclip embed`")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a query; several are summed")
+    texts = "a text to search for; the embeddings of several texts are added"
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help=texts)
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="add an image")
     parser.add_argument(
         "--minus", action="append", default=[], metavar="TEXT", help="subtract a text"
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="find the N nearest images (default: %(default)s)",
     )
     parser.add_argument("-o", "--out", metavar="PNG", help="draw the images with their scores")
-    parser.add_argument("--model", help="the model of the index, if the model's folder has moved")
+    parser.add_argument("--model", help="the new folder of the index's model, if it has moved")
     add_device(parser)
 
 
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         plus = " + ".join([*args.texts, *args.image])
         title = " - ".join([plus, *args.minus, *args.minus_image]).strip()
         for reason in draw_sheet(index, hits, title, args.out):
-            note(f"miniclip: not on the sheet: {reason}")
+            note(f"miniclip: not in the picture: {reason}")
         note(f"picture: {args.out}")
     note(f"{counted(len(index), 'image')} searched in {seconds:.2f} s")
     return 0

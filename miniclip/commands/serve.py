@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         serve_until_interrupted,
     )
 
-    with listen(args.port) as socket:  # first, because loading is slow and the port may be in use
+    with listen(args.port) as socket:  # if the port is in use, fail before the slow loading
         models = {name: load(name, device=args.device) for name in progress(args.model, "model")}
         app = create_app(models, *(open_index(args.index, args.device) if args.index else ()))
         url = f"http://127.0.0.1:{socket.getsockname()[1]}"

@@ -26,7 +26,7 @@ MODELS = (
     f"(default: {DEFAULT_MODEL})"
 )
 REVISION = "branch, tag or commit of a hub repository (default: main)"
-PICTURES = "miniclip demo --pictures pictures"  # writes the files that other examples read
+PICTURES = "miniclip demo --pictures pictures"  # writes the images that other examples use
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +48,14 @@ TEMPLATES = (
     "'a photo of a {}.')"
 )
 LABELS = (
-    "the labels, or one source of labels: a text file with one label per line ('cat | kitten' is "
+    "the labels, or one of these: a text file with one label per line ('cat | kitten' is "
     "one label with two names), a JSON list, a folder of class folders, a published set (imagenet, "
     "food101 and others of the paper), or - for lines of standard input"
 )
 
 
 def read_labels(names: list[str]) -> list[str]:
-    """Return the labels in --labels, or the labels of the source that --labels names."""
+    """Return the labels that --labels gives, or the labels in the file or set that it names."""
     from miniclip.zeroshot.data import find_labels
 
     return sys.stdin.read().splitlines() if names == ["-"] else find_labels(names)
@@ -115,9 +115,9 @@ def keep_freed_memory() -> None:
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl, another C library, does not have it
-        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
-        libc.mallopt(trim_threshold, -1)  # never trim
+    if hasattr(libc, "mallopt"):  # the C library musl has no mallopt
+        trim_threshold, mmap_max = -1, -4  # the options' numbers in malloc.h
+        libc.mallopt(trim_threshold, -1)  # keep all freed memory
         libc.mallopt(mmap_max, 0)
 
 
@@ -149,7 +149,7 @@ def complain(error: Exception) -> None:
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's message is a page long
         text = "the device has too little memory; try a smaller --batch, or --dtype bfloat16"
-    if not isinstance(error, ImageError):  # keep all lines of a file name with line breaks
+    if not isinstance(error, ImageError):  # a file name may have line breaks
         text = text.partition("\n")[0]
     note(f"miniclip: error: {text}")
 
