@@ -39,7 +39,7 @@ def load(
     Args:
         name: a checkpoint that comes with miniclip ("everyday"), a directory, a weights file
             (.safetensors, .bin, .pt), or a hub name such as "openai/clip-vit-base-patch32".
-        dtype: of the weights. None: the dtype in the file.
+        dtype: the dtype of the weights. None keeps the dtype of the file.
         reference: the library to match in token ids and pixels, "transformers" or "openai".
         subfolder: a folder in the directory or the repository, such as "text_encoder".
         config: replaces the checkpoint's config: a CLIPConfig, a path, or a name ("ViT-L/14").
@@ -52,7 +52,7 @@ def load(
     """
     options: Any = dict(subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only)
     stored = open_model(name, dtype, device, config=config, revision=revision, **options)
-    options["revision"] = stored.commit or revision  # one commit for all three
+    options["revision"] = stored.commit or revision  # read all three from one commit
     classes: Any = {("vision",): VisionTower, ("text",): TextTower}
     model = classes.get(tuple(stored.towers), CLIP).from_stored(stored)
     tokenizer = transform = None

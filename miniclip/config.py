@@ -8,7 +8,7 @@ defaults when a config.json leaves a field out.
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from miniclip.files.checks import LEGACY_EOS as LEGACY_EOS  # 2, in OpenAI's config files
+from miniclip.files.checks import LEGACY_EOS as LEGACY_EOS  # 2: the end id in OpenAI's configs
 from miniclip.files.checks import check_clip, check_config
 from miniclip.files.pretrained import PretrainedConfig
 
@@ -21,7 +21,7 @@ class TowerConfig:
     layers: int
     heads: int | tuple[int, ...]  # one number for all layers, or one for each layer
     mlp_width: int | tuple[int, ...]  # one number for all layers, or one for each layer
-    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh": the one used in training
+    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"; as in training
     ln_eps: float = 1e-5
     head_width: int | None = field(default=None, kw_only=True)  # None: width // heads
 
@@ -76,7 +76,7 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The text tower. A text ends at its first `eos_token_id`; if that is 2, at its largest id."""
+    """The text tower. `eos_token_id` ends a text. With the value 2, the largest id ends it."""
 
     width: int = 512
     layers: int = 12
@@ -90,7 +90,7 @@ class TextConfig(TowerConfig):
 
     @property
     def ends_at_largest(self) -> bool:
-        """Whether a text ends at its largest id: `eos_token_id` is 2 and not literal (OpenAI)."""
+        """Whether the largest id ends a text, as in OpenAI's configs, whose `eos_token_id` is 2."""
         return self.eos_token_id == LEGACY_EOS and not self.literal_eos
 
 

@@ -13,8 +13,8 @@ tower = miniclip.VisionTower.from_pretrained("mine")  # or TextTower: a single t
 All three layouts are read and written. What can be read:
 
 - transformers: safetensors, shards or `.bin`; both towers, or a single one as in Stable Diffusion
-- OpenAI: a state dict or a TorchScript archive. No code is run, and the shapes give the config
-- open_clip: with `open_clip_config.json`, or timm's config of a vision tower alone
+- OpenAI: a state dict or a TorchScript archive (its code is not run). Shapes give the config
+- open_clip: with `open_clip_config.json`; or a single vision tower with timm's `config.json`
 
 OpenAI's own files have no vocabulary: add `--tokenizer openai/clip-vit-base-patch32`. Published
 configs are in `miniclip.published.PUBLISHED`. To publish a checkpoint, use huggingface_hub:
@@ -24,8 +24,8 @@ configs are in `miniclip.published.PUBLISHED`. To publish a checkpoint, use hugg
     HfApi().upload_folder(repo_id="me/mine", folder_path="mine")
 
 Compiled and exported graphs include the causal mask. Their outputs equal the model's up to rounding
-error. `torch.export.save` can write a tower, but not a CLIP, because it returns a named tuple. To
-export to ONNX, with any number of images and texts, install `onnx` and `onnxscript`:
+error. `torch.export.save` can write a tower, but not a CLIP, because a CLIP returns a named tuple.
+To export to ONNX, with any number of images and texts, install `onnx` and `onnxscript`:
 
 ```python
 images, texts = torch.export.Dim("images"), torch.export.Dim("texts")
@@ -50,7 +50,7 @@ from miniclip.transform import ImageTransform
 
 
 class Mapped(NamedTuple):
-    """A parameter: its places in the source and destination, miniclip's name, shape and dtype."""
+    """A parameter: its `Place` in both files, its name in miniclip, its shape and its dtype."""
 
     source: Place
     name: str
@@ -78,8 +78,8 @@ def convert(
 ) -> Conversion:
     """Write a checkpoint in another layout.
 
-    The source's tokenizer and transform are written too, if it has them. `tokenizer` is another
-    checkpoint to take the tokenizer from, because OpenAI's files have none. Raises CheckpointError.
+    If the source has a tokenizer or a transform, they are written too. `tokenizer`: a checkpoint
+    whose tokenizer is used, because OpenAI's files have no tokenizer. Raises CheckpointError.
     """
     stored, model, words, transform = _read(tokenizer, revision, source)
     save(destination, model, words, transform, layout=layout)
@@ -97,7 +97,7 @@ def _read(
     tokenizer: str | PathLike[str] | None, revision: str | None, source: str | PathLike[str]
 ) -> tuple[Stored, CLIP, Tokenizer | None, ImageTransform | None]:
     stored = open_model(source, None, revision=revision)
-    options: Any = {"revision": stored.commit or revision}  # one commit for all files
+    options: Any = {"revision": stored.commit or revision}  # read all files from one commit
     model = CLIP.from_stored(stored)
     words = transform = None
     if tokenizer is not None:

@@ -45,10 +45,10 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
     Returns:
         (B, 3, S, S) or (3, S, S) pixels for the vision tower, in the images' dtype.
     Raises:
-        ImageError: for another dtype, shape or range.
+        ImageError: the dtype, shape or range is not as described above.
 
     Before normalisation, pixels differ from the exact transform's by at most 1.2/255, and by
-    0.32/255 on average (measured on photographs and noise, made smaller and larger). Without a
+    0.32/255 on average (measured on photographs and noise, shrunk and enlarged). Without a
     resize, the pixels are equal. For final numbers, round to bytes and use the exact transform.
 
     >>> import torch

@@ -14,8 +14,8 @@ embeds = encode(pixels)  # model.vision(pixels), up to rounding
     miniclip parity everyday --engine onnxruntime
     miniclip bench --suite vision text --engine compile onnxruntime openvino compile-bf16
 
-Milliseconds of this command with all engines, two threads. In brackets: the time divided by eager's
-in the same round. The largest difference is divided by the length of the embedding:
+The last command, with all engines and two threads, gave these times in milliseconds. In brackets is
+the time divided by eager's time in the same round. Differences are divided by the embedding's norm:
 
                        1 image          16 images        16 captions      largest difference
     eager              75               605              117
@@ -33,9 +33,9 @@ multiplies matrices of bfloat16 and of int8.
 the tower has a hook, a parameter has changed, or a module or a setting was replaced. The only
 change that it does not notice is an edit in place through `.data`.
 
-Engines with a precision in their name round more than float32: `compile-bf16`, `openvino-bf16` and
-`onnxruntime-int8` (8-bit weights, activations quantised dynamically). `bench` and `parity` show the
-rounding error. Commands that save or evaluate embeddings do not accept these engines.
+Engines with `bf16` or `int8` in their name have larger rounding errors than float32.
+`onnxruntime-int8` has 8-bit weights and quantises activations dynamically. `bench` and `parity`
+show the rounding error. Commands that save or evaluate embeddings do not accept these engines.
 """
 
 import copy
@@ -73,7 +73,7 @@ def compiled(tower: nn.Module) -> Encode:
     graph = torch.compile(tower)
 
     def run(x: Tensor) -> Tensor:
-        with config.patch(freezing=True):  # has no effect as an option of torch.compile
+        with config.patch(freezing=True):  # `freezing` has no effect as an option of torch.compile
             return graph(x)
 
     return run
@@ -163,7 +163,7 @@ class Engine(NamedTuple):
 
     start: Callable[[Any], Encode]
     packages: tuple[str, ...] = ()
-    tolerance: float = 2e-5  # of unit vectors; in float32, also of logits at a scale up to 100
+    tolerance: float = 2e-5  # of unit vectors and, in float32, of logits with a scale up to 100
 
     @property
     def missing(self) -> list[str]:
@@ -209,7 +209,8 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
 
     Raises:
         ValueError: the engine is not installed, or the tower has hooks. The returned function
-            raises it too, if the tower has changed or the first output is out of the tolerance.
+            raises ValueError if the tower has changed, or if the first output is out of the
+            tolerance.
 
     >>> import miniclip
     >>> tower = miniclip.VisionTower.from_pretrained("shapes")
@@ -269,8 +270,8 @@ Snapshot = dict[str, tuple[list[Any], list[int]]]
 
 
 def snapshot(tower: nn.Module) -> Snapshot:
-    """Return the objects of each module, and the versions and addresses of its tensors. If any of
-    these change, the tower has changed. Raises ValueError if a module has a hook."""
+    """Return the attributes and tensors of each module, and the tensors' versions and addresses.
+    If any of these change, the tower has changed. Raises ValueError if a module has a hook."""
     kinds = ("forward", "forward_pre", "backward", "backward_pre")
     is_hooked = any(getattr(all_modules, f"_global_{kind}_hooks") for kind in kinds)
     found: Snapshot = {}
@@ -324,7 +325,7 @@ def use_fastest(model: CLIP, pixels: Sequence[Tensor]) -> str:
     """Make `model.encode_image` run on the engine that is fastest for these images, each (3, S, S).
 
     Only engines in float32 are tried. An engine is left out if it is not installed, or if its
-    output is out of the tolerance. Returns a line about the choice.
+    output is out of the tolerance. Returns a line that names the chosen engine.
     """
     if not pixels:
         return "engine eager: no image could be read, so the other engines were not timed"

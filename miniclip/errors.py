@@ -1,4 +1,4 @@
-"""The errors that miniclip raises on purpose, and how their messages quote values."""
+"""The errors that miniclip raises itself, and functions that write their messages."""
 
 import reprlib
 import sys
