@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 PLACES = [HERE.parent / "README.md", HERE.parent / "miniclip/files/__init__.py"]
 
 TABLE = """
-load `openai/clip-vit-*`
+loads `openai/clip-vit-*`
     official: an_official_checkpoint_gives_what_transformers_gives
     layouts: presets_have_the_shapes_of_the_published_files
 draw this picture offline, in seconds
@@ -23,15 +23,15 @@ Six files are the reference
     structure: the_reference_can_be_read_in_order
     structure: the_reference_has_at_most_a_thousand_lines
     structure: definitions_come_before_their_use
-which imports none of them
+the reference imports no instrument
     structure: the_reference_imports_only_files_and_text
 Each runs offline in under three minutes
     notebooks: each_notebook_runs_without_an_error_or_a_warning
-`load` takes an embedded name, a directory
+`load` takes the name of an embedded checkpoint, a directory
     checkpoint: each_part_alone_is_loaded_by_every_kind_of_name
     hub: openais_own_names_load_the_repositories_of_the_hub
     hub: a_pasted_address_is_a_name
-`subfolder=` reads a part
+`subfolder="text_encoder"` reads the text tower
     brought: a_subfolder_of_a_directory_is_read
     hub: a_subfolder_of_a_repository_is_read
 `config=` gives the sizes
@@ -67,17 +67,17 @@ ends with "first at vision.pooled"
     forks: a_fault_in_a_model_with_tokens_as_the_first_axis_is_named
 causality makes them unnecessary
     model: nothing_after_the_end_token_can_reach_the_embedding
-Unused, they change no bit
+sites add no operation and change no bit
     sites: unused_sites_add_no_operation_and_change_no_bit
 exact sum over layers, heads or tokens
     lens: the_parts_sum_to_the_embedding
-does not change the one it was given
+The given model does not change
     surgery_shapes: a_resized_model_shares_what_does_not_change
-saved and loaded bit for bit
+keep each bit of the new model
     surgery_shapes: what_surgery_made_is_saved_and_loaded_bit_for_bit
 each in ten lines and compared with its paper
     published: ten_lines_are_enough
-compares ours with the authors' code
+compares our versions with the authors' code
     originals: decompose_equals_clip_prs
 is SigLIP in one file
     subclasses: siglip_equals_transformers

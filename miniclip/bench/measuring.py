@@ -47,7 +47,7 @@ class Row(NamedTuple):
     unit: str
     contender: str
     difference: float | None  # between its output and miniclip's output; None without output
-    cost: tuple[float, float, float] | None  # seconds or bytes; None if its output differs
+    cost: tuple[float, float, float] | None  # seconds or bytes; None if not timed
     ratio: tuple[float, float, float] | None  # its cost divided by miniclip's cost
 
 
