@@ -21,7 +21,7 @@ class TowerConfig:
     layers: int
     heads: int | tuple[int, ...]  # one number for all layers, or one for each layer
     mlp_width: int | tuple[int, ...]  # one number for all layers, or one for each layer
-    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"; as in training
+    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"; the same as in training
     ln_eps: float = 1e-5
     head_width: int | None = field(default=None, kw_only=True)  # None: width // heads
 

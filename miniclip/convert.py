@@ -13,7 +13,7 @@ tower = miniclip.VisionTower.from_pretrained("mine")  # or TextTower: a single t
 All three layouts are read and written. What can be read:
 
 - transformers: safetensors, shards or `.bin`; both towers, or a single one as in Stable Diffusion
-- OpenAI: a state dict or a TorchScript archive (its code is not run). Shapes give the config
+- OpenAI: a state dict or a TorchScript archive (its code is not run). The shapes give the config
 - open_clip: with `open_clip_config.json`; or a single vision tower with timm's `config.json`
 
 OpenAI's own files have no vocabulary: add `--tokenizer openai/clip-vit-base-patch32`. Published

@@ -30,7 +30,7 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
         assert line.ratio is not None  # each row of `timed` has a ratio
         lower, median, upper = line.ratio
         color = ORANGE if line.contender.startswith("miniclip") else BLUE
-        color = "0.7" if line.difference is None else color  # grey: does a part of the work
+        color = "0.7" if line.difference is None else color  # grey: cost of a part of the work
         axes.barh(y, median - 1, left=1, color=color, height=0.6)
         axes.errorbar(
             median, y, xerr=[[median - lower], [upper - median]], color="black", linewidth=1

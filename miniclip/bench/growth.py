@@ -48,14 +48,14 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
 
 2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows.
 The times vary: in another run, 100,000 labels took a third of this time (growth 0.41). The command
-keeps freed memory for the next tensors. In a run that did not, 256 images took 1.5 times as long as
-theory predicts from 64 images, because Linux cleared the memory again for each tensor.
+keeps freed memory for the next tensors. Otherwise 256 images take 1.5 times as long as the time of
+64 images predicts, because Linux clears the memory again for each tensor.
 
 10^9 rows do not fit on this machine: float32 vectors of 512 numbers take 2 TB. An exact search
 reads all of them. By calculation, FAISS's index `IVF1048576_HNSW32,PQ64` (product quantisation, 64
 bytes a vector) takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. A
 query that visits 64 of the 1,048,576 cells compares about 61,000 codes. FAISS's guide recommends
-this index for 100M to 1B vectors. Its recall depends on the data, and was not measured.
+this index for 100M to 1B vectors. The recall depends on the data, and was not measured.
 """
 
 import ctypes

@@ -80,8 +80,8 @@ class Setting:
 def prepare(directory: Path, shape: str) -> CLIPConfig:
     """Write a checkpoint that every library can read: random weights in an official shape.
 
-    The vocabulary is learnt from captions, because OpenAI's vocabulary is not in the package. It is
-    small, but the token embedding keeps the size of the published model.
+    The vocabulary is learnt from captions, because OpenAI's vocabulary is not in the package. The
+    new vocabulary is small, but the token embedding keeps the size of the published model.
     """
     tokenizer = Tokenizer.train([*captions(2000), *MIXED_SCRIPTS], 4096)
     config = PUBLISHED[shape]

@@ -60,7 +60,7 @@ def bench(
         shape: a name from PUBLISHED. The weights are random.
         compile: also time compiled encoders.
         batch: the number of images or texts. By default 16, or 256 on a GPU.
-        engines: also time miniclip's towers on these engines, names from miniclip.engines.
+        engines: names from miniclip.engines. These engines also run miniclip's towers.
     """
     for name in suites:
         if name not in SUITES:
@@ -75,7 +75,7 @@ def bench(
     check_device(device)
     for name in engines:
         find_engine(name)
-    import_transformers()  # raises its error now, before the slow work
+    import_transformers()  # if it is not installed, raise the error before the slow work
     rows: list[Row] = []
     with TemporaryDirectory() as folder, exact_float32():
         config = prepare(Path(folder), shape)

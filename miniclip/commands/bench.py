@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     rows: Any
     if args.growth:
-        keep_freed_memory()  # otherwise Linux would clear it again in the timed work
+        keep_freed_memory()  # otherwise Linux would clear memory in the timed work
         rows = growth(args.shape, args.device)
         text = growth_table(rows)
     else:

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     pictures, damage = find_pictures(args.paths, args.exclude)
     with process_group(args.device) as device:
-        name, args.revision = lasting_name(args.model, args.revision)  # the commit of a branch
+        name, args.revision = lasting_name(args.model, args.revision)  # a branch becomes a commit
         loaded = load_model(args, device=device, dtype=getattr(torch, args.dtype))
         encoder = describe(loaded, name, args.revision)
         if args.engine == "auto":
