@@ -89,7 +89,7 @@ def ceiling(setting: Setting, tower: nn.Module, x: Tensor) -> dict[str, Trial]:
         packed = [(x, mkl._mkl_reorder_linear_weight(w, len(x)), w) for x, w in pairs]
         ways.append(each(lambda x, p, w: mkl._mkl_linear(x, p, w, None, len(x)), packed))
     trials = [timed(way, setting.device) for way in ways]
-    rounds = zip(*([trial()[0] for trial in trials] for _ in range(4)))  # in turn, so caches are cold
+    rounds = zip(*([trial()[0] for trial in trials] for _ in range(4)))  # in turn, for cold caches
     fastest = trials[min(enumerate(rounds), key=lambda column: min(column[1]))[0]]
     return {"matrix products alone": lambda: (fastest()[0], None)}
 
