@@ -108,8 +108,8 @@ def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
         rows += [(str(path), (caption,))] * any(map(str.isalpha, caption))
     if not rows:
         raise ValueError(
-            f"{root}: no .txt beside an image contains a word; expected captions, not labels for "
-            f"detection; the last .txt is {shown(caption)}"
+            f"{root}: no .txt beside an image contains a word; expected captions, not labels of "
+            f"object detection. The last .txt contains {shown(caption)}"
         )
     missing = len(texts) - len(rows)
     return rows, [f"{root}: images without a caption in a .txt: {missing:,}"] * bool(missing)

@@ -28,7 +28,7 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> None:
     for text in texts:
         text.set_fontfamily(families)
     try:
-        with warnings.catch_warnings():  # a character that no font has is drawn as a box
+        with warnings.catch_warnings():  # a character that no font contains is drawn as a box
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(path, dpi=120)
     except OSError as error:

@@ -94,7 +94,7 @@ def resolve(
         except OSError as error:
             raise CheckpointError(
                 f"{directory}: a save was interrupted here, and its files in {SAVED} cannot be "
-                f"moved to their places: {error}"
+                f"moved into the directory: {error}"
             ) from error
         return directory
     id = address["id"] if address else openai_id(str(name)) or str(name)
