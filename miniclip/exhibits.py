@@ -1,4 +1,4 @@
-"""`miniclip demo`: what the two embedded checkpoints can do, offline, in seconds.
+"""Make the examples that `miniclip demo` shows. They use the two embedded checkpoints.
 
 The checkpoint `everyday` classifies photographs that come with scikit-image and matplotlib. The
 checkpoint `shapes` describes a drawn scene.
@@ -59,17 +59,17 @@ def scene_exhibit(index: int = 0) -> tuple[Exhibit, list[Heat]]:
 
 
 def negatives_by_word(claim: Claim, scene: Scene) -> list[list[Claim]]:
-    """The false claims with another colour, and the false claims with another shape."""
+    """Two lists of false claims: `claim` with a wrong colour, and `claim` with a wrong shape."""
     made = replacements(claim)
     return [[c for c in made[word] if not holds(c, scene)] for word in ("colour", "shape")]
 
 
 def photographs() -> dict[str, Image.Image]:
-    """Photographs by name. The last one shows a thing that `everyday` was not trained on.
+    """Photographs by name. The last photograph shows coins, which `everyday` was not trained on.
 
     Raises ValueError if scikit-image or matplotlib is missing.
     """
-    matplotlib = find_spec("matplotlib")  # not imported: an import creates a settings folder
+    matplotlib = find_spec("matplotlib")  # not imported, because an import makes a settings folder
     place = Path(matplotlib.origin or "") if matplotlib else Path()
     grace_hopper = place.parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
     try:

@@ -215,7 +215,7 @@ def test_values_that_do_not_fit_each_other_are_named(make, message):
     (lambda: VisionConfig(image_size=(0, 64)), "image_size is (0, 64); expected one positive"),
     (lambda: VisionConfig(layers=2, heads=(1, 2, 3), head_width=8), "or 2 of them, one for each"),
     (lambda: VisionConfig(layers=2, heads=(-1, 2), head_width=8), "heads is (-1, 2); expected one"),
-    (lambda: TextConfig(layers=2, heads=(4, 8)), "different heads need a head_width"),
+    (lambda: TextConfig(layers=2, heads=(4, 8)), "different numbers of heads need a head_width"),
     (lambda: TextConfig(head_width=0), "head_width is 0; expected a positive whole number"),
 ])  # fmt: skip
 def test_numbers_beyond_their_limits_are_named(make, message):

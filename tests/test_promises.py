@@ -86,7 +86,7 @@ lists all tensors that are missing, unexpected or misshapen
 warning lists the other tensors
     brought: openai_clip_284_a_lightning_module_with_a_head_is_read
     brought: diffusers_8435_the_text_encoder_in_a_file_of_stable_diffusion_is_read
-Loading what was saved changes no bit
+Saving and loading a model changes no bit
     checkpoint: load_save_load_is_bit_exact
 A warning lists the tensors with NaN or infinity
     layouts: a_weight_that_is_not_finite_is_named_and_loaded_as_it_is

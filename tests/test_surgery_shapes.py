@@ -804,7 +804,7 @@ def test_impossible_surgery_is_an_error(name):
 
 @pytest.mark.parametrize("make, words", [
     (lambda: VisionConfig(heads=(12,) * 11), "12 of them, one for each layer"),
-    (lambda: VisionConfig(heads=(12,) * 11 + (6,)), "different heads need a head_width"),
+    (lambda: VisionConfig(heads=(12,) * 11 + (6,)), "different numbers of heads need a head_width"),
     (lambda: VisionConfig(heads=(12.0,) * 12), "expected one positive whole number, or 12"),
     (lambda: TextConfig(mlp_width=(2048,) * 11 + (-1,)), "expected one positive whole number, or"),
     (lambda: TextConfig(head_width=0), "head_width is 0; expected a positive whole number"),

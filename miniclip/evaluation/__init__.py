@@ -26,7 +26,7 @@ scikit-learn (`pip install -e '.[eval]'`).
   has the rank of its best caption, as in CLIP_benchmark. The data is a folder with `metadata.jsonl`
   (`text` may be a list), WebDataset shards, or a .json of COCO or of Karpathy's Flickr30k.
 - **probe**: logistic regression on the features before the projection, or after the projection with
-  `--features proj`. A validation split chooses the L2 strength, as in the paper's appendix A.3.
+  `--features proj`. The L2 strength is chosen on a validation split (the paper's appendix A.3).
 - **fewshot**: the paper's figure 6. A linear probe, and a classifier that starts from the zero-shot
   weights, learn from 1 to 16 examples of each class. Prints the mean accuracy of three draws.
 

@@ -19,14 +19,14 @@ COLUMNS = ("file_name", "text")
 PICTURES = ("jpg", "jpeg", "png", "webp")  # endings of image files that may have a .txt
 
 Row = tuple[str | Member, Sequence[str]]
-"""An image, and captions that are true of the image."""
+"""An image and its captions."""
 
 
 class CaptionedImages(NamedTuple):
     """Images, each with at least one caption."""
 
     pictures: list[str | Member]
-    captions: list[list[str]]  # of each image
+    captions: list[list[str]]  # one list for each image
     skipped: list[str]  # lines that say what was left out, and why
 
 
@@ -39,15 +39,15 @@ def captioned_images(
     """Find images, and all captions of each image. Empty captions are left out and counted.
 
     Args:
-        data: a folder with metadata.jsonl, .csv or .tsv, or this file; a folder of images with a
-            .txt beside each; a WebDataset .tar, or a folder of .tar shards, with a caption on each
-            line of a .txt; a .json of COCO, or of Karpathy and Fei-Fei (2015).
+        data: a folder with metadata.jsonl, .csv or .tsv, or the path of such a file; a folder of
+            images with a .txt for each image; a WebDataset .tar, or a folder of .tar shards, with a
+            caption on each line of a .txt; a .json of COCO, or of Karpathy and Fei-Fei (2015).
         images: the folder of the images that a .json names; by default the folder of the .json.
-        split: the split of Karpathy's .json to read.
+        split: the name of the split that is used, if `data` is Karpathy's .json.
         columns: the columns of a metadata file: the image's file, and its caption or captions.
 
     Raises:
-        ValueError: no image has a caption, or `data` is something else.
+        ValueError: no image has a caption, or `data` has an unknown format.
     """
     root = Path(data).expanduser()
     skipped: list[str] = []
@@ -81,9 +81,10 @@ def captioned_images(
 def rows_with_captions(
     root: Path, columns: tuple[str, str] = COLUMNS
 ) -> tuple[list[Row], list[str]] | None:
-    """Read a metadata file, or a folder with a metadata file or with a .txt beside each image.
+    """Read the captions of images from a metadata file, or from a folder of images.
 
-    Returns the rows, and lines that say what was left out. Returns None for any other `root`.
+    The folder has a metadata file, or a .txt for each image. Returns the rows, and lines that say
+    what was left out. Returns None for any other `root`.
     """
     for table in (root, *(root / name for name in METADATA)):
         if table.is_file() and table.suffix in (".jsonl", ".csv", ".tsv"):
@@ -94,7 +95,7 @@ def rows_with_captions(
 
 
 def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
-    """Read a folder in which an image and its .txt share a name. None if no image has a .txt."""
+    """Read images that have a .txt of the same name. Returns None if no image has a .txt."""
     files = visible_files(root)
     endings = {f".{ending}" for ending in PICTURES}
     texts = {path: path.with_suffix(".txt") for path in files if path.suffix.lower() in endings}
@@ -107,8 +108,8 @@ def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
         rows += [(str(path), (caption,))] * any(map(str.isalpha, caption))
     if not rows:
         raise ValueError(
-            f"{root}: no .txt beside an image contains a word; expected captions, not labels for "
-            f"detection; the last .txt is {shown(caption)}"
+            f"{root}: no .txt beside an image contains a word; expected captions, not labels of "
+            f"object detection. The last .txt contains {shown(caption)}"
         )
     missing = len(texts) - len(rows)
     return rows, [f"{root}: images without a caption in a .txt: {missing:,}"] * bool(missing)
@@ -143,7 +144,7 @@ def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:  # Excel writes a BOM
             if table.suffix != ".jsonl":
-                delimiter = max(",\t;", key=file.readline().count)  # most frequent in the header
+                delimiter = max(",\t;", key=file.readline().count)  # the most frequent in line 1
                 file.seek(0)
                 yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
                 return
@@ -182,7 +183,7 @@ def _read_json(path: Path, images: Path, split: str) -> Iterator[tuple[str, list
 
 
 def _read_shards(pictures: Sequence[Member]) -> Iterator[tuple[Member, list[str]]]:
-    """Yield each image with the lines of its .txt. Both have the same name up to the first dot."""
+    """Yield each image with the lines of its .txt. Their names are equal up to the first dot."""
 
     def key(name: str) -> str:
         folder, slash, file = name.rpartition("/")

@@ -43,16 +43,17 @@ def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], 
     """Make the function with which `train` scores a checkpoint on held-out data.
 
     Args:
-        data: a folder of class folders, or images with captions in a format of `captioned_images`.
+        data: a folder with a subfolder for each class, or any `data` of `captioned_images`.
         columns: see `captioned_images`.
 
     Returns:
-        A function from a checkpoint to a dict of scores. With class folders these are the zero-shot
-        accuracy and the mean accuracy of the classes. With captions they are recall@1: the mean of
-        both directions, and each direction. `train` keeps the checkpoint with the best first score.
+        A function that returns a dict of a checkpoint's scores. With class folders, the scores are
+        the zero-shot accuracy and the mean accuracy of the classes. With captions, the scores are
+        the mean recall@1 of both directions, and the recall@1 of each direction. `train` keeps the
+        checkpoint with the best first score.
 
     Raises:
-        ValueError: there is nothing to measure.
+        ValueError: `data` has no images with classes or captions.
     """
     root = Path(data).expanduser()
     if root.is_dir() and not any(root.glob("*.tar")) and not rows_with_captions(root, columns):

@@ -11,10 +11,10 @@ BINS = 15
 
 
 class Evaluation(NamedTuple):
-    """Counts of a classifier's answers on labelled images."""
+    """The numbers of right and wrong answers of a classifier on labelled images."""
 
     labels: list[str]
-    confusion: Tensor  # (C, C) int64, images of the row's class that got the column's label
+    confusion: Tensor  # (C, C) int64, [i, j]: number of images of class i that got label j
     in_top5: Tensor  # (C,) int64, images of each class with the true label among the best five
     skipped: list[str]  # a line for each unreadable file; such files are not counted
     bins: Tensor  # (BINS, 3) float64: images, sum of confidences and right answers of each bin
@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error: |confidence - accuracy| of the bins, weighted by images."""
+        """The mean of |confidence - accuracy| over the bins, weighted by the number of images."""
         images, confidence, right = self.bins.T
         return ((confidence - right).abs().sum() / images.sum()).item()
 
@@ -100,7 +100,7 @@ def evaluate(
 
 
 def wilson_interval(right: float, images: float) -> tuple[float, float]:
-    """Return the 95 % interval of right / images (Wilson 1927). The interval is within 0 and 1.
+    """Return the 95 % interval of the accuracy `right / images` (Wilson 1927), within 0 and 1.
 
     >>> [round(edge, 3) for edge in wilson_interval(9, 10)]
     [0.596, 0.982]
@@ -112,7 +112,7 @@ def wilson_interval(right: float, images: float) -> tuple[float, float]:
 
 
 def summary(result: Evaluation, folders: Sequence[str]) -> dict[str, Any]:
-    """Return all numbers, for JSON. Folders identify the classes, because labels may repeat."""
+    """Return a dict for JSON. It names classes by folder, because two classes may share a label."""
     counts = (result.images.tolist(), result.right.tolist(), result.in_top5.tolist())
     names = ("folder", "label", "images", "right", "in_top5")
     rows = zip(folders, result.labels, *counts, strict=True)

@@ -1,4 +1,4 @@
-"""Compute the features of images once. Index files can keep the features for the next task."""
+"""Compute the features of images. A cache of index files can keep them for the next task."""
 
 import os
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Features(NamedTuple):
 
 
 def encode_both(model: CLIP, pixels: Tensor) -> Tensor:
-    """Encode pixels (B, 3, S, S) as both KINDS side by side, (B, E + W), or as `proj` only."""
+    """Encode pixels (B, 3, S, S) as `proj` and `ln_post` (B, E + W), or as `proj` alone (B, E)."""
     if engine_of(model) != "eager":  # the tensors inside an engine cannot be read
         return embed(model, pixels)
     projected: list[Tensor] = []
@@ -40,7 +40,7 @@ def encode_both(model: CLIP, pixels: Tensor) -> Tensor:
         embeds = embed(model, pixels)  # (B, E)
     finally:
         hook.remove()
-    if [x.ndim for x in projected] != [2]:  # a fork that projects in another way, or not at all
+    if [x.ndim for x in projected] != [2]:  # a fork that uses `proj` in another way, or not at all
         return embeds
     return torch.cat([embeds, projected[0].float().cpu()], dim=1)
 
@@ -58,11 +58,11 @@ def picture_features(
         loaded: the model, tokenizer and transform.
         pictures: the images: paths, or members of tars, as `find_pictures` returns them.
         cache: a folder that keeps the features of unchanged images as index files.
-        name: the model's name and revision. The cache stores both, to load the model again.
+        name: the model's name and revision. The cache stores them, to load the same model later.
         batch: the number of images in a batch.
 
     Returns:
-        Both KINDS, or only `proj` for an engine, or for a fork that projects in its own way.
+        Features of both KINDS. An engine, or a fork with its own projection, gives only `proj`.
 
     Raises:
         ValueError: no image can be read.
@@ -92,7 +92,7 @@ def picture_features(
     for kind in reversed([*vectors] if cache is not None else []):
         files[kind].parent.mkdir(parents=True, exist_ok=True)
         made_by = encoder
-        if kind == "ln_post":  # another fingerprint, because texts cannot be compared with these
+        if kind == "ln_post":  # its own fingerprint, because no text can be compared with `ln_post`
             made_by = encoder._replace(fingerprint=f"ln_post:{encoder.fingerprint}")
         paths = Strings.pack(names[row] for row in rows)
         Index(vectors[kind], paths, made_by, skipped).save(files[kind])

@@ -58,7 +58,7 @@ def fit_probe(train: Examples, strength: float, count: int) -> Classify:
         logits = torch.full((len(features), count), -torch.inf, dtype=torch.float64)
         # predict_log_proba would print a warning about log(0).
         scores = torch.from_numpy(model.decision_function(features.numpy())).double()
-        if scores.ndim == 1:  # with two classes, these are the scores of the second class
+        if scores.ndim == 1:  # with two classes, only the second class has scores
             scores = torch.stack([torch.zeros_like(scores), scores], dim=1)
         logits[:, seen] = scores.log_softmax(dim=1)
         return logits
@@ -106,7 +106,7 @@ def sweep(accuracy: Callable[[float], float]) -> tuple[float, dict[float, float]
     >>> round(best, 4), len(tried)
     (0.0316, 15)
     """
-    found: dict[int, float] = {}  # 8 log10(strength) -> accuracy
+    found: dict[int, float] = {}  # key: 8 log10(strength); value: accuracy
     step, candidates = 16, [*range(-48, 49, 16)]
     with progress(total=15, unit="fit") as bar:
         while step:
@@ -141,10 +141,10 @@ def probe(
         val: the validation split; by default a fifth of each class of `train`.
 
     Returns:
-        The classifier, its strength, and the validation accuracy of each tried strength.
+        The classifier, its L2 strength, and the validation accuracy of each tried strength.
 
     Raises:
-        ValueError: without `val`, no class has two examples.
+        ValueError: `val` is None, and no class has two examples to split.
     """
     if val is None:
         order = [rows for rows in shuffled_by_class(train.classes, seed=0) if len(rows) > 1]
@@ -166,7 +166,7 @@ def shuffled_by_class(classes: Tensor, seed: int) -> list[Tensor]:
 
 
 class Method(NamedTuple):
-    """A way to learn from few examples, with its training examples and its test examples."""
+    """A function that fits a classifier, with examples to learn from and examples to test on."""
 
     fit: Fit
     train: Examples
@@ -187,7 +187,8 @@ def few_shot(
         seeds: the number of draws, at least two.
 
     Returns:
-        Rows of `shots`, `method`, `mean` (accuracy) and `std` (sample standard deviation).
+        A dict for each number of `shots` and each `method`. `mean` and `std` are the mean and the
+        sample standard deviation of the accuracy.
 
     Raises:
         ValueError: `seeds` or `shots` is too small, or no examples are left to choose the strength.

@@ -19,8 +19,8 @@ def retrieval_ranks(
 
     Rank 1 is the best. An image's best caption is compared with the captions of other images. A
     caption's image is compared with all other images. If scores are equal, the first in the list
-    ranks higher. Scores have float64 precision. As in `Index.search`, a float32 product finds the
-    pairs that need float64. Memory does not grow with the number of pairs.
+    ranks higher. As in `Index.search`, scores are computed in float32. If two scores are too close
+    for float32, they are computed again in float64. Memory does not grow with the number of pairs.
 
     Args:
         image_embeds: unit vectors of images (N, E), float32.
@@ -71,7 +71,7 @@ def retrieval_ranks(
 
 
 def recall(ranks: Tensor) -> dict[str, float]:
-    """Return the shares of ranks up to 1, 5 and 10, and the median rank.
+    """Return recall@1, recall@5, recall@10 and the median rank.
 
     >>> recall(torch.tensor([1, 2, 7, 50]))
     {'recall@1': 0.25, 'recall@5': 0.5, 'recall@10': 0.75, 'median_rank': 4.5}

@@ -1,4 +1,4 @@
-"""Figures of results, one file for each kind."""
+"""Figures of results. Each module draws one kind of figure."""
 
 from importlib.util import find_spec
 

@@ -10,8 +10,8 @@ from miniclip.evaluation.classification import BINS, Evaluation
 from miniclip.figures.style import BLUE, ORANGE, save_figure
 from miniclip.terminal import shorten
 
-MOST_NAMES = 40  # with more classes, the matrix has no names along its sides
-MOST_NUMBERS = 20  # with more classes, the cells have no numbers
+MOST_NAMES = 40  # with more classes than this, the matrix has no class names
+MOST_NUMBERS = 20  # with more classes than this, the cells have no numbers
 
 
 def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
@@ -35,7 +35,7 @@ def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
 
 
 def draw_cells(axes: Axes, result: Evaluation) -> None:
-    """Draw the confusion matrix. A row is a true class; a cell has its percentage of the row."""
+    """Draw the confusion matrix. A row is a true class. A cell is a percentage of its row."""
     labels = [shorten(label) for label in result.labels]
     share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
     # Darkness is the square root of the share: 4 % is a fifth as dark as 100 %, not a 25th.
@@ -75,7 +75,7 @@ def draw_mistakes(axes: Axes, result: Evaluation, most: int = 14) -> None:
         f"{shorten(result.labels[true])} → {shorten(result.labels[predicted])}"
         for true, predicted, _ in mistakes
     ]
-    # Bars are placed by number, because two confusions may have the same name in ImageNet.
+    # Bars are placed by index, because two confusions of ImageNet may have the same name.
     bars = axes.barh(range(len(mistakes)), [n for *_, n in mistakes], color=ORANGE)
     axes.set_yticks(range(len(mistakes)), names)
     axes.bar_label(bars, [f"{n:,}" for *_, n in mistakes], padding=3)
@@ -88,7 +88,7 @@ def draw_mistakes(axes: Axes, result: Evaluation, most: int = 14) -> None:
 
 
 def draw_reliability(axes: Axes, result: Evaluation) -> None:
-    """Draw the accuracy at each confidence. On the diagonal, probabilities equal accuracies."""
+    """Draw accuracy against confidence. On the grey diagonal, the two are equal."""
     images, confidence, right = result.bins[result.bins[:, 0] > 0].T.numpy()
     axes.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
     axes.bar(confidence / images, images / images.sum(), width=0.6 / BINS, color="0.85", zorder=0)

@@ -29,7 +29,7 @@ def draw_curves(rows: Sequence[dict[str, float]], path: str | PathLike[str]) -> 
         axes = figure.add_subplot(lines, 3, i)
         for name, color in zip(names, COLORS, strict=False):
             found = {row["step"]: row[name] for row in rows if name in row}
-            mark = "" if len(found) > 2 else "o"  # one or two points need marks
+            mark = "" if len(found) > 2 else "o"  # a line of one or two points needs markers
             label = name.removeprefix("val_").replace("_", " ")
             (line,) = axes.plot([*found], [*found.values()], color=color, linewidth=1.5)
             line.set(marker=mark, label=label)

@@ -22,7 +22,7 @@ def draw_demo(
         above[0].suptitle("Photographs: which of eight labels fits best?", x=0.01, ha="left")
         rows = above[0].subplots(2, len(photographs), height_ratios=(1, 1), squeeze=False)
         for top, bottom, photograph in zip(*rows, photographs, strict=True):
-            square = ImageOps.fit(photograph.picture, (300, 300))  # the crop of the transform
+            square = ImageOps.fit(photograph.picture, (300, 300))  # as the transform crops it
             note = " (never seen: a guess)" if photograph.name == UNKNOWN else ""
             show_picture(top, square, photograph.name + note)
             draw_bars(bottom, photograph.scores[:4], inside=True)
@@ -38,6 +38,6 @@ def draw_demo(
 
 
 def draw_heat(axes: Axes, scene: Exhibit, heat: Heat) -> None:
-    """Draw a heat map over the image in grey, with the object's true outline in white."""
+    """Draw a heat map over the grey image. A white line shows the object's true outline."""
     show_picture(axes, overlay(scene.picture, heat.lost), heat.phrase)
     axes.contour(heat.mask.numpy(), levels=[0.5], colors="white", linewidths=1.5)

@@ -42,7 +42,7 @@ UNITS = {
     "occlusion": "{} taken from the cosine",
 }
 
-MOST_COLUMNS = 4  # of heat maps, without the column of the image
+MOST_COLUMNS = 4  # of heat maps; the image has its own column
 
 
 def draw_text_maps(
@@ -54,8 +54,8 @@ def draw_text_maps(
 ) -> None:
     """Draw an image and the heat maps of C texts.
 
-    `cosines` are the similarities of texts and image. `maps` has a tensor (C, rows, columns) for
-    each method. With one method, texts are side by side. With more methods, each text has a row.
+    `cosines` has the cosine of each text and the image. `maps` has a tensor (C, rows, columns) for
+    each method. With one method, texts are side by side. With several, each text has its own row.
     All maps of a method have the same scale. The value of the warmest patch is below each map.
     """
     texts = [f"{text} (cosine {cosine:.2f})" for text, cosine in zip(texts, cosines, strict=True)]

@@ -12,7 +12,7 @@ from miniclip.figures.style import BLUE, ORANGE, save_figure
 def draw_few_shot(
     rows: Sequence[dict[str, Any]], names: dict[str, str], path: str | PathLike[str]
 ) -> None:
-    """Draw a line for each method, dashed for zero-shot. Error bars are one standard deviation."""
+    """Draw a line for each method. Zero-shot is dashed. Error bars are one standard deviation."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for method, color in (("probe", BLUE), ("text", ORANGE)):

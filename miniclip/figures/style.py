@@ -1,6 +1,6 @@
 """Colours, fonts and file output, for all figures.
 
-The colours are by Okabe and Ito. They stay distinct for colour-blind readers and in a grey print.
+The colours (by Okabe and Ito) are distinct for colour-blind readers and in black-and-white print.
 """
 
 import textwrap
@@ -28,7 +28,7 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> None:
     for text in texts:
         text.set_fontfamily(families)
     try:
-        with warnings.catch_warnings():  # a character that no font has is drawn as a box
+        with warnings.catch_warnings():  # a character that no font contains is drawn as a box
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(path, dpi=120)
     except OSError as error:
@@ -36,7 +36,7 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> None:
 
 
 def fonts_beside(text: str) -> dict[str, str]:
-    """Find installed fonts for the characters that matplotlib's default font lacks: {family: file}.
+    """Return installed fonts {family: file} for characters that matplotlib's default font lacks.
 
     >>> fonts_beside("plain, or naïve, or по-русски")
     {}
@@ -45,7 +45,7 @@ def fonts_beside(text: str) -> dict[str, str]:
     lacking = {*map(ord, text)} - {ord("\n")} - characters_of(usual_font())
     for font in font_manager.fontManager.ttflist if lacking else []:
         is_plain = font.style == "normal" and font.weight == 400
-        # "Last Resort" has a box for every character.
+        # The font "Last Resort" draws every character as a box.
         if is_plain and "Last Resort" not in font.name and lacking & characters_of(font.fname):
             found[font.name] = font.fname
             lacking -= characters_of(font.fname)
@@ -53,7 +53,7 @@ def fonts_beside(text: str) -> dict[str, str]:
 
 
 def characters_of(font: str) -> set[int]:
-    """The code points that a font file has. Empty for a bitmap font, which cannot be read."""
+    """The code points in a font file. The set is empty for a bitmap font, which cannot be read."""
     try:
         return {*font_manager.get_font(font).get_charmap()}
     except RuntimeError:
@@ -66,12 +66,12 @@ def usual_font() -> str:
 
 
 def font_file(text: str) -> str:
-    """The file of a font for a text: the default font, or a font with the characters it lacks."""
+    """The file of a font for a text: the default font, unless it lacks characters of the text."""
     return next(iter(fonts_beside(text).values()), usual_font())
 
 
 def draw_bars(axes: Axes, scores: Sequence[Score], inside: bool = False) -> None:
-    """Draw a bar for each label, the best on top. `inside` writes the labels above the bars."""
+    """Draw a bar for each label, the best on top. If `inside`, each label is above its bar."""
     best = scores[::-1]
     bars = axes.barh(range(len(best)), [s.probability for s in best], color=BLUE, height=0.5)
     bars[-1].set_color(ORANGE)

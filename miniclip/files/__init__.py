@@ -6,7 +6,7 @@ import these modules. These modules never import the six files.
 - `hub.py`: a name -> a directory (embedded, local, or downloaded)
 - `tensors.py`: a weights file -> its tensors
 - `names.py`: the names of the tensors in each layout
-- `configs.py`: transformers' config, or the shapes of OpenAI's weights <-> fields of a config
+- `configs.py`: transformers' config <-> fields of a config; shapes of weights -> fields
 - `open_clip.py`: open_clip's config <-> fields of a config
 - `published.py`: the shapes, names and activations of the published models
 - `models.py`: a checkpoint -> the fields and tensors that a model is built from
@@ -27,23 +27,25 @@ import these modules. These modules never import the six files.
 The promises of these modules (`tests/test_promises.py` names the tests of each promise):
 
 - Every tensor in a file has a place in the model, and every parameter has a tensor of its shape.
-  Otherwise a `CheckpointError` lists all tensors that are missing, unexpected or misshapen. A
-  warning lists the other tensors in a larger model's file (Lightning's, Stable Diffusion's).
-- No weight is folded, fused or added. Loading what was saved changes no bit, nor does a conversion
-  to another layout and back. A warning lists the tensors with NaN or infinity.
+  Otherwise a `CheckpointError` lists all tensors that are missing, unexpected or misshapen. If a
+  file has a larger model (Lightning's, Stable Diffusion's), a warning lists the other tensors, and
+  only the CLIP is read.
+- No weight is folded, fused or added. Saving and loading a model changes no bit. Conversion to
+  another layout and back changes no bit either. A warning lists the tensors with NaN or infinity.
 - The activation, the LayerNorm epsilon and the end token come from the checkpoint. `save` raises an
   error for a layout that cannot express the model. `load` and `save` raise an error for a tokenizer
   or a transform that does not fit the model. `save` raises an error if `load` would read another
   model's files in the directory instead.
-- Code in a file never runs. A hostile file gives a `CheckpointError`, or it loads exactly as the
-  file says: `tests/test_hostile.py` tries 8,900 files, each within a second of CPU time and 200 MB.
+- Code in a file never runs. A hostile file raises a `CheckpointError`, or it loads exactly as the
+  file says. `tests/test_hostile.py` reads 8,900 files, each within a second of CPU time and 200 MB.
   Size limits are higher than any published CLIP needs: 1 MB for JSON, 5 MB for a tokenizer's file,
   6 MB for a safetensors header, 400 kB for a pickle, 10,000 tensors.
 - A file that was damaged in the download from the hub raises an error, and is deleted. A file that
   was changed later raises an error, and is kept.
-- All files of one `load` or one conversion come from one commit, or from one save, even if others
-  push or save at the same time. A process that is killed during a save leaves the old checkpoint or
-  the new one. The next save removes the unfinished files, and `upload_folder` never publishes them.
+- The files that a `load` or a conversion reads come from one commit, or from one save, even if
+  others push or save at the same time. A process that is killed during a save leaves the old
+  checkpoint or the new one. The next save removes the unfinished files, and `upload_folder` never
+  publishes them.
 - Weights in the file's dtype are memory-mapped. Weights in another dtype are converted a few at a
   time, so that a load needs at most 1.15 times the memory of the model.
 - Not promised: if another program shortens a weights file while a model has it memory-mapped, the

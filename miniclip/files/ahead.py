@@ -1,4 +1,4 @@
-"""Read the next files in threads while the model runs. Pillow decodes without Python's lock."""
+"""Read the next files in threads while the model runs. Pillow releases the GIL to decode."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -15,10 +15,10 @@ T = TypeVar("T")
 def read_ahead(
     read: Callable[[Any], T], items: Iterable[Any], ahead: int, threads: int | None = None
 ) -> Generator[T | ImageError, None, None]:
-    """Yield `read(item)` for each item, in order, or the ImageError that `read` raised.
+    """Yield `read(item)` for each item, in order. An ImageError of `read` is yielded, not raised.
 
-    Threads (by default as many as torch uses) read up to `ahead` items in advance. Closing the
-    generator cancels the reads that have not begun.
+    Threads (by default as many as torch uses) read up to `ahead` items in advance. If the
+    generator is closed, items that still wait for a thread are not read.
     """
 
     def result(item: Any) -> T | ImageError:

@@ -47,14 +47,14 @@ def check_config(config: Any) -> None:
                 ids = f"an id from 0 to {last}, because vocab_size is {config.vocab_size}"
                 raise wrong(f"{kind}: {name}", value, ids)
         if config.eos_token_id != LEGACY_EOS:
-            object.__setattr__(config, "literal_eos", False)  # it has no effect if the id is not 2
+            object.__setattr__(config, "literal_eos", False)  # the field matters only for id 2
 
 
 def check_tower(config: Any) -> None:
     """Check a tower's fields. A tuple of equal numbers (not 0) becomes one number."""
     kind = type(config).__name__
     positive(config, "width", "layers")
-    if config.layers > 1000:  # the published models have at most 48
+    if config.layers > 1000:  # published towers have at most 48 layers
         raise wrong(f"{kind}: layers", config.layers, "at most 1,000")
     for name in ("heads", "mlp_width"):  # surgery may remove all heads or the MLP of a layer
         _one_or_each(config, name, config.layers, "one for each layer", least=0)
@@ -64,7 +64,7 @@ def check_tower(config: Any) -> None:
             object.__setattr__(config, "head_width", None)
     elif isinstance(config.heads, tuple):
         found = f"heads is {shown(config.heads)}"
-        raise ValueError(f"{kind}: {found}: layers with different heads need a head_width")
+        raise ValueError(f"{kind}: {found}: different numbers of heads need a head_width")
     elif config.width % config.heads:
         raise ValueError(
             f"{kind}: width {config.width} does not divide into {config.heads} heads of equal width"
@@ -117,7 +117,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def numbers(chosen: Iterable[int], count: int, where: str, kind: str) -> list[int]:
-    """The chosen numbers as a list. Raises ValueError unless each is from 0 to count - 1."""
+    """Return `chosen` as a list. Raises ValueError unless each number is from 0 to count - 1."""
     chosen = list(chosen)
     if absent := sorted({number for number in chosen if number not in range(count)}):
         raise ValueError(f"{where}: no {kind} {absent}; expected numbers from 0 to {count - 1}")
@@ -170,7 +170,7 @@ def check_ids(ids: Any, vocab_size: int) -> None:
 
 
 def can_look_at(x: Tensor) -> bool:
-    """Whether a tensor's values can be read: on a CPU, outside compiled graphs, vmap and grad."""
+    """Whether a tensor's values can be read. False on a GPU and in compile, vmap and grad."""
     if torch.compiler.is_compiling():
         return False
     return x.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -202,7 +202,7 @@ def check_token_vectors(x: Tensor, pos_embed: Tensor) -> None:
 
 
 def as_list(texts: Any, what: str = "text") -> list[str]:
-    """One text, or any iterable of texts, as a list. Raises TypeError for anything else.
+    """Return one text or an iterable of texts as a list. Raises TypeError for anything else.
 
     >>> as_list("a cat"), as_list(word for word in ("cat", "dog"))
     (['a cat'], ['cat', 'dog'])
@@ -238,7 +238,7 @@ def check_vocab_size(vocab_size: int, least: int) -> None:
 
 
 def check_pad_to(pad_to: int | None, context_length: int) -> int:
-    """The number of tokens that fit in a row. Raises ValueError if `pad_to` is below 2."""
+    """The number of tokens that fit in a row of ids. Raises ValueError if `pad_to` is below 2."""
     if pad_to is not None and pad_to < 2:
         raise ValueError(f"pad_to is {pad_to}; the start and the end token alone need 2")
     return context_length if pad_to is None else min(pad_to, context_length)

@@ -1,10 +1,10 @@
 """transformers' config.json <-> the fields of a CLIPConfig, as nested dictionaries.
 
-OpenAI's files have no config. Their fields are read from the shapes of the weights. open_clip's
+OpenAI's files have no config, so the fields are read from the shapes of the weights. open_clip's
 config is read in `open_clip.py`.
 
-The fields are {"vision": {...}, "text": {...}, "embed_dim": ..., "logit_scale_init": ...}. Fields
-that a file leaves out get their defaults later: the dataclasses have transformers' defaults.
+The fields are {"vision": {...}, "text": {...}, "embed_dim": ..., "logit_scale_init": ...}. If
+a file leaves out a field, the config's dataclass gives the default, as in transformers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -45,7 +45,7 @@ _SECTIONS = {
 # Fields that transformers' CLIP does not have. The names are from other models in transformers.
 _BEYOND = {"head_width": "head_dim", "registers": "num_register_tokens"}
 
-METACLIP_2 = "metaclip_2"  # a CLIP whose texts end at the end token, even if its id is 2
+METACLIP_2 = "metaclip_2"  # MetaCLIP 2 pools a text at eos_token_id, even if this id is 2
 TOWER_TYPES = {
     f"{family}_{tower}_model": tower
     for family in ("clip", METACLIP_2)
@@ -56,10 +56,10 @@ TOWER_TYPES = {
 def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> Fields:
     """Read a parsed config.json of two towers. Raises ValueError.
 
-    `model_types` are the accepted types: "clip", and for a fork also its own. `projection_dim` is
-    read only at the top level, because some official files have a wrong copy in the tower sections.
-    `text_config_dict` and `vision_config_dict` replace the tower sections (transformers,
-    configuration_clip.py). Unknown entries keep their names, because a fork may have such fields.
+    `model_types` are the accepted values of `model_type`: "clip" and a fork's own. `projection_dim`
+    is read only at the top level, because some official files have a wrong copy in the tower
+    sections. `text_config_dict` and `vision_config_dict` replace the tower sections, as in
+    transformers' configuration_clip.py. Unknown entries keep their names: a fork may have them.
     """
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object, found {type(config).__name__}")
@@ -102,7 +102,7 @@ def _literal_eos(model_type: str) -> Fields:
 
 
 def _renamed(section: dict[str, Any], names: Mapping[str, str]) -> Fields:
-    """Rename entries to miniclip's names. Drop an entry whose name only miniclip uses."""
+    """Rename entries to miniclip's names. Drop an entry with a name that only miniclip uses."""
     ours = {theirs: ours for ours, theirs in names.items()}
     return {
         ours.get(name, name): value
@@ -116,9 +116,9 @@ def to_transformers(
 ) -> dict[str, Any]:
     """The contents of config.json for a model with these fields.
 
-    If a tower has fields from `beyond_transformers`, they become extra entries. transformers would
-    ignore the entries and run another model. To prevent this, the number of heads is written as a
-    list with one number for each layer: transformers accepts only one number, and raises an error.
+    Fields in `beyond_transformers` become extra entries. transformers would ignore them and build a
+    different model. To prevent this, the number of heads is written as a list with one number for
+    each layer. Then transformers raises an error, because it accepts only one number.
     """
     family = "clip"
     if fields["text"].get("literal_eos") and model_type == "clip":
@@ -146,7 +146,7 @@ def to_transformers(
 
 
 def beyond_transformers(tower: Mapping[str, Any]) -> list[str]:
-    """The fields of a tower that transformers' CLIP cannot express. No published model has any.
+    """The fields of a tower that transformers' CLIP cannot express. No published model has them.
 
     >>> beyond_transformers({"image_size": (224, 336), "registers": 4})
     ['image_size (224, 336)', 'registers 4']
@@ -215,12 +215,13 @@ def openai_numbers(fields: Fields) -> dict[str, Tensor]:
 def without_config(
     tensors: dict[str, Tensor], table: Layout, towers: Iterable[str]
 ) -> tuple[Fields, str]:
-    """The fields of a model without a config file, and a warning for the user, which may be empty.
+    """The fields of a model without a config file, and a warning for the user (may be empty).
 
     Shapes do not give the heads and the activation. OpenAI's own files have heads of width 64 and
     QuickGELU. For other files, a published model with the same shapes gives the heads and the
-    activation. Without such a model, a file in OpenAI's layout is read like OpenAI's own files, and
-    a file in another layout raises ValueError. It is also raised if the activation is not unique.
+    activation. Without such a model, a file in OpenAI's layout is read like OpenAI's own files.
+    Raises ValueError for a file in another layout, and if published models have different
+    activations.
     """
     fields = from_shapes(tensors, table, towers)
     is_openai = any(name in tensors for name in OPENAI_NUMBERS)
@@ -272,7 +273,7 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
         return
     vision, text = towers = fields["vision"], fields["text"]
     odd = [*beyond_transformers(vision), *beyond_transformers(text)]
-    if not odd:  # so heads, MLP width and image size are single numbers
+    if not odd:  # heads, MLP width and image size are single numbers here
         acts, end, is_openai = [t["act"] for t in towers], text["eos_token_id"], layout == "openai"
         reasons = {
             f"channels {vision['channels']}": vision["channels"] != 3,
@@ -293,5 +294,5 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
                 )
         odd = [reason for reason, holds in reasons.items() if holds]
     if odd:
-        found = ", ".join(dict.fromkeys(odd))  # both towers may give the same reason
+        found = ", ".join(dict.fromkeys(odd))  # once, because both towers may give the same reason
         raise ValueError(f"the layout {layout!r} cannot express {found}; 'transformers' can")

@@ -94,7 +94,7 @@ def resolve(
         except OSError as error:
             raise CheckpointError(
                 f"{directory}: a save was interrupted here, and its files in {SAVED} cannot be "
-                f"moved to their places: {error}"
+                f"moved into the directory: {error}"
             ) from error
         return directory
     id = address["id"] if address else openai_id(str(name)) or str(name)
@@ -119,7 +119,7 @@ def _inside(directory: Path, folder: str) -> Path:
 
 
 def as_path(name: str | PathLike[str]) -> Path:
-    """A name as a path. Test it with os.path, because Path's methods may raise OSError."""
+    """Return a name as a path. Check it with os.path, because methods of Path may raise OSError."""
     return Path(os.path.expanduser(name))
 
 
@@ -136,9 +136,9 @@ def _download(
     cache_dir: str | PathLike[str] | None,
     local_files_only: bool,
 ) -> Path:
-    from huggingface_hub import constants, snapshot_download  # here, because it is slow to import
+    from huggingface_hub import constants, snapshot_download  # here, because this import is slow
 
-    if not (local_files_only or constants.HF_HUB_OFFLINE):  # because an answer may take minutes
+    if not (local_files_only or constants.HF_HUB_OFFLINE):  # the hub may take minutes to answer
         _say_once(f"asking the Hugging Face hub for {repository}")
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     home = cache / f"models--{repository.replace('/', '--')}"
@@ -153,14 +153,14 @@ def _download(
         except Exception as error:  # the hub client's errors have no common base class
             said: BaseException = error
             if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__:
-                said = error.__cause__  # the network's own error, not the client's advice
+                said = error.__cause__  # show the network's error, not the client's advice
             reason = " ".join(str(said).split()).rstrip(".")
             raise CheckpointError(
                 f"{repository} is not a directory here, and the hub's client cannot download it. "
                 f"Offline, use a directory or an embedded checkpoint: {', '.join(embedded_names())}"
                 f". The client says {type(said).__name__}: {reason}"
             ) from error
-        revision = Path(snapshot).name  # the same commit for the next request
+        revision = Path(snapshot).name  # so the next request gets the same commit
         directory = _inside(Path(snapshot), folder)
         ask = partial(_hashes_at, repository, revision, local_files_only)
         _check_hashes(directory, home / CHECKED, before, ask)
@@ -195,9 +195,9 @@ def _check_hashes(
 ) -> None:
     """Verify each cached file against its hash once, because the hub's client does not.
 
-    A cached file is a link to a file whose name is the hash. In a cache without links, `ask` gives
-    the hash. The file `checked` lists the files that pass. Raises CheckpointError for a file that
-    does not pass, and deletes this file if it is not in `before`: then this load downloaded it.
+    A cached file is a link to a file that is named by its hash. In a cache without links, `ask`
+    gives the hash. The file `checked` is a list of the verified files. Raises CheckpointError if
+    a hash differs, and deletes the file if this load downloaded it (it is not in `before`).
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
     hashes = None
@@ -234,7 +234,7 @@ def _has_its_hash(blob: Path, name: str = "") -> bool:
     """Whether a cached file's content has the hash `name`, by default the name of the file.
 
     The hub's cache names large files by their sha256 and small files by git's sha1. A mirror of
-    the hub may use the plain sha1, or names that are not hashes. All of these are accepted.
+    the hub may use the plain sha1. A name that is not a hash is accepted without a check.
     """
     name = name or blob.name
     git = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
@@ -254,7 +254,7 @@ def weights_in(directory: Path) -> Path | None:
 
 
 def is_clips(directory: Path) -> bool:
-    """Whether config.json describes the CLIP. If it is timm's, the config of open_clip does."""
+    """Whether config.json describes the CLIP. If config.json is timm's, open_clip's config does."""
     config, open_clip = (directory / name for name in CONFIGS.values())
     return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
 

@@ -23,7 +23,7 @@ _FIXED = {
 
 
 def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
-    """Read a parsed preprocessor_config.json, in the old form or the new, as ImageTransform fields.
+    """Read a parsed preprocessor_config.json, in its old or new form, as ImageTransform fields.
 
     The default of `size` and `crop_size` is 224. Raises ValueError for a setting that an
     ImageTransform does not have.
@@ -38,7 +38,7 @@ def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or not kind.startswith("CLIP"):
         raise wrong("image_processor_type", kind, "CLIPImageProcessor")
     for field, value in settings.items():
-        expected = _FIXED.get(field, False)  # no CLIP has another do_* step
+        expected = _FIXED.get(field, False)  # no CLIP has any other do_* step
         is_checked = field in _FIXED or field.startswith("do_")
         if is_checked and value != expected and not (field == "do_center_crop" and is_squash):
             raise ValueError(f"{field:.100} is {shown(value)}; every CLIP has {expected!r}")

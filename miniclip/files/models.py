@@ -1,4 +1,4 @@
-"""A checkpoint -> its tensors and the fields of its config, from which a class builds the model.
+"""Read a checkpoint's tensors and the fields of its config. A class builds the model from both.
 
 Each tensor in the file must have a place in the model. Each parameter must have a tensor of the
 same shape. Nothing is repaired, and no weight is changed.
@@ -42,13 +42,13 @@ PLAIN = Fork()
 class Stored(NamedTuple):
     """The contents of a model's files."""
 
-    fields: Fields  # of the CLIPConfig, without the fields of a tower that the file lacks
+    fields: Fields  # of the CLIPConfig, without a tower that the files lack
     tensors: dict[str, Tensor]  # under the names of the layout
     layout: str
     table: names.Layout
-    path: Path  # of the weights
+    path: Path  # the weights file
     config_path: Path  # the file that the fields come from
-    device: str | torch.device  # for the model
+    device: str | torch.device  # where the model will be
 
     @property
     def towers(self) -> list[str]:
@@ -71,7 +71,7 @@ class Stored(NamedTuple):
         raise CheckpointError(f"{self.path}: {reason}")
 
     def has(self, part: str, name: str | PathLike[str], **options: Any) -> bool:
-        """Whether `load` must read the `part`, "tokenizer" or "transform", for this model.
+        """Whether `load` must read this `part` ("tokenizer" or "transform") for the model.
 
         Warns, and returns False, if the vocabulary is not CLIP's. `options` go to `resolve`.
         """
@@ -93,7 +93,7 @@ class Stored(NamedTuple):
         )
 
     def has_openais_transform(self, name: str | PathLike[str], **options: Any) -> bool:
-        """Whether to use OpenAI's transform: the layout is OpenAI's, no file has a transform."""
+        """Whether to use OpenAI's transform: the layout is OpenAI's and no file has a transform."""
         is_openais = self.layout == "openai" and "vision" in self.towers
         return is_openais and not hub.has_files("transform", name, **options)
 
@@ -129,7 +129,7 @@ class Stored(NamedTuple):
             for name, where in places.items()
         }
         # One NaN or infinity in a weight silently turns every logit into NaN. A sum finds it three
-        # times as fast as minimum and maximum, but may overflow: then minimum and maximum decide.
+        # times as fast as minimum and maximum. A sum may overflow, so minimum and maximum decide.
         real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
         odd = [name for name, t in real.items() if not t.sum().isfinite()]
         odd = [name for name in odd if not all(end.isfinite() for end in real[name].aminmax())]
@@ -203,7 +203,7 @@ def open_model(
         options: for `resolve`.
     Raises:
         CheckpointError: a file is missing or damaged, or describes another model.
-        ValueError: the dtype or the device is wrong. Raised before anything is downloaded.
+        ValueError: the dtype or the device is wrong. This is checked before a download.
     """
     check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -250,7 +250,7 @@ def _open(
                     "vision_model.* and text_model.* (transformers) or visual.* (openai/CLIP, "
                     "open_clip)"
                 )
-        except ValueError:  # if the config is wrong too, its error explains more
+        except ValueError:  # if the config is wrong too, the config's error explains more
             if file := next((f for f in (open_clip, config) if f.is_file()), None):
                 _read_fields(file, fork)
             raise
@@ -330,7 +330,7 @@ class _Undrawn(TorchFunctionMode):
 def meta_device() -> Iterator[None]:
     """A context manager: models that are made inside have shapes but no weights.
 
-    Random initialisation is skipped, because on the meta device it makes torch import its compiler.
+    Random initialisation is skipped, because torch would import its compiler on the meta device.
     """
     with torch.device("meta"), _Undrawn():
         yield
@@ -353,7 +353,7 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
     """Raise CheckpointError if a tokenizer or a transform does not fit the model with these fields.
 
     The tokenizer may have at most as many tokens as the text tower embeds. The transform's crop
-    must have the size that the vision tower reads. transformers checks only in the forward pass.
+    must have the size that the vision tower reads. transformers fails only in the forward pass.
     """
     text, vision = fields.get("text", {}), fields.get("vision")
     if vision and transform:

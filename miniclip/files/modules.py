@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from miniclip.errors import listed, shown
 from miniclip.files.models import meta_device
 
-WRAPPERS = {  # class -> its attribute with the wrapped module
+WRAPPERS = {  # class of a wrapper -> the attribute that holds the wrapped module
     "OptimizedModule": "_orig_mod",  # torch.compile
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "DistributedDataParallel": "module",
@@ -49,7 +49,7 @@ def is_patched(module: nn.Module, name: str) -> bool:
     """Whether the method `name` was replaced on this one module, not in its class."""
     patch: Any = vars(module).get(name)
     if getattr(patch, "func", None) is checkpoint:
-        patch = patch.args[0]  # activation checkpointing runs the same method
+        patch = patch.args[0]  # activation checkpointing wraps the same method
     return patch is not None and getattr(patch, "__func__", patch) is not getattr(
         class_of(module), name, None
     )
@@ -100,7 +100,7 @@ def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
         found, wanted = _settings(ours[name]), _settings(theirs[name])
         for key in wanted | found:
             place = f"{name}.{key}".lstrip(".")
-            # An extra attribute of one module has no effect, so it is not a difference.
+            # An attribute that the class does not define has no effect, so it is not a difference.
             default = found.get(key) if key in vars(ours[name]) else "absent"
             default = getattr(theirs[name], key, default)
             values = found.get(key, "absent"), wanted.get(key, default)
@@ -111,11 +111,11 @@ def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
                 yield f"{place} is {shown(values[0])}, expected {shown(values[1])}"
 
 
-OWN = {*vars(nn.Module()), "eager"}  # attributes of every module, and `Attention.eager`
+OWN = {*vars(nn.Module()), "eager"}  # not compared: attributes of nn.Module, and `Attention.eager`
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """The settings of a module: the names of its parts, its attributes, and its tensors' shapes."""
+    """The settings of a module: its submodules' names, its attributes, and its tensors' shapes."""
     settings: dict[str, Any] = {"parts": [*module._modules]} | module._buffers
     for name, value in vars(module).items():
         if name not in OWN and (name[0] != "_" or isinstance(value, int | float | str)):

@@ -58,7 +58,7 @@ mlp.fc2             mlp.fc2             mlp.c_proj              mlp.fc2
 
 
 def _layout(column: int, vision: str, text: str) -> Layout:
-    """The layout of one column. `vision` and `text` are the names of the lists of blocks."""
+    """The layout in a column of the tables. `vision` and `text` are the prefixes of the blocks."""
     rows = [[*line.split(), "-"] for line in _TOWERS.strip().splitlines()]
     layout = {row[0]: row[column] for row in rows}
     for tower, blocks in (("vision", vision), ("text", text)):
@@ -69,7 +69,7 @@ def _layout(column: int, vision: str, text: str) -> Layout:
 
 TRANSFORMERS = _layout(1, "vision_model.encoder.layers", "text_model.encoder.layers")
 OPENAI = _layout(2, "visual.transformer.resblocks", "transformer.resblocks")
-OPEN_CLIP_CUSTOM_TEXT = {  # `custom_text` in open_clip's config, CustomTextCLIP in its code
+OPEN_CLIP_CUSTOM_TEXT = {  # `custom_text` in open_clip's config, CustomTextCLIP in open_clip's code
     ours: f"text.{theirs}" if ours.startswith("text.") else theirs
     for ours, theirs in OPENAI.items()
 }
@@ -86,7 +86,7 @@ TIMM = {ours: place for ours, place in OPEN_CLIP_CUSTOM_TEXT.items() if "vision.
 
 
 def layout_name(name: str, layout: Layout) -> str:
-    """The place of a parameter in another layout. Raises ValueError if it has no place.
+    """The place of a parameter in a layout. Raises ValueError if the layout has no place for it.
 
     >>> layout_name("vision.blocks.3.ln_1.bias", TRANSFORMERS)
     'vision_model.encoder.layers.3.layer_norm1.bias'
@@ -239,7 +239,7 @@ def recognize(
 
 
 def _is_forks(prefix: str, extra: Layout) -> bool:
-    """Whether a fork's own parameters have this prefix, because the fork is the larger model."""
+    """Whether a fork's own parameter has this prefix. Then the fork is the larger model."""
     return any(theirs.startswith(prefix) for theirs in extra.values())
 
 
@@ -253,8 +253,9 @@ def _renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> dic
 def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop the buffers that libraries save in addition to the weights.
 
-    Until 4.31, transformers saved the positions 0 to n-1; other positions raise ValueError. A
-    TorchScript archive of open_clip stores the causal mask. An AveragedModel stores a count.
+    Until version 4.31, transformers saved the positions 0 to n-1. Raises ValueError for other
+    positions. A TorchScript archive of open_clip has the causal mask. An AveragedModel has the
+    number of averaged models.
     """
     kept = dict(tensors)
     for name in ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"):
@@ -274,7 +275,7 @@ def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join Long-CLIP's two tables of positions: rows 0 to 19 of the first, the rest of the other.
+    """Join Long-CLIP's two position tables: rows 0 to 19 of the first, other rows of the second.
 
     Long-CLIP's code multiplies the tables by masks of 0 and 1 and adds them (model_longclip.py).
     Long-CLIP's own files lack the `context_length` of OpenAI's files, so it is added.
@@ -293,7 +294,7 @@ def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _as_in_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give timm's tensors CLIP's shapes: drop leading dimensions of 1, and a bias that is zero.
 
-    timm's projection has a bias, CLIP's has none. open_clip may store the projection outside of
+    timm's projection has a bias, but CLIP's has none. open_clip may store the projection outside of
     `visual.trunk`.
     """
     trunk = "visual.trunk."

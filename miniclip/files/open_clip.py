@@ -15,7 +15,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pos_embed_type": ("learnable",),
     "proj_type": ("linear",),
     "block_type": ("default",),
-    "custom_text": (True,),  # known from the names of the tensors
+    "custom_text": (True,),  # the names of the tensors already show this
     "timm_pool": ("token",),
     "timm_proj": ("linear",),
 }
@@ -78,7 +78,7 @@ def _text(settings: dict[str, Any]) -> Fields:
     # "argmax", the default, pools at the largest id, as eos_token_id 2 does in config.json.
     at_end, eos_id = settings.get("pool_type") == "eos", settings.get("eos_id")
     if at_end and eos_id is None:
-        raise wrong("text_cfg.pool_type", "eos", "an eos_id beside it, the id of the end token")
+        raise wrong("text_cfg.pool_type", "eos", "a field eos_id with the id of the end token")
     return values | {
         "bos_token_id": max(values["vocab_size"] - 2, 0),
         "eos_token_id": eos_id if at_end else LEGACY_EOS,
@@ -101,7 +101,7 @@ def _tower(settings: dict[str, Any], known: Fields, section: str) -> Fields:
     is_known = isinstance(norm, dict) and norm.keys() <= {"eps"}
     eps: Any = norm.get("eps", 1e-5) if is_known else None
     if type(eps) not in (int, float):
-        raise wrong(f"{section}norm_kwargs", norm, "an object with only eps, a number")
+        raise wrong(f"{section}norm_kwargs", norm, "an object with the number eps and nothing else")
     return values | {"mlp_width": int(values["width"] * values.pop("mlp_ratio")), "ln_eps": eps}
 
 
@@ -132,9 +132,9 @@ def to_open_clip(fields: Fields) -> dict[str, Any]:
         towers[name] = {"width": tower["width"], "layers": tower["layers"]}
         ratio = tower["mlp_width"] / tower["width"]
         if int(tower["width"] * ratio) != tower["mlp_width"]:
-            ratio *= 1 + 2**-50  # because open_clip rounds the product down
+            ratio *= 1 + 2**-50  # because open_clip rounds width * ratio down
         towers[name]["mlp_ratio"] = ratio
-        if tower["ln_eps"] != 1e-5:  # the default; old versions of open_clip do not know the field
+        if tower["ln_eps"] != 1e-5:  # old versions of open_clip support only 1e-5
             towers[name]["norm_kwargs"] = {"eps": tower["ln_eps"]}
     head_width = vision["head_width"] or vision["width"] // vision["heads"]
     towers["vision_cfg"] |= {name: vision[name] for name in ("image_size", "patch_size")}
@@ -149,8 +149,8 @@ def to_open_clip(fields: Fields) -> dict[str, Any]:
 def context_of_open_clip(settings: dict[str, Any]) -> int:
     """The context length of open_clip's tokenizer (open_clip, factory.py, get_tokenizer).
 
-    Raises ValueError for a field that changes the ids of CLIP's tokenizer. Warns of another
-    vocabulary.
+    Raises ValueError for a field that changes the ids of CLIP's tokenizer. Warns if a field names
+    another vocabulary.
     """
     text = _section(_section(settings, "model_cfg"), "text_cfg")
     name, kwargs = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}

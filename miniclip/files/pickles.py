@@ -3,9 +3,10 @@
 torch.save writes a pickle and the numbers of each tensor. torch.jit.save also writes the modules
 and their code; OpenAI publishes its models in this form. A pickle is a program: it can call any
 Python function, and a few bytes can make it run very long. Here `pickletools` splits a pickle
-into instructions and runs nothing. Only the instructions that torch.save writes are followed, and a
-call is noted but not made. `torch.load(weights_only=True)` follows more instructions, which may
-take as much memory as a file asks for. It also refuses some of the objects that training saves.
+into instructions and runs nothing. Only the instructions that torch.save writes are followed. A
+call is noted, but the function is not called. `torch.load(weights_only=True)` follows more
+instructions, and with them a file can take any amount of memory. It also refuses some of the
+objects that training saves.
 """
 
 import io
@@ -47,7 +48,7 @@ class PickledTensors:
             root, self.places = read(file)
         self.stored = find_state_dict(root)
         count = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in self.stored.values())
-        if count > 2 * path.stat().st_size:  # twice, because a tied tensor has two names
+        if count > 2 * path.stat().st_size:  # 2, because a tied tensor is counted twice
             raise UnpicklingError(f"its tensors would have {count:,} bytes")
         self.path = path
         self.remapped()
@@ -126,12 +127,12 @@ def _place(file: _Bounded, record: zipfile.ZipInfo, storage: Storage) -> int:
 
 
 def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
-    """Read torch.save's format until 2020: five pickles, then each storage's length and numbers."""
+    """Read a file from before 2020: five pickles, then the length and numbers of each storage."""
     file.seek(0)
     head = io.BytesIO(file.read(LARGEST))
     if head.read(len(_LEGACY)) != _LEGACY:
         raise UnpicklingError("torch.save did not write the file")
-    _read_pickle(head)  # not used: it describes the machine; numbers are little-endian
+    _read_pickle(head)  # not used: it describes the machine, but numbers are always little-endian
     (root, storages), (keys, _) = _read_pickle(head), _read_pickle(head)
     place, places = head.tell(), {}
     for key in keys:

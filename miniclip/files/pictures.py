@@ -20,7 +20,7 @@ from torch import Tensor
 from miniclip.errors import ImageError
 from miniclip.files.reading import open_regular
 
-Bytes = bytes | bytearray | memoryview  # of an image file
+Bytes = bytes | bytearray | memoryview  # the contents of an image file
 Picture = Image.Image | str | PathLike[str] | Bytes | BinaryIO | np.ndarray | Tensor
 
 # Formats that Pillow cannot read by itself: package -> (its module, the endings of the files).
@@ -35,7 +35,7 @@ PACKAGES = {
     "rawpy": ("rawpy", RAW),
 }
 HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")  # bytes 4 to 12 of a HEIC file
-SYSTEM_FOLDERS = frozenset(  # of network drives, Windows, Linux and macOS
+SYSTEM_FOLDERS = frozenset(  # made by network drives, Windows, Linux and macOS
     "@eadir @recycle @recently-snapshot #recycle #snapshot $recycle.bin lost+found __macosx".split()
 ) | {"system volume information"}
 
@@ -98,7 +98,7 @@ def open_image(
     missing = missing_packages()
     try:
         if not is_open:
-            open_regular(source).close()  # raises for a pipe: Pillow would wait for its data
+            open_regular(source).close()  # raises for a pipe, because Pillow would wait for data
         if suffix in RAW:  # Pillow would read only the thumbnail
             import rawpy
 
@@ -179,8 +179,8 @@ def reason_of(error: Exception) -> str:
 
 
 class _NoWarnings:
-    """Silence warnings. `warnings.catch_warnings` is not thread-safe. This version counts entries
-    and restores the filters at the last exit."""
+    """Silence warnings. `warnings.catch_warnings` is not thread-safe. This class counts the open
+    `with` blocks, and restores the filters when the last block ends."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -207,9 +207,9 @@ no_warnings = _NoWarnings()
 def fill_in_threads(
     rows: np.ndarray, compute: Callable[[Any], np.ndarray], pictures: Sequence[Any]
 ) -> None:
-    """Compute a row for each image, in as many threads as torch uses.
+    """Fill `rows` with `compute(picture)` for each picture, in as many threads as torch uses.
 
-    Pillow works without Python's lock. In a worker of a DataLoader, this is one thread. An
+    Pillow releases the GIL while it works. In a worker of a DataLoader, torch uses one thread. An
     ImageError or a TypeError of `compute` is raised again with the index of the image.
     """
     first: dict[int, int] = {}  # two threads must not work on the same Pillow image
