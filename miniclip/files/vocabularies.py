@@ -83,7 +83,7 @@ def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> 
 
 
 def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Iterable[str]) -> None:
-    """Raise ValueError for a token that no merge makes, because no text can have this token.
+    """Raise ValueError for a token that no merge makes, because no text gives this token.
 
     This can be checked only if the vocabulary contains all 256 bytes.
     """
@@ -94,7 +94,7 @@ def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Itera
     if unmade := vocab.keys() - symbols - made - set(special):
         first = min(unmade, key=vocab.__getitem__)
         raise ValueError(
-            f"no merge makes {len(unmade)} tokens of the vocabulary, the first {shown(first)}; "
+            f"no merge makes {len(unmade)} tokens of the vocabulary, such as {shown(first)}; "
             "vocabulary and merges must come from the same tokenizer"
         )
 
