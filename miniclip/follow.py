@@ -1,8 +1,8 @@
 """Check whether a function that inspects or changes a model gives the right result on a fork.
 
-Some of these functions replay methods of the model: `dense_features` runs the last block with
-another attention pattern. If a fork has its own version of such a method, the function raises an
-error, because it would replay CLIP's version and give a wrong result.
+Some of these functions replay a method of the model: the function computes CLIP's formula with a
+change. For example, `dense_features` changes the attention pattern of the last block. If a fork has
+its own version of such a method, the function raises an error, because the result would be wrong.
 
 A fork is a subclass in a file of your own. Do not copy miniclip's code:
 
@@ -22,19 +22,19 @@ same = MeanCLIP.from_pretrained("mean")  # bit for bit; CLIP.from_pretrained rai
 - **Parts are class attributes**: `Block.attention_class` and `mlp_class`,
   `VisionTower.block_class`, `CLIP.vision_class`, `text_class` and `config_class`. **Steps are
   methods**: `embed_tokens`, `pool`, `qkv`, `score`.
-- **A new parameter** needs an entry in `CLIP.tensor_names`, which gives its name in a file:
+- **A new parameter** needs an entry in `CLIP.tensor_names`, with the parameter's name in a file:
   `{"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}`. Without this entry,
   saving raises an error that says what to write.
 - **A file belongs to one class.** `model_type` in config.json is the name of the class, unless the
   class sets `model_type` itself. Other classes, and transformers' `AutoModel`, reject the file.
 - **Another loss** is an argument: `training.train(..., loss=function)`.
-- **Functions that inspect a model** give the right result on a fork, or raise an error that says
-  why. `decompose` needs the class token's output, so it raises an error for `MeanCLIP`. miniclip
+- **Functions that inspect a model** give the right result on a fork, or raise an error with the
+  reason. `decompose` needs the class token's output, so it raises an error for `MeanCLIP`. miniclip
   does not promise that a fork equals transformers.
 
 `tests/forks/siglip.py` is a full example: SigLIP in one file. It loads Google's checkpoints, and
-its outputs equal transformers' up to rounding error. CLIPSeg, OWL-ViT and EVA-02's block are in
-the same folder. Notebook 9 builds forks step by step.
+its outputs equal transformers' outputs up to rounding error. CLIPSeg, OWL-ViT and EVA-02's block
+are in the same folder. Notebook 9 builds forks step by step.
 """
 
 from collections.abc import Sequence
