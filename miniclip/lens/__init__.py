@@ -43,8 +43,8 @@ the methods. An image has two drawn objects. A method must find the object that 
     the mask itself       85.0%      0.0%     64.0%
 
 (Shapes checkpoint, torch 2.13.0, CPU, 2026-11-29. `named`, `other`: how often the warmest pixel is
-on the object that the text names, or on the other one. `IoU`: take as many of the warmest pixels as
-the object has pixels, and compare the two regions (intersection over union). Random weights: the
+on the object that the text names, or on the other object. `IoU` (intersection over union): if the
+object has N pixels, it is compared with the N warmest pixels of the map. Random weights: the
 mean over five models. Attention and rollout do not read the text, so they find both objects equally
 often. `the mask itself` is the object's mask, averaged over each patch. No map can be much better.)
 """

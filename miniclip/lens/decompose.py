@@ -32,7 +32,7 @@ def read_rows(
         return rows, tower(x)
 
 
-# z (B, H, D) or its parts by token (B, H, T, D), times the heads' maps to the embedding (E, H, D).
+# z (B, H, D), or z split by token (B, H, T, D), times each head's map to the embedding (E, H, D).
 GRAINS = {"layer": "bhd,ehd->be", "head": "bhd,ehd->bhe", "token": "bhtd,ehd->bhte"}
 
 
@@ -89,7 +89,7 @@ def decompose(
     else:
         sites["blocks.*.attn.z"] = read_row  # (B, H, D)
     changed = own_method(tower, (), attention=("qkv",))[1]
-    if changed:  # a fork's values may differ from the output of v_proj
+    if changed:  # a fork's value vectors may differ from v_proj's output
         sites["blocks.*.ln_1"] = lambda normed: normed
     rows, embedding = read_rows(tower, x, sites, read_row)
     for i, one in enumerate(tower.blocks if changed else ()):
