@@ -1,8 +1,8 @@
 """CLIP: a vision transformer and a text transformer that end in the same space.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-arXiv 2103.00020. The outputs equal the outputs of transformers' CLIPModel: bit for bit, in float32
-on a CPU. Read from top to bottom: attention, MLP, block, the two towers, CLIP. In every file, shape
+arXiv 2103.00020. In float32 on a CPU, the outputs equal the outputs of transformers' CLIPModel bit
+for bit. Read from top to bottom: attention, MLP, block, the two towers, CLIP. In every file, shape
 comments use these letters:
 
     B batch   T tokens   W width of the residual stream   H heads   D head width, W = H * D
@@ -157,12 +157,12 @@ class Tower(Pretrained):
     block_class: type[Block] = Block
 
     def make_blocks(self, config: Any, causal: bool) -> nn.Sequential:
-        """The blocks of the config."""
+        """Make the blocks that the config describes."""
         return nn.Sequential(*(self.block_class(config, i, causal) for i in range(config.layers)))
 
 
 def projection(width: int, embed_dim: int | None) -> nn.Module:
-    """The map into the shared space. `embed_dim` None: no map, as in some one-tower checkpoints."""
+    """The map into the shared space. Some tower checkpoints have none: then `embed_dim` is None."""
     return nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim, bias=False)
 
 
