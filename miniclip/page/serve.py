@@ -41,12 +41,12 @@ except ImportError:
 
 HOST = "127.0.0.1"
 FIRST_PORT = 8400
-MAX_BYTES = 20_000_000  # of an upload
-MAX_PIXELS = 50_000_000  # of an upload: decoding takes over ten bytes for each pixel
-MAX_LABELS, MAX_CHARACTERS = 200, 1000  # labels of a question, characters of a text
-MAX_WAITING = 16  # questions at once
-MAX_SECONDS = 60  # to receive a question, and to answer it
-IDLE_SECONDS = 30  # after which a connection without a question is closed
+MAX_BYTES = 20_000_000  # in an uploaded image
+MAX_PIXELS = 50_000_000  # in an uploaded image: decoding takes over ten bytes for each pixel
+MAX_LABELS, MAX_CHARACTERS = 200, 1000  # in a question, in a text
+MAX_WAITING = 16  # questions that wait at the same time
+MAX_SECONDS = 60  # to receive a question, and then to answer it
+IDLE_SECONDS = 30  # a connection without a question is closed after this time
 TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow may start programs for other types
 SIDE = 448  # the smallest side of an image on the page, in pixels
 THUMBNAIL = (224, 224)  # the largest size of a search result, in pixels

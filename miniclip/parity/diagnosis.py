@@ -21,7 +21,7 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     """Say what changes one model's tensor into the other's tensor, at the first site that differs.
 
     Returns "" if no cause is known. If only the weights differ, the text describes `model` as the
-    changed one.
+    changed model.
     """
     if ".blocks." in site:  # two inputs of the batch are enough
         model, other = (
@@ -90,7 +90,7 @@ def differing_weights(site: str, model: Side, other: Side) -> str:
 
 
 def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
-    """Say which change turns `theirs` into `ours`. Otherwise, say in brackets how they differ."""
+    """Say what turns `theirs` into `ours`. If this is unknown, say in brackets how they differ."""
     if ours.ndim == 0:
         return f"({ours:.9g} in model, {theirs:.9g} in other)"
     if ours.shape != theirs.shape:
@@ -107,7 +107,7 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield possible changes of `w`: words, and two tensors, equal if the change gives `ours`."""
+    """Yield (words, one, two) for each possible change of `w`. If it gives `ours`, one equals two."""
     for axis in range(w.ndim):
         yield f"flipped along axis {axis}", w.flip(axis), ours
         for shift in (1, -1):
