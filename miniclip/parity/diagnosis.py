@@ -107,7 +107,7 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (words, one, two) for each possible change of `w`. If it gives `ours`, one equals two."""
+    """Yield (words, one, two) for each change of `w`. A change gives `ours` if one equals two."""
     for axis in range(w.ndim):
         yield f"flipped along axis {axis}", w.flip(axis), ours
         for shift in (1, -1):
