@@ -1,8 +1,8 @@
 """Check whether a function that inspects or changes a model gives the right result on a fork.
 
-Some of these functions replay methods of the model: `dense_features` runs the last block with
-another attention pattern. If a fork has its own version of such a method, the function raises an
-error, because it would replay CLIP's version and give a wrong result.
+Some of these functions replay a method of the model: the function computes CLIP's formula with a
+change. For example, `dense_features` changes the attention pattern of the last block. If a fork has
+its own version of such a method, the function raises an error, because the result would be wrong.
 
 A fork is a subclass in a file of your own. Do not copy miniclip's code:
 
@@ -22,19 +22,19 @@ same = MeanCLIP.from_pretrained("mean")  # bit for bit; CLIP.from_pretrained rai
 - **Parts are class attributes**: `Block.attention_class` and `mlp_class`,
   `VisionTower.block_class`, `CLIP.vision_class`, `text_class` and `config_class`. **Steps are
   methods**: `embed_tokens`, `pool`, `qkv`, `score`.
-- **A new parameter** needs an entry in `CLIP.tensor_names`, which gives its name in a file:
+- **A new parameter** needs an entry in `CLIP.tensor_names`, with the parameter's name in a file:
   `{"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}`. Without this entry,
   saving raises an error that says what to write.
-- **The file names its class.** `model_type` in config.json is the name of the class, unless the
-  class sets its own. Other classes, and transformers' `AutoModel`, raise an error for the file.
+- **A file belongs to one class.** `model_type` in config.json is the name of the class, unless the
+  class sets `model_type` itself. Other classes, and transformers' `AutoModel`, reject the file.
 - **Another loss** is an argument: `training.train(..., loss=function)`.
-- **Functions that inspect a model** give the right result on a fork, or raise an error that says
-  why. `decompose` needs the class token's output, so it raises an error for `MeanCLIP`. miniclip
+- **Functions that inspect a model** give the right result on a fork, or raise an error with the
+  reason. `decompose` needs the class token's output, so it raises an error for `MeanCLIP`. miniclip
   does not promise that a fork equals transformers.
 
 `tests/forks/siglip.py` is a full example: SigLIP in one file. It loads Google's checkpoints, and
-its outputs equal transformers' up to rounding error. CLIPSeg, OWL-ViT and EVA-02's block are in
-the same folder. Notebook 9 builds forks step by step.
+its outputs equal transformers' outputs up to rounding error. CLIPSeg, OWL-ViT and EVA-02's block
+are in the same folder. Notebook 9 builds forks step by step.
 """
 
 from collections.abc import Sequence
@@ -59,10 +59,10 @@ def own_method(
     attention: Methods = (),
     mlp: Methods = (),
 ) -> tuple[str, str]:
-    """Find the first of these methods that a fork overrides. Returns the names of method and class.
+    """Find the first of these methods that a fork overrides.
 
-    Returns two empty strings if there is none. A replaced module counts as a fork's module, and a
-    method that was set on an instance counts as overridden.
+    Returns the name of the method and the name of the fork's class, or two empty strings. Also
+    finds methods of replaced modules, and methods that were set on an instance.
     """
     kind: type = TextTower if hasattr(tower, "eos_positions") else VisionTower
     parts = [(tower, kind, of_tower)]
@@ -95,7 +95,7 @@ def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None
 
 
 def tower_for(model: Any, x: Tensor) -> Any:
-    """The tower that reads x (ids or pixels): a tower of a CLIP, or the model if it is a tower.
+    """The tower for the input x (ids or pixels). If the model is a tower, return the model.
 
     Raises ValueError for a fork with its own `encode_image` or `encode_text`.
     """
@@ -121,7 +121,7 @@ def sees_padding(tower: Any) -> bool:
 
 def ids_for(tower: Any, tokenizer: Tokenizer, texts: Sequence[str], **options: Any) -> Tensor:
     """Token ids (B, T) of texts, where T is the length of the longest text. If the tower sees
-    padding, T is the context length: a text's embedding must not depend on the other texts."""
+    padding, T is the context length, so that an embedding does not depend on the other texts."""
     if sees_padding(tower):
         options["pad_to"] = tower.config.context_length
     return tokenizer(texts, **options)
@@ -130,7 +130,7 @@ def ids_for(tower: Any, tokenizer: Tokenizer, texts: Sequence[str], **options: A
 def patch_places(tower: Any, pixels: Tensor) -> slice:
     """The positions of the patches among the tokens of an image. In CLIP they are the last tokens.
 
-    In a fork with its own `embed_tokens`, patches are changed to see which tokens change.
+    If a fork has its own `embed_tokens`, change some patches, and see which tokens change.
     Raises ValueError unless each patch has one token, row by row.
     """
     rows, columns = patch_grid(tower, pixels)
@@ -156,8 +156,8 @@ def patch_places(tower: Any, pixels: Tensor) -> slice:
 
 
 def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns of a vision tower's patches. Raises ValueError unless a Conv2d makes them,
-    without overlap and without padding, as in every published CLIP."""
+    """Rows and columns of a vision tower's patches. Raises ValueError unless a Conv2d cuts the
+    image into patches without overlap and without padding, as in every published CLIP."""
     conv: Any = unwrapped(tower.patch_embed)
     if not isinstance(conv, nn.Conv2d) or conv.stride != conv.kernel_size or any(conv.padding):
         raise ValueError(
@@ -169,9 +169,9 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
 
 
 def check_rebuilt(who: str, model: Any) -> Any:
-    """Return the model, or raise ValueError if its class builds another model from its config.
+    """Return the model. Raises ValueError unless `type(model)(model.config)` has the same modules.
 
-    Examples: a fork's blocks differ from layer to layer, or its position embedding is a buffer.
+    In some forks, blocks differ from layer to layer, or the position embedding is a buffer.
     Then saving and loading would give another model. CLIP itself does not need this check.
     """
     if model.model_type != "clip":
@@ -184,9 +184,10 @@ def check_rebuilt(who: str, model: Any) -> Any:
 
 @torch.no_grad()
 def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -> None:
-    """Raise ValueError unless a fork's `tower` gives the same embedding as `other` with `edits`.
+    """Raise ValueError if surgery on a fork's tower gave a wrong embedding.
 
-    Does nothing for CLIP's own towers, because tests show that surgery on them is exact.
+    `tower` is the new tower. Its embedding must equal the embedding of the old tower `other` with
+    `edits`. CLIP's own towers are not checked, because tests show that surgery on them is exact.
     """
     own = ("__init__", "forward")
     if not any(

@@ -13,7 +13,7 @@ from miniclip.model import CLIP
 
 
 def cross_entropy(logits: Tensor, is_true: Tensor) -> Tensor:
-    """The negative log-probability of the true entries, averaged over each row, then over rows."""
+    """The negative log-probability of the true entries: the mean of each row, then of all rows."""
     target = is_true.to(logits.dtype)
     return F.cross_entropy(logits, target / target.sum(dim=1, keepdim=True))
 
@@ -36,5 +36,5 @@ def contrastive_loss(
 
 @torch.no_grad()
 def clamp_logit_scale(model: CLIP) -> None:
-    """Limit exp(logit_scale) to 100 (section 2.5). Call it after each training step."""
+    """Limit exp(logit_scale) to 100 (paper, section 2.5). Call it after each training step."""
     model.logit_scale.clamp_(max=math.log(100))

@@ -1,12 +1,12 @@
 """CLIP: a vision transformer and a text transformer that end in the same space.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-arXiv 2103.00020. The outputs equal the outputs of transformers' CLIPModel: bit for bit, in float32
-on a CPU. Read from top to bottom: attention, MLP, block, the two towers, CLIP. In every file, shape
+arXiv 2103.00020. In float32 on a CPU, the outputs equal the outputs of transformers' CLIPModel bit
+for bit. Read from top to bottom: attention, MLP, block, the two towers, CLIP. In every file, shape
 comments use these letters:
 
     B batch   T tokens   W width of the residual stream   H heads   D head width, W = H * D
-    P patches of an image   R register tokens   E embedding   C captions, if B counts images
+    P patches of an image   R register tokens   E embedding   C captions, compared with B images
 
 A layer with pruned heads has fewer than W / D heads. To change CLIP, write a subclass. Set the
 classes of its parts (`Block.mlp_class`, `CLIP.vision_class`, ...), or override methods such as
@@ -46,8 +46,8 @@ def is_watched(site: nn.Module) -> bool:
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, W) -> (B, T, W). Vaswani et al. 2017, section 3.2.
 
-    Four plain Linears, so that each can be read, pruned or adapted by itself. If `causal`, a token
-    attends only to itself and to the tokens before it.
+    It has four separate Linears, so that each can be read, pruned or adapted alone. If `causal`, a
+    token attends only to itself and to the tokens before it.
     """
 
     def __init__(self, width: int, heads: int, causal: bool, head_width: int | None = None) -> None:
@@ -66,14 +66,14 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, W) -> queries, keys and values, each (B, H, T, D)"""
-        split = (-1, self.head_width)  # (H, D); H is not stored: pruning changes it
+        split = (-1, self.head_width)  # (H, D); H is not stored, because pruning changes it
         q = self.q(self.q_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
         k = self.k(self.k_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
         v = self.v(self.v_proj(x).unflatten(-1, split)).transpose(1, 2)  # (B, H, T, D)
         return q, k, v
 
     def forward(self, x: Tensor, pattern: Callable[..., Tensor] | None = None) -> Tensor:
-        """(B, T, W) -> (B, T, W). `pattern(q, k, v)` replaces scores, mask and softmax."""
+        """(B, T, W) -> (B, T, W). `pattern(q, k, v)`, if given, computes the attention pattern."""
         q, k, v = self.qkv(x)
         if pattern is not None:
             z = pattern(q, k, v) @ v  # (B, H, T, T) @ (B, H, T, D)
@@ -157,12 +157,12 @@ class Tower(Pretrained):
     block_class: type[Block] = Block
 
     def make_blocks(self, config: Any, causal: bool) -> nn.Sequential:
-        """The blocks of the config."""
+        """Make the blocks that the config describes."""
         return nn.Sequential(*(self.block_class(config, i, causal) for i in range(config.layers)))
 
 
 def projection(width: int, embed_dim: int | None) -> nn.Module:
-    """The map into the shared space. `embed_dim` None: no map, as in some one-tower checkpoints."""
+    """The map into the shared space. Some tower checkpoints have none: then `embed_dim` is None."""
     return nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim, bias=False)
 
 
@@ -181,7 +181,7 @@ class VisionTower(Tower):
         super().__init__()
         self.config = config
         size, width = config.patch_size, config.width
-        # No bias: the position embedding adds one.
+        # No bias, because the position embedding already adds a vector to each patch.
         self.patch_embed = nn.Conv2d(config.channels, width, size, stride=size, bias=False)
         self.class_embed = nn.Parameter(torch.empty(width))
         self.pos_embed = nn.Parameter(torch.empty(1 + config.patches, width))
@@ -207,7 +207,7 @@ class VisionTower(Tower):
         return self.ln_pre(x)
 
     def pool(self, x: Tensor) -> Tensor:
-        """The output of the last block (B, T, W) -> its class token, normalised (B, W)."""
+        """The output of the last block (B, T, W) -> its class token after LayerNorm (B, W)."""
         return self.ln_post(x[:, 0])  # (B, W)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class VisionTower(Tower):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """OpenAI's init (openai/CLIP, model.py). q, k, v: Xavier, as for one (3W, W) matrix."""
+        """OpenAI's init (openai/CLIP, model.py). q, k and v: Xavier for a joint (3W, W) matrix."""
         std = self.config.width**-0.5
         for weight in (self.class_embed, self.pos_embed, *self.proj.parameters()):
             nn.init.normal_(weight, std=std)
@@ -270,7 +270,7 @@ class TextTower(Tower):
         return torch.where(is_eos.any(-1), is_eos.int().argmax(-1), -1)
 
     def pool(self, x: Tensor, eos: Tensor) -> Tensor:
-        """The output of the last block (B, T, W) -> its end token, normalised (B, W)."""
+        """The output of the last block (B, T, W) -> its end token after LayerNorm (B, W)."""
         x = self.ln_final(x)  # (B, T, W)
         x = x[torch.arange(x.shape[0], device=x.device), eos]  # (B, W)
         return x.masked_fill((eos < 0)[:, None], torch.nan)
@@ -317,7 +317,7 @@ class CLIPOutput(NamedTuple):
 
 
 class CLIP(Pretrained):
-    """Two towers and a logit scale. `CLIP(config)` is random; `load` gives trained weights."""
+    """Two towers and a logit scale. `CLIP(config)` is random. `load` gives trained weights."""
 
     towers = ("vision", "text")
     vision_class: type[VisionTower] = VisionTower
@@ -352,7 +352,7 @@ class CLIP(Pretrained):
         return CLIPOutput(logits_per_text.T, logits_per_text, image_embeds, text_embeds)
 
     def set_attention(self, kind: str) -> None:
-        """Compute attention fused ("sdpa", the default) or in plain steps ("eager").
+        """Choose fused attention ("sdpa", the default) or attention in plain steps ("eager").
 
         Both give the same result, up to rounding error. A layer whose `scores` or `pattern` has
         hooks always takes the plain steps. On a CPU, jvp and second derivatives need "eager".

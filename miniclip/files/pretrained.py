@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         def forward(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     class _Called:
-        """Give `__call__` the types of `forward`, also in a fork. In nn.Module, they are Any."""
+        """Give `__call__` the types of `forward`, also in a fork. nn.Module's own types are Any."""
 
         def __get__(self, module: _HasForward[P, R], owner: Any = None) -> Callable[P, R]: ...
 
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 class Pretrained(nn.Module):
     """A model with `from_pretrained` and `save_pretrained`.
 
-    The `model_type` of a subclass is its name, so that no other class loads its files by mistake.
-    `tensor_names` maps the new parameters of a subclass to their places in a file, such as
+    The `model_type` of a subclass is the subclass's name, so no other class can load the files by
+    mistake. `tensor_names` maps the new parameters of a subclass to their names in a file, such as
     {"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}.
     """
 
@@ -76,10 +76,10 @@ class Pretrained(nn.Module):
     def from_pretrained(cls: type[M], name: str | PathLike[str], **options: Any) -> M:
         """Load the model of a checkpoint, in evaluation mode. `miniclip.load` explains the options.
 
-        On a CPU and in the file's dtype, parameters are memory-mapped. They take no memory until
-        they are used, and changes never reach the file. Parameters keep the file's strides, as in
-        transformers, because strides can change the last bit of a product. If a tower's checkpoint
-        has no projection, `proj` returns its input. Raises CheckpointError.
+        Parameters on a CPU are memory-mapped if they keep the file's dtype. They take no memory
+        until they are used, and changes are never written to the file. Parameters keep the strides
+        of the file, as in transformers, because strides can change the last bit of a product. If a
+        tower's checkpoint has no projection, `proj` returns its input. Raises CheckpointError.
         """
         return cls.from_stored(open_model(name, fork=cls.fork(), **options))
 
@@ -91,19 +91,19 @@ class Pretrained(nn.Module):
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
         prefix = f"{cls.towers[0]}." if len(cls.towers) == 1 else ""
         state = stored.state_dict(model, prefix)
-        if any(buffer.is_meta for buffer in model.buffers()):  # a buffer that is not in the file
+        if any(buffer.is_meta for buffer in model.buffers()):  # a buffer is not in the file
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
             model.to(stored.device, next(iter(state.values())).dtype)
         model.load_state_dict(state, assign=True)
         return model.eval()
 
     def save_pretrained(self, directory: str | PathLike[str], layout: str = "transformers") -> None:
-        """Write the config and the weights, by default as transformers' files.
+        """Write the config and the weights.
 
         `layout` is "transformers", "openai" or "open_clip". `miniclip.save` writes a whole
         checkpoint. Hooks and patched methods are not saved; a warning names the patched methods.
-        If FSDP2 has sharded the model, call this in all processes. Raises CheckpointError, also if
-        the config does not describe the model (another activation, an adapter).
+        If FSDP2 has sharded the model, call this in all processes. Raises CheckpointError, for
+        example if the model has an activation or an adapter that the config does not describe.
         """
         if len(self.towers) < 2:
             raise CheckpointError(f"{directory}: a tower cannot be saved alone; save its CLIP")
@@ -140,7 +140,7 @@ class PretrainedConfig:
 
     @classmethod
     def from_dict(cls: type[T], config: dict[str, Any]) -> T:
-        """Read a parsed config.json of transformers. Raises ValueError if it is not a CLIP's."""
+        """Read the contents of transformers' config.json. Raises ValueError for other models."""
         return cls.from_fields(configs.from_transformers(config))
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class PretrainedTransform:
 
     @classmethod
     def from_dict(cls: type[T], settings: dict[str, Any], *, reference: str = "transformers") -> T:
-        """Read a parsed preprocessor_config.json of transformers, in the old form or the new.
+        """Read the contents of transformers' preprocessor_config.json, in its old or new form.
 
         Raises ValueError for a setting that an ImageTransform does not have.
         """

@@ -48,7 +48,7 @@ OPENAI_NAMES = {
 
 
 def openai_id(name: str) -> str | None:
-    """The hub id of an OpenAI model, from its official or usual name. None for any other name.
+    """The hub id of an OpenAI model by its name in openai/CLIP or PUBLISHED. None for other names.
 
     >>> openai_id("ViT-L/14@336px") == openai_id("L/14-336"), openai_id("vit-b/32")
     (True, 'openai/clip-vit-base-patch32')
@@ -84,8 +84,8 @@ RELEASES = {
 
 
 def published(name: str) -> Fields | None:
-    """The fields of a model by its name: an OpenAI name ("ViT-L/14"), a hub id in RELEASES, or a
-    key of PUBLISHED. None for any other name.
+    """The config fields of a model. `name` is an OpenAI name ("ViT-L/14"), a hub id in RELEASES,
+    or a key of PUBLISHED. None for any other name.
 
     >>> published("ViT-L/14")["text"]["act"]
     'quick_gelu'
@@ -100,7 +100,7 @@ def published(name: str) -> Fields | None:
 
 
 def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
-    """The releases that fit `shapes`, the fields that were read from a file's weights."""
+    """The releases that have the config fields `shapes`, which come from a file's weights."""
 
     def fits(fields: Fields) -> bool:
         known = ("width", "layers", "mlp_width", "patch_size")
@@ -112,7 +112,7 @@ def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
         return is_clips and shapes.get("embed_dim", fields["embed_dim"]) == fields["embed_dim"]
 
     named = {name: published(name) for name in RELEASES}
-    if "vision" not in shapes:  # a bigG/14 text tower alone is LAION's, from SDXL or SD3
+    if "vision" not in shapes:  # SDXL and SD3 have LAION's bigG/14 text tower
         del named["timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b"]
     return {name: fields for name, fields in named.items() if fields and fits(fields)}
 
@@ -141,7 +141,7 @@ def vision_of_timm(name: Any) -> Fields | None:
 
 
 def fields_of_timm(settings: dict[str, Any]) -> Fields:
-    """The fields in timm's config.json of one vision tower. Raises ValueError."""
+    """The config fields in timm's config.json, for a vision tower. Raises ValueError."""
     name, trained = settings["architecture"], settings.get("pretrained_cfg")
     tag = str(trained.get("tag")) if isinstance(trained, dict) else ""
     vision = vision_of_timm(name)
@@ -150,6 +150,6 @@ def fields_of_timm(settings: dict[str, Any]) -> Fields:
     if vision["act"] == "gelu" and re.fullmatch(r"openai|metaclip_(400m|2pt5b)|dfn5b", tag):
         raise ValueError(
             f"architecture is {shown(name)}, which has GELU, but the weights {tag!r} were trained "
-            "with QuickGELU. Choose one, as with config='openai/clip-vit-base-patch32'"
+            "with QuickGELU. Choose a config, such as config='openai/clip-vit-base-patch32'"
         )
     return {"vision": vision, "embed_dim": settings.get("num_classes")}

@@ -12,14 +12,14 @@ from typing import Any, BinaryIO
 
 from miniclip.errors import CheckpointError
 
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows does not have it, and does not need it
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has no such flag, and needs none
 MOST_BYTES, MOST_LINES = 5_000_000, 300_000
 """Limits for each file of a tokenizer. OpenAI's files have at most 3.7 MB and 262,145 lines."""
 
 
 def read_json(path: Path, most: int = 1_000_000) -> dict[str, Any]:
-    """Read the object in a JSON file. Raises CheckpointError, also above `most` bytes,
-    because parsed JSON can take 30 times its size in memory."""
+    """Read the object in a JSON file. Raises CheckpointError. The file must have at most `most`
+    bytes, because parsed JSON can take 30 times its size in memory."""
     try:
         value = json.loads(read_bytes(path, most).decode())
     except (OSError, ValueError, RecursionError) as error:
@@ -40,7 +40,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         data = read_bytes(path, MOST_BYTES)
         if data.count(b"\n") > MOST_LINES:
-            raise OSError(f"it has more than {MOST_LINES:,} lines, the most that is read")
+            raise OSError(f"it has more than {MOST_LINES:,} lines, which is the limit")
         text = data.decode()
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise CheckpointError(f"{path}: expected lines of UTF-8 text: {error}") from None
@@ -58,10 +58,11 @@ def open_regular(path: str | PathLike[str]) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Read the bytes of a file, unpacked if its name ends in .gz. May raise OSError, ValueError."""
+    """Read the bytes of a file, unpacked if its name ends in .gz. Raises OSError or ValueError, and
+    for a damaged .gz also EOFError or zlib.error."""
     with open_regular(path) as raw:
         with gzip.open(raw) if path.suffix == ".gz" else raw as file:
             data = file.read(most + 1)  # the limit counts unpacked bytes
     if len(data) > most:
-        raise ValueError(f"it has more than {most:,} bytes, the most that is read")
+        raise ValueError(f"it has more than {most:,} bytes, which is the limit")
     return data

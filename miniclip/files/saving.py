@@ -37,11 +37,11 @@ def write_model(
     layout: str = "transformers",
     fork: Fork = PLAIN,
 ) -> None:
-    """Write a model's config and its weights in their own dtype, both files or none.
+    """Write a model's config and weights: both files or none. The weights keep their dtype.
 
     If the directory has open_clip's image settings, they are kept. Raises CheckpointError if the
     files cannot be written, if the layout cannot express the model, or if `load` would read other
-    files of the directory instead.
+    files in the directory instead of the saved files.
     """
     directory = Path(directory)
     check_layout(layout)
@@ -57,7 +57,7 @@ def write_model(
                 names.setdefault((tensor.device, place), []).append(name)
         if tied := [" = ".join(same) for same in names.values() if len(same) > 1]:
             raise ValueError(
-                "cannot save here: one parameter has several names, which a file cannot express: "
+                "cannot save here: one parameter has several names, but needs a single name: "
                 f"{listed(tied)}. First give each name a copy: nn.Parameter(weight.clone())"
             )
         state = {name: tensor.cpu() for name, tensor in state.items()}
@@ -83,10 +83,11 @@ def write_model(
 def saving_checkpoint(
     directory: str | PathLike[str], layout: str, model: Any, tokenizer: Any, transform: Any
 ) -> Iterator[Path]:
-    """Yield a folder to save the model in. Then save the tokenizer and the transform; see `saving`.
+    """Yield a folder to save the model in. Then save the tokenizer and the transform there.
 
-    Raises CheckpointError if the three do not fit together, or if `load` would read other files of
-    the directory instead.
+    At the end, all files move to `directory`, or none, as in `saving`. Raises CheckpointError if
+    model, tokenizer and transform do not fit together, or if `load` would read other files in the
+    directory instead of the saved files.
     """
     directory = Path(directory)
     check_layout(layout)
@@ -125,7 +126,7 @@ def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
 
 
 def one_version(read: F) -> F:
-    """Decorate a reader: it reads again if a save changes the directory during the read.
+    """Decorate the function `read`. If a save changes the files during a read, `read` is repeated.
 
     `read` takes the name of a checkpoint as its last positional argument, or as `name`.
     """
@@ -138,10 +139,10 @@ def one_version(read: F) -> F:
         if not os.path.isdir(directory):
             return read(*args, **options)
         for _ in range(1000):
-            with suppress(OSError):  # `read` calls `resolve`, which tries again and raises
+            with suppress(OSError):  # `read` repeats this call, and raises the error
                 finish_save(directory)
             before = _state(directory)
-            # While a save moves its files, SAVED exists, and two different states may look equal.
+            # While SAVED exists, a save may have moved only some of its files.
             is_whole = not os.path.isdir(directory / SAVED) or os.path.islink(directory / SAVED)
             result, error = None, None
             try:
@@ -158,7 +159,7 @@ def one_version(read: F) -> F:
 
 
 def _state(directory: Path) -> dict[str, tuple[int, int, int]]:
-    """The inode, time and size of each file. Two versions of a directory differ in one of these."""
+    """The inode, time and size of each file. Each save changes at least one of these numbers."""
     state = {}
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:

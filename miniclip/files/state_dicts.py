@@ -13,7 +13,7 @@ MOST_TENSORS = 10_000  # bigG/14 has 974
 
 
 class Storage(NamedTuple):
-    """Numbers in the file, which belong to one or more tensors."""
+    """An array of numbers in the file. One or more tensors use it."""
 
     key: str
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class StoredTensor(NamedTuple):
 
 
 class Made(dict[Any, Any]):
-    """A placeholder for an object that only code could make. It keeps items and attributes."""
+    """A placeholder for an object that code would make, with its items and attributes."""
 
     def __init__(self, maker: str = "") -> None:
         self.maker = maker
@@ -47,8 +47,8 @@ class Made(dict[Any, Any]):
 def find_state_dict(root: Any) -> dict[str, StoredTensor]:
     """Find the only state dict in a file: the root, or a dictionary inside it.
 
-    A state dict has tensors under dotted names. Other dictionaries of tensors count only if the
-    file has no dotted names. Raises UnpicklingError.
+    A state dict has tensors under dotted names. If the file has no dotted names, a dictionary of
+    tensors with other names is also a state dict. Raises UnpicklingError.
     """
     found: dict[str, dict[Any, Any]] = {}
     todo, seen, modules = [("", root)], set[int](), set[int]()
@@ -74,10 +74,10 @@ def find_state_dict(root: Any) -> dict[str, StoredTensor]:
     if len(named) > MOST_TENSORS:
         raise UnpicklingError(f"expected at most {MOST_TENSORS:,} tensors, found {len(named):,}")
     odd = [v.maker for v in tensors.values() if isinstance(v, Made) and "_rebuild_" in v.maker]
-    if not named and isinstance(root, dict):  # without tensors, the error names other objects
+    if not named and isinstance(root, dict):  # the error should name what was found
         odd = [value.maker for value in (root, *root.values()) if isinstance(value, Made)]
     if odd or None in named or not named:
-        what = f"a value that {odd[0]:.80} makes" if odd else "none"
+        what = f"an object made by {odd[0]:.80}" if odd else "none"
         raise UnpicklingError(
             "expected a dictionary of tensors, as torch.save(model.state_dict(), path) writes it, "
             f"but found {what}; code in a pickle never runs"
@@ -95,7 +95,7 @@ def _tensors(attributes: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str
     if not isinstance(attributes, dict) or id(attributes) in seen:
         return
     seen.add(id(attributes))
-    if "_parameters" in attributes:  # a module that torch.save wrote, and not TorchScript
+    if "_parameters" in attributes:  # from torch.save; TorchScript has no _parameters
         for kind in ("_parameters", "_buffers", "_modules"):
             yield from _tensors(attributes.get(kind), prefix, seen)
         return

@@ -20,7 +20,7 @@ OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
 STALE = ("tokenizer.json", "added_tokens.json")
 """Files of an older tokenizer. A save deletes them, because transformers would read them first."""
 MOST_ADDED, LONGEST_ADDED = 20_000, 100
-"""The largest number of added tokens, and of characters in each. Long tokens need more look-ups."""
+"""Limits: the number of added tokens, and the characters in one. Long tokens are slow to find."""
 
 
 class Vocabulary(NamedTuple):
@@ -28,7 +28,7 @@ class Vocabulary(NamedTuple):
 
     vocab: dict[str, int]
     merges: list[Pair]
-    added: dict[str, bool]  # tokens to find in a text. True: match after cleaning. False: before
+    added: dict[str, bool]  # True: match in the cleaned text. False: match before cleaning.
     special: dict[str, str]  # bos_token, eos_token, unk_token, pad_token
     context_length: int
 
@@ -37,7 +37,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     """Read a tokenizer from the files that transformers reads. Raises CheckpointError."""
     open_clip = directory / "open_clip_config.json"
     open_clip_length = None
-    if open_clip.is_file():  # first, because it may name a tokenizer that is not CLIP's
+    if open_clip.is_file():  # read this file first: it may name another kind of tokenizer
         with blaming(open_clip):
             open_clip_length = context_of_open_clip(read_json(open_clip))
     source, vocab, merges = _read_merges(directory)
@@ -45,7 +45,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     with blaming(source):
         check_tokens(vocab, merges, [])
         if not any(token.endswith(END_OF_WORD) for token in vocab):
-            raise ValueError(f"no token ends with {END_OF_WORD}, as the last token of a word must")
+            raise ValueError(f"no token ends with {END_OF_WORD}, but a word's last token must")
         given = {token: id for token, (_, id) in added.items() if id is not None}
         for token, id in sorted(given.items(), key=lambda item: item[1]):
             if (found := vocab.setdefault(token, len(vocab))) != id:
@@ -83,7 +83,7 @@ def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> 
 
 
 def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Iterable[str]) -> None:
-    """Raise ValueError for a token that no merge makes, because no text can have this token.
+    """Raise ValueError for a token that no merge makes, because no text gives this token.
 
     This can be checked only if the vocabulary contains all 256 bytes.
     """
@@ -94,13 +94,13 @@ def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Itera
     if unmade := vocab.keys() - symbols - made - set(special):
         first = min(unmade, key=vocab.__getitem__)
         raise ValueError(
-            f"no merge makes {len(unmade)} tokens of the vocabulary, the first {shown(first)}; "
+            f"no merge makes {len(unmade)} tokens of the vocabulary, such as {shown(first)}; "
             "vocabulary and merges must come from the same tokenizer"
         )
 
 
 def _read_merges(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
-    """Read the vocabulary and the merges. The first value is the file of the vocabulary."""
+    """Read the vocabulary and the merges. Returns (vocabulary's file, vocabulary, merges)."""
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     whole, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
     if vocab.is_file() and (merges.is_file() or not whole.is_file()):
@@ -137,11 +137,11 @@ def _pairs(path: Path, merges: Iterable[Any]) -> list[Pair]:
 
 
 Added = dict[str, tuple[bool, int | None]]
-"""Tokens to find in texts: {token: (whether to match it after cleaning, its id or None)}."""
+"""Added tokens: {token: (whether to match the token after cleaning, the token's id or None)}."""
 
 
 def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
-    """Read the four named tokens, all tokens to find in texts, and the context length.
+    """Read the bos, eos, unk and pad tokens, the added tokens, and the context length.
 
     Versions of transformers have used four different files for tokens. The files are read in
     transformers' order, and a later entry replaces an earlier entry. If tokenizer_config.json has
@@ -196,7 +196,7 @@ def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
 
 
 def _added_token(token: Any, id: int | None = None) -> Added:
-    """Read a token from its entry in a file. A string instead of an entry is a special token."""
+    """Read an added token from an entry of a file. By default, a token without an id is special."""
     if isinstance(token, str):
         token = {"content": token}
     content = token["content"]

@@ -20,7 +20,7 @@ except ImportError:  # Windows
 PLACE = ".cache/huggingface"
 """Unfinished files are written here. huggingface_hub's `upload_folder` leaves this folder out."""
 SAVED = f"{PLACE}/miniclip.saved"
-"""A folder with a complete save. Its files still have to be moved to their places."""
+"""The folder of a complete save. Its files still have to be moved to the checkpoint's directory."""
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -31,7 +31,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to. On success the file takes the place of `path`."""
+    """Yield a temporary path to write to. If nothing fails, this file then replaces `path`."""
     if path.exists() and not path.is_file():  # do not replace a device
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with _private_folder(path.parent) as folder:
@@ -49,8 +49,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def _private_folder(directory: Path) -> Iterator[Path]:
     """Yield a new folder inside `directory`, and remove it at the end.
 
-    A process locks its folder. A folder without a lock was left by a killed process, and is removed
-    here. On a system without locks, such a folder stays.
+    A process locks its folder. If a folder has no lock, its process was killed, and the folder is
+    removed here. On a system without locks, such a folder stays.
     """
     held = None
     while held is None:  # another process may remove the folder or its parents before we lock it
@@ -60,7 +60,7 @@ def _private_folder(directory: Path) -> Iterator[Path]:
                 with suppress(FileExistsError):
                     os.mkdir(place)
             base = directory / PLACE
-            if base.stat().st_dev != directory.stat().st_dev:  # a rename works on one device only
+            if base.stat().st_dev != directory.stat().st_dev:  # a rename across devices fails
                 base = directory
             for left in base.glob("miniclip-*"):
                 with suppress(OSError):
@@ -80,7 +80,7 @@ def _private_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if held >= 0:
             os.close(held)
-        with suppress(OSError):  # the folders may not be empty
+        with suppress(OSError):  # a folder that is not empty cannot be removed
             (directory / PLACE).rmdir()
             (directory / ".cache").rmdir()
 
@@ -103,11 +103,11 @@ def lock(folder: Path) -> int:
 
 @contextmanager
 def saving(directory: Path) -> Iterator[Path]:
-    """Yield a folder to write files to. At the end, all of them move to `directory`, or none.
+    """Yield a folder to write files to. At the end, all files move to `directory`, or none does.
 
-    An empty file in the folder means: delete the file with this name. One rename makes the folder a
-    complete save. If the process is killed before the rename, the directory keeps its files. If the
-    process is killed later, the next reader calls `finish_save`. Raises CheckpointError.
+    An empty file in the folder means: delete the file with this name. To complete the save, the
+    folder is renamed to SAVED. If the process is killed before the rename, the directory keeps its
+    files. If it is killed later, the next reader calls `finish_save`. Raises CheckpointError.
     """
     folder, is_new = directory, not directory.exists()
     try:
@@ -117,13 +117,13 @@ def saving(directory: Path) -> Iterator[Path]:
                 yield folder
                 for file in folder.iterdir():
                     target = directory / file.name
-                    if target.is_dir():  # checked here: nothing may fail after the rename below
+                    if target.is_dir():  # checked before `_commit`, which is final
                         raise IsADirectoryError(f"{target} is a directory")
                     if target.exists():
                         file.chmod(target.stat().st_mode)
                 _commit(folder, directory)
                 finish_save(directory)
-    except CheckpointError as error:  # name the directory, and not the folder inside it
+    except CheckpointError as error:  # the error should name the user's directory
         raise CheckpointError(str(error).replace(str(folder), str(directory))) from error
     finally:
         if is_new:
@@ -142,20 +142,20 @@ def _commit(folder: Path, directory: Path) -> None:
 
 
 def finish_save(directory: Path) -> None:
-    """Move the files of a complete save, if there is one, to their places."""
+    """If the folder SAVED exists, move its files into `directory`."""
     saved = directory / SAVED
     try:
         names = [] if saved.is_symlink() else os.listdir(saved)
     except (FileNotFoundError, NotADirectoryError):
         return
     for name in names:
-        with suppress(FileNotFoundError):  # another process may do the same now
+        with suppress(FileNotFoundError):  # another process may move the same files now
             if (saved / name).stat().st_size:
                 os.replace(saved / name, directory / name)
             else:
                 (directory / name).unlink(missing_ok=True)
                 (saved / name).unlink()
-    with suppress(OSError):  # another process may have removed it, or started the next save
+    with suppress(OSError):  # another process may have removed SAVED, or saved again
         saved.rmdir()
 
 

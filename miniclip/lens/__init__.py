@@ -6,9 +6,9 @@
 - `heat.py`: several methods to show where a model sees a text in an image
 - `reading.py`: which tower gets an input, and which token's output becomes the embedding
 
-Diffusion models read the residual stream after a chosen block of the text tower. In diffusers, clip
-skip 1 means the block before the last. Most user interfaces call it clip skip 2. A prompt of more
-than 77 tokens goes through the tower in windows, each with a start and an end token:
+Diffusion models read the residual stream after a chosen block of the text tower. The block before
+the last is clip skip 1 in diffusers, and clip skip 2 in most user interfaces. A prompt of more than
+77 tokens goes through the tower in windows, each with a start and an end token:
 
 ```python
 from miniclip.lens import forward_intermediates
@@ -28,7 +28,7 @@ For one embedding of a long text, see `surgery.extend_context`.
     miniclip explain --score shapes --model shapes -o methods.png
 
 The first command draws where the model sees each text, with every method. The second command scores
-the methods. An image has two drawn objects, and a method must find the one that the text names:
+the methods. An image has two drawn objects. A method must find the object that the text names:
 
                                     trained weights                random weights
     method                named     other       IoU     named     other       IoU
@@ -43,10 +43,10 @@ the methods. An image has two drawn objects, and a method must find the one that
     the mask itself       85.0%      0.0%     64.0%
 
 (Shapes checkpoint, torch 2.13.0, CPU, 2026-11-29. `named`, `other`: how often the warmest pixel is
-on the object that the text names, or on the other one. `IoU`: take as many of the warmest pixels as
-the object has pixels, and compare the two regions (intersection over union). Random weights: the
+on the object that the text names, or on the other object. `IoU` (intersection over union): if the
+object has N pixels, it is compared with the N warmest pixels of the map. Random weights: the
 mean over five models. Attention and rollout do not read the text, so they find both objects equally
-often. `the mask itself`: the object's mask, averaged over each patch: about the best possible map.)
+often. `the mask itself` is the object's mask, averaged over each patch. No map can be much better.)
 """
 
 from miniclip.lens.attention import Relevance, attention_maps, gradcam, relevance, rollout

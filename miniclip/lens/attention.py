@@ -15,7 +15,7 @@ from miniclip.sites import cache
 def attention_maps(model: CLIP | Tower, x: Tensor) -> list[Tensor]:
     """The attention pattern of every block, (B, H, T, T): head, query token, key token.
 
-    Raises ValueError for a fork whose attention does not run the site `pattern`.
+    Raises ValueError if a fork's attention does not use the site `pattern`.
 
     >>> from miniclip import CLIP
     >>> maps = attention_maps(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64))
@@ -45,7 +45,7 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
 
     A block's matrix is the mean of two matrices: its heads' mean pattern, and the identity for
     the residual connection. The matrices of all blocks are multiplied (Abnar and Zuidema 2020,
-    arXiv 2005.00928). Returns (B, T), whose rows sum to 1.
+    arXiv 2005.00928). Returns (B, T). Each row sums to 1.
 
     >>> from miniclip import CLIP
     >>> rollout(CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)).shape
@@ -62,7 +62,7 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
 
 
 class Relevance(NamedTuple):
-    """The relevance of tokens, for B pairs. It starts at 1 for class and end token, else at 0."""
+    """The relevance of tokens, for B pairs. The class and end tokens start at 1, others at 0."""
 
     image: Tensor  # (B, 1 + R + P)
     text: Tensor  # (B, T)
@@ -71,9 +71,9 @@ class Relevance(NamedTuple):
 def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Relevance:
     """Attention weighted by its gradient, for B pairs of an image and a text, in both towers.
 
-    Each head's pattern is multiplied by the gradient of the pair's logit. The positive part is
-    averaged over the heads and accumulated over the blocks (Chefer et al. 2021, "Generic
-    Attention-model Explainability", arXiv 2103.15679, equations 5 and 6).
+    Each head's pattern is multiplied by the gradient of the pair's logit. Negative products become
+    0. The products are averaged over the heads and accumulated over the blocks (Chefer et al. 2021,
+    "Generic Attention-model Explainability", arXiv 2103.15679, equations 5 and 6).
 
     Args:
         start: the first block that is used. The paper starts at 0. The authors' notebook for CLIP
@@ -112,7 +112,7 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
 def pair_gradients(
     model: CLIP, pixels: Tensor, ids: Tensor, *sites: str
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """The tensors at sites, and the gradients of the logits of B pairs with respect to them."""
+    """The tensors at sites, and the gradients of B pairs' logits with respect to these tensors."""
     # The caller may have turned gradients off. A tensor from inference mode must be copied.
     with torch.inference_mode(False), torch.enable_grad():
         with cache(model, *sites, grad=True) as acts:
@@ -123,8 +123,9 @@ def pair_gradients(
 def gradcam(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     """Grad-CAM of B pairs, at the input of attention in the last block: (B, T).
 
-    Channels are weighted by their mean gradient over the patches and added, and negative sums
-    become 0 (Selvaraju et al. 2017, arXiv 1610.02391; for ViTs as in pytorch-grad-cam).
+    A channel's weight is its mean gradient over the patches. For each token, the weighted channels
+    are added. Negative sums become 0 (Selvaraju et al. 2017, arXiv 1610.02391, as in
+    pytorch-grad-cam for ViTs).
 
     >>> import miniclip
     >>> model, tokenizer, _ = miniclip.load("shapes")

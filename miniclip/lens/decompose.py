@@ -16,9 +16,10 @@ from miniclip.sites import hooks, norm_scale
 def read_rows(
     tower: Tower, x: Tensor, sites: dict[str, Callable], read: Callable
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Run a tower. Return the results of functions at sites, {site: result}, and the embedding.
+    """Run a tower. Call functions with the tensors at sites. Return the results and the embedding.
 
-    `sites` is {glob: function}. The result "embed" is `read(the input of block 0)`.
+    `sites` is {glob: function}. The results are {site: result}, and "embed" is the result of `read`
+    for the input of block 0.
     """
     rows: dict[str, Tensor] = {}
 
@@ -31,7 +32,7 @@ def read_rows(
         return rows, tower(x)
 
 
-# z (B, H, D) or its parts by token (B, H, T, D), times the heads' maps to the embedding (E, H, D).
+# z (B, H, D), or z split by token (B, H, T, D), times each head's map to the embedding (E, H, D).
 GRAINS = {"layer": "bhd,ehd->be", "head": "bhd,ehd->bhe", "token": "bhtd,ehd->bhte"}
 
 
@@ -49,12 +50,12 @@ def decompose(
         x: pixels or ids.
         by: how to split attention: by "layer" (B, E), "head" (B, H, E), or "token" (B, H, T, E),
             where T are the tokens that a head attends to.
-        convention: "miniclip": a part is what the embedding would lose without it, and each bias is
-            a part. "clip_prs" (the authors' code): attention and MLP include their biases, all
-            parts share the LayerNorm's bias equally, and the sum of all parts has length 1.
+        convention: "miniclip": `embedding - part` is the embedding without this part, and each bias
+            is a part. "clip_prs" (the authors' code): attention and MLP include their biases, all
+            parts share the LayerNorm's mean and bias equally, and the sum of all has length 1.
     Returns:
         "embed" (the residual stream before the first block), "blocks.3.attn", "blocks.3.mlp", and
-        so on, and with "miniclip" also biases. The sum of all parts is the embedding (with
+        so on. With "miniclip", biases are parts too. The sum of all parts is the embedding (with
         "clip_prs": of length 1). A value bias belongs to a head, not to a token, because a
         pattern's rows sum to 1. So "blocks.3.attn.v_proj.bias" is (B, H, E) if `by` is "head" or
         "token". A fork's own MLP is one part, including its biases.
@@ -73,7 +74,7 @@ def decompose(
         raise ValueError(f"by is {by!r}; expected {', '.join(map(repr, GRAINS))}")
     if convention not in ("miniclip", "clip_prs"):
         raise ValueError(f"convention is {convention!r}; expected 'miniclip' or 'clip_prs'")
-    apart = convention == "miniclip"  # biases are parts of their own
+    apart = convention == "miniclip"  # each bias is a separate part
     tower = tower_for(model, x)
     positions = read_positions("decompose", tower, x)
     follow("decompose", tower, block=("forward",), attention=("forward", "attend"))
@@ -88,7 +89,7 @@ def decompose(
     else:
         sites["blocks.*.attn.z"] = read_row  # (B, H, D)
     changed = own_method(tower, (), attention=("qkv",))[1]
-    if changed:  # a fork's values may differ from the output of v_proj
+    if changed:  # a fork's value vectors may differ from v_proj's output
         sites["blocks.*.ln_1"] = lambda normed: normed
     rows, embedding = read_rows(tower, x, sites, read_row)
     for i, one in enumerate(tower.blocks if changed else ()):
@@ -100,8 +101,8 @@ def decompose(
     norm_name, norm = last_norm(tower)
     last = rows[f"blocks.{len(tower.blocks) - 1}"]  # (B, W)
     length = 1 if apart else embedding.norm(dim=-1, keepdim=True)  # (B, 1)
-    # For a given scale, the map from the residual stream to the embedding is linear. If the mean
-    # is subtracted from each part, LayerNorm and projection are one matrix.
+    # For a fixed scale, the map from the residual stream to the embedding is linear, except for the
+    # bias. With "miniclip", the matrix `readout` also subtracts the mean of the stream.
     scale = norm_scale(norm, last) * length
     proj, _ = affine_of(tower.proj, last.shape[-1], last)
     readout = proj * norm.weight  # (E, W)
@@ -161,15 +162,15 @@ def share(total: Tensor, part: Tensor) -> Tensor:
 def ablate_contributions(
     parts: Mapping[str, Tensor], heads: Mapping[int, Collection[int]]
 ) -> Tensor:
-    """The embeddings (B, E), in which the contributions of some heads become their means.
+    """The embeddings (B, E), with some heads' contributions replaced by their mean over the batch.
 
     This is the mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code.
-    The model does not run again: later layers still use the original output of these heads. But
-    `surgery.ablate_heads` with mode="mean" also changes later layers, at every token.
+    The model does not run again, so later layers still use the original output of these heads.
+    To change later layers too, at every token, use `surgery.ablate_heads` with mode="mean".
 
     Args:
         parts: from `decompose` of a whole data set, with `by` "head" or "token".
-        heads: {layer: [head, ...]}. Their parts become the means over the batch.
+        heads: the heads to replace, {layer: [head, ...]}.
 
     >>> from miniclip import CLIP
     >>> parts = decompose(CLIP.from_pretrained("shapes"), torch.rand(4, 3, 64, 64), by="head")
@@ -188,8 +189,8 @@ def ablate_contributions(
 
 
 def affine_of(module: Any, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix (out, width) and the bias (out) of a Linear or of a module that replaces one: a
-    LoRA, a quantised Linear, or the Identity of a tower without a projection."""
+    """The matrix (out, width) and the bias (out) of an affine module: a Linear, a LoRA, a quantised
+    Linear, or the Identity of a tower without a projection."""
     if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
         weight = module.weight
         return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias

@@ -1,4 +1,4 @@
-"""Several methods to show where a model sees a text in an image, as a map and in colours."""
+"""Several methods to compute and to draw where a model sees a text in an image."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -43,7 +43,7 @@ def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
 
 @torch.no_grad()
 def token_map(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """How much each patch adds to the similarity with the text, through all heads (`decompose`)."""
+    """How much each patch adds to the similarity with the text, in all heads (see `decompose`)."""
     texts = model.encode_text(ids, normalize=True)  # (B, E)
     parts = decompose(model, pixels, by="token")
     tokens = sum(part.sum(1) for part in parts.values() if part.ndim == 4)  # (B, T, E)
@@ -64,7 +64,7 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     heat, times = texts.new_zeros(len(texts), rows, columns), texts.new_zeros(rows, columns)
     for i, j in corners:
         times[i : i + 2, j : j + 2] += 1
-    # Equal images that follow each other are encoded once. To find them, the CPU waits for the GPU.
+    # Equal images in a row are encoded once. The comparison of images makes the CPU wait for a GPU.
     repeats = [1] * len(pixels)
     if not pixels.is_meta:
         repeats = torch.unique_consecutive(pixels, dim=0, return_counts=True)[1].tolist()
@@ -127,7 +127,7 @@ def text_maps(
 
 @torch.no_grad()
 def cosines(image: Picture, texts: str | Iterable[str], loaded: Loaded) -> Tensor:
-    """The cosine of the image's embedding and the embedding of each of C texts, (C,)."""
+    """The cosines between an image's embedding and the embeddings of C texts: (C,)."""
     model, tokenizer, transform = loaded
     device = model.logit_scale.device
     ids = ids_for(model.text, tokenizer, as_list(texts)).to(device)
@@ -136,14 +136,14 @@ def cosines(image: Picture, texts: str | Iterable[str], loaded: Loaded) -> Tenso
 
 
 def text_map(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Tensor:
-    """`text_maps` of one text: (rows, columns)."""
+    """Where the model sees one text, as in `text_maps`: (rows, columns)."""
     return text_maps(image, [text], loaded, method)[0]
 
 
 def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance") -> Image.Image:
     """Draw `text_map` in colours over a grey copy of the crop that the model sees.
 
-    Negative numbers are as dark as 0. For the arguments and the errors see `text_maps`.
+    Negative numbers get the colour of 0. For the arguments and the errors see `text_maps`.
 
     >>> import miniclip
     >>> heatmap(Image.new("RGB", (80, 64)), "a red circle", miniclip.load("shapes")).size
@@ -153,9 +153,9 @@ def heatmap(image: Picture, text: str, loaded: Loaded, method: str = "relevance"
 
 
 def seen(image: Picture, transform: ImageTransform, scale: int = 1) -> Image.Image:
-    """What the model sees of an image: its crop, as an image of S x S pixels.
+    """The crop of an image that the model sees, S x S pixels.
 
-    Use a larger `scale` for display: the same crop with `scale` * S pixels along each side.
+    For display, a larger `scale` gives the same crop with `scale` * S pixels along each side.
     """
     larger = replace(transform, size=transform.size * scale, crop_size=transform.crop_size * scale)
     mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)
@@ -169,14 +169,14 @@ HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")
 
 
 def overlay(picture: Image.Image, heat: Tensor, warmest: float | None = None) -> Image.Image:
-    """Draw the positive heat (rows, columns) over a grey image. Warm places are more opaque.
+    """Draw the positive heat (rows, columns) over a grey image. More heat is more opaque.
 
-    The last of HEAT_COLOURS stands for the heat `warmest`, by default the map's largest value.
+    `warmest` is the heat that has the last of HEAT_COLOURS, by default the map's largest value.
     """
     shown = heat.clamp(min=0)
     warmest = shown.max().item() if warmest is None else warmest
     levels = (shown / max(warmest, 1e-12) * 255).clamp(max=255).to(torch.uint8).numpy()
     smooth = Image.fromarray(levels).resize(picture.size, Image.Resampling.BILINEAR)
     colours = ImageOps.colorize(smooth, *HEAT_COLOURS[::2], mid=HEAT_COLOURS[1])
-    density = smooth.point(lambda h: 90 + h // 2)  # opacity, 0 to 255: cold places show the image
+    density = smooth.point(lambda h: 90 + h // 2)  # opacity: 90 at heat 0, at most 217 of 255
     return Image.composite(colours, picture.convert("L").convert("RGB"), density)

@@ -1,7 +1,7 @@
 """Which tower gets an input, and which token's output becomes the embedding.
 
-For an image this is the class token, for a text the end token. `model` may be a CLIP or one of its
-towers. A CLIP sends floats to its vision tower and ids to its text tower.
+This token is the class token of an image, or the end token of a text. `model` may be a CLIP or a
+tower. A CLIP sends floats to its vision tower and ids to its text tower.
 """
 
 import torch
@@ -30,12 +30,12 @@ def take(tokens: Tensor, positions: Tensor) -> Tensor:
 
 
 def last_norm(tower: Tower) -> tuple[str, nn.LayerNorm]:
-    """The LayerNorm before the projection, and its name."""
+    """The name of the LayerNorm before the projection, and this LayerNorm."""
     name = "ln_post" if hasattr(tower, "ln_post") else "ln_final"
     return name, getattr(tower, name)
 
 
 def on_grid(model: CLIP | VisionTower, pixels: Tensor, tokens: Tensor) -> Tensor:
-    """Arrange a number per token as a map of the patches: (B, T) -> (B, rows, columns)."""
+    """Arrange the numbers of the patch tokens as a map: (B, T) -> (B, rows, columns)."""
     tower = tower_for(model, pixels)
     return tokens[:, patch_places(tower, pixels)].unflatten(1, patch_grid(tower, pixels))

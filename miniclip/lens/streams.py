@@ -23,7 +23,7 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
         x: pixels or ids.
         ln: which stream gives the divisor of the last LayerNorm. "recompute": the stream after the
             same block, as if the tower ended there. "final": the stream after the last block. Then
-            two entries differ by what the blocks between them add (`decompose`).
+            the difference of two entries is what the blocks between them add, as in `decompose`.
 
     >>> from miniclip import CLIP
     >>> logit_lens(CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)).shape
@@ -61,8 +61,8 @@ def forward_intermediates(
 ) -> list | tuple[Tensor, list]:
     """The residual stream after chosen blocks, with gradients, like timm's `forward_intermediates`.
 
-    For the text tower, diffusers' clip skip n is `indices=[-1 - n], norm=True`. Most user
-    interfaces call it n + 1. SDXL reads `indices=[-2]` without `norm`.
+    For the text tower, diffusers' clip skip n is `indices=[-1 - n], norm=True`. In most user
+    interfaces, this is clip skip n + 1. SDXL uses `indices=[-2]` without `norm`.
 
     Args:
         indices: a list of block numbers, or one number n for the last n blocks. None: all blocks.

@@ -41,13 +41,13 @@ except ImportError:
 
 HOST = "127.0.0.1"
 FIRST_PORT = 8400
-MAX_BYTES = 20_000_000  # of an upload
-MAX_PIXELS = 50_000_000  # of an upload: decoding takes over ten bytes for each pixel
-MAX_LABELS, MAX_CHARACTERS = 200, 1000  # labels of a question, characters of a text
-MAX_WAITING = 16  # questions at once
-MAX_SECONDS = 60  # to receive a question, and to answer it
-IDLE_SECONDS = 30  # after which a connection without a question is closed
-TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # for others, Pillow may start programs
+MAX_BYTES = 20_000_000  # in an uploaded image
+MAX_PIXELS = 50_000_000  # in an uploaded image: decoding takes over ten bytes for each pixel
+MAX_LABELS, MAX_CHARACTERS = 200, 1000  # in a question, in a text
+MAX_WAITING = 16  # questions that wait at the same time
+MAX_SECONDS = 60  # to receive a question, and then to answer it
+IDLE_SECONDS = 30  # a connection without a question is closed after this time
+TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow may start programs for other types
 SIDE = 448  # the smallest side of an image on the page, in pixels
 THUMBNAIL = (224, 224)  # the largest size of a search result, in pixels
 
@@ -84,8 +84,8 @@ def open_index(path: str, device: str) -> tuple[Find, str]:
 def create_app(
     models: Mapping[str, Loaded], find: Find | None = None, searcher: str = ""
 ) -> Starlette:
-    """Make the server of the page, which offers `models`. `find` searches an index, and `searcher`
-    is the name of the model that made the index."""
+    """Make the server of the page with these `models`. `find` searches an index. `searcher` is the
+    name of the model that made the index."""
 
     def find_model(name: str) -> Loaded:
         if name not in models:  # the page may be older than the server
@@ -148,7 +148,7 @@ def create_app(
 
         async def in_turn(request: Request, body: bytes) -> Response:
             async with one_at_a_time:
-                if await request.is_disconnected():  # the page has replaced this question
+                if await request.is_disconnected():  # the page no longer waits for this answer
                     return Response()
                 return await run_in_threadpool(work, body)
 
@@ -164,7 +164,7 @@ def create_app(
                 try:
                     return await asyncio.wait_for(asyncio.shield(task), MAX_SECONDS)
                 finally:
-                    task.cancel()  # in case it still waits for its turn
+                    task.cancel()  # the task may still wait for its turn
             except ClientDisconnect:
                 return Response()
             except asyncio.TimeoutError:
@@ -182,13 +182,13 @@ def create_app(
     home = Route("/", lambda _: HTMLResponse(page, headers={"content-security-policy": POLICY}))
     return Starlette(
         routes=[home, *map(route, (about, classify, explain, search))],
-        # No other host names, because another site could point its own name at this server.
+        # Refuse other host names, because another site could point its own name at this server.
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
     )
 
 
 def describe_model(loaded: Loaded) -> dict[str, Any]:
-    """The facts about a model that the page shows: pixels along a side, heads of each layer."""
+    """What the page shows about a model: pixels along a side, and the heads of each layer."""
     heads = loaded.model.config.vision.per_layer("heads")
     return {"size": loaded.transform.crop_size, "heads": heads}
 
@@ -221,8 +221,8 @@ def examples() -> list[dict[str, Any]]:
 def check_origin(request: Request) -> None:
     """Raise ValueError if the question comes from a page of another site.
 
-    The browser names the page's site in the headers. It sends JSON to another site only after
-    a preflight request, which this server does not answer.
+    The browser writes the page's site into the headers. A browser sends JSON to another site only
+    after a preflight request, which this server does not answer.
     """
     origin, headers = f"http://{request.headers.get('host')}", request.headers
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -248,7 +248,7 @@ async def read_body(request: Request) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:  # base64 takes 4/3; 1 MB for the texts
+        if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:  # base64 is 4/3 as long; texts get 1 MB
             raise ValueError(f"the image is larger than {MAX_BYTES // 10**6} MB")
     return bytes(body)
 
@@ -279,7 +279,7 @@ def write_picture(picture: Image.Image) -> str:
 
 
 def enlarged(picture: Image.Image, loaded: Loaded) -> Image.Image:
-    """The part of an image that the model sees, in more pixels than the model gets."""
+    """The crop of an image that the model sees, enlarged to at least SIDE pixels along a side."""
     return lens.seen(picture, loaded.transform, -(-SIDE // loaded.transform.crop_size))
 
 
@@ -301,7 +301,7 @@ def listen(port: int | None) -> socket.socket:
 
 
 class Impatient(H11Protocol):
-    """Close a connection without a question. uvicorn would wait forever for a first question."""
+    """Close a connection without a question. uvicorn would wait forever for the first question."""
 
     def connection_made(self, transport: Any) -> None:
         """Schedule the first check of the connection."""
@@ -317,7 +317,7 @@ class Impatient(H11Protocol):
 
 
 def serve_until_interrupted(app: Starlette, listening: socket.socket) -> None:
-    """Serve until Ctrl-C. Answer the questions that wait, then raise KeyboardInterrupt."""
+    """Serve until Ctrl-C. Then answer the waiting questions, and raise KeyboardInterrupt."""
     # No log_config: uvicorn's own config would close the log handlers of other libraries.
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", lifespan="off", http=Impatient

@@ -50,7 +50,7 @@ biases and LayerNorms are random too, and the logit scale is 100:
 
 If a site is out of tolerance, the exit status is 1. The report names the first such site and the
 likely cause: `first at vision.blocks.0.mlp_out, likely cause: model has the activation gelu instead
-of quick_gelu`. To find the cause, the command plants common faults in CLIP's formulas. If weights
+of quick_gelu`. To find the cause, the command tries common faults in CLIP's formulas. If weights
 differ, the report says how: transposed, flipped, rounded to bfloat16, heads in another order.
 `--plot` plots the differences against depth. A fork with the right outputs may still have wrong
 gradients. `--grad` also compares the gradient of the contrastive loss for each parameter, in the
@@ -65,7 +65,7 @@ assert_parity(my_model, model, gradients=True)
 ```
 
 **Five kinds of forks** can be compared. Give the path of a checkpoint's folder or of a Python file.
-After the file's path, name a model in the file, or a function that returns one: `my_fork.py:build`.
+After the file's path, name a model, or a function that returns a model: `my_fork.py:build`.
 The default is `model`. The command calls `model(pixels, ids)`. The output must be like the output
 of miniclip, transformers, OpenAI or open_clip. `--grad` works for each kind.
 

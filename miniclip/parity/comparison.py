@@ -67,16 +67,16 @@ def compare(
     The sites of each tower are `embeddings`, then `resid_pre`, `q`, `k`, `v`, `pattern`,
     `attn_out`, `mlp_out` and `resid_post` of each block, then `pooled` and `projected`. `logits`
     and every other tensor of the output follow. A site that one model lacks is left out. The
-    float64 runs override explicit casts to float32, such as the cast in a float32 softmax. Both
-    models run uncompiled, and are restored afterwards.
+    float64 runs override explicit casts to float32, such as the cast in a float32 softmax.
+    Compiled models run uncompiled. Both models are restored afterwards.
 
     Args:
         model: a model, or a triple from `miniclip.load`. The modules have the names of miniclip,
             transformers, OpenAI or open_clip, or the names in the attribute `tensor_names`.
-        other: the second model, or its triple. Two triples also give rows `tokens` and `pixels`.
+        other: the second model or triple. Two triples add `tokens` and `pixels` to the report.
         dtype: the precision of the comparison. Both models also run in float64.
         gradients: if all sites are within tolerance, also compare the contrastive loss's gradients
-            in float64. Adds a row `gradient.NAME` for each parameter.
+            in float64. The report then has a row `gradient.NAME` for each parameter.
     Raises:
         ValueError: the models have different depths, or a tower has no blocks.
 
@@ -122,7 +122,7 @@ def assert_parity(model: nn.Module | Loaded, other: nn.Module | Loaded, **option
 def compare_models(
     ours: Any, theirs: Any, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Stage:
-    """Return a row for each site that both models have, and the cause of the first difference."""
+    """Return the report's rows, one for each common site, and the cause of the first difference."""
     models = (ours, theirs)
     for name, model in zip(NAMES, models, strict=True):
         if any(weight.is_meta for weight in model.parameters()):
@@ -142,7 +142,7 @@ def compare_models(
     stored = (under_our_names(model, kind, state_of(model)) for model in models)
     weights = [{name: w.cpu().to(dtype) for name, w in found.items()} for found in stored]
     exact = TOLERANCE[torch.float64]
-    # A parameter that a fork's own table leaves out was not merged into another parameter.
+    # A fork's own table may lack parameters that were not merged into other parameters.
     is_complete = not any("tensor_names" in vars(model) for model in models)
     if _are_rounded_once_more(weights[0], weights[1], is_complete):
         exact = ROUNDED if dtype in TOLERANCE else torch.inf
@@ -173,7 +173,7 @@ def compare_models(
     failed = next((row for row in rows if not row.within_tolerance), None)
     if failed is not None:
         return rows, _cause(failed, runs, tensors, sides, dtype)
-    site = "text.embeddings"  # the eight texts do not read every row of the embedding tables
+    site = "text.embeddings"  # the eight texts do not use every row of the embedding tables
     far = _compare_tables(site, exact, *weights)
     rows = [far if far and row.site == site else row for row in rows]
     return rows, differing_weights(site, *sides) if far else None
@@ -199,7 +199,7 @@ def _cause(
 def _compare_tables(
     site: str, exact: float, ours: dict[str, Tensor], theirs: dict[str, Tensor]
 ) -> Difference | None:
-    """Return a `Difference` if token or position embeddings differ, even if no text reads them."""
+    """Compare all token and position embeddings. Return the first `Difference`, or None."""
     for name in ("text.token_embed.weight", "text.pos_embed"):
         one, other = ours.get(name), theirs.get(name)
         if one is None or other is None or one.shape[1:] != other.shape[1:]:
@@ -214,8 +214,8 @@ def _compare_tables(
 def _are_rounded_once_more(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], is_complete: bool
 ) -> bool:
-    """Return whether one model has merged parameters, or its parameters differ from the other's by
-    at most one rounding, as log(exp(x)) differs from x."""
+    """Return whether one model's weights have one more rounding than the other's. Either one model
+    has merged parameters, or parameters differ by at most one rounding, as x and log(exp(x))."""
     if is_complete and ours.keys() != theirs.keys():
         return True
     common = ours.keys() & theirs.keys()
@@ -230,8 +230,8 @@ def _are_rounded_once_more(
 def _difference(
     site: str, found: list[Tensor], dtype: torch.dtype, exact: float, device: torch.device
 ) -> Difference:
-    """Return the row of a site. `found` has our tensor, our float64 tensor, their tensor and their
-    float64 tensor. `exact` is the tolerance in float64."""
+    """Return the report's row for a site. `found` has our tensor, our float64 tensor, their tensor
+    and their float64 tensor. `exact` is the tolerance in float64."""
     ours, ours_64, theirs, theirs_64 = found
     absolute, float64 = largest_difference(ours, theirs), largest_difference(ours_64, theirs_64)
     model_error, other_error = (largest_difference(x, theirs_64) for x in (ours, theirs))
@@ -257,11 +257,11 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
 def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:
     """Return two images, and eight texts with both models' end tokens at various positions.
 
-    A text has (context length - `shorter`) tokens, to find models that count from the end.
+    A text has (context length - `shorter`) tokens, to find models that count tokens from the end.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)
-    ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # the two sizes may differ
+    ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # the vocabularies' sizes may differ
     ids[:, 0] = ours.text.bos_token_id
     ids[1, -1] = 0  # openai/CLIP pads with 0
     ends = [end_token(text) for text in (ours.text, theirs.text)]

@@ -21,9 +21,9 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     """Say what changes one model's tensor into the other's tensor, at the first site that differs.
 
     Returns "" if no cause is known. If only the weights differ, the text describes `model` as the
-    changed one.
+    changed model.
     """
-    if ".blocks." in site:  # two rows of the batch are enough
+    if ".blocks." in site:  # two inputs of the batch are enough
         model, other = (
             side._replace(tensors={name: tensor[:2] for name, tensor in side.tensors.items()})
             for side in (model, other)
@@ -39,7 +39,7 @@ def cause_in_model(site: str, model: Side, other: Side) -> str:
     stream_enters = site.endswith((".resid_pre", ".pooled"))
     if stream_enters and (otherwise := otherwise_run(site, model, other)):
         return otherwise
-    followers = []  # the models that compute CLIP's formula with their own weights and config
+    followers = []  # names of the models that agree with CLIP's formula
     related = ""  # simple arithmetic that explains the difference, used if no fault explains it
     for source, target, names in ((other, model, NAMES[::-1]), (model, other, NAMES)):
         formula, wrong = formula_of(site, source), target.tensors[site]
@@ -90,7 +90,7 @@ def differing_weights(site: str, model: Side, other: Side) -> str:
 
 
 def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
-    """Say which change turns `theirs` into `ours`. If unknown, say in brackets how they differ."""
+    """Say what turns `theirs` into `ours`. If this is unknown, say in brackets how they differ."""
     if ours.ndim == 0:
         return f"({ours:.9g} in model, {theirs:.9g} in other)"
     if ours.shape != theirs.shape:
@@ -107,7 +107,7 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield each change of `w` in words, and two tensors that are equal if it gives `ours`."""
+    """Yield (words, one, two) for each change of `w`. A change gives `ours` if one equals two."""
     for axis in range(w.ndim):
         yield f"flipped along axis {axis}", w.flip(axis), ours
         for shift in (1, -1):
@@ -136,7 +136,7 @@ def _sorted(w: Tensor, axis: int, size: int) -> Tensor:
 
 
 def otherwise_run(site: str, model: Side, other: Side) -> str:
-    """Say which part one model runs more or less often than the other, or in another order."""
+    """Say which block, attention or MLP a model skips, runs twice or runs in another order."""
     for kinds in ("resid_post|projected", "attn_out|mlp_out"):
         pattern = re.compile(rf"({site.partition('.')[0]}|logits)\..*({kinds})( again)?")
         ours, theirs = (list(filter(pattern.fullmatch, side.tensors)) for side in (model, other))
@@ -164,7 +164,7 @@ def relation_of(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
 
 
 def _relations(site: str, x: Named, right: Tensor, wrong: Tensor) -> Iterator[tuple[str, Tensor]]:
-    for name in reversed([name for name in x if " " not in name]):  # the block's tensors first
+    for name in reversed([name for name in x if " " not in name]):  # the block's own tensors first
         yield f"{name} in the place of {site}", x[name].double()
     yield f"{site} transposed", right.mT
     if right.shape != wrong.shape:
@@ -223,7 +223,7 @@ def _ranges(numbers: list[int]) -> str:
     >>> _ranges([0, 1, 2, 5])
     '0 to 2 and 5'
     """
-    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # constant in a range
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # equal in each range
     ranges = [[number for _, number in run] for _, run in runs]
     words = [f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges]
     return " and ".join(words[:3] + ["others"] * (len(words) > 3))
