@@ -336,7 +336,7 @@ FOUND = {
     f"{T}.mlp_out | 1 added to ln_2.weight":
         lambda s: s.fed(T, s.norm(s.middle(T), f"{T}.ln_2")
                         + F.layer_norm(s.middle(T), (40,), eps=1e-5)),
-    f"{V}.resid_post | the residual stream after ln_2, not before it":
+    f"{V}.resid_post | a residual connection from ln_2's output, not its input":
         lambda s: s.norm(s.middle(V), f"{V}.ln_2") + s.t[f"{V}.mlp_out"],
     f"{V}.resid_post | no MLP in the residual stream": lambda s: s.middle(V),
     f"{V}.resid_post | no attention in the residual stream":
