@@ -11,7 +11,7 @@ before weight and bias. `scale` and `normalized` are in float32 or float64. Tran
 them hook_scale and hook_normalized. Its hook_normalized includes weight and bias, unless `fold_ln`
 moves them to the next Linear.
 
-Unused sites change no bit and add no operation. They cost a few Python calls for each layer, and
+Unused sites change no bit and add no operation. Sites cost a few Python calls for each layer, and
 nothing in a compiled graph.
 
 In a name, `*` and `[0-3]` work as in file names, but do not match dots. Names do not include

@@ -143,7 +143,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "softmax": {  # (scores (B, H, T, T), which keys are hidden) -> the pattern
         "a softmax over queries, not keys": lambda s, h: s.masked_fill(h, LEAST).softmax(-2),
         "a softmax over heads, not keys": lambda s, h: s.masked_fill(h, LEAST).softmax(1),
-        "a softmax with 1 added to its sum": lambda s, hidden: F.pad(
+        "a softmax with 1 added to its denominator": lambda s, hidden: F.pad(
             s.masked_fill(hidden, LEAST), (0, 1)
         ).softmax(-1)[..., :-1],
         "a sigmoid in the place of the softmax": lambda s, hidden: s.sigmoid() * ~hidden,

@@ -57,14 +57,14 @@ def load_pair(
     """
     if against == "transformers" and (os.path.isfile(name) or CODE.fullmatch(str(name))):
         raise ValueError(
-            f"{name} is a file, but transformers loads directories: name a directory, or another "
+            f"{name} is a file, but transformers loads directories: give a directory, or another "
             "model to compare with (--against)"
         )
     one = _load(name, options)
     model: Any = one.model
     if names is not None:
         if isinstance(model, CLIP):
-            raise ValueError(f"{name} has our module names: leave out the table of names, {names}")
+            raise ValueError(f"{name} has our module names, so it needs no table of names: {names}")
         model.tensor_names = read_json(Path(names))
     if against != "transformers":
         return one, _load(against, options)

@@ -6,13 +6,13 @@
 
 `embed` reads each image once. If it was killed, the same command continues its work. For a complete
 index, the command embeds new and changed images, drops missing images, and keeps all other
-embeddings bit for bit. The index of another model is replaced only with `--force`. Hidden folders,
+embeddings bit for bit. If another model made the index, only `--force` replaces it. Hidden folders,
 system folders and files that match `--exclude PATTERN` are left out. HEIC needs `pillow-heif`, and
 camera RAW needs `rawpy`. If the package is missing, a message gives its name and the number of
 skipped files. `torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.
 
 The index is one memory-mapped safetensors file. It holds unit vectors, names, a list of unreadable
-files, and a fingerprint of the weights. A search with another model raises an error.
+files, and a fingerprint of the weights. A search with any other model raises an error.
 
 ```python
 from miniclip.retrieval import Index, embed_query

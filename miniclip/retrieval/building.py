@@ -121,9 +121,10 @@ def build_index(
     """Write or update an index file, for a large collection of images.
 
     An update keeps the embeddings of unchanged images bit for bit, embeds new and changed images,
-    and drops missing images. It compares only path, size and modification time, because hashing
-    would read every file. Each part of 512 images is saved in a folder beside `out`, so a killed
-    build can continue and gives the same bytes. Under torchrun, each process calls this function.
+    and drops missing images. An update compares only path, size and modification time, because
+    hashing would read every file. Each part of 512 images is saved in a folder beside `out`. So a
+    killed build can continue and gives the same bytes. Under torchrun, each process calls this
+    function.
 
     Args:
         out: the file to write.
@@ -133,7 +134,7 @@ def build_index(
         damage: the messages about damaged tars from `find_pictures`, for `Index.skipped`.
         batch: the number of images in a batch.
         workers: the number of decoding threads; by default as many as torch uses.
-        force: embed everything again, and replace the index of another model.
+        force: embed everything again, even if another model made the index.
 
     Raises:
         ValueError: another model made `out`, another process writes `out`, or no image is readable.
@@ -185,7 +186,7 @@ def _build(
                 left.unlink()
         barrier()
     for path in [out] * bool(old) + sorted(folder.glob("*.safetensors"))[:1]:
-        advice = "name another file, or replace it with --force"
+        advice = "give another file name, or replace this file with --force"
         Index.load(path).encoder.check(encoder, str(path), advice)
 
     stamped = [(picture, stamp(picture)) for picture in pictures]

@@ -173,7 +173,7 @@ class Index:
         try:
             open_regular(path).close()
             is_one = False
-            while not is_one:  # safetensors opens a file twice; a save may replace it in between
+            while not is_one:  # safetensors opens the file twice, and a save may replace it
                 before = os.stat(path)
                 with safe_open(path, framework="pt") as file:
                     about = json.loads((file.metadata() or {})["miniclip.index"])
