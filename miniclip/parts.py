@@ -17,13 +17,13 @@ class Part(NamedTuple):
     """A part of a CLIP. The `attn` modules of all blocks, for example, are one part."""
 
     name: str
-    weights: str  # their shapes
-    parameters: int  # of all blocks together
+    weights: str  # the shapes of the weights
+    parameters: int  # their number in all blocks together
     multiply_adds: int  # for one image, or for one text of `context_length` tokens
 
 
 def parts(config: CLIPConfig, kind: type[CLIP] = CLIP) -> list[Part]:
-    """List the parts in the order in which data flows. Creates and reads no weights.
+    """List the parts in the order in which data flows. No weights are created or read.
 
     >>> parts(CLIPConfig())[0]
     Part(name='vision.patch_embed', weights='(768, 3, 32, 32)', parameters=2359296, \
@@ -81,7 +81,7 @@ def _in_order(
             for i, block in enumerate(list(tower.blocks)[:blocks]):
                 for part, module in block.named_children():
                     yield f"blocks.{i}.{part}", module
-        yield from embeddings.items()  # after the first embedding module
+        yield from embeddings.items()  # the tower's own parameters, after its first module
         embeddings = {}
 
 

@@ -24,7 +24,7 @@ DISTRIBUTIONS = {
 def versions() -> dict[str, str]:
     """The version of Python, and of each library in DISTRIBUTIONS that has been imported.
 
-    A module's `__version__` says more than pip's version: 2.14.1+cu130, not 2.14.1, for PyTorch.
+    A module's `__version__` can be more exact than pip's version, for example 2.14.1+cu130.
     openai/CLIP has no `__version__`, so its version is from pip.
     """
     found = {"Python": platform.python_version()}

@@ -8,7 +8,7 @@ PUBLISHED = {name: CLIPConfig.from_fields(fields) for name, fields in published.
 
 
 def published_shape(name: str) -> str:
-    """The key of PUBLISHED that a name stands for. Raises ValueError for any other name.
+    """Return the key of PUBLISHED for the name of a model. Raises ValueError for an unknown name.
 
     >>> published_shape("ViT-L/14@336px")
     'L/14-336'

@@ -5,16 +5,17 @@ pattern of the fourth block, and `vision.blocks.3` is the block's output. The id
 TransformerLens (HookPoint, Nanda and Bloom 2022). Sites use PyTorch's forward hooks, so `model` can
 be any nn.Module. For a single tower, leave out `vision.` or `text.`.
 
-A name may also end in one of three words. `vision.ln_pre.input` is a module's first argument.
-`ln_1.scale` is the divisor of a LayerNorm, (B, T, 1). `ln_1.normalized` is the result before
-weight and bias. Both are in float32 or float64. TransformerLens calls them hook_scale and
-hook_normalized; unless it moves weight and bias to the next Linear, that is `ln_1`'s output.
+A name may also end in `input`, `scale` or `normalized`. `vision.ln_pre.input` is a module's first
+argument. `ln_1.scale` is the divisor of a LayerNorm, (B, T, 1). `ln_1.normalized` is its result
+before weight and bias. `scale` and `normalized` are in float32 or float64. TransformerLens calls
+them hook_scale and hook_normalized. Its hook_normalized includes weight and bias, unless `fold_ln`
+moves them to the next Linear.
 
-Unused sites change no bit and add no operation. They cost a few Python calls for each layer, and
+Unused sites change no bit and add no operation. Sites cost a few Python calls for each layer, and
 nothing in a compiled graph.
 
-In a name, `*` and `[0-3]` work as in file names, but do not match dots. Names leave out the
-wrappers of `torch.compile`, DDP and PEFT. While the `with` block is open, compiled models run
+In a name, `*` and `[0-3]` work as in file names, but do not match dots. Names do not include
+the wrappers of `torch.compile`, DDP and PEFT. While the `with` block is open, compiled models run
 uncompiled, because a compiled graph does not notice that a hook was added or removed.
 
 ```python
@@ -52,9 +53,9 @@ def hooks(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     """For each site that a glob matches, replace the tensor by the result of a function.
 
     A result of None changes nothing. Functions of one site run in the order in which they are
-    given. An outer `with` block's functions run first. Editing a tensor in place is an error,
-    because other code may use it too: return a changed copy, of the same dtype and shape. The
-    number of tokens may change only in a residual stream (at `ln_pre`, `resid_mid` or a block).
+    given. An outer `with` block's functions run first. Editing a tensor in place raises an error,
+    because other code may use the tensor too. Return a changed copy of the same dtype and shape.
+    The number of tokens may change only in a residual stream (at `ln_pre`, `resid_mid`, a block).
     Raises ValueError for a glob without a match, and for a module with several names.
 
     >>> from miniclip import CLIP
@@ -75,9 +76,9 @@ def cache(
 ) -> Iterator[dict[str, Tensor]]:
     """Copy the tensor of each matching site into a dictionary, {name: tensor}, as the model runs.
 
-    A second run replaces the first run's copies. Their `device` is by default the tensor's device.
-    With `grad` the model goes on with the copy, so torch.autograd.grad(score, acts[name]) gives a
-    gradient. Raises ValueError as `hooks` does, and if `grad` is set while gradients are off.
+    A second run replaces the first run's copies. By default a copy is on the tensor's device. With
+    `grad` the model continues with the copy, so torch.autograd.grad(score, acts[name]) gives a
+    gradient. Raises ValueError as `hooks` does, and if `grad` is True while gradients are off.
 
     >>> from miniclip import CLIP
     >>> import torch
@@ -88,7 +89,7 @@ def cache(
     True
     """
     if not globs:
-        raise ValueError("no site is given; expected at least one: 'vision.blocks.*.attn.pattern'")
+        raise ValueError("no site is given; expected one, such as 'vision.blocks.*.attn.pattern'")
     acts: dict[str, Tensor] = {}
 
     def keep(tensor: Tensor, name: str) -> Tensor | None:
@@ -126,7 +127,7 @@ def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
             handle.remove()
 
 
-_stances: list[Any] = []  # one stance for each open `with uncompiled()`
+_stances: list[Any] = []  # one compiler stance for each open `with uncompiled()`
 _lock = Lock()
 
 
@@ -146,7 +147,7 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            # It may be another `with` block's entry. Only the last exit restores the setting.
+            # The stance may be another `with` block's. Only the last exit restores the setting.
             _stances.pop().__exit__(None, None, None)
 
 
@@ -156,9 +157,9 @@ def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class _Steps:
-    """The two steps of a LayerNorm as sites. With hooks, `self` is the LayerNorm's first hook.
+    """The two steps of a LayerNorm as sites. `self` is the first forward hook of the LayerNorm.
 
-    If no function changes a step, the output keeps its bits.
+    If no function changes a step, the output is the same, bit for bit.
     """
 
     def __init__(self, norm: nn.LayerNorm) -> None:
@@ -205,7 +206,7 @@ class Enter:
 
 
 def find(model: nn.Module, glob: str) -> list[tuple[str, nn.Module]]:
-    """The modules whose names match, in the order of the model. ValueError if there are none."""
+    """The modules whose names match, in the model's order. Raises ValueError if none matches."""
     return [(name, module) for name, module, _ in _matching([*named_modules(model)], glob, ())]
 
 
@@ -232,8 +233,8 @@ def _matching(
     times = Counter(id(module) for _, module in modules)
     if shared := [name for name, module, _ in found if times[id(module)] > 1]:
         raise ValueError(
-            f"{listed(shared)}: a module with several names, whose runs cannot be distinguished. "
-            "Share its parameters instead of the module"
+            f"{listed(shared)}: a module with several names. Its runs cannot be distinguished, "
+            "so share its parameters, not the module"
         )
     return found
 
@@ -318,7 +319,7 @@ KINDS = {  # TransformerLens' names of sites -> miniclip's
 
 
 def site(kind: str, *, tower: str, layer: int) -> str:
-    """The name of a site, from its name in TransformerLens and the number of the block.
+    """Return our name of a site, from its TransformerLens name and the number of the block.
 
     Raises ValueError for an unknown name or tower.
 

@@ -587,7 +587,8 @@ CODE = {
     "stream_after_the_norm": (
         "x = self.resid_mid(x", "x = self.ln_1(x)\n        x = self.resid_mid(x",
         "self.attn(self.ln_1(x))", "self.attn(x)",
-        "vision.blocks.0.mlp_out", "model has the residual stream after ln_1, not before it",
+        "vision.blocks.0.mlp_out",
+        "model has a residual connection from ln_1's output, not its input",
     ),
     "half_the_mlp": (
         "return x + self.mlp(", "return x + 0.5 * self.mlp(",

@@ -85,7 +85,7 @@ TABLES = {
         "a softmax over queries, not keys": (M / M.sum(1, True))[None],
         "a softmax over heads, not keys":
             torch.where(HIDDEN, 1 / 3, E / E.sum(0, True))[None],  # uniform if every head is hidden
-        "a softmax with 1 added to its sum": (M / (1 + M.sum(2, True)))[None],
+        "a softmax with 1 added to its denominator": (M / (1 + M.sum(2, True)))[None],
         "a sigmoid in the place of the softmax": (M / (1 + M))[None],
         "a causal mask that comes after the softmax": (M / E.sum(2, True))[None],
         **{
@@ -304,7 +304,7 @@ FOUND = {
         lambda s: s.images(positions=of_patches(lambda x: x.flip(1))),
     "vision.embeddings | positions of patches in reverse order":
         lambda s: s.images(positions=of_patches(lambda x: x.flip(0, 1))),
-    f"{V}.pattern | a softmax with 1 added to its sum":
+    f"{V}.pattern | a softmax with 1 added to its denominator":
         lambda s: s.scores(V).exp() / (1 + s.scores(V).exp().sum(3, keepdim=True)),
     f"{V}.pattern | scores multiplied by the root of the head width":
         lambda s: (12 * s.scores(V)).softmax(3),
@@ -336,7 +336,7 @@ FOUND = {
     f"{T}.mlp_out | 1 added to ln_2.weight":
         lambda s: s.fed(T, s.norm(s.middle(T), f"{T}.ln_2")
                         + F.layer_norm(s.middle(T), (40,), eps=1e-5)),
-    f"{V}.resid_post | the residual stream after ln_2, not before it":
+    f"{V}.resid_post | a residual connection from ln_2's output, not its input":
         lambda s: s.norm(s.middle(V), f"{V}.ln_2") + s.t[f"{V}.mlp_out"],
     f"{V}.resid_post | no MLP in the residual stream": lambda s: s.middle(V),
     f"{V}.resid_post | no attention in the residual stream":

@@ -845,7 +845,7 @@ def test_the_command_reads_a_forks_code_and_its_names(fork_files, capsys, pair):
     "argv, words",
     [
         (["fork.py:build", "--against", "original"], "has no blocks in its vision tower"),
-        (["fork.py:build"], "name a directory, or another model to compare with (--against)"),
+        (["fork.py:build"], "give a directory, or another model to compare with (--against)"),
         (["fork.py", "--against", "original"], "fork.py: model raises AttributeError"),
         (["fork.py:number", "--against", "original"], "fork.py: number raises TypeError"),
         (["absent.py", "--against", "original"], "absent.py: model raises FileNotFoundError"),

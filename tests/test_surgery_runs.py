@@ -166,9 +166,9 @@ def test_patching_may_choose_another_token_in_each_row(part):
 
 
 @pytest.mark.parametrize("site, options, words", [
-    ("text.blocks.0", {"positions": [1, 4]}, "positions have shape (2,); expected (3,)"),
+    ("text.blocks.0", {"positions": [1, 4]}, "positions have shape (2,); expected (3,) or (3, k)"),
     ("text.blocks.0", {"positions": [[1], [4]]}, "positions have shape (2, 1); expected (3,)"),
-    ("text.proj", {"positions": [1, 4, 0]}, "text.proj: has no tokens to choose from"),
+    ("text.proj", {"positions": [1, 4, 0]}, "text.proj has no tokens to choose from"),
     ("text.blocks.0.attn.z", {"heads": [2]}, "no heads [2]; expected numbers from 0 to 1"),
 ])  # fmt: skip
 def test_positions_and_heads_that_do_not_fit_are_an_error(site, options, words):
@@ -445,7 +445,7 @@ def test_a_user_may_write_a_preset(model):
     stream = stream_before_last(model, x)
     first = block.attn.out_proj(block.attn.v_proj(block.ln_1(stream)[:, 1:2]))
     assert_close(found, projected(model, stream + first))
-    with pytest.raises(ValueError, match="its own grid has new tokens: expected residual=False"):
+    with pytest.raises(ValueError, match="its own grid makes new tokens: expected residual=False"):
         dense_features(model, x, Preset(first_patch, residual=True, grid=(1, 1)))
 
 

@@ -9,7 +9,7 @@ NOTHING = 1e-17  # a difference of 0 is drawn at this height, because its logari
 
 
 def draw_parity(report: Report, path: str | PathLike[str]) -> None:
-    """Save a plot with a panel for each tower, on a logarithmic scale."""
+    """Save a plot on a logarithmic scale, with a panel for each tower."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     curves = {

@@ -143,7 +143,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "softmax": {  # (scores (B, H, T, T), which keys are hidden) -> the pattern
         "a softmax over queries, not keys": lambda s, h: s.masked_fill(h, LEAST).softmax(-2),
         "a softmax over heads, not keys": lambda s, h: s.masked_fill(h, LEAST).softmax(1),
-        "a softmax with 1 added to its sum": lambda s, hidden: F.pad(
+        "a softmax with 1 added to its denominator": lambda s, hidden: F.pad(
             s.masked_fill(hidden, LEAST), (0, 1)
         ).softmax(-1)[..., :-1],
         "a sigmoid in the place of the softmax": lambda s, hidden: s.sigmoid() * ~hidden,
@@ -174,10 +174,10 @@ FAULTS: dict[str, dict[str, Any]] = {
         "the MLP parallel to attention, not after it": (("resid_pre",), "ln_2"),
         "the MLP parallel to attention, after the same ln_1": (("resid_pre",), "ln_1"),
         "no residual connection around attention": (("attn_out",), "ln_2"),
-        "the residual stream after ln_1, not before it": (("ln_1", "attn_out"), "ln_2"),
+        "a residual connection from ln_1's output, not its input": (("ln_1", "attn_out"), "ln_2"),
     },
     "resid_post": {
-        "the residual stream after ln_2, not before it": ("ln_2", "mlp_out"),
+        "a residual connection from ln_2's output, not its input": ("ln_2", "mlp_out"),
         "no residual connection around the MLP": ("mlp_out",),
         "no MLP in the residual stream": ("resid_pre", "attn_out"),
         "no attention in the residual stream": ("resid_pre", "mlp_out"),
@@ -221,7 +221,7 @@ def names_read(formula: Formula) -> tuple[set[str], set[str]]:
 
 
 def faults(formula: Formula, source: Side, target: Side) -> Iterator[tuple[str, Named, Steps]]:
-    """Yield each possible fault of a formula: its description, weights and steps."""
+    """Yield each possible fault of a formula as (description, changed weights, changed steps)."""
     read, steps_read = names_read(formula)
     tower = formula.site.partition(".")[0]
     config: Any = getattr(source.config, tower, None)
@@ -238,7 +238,7 @@ def faults(formula: Formula, source: Side, target: Side) -> Iterator[tuple[str, 
 
 
 def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str, dict[str, Any]]:
-    """Return the faults that depend on the tower's config, or on the other model."""
+    """Return the faults that depend on the tower's config, or on the model `target`."""
     tower = formula.site.partition(".")[0]
     peer = getattr(target.config, tower)
     head_width = formula.steps["head_width"]
@@ -272,7 +272,7 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
 def _faults_of_weights(
     w: Named, read: set[str], grid: tuple[int, int] | None
 ) -> Iterator[tuple[str, Named]]:
-    """Yield possible faults in the weights named in `read`. `grid`: (rows, columns) of patches."""
+    """Yield faults in the weights whose names are in `read`. `grid`: (rows, columns) of patches."""
     modules = sorted(name.removesuffix(".bias") for name in read if name.endswith(".bias"))
     for count in range(1, len(modules) + 1):
         for some in combinations(modules, count):

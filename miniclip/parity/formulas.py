@@ -21,13 +21,13 @@ Steps = Mapping[str, Any]
 class Side(NamedTuple):
     """The tensors of one model in float64, its weights under our names, and its config."""
 
-    tensors: Named  # by site; the inputs have the names `pixels` and `ids`
+    tensors: Named  # {site: tensor}; the inputs have the names `pixels` and `ids`
     weights: Named
     config: CLIPConfig
 
 
 def is_near(one: Tensor | None, other: Tensor, tolerance: float = 1e-9) -> bool:
-    """Return whether all numbers differ by at most tolerance * max(1, largest of |`other`|)."""
+    """Return whether `one` and `other` differ by at most tolerance * max(1, largest |other|)."""
     if one is None or one.shape != other.shape:
         return False
     return bool((one - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()))
@@ -174,7 +174,7 @@ class Formula(NamedTuple):
 
     site: str
     x: Named  # the tensors at earlier sites
-    w: Named  # the weights of the block that has the site, or of the tower
+    w: Named  # the weights of the site's block, or of its tower
     steps: Steps  # the steps of the computation; a fault replaces one of them
 
     def compute(self, weights: Named = {}, steps: Steps = {}) -> Tensor | None:
@@ -215,7 +215,7 @@ def formula_of(site: str, side: Side) -> Formula:
         "end": end_of(x["ids"], config) if is_text else first,
         "eps": config.ln_eps,
         "norm": lambda x, eps, w, bias: F.layer_norm(x, x.shape[-1:], w, bias, eps),
-        "norms": {},  # LayerNorm -> how often it is applied, if not once
+        "norms": {},  # {LayerNorm: how often it is applied}; by default once
         "early": "",  # a LayerNorm that is wrongly applied to the embeddings
         "before": f"after {layer - 1}",
         "pixels": lambda pixels: pixels,
@@ -238,7 +238,8 @@ def formula_of(site: str, side: Side) -> Formula:
 
 
 def under(prefix: str, named: Named) -> dict[str, Tensor]:
-    """Return the tensors under a prefix, in float64. Names lose the prefix; blocks are left out."""
+    """Return the tensors whose names start with a prefix, in float64. Remove the prefix from the
+    names. Leave out the tensors of towers and blocks inside."""
     found = {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
     return {
         name: x.double() if x.is_floating_point() else x

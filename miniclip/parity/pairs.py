@@ -1,4 +1,4 @@
-"""Make two models to compare: one checkpoint in two libraries, two models, or random weights."""
+"""Load two models to compare, or make two models with the same random weights."""
 
 import math
 import os
@@ -43,9 +43,10 @@ def load_pair(
 
     Args:
         name: an embedded name, a directory, a hub id, or a fork's Python file. "fork.py" means
-            `model` in the file, "fork.py:build" means `build`: a model, a triple as from
-            `miniclip.load`, or a function without arguments that returns a model or a triple.
-        against: the second model, in the same form, or "transformers", to load `name` with it.
+            the variable `model` in the file, and "fork.py:build" means `build`. The variable is a
+            model, a triple as from `miniclip.load`, or a function without arguments that returns
+            one of the two.
+        against: the second model, in the same form, or "transformers", which then loads `name`.
         names: a JSON file with `tensor_names`, the table from our names to the fork's names.
         options: where checkpoints come from, as in `miniclip.load`.
     Returns:
@@ -56,14 +57,14 @@ def load_pair(
     """
     if against == "transformers" and (os.path.isfile(name) or CODE.fullmatch(str(name))):
         raise ValueError(
-            f"{name} is a file, but transformers loads directories: name a directory, or another "
+            f"{name} is a file, but transformers loads directories: give a directory, or another "
             "model to compare with (--against)"
         )
     one = _load(name, options)
     model: Any = one.model
     if names is not None:
         if isinstance(model, CLIP):
-            raise ValueError(f"{name} has our module names: leave out the table of names, {names}")
+            raise ValueError(f"{name} has our module names, so it needs no table of names: {names}")
         model.tensor_names = read_json(Path(names))
     if against != "transformers":
         return one, _load(against, options)
@@ -75,7 +76,7 @@ CODE = re.compile(r"(?P<file>.+\.py)(?::(?P<name>\w+))?")
 
 
 def alone(model: Any) -> Loaded:
-    """Return a triple of a model, and None for the tokenizer and the transform."""
+    """Return the triple (model, None, None), without tokenizer and transform."""
     nothing: Any = None
     return Loaded(model, nothing, nothing)
 
@@ -181,7 +182,7 @@ def _check_expressible(config: CLIPConfig) -> None:
 
 
 def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
-    """Give transformers' model a copy of our weights, in our precision and on our device."""
+    """Copy our weights to transformers' model, and keep our precision and our device."""
     weights = ours.state_dict().items()
     copies = {layout_name(name, TRANSFORMERS): weight.detach().clone() for name, weight in weights}
     theirs.load_state_dict(copies, strict=True, assign=True)
@@ -193,7 +194,7 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Redraw every parameter, so that activations stay near 1 and each weight changes the output.
+    """Randomize every parameter, so that activations stay near 1 and each weight has an effect.
 
     Initial weights hide faults: if a bias is zero, a missing bias changes nothing. The logit scale
     is ln 100, the largest value in OpenAI's training, because a large scale shows rounding errors.
@@ -214,7 +215,7 @@ def random_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Return random pixels (images, channels, height, width) and random ids (texts, tokens).
 
-    The texts have their end tokens at different positions. Random ids follow an end token.
+    The texts have their end tokens at different positions. The ids after an end token are random.
     """
     generator = torch.Generator().manual_seed(seed)
     vision, text = config.vision, config.text

@@ -126,9 +126,10 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
 
 
 def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tensor]) -> str:
-    """Say why two transforms give different pixels, `one` and `other`, for `pictures(ours.size)`.
+    """Say why two transforms give different pixels.
 
-    `ours` is an ImageTransform, `theirs` is any function.
+    `ours` is an ImageTransform, and `theirs` is any function. `one` and `other` are the pixels that
+    they give for `pictures(ours.size)`.
 
     >>> from miniclip import ImageTransform
     >>> cause_in_pixels(ImageTransform(64), ImageTransform(64, crop_size=60), [], [])
@@ -155,7 +156,7 @@ def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tenso
 
 
 def compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:
-    """Return a row for the pixels of all images, and the cause if they differ."""
+    """Return one row for the pixels of all images, and the cause if the pixels differ."""
     sizes = (getattr(transform, "size", None) for transform in (ours, theirs))
     drawn = pictures(next(filter(None, sizes), ImageTransform.size))
     found, raised = run_both(lambda transform: [*map(transform, drawn)], ours, theirs)

@@ -87,7 +87,7 @@ def run_both(
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:
-    """Merge a site's rows of all blocks of a tower. Each number is the largest in these rows."""
+    """Merge the rows of a tower's blocks: one row for each site, with the largest numbers."""
     depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:

@@ -1,7 +1,7 @@
 """The sites at which two models are compared, and the module that gives the tensor at each site.
 
 A model may have the module names of miniclip, transformers, OpenAI or open_clip. `files/names.py`
-has the tables of these names. A model with other names has a table of its own. A site is left out
+has the tables of these names. A model with other names needs a table of its own. A site is left out
 if one of the models has no module for it.
 """
 
@@ -50,7 +50,7 @@ def table_of(model: Any) -> Layout:
     """Return the table from our names to the model's names, as in `files/names.py`.
 
     A model's own table is its attribute `tensor_names`. Raises ValueError if the model lacks a
-    tensor that its own table names.
+    tensor that is in its own table.
     """
     own = getattr(model, "tensor_names", None)
     is_named_so = hasattr(model, "vision") and "tensor_names" not in vars(model)
@@ -73,7 +73,7 @@ NEEDED = ("vision.patch_embed.weight", "text.token_embed.weight") + tuple(
 
 
 def _checked(own: Layout, model: Any) -> Layout:
-    """Return the table. Raises ValueError for a key that is not our name, or a missing tensor."""
+    """Return the table. Raises ValueError for an unknown key of ours, or for a missing tensor."""
     state = state_of(model)
     modules = {name.rpartition(".")[0] for name in state}
     for ours, theirs in own.items():
@@ -95,7 +95,7 @@ def _checked(own: Layout, model: Any) -> Layout:
 
 
 def _module_at(model: Any, table: Layout, name: str, up: int = 0) -> Any:
-    """Return the module that has our name `name`, or the module `up` levels above it, or None."""
+    """Return the module that we call `name`, or its ancestor `up` levels above, or None."""
     try:
         path = layout_name(name, table).split(".")
         return model.get_submodule(".".join(path[: len(path) - up]))
@@ -148,7 +148,7 @@ def third_of(holder: Any, third: int, args: tuple, out: Any) -> Any:
 
 
 def sites_of(model: Any) -> Iterator[tuple[str, nn.Module | None, Read]]:
-    """Yield each site, its module and its `Read`. Raises ValueError if a tower has no blocks."""
+    """Yield (site, module, `Read` function). Raises ValueError if a tower has no blocks."""
     for site, module, read in _all_sites(model, table_of(model)):
         if isinstance(module, nn.Module):
             yield site, module, read

@@ -26,7 +26,7 @@ TEXTS = (
     "",
     "a very long text " * 60,
 )
-"""Each text tests one step of cleaning or splitting. The last is longer than any context."""
+"""Each text tests one step of cleaning or splitting. The last text is longer than any context."""
 
 CLEANING: dict[str, Callable[[str], str]] = {
     "lower-casing": lambda text: "".join(c.lower() for c in text),
@@ -83,7 +83,7 @@ def _without_padding(rows: list[list[int]]) -> list[list[int]]:
 
 
 def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
-    """Return a row for the ids of all texts and words, and the cause if they differ."""
+    """Return one row for the ids of all texts and words, and the cause if the ids differ."""
     one, other = (partial(tokenizer, truncate=True) for tokenizer in (ours, theirs))
     words = _words(ours, theirs)
 
@@ -106,10 +106,10 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
 
 
 def _words(*tokenizers: Any) -> list[str]:
-    """Return the vocabularies' words, and many characters: each alone and before "a" or "~".
+    """Return the words of the vocabularies, and many characters, alone and before "a" or "~".
 
-    Some tokens are only a part of a character. The added characters test such tokens. transformers'
-    tokenizer is not a Tokenizer, and has the same words as our tokenizer.
+    Some tokens are only a part of a character. The added characters test such tokens. Words are
+    taken only from a Tokenizer, because transformers' tokenizer has the same words.
     """
     known = [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, Tokenizer)]
     words = [t.decode([i]) for t in known for i in range(t.vocab_size)]

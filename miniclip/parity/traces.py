@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 class Trace(NamedTuple):
     """The tensors of a run, on the CPU, and the run's error."""
 
-    calls: dict[str, list[Tensor]]  # site -> the tensor of each call of the site's module
+    calls: dict[str, list[Tensor]]  # site -> one tensor for each call of the site's module
     error: str  # the model's error in words, or ""
 
 
@@ -77,7 +77,7 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
     """Yield a function that runs the model once and returns its outputs by site.
 
     In the `with` block the model is uncompiled and in evaluation mode. Afterwards it is restored.
-    It is not copied: a fork's functions in a copy might still call the original's modules.
+    The model is not copied, because a copy's functions might still call the original's modules.
     """
     dtype, exact, device, pixels, ids = setting
     if exact and device.type == "mps":  # MPS has no float64
@@ -94,8 +94,8 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
         return found
 
     tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-    # `before` keeps `training`, transformers' choice of attention, and tensors that a forward pass
-    # may replace, such as a mask, or a weight that a pruning hook makes.
+    # `before` saves `training`, transformers' choice of attention, and tensors that a forward pass
+    # may replace: for example a mask, or a weight that a pruning hook recomputes.
     stored = [found for m in model.modules() for found in (vars(m), m._buffers)]
     if is_theirs(model):
         stored += [vars(m.config) for m in model.modules() if hasattr(m, "config")]
@@ -155,7 +155,7 @@ def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tens
     """Return one tensor for each site. If possible, it has the shape of the tensor in `peer`.
 
     A fork may compute a batch in pieces, or put the token axis before the batch axis. `batch` has
-    each tower's number of rows. If the calls are not joined, the last tensor is at "{site} again".
+    each tower's batch size. If several calls are not joined, "{site} again" has the last tensor.
     """
     tensors = {}
     for site, (first, *more) in run.calls.items():

@@ -4,15 +4,15 @@
     miniclip search index.safetensors "a red bicycle" --out bicycles.png
     miniclip search index.safetensors --image dog.jpg --minus "grass"
 
-`embed` reads each image once. If it is killed, the same command continues. For a complete index,
-the command embeds new and changed images, drops missing images, and keeps the other embeddings bit
-for bit. The index of another model is replaced only with `--force`. Hidden folders, system folders
-and files that match `--exclude PATTERN` are left out. HEIC needs `pillow-heif`, and camera RAW
-needs `rawpy`. Without the package, a message counts the skipped files and names the package.
-`torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.
+`embed` reads each image once. If it was killed, the same command continues its work. For a complete
+index, the command embeds new and changed images, drops missing images, and keeps all other
+embeddings bit for bit. If another model made the index, only `--force` replaces it. Hidden folders,
+system folders and files that match `--exclude PATTERN` are left out. HEIC needs `pillow-heif`, and
+camera RAW needs `rawpy`. If the package is missing, a message gives its name and the number of
+skipped files. `torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.
 
 The index is one memory-mapped safetensors file. It holds unit vectors, names, a list of unreadable
-files, and a fingerprint of the weights. A search with another model raises an error.
+files, and a fingerprint of the weights. A search with any other model raises an error.
 
 ```python
 from miniclip.retrieval import Index, embed_query
@@ -22,7 +22,7 @@ query = embed_query(index.load_encoder(), ["a red bicycle"], minus=["a road"])
 print(index.search(query, k=3))
 ```
 
-The search is exact and reads every row: two cores need 0.25 s for a million rows of 512 numbers.
+The search is exact and reads every row. Two cores need 0.25 s for a million rows of 512 numbers.
 For many more rows, FAISS (`pip install faiss-cpu`) can search the same file:
 
     import faiss

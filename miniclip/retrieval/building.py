@@ -42,9 +42,10 @@ def encode_parts(
 ) -> Iterator[tuple[list[Tensor], list[int], list[str]]]:
     """Encode images in batches, while threads decode the next images.
 
-    Yields for each part: the results of `encode` for batches of pixels (B, 3, S, S), the places of
-    the readable images, and a line about each unreadable image. Only an image's place in its part
-    decides its batch, so a repeated build has the same batches and the same rounding errors.
+    Yields three lists for each part: the results of `encode` for batches of pixels (B, 3, S, S),
+    the positions of the readable images, and an error message for each unreadable image. An
+    image's position in its part decides its batch. So a repeated build has the same batches and the
+    same rounding errors.
     """
     check_counts(batch, workers)
     read = partial(pixels_of, transform=transform)
@@ -94,7 +95,7 @@ def embed_images(
 
     Args:
         loaded: model, tokenizer and transform.
-        pictures: paths, or images from `find_pictures`. `skipped` names the unreadable images.
+        pictures: paths, or images from `find_pictures`. Unreadable images are in `Index.skipped`.
         name: the name with which `Index.load_encoder` loads the model.
         batch: the number of images in a batch.
         workers: the number of decoding threads; by default as many as torch uses.
@@ -120,22 +121,23 @@ def build_index(
     """Write or update an index file, for a large collection of images.
 
     An update keeps the embeddings of unchanged images bit for bit, embeds new and changed images,
-    and drops missing images. It compares path, size and time of change, because hashes would mean
-    reading every file. Each part of 512 images is saved in a folder beside `out`, so a killed build
-    can continue and gives the same bytes. Under torchrun, each process calls this function.
+    and drops missing images. An update compares only path, size and modification time, because
+    hashing would read every file. Each part of 512 images is saved in a folder beside `out`. So a
+    killed build can continue and gives the same bytes. Under torchrun, each process calls this
+    function.
 
     Args:
         out: the file to write.
         loaded: model, tokenizer and transform.
         pictures: paths, or images from `find_pictures`.
         encoder: describes the model, see `describe`.
-        damage: the damaged tars from `find_pictures`, added to `skipped`.
+        damage: the messages about damaged tars from `find_pictures`, for `Index.skipped`.
         batch: the number of images in a batch.
         workers: the number of decoding threads; by default as many as torch uses.
-        force: embed everything again, and replace the index of another model.
+        force: embed everything again, even if another model made the index.
 
     Raises:
-        ValueError: another model made `out`, another process writes it, or no image is readable.
+        ValueError: another model made `out`, another process writes `out`, or no image is readable.
     """
     check_counts(batch, workers)
     if Path(out).is_dir():
@@ -184,14 +186,14 @@ def _build(
                 left.unlink()
         barrier()
     for path in [out] * bool(old) + sorted(folder.glob("*.safetensors"))[:1]:
-        advice = "name another file, or replace it with --force"
+        advice = "give another file name, or replace this file with --force"
         Index.load(path).encoder.check(encoder, str(path), advice)
 
     stamped = [(picture, stamp(picture)) for picture in pictures]
     kept = unchanged(old, stamped) if old else {}
     todo = [one for one in stamped if str(one[0]) not in kept]
     parts = [todo[i : i + PART] for i in range(0, len(todo), PART)]
-    # The name of a part's file is a hash of everything that decides its bytes.
+    # The name of a part's file contains a hash of everything that decides the file's bytes.
     device, engine = loaded.model.logit_scale.device.type, engine_of(loaded.model)
     decides = (encoder.fingerprint, encoder.transform, device, batch, engine)
     keys = [sha256(repr((decides, part)).encode()).hexdigest() for part in parts]
@@ -247,7 +249,7 @@ def unchanged(old: Index, pictures: Sequence[Stamped]) -> dict[str, int]:
 def gather(
     indexes: Sequence[Index], taken: Sequence[tuple[int, int]], scratch: Path
 ) -> tuple[Tensor, Tensor]:
-    """Collect embeddings (N, E) and stamps (N, 2). `taken`: (number of index, row) for each image.
+    """Collect embeddings (N, E) and stamps (N, 2). `taken`: (position in `indexes`, row) pairs.
 
     The embeddings are in the file `scratch`, because they may not fit into memory.
     """

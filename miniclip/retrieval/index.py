@@ -30,7 +30,7 @@ from miniclip.transform import ImageTransform
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 BLOCK = 8192
-"""Rows that a search compares at once: 16 MiB, if a row has 512 numbers."""
+"""How many rows a search compares at once. Rows of 512 numbers then take 16 MiB."""
 TENSORS = {  # the tensors of an index file: dtype and number of dimensions
     "embeddings": (torch.float32, 2),
     "paths": (torch.uint8, 1),
@@ -118,7 +118,7 @@ class Strings(Sequence[str]):
         return self.text[start:end].numpy().tobytes().decode("utf-8", "surrogateescape")
 
     def is_sound(self) -> bool:
-        """Whether the ends never decrease, and the last end is the length of the text."""
+        """Whether `ends` never decreases, and its last number is the length of `text`."""
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends])
         return bool((ends.diff() >= 0).all()) and int(ends[-1]) == len(self.text)
 
@@ -173,7 +173,7 @@ class Index:
         try:
             open_regular(path).close()
             is_one = False
-            while not is_one:  # safetensors opens a file twice; a save may replace it in between
+            while not is_one:  # safetensors opens the file twice, and a save may replace it
                 before = os.stat(path)
                 with safe_open(path, framework="pt") as file:
                     about = json.loads((file.metadata() or {})["miniclip.index"])
@@ -181,7 +181,7 @@ class Index:
                 is_one = os.path.samestat(before, os.stat(path))
             for name, kind in TENSORS.items():
                 if (tensors[name].dtype, tensors[name].ndim) != kind:
-                    raise ValueError(f"{name} has another dtype or shape")
+                    raise ValueError(f"{name} has an unexpected dtype or shape")
             embeddings, *of_paths, stamps, text, ends = tensors.values()
             paths, skipped = Strings(*of_paths), Strings(text, ends)
             if not paths.is_sound() or not skipped.is_sound():
@@ -207,8 +207,9 @@ class Index:
         """Find the images with the largest cosines, exactly.
 
         A float32 product finds the rows that may be among the best. Their scores are then computed
-        in float64. For unit vectors, the float32 error is at most E u / (1 - E u), u = eps / 2
-        (Higham 2002, section 3.1). The search allows twice this error. Memory does not grow with N.
+        in float64. For unit vectors, the float32 error is at most E u / (1 - E u), where u is
+        eps / 2 (Higham 2002, section 3.1). The search uses twice this error as a margin. Memory
+        does not grow with N.
 
         Args:
             query: a unit vector (E,).
@@ -246,11 +247,11 @@ class Index:
 
     def check(self, loaded: Loaded, name: str = "the model given") -> None:
         """Raise ValueError unless `loaded` made the index. The error names both models."""
-        advice = "cosines between vectors of two models mean nothing"
+        advice = "cosines between vectors of different models mean nothing"
         self.encoder.check(describe(loaded, name), "the index", advice)
 
     def load_encoder(self, name: str | None = None, device: str = "cpu") -> Loaded:
-        """Load the model that made the index. `name`: its new place, if it has moved."""
+        """Load the model that made the index. `name`: where the model is now, if it has moved."""
         made_by = self.encoder
         loaded = load(
             name or made_by.model,
@@ -283,7 +284,7 @@ def embed_query(
     minus: str | Iterable[str] = (),
     minus_pictures: Sequence[str | Member] = (),
 ) -> Tensor:
-    """Make a query: add the unit vectors of texts and images, and subtract others.
+    """Make a query: add the unit vectors to search for, and subtract the unit vectors to avoid.
 
     Args:
         loaded: the model that made the index, see `Index.load_encoder`.

@@ -19,10 +19,10 @@ Stamp = tuple[int, int]
 
 
 def stamp(picture: str | Member) -> Stamp:
-    """Return the size of an image's file or tar, and the time of its last change in nanoseconds."""
+    """Return the size and the modification time (in ns) of an image file, or of an image's tar."""
     try:
         found = os.stat(picture.archive if isinstance(picture, Member) else picture)
-    except OSError:  # reported when the image is read
+    except OSError:  # the error is reported when the image is read
         return (0, 0)
     return (found.st_size, found.st_mtime_ns)
 
@@ -32,7 +32,7 @@ def find_pictures(
 ) -> tuple[list[str | Member], list[str]]:
     """Find the images in files, folders, patterns and tars.
 
-    Hidden and system folders are left out, unless a path names them.
+    Hidden and system folders are left out, unless they are given in `paths`.
 
     Args:
         paths: images with any ending; folders, searched with their subfolders and tars; tars, such
@@ -40,8 +40,8 @@ def find_pictures(
         exclude: patterns of names or paths to leave out.
 
     Returns:
-        The images, each once and in the order of `paths`, and a line for each damaged tar. The
-        files of a folder are sorted.
+        The images in the order of `paths`, without repetition, and an error message for each
+        damaged tar. The files of a folder are sorted.
 
     Raises:
         ValueError: a path has no images, or all images are excluded.
@@ -63,7 +63,7 @@ def find_pictures(
 
 
 def _is_wanted(path: str, exclude: Sequence[str], given: Sequence[str] = ()) -> bool:
-    """Whether no part of a path is excluded. Hidden parts are excluded unless they are `given`."""
+    """Return False if a part of a path is excluded, or if it is hidden and not in `given`."""
     parts = Path(path).parts
     if any(is_hidden(part) for part in parts if part not in given):
         return False
@@ -81,7 +81,7 @@ def _files(path: str, exclude: Sequence[str]) -> list[str]:
     if os.path.lexists(path):  # also a broken link, which is reported when it is read
         return [path]
     if not (matches := sorted(glob.glob(path, recursive=True))):
-        raise ValueError(f"{path}: no such file or folder; as a pattern, it matches no file")
+        raise ValueError(f"{path}: no such file or folder, and no file matches it as a pattern")
     wanted = [name for name in matches if _is_wanted(name, exclude, given)]
     return [name for match in wanted for name in _files(match, exclude)]
 
@@ -105,8 +105,8 @@ def _files_below(root: str, exclude: Sequence[str]) -> Iterator[str]:
 
 
 def _members(archive: str, damage: list[str], exclude: Sequence[str] = ()) -> list[Member]:
-    """The images of a tar, up to the first damage. If a name occurs twice, the last file counts,
-    as when the tar is unpacked."""
+    """The images of a tar, up to the first damage. If a name occurs twice, keep only the last file,
+    as unpacking the tar does."""
     found = members(archive, damage)
     named = {m.name: m for m in found if is_picture(m.name) and _is_wanted(m.name, exclude)}
     return list(named.values())

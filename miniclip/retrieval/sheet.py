@@ -10,7 +10,7 @@ from miniclip.errors import ImageError
 from miniclip.retrieval.index import Hit, Index
 from miniclip.transform import to_rgb
 
-TILE = 240  # pixels: the largest side of an image on a sheet
+TILE = 240  # the longer side of an image on a sheet, in pixels
 SHEETS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf")
 
 
@@ -23,7 +23,7 @@ def draw_sheet(
         index: the index that was searched.
         hits: the results of `Index.search`.
         title: the first line.
-        path: the file to write, with an ending of SHEETS.
+        path: the file to write. Its ending must be in SHEETS.
 
     Returns:
         A line for each image that can no longer be read. On the sheet, a note takes its place.
@@ -63,7 +63,7 @@ def draw_sheet(
 
 
 def font_for(text: str, size: int) -> Any:
-    """Return Pillow's font for ASCII, and a font that matplotlib finds for other texts."""
+    """Return Pillow's font for an ASCII text. For other texts, return a font from matplotlib."""
     if text.isascii():
         return ImageFont.load_default(size)
     try:
@@ -74,7 +74,7 @@ def font_for(text: str, size: int) -> Any:
 
 
 def fitting(text: str, font: Any, width: int, keep_end: bool = False) -> str:
-    """Shorten a text to `width` pixels: keep its beginning, or its end."""
+    """Shorten a text to `width` pixels. Keep its beginning, or its end with `keep_end`."""
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     shown = text
     while shown and font.getlength(shown) > width:

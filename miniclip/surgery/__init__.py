@@ -1,14 +1,14 @@
-"""Change what a model computes, its weights or its shape.
+"""Change the computation, the weights or the shape of a model.
 
 A function that changes weights or shapes returns a new model with a new config. The old model does
 not change, and keeps its hooks. The two models share no memory, except after `resize_image`, which
 shares the tensors that do not change. A context manager changes a model only while its `with` block
-is open. So changes can be combined, and nothing has to be undone. Two functions work in place:
-`freeze` sets which parameters are trained, and `reconfigure` updates the config of a model
-(made by `copied`) after you have changed its modules. Compile a model after surgery, not before.
+is open. So changes can be combined, and nothing has to be undone. Two functions work in place.
+`freeze` chooses which parameters are trained. `reconfigure` updates the config after you have
+changed the modules of a copy (see `copied`). Compile a model after surgery, not before.
 
-The result is an ordinary CLIP. Saving and loading it keeps every bit. If transformers cannot
-express the result's shape, it raises an error for the saved files (`CLIPConfig.to_dict`).
+The result is an ordinary CLIP. Saving and loading it keeps every bit. If transformers does not
+support the result's shape, transformers cannot load the saved files (see `CLIPConfig.to_dict`).
 
 There are functions for: other image and patch sizes, longer texts, new tokens, registers (also at
 test time), pruned heads, layers and neurons, patch dropout, LoRA, dense features, ProxyCLIP,

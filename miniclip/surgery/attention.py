@@ -37,7 +37,7 @@ class Preset(NamedTuple):
     residual: bool = False  # whether the residual connection of attention is kept
     mlp: bool = False  # whether the MLP is kept
     depth: int = 1  # how many of the last blocks are replayed
-    grid: tuple[int, int] | None = None  # rows and columns of the result. None: the tower's
+    grid: tuple[int, int] | None = None  # rows and columns of the result. None: the tower's grid
 
 
 def dense_features(
@@ -52,7 +52,7 @@ def dense_features(
             "sclip" (Wang et al. 2023, arXiv 2312.01597), "clip-surgery" (Li et al. 2023, arXiv
             2304.05653), "gem" (Bousselham et al. 2023, arXiv 2312.00878), "clearclip" (Lan et al.
             2024, arXiv 2407.12442), "naclip" (Hajimiri et al. 2024, arXiv 2404.08181), or a
-            Preset, such as `proxyclip` makes.
+            Preset, for example from `proxyclip`.
         resize: a method of `resize_image`, if the images do not have the model's size. SCLIP,
             ClearCLIP, NACLIP and ProxyCLIP use "dino"; GEM uses "timm".
     Raises:
@@ -71,14 +71,14 @@ def dense_features(
             raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
         preset = PRESETS[preset]
     if preset.grid and preset.residual:
-        raise ValueError("a Preset with its own grid has new tokens: expected residual=False")
+        raise ValueError("a Preset with its own grid makes new tokens: expected residual=False")
     tower = tower_for(model, pixels)
     follow("dense_features", tower, ("forward", "pool"), block=("forward",), attention=("attend",))
     for attn in (block.attn for block in tower.blocks):
         if not isinstance(attn, Attention) or "pattern" not in signature(attn.forward).parameters:
             raise ValueError(
-                f"dense_features replays Attention.forward, and {type(attn).__name__} has its own, "
-                "without the argument `pattern`: dense_features cannot follow it"
+                "dense_features replays Attention.forward, but the forward of "
+                f"{type(attn).__name__} has no argument `pattern`: dense_features cannot follow it"
             )
         if attn.causal:
             raise ValueError("dense_features cannot follow a causal vision tower")
@@ -101,7 +101,7 @@ def dense_features(
 
 
 def similar(x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-    """The softmax of the scaled products of x and y, both (B, H, T, D): (B, H, T, T)."""
+    """The softmax of the scaled products of x and y, (B, H, T, D) -> (B, H, T, T)."""
     return (x @ y.transpose(-2, -1) * x.shape[-1] ** -0.5 + bias).softmax(-1)
 
 
@@ -117,7 +117,7 @@ def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
 
 
 def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
-    """GEM's pattern: values, keys and queries each attend to themselves twice, by cosines."""
+    """GEM's pattern: the mean of q-q, k-k and v-v attention of unit vectors, each applied twice."""
     # For each image: the mean norm of its token vectors, divided by the square root of D.
     sharpness = seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1) * q.shape[-1] ** -0.5
 
@@ -138,7 +138,7 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
     Args:
         features: (B, C, rows, columns) of the same images, for instance from DINO.
         beta: cosines below `beta` times their mean are ignored.
-        gamma: the other cosines are multiplied by `gamma` before the softmax.
+        gamma: the remaining cosines are multiplied by `gamma` before the softmax.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)

@@ -1,4 +1,4 @@
-"""Other image sizes, patch sizes and channels, longer texts, more tokens.
+"""Change a model's image size, patch size, channels, context length, vocabulary or registers.
 
 A position embedding is resized like an image with W channels. There is no single standard for this,
 so each method is named after the code that it reproduces.
@@ -22,7 +22,7 @@ Grid = tuple[int, int]  # rows, columns
 
 
 def _antialiased(x: Tensor, grid: Grid) -> Tensor:
-    if grid[1] == 1:  # with one call, torch 2.13 on a CPU gets only the first row right
+    if grid[1] == 1:  # torch 2.13 on a CPU computes only the first row correctly in one call
         x = F.interpolate(x, (grid[0], x.shape[3]), mode="bicubic", antialias=True)
     return F.interpolate(x, grid, mode="bicubic", antialias=True)
 
@@ -45,13 +45,14 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     """A model for images of another size or shape.
 
     Start from the original model each time, because resampling twice blurs. Both models share the
-    weights that do not change: pass `copied(model)` to train one of them. transformers needs square
-    images. Their transform is `dataclasses.replace(transform, size=size, crop_size=size)`.
+    weights that do not change. To train one of them, pass `copied(model)`. transformers needs
+    square images. For square images, the new transform is
+    `dataclasses.replace(transform, size=size, crop_size=size)`.
 
     Args:
         size: (height, width), or one number for both. ValueError if smaller than one patch.
-        method: how to resample the position embedding: as "transformers"
-            (interpolate_pos_encoding), "timm" (and open_clip), "openai-bilinear" or "dino".
+        method: how to resample the position embedding. "transformers" (interpolate_pos_encoding),
+            "timm" (also in open_clip), "openai-bilinear" or "dino".
 
     >>> from miniclip import CLIP
     >>> wide = resize_image(CLIP.from_pretrained("shapes"), (64, 96))
@@ -70,7 +71,7 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
 
 
 def resampled(pos_embed: Tensor, old: Grid, grid: Grid, method: str) -> Tensor:
-    """Resample a position embedding (1 + P, W) to another grid. The class token's row stays."""
+    """Resample a position embedding (1 + P, W) to another grid, except the class token's row."""
     picture = _precise(pos_embed[1:]).T.unflatten(1, old)[None]  # (1, W, rows, columns)
     patches = RESAMPLE[method](picture, grid)[0].flatten(1).T  # (P, W)
     return torch.cat([pos_embed[:1], patches.to(pos_embed)])
@@ -98,16 +99,16 @@ RESIZE = {
 
 
 def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
-    """A model for patches of another size. The grid stays, so the image size changes too.
+    """A model for patches of another size. The grid stays the same, so the image size changes too.
 
     The kernels of the patch embedding are multiplied by the pseudo-inverse of the matrix that
     resizes a patch. So if `size` is larger, the new model embeds a resized patch exactly as the old
     model embeds the original patch. `resize_image` restores the old image size.
 
     Args:
-        method: how to resize a patch: as "flexivit" (bilinear, not antialiased; from big_vision,
-            Beyer et al. 2022, arXiv 2212.08013) or as "timm" (bicubic, antialiased; from
-            resample_patch_embed). The kernels of the two methods differ by a quarter or more.
+        method: how to resize a patch. "flexivit" is bilinear, not antialiased (big_vision, Beyer et
+            al. 2022, arXiv 2212.08013). "timm" is bicubic and antialiased (resample_patch_embed).
+            The kernels of the two methods differ by a quarter or more.
 
     >>> from miniclip import CLIP
     >>> model = resize_patch(CLIP.from_pretrained("shapes"), 16)  # from 8
@@ -126,7 +127,7 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
     weight = new.vision.patch_embed.weight  # (W, channels, old, old)
     pixels = torch.eye(old * old, dtype=torch.float64, device=weight.device)
     resize = RESIZE[method](pixels.view(-1, 1, old, old), (size, size)).flatten(1)
-    # resize is (old * old, size * size), a row for each pixel of the old patch
+    # `resize` is a matrix (old * old, size * size): a row for each pixel of the old patch
     kernels = weight.double().flatten(2) @ torch.linalg.pinv(resize).T
     _assign(new.vision.patch_embed, "weight", kernels.unflatten(2, (size, size)).to(weight))
     new.vision.patch_embed.kernel_size = new.vision.patch_embed.stride = (size, size)
@@ -134,11 +135,11 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
 
 
 def resize_channels(model: CLIP, channels: int) -> CLIP:
-    """A model for images with another number of channels, such as 4 with depth or near infrared.
+    """A model for images with another number of channels, for example RGB and depth.
 
     The rule is timm's (adapt_input_conv). A single channel gets the sum of the kernels. Several
-    channels get the old kernels in turn (R, G, B, R, ...), times old channels / new channels. The
-    checkpoint's transform still gives RGB: make the other channels yourself.
+    channels get the old kernels in turn (R, G, B, R, ...), multiplied by old channels / new
+    channels. The checkpoint's transform still gives RGB, so make the additional channels yourself.
 
     >>> from miniclip import CLIP
     >>> four = resize_channels(CLIP.from_pretrained("shapes"), 4)
@@ -166,7 +167,7 @@ def extend_context(
     """A model for longer texts. Its position embedding is stretched.
 
     A text that ends within the first `keep` positions keeps its embedding. Also set the Tokenizer's
-    `context_length`. Raises ValueError for a shorter context, or fewer than two rows to stretch.
+    `context_length`. Raises ValueError if `length` is too short, or if `keep` is too large.
 
     Args:
         keep: how many of the first positions do not change. Default: 20 for "longclip", because
@@ -187,8 +188,8 @@ def extend_context(
         return new
     if length < old or not 0 <= keep <= old - 2:
         raise ValueError(
-            f"cannot stretch {old} positions to {length}, keeping {keep}: expected a length of at "
-            f"least {old}, and keep from 0 to {old - 2}, so that two rows are left to stretch"
+            f"cannot stretch {old} positions to {length} with keep={keep}: expected a length of at "
+            f"least {old}, and a `keep` from 0 to {old - 2}, because stretching needs two rows"
         )
     reconfigure(new, "text", context_length=length)
     pos_embed = new.text.pos_embed
@@ -206,11 +207,11 @@ def extend_context(
 def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     """A model with more tokens in its vocabulary. The new ids follow the old ones.
 
-    A model with the legacy end token 2 reads a text at its largest id. New ids would be larger than
+    A model with the legacy end token 2 pools a text at its largest id. New ids would be larger than
     the end token's id. So the new `eos_token_id` is the end token's real id, the last old id.
 
     Args:
-        tokens: vectors (count, W), or a number of tokens, which start as the mean of all vectors.
+        tokens: vectors (count, W), or a number. New vectors then start as the mean of the old ones.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -232,7 +233,8 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     """A model with more register tokens (Darcet et al. 2023, arXiv 2309.16588).
 
     Registers come after the class token, without position embedding. Their outputs are not used.
-    Attention can store in them what it otherwise stores in patches. transformers has no registers.
+    Attention can store global information in registers instead of in patches. transformers has no
+    registers.
 
     Args:
         registers: vectors (count, W), or a number of zero vectors.
@@ -254,7 +256,7 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
 
 
 def _precise(x: Tensor) -> Tensor:
-    """Detach, and convert to float32 or more, because half precision is too coarse to resample."""
+    """Detach, and convert to at least float32, because half precision is too coarse to resample."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 

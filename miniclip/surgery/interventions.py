@@ -68,8 +68,9 @@ def patch_from(
 
     Args:
         acts: tensors (B, T, ...) of another run with the same shapes, from `cache`.
-        positions: the tokens to replace (in a pattern, query tokens): (B,), one token of each
-            input; (B, k), k tokens of each input; a slice or (1, k), the same tokens of all inputs.
+        positions: the tokens to replace (in a pattern, the query tokens). (B,) means one token of
+            each input. (B, k) means k tokens of each input. A slice or (1, k) means the same tokens
+            of all inputs.
         heads: the heads to replace, at the sites attn.q, k, v, scores, pattern and z.
 
     >>> from miniclip import CLIP
@@ -85,23 +86,24 @@ def patch_from(
         source = acts[name]
         if source.shape != tensor.shape:
             raise ValueError(
-                f"{name}: the cached tensor has shape {tuple(source.shape)}, the run's own "
-                f"{tuple(tensor.shape)}; expected the same number of inputs and tokens"
+                f"{name}: the cached tensor has shape {tuple(source.shape)}, but this run's "
+                f"tensor has shape {tuple(tensor.shape)}; expected the same number of inputs and "
+                "the same number of tokens"
             )
         site = name.removesuffix(".input")
         is_pattern = site.endswith((".scores", ".pattern"))  # (B, H, T, T)
         has_heads = is_pattern or site.endswith((".q", ".k", ".v", ".z"))  # (B, T, H, D)
         if heads is not None and not has_heads:
-            raise ValueError(f"{name}: has no heads to choose from; expected a site such as attn.z")
+            raise ValueError(f"{name} has no heads to choose from; expected a site such as attn.z")
         if positions != slice(None) and not has_heads and tensor.ndim != 3:
-            raise ValueError(f"{name}: has no tokens to choose from; expected a tensor (B, T, ...)")
+            raise ValueError(f"{name} has no tokens to choose from; expected a tensor (B, T, ...)")
         B, T = tensor.shape[0], tensor.shape[2 if is_pattern else 1]
         places = torch.arange(T)[positions][None] if isinstance(positions, slice) else positions
         places = torch.as_tensor(places, device=tensor.device)
         if places.ndim not in (1, 2) or len(places) not in (1, B):
             raise ValueError(
-                f"positions have shape {tuple(places.shape)}; expected ({B},), a token of each "
-                f"input, or ({B}, k), or (1, k) for all inputs"
+                f"positions have shape {tuple(places.shape)}; expected ({B},) or ({B}, k) for "
+                "tokens of each input, or (1, k) for the same tokens of all inputs"
             )
         chosen = torch.zeros(B, T, dtype=torch.bool, device=tensor.device)
         rows = torch.arange(B, device=tensor.device)[:, None]
@@ -127,7 +129,7 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
         module: its output must have the shape of its input.
         error_term: add the autoencoder's reconstruction error back as a constant (Marks et al.
             2024, arXiv 2403.19647). The model's output then does not change. Gradients pass through
-            the autoencoder's features, and `hooks` on the autoencoder do change the output.
+            the autoencoder's features. `hooks` on the autoencoder still change the output.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -154,14 +156,14 @@ def move_to_registers(
 
     These are test-time registers, which need no training (Jiang et al. 2025, arXiv 2506.08010). The
     activation at the new tokens is `scale` * m. As in the authors' code, m is one number for each
-    image and layer: the activation with the largest absolute value, over all tokens and all chosen
-    neurons. In the text of the paper, each neuron moves its own largest activation, and its
+    image and layer. It is the activation with the largest absolute value, over all tokens and all
+    chosen neurons. In the text of the paper, each neuron moves its own largest activation, and its
     activations at all other tokens become 0.
 
     Args:
         neurons: {layer: [neuron, ...]}. Their activations become 0 at the patches, and do not
             change at the class token.
-        count: how many new tokens. They are zero before `ln_pre`, and come before the patches.
+        count: the number of new tokens. They are zero before `ln_pre`, and come before the patches.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)

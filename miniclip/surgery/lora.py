@@ -70,10 +70,10 @@ def add_lora(
 
 
 def merge_lora(model: CLIP) -> CLIP:
-    """A model of plain Linears, whose weights include the low-rank changes.
+    """A model of plain Linears. Their weights include the low-rank changes.
 
     The new model can be saved, exported and pruned. It remembers W, A and B for `unmerge_lora`,
-    but a saved file does not. Raises ValueError for a model without LoRA.
+    but `save` does not write them. Raises ValueError for a model without LoRA.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -85,7 +85,7 @@ def merge_lora(model: CLIP) -> CLIP:
         plain = nn.Linear(adapted.in_features, adapted.out_features, device="meta")
         plain.weight = nn.Parameter(adapted.weight.detach().clone(), False)
         plain.bias = adapted.bias
-        # Not registered as a submodule: state_dict, optimizers and saving must see a plain Linear.
+        # Not a submodule, because state_dict, optimizers and saving must see a plain Linear.
         object.__setattr__(plain, "unmerged", adapted)
         setattr(parent, name, plain.train(adapted.training))
     return new
