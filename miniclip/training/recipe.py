@@ -27,9 +27,9 @@ class Recipe:
     weight_decay: float = described(0.1, "weight decay of the matrices")
     layer_decay: float = described(1.0, "a layer's rate, divided by the rate of the layer above")
     warmup: float = described(0.05, "share of the steps during which the learning rate rises")
-    clip_gradient: float = described(1.0, "a gradient with a larger norm is scaled down to this")
+    clip_gradient: float = described(1.0, "largest gradient norm; a larger gradient is scaled down")
     patch_dropout: float = described(0.0, "share of an image's patches that is dropped (FLIP)")
-    # The last epochs train the model as it will be used.
+    # In use, a model sees all patches, so the last epochs train it on all patches.
     full_epochs: int = described(1, "epochs without patch dropout at the end of the run")
     ema: float = described(0.0, "above 0, write the weights' moving average, with this decay")
     loss: str = described("clip", "clip or siglip; the checkpoint leaves out siglip's bias")
