@@ -137,7 +137,7 @@ def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
 
 
 def background(random: Random) -> Background:
-    """Choose a dark grey background. Every object is brighter."""
+    """Choose a dark grey background. Every object is brighter than the background."""
     first, second = (
         tuple(grey + random.randint(-12, 12) for _ in "rgb")
         for grey in (random.randint(24, 76), random.randint(24, 76))
