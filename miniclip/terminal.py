@@ -1,4 +1,4 @@
-"""Output in a terminal: a progress bar, and text whose control characters are escaped."""
+"""Output in a terminal: a progress bar, and text with escaped control characters."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: Any) -> Any:
-    """Wrap items in a progress bar, which appears if they take longer than two seconds.
+    """Wrap items in a progress bar, which appears after two seconds.
 
     If stderr is not a terminal, a line is printed every 30 seconds instead. tqdm gets `options`.
     Without items, pass `total`, and call `update` on the result.
@@ -49,7 +49,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
 
 @contextmanager
 def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
-    """Delay Ctrl-C in a `with` block, so that work stops only where it can be continued.
+    """Delay Ctrl-C in a `with` block, so that a program stops only where it can continue later.
 
     The first Ctrl-C prints the message, and makes the yielded function return True. The second
     Ctrl-C raises KeyboardInterrupt.

@@ -35,7 +35,7 @@ WHITESPACE = regex.compile(r"\s+")
 
 
 def clean_transformers(text: str) -> str:
-    r"""Compose characters (NFC), replace each run of whitespace by a space, make lower case.
+    r"""Compose characters (NFC), replace each run of whitespace by a space, convert to lower case.
 
     >>> clean_transformers("Cafe\u0301  ΟΔΟΣ")
     'café οδοσ'

@@ -24,7 +24,7 @@ from miniclip.surgery.weights import copied
 def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -> CLIP:
     """Remove heads, as if their outputs `z` were zero (Michel et al. 2019, arXiv 1905.10650).
 
-    The bias of out_proj stays. transformers cannot express the result. `heads` is
+    The bias of out_proj stays. transformers cannot load the result. `heads` is
     {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist.
 
     >>> from miniclip import CLIP
@@ -58,7 +58,7 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
 def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]]) -> CLIP:
     """Remove neurons from the MLPs of a tower, as if their activations were zero.
 
-    The bias of fc2 stays. transformers can express the result if all layers keep the same width.
+    The bias of fc2 stays. transformers can load the result if all layers keep the same MLP width.
     `neurons` is {layer: [neuron, ...]}. Raises ValueError if a layer or neuron does not exist.
 
     >>> from miniclip import CLIP
@@ -105,7 +105,7 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
 
 
 def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
-    """Change fields of a tower's config in place, after a change to its modules. Returns the model.
+    """Change fields of a tower's config in place, to fit its changed modules. Returns the model.
 
     Saving raises an error if the modules do not fit the config. Raises ValueError for an unknown
     field.

@@ -27,9 +27,9 @@ class AddedTokens:
 class _Splitter:
     """Split a text at tokens and keep the tokens, as `re.split` does with a group.
 
-    At each position, find the longest token. `re` would try every token. Here a set of the tokens
-    is looked up once for each length: if all tokens that start with "<" have one of 3 lengths, a
-    "<" in a text needs at most 3 look-ups.
+    At each position, find the longest token. `re` would try every token. Here pieces of all lengths
+    that a token can have are looked up in a set. For example, if the tokens that start with "<"
+    have 3 different lengths, a "<" in a text needs at most 3 look-ups.
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:

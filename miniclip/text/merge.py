@@ -60,7 +60,7 @@ class Merger:
             rank, i = heapq.heappop(heap)
             j = after[i]
             # If one of its ids was merged after the push, the pair no longer exists. Each rank
-            # belongs to one pair, so it is enough to compare the rank of the ids that are here now.
+            # belongs to one pair, so it is enough to check the rank of the ids at this position.
             if j == end or self.ranks.get(ids[i] * self.size + ids[j]) != rank:
                 continue
             ids[i], ids[j] = self.joined[rank], GONE
@@ -73,7 +73,7 @@ class Merger:
 
 
 def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair]:
-    """Learn at most `limit` merges from words. `counts` maps each word's symbols to its count.
+    """Learn at most `limit` merges from words. `counts` maps a word's symbols to the word's count.
 
     Sennrich et al. 2016, arXiv 1508.07909: make the most frequent pair a token, and repeat. If two
     pairs are equally frequent, the pair that sorts first becomes a token.

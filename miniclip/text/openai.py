@@ -7,7 +7,7 @@ from miniclip.text.unicode import LONG_RUN, nfc
 
 
 def clean_openai(text: str) -> str:
-    r"""Repair encodings (ftfy), resolve html entities twice, clean whitespace, make lower case.
+    r"""Repair encodings (ftfy), resolve html entities twice, clean spaces, convert to lower case.
 
     >>> clean_openai(" Tom &amp;amp; Jerryâ€™s  ΟΔΟΣ ")
     "tom & jerry's οδος"

@@ -56,7 +56,7 @@ def compose(text: str) -> str:
 
 
 def lower_new_capitals(text: str) -> str:
-    """Make the letters of `_new_capitals` lower case, because `str.lower` may be wrong for them."""
+    """Convert the letters of `_new_capitals` to lower case. `str.lower` may be wrong for them."""
     return text.translate(_new_capitals())
 
 

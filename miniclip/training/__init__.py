@@ -33,7 +33,8 @@ The data is one of these:
 If an image, a shard or a command fails, training reports it and continues without it.
 
 - `--val DATA`: score the model on held-out data after each epoch, or every `--val-every` steps.
-  Class folders give accuracy, captions give recall@1. The folder `best` has the best checkpoint
+  The score is accuracy for class folders and recall@1 for captions. The folder `best` has the best
+  checkpoint
 - `--freeze vision`: freeze a tower (`vision`, as LiT does, or `text`), or all parameters that
   match a glob such as `vision.blocks.[0-5].*`
 - `--lora 4`: train a change of rank 4 to the query and value weights, and write the merged weights

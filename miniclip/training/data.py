@@ -122,7 +122,7 @@ def open_data(
         columns: the names of a metadata file's two columns, for image files and for captions.
 
     Raises:
-        ValueError: `name` has none of these forms, or the data has fewer than two classes.
+        ValueError: `name` has none of these forms, or there are fewer than two class folders.
     """
     if name == "shapes":
         from miniclip.training.drawn import Shapes
@@ -204,7 +204,7 @@ def batches(
 
 
 def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: int) -> Pair:
-    """Return the first readable pair of the data. It replaces a batch without a readable image."""
+    """Return the first readable pair of the data, for a batch that has no readable image."""
     for item in data.items(seed):
         if isinstance(pair := read((item, seed)), Pair):
             return pair

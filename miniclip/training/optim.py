@@ -1,4 +1,4 @@
-"""Which parameters are trained, their optimizers (AdamW, Muon), and their learning rates."""
+"""Choose the trained parameters, their optimizers (AdamW, Muon) and their learning rates."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -22,7 +22,7 @@ from miniclip.model import CLIP
 def process_group(device: str) -> Iterator[str]:
     """Yield the device of this process. Under torchrun, also join the process group.
 
-    The group ends with the `with` block. A group that the program joined before is kept.
+    The end of the `with` block destroys the group. A group that existed before is kept.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield device

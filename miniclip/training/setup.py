@@ -26,8 +26,8 @@ def from_scratch(
     """Make a model with random weights, and learn a tokenizer from the captions.
 
     Args:
-        config: the model's shape. But its vocabulary has the size of the learnt vocabulary, which
-            is at most `config.text.vocab_size`.
+        config: the model's shape. The learnt vocabulary may be smaller than
+            `config.text.vocab_size`.
         data: the training data.
         seed: decides the weights.
         kind: the class of the model.

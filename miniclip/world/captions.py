@@ -33,8 +33,8 @@ class Phrase(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """The meaning of a caption. It is true if each phrase fits a different object and the relation
-    of these objects holds.
+    """The meaning of a caption. The caption is true if each phrase fits a different object and the
+    objects' relation holds.
 
     `relation` is a key of RELATIONS for two phrases, a key of PLACES for one phrase, or "".
     """
@@ -142,7 +142,7 @@ Kind = Callable[[Scene], list[Claim]]
 
 
 def kinds(scene: Scene) -> tuple[Kind, ...]:
-    """Return the functions whose claims about a scene name both colour and shape.
+    """Return the functions that describe a scene's objects by both colour and shape.
 
     The list has `relations` twice, because relations are the hardest to learn.
     """

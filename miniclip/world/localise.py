@@ -27,7 +27,7 @@ class Localisation(NamedTuple):
 
 
 class Question(NamedTuple):
-    """Where is the object of this colour and shape?"""
+    """A question about the position of one object, which `phrase` names."""
 
     picture: Image.Image
     phrase: str
