@@ -1,4 +1,4 @@
-"""Output in a terminal: a progress bar, and text whose control characters are escaped."""
+"""Output in a terminal: a progress bar, and text with escaped control characters."""
 
 import math
 import os
@@ -11,12 +11,12 @@ from typing import Any
 
 
 def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: Any) -> Any:
-    """Wrap items in a progress bar, which appears if they take longer than two seconds.
+    """Wrap items in a progress bar, which appears after two seconds.
 
-    If stderr is not a terminal, a line is printed every 30 seconds instead. `options` are for tqdm.
-    Without items, give the `total`, and call `update` on the result.
+    If stderr is not a terminal, a line is printed every 30 seconds instead. tqdm gets `options`.
+    Without items, pass `total`, and call `update` on the result.
     """
-    from tqdm import tqdm  # here, because `miniclip --help` shows no bar
+    from tqdm import tqdm  # imported only here, so that `miniclip --help` is fast
 
     if sys.stderr and sys.stderr.isatty():
         return tqdm(items, unit=unit, **{"delay": 2, "leave": False} | options)
@@ -29,7 +29,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
             return True
 
         def refresh(self, nolock: bool = False, **options: Any) -> None:
-            # Print no line after a `tqdm.write` (nolock), and no line in a notebook.
+            # Do not print a line after `tqdm.write` (nolock) or in a notebook.
             is_notebook = type(sys.stderr).__module__.startswith("ipykernel")
             if not (nolock or self.disable or is_notebook):
                 self.display()
@@ -49,7 +49,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
 
 @contextmanager
 def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
-    """Delay Ctrl-C in a `with` block, so that work stops only where it can be continued.
+    """Delay Ctrl-C in a `with` block, so that a program stops only where it can continue later.
 
     The first Ctrl-C prints the message, and makes the yielded function return True. The second
     Ctrl-C raises KeyboardInterrupt.
@@ -75,7 +75,7 @@ def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
 
 
 def printable(text: str) -> str:
-    """Escape the characters that move the cursor or colour a terminal, and lone surrogates.
+    """Escape lone surrogates and all characters that move the cursor or change the colours.
 
     >>> print(printable("café" + chr(10) + chr(27)))
     café\\n\\x1b
@@ -84,12 +84,12 @@ def printable(text: str) -> str:
 
 
 def columns(text: str) -> int:
-    """The number of terminal columns of a printable text. A Chinese character takes two.
+    """The number of terminal columns of a printable text. A Chinese character takes two columns.
 
     >>> columns("cat"), columns("猫")
     (3, 2)
     """
-    from ftfy.formatting import monospaced_width  # here, because `miniclip --help` has no tables
+    from ftfy.formatting import monospaced_width  # only here: `miniclip --help` does not need it
 
     return len(text) if text.isascii() else max(monospaced_width(text), 0)
 
@@ -106,13 +106,13 @@ def shorten(text: str, width: int = 24) -> str:
 
 
 def cell(text: str, width: int) -> str:
-    """A text as the cell of a table: cut, or padded with spaces, to `width` columns."""
+    """Cut a text, or pad it with spaces, to `width` columns, for a cell of a table."""
     text = shorten(text, width)
     return text + " " * (width - columns(text))
 
 
 def counted(count: int, noun: str) -> str:
-    """A count with a noun. The noun's plural must end in "s".
+    """Return a count with its noun. The noun's plural must end in "s".
 
     >>> counted(1, "picture"), counted(1200, "picture")
     ('1 picture', '1,200 pictures')

@@ -35,7 +35,7 @@ WHITESPACE = regex.compile(r"\s+")
 
 
 def clean_transformers(text: str) -> str:
-    r"""Compose characters (NFC), replace each run of whitespace by a space, lower-case.
+    r"""Compose characters (NFC), replace each run of whitespace by a space, convert to lower case.
 
     >>> clean_transformers("Cafe\u0301  ΟΔΟΣ")
     'café οδοσ'
@@ -56,7 +56,7 @@ WORD = r"""
 
 
 def split_transformers(text: str) -> list[str]:
-    """The words of a cleaned text. A special token in it is cut into three words.
+    """The words of a cleaned text. A special token in the text is cut into three words.
 
     >>> split_transformers("it's 2 cats!!")
     ['it', "'s", '2', 'cats', '!!']
@@ -80,7 +80,7 @@ def split_openai(text: str) -> list[str]:
 
 
 def to_symbols(word: str) -> list[str]:
-    """The UTF-8 bytes of a word as symbols. The last one is marked as the end of the word.
+    """The UTF-8 bytes of a word as symbols. The last symbol is marked as the end of the word.
 
     >>> to_symbols("né")
     ['n', 'Ã', '©</w>']
@@ -116,8 +116,8 @@ class Tokenizer(PretrainedTokenizer):
     """Text -> token ids, and back.
 
     `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` are
-    tokens that are found before the text is split into words: {token: True} in the cleaned text,
-    {token: False} in the raw text. OpenAI's tokenizer does not look for added tokens.
+    tokens that are found before a text is split into words. {token: True} finds a token in the
+    cleaned text, {token: False} in the raw text. OpenAI's tokenizer does not look for added tokens.
 
     >>> tokenizer = Tokenizer.train(["a cat", "a dog", "two cats"], vocab_size=520)
     >>> tokenizer(["a cat", "a hat"]).shape
@@ -163,8 +163,8 @@ class Tokenizer(PretrainedTokenizer):
             self._tokens[self.vocab[token]] = cleaned  # as transformers decodes it
         self._clean = clean_openai if reference == "openai" else clean_transformers
         self._split = split_openai if reference == "openai" else split_transformers
-        # Cleaning, splitting and merging never look across a space. So a chunk between two spaces
-        # always has the same ids, and these are stored. Added tokens with a space prevent this.
+        # Cleaning, splitting and merging never look across a space, so a chunk between two spaces
+        # always has the same ids. They are stored. If an added token has a space, texts stay whole.
         self._chunks = RememberedChunks(self._encode_chunk, self._merge, self.vocab, self.added)
 
     @property
@@ -189,7 +189,7 @@ class Tokenizer(PretrainedTokenizer):
         return ids
 
     def _pieces(self, text: str) -> Iterable[tuple[str, str | None]]:
-        """(piece, token) for each added token, and (cleaned text, None) between them."""
+        """(piece, token) for each added token, and (cleaned text, None) between tokens."""
         return [(text, None)] if self.reference == "openai" else self._added.split(text)
 
     def _symbols(self, word: str) -> list[str]:
@@ -204,7 +204,7 @@ class Tokenizer(PretrainedTokenizer):
         """Texts -> ids (B, T) int64: in each row a start token, the text, an end token, padding.
 
         T is `pad_to` if given, or else the longest row's length. A row of more tokens than
-        `context_length` or `pad_to` raises ContextLengthError. With `truncate`, its text is cut.
+        `context_length` or `pad_to` raises ContextLengthError. With `truncate`, the text is cut.
         """
         limit = checks.check_pad_to(pad_to, self.context_length)
         rows = []

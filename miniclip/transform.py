@@ -6,11 +6,11 @@ Two references are matched exactly: openai/CLIP (clip.py, `_transform`, on torch
 transformers (`CLIPImageProcessorPil`). They differ in two ways:
 
 - Order. transformers converts to RGB first, with white behind transparent pixels. OpenAI converts
-  to RGB after the crop. So Pillow resizes a palette image by nearest neighbour, and transparent
+  to RGB after the crop, so Pillow resizes a palette image by nearest neighbour, and transparent
   pixels keep the colour that is stored in them.
 - Crop. If a side has m more pixels than the crop, the crop starts at m / 2. transformers rounds
-  down (3 -> 1, 5 -> 2), OpenAI rounds half to even (3 -> 2, 5 -> 2). They differ if m % 4 is 3. If
-  the image is smaller than the crop (m is negative), they differ for every odd m.
+  down (3 -> 1, 5 -> 2), OpenAI rounds half to even (3 -> 2, 5 -> 2). The crops differ if m % 4 is
+  3. If the image is smaller than the crop (m is negative), they differ for every odd m.
 
 Both resize with Pillow and antialiasing. torchvision's resize of tensors gives other pixels.
 """
@@ -43,7 +43,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side to `size` pixels. The longer side keeps the ratio, rounded down.
+    """Scale the shorter side to `size` pixels. Keep the aspect ratio; round the longer side down.
 
     >>> resize_short_side(Image.new("RGB", (640, 480)), 224).size
     (298, 224)
@@ -62,7 +62,7 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, reference: str = "transformers") -> Image.Image:
-    """The middle `size` x `size` pixels, 0 outside the image. Here a pixel's value is its row:
+    """The middle `size` x `size` pixels, 0 outside the image. Below, a pixel's value is its row:
 
     >>> center_crop(Image.linear_gradient("L").crop((0, 0, 4, 4)), 1, "openai").getpixel((0, 0))
     2
@@ -81,7 +81,7 @@ def scale_and_normalize(
     pixels = np.empty((3, image.height, image.width), np.float32)
     for out, band, band_mean, band_std in zip(pixels, image.split(), mean, std):
         out[:] = np.asarray(band)
-        out /= 255  # transformers multiplies by 1/255 in float64: the float32 results are equal
+        out /= 255  # transformers multiplies by 1/255 in float64, with the same float32 result
         out -= band_mean
         out /= band_std
     return pixels
@@ -114,8 +114,8 @@ class ImageTransform(PretrainedTransform):
         """One picture -> (3, S, S), a list of B pictures -> (B, 3, S, S), float32; S = crop_size.
 
         A picture is a path, bytes or an open file (turned upright by its EXIF), a PIL image (taken
-        as it is), a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). A list is read by as
-        many threads as torch uses. Raises ImageError; for a list, it names the picture's index.
+        as it is), a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). A list is read
+        by `torch.get_num_threads()` threads. Raises ImageError, with the picture's index in a list.
         """
         is_file = isinstance(pictures, str | bytes | bytearray | memoryview)
         if is_file or not isinstance(pictures, Sequence):

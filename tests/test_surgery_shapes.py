@@ -774,7 +774,7 @@ REFUSED = {
         lambda m: prune_neurons(m, "text", {0: [-1]}),
         "layer 0: no neurons [-1]; exp",
     ),
-    "no layers": (lambda m: keep_layers(m, "text", []), "no layers of the text tower to keep"),
+    "no layers": (lambda m: keep_layers(m, "text", []), "no layers are left in the text tower"),
     "no tower": (lambda m: prune_heads(m, "image", {}), "tower is 'image'; expected 'vision'"),
     "too small": (lambda m: resize_image(m, 7), "patch_size 8 is larger than image_size 7"),
     "half a pixel": (lambda m: resize_image(m, 7.5), "image_size is 7.5; expected a positive"),

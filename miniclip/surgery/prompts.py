@@ -12,7 +12,7 @@ def encode_prompts(model: CLIP, vectors: Tensor, eos: Tensor, *, normalize: bool
     Args:
         vectors: the token embeddings of each text, from the start token to the end token.
         eos: (B,), the position of each text's end token.
-        normalize: whether embeddings have length 1.
+        normalize: whether to scale the embeddings to length 1.
 
     >>> import torch
     >>> from miniclip import load

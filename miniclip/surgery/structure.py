@@ -1,8 +1,8 @@
-"""Fewer heads, neurons or layers, or layers in another order.
+"""Remove heads, neurons or layers from a tower, or put its layers in another order.
 
-If the number of heads or the MLP width differs from layer to layer, the config has a tuple, which
-transformers' CLIP cannot express. If all layers are equal and no head is missing, the model loads
-in transformers and gives the same logits.
+If the number of heads or the MLP width differs between layers, the config stores a tuple with a
+number for each layer. transformers' CLIP has no such config. If all layers have the same sizes and
+no head was removed, the model loads in transformers and gives the same logits.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,9 +22,9 @@ from miniclip.surgery.weights import copied
 
 
 def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -> CLIP:
-    """Remove heads from a tower, as if their z were zero (Michel et al. 2019, arXiv 1905.10650).
+    """Remove heads, as if their outputs `z` were zero (Michel et al. 2019, arXiv 1905.10650).
 
-    The bias of out_proj stays. transformers cannot express the result. `heads` is
+    The bias of out_proj stays. transformers cannot load the result. `heads` is
     {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist.
 
     >>> from miniclip import CLIP
@@ -58,7 +58,7 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
 def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]]) -> CLIP:
     """Remove neurons from the MLPs of a tower, as if their activations were zero.
 
-    The bias of fc2 stays. transformers can express the result if all layers keep the same width.
+    The bias of fc2 stays. transformers can load the result if all layers keep the same MLP width.
     `neurons` is {layer: [neuron, ...]}. Raises ValueError if a layer or neuron does not exist.
 
     >>> from miniclip import CLIP
@@ -90,7 +90,7 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
     3
     """
     if not layers:
-        raise ValueError(f"no layers of the {tower} tower to keep; expected at least one")
+        raise ValueError(f"no layers are left in the {tower} tower; expected at least one")
     config = _config(model, tower)
     new = copied(model)
     blocks = [deepcopy(_block(new, tower, layer)) for layer in layers]
@@ -105,7 +105,7 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
 
 
 def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
-    """Change fields of a tower's config in place, after a change to its modules. Returns the model.
+    """Change fields of a tower's config in place, to fit its changed modules. Returns the model.
 
     Saving raises an error if the modules do not fit the config. Raises ValueError for an unknown
     field.
@@ -152,7 +152,7 @@ def _cut(linear: nn.Linear, dim: int, kept: Tensor) -> None:
     """Keep only these outputs (dim 0) or inputs (dim 1) of a Linear, in place."""
     if type(linear) is not nn.Linear:
         raise ValueError(
-            f"expected a plain Linear to cut, found {type(linear).__name__}; merge adapters first"
+            f"expected a plain nn.Linear, found {type(linear).__name__}; merge adapters first"
         )
     kept = kept.to(linear.weight.device)
     for name, parameter in [*linear.named_parameters()]:

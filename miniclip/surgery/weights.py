@@ -21,9 +21,10 @@ from miniclip.sites import Enter
 def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
     """Interpolate between the weights of two models.
 
-    WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903) goes from the zero-shot to the fine-tuned
-    model. alpha = 0 gives exactly the first model, 1 exactly the second. An alpha below 0 or above
-    1 extrapolates. Raises ValueError if anything else differs, or if a model has unmerged LoRA.
+    WiSE-FT (Wortsman et al. 2021, arXiv 2109.01903) interpolates between the zero-shot and the
+    fine-tuned model. alpha = 0 gives exactly the first model, and alpha = 1 exactly the second. An
+    alpha below 0 or above 1 extrapolates. Raises ValueError if the models differ in more than their
+    weights, or if a model has unmerged LoRA.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -36,7 +37,7 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
 def average(models: list[CLIP]) -> CLIP:
     """The mean of the models' weights: the uniform soup of Wortsman et al. 2022, arXiv 2203.05482.
 
-    Raises ValueError for an empty list, and as `interpolate` does.
+    Raises ValueError for an empty list. Other errors: see `interpolate`.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -52,7 +53,7 @@ def average(models: list[CLIP]) -> CLIP:
 class TaskVector:
     """What fine-tuning adds to every weight, in float64 (Ilharco et al. 2022, arXiv 2212.04089).
 
-    Vectors can be added, subtracted, scaled and negated (to make a model forget the task).
+    Vectors can be added, subtracted and scaled. A negated vector makes a model forget the task.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -65,7 +66,7 @@ class TaskVector:
 
     @classmethod
     def between(cls, base: CLIP, tuned: CLIP) -> "TaskVector":
-        """The weights of `tuned` minus the weights of `base`. Raises as `interpolate` does."""
+        """The weights of `tuned` minus the weights of `base`. Errors: see `interpolate`."""
         weights, others = _weights(base, tuned)
         return cls({name: others[name].double() - weights[name].double() for name in weights})
 
@@ -100,8 +101,8 @@ OUTPUT = ("ln_post", "ln_final", "proj")
 def layer_groups(tower: VisionTower | TextTower) -> list[list[nn.Parameter]]:
     """A tower's parameters in groups, for `freeze` or a learning rate that depends on depth.
 
-    From input to output, the groups are: all parameters before the first block; each block; the
-    last LayerNorm and the projection.
+    The first group has all parameters before the first block. Then each block is a group. The last
+    group has the last LayerNorm and the projection.
 
     >>> from miniclip import CLIP
     >>> len(layer_groups(CLIP.from_pretrained("shapes").vision))  # 4 blocks
@@ -143,9 +144,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(model: Module, shares_weights: bool = False) -> Module:
-    """A copy of a model without its forward hooks, because copied hooks could not be removed.
+    """Copy a model without its forward hooks, because no handle could remove the copied hooks.
 
-    The copy shares the tensors if `shares_weights`.
+    If `shares_weights`, the copy shares the model's tensors.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -171,8 +172,8 @@ def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
 
 
 def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
-    """The floating-point tensors of each model. Raises ValueError if the models differ in anything
-    else, or do not fit their config. Unmerged adapters and quantised modules cannot be averaged."""
+    """Return each model's floating-point tensors. Raises ValueError if the models differ in more
+    than their weights, or if a model has unmerged adapters or quantised modules."""
     for model in models:
         check_described(model)
     found = [
@@ -206,7 +207,7 @@ def _check_same_shapes(one: dict[str, Tensor], other: dict[str, Tensor]) -> None
     shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (one, other)]
     if odd := sorted(dict(shapes[0].items() ^ shapes[1].items())):
         raise ValueError(
-            f"the two differ in the names or shapes of {len(odd)} tensors, such as {odd[0]}: "
+            f"the models differ in the names or shapes of {len(odd)} tensors, such as {odd[0]}: "
             f"{shapes[0].get(odd[0], 'absent')} and {shapes[1].get(odd[0], 'absent')}. Expected "
             "models fine-tuned from the same weights"
         )

@@ -1,4 +1,4 @@
-"""The parts of the tokenizer that are not needed to understand it.
+"""Parts of the tokenizer. To understand the method, `miniclip/tokenizer.py` is enough.
 
 - `symbols.py`: characters for bytes, and the special tokens
 - `merge.py`: applying BPE merges in n log n steps, and learning merges

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 class AddedTokens:
-    """Find added tokens: {token: True} in the cleaned text, {token: False} in the raw text."""
+    """Find added tokens. {token: True} finds a token in the cleaned text, {token: False} in the
+    raw text."""
 
     def __init__(self, added: Mapping[str, bool], clean: Callable[[str], str]) -> None:
         self.clean = clean
@@ -14,7 +15,7 @@ class AddedTokens:
         self._split_cleaned = _Splitter(self.cleaned)
 
     def split(self, text: str) -> Iterator[tuple[str, str | None]]:
-        """Yield the pieces of a text: (piece, token) for a token, else (cleaned piece, None)."""
+        """Yield (piece, token) for each added token, and (cleaned text, None) between tokens."""
         for i, raw in enumerate(self._split_raw(text)):
             if i % 2:
                 yield raw, raw
@@ -26,8 +27,9 @@ class AddedTokens:
 class _Splitter:
     """Split a text at tokens and keep the tokens, as `re.split` does with a group.
 
-    At each place, find the longest token. `re` would try one token after another. Here the tokens
-    are a set: if the tokens with "<" first have 3 lengths, a "<" in a text needs up to 3 look-ups.
+    At each position, find the longest token. `re` would try every token. Here pieces of all lengths
+    that a token can have are looked up in a set. For example, if the tokens that start with "<"
+    have 3 different lengths, a "<" in a text needs at most 3 look-ups.
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:

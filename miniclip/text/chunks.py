@@ -24,7 +24,7 @@ class RememberedChunks(dict[str, Sequence[int]]):
     ) -> None:
         super().__init__()
         self.encode, self.merge = encode, merge
-        self.whole = any(c.isspace() for token in added for c in token)  # a text is then one chunk
+        self.whole = any(c.isspace() for token in added for c in token)  # True: a text is one chunk
         has_letters = all({a, a + END_OF_WORD} <= vocab.keys() for a in ascii_lowercase)
         self.has_words = has_letters and not any(token.lower().isalpha() for token in added)
         if self.has_words:

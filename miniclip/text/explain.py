@@ -17,7 +17,7 @@ class Word(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Every step from a text to its ids. `print` shows the steps in words."""
+    """Every step from a text to its ids. `print` shows each step on a line."""
 
     text: str
     cleaned: str

@@ -12,7 +12,7 @@ LONG = 32
 
 
 class Merger:
-    """Apply merges to ids. A pair of ids is one number, which is looked up faster than strings.
+    """Apply merges to ids. A pair of ids is one number, because a dict finds numbers faster.
 
     >>> vocab = {"c": 0, "a": 1, "t</w>": 2, "at</w>": 3, "cat</w>": 4}
     >>> Merger(vocab, [("a", "t</w>"), ("c", "at</w>")])([0, 1, 2])
@@ -21,7 +21,7 @@ class Merger:
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[Pair]) -> None:
         self.size, self.no_rank = len(vocab), len(merges)  # `no_rank` is above all ranks
-        self.joined = [vocab[left + right] for left, right in merges]  # by rank
+        self.joined = [vocab[left + right] for left, right in merges]  # indexed by rank
         pairs = [vocab[left] * self.size + vocab[right] for left, right in merges]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
 
@@ -34,7 +34,7 @@ class Merger:
         while found and (best := min(found)) < no_rank:
             i = found.index(best)
             ids[i] = self.joined[best]
-            del ids[i + 1], found[i]  # the two pairs beside it change too
+            del ids[i + 1], found[i]  # the pairs before and after change too
             if i < len(found):
                 found[i] = rank(ids[i] * size + ids[i + 1], no_rank)
             if i:
@@ -59,8 +59,8 @@ class Merger:
         while heap:
             rank, i = heapq.heappop(heap)
             j = after[i]
-            # If one half was merged after the push, the pair no longer exists. Each rank belongs to
-            # one pair, so it is enough to check that the pair at this place still has the rank.
+            # If one of its ids was merged after the push, the pair no longer exists. Each rank
+            # belongs to one pair, so it is enough to check the rank of the ids at this position.
             if j == end or self.ranks.get(ids[i] * self.size + ids[j]) != rank:
                 continue
             ids[i], ids[j] = self.joined[rank], GONE
@@ -73,7 +73,7 @@ class Merger:
 
 
 def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair]:
-    """Learn at most `limit` merges from words. `counts` maps each word's symbols to its count.
+    """Learn at most `limit` merges from words. `counts` maps a word's symbols to the word's count.
 
     Sennrich et al. 2016, arXiv 1508.07909: make the most frequent pair a token, and repeat. If two
     pairs are equally frequent, the pair that sorts first becomes a token.

@@ -7,7 +7,7 @@ from miniclip.text.unicode import LONG_RUN, nfc
 
 
 def clean_openai(text: str) -> str:
-    r"""Repair wrong encodings (ftfy), resolve html entities twice, clean whitespace, lower-case.
+    r"""Repair encodings (ftfy), resolve html entities twice, clean spaces, convert to lower case.
 
     >>> clean_openai(" Tom &amp;amp; Jerryâ€™s  ΟΔΟΣ ")
     "tom & jerry's οδος"
@@ -19,11 +19,11 @@ def clean_openai(text: str) -> str:
 
 
 def _repaired(text: str) -> str:
-    import ftfy  # here, because it is slow to import and most captions never need it
+    import ftfy  # imported only when needed, because the import is slow
 
     if len(text) < 5000 or not LONG_RUN.search(ftfy.fix_text(text, normalization=None)):
         return ftfy.fix_text(text)
-    before = ""  # repeat until nothing changes, as ftfy does; ftfy's own NFC takes quadratic time
-    while text != before:
+    before = ""
+    while text != before:  # as ftfy does, but ftfy's own NFC takes quadratic time
         before, text = text, nfc(ftfy.fix_text(text, normalization=None))
     return text

@@ -1,7 +1,7 @@
-"""Unicode as in transformers' tokenizer, the same on every version of Python.
+"""Treat Unicode as transformers' tokenizer does, on every version of Python.
 
-transformers' tokenizer uses three Rust libraries. Each library has the tables of a different
-version of Unicode, and so does each version of Python. The tables below correct the differences.
+transformers' tokenizer uses three Rust libraries. Each library, like each version of Python, has
+the tables of its own version of Unicode. The tables below correct the differences.
 """
 
 import re
@@ -56,14 +56,14 @@ def compose(text: str) -> str:
 
 
 def lower_new_capitals(text: str) -> str:
-    """Lower-case the letters of `_new_capitals`, for which `str.lower` may not be right."""
+    """Convert the letters of `_new_capitals` to lower case. `str.lower` may be wrong for them."""
     return text.translate(_new_capitals())
 
 
 @cache
 def _new_capitals() -> dict[int, int]:
-    """Capital -> lower case, for sigma (`str.lower` gives it another form at the end of a word) and
-    for the capitals that Unicode 14 to 17 added (older versions of Python do not know them)."""
+    """Map capitals to lower case. `str.lower` gives sigma another form at the end of a word, and
+    older versions of Python do not know the capitals that Unicode 14 to 17 added."""
     ranges = [  # first, last, step, distance to the lower-case letter
         (0x03A3, 0x03A3, 1, 32),
         (0x1C89, 0x1C89, 1, 1),
@@ -105,5 +105,5 @@ def word_pattern(word: str, reference: str) -> regex.Pattern[str]:
     letter, number, flags = r"\p{L}", r"\p{N}", regex.VERBOSE | regex.IGNORECASE
     if reference == "transformers":
         letter, number = rf"[\p{{L}}--[{TOO_NEW}]]", rf"[\p{{N}}--[{TOO_NEW}]]"
-        flags = regex.VERBOSE | regex.VERSION1  # VERSION1 reads -- as "without"
+        flags = regex.VERBOSE | regex.VERSION1  # in VERSION1, -- means "without"
     return regex.compile(word.replace("LETTER", letter).replace("NUMBER", number), flags)

@@ -40,7 +40,7 @@ TEMPLATES = (
 )  # fmt: skip
 
 MEMORY = 2**31
-"""If all decoded images together have at most this many bytes, they are kept in memory."""
+"""The decoded images stay in memory if they have at most this many bytes in total."""
 
 Entry = tuple[Path, Sequence[str], int | None]
 """An image file, captions that are true of the image, and its class or None."""
@@ -65,7 +65,7 @@ class Pictures:
         return shuffled(len(self), seed)
 
     def captions(self) -> Iterator[str]:
-        """Return all captions. If several images share a list of captions, return the list once."""
+        """Return all captions. A list of captions that several images share is returned once."""
         return chain(*{id(captions): captions for _, captions, _ in self.entries}.values())
 
     def __getitem__(self, item_and_draw: tuple[int, int]) -> Pair | None:
@@ -85,10 +85,10 @@ class Pictures:
 
 
 def labels_of_all(entries: Iterable[Entry]) -> dict[Path, list[int]]:
-    """Return the labels of each image's captions, from all rows of the image.
+    """Return the labels of each image's captions, collected from all entries with this image.
 
-    All lists are equally long: shorter lists repeat their first label. If no image has two
-    different captions, all lists are empty. Rows with a class are left out.
+    All lists are equally long, because shorter lists repeat their first label. If no image has two
+    different captions, all lists are empty. Entries with a class are left out.
     """
     lists: dict[Path, tuple[str, ...]] = {}
     for path, captions, label in entries:
@@ -116,13 +116,13 @@ def open_data(
     """Open training data.
 
     Args:
-        name: the path, command or address of data in a form that `miniclip.training` lists, or
+        name: a path, command or address in one of the forms that `miniclip.training` lists, or
             `shapes` for the drawn world.
         transform: the model's transform, which resizes and crops images. `shapes` does not use it.
-        columns: the columns of a metadata file: the image's file, and its caption or captions.
+        columns: the names of a metadata file's two columns, for image files and for captions.
 
     Raises:
-        ValueError: `name` is something else.
+        ValueError: `name` has none of these forms, or there are fewer than two class folders.
     """
     if name == "shapes":
         from miniclip.training.drawn import Shapes
@@ -204,7 +204,7 @@ def batches(
 
 
 def _readable(data: TrainingData, read: Callable[[tuple[Any, int]], Any], seed: int) -> Pair:
-    """Return the first readable pair of the data. It replaces a batch without a readable image."""
+    """Return the first readable pair of the data, for a batch that has no readable image."""
     for item in data.items(seed):
         if isinstance(pair := read((item, seed)), Pair):
             return pair
@@ -223,7 +223,7 @@ def _items_and_draws(
     while True:
         epoch, skip = divmod(step, steps)
         found = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
-        items = chain(found, repeat(None))  # None if shards now have fewer samples than counted
+        items = chain(found, repeat(None))  # None if a shard lost samples since the count
         for step in range(step, step + steps - skip):
             for i, item in enumerate(islice(items, batch)):
                 if i % world_size == rank:
@@ -232,9 +232,10 @@ def _items_and_draws(
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Mirror half of the images, enlarge half by up to 100 %, and shift all by up to 15 %.
+    """Mirror, enlarge and shift images at random. Pixels are uint8 (B, 3, S, S).
 
-    Pixels are uint8 (B, 3, S, S). Reflection fills the area outside an image.
+    An image is mirrored with probability 1/2, enlarged by up to 100 % with probability 1/2, and
+    shifted by up to 15 % of its side. Reflection fills the area outside an image.
     """
     b = len(pixels)
     side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # the crop's side; 1 is the whole image

@@ -17,14 +17,15 @@ class Shapes:
     """Scenes that are drawn when they are needed, in about half a millisecond each.
 
     `data[index, draw]` is an image with a caption and a false caption. The number `draw` chooses
-    both captions. The first half of the scenes has three lessons: one object and its place, two
-    objects and the place of one, and their positions relative to each other. Without the lessons,
-    a model learns only colours for a long time. Do not mirror the images: "to the left of" would be
-    false.
+    both captions. The first half of the scenes is three lessons. In lesson 0 a scene has one
+    object, and the caption may name its place. In lesson 1 a scene has two objects, and the caption
+    is about one of them. In lesson 2 the caption may relate the two objects. Without the lessons, a
+    model learns only colours for a long time. Do not mirror the images, because "to the left of"
+    would become false.
 
     Args:
         count: the number of scenes.
-        seed: decides the scenes. `SCORE_SEED` raises ValueError: its scenes are test data.
+        seed: decides the scenes. `SCORE_SEED` raises ValueError, because its scenes are test data.
     """
 
     OBJECTS = (1, 2, 2)  # the number of objects in a scene of each lesson
@@ -40,7 +41,7 @@ class Shapes:
         return self.count
 
     def items(self, seed: int) -> Iterator[int]:
-        """Yield all indices. Lessons keep their order; the seed decides the order in a lesson."""
+        """Yield all indices. Lessons keep their order, but the seed shuffles each lesson."""
         starts = [lesson * self.lesson_length for lesson in range(4)]
         for first, end in pairwise((*starts, self.count)):
             yield from (first + i for i in shuffled(end - first, seed))

@@ -57,7 +57,7 @@ def train(
         loss: a loss in place of the recipe's loss. The logit scale is then not clamped. If the
             loss is an nn.Module, its parameters are trained and saved too.
         validate: a function from a checkpoint to a dict of scores on held-out data; see
-            `evaluation.scorer`. `out`/best is the checkpoint with the highest first score.
+            `evaluation.scorer`. `out`/best is the checkpoint whose first score is the highest.
         log: "tensorboard" also writes the metrics for TensorBoard.
 
     Returns:
@@ -81,7 +81,7 @@ def train(
     run = Run(Path(out), model, recipe, loss, rank == 0, log)
     whole_model, model = model, run.trained
     if run.step > steps:
-        raise ValueError(f"{out} ran {run.step:,} steps, more than {steps:,}; choose a new folder")
+        raise ValueError(f"{out}: ran {run.step:,} steps, more than {steps:,}; choose a new folder")
     dropout = PatchDropout(model.vision, 0.0) if recipe.patch_dropout else None
     if recipe.compile:
         model.vision.compile()
@@ -212,7 +212,7 @@ def recompute_blocks(model: CLIP) -> Iterator[None]:
 
 @contextmanager
 def attention_written_out(model: CLIP) -> Iterator[None]:
-    """Use eager, not fused attention: its bfloat16 backward pass on a CPU is 4 times as fast."""
+    """Use eager attention. On a CPU its bfloat16 backward pass is 4 times as fast as sdpa's."""
     before = [attn.eager for attn in attentions(model)]
     model.set_attention("eager")
     try:

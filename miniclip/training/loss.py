@@ -43,7 +43,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        # A copy, because `all_reduce` changes its input, and autograd may use `gradient` elsewhere.
+        # `all_reduce` changes its input. Autograd may still use `gradient`, so this is a copy.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
@@ -66,7 +66,7 @@ def gather(x: Tensor, batch: int | None = None) -> Tensor:
     if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
         return x
     batch = batch or world * len(x)
-    missing = -(-batch // world) - len(x)  # 1 in the last processes if N does not divide the batch
+    missing = -(-batch // world) - len(x)  # 0, or 1 in some processes if N does not divide batch
     rows = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
     return _Gather.apply(rows).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:batch]
 
@@ -186,7 +186,8 @@ def backward(
         is_last = gradient is gradients[-1]
         end = partial(_chain, gradient, value if is_last else 0.0)
         torch.manual_seed(seed)
-        # The chunks' gradients add up. Only the last chunk shares the sum with other processes.
+        # Gradients add up over the chunks. DistributedDataParallel averages the sum over the
+        # processes in the last chunk's backward pass.
         with getattr(objective, "no_sync", nullcontext)() if not is_last else nullcontext():
             objective(*part, end).backward()
     return value.detach()
@@ -195,6 +196,6 @@ def backward(
 def _chain(
     gradient: tuple[Tensor, Tensor], value: Any, image_embeds: Tensor, text_embeds: Tensor
 ) -> Tensor:
-    """Return a scalar that has the gradient of the loss. The chain rule gives the part through the
-    embeddings. `value` gives the rest, such as the gradient of the logit scale."""
+    """Return a scalar with the same gradient as the loss. Embeddings times `gradient` give
+    the towers' gradient (chain rule). `value` gives the others, such as the logit scale's."""
     return value + (image_embeds * gradient[0]).sum() + (text_embeds * gradient[1]).sum()

@@ -1,4 +1,4 @@
-"""Which parameters are trained, their optimizers (AdamW, Muon), and their learning rates."""
+"""Choose the trained parameters, their optimizers (AdamW, Muon) and their learning rates."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -69,16 +69,16 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 def trainable(model: CLIP, freeze: str = "", lora: int = 0, seed: int = 0) -> CLIP:
     """Choose which parameters are trained. Return the model, or with `lora` a copy.
 
-    `freeze` has names or globs of parts and parameters, separated by commas. With `lora`, only
-    changes of this rank to the query and value weights are trained. Raises ValueError if a glob
-    matches nothing, or if nothing is left to train.
+    `freeze` has names or globs of modules and parameters, separated by commas. With `lora`, only
+    changes of rank `lora` to the query and value weights are trained. Raises ValueError if a glob
+    matches nothing, or if no parameter is left to train.
 
     >>> model = trainable(CLIP.from_pretrained("shapes"), "vision, text.*embed*")
     >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]
     ['logit_scale', 'text.blocks.0.ln_1.weight']
     """
     if lora:
-        torch.manual_seed(seed)  # the same matrices in every process
+        torch.manual_seed(seed)  # so that every process draws the same matrices
         model = add_lora(model, rank=lora)
     named = dict(model.named_parameters())
     for glob in freeze.replace(",", " ").split():
@@ -118,7 +118,7 @@ def make_optimizers(
     """Make AdamW. If `muon_lr` is above 0, also make Muon, for the matrices of the blocks.
 
     Weight decay does not apply to biases, LayerNorms, the class token and the logit scale.
-    `shares` gives a parameter's learning rate as a share of `lr` or `muon_lr`. The default is 1.
+    `shares` gives a parameter's learning rate as a share of `lr` or `muon_lr` (1 if not given).
     """
     kinds: tuple[dict[Any, list[Tensor]], ...] = ({(0.0, 1.0): []}, {})
     for name, p in named:

@@ -18,7 +18,7 @@ class Pair(NamedTuple):
     caption: str
     label: int  # if two pairs have the same label, each caption is true of both images
     negative: str = ""  # a caption that is false of the image, if the data has false captions
-    also: Sequence[int] = ()  # labels of all captions of the image; equally many in each pair
+    also: Sequence[int] = ()  # labels of all captions of the image; the same number in each pair
 
 
 class Batch(NamedTuple):

@@ -22,7 +22,7 @@ from miniclip.model import CLIP
 def process_group(device: str) -> Iterator[str]:
     """Yield the device of this process. Under torchrun, also join the process group.
 
-    The group ends with the `with` block. A group that the program joined before is kept.
+    The end of the `with` block destroys the group. A group that existed before is kept.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield device
@@ -68,7 +68,7 @@ def parallel(objective: nn.Module, skips: bool) -> nn.Module:
 def shard(model: CLIP) -> CLIP:
     """Shard each block and each tower over all processes, in place, with FSDP2.
 
-    The logit scale is not sharded: its gradient is the same in all processes, like the loss.
+    The logit scale is not sharded, because all processes compute the same gradient for it.
     Raises ValueError without torchrun, or if a fork has other weights outside the towers.
     """
     if not dist.is_initialized():
@@ -85,14 +85,14 @@ def shard(model: CLIP) -> CLIP:
 
 
 def reshard(model: CLIP) -> None:
-    """Shard a model again, after a pass without gradients, which leaves its towers unsharded."""
+    """Shard a model's towers again, because a pass without gradients leaves them unsharded."""
     for tower in (model.vision, model.text):
         if isinstance(tower, FSDPModule):
             tower.reshard()
 
 
 def whole(state: Any, device: str | None = None) -> Any:
-    """Make the sharded tensors in a state whole, on a device. All processes must call this."""
+    """Gather each sharded tensor of a state on a device. All processes must call this."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().to(device), state)
 
 
@@ -106,7 +106,7 @@ def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def of_first_process(value: float) -> float:
-    """Return the first process's value in all processes."""
+    """Send the first process's value to all processes, and return it."""
     said = [value]
     if rank_and_world_size()[1] > 1:
         dist.broadcast_object_list(said)

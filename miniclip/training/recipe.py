@@ -27,15 +27,15 @@ class Recipe:
     weight_decay: float = described(0.1, "weight decay of the matrices")
     layer_decay: float = described(1.0, "a layer's rate, divided by the rate of the layer above")
     warmup: float = described(0.05, "share of the steps during which the learning rate rises")
-    clip_gradient: float = described(1.0, "a gradient with a larger norm is scaled down to this")
+    clip_gradient: float = described(1.0, "largest gradient norm; a larger gradient is scaled down")
     patch_dropout: float = described(0.0, "share of an image's patches that is dropped (FLIP)")
-    # The last epochs train the model as it will be used.
+    # In use, a model sees all patches, so the last epochs train it on all patches.
     full_epochs: int = described(1, "epochs without patch dropout at the end of the run")
     ema: float = described(0.0, "above 0, write the weights' moving average, with this decay")
     loss: str = described("clip", "clip or siglip; the checkpoint leaves out siglip's bias")
     freeze: str = described("", "parts to freeze, separated by commas: vision (LiT), text or globs")
     lora: int = described(0, "above 0, train only changes of this rank, and write merged weights")
-    val_every: int = described(0, "steps between two measurements on --val; 0: one each epoch")
+    val_every: int = described(0, "steps between two measurements on --val; 0: once per epoch")
     # In a mirrored image, "left" and "right" in the caption are wrong.
     augment: bool = described(False, "mirror, zoom into and shift the images at random")
     hard_negatives: bool = described(False, "also learn from the data's false captions (NegCLIP)")
@@ -45,7 +45,7 @@ class Recipe:
     precision: str = described("float32", "float32, or bfloat16 with autocast")
     compile: bool = described(False, "compile the towers with torch.compile")
     fsdp: bool = described(False, "under torchrun, shard the weights over the processes")
-    seed: int = described(0, "decides everything that is random")
+    seed: int = described(0, "seed of all random choices")
 
     def __post_init__(self) -> None:
         for name in (each.name for each in fields(self) if type(each.default) in (int, float)):

@@ -142,7 +142,7 @@ class Run:
         tokenizer: Tokenizer,
         transform: ImageTransform,
     ) -> dict[str, float]:
-        """Score the model on held-out data. If the first score is a record, write `out`/best."""
+        """Score the model on held-out data. Write `out`/best if the first score is a new best."""
         self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))
@@ -169,8 +169,8 @@ class Run:
                 raise ValueError(f"{reason}; try a smaller lr")
 
     def log_step(self, epoch_ended: bool, scores: dict[str, float]) -> None:
-        """Count a step. Write a row of metrics every LOG_EVERY steps, at the end of an epoch, and
-        if there are scores."""
+        """Count a step. Write a row of metrics every LOG_EVERY steps, at the end of each epoch, and
+        after each validation."""
         self.step += 1
         if self.step % LOG_EVERY and not epoch_ended and not scores:
             return
@@ -197,7 +197,7 @@ class Run:
                 self.writer.add_scalar(name, value, self.step)
 
     def report(self, note: str, about: str = "") -> None:
-        """Print a note once, above the progress bar. Print only the first note for each `about`."""
+        """Print a note above the progress bar. Print notes with the same `about` only once."""
         if (about or note) not in self.reported:
             self.reported.add(about or note)
             tqdm.write(note, file=sys.stderr)

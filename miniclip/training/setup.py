@@ -26,8 +26,8 @@ def from_scratch(
     """Make a model with random weights, and learn a tokenizer from the captions.
 
     Args:
-        config: the shape. `config.text.vocab_size` is an upper limit; the model gets the size of
-            the learnt vocabulary.
+        config: the model's shape. The learnt vocabulary may be smaller than
+            `config.text.vocab_size`.
         data: the training data.
         seed: decides the weights.
         kind: the class of the model.
@@ -79,9 +79,9 @@ def set_up(
     Args:
         data: see `open_data`.
         model: the checkpoint to fine-tune; by default the weights are random.
-        like: a checkpoint, or a recipe.json in a checkpoint's folder. The run uses this recipe. If
-            `model` and `config` are None, it also uses the checkpoint's shape and transform.
-        config: a config.json with the shape, if the weights are random.
+        like: a checkpoint, or the recipe.json in its folder. The run uses this recipe. If `model`
+            and `config` are None, the run also uses the checkpoint's shape and transform.
+        config: a config.json with the shape of a model with random weights.
         overrides: fields of the recipe to change.
         device: the device on which the model is trained.
         columns: see `open_data`.
@@ -90,7 +90,7 @@ def set_up(
     if model and config:
         raise ValueError(f"{config} cannot change the shape of {model}: give one of the two")
     if data == "shapes" and not (model or config or like):
-        like = "shapes"  # the drawn scenes are larger than the images of the default shape
+        like = "shapes"  # drawn scenes are 64 x 64 pixels; the default model's images are 32 x 32
     directory = resolve(like, "config") if like else None
     recipe = Recipe()
     if like and directory:  # `like` may be a recipe file

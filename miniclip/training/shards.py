@@ -62,7 +62,7 @@ class Shards:
         return map(_caption, self._samples(self.paths))
 
     def _samples(self, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yield complete samples, not decoded. Note damage, and leave out the rest of the shard."""
+        """Yield complete samples, not decoded. If a shard is damaged, note it and skip its rest."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def note(error: Exception) -> bool:
@@ -121,7 +121,7 @@ def open_shard(path: str) -> Iterator[Any]:
         except GeneratorExit:  # the reader has stopped
             process.kill()
             raise
-        while process.stdout.read(2**20):  # a command that cannot write all its output would fail
+        while process.stdout.read(2**20):  # a command fails if nobody reads all of its output
             pass
     if process.returncode:
         raise OSError(f"the command ended with exit status {process.returncode}")

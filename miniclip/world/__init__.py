@@ -4,12 +4,12 @@ A `Scene` has one to three shapes, which do not touch, on a dark background. The
 the scene, so every caption can be checked, and every object's pixels are known. So these images
 answer three questions that photographs leave open:
 
-- Does a model recognise a pair of colour and shape that training never showed? The pairs of
-  `HELD_OUT` are in no training image and in no training caption. Their words occur in other pairs.
+- Does a model recognise a pair of colour and shape that training never showed? No training image
+  and no training caption has a pair of `HELD_OUT`. Other pairs have these colours and shapes.
 - Does a model read the order of words? "a red circle to the left of a blue square" becomes false if
   two words are exchanged. Plain contrastive training gives models that ignore the order.
   Training with false captions teaches the order (Yuksekgonul et al. 2022, arXiv 2210.01936).
 - Does a heat map point at the object? The masks say where the object is.
 
-A scene depends only on its numbers: scene 7 of seed 0 is always the same scene.
+A scene depends only on the arguments of `scene`, so scene 7 of seed 0 is always the same scene.
 """

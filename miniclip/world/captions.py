@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from miniclip.world.scenes import CLEAR, COLOURS, HELD_OUT, IMAGE_SIZE, SHAPES, Object, Scene
 
-RELATIONS = {  # of two objects: on this axis, sign * (second - first) is positive
+RELATIONS = {  # name: (axis, sign). True if sign * (second object - first object) > 0 on the axis
     "to the left of": ("x", 1),
     "to the right of": ("x", -1),
     "above": ("y", 1),
     "below": ("y", -1),
 }
 
-PLACES = {  # of one object: on this axis, sign * (middle of the image - object) is positive
+PLACES = {  # name: (axis, sign). True if sign * (middle of the image - object) > 0 on the axis
     "on the left": ("x", 1),
     "on the right": ("x", -1),
     "at the top": ("y", 1),
@@ -25,7 +25,7 @@ OPPOSITE = dict(zip(PLACES, ("on the right", "on the left", "at the bottom", "at
 
 
 class Phrase(NamedTuple):
-    """The words for one object. A word may be empty: then it is left out."""
+    """The words for one object. An empty word is left out of the caption."""
 
     size: str
     colour: str
@@ -33,7 +33,8 @@ class Phrase(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """The meaning of a caption: each phrase fits a different object, and their relation holds.
+    """The meaning of a caption. The caption is true if each phrase fits a different object and the
+    objects' relation holds.
 
     `relation` is a key of RELATIONS for two phrases, a key of PLACES for one phrase, or "".
     """
@@ -68,7 +69,7 @@ def say_phrase(phrase: Phrase) -> str:
 
 
 def holds(claim: Claim, scene: Scene) -> bool:
-    """Return whether each phrase fits another object, and the relation of these objects is true."""
+    """Return whether each phrase fits a different object and the objects' relation is true."""
     return any(
         all(map(fits, claim.phrases, chosen))
         and (not claim.relation or apart(claim.relation, *chosen) > 0)
@@ -141,7 +142,7 @@ Kind = Callable[[Scene], list[Claim]]
 
 
 def kinds(scene: Scene) -> tuple[Kind, ...]:
-    """Return the functions whose claims about a scene name both colour and shape.
+    """Return the functions that describe a scene's objects by both colour and shape.
 
     The list has `relations` twice, because relations are the hardest to learn.
     """
@@ -170,7 +171,7 @@ def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
 
     Two objects exchange their "places" or "colours", so the false caption has the same words. If
     the claim has one object, its place becomes the opposite place. If no such claim is false, one
-    word is replaced: a "size", "colour" or "shape". No held-out pair is added to a claim.
+    word is replaced: a "size", "colour" or "shape". No false claim gets a new held-out pair.
     """
     opposite = OPPOSITE.get(claim.relation)
     made = swaps(claim) if len(claim.phrases) > 1 else {}
@@ -201,7 +202,7 @@ def swaps(claim: Claim) -> dict[str, list[Claim]]:
 
 
 def changed(claim: Claim, phrases: dict[int, Phrase]) -> Claim:
-    """Replace the phrases at some positions."""
+    """Return a claim with some phrases replaced: {position: new phrase}."""
     old = enumerate(claim.phrases)
     return claim._replace(phrases=tuple(phrases.get(i, phrase) for i, phrase in old))
 
@@ -222,9 +223,10 @@ def replacements(claim: Claim) -> dict[str, list[Claim]]:
 def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, str]:
     """Return a true and a false caption of a scene.
 
-    In lessons 0 and 1, a caption names one object, with a place if it is clear. In lesson 2, it may
-    relate two objects. Later it may be any claim. One in five is then vague, so that each word is
-    also learnt alone. More would teach little: "something red" is true of one image in three.
+    In lessons 0 and 1, a caption names one object, with its place if the place is clear. In lesson
+    2, a caption may relate two objects. After the lessons, a caption may be any claim. One caption
+    in five is then vague, so that a model also learns each word alone. More vague captions would
+    teach little, because "something red" is true of one image in four.
     """
     places: Kind = located if located(scene) else singles
     if lesson < 2:

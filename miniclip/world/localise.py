@@ -18,7 +18,7 @@ from miniclip.world.scoring import SCORE_SEED
 
 
 class Localisation(NamedTuple):
-    """The scores of a method on scenes of two objects. The text names one. Shares, 0 to 1."""
+    """A method's scores (0 to 1) on scenes of two objects. Each text names one of the objects."""
 
     method: str
     pointing: float  # the warmest pixel is on the named object (arXiv 1608.00507)
@@ -27,7 +27,7 @@ class Localisation(NamedTuple):
 
 
 class Question(NamedTuple):
-    """Where is the object of this colour and shape?"""
+    """A question about the position of one object, which `phrase` names."""
 
     picture: Image.Image
     phrase: str
@@ -36,7 +36,7 @@ class Question(NamedTuple):
 
 
 def questions(scenes: int) -> list[Question]:
-    """Make a question for each object of scenes with two objects. Training never shows them."""
+    """Return two questions for each scene, one per object. Training never shows these scenes."""
     asked = []
     for drawn in (scene(i, seed=SCORE_SEED, count=2) for i in range(scenes)):
         picture, masks = draw(drawn)
@@ -60,7 +60,7 @@ def answers(loaded: Loaded, asked: list[Question], method: str, batch: int = 50)
 
 
 RANDOM = 5
-"""The number of models with random weights. A single one could be right by chance."""
+"""The number of models with random weights. A single model could be right by chance."""
 
 
 def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]:
@@ -72,8 +72,8 @@ def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]
 
     Returns:
         "trained": the scores of the model. "random" and "spread": mean and standard deviation over
-        RANDOM models of the same shape with random weights. "limits": the scores of a random map
-        and of the true mask averaged over each patch. No map of patches can be much better.
+        RANDOM models of the same shape with random weights. "limits": the scores of a random map,
+        and of the true mask averaged over each patch. No map of patches can score much better.
     """
     asked = questions(scenes)
     named, other = (torch.stack(masks) for masks in list(zip(*asked))[2:])  # (N, S, S)

@@ -21,7 +21,7 @@ COLOURS = {
     "white": (252, 252, 250),
 }
 
-RADII = {"small": 6, "plain": 9, "large": 13}  # in pixels, of a circle around the shape
+RADII = {"small": 6, "plain": 9, "large": 13}  # of a circle around the shape, in pixels
 TILTS = (-12, 0, 12)  # degrees
 GRID = 4  # pixels; centres are at multiples of GRID, so there are fewer different images
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
@@ -137,7 +137,7 @@ def scatter(radii: list[int], random: Random) -> list[tuple[int, int]] | None:
 
 
 def background(random: Random) -> Background:
-    """Choose a dark grey background. Every object is brighter."""
+    """Choose a dark grey background. Every object is brighter than the background."""
     first, second = (
         tuple(grey + random.randint(-12, 12) for _ in "rgb")
         for grey in (random.randint(24, 76), random.randint(24, 76))

@@ -22,17 +22,17 @@ class Scores(NamedTuple):
 
     seen: float  # one object: which of the 64 pairs of colour and shape? Chance is 1/64
     unseen: float  # the same for the 8 pairs that training never shows
-    relations: float  # two objects: does the caption beat one with swapped places? Chance is 1/2
+    relations: float  # two objects: true caption, or caption with swapped places? Chance is 1/2
     left_right: float  # the same for "to the left of" and "to the right of"
     above_below: float  # the same for "above" and "below"
-    binding: float  # two objects: does the caption beat one with swapped colours? Chance is 1/2
+    binding: float  # two objects: true caption, or caption with swapped colours? Chance is 1/2
 
 
 @torch.inference_mode()
 def score(
     model: CLIP, tokenizer: Tokenizer, transform: ImageTransform, scenes: int = 1000
 ) -> Scores:
-    """Ask the questions of `Scores`, each about at most `scenes` scenes."""
+    """Ask a model the questions of `Scores`. Each question uses at most `scenes` scenes."""
     model.eval()
 
     def embed_texts(texts: list[str]) -> Tensor:

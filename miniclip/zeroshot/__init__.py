@@ -1,6 +1,6 @@
 """Zero-shot classification (section 3.1 of the paper).
 
-- `classifier.py`: labels in templates -> a classifier
+- `classifier.py`: a classifier that is made of labels and templates
 - `data.py`: folders of labelled images
 - `prompts.py`: OpenAI's templates and class names of the paper's data sets
 """

@@ -1,4 +1,4 @@
-"""Labels in templates -> a classifier for images."""
+"""Make a classifier for images from labels and templates."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -30,8 +30,8 @@ class ZeroShotClassifier:
 
     As in OpenAI's notebook, the embedding of each prompt is normalised, and the mean over the
     templates is normalised again. With one template, the logits equal `logits_per_image` except for
-    rounding errors. Gradients flow to the pixels and the vision tower. `weights` (C, E) is an
-    ordinary tensor, from which a linear probe can start.
+    rounding errors. Gradients flow to the pixels and the vision tower. A linear probe can start
+    from `weights` (C, E), which is an ordinary tensor.
 
     Args:
         model: a CLIP.
@@ -105,7 +105,7 @@ def class_embeddings(
 def embed_texts(
     model: CLIP, tokenizer: Tokenizer, texts: str | Iterable[str], truncate: bool = False
 ) -> Tensor:
-    """Return a unit vector for each text, (B, E), in batches, with a progress bar.
+    """Embed texts in batches, with a progress bar. Returns a unit vector for each text, (B, E).
 
     Texts of similar length share a batch, which saves padding. Equal texts are embedded once.
     `truncate` cuts texts that are too long. Otherwise a long text raises ContextLengthError.
@@ -115,7 +115,7 @@ def embed_texts(
     ids = ids_for(model.text, tokenizer, list(places), truncate=truncate)
     lengths = torch.full((len(ids),), ids.shape[1])
     if not sees_padding(model.text):
-        lengths = model.text.eos_positions(ids) + 1  # no text is read beyond its end token
+        lengths = model.text.eos_positions(ids) + 1  # the model reads no token after the end token
     embeds = model.logit_scale.new_empty(len(ids), model.config.embed_dim)
     # Small batches save padding, and large batches read the weights less often.
     batches = lengths.argsort().split(min(256, max(32, len(ids) // 16)))

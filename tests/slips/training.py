@@ -450,8 +450,8 @@ SLIPS = [
     ),
     Slip(
         "The two passes over a chunk drop different patches.",
-        "        torch.manual_seed(seed)\n        # The chunks' gradients add up",
-        "        # The chunks' gradients add up",
+        "        torch.manual_seed(seed)\n        # Gradients add up over the chunks",
+        "        # Gradients add up over the chunks",
         TRAINING + " -k passes",
     ),
     Slip(
@@ -514,7 +514,7 @@ SLIPS = [
     Slip("`lora` is ignored.", "    if lora:\n", "    if False:\n", FINE + " -k lora"),
     Slip(
         "The processes draw different random LoRA matrices.",
-        "        torch.manual_seed(seed)  # the same matrices in every process\n",
+        "        torch.manual_seed(seed)  # so that every process draws the same matrices\n",
         "        torch.seed()\n",
         FINE + " -k crashed",
     ),
