@@ -16,20 +16,20 @@ from miniclip.zeroshot.prompts import CLASS_SETS, IMAGENET_CLASSES, IMAGENET_WNI
 
 
 class LabelledImages(NamedTuple):
-    """Files in class folders. A class is a number, because two classes may have the same label."""
+    """Files and their classes. A class is given by a number, because labels can repeat."""
 
-    folders: list[str]  # names of the C class folders
-    labels: list[str]  # the name of each class, for prompts
-    paths: list[Path]  # of the N files
-    classes: list[int]  # of each file, 0 to C - 1
+    folders: list[str]  # the names of the C class folders
+    labels: list[str]  # the label of each class, for prompts
+    paths: list[Path]  # the paths of the N files
+    classes: list[int]  # the class of each file, a number from 0 to C - 1
 
 
 def find_labels(names: str | Iterable[str]) -> list[str]:
-    """Return labels. A single name may mean all labels of a set, a folder or a file.
+    """Return labels. `names` can be the labels, or a single data set, folder or file.
 
-    A set is a key of CLASS_SETS. A folder contains class folders. A file is a text file with one
-    label on each line, or a JSON file: a list of labels, {id: label} or {label: id}. Raises
-    ValueError for a file without labels.
+    A data set is a key of CLASS_SETS. A folder contains class folders. A text file has one label
+    on each line. A JSON file is a list of labels, {id: label} or {label: id}. Raises ValueError for
+    a file without labels.
 
     >>> find_labels(["cat", "dog"]), len(find_labels("imagenet"))
     (['cat', 'dog'], 1000)
@@ -37,7 +37,7 @@ def find_labels(names: str | Iterable[str]) -> list[str]:
     names = as_list(names, "label")
     files = [name for name in names if Path(name).suffix.lower() in (".txt", ".json")]
     if len(names) > 1 and files:
-        raise ValueError(f"{files[0]!r} is among labels; expected labels, or one file of labels")
+        raise ValueError(f"{files[0]!r} is among labels; expected labels, or a single file")
     if len(names) != 1:
         return names
     path, name = Path(names[0]), names[0]
@@ -59,7 +59,7 @@ def _read_labels(path: Path) -> list[str]:
         is_id_by_name = all(type(id) is int for id in found.values())
         found = sorted(found, key=found.__getitem__) if is_id_by_name else [*found.values()]
     if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
-        raise ValueError(f"{path}: expected a list of labels, or an object of ids and labels")
+        raise ValueError(f"{path}: expected a list of labels, or an object {{id: label}}")
     if labels := [label.strip() for label in found if label.strip()]:
         return labels
     raise ValueError(f"{path}: has no labels; expected labels, as lines or as a JSON list")
@@ -73,7 +73,10 @@ def _folders_in(root: Path) -> list[str]:
 
 
 def class_folders(root: str | PathLike[str]) -> list[str]:
-    """Return the class folders, sorted; numbers by value. Raises ValueError if there are none."""
+    """Return the sorted class folders. If all names are numbers, they are sorted by value.
+
+    Raises ValueError if there is no folder.
+    """
     try:
         found = _folders_in(Path(root))
     except OSError as error:
@@ -101,11 +104,11 @@ def labelled_images(
     Args:
         root: the folder that contains the class folders.
         labels: the names of the classes, in the order of `class_folders`. By default, a folder's
-            name is the label (fire_truck is "fire truck"). If all folders are WordNet ids of
-            ImageNet (n01440764), or the positions 0 to 999, the labels are OpenAI's class names.
+            name is the label (fire_truck is "fire truck"). OpenAI's class names are the labels
+            if the folders are called 0 to 999, or by WordNet ids of ImageNet (n01440764).
 
     Raises:
-        ValueError: there is no class or no file, or the number of labels is wrong.
+        ValueError: if there is no class or no file, or if the number of labels is wrong.
     """
     root, folders = Path(root), class_folders(root)
     labels = folder_labels(folders) if labels is None else as_list(labels, "label")
@@ -122,13 +125,13 @@ def labelled_images(
 def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool) -> None:
     """Raise ValueError if an accuracy on these images would be meaningless.
 
-    Examples: a single class; a class without files; folders such as train/ that contain the class
-    folders. The last check is left out if the user has `named` the classes.
+    Examples: there is a single class, a class has no files, or the class folders are in folders
+    such as train/. If the user has `named` the classes, the last check is skipped.
     """
     root, folders = Path(root), images.folders
     if len(folders) == 1:
         raise ValueError(
-            f"{root}: has only the folder {folders[0]!r}; expected one for each class. "
+            f"{root}: has only the folder {folders[0]!r}; expected a folder for each class. "
             f"Perhaps the class folders are in {root / folders[0]}"
         )
     if empty := [folder for i, folder in enumerate(folders) if i not in {*images.classes}]:
@@ -148,7 +151,7 @@ def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool
 
 
 def with_classes_of(images: LabelledImages, others: Iterable[LabelledImages]) -> LabelledImages:
-    """Return `images` with more classes at the end: the classes that only `others` have."""
+    """Add the classes that only `others` have to the classes of `images`."""
     for other in others:
         new = [i for i, folder in enumerate(other.folders) if folder not in images.folders]
         images = images._replace(

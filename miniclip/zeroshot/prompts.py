@@ -23,7 +23,7 @@ CLASS_SETS: dict[str, list[str]] = {n: s["classes"] for n, s in _sets.items() if
 _lines = Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
 
 IMAGENET_WNIDS = tuple(line.partition(" ")[0] for line in _lines)
-"""The 1,000 WordNet ids, sorted: the usual names of ImageNet's class folders."""
+"""The 1,000 WordNet ids, sorted. ImageNet's class folders usually have these names."""
 
 IMAGENET_CLASSES = tuple(line.partition(" ")[2] for line in _lines)
 """OpenAI's names of the 1,000 classes, by position.
@@ -37,8 +37,8 @@ CLASS_SETS["imagenet"] = list(IMAGENET_CLASSES)
 def published_labels(name: str, folders: list[str]) -> list[str]:
     """Return OpenAI's class names for the folders of a data set.
 
-    Only letters and digits are compared, without case. Folders called 0 to C - 1 get the names in
-    order. Raises ValueError for a folder that is not a class.
+    Names are compared by letters and digits only, in lower case. If the folders are called 0 to
+    C - 1, they get the class names in order. Raises ValueError for a folder without a class.
 
     >>> published_labels("facialemotionrecognition2013", ["Smiling", "angry"])
     ['happy | smiling', 'angry']
@@ -51,9 +51,9 @@ def published_labels(name: str, folders: list[str]) -> list[str]:
         known |= dict(zip(IMAGENET_WNIDS, classes, strict=True))
     if unknown := [folder for folder in folders if plain(folder) not in known]:
         raise ValueError(
-            f"{len(unknown)} of {len(folders)} folders are not a class of {name}, such as "
-            f"{unknown[0]!r}; its classes are {', '.join(classes[:3])}, .... For other names, give "
-            "a file of labels"
+            f"{len(unknown)} of {len(folders)} folders have no class in {name}, for example "
+            f"{unknown[0]!r}; expected names such as {', '.join(classes[:3])}. For other names, "
+            "give a file of labels"
         )
     return [known[plain(folder)] for folder in folders]
 
