@@ -1,4 +1,4 @@
-"""Compare logits with transformers' logits, bit for bit, over threads, batches, masks and dtypes.
+"""Compare logits with transformers' logits, bit for bit, for each combination of settings.
 
     python tests/equality_matrix.py              # every combination, takes minutes
     python tests/equality_matrix.py --threads 1 2 --batches 1 3

@@ -34,7 +34,7 @@ def drawn(monkeypatch, tmp_path):
 
 
 def bins():
-    """Four images have confidence 1/4 and two are right; four have 7/8 and three are right."""
+    """Two of four images with confidence 1/4 are right, and three of four with confidence 7/8."""
     found = torch.zeros(BINS, 3)
     found[3], found[13] = torch.tensor([4, 1, 2]), torch.tensor([4, 3.5, 3])
     return found
