@@ -1,8 +1,8 @@
 """Measure the entries of golden_values.json, which other projects recorded with OpenAI's weights.
 
-A measure is a function with the name of its entry. It returns numbers in the form of the entry's
-`expected`, either with miniclip or with transformers. transformers computes the expected numbers
-if the weights are not OpenAI's.
+A measure is a function with the name of its entry. It uses either miniclip or transformers, and
+returns numbers in the form of the entry's `expected`. If the weights are not OpenAI's, the numbers
+of transformers are the expected ones.
 """
 
 import json
@@ -68,7 +68,7 @@ class Ours:
         """The residual stream of an image of another size, with resampled positions."""
         transform = replace(self.transform, size=side, crop_size=side)
         pixels = transform([picture.resize((side, side), Image.Resampling.BICUBIC)])
-        whole = side - side % self.model.config.vision.patch_size  # the convolution drops the rest
+        whole = side - side % self.model.config.vision.patch_size  # only whole patches are read
         model = resize_image(self.model, whole)
         return model.vision.blocks(model.vision.embed_tokens(pixels[..., :whole, :whole]))
 
@@ -159,7 +159,7 @@ def find_picture(text: str) -> Image.Image:
 
 
 def find_or_draw_picture(text: str) -> Image.Image:
-    """Open the image, or draw noise of the size of COCO's image if the file is missing."""
+    """Open the image. If its file is missing, return noise of 640 x 480 pixels."""
     try:
         return find_picture(text)
     except pytest.skip.Exception:
@@ -168,7 +168,7 @@ def find_or_draw_picture(text: str) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------
-# Measures: (sides, entry, picture) -> numbers. `sides(name)` loads a checkpoint.
+# Measures: (sides, entry, picture) -> numbers. `sides(name)` loads with miniclip or transformers.
 
 
 def probabilities(logits):
@@ -278,7 +278,7 @@ def torchmultimodal_means(sides, entry, picture):
     means = {}
     for key, name in (("B/16", B16), ("B/32", B32), ("L/14", L14)):
         side = sides(name)
-        # The text has no end token. OpenAI's code reads the text at its largest id.
+        # The text has no end token. OpenAI's code pools a text at its largest id.
         text = side.project(at_largest_id(side.text_states(ids), ids))
         means[key] = [unit_norm(x).mean() for x in (side.image(pixels), text)]
     return means
@@ -378,9 +378,9 @@ def read_entries() -> list[dict[str, Any]]:
 
 
 def published(entry: dict[str, Any]) -> dict[str, Any]:
-    """Put all numbers of an entry under `expected`, also those of its file and of its "extra".
+    """Move an entry's published numbers, which may be in a file or in "extra", to `expected`.
 
-    Numbers whose file is missing are None.
+    If the file is missing, its numbers are None.
     """
     expected = entry.get("expected")
     if "file" in entry and (DATA / entry["file"]).is_file():
@@ -404,8 +404,8 @@ def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 def tolerance(entry: dict[str, Any], value: float) -> float:
     """The tolerance for one number: atol + rtol * |value|, as in np.allclose.
 
-    If an entry states no atol, features get 1e-4, because another build of PyTorch has other
-    rounding errors. All other numbers must be equal.
+    For features, the default of atol is 1e-4, because builds of PyTorch have different rounding
+    errors. Other numbers must be equal unless their entry has an atol.
     """
     if "atol" not in entry and "features" not in entry["kind"]:
         return 0.0

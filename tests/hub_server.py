@@ -22,7 +22,7 @@ LARGE = (".safetensors", ".bin", ".pt")
 
 @dataclass
 class Fault:
-    """A fault in the answers to the requests "METHOD /path" that match the pattern `where`."""
+    """A fault in the answers to some requests. The pattern `where` matches their "METHOD /path"."""
 
     where: str
     times: int = 1_000_000

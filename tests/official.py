@@ -44,7 +44,7 @@ SHA256 = {
 as other projects state them. Only L/14 has safetensors."""
 
 # ------------------------------------------------------------------------------------------------
-# Small files. For B/32 they are equal, byte for byte, to the files at commit 3d74acf.
+# Small files. The files of B/32 equal OpenAI's files at commit 3d74acf, byte for byte.
 
 START, END = (
     {"content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
@@ -63,7 +63,7 @@ PREPROCESSOR = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 224,
 }  # fmt: skip
-TOWER = {  # what transformers wrote about every tower in 2022
+TOWER = {  # fields that transformers wrote for every tower in 2022
     "_name_or_path": "", "add_cross_attention": False, "architectures": None,
     "attention_dropout": 0.0, "bad_words_ids": None, "chunk_size_feed_forward": 0,
     "cross_attention_hidden_size": None, "decoder_start_token_id": None, "diversity_penalty": 0.0,
@@ -206,7 +206,7 @@ def files(name: str, *, small: bool = True, seed: int = 0) -> dict[str, bytes]:
 
 
 def main(arguments: list[str]) -> None:
-    """Serve the repositories named, or all four, until interrupted."""
+    """Serve the repositories in `arguments`, or all four, until the user presses Ctrl-C."""
     names = [name for name in arguments if name in OFFICIAL] or OFFICIAL
     with running_hub() as hub:
         for seed, name in enumerate(names):

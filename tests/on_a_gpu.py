@@ -3,11 +3,11 @@
     python tests/on_a_gpu.py -o gpu.json                # on cuda
     python tests/on_a_gpu.py -o gpu.json --device cpu   # a rehearsal with tiny shapes
 
-It runs the tests marked `gpu`, one large matrix product, parity with transformers at the four
-official shapes in three precisions, and suites of `miniclip bench`, first eager, then compiled. It
-writes JSON after each part, and prints a table and the targets in Markdown. It counts the parts
-that do not fit into eight minutes. The exit status is 1 if parity, a test or a target fails, or if
-a part is left out.
+It runs the tests marked `gpu` and one large matrix product. Then it tests parity with transformers
+at the four official shapes, in three precisions. At the end it runs suites of `miniclip bench`,
+first eager, then compiled. It writes JSON after each part, and prints a table and the targets in
+Markdown. It leaves out the parts that do not fit into eight minutes, and counts them. The exit
+status is 1 if parity, a test or a target fails, or if a part is left out.
 """
 
 import argparse
@@ -64,11 +64,11 @@ LARGE = "256 images, L/14, bfloat16"
 
 
 def large_product(device: str, size: int) -> Iterator[tuple[str, Any]]:
-    """Time one large matrix product, scaled to the multiply-adds of the work in LARGE."""
+    """From the time of one large matrix product, estimate the time of the work in LARGE."""
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     trial = timed(lambda: a @ b, device)
     scale = 256 * tower_multiply_adds(PUBLISHED["L/14"], "vision") / size**3
-    cost = quartiles([scale * trial()[0] for _ in range(12)][2:])  # the first two warm up
+    cost = quartiles([scale * trial()[0] for _ in range(12)][2:])  # the first two are warm-up
     yield (
         "product",
         [Row("vision", LARGE, 256, "images", "one large product", None, cost, (1, 1, 1))],
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     failed = False
     for part in parts(args.device, plan):
-        if time.monotonic() - began > 60 * (MINUTES - 1):  # the last part needs time too
+        if time.monotonic() - began > 60 * (MINUTES - 1):  # one minute is for the last part
             left_out += 1
             continue
         try:

@@ -3,7 +3,8 @@
     python tests/plant_slips.py --area bench -n 2
     python tests/plant_slips.py --sample 120 --seed 1
 
-Run by hand: it takes a few seconds for each fault. Exit status 1 if fewer than 95 % are noticed.
+pytest does not run this script, because each fault takes a few seconds. The exit status is 1 if the
+tests notice fewer than 95 % of the faults.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from tqdm import tqdm
 LISTS = Path(__file__).resolve().parent / "slips"
 ROOT = LISTS.parent.parent
 AREAS = sorted(path.stem for path in LISTS.glob("*.py") if path.stem != "slip")
-sys.path.insert(0, str(LISTS))  # so that the files in it can import `slip`
+sys.path.insert(0, str(LISTS))  # so that each list can import `slip`
 from slip import Slip  # noqa: E402
 
 

@@ -4,8 +4,8 @@
     git -C CLIP_benchmark checkout 48de38c
     pip install torch tqdm && python tests/record_clip_benchmark.py CLIP_benchmark
 
-The script runs `clip_benchmark/metrics/zeroshot_retrieval.py` of the checkout. Row numbers replace
-images and texts, and a fake model returns the embeddings of the rows.
+The script runs `clip_benchmark/metrics/zeroshot_retrieval.py` of the checkout, but with row
+numbers in place of images and texts. A fake model returns the embeddings in these rows.
 """
 
 import json
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 PATH = Path(__file__).parent / "data" / "clip_benchmark.json"
-SIZES = [(7, 1), (40, 5), (60, 3)]  # images, captions of each image; the last image has one more
+SIZES = [(7, 1), (40, 5), (60, 3)]  # images, captions of each; the last image has one caption more
 LEVELS = [1, 5, 10]
 
 
 def embeddings(images: int, captions: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Embeddings of images (N, 8) and captions (M, 8), not normalised; and each caption's image."""
+    """Image and caption embeddings, (N, 8) and (M, 8), not normalised; each caption's image."""
     image_of = [i for i in range(images) for _ in range(captions)] + [images - 1]
     image_embeds = waves(images, 0.37)
     return image_embeds, image_embeds[image_of] + 1.1 * waves(len(image_of), 0.59), image_of

@@ -17,8 +17,8 @@ from miniclip import VisionConfig, VisionTower
 
 PATH = Path(__file__).parent / "data" / "timm.json"
 
-# (rows, columns) of a grid before and after the resize. No grid has one column: timm resamples with
-# antialiasing, and for a single column torch 2.13 does this wrong on a CPU.
+# (rows, columns) of a grid before and after the resize. No grid has one column, because torch 2.13
+# resamples a single column wrongly on a CPU, if it uses antialiasing as timm does.
 GRIDS = [((5, 5), (7, 7)), ((5, 5), (3, 3)), ((4, 4), (2, 8)), ((3, 4), (6, 2))]
 PATCHES = [(4, 7), (4, 3), (6, 8)]  # a patch's side in pixels, before and after the resize
 CHANNELS = [1, 2, 4, 6]  # input channels, instead of three

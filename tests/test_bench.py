@@ -1,5 +1,5 @@
-"""`miniclip bench`: its arithmetic on known costs, the outputs that it refuses to time, and whether
-all libraries do the same work."""
+"""`miniclip bench` computes correct ratios from known costs, and does not time wrong outputs. All
+libraries do the same work."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ CEILING = models.ceiling
 def tiny(monkeypatch):
     monkeypatch.setitem(PUBLISHED, "tiny", SHAPE)
     monkeypatch.setattr(pipeline, "SEARCHED", 20_000)
-    # The real `ceiling` would take most of the tests' time.
+    # The real `ceiling` is replaced, because it would take most of the tests' time.
     alone = dict([contender("matrix products alone", [1.0], None)])
     monkeypatch.setattr(models, "ceiling", lambda setting, tower, x: alone)
 
@@ -91,7 +91,7 @@ def test_rounds_alternate_until_the_time_is_over(monkeypatch):
     pair = dict(contender(name, [1.0], 0, log) for name in "AB")
     assert alternate(pair, seconds=0) == [[1.0, 1.0]] * 3
     assert [sorted(log[i : i + 2]) for i in (0, 2, 4)] == [["A", "B"]] * 3
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: len(log))  # a second for each trial
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: len(log))  # a trial takes 1 second
     assert len(alternate(pair, seconds=16)) == 8
     assert len(alternate(pair, seconds=1000)) == 40
     assert {"".join(log[i : i + 2]) for i in range(0, len(log), 2)} == {
@@ -217,7 +217,7 @@ def test_every_library_can_read_the_checkpoint(setting):
     assert (text.bos_token_id, text.eos_token_id) == (tokenizer.bos_token_id, end)
     assert text.vocab_size == 5000 and 3000 < tokenizer.vocab_size == end + 1
     assert transform.size == transform.crop_size == 40
-    assert model.logit_scale.item() == pytest.approx(math.log(100))  # as in trained models
+    assert model.logit_scale.item() == pytest.approx(math.log(100))  # as in OpenAI's models
     assert (model.text.blocks[0].ln_1.bias != 0).all()
 
 
@@ -332,7 +332,7 @@ def test_words_are_invented_before_the_clock_starts(setting, monkeypatch):
 
 
 def test_matrix_products_alone_take_the_fastest_implementation(setting, monkeypatch):
-    """There are three implementations if PyTorch was built with oneDNN and MKL, otherwise one."""
+    """With oneDNN and MKL, PyTorch has three implementations of the product, otherwise one."""
     costs = []
 
     def timed(way, device):
@@ -358,7 +358,7 @@ def test_multiply_adds_of_a_text_grow_with_its_tokens():
 
 @pytest.mark.slow
 def test_padding_is_not_compared(setting):
-    """Padding is 0 for OpenAI's tokenizer and the end token for the others."""
+    """Some libraries pad with 0, others with the end token."""
     end = setting.config.text.eos_token_id
     ids = torch.tensor([[7, 8, end, 0, 0], [7, end, end, end, end]])
     assert next(pipeline.tokenizer_suite(setting)).form(ids) == [[7, 8], [7]]
@@ -511,7 +511,7 @@ def test_open_clip_and_openai_get_our_weights_and_vocabulary(name, setting, monk
     ours = load(setting.directory).model
     assert peer.model.strict and len(peer.model.weights) < len(
         ours.state_dict()
-    )  # q, k and v are one tensor there
+    )  # the peer has one tensor for q, k and v
     assert torch.equal(peer.model.weights["visual.proj"], ours.vision.proj.weight.T)
     assert peer.model.weight.dtype == torch.bfloat16 and not peer.model.training
     assert peer.encode_image(torch.ones(1, 2)).dtype == torch.bfloat16
@@ -711,7 +711,7 @@ def test_the_large_product_stands_for_the_work_of_256_images(monkeypatch):
     monkeypatch.setattr(on_a_gpu, "timed", lambda run, device: lambda: (next(costs), run()))
     ((_, (row,)),) = on_a_gpu.large_product("cpu", 8)
     work = 256 * tower_multiply_adds(PUBLISHED["L/14"], "vision")
-    assert row.cost[1] == pytest.approx(work / 8**3 * 7.5)  # the median of 3 to 12; 1, 2 warm up
+    assert row.cost[1] == pytest.approx(work / 8**3 * 7.5)  # the median of the costs 3 to 12
     assert row.work in "vision: 256 images, L/14, bfloat16"
 
 
@@ -734,7 +734,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
-GROWN = {  # axis: (two sizes, the growth of the work, or None if it is not an integer)
+GROWN = {  # axis: (two sizes, ratio of the work; None if the ratio is not an integer)
     "images in a batch": ((1, 4), 4),
     "pixels along a side": ((40, 80), None),
     "tokens of a text": ((77, 256), None),

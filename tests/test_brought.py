@@ -60,7 +60,7 @@ def photograph():
 
 
 def test_squash_equals_transformers_resize_to_a_height_and_a_width(tmp_path, photograph):
-    """apple/DFN5B-CLIP-ViT-H-14-378's open_clip_config.json asks for this resize."""
+    """open_clip_config.json of apple/DFN5B-CLIP-ViT-H-14-378 has this resize_mode."""
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
     transform = ImageTransform.from_pretrained(tmp_path)
     assert transform == ImageTransform(40, squash=True)
@@ -327,7 +327,7 @@ def test_all_that_a_training_loop_saves_beside_the_weights_is_ignored(tmp_path):
     optimizer.step()
     (tmp_path / "model.safetensors").unlink()
     marked = torch.nn.Parameter(tensors["logit_scale"])
-    marked.weight_decay = 0.1  # so torch pickles it with _rebuild_from_type_v2
+    marked.weight_decay = 0.1  # because of this, torch pickles it with _rebuild_from_type_v2
     beside = {
         "args": argparse.Namespace(lr=1e-5, when=datetime.datetime.now(), path=Path("x")),
         "best": np.float64(0.5),
@@ -462,7 +462,7 @@ def test_the_vision_tower_of_an_image_classifier_is_read(tmp_path):
     assert torch.equal(tower(pixels), expected)
     with pytest.raises(CheckpointError, match="load it with VisionTower.from_pretrained"):
         CLIP.from_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"  # no classifier, but the config of a whole CLIP
+    path = tmp_path / "model.safetensors"  # no classifier, but a whole CLIP's config
     save_file({n: t for n, t in load_file(path).items() if "classifier" not in n}, path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -748,7 +748,7 @@ def test_captum_956_the_tokens_of_a_text_get_attributions():
         return model(pixels, ids).logits_per_image.diagonal()
 
     method = captum.LayerIntegratedGradients(score, model.text.token_embed)
-    blank = ids.where(ids >= 598, 0)  # 0 replaces all tokens except start and end
+    blank = ids.where(ids >= 598, 0)  # all tokens become 0, except start and end
     found, missed = method.attribute(
         ids, blank, additional_forward_args=(pixels,), n_steps=200, return_convergence_delta=True
     )
@@ -765,7 +765,7 @@ def test_immich_11017_a_space_around_a_models_name_is_reported(name):
 
 
 def test_clip_retrieval_352_a_text_file_beside_an_image_is_its_caption(tmp_path):
-    """img2dataset writes such files, in numbered folders that are not classes."""
+    """img2dataset writes an image and a text side by side. Its numbered folders are not classes."""
     for i in range(4):
         folder = tmp_path / f"0000{i // 2}"
         folder.mkdir(exist_ok=True)

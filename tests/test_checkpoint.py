@@ -146,7 +146,7 @@ def test_an_official_file_gives_the_logits_of_transformers(official):
     assert_same_logits(model, peer, pixels, ids)
 
 
-# Each load runs in a fork of a process that has imported torch, and has not used it.
+# One process imports torch. Each load runs in a copy (os.fork) of this process.
 PEAKS = """
 import os, sys, torch
 from miniclip import CLIP
@@ -170,7 +170,7 @@ for case in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
-    """One tensor is a third of the file. The loader must convert it first to keep the peak low."""
+    """One tensor is a third of the file. To need less memory, the loader must convert it first."""
     vision = replace(TINY.vision, mlp_width=60_000)
     text = replace(TINY.text, mlp_width=60_000, vocab_size=400_000)
     with torch.device("meta"):
@@ -196,7 +196,7 @@ def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
     assert peaks.keys() == sizes.keys()
     largest = tensors["text_model.embeddings.token_embedding.weight"].nbytes
     for case, least in sizes.items():
-        most = least + 40e6 + largest * ("legacy" in case)  # its tensors are unaligned, so copied
+        most = least + 40e6 + largest * ("legacy" in case)  # unaligned tensors are copied
         assert 0.9 * least < int(peaks[case]) < most, (case, least, peaks[case])
 
 
@@ -290,7 +290,7 @@ def test_pickled_tensors_are_what_torch_reads(tmp_path, zipped):
 
 
 def test_a_pickle_may_have_a_tensor_under_two_names_but_not_three(tmp_path):
-    """A view takes no space in a file, but it takes memory once it is converted."""
+    """A view takes no space in a file, but a converted view has its own memory."""
     weight = torch.ones(10**5)
     torch.save({"one": weight, "two": weight}, tmp_path / "x.bin")
     assert len(read_tensors(tmp_path / "x.bin")) == 2
@@ -321,7 +321,7 @@ def test_what_training_saves_beside_the_tensors_is_ignored(tmp_path, zipped):
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_a_file_may_have_at_most_ten_thousand_tensors(tmp_path, suffix):
     write = save_file if suffix == "safetensors" else torch.save
-    one = torch.zeros(0)  # one tensor under all names, so that a pickle is small enough
+    one = torch.zeros(0)  # all names share one tensor, so the pickle is small enough
     tensors = {f"t{i}": one for i in range(10_000)}
     write(tensors, tmp_path / f"x.{suffix}")
     assert read_tensors(tmp_path / f"x.{suffix}").keys() == tensors.keys()
@@ -828,7 +828,7 @@ def test_a_transform_of_another_size_than_the_model_is_an_error(
     says = f"the transform makes images of {crop_size} x {crop_size} pixels and the model reads "
     with pytest.raises(CheckpointError, match=f"not saved: {says}{side} x {side}"):
         save(tmp_path, model, tokenizer, wrong)
-    save(tmp_path, model, tokenizer, ImageTransform(size, crop_size=side))  # only the crop counts
+    save(tmp_path, model, tokenizer, ImageTransform(size, crop_size=side))  # only crop_size matters
     assert load(tmp_path).transform.size == size
     wrong.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=f"{tmp_path}: {says}{side} x {side}"):
@@ -844,7 +844,7 @@ def test_a_transform_of_another_size_than_the_model_is_an_error(
 
 
 def test_no_square_transform_fits_a_wide_model(tmp_path):
-    """A vision tower alone is checked in the same way."""
+    """`load` also checks the transform of a vision tower alone."""
     config = replace(TINY, vision=replace(TINY.vision, image_size=(32, 64), patch_size=16))
     with pytest.raises(CheckpointError, match="32 x 32 pixels and the model reads 32 x 64"):
         save(tmp_path, CLIP(config), None, ImageTransform(32))

@@ -381,7 +381,7 @@ def test_without_a_network_the_embedded_checkpoints_are_named(run, command, monk
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Eight noisy images in six of seven class folders, and two text files."""
+    """Seven class folders. Six have images, eight in total. Two folders also have a text file."""
     rng = np.random.default_rng(0)
     root = tmp_path / "photographs"
     for i, name in enumerate(["cat", "dog", "fire_truck", "frog", "horse", "ship", "none"]):
@@ -480,7 +480,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     def told(self, pixels, **options):
         red = pixels[:, 0].mean((1, 2)) * std + mean
         best = (red * 255 / 10).round().long().clamp(max=count - 1)
-        # the other labels have lower logits, which fall from label to label
+        # a later label has a lower logit, except for the best label
         return 10 * torch.nn.functional.one_hot(best, 64).float() - torch.arange(64)
 
     def axes(model, tokenizer, labels, templates):
@@ -573,14 +573,14 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
 
 
 def test_folders_that_give_no_accuracy_are_an_error(run, picture, tmp_path):
-    """Examples: a folder one level too high, a single class, and classes without images."""
+    """For example, the folder above the right one, a single class, or a class without images."""
     for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
         (tmp_path / name).mkdir(parents=True)
         shutil.copy(picture, tmp_path / name)
     data = tmp_path / "data"
     command = ["eval", "--model", "everyday", "--json"]
     assert_one_line_error(run(*command, str(data)), "has images in", f"in {data / 'test'}. If not")
-    assert run(*command, str(data), "--labels", "new", "old")[0] == 0  # train and test are classes
+    assert run(*command, str(data), "--labels", "new", "old")[0] == 0  # classes: train, test
     assert run(*command, str(data / "train"))[0] == 0
     (data / "train" / "frog").mkdir()
     result = run(*command, str(data / "train"))
@@ -863,7 +863,7 @@ sys.argv = ["miniclip", "tokenize", "a cat", "--model", "everyday"]
 @pytest.mark.parametrize(
     "start",
     [
-        "from miniclip.commands.main import main; sys.exit(main())",  # as pip's script does
+        "from miniclip.commands.main import main; sys.exit(main())",  # the installed command
         "import runpy; runpy.run_module('miniclip', run_name='__main__', alter_sys=True)",
     ],
 )

@@ -1,4 +1,4 @@
-"""Configs: wrong values raise errors, and transformers reads config.json in the same way."""
+"""Configs: wrong values raise errors, and miniclip reads config.json as transformers does."""
 
 import dataclasses
 import json
@@ -123,7 +123,7 @@ def test_an_old_style_section_replaces_the_new_one_and_its_defaults_count(tower,
     config[f"{tower}_config_dict"] = {"num_hidden_layers": 5}
     ours = CLIPConfig.from_dict(config)
     assert getattr(ours, tower).layers == 5
-    assert getattr(ours, tower).width == default  # not 96: the old section has no width
+    assert getattr(ours, tower).width == default  # the new section's 96 is ignored
     assert_same_meaning(ours, transformers.CLIPConfig.from_dict(config))
 
 
@@ -146,7 +146,7 @@ def test_the_published_safety_checker_is_a_clip_l14(data):
     assert (ours.vision.patch_size, ours.vision.patches, ours.embed_dim) == (14, 256, 768)
     assert (ours.text.width, ours.text.layers, ours.text.heads) == (768, 12, 12)
     assert_same_meaning(ours, transformers.CLIPConfig.from_dict(deepcopy(config)))
-    # the old text section has no end token, so the default replaces the new section's 2
+    # text_config_dict replaces text_config. It has no end token, so the default is used, not 2.
     assert config["text_config"]["eos_token_id"] == LEGACY_EOS != ours.text.eos_token_id == 49407
 
 
@@ -342,7 +342,7 @@ def test_a_message_quotes_only_the_ends_of_a_long_value():
 
 
 def open_clips(embed_dim, vision, text, quick_gelu=True):
-    """An open_clip config from (image size, layers, width, patch size), (width, heads, layers)."""
+    """vision: (image size, layers, width, patch size). text: (width, heads, layers)."""
     return {
         "embed_dim": embed_dim,
         "quick_gelu": quick_gelu,

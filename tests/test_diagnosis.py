@@ -29,7 +29,7 @@ FAULTS = {}
 
 
 def fault(site, cause):
-    """Register a function that breaks a CLIP, and the site and cause that parity must report."""
+    """Register a function that breaks a CLIP, with the site and cause that parity must report."""
 
     def register(function):
         FAULTS[function.__name__] = (function, site, cause)
@@ -338,7 +338,7 @@ def not_a_number(model):
 
 
 def norm(formula):
-    """Return snippets for `fork_of` that give LayerNorm this formula of x, d = x - mean and eps."""
+    """Return snippets for `fork_of`: LayerNorm becomes `formula` of x, eps and d = x - mean."""
     of_a_fork = f"""class Norm(nn.LayerNorm):
     def forward(self, x):
         d, eps = x - x.mean(-1, keepdim=True), self.eps

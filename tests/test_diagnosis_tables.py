@@ -1,4 +1,4 @@
-"""Each entry of the diagnosis' tables computes what its name says, and is found by that name.
+"""Each entry of the diagnosis' tables computes the fault that it names, and parity finds it.
 
 The tests use NumPy, torch or transformers to compute the numbers of each fault. No model runs
 with a fault: a test takes the tensors of one comparison and replaces one of them.
@@ -591,9 +591,9 @@ FAULTS_OF_PIXELS = {
     "transparency laid on black, not on white": lambda p: taken(p, background=(0, 0, 0)),
     "a long side that is rounded, not truncated": lambda p: taken(p, long=round),
     "a resize to a square": lambda p: taken(p, square=True),
-    **{
+    **{  # Pillow 13 has seven filters
         f"{name.lower()} resampling, not bicubic": resampled(name)
-        for name in sorted(Image.Resampling.__members__.keys() - {"BICUBIC"})  # Pillow 13 has 7
+        for name in sorted(Image.Resampling.__members__.keys() - {"BICUBIC"})
     },
     "the colours in the order BGR":
         lambda p: scaled(RIGHT.image_mean, RIGHT.image_std, order=(2, 1, 0))(taken(p)),

@@ -130,7 +130,7 @@ def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     texts = unit_norm(images[image_of] + 0.7 * torch.randn(47, 6))
     images[3], images[11] = images[5], images[5]  # the same image three times
     texts[20:24] = texts[2]  # five images have this caption
-    texts[30] = texts[31] + 2e-8 * torch.randn(6)  # float32 products cannot order these two
+    texts[30] = texts[31] + 2e-8 * torch.randn(6)  # too similar for float32 scores
     found = retrieval_ranks(images, texts, image_of)
     expected = slow_ranks(images, texts, image_of)
     assert (found[0].tolist(), found[1].tolist()) == expected
@@ -150,7 +150,7 @@ def test_an_image_is_found_by_its_best_caption():
 def test_if_scores_are_equal_the_first_one_wins():
     same = torch.ones(4, 1)
     found = retrieval_ranks(same, same[[0, 0, 0, 0, 0]], torch.tensor([3, 1, 2, 0, 1]))
-    assert found[0].tolist() == [4, 2, 3, 1]  # the place of each image's first caption
+    assert found[0].tolist() == [4, 2, 3, 1]  # rank of each image's first caption
     assert found[1].tolist() == [4, 2, 3, 1, 2]
 
 
@@ -357,7 +357,7 @@ def test_the_search_for_a_strength_is_right_to_an_eighth_of_a_decade(peak):
     best, found = linear.sweep(accuracy)
     assert best == pytest.approx(10 ** (peak / 8)) and [*found] == sorted(set(tried))
     assert tried[:7] == pytest.approx([10.0**e for e in range(-6, 7, 2)]) and len(tried) <= 15
-    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # with equal scores, the largest strength
+    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # if all scores are equal, the largest wins
 
 
 def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blobs):
@@ -380,7 +380,7 @@ def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
 
     def fit(examples, strength):
         draw = draws.setdefault(examples.features.sum().item(), len(draws))
-        guess = 2 * (draw % 2)  # right for two of five images, then for one
+        guess = 2 * (draw % 2)  # right for two images, in the next draw for one
 
         def classify(features):
             learnt = tuple(examples.classes.bincount().tolist())

@@ -1,8 +1,8 @@
 """A compiled, an exported and an ONNX graph return the same numbers as the model.
 
-The tests use batch sizes and text lengths that the graph was not made with, and both rules for end
-tokens. Exporters are known to lose the causal mask, which can change a probability from 0.99 to
-0.41. Therefore each comparison has a control: a model without the mask.
+A graph is made with one batch size and one text length, and tested with other sizes. The tests use
+both rules for end tokens. Exporters are known to lose the causal mask, which can change a
+probability from 0.99 to 0.41. Therefore each comparison has a control: a model without the mask.
 """
 
 import copy
@@ -46,7 +46,7 @@ def without_mask(model):
 
 @torch.no_grad()
 def assert_same(graph, model):
-    """Assert that the graph has a mask and gives the model's outputs at sizes new to it."""
+    """Assert that the graph has a mask, and returns the model's outputs for other input sizes."""
     for images, texts, tokens in ((1, 1, 2), (5, 3, 12), (2, 7, 20)):
         inputs = random_inputs(model.config, images, texts, tokens, seed=4)
         expected, found = model(*inputs), graph(*inputs)

@@ -34,7 +34,7 @@ def drawn(monkeypatch, tmp_path):
 
 
 def bins():
-    """Four images have confidence 1/4 and two are right; four have 7/8 and three are right."""
+    """Two of four images with confidence 1/4 are right, and three of four with confidence 7/8."""
     found = torch.zeros(BINS, 3)
     found[3], found[13] = torch.tensor([4, 1, 2]), torch.tensor([4, 3.5, 3])
     return found
@@ -68,7 +68,7 @@ def test_a_matrix_has_the_shares_of_each_true_class_in_percent(drawn):
     assert names(right) == ["cat → dog", "dog → cat", "cat → a ship a ship a ship a …"]
     assert widths(right) == [1, 2, 3] and texts(right) == ["1", "2", "3"]
     assert figure.get_suptitle() == "top-1 57.1% of 14 images"
-    _, line = below.lines  # the first is the diagonal
+    _, line = below.lines  # the first line is the diagonal
     assert line.get_xydata().tolist() == [[0.25, 0.5], [0.875, 0.75]]
     assert [bar.get_height() for bar in below.patches] == [0.5, 0.5]
     assert "calibration error 18.8%" in below.get_title(loc="left")
@@ -81,7 +81,7 @@ def test_many_classes_have_a_dot_for_each_confusion(drawn):
     left, right, _ = drawn(draw_confusion, result).axes
     (dots,) = left.collections
     assert dots.get_offsets().tolist() == [[40, 3], [9, 7]]  # (predicted, true)
-    assert dots.get_sizes().tolist() == [60, 15]  # areas, proportional to the counts
+    assert dots.get_sizes().tolist() == [60, 15]  # the dots' areas are proportional to the counts
     assert left.get_ylim() == (50, -1) and widths(right) == [1, 4]
 
 
@@ -132,7 +132,7 @@ def test_the_demo_has_probabilities_as_bars_and_heat_over_grey(drawn):
     assert texts(photograph) == texts(bars)
     assert hot.get_title(loc="left") == "a star"
     warmth = hot.images[0].get_array()[[0, 0, -1, -1], [0, -1, 0, -1]].sum(1)  # at the corners
-    assert warmth[0] < warmth[1] < warmth[2] < warmth[3] and hot.collections  # an outline
+    assert warmth[0] < warmth[1] < warmth[2] < warmth[3] and hot.collections  # the outline
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_row_has_an_image_and_up_to_four_maps(drawn):
 
 
 def test_the_maps_of_one_method_have_one_scale(drawn):
-    """If a patch scores half as much for a second text, it is drawn less warm for that text."""
+    """A patch that scores half as much for the second text has a less warm colour there."""
     heats = torch.tensor([[[1.0]], [[0.5]]])
     picture = Image.new("RGB", (8, 8))
     axes = drawn(draw_text_maps, picture, ["a", "b"], [0.5, 0.5], {"tokens": heats}).axes

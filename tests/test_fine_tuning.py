@@ -41,7 +41,7 @@ def rows_of(out):
 
 
 def crash_in(step, monkeypatch):
-    """Make runs crash at this step, before it is logged. Return a function that undoes this."""
+    """Make runs crash before they log this step. Return a function that removes the crash."""
     note = run_module.Run.log_step
 
     def crash(self, *args):
@@ -329,7 +329,7 @@ def test_shards_are_read_from_commands_and_addresses(shards, monkeypatch):
         data, found = captions_of(name, batch=2)
         assert len(data) == 6 and found == expected and data.skipped == []
     assert len(open_data(f"pipe:cat {shards}/{{0..1}}.tar", ImageTransform(SIZE))) == 12
-    assert fsspec.get_filesystem_class("hf") is HfFileSystem  # it opens hf:// addresses
+    assert fsspec.get_filesystem_class("hf") is HfFileSystem  # for hf:// addresses
 
 
 def test_a_command_that_fails_is_named_and_does_not_end_the_run(shards):

@@ -62,7 +62,7 @@ def desk(tmp_path_factory):
 
 @pytest.fixture
 def run(desk, tmp_path, monkeypatch, capsys):
-    """Run a line of LINES, or any other line, in an empty folder: (status, stdout, stderr)."""
+    """Run a command line, from LINES or not, in an empty folder: (status, stdout, stderr)."""
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.page.serve.serve_until_interrupted", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)
@@ -82,7 +82,7 @@ def run(desk, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def output(run):
-    """The JSON that a line prints."""
+    """The JSON that a command line prints."""
 
     def output(line, model="everyday"):
         status, out, err = run(f"{line} --json", model)
@@ -105,7 +105,7 @@ def assert_error(result, *words):
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """A hub that has no files. Its error says what it was asked for."""
+    """A hub that has no files. Its error names the requested repository and revision."""
 
     def asked(repository, *, revision, **options):
         raise ValueError(f"asked for {repository} at {revision}")
@@ -246,7 +246,7 @@ def test_an_index_lists_damaged_files(run, output, tmp_path):
     assert "x.tar: the tar cannot be read" in skipped
 
 
-RECIPE = {  # no value is a default, except for hard_negatives, compile and fsdp
+RECIPE = {  # only hard_negatives, compile and fsdp have their default values
     "epochs": 2, "batch": 3, "lr": 2e-3, "muon_lr": 3e-3, "weight_decay": 0.2, "warmup": 0.5,
     "clip_gradient": 2.5, "patch_dropout": 0.25, "full_epochs": 0, "ema": 0.5, "augment": True,
     "hard_negatives": False, "chunk": 1, "checkpoint_blocks": True, "precision": "bfloat16",

@@ -1,4 +1,4 @@
-"""Forks that compute the same numbers in another way pass. Faults in rare places are found."""
+"""`compare` accepts forks that compute the same numbers in another way, and finds rare faults."""
 
 import copy
 import json
@@ -118,7 +118,7 @@ MASK_KEPT = (
 def test_a_comparison_removes_tensors_that_a_forward_stores(dtype, pair):
     same = fork_of(pair[0], *MASK_KEPT)
     assert compare(same, pair[0], dtype=dtype).first is None
-    same(*random_inputs(TINY, tokens=17))  # runs with a new mask
+    same(*random_inputs(TINY, tokens=17))  # the mask was removed, so another length works
 
 
 def test_a_comparison_restores_what_a_forward_changes(pair):
@@ -234,7 +234,7 @@ def test_models_with_and_without_added_tokens_pass(pair):
 @pytest.mark.slow
 @torch.no_grad()
 def test_merged_weights_pass(pair):
-    """Merging adds a rounding error, which passes. A small fault is still found."""
+    """Merging adds a rounding error, which is within tolerance. A small fault is still found."""
     tuned = surgery.add_lora(pair[0], rank=2)
     for name, weight in tuned.named_parameters():
         if name.endswith((".A", ".B")):
@@ -280,7 +280,7 @@ def test_json_has_no_nan(pair):
 @pytest.mark.slow
 def test_bytes_that_are_not_words_are_compared(pair):
     right = Tokenizer.from_pretrained("everyday")
-    for one, other in ("Ñ", "Ð"), ("!", '"'):  # Ñ and Ð are the first bytes of Cyrillic letters
+    for one, other in ("Ñ", "Ð"), ("!", '"'):  # Ñ and Ð stand for the bytes D1 and D0
         vocab = {**right.vocab, one: right.vocab[other], other: right.vocab[one]}
         faulty = Tokenizer(vocab, right.merges, context_length=right.context_length)
         report = compare(*(Loaded(pair[0], t, None) for t in (faulty, right)))
@@ -337,7 +337,7 @@ def test_a_model_that_has_no_sites_is_an_error(pair):
 
 
 def test_a_block_may_have_other_parts(pair):
-    """Sites inside such parts are left out, but the residual stream after the block is compared."""
+    """No site inside the block is compared, but the residual stream after the block is."""
 
     class Plain(nn.Module):
         def __init__(self, block):

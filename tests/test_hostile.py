@@ -1,9 +1,9 @@
-"""Files with false contents. Each file either raises a CheckpointError, quickly and with little
-memory, or is loaded with exactly the weights and settings that it states.
+"""Files with false contents. For each file, `load` raises a CheckpointError, or returns exactly the
+weights and settings that the file states. The error comes quickly and takes little memory.
 
-An untrusted directory or repository cannot run code. It cannot make miniclip read files outside of
-it, except through symbolic links, because the hub's cache consists of such links. It cannot take
-much time or memory unless its files are large.
+An untrusted directory or repository cannot run code. miniclip reads no file outside the directory,
+except through symbolic links, because the hub's cache consists of such links. Loading takes much
+time or memory only if the files are large.
 """
 
 import gzip
@@ -58,7 +58,7 @@ VALUES = [
 
 
 class Referee:
-    """Load a directory with changed files, and note everything that should not happen."""
+    """Load a directory with changed files, and record everything that must not happen."""
 
     def __init__(self, files, directory):
         self.files, self.directory, self.complaints = files, directory, []
@@ -112,7 +112,7 @@ class Referee:
 
 
 class TooLong(BaseException):
-    """Not an Exception, because the loader reports every Exception as damage to the file."""
+    """This is not an Exception, because the loader reports every Exception as a damaged file."""
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def reset_peak():
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # not Linux: the peak counts from the start of the process
+        pass  # only Linux can reset the peak
 
 
 def peak():
@@ -197,7 +197,7 @@ def join(header, body, length=None):
 
 
 def as_safetensors_says(model, data, their_names):
-    """Whether the weights equal the tensors in `data`. If a name repeats, its last entry counts."""
+    """Whether the weights equal the tensors in `data`. A name's last entry is used."""
     header, body = split(data)
     for ours, tensor in model.state_dict().items():
         entry = header[their_names[ours]]
@@ -210,7 +210,7 @@ def as_safetensors_says(model, data, their_names):
 
 
 def truncated(data):
-    """Cut the file at the ends of the header's JSON tokens, and at and near the ends of tensors."""
+    """Cut the file after each punctuation mark of its header, and near the ends of tensors."""
     header, body = split(data)
     start = len(data) - len(body)
     ends = {end for key, e in header.items() if key != "__metadata__" for end in e["data_offsets"]}
@@ -357,7 +357,7 @@ class Harmful:
 
 
 def zip_boundaries(data):
-    """Places at and near the starts of an archive's headers, contents and list of contents."""
+    """Positions near the start of each header of an archive and of each file in it."""
     at = [
         m.start() for m in re.finditer(rb"PK\x03\x04|PK\x01\x02|PK\x05\x06|PK\x06[\x06\x07]", data)
     ]
@@ -534,7 +534,7 @@ def kept(value, place=0):
 
 
 def nested(depth, each, core, place=0):
-    """Wrap `core` `depth` times. `each(again)` wraps the object that `again` fetches."""
+    """Wrap `core` `depth` times. `each` gets opcodes that fetch an object, and wraps it."""
     made, again = kept(core, place)
     for further in range(1, depth + 1):
         more, again = kept(each(again), place + further)
@@ -656,7 +656,7 @@ def hand_made_cases():
     for order in ("little", "big"):
         record = [("a/byteorder", order.encode())]
         yield f"{order}-endian", rezipped(right, lambda n, c, r=record: [(n, c), *r * (n == "x")])
-    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # the entry of data/0
+    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # data/0 in the zip directory
     for label, at, value in (
         ("encrypted", 8, b"\1"),
         ("compressed", 10, b"\x08"),
@@ -752,7 +752,7 @@ def test_a_false_index_of_shards_raises_an_error_or_loads_as_stated(referee, fil
 
 
 def config_cases(files):
-    """Yield (label, config, {place: value}). Each field gets each wrong value in turn."""
+    """Yield (label, config, {keys of a field: its value}). Each field gets each wrong value."""
     config = json.loads(files["config.json"])
     places = [
         (section, key) for section in ("text_config", "vision_config") for key in config[section]
@@ -791,11 +791,11 @@ def test_a_false_config_raises_an_error_or_loads_as_stated(referee, files, their
     texts += [("UTF-16", whole.decode().encode("utf-16")), ("with a mark", b"\xef\xbb\xbf" + whole)]
 
     def is_as_stated(model, label):
-        """Whether the model's config has the values of the file, if miniclip reads them."""
+        """Whether the model's config has all values of the file that miniclip reads."""
         for place, value in stated.get(label, {}).items():
             found = model.config.to_dict()
             for key in place:
-                found = found.get(key, value)  # a field with another name is not checked
+                found = found.get(key, value)  # a renamed field is not checked
             unread = value is None or place[-1] in ("architectures", "model_type", "projection_dim")
             if not unread and value not in (found, [found]):
                 return False

@@ -87,7 +87,7 @@ def hub(server, files, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # no pause before the client's next try
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client retries at once
     return server
 
 
@@ -132,7 +132,7 @@ def test_a_second_load_asks_for_no_file_again(hub, model):
     assert len(asked(hub, "/stored/")) == 1
     hub.requests.clear()
     assert_same_weights(miniclip.load(NAME).model, model)
-    assert hub.requests == [f"GET /api/models/{NAME}/revision/main"]  # only asks for the commit
+    assert hub.requests == [f"GET /api/models/{NAME}/revision/main"]  # only the commit is requested
 
 
 def test_local_files_only_makes_no_request(hub, model):
@@ -274,7 +274,7 @@ SETTINGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_file_of_a_tokenizer_is_downloaded(hub, tmp_path, name):
-    """Each of these files changes ids, and may be the only file beside the vocabulary."""
+    """Each of these files can change the token ids, also if the others are absent."""
     tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
     tokenizer.save_pretrained(tmp_path / "files")
     files = {name: contents(tmp_path / "files")[name] for name in ("vocab.json", "merges.txt")}
@@ -324,7 +324,7 @@ def test_only_one_form_of_the_weights_is_downloaded(hub, model):
 
 @pytest.mark.slow
 def test_a_repository_of_timms_is_read(hub, model, tmp_path):
-    """timm's config and weights have the usual names. The CLIP is in open_clip's files."""
+    """config.json and model.safetensors are timm's own. The CLIP is in open_clip's files."""
     folder = tmp_path / "timm"
     miniclip.save(folder, *miniclip.load(NAME), layout="open_clip")
     (folder / "config.json").write_text('{"architecture": "vit_tiny_clip_40", "num_classes": 36}')
@@ -383,7 +383,7 @@ def test_a_pasted_address_says_which_revision_and_which_folder(hub, files, model
     assert_same_weights(CLIP.from_pretrained(f"{address}/parts"), other)
     assert_same_weights(CLIP.from_pretrained(address, subfolder="parts"), other)
     hub.repositories[NAME]["main"] = {f"whole/{name}": file for name, file in files.items()}
-    explicit = {"revision": "main", "subfolder": "whole"}  # these override the address
+    explicit = {"revision": "main", "subfolder": "whole"}  # arguments override the address
     assert_same_weights(CLIP.from_pretrained(f"{address}/parts", **explicit), model)
     with pytest.raises(CheckpointError, match="expected a folder inside"):
         CLIP.from_pretrained(f"{address}/../../other")
@@ -545,7 +545,7 @@ def test_a_damaged_small_file_is_an_error_and_not_kept(hub, files, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_damaged_file_of_an_earlier_call_is_not_trusted(hub, files, model, name):
-    """The earlier call failed at another file, or its process was killed before the check."""
+    """The earlier call downloaded the file, but ended before it checked the file."""
     if name == "config.json":
         hub.faults = [Fault(f"GET .*/{name}", body=files[name].replace(b"0", b"1", 1))]
     else:
@@ -694,7 +694,7 @@ def test_a_cache_that_cannot_store_notes_is_usable(hub, model):
     CLIP.from_pretrained(NAME)
     (notes,) = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("*/.miniclip-checked")
     notes.unlink()
-    notes.mkdir()  # so no notes can be written
+    notes.mkdir()  # a folder, so it cannot be written as a file
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 

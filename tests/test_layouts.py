@@ -115,7 +115,7 @@ class Visual(nn.Module):
 
 
 class TextHalf(nn.Module):
-    """The text tower: a part of CLIP in openai/CLIP, a module in open_clip's CustomTextCLIP."""
+    """The text tower. openai/CLIP has its tensors without a prefix, CustomTextCLIP under `text`."""
 
     def __init__(self, c, act):
         super().__init__()
@@ -871,7 +871,7 @@ UNSAYABLE = [
     (vision_with(image_size=70), "image_size 70", {"openai"}),
     (vision_with(image_size=(64, 32)), r"image_size \(64, 32\)", {"openai", "open_clip"}),
     (text_with(eos_token_id=7), "eos_token_id 7", {"openai", "open_clip"}),
-    (text_with(eos_token_id=499), "", set()),  # the largest id: every layout can express it
+    (text_with(eos_token_id=499), "", set()),  # every layout can express the largest id
 ]
 
 
@@ -1065,7 +1065,7 @@ def test_one_tower_of_a_whole_checkpoint_is_read(tmp_path):
 def test_a_tower_is_loaded_with_only_the_parts_that_it_needs(tmp_path):
     shapes = load("shapes")
     CLIPTextModel(CLIPTextConfig(**TEXT | {"vocab_size": 700})).save_pretrained(tmp_path)
-    assert load(tmp_path)[1:] == (None, None)  # Stable Diffusion has them in other folders
+    assert load(tmp_path)[1:] == (None, None)  # tokenizer and transform are in other folders
     shapes.tokenizer.save_pretrained(tmp_path)
     shapes.transform.save_pretrained(tmp_path)
     _, tokenizer, transform = load(tmp_path)

@@ -179,7 +179,7 @@ def test_relevance_may_start_at_the_last_block(double):
 
 
 def test_a_layer_without_heads_mixes_nothing(double):
-    """Pruning leaves such a layer. Its projections have no rows, and its output is a bias."""
+    """If all its heads are pruned, the layer's projections have no rows. Its output is a bias."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     attn = model.vision.blocks[1].attn
@@ -214,7 +214,7 @@ def test_the_parts_sum_to_the_embedding(by, tower, attention):
         expected = encode(model, tower, x)
         parts = decompose(model, x, by)
         assert (total(parts) - expected).norm() / expected.norm() < relative
-        for lost in parts:  # no part can be left out
+        for lost in parts:  # without any one part, the sum is wrong
             rest = {name: part for name, part in parts.items() if name != lost}
             assert (total(rest) - expected).norm() / expected.norm() > 1e-4, lost
 
@@ -438,10 +438,10 @@ def test_the_lens_after_some_blocks_is_the_output_of_a_shorter_tower(double, tow
     for k in range(len(blocks) + 1):
         half.blocks = blocks[:k]
         assert distance(recomputed[:, k], encode(model, tower, x)) < FLOAT64
-    for k in range(len(blocks)):  # with "final", the difference is what the block wrote
+    for k in range(len(blocks)):  # only with "final" is the difference what the block wrote
         wrote = sum(part for name, part in parts.items() if name.startswith(f"blocks.{k}."))
         assert distance(final[:, k + 1] - final[:, k], wrote) < FLOAT64
-        assert distance(recomputed[:, k + 1] - recomputed[:, k], wrote) > 1e-2  # here it is not
+        assert distance(recomputed[:, k + 1] - recomputed[:, k], wrote) > 1e-2
 
 
 # ----------------------------------------------------------------------------------- intermediates
@@ -582,7 +582,7 @@ def test_occlusion_equals_its_definition(double):
 
 @torch.no_grad()
 def test_grad_cam_equals_its_definition(double):
-    """A channel's weight is the slope of the logit if the channel changes on all patches."""
+    """A channel's weight is the logit's slope when the channel is shifted on all patches."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     site = "vision.blocks.2.ln_1"
@@ -604,7 +604,7 @@ def test_grad_cam_equals_its_definition(double):
 
 @torch.no_grad()
 def written_by_heads(model, pixels, ids):
-    """For each patch, the dot product of what all heads write from it and the text's direction."""
+    """The dot product of each text's direction with what all heads write from each patch."""
     parts = decompose(model, pixels, by="token")
     heads = torch.stack([parts[f"blocks.{i}.attn"] for i in range(3)]).sum((0, 2))  # (B, T, E)
     texts = torch.nn.functional.normalize(model.encode_text(ids), dim=-1)
@@ -749,7 +749,7 @@ def test_maps_with_known_answers_have_the_right_scores():
     named, other = torch.zeros(2, 1, 16, 16).bool()
     named[0, :8, :8] = True
     other[0, 8:, 8:] = True
-    heat = named[:, ::8, ::8].float()  # (1, 2, 2): exactly the named quarter
+    heat = named[:, ::8, ::8].float()  # (1, 2, 2): warm only in the named quarter
     right = localisation("right", heat, named, other)
     wrong = localisation("wrong", -heat + other[:, ::8, ::8], named, other)
     assert right.pointing == 1 and right.distracted == 0 and right.iou > 0.8
@@ -792,8 +792,8 @@ def test_maps_are_scored_in_evaluation_mode(monkeypatch):
 
 @pytest.mark.slow
 def test_methods_that_read_the_text_find_the_named_object(shapes, monkeypatch):
-    """They point at the named object more often than at the other, and beat chance. Methods that do
-    not read the text point at both objects equally often."""
+    """Methods that read the text point at the named object more often than at the other, and beat
+    chance. Methods that do not read the text point at both objects equally often."""
     monkeypatch.setattr("miniclip.world.localise.RANDOM", 2)
     found = localise(shapes, scenes=6)
     assert list(found) == ["trained", "random", "spread", "limits"]

@@ -1,9 +1,9 @@
 """CLIPSeg (Lüddecke and Ecker 2022, arXiv 2112.10003) as a fork of CLIP.
 
-The fork adds one thing: a small decoder reads the residual stream after three layers of the vision
-tower and returns a mask for a text. The decoder's blocks are narrow and post-norm. The text's
-embedding enters one block, as a scale and a shift of every token (FiLM). The fork loads
-transformers' checkpoints `CIDAS/clipseg-*`, but not the refined decoder with three convolutions.
+The fork adds a small decoder, which reads the outputs of three blocks of the vision tower and
+returns a mask for a text. The decoder's own blocks are narrow and post-norm. In one of them, the
+text's embedding scales and shifts every token (FiLM). The fork loads transformers' checkpoints
+`CIDAS/clipseg-*`. It refuses checkpoints with the refined decoder, which has three convolutions.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from miniclip.model import Attention
 
 @dataclass(frozen=True)
 class CLIPSegConfig(CLIPConfig):
-    extract_layers: tuple[int, ...] = (3, 6, 9)  # the blocks that the decoder reads; the first is 0
+    extract_layers: tuple[int, ...] = (3, 6, 9)  # vision blocks that the decoder reads
     reduce_dim: int = 64  # the decoder's width
     decoder_num_attention_heads: int = 4
     decoder_intermediate_size: int = 2048
-    conditional_layer: int = 0  # the decoder's block that the text enters
+    conditional_layer: int = 0  # the decoder's block that uses the text
     use_complex_transposed_convolution: bool = False
 
     @classmethod

@@ -17,7 +17,7 @@ TRAINED_GRID = 16  # rows and columns of patches in pretraining; positions of ot
 class Eva02Attention(Attention):
     """The sites `q` and `k` come before the rotation; `scores` and `pattern` come after it."""
 
-    grid: tuple[int, int]  # set by the block
+    grid: tuple[int, int]  # Eva02Block sets it
 
     def __init__(self, width: int, heads: int, causal: bool, head_width: int | None = None) -> None:
         super().__init__(width, heads, causal, head_width)

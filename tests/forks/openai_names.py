@@ -54,8 +54,8 @@ class Visual(nn.Module):
 
 
 class CLIP(nn.Module):
-    """The kind "openai" returns two matrices of logits; "open_clip" returns embeddings and a scale.
-    "custom_text" returns the same as "open_clip", but has a module for its text tower."""
+    """If `kind` is "openai", `forward` returns two matrices of logits. Otherwise it returns the
+    embeddings and the scale. Only the kind "custom_text" has a module for its text tower."""
 
     def __init__(self, like: miniclip.CLIP, kind: str = "openai") -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class CLIP(nn.Module):
 
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         text = self._text()
-        x = text.token_embedding(ids) + text.positional_embedding  # every position, as OpenAI does
+        x = text.token_embedding(ids) + text.positional_embedding  # ids have the full length
         x = text.ln_final(text.transformer(x.transpose(0, 1)).transpose(0, 1))
         x = x[torch.arange(len(x)), ids.argmax(-1)] @ text.text_projection
         image, words = (x / x.norm(dim=-1, keepdim=True) for x in (self.visual(pixels), x))

@@ -1,7 +1,7 @@
 """OWL-ViT (Minderer et al. 2022, arXiv 2205.06230) as a fork of CLIP.
 
-The fork adds one thing: two heads read the patches of the vision tower. For each patch, the class
-head returns a logit for each text, and the box head returns a box. The box head predicts the
+The fork adds two output heads, which read the patches of the vision tower. For each patch, the
+class head returns a logit for each text, and the box head returns a box. The box head predicts the
 difference from a default box. The fork loads transformers' checkpoints `google/owlvit-*`.
 """
 
@@ -60,7 +60,7 @@ class BoxHead(nn.Module):
 
 
 def first_boxes(rows: int, columns: int) -> Tensor:
-    """Logits (P, 4) of one box per patch, of the patch's size, around its lower right corner."""
+    """Logits (P, 4) of default boxes: as large as a patch, centred on its lower right corner."""
     row_and_column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (P, 2)
     size = torch.tensor([columns, rows])
     centre = (row_and_column.flip(1) + 1) / size  # (P, 2), x and y

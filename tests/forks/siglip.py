@@ -1,8 +1,9 @@
 """SigLIP (Zhai et al. 2023, arXiv 2303.15343) as a fork of CLIP.
 
 The fork differs from CLIP in five ways. An attention layer pools the patches; there is no class
-token. A text is read at its last token. Text attention is not causal. Logits have a bias. The loss
-judges each pair on its own. The fork loads transformers' checkpoints `google/siglip-*`.
+token. The last token's output becomes the text's embedding. Text attention is not causal. Logits
+have a bias. The loss is a sigmoid for each pair, not a softmax over all pairs. The fork loads
+transformers' checkpoints `google/siglip-*`.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class SiglipTextConfig(TextConfig):
     context_length: int = 64
 
     def __post_init__(self) -> None:
-        check_tower(self)  # no end token: a text is read at its last token, which may be padding
+        check_tower(self)  # no check of the end token, because SigLIP has none
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SiglipVision(VisionTower):
         self.blocks = self.make_blocks(config, causal=False)
         self.ln_post = nn.LayerNorm(width, eps=config.ln_eps)
         self.probe = nn.Parameter(torch.randn(1, 1, width))
-        heads = width // (config.head_width or width // config.heads)  # the number before pruning
+        heads = width // (config.head_width or width // config.heads)  # heads before pruning
         self.pool_attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.pool_ln = nn.LayerNorm(width, eps=config.ln_eps)
         self.pool_mlp = MLP(width, config.mlp_width, config.act)
@@ -110,7 +111,7 @@ class Siglip(CLIP):
 def sigmoid_loss(
     model: Siglip, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor
 ) -> Tensor:
-    """Algorithm 1 of the paper: sum -log sigmoid over an image's pairs, average over images."""
+    """Algorithm 1 of the paper: -log sigmoid, summed over pairs and averaged over images."""
     logits = model.score(image_embeds, text_embeds).T  # (B, B)
     signs = 2 * is_true.to(logits) - 1  # 1 for a true pair, -1 for a false one
     return -F.logsigmoid(signs * logits).sum(dim=1).mean()

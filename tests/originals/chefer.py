@@ -1,4 +1,4 @@
-"""Chefer et al. 2021, as their notebook for CLIP computes it.
+"""Chefer et al. 2021: relevance, computed by the authors' notebook for CLIP.
 
 github.com/hila-chefer/Transformer-MM-Explainability
 """

@@ -1,4 +1,4 @@
-"""The recording scripts share this file: one small model, its inputs, and the writing of values.
+"""A small model, its inputs, and a `main` that stores values, for all scripts in this folder.
 
 Each other script in this folder runs the authors' own code on this model and records the outputs:
 
@@ -24,7 +24,8 @@ from miniclip.files.names import OPENAI, pack
 
 PATH = Path(__file__).parent.parent / "data" / "originals.json"
 
-# Eight blocks, because some methods change the last six or seven. Most code needs square images.
+# Eight blocks, because some methods change the last six or seven. Most of the authors' code needs
+# square images.
 CONFIG = CLIPConfig(
     VisionConfig(width=12, layers=8, heads=3, mlp_width=48, image_size=12, patch_size=4),
     TextConfig(
@@ -36,7 +37,7 @@ CONFIG = CLIPConfig(
 
 
 def chirp(*shape: int, start: float = 0.0) -> Tensor:
-    """Deterministic float64 numbers from -1 to 1. Their matrices have full rank."""
+    """Deterministic float64 numbers from -1 to 1. A matrix of them has full rank."""
     n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return (start + 0.7 * n + 0.013 * n.square()).sin().view(shape)
 
@@ -74,7 +75,7 @@ def import_from(checkout: str, *folders: str) -> None:
 
 
 def digests(state: dict[str, Tensor]) -> Tensor:
-    """A checksum of each tensor, sorted by name: a sum with a weight for each element."""
+    """A checksum of each tensor: a weighted sum of its elements. Tensors are sorted by name."""
     return torch.stack([(state[n] * chirp(*state[n].shape)).sum() for n in sorted(state)])
 
 
@@ -90,7 +91,8 @@ def openai_clip(module: types.ModuleType) -> nn.Module:
     v, t = CONFIG.vision, CONFIG.text
     name = "VisionTransformer" if hasattr(module, "VisionTransformer") else "VisualTransformer"
     vit = getattr(module, name)
-    setattr(module, name, lambda **sizes: vit(**sizes | {"heads": v.heads}))  # not width // 64
+    # OpenAI's CLIP always takes width // 64 heads.
+    setattr(module, name, lambda **sizes: vit(**sizes | {"heads": v.heads}))
     model = module.CLIP(
         CONFIG.embed_dim, v.image_size, v.layers, v.width, v.patch_size,
         t.context_length, t.vocab_size, t.width, t.heads, t.layers,

@@ -1,4 +1,4 @@
-"""Jiang et al. 2025: neurons write to extra tokens that are new to the trained model.
+"""Jiang et al. 2025: some neurons write to extra tokens, which the training did not have.
 
 github.com/nickjiang2378/test-time-registers
 """
@@ -31,7 +31,7 @@ def record(checkout: str) -> dict:
         manager.reinit(mode=HookMode.INTERVENE)
         manager.intervene_register_neurons(call["count"], NEURONS, scale=call["scale"])
         manager.finalize()
-        # One by one, because the hooks edit only the first image of a batch.
+        # Each image is a batch, because the hooks edit only the first image of a batch.
         found.append([model.visual(p[None], extra_tokens=call["count"])[0] for p in pixels()])
         manager.unregister_all_hooks()
     return {"embeds": found}

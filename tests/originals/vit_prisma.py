@@ -11,7 +11,7 @@ BLOCK = 3
 SITES = {  # their hook -> our site; both names follow the block's name
     "hook_resid_pre": "input",
     "ln1.hook_scale": "ln_1.scale",
-    "ln1.hook_normalized": "ln_1",  # after weight and bias, unless they are folded
+    "ln1.hook_normalized": "ln_1",  # with weight and bias, unless they are folded
     "attn.hook_q": "attn.q",
     "attn.hook_k": "attn.k",
     "attn.hook_v": "attn.v",

@@ -1,4 +1,4 @@
-"""Faults to plant in `bench`, the libraries it compares, the parts of a model, and `parity`."""
+"""Faults to plant in `bench`, `peers.py`, `parts.py` and `parity`."""
 
 # ruff: noqa: E501  # snippets have the indentation of the package
 

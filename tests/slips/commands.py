@@ -1,4 +1,4 @@
-"""Faults to plant in the commands, their output, zero-shot, retrieval, the page and transforms."""
+"""Faults to plant in the commands, the page, zero-shot, retrieval, the transform and figures."""
 
 from slip import Slip
 
