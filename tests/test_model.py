@@ -283,7 +283,7 @@ def test_parameter_counts_are_the_published_ones(name):
 
 
 # Millions of parameters in the vision tower, and in the text tower without its token embedding. The
-# published names state both, as in "TinyCLIP-ViT-8M-16-Text-3M".
+# published names state both numbers, as in "TinyCLIP-ViT-8M-16-Text-3M".
 TINYCLIP = {
     "TinyCLIP-8M/16": (8, 3),
     "TinyCLIP-39M/16": (39, 19),
@@ -603,7 +603,7 @@ def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
 
 @torch.no_grad()
 def test_nothing_after_the_end_token_can_reach_the_embedding():
-    """Therefore the text tower needs no padding mask."""
+    """Causal attention hides the later tokens, so the text tower needs no padding mask."""
     model = tiny_clip()
     _, ids = random_inputs(TINY, texts=1, tokens=20)
     ids[0, 11:] = TINY.text.eos_token_id

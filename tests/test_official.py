@@ -160,7 +160,7 @@ def test_an_official_checkpoint_gives_what_transformers_gives(hub, name, tmp_pat
 
 
 def strangers(name):
-    """Why these are not OpenAI's weights, or "" if they are."""
+    """Return the reason why these are not OpenAI's weights, or "" if they are."""
     path = weights_file(name)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = hashlib.sha256(data).hexdigest()

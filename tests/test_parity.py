@@ -664,7 +664,7 @@ def test_bad_input_is_an_error_of_one_line(argv, words, capsys):
 
 
 class Straight(torch.autograd.Function):
-    """The identity, but with a wrong backward pass: it halves the gradient."""
+    """The identity, but with a wrong backward pass that halves the gradient."""
 
     @staticmethod
     def forward(ctx, x):

@@ -314,7 +314,7 @@ def test_no_file_is_replaced_before_all_files_are_written(tmp_path):
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_place(saved, monkeypatch):
-    """Otherwise a power cut right after the save could leave an empty file."""
+    """A power cut right after the save must not leave an empty file."""
     written, synced = os.replace, os.fsync
     numbers = []
 

@@ -647,7 +647,7 @@ def test_an_image_that_has_moved_is_found_by_name_and_score(tmp_path):
 
 
 def test_questions_are_answered_one_at_a_time():
-    """Otherwise a hook of one question would see the tensors of another question."""
+    """The hooks of one question must not see the tensors of another question."""
     inside, two = [], threading.Event()
 
     def find(text):

@@ -680,7 +680,7 @@ def test_wrappers_are_not_a_part_of_a_name(tiny, wrap):
 
 
 def test_the_compiler_is_not_imported_for_hooks(tiny, monkeypatch):
-    """The import takes more than a second. It is not needed if nothing was compiled before."""
+    """Importing the compiler takes more than a second. It is needed only for compiled models."""
     model, inputs = tiny
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     monkeypatch.setattr(torch.compiler, "set_stance", None)
@@ -749,7 +749,7 @@ def test_blocks_may_overlap_and_end_in_any_order(shallow):
 
 @pytest.mark.slow
 def test_without_set_stance_a_compiled_model_ignores_hooks(shallow):
-    """Therefore `hooks` makes compiled models run uncompiled (by `torch.compiler.set_stance`)."""
+    """Compiled code would ignore hooks, so `hooks` uses `set_stance` to run the model uncompiled."""
     model, inputs = shallow
     compiled = torch.compile(model, backend="eager")
     expected = logits(compiled, inputs)

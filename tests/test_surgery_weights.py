@@ -174,7 +174,7 @@ def wrong_activation(model):
     add_lora, wrong_activation, lambda m: quantize_dynamic(m, {nn.Linear}, torch.qint8),
 ], ids=["LoRA", "GELU", "quantised"])  # fmt: skip
 def test_models_that_are_not_what_their_config_says_have_no_mean(combine, change):
-    """Otherwise the mean of two unmerged models would average LoRA's A and B separately."""
+    """A mean of unmerged models would be wrong, because it would average A and B separately."""
     with pytest.raises(ValueError, match="does not describe the model: .*surgery.merge_lora"):
         combine(change(tiny_clip()), change(tiny_clip(seed=1)))
 

@@ -368,7 +368,7 @@ def test_printable_ascii_without_ampersand_needs_no_repair():
 
 
 class CountingMarks:
-    """A `unicodedata` that counts how often Python's NFC exchanges two marks to sort them."""
+    """A fake `unicodedata` that counts how often Python's NFC swaps two marks to sort them."""
 
     def __init__(self):
         self.exchanges = 0

@@ -258,7 +258,7 @@ def bars(kind, generator):
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Two classes of 80 images, and one file that is not an image."""
+    """Two classes of 80 images each, and one file that is not an image."""
     root = tmp_path_factory.mktemp("stripes")
     generator = np.random.default_rng(0)
     for kind in ("upright", "level"):

@@ -343,7 +343,7 @@ def test_folders_without_images_are_an_error(tmp_path, make, message):
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation of a classifier with known answers: an image's grey level is its row in `answers`.
+# Evaluation of a classifier with known answers. An image's grey level chooses a row of `answers`.
 
 GREY = ImageTransform(8, image_mean=(0, 0, 0), image_std=(1, 1, 1))
 
