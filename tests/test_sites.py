@@ -749,7 +749,7 @@ def test_blocks_may_overlap_and_end_in_any_order(shallow):
 
 @pytest.mark.slow
 def test_without_set_stance_a_compiled_model_ignores_hooks(shallow):
-    """Compiled code would ignore hooks, so `hooks` uses `set_stance` to run the model uncompiled."""
+    """Compiled code ignores hooks, so `hooks` calls `set_stance` to run the model uncompiled."""
     model, inputs = shallow
     compiled = torch.compile(model, backend="eager")
     expected = logits(compiled, inputs)
