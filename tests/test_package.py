@@ -21,7 +21,7 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    # Only the wheel is installed there. The dependencies are found by a path to this environment.
+    # The new environment gets the wheel, and a path to the packages of this environment.
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python)]

@@ -424,7 +424,7 @@ def test_splicing_an_autoencoder_equals_its_paper(loaded, theirs, pixels):
 def without_heads_for(model, pixels, text, count):
     """Replace the output of some heads with its mean over the batch: arXiv 2310.05916, section 5.1.
 
-    The heads are chosen by the dot products of their contributions with a text embedding.
+    The contributions of these heads have the largest dot products with a text embedding.
     """
     parts = decompose(model, pixels, by="head")
     written = torch.stack([part for name, part in parts.items() if name.endswith("attn")], 1)

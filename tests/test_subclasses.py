@@ -839,7 +839,7 @@ def model_bias(tokenizer):
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [MeanCLIP, GatedCLIP, CLIP])
 def test_the_default_loss_of_train_follows_the_paper(kind, tokenizer, tmp_path):
-    """If the user passes the same loss as a function, the trained weights are equal."""
+    """If the user passes the paper's loss as a function, training gives the same weights."""
 
     def same(model, image_embeds, text_embeds, is_true):
         return contrastive_loss(image_embeds, text_embeds, model.logit_scale, is_true)
