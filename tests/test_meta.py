@@ -1,8 +1,8 @@
 """The model, its instruments and a training step never make the CPU wait for a GPU.
 
 The tests run on the `meta` device. A meta tensor has a shape but no numbers, so code that reads a
-number raises an error. A tensor that is made on the CPU is an error here too, because each call
-would copy it to the GPU.
+number raises an error. Code that makes a tensor on the CPU is an error too, because each call would
+have to copy that tensor to the GPU.
 """
 
 from functools import partial
@@ -106,7 +106,7 @@ def test_a_training_step_does_not_wait(inputs):
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         muon.step()
         clamp_logit_scale(model)
-    adam.step()  # not within OnlyMeta, because PyTorch counts Adam's steps on the CPU
+    adam.step()  # outside OnlyMeta, because Adam keeps its number of steps on the CPU
 
 
 def test_an_edit_that_waits_for_the_device_is_noticed(inputs):

@@ -1,8 +1,8 @@
 """Compare the model with transformers' CLIPModel and with formulas.
 
-The tests begin with single parts. Then they compare each module in float64 with random parameters,
-float32 bit for bit, unusual shapes, the official shapes, half precision, sites and gradients. The
-last tests plant faults. README's table has the tolerances.
+The first tests check small modules. The next tests compare every module in float64, and float32
+results bit for bit. Then come unusual shapes, the official shapes, half precision, sites and
+gradients. The last tests plant faults. README's table has the tolerances.
 """
 
 import copy
@@ -35,8 +35,10 @@ from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.published import PUBLISHED
 
 FLOAT64 = 1e-10
-REORDERED = 2e-5  # float32 on a CPU if the order of operations differs, at logit scale 100
-CUDA = 1e-4  # float32 on a GPU without TF32, at logit scale 100
+# The tolerances of float32 logits at logit scale 100. REORDERED is for a CPU, if the order of
+# operations differs. CUDA is for a GPU without TF32.
+REORDERED = 2e-5
+CUDA = 1e-4
 
 pytestmark = [
     # torch.compile and torch.export of torch 2.13 raise these warnings about their own code.
@@ -120,7 +122,7 @@ def site_shapes(config, B, C, T):
     side = config.vision.image_size // config.vision.patch_size
     shapes["vision.patch_embed"] = (B, config.vision.width, side, side)
     shapes["vision.ln_pre"] = (B, 1 + config.vision.patches, config.vision.width)
-    shapes["vision.ln_post"] = (B, config.vision.width)  # it gets only the class token
+    shapes["vision.ln_post"] = (B, config.vision.width)  # ln_post gets only the class token
     shapes["text.token_embed"] = shapes["text.ln_final"] = (C, T, config.text.width)
     return shapes
 
@@ -239,7 +241,7 @@ def test_init_follows_openai():
     parameters = dict(CLIP(config).named_parameters())
     for name, std in openai_init_stds(config).items():
         values = parameters.pop(name)
-        few = 5 * (2 * values.numel()) ** -0.5  # five standard errors of the std that is measured
+        few = 5 * (2 * values.numel()) ** -0.5  # five standard errors of the measured std
         assert values.std().item() == pytest.approx(std, rel=few), name
         assert abs(values.mean().item()) < 5 * std * values.numel() ** -0.5, name
     assert parameters.pop("logit_scale").item() == 3.5
@@ -255,8 +257,8 @@ def test_init_follows_openai():
             assert (values == 0).all(), name
 
 
-# Sources: for B/32 what openai/CLIP's notebooks print, for B/16 keras-cv's presets, and for the
-# others keras-hub's presets (clip_published.py @71453d08), minus the number of position ids.
+# The numbers are from openai/CLIP's notebooks (B/32), keras-cv's presets (B/16) and keras-hub's
+# presets (clip_published.py @71453d08). keras-hub also counts position ids, which are subtracted.
 PARAMETERS = {
     "B/32": 151277313,
     "B/16": 149620737,
@@ -281,7 +283,7 @@ def test_parameter_counts_are_the_published_ones(name):
 
 
 # Millions of parameters in the vision tower, and in the text tower without its token embedding. The
-# published names state both, as in "TinyCLIP-ViT-8M-16-Text-3M".
+# published names state both numbers, as in "TinyCLIP-ViT-8M-16-Text-3M".
 TINYCLIP = {
     "TinyCLIP-8M/16": (8, 3),
     "TinyCLIP-39M/16": (39, 19),
@@ -308,8 +310,8 @@ def test_tinyclips_towers_have_the_size_of_their_names(name):
 
 @pytest.fixture(scope="module")
 def double():
-    """(ours, theirs, pixels, ids) in float64. transformers runs sdpa, because its eager attention
-    always computes the softmax in float32, with rounding errors of 1e-7."""
+    """(ours, theirs, pixels, ids) in float64. transformers uses sdpa attention, because its eager
+    attention computes the softmax in float32, with rounding errors of 1e-7."""
     pixels, ids = random_inputs(TINY)
     return *twins(TINY, dtype=torch.float64), pixels.double(), ids
 
@@ -401,7 +403,7 @@ def test_logits_equal_transformers(double):
 
 @torch.no_grad()
 def test_every_site_is_the_tensor_that_its_name_says(double):
-    """transformers' sdpa attention returns no scores and no pattern: formulas give their values."""
+    """transformers' sdpa attention returns no scores and no pattern, so formulas compute them."""
     ours, theirs, pixels, ids = double
     seen, _ = watch(ours, site_shapes(TINY, B=2, C=3, T=9), pixels, ids)
     expected = transformers_sites(theirs, pixels, ids)
@@ -412,7 +414,7 @@ def test_every_site_is_the_tensor_that_its_name_says(double):
 
 @torch.no_grad()
 def transformers_sites(theirs, pixels, ids):
-    """miniclip's names -> transformers' tensors, which hooks collect."""
+    """Return {miniclip's name: transformers' tensor}. Hooks collect the tensors."""
     inputs, outputs, handles = {}, {}, []
     for name, module in theirs.named_modules():
         if not name:
@@ -550,8 +552,8 @@ def test_models_of_unusual_shapes_equal_transformers(name, device):
 
 
 def test_custom_end_token_is_not_the_largest_id():
-    """There are two rules to find the end token: by its id, or as the largest id. The test above
-    can distinguish them only if they give different positions."""
+    """An end token is found by its id or as the largest id. The test above can distinguish these
+    two rules only if they give different positions."""
     config = UNUSUAL["end token below added ones"]
     _, ids = random_inputs(config)
     model, _ = twins(config)
@@ -601,7 +603,7 @@ def test_half_precision_is_no_worse_than_transformers(dtype, attention, device):
 
 @torch.no_grad()
 def test_nothing_after_the_end_token_can_reach_the_embedding():
-    """Therefore the text tower needs no padding mask."""
+    """Causal attention hides the later tokens, so the text tower needs no padding mask."""
     model = tiny_clip()
     _, ids = random_inputs(TINY, texts=1, tokens=20)
     ids[0, 11:] = TINY.text.eos_token_id
@@ -669,7 +671,7 @@ def test_a_row_without_an_end_token_is_an_error():
 
 @pytest.mark.slow
 def test_a_row_without_an_end_token_is_nan_in_a_compiled_graph():
-    """A compiled graph cannot raise an error. The other rows keep their values."""
+    """A compiled graph cannot raise an error. The embeddings of the other texts do not change."""
     model = tiny_clip()
     ids = random_inputs(TINY)[1]
     expected = model.encode_text(ids)
@@ -763,7 +765,7 @@ def test_an_empty_batch_gives_empty_outputs():
 
 
 def test_values_are_not_checked_under_vmap():
-    """A check would read a value, which a batched tensor does not have."""
+    """Under vmap, code cannot read the values of a tensor, so a check would raise an error."""
     model, (pixels, ids) = tiny_clip(), random_inputs(TINY)
     model.set_attention("eager")  # the fused kernel warns that vmap is slow
     found = torch.vmap(model.encode_text)(ids[:, None])
@@ -878,7 +880,7 @@ def test_editing_any_site_changes_the_output_and_removing_the_edit_restores_it(k
 
 
 LOOKS = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
-LOOKS += [f"module_{look}" for look in LOOKS]  # PyTorch's hooks on all modules
+LOOKS += [f"module_{look}" for look in LOOKS]  # PyTorch's global hooks, which run on all modules
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -901,7 +903,7 @@ def test_attention_is_eager_while_its_sites_forward_is_patched(monkeypatch):
     plain = attention(x)
     attention.pattern.forward = torch.zeros_like
     assert torch.equal(attention(x)[0, 0], attention.out_proj.bias)
-    del attention.pattern.forward  # next, the class's forward is patched
+    del attention.pattern.forward  # next, the test patches the class, not the object
     assert torch.equal(attention(x), plain)
     seen = []
     monkeypatch.setattr(Site, "forward", lambda self, x: seen.append(self) or x)
@@ -953,7 +955,7 @@ def test_every_parameter_has_transformers_gradient():
     for name, parameter in ours.named_parameters():
         expected = gradients[layout_name(name, TRANSFORMERS)]
         assert difference(parameter.grad, expected) < FLOAT64, name
-        if "k_proj.bias" not in name:  # adds the same number to all scores: softmax ignores it
+        if "k_proj.bias" not in name:  # softmax ignores this bias, so its gradient is 0
             assert parameter.grad.abs().max() > 1e-9, name
 
 
@@ -1051,7 +1053,7 @@ def test_a_planted_mistake_is_noticed(fault, double):
     expected = logits(theirs, pixels, ids)
     assert difference(logits(faulty, pixels, ids), expected) < FLOAT64
     fault(faulty)
-    # far out of the float64 tolerance, and out of the float32 tolerance too
+    # the fault is far above the float64 tolerance, and also above the float32 tolerance
     assert difference(logits(faulty, pixels, ids), expected) > REORDERED
 
 

@@ -3,8 +3,8 @@
 `python tests/test_notebooks.py` runs all notebooks and stores their outputs, except for the parts
 that vary from run to run. Names on the command line select notebooks.
 
-A solution is a markdown cell with a folded `<details>`: a block of Python, and a block with its
-output. A run executes the block after the notebook's own cells, and fills in the output.
+A solution is a folded `<details>` in a markdown cell. It has a block of Python, and a second block
+with the output. A run executes the Python after the notebook's cells, and stores its output there.
 """
 
 import os
@@ -33,8 +33,8 @@ SOLUTION = re.compile(
     re.DOTALL,
 )
 
-# This code runs in the kernel before the notebook. It makes each warning an error. A figure without
-# a title is an error, and so is an axis without a name.
+# This code runs in the kernel before the notebook. It makes each warning an error. A figure
+# without a title or an axis without a name is an error too.
 STRICT = """
 import warnings
 from matplotlib.backend_bases import FigureCanvasBase
@@ -86,7 +86,7 @@ def executed(path: Path) -> nbformat.NotebookNode:
         nbclient.NotebookClient(
             notebook,
             kernel_name="python3",
-            timeout=None,  # a busy machine is slow
+            timeout=None,  # no limit, because a busy machine is slow
             startup_timeout=600,
             iopub_timeout=600,
             record_timing=False,
@@ -118,7 +118,7 @@ def texts(notebook: nbformat.NotebookNode) -> str:
 
 
 def check_outputs(notebook: nbformat.NotebookNode) -> None:
-    """Assert that the outputs have no error, no warning and no folder of this machine."""
+    """Assert that the outputs have no error, no warning and no path of this machine."""
     assert outputs(notebook)
     assert not any(output.output_type == "error" for output in outputs(notebook))
     assert not any(output.get("name") == "stderr" for output in outputs(notebook))
@@ -148,8 +148,8 @@ def test_the_committed_outputs_come_from_a_complete_run(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_each_notebook_has_the_parts_that_a_reader_needs(path):
-    """The parts: goals, how to run it, a text before every code cell, what to see in every
-    figure, and three exercises with folded solutions."""
+    """A notebook states its goals and how to run it. It has a text before every code cell, an
+    explanation of every figure, and three exercises with folded solutions."""
     cells = nbformat.read(path, as_version=4).cells
     goals = cells[0].source.partition("**After this notebook you can**\n\n")[2]
     assert goals.count("\n- ") >= 2

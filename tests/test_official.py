@@ -1,11 +1,12 @@
 """Load OpenAI's four checkpoints by name, and compare ids, pixels and logits with transformers.
 
+This command downloads the checkpoints from the hub into the user's own cache:
+
     MINICLIP_HUB=1 pytest -m hub
 
-downloads them from the hub into the user's own cache. HF_ENDPOINT can name another hub. If the
-weights are OpenAI's, they must also give the values that other projects recorded. Without
-MINICLIP_HUB there is a rehearsal: the same code runs with small random weights, from a local hub
-that serves the same files.
+HF_ENDPOINT can name another hub. OpenAI's weights must also give the values that other projects
+recorded. Without MINICLIP_HUB, the tests are a rehearsal with small random weights. They use a
+local hub, which serves files with the same names.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ from miniclip.files.hub import WEIGHTS, resolve
 from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.published import PUBLISHED
 
-# The warnings of the hub's client depend on the machine: symbolic links, tokens, open connections.
+# The hub's client warns about symbolic links, tokens and open connections on some machines.
 pytestmark = [
     pytest.mark.filterwarnings("default::Warning:huggingface_hub"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -54,7 +55,7 @@ ENTRIES = {entry["id"]: entry for entry in read_entries()}
 
 @pytest.fixture(scope="module", params=["rehearsal", pytest.param("real", marks=pytest.mark.hub)])
 def hub(request, tmp_path_factory):
-    """The hub that huggingface_hub asks: a local hub for the rehearsal, or the user's own hub."""
+    """Start a local hub for the rehearsal, or yield None to use the user's own hub."""
     if request.param == "real":
         if os.environ.get("MINICLIP_HUB") != "1":
             pytest.skip("downloads OpenAI's weights: set MINICLIP_HUB=1")
@@ -118,7 +119,7 @@ def test_an_official_checkpoint_gives_what_transformers_gives(hub, name, tmp_pat
     weights = dict(theirs.model.named_parameters())
     for key, parameter in ours.model.named_parameters():
         other = weights.pop(layout_name(key, TRANSFORMERS))
-        # With other strides, the last bit of a large matrix product differs.
+        # Strides must be equal too, because they can change the last bit of a large matrix product.
         assert torch.equal(parameter, other) and parameter.stride() == other.stride()
     assert not weights
     expected = logits(theirs.model, pixels, ids)
@@ -155,11 +156,11 @@ def test_an_official_checkpoint_gives_what_transformers_gives(hub, name, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------
-# Compared with what other projects recorded
+# Comparison with values that other projects recorded
 
 
 def strangers(name):
-    """Why these are not OpenAI's weights, or "" if they are."""
+    """Return the reason why these are not OpenAI's weights, or "" if they are."""
     path = weights_file(name)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = hashlib.sha256(data).hexdigest()
@@ -188,11 +189,11 @@ def theirs(hub):
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [*map(published, ENTRIES.values())], ids=ENTRIES)
 def test_a_published_value_is_reproduced(hub, entry, ours, theirs):
-    """In the rehearsal, transformers computes the value, and a slightly wrong value must fail."""
+    """In the rehearsal, transformers computes the expected values. A changed value must fail."""
     picture = find_picture if hub is None else find_or_draw_picture
     if hub is not None:
         expected = measure(entry, theirs, picture)
-        if "file" not in entry:  # a file's length depends on the model's width
+        if "file" not in entry:  # the number of values in a file depends on the model's width
             assert dict(numbers(expected)).keys() == dict(numbers(entry["expected"])).keys()
         entry = entry | {"expected": expected}
     elif entry["expected"] is None:
@@ -234,7 +235,7 @@ def test_the_small_files_are_openais():
     name = "openai/clip-vit-base-patch32"
     small = files(name)
     config = config_json(name, PUBLISHED["B/32"])
-    # Someone edited OpenAI's file by hand: one field is a line higher, and there is an extra space.
+    # OpenAI's file was edited by hand, so one field is a line higher and there is an extra space.
     moved = r'(    "problem_type": null,\n)(    "projection_dim)": 512,\n'
     config = re.sub(moved, r'\2": 512,\n\1', config, count=1)
     config = re.sub(moved, r'\2" : 512,\n\1', config, count=1)

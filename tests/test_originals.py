@@ -82,7 +82,7 @@ def test_decompose_equals_clip_prs(model):
     assert_equal(by["token"]["blocks.7.attn"].mT, values("clip_prs", "tokens").permute(0, 2, 3, 1))
     assert_equal(model.encode_image(pixels), values("clip_prs", "embed"))
     ours = decompose(model, pixels, "head")
-    for i in range(8):  # miniclip's convention gives other values, even with the biases added
+    for i in range(8):  # the default convention gives other values, even with the biases added
         folded = ours[f"blocks.{i}.attn"] + ours[f"blocks.{i}.attn.v_proj.bias"]
         assert_other(folded / model.encode_image(pixels).norm(dim=-1)[:, None, None], heads[:, i])
 
@@ -120,7 +120,7 @@ def test_neurons_move_to_registers_as_in_the_authors_code(model):
     found = []
     for call in registers.CALLS:
         with move_to_registers(model, registers.NEURONS, **call):
-            found.append(model.encode_image(pixels))  # recorded image by image
+            found.append(model.encode_image(pixels))  # recorded from one image at a time
     assert_equal(torch.stack(found), recorded)
     assert_other(found[0], recorded[1])
     assert_other(model.encode_image(pixels), recorded[0])
@@ -128,7 +128,7 @@ def test_neurons_move_to_registers_as_in_the_authors_code(model):
 
 # ------------------------------------------------------------------------------- dense features
 
-# preset -> the repository, and how it resizes the position embedding
+# {preset: (the authors' repository, its method to resize the position embedding)}
 AUTHORS = {
     "sclip": ("sclip", "dino"),
     "naclip": ("naclip", "dino"),
@@ -228,7 +228,7 @@ def test_relevance_equals_chefers_notebook(model):
 def merged_tokens(x, sizes, keys, count):
     """Pair each even token with the most similar odd token. Average the `count` closest pairs."""
     near = F.normalize(keys, dim=-1)[::2] @ F.normalize(keys, dim=-1)[1::2].T
-    near[0] = -torch.inf  # the class token stays
+    near[0] = -torch.inf  # the class token is never merged
     like, to = near.max(1)
     gone = like.argsort(descending=True)[:count].tolist()
     sums, sizes = x * sizes, sizes.clone()
@@ -268,7 +268,7 @@ def test_sites_equal_the_hook_points_of_vit_prisma(model):
     found = {theirs: acts[ours] for theirs, ours in names.items()}
     assert_equal(common.digests(found), values("vit_prisma", "sites"))
     assert_equal(acts[f"{block}.ln_1.normalized"][0], values("vit_prisma", "folded"))
-    for name in found:  # a control: a change of any site changes its digest
+    for name in found:  # a control: a change of one tensor changes exactly one digest
         changed = common.digests(
             found | {name: found[name] + 1e-6 * common.chirp(*found[name].shape)}
         )

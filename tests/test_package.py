@@ -1,4 +1,4 @@
-"""The package as a user gets it: the wheel, imports, types, output and the reference's pages."""
+"""Test the package that a user gets: the wheel, imports, types, output and reference pages."""
 
 import ast
 import os
@@ -21,7 +21,7 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    # The new environment has only a path to the dependencies, which are installed already.
+    # The new environment gets the wheel, and a path to the packages of this environment.
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
@@ -122,7 +122,7 @@ def test_a_terminal_without_a_character_shows_a_question_mark(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_type_checkers_find_exactly_the_wrong_calls(checker):
-    """Calls of a model, a tower and a fork have the types of `forward`: wrong calls are found."""
+    """A call of a model, tower or fork has the types of `forward`, so wrong calls are found."""
     pytest.importorskip(checker)
     program = ROOT / "tests" / "typed_user.py"
     lines = program.read_text().splitlines()
@@ -153,8 +153,8 @@ def test_the_first_page_of_the_reference_links_every_module_in_reading_order(tmp
 
 
 def test_no_docstring_loses_words_or_columns_on_its_page():
-    """A browser would hide <class> outside of backticks, because it looks like a tag. Aligned
-    columns would run into each other, so a list is needed."""
+    """A browser hides <class> without backticks, because <class> looks like a tag. It also removes
+    the spaces between aligned columns, so a docstring needs a list in place of columns."""
     pytest.importorskip("pdoc")
     from pdoc import docstrings, render_helpers
 

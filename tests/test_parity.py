@@ -1,4 +1,4 @@
-"""Parity finds no difference between equal models, and names planted faults.
+"""`compare` finds no difference between equal models, and names planted faults.
 
 This file plants faults in tokenizers and transforms. test_diagnosis.py plants faults in models.
 """
@@ -64,7 +64,7 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
         assert row.absolute == row.relative == 0 and row.within_tolerance, row
         assert row.float64 < (1e-6 if row.site.endswith("pattern") else 1e-12), row
         assert row.model_error == row.other_error
-        assert 0 < row.model_error < 1e-3  # not 0, so float32's error is measured
+        assert 0 < row.model_error < 1e-3  # a measured float32 error is not 0
     assert parity.nearer(report.rows) == {"model": 0, "other": 0, "equal": 50}
 
 
@@ -72,7 +72,7 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
 def test_other_precisions_pass(dtype, pair):
     report = compare(*pair, dtype=dtype)
     assert report.first is None
-    if dtype != torch.float64:  # README promises 1.1; `compare` allows forks twice the error
+    if dtype != torch.float64:  # README promises 1.1 times the error; `compare` allows 2 times
         assert all(row.model_error <= 1.1 * row.other_error for row in report.rows)
     largest = max(row.model_error for row in report.rows)
     assert largest < 1e-6 if dtype == torch.float64 else 1e-2 < largest < 1
@@ -143,7 +143,7 @@ class QuickGELU"""
 
 
 def test_a_fork_that_computes_norms_in_float32_passes(pair):
-    """openai/CLIP does this. Only a comparison in float64 reports it."""
+    """openai/CLIP computes norms in float32. Only a float64 comparison reports the difference."""
     same = fork_of(pair[0], "class QuickGELU", OPENAI_NORM, "nn.LayerNorm(", "LayerNorm(")
     report = compare(same, pair[0])
     assert report.first is None and max(row.float64 for row in report.rows) < 1e-13
@@ -151,7 +151,7 @@ def test_a_fork_that_computes_norms_in_float32_passes(pair):
 
 
 def test_a_fork_that_computes_softmax_in_float32_passes(pair):
-    """transformers' eager attention does this."""
+    """transformers' eager attention computes softmax in float32."""
     same = fork_of(
         pair[0],
         "if self.eager or ", "if True or ",
@@ -176,7 +176,7 @@ def test_a_fork_that_computes_in_another_order_passes(pair):
 
 @torch.no_grad()
 def test_weights_that_differ_by_a_rounding_error_pass(pair):
-    """For example, log(exp(x)) differs from x by one rounding. A second rounding does not pass."""
+    """One rounding error passes, for example log(exp(x)) in place of x. Two do not pass."""
     apart = copy.deepcopy(pair[0])
     weight = apart.text.blocks[1].mlp.fc1.weight
     weight[3] = weight[3].nextafter(torch.tensor(9.0))
@@ -199,7 +199,7 @@ def test_a_copy_in_half_precision_passes_only_in_that_precision(dtype, pair):
 
 @pytest.fixture(scope="module")
 def whole(pair):
-    """(ours, theirs): each has the tokenizer and transform of `everyday`, and a small model."""
+    """(ours, theirs), each with a small model and the tokenizer and transform of `everyday`."""
     ours, theirs = parity.load_pair("everyday")
     return ours._replace(model=pair[0]), theirs._replace(model=pair[1])
 
@@ -237,7 +237,7 @@ def test_white_space_that_is_not_squeezed_is_named(whole):
 
 @pytest.mark.slow
 def test_a_missing_merge_is_noticed(whole):
-    """`compare` notices that the last merge is missing, although none of its texts needs it."""
+    """`compare` notices a missing last merge, although its texts do not need this merge."""
     right = whole[0].tokenizer
     fewer = Tokenizer(right.vocab, right.merges[:-1], context_length=right.context_length)
     word = "".join(right.merges[-1]).removesuffix("</w>")
@@ -258,7 +258,7 @@ def test_merges_that_are_swapped_are_named(whole):
 
 
 def assert_tokens_differ(faulty, whole, cause):
-    """Compare with our tokenizer: its ids equal transformers' ids, and it is faster."""
+    """Compare with our correct tokenizer, because it is faster than transformers' tokenizer."""
     report = compare(faulty, whole[0])
     assert (report.first, report.cause) == ("tokens", cause)
     assert [row.within_tolerance for row in report.rows] == [False] + [True] * 51
@@ -287,7 +287,7 @@ def test_another_padding_or_end_token_is_named(whole):
 
 @pytest.mark.slow
 def test_a_fault_in_the_transform_is_named(whole):
-    """test_diagnosis_tables.py tests the other faults."""
+    """test_diagnosis_tables.py tests the other faults of a transform."""
     faulty = fork(transform, "Resampling.BICUBIC)", "Resampling.BILINEAR)")
     one = whole[0]._replace(
         transform=faulty.ImageTransform(**settings_of(whole[0].transform)), tokenizer=None
@@ -382,7 +382,7 @@ def test_another_shape_is_named_and_another_depth_is_an_error(pair):
 
 
 def test_absent_parts_are_left_out(pair):
-    """A site that one model does not have is not compared: here `q` is a function, not a module."""
+    """A site is not compared if one model lacks it. Here `q` is a function, not a module."""
     ours = copy.deepcopy(pair[0])
     del ours.vision.blocks[0].attn.q
     ours.vision.blocks[0].attn.q = lambda x: x
@@ -413,7 +413,7 @@ SITE, PATTERN = "vision.blocks.0.q", "vision.blocks.0.pattern"
     "site, dtype, device, size, limit",
     [
         ("logits", torch.float32, "cpu", 1, 2e-5),
-        ("logits", torch.float32, "cpu", 100, 2e-5),  # the same limit, although size is larger
+        ("logits", torch.float32, "cpu", 100, 2e-5),  # `size` does not change this limit
         (SITE, torch.float32, "cpu", 0.1, 2e-5),
         (SITE, torch.float32, "cpu", 30, 6e-4),
         ("logits", torch.float32, "cuda", 100, 1e-4),
@@ -423,8 +423,8 @@ SITE, PATTERN = "vision.blocks.0.q", "vision.blocks.0.pattern"
     ],
 )
 def test_the_tolerances_are_the_documented_ones(site, dtype, device, size, limit):
-    """README lists them. For logits, the limit is absolute. At other sites, it is multiplied by the
-    largest number, if that is above 1."""
+    """README lists the tolerances. For logits, the limit is absolute. At other sites, the limit is
+    multiplied by the largest number of the tensor, if that number is above 1."""
     assert row_of(site, size, 0.9 * limit, 0.0, dtype=dtype, device=device).within_tolerance
     assert not row_of(site, size, 1.1 * limit, 0.0, dtype=dtype, device=device).within_tolerance
 
@@ -437,7 +437,7 @@ def row_of(site, size, apart, apart_64, dtype=torch.float32, exact=1e-10, device
 
 
 def test_the_tolerances_in_float64_are_the_documented_ones():
-    # A pattern may differ by 1e-6, because transformers' softmax is always in float32.
+    # A pattern may differ by 1e-6, because transformers' eager softmax is in float32.
     for apart, within in ((0.9e-6, True), (1.1e-6, False)):
         row = row_of(PATTERN, 0.5, apart, 0.0, dtype=torch.float64)
         assert row.within_tolerance == within
@@ -447,8 +447,8 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     ):  # fmt: skip
         for site in (SITE, PATTERN):
             assert row_of(site, size, 0.0, apart, exact=exact).within_tolerance == within
-    # `exact` is 1e-6 if one model has merged weights, or one more rounding. Then the tolerance is
-    # relative for logits, as it is at every other site.
+    # `exact` is 1e-6 if the weights of one model were merged, or rounded once more. Then logits
+    # have a relative tolerance too, like all other sites.
     assert row_of("logits", 100, 0.0, 0.9e-4, exact=1e-6).within_tolerance
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 
@@ -472,7 +472,7 @@ def test_numbers_that_are_not_finite_are_infinitely_far():
 
 @torch.no_grad()
 def test_merged_weights_may_differ_by_a_millionth(pair):
-    """Merging adds a rounding error. A model with more or fewer parameters counts as merged."""
+    """Merging adds a rounding error. Here, an extra parameter marks a model as merged."""
     for by, within in ((2e-7, True), (2e-5, False)):
         merged = copy.deepcopy(pair[0])
         merged.text.blocks[1].mlp.fc2.bias[3] += by
@@ -495,7 +495,7 @@ def test_inputs_reach_each_position_and_both_end_tokens(pair):
     (pixels, ids), *_, (again, _), (_, _), (seeded, other_ids), _ = (
         seen[i] for i in (0, 3, 4, 5, 8, 9)
     )
-    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # 3 less than the context
+    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # context length - 3
     assert (ids[:, 0] == 598).all() and ids[1, -1] == 0
     ends = {599: [1, 3, 5, 7, 9, 11, 10, 9], 500: [2, 4, 6, 8, 10, 12, 14, 1]}
     for end, places in ends.items():
@@ -664,7 +664,7 @@ def test_bad_input_is_an_error_of_one_line(argv, words, capsys):
 
 
 class Straight(torch.autograd.Function):
-    """The identity, but with a wrong backward pass: it halves the gradient."""
+    """The identity, but with a wrong backward pass that halves the gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -686,7 +686,7 @@ def test_the_gradients_of_the_same_model_are_equal(pair, against):
 
 
 def test_a_detach_or_another_backward_pass_is_found_at_its_place(pair):
-    """Both faults leave the forward pass as it is, so only `gradients=True` finds them."""
+    """Neither fault changes the forward pass, so only `gradients=True` finds the faults."""
     ours, theirs = pair
     for change, block in ((Tensor.detach, 1), (Straight.apply, 0)):
         fork = copy.deepcopy(ours)
@@ -709,7 +709,7 @@ def test_parity_prints_the_difference_of_the_gradients(capsys):
 
 @pytest.fixture(scope="module")
 def as_openai():
-    """A model that OpenAI's code can express: heads of width 64, MLPs of four times the width."""
+    """A model that OpenAI's code can express: its heads have width 64, its MLPs width 4 * 64."""
     shape = {"width": 64, "heads": 1, "mlp_width": 256, "ln_eps": 1e-5, "act": "quick_gelu"}
     words = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
     text = replace(TINY.text, **shape, **words, context_length=77)
@@ -736,7 +736,7 @@ def own_names_of(like):
     return fork
 
 
-# A function that makes each kind of fork, and the name of the first MLP in its vision tower.
+# {kind of fork: (a function that makes the fork, the name of the fork's first vision MLP)}
 KINDS_OF_FORK = {
     "miniclip": (copy.deepcopy, "vision.blocks.0.mlp"),
     "transformers": (parity.transformers_twin, "vision_model.encoder.layers.0.mlp"),
@@ -806,7 +806,7 @@ def test_a_model_with_other_names_needs_a_correct_table(as_openai):
 
 
 def test_an_incomplete_table_of_names_does_not_loosen_a_tolerance(as_openai):
-    """If the model counted as merged, it could differ by a millionth."""
+    """If `compare` took the fork for a merged model, it would allow a difference of a millionth."""
     fork = own_names.CLIP(as_openai)
     fork.tensor_names = {n: own for n, own in own_names.NAMES.items() if n != "vision.ln_post"}
     assert compare(fork, as_openai).first is None
@@ -816,7 +816,7 @@ def test_an_incomplete_table_of_names_does_not_loosen_a_tolerance(as_openai):
 
 @pytest.fixture
 def fork_files(tmp_path, monkeypatch, pair):
-    """A user's folder with a fork's code, its table of names, and its original model."""
+    """A user's folder with a fork's code, the fork's table of names, and the original model."""
     monkeypatch.chdir(tmp_path)
     pair[0].save_pretrained("original")
     shutil.copy(own_names.__file__, "my_clip.py")

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     (folder / "like" / "recipe.json").write_text(json.dumps(asdict(QUICK)))
     (folder / "like" / "config.json").write_text(json.dumps(SHAPE.to_dict()))
     captioned(folder / "data", "tar", pictures=25, broken=None)
-    # the batch is larger than the data, so it has all 25 pairs: 13 in one process, 12 in the other
+    # the batch is larger than the data, so one process gets 13 of the 25 pairs, the other gets 12
     lines = {"ddp": train(folder, "--out", folder / "two", "--batch", 1000)}
     lines["undisturbed"] = train(folder, "--out", folder / "undisturbed", "--batch", 1000)
     for name in ("fsdp", "fsdp, stopped"):
@@ -71,7 +71,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-# A run with these options has to keep averaged weights, both optimizers' state, and a loss's bias.
+# With these options, a run also saves averaged weights, two optimizers and the bias of the loss.
 SHARDED = ["--batch", 12, "--ema", 0.5, "--chunk", 4, "--loss", "siglip", "--layer-decay", 0.8]
 SHARDED += ["--muon-lr", 0.01]
 LORA = ["--batch", 12, "--lora", 2, "--freeze", "text", "--ema", 0.5]
@@ -123,7 +123,7 @@ def test_the_same_captions_are_true_in_both_processes(folder, inputs, found):
 
 
 def test_the_gradients_of_siglips_loss_equal_one_big_batch(folder, inputs, found):
-    order = [0, 2, 1, 3]  # the first process has rows 0 and 2
+    order = [0, 2, 1, 3]  # the first process gets pairs 0 and 2
     pixels, ids = (x[order] for x in inputs["pairs"])
     model = Siglip.from_pretrained(folder / "siglip", dtype=torch.float64)
     images = model.encode_image(pixels, normalize=True)
@@ -145,7 +145,7 @@ def test_a_run_that_torchrun_restarts_ends_with_the_same_bits(folder):
 
 
 def test_torchrun_embeds_as_one_process_does(folder, monkeypatch):
-    monkeypatch.setattr(building, "PART", 8)  # each process has two parts of the 25 images
+    monkeypatch.setattr(building, "PART", 8)  # 25 images make four parts, two in each process
     assert main(embed(folder, "index of one")) == 0
     assert (folder / "index").read_bytes() == (folder / "index of one").read_bytes()
     first, second = ((folder / f"said {rank}").read_text() for rank in (0, 1))

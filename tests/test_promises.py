@@ -1,8 +1,8 @@
-"""The promises of README and of the header of `miniclip/files`, and the tests that check each.
+"""List the promises of README and of the header of `miniclip/files`, and the tests of each promise.
 
-Some words of each promise are quoted, so a changed sentence fails here. A test that needs a GPU or
-the network is skipped without it. Not promised: if another program shortens a weights file while a
-model has it memory-mapped, the process ends with a bus error, as with transformers.
+A list entry quotes some words of a promise, so this test fails if the sentence changes. A test that
+needs a GPU or the network is skipped without it. One thing is not promised. If another program
+shortens a memory-mapped weights file, the process ends with a bus error, as with transformers.
 """
 
 import ast
@@ -140,7 +140,7 @@ leaves the old checkpoint or the new one
 at most 1.15 times the memory of the model
     checkpoint: loading_takes_the_memory_of_the_file_in_the_requested_dtype
 """
-PROMISES: dict[str, list[str]] = {}  # quoted words: the names of the tests
+PROMISES: dict[str, list[str]] = {}  # {quoted words: names of the tests}
 for line in TABLE.strip().splitlines():
     if line.startswith("    "):
         [*PROMISES.values()][-1].append(line.strip())

@@ -1,8 +1,8 @@
 """Ten published modifications, each in ten lines and with public names only.
 
-Each is compared with a slow version that follows the paper and runs in transformers (LoRA: in PEFT)
-with the same weights. Each test also has a control: it must notice a wrong version. The model is
-like the embedded checkpoint "shapes", but with random weights.
+Each test compares a modification with a slow version of the paper's method. The slow version uses
+transformers (PEFT for LoRA) and the same weights. As a control, each test must notice a wrong
+version. The model has the shape of the embedded checkpoint `shapes`, but random weights.
 """
 
 import ast
@@ -140,7 +140,7 @@ def test_long_clip_equals_its_paper(loaded, ids, tmp_path):
     assert 77 < longer.shape[1] <= 248
     theirs = CLIPModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert_close(long.encode_text(longer), their_texts(theirs, longer))
-    assert torch.equal(long.encode_text(ids), short)  # these texts read only the 20 kept rows
+    assert torch.equal(long.encode_text(ids), short)  # short texts use only unchanged positions
 
     def stretched(keep):
         out = [*rows[:keep]]
@@ -157,7 +157,7 @@ def test_long_clip_equals_its_paper(loaded, ids, tmp_path):
 
 
 def larger_images(loaded, size, directory):
-    """Enlarge images, as OpenAI did from 224 to 336 pixels: CLIP's paper, section 2.5."""
+    """Enlarge images, as OpenAI did from 224 to 336 pixels (CLIP's paper, section 2.5)."""
     model, tokenizer, transform = loaded
     transform = replace(transform, size=size, crop_size=size)
     miniclip.save(directory, resize_image(model, size), tokenizer, transform)
@@ -166,7 +166,7 @@ def larger_images(loaded, size, directory):
 
 @torch.no_grad()
 def test_larger_images_equal_transformers(loaded, theirs, tmp_path):
-    model, _, transform = larger_images(loaded, 96, tmp_path)  # 1.5 times as large
+    model, _, transform = larger_images(loaded, 96, tmp_path)  # the original size is 64
     picture = torch.randint(256, (3, 120, 150), dtype=torch.uint8)
     pixels = transform([picture]).double()
     expected = their_images(theirs, pixels, interpolate_pos_encoding=True)
@@ -180,8 +180,8 @@ def test_larger_images_equal_transformers(loaded, theirs, tmp_path):
 
 
 def without_least_important_heads(model, pixels, ids, count):
-    """Prune the `count` least important heads: arXiv 1905.10650. A head's importance is the mean
-    size of the loss's slope with respect to a factor (a gate) on the head's output."""
+    """Prune the `count` least important heads: arXiv 1905.10650. A gate is a factor on the output
+    of a head. The head's importance is the mean absolute gradient of the loss at this gate."""
     with cache(model, "vision.blocks.*.attn.z", grad=True) as acts:
         logits = model(pixels, ids).logits_per_image
         loss = F.cross_entropy(logits, torch.arange(len(ids)), reduction="sum")
@@ -302,7 +302,7 @@ def test_prompt_vectors_equal_their_paper(loaded, theirs, pixels):
     found = coop(model, tokenizer, images, labels, classes)
 
     def slowly(first):
-        """Run each class alone through transformers' layers, and read the last token."""
+        """Learn the vectors with transformers' layers, where each class is encoded by itself."""
         text, context = theirs.text_model, torch.zeros(4, 96, dtype=torch.float64)
         for _ in range(3):
             context.requires_grad_()
@@ -329,10 +329,10 @@ def test_prompt_vectors_equal_their_paper(loaded, theirs, pixels):
 
 
 def with_registers(model, pixels, neurons):
-    """Move what some neurons write to a new token, without training: arXiv 2506.08010.
+    """Move the activations of some neurons to a new token, without training: arXiv 2506.08010.
 
-    This follows the authors' code. Their paper moves each neuron's own maximum, and it zeroes the
-    neurons at the class token too.
+    This follows the authors' code, which moves the maximum over all the neurons. In the paper, each
+    neuron moves its own maximum, and the activations at the class token become 0 too.
     """
     with move_to_registers(model, neurons):
         return model.encode_image(pixels)
@@ -378,7 +378,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def without_features(model, pixels, site, sae, features):
-    """Switch features off, but keep the autoencoder's error: arXiv 2403.19647, section 2."""
+    """Set an autoencoder's features to 0, but keep its error: arXiv 2403.19647, section 2."""
 
     def off(activations, name):
         kept = activations.clone()
@@ -397,7 +397,7 @@ def test_splicing_an_autoencoder_equals_its_paper(loaded, theirs, pixels):
     found = without_features(loaded.model, pixels, site, sae, features)
 
     def slowly(features):
-        """Subtract what the features wrote from transformers' residual stream."""
+        """In transformers, subtract the features' contributions from the residual stream."""
 
         def taken(module, args, x):
             left = x
@@ -424,7 +424,7 @@ def test_splicing_an_autoencoder_equals_its_paper(loaded, theirs, pixels):
 def without_heads_for(model, pixels, text, count):
     """Replace the output of some heads with its mean over the batch: arXiv 2310.05916, section 5.1.
 
-    These are the heads whose parts of the embedding have the largest dot products with a text.
+    The contributions of these heads have the largest dot products with a text embedding.
     """
     parts = decompose(model, pixels, by="head")
     written = torch.stack([part for name, part in parts.items() if name.endswith("attn")], 1)
@@ -481,9 +481,10 @@ def test_heads_chosen_by_a_text_equal_their_paper(loaded, theirs, pixels, ids):
 
 
 def greedy_soup(models, score):
-    """Add models to a mean, best first, unless the score gets worse: arXiv 2203.05482, recipe 1.
+    """Average models, best first, but skip those that lower the score: arXiv 2203.05482, recipe 1.
 
-    The authors' code compares scores by `>`, but their paper by `>=`.
+    In the paper, a model is added if the score does not fall (`>=`). In the authors' code, it is
+    added only if the score rises (`>`).
     """
     ranked = sorted(models, key=score, reverse=True)
     kept = ranked[:1]
@@ -496,7 +497,7 @@ def greedy_soup(models, score):
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_greedy_soup_equals_its_paper(loaded, pixels, ids, tmp_path):
-    """The mean of three of the four models scores best. The fourth model is far away."""
+    """The mean of the first three models has the best score. The fourth model is far from them."""
     base = miniclip.load("shapes", dtype=torch.float64).model
     models = []
     for seed, distance in ((1, 0.003), (2, 0.003), (3, 0.003), (4, 0.2)):

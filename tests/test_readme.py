@@ -1,8 +1,8 @@
-"""The tests run what README and the packages' headers show: all Python code, and each command.
+"""Run the Python code and the commands that README and the packages' headers show.
 
-Small substitutes replace what only a user has: photos, a model from the hub, a GPU. `python
+A test has no photos, no model from the hub and no GPU, so small substitutes replace them. `python
 tests/test_readme.py` runs the commands after a `$` in the headers of `parity` and `bench`, and
-writes their output below them.
+writes the output of each command below the command.
 """
 
 import ast
@@ -64,7 +64,7 @@ def commands() -> list[str]:
     return list(dict.fromkeys(part[1].strip() for part in found if part))
 
 
-# Commands that take minutes or need what a test does not have, and the commands that run instead.
+# {command that takes minutes, or needs a GPU or a data set: short command that runs instead}
 INSTEAD = {
     "miniclip bench": "miniclip bench --suite tokenizer --shape tiny",
     "miniclip bench --suite vision text": "miniclip bench --suite vision text --shape tiny",
@@ -92,7 +92,7 @@ INSTEAD = {
 
 @pytest.fixture
 def little(monkeypatch):
-    """Make slow commands short: fewer scenes, rounds of `bench` and methods of `explain`."""
+    """Make slow commands fast, with fewer scenes, `bench` rounds and `explain` methods."""
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.bench.suites.measure", partial(measuring.measure, seconds=0))
     monkeypatch.setattr(scoring, "score", partial(scoring.score, scenes=8))
@@ -125,7 +125,7 @@ TINY_CONFIG = """{
 }"""
 
 
-FORKS = {  # the code of each kind of fork that the header of parity names
+FORKS = {  # the code that makes each fork in the header of `parity`
     "my_transformers": "parity.transformers_twin(original)",
     "my_openai": "openai_names.CLIP(original)",
     "my_open_clip": "openai_names.CLIP(original, 'custom_text')\nbuild = lambda: model",
@@ -181,7 +181,7 @@ def test_readme_is_short_and_its_line_counts_and_links_are_right():
 
 def test_every_command_is_found():
     found = commands()
-    assert INSTEAD.keys() <= {*found}  # or a command of minutes would run
+    assert INSTEAD.keys() <= {*found}  # otherwise a slow command would run
     assert len(found) >= 25
     for name in ("classify", "embed", "search", "serve", "convert", "bench", "parity", "eval"):
         assert any(f"miniclip {name}" in command for command in found), name
@@ -206,7 +206,7 @@ def test_the_python_code_runs_unchanged(desk, monkeypatch):
     names: dict = {"__name__": "__main__"}
     with redirect_stdout(io.StringIO()) as out:
         for block in blocks:
-            if "onnx" in block:  # exporting takes a second for each layer
+            if "onnx" in block:  # the export takes a second for each layer
                 names["model"], whole = shallow(names["model"]), names["model"]
             exec(compile(block, "README.md", "exec"), names)
             if "onnx" in block:

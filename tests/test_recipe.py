@@ -1,7 +1,7 @@
 """Compare a run with a plain loop that is written from the recipe's definition.
 
-The loop has transformers' model, torch's AdamW, and Muon by a singular value decomposition. Each
-run changes some fields of the recipe, and the final weights are compared.
+The loop trains transformers' model with torch's AdamW, and with a Muon that uses a singular value
+decomposition. Each run changes some fields of the recipe, and the final weights are compared.
 """
 
 import json
@@ -139,7 +139,7 @@ def embed_texts(peer, ids):
 
 
 def plain_loss(images, texts, negatives, scale, labels):
-    """Figure 3 of CLIP's paper with UniCL's shared labels, plus a loss for the false captions."""
+    """Compute CLIP's loss (figure 3) with UniCL's shared labels, and a loss for false captions."""
     logits = scale.exp() * images @ texts.T
     same = (labels[:, None] == labels).float()
     target = same / same.sum(1, keepdim=True)
@@ -152,7 +152,7 @@ def plain_loss(images, texts, negatives, scale, labels):
 
 
 def plain_sigmoid_loss(images, texts, scale, bias, labels):
-    """Algorithm 1 of SigLIP's paper, pair by pair."""
+    """Compute SigLIP's loss (algorithm 1) pair by pair."""
     total = 0
     for i, image in enumerate(images):
         for j, text in enumerate(texts):
@@ -165,7 +165,7 @@ PARTS = {
     "vision": ("vision_model", "visual_projection"),
     "text": ("text_model", "text_projection"),
 }
-# The number of layers above a part. The vision tower has two blocks, the text tower has one.
+# The number of layers above each module. The vision tower has two blocks, the text tower has one.
 ABOVE = {
     "vision_model.embeddings": 3, "vision_model.pre_layrnorm": 3,
     "vision_model.encoder.layers.0": 2,
@@ -176,7 +176,7 @@ ABOVE = {
 
 
 def plain_optimizers(peer, recipe, more):
-    """AdamW with the paper's numbers for ViTs (table 18), and Muon for the matrices."""
+    """AdamW with the settings of CLIP's paper (table 18), and Muon for the blocks' matrices."""
     named = [(name, p) for name, p in peer.named_parameters() if p.requires_grad]
     shares = {
         p: recipe.layer_decay ** next(n for part, n in ABOVE.items() if name.startswith(part))
@@ -194,7 +194,7 @@ def plain_optimizers(peer, recipe, more):
 
 
 class PlainMuon:
-    """Muon as its author describes it: Nesterov momentum, then singular values near 1."""
+    """Muon as its author describes it. After Nesterov momentum, singular values become nearly 1."""
 
     def __init__(self, params, weight_decay, shares, momentum=0.95):
         self.param_groups = [{"params": [p], "share": shares[p]} for p in params]
@@ -224,7 +224,7 @@ def nearly_orthogonal(matrix):
     return (u @ s.diag() @ vh).float()
 
 
-# Six steps. The learning rate rises in the first three: 0.45 of six is 2.7, rounded to 3.
+# Six steps. The learning rate rises in the first three steps, because 0.45 * 6 is rounded to 3.
 BASE = Recipe(epochs=2, batch=4, lr=4e-3, warmup=0.45)
 RUNS = {
     "plain": {},
@@ -257,7 +257,7 @@ def two_models(logit_scale=SHAPE.logit_scale_init):
 def assert_same_weights(ours, peer, prefix=""):
     theirs = peer.state_dict()
     for name, value in ours.state_dict().items():
-        if name.endswith("k_proj.bias"):  # softmax ignores it: its gradient is rounding error
+        if name.endswith("k_proj.bias"):  # softmax ignores it, so only rounding errors change it
             continue
         difference = (value - theirs[layout_name(prefix + name, TRANSFORMERS)]).abs().max()
         assert difference < 2e-5, name
@@ -299,7 +299,7 @@ def test_logits_stay_within_100_times_a_cosine(tmp_path):
 
 
 def one_of_two(rank):
-    """A fake of the part of torch.distributed that the loop uses."""
+    """A fake torch.distributed with only the functions that the loop uses."""
     return SimpleNamespace(
         is_initialized=lambda: True,
         get_rank=lambda: rank,
@@ -332,8 +332,8 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_of_two_processes_draws_its_own_numbers(rank, tmp_path, monkeypatch):
-    """A process has its own share of the pairs and its own random numbers. `one_of_two` fakes the
-    other process, so embeddings and gradients are not gathered."""
+    """A process has its own share of the pairs and its own random numbers. `one_of_two` fakes a
+    second process, so embeddings and gradients are not gathered."""
     monkeypatch.setattr(processes, "dist", one_of_two(rank))
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     recipe = replace(BASE, patch_dropout=0.6, augment=True)
@@ -345,7 +345,7 @@ def test_each_of_two_processes_draws_its_own_numbers(rank, tmp_path, monkeypatch
 
 
 def test_numbers_are_drawn_from_the_seed_the_step_and_the_place():
-    """The formula never changes, because a resumed run must see the same data."""
+    """This formula must never change, because a resumed run must get the same data."""
     assert draw_seed(2, 3, 4) == 2 * 1_000_003**2 + 3 * 1_000_003 + 4
     assert 0 <= draw_seed(2**62, 2**40, 1) < 2**63
 
@@ -361,7 +361,7 @@ SAVINGS = {
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [None, *SAVINGS])
 def test_a_run_saves_memory_and_time_only_as_its_recipe_says(name, tmp_path, monkeypatch):
-    """Options that save memory or time hardly change weights, so the test watches the towers."""
+    """Options that save memory or time hardly change weights, so the test records tower calls."""
     monkeypatch.setattr(run_module, "LOG_EVERY", 1)
     model, _, tokenizer = two_models()
     seen = {"rows": 0, "blocks": 0, "types": set(), "compiled": []}
@@ -383,7 +383,7 @@ def test_a_run_saves_memory_and_time_only_as_its_recipe_says(name, tmp_path, mon
         "rows": 3 if name == "chunk" else 4,
         "blocks": {"chunk": 24, "checkpoint_blocks": 12}.get(
             name, 6
-        ),  # block calls: 3 steps, 2 towers
+        ),  # calls of blocks in 3 steps and 2 towers
         "types": {torch.bfloat16 if name == "precision" else torch.float32},
         "compiled": [model.vision, model.text] if name == "compile" else [],
     }

@@ -1,4 +1,4 @@
-"""Indexes of images: what is found, in which order, and what remains after damage or a crash."""
+"""Test image indexes: their images, the order of the images, and damaged or unfinished files."""
 
 import io
 import json
@@ -154,12 +154,12 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     if kept == 0:
         (tmp_path / "x.tar").write_bytes(b"no tar at all, but some text" * 100)
     pictures, damage = find_pictures([tmp_path])
-    assert len(pictures) in (found, found + 1)  # or one more, if the cut is after its header
+    assert len(pictures) in (found, found + 1)  # one more if the next image's header is complete
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
 def false_headers():
-    """Yield a name for each false header, and the bytes of a tar that has the header."""
+    """Yield (name of the fault, bytes of a tar) for each fault in a tar's header."""
 
     def header(name, size=0, kind=tarfile.REGTYPE, **fields):
         info = tarfile.TarInfo(name)
@@ -274,7 +274,7 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
     expected = ["@home/b.jpg", "a.jpg", "t.tar/./c.jpg"]
     assert names(find_pictures([tmp_path])[0], tmp_path) == expected
     assert names(find_pictures([tmp_path / "**" / "*.jpg"])[0], tmp_path) == expected[:2]
-    for asked in (HIDDEN[0], "@eaDir", "@eaDir/*/*.jpg"):  # a path that the user names is read
+    for asked in (HIDDEN[0], "@eaDir", "@eaDir/*/*.jpg"):  # hidden paths are read on request
         assert names(find_pictures([tmp_path / asked])[0], tmp_path) == HIDDEN[:1]
 
 
@@ -282,11 +282,11 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
     "exclude, left",
     [
         (["b"], ["a.JPG", "c.tiff", "z.png"]),
-        (["B", "*.jpg"], ["c.tiff", "z.png"]),  # case does not matter
+        (["B", "*.jpg"], ["c.tiff", "z.png"]),  # upper and lower case are equal
         (["b/"], ["a.JPG", "c.tiff", "z.png"]),
         (["*.png", "*.tar"], ["a.JPG", "b/x.webp", "b/y.gif", "b/é.bmp", "c.tiff"]),
         (["b/*.tar", "[yz].*"], ["a.JPG", "b/[1].png", "b/x.webp", "b/é.bmp", "c.tiff"]),
-        (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # also in the tar
+        (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # tar images are excluded
     ],
 )
 def test_exclude_leaves_out_the_given_images(photographs, monkeypatch, exclude, left):
@@ -294,7 +294,7 @@ def test_exclude_leaves_out_the_given_images(photographs, monkeypatch, exclude, 
     monkeypatch.chdir(photographs)
     assert list(map(str, find_pictures(["."], exclude)[0])) == left
     every = [path for path in find_pictures(["."])[0] if isinstance(path, str)]
-    named = [*every, "b/0.tar"]  # all paths by name, as a shell passes them for *
+    named = [*every, "b/0.tar"]  # all paths, as a shell passes them for *
     assert sorted(map(str, find_pictures(named, exclude)[0])) == sorted(left)
     with pytest.raises(ValueError, match="all images are excluded by a b"):
         find_pictures(["b"], ["a", "b"])
@@ -404,7 +404,7 @@ def test_unreadable_images_are_listed_and_the_others_are_embedded(loaded, photog
 
 
 def thin():
-    """An image that can be opened but not resized: it would have 40 x 12,000,000 pixels."""
+    """An image that can be opened but not resized, because it would get 40 x 12,000,000 pixels."""
     return Image.new("1", (1, 300_000))
 
 
@@ -466,8 +466,8 @@ def test_a_failed_save_leaves_the_old_index(tmp_path, monkeypatch):
 
 
 def test_an_index_that_is_saved_while_it_is_read_is_read_again(tmp_path, monkeypatch):
-    """safetensors opens a file twice: for its header, and for the numbers. Here, a new index is
-    saved between the two."""
+    """safetensors opens a file twice, first for its header and then for its numbers. Here, a new
+    index is saved after the first opening."""
     new = replace(index_of(torch.eye(3).flip(0)), encoder=ENCODER._replace(model="another"))
     index_of(torch.eye(3)).save(tmp_path / "i")
     times = []
@@ -534,7 +534,7 @@ def unit_rows(n, width, seed=0):
 
 
 def best_by_float64(rows, query, k):
-    """Sort and sum in Python, without torch and without blocks."""
+    """Find the `k` best rows in plain Python, without torch and without blocks of rows."""
     scores = [
         math.fsum(a * b for a, b in zip(row, query, strict=True)) for row in rows.double().tolist()
     ]
@@ -555,7 +555,7 @@ def test_the_search_is_exact(monkeypatch, block, k):
 
 
 def crowd(n=1500, width=256):
-    """Return a query, and rows so near to the query that float32 cannot order their cosines."""
+    """Return (rows, query). The cosines are too similar to sort the rows in float32."""
     query = unit_rows(1, width, seed=1)[0]
     return torch.nn.functional.normalize(query + 2e-4 * unit_rows(n, width, seed=2)), query
 
@@ -797,7 +797,7 @@ def build(loaded, photographs, monkeypatch):
 
 @pytest.fixture
 def interrupt(build, tmp_path, monkeypatch):
-    """Begin a build, and stop it after some parts."""
+    """Start to build an index, and stop after some parts are saved."""
 
     def interrupt(parts, **options):
         save, saved = Index.save, []
@@ -845,7 +845,7 @@ def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch,
 def test_parts_of_another_build_are_made_again(
     build, interrupt, photographs, tmp_path, monkeypatch, changed
 ):
-    """No part of the other build is used in this build. The user need not delete them."""
+    """A build ignores the parts of another build. The user does not have to delete these parts."""
     monkeypatch.chdir(tmp_path)
     interrupt(parts=3)
     options = {}
@@ -871,7 +871,7 @@ def test_parts_of_another_build_are_made_again(
 def test_what_another_model_made_is_replaced_only_by_force(
     build, interrupt, loaded, tmp_path, changed, whole
 ):
-    """Neither a finished index nor the parts of an unfinished one are replaced silently."""
+    """Without `force`, a finished index or the parts of an unfinished index stay as they are."""
     if whole:
         build(tmp_path / "i")
     else:
@@ -899,7 +899,7 @@ def test_what_another_model_made_is_replaced_only_by_force(
 
 @pytest.fixture
 def embedded(monkeypatch):
-    """A list to which each image that is decoded for the model is added, in any order."""
+    """A list of the images that a build decodes for the model, in any order."""
     seen, real = [], retrieval.building.pixels_of
 
     def pixels_of(source, transform):
@@ -944,7 +944,7 @@ def test_an_update_embeds_what_is_new_or_changed_and_keeps_the_rest_bit_for_bit(
     del embedded[:]
     bits = (tmp_path / "i").read_bytes()
     again = build(tmp_path / "i")
-    assert embedded == [gone]  # read again, because someone may have repaired it
+    assert embedded == [gone]  # this image is tried again, because it may have been repaired
     assert (tmp_path / "i").read_bytes() == bits and len(again) == len(after)
 
 
@@ -972,7 +972,7 @@ def test_a_tar_that_has_changed_is_read_again(build, photographs, tmp_path, embe
 
 
 def test_force_embeds_everything_again(build, interrupt, tmp_path, embedded):
-    """The first forced build finds parts of an interrupted build, and the second a whole index."""
+    """The first forced build finds parts of an interrupted build. The second finds an index."""
     build(tmp_path / "whole")
     interrupt(parts=1)
     for _ in range(2):
@@ -1002,8 +1002,8 @@ def test_an_update_that_is_killed_leaves_the_old_index_and_continues(
 def test_images_that_moved_with_their_folder_are_kept(
     build, photographs, tmp_path, monkeypatch, embedded
 ):
-    """An update knows an image by its path as the user wrote it: here a relative path, which stays
-    the same."""
+    """An update compares the paths that the user wrote. Relative paths are still the same after the
+    folder has moved."""
     monkeypatch.chdir(photographs)
     build("i", pictures=find_pictures(["."])[0])
     photographs.rename(tmp_path / "elsewhere")
@@ -1032,7 +1032,7 @@ def test_there_are_as_many_threads_as_workers(
 
 
 def test_a_second_build_of_one_file_at_the_same_time_is_an_error(build, tmp_path):
-    """A build works again after the other build has ended."""
+    """After the other build has ended, a new build works."""
     out = tmp_path / "index"
     with only_builder(tmp_path / "index.parts"):
         with pytest.raises(ValueError, match="another process is writing this index"):
@@ -1062,7 +1062,7 @@ main()
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 def test_the_same_command_continues_after_it_was_killed(loaded, tmp_path, monkeypatch, capsys):
-    """22 images in a folder and a tar, and a broken image, make three parts."""
+    """A folder with 17 images, a broken image and a tar of five images makes three parts."""
     many, out = tmp_path / "many", tmp_path / "out"
     many.mkdir()
     out.mkdir()
@@ -1133,7 +1133,7 @@ def test_embed_excludes_images_counts_unreadable_ones_and_updates(run, photograp
     assert status == 0 and "11 images" in out and "updated, 2 of 15 images" in err
     if "rawpy" not in sys.modules:
         assert re.search(r"skipped 1 file, .*3.NEF: .*pip install rawpy", err)
-    status, out, err = run(*line, "--exclude", "b")  # excluded images are dropped
+    status, out, err = run(*line, "--exclude", "b")  # an update removes excluded images
     assert status == 0 and "3 images" in out and "updated, 3 of 6 images" in err
     status, out, err = run(*line[:-3], "shapes", "--out", tmp_path / "i")
     assert status == 2 and err.count("\n") == 1 and "everyday" in err and "--force" in err
@@ -1211,4 +1211,4 @@ def test_a_sheet_shows_scripts_that_pillows_font_lacks(loaded, tmp_path):
     for title in titles:
         assert draw_sheet(index, hits, title, tmp_path / "s.png") == []
         drawn.append((tmp_path / "s.png").read_bytes())
-    assert len(set(drawn)) == len(titles)  # boxes instead of letters would make the first two equal
+    assert len(set(drawn)) == len(titles)  # titles drawn as boxes would be equal

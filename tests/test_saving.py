@@ -1,4 +1,4 @@
-"""A save that is killed or fills the disk leaves a whole checkpoint: the old one or the new one."""
+"""After a killed save or a full disk, the folder has the whole old or the whole new checkpoint."""
 
 import errno
 import json
@@ -62,7 +62,8 @@ def contents(loaded):
     return model.config, weights, tokens, transform
 
 
-# This script kills processes that save the two checkpoints in turn, and loads what each one left.
+# This script kills processes that save the two checkpoints in turn. After each kill, it loads the
+# checkpoint from the folder.
 SCRIPT = """
 import os, random, signal, sys, time
 from miniclip import load, save
@@ -214,7 +215,7 @@ LAYOUTS = ("transformers", "openai", "open_clip")
 
 
 def quick():
-    """A checkpoint that every layout can express. Its tokenizer has another vocabulary."""
+    """A checkpoint that every layout can express. No other checkpoint here has its vocabulary."""
     config = CLIPConfig(
         replace(VISION, width=64, heads=1), replace(TEXT, width=64, heads=1, vocab_size=550,
         bos_token_id=548, eos_token_id=549), embed_dim=20,
@@ -313,7 +314,7 @@ def test_no_file_is_replaced_before_all_files_are_written(tmp_path):
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_place(saved, monkeypatch):
-    """Otherwise a power cut right after the save could leave an empty file."""
+    """A power cut right after the save must not leave an empty file."""
     written, synced = os.replace, os.fsync
     numbers = []
 
@@ -333,7 +334,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(saved, monkeypatch):
 
 
 def test_a_complete_save_is_finished_by_the_next_load(saved):
-    miniclip.save(saved / SAVED, *new())  # a process killed before its last step leaves this
+    miniclip.save(saved / SAVED, *new())  # this is left if a save is killed before its last step
     (saved / "tokenizer.json").write_text("of another")
     (saved / SAVED / "tokenizer.json").touch()
     assert contents(miniclip.load(saved)) == contents(new())
@@ -387,7 +388,7 @@ def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
 
 
 def test_each_save_writes_to_a_file_of_its_own(tmp_path):
-    """The file's name has no process id: two threads or two containers may have the same id."""
+    """A process id in the name is not enough: two threads or containers can have the same id."""
     path = tmp_path / "index"
     with writing.replacing(path) as first, writing.replacing(path) as second:
         assert first != second and str(os.getpid()) not in f"{first}{second}".split("-", 1)[1]
@@ -406,7 +407,7 @@ def test_a_device_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("read", [miniclip.load, Tokenizer.from_pretrained])
 def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
-    """For each file that the load opens, one round saves right after the file is opened."""
+    """In round n, another checkpoint is saved right after the load has opened n files."""
     parts = [old(), new()]
     saves = [0]
     opened = open
@@ -432,7 +433,7 @@ def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
         with monkeypatch.context() as patch:
             patch.setattr(reading, "open", opening(at), raising=False)
             found = read(saved)
-        expected = parts[saves[0] - before]  # no save if fewer than `at` files are opened
+        expected = parts[saves[0] - before]  # there is no save if fewer than `at` files are opened
         vocab = found.tokenizer if isinstance(found, tuple) else found
         assert (vocab.vocab, vocab.merges) == (expected[1].vocab, expected[1].merges)
         if isinstance(found, tuple):
@@ -451,8 +452,8 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
 
 
 def test_two_saves_at_the_same_time_leave_one_whole_save(tmp_path):
-    """Two threads save, and a third calls `finish_save`. A save may raise "Directory not empty",
-    because the other thread's save is there."""
+    """Two threads save, and a third calls `finish_save`. A save may raise "Directory not empty"
+    if the other thread has just saved there."""
     from concurrent.futures import ThreadPoolExecutor
 
     def save_often(text):

@@ -1,7 +1,7 @@
-"""The page of `miniclip serve`: what its server answers, and the page in a real browser.
+"""Test the server of `miniclip serve`, and its page in a real browser.
 
-The expected heat maps and scores are computed from transformers' attention patterns, gradients and
-embeddings, and drawn with NumPy.
+The expected scores and heat maps are computed from transformers' attention patterns, gradients and
+embeddings. NumPy draws the expected heat maps.
 """
 
 import asyncio
@@ -67,7 +67,7 @@ class Server:
         if not line:
             raise RuntimeError(self.end()[1])
         self.url = json.loads(line)["url"]
-        log.write_text("")  # forget the start: torch tests the temporary folder then
+        log.write_text("")  # leave out the start, when torch tests the temporary folder
 
     def post(self, path, question, **headers):
         """Ask a question. Returns (status, answer)."""
@@ -101,7 +101,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def servers():
-    """A list for the running server, which ends after the last test."""
+    """A list that holds the running server. After the last test, the server is ended."""
     running = []
     yield running
     for server in running:
@@ -160,7 +160,7 @@ def bars(page):
 
 
 def shown(page, selector):
-    """An image on the page, as a data: URL."""
+    """Return an image on the page as a data URL, which contains the image itself."""
     return page.locator(selector).get_attribute("src")
 
 
@@ -230,7 +230,7 @@ def crop(picture, size):
 
 
 def drawn(picture, heat):
-    """The positive heat in three colours over the grey image, 448 by 448 pixels."""
+    """Draw the positive heat in three colours over the grey image, at 448 x 448 pixels."""
     picture = crop(picture, 448)
     levels = (heat.clamp(min=0) / heat.max() * 255).to(torch.uint8).numpy()
     smooth = np.asarray(Image.fromarray(levels).resize((448, 448), Image.Resampling.BILINEAR))
@@ -241,14 +241,14 @@ def drawn(picture, heat):
 
 
 def pixels_in(url):
-    """The pixels of a data: URL."""
+    """Return the pixels of the image in a data URL."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
 
 
 def assert_drawn(url, picture, heat):
     found, expected = pixels_in(url), drawn(picture, heat)
     assert found.shape == (448, 448, 3)
-    # Colours are rounded: if the last bit of a patch's heat differs, the level may differ too.
+    # Levels are rounded, so a difference in the last bit of a patch's heat may change its level.
     assert np.abs(found - expected).max() <= 4 and np.abs(found - expected).mean() < 1
 
 
@@ -267,7 +267,7 @@ def coffee(tmp_path_factory):
     path = tmp_path_factory.mktemp("upload") / "coffee.jpg"
     picture = Image.fromarray(skimage.data.coffee())
     exif = Image.Exif()
-    exif[274] = 6  # turned by 90 degrees
+    exif[274] = 6  # the camera was turned by 90 degrees
     picture.save(path, exif=exif)
     return path
 
@@ -285,7 +285,7 @@ def test_the_page_opens_with_an_example_and_asks_only_its_server(page, server):
 
 @pytest.mark.slow
 def test_the_browser_refuses_other_addresses(page):
-    """A control for the test above: a request to another address leaves a complaint."""
+    """A control for the test above. The browser reports a request to another address."""
     failed = page.evaluate(
         "fetch('http://127.0.0.1:9/other').then(() => 'answered', () => 'refused')"
     )
@@ -338,7 +338,7 @@ def test_the_page_shows_one_head_of_one_layer(page, theirs, example):
 
 @pytest.mark.slow
 def test_the_page_works_by_keyboard_alone(page):
-    """The keys choose the second example, which has its own model, and then the second label."""
+    """Keys choose the second example and then the second label. Each example has its own model."""
 
     def tab_to(selector):
         for _ in range(40):
@@ -473,8 +473,8 @@ def test_the_page_says_that_its_server_has_ended(page):
     assert bars(page) == []
 
 
-# The contrast of each visible text and of each control's border with its background (WCAG 2.2,
-# 1.4.3 and 1.4.11).
+# Measure the contrast of visible texts, and of the borders of controls, against the background
+# (WCAG 2.2, 1.4.3 and 1.4.11).
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const rgba = colour => {
@@ -540,8 +540,8 @@ def test_the_server_tells_the_page_what_it_needs(server):
             "shapes": {"size": 64, "heads": [3, 3, 3, 3]},
         },
         "methods": ["attention", "rollout", "relevance", "gradcam", "tokens", "occlusion", "head"],
-        "blind": ["attention", "rollout", "head"],  # the other methods read the text
-        "colours": ["#000004", "#bc3754", "#fcffa4"],  # from matplotlib's inferno
+        "blind": ["attention", "rollout", "head"],  # their maps do not depend on the text
+        "colours": ["#000004", "#bc3754", "#fcffa4"],
         "searcher": "everyday",
         "max_bytes": 20_000_000,
     }
@@ -554,7 +554,7 @@ def test_the_server_tells_the_page_what_it_needs(server):
 
 @pytest.fixture(scope="module")
 def asked(example):
-    """The page's question about an image."""
+    """A question as the page sends it, with an image, labels and templates."""
     return {
         "model": "everyday",
         "picture": write_picture(example),
@@ -593,7 +593,7 @@ def test_heat_is_of_the_first_sentence_and_by_the_given_method(server, theirs, a
 
 
 def ask(app, path, *questions, then=(), **headers):
-    """Ask an app without a server. Returns (status, answer), or a list for several questions."""
+    """Ask an app without a server. Returns (status, answer), or a list of such pairs."""
 
     async def answer(question):
         messages = [{"type": "http.request", "body": json.dumps(question).encode()}, *then]
@@ -616,7 +616,7 @@ def ask(app, path, *questions, then=(), **headers):
     async def answers():
         return await asyncio.gather(*map(answer, questions))
 
-    with ThreadPoolExecutor(1) as pool:  # because this thread may have Playwright's event loop
+    with ThreadPoolExecutor(1) as pool:  # this thread may already run Playwright's event loop
         found = pool.submit(lambda: asyncio.run(answers())).result()
     return found[0] if len(found) == 1 else found
 
@@ -647,7 +647,7 @@ def test_an_image_that_has_moved_is_found_by_name_and_score(tmp_path):
 
 
 def test_questions_are_answered_one_at_a_time():
-    """Otherwise a hook of one question would see the tensors of another question."""
+    """The hooks of one question must not see the tensors of another question."""
     inside, two = [], threading.Event()
 
     def find(text):
@@ -703,7 +703,7 @@ def test_the_usual_formats_are_read(kind):
 
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "JPEG2000", "PDF"])
 def test_the_error_for_another_format_lists_those_that_are_read(kind):
-    """For EPS, Pillow would start Ghostscript."""
+    """Pillow would start Ghostscript to read EPS."""
     with pytest.raises(
         ImageError, match="not an image.* page reads JPEG, PNG, WEBP, GIF, BMP, TIFF$"
     ):
@@ -717,7 +717,7 @@ def test_the_error_for_another_format_lists_those_that_are_read(kind):
         ("classify", b"\xff", "utf-8"),
         ("classify", b"[1, 2]", "not a question"),
         ("classify", {"model": "other"}, "has no model 'other': reload the page"),
-        # the limit of a question: 20 MB in base64, and a million bytes for texts
+        # a question may have an image of 20 MB in base64, and a million bytes of text
         ("classify", b"x" * (20_000_000 * 4 // 3 + 1_000_000), "Expecting value"),
         ("classify", b"x" * (20_000_000 * 4 // 3 + 1_000_001), "larger than 20 MB"),
         ("explain", {"method": "smoothgrad", "label": "a"}, "smoothgrad"),
@@ -814,7 +814,7 @@ def test_idle_connections_are_closed_and_lost_ones_are_not_logged(monkeypatch, c
         with socket.create_connection(address) as idle:
             idle.sendall(start)
             idle.settimeout(30)
-            assert idle.recv(100) == b""  # closed by the other side
+            assert idle.recv(100) == b""  # the server has closed the connection
     with socket.create_connection(address) as gone:
         head = b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         gone.sendall(head + b"Content-Length: 999\r\n\r\n{")
@@ -825,7 +825,7 @@ def test_idle_connections_are_closed_and_lost_ones_are_not_logged(monkeypatch, c
 
 @pytest.mark.slow
 def test_only_this_machine_is_answered(server):
-    """127.0.0.2 stands for the address that other machines would use."""
+    """Other machines would use another address of this machine. The test uses 127.0.0.2."""
     port = int(server.url.rpartition(":")[2])
     with socket.socket() as other, pytest.raises(OSError):
         other.connect(("127.0.0.2", port))
@@ -864,9 +864,9 @@ def test_the_page_shows_the_results_of_a_search(page):
 
 @pytest.mark.slow
 def test_the_server_writes_no_file_and_connects_to_no_computer(server, tmp_path):
-    """The log lists each write and each connection of the server in the tests above."""
+    """The log lists each write and each connection that the server made in the tests above."""
     done = server.log.read_text().splitlines()
-    # torch's compiler, if something imports it, makes an empty temporary folder.
+    # If something imports torch's compiler, the compiler makes an empty temporary folder.
     known = ("/dev/null", "torchinductor_")
     assert [line for line in done if not any(name in line for name in known)] == []
     log = tmp_path / "log"

@@ -1,5 +1,5 @@
-"""The scenes of drawn shapes: the masks fit the pixels, the captions fit the scene, and the words
-of a caption alone do not show whether it is true."""
+"""Test the scenes of drawn shapes. Masks fit the pixels, and true captions fit the scene. The words
+of a caption do not show whether the caption is true."""
 
 import math
 import re
@@ -76,7 +76,7 @@ def test_masks_are_the_pixels_of_the_objects(scenes):
         pixels, behind = np.array(picture).astype(float), paint(s.background).astype(float)
         rest = np.full((64, 64), True)
         for object, mask in zip(s.objects, masks, strict=True):
-            way = COLOURS[object.colour] - behind  # a pixel is a mixture: behind + cover * way
+            way = COLOURS[object.colour] - behind  # each pixel is behind + cover * way
             cover = ((pixels - behind) * way).sum(axis=2) / (way**2).sum(axis=2)
             near = dilated(mask)
             assert abs(pixels - behind - cover[:, :, None] * way)[near].max() < 1  # no third colour
@@ -127,8 +127,8 @@ PLACES = {
 
 @cache
 def things_in(s):
-    """Return words and places of a scene's objects. The colours are read from the image, and the
-    rest from the scene. Another test compares scenes with masks."""
+    """Return the words and the place of each object in a scene. The colours come from the image,
+    the rest from the scene. Another test compares scenes with masks."""
     picture, masks = draw(s)
     pixels, things = np.array(picture), []
     for object, mask in zip(s.objects, masks, strict=True):
@@ -168,12 +168,12 @@ def believes(relation, wanted, chosen):
 
 
 class Caption(NamedTuple):
-    text: str  # true
-    negatives: list[str]  # false captions, each wrong in one respect
+    text: str
+    negatives: list[str]  # false variants of `text`, each with one mistake
 
 
 def captions(s):
-    """Return every caption of a scene once, with its false captions."""
+    """Return each true caption of a scene once, with false variants of this caption."""
     claims = dict.fromkeys(claim for kind in (*kinds(s), vague) for claim in kind(s))
     return [
         Caption(say(claim), [say(false) for made in negatives(claim, s).values() for false in made])
@@ -194,7 +194,7 @@ def test_captions_are_true_and_false_captions_are_false(scenes):
             false = random.choice(caption.negatives)
             assert not is_true(false, s), (caption.text, false)
             checked[len(caption.text.split())] += 1
-    assert len(checked) > 4  # short and long captions
+    assert len(checked) > 4  # there are captions of many lengths
 
 
 @pytest.mark.slow
@@ -237,8 +237,8 @@ def words(claim):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["places", "colours"])
 def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
-    """True and false captions have each word equally often at each place, so words alone do not
-    help. Over many scenes, differences stay within 4.5 standard deviations."""
+    """At each place, a word is equally frequent in true and in false captions. So words alone do
+    not help. Over many scenes, differences stay within 4.5 standard deviations."""
     true, false = Counter(), Counter()
     for i in range(1500):
         s = scene(i, count=2)
@@ -252,7 +252,7 @@ def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
 
 
 def test_no_relation_is_more_frequent_than_another():
-    """A caption names either object first, so each relation is as frequent as its opposite."""
+    """Each object may be named first, so a relation and its opposite are equally frequent."""
     said = Counter(Random(i).choice(relations(scene(i, count=2))).relation for i in range(2000))
     assert all(abs(said[relation] - 500) < 100 for relation in BELIEFS)
 
@@ -284,7 +284,7 @@ def test_the_dataset_is_reproducible_and_begins_with_easy_scenes():
 
 @pytest.fixture(scope="module")
 def new():
-    """The model, tokenizer, transform and recipe that a run on this world starts from."""
+    """The model, tokenizer, transform and recipe before training on drawn shapes."""
     return set_up("shapes")
 
 
@@ -304,7 +304,8 @@ def test_a_new_run_has_the_shape_recipe_and_transform_of_its_checkpoint(new):
 
 
 class Knowing:
-    """A model that embeds an image as its scene, and a text as all scenes for which it is true."""
+    """A fake model. An image embedding marks one scene. A text embedding marks all scenes of which
+    the text is true."""
 
     logit_scale = torch.tensor(0.0)
 
@@ -335,8 +336,8 @@ class Knowing:
 
 
 def test_each_score_measures_one_kind_of_knowledge():
-    """One model knows everything. Each other model lacks one thing, and a tie between a true and a
-    false caption scores 0."""
+    """One model knows everything. Each other model lacks one kind of knowledge. If a true and a
+    false caption get equal cosines, the score is 0."""
     seed = 2021  # no training set has this seed
     single = [scene(i, seed=seed, held_out=h, count=1) for h in (False, True) for i in range(12)]
     scenes = single + [scene(i, seed=seed, count=2) for i in range(12)]
@@ -346,7 +347,7 @@ def test_each_score_measures_one_kind_of_knowledge():
         return is_true(text, s) and not HELD_OUT & {(o.colour, o.shape) for o in s.objects}
 
     def no_left(text, s):
-        return " of a" in text or is_true(text, s)  # any "left of a" or "right of a"
+        return " of a" in text or is_true(text, s)  # "left of a" or "right of a"
 
     def no_colour(text, s):
         return len(s.objects) > 1 or is_true(text, s)
@@ -358,11 +359,11 @@ def test_each_score_measures_one_kind_of_knowledge():
 
 
 def scores_by_chance(scenes):
-    """In a tie, the first of the 64 pairs wins. Return the share of scenes where it is right."""
+    """If all 64 pairs tie, the first pair wins. Return the share of scenes where it is right."""
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 
-# The areas of the shapes in a circle of radius 1. Heart and moon were measured once.
+# The areas of shapes of radius 1. The areas of heart and moon were measured once.
 STAR = 10 / 2 * 0.42 * math.sin(math.tau / 10)
 CROSS = 4 * (0.94 - 0.32) * 2 * 0.32 + (2 * 0.32) ** 2
 AREAS = {
@@ -385,7 +386,7 @@ def test_shapes_have_their_areas(shape):
 
 
 def test_the_world_is_the_same_on_every_machine():
-    """These sums were recorded once. Another world would change every published score."""
+    """These checksums were recorded once. Other scenes would change every published score."""
     which = product(range(40), (0, 5), (False, True), (None, 2))
     scenes = [scene(i, seed=seed, held_out=h, count=count) for i, seed, h, count in which]
     said = [say_something(s, Random(i), i // 2 % 4 if i % 2 else 3) for i, s in enumerate(scenes)]

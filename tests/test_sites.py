@@ -1,4 +1,4 @@
-"""Sites by name: what hooks may do, what they leave behind, and which tensor each name means.
+"""Test hooks at sites: what a hook may change, what is left after it, and which tensor a site is.
 
 test_model.py compares each site with transformers. This file compares the tensors of `cache` with
 transformers and with each other.
@@ -343,7 +343,7 @@ def test_in_half_precision_the_steps_are_float32():
     model, x = (
         nn.Sequential(norm),
         300 * torch.randn(2, 6).half(),
-    )  # variance 90,000: inf in float16
+    )  # a variance of 90,000 is inf in float16
     with cache(model, "0.scale", "0.normalized") as acts:
         assert torch.equal(model(x), norm(x))
     expected = (x.double().var(-1, correction=0, keepdim=True) + norm.eps).sqrt().float()
@@ -452,7 +452,7 @@ def without_sites(tower):
 
 
 def test_unused_sites_add_no_operation_and_change_no_bit():
-    """The remaining cost is Python calls, which no test can time on a busy machine."""
+    """Unused sites still cost Python calls. On a busy machine, no test can measure that time."""
     model = tiny_clip()
     bare, (pixels, _) = without_sites(model.vision), random_inputs(TINY)
 
@@ -618,8 +618,8 @@ def test_cached_tensors_are_copies(tiny):
     with cache(model, name) as acts:
         model(*inputs)
         model(inputs[0] + 1, inputs[1])
-    assert not torch.equal(acts[name], first)  # the last run counts
-    assert not acts[name].requires_grad  # no graph is kept
+    assert not torch.equal(acts[name], first)  # `acts` has the tensors of the last run
+    assert not acts[name].requires_grad
 
 
 def test_the_device_of_cache_is_only_for_the_copies(tiny):
@@ -680,7 +680,7 @@ def test_wrappers_are_not_a_part_of_a_name(tiny, wrap):
 
 
 def test_the_compiler_is_not_imported_for_hooks(tiny, monkeypatch):
-    """The import takes more than a second. It is not needed if nothing was compiled before."""
+    """Importing the compiler takes more than a second. It is needed only for compiled models."""
     model, inputs = tiny
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     monkeypatch.setattr(torch.compiler, "set_stance", None)
@@ -749,7 +749,7 @@ def test_blocks_may_overlap_and_end_in_any_order(shallow):
 
 @pytest.mark.slow
 def test_without_set_stance_a_compiled_model_ignores_hooks(shallow):
-    """Therefore `hooks` makes compiled models run uncompiled (by `torch.compiler.set_stance`)."""
+    """Compiled code ignores hooks, so `hooks` calls `set_stance` to run the model uncompiled."""
     model, inputs = shallow
     compiled = torch.compile(model, backend="eager")
     expected = logits(compiled, inputs)

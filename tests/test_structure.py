@@ -1,7 +1,7 @@
-"""The structure of the package: what may import what, and the length of its files.
-Also, each fault of `plant_slips.py` still has exactly one place in the package.
+"""Test which modules of the package may import which modules, and how long its files are.
+Also, each fault of `plant_slips.py` must still have exactly one place in the package.
 
-Every import counts: at the top of a file, inside a function, and under TYPE_CHECKING.
+Imports at the top of a file, inside a function and under TYPE_CHECKING are all tested.
 """
 
 import ast
@@ -12,12 +12,12 @@ from plant_slips import AREAS, places, read_sources, slips_of
 
 ROOT = Path(__file__).resolve().parent.parent / "miniclip"
 REFERENCE = ["config.py", "model.py", "loss.py", "tokenizer.py", "transform.py", "checkpoint.py"]
-MOST_LINES = 1000  # in the six files of REFERENCE
-MOST_LINES_OF_A_FILE = 420  # a longer file says why in its first lines
+MOST_LINES = 1000
+MOST_LINES_OF_A_FILE = 420  # a longer file explains its length in its first lines
 
 
 def modules() -> dict[str, Path]:
-    """Return {name without "miniclip.": file} of each module."""
+    """Return {name of a module without "miniclip.": file of the module}."""
     paths = {path.relative_to(ROOT).with_suffix(""): path for path in ROOT.rglob("*.py")}
     return {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
 

@@ -1,4 +1,4 @@
-"""A fork is a subclass in the user's own file. Four published models show how exact it is."""
+"""Test forks: subclasses of CLIP in a user's file. Four of them are published models."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ from miniclip.zeroshot.classifier import embed_texts
 
 @torch.no_grad()
 def redraw(model, seed=0):
-    """Make all parameters random, LayerNorm weights around 1, so that each parameter matters."""
+    """Make all parameters random, so that each one matters. LayerNorm weights stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm)}
     for name, weight in model.named_parameters():
@@ -95,8 +95,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def assert_near(ours, theirs, float32=0.0):
-    """Assert that no difference is above `limit` times the largest number of `theirs` (or times 1,
-    if that is larger). In float64 the limit is 1e-10, else it is the argument `float32`."""
+    """Assert that no difference exceeds `limit` times the largest number of `theirs` (at least 1).
+    In float64 the limit is 1e-10. In float32 it is the argument `float32`."""
     assert ours.shape == theirs.shape
     limit = 1e-10 if ours.dtype == torch.float64 else float32
     assert (ours - theirs).abs().max() <= limit * max(1, theirs.abs().max())
@@ -113,7 +113,7 @@ def test_siglip_equals_transformers(dtype, tmp_path):
     expected, found = theirs(pixel_values=pixels, input_ids=ids), ours(pixels, ids)
     assert_near(ours.vision(pixels), expected.vision_model_output.pooler_output)
     assert_near(ours.text(ids), expected.text_model_output.pooler_output)
-    for name in found._fields:  # transformers normalises in another way
+    for name in found._fields:  # transformers normalises embeddings in another way
         assert_near(getattr(found, name), expected[name], 2e-7)
 
 
@@ -151,7 +151,7 @@ def test_owlvit_equals_transformers(dtype, tmp_path):
     ours = OwlViT.from_pretrained(tmp_path, dtype=dtype)
     pixels, ids = inputs(dtype, texts=6)
     found, expected = ours.detect(pixels, ids), theirs(pixel_values=pixels, input_ids=ids)
-    # transformers' `forward` casts logits to float32, so the head is called by itself.
+    # transformers' `forward` casts logits to float32, so the test calls `class_predictor` itself.
     texts, patches, _ = theirs.image_text_embedder(ids, pixels, None)
     logits, _ = theirs.class_predictor(patches.flatten(1, 2), texts.unflatten(0, (2, 3)))
     assert_near(found.logits, logits)
@@ -271,7 +271,7 @@ class HomelessCLIP(CLIP):
 
 
 def turned(x):
-    """Rotary positions for q or k, (B, H, T, D)."""
+    """Apply rotary position embeddings to q or k, a tensor (B, H, T, D)."""
     half = x.shape[-1] // 2
     angle = torch.arange(x.shape[2])[:, None] * 10 ** -torch.linspace(0, 1, half)  # (T, D / 2)
     a, b = x[..., :half], x[..., half:]
@@ -280,7 +280,7 @@ def turned(x):
 
 
 class RopeAttention(Attention):
-    """It overrides only `qkv`."""
+    """An attention that overrides only `qkv`."""
 
     def qkv(self, x):
         q, k, v = super().qkv(x)
@@ -288,7 +288,7 @@ class RopeAttention(Attention):
 
 
 class OpaqueAttention(Attention):
-    """It overrides `forward`, and calls neither the site `pattern` nor the site `z`."""
+    """An attention that overrides `forward` and does not call the sites `pattern` and `z`."""
 
     def forward(self, x):
         q, k, v = self.qkv(x)
@@ -338,7 +338,7 @@ class BothWaysText(TextTower):
 
 
 class TwoMoreTokens(VisionTower):
-    """The two tokens come after the patches."""
+    """A tower with two extra tokens after the patches."""
 
     def __init__(self, config, embed_dim):
         super().__init__(config, embed_dim)
@@ -350,7 +350,7 @@ class TwoMoreTokens(VisionTower):
 
 
 def clip_of(attention=Attention, block=Block, vision=VisionTower, text=TextTower, names=()):
-    """A subclass of CLIP with other parts in both towers."""
+    """Make a subclass of CLIP whose towers use the given classes."""
     parts = {"attention_class": attention}
     one = type("OwnBlock", (block,), parts) if attention is not Attention else block
     return type(
@@ -398,7 +398,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-OFTEN = ("gated MLP", "SigLIP")  # not slow: one has a new parameter, one has no class token
+OFTEN = ("gated MLP", "SigLIP")  # a fork with a new parameter, and a fork without class token
 
 
 @pytest.fixture(
@@ -416,14 +416,14 @@ def some(config=TINY):
 
 
 def or_refuses(function, *args, **options):
-    """Return a function's result, or None if its error says that it cannot follow the model."""
+    """Return a function's result, or None if its error says that the model cannot be followed."""
     try:
         return function(*args, **options)
     except ValueError as error:
         assert re.search("follow|has its own|replays|elsewhere|cannot know|has not run", str(error))
 
 
-# The instruments that must work on each fork. Others may raise an error, but none may be wrong.
+# The instruments that must work on each fork. Other ones must be right or raise an error.
 FOLLOWED = {
     "mean pooling": {"logit_lens", "attention_maps", "intermediates", "prune_heads"},
     "gated MLP": {
@@ -452,7 +452,7 @@ FOLLOWED = {
 
 
 def saved_and_loaded(model, folder):
-    """Save a fork, load it by its class, and assert that it is the same bit for bit."""
+    """Save a fork, load it with its own class, and assert that both are equal bit for bit."""
     model.save_pretrained(folder)
     again = type(model).from_pretrained(folder, dtype=torch.float64)
     assert type(again) is type(model) and again.config == model.config
@@ -510,7 +510,7 @@ def test_a_parameter_without_a_tensor_name_is_an_error_on_save_and_on_load(tmp_p
 
 
 class BufferAttention(RopeAttention):
-    """The factors of q are a buffer that is not saved."""
+    """An attention that multiplies q by a buffer, which is not saved."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -526,7 +526,7 @@ def test_a_buffer_that_no_file_has_is_computed_on_loading(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Instruments on forks: right, or an error that says what they cannot follow
+# An instrument is right on a fork, or raises an error that says what it cannot follow
 
 
 @torch.no_grad()
@@ -558,7 +558,7 @@ def test_instruments_are_right_on_a_fork_or_say_what_they_cannot_follow(model):
         assert [m.shape[-1] for m in maps] == [T] * 3
         inside = vision.blocks[2].attn
         _, _, v = inside.qkv(vision.blocks[2].ln_1(vision.blocks[:2](vision.embed_tokens(pixels))))
-        if not isinstance(vision.blocks[2], PostNormBlock):  # its LayerNorm reads another tensor
+        if not isinstance(vision.blocks[2], PostNormBlock):  # its ln_1 comes after the attention
             with cache(vision, "blocks.2.attn.z") as acts:
                 vision(pixels)
             assert_near((maps[2] @ v).transpose(1, 2), acts["blocks.2.attn.z"])
@@ -616,14 +616,14 @@ class NormedValues(Attention):
 
 
 class AdaptedCLIP(CLIP):
-    """encode_image doubles the embedding of the tower."""
+    """A fork whose encode_image doubles the embedding of the tower."""
 
     def encode_image(self, pixels, normalize=False):
         return super().encode_image(pixels, normalize) * 2
 
 
 class StemVision(VisionTower):
-    """It mixes each patch with its neighbours."""
+    """A tower that blurs the pixels, so each patch also depends on its neighbours."""
 
     def embed_tokens(self, pixels):
         return super().embed_tokens(F.avg_pool2d(pixels, 3, 1, 1))
@@ -731,7 +731,7 @@ def test_parity_finds_where_a_fork_differs_from_clip():
 
 
 # ------------------------------------------------------------------------------------------------
-# Data in and out: training, retrieval, zero-shot
+# Training, retrieval and zero-shot classification with forks
 
 
 WORDS = ["a red circle", "a blue star on the left", "green"]
@@ -822,7 +822,7 @@ def test_siglip_trains_with_its_own_loss(chunk, tokenizer, tmp_path):
     data = open_data(pictures(tmp_path), transform)
     model = fork_for(Siglip, tokenizer)
     with torch.no_grad():
-        model.logit_scale.fill_(5.0)  # above ln 100, where training with CLIP's loss clamps it
+        model.logit_scale.fill_(5.0)  # above ln 100, the limit when training with CLIP's loss
     recipe = Recipe(epochs=6, batch=8, lr=3e-4, chunk=chunk, warmup=0.0)
     trained = train(model, tokenizer, transform, data, recipe, tmp_path / "out", loss=sigmoid_loss)
     found = losses(tmp_path / "out")
@@ -839,7 +839,7 @@ def model_bias(tokenizer):
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [MeanCLIP, GatedCLIP, CLIP])
 def test_the_default_loss_of_train_follows_the_paper(kind, tokenizer, tmp_path):
-    """The same loss, given as a function, gives the same weights."""
+    """If the user passes the paper's loss as a function, training gives the same weights."""
 
     def same(model, image_embeds, text_embeds, is_true):
         return contrastive_loss(image_embeds, text_embeds, model.logit_scale, is_true)

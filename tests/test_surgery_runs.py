@@ -89,13 +89,13 @@ def test_patching_gives_the_result_of_the_other_run(model, tower):
     one, other = inputs(model, tower), inputs(model, tower, seed=1)
     last = getattr(TINY, tower).layers - 1
     end = f"{tower}.blocks.{last}"
-    if tower == "text":  # both texts end at the same places
+    if tower == "text":  # both texts have end tokens at the same positions
         other = other.where(one != 599, 599).where((one == 599) | (other != 599), 5)
     with cache(model, f"{tower}.blocks.*", f"{tower}.blocks.*.attn.z") as acts:
         expected = encode(model, tower, one)
     with hooks(model, patch_from({end: acts[end]})):
         assert torch.equal(encode(model, tower, other), expected)
-    with hooks(model, patch_from(acts)):  # a run's own tensors do not change it
+    with hooks(model, patch_from(acts)):  # patching a run with its own tensors changes nothing
         assert torch.equal(encode(model, tower, one), expected)
     plain = encode(model, tower, other)
     assert_far(plain, expected)
@@ -105,7 +105,7 @@ def test_patching_gives_the_result_of_the_other_run(model, tower):
     with hooks(model, patch_from({end: acts[end]}, positions=others)):
         assert torch.equal(
             encode(model, tower, other), plain
-        )  # the embedding does not read these tokens
+        )  # the embedding does not depend on these tokens
     with hooks(model, patch_from({end: acts[end]}, positions=ends)):
         assert torch.equal(encode(model, tower, other), expected)
 
@@ -262,7 +262,7 @@ def test_patch_dropout_keeps_some_patches_in_their_order(model):
 
 @pytest.mark.parametrize("share, kept", [(0.0, 25), (0.65, 9), (0.69, 8), (0.99, 1)])
 def test_patch_dropout_keeps_the_nearest_number_of_patches_but_at_least_one(share, kept):
-    """Before rounding, 8.75, 7.75 and 0.25 of 25 patches would be left."""
+    """The tower has 25 patches. Before rounding, 25, 8.75, 7.75 and 0.25 patches would stay."""
     model = tiny_clip()
     with patch_dropout(model.train(), share):
         assert model.vision.embed_tokens(inputs(model, "vision")).shape[1] == 1 + kept
@@ -299,7 +299,7 @@ def projected(model, x):
 
 
 def attention(block, x, weights_of):
-    """Attention, one head at a time, with the pattern weights_of(q, k, v) -> (B, T, T)."""
+    """Compute attention head by head. `weights_of(q, k, v)` returns the pattern (B, T, T)."""
     y, D, z = block.ln_1(x), block.attn.head_width, []
     q, k, v = block.attn.q_proj(y), block.attn.k_proj(y), block.attn.v_proj(y)
     for first in range(0, q.shape[-1], D):
@@ -465,7 +465,7 @@ def test_dense_features_at_another_size_copy_only_positions(model, method, monke
     expected = dense_features(resize_image(model, (24, 56), method), large, "sclip")
     before = {name: p.clone() for name, p in model.state_dict().items()}
     monkeypatch.setattr("miniclip.surgery.geometry.copied", None)
-    with ablate_heads(model, "vision", {2: [0]}):  # hooks also run at the other size
+    with ablate_heads(model, "vision", {2: [0]}):  # hooks also run on images of another size
         ablated = dense_features(model, large, "sclip", method)
     found = dense_features(model, large, "sclip", method)
     assert_close(found, expected)
@@ -545,7 +545,7 @@ def test_prompt_vectors_give_transformers_embedding():
 
 
 def test_learned_context_vectors_get_the_gradient_and_the_model_none():
-    """As in CoOp, the same four vectors stand before each class's own tokens."""
+    """As in CoOp, the same four vectors come before the tokens of each class."""
     model = tiny_clip()
     model.requires_grad_(False)
     ids = inputs(model, "text")
@@ -572,7 +572,7 @@ def test_prompts_that_do_not_fit_the_text_tower_are_an_error(shape, error, words
 
 @torch.no_grad()
 def test_textual_inversion_saves_a_learned_word(tmp_path):
-    """A vector that was learned becomes a token, in miniclip and in transformers."""
+    """A learned vector becomes a new token in miniclip and in transformers."""
     model = tiny_clip(torch.float64)
     word, ids = torch.randn(1, 40, dtype=torch.float64), inputs(model, "text")
     vectors, eos = model.text.token_embed(ids), (ids == 599).int().argmax(-1)

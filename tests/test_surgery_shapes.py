@@ -1,4 +1,4 @@
-"""Surgery that changes shapes: which results are exact, and what can be saved and loaded."""
+"""Test surgery that changes shapes: its results, and the saving and loading of its models."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def assert_same_weights(one, other):
 
 
 def zeroed_outputs(model, tower, heads):
-    """Ablate heads by weights: set to zero the columns of out_proj that read these heads."""
+    """Ablate heads through weights: the columns of out_proj that belong to these heads become 0."""
     for layer, gone in heads.items():
         attn = getattr(model, tower).blocks[layer].attn
         for head in gone:
@@ -97,7 +97,7 @@ def test_pruning_heads_equals_ignoring_their_output(model, tower):
 
 
 def CLIP_like(model):
-    """A copy that is made without miniclip.surgery, which these tests check."""
+    """Copy a model without the functions of miniclip.surgery, because these tests check them."""
     copy = CLIP(model.config).to(model.logit_scale.dtype)
     copy.load_state_dict(model.state_dict())
     return copy.eval()
@@ -247,12 +247,12 @@ def kernel(t, a):
 
 
 def resampling_matrix(old, new, method):
-    """The matrix (new, old) that resamples a line of `old` samples to `new` samples."""
+    """Return the matrix (new, old) that resamples a line of `old` samples to `new` samples."""
     matrix = torch.zeros(new, old, dtype=torch.float64)
     scale = old / (new + 0.1) if method == "dino" else old / new
     for i in range(new):
         centre = (i + 0.5) * scale - 0.5
-        if method == "timm":  # as in Pillow: stretched to shrink an image
+        if method == "timm":  # as in Pillow, the kernel is wider if the size shrinks
             wide = max(scale, 1)
             weights = [kernel((j - centre) / wide, -0.5) for j in range(old)]
             matrix[i] = torch.tensor(weights, dtype=torch.float64) / sum(weights)
@@ -261,7 +261,7 @@ def resampling_matrix(old, new, method):
             low = min(math.floor(centre), old - 1)
             matrix[i, low] += 1 - (centre - low)
             matrix[i, min(low + 1, old - 1)] += centre - low
-        else:  # outside the line, the sample at its edge is repeated
+        else:  # outside the line, the first or last sample is repeated
             for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
                 matrix[i, min(max(j, 0), old - 1)] += kernel(j - centre, -0.75)
     return matrix
@@ -287,7 +287,7 @@ def test_resizing_equals_the_formula_of_each_method(size, method):
 def test_the_same_number_of_patches_in_another_grid_has_other_positions():
     config = replace(TINY, vision=replace(TINY.vision, image_size=32))
     model, _ = twins(config)
-    wide = resize_image(model, (16, 64))  # 4 x 4 patches, then 2 x 8
+    wide = resize_image(model, (16, 64))  # 4 x 4 patches become 2 x 8
     assert wide.vision.pos_embed.shape == model.vision.pos_embed.shape
     assert_far(wide.vision.pos_embed, model.vision.pos_embed)
     constant = CLIP_like(model)
@@ -332,7 +332,7 @@ def test_resizing_equals_timm_and_open_clip(recorded):
     square = [(old, new) for old, new in record_timm.GRIDS if old[0] == old[1]]
     for (old, new), values in zip(square, recorded["open_clip.pos_embed"], strict=True):
         if math.prod(old) == math.prod(new):
-            continue  # open_clip leaves a table of the right size unchanged
+            continue  # open_clip does not change a table of the right size
         assert_recorded(resized_table(old, new, "timm"), values)
 
 
@@ -441,7 +441,7 @@ def test_a_resized_patch_reads_resized_images_like_the_original():
     large = large.view(2, 3, 5, 5, 12, 12).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 60, 60)
     resized = resize_patch(model, 12)
     assert_close(resized.encode_image(large), model.encode_image(pixels))
-    plain = CLIP_like(resized)  # a control: a kernel that is only resampled
+    plain = CLIP_like(resized)  # a control: resampling the kernel is not enough
     plain.vision.patch_embed.weight.copy_(
         F.interpolate(model.vision.patch_embed.weight, (12, 12), mode="bicubic") * (8 / 12) ** 2
     )
@@ -452,7 +452,7 @@ def test_a_resized_patch_reads_resized_images_like_the_original():
 
 
 def longclip(rows, keep, times):
-    """Long-CLIP's rule: interpolate between rows, and continue the last slope after the end."""
+    """Long-CLIP's rule: interpolate between rows, and extrapolate after the last row."""
     out = [rows[i] for i in range(keep)]
     for i in range(keep, len(rows)):
         low = min(i, len(rows) - 2)
@@ -545,7 +545,7 @@ def test_registers_stand_between_class_token_and_patches(model):
     found = more.encode_image(pixels)
     assert_close(add_registers(model, rows[[2, 0, 1]]).encode_image(pixels), found)  # in any order
     assert_far(found, model.encode_image(pixels))
-    assert_close(more.encode_image(pixels[:1]), found[:1])  # every image has the registers
+    assert_close(more.encode_image(pixels[:1]), found[:1])  # each image gets registers
 
     def masked(scores, name):
         scores = scores.clone()
@@ -635,7 +635,7 @@ def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
 
 @pytest.mark.slow
 def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
-    """Therefore the config has a list of heads. transformers raises an error for a list."""
+    """The config has a list of heads, because transformers raises an error for a list."""
     model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -646,7 +646,7 @@ def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path
     pixels, _ = inputs_of(model)
     with torch.no_grad():
         assert_far(theirs.get_image_features(pixels).pooler_output, run(model, "vision"))
-    assert CLIP.from_pretrained(tmp_path).config == model.config  # 4 means 4 in each layer
+    assert CLIP.from_pretrained(tmp_path).config == model.config  # 4 means 4 heads in each layer
 
 
 def test_ordinary_config_files_have_no_new_entries():

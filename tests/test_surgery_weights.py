@@ -1,4 +1,4 @@
-"""Arithmetic on weights, freezing, and LoRA against PEFT on the same modules."""
+"""Test arithmetic on weights and freezing, and compare LoRA with PEFT on the same modules."""
 
 import copy
 import re
@@ -174,7 +174,7 @@ def wrong_activation(model):
     add_lora, wrong_activation, lambda m: quantize_dynamic(m, {nn.Linear}, torch.qint8),
 ], ids=["LoRA", "GELU", "quantised"])  # fmt: skip
 def test_models_that_are_not_what_their_config_says_have_no_mean(combine, change):
-    """Otherwise the mean of two unmerged models would average LoRA's A and B separately."""
+    """A mean of unmerged models would be wrong, because it would average A and B separately."""
     with pytest.raises(ValueError, match="does not describe the model: .*surgery.merge_lora"):
         combine(change(tiny_clip()), change(tiny_clip(seed=1)))
 
@@ -274,7 +274,7 @@ def test_lora_begins_equal_to_the_base_bit_for_bit():
 
 
 def test_lora_begins_with_the_values_of_a_linear_layer_and_with_zeros():
-    """The paper's code and PEFT do the same. The defaults are rank 4 and scale 1."""
+    """The paper's code and PEFT begin in the same way. The defaults are rank 4 and scale 1."""
     name = "text.blocks.0.mlp.fc1"
     torch.manual_seed(0)
     lora = low_rank(add_lora(tiny_clip(), [name]), name)
@@ -436,7 +436,7 @@ def test_peft_trains_merges_and_unloads_a_miniclip(peft, tmp_path):
 
 
 def test_models_of_the_same_seed_are_equal():
-    """Other tests compare with a fresh model to see whether an argument was changed."""
+    """Other tests make a second model from the same seed, to see whether the first has changed."""
     one, other = three()[0], three()[0]
     assert_same_weights(one, other)
     randomize(other, 9)

@@ -188,7 +188,7 @@ class OpenAI:
                 new = []
                 for part in parts:
                     if new and new[-1] is not None and (new[-1], part) == (first, second):
-                        new[-1:] = [first + second, None]  # None prevents another merge
+                        new[-1:] = [first + second, None]  # None: this is not merged again
                     else:
                         new.append(part)
                 parts = [part for part in new if part is not None]
@@ -204,7 +204,7 @@ class OpenAI:
 # ---- ids ---------------------------------------------------------------------------------------
 
 
-# The number of random texts, which mix code points. Other tests compare every code point.
+# The number of random texts. Other tests compare every code point.
 HOW_MANY = [1000, pytest.param(10_000, marks=pytest.mark.slow)]
 
 
@@ -228,7 +228,7 @@ def test_words_of_10000_characters_have_the_ids_of_the_reference(trained):
 
 
 def test_golden_ids_of_other_projects_are_reproduced(data):
-    """Two of the 80 records have ids that transformers gives, but OpenAI's tokenizer does not."""
+    """For two of the 80 records, transformers gives the recorded ids, but OpenAI gives others."""
     entries = json.loads((data / "golden" / "tokenizer_golden.json").read_text(encoding="utf-8"))
     assert len(entries) == 80
     wrong = {"transformers": [], "openai": []}
@@ -276,7 +276,7 @@ def test_every_code_point_has_the_class_that_transformers_gives_it(theirs, ours)
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_every_code_point_has_the_ids_of_the_reference(reference, trained):
-    """64 code points share a text, because letters, digits or marks in a row may form one token."""
+    """Each text has 64 neighbouring code points, so that letters or digits can form one token."""
     points = (range(first, first + 64) for first in range(0, 0x110000, 64))
     every = ["".join(map(chr, some)) for some in points if not 0xD800 <= some[0] < 0xE000]
     ours = Tokenizer.from_directory(trained, reference=reference)
@@ -368,7 +368,7 @@ def test_printable_ascii_without_ampersand_needs_no_repair():
 
 
 class CountingMarks:
-    """A `unicodedata` that counts how often Python's NFC exchanges two marks to sort them."""
+    """A fake `unicodedata` that counts how often Python's NFC swaps two marks to sort them."""
 
     def __init__(self):
         self.exchanges = 0
@@ -453,7 +453,7 @@ def test_the_cache_of_chunks_is_bounded(trained, monkeypatch):
 @pytest.mark.slow
 def test_the_cache_of_chunks_takes_about_30_megabytes(trained):
     """30 MB were measured with 100,000 chunks of 64 characters and one id for each character. The
-    test checks these two limits."""
+    test checks the limits of 100,000 chunks and 64 characters."""
     tokenizer = Tokenizer.from_directory(trained)
     for length in (64, 65):
         tokenizer.encode("\N{CAT FACE}" * length)
@@ -609,7 +609,7 @@ def test_training_is_deterministic_and_laid_out_like_openai():
 
 
 def test_training_cleans_and_splits_as_its_reference_does():
-    """OpenAI decodes HTML entities first, and learns nothing from the text of a special token."""
+    """OpenAI's reference decodes HTML entities, and learns no merge from a special token's text."""
     some = ["&amp;amp; " * 9, f"{EOS} " * 9]
     openai = Tokenizer.train(some, 600, reference="openai")
     assert openai.reference == "openai" and openai.merges == []
@@ -631,7 +631,7 @@ def write(path: Path, value: object) -> None:
 
 def test_saving_and_loading_changes_nothing(trained, tmp_path):
     first = Tokenizer.from_directory(trained)
-    for name in ("tokenizer.json", "added_tokens.json"):  # from an earlier save by transformers
+    for name in ("tokenizer.json", "added_tokens.json"):  # transformers may have saved these before
         (tmp_path / name).write_text("{}")
     first.save_pretrained(tmp_path)
     second = Tokenizer.from_directory(tmp_path)
@@ -936,7 +936,7 @@ def test_from_pretrained_reads_a_directory(trained):
 
 
 def test_from_pretrained_takes_the_options_of_load(trained, tmp_path):
-    """Only this cache has the repository, so a load with other options would fail."""
+    """The repository is only in this cache, so the load fails if an option is ignored."""
     repository, commit = tmp_path / "models--a--b", "0123456789" * 4
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "v2").write_text(commit)

@@ -55,7 +55,7 @@ def test_captum_attributes_to_sites_and_pixels(model, pixels, ids):
     with cache(model, site, grad=True) as acts:
         score = scores(pixels).sum()
     slope = torch.autograd.grad(score, acts[site])[0]
-    heads = slope.mean((2, 3), keepdim=True)  # heads are the channels: (B, H, T, T)
+    heads = slope.mean((2, 3), keepdim=True)  # the heads are the channels of (B, H, T, T)
     assert_close(found, (heads * acts[site]).sum(1, keepdim=True).detach())
 
     found = captum.IntegratedGradients(scores).attribute(pixels, target=0, n_steps=200)
@@ -75,7 +75,7 @@ def test_pytorch_grad_cam_gives_our_map(model, pixels, ids):
     with grad_cam.GradCAM(Scores(model, ids[:1]), [layer], on_patches) as cam:
         found = torch.from_numpy(cam(pixels, targets=None))
     maps = on_grid(model, pixels, gradcam(model, pixels, ids[:1].expand(2, -1)))
-    resized = scale_cam_image(maps.numpy(), (40, 40))  # grad-cam scales before and after
+    resized = scale_cam_image(maps.numpy(), (40, 40))  # grad-cam scales before and after resizing
     expected = torch.from_numpy(scale_cam_image(resized))
     assert (found - expected).abs().max() < 1e-5
     assert (found - expected.flip(0)).abs().max() > 0.1
@@ -143,7 +143,7 @@ class PrismaSAE(nn.Module):
         super().__init__()
         saved = torch.load(path, weights_only=True)
         self.weights = nn.ParameterDict(saved.get("state_dict", saved))
-        self.features = nn.ReLU()  # a module, so that its features are a site
+        self.features = nn.ReLU()  # a module, so that hooks can edit the features
 
     def forward(self, x):
         w = self.weights

@@ -1,4 +1,4 @@
-"""Training: the loss follows its formula, and a continued run equals an uninterrupted one."""
+"""Test training. The loss follows its formula, and a continued run equals an uninterrupted run."""
 
 import csv
 import errno
@@ -102,14 +102,14 @@ def test_loss_without_labels_equals_transformers():
 
 
 # ------------------------------------------------------------------------------------------------
-# other ways to the same gradients
+# other ways to compute the same gradients
 
 BATCH = 6
 LABELS = torch.tensor([0, 1, 2, 0, 3, 4])
 
 
 def batch_of(dtype):
-    """Return pixels, ids (of the captions, then of the false captions), and labels."""
+    """Return pixels, ids and labels. The ids are of the captions, then of the false captions."""
     pixels, ids = random_inputs(TINY, images=BATCH, texts=2 * BATCH)
     return pixels.to(dtype), ids, LABELS
 
@@ -162,7 +162,7 @@ def test_recomputed_blocks_give_the_same_gradients():
     assert_same(gradients(again), gradients(model), 0.0)
     assert len(calls) == 2
     plain_step(again)
-    assert len(calls) == 3  # outside the context, a block is computed once
+    assert len(calls) == 3  # without recompute_blocks, a block is computed once
 
 
 def test_gather_in_a_single_process_is_the_identity():
@@ -187,7 +187,7 @@ def test_muon_equals_torchs_muon_up_to_bfloat16(shape):
         theirs.grad = ours.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    # torch's Muon orthogonalises in bfloat16, which has two to three digits
+    # torch's Muon computes in bfloat16, with two to three correct digits
     assert (ours - theirs).norm() < 0.03 * 5 * 0.02 * min(shape) ** 0.5
     assert (ours - theirs).abs().max() < 0.003
 
@@ -220,9 +220,11 @@ def test_augmentation_mirrors_zooms_and_moves_and_does_nothing_else():
     middle = moved[:, :, 16, 16].double()
     steps_x = (moved[:, :, 16, 18].double() - moved[:, :, 16, 14].double()) / 4
     steps_y = (moved[:, :, 18, 16].double() - moved[:, :, 14, 16].double()) / 4
-    assert steps_x[:, 1].abs().max() == 0 and steps_y[:, 0].abs().max() == 0  # no rotation
-    assert torch.equal(moved[:, 0], moved[:, 2])  # all channels of an image move together
-    zoom = steps_x[:, 0].abs() / 8  # 1 if the whole image is shown, 1/2 if half of it
+    # Images are not rotated, and all channels of an image move together. `zoom` is 1 if the whole
+    # image is visible, and 1/2 if half of it is visible.
+    assert steps_x[:, 1].abs().max() == 0 and steps_y[:, 0].abs().max() == 0
+    assert torch.equal(moved[:, 0], moved[:, 2])
+    zoom = steps_x[:, 0].abs() / 8
     assert 0.47 < zoom.min() < 0.55 and 0.95 < zoom.max() < 1.03
     assert 70 < (steps_x[:, 0] > 0).sum() < 130 and steps_y[:, 1].min() > 0  # never upside down
     assert 30 < 128 - middle[:, :2].min() < 47 and 30 < middle[:, :2].max() - 128 < 47
@@ -256,7 +258,7 @@ def bars(kind, generator):
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Two classes of 80 images, and one file that is not an image."""
+    """Two classes of 80 images each, and one file that is not an image."""
     root = tmp_path_factory.mktemp("stripes")
     generator = np.random.default_rng(0)
     for kind in ("upright", "level"):
@@ -268,7 +270,7 @@ def stripes(tmp_path_factory):
 
 
 def captioned(root, kind, pictures=12, broken=3):
-    """Write images with metadata.jsonl or .csv, or in tar shards."""
+    """Write images and captions, with metadata.jsonl, with metadata.csv or in tar shards."""
     generator = np.random.default_rng(1)
     rows = []
     for i in range(pictures):
@@ -361,7 +363,7 @@ def test_every_template_names_the_class(tmp_path):
 
 
 def test_training_reads_class_folders_as_eval_does(tmp_path):
-    """Any suffix and subfolder is read, and folders named by ImageNet ids get class names."""
+    """Images are read with any suffix and in any subfolder. ImageNet ids become class names."""
     picture = bars("level", np.random.default_rng(0))
     for name in ("n01440764/deep/a.JPG", "n01440764/b.jpeg", "n01443537/c.PNG"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -373,7 +375,7 @@ def test_training_reads_class_folders_as_eval_does(tmp_path):
     assert {data[0, draw].caption for draw in range(200)} == set(class_captions("tench"))
 
 
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # a byte order mark, as Excel writes it
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # Excel writes a byte order mark first
 def test_metadata_may_have_folders_and_letters_of_any_script(start, tmp_path):
     (tmp_path / "deep").mkdir()
     bars("level", np.random.default_rng(0)).save(tmp_path / "deep" / "é.png")
@@ -405,7 +407,7 @@ def as_bytes(picture, kind="png", **options):
 def test_images_in_shards_are_turned_upright_and_damage_is_named_once(tmp_path):
     generator = np.random.default_rng(0)
     exif = Image.Exif()
-    exif[274] = 6  # the camera was turned: level bars become upright
+    exif[274] = 6  # the camera was turned, so level bars become upright
     members = {
         "a.JPG": as_bytes(bars("level", generator), "jpeg", exif=exif, quality=100),
         "a.txt": b"\xef\xbb\xbfupright",
@@ -569,7 +571,7 @@ def test_the_seed_and_the_data_decide_a_new_model(stripes):
 
 
 def test_a_new_model_is_like_the_given_checkpoint(stripes, like, tmp_path):
-    """It has the checkpoint's shape, recipe, mean and std, unless the user gives others."""
+    """It has the checkpoint's shape, recipe, mean and std, unless the user gives other values."""
     settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     for name in ("recipe.json", "config.json"):
         (tmp_path / name).write_bytes((like / name).read_bytes())
@@ -584,7 +586,7 @@ def test_a_new_model_is_like_the_given_checkpoint(stripes, like, tmp_path):
     (tmp_path / "shape.json").write_text(json.dumps(shape.to_dict()))
     found = set_up(str(stripes), like=str(tmp_path), config=str(tmp_path / "shape.json"))
     assert found.model.config.embed_dim == 24 and found.recipe == QUICK
-    assert found.transform == ImageTransform(SIZE)  # it follows `config`, not `like`
+    assert found.transform == ImageTransform(SIZE)  # the transform follows `config`, not `like`
 
     found = set_up(str(stripes))
     assert found.recipe == Recipe() and found.model.config.vision == SMALL.vision
@@ -593,7 +595,7 @@ def test_a_new_model_is_like_the_given_checkpoint(stripes, like, tmp_path):
 
 
 def test_the_defaults_of_a_recipe_do_not_change():
-    """If they changed, the command of an earlier training would give another model."""
+    """If a default changed, an old training command would give another model."""
     assert asdict(Recipe()) == {
         "epochs": 30, "batch": 256, "lr": 1e-3, "muon_lr": 0.0, "weight_decay": 0.1,
         "warmup": 0.05, "clip_gradient": 1.0, "patch_dropout": 0.0, "full_epochs": 1, "ema": 0.0,
@@ -681,7 +683,7 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkey
 
 
 def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, monkeypatch, capsys):
-    """A log file shows pairs per second, the time left and the loss."""
+    """In a log file, this line gives pairs per second, the remaining time and the loss."""
     note = run_module.Run.log_step
 
     def stop(self, *args, **kwargs):
@@ -698,7 +700,7 @@ def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, mon
 
 
 def test_a_new_vocabulary_has_its_own_size_and_token_ids(stripes, tmp_path):
-    """A transformers config may give a small vocabulary, and no ids of special tokens."""
+    """A transformers config may have a small vocabulary and no ids of special tokens."""
     config = SHAPE.to_dict()
     config["text_config"] = {
         name: value for name, value in config["text_config"].items() if "token_id" not in name
@@ -755,7 +757,7 @@ def test_a_nan_loss_ends_the_run_before_it_is_saved(stripes, tmp_path):
 
 
 def test_a_loss_on_a_gpu_is_read_only_when_needed(stripes, tmp_path):
-    """Reading a loss waits for the device. A meta tensor raises an error when it is read."""
+    """The CPU waits for the GPU when it reads a loss. Here, reading a meta tensor is an error."""
     model, _ = from_scratch(SHAPE, open_data(stripes, ImageTransform(SIZE)))
     state = run_module.Run(tmp_path, model, QUICK)
     state.note_loss(torch.empty((), device="meta"))
@@ -848,7 +850,7 @@ def test_a_caption_of_500_words_is_cut_with_a_message(tmp_path, capsys):
     run(tmp_path, tmp_path / "out", replace(QUICK, epochs=3, batch=7))
     said = capsys.readouterr().err
     assert said.count("captions too long for the text tower are cut") == 1
-    assert said.count("003.png") == 1  # the broken image is named too, and counted
+    assert said.count("003.png") == 1  # the message names the broken image
     assert "skipped images or shards: 1;" in said
 
 
@@ -995,7 +997,7 @@ def test_initial_weights_have_openais_standard_deviations():
     assert text.token_embed.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert attn.q_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
     assert attn.out_proj.weight.std().item() == pytest.approx(128**-0.5 * 6**-0.5, rel=0.05)
-    # transformers exchanges the values of q_proj and out_proj
+    # transformers swaps the standard deviations of q_proj and out_proj
     theirs = transformers.CLIPModel(transformers_config(shape)).text_model.encoder.layers[0]
     swapped = theirs.self_attn.q_proj.weight.std().item()
     assert swapped == pytest.approx(128**-0.5 * 6**-0.5, rel=0.05)

@@ -1,4 +1,4 @@
-"""Training: captions that are true of several images, averaged weights, Muon and bfloat16."""
+"""Test captions that are true of several images, averaged weights, Muon and bfloat16."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def slow_loss(image, text, scale, captions, kinds):
 
 
 def kinds_of(pixels):
-    """Return the kind of each image, by its colour."""
+    """Return the kind of each image, found from the colour of its pixels."""
     colours = {kind: Image.new("RGB", (1, 1), kind).getpixel((0, 0)) for kind in KINDS}
     shown = [tuple(picture[:, 0, 0].tolist()) for picture in pixels]
     return [next(kind for kind in KINDS if colours[kind] == colour) for colour in shown]
@@ -117,7 +117,7 @@ def test_a_list_of_anything_but_strings_is_an_error(text, tmp_path):
 def test_the_captions_in_several_rows_of_an_image_are_true_of_it(kind, tmp_path):
     """For example, COCO has several rows for each image."""
     rows = [(f"{i}.png", f"view {j} of {i}") for j in range(3) for i in range(4)]
-    rows.append(("./3.png", "view 0 of 0"))  # the last image also has a caption of the first
+    rows.append(("./3.png", "view 0 of 0"))  # also a caption of the first image
     for i in range(4):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
     if kind == "jsonl":
@@ -128,7 +128,7 @@ def test_the_captions_in_several_rows_of_an_image_are_true_of_it(kind, tmp_path)
     (tmp_path / f"metadata.{kind}").write_text("\n".join(lines))
     data = open_data(tmp_path, ImageTransform(32))
     batch = next(batches(data, batch=13, seed=0))
-    assert sorted(batch.captions) == sorted(text for _, text in rows)  # each is shown once
+    assert sorted(batch.captions) == sorted(text for _, text in rows)  # each caption occurs once
     of_image = torch.cat([batch.labels[:, None], batch.also], dim=1)
     is_true = (of_image[:, :, None] == batch.labels).any(1)
     shown = batch.pixels[:, 0, 0, 0].tolist()
@@ -154,7 +154,7 @@ def test_empty_captions_are_counted_and_left_out(tmp_path):
 @pytest.mark.parametrize("between", [",", "\t", ";"])
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_columns_may_have_other_names_and_separators(between, suffix, tmp_path):
-    """open_clip's .csv files are separated by tabs, and many spreadsheets write semicolons."""
+    """open_clip's .csv files have tabs between columns, and many spreadsheets write semicolons."""
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     rows = [("filepath", "id", "title"), ("a.png", "7", '"a cat, black; asleep"')]
     text = "\n".join(between.join(row) for row in rows)
@@ -224,7 +224,7 @@ def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
     for i, (returned, written) in enumerate(
         zip(model.parameters(), saved.parameters(), strict=True)
     ):
-        # The average starts at the first step's weights. Each later step gets a share of 1/4.
+        # The average starts at the first step's weights. Each later step is added with weight 1/4.
         shares = [0.75**7] + [0.25 * 0.75 ** (7 - step) for step in range(1, 8)]
         average = sum(share * p[i] for share, p in zip(shares, after_each_step, strict=True))
         torch.testing.assert_close(returned.data, average, rtol=0, atol=1e-6)
@@ -260,7 +260,7 @@ def test_stacking_matrices_does_not_change_how_each_becomes_orthogonal(shape):
     matrices *= torch.tensor([1e-3, 1, 1e3])[:, None, None]
     alone = torch.cat([orthogonalized(matrix[None]) for matrix in matrices])
     torch.testing.assert_close(orthogonalized(matrices), alone, rtol=0, atol=1e-5)
-    # The Newton-Schulz iteration gives singular values near 1; Muon's author says 0.7 to 1.2.
+    # The Newton-Schulz iteration gives singular values near 1 (0.7 to 1.2, says Muon's author).
     singular = torch.linalg.svdvals(orthogonalized(matrices))
     assert singular.min() > 0.5 and singular.max() < 1.3
 

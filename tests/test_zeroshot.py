@@ -44,7 +44,7 @@ def model():
 def tokenizer():
     texts = [template.replace("{}", label) for template in TEMPLATES for label in LABELS]
     trained = Tokenizer.train(texts, TINY.text.vocab_size)
-    spare = TINY.text.vocab_size - trained.vocab_size  # the end token must have the model's id
+    spare = TINY.text.vocab_size - trained.vocab_size  # so that the end token has the model's id
     vocab = {t: i for t, i in trained.vocab.items() if not t.startswith("<|")}
     vocab |= {f"spare{i}": len(vocab) + i for i in range(spare)}
     vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
@@ -63,7 +63,7 @@ def test_prompts_are_normalised_averaged_and_normalised_again(model, tokenizer):
 
 def test_labels_may_fill_more_than_one_batch(model, tokenizer):
     expected = class_embeddings(model, tokenizer, LABELS, TEMPLATES)
-    many = TEMPLATES * 34  # two labels fit into a batch, and the mean stays the same
+    many = TEMPLATES * 34  # two labels fill a batch, and repeated templates do not change the mean
     torch.testing.assert_close(class_embeddings(model, tokenizer, LABELS, many), expected)
 
 
@@ -285,8 +285,8 @@ def make_folders(root, names):
     [
         (["fire_truck", "cat", "Zebra"], ["Zebra", "cat", "fire truck"]),
         (["10", "9", "1"], ["1", "9", "10"]),
-        (["n02123045", "n01440764"], ["tench", "tabby cat"]),  # all are ids of ImageNet
-        (["n02123045", "n00000000"], ["n00000000", "n02123045"]),  # one is not an id of ImageNet
+        (["n02123045", "n01440764"], ["tench", "tabby cat"]),
+        (["n02123045", "n00000000"], ["n00000000", "n02123045"]),  # one is not an ImageNet id
     ],
 )
 def test_folders_name_the_classes(tmp_path, folders, labels):
@@ -343,7 +343,7 @@ def test_folders_without_images_are_an_error(tmp_path, make, message):
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation of a classifier with known answers: an image's grey level is its row in `answers`.
+# Evaluation of a classifier with known answers. An image's grey level chooses a row of `answers`.
 
 GREY = ImageTransform(8, image_mean=(0, 0, 0), image_std=(1, 1, 1))
 
@@ -369,7 +369,7 @@ def save_grey(path, row):
 
 
 def save_planted(root, confusion):
-    """Write as many images as `confusion` counts. The grey level is the predicted class."""
+    """Write confusion[true][predicted] images of each class. The grey level is the prediction."""
     for true, row in enumerate(confusion):
         (root / f"class_{true}").mkdir(parents=True)
         for predicted, count in enumerate(row):
@@ -428,7 +428,7 @@ def test_calibration_compares_confidence_with_accuracy_in_fifteen_bins():
 def test_top5_counts_the_five_best(tmp_path):
     for true in range(7):
         (tmp_path / str(true)).mkdir()
-    for row in range(7):  # seven images; the right class is at place `row` of the answer
+    for row in range(7):  # seven images; the right class has rank `row` in answer `row`
         save_grey(tmp_path / "2" / f"{row}.png", row)
     order = [[c for c in range(7) if c != 2] for _ in range(7)]
     answers = torch.zeros(7, 7)
@@ -503,7 +503,7 @@ def test_reading_ahead_keeps_the_order_and_its_limit():
         started.append(i)
         if i == 5:
             sixth.set()
-            assert goes_on.wait(60)  # fails after a minute if the code is wrong
+            assert goes_on.wait(60)  # a timeout of one minute, if the code is wrong
         if i == 6:
             seventh.set()
         if i == 1:  # item 2 finishes before item 1
@@ -515,7 +515,7 @@ def test_reading_ahead_keeps_the_order_and_its_limit():
     results = read_ahead(transform, range(30), ahead=5, threads=2)
     assert next(results) == 0
     assert sixth.wait(60)
-    assert not seventh.wait(0.2)  # five items are ahead, so no thread may start another
+    assert not seventh.wait(0.2)  # five items are ahead, so no thread may start another item
     goes_on.set()
     assert [int(result) for result in results] == list(range(1, 30))
     assert sorted(started) == list(range(30))

@@ -46,7 +46,7 @@ def twins(
     seed: int = 0,
 ) -> tuple[CLIP, transformers.CLIPModel]:
     """Make (ours, theirs) in evaluation mode. The two models share no tensor."""
-    pair = _remembered if config == TINY else _twins  # a copy saves three quarters of the time
+    pair = _remembered if config == TINY else _twins  # a copy takes a quarter of the time
     return copy.deepcopy(pair(config, attention, dtype, device, seed))
 
 
@@ -84,7 +84,7 @@ def tiny_clip(dtype: torch.dtype = torch.float32, seed: int = 0) -> CLIP:
 
 
 def transformers_config(config: CLIPConfig) -> transformers.CLIPConfig:
-    """The config for transformers, field by field, because `to_dict` is itself under test."""
+    """Return transformers' config, made field by field, because `to_dict` is tested too."""
     vision, text = config.vision, config.text
     return transformers.CLIPConfig(
         projection_dim=config.embed_dim,
@@ -118,7 +118,7 @@ def transformers_config(config: CLIPConfig) -> transformers.CLIPConfig:
 
 
 def assert_close(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Assert equality up to a few layers' rounding error: 1e-10 in float64, 1e-5 in float32."""
+    """Assert equality within rounding errors: 1e-10 in float64, 1e-5 in float32."""
     assert one.shape == other.shape and one.isfinite().all()
     tolerance = 1e-10 if one.dtype == torch.float64 else 1e-5
     assert (one - other).abs().max() < tolerance * max(1, other.abs().max())
@@ -130,7 +130,7 @@ def assert_far(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 def fork(module: types.ModuleType, *changes: str) -> types.ModuleType:
-    """A copy of one of our modules with replaced snippets. `changes` is old, new, old, new, ..."""
+    """Copy one of our modules and replace snippets. `changes` is old, new, old, new, ..."""
     source = Path(module.__file__ or "").read_text(encoding="utf-8")
     for old, new in zip(changes[::2], changes[1::2], strict=True):
         assert old in source, old
@@ -149,5 +149,5 @@ def fork_of(original: CLIP, *changes: str) -> CLIP:
 
 
 def exchanged(cause: str) -> str:
-    """The same cause with "model" and "other" swapped."""
+    """Return a report's cause with the words "model" and "other" swapped."""
     return re.sub("model|other", lambda m: {"model": "other", "other": "model"}[m[0]], cause)

@@ -1,4 +1,4 @@
-"""The program of both processes that test_processes.py starts by torchrun: two_processes.py FOLDER
+"""The program that test_processes.py runs in two processes, by `torchrun two_processes.py FOLDER`.
 
 A process reads its inputs from the folder and saves its results there.
 """
@@ -126,7 +126,7 @@ if __name__ == "__main__":
     if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         crash_at(3, lambda: os._exit(1))
     if status := main(lines["ddp"]):
-        sys.exit(status)  # the other process crashed: leave before the store is used
+        sys.exit(status)  # the other process crashed, so stop before the store is used
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
     status += main(lines["undisturbed"])
     building.PART = 8

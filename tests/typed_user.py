@@ -33,12 +33,12 @@ def main() -> list[float]:
 
 
 def wrong(model: CLIP, fork: Words, pixels: Tensor) -> None:
-    model(pixels)  # wrong: no ids
-    model(pixels, ["a cat"])  # wrong: texts, not ids
-    model(pixels, pixels).logits  # wrong: no such field
-    model.vision(pixels).logits_per_text  # wrong: a tensor has no such field
-    fork(pixels, pixels, best="two")  # wrong: `best` must be an int
-    model.encode_text("a cat")  # wrong: a text, not ids
+    model(pixels)  # wrong: the ids are missing.
+    model(pixels, ["a cat"])  # wrong: these are texts, not ids.
+    model(pixels, pixels).logits  # wrong: the output has no such field.
+    model.vision(pixels).logits_per_text  # wrong: a tensor has no such field.
+    fork(pixels, pixels, best="two")  # wrong: `best` must be an int.
+    model.encode_text("a cat")  # wrong: this is a text, not ids.
 
 
 if __name__ == "__main__":
