@@ -25,7 +25,7 @@ Six files are the reference
     structure: definitions_come_before_their_use
 the reference imports no instrument
     structure: the_reference_imports_only_files_and_text
-Each runs offline in under three minutes
+Each notebook runs offline in under three minutes
     notebooks: each_notebook_runs_without_an_error_or_a_warning
 `load` takes the name of an embedded checkpoint, a directory
     checkpoint: each_part_alone_is_loaded_by_every_kind_of_name
