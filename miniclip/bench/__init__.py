@@ -2,11 +2,11 @@
 
 `miniclip bench` times miniclip and transformers, with random weights in an official shape. If they
 are installed, it also times open_clip and openai/CLIP. It compares the outputs first. A library is
-not timed if its output differs from miniclip's. "Matrix products alone" is the time for only the
-products with a tower's weights, in the fastest of PyTorch, oneDNN and MKL.
+not timed if its output differs from miniclip's output. "Matrix products alone" is the time that a
+tower's multiplications by its weights take, in the fastest of PyTorch, oneDNN and MKL.
 
     $ miniclip bench --suite vision text
-    Medians over the rounds: cost, rate, and cost divided by miniclip's (quartiles).
+    Median cost, median rate, and median ratio to miniclip's cost (with quartiles).
 
     vision: 1 image, B/32, float32
       miniclip                     88.0 ms      11.4/s    1.00x (1.00 to 1.00)
@@ -30,7 +30,7 @@ products with a tower's weights, in the fastest of PyTorch, oneDNN and MKL.
 The same day, on the same machine:
 
     $ miniclip bench --suite tokenizer transform load startup memory search
-    Medians over the rounds: cost, rate, and cost divided by miniclip's (quartiles).
+    Median cost, median rate, and median ratio to miniclip's cost (with quartiles).
 
     tokenizer: 1,000 texts, ASCII captions
       miniclip                      2.4 ms   424,420/s    1.00x (1.00 to 1.00)
@@ -101,12 +101,12 @@ as miniclip (`--suite zeroshot`, same machine and date). In `search`, miniclip c
 float64 and keeps one block of the file in memory. FAISS keeps a copy of all vectors in memory.
 `--compile` also times compiled encoders. `--engine` also times other engines (see `engines.py`).
 
-On Linux, glibc returns freed memory to the system. Before the next use, the system clears this
-memory, and this makes an eager forward pass slower. The commands `embed`, `eval` and `train` keep
-freed memory. In your own scripts, do the same: set the environment variables `MALLOC_MMAP_MAX_=0`
-and `MALLOC_TRIM_THRESHOLD_=4294967296`.
+On Linux, glibc returns freed memory to the system. The system clears this memory before its next
+use. So an eager forward pass is slower. The commands `embed`, `eval` and `train` keep freed memory.
+In your own scripts, do the same: set the environment variables `MALLOC_MMAP_MAX_=0` and
+`MALLOC_TRIM_THRESHOLD_=4294967296`.
 
-On a GPU (not run here):
+On a GPU (nobody has run this yet):
 
     miniclip bench --device cuda --json && pytest -m gpu
 """

@@ -10,13 +10,14 @@ from miniclip.figures.style import BLUE, ORANGE, Figure, save_figure
 
 
 def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
-    """Draw each contender's cost divided by miniclip's cost: medians as bars, quartiles as lines.
+    """Draw the ratio of each contender's cost to miniclip's cost.
 
-    The scale is logarithmic, so the ratios 0.5 and 2 are equally far from 1.
+    A bar ends at the median, and a line joins the quartiles. The scale is logarithmic, so the
+    ratios 0.5 and 2 are equally far from 1.
     """
     timed = [row for row in rows if row.ratio is not None]
     titles = dict.fromkeys(f"{row.suite}: {row.work}" for row in timed)
-    lines: list[Row | str] = []  # from the top: the title of each case, then its contenders
+    lines: list[Row | str] = []  # the titles and the bars, from top to bottom
     for title in titles:
         lines += [title, *(row for row in timed if f"{row.suite}: {row.work}" == title)]
     figure = Figure(figsize=(9, 0.8 + 0.26 * len(lines)), layout="constrained")
@@ -27,10 +28,10 @@ def draw_bench(rows: Sequence[Row], path: str | PathLike[str]) -> None:
             heading = axes.text(0, y, line, transform=axes.get_yaxis_transform(), va="center")
             heading.set(weight="bold", backgroundcolor="white")
             continue
-        assert line.ratio is not None  # each row of `timed` has a ratio
+        assert line.ratio is not None  # `timed` has only rows with a ratio
         lower, median, upper = line.ratio
         color = ORANGE if line.contender.startswith("miniclip") else BLUE
-        color = "0.7" if line.difference is None else color  # grey: cost of a part of the work
+        color = "0.7" if line.difference is None else color  # grey for only a part of the work
         axes.barh(y, median - 1, left=1, color=color, height=0.6)
         axes.errorbar(
             median, y, xerr=[[median - lower], [upper - median]], color="black", linewidth=1

@@ -8,7 +8,7 @@
 import sys
 
 if __name__ == "__main__":
-    del sys.path[0]  # import nothing from this folder: its files could hide other modules
+    del sys.path[0]  # a file in this folder could hide a module of the same name
 
 import json
 import re
@@ -62,14 +62,14 @@ READY = {"miniclip": ready_miniclip, "transformers": ready_transformers}
 
 
 def kilobytes(field: str) -> int:
-    """Read a field of this process's status. (getrusage's peak includes the parent process.)"""
+    """Read a field of this process's status. The peak of getrusage includes the parent process."""
     with open("/proc/self/status") as status:
         found = re.search(field + r":\s*(\d+) kB", status.read())
     return int(found[1]) if found else 0
 
 
 def main(library: str, inputs: str) -> None:
-    """Print the logits, and the peak memory in bytes minus the memory after the imports."""
+    """Print the logits, and the peak memory in bytes without the memory that the imports take."""
     first_logits = READY[library]()
     on_linux = sys.platform == "linux"
     before = kilobytes("VmRSS") if on_linux else 0

@@ -48,8 +48,8 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
 
 2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows.
 The times vary: in another run, 100,000 labels took a third of this time (growth 0.41). The command
-keeps freed memory for the next tensors. Otherwise 256 images take 1.5 times as long as the time of
-64 images predicts, because Linux clears the memory again for each tensor.
+keeps freed memory for the next tensors. Otherwise Linux clears memory for each new tensor, and 256
+images take 1.5 times the time that the theory predicts from 64 images.
 
 10^9 rows do not fit on this machine: float32 vectors of 512 numbers take 2 TB. An exact search
 reads all of them. By calculation, FAISS's index `IVF1048576_HNSW32,PQ64` (product quantisation, 64
@@ -89,7 +89,7 @@ ROUNDS = 3
 
 
 class Step(NamedTuple):
-    """A function to time, and the size of its work."""
+    """A function that is timed, and the size of its work."""
 
     axis: str
     size: int
@@ -102,9 +102,9 @@ class Growth(NamedTuple):
 
     axis: str  # what grows, such as "images in a batch"
     size: int
-    seconds: float  # median of the rounds
-    bytes: int | None  # peak memory beyond the memory before the work; Linux and CUDA only
-    theory: float  # multiply-adds, rows or labels; in theory, proportional to the time
+    seconds: float  # the median time of the rounds
+    bytes: int | None  # the peak minus the memory in use before; None without Linux or CUDA
+    theory: float  # number of multiply-adds, rows or labels; the time should grow with it
 
 
 def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -> list[Growth]:
@@ -124,7 +124,7 @@ def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -
 
 
 def measured(steps: Iterator[Step], device: str) -> Iterator[Growth]:
-    """Run each step once to warm up and to measure its memory, then ROUNDS times to time it."""
+    """Run each step once to warm up and to measure its memory. Then time it in ROUNDS rounds."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     for axis, size, theory, run in steps:
         most = memory_of(run, device)
@@ -159,7 +159,7 @@ def memory_of(run: Callable[[], Any], device: str) -> int | None:
 
 
 def resident(field: str) -> int:
-    """The memory of this process in bytes: now (VmRSS), or the peak (VmHWM). Linux only."""
+    """The current (VmRSS) or the largest (VmHWM) memory of this process in bytes, on Linux."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 

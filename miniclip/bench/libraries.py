@@ -1,4 +1,4 @@
-"""Load one checkpoint in several libraries. Use each library as its documentation shows."""
+"""Load one checkpoint in several libraries, as the documentation of each library shows."""
 
 import warnings
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def use_open_clip(directory: Path, device: str, dtype: torch.dtype) -> Library:
     import open_clip
 
     ours = CLIP.from_pretrained(directory)
-    # open_clip reads the embedding at the largest id. In this vocabulary, it is the end token.
+    # open_clip reads the embedding at the largest id, which is the end token of this vocabulary.
     text = replace(ours.config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     model = open_clip.CLIP(**to_open_clip(asdict(replace(ours.config, text=text))))
     tokenizer = open_clip.SimpleTokenizer(str(directory / OPENAI_VOCABULARY))
@@ -112,7 +112,7 @@ def in_openai_style(
     preprocess: Callable[[Image.Image], Tensor],
     dtype: torch.dtype,
 ) -> Library:
-    """Make a Library of a model that has the methods and the preprocessing of openai/CLIP."""
+    """Make a Library from a model that has the methods and the preprocessing of openai/CLIP."""
     return Library(
         name,
         model.eval(),

@@ -27,7 +27,7 @@ from miniclip.transform import ImageTransform
 from miniclip.zeroshot.prompts import IMAGENET_CLASSES, TEMPLATE_SETS
 
 MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""The largest |library's output - miniclip's| / |miniclip's| that can be rounding error."""
+"""A library is not timed if its relative difference from miniclip's output is above this."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Setting:
 
     @cached_property
     def libraries(self) -> list[Library]:
-        """The checkpoint in each library, miniclip first."""
+        """The checkpoint, loaded in each library. miniclip comes first."""
         return libraries(self.directory, self.device, self.dtype)
 
     @cached_property
@@ -59,7 +59,7 @@ class Setting:
         return str(self.dtype).removeprefix("torch.")
 
     def timed(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, Trial]:
-        """Make a trial of each function, timed on this device."""
+        """Make one trial for each function. A trial measures a function on this device."""
         return {name: timed(run, self.device) for name, run in runs.items()}
 
     def case(
@@ -138,7 +138,7 @@ def mixed_captions(count: int) -> list[str]:
 
 
 def invented_captions(count: int) -> Iterator[list[str]]:
-    """Yield lists of `count` texts, without end. All words are new."""
+    """Yield lists of `count` texts of random letters, without end. No cache has these words."""
     draw = random.Random(0)
     while True:
         yield [

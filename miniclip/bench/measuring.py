@@ -32,10 +32,10 @@ class Case(NamedTuple):
     # The number of units in a trial. The field hides the method `tuple.count`, which is not used.
     count: int  # type: ignore[assignment]
     unit: str  # "images", "texts", ...; "bytes" if the cost is memory
-    trials: dict[str, Trial]  # {name of the contender: trial}
-    form: Callable[[Any], Any]  # converts an output for `distance`
+    trials: dict[str, Trial]  # the keys are the names of the contenders
+    form: Callable[[Any], Any]  # converts an output before `distance` compares it
     tolerance: float = 0.0
-    loose: dict[str, float] = {}  # {contender in reduced precision: tolerance}
+    loose: dict[str, float] = {}  # the tolerance of contenders in reduced precision
 
 
 class Row(NamedTuple):
@@ -46,7 +46,7 @@ class Row(NamedTuple):
     count: int  # type: ignore[assignment]  # as in Case
     unit: str
     contender: str
-    difference: float | None  # between its output and miniclip's output; None without output
+    difference: float | None  # from miniclip's output; None if there is no output
     cost: tuple[float, float, float] | None  # seconds or bytes; None if not timed
     ratio: tuple[float, float, float] | None  # its cost divided by miniclip's cost
 
@@ -55,10 +55,10 @@ def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
     """Compare all outputs with miniclip's output, then time the contenders that agree with it."""
     outputs = []
     for trial in case.trials.values():
-        output = trial()[1]  # convert it now: the next run of a CUDA graph overwrites it
+        output = trial()[1]  # converted now, because a CUDA graph overwrites it later
         outputs.append(None if output is None else case.form(output))
     differences = [None if out is None else distance(out, outputs[0]) for out in outputs]
-    if differences[0] != 0:  # miniclip's output compared with itself
+    if differences[0] != 0:  # an output with NaN or infinity differs from itself
         raise RuntimeError(f"{case.suite}: miniclip's own output has numbers that are not finite")
     named = dict(zip(case.trials, differences, strict=True))
     equal = {
@@ -66,7 +66,7 @@ def measure(case: Case, seconds: float = SECONDS) -> list[Row]:
         for name, far in named.items()
         if far is None or far <= case.loose.get(name, case.tolerance)
     }
-    alternate(equal, 1, least=1, most=3)  # warm up: compile, fill caches
+    alternate(equal, 1, least=1, most=3)  # warm up, to compile and to fill caches
     costs = dict(zip(equal, zip(*alternate(equal, seconds), strict=True), strict=True))
     first = next(iter(costs.values()))
     rows = []
@@ -107,9 +107,10 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def distance(one: Any, other: Any) -> float:
-    """The largest |one - other| / |other| over the rows of two tensors (..., N).
+    """The largest relative difference between corresponding rows of two tensors (..., N).
 
-    Values of other types have the distance 0 if they are equal, and infinity if not.
+    A difference is divided by the norm of the row of `other`. Values of other types have the
+    distance 0 if they are equal, and infinity if not.
 
     >>> distance(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 5.0]])) < 0.2
     True
@@ -144,7 +145,7 @@ def timed(run: Callable[[], Any], device: str = "cpu") -> Trial:
 
 def table(rows: Sequence[Row]) -> str:
     """Return a paragraph for each case, at most 80 columns wide."""
-    lines = ["Medians over the rounds: cost, rate, and cost divided by miniclip's (quartiles)."]
+    lines = ["Median cost, median rate, and median ratio to miniclip's cost (with quartiles)."]
     for (suite, work), group in itertools.groupby(rows, key=lambda row: row[:2]):
         lines += ["", f"{suite}: {work}"]
         for row in group:

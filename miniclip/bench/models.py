@@ -45,8 +45,8 @@ def text_suite(setting: Setting) -> Iterator[Case]:
 def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, Trial]:
     """Make a trial of each library's encoder, on the library's own input.
 
-    With `compile`, miniclip's and transformers' encoders also run compiled, and all outputs are
-    compared with the output of miniclip's compiled encoder. Each engine runs miniclip's tower.
+    If `setting.compile` is true, the compiled encoders of miniclip and transformers also run. All
+    outputs are then compared with miniclip's compiled encoder. Each engine runs miniclip's tower.
     """
     pairs = zip(setting.libraries, inputs, strict=True)
     runs = {library.name: (getattr(library, method), x) for library, x in pairs}
@@ -89,7 +89,8 @@ def ceiling(setting: Setting, tower: nn.Module, x: Tensor) -> dict[str, Trial]:
         packed = [(x, mkl._mkl_reorder_linear_weight(w, len(x)), w) for x, w in pairs]
         ways.append(each(lambda x, p, w: mkl._mkl_linear(x, p, w, None, len(x)), packed))
     trials = [timed(way, setting.device) for way in ways]
-    rounds = zip(*([trial()[0] for trial in trials] for _ in range(4)))  # in turn, for cold caches
+    # The trials alternate, so that no trial finds its own data in the caches.
+    rounds = zip(*([trial()[0] for trial in trials] for _ in range(4)))
     fastest = trials[min(enumerate(rounds), key=lambda column: min(column[1]))[0]]
     return {"matrix products alone": lambda: (fastest()[0], None)}
 
@@ -97,7 +98,7 @@ def ceiling(setting: Setting, tower: nn.Module, x: Tensor) -> dict[str, Trial]:
 def each(
     multiply: Callable[..., Tensor], operands: Sequence[tuple[Any, ...]]
 ) -> Callable[[], None]:
-    """A function that computes one product after the other, and keeps no result."""
+    """Return a function that computes all products in order, and keeps no result."""
 
     def run() -> None:
         for some in operands:
@@ -111,7 +112,7 @@ def products(tower: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return random rows (N, in) and the weight (out, in) of each linear layer and of the patch
     embedding. N is the number of rows that the tower multiplies by this weight."""
     pairs = []
-    # Layers share inputs of the same shape. Separate inputs take 58 GB (L/14, 256 images).
+    # Layers share inputs of the same shape. Separate inputs would take 58 GB (L/14, 256 images).
     rows: dict[tuple[int, int], Tensor] = {}
 
     def record(layer: Any, args: tuple[Tensor]) -> None:
@@ -151,7 +152,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
 
     @torch.inference_mode()
     def all_at_once(library: Library) -> Tensor:
-        """Tokenize all prompts at once, so that the library pads them to the longest one."""
+        """Tokenize all prompts at once, so that the library pads them to the longest prompt."""
         batches = library.tokenize(prompts).to(setting.device).split(256)
         embeds = unit_norm(torch.cat([library.encode_text(ids) for ids in batches]))
         return unit_norm(embeds.unflatten(0, (len(labels), -1)).mean(dim=1))
@@ -178,7 +179,7 @@ def train_suite(setting: Setting) -> Iterator[Case]:
         return dict(zip(parameters, grads, strict=True))
 
     def one_vector(gradients: dict[str, Tensor]) -> Tensor:
-        """Convert gradients to one vector in OpenAI's layout, which open_clip has too."""
+        """Convert gradients to one vector in OpenAI's layout. open_clip uses the same layout."""
         theirs = {name: layout_name(name, TRANSFORMERS) for name in names}
         if gradients.keys() == set(theirs.values()):
             gradients = {name: gradients[their] for name, their in theirs.items()}

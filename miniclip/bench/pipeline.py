@@ -59,7 +59,7 @@ def tokenizer_suite(setting: Setting) -> Iterator[Case]:
 
 
 def transform_suite(setting: Setting) -> Iterator[Case]:
-    """Transform one JPEG file, and sixteen."""
+    """Transform one JPEG file, and then a list of sixteen JPEG files."""
     size = setting.config.vision.side
 
     def pillow_alone() -> None:

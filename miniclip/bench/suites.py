@@ -75,7 +75,7 @@ def bench(
     check_device(device)
     for name in engines:
         find_engine(name)
-    import_transformers()  # if it is not installed, raise the error before the slow work
+    import_transformers()  # fails early if transformers is not installed
     rows: list[Row] = []
     with TemporaryDirectory() as folder, exact_float32():
         config = prepare(Path(folder), shape)
@@ -91,7 +91,7 @@ def bench(
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Turn off TF32 (ten fraction bits) in a `with` statement. By default, cuDNN uses TF32."""
+    """Turn off TF32 in a `with` block. TF32 rounds float32, and cuDNN uses TF32 by default."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:

@@ -43,7 +43,7 @@ SLIPS = [
     ),
     Slip(
         "There is no warm-up round.",
-        "    alternate(equal, 1, least=1, most=3)  # warm up: compile, fill caches\n",
+        "    alternate(equal, 1, least=1, most=3)  # warm up, to compile and to fill caches\n",
         "",
         COSTS,
     ),
