@@ -241,7 +241,7 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
     limits = [line[-4:] for line in lines[table + len(rows) + 1 :][:2]]
     assert limits == [shares(row) for row in scores["limits"]]
     widest = max(v for row in scores["spread"] for v in row.values() if isinstance(v, float))
-    assert f"the mean of 5 draws; standard deviation at most {widest:.1%}" in out
+    assert f"the mean of 5 models; standard deviation at most {widest:.1%}" in out
     assert "scenes  3 of two objects" in out
 
 

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--growth",
         action="store_true",
-        help="instead of the suites, measure how time and memory grow with each size",
+        help="measure how time and memory grow with the size of the inputs, and run no suite",
     )
     parser.add_argument("--plot", metavar="PNG", help="draw the result to this file")
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     rows: Any
     if args.growth:
-        keep_freed_memory()  # otherwise Linux would clear memory in the timed work
+        keep_freed_memory()  # otherwise Linux would clear memory during the timed work
         rows = growth(args.shape, args.device)
         text = growth_table(rows)
     else:

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="take the tokenizer from this checkpoint. OpenAI's own files have no tokenizer: give "
-        "openai/clip-vit-base-patch32",
+        help="take the tokenizer from this checkpoint. OpenAI's own files have no tokenizer; for "
+        "them, give openai/clip-vit-base-patch32",
     )
     add_revision(parser)
 

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Classify the photographs and describe the scene; without the `demo` extra, only the scene."""
+    """Classify photographs and describe a scene. Without the `demo` extra, skip the photographs."""
     from miniclip.exhibits import photograph_exhibits, scene_exhibit
 
     missing = None

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     pictures, damage = find_pictures(args.paths, args.exclude)
     with process_group(args.device) as device:
-        name, args.revision = lasting_name(args.model, args.revision)  # a branch becomes a commit
+        name, args.revision = lasting_name(args.model, args.revision)  # a commit, not a branch
         loaded = load_model(args, device=device, dtype=getattr(torch, args.dtype))
         encoder = describe(loaded, name, args.revision)
         if args.engine == "auto":
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             raise
     if os.environ.get("RANK", "0") != "0":
         return 0
-    kinds: dict[str, list[str]] = {}  # {missing package, or "" for damaged files: reasons}
+    kinds: dict[str, list[str]] = {}  # a key is a missing package, or "" for damaged files
     for reason in index.skipped:
         kinds.setdefault(reason.partition(": pip install ")[2], []).append(reason)
     for reasons in kinds.values():

@@ -34,7 +34,7 @@ with data of your own:
   miniclip eval imagenet/val --template imagenet --plot confusions.png
   miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images
   miniclip eval cifar10/test --task probe --train cifar10/train --model everyday"""
-MOST_CLASSES = 50  # the largest number of classes with a line in the table
+MOST_CLASSES = 50  # a table has lines for at most this number of classes
 
 # Flags that only some tasks have: the tasks, the flag, its help text, and argparse's options.
 FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
@@ -46,13 +46,13 @@ FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
         "of the folders; for ImageNet's folders, OpenAI's names)",
         {"nargs": "+", "metavar": "LABEL"},
     ),
-    (("retrieval",), "images", "folder with the images of a .json (default: its own folder)",
-     {"metavar": "DIR"}),
+    (("retrieval",), "images", "folder with the images of a .json (default: the folder of the "
+     ".json)", {"metavar": "DIR"}),
     (("retrieval",), "split", "split of Karpathy's .json (default: test)", {"metavar": "NAME"}),
     (("probe", "fewshot"), "train", "class folders with the images to learn from",
      {"metavar": "DIR"}),
-    (("probe", "fewshot"), "features", "the probe's features: ln_post (before the projection, as "
-     "in the paper) or proj (after it) (default: ln_post)", {"choices": ("ln_post", "proj")}),
+    (("probe", "fewshot"), "features", "the probe's features: ln_post, before the projection as in "
+     "the paper, or proj, after it (default: ln_post)", {"choices": ("ln_post", "proj")}),
     (("probe",), "val", "class folders for choosing the L2 strength (default: a fifth of --train)",
      {"metavar": "DIR"}),
     (("fewshot",), "shots", "learn from N examples of each class (default: 1 2 4 8 16)",
@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="class folders: a folder with a folder of images for each class; or `shapes`, for "
-        "questions about the drawn world; for retrieval a folder with metadata.jsonl, .csv or .tsv "
+        help="a folder with one folder of images for each class; or `shapes`, for questions about "
+        "the drawn world; or, for retrieval, a folder with metadata.jsonl, .csv or .tsv "
         "(file_name, text), WebDataset .tar shards, or a .json of COCO or Karpathy",
     )
     parser.add_argument(
@@ -222,7 +222,7 @@ def fewshot(args: argparse.Namespace) -> None:
 
 
 def class_folders(args: argparse.Namespace, data: str | None = None) -> "LabelledImages":
-    """Find the images of the folder `data`, by default DATA, and the names of their classes."""
+    """Find the images and the class names in the folder `data`. The default folder is DATA."""
     from miniclip.zeroshot import data as found
     from miniclip.zeroshot.prompts import CLASS_SETS, published_labels
 
@@ -237,7 +237,7 @@ def class_folders(args: argparse.Namespace, data: str | None = None) -> "Labelle
 
 
 class ByKind(dict[str, "Examples"]):
-    """The examples of one set of images: {kind of features: examples}."""
+    """The examples of one set of images. A key is a kind of features, "ln_post" or "proj"."""
 
     def __missing__(self, kind: str) -> "Examples":
         raise ValueError("this tower or engine does not give ln_post: use --features proj")
@@ -307,7 +307,7 @@ def print_evaluation(
     about: dict[str, Any],
     shown: dict[str, str],
 ) -> None:
-    """Print an evaluation, and draw it. JSON also has `about`. The table also has `shown`."""
+    """Print an evaluation, and draw it. `about` is added to JSON, and `shown` to the table."""
     from miniclip.evaluation.classification import summary
 
     if args.json:
@@ -328,7 +328,7 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
 
     if args.template or args.labels or args.plot or args.task != "zeroshot":
         raise ValueError(
-            "eval shapes has its own questions: expected no --task, --template, --labels or --plot"
+            "eval shapes asks fixed questions: expected no --task, --template, --labels or --plot"
         )
     scores = score(*load_model(args))
     if args.json:
@@ -377,7 +377,7 @@ def evaluation_table(folders: list[str], result: "Evaluation") -> str:
         label = cell(result.labels[i], width)
         rows.append(f"{label} {images[i]:8,} {percent} {bar}".rstrip())
     if len(rows) > MOST_CLASSES:
-        hidden = f"... {len(rows) - MOST_CLASSES:,} classes between these (--json has all)"
+        hidden = f"... {len(rows) - MOST_CLASSES:,} more classes (--json lists all)"
         rows[MOST_CLASSES // 2 : -MOST_CLASSES // 2] = [hidden]
     lines += ["", f"{'class':<{width}} {'images':>8} {'top-1':>7}", *rows]
 

@@ -15,7 +15,7 @@ from miniclip.commands.shared import (
 )
 from miniclip.terminal import printable, progress
 
-DESCRIPTION = "Draw where the model sees a text in a photograph, or score the methods that show it."
+DESCRIPTION = "Draw where the model sees a text in an image, or score the methods on drawn scenes."
 EXAMPLE = f"""{PICTURES}
   miniclip explain pictures/coffee.png "a cup of coffee" --all -o where.png --model everyday
   miniclip explain --score shapes --model shapes -o methods.png"""
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "finds the object that a text names"
     )
     add("--score", choices=("shapes",), help=score)
-    scenes = "how many scenes to score on (default: 200)"
+    scenes = "how many scenes --score draws (default: 200)"
     add("--scenes", type=int, metavar="N", help=scenes)
     add_device(parser)
     add_model(parser)
@@ -94,7 +94,7 @@ def score_methods(args: argparse.Namespace) -> int:
     if args.image or args.all or args.method or scenes < 1:
         raise ValueError(
             "--score draws its own scenes and runs every method: expected no IMAGE, TEXT, --all or "
-            "--method, and one or more --scenes"
+            "--method, and --scenes of at least 1"
         )
     if args.out:
         check_figure(args.out)
@@ -136,9 +136,10 @@ def method_table(found: dict[str, list[Any]]) -> str:
     spread = max(share for row in found["spread"] for share in row[1:])
     lines += [
         "",
-        f"random weights: the mean of {RANDOM} draws; standard deviation at most {spread:.1%}.",
+        f"random weights: the mean of {RANDOM} models; standard deviation at most {spread:.1%}.",
         "named: how often the warmest pixel is on the object that the text names.",
-        "other: how often it is on the other object. IoU: the overlap of the object's",
-        "N pixels with the N warmest pixels. attention and rollout ignore the text.",
+        "other: how often the warmest pixel is on the other object.",
+        "IoU: the overlap of an object of N pixels with the N warmest pixels.",
+        "The methods attention and rollout ignore the text.",
     ]
     return "\n".join(lines)

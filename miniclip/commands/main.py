@@ -1,6 +1,7 @@
 """The `miniclip` command: parse the arguments, run one command, report its errors.
 
-Exit status: 0 if all went well, 1 if a check failed, 2 after an error, with one line on stderr.
+The exit status is 0 if all went well, 1 if a check failed, and 2 after an error. An error prints
+one line on stderr.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from miniclip.commands import (
 )
 from miniclip.commands.shared import check_figure, complain, note
 
-# Each module has DESCRIPTION, EXAMPLE, add_arguments and run. Only run imports torch.
+# Each module has DESCRIPTION, EXAMPLE, `add_arguments` and `run`. Only `run` imports torch.
 COMMANDS = (
     *(classify, embed, search, explain, eval, train, parity, bench, convert, info, tokenize),
     *(demo, serve),
@@ -106,8 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(run=command.run)
         output = sub.add_mutually_exclusive_group()
-        output.add_argument("--json", action="store_true", help="print JSON for a program to read")
+        output.add_argument("--json", action="store_true", help="print the result as JSON")
         if command in (classify, search):
-            output.add_argument("--csv", action="store_true", help="print CSV for a spreadsheet")
+            output.add_argument("--csv", action="store_true", help="print the result as CSV")
         command.add_arguments(sub)
     return parser

@@ -35,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
-    code = "or fork.py:NAME, where NAME is a model in a fork's file, or a function that returns one"
+    code = "or fork.py:NAME, where NAME is a model in this file, or a function that returns a model"
     which.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODELS}; {code}")
     shapes = "use random weights of a published shape: B/32, L/14-336, H/14, ..."
     which.add_argument("--random", metavar="SHAPE", help=shapes)
-    against = "what to compare with: a checkpoint, or MODEL in transformers (default: %(default)s)"
+    against = "compare with this checkpoint, or with MODEL in transformers (default: %(default)s)"
     add("--against", default="transformers", metavar="OTHER", help=against)
     names = "a table of the fork's own module names, in the form of miniclip/files/names.py"
     add("--names", metavar="JSON", help=names)

@@ -1,4 +1,4 @@
-"""`miniclip search`: find the images in an index that are nearest to a query."""
+"""`miniclip search`: search an index for the images nearest to a query."""
 
 import argparse
 from time import perf_counter
@@ -13,7 +13,7 @@ from miniclip.commands.shared import (
 )
 from miniclip.terminal import counted, printable
 
-DESCRIPTION = "Find the images in an index that are nearest to a text, an image, or a sum of both."
+DESCRIPTION = "Search an index for the images nearest to a text, an image, or a sum of both."
 EXAMPLE = f"""{PICTURES}
   miniclip embed pictures --out index.safetensors --model everyday
   miniclip search index.safetensors "a drink" --out drinks.png
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="find the N nearest images (default: %(default)s)",
     )
     parser.add_argument("-o", "--out", metavar="PNG", help="draw the images with their scores")
-    parser.add_argument("--model", help="the new folder of the index's model, if it has moved")
+    parser.add_argument("--model", help="the folder of the index's model, if this folder has moved")
     add_device(parser)
 
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the page's address and serve it until Ctrl-C."""
+    """Print the address of the page, and serve the page until Ctrl-C."""
     from miniclip.checkpoint import load
     from miniclip.page.serve import (
         create_app,

@@ -55,7 +55,7 @@ LABELS = (
 
 
 def read_labels(names: list[str]) -> list[str]:
-    """Return the labels that --labels gives, or the labels in the file or set that it names."""
+    """Return the labels from --labels, from standard input, or from a file, folder or set."""
     from miniclip.zeroshot.data import find_labels
 
     return sys.stdin.read().splitlines() if names == ["-"] else find_labels(names)
@@ -149,7 +149,7 @@ def complain(error: Exception) -> None:
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's message is a page long
         text = "the device has too little memory; try a smaller --batch, or --dtype bfloat16"
-    if not isinstance(error, ImageError):  # a file name may have line breaks
+    if not isinstance(error, ImageError):  # an ImageError may name a file with line breaks
         text = text.partition("\n")[0]
     note(f"miniclip: error: {text}")
 

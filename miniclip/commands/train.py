@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments, and a flag for each field of a recipe."""
     parser.add_argument(
         "data",
-        help="one of: a folder with a folder of images for each class; a folder of images with a "
+        help="one of: a folder with one folder of images for each class; a folder of images with a "
         ".txt beside each, or with metadata.jsonl, .csv or .tsv (file_name, text); a folder of "
         "WebDataset .tar shards; 'pipe:COMMAND'; an address such as "
         "hf://datasets/OWNER/NAME/{00..99}.tar; `shapes`, the drawn world",
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="use the recipe.json of this checkpoint and, without --model, also its shape",
+        help="use this checkpoint's recipe.json; without --model, also use the checkpoint's shape",
     )
     parser.add_argument(
         "--config", metavar="JSON", help="a config.json with the shape of the random weights"
