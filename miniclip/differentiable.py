@@ -1,7 +1,7 @@
-"""The image transform on tensors, with gradients: to attack, learn or augment images.
+"""The image transform on tensors, with gradients. Use it to attack, learn or augment images.
 
-The pixels differ a little from the exact transform's. Pillow resizes in two passes and rounds to
-bytes after each pass, and this code does not round.
+The pixels differ a little from the exact transform's pixels, because Pillow resizes in two passes
+and rounds to bytes after each pass. This code does not round.
 """
 
 from typing import Any
@@ -23,15 +23,15 @@ class TensorImage:
         self.size = (self.width, self.height)
 
     def resize(self, size: tuple[int, int], resample: int | None = None) -> "TensorImage":
-        """Resize like Pillow's antialiased bicubic: along the rows, then along the columns. After
-        each pass, values are clamped to the range from 0 to 1."""
+        """Resize like Pillow's antialiased bicubic filter, first along the rows and then along the
+        columns. After each pass, values are clamped to the range from 0 to 1."""
         pixels = self.pixels
         for sides in ((self.height, size[0]), (size[1], size[0])):
             pixels = F.interpolate(pixels, sides, mode="bicubic", antialias=True).clamp(0, 1)
         return TensorImage(pixels)
 
     def crop(self, box: tuple[int, int, int, int]) -> "TensorImage":
-        """Cut out (left, top, right, bottom). Pixels outside of the image are 0."""
+        """Cut out the box (left, top, right, bottom). Pixels outside of the image are 0."""
         left, top, right, bottom = box
         sides = (-left, right - self.width, -top, bottom - self.height)
         return TensorImage(F.pad(self.pixels, sides))
@@ -47,9 +47,9 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
     Raises:
         ImageError: the dtype, shape or range is not as described above.
 
-    Before normalisation, pixels differ from the exact transform's by at most 1.2/255, and by
-    0.32/255 on average (measured on photographs and noise, shrunk and enlarged). Without a
-    resize, the pixels are equal. For final numbers, round to bytes and use the exact transform.
+    Before normalisation, pixels differ from the exact transform's pixels by at most 1.2/255, and by
+    0.32/255 on average (measured on photographs and noise, shrunk and enlarged). Without a resize,
+    the pixels are equal. To measure final results, round to bytes and use the exact transform.
 
     >>> import torch
     >>> image = torch.rand(3, 48, 64, requires_grad=True)

@@ -14,8 +14,8 @@ embeds = encode(pixels)  # model.vision(pixels), up to rounding
     miniclip parity everyday --engine onnxruntime
     miniclip bench --suite vision text --engine compile onnxruntime openvino compile-bf16
 
-The last command, with all engines and two threads, gave these times in milliseconds. In brackets is
-the time divided by eager's time in the same round. Differences are divided by the embedding's norm:
+The last command, with all engines and two threads, gave these times in milliseconds. The number in
+brackets is the time divided by eager's time. Differences are divided by the embedding's norm:
 
                        1 image          16 images        16 captions      largest difference
     eager              75               605              117
@@ -64,8 +64,8 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def compiled(tower: nn.Module) -> Encode:
-    """Compile a tower, with weights packed once. PyTorch makes a graph for the first shape of the
-    input, and a slower graph for all other shapes."""
+    """Compile a tower so that each weight is packed only once. PyTorch makes one graph for the
+    shape of the first input, and a slower graph for all other shapes."""
     if next(tower.parameters()).is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("the engine compile needs a C++ compiler, found none: install g++")
     from torch._inductor import config
@@ -98,9 +98,9 @@ def silence() -> Iterator[None]:
 
 
 def write_onnx(tower: Any, path: Path) -> None:
-    """Write a tower as ONNX, for any number of images, or of texts up to the context length."""
+    """Write a tower as an ONNX file. The numbers of images, texts and tokens may vary."""
     if (dtype := next(tower.parameters()).dtype) != torch.float32:
-        raise ValueError(f"the engine needs weights in float32, found {dtype}: use compile instead")
+        raise ValueError(f"the engine needs float32 weights, found {dtype}: use the engine compile")
     if hasattr(tower, "patch_embed"):
         config = tower.config
         example = torch.zeros(2, config.channels, *config.height_width)
@@ -163,7 +163,7 @@ class Engine(NamedTuple):
 
     start: Callable[[Any], Encode]
     packages: tuple[str, ...] = ()
-    tolerance: float = 2e-5  # of unit vectors and, in float32, of logits with a scale up to 100
+    tolerance: float = 2e-5  # for unit vectors; in float32 also for logits, at a scale up to 100
 
     @property
     def missing(self) -> list[str]:
@@ -204,8 +204,8 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
         check: compare the first output with the tower's output.
 
     Returns:
-        A function that computes the same as the tower, without gradients: pixels (B, channels,
-        height, width) or ids (B, T) -> embeddings (B, E).
+        A function that computes embeddings (B, E) as the tower does, but without gradients. Its
+        input is pixels (B, channels, height, width) or ids (B, T).
 
     Raises:
         ValueError: the engine is not installed, or the tower has hooks. The returned function
@@ -304,7 +304,7 @@ def use_engine(model: CLIP, name: str) -> None:
 
 
 def encode_with(model: CLIP, name: str, encode: Encode) -> None:
-    """Make `model.encode_image` call `encode`, and raise an error for a replaced vision tower."""
+    """Make `model.encode_image` call `encode`. Raise an error if the vision tower was replaced."""
     tower = model.vision
 
     def encode_image(pixels: Tensor, normalize: bool = False) -> Tensor:

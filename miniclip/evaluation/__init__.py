@@ -1,7 +1,7 @@
 r"""Measure a CLIP as its paper does: `miniclip eval`, and the functions behind it.
 
 - `features.py`: features of images, computed once and kept
-- `classification.py`: accuracy, its interval, confusions, calibration
+- `classification.py`: accuracy with its confidence interval, confusions, calibration
 - `captions.py`: images with captions, in the formats of common data sets
 - `retrieval.py`: ranks of images and captions, and recall
 - `checkpoints.py`: the scores of a model on images, also during training
@@ -22,18 +22,20 @@ scikit-learn (`pip install -e '.[eval]'`).
   and top-5 accuracy, the 95 % interval of top-1, the mean accuracy of the classes, the calibration
   error, the accuracy of each class, and the most frequent confusions. `--labels food101 --template
   food101` uses OpenAI's class names and templates. The paper's other data sets work the same way.
-- **retrieval**: recall@1, 5 and 10 and the median rank, from images to captions and back. An image
-  has the rank of its best caption, as in CLIP_benchmark. The data is a folder with `metadata.jsonl`
-  (`text` may be a list), WebDataset shards, or a .json of COCO or of Karpathy's Flickr30k.
+- **retrieval**: recall at 1, 5 and 10, and the median rank, for images as queries and for captions
+  as queries. An image has the rank of its best caption, as in CLIP_benchmark. The data is a folder
+  with `metadata.jsonl` (`text` may be a list), WebDataset shards, or a .json of COCO or of
+  Karpathy's Flickr30k.
 - **probe**: logistic regression on the features before the projection, or after the projection with
   `--features proj`. The L2 strength is chosen on a validation split (the paper's appendix A.3).
 - **fewshot**: the paper's figure 6. A linear probe, and a classifier that starts from the zero-shot
-  weights, learn from 1 to 16 examples of each class. Prints the mean accuracy of three draws.
+  weights, learn from 1 to 16 examples of each class. Prints the mean accuracy of three
+  draws of examples.
 
-Folders with WordNet ids as names (`n01440764`), or with numbers (`0` to `999`, as in ImageNet-V2),
-are recognised as all or some of ImageNet's classes. They get OpenAI's class names, which give a
-higher accuracy than ImageNet's own names. Two of OpenAI's names, "missile" and "sunglasses", belong
-to two classes each. The paper's measurement uses the 80 published templates:
+If all folders have WordNet ids of ImageNet as names (`n01440764`), or the names are `0` to `999` as
+in ImageNet-V2, the classes get OpenAI's class names. These names give a higher accuracy than
+ImageNet's own names. Two of OpenAI's names, "missile" and "sunglasses", belong to two classes each.
+The paper's measurement uses the 80 published templates:
 
     miniclip eval imagenet/val --model openai/clip-vit-large-patch14-336 \
         --template imagenet --reference openai --device cuda
