@@ -44,7 +44,7 @@ __version__ = "0.1.0"
 def _import(name: str) -> Any:
     """Import all public names when one of them is first used.
 
-    Importing torch takes a second or two, and `miniclip --help` does not need torch.
+    Importing torch takes a second or two. `miniclip --help` does not need torch, so it is fast.
     """
     homes = ["errors", "config", "model", "tokenizer", "transform", "checkpoint"]
     homes += ["sites", "zeroshot.classifier"]
@@ -58,7 +58,7 @@ def _import(name: str) -> Any:
     return globals()[name]
 
 
-if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
+if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts any name
     __getattr__ = _import
 
 

@@ -34,13 +34,13 @@ def load(
     cache_dir: str | PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Loaded:
-    """Load a checkpoint: (model, tokenizer, transform), ready to run.
+    """Load a checkpoint, and return its model, tokenizer and transform.
 
     Args:
         name: a checkpoint that comes with miniclip ("everyday"), a directory, a weights file
             (.safetensors, .bin, .pt), or a hub name such as "openai/clip-vit-base-patch32".
         dtype: the dtype of the weights. None keeps the dtype of the file.
-        reference: the library to match in token ids and pixels, "transformers" or "openai".
+        reference: the library whose token ids and pixels are matched, "transformers" or "openai".
         subfolder: a folder in the directory or the repository, such as "text_encoder".
         config: replaces the checkpoint's config: a CLIPConfig, a path, or a name ("ViT-L/14").
     Raises:
@@ -52,7 +52,7 @@ def load(
     """
     options: Any = dict(subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only)
     stored = open_model(name, dtype, device, config=config, revision=revision, **options)
-    options["revision"] = stored.commit or revision  # read all three from one commit
+    options["revision"] = stored.commit or revision  # all files come from one commit
     classes: Any = {("vision",): VisionTower, ("text",): TextTower}
     model = classes.get(tuple(stored.towers), CLIP).from_stored(stored)
     tokenizer = transform = None
@@ -74,10 +74,10 @@ def save(
     *,
     layout: str = "transformers",
 ) -> None:
-    """Write a whole checkpoint, all files or none. `load` reads it back bit for bit.
+    """Write all files of a checkpoint, or none after an error. `load` reads back the same bits.
 
     `layout`: "transformers", "openai" (for openai/CLIP's build_model) or "open_clip". Raises
-    CheckpointError if writing fails, or if `load` would read other files of the directory instead.
+    CheckpointError if writing fails, or if `load` would prefer other files of the directory.
     """
     model = unwrapped(model)
     with saving_checkpoint(directory, layout, model, tokenizer, transform) as folder:

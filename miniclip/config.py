@@ -8,7 +8,7 @@ defaults when a config.json leaves a field out.
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from miniclip.files.checks import LEGACY_EOS as LEGACY_EOS  # 2: the end id in OpenAI's configs
+from miniclip.files.checks import LEGACY_EOS as LEGACY_EOS  # 2, the end id in OpenAI's configs
 from miniclip.files.checks import check_clip, check_config
 from miniclip.files.pretrained import PretrainedConfig
 
@@ -21,7 +21,7 @@ class TowerConfig:
     layers: int
     heads: int | tuple[int, ...]  # one number for all layers, or one for each layer
     mlp_width: int | tuple[int, ...]  # one number for all layers, or one for each layer
-    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"; the same as in training
+    act: str = "quick_gelu"  # or "gelu", "gelu_pytorch_tanh"; must match the training
     ln_eps: float = 1e-5
     head_width: int | None = field(default=None, kw_only=True)  # None: width // heads
 
@@ -29,27 +29,27 @@ class TowerConfig:
         check_config(self)
 
     def per_layer(self, name: str) -> tuple[int, ...]:
-        """The value of a field, "heads" or "mlp_width", in each layer."""
+        """Return the field "heads" or "mlp_width" as a tuple with one number for each layer."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * self.layers
 
 
 @dataclass(frozen=True)
 class VisionConfig(TowerConfig):
-    """The vision tower. Sizes are in pixels."""
+    """The vision tower. `image_size` and `patch_size` are in pixels."""
 
     width: int = 768
     layers: int = 12
     heads: int | tuple[int, ...] = 12
     mlp_width: int | tuple[int, ...] = 3072
-    image_size: int | tuple[int, int] = 224  # one side of a square, or (height, width)
+    image_size: int | tuple[int, int] = 224  # the side of a square, or (height, width)
     patch_size: int = 32
     channels: int = 3
     registers: int = 0  # extra tokens between the class token and the patches
 
     @property
     def height_width(self) -> tuple[int, int]:
-        """The two sides of an image."""
+        """The height and the width of an image in pixels."""
         size = self.image_size
         return size if isinstance(size, tuple) else (size, size)
 
@@ -64,7 +64,7 @@ class VisionConfig(TowerConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches. Pixels at the border that do not fill a patch are unused."""
+        """The numbers of rows and columns of patches. Border pixels without a patch are unused."""
         height, width = self.height_width
         return height // self.patch_size, width // self.patch_size
 
@@ -76,7 +76,7 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The text tower. `eos_token_id` ends a text. With the value 2, the largest id ends it."""
+    """The text tower. A text ends at `eos_token_id` or, if this is 2, at its largest id."""
 
     width: int = 512
     layers: int = 12
@@ -86,11 +86,11 @@ class TextConfig(TowerConfig):
     context_length: int = 77
     bos_token_id: int = 49406
     eos_token_id: int = 49407
-    literal_eos: bool = field(default=False, kw_only=True)  # True: 2 is the end token (MetaCLIP 2)
+    literal_eos: bool = field(default=False, kw_only=True)  # True: the end id is 2 (MetaCLIP 2)
 
     @property
     def ends_at_largest(self) -> bool:
-        """Whether the largest id ends a text, as in OpenAI's configs, whose `eos_token_id` is 2."""
+        """Whether a text ends at its largest id. True for OpenAI's configs (`eos_token_id` 2)."""
         return self.eos_token_id == LEGACY_EOS and not self.literal_eos
 
 

@@ -10,11 +10,11 @@ tower = miniclip.VisionTower.from_pretrained("mine")  # or TextTower: a single t
 
     miniclip convert mine --out theirs --layout open_clip
 
-All three layouts are read and written. What can be read:
+All three layouts are read and written. These files can be read:
 
-- transformers: safetensors, shards or `.bin`; both towers, or a single one as in Stable Diffusion
-- OpenAI: a state dict or a TorchScript archive (its code is not run). The shapes give the config
-- open_clip: with `open_clip_config.json`; or a single vision tower with timm's `config.json`
+- transformers: safetensors, shards or `.bin`, with both towers or one (as in Stable Diffusion)
+- OpenAI: a state dict or a TorchScript archive. Its shapes give the config. Its code is not run
+- open_clip: files with `open_clip_config.json`, or a vision tower with timm's `config.json`
 
 OpenAI's own files have no vocabulary: add `--tokenizer openai/clip-vit-base-patch32`. Published
 configs are in `miniclip.published.PUBLISHED`. To publish a checkpoint, use huggingface_hub:
@@ -78,8 +78,8 @@ def convert(
 ) -> Conversion:
     """Write a checkpoint in another layout.
 
-    If the source has a tokenizer or a transform, they are written too. `tokenizer`: a checkpoint
-    whose tokenizer is used, because OpenAI's files have no tokenizer. Raises CheckpointError.
+    If the source has a tokenizer or a transform, they are written too. OpenAI's files have no
+    tokenizer, so `tokenizer` can name another checkpoint that has one. Raises CheckpointError.
     """
     stored, model, words, transform = _read(tokenizer, revision, source)
     save(destination, model, words, transform, layout=layout)

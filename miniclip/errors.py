@@ -1,4 +1,4 @@
-"""The errors that miniclip raises itself, and functions that write their messages."""
+"""The error classes of miniclip, and functions that write error messages."""
 
 import reprlib
 import sys
@@ -41,7 +41,7 @@ def blaming(path: str | PathLike[str]) -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Warn at the line of the user's code that called the package."""
+    """Issue a warning that shows the line of the user's code, not a line of miniclip."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "miniclip":
         level, frame = level + 1, frame.f_back
@@ -58,7 +58,7 @@ def shown(value: object) -> str:
     >>> shown([1] * 10**6)
     '[1, 1, 1, 1, 1, 1, ...]'
     """
-    return _short.repr(value)[:200]  # reprlib limits each level of a nested value, not the whole
+    return _short.repr(value)[:200]  # reprlib limits each level of a nested value, not the total
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
