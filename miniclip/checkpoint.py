@@ -1,4 +1,4 @@
-"""Load a model with its tokenizer and transform, by name, and save the three to a directory."""
+"""Load a model, tokenizer and transform by name, and save all three to a directory."""
 
 from os import PathLike
 from typing import Any, NamedTuple

@@ -67,7 +67,7 @@ def transform_tensor(transform: ImageTransform, images: Tensor) -> Tensor:
         if not -0.5 <= least <= most <= 1.5:  # a gradient step may go slightly out of the range
             raise ImageError(
                 f"expected floats from 0 to 1, found {least:.3g} to {most:.3g}: divide bytes by "
-                "255, and do not normalise: this function normalises"
+                "255, and do not normalise, because this function normalises"
             )
     image: Any = TensorImage(images if images.ndim == 4 else images[None])
     if transform.squash:

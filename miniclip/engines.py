@@ -278,8 +278,8 @@ def snapshot(tower: nn.Module) -> Snapshot:
     for name, module in tower.named_modules(remove_duplicate=False):
         if is_hooked or any(getattr(module, f"_{kind}_hooks") for kind in kinds):
             raise ValueError(
-                f"{name or 'the tower'} has a hook, which an engine cannot call: remove it, or "
-                "run the tower without an engine"
+                f"{name or 'the tower'} has a hook, which an engine cannot call: remove the hook, "
+                "or run the tower without an engine"
             )
         own = [value for key, value in vars(module).items() if not key.startswith("_")]
         tensors = [*module._parameters.values(), *module._buffers.values()]

@@ -2,8 +2,8 @@
 
 `miniclip bench` times miniclip and transformers, with random weights in an official shape. If they
 are installed, it also times open_clip and openai/CLIP. It compares the outputs first. A library is
-not timed if its output differs from miniclip's output. "Matrix products alone" is the time that a
-tower's multiplications by its weights take, in the fastest of PyTorch, oneDNN and MKL.
+not timed if its output differs from miniclip's output. "Matrix products alone" computes only
+the products with a tower's weights, in the fastest of PyTorch, oneDNN and MKL.
 
     $ miniclip bench --suite vision text
     Median cost, median rate, and median ratio to miniclip's cost (with quartiles).
@@ -27,7 +27,7 @@ tower's multiplications by its weights take, in the fastest of PyTorch, oneDNN a
       3.11.7, torch 2.13.0+cpu, transformers 5.23.0, tokenizers 0.23.3, pillow
       13.0.0
 
-The same day, on the same machine:
+These numbers are from the same day and the same machine:
 
     $ miniclip bench --suite tokenizer transform load startup memory search
     Median cost, median rate, and median ratio to miniclip's cost (with quartiles).

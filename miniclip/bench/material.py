@@ -78,7 +78,7 @@ class Setting:
 
 
 def prepare(directory: Path, shape: str) -> CLIPConfig:
-    """Write a checkpoint that every library can read: random weights in an official shape.
+    """Write random weights in an official shape to files that every library can read.
 
     The vocabulary is learnt from captions, because OpenAI's vocabulary is not in the package. The
     new vocabulary is small, but the token embedding keeps the size of the published model.
@@ -150,7 +150,7 @@ def invented_captions(count: int) -> Iterator[list[str]]:
 
 
 def photograph(path: Path, seed: int) -> Path:
-    """Write a JPEG file of 640 x 480 pixels: random colours with noise, about 90 kB."""
+    """Write a JPEG file of 640 x 480 pixels and about 90 kB, with random colours and noise."""
     draw = np.random.default_rng(seed)
     blots = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     smooth = np.asarray(blots.resize((640, 480), Image.Resampling.BICUBIC), np.float32)

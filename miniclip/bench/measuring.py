@@ -130,7 +130,7 @@ def unit_rows(embeds: Tensor) -> Tensor:
 
 
 def timed(run: Callable[[], Any], device: str = "cpu") -> Trial:
-    """Make a trial whose cost is the time of `run` in seconds, including its work on a GPU."""
+    """Make a trial whose cost is the time of `run` in seconds, including the time on a GPU."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     def trial() -> tuple[float, Any]:

@@ -1,5 +1,5 @@
-"""The suites that time the steps around the model: tokenize texts, transform images, embed many
-files, search an index, and load a model and compute its first logits."""
+"""The suites that time the work around the model: tokenizing texts, transforming images, embedding
+files, searching an index, and loading a model until its first logits."""
 
 import itertools
 import json

@@ -28,12 +28,12 @@ scikit-learn (`pip install -e '.[eval]'`).
   Karpathy's Flickr30k.
 - **probe**: logistic regression on the features before the projection, or after the projection with
   `--features proj`. The L2 strength is chosen on a validation split (the paper's appendix A.3).
-- **fewshot**: the paper's figure 6. A linear probe, and a classifier that starts from the zero-shot
-  weights, learn from 1 to 16 examples of each class. Prints the mean accuracy of three
-  draws of examples.
+- **fewshot**: the paper's figure 6. A linear probe learns from 1 to 16 examples of each class. A
+  second classifier learns from the same examples, but starts from the zero-shot weights. Prints the
+  mean accuracy of three draws of examples.
 
-If all folders have WordNet ids of ImageNet as names (`n01440764`), or the names are `0` to `999` as
-in ImageNet-V2, the classes get OpenAI's class names. These names give a higher accuracy than
+If the folders are named by WordNet ids of ImageNet (`n01440764`), or `0` to `999` as in
+ImageNet-V2, the classes get OpenAI's class names. These names give a higher accuracy than
 ImageNet's own names. Two of OpenAI's names, "missile" and "sunglasses", belong to two classes each.
 The paper's measurement uses the 80 published templates:
 
