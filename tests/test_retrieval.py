@@ -1084,7 +1084,7 @@ def test_the_same_command_continues_after_it_was_killed(loaded, tmp_path, monkey
     assert main(line) == 0
     said, err = capsys.readouterr()
     assert "continued, 2 of 3 parts were done" in err
-    assert "miniclip: skipped 1 file, listed in the index; the first: " in err
+    assert "miniclip: skipped 1 file; the index lists the reasons. The first: " in err
     assert "broken.png" in err
     assert said.startswith(f"{out / 'i'}: 22 images, by {tmp_path / 'model'} (weights ")
     assert (out / "i").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -1125,7 +1125,9 @@ def test_embed_excludes_images_counts_unreadable_ones_and_updates(run, photograp
     line = ["embed", photographs, "--model", "everyday", "--out", tmp_path / "i"]
     status, out, err = run(*line, "--exclude", "b", "--exclude", "*.tiff")
     assert status == 0 and "2 images, by everyday" in out
-    counts = re.findall(r"skipped (\d+) files?, listed in the index; the first: \S*/(\S+):", err)
+    counts = re.findall(
+        r"skipped (\d+) files?; the index lists the reasons\. The first: \S*/(\S+):", err
+    )
     if "HEIF" not in Image.OPEN:
         assert counts == [("2", "1.heic"), ("1", "4.png")]
         assert "pip install pillow-heif" in err

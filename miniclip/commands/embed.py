@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         kinds.setdefault(reason.partition(": pip install ")[2], []).append(reason)
     for reasons in kinds.values():
         count = counted(len(reasons), "file")
-        note(f"miniclip: skipped {count}, listed in the index; the first: {reasons[0]}")
+        note(f"miniclip: skipped {count}; the index lists the reasons. The first: {reasons[0]}")
     if args.json:
         print_json(
             {

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     method = (
         "attention, rollout, relevance, gradcam, tokens or occlusion; repeat the option to see "
-        "several side by side (default: relevance)"
+        "several methods side by side (default: relevance)"
     )
     which.add_argument("--method", action="append", metavar="NAME", help=method)
     which.add_argument("--all", action="store_true", help="show all methods side by side")

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = f"compare an engine's embeddings and logits with the model's: {', '.join(ENGINES)}"
     add("--engine", choices=ENGINES, metavar="NAME", help=engine)
     add_device(parser)
-    add("--plot", metavar="PNG", help="draw the differences against depth")
+    add("--plot", metavar="PNG", help="draw the differences against the depth in the model")
     add_revision(parser)
 
 
