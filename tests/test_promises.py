@@ -75,11 +75,11 @@ The given model does not change
     surgery_shapes: a_resized_model_shares_what_does_not_change
 keep each bit of the new model
     surgery_shapes: what_surgery_made_is_saved_and_loaded_bit_for_bit
-each in ten lines and compared with its paper
+each in ten lines, and compares each with its paper
     published: ten_lines_are_enough
 compares our versions with the authors' code
     originals: decompose_equals_clip_prs
-is SigLIP in one file
+a larger example, SigLIP in one file
     subclasses: siglip_equals_transformers
 lists all tensors that are missing, unexpected or misshapen
     checkpoint: missing_unexpected_and_misshapen_tensors_are_all_listed
