@@ -64,7 +64,7 @@ def check_tower(config: Any) -> None:
             object.__setattr__(config, "head_width", None)
     elif isinstance(config.heads, tuple):
         found = f"heads is {shown(config.heads)}"
-        raise ValueError(f"{kind}: {found}: different numbers of heads need a head_width")
+        raise ValueError(f"{kind}: {found}; different numbers of heads need a head_width")
     elif config.width % config.heads:
         raise ValueError(
             f"{kind}: width {config.width} does not divide into {config.heads} heads of equal width"
