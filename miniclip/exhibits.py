@@ -33,10 +33,10 @@ class Exhibit(NamedTuple):
 
 
 class Heat(NamedTuple):
-    """Where a model sees a phrase in an image, and where the named object is."""
+    """The heat map of a phrase in an image, and the mask of the named object."""
 
     phrase: str
-    lost: Tensor  # (rows, columns): how far the cosine falls if a patch is covered
+    lost: Tensor  # (rows, columns), the decrease of the cosine when a patch is covered
     mask: Tensor  # (S, S) bool, the pixels of the object
 
 
@@ -59,7 +59,7 @@ def scene_exhibit(index: int = 0) -> tuple[Exhibit, list[Heat]]:
 
 
 def negatives_by_word(claim: Claim, scene: Scene) -> list[list[Claim]]:
-    """Two lists of false claims: `claim` with a wrong colour, and `claim` with a wrong shape."""
+    """Make false claims from `claim`: a list with wrong colours, and a list with wrong shapes."""
     made = replacements(claim)
     return [[c for c in made[word] if not holds(c, scene)] for word in ("colour", "shape")]
 
@@ -69,7 +69,7 @@ def photographs() -> dict[str, Image.Image]:
 
     Raises ValueError if scikit-image or matplotlib is missing.
     """
-    matplotlib = find_spec("matplotlib")  # not imported, because an import makes a settings folder
+    matplotlib = find_spec("matplotlib")  # an import would make a settings folder
     place = Path(matplotlib.origin or "") if matplotlib else Path()
     grace_hopper = place.parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
     try:
@@ -89,7 +89,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def photograph_exhibits() -> list[Exhibit]:
-    """The photographs, each with the scores of LABELS, the best label first."""
+    """Each photograph with the scores of LABELS, sorted from the best label."""
     pictures = photographs()
     model, tokenizer, transform = load("everyday")
     pixels = transform(list(pictures.values()))

@@ -16,7 +16,7 @@ from miniclip.zeroshot.data import visible_files
 MOST_JSON = 2**30  # bytes; the captions of COCO's training images need less than 2**27
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 COLUMNS = ("file_name", "text")
-PICTURES = ("jpg", "jpeg", "png", "webp")  # endings of image files that may have a .txt
+PICTURES = ("jpg", "jpeg", "png", "webp")  # an image with such an ending may have a .txt
 
 Row = tuple[str | Member, Sequence[str]]
 """An image and its captions."""
@@ -44,7 +44,7 @@ def captioned_images(
             caption on each line of a .txt; a .json of COCO, or of Karpathy and Fei-Fei (2015).
         images: the folder of the images that a .json names; by default the folder of the .json.
         split: the name of the split that is used, if `data` is Karpathy's .json.
-        columns: the columns of a metadata file: the image's file, and its caption or captions.
+        columns: names of columns in a metadata file, one for image files and one for captions.
 
     Raises:
         ValueError: no image has a caption, or `data` has an unknown format.
@@ -84,7 +84,7 @@ def rows_with_captions(
     """Read the captions of images from a metadata file, or from a folder of images.
 
     The folder has a metadata file, or a .txt for each image. Returns the rows, and lines that say
-    what was left out. Returns None for any other `root`.
+    what was left out. Returns None if there are no such files.
     """
     for table in (root, *(root / name for name in METADATA)):
         if table.is_file() and table.suffix in (".jsonl", ".csv", ".tsv"):
@@ -116,7 +116,7 @@ def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
 
 
 def _read_table(table: Path, columns: tuple[str, str]) -> tuple[list[Row], list[str]]:
-    """Read a table in the `imagefolder` format of Hugging Face's datasets: a row for each image."""
+    """Read a table with a row for each image, in the format `imagefolder` of Hugging Face."""
     rows: list[Row] = []
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal lists share a tuple, to save memory
     empty: list[int] = []  # the row of each empty caption
@@ -144,7 +144,7 @@ def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:  # Excel writes a BOM
             if table.suffix != ".jsonl":
-                delimiter = max(",\t;", key=file.readline().count)  # the most frequent in line 1
+                delimiter = max(",\t;", key=file.readline().count)  # occurs most often in line 1
                 file.seek(0)
                 yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
                 return
@@ -183,7 +183,7 @@ def _read_json(path: Path, images: Path, split: str) -> Iterator[tuple[str, list
 
 
 def _read_shards(pictures: Sequence[Member]) -> Iterator[tuple[Member, list[str]]]:
-    """Yield each image with the lines of its .txt. Their names are equal up to the first dot."""
+    """Yield each image with the lines of its .txt. Both have the same name up to the first dot."""
 
     def key(name: str) -> str:
         folder, slash, file = name.rpartition("/")
@@ -191,7 +191,7 @@ def _read_shards(pictures: Sequence[Member]) -> Iterator[tuple[Member, list[str]
 
     texts: dict[tuple[str, str], list[str]] = {}
     for archive in dict.fromkeys(picture.archive for picture in pictures):
-        for file in members(archive, []):  # `find_pictures` has reported the damage
+        for file in members(archive, []):  # `find_pictures` reports damaged archives
             if file.name.endswith(".txt"):
                 lines = file.read().decode("utf-8-sig", "replace").splitlines()
                 texts[archive, key(file.name)] = lines

@@ -11,13 +11,13 @@ BINS = 15
 
 
 class Evaluation(NamedTuple):
-    """The numbers of right and wrong answers of a classifier on labelled images."""
+    """How many labelled images a classifier got right and wrong."""
 
     labels: list[str]
     confusion: Tensor  # (C, C) int64, [i, j]: number of images of class i that got label j
-    in_top5: Tensor  # (C,) int64, images of each class with the true label among the best five
+    in_top5: Tensor  # (C,) int64, images of each class with the true label among the best 5 labels
     skipped: list[str]  # a line for each unreadable file; such files are not counted
-    bins: Tensor  # (BINS, 3) float64: images, sum of confidences and right answers of each bin
+    bins: Tensor  # (BINS, 3) float64, columns: images, sum of confidences, right answers
 
     @property
     def images(self) -> Tensor:
@@ -41,7 +41,7 @@ class Evaluation(NamedTuple):
 
     @property
     def top5(self) -> float:
-        """The share of images with the true label among the best five."""
+        """The share of images whose true label is among the best five labels."""
         return self.in_top5.sum().item() / self.images.sum().item()
 
     @property
@@ -64,7 +64,7 @@ class Evaluation(NamedTuple):
         return ((confidence - right).abs().sum() / images.sum()).item()
 
     def mistakes(self) -> list[tuple[int, int, int]]:
-        """Return (true class, predicted class, images) for each confusion, most frequent first."""
+        """Return confusions as (true class, predicted class, images), the most frequent first."""
         wrong = self.confusion - self.right.diag()
         counts = [(i, j, int(wrong[i, j])) for i, j in wrong.nonzero().tolist()]
         return sorted(counts, key=lambda mistake: -mistake[2])
@@ -100,7 +100,7 @@ def evaluate(
 
 
 def wilson_interval(right: float, images: float) -> tuple[float, float]:
-    """Return the 95 % interval of the accuracy `right / images` (Wilson 1927), within 0 and 1.
+    """Return the 95 % confidence interval of the accuracy `right / images` (Wilson 1927).
 
     >>> [round(edge, 3) for edge in wilson_interval(9, 10)]
     [0.596, 0.982]

@@ -19,19 +19,19 @@ from miniclip.retrieval.index import Index, Strings, describe, embed
 from miniclip.retrieval.pictures import stamp
 
 KINDS = ("proj", "ln_post")
-"""`proj`: embeddings, unit vectors (N, E). `ln_post`: the input of the projection, (N, W)."""
+"""`proj` is the embeddings, unit vectors (N, E). `ln_post` is the projection's input (N, W)."""
 
 
 class Features(NamedTuple):
     """The features of N readable images."""
 
-    vectors: dict[str, Tensor]  # by kind: (N, E) or (N, W), float32
+    vectors: dict[str, Tensor]  # float32: `proj` is (N, E), `ln_post` is (N, W)
     rows: list[int]  # the positions of the readable images in the list of all images
     skipped: list[str]  # a line for each unreadable image: its name and the reason
 
 
 def encode_both(model: CLIP, pixels: Tensor) -> Tensor:
-    """Encode pixels (B, 3, S, S) as `proj` and `ln_post` (B, E + W), or as `proj` alone (B, E)."""
+    """Compute `proj` (B, E) of pixels (B, 3, S, S). Append `ln_post` (B, W) if it can be read."""
     if engine_of(model) != "eager":  # the tensors inside an engine cannot be read
         return embed(model, pixels)
     projected: list[Tensor] = []
@@ -40,7 +40,7 @@ def encode_both(model: CLIP, pixels: Tensor) -> Tensor:
         embeds = embed(model, pixels)  # (B, E)
     finally:
         hook.remove()
-    if [x.ndim for x in projected] != [2]:  # a fork that uses `proj` in another way, or not at all
+    if [x.ndim for x in projected] != [2]:  # a fork that does not use `proj` as CLIP does
         return embeds
     return torch.cat([embeds, projected[0].float().cpu()], dim=1)
 
@@ -56,13 +56,13 @@ def picture_features(
 
     Args:
         loaded: the model, tokenizer and transform.
-        pictures: the images: paths, or members of tars, as `find_pictures` returns them.
+        pictures: paths of images, or members of tars, as `find_pictures` returns them.
         cache: a folder that keeps the features of unchanged images as index files.
-        name: the model's name and revision. The cache stores them, to load the same model later.
+        name: the model's name and revision, which the cache stores.
         batch: the number of images in a batch.
 
     Returns:
-        Features of both KINDS. An engine, or a fork with its own projection, gives only `proj`.
+        Both KINDS of features. An engine, or a fork with its own projection, gives only `proj`.
 
     Raises:
         ValueError: no image can be read.
@@ -92,7 +92,7 @@ def picture_features(
     for kind in reversed([*vectors] if cache is not None else []):
         files[kind].parent.mkdir(parents=True, exist_ok=True)
         made_by = encoder
-        if kind == "ln_post":  # its own fingerprint, because no text can be compared with `ln_post`
+        if kind == "ln_post":  # a new fingerprint, so that no text is compared with `ln_post`
             made_by = encoder._replace(fingerprint=f"ln_post:{encoder.fingerprint}")
         paths = Strings.pack(names[row] for row in rows)
         Index(vectors[kind], paths, made_by, skipped).save(files[kind])

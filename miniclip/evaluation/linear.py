@@ -28,7 +28,7 @@ class Examples(NamedTuple):
 
 
 Fit = Callable[[Examples, float], Classify]
-"""(examples, L2 strength lambda) -> a classifier."""
+"""A function that fits a classifier to examples, with the L2 strength lambda."""
 
 
 def fit_probe(train: Examples, strength: float, count: int) -> Classify:
@@ -106,7 +106,7 @@ def sweep(accuracy: Callable[[float], float]) -> tuple[float, dict[float, float]
     >>> round(best, 4), len(tried)
     (0.0316, 15)
     """
-    found: dict[int, float] = {}  # key: 8 log10(strength); value: accuracy
+    found: dict[int, float] = {}  # the accuracy for each 8 * log10(strength)
     step, candidates = 16, [*range(-48, 49, 16)]
     with progress(total=15, unit="fit") as bar:
         while step:
@@ -126,7 +126,7 @@ def share_right(classify: Classify, examples: Examples) -> float:
 
 
 def fit_best(fit: Fit, train: Examples, val: Examples) -> tuple[float, dict[float, float]]:
-    """Choose the L2 strength with `sweep`: learn from `train`, measure the accuracy on `val`."""
+    """Use `sweep` to find the L2 strength with the best accuracy on `val`."""
     return sweep(lambda strength: share_right(fit(train, strength), val))
 
 
@@ -136,7 +136,7 @@ def probe(
     """Choose the L2 strength on a validation split, then learn from both splits.
 
     Args:
-        fit: fits a classifier, for example `fit_probe` with a fixed `count`.
+        fit: a function that fits a classifier, for example `fit_probe` with a fixed `count`.
         train: the examples to learn from.
         val: the validation split; by default a fifth of each class of `train`.
 
@@ -160,13 +160,13 @@ def probe(
 
 
 def shuffled_by_class(classes: Tensor, seed: int) -> list[Tensor]:
-    """Return the rows of each class, in an order that the seed decides."""
+    """Return the indices of each class's examples, shuffled with the seed."""
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
     return [order[classes[order] == i] for i in classes.unique()]
 
 
 class Method(NamedTuple):
-    """A function that fits a classifier, with examples to learn from and examples to test on."""
+    """A function that fits a classifier, its training examples and its test examples."""
 
     fit: Fit
     train: Examples
@@ -183,7 +183,7 @@ def few_shot(
 
     Args:
         methods: the methods by name.
-        shots: the numbers of examples of each class.
+        shots: numbers of training examples in each class, such as [1, 2, 4].
         seeds: the number of draws, at least two.
 
     Returns:
@@ -203,7 +203,7 @@ def few_shot(
         examples = train.of(torch.cat([rows[:k] for rows in order]))
         val = train.of(torch.cat([rows[k : k + min(k, 4)] for rows in order]))
         if not len(val.classes):
-            raise ValueError(f"no class has more than {k} examples; choosing lambda needs more")
+            raise ValueError(f"no class has more than {k} examples; expected more to choose lambda")
         strength, _ = fit_best(fit, examples, val)
         found.setdefault((k, name), []).append(share_right(fit(examples, strength), test))
     return [

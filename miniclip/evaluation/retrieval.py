@@ -8,8 +8,8 @@ from torch import Tensor
 
 from miniclip.terminal import progress
 
-BLOCK = 512, 4096  # images and captions that are compared at once in float32
-PAIRS = 65_536  # pairs that are compared at once in float64
+BLOCK = 512, 4096  # numbers of images and captions that are compared at once in float32
+PAIRS = 65_536  # the number of pairs that are compared at once in float64
 
 
 def retrieval_ranks(
@@ -18,7 +18,7 @@ def retrieval_ranks(
     """Compute the rank of each image's best caption, and the rank of each caption's image.
 
     Rank 1 is the best. An image's best caption is compared with the captions of other images. A
-    caption's image is compared with all other images. If scores are equal, the first in the list
+    caption's image is compared with all other images. If scores are equal, the smaller index
     ranks higher. As in `Index.search`, scores are computed in float32. If two scores are too close
     for float32, they are computed again in float64. Memory does not grow with the number of pairs.
 

@@ -35,10 +35,10 @@ def draw_confusion(result: Evaluation, path: str | PathLike[str]) -> None:
 
 
 def draw_cells(axes: Axes, result: Evaluation) -> None:
-    """Draw the confusion matrix. A row is a true class. A cell is a percentage of its row."""
+    """Draw the confusion matrix. A row is a true class, and its cells add up to 100 %."""
     labels = [shorten(label) for label in result.labels]
     share = result.confusion.double() / result.images.clamp(min=1)[:, None]  # (C, C)
-    # Darkness is the square root of the share: 4 % is a fifth as dark as 100 %, not a 25th.
+    # Darkness is the square root of the share, so that small shares are visible.
     axes.imshow(share.numpy(), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), labels)
@@ -62,7 +62,7 @@ def draw_dots(axes: Axes, result: Evaluation) -> None:
         area = [60 * n / largest for n in images]
         axes.scatter(predicted, true, s=area, color=BLUE, alpha=0.5, linewidths=0)
     axes.set_xlim(-1, count)
-    axes.set_ylim(count, -1)  # the first class on top, as in a matrix
+    axes.set_ylim(count, -1)  # the first class is on top, as in a matrix
     axes.set_aspect("equal")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("confusions; each number stands for a class", loc="left", fontsize=11)
@@ -88,7 +88,7 @@ def draw_mistakes(axes: Axes, result: Evaluation, most: int = 14) -> None:
 
 
 def draw_reliability(axes: Axes, result: Evaluation) -> None:
-    """Draw accuracy against confidence. On the grey diagonal, the two are equal."""
+    """Draw accuracy against confidence. On the grey diagonal, accuracy equals confidence."""
     images, confidence, right = result.bins[result.bins[:, 0] > 0].T.numpy()
     axes.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
     axes.bar(confidence / images, images / images.sum(), width=0.6 / BINS, color="0.85", zorder=0)

@@ -42,7 +42,7 @@ UNITS = {
     "occlusion": "{} taken from the cosine",
 }
 
-MOST_COLUMNS = 4  # of heat maps; the image has its own column
+MOST_COLUMNS = 4  # heat maps in a row, beside the image
 
 
 def draw_text_maps(
@@ -54,9 +54,10 @@ def draw_text_maps(
 ) -> None:
     """Draw an image and the heat maps of C texts.
 
-    `cosines` has the cosine of each text and the image. `maps` has a tensor (C, rows, columns) for
-    each method. With one method, texts are side by side. With several, each text has its own row.
-    All maps of a method have the same scale. The value of the warmest patch is below each map.
+    `cosines` has the cosine between the image and each text. `maps` has a tensor (C, rows, columns)
+    for each method. If there is one method, the maps of all texts are side by side. If there are
+    several methods, each text has its own row. All maps of a method have the same scale. The value
+    of the warmest patch is below each map.
     """
     texts = [f"{text} (cosine {cosine:.2f})" for text, cosine in zip(texts, cosines, strict=True)]
     if len(maps) == 1:

@@ -66,12 +66,12 @@ def usual_font() -> str:
 
 
 def font_file(text: str) -> str:
-    """The file of a font for a text: the default font, unless it lacks characters of the text."""
+    """The default font's file, or another font's file if the default lacks characters of `text`."""
     return next(iter(fonts_beside(text).values()), usual_font())
 
 
 def draw_bars(axes: Axes, scores: Sequence[Score], inside: bool = False) -> None:
-    """Draw a bar for each label, the best on top. If `inside`, each label is above its bar."""
+    """Draw a bar for each label, the best on top. If `inside`, the labels are inside the axes."""
     best = scores[::-1]
     bars = axes.barh(range(len(best)), [s.probability for s in best], color=BLUE, height=0.5)
     bars[-1].set_color(ORANGE)

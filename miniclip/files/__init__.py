@@ -28,14 +28,14 @@ The promises of these modules (`tests/test_promises.py` names the tests of each 
 
 - Every tensor in a file has a place in the model, and every parameter has a tensor of its shape.
   Otherwise a `CheckpointError` lists all tensors that are missing, unexpected or misshapen. If a
-  file has a larger model (Lightning's, Stable Diffusion's), a warning lists the other tensors, and
-  only the CLIP is read.
+  file contains a larger model, such as Stable Diffusion, only the CLIP is read. A warning lists
+  the other tensors.
 - No weight is folded, fused or added. Saving and loading a model changes no bit. Conversion to
   another layout and back changes no bit either. A warning lists the tensors with NaN or infinity.
 - The activation, the LayerNorm epsilon and the end token come from the checkpoint. `save` raises an
   error for a layout that cannot express the model. `load` and `save` raise an error for a tokenizer
   or a transform that does not fit the model. `save` raises an error if `load` would read another
-  model's files in the directory instead.
+  model's files in the directory instead of the saved files.
 - Code in a file never runs. A hostile file raises a `CheckpointError`, or it loads exactly as the
   file says. `tests/test_hostile.py` reads 8,900 files, each within a second of CPU time and 200 MB.
   Size limits are higher than any published CLIP needs: 1 MB for JSON, 5 MB for a tokenizer's file,

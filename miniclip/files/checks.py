@@ -47,11 +47,11 @@ def check_config(config: Any) -> None:
                 ids = f"an id from 0 to {last}, because vocab_size is {config.vocab_size}"
                 raise wrong(f"{kind}: {name}", value, ids)
         if config.eos_token_id != LEGACY_EOS:
-            object.__setattr__(config, "literal_eos", False)  # the field matters only for id 2
+            object.__setattr__(config, "literal_eos", False)  # it is used only if the id is 2
 
 
 def check_tower(config: Any) -> None:
-    """Check a tower's fields. A tuple of equal numbers (not 0) becomes one number."""
+    """Check a tower's fields. A tuple of equal numbers above 0 becomes one number."""
     kind = type(config).__name__
     positive(config, "width", "layers")
     if config.layers > 1000:  # published towers have at most 48 layers
@@ -64,7 +64,7 @@ def check_tower(config: Any) -> None:
             object.__setattr__(config, "head_width", None)
     elif isinstance(config.heads, tuple):
         found = f"heads is {shown(config.heads)}"
-        raise ValueError(f"{kind}: {found}: different numbers of heads need a head_width")
+        raise ValueError(f"{kind}: {found}; different numbers of heads need a head_width")
     elif config.width % config.heads:
         raise ValueError(
             f"{kind}: width {config.width} does not divide into {config.heads} heads of equal width"
@@ -255,7 +255,7 @@ def too_long(i: int, text: str, tokens: int, limit: int) -> ContextLengthError:
 def check_tokens(
     vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], tokens: Iterable[str]
 ) -> None:
-    """Raise ValueError unless ids are 0 to n-1, and merges and tokens are in the vocabulary."""
+    """Raise ValueError unless ids are 0 to n-1, and `vocab` contains all `merges` and `tokens`."""
     ids = {id for id in vocab.values() if type(id) is int}
     if missing := set(range(len(vocab))) - ids:
         raise ValueError(

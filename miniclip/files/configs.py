@@ -54,12 +54,13 @@ TOWER_TYPES = {
 
 
 def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> Fields:
-    """Read a parsed config.json of two towers. Raises ValueError.
+    """Read a parsed config.json of a model with two towers. Raises ValueError.
 
-    `model_types` are the accepted values of `model_type`: "clip" and a fork's own. `projection_dim`
-    is read only at the top level, because some official files have a wrong copy in the tower
-    sections. `text_config_dict` and `vision_config_dict` replace the tower sections, as in
-    transformers' configuration_clip.py. Unknown entries keep their names: a fork may have them.
+    `model_types` are the accepted values of `model_type`: "clip" and a fork's own value.
+    `projection_dim` is read only at the top level, because some official files have a wrong copy in
+    the tower sections. `text_config_dict` and `vision_config_dict` replace the tower sections, as
+    in transformers' configuration_clip.py. Unknown entries keep their names, because they may
+    belong to a fork.
     """
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object, found {type(config).__name__}")
@@ -217,8 +218,8 @@ def without_config(
 ) -> tuple[Fields, str]:
     """The fields of a model without a config file, and a warning for the user (may be empty).
 
-    Shapes do not give the heads and the activation. OpenAI's own files have heads of width 64 and
-    QuickGELU. For other files, a published model with the same shapes gives the heads and the
+    Shapes do not determine the heads and the activation. OpenAI's own files have heads of width 64
+    and QuickGELU. For other files, a published model with the same shapes gives the heads and the
     activation. Without such a model, a file in OpenAI's layout is read like OpenAI's own files.
     Raises ValueError for a file in another layout, and if published models have different
     activations.
@@ -267,7 +268,7 @@ def without_config(
 def refuse_inexpressible(fields: Fields, layout: str) -> None:
     """Raise ValueError if a layout cannot express a model. The message names the fields.
 
-    transformers' layout can express every model: config.json may have more entries.
+    transformers' layout can express every model, because its config.json may have extra entries.
     """
     if layout == "transformers":
         return
@@ -294,5 +295,5 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
                 )
         odd = [reason for reason, holds in reasons.items() if holds]
     if odd:
-        found = ", ".join(dict.fromkeys(odd))  # once, because both towers may give the same reason
+        found = ", ".join(dict.fromkeys(odd))  # both towers may give the same reason
         raise ValueError(f"the layout {layout!r} cannot express {found}; 'transformers' can")

@@ -75,7 +75,7 @@ def resolve(
 ) -> Path:
     """The directory of a checkpoint. From the hub, only the files of one `kind` are downloaded.
 
-    `kind` is a key of HUB_FILES, and `subfolder` a folder inside the directory or the repository.
+    `kind` is a key of HUB_FILES. `subfolder` is a folder inside the directory or the repository.
     A name such as "everyday" always gives the embedded checkpoint. For a directory with this name,
     write "./everyday". Raises CheckpointError.
     """
@@ -119,7 +119,7 @@ def _inside(directory: Path, folder: str) -> Path:
 
 
 def as_path(name: str | PathLike[str]) -> Path:
-    """Return a name as a path. Check it with os.path, because methods of Path may raise OSError."""
+    """Return a name as a path. Test it with os.path, because a test by Path may raise OSError."""
     return Path(os.path.expanduser(name))
 
 
@@ -136,7 +136,7 @@ def _download(
     cache_dir: str | PathLike[str] | None,
     local_files_only: bool,
 ) -> Path:
-    from huggingface_hub import constants, snapshot_download  # here, because this import is slow
+    from huggingface_hub import constants, snapshot_download  # imported here because it is slow
 
     if not (local_files_only or constants.HF_HUB_OFFLINE):  # the hub may take minutes to answer
         _say_once(f"asking the Hugging Face hub for {repository}")
@@ -160,7 +160,7 @@ def _download(
                 f"Offline, use a directory or an embedded checkpoint: {', '.join(embedded_names())}"
                 f". The client says {type(said).__name__}: {reason}"
             ) from error
-        revision = Path(snapshot).name  # so the next request gets the same commit
+        revision = Path(snapshot).name  # the next request must get the same commit
         directory = _inside(Path(snapshot), folder)
         ask = partial(_hashes_at, repository, revision, local_files_only)
         _check_hashes(directory, home / CHECKED, before, ask)
@@ -176,7 +176,7 @@ def commit_of(path: Path) -> str | None:
 
 
 def _hashes_at(repository: str, commit: str, local_files_only: bool) -> dict[str, str]:
-    """The hash of each file at a commit. Empty if the hub does not answer."""
+    """The hash of each file at a commit, or an empty dictionary if the hub does not answer."""
     from huggingface_hub import HfApi
 
     if not local_files_only:
@@ -197,7 +197,7 @@ def _check_hashes(
 
     A cached file is a link to a file that is named by its hash. In a cache without links, `ask`
     gives the hash. The file `checked` is a list of the verified files. Raises CheckpointError if
-    a hash differs, and deletes the file if this load downloaded it (it is not in `before`).
+    a hash differs. If the file is not in `before`, this load has downloaded it, and deletes it.
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
     hashes = None
@@ -254,7 +254,7 @@ def weights_in(directory: Path) -> Path | None:
 
 
 def is_clips(directory: Path) -> bool:
-    """Whether config.json describes the CLIP. If config.json is timm's, open_clip's config does."""
+    """Whether config.json describes the CLIP. False for a timm config beside open_clip's config."""
     config, open_clip = (directory / name for name in CONFIGS.values())
     return not (open_clip.is_file() and config.is_file() and "architecture" in read_json(config))
 

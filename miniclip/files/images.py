@@ -38,7 +38,7 @@ def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or not kind.startswith("CLIP"):
         raise wrong("image_processor_type", kind, "CLIPImageProcessor")
     for field, value in settings.items():
-        expected = _FIXED.get(field, False)  # no CLIP has any other do_* step
+        expected = _FIXED.get(field, False)  # every CLIP skips the other do_* steps
         is_checked = field in _FIXED or field.startswith("do_")
         if is_checked and value != expected and not (field == "do_center_crop" and is_squash):
             raise ValueError(f"{field:.100} is {shown(value)}; every CLIP has {expected!r}")
@@ -57,7 +57,7 @@ def _side(value: Any, field: str) -> Any:
     sides = list(value.values()) if is_form else [value]
     if type(sides[0]) is not int or sides[0] != sides[-1]:
         names = " or ".join(" and ".join(f"'{key}'" for key in sorted(keys)) for keys in forms)
-        raise wrong(field, value, f"one number of pixels, alone or under {names}")
+        raise wrong(field, value, f"one number of pixels, alone or as the value of {names}")
     return sides[0]
 
 
@@ -75,7 +75,7 @@ def to_transformers(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_files(directory: Path) -> list[Path]:
-    """The files in a directory that have image settings. transformers reads the first one.
+    """The files of a directory that contain image settings. transformers reads the first file.
 
     Since transformers 5.0, the settings are in processor_config.json. Raises CheckpointError.
     """

@@ -29,11 +29,11 @@ XLM_V = "facebook/xlm-v-base"  # the tokenizer of MetaCLIP 2
 
 
 class Fork(NamedTuple):
-    """How the files of a class differ from the files of CLIP."""
+    """How the files of a fork's class differ from the files of CLIP."""
 
     model_type: str = "clip"
     class_name: str = "CLIP"
-    tensor_names: names.Layout = {}  # a parameter that CLIP does not have -> its place in a file
+    tensor_names: names.Layout = {}  # a fork's own parameter -> its name in a file
 
 
 PLAIN = Fork()
@@ -42,8 +42,8 @@ PLAIN = Fork()
 class Stored(NamedTuple):
     """The contents of a model's files."""
 
-    fields: Fields  # of the CLIPConfig, without a tower that the files lack
-    tensors: dict[str, Tensor]  # under the names of the layout
+    fields: Fields  # the CLIPConfig's fields, without a tower that the files lack
+    tensors: dict[str, Tensor]  # the keys are the layout's names
     layout: str
     table: names.Layout
     path: Path  # the weights file
@@ -65,9 +65,9 @@ class Stored(NamedTuple):
         if {*towers} <= {*self.towers}:
             return
         only = self.towers[0]
-        reason = f"has no {towers[0]} tower, but a {only} tower alone"
+        reason = f"has no {towers[0]} tower, only a {only} tower"
         if len(towers) == 2:
-            reason = f"one tower alone: load it with {only.title()}Tower.from_pretrained"
+            reason = f"has one tower alone; load it with {only.title()}Tower.from_pretrained"
         raise CheckpointError(f"{self.path}: {reason}")
 
     def has(self, part: str, name: str | PathLike[str], **options: Any) -> bool:
@@ -105,7 +105,7 @@ class Stored(NamedTuple):
 
     @contextmanager
     def skeleton(self) -> Iterator[None]:
-        """A context manager: inside, models have no weights, and config errors name the file."""
+        """Inside this context, models are made without weights, and config errors name the file."""
         try:
             with blaming(self.config_path), meta_device():
                 yield
@@ -114,7 +114,7 @@ class Stored(NamedTuple):
             raise CheckpointError(f"{self.config_path}: {reason}") from None
 
     def state_dict(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors with the names of a model's `state_dict`. `model` may be on the meta device.
+        """Rename the tensors as in the state dict of `model`, which may be on the meta device.
 
         `prefix` is "vision." or "text." for a tower. If tensors do not fit, one CheckpointError
         lists them, at most a thousand. Warns of NaN and infinity.
@@ -128,8 +128,8 @@ class Stored(NamedTuple):
             name.removeprefix(prefix): where.take(self.tensors[where.key]).to(self.device)
             for name, where in places.items()
         }
-        # One NaN or infinity in a weight silently turns every logit into NaN. A sum finds it three
-        # times as fast as minimum and maximum. A sum may overflow, so minimum and maximum decide.
+        # One NaN or infinity in a weight silently turns every logit into NaN. A sum is three times
+        # as fast as `aminmax`, but may overflow. So `aminmax` checks tensors with a non-finite sum.
         real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
         odd = [name for name, t in real.items() if not t.sum().isfinite()]
         odd = [name for name in odd if not all(end.isfinite() for end in real[name].aminmax())]
@@ -200,7 +200,7 @@ def open_model(
         dtype: floating point tensors are converted to this type. None keeps the file's type.
         config: replaces the checkpoint's config: a CLIPConfig, an official name ("ViT-L/14"), a
             config.json, or the name of another checkpoint.
-        options: for `resolve`.
+        options: further arguments for `resolve`.
     Raises:
         CheckpointError: a file is missing or damaged, or describes another model.
         ValueError: the dtype or the device is wrong. This is checked before a download.
@@ -217,7 +217,7 @@ def open_model(
 
 
 def _given_fields(config: Any, fork: Fork) -> tuple[Path, Fields]:
-    """The fields of `config=`, and where they come from."""
+    """The path or name of the config in the argument `config`, and its fields."""
     if is_dataclass(config) and not isinstance(config, type):
         return Path("config="), asdict(config)
     if not isinstance(config, str | PathLike):
@@ -353,7 +353,7 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
     """Raise CheckpointError if a tokenizer or a transform does not fit the model with these fields.
 
     The tokenizer may have at most as many tokens as the text tower embeds. The transform's crop
-    must have the size that the vision tower reads. transformers fails only in the forward pass.
+    must have the size that the vision tower reads. transformers does not check this.
     """
     text, vision = fields.get("text", {}), fields.get("vision")
     if vision and transform:

@@ -32,7 +32,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def class_of(module: nn.Module) -> Any:
-    """The class of a module, as it was before FSDP2 replaced it by a subclass."""
+    """The class of a module. If FSDP2 replaced it by a subclass, the original class."""
     return next(c for c in type(module).__mro__ if "torch.distributed.fsdp" not in c.__module__)
 
 
@@ -49,7 +49,7 @@ def is_patched(module: nn.Module, name: str) -> bool:
     """Whether the method `name` was replaced on this one module, not in its class."""
     patch: Any = vars(module).get(name)
     if getattr(patch, "func", None) is checkpoint:
-        patch = patch.args[0]  # activation checkpointing wraps the same method
+        patch = patch.args[0]  # the method that activation checkpointing wraps
     return patch is not None and getattr(patch, "__func__", patch) is not getattr(
         class_of(module), name, None
     )
@@ -73,7 +73,7 @@ def check_described(model: Any) -> None:
         expected = kind(model.config)
     parts = [module for _, module in named_modules(expected)]
     if any(isinstance(v, Tensor) for m in parts for v in (*vars(m).values(), *m.buffers())):
-        with torch.random.fork_rng(devices=[]):  # buffers are compared, so they need values
+        with torch.random.fork_rng(devices=[]):  # meta tensors have no values to compare
             expected = kind(model.config).to(next(model.parameters()).dtype)
     odd = [*differences(model, expected)]
     patched = [one for one in odd if one.endswith("is patched")]
@@ -81,9 +81,9 @@ def check_described(model: Any) -> None:
         warnings.warn(f"{listed(patched)}, which a config cannot describe", stacklevel=3)
     if odd := [one for one in odd if one not in patched]:
         raise ValueError(
-            f"the config does not describe the model: {listed(odd)}. Merge adapters first "
-            "(surgery.merge_lora, PEFT's merge_and_unload), save before the model is quantised, "
-            "change the config too, or write the change as a subclass"
+            f"the config does not describe the model: {listed(odd)}. If there are "
+            "adapters, merge them (surgery.merge_lora, or PEFT's merge_and_unload). Quantise only "
+            "after the save. For any other change, correct the config or write a subclass"
         )
 
 
@@ -93,7 +93,8 @@ def differences(model: nn.Module, expected: nn.Module) -> Iterator[str]:
     for name in theirs | ours:
         kinds = [class_of(m[name]).__name__ if name in m else "absent" for m in (ours, theirs)]
         if kinds[0] == kinds[1] and class_of(ours[name]) is not class_of(theirs[name]):
-            kinds[0] = f"{class_of(ours[name]).__module__}.{kinds[0]}"  # such as a quantised Linear
+            # The two classes have the same name, like nn.Linear and torch's quantised Linear.
+            kinds[0] = f"{class_of(ours[name]).__module__}.{kinds[0]}"
         if "absent" in kinds or class_of(ours[name]) is not class_of(theirs[name]):
             yield f"{name or 'the model'} is {kinds[0]}, expected {kinds[1]}"
             continue

@@ -22,7 +22,7 @@ from miniclip.errors import listed, warn
 
 Layout = dict[str, str]
 
-# The columns: miniclip, transformers (pre_layrnorm is its own spelling), openai/CLIP, timm
+# The columns: miniclip, transformers (which writes "pre_layrnorm"), openai/CLIP, timm
 _TOWERS = """
 logit_scale           logit_scale                                       logit_scale
 vision.class_embed    vision_model.embeddings.class_embedding           visual.class_embedding
@@ -58,7 +58,7 @@ mlp.fc2             mlp.fc2             mlp.c_proj              mlp.fc2
 
 
 def _layout(column: int, vision: str, text: str) -> Layout:
-    """The layout in a column of the tables. `vision` and `text` are the prefixes of the blocks."""
+    """Make a layout from a column of the tables. `vision` and `text` are prefixes of the blocks."""
     rows = [[*line.split(), "-"] for line in _TOWERS.strip().splitlines()]
     layout = {row[0]: row[column] for row in rows}
     for tower, blocks in (("vision", vision), ("text", text)):
@@ -69,7 +69,7 @@ def _layout(column: int, vision: str, text: str) -> Layout:
 
 TRANSFORMERS = _layout(1, "vision_model.encoder.layers", "text_model.encoder.layers")
 OPENAI = _layout(2, "visual.transformer.resblocks", "transformer.resblocks")
-OPEN_CLIP_CUSTOM_TEXT = {  # `custom_text` in open_clip's config, CustomTextCLIP in open_clip's code
+OPEN_CLIP_CUSTOM_TEXT = {  # open_clip's class CustomTextCLIP, for configs with `custom_text`
     ours: f"text.{theirs}" if ours.startswith("text.") else theirs
     for ours, theirs in OPENAI.items()
 }
@@ -124,7 +124,7 @@ def names_of(tower: str, layout: Layout, names: Iterable[str]) -> set[str]:
 
 
 class Place(NamedTuple):
-    """The name of the file's tensor that holds a parameter, and the form of the tensor."""
+    """The name of the file's tensor that holds a parameter, and how it is stored."""
 
     key: str
     form: str  # "" unchanged, "T" transposed, "0" to "2" a third of the rows
@@ -155,7 +155,7 @@ def place(name: str, layout: Layout) -> Place:
 
 
 def pack(parameters: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Parameters with miniclip's names -> tensors with a layout's names."""
+    """Rename parameters to a layout's names, and stack or transpose them as in the layout."""
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in parameters.items():  # q, k and v come in this order
         key, form = place(name, layout)
@@ -173,7 +173,7 @@ OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """OpenAI's files have these three numbers as tensors. OpenAI's code does not read them."""
 
 # The prefixes of DistributedDataParallel, torch.compile, FSDP, activation checkpointing and
-# DeepSpeed. A prefix may be anywhere in a name, and more than once.
+# DeepSpeed. A name may have several prefixes, at any place.
 _WRAPPERS = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
@@ -198,8 +198,8 @@ def recognize(
 ) -> tuple[str, Layout, dict[str, Tensor]]:
     """Find the layout's name and table, and rename the tensors as the table expects.
 
-    `extra` are the places of a fork's own parameters. Raises ValueError if there are two models, or
-    parts that miniclip does not have, such as a ResNet.
+    `extra` names the tensors of a fork's own parameters. Raises ValueError for two models, and
+    for parts that miniclip does not have, such as a ResNet.
     """
     tensors = _renamed(tensors, lambda name: _WRAPPERS.sub("", name))
     for key, found in _OTHERS.items():
@@ -239,7 +239,7 @@ def recognize(
 
 
 def _is_forks(prefix: str, extra: Layout) -> bool:
-    """Whether a fork's own parameter has this prefix. Then the fork is the larger model."""
+    """Whether a fork's own parameter has this prefix, so that the larger model is the fork."""
     return any(theirs.startswith(prefix) for theirs in extra.values())
 
 
@@ -275,9 +275,9 @@ def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join Long-CLIP's two position tables: rows 0 to 19 of the first, other rows of the second.
+    """Join Long-CLIP's position tables: rows 0 to 19 of the first, then the second from row 20.
 
-    Long-CLIP's code multiplies the tables by masks of 0 and 1 and adds them (model_longclip.py).
+    Long-CLIP's code adds the two tables, each multiplied by a mask (model_longclip.py).
     Long-CLIP's own files lack the `context_length` of OpenAI's files, so it is added.
     """
     long = [name for name in tensors if re.search(r"position(al)?_embedding_res\b", name)]

@@ -15,7 +15,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pos_embed_type": ("learnable",),
     "proj_type": ("linear",),
     "block_type": ("default",),
-    "custom_text": (True,),  # the names of the tensors already show this
+    "custom_text": (True,),  # also visible in the tensor names
     "timm_pool": ("token",),
     "timm_proj": ("linear",),
 }
@@ -88,7 +88,7 @@ def _text(settings: dict[str, Any]) -> Fields:
 
 
 def _tower(settings: dict[str, Any], known: Fields, section: str) -> Fields:
-    """Read the fields in `known` (name -> default), and add the MLP's width and the epsilon."""
+    """Read the fields whose defaults are in `known`. Add `mlp_width` and `ln_eps`."""
     known = known | {"mlp_ratio": 4.0}
     _refuse_others(settings, {*known, "norm_kwargs"}, section)
     values: Fields = {name: settings.get(name, default) for name, default in known.items()}
@@ -124,7 +124,7 @@ def _refuse_others(settings: dict[str, Any], known: set[str], section: str) -> N
 
 
 def to_open_clip(fields: Fields) -> dict[str, Any]:
-    """The model_cfg of open_clip_config.json. Raises ValueError if it cannot describe the model."""
+    """The model_cfg of open_clip_config.json. Raises ValueError if open_clip has no such model."""
     vision, text = fields["vision"], fields["text"]
     refuse_inexpressible(fields, "open_clip")
     towers = {}
@@ -132,7 +132,7 @@ def to_open_clip(fields: Fields) -> dict[str, Any]:
         towers[name] = {"width": tower["width"], "layers": tower["layers"]}
         ratio = tower["mlp_width"] / tower["width"]
         if int(tower["width"] * ratio) != tower["mlp_width"]:
-            ratio *= 1 + 2**-50  # because open_clip rounds width * ratio down
+            ratio *= 1 + 2**-50  # open_clip rounds width * ratio down
         towers[name]["mlp_ratio"] = ratio
         if tower["ln_eps"] != 1e-5:  # old versions of open_clip support only 1e-5
             towers[name]["norm_kwargs"] = {"eps": tower["ln_eps"]}

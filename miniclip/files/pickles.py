@@ -5,8 +5,8 @@ and their code; OpenAI publishes its models in this form. A pickle is a program:
 Python function, and a few bytes can make it run very long. Here `pickletools` splits a pickle
 into instructions and runs nothing. Only the instructions that torch.save writes are followed. A
 call is noted, but the function is not called. `torch.load(weights_only=True)` follows more
-instructions, and with them a file can take any amount of memory. It also refuses some of the
-objects that training saves.
+instructions. With these, a file can take any amount of memory. `torch.load` also refuses some of
+the objects that training saves.
 """
 
 import io
@@ -48,7 +48,7 @@ class PickledTensors:
             root, self.places = read(file)
         self.stored = find_state_dict(root)
         count = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in self.stored.values())
-        if count > 2 * path.stat().st_size:  # 2, because a tied tensor is counted twice
+        if count > 2 * path.stat().st_size:  # `count` includes tied tensors twice
             raise UnpicklingError(f"its tensors would have {count:,} bytes")
         self.path = path
         self.remapped()
@@ -216,7 +216,7 @@ _VALUES = (
 
 
 def _read_pickle(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
-    """Read the next pickle of a file: the object that it describes, and its storages by name."""
+    """Read the next pickle of a file. Returns its object, and its storages by name."""
     stack: list[Any] = []
     outer: list[list[Any]] = []  # for each open MARK, the stack before it
     memo: list[Any] = []

@@ -35,7 +35,7 @@ PACKAGES = {
     "rawpy": ("rawpy", RAW),
 }
 HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")  # bytes 4 to 12 of a HEIC file
-SYSTEM_FOLDERS = frozenset(  # made by network drives, Windows, Linux and macOS
+SYSTEM_FOLDERS = frozenset(  # folders that network drives, Windows, Linux and macOS make
     "@eadir @recycle @recently-snapshot #recycle #snapshot $recycle.bin lost+found __macosx".split()
 ) | {"system volume information"}
 
@@ -61,7 +61,7 @@ def _of_pillow() -> set[str]:
 
 @cache
 def picture_suffixes() -> frozenset[str]:
-    """The endings of image files, also of formats that need another package."""
+    """The file endings of all image formats, including formats that need another package."""
     missing_packages()
     return frozenset(_of_pillow().union(*(endings for _, endings in PACKAGES.values())))
 
@@ -98,14 +98,14 @@ def open_image(
     missing = missing_packages()
     try:
         if not is_open:
-            open_regular(source).close()  # raises for a pipe, because Pillow would wait for data
+            open_regular(source).close()  # refuse a pipe, because Pillow would wait for data
         if suffix in RAW:  # Pillow would read only the thumbnail
             import rawpy
 
             with rawpy.imread(source if is_open else os.fspath(source)) as raw:
                 return Image.fromarray(raw.postprocess(use_camera_wb=True))
         with no_warnings, Image.open(source, formats=formats) as image:
-            ImageOps.exif_transpose(image, in_place=True)  # also reads the pixels
+            ImageOps.exif_transpose(image, in_place=True)  # this also reads the pixels
     except Exception as error:  # Pillow's parsers raise many kinds of errors
         reason = reason_of(error)
         if isinstance(error, UnidentifiedImageError | ImportError):
@@ -158,7 +158,7 @@ def as_image(picture: Picture) -> Image.Image:
 
 
 def _check_floats(image: Image.Image) -> None:
-    """Raise ImageError for floats from 0 to 1 or with NaN, which Pillow would turn black."""
+    """Raise ImageError for floats of at most 1 and for NaN, which Pillow would turn black."""
     if image.mode != "F":
         return
     most = np.abs(np.asarray(image)).max(initial=0)
@@ -207,7 +207,7 @@ no_warnings = _NoWarnings()
 def fill_in_threads(
     rows: np.ndarray, compute: Callable[[Any], np.ndarray], pictures: Sequence[Any]
 ) -> None:
-    """Fill `rows` with `compute(picture)` for each picture, in as many threads as torch uses.
+    """Fill each `rows[i]` with `compute(pictures[i])`, in as many threads as torch uses.
 
     Pillow releases the GIL while it works. In a worker of a DataLoader, torch uses one thread. An
     ImageError or a TypeError of `compute` is raised again with the index of the image.
@@ -225,7 +225,7 @@ def fill_in_threads(
     with no_warnings, ThreadPoolExecutor(torch.get_num_threads()) as pool:
         each = pool.map if len(first) > 1 else map  # a new thread costs a tenth of an image's time
         for _ in each(fill, first.values()):
-            pass  # raises what `fill` raised, and cancels the rest
+            pass  # an error of `fill` is raised here, and cancels the other calls
     for i, picture in enumerate(pictures):
         if i != first[id(picture)]:
             rows[i] = rows[first[id(picture)]]
