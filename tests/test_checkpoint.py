@@ -772,7 +772,7 @@ def test_a_shard_index_may_only_name_weights_files_beside_it(saved, shard):
     shutil.move(saved / "model.safetensors", saved.parent / "secret.safetensors")
     index = {"weight_map": {"logit_scale": shard}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="not a weights file beside the index"):
+    with pytest.raises(CheckpointError, match="not a weights file in the index's folder"):
         CLIP.from_pretrained(saved)
 
 
