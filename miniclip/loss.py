@@ -13,7 +13,7 @@ from miniclip.model import CLIP
 
 
 def cross_entropy(logits: Tensor, is_true: Tensor) -> Tensor:
-    """The negative log-probability of the true entries: the mean of each row, then of all rows."""
+    """The negative log-probability of the true entries, averaged in each row, then over rows."""
     target = is_true.to(logits.dtype)
     return F.cross_entropy(logits, target / target.sum(dim=1, keepdim=True))
 
