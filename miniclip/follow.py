@@ -1,8 +1,8 @@
 """Check whether a function that inspects or changes a model gives the right result on a fork.
 
-Some of these functions replay a method of the model: the function computes CLIP's formula with a
-change. For example, `dense_features` changes the attention pattern of the last block. If a fork has
-its own version of such a method, the function raises an error, because the result would be wrong.
+Some of these functions replay a method of the model: they compute CLIP's formula with a change. For
+example, `dense_features` changes the attention pattern of the last block. If a fork has its own
+version of a replayed method, the function raises an error, because the result would be wrong.
 
 A fork is a subclass in a file of your own. Do not copy miniclip's code:
 
@@ -149,8 +149,8 @@ def patch_places(tower: Any, pixels: Tensor) -> slice:
     first = changed[0][0] if changed[0] else 0
     if changed != [[first + patch] for patch in asked]:
         raise ValueError(
-            f"{type(tower).__name__}.embed_tokens does not give each patch one token, row by row: "
-            "its tokens cannot be laid out as a map of patches"
+            f"{type(tower).__name__}.embed_tokens does not give each patch one token, row by row, "
+            "so its tokens cannot be shown as a map of patches"
         )
     return slice(first, first + count)
 

@@ -1,6 +1,6 @@
 """The training loss of CLIP: figure 3 of the paper (Radford et al. 2021, arXiv 2103.00020).
 
-CLIP learns to find, in a batch, the caption of each image and the image of each caption.
+In a batch, CLIP learns to find the caption of each image and the image of each caption.
 """
 
 import math

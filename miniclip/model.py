@@ -35,7 +35,7 @@ class Site(nn.Identity):
 
 
 def is_watched(site: nn.Module) -> bool:
-    """Whether a site has hooks (its own or global ones), or its `forward` was replaced."""
+    """Whether a hook or a replaced `forward` may see or change the tensor at a site."""
     hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)
     kinds = ("forward", "forward_pre", "backward", "backward_pre")
     of_all = (getattr(all_modules, f"_global_{kind}_hooks") for kind in kinds)
@@ -329,7 +329,7 @@ class CLIP(Pretrained):
         self.config = config
         self.vision = self.vision_class(config.vision, config.embed_dim)
         self.text = self.text_class(config.text, config.embed_dim)
-        # Stored as a logarithm: a gradient step multiplies the scale, so it stays positive.
+        # The logarithm is stored, so a gradient step multiplies the scale, which stays positive.
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:

@@ -57,7 +57,7 @@ def write_model(
                 names.setdefault((tensor.device, place), []).append(name)
         if tied := [" = ".join(same) for same in names.values() if len(same) > 1]:
             raise ValueError(
-                "cannot save here: one parameter has several names, but needs a single name: "
+                "cannot save here, because a parameter has more than one name: "
                 f"{listed(tied)}. First give each name a copy: nn.Parameter(weight.clone())"
             )
         state = {name: tensor.cpu() for name, tensor in state.items()}

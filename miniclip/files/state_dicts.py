@@ -45,7 +45,7 @@ class Made(dict[Any, Any]):
 
 
 def find_state_dict(root: Any) -> dict[str, StoredTensor]:
-    """Find the only state dict in a file: the root, or a dictionary inside it.
+    """Find the only state dict in a file. It is the root object or a dictionary inside the root.
 
     A state dict has tensors under dotted names. If the file has no dotted names, a dictionary of
     tensors with other names is also a state dict. Raises UnpicklingError.

@@ -143,7 +143,7 @@ Added = dict[str, tuple[bool, int | None]]
 def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
     """Read the bos, eos, unk and pad tokens, the added tokens, and the context length.
 
-    Versions of transformers have used four different files for tokens. The files are read in
+    Different versions of transformers wrote tokens to four different files. These are read in
     transformers' order, and a later entry replaces an earlier entry. If tokenizer_config.json has
     `added_tokens_decoder`, only this file is read. Raises CheckpointError.
     """

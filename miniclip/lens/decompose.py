@@ -166,7 +166,7 @@ def ablate_contributions(
 
     This is the mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code.
     The model does not run again, so later layers still use the original output of these heads.
-    To change later layers too, at every token, use `surgery.ablate_heads` with mode="mean".
+    `surgery.ablate_heads` with mode="mean" acts on every token, and also changes later layers.
 
     Args:
         parts: from `decompose` of a whole data set, with `by` "head" or "token".

@@ -1,4 +1,4 @@
-"""Which tower gets an input, and which token's output becomes the embedding.
+"""Find the tower for an input, and the token whose output becomes the embedding.
 
 This token is the class token of an image, or the end token of a text. `model` may be a CLIP or a
 tower. A CLIP sends floats to its vision tower and ids to its text tower.

@@ -1,8 +1,8 @@
 """`miniclip serve`: a page to try models on, in a browser on the same machine.
 
-page.html loads no other file, and talks only to this server, in JSON. Images in the JSON are
-`data:` URLs, in both directions, so no upload is written to disk. The numbers come from `zeroshot`
-and `retrieval`, and the maps from `lens`.
+page.html loads no other file, and talks only to this server, in JSON. In the JSON,
+uploaded and returned images are `data:` URLs, so no upload is written to disk. The numbers come
+from `zeroshot` and `retrieval`, and the maps from `lens`.
 """
 
 import asyncio

@@ -258,7 +258,7 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
 def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:
     """Return two images, and eight texts with both models' end tokens at various positions.
 
-    A text is `shorter` tokens shorter than the context. This reveals models that count from the end.
+    A text is `shorter` tokens shorter than the context. This finds models that count from the end.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)
