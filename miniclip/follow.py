@@ -1,8 +1,8 @@
 """Check whether a function that inspects or changes a model gives the right result on a fork.
 
-Some of these functions replay a method of the model: the function computes CLIP's formula with a
-change. For example, `dense_features` changes the attention pattern of the last block. If a fork has
-its own version of such a method, the function raises an error, because the result would be wrong.
+Some of these functions replay a method of the model: they compute CLIP's formula with a change. For
+example, `dense_features` changes the attention pattern of the last block. If a fork has its own
+version of a replayed method, the function raises an error, because the result would be wrong.
 
 A fork is a subclass in a file of your own. Do not copy miniclip's code:
 
@@ -59,7 +59,7 @@ def own_method(
     attention: Methods = (),
     mlp: Methods = (),
 ) -> tuple[str, str]:
-    """Find the first of these methods that a fork overrides.
+    """Find the first of the given methods that a fork overrides.
 
     Returns the name of the method and the name of the fork's class, or two empty strings. Also
     finds methods of replaced modules, and methods that were set on an instance.
@@ -105,8 +105,8 @@ def tower_for(model: Any, x: Tensor) -> Any:
     name, encode = ("vision", "encode_image") if x.is_floating_point() else ("text", "encode_text")
     if getattr(type(model), encode, None) not in (CLIP.encode_image, CLIP.encode_text):
         raise ValueError(
-            f"{type(model).__name__} has its own {encode}, so its embedding may not be the {name} "
-            f"tower's output; give model.{name} to look at the tower alone"
+            f"{type(model).__name__} has its own {encode}, which may change the output of the "
+            f"{name} tower; to inspect only the tower, give model.{name}"
         )
     return unwrapped(getattr(model, name))
 
@@ -130,7 +130,7 @@ def ids_for(tower: Any, tokenizer: Tokenizer, texts: Sequence[str], **options: A
 def patch_places(tower: Any, pixels: Tensor) -> slice:
     """The positions of the patches among the tokens of an image. In CLIP they are the last tokens.
 
-    If a fork has its own `embed_tokens`, change some patches, and see which tokens change.
+    If a fork has its own `embed_tokens`, this function changes some patches to find their tokens.
     Raises ValueError unless each patch has one token, row by row.
     """
     rows, columns = patch_grid(tower, pixels)
@@ -149,8 +149,8 @@ def patch_places(tower: Any, pixels: Tensor) -> slice:
     first = changed[0][0] if changed[0] else 0
     if changed != [[first + patch] for patch in asked]:
         raise ValueError(
-            f"{type(tower).__name__}.embed_tokens does not give each patch one token, row by row: "
-            "its tokens cannot be laid out as a map of patches"
+            f"{type(tower).__name__}.embed_tokens does not give each patch one token, row by row, "
+            "so its tokens cannot be shown as a map of patches"
         )
     return slice(first, first + count)
 
@@ -169,7 +169,7 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
 
 
 def check_rebuilt(who: str, model: Any) -> Any:
-    """Return the model. Raises ValueError unless `type(model)(model.config)` has the same modules.
+    """Return the model, but raise ValueError unless its class and config determine its modules.
 
     In some forks, blocks differ from layer to layer, or the position embedding is a buffer.
     Then saving and loading would give another model. CLIP itself does not need this check.
@@ -186,8 +186,9 @@ def check_rebuilt(who: str, model: Any) -> Any:
 def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -> None:
     """Raise ValueError if surgery on a fork's tower gave a wrong embedding.
 
-    `tower` is the new tower. Its embedding must equal the embedding of the old tower `other` with
-    `edits`. CLIP's own towers are not checked, because tests show that surgery on them is exact.
+    `tower` is the new tower. Its embedding must equal the embedding of the old tower `other` when
+    hooks make the `edits`. CLIP's own towers are not checked, because tests show that surgery on
+    them is exact.
     """
     own = ("__init__", "forward")
     if not any(

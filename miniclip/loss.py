@@ -1,6 +1,6 @@
 """The training loss of CLIP: figure 3 of the paper (Radford et al. 2021, arXiv 2103.00020).
 
-CLIP learns to find, in a batch, the caption of each image and the image of each caption.
+In a batch, CLIP learns to find the caption of each image and the image of each caption.
 """
 
 import math
@@ -13,7 +13,7 @@ from miniclip.model import CLIP
 
 
 def cross_entropy(logits: Tensor, is_true: Tensor) -> Tensor:
-    """The negative log-probability of the true entries: the mean of each row, then of all rows."""
+    """The negative log-probability of the true entries, averaged in each row, then over rows."""
     target = is_true.to(logits.dtype)
     return F.cross_entropy(logits, target / target.sum(dim=1, keepdim=True))
 

@@ -35,7 +35,7 @@ class Site(nn.Identity):
 
 
 def is_watched(site: nn.Module) -> bool:
-    """Whether a site has hooks (its own or global ones), or its `forward` was replaced."""
+    """Whether a hook or a replaced `forward` may see or change the tensor at a site."""
     hooks = (site._forward_hooks, site._forward_pre_hooks, site._backward_hooks)
     kinds = ("forward", "forward_pre", "backward", "backward_pre")
     of_all = (getattr(all_modules, f"_global_{kind}_hooks") for kind in kinds)
@@ -162,7 +162,7 @@ class Tower(Pretrained):
 
 
 def projection(width: int, embed_dim: int | None) -> nn.Module:
-    """The map into the shared space. Some tower checkpoints have none: then `embed_dim` is None."""
+    """The map into the shared space. If a tower's checkpoint has none, `embed_dim` is None."""
     return nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim, bias=False)
 
 
@@ -207,7 +207,7 @@ class VisionTower(Tower):
         return self.ln_pre(x)
 
     def pool(self, x: Tensor) -> Tensor:
-        """The output of the last block (B, T, W) -> its class token after LayerNorm (B, W)."""
+        """Apply the last LayerNorm to the class token: (B, T, W) -> (B, W)."""
         return self.ln_post(x[:, 0])  # (B, W)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class VisionTower(Tower):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """OpenAI's init (openai/CLIP, model.py). q, k and v: Xavier for a joint (3W, W) matrix."""
+        """OpenAI's init (openai/CLIP, model.py). q, k, v: the Xavier init of one (3W, W) matrix."""
         std = self.config.width**-0.5
         for weight in (self.class_embed, self.pos_embed, *self.proj.parameters()):
             nn.init.normal_(weight, std=std)
@@ -227,7 +227,7 @@ class VisionTower(Tower):
 
 
 class TextTower(Tower):
-    """Token ids (B, T), T at most context_length -> embeddings (B, E).
+    """Token ids (B, T) -> embeddings (B, E). T is at most the context length.
 
     The architecture of GPT-2 (Radford et al. 2019). The end token's last output becomes the
     embedding. Attention is causal, so the end token sees no padding, and no padding mask is needed.
@@ -252,7 +252,7 @@ class TextTower(Tower):
         return self.add_positions(self.token_embed(ids))
 
     def add_positions(self, x: Tensor) -> Tensor:
-        """Any token vectors (B, T, W) -> the residual stream before the first block, (B, T, W)."""
+        """Add the position embedding to any token vectors: (B, T, W) -> (B, T, W)."""
         check_token_vectors(x, self.pos_embed)
         return x + self.pos_embed[: x.shape[1]]
 
@@ -270,7 +270,7 @@ class TextTower(Tower):
         return torch.where(is_eos.any(-1), is_eos.int().argmax(-1), -1)
 
     def pool(self, x: Tensor, eos: Tensor) -> Tensor:
-        """The output of the last block (B, T, W) -> its end token after LayerNorm (B, W)."""
+        """Apply the last LayerNorm, and take the end token of each text: (B, T, W) -> (B, W)."""
         x = self.ln_final(x)  # (B, T, W)
         x = x[torch.arange(x.shape[0], device=x.device), eos]  # (B, W)
         return x.masked_fill((eos < 0)[:, None], torch.nan)
@@ -329,7 +329,7 @@ class CLIP(Pretrained):
         self.config = config
         self.vision = self.vision_class(config.vision, config.embed_dim)
         self.text = self.text_class(config.text, config.embed_dim)
-        # Stored as a logarithm: a gradient step multiplies the scale, so it stays positive.
+        # The logarithm is stored, so a gradient step multiplies the scale, which stays positive.
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
 
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:

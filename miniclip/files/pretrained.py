@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         def forward(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     class _Called:
-        """Give `__call__` the types of `forward`, also in a fork. nn.Module's own types are Any."""
+        """Give `__call__` the argument types and the result type of `forward`, also in a fork."""
 
         def __get__(self, module: _HasForward[P, R], owner: Any = None) -> Callable[P, R]: ...
 
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 class Pretrained(nn.Module):
     """A model with `from_pretrained` and `save_pretrained`.
 
-    The `model_type` of a subclass is the subclass's name, so no other class can load the files by
-    mistake. `tensor_names` maps the new parameters of a subclass to their names in a file, such as
-    {"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}.
+    The `model_type` of a subclass is the subclass's name, so no other class can load the saved
+    files by mistake. `tensor_names` maps the new parameters of a subclass to their names in a file,
+    such as {"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}.
     """
 
     towers: ClassVar[tuple[str, ...]]  # the towers that a checkpoint must have
@@ -114,7 +114,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def fork(cls) -> Fork:
-        """How the files of this class differ from the files of CLIP."""
+        """The model type, the class name and the tensor names in the files of this class."""
         return Fork(cls.model_type, cls.__name__, cls.tensor_names)
 
 
@@ -140,7 +140,7 @@ class PretrainedConfig:
 
     @classmethod
     def from_dict(cls: type[T], config: dict[str, Any]) -> T:
-        """Read the contents of transformers' config.json. Raises ValueError for other models."""
+        """Read the contents of transformers' config.json. Raises ValueError if it is not a CLIP."""
         return cls.from_fields(configs.from_transformers(config))
 
     def to_dict(self) -> dict[str, Any]:

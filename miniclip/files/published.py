@@ -21,7 +21,8 @@ def _fields(vision: tuple[int, ...], text: tuple[int, ...], act: str = "quick_ge
 
 
 PUBLISHED = {
-    # vision: width, layers, heads, MLP width, patch, image; text: width, layers; embedding
+    # vision: width, layers, heads, MLP width, patch size, image size
+    # text: width, layers, width of the embedding
     "B/32": _fields((768, 12, 12, 3072, 32, 224), (512, 12, 512)),
     "B/16": _fields((768, 12, 12, 3072, 16, 224), (512, 12, 512)),
     "L/14": _fields((1024, 24, 16, 4096, 14, 224), (768, 12, 768)),
@@ -44,11 +45,11 @@ OPENAI_NAMES = {
     "ViT-L/14": "openai/clip-vit-large-patch14",
     "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
 }
-"""A name in openai/CLIP's `clip.load` -> the hub id of the same weights."""
+"""For each model name in openai/CLIP's `clip.load`, the hub id of the same weights."""
 
 
 def openai_id(name: str) -> str | None:
-    """The hub id of an OpenAI model by its name in openai/CLIP or PUBLISHED. None for other names.
+    """Return OpenAI's hub id for a model name in openai/CLIP or PUBLISHED. None for other names.
 
     >>> openai_id("ViT-L/14@336px") == openai_id("L/14-336"), openai_id("vit-b/32")
     (True, 'openai/clip-vit-base-patch32')
@@ -57,7 +58,7 @@ def openai_id(name: str) -> str | None:
 
 
 def shape_name(name: str) -> str:
-    """The key of PUBLISHED for a name: "B/32" for "ViT-B/32". Other names stay unchanged."""
+    """Turn "ViT-B/32" into "B/32", a key of PUBLISHED. Return an unknown name unchanged."""
     return {_plain(known): known for known in PUBLISHED}.get(_plain(name), name)
 
 
@@ -80,7 +81,7 @@ RELEASES = {
     "timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b": ("bigG/14", "quick_gelu"),
     **{name: (name, "quick_gelu") for name in PUBLISHED if name.startswith("TinyCLIP")},
 }
-"""A release -> its shape and activation. Each pair of shape and activation has one release."""
+"""The shape and the activation of each release. No two releases have the same pair."""
 
 
 def published(name: str) -> Fields | None:
@@ -100,7 +101,7 @@ def published(name: str) -> Fields | None:
 
 
 def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
-    """The releases that have the config fields `shapes`, which come from a file's weights."""
+    """Return the releases that fit `shapes`, the config fields that a file's weights determine."""
 
     def fits(fields: Fields) -> bool:
         known = ("width", "layers", "mlp_width", "patch_size")
@@ -124,9 +125,10 @@ _TIMM_SIZES = {
 
 
 def vision_of_timm(name: Any) -> Fields | None:
-    """The fields of a CLIP's vision tower from its name in timm. None for any other name.
+    """Return the config fields of a CLIP's vision tower, given the tower's name in timm.
 
-    timm's CLIP towers have exact GELU unless the name contains "quickgelu".
+    None for any other name. timm's CLIP towers have exact GELU unless the name contains
+    "quickgelu".
 
     >>> vision_of_timm("vit_large_patch14_clip_quickgelu_336")["image_size"]
     336
@@ -141,7 +143,7 @@ def vision_of_timm(name: Any) -> Fields | None:
 
 
 def fields_of_timm(settings: dict[str, Any]) -> Fields:
-    """The config fields in timm's config.json, for a vision tower. Raises ValueError."""
+    """Return the config fields of a vision tower from timm's config.json. Raises ValueError."""
     name, trained = settings["architecture"], settings.get("pretrained_cfg")
     tag = str(trained.get("tag")) if isinstance(trained, dict) else ""
     vision = vision_of_timm(name)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from miniclip.errors import CheckpointError
 
-NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has no such flag, and needs none
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # Windows has no such flag and does not need it
 MOST_BYTES, MOST_LINES = 5_000_000, 300_000
 """Limits for each file of a tokenizer. OpenAI's files have at most 3.7 MB and 262,145 lines."""
 

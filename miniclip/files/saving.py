@@ -48,7 +48,7 @@ def write_model(
     refuse_other_files(directory, layout)
     with blaming_disk(directory), blaming(directory):
         if layout != "transformers" and fork.model_type != "clip":
-            reason = f"has no place for the class {fork.class_name}; use 'transformers'"
+            reason = f"cannot store the class {fork.class_name}; use 'transformers'"
             raise ValueError(f"the layout {layout!r} {reason}")
         refuse_inexpressible(fields, layout)
         names: dict[Any, list[str]] = {}
@@ -57,7 +57,7 @@ def write_model(
                 names.setdefault((tensor.device, place), []).append(name)
         if tied := [" = ".join(same) for same in names.values() if len(same) > 1]:
             raise ValueError(
-                "cannot save here: one parameter has several names, but needs a single name: "
+                "cannot save here, because a parameter has more than one name: "
                 f"{listed(tied)}. First give each name a copy: nn.Parameter(weight.clone())"
             )
         state = {name: tensor.cpu() for name, tensor in state.items()}
@@ -85,9 +85,9 @@ def saving_checkpoint(
 ) -> Iterator[Path]:
     """Yield a folder to save the model in. Then save the tokenizer and the transform there.
 
-    At the end, all files move to `directory`, or none, as in `saving`. Raises CheckpointError if
-    model, tokenizer and transform do not fit together, or if `load` would read other files in the
-    directory instead of the saved files.
+    At the end, either all files move to `directory` or none, as in `saving`. Raises CheckpointError
+    if model, tokenizer and transform do not fit together, or if `load` would read other files in
+    the directory instead of the saved files.
     """
     directory = Path(directory)
     check_layout(layout)
@@ -120,8 +120,8 @@ def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
     others += [*WEIGHTS[: WEIGHTS.index(WRITTEN[layout])], *more]
     if there := [name for name in others if (directory / name).is_file()]:
         raise CheckpointError(
-            f"{directory}: has {listed(there)}, which would be loaded instead. Save to another "
-            "directory, or first delete the files of the other checkpoint"
+            f"{directory}: has {listed(there)}, which would be loaded instead of the saved files. "
+            "Save to another directory, or first delete the files of the other checkpoint"
         )
 
 
@@ -139,7 +139,7 @@ def one_version(read: F) -> F:
         if not os.path.isdir(directory):
             return read(*args, **options)
         for _ in range(1000):
-            with suppress(OSError):  # `read` repeats this call, and raises the error
+            with suppress(OSError):  # `read` makes the same call, and raises the error
                 finish_save(directory)
             before = _state(directory)
             # While SAVED exists, a save may have moved only some of its files.

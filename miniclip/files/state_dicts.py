@@ -1,4 +1,4 @@
-"""The object that a pickle describes -> the state dict inside it."""
+"""Find the state dict inside the object that a pickle describes."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -37,7 +37,7 @@ class StoredTensor(NamedTuple):
 
 
 class Made(dict[Any, Any]):
-    """A placeholder for an object that code would make, with its items and attributes."""
+    """The items and attributes of an object that only code in the pickle could make."""
 
     def __init__(self, maker: str = "") -> None:
         self.maker = maker
@@ -45,7 +45,7 @@ class Made(dict[Any, Any]):
 
 
 def find_state_dict(root: Any) -> dict[str, StoredTensor]:
-    """Find the only state dict in a file: the root, or a dictionary inside it.
+    """Find the only state dict in a file. It is the root object or a dictionary inside the root.
 
     A state dict has tensors under dotted names. If the file has no dotted names, a dictionary of
     tensors with other names is also a state dict. Raises UnpicklingError.
@@ -95,7 +95,7 @@ def _tensors(attributes: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str
     if not isinstance(attributes, dict) or id(attributes) in seen:
         return
     seen.add(id(attributes))
-    if "_parameters" in attributes:  # from torch.save; TorchScript has no _parameters
+    if "_parameters" in attributes:  # saved by torch.save, not by TorchScript
         for kind in ("_parameters", "_buffers", "_modules"):
             yield from _tensors(attributes.get(kind), prefix, seen)
         return

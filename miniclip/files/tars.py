@@ -34,7 +34,7 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
             bounded = _Bounded(file)
             with tarfile.open(fileobj=bounded, mode="r:") as tar:  # type: ignore[call-overload]
                 for info in tar:
-                    tar.members.clear()  # otherwise all headers stay in memory
+                    tar.members.clear()  # without this, all headers would stay in memory
                     if info.size < 0 or info.offset <= last:
                         raise ValueError(f"the header of {info.name!r:.200} points backwards")
                     last = info.offset
@@ -50,11 +50,11 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError,
             RecursionError) as error:  # fmt: skip
         note = f"{name}: the tar cannot be read to its end: {str(error)[:300]}"
-        damage += [note] * (note not in damage)  # once, although each epoch reads the tar
+        damage += [note] * (note not in damage)  # add it once, although each epoch reads the tar
 
 
 class _Bounded:
-    """A file that raises ValueError if tarfile follows a damaged header beyond the file's end."""
+    """A file that raises ValueError if a damaged header sends tarfile beyond the file's end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell

@@ -1,4 +1,4 @@
-"""A weights file -> its tensors, memory-mapped."""
+"""Memory-map the tensors of a weights file."""
 
 import math
 import os
@@ -29,7 +29,7 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, Tens
         tensors = _read_in_turn(path, dtype)
     except Exception as error:  # damage raises many kinds of errors
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        reason = "".join(filter(str.isprintable, reason))  # the reason may quote the file
+        reason = "".join(filter(str.isprintable, reason))  # the reason may quote bytes of the file
         size = f"{path.stat().st_size:,} bytes" if path.exists() else "no such file"
         raise CheckpointError(
             f"{path}: the weights file cannot be read, or is not complete ({size}): {reason}"
@@ -56,7 +56,7 @@ def _read_in_turn(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
         tensors[name] = mapped.to(dtype) if mapped.is_floating_point() else mapped
         read += mapped.nbytes if tensors[name] is not mapped else 0
         if read > 1 << 24:
-            del mapped  # the old map is freed when no tensor uses it
+            del mapped  # the old memory map is freed when no tensor uses it
             file = safe_open(path, framework="pt") if is_safe else file.remapped()
             read = 0
     return {name: tensors[name] for name in size}
@@ -72,7 +72,7 @@ def _read_shards(index: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     for shard in sorted(set(places.values())):
         path = index.parent / shard
         if Path(shard).name != shard or path.suffix not in SUFFIXES or not os.path.isfile(path):
-            reason = f"the shard {shown(shard)} is not a weights file beside the index"
+            reason = f"the shard {shown(shard)} is not a weights file in the index's folder"
             raise CheckpointError(f"{index}: {reason}")
         more = read_tensors(path, dtype)
         if twice := sorted(tensors.keys() & more.keys()):

@@ -1,4 +1,4 @@
-"""A tokenizer's files <-> its vocabulary, merges and special tokens.
+"""Read and write the vocabulary, the merges and the special tokens of a tokenizer.
 
 Three forms are read: vocab.json and merges.txt, tokenizer.json, and OpenAI's bpe_simple_vocab.
 """
@@ -20,7 +20,7 @@ OPENAI_MERGES = 49152 - 256 - 2  # CLIP uses the first lines of OpenAI's file
 STALE = ("tokenizer.json", "added_tokens.json")
 """Files of an older tokenizer. A save deletes them, because transformers would read them first."""
 MOST_ADDED, LONGEST_ADDED = 20_000, 100
-"""Limits: the number of added tokens, and the characters in one. Long tokens are slow to find."""
+"""Limits for the number and the length of added tokens. Long tokens are slow to find."""
 
 
 class Vocabulary(NamedTuple):
@@ -45,7 +45,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     with blaming(source):
         check_tokens(vocab, merges, [])
         if not any(token.endswith(END_OF_WORD) for token in vocab):
-            raise ValueError(f"no token ends with {END_OF_WORD}, but a word's last token must")
+            raise ValueError(f"no token ends with {END_OF_WORD}; expected it at each word's end")
         given = {token: id for token, (_, id) in added.items() if id is not None}
         for token, id in sorted(given.items(), key=lambda item: item[1]):
             if (found := vocab.setdefault(token, len(vocab))) != id:
@@ -83,7 +83,7 @@ def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> 
 
 
 def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Iterable[str]) -> None:
-    """Raise ValueError for a token that no merge makes, because no text gives this token.
+    """Raise ValueError for a token that no merge makes. The tokenizer could never output it.
 
     This can be checked only if the vocabulary contains all 256 bytes.
     """
@@ -100,7 +100,7 @@ def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Itera
 
 
 def _read_merges(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
-    """Read the vocabulary and the merges. Returns (vocabulary's file, vocabulary, merges)."""
+    """Read the vocabulary and the merges. Return them after the path of the vocabulary's file."""
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     whole, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
     if vocab.is_file() and (merges.is_file() or not whole.is_file()):
@@ -137,13 +137,13 @@ def _pairs(path: Path, merges: Iterable[Any]) -> list[Pair]:
 
 
 Added = dict[str, tuple[bool, int | None]]
-"""Added tokens: {token: (whether to match the token after cleaning, the token's id or None)}."""
+"""For each added token: whether it is matched after cleaning the text, and its id or None."""
 
 
 def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
     """Read the bos, eos, unk and pad tokens, the added tokens, and the context length.
 
-    Versions of transformers have used four different files for tokens. The files are read in
+    Different versions of transformers wrote tokens to four different files. These are read in
     transformers' order, and a later entry replaces an earlier entry. If tokenizer_config.json has
     `added_tokens_decoder`, only this file is read. Raises CheckpointError.
     """
@@ -205,7 +205,7 @@ def _added_token(token: Any, id: int | None = None) -> Added:
     if len(content) > LONGEST_ADDED:
         found = shown(content)
         raise ValueError(f"expected at most {LONGEST_ADDED} characters in a token, found {found}")
-    # lstrip and rstrip are ignored: they remove whitespace, which has no ids anyway.
+    # lstrip and rstrip are ignored, because they only remove whitespace, which gives no token ids.
     if token.get("single_word"):
         raise ValueError(f"single_word of {shown(content)} is set; no known CLIP has such tokens")
     if id is not None and type(id) is not int:

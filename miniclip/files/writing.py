@@ -24,14 +24,14 @@ SAVED = f"{PLACE}/miniclip.saved"
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file. If this fails, an old file of the same name stays unchanged."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to. If nothing fails, this file then replaces `path`."""
+    """Yield the path of a temporary file. If no error occurs, it replaces `path` at the end."""
     if path.exists() and not path.is_file():  # do not replace a device
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with _private_folder(path.parent) as folder:
@@ -103,7 +103,7 @@ def lock(folder: Path) -> int:
 
 @contextmanager
 def saving(directory: Path) -> Iterator[Path]:
-    """Yield a folder to write files to. At the end, all files move to `directory`, or none does.
+    """Yield a folder to write files to. At the end, either all files move to `directory` or none.
 
     An empty file in the folder means: delete the file with this name. To complete the save, the
     folder is renamed to SAVED. If the process is killed before the rename, the directory keeps its
@@ -117,7 +117,7 @@ def saving(directory: Path) -> Iterator[Path]:
                 yield folder
                 for file in folder.iterdir():
                     target = directory / file.name
-                    if target.is_dir():  # checked before `_commit`, which is final
+                    if target.is_dir():  # check now, because `_commit` cannot be undone
                         raise IsADirectoryError(f"{target} is a directory")
                     if target.exists():
                         file.chmod(target.stat().st_mode)

@@ -28,7 +28,7 @@ For one embedding of a long text, see `surgery.extend_context`.
     miniclip explain --score shapes --model shapes -o methods.png
 
 The first command draws where the model sees each text, with every method. The second command scores
-the methods. An image has two drawn objects. A method must find the object that the text names:
+the methods. Each image shows two objects. A method must find the object that the text names:
 
                                     trained weights                random weights
     method                named     other       IoU     named     other       IoU

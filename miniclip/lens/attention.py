@@ -34,14 +34,14 @@ def check_patterns(acts: dict[str, Tensor], *blocks: nn.Sequential) -> None:
     if len(acts) != sum(map(len, blocks)):
         silent = [type(b.attn).__name__ for some in blocks for b in some]
         raise ValueError(
-            f"{len(acts)} of {len(silent)} blocks have run their site attn.pattern; the other "
-            f"blocks' attention computes the pattern elsewhere: {', '.join(dict.fromkeys(silent))}"
+            f"only {len(acts)} of {len(silent)} blocks use the site attn.pattern; the other blocks "
+            f"compute it elsewhere. Attention classes: {', '.join(dict.fromkeys(silent))}"
         )
 
 
 @torch.no_grad()
 def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
-    """How much of each token reaches the class or end token, if only attention mixes tokens.
+    """Estimate from the patterns how much of each token reaches the class or end token.
 
     A block's matrix is the mean of two matrices: its heads' mean pattern, and the identity for
     the residual connection. The matrices of all blocks are multiplied (Abnar and Zuidema 2020,
@@ -62,7 +62,7 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
 
 
 class Relevance(NamedTuple):
-    """The relevance of tokens, for B pairs. The class and end tokens start at 1, others at 0."""
+    """The relevance of tokens, for B pairs. Class and end tokens start at 1, other tokens at 0."""
 
     image: Tensor  # (B, 1 + R + P)
     text: Tensor  # (B, T)

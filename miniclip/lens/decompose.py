@@ -18,8 +18,8 @@ def read_rows(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run a tower. Call functions with the tensors at sites. Return the results and the embedding.
 
-    `sites` is {glob: function}. The results are {site: result}, and "embed" is the result of `read`
-    for the input of block 0.
+    `sites` is {glob: function}. The results are {site: result}. For the input of block 0, `read`
+    gives the result "embed".
     """
     rows: dict[str, Tensor] = {}
 
@@ -32,7 +32,7 @@ def read_rows(
         return rows, tower(x)
 
 
-# z (B, H, D), or z split by token (B, H, T, D), times each head's map to the embedding (E, H, D).
+# Einsum of z, (B, H, D) or (B, H, T, D), with each head's matrix to the embedding, (E, H, D).
 GRAINS = {"layer": "bhd,ehd->be", "head": "bhd,ehd->bhe", "token": "bhtd,ehd->bhte"}
 
 
@@ -55,10 +55,10 @@ def decompose(
             parts share the LayerNorm's mean and bias equally, and the sum of all has length 1.
     Returns:
         "embed" (the residual stream before the first block), "blocks.3.attn", "blocks.3.mlp", and
-        so on. With "miniclip", biases are parts too. The sum of all parts is the embedding (with
-        "clip_prs": of length 1). A value bias belongs to a head, not to a token, because a
-        pattern's rows sum to 1. So "blocks.3.attn.v_proj.bias" is (B, H, E) if `by` is "head" or
-        "token". A fork's own MLP is one part, including its biases.
+        so on. With "miniclip", biases are parts too. The sum of all parts is the embedding. With
+        "clip_prs", it is the embedding divided by its length. A value bias belongs to a head, not
+        to a token, because a pattern's rows sum to 1. So "blocks.3.attn.v_proj.bias" is (B, H, E)
+        if `by` is "head" or "token". A fork's own MLP is one part, including its biases.
     Raises:
         ValueError: if the sum is not the embedding (for instance because a hook edits the stream),
             or for a fork with its own pooling, block or attention pattern.
@@ -96,7 +96,7 @@ def decompose(
         normed = rows[f"blocks.{i}.ln_1"]
         values = one.attn.qkv(normed)[2].transpose(1, 2).flatten(2)  # (B, T, W)
         if not torch.allclose(values, one.attn.v_proj(normed)):
-            raise ValueError(f"{changed}.qkv changes the values: decompose cannot follow it")
+            raise ValueError(f"{changed}.qkv changes the values, so decompose cannot follow it")
 
     norm_name, norm = last_norm(tower)
     last = rows[f"blocks.{len(tower.blocks) - 1}"]  # (B, W)
@@ -166,7 +166,7 @@ def ablate_contributions(
 
     This is the mean ablation of Gandelsman et al. 2023 (arXiv 2310.05916), as in their code.
     The model does not run again, so later layers still use the original output of these heads.
-    To change later layers too, at every token, use `surgery.ablate_heads` with mode="mean".
+    `surgery.ablate_heads` with mode="mean" acts on every token, and also changes later layers.
 
     Args:
         parts: from `decompose` of a whole data set, with `by` "head" or "token".
@@ -181,7 +181,9 @@ def ablate_contributions(
     for layer, chosen in heads.items():
         part = parts.get(name := f"blocks.{layer}.attn")
         if part is None or part.ndim < 3:
-            raise ValueError(f"no heads in {name!r}: expected a layer, and parts by head or token")
+            raise ValueError(
+                f"no heads in {name!r}; expected a layer, and parts with by='head' or by='token'"
+            )
         chosen = numbers(chosen, part.shape[1], name, "heads")
         ablated[name] = part.clone()
         ablated[name][:, chosen] = part[:, chosen].mean(0)

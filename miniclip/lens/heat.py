@@ -37,7 +37,8 @@ def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
     maps = attention_maps(model, pixels)
     if not 0 <= layer < len(maps) or not 0 <= head < maps[layer].shape[1]:
         heads = [pattern.shape[1] for pattern in maps]
-        raise ValueError(f"no head {head} in layer {layer}; the layers, from 0, have {heads} heads")
+        found = f"layers 0 to {len(maps) - 1} have these numbers of heads: {heads}"
+        raise ValueError(f"no head {head} in layer {layer}; {found}")
     return on_grid(model, pixels, maps[layer][:, head, 0])
 
 
@@ -55,7 +56,7 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     """How much the cosine falls if a patch is covered (Zeiler and Fergus 2013, arXiv 1311.2901).
 
     A grey window of two by two patches moves over the image. The value of a patch is the
-    mean fall of the cosine over all windows that cover the patch.
+    mean decrease of the cosine over all windows that cover the patch.
     """
     patch = model.vision.patch_embed.stride[0]
     rows, columns = patch_grid(model.vision, pixels)
@@ -64,7 +65,7 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     heat, times = texts.new_zeros(len(texts), rows, columns), texts.new_zeros(rows, columns)
     for i, j in corners:
         times[i : i + 2, j : j + 2] += 1
-    # Equal images in a row are encoded once. The comparison of images makes the CPU wait for a GPU.
+    # Encode equal neighbouring images only once. To compare images, the CPU waits for the GPU.
     repeats = [1] * len(pixels)
     if not pixels.is_meta:
         repeats = torch.unique_consecutive(pixels, dim=0, return_counts=True)[1].tolist()
@@ -83,7 +84,7 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     return heat / times
 
 
-# (model, pixels, ids) of B pairs -> maps (B, rows, columns)
+# Each function takes the model, pixels and ids of B pairs, and returns maps (B, rows, columns).
 METHODS: dict[str, Callable[[CLIP, Tensor, Tensor], Tensor]] = {
     "attention": last_attention,
     "rollout": lambda model, x, ids: on_grid(model, x, rollout(model, x)),
@@ -171,12 +172,12 @@ HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")
 def overlay(picture: Image.Image, heat: Tensor, warmest: float | None = None) -> Image.Image:
     """Draw the positive heat (rows, columns) over a grey image. More heat is more opaque.
 
-    `warmest` is the heat that has the last of HEAT_COLOURS, by default the map's largest value.
+    `warmest` is the heat that gets the last colour of HEAT_COLOURS. Default: the largest heat.
     """
     shown = heat.clamp(min=0)
     warmest = shown.max().item() if warmest is None else warmest
     levels = (shown / max(warmest, 1e-12) * 255).clamp(max=255).to(torch.uint8).numpy()
     smooth = Image.fromarray(levels).resize(picture.size, Image.Resampling.BILINEAR)
     colours = ImageOps.colorize(smooth, *HEAT_COLOURS[::2], mid=HEAT_COLOURS[1])
-    density = smooth.point(lambda h: 90 + h // 2)  # opacity: 90 at heat 0, at most 217 of 255
+    density = smooth.point(lambda h: 90 + h // 2)  # the opacity is between 90 and 217, out of 255
     return Image.composite(colours, picture.convert("L").convert("RGB"), density)

@@ -1,4 +1,4 @@
-"""Which tower gets an input, and which token's output becomes the embedding.
+"""Find the tower for an input, and the token whose output becomes the embedding.
 
 This token is the class token of an image, or the end token of a text. `model` may be a CLIP or a
 tower. A CLIP sends floats to its vision tower and ids to its text tower.
@@ -16,7 +16,7 @@ Tower = VisionTower | TextTower
 def read_positions(who: str, tower: Tower, x: Tensor) -> Tensor:
     """The position of the class or end token in each row of x, (B,).
 
-    Raises ValueError, with the name of the function `who`, for a fork with its own pooling.
+    Raises ValueError for a fork with its own pooling. The error names the function `who`.
     """
     follow(who, tower, ("forward", "pool"))
     if eos_positions := getattr(tower, "eos_positions", None):
@@ -30,7 +30,7 @@ def take(tokens: Tensor, positions: Tensor) -> Tensor:
 
 
 def last_norm(tower: Tower) -> tuple[str, nn.LayerNorm]:
-    """The name of the LayerNorm before the projection, and this LayerNorm."""
+    """Return the name and the module of the LayerNorm before the projection."""
     name = "ln_post" if hasattr(tower, "ln_post") else "ln_final"
     return name, getattr(tower, name)
 

@@ -72,7 +72,7 @@ def forward_intermediates(
         output_fmt: "NCHW" (B, W, rows, columns), the default for images, or "NLC" (B, T, W).
         intermediates_only: return only the list of streams.
     Returns:
-        The last LayerNorm's output after the last block that ran, and the list of streams.
+        First the last LayerNorm's output for the last block that ran, then the list of streams.
 
     >>> from miniclip import CLIP
     >>> vision, pixels = CLIP.from_pretrained("shapes").vision, torch.zeros(1, 3, 64, 64)
@@ -85,7 +85,7 @@ def forward_intermediates(
     is_image = hasattr(tower, "patch_embed")
     output_fmt = output_fmt or ("NCHW" if is_image else "NLC")
     if output_fmt not in (("NCHW", "NLC") if is_image else ("NLC",)):
-        expected = "'NCHW' or 'NLC'" if is_image else "'NLC': a text has no rows and columns"
+        expected = "'NCHW' or 'NLC'" if is_image else "'NLC' (a text has no rows and columns)"
         raise ValueError(f"output_fmt is {output_fmt!r}; expected {expected}")
     if return_prefix_tokens and not is_image:
         raise ValueError("return_prefix_tokens is for images; a text has no prefix tokens")
@@ -110,7 +110,7 @@ def forward_intermediates(
 
 
 def block_numbers(indices: int | list[int] | tuple[int, ...] | None, layers: int) -> set[int]:
-    """The numbers, from 0, of the blocks that `indices` chooses among `layers` blocks.
+    """Turn `indices` into a set of block numbers from 0 to `layers` - 1.
 
     >>> block_numbers(2, 12), block_numbers([0, -1], 12)
     ({10, 11}, {0, 11})

@@ -1,8 +1,8 @@
 """`miniclip serve`: a page to try models on, in a browser on the same machine.
 
-page.html loads no other file, and talks only to this server, in JSON. Images in the JSON are
-`data:` URLs, in both directions, so no upload is written to disk. The numbers come from `zeroshot`
-and `retrieval`, and the maps from `lens`.
+page.html loads no other file, and talks only to this server, in JSON. In the JSON,
+uploaded and returned images are `data:` URLs, so no upload is written to disk. The numbers come
+from `zeroshot` and `retrieval`, and the maps from `lens`.
 """
 
 import asyncio
@@ -41,12 +41,12 @@ except ImportError:
 
 HOST = "127.0.0.1"
 FIRST_PORT = 8400
-MAX_BYTES = 20_000_000  # in an uploaded image
-MAX_PIXELS = 50_000_000  # in an uploaded image: decoding takes over ten bytes for each pixel
-MAX_LABELS, MAX_CHARACTERS = 200, 1000  # in a question, in a text
+MAX_BYTES = 20_000_000  # of an uploaded image
+MAX_PIXELS = 50_000_000  # of an uploaded image, because decoding takes over ten bytes a pixel
+MAX_LABELS, MAX_CHARACTERS = 200, 1000  # labels in a question, characters in a text
 MAX_WAITING = 16  # questions that wait at the same time
-MAX_SECONDS = 60  # to receive a question, and then to answer it
-IDLE_SECONDS = 30  # a connection without a question is closed after this time
+MAX_SECONDS = 60  # for receiving a question, and again for answering it
+IDLE_SECONDS = 30  # after this time, a connection that asks nothing is closed
 TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow may start programs for other types
 SIDE = 448  # the smallest side of an image on the page, in pixels
 THUMBNAIL = (224, 224)  # the largest size of a search result, in pixels
@@ -61,8 +61,8 @@ Find = Callable[[str], list[tuple[str, float, Image.Image]]]
 
 
 def open_index(path: str, device: str) -> tuple[Find, str]:
-    """Return a search function, text -> [(path, cosine, image), ...] with the best image first, and
-    the name of the model that made the index."""
+    """Return a function that searches an index, and the name of the model that made the index. The
+    function takes a text and returns [(path, cosine, image), ...], with the best image first."""
     from miniclip.retrieval.index import Index, embed_query
 
     index = Index.load(path)
@@ -104,7 +104,7 @@ def create_app(
         }
 
     def classify(asked: dict[str, Any]) -> dict[str, Any]:
-        """{model, picture, labels, templates} -> the crop that the model sees, and scores."""
+        """Return the crop that the model sees, and a score for each label."""
         loaded, picture = find_model(asked["model"]), read_picture(asked["picture"])
         templates = find_templates(asked["templates"])
         classifier = ZeroShotClassifier(*loaded[:2], asked["labels"], templates)
@@ -113,7 +113,7 @@ def create_app(
         return {"seen": seen, "scores": [score._asdict() for score in scores]}
 
     def explain(asked: dict[str, Any]) -> dict[str, Any]:
-        """{model, picture, label, templates, method} or {..., layer, head} -> a heat map."""
+        """Return a heat map for a label, or for one head if the method is "head"."""
         loaded, picture = find_model(asked["model"]), read_picture(asked["picture"])
         text = find_templates(asked["templates"])[0].replace("{}", asked["label"])
         if asked["method"] == "head":
@@ -130,7 +130,7 @@ def create_app(
         }
 
     def search(asked: dict[str, Any]) -> list[dict[str, Any]]:
-        """{text} -> the best images of the index."""
+        """Return the images of the index that fit a text best."""
         if find is None:
             raise ValueError("there is no index to search: start `miniclip serve` with --index")
         return [
@@ -138,7 +138,7 @@ def create_app(
             for path, score, p in find(asked["text"])
         ]
 
-    one_at_a_time = asyncio.Lock()  # otherwise hooks would also see the tensors of other questions
+    one_at_a_time = asyncio.Lock()  # so that hooks never see the tensors of another question
 
     waiting: set[asyncio.Task[Response]] = set()
 
@@ -164,7 +164,7 @@ def create_app(
                 try:
                     return await asyncio.wait_for(asyncio.shield(task), MAX_SECONDS)
                 finally:
-                    task.cancel()  # the task may still wait for its turn
+                    task.cancel()  # after a timeout, the task may still be waiting
             except ClientDisconnect:
                 return Response()
             except asyncio.TimeoutError:
@@ -188,7 +188,7 @@ def create_app(
 
 
 def describe_model(loaded: Loaded) -> dict[str, Any]:
-    """What the page shows about a model: pixels along a side, and the heads of each layer."""
+    """Return the side of a model's images in pixels, and the number of heads of each layer."""
     heads = loaded.model.config.vision.per_layer("heads")
     return {"size": loaded.transform.crop_size, "heads": heads}
 
@@ -248,7 +248,8 @@ async def read_body(request: Request) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:  # base64 is 4/3 as long; texts get 1 MB
+        # In base64, an image takes 4/3 as many bytes. The texts may take 1 MB.
+        if len(body) > MAX_BYTES * 4 // 3 + 1_000_000:
             raise ValueError(f"the image is larger than {MAX_BYTES // 10**6} MB")
     return bytes(body)
 
@@ -301,7 +302,7 @@ def listen(port: int | None) -> socket.socket:
 
 
 class Impatient(H11Protocol):
-    """Close a connection without a question. uvicorn would wait forever for the first question."""
+    """Close a connection if no question arrives. uvicorn itself would wait forever."""
 
     def connection_made(self, transport: Any) -> None:
         """Schedule the first check of the connection."""

@@ -51,7 +51,7 @@ biases and LayerNorms are random too, and the logit scale is 100:
 If a site is out of tolerance, the exit status is 1. The report names the first such site and the
 likely cause: `first at vision.blocks.0.mlp_out, likely cause: model has the activation gelu instead
 of quick_gelu`. To find the cause, the command tries common faults in CLIP's formulas. If weights
-differ, the report says how: transposed, flipped, rounded to bfloat16, heads in another order.
+differ, the report says how, for example "transposed", "flipped" or "rounded to bfloat16".
 `--plot` plots the differences against depth. A fork with the right outputs may still have wrong
 gradients. `--grad` also compares the gradient of the contrastive loss for each parameter, in the
 order of the backward pass. In the tests of a fork, write:
@@ -75,7 +75,8 @@ of miniclip, transformers, OpenAI or open_clip. `--grad` works for each kind.
 4. A model with open_clip's module names, such as a changed `CLIP` or `CustomTextCLIP`.
 5. A model with other module names, and a table from our names to the model's names.
 
-Examples: `tests/forks/openai_names.py` for 3 and 4, `tests/forks/own_names.py` for 5. Commands:
+Examples of kinds 3 and 4 are in `tests/forks/openai_names.py`. An example of kind 5 is
+`tests/forks/own_names.py`. Use these commands:
 
     miniclip parity my_transformers.py --against everyday --grad
     miniclip parity my_openai.py --against everyday --grad

@@ -43,7 +43,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 limit is multiplied by the tensor's largest number, if that number is above 1."""
 ON_DEVICES = 1e-4  # tolerance for float32 on GPUs, which add numbers in another order than CPUs
 IN_PATTERN = 1e-6  # tolerance for float64 patterns, because transformers has a float32 softmax
-ROUNDED = 1e-6  # float64 tolerance, if one model's weights have one more rounding than the other's
+ROUNDED = 1e-6  # float64 tolerance, if one model's weights were rounded once more
 HALF = 2.0
 """In half precision, the model's error at a site may be this many times the other model's error.
 
@@ -73,7 +73,7 @@ def compare(
     Args:
         model: a model, or a triple from `miniclip.load`. The modules have the names of miniclip,
             transformers, OpenAI or open_clip, or the names in the attribute `tensor_names`.
-        other: the second model or triple. Two triples add `tokens` and `pixels` to the report.
+        other: the second model or triple. The report of two triples also has `tokens` and `pixels`.
         dtype: the precision of the comparison. Both models also run in float64.
         gradients: if all sites are within tolerance, also compare the contrastive loss's gradients
             in float64. The report then has a row `gradient.NAME` for each parameter.
@@ -142,7 +142,7 @@ def compare_models(
     stored = (under_our_names(model, kind, state_of(model)) for model in models)
     weights = [{name: w.cpu().to(dtype) for name, w in found.items()} for found in stored]
     exact = TOLERANCE[torch.float64]
-    # A fork's own table may lack parameters that were not merged into other parameters.
+    # If a fork has its own table of names, a missing parameter need not be a merged parameter.
     is_complete = not any("tensor_names" in vars(model) for model in models)
     if _are_rounded_once_more(weights[0], weights[1], is_complete):
         exact = ROUNDED if dtype in TOLERANCE else torch.inf
@@ -214,8 +214,9 @@ def _compare_tables(
 def _are_rounded_once_more(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], is_complete: bool
 ) -> bool:
-    """Return whether one model's weights have one more rounding than the other's. Either one model
-    has merged parameters, or parameters differ by at most one rounding, as x and log(exp(x))."""
+    """Return whether one model's weights were rounded once more than the other model's. This is
+    so if only one model has merged parameters, or if parameters differ by at most one rounding
+    error, like x and log(exp(x))."""
     if is_complete and ours.keys() != theirs.keys():
         return True
     common = ours.keys() & theirs.keys()
@@ -230,8 +231,8 @@ def _are_rounded_once_more(
 def _difference(
     site: str, found: list[Tensor], dtype: torch.dtype, exact: float, device: torch.device
 ) -> Difference:
-    """Return the report's row for a site. `found` has our tensor, our float64 tensor, their tensor
-    and their float64 tensor. `exact` is the tolerance in float64."""
+    """Return the report's row for a site. `found` has four tensors: ours, ours in float64,
+    theirs, and theirs in float64. `exact` is the tolerance in float64."""
     ours, ours_64, theirs, theirs_64 = found
     absolute, float64 = largest_difference(ours, theirs), largest_difference(ours_64, theirs_64)
     model_error, other_error = (largest_difference(x, theirs_64) for x in (ours, theirs))
@@ -257,7 +258,7 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
 def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:
     """Return two images, and eight texts with both models' end tokens at various positions.
 
-    A text has (context length - `shorter`) tokens, to find models that count tokens from the end.
+    A text is `shorter` tokens shorter than the context. This finds models that count from the end.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)

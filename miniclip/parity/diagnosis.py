@@ -107,7 +107,8 @@ def _change(ours: Tensor, theirs: Tensor, head_width: int) -> str:
 
 
 def _changes(ours: Tensor, w: Tensor, head_width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (words, one, two) for each change of `w`. A change gives `ours` if one equals two."""
+    """Yield (description, found, expected) for each possible change of `w`. If the tensors `found`
+    and `expected` are equal, this change turns `w` into `ours`."""
     for axis in range(w.ndim):
         yield f"flipped along axis {axis}", w.flip(axis), ours
         for shift in (1, -1):
@@ -164,7 +165,7 @@ def relation_of(site: str, x: Named, right: Tensor, wrong: Tensor) -> str:
 
 
 def _relations(site: str, x: Named, right: Tensor, wrong: Tensor) -> Iterator[tuple[str, Tensor]]:
-    for name in reversed([name for name in x if " " not in name]):  # the block's own tensors first
+    for name in reversed([name for name in x if " " not in name]):  # try the block's tensors first
         yield f"{name} in the place of {site}", x[name].double()
     yield f"{site} transposed", right.mT
     if right.shape != wrong.shape:
@@ -223,7 +224,7 @@ def _ranges(numbers: list[int]) -> str:
     >>> _ranges([0, 1, 2, 5])
     '0 to 2 and 5'
     """
-    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # equal in each range
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])  # constant within a range
     ranges = [[number for _, number in run] for _, run in runs]
     words = [f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges]
     return " and ".join(words[:3] + ["others"] * (len(words) > 3))

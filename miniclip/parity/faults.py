@@ -51,7 +51,9 @@ def _mean_to_the_end(stream: Tensor, ids: Tensor, end: Tensor) -> Tensor:
     return torch.stack([row[: last + 1].mean(0) for row, last in rows])
 
 
-POOLS = {  # (residual stream (B, T, W), ids, the positions of end tokens) -> (B, W)
+# Each function takes the residual stream (B, T, W), the ids and the positions of the end tokens,
+# and returns the pooled stream (B, W).
+POOLS = {
     "pooling at the largest id": lambda x, ids, end: token_at(x, ids, ids.argmax(-1)),
     "pooling at the first token": lambda x, ids, end: x[:, 0],
     "pooling at the second token": lambda x, ids, end: x[:, 1],
@@ -130,7 +132,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "norms": {f"no {name}{BEFORE.get(name, '')}": {name: 0} for name in LAYER_NORMS}
     | {f"{name} twice": {name: 2} for name in LAYER_NORMS},
     "early": {f"{name} before the first block": name for name in LAYER_NORMS},
-    "mask": {  # (ones (B, H, T, T), the positions of end tokens) -> which keys are hidden
+    "mask": {  # where keys are hidden, given ones (B, H, T, T) and the end tokens' positions
         "no causal mask": no_mask,
         "a causal mask": causal_mask,
         "a causal mask that hides earlier tokens": lambda ones, end: ones.tril(-1).bool(),
@@ -140,7 +142,7 @@ FAULTS: dict[str, dict[str, Any]] = {
             ones.triu(1).bool() | (torch.arange(ones.shape[-1]) > end[:, None])[:, None, None]
         ),
     },
-    "softmax": {  # (scores (B, H, T, T), which keys are hidden) -> the pattern
+    "softmax": {  # the pattern, given the scores (B, H, T, T) and the hidden keys
         "a softmax over queries, not keys": lambda s, h: s.masked_fill(h, LEAST).softmax(-2),
         "a softmax over heads, not keys": lambda s, h: s.masked_fill(h, LEAST).softmax(1),
         "a softmax with 1 added to its denominator": lambda s, hidden: F.pad(
@@ -202,7 +204,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "pool": {words: (pool, False) for words, pool in POOLS.items()}
     | {f"{words}, before the last LayerNorm": (pool, True) for words, pool in POOLS.items()},
 }
-"""For each step of a formula: {the fault in words: the faulty way to compute the step}."""
+"""For each step of a formula: a dictionary from a fault's description to the faulty step."""
 
 
 class Noted(dict):
@@ -214,7 +216,7 @@ class Noted(dict):
 
 
 def names_read(formula: Formula) -> tuple[set[str], set[str]]:
-    """Return the names of the weights and the names of the steps that a formula reads."""
+    """Return the names of the weights and the names of the steps that a formula uses."""
     w, steps = Noted(formula.w), Noted(formula.steps)
     formula._replace(w=w, steps=steps).compute()
     return getattr(w, "read", set()), getattr(steps, "read", set())
@@ -272,7 +274,7 @@ def _faults_of_configs(formula: Formula, config: Any, target: Side) -> dict[str,
 def _faults_of_weights(
     w: Named, read: set[str], grid: tuple[int, int] | None
 ) -> Iterator[tuple[str, Named]]:
-    """Yield faults in the weights whose names are in `read`. `grid`: (rows, columns) of patches."""
+    """Yield faults of the weights named in `read`. `grid` is (rows, columns) of patches."""
     modules = sorted(name.removesuffix(".bias") for name in read if name.endswith(".bias"))
     for count in range(1, len(modules) + 1):
         for some in combinations(modules, count):
