@@ -29,7 +29,7 @@ def parts(config: CLIPConfig, kind: type[CLIP] = CLIP) -> list[Part]:
     Part(name='vision.patch_embed', weights='(768, 3, 32, 32)', parameters=2359296, \
 multiply_adds=115605504)
     """
-    # On the meta device, ids have no values. The legacy rule needs no end token among the ids.
+    # On the meta device, ids have no values. The legacy rule works, because it needs no end token.
     text = replace(config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     with meta_device():
         model = kind(replace(config, text=text))

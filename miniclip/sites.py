@@ -152,7 +152,7 @@ def uncompiled() -> Iterator[None]:
 
 
 def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The divisor of a LayerNorm, (..., W) -> (..., 1): the standard deviation of its input."""
+    """Return the divisor of a LayerNorm, (..., 1): the standard deviation of the input `x`."""
     return (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
 
 

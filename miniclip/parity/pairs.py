@@ -83,8 +83,8 @@ def alone(model: Any) -> Loaded:
 
 
 def _load(name: Name, options: dict[str, Any]) -> Loaded:
-    """Load a model, its tokenizer and its transform. Replace a tokenizer or transform that cannot
-    be loaded by a function that raises the error. The comparison then reports the error."""
+    """Load a model, its tokenizer and its transform. If the tokenizer or the transform cannot be
+    loaded, return a function that raises the error, so that the comparison reports the error."""
     if code := CODE.fullmatch(str(name)):
         return _made_by(Path(code["file"]), code["name"] or "model")
     parts: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
@@ -198,7 +198,7 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
 def randomize(model: nn.Module, seed: int = 0) -> None:
     """Randomize every parameter, so that activations stay near 1 and each weight has an effect.
 
-    Initial weights hide faults: if a bias is zero, a missing bias changes nothing. The logit scale
+    Initial weights hide faults. If a bias is zero, a missing bias changes nothing. The logit scale
     is ln 100, the largest value in OpenAI's training, because a large scale shows rounding errors.
     """
     generator = torch.Generator().manual_seed(seed)

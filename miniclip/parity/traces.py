@@ -76,9 +76,9 @@ def trace(model: Any, setting: Setting) -> Trace:
 def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """Yield a function that runs the model once and returns its outputs by site.
 
-    In the `with` block the model is uncompiled and in evaluation mode. Afterwards the
-    model is restored. The model is not copied, because a copy's functions might still call the
-    original's modules.
+    In the `with` block the model is uncompiled and in evaluation mode. Afterwards the model
+    is restored. The model is not copied, because a copy's functions might still call the original's
+    modules.
     """
     dtype, exact, device, pixels, ids = setting
     if exact and device.type == "mps":  # MPS has no float64
@@ -105,7 +105,7 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
         model.eval()
         for tensor, data in tensors:
             moved = data.to(device, dtype).to(precision) if data.is_floating_point() else data
-            # Always copy, because a forward pass may change some tensors, such as counters, in place.
+            # Always copy, because a forward pass may change a tensor, such as a counter, in place.
             tensor.data = moved.to(device, copy=moved is data)
         with uncompiled(), Float64ForFloat32() if exact else nullcontext():
             yield run

@@ -107,7 +107,7 @@ def similar(x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
 
 
 def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
-    """A Gaussian of the distance between patches, (T, T), and 0 for tokens that are not patches."""
+    """Return a bias (T, T): a Gaussian of the distance between patches, and 0 for other tokens."""
     x, places = seen.x, seen.places
     rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) for n in seen.grid)
     points = torch.cartesian_prod(rows, columns).view(-1, 2)  # (P, 2)
