@@ -8,8 +8,8 @@
 complete index, the command embeds new and changed images, drops missing images, and keeps all other
 embeddings bit for bit. An index from another model is replaced only with `--force`. Hidden folders,
 system folders and files that match `--exclude PATTERN` are left out. HEIC needs `pillow-heif`, and
-camera RAW needs `rawpy`. If a package is missing, a message names the package and the number of skipped
-files. `torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.
+camera RAW needs `rawpy`. If a package is missing, a message names the package and counts the
+skipped files. `torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.
 
 The index is one memory-mapped safetensors file. It holds unit vectors, names, a list of unreadable
 files, and a fingerprint of the weights. A search with any other model raises an error.
