@@ -174,7 +174,7 @@ class Formula(NamedTuple):
 
     site: str
     x: Named  # {short name of an earlier site: tensor}
-    w: Named  # the weights of the block or tower in which the site is
+    w: Named  # the weights of the block or tower that contains the site
     steps: Steps  # the steps of the computation; a fault replaces one of them
 
     def compute(self, weights: Named = {}, steps: Steps = {}) -> Tensor | None:

@@ -30,7 +30,7 @@ from miniclip.transform import ImageTransform
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 BLOCK = 8192
-"""How many rows a search compares at once. With 512 numbers in a row, they take 16 MiB."""
+"""How many rows a search compares at once. They take 16 MiB if each row has 512 numbers."""
 TENSORS = {  # the tensors of an index file: dtype and number of dimensions
     "embeddings": (torch.float32, 2),
     "paths": (torch.uint8, 1),

@@ -79,7 +79,7 @@ def _files(path: str, exclude: Sequence[str]) -> list[str]:
         return []
     if os.path.isdir(path):
         return sorted(_files_below(path, exclude), key=Path)
-    if os.path.lexists(path):  # keep a broken link too; reading it raises an error
+    if os.path.lexists(path):  # also keep a broken link, so that reading it raises an error
         return [path]
     if not (matches := sorted(glob.glob(path, recursive=True))):
         raise ValueError(f"{path}: no such file or folder, and no file matches it as a pattern")

@@ -78,8 +78,8 @@ def dense_features(
     for attn in (block.attn for block in tower.blocks):
         if not isinstance(attn, Attention) or "pattern" not in signature(attn.forward).parameters:
             raise ValueError(
-                "dense_features cannot follow this attention, because the forward of "
-                f"{type(attn).__name__} has no argument `pattern`"
+                "dense_features cannot follow this attention, because "
+                f"{type(attn).__name__}.forward has no argument `pattern`"
             )
         if attn.causal:
             raise ValueError("dense_features cannot follow a causal vision tower")
@@ -118,8 +118,8 @@ def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
 
 
 def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
-    """The mean of GEM's q-q, k-k and v-v patterns. Each pattern compares unit vectors that the same
-    attention has already averaged once."""
+    """The mean of GEM's q-q, k-k and v-v patterns. Each kind of attention first averages
+    its unit vectors. Its pattern then compares the averages."""
     # For each image: the mean norm of its token vectors, divided by the square root of D.
     sharpness = seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1) * q.shape[-1] ** -0.5
 
