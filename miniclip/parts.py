@@ -18,7 +18,7 @@ class Part(NamedTuple):
 
     name: str
     weights: str  # the shapes of the weights
-    parameters: int  # their number in all blocks together
+    parameters: int  # the number of parameters in all blocks together
     multiply_adds: int  # for one image, or for one text of `context_length` tokens
 
 
@@ -29,13 +29,13 @@ def parts(config: CLIPConfig, kind: type[CLIP] = CLIP) -> list[Part]:
     Part(name='vision.patch_embed', weights='(768, 3, 32, 32)', parameters=2359296, \
 multiply_adds=115605504)
     """
-    # On the meta device, ids have no values. The legacy rule needs no end token among the ids.
+    # On the meta device, ids have no values. The legacy rule works, because it needs no end token.
     text = replace(config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     with meta_device():
         model = kind(replace(config, text=text))
         pixels = torch.empty(1, config.vision.channels, *config.vision.height_width)
         ids = torch.empty(1, config.text.context_length, dtype=torch.long)
-    model.set_attention("eager")  # the counter sees eager's matrix products, but not sdpa's
+    model.set_attention("eager")  # the counter does not see matrix products inside sdpa
     return [
         *_tower_parts("vision", model.vision, pixels),
         *_tower_parts("text", model.text, ids),
@@ -81,7 +81,7 @@ def _in_order(
             for i, block in enumerate(list(tower.blocks)[:blocks]):
                 for part, module in block.named_children():
                     yield f"blocks.{i}.{part}", module
-        yield from embeddings.items()  # the tower's own parameters, after its first module
+        yield from embeddings.items()  # pos_embed, for example, comes after the first module
         embeddings = {}
 
 

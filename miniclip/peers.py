@@ -18,7 +18,7 @@ DISTRIBUTIONS = {
     "instant_clip_tokenizer": "instant-clip-tokenizer",
     "hf_processors_rs": "hf-processors-rs",
 }
-"""The libraries that affect measured numbers: module name -> name for pip."""
+"""The libraries that affect measured numbers, as {module name: name for pip}."""
 
 
 def versions() -> dict[str, str]:

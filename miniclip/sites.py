@@ -5,11 +5,11 @@ pattern of the fourth block, and `vision.blocks.3` is the block's output. The id
 TransformerLens (HookPoint, Nanda and Bloom 2022). Sites use PyTorch's forward hooks, so `model` can
 be any nn.Module. For a single tower, leave out `vision.` or `text.`.
 
-A name may also end in `input`, `scale` or `normalized`. `vision.ln_pre.input` is a module's first
-argument. `ln_1.scale` is the divisor of a LayerNorm, (B, T, 1). `ln_1.normalized` is its result
-before weight and bias. `scale` and `normalized` are in float32 or float64. TransformerLens calls
-them hook_scale and hook_normalized. Its hook_normalized includes weight and bias, unless `fold_ln`
-moves them to the next Linear.
+A name may also end in `input`, `scale` or `normalized`. `vision.ln_pre.input` is the first argument
+of `ln_pre`. `ln_1.scale` is the divisor of the LayerNorm, (B, T, 1). `ln_1.normalized` is the
+LayerNorm's result before weight and bias. `scale` and `normalized` are in float32 or float64.
+TransformerLens calls them hook_scale and hook_normalized. In TransformerLens, hook_normalized
+includes weight and bias, unless `fold_ln` moves weight and bias to the next Linear.
 
 Unused sites change no bit and add no operation. Sites cost a few Python calls for each layer, and
 nothing in a compiled graph.
@@ -45,7 +45,7 @@ from miniclip.errors import listed
 from miniclip.files.modules import named_modules
 
 Edit = Callable[[Tensor, str], Tensor | None]
-"""(tensor, name of its site) -> the tensor that replaces it, or None to change nothing."""
+"""A function of a tensor and its site's name. It returns the new tensor, or None for no change."""
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def _hooked(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
             handle.remove()
 
 
-_stances: list[Any] = []  # one compiler stance for each open `with uncompiled()`
+_stances: list[Any] = []  # one torch.compiler.set_stance for each open `with uncompiled()`
 _lock = Lock()
 
 
@@ -147,12 +147,12 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            # The stance may be another `with` block's. Only the last exit restores the setting.
+            # Another `with` block may have set this stance. The last exit restores the setting.
             _stances.pop().__exit__(None, None, None)
 
 
 def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The divisor of a LayerNorm, (..., W) -> (..., 1): the standard deviation of its input."""
+    """Return the divisor of a LayerNorm, (..., 1): the standard deviation of the input `x`."""
     return (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
 
 
@@ -173,7 +173,7 @@ class _Steps:
 
     def __call__(self, norm: Any, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
         x = [*args, *kwargs.values()][0]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # as layer_norm itself does
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # torch's layer_norm does the same
         scale = norm_scale(norm, x)
         edited_scale = self.scale(scale)
         quotient = (x - x.mean(-1, keepdim=True)) / edited_scale
@@ -184,7 +184,7 @@ class _Steps:
         return (edited if norm.bias is None else edited + norm.bias).to(out.dtype)
 
     def remove(self) -> None:
-        """Remove the norm's hook, unless another `with` block still hooks a step."""
+        """Remove the LayerNorm's hook, unless another `with` block still hooks a step."""
         if not (self.scale._forward_hooks or self.normalized._forward_hooks):
             self.handle.remove()
 
@@ -216,7 +216,7 @@ PARTS = ("input", "scale", "normalized")  # the tensors of a module, in addition
 def _matching(
     modules: list[tuple[str, nn.Module]], glob: str, parts: tuple[str, ...] = PARTS
 ) -> list[tuple[str, nn.Module, str]]:
-    """The name, module and part ("" for the output) of each tensor that a glob matches."""
+    """Return (name, module, part) for each tensor that a glob matches. Part "" is the output."""
     part = glob.rpartition(".")[2]
     if part not in parts or any(matches(name, glob) for name, _ in modules):
         part = ""  # a submodule may have the name of a part
@@ -305,7 +305,7 @@ KINDS = {  # TransformerLens' names of sites -> miniclip's
     "q": "attn.q",
     "k": "attn.k",
     "v": "attn.v",
-    "attn_scores": "attn.scores",  # before the mask; in TransformerLens after the mask
+    "attn_scores": "attn.scores",  # before the mask, but after the mask in TransformerLens
     "pattern": "attn.pattern",
     "z": "attn.z",
     "attn_out": "attn",

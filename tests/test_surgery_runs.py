@@ -445,7 +445,7 @@ def test_a_user_may_write_a_preset(model):
     stream = stream_before_last(model, x)
     first = block.attn.out_proj(block.attn.v_proj(block.ln_1(stream)[:, 1:2]))
     assert_close(found, projected(model, stream + first))
-    with pytest.raises(ValueError, match="its own grid makes new tokens: expected residual=False"):
+    with pytest.raises(ValueError, match="own grid makes new tokens, so it needs residual=False"):
         dense_features(model, x, Preset(first_patch, residual=True, grid=(1, 1)))
 
 

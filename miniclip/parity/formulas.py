@@ -1,4 +1,4 @@
-"""CLIP as formulas, to decide which of two models is right at a site.
+"""Formulas of CLIP that decide which of two models is right at a site.
 
 A formula computes the tensor at a site from the tensors at earlier sites, the weights and the
 config. It does not run the models' code. `faults.py` replaces steps of a formula by faulty steps.
@@ -121,7 +121,7 @@ def _attn_out(x: Named, w: Named, s: Steps) -> Tensor:
 
 
 def _sum(x: Named, w: Named, s: Steps, terms: Sequence[str]) -> Tensor:
-    """Add up tensors at earlier sites. In `terms`, the name of a LayerNorm means its output."""
+    """Add up tensors at earlier sites. If a term names a LayerNorm, add the LayerNorm's output."""
     streams = {"ln_1": ("resid_pre",), "ln_2": ("resid_pre", "attn_out")}
     normed = {t: _norm(_sum(x, w, s, streams[t]), w, s, t) for t in terms if t in streams}
     return torch.stack([normed[t] if t in normed else x[t] for t in terms]).sum(0)
@@ -170,11 +170,11 @@ FORMULAS: dict[str, Callable[[Named, Named, Steps], Tensor]] = {
 
 
 class Formula(NamedTuple):
-    """The formula of a site and the tensors that it reads, under short names."""
+    """The formula of a site, and the tensors, weights and steps that it uses."""
 
     site: str
-    x: Named  # the tensors at earlier sites
-    w: Named  # the weights of the site's block, or of its tower
+    x: Named  # {short name of an earlier site: tensor}
+    w: Named  # the weights of the block or tower that contains the site
     steps: Steps  # the steps of the computation; a fault replaces one of them
 
     def compute(self, weights: Named = {}, steps: Steps = {}) -> Tensor | None:
@@ -192,7 +192,7 @@ class Formula(NamedTuple):
 
 
 def formula_of(site: str, side: Side) -> Formula:
-    """Return the formula of a site, with one model's tensors and weights, and with CLIP's steps."""
+    """Return the formula of a site. It uses one model's tensors and weights, and CLIP's steps."""
     if site == "logits":
         x = {name: side.tensors[name] for name in EMBEDDINGS if name in side.tensors}
         length = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
@@ -215,7 +215,7 @@ def formula_of(site: str, side: Side) -> Formula:
         "end": end_of(x["ids"], config) if is_text else first,
         "eps": config.ln_eps,
         "norm": lambda x, eps, w, bias: F.layer_norm(x, x.shape[-1:], w, bias, eps),
-        "norms": {},  # {LayerNorm: how often it is applied}; by default once
+        "norms": {},  # {name of a LayerNorm: how many times it is applied, if not once}
         "early": "",  # a LayerNorm that is wrongly applied to the embeddings
         "before": f"after {layer - 1}",
         "pixels": lambda pixels: pixels,
@@ -239,7 +239,8 @@ def formula_of(site: str, side: Side) -> Formula:
 
 def under(prefix: str, named: Named) -> dict[str, Tensor]:
     """Return the tensors whose names start with a prefix, in float64. Remove the prefix from the
-    names. Leave out the tensors of towers and blocks inside."""
+    names. For a model, leave out the towers' tensors. For a tower, leave out the blocks' tensors.
+    """
     found = {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
     return {
         name: x.double() if x.is_floating_point() else x

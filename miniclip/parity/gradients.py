@@ -1,7 +1,7 @@
 """Compare the gradients of two CLIPs' contrastive loss, parameter by parameter, in float64.
 
 A fork with the right outputs may still have wrong gradients. A `detach` in the forward pass, or a
-custom backward pass, changes no output.
+custom backward pass, changes gradients but no output.
 """
 
 from typing import Any
@@ -19,13 +19,15 @@ from miniclip.parity.traces import Setting, running
 from miniclip.terminal import progress
 
 RELATIVE = 1e-8  # the tolerance relative to the largest number of the parameter's gradient
-NOISE = 1e-12  # relative to the largest of all gradients, because a key bias's exact gradient is 0
+# This tolerance is relative to the largest number of all gradients. A key bias needs such a
+# tolerance, because its exact gradient is 0 and its computed gradient is only rounding error.
+NOISE = 1e-12
 
 
 def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 0) -> Stage:
     """Return a row `gradient.NAME` for each common parameter, and the cause if a gradient differs.
 
-    Rows are in the order of the backward pass, so the first difference is closest to the fault.
+    Rows are in the order of the backward pass. The first row that differs is closest to the fault.
     A parameter that does not affect the loss has a gradient of 0. A frozen parameter has no row.
     """
     kind = next((type(m) for m in (ours, theirs) if isinstance(m, CLIP)), CLIP)
@@ -53,13 +55,13 @@ def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 
     if all(row.within_tolerance for row in rows):
         return rows, None
     return rows, (
-        "the forward pass is the same, but the gradient differs: between this parameter and the "
-        "loss, a tensor is detached or frozen, or a module has a custom backward pass"
+        "the forward pass is the same, but the gradient differs: a tensor between this parameter "
+        "and the loss is detached or frozen, or a module there has a custom backward pass"
     )
 
 
 def _gradients(model: Any, setting: Setting) -> dict[str, Tensor]:
-    """Return {the model's own name of a parameter: the gradient of the loss}."""
+    """Return the gradient of the loss for each parameter. The keys are the model's own names."""
     with running(model, setting) as run, torch.enable_grad():
         weights = {
             f"{path}.{name}".lstrip("."): weight

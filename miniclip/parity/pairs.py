@@ -44,9 +44,10 @@ def load_pair(
     Args:
         name: an embedded name, a directory, a hub id, or a fork's Python file. "fork.py" means
             the variable `model` in the file, and "fork.py:build" means `build`. The variable is a
-            model, a triple as from `miniclip.load`, or a function without arguments that returns
-            one of the two.
-        against: the second model, in the same form, or "transformers", which then loads `name`.
+            model, or a triple like the result of `miniclip.load`, or a function without arguments
+            that returns a model or a triple.
+        against: the second model, given in the same ways as `name`. For "transformers", the second
+            model is `name`, loaded with transformers.
         names: a JSON file with `tensor_names`, the table from our names to the fork's names.
         options: where checkpoints come from, as in `miniclip.load`.
     Returns:
@@ -82,8 +83,8 @@ def alone(model: Any) -> Loaded:
 
 
 def _load(name: Name, options: dict[str, Any]) -> Loaded:
-    """Load a model, its tokenizer and its transform. If a tokenizer or transform cannot be loaded,
-    a function that raises the error replaces it. The comparison then reports the error."""
+    """Load a model, its tokenizer and its transform. If the tokenizer or the transform cannot be
+    loaded, return a function that raises the error, so that the comparison reports the error."""
     if code := CODE.fullmatch(str(name)):
         return _made_by(Path(code["file"]), code["name"] or "model")
     parts: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
@@ -120,7 +121,8 @@ def _made_by(file: Path, name: str) -> Loaded:
 
 
 def _load_with_transformers(name: Name, ours: Loaded, options: dict[str, Any]) -> Loaded:
-    """Load transformers' model, and its tokenizer and image processor as functions like ours."""
+    """Load a checkpoint with transformers. Wrap the tokenizer and the image processor in
+    functions that take the same arguments as ours."""
     transformers = import_transformers()
 
     def load_part(kind: Any, part: str, **more: Any) -> Any:
@@ -178,7 +180,7 @@ def transformers_twin(model: CLIP) -> "CLIPModel":
 
 def _check_expressible(config: CLIPConfig) -> None:
     if odd := beyond_transformers(vars(config.vision)) + beyond_transformers(vars(config.text)):
-        raise ValueError(f"transformers' CLIP cannot express {', '.join(odd)}: nothing to compare")
+        raise ValueError(f"transformers' CLIP cannot express {', '.join(odd)}")
 
 
 def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
@@ -186,7 +188,7 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
     weights = ours.state_dict().items()
     copies = {layout_name(name, TRANSFORMERS): weight.detach().clone() for name, weight in weights}
     theirs.load_state_dict(copies, strict=True, assign=True)
-    for module in theirs.modules():  # `weights` lacks this buffer, so it is on the meta device
+    for module in theirs.modules():  # `copies` lacks `position_ids`, so they are on the meta device
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor):
             module.position_ids = torch.arange(ids.shape[-1], device=ours.logit_scale.device)[None]
@@ -196,7 +198,7 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
 def randomize(model: nn.Module, seed: int = 0) -> None:
     """Randomize every parameter, so that activations stay near 1 and each weight has an effect.
 
-    Initial weights hide faults: if a bias is zero, a missing bias changes nothing. The logit scale
+    Initial weights hide faults. If a bias is zero, a missing bias changes nothing. The logit scale
     is ln 100, the largest value in OpenAI's training, because a large scale shows rounding errors.
     """
     generator = torch.Generator().manual_seed(seed)

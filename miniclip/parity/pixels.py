@@ -30,8 +30,8 @@ BICUBIC = Image.Resampling.BICUBIC
 def pictures(size: int) -> list[Image.Image]:
     """Make images that test a transform to `size` pixels.
 
-    The first eight images are not resized. Their margins of 0 to 7 pixels show how a crop rounds.
-    The others are resized, and three of them are not RGB.
+    The first eight images are not resized. One of their sides is 0 to 7 pixels longer than `size`,
+    to test how a crop rounds. The other images are resized, and three of them are not RGB.
     """
     random = np.random.default_rng(0)
 
@@ -89,7 +89,8 @@ def crop_rounded_up(picture: Image.Image, size: int) -> Image.Image:
 
 
 def divide_by(divisor: float, picture: Image.Image, *mean_and_std: Sequence[float]) -> np.ndarray:
-    """Compute (byte / divisor - mean) / std, by dividing by 255 and rescaling mean and std."""
+    """Return (byte / divisor - mean) / std. `scale_and_normalize` divides by 255, so mean and std
+    are rescaled."""
     mean, std = ([number * divisor / 255 for number in numbers] for numbers in mean_and_std)
     return scale_and_normalize(picture, mean, std)
 
@@ -122,7 +123,7 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
         if how != BICUBIC
     },
 }
-"""Faults that another implementation may have, and the steps that plant each fault."""
+"""Faults that another implementation may have, and the changed steps of each fault."""
 
 
 def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tensor]) -> str:

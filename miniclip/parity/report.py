@@ -57,7 +57,7 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 def exact_difference(
     site: str, one: Tensor | None = None, other: Tensor | None = None
 ) -> Difference:
-    """Return a row for tensors that must be equal. The difference is infinite if one is missing."""
+    """Return a row for tensors that must be equal. A missing tensor gives infinity."""
     if one is None or other is None:
         return Difference._make([site, *[math.inf] * 5, False])
     distance, size = largest_difference(one, other), max(other.abs().max().item(), 1e-30)
@@ -72,8 +72,8 @@ def raises(error: Exception) -> str:
 def run_both(
     run: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> tuple[list[Any], str]:
-    """Apply `run` to both functions. Return the results and, if one function fails, its error in
-    words. If both fail, raise the first error."""
+    """Apply `run` to both functions. Return the results and an error message. The message is
+    "" if no function fails. If both functions fail, raise the first error."""
     found: list[Any] = []
     errors: dict[str, ValueError] = {}
     for name, function in zip(NAMES, (ours, theirs)):
@@ -87,7 +87,7 @@ def run_both(
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:
-    """Merge the rows of a tower's blocks: one row for each site, with the largest numbers."""
+    """Merge the rows of a tower's blocks. Each number is the largest number over the blocks."""
     depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:
@@ -108,7 +108,7 @@ def nearer(rows: list[Difference]) -> dict[str, int]:
 
 
 def measured_with(device: str | torch.device = "cpu") -> str:
-    """Return a line with the versions and the processor with which the numbers were measured."""
+    """Return a line that names the libraries' versions and the processor of a measurement."""
     found = versions()
     named = ", ".join(
         f"{name} {found[name]}" for name in ("torch", "transformers") if name in found

@@ -38,7 +38,7 @@ OUTPUTS = {
     "image_embeds": "image_embeds",
     "text_embeds": "text_embeds",
 }
-"""Site -> the tensor's name in the model's output. Any other output `x` has the site `output_x`."""
+"""{site: name in the model's output}. A name `x` outside this table has the site `output_x`."""
 
 
 def is_theirs(model: Any) -> bool:
@@ -73,7 +73,8 @@ NEEDED = ("vision.patch_embed.weight", "text.token_embed.weight") + tuple(
 
 
 def _checked(own: Layout, model: Any) -> Layout:
-    """Return the table. Raises ValueError for an unknown key of ours, or for a missing tensor."""
+    """Return the table. Raises ValueError if a key is not one of our names, if the table lacks a
+    name in NEEDED, or if the model lacks a tensor in the table."""
     state = state_of(model)
     modules = {name.rpartition(".")[0] for name in state}
     for ours, theirs in own.items():
@@ -90,12 +91,13 @@ def _checked(own: Layout, model: Any) -> Layout:
             )
     places = own | dict.fromkeys(f"{name}.weight" for name in own)
     if lost := [name for name in NEEDED if name not in places]:
-        raise ValueError(f"tensor_names lacks {listed(lost)}, but the config needs their shapes")
+        raise ValueError(f"tensor_names lacks {listed(lost)}; the config needs these shapes")
     return own
 
 
 def _module_at(model: Any, table: Layout, name: str, up: int = 0) -> Any:
-    """Return the module that we call `name`, or its ancestor `up` levels above, or None."""
+    """Return the module that we call `name`, or the module `up` levels above it. Return None if the
+    model has no such module."""
     try:
         path = layout_name(name, table).split(".")
         return model.get_submodule(".".join(path[: len(path) - up]))
@@ -114,7 +116,7 @@ def blocks_of(model: Any, table: Layout, tower: str) -> Iterator[Any]:
 
 
 Read = Callable[[tuple, Any], Any]
-"""(arguments, output) of a module -> the tensor at a site, or an object that is not a tensor."""
+"""Return the tensor at a site from a module's arguments and output. Other results are ignored."""
 
 
 def argument(args: tuple, out: Any) -> Any:
@@ -126,17 +128,17 @@ def output(args: tuple, out: Any) -> Any:
 
 
 def tensor_of(dimensions: int, args: tuple, out: Any) -> Any:
-    """Return the last output if it has this number of dimensions."""
+    """Return a module's last output, or None if its number of dimensions is not `dimensions`."""
     last = out[-1] if isinstance(out, tuple) else out
     return last if getattr(last, "ndim", 0) == dimensions else None
 
 
-one_vector = partial(tensor_of, 2)  # ignores LayerNorms that normalise all tokens
-returned_pattern = partial(tensor_of, 4)  # ignores nn.MultiheadAttention's mean over the heads
+one_vector = partial(tensor_of, 2)  # None if a LayerNorm's output has all tokens
+returned_pattern = partial(tensor_of, 4)  # None for nn.MultiheadAttention's mean over the heads
 
 
 def heads_joined(args: tuple, out: Tensor) -> Tensor:
-    return out.flatten(2) if out.ndim > 3 else out  # (B, T, W); miniclip has (B, T, H, D)
+    return out.flatten(2) if out.ndim > 3 else out  # miniclip's (B, T, H, D) -> (B, T, W)
 
 
 def third_of(holder: Any, third: int, args: tuple, out: Any) -> Any:
@@ -166,7 +168,7 @@ def _all_sites(model: Any, table: Layout) -> Iterator[tuple[str, Any, Read]]:
                 "expected the module names of miniclip, transformers, OpenAI or open_clip, or a "
                 "table of names (tensor_names in Python, --names on the command line)"
             )
-        # Both modules give this site. `trace` uses the one that runs first: ln_pre, if it exists.
+        # ln_pre and the first block both give this site. `trace` uses the module that runs first.
         yield f"{tower}.embeddings", at(f"{tower}.ln_pre"), argument
         yield f"{tower}.embeddings", blocks[0], argument
         for i, block in enumerate(blocks):
@@ -197,7 +199,7 @@ def outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
     if hasattr(output, "_asdict"):
         output = output._asdict()
     elif isinstance(output, tuple):  # openai/CLIP returns a tuple
-        if len(output) > 2 and output[2].numel() == 1:  # open_clip: two embeddings and the scale
+        if len(output) > 2 and output[2].numel() == 1:  # open_clip's third output is the scale
             image_embeds, text_embeds, scale = output[:3]
             logits = scale * image_embeds @ text_embeds.T  # (B, C)
             output = (logits, logits.T, image_embeds, text_embeds)
@@ -234,7 +236,7 @@ def config_of(model: Any, kind: type[CLIP]) -> CLIPConfig:
 
 
 def under_our_names(model: Any, kind: type[CLIP], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace a model's own parameter names in `theirs` by the names in our class `kind`."""
+    """Rename the tensors `theirs` from the model's own names to the names in our class `kind`."""
     table = table_of(model)
     if table is OURS:
         return theirs

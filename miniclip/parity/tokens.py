@@ -58,7 +58,7 @@ def cause_in_tokens(
         return f"different ids for the word {next(w for w, *ids in pairs if ids[0] != ids[1])!r}"
     one, two = _without_padding(ours), _without_padding(theirs)
     lengths = (len(ours[0]), len(theirs[0]))
-    short = min(lengths) - 1  # without the end token, which is last in a truncated row
+    short = min(lengths) - 1  # leave out the end token at the end of a truncated row
     if max(lengths) > min(lengths) and [r[:short] for r in one] == [r[:short] for r in two]:
         return f"rows of {lengths[0]} ids in model, {lengths[1]} in other"
     if one == two:
@@ -77,7 +77,7 @@ def cause_in_tokens(
 
 
 def _without_padding(rows: list[list[int]]) -> list[list[int]]:
-    """Cut each row after its end token. The empty text's second id is the end token."""
+    """Cut each row after its end token. The second id of the empty text is the end token's id."""
     end = rows[TEXTS.index("")][1]
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
@@ -106,10 +106,11 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer) -> Stage:
 
 
 def _words(*tokenizers: Any) -> list[str]:
-    """Return the words of the vocabularies, and many characters, alone and before "a" or "~".
+    """Return the words of the vocabularies, and many characters.
 
-    Some tokens are only a part of a character. The added characters test such tokens. Words are
-    taken only from a Tokenizer, because transformers' tokenizer has the same words.
+    Each character is added alone, before "a", and before "~". Some tokens are only a part of a
+    character. The added characters test such tokens. Only miniclip's Tokenizer gives words, because
+    transformers' tokenizer has the same words.
     """
     known = [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, Tokenizer)]
     words = [t.decode([i]) for t in known for i in range(t.vocab_size)]

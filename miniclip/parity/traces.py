@@ -17,7 +17,7 @@ from miniclip.sites import uncompiled
 
 
 class Setting(NamedTuple):
-    """How a model runs. Weights and pixels are cast to `dtype`, then, if `exact`, to float64."""
+    """How to run a model. Cast weights and pixels to `dtype`. If `exact`, then cast to float64."""
 
     dtype: torch.dtype
     exact: bool
@@ -76,8 +76,9 @@ def trace(model: Any, setting: Setting) -> Trace:
 def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """Yield a function that runs the model once and returns its outputs by site.
 
-    In the `with` block the model is uncompiled and in evaluation mode. Afterwards it is restored.
-    The model is not copied, because a copy's functions might still call the original's modules.
+    In the `with` block the model is uncompiled and in evaluation mode. Afterwards the model
+    is restored. The model is not copied, because a copy's functions might still call the original's
+    modules.
     """
     dtype, exact, device, pixels, ids = setting
     if exact and device.type == "mps":  # MPS has no float64
@@ -94,8 +95,8 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
         return found
 
     tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-    # `before` saves `training`, transformers' choice of attention, and tensors that a forward pass
-    # may replace: for example a mask, or a weight that a pruning hook recomputes.
+    # `before` saves the attributes of all modules. Among them are `training`, transformers' choice
+    # of attention, and tensors that a forward pass may replace, such as a mask or a pruned weight.
     stored = [found for m in model.modules() for found in (vars(m), m._buffers)]
     if is_theirs(model):
         stored += [vars(m.config) for m in model.modules() if hasattr(m, "config")]
@@ -104,7 +105,7 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
         model.eval()
         for tensor, data in tensors:
             moved = data.to(device, dtype).to(precision) if data.is_floating_point() else data
-            # Always a copy, because a forward pass may change a tensor in place, such as a counter.
+            # Always copy, because a forward pass may change a tensor, such as a counter, in place.
             tensor.data = moved.to(device, copy=moved is data)
         with uncompiled(), Float64ForFloat32() if exact else nullcontext():
             yield run
@@ -137,7 +138,7 @@ class Float64ForFloat32(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `function` with float64 instead of float32, except for a tensor that it edits."""
+        """Call `function` with float64, not float32. Do not cast a tensor that `function` edits."""
         in_place = re.search(r"[^_]_$|^__(set|setitem)__$", getattr(function, "__name__", ""))
         values = [*args[:1], *map(_doubled, args[1:])] if in_place else map(_doubled, args)
         named = {n: v if n == "out" else _doubled(v) for n, v in (kwargs or {}).items()}
@@ -155,7 +156,7 @@ def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tens
     """Return one tensor for each site. If possible, it has the shape of the tensor in `peer`.
 
     A fork may compute a batch in pieces, or put the token axis before the batch axis. `batch` has
-    each tower's batch size. If several calls are not joined, "{site} again" has the last tensor.
+    each tower's batch size. If several calls do not join, "{site} again" has the last tensor.
     """
     tensors = {}
     for site, (first, *more) in run.calls.items():
@@ -169,7 +170,7 @@ def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tens
 
 
 def _join(calls: list[Tensor], shape: torch.Size, rows: int) -> Tensor | None:
-    """Join the tensors of all calls into one tensor of this shape. None if they do not fit."""
+    """Join the tensors of all calls into one tensor of this shape, or return None."""
     for axis in range(len(shape)):
         try:
             joined = torch.cat(calls, axis)

@@ -4,11 +4,11 @@
     miniclip search index.safetensors "a red bicycle" --out bicycles.png
     miniclip search index.safetensors --image dog.jpg --minus "grass"
 
-`embed` reads each image once. If it was killed, the same command continues its work. For a complete
-index, the command embeds new and changed images, drops missing images, and keeps all other
-embeddings bit for bit. If another model made the index, only `--force` replaces it. Hidden folders,
+`embed` reads each image once. If `embed` is killed, run the same command to continue. For a
+complete index, the command embeds new and changed images, drops missing images, and keeps all other
+embeddings bit for bit. An index from another model is replaced only with `--force`. Hidden folders,
 system folders and files that match `--exclude PATTERN` are left out. HEIC needs `pillow-heif`, and
-camera RAW needs `rawpy`. If the package is missing, a message gives its name and the number of
+camera RAW needs `rawpy`. If a package is missing, a message names the package and counts the
 skipped files. `torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.
 
 The index is one memory-mapped safetensors file. It holds unit vectors, names, a list of unreadable

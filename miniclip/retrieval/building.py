@@ -43,9 +43,9 @@ def encode_parts(
     """Encode images in batches, while threads decode the next images.
 
     Yields three lists for each part: the results of `encode` for batches of pixels (B, 3, S, S),
-    the positions of the readable images, and an error message for each unreadable image. An
-    image's position in its part decides its batch. So a repeated build has the same batches and the
-    same rounding errors.
+    the positions of the readable images, and an error message for each unreadable image. The
+    batch of an image depends only on the image's position in the part. So a repeated build has the
+    same batches and the same rounding errors.
     """
     check_counts(batch, workers)
     read = partial(pixels_of, transform=transform)
@@ -98,7 +98,7 @@ def embed_images(
         pictures: paths, or images from `find_pictures`. Unreadable images are in `Index.skipped`.
         name: the name with which `Index.load_encoder` loads the model.
         batch: the number of images in a batch.
-        workers: the number of decoding threads; by default as many as torch uses.
+        workers: the number of decoding threads. The default is torch's number of threads.
 
     Raises:
         ValueError: an embedding is NaN or infinite.
@@ -133,7 +133,7 @@ def build_index(
         encoder: describes the model, see `describe`.
         damage: the messages about damaged tars from `find_pictures`, for `Index.skipped`.
         batch: the number of images in a batch.
-        workers: the number of decoding threads; by default as many as torch uses.
+        workers: the number of decoding threads. The default is torch's number of threads.
         force: embed everything again, even if another model made the index.
 
     Raises:
@@ -150,7 +150,7 @@ def build_index(
 def only_builder(folder: Path) -> Iterator[Path]:
     """Make the folder of the parts and lock it. Raises ValueError if another process has the lock.
 
-    Under torchrun the first process does this for all.
+    Under torchrun, only the first process makes and locks the folder.
     """
     if dist.is_initialized() and dist.get_rank():
         return (yield folder)
@@ -167,7 +167,7 @@ def only_builder(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         with suppress(OSError):
-            folder.rmdir()  # only if it is empty
+            folder.rmdir()  # this fails if the folder is not empty
         if held >= 0:
             os.close(held)
 
@@ -249,8 +249,9 @@ def unchanged(old: Index, pictures: Sequence[Stamped]) -> dict[str, int]:
 def gather(
     indexes: Sequence[Index], taken: Sequence[tuple[int, int]], scratch: Path
 ) -> tuple[Tensor, Tensor]:
-    """Collect embeddings (N, E) and stamps (N, 2). `taken`: (position in `indexes`, row) pairs.
+    """Collect embeddings (N, E) and stamps (N, 2) from several indexes.
 
+    Each item of `taken` is a pair: an index's position in `indexes`, and a row of this index.
     The embeddings are in the file `scratch`, because they may not fit into memory.
     """
     which, places = torch.tensor(taken).T

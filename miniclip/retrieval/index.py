@@ -30,7 +30,7 @@ from miniclip.transform import ImageTransform
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 BLOCK = 8192
-"""How many rows a search compares at once. Rows of 512 numbers then take 16 MiB."""
+"""How many rows a search compares at once. They take 16 MiB if each row has 512 numbers."""
 TENSORS = {  # the tensors of an index file: dtype and number of dimensions
     "embeddings": (torch.float32, 2),
     "paths": (torch.uint8, 1),
@@ -46,7 +46,7 @@ class Encoder(NamedTuple):
 
     model: str
     revision: str | None  # the commit of a hub repository
-    fingerprint: str  # a hash of the weights, in `dtype`
+    fingerprint: str  # a hash of the weights, which have the type `dtype`
     dtype: str
     transform: ImageTransform
 
@@ -96,7 +96,7 @@ class Strings(Sequence[str]):
 
     def __init__(self, text: Tensor, ends: Tensor) -> None:
         self.text = text  # uint8, UTF-8
-        self.ends = ends  # (N,) int64, where each string ends in the text
+        self.ends = ends  # (N,) int64, the position in `text` where each string ends
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "Strings":
@@ -118,7 +118,7 @@ class Strings(Sequence[str]):
         return self.text[start:end].numpy().tobytes().decode("utf-8", "surrogateescape")
 
     def is_sound(self) -> bool:
-        """Whether `ends` never decreases, and its last number is the length of `text`."""
+        """Whether `ends` never decreases, and the last number in `ends` is the length of `text`."""
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends])
         return bool((ends.diff() >= 0).all()) and int(ends[-1]) == len(self.text)
 
@@ -142,7 +142,7 @@ class Index:
     """
 
     embeddings: Tensor  # (N, E) float32
-    paths: Strings  # of the N images; "photos.tar/1.jpg" is an image in a tar
+    paths: Strings  # the path of each image, such as "photos.tar/1.jpg" in a tar
     encoder: Encoder
     skipped: Sequence[str] = ()  # a line for each unreadable image: its name and the reason
     folder: str = ""  # relative paths start in this folder
@@ -173,7 +173,7 @@ class Index:
         try:
             open_regular(path).close()
             is_one = False
-            while not is_one:  # safetensors opens the file twice, and a save may replace it
+            while not is_one:  # a save may replace the file while safetensors opens it twice
                 before = os.stat(path)
                 with safe_open(path, framework="pt") as file:
                     about = json.loads((file.metadata() or {})["miniclip.index"])
@@ -192,7 +192,7 @@ class Index:
             names = [about[name] for name in ("model", "fingerprint", "dtype", "folder")]
             names += [about["revision"]] * (about["revision"] is not None)
             if not all(isinstance(name, str) for name in names) or about["dtype"] not in DTYPES:
-                raise ValueError(f"the model is described as {shown(about)}")
+                raise ValueError(f"the description of the model is not valid: {shown(about)}")
             transform = ImageTransform.from_dict(about["transform"], reference=about["reference"])
             made_by = {name: about[name] for name in Encoder._fields} | {"transform": transform}
         except FileNotFoundError:
@@ -231,7 +231,7 @@ class Index:
             block = self.embeddings[start : start + BLOCK]
             worst = scores[-1].item() if len(scores) == k else -math.inf
             coarse = block @ coarse_query
-            if not coarse.abs().max() <= query.norm() * 1.01 + rounding:  # also true for NaN
+            if not coarse.abs().max() <= query.norm() * 1.01 + rounding:  # NaN raises the error too
                 raise ValueError("the index is damaged: it has rows that are not unit vectors")
             near = (coarse >= worst - rounding).nonzero().squeeze(1)
             scores = torch.cat([scores, (block[near].double() * query).sum(1)])

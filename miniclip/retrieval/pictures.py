@@ -35,8 +35,8 @@ def find_pictures(
     Hidden and system folders are left out, unless they are given in `paths`.
 
     Args:
-        paths: images with any ending; folders, searched with their subfolders and tars; tars, such
-            as WebDataset's shards; patterns, such as `2024/**/*.jpg`.
+        paths: images with any ending, folders, tars such as WebDataset's shards, and patterns such
+            as `2024/**/*.jpg`. A folder is searched with its subfolders and its tars.
         exclude: patterns of names or paths to leave out.
 
     Returns:
@@ -63,7 +63,8 @@ def find_pictures(
 
 
 def _is_wanted(path: str, exclude: Sequence[str], given: Sequence[str] = ()) -> bool:
-    """Return False if a part of a path is excluded, or if it is hidden and not in `given`."""
+    """Return False if `exclude` matches the path or a part of the path, or if the path has a hidden
+    part that is not in `given`."""
     parts = Path(path).parts
     if any(is_hidden(part) for part in parts if part not in given):
         return False
@@ -78,7 +79,7 @@ def _files(path: str, exclude: Sequence[str]) -> list[str]:
         return []
     if os.path.isdir(path):
         return sorted(_files_below(path, exclude), key=Path)
-    if os.path.lexists(path):  # also a broken link, which is reported when it is read
+    if os.path.lexists(path):  # also keep a broken link, so that reading it raises an error
         return [path]
     if not (matches := sorted(glob.glob(path, recursive=True))):
         raise ValueError(f"{path}: no such file or folder, and no file matches it as a pattern")

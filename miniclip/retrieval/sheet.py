@@ -26,7 +26,7 @@ def draw_sheet(
         path: the file to write. Its ending must be in SHEETS.
 
     Returns:
-        A line for each image that can no longer be read. On the sheet, a note takes its place.
+        A line for each image that can no longer be read. The sheet shows a note for such an image.
 
     Raises:
         ValueError: the file cannot be written.
@@ -74,7 +74,7 @@ def font_for(text: str, size: int) -> Any:
 
 
 def fitting(text: str, font: Any, width: int, keep_end: bool = False) -> str:
-    """Shorten a text to `width` pixels. Keep its beginning, or its end with `keep_end`."""
+    """Shorten a text to `width` pixels. Cut off the end, or the beginning if `keep_end`."""
     text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     shown = text
     while shown and font.getlength(shown) > width:

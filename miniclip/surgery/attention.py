@@ -1,8 +1,8 @@
 """Embeddings for every patch, with attention patterns for open-vocabulary segmentation.
 
-CLIP's training uses only the class token. The embeddings of patches match texts only if the last
-block uses another attention pattern. The published methods differ in this pattern, and in the parts
-of the block that they leave out.
+CLIP's training uses only the class token. With CLIP's own attention pattern in the last block, the
+embeddings of patches do not match texts. The published methods replace this pattern. They differ in
+the new pattern, and in the parts of the block that they leave out.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,8 @@ class Seen(NamedTuple):
     places: slice  # the positions of the patches among the T tokens
 
 
-# (q, k, v, seen) -> weights over the tokens, (B, H, T, T); each of q, k, v is (B, H, T, D)
+# A function of q, k, v and `seen`. It returns weights over the tokens, (B, H, T, T). The queries,
+# keys and values have the shape (B, H, T, D).
 Pattern = Callable[[Tensor, Tensor, Tensor, Seen], Tensor]
 
 
@@ -43,7 +44,7 @@ class Preset(NamedTuple):
 def dense_features(
     model: CLIP, pixels: Tensor, preset: str | Preset = "clearclip", resize: str | None = None
 ) -> Tensor:
-    """Embed each patch of the grid, row by row, without normalising: pixels -> (B, P, E).
+    """Return the embeddings (B, P, E) of the patches, row by row, without normalising them.
 
     A fork's own attention must accept `pattern`, as `Attention.forward` does, or change only `qkv`.
 
@@ -54,7 +55,7 @@ def dense_features(
             2024, arXiv 2407.12442), "naclip" (Hajimiri et al. 2024, arXiv 2404.08181), or a
             Preset, for example from `proxyclip`.
         resize: a method of `resize_image`, if the images do not have the model's size. SCLIP,
-            ClearCLIP, NACLIP and ProxyCLIP use "dino"; GEM uses "timm".
+            ClearCLIP, NACLIP and ProxyCLIP use the method "dino", and GEM uses "timm".
     Raises:
         ValueError: for an unknown preset, or a fork whose code this function cannot follow.
 
@@ -71,14 +72,14 @@ def dense_features(
             raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}")
         preset = PRESETS[preset]
     if preset.grid and preset.residual:
-        raise ValueError("a Preset with its own grid makes new tokens: expected residual=False")
+        raise ValueError("a Preset with its own grid makes new tokens, so it needs residual=False")
     tower = tower_for(model, pixels)
     follow("dense_features", tower, ("forward", "pool"), block=("forward",), attention=("attend",))
     for attn in (block.attn for block in tower.blocks):
         if not isinstance(attn, Attention) or "pattern" not in signature(attn.forward).parameters:
             raise ValueError(
-                "dense_features replays Attention.forward, but the forward of "
-                f"{type(attn).__name__} has no argument `pattern`: dense_features cannot follow it"
+                "dense_features cannot follow this attention, because "
+                f"{type(attn).__name__}.forward has no argument `pattern`"
             )
         if attn.causal:
             raise ValueError("dense_features cannot follow a causal vision tower")
@@ -106,7 +107,7 @@ def similar(x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
 
 
 def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
-    """A Gaussian of the distance between patches, (T, T), and 0 for tokens that are not patches."""
+    """Return a bias (T, T): a Gaussian of the distance between patches, and 0 for other tokens."""
     x, places = seen.x, seen.places
     rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) for n in seen.grid)
     points = torch.cartesian_prod(rows, columns).view(-1, 2)  # (P, 2)
@@ -117,7 +118,8 @@ def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
 
 
 def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
-    """GEM's pattern: the mean of q-q, k-k and v-v attention of unit vectors, each applied twice."""
+    """The mean of GEM's q-q, k-k and v-v patterns. Each kind of attention first averages
+    its unit vectors. Its pattern then compares the averages."""
     # For each image: the mean norm of its token vectors, divided by the square root of D.
     sharpness = seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1) * q.shape[-1] ** -0.5
 
@@ -130,10 +132,10 @@ def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 
 
 def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset:
-    """A preset with an attention pattern and a grid from another model's features.
+    """A preset that takes its attention pattern and its grid from another model's features.
 
     Lan et al. 2024, arXiv 2408.04883. The mean of the cosines is taken over each image. The
-    authors' code takes it over the batch, and their batch has one image.
+    authors' code takes the mean over the batch, but each of their batches is a single image.
 
     Args:
         features: (B, C, rows, columns) of the same images, for instance from DINO.

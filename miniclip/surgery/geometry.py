@@ -22,12 +22,12 @@ Grid = tuple[int, int]  # rows, columns
 
 
 def _antialiased(x: Tensor, grid: Grid) -> Tensor:
-    if grid[1] == 1:  # torch 2.13 on a CPU computes only the first row correctly in one call
+    if grid[1] == 1:  # on a CPU, one call in torch 2.13 gives wrong rows after the first row
         x = F.interpolate(x, (grid[0], x.shape[3]), mode="bicubic", antialias=True)
     return F.interpolate(x, grid, mode="bicubic", antialias=True)
 
 
-# (tensor (1, W, rows, columns) of the old grid, new grid) -> tensor of the new grid
+# Each function resizes a tensor (1, W, rows, columns) to a new grid.
 RESAMPLE: dict[str, Callable[[Tensor, Grid], Tensor]] = {
     "transformers": lambda x, grid: F.interpolate(x, grid, mode="bicubic"),
     "timm": _antialiased,
@@ -44,9 +44,9 @@ RESAMPLE: dict[str, Callable[[Tensor, Grid], Tensor]] = {
 def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transformers") -> CLIP:
     """A model for images of another size or shape.
 
-    Start from the original model each time, because resampling twice blurs. Both models share the
-    weights that do not change. To train one of them, pass `copied(model)`. transformers needs
-    square images. For square images, the new transform is
+    Start from the original model each time, because resampling twice blurs the position embedding.
+    Both models share the weights that do not change. To train one of them, pass `copied(model)`.
+    transformers needs square images. For square images, the new transform is
     `dataclasses.replace(transform, size=size, crop_size=size)`.
 
     Args:
@@ -189,7 +189,7 @@ def extend_context(
     if length < old or not 0 <= keep <= old - 2:
         raise ValueError(
             f"cannot stretch {old} positions to {length} with keep={keep}: expected a length of at "
-            f"least {old}, and a `keep` from 0 to {old - 2}, because stretching needs two rows"
+            f"least {old}, and a `keep` from 0 to {old - 2}, because two rows or more are stretched"
         )
     reconfigure(new, "text", context_length=length)
     pos_embed = new.text.pos_embed
@@ -208,10 +208,11 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     """A model with more tokens in its vocabulary. The new ids follow the old ones.
 
     A model with the legacy end token 2 pools a text at its largest id. New ids would be larger than
-    the end token's id. So the new `eos_token_id` is the end token's real id, the last old id.
+    the end token's id. So `eos_token_id` is set to the end token's real id, the largest old id.
 
     Args:
-        tokens: vectors (count, W), or a number. New vectors then start as the mean of the old ones.
+        tokens: the vectors of the new tokens, (count, W), or the number of new tokens. With a
+            number, each new vector is the mean of the old vectors.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -273,7 +274,7 @@ def _rows(given: int | Tensor, like: Tensor, default: Tensor) -> Tensor:
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter, and keep its requires_grad (True if there was no parameter)."""
+    """Replace a parameter and keep `requires_grad`. It is True if there was no parameter."""
     old = getattr(module, name)
     trained = True if old is None else old.requires_grad
     setattr(module, name, nn.Parameter(value.detach().clone(), trained))

@@ -24,8 +24,8 @@ def ablate_heads(
     Args:
         heads: {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist, and
             for a fork's attention that does not run its site `z`.
-        mode: "zero" removes what a head adds to the residual stream, like `prune_heads`. "mean"
-            replaces a head's output with its mean over the batch, separately for each token.
+        mode: "zero" removes what a head adds to the residual stream, as `prune_heads` does.
+            "mean" replaces a head's output with its mean over the batch, separately for each token.
 
     >>> from miniclip import CLIP
     >>> model, pixels = CLIP.from_pretrained("shapes"), torch.zeros(1, 3, 64, 64)
@@ -48,7 +48,7 @@ def ablate_heads(
     def check(out: Tensor, name: str) -> None:
         if name not in silenced:
             raise ValueError(
-                f"{name} has not run its site z: ablate_heads cannot follow this attention"
+                f"{name} has not run its site z, so ablate_heads cannot follow this attention"
             )
 
     edits: dict[str, Edit] = {f"{name}.z": silence for name in chosen}
@@ -137,7 +137,7 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     >>> torch.equal(spliced, model.encode_image(pixels))
     True
     """
-    # The error is computed without the module's hooks. Otherwise it would cancel their effect.
+    # Compute the error without the module's hooks, so that it does not cancel the hooks' effect.
     unhooked = copied(module, shares_weights=True) if error_term else module
 
     def through(tensor: Tensor, name: str) -> Tensor:

@@ -29,7 +29,7 @@ class LowRank(nn.Module):
         self.scale = alpha / rank
         self.A = nn.Parameter(weight.new_empty(rank, columns))
         self.B = nn.Parameter(weight.new_zeros(rows, rank))
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as nn.Linear and the authors' code do
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # nn.Linear and the authors' code do the same
 
     def forward(self, weight: Tensor) -> Tensor:
         """(out, in) -> (out, in)"""
@@ -85,7 +85,7 @@ def merge_lora(model: CLIP) -> CLIP:
         plain = nn.Linear(adapted.in_features, adapted.out_features, device="meta")
         plain.weight = nn.Parameter(adapted.weight.detach().clone(), False)
         plain.bias = adapted.bias
-        # Not a submodule, because state_dict, optimizers and saving must see a plain Linear.
+        # `unmerged` is not a submodule, because state_dict and optimizers must see a plain Linear.
         object.__setattr__(plain, "unmerged", adapted)
         setattr(parent, name, plain.train(adapted.training))
     return new
@@ -116,7 +116,8 @@ def _is_adapted(module: Any) -> bool:
 def _children(
     model: nn.Module, wanted: Callable[[nn.Module], bool]
 ) -> list[tuple[nn.Module, str, Any]]:
-    """Every wanted module, as (parent, name, module). ValueError if there is none."""
+    """Each module for which `wanted` is true, as (parent, name, module). Raises ValueError if there
+    is none."""
     parts = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
     if not (found := [part for part in parts if wanted(part[2])]):
         raise ValueError("no Linear here has LoRA to merge or unmerge; see add_lora")

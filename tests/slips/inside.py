@@ -557,7 +557,7 @@ SITES = [
     ),
     Slip(
         "In half precision, the sites of a LayerNorm overflow for large numbers.",
-        "x = x.to(torch.promote_types(x.dtype, torch.float32))  # as layer_norm itself does",
+        "x = x.to(torch.promote_types(x.dtype, torch.float32))  # torch's layer_norm does the same",
         "",
         "tests/test_sites.py -k half_precision",
     ),
