@@ -164,7 +164,7 @@ class Tokenizer(PretrainedTokenizer):
         self._clean = clean_openai if reference == "openai" else clean_transformers
         self._split = split_openai if reference == "openai" else split_transformers
         # Cleaning, splitting and merging never look across a space, so a chunk between two spaces
-        # always has the same cached ids. If an added token has a space, texts are not cut at spaces.
+        # always has the same ids. If an added token has a space, each text is one chunk.
         self._chunks = RememberedChunks(self._encode_chunk, self._merge, self.vocab, self.added)
 
     @property

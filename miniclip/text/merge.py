@@ -20,7 +20,7 @@ class Merger:
     """
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[Pair]) -> None:
-        self.size, self.no_rank = len(vocab), len(merges)  # `no_rank` is above all ranks
+        self.size, self.no_rank = len(vocab), len(merges)  # larger than every rank
         self.joined = [vocab[left + right] for left, right in merges]  # indexed by rank
         pairs = [vocab[left] * self.size + vocab[right] for left, right in merges]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
@@ -84,7 +84,7 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
     words: list[Sequence[str]] = list(counts)
     times = list(counts.values())
     total: Counter[Pair] = Counter()
-    where: defaultdict[Pair, set[int]] = defaultdict(set)  # the words that have or had the pair
+    where: defaultdict[Pair, set[int]] = defaultdict(set)  # words that have or once had the pair
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             total[pair] += times[i]

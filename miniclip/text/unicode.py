@@ -83,7 +83,7 @@ def _new_capitals() -> dict[int, int]:
 
 
 # Letters and numbers that were added after Unicode 16. transformers (Oniguruma) does not know them,
-# but the regex module knows some.
+# but the regex module knows some of them.
 TOO_NEW = (
     r"\u0558\u058B-\u058C\u088F\u0C5C\u0CDC\u208F\u209D-\u209F\uA7CE-\uA7CF\uA7D2\uA7D4\uA7DD"
     r"\uA7E2\uA7F1\uAB6C-\uAB6D\U000107BB-\U000107BF\U00010940-\U00010959\U00010EC5-\U00010EC7"

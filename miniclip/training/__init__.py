@@ -35,8 +35,8 @@ If an image, a shard or a command fails, training reports it and continues witho
 - `--val DATA`: score the model on held-out data after each epoch, or every `--val-every` steps.
   The score is accuracy for class folders and recall@1 for captions. The folder `best` has the best
   checkpoint
-- `--freeze vision`: freeze a tower (`vision`, as LiT does, or `text`), or all parameters that
-  match a glob such as `vision.blocks.[0-5].*`
+- `--freeze vision`: freeze the vision tower, as LiT does. You can also freeze `text`, or all
+  parameters that match a glob such as `vision.blocks.[0-5].*`
 - `--lora 4`: train only LoRA of rank 4 on query and value weights, and write the merged weights
 - `--layer-decay 0.8`: give each layer 0.8 times the learning rate of the layer above it
 - `--loss siglip`: classify each pair as true or false. The checkpoint does not have the loss's bias

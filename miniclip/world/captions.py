@@ -225,9 +225,9 @@ def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, s
     """Return a true and a false caption of a scene.
 
     In lessons 0 and 1, a caption names one object, with its place if the place is clear. In lesson
-    2, a caption may relate two objects. After the lessons, a caption may be any claim. One caption
-    in five is then vague, so that a model also learns each word alone. More vague captions would
-    teach little, because "something red" is true of one image in four.
+    2, a caption may state a relation of two objects. After the lessons, a caption may be any claim.
+    One caption in five is then vague, so that a model also learns each word alone. A larger share
+    of vague captions would teach little, because "something red" is true of one image in four.
     """
     places: Kind = located if located(scene) else singles
     if lesson < 2:
