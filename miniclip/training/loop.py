@@ -81,10 +81,8 @@ def train(
     run = Run(Path(out), model, recipe, loss, rank == 0, log)
     whole_model, model = model, run.trained
     if run.step > steps:
-        raise ValueError(
-            f"{out}: already ran {run.step:,} steps, but a run on this data has {steps:,} steps; "
-            "choose a new folder"
-        )
+        reason = f"already ran {run.step:,} steps, but a run on this data has {steps:,} steps"
+        raise ValueError(f"{out}: {reason}; choose a new folder")
     dropout = PatchDropout(model.vision, 0.0) if recipe.patch_dropout else None
     if recipe.compile:
         model.vision.compile()
@@ -176,8 +174,7 @@ def check_data(data: TrainingData, least: int) -> None:
     first = next(captions)
     if all(caption == first for caption in captions):
         raise ValueError(
-            f"every caption is {first!r}; expected different captions, "
-            "because training compares captions"
+            f"every caption is {first!r}; training needs different captions to compare"
         )
 
 
