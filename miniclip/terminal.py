@@ -13,8 +13,8 @@ from typing import Any
 def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: Any) -> Any:
     """Wrap items in a progress bar, which appears after two seconds.
 
-    If stderr is not a terminal, a line is printed every 30 seconds instead. tqdm gets `options`.
-    Without items, pass `total`, and call `update` on the result.
+    If stderr is not a terminal, a line is printed every 30 seconds instead. `options` are
+    arguments of tqdm. Without items, pass `total`, and call `update` on the result.
     """
     from tqdm import tqdm  # imported only here, so that `miniclip --help` is fast
 
@@ -29,7 +29,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
             return True
 
         def refresh(self, nolock: bool = False, **options: Any) -> None:
-            # Do not print a line after `tqdm.write` (nolock) or in a notebook.
+            # Print no line in a notebook, or if `tqdm.write` calls this (with nolock).
             is_notebook = type(sys.stderr).__module__.startswith("ipykernel")
             if not (nolock or self.disable or is_notebook):
                 self.display()
@@ -89,7 +89,7 @@ def columns(text: str) -> int:
     >>> columns("cat"), columns("猫")
     (3, 2)
     """
-    from ftfy.formatting import monospaced_width  # only here: `miniclip --help` does not need it
+    from ftfy.formatting import monospaced_width  # imported late, so that --help is fast
 
     return len(text) if text.isascii() else max(monospaced_width(text), 0)
 
@@ -106,7 +106,7 @@ def shorten(text: str, width: int = 24) -> str:
 
 
 def cell(text: str, width: int) -> str:
-    """Cut a text, or pad it with spaces, to `width` columns, for a cell of a table."""
+    """Make a table cell of `width` columns: cut a long text, or pad a short text with spaces."""
     text = shorten(text, width)
     return text + " " * (width - columns(text))
 

@@ -66,7 +66,7 @@ def split_transformers(text: str) -> list[str]:
     words = word_pattern(WORD, "transformers").findall(text)
     if BOS not in words and EOS not in words:
         return words
-    cut = {token: ["<|", token[2:-2], "|>"] for token in (BOS, EOS)}  # as GPT-2 splits them
+    cut = {token: ["<|", token[2:-2], "|>"] for token in (BOS, EOS)}  # as in GPT-2's pattern
     return [part for word in words for part in cut.get(word, [word])]
 
 
@@ -92,7 +92,7 @@ def to_symbols(word: str) -> list[str]:
 
 
 def merge_steps(symbols: list[str], ranks: Mapping[Pair, int]) -> list[list[str]]:
-    """BPE as it is defined: join the pair that was learned first, wherever it occurs, and repeat.
+    """The definition of BPE: join the pair that was learned first, wherever it occurs, and repeat.
 
     Returns the symbols after each step. `text/merge.py` does the same faster.
 
@@ -116,8 +116,8 @@ class Tokenizer(PretrainedTokenizer):
     """Text -> token ids, and back.
 
     `vocab` maps tokens to ids; `merges` are pairs in the order they were learned. `added` are
-    tokens that are found before a text is split into words. {token: True} finds a token in the
-    cleaned text, {token: False} in the raw text. OpenAI's tokenizer does not look for added tokens.
+    tokens that are found before a text is split into words: in the cleaned text if the value is
+    True, or in the raw text if it is False. OpenAI's tokenizer does not look for added tokens.
 
     >>> tokenizer = Tokenizer.train(["a cat", "a dog", "two cats"], vocab_size=520)
     >>> tokenizer(["a cat", "a hat"]).shape
@@ -160,16 +160,16 @@ class Tokenizer(PretrainedTokenizer):
         self._merge = Merger(self.vocab, self.merges)
         self._added = AddedTokens(self.added, clean_transformers)
         for cleaned, token in self._added.cleaned.items():
-            self._tokens[self.vocab[token]] = cleaned  # as transformers decodes it
+            self._tokens[self.vocab[token]] = cleaned  # transformers decodes to the cleaned text
         self._clean = clean_openai if reference == "openai" else clean_transformers
         self._split = split_openai if reference == "openai" else split_transformers
         # Cleaning, splitting and merging never look across a space, so a chunk between two spaces
-        # always has the same ids. They are stored. If an added token has a space, texts stay whole.
+        # always has the same ids. If an added token has a space, each text is one chunk.
         self._chunks = RememberedChunks(self._encode_chunk, self._merge, self.vocab, self.added)
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, special and added tokens included."""
+        """The number of ids, including special and added tokens."""
         return len(self.vocab)
 
     def encode(self, text: str) -> list[int]:
@@ -189,7 +189,7 @@ class Tokenizer(PretrainedTokenizer):
         return ids
 
     def _pieces(self, text: str) -> Iterable[tuple[str, str | None]]:
-        """(piece, token) for each added token, and (cleaned text, None) between tokens."""
+        """Return (piece, token) for each added token, and (cleaned text, None) for other text."""
         return [(text, None)] if self.reference == "openai" else self._added.split(text)
 
     def _symbols(self, word: str) -> list[str]:
@@ -201,7 +201,7 @@ class Tokenizer(PretrainedTokenizer):
     def __call__(
         self, texts: str | Iterable[str], *, truncate: bool = False, pad_to: int | None = None
     ) -> Tensor:
-        """Texts -> ids (B, T) int64: in each row a start token, the text, an end token, padding.
+        """Texts -> ids (B, T) int64. A row has a start token, the text, an end token and padding.
 
         T is `pad_to` if given, or else the longest row's length. A row of more tokens than
         `context_length` or `pad_to` raises ContextLengthError. With `truncate`, the text is cut.
@@ -223,13 +223,13 @@ class Tokenizer(PretrainedTokenizer):
         return torch.tensor(ids)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """The token of each id, such as `cat</w>`: labels for a table or a figure."""
+        """The token of each id, such as `cat</w>`, to label a table or a figure."""
         known = checks.numbers(map(int, ids), self.vocab_size, "ids", "tokens")
         return [self._tokens[id] for id in known]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids as transformers decodes it: lower case, spaces between words, special
-        tokens as text, U+FFFD for bytes that are not UTF-8."""
+        """Decode ids as transformers does: to lower case, with spaces between words, with special
+        tokens as text, and with U+FFFD for bytes that are not UTF-8."""
         byte = {symbol: byte for byte, symbol in byte_symbols().items()}
         data = bytearray()
         for token in self.tokens(ids):

@@ -10,7 +10,7 @@ transformers (`CLIPImageProcessorPil`). They differ in two ways:
   pixels keep the colour that is stored in them.
 - Crop. If a side has m more pixels than the crop, the crop starts at m / 2. transformers rounds
   down (3 -> 1, 5 -> 2), OpenAI rounds half to even (3 -> 2, 5 -> 2). The crops differ if m % 4 is
-  3. If the image is smaller than the crop (m is negative), they differ for every odd m.
+  3. If the image is smaller than the crop (m is negative), the crops differ for every odd m.
 
 Both resize with Pillow and antialiasing. torchvision's resize of tensors gives other pixels.
 """
@@ -30,7 +30,7 @@ from miniclip.files.checks import MAX_PIXELS, check_transform
 from miniclip.files.pictures import Picture, as_image, fill_in_threads, no_warnings, reason_of
 from miniclip.files.pretrained import PretrainedTransform
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of R, G, B (0 to 1) in OpenAI's training set
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # mean R, G, B (0 to 1) of OpenAI's images
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -55,21 +55,21 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     if size * new_long > MAX_PIXELS:
         raise ImageError(
             f"resized to {size} x {new_long} it would have more than {MAX_PIXELS} pixels, "
-            "the limit; crop it first"
+            "which is the limit; crop it first"
         )
     new_size = (size, new_long) if image.width == short else (new_long, size)
     return image.resize(new_size, Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int, reference: str = "transformers") -> Image.Image:
-    """The middle `size` x `size` pixels, 0 outside the image. Below, a pixel's value is its row:
+    """Crop the centre to `size` x `size`, padded with 0. In the example, pixels are row numbers:
 
     >>> center_crop(Image.linear_gradient("L").crop((0, 0, 4, 4)), 1, "openai").getpixel((0, 0))
     2
     """
     margins = (image.width - size, image.height - size)
     left, top = (margin // 2 for margin in margins)
-    if reference == "openai":  # torchvision pads a smaller image by half of -m, rounded down
+    if reference == "openai":  # torchvision pads by half of the missing pixels, rounded down
         left, top = (round(m / 2) if m > 0 else -(-m // 2) for m in margins)
     return image.crop((left, top, left + size, top + size))
 
@@ -113,9 +113,9 @@ class ImageTransform(PretrainedTransform):
     def __call__(self, pictures: Picture | Sequence[Picture]) -> Tensor:
         """One picture -> (3, S, S), a list of B pictures -> (B, 3, S, S), float32; S = crop_size.
 
-        A picture is a path, bytes or an open file (turned upright by its EXIF), a PIL image (taken
-        as it is), a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). A list is read
-        by `torch.get_num_threads()` threads. Raises ImageError, with the picture's index in a list.
+        A picture is a path, bytes or an open file (rotated by its EXIF orientation), a PIL image
+        (never rotated), a uint8 array (H, W, 3) or a uint8 tensor (3, H, W). A list is read by
+        `torch.get_num_threads()` threads. Raises ImageError. For a list, the error names the index.
         """
         is_file = isinstance(pictures, str | bytes | bytearray | memoryview)
         if is_file or not isinstance(pictures, Sequence):
@@ -128,7 +128,7 @@ class ImageTransform(PretrainedTransform):
     def _pixels(self, picture: Any) -> np.ndarray:
         original = as_image(picture)
         try:
-            original.load()  # decoding may correct a size that the header states wrongly
+            original.load()  # decoding may correct a wrong size in the header
             image = to_rgb(original) if self.reference == "transformers" else original
             if self.squash:
                 image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Prompts made of learned vectors, not of words: CoOp (Zhou et al. 2021, arXiv 2109.01134)."""
+"""CoOp: prompts made of learned vectors instead of words (Zhou et al. 2021, arXiv 2109.01134)."""
 
 from torch import Tensor
 

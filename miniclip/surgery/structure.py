@@ -22,10 +22,11 @@ from miniclip.surgery.weights import copied
 
 
 def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -> CLIP:
-    """Remove heads, as if their outputs `z` were zero (Michel et al. 2019, arXiv 1905.10650).
+    """Remove heads from a tower (Michel et al. 2019, arXiv 1905.10650).
 
-    The bias of out_proj stays. transformers cannot load the result. `heads` is
-    {layer: [head, ...]}. Raises ValueError for a layer or head that does not exist.
+    The effect is the same as setting the heads' outputs `z` to zero. The bias of out_proj stays.
+    transformers cannot load the result. `heads` is {layer: [head, ...]}. Raises ValueError for a
+    layer or head that does not exist.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -56,10 +57,11 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
 
 
 def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]]) -> CLIP:
-    """Remove neurons from the MLPs of a tower, as if their activations were zero.
+    """Remove neurons from the MLPs of a tower.
 
-    The bias of fc2 stays. transformers can load the result if all layers keep the same MLP width.
-    `neurons` is {layer: [neuron, ...]}. Raises ValueError if a layer or neuron does not exist.
+    The effect is the same as setting the neurons' activations to zero. The bias of fc2 stays.
+    transformers can load the result if all layers keep the same MLP width. `neurons` is
+    {layer: [neuron, ...]}. Raises ValueError if a layer or neuron does not exist.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -105,7 +107,7 @@ def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
 
 
 def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
-    """Change fields of a tower's config in place, to fit its changed modules. Returns the model.
+    """Change fields of a tower's config in place, to describe changed modules. Returns the model.
 
     Saving raises an error if the modules do not fit the config. Raises ValueError for an unknown
     field.
@@ -122,7 +124,7 @@ def reconfigure(model: CLIP, tower: str, **fields: Any) -> CLIP:
         raise ValueError(
             f"{type(config).__name__} has no field {listed(unknown)}; expected some of "
             + ", ".join(vars(config))
-            + ". Patches do not overlap: the stride is the patch_size" * patches
+            + ". Patches do not overlap, so the stride is the patch_size" * patches
         )
     config = replace(config, **fields)
     model.config = replace(model.config, **{tower: config})
@@ -149,7 +151,7 @@ def _others(gone: Collection[int], count: int, where: str, kind: str) -> Tensor:
 
 
 def _cut(linear: nn.Linear, dim: int, kept: Tensor) -> None:
-    """Keep only these outputs (dim 0) or inputs (dim 1) of a Linear, in place."""
+    """Remove all outputs (dim 0) or inputs (dim 1) of a Linear except `kept`, in place."""
     if type(linear) is not nn.Linear:
         raise ValueError(
             f"expected a plain nn.Linear, found {type(linear).__name__}; merge adapters first"

@@ -35,9 +35,9 @@ def interpolate(one: CLIP, other: CLIP, alpha: float) -> CLIP:
 
 
 def average(models: list[CLIP]) -> CLIP:
-    """The mean of the models' weights: the uniform soup of Wortsman et al. 2022, arXiv 2203.05482.
+    """Average the models' weights (a uniform soup, Wortsman et al. 2022, arXiv 2203.05482).
 
-    Raises ValueError for an empty list. Other errors: see `interpolate`.
+    Raises ValueError for an empty list. The other errors are the same as in `interpolate`.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -51,9 +51,10 @@ def average(models: list[CLIP]) -> CLIP:
 
 @dataclass(frozen=True)
 class TaskVector:
-    """What fine-tuning adds to every weight, in float64 (Ilharco et al. 2022, arXiv 2212.04089).
+    """The float64 change of each weight by fine-tuning (Ilharco et al. 2022, arXiv 2212.04089).
 
-    Vectors can be added, subtracted and scaled. A negated vector makes a model forget the task.
+    Task vectors can be added, subtracted and scaled. Adding a negated task vector makes a model
+    forget the task.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -66,7 +67,7 @@ class TaskVector:
 
     @classmethod
     def between(cls, base: CLIP, tuned: CLIP) -> "TaskVector":
-        """The weights of `tuned` minus the weights of `base`. Errors: see `interpolate`."""
+        """The weights of `tuned` minus the weights of `base`. Errors are as in `interpolate`."""
         weights, others = _weights(base, tuned)
         return cls({name: others[name].double() - weights[name].double() for name in weights})
 
@@ -99,7 +100,7 @@ OUTPUT = ("ln_post", "ln_final", "proj")
 
 
 def layer_groups(tower: VisionTower | TextTower) -> list[list[nn.Parameter]]:
-    """A tower's parameters in groups, for `freeze` or a learning rate that depends on depth.
+    """Group a tower's parameters by depth, for `freeze` or for a learning rate per layer.
 
     The first group has all parameters before the first block. Then each block is a group. The last
     group has the last LayerNorm and the projection.
@@ -122,7 +123,7 @@ def layer_groups(tower: VisionTower | TextTower) -> list[list[nn.Parameter]]:
 
 
 def freeze(tower: VisionTower | TextTower, groups: int) -> None:
-    """Freeze the first `groups` of `layer_groups` and unfreeze the others, in place.
+    """Freeze the first `groups` groups of `layer_groups`, and unfreeze the other groups, in place.
 
     LiT (Zhai et al. 2021, arXiv 2111.07991) freezes all groups of a trained vision tower.
 
@@ -134,7 +135,7 @@ def freeze(tower: VisionTower | TextTower, groups: int) -> None:
     """
     parts = layer_groups(tower)
     if not 0 <= groups <= len(parts):
-        raise ValueError(f"groups is {groups}; expected 0 to {len(parts)}, the tower's groups")
+        raise ValueError(f"groups is {groups}; expected 0 (no group) to {len(parts)} (all groups)")
     for i, part in enumerate(parts):
         for parameter in part:
             parameter.requires_grad_(i >= groups)
@@ -158,7 +159,7 @@ def copied(model: Module, shares_weights: bool = False) -> Module:
     for part in new.modules():
         part._forward_hooks.clear()
         for key, hook in [*part._forward_pre_hooks.items()]:
-            if isinstance(hook, Enter):  # keep the pre-hooks of torch.nn.utils.prune
+            if isinstance(hook, Enter):  # the pre-hooks of torch.nn.utils.prune stay
                 del part._forward_pre_hooks[key]
     return new
 
@@ -190,7 +191,7 @@ def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
 
 
 def _ties(model: CLIP) -> list[int]:
-    """For each parameter, the index of the first parameter that is the same object."""
+    """For each parameter name, return the index of the first name of the same parameter."""
     ids = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     return [ids.index(one) for one in ids]
 

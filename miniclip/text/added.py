@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 class AddedTokens:
-    """Find added tokens. {token: True} finds a token in the cleaned text, {token: False} in the
-    raw text."""
+    """Find added tokens. If the value of a token in `added` is True, find the token in the cleaned
+    text. If the value is False, find the token in the raw text."""
 
     def __init__(self, added: Mapping[str, bool], clean: Callable[[str], str]) -> None:
         self.clean = clean
@@ -15,7 +15,7 @@ class AddedTokens:
         self._split_cleaned = _Splitter(self.cleaned)
 
     def split(self, text: str) -> Iterator[tuple[str, str | None]]:
-        """Yield (piece, token) for each added token, and (cleaned text, None) between tokens."""
+        """Yield (piece, token) for each added token, and (cleaned text, None) for other text."""
         for i, raw in enumerate(self._split_raw(text)):
             if i % 2:
                 yield raw, raw
@@ -25,11 +25,11 @@ class AddedTokens:
 
 
 class _Splitter:
-    """Split a text at tokens and keep the tokens, as `re.split` does with a group.
+    """Split a text at tokens and keep the tokens, as `re.split` does with a capturing group.
 
-    At each position, find the longest token. `re` would try every token. Here pieces of all lengths
-    that a token can have are looked up in a set. For example, if the tokens that start with "<"
-    have 3 different lengths, a "<" in a text needs at most 3 look-ups.
+    At each position, find the longest token. `re` would try every token at each position. This
+    class looks up one piece of text for each possible length of a token. For example, if the tokens
+    that start with "<" have 3 different lengths, a "<" in a text needs at most 3 look-ups.
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:

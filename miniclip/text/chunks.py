@@ -1,4 +1,4 @@
-"""A cache of ids, with an entry for each piece of text between two spaces."""
+"""A cache of the ids of chunks. A chunk is a piece of text between two spaces."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import ascii_lowercase
@@ -9,7 +9,7 @@ from miniclip.text.symbols import END_OF_WORD
 class RememberedChunks(dict[str, Sequence[int]]):
     """The ids of chunks of text. A chunk is encoded when it is first looked up.
 
-    A chunk of lower-case ASCII letters is one word. It is merged directly, without cleaning, unless
+    A chunk of lower-case ASCII letters is one word. Its letters are merged without cleaning, unless
     one of the added tokens has only letters.
     """
 
@@ -24,7 +24,7 @@ class RememberedChunks(dict[str, Sequence[int]]):
     ) -> None:
         super().__init__()
         self.encode, self.merge = encode, merge
-        self.whole = any(c.isspace() for token in added for c in token)  # True: a text is one chunk
+        self.whole = any(c.isspace() for token in added for c in token)  # then texts are not split
         has_letters = all({a, a + END_OF_WORD} <= vocab.keys() for a in ascii_lowercase)
         self.has_words = has_letters and not any(token.lower().isalpha() for token in added)
         if self.has_words:

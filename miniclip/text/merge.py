@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from miniclip.text.symbols import Pair
 
-GONE = -(2**40)  # replaces a merged id; no pair that contains it has a rank
+GONE = -(2**40)  # marks a deleted id; a pair with this mark never has a rank
 LONG = 32
-"""Above this number of ids the heap is faster than the loop: n log n against n squared."""
+"""For more ids than this, the heap (n log n steps) is faster than the loop (n squared steps)."""
 
 
 class Merger:
-    """Apply merges to ids. A pair of ids is one number, because a dict finds numbers faster.
+    """Apply merges to ids. A pair is stored as one number, because tuples are slower as dict keys.
 
     >>> vocab = {"c": 0, "a": 1, "t</w>": 2, "at</w>": 3, "cat</w>": 4}
     >>> Merger(vocab, [("a", "t</w>"), ("c", "at</w>")])([0, 1, 2])
@@ -20,13 +20,13 @@ class Merger:
     """
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[Pair]) -> None:
-        self.size, self.no_rank = len(vocab), len(merges)  # `no_rank` is above all ranks
+        self.size, self.no_rank = len(vocab), len(merges)  # larger than every rank
         self.joined = [vocab[left + right] for left, right in merges]  # indexed by rank
         pairs = [vocab[left] * self.size + vocab[right] for left, right in merges]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
 
     def __call__(self, ids: Sequence[int]) -> list[int]:
-        """Join the pair with the lowest rank, the leftmost first, until no pair has a rank."""
+        """Join the leftmost pair with the lowest rank, and repeat until no pair has a rank."""
         if len(ids) > LONG:
             return self.merge_long(ids)
         ids, size, no_rank, rank = [*ids], self.size, self.no_rank, self.ranks.get
@@ -34,7 +34,7 @@ class Merger:
         while found and (best := min(found)) < no_rank:
             i = found.index(best)
             ids[i] = self.joined[best]
-            del ids[i + 1], found[i]  # the pairs before and after change too
+            del ids[i + 1], found[i]  # the two neighbouring pairs change too
             if i < len(found):
                 found[i] = rank(ids[i] * size + ids[i + 1], no_rank)
             if i:
@@ -59,8 +59,8 @@ class Merger:
         while heap:
             rank, i = heapq.heappop(heap)
             j = after[i]
-            # If one of its ids was merged after the push, the pair no longer exists. Each rank
-            # belongs to one pair, so it is enough to check the rank of the ids at this position.
+            # The pair no longer exists if one of its ids was merged after the push. Each rank
+            # belongs to one pair, so it is enough to compare the ranks.
             if j == end or self.ranks.get(ids[i] * self.size + ids[j]) != rank:
                 continue
             ids[i], ids[j] = self.joined[rank], GONE
@@ -76,7 +76,7 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
     """Learn at most `limit` merges from words. `counts` maps a word's symbols to the word's count.
 
     Sennrich et al. 2016, arXiv 1508.07909: make the most frequent pair a token, and repeat. If two
-    pairs are equally frequent, the pair that sorts first becomes a token.
+    pairs are equally frequent, the first pair in sorted order becomes a token.
 
     >>> learn_merges({("c", "a", "t"): 2, ("h", "a", "t"): 1, ("c", "a", "p"): 1}, 2)
     [('a', 't'), ('c', 'at')]
@@ -84,7 +84,7 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
     words: list[Sequence[str]] = list(counts)
     times = list(counts.values())
     total: Counter[Pair] = Counter()
-    where: defaultdict[Pair, set[int]] = defaultdict(set)  # the words that have or had the pair
+    where: defaultdict[Pair, set[int]] = defaultdict(set)  # words that have or once had the pair
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             total[pair] += times[i]
@@ -95,8 +95,8 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
     made: set[str] = set()
     while heap and len(merges) < limit:
         count, best = heapq.heappop(heap)
-        # Each change of a count is pushed, and only the latest count is valid. If two pairs make
-        # the same token, the second pair is left out, because a token must not have two ids.
+        # The heap may have several counts of a pair, and only the latest count is valid. If two
+        # pairs make the same token, skip the second, because a token must not have two ids.
         if count == 0 or -count != total[best] or "".join(best) in made:
             continue
         merges.append(best)
@@ -118,7 +118,7 @@ def learn_merges(counts: Mapping[tuple[str, ...], int], limit: int) -> list[Pair
 
 
 def join(symbols: Sequence[str], left: str, right: str) -> list[str]:
-    """Join each `left` and the `right` that follows it into one symbol.
+    """Join `left` and `right` into one symbol wherever `right` follows `left`.
 
     >>> join("aaab", "a", "a")
     ['aa', 'a', 'b']

@@ -1,7 +1,7 @@
 """Treat Unicode as transformers' tokenizer does, on every version of Python.
 
-transformers' tokenizer uses three Rust libraries. Each library, like each version of Python, has
-the tables of its own version of Unicode. The tables below correct the differences.
+transformers' tokenizer uses three Rust libraries. The libraries use different versions of Unicode,
+and so do the versions of Python. The tables below correct the differences.
 """
 
 import re
@@ -22,7 +22,7 @@ NEW_MARK = (
 
 
 def utf8(word: str) -> bytes:
-    """A word in UTF-8. Raises ValueError for half a character (a lone surrogate)."""
+    """Encode a word in UTF-8. Raises ValueError for a lone surrogate, which is half a character."""
     try:
         return word.encode()
     except UnicodeEncodeError as error:
@@ -62,9 +62,9 @@ def lower_new_capitals(text: str) -> str:
 
 @cache
 def _new_capitals() -> dict[int, int]:
-    """Map capitals to lower case. `str.lower` gives sigma another form at the end of a word, and
+    """Map capitals to lower case. `str.lower` gives sigma a special form at the end of a word, and
     older versions of Python do not know the capitals that Unicode 14 to 17 added."""
-    ranges = [  # first, last, step, distance to the lower-case letter
+    ranges = [  # first capital, last capital, step, distance to the lower-case letters
         (0x03A3, 0x03A3, 1, 32),
         (0x1C89, 0x1C89, 1, 1),
         (0x2C2F, 0x2C2F, 1, 48),
@@ -83,7 +83,7 @@ def _new_capitals() -> dict[int, int]:
 
 
 # Letters and numbers that were added after Unicode 16. transformers (Oniguruma) does not know them,
-# but the regex module knows some.
+# but the regex module knows some of them.
 TOO_NEW = (
     r"\u0558\u058B-\u058C\u088F\u0C5C\u0CDC\u208F\u209D-\u209F\uA7CE-\uA7CF\uA7D2\uA7D4\uA7DD"
     r"\uA7E2\uA7F1\uAB6C-\uAB6D\U000107BB-\U000107BF\U00010940-\U00010959\U00010EC5-\U00010EC7"
@@ -98,12 +98,12 @@ TOO_NEW = (
 
 @cache
 def word_pattern(word: str, reference: str) -> regex.Pattern[str]:
-    """Compile the pattern of a word: LETTER and NUMBER become a reference's character classes.
+    """Compile the pattern of a word. Replace LETTER and NUMBER by a reference's character classes.
 
-    OpenAI's pattern ignores case, so a long s (ſ) counts as an s.
+    OpenAI's pattern ignores case, so a long s (ſ) matches an s.
     """
     letter, number, flags = r"\p{L}", r"\p{N}", regex.VERBOSE | regex.IGNORECASE
     if reference == "transformers":
         letter, number = rf"[\p{{L}}--[{TOO_NEW}]]", rf"[\p{{N}}--[{TOO_NEW}]]"
-        flags = regex.VERBOSE | regex.VERSION1  # in VERSION1, -- means "without"
+        flags = regex.VERBOSE | regex.VERSION1  # VERSION1 lets -- exclude characters
     return regex.compile(word.replace("LETTER", letter).replace("NUMBER", number), flags)

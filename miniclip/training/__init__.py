@@ -35,9 +35,9 @@ If an image, a shard or a command fails, training reports it and continues witho
 - `--val DATA`: score the model on held-out data after each epoch, or every `--val-every` steps.
   The score is accuracy for class folders and recall@1 for captions. The folder `best` has the best
   checkpoint
-- `--freeze vision`: freeze a tower (`vision`, as LiT does, or `text`), or all parameters that
-  match a glob such as `vision.blocks.[0-5].*`
-- `--lora 4`: train a change of rank 4 to the query and value weights, and write the merged weights
+- `--freeze vision`: freeze the vision tower, as LiT does. You can also freeze `text`, or all
+  parameters that match a glob such as `vision.blocks.[0-5].*`
+- `--lora 4`: train only LoRA of rank 4 on query and value weights, and write the merged weights
 - `--layer-decay 0.8`: give each layer 0.8 times the learning rate of the layer above it
 - `--loss siglip`: classify each pair as true or false. The checkpoint does not have the loss's bias
 - `--chunk 64`: hold 64 pairs in memory at once (GradCache). The gradients equal the whole batch's
@@ -48,12 +48,12 @@ If an image, a shard or a command fails, training reports it and continues witho
 - `--plot report.png`: plot the loss, the scores, the learning rate, throughput and peak memory
 - `--fsdp`: under `torchrun`, shard the weights and the optimizers' state over the processes
 
-The run is saved after each epoch and every five minutes. After a kill, the same command continues
-the run. On a CPU the result equals an uninterrupted run's result, bit for bit. Under `torchrun` the
-processes share one batch, and `torchrun --max-restarts 3` restarts them after a crash. On several
-machines set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, to avoid a bug in PyTorch. Half-precision
-weights become float32, because Adam's first step in float16 gives NaN. Initial weights follow
-OpenAI's code. transformers swaps two of OpenAI's standard deviations.
+The run is saved after each epoch and every five minutes. If a run is killed, the same command
+continues it. On a CPU the result equals an uninterrupted run's result, bit for bit. Under
+`torchrun` the processes share one batch, and `torchrun --max-restarts 3` restarts them after a
+crash. On several machines set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, to avoid a bug in PyTorch.
+Half-precision weights become float32, because Adam's first step in float16 gives NaN. Initial
+weights follow OpenAI's code. transformers swaps two of OpenAI's standard deviations.
 """
 
 from importlib import import_module

@@ -65,7 +65,7 @@ class Pictures:
         return shuffled(len(self), seed)
 
     def captions(self) -> Iterator[str]:
-        """Return all captions. A list of captions that several images share is returned once."""
+        """Return all captions. If images share one list, its captions are returned once."""
         return chain(*{id(captions): captions for _, captions, _ in self.entries}.values())
 
     def __getitem__(self, item_and_draw: tuple[int, int]) -> Pair | None:
@@ -85,7 +85,7 @@ class Pictures:
 
 
 def labels_of_all(entries: Iterable[Entry]) -> dict[Path, list[int]]:
-    """Return the labels of each image's captions, collected from all entries with this image.
+    """Collect the labels of each image's captions. An image may be in several entries.
 
     All lists are equally long, because shorter lists repeat their first label. If no image has two
     different captions, all lists are empty. Entries with a class are left out.
@@ -102,7 +102,7 @@ def labels_of_all(entries: Iterable[Entry]) -> dict[Path, list[int]]:
 
 
 def class_captions(label: str) -> tuple[str, ...]:
-    """Return the captions of a class: each template with the class's label.
+    """Return the captions of a class, made by putting its label into each template.
 
     >>> class_captions("tea cup")[3]
     'a photo of a tea cup.'
@@ -223,7 +223,7 @@ def _items_and_draws(
     while True:
         epoch, skip = divmod(step, steps)
         found = islice(data.items(draw_seed(seed, epoch)), skip * batch, steps * batch)
-        items = chain(found, repeat(None))  # None if a shard lost samples since the count
+        items = chain(found, repeat(None))  # None if a shard now has fewer samples than before
         for step in range(step, step + steps - skip):
             for i, item in enumerate(islice(items, batch)):
                 if i % world_size == rank:
@@ -238,8 +238,8 @@ def augment(pixels: Tensor) -> Tensor:
     shifted by up to 15 % of its side. Reflection fills the area outside an image.
     """
     b = len(pixels)
-    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # the crop's side; 1 is the whole image
-    x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # the crop's centre; the image is from -1 to 1
+    side = 1 - (torch.rand(b) - 0.5).clamp(min=0)  # the crop's side, as a share of the image's side
+    x, y = 0.3 * (2 * torch.rand(2, b) - 1)  # the crop's centre, from -1 to 1 across the image
     mirror = torch.randint(0, 2, (b,)) * 2 - 1
     none = torch.zeros(b)
     affine = torch.stack([side * mirror, none, x, none, side, y], dim=1).view(b, 2, 3)

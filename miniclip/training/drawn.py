@@ -17,18 +17,18 @@ class Shapes:
     """Scenes that are drawn when they are needed, in about half a millisecond each.
 
     `data[index, draw]` is an image with a caption and a false caption. The number `draw` chooses
-    both captions. The first half of the scenes is three lessons. In lesson 0 a scene has one
-    object, and the caption may name its place. In lesson 1 a scene has two objects, and the caption
-    is about one of them. In lesson 2 the caption may relate the two objects. Without the lessons, a
-    model learns only colours for a long time. Do not mirror the images, because "to the left of"
-    would become false.
+    both captions. The first half of the scenes has three lessons. In lesson 0 a scene has one
+    object, and the caption may say where the object is. In lesson 1 a scene has two objects, and
+    the caption is about one of them. In lesson 2 the caption may state a relation of the two
+    objects. Without the lessons, a model learns only colours for a long time. Do not mirror the
+    images, because "to the left of" would become false.
 
     Args:
         count: the number of scenes.
-        seed: decides the scenes. `SCORE_SEED` raises ValueError, because its scenes are test data.
+        seed: decides the scenes. Raises ValueError for `SCORE_SEED`, which gives the test scenes.
     """
 
-    OBJECTS = (1, 2, 2)  # the number of objects in a scene of each lesson
+    OBJECTS = (1, 2, 2)  # the number of objects in a scene, in lessons 0, 1 and 2
 
     def __init__(self, count: int = 225_000, seed: int = 0) -> None:
         if seed == SCORE_SEED:
@@ -41,17 +41,17 @@ class Shapes:
         return self.count
 
     def items(self, seed: int) -> Iterator[int]:
-        """Yield all indices. Lessons keep their order, but the seed shuffles each lesson."""
+        """Yield all indices, lesson by lesson. The seed decides the order within each lesson."""
         starts = [lesson * self.lesson_length for lesson in range(4)]
         for first, end in pairwise((*starts, self.count)):
             yield from (first + i for i in shuffled(end - first, seed))
 
     def lesson(self, index: int) -> int:
-        """Return the number of a scene's lesson, 0 to 2, or 3 for a scene after all lessons."""
+        """Return the lesson of a scene, from 0 to 2. Return 3 for a scene after the lessons."""
         return min(index // self.lesson_length, 3) if self.lesson_length else 3
 
     def scene(self, index: int) -> Scene:
-        """Return the scene with this index. Its lesson decides the number of objects."""
+        """Return the scene with this index. The scene's lesson decides the number of objects."""
         lesson = self.lesson(index)
         return scene(index, seed=self.seed, count=self.OBJECTS[lesson] if lesson < 3 else None)
 

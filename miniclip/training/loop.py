@@ -57,7 +57,7 @@ def train(
         loss: a loss in place of the recipe's loss. The logit scale is then not clamped. If the
             loss is an nn.Module, its parameters are trained and saved too.
         validate: a function from a checkpoint to a dict of scores on held-out data; see
-            `evaluation.scorer`. `out`/best is the checkpoint whose first score is the highest.
+            `evaluation.scorer`. `out`/best is the checkpoint with the highest first score.
         log: "tensorboard" also writes the metrics for TensorBoard.
 
     Returns:
@@ -81,7 +81,8 @@ def train(
     run = Run(Path(out), model, recipe, loss, rank == 0, log)
     whole_model, model = model, run.trained
     if run.step > steps:
-        raise ValueError(f"{out}: ran {run.step:,} steps, more than {steps:,}; choose a new folder")
+        reason = f"already ran {run.step:,} steps, but a run on this data has {steps:,} steps"
+        raise ValueError(f"{out}: {reason}; choose a new folder")
     dropout = PatchDropout(model.vision, 0.0) if recipe.patch_dropout else None
     if recipe.compile:
         model.vision.compile()
@@ -125,7 +126,7 @@ def train(
                 ),
                 recipe.chunk,
             )
-            reshard(model)  # a frozen tower has no backward pass, so FSDP does not reshard it
+            reshard(model)  # FSDP reshards in the backward pass, which a frozen tower does not have
             run.note_loss(value)
             nn.utils.clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:
@@ -173,7 +174,7 @@ def check_data(data: TrainingData, least: int) -> None:
     first = next(captions)
     if all(caption == first for caption in captions):
         raise ValueError(
-            f"every caption is {first!r}; expected different captions: training compares captions"
+            f"every caption is {first!r}; training needs different captions to compare"
         )
 
 
@@ -207,12 +208,12 @@ def recompute_blocks(model: CLIP) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            del block.forward  # then Python finds the class's method again
+            del block.forward  # remove the wrapper around the class's method
 
 
 @contextmanager
 def attention_written_out(model: CLIP) -> Iterator[None]:
-    """Use eager attention. On a CPU its bfloat16 backward pass is 4 times as fast as sdpa's."""
+    """Use eager attention. In bfloat16 on a CPU, sdpa's backward pass takes 4 times as long."""
     before = [attn.eager for attn in attentions(model)]
     model.set_attention("eager")
     try:

@@ -25,7 +25,7 @@ class Objective(nn.Module):
             self.cast = torch.autocast(model.logit_scale.device.type, torch.bfloat16)
 
     def forward(self, pixels: Tensor, ids: Tensor, end: Callable[[Tensor, Tensor], Any]) -> Any:
-        """Return `end(image_embeds, text_embeds)`, with unit vectors in the weights' dtype."""
+        """Embed a batch as unit vectors, and return `end(image_embeds, text_embeds)`."""
         with self.cast:
             embeds = self.model.encode_image(pixels), self.model.encode_text(ids)
         return end(*(unit_norm(x.to(self.model.logit_scale.dtype)) for x in embeds))
@@ -66,7 +66,7 @@ def gather(x: Tensor, batch: int | None = None) -> Tensor:
     if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
         return x
     batch = batch or world * len(x)
-    missing = -(-batch // world) - len(x)  # 0, or 1 in some processes if N does not divide batch
+    missing = -(-batch // world) - len(x)  # 1 if another process has one row more, else 0
     rows = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
     return _Gather.apply(rows).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:batch]
 
@@ -170,7 +170,7 @@ def backward(
         return [part.flatten(0, 1) for part in by_kind]
 
     parts = [*zip(pixels.split(chunk), split(ids), strict=True)]
-    seeds = torch.randint(2**62, (len(parts),)).tolist()  # both passes drop the same patches
+    seeds = torch.randint(2**62, (len(parts),)).tolist()  # so both passes drop the same patches
     images, texts = [], []
     for part, seed in zip(parts, seeds, strict=True):
         torch.manual_seed(seed)
@@ -196,6 +196,6 @@ def backward(
 def _chain(
     gradient: tuple[Tensor, Tensor], value: Any, image_embeds: Tensor, text_embeds: Tensor
 ) -> Tensor:
-    """Return a scalar with the same gradient as the loss. Embeddings times `gradient` give
-    the towers' gradient (chain rule). `value` gives the others, such as the logit scale's."""
+    """Return a sum to backpropagate in place of the loss. The products with `gradient` train the
+    towers (chain rule). `value` trains the other parameters, such as the logit scale."""
     return value + (image_embeds * gradient[0]).sum() + (text_embeds * gradient[1]).sum()

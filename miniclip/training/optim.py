@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Turn each of N matrices (N, R, C) from U S V^T into about U V^T, with singular values near 1.
+    """Set the singular values of N matrices (N, R, C) to about 1, so U S V^T becomes about U V^T.
 
     Takes five steps of a Newton-Schulz iteration with Jordan's coefficients.
     """
@@ -67,10 +67,10 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def trainable(model: CLIP, freeze: str = "", lora: int = 0, seed: int = 0) -> CLIP:
-    """Choose which parameters are trained. Return the model, or with `lora` a copy.
+    """Choose which parameters are trained. Return the model, or a copy if `lora` is above 0.
 
-    `freeze` has names or globs of modules and parameters, separated by commas. With `lora`, only
-    changes of rank `lora` to the query and value weights are trained. Raises ValueError if a glob
+    `freeze` has names or globs of modules and parameters, separated by commas. If `lora` is above
+    0, only LoRA of this rank on the query and value weights is trained. Raises ValueError if a glob
     matches nothing, or if no parameter is left to train.
 
     >>> model = trainable(CLIP.from_pretrained("shapes"), "vision, text.*embed*")
@@ -78,13 +78,13 @@ def trainable(model: CLIP, freeze: str = "", lora: int = 0, seed: int = 0) -> CL
     ['logit_scale', 'text.blocks.0.ln_1.weight']
     """
     if lora:
-        torch.manual_seed(seed)  # so that every process draws the same matrices
+        torch.manual_seed(seed)  # so that every process draws the same LoRA matrices
         model = add_lora(model, rank=lora)
     named = dict(model.named_parameters())
     for glob in freeze.replace(",", " ").split():
         found = [n for n in named if fnmatchcase(n, glob) or fnmatchcase(n, f"{glob}.*")]
         if not found:
-            raise ValueError(f"freeze: no part is called {glob!r}; there are {listed([*named])}")
+            raise ValueError(f"freeze: {glob!r} matches none of the parameters {listed([*named])}")
         for name in found:
             named[name].requires_grad_(False)
     if not any(p.requires_grad for p in named.values()):
@@ -143,14 +143,14 @@ def make_optimizers(
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
-    """Set each group's learning rate to this share of its peak."""
+    """Set each group's learning rate to `share` times the group's peak rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Return a step's share of the peak rate: a linear warm-up, then a cosine down to zero."""
+    """Return a step's learning rate divided by the peak: linear warm-up, then cosine to zero."""
     rising = max(1, round(steps * warmup))
     if step < rising:
         return (step + 1) / rising

@@ -18,7 +18,7 @@ class Pair(NamedTuple):
     caption: str
     label: int  # if two pairs have the same label, each caption is true of both images
     negative: str = ""  # a caption that is false of the image, if the data has false captions
-    also: Sequence[int] = ()  # labels of all captions of the image; the same number in each pair
+    also: Sequence[int] = ()  # labels of all captions of the image; equally long in all pairs
 
 
 class Batch(NamedTuple):
@@ -37,7 +37,7 @@ class TrainingData(Protocol):
     The number `draw` chooses one of the image's captions.
     """
 
-    skipped: list[str]  # a line for each unreadable file
+    skipped: list[str]  # a message for each unreadable file
 
     def __len__(self) -> int: ...
 

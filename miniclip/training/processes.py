@@ -32,7 +32,7 @@ def process_group(device: str) -> Iterator[str]:
         check_device(device)
         torch.cuda.set_device(device)
     # torchrun's store may still have the addresses of crashed processes (pytorch/pytorch#167288).
-    # On one machine, the number of the restart is a prefix of all keys, so no old address is found.
+    # On one machine, every key starts with the number of the restart, so no old address is found.
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
     store, rank, world_size = next(dist.rendezvous("env://"))
@@ -92,12 +92,12 @@ def reshard(model: CLIP) -> None:
 
 
 def whole(state: Any, device: str | None = None) -> Any:
-    """Gather each sharded tensor of a state on a device. All processes must call this."""
+    """Gather every sharded tensor in `state` on a device. All processes must call this."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().to(device), state)
 
 
 def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
-    """Shard a whole tensor like `part`, if `part` is sharded and has the same shape."""
+    """Shard a tensor in the same way as `part`, if `part` is sharded and the shapes are equal."""
     if not isinstance(part, DTensor) or tensor.shape != part.shape:
         return tensor
     mesh = part.device_mesh

@@ -34,13 +34,13 @@ class Recipe:
     ema: float = described(0.0, "above 0, write the weights' moving average, with this decay")
     loss: str = described("clip", "clip or siglip; the checkpoint leaves out siglip's bias")
     freeze: str = described("", "parts to freeze, separated by commas: vision (LiT), text or globs")
-    lora: int = described(0, "above 0, train only changes of this rank, and write merged weights")
-    val_every: int = described(0, "steps between two measurements on --val; 0: once per epoch")
+    lora: int = described(0, "above 0, train only LoRA of this rank, and write merged weights")
+    val_every: int = described(0, "score on --val after this many steps; 0 means after each epoch")
     # In a mirrored image, "left" and "right" in the caption are wrong.
     augment: bool = described(False, "mirror, zoom into and shift the images at random")
     hard_negatives: bool = described(False, "also learn from the data's false captions (NegCLIP)")
     # Gradient accumulation would not work, because the loss compares all pairs of a batch.
-    chunk: int = described(0, "pairs in memory at once; each is embedded twice (GradCache); 0: all")
+    chunk: int = described(0, "hold this many pairs in memory at once (GradCache); 0 means all")
     checkpoint_blocks: bool = described(False, "to save memory, compute each block twice")
     precision: str = described("float32", "float32, or bfloat16 with autocast")
     compile: bool = described(False, "compile the towers with torch.compile")
@@ -51,7 +51,7 @@ class Recipe:
         for name in (each.name for each in fields(self) if type(each.default) in (int, float)):
             least = {"epochs": 1, "batch": 2}.get(name, 0)  # the loss compares at least two pairs
             most = 1 if name == "warmup" else 2**63 - 1
-            if not least <= getattr(self, name) <= most:  # NaN and infinity are outside too
+            if not least <= getattr(self, name) <= most:  # refuses NaN and infinity too
                 found = f"{name} is {getattr(self, name)}"
                 raise ValueError(f"{found}; expected at least {least}, at most {most}")
         for name, fits, expected in (

@@ -1,4 +1,4 @@
-"""The state of a run: save it, continue it after a kill, and log it."""
+"""Save the state of a run, log its metrics, and continue it after it was killed."""
 
 import json
 import math
@@ -44,7 +44,7 @@ class Run:
     ) -> None:  # fmt: skip
         self.out, self.model, self.recipe, self.writes = out, model, recipe, writes
         if any(p.itemsize < 4 for p in model.parameters()):
-            model.float()  # float16 rounds small steps, and the squares of gradients, to 0
+            model.float()  # float16 rounds small steps and squared gradients to 0
         self.trained = self.plain = trainable(model, recipe.freeze, recipe.lora, recipe.seed)
         self.average = None
         if recipe.ema:
@@ -66,8 +66,8 @@ class Run:
         config = model.config.to_dict() | {"class": type(model).__name__}
         self.settings = {"recipe": asdict(recipe), "config": config}
         self.step = 0
-        self.losses: list[Any] = []  # since the last row of metrics; tensors until `read_losses`
-        self.loss = math.nan  # the last loss that was read
+        self.losses: list[Any] = []  # losses after the newest row in `rows`; tensors or numbers
+        self.loss = math.nan  # the newest loss that `read_losses` has read
         self.rows: list[dict[str, float]] = []
         self.best = -math.inf  # the highest value of the first score so far
         self.seconds = 0.0  # the training time before this process started
@@ -129,11 +129,11 @@ class Run:
 
     @property
     def is_time_to_save(self) -> bool:
-        """Whether the last save is more than SAVE_EVERY seconds old."""
+        """Whether more than SAVE_EVERY seconds have passed since the last save."""
         return self.agreed(time.monotonic() - self.saved_at > SAVE_EVERY)
 
     def agreed(self, wants_to_save: bool) -> bool:
-        """Return whether to save. With sharded weights the first process decides for all."""
+        """Return whether to save. With sharded weights, the first process decides."""
         return bool(of_first_process(wants_to_save)) if self.recipe.fsdp else wants_to_save
 
     def validate(
@@ -142,7 +142,7 @@ class Run:
         tokenizer: Tokenizer,
         transform: ImageTransform,
     ) -> dict[str, float]:
-        """Score the model on held-out data. Write `out`/best if the first score is a new best."""
+        """Score the model on held-out data. Write `out`/best if the first score is the best yet."""
         self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))
@@ -203,8 +203,8 @@ class Run:
             tqdm.write(note, file=sys.stderr)
 
     def save(self, tokenizer: Tokenizer, transform: ImageTransform) -> None:
-        """Write the state first, then the checkpoint. In the other order, a run that is killed in
-        between would look finished."""
+        """Write the state before the checkpoint, because a checkpoint without a state means that
+        the run is finished."""
         self.read_losses()  # a loss of NaN raises an error before anything is saved
         self.saved_at = time.monotonic()
         if not (self.writes or self.recipe.fsdp):
@@ -223,7 +223,7 @@ class Run:
         state = whole(state, "cpu")
         if self.writes:
             with blaming_disk(self.out), replacing(self.out / STATE) as path:
-                with open(path, "wb") as file:  # torch.save to a path hides the disk's error
+                with open(path, "wb") as file:  # with a path, torch.save hides the disk's error
                     torch.save(state, file)
         self._write(self.out, tokenizer, transform)
 
@@ -239,7 +239,7 @@ class Run:
             self.writer.close()
 
     def _weights(self) -> CLIP:
-        """Return the model to measure and to write: the moving average, if there is one."""
+        """Return the moving average of the model if there is one, or else the trained model."""
         return cast(CLIP, self.average.module) if self.average else self.trained
 
     def _write(self, out: Path, tokenizer: Tokenizer, transform: ImageTransform) -> CLIP:

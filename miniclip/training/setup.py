@@ -1,4 +1,4 @@
-"""Load or make what a run starts from: model, tokenizer, transform, data and recipe."""
+"""Load or make the model, tokenizer, transform, data and recipe of a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ def from_scratch(
     return kind(replace(config, text=text)), tokenizer
 
 
-# The default shape. Two CPU cores can train it.
+# The default shape. Two CPU cores are enough to train a model of this shape.
 SMALL = CLIPConfig(
     VisionConfig(width=128, layers=4, heads=4, mlp_width=512, image_size=32, patch_size=4),
     TextConfig(
@@ -88,7 +88,7 @@ def set_up(
     """
     check_device(device)
     if model and config:
-        raise ValueError(f"{config} cannot change the shape of {model}: give one of the two")
+        raise ValueError(f"{config} cannot change the shape of {model}; give only one of them")
     if data == "shapes" and not (model or config or like):
         like = "shapes"  # drawn scenes are 64 x 64 pixels; the default model's images are 32 x 32
     directory = resolve(like, "config") if like else None

@@ -1,4 +1,4 @@
-"""Pairs from tar shards: files, commands and addresses."""
+"""Pairs from tar shards, which are files, outputs of commands or addresses."""
 
 import io
 import os
@@ -62,7 +62,7 @@ class Shards:
         return map(_caption, self._samples(self.paths))
 
     def _samples(self, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yield complete samples, not decoded. If a shard is damaged, note it and skip its rest."""
+        """Yield complete, undecoded samples. If a shard is damaged, note this and skip the rest."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def note(error: Exception) -> bool:
@@ -76,7 +76,7 @@ class Shards:
                     yield from tar_file_expander([{"url": path, "stream": stream}], handler=note)
                 return
             for file in members(path, self.skipped):
-                if not re.match(r"__[^/]*__($|/)", file.name):  # metadata of the shard
+                if not re.match(r"__[^/]*__($|/)", file.name):  # such names are metadata
                     yield {"__url__": path, "fname": file.name, "data": file.read()}
 
         for path in paths:
@@ -118,10 +118,10 @@ def open_shard(path: str) -> Iterator[Any]:
         assert process.stdout
         try:
             yield process.stdout
-        except GeneratorExit:  # the reader has stopped
+        except GeneratorExit:  # the caller needs no more data
             process.kill()
             raise
-        while process.stdout.read(2**20):  # a command fails if nobody reads all of its output
+        while process.stdout.read(2**20):  # a command fails if its output is not read to the end
             pass
     if process.returncode:
         raise OSError(f"the command ended with exit status {process.returncode}")

@@ -2,10 +2,10 @@
 
 A `Scene` has one to three shapes, which do not touch, on a dark background. The image is drawn from
 the scene, so every caption can be checked, and every object's pixels are known. So these images
-answer three questions that photographs leave open:
+can answer three questions that photographs cannot answer:
 
-- Does a model recognise a pair of colour and shape that training never showed? No training image
-  and no training caption has a pair of `HELD_OUT`. Other pairs have these colours and shapes.
+- Does a model recognise a pair of colour and shape that training never showed? The pairs in
+  `HELD_OUT` are in no training image or caption. Their colours and shapes are in other pairs.
 - Does a model read the order of words? "a red circle to the left of a blue square" becomes false if
   two words are exchanged. Plain contrastive training gives models that ignore the order.
   Training with false captions teaches the order (Yuksekgonul et al. 2022, arXiv 2210.01936).

@@ -84,7 +84,7 @@ def fits(phrase: Phrase, object: Object) -> bool:
 
 
 def apart(relation: str, first: Object, second: Object | None = None) -> int:
-    """Return by how many pixels a relation holds. 0 or less means that it does not hold."""
+    """Return a distance in pixels along the relation's axis. Above 0, the relation is true."""
     axis, sign = (RELATIONS | PLACES)[relation]
     there = getattr(second, axis) if second else IMAGE_SIZE // 2
     return sign * (there - getattr(first, axis))
@@ -144,14 +144,14 @@ Kind = Callable[[Scene], list[Claim]]
 def kinds(scene: Scene) -> tuple[Kind, ...]:
     """Return the functions that describe a scene's objects by both colour and shape.
 
-    The list has `relations` twice, because relations are the hardest to learn.
+    `relations` is in the result twice, because relations are the hardest to learn.
     """
     several = (relations, relations, lists) if len(scene.objects) > 1 else ()
     return (singles, *((located,) if located(scene) else ()), *several)
 
 
 def clear_relations(scene: Scene) -> list[tuple[Object, Object, str]]:
-    """Return every (a, b, relation) that holds by at least CLEAR pixels."""
+    """Return every true (a, b, relation) with a distance of at least CLEAR pixels."""
     return [
         (a, b, relation)
         for a, b in permutations(scene.objects, 2)
@@ -167,11 +167,12 @@ def named(object: Object) -> list[Phrase]:
 
 
 def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
-    """Return false claims that differ from a true claim in one thing: {the thing: claims}.
+    """Return false claims, grouped by the one thing in which they differ from a true claim.
 
     Two objects exchange their "places" or "colours", so the false caption has the same words. If
-    the claim has one object, its place becomes the opposite place. If no such claim is false, one
-    word is replaced: a "size", "colour" or "shape". No false claim gets a new held-out pair.
+    the claim is about the place of one object, the false claim has the opposite place. If no such
+    claim is false, one word is replaced: a "size", "colour" or "shape". A false claim contains a
+    held-out pair only if the true claim contains this pair too.
     """
     opposite = OPPOSITE.get(claim.relation)
     made = swaps(claim) if len(claim.phrases) > 1 else {}
@@ -202,7 +203,7 @@ def swaps(claim: Claim) -> dict[str, list[Claim]]:
 
 
 def changed(claim: Claim, phrases: dict[int, Phrase]) -> Claim:
-    """Return a claim with some phrases replaced: {position: new phrase}."""
+    """Replace some phrases of a claim. `phrases` maps positions to new phrases."""
     old = enumerate(claim.phrases)
     return claim._replace(phrases=tuple(phrases.get(i, phrase) for i, phrase in old))
 
@@ -224,9 +225,9 @@ def say_something(scene: Scene, random: Random, lesson: int = 3) -> tuple[str, s
     """Return a true and a false caption of a scene.
 
     In lessons 0 and 1, a caption names one object, with its place if the place is clear. In lesson
-    2, a caption may relate two objects. After the lessons, a caption may be any claim. One caption
-    in five is then vague, so that a model also learns each word alone. More vague captions would
-    teach little, because "something red" is true of one image in four.
+    2, a caption may state a relation of two objects. After the lessons, a caption may be any claim.
+    One caption in five is then vague, so that a model also learns each word alone. A larger share
+    of vague captions would teach little, because "something red" is true of one image in four.
     """
     places: Kind = located if located(scene) else singles
     if lesson < 2:

@@ -21,8 +21,8 @@ class Localisation(NamedTuple):
     """A method's scores (0 to 1) on scenes of two objects. Each text names one of the objects."""
 
     method: str
-    pointing: float  # the warmest pixel is on the named object (arXiv 1608.00507)
-    distracted: float  # the warmest pixel is on the other object
+    pointing: float  # how often the warmest pixel is on the named object (arXiv 1608.00507)
+    distracted: float  # how often the warmest pixel is on the other object
     iou: float  # mean overlap (IoU) of the object's N pixels and the N warmest pixels
 
 
@@ -31,7 +31,7 @@ class Question(NamedTuple):
 
     picture: Image.Image
     phrase: str
-    named: Tensor  # (S, S) bool, the pixels of this object
+    named: Tensor  # (S, S) bool, the pixels of the object that `phrase` names
     other: Tensor  # (S, S) bool, the pixels of the other object
 
 
@@ -71,9 +71,10 @@ def localise(loaded: Loaded, scenes: int = 200) -> dict[str, list[Localisation]]
         scenes: the number of scenes; each gives two questions.
 
     Returns:
-        "trained": the scores of the model. "random" and "spread": mean and standard deviation over
-        RANDOM models of the same shape with random weights. "limits": the scores of a random map,
-        and of the true mask averaged over each patch. No map of patches can score much better.
+        "trained": the scores of the model. "random": the mean scores of several models with the
+        same shape and random weights. "spread": the standard deviations of these models' scores.
+        "limits": the scores of a random map, and of the true mask averaged over each patch. A map
+        with one value for each patch cannot score much better than this mask.
     """
     asked = questions(scenes)
     named, other = (torch.stack(masks) for masks in list(zip(*asked))[2:])  # (N, S, S)
@@ -104,12 +105,12 @@ def untrained_like(model: CLIP, seed: int) -> CLIP:
 
 
 def localisation(method: str, heat: Tensor, named: Tensor, other: Tensor) -> Localisation:
-    """Score heat maps (N, rows, columns) with the masks (N, S, S) of the named and other object."""
+    """Score heat maps (N, rows, columns). `named` and `other` are masks of objects, (N, S, S)."""
     size = named.shape[1:]
     heat = F.interpolate(heat[:, None].float(), size, mode="bilinear")[:, 0].flatten(1)
     named, other = named.flatten(1), other.flatten(1)  # (N, S * S)
     warmest = heat.argmax(1, keepdim=True)
-    rank = heat.argsort(1, descending=True).argsort(1)  # 0 is the warmest pixel
+    rank = heat.argsort(1, descending=True).argsort(1)  # the warmest pixel has rank 0
     area = named.sum(1, keepdim=True)
     common = ((rank < area) & named).sum(1)
     iou = common / (2 * area[:, 0] - common)

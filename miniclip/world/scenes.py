@@ -21,9 +21,9 @@ COLOURS = {
     "white": (252, 252, 250),
 }
 
-RADII = {"small": 6, "plain": 9, "large": 13}  # of a circle around the shape, in pixels
+RADII = {"small": 6, "plain": 9, "large": 13}  # radius of the circle around a shape, in pixels
 TILTS = (-12, 0, 12)  # degrees
-GRID = 4  # pixels; centres are at multiples of GRID, so there are fewer different images
+GRID = 4  # pixels; the coordinates of all centres are multiples of GRID
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 
 Y, X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32) / IMAGE_SIZE - 0.5
@@ -57,7 +57,7 @@ SHAPES = tuple(OUTLINES)
 
 HELD_OUT = frozenset(
     (colour, SHAPES[(3 * i + 1) % 8]) for i, colour in enumerate(COLOURS)
-)  # 8 of the 64 pairs; each colour and each shape is in one of them
+)  # 8 of the 64 pairs; each colour and each shape is in exactly one held-out pair
 
 SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
@@ -73,8 +73,8 @@ class Object(NamedTuple):
     shape: str
     size: str  # a key of RADII
     tilt: int  # degrees
-    x: int  # of the centre, in pixels from the left
-    y: int  # from the top
+    x: int  # distance of the centre from the left edge, in pixels
+    y: int  # distance of the centre from the top edge, in pixels
 
 
 class Background(NamedTuple):
@@ -95,11 +95,11 @@ class Scene(NamedTuple):
 
 
 def scene(index: int, *, seed: int = 0, held_out: bool = False, count: int | None = None) -> Scene:
-    """Return a scene. No two of its objects have the same colour and shape.
+    """Return a scene. No two objects of the scene have the same colour and shape.
 
     Args:
         index: the number of the scene.
-        seed: the number of the world. Each world has different scenes.
+        seed: each seed gives different scenes.
         held_out: take pairs of colour and shape from `HELD_OUT`, not from `SEEN`.
         count: the number of objects; by default one to three.
 
@@ -149,8 +149,8 @@ def background(random: Random) -> Background:
 def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
     """Draw a scene. Returns an image of 64 x 64 pixels and the objects' masks, bool (N, 64, 64).
 
-    A pixel is in a mask if the object covers at least half of it. A pixel that the object covers
-    completely has exactly the object's colour.
+    A pixel is in a mask if the object covers at least half of the pixel. A pixel that the object
+    covers completely has exactly the object's colour.
     """
     pixels = paint(scene.background)  # (64, 64, 3) float32
     masks = np.zeros((len(scene.objects), IMAGE_SIZE, IMAGE_SIZE), bool)

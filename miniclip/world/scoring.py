@@ -18,13 +18,13 @@ SCORE_SEED = 2021
 
 
 class Scores(NamedTuple):
-    """Shares of right answers, 0 to 1, on scenes that no training set has."""
+    """Shares of right answers, 0 to 1, on scenes that are in no training set."""
 
     seen: float  # one object: which of the 64 pairs of colour and shape? Chance is 1/64
-    unseen: float  # the same for the 8 pairs that training never shows
+    unseen: float  # like `seen`, but for the 8 pairs that training never shows
     relations: float  # two objects: true caption, or caption with swapped places? Chance is 1/2
-    left_right: float  # the same for "to the left of" and "to the right of"
-    above_below: float  # the same for "above" and "below"
+    left_right: float  # like `relations`, but only "to the left of" and "to the right of"
+    above_below: float  # like `relations`, but only "above" and "below"
     binding: float  # two objects: true caption, or caption with swapped colours? Chance is 1/2
 
 

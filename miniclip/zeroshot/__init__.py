@@ -2,7 +2,7 @@
 
 - `classifier.py`: a classifier that is made of labels and templates
 - `data.py`: folders of labelled images
-- `prompts.py`: OpenAI's templates and class names of the paper's data sets
+- `prompts.py`: OpenAI's templates and class names for the paper's data sets
 """
 
 from miniclip.zeroshot.classifier import (

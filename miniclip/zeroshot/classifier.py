@@ -62,7 +62,7 @@ class ZeroShotClassifier:
         return self.model.score(image_embeds, self.weights).T  # (B, C)
 
     def rank(self, pixels: Tensor) -> list[list[Score]]:
-        """Return all labels with their scores for each image, the best first."""
+        """Return the scores of all labels for each image, from best to worst."""
         with torch.no_grad():
             all_logits = self(pixels).float()  # (B, C)
         rankings = []
@@ -89,7 +89,7 @@ def class_embeddings(
     labels, templates = as_list(labels, "label"), as_list(templates, "template")
     names = [label.split(" | ") for label in labels]
     if not names or not all(name.strip() for several in names for name in several):
-        raise ValueError("a label is empty: expected at least one label, each with a word in it")
+        raise ValueError("a label is empty: expected at least one label, and a word in each label")
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"template {template!r} has no {{}}, the place of the label")
@@ -126,7 +126,7 @@ def embed_texts(
 
 
 def find_templates(names: str | Iterable[str]) -> list[str]:
-    """Return templates. The name of a published set is replaced by all templates of the set.
+    """Return templates. A key of TEMPLATE_SETS stands for all templates of this set.
 
     >>> find_templates(["simple", "my {}"])[-2:]
     ['a photo of the small {}.', 'my {}']

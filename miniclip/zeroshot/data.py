@@ -73,7 +73,7 @@ def _folders_in(root: Path) -> list[str]:
 
 
 def class_folders(root: str | PathLike[str]) -> list[str]:
-    """Return the sorted class folders. If all names are numbers, they are sorted by value.
+    """Return the sorted class folders. If all names are numbers, sort the folders by value.
 
     Raises ValueError if there is no folder.
     """
@@ -104,8 +104,8 @@ def labelled_images(
     Args:
         root: the folder that contains the class folders.
         labels: the names of the classes, in the order of `class_folders`. By default, a folder's
-            name is the label (fire_truck is "fire truck"). OpenAI's class names are the labels
-            if the folders are called 0 to 999, or by WordNet ids of ImageNet (n01440764).
+            name is the label (fire_truck is "fire truck"). If the folders are called 0 to 999, or
+            have WordNet ids of ImageNet as names (n01440764), the labels are OpenAI's class names.
 
     Raises:
         ValueError: if there is no class or no file, or if the number of labels is wrong.
@@ -126,7 +126,7 @@ def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool
     """Raise ValueError if an accuracy on these images would be meaningless.
 
     Examples: there is a single class, a class has no files, or the class folders are in folders
-    such as train/. If the user has `named` the classes, the last check is skipped.
+    such as train/. If `named`, the user named the classes, and the last check is skipped.
     """
     root, folders = Path(root), images.folders
     if len(folders) == 1:
@@ -151,7 +151,7 @@ def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool
 
 
 def with_classes_of(images: LabelledImages, others: Iterable[LabelledImages]) -> LabelledImages:
-    """Add the classes that only `others` have to the classes of `images`."""
+    """Add each class of `others` to `images`, unless `images` has this class already."""
     for other in others:
         new = [i for i, folder in enumerate(other.folders) if folder not in images.folders]
         images = images._replace(

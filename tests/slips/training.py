@@ -514,7 +514,7 @@ SLIPS = [
     Slip("`lora` is ignored.", "    if lora:\n", "    if False:\n", FINE + " -k lora"),
     Slip(
         "The processes draw different random LoRA matrices.",
-        "        torch.manual_seed(seed)  # so that every process draws the same matrices\n",
+        "        torch.manual_seed(seed)  # so that every process draws the same LoRA matrices\n",
         "        torch.seed()\n",
         FINE + " -k crashed",
     ),
@@ -616,8 +616,8 @@ SLIPS = [
     ),
     Slip(
         "A frozen tower stays unsharded after a step.",
-        "            reshard(model)  # a frozen",
-        "            # a frozen",
+        "            reshard(model)  # FSDP",
+        "            # FSDP",
         PROCESSES + " -k sharded",
     ),
     Slip(
