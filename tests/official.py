@@ -1,4 +1,4 @@
-"""Copies of OpenAI's four checkpoints on the hub: the same files and formats, but random weights.
+"""Copies of OpenAI's four checkpoints on the hub, with the same files but random weights.
 
 `python tests/official.py` serves them for the tests marked `hub`. `--small` makes smaller models.
 """
@@ -171,8 +171,8 @@ def random_weights(config: CLIPConfig, seed: int) -> dict[str, Tensor]:
 
 
 def as_converted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors with the memory layout of the hub's pytorch_model.bin: q, k and v share one
-    storage, and projections are transposed."""
+    """Give the tensors the memory layout of the hub's pytorch_model.bin. There, q, k and v share
+    one storage, and the projections are transposed."""
     laid_out = dict(tensors)
     for key in tensors:
         if "q_proj" in key:

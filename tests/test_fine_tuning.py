@@ -41,7 +41,7 @@ def rows_of(out):
 
 
 def crash_in(step, monkeypatch):
-    """Make runs crash before they log this step. Return a function that removes the crash."""
+    """Make training crash before it logs this step. Return a function that removes the crash."""
     note = run_module.Run.log_step
 
     def crash(self, *args):
@@ -117,7 +117,7 @@ def test_siglips_loss_equals_transformers():
 
 
 def test_float16_weights_are_trained_as_float32(tmp_path):
-    """In float16, small squares and Adam's eps become 0, so the first step is 0 / 0."""
+    """In float16, small squared gradients and Adam's eps become 0, so the first step is 0 / 0."""
     naive = new_model()[0].half()
     optimizer = torch.optim.AdamW(naive.parameters())
     pixels = torch.rand(4, 3, 12, 12).half()

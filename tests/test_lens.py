@@ -148,7 +148,7 @@ def test_relevance_of_a_pair_does_not_depend_on_its_batch(double):
     assert torch.allclose(both.image[1:], alone.image, rtol=1e-9)
     assert torch.allclose(both.text[1:], alone.text, rtol=1e-9)
     swapped = relevance(model, pixels, ids.flip(0))
-    assert distance(swapped.image, both.image) > 1e-2  # another text has another map
+    assert distance(swapped.image, both.image) > 1e-2  # a different text gives a different map
     with pytest.raises(ValueError, match="2 images and 3 texts"):
         relevance(model, pixels, inputs["text"])
 
@@ -214,7 +214,7 @@ def test_the_parts_sum_to_the_embedding(by, tower, attention):
         expected = encode(model, tower, x)
         parts = decompose(model, x, by)
         assert (total(parts) - expected).norm() / expected.norm() < relative
-        for lost in parts:  # without any one part, the sum is wrong
+        for lost in parts:  # if any part is left out, the sum is wrong
             rest = {name: part for name, part in parts.items() if name != lost}
             assert (total(rest) - expected).norm() / expected.norm() > 1e-4, lost
 
@@ -381,7 +381,7 @@ def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_sum_of_the_parts_may_differ_by_a_thousand_rounding_errors(dtype):
-    """The limit grows with the sizes of the parts (here 6 in total), because parts may cancel."""
+    """The limit grows with the total size of the parts (here 6), because parts may cancel."""
     parts = {
         "one": torch.tensor([[4.0, 0]]).to(dtype),
         "other": torch.tensor([[-2.0, 1]]).to(dtype),
@@ -438,7 +438,7 @@ def test_the_lens_after_some_blocks_is_the_output_of_a_shorter_tower(double, tow
     for k in range(len(blocks) + 1):
         half.blocks = blocks[:k]
         assert distance(recomputed[:, k], encode(model, tower, x)) < FLOAT64
-    for k in range(len(blocks)):  # only with "final" is the difference what the block wrote
+    for k in range(len(blocks)):  # with "final", the difference is what block k wrote
         wrote = sum(part for name, part in parts.items() if name.startswith(f"blocks.{k}."))
         assert distance(final[:, k + 1] - final[:, k], wrote) < FLOAT64
         assert distance(recomputed[:, k + 1] - recomputed[:, k], wrote) > 1e-2
@@ -465,7 +465,7 @@ def test_intermediates_are_the_hidden_states_of_transformers(tower):
             ours, x, 1, norm=True, output_fmt="NLC", intermediates_only=True
         )
         assert torch.equal(normed, norm(states[-1])[:, skip:])
-        if tower == "text":  # texts have only the format NLC
+        if tower == "text":  # text towers support only the format NLC
             assert torch.equal(forward_intermediates(ours, x, 1)[1][0], states[-1])
 
 
@@ -511,7 +511,7 @@ def test_intermediates_equal_timms():
 
 
 def furthest(found, values):
-    """The largest difference between two nested lists of the same form."""
+    """Return the largest difference between two nested lists of the same shape."""
     if isinstance(values, float):
         return abs(found - values)
     found = record_timm.plain(found)
@@ -582,7 +582,7 @@ def test_occlusion_equals_its_definition(double):
 
 @torch.no_grad()
 def test_grad_cam_equals_its_definition(double):
-    """A channel's weight is the logit's slope when the channel is shifted on all patches."""
+    """A channel's weight is the slope of the logit if the channel shifts equally on all patches."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     site = "vision.blocks.2.ln_1"
@@ -604,7 +604,7 @@ def test_grad_cam_equals_its_definition(double):
 
 @torch.no_grad()
 def written_by_heads(model, pixels, ids):
-    """The dot product of each text's direction with what all heads write from each patch."""
+    """Sum what all heads write from each patch. Return this sum's product with each text."""
     parts = decompose(model, pixels, by="token")
     heads = torch.stack([parts[f"blocks.{i}.attn"] for i in range(3)]).sum((0, 2))  # (B, T, E)
     texts = torch.nn.functional.normalize(model.encode_text(ids), dim=-1)
@@ -615,7 +615,7 @@ def seen_by_class_token(model, pixels):
     return attention_maps(model, pixels)[2][:, :, 0, 1:].mean(1)
 
 
-DEFINITIONS = {  # method -> a value for each patch, (B, P); other methods have their own tests
+DEFINITIONS = {  # each function returns (B, P); other tests check the other methods
     "attention": lambda model, pixels, ids: seen_by_class_token(model, pixels),
     "rollout": lambda model, pixels, ids: rollout(model, pixels)[:, 1:],
     "relevance": lambda model, pixels, ids: relevance(model, pixels, ids).image[:, 1:],

@@ -32,7 +32,7 @@ class OwlConfig(CLIPConfig):
 
 
 class ClassHead(nn.Module):
-    """Patches (B, P, W) and text embeddings (B, Q, E) -> logits (B, P, Q)."""
+    """Compute logits (B, P, Q) from patches (B, P, W) and text embeddings (B, Q, E)."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ClassHead(nn.Module):
 
 
 class BoxHead(nn.Module):
-    """Patches (B, P, W) -> boxes (B, P, 4): centre x, centre y, width, height, all from 0 to 1."""
+    """Map patches (B, P, W) to boxes (B, P, 4): centre x, centre y, width, height, from 0 to 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
