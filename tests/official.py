@@ -130,8 +130,8 @@ def vocabulary(name: str) -> dict[str, bytes]:
 
 @lru_cache
 def _train_vocabulary() -> dict[str, bytes]:
-    """Train a few words, then add pairs of bytes until the end token is 49407. The larger models'
-    config does not state this id, because it is transformers' default."""
+    """Train a few words, then add pairs of bytes until the end token's id is 49407. The larger
+    models' config does not state this id, because it is transformers' default."""
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.train(["a photo of a cat, the dog and a diagram"], 600).save_pretrained(folder)
         vocab, merges = (Path(folder) / name for name in ("vocab.json", "merges.txt"))

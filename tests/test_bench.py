@@ -734,7 +734,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
-# Each axis has two sizes and the ratio of their work. None: the ratio is not an integer.
+# Each axis has two sizes and the ratio of their work. None means that it is not an integer.
 GROWN = {
     "images in a batch": ((1, 4), 4),
     "pixels along a side": ((40, 80), None),

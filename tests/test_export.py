@@ -27,7 +27,7 @@ LOGITS = 2e-5  # this tolerance allows for reordered operations at logit scale 1
 
 # Compilers and exporters are slow, so the vision tower has one layer. The text tower has two:
 # with one layer, a mask does not change the last token. OpenAI's config files do not state the true
-# end token, so their texts end at the largest id.
+# end token. With such a config, a text ends at its largest id.
 SHALLOW = replace(TINY, vision=replace(TINY.vision, layers=1))
 AS_OPENAI = replace(SHALLOW, text=replace(SHALLOW.text, eos_token_id=LEGACY_EOS))
 

@@ -109,7 +109,7 @@ def test_siglips_loss_equals_transformers():
     inputs = {"input_ids": torch.arange(12).view(3, 4), "pixel_values": torch.randn(3, 3, 8, 8)}
     found = peer(**inputs, return_loss=True)
     ours, model = SigmoidLoss(), nn.Module()
-    assert ours.bias.item() == -10  # the paper's initial value
+    assert ours.bias.item() == -10  # the initial value in SigLIP's paper
     ours.bias.data.fill_(-2.5)
     model.logit_scale = peer.logit_scale
     value = ours(model, found.image_embeds, found.text_embeds, torch.eye(3).bool())

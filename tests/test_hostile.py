@@ -47,7 +47,7 @@ CONFIG = CLIPConfig(
 )  # fmt: skip
 
 DEEP = [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000]
-# Values that JSON can have instead of the expected whole number.
+# JSON values that replace the expected whole number.
 VALUES = [
     -1, 0, 1, 7, 10**6, 2**31 - 1, 2**31, 2**63, 2**64, 10**30, 0.5, 8.0, 1e300, float("inf"),
     float("nan"), "8", "", True, None, [], [8, 8], [1e9], {"8": 8}, "quick_gelu", [2] * 10**4,
@@ -656,7 +656,7 @@ def hand_made_cases():
     for order in ("little", "big"):
         record = [("a/byteorder", order.encode())]
         yield f"{order}-endian", rezipped(right, lambda n, c, r=record: [(n, c), *r * (n == "x")])
-    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # data/0 in the zip directory
+    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # directory entry of data/0
     for label, at, value in (
         ("encrypted", 8, b"\1"),
         ("compressed", 10, b"\x08"),

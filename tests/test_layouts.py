@@ -2,7 +2,7 @@
 
 The embeddings are compared with a model in this file. This model uses torch's MultiheadAttention,
 with fused matrices and transposed projections as in the originals. If openai/CLIP (`pip install
-openai-clip`) or open_clip is installed, its own classes are compared too; both need torchvision.
+openai-clip`) or open_clip is installed, its classes are compared too. Both need torchvision.
 """
 
 import json
@@ -952,7 +952,7 @@ def test_the_report_of_convert_names_the_tensors_of_both_layouts(tmp_path):
 
 
 def test_a_file_without_vocabulary_takes_another_checkpoints_vocabulary(tmp_path, capsys):
-    """OpenAI's own files have no vocabulary: it is part of OpenAI's code."""
+    """OpenAI's own files have no vocabulary, because it is part of OpenAI's code."""
     tokenizer = load("shapes").tokenizer
     text = vars(OPENAI.text) | {"vocab_size": tokenizer.vocab_size, "bos_token_id": 1}
     config = CLIPConfig(OPENAI.vision, TextConfig(**text), OPENAI.embed_dim)

@@ -1,4 +1,4 @@
-"""The lens is compared with transformers, with slow implementations, and with sums that must hold.
+"""Compare the lens with transformers and with slow implementations, and check the sums of parts.
 
 All parameters are random, so that a lost bias or LayerNorm is noticed. Most tests use float64.
 """
@@ -179,7 +179,7 @@ def test_relevance_may_start_at_the_last_block(double):
 
 
 def test_a_layer_without_heads_mixes_nothing(double):
-    """If all its heads are pruned, the layer's projections have no rows. Its output is a bias."""
+    """If all heads of a layer are pruned, its projections have no rows. Its output is a bias."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     attn = model.vision.blocks[1].attn
@@ -296,7 +296,7 @@ def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
             wrote = (z[:, h] - attn.v_proj.bias[h * D : (h + 1) * D]) @ columns.T
             lost = read(stream) - read(stream - wrote)
             assert distance(parts["blocks.1.attn"][:, h], lost) < FLOAT64
-            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # with the head's value bias
+            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # this includes the value bias
             whole = parts["blocks.1.attn"] + parts["blocks.1.attn.v_proj.bias"]
             assert distance(whole[:, h], lost) < FLOAT64
         wrote = acts["blocks.0.mlp.act"][rows, at] @ mlp.fc2.weight.T
@@ -604,7 +604,7 @@ def test_grad_cam_equals_its_definition(double):
 
 @torch.no_grad()
 def written_by_heads(model, pixels, ids):
-    """Sum what all heads write from each patch. Return this sum's product with each text."""
+    """Sum what all heads write from a patch. Return the dot product of this sum and each text."""
     parts = decompose(model, pixels, by="token")
     heads = torch.stack([parts[f"blocks.{i}.attn"] for i in range(3)]).sum((0, 2))  # (B, T, E)
     texts = torch.nn.functional.normalize(model.encode_text(ids), dim=-1)
@@ -685,7 +685,7 @@ def test_a_map_is_made_by_the_given_method(shapes, monkeypatch):
 
 
 def test_the_drawn_input_has_the_colours_of_the_image(shapes):
-    """An image that needs no resize is drawn unchanged, also with another mean and std."""
+    """An image that needs no resize is drawn unchanged, even if the transform's mean changes."""
     generator = np.random.default_rng(0)
     other = replace(shapes.transform, image_mean=(0.1, 0.5, 0.9), image_std=(0.3, 0.2, 0.7))
     for scale, transform in ((1, shapes.transform), (2, shapes.transform), (1, other), (2, other)):
@@ -792,8 +792,8 @@ def test_maps_are_scored_in_evaluation_mode(monkeypatch):
 
 @pytest.mark.slow
 def test_methods_that_read_the_text_find_the_named_object(shapes, monkeypatch):
-    """Methods that read the text point at the named object more often than at the other, and beat
-    chance. Methods that do not read the text point at both objects equally often."""
+    """Methods that read the text point at the named object more often than at the other
+    object or by chance. Methods that do not read the text point at both objects equally often."""
     monkeypatch.setattr("miniclip.world.localise.RANDOM", 2)
     found = localise(shapes, scenes=6)
     assert list(found) == ["trained", "random", "spread", "limits"]

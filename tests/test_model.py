@@ -471,7 +471,7 @@ def transformers_sites(theirs, pixels, ids):
             if tower == "text":
                 t = torch.arange(scores.shape[-1])
                 exp[:, :, t[:, None] < t[None]] = 0
-            sites[f"{ours}.attn.scores"] = scores  # before the causal mask
+            sites[f"{ours}.attn.scores"] = scores  # these have no causal mask yet
             sites[f"{ours}.attn.pattern"] = exp / exp.sum(-1, keepdim=True)
     return sites
 

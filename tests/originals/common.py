@@ -80,7 +80,7 @@ def digests(state: dict[str, Tensor]) -> Tensor:
 
 
 def without(*modules: str) -> None:
-    """Replace these modules by mocks, for code that imports them but does not need them here."""
+    """Replace modules by mocks, because the authors' code imports them but does not need them."""
     sys.modules.update({name: MagicMock() for name in modules})
 
 
