@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if name.lower() in DROPPED or name.lower().startswith(DROPPED_PREFIXES):
             patch.delenv(name)
     patch.setenv("COLUMNS", "80")
-    patch.setenv("HF_HOME", home.name)  # empty: no test may depend on what a user has downloaded
+    patch.setenv("HF_HOME", home.name)  # an empty folder, so no test uses a user's downloads
     # A killed run leaves broken files in the cache of torch's compiler.
     patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{home.name}/torchinductor_")
     # The shapes are tiny, so more threads of torch would only wait for each other.
@@ -43,9 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(patch.undo)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest selects tests by their markers
+@pytest.hookimpl(tryfirst=True)  # run this before pytest selects tests by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """If a test is marked `sweep(n)`, mark its cases as slow, except for one case in n."""
+    """Add the marker `slow` to the cases of a `sweep(n)` test, except for every n-th case."""
     cases: Counter[str] = Counter()
     for item in items:
         sweep = item.get_closest_marker("sweep")

@@ -65,10 +65,10 @@ class Ours:
         return self.model.vision.blocks(self.model.vision.embed_tokens(pixels))
 
     def squeezed_states(self, picture, side):
-        """The residual stream of an image of another size, with resampled positions."""
+        """Resize the image to `side` x `side` pixels, and return its last residual stream."""
         transform = replace(self.transform, size=side, crop_size=side)
         pixels = transform([picture.resize((side, side), Image.Resampling.BICUBIC)])
-        whole = side - side % self.model.config.vision.patch_size  # only whole patches are read
+        whole = side - side % self.model.config.vision.patch_size  # drop incomplete patches
         model = resize_image(self.model, whole)
         return model.vision.blocks(model.vision.embed_tokens(pixels[..., :whole, :whole]))
 
@@ -91,7 +91,7 @@ class Ours:
 
 
 class Theirs:
-    """The same checkpoint, loaded by transformers."""
+    """A checkpoint, loaded by transformers."""
 
     def __init__(self, name: str) -> None:
         for kind in ("tokenizer", "transform"):
@@ -145,7 +145,7 @@ Side = Ours | Theirs
 
 
 def find_picture(text: str) -> Image.Image:
-    """Open the image whose file name occurs in the text. Without that file, skip the test."""
+    """Open the image that `text` names. If its file is missing, skip the test."""
     name = re.search(r"[\w.-]+\.(jpe?g|png)", text)[0]
     if "39769" in name:
         path = os.environ.get("MINICLIP_COCO_CATS")
@@ -159,7 +159,7 @@ def find_picture(text: str) -> Image.Image:
 
 
 def find_or_draw_picture(text: str) -> Image.Image:
-    """Open the image. If its file is missing, return noise of 640 x 480 pixels."""
+    """Open the image that `text` names. If its file is missing, return noise (640 x 480 pixels)."""
     try:
         return find_picture(text)
     except pytest.skip.Exception:
@@ -168,7 +168,7 @@ def find_or_draw_picture(text: str) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------
-# Measures: (sides, entry, picture) -> numbers. `sides(name)` loads with miniclip or transformers.
+# Each measure takes (sides, entry, picture). `sides(name)` loads a checkpoint with one library.
 
 
 def probabilities(logits):
@@ -378,9 +378,9 @@ def read_entries() -> list[dict[str, Any]]:
 
 
 def published(entry: dict[str, Any]) -> dict[str, Any]:
-    """Move an entry's published numbers, which may be in a file or in "extra", to `expected`.
+    """Return the entry with all its published numbers under `expected`.
 
-    If the file is missing, its numbers are None.
+    Some numbers may be in a file or in "extra". None stands for the numbers of a missing file.
     """
     expected = entry.get("expected")
     if "file" in entry and (DATA / entry["file"]).is_file():
@@ -393,7 +393,7 @@ def published(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Each number in nested dictionaries and lists, with its path."""
+    """Yield the path and value of each number in nested dictionaries and lists."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from numbers(inner, f"{path}/{key}")
@@ -405,7 +405,7 @@ def tolerance(entry: dict[str, Any], value: float) -> float:
     """The tolerance for one number: atol + rtol * |value|, as in np.allclose.
 
     For features, the default of atol is 1e-4, because builds of PyTorch have different rounding
-    errors. Other numbers must be equal unless their entry has an atol.
+    errors. Other numbers must equal the expected numbers exactly, unless their entry has an atol.
     """
     if "atol" not in entry and "features" not in entry["kind"]:
         return 0.0

@@ -1,4 +1,4 @@
-"""A hub on this computer for huggingface_hub's own client, with faults that a test can choose.
+"""A local hub for huggingface_hub's client. A test can choose faults in the hub's answers.
 
 The protocol follows the requests of huggingface_hub 2.4 (hf_api.py, file_download.py). As on the
 real hub, a request for a large file (here: weights) is redirected to another path, which contains
@@ -22,23 +22,23 @@ LARGE = (".safetensors", ".bin", ".pt")
 
 @dataclass
 class Fault:
-    """A fault in the answers to some requests. The pattern `where` matches their "METHOD /path"."""
+    """A fault in some answers. It affects each request whose "METHOD /path" matches `where`."""
 
     where: str
     times: int = 1_000_000
-    status: int = 0  # the status of an answer without a file
-    code: str = ""  # the X-Error-Code of this answer
-    keep: int | None = None  # the connection is cut after this many bytes of the body
-    body: bytes | None = None  # sent instead of the file
-    stated: int | None = None  # the file length that the headers state
+    status: int = 0  # unless it is 0, answer with this status and no file
+    code: str = ""  # the header X-Error-Code of that answer
+    keep: int | None = None  # cut the connection after this many bytes of the body
+    body: bytes | None = None  # send this body instead of the file
+    stated: int | None = None  # state this file length in the headers
 
 
 @dataclass
 class Hub:
-    """The repositories {"owner/name": {revision: {path: contents}}}, and a log of the requests."""
+    """A fake hub. `repositories` is {"owner/name": {revision: {path: contents}}}."""
 
     url: str = ""
-    store: str = ""  # the same server under another host name, as on the real hub
+    store: str = ""  # this server's second host name, because the real hub has two hosts
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ def commit(files: dict[str, bytes]) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-@lru_cache(maxsize=1000)  # quick, because Python stores the hash of a bytes object
+@lru_cache(maxsize=1000)  # lookups are quick, because Python stores a bytes object's hash
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ---------------------------------------------------------------------------------- downloads
 
     def files(self, repository: str, revision: str) -> dict[str, bytes] | None:
-        """The files of a revision. If there are none, answer with the reason, and return None."""
+        """Return the files of a revision. If it does not exist, send the reason and return None."""
         if repository not in self.hub.repositories:
             self.answer(404, {"X-Error-Code": "RepoNotFound"})
         elif (files := self.hub.files(repository, revision)) is not None:

@@ -1,4 +1,4 @@
-"""Copies of OpenAI's four checkpoints on the hub: the same files and formats, but random weights.
+"""Copies of OpenAI's four checkpoints on the hub, with the same files but random weights.
 
 `python tests/official.py` serves them for the tests marked `hub`. `--small` makes smaller models.
 """
@@ -130,8 +130,8 @@ def vocabulary(name: str) -> dict[str, bytes]:
 
 @lru_cache
 def _train_vocabulary() -> dict[str, bytes]:
-    """Train a few words, then add pairs of bytes until the end token is 49407. The larger models'
-    config does not state this id, because it is transformers' default."""
+    """Train a few words, then add pairs of bytes until the end token's id is 49407. The larger
+    models' config does not state this id, because it is transformers' default."""
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.train(["a photo of a cat, the dog and a diagram"], 600).save_pretrained(folder)
         vocab, merges = (Path(folder) / name for name in ("vocab.json", "merges.txt"))
@@ -171,8 +171,8 @@ def random_weights(config: CLIPConfig, seed: int) -> dict[str, Tensor]:
 
 
 def as_converted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors with the memory layout of the hub's pytorch_model.bin: q, k and v share one
-    storage, and projections are transposed."""
+    """Give the tensors the memory layout of the hub's pytorch_model.bin. There, q, k and v share
+    one storage, and the projections are transposed."""
     laid_out = dict(tensors)
     for key in tensors:
         if "q_proj" in key:

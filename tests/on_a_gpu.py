@@ -5,9 +5,9 @@
 
 It runs the tests marked `gpu` and one large matrix product. Then it tests parity with transformers
 at the four official shapes, in three precisions. At the end it runs suites of `miniclip bench`,
-first eager, then compiled. It writes JSON after each part, and prints a table and the targets in
-Markdown. It leaves out the parts that do not fit into eight minutes, and counts them. The exit
-status is 1 if parity, a test or a target fails, or if a part is left out.
+first eager, then compiled. It writes its results as JSON after each part of the run, and prints a
+table and the targets in Markdown. Parts that do not fit into eight minutes are left out and
+counted. The exit status is 1 if parity, a test or a target fails, or if a part is left out.
 """
 
 import argparse
@@ -64,11 +64,11 @@ LARGE = "256 images, L/14, bfloat16"
 
 
 def large_product(device: str, size: int) -> Iterator[tuple[str, Any]]:
-    """From the time of one large matrix product, estimate the time of the work in LARGE."""
+    """Time a large matrix product, and estimate how long the work in LARGE takes at that speed."""
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     trial = timed(lambda: a @ b, device)
     scale = 256 * tower_multiply_adds(PUBLISHED["L/14"], "vision") / size**3
-    cost = quartiles([scale * trial()[0] for _ in range(12)][2:])  # the first two are warm-up
+    cost = quartiles([scale * trial()[0] for _ in range(12)][2:])  # two trials are warm-up
     yield (
         "product",
         [Row("vision", LARGE, 256, "images", "one large product", None, cost, (1, 1, 1))],
@@ -76,7 +76,7 @@ def large_product(device: str, size: int) -> Iterator[tuple[str, Any]]:
 
 
 def parts(device: str, plan: dict[str, Any]) -> Iterator[Callable[[], Iterator[tuple[str, Any]]]]:
-    """All parts of the run, the quickest first."""
+    """Yield all parts of the run. The quickest parts come first."""
     yield partial(gpu_tests, device)
     yield partial(large_product, device, 64 if device == "cpu" else 8192)
     for shape in plan["shapes"]:
@@ -95,11 +95,11 @@ def parts(device: str, plan: dict[str, Any]) -> Iterator[Callable[[], Iterator[t
 
 
 def targets(rows: list[Row]) -> Iterator[tuple[str, float, float]]:
-    """Each target: its name, the ratio to reach, and the ratio found."""
+    """Yield each target's name, the ratio to reach, and the measured ratio."""
     medians = {(row.suite, row.work, row.contender): row.cost[1] for row in rows if row.cost}
 
     def times(work: str, peer: str, ours: str) -> list[float]:
-        """The peer's time divided by ours, for each piece of work that both did."""
+        """Divide the peer's time by ours, for each piece of work that both libraries did."""
         return [
             medians[(suite, text, peer)] / cost
             for (suite, text, contender), cost in medians.items()
@@ -133,12 +133,12 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     failed = False
     for part in parts(args.device, plan):
-        if time.monotonic() - began > 60 * (MINUTES - 1):  # one minute is for the last part
+        if time.monotonic() - began > 60 * (MINUTES - 1):  # the last part may take a minute
             left_out += 1
             continue
         try:
             results = list(part())
-        except Exception as error:  # the other parts must still run
+        except Exception as error:  # the run continues with the next part
             results = [(str(part), {"error": f"{type(error).__name__}: {error}"})]
         for name, result in results:
             print(f"{time.monotonic() - began:6.0f} s  {name}", file=sys.stderr)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 LISTS = Path(__file__).resolve().parent / "slips"
 ROOT = LISTS.parent.parent
 AREAS = sorted(path.stem for path in LISTS.glob("*.py") if path.stem != "slip")
-sys.path.insert(0, str(LISTS))  # so that each list can import `slip`
+sys.path.insert(0, str(LISTS))  # now each list can import `slip`
 from slip import Slip  # noqa: E402
 
 
@@ -77,7 +77,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def slips_of(area: str) -> list[Slip]:
-    """The faults in one list."""
+    """Read the faults to plant in one area."""
     return runpy.run_path(f"{LISTS / area}.py")["SLIPS"]
 
 
@@ -89,12 +89,12 @@ def read_sources(folder: Path) -> dict[Path, str]:
 
 
 def places(sources: dict[Path, str], slip: Slip) -> list[Path]:
-    """The files that have the snippet. A file is repeated if the snippet occurs more than once."""
+    """List the files that contain the text `slip.old`, with one entry for each occurrence."""
     return [file for file, text in sources.items() for _ in range(text.count(slip.old))]
 
 
 def run_all(plan: list[tuple[str, Slip | None]], jobs: int) -> list[str]:
-    """The outcome of each run. Each job has its own copy of the repository."""
+    """Do all runs in `plan`, and return their outcomes. Each job has its own repository copy."""
     git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout
     with TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
@@ -109,7 +109,7 @@ def run_all(plan: list[tuple[str, Slip | None]], jobs: int) -> list[str]:
 
 
 def run_planted(copies: "SimpleQueue[Path]", tests: str, slip: Slip | None) -> str:
-    """The outcome of the tests in a free copy, with the fault or without it."""
+    """Plant the fault, if there is one, in a free copy. Run the tests and return the outcome."""
     copy = copies.get()
     sources = {file: file.read_bytes() for file in places(read_sources(copy), slip)} if slip else {}
     env = os.environ | {"PYTHONPATH": str(copy)}
@@ -130,13 +130,13 @@ def run_planted(copies: "SimpleQueue[Path]", tests: str, slip: Slip | None) -> s
 
 
 def write(file: Path, source: bytes) -> None:
-    """Write a file with a time that depends on its text, so that Python compiles it again."""
+    """Write a file. Its time depends on its contents, so that Python notices a change."""
     file.write_bytes(source)
     os.utime(file, 2 * (zlib.crc32(source),))
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """A table of 80 columns: the faults not noticed, then the noticed share of each area."""
+    """List the faults that no test noticed, and then each area's share of noticed faults."""
     lines = []
     for row in rows:
         if row["outcome"] != "noticed":

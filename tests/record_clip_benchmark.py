@@ -18,19 +18,20 @@ import torch
 from torch import Tensor
 
 PATH = Path(__file__).parent / "data" / "clip_benchmark.json"
-SIZES = [(7, 1), (40, 5), (60, 3)]  # images, captions of each; the last image has one caption more
+# The number of images, and of captions for each image. The last image has one more caption.
+SIZES = [(7, 1), (40, 5), (60, 3)]
 LEVELS = [1, 5, 10]
 
 
 def embeddings(images: int, captions: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Image and caption embeddings, (N, 8) and (M, 8), not normalised; each caption's image."""
+    """Return image embeddings (N, 8), caption embeddings (M, 8), and the image of each caption."""
     image_of = [i for i in range(images) for _ in range(captions)] + [images - 1]
     image_embeds = waves(images, 0.37)
     return image_embeds, image_embeds[image_of] + 1.1 * waves(len(image_of), 0.59), image_of
 
 
 def waves(rows: int, pitch: float) -> Tensor:
-    """Deterministic numbers from -1 to 1, (rows, 8), not sorted."""
+    """Return a matrix (rows, 8) of deterministic numbers from -1 to 1."""
     return (torch.arange(rows * 8, dtype=torch.float64).pow(2) * pitch).sin().view(rows, 8).float()
 
 

@@ -29,7 +29,7 @@ def waves(*shape: int, start: float) -> Tensor:
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Return a different weight for each of our names."""
+    """Make a different tensor for each name in `shapes`."""
     return {name: waves(*shapes[name], start=i) / 2 for i, name in enumerate(sorted(shapes))}
 
 
@@ -49,7 +49,7 @@ def record() -> dict[str, object]:
         WIDTH, HEADS, qkv_fused=False, mlp_ratio=MLP_WIDTH / WIDTH, swiglu_mlp=True,
         scale_mlp=True, norm_layer=lambda *args, **options: LayerNorm(*args, eps=EPS, **options),
     ).double().eval()  # fmt: skip
-    ours = {}  # our name: timm's name
+    ours = {}  # maps our names to timm's names
     for name in block.state_dict():
         module, _, kind = name.rpartition(".")
         ours[f"{NAMES[module]}.{kind}"] = name

@@ -17,12 +17,12 @@ from miniclip import VisionConfig, VisionTower
 
 PATH = Path(__file__).parent / "data" / "timm.json"
 
-# (rows, columns) of a grid before and after the resize. No grid has one column, because torch 2.13
-# resamples a single column wrongly on a CPU, if it uses antialiasing as timm does.
+# (rows, columns) of a grid before and after the resize. No grid has a single column,
+# because torch 2.13 resamples such a grid wrongly on a CPU with antialiasing, which timm uses.
 GRIDS = [((5, 5), (7, 7)), ((5, 5), (3, 3)), ((4, 4), (2, 8)), ((3, 4), (6, 2))]
 PATCHES = [(4, 7), (4, 3), (6, 8)]  # a patch's side in pixels, before and after the resize
-CHANNELS = [1, 2, 4, 6]  # input channels, instead of three
-CONTEXTS = [(20, 33), (16, 31)]  # tokens before and after the stretch
+CHANNELS = [1, 2, 4, 6]  # numbers of input channels that replace the usual three
+CONTEXTS = [(20, 33), (16, 31)]  # text lengths before and after the positions are stretched
 
 VISION = VisionConfig(
     width=12, layers=3, heads=3, mlp_width=24, image_size=(12, 8), patch_size=4, act="quick_gelu"
@@ -125,7 +125,7 @@ def record() -> dict[str, object]:
 
 
 def plain(value):
-    """Tensors as nested lists of numbers with ten digits."""
+    """Turn tensors into nested lists of numbers with ten digits."""
     if isinstance(value, Tensor):
         return plain(value.tolist())
     if isinstance(value, dict):

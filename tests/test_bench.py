@@ -51,7 +51,7 @@ def tiny(monkeypatch):
 
 
 def contender(name, costs, output, log=None):
-    """Return a name and a fake trial, which returns the given costs in turn, again and again."""
+    """Return a name and a fake trial. Its calls return the costs in turn, and then start again."""
     costs = itertools.cycle(costs)
 
     def trial():
@@ -71,9 +71,9 @@ def rows_of(*contenders, **fields):
 
 
 def test_costs_are_medians_and_ratios_are_taken_within_rounds():
-    # The first trial gives the output, and three more are warm-up. Only later costs are measured.
+    # The first trial gives the output. The next three are warm-up, and the others are measured.
     ours = [9.0] * 4 + [1.0, 2.0, 4.0]
-    theirs = [9.0] * 4 + [3.0, 4.0, 20.0]  # 3, 2 and 5 times ours
+    theirs = [9.0] * 4 + [3.0, 4.0, 20.0]  # 3, 2 and 5 times the costs in `ours`
     rows = rows_of(contender("ours", ours, 0), contender("theirs", theirs, 0))
     assert rows["ours"].cost == (1.5, 2, 3) and rows["ours"].ratio == (1, 1, 1)
     assert rows["theirs"].cost == (3.5, 4, 12)
@@ -202,7 +202,7 @@ def setting(tmp_path_factory):
 
 
 def cases(suite, setting, monkeypatch):
-    """Return the cases of a suite. The suite zeroshot uses only 100 classes, to save time."""
+    """Return the cases of a suite. The suite `zeroshot` uses only 100 classes, to save time."""
     if suite == "zeroshot":
         monkeypatch.setattr(models, "IMAGENET_CLASSES", models.IMAGENET_CLASSES[:100])
     return bench.SUITES[suite](setting)
@@ -332,7 +332,7 @@ def test_words_are_invented_before_the_clock_starts(setting, monkeypatch):
 
 
 def test_matrix_products_alone_take_the_fastest_implementation(setting, monkeypatch):
-    """With oneDNN and MKL, PyTorch has three implementations of the product, otherwise one."""
+    """PyTorch has three implementations of the product if it has oneDNN and MKL, otherwise one."""
     costs = []
 
     def timed(way, device):
@@ -556,7 +556,7 @@ def test_four_batches_of_files_are_embedded(setting):
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """Replace every suite with one that only records its setting. Return the records."""
+    """Replace every suite with a function that only records the setting. Return the records."""
     seen = []
     monkeypatch.setattr(suites, "prepare", lambda folder, shape: PUBLISHED[shape])
 
@@ -711,7 +711,7 @@ def test_the_large_product_stands_for_the_work_of_256_images(monkeypatch):
     monkeypatch.setattr(on_a_gpu, "timed", lambda run, device: lambda: (next(costs), run()))
     ((_, (row,)),) = on_a_gpu.large_product("cpu", 8)
     work = 256 * tower_multiply_adds(PUBLISHED["L/14"], "vision")
-    assert row.cost[1] == pytest.approx(work / 8**3 * 7.5)  # the median of the costs 3 to 12
+    assert row.cost[1] == pytest.approx(work / 8**3 * 7.5)  # 7.5 is the median of the costs 3 to 12
     assert row.work in "vision: 256 images, L/14, bfloat16"
 
 
@@ -734,7 +734,8 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
-GROWN = {  # axis: (two sizes, ratio of the work; None if the ratio is not an integer)
+# Each axis has two sizes and the ratio of their work. None means that it is not an integer.
+GROWN = {
     "images in a batch": ((1, 4), 4),
     "pixels along a side": ((40, 80), None),
     "tokens of a text": ((77, 256), None),

@@ -1,4 +1,4 @@
-"""Checkpoints that users bring: other programs' files, training files, one tower, no config.
+"""Load users' checkpoints, for example training files, single towers, or files without config.
 
 Each test repeats a public report about openai/CLIP, open_clip, transformers, diffusers or their
 user interfaces. The expected values come from transformers, or are the weights that were saved.
@@ -60,7 +60,7 @@ def photograph():
 
 
 def test_squash_equals_transformers_resize_to_a_height_and_a_width(tmp_path, photograph):
-    """open_clip_config.json of apple/DFN5B-CLIP-ViT-H-14-378 has this resize_mode."""
+    """apple/DFN5B-CLIP-ViT-H-14-378 has this resize_mode in open_clip_config.json."""
     write(tmp_path / "open_clip_config.json", open_clip_settings(resize_mode="squash"))
     transform = ImageTransform.from_pretrained(tmp_path)
     assert transform == ImageTransform(40, squash=True)
@@ -327,7 +327,7 @@ def test_all_that_a_training_loop_saves_beside_the_weights_is_ignored(tmp_path):
     optimizer.step()
     (tmp_path / "model.safetensors").unlink()
     marked = torch.nn.Parameter(tensors["logit_scale"])
-    marked.weight_decay = 0.1  # because of this, torch pickles it with _rebuild_from_type_v2
+    marked.weight_decay = 0.1  # a parameter with an attribute is pickled by _rebuild_from_type_v2
     beside = {
         "args": argparse.Namespace(lr=1e-5, when=datetime.datetime.now(), path=Path("x")),
         "best": np.float64(0.5),
@@ -424,7 +424,7 @@ def test_one_tower_is_read_under_any_prefix(tmp_path, layout, tower, prefix):
 
 @torch.no_grad()
 def test_long_clips_own_files_are_read(tmp_path):
-    """Long-CLIP adds positional_embedding * mask1 and positional_embedding_res * mask2."""
+    """Long-CLIP's positions are positional_embedding * mask1 + positional_embedding_res * mask2."""
     vision = VisionConfig(64, 2, 1, 256, image_size=32, patch_size=16)
     config = CLIPConfig(vision, TextConfig(64, 2, 1, 256, context_length=248), 32)
     model = CLIP(config)
@@ -462,7 +462,7 @@ def test_the_vision_tower_of_an_image_classifier_is_read(tmp_path):
     assert torch.equal(tower(pixels), expected)
     with pytest.raises(CheckpointError, match="load it with VisionTower.from_pretrained"):
         CLIP.from_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"  # no classifier, but a whole CLIP's config
+    path = tmp_path / "model.safetensors"  # next, the classifier is removed
     save_file({n: t for n, t in load_file(path).items() if "classifier" not in n}, path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -496,7 +496,7 @@ def timm_tensors(model: CLIP) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def xsmall():
-    """vit_xsmall_patch16_clip_224 (width 256, 10 layers, 4 heads) and a text tower."""
+    """A CLIP with timm's vision tower vit_xsmall_patch16_clip_224 and a small text tower."""
     vision = VisionConfig(256, 10, 4, 1024, "gelu", 1e-5, 224, 16)
     model = CLIP(CLIPConfig(vision, TextConfig(64, 1, 1, 256, "gelu", vocab_size=600,
         context_length=20, bos_token_id=598, eos_token_id=2), 32))  # fmt: skip
@@ -601,7 +601,7 @@ def assert_same(found, expected):
 
 
 class ResidualAttentionBlock(torch.nn.Module):
-    """A part of openai/CLIP's model.py. The mask is an attribute, not a buffer."""
+    """A block as in openai/CLIP's model.py. The mask is an attribute, not a buffer."""
 
     def __init__(self, width):
         super().__init__()
@@ -748,7 +748,7 @@ def test_captum_956_the_tokens_of_a_text_get_attributions():
         return model(pixels, ids).logits_per_image.diagonal()
 
     method = captum.LayerIntegratedGradients(score, model.text.token_embed)
-    blank = ids.where(ids >= 598, 0)  # all tokens become 0, except start and end
+    blank = ids.where(ids >= 598, 0)  # 0 replaces all tokens except the start and end tokens
     found, missed = method.attribute(
         ids, blank, additional_forward_args=(pixels,), n_steps=200, return_convergence_delta=True
     )

@@ -97,7 +97,7 @@ def assert_same_logits(model, peer, pixels, ids):
 
 @pytest.fixture(scope="module")
 def official(data, tmp_path_factory):
-    """A copy of openai/clip-vit-base-patch32 with other numbers in the tensors."""
+    """A copy of openai/clip-vit-base-patch32 with random numbers in the tensors."""
     header = json.loads(
         (data / "headers/openai_clip-vit-base-patch32.reconstructed_header.json").read_text()
     )
@@ -170,7 +170,7 @@ for case in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
-    """One tensor is a third of the file. To need less memory, the loader must convert it first."""
+    """One tensor is a third of the file. The loader must convert it first to save memory."""
     vision = replace(TINY.vision, mlp_width=60_000)
     text = replace(TINY.text, mlp_width=60_000, vocab_size=400_000)
     with torch.device("meta"):
@@ -276,7 +276,7 @@ DTYPES = (
 
 @ZIPPED
 def test_pickled_tensors_are_what_torch_reads(tmp_path, zipped):
-    """The tensors have all dtypes. Some are views: transposed, cut out, or under a second name."""
+    """The tensors have all dtypes. Some are views of others, such as a transpose or a slice."""
     whole = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     tensors = {str(dtype): torch.tensor([[0, 1, 2], [3, 5, 117]]).to(dtype) for dtype in DTYPES}
     tensors |= {"t": whole.T, "part": whole[2:4, 3:7], "steps": whole[::2, ::3], "empty": whole[:0]}
@@ -459,7 +459,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(model, saved, monkeypatch
 
 
 def put(path, value):
-    """A function that sets an attribute in a part of a model."""
+    """Return a function that sets the attribute `path` of a model to `value`."""
     part, _, name = path.rpartition(".")
     return lambda model: setattr(model.get_submodule(part), name, value)
 
@@ -844,7 +844,7 @@ def test_a_transform_of_another_size_than_the_model_is_an_error(
 
 
 def test_no_square_transform_fits_a_wide_model(tmp_path):
-    """`load` also checks the transform of a vision tower alone."""
+    """`load` also checks the transform if the checkpoint is only a vision tower."""
     config = replace(TINY, vision=replace(TINY.vision, image_size=(32, 64), patch_size=16))
     with pytest.raises(CheckpointError, match="32 x 32 pixels and the model reads 32 x 64"):
         save(tmp_path, CLIP(config), None, ImageTransform(32))
@@ -929,5 +929,5 @@ def test_embedded_checkpoints_give_the_logits_of_transformers(name):
     pixels = transform([torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8) for _ in range(4)])
     assert pixels.shape == (4, 3, size, size)
     assert_same_logits(model, peer, pixels, tokenizer(["a cat", "a photo of a dog"]))
-    randomize(model)  # changing the loaded weights changes no file
+    randomize(model)  # a change of the loaded weights must not change the file
     assert not torch.equal(CLIP.from_pretrained(name).vision.class_embed, model.vision.class_embed)

@@ -1,4 +1,4 @@
-"""The command line: its output, its JSON, its exit status and its errors of one line."""
+"""The command line: its output, its JSON, its exit status and its one-line errors."""
 
 import argparse
 import csv
@@ -381,7 +381,7 @@ def test_without_a_network_the_embedded_checkpoints_are_named(run, command, monk
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Seven class folders. Six have images, eight in total. Two folders also have a text file."""
+    """Seven class folders with eight images. One folder has no image, and two have a text file."""
     rng = np.random.default_rng(0)
     root = tmp_path / "photographs"
     for i, name in enumerate(["cat", "dog", "fire_truck", "frog", "horse", "ship", "none"]):
@@ -480,7 +480,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     def told(self, pixels, **options):
         red = pixels[:, 0].mean((1, 2)) * std + mean
         best = (red * 255 / 10).round().long().clamp(max=count - 1)
-        # a later label has a lower logit, except for the best label
+        # after the best label, the logits fall in the order of the labels
         return 10 * torch.nn.functional.one_hot(best, 64).float() - torch.arange(64)
 
     def axes(model, tokenizer, labels, templates):
@@ -573,7 +573,7 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
 
 
 def test_folders_that_give_no_accuracy_are_an_error(run, picture, tmp_path):
-    """For example, the folder above the right one, a single class, or a class without images."""
+    """Examples are a folder one level too high, a single class, and a class without images."""
     for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
         (tmp_path / name).mkdir(parents=True)
         shutil.copy(picture, tmp_path / name)
@@ -699,7 +699,7 @@ def test_help_shows_an_example(run, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")
     status, out, err = run(name, "--help")
     assert status == 0 and f"\n  miniclip {name} " in out.partition("example, which runs")[2]
-    assert max(map(len, out.splitlines())) <= 92  # examples are not wrapped
+    assert max(map(len, out.splitlines())) <= 92  # examples may be wider than 80 columns
 
 
 def test_the_command_without_arguments_shows_its_help(run):

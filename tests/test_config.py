@@ -123,7 +123,7 @@ def test_an_old_style_section_replaces_the_new_one_and_its_defaults_count(tower,
     config[f"{tower}_config_dict"] = {"num_hidden_layers": 5}
     ours = CLIPConfig.from_dict(config)
     assert getattr(ours, tower).layers == 5
-    assert getattr(ours, tower).width == default  # the new section's 96 is ignored
+    assert getattr(ours, tower).width == default  # the width 96 in the new section is ignored
     assert_same_meaning(ours, transformers.CLIPConfig.from_dict(config))
 
 
@@ -146,7 +146,7 @@ def test_the_published_safety_checker_is_a_clip_l14(data):
     assert (ours.vision.patch_size, ours.vision.patches, ours.embed_dim) == (14, 256, 768)
     assert (ours.text.width, ours.text.layers, ours.text.heads) == (768, 12, 12)
     assert_same_meaning(ours, transformers.CLIPConfig.from_dict(deepcopy(config)))
-    # text_config_dict replaces text_config. It has no end token, so the default is used, not 2.
+    # text_config_dict replaces text_config, so the end token 2 in text_config is ignored.
     assert config["text_config"]["eos_token_id"] == LEGACY_EOS != ours.text.eos_token_id == 49407
 
 
@@ -342,7 +342,7 @@ def test_a_message_quotes_only_the_ends_of_a_long_value():
 
 
 def open_clips(embed_dim, vision, text, quick_gelu=True):
-    """vision: (image size, layers, width, patch size). text: (width, heads, layers)."""
+    """`vision` is (image size, layers, width, patch size), and `text` is (width, heads, layers)."""
     return {
         "embed_dim": embed_dim,
         "quick_gelu": quick_gelu,
@@ -353,8 +353,8 @@ def open_clips(embed_dim, vision, text, quick_gelu=True):
     }
 
 
-# The configs of github.com/mlfoundations/open_clip and of microsoft/Cream (TinyCLIP). If a vision
-# tower has more than four numbers, the others are its head_width and mlp_ratio.
+# The configs of github.com/mlfoundations/open_clip and of microsoft/Cream (TinyCLIP). A fifth
+# number of a vision tower is its head_width, and a sixth number is its mlp_ratio.
 AS_PUBLISHED = {
     "B/32": open_clips(512, (224, 12, 768, 32), (512, 8, 12)),
     "B/16": open_clips(512, (224, 12, 768, 16), (512, 8, 12)),

@@ -1,4 +1,4 @@
-"""Plant faults in weights, configs and code. Parity must name the site and the cause of each.
+"""Plant faults in weights, configs and code. Parity must name the site and cause of each fault.
 
 The model is tiny and has random weights. A model with faulty weights is compared with
 transformers' model, and a model with faulty code is compared with miniclip's model.
@@ -29,7 +29,7 @@ FAULTS = {}
 
 
 def fault(site, cause):
-    """Register a function that breaks a CLIP, with the site and cause that parity must report."""
+    """Register a function that breaks a CLIP. Parity must report this site and this cause."""
 
     def register(function):
         FAULTS[function.__name__] = (function, site, cause)
@@ -257,7 +257,7 @@ def clip_skip(model):
 
 
 class SkipList(nn.ModuleList):
-    """Blocks that run in a given order."""
+    """Run the blocks whose numbers are in `order`, in this order."""
 
     def __init__(self, blocks, order):
         super().__init__(blocks)
@@ -338,7 +338,7 @@ def not_a_number(model):
 
 
 def norm(formula):
-    """Return snippets for `fork_of`: LayerNorm becomes `formula` of x, eps and d = x - mean."""
+    """Return snippets for `fork_of`. They replace LayerNorm by `formula`, where d is x - mean."""
     of_a_fork = f"""class Norm(nn.LayerNorm):
     def forward(self, x):
         d, eps = x - x.mean(-1, keepdim=True), self.eps

@@ -1,4 +1,4 @@
-"""Each entry of the diagnosis' tables computes the fault that it names, and parity finds it.
+"""Each entry of the diagnosis' tables computes the fault that it names. Parity finds the fault.
 
 The tests use NumPy, torch or transformers to compute the numbers of each fault. No model runs
 with a fault: a test takes the tensors of one comparison and replaces one of them.
@@ -84,7 +84,7 @@ TABLES = {
     "softmax": ((X[None], HIDDEN), {
         "a softmax over queries, not keys": (M / M.sum(1, True))[None],
         "a softmax over heads, not keys":
-            torch.where(HIDDEN, 1 / 3, E / E.sum(0, True))[None],  # uniform if every head is hidden
+            torch.where(HIDDEN, 1 / 3, E / E.sum(0, True))[None],  # 1 / 3 if all heads are masked
         "a softmax with 1 added to its denominator": (M / (1 + M.sum(2, True)))[None],
         "a sigmoid in the place of the softmax": (M / (1 + M))[None],
         "a causal mask that comes after the softmax": (M / E.sum(2, True))[None],
@@ -262,7 +262,7 @@ def unit(x):
 
 
 def one_in(x, *places, by=0.1):
-    """`x` with noise at one place only."""
+    """Return a copy of `x` with noise only at the index `places`."""
     x, noise = x.clone(), torch.Generator().manual_seed(1)
     x[places] += by * torch.randn(x[places].shape, generator=noise, dtype=x.dtype)
     return x
@@ -422,7 +422,7 @@ def test_a_logit_scale_that_is_clamped_at_100_is_named(side):
 
 
 def test_a_fault_must_explain_the_numbers_exactly(side):
-    """A fault is named only if it gives the same numbers within 1e-9."""
+    """A fault is named only if it explains the numbers with an error below 1e-9."""
     wrong = Seen(side).logits(1)
     for by, cause in ((0.5e-9, "model has no logit scale"), (2e-9, "model does not compute")):
         tensors = {**side.tensors, "logits": wrong + by * torch.eye(2, 8, dtype=torch.float64)}

@@ -1,4 +1,4 @@
-"""Engines return the tower's outputs, notice when the model changes, and work in the commands."""
+"""Engines return the tower's outputs, notice a changed model, and work in miniclip's commands."""
 
 import copy
 import importlib
@@ -252,7 +252,7 @@ def test_cached_features_store_the_engine_that_made_them(pictures):
 
 
 def test_an_index_is_continued_only_with_the_engine_that_began_it(pictures, monkeypatch, tmp_path):
-    """A second engine would give the later images of the index other rounding errors."""
+    """An index must not mix two engines, because their rounding errors differ."""
     building = importlib.import_module("miniclip.retrieval.building")
     seen = []
     monkeypatch.setattr(building, "sha256", lambda key: seen.append(key) or FakeDigest())

@@ -78,7 +78,7 @@ def test_cached_features_are_not_computed_again(loaded, pictures, tmp_path, monk
     Image.new("RGB", (32, 32)).save(pictures[0])
     os.utime(pictures[0], (0, 0))
     third = picture_features(loaded, pictures, cache)
-    assert calls == [4, 3, 4, 4]  # an image has changed
+    assert calls == [4, 3, 4, 4]  # 4 again, because one image has changed
     assert not torch.equal(third.vectors["proj"][0], first.vectors["proj"][0])
 
 
@@ -129,8 +129,8 @@ def test_ranks_are_places_in_a_sorted_list(block, pairs, monkeypatch):
     image_of = torch.cat([torch.randint(0, 17, (30,)), torch.arange(17)])
     texts = unit_norm(images[image_of] + 0.7 * torch.randn(47, 6))
     images[3], images[11] = images[5], images[5]  # the same image three times
-    texts[20:24] = texts[2]  # five images have this caption
-    texts[30] = texts[31] + 2e-8 * torch.randn(6)  # too similar for float32 scores
+    texts[20:24] = texts[2]  # now five captions are equal
+    texts[30] = texts[31] + 2e-8 * torch.randn(6)  # float32 scores cannot distinguish these two
     found = retrieval_ranks(images, texts, image_of)
     expected = slow_ranks(images, texts, image_of)
     assert (found[0].tolist(), found[1].tolist()) == expected
@@ -327,7 +327,7 @@ def test_the_probe_equals_that_of_scikit_learn(blobs):
     ours = linear.fit_probe(train, 0.3, count=4)(test.features)
     expected = theirs.predict_log_proba(test.features.numpy())
     np.testing.assert_allclose(ours[:, :3].numpy(), expected, atol=1e-6)
-    assert ours[:, 3].isneginf().all()  # a class without examples
+    assert ours[:, 3].isneginf().all()  # class 3 has no examples
     with pytest.raises(ValueError, match="all examples have the same class"):
         linear.fit_probe(train.of(train.classes == 1), 0.3, count=4)
 
@@ -357,7 +357,7 @@ def test_the_search_for_a_strength_is_right_to_an_eighth_of_a_decade(peak):
     best, found = linear.sweep(accuracy)
     assert best == pytest.approx(10 ** (peak / 8)) and [*found] == sorted(set(tried))
     assert tried[:7] == pytest.approx([10.0**e for e in range(-6, 7, 2)]) and len(tried) <= 15
-    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # if all scores are equal, the largest wins
+    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # equal scores give the largest strength
 
 
 def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blobs):
@@ -380,7 +380,7 @@ def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
 
     def fit(examples, strength):
         draw = draws.setdefault(examples.features.sum().item(), len(draws))
-        guess = 2 * (draw % 2)  # right for two images, in the next draw for one
+        guess = 2 * (draw % 2)  # 0 is right for two images, and 2 for one
 
         def classify(features):
             learnt = tuple(examples.classes.bincount().tolist())
@@ -391,7 +391,7 @@ def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
 
     rows = linear.few_shot({"one": linear.Method(fit, train, test)}, [1, 4], seeds=2)
     assert [(row["shots"], row["method"]) for row in rows] == [(1, "one"), (4, "one")]
-    one, four = (1, 1, 1), (4, 4, 4)  # examples of each class
+    one, four = (1, 1, 1), (4, 4, 4)  # how many examples each class has
     assert sizes == {(one, 3), (one, 5), (four, 12), (four, 5)}
     assert len(draws) == 4  # two draws of each size
     mean, std = np.mean([0.4, 0.2]), np.std([0.4, 0.2], ddof=1)

@@ -23,11 +23,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning"),
 ]
 
-LOGITS = 2e-5  # a graph may reorder operations, and the logit scale is 100
+LOGITS = 2e-5  # this tolerance allows for reordered operations at logit scale 100
 
 # Compilers and exporters are slow, so the vision tower has one layer. The text tower has two:
 # with one layer, a mask does not change the last token. OpenAI's config files do not state the true
-# end token, so their texts end at the largest id.
+# end token. With such a config, a text ends at its largest id.
 SHALLOW = replace(TINY, vision=replace(TINY.vision, layers=1))
 AS_OPENAI = replace(SHALLOW, text=replace(SHALLOW.text, eos_token_id=LEGACY_EOS))
 
@@ -46,7 +46,7 @@ def without_mask(model):
 
 @torch.no_grad()
 def assert_same(graph, model):
-    """Assert that the graph has a mask, and returns the model's outputs for other input sizes."""
+    """Assert that the graph has a mask and gives the model's outputs for other input sizes."""
     for images, texts, tokens in ((1, 1, 2), (5, 3, 12), (2, 7, 20)):
         inputs = random_inputs(model.config, images, texts, tokens, seed=4)
         expected, found = model(*inputs), graph(*inputs)

@@ -108,7 +108,7 @@ def test_a_report_has_the_best_score_throughput_and_memory(drawn):
     assert held_out.get_title(loc="left") == "held-out data" and texts(held_out) == ["50.0%"]
     accuracy, mean, best = held_out.lines
     assert accuracy.get_xydata().tolist() == [[1, 0.25], [2, 0.5], [3, 0.5]]
-    assert best.get_xydata().tolist() == [[2, 0.5]]  # the first of two equal scores
+    assert best.get_xydata().tolist() == [[2, 0.5]]  # the first of the two scores 0.5
     named = [text.get_text() for text in held_out.get_legend().get_texts()]
     assert named == ["accuracy", "mean per class"]
     assert [*throughput.lines[0].get_ydata()] == [10, 11, 12, 13]
@@ -171,7 +171,7 @@ def test_a_row_has_an_image_and_up_to_four_maps(drawn):
 
 
 def test_the_maps_of_one_method_have_one_scale(drawn):
-    """A patch that scores half as much for the second text has a less warm colour there."""
+    """The patch's score is 1 for the first text and 0.5 for the second, so its colours differ."""
     heats = torch.tensor([[[1.0]], [[0.5]]])
     picture = Image.new("RGB", (8, 8))
     axes = drawn(draw_text_maps, picture, ["a", "b"], [0.5, 0.5], {"tokens": heats}).axes

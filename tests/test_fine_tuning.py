@@ -41,7 +41,7 @@ def rows_of(out):
 
 
 def crash_in(step, monkeypatch):
-    """Make runs crash before they log this step. Return a function that removes the crash."""
+    """Make training crash before it logs this step. Return a function that removes the crash."""
     note = run_module.Run.log_step
 
     def crash(self, *args):
@@ -109,7 +109,7 @@ def test_siglips_loss_equals_transformers():
     inputs = {"input_ids": torch.arange(12).view(3, 4), "pixel_values": torch.randn(3, 3, 8, 8)}
     found = peer(**inputs, return_loss=True)
     ours, model = SigmoidLoss(), nn.Module()
-    assert ours.bias.item() == -10  # the paper's initial value
+    assert ours.bias.item() == -10  # the initial value in SigLIP's paper
     ours.bias.data.fill_(-2.5)
     model.logit_scale = peer.logit_scale
     value = ours(model, found.image_embeds, found.text_embeds, torch.eye(3).bool())
@@ -117,7 +117,7 @@ def test_siglips_loss_equals_transformers():
 
 
 def test_float16_weights_are_trained_as_float32(tmp_path):
-    """In float16, small squares and Adam's eps become 0, so the first step is 0 / 0."""
+    """In float16, small squared gradients and Adam's eps become 0, so the first step is 0 / 0."""
     naive = new_model()[0].half()
     optimizer = torch.optim.AdamW(naive.parameters())
     pixels = torch.rand(4, 3, 12, 12).half()

@@ -62,7 +62,7 @@ def desk(tmp_path_factory):
 
 @pytest.fixture
 def run(desk, tmp_path, monkeypatch, capsys):
-    """Run a command line, from LINES or not, in an empty folder: (status, stdout, stderr)."""
+    """Return a function that runs a command line, or a key of LINES, in an empty folder."""
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.page.serve.serve_until_interrupted", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)
@@ -82,7 +82,7 @@ def run(desk, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def output(run):
-    """The JSON that a command line prints."""
+    """Return a function that runs a command line and returns its JSON."""
 
     def output(line, model="everyday"):
         status, out, err = run(f"{line} --json", model)
@@ -200,7 +200,7 @@ def test_parity_prints_what_it_measured(run, output):
 
 @pytest.mark.slow
 def test_bench_measures_the_requested_cases(run, monkeypatch):
-    """The test looks at the cases and does not measure them."""
+    """The test checks the list of cases, and measures none of them."""
     cases = []
     monkeypatch.setattr("miniclip.bench.suites.measure", lambda case, *_: cases.append(case) or [])
     assert run("bench --shape tiny --suite vision text")[0] == 0

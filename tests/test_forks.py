@@ -118,7 +118,7 @@ MASK_KEPT = (
 def test_a_comparison_removes_tensors_that_a_forward_stores(dtype, pair):
     same = fork_of(pair[0], *MASK_KEPT)
     assert compare(same, pair[0], dtype=dtype).first is None
-    same(*random_inputs(TINY, tokens=17))  # the mask was removed, so another length works
+    same(*random_inputs(TINY, tokens=17))  # `compare` removed the stored mask, so 17 tokens work
 
 
 def test_a_comparison_restores_what_a_forward_changes(pair):
@@ -337,7 +337,7 @@ def test_a_model_that_has_no_sites_is_an_error(pair):
 
 
 def test_a_block_may_have_other_parts(pair):
-    """No site inside the block is compared, but the residual stream after the block is."""
+    """`compare` skips the sites inside the block, and compares the residual stream after it."""
 
     class Plain(nn.Module):
         def __init__(self, block):

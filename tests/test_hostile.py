@@ -47,7 +47,7 @@ CONFIG = CLIPConfig(
 )  # fmt: skip
 
 DEEP = [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000]
-# Values that JSON can have instead of the expected whole number.
+# JSON values that replace the expected whole number.
 VALUES = [
     -1, 0, 1, 7, 10**6, 2**31 - 1, 2**31, 2**63, 2**64, 10**30, 0.5, 8.0, 1e300, float("inf"),
     float("nan"), "8", "", True, None, [], [8, 8], [1e9], {"8": 8}, "quick_gelu", [2] * 10**4,
@@ -58,7 +58,7 @@ VALUES = [
 
 
 class Referee:
-    """Load a directory with changed files, and record everything that must not happen."""
+    """Load a directory with changed files, and collect complaints about wrong outcomes."""
 
     def __init__(self, files, directory):
         self.files, self.directory, self.complaints = files, directory, []
@@ -81,9 +81,9 @@ class Referee:
                     (self.directory / name).write_bytes(self.files[name])
 
     def judge(self, cases, load, is_as_stated):
-        """Load each case. Return the labels of the cases with an error, and of the loaded cases.
+        """Load each case. Return two lists of labels: cases with an error, and loaded cases.
 
-        Fail if a case does anything else.
+        Fail if a case ends in any other way.
         """
         errors, loads = [], []
         reset_peak()
@@ -91,7 +91,7 @@ class Referee:
         for label, changes in cases:
             with self.changed(changes):
                 try:
-                    with cpu_seconds(10):  # no case takes more than 0.3 s
+                    with cpu_seconds(10):  # a case normally takes at most 0.3 s
                         loaded = load(self.directory)
                 except CheckpointError as error:
                     errors.append(label)
@@ -99,7 +99,7 @@ class Referee:
                         self.complaints.append(f"{label}: an unprintable message: {error!r}")
                 except KeyboardInterrupt:
                     raise
-                except BaseException as error:  # a panic in Rust is not an Exception
+                except BaseException as error:  # a Rust panic is a BaseException
                     self.complaints.append(f"{label}: {type(error).__name__}: {error}"[:300])
                 else:
                     loads.append(label)
@@ -152,7 +152,7 @@ def peak():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A whole checkpoint, {name: contents}."""
+    """All files of a checkpoint, as {name: contents}."""
     directory = tmp_path_factory.mktemp("whole")
     model = CLIP(CONFIG)
     randomize(model)
@@ -197,7 +197,7 @@ def join(header, body, length=None):
 
 
 def as_safetensors_says(model, data, their_names):
-    """Whether the weights equal the tensors in `data`. A name's last entry is used."""
+    """Whether the weights equal the tensors in `data`. If a name is repeated, the last is used."""
     header, body = split(data)
     for ours, tensor in model.state_dict().items():
         entry = header[their_names[ours]]
@@ -357,7 +357,7 @@ class Harmful:
 
 
 def zip_boundaries(data):
-    """Positions near the start of each header of an archive and of each file in it."""
+    """Positions in an archive: near the start of each header and of each file's data."""
     at = [
         m.start() for m in re.finditer(rb"PK\x03\x04|PK\x01\x02|PK\x05\x06|PK\x06[\x06\x07]", data)
     ]
@@ -367,7 +367,7 @@ def zip_boundaries(data):
 
 
 def rezipped(data, change):
-    """The archive, with each record replaced by the records in `change(name, contents)`."""
+    """Copy an archive, but replace each record by the records that `change` returns for it."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
         for info in old.infolist():
@@ -483,7 +483,7 @@ def test_false_pickles_raise_an_error_or_load_as_stated(referee, files, their_na
 # ---------------------------------------------------- pickles made by hand, which no program writes
 
 
-LARGEST = 400_000  # miniclip reads pickles of at most this many bytes
+LARGEST = 400_000  # the most bytes that miniclip reads from a pickle
 
 
 def text(value):
@@ -528,13 +528,13 @@ def module(items):
 
 
 def kept(value, place=0):
-    """(opcodes that store a value in the pickle's memo, opcodes that fetch it from there)"""
+    """Return opcodes that store a value in the pickle's memo, and opcodes that fetch it again."""
     number = struct.pack("<I", place)
     return value + b"r" + number + b"0", b"j" + number
 
 
 def nested(depth, each, core, place=0):
-    """Wrap `core` `depth` times. `each` gets opcodes that fetch an object, and wraps it."""
+    """Nest `core` in `depth` objects. `each` adds one object around an object from the memo."""
     made, again = kept(core, place)
     for further in range(1, depth + 1):
         more, again = kept(each(again), place + further)
@@ -656,7 +656,7 @@ def hand_made_cases():
     for order in ("little", "big"):
         record = [("a/byteorder", order.encode())]
         yield f"{order}-endian", rezipped(right, lambda n, c, r=record: [(n, c), *r * (n == "x")])
-    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # data/0 in the zip directory
+    entry = [m.start() for m in re.finditer(b"PK\1\2", right)][2]  # directory entry of data/0
     for label, at, value in (
         ("encrypted", 8, b"\1"),
         ("compressed", 10, b"\x08"),
@@ -675,7 +675,7 @@ def hand_made_cases():
 
 @pytest.mark.slow
 def test_pickles_made_by_hand_raise_an_error_or_load_as_stated(referee):
-    """Only tensors are read, because no config describes a model of four numbers."""
+    """The test reads only tensors, because no config describes a model of four numbers."""
     numbers = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     cases = [(label, {"x.bin": data}) for label, data in hand_made_cases()]
 
@@ -752,7 +752,7 @@ def test_a_false_index_of_shards_raises_an_error_or_loads_as_stated(referee, fil
 
 
 def config_cases(files):
-    """Yield (label, config, {keys of a field: its value}). Each field gets each wrong value."""
+    """Yield a label, a config, and the changed values. Each field gets each wrong value in turn."""
     config = json.loads(files["config.json"])
     places = [
         (section, key) for section in ("text_config", "vision_config") for key in config[section]
@@ -791,11 +791,11 @@ def test_a_false_config_raises_an_error_or_loads_as_stated(referee, files, their
     texts += [("UTF-16", whole.decode().encode("utf-16")), ("with a mark", b"\xef\xbb\xbf" + whole)]
 
     def is_as_stated(model, label):
-        """Whether the model's config has all values of the file that miniclip reads."""
+        """Whether the config has the file's value in the changed field, if miniclip reads it."""
         for place, value in stated.get(label, {}).items():
             found = model.config.to_dict()
             for key in place:
-                found = found.get(key, value)  # a renamed field is not checked
+                found = found.get(key, value)  # skip a field that miniclip renames
             unread = value is None or place[-1] in ("architectures", "model_type", "projection_dim")
             if not unread and value not in (found, [found]):
                 return False

@@ -1,7 +1,7 @@
-"""The hub's own client asks a local hub, which fails in every way that hubs fail.
+"""huggingface_hub's client asks a local hub that fails in many ways.
 
-Each test ends with the right model or with one CheckpointError. The cache never keeps a damaged
-file that a later run trusts.
+Each test ends with the right model or with one CheckpointError. No damaged file stays in the cache,
+where a later run would trust it.
 """
 
 import errno
@@ -274,7 +274,7 @@ SETTINGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_file_of_a_tokenizer_is_downloaded(hub, tmp_path, name):
-    """Each of these files can change the token ids, also if the others are absent."""
+    """Any one of these files can change the token ids, even without the others."""
     tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
     tokenizer.save_pretrained(tmp_path / "files")
     files = {name: contents(tmp_path / "files")[name] for name in ("vocab.json", "merges.txt")}
@@ -632,7 +632,7 @@ def test_a_damaged_file_that_cannot_be_deleted_is_a_checkpoint_error(hub, files,
 
 @contextmanager
 def moving_branch(hub, commits, at):
-    """In the `with` statement, the branch gets the second commit before request number `at`."""
+    """In the `with` statement, the branch moves to the second commit before request number `at`."""
     hub.repositories[NAME] = {"main": commits[0]}
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE, ignore_errors=True)
     left, answered = [at], type(hub).fault
@@ -652,7 +652,7 @@ def moving_branch(hub, commits, at):
 def test_a_branch_may_get_a_new_commit_during_a_load_or_a_conversion(
     hub, files, other, tmp_path, at
 ):
-    """All files come from one commit, even if the branch gets a new commit meanwhile."""
+    """All files come from one commit, even if the branch gets a new commit during the load."""
     commits = [dict(hub.repositories[NAME]["main"]), files | other_files(other, tmp_path)]
     for read in (miniclip.load, lambda name: convert(name, tmp_path / f"{at}", "transformers")):
         with moving_branch(hub, commits, at):

@@ -1,8 +1,8 @@
 """The layouts of OpenAI and open_clip, single towers, and conversion between all layouts.
 
-The embeddings are compared with a model in this file. It uses torch's MultiheadAttention,
-with the originals' fused matrices and transposed projections. If openai/CLIP (`pip install
-openai-clip`) or open_clip is installed, its own classes are compared too; both need torchvision.
+The embeddings are compared with a model in this file. This model uses torch's MultiheadAttention,
+with fused matrices and transposed projections as in the originals. If openai/CLIP (`pip install
+openai-clip`) or open_clip is installed, its classes are compared too. Both need torchvision.
 """
 
 import json
@@ -115,7 +115,7 @@ class Visual(nn.Module):
 
 
 class TextHalf(nn.Module):
-    """The text tower. openai/CLIP has its tensors without a prefix, CustomTextCLIP under `text`."""
+    """The text tower. Its tensors have the prefix `text` only in CustomTextCLIP."""
 
     def __init__(self, c, act):
         super().__init__()
@@ -346,7 +346,7 @@ def test_a_torchscript_archive_is_read_without_its_code(archive, inputs, monkeyp
 
 
 def rezip(path, to, change):
-    """Copy an archive. `change` gives each file's new contents, or None to leave it out."""
+    """Copy an archive. `change` returns a file's new contents, or None to leave the file out."""
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(to, "w") as target:
         for name in source.namelist():
             data = change(name, source.read(name))
@@ -680,7 +680,7 @@ def test_features_of_open_clip_that_clip_lacks_are_an_error(tmp_path, section, c
 
 
 def test_all_fields_that_open_clip_writes_are_accepted():
-    """Each field of open_clip's dataclasses has the default, or a value that only training uses."""
+    """Each field of open_clip's dataclasses has its default, or a value for training only."""
     settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP}))
     plain = CLIPConfig.from_fields(from_open_clip(settings))
     settings["model_cfg"]["vision_cfg"] |= {
@@ -855,7 +855,7 @@ def text_with(**changes):
     return replace(OPENAI, text=replace(OPENAI.text, **changes))
 
 
-# A config, the part of it that some layouts cannot express, and the names of these layouts.
+# Each entry has a config, the field that some layouts cannot express, and these layouts' names.
 UNSAYABLE = [
     (variant(act="gelu"), "act gelu", {"openai"}),
     (variant(act="gelu_pytorch_tanh"), "act gelu_pytorch_tanh", {"openai", "open_clip"}),
@@ -888,7 +888,7 @@ def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing)
     for layout in LAYOUTS.keys() - refusing:
         model.save_pretrained(tmp_path / layout, layout=layout)
         loaded = CLIP.from_pretrained(tmp_path / layout)
-        if layout != "transformers":  # only its config can state the end token 499
+        if layout != "transformers":  # only transformers' config states an end token
             text = replace(model.config.text, eos_token_id=LEGACY_EOS)
             assert loaded.config == replace(model.config, text=text)
         else:
@@ -905,7 +905,7 @@ def test_saving_open_clip_beside_weights_that_are_read_first_is_an_error(tmp_pat
 
 
 def test_an_open_clip_mlp_ratio_gives_back_the_width():
-    # For the last pair, ratio * width is less than the MLP's width in float64.
+    # For the last pair, float64 rounding makes mlp_ratio * width smaller than mlp_width.
     for width, mlp_width in [(1408, 6144), (1664, 8192), (96, 385), (7, 3), (49, 1000), (13, 63)]:
         vision = VisionConfig(width=width, heads=1, mlp_width=mlp_width)
         config = CLIPConfig(vision, TextConfig(width=width, heads=1, mlp_width=mlp_width))
@@ -952,7 +952,7 @@ def test_the_report_of_convert_names_the_tensors_of_both_layouts(tmp_path):
 
 
 def test_a_file_without_vocabulary_takes_another_checkpoints_vocabulary(tmp_path, capsys):
-    """OpenAI's own files have no vocabulary: it is part of OpenAI's code."""
+    """OpenAI's own files have no vocabulary, because it is part of OpenAI's code."""
     tokenizer = load("shapes").tokenizer
     text = vars(OPENAI.text) | {"vocab_size": tokenizer.vocab_size, "bos_token_id": 1}
     config = CLIPConfig(OPENAI.vision, TextConfig(**text), OPENAI.embed_dim)
@@ -1017,7 +1017,7 @@ def test_one_tower_of_transformers_is_read(tmp_path, name, prefixed):
     for parameter in peer.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     peer.eval().save_pretrained(tmp_path)
-    if prefixed:  # transformers wrote a tower without projection like this until 5.6
+    if prefixed:  # until 5.6, transformers added a prefix to towers without projection
         path = tmp_path / "model.safetensors"
         tensors = load_file(path)
         if "projected" not in name:
@@ -1065,7 +1065,7 @@ def test_one_tower_of_a_whole_checkpoint_is_read(tmp_path):
 def test_a_tower_is_loaded_with_only_the_parts_that_it_needs(tmp_path):
     shapes = load("shapes")
     CLIPTextModel(CLIPTextConfig(**TEXT | {"vocab_size": 700})).save_pretrained(tmp_path)
-    assert load(tmp_path)[1:] == (None, None)  # tokenizer and transform are in other folders
+    assert load(tmp_path)[1:] == (None, None)  # this folder has no tokenizer and no transform
     shapes.tokenizer.save_pretrained(tmp_path)
     shapes.transform.save_pretrained(tmp_path)
     _, tokenizer, transform = load(tmp_path)
@@ -1141,7 +1141,7 @@ def test_large_weights_whose_sum_overflows_give_no_warning(tmp_path):
     model.vision.pos_embed.data[:] = 60_000.0
     assert model.vision.pos_embed.sum().isinf()
     model.save_pretrained(tmp_path)
-    loaded = CLIP.from_pretrained(tmp_path, dtype=torch.float16)  # a warning would be an error
+    loaded = CLIP.from_pretrained(tmp_path, dtype=torch.float16)  # pytest makes warnings errors
     assert torch.equal(loaded.vision.pos_embed, model.vision.pos_embed)
 
 

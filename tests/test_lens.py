@@ -1,4 +1,4 @@
-"""The lens is compared with transformers, with slow implementations, and with sums that must hold.
+"""Compare the lens with transformers and with slow implementations, and check the sums of parts.
 
 All parameters are random, so that a lost bias or LayerNorm is noticed. Most tests use float64.
 """
@@ -148,7 +148,7 @@ def test_relevance_of_a_pair_does_not_depend_on_its_batch(double):
     assert torch.allclose(both.image[1:], alone.image, rtol=1e-9)
     assert torch.allclose(both.text[1:], alone.text, rtol=1e-9)
     swapped = relevance(model, pixels, ids.flip(0))
-    assert distance(swapped.image, both.image) > 1e-2  # another text has another map
+    assert distance(swapped.image, both.image) > 1e-2  # a different text gives a different map
     with pytest.raises(ValueError, match="2 images and 3 texts"):
         relevance(model, pixels, inputs["text"])
 
@@ -179,7 +179,7 @@ def test_relevance_may_start_at_the_last_block(double):
 
 
 def test_a_layer_without_heads_mixes_nothing(double):
-    """If all its heads are pruned, the layer's projections have no rows. Its output is a bias."""
+    """If all heads of a layer are pruned, its projections have no rows. Its output is a bias."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     attn = model.vision.blocks[1].attn
@@ -214,7 +214,7 @@ def test_the_parts_sum_to_the_embedding(by, tower, attention):
         expected = encode(model, tower, x)
         parts = decompose(model, x, by)
         assert (total(parts) - expected).norm() / expected.norm() < relative
-        for lost in parts:  # without any one part, the sum is wrong
+        for lost in parts:  # if any part is left out, the sum is wrong
             rest = {name: part for name, part in parts.items() if name != lost}
             assert (total(rest) - expected).norm() / expected.norm() > 1e-4, lost
 
@@ -296,7 +296,7 @@ def test_a_part_is_what_the_embedding_loses_without_it(double, tower):
             wrote = (z[:, h] - attn.v_proj.bias[h * D : (h + 1) * D]) @ columns.T
             lost = read(stream) - read(stream - wrote)
             assert distance(parts["blocks.1.attn"][:, h], lost) < FLOAT64
-            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # with the head's value bias
+            lost = read(stream) - read(stream - z[:, h] @ columns.T)  # this includes the value bias
             whole = parts["blocks.1.attn"] + parts["blocks.1.attn.v_proj.bias"]
             assert distance(whole[:, h], lost) < FLOAT64
         wrote = acts["blocks.0.mlp.act"][rows, at] @ mlp.fc2.weight.T
@@ -381,7 +381,7 @@ def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_sum_of_the_parts_may_differ_by_a_thousand_rounding_errors(dtype):
-    """The limit grows with the sizes of the parts (here 6 in total), because parts may cancel."""
+    """The limit grows with the total size of the parts (here 6), because parts may cancel."""
     parts = {
         "one": torch.tensor([[4.0, 0]]).to(dtype),
         "other": torch.tensor([[-2.0, 1]]).to(dtype),
@@ -438,7 +438,7 @@ def test_the_lens_after_some_blocks_is_the_output_of_a_shorter_tower(double, tow
     for k in range(len(blocks) + 1):
         half.blocks = blocks[:k]
         assert distance(recomputed[:, k], encode(model, tower, x)) < FLOAT64
-    for k in range(len(blocks)):  # only with "final" is the difference what the block wrote
+    for k in range(len(blocks)):  # with "final", the difference is what block k wrote
         wrote = sum(part for name, part in parts.items() if name.startswith(f"blocks.{k}."))
         assert distance(final[:, k + 1] - final[:, k], wrote) < FLOAT64
         assert distance(recomputed[:, k + 1] - recomputed[:, k], wrote) > 1e-2
@@ -465,7 +465,7 @@ def test_intermediates_are_the_hidden_states_of_transformers(tower):
             ours, x, 1, norm=True, output_fmt="NLC", intermediates_only=True
         )
         assert torch.equal(normed, norm(states[-1])[:, skip:])
-        if tower == "text":  # texts have only the format NLC
+        if tower == "text":  # text towers support only the format NLC
             assert torch.equal(forward_intermediates(ours, x, 1)[1][0], states[-1])
 
 
@@ -511,7 +511,7 @@ def test_intermediates_equal_timms():
 
 
 def furthest(found, values):
-    """The largest difference between two nested lists of the same form."""
+    """Return the largest difference between two nested lists of the same shape."""
     if isinstance(values, float):
         return abs(found - values)
     found = record_timm.plain(found)
@@ -582,7 +582,7 @@ def test_occlusion_equals_its_definition(double):
 
 @torch.no_grad()
 def test_grad_cam_equals_its_definition(double):
-    """A channel's weight is the logit's slope when the channel is shifted on all patches."""
+    """A channel's weight is the slope of the logit if the channel shifts equally on all patches."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     site = "vision.blocks.2.ln_1"
@@ -604,7 +604,7 @@ def test_grad_cam_equals_its_definition(double):
 
 @torch.no_grad()
 def written_by_heads(model, pixels, ids):
-    """The dot product of each text's direction with what all heads write from each patch."""
+    """Sum what all heads write from a patch. Return the dot product of this sum and each text."""
     parts = decompose(model, pixels, by="token")
     heads = torch.stack([parts[f"blocks.{i}.attn"] for i in range(3)]).sum((0, 2))  # (B, T, E)
     texts = torch.nn.functional.normalize(model.encode_text(ids), dim=-1)
@@ -615,7 +615,7 @@ def seen_by_class_token(model, pixels):
     return attention_maps(model, pixels)[2][:, :, 0, 1:].mean(1)
 
 
-DEFINITIONS = {  # method -> a value for each patch, (B, P); other methods have their own tests
+DEFINITIONS = {  # each function returns (B, P); other tests check the other methods
     "attention": lambda model, pixels, ids: seen_by_class_token(model, pixels),
     "rollout": lambda model, pixels, ids: rollout(model, pixels)[:, 1:],
     "relevance": lambda model, pixels, ids: relevance(model, pixels, ids).image[:, 1:],
@@ -685,7 +685,7 @@ def test_a_map_is_made_by_the_given_method(shapes, monkeypatch):
 
 
 def test_the_drawn_input_has_the_colours_of_the_image(shapes):
-    """An image that needs no resize is drawn unchanged, also with another mean and std."""
+    """An image that needs no resize is drawn unchanged, even if the transform's mean changes."""
     generator = np.random.default_rng(0)
     other = replace(shapes.transform, image_mean=(0.1, 0.5, 0.9), image_std=(0.3, 0.2, 0.7))
     for scale, transform in ((1, shapes.transform), (2, shapes.transform), (1, other), (2, other)):
@@ -792,8 +792,8 @@ def test_maps_are_scored_in_evaluation_mode(monkeypatch):
 
 @pytest.mark.slow
 def test_methods_that_read_the_text_find_the_named_object(shapes, monkeypatch):
-    """Methods that read the text point at the named object more often than at the other, and beat
-    chance. Methods that do not read the text point at both objects equally often."""
+    """Methods that read the text point at the named object more often than at the other
+    object or by chance. Methods that do not read the text point at both objects equally often."""
     monkeypatch.setattr("miniclip.world.localise.RANDOM", 2)
     found = localise(shapes, scenes=6)
     assert list(found) == ["trained", "random", "spread", "limits"]

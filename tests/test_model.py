@@ -1,8 +1,8 @@
 """Compare the model with transformers' CLIPModel and with formulas.
 
-The first tests check small modules. The next tests compare every module in float64, and float32
-results bit for bit. Then come unusual shapes, the official shapes, half precision, sites and
-gradients. The last tests plant faults. README's table has the tolerances.
+The first tests check small modules. The next tests compare every module in float64, and compare
+float32 results bit for bit. Then come unusual shapes, the official shapes, half precision, sites
+and gradients. The last tests plant faults. README's table has the tolerances.
 """
 
 import copy
@@ -35,8 +35,8 @@ from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.published import PUBLISHED
 
 FLOAT64 = 1e-10
-# The tolerances of float32 logits at logit scale 100. REORDERED is for a CPU, if the order of
-# operations differs. CUDA is for a GPU without TF32.
+# The tolerances of float32 logits at logit scale 100. REORDERED is for a CPU that runs
+# the operations in another order. CUDA is for a GPU without TF32.
 REORDERED = 2e-5
 CUDA = 1e-4
 
@@ -205,7 +205,7 @@ def test_logits_are_scaled_cosines():
 
 
 def openai_init_stds(config):
-    """{name: std} as in VisionTransformer and initialize_parameters in openai/CLIP's model.py."""
+    """Return {name: std} of the initial weights in openai/CLIP's model.py."""
     v, t = config.vision, config.text
     stds = {
         "vision.class_embed": v.width**-0.5,
@@ -471,7 +471,7 @@ def transformers_sites(theirs, pixels, ids):
             if tower == "text":
                 t = torch.arange(scores.shape[-1])
                 exp[:, :, t[:, None] < t[None]] = 0
-            sites[f"{ours}.attn.scores"] = scores  # before the causal mask
+            sites[f"{ours}.attn.scores"] = scores  # these have no causal mask yet
             sites[f"{ours}.attn.pattern"] = exp / exp.sum(-1, keepdim=True)
     return sites
 
@@ -1053,7 +1053,7 @@ def test_a_planted_mistake_is_noticed(fault, double):
     expected = logits(theirs, pixels, ids)
     assert difference(logits(faulty, pixels, ids), expected) < FLOAT64
     fault(faulty)
-    # the fault is far above the float64 tolerance, and also above the float32 tolerance
+    # above the float32 tolerance, so a float32 test would notice the fault too
     assert difference(logits(faulty, pixels, ids), expected) > REORDERED
 
 

@@ -18,11 +18,11 @@ from miniclip.model import Attention
 
 @dataclass(frozen=True)
 class CLIPSegConfig(CLIPConfig):
-    extract_layers: tuple[int, ...] = (3, 6, 9)  # vision blocks that the decoder reads
+    extract_layers: tuple[int, ...] = (3, 6, 9)  # the decoder reads these blocks' outputs
     reduce_dim: int = 64  # the decoder's width
     decoder_num_attention_heads: int = 4
     decoder_intermediate_size: int = 2048
-    conditional_layer: int = 0  # the decoder's block that uses the text
+    conditional_layer: int = 0  # the number of the decoder's block that uses the text
     use_complex_transposed_convolution: bool = False
 
     @classmethod
@@ -62,7 +62,8 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Residual streams (B, 1 + P, W), deepest first, and text embeddings (B, E) -> mask logits."""
+    """Compute mask logits from residual streams (B, 1 + P, W) and text embeddings (B, E). The
+    deepest block's stream comes first."""
 
     def __init__(self, config: CLIPSegConfig) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class CLIPSeg(CLIP):
         self.decoder = Decoder(config)
 
     def segment(self, pixels: Tensor, ids: Tensor) -> Tensor:
-        """B images and one text for each -> the logits of each pixel, (B, height, width)."""
+        """Return mask logits (B, height, width) for B images, with one text for each image."""
         layers = [f"vision.blocks.{i}" for i in reversed(self.config.extract_layers)]
         with cache(self, *layers) as acts:
             self.encode_image(pixels)

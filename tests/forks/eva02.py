@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from miniclip import CLIP, VisionConfig, VisionTower
 from miniclip.model import MLP, Attention, Block
 
-TRAINED_GRID = 16  # rows and columns of patches in pretraining; positions of other grids are scaled
+TRAINED_GRID = 16  # patches along each side in pretraining; other grids are scaled to this size
 
 
 class Eva02Attention(Attention):
@@ -39,7 +39,7 @@ def rotated(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def angles(grid: tuple[int, int], head_width: int, like: Tensor) -> Tensor:
-    """The angles (P, D / 2): first D / 4 for a patch's row, then D / 4 for its column."""
+    """Angles (P, D / 2). The first half depends on the patch's row, the second on its column."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     speeds = 10000 ** -torch.linspace(0, 1, head_width // 4 + 1, dtype=dtype, device=like.device)
     places = (torch.arange(n, device=like.device) / n * TRAINED_GRID for n in grid)
@@ -48,7 +48,7 @@ def angles(grid: tuple[int, int], head_width: int, like: Tensor) -> Tensor:
 
 
 class Eva02MLP(MLP):
-    """fc2(norm(silu(fc1 x) * up x))"""
+    """Compute fc2(norm(silu(fc1 x) * up x))."""
 
     def __init__(self, width: int, mlp_width: int, act: str) -> None:
         super().__init__(width, mlp_width, act)

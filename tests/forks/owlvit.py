@@ -32,7 +32,7 @@ class OwlConfig(CLIPConfig):
 
 
 class ClassHead(nn.Module):
-    """Patches (B, P, W) and text embeddings (B, Q, E) -> logits (B, P, Q)."""
+    """Compute logits (B, P, Q) from patches (B, P, W) and text embeddings (B, Q, E)."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ClassHead(nn.Module):
 
 
 class BoxHead(nn.Module):
-    """Patches (B, P, W) -> boxes (B, P, 4): centre x, centre y, width, height, all from 0 to 1."""
+    """Map patches (B, P, W) to boxes (B, P, 4): centre x, centre y, width, height, from 0 to 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class BoxHead(nn.Module):
 
 
 def first_boxes(rows: int, columns: int) -> Tensor:
-    """Logits (P, 4) of default boxes: as large as a patch, centred on its lower right corner."""
+    """Logits (P, 4) of boxes of a patch's size, centred on the patches' lower right corners."""
     row_and_column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (P, 2)
     size = torch.tensor([columns, rows])
     centre = (row_and_column.flip(1) + 1) / size  # (P, 2), x and y

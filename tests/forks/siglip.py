@@ -111,7 +111,7 @@ class Siglip(CLIP):
 def sigmoid_loss(
     model: Siglip, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor
 ) -> Tensor:
-    """Algorithm 1 of the paper: -log sigmoid, summed over pairs and averaged over images."""
+    """Sum -log sigmoid over all pairs, and average over images (the paper's Algorithm 1)."""
     logits = model.score(image_embeds, text_embeds).T  # (B, B)
     signs = 2 * is_true.to(logits) - 1  # 1 for a true pair, -1 for a false one
     return -F.logsigmoid(signs * logits).sum(dim=1).mean()

@@ -1,4 +1,4 @@
-"""Beyer et al. 2022, FlexiViT: kernels for patches of another size.
+"""Beyer et al. 2022, FlexiViT: resize the patch kernels to a new patch size.
 
 github.com/google-research/big_vision, which needs jax, flax, tensorflow-cpu and ml_collections.
 """

@@ -33,7 +33,7 @@ def record(checkout: str) -> dict:
     return {
         "embed": embeds,
         "heads": heads.sum(2),
-        "tokens": heads[:, 7],  # the last block is 7
+        "tokens": heads[:, 7],  # block 7 is the last block
         "mlps": mlps,
         "ablated": silenced.sum((1, 2)) + mlps.sum(1),
     }

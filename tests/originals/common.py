@@ -37,7 +37,7 @@ CONFIG = CLIPConfig(
 
 
 def chirp(*shape: int, start: float = 0.0) -> Tensor:
-    """Deterministic float64 numbers from -1 to 1. A matrix of them has full rank."""
+    """Deterministic float64 numbers from -1 to 1. A matrix made of them has full rank."""
     n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return (start + 0.7 * n + 0.013 * n.square()).sin().view(shape)
 
@@ -63,7 +63,7 @@ def ids() -> Tensor:
 
 
 def openai_state(prefix: str = "", model: CLIP | None = None) -> dict[str, Tensor]:
-    """The tensors whose OpenAI names start with `prefix`, by their names without the prefix."""
+    """Select the weights whose OpenAI names start with `prefix`, and remove the prefix."""
     model = model or small_clip()
     state = pack({name: p.detach() for name, p in model.named_parameters()}, OPENAI)
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -80,7 +80,7 @@ def digests(state: dict[str, Tensor]) -> Tensor:
 
 
 def without(*modules: str) -> None:
-    """Replace these modules by mocks, for code that imports them but does not need them here."""
+    """Replace modules by mocks, because the authors' code imports them but does not need them."""
     sys.modules.update({name: MagicMock() for name in modules})
 
 
@@ -124,13 +124,13 @@ def open_clip_vision(module: types.ModuleType) -> nn.Module:
 
 
 def loaded(visual: nn.Module) -> nn.Module:
-    """A vision tower with our weights, in float64."""
+    """Load our weights into a vision tower, in float64."""
     visual.double().eval().load_state_dict(openai_state("visual."))
     return visual
 
 
 def plain(value):
-    """Tensors as nested lists of numbers with thirteen digits."""
+    """Turn tensors into nested lists of numbers with thirteen digits."""
     if isinstance(value, Tensor):
         return plain(value.detach().tolist())
     if isinstance(value, dict):
@@ -141,7 +141,7 @@ def plain(value):
 
 
 def main(record: Callable[[str], dict[str, Tensor]]) -> None:
-    """Run a recording script on the checkout that the command line names, and write its values."""
+    """Call `record` with the checkout from the command line, and write the returned values."""
     name = Path(sys.modules["__main__"].__file__).stem
     with torch.no_grad():
         found = plain(record(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Zhou et al. 2021, CoOp, with the class name at three places: github.com/KaiyangZhou/CoOp"""
+"""Zhou et al. 2021, CoOp, with three positions of the class name: github.com/KaiyangZhou/CoOp"""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def record(checkout: str) -> dict:
 
     model = openai_clip(clip.model)
     rows = iter(len(PLACES) * [*IDS])
-    coop.clip.tokenize = lambda prompt: next(rows)[None]  # CoOp's tokenizer has 49,408 tokens
+    coop.clip.tokenize = lambda prompt: next(rows)[None]  # CoOp's ids are too large for `model`
     coop._tokenizer = SimpleNamespace(encode=lambda name: [0] * LENGTHS[name])
     found = []
     for place in PLACES:

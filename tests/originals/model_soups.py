@@ -21,13 +21,13 @@ SCORED = ("visual.proj", "text_projection")
 
 
 def ingredients() -> list[CLIP]:
-    """Four models on the line through two small models."""
+    """Four models with weights on the line through the weights of two small models."""
     ends = small_clip(), small_clip(seed=1)
     return [interpolate(*ends, distance) for distance in DISTANCES]
 
 
 def score(state: dict[str, Tensor]) -> float:
-    """Minus the squared distance of some weights from the first small model's weights."""
+    """Minus the squared distance between some weights and the first small model's weights."""
     return -sum((state[name] - base()[name]).square().sum().item() for name in SCORED)
 
 

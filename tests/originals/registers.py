@@ -1,4 +1,4 @@
-"""Jiang et al. 2025: some neurons write to extra tokens, which the training did not have.
+"""Jiang et al. 2025: test-time registers, extra tokens that get the outputs of some neurons.
 
 github.com/nickjiang2378/test-time-registers
 """

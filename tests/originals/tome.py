@@ -2,7 +2,7 @@
 
 from originals.common import CONFIG, import_from, main, openai_state, pixels
 
-MERGED = 1  # tokens that each block merges
+MERGED = 1  # each block merges this many tokens
 
 
 def record(checkout: str) -> dict:

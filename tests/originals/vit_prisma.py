@@ -1,4 +1,4 @@
-"""The hook points of a block in ViT-Prisma. They have TransformerLens' names.
+"""The hook points of a ViT-Prisma block. Their names are the same as in TransformerLens.
 
 github.com/soniajoseph/ViT-Prisma
 """
@@ -8,10 +8,10 @@ from originals.common import CONFIG, chirp, digests, import_from, main, small_cl
 from torch import Tensor
 
 BLOCK = 3
-SITES = {  # their hook -> our site; both names follow the block's name
+SITES = {  # ViT-Prisma's hook: our site. The full names begin with the block's name.
     "hook_resid_pre": "input",
     "ln1.hook_scale": "ln_1.scale",
-    "ln1.hook_normalized": "ln_1",  # with weight and bias, unless they are folded
+    "ln1.hook_normalized": "ln_1",  # includes weight and bias, unless they are folded
     "attn.hook_q": "attn.q",
     "attn.hook_k": "attn.k",
     "attn.hook_v": "attn.v",

@@ -1,4 +1,4 @@
-"""Faults in reading and writing: configs, layouts, pickles, checkpoints, the hub's cache."""
+"""Faults to plant in the code that reads and writes configs, checkpoints and the hub's cache."""
 
 from slip import Slip
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 class Slip(NamedTuple):
     """A small fault to plant in the package, and the tests that should notice it."""
 
-    what: str  # one sentence: "No gradient is clipped."
-    old: str  # text that occurs exactly once in the package; it may move to another file
+    what: str  # what the fault does, in one sentence, such as "No gradient is clipped."
+    old: str  # text that occurs exactly once in the package, in any file
     new: str
     tests: str  # arguments for pytest: "tests/test_training.py -k clip"

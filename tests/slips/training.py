@@ -504,7 +504,7 @@ SLIPS = [
         "pass",
         RUNS,
     ),
-    # frozen parts and LoRA, held-out data, restarts
+    # Frozen parts, LoRA, held-out data and restarts
     Slip(
         "`freeze` is ignored.",
         "            named[name].requires_grad_(False)\n",
