@@ -141,7 +141,7 @@ AUTHORS = {
 @pytest.mark.parametrize("preset", AUTHORS)
 def test_each_preset_equals_its_authors_code(model, preset):
     repository, resize = AUTHORS[preset]
-    tolerance = 1e-6 if preset == "naclip" else 1e-12  # NACLIP's window is float32
+    tolerance = 1e-6 if preset == "naclip" else 1e-12  # NACLIP's Gaussian window is in float32
     expected = values(repository, "patches")
     assert_equal(dense_features(model, common.pixels(), preset), expected, tolerance)
     larger = values(repository, "larger")

@@ -545,7 +545,7 @@ def test_registers_stand_between_class_token_and_patches(model):
     found = more.encode_image(pixels)
     assert_close(add_registers(model, rows[[2, 0, 1]]).encode_image(pixels), found)  # in any order
     assert_far(found, model.encode_image(pixels))
-    assert_close(more.encode_image(pixels[:1]), found[:1])  # each image gets registers
+    assert_close(more.encode_image(pixels[:1]), found[:1])  # each image of a batch gets registers
 
     def masked(scores, name):
         scores = scores.clone()

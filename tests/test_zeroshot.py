@@ -1,4 +1,4 @@
-"""Zero-shot classification: prompts, scores, and accuracy."""
+"""Test zero-shot classification: its prompts, scores and accuracy."""
 
 import hashlib
 import math

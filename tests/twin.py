@@ -79,7 +79,7 @@ def write_shards(directory: Path, tensors: dict[str, torch.Tensor], name: str) -
 
 
 def tiny_clip(dtype: torch.dtype = torch.float32, seed: int = 0) -> CLIP:
-    """miniclip's model of `twins(TINY)`, for a test that does not need transformers."""
+    """Make miniclip's model of `twins(TINY)`, for tests that do not need transformers."""
     return copy.deepcopy(_remembered(TINY, "sdpa", dtype, "cpu", seed)[0])
 
 
