@@ -1,10 +1,11 @@
 """The notebooks run in a fresh kernel, and their outputs are committed.
 
 `python tests/test_notebooks.py` runs all notebooks and stores their outputs, except for the parts
-that vary from run to run. Names on the command line select notebooks.
+that vary from run to run. To run only some notebooks, name them on the command line.
 
-A solution is a folded `<details>` in a markdown cell. It has a block of Python, and a second block
-with the output. A run executes the Python after the notebook's cells, and stores its output there.
+A solution is a folded `<details>` in a markdown cell. It has a block of Python code, and a block
+with the output of this code. A run executes the code after the notebook's cells, and updates the
+output.
 """
 
 import os
@@ -110,7 +111,7 @@ def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def texts(notebook: nbformat.NotebookNode) -> str:
-    """All text in the outputs, without the images."""
+    """Return the text of all outputs, but not the images."""
     return "\n".join(
         output.get("text") or output.get("data", {}).get("text/plain", "")
         for output in outputs(notebook)

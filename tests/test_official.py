@@ -5,8 +5,8 @@ This command downloads the checkpoints from the hub into the user's own cache:
     MINICLIP_HUB=1 pytest -m hub
 
 HF_ENDPOINT can name another hub. OpenAI's weights must also give the values that other projects
-recorded. Without MINICLIP_HUB, the tests are a rehearsal with small random weights. They use a
-local hub, which serves files with the same names.
+recorded. Without MINICLIP_HUB, the tests only rehearse this with small random weights. They use
+a local hub, which serves files with the same names.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 THE_HUB = "https://huggingface.co"
-REORDERED = 2e-5  # the tolerance of logits (scale 100) if operations run in another order
+REORDERED = 2e-5  # the tolerance of logits at scale 100, because the order of operations may differ
 ENTRIES = {entry["id"]: entry for entry in read_entries()}
 
 
@@ -160,7 +160,7 @@ def test_an_official_checkpoint_gives_what_transformers_gives(hub, name, tmp_pat
 
 
 def strangers(name):
-    """Return the reason why these are not OpenAI's weights, or "" if they are."""
+    """Return an error message if the weights of `name` are not OpenAI's, and "" otherwise."""
     path = weights_file(name)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = hashlib.sha256(data).hexdigest()
@@ -189,11 +189,11 @@ def theirs(hub):
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [*map(published, ENTRIES.values())], ids=ENTRIES)
 def test_a_published_value_is_reproduced(hub, entry, ours, theirs):
-    """In the rehearsal, transformers computes the expected values. A changed value must fail."""
+    """In the rehearsal, transformers computes the expected values, and a wrong value must fail."""
     picture = find_picture if hub is None else find_or_draw_picture
     if hub is not None:
         expected = measure(entry, theirs, picture)
-        if "file" not in entry:  # the number of values in a file depends on the model's width
+        if "file" not in entry:  # the file of a wider model has more values
             assert dict(numbers(expected)).keys() == dict(numbers(entry["expected"])).keys()
         entry = entry | {"expected": expected}
     elif entry["expected"] is None:
@@ -216,7 +216,7 @@ def test_weights_that_are_not_openais_are_recognised(hub, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# The rehearsal's hub is like the real one
+# The local hub of the rehearsal behaves like the real hub
 
 
 @pytest.mark.slow
@@ -235,7 +235,8 @@ def test_the_small_files_are_openais():
     name = "openai/clip-vit-base-patch32"
     small = files(name)
     config = config_json(name, PUBLISHED["B/32"])
-    # OpenAI's file was edited by hand, so one field is a line higher and there is an extra space.
+    # OpenAI edited its config.json by hand. "projection_dim" is one line higher than in the files
+    # of transformers, and one space was added.
     moved = r'(    "problem_type": null,\n)(    "projection_dim)": 512,\n'
     config = re.sub(moved, r'\2": 512,\n\1', config, count=1)
     config = re.sub(moved, r'\2" : 512,\n\1', config, count=1)

@@ -58,7 +58,7 @@ def assert_equal(found, expected, tolerance=1e-12):
 
 
 def assert_other(found, expected):
-    """A control: assert a difference that `assert_equal` must notice."""
+    """Assert that two tensors differ so much that `assert_equal` would fail."""
     assert found.shape == expected.shape
     assert (found - expected).abs().max() > 1e-3 * expected.abs().max()
 
@@ -82,7 +82,7 @@ def test_decompose_equals_clip_prs(model):
     assert_equal(by["token"]["blocks.7.attn"].mT, values("clip_prs", "tokens").permute(0, 2, 3, 1))
     assert_equal(model.encode_image(pixels), values("clip_prs", "embed"))
     ours = decompose(model, pixels, "head")
-    for i in range(8):  # the default convention gives other values, even with the biases added
+    for i in range(8):  # by default, `decompose` gives other values, even with biases
         folded = ours[f"blocks.{i}.attn"] + ours[f"blocks.{i}.attn.v_proj.bias"]
         assert_other(folded / model.encode_image(pixels).norm(dim=-1)[:, None, None], heads[:, i])
 
@@ -120,7 +120,7 @@ def test_neurons_move_to_registers_as_in_the_authors_code(model):
     found = []
     for call in registers.CALLS:
         with move_to_registers(model, registers.NEURONS, **call):
-            found.append(model.encode_image(pixels))  # recorded from one image at a time
+            found.append(model.encode_image(pixels))  # the authors' code took one image at a time
     assert_equal(torch.stack(found), recorded)
     assert_other(found[0], recorded[1])
     assert_other(model.encode_image(pixels), recorded[0])
@@ -128,7 +128,7 @@ def test_neurons_move_to_registers_as_in_the_authors_code(model):
 
 # ------------------------------------------------------------------------------- dense features
 
-# {preset: (the authors' repository, its method to resize the position embedding)}
+# {preset: (the authors' repository, how this repository resizes the position embedding)}
 AUTHORS = {
     "sclip": ("sclip", "dino"),
     "naclip": ("naclip", "dino"),
@@ -141,7 +141,7 @@ AUTHORS = {
 @pytest.mark.parametrize("preset", AUTHORS)
 def test_each_preset_equals_its_authors_code(model, preset):
     repository, resize = AUTHORS[preset]
-    tolerance = 1e-6 if preset == "naclip" else 1e-12  # NACLIP's window is float32
+    tolerance = 1e-6 if preset == "naclip" else 1e-12  # NACLIP's Gaussian window is in float32
     expected = values(repository, "patches")
     assert_equal(dense_features(model, common.pixels(), preset), expected, tolerance)
     larger = values(repository, "larger")

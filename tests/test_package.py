@@ -21,7 +21,7 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    # The new environment gets the wheel, and a path to the packages of this environment.
+    # The new environment gets the wheel. It imports other packages from the current environment.
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python)]
@@ -122,7 +122,7 @@ def test_a_terminal_without_a_character_shows_a_question_mark(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_type_checkers_find_exactly_the_wrong_calls(checker):
-    """A call of a model, tower or fork has the types of `forward`, so wrong calls are found."""
+    """Type checkers know the arguments of a model, tower or fork, so they find wrong calls."""
     pytest.importorskip(checker)
     program = ROOT / "tests" / "typed_user.py"
     lines = program.read_text().splitlines()

@@ -64,7 +64,7 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
         assert row.absolute == row.relative == 0 and row.within_tolerance, row
         assert row.float64 < (1e-6 if row.site.endswith("pattern") else 1e-12), row
         assert row.model_error == row.other_error
-        assert 0 < row.model_error < 1e-3  # a measured float32 error is not 0
+        assert 0 < row.model_error < 1e-3  # 0 would mean that no error was measured
     assert parity.nearer(report.rows) == {"model": 0, "other": 0, "equal": 50}
 
 
@@ -72,7 +72,8 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
 def test_other_precisions_pass(dtype, pair):
     report = compare(*pair, dtype=dtype)
     assert report.first is None
-    if dtype != torch.float64:  # README promises 1.1 times the error; `compare` allows 2 times
+    # README promises at most 1.1 times the other model's error. `compare` allows twice its error.
+    if dtype != torch.float64:
         assert all(row.model_error <= 1.1 * row.other_error for row in report.rows)
     largest = max(row.model_error for row in report.rows)
     assert largest < 1e-6 if dtype == torch.float64 else 1e-2 < largest < 1
@@ -176,7 +177,7 @@ def test_a_fork_that_computes_in_another_order_passes(pair):
 
 @torch.no_grad()
 def test_weights_that_differ_by_a_rounding_error_pass(pair):
-    """One rounding error passes, for example log(exp(x)) in place of x. Two do not pass."""
+    """A weight may differ by one rounding error, but not by two rounding errors."""
     apart = copy.deepcopy(pair[0])
     weight = apart.text.blocks[1].mlp.fc1.weight
     weight[3] = weight[3].nextafter(torch.tensor(9.0))
@@ -199,7 +200,7 @@ def test_a_copy_in_half_precision_passes_only_in_that_precision(dtype, pair):
 
 @pytest.fixture(scope="module")
 def whole(pair):
-    """(ours, theirs), each with a small model and the tokenizer and transform of `everyday`."""
+    """Return (ours, theirs). Both have a small model, and `everyday`'s tokenizer and transform."""
     ours, theirs = parity.load_pair("everyday")
     return ours._replace(model=pair[0]), theirs._replace(model=pair[1])
 
@@ -237,7 +238,7 @@ def test_white_space_that_is_not_squeezed_is_named(whole):
 
 @pytest.mark.slow
 def test_a_missing_merge_is_noticed(whole):
-    """`compare` notices a missing last merge, although its texts do not need this merge."""
+    """`compare` notices that the last merge is missing, although no text of `compare` needs it."""
     right = whole[0].tokenizer
     fewer = Tokenizer(right.vocab, right.merges[:-1], context_length=right.context_length)
     word = "".join(right.merges[-1]).removesuffix("</w>")
@@ -327,7 +328,7 @@ def test_other_settings_of_a_transform_are_named(whole):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, pair):
-    """Folders of the small model and of a copy that has a fault in a weight."""
+    """A folder with the small model (`original`) and a copy with a faulty weight (`fork`)."""
     faulty = copy.deepcopy(pair[0])
     faulty.vision.blocks[2].ln_1.bias.data[3] += 1
     folder = tmp_path_factory.mktemp("folders")
@@ -382,7 +383,7 @@ def test_another_shape_is_named_and_another_depth_is_an_error(pair):
 
 
 def test_absent_parts_are_left_out(pair):
-    """A site is not compared if one model lacks it. Here `q` is a function, not a module."""
+    """A site is not compared if one model lacks it. Here, one model lacks the module `q`."""
     ours = copy.deepcopy(pair[0])
     del ours.vision.blocks[0].attn.q
     ours.vision.blocks[0].attn.q = lambda x: x
@@ -447,8 +448,8 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     ):  # fmt: skip
         for site in (SITE, PATTERN):
             assert row_of(site, size, 0.0, apart, exact=exact).within_tolerance == within
-    # `exact` is 1e-6 if the weights of one model were merged, or rounded once more. Then logits
-    # have a relative tolerance too, like all other sites.
+    # `exact` is 1e-6 if one model's weights were merged, or were rounded one more time. Then the
+    # tolerance of logits is relative, as it always is at all other sites.
     assert row_of("logits", 100, 0.0, 0.9e-4, exact=1e-6).within_tolerance
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 
@@ -495,7 +496,7 @@ def test_inputs_reach_each_position_and_both_end_tokens(pair):
     (pixels, ids), *_, (again, _), (_, _), (seeded, other_ids), _ = (
         seen[i] for i in (0, 3, 4, 5, 8, 9)
     )
-    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # context length - 3
+    assert pixels.shape == (2, 3, 40, 40) and ids.shape == (8, 17)  # the context length is 20
     assert (ids[:, 0] == 598).all() and ids[1, -1] == 0
     ends = {599: [1, 3, 5, 7, 9, 11, 10, 9], 500: [2, 4, 6, 8, 10, 12, 14, 1]}
     for end, places in ends.items():
@@ -664,7 +665,7 @@ def test_bad_input_is_an_error_of_one_line(argv, words, capsys):
 
 
 class Straight(torch.autograd.Function):
-    """The identity, but with a wrong backward pass that halves the gradient."""
+    """The identity function, with a wrong backward pass that halves the gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -709,7 +710,7 @@ def test_parity_prints_the_difference_of_the_gradients(capsys):
 
 @pytest.fixture(scope="module")
 def as_openai():
-    """A model that OpenAI's code can express: its heads have width 64, its MLPs width 4 * 64."""
+    """A model that OpenAI's code can express, with heads of width 64 and MLPs of width 4 * 64."""
     shape = {"width": 64, "heads": 1, "mlp_width": 256, "ln_eps": 1e-5, "act": "quick_gelu"}
     words = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
     text = replace(TINY.text, **shape, **words, context_length=77)
@@ -806,7 +807,7 @@ def test_a_model_with_other_names_needs_a_correct_table(as_openai):
 
 
 def test_an_incomplete_table_of_names_does_not_loosen_a_tolerance(as_openai):
-    """If `compare` took the fork for a merged model, it would allow a difference of a millionth."""
+    """If `compare` treated the fork as a merged model, it would allow a difference of 1e-6."""
     fork = own_names.CLIP(as_openai)
     fork.tensor_names = {n: own for n, own in own_names.NAMES.items() if n != "vision.ln_post"}
     assert compare(fork, as_openai).first is None

@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert re.search("two: continued at step [23]", done.stderr)  # the last saved step
+    assert re.search("two: continued at step [23]", done.stderr)  # step 2 or 3 was saved last
     return folder
 
 
@@ -78,14 +78,14 @@ LORA = ["--batch", 12, "--lora", 2, "--freeze", "text", "--ema", 0.5]
 
 
 def train(folder, *options):
-    """The command line of a run that does not depend on the processes' random numbers."""
+    """Return a training command without patch dropout and augmentation, which are random."""
     line = ["train", folder / "data", "--recipe", folder / "like", "--patch-dropout", 0]
     line += ["--no-augment", "--muon-lr", 0, "--epochs", 4, *options]
     return [str(arg) for arg in line]
 
 
 def embed(folder, out):
-    """The command line that writes an index of the images."""
+    """Return a command that writes an index of the images."""
     line = ["embed", folder / "data", "--model", "everyday", "--json", "--out", folder / out]
     return [str(arg) for arg in line]
 

@@ -1,8 +1,8 @@
 """List the promises of README and of the header of `miniclip/files`, and the tests of each promise.
 
 A list entry quotes some words of a promise, so this test fails if the sentence changes. A test that
-needs a GPU or the network is skipped without it. One thing is not promised. If another program
-shortens a memory-mapped weights file, the process ends with a bus error, as with transformers.
+needs a GPU or the network is skipped without it. miniclip promises nothing if another program
+shortens a memory-mapped weights file. Then Python ends with a bus error, as with transformers.
 """
 
 import ast

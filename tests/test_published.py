@@ -1,8 +1,9 @@
-"""Ten published modifications, each in ten lines and with public names only.
+"""Ten published modifications of CLIP. Each takes at most ten lines and uses only public names.
 
 Each test compares a modification with a slow version of the paper's method. The slow version uses
-transformers (PEFT for LoRA) and the same weights. As a control, each test must notice a wrong
-version. The model has the shape of the embedded checkpoint `shapes`, but random weights.
+transformers (PEFT for LoRA) and the same weights. As a control, each test must also notice a wrong
+version of the modification. The model has the shape of the embedded checkpoint `shapes`, but random
+weights.
 """
 
 import ast
@@ -76,7 +77,7 @@ def their_texts(theirs, ids):
 
 
 def sclip(model, pixels, texts):
-    """In the last block, queries attend to queries and keys to keys: arXiv 2312.01597, eq. 4."""
+    """In the last block, queries attend to queries, and keys to keys (arXiv 2312.01597, eq. 4)."""
     attn = f"vision.blocks.{len(model.vision.blocks) - 1}.attn"
 
     def correlative(pattern, name):
@@ -124,7 +125,7 @@ def test_sclip_equals_its_paper(loaded, theirs, pixels, ids):
 
 
 def long_clip(loaded, directory):
-    """Extend the context from 77 to 248 tokens: arXiv 2403.15378, section 3.2."""
+    """Extend the context from 77 to 248 tokens (arXiv 2403.15378, section 3.2)."""
     model, tokenizer, transform = loaded
     tokenizer.context_length = 248
     miniclip.save(directory, extend_context(model, 248), tokenizer, transform)
@@ -180,7 +181,7 @@ def test_larger_images_equal_transformers(loaded, theirs, tmp_path):
 
 
 def without_least_important_heads(model, pixels, ids, count):
-    """Prune the `count` least important heads: arXiv 1905.10650. A gate is a factor on the output
+    """Prune the `count` least important heads (arXiv 1905.10650). A gate is a factor on the output
     of a head. The head's importance is the mean absolute gradient of the loss at this gate."""
     with cache(model, "vision.blocks.*.attn.z", grad=True) as acts:
         logits = model(pixels, ids).logits_per_image
@@ -201,7 +202,7 @@ def test_head_pruning_equals_its_paper(loaded, theirs, pixels, ids):
         pruned, importance = without_least_important_heads(loaded.model, pixels, ids, 5)
 
     def losses(layer, head, gate):
-        """The loss of each image, if one head's output is multiplied by `gate`."""
+        """Return the loss of each image when one head's output is multiplied by `gate`."""
         gates = torch.ones(3, 1, dtype=torch.float64)
         gates[head] = gate
         attn = theirs.vision_model.encoder.layers[layer].self_attn
@@ -230,7 +231,7 @@ def test_head_pruning_equals_its_paper(loaded, theirs, pixels, ids):
 
 
 def tuned_with_lora(model, pixels, ids, steps=3):
-    """LoRA (arXiv 2106.09685) on the queries and values of both towers."""
+    """Train LoRA (arXiv 2106.09685) on the queries and values of both towers."""
     tuned = add_lora(model, rank=4, alpha=8)
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.01)
     for _ in range(steps):
@@ -246,7 +247,7 @@ def tuned_with_lora(model, pixels, ids, steps=3):
 def test_lora_is_trained_as_peft_trains_it(loaded, theirs, pixels, ids):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    start = add_lora(loaded.model, rank=4, alpha=8)  # B is zero, and A depends on the seed
+    start = add_lora(loaded.model, rank=4, alpha=8)  # LoRA's A is random, and its B is zero
 
     def trained_by_peft(alpha):
         options = dict(r=4, lora_alpha=alpha, target_modules=["q_proj", "v_proj"])
@@ -280,9 +281,9 @@ def test_lora_is_trained_as_peft_trains_it(loaded, theirs, pixels, ids):
 
 
 def coop(model, tokenizer, images, labels, classes, steps=3):
-    """Learn four vectors in place of "a photo of a", for all classes: arXiv 2109.01134.
+    """Learn four vectors in place of "a photo of a", for all classes (arXiv 2109.01134).
 
-    The authors' code puts a full stop after each label; their paper has none.
+    The authors' code puts a full stop after each label, but their paper does not.
     """
     ids = tokenizer([f"x x x x {name}" for name in classes])  # each x is a place for a vector
     words = model.text.token_embed(ids).detach()
@@ -302,7 +303,7 @@ def test_prompt_vectors_equal_their_paper(loaded, theirs, pixels):
     found = coop(model, tokenizer, images, labels, classes)
 
     def slowly(first):
-        """Learn the vectors with transformers' layers, where each class is encoded by itself."""
+        """Learn the vectors with transformers' layers, and encode one class at a time."""
         text, context = theirs.text_model, torch.zeros(4, 96, dtype=torch.float64)
         for _ in range(3):
             context.requires_grad_()
@@ -329,10 +330,10 @@ def test_prompt_vectors_equal_their_paper(loaded, theirs, pixels):
 
 
 def with_registers(model, pixels, neurons):
-    """Move the activations of some neurons to a new token, without training: arXiv 2506.08010.
+    """Move the activations of some neurons to a new token, without training (arXiv 2506.08010).
 
-    This follows the authors' code, which moves the maximum over all the neurons. In the paper, each
-    neuron moves its own maximum, and the activations at the class token become 0 too.
+    Like the authors' code, this function moves the maximum over all these neurons. The paper moves
+    the maximum of each neuron, and also sets the activations at the class token to 0.
     """
     with move_to_registers(model, neurons):
         return model.encode_image(pixels)
@@ -378,7 +379,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def without_features(model, pixels, site, sae, features):
-    """Set an autoencoder's features to 0, but keep its error: arXiv 2403.19647, section 2."""
+    """Set features of an autoencoder to 0, but keep its error (arXiv 2403.19647, section 2)."""
 
     def off(activations, name):
         kept = activations.clone()
@@ -422,7 +423,7 @@ def test_splicing_an_autoencoder_equals_its_paper(loaded, theirs, pixels):
 
 
 def without_heads_for(model, pixels, text, count):
-    """Replace the output of some heads with its mean over the batch: arXiv 2310.05916, section 5.1.
+    """Replace some heads' output with the mean over the batch (arXiv 2310.05916, section 5.1).
 
     The contributions of these heads have the largest dot products with a text embedding.
     """
@@ -481,10 +482,10 @@ def test_heads_chosen_by_a_text_equal_their_paper(loaded, theirs, pixels, ids):
 
 
 def greedy_soup(models, score):
-    """Average models, best first, but skip those that lower the score: arXiv 2203.05482, recipe 1.
+    """Average models, but skip a model that lowers the score (arXiv 2203.05482, recipe 1).
 
-    In the paper, a model is added if the score does not fall (`>=`). In the authors' code, it is
-    added only if the score rises (`>`).
+    The best model comes first. In the paper, a model is added if the score does not fall (`>=`). In
+    the authors' code, a model is added only if the score rises (`>`).
     """
     ranked = sorted(models, key=score, reverse=True)
     kept = ranked[:1]

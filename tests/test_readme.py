@@ -42,13 +42,13 @@ TABLES = [ROOT / "miniclip" / name / "__init__.py" for name in ("parity", "bench
 
 
 def shown() -> str:
-    """README and the headers as one text."""
+    """Return README and the packages' headers as one text."""
     headers = (ast.parse(path.read_text(encoding="utf-8")) for path in HEADERS + TABLES)
     return "\n".join([README, *(ast.get_docstring(header) or "" for header in headers)])
 
 
 def lines_of_code() -> list[str]:
-    """The lines of indented blocks, with continued lines joined, and the commands in tables."""
+    """Return the lines of indented blocks and the commands in tables. Join continued lines."""
     text = re.sub(r"\\\n *", "", shown())
     text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     in_tables = re.findall(r"^\|.*`(miniclip [a-z].*)` \|$", text, re.M)
@@ -56,7 +56,7 @@ def lines_of_code() -> list[str]:
 
 
 def commands() -> list[str]:
-    """The commands that a reader types, without prompt, comment or output."""
+    """Return the commands that a reader types, without prompts, comments and output."""
     parts = [part.strip() for line in lines_of_code() for part in line.split(" && ")]
     found = [
         re.match(r"(?:\$ )?((?:miniclip [a-z]|torchrun ).*?)(?: +# |$)", part) for part in parts
@@ -64,7 +64,7 @@ def commands() -> list[str]:
     return list(dict.fromkeys(part[1].strip() for part in found if part))
 
 
-# {command that takes minutes, or needs a GPU or a data set: short command that runs instead}
+# {a command that is slow, or needs a GPU or a data set: the short command that the test runs}
 INSTEAD = {
     "miniclip bench": "miniclip bench --suite tokenizer --shape tiny",
     "miniclip bench --suite vision text": "miniclip bench --suite vision text --shape tiny",
@@ -92,7 +92,7 @@ INSTEAD = {
 
 @pytest.fixture
 def little(monkeypatch):
-    """Make slow commands fast, with fewer scenes, `bench` rounds and `explain` methods."""
+    """Use fewer scenes, fewer rounds in `bench` and fewer methods in `explain`, to save time."""
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.bench.suites.measure", partial(measuring.measure, seconds=0))
     monkeypatch.setattr(scoring, "score", partial(scoring.score, scenes=8))
@@ -125,7 +125,7 @@ TINY_CONFIG = """{
 }"""
 
 
-FORKS = {  # the code that makes each fork in the header of `parity`
+FORKS = {  # this code makes the forks that the header of `parity` uses
     "my_transformers": "parity.transformers_twin(original)",
     "my_openai": "openai_names.CLIP(original)",
     "my_open_clip": "openai_names.CLIP(original, 'custom_text')\nbuild = lambda: model",
@@ -181,14 +181,14 @@ def test_readme_is_short_and_its_line_counts_and_links_are_right():
 
 def test_every_command_is_found():
     found = commands()
-    assert INSTEAD.keys() <= {*found}  # otherwise a slow command would run
+    assert INSTEAD.keys() <= {*found}  # a key that is not found would replace nothing
     assert len(found) >= 25
     for name in ("classify", "embed", "search", "serve", "convert", "bench", "parity", "eval"):
         assert any(f"miniclip {name}" in command for command in found), name
 
 
 def shallow(model):
-    """The model's shape with one layer in each tower."""
+    """Return a new model of the same shape, except that each tower has one layer."""
     towers = {name: replace(vars(model.config)[name], layers=1) for name in ("vision", "text")}
     return miniclip.CLIP(replace(model.config, **towers)).eval()
 
@@ -234,7 +234,7 @@ def test_each_command_works(desk, command, little, monkeypatch, capsys):
 
 
 def refreshed(text: str) -> str:
-    """The text with new output below each of its `$` commands."""
+    """Return the text with new output below each `$` command."""
 
     def run(block: re.Match[str]) -> str:
         argv = shlex.split(block["command"])[1:]

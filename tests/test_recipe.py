@@ -1,4 +1,4 @@
-"""Compare a run with a plain loop that is written from the recipe's definition.
+"""Compare a training run with a plain loop that is written from the recipe's definition.
 
 The loop trains transformers' model with torch's AdamW, and with a Muon that uses a singular value
 decomposition. Each run changes some fields of the recipe, and the final weights are compared.
@@ -57,7 +57,7 @@ class Spots:
 
 
 def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
-    """Train transformers' model as the recipe says. Returns each step's loss, rate and scale."""
+    """Train transformers' model. Return the loss, learning rate and logit scale of each step."""
     per_epoch = len(data) // recipe.batch
     steps = recipe.epochs * per_epoch
     rising = max(1, round(recipe.warmup * steps))
@@ -117,7 +117,7 @@ def plain_run(peer, tokenizer, data, recipe, rank=0, world=1):
 
 
 def embed_images(peer, pixels, dropped):
-    """Return unit embeddings of images, after dropping a random share of their patches."""
+    """Drop random patches of the images, and return the embeddings at unit length."""
 
     def drop(module, inputs, x):
         patches = x.shape[1] - 1
@@ -139,7 +139,7 @@ def embed_texts(peer, ids):
 
 
 def plain_loss(images, texts, negatives, scale, labels):
-    """Compute CLIP's loss (figure 3) with UniCL's shared labels, and a loss for false captions."""
+    """Compute CLIP's loss (figure 3) with UniCL's shared labels. Add a loss for false captions."""
     logits = scale.exp() * images @ texts.T
     same = (labels[:, None] == labels).float()
     target = same / same.sum(1, keepdim=True)
@@ -176,7 +176,7 @@ ABOVE = {
 
 
 def plain_optimizers(peer, recipe, more):
-    """AdamW with the settings of CLIP's paper (table 18), and Muon for the blocks' matrices."""
+    """Make AdamW with the settings of CLIP's paper (table 18), and Muon for blocks' matrices."""
     named = [(name, p) for name, p in peer.named_parameters() if p.requires_grad]
     shares = {
         p: recipe.layer_decay ** next(n for part, n in ABOVE.items() if name.startswith(part))
@@ -194,7 +194,7 @@ def plain_optimizers(peer, recipe, more):
 
 
 class PlainMuon:
-    """Muon as its author describes it. After Nesterov momentum, singular values become nearly 1."""
+    """Muon as its author describes it. It moves the singular values of the update close to 1."""
 
     def __init__(self, params, weight_decay, shares, momentum=0.95):
         self.param_groups = [{"params": [p], "share": shares[p]} for p in params]
@@ -224,7 +224,7 @@ def nearly_orthogonal(matrix):
     return (u @ s.diag() @ vh).float()
 
 
-# Six steps. The learning rate rises in the first three steps, because 0.45 * 6 is rounded to 3.
+# BASE has six steps. The learning rate rises in the first three, because round(0.45 * 6) is 3.
 BASE = Recipe(epochs=2, batch=4, lr=4e-3, warmup=0.45)
 RUNS = {
     "plain": {},
@@ -245,7 +245,7 @@ RUNS = {
 
 
 def two_models(logit_scale=SHAPE.logit_scale_init):
-    """Our model and transformers' model with the same random weights, and a tokenizer."""
+    """Return our model and transformers' model with the same random weights, and a tokenizer."""
     ours, tokenizer = from_scratch(SHAPE, Spots(), seed=0)
     ours.logit_scale.data.fill_(logit_scale)
     ours.eval()  # the run itself must switch to training mode
@@ -257,7 +257,7 @@ def two_models(logit_scale=SHAPE.logit_scale_init):
 def assert_same_weights(ours, peer, prefix=""):
     theirs = peer.state_dict()
     for name, value in ours.state_dict().items():
-        if name.endswith("k_proj.bias"):  # softmax ignores it, so only rounding errors change it
+        if name.endswith("k_proj.bias"):  # softmax cancels it, so its gradient is rounding error
             continue
         difference = (value - theirs[layout_name(prefix + name, TRANSFORMERS)]).abs().max()
         assert difference < 2e-5, name
@@ -313,7 +313,7 @@ def test_processes_share_a_batch_evenly(tmp_path, monkeypatch):
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     model, _, tokenizer = two_models()
     train(model, tokenizer, TRANSFORM, Spots(), Recipe(epochs=1, batch=100), tmp_path / "all")
-    assert read_recipe(tmp_path / "all" / "recipe.json").batch == 13  # all pairs, as in one process
+    assert read_recipe(tmp_path / "all" / "recipe.json").batch == 13  # the number of all pairs
     three = {**vars(one_of_two(0)), "get_world_size": lambda: 3}
     monkeypatch.setattr(processes, "dist", SimpleNamespace(**three))
     with pytest.raises(ValueError, match="a batch of 2 cannot be shared by 3 processes"):
@@ -361,7 +361,7 @@ SAVINGS = {
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [None, *SAVINGS])
 def test_a_run_saves_memory_and_time_only_as_its_recipe_says(name, tmp_path, monkeypatch):
-    """Options that save memory or time hardly change weights, so the test records tower calls."""
+    """Options that save memory hardly change the weights, so the test records the towers' calls."""
     monkeypatch.setattr(run_module, "LOG_EVERY", 1)
     model, _, tokenizer = two_models()
     seen = {"rows": 0, "blocks": 0, "types": set(), "compiled": []}
@@ -383,7 +383,7 @@ def test_a_run_saves_memory_and_time_only_as_its_recipe_says(name, tmp_path, mon
         "rows": 3 if name == "chunk" else 4,
         "blocks": {"chunk": 24, "checkpoint_blocks": 12}.get(
             name, 6
-        ),  # calls of blocks in 3 steps and 2 towers
+        ),  # how often blocks are called in 3 steps and 2 towers
         "types": {torch.bfloat16 if name == "precision" else torch.float32},
         "compiled": [model.vision, model.text] if name == "compile" else [],
     }

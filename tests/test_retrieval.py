@@ -77,7 +77,7 @@ def make_tar(path, members):
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Eleven images, four of them in a tar, and other files that real folders have."""
+    """A folder with eleven images, four of them in a tar, and with other common files."""
     root = tmp_path / "photographs"
     (root / "b" / ".thumbnails").mkdir(parents=True)
     for i, name in enumerate(
@@ -113,10 +113,10 @@ IN_B = [*IN_TAR, "b/[1].png", "b/x.webp", "b/y.gif", "b/é.bmp"]
         (["z.png", ""], ["z.png", "a.JPG", *IN_B, "c.tiff"]),
         (["", "z.png"], ["a.JPG", *IN_B, "c.tiff", "z.png"]),
         (["b/0.tar"], IN_TAR),
-        (["z.txt"], ["z.txt"]),  # given by name, so its error will be reported
+        (["z.txt"], ["z.txt"]),  # the user named this file, so its error will be reported
         (["*.png"], ["z.png"]),
         (["**/*.[pw]*"], ["b/[1].png", "b/x.webp", "z.png"]),
-        (["b/[1].png"], ["b/[1].png"]),  # a file's name, not a pattern
+        (["b/[1].png"], ["b/[1].png"]),  # this is a file's name, not a pattern
         (["?"], IN_B),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     if kept == 0:
         (tmp_path / "x.tar").write_bytes(b"no tar at all, but some text" * 100)
     pictures, damage = find_pictures([tmp_path])
-    assert len(pictures) in (found, found + 1)  # one more if the next image's header is complete
+    assert len(pictures) in (found, found + 1)  # + 1 if the next image's header is complete
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
@@ -196,7 +196,7 @@ def test_a_tar_with_a_false_header_is_read_up_to_that_header(tmp_path, what, lie
     data = (tmp_path / "x.tar").read_bytes()
     first = 512 + -(-len(encoded(blots(0), "bmp")) // 512) * 512
     (tmp_path / "x.tar").write_bytes(data[:first] + lie)
-    with cpu_seconds(5):  # each takes less than 0.1 s
+    with cpu_seconds(5):  # reading it takes less than 0.1 s
         pictures, damage = find_pictures([tmp_path])
     assert [picture.name for picture in pictures] == ["0.bmp"]
     assert len(damage) == 1 and "x.tar: the tar cannot be read to its end" in damage[0]
@@ -274,7 +274,7 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
     expected = ["@home/b.jpg", "a.jpg", "t.tar/./c.jpg"]
     assert names(find_pictures([tmp_path])[0], tmp_path) == expected
     assert names(find_pictures([tmp_path / "**" / "*.jpg"])[0], tmp_path) == expected[:2]
-    for asked in (HIDDEN[0], "@eaDir", "@eaDir/*/*.jpg"):  # hidden paths are read on request
+    for asked in (HIDDEN[0], "@eaDir", "@eaDir/*/*.jpg"):  # the user may name hidden paths
         assert names(find_pictures([tmp_path / asked])[0], tmp_path) == HIDDEN[:1]
 
 
@@ -282,11 +282,11 @@ def test_hidden_files_and_system_folders_are_left_out(tmp_path):
     "exclude, left",
     [
         (["b"], ["a.JPG", "c.tiff", "z.png"]),
-        (["B", "*.jpg"], ["c.tiff", "z.png"]),  # upper and lower case are equal
+        (["B", "*.jpg"], ["c.tiff", "z.png"]),  # patterns ignore upper and lower case
         (["b/"], ["a.JPG", "c.tiff", "z.png"]),
         (["*.png", "*.tar"], ["a.JPG", "b/x.webp", "b/y.gif", "b/é.bmp", "c.tiff"]),
         (["b/*.tar", "[yz].*"], ["a.JPG", "b/[1].png", "b/x.webp", "b/é.bmp", "c.tiff"]),
-        (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # tar images are excluded
+        (["k", "[0-9].png"], ["a.JPG", *IN_B[4:], "c.tiff", "z.png"]),  # this excludes tar images
     ],
 )
 def test_exclude_leaves_out_the_given_images(photographs, monkeypatch, exclude, left):
@@ -294,7 +294,7 @@ def test_exclude_leaves_out_the_given_images(photographs, monkeypatch, exclude, 
     monkeypatch.chdir(photographs)
     assert list(map(str, find_pictures(["."], exclude)[0])) == left
     every = [path for path in find_pictures(["."])[0] if isinstance(path, str)]
-    named = [*every, "b/0.tar"]  # all paths, as a shell passes them for *
+    named = [*every, "b/0.tar"]  # a shell replaces * with all these paths
     assert sorted(map(str, find_pictures(named, exclude)[0])) == sorted(left)
     with pytest.raises(ValueError, match="all images are excluded by a b"):
         find_pictures(["b"], ["a", "b"])
@@ -374,7 +374,7 @@ def test_a_file_that_is_not_an_index_is_not_overwritten(loaded, photographs, tmp
 def test_an_image_in_a_tar_has_the_embedding_of_the_same_file(loaded, tmp_path):
     data = {f"{i}.{kind}": encoded(blots(i), kind) for i, kind in enumerate(["jpeg", "png", "gif"])}
     exif = Image.Exif()
-    exif[274] = 6  # turned by 90 degrees
+    exif[274] = 6  # the camera was turned by 90 degrees
     buffer = io.BytesIO()
     blots(3).save(buffer, "jpeg", exif=exif)
     data["3.jpg"] = buffer.getvalue()
@@ -404,7 +404,7 @@ def test_unreadable_images_are_listed_and_the_others_are_embedded(loaded, photog
 
 
 def thin():
-    """An image that can be opened but not resized, because it would get 40 x 12,000,000 pixels."""
+    """Return an image that is too thin to be resized. It would get 40 x 12,000,000 pixels."""
     return Image.new("1", (1, 300_000))
 
 
@@ -534,7 +534,7 @@ def unit_rows(n, width, seed=0):
 
 
 def best_by_float64(rows, query, k):
-    """Find the `k` best rows in plain Python, without torch and without blocks of rows."""
+    """Find the `k` rows with the highest scores in plain Python, which computes in float64."""
     scores = [
         math.fsum(a * b for a, b in zip(row, query, strict=True)) for row in rows.double().tolist()
     ]
@@ -779,7 +779,7 @@ def test_missing_images_leave_their_places_empty(loaded, photographs, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Builds that are interrupted, or that find the parts of another build
+# Builds that are interrupted, or that find the parts of a different build
 
 
 @pytest.fixture
@@ -836,7 +836,7 @@ def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch,
     capsys.readouterr()
     build(tmp_path / "i")
     assert "continued, 2 of 3 parts" in capsys.readouterr().err
-    assert len(saved) == 2  # the third part, and the whole index
+    assert len(saved) == 2  # only the third part and the whole index were missing
     assert (tmp_path / "i").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not (tmp_path / "i.parts").exists()
 
@@ -845,7 +845,7 @@ def test_an_interrupted_build_continues(build, interrupt, tmp_path, monkeypatch,
 def test_parts_of_another_build_are_made_again(
     build, interrupt, photographs, tmp_path, monkeypatch, changed
 ):
-    """A build ignores the parts of another build. The user does not have to delete these parts."""
+    """A build ignores the parts that a different build saved. The user need not delete them."""
     monkeypatch.chdir(tmp_path)
     interrupt(parts=3)
     options = {}
@@ -972,7 +972,7 @@ def test_a_tar_that_has_changed_is_read_again(build, photographs, tmp_path, embe
 
 
 def test_force_embeds_everything_again(build, interrupt, tmp_path, embedded):
-    """The first forced build finds parts of an interrupted build. The second finds an index."""
+    """The first forced build finds parts of an interrupted build, and the second finds an index."""
     build(tmp_path / "whole")
     interrupt(parts=1)
     for _ in range(2):
@@ -1032,7 +1032,7 @@ def test_there_are_as_many_threads_as_workers(
 
 
 def test_a_second_build_of_one_file_at_the_same_time_is_an_error(build, tmp_path):
-    """After the other build has ended, a new build works."""
+    """As soon as the first build has ended, a new build works."""
     out = tmp_path / "index"
     with only_builder(tmp_path / "index.parts"):
         with pytest.raises(ValueError, match="another process is writing this index"):
@@ -1213,4 +1213,4 @@ def test_a_sheet_shows_scripts_that_pillows_font_lacks(loaded, tmp_path):
     for title in titles:
         assert draw_sheet(index, hits, title, tmp_path / "s.png") == []
         drawn.append((tmp_path / "s.png").read_bytes())
-    assert len(set(drawn)) == len(titles)  # titles drawn as boxes would be equal
+    assert len(set(drawn)) == len(titles)  # a font without these letters draws equal boxes

@@ -1,4 +1,4 @@
-"""After a killed save or a full disk, the folder has the whole old or the whole new checkpoint."""
+"""If a save is killed or the disk is full, the folder has the complete old or new checkpoint."""
 
 import errno
 import json
@@ -55,7 +55,7 @@ def new():
 
 
 def contents(loaded):
-    """Everything in a checkpoint, in a form that can be compared."""
+    """Return the contents of a checkpoint as values that can be compared."""
     model, tokenizer, transform = loaded
     weights = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
     tokens = tokenizer.vocab, tokenizer.merges, tokenizer.context_length
@@ -215,7 +215,7 @@ LAYOUTS = ("transformers", "openai", "open_clip")
 
 
 def quick():
-    """A checkpoint that every layout can express. No other checkpoint here has its vocabulary."""
+    """Make a checkpoint that every layout can express. Only this one has this vocabulary."""
     config = CLIPConfig(
         replace(VISION, width=64, heads=1), replace(TEXT, width=64, heads=1, vocab_size=550,
         bos_token_id=548, eos_token_id=549), embed_dim=20,
@@ -334,7 +334,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(saved, monkeypatch):
 
 
 def test_a_complete_save_is_finished_by_the_next_load(saved):
-    miniclip.save(saved / SAVED, *new())  # this is left if a save is killed before its last step
+    miniclip.save(saved / SAVED, *new())  # as if a save was killed before its last step
     (saved / "tokenizer.json").write_text("of another")
     (saved / SAVED / "tokenizer.json").touch()
     assert contents(miniclip.load(saved)) == contents(new())
@@ -388,7 +388,7 @@ def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
 
 
 def test_each_save_writes_to_a_file_of_its_own(tmp_path):
-    """A process id in the name is not enough: two threads or containers can have the same id."""
+    """A process id in the name is not enough, because two threads or containers can share it."""
     path = tmp_path / "index"
     with writing.replacing(path) as first, writing.replacing(path) as second:
         assert first != second and str(os.getpid()) not in f"{first}{second}".split("-", 1)[1]
@@ -453,7 +453,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):
 
 def test_two_saves_at_the_same_time_leave_one_whole_save(tmp_path):
     """Two threads save, and a third calls `finish_save`. A save may raise "Directory not empty"
-    if the other thread has just saved there."""
+    if the other thread has just saved in the same folder."""
     from concurrent.futures import ThreadPoolExecutor
 
     def save_often(text):

@@ -67,7 +67,7 @@ class Server:
         if not line:
             raise RuntimeError(self.end()[1])
         self.url = json.loads(line)["url"]
-        log.write_text("")  # leave out the start, when torch tests the temporary folder
+        log.write_text("")  # clear the log, because torch tests the temporary folder at the start
 
     def post(self, path, question, **headers):
         """Ask a question. Returns (status, answer)."""
@@ -149,13 +149,13 @@ def page(server, chromium):
 
 
 def settle(page):
-    """Wait until the newest questions have been answered."""
+    """Wait until the server has answered the newest questions."""
     page.wait_for_load_state("networkidle")
     page.wait_for_selector("#heat[src][aria-busy=false]")
 
 
 def bars(page):
-    """(label, percent) of each bar, in order."""
+    """Return (label, percent) of each bar, in the order of the page."""
     return [tuple(text.split("\n")) for text in page.locator("#bars button").all_inner_texts()]
 
 
@@ -178,7 +178,7 @@ class Theirs:
         self.settings = json.loads((EMBEDDED / name / "preprocessor_config.json").read_text())
 
     def pixels(self, picture):
-        """The pixels (1, 3, S, S), computed with Pillow and the checkpoint's mean and std."""
+        """Compute the pixels (1, 3, S, S) with Pillow and the checkpoint's mean and std."""
         mean, std = (self.settings[f"image_{key}"] for key in ("mean", "std"))
         x = np.asarray(crop(picture, self.model.config.vision_config.image_size)) / 255
         return torch.tensor((x - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
@@ -199,7 +199,7 @@ class Theirs:
         return dict(zip(labels, rows, strict=True))
 
     def relevance(self, picture, text):
-        """Chefer et al. 2021 (arXiv 2103.15679), equations 5 and 6, for the image's patches."""
+        """Compute the patches' relevance (Chefer et al. 2021, arXiv 2103.15679, eq. 5 and 6)."""
         output = self.output(picture, [text])
         patterns = output.vision_model_output.attentions
         slopes = torch.autograd.grad(output.logits_per_image[0, 0], patterns)
@@ -210,7 +210,7 @@ class Theirs:
 
     @torch.no_grad()
     def attention(self, picture, layer, head=slice(None)):
-        """The class token's attention to the patches, averaged over heads."""
+        """Return the class token's attention to the patches, averaged over heads."""
         pattern = self.output(picture, ["a"]).vision_model_output.attentions[layer][0]
         return self.patches(pattern[head].reshape(-1, *pattern.shape[1:]).mean(0)[0])
 
@@ -248,7 +248,7 @@ def pixels_in(url):
 def assert_drawn(url, picture, heat):
     found, expected = pixels_in(url), drawn(picture, heat)
     assert found.shape == (448, 448, 3)
-    # Levels are rounded, so a difference in the last bit of a patch's heat may change its level.
+    # The heat is rounded to levels, so one different bit may change the level of a patch.
     assert np.abs(found - expected).max() <= 4 and np.abs(found - expected).mean() < 1
 
 
@@ -285,7 +285,7 @@ def test_the_page_opens_with_an_example_and_asks_only_its_server(page, server):
 
 @pytest.mark.slow
 def test_the_browser_refuses_other_addresses(page):
-    """A control for the test above. The browser reports a request to another address."""
+    """A control for the test above. The browser refuses addresses other than the server's."""
     failed = page.evaluate(
         "fetch('http://127.0.0.1:9/other').then(() => 'answered', () => 'refused')"
     )
@@ -379,7 +379,7 @@ def test_an_upload_that_is_not_an_image_is_refused_with_a_reason(page, tmp_path,
     Image.new("1", (20_000, 20_000)).save(uploads["bomb"], "PNG")
     uploads["large"].touch()
     os.truncate(uploads["large"], 20_000_001)
-    Image.new("RGB", (8, 8)).save(uploads["eps"], "EPS")  # Pillow would start Ghostscript
+    Image.new("RGB", (8, 8)).save(uploads["eps"], "EPS")  # Pillow would run Ghostscript for EPS
     messages = {
         "text": "not an image",
         "cut": "cannot be read",
@@ -390,7 +390,7 @@ def test_an_upload_that_is_not_an_image_is_refused_with_a_reason(page, tmp_path,
     for kind, message in messages.items():
         page.set_input_files("#file", uploads[kind])
         page.wait_for_selector(f"#error:visible:has-text('{message}')")
-        assert bars(page)[0][0] == "cup of coffee"  # the old image is still there
+        assert bars(page)[0][0] == "cup of coffee"  # the page still shows the old image
     page.fill("#labels", "cup of coffee\ndog\nzebra")
     page.wait_for_selector("#bars button:has-text('zebra')")
     settle(page)
@@ -540,7 +540,7 @@ def test_the_server_tells_the_page_what_it_needs(server):
             "shapes": {"size": 64, "heads": [3, 3, 3, 3]},
         },
         "methods": ["attention", "rollout", "relevance", "gradcam", "tokens", "occlusion", "head"],
-        "blind": ["attention", "rollout", "head"],  # their maps do not depend on the text
+        "blind": ["attention", "rollout", "head"],  # the maps of these methods ignore the text
         "colours": ["#000004", "#bc3754", "#fcffa4"],
         "searcher": "everyday",
         "max_bytes": 20_000_000,
@@ -593,7 +593,7 @@ def test_heat_is_of_the_first_sentence_and_by_the_given_method(server, theirs, a
 
 
 def ask(app, path, *questions, then=(), **headers):
-    """Ask an app without a server. Returns (status, answer), or a list of such pairs."""
+    """Ask an app directly, without a server. Returns (status, answer), or a list of such pairs."""
 
     async def answer(question):
         messages = [{"type": "http.request", "body": json.dumps(question).encode()}, *then]
@@ -825,7 +825,7 @@ def test_idle_connections_are_closed_and_lost_ones_are_not_logged(monkeypatch, c
 
 @pytest.mark.slow
 def test_only_this_machine_is_answered(server):
-    """Other machines would use another address of this machine. The test uses 127.0.0.2."""
+    """Other machines would need an address other than 127.0.0.1. The test uses 127.0.0.2."""
     port = int(server.url.rpartition(":")[2])
     with socket.socket() as other, pytest.raises(OSError):
         other.connect(("127.0.0.2", port))
@@ -866,7 +866,7 @@ def test_the_page_shows_the_results_of_a_search(page):
 def test_the_server_writes_no_file_and_connects_to_no_computer(server, tmp_path):
     """The log lists each write and each connection that the server made in the tests above."""
     done = server.log.read_text().splitlines()
-    # If something imports torch's compiler, the compiler makes an empty temporary folder.
+    # torch's compiler makes an empty temporary folder when it is imported.
     known = ("/dev/null", "torchinductor_")
     assert [line for line in done if not any(name in line for name in known)] == []
     log = tmp_path / "log"

@@ -76,7 +76,7 @@ def test_masks_are_the_pixels_of_the_objects(scenes):
         pixels, behind = np.array(picture).astype(float), paint(s.background).astype(float)
         rest = np.full((64, 64), True)
         for object, mask in zip(s.objects, masks, strict=True):
-            way = COLOURS[object.colour] - behind  # each pixel is behind + cover * way
+            way = COLOURS[object.colour] - behind  # a pixel is `behind + cover * way`
             cover = ((pixels - behind) * way).sum(axis=2) / (way**2).sum(axis=2)
             near = dilated(mask)
             assert abs(pixels - behind - cover[:, :, None] * way)[near].max() < 1  # no third colour
@@ -237,8 +237,8 @@ def words(claim):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["places", "colours"])
 def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
-    """At each place, a word is equally frequent in true and in false captions. So words alone do
-    not help. Over many scenes, differences stay within 4.5 standard deviations."""
+    """At each position in a caption, a word is equally frequent in true and in false captions. So
+    single words do not help. The counts may differ by at most 4.5 standard deviations."""
     true, false = Counter(), Counter()
     for i in range(1500):
         s = scene(i, count=2)
@@ -267,7 +267,7 @@ def test_the_dataset_is_reproducible_and_begins_with_easy_scenes():
     assert order == list(data.items(0)) != list(data.items(1))
     counts = [len(data.scene(index).objects) for index in order]
     assert counts[:6] == [1] * 6 and counts[6:18] == [2] * 12 and {*counts[18:]} == {1, 2, 3}
-    for index in order[:12]:  # early captions name a place if the object has one
+    for index in order[:12]:  # early captions name the object's place, if it has one
         assert data[index, 0].caption.endswith(tuple(PLACES)) or not located(data.scene(index))
     assert any(" the " in data[index, 0].caption for index in order[12:18])
     for index in (35, 12):
@@ -304,8 +304,8 @@ def test_a_new_run_has_the_shape_recipe_and_transform_of_its_checkpoint(new):
 
 
 class Knowing:
-    """A fake model. An image embedding marks one scene. A text embedding marks all scenes of which
-    the text is true."""
+    """A fake model. An image embedding is 1 at its scene, and 0 elsewhere. A text embedding is 1 at
+    all scenes of which the text is true."""
 
     logit_scale = torch.tensor(0.0)
 
@@ -336,9 +336,9 @@ class Knowing:
 
 
 def test_each_score_measures_one_kind_of_knowledge():
-    """One model knows everything. Each other model lacks one kind of knowledge. If a true and a
-    false caption get equal cosines, the score is 0."""
-    seed = 2021  # no training set has this seed
+    """One model knows everything. The remaining models lack one kind of knowledge each. If a true
+    and a false caption get equal cosines, the score is 0."""
+    seed = 2021  # no training set uses this seed
     single = [scene(i, seed=seed, held_out=h, count=1) for h in (False, True) for i in range(12)]
     scenes = single + [scene(i, seed=seed, count=2) for i in range(12)]
     assert Knowing(scenes).score() == (1, 1, 1, 1, 1, 1)
@@ -347,7 +347,7 @@ def test_each_score_measures_one_kind_of_knowledge():
         return is_true(text, s) and not HELD_OUT & {(o.colour, o.shape) for o in s.objects}
 
     def no_left(text, s):
-        return " of a" in text or is_true(text, s)  # "left of a" or "right of a"
+        return " of a" in text or is_true(text, s)  # it believes "left of a" and "right of a"
 
     def no_colour(text, s):
         return len(s.objects) > 1 or is_true(text, s)
@@ -359,7 +359,7 @@ def test_each_score_measures_one_kind_of_knowledge():
 
 
 def scores_by_chance(scenes):
-    """If all 64 pairs tie, the first pair wins. Return the share of scenes where it is right."""
+    """Return how often "red circle" is right. It is chosen if all 64 pairs have the same cosine."""
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 
@@ -386,7 +386,7 @@ def test_shapes_have_their_areas(shape):
 
 
 def test_the_world_is_the_same_on_every_machine():
-    """These checksums were recorded once. Other scenes would change every published score."""
+    """These checksums were recorded once. If the scenes changed, all scores would change."""
     which = product(range(40), (0, 5), (False, True), (None, 2))
     scenes = [scene(i, seed=seed, held_out=h, count=count) for i, seed, h, count in which]
     said = [say_something(s, Random(i), i // 2 % 4 if i % 2 else 3) for i, s in enumerate(scenes)]

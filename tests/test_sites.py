@@ -1,4 +1,4 @@
-"""Test hooks at sites: what a hook may change, what is left after it, and which tensor a site is.
+"""Test hooks at sites: what a hook may change, how it is removed, and which tensor a site is.
 
 test_model.py compares each site with transformers. This file compares the tensors of `cache` with
 transformers and with each other.
@@ -176,7 +176,7 @@ def test_a_hook_that_returns_another_kind_of_tensor_is_an_error_at_its_site(tiny
     model, inputs = tiny
     site = f"vision.blocks.1.{name}"
     with hooks(model, {site: OTHERS[edit]}):
-        if (edit, name) == ("one token", "resid_mid"):  # a residual stream may lose tokens
+        if (edit, name) == ("one token", "resid_mid"):  # hooks may remove tokens here
             assert model.vision.blocks(model.vision.embed_tokens(inputs[0])).shape[1] == 1
             return
         with pytest.raises(ValueError, match=f"{site}: the hook returned shape .*; expected shape"):
@@ -204,7 +204,7 @@ def test_a_shared_module_is_an_error(tiny, look):
     with pytest.raises(ValueError, match="blocks.0.*: a module with several names"):
         look(model, pixels)
     parameters = {id(parameter): parameter for parameter in blocks[0].parameters()}
-    blocks[1] = copy.deepcopy(blocks[0], parameters)  # shared weights, but two modules
+    blocks[1] = copy.deepcopy(blocks[0], parameters)  # two modules with the same weights
     assert blocks[1].mlp.fc1.weight is blocks[0].mlp.fc1.weight
     assert len(attention_maps(model, pixels)) == 3
 
@@ -357,7 +357,7 @@ def test_in_half_precision_the_steps_are_float32():
 def test_a_copy_of_a_hooked_model_has_no_hooks_but_keeps_its_pruning(tiny):
     model, (pixels, _) = tiny
     fc1 = model.vision.blocks[0].mlp.fc1
-    prune.random_unstructured(fc1, "weight", 0.5)  # a pre-hook computes weight_orig * mask
+    prune.random_unstructured(fc1, "weight", 0.5)  # a pre-hook computes `weight_orig * mask`
     expected = model.encode_image(pixels)
     with hooks(model, {"vision.blocks.*.input": lambda x, _: 0 * x, "*.ln_pre.scale": nothing}):
         twin = copied(model)
@@ -443,7 +443,7 @@ class BareBlock(Block):
 
 
 def without_sites(tower):
-    """The same tower with the same parameters, but without sites."""
+    """Return a tower with the same parameters, but without sites."""
     bare = copy.deepcopy(tower, {id(p): p for p in tower.parameters()})
     for module in bare.modules():
         kind = type(module)
@@ -452,7 +452,7 @@ def without_sites(tower):
 
 
 def test_unused_sites_add_no_operation_and_change_no_bit():
-    """Unused sites still cost Python calls. On a busy machine, no test can measure that time."""
+    """Unused sites cost only Python calls. Their time is not tested, because it varies too much."""
     model = tiny_clip()
     bare, (pixels, _) = without_sites(model.vision), random_inputs(TINY)
 
@@ -597,7 +597,7 @@ def test_the_sites_of_attention_follow_from_each_other(tiny):
             )
             products = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
             assert torch.allclose(scores, products, rtol=0, atol=FLOAT64)
-            if tower == "text":  # the mask is applied after the site `scores`
+            if tower == "text":  # the causal mask is applied after the site `scores`
                 assert pattern.triu(1).abs().max() == 0
                 products[..., ~torch.ones_like(pattern[0, 0]).tril().bool()] = -torch.inf
             assert (pattern - products.softmax(-1)).abs().max() < FLOAT64
@@ -680,7 +680,7 @@ def test_wrappers_are_not_a_part_of_a_name(tiny, wrap):
 
 
 def test_the_compiler_is_not_imported_for_hooks(tiny, monkeypatch):
-    """Importing the compiler takes more than a second. It is needed only for compiled models."""
+    """The compiler takes more than a second to import. Only compiled models need the compiler."""
     model, inputs = tiny
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     monkeypatch.setattr(torch.compiler, "set_stance", None)

@@ -1,5 +1,5 @@
-"""Test which modules of the package may import which modules, and how long its files are.
-Also, each fault of `plant_slips.py` must still have exactly one place in the package.
+"""Test the imports between the package's modules, and the length of the package's files.
+Each fault of `plant_slips.py` quotes code, which must occur exactly once in the package.
 
 Imports at the top of a file, inside a function and under TYPE_CHECKING are all tested.
 """
@@ -13,7 +13,7 @@ from plant_slips import AREAS, places, read_sources, slips_of
 ROOT = Path(__file__).resolve().parent.parent / "miniclip"
 REFERENCE = ["config.py", "model.py", "loss.py", "tokenizer.py", "transform.py", "checkpoint.py"]
 MOST_LINES = 1000
-MOST_LINES_OF_A_FILE = 420  # a longer file explains its length in its first lines
+MOST_LINES_OF_A_FILE = 420  # a longer file must explain its length at the top
 
 
 def modules() -> dict[str, Path]:
@@ -71,7 +71,7 @@ def test_the_reference_imports_only_files_and_text(file):
 
 
 def test_the_reference_can_be_read_in_order():
-    """No file of the reference imports a file that comes later in the order of reading."""
+    """No file of the reference imports a file that comes later in the reading order."""
     order = [file.removesuffix(".py") for file in REFERENCE]
     for i, name in enumerate(order):
         assert not GRAPH[name] & {*order[i:]}

@@ -49,7 +49,7 @@ from miniclip.zeroshot.classifier import embed_texts
 
 @torch.no_grad()
 def redraw(model, seed=0):
-    """Make all parameters random, so that each one matters. LayerNorm weights stay near 1."""
+    """Make all parameters random, so that each has an effect. LayerNorm weights stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm)}
     for name, weight in model.named_parameters():
@@ -95,7 +95,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def assert_near(ours, theirs, float32=0.0):
-    """Assert that no difference exceeds `limit` times the largest number of `theirs` (at least 1).
+    """Assert that no difference exceeds `limit * max(1, x)` for the largest value x of `theirs`.
     In float64 the limit is 1e-10. In float32 it is the argument `float32`."""
     assert ours.shape == theirs.shape
     limit = 1e-10 if ours.dtype == torch.float64 else float32
@@ -113,7 +113,7 @@ def test_siglip_equals_transformers(dtype, tmp_path):
     expected, found = theirs(pixel_values=pixels, input_ids=ids), ours(pixels, ids)
     assert_near(ours.vision(pixels), expected.vision_model_output.pooler_output)
     assert_near(ours.text(ids), expected.text_model_output.pooler_output)
-    for name in found._fields:  # transformers normalises embeddings in another way
+    for name in found._fields:  # transformers' normalisation has other rounding errors
         assert_near(getattr(found, name), expected[name], 2e-7)
 
 
@@ -416,14 +416,14 @@ def some(config=TINY):
 
 
 def or_refuses(function, *args, **options):
-    """Return a function's result, or None if its error says that the model cannot be followed."""
+    """Return the result of `function`, or None if an error says that it cannot follow the model."""
     try:
         return function(*args, **options)
     except ValueError as error:
         assert re.search("follow|has its own|replays|elsewhere|cannot know|has not run", str(error))
 
 
-# The instruments that must work on each fork. Other ones must be right or raise an error.
+# {fork: instruments that must work on it}. Other instruments must be right or raise an error.
 FOLLOWED = {
     "mean pooling": {"logit_lens", "attention_maps", "intermediates", "prune_heads"},
     "gated MLP": {
@@ -526,7 +526,7 @@ def test_a_buffer_that_no_file_has_is_computed_on_loading(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# An instrument is right on a fork, or raises an error that says what it cannot follow
+# On a fork, an instrument gives right results, or an error says why it cannot follow the fork
 
 
 @torch.no_grad()
@@ -616,7 +616,7 @@ class NormedValues(Attention):
 
 
 class AdaptedCLIP(CLIP):
-    """A fork whose encode_image doubles the embedding of the tower."""
+    """A fork that doubles the image embedding in `encode_image`."""
 
     def encode_image(self, pixels, normalize=False):
         return super().encode_image(pixels, normalize) * 2
@@ -688,7 +688,7 @@ def test_grad_cam_of_a_fork_is_right_or_an_error(model):
     pixels, ids = some(model.config)
     heat = or_refuses(lens.gradcam, model, pixels[:1], ids[:1])
     assert (heat is None) == (type(model.vision.blocks[-1]).forward is not Block.forward)
-    if heat is not None:  # Grad-CAM's formula, with the fork's own score
+    if heat is not None:  # compare with Grad-CAM's formula and the fork's own score
         last = f"vision.blocks.{len(model.vision.blocks) - 1}.ln_1"
         with cache(model, last, grad=True) as acts:
             score = model(pixels[:1], ids[:1]).logits_per_image[0, 0]
@@ -745,7 +745,7 @@ def tokenizer():
 
 
 def fork_for(kind, tokenizer):
-    """A fork with the tokenizer's vocabulary."""
+    """Make a fork for the tokenizer's vocabulary."""
     config = SMALL if kind is Siglip else TINY
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = replace(config.text, vocab_size=tokenizer.vocab_size, **ends)
@@ -822,7 +822,7 @@ def test_siglip_trains_with_its_own_loss(chunk, tokenizer, tmp_path):
     data = open_data(pictures(tmp_path), transform)
     model = fork_for(Siglip, tokenizer)
     with torch.no_grad():
-        model.logit_scale.fill_(5.0)  # above ln 100, the limit when training with CLIP's loss
+        model.logit_scale.fill_(5.0)  # CLIP's loss limits it to ln 100, but SigLIP's does not
     recipe = Recipe(epochs=6, batch=8, lr=3e-4, chunk=chunk, warmup=0.0)
     trained = train(model, tokenizer, transform, data, recipe, tmp_path / "out", loss=sigmoid_loss)
     found = losses(tmp_path / "out")
@@ -839,7 +839,7 @@ def model_bias(tokenizer):
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [MeanCLIP, GatedCLIP, CLIP])
 def test_the_default_loss_of_train_follows_the_paper(kind, tokenizer, tmp_path):
-    """If the user passes the paper's loss as a function, training gives the same weights."""
+    """With the paper's loss as an argument, training gives the same weights as by default."""
 
     def same(model, image_embeds, text_embeds, is_true):
         return contrastive_loss(image_embeds, text_embeds, model.logit_scale, is_true)

@@ -1,4 +1,4 @@
-"""Interventions, dense features and prompt vectors. None of them changes the model."""
+"""Test interventions, dense features and prompt vectors. None of these changes the model."""
 
 import math
 import re
@@ -405,7 +405,7 @@ def test_each_preset_equals_its_definition(model, preset, shape):
     found = dense_features(model, x, preset)
     assert found.shape == (3, model.config.vision.patches, 36)
     assert_close(found, DERIVED[preset](model, x))
-    for other in DERIVED.keys() - {preset}:  # no two presets are equal
+    for other in DERIVED.keys() - {preset}:  # no two presets give equal features
         assert_far(found, DERIVED[other](model, x))
 
 
@@ -549,7 +549,7 @@ def test_learned_context_vectors_get_the_gradient_and_the_model_none():
     model = tiny_clip()
     model.requires_grad_(False)
     ids = inputs(model, "text")
-    ids[:, 8] = 599  # every text ends at the last token, after the vectors
+    ids[:, 8] = 599  # the end token is the last token, after the vectors
     ids[:, :8] = ids[:, :8].clamp(max=590)
     context = nn.Parameter(torch.randn(4, 40))
     vectors = model.text.token_embed(ids)

@@ -1,4 +1,4 @@
-"""Test surgery that changes shapes: its results, and the saving and loading of its models."""
+"""Test surgery that changes shapes, and save and load the changed models."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def inputs_of(model, **counts):
 
 @torch.no_grad()
 def run(model, tower, **counts):
-    """The tower's embeddings of random inputs."""
+    """Return the tower's embeddings of random inputs."""
     pixels, ids = inputs_of(model, **counts)
     return model.encode_image(pixels) if tower == "vision" else model.encode_text(ids)
 
@@ -71,7 +71,7 @@ def assert_same_weights(one, other):
 
 
 def zeroed_outputs(model, tower, heads):
-    """Ablate heads through weights: the columns of out_proj that belong to these heads become 0."""
+    """Ablate heads by setting the columns of `out_proj.weight` for these heads to 0."""
     for layer, gone in heads.items():
         attn = getattr(model, tower).blocks[layer].attn
         for head in gone:
@@ -97,7 +97,7 @@ def test_pruning_heads_equals_ignoring_their_output(model, tower):
 
 
 def CLIP_like(model):
-    """Copy a model without the functions of miniclip.surgery, because these tests check them."""
+    """Copy a model without miniclip.surgery, because these tests check miniclip.surgery."""
     copy = CLIP(model.config).to(model.logit_scale.dtype)
     copy.load_state_dict(model.state_dict())
     return copy.eval()
@@ -185,7 +185,7 @@ def test_a_resized_model_shares_what_does_not_change(model):
     own = [n for n, p in new.named_parameters() if p.data_ptr() not in theirs]
     assert own == ["vision.pos_embed"]
     assert not any(p.data_ptr() in theirs for p in copied(new).parameters())
-    with hooks(new, {"vision.blocks.0": lambda x, name: 0 * x}):  # modules are not shared
+    with hooks(new, {"vision.blocks.0": lambda x, name: 0 * x}):  # the two models share no module
         assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -233,7 +233,7 @@ def test_resizing_equals_transformers(size):
     expected = theirs.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
     resized = resize_image(ours, size)
     assert_close(resized.encode_image(pixels), expected)
-    if size != (200, 8):  # one column cannot be interpolated
+    if size != (200, 8):  # this grid has only one column
         for other in ("timm", "openai-bilinear", "dino"):
             with pytest.raises(AssertionError):
                 assert_close(resize_image(ours, size, other).encode_image(pixels), expected)
@@ -332,7 +332,7 @@ def test_resizing_equals_timm_and_open_clip(recorded):
     square = [(old, new) for old, new in record_timm.GRIDS if old[0] == old[1]]
     for (old, new), values in zip(square, recorded["open_clip.pos_embed"], strict=True):
         if math.prod(old) == math.prod(new):
-            continue  # open_clip does not change a table of the right size
+            continue  # open_clip keeps a table that has the right number of rows
         assert_recorded(resized_table(old, new, "timm"), values)
 
 
@@ -411,7 +411,7 @@ def test_a_resized_model_equals_timms(recorded):
 
 
 def resize_matrix(old, new):
-    """timm's resampling as a matrix, (new * new, old * old)."""
+    """Return timm's resampling as a matrix (new * new, old * old)."""
     line = resampling_matrix(old, new, "timm").numpy()
     return np.kron(line, line)
 
@@ -452,7 +452,7 @@ def test_a_resized_patch_reads_resized_images_like_the_original():
 
 
 def longclip(rows, keep, times):
-    """Long-CLIP's rule: interpolate between rows, and extrapolate after the last row."""
+    """Interpolate between rows, and extrapolate after the last row, as Long-CLIP does."""
     out = [rows[i] for i in range(keep)]
     for i in range(keep, len(rows)):
         low = min(i, len(rows) - 2)
@@ -478,7 +478,7 @@ def test_longer_contexts_equal_the_published_formulas(model):
     assert torch.equal(stretched.text.pos_embed[:8], rows[:8])
     straight = extend_context(model, 33, method="linear").text.pos_embed.detach()
     assert_close(straight, linear(rows, 33))
-    for keep in (5, 18):  # at least 2 of 20 rows are left to stretch
+    for keep in (5, 18):  # at least 2 of the 20 rows must be stretched
         kept = extend_context(model, 33, method="linear", keep=keep).text.pos_embed.detach()
         assert_close(kept, torch.cat([rows[:keep], linear(rows[keep:], 33 - keep)]))
     assert_far(stretched.text.pos_embed[:33], straight)
@@ -545,7 +545,7 @@ def test_registers_stand_between_class_token_and_patches(model):
     found = more.encode_image(pixels)
     assert_close(add_registers(model, rows[[2, 0, 1]]).encode_image(pixels), found)  # in any order
     assert_far(found, model.encode_image(pixels))
-    assert_close(more.encode_image(pixels[:1]), found[:1])  # each image gets registers
+    assert_close(more.encode_image(pixels[:1]), found[:1])  # each image of a batch gets registers
 
     def masked(scores, name):
         scores = scores.clone()
@@ -635,7 +635,7 @@ def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
 
 @pytest.mark.slow
 def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
-    """The config has a list of heads, because transformers raises an error for a list."""
+    """The config lists the number of heads per layer, so that transformers raises an error."""
     model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())

@@ -174,7 +174,7 @@ def wrong_activation(model):
     add_lora, wrong_activation, lambda m: quantize_dynamic(m, {nn.Linear}, torch.qint8),
 ], ids=["LoRA", "GELU", "quantised"])  # fmt: skip
 def test_models_that_are_not_what_their_config_says_have_no_mean(combine, change):
-    """A mean of unmerged models would be wrong, because it would average A and B separately."""
+    """A mean of unmerged models would be wrong, because it averages LoRA's A and B separately."""
     with pytest.raises(ValueError, match="does not describe the model: .*surgery.merge_lora"):
         combine(change(tiny_clip()), change(tiny_clip(seed=1)))
 
@@ -247,7 +247,7 @@ NAMES += ["text.blocks.0.mlp.fc1", "text.blocks.1.mlp.fc1", "vision.blocks.1.att
 
 
 def adapted(dtype=torch.float64, seed=5):
-    """(the base, a copy with LoRA whose A and B are random)"""
+    """Return (base model, a copy with LoRA). LoRA's A and B are random."""
     base = tiny_clip(dtype)
     model = add_lora(base, SITES, rank=3, alpha=5)
     generator = torch.Generator().manual_seed(seed)
@@ -274,7 +274,7 @@ def test_lora_begins_equal_to_the_base_bit_for_bit():
 
 
 def test_lora_begins_with_the_values_of_a_linear_layer_and_with_zeros():
-    """The paper's code and PEFT begin in the same way. The defaults are rank 4 and scale 1."""
+    """PEFT and the paper's code also begin like this. The defaults are rank 4 and scale 1."""
     name = "text.blocks.0.mlp.fc1"
     torch.manual_seed(0)
     lora = low_rank(add_lora(tiny_clip(), [name]), name)
@@ -335,7 +335,7 @@ def test_unmerging_restores_the_model_bit_for_bit(dtype):
 
 
 def test_subtracting_what_was_added_would_not_restore_the_weight():
-    """A control that shows why merging keeps the original tensor."""
+    """Merging keeps the original tensor, because subtraction would leave a rounding error."""
     base, model = adapted(torch.float32)
     weight, lora = base.get_submodule(NAMES[0]).weight, low_rank(model, NAMES[0])
     delta = lora.scale * (lora.B @ lora.A)

@@ -91,7 +91,7 @@ PHRASES = [
 
 
 def random_text(rng: random.Random) -> str:
-    """Join one to six pieces: words, scripts, phrases, ASCII or arbitrary characters."""
+    """Join one to six random pieces, such as words, letters of one script, phrases or ASCII."""
     pieces = []
     for _ in range(rng.randint(1, 6)):
         kind = rng.randrange(10)
@@ -161,7 +161,7 @@ def different(ours: Tokenizer, folder: Path, some: list[str]) -> list[str]:
 
 
 class OpenAI:
-    """The published clip/simple_tokenizer.py, rewritten without any of our code."""
+    """OpenAI's clip/simple_tokenizer.py, rewritten for these tests without any of our code."""
 
     def __init__(self, folder: Path) -> None:
         self.ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ class OpenAI:
                 new = []
                 for part in parts:
                     if new and new[-1] is not None and (new[-1], part) == (first, second):
-                        new[-1:] = [first + second, None]  # None: this is not merged again
+                        new[-1:] = [first + second, None]  # None prevents another merge here
                     else:
                         new.append(part)
                 parts = [part for part in new if part is not None]
@@ -228,7 +228,7 @@ def test_words_of_10000_characters_have_the_ids_of_the_reference(trained):
 
 
 def test_golden_ids_of_other_projects_are_reproduced(data):
-    """For two of the 80 records, transformers gives the recorded ids, but OpenAI gives others."""
+    """For two of the 80 records, transformers gives the recorded ids, but OpenAI does not."""
     entries = json.loads((data / "golden" / "tokenizer_golden.json").read_text(encoding="utf-8"))
     assert len(entries) == 80
     wrong = {"transformers": [], "openai": []}

@@ -37,7 +37,7 @@ def installed(name):
 
 
 class Scores(nn.Module):
-    """The logits (B, 1) of one text, for tools that expect a classifier."""
+    """A classifier for other tools. It returns the logits (B, 1) of a single text."""
 
     def __init__(self, model, ids):
         super().__init__()
@@ -137,7 +137,7 @@ def test_peft_adapts_and_merges_a_model(model, pixels, ids):
 
 
 class PrismaSAE(nn.Module):
-    """ViT-Prisma's sparse autoencoder: x -> ReLU((x - b_dec) W_enc + b_enc) W_dec + b_dec."""
+    """ViT-Prisma's sparse autoencoder, ReLU((x - b_dec) W_enc + b_enc) W_dec + b_dec."""
 
     def __init__(self, path):
         super().__init__()
@@ -152,7 +152,7 @@ class PrismaSAE(nn.Module):
 
 @pytest.fixture
 def sae_file(tmp_path):
-    """A weights.pt with the names and shapes that ViT-Prisma's files have on the hub."""
+    """A file with the same tensor names and shapes as ViT-Prisma's files on the hub."""
     torch.manual_seed(0)
     shapes = {"W_enc": (48, 96), "b_enc": (96,), "W_dec": (96, 48), "b_dec": (48,)}
     weights = {name: torch.randn(shape, dtype=torch.float64) / 7 for name, shape in shapes.items()}

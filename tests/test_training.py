@@ -109,7 +109,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 3, 4])
 
 
 def batch_of(dtype):
-    """Return pixels, ids and labels. The ids are of the captions, then of the false captions."""
+    """Return pixels, ids and labels. The true captions' ids come before the false captions' ids."""
     pixels, ids = random_inputs(TINY, images=BATCH, texts=2 * BATCH)
     return pixels.to(dtype), ids, LABELS
 
@@ -258,7 +258,7 @@ def bars(kind, generator):
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Two classes of 80 images each, and one file that is not an image."""
+    """A folder with two classes of 80 images each, and one file that is not an image."""
     root = tmp_path_factory.mktemp("stripes")
     generator = np.random.default_rng(0)
     for kind in ("upright", "level"):
@@ -270,7 +270,7 @@ def stripes(tmp_path_factory):
 
 
 def captioned(root, kind, pictures=12, broken=3):
-    """Write images and captions, with metadata.jsonl, with metadata.csv or in tar shards."""
+    """Write images. Their captions are in metadata.jsonl, in metadata.csv or in tar shards."""
     generator = np.random.default_rng(1)
     rows = []
     for i in range(pictures):
@@ -407,7 +407,7 @@ def as_bytes(picture, kind="png", **options):
 def test_images_in_shards_are_turned_upright_and_damage_is_named_once(tmp_path):
     generator = np.random.default_rng(0)
     exif = Image.Exif()
-    exif[274] = 6  # the camera was turned, so level bars become upright
+    exif[274] = 6  # the camera was turned, so horizontal bars become vertical
     members = {
         "a.JPG": as_bytes(bars("level", generator), "jpeg", exif=exif, quality=100),
         "a.txt": b"\xef\xbb\xbfupright",
@@ -427,7 +427,7 @@ def test_images_in_shards_are_turned_upright_and_damage_is_named_once(tmp_path):
     assert len(data) == 3 and list(data.captions()) == ["upright", "half", "none"]
     for batch in islice(batches(data, 3, seed=0), 3):
         assert batch.captions == ["upright"] * 3
-        columns = batch.pixels.float().std(dim=2).mean()  # along an upright bar
+        columns = batch.pixels.float().std(dim=2).mean()  # along a vertical bar
         assert columns < batch.pixels.float().std(dim=3).mean() / 5
     named = ["half.png", "no.png", "mute", "empty", "blind", "1.tar", "2.tar"]
     assert len(data.skipped) == len(named)
@@ -571,7 +571,7 @@ def test_the_seed_and_the_data_decide_a_new_model(stripes):
 
 
 def test_a_new_model_is_like_the_given_checkpoint(stripes, like, tmp_path):
-    """It has the checkpoint's shape, recipe, mean and std, unless the user gives other values."""
+    """A new model has the checkpoint's shape, recipe, mean and std, unless the user sets them."""
     settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     for name in ("recipe.json", "config.json"):
         (tmp_path / name).write_bytes((like / name).read_bytes())
@@ -683,7 +683,7 @@ def test_control_c_saves_the_run_and_says_how_to_go_on(stripes, tmp_path, monkey
 
 
 def test_the_first_step_is_followed_by_a_line_of_progress(stripes, tmp_path, monkeypatch, capsys):
-    """In a log file, this line gives pairs per second, the remaining time and the loss."""
+    """The line in a log file gives the pairs per second, the remaining time and the loss."""
     note = run_module.Run.log_step
 
     def stop(self, *args, **kwargs):
@@ -757,7 +757,7 @@ def test_a_nan_loss_ends_the_run_before_it_is_saved(stripes, tmp_path):
 
 
 def test_a_loss_on_a_gpu_is_read_only_when_needed(stripes, tmp_path):
-    """The CPU waits for the GPU when it reads a loss. Here, reading a meta tensor is an error."""
+    """When the CPU reads a loss, it waits for the GPU. The meta tensor here raises an error."""
     model, _ = from_scratch(SHAPE, open_data(stripes, ImageTransform(SIZE)))
     state = run_module.Run(tmp_path, model, QUICK)
     state.note_loss(torch.empty((), device="meta"))
@@ -825,7 +825,7 @@ def test_a_damaged_state_file_is_an_error(state, stripes, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from torch.compile itself
 def test_compiling_changes_the_loss_by_less_than_1e_4(stripes, tmp_path, monkeypatch):
-    """The graphs run without inductor, which would compile C++ for a minute."""
+    """The compiled graphs run without inductor, which would compile C++ for a minute."""
     in_graphs = partialmethod(torch.nn.Module.compile, backend="eager")
     monkeypatch.setattr(torch.nn.Module, "compile", in_graphs)
     plain = replace(QUICK, epochs=1, patch_dropout=0.0)
@@ -904,7 +904,7 @@ main()
 
 @pytest.fixture(scope="module")
 def like(tmp_path_factory):
-    """A folder with a recipe and a shape, for --recipe."""
+    """A folder for --recipe, with a recipe and the config of a model."""
     folder = tmp_path_factory.mktemp("like")
     (folder / "recipe.json").write_text(json.dumps(asdict(QUICK)))
     (folder / "config.json").write_text(json.dumps(SHAPE.to_dict()))

@@ -40,7 +40,7 @@ KINDS = {
 
 
 def with_several_captions(folder):
-    """Write 16 images of one colour each, with all true captions."""
+    """Write 16 images, each in a single colour, and all their true captions."""
     rows = []
     for i in range(16):
         kind = list(KINDS)[i % len(KINDS)]

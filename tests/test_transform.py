@@ -216,7 +216,7 @@ def test_each_byte_scales_to_the_float_of_both_references():
 
 
 def cropped(offset):
-    """Return a center_crop that uses `offset` to compute half of a margin."""
+    """Return a replacement for center_crop that computes half of a margin with `offset`."""
 
     def crop(image, size, reference):
         left, top = (offset(side - size) for side in image.size)
@@ -756,7 +756,7 @@ def test_an_error_ends_the_reading_of_a_list(tmp_path, monkeypatch, two_threads)
 # ------------------------------------------------------------------------------------------------
 # Settings in files
 
-OLD_FORM = {  # in the repositories of OpenAI, Stable Diffusion and LAION
+OLD_FORM = {  # OpenAI, Stable Diffusion and LAION published files of this form
     "crop_size": 224,
     "do_center_crop": True,
     "do_convert_rgb": True,
@@ -986,7 +986,7 @@ BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
     "name, data, package",
     [
         ("a.HEIC", HEIC, "pillow-heif"),
-        # some phones and browsers name a HEIC file .jpg, and its brand may be any of these
+        # some phones and browsers name a HEIC file .jpg, and each of these brands marks such files
         *(("a.jpg", HEIC.replace(b"heic", brand, 1), "pillow-heif") for brand in BRANDS),
         ("a.hif", b"nothing", "pillow-heif"),
         ("a.jxl", b"\xff\x0a", "pillow-jxl-plugin"),
@@ -1022,7 +1022,7 @@ def test_heic_is_read_if_its_package_is_there(tmp_path):
 
 
 def test_a_raw_file_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
-    """A small fake class replaces rawpy. Without it, Pillow would read only the thumbnail."""
+    """A small fake class replaces rawpy. Without rawpy, Pillow would read only the thumbnail."""
 
     class Raw:
         def __init__(self, file):

@@ -16,7 +16,7 @@ from miniclip.peers import versions
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # pytest installs it on Python 3.10
+    import tomli as tomllib  # pytest installs tomli on Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,7 +42,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_versions_are_read_from_the_modules(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "9.8.7+cu130")  # a version that pip does not know
+    monkeypatch.setattr(torch, "__version__", "9.8.7+cu130")  # pip installed a different version
     assert versions()["torch"] == "9.8.7+cu130"
     assert versions()["transformers"] == transformers.__version__
     assert versions()["pillow"] == PIL.__version__

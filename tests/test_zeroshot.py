@@ -1,4 +1,4 @@
-"""Zero-shot classification: prompts, scores, and accuracy."""
+"""Test zero-shot classification: its prompts, scores and accuracy."""
 
 import hashlib
 import math
@@ -44,7 +44,7 @@ def model():
 def tokenizer():
     texts = [template.replace("{}", label) for template in TEMPLATES for label in LABELS]
     trained = Tokenizer.train(texts, TINY.text.vocab_size)
-    spare = TINY.text.vocab_size - trained.vocab_size  # so that the end token has the model's id
+    spare = TINY.text.vocab_size - trained.vocab_size  # so that the end token has the id in TINY
     vocab = {t: i for t, i in trained.vocab.items() if not t.startswith("<|")}
     vocab |= {f"spare{i}": len(vocab) + i for i in range(spare)}
     vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
@@ -63,7 +63,7 @@ def test_prompts_are_normalised_averaged_and_normalised_again(model, tokenizer):
 
 def test_labels_may_fill_more_than_one_batch(model, tokenizer):
     expected = class_embeddings(model, tokenizer, LABELS, TEMPLATES)
-    many = TEMPLATES * 34  # two labels fill a batch, and repeated templates do not change the mean
+    many = TEMPLATES * 34  # so many templates that a batch has only two labels
     torch.testing.assert_close(class_embeddings(model, tokenizer, LABELS, many), expected)
 
 
@@ -286,7 +286,7 @@ def make_folders(root, names):
         (["fire_truck", "cat", "Zebra"], ["Zebra", "cat", "fire truck"]),
         (["10", "9", "1"], ["1", "9", "10"]),
         (["n02123045", "n01440764"], ["tench", "tabby cat"]),
-        (["n02123045", "n00000000"], ["n00000000", "n02123045"]),  # one is not an ImageNet id
+        (["n02123045", "n00000000"], ["n00000000", "n02123045"]),  # n00000000 is not an ImageNet id
     ],
 )
 def test_folders_name_the_classes(tmp_path, folders, labels):
@@ -357,7 +357,7 @@ def planted(answers):
 
 
 def evaluate(classifier, transform, images, batch_size=64):
-    """Evaluate a function from pixels to logits."""
+    """Evaluate a classifier, which is a function from pixels to logits."""
     paths = list(map(str, images.paths))
     ((logits, rows, skipped),) = encode_parts(classifier, transform, [paths], batch_size)
     classes = [images.classes[i] for i in rows]
@@ -369,7 +369,7 @@ def save_grey(path, row):
 
 
 def save_planted(root, confusion):
-    """Write confusion[true][predicted] images of each class. The grey level is the prediction."""
+    """Write `confusion[true][predicted]` images. Their grey level is the predicted class."""
     for true, row in enumerate(confusion):
         (root / f"class_{true}").mkdir(parents=True)
         for predicted, count in enumerate(row):
@@ -428,7 +428,7 @@ def test_calibration_compares_confidence_with_accuracy_in_fifteen_bins():
 def test_top5_counts_the_five_best(tmp_path):
     for true in range(7):
         (tmp_path / str(true)).mkdir()
-    for row in range(7):  # seven images; the right class has rank `row` in answer `row`
+    for row in range(7):  # in answer `row`, the right class has rank `row`, from 0
         save_grey(tmp_path / "2" / f"{row}.png", row)
     order = [[c for c in range(7) if c != 2] for _ in range(7)]
     answers = torch.zeros(7, 7)
@@ -503,7 +503,7 @@ def test_reading_ahead_keeps_the_order_and_its_limit():
         started.append(i)
         if i == 5:
             sixth.set()
-            assert goes_on.wait(60)  # a timeout of one minute, if the code is wrong
+            assert goes_on.wait(60)  # without a timeout, faulty code would wait forever
         if i == 6:
             seventh.set()
         if i == 1:  # item 2 finishes before item 1
@@ -551,7 +551,7 @@ def test_accuracy_equals_transformers(tmp_path, tokenizer):
     for label in labels:
         (tmp_path / label.replace(" ", "_")).mkdir()
         for i in range(12):
-            # Large blots, because all noise gets nearly the same embedding.
+            # Draw large blots, because all noise gets nearly the same embedding.
             blots = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
             image = Image.fromarray(blots).resize((50, 44), Image.Resampling.NEAREST)
             image.save(tmp_path / label.replace(" ", "_") / f"{i}.png")

@@ -46,7 +46,7 @@ def twins(
     seed: int = 0,
 ) -> tuple[CLIP, transformers.CLIPModel]:
     """Make (ours, theirs) in evaluation mode. The two models share no tensor."""
-    pair = _remembered if config == TINY else _twins  # a copy takes a quarter of the time
+    pair = _remembered if config == TINY else _twins  # a copy is four times as fast as a new pair
     return copy.deepcopy(pair(config, attention, dtype, device, seed))
 
 
@@ -79,12 +79,12 @@ def write_shards(directory: Path, tensors: dict[str, torch.Tensor], name: str) -
 
 
 def tiny_clip(dtype: torch.dtype = torch.float32, seed: int = 0) -> CLIP:
-    """miniclip's model of `twins(TINY)`, for a test that does not need transformers."""
+    """Make miniclip's model of `twins(TINY)`, for tests that do not need transformers."""
     return copy.deepcopy(_remembered(TINY, "sdpa", dtype, "cpu", seed)[0])
 
 
 def transformers_config(config: CLIPConfig) -> transformers.CLIPConfig:
-    """Return transformers' config, made field by field, because `to_dict` is tested too."""
+    """Build transformers' config field by field. `to_dict` itself is tested, so it is not used."""
     vision, text = config.vision, config.text
     return transformers.CLIPConfig(
         projection_dim=config.embed_dim,
@@ -136,13 +136,13 @@ def fork(module: types.ModuleType, *changes: str) -> types.ModuleType:
         assert old in source, old
         source = source.replace(old, new)
     copied = types.ModuleType(f"{module.__name__}_of_a_fork")
-    sys.modules[copied.__name__] = copied  # dataclasses look up their module here
+    sys.modules[copied.__name__] = copied  # dataclasses look for their module in `sys.modules`
     exec(compile(source, copied.__name__, "exec"), vars(copied))
     return copied
 
 
 def fork_of(original: CLIP, *changes: str) -> CLIP:
-    """A model with the original's weights and a fork's code."""
+    """Make a model with the original's weights and a fork's code."""
     copied = fork(model, *changes).CLIP(original.config)
     copied.load_state_dict(original.state_dict())
     return copied.eval()

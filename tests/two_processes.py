@@ -39,7 +39,7 @@ CASES = (
 )
 """Each case: learning rates, dtype, pairs in a chunk, and PyTorch's engine."""
 
-CLIP_AT = 0.5  # about half of the gradient's norm
+CLIP_AT = 0.5  # the gradient's norm is about twice as large, so gradients are clipped
 
 
 def step(model, pixels, ids, labels, chunk=0, engine=None, batch=None):
@@ -109,7 +109,7 @@ def crash_at(step, crash):
 
 
 def stopped(line, at):
-    """Run a command that crashes at step `at`."""
+    """Run a command, and make it crash at step `at`."""
     restore = crash_at(at, lambda: 1 / 0)
     try:
         main(line)
