@@ -58,7 +58,7 @@ def _import(name: str) -> Any:
     return globals()[name]
 
 
-if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts any name
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
     __getattr__ = _import
 
 

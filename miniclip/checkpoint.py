@@ -77,7 +77,7 @@ def save(
     """Write all files of a checkpoint, or none after an error. `load` reads back the same bits.
 
     `layout`: "transformers", "openai" (for openai/CLIP's build_model) or "open_clip". Raises
-    CheckpointError if writing fails, or if `load` would prefer other files of the directory.
+    CheckpointError if writing fails, or if `load` would read other files of the directory instead.
     """
     model = unwrapped(model)
     with saving_checkpoint(directory, layout, model, tokenizer, transform) as folder:

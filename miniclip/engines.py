@@ -67,7 +67,7 @@ def compiled(tower: nn.Module) -> Encode:
     """Compile a tower so that each weight is packed only once. PyTorch makes one graph for the
     shape of the first input, and a slower graph for all other shapes."""
     if next(tower.parameters()).is_cpu and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("the engine compile needs a C++ compiler, found none: install g++")
+        raise ValueError("torch.compile needs a C++ compiler, found none: install g++")
     from torch._inductor import config
 
     graph = torch.compile(tower)

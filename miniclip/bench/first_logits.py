@@ -69,7 +69,7 @@ def kilobytes(field: str) -> int:
 
 
 def main(library: str, inputs: str) -> None:
-    """Print the logits, and the peak memory in bytes without the memory that the imports take."""
+    """Print the logits, and the peak memory in bytes. The imports' memory is not counted."""
     first_logits = READY[library]()
     on_linux = sys.platform == "linux"
     before = kilobytes("VmRSS") if on_linux else 0

@@ -48,8 +48,8 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
 
 2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows.
 The times vary: in another run, 100,000 labels took a third of this time (growth 0.41). The command
-keeps freed memory for the next tensors. Otherwise Linux clears memory for each new tensor, and 256
-images take 1.5 times the time that the theory predicts from 64 images.
+keeps freed memory for the next tensors. Otherwise Linux clears memory for each new tensor, and the
+growth from 64 to 256 images is 1.5.
 
 10^9 rows do not fit on this machine: float32 vectors of 512 numbers take 2 TB. An exact search
 reads all of them. By calculation, FAISS's index `IVF1048576_HNSW32,PQ64` (product quantisation, 64

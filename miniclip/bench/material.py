@@ -27,7 +27,7 @@ from miniclip.transform import ImageTransform
 from miniclip.zeroshot.prompts import IMAGENET_CLASSES, TEMPLATE_SETS
 
 MAX_DISTANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""A library is not timed if its relative difference from miniclip's output is above this."""
+"""A library is not timed if its output's relative difference from miniclip's is above this."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def prepare(directory: Path, shape: str) -> CLIPConfig:
 
 
 def captions(count: int) -> list[str]:
-    """Put OpenAI's class names into OpenAI's templates. 80,000 captions contain few duplicates.
+    """Put OpenAI's class names into OpenAI's templates.
+
+    The first 80,000 captions contain few duplicates.
 
     >>> captions(2)
     ['a bad photo of a tench.', 'a photo of many rooster.']

@@ -35,7 +35,7 @@ class Case(NamedTuple):
     trials: dict[str, Trial]  # the keys are the names of the contenders
     form: Callable[[Any], Any]  # converts an output before `distance` compares it
     tolerance: float = 0.0
-    loose: dict[str, float] = {}  # the tolerance of contenders in reduced precision
+    loose: dict[str, float] = {}  # larger tolerances, for engines in bfloat16 or int8
 
 
 class Row(NamedTuple):
@@ -84,8 +84,8 @@ def alternate(
 ) -> list[list[float]]:
     """Return the costs of each round, in the order of `trials`.
 
-    Each round runs in a random order, because a trial leaves data in the caches, and this changes
-    the cost of the next trial.
+    Each round has its own random order, because a trial leaves data in the caches. This data
+    changes the cost of the next trial.
     """
     draw = random.Random(0)
     start = time.perf_counter()

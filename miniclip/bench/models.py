@@ -46,7 +46,7 @@ def encoders(setting: Setting, method: str, inputs: list[Tensor]) -> dict[str, T
     """Make a trial of each library's encoder, on the library's own input.
 
     If `setting.compile` is true, the compiled encoders of miniclip and transformers also run. All
-    outputs are then compared with miniclip's compiled encoder. Each engine runs miniclip's tower.
+    outputs are then compared with compiled miniclip's output. Each engine runs miniclip's tower.
     """
     pairs = zip(setting.libraries, inputs, strict=True)
     runs = {library.name: (getattr(library, method), x) for library, x in pairs}
@@ -135,7 +135,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
     ours, *peers = setting.libraries
     tokenizer = ours.tokenize
     assert isinstance(tokenizer, Tokenizer)
-    # Every hundredth label, and the longest label, because `all_at_once` pads all texts to it.
+    # Every hundredth label. Also the longest label: `all_at_once` pads all texts to its length.
     longest = max(IMAGENET_CLASSES, key=lambda label: len(tokenizer.encode(label)))
     labels, templates = [*IMAGENET_CLASSES[::100], longest], TEMPLATE_SETS["imagenet"]
     prompts = [template.replace("{}", label) for label in labels for template in templates]

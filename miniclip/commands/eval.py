@@ -51,8 +51,8 @@ FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
     (("retrieval",), "split", "split of Karpathy's .json (default: test)", {"metavar": "NAME"}),
     (("probe", "fewshot"), "train", "class folders with the images to learn from",
      {"metavar": "DIR"}),
-    (("probe", "fewshot"), "features", "the probe's features: ln_post, before the projection as in "
-     "the paper, or proj, after it (default: ln_post)", {"choices": ("ln_post", "proj")}),
+    (("probe", "fewshot"), "features", "the probe's features: ln_post is before the projection, "
+     "as in the paper; proj is after it (default: ln_post)", {"choices": ("ln_post", "proj")}),
     (("probe",), "val", "class folders for choosing the L2 strength (default: a fifth of --train)",
      {"metavar": "DIR"}),
     (("fewshot",), "shots", "learn from N examples of each class (default: 1 2 4 8 16)",
@@ -248,8 +248,9 @@ def examples_of_sets(
 ) -> "tuple[Loaded, LabelledImages, list[ByKind], list[str]]":
     """Load the model, and the examples of DATA, --train and --val.
 
-    Folders with the same name are one class. Returns the model; the images of DATA, with the
-    classes of all sets; the examples of each set; and a line for each unreadable image of DATA.
+    Folders with the same name are one class. Returns the model, the images of DATA, the
+    examples of each set, and a line for each unreadable image of DATA. The `folders` and `labels`
+    of the images name the classes of all sets.
     """
     import torch
 
@@ -328,7 +329,7 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
 
     if args.template or args.labels or args.plot or args.task != "zeroshot":
         raise ValueError(
-            "eval shapes asks fixed questions: expected no --task, --template, --labels or --plot"
+            "`eval shapes` asks fixed questions: expected no --task, --template, --labels or --plot"
         )
     scores = score(*load_model(args))
     if args.json:
@@ -336,8 +337,8 @@ def ask_about_shapes(args: argparse.Namespace) -> None:
         return
     print(f"model  {args.model}, on scenes that no training set has\n")
     for question, share, chance in (
-        ("top-1 of 64 colour-shape pairs, if seen in training", scores.seen, "1.6 %"),
-        ("top-1 of 64 colour-shape pairs, if never seen", scores.unseen, "1.6 %"),
+        ("colour-shape pairs seen in training: top-1 of 64", scores.seen, "1.6 %"),
+        ("colour-shape pairs never seen in training: top-1 of 64", scores.unseen, "1.6 %"),
         ("true caption beats the caption with swapped places", scores.relations, "50 %"),
         ("    captions with left or right", scores.left_right, "50 %"),
         ("    captions with above or below", scores.above_below, "50 %"),

@@ -93,8 +93,8 @@ def score_methods(args: argparse.Namespace) -> int:
     scenes = 200 if args.scenes is None else args.scenes
     if args.image or args.all or args.method or scenes < 1:
         raise ValueError(
-            "--score draws its own scenes and runs every method: expected no IMAGE, TEXT, --all or "
-            "--method, and --scenes of at least 1"
+            "--score draws its own scenes and runs every method: expected --scenes of at least 1, "
+            "and no IMAGE, TEXT, --all or --method"
         )
     if args.out:
         check_figure(args.out)

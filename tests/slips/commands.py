@@ -299,8 +299,8 @@ SLIPS = [
     ),
     Slip(
         "The chance level of one in 64 is printed as 6.4 %.",
-        '("top-1 of 64 colour-shape pairs, if never seen", scores.unseen, "1.6 %")',
-        '("top-1 of 64 colour-shape pairs, if never seen", scores.unseen, "6.4 %")',
+        '("colour-shape pairs never seen in training: top-1 of 64", scores.unseen, "1.6 %")',
+        '("colour-shape pairs never seen in training: top-1 of 64", scores.unseen, "6.4 %")',
         f"{CLI} -k drawn_world",
     ),
     Slip(
