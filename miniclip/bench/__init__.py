@@ -2,8 +2,8 @@
 
 `miniclip bench` times miniclip and transformers, with random weights in an official shape. If they
 are installed, it also times open_clip and openai/CLIP. It compares the outputs first. A library is
-not timed if its output differs from miniclip's output. "Matrix products alone" computes only
-the products with a tower's weights, in the fastest of PyTorch, oneDNN and MKL.
+not timed if its output differs from miniclip's output. "Matrix products alone" only
+multiplies random numbers by a tower's weights, in the fastest of PyTorch, oneDNN and MKL.
 
     $ miniclip bench --suite vision text
     Median cost, median rate, and median ratio to miniclip's cost (with quartiles).
@@ -102,7 +102,7 @@ float64 and keeps one block of the file in memory. FAISS keeps a copy of all vec
 `--compile` also times compiled encoders. `--engine` also times other engines (see `engines.py`).
 
 On Linux, glibc returns freed memory to the system. The system clears this memory before its next
-use. So an eager forward pass is slower. The commands `embed`, `eval` and `train` keep freed memory.
+use, which slows an eager forward pass. The commands `embed`, `eval` and `train` keep freed memory.
 In your own scripts, do the same: set the environment variables `MALLOC_MMAP_MAX_=0` and
 `MALLOC_TRIM_THRESHOLD_=4294967296`.
 
