@@ -69,7 +69,7 @@ def photographs() -> dict[str, Image.Image]:
 
     Raises ValueError if scikit-image or matplotlib is missing.
     """
-    matplotlib = find_spec("matplotlib")  # an import would make a settings folder
+    matplotlib = find_spec("matplotlib")  # `import matplotlib` would make a settings folder
     place = Path(matplotlib.origin or "") if matplotlib else Path()
     grace_hopper = place.parent / "mpl-data" / "sample_data" / "grace_hopper.jpg"
     try:

@@ -459,7 +459,7 @@ def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
         ({"visual.attnpool.q_proj.weight": torch.zeros(1)}, "a ResNet"),
         ({"visual.trunk.blocks.0.norm1.weight": torch.zeros(1)}, "no tensor visual.trunk"),
         ({"visual.attn_pool.query": torch.zeros(1)}, "attentional pooling"),
-        ({"text.transformer.embeddings.x": torch.zeros(1)}, "a text tower of transformers'"),
+        ({"text.transformer.embeddings.x": torch.zeros(1)}, "a text tower from transformers"),
         ({"text_decoder.ln.weight": torch.zeros(1)}, "CoCa's text decoder"),
         ({"logit_bias": torch.zeros(())}, "the bias of SigLIP's loss"),
         ({"more": torch.zeros(2)}, r"unexpected: more \(2,\)"),

@@ -386,7 +386,7 @@ def test_metadata_may_have_folders_and_letters_of_any_script(start, tmp_path):
     assert next(batches(data, 2, seed=0)).captions == ["Käse, quergestreift"] * 2
     assert "absent.png" in data.skipped[0]
     (tmp_path / "metadata.csv").write_bytes(rows.encode("latin-1", "replace"))
-    with pytest.raises(ValueError, match="metadata.csv: expected rows that can be read.*utf-8"):
+    with pytest.raises(ValueError, match="metadata.csv: its rows cannot be read.*utf-8"):
         open_data(tmp_path, ImageTransform(SIZE))
 
 

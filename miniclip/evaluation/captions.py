@@ -16,7 +16,7 @@ from miniclip.zeroshot.data import visible_files
 MOST_JSON = 2**30  # bytes; the captions of COCO's training images need less than 2**27
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 COLUMNS = ("file_name", "text")
-PICTURES = ("jpg", "jpeg", "png", "webp")  # an image with such an ending may have a .txt
+PICTURES = ("jpg", "jpeg", "png", "webp")  # endings of images that may have a .txt
 
 Row = tuple[str | Member, Sequence[str]]
 """An image and its captions."""
@@ -144,7 +144,7 @@ def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:  # Excel writes a BOM
             if table.suffix != ".jsonl":
-                delimiter = max(",\t;", key=file.readline().count)  # occurs most often in line 1
+                delimiter = max(",\t;", key=file.readline().count)  # the most frequent in line 1
                 file.seek(0)
                 yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
                 return
@@ -155,7 +155,7 @@ def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 elif value is not None:
                     raise ValueError(f"row {number} is not a JSON object")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{table}: expected rows that can be read: {error}") from None
+        raise ValueError(f"{table}: its rows cannot be read: {error}") from None
 
 
 def _read_json(path: Path, images: Path, split: str) -> Iterator[tuple[str, list[Any]]]:
@@ -191,7 +191,7 @@ def _read_shards(pictures: Sequence[Member]) -> Iterator[tuple[Member, list[str]
 
     texts: dict[tuple[str, str], list[str]] = {}
     for archive in dict.fromkeys(picture.archive for picture in pictures):
-        for file in members(archive, []):  # `find_pictures` reports damaged archives
+        for file in members(archive, []):  # damage is ignored here; `find_pictures` reports it
             if file.name.endswith(".txt"):
                 lines = file.read().decode("utf-8-sig", "replace").splitlines()
                 texts[archive, key(file.name)] = lines

@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
 
     @property
     def right(self) -> Tensor:
-        """The number of images of each class that got the true label, (C,)."""
+        """The number of correctly classified images of each class, (C,)."""
         return self.confusion.diagonal()
 
     @property

@@ -1,4 +1,4 @@
-"""Compute the features of images. A cache of index files can keep them for the next task."""
+"""Compute the features of images. Index files can cache the features for the next task."""
 
 import os
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def picture_features(
     for kind in reversed([*vectors] if cache is not None else []):
         files[kind].parent.mkdir(parents=True, exist_ok=True)
         made_by = encoder
-        if kind == "ln_post":  # a new fingerprint, so that no text is compared with `ln_post`
+        if kind == "ln_post":  # its own fingerprint, so that a search by text refuses this index
             made_by = encoder._replace(fingerprint=f"ln_post:{encoder.fingerprint}")
         paths = Strings.pack(names[row] for row in rows)
         Index(vectors[kind], paths, made_by, skipped).save(files[kind])

@@ -203,7 +203,7 @@ def few_shot(
         examples = train.of(torch.cat([rows[:k] for rows in order]))
         val = train.of(torch.cat([rows[k : k + min(k, 4)] for rows in order]))
         if not len(val.classes):
-            raise ValueError(f"no class has more than {k} examples; expected more to choose lambda")
+            raise ValueError(f"no class has more than {k} examples; choosing lambda needs more")
         strength, _ = fit_best(fit, examples, val)
         found.setdefault((k, name), []).append(share_right(fit(examples, strength), test))
     return [

@@ -44,7 +44,7 @@ def draw_cells(axes: Axes, result: Evaluation) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(length=0, labelsize=11 if len(labels) <= MOST_NUMBERS else 7)
     axes.spines[:].set_visible(False)
-    axes.set_title("percentage of each true class", loc="left", fontsize=11)
+    axes.set_title("percentage of the images of each true class", loc="left", fontsize=11)
     if len(labels) <= MOST_NUMBERS:
         for i, j in (share >= 0.005).nonzero().tolist():
             color = "white" if share[i, j] > 0.3 else "black"
@@ -95,7 +95,7 @@ def draw_reliability(axes: Axes, result: Evaluation) -> None:
     axes.plot(confidence / images, right / images, marker="o", color=BLUE)
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("probability of the best label; grey: the share of the images")
+    axes.set_xlabel("probability of the best label; grey bars: share of images")
     axes.set_ylabel("accuracy")
     axes.spines[["top", "right"]].set_visible(False)
     error = f"expected calibration error {result.calibration_error:.1%}"

@@ -47,7 +47,7 @@ def check_config(config: Any) -> None:
                 ids = f"an id from 0 to {last}, because vocab_size is {config.vocab_size}"
                 raise wrong(f"{kind}: {name}", value, ids)
         if config.eos_token_id != LEGACY_EOS:
-            object.__setattr__(config, "literal_eos", False)  # it is used only if the id is 2
+            object.__setattr__(config, "literal_eos", False)  # this field is used only with id 2
 
 
 def check_tower(config: Any) -> None:
@@ -219,7 +219,7 @@ def as_list(texts: Any, what: str = "text") -> list[str]:
 
 
 def check_reference(reference: str) -> None:
-    """Raise ValueError for an unknown reference."""
+    """Raise ValueError unless `reference` is one of REFERENCES."""
     if reference not in REFERENCES:
         raise wrong("reference", reference, " or ".join(map(repr, REFERENCES)))
 
@@ -255,7 +255,7 @@ def too_long(i: int, text: str, tokens: int, limit: int) -> ContextLengthError:
 def check_tokens(
     vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], tokens: Iterable[str]
 ) -> None:
-    """Raise ValueError unless ids are 0 to n-1, and `vocab` contains all `merges` and `tokens`."""
+    """Raise ValueError if ids are not 0 to n-1, or if a token of `merges` or `tokens` has no id."""
     ids = {id for id in vocab.values() if type(id) is int}
     if missing := set(range(len(vocab))) - ids:
         raise ValueError(

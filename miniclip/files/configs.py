@@ -220,9 +220,9 @@ def without_config(
 
     Shapes do not determine the heads and the activation. OpenAI's own files have heads of width 64
     and QuickGELU. For other files, a published model with the same shapes gives the heads and the
-    activation. Without such a model, a file in OpenAI's layout is read like OpenAI's own files.
-    Raises ValueError for a file in another layout, and if published models have different
-    activations.
+    activation. Without such a model, a file in OpenAI's layout is read like OpenAI's own files, and
+    a file in another layout raises ValueError. ValueError is also raised if several published
+    models have the same shapes and different activations.
     """
     fields = from_shapes(tensors, table, towers)
     is_openai = any(name in tensors for name in OPENAI_NUMBERS)
@@ -244,8 +244,8 @@ def without_config(
         width = fields[tower]["width"]
         if not known and width % 64:
             raise ValueError(
-                f"the {tower} tower has width {width}, not a multiple of 64, the width of OpenAI's "
-                "heads. If open_clip wrote the file, put open_clip_config.json beside it"
+                f"the {tower} tower has width {width}, not a multiple of 64 (the width of "
+                "OpenAI's heads). If open_clip wrote the file, put open_clip_config.json beside it"
             )
         numbers = known.get(tower, {"heads": width // 64, "act": "quick_gelu"})
         fields[tower] |= {field: numbers[field] for field in ("heads", "act")}
@@ -295,5 +295,5 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
                 )
         odd = [reason for reason, holds in reasons.items() if holds]
     if odd:
-        found = ", ".join(dict.fromkeys(odd))  # both towers may give the same reason
+        found = ", ".join(dict.fromkeys(odd))  # a reason of both towers is named once
         raise ValueError(f"the layout {layout!r} cannot express {found}; 'transformers' can")

@@ -119,7 +119,7 @@ def _inside(directory: Path, folder: str) -> Path:
 
 
 def as_path(name: str | PathLike[str]) -> Path:
-    """Return a name as a path. Test it with os.path, because a test by Path may raise OSError."""
+    """Return a name as a path. Test it with os.path.isfile: Path.is_file may raise OSError."""
     return Path(os.path.expanduser(name))
 
 
@@ -195,9 +195,9 @@ def _check_hashes(
 ) -> None:
     """Verify each cached file against its hash once, because the hub's client does not.
 
-    A cached file is a link to a file that is named by its hash. In a cache without links, `ask`
-    gives the hash. The file `checked` is a list of the verified files. Raises CheckpointError if
-    a hash differs. If the file is not in `before`, this load has downloaded it, and deletes it.
+    A cached file is a link to a file whose name is the hash. In a cache without links, `ask` gives
+    the hash. The file `checked` is a list of the verified files. Raises CheckpointError if a hash
+    differs. If this load downloaded the damaged file (not in `before`), the file is deleted.
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
     hashes = None

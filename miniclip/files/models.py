@@ -330,7 +330,7 @@ class _Undrawn(TorchFunctionMode):
 def meta_device() -> Iterator[None]:
     """A context manager: models that are made inside have shapes but no weights.
 
-    Random initialisation is skipped, because torch would import its compiler on the meta device.
+    Random initialisation is skipped: on the meta device it imports torch's compiler, which is slow.
     """
     with torch.device("meta"), _Undrawn():
         yield
@@ -378,6 +378,7 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
     if count > end + 1 and is_legacy:
         warn(
             f"{name}: its config has eos_token_id {LEGACY_EOS}, so transformers and miniclip read "
-            "a text at its largest id. This tokenizer has ids above the end token's, so some texts "
-            f"are not read at their end. Set eos_token_id to {end} to read every text at its end"
+            "a text at its largest id. This tokenizer's end token does not have the largest id, so "
+            "some texts are not read at their end. "
+            f"Set eos_token_id to {end} to read every text at its end"
         )

@@ -239,7 +239,7 @@ def recognize(
 
 
 def _is_forks(prefix: str, extra: Layout) -> bool:
-    """Whether a fork's own parameter has this prefix, so that the larger model is the fork."""
+    """Whether a fork's own parameter has this prefix. If so, every tensor belongs to the fork."""
     return any(theirs.startswith(prefix) for theirs in extra.values())
 
 
@@ -311,7 +311,7 @@ _OTHERS = {
     "visual.layer1.": "a ResNet",
     "visual.attnpool.": "a ResNet",
     "visual.attn_pool.": "attentional pooling",
-    "text.transformer.embeddings.": "a text tower of transformers'",
+    "text.transformer.embeddings.": "a text tower from transformers",
     "text_decoder.": "CoCa's text decoder",
     "logit_bias": "the bias of SigLIP's loss",
 }

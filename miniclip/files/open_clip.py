@@ -92,7 +92,7 @@ def _tower(settings: dict[str, Any], known: Fields, section: str) -> Fields:
     known = known | {"mlp_ratio": 4.0}
     _refuse_others(settings, {*known, "norm_kwargs"}, section)
     values: Fields = {name: settings.get(name, default) for name, default in known.items()}
-    # These values are multiplied later, and Python would also multiply a string or a list.
+    # Values that are multiplied later are checked: Python would also multiply a string or a list.
     for name in ("width", "head_width", "vocab_size", "mlp_ratio"):
         value, kinds = values.get(name, 1), (int, float) if name == "mlp_ratio" else (int,)
         if type(value) not in kinds or not 0 < value < 2**31:

@@ -48,7 +48,7 @@ class PickledTensors:
             root, self.places = read(file)
         self.stored = find_state_dict(root)
         count = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in self.stored.values())
-        if count > 2 * path.stat().st_size:  # `count` includes tied tensors twice
+        if count > 2 * path.stat().st_size:  # tied tensors are counted twice
             raise UnpicklingError(f"its tensors would have {count:,} bytes")
         self.path = path
         self.remapped()

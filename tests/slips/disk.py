@@ -299,7 +299,7 @@ SLIPS = [
     ),
     Slip(
         "A transformers text tower inside open_clip is not recognised.",
-        '    "text.transformer.embeddings.": "a text tower of transformers\'",\n',
+        '    "text.transformer.embeddings.": "a text tower from transformers",\n',
         "",
         "tests/test_layouts.py -k a_clip_in_openais",
     ),
