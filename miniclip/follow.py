@@ -169,7 +169,7 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
 
 
 def check_rebuilt(who: str, model: Any) -> Any:
-    """Return the model, but raise ValueError unless its class and config determine its modules.
+    """Return the model. Raise ValueError if its class and config do not determine its modules.
 
     In some forks, blocks differ from layer to layer, or the position embedding is a buffer.
     Then saving and loading would give another model. CLIP itself does not need this check.
@@ -186,9 +186,9 @@ def check_rebuilt(who: str, model: Any) -> Any:
 def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -> None:
     """Raise ValueError if surgery on a fork's tower gave a wrong embedding.
 
-    `tower` is the new tower. Its embedding must equal the embedding of the old tower `other` when
-    hooks make the `edits`. CLIP's own towers are not checked, because tests show that surgery on
-    them is exact.
+    `tower` is the new tower, and `other` is the old tower. While hooks make the `edits` in the old
+    tower, both must give the same embedding. CLIP's own towers are not checked, because tests show
+    that surgery on them is exact.
     """
     own = ("__init__", "forward")
     if not any(

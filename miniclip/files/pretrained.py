@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         def forward(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
 
     class _Called:
-        """Give `__call__` the argument types and the result type of `forward`, also in a fork."""
+        """Give `__call__` the argument types and the result type of the class's own `forward`."""
 
         def __get__(self, module: _HasForward[P, R], owner: Any = None) -> Callable[P, R]: ...
 

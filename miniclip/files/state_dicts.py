@@ -37,7 +37,7 @@ class StoredTensor(NamedTuple):
 
 
 class Made(dict[Any, Any]):
-    """The items and attributes of an object that only code in the pickle could make."""
+    """An object that only code in the pickle could make, reduced to its items and attributes."""
 
     def __init__(self, maker: str = "") -> None:
         self.maker = maker

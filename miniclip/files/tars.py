@@ -50,11 +50,11 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError,
             RecursionError) as error:  # fmt: skip
         note = f"{name}: the tar cannot be read to its end: {str(error)[:300]}"
-        damage += [note] * (note not in damage)  # add it once, although each epoch reads the tar
+        damage += [note] * (note not in damage)  # only once: each epoch reads the tar again
 
 
 class _Bounded:
-    """A file that raises ValueError if a damaged header sends tarfile beyond the file's end."""
+    """A file that raises ValueError if a damaged header makes tarfile read beyond its end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -66,5 +66,5 @@ class _Bounded:
         if not 0 <= count <= max(self.size - self.tell(), 512) or self.ended:
             raise ValueError(f"a header asks for {count:,} bytes")
         data = self.file.read(count)
-        self.ended = count > 0 and not data  # a second read after the end means damage
+        self.ended = count > 0 and not data  # an intact tar is not read again at its end
         return data

@@ -45,7 +45,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     with blaming(source):
         check_tokens(vocab, merges, [])
         if not any(token.endswith(END_OF_WORD) for token in vocab):
-            raise ValueError(f"no token ends with {END_OF_WORD}; expected it at each word's end")
+            raise ValueError(f"no token ends with {END_OF_WORD}, which marks the end of a word")
         given = {token: id for token, (_, id) in added.items() if id is not None}
         for token, id in sorted(given.items(), key=lambda item: item[1]):
             if (found := vocab.setdefault(token, len(vocab))) != id:
@@ -100,7 +100,7 @@ def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Itera
 
 
 def _read_merges(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
-    """Read the vocabulary and the merges. Return them after the path of the vocabulary's file."""
+    """Return the path of the vocabulary's file, the vocabulary, and the merges."""
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
     whole, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
     if vocab.is_file() and (merges.is_file() or not whole.is_file()):

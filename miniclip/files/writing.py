@@ -31,7 +31,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file. If no error occurs, it replaces `path` at the end."""
+    """Yield a temporary file's path. If no error occurs, this file replaces `path` at the end."""
     if path.exists() and not path.is_file():  # do not replace a device
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with _private_folder(path.parent) as folder:
@@ -49,8 +49,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def _private_folder(directory: Path) -> Iterator[Path]:
     """Yield a new folder inside `directory`, and remove it at the end.
 
-    A process locks its folder. If a folder has no lock, its process was killed, and the folder is
-    removed here. On a system without locks, such a folder stays.
+    A process locks its folder. A folder without a lock was left by a killed process, and is removed
+    here. On a system without locks, such a folder stays.
     """
     held = None
     while held is None:  # another process may remove the folder or its parents before we lock it

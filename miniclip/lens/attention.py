@@ -113,7 +113,8 @@ def pair_gradients(
     model: CLIP, pixels: Tensor, ids: Tensor, *sites: str
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """The tensors at sites, and the gradients of B pairs' logits with respect to these tensors."""
-    # The caller may have turned gradients off. A tensor from inference mode must be copied.
+    # The caller may have turned gradients off. The inputs are copied, because autograd cannot use
+    # tensors from inference mode.
     with torch.inference_mode(False), torch.enable_grad():
         with cache(model, *sites, grad=True) as acts:
             logits = model(pixels.clone(), ids.clone()).logits_per_image.diagonal()  # (B,)

@@ -72,7 +72,7 @@ def forward_intermediates(
         output_fmt: "NCHW" (B, W, rows, columns), the default for images, or "NLC" (B, T, W).
         intermediates_only: return only the list of streams.
     Returns:
-        First the last LayerNorm's output for the last block that ran, then the list of streams.
+        A pair: the last LayerNorm's output for the last block that ran, and the list of streams.
 
     >>> from miniclip import CLIP
     >>> vision, pixels = CLIP.from_pretrained("shapes").vision, torch.zeros(1, 3, 64, 64)

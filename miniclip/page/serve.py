@@ -42,7 +42,7 @@ except ImportError:
 HOST = "127.0.0.1"
 FIRST_PORT = 8400
 MAX_BYTES = 20_000_000  # of an uploaded image
-MAX_PIXELS = 50_000_000  # of an uploaded image, because decoding takes over ten bytes a pixel
+MAX_PIXELS = 50_000_000  # of an uploaded image; decoding needs over 10 bytes of memory per pixel
 MAX_LABELS, MAX_CHARACTERS = 200, 1000  # labels in a question, characters in a text
 MAX_WAITING = 16  # questions that wait at the same time
 MAX_SECONDS = 60  # for receiving a question, and again for answering it

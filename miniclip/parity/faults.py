@@ -132,7 +132,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "norms": {f"no {name}{BEFORE.get(name, '')}": {name: 0} for name in LAYER_NORMS}
     | {f"{name} twice": {name: 2} for name in LAYER_NORMS},
     "early": {f"{name} before the first block": name for name in LAYER_NORMS},
-    "mask": {  # where keys are hidden, given ones (B, H, T, T) and the end tokens' positions
+    "mask": {  # from a (B, H, T, T) tensor of ones and the end positions: True hides a key
         "no causal mask": no_mask,
         "a causal mask": causal_mask,
         "a causal mask that hides earlier tokens": lambda ones, end: ones.tril(-1).bool(),
