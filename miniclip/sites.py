@@ -137,7 +137,8 @@ def uncompiled() -> Iterator[None]:
 
     Such `with` blocks may overlap and end in any order. The last exit restores torch's setting.
     """
-    # If the compiler is not imported, nothing is compiled. Importing it takes over a second.
+    # Until the compiler is imported, no model is compiled. The compiler is not imported here,
+    # because an import takes over a second.
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -305,7 +306,7 @@ KINDS = {  # TransformerLens' names of sites -> miniclip's
     "q": "attn.q",
     "k": "attn.k",
     "v": "attn.v",
-    "attn_scores": "attn.scores",  # before the mask, but after the mask in TransformerLens
+    "attn_scores": "attn.scores",  # TransformerLens' scores are after the mask, ours before it
     "pattern": "attn.pattern",
     "z": "attn.z",
     "attn_out": "attn",

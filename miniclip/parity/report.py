@@ -20,7 +20,7 @@ class Difference(NamedTuple):
     site: str
     absolute: float
     relative: float  # the absolute difference, divided by the largest number at the site
-    float64: float  # the absolute difference, if both models run in float64
+    float64: float  # the absolute difference between the models' float64 runs
     model_error: float  # how far the first model is from the second model's float64 run
     other_error: float  # how far the second model is from its own float64 run
     within_tolerance: bool
@@ -101,7 +101,7 @@ def summarize(rows: list[Difference]) -> list[Difference]:
 
 
 def nearer(rows: list[Difference]) -> dict[str, int]:
-    """Count the sites where each model has the smaller error, and where the errors are equal."""
+    """For each model, count the sites where its error is smaller. Count equal errors too."""
     errors = [row[4:6] for row in rows if row.site not in ("tokens", "pixels")]
     nearer = Counter("equal" if a == b else "model" if a < b else "other" for a, b in errors)
     return {name: nearer[name] for name in ("model", "other", "equal")}

@@ -116,7 +116,7 @@ def blocks_of(model: Any, table: Layout, tower: str) -> Iterator[Any]:
 
 
 Read = Callable[[tuple, Any], Any]
-"""Return the tensor at a site from a module's arguments and output. Other results are ignored."""
+"""Return the tensor at a site from a module's arguments and output. A non-tensor is ignored."""
 
 
 def argument(args: tuple, out: Any) -> Any:

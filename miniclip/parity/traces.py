@@ -17,7 +17,7 @@ from miniclip.sites import uncompiled
 
 
 class Setting(NamedTuple):
-    """How to run a model. Cast weights and pixels to `dtype`. If `exact`, then cast to float64."""
+    """How to run a model. Cast weights and pixels to `dtype`, and then to float64 if `exact`."""
 
     dtype: torch.dtype
     exact: bool
@@ -156,7 +156,7 @@ def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tens
     """Return one tensor for each site. If possible, it has the shape of the tensor in `peer`.
 
     A fork may compute a batch in pieces, or put the token axis before the batch axis. `batch` has
-    each tower's batch size. If several calls do not join, "{site} again" has the last tensor.
+    each tower's batch size. If a site's tensors are not joined, "{site} again" has the last tensor.
     """
     tensors = {}
     for site, (first, *more) in run.calls.items():

@@ -118,7 +118,7 @@ class Strings(Sequence[str]):
         return self.text[start:end].numpy().tobytes().decode("utf-8", "surrogateescape")
 
     def is_sound(self) -> bool:
-        """Whether `ends` never decreases, and the last number in `ends` is the length of `text`."""
+        """Whether the numbers in `ends` never decrease, and the last is the length of `text`."""
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends])
         return bool((ends.diff() >= 0).all()) and int(ends[-1]) == len(self.text)
 
@@ -173,7 +173,8 @@ class Index:
         try:
             open_regular(path).close()
             is_one = False
-            while not is_one:  # a save may replace the file while safetensors opens it twice
+            # safetensors opens the file twice. If a save replaces the file in between, open again.
+            while not is_one:
                 before = os.stat(path)
                 with safe_open(path, framework="pt") as file:
                     about = json.loads((file.metadata() or {})["miniclip.index"])

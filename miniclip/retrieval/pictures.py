@@ -63,8 +63,8 @@ def find_pictures(
 
 
 def _is_wanted(path: str, exclude: Sequence[str], given: Sequence[str] = ()) -> bool:
-    """Return False if `exclude` matches the path or a part of the path, or if the path has a hidden
-    part that is not in `given`."""
+    """Return whether to keep a path. A path is left out if `exclude` matches it or a part of it, or
+    if one of its parts is hidden and not in `given`."""
     parts = Path(path).parts
     if any(is_hidden(part) for part in parts if part not in given):
         return False

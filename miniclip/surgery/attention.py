@@ -118,8 +118,8 @@ def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
 
 
 def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
-    """The mean of GEM's q-q, k-k and v-v patterns. Each kind of attention first averages
-    its unit vectors. Its pattern then compares the averages."""
+    """The mean of GEM's q-q, k-k and v-v patterns. For each pattern, attention first replaces each
+    unit vector by a mean of similar unit vectors. The pattern then compares these means."""
     # For each image: the mean norm of its token vectors, divided by the square root of D.
     sharpness = seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1) * q.shape[-1] ** -0.5
 

@@ -22,7 +22,9 @@ Grid = tuple[int, int]  # rows, columns
 
 
 def _antialiased(x: Tensor, grid: Grid) -> Tensor:
-    if grid[1] == 1:  # on a CPU, one call in torch 2.13 gives wrong rows after the first row
+    # If a single call resizes to one column, torch 2.13 on a CPU gets only the first row right. So
+    # another call resizes the rows first.
+    if grid[1] == 1:
         x = F.interpolate(x, (grid[0], x.shape[3]), mode="bicubic", antialias=True)
     return F.interpolate(x, grid, mode="bicubic", antialias=True)
 
@@ -50,7 +52,7 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     `dataclasses.replace(transform, size=size, crop_size=size)`.
 
     Args:
-        size: (height, width), or one number for both. ValueError if smaller than one patch.
+        size: (height, width), or one number for both. A size below one patch raises ValueError.
         method: how to resample the position embedding. "transformers" (interpolate_pos_encoding),
             "timm" (also in open_clip), "openai-bilinear" or "dino".
 
@@ -108,7 +110,7 @@ def resize_patch(model: CLIP, size: int, method: str = "timm") -> CLIP:
     Args:
         method: how to resize a patch. "flexivit" is bilinear, not antialiased (big_vision, Beyer et
             al. 2022, arXiv 2212.08013). "timm" is bicubic and antialiased (resample_patch_embed).
-            The kernels of the two methods differ by a quarter or more.
+            The two methods give kernels that differ by a quarter or more.
 
     >>> from miniclip import CLIP
     >>> model = resize_patch(CLIP.from_pretrained("shapes"), 16)  # from 8
@@ -189,7 +191,7 @@ def extend_context(
     if length < old or not 0 <= keep <= old - 2:
         raise ValueError(
             f"cannot stretch {old} positions to {length} with keep={keep}: expected a length of at "
-            f"least {old}, and a `keep` from 0 to {old - 2}, because two rows or more are stretched"
+            f"least {old}, and a `keep` from 0 to {old - 2}, because stretching needs two rows"
         )
     reconfigure(new, "text", context_length=length)
     pos_embed = new.text.pos_embed
@@ -274,7 +276,7 @@ def _rows(given: int | Tensor, like: Tensor, default: Tensor) -> Tensor:
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter and keep `requires_grad`. It is True if there was no parameter."""
+    """Replace a parameter and keep its `requires_grad`. A new parameter requires gradients."""
     old = getattr(module, name)
     trained = True if old is None else old.requires_grad
     setattr(module, name, nn.Parameter(value.detach().clone(), trained))

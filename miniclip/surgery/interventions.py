@@ -137,7 +137,7 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     >>> torch.equal(spliced, model.encode_image(pixels))
     True
     """
-    # Compute the error without the module's hooks, so that it does not cancel the hooks' effect.
+    # An error that is computed with the module's hooks would cancel the effect of the hooks.
     unhooked = copied(module, shares_weights=True) if error_term else module
 
     def through(tensor: Tensor, name: str) -> Tensor:
