@@ -14,7 +14,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
     """Wrap items in a progress bar, which appears after two seconds.
 
     If stderr is not a terminal, a line is printed every 30 seconds instead. `options` are
-    arguments of tqdm. Without items, pass `total`, and call `update` on the result.
+    arguments of tqdm. If `items` is None, pass `total`, and call `update` on the result.
     """
     from tqdm import tqdm  # imported only here, so that `miniclip --help` is fast
 
@@ -29,7 +29,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
             return True
 
         def refresh(self, nolock: bool = False, **options: Any) -> None:
-            # Print no line in a notebook, or if `tqdm.write` calls this (with nolock).
+            # Print nothing in a notebook, and nothing if nolock is True (a call by `tqdm.write`).
             is_notebook = type(sys.stderr).__module__.startswith("ipykernel")
             if not (nolock or self.disable or is_notebook):
                 self.display()
@@ -49,9 +49,9 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
 
 @contextmanager
 def delaying_interrupt(message: str) -> Iterator[Callable[[], bool]]:
-    """Delay Ctrl-C in a `with` block, so that a program stops only where it can continue later.
+    """Delay Ctrl-C in a `with` block, so that a program can save its work before it stops.
 
-    The first Ctrl-C prints the message, and makes the yielded function return True. The second
+    The first Ctrl-C prints the message. From then on, the yielded function returns True. The second
     Ctrl-C raises KeyboardInterrupt.
     """
     asked: list[int] = []

@@ -1,8 +1,8 @@
 """Text -> token ids: the byte-level BPE of CLIP.
 
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", arXiv
-1508.07909, on bytes as in GPT-2. Two references are matched exactly: transformers' CLIPTokenizer
-and OpenAI's clip/simple_tokenizer.py. They clean and split texts differently.
+1508.07909. The symbols are bytes, as in GPT-2. Two references are matched exactly: transformers'
+CLIPTokenizer and OpenAI's clip/simple_tokenizer.py. They clean and split texts differently.
 
     clean             "Cats,  NAPPING"  ->  "cats, napping"
     split             "cats, napping"   ->  "cats"  ","  "napping"
@@ -160,7 +160,7 @@ class Tokenizer(PretrainedTokenizer):
         self._merge = Merger(self.vocab, self.merges)
         self._added = AddedTokens(self.added, clean_transformers)
         for cleaned, token in self._added.cleaned.items():
-            self._tokens[self.vocab[token]] = cleaned  # transformers decodes to the cleaned text
+            self._tokens[self.vocab[token]] = cleaned  # transformers decodes ids to cleaned tokens
         self._clean = clean_openai if reference == "openai" else clean_transformers
         self._split = split_openai if reference == "openai" else split_transformers
         # Cleaning, splitting and merging never look across a space, so a chunk between two spaces

@@ -51,7 +51,7 @@ def average(models: list[CLIP]) -> CLIP:
 
 @dataclass(frozen=True)
 class TaskVector:
-    """The float64 change of each weight by fine-tuning (Ilharco et al. 2022, arXiv 2212.04089).
+    """How fine-tuning changed each weight, in float64 (Ilharco et al. 2022, arXiv 2212.04089).
 
     Task vectors can be added, subtracted and scaled. Adding a negated task vector makes a model
     forget the task.
@@ -145,7 +145,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(model: Module, shares_weights: bool = False) -> Module:
-    """Copy a model without its forward hooks, because no handle could remove the copied hooks.
+    """Copy a model without its forward hooks, because a handle cannot remove a copied hook.
 
     If `shares_weights`, the copy shares the model's tensors.
 
@@ -191,7 +191,7 @@ def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
 
 
 def _ties(model: CLIP) -> list[int]:
-    """For each parameter name, return the index of the first name of the same parameter."""
+    """Number the parameter names. All names of a shared parameter have the same number."""
     ids = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     return [ids.index(one) for one in ids]
 

@@ -24,7 +24,8 @@ class RememberedChunks(dict[str, Sequence[int]]):
     ) -> None:
         super().__init__()
         self.encode, self.merge = encode, merge
-        self.whole = any(c.isspace() for token in added for c in token)  # then texts are not split
+        # If an added token has a space, texts are not split into chunks.
+        self.whole = any(c.isspace() for token in added for c in token)
         has_letters = all({a, a + END_OF_WORD} <= vocab.keys() for a in ascii_lowercase)
         self.has_words = has_letters and not any(token.lower().isalpha() for token in added)
         if self.has_words:

@@ -24,6 +24,6 @@ def _repaired(text: str) -> str:
     if len(text) < 5000 or not LONG_RUN.search(ftfy.fix_text(text, normalization=None)):
         return ftfy.fix_text(text)
     before = ""
-    while text != before:  # repeat as ftfy does, but with a faster NFC
+    while text != before:  # ftfy has this loop too, but with a slower NFC
         before, text = text, nfc(ftfy.fix_text(text, normalization=None))
     return text

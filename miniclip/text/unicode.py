@@ -105,5 +105,5 @@ def word_pattern(word: str, reference: str) -> regex.Pattern[str]:
     letter, number, flags = r"\p{L}", r"\p{N}", regex.VERBOSE | regex.IGNORECASE
     if reference == "transformers":
         letter, number = rf"[\p{{L}}--[{TOO_NEW}]]", rf"[\p{{N}}--[{TOO_NEW}]]"
-        flags = regex.VERBOSE | regex.VERSION1  # VERSION1 lets -- exclude characters
+        flags = regex.VERBOSE | regex.VERSION1  # in VERSION1, [A--B] is A without B
     return regex.compile(word.replace("LETTER", letter).replace("NUMBER", number), flags)

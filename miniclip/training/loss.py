@@ -186,8 +186,8 @@ def backward(
         is_last = gradient is gradients[-1]
         end = partial(_chain, gradient, value if is_last else 0.0)
         torch.manual_seed(seed)
-        # Gradients add up over the chunks. DistributedDataParallel averages the sum over the
-        # processes in the last chunk's backward pass.
+        # Gradients add up over the chunks. In the last chunk's backward pass,
+        # DistributedDataParallel averages these sums over all processes.
         with getattr(objective, "no_sync", nullcontext)() if not is_last else nullcontext():
             objective(*part, end).backward()
     return value.detach()
@@ -196,6 +196,7 @@ def backward(
 def _chain(
     gradient: tuple[Tensor, Tensor], value: Any, image_embeds: Tensor, text_embeds: Tensor
 ) -> Tensor:
-    """Return a sum to backpropagate in place of the loss. The products with `gradient` train the
-    towers (chain rule). `value` trains the other parameters, such as the logit scale."""
+    """Return a sum to backpropagate in place of the loss. Its backward pass gives the embeddings
+    the gradients `gradient`, which train the towers. `value` trains the other parameters, such as
+    the logit scale."""
     return value + (image_embeds * gradient[0]).sum() + (text_embeds * gradient[1]).sum()

@@ -70,8 +70,8 @@ def trainable(model: CLIP, freeze: str = "", lora: int = 0, seed: int = 0) -> CL
     """Choose which parameters are trained. Return the model, or a copy if `lora` is above 0.
 
     `freeze` has names or globs of modules and parameters, separated by commas. If `lora` is above
-    0, only LoRA of this rank on the query and value weights is trained. Raises ValueError if a glob
-    matches nothing, or if no parameter is left to train.
+    0, add LoRA of this rank to the query and value weights, and train only the LoRA matrices.
+    Raises ValueError if a glob matches nothing, or if no parameter is left to train.
 
     >>> model = trainable(CLIP.from_pretrained("shapes"), "vision, text.*embed*")
     >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]
@@ -118,7 +118,7 @@ def make_optimizers(
     """Make AdamW. If `muon_lr` is above 0, also make Muon, for the matrices of the blocks.
 
     Weight decay does not apply to biases, LayerNorms, the class token and the logit scale.
-    `shares` gives a parameter's learning rate as a share of `lr` or `muon_lr` (1 if not given).
+    A parameter's learning rate is `lr` or `muon_lr`, times its value in `shares` (default: 1).
     """
     kinds: tuple[dict[Any, list[Tensor]], ...] = ({(0.0, 1.0): []}, {})
     for name, p in named:

@@ -69,7 +69,7 @@ def shard(model: CLIP) -> CLIP:
     """Shard each block and each tower over all processes, in place, with FSDP2.
 
     The logit scale is not sharded, because all processes compute the same gradient for it.
-    Raises ValueError without torchrun, or if a fork has other weights outside the towers.
+    Raises ValueError without torchrun, or if a fork adds weights outside the towers.
     """
     if not dist.is_initialized():
         raise ValueError("fsdp shards the weights over several processes: start them with torchrun")

@@ -142,7 +142,8 @@ class Run:
         tokenizer: Tokenizer,
         transform: ImageTransform,
     ) -> dict[str, float]:
-        """Score the model on held-out data. Write `out`/best if the first score is the best yet."""
+        """Score the model on held-out data. Write `out`/best if the first of the scores is higher
+        than in all earlier validations."""
         self.read_losses()
         began, weights = time.monotonic(), self._weights().eval()
         scores = scores_of(Loaded(weights, tokenizer, transform))

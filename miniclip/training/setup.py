@@ -103,7 +103,7 @@ def set_up(
     if config:
         fields = read_json(Path(config))
         if isinstance(text := fields.get("text_config"), dict):
-            # The vocabulary that is learnt below may be too small for transformers' default ids.
+            # transformers' default ids, 49406 and 49407, may not fit the vocabulary learnt below.
             fields["text_config"] = text | {"bos_token_id": 0, "eos_token_id": 0}
         shape = CLIPConfig.from_dict(fields)
     elif directory:

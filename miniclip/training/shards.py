@@ -62,7 +62,7 @@ class Shards:
         return map(_caption, self._samples(self.paths))
 
     def _samples(self, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yield complete, undecoded samples. If a shard is damaged, note this and skip the rest."""
+        """Yield complete, undecoded samples. Report a damaged shard and skip the rest of it."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def note(error: Exception) -> bool:

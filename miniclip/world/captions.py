@@ -167,12 +167,12 @@ def named(object: Object) -> list[Phrase]:
 
 
 def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
-    """Return false claims, grouped by the one thing in which they differ from a true claim.
+    """Return false claims, grouped by what was changed in a true claim to make them false.
 
     Two objects exchange their "places" or "colours", so the false caption has the same words. If
-    the claim is about the place of one object, the false claim has the opposite place. If no such
-    claim is false, one word is replaced: a "size", "colour" or "shape". A false claim contains a
-    held-out pair only if the true claim contains this pair too.
+    the claim is about the place of one object, the false claim has the opposite place. If this
+    gives no false claim, one word is replaced: a "size", "colour" or "shape". A false claim
+    contains a held-out pair only if the true claim contains this pair too.
     """
     opposite = OPPOSITE.get(claim.relation)
     made = swaps(claim) if len(claim.phrases) > 1 else {}

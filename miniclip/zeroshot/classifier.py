@@ -92,7 +92,7 @@ def class_embeddings(
         raise ValueError("a label is empty: expected at least one label, and a word in each label")
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"template {template!r} has no {{}}, the place of the label")
+            raise ValueError(f"template {template!r} has no {{}} for the label")
     if not templates:
         raise ValueError("no templates: expected at least one, such as 'a photo of a {}.'")
     prompts = [t.replace("{}", name) for several in names for name in several for t in templates]
@@ -135,8 +135,8 @@ def find_templates(names: str | Iterable[str]) -> list[str]:
     for name in as_list(names, "template"):
         if name not in TEMPLATE_SETS and "{}" not in name:
             raise ValueError(
-                f"template {name!r} has no {{}}, the place of the label, and is not one of the "
-                f"sets {', '.join(TEMPLATE_SETS)}"
+                f"template {name!r} has no {{}} for the label, and it is not one of the sets "
+                f"{', '.join(TEMPLATE_SETS)}"
             )
         templates.extend(TEMPLATE_SETS.get(name, (name,)))
     return templates

@@ -37,7 +37,7 @@ def find_labels(names: str | Iterable[str]) -> list[str]:
     names = as_list(names, "label")
     files = [name for name in names if Path(name).suffix.lower() in (".txt", ".json")]
     if len(names) > 1 and files:
-        raise ValueError(f"{files[0]!r} is among labels; expected labels, or a single file")
+        raise ValueError(f"{files[0]!r} is among labels; expected either labels or a single file")
     if len(names) != 1:
         return names
     path, name = Path(names[0]), names[0]
@@ -126,7 +126,7 @@ def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool
     """Raise ValueError if an accuracy on these images would be meaningless.
 
     Examples: there is a single class, a class has no files, or the class folders are in folders
-    such as train/. If `named`, the user named the classes, and the last check is skipped.
+    such as train/. If the user named the classes (`named`), skip the last check.
     """
     root, folders = Path(root), images.folders
     if len(folders) == 1:
