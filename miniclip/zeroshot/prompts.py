@@ -37,8 +37,9 @@ CLASS_SETS["imagenet"] = list(IMAGENET_CLASSES)
 def published_labels(name: str, folders: list[str]) -> list[str]:
     """Return OpenAI's class names for the folders of a data set.
 
-    Names are compared by letters and digits only, in lower case. If the folders are called 0 to
-    C - 1, they get the class names in order. Raises ValueError for a folder without a class.
+    Names are compared by letters and digits only, in lower case. If the folders of all C classes
+    are called 0 to C - 1, they get the class names in order. Raises ValueError if a folder's name
+    fits no class.
 
     >>> published_labels("facialemotionrecognition2013", ["Smiling", "angry"])
     ['happy | smiling', 'angry']
@@ -52,8 +53,8 @@ def published_labels(name: str, folders: list[str]) -> list[str]:
     if unknown := [folder for folder in folders if plain(folder) not in known]:
         raise ValueError(
             f"{len(unknown)} of {len(folders)} folders have no class in {name}, for example "
-            f"{unknown[0]!r}; expected names such as {', '.join(classes[:3])}. For other names, "
-            "give a file of labels"
+            f"{unknown[0]!r}; expected names such as {', '.join(classes[:3])}. For folders "
+            "with other names, give a file of labels"
         )
     return [known[plain(folder)] for folder in folders]
 
