@@ -380,7 +380,7 @@ def read_entries() -> list[dict[str, Any]]:
 def published(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the entry with all its published numbers under `expected`.
 
-    Some numbers may be in a file or in "extra". None stands for the numbers of a missing file.
+    Some numbers may be in a file or in "extra". If the file is missing, its numbers are None.
     """
     expected = entry.get("expected")
     if "file" in entry and (DATA / entry["file"]).is_file():

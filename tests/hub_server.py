@@ -26,7 +26,7 @@ class Fault:
 
     where: str
     times: int = 1_000_000
-    status: int = 0  # unless it is 0, answer with this status and no file
+    status: int = 0  # if not 0, answer with this status and no file
     code: str = ""  # the header X-Error-Code of that answer
     keep: int | None = None  # cut the connection after this many bytes of the body
     body: bytes | None = None  # send this body instead of the file
@@ -65,7 +65,7 @@ def commit(files: dict[str, bytes]) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-@lru_cache(maxsize=1000)  # lookups are quick, because Python stores a bytes object's hash
+@lru_cache(maxsize=1000)  # a lookup is quick, because Python hashes each bytes object once
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 LISTS = Path(__file__).resolve().parent / "slips"
 ROOT = LISTS.parent.parent
 AREAS = sorted(path.stem for path in LISTS.glob("*.py") if path.stem != "slip")
-sys.path.insert(0, str(LISTS))  # now each list can import `slip`
+sys.path.insert(0, str(LISTS))  # the lists in this folder import `slip`
 from slip import Slip  # noqa: E402
 
 
@@ -82,7 +82,7 @@ def slips_of(area: str) -> list[Slip]:
 
 
 def read_sources(folder: Path) -> dict[Path, str]:
-    """Read the files of the package that may get a planted fault: {file: text}."""
+    """Read the package's files in which faults may be planted: {file: text}."""
     kinds = {".py", ".html", ".txt", ".json"}
     files = [p for p in (folder / "miniclip").rglob("*") if p.suffix in kinds]
     return {file: file.read_text(encoding="utf-8") for file in files}
@@ -130,7 +130,7 @@ def run_planted(copies: "SimpleQueue[Path]", tests: str, slip: Slip | None) -> s
 
 
 def write(file: Path, source: bytes) -> None:
-    """Write a file. Its time depends on its contents, so that Python notices a change."""
+    """Write a file. New contents get a new modification time, so that Python notices the change."""
     file.write_bytes(source)
     os.utime(file, 2 * (zlib.crc32(source),))
 

@@ -51,7 +51,7 @@ def tiny(monkeypatch):
 
 
 def contender(name, costs, output, log=None):
-    """Return a name and a fake trial. Its calls return the costs in turn, and then start again."""
+    """Return a name and a fake trial. Each call of the trial returns the next cost, in a cycle."""
     costs = itertools.cycle(costs)
 
     def trial():
@@ -332,7 +332,7 @@ def test_words_are_invented_before_the_clock_starts(setting, monkeypatch):
 
 
 def test_matrix_products_alone_take_the_fastest_implementation(setting, monkeypatch):
-    """PyTorch has three implementations of the product if it has oneDNN and MKL, otherwise one."""
+    """PyTorch has up to three implementations of the product: its own, oneDNN's and MKL's."""
     costs = []
 
     def timed(way, device):
@@ -734,7 +734,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
-# Each axis has two sizes and the ratio of their work. None means that it is not an integer.
+# Each axis has two sizes and the ratio of their work. None: the ratio is not an integer.
 GROWN = {
     "images in a batch": ((1, 4), 4),
     "pixels along a side": ((40, 80), None),

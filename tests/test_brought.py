@@ -1,7 +1,7 @@
 """Load users' checkpoints, for example training files, single towers, or files without config.
 
-Each test repeats a public report about openai/CLIP, open_clip, transformers, diffusers or their
-user interfaces. The expected values come from transformers, or are the weights that were saved.
+Each test repeats a public report about openai/CLIP, open_clip, transformers, diffusers or a
+program that uses them. The expected values come from transformers, or are the saved weights.
 """
 
 import argparse
@@ -327,7 +327,7 @@ def test_all_that_a_training_loop_saves_beside_the_weights_is_ignored(tmp_path):
     optimizer.step()
     (tmp_path / "model.safetensors").unlink()
     marked = torch.nn.Parameter(tensors["logit_scale"])
-    marked.weight_decay = 0.1  # a parameter with an attribute is pickled by _rebuild_from_type_v2
+    marked.weight_decay = 0.1  # torch pickles a parameter with attributes in another form
     beside = {
         "args": argparse.Namespace(lr=1e-5, when=datetime.datetime.now(), path=Path("x")),
         "best": np.float64(0.5),
@@ -765,7 +765,7 @@ def test_immich_11017_a_space_around_a_models_name_is_reported(name):
 
 
 def test_clip_retrieval_352_a_text_file_beside_an_image_is_its_caption(tmp_path):
-    """img2dataset writes an image and a text side by side. Its numbered folders are not classes."""
+    """img2dataset writes a text file beside each image. Its numbered folders are not classes."""
     for i in range(4):
         folder = tmp_path / f"0000{i // 2}"
         folder.mkdir(exist_ok=True)

@@ -170,7 +170,7 @@ for case in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
-    """One tensor is a third of the file. The loader must convert it first to save memory."""
+    """One tensor is a third of the file. To save memory, the loader must convert it first."""
     vision = replace(TINY.vision, mlp_width=60_000)
     text = replace(TINY.text, mlp_width=60_000, vocab_size=400_000)
     with torch.device("meta"):
@@ -321,7 +321,7 @@ def test_what_training_saves_beside_the_tensors_is_ignored(tmp_path, zipped):
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_a_file_may_have_at_most_ten_thousand_tensors(tmp_path, suffix):
     write = save_file if suffix == "safetensors" else torch.save
-    one = torch.zeros(0)  # all names share one tensor, so the pickle is small enough
+    one = torch.zeros(0)  # all names share one tensor, so that the pickle stays below 400 kB
     tensors = {f"t{i}": one for i in range(10_000)}
     write(tensors, tmp_path / f"x.{suffix}")
     assert read_tensors(tmp_path / f"x.{suffix}").keys() == tensors.keys()

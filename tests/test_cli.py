@@ -573,7 +573,7 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
 
 
 def test_folders_that_give_no_accuracy_are_an_error(run, picture, tmp_path):
-    """Examples are a folder one level too high, a single class, and a class without images."""
+    """For example, a folder one level too high, a single class, or a class without images."""
     for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
         (tmp_path / name).mkdir(parents=True)
         shutil.copy(picture, tmp_path / name)

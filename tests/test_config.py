@@ -233,7 +233,7 @@ def test_numbers_at_their_limits_are_accepted():
 
 
 def test_a_number_that_all_layers_share_is_stored_once():
-    """transformers has one number for all layers of a tower, and cannot read a list."""
+    """A tower of transformers has one number of heads and one MLP width. It cannot read a list."""
     each = VisionConfig(layers=2, heads=(12, 12), mlp_width=(9, 9), image_size=(64, 64))
     assert each == VisionConfig(layers=2, heads=12, mlp_width=9, image_size=64)
     assert TextConfig(head_width=64) == TextConfig() != TextConfig(head_width=32)

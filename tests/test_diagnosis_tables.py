@@ -1,4 +1,4 @@
-"""Each entry of the diagnosis' tables computes the fault that it names. Parity finds the fault.
+"""Each entry of the diagnosis' tables computes its fault's numbers. Parity finds the fault.
 
 The tests use NumPy, torch or transformers to compute the numbers of each fault. No model runs
 with a fault: a test takes the tensors of one comparison and replaces one of them.

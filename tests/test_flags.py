@@ -62,7 +62,7 @@ def desk(tmp_path_factory):
 
 @pytest.fixture
 def run(desk, tmp_path, monkeypatch, capsys):
-    """Return a function that runs a command line, or a key of LINES, in an empty folder."""
+    """Return a function that runs a command line in an empty folder. A key of LINES also works."""
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.page.serve.serve_until_interrupted", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)
@@ -146,7 +146,7 @@ def test_the_device_reaches_the_model(run, name):
 
 
 def test_an_index_stores_the_commit_that_was_loaded(run, output, monkeypatch, tmp_path):
-    """The hub's client names the folder after the commit."""
+    """The hub's client stores a model in a folder that has the commit's name."""
 
     def snapshot(repository, *, revision, **options):
         folder = tmp_path / "snapshots" / f"commit-of-{revision}"

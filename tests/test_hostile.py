@@ -377,7 +377,7 @@ def rezipped(data, change):
 
 
 def compressed(data):
-    """A small archive that contains 250 MB in compressed form."""
+    """A small archive that decompresses to 250 MB."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old:
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
@@ -534,7 +534,7 @@ def kept(value, place=0):
 
 
 def nested(depth, each, core, place=0):
-    """Nest `core` in `depth` objects. `each` adds one object around an object from the memo."""
+    """Nest `core` in `depth` objects. `each(x)` returns the opcodes of an object around x."""
     made, again = kept(core, place)
     for further in range(1, depth + 1):
         more, again = kept(each(again), place + further)
@@ -791,7 +791,7 @@ def test_a_false_config_raises_an_error_or_loads_as_stated(referee, files, their
     texts += [("UTF-16", whole.decode().encode("utf-16")), ("with a mark", b"\xef\xbb\xbf" + whole)]
 
     def is_as_stated(model, label):
-        """Whether the config has the file's value in the changed field, if miniclip reads it."""
+        """Whether the weights and the changed field are as stated. Some fields are not compared."""
         for place, value in stated.get(label, {}).items():
             found = model.config.to_dict()
             for key in place:

@@ -1,4 +1,4 @@
-"""huggingface_hub's client asks a local hub that fails in many ways.
+"""huggingface_hub's client downloads from a local hub that fails in many ways.
 
 Each test ends with the right model or with one CheckpointError. No damaged file stays in the cache,
 where a later run would trust it.
@@ -578,7 +578,7 @@ def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
     blob = (next(cache.glob("*/snapshots/*")) / "model.safetensors").resolve()
     os.utime(blob, ns=(0, 0))
     blob.write_bytes(blob.read_bytes()[:-1] + b"!")
-    for _ in range(2):  # this load did not download the file, so it does not delete it
+    for _ in range(2):  # a load deletes only files that it downloaded
         with pytest.raises(CheckpointError, match="model.safetensors is not the file .*Delete the"):
             CLIP.from_pretrained(NAME, local_files_only=True)
     (next(cache.glob("*/snapshots/*")) / "model.safetensors").unlink()

@@ -246,7 +246,7 @@ NO_NUMBERS = "ignore:.*read as OpenAI's"
 @pytest.mark.parametrize("name", ["model.safetensors", "ViT-B-32.pt", "epoch_1.pt"])
 def test_openai_state_dict_alone_is_a_whole_model(tmp_path, inputs, name):
     peer = original(OPENAI)
-    if name == "epoch_1.pt":  # saved by open_clip in a training on several GPUs
+    if name == "epoch_1.pt":  # as open_clip saves it when it trains on several GPUs
         tensors = {f"module.{key}": tensor for key, tensor in peer.state_dict().items()}
         torch.save({"epoch": 1, "state_dict": tensors}, tmp_path / name)
     else:
@@ -680,7 +680,7 @@ def test_features_of_open_clip_that_clip_lacks_are_an_error(tmp_path, section, c
 
 
 def test_all_fields_that_open_clip_writes_are_accepted():
-    """Each field of open_clip's dataclasses has its default, or a value for training only."""
+    """Most fields have open_clip's defaults. In evaluation, the others do not change embeddings."""
     settings = json.loads(json.dumps({"model_cfg": OPEN_CLIP}))
     plain = CLIPConfig.from_fields(from_open_clip(settings))
     settings["model_cfg"]["vision_cfg"] |= {
@@ -788,7 +788,7 @@ def test_each_setting_of_a_transform_has_its_place_in_open_clips_config():
 
 
 def test_a_transform_is_saved_into_each_file_that_has_one(tmp_path):
-    """Other programs read the first file that they know."""
+    """Another program reads only one of these files, so all of them must agree."""
     earlier, later = ImageTransform(40), ImageTransform(32, image_mean=(0.1, 0.2, 0.3))
     files = {
         "open_clip_config.json": {"model_cfg": OPEN_CLIP, "preprocess_cfg": {"size": 40}},
@@ -1141,7 +1141,7 @@ def test_large_weights_whose_sum_overflows_give_no_warning(tmp_path):
     model.vision.pos_embed.data[:] = 60_000.0
     assert model.vision.pos_embed.sum().isinf()
     model.save_pretrained(tmp_path)
-    loaded = CLIP.from_pretrained(tmp_path, dtype=torch.float16)  # pytest makes warnings errors
+    loaded = CLIP.from_pretrained(tmp_path, dtype=torch.float16)  # a warning fails the test
     assert torch.equal(loaded.vision.pos_embed, model.vision.pos_embed)
 
 

@@ -395,7 +395,7 @@ def test_the_sum_of_the_parts_may_differ_by_a_thousand_rounding_errors(dtype):
 
 
 def test_decompose_makes_no_tensor_larger_than_its_result():
-    """The parts of all query tokens would take T times as much memory."""
+    """Only the class token's parts are needed. All tokens' parts would take T times the memory."""
     model = tiny_clip()
     pixels, _ = random_inputs(TINY)
     largest = []
@@ -500,7 +500,7 @@ def test_intermediates_are_maps_and_prefix_tokens(double):
 
 
 def test_intermediates_equal_timms():
-    """record_timm.py recorded each call of timm's own ViT with the same weights."""
+    """record_timm.py recorded the same calls of timm's own ViT, with the same weights."""
     recorded = json.loads(record_timm.PATH.read_text())
     tower, pixels = record_timm.small_tower(), record_timm.waves(1, 3, 12, 8)
     assert furthest(tower(pixels), recorded["timm.embedding"]) < 1e-9
@@ -582,7 +582,7 @@ def test_occlusion_equals_its_definition(double):
 
 @torch.no_grad()
 def test_grad_cam_equals_its_definition(double):
-    """A channel's weight is the slope of the logit if the channel shifts equally on all patches."""
+    """Shift a channel equally on all 25 patches. Its weight is the slope of the logit / 25."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     site = "vision.blocks.2.ln_1"
@@ -604,7 +604,7 @@ def test_grad_cam_equals_its_definition(double):
 
 @torch.no_grad()
 def written_by_heads(model, pixels, ids):
-    """Sum what all heads write from a patch. Return the dot product of this sum and each text."""
+    """Sum all heads' parts for each patch. Return the dot product of this sum and the text."""
     parts = decompose(model, pixels, by="token")
     heads = torch.stack([parts[f"blocks.{i}.attn"] for i in range(3)]).sum((0, 2))  # (B, T, E)
     texts = torch.nn.functional.normalize(model.encode_text(ids), dim=-1)
@@ -792,8 +792,8 @@ def test_maps_are_scored_in_evaluation_mode(monkeypatch):
 
 @pytest.mark.slow
 def test_methods_that_read_the_text_find_the_named_object(shapes, monkeypatch):
-    """Methods that read the text point at the named object more often than at the other
-    object or by chance. Methods that do not read the text point at both objects equally often."""
+    """If a method reads the text, its maximum is on the named object more often than on the
+    other one, and its IoU is better than chance. If not, it hits both objects equally often."""
     monkeypatch.setattr("miniclip.world.localise.RANDOM", 2)
     found = localise(shapes, scenes=6)
     assert list(found) == ["trained", "random", "spread", "limits"]

@@ -60,7 +60,7 @@ class BoxHead(nn.Module):
 
 
 def first_boxes(rows: int, columns: int) -> Tensor:
-    """Logits (P, 4) of boxes of a patch's size, centred on the patches' lower right corners."""
+    """Logits (P, 4) of patch-sized boxes. A box's centre is its patch's lower right corner."""
     row_and_column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (P, 2)
     size = torch.tensor([columns, rows])
     centre = (row_and_column.flip(1) + 1) / size  # (P, 2), x and y

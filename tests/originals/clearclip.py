@@ -1,4 +1,4 @@
-"""Lan et al. 2024, ClearCLIP which also has MaskCLIP's attention: github.com/mc-lan/ClearCLIP"""
+"""Lan et al. 2024, ClearCLIP, with code for MaskCLIP too: github.com/mc-lan/ClearCLIP"""
 
 from originals.common import import_from, main, open_clip_vision, pixels
 

@@ -28,7 +28,7 @@ def record(checkout: str) -> dict:
     embeds = model.visual(pixels(), attn_method="head")  # (B, E)
     heads, mlps = logger.finalize(embeds)  # (B, L, T, H, E) and (B, 1 + L, E)
     silenced = heads.sum(2)  # (B, L, H, E)
-    # As compute_use_specific_heads.py does, replace a head by its mean over the images.
+    # Replace a head's output by its mean over images, as compute_use_specific_heads.py does.
     silenced[:, 6, 1] = silenced[:, 6, 1].mean(0)
     return {
         "embed": embeds,

@@ -1,6 +1,6 @@
 """A small model, its inputs, and a `main` that stores values, for all scripts in this folder.
 
-Each other script in this folder runs the authors' own code on this model and records the outputs:
+The other scripts in this folder run the authors' own code on this model and record the outputs:
 
     pip install -e . einops open_clip_torch timm jaxtyping fancy_einsum
     git clone https://github.com/yossigandelsman/clip_prs
@@ -37,7 +37,7 @@ CONFIG = CLIPConfig(
 
 
 def chirp(*shape: int, start: float = 0.0) -> Tensor:
-    """Deterministic float64 numbers from -1 to 1. A matrix made of them has full rank."""
+    """Deterministic float64 numbers from -1 to 1. A matrix of these numbers has full rank."""
     n = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return (start + 0.7 * n + 0.013 * n.square()).sin().view(shape)
 

@@ -1,6 +1,6 @@
 """Wortsman et al. 2022, uniform and greedy soups: github.com/mlfoundations/model-soups
 
-Their main.py runs on four small models instead of 72, and a score replaces the accuracies.
+Their main.py runs on four small models instead of 72. The function `score` replaces the accuracy.
 """
 
 import os
@@ -27,7 +27,7 @@ def ingredients() -> list[CLIP]:
 
 
 def score(state: dict[str, Tensor]) -> float:
-    """Minus the squared distance between some weights and the first small model's weights."""
+    """The squared distance from the first small model's projections, with a minus sign."""
     return -sum((state[name] - base()[name]).square().sum().item() for name in SCORED)
 
 

@@ -11,7 +11,7 @@ BLOCK = 3
 SITES = {  # ViT-Prisma's hook: our site. The full names begin with the block's name.
     "hook_resid_pre": "input",
     "ln1.hook_scale": "ln_1.scale",
-    "ln1.hook_normalized": "ln_1",  # includes weight and bias, unless they are folded
+    "ln1.hook_normalized": "ln_1",  # the hook includes weight and bias, unless they are folded
     "attn.hook_q": "attn.q",
     "attn.hook_k": "attn.k",
     "attn.hook_v": "attn.v",
