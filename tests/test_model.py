@@ -552,8 +552,8 @@ def test_models_of_unusual_shapes_equal_transformers(name, device):
 
 
 def test_custom_end_token_is_not_the_largest_id():
-    """An end token is found by its id or as the largest id. The test above can distinguish these
-    two rules only if they give different positions."""
+    """A model finds the end token by its id, or takes the largest id. The test above can
+    distinguish these two rules only if they give different positions."""
     config = UNUSUAL["end token below added ones"]
     _, ids = random_inputs(config)
     model, _ = twins(config)
@@ -671,7 +671,7 @@ def test_a_row_without_an_end_token_is_an_error():
 
 @pytest.mark.slow
 def test_a_row_without_an_end_token_is_nan_in_a_compiled_graph():
-    """A compiled graph cannot raise an error. The embeddings of the other texts do not change."""
+    """A compiled graph cannot raise an error, so a text without an end token is encoded as NaN."""
     model = tiny_clip()
     ids = random_inputs(TINY)[1]
     expected = model.encode_text(ids)

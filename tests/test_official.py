@@ -5,8 +5,8 @@ This command downloads the checkpoints from the hub into the user's own cache:
     MINICLIP_HUB=1 pytest -m hub
 
 HF_ENDPOINT can name another hub. OpenAI's weights must also give the values that other projects
-recorded. Without MINICLIP_HUB, the tests only rehearse this with small random weights. They use
-a local hub, which serves files with the same names.
+recorded. Without MINICLIP_HUB, the tests are a rehearsal: they load small random weights from a
+local hub, which serves files with the same names.
 """
 
 import hashlib

@@ -82,7 +82,7 @@ def test_decompose_equals_clip_prs(model):
     assert_equal(by["token"]["blocks.7.attn"].mT, values("clip_prs", "tokens").permute(0, 2, 3, 1))
     assert_equal(model.encode_image(pixels), values("clip_prs", "embed"))
     ours = decompose(model, pixels, "head")
-    for i in range(8):  # by default, `decompose` gives other values, even with biases
+    for i in range(8):  # without "clip_prs", the values differ, even with the bias added
         folded = ours[f"blocks.{i}.attn"] + ours[f"blocks.{i}.attn.v_proj.bias"]
         assert_other(folded / model.encode_image(pixels).norm(dim=-1)[:, None, None], heads[:, i])
 
@@ -128,7 +128,7 @@ def test_neurons_move_to_registers_as_in_the_authors_code(model):
 
 # ------------------------------------------------------------------------------- dense features
 
-# {preset: (the authors' repository, how this repository resizes the position embedding)}
+# {preset: (the authors' repository, how the authors resize the position embedding)}
 AUTHORS = {
     "sclip": ("sclip", "dino"),
     "naclip": ("naclip", "dino"),

@@ -72,7 +72,7 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
 def test_other_precisions_pass(dtype, pair):
     report = compare(*pair, dtype=dtype)
     assert report.first is None
-    # README promises at most 1.1 times the other model's error. `compare` allows twice its error.
+    # `compare` allows 2 times the other model's error. README promises at most 1.1 times.
     if dtype != torch.float64:
         assert all(row.model_error <= 1.1 * row.other_error for row in report.rows)
     largest = max(row.model_error for row in report.rows)
@@ -200,7 +200,7 @@ def test_a_copy_in_half_precision_passes_only_in_that_precision(dtype, pair):
 
 @pytest.fixture(scope="module")
 def whole(pair):
-    """Return (ours, theirs). Both have a small model, and `everyday`'s tokenizer and transform."""
+    """Return (ours, theirs): each is a small model with `everyday`'s tokenizer and transform."""
     ours, theirs = parity.load_pair("everyday")
     return ours._replace(model=pair[0]), theirs._replace(model=pair[1])
 
@@ -238,7 +238,7 @@ def test_white_space_that_is_not_squeezed_is_named(whole):
 
 @pytest.mark.slow
 def test_a_missing_merge_is_noticed(whole):
-    """`compare` notices that the last merge is missing, although no text of `compare` needs it."""
+    """`compare` notices that the last merge is missing, although its texts never use this merge."""
     right = whole[0].tokenizer
     fewer = Tokenizer(right.vocab, right.merges[:-1], context_length=right.context_length)
     word = "".join(right.merges[-1]).removesuffix("</w>")
@@ -448,8 +448,8 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     ):  # fmt: skip
         for site in (SITE, PATTERN):
             assert row_of(site, size, 0.0, apart, exact=exact).within_tolerance == within
-    # `exact` is 1e-6 if one model's weights were merged, or were rounded one more time. Then the
-    # tolerance of logits is relative, as it always is at all other sites.
+    # `exact` is 1e-6 if one model's weights were merged, or were rounded one more time. Then even
+    # the tolerance of logits is relative. The tolerance of all other sites is always relative.
     assert row_of("logits", 100, 0.0, 0.9e-4, exact=1e-6).within_tolerance
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     (folder / "like" / "recipe.json").write_text(json.dumps(asdict(QUICK)))
     (folder / "like" / "config.json").write_text(json.dumps(SHAPE.to_dict()))
     captioned(folder / "data", "tar", pictures=25, broken=None)
-    # the batch is larger than the data, so one process gets 13 of the 25 pairs, the other gets 12
+    # the batch is larger than the data, so the processes get 13 and 12 of the 25 pairs
     lines = {"ddp": train(folder, "--out", folder / "two", "--batch", 1000)}
     lines["undisturbed"] = train(folder, "--out", folder / "undisturbed", "--batch", 1000)
     for name in ("fsdp", "fsdp, stopped"):

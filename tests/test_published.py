@@ -158,7 +158,7 @@ def test_long_clip_equals_its_paper(loaded, ids, tmp_path):
 
 
 def larger_images(loaded, size, directory):
-    """Enlarge images, as OpenAI did from 224 to 336 pixels (CLIP's paper, section 2.5)."""
+    """Make a model take larger images, as in CLIP's paper (224 to 336 pixels, section 2.5)."""
     model, tokenizer, transform = loaded
     transform = replace(transform, size=size, crop_size=size)
     miniclip.save(directory, resize_image(model, size), tokenizer, transform)
@@ -332,8 +332,9 @@ def test_prompt_vectors_equal_their_paper(loaded, theirs, pixels):
 def with_registers(model, pixels, neurons):
     """Move the activations of some neurons to a new token, without training (arXiv 2506.08010).
 
-    Like the authors' code, this function moves the maximum over all these neurons. The paper moves
-    the maximum of each neuron, and also sets the activations at the class token to 0.
+    As in the authors' code, all these neurons get the same value at the new token: the largest
+    activation of all. In the paper, each neuron gets its own largest activation, and the
+    activations at the class token also become 0.
     """
     with move_to_registers(model, neurons):
         return model.encode_image(pixels)

@@ -1,8 +1,8 @@
 """Run the Python code and the commands that README and the packages' headers show.
 
-A test has no photos, no model from the hub and no GPU, so small substitutes replace them. `python
-tests/test_readme.py` runs the commands after a `$` in the headers of `parity` and `bench`, and
-writes the output of each command below the command.
+The tests use small substitutes for photos, for models from the hub and for commands that need a
+GPU. `python tests/test_readme.py` runs the commands after a `$` in the headers of `parity` and
+`bench`, and writes the output of each command below the command.
 """
 
 import ast
@@ -181,7 +181,7 @@ def test_readme_is_short_and_its_line_counts_and_links_are_right():
 
 def test_every_command_is_found():
     found = commands()
-    assert INSTEAD.keys() <= {*found}  # a key that is not found would replace nothing
+    assert INSTEAD.keys() <= {*found}  # a key that is not a command replaces nothing
     assert len(found) >= 25
     for name in ("classify", "embed", "search", "serve", "convert", "bench", "parity", "eval"):
         assert any(f"miniclip {name}" in command for command in found), name

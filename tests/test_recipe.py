@@ -257,7 +257,8 @@ def two_models(logit_scale=SHAPE.logit_scale_init):
 def assert_same_weights(ours, peer, prefix=""):
     theirs = peer.state_dict()
     for name, value in ours.state_dict().items():
-        if name.endswith("k_proj.bias"):  # softmax cancels it, so its gradient is rounding error
+        # softmax cancels this bias, so the bias gets only rounding errors as its gradient
+        if name.endswith("k_proj.bias"):
             continue
         difference = (value - theirs[layout_name(prefix + name, TRANSFORMERS)]).abs().max()
         assert difference < 2e-5, name
@@ -332,8 +333,8 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_of_two_processes_draws_its_own_numbers(rank, tmp_path, monkeypatch):
-    """A process has its own share of the pairs and its own random numbers. `one_of_two` fakes a
-    second process, so embeddings and gradients are not gathered."""
+    """A process has its own share of the pairs and its own random numbers. The second
+    process does not exist (see `one_of_two`), so embeddings and gradients are not gathered."""
     monkeypatch.setattr(processes, "dist", one_of_two(rank))
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)
     recipe = replace(BASE, patch_dropout=0.6, augment=True)

@@ -154,7 +154,7 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     if kept == 0:
         (tmp_path / "x.tar").write_bytes(b"no tar at all, but some text" * 100)
     pictures, damage = find_pictures([tmp_path])
-    assert len(pictures) in (found, found + 1)  # + 1 if the next image's header is complete
+    assert len(pictures) in (found, found + 1)  # one more if the next header is complete
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
@@ -1002,8 +1002,8 @@ def test_an_update_that_is_killed_leaves_the_old_index_and_continues(
 def test_images_that_moved_with_their_folder_are_kept(
     build, photographs, tmp_path, monkeypatch, embedded
 ):
-    """An update compares the paths that the user wrote. Relative paths are still the same after the
-    folder has moved."""
+    """An update compares old and new paths as the user wrote them. A relative path is still
+    the same after the folder has moved."""
     monkeypatch.chdir(photographs)
     build("i", pictures=find_pictures(["."])[0])
     photographs.rename(tmp_path / "elsewhere")

@@ -215,7 +215,7 @@ LAYOUTS = ("transformers", "openai", "open_clip")
 
 
 def quick():
-    """Make a checkpoint that every layout can express. Only this one has this vocabulary."""
+    """Make a checkpoint that every layout can express. It has its own vocabulary."""
     config = CLIPConfig(
         replace(VISION, width=64, heads=1), replace(TEXT, width=64, heads=1, vocab_size=550,
         bos_token_id=548, eos_token_id=549), embed_dim=20,
@@ -433,7 +433,7 @@ def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
         with monkeypatch.context() as patch:
             patch.setattr(reading, "open", opening(at), raising=False)
             found = read(saved)
-        expected = parts[saves[0] - before]  # there is no save if fewer than `at` files are opened
+        expected = parts[saves[0] - before]  # no save if the load opens fewer than `at` files
         vocab = found.tokenizer if isinstance(found, tuple) else found
         assert (vocab.vocab, vocab.merges) == (expected[1].vocab, expected[1].merges)
         if isinstance(found, tuple):

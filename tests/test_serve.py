@@ -825,7 +825,8 @@ def test_idle_connections_are_closed_and_lost_ones_are_not_logged(monkeypatch, c
 
 @pytest.mark.slow
 def test_only_this_machine_is_answered(server):
-    """Other machines would need an address other than 127.0.0.1. The test uses 127.0.0.2."""
+    """Other machines cannot reach 127.0.0.1, the only address of the server. The test also connects
+    to 127.0.0.2, which must fail."""
     port = int(server.url.rpartition(":")[2])
     with socket.socket() as other, pytest.raises(OSError):
         other.connect(("127.0.0.2", port))

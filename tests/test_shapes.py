@@ -347,7 +347,8 @@ def test_each_score_measures_one_kind_of_knowledge():
         return is_true(text, s) and not HELD_OUT & {(o.colour, o.shape) for o in s.objects}
 
     def no_left(text, s):
-        return " of a" in text or is_true(text, s)  # it believes "left of a" and "right of a"
+        # this model believes every caption with "left of a" or "right of a"
+        return " of a" in text or is_true(text, s)
 
     def no_colour(text, s):
         return len(s.objects) > 1 or is_true(text, s)
@@ -359,7 +360,7 @@ def test_each_score_measures_one_kind_of_knowledge():
 
 
 def scores_by_chance(scenes):
-    """Return how often "red circle" is right. It is chosen if all 64 pairs have the same cosine."""
+    """If all 64 cosines are equal, "red circle" is chosen. Return how often that is right."""
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 

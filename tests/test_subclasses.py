@@ -416,7 +416,7 @@ def some(config=TINY):
 
 
 def or_refuses(function, *args, **options):
-    """Return the result of `function`, or None if an error says that it cannot follow the model."""
+    """Return `function`'s result, or None if `function` says that it cannot follow the model."""
     try:
         return function(*args, **options)
     except ValueError as error:
@@ -822,7 +822,7 @@ def test_siglip_trains_with_its_own_loss(chunk, tokenizer, tmp_path):
     data = open_data(pictures(tmp_path), transform)
     model = fork_for(Siglip, tokenizer)
     with torch.no_grad():
-        model.logit_scale.fill_(5.0)  # CLIP's loss limits it to ln 100, but SigLIP's does not
+        model.logit_scale.fill_(5.0)  # above CLIP's limit, ln 100; SigLIP's loss has no limit
     recipe = Recipe(epochs=6, batch=8, lr=3e-4, chunk=chunk, warmup=0.0)
     trained = train(model, tokenizer, transform, data, recipe, tmp_path / "out", loss=sigmoid_loss)
     found = losses(tmp_path / "out")
@@ -839,7 +839,7 @@ def model_bias(tokenizer):
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", [MeanCLIP, GatedCLIP, CLIP])
 def test_the_default_loss_of_train_follows_the_paper(kind, tokenizer, tmp_path):
-    """With the paper's loss as an argument, training gives the same weights as by default."""
+    """Training with the paper's loss as an argument gives the same weights as the default loss."""
 
     def same(model, image_embeds, text_embeds, is_true):
         return contrastive_loss(image_embeds, text_embeds, model.logit_scale, is_true)

@@ -262,7 +262,7 @@ def test_patch_dropout_keeps_some_patches_in_their_order(model):
 
 @pytest.mark.parametrize("share, kept", [(0.0, 25), (0.65, 9), (0.69, 8), (0.99, 1)])
 def test_patch_dropout_keeps_the_nearest_number_of_patches_but_at_least_one(share, kept):
-    """The tower has 25 patches. Before rounding, 25, 8.75, 7.75 and 0.25 patches would stay."""
+    """The tower has 25 patches. 25 * (1 - share) is 25, 8.75, 7.75 or 0.25 before rounding."""
     model = tiny_clip()
     with patch_dropout(model.train(), share):
         assert model.vision.embed_tokens(inputs(model, "vision")).shape[1] == 1 + kept

@@ -97,7 +97,7 @@ def test_pruning_heads_equals_ignoring_their_output(model, tower):
 
 
 def CLIP_like(model):
-    """Copy a model without miniclip.surgery, because these tests check miniclip.surgery."""
+    """Copy a model in plain PyTorch, without miniclip.surgery, which these tests check."""
     copy = CLIP(model.config).to(model.logit_scale.dtype)
     copy.load_state_dict(model.state_dict())
     return copy.eval()
@@ -635,7 +635,7 @@ def test_transformers_cannot_load_what_it_would_get_wrong(name, tmp_path):
 
 @pytest.mark.slow
 def test_without_the_list_of_heads_transformers_would_run_another_model(tmp_path):
-    """The config lists the number of heads per layer, so that transformers raises an error."""
+    """transformers cannot run registers. The config's list of heads makes it raise an error."""
     model = add_registers(tiny_clip(), 4)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())

@@ -274,7 +274,7 @@ def test_lora_begins_equal_to_the_base_bit_for_bit():
 
 
 def test_lora_begins_with_the_values_of_a_linear_layer_and_with_zeros():
-    """PEFT and the paper's code also begin like this. The defaults are rank 4 and scale 1."""
+    """PEFT and the paper's code begin with the same values. The defaults are rank 4 and scale 1."""
     name = "text.blocks.0.mlp.fc1"
     torch.manual_seed(0)
     lora = low_rank(add_lora(tiny_clip(), [name]), name)
@@ -335,7 +335,7 @@ def test_unmerging_restores_the_model_bit_for_bit(dtype):
 
 
 def test_subtracting_what_was_added_would_not_restore_the_weight():
-    """Merging keeps the original tensor, because subtraction would leave a rounding error."""
+    """`merge_lora` keeps the old weight. Subtracting LoRA's update would leave a rounding error."""
     base, model = adapted(torch.float32)
     weight, lora = base.get_submodule(NAMES[0]).weight, low_rank(model, NAMES[0])
     delta = lora.scale * (lora.B @ lora.A)

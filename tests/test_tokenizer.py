@@ -188,7 +188,7 @@ class OpenAI:
                 new = []
                 for part in parts:
                     if new and new[-1] is not None and (new[-1], part) == (first, second):
-                        new[-1:] = [first + second, None]  # None prevents another merge here
+                        new[-1:] = [first + second, None]  # a part after None is not merged
                     else:
                         new.append(part)
                 parts = [part for part in new if part is not None]
@@ -631,7 +631,8 @@ def write(path: Path, value: object) -> None:
 
 def test_saving_and_loading_changes_nothing(trained, tmp_path):
     first = Tokenizer.from_directory(trained)
-    for name in ("tokenizer.json", "added_tokens.json"):  # transformers may have saved these before
+    # an earlier save by transformers may have left these two files
+    for name in ("tokenizer.json", "added_tokens.json"):
         (tmp_path / name).write_text("{}")
     first.save_pretrained(tmp_path)
     second = Tokenizer.from_directory(tmp_path)
@@ -936,7 +937,7 @@ def test_from_pretrained_reads_a_directory(trained):
 
 
 def test_from_pretrained_takes_the_options_of_load(trained, tmp_path):
-    """The repository is only in this cache, so the load fails if an option is ignored."""
+    """Only these options lead to the repository, so the load fails if one of them is ignored."""
     repository, commit = tmp_path / "models--a--b", "0123456789" * 4
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "v2").write_text(commit)

@@ -757,7 +757,7 @@ def test_a_nan_loss_ends_the_run_before_it_is_saved(stripes, tmp_path):
 
 
 def test_a_loss_on_a_gpu_is_read_only_when_needed(stripes, tmp_path):
-    """When the CPU reads a loss, it waits for the GPU. The meta tensor here raises an error."""
+    """To read a loss, the CPU must wait for the GPU. Here, reading a meta tensor is an error."""
     model, _ = from_scratch(SHAPE, open_data(stripes, ImageTransform(SIZE)))
     state = run_module.Run(tmp_path, model, QUICK)
     state.note_loss(torch.empty((), device="meta"))

@@ -1,4 +1,4 @@
-"""Test captions that are true of several images, averaged weights, Muon and bfloat16."""
+"""Test averaged weights, Muon, bfloat16, and captions that are true of several images."""
 
 import json
 import math
@@ -90,7 +90,7 @@ def test_a_caption_is_true_of_every_image_that_lists_it(captioned, step):
     found = batch_loss(scale, batch.labels, batch.also, image, text)
     expected = slow_loss(image, text, scale, batch.captions, kinds)
     assert found.item() == pytest.approx(expected, abs=1e-12)
-    # The loss differs from a loss in which only equal captions count as true.
+    # A control: if only equal captions counted as true, the loss would be different.
     assert found != contrastive_loss(image, text, scale, batch.labels[:, None] == batch.labels)
 
 

@@ -216,7 +216,7 @@ def test_each_byte_scales_to_the_float_of_both_references():
 
 
 def cropped(offset):
-    """Return a replacement for center_crop that computes half of a margin with `offset`."""
+    """Return a faulty center_crop, which cuts `offset(margin)` pixels off the left and the top."""
 
     def crop(image, size, reference):
         left, top = (offset(side - size) for side in image.size)
@@ -986,7 +986,7 @@ BRANDS = (b"heic", b"heix", b"mif1", b"hevc")
     "name, data, package",
     [
         ("a.HEIC", HEIC, "pillow-heif"),
-        # some phones and browsers name a HEIC file .jpg, and each of these brands marks such files
+        # some phones and browsers name a HEIC file .jpg; its header has one of these brands
         *(("a.jpg", HEIC.replace(b"heic", brand, 1), "pillow-heif") for brand in BRANDS),
         ("a.hif", b"nothing", "pillow-heif"),
         ("a.jxl", b"\xff\x0a", "pillow-jxl-plugin"),

@@ -44,7 +44,7 @@ def model():
 def tokenizer():
     texts = [template.replace("{}", label) for template in TEMPLATES for label in LABELS]
     trained = Tokenizer.train(texts, TINY.text.vocab_size)
-    spare = TINY.text.vocab_size - trained.vocab_size  # so that the end token has the id in TINY
+    spare = TINY.text.vocab_size - trained.vocab_size  # the end token must get TINY's id
     vocab = {t: i for t, i in trained.vocab.items() if not t.startswith("<|")}
     vocab |= {f"spare{i}": len(vocab) + i for i in range(spare)}
     vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}

@@ -84,7 +84,7 @@ def tiny_clip(dtype: torch.dtype = torch.float32, seed: int = 0) -> CLIP:
 
 
 def transformers_config(config: CLIPConfig) -> transformers.CLIPConfig:
-    """Build transformers' config field by field. `to_dict` itself is tested, so it is not used."""
+    """Build transformers' config field by field. Tests check `to_dict`, so it is not used here."""
     vision, text = config.vision, config.text
     return transformers.CLIPConfig(
         projection_dim=config.embed_dim,

@@ -39,7 +39,7 @@ CASES = (
 )
 """Each case: learning rates, dtype, pairs in a chunk, and PyTorch's engine."""
 
-CLIP_AT = 0.5  # the gradient's norm is about twice as large, so gradients are clipped
+CLIP_AT = 0.5  # the gradient's norm is about 1, so it is clipped
 
 
 def step(model, pixels, ids, labels, chunk=0, engine=None, batch=None):
