@@ -176,7 +176,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": lambda tensor, *others: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *others: tensor,
     "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, state: (
-        _made(function, arguments)  # a parameter with Python attributes
+        _made(function, arguments)  # a tensor with Python attributes
         if kind in ("torch.Tensor", "torch.nn.parameter.Parameter")
         else Made("torch._tensor._rebuild_from_type_v2")
     ),
