@@ -28,7 +28,7 @@ from tqdm import tqdm
 LISTS = Path(__file__).resolve().parent / "slips"
 ROOT = LISTS.parent.parent
 AREAS = sorted(path.stem for path in LISTS.glob("*.py") if path.stem != "slip")
-sys.path.insert(0, str(LISTS))  # the lists in this folder import `slip`
+sys.path.insert(0, str(LISTS))  # the files in this folder import `slip`
 from slip import Slip  # noqa: E402
 
 

@@ -1,7 +1,7 @@
 """Each entry of the diagnosis' tables computes its fault's numbers. Parity finds the fault.
 
-The tests use NumPy, torch or transformers to compute the numbers of each fault. No model runs
-with a fault: a test takes the tensors of one comparison and replaces one of them.
+The tests use NumPy, torch or transformers to compute the numbers of each fault. They do not run a
+faulty model. Instead, a test takes the tensors of a correct run, and replaces one of them.
 """
 
 import math

@@ -4,8 +4,8 @@
 that vary from run to run. To run only some notebooks, name them on the command line.
 
 A solution is a folded `<details>` in a markdown cell. It has a block of Python code, and a block
-with the output of this code. After all cells of the notebook, a run executes this code and
-updates its output.
+with the output of this code. A run executes the notebook's cells first, then the solutions' code.
+It updates all outputs.
 """
 
 import os

@@ -258,7 +258,9 @@ def examples_of_sets(
     from miniclip.zeroshot.data import with_classes_of
 
     if args.train is None:
-        raise ValueError(f"--task {args.task} needs --train, class folders to learn from")
+        raise ValueError(
+            f"--task {args.task} needs class folders to learn from; give them as --train"
+        )
     named = (None, args.train, *([args.val] if args.val else []))
     found = [class_folders(args, data) for data in named]
     images, loaded = with_classes_of(found[0], found), load_once(args)

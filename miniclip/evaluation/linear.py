@@ -166,7 +166,7 @@ def shuffled_by_class(classes: Tensor, seed: int) -> list[Tensor]:
 
 
 class Method(NamedTuple):
-    """A function that fits a classifier, its training examples and its test examples."""
+    """Examples to train and to test a classifier, and the function that fits it."""
 
     fit: Fit
     train: Examples

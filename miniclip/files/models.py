@@ -138,7 +138,7 @@ class Stored(NamedTuple):
         return state
 
     def _check_depth(self, places: dict[str, names.Place]) -> None:
-        """Check the number of layers first, so that no error lists every tensor of a layer."""
+        """Check the number of layers. Otherwise the error would list all tensors of missing layers."""
         for tower in self.towers:
             blocks = {n.split(".")[2] for n in places if n.startswith(f"{tower}.blocks.")}
             found = names.depth(tower, self.table, self.tensors)
@@ -250,7 +250,7 @@ def _open(
                     "vision_model.* and text_model.* (transformers) or visual.* (openai/CLIP, "
                     "open_clip)"
                 )
-        except ValueError:  # if the config is wrong too, the config's error explains more
+        except ValueError:  # an error of the config, if there is one, explains more than this error
             if file := next((f for f in (open_clip, config) if f.is_file()), None):
                 _read_fields(file, fork)
             raise

@@ -130,7 +130,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A setting as text. Equal settings have equal texts."""
+    """Write a setting as text. Equal settings give the same text."""
     if isinstance(value, Tensor):
         value = value.tolist()
     cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]

@@ -254,8 +254,8 @@ def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop the buffers that libraries save in addition to the weights.
 
     Until version 4.31, transformers saved the positions 0 to n-1. Raises ValueError for other
-    positions. A TorchScript archive of open_clip has the causal mask. An AveragedModel has the
-    number of averaged models.
+    positions. A TorchScript archive of open_clip also has the causal mask. torch's AveragedModel
+    also saves how many models it has averaged.
     """
     kept = dict(tensors)
     for name in ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"):
@@ -292,7 +292,7 @@ def _one_position_embedding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_in_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give timm's tensors CLIP's shapes: drop leading dimensions of 1, and a bias that is zero.
+    """Change timm's tensors to the shapes in CLIP. Drop leading dimensions of 1, and a zero bias.
 
     timm's projection has a bias, but CLIP's has none. open_clip may store the projection outside of
     `visual.trunk`.

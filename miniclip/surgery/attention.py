@@ -134,8 +134,8 @@ def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset:
     """A preset that takes its attention pattern and its grid from another model's features.
 
-    Lan et al. 2024, arXiv 2408.04883. The mean of the cosines is taken over each image. The
-    authors' code takes the mean over the batch, but each of their batches is a single image.
+    Lan et al. 2024, arXiv 2408.04883. Each image has its own mean of the cosines. The
+    authors' code takes one mean for the batch, but each of their batches is a single image.
 
     Args:
         features: (B, C, rows, columns) of the same images, for instance from DINO.

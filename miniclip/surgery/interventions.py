@@ -48,7 +48,7 @@ def ablate_heads(
     def check(out: Tensor, name: str) -> None:
         if name not in silenced:
             raise ValueError(
-                f"{name} has not run its site z, so ablate_heads cannot follow this attention"
+                f"ablate_heads edits the site `z`, but the attention {name} has not run this site"
             )
 
     edits: dict[str, Edit] = {f"{name}.z": silence for name in chosen}

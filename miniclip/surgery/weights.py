@@ -145,7 +145,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(model: Module, shares_weights: bool = False) -> Module:
-    """Copy a model without its forward hooks, because a handle cannot remove a copied hook.
+    """Copy a model without its forward hooks. No handle could remove a hook from the copy.
 
     If `shares_weights`, the copy shares the model's tensors.
 

@@ -52,9 +52,9 @@ class _Gather(torch.autograd.Function):
 def gather(x: Tensor, batch: int | None = None) -> Tensor:
     """Gather the rows of all N processes, with gradient. A single process gets `x` back.
 
-    Row i of process r becomes row i N + r, so the batch does not depend on N. Each process computes
-    the same loss over the whole batch. So the sum of the processes' gradients is N times the loss's
-    gradient. DistributedDataParallel divides this sum by N.
+    Row i of process r becomes row i * N + r, so the order of the batch does not depend on N. Each
+    process computes the same loss over the whole batch. So the sum of the processes' gradients is
+    N times the loss's gradient. DistributedDataParallel divides this sum by N.
 
     Args:
         x: the rows of this process, (B, ...).

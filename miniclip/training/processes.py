@@ -32,7 +32,7 @@ def process_group(device: str) -> Iterator[str]:
         check_device(device)
         torch.cuda.set_device(device)
     # torchrun's store may still have the addresses of crashed processes (pytorch/pytorch#167288).
-    # On one machine, every key starts with the number of the restart, so no old address is found.
+    # On a single machine, each restart uses new keys, so it does not find the old addresses.
     is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "0"
     store, rank, world_size = next(dist.rendezvous("env://"))
