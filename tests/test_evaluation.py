@@ -436,7 +436,4 @@ def test_eval_learns_from_examples(task, tmp_path, capsys):
 
 def test_a_probe_without_training_images_is_an_error(tmp_path, capsys):
     assert main(["eval", str(tmp_path), "--task", "probe", "--model", "everyday"]) == 2
-    assert (
-        "--task probe needs class folders to learn from; give them as --train"
-        in capsys.readouterr().err
-    )
+    assert "--task probe needs folders to learn from: --train FOLDER" in capsys.readouterr().err

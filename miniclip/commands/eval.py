@@ -258,9 +258,7 @@ def examples_of_sets(
     from miniclip.zeroshot.data import with_classes_of
 
     if args.train is None:
-        raise ValueError(
-            f"--task {args.task} needs class folders to learn from; give them as --train"
-        )
+        raise ValueError(f"--task {args.task} needs folders to learn from: --train FOLDER")
     named = (None, args.train, *([args.val] if args.val else []))
     found = [class_folders(args, data) for data in named]
     images, loaded = with_classes_of(found[0], found), load_once(args)
