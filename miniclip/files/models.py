@@ -138,7 +138,7 @@ class Stored(NamedTuple):
         return state
 
     def _check_depth(self, places: dict[str, names.Place]) -> None:
-        """Check the number of layers. Without this check, an error would list the layers' tensors."""
+        """Check the number of layers, to avoid an error that lists all tensors of those layers."""
         for tower in self.towers:
             blocks = {n.split(".")[2] for n in places if n.startswith(f"{tower}.blocks.")}
             found = names.depth(tower, self.table, self.tensors)
