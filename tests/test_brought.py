@@ -518,7 +518,7 @@ def test_timms_vision_tower_is_read(tmp_path, xsmall):
     for change, said in (
         ({"architecture": "vit_base_patch16_224"}, "architecture is 'vit_base_patch16_224'; exp"),
         ({"global_pool": "avg"}, "architecture is"),
-        ({"pretrained_cfg": {"tag": "openai"}}, "trained with QuickGELU. Choose one"),
+        ({"pretrained_cfg": {"tag": "openai"}}, "trained with QuickGELU. Choose a config"),
     ):
         write(tmp_path / "config.json", settings | change)
         with pytest.raises(CheckpointError, match=said):

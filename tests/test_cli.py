@@ -252,7 +252,7 @@ def test_explain_scores_the_methods(run, tmp_path, monkeypatch):
         (["missing.png", "a cat"], ["missing.png"]),
         (["a.png", "a cat", "--scenes", "3"], ["--score"]),
         (["a.png", "--score", "shapes"], ["no IMAGE"]),
-        (["--score", "shapes", "--scenes", "0"], ["one or more"]),
+        (["--score", "shapes", "--scenes", "0"], ["at least 1"]),
         (["--score", "shapes", "--all"], ["runs every method"]),
         (["a.png", "a cat", "--all", "--method", "tokens"], ["--method"]),
     ],

@@ -663,7 +663,7 @@ def test_a_field_of_open_clips_that_changes_no_number_is_accepted(section, field
         ("text_cfg", {"hf_model_name": "roberta-base"}, "text_cfg.hf_model_name"),
         ("text_cfg", {"no_causal_mask": True}, "text_cfg.no_causal_mask"),
         ("text_cfg", {"pool_type": "last"}, "text_cfg.pool_type is 'last'"),
-        ("text_cfg", {"pool_type": "eos"}, "text_cfg.pool_type is 'eos'; expected an eos_id"),
+        ("text_cfg", {"pool_type": "eos"}, "text_cfg.pool_type is 'eos'; expected a field eos_id"),
         ("text_cfg", {"proj_type": "none"}, "text_cfg.proj_type"),
         ("text_cfg", {"proj_bias": True}, "text_cfg.proj_bias"),
         ("text_cfg", {"embed_cls": True}, "text_cfg.embed_cls"),

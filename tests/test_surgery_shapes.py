@@ -782,7 +782,7 @@ REFUSED = {
     "no method": (lambda m: resize_image(m, 48, "bicubic"), "expected one of transformers, timm"),
     "patch 0": (lambda m: resize_patch(m, 0), "patch_size is 0; expected a positive whole"),
     "shorter": (lambda m: extend_context(m, 10, keep=0), "cannot stretch 20 positions to 10"),
-    "too much kept": (lambda m: extend_context(m, 40), "keep from 0 to 18"),
+    "too much kept": (lambda m: extend_context(m, 40), "`keep` from 0 to 18"),
     "one too many kept": (lambda m: extend_context(m, 40, keep=19), "keep=19: expected"),
     "-1 kept": (lambda m: extend_context(m, 40, keep=-1), "keep=-1: expected"),
     "no rule": (lambda m: extend_context(m, 40, method="cubic"), "expected longclip or linear"),

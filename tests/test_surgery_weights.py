@@ -234,7 +234,7 @@ def test_frozen_groups_get_no_gradients_and_others_do(tower):
             assert all((p.grad is None) == (i < count) for p in group)
         assert model.logit_scale.grad is not None
     for count in (-1, len(part.blocks) + 3):
-        with pytest.raises(ValueError, match=f"groups is {count}; expected 0 to "):
+        with pytest.raises(ValueError, match=f"groups is {count}; expected 0 "):
             freeze(part, count)
 
 

@@ -494,7 +494,7 @@ def test_data_that_cannot_be_trained_on_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=says):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n{"file')
-    with pytest.raises(ValueError, match="rows that can be read"):
+    with pytest.raises(ValueError, match="its rows cannot be read"):
         open_data(tmp_path, transform)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n')
     with pytest.raises(ValueError, match="none of 1 images can be read; the first is .*a.png"):
