@@ -182,6 +182,9 @@ def false_headers():
         yield f"pax says {size}", pax(b"%d" % (len(record) + 2) + record) + header("a.bmp", 9)
     yield "a record of 20 digits", pax(b"9" * 20 + b" path=a.bmp\n") + header("a.bmp", 9)
     yield "a record of 5,000 digits", pax(b"9" * 400 + b" path=a.bmp\n") + header("a.bmp", 9)
+    yield "a wrong checksum", header("a.bmp", 9).replace(b"a.bmp", b"b.bmp") + bytes(512)
+    yield "no header", b"some text" * 100
+    yield "half a header", header("a.bmp", 9)[:200]
     name = header("x", 3, tarfile.GNUTYPE_LONGNAME) + b"ab".ljust(512, b"\0")
     yield "3,000 long names", name * 3000 + header("a.bmp", 9) + bytes(512)
     sparse = b"22 GNU.sparse.major=1\n" + b"22 GNU.sparse.minor=0\n"

@@ -46,6 +46,11 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
                         )
                         raise ValueError(f"{info.name!r:.200} {kind}")
                     yield Member(name, info.name, info.offset_data, info.size)
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE).strip(
+                    b"\0"
+                ):  # tarfile stops there without an error
+                    raise ValueError(f"the header at byte {tar.offset:,} is damaged")
     # tarfile raises many kinds of errors for a damaged header.
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError,
             RecursionError) as error:  # fmt: skip
