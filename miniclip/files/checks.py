@@ -170,7 +170,7 @@ def check_ids(ids: Any, vocab_size: int) -> None:
 
 
 def can_look_at(x: Tensor) -> bool:
-    """Whether a tensor's values can be read. False on a GPU and in compile, vmap and grad."""
+    """Whether the values can be read: on a CPU, outside torch.compile, vmap and torch.func.grad."""
     if torch.compiler.is_compiling():
         return False
     return x.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -56,11 +56,11 @@ TOWER_TYPES = {
 def from_transformers(config: Any, model_types: tuple[str, ...] = ("clip",)) -> Fields:
     """Read a parsed config.json of a model with two towers. Raises ValueError.
 
-    `model_types` are the accepted values of `model_type`: "clip" and a fork's own value.
-    `projection_dim` is read only at the top level, because some official files have a wrong copy in
-    the tower sections. `text_config_dict` and `vision_config_dict` replace the tower sections, as
-    in transformers' configuration_clip.py. Unknown entries keep their names, because they may
-    belong to a fork.
+    `model_types` are the accepted values of `model_type`: "clip" and a fork's own value. The value
+    "metaclip_2" is always accepted. `projection_dim` is read only at the top level, because some
+    official files have a wrong copy in the tower sections. `text_config_dict` and
+    `vision_config_dict` replace the tower sections, as in transformers' configuration_clip.py.
+    Unknown entries keep their names, because they may belong to a fork.
     """
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object, found {type(config).__name__}")
@@ -117,9 +117,10 @@ def to_transformers(
 ) -> dict[str, Any]:
     """The contents of config.json for a model with these fields.
 
-    Fields in `beyond_transformers` become extra entries. transformers would ignore them and build a
-    different model. To prevent this, the number of heads is written as a list with one number for
-    each layer. Then transformers raises an error, because it accepts only one number.
+    `head_width` and `registers` become extra entries. transformers would ignore them and build a
+    different model. To prevent this, a tower with any field in `beyond_transformers` has its heads
+    written as a list, one number for each layer. Then transformers raises an error, because it
+    accepts only one number.
     """
     family = "clip"
     if fields["text"].get("literal_eos") and model_type == "clip":

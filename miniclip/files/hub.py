@@ -176,7 +176,7 @@ def commit_of(path: Path) -> str | None:
 
 
 def _hashes_at(repository: str, commit: str, local_files_only: bool) -> dict[str, str]:
-    """The hash of each file at a commit, or an empty dictionary if the hub does not answer."""
+    """The hash of each file at a commit. Empty if the hub is not asked, or does not answer."""
     from huggingface_hub import HfApi
 
     if not local_files_only:

@@ -114,7 +114,7 @@ class Stored(NamedTuple):
             raise CheckpointError(f"{self.config_path}: {reason}") from None
 
     def state_dict(self, model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-        """Rename the tensors as in the state dict of `model`, which may be on the meta device.
+        """Make the state dict of `model` from the tensors. `model` may be on the meta device.
 
         `prefix` is "vision." or "text." for a tower. If tensors do not fit, one CheckpointError
         lists them, at most a thousand. Warns of NaN and infinity.
@@ -128,8 +128,9 @@ class Stored(NamedTuple):
             name.removeprefix(prefix): where.take(self.tensors[where.key]).to(self.device)
             for name, where in places.items()
         }
-        # One NaN or infinity in a weight silently turns every logit into NaN. A sum is three times
-        # as fast as `aminmax`, but may overflow. So `aminmax` checks tensors with a non-finite sum.
+        # One NaN or infinity in a weight can silently turn every logit into NaN. A sum is
+        # three times as fast as `aminmax`, but may overflow. So `aminmax` checks tensors with a
+        # non-finite sum.
         real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
         odd = [name for name, t in real.items() if not t.sum().isfinite()]
         odd = [name for name in odd if not all(end.isfinite() for end in real[name].aminmax())]
@@ -138,7 +139,7 @@ class Stored(NamedTuple):
         return state
 
     def _check_depth(self, places: dict[str, names.Place]) -> None:
-        """Check the number of layers, to avoid an error that lists all tensors of those layers."""
+        """Check the number of layers first, so that no error lists each tensor of absent layers."""
         for tower in self.towers:
             blocks = {n.split(".")[2] for n in places if n.startswith(f"{tower}.blocks.")}
             found = names.depth(tower, self.table, self.tensors)
@@ -353,7 +354,8 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
     """Raise CheckpointError if a tokenizer or a transform does not fit the model with these fields.
 
     The tokenizer may have at most as many tokens as the text tower embeds. The transform's crop
-    must have the size that the vision tower reads. transformers does not check this.
+    must have the size that the vision tower reads. transformers does not check this before the
+    forward pass.
     """
     text, vision = fields.get("text", {}), fields.get("vision")
     if vision and transform:

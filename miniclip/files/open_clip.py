@@ -92,7 +92,7 @@ def _tower(settings: dict[str, Any], known: Fields, section: str) -> Fields:
     known = known | {"mlp_ratio": 4.0}
     _refuse_others(settings, {*known, "norm_kwargs"}, section)
     values: Fields = {name: settings.get(name, default) for name, default in known.items()}
-    # Values that are multiplied later are checked: Python would also multiply a string or a list.
+    # Later code calculates with these values. Python would also multiply a string or a list.
     for name in ("width", "head_width", "vocab_size", "mlp_ratio"):
         value, kinds = values.get(name, 1), (int, float) if name == "mlp_ratio" else (int,)
         if type(value) not in kinds or not 0 < value < 2**31:
@@ -124,7 +124,7 @@ def _refuse_others(settings: dict[str, Any], known: set[str], section: str) -> N
 
 
 def to_open_clip(fields: Fields) -> dict[str, Any]:
-    """The model_cfg of open_clip_config.json. Raises ValueError if open_clip has no such model."""
+    """The model_cfg of open_clip_config.json. Raises ValueError, see `refuse_inexpressible`."""
     vision, text = fields["vision"], fields["text"]
     refuse_inexpressible(fields, "open_clip")
     towers = {}
@@ -134,7 +134,7 @@ def to_open_clip(fields: Fields) -> dict[str, Any]:
         if int(tower["width"] * ratio) != tower["mlp_width"]:
             ratio *= 1 + 2**-50  # open_clip rounds width * ratio down
         towers[name]["mlp_ratio"] = ratio
-        if tower["ln_eps"] != 1e-5:  # old versions of open_clip support only 1e-5
+        if tower["ln_eps"] != 1e-5:  # 1e-5 is the default; old versions have no norm_kwargs
             towers[name]["norm_kwargs"] = {"eps": tower["ln_eps"]}
     head_width = vision["head_width"] or vision["width"] // vision["heads"]
     towers["vision_cfg"] |= {name: vision[name] for name in ("image_size", "patch_size")}

@@ -5,8 +5,8 @@ and their code; OpenAI publishes its models in this form. A pickle is a program:
 Python function, and a few bytes can make it run very long. Here `pickletools` splits a pickle
 into instructions and runs nothing. Only the instructions that torch.save writes are followed. A
 call is noted, but the function is not called. `torch.load(weights_only=True)` follows more
-instructions. With these, a file can take any amount of memory. `torch.load` also refuses some of
-the objects that training saves.
+instructions. With these, a file can take any amount of memory. Such a `torch.load` also refuses
+some of the objects that training saves.
 """
 
 import io
@@ -127,7 +127,7 @@ def _place(file: _Bounded, record: zipfile.ZipInfo, storage: Storage) -> int:
 
 
 def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
-    """Read a file from before 2020: five pickles, then the length and numbers of each storage."""
+    """Read torch.save's format until 2020: five pickles, then each storage's length and numbers."""
     file.seek(0)
     head = io.BytesIO(file.read(LARGEST))
     if head.read(len(_LEGACY)) != _LEGACY:

@@ -61,7 +61,7 @@ def _of_pillow() -> set[str]:
 
 @cache
 def picture_suffixes() -> frozenset[str]:
-    """The file endings of all image formats, including formats that need another package."""
+    """The file endings of the formats that Pillow reads, and of those that need PACKAGES."""
     missing_packages()
     return frozenset(_of_pillow().union(*(endings for _, endings in PACKAGES.values())))
 
@@ -225,7 +225,7 @@ def fill_in_threads(
     with no_warnings, ThreadPoolExecutor(torch.get_num_threads()) as pool:
         each = pool.map if len(first) > 1 else map  # a new thread costs a tenth of an image's time
         for _ in each(fill, first.values()):
-            pass  # an error of `fill` is raised here, and cancels the other calls
+            pass  # an error of `fill` is raised here, and cancels the waiting calls
     for i, picture in enumerate(pictures):
         if i != first[id(picture)]:
             rows[i] = rows[first[id(picture)]]

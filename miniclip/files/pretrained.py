@@ -46,9 +46,10 @@ if TYPE_CHECKING:
 class Pretrained(nn.Module):
     """A model with `from_pretrained` and `save_pretrained`.
 
-    The `model_type` of a subclass is the subclass's name, so no other class can load the saved
-    files by mistake. `tensor_names` maps the new parameters of a subclass to their names in a file,
-    such as {"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}.
+    The `model_type` of a subclass is the subclass's name, unless the subclass sets `model_type`. So
+    no other class loads the saved files by mistake. `tensor_names` maps the new parameters of a
+    subclass to their names in a file, such as
+    {"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}.
     """
 
     towers: ClassVar[tuple[str, ...]]  # the towers that a checkpoint must have
@@ -77,9 +78,10 @@ class Pretrained(nn.Module):
         """Load the model of a checkpoint, in evaluation mode. `miniclip.load` explains the options.
 
         Parameters on a CPU are memory-mapped if they keep the file's dtype. They take no memory
-        until they are used, and changes are never written to the file. Parameters keep the strides
-        of the file, as in transformers, because strides can change the last bit of a product. If a
-        tower's checkpoint has no projection, `proj` returns its input. Raises CheckpointError.
+        of their own until they are changed. Changes are never written to the file. Parameters keep
+        the file's strides, as in transformers, because strides can change the last bit of a
+        product. If a tower's checkpoint has no projection, `proj` returns its input. Raises
+        CheckpointError.
         """
         return cls.from_stored(open_model(name, fork=cls.fork(), **options))
 
@@ -91,7 +93,7 @@ class Pretrained(nn.Module):
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
         prefix = f"{cls.towers[0]}." if len(cls.towers) == 1 else ""
         state = stored.state_dict(model, prefix)
-        if any(buffer.is_meta for buffer in model.buffers()):  # a buffer is not in the file
+        if any(buffer.is_meta for buffer in model.buffers()):  # the file may lack this buffer
             model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
             model.to(stored.device, next(iter(state.values())).dtype)
         model.load_state_dict(state, assign=True)

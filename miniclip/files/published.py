@@ -45,11 +45,11 @@ OPENAI_NAMES = {
     "ViT-L/14": "openai/clip-vit-large-patch14",
     "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
 }
-"""For each model name in openai/CLIP's `clip.load`, the hub id of the same weights."""
+"""For each ViT's name in openai/CLIP's `clip.load`, the hub id of the same weights."""
 
 
 def openai_id(name: str) -> str | None:
-    """Return OpenAI's hub id for a model name in openai/CLIP or PUBLISHED. None for other names.
+    """The hub id of an OpenAI ViT, from its name in openai/CLIP or PUBLISHED. None for other names.
 
     >>> openai_id("ViT-L/14@336px") == openai_id("L/14-336"), openai_id("vit-b/32")
     (True, 'openai/clip-vit-base-patch32')

@@ -1,4 +1,4 @@
-"""Read the files of a tar, up to the first damage. A damaged header cannot cause a long read."""
+"""Read the files of a tar, up to the first damage. Damaged headers never make a read endless."""
 
 import tarfile
 from collections.abc import Iterator
@@ -47,9 +47,8 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
                         raise ValueError(f"{info.name!r:.200} {kind}")
                     yield Member(name, info.name, info.offset_data, info.size)
                 file.seek(tar.offset)
-                if file.read(tarfile.BLOCKSIZE).strip(
-                    b"\0"
-                ):  # tarfile stops there without an error
+                # At a damaged header, tarfile stops without an error.
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                     raise ValueError(f"the header at byte {tar.offset:,} is damaged")
     # tarfile raises many kinds of errors for a damaged header.
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError,

@@ -6,10 +6,11 @@
 
 `embed` reads each image once. If `embed` is killed, run the same command to continue. For a
 complete index, the command embeds new and changed images, drops missing images, and keeps all other
-embeddings bit for bit. An index from another model is replaced only with `--force`. Hidden folders,
-system folders and files that match `--exclude PATTERN` are left out. HEIC needs `pillow-heif`, and
-camera RAW needs `rawpy`. If a package is missing, a message names the package and counts the
-skipped files. `torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.
+embeddings bit for bit. An index from another model is replaced only with `--force`. Hidden files,
+hidden folders, system folders and matches of `--exclude PATTERN` are left out. HEIC needs
+`pillow-heif`, and camera RAW needs `rawpy`. If a package is missing, a message names the package
+and counts the skipped files.
+`torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.
 
 The index is one memory-mapped safetensors file. It holds unit vectors, names, a list of unreadable
 files, and a fingerprint of the weights. A search with any other model raises an error.

@@ -193,7 +193,7 @@ def _build(
     kept = unchanged(old, stamped) if old else {}
     todo = [one for one in stamped if str(one[0]) not in kept]
     parts = [todo[i : i + PART] for i in range(0, len(todo), PART)]
-    # The name of a part's file contains a hash of everything that decides the file's bytes.
+    # The name of a part's file contains a hash of what decides the part's embeddings.
     device, engine = loaded.model.logit_scale.device.type, engine_of(loaded.model)
     decides = (encoder.fingerprint, encoder.transform, device, batch, engine)
     keys = [sha256(repr((decides, part)).encode()).hexdigest() for part in parts]

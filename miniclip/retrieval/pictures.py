@@ -32,7 +32,7 @@ def find_pictures(
 ) -> tuple[list[str | Member], list[str]]:
     """Find the images in files, folders, patterns and tars.
 
-    Hidden and system folders are left out, unless they are given in `paths`.
+    Hidden files, hidden folders and system folders are left out, unless a path names them.
 
     Args:
         paths: images with any ending, folders, tars such as WebDataset's shards, and patterns such

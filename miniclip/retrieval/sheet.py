@@ -63,7 +63,10 @@ def draw_sheet(
 
 
 def font_for(text: str, size: int) -> Any:
-    """Return Pillow's font for an ASCII text. For other texts, return a font from matplotlib."""
+    """Return Pillow's font for an ASCII text. For other texts, return a font that matplotlib finds.
+
+    Without matplotlib, return Pillow's font for all texts.
+    """
     if text.isascii():
         return ImageFont.load_default(size)
     try:
