@@ -35,7 +35,7 @@ def check_patterns(acts: dict[str, Tensor], *blocks: nn.Sequential) -> None:
         silent = [type(b.attn).__name__ for some in blocks for b in some]
         raise ValueError(
             f"only {len(acts)} of {len(silent)} blocks use the site attn.pattern; the other blocks "
-            f"compute it elsewhere. Attention classes: {', '.join(dict.fromkeys(silent))}"
+            f"compute the pattern elsewhere. Attention classes: {', '.join(dict.fromkeys(silent))}"
         )
 
 

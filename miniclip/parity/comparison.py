@@ -199,7 +199,7 @@ def _cause(
 def _compare_tables(
     site: str, exact: float, ours: dict[str, Tensor], theirs: dict[str, Tensor]
 ) -> Difference | None:
-    """Compare all token and position embeddings. Return the first `Difference`, or None."""
+    """Return a `Difference` if the token or position embeddings differ by more than `exact`."""
     for name in ("text.token_embed.weight", "text.pos_embed"):
         one, other = ours.get(name), theirs.get(name)
         if one is None or other is None or one.shape[1:] != other.shape[1:]:

@@ -137,7 +137,7 @@ def _sorted(w: Tensor, axis: int, size: int) -> Tensor:
 
 
 def otherwise_run(site: str, model: Side, other: Side) -> str:
-    """Say which block, attention or MLP a model skips, runs twice or runs in another order."""
+    """Say which part (such as a block or MLP) a model skips, runs twice or runs out of order."""
     for kinds in ("resid_post|projected", "attn_out|mlp_out"):
         pattern = re.compile(rf"({site.partition('.')[0]}|logits)\..*({kinds})( again)?")
         ours, theirs = (list(filter(pattern.fullmatch, side.tensors)) for side in (model, other))

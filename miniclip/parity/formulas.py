@@ -173,8 +173,8 @@ class Formula(NamedTuple):
     """The formula of a site, and the tensors, weights and steps that it uses."""
 
     site: str
-    x: Named  # {short name of an earlier site: tensor}
-    w: Named  # the weights of the block or tower that contains the site
+    x: Named  # {short name of a site or of an input: tensor}
+    w: Named  # the weights of the site's block or tower; for the logits, of the model
     steps: Steps  # the steps of the computation; a fault replaces one of them
 
     def compute(self, weights: Named = {}, steps: Steps = {}) -> Tensor | None:

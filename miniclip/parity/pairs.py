@@ -84,7 +84,7 @@ def alone(model: Any) -> Loaded:
 
 def _load(name: Name, options: dict[str, Any]) -> Loaded:
     """Load a model, its tokenizer and its transform. If the tokenizer or the transform cannot be
-    loaded, return a function that raises the error, so that the comparison reports the error."""
+    loaded, put a function in its place that raises the error. The comparison then reports it."""
     if code := CODE.fullmatch(str(name)):
         return _made_by(Path(code["file"]), code["name"] or "model")
     parts: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
@@ -122,7 +122,7 @@ def _made_by(file: Path, name: str) -> Loaded:
 
 def _load_with_transformers(name: Name, ours: Loaded, options: dict[str, Any]) -> Loaded:
     """Load a checkpoint with transformers. Wrap the tokenizer and the image processor in
-    functions that take the same arguments as ours."""
+    functions that a comparison can call like ours."""
     transformers = import_transformers()
 
     def load_part(kind: Any, part: str, **more: Any) -> Any:
@@ -188,7 +188,7 @@ def copy_weights(ours: CLIP, theirs: "CLIPModel") -> None:
     weights = ours.state_dict().items()
     copies = {layout_name(name, TRANSFORMERS): weight.detach().clone() for name, weight in weights}
     theirs.load_state_dict(copies, strict=True, assign=True)
-    for module in theirs.modules():  # `position_ids` are not in `copies`, so they are meta tensors
+    for module in theirs.modules():  # `position_ids` are not in `copies`: they may be meta tensors
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor):
             module.position_ids = torch.arange(ids.shape[-1], device=ours.logit_scale.device)[None]

@@ -72,8 +72,8 @@ def raises(error: Exception) -> str:
 def run_both(
     run: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> tuple[list[Any], str]:
-    """Apply `run` to both functions. Return the results and an error message. The message is
-    "" if no function fails. If both functions fail, raise the first error."""
+    """Apply `run` to both functions. Return the results and an error message. The message is ""
+    unless one function raises a ValueError. If both raise a ValueError, raise the first error."""
     found: list[Any] = []
     errors: dict[str, ValueError] = {}
     for name, function in zip(NAMES, (ours, theirs)):
@@ -87,7 +87,7 @@ def run_both(
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:
-    """Merge the rows of a tower's blocks. Each number is the largest number over the blocks."""
+    """Merge a site's rows over the blocks of a tower. Each number is the largest of its rows."""
     depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:

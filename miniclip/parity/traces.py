@@ -95,8 +95,9 @@ def running(model: Any, setting: Setting) -> Iterator[Callable[[], dict[str, Ten
         return found
 
     tensors = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-    # `before` saves the attributes of all modules. Among them are `training`, transformers' choice
-    # of attention, and tensors that a forward pass may replace, such as a mask or a pruned weight.
+    # `before` saves the attributes and buffers of all modules, and the attributes of transformers'
+    # configs. Among them are `training`, transformers' choice of attention, and tensors that a
+    # forward pass may replace, such as a mask or a pruned weight.
     stored = [found for m in model.modules() for found in (vars(m), m._buffers)]
     if is_theirs(model):
         stored += [vars(m.config) for m in model.modules() if hasattr(m, "config")]
@@ -156,7 +157,8 @@ def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tens
     """Return one tensor for each site. If possible, it has the shape of the tensor in `peer`.
 
     A fork may compute a batch in pieces, or put the token axis before the batch axis. `batch` has
-    each tower's batch size. If a site's tensors are not joined, "{site} again" has the last tensor.
+    each tower's batch size. If a site has several tensors that are not joined, "{site} again" has
+    the last one.
     """
     tensors = {}
     for site, (first, *more) in run.calls.items():

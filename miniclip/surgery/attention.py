@@ -1,7 +1,7 @@
 """Embeddings for every patch, with attention patterns for open-vocabulary segmentation.
 
 CLIP's training uses only the class token. With CLIP's own attention pattern in the last block, the
-embeddings of patches do not match texts. The published methods replace this pattern. They differ in
+embeddings of patches match texts badly. The published methods replace this pattern. They differ in
 the new pattern, and in the parts of the block that they leave out.
 """
 
@@ -26,8 +26,9 @@ class Seen(NamedTuple):
     places: slice  # the positions of the patches among the T tokens
 
 
-# A function of q, k, v and `seen`. It returns weights over the tokens, (B, H, T, T). The queries,
-# keys and values have the shape (B, H, T, D).
+# A function of q, k, v and `seen`. The queries, keys and values have the shape (B, H, T, D). It
+# returns weights over the tokens, (B, H, T, T). If the Preset has its own grid of P patches, the
+# weights are (B, H, P, T), or (B, 1, P, T) if all heads share them.
 Pattern = Callable[[Tensor, Tensor, Tensor, Seen], Tensor]
 
 
@@ -78,8 +79,8 @@ def dense_features(
     for attn in (block.attn for block in tower.blocks):
         if not isinstance(attn, Attention) or "pattern" not in signature(attn.forward).parameters:
             raise ValueError(
-                "dense_features cannot follow this attention, because "
-                f"{type(attn).__name__}.forward has no argument `pattern`"
+                "dense_features needs an Attention with the argument `pattern` in its forward; "
+                f"it cannot follow {type(attn).__name__}"
             )
         if attn.causal:
             raise ValueError("dense_features cannot follow a causal vision tower")
@@ -119,7 +120,8 @@ def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
 
 def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """The mean of GEM's q-q, k-k and v-v patterns. For each pattern, attention first replaces each
-    unit vector by a mean of similar unit vectors. The pattern then compares these means."""
+    unit vector by a weighted mean, where similar vectors weigh more. The pattern then compares
+    these means by their cosines."""
     # For each image: the mean norm of its token vectors, divided by the square root of D.
     sharpness = seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1) * q.shape[-1] ** -0.5
 

@@ -169,7 +169,8 @@ def extend_context(
     """A model for longer texts. Its position embedding is stretched.
 
     A text that ends within the first `keep` positions keeps its embedding. Also set the Tokenizer's
-    `context_length`. Raises ValueError if `length` is too short, or if `keep` is too large.
+    `context_length`. Raises ValueError if `length` is below the old context length, or if `keep`
+    leaves fewer than two positions to stretch.
 
     Args:
         keep: how many of the first positions do not change. Default: 20 for "longclip", because

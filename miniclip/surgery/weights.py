@@ -53,8 +53,8 @@ def average(models: list[CLIP]) -> CLIP:
 class TaskVector:
     """How fine-tuning changed each weight, in float64 (Ilharco et al. 2022, arXiv 2212.04089).
 
-    Task vectors can be added, subtracted and scaled. Adding a negated task vector makes a model
-    forget the task.
+    Task vectors can be added, subtracted, scaled and negated. To make a model forget the task,
+    apply the negated vector.
 
     >>> from miniclip import CLIP
     >>> model = CLIP.from_pretrained("shapes")
@@ -174,7 +174,8 @@ def _combined(models: list[CLIP], combine: Callable[..., Tensor]) -> CLIP:
 
 def _weights(*models: CLIP) -> list[dict[str, Tensor]]:
     """Return each model's floating-point tensors. Raises ValueError if the models differ in more
-    than their weights, or if a model has unmerged adapters or quantised modules."""
+    than their weights, or if a model does not fit its config, for example because it has unmerged
+    adapters or quantised modules."""
     for model in models:
         check_described(model)
     found = [
@@ -208,7 +209,7 @@ def _check_same_shapes(one: dict[str, Tensor], other: dict[str, Tensor]) -> None
     shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (one, other)]
     if odd := sorted(dict(shapes[0].items() ^ shapes[1].items())):
         raise ValueError(
-            f"the models differ in the names or shapes of {len(odd)} tensors, such as {odd[0]}: "
+            f"the weights differ in the names or shapes of {len(odd)} tensors, such as {odd[0]}: "
             f"{shapes[0].get(odd[0], 'absent')} and {shapes[1].get(odd[0], 'absent')}. Expected "
             "models fine-tuned from the same weights"
         )
