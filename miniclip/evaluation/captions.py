@@ -84,7 +84,7 @@ def rows_with_captions(
     """Read the captions of images from a metadata file, or from a folder of images.
 
     The folder has a metadata file, or a .txt for each image. Returns the rows, and lines that say
-    what was left out. Returns None if there are no such files.
+    what was left out. Returns None for any other `root`, such as a folder of .tar shards.
     """
     for table in (root, *(root / name for name in METADATA)):
         if table.is_file() and table.suffix in (".jsonl", ".csv", ".tsv"):

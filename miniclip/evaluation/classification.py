@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
 
     @property
     def calibration_error(self) -> float:
-        """The mean of |confidence - accuracy| over the bins, weighted by the number of images."""
+        """Expected calibration error: mean |confidence - accuracy| of bins, weighted by images."""
         images, confidence, right = self.bins.T
         return ((confidence - right).abs().sum() / images.sum()).item()
 

@@ -187,8 +187,8 @@ def few_shot(
         seeds: the number of draws, at least two.
 
     Returns:
-        A dict for each number of `shots` and each `method`. `mean` and `std` are the mean and the
-        sample standard deviation of the accuracy.
+        A dict with `shots`, `method`, `mean` and `std` for each number of shots and each method.
+        `mean` and `std` are the mean and the sample standard deviation of the accuracy.
 
     Raises:
         ValueError: `seeds` or `shots` is too small, or no examples are left to choose the strength.

@@ -44,7 +44,7 @@ FIRST_PORT = 8400
 MAX_BYTES = 20_000_000  # of an uploaded image
 MAX_PIXELS = 50_000_000  # of an uploaded image; decoding needs over 10 bytes of memory per pixel
 MAX_LABELS, MAX_CHARACTERS = 200, 1000  # labels in a question, characters in a text
-MAX_WAITING = 16  # questions that wait at the same time
+MAX_WAITING = 16  # questions at once: one is being answered, the others wait
 MAX_SECONDS = 60  # for receiving a question, and again for answering it
 IDLE_SECONDS = 30  # after this time, a connection that asks nothing is closed
 TYPES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow may start programs for other types
@@ -302,7 +302,7 @@ def listen(port: int | None) -> socket.socket:
 
 
 class Impatient(H11Protocol):
-    """Close a connection if no question arrives. uvicorn itself would wait forever."""
+    """Close a connection if no question arrives. uvicorn waits forever for a first question."""
 
     def connection_made(self, transport: Any) -> None:
         """Schedule the first check of the connection."""

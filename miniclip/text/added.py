@@ -27,9 +27,9 @@ class AddedTokens:
 class _Splitter:
     """Split a text at tokens and keep the tokens, as `re.split` does with a capturing group.
 
-    At each position, find the longest token. `re` would try every token at each position. This
-    class looks up one piece of text for each possible length of a token. For example, if the tokens
-    that start with "<" have 3 different lengths, a "<" in a text needs at most 3 look-ups.
+    At each position, find the longest token. `re` would try one token after another. This class
+    looks up one piece of text for each possible length of a token. For example, if the tokens that
+    start with "<" have 3 different lengths, a "<" in a text needs at most 3 look-ups.
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:

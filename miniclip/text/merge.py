@@ -20,7 +20,7 @@ class Merger:
     """
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[Pair]) -> None:
-        self.size, self.no_rank = len(vocab), len(merges)  # larger than every rank
+        self.size, self.no_rank = len(vocab), len(merges)  # every rank is below no_rank
         self.joined = [vocab[left + right] for left, right in merges]  # indexed by rank
         pairs = [vocab[left] * self.size + vocab[right] for left, right in merges]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}

@@ -122,7 +122,7 @@ def open_data(
         columns: the names of a metadata file's two columns, for image files and for captions.
 
     Raises:
-        ValueError: `name` has none of these forms, or there are fewer than two class folders.
+        ValueError: `name` has none of these forms, or fewer than two class folders have files.
     """
     if name == "shapes":
         from miniclip.training.drawn import Shapes

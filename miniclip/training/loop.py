@@ -57,7 +57,7 @@ def train(
         loss: a loss in place of the recipe's loss. The logit scale is then not clamped. If the
             loss is an nn.Module, its parameters are trained and saved too.
         validate: a function from a checkpoint to a dict of scores on held-out data; see
-            `evaluation.scorer`. The first score of the dict decides which checkpoint is `out`/best.
+            `evaluation.scorer`. `out`/best is the checkpoint with the highest first score.
         log: "tensorboard" also writes the metrics for TensorBoard.
 
     Returns:
@@ -213,7 +213,7 @@ def recompute_blocks(model: CLIP) -> Iterator[None]:
 
 @contextmanager
 def attention_written_out(model: CLIP) -> Iterator[None]:
-    """Use eager attention. Its backward pass in bfloat16 on a CPU is 4 times faster than sdpa's."""
+    """Use eager attention. Its backward pass in bfloat16 on a CPU is 4 times as fast as sdpa's."""
     before = [attn.eager for attn in attentions(model)]
     model.set_attention("eager")
     try:

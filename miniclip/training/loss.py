@@ -25,7 +25,7 @@ class Objective(nn.Module):
             self.cast = torch.autocast(model.logit_scale.device.type, torch.bfloat16)
 
     def forward(self, pixels: Tensor, ids: Tensor, end: Callable[[Tensor, Tensor], Any]) -> Any:
-        """Embed a batch as unit vectors, and return `end(image_embeds, text_embeds)`."""
+        """Return `end(image_embeds, text_embeds)`, with unit vectors in the weights' dtype."""
         with self.cast:
             embeds = self.model.encode_image(pixels), self.model.encode_text(ids)
         return end(*(unit_norm(x.to(self.model.logit_scale.dtype)) for x in embeds))

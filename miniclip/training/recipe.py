@@ -35,12 +35,12 @@ class Recipe:
     loss: str = described("clip", "clip or siglip; the checkpoint leaves out siglip's bias")
     freeze: str = described("", "parts to freeze, separated by commas: vision (LiT), text or globs")
     lora: int = described(0, "above 0, train only LoRA of this rank, and write merged weights")
-    val_every: int = described(0, "score on --val after this many steps; 0 means after each epoch")
+    val_every: int = described(0, "steps between scores on --val; 0 means a score after each epoch")
     # In a mirrored image, "left" and "right" in the caption are wrong.
     augment: bool = described(False, "mirror, zoom into and shift the images at random")
     hard_negatives: bool = described(False, "also learn from the data's false captions (NegCLIP)")
     # Gradient accumulation would not work, because the loss compares all pairs of a batch.
-    chunk: int = described(0, "hold this many pairs in memory at once (GradCache); 0 means all")
+    chunk: int = described(0, "pairs in memory at once, each embedded twice (GradCache); 0: all")
     checkpoint_blocks: bool = described(False, "to save memory, compute each block twice")
     precision: str = described("float32", "float32, or bfloat16 with autocast")
     compile: bool = described(False, "compile the towers with torch.compile")

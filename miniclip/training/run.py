@@ -198,7 +198,7 @@ class Run:
                 self.writer.add_scalar(name, value, self.step)
 
     def report(self, note: str, about: str = "") -> None:
-        """Print a note above the progress bar. Print notes with the same `about` only once."""
+        """Print a note once, above the progress bar. Print only the first note for each `about`."""
         if (about or note) not in self.reported:
             self.reported.add(about or note)
             tqdm.write(note, file=sys.stderr)

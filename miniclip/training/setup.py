@@ -27,7 +27,7 @@ def from_scratch(
 
     Args:
         config: the model's shape. The learnt vocabulary may be smaller than
-            `config.text.vocab_size`.
+            `config.text.vocab_size`. The model then has the size of the learnt vocabulary.
         data: the training data.
         seed: decides the weights.
         kind: the class of the model.

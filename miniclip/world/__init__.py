@@ -2,7 +2,7 @@
 
 A `Scene` has one to three shapes, which do not touch, on a dark background. The image is drawn from
 the scene, so every caption can be checked, and every object's pixels are known. So these images
-can answer three questions that photographs cannot answer:
+can answer three questions that are hard to answer with photographs:
 
 - Does a model recognise a pair of colour and shape that training never showed? The pairs in
   `HELD_OUT` are in no training image or caption. Their colours and shapes are in other pairs.

@@ -144,7 +144,8 @@ Kind = Callable[[Scene], list[Claim]]
 def kinds(scene: Scene) -> tuple[Kind, ...]:
     """Return the functions that describe a scene's objects by both colour and shape.
 
-    `relations` is in the result twice, because relations are the hardest to learn.
+    For several objects, `relations` is in the result twice, because relations are the hardest to
+    learn.
     """
     several = (relations, relations, lists) if len(scene.objects) > 1 else ()
     return (singles, *((located,) if located(scene) else ()), *several)

@@ -104,8 +104,8 @@ def labelled_images(
     Args:
         root: the folder that contains the class folders.
         labels: the names of the classes, in the order of `class_folders`. By default, a folder's
-            name is the label (fire_truck is "fire truck"). If the folders are called 0 to 999, or
-            have WordNet ids of ImageNet as names (n01440764), the labels are OpenAI's class names.
+            name is the label (fire_truck is "fire truck"). If all folders have WordNet ids of
+            ImageNet as names (n01440764), or are called 0 to 999, the labels are OpenAI's names.
 
     Raises:
         ValueError: if there is no class or no file, or if the number of labels is wrong.
@@ -151,7 +151,7 @@ def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool
 
 
 def with_classes_of(images: LabelledImages, others: Iterable[LabelledImages]) -> LabelledImages:
-    """Add each class of `others` to `images`, unless `images` has this class already."""
+    """Return `images` with more classes at the end: the classes that only `others` have."""
     for other in others:
         new = [i for i, folder in enumerate(other.folders) if folder not in images.folders]
         images = images._replace(
