@@ -76,7 +76,7 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The text tower. A text ends at `eos_token_id` or, if this is 2, at its largest id."""
+    """The text tower. A text ends at its first `eos_token_id`; if that is 2, at its largest id."""
 
     width: int = 512
     layers: int = 12

@@ -15,7 +15,8 @@ embeds = encode(pixels)  # model.vision(pixels), up to rounding
     miniclip bench --suite vision text --engine compile onnxruntime openvino compile-bf16
 
 The last command, with all engines and two threads, gave these times in milliseconds. The number in
-brackets is the time divided by eager's time. Differences are divided by the embedding's norm:
+brackets is the median of the time divided by eager's time in the same round. Differences are
+divided by the embedding's norm:
 
                        1 image          16 images        16 captions      largest difference
     eager              75               605              117

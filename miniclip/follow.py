@@ -1,8 +1,8 @@
 """Check whether a function that inspects or changes a model gives the right result on a fork.
 
-Some of these functions replay a method of the model: they compute CLIP's formula with a change. For
-example, `dense_features` changes the attention pattern of the last block. If a fork has its own
-version of a replayed method, the function raises an error, because the result would be wrong.
+Some of these functions replay a method of the model: they compute CLIP's formula themselves. For
+example, `dense_features` runs the last block with another attention pattern. If a fork has its own
+version of a replayed method, the function raises an error, because the result could be wrong.
 
 A fork is a subclass in a file of your own. Do not copy miniclip's code:
 

@@ -228,8 +228,8 @@ class Tokenizer(PretrainedTokenizer):
         return [self._tokens[id] for id in known]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids as transformers does: to lower case, with spaces between words, with special
-        tokens as text, and with U+FFFD for bytes that are not UTF-8."""
+        """Decode ids as transformers does: words in lower case with spaces between them, special
+        tokens as text, and U+FFFD for bytes that are not UTF-8."""
         byte = {symbol: byte for byte, symbol in byte_symbols().items()}
         data = bytearray()
         for token in self.tokens(ids):

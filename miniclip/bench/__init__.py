@@ -2,8 +2,8 @@
 
 `miniclip bench` times miniclip and transformers, with random weights in an official shape. If they
 are installed, it also times open_clip and openai/CLIP. It compares the outputs first. A library is
-not timed if its output differs from miniclip's output. "Matrix products alone" only
-multiplies random numbers by a tower's weights, in the fastest of PyTorch, oneDNN and MKL.
+not timed if its output differs from miniclip's by more than rounding error. "Matrix products alone"
+only multiplies random numbers by a tower's weights, in the fastest of PyTorch, oneDNN and MKL.
 
     $ miniclip bench --suite vision text
     Median cost, median rate, and median ratio to miniclip's cost (with quartiles).
@@ -97,7 +97,7 @@ The other suites were measured on another machine:
 
 "transformers, at once" pads all texts to the longest text. "transformers" embeds one label's texts
 at a time. open_clip and openai/CLIP pad each text to 77 tokens. They take 9.2 and 9.3 times as long
-as miniclip (`--suite zeroshot`, same machine and date). In `search`, miniclip computes scores in
+as miniclip (`--suite zeroshot`, same machine and date). In `search`, miniclip ranks by scores in
 float64 and keeps one block of the file in memory. FAISS keeps a copy of all vectors in memory.
 `--compile` also times compiled encoders. `--engine` also times other engines (see `engines.py`).
 

@@ -150,7 +150,7 @@ def table(rows: Sequence[Row]) -> str:
         lines += ["", f"{suite}: {work}"]
         for row in group:
             lines.append(f"  {row.contender:<24}{_numbers(row)}")
-            if row.ratio and (row.difference or 0) > 1e-3:  # above rounding errors
+            if row.ratio and (row.difference or 0) > 1e-3:  # more than rounding in float32
                 lines.append(f"{'':28}its output differs from miniclip's by {row.difference:.0e}")
     return "\n".join(lines)
 

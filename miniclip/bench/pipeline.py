@@ -171,7 +171,7 @@ def startup_suite(setting: Setting) -> Iterator[Case]:
 
 
 def memory_suite(setting: Setting) -> Iterator[Case]:
-    """Measure the peak memory of the GPU. Without a GPU, measure the process (Linux only)."""
+    """Measure the peak memory of the GPU or, on a CPU, of the process (Linux only)."""
     if not setting.device.startswith("cuda") and sys.platform != "linux":
         return
     size = (setting.directory / "model.safetensors").stat().st_size

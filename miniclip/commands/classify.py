@@ -87,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def found_in(images: list[str]) -> "Iterator[str | Member | Exception]":
-    """Yield the images that each argument names, or an error for an argument without images."""
+    """Yield the images that each argument names, and an error for each damaged tar.
+
+    If an argument has no images, yield an error instead.
+    """
     from miniclip.retrieval.pictures import find_pictures
 
     for name in images:

@@ -273,7 +273,10 @@ def examples_of_sets(
     test, train = ({*one["proj"].classes.tolist()} for one in sets[:2])
     if lacking := sorted(test - train):
         folders = ", ".join(images.folders[i] for i in lacking)
-        note(f"miniclip: {args.train} has no examples of these classes: {folders}")
+        note(
+            f"miniclip: {args.train} has no examples of these classes, so the probe never predicts "
+            f"them: {folders}"
+        )
     return loaded, images, sets, skipped[0]
 
 

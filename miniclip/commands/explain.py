@@ -139,7 +139,7 @@ def method_table(found: dict[str, list[Any]]) -> str:
         f"random weights: the mean of {RANDOM} models; standard deviation at most {spread:.1%}.",
         "named: how often the warmest pixel is on the object that the text names.",
         "other: how often the warmest pixel is on the other object.",
-        "IoU: the overlap of an object of N pixels with the N warmest pixels.",
+        "IoU: the overlap of the named object's N pixels with the N warmest pixels.",
         "The methods attention and rollout ignore the text.",
     ]
     return "\n".join(lines)

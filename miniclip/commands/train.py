@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="use this checkpoint's recipe.json; without --model, also use the checkpoint's shape",
+        help="use this checkpoint's recipe.json; without --model and --config, also use its shape",
     )
     parser.add_argument(
         "--config", metavar="JSON", help="a config.json with the shape of the random weights"
