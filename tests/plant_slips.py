@@ -136,7 +136,7 @@ def write(file: Path, source: bytes) -> None:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """List the faults that no test noticed, and then each area's share of noticed faults."""
+    """List unnoticed faults and broken runs, and then each area's share of noticed faults."""
     lines = []
     for row in rows:
         if row["outcome"] != "noticed":

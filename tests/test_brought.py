@@ -496,7 +496,7 @@ def timm_tensors(model: CLIP) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def xsmall():
-    """A CLIP with timm's vision tower vit_xsmall_patch16_clip_224 and a small text tower."""
+    """A CLIP in the shape of timm's vit_xsmall_patch16_clip_224, with a small text tower."""
     vision = VisionConfig(256, 10, 4, 1024, "gelu", 1e-5, 224, 16)
     model = CLIP(CLIPConfig(vision, TextConfig(64, 1, 1, 256, "gelu", vocab_size=600,
         context_length=20, bos_token_id=598, eos_token_id=2), 32))  # fmt: skip

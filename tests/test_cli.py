@@ -480,7 +480,7 @@ def test_eval_prints_what_it_counted(run, tmp_path, monkeypatch):
     def told(self, pixels, **options):
         red = pixels[:, 0].mean((1, 2)) * std + mean
         best = (red * 255 / 10).round().long().clamp(max=count - 1)
-        # after the best label, the logits fall in the order of the labels
+        # the logits of the other labels are lower, and fall in the order of the labels
         return 10 * torch.nn.functional.one_hot(best, 64).float() - torch.arange(64)
 
     def axes(model, tokenizer, labels, templates):

@@ -338,7 +338,7 @@ def not_a_number(model):
 
 
 def norm(formula):
-    """Return snippets for `fork_of`. They replace LayerNorm by `formula`, where d is x - mean."""
+    """Return snippets for `fork_of`: LayerNorm becomes `formula` * weight + bias. d is x - mean."""
     of_a_fork = f"""class Norm(nn.LayerNorm):
     def forward(self, x):
         d, eps = x - x.mean(-1, keepdim=True), self.eps

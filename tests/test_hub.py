@@ -1,7 +1,7 @@
 """huggingface_hub's client downloads from a local hub that fails in many ways.
 
-Each test ends with the right model or with one CheckpointError. No damaged file stays in the cache,
-where a later run would trust it.
+Each test ends with the right model or with one CheckpointError. If a damaged file stays in the
+cache, no later run trusts it.
 """
 
 import errno

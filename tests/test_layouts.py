@@ -888,7 +888,7 @@ def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing)
     for layout in LAYOUTS.keys() - refusing:
         model.save_pretrained(tmp_path / layout, layout=layout)
         loaded = CLIP.from_pretrained(tmp_path / layout)
-        if layout != "transformers":  # only transformers' config states an end token
+        if layout != "transformers":  # of these files, only transformers' state 499
             text = replace(model.config.text, eos_token_id=LEGACY_EOS)
             assert loaded.config == replace(model.config, text=text)
         else:

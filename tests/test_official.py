@@ -235,7 +235,7 @@ def test_the_small_files_are_openais():
     name = "openai/clip-vit-base-patch32"
     small = files(name)
     config = config_json(name, PUBLISHED["B/32"])
-    # OpenAI edited its config.json by hand. "projection_dim" is one line higher than in the files
+    # OpenAI's config.json was edited by hand. "projection_dim" is one line higher than in the files
     # of transformers, and one space was added.
     moved = r'(    "problem_type": null,\n)(    "projection_dim)": 512,\n'
     config = re.sub(moved, r'\2": 512,\n\1', config, count=1)

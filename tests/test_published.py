@@ -332,9 +332,9 @@ def test_prompt_vectors_equal_their_paper(loaded, theirs, pixels):
 def with_registers(model, pixels, neurons):
     """Move the activations of some neurons to a new token, without training (arXiv 2506.08010).
 
-    As in the authors' code, all these neurons get the same value at the new token: the largest
-    activation of all. In the paper, each neuron gets its own largest activation, and the
-    activations at the class token also become 0.
+    As in the authors' code, all chosen neurons of a layer get the same value at the new token: the
+    activation with the largest absolute value. In the paper, each neuron gets its own largest
+    activation, and the activations at the class token also become 0.
     """
     with move_to_registers(model, neurons):
         return model.encode_image(pixels)

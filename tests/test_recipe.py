@@ -176,7 +176,7 @@ ABOVE = {
 
 
 def plain_optimizers(peer, recipe, more):
-    """Make AdamW with the settings of CLIP's paper (table 18), and Muon for blocks' matrices."""
+    """Make AdamW with CLIP's betas and eps for ViTs (table 18), and Muon for blocks' matrices."""
     named = [(name, p) for name, p in peer.named_parameters() if p.requires_grad]
     shares = {
         p: recipe.layer_decay ** next(n for part, n in ABOVE.items() if name.startswith(part))
@@ -194,7 +194,7 @@ def plain_optimizers(peer, recipe, more):
 
 
 class PlainMuon:
-    """Muon as its author describes it. It moves the singular values of the update close to 1."""
+    """Muon as its author describes it: Nesterov momentum, then singular values moved close to 1."""
 
     def __init__(self, params, weight_decay, shares, momentum=0.95):
         self.param_groups = [{"params": [p], "share": shares[p]} for p in params]
@@ -333,7 +333,7 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path):
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_of_two_processes_draws_its_own_numbers(rank, tmp_path, monkeypatch):
-    """A process has its own share of the pairs and its own random numbers. The second
+    """A process has its own share of the pairs and its own random numbers. The other
     process does not exist (see `one_of_two`), so embeddings and gradients are not gathered."""
     monkeypatch.setattr(processes, "dist", one_of_two(rank))
     monkeypatch.setattr(loop_module, "parallel", lambda objective, skips: objective)

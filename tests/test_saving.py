@@ -388,7 +388,7 @@ def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
 
 
 def test_each_save_writes_to_a_file_of_its_own(tmp_path):
-    """A process id in the name is not enough, because two threads or containers can share it."""
+    """The file's name has no process id, because two threads or containers can share an id."""
     path = tmp_path / "index"
     with writing.replacing(path) as first, writing.replacing(path) as second:
         assert first != second and str(os.getpid()) not in f"{first}{second}".split("-", 1)[1]

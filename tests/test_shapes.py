@@ -364,7 +364,7 @@ def scores_by_chance(scenes):
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 
-# The areas of shapes of radius 1. The areas of heart and moon were measured once.
+# The areas of the shapes in a circle of radius 1. Heart and moon were measured once.
 STAR = 10 / 2 * 0.42 * math.sin(math.tau / 10)
 CROSS = 4 * (0.94 - 0.32) * 2 * 0.32 + (2 * 0.32) ** 2
 AREAS = {

@@ -233,7 +233,7 @@ def test_resizing_equals_transformers(size):
     expected = theirs.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
     resized = resize_image(ours, size)
     assert_close(resized.encode_image(pixels), expected)
-    if size != (200, 8):  # this grid has only one column
+    if size != (200, 8):  # at 200 x 8, the grid has only one column
         for other in ("timm", "openai-bilinear", "dino"):
             with pytest.raises(AssertionError):
                 assert_close(resize_image(ours, size, other).encode_image(pixels), expected)

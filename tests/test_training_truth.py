@@ -128,7 +128,7 @@ def test_the_captions_in_several_rows_of_an_image_are_true_of_it(kind, tmp_path)
     (tmp_path / f"metadata.{kind}").write_text("\n".join(lines))
     data = open_data(tmp_path, ImageTransform(32))
     batch = next(batches(data, batch=13, seed=0))
-    assert sorted(batch.captions) == sorted(text for _, text in rows)  # each caption occurs once
+    assert sorted(batch.captions) == sorted(text for _, text in rows)  # each row occurs once
     of_image = torch.cat([batch.labels[:, None], batch.also], dim=1)
     is_true = (of_image[:, :, None] == batch.labels).any(1)
     shown = batch.pixels[:, 0, 0, 0].tolist()

@@ -63,7 +63,7 @@ def test_prompts_are_normalised_averaged_and_normalised_again(model, tokenizer):
 
 def test_labels_may_fill_more_than_one_batch(model, tokenizer):
     expected = class_embeddings(model, tokenizer, LABELS, TEMPLATES)
-    many = TEMPLATES * 34  # so many templates that a batch has only two labels
+    many = TEMPLATES * 34  # repeated templates do not change the mean
     torch.testing.assert_close(class_embeddings(model, tokenizer, LABELS, many), expected)
 
 

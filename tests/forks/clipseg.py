@@ -1,8 +1,8 @@
 """CLIPSeg (Lüddecke and Ecker 2022, arXiv 2112.10003) as a fork of CLIP.
 
 The fork adds a small decoder, which reads the outputs of three blocks of the vision tower and
-returns a mask for a text. The decoder's own blocks are narrow and post-norm. In one of them, the
-text's embedding scales and shifts every token (FiLM). The fork loads transformers' checkpoints
+returns a mask for a text. The decoder's own blocks are narrow and post-norm. Before one of them,
+the text's embedding scales and shifts every token (FiLM). The fork loads transformers' checkpoints
 `CIDAS/clipseg-*`. It refuses checkpoints with the refined decoder, which has three convolutions.
 """
 

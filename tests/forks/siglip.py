@@ -2,7 +2,7 @@
 
 The fork differs from CLIP in five ways. An attention layer pools the patches; there is no class
 token. The last token's output becomes the text's embedding. Text attention is not causal. Logits
-have a bias. The loss is a sigmoid for each pair, not a softmax over all pairs. The fork loads
+have a bias. The loss is a sigmoid for each pair, not a softmax over a batch. The fork loads
 transformers' checkpoints `google/siglip-*`.
 """
 
@@ -36,7 +36,7 @@ class SiglipTextConfig(TextConfig):
     context_length: int = 64
 
     def __post_init__(self) -> None:
-        check_tower(self)  # no check of the end token, because SigLIP has none
+        check_tower(self)  # no check of the end token, because the last token is pooled
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Siglip(CLIP):
 def sigmoid_loss(
     model: Siglip, image_embeds: Tensor, text_embeds: Tensor, is_true: Tensor
 ) -> Tensor:
-    """Sum -log sigmoid over all pairs, and average over images (the paper's Algorithm 1)."""
+    """Sum -log sigmoid over an image's pairs, and average over images (the paper's Algorithm 1)."""
     logits = model.score(image_embeds, text_embeds).T  # (B, B)
     signs = 2 * is_true.to(logits) - 1  # 1 for a true pair, -1 for a false one
     return -F.logsigmoid(signs * logits).sum(dim=1).mean()

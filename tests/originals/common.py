@@ -80,7 +80,7 @@ def digests(state: dict[str, Tensor]) -> Tensor:
 
 
 def without(*modules: str) -> None:
-    """Replace modules by mocks, because the authors' code imports them but does not need them."""
+    """Replace modules by mocks. The authors' code imports them, but does not need them here."""
     sys.modules.update({name: MagicMock() for name in modules})
 
 
@@ -91,7 +91,7 @@ def openai_clip(module: types.ModuleType) -> nn.Module:
     v, t = CONFIG.vision, CONFIG.text
     name = "VisionTransformer" if hasattr(module, "VisionTransformer") else "VisualTransformer"
     vit = getattr(module, name)
-    # OpenAI's CLIP always takes width // 64 heads.
+    # OpenAI's CLIP always gives its vision tower width // 64 heads.
     setattr(module, name, lambda **sizes: vit(**sizes | {"heads": v.heads}))
     model = module.CLIP(
         CONFIG.embed_dim, v.image_size, v.layers, v.width, v.patch_size,

@@ -1,4 +1,4 @@
-"""Faults to plant in `bench`, `peers.py`, `parts.py` and `parity`."""
+"""Faults to plant in `bench`, `parity` and `parts.py`."""
 
 # ruff: noqa: E501  # snippets have the indentation of the package
 

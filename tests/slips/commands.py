@@ -1,4 +1,4 @@
-"""Faults to plant in the commands, the page, zero-shot, retrieval, the transform and figures."""
+"""Faults to plant in commands, page, zero-shot, evaluation, retrieval, transform and figures."""
 
 from slip import Slip
 
