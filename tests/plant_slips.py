@@ -118,11 +118,11 @@ def run_planted(copies: "SimpleQueue[Path]", tests: str, slip: Slip | None) -> s
     try:
         for file, source in sources.items():
             write(file, source.replace(slip.old.encode(), slip.new.encode()))
-        done = subprocess.run(pytest, cwd=copy, env=env, capture_output=True, timeout=900)
+        done = subprocess.run(pytest, cwd=copy, env=env, capture_output=True, timeout=300)
         status = 2 if b"ERROR collecting" in done.stdout else done.returncode
         return {0: "unnoticed", 1: "noticed"}.get(status, "broken")
     except subprocess.TimeoutExpired:
-        return "broken"
+        return "noticed"  # the fault makes a test run forever
     finally:
         for file, source in sources.items():
             write(file, source)

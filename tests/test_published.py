@@ -29,6 +29,7 @@ from miniclip.surgery import (
     add_lora,
     add_registers,
     average,
+    copied,
     dense_features,
     encode_prompts,
     extend_context,
@@ -364,6 +365,18 @@ def test_registers_equal_the_authors_code(loaded, theirs, pixels):
     assert_close(found, slowly(emptied=slice(1, None)))
     assert_far(found, slowly(emptied=slice(None)))  # the class token keeps its activations
     assert_far(found, add_registers(loaded.model, 1).encode_image(pixels))
+
+
+@torch.no_grad()
+def test_a_register_may_get_a_negative_activation(loaded, pixels):
+    model = copied(loaded.model)
+    fc1 = model.vision.blocks[1].mlp.fc1
+    fc1.weight[:2] = 0
+    fc1.bias[:2] = torch.tensor([-1.0, -0.1])  # activations of -0.15 and -0.05 at every token
+    with move_to_registers(model, {1: [0, 1]}), cache(model, "vision.blocks.1.mlp.act") as acts:
+        model.encode_image(pixels)
+    expected = model.vision.blocks[1].mlp.act(torch.tensor(-1.0).double())
+    assert_close(acts["vision.blocks.1.mlp.act"][:, 1, :2], expected.expand(len(pixels), 2))
 
 
 # -------------------------------------------------------------------------------------- SAE splice

@@ -1074,6 +1074,7 @@ def test_the_same_command_continues_after_it_was_killed(loaded, tmp_path, monkey
     (many / "broken.png").write_bytes(b"")
     make_tar(many / "x.tar", {f"{i}.png": encoded(blots(20 + i)) for i in range(5)})
     miniclip.save(tmp_path / "model", *loaded)
+    assert building.PART == 512  # images that a killed `embed` loses at most
     monkeypatch.setattr(building, "PART", 8)
     line = ["embed", str(many), "--model", str(tmp_path / "model"), "--out"]
     assert main([*line, str(tmp_path / "whole")]) == 0

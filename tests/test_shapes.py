@@ -23,6 +23,7 @@ from miniclip.training import read_recipe, set_up
 from miniclip.training.drawn import Shapes
 from miniclip.world import scenes as world
 from miniclip.world.captions import (
+    clear_relations,
     kinds,
     located,
     negatives,
@@ -218,6 +219,14 @@ def test_training_never_shows_or_names_held_out_pairs():
         texts = [t for draw in range(5) for t in say_something(s, Random(draw))]
         assert not any(map(never.search, texts))
         assert HELD_OUT >= {(o.colour, o.shape) for o in scene(i, held_out=True).objects}
+
+
+def test_a_relation_is_named_from_a_distance_of_eight_pixels():
+    one = scene(0, count=1).objects[0]
+    for distance, expected in ((7, set()), (8, {"to the left of", "to the right of"})):
+        other = one._replace(x=one.x + distance)
+        found = clear_relations(scene(0)._replace(objects=(one, other)))
+        assert {relation for _, _, relation in found} == expected
 
 
 def test_swapped_captions_have_the_same_words():

@@ -726,7 +726,7 @@ LENS = [
         "A register gets the maximum, not the activation of largest magnitude.",
         "most = torch.where(highest.abs() > lowest.abs(), highest, lowest)",
         "most = highest",
-        "tests/test_originals.py -k registers",
+        "tests/test_published.py -k registers",
     ),
     Slip(
         "A register gets the largest activation of the batch, not of its image.",
