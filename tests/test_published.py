@@ -368,7 +368,7 @@ def test_registers_equal_the_authors_code(loaded, theirs, pixels):
 
 
 @torch.no_grad()
-def test_a_register_may_get_a_negative_activation(loaded, pixels):
+def test_registers_may_get_a_negative_activation(loaded, pixels):
     model = copied(loaded.model)
     fc1 = model.vision.blocks[1].mlp.fc1
     fc1.weight[:2] = 0
