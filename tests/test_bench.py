@@ -785,6 +785,7 @@ def test_the_memory_of_growth_is_the_memory_of_the_work():
     assert took is None or 0.9 < took / 2**28 < 1.2
 
 
+@pytest.mark.slow
 def test_growth_is_printed_and_drawn(grown, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr("miniclip.commands.bench.keep_freed_memory", lambda: asked.append("memory"))

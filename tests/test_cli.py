@@ -546,6 +546,7 @@ def test_a_table_keeps_its_columns_in_every_script(run, picture):
     assert max(map(columns, lines)) <= 80 and any("…" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, monkeypatch):
     (tmp_path / "labels.txt").write_text("\ufeffcat\r\n\r\na cup, of tea \r\n")
     (tmp_path / "list.json").write_text('["cat", "a cup, of tea"]')
@@ -572,6 +573,7 @@ def test_classify_reads_labels_from_every_kind_of_file(run, picture, tmp_path, m
     assert_one_line_error(run(*command, "cat", "-k", "0"), "--top-k is 0")
 
 
+@pytest.mark.slow
 def test_folders_that_give_no_accuracy_are_an_error(run, picture, tmp_path):
     """For example, a folder one level too high, a single class, or a class without images."""
     for name in ("data/train/cat", "data/train/dog", "data/test/cat", "data/test/dog"):
@@ -791,6 +793,7 @@ def test_a_picture_that_cannot_be_written_is_reported_before_the_work(run, tmp_p
     assert result[1] == "" and {path.name for path in tmp_path.iterdir()} == {"folder.png", "file"}
 
 
+@pytest.mark.slow
 def test_the_folder_of_an_output_is_created(run, picture, tmp_path):
     for command in (
         ["search", str(tmp_path / "a" / "i.idx"), "a cat"],
@@ -817,6 +820,7 @@ def test_a_terminal_shows_a_bar_after_two_seconds_and_a_log_a_line_every_thirty(
         assert (bar.mininterval, bar.maxinterval, bar.miniters) == (30, math.inf, 1)
 
 
+@pytest.mark.slow
 def test_control_characters_in_names_are_escaped(run, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with open(picture, "rb") as file:

@@ -116,6 +116,7 @@ def test_siglips_loss_equals_transformers():
     torch.testing.assert_close(value, found.loss)
 
 
+@pytest.mark.slow
 def test_float16_weights_are_trained_as_float32(tmp_path):
     """In float16, small squared gradients and Adam's eps become 0, so the first step is 0 / 0."""
     naive = new_model()[0].half()
@@ -147,6 +148,7 @@ def by_weight(loaded):
     return {"score": loaded.model.vision.blocks[0].attn.q_proj.weight.double().sum().sin().item()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_crashed_run_ends_with_the_same_bits_for_each_option(name, tmp_path, monkeypatch):
     recipe = replace(QUICK, val_every=2, **OPTIONS[name])
@@ -167,6 +169,7 @@ def test_a_crashed_run_ends_with_the_same_bits_for_each_option(name, tmp_path, m
     assert found == rows and [row[0] for row in rows] == [2, 3, 4, 6]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     scores, seen = iter([0.2, 0.5, 0.5, 0.3]), []
 
@@ -257,6 +260,7 @@ def test_sixteen_images_of_each_class_beat_zero_shot_on_held_out_images(tmp_path
     assert low < 0.1 < high < accuracy_interval(tuned)[0]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_each_step_once_even_after_a_crash(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -281,6 +285,7 @@ def test_a_log_without_its_library_is_an_error(tmp_path, monkeypatch):
         run(tmp_path, QUICK, log="tensorboard")
 
 
+@pytest.mark.slow
 def test_a_row_has_throughput_and_memory(tmp_path, monkeypatch):
     ticks = iter(range(1000))
     monkeypatch.setattr(run_module.time, "monotonic", lambda: next(ticks) / 2)
@@ -292,6 +297,7 @@ def test_a_row_has_throughput_and_memory(tmp_path, monkeypatch):
         assert 0.05 < row["peak_gib"] < 64
 
 
+@pytest.mark.slow
 def test_the_seconds_of_a_row_count_only_training(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])

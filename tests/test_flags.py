@@ -126,6 +126,7 @@ def test_the_default_model_is_openais(run, no_hub, name):
     assert_error(run(line), f"asked for {OFFICIAL} at None")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [miniclip.Tokenizer, miniclip.ImageTransform])
 @pytest.mark.parametrize("name", WITH_REFERENCE)
 def test_the_reference_reaches_tokenizer_and_transform(run, monkeypatch, name, part):
@@ -145,6 +146,7 @@ def test_the_device_reaches_the_model(run, name):
     assert_error(run(f"{LINES[name]} --device toaster"), "device 'toaster' cannot be used")
 
 
+@pytest.mark.slow
 def test_an_index_stores_the_commit_that_was_loaded(run, output, monkeypatch, tmp_path):
     """The hub's client stores a model in a folder that has the commit's name."""
 
@@ -342,6 +344,7 @@ def test_search_adds_and_subtracts_texts_and_images(output, desk, tmp_path):
     assert [row["score"] for row in found] == [pytest.approx(expected, abs=1e-5)]
 
 
+@pytest.mark.slow
 def test_search_shows_twelve_images_by_default(output, desk, tmp_path):
     for i in range(14):
         Image.new("RGB", (8, 8), (9 * i, 255 - 9 * i, 0)).save(tmp_path / f"{i}.png")

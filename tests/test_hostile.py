@@ -724,6 +724,7 @@ def shard_cases(files):
     yield "sizes that lie", {"weight_map": whole, "metadata": {"total_size": -1}}
 
 
+@pytest.mark.slow
 def test_a_false_index_of_shards_raises_an_error_or_loads_as_stated(referee, files, their_names):
     directory = referee.directory
     (directory.parent / "a.safetensors").write_bytes(files["model.safetensors"])
@@ -942,6 +943,7 @@ def tokenizer_cases(files):
         )
 
 
+@pytest.mark.slow
 def test_a_false_tokenizer_raises_an_error_or_loads_as_stated(referee, files):
     def is_as_stated(tokenizer, label):
         if tokenizer.encode("a cat")[:2] == [] or re.fullmatch(r"merge \d+ missing", label):

@@ -586,6 +586,7 @@ def test_a_file_that_was_changed_after_the_check_is_checked_again(hub, model):
     assert_same_weights(CLIP.from_pretrained(NAME), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_without_symlinks_the_hub_is_asked_for_the_hashes(hub, files, model, monkeypatch, name):
     """Windows has no symlinks, so the snapshot has the file itself. Its name is not a hash."""
@@ -648,6 +649,7 @@ def moving_branch(hub, commits, at):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", range(1, 12))
 def test_a_branch_may_get_a_new_commit_during_a_load_or_a_conversion(
     hub, files, other, tmp_path, at
@@ -661,6 +663,7 @@ def test_a_branch_may_get_a_new_commit_during_a_load_or_a_conversion(
         assert len(folders) == 1, folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 12])
 def test_cached_features_are_stored_with_the_commit_of_their_model(hub, model, other, tmp_path, at):
     """The branch on the hub may get a new commit at any time. The loaded commit is stored."""

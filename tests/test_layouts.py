@@ -242,6 +242,7 @@ def write_openai(path, model):
 NO_NUMBERS = "ignore:.*read as OpenAI's"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(NO_NUMBERS)
 @pytest.mark.parametrize("name", ["model.safetensors", "ViT-B-32.pt", "epoch_1.pt"])
 def test_openai_state_dict_alone_is_a_whole_model(tmp_path, inputs, name):

@@ -777,6 +777,7 @@ def test_random_weights_are_scored_over_five_draws(shapes, monkeypatch):
     assert math.isclose(found["spread"][0].iou, np.std(ious, ddof=1)) and len(set(ious)) == 5
 
 
+@pytest.mark.slow
 def test_maps_are_scored_in_evaluation_mode(monkeypatch):
     loaded, training = miniclip.load("shapes"), []
 

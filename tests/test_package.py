@@ -152,6 +152,7 @@ def test_the_first_page_of_the_reference_links_every_module_in_reading_order(tmp
     ]
 
 
+@pytest.mark.slow
 def test_no_docstring_loses_words_or_columns_on_its_page():
     """A browser hides <class> without backticks, because <class> looks like a tag. It also removes
     the spaces between aligned columns, so a docstring needs a list in place of columns."""

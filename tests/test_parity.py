@@ -92,6 +92,7 @@ def round_half_to_bfloat16(module, args, out):
     return out.bfloat16().half() if out.dtype == torch.float16 else out
 
 
+@pytest.mark.slow
 def test_the_twin_that_parity_makes_equals_the_twin_of_the_tests(pair):
     ours, theirs = pair
     for other in (parity.transformers_twin(ours), theirs):
@@ -187,6 +188,7 @@ def test_weights_that_differ_by_a_rounding_error_pass(pair):
     assert compare(apart, pair[0]).first == "text.blocks.1.mlp_out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_copy_in_half_precision_passes_only_in_that_precision(dtype, pair):
     half = copy.deepcopy(pair[0]).to(dtype)
@@ -686,6 +688,7 @@ def test_the_gradients_of_the_same_model_are_equal(pair, against):
     assert max(row.float64 for row in rows) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_detach_or_another_backward_pass_is_found_at_its_place(pair):
     """Neither fault changes the forward pass, so only `gradients=True` finds the faults."""
     ours, theirs = pair

@@ -622,6 +622,7 @@ def ask(app, path, *questions, then=(), **headers):
     return found[0] if len(found) == 1 else found
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_best_images_with_their_cosines(index, theirs, tmp_path):
     status, found = ask(create_app({}, *open_index(index, "cpu")), "search", {"text": "a ship"})
     names = {os.path.basename(hit["path"]): hit for hit in found}

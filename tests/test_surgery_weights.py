@@ -316,6 +316,7 @@ def test_only_a_and_b_learn_and_the_base_never_moves():
         assert torch.equal(original, base.get_submodule(name).weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_unmerging_restores_the_model_bit_for_bit(dtype):
     base, model = adapted(dtype)

@@ -384,6 +384,7 @@ class CountingMarks:
         return unicodedata.normalize(form, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("run", ["\u0301\u0316", "\u0344\u0316", "&#769;&#790;"])
 def test_a_long_run_of_marks_takes_no_quadratic_time(trained, monkeypatch, reference, run):

@@ -207,6 +207,7 @@ def averaged_run(captioned, out):
     return train(model, tokenizer, ImageTransform(32), data, AVERAGED, out)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
     captioned, tmp_path, monkeypatch
 ):
