@@ -45,17 +45,22 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
                               10,000       15.1 ms         85 MB        0.95
                              100,000       31.0 ms         85 MB        0.20
                            1,000,000      246.6 ms         85 MB        0.79
+                          10,000,000    2,909.4 ms      6,929 MB        1.19
 
-2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. The disk had no room for 10^7 rows.
-The times vary: in another run, 100,000 labels took a third of this time (growth 0.41). The command
-keeps freed memory for the next tensors. Otherwise Linux clears memory for each new tensor, and the
-growth from 64 to 256 images is 1.5.
+2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. 10^7 rows were measured alone. Their
+file has 20 GB, and Linux cannot keep all of it in 24 GB of memory. So the search reads a part from
+the disk again, and the memory contains pages of the file. The times vary: in another run, 100,000
+labels took a third of this time (growth 0.41). The command keeps freed memory for the next tensors.
+Otherwise Linux clears memory for each new tensor, and the growth from 64 to 256 images is 1.5.
 
 10^9 rows do not fit on this machine: float32 vectors of 512 numbers take 2 TB. An exact search
 reads all of them. By calculation, FAISS's index `IVF1048576_HNSW32,PQ64` (product quantisation, 64
 bytes a vector) takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. A
 query that visits 64 of the 1,048,576 cells compares about 61,000 codes. FAISS's guide recommends
-this index for 100M to 1B vectors. The recall depends on the data, and was not measured.
+this index for 100M to 1B vectors. The recall depends on the data, and was not measured
+here. In FAISS's logs (its wiki, bench_all_ivf_logs-deep1B), an index with the same cells has codes
+of 8 bytes. For 10^9 vectors of 96 numbers and 64 cells, the nearest vector is among the first 100
+results for 77 % of the queries, and is the first result for 23 %.
 """
 
 import ctypes
