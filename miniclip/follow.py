@@ -22,9 +22,9 @@ same = MeanCLIP.from_pretrained("mean")  # bit for bit; CLIP.from_pretrained rai
 - **Parts are class attributes**: `Block.attention_class` and `mlp_class`,
   `VisionTower.block_class`, `CLIP.vision_class`, `text_class` and `config_class`. **Steps are
   methods**: `embed_tokens`, `pool`, `qkv`, `score`.
-- **A new parameter** needs an entry in `CLIP.tensor_names`, with the parameter's name in a file:
-  `{"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}`. Without this entry,
-  saving raises an error that says what to write.
+- **A new parameter** needs an entry in `CLIP.tensor_names`: its name in the model, and its name in
+  files: `{"text.blocks.{}.mlp.gate": "text_model.encoder.layers.{}.mlp.gate"}`. Without this
+  entry, saving raises an error that says what to write.
 - **A file belongs to one class.** `model_type` in config.json is the name of the class, unless the
   class sets `model_type` itself. Other classes, and transformers' `AutoModel`, reject the file.
 - **Another loss** is an argument: `training.train(..., loss=function)`.

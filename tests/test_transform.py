@@ -388,7 +388,7 @@ def test_open_image_turns_upright(orientation, suffix, tmp_path):
     image.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
     upright = UPRIGHT[orientation](np.asarray(image))
     assert np.array_equal(np.asarray(open_image(path)), upright)
-    # ImageTransform does not turn a PIL image. But Pillow turns a TIFF when it reads the file.
+    # ImageTransform does not rotate a PIL image. But Pillow rotates a TIFF when it reads the file.
     stored = upright if suffix == "tif" else np.asarray(image)
     with Image.open(path) as lazy, Image.open(path) as same:
         pixels = ImageTransform(32)(lazy)

@@ -46,8 +46,8 @@ FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
         "of the folders; for ImageNet's folders, OpenAI's names)",
         {"nargs": "+", "metavar": "LABEL"},
     ),
-    (("retrieval",), "images", "folder with the images of a .json (default: the folder of the "
-     ".json)", {"metavar": "DIR"}),
+    (("retrieval",), "images", "folder with the images that a .json lists (default: the folder of "
+     "the .json)", {"metavar": "DIR"}),
     (("retrieval",), "split", "split of Karpathy's .json (default: test)", {"metavar": "NAME"}),
     (("probe", "fewshot"), "train", "class folders with the images to learn from",
      {"metavar": "DIR"}),

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODELS}; {code}")
     shapes = "use random weights of a published shape: B/32, L/14-336, H/14, ..."
     which.add_argument("--random", metavar="SHAPE", help=shapes)
-    against = "compare with this checkpoint, or with MODEL in transformers (default: %(default)s)"
+    against = "compare with this checkpoint (default: the same weights, run by transformers)"
     add("--against", default="transformers", metavar="OTHER", help=against)
     names = "a table of the fork's own module names, in the form of miniclip/files/names.py"
     add("--names", metavar="JSON", help=names)

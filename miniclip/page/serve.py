@@ -172,7 +172,7 @@ def create_app(
                 return JSONResponse({"error": message}, status_code=503)
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 known = isinstance(error, (ValueError, RuntimeError))
-                message = str(error) if known else "not a question of this page: reload the page"
+                message = str(error) if known else "the page does not ask this: reload the page"
                 message = message.partition("\n")[0].replace(", or use truncate=True in Python", "")
                 return JSONResponse({"error": message}, status_code=400)
 

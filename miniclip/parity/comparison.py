@@ -258,9 +258,9 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
 def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:
     """Return two images and eight texts.
 
-    Each text contains both models' end tokens; their positions differ from text to text. A text is
-    `shorter` tokens shorter than the context length. If `shorter` is above 0, the outputs change
-    for a model that counts positions from the end of the context.
+    Each text contains both models' end tokens; their positions differ from text to text. A text has
+    the context length minus `shorter` tokens. If `shorter` is above 0, the outputs change for a
+    model that counts positions from the end of the context.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)
