@@ -87,11 +87,11 @@ def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None
     ...         return self.ln_post(x.mean(1))
     >>> follow("decompose", Mean(VisionConfig(), 512), ("pool",))
     Traceback (most recent call last):
-    ValueError: decompose cannot follow Mean, because Mean overrides VisionTower.pool
+    ValueError: decompose cannot follow Mean, which replaces VisionTower.pool
     """
     method, owner = own_method(tower, of_tower, **methods)
     if method:
-        raise ValueError(f"{who} cannot follow {owner}, because {owner} overrides {method}")
+        raise ValueError(f"{who} cannot follow {owner}, which replaces {method}")
 
 
 def tower_for(model: Any, x: Tensor) -> Any:
