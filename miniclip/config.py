@@ -76,7 +76,7 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The text tower. A text ends at its first `eos_token_id`; if that is 2, at its largest id."""
+    """The text tower. A text ends at its first `eos_token_id`, unless `ends_at_largest` is true."""
 
     width: int = 512
     layers: int = 12
@@ -86,7 +86,7 @@ class TextConfig(TowerConfig):
     context_length: int = 77
     bos_token_id: int = 49406
     eos_token_id: int = 49407
-    literal_eos: bool = field(default=False, kw_only=True)  # True: the end id is 2 (MetaCLIP 2)
+    literal_eos: bool = field(default=False, kw_only=True)  # True: id 2 ends a text (MetaCLIP 2)
 
     @property
     def ends_at_largest(self) -> bool:

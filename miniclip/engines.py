@@ -74,7 +74,7 @@ def compiled(tower: nn.Module) -> Encode:
     graph = torch.compile(tower)
 
     def run(x: Tensor) -> Tensor:
-        with config.patch(freezing=True):  # `freezing` has no effect as an option of torch.compile
+        with config.patch(freezing=True):  # torch.compile's option `freezing` has no effect
             return graph(x)
 
     return run
@@ -164,7 +164,7 @@ class Engine(NamedTuple):
 
     start: Callable[[Any], Encode]
     packages: tuple[str, ...] = ()
-    tolerance: float = 2e-5  # for unit vectors; in float32 also for logits, at a scale up to 100
+    tolerance: float = 2e-5  # for unit vectors; `differences` multiplies it for logits
 
     @property
     def missing(self) -> list[str]:

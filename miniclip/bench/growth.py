@@ -49,18 +49,19 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
 
 2026-11-29, Intel Xeon with AVX-512, 2 threads, torch 2.13.0. 10^7 rows were measured alone. Their
 file has 20 GB, and Linux cannot keep all of it in 24 GB of memory. So the search reads a part from
-the disk again, and the memory contains pages of the file. The times vary: in another run, 100,000
-labels took a third of this time (growth 0.41). The command keeps freed memory for the next tensors.
-Otherwise Linux clears memory for each new tensor, and the growth from 64 to 256 images is 1.5.
+the disk again, and its memory in the table includes pages of the file. The times vary: in another
+run, 100,000 labels took a third of this time (growth 0.41). The command keeps freed memory for the
+next tensors. Otherwise Linux clears memory for each new tensor, and the growth from 64 to 256
+images is 1.5.
 
 10^9 rows do not fit on this machine: float32 vectors of 512 numbers take 2 TB. An exact search
 reads all of them. By calculation, FAISS's index `IVF1048576_HNSW32,PQ64` (product quantisation, 64
 bytes a vector) takes 64 GB for the codes, 8 GB for the row numbers and 2 GB for the centroids. A
 query that visits 64 of the 1,048,576 cells compares about 61,000 codes. FAISS's guide recommends
-this index for 100M to 1B vectors. The recall depends on the data, and was not measured
-here. In FAISS's logs (its wiki, bench_all_ivf_logs-deep1B), an index with as many cells has shorter
-codes, of 8 bytes. For 10^9 vectors of 96 numbers, queries that visit 64 cells find the nearest
-vector among the first 100 results in 77 % of the cases, and as the first result in 23 %.
+this index for 100M to 1B vectors. The recall depends on the data, and was not measured here.
+In FAISS's logs (its wiki, bench_all_ivf_logs-deep1B), an index has the same number of cells, but
+its codes take only 8 bytes. For 10^9 vectors of 96 numbers, queries that visit 64 cells find the
+nearest vector among the first 100 results in 77 % of the cases, and as the first result in 23 %.
 """
 
 import ctypes

@@ -135,7 +135,7 @@ def zeroshot_suite(setting: Setting) -> Iterator[Case]:
     ours, *peers = setting.libraries
     tokenizer = ours.tokenize
     assert isinstance(tokenizer, Tokenizer)
-    # Every hundredth label. Also the longest label: `all_at_once` pads all texts to its length.
+    # Every hundredth label, and the longest: `all_at_once` pads all texts to the longest text.
     longest = max(IMAGENET_CLASSES, key=lambda label: len(tokenizer.encode(label)))
     labels, templates = [*IMAGENET_CLASSES[::100], longest], TEMPLATE_SETS["imagenet"]
     prompts = [template.replace("{}", label) for label in labels for template in templates]

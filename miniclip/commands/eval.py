@@ -34,7 +34,7 @@ with data of your own:
   miniclip eval imagenet/val --template imagenet --plot confusions.png
   miniclip eval dataset_flickr30k.json --task retrieval --images flickr30k-images
   miniclip eval cifar10/test --task probe --train cifar10/train --model everyday"""
-MOST_CLASSES = 50  # a table has lines for at most this number of classes
+MOST_CLASSES = 50  # a table lists at most this number of classes
 
 # Flags that only some tasks have: the tasks, the flag, its help text, and argparse's options.
 FLAGS: tuple[tuple[tuple[str, ...], str, str, dict[str, Any]], ...] = (
@@ -249,8 +249,8 @@ def examples_of_sets(
     """Load the model, and the examples of DATA, --train and --val.
 
     Folders with the same name are one class. Returns the model, the images of DATA, the
-    examples of each set, and a line for each unreadable image of DATA. The `folders` and `labels`
-    of the images name the classes of all sets.
+    examples of each set, and a line for each unreadable image of DATA. In the returned
+    images, `folders` and `labels` list the classes of all sets.
     """
     import torch
 

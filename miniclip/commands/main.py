@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Notes(logging.Handler):
-    """Print the package's log messages, such as a wait for the hub, on stderr."""
+    """Print the package's log messages on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""

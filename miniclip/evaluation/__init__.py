@@ -33,9 +33,9 @@ scikit-learn (`pip install -e '.[eval]'`).
   mean accuracy of three draws of examples.
 
 If all folders are named by WordNet ids of ImageNet (`n01440764`), or `0` to `999` as in
-ImageNet-V2, the classes get OpenAI's class names. With WordNet ids, the data can be a part of
-ImageNet's classes. OpenAI's names give a higher accuracy than ImageNet's own names. Two of OpenAI's
-names, "missile" and "sunglasses", belong to two classes each.
+ImageNet-V2, the classes get OpenAI's class names. With WordNet ids, the data may have only some
+of ImageNet's classes. OpenAI's names give a higher accuracy than ImageNet's own names. Two of
+OpenAI's names, "missile" and "sunglasses", belong to two classes each.
 The paper's measurement uses the 80 published templates:
 
     miniclip eval imagenet/val --model openai/clip-vit-large-patch14-336 \
