@@ -43,7 +43,7 @@ def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], 
     """Make the function with which `train` scores a checkpoint on held-out data.
 
     Args:
-        data: a folder with a subfolder for each class, or any `data` of `captioned_images`.
+        data: a folder with a subfolder for each class, or any `data` that `captioned_images` reads.
         columns: see `captioned_images`.
 
     Returns:

@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error: mean |confidence - accuracy| of bins, weighted by images."""
+        """Expected calibration error: each bin's |confidence - accuracy|, averaged over images."""
         images, confidence, right = self.bins.T
         return ((confidence - right).abs().sum() / images.sum()).item()
 

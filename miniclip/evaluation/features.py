@@ -57,7 +57,8 @@ def picture_features(
     Args:
         loaded: the model, tokenizer and transform.
         pictures: paths of images, or members of tars, as `find_pictures` returns them.
-        cache: a folder that keeps the features of unchanged images as index files.
+        cache: a folder that keeps the features in index files. All features are computed again if
+            an image or the model changes.
         name: the model's name and revision, which the cache stores.
         batch: the number of images in a batch.
 

@@ -106,7 +106,7 @@ def sweep(accuracy: Callable[[float], float]) -> tuple[float, dict[float, float]
     >>> round(best, 4), len(tried)
     (0.0316, 15)
     """
-    found: dict[int, float] = {}  # the accuracy for each 8 * log10(strength)
+    found: dict[int, float] = {}  # 8 * log10(strength) -> accuracy
     step, candidates = 16, [*range(-48, 49, 16)]
     with progress(total=15, unit="fit") as bar:
         while step:
@@ -149,7 +149,7 @@ def probe(
     if val is None:
         order = [rows for rows in shuffled_by_class(train.classes, seed=0) if len(rows) > 1]
         if not order:
-            raise ValueError("every class has one example; expected two or more, to choose lambda")
+            raise ValueError("every class has one example; choosing lambda needs a class with two")
         held_out = torch.cat([rows[: max(1, len(rows) // 5)] for rows in order])
         kept = torch.ones(len(train.classes), dtype=torch.bool)
         kept[held_out] = False

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from miniclip.terminal import progress
 
-BLOCK = 512, 4096  # images and captions of one matrix product in float32
+BLOCK = 512, 4096  # the numbers of images and captions in one float32 matrix product
 PAIRS = 65_536  # the number of pairs that are compared at once in float64
 
 

@@ -118,9 +118,9 @@ def to_transformers(
     """The contents of config.json for a model with these fields.
 
     `head_width` and `registers` become extra entries. transformers would ignore them and build a
-    different model. To prevent this, a tower with any field in `beyond_transformers` has its heads
-    written as a list, one number for each layer. Then transformers raises an error, because it
-    accepts only one number.
+    different model. To prevent this, if transformers' CLIP cannot express a field of a tower, the
+    tower's heads are written as a list, one number for each layer. Then transformers raises an
+    error, because it accepts only one number.
     """
     family = "clip"
     if fields["text"].get("literal_eos") and model_type == "clip":
@@ -296,5 +296,5 @@ def refuse_inexpressible(fields: Fields, layout: str) -> None:
                 )
         odd = [reason for reason, holds in reasons.items() if holds]
     if odd:
-        found = ", ".join(dict.fromkeys(odd))  # a reason of both towers is named once
+        found = ", ".join(dict.fromkeys(odd))  # a reason that applies to both towers is named once
         raise ValueError(f"the layout {layout!r} cannot express {found}; 'transformers' can")

@@ -197,7 +197,7 @@ def _check_hashes(
 
     A cached file is a link to a file whose name is the hash. In a cache without links, `ask` gives
     the hash. The file `checked` is a list of the verified files. Raises CheckpointError if a hash
-    differs. If this load downloaded the damaged file (not in `before`), the file is deleted.
+    differs. A damaged file that is not in `before` was downloaded by this load, and is deleted.
     """
     noted = set(checked.read_text().splitlines()) if checked.is_file() else set()
     hashes = None

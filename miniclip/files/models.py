@@ -218,7 +218,7 @@ def open_model(
 
 
 def _given_fields(config: Any, fork: Fork) -> tuple[Path, Fields]:
-    """The path or name of the config in the argument `config`, and its fields."""
+    """Read the argument `config`. Returns its path or name, and its fields."""
     if is_dataclass(config) and not isinstance(config, type):
         return Path("config="), asdict(config)
     if not isinstance(config, str | PathLike):

@@ -64,7 +64,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_described(model: Any) -> None:
-    """Raise ValueError unless a model's class builds the same modules from the model's config.
+    """Raise ValueError if a model has other modules than its class builds from its config.
 
     Weights and hooks are not compared. Warns if a method of a module was patched.
     """

@@ -15,7 +15,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pos_embed_type": ("learnable",),
     "proj_type": ("linear",),
     "block_type": ("default",),
-    "custom_text": (True,),  # also visible in the tensor names
+    "custom_text": (True,),  # `recognize` sees it in the tensor names
     "timm_pool": ("token",),
     "timm_proj": ("linear",),
 }
@@ -92,7 +92,7 @@ def _tower(settings: dict[str, Any], known: Fields, section: str) -> Fields:
     known = known | {"mlp_ratio": 4.0}
     _refuse_others(settings, {*known, "norm_kwargs"}, section)
     values: Fields = {name: settings.get(name, default) for name, default in known.items()}
-    # Later code calculates with these values. Python would also multiply a string or a list.
+    # Check the numbers before later code uses them: Python also multiplies strings and lists.
     for name in ("width", "head_width", "vocab_size", "mlp_ratio"):
         value, kinds = values.get(name, 1), (int, float) if name == "mlp_ratio" else (int,)
         if type(value) not in kinds or not 0 < value < 2**31:

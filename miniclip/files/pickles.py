@@ -4,9 +4,9 @@ torch.save writes a pickle and the numbers of each tensor. torch.jit.save also w
 and their code; OpenAI publishes its models in this form. A pickle is a program: it can call any
 Python function, and a few bytes can make it run very long. Here `pickletools` splits a pickle
 into instructions and runs nothing. Only the instructions that torch.save writes are followed. A
-call is noted, but the function is not called. `torch.load(weights_only=True)` follows more
-instructions. With these, a file can take any amount of memory. Such a `torch.load` also refuses
-some of the objects that training saves.
+call is noted, but the function is not called. `torch.load(weights_only=True)` refuses some of the
+objects that training saves. It follows more instructions than this module, and with these a file
+can take any amount of memory.
 """
 
 import io
@@ -109,7 +109,8 @@ def _contents(archive: zipfile.ZipFile, name: str) -> bytes:
     record = archive.getinfo(name)
     if record.compress_type != zipfile.ZIP_STORED or record.file_size > LARGEST:
         raise UnpicklingError(
-            f"{name:.80} has {record.file_size:,} bytes; expected at most {LARGEST:,}, uncompressed"
+            f"{name:.80} has {record.file_size:,} bytes; expected at most {LARGEST:,}, without "
+            "compression"
         )
     return archive.read(record)
 
@@ -127,7 +128,7 @@ def _place(file: _Bounded, record: zipfile.ZipInfo, storage: Storage) -> int:
 
 
 def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
-    """Read torch.save's format until 2020: five pickles, then each storage's length and numbers."""
+    """Read torch.save's old format: five pickles, then each storage's length and numbers."""
     file.seek(0)
     head = io.BytesIO(file.read(LARGEST))
     if head.read(len(_LEGACY)) != _LEGACY:

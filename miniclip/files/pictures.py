@@ -61,7 +61,7 @@ def _of_pillow() -> set[str]:
 
 @cache
 def picture_suffixes() -> frozenset[str]:
-    """The file endings of the formats that Pillow reads, and of those that need PACKAGES."""
+    """The file endings that Pillow reads, and the file endings in PACKAGES."""
     missing_packages()
     return frozenset(_of_pillow().union(*(endings for _, endings in PACKAGES.values())))
 
