@@ -169,7 +169,7 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
 
 
 def check_rebuilt(who: str, model: Any) -> Any:
-    """Return the model. Raise ValueError if its class and config do not determine its modules.
+    """Return a model. Raise ValueError unless the model's class and config determine its modules.
 
     In some forks, blocks differ from layer to layer, or the position embedding is a buffer.
     Then saving and loading would give another model. CLIP itself does not need this check.

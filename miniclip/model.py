@@ -260,7 +260,7 @@ class TextTower(Tower):
         """The position of each text's first end token: (B, T) -> (B,)
 
         On a CPU, a text without an end token raises ValueError. A compiled graph cannot raise,
-        and on a GPU the check would be slow. There, the position is -1, and the embedding is NaN.
+        and on a GPU the check would be slow. In both, the position is -1 and the embedding is NaN.
         """
         if self.config.ends_at_largest:
             return ids.argmax(-1)

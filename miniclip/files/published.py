@@ -101,7 +101,7 @@ def published(name: str) -> Fields | None:
 
 
 def releases_of(shapes: Mapping[str, Any]) -> dict[str, Fields]:
-    """Return the releases that fit `shapes`, the config fields that a file's weights determine."""
+    """Return the releases that fit `shapes` (the config fields that a file's weights determine)."""
 
     def fits(fields: Fields) -> bool:
         known = ("width", "layers", "mlp_width", "patch_size")

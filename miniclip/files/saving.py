@@ -139,7 +139,7 @@ def one_version(read: F) -> F:
         if not os.path.isdir(directory):
             return read(*args, **options)
         for _ in range(1000):
-            with suppress(OSError):  # `read` calls `finish_save` too, and reports the error
+            with suppress(OSError):  # `read` calls `finish_save` again and reports its error
                 finish_save(directory)
             before = _state(directory)
             # While SAVED exists, a save may have moved only some of its files.

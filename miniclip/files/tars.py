@@ -58,7 +58,7 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
 
 
 class _Bounded:
-    """A file that raises ValueError if a damaged header makes tarfile read beyond its end."""
+    """An open tar. `read` raises ValueError if a damaged header asks for bytes beyond its end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -70,5 +70,6 @@ class _Bounded:
         if not 0 <= count <= max(self.size - self.tell(), 512) or self.ended:
             raise ValueError(f"a header asks for {count:,} bytes")
         data = self.file.read(count)
-        self.ended = count > 0 and not data  # an intact tar is not read again at its end
+        # After an empty read, tarfile reads again only if the tar is damaged.
+        self.ended = count > 0 and not data
         return data

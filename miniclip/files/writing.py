@@ -1,4 +1,4 @@
-"""Atomic writes: either all files of a save are replaced, or none is changed."""
+"""Atomic writes: a save either writes all of its files, or changes no file."""
 
 import errno
 import json

@@ -46,7 +46,8 @@ the methods. Each image shows two objects. A method must find the object that th
 on the object that the text names, or on the other object. `IoU` (intersection over union): if the
 object has N pixels, it is compared with the N warmest pixels of the map. Random weights: the
 mean over five models. Attention and rollout do not read the text, so they find both objects equally
-often. `the mask itself` is the object's mask, averaged over each patch: close to an ideal map.)
+often. `the mask itself` is the object's mask, averaged over each patch. This is close to an
+ideal map.)
 """
 
 from miniclip.lens.attention import Relevance, attention_maps, gradcam, relevance, rollout

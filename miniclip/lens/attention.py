@@ -56,7 +56,7 @@ def rollout(model: CLIP | Tower, x: Tensor) -> Tensor:
     maps = attention_maps(tower, x)
     paths = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=x.device)  # (T, T)
     for pattern in maps:
-        if pattern.shape[1]:  # a layer without heads mixes nothing
+        if pattern.shape[1]:  # a layer without heads does not mix tokens
             paths = (pattern.mean(1) @ paths + paths) / 2  # (B, T, T)
     return take(paths.expand(len(x), -1, -1), read_positions("rollout", tower, x))
 

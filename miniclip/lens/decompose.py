@@ -18,8 +18,8 @@ def read_rows(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run a tower. Call functions with the tensors at sites. Return the results and the embedding.
 
-    `sites` is {glob: function}. The results are {site: result}. The result "embed" is `read`
-    applied to the input of block 0.
+    `sites` is {glob: function}. The results are {site: result}. `read` is called with the
+    input of block 0; its result is "embed".
     """
     rows: dict[str, Tensor] = {}
 
@@ -32,7 +32,8 @@ def read_rows(
         return rows, tower(x)
 
 
-# Einsum of z, (B, H, D) or (B, H, T, D), with each head's matrix to the embedding, (E, H, D).
+# The einsum multiplies z by each head's matrix to the embedding. The matrices are (E, H, D). z is
+# (B, H, D), or (B, H, T, D) for "token".
 GRAINS = {"layer": "bhd,ehd->be", "head": "bhd,ehd->bhe", "token": "bhtd,ehd->bhte"}
 
 
@@ -52,7 +53,7 @@ def decompose(
             where T are the tokens that a head attends to.
         convention: "miniclip": `embedding - part` is the embedding without this part, and each bias
             is a part. "clip_prs" (the authors' code): attention and MLP include their biases, all
-            parts share the LayerNorm's mean and bias equally, and the sum of all has length 1.
+            parts share the LayerNorm's mean and bias equally, and their sum has length 1.
     Returns:
         "embed" (the residual stream before the first block), "blocks.3.attn", "blocks.3.mlp", and
         so on. With "miniclip", biases are parts too. The sum of all parts is the embedding. With

@@ -65,7 +65,7 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     heat, times = texts.new_zeros(len(texts), rows, columns), texts.new_zeros(rows, columns)
     for i, j in corners:
         times[i : i + 2, j : j + 2] += 1
-    # Encode equal neighbouring images only once.
+    # If consecutive images are equal, encode them only once.
     repeats = [1] * len(pixels)
     if not pixels.is_meta:
         repeats = torch.unique_consecutive(pixels, dim=0, return_counts=True)[1].tolist()
@@ -170,7 +170,7 @@ HEAT_COLOURS = ("#000004", "#bc3754", "#fcffa4")
 
 
 def overlay(picture: Image.Image, heat: Tensor, warmest: float | None = None) -> Image.Image:
-    """Draw the positive heat (rows, columns) over a grey image. More heat is more opaque.
+    """Draw the positive heat (rows, columns) over a grey image. Larger values are more opaque.
 
     `warmest` is the heat that gets the last colour of HEAT_COLOURS. Default: the largest heat.
     """

@@ -22,8 +22,9 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
     Args:
         x: pixels or ids.
         ln: which stream gives the divisor of the last LayerNorm. "recompute": the stream after the
-            same block, as if the tower ended there. "final": the stream after the last block. Then
-            the difference of two entries is what the blocks between them add, as in `decompose`.
+            same block, as if the tower ended there. "final": the stream after the last block.
+            With "final", the difference of two entries is what the blocks between them add, as in
+            `decompose`.
 
     >>> from miniclip import CLIP
     >>> logit_lens(CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)).shape
@@ -72,7 +73,8 @@ def forward_intermediates(
         output_fmt: "NCHW" (B, W, rows, columns), the default for images, or "NLC" (B, T, W).
         intermediates_only: return only the list of streams.
     Returns:
-        A pair: the last LayerNorm's output for the last block that ran, and the list of streams.
+        A pair: the last LayerNorm's output, and the list of streams. The input of this LayerNorm is
+        the stream after the last block or, with `stop_early`, after the last chosen block.
 
     >>> from miniclip import CLIP
     >>> vision, pixels = CLIP.from_pretrained("shapes").vision, torch.zeros(1, 3, 64, 64)

@@ -172,7 +172,7 @@ def create_app(
                 return JSONResponse({"error": message}, status_code=503)
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 known = isinstance(error, (ValueError, RuntimeError))
-                message = str(error) if known else "the page does not ask this: reload the page"
+                message = str(error) if known else "unknown question: reload the page"
                 message = message.partition("\n")[0].replace(", or use truncate=True in Python", "")
                 return JSONResponse({"error": message}, status_code=400)
 
@@ -182,7 +182,7 @@ def create_app(
     home = Route("/", lambda _: HTMLResponse(page, headers={"content-security-policy": POLICY}))
     return Starlette(
         routes=[home, *map(route, (about, classify, explain, search))],
-        # Refuse other host names, because another site could point its own name at this server.
+        # Refuse other host names: another site's name may point to this machine (DNS rebinding).
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
     )
 

@@ -43,7 +43,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 limit is multiplied by the tensor's largest number, if that number is above 1."""
 ON_DEVICES = 1e-4  # tolerance for float32 on GPUs, which add numbers in another order than CPUs
 IN_PATTERN = 1e-6  # tolerance for float64 patterns, because transformers has a float32 softmax
-ROUNDED = 1e-6  # float64 tolerance if one model's weights were rounded one more time
+ROUNDED = 1e-6  # tolerance for float64 if `_are_rounded_once_more` returns True
 HALF = 2.0
 """In half precision, the model's error at a site may be this many times the other model's error.
 
@@ -142,7 +142,7 @@ def compare_models(
     stored = (under_our_names(model, kind, state_of(model)) for model in models)
     weights = [{name: w.cpu().to(dtype) for name, w in found.items()} for found in stored]
     exact = TOLERANCE[torch.float64]
-    # A fork's own table of names may leave out a parameter that was not merged into another.
+    # If a fork has its own table of names, a missing parameter need not be a merged parameter.
     is_complete = not any("tensor_names" in vars(model) for model in models)
     if _are_rounded_once_more(weights[0], weights[1], is_complete):
         exact = ROUNDED if dtype in TOLERANCE else torch.inf
@@ -214,9 +214,11 @@ def _compare_tables(
 def _are_rounded_once_more(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], is_complete: bool
 ) -> bool:
-    """Return whether one model's weights were rounded one more time than the other's. True if one
-    model lacks a parameter, because it was merged into another parameter. Also True if some
-    parameters differ, each by at most one rounding error, like x and log(exp(x))."""
+    """Return whether one model's weights were rounded once more than the other model's weights.
+
+    True if one model lacks a parameter: merging it into another parameter rounds the result. Also
+    True if some parameters differ, each by at most one rounding error, like x and log(exp(x)).
+    """
     if is_complete and ours.keys() != theirs.keys():
         return True
     common = ours.keys() & theirs.keys()
@@ -259,8 +261,8 @@ def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tu
     """Return two images and eight texts.
 
     Each text contains both models' end tokens; their positions differ from text to text. A text has
-    the context length minus `shorter` tokens. If `shorter` is above 0, the outputs change for a
-    model that counts positions from the end of the context.
+    the context length minus `shorter` tokens. A model that wrongly counts positions from the end of
+    the context differs only if `shorter` is above 0.
     """
     tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
     pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)

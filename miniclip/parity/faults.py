@@ -1,4 +1,4 @@
-"""Common faults of reimplementations, to plant in a formula one at a time."""
+"""Common faults of reimplementations. `diagnosis.py` tries them in a formula, one at a time."""
 
 import re
 from collections.abc import Iterator
@@ -132,7 +132,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "norms": {f"no {name}{BEFORE.get(name, '')}": {name: 0} for name in LAYER_NORMS}
     | {f"{name} twice": {name: 2} for name in LAYER_NORMS},
     "early": {f"{name} before the first block": name for name in LAYER_NORMS},
-    "mask": {  # from a (B, H, T, T) tensor of ones and the end positions: True hides a key
+    # Each function takes ones (B, H, T, T) and the end positions. True in its result hides a key.
+    "mask": {
         "no causal mask": no_mask,
         "a causal mask": causal_mask,
         "a causal mask that hides earlier tokens": lambda ones, end: ones.tril(-1).bool(),
