@@ -29,7 +29,8 @@ def parts(config: CLIPConfig, kind: type[CLIP] = CLIP) -> list[Part]:
     Part(name='vision.patch_embed', weights='(768, 3, 32, 32)', parameters=2359296, \
 multiply_adds=115605504)
     """
-    # On the meta device, ids have no values. The legacy rule works, because it needs no end token.
+    # On the meta device, ids have no values, so no end token can be found. The legacy rule does not
+    # look for one: it takes the position of the largest id.
     text = replace(config.text, eos_token_id=LEGACY_EOS, literal_eos=False)
     with meta_device():
         model = kind(replace(config, text=text))

@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def installed_version(distribution: str) -> str:
-    """The version that pip knows. For a folder on PYTHONPATH, pip does not know a version."""
+    """The version that pip knows, or "of unknown version", as for a folder on PYTHONPATH."""
     try:
         return version(distribution)
     except PackageNotFoundError:

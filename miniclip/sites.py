@@ -11,8 +11,8 @@ LayerNorm's result before weight and bias. `scale` and `normalized` are in float
 TransformerLens calls them hook_scale and hook_normalized. In TransformerLens, hook_normalized
 includes weight and bias, unless `fold_ln` moves weight and bias to the next Linear.
 
-Unused sites change no bit and add no operation. Sites cost a few Python calls for each layer, and
-nothing in a compiled graph.
+Unused sites change no bit of the output and add no tensor operation. They cost only a few Python
+calls for each layer, and nothing in a compiled graph.
 
 In a name, `*` and `[0-3]` work as in file names, but do not match dots. Names do not include
 the wrappers of `torch.compile`, DDP and PEFT. While the `with` block is open, compiled models run

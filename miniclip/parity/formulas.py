@@ -174,7 +174,7 @@ class Formula(NamedTuple):
 
     site: str
     x: Named  # {short name of a site or of an input: tensor}
-    w: Named  # the weights of the site's block or tower; for the logits, of the model
+    w: Named  # the weights of the site's block or tower; the logits use the model's own weights
     steps: Steps  # the steps of the computation; a fault replaces one of them
 
     def compute(self, weights: Named = {}, steps: Steps = {}) -> Tensor | None:

@@ -28,10 +28,11 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def pictures(size: int) -> list[Image.Image]:
-    """Make images that test a transform to `size` pixels.
+    """Make images to test a transform that resizes to `size` pixels.
 
-    The first eight images are not resized. One of their sides is 0 to 7 pixels longer than `size`,
-    to test how a crop rounds. The other images are resized, and three of them are not RGB.
+    The first eight images have a short side of `size`, so they are not resized. Their long side is
+    0 to 7 pixels longer, to test how a crop rounds. The other images are resized, and three of them
+    are not RGB.
     """
     random = np.random.default_rng(0)
 

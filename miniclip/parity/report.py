@@ -87,7 +87,7 @@ def run_both(
 
 
 def summarize(rows: list[Difference]) -> list[Difference]:
-    """Merge a site's rows over the blocks of a tower. Each number is the largest of its rows."""
+    """Merge the rows of a tower's blocks: one row for each site, with the largest numbers."""
     depth = Counter(row.site.partition(".")[0] for row in rows if row.site.endswith(".resid_post"))
     largest: dict[str, Difference] = {}
     for row in rows:
@@ -101,7 +101,7 @@ def summarize(rows: list[Difference]) -> list[Difference]:
 
 
 def nearer(rows: list[Difference]) -> dict[str, int]:
-    """For each model, count the sites where its error is smaller. Count equal errors too."""
+    """Count the sites at which the first model, the second or neither has the smaller error."""
     errors = [row[4:6] for row in rows if row.site not in ("tokens", "pixels")]
     nearer = Counter("equal" if a == b else "model" if a < b else "other" for a, b in errors)
     return {name: nearer[name] for name in ("model", "other", "equal")}

@@ -128,7 +128,7 @@ def output(args: tuple, out: Any) -> Any:
 
 
 def tensor_of(dimensions: int, args: tuple, out: Any) -> Any:
-    """Return a module's last output, or None if its number of dimensions is not `dimensions`."""
+    """Return a module's last output if it has `dimensions` dimensions, otherwise None."""
     last = out[-1] if isinstance(out, tuple) else out
     return last if getattr(last, "ndim", 0) == dimensions else None
 
@@ -168,7 +168,8 @@ def _all_sites(model: Any, table: Layout) -> Iterator[tuple[str, Any, Read]]:
                 "expected the module names of miniclip, transformers, OpenAI or open_clip, or a "
                 "table of names (tensor_names in Python, --names on the command line)"
             )
-        # ln_pre and the first block both give this site. `trace` uses the module that runs first.
+        # The embeddings are the input of ln_pre or, in a tower without ln_pre, of the first block.
+        # `trace` uses the module that runs first.
         yield f"{tower}.embeddings", at(f"{tower}.ln_pre"), argument
         yield f"{tower}.embeddings", blocks[0], argument
         for i, block in enumerate(blocks):

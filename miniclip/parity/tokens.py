@@ -110,8 +110,8 @@ def _words(*tokenizers: Any) -> list[str]:
     """Return the words of the vocabularies, and many characters.
 
     Each character is added alone, before "a", and before "~". Some tokens are only a part of a
-    character. The added characters test such tokens. Only miniclip's Tokenizer gives words, because
-    transformers' tokenizer has the same words.
+    character. The added characters test such tokens. The words come only from miniclip's Tokenizer.
+    transformers' tokenizer for the same checkpoint has the same words.
     """
     known = [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, Tokenizer)]
     words = [t.decode([i]) for t in known for i in range(t.vocab_size)]

@@ -126,20 +126,19 @@ class Float64ForFloat32(TorchFunctionMode):
     """
 
     def __enter__(self) -> "Float64ForFloat32":
-        """Change the default dtype."""
         self.default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        """Restore the default dtype."""
         super().__exit__(*exception)
         torch.set_default_dtype(self.default)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `function` with float64, not float32. Do not cast a tensor that `function` edits."""
+        """Call `function` with float64, not float32. Do not cast a tensor that `function` edits in
+        place, because the cast would be a copy."""
         in_place = re.search(r"[^_]_$|^__(set|setitem)__$", getattr(function, "__name__", ""))
         values = [*args[:1], *map(_doubled, args[1:])] if in_place else map(_doubled, args)
         named = {n: v if n == "out" else _doubled(v) for n, v in (kwargs or {}).items()}
@@ -157,8 +156,8 @@ def tensors_of(run: Trace, peer: Trace, batch: dict[str, int]) -> dict[str, Tens
     """Return one tensor for each site. If possible, it has the shape of the tensor in `peer`.
 
     A fork may compute a batch in pieces, or put the token axis before the batch axis. `batch` has
-    each tower's batch size. If a site has several tensors that are not joined, "{site} again" has
-    the last one.
+    each tower's batch size. If a site has several tensors that are not joined, return the first
+    under the site's name, and the last under the name "{site} again".
     """
     tensors = {}
     for site, (first, *more) in run.calls.items():

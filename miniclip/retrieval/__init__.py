@@ -4,10 +4,10 @@
     miniclip search index.safetensors "a red bicycle" --out bicycles.png
     miniclip search index.safetensors --image dog.jpg --minus "grass"
 
-`embed` reads each image once. If `embed` is killed, run the same command to continue. For a
-complete index, the command embeds new and changed images, drops missing images, and keeps all other
-embeddings bit for bit. An index from another model is replaced only with `--force`. Hidden files,
-hidden folders, system folders and matches of `--exclude PATTERN` are left out. HEIC needs
+`embed` reads each image once. If `embed` is killed, run the same command to continue. If the index
+is complete, the same command embeds new and changed images, drops missing images, and keeps all
+other embeddings bit for bit. An index from another model is replaced only with `--force`. Hidden
+files, hidden folders, system folders and matches of `--exclude PATTERN` are left out. HEIC needs
 `pillow-heif`, and camera RAW needs `rawpy`. If a package is missing, a message names the package
 and counts the skipped files.
 `torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.

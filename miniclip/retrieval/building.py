@@ -131,7 +131,7 @@ def build_index(
         loaded: model, tokenizer and transform.
         pictures: paths, or images from `find_pictures`.
         encoder: describes the model, see `describe`.
-        damage: the messages about damaged tars from `find_pictures`, for `Index.skipped`.
+        damage: messages about damaged tars, from `find_pictures`. They go into `Index.skipped`.
         batch: the number of images in a batch.
         workers: the number of decoding threads. The default is torch's number of threads.
         force: embed everything again, even if another model made the index.
@@ -193,7 +193,7 @@ def _build(
     kept = unchanged(old, stamped) if old else {}
     todo = [one for one in stamped if str(one[0]) not in kept]
     parts = [todo[i : i + PART] for i in range(0, len(todo), PART)]
-    # The name of a part's file contains a hash of what decides the part's embeddings.
+    # A part's file name contains a hash of `decides` and `part`, which determine the embeddings.
     device, engine = loaded.model.logit_scale.device.type, engine_of(loaded.model)
     decides = (encoder.fingerprint, encoder.transform, device, batch, engine)
     keys = [sha256(repr((decides, part)).encode()).hexdigest() for part in parts]

@@ -46,8 +46,8 @@ class Encoder(NamedTuple):
 
     model: str
     revision: str | None  # the commit of a hub repository
-    fingerprint: str  # a hash of the weights, which have the type `dtype`
-    dtype: str
+    fingerprint: str  # a hash of the weights
+    dtype: str  # the dtype of the weights
     transform: ImageTransform
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Encoder(NamedTuple):
 def fingerprint(model: CLIP) -> str:
     """Return the SHA-256 of all weights with their names, shapes and dtypes, in hexadecimal.
 
-    The hash also covers the class of a fork, because a fork uses the same weights differently.
+    The hash also covers the class of a fork, because a fork may use the same weights differently.
     """
     digest = sha256(b"" if model.model_type == "clip" else model.model_type.encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -118,7 +118,7 @@ class Strings(Sequence[str]):
         return self.text[start:end].numpy().tobytes().decode("utf-8", "surrogateescape")
 
     def is_sound(self) -> bool:
-        """Whether the numbers in `ends` never decrease, and the last is the length of `text`."""
+        """Whether `ends` never decreases, and its last number is the length of `text`."""
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends])
         return bool((ends.diff() >= 0).all()) and int(ends[-1]) == len(self.text)
 

@@ -63,8 +63,8 @@ def find_pictures(
 
 
 def _is_wanted(path: str, exclude: Sequence[str], given: Sequence[str] = ()) -> bool:
-    """Return whether to keep a path. A path is left out if `exclude` matches it or a part of it, or
-    if one of its parts is hidden and not in `given`."""
+    """Return whether to keep a path. Leave out a path if a pattern in `exclude` matches the path or
+    one of its parts. Leave out a path with a hidden part, unless the part is in `given`."""
     parts = Path(path).parts
     if any(is_hidden(part) for part in parts if part not in given):
         return False

@@ -38,16 +38,17 @@ class Preset(NamedTuple):
     pattern: Pattern
     residual: bool = False  # whether the residual connection of attention is kept
     mlp: bool = False  # whether the MLP is kept
-    depth: int = 1  # how many of the last blocks are replayed
+    depth: int = 1  # how many of the last blocks use `pattern`
     grid: tuple[int, int] | None = None  # rows and columns of the result. None: the tower's grid
 
 
 def dense_features(
     model: CLIP, pixels: Tensor, preset: str | Preset = "clearclip", resize: str | None = None
 ) -> Tensor:
-    """Return the embeddings (B, P, E) of the patches, row by row, without normalising them.
+    """Return the embeddings of the patches, (B, P, E), row by row. They are not normalised.
 
-    A fork's own attention must accept `pattern`, as `Attention.forward` does, or change only `qkv`.
+    A fork may change the attention's `qkv`. If it changes `forward`, its `forward` must accept
+    `pattern`, as `Attention.forward` does.
 
     Args:
         preset: "clip" (the model unchanged), "maskclip" (Zhou et al. 2021, arXiv 2112.01071),
@@ -119,9 +120,9 @@ def neighbours(seen: Seen, std: float = 5.0) -> Tensor:
 
 
 def self_self(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
-    """The mean of GEM's q-q, k-k and v-v patterns. For each pattern, attention first replaces each
-    unit vector by a weighted mean, where similar vectors weigh more. The pattern then compares
-    these means by their cosines."""
+    """The mean of GEM's q-q, k-k and v-v patterns. For each pattern, the vectors are scaled to unit
+    length. Each unit vector is replaced by a weighted mean of all unit vectors, in which similar
+    vectors have larger weights. The pattern is the softmax of the scaled cosines of these means."""
     # For each image: the mean norm of its token vectors, divided by the square root of D.
     sharpness = seen.x.norm(dim=-1).mean(1).view(-1, 1, 1, 1) * q.shape[-1] ** -0.5
 
@@ -140,7 +141,7 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
     authors' code takes one mean for the batch, but each of their batches is a single image.
 
     Args:
-        features: (B, C, rows, columns) of the same images, for instance from DINO.
+        features: the same images' features from a model such as DINO, (B, C, rows, columns).
         beta: cosines below `beta` times their mean are ignored.
         gamma: the remaining cosines are multiplied by `gamma` before the softmax.
 

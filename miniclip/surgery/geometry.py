@@ -47,9 +47,9 @@ def resize_image(model: CLIP, size: int | tuple[int, int], method: str = "transf
     """A model for images of another size or shape.
 
     Start from the original model each time, because resampling twice blurs the position embedding.
-    Both models share the weights that do not change. To train one of them, pass `copied(model)`.
-    transformers needs square images. For square images, the new transform is
-    `dataclasses.replace(transform, size=size, crop_size=size)`.
+    Both models share the weights that do not change. To train one model without changing the other,
+    call `resize_image(copied(model), size)`. transformers needs square images. For square images,
+    the new transform is `dataclasses.replace(transform, size=size, crop_size=size)`.
 
     Args:
         size: (height, width), or one number for both. A size below one patch raises ValueError.
@@ -174,7 +174,7 @@ def extend_context(
 
     Args:
         keep: how many of the first positions do not change. Default: 20 for "longclip", because
-            short captions train only these positions; 0 for "linear".
+            only these positions are trained well; 0 for "linear".
         method: "longclip" interpolates linearly, and extrapolates at the end (Zhang et al. 2024,
             arXiv 2403.15378). "linear" is PyTorch's linear interpolation, as in open_clip.
 
