@@ -29,7 +29,7 @@ def progress(items: Iterable[Any] | None = None, unit: str = "it", **options: An
             return True
 
         def refresh(self, nolock: bool = False, **options: Any) -> None:
-            # Print nothing in a notebook, and nothing if nolock is True (a call by `tqdm.write`).
+            # Print nothing in a notebook, or if `tqdm.write` calls this (with nolock=True).
             is_notebook = type(sys.stderr).__module__.startswith("ipykernel")
             if not (nolock or self.disable or is_notebook):
                 self.display()

@@ -203,7 +203,7 @@ class Tokenizer(PretrainedTokenizer):
     ) -> Tensor:
         """Texts -> ids (B, T) int64. A row has a start token, the text, an end token and padding.
 
-        T is `pad_to` if given, or else the longest row's length. A row of more tokens than
+        T is `pad_to` if given, or else the longest row's length. A row with more tokens than
         `context_length` or `pad_to` raises ContextLengthError. With `truncate`, the text is cut.
         """
         limit = checks.check_pad_to(pad_to, self.context_length)

@@ -62,7 +62,7 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int, reference: str = "transformers") -> Image.Image:
-    """Crop the centre to `size` x `size`, padded with 0. In the example, a pixel is its row number:
+    """Crop the centre to `size` x `size`, padded with 0. Below, a pixel's value is its row number:
 
     >>> center_crop(Image.linear_gradient("L").crop((0, 0, 4, 4)), 1, "openai").getpixel((0, 0))
     2

@@ -145,7 +145,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(model: Module, shares_weights: bool = False) -> Module:
-    """Copy a model without its forward hooks. No handle could remove a hook from the copy.
+    """Copy a model without its forward hooks. Their handles would not work on the copy.
 
     If `shares_weights`, the copy shares the model's tensors.
 
@@ -159,7 +159,7 @@ def copied(model: Module, shares_weights: bool = False) -> Module:
     for part in new.modules():
         part._forward_hooks.clear()
         for key, hook in [*part._forward_pre_hooks.items()]:
-            if isinstance(hook, Enter):  # the pre-hooks of torch.nn.utils.prune stay
+            if isinstance(hook, Enter):  # keep pre-hooks that make weights (torch.nn.utils.prune)
                 del part._forward_pre_hooks[key]
     return new
 

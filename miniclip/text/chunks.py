@@ -33,7 +33,6 @@ class RememberedChunks(dict[str, Sequence[int]]):
             self.last_id_of = {a: vocab[a + END_OF_WORD] for a in ascii_lowercase}
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text."""
         ids: list[int] = []
         for chunk in [text] if self.whole else text.split(" "):
             ids += self[chunk]

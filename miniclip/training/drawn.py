@@ -17,11 +17,11 @@ class Shapes:
     """Scenes that are drawn when they are needed, in about half a millisecond each.
 
     `data[index, draw]` is an image with a caption and a false caption. The number `draw` chooses
-    both captions. The first half of the scenes has three lessons. In lesson 0 a scene has one
-    object, and the caption may say where the object is. In lesson 1 a scene has two objects, and
-    the caption is about one of them. In lesson 2 the caption may state a relation of the two
-    objects. Without the lessons, a model learns only colours for a long time. Do not mirror the
-    images, because "to the left of" would become false.
+    both captions. The first half of the scenes is divided into three lessons. In lesson 0 a
+    scene has one object, and the caption may say where the object is. In lesson 1 a scene has two
+    objects, and the caption is about one of them. In lesson 2 the caption may state a relation of
+    the two objects. Without the lessons, a model learns only colours for a long time. Do not mirror
+    the images, because "to the left of" would become false.
 
     Args:
         count: the number of scenes.

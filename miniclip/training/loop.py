@@ -126,7 +126,7 @@ def train(
                 ),
                 recipe.chunk,
             )
-            reshard(model)  # FSDP reshards in the backward pass, which a frozen tower does not have
+            reshard(model)  # FSDP reshards in the backward pass, but a frozen tower has none
             run.note_loss(value)
             nn.utils.clip_grad_norm_(run.objective.parameters(), recipe.clip_gradient)
             for optimizer in run.optimizers:

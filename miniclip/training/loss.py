@@ -196,7 +196,7 @@ def backward(
 def _chain(
     gradient: tuple[Tensor, Tensor], value: Any, image_embeds: Tensor, text_embeds: Tensor
 ) -> Tensor:
-    """Return a sum to backpropagate in place of the loss. Its backward pass gives the embeddings
-    the gradients `gradient`, which train the towers. `value` trains the other parameters, such as
-    the logit scale."""
+    """Return a sum to backpropagate in place of the loss. The sum's gradients with respect
+    to the embeddings are `gradient`. They train the towers. The gradients of `value` train the
+    other parameters, such as the logit scale."""
     return value + (image_embeds * gradient[0]).sum() + (text_embeds * gradient[1]).sum()

@@ -23,7 +23,7 @@ class Recipe:
     epochs: int = described(30, "passes over the data")
     batch: int = described(256, "pairs in a batch, over all processes")
     lr: float = described(1e-3, "peak learning rate of AdamW")
-    muon_lr: float = described(0.0, "peak rate of Muon; above 0, Muon trains the blocks' matrices")
+    muon_lr: float = described(0.0, "peak rate of Muon for the blocks' matrices; 0 means AdamW")
     weight_decay: float = described(0.1, "weight decay of the matrices")
     layer_decay: float = described(1.0, "a layer's rate, divided by the rate of the layer above")
     warmup: float = described(0.05, "share of the steps during which the learning rate rises")
@@ -31,10 +31,10 @@ class Recipe:
     patch_dropout: float = described(0.0, "share of an image's patches that is dropped (FLIP)")
     # In use, a model sees all patches, so the last epochs train it on all patches.
     full_epochs: int = described(1, "epochs without patch dropout at the end of the run")
-    ema: float = described(0.0, "above 0, write the weights' moving average, with this decay")
+    ema: float = described(0.0, "if above 0, write the weights' moving average, with this decay")
     loss: str = described("clip", "clip or siglip; the checkpoint leaves out siglip's bias")
     freeze: str = described("", "parts to freeze, separated by commas: vision (LiT), text or globs")
-    lora: int = described(0, "above 0, train only LoRA of this rank, and write merged weights")
+    lora: int = described(0, "if above 0, train only LoRA of this rank, and write merged weights")
     val_every: int = described(0, "steps between scores on --val; 0 means a score after each epoch")
     # In a mirrored image, "left" and "right" in the caption are wrong.
     augment: bool = described(False, "mirror, zoom into and shift the images at random")

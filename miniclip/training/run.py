@@ -198,7 +198,8 @@ class Run:
                 self.writer.add_scalar(name, value, self.step)
 
     def report(self, note: str, about: str = "") -> None:
-        """Print a note once, above the progress bar. Print only the first note for each `about`."""
+        """Print a note once, above the progress bar. If several notes have the same `about`, print
+        only the first."""
         if (about or note) not in self.reported:
             self.reported.add(about or note)
             tqdm.write(note, file=sys.stderr)

@@ -26,8 +26,8 @@ def from_scratch(
     """Make a model with random weights, and learn a tokenizer from the captions.
 
     Args:
-        config: the model's shape. The learnt vocabulary may be smaller than
-            `config.text.vocab_size`. The model then has the size of the learnt vocabulary.
+        config: the model's shape. If the learnt vocabulary is smaller than
+            `config.text.vocab_size`, the model's `vocab_size` is smaller too.
         data: the training data.
         seed: decides the weights.
         kind: the class of the model.

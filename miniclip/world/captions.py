@@ -84,7 +84,7 @@ def fits(phrase: Phrase, object: Object) -> bool:
 
 
 def apart(relation: str, first: Object, second: Object | None = None) -> int:
-    """Return a distance in pixels along the relation's axis. Above 0, the relation is true."""
+    """Return a distance in pixels along the relation's axis, above 0 if the relation is true."""
     axis, sign = (RELATIONS | PLACES)[relation]
     there = getattr(second, axis) if second else IMAGE_SIZE // 2
     return sign * (there - getattr(first, axis))
@@ -168,11 +168,11 @@ def named(object: Object) -> list[Phrase]:
 
 
 def negatives(claim: Claim, scene: Scene) -> dict[str, list[Claim]]:
-    """Return false claims, grouped by what was changed in a true claim to make them false.
+    """Make false claims from a true claim, grouped by what was changed.
 
     Two objects exchange their "places" or "colours", so the false caption has the same words. If
-    the claim is about the place of one object, the false claim has the opposite place. If this
-    gives no false claim, one word is replaced: a "size", "colour" or "shape". A false claim
+    the claim is about the place of one object, the false claim has the opposite place. If these
+    changes give no false claim, one word is replaced: a "size", "colour" or "shape". A false claim
     contains a held-out pair only if the true claim contains this pair too.
     """
     opposite = OPPOSITE.get(claim.relation)

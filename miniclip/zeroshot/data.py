@@ -25,7 +25,7 @@ class LabelledImages(NamedTuple):
 
 
 def find_labels(names: str | Iterable[str]) -> list[str]:
-    """Return labels. `names` can be the labels, or a single data set, folder or file.
+    """Return labels. `names` can be the labels, or the name of one data set, folder or file.
 
     A data set is a key of CLASS_SETS. A folder contains class folders. A text file has one label
     on each line. A JSON file is a list of labels, {id: label} or {label: id}. Raises ValueError for
@@ -125,8 +125,8 @@ def labelled_images(
 def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool) -> None:
     """Raise ValueError if an accuracy on these images would be meaningless.
 
-    Examples: there is a single class, a class has no files, or the class folders are in folders
-    such as train/. If the user named the classes (`named`), skip the last check.
+    This is so if there is a single class, if a class has no files, or if the class folders are in
+    other folders, such as train/. If the user named the classes (`named`), skip the last check.
     """
     root, folders = Path(root), images.folders
     if len(folders) == 1:
