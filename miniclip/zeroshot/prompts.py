@@ -38,7 +38,7 @@ def published_labels(name: str, folders: list[str]) -> list[str]:
     """Return OpenAI's class names for the folders of a data set.
 
     Names are compared by letters and digits only, in lower case. If the folders of all C classes
-    are called 0 to C - 1, they get the class names in order. Raises ValueError if a folder's name
+    are called 0 to C - 1, folder k gets the name of class k. Raises ValueError if a folder's name
     fits no class.
 
     >>> published_labels("facialemotionrecognition2013", ["Smiling", "angry"])
