@@ -3,8 +3,8 @@
     python tests/equality_matrix.py              # every combination, takes minutes
     python tests/equality_matrix.py --threads 1 2 --batches 1 3
 
-Every weight is random. The environment variable ATEN_CPU_CAPABILITY (default, avx2 or avx512)
-selects the CPU's instructions. The script prints a line for each combination whose logits are not
+Every weight is random. The environment variable ATEN_CPU_CAPABILITY selects the CPU's instructions:
+"default", "avx2" or "avx512". The script prints a line for each combination whose logits are not
 equal. If it prints such a line, the exit status is 1.
 """
 

@@ -1,8 +1,8 @@
-"""Measure the entries of golden_values.json, which other projects recorded with OpenAI's weights.
+"""Compute the values of golden_values.json, which other projects recorded with OpenAI's weights.
 
-A measure is a function with the name of its entry. It uses either miniclip or transformers, and
-returns numbers in the form of the entry's `expected`. If the weights are not OpenAI's, the numbers
-of transformers are the expected ones.
+Each entry has a measure: a function with the entry's name. It uses either miniclip or transformers,
+and returns numbers in the form of the entry's `expected`. If the weights are not OpenAI's, the
+numbers of transformers are the expected ones.
 """
 
 import json

@@ -65,7 +65,7 @@ def commit(files: dict[str, bytes]) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-@lru_cache(maxsize=1000)  # a lookup is quick, because Python hashes each bytes object once
+@lru_cache(maxsize=1000)  # a lookup is quick, because Python computes hash(data) only once
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

@@ -1,5 +1,5 @@
-"""`miniclip bench` computes correct ratios from known costs, and does not time wrong outputs. All
-libraries do the same work."""
+"""`miniclip bench` computes correct ratios from known costs. It does not time a library whose
+output is wrong. All libraries do the same work."""
 
 import itertools
 import json
@@ -488,7 +488,7 @@ class Peer(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["open_clip", "openai/CLIP"])
 def test_open_clip_and_openai_get_our_weights_and_vocabulary(name, setting, monkeypatch):
-    """Fake modules replace both libraries, because the test extra installs neither."""
+    """Fake modules replace both libraries, because `miniclip[test]` installs neither."""
     tokenizer = types.SimpleNamespace(SimpleTokenizer=lambda path: lambda texts: (path, texts))
     clip = types.SimpleNamespace(
         tokenize=lambda texts: texts,
@@ -734,7 +734,7 @@ def test_the_targets_of_a_gpu_are_ratios_of_medians():
     assert math.isnan([*on_a_gpu.targets(rows)][3][2])
 
 
-# Each axis has two sizes and the ratio of their work. None: the ratio is not an integer.
+# For each axis: two sizes, and the factor by which the work grows. None: not an integer.
 GROWN = {
     "images in a batch": ((1, 4), 4),
     "pixels along a side": ((40, 80), None),

@@ -327,7 +327,7 @@ def test_all_that_a_training_loop_saves_beside_the_weights_is_ignored(tmp_path):
     optimizer.step()
     (tmp_path / "model.safetensors").unlink()
     marked = torch.nn.Parameter(tensors["logit_scale"])
-    marked.weight_decay = 0.1  # torch pickles a parameter with attributes in another form
+    marked.weight_decay = 0.1  # torch pickles a parameter differently if it has attributes
     beside = {
         "args": argparse.Namespace(lr=1e-5, when=datetime.datetime.now(), path=Path("x")),
         "best": np.float64(0.5),

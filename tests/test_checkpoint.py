@@ -170,7 +170,7 @@ for case in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 def test_loading_takes_the_memory_of_the_file_in_the_requested_dtype(tmp_path):
-    """One tensor is a third of the file. To save memory, the loader must convert it first."""
+    """One tensor is a third of the file. If it were converted last, the peak would be too high."""
     vision = replace(TINY.vision, mlp_width=60_000)
     text = replace(TINY.text, mlp_width=60_000, vocab_size=400_000)
     with torch.device("meta"):

@@ -381,7 +381,7 @@ def test_without_a_network_the_embedded_checkpoints_are_named(run, command, monk
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Seven class folders with eight images. One folder has no image, and two have a text file."""
+    """Seven class folders, eight images in total. One folder has no image; two have a text file."""
     rng = np.random.default_rng(0)
     root = tmp_path / "photographs"
     for i, name in enumerate(["cat", "dog", "fire_truck", "frog", "horse", "ship", "none"]):

@@ -1,4 +1,4 @@
-"""Each entry of the diagnosis' tables computes its fault's numbers. Parity finds the fault.
+"""Each entry of the diagnosis' tables computes the numbers of its fault. Parity names the fault.
 
 The tests use NumPy, torch or transformers to compute the numbers of each fault. They do not run a
 faulty model. Instead, a test takes the tensors of a correct run, and replaces one of them.

@@ -358,7 +358,7 @@ def test_the_search_for_a_strength_is_right_to_an_eighth_of_a_decade(peak):
     best, found = linear.sweep(accuracy)
     assert best == pytest.approx(10 ** (peak / 8)) and [*found] == sorted(set(tried))
     assert tried[:7] == pytest.approx([10.0**e for e in range(-6, 7, 2)]) and len(tried) <= 15
-    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # equal scores give the largest strength
+    assert linear.sweep(lambda strength: 1.0)[0] == 1e6  # equal scores: the largest strength wins
 
 
 def test_the_probe_holds_out_a_fifth_of_each_class_and_then_learns_from_all(blobs):
@@ -381,7 +381,7 @@ def test_few_shots_learn_from_the_given_number_of_examples_of_each_class(blobs):
 
     def fit(examples, strength):
         draw = draws.setdefault(examples.features.sum().item(), len(draws))
-        guess = 2 * (draw % 2)  # 0 is right for two images, and 2 for one
+        guess = 2 * (draw % 2)  # class 0 is right for two of the five, class 2 for one
 
         def classify(features):
             learnt = tuple(examples.classes.bincount().tolist())

@@ -108,7 +108,7 @@ def test_a_report_has_the_best_score_throughput_and_memory(drawn):
     assert held_out.get_title(loc="left") == "held-out data" and texts(held_out) == ["50.0%"]
     accuracy, mean, best = held_out.lines
     assert accuracy.get_xydata().tolist() == [[1, 0.25], [2, 0.5], [3, 0.5]]
-    assert best.get_xydata().tolist() == [[2, 0.5]]  # the first of the two scores 0.5
+    assert best.get_xydata().tolist() == [[2, 0.5]]  # the first step with the best score
     named = [text.get_text() for text in held_out.get_legend().get_texts()]
     assert named == ["accuracy", "mean per class"]
     assert [*throughput.lines[0].get_ydata()] == [10, 11, 12, 13]

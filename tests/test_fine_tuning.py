@@ -190,7 +190,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
 
 
 def test_held_out_data_is_measured_at_the_end_of_each_epoch_and_changes_nothing(tmp_path):
-    recipe = replace(QUICK, patch_dropout=0.5, full_epochs=0)  # also after a measurement
+    recipe = replace(QUICK, patch_dropout=0.5, full_epochs=0)  # validation does not end the dropout
     expected = run(tmp_path / "without", recipe)
     found = run(tmp_path / "with", recipe, validate=by_weight)
     assert_equal_models(found, expected)

@@ -222,7 +222,6 @@ def test_a_difference_in_one_row_of_a_table_is_noticed(name, table, pair):
 
 @pytest.mark.slow
 def test_models_with_and_without_added_tokens_pass(pair):
-    """Either of the two models may have the added tokens."""
     text = TINY.text.__class__(**{**vars(TINY.text), "vocab_size": 610})
     more = twins(TINY.__class__(TINY.vision, text, TINY.embed_dim))[0]
     weights, table = pair[0].state_dict(), "text.token_embed.weight"

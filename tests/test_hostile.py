@@ -2,8 +2,8 @@
 weights and settings that the file states. The error comes quickly and takes little memory.
 
 An untrusted directory or repository cannot run code. miniclip reads no file outside the directory,
-except through symbolic links, because the hub's cache consists of such links. Loading takes much
-time or memory only if the files are large.
+but it follows symbolic links, because the hub's cache consists of them. Loading takes much time or
+memory only if the files are large.
 """
 
 import gzip

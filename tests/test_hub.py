@@ -654,7 +654,7 @@ def moving_branch(hub, commits, at):
 def test_a_branch_may_get_a_new_commit_during_a_load_or_a_conversion(
     hub, files, other, tmp_path, at
 ):
-    """All files come from one commit, even if the branch gets a new commit during the load."""
+    """All files come from one commit."""
     commits = [dict(hub.repositories[NAME]["main"]), files | other_files(other, tmp_path)]
     for read in (miniclip.load, lambda name: convert(name, tmp_path / f"{at}", "transformers")):
         with moving_branch(hub, commits, at):

@@ -789,7 +789,7 @@ def test_each_setting_of_a_transform_has_its_place_in_open_clips_config():
 
 
 def test_a_transform_is_saved_into_each_file_that_has_one(tmp_path):
-    """Another program reads only one of these files, so all of them must agree."""
+    """A program may read only one of these files, so all of them must agree."""
     earlier, later = ImageTransform(40), ImageTransform(32, image_mean=(0.1, 0.2, 0.3))
     files = {
         "open_clip_config.json": {"model_cfg": OPEN_CLIP, "preprocess_cfg": {"size": 40}},
@@ -889,7 +889,7 @@ def test_a_layout_says_what_it_cannot_express(tmp_path, config, found, refusing)
     for layout in LAYOUTS.keys() - refusing:
         model.save_pretrained(tmp_path / layout, layout=layout)
         loaded = CLIP.from_pretrained(tmp_path / layout)
-        if layout != "transformers":  # of these files, only transformers' state 499
+        if layout != "transformers":  # only the layout of transformers stores the id 499
             text = replace(model.config.text, eos_token_id=LEGACY_EOS)
             assert loaded.config == replace(model.config, text=text)
         else:
@@ -920,7 +920,7 @@ def read_shapes(tensors):
 
 
 def test_the_shapes_of_openais_tensors_are_its_whole_config():
-    """All numbers differ. miniclip would not save this file, because images have four channels."""
+    """miniclip would not save this file, because images have four channels."""
     config = CLIPConfig(
         VisionConfig(192, 5, 3, 240, image_size=84, patch_size=12, channels=4),
         TextConfig(128, 4, 2, 300, "quick_gelu", 1e-5, 1000, 50, 998, LEGACY_EOS),

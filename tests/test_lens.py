@@ -582,7 +582,7 @@ def test_occlusion_equals_its_definition(double):
 
 @torch.no_grad()
 def test_grad_cam_equals_its_definition(double):
-    """Shift a channel equally on all 25 patches. Its weight is the slope of the logit / 25."""
+    """Shift a channel on all 25 patches. Its weight is the logit's slope, divided by 25."""
     model, inputs = double
     pixels, ids = inputs["vision"], inputs["text"][:2]
     site = "vision.blocks.2.ln_1"
@@ -794,7 +794,7 @@ def test_maps_are_scored_in_evaluation_mode(monkeypatch):
 @pytest.mark.slow
 def test_methods_that_read_the_text_find_the_named_object(shapes, monkeypatch):
     """If a method reads the text, its maximum is on the named object more often than on the
-    other one, and its IoU is better than chance. If not, it hits both objects equally often."""
+    other one, and its IoU is better than chance. Other methods hit both objects equally often."""
     monkeypatch.setattr("miniclip.world.localise.RANDOM", 2)
     found = localise(shapes, scenes=6)
     assert list(found) == ["trained", "random", "spread", "limits"]

@@ -22,7 +22,7 @@ class CLIPSegConfig(CLIPConfig):
     reduce_dim: int = 64  # the decoder's width
     decoder_num_attention_heads: int = 4
     decoder_intermediate_size: int = 2048
-    conditional_layer: int = 0  # the number of the decoder's block that uses the text
+    conditional_layer: int = 0  # the index of the decoder's block that uses the text
     use_complex_transposed_convolution: bool = False
 
     @classmethod

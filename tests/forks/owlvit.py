@@ -60,7 +60,8 @@ class BoxHead(nn.Module):
 
 
 def first_boxes(rows: int, columns: int) -> Tensor:
-    """Logits (P, 4) of patch-sized boxes. A box's centre is its patch's lower right corner."""
+    """Logits (P, 4) of the default boxes. Each box is as large as its patch, and its centre is the
+    patch's lower right corner."""
     row_and_column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (P, 2)
     size = torch.tensor([columns, rows])
     centre = (row_and_column.flip(1) + 1) / size  # (P, 2), x and y
@@ -97,7 +98,7 @@ class OwlViT(CLIP):
         self.box_head = BoxHead(width)
 
     def detect(self, pixels: Tensor, ids: Tensor) -> Detections:
-        """Look for Q texts in each of B images. The ids of all texts are (B * Q, T)."""
+        """Look for Q texts in each of B images. `ids` (B * Q, T) is sorted by image."""
         x = self.vision.blocks(self.vision.embed_tokens(pixels))  # (B, 1 + P, W)
         x = self.vision.ln_post(x)
         patches = self.ln_patches(x[:, 1:] * x[:, :1])  # (B, P, W)

@@ -21,13 +21,13 @@ SCORED = ("visual.proj", "text_projection")
 
 
 def ingredients() -> list[CLIP]:
-    """Four models with weights on the line through the weights of two small models."""
+    """Four models on the line through two small models in weight space."""
     ends = small_clip(), small_clip(seed=1)
     return [interpolate(*ends, distance) for distance in DISTANCES]
 
 
 def score(state: dict[str, Tensor]) -> float:
-    """The squared distance from the first small model's projections, with a minus sign."""
+    """Minus the squared distance between the projections of `state` and the first small model."""
     return -sum((state[name] - base()[name]).square().sum().item() for name in SCORED)
 
 
