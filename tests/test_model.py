@@ -35,8 +35,8 @@ from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.published import PUBLISHED
 
 FLOAT64 = 1e-10
-# The tolerances of float32 logits at logit scale 100. REORDERED is for a CPU that runs
-# the operations in another order. CUDA is for a GPU without TF32.
+# The tolerances of float32 logits at logit scale 100. REORDERED is for operations in
+# another order, on a CPU. CUDA is for a GPU without TF32.
 REORDERED = 2e-5
 CUDA = 1e-4
 

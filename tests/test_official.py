@@ -193,7 +193,7 @@ def test_a_published_value_is_reproduced(hub, entry, ours, theirs):
     picture = find_picture if hub is None else find_or_draw_picture
     if hub is not None:
         expected = measure(entry, theirs, picture)
-        if "file" not in entry:  # the file of a wider model has more values
+        if "file" not in entry:  # a file has more values, because its model is wider
             assert dict(numbers(expected)).keys() == dict(numbers(entry["expected"])).keys()
         entry = entry | {"expected": expected}
     elif entry["expected"] is None:

@@ -72,7 +72,7 @@ def test_the_same_model_has_no_difference_at_any_site(pair):
 def test_other_precisions_pass(dtype, pair):
     report = compare(*pair, dtype=dtype)
     assert report.first is None
-    # `compare` allows 2 times the other model's error. README promises at most 1.1 times.
+    # README promises at most 1.1 times transformers' error. `compare` would allow 2 times.
     if dtype != torch.float64:
         assert all(row.model_error <= 1.1 * row.other_error for row in report.rows)
     largest = max(row.model_error for row in report.rows)
@@ -240,7 +240,7 @@ def test_white_space_that_is_not_squeezed_is_named(whole):
 
 @pytest.mark.slow
 def test_a_missing_merge_is_noticed(whole):
-    """`compare` notices that the last merge is missing, although its texts never use this merge."""
+    """The texts of `compare` never use the last merge, but `compare` notices that it is missing."""
     right = whole[0].tokenizer
     fewer = Tokenizer(right.vocab, right.merges[:-1], context_length=right.context_length)
     word = "".join(right.merges[-1]).removesuffix("</w>")
@@ -416,7 +416,7 @@ SITE, PATTERN = "vision.blocks.0.q", "vision.blocks.0.pattern"
     "site, dtype, device, size, limit",
     [
         ("logits", torch.float32, "cpu", 1, 2e-5),
-        ("logits", torch.float32, "cpu", 100, 2e-5),  # `size` does not change this limit
+        ("logits", torch.float32, "cpu", 100, 2e-5),
         (SITE, torch.float32, "cpu", 0.1, 2e-5),
         (SITE, torch.float32, "cpu", 30, 6e-4),
         ("logits", torch.float32, "cuda", 100, 1e-4),
@@ -450,8 +450,8 @@ def test_the_tolerances_in_float64_are_the_documented_ones():
     ):  # fmt: skip
         for site in (SITE, PATTERN):
             assert row_of(site, size, 0.0, apart, exact=exact).within_tolerance == within
-    # `exact` is 1e-6 if one model's weights were merged, or were rounded one more time. Then even
-    # the tolerance of logits is relative. The tolerance of all other sites is always relative.
+    # `exact` is 1e-6 if one model's weights were merged or rounded once more than the other's.
+    # This limit is multiplied by the tensor's largest number for logits too.
     assert row_of("logits", 100, 0.0, 0.9e-4, exact=1e-6).within_tolerance
     assert not row_of("logits", 100, 0.0, 1.1e-4, exact=1e-6).within_tolerance
 

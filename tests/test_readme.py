@@ -181,7 +181,7 @@ def test_readme_is_short_and_its_line_counts_and_links_are_right():
 
 def test_every_command_is_found():
     found = commands()
-    assert INSTEAD.keys() <= {*found}  # a key that is not a command replaces nothing
+    assert INSTEAD.keys() <= {*found}  # a misspelt key would replace no command
     assert len(found) >= 25
     for name in ("classify", "embed", "search", "serve", "convert", "bench", "parity", "eval"):
         assert any(f"miniclip {name}" in command for command in found), name

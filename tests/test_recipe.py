@@ -176,7 +176,7 @@ ABOVE = {
 
 
 def plain_optimizers(peer, recipe, more):
-    """Make AdamW with CLIP's betas and eps for ViTs (table 18), and Muon for blocks' matrices."""
+    """Make AdamW with betas and eps of CLIP's ViTs (table 18), and Muon if the recipe uses it."""
     named = [(name, p) for name, p in peer.named_parameters() if p.requires_grad]
     shares = {
         p: recipe.layer_decay ** next(n for part, n in ABOVE.items() if name.startswith(part))
@@ -362,7 +362,7 @@ SAVINGS = {
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [None, *SAVINGS])
 def test_a_run_saves_memory_and_time_only_as_its_recipe_says(name, tmp_path, monkeypatch):
-    """Options that save memory hardly change the weights, so the test records the towers' calls."""
+    """The weights hardly show whether an option is used, so the test records the towers' calls."""
     monkeypatch.setattr(run_module, "LOG_EVERY", 1)
     model, _, tokenizer = two_models()
     seen = {"rows": 0, "blocks": 0, "types": set(), "compiled": []}

@@ -154,7 +154,7 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     if kept == 0:
         (tmp_path / "x.tar").write_bytes(b"no tar at all, but some text" * 100)
     pictures, damage = find_pictures([tmp_path])
-    assert len(pictures) in (found, found + 1)  # one more if the next header is complete
+    assert len(pictures) in (found, found + 1)  # one more if the cut image's header is complete
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
@@ -1074,7 +1074,7 @@ def test_the_same_command_continues_after_it_was_killed(loaded, tmp_path, monkey
     (many / "broken.png").write_bytes(b"")
     make_tar(many / "x.tar", {f"{i}.png": encoded(blots(20 + i)) for i in range(5)})
     miniclip.save(tmp_path / "model", *loaded)
-    assert building.PART == 512  # images that a killed `embed` loses at most
+    assert building.PART == 512  # a killed `embed` loses at most this many images
     monkeypatch.setattr(building, "PART", 8)
     line = ["embed", str(many), "--model", str(tmp_path / "model"), "--out"]
     assert main([*line, str(tmp_path / "whole")]) == 0

@@ -67,7 +67,7 @@ class Server:
         if not line:
             raise RuntimeError(self.end()[1])
         self.url = json.loads(line)["url"]
-        log.write_text("")  # clear the log, because torch tests the temporary folder at the start
+        log.write_text("")  # clear the log, because the start itself binds a socket
 
     def post(self, path, question, **headers):
         """Ask a question. Returns (status, answer)."""
@@ -617,7 +617,7 @@ def ask(app, path, *questions, then=(), **headers):
     async def answers():
         return await asyncio.gather(*map(answer, questions))
 
-    with ThreadPoolExecutor(1) as pool:  # this thread may already run Playwright's event loop
+    with ThreadPoolExecutor(1) as pool:  # asyncio.run fails where Playwright's event loop runs
         found = pool.submit(lambda: asyncio.run(answers())).result()
     return found[0] if len(found) == 1 else found
 

@@ -52,7 +52,7 @@ def test_a_scene_depends_only_on_its_numbers():
 
 
 def test_scenes_are_the_same_on_every_machine():
-    """These numbers were recorded once. weights/shapes was trained on these scenes."""
+    """The scenes must not change, because weights/shapes was trained on them."""
     (object,) = scene(0, count=1).objects
     assert object == ("green", "square", "large", -12, 44, 48)
 
@@ -246,8 +246,8 @@ def words(claim):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["places", "colours"])
 def test_no_word_at_any_place_shows_which_caption_is_swapped(what):
-    """At each position in a caption, a word is equally frequent in true and in false captions. So
-    single words do not help. The counts may differ by at most 4.5 standard deviations."""
+    """At each position in a caption, a word is equally frequent in true and in false captions. The
+    counts may differ by at most 4.5 standard deviations."""
     true, false = Counter(), Counter()
     for i in range(1500):
         s = scene(i, count=2)
@@ -276,7 +276,7 @@ def test_the_dataset_is_reproducible_and_begins_with_easy_scenes():
     assert order == list(data.items(0)) != list(data.items(1))
     counts = [len(data.scene(index).objects) for index in order]
     assert counts[:6] == [1] * 6 and counts[6:18] == [2] * 12 and {*counts[18:]} == {1, 2, 3}
-    for index in order[:12]:  # early captions name the object's place, if it has one
+    for index in order[:12]:  # lessons 0 and 1: captions name a place, if one is clear
         assert data[index, 0].caption.endswith(tuple(PLACES)) or not located(data.scene(index))
     assert any(" the " in data[index, 0].caption for index in order[12:18])
     for index in (35, 12):
@@ -313,8 +313,8 @@ def test_a_new_run_has_the_shape_recipe_and_transform_of_its_checkpoint(new):
 
 
 class Knowing:
-    """A fake model. An image embedding is 1 at its scene, and 0 elsewhere. A text embedding is 1 at
-    all scenes of which the text is true."""
+    """A fake model. An embedding has one number for each scene. The number is 1 if the image shows
+    this scene, or if the text is true of this scene. Otherwise it is 0."""
 
     logit_scale = torch.tensor(0.0)
 
@@ -369,7 +369,7 @@ def test_each_score_measures_one_kind_of_knowledge():
 
 
 def scores_by_chance(scenes):
-    """If all 64 cosines are equal, "red circle" is chosen. Return how often that is right."""
+    """Return how often "red circle" is right. It is chosen if all 64 cosines are equal."""
     return sum(s.objects[0][:2] == ("red", "circle") for s in scenes[12:24]) / 12
 
 

@@ -1,4 +1,4 @@
-"""Test arithmetic on weights and freezing, and compare LoRA with PEFT on the same modules."""
+"""Test freezing and arithmetic on weights, and compare LoRA with PEFT on the same modules."""
 
 import copy
 import re

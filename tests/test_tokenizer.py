@@ -188,7 +188,7 @@ class OpenAI:
                 new = []
                 for part in parts:
                     if new and new[-1] is not None and (new[-1], part) == (first, second):
-                        new[-1:] = [first + second, None]  # a part after None is not merged
+                        new[-1:] = [first + second, None]  # None keeps the next part separate
                     else:
                         new.append(part)
                 parts = [part for part in new if part is not None]
@@ -228,7 +228,7 @@ def test_words_of_10000_characters_have_the_ids_of_the_reference(trained):
 
 
 def test_golden_ids_of_other_projects_are_reproduced(data):
-    """For two of the 80 records, transformers gives the recorded ids, but OpenAI does not."""
+    """For two of the 80 records, transformers gives the recorded ids. OpenAI gives other ids."""
     entries = json.loads((data / "golden" / "tokenizer_golden.json").read_text(encoding="utf-8"))
     assert len(entries) == 80
     wrong = {"transformers": [], "openai": []}
@@ -453,8 +453,8 @@ def test_the_cache_of_chunks_is_bounded(trained, monkeypatch):
 
 @pytest.mark.slow
 def test_the_cache_of_chunks_takes_about_30_megabytes(trained):
-    """30 MB were measured with 100,000 chunks of 64 characters and one id for each character. The
-    test checks the limits of 100,000 chunks and 64 characters."""
+    """A cache of 100,000 chunks of 64 characters, with one id for each character, takes about
+    30 MB. The test checks the number of chunks and their length, but not the memory."""
     tokenizer = Tokenizer.from_directory(trained)
     for length in (64, 65):
         tokenizer.encode("\N{CAT FACE}" * length)

@@ -75,7 +75,7 @@ def test_pytorch_grad_cam_gives_our_map(model, pixels, ids):
     with grad_cam.GradCAM(Scores(model, ids[:1]), [layer], on_patches) as cam:
         found = torch.from_numpy(cam(pixels, targets=None))
     maps = on_grid(model, pixels, gradcam(model, pixels, ids[:1].expand(2, -1)))
-    resized = scale_cam_image(maps.numpy(), (40, 40))  # also scales to [0, 1]
+    resized = scale_cam_image(maps.numpy(), (40, 40))  # this also scales to [0, 1]
     expected = torch.from_numpy(scale_cam_image(resized))  # grad-cam scales a second time
     assert (found - expected).abs().max() < 1e-5
     assert (found - expected.flip(0)).abs().max() > 0.1

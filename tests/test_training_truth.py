@@ -225,7 +225,8 @@ def test_the_checkpoint_is_the_moving_average_of_the_steps_weights(
     for i, (returned, written) in enumerate(
         zip(model.parameters(), saved.parameters(), strict=True)
     ):
-        # The average starts at the first step's weights. Each later step is added with weight 1/4.
+        # The average starts as the weights of step 1. After each later step, the new average is 3/4
+        # of the old average plus 1/4 of the weights.
         shares = [0.75**7] + [0.25 * 0.75 ** (7 - step) for step in range(1, 8)]
         average = sum(share * p[i] for share, p in zip(shares, after_each_step, strict=True))
         torch.testing.assert_close(returned.data, average, rtol=0, atol=1e-6)

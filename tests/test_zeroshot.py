@@ -87,7 +87,7 @@ def test_texts_are_embedded_once_and_sorted_by_length(model, tokenizer, monkeypa
     assert torch.cat([end.sort().values for end in ends]).equal(lengths.sort().values)
     one_by_one = [encode_text(tokenizer(text), normalize=True)[0] for text in texts]
     torch.testing.assert_close(found, torch.stack(one_by_one).detach(), atol=1e-6, rtol=0)
-    assert not found.requires_grad  # the graph of a million texts would fill the memory
+    assert not found.requires_grad  # a gradient graph for a million texts would fill memory
 
 
 def test_one_template_gives_the_logits_of_the_model(model, tokenizer):
@@ -370,7 +370,7 @@ def save_grey(path, row):
 
 
 def save_planted(root, confusion):
-    """Write `confusion[true][predicted]` images. Their grey level is the predicted class."""
+    """Write `confusion[true][predicted]` images. Their grey level gives the predicted class."""
     for true, row in enumerate(confusion):
         (root / f"class_{true}").mkdir(parents=True)
         for predicted, count in enumerate(row):
@@ -429,7 +429,7 @@ def test_calibration_compares_confidence_with_accuracy_in_fifteen_bins():
 def test_top5_counts_the_five_best(tmp_path):
     for true in range(7):
         (tmp_path / str(true)).mkdir()
-    for row in range(7):  # in answer `row`, the right class has rank `row`, from 0
+    for row in range(7):  # in answer `row`, `row` classes are above the right class
         save_grey(tmp_path / "2" / f"{row}.png", row)
     order = [[c for c in range(7) if c != 2] for _ in range(7)]
     answers = torch.zeros(7, 7)

@@ -126,7 +126,7 @@ if __name__ == "__main__":
     if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         crash_at(3, lambda: os._exit(1))
     if status := main(lines["ddp"]):
-        sys.exit(status)  # the other process crashed, so stop before the store is used
+        sys.exit(status)  # the other process crashed, and the restart needs a new `store` file
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
     status += main(lines["undisturbed"])
     building.PART = 8
