@@ -1,6 +1,6 @@
 """Check whether a function that inspects or changes a model gives the right result on a fork.
 
-Some of these functions replay a method of the model: they compute CLIP's formula themselves. For
+Some of these functions replay a method: they do not call it, but compute CLIP's formula. For
 example, `dense_features` runs the last block with another attention pattern. If a fork has its own
 version of a replayed method, the function raises an error, because the result could be wrong.
 
@@ -79,7 +79,7 @@ def own_method(
 
 
 def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None:
-    """Raise ValueError if a tower has its own version of a method that the function `who` replays.
+    """Raise ValueError if a tower has its own version of a method that a function replays.
 
     >>> from miniclip import VisionConfig
     >>> class Mean(VisionTower):
@@ -121,7 +121,7 @@ def sees_padding(tower: Any) -> bool:
 
 def ids_for(tower: Any, tokenizer: Tokenizer, texts: Sequence[str], **options: Any) -> Tensor:
     """Token ids (B, T) of texts, where T is the length of the longest text. If the tower sees
-    padding, T is the context length, so that an embedding does not depend on the other texts."""
+    padding, T is the context length, so that the other texts do not change a text's padding."""
     if sees_padding(tower):
         options["pad_to"] = tower.config.context_length
     return tokenizer(texts, **options)
@@ -130,8 +130,8 @@ def ids_for(tower: Any, tokenizer: Tokenizer, texts: Sequence[str], **options: A
 def patch_places(tower: Any, pixels: Tensor) -> slice:
     """The positions of the patches among the tokens of an image. In CLIP they are the last tokens.
 
-    If a fork has its own `embed_tokens`, this function changes some patches to find their tokens.
-    Raises ValueError unless each patch has one token, row by row.
+    If a fork has its own `embed_tokens`, change three patches, one at a time, to find the tokens
+    that differ. Raises ValueError unless each patch has one token, row by row.
     """
     rows, columns = patch_grid(tower, pixels)
     count = rows * columns

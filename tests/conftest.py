@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Let torch use two threads, for results that must not depend on the number of threads."""
+    """Let torch use two threads, to test that a result does not depend on the number of threads."""
     import torch
 
     torch.set_num_threads(2)

@@ -361,7 +361,7 @@ def measure(
     sides: Callable[[str], Side],
     picture: Callable[[str], Image.Image] = find_picture,
 ) -> Any:
-    """Run an entry's measure. Return numbers in the form of the entry's `expected`, as in JSON."""
+    """Run an entry's measure. The result has JSON's types, as the entry's `expected` has."""
     value = MEASURES[entry["id"]](sides, entry, picture)
     return json.loads(json.dumps(value, default=torch.Tensor.tolist))
 

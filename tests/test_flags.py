@@ -62,7 +62,7 @@ def desk(tmp_path_factory):
 
 @pytest.fixture
 def run(desk, tmp_path, monkeypatch, capsys):
-    """Return a function that runs a command line, or a key of LINES, in an empty folder."""
+    """Return a function that runs a command in an empty folder: a key of LINES, or a line."""
     monkeypatch.setitem(PUBLISHED, "tiny", TINY)
     monkeypatch.setattr("miniclip.page.serve.serve_until_interrupted", lambda app, listening: None)
     monkeypatch.chdir(tmp_path)

@@ -35,8 +35,8 @@ from miniclip.model import MLP, Attention, Block, QuickGELU, Site, unit_norm
 from miniclip.published import PUBLISHED
 
 FLOAT64 = 1e-10
-# The tolerances of float32 logits at logit scale 100. REORDERED is for operations in
-# another order, on a CPU. CUDA is for a GPU without TF32.
+# The tolerances of float32 logits at logit scale 100. `REORDERED` is for operations in
+# another order, on a CPU. `CUDA` is for a GPU with TF32 turned off.
 REORDERED = 2e-5
 CUDA = 1e-4
 
@@ -903,7 +903,7 @@ def test_attention_is_eager_while_its_sites_forward_is_patched(monkeypatch):
     plain = attention(x)
     attention.pattern.forward = torch.zeros_like
     assert torch.equal(attention(x)[0, 0], attention.out_proj.bias)
-    del attention.pattern.forward  # next, the test patches the class, not the object
+    del attention.pattern.forward  # below, the method of the class is patched
     assert torch.equal(attention(x), plain)
     seen = []
     monkeypatch.setattr(Site, "forward", lambda self, x: seen.append(self) or x)

@@ -64,7 +64,7 @@ transformers on the same GPU
     model: logits_are_close_to_transformers_on_every_device
 published logits and embeddings
     official: a_published_value_is_reproduced
-ends with "first at vision.pooled"
+The same command now names the first site that differs, vision.pooled
     forks: a_fault_in_a_model_with_tokens_as_the_first_axis_is_named
 causality makes them unnecessary
     model: nothing_after_the_end_token_can_reach_the_embedding

@@ -51,8 +51,8 @@ factor that theory predicts. It is below 1 if a fixed cost is a large part of th
 file has 20 GB, and Linux cannot keep all of it in 24 GB of memory. So the search reads a part from
 the disk again, and its memory in the table includes pages of the file. The times vary: in another
 run, 100,000 labels took a third of this time (growth 0.41). The command keeps freed memory for the
-next tensors. Otherwise Linux clears memory for each new tensor, and the growth from 64 to 256
-images is 1.5.
+next tensors. Otherwise Linux clears memory for each new tensor, and 256 images take 1.5 times as
+long per image as 64 images.
 
 10^9 rows do not fit on this machine: float32 vectors of 512 numbers take 2 TB. An exact search
 reads all of them. By calculation, FAISS's index `IVF1048576_HNSW32,PQ64` (product quantisation, 64
@@ -118,7 +118,7 @@ def growth(shape: str = "B/32", device: str = "cpu", sizes: int | None = None) -
 
     Args:
         shape: a name from PUBLISHED.
-        sizes: how many sizes of each axis to time, beginning with the smallest. By default all.
+        sizes: time only this number of the smallest sizes of each axis. None times all sizes.
     """
     rows: list[Growth] = []
     with TemporaryDirectory() as folder, torch.inference_mode():

@@ -237,7 +237,7 @@ def class_folders(args: argparse.Namespace, data: str | None = None) -> "Labelle
 
 
 class ByKind(dict[str, "Examples"]):
-    """The examples of one set of images. A key is a kind of features, "ln_post" or "proj"."""
+    """The examples of one set of images. The keys are "ln_post" and "proj"."""
 
     def __missing__(self, kind: str) -> "Examples":
         raise ValueError("this tower or engine does not give ln_post: use --features proj")

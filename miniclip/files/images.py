@@ -57,7 +57,7 @@ def _side(value: Any, field: str) -> Any:
     sides = list(value.values()) if is_form else [value]
     if type(sides[0]) is not int or sides[0] != sides[-1]:
         names = " or ".join(" and ".join(f"'{key}'" for key in sorted(keys)) for keys in forms)
-        raise wrong(field, value, f"one number of pixels, alone or as the value of {names}")
+        raise wrong(field, value, f"an integer (pixels), alone or as the value of {names}")
     return sides[0]
 
 

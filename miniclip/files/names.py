@@ -130,7 +130,7 @@ class Place(NamedTuple):
     form: str  # "" unchanged, "T" transposed, "0" to "2" a third of the rows
 
     def stored_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """The shape of the file's tensor for a parameter of this shape."""
+        """From the shape of a parameter, return the shape of its tensor in the file."""
         shape = tuple(shape)
         if self.form == "T":
             return shape[::-1]
@@ -220,8 +220,8 @@ def recognize(
 
     def without_surroundings(name: str) -> str:
         name = name.removeprefix(surroundings)
-        # Since 5.6 transformers leaves out the prefix of a tower that is saved alone. A projection
-        # never had this prefix.
+        # transformers 5.6 and later save a tower without its prefix. A projection never had this
+        # prefix.
         own = name != "logit_scale" and "_projection." not in name
         return max(missing) + name if own and len(missing) == 1 else name
 

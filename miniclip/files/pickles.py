@@ -133,7 +133,7 @@ def _read_legacy(file: _Bounded) -> tuple[Any, dict[str, int]]:
     head = io.BytesIO(file.read(LARGEST))
     if head.read(len(_LEGACY)) != _LEGACY:
         raise UnpicklingError("torch.save did not write the file")
-    _read_pickle(head)  # not used: it describes the machine, but numbers are always little-endian
+    _read_pickle(head)  # the byte order of the machine; torch.save always writes little-endian
     (root, storages), (keys, _) = _read_pickle(head), _read_pickle(head)
     place, places = head.tell(), {}
     for key in keys:

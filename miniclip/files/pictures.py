@@ -158,7 +158,7 @@ def as_image(picture: Picture) -> Image.Image:
 
 
 def _check_floats(image: Image.Image) -> None:
-    """Raise ImageError for floats of at most 1 and for NaN, which Pillow would turn black."""
+    """Raise ImageError for floats of at most 1, and for NaN. Pillow would turn both black."""
     if image.mode != "F":
         return
     most = np.abs(np.asarray(image)).max(initial=0)

@@ -47,8 +47,8 @@ class Made(dict[Any, Any]):
 def find_state_dict(root: Any) -> dict[str, StoredTensor]:
     """Find the only state dict in a file. It is the root object or a dictionary inside the root.
 
-    A state dict has tensors under dotted names. If the file has no dotted names, a dictionary of
-    tensors with other names is also a state dict. Raises UnpicklingError.
+    A state dict has tensors under dotted names. If no name in the file has a
+    dot, any dictionary of tensors is a state dict. Raises UnpicklingError.
     """
     found: dict[str, dict[Any, Any]] = {}
     todo, seen, modules = [("", root)], set[int](), set[int]()

@@ -124,7 +124,7 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
         if how != BICUBIC
     },
 }
-"""Faults that another implementation may have, and the changed steps of each fault."""
+"""Faults that another implementation may have, each with the steps of the transform it changes."""
 
 
 def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tensor]) -> str:

@@ -91,7 +91,7 @@ def _checked(own: Layout, model: Any) -> Layout:
             )
     places = own | dict.fromkeys(f"{name}.weight" for name in own)
     if lost := [name for name in NEEDED if name not in places]:
-        raise ValueError(f"tensor_names lacks {listed(lost)}; the config needs these shapes")
+        raise ValueError(f"tensor_names lacks {listed(lost)}; their shapes give the config")
     return own
 
 

@@ -241,7 +241,7 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     registers.
 
     Args:
-        registers: vectors (count, W), or a number of zero vectors.
+        registers: vectors (count, W), or an integer: how many zero vectors to add.
 
     >>> from miniclip import CLIP
     >>> add_registers(CLIP.from_pretrained("shapes"), 4).config.vision.registers

@@ -137,7 +137,7 @@ def splice(model: CLIP, site: str, module: nn.Module, error_term: bool = False) 
     >>> torch.equal(spliced, model.encode_image(pixels))
     True
     """
-    # An error that is computed with the module's hooks would cancel the effect of the hooks.
+    # The error term needs the module's output without hooks, or it would cancel the hooks' effect.
     unhooked = copied(module, shares_weights=True) if error_term else module
 
     def through(tensor: Tensor, name: str) -> Tensor:

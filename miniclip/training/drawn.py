@@ -47,7 +47,7 @@ class Shapes:
             yield from (first + i for i in shuffled(end - first, seed))
 
     def lesson(self, index: int) -> int:
-        """Return the lesson of a scene, from 0 to 2. Return 3 for a scene after the lessons."""
+        """Return the lesson of a scene, 0 to 2, or 3 if the scene comes after all lessons."""
         return min(index // self.lesson_length, 3) if self.lesson_length else 3
 
     def scene(self, index: int) -> Scene:
