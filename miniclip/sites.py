@@ -158,7 +158,7 @@ def norm_scale(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 class _Steps:
-    """The two steps of a LayerNorm as sites. `self` is the first forward hook of the LayerNorm.
+    """The sites `scale` and `normalized` of a LayerNorm. `self` is the LayerNorm's first hook.
 
     If no function changes a step, the output is the same, bit for bit.
     """

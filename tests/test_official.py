@@ -189,7 +189,8 @@ def theirs(hub):
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [*map(published, ENTRIES.values())], ids=ENTRIES)
 def test_a_published_value_is_reproduced(hub, entry, ours, theirs):
-    """In the rehearsal, transformers computes the expected values, and a wrong value must fail."""
+    """Without the real weights, transformers computes the expected values. The test checks that a
+    wrong value fails."""
     picture = find_picture if hub is None else find_or_draw_picture
     if hub is not None:
         expected = measure(entry, theirs, picture)

@@ -820,7 +820,7 @@ def test_an_incomplete_table_of_names_does_not_loosen_a_tolerance(as_openai):
 
 @pytest.fixture
 def fork_files(tmp_path, monkeypatch, pair):
-    """A user's folder with a fork's code, the fork's table of names, and the original model."""
+    """A user's folder. It has a fork's code, the fork's table of names, and the original model."""
     monkeypatch.chdir(tmp_path)
     pair[0].save_pretrained("original")
     shutil.copy(own_names.__file__, "my_clip.py")

@@ -794,7 +794,7 @@ def test_the_number_of_waiting_questions_and_their_time_are_limited(monkeypatch)
     answers = ask(app, "search", *[{"text": "a"}] * 4)
     assert [status for status, _ in answers] == [503] * 4
     said = [answer["error"] for _, answer in answers]
-    assert said.count("too many questions at once") == 2
+    assert said.count("too many requests at once") == 2
     assert said.count("no answer within 0.2 seconds") == 2
 
 
@@ -895,7 +895,7 @@ def test_control_c_ends_the_server_after_it_has_answered(server, servers):
         connection.putheader("Content-Length", str(len(body)))
         connection.putheader("Expect", "100-continue")
         connection.endheaders()
-        # "100 Continue" means that the server now waits for the body of this question.
+        # "100 Continue" means that the server now waits for the body of this request.
         assert connection.sock.recv(len(CONTINUE), socket.MSG_WAITALL) == CONTINUE
         connections.append(connection)
     servers.remove(server)

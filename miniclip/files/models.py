@@ -93,7 +93,7 @@ class Stored(NamedTuple):
         )
 
     def has_openais_transform(self, name: str | PathLike[str], **options: Any) -> bool:
-        """Whether to use OpenAI's transform: the layout is OpenAI's and no file has a transform."""
+        """True, to use OpenAI's transform, if the layout is OpenAI's and no file has one."""
         is_openais = self.layout == "openai" and "vision" in self.towers
         return is_openais and not hub.has_files("transform", name, **options)
 

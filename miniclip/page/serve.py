@@ -157,7 +157,7 @@ def create_app(
                 check_origin(request)
                 body = await asyncio.wait_for(read_body(request), MAX_SECONDS)
                 if len(waiting) >= MAX_WAITING:
-                    return JSONResponse({"error": "too many questions at once"}, status_code=503)
+                    return JSONResponse({"error": "too many requests at once"}, status_code=503)
                 task = asyncio.create_task(in_turn(request, body))
                 waiting.add(task)
                 task.add_done_callback(waiting.discard)
@@ -172,7 +172,7 @@ def create_app(
                 return JSONResponse({"error": message}, status_code=503)
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 known = isinstance(error, (ValueError, RuntimeError))
-                message = str(error) if known else "unknown question: reload the page"
+                message = str(error) if known else "unknown request: reload the page"
                 message = message.partition("\n")[0].replace(", or use truncate=True in Python", "")
                 return JSONResponse({"error": message}, status_code=400)
 
@@ -219,17 +219,17 @@ def examples() -> list[dict[str, Any]]:
 
 
 def check_origin(request: Request) -> None:
-    """Raise ValueError if the question comes from a page of another site.
+    """Raise ValueError if the request comes from a page of another site.
 
     The browser writes the page's site into the headers. A browser sends JSON to another site only
     after a preflight request, which this server does not answer.
     """
     origin, headers = f"http://{request.headers.get('host')}", request.headers
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ValueError("expected a question of the type application/json")
+        raise ValueError("expected a request of the type application/json")
     from_here = headers.get("sec-fetch-site", "same-origin") == "same-origin"
     if not from_here or headers.get("origin", origin) != origin:
-        raise ValueError("the question comes from another site; expected the page of this server")
+        raise ValueError("the request comes from another site; expected the page of this server")
 
 
 def check_question(asked: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from miniclip.parity.sites import config_of, under_our_names
 from miniclip.parity.traces import Setting, running
 from miniclip.terminal import progress
 
-# The tolerance of a gradient has two parts: RELATIVE times the gradient's largest number, and NOISE
-# times the largest number of all gradients. A key bias needs NOISE, because its exact gradient is 0
-# and its computed gradient is only rounding error.
+# The tolerance of a gradient has two parts: `RELATIVE` times the gradient's largest number,
+# and `NOISE` times the largest number in any gradient. A key bias needs `NOISE`, because its exact
+# gradient is 0 and its computed gradient is only rounding error.
 RELATIVE = 1e-8
 NOISE = 1e-12
 
