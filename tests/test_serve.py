@@ -717,7 +717,7 @@ def test_the_error_for_another_format_lists_those_that_are_read(kind):
     "path, question, message",
     [
         ("classify", b"\xff", "utf-8"),
-        ("classify", b"[1, 2]", "not a question"),
+        ("classify", b"[1, 2]", "unknown request"),
         ("classify", {"model": "other"}, "has no model 'other': reload the page"),
         # a question may have an image of 20 MB in base64, and a million bytes of text
         ("classify", b"x" * (20_000_000 * 4 // 3 + 1_000_000), "Expecting value"),
