@@ -10,6 +10,7 @@ import random
 import re
 import stat
 import sys
+import tarfile
 import threading
 import time
 import warnings
@@ -716,6 +717,19 @@ def test_an_image_that_is_not_read_yet_may_be_listed_twice(tmp_path, two_threads
     for _ in range(5):
         with Image.open(tmp_path / "image.png") as lazy:
             assert all(torch.equal(x, expected) for x in ImageTransform(32)([lazy, lazy] * 4))
+
+
+@pytest.mark.parametrize("is_opened", [True, False])
+def test_images_in_one_open_tar_are_read_one_at_a_time(is_opened, tmp_path, two_threads):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(40):
+            Image.new("RGB", (200, 160), (6 * i, 0, 0)).save(tmp_path / "x.bmp")
+            tar.add(tmp_path / "x.bmp", f"{i}.bmp")
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        files = [tar.extractfile(member) for member in tar]
+        pixels = ImageTransform(8)([Image.open(f) for f in files] if is_opened else files)
+    expected = ImageTransform(8)([Image.new("RGB", (200, 160), (6 * i, 0, 0)) for i in range(40)])
+    assert torch.equal(pixels, expected)
 
 
 def test_an_empty_list_gives_an_empty_batch():

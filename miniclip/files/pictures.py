@@ -204,6 +204,14 @@ class _NoWarnings:
 no_warnings = _NoWarnings()
 
 
+def _may_share_a_file(picture: Any) -> bool:
+    """Whether an image is read from a file that another open file may use too, as in a tar."""
+    if isinstance(picture, Image.Image):  # `fp` is the file, until the pixels are read
+        picture = getattr(picture, "fp", None)
+    own = isinstance(getattr(picture, "raw", picture), io.FileIO | io.BytesIO)
+    return hasattr(picture, "read") and not own
+
+
 def fill_in_threads(
     rows: np.ndarray, compute: Callable[[Any], np.ndarray], pictures: Sequence[Any]
 ) -> None:
@@ -212,13 +220,15 @@ def fill_in_threads(
     Pillow releases the GIL while it works. In a worker of a DataLoader, torch uses one thread. An
     ImageError or a TypeError of `compute` is raised again with the index of the image.
     """
+    one_at_a_time = threading.Lock()
     first: dict[int, int] = {}  # two threads must not work on the same Pillow image
     for i, picture in enumerate(pictures):
         first.setdefault(id(picture), i)
 
     def fill(i: int) -> None:
         try:
-            rows[i] = compute(pictures[i])
+            with one_at_a_time if _may_share_a_file(pictures[i]) else nullcontext():
+                rows[i] = compute(pictures[i])
         except (ImageError, TypeError) as error:
             raise type(error)(f"image {i} of {len(pictures)}: {error}") from error
 
