@@ -14,6 +14,7 @@ import tarfile
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -730,6 +731,17 @@ def test_images_in_one_open_tar_are_read_one_at_a_time(is_opened, tmp_path, two_
         pixels = ImageTransform(8)([Image.open(f) for f in files] if is_opened else files)
     expected = ImageTransform(8)([Image.new("RGB", (200, 160), (6 * i, 0, 0)) for i in range(40)])
     assert torch.equal(pixels, expected)
+
+
+def test_a_sequence_may_make_its_images_at_each_access(two_threads):
+    class Lazy(Sequence):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, i):
+            return np.full((8, 8, 3), range(12)[i], np.uint8)
+
+    assert torch.equal(ImageTransform(8)(Lazy()), ImageTransform(8)([*Lazy()]))
 
 
 def test_an_empty_list_gives_an_empty_batch():

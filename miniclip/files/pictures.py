@@ -220,6 +220,7 @@ def fill_in_threads(
     Pillow releases the GIL while it works. In a worker of a DataLoader, torch uses one thread. An
     ImageError or a TypeError of `compute` is raised again with the index of the image.
     """
+    pictures = list(pictures)  # a lazy sequence makes a new picture at each access
     one_at_a_time = threading.Lock()
     first: dict[int, int] = {}  # two threads must not work on the same Pillow image
     for i, picture in enumerate(pictures):
