@@ -902,6 +902,7 @@ def test_a_processor_config_without_image_settings_is_ignored(tmp_path):
         ("do_convert_rgb", False),
         ("do_pad", True),
         ("do_flip_channel_order", True),
+        ("use_square_size", True),  # KOSMOS-2
         ("resample", 2),
         ("resample", "bicubic"),
         ("rescale_factor", 1 / 127.5),
@@ -944,6 +945,15 @@ def test_a_setting_that_cannot_be_followed_is_named(field, value, tmp_path):
     with pytest.raises(CheckpointError, match=f"preprocessor_config.json: {name} is ") as caught:
         ImageTransform.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_as_size_must_be_the_short_side(tmp_path):
+    """transformers reads `default_to_square` only if `size` is a number."""
+    settings = {"default_to_square": True}
+    assert ImageTransform.from_pretrained(write(tmp_path, NEW_FORM | settings)).size == 336
+    write(tmp_path, OLD_FORM | settings)
+    with pytest.raises(CheckpointError, match="default_to_square is True; every CLIP has False"):
+        ImageTransform.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def from_transformers(settings: dict[str, Any]) -> dict[str, Any]:
         raise wrong("image_processor_type", kind, "CLIPImageProcessor")
     for field, value in settings.items():
         expected = _FIXED.get(field, False)  # every CLIP skips the other do_* steps
-        is_checked = field in _FIXED or field.startswith("do_")
+        is_checked = field in _FIXED or field.startswith("do_") or field == "use_square_size"
+        is_checked |= field == "default_to_square" and isinstance(settings.get("size"), int)
         if is_checked and value != expected and not (field == "do_center_crop" and is_squash):
             raise ValueError(f"{field:.100} is {shown(value)}; every CLIP has {expected!r}")
     fields = {"size": _side(size, "size")}
