@@ -957,7 +957,18 @@ def test_a_number_as_size_must_be_the_short_side(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1]", b'"a"', b"null", b"\xff\xfe", b"[" * 100_000, b"1" * 5000]
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b'"a"',
+        b"null",
+        b'{"image_processor": null}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"1" * 5000,
+    ],
 )
 def test_a_damaged_file_is_a_checkpoint_error(content, tmp_path):
     (tmp_path / "preprocessor_config.json").write_bytes(content)

@@ -99,7 +99,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     with blaming(path):
         if path.name == CONFIGS["open_clip"]:
             settings = preprocessing_from_open_clip(settings)
-        return from_transformers(settings.get("image_processor", settings))
+        settings = settings.get("image_processor", settings)
+        if not isinstance(settings, dict):
+            raise wrong("image_processor", settings, "an object")
+        return from_transformers(settings)
 
 
 def write_settings(directory: str | PathLike[str], fields: dict[str, Any]) -> None:
