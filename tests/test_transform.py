@@ -1091,6 +1091,8 @@ def test_a_raw_file_is_developed_if_its_package_is_there(tmp_path, monkeypatch):
         (tmp_path / "a.NEF").write_bytes(b"\7" + encoded("tiff"))
         for found in (open_image(tmp_path / "a.NEF"), open_image(b"\7", name="a.NEF")):
             assert found.size == (7, 9) and found.getpixel((0, 0)) == (7, 7, 7)
+        with (tmp_path / "a.NEF").open("rb") as file:
+            assert torch.equal(ImageTransform(4)(file), ImageTransform(4)(found))
     finally:
         pictures.missing_packages.cache_clear()
 

@@ -128,7 +128,7 @@ def as_image(picture: Picture) -> Image.Image:
     """Convert an image in any accepted form to a Pillow image. Raises ImageError or TypeError."""
     if isinstance(picture, str | PathLike | Bytes) or hasattr(picture, "read"):
         file: Any = picture
-        picture = open_image(file)
+        picture = open_image(file, name=str(getattr(file, "name", "")))
     if isinstance(picture, Image.Image):
         _check_floats(picture)
         return picture
