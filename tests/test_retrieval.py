@@ -158,6 +158,20 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, kept, found):
     assert len(damage) == (kept != 1) and all("x.tar" in line for line in damage)
 
 
+def test_links_in_a_tar_are_named(tmp_path):
+    (tmp_path / "0.bmp").write_bytes(encoded(blots(0), "bmp"))
+    (tmp_path / "hard.bmp").hardlink_to(tmp_path / "0.bmp")
+    (tmp_path / "soft.bmp").symlink_to("0.bmp")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("0.bmp", "hard.bmp", "soft.bmp", "folder"):
+            tar.add(tmp_path / name, name)
+    pictures, damage = find_pictures([tmp_path / "x.tar"])
+    assert [picture.name for picture in pictures] == ["0.bmp"]
+    links = "links are not read: hard.bmp, soft.bmp. Unpack the tar first"
+    assert damage == [f"{tmp_path}/x.tar: {links}"]
+
+
 def false_headers():
     """Yield (name of the fault, bytes of a tar) for each fault in a tar's header."""
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from os import PathLike, fspath
 from typing import BinaryIO, NamedTuple
 
+from miniclip.errors import listed
+from miniclip.files.pictures import is_picture
 from miniclip.files.reading import open_regular
 
 
@@ -27,8 +29,12 @@ class Member(NamedTuple):
 
 
 def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]:
-    """Yield the files of a tar up to its first damage. Add a line about the damage to `damage`."""
+    """Yield the files of a tar up to its first damage. Add a line about the damage to `damage`.
+
+    Links are left out. If an image is a link, another line says so.
+    """
     name, last = fspath(archive), -1
+    links: list[str] = []
     try:
         with open_regular(archive) as file:
             bounded = _Bounded(file)
@@ -39,6 +45,8 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
                         raise ValueError(f"the header of {info.name!r:.200} points backwards")
                     last = info.offset
                     if not info.isfile():
+                        is_link = info.islnk() or info.issym()
+                        links += [info.name] * (is_link and is_picture(info.name))
                         continue
                     if info.issparse() or info.offset_data + info.size > bounded.size:
                         kind = (
@@ -50,6 +58,9 @@ def members(archive: str | PathLike[str], damage: list[str]) -> Iterator[Member]
                 # At a damaged header, tarfile stops without an error.
                 if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                     raise ValueError(f"the header at byte {tar.offset:,} is damaged")
+            if links:
+                note = f"{name}: links are not read: {listed(links)}. Unpack the tar first"
+                damage += [note] * (note not in damage)
     # tarfile raises many kinds of errors for a damaged header.
     except (OSError, tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError,
             RecursionError) as error:  # fmt: skip
