@@ -196,6 +196,15 @@ def test_other_files_and_permissions_are_kept(saved):
     assert contents(miniclip.load(saved)) == contents(new())
 
 
+def test_a_save_without_a_transform_keeps_open_clips_image_settings(tmp_path):
+    model, tokenizer, transform = quick()
+    miniclip.save(tmp_path, model, tokenizer, replace(transform, size=16), layout="open_clip")
+    (tmp_path / "preprocessor_config.json").unlink()  # open_clip does not write this file
+    before = (tmp_path / "open_clip_config.json").read_text()
+    miniclip.save(tmp_path, model, tokenizer, None, layout="open_clip")
+    assert (tmp_path / "open_clip_config.json").read_text() == before
+
+
 def test_the_files_of_a_tokenizer_in_another_form_are_removed(saved):
     (saved / "tokenizer.json").write_text("of another")
     (saved / "added_tokens.json").write_text("of another")

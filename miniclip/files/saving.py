@@ -96,9 +96,11 @@ def saving_checkpoint(
     absent += () if transform else tuple(HUB_FILES["transform"][0][:2])
     refuse_other_files(directory, layout, *absent)
     with saving(directory) as folder:
-        processor = directory / "processor_config.json"
-        if transform and processor.is_file():
-            shutil.copy(processor, folder)  # save_pretrained updates this copy
+        kept = ["processor_config.json"] if transform else []
+        kept += [CONFIGS["open_clip"]] if layout == "open_clip" else []
+        for file in (directory / name for name in kept):
+            if file.is_file():
+                shutil.copy(file, folder)  # save_pretrained updates this copy
         yield folder
         if tokenizer:
             tokenizer.save_pretrained(folder)

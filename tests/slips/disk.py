@@ -1037,7 +1037,7 @@ SLIPS = [
     ),
     Slip(
         "A processor's settings are not updated.",
-        "shutil.copy(processor, folder)",
+        "shutil.copy(file, folder)",
         "pass",
         "tests/test_saving.py -k permissions",
     ),
