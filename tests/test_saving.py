@@ -205,6 +205,20 @@ def test_a_save_without_a_transform_keeps_open_clips_image_settings(tmp_path):
     assert (tmp_path / "open_clip_config.json").read_text() == before
 
 
+def test_a_context_length_that_open_clip_cannot_store_is_an_error(tmp_path):
+    model, tokenizer, transform = quick()  # the text tower has 12 positions
+    tokenizer.context_length = 11
+    message = "context length of 11, but it would be read as 12, .* tokenizer.context_length = 12"
+    with pytest.raises(CheckpointError, match=message):
+        miniclip.save(tmp_path / "new", model, tokenizer, transform, layout="open_clip")
+    assert not (tmp_path / "new").exists()
+    model.save_pretrained(tmp_path, "open_clip")
+    with pytest.raises(CheckpointError, match=message):
+        tokenizer.save_pretrained(tmp_path)
+    miniclip.save(tmp_path / "t", model, tokenizer, transform)
+    assert Tokenizer.from_pretrained(tmp_path / "t").context_length == 11
+
+
 def test_the_files_of_a_tokenizer_in_another_form_are_removed(saved):
     (saved / "tokenizer.json").write_text("of another")
     (saved / "added_tokens.json").write_text("of another")
@@ -245,6 +259,7 @@ def test_a_save_over_another_checkpoint_replaces_it_or_is_an_error(tmp_path, ear
     text = replace(model.config.text, width=64, heads=1)
     model = CLIP(replace(model.config, vision=replace(VISION, width=64, heads=1), text=text)).eval()
     transform = replace(transform, size=16, crop_size=16, image_mean=(0.5,) * 3)
+    tokenizer.context_length = text.context_length
     miniclip.save(tmp_path, model, tokenizer, transform, layout=earlier)
     (tmp_path / "README.md").write_text("mine")
     before = names_and_bytes(tmp_path)

@@ -62,8 +62,19 @@ def read_vocabulary(directory: Path) -> Vocabulary:
 
 
 def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> None:
-    """Write vocab.json, merges.txt and two small files, as transformers does."""
+    """Write vocab.json, merges.txt and two small files, as transformers does.
+
+    Raises CheckpointError if open_clip_config.json in the directory has a longer context.
+    """
     vocab, merges, added, special, context_length = vocabulary
+    if settings := read_json_if_there(Path(directory) / "open_clip_config.json"):
+        with blaming(directory):
+            if (length := context_of_open_clip(settings)) > context_length:
+                raise ValueError(
+                    f"the tokenizer has a context length of {context_length}, but it would be read "
+                    f"as {length}, the length in open_clip_config.json. First set "
+                    f"tokenizer.context_length = {length}, or use the layout 'transformers'"
+                )
     never = {"lstrip": False, "rstrip": False, "single_word": False}
     decoder = {
         str(vocab[token]): {"content": token, "normalized": normalized, **never}
