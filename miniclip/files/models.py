@@ -375,8 +375,14 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
             f"{name}: the tokenizer has {count} tokens, but the model embeds only {embedded}; both "
             "must come from the same checkpoint"
         )
-    end = tokenizer.eos_token_id
-    is_legacy = text.get("eos_token_id") == LEGACY_EOS and not text.get("literal_eos")
+    end, models_end = tokenizer.eos_token_id, text.get("eos_token_id", 49407)
+    is_legacy = models_end == LEGACY_EOS and not text.get("literal_eos")
+    if end != models_end and not is_legacy:
+        raise CheckpointError(
+            f"{name}: the tokenizer ends a text with the id {end}, but the model looks for its "
+            f"eos_token_id {models_end}. Take both from the same checkpoint, or set eos_token_id "
+            f"to {end}"
+        )
     if count > end + 1 and is_legacy:
         warn(
             f"{name}: its config has eos_token_id {LEGACY_EOS}, so transformers and miniclip read "
