@@ -525,6 +525,36 @@ def test_a_buffer_that_no_file_has_is_computed_on_loading(tmp_path):
     saved_and_loaded(redraw(clip_of(BufferAttention)(TINY)).double(), tmp_path)
 
 
+class AttributeVision(VisionTower):
+    """A tower with tensors that are neither parameters nor buffers."""
+
+    def __init__(self, config, embed_dim):
+        super().__init__(config, embed_dim)
+        self.gains = [torch.linspace(1, 2, config.width, dtype=torch.float64)]
+
+    def pool(self, x):
+        return super().pool(x) * self.gains[0]
+
+
+class NumberVision(VisionTower):
+    """A tower whose constructor reads numbers of a tensor, as for the rates of drop-path."""
+
+    def __init__(self, config, embed_dim):
+        super().__init__(config, embed_dim)
+        self.rates = torch.linspace(0.5, 1, config.layers).tolist()
+
+    def pool(self, x):
+        return super().pool(x) * self.rates[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vision", [AttributeVision, NumberVision])
+def test_a_class_may_read_and_keep_tensors(vision, tmp_path):
+    """The meta device has no values for these tensors, so the model is built on the CPU."""
+    kind = type("TensorCLIP", (CLIP,), {"vision_class": vision})
+    saved_and_loaded(redraw(kind(TINY).double()), tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------
 # On a fork, an instrument gives right results, or an error says why it cannot follow the fork
 

@@ -5,12 +5,12 @@ same shape. Nothing is repaired, and no weight is changed.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from miniclip.files.published import Fields, fields_of_timm, published
 from miniclip.files.reading import read_json
 from miniclip.files.tensors import read_tensors
 
+M = TypeVar("M", bound=nn.Module)
 TOWERS = ("vision", "text")
 XLM_V = "facebook/xlm-v-base"  # the tokenizer of MetaCLIP 2
 
@@ -105,9 +106,9 @@ class Stored(NamedTuple):
 
     @contextmanager
     def skeleton(self) -> Iterator[None]:
-        """Inside this context, models are made without weights, and config errors name the file."""
+        """Inside this context, the errors of a model that is built name the config's file."""
         try:
-            with blaming(self.config_path), meta_device():
+            with blaming(self.config_path):
                 yield
         except RuntimeError as error:  # the number of bytes does not fit in 64 bits
             reason = f"no model can be so large: {error}"
@@ -335,6 +336,18 @@ def meta_device() -> Iterator[None]:
     """
     with torch.device("meta"), _Undrawn():
         yield
+
+
+def without_weights(build: Callable[[], M]) -> M:
+    """Build a model on the meta device, or on the CPU if its class reads the values of a tensor."""
+    try:
+        with meta_device():
+            return build()
+    except RuntimeError as error:  # such as "Tensor.item() cannot be called on meta tensors"
+        if "meta tensor" not in str(error):
+            raise
+    with torch.random.fork_rng(devices=[]):
+        return build()
 
 
 def check_device(device: str | torch.device) -> None:

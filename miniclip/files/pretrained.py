@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol, TypeVar
@@ -11,8 +12,8 @@ from torch import nn
 from miniclip.errors import CheckpointError, blaming, listed, warn
 from miniclip.files import configs, images
 from miniclip.files.hub import resolve
-from miniclip.files.models import Fork, Stored, open_model, read_fields
-from miniclip.files.modules import check_described, class_of, state_of
+from miniclip.files.models import Fork, Stored, open_model, read_fields, without_weights
+from miniclip.files.modules import check_described, class_of, keeps_tensors, state_of
 from miniclip.files.saving import one_version, write_model
 from miniclip.files.vocabularies import Vocabulary, read_vocabulary, write_vocabulary
 
@@ -89,13 +90,14 @@ class Pretrained(nn.Module):
     def from_stored(cls: type[M], stored: Stored) -> M:
         """Build the model from the contents of a checkpoint's files."""
         stored.check_towers(cls.towers)
-        with stored.skeleton():  # shapes without weights
-            model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
+        build = partial(cls.build, stored.fields, stored.embed_dim(cls.towers[0]))
+        with stored.skeleton():
+            model = without_weights(build)
         prefix = f"{cls.towers[0]}." if len(cls.towers) == 1 else ""
         state = stored.state_dict(model, prefix)
-        if any(buffer.is_meta for buffer in model.buffers()):  # the file may lack this buffer
-            model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
-            model.to(stored.device, next(iter(state.values())).dtype)
+        if keeps_tensors(model) or not next(model.parameters()).is_meta:
+            dtype = next(t.dtype for t in state.values() if t.is_floating_point())
+            model = build().to(stored.device, dtype)  # the file may lack some of these tensors
         model.load_state_dict(state, assign=True)
         return model.eval()
 
