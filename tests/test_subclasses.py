@@ -509,6 +509,14 @@ def test_a_parameter_without_a_tensor_name_is_an_error_on_save_and_on_load(tmp_p
         GatedCLIP.from_pretrained(tmp_path / "plain")
 
 
+def test_a_part_of_ones_own_in_a_class_of_miniclip_is_an_error_on_save(tmp_path, monkeypatch):
+    """A new process would load the files with miniclip's parts."""
+    own = type("SquareMLP", (MLP,), {"forward": lambda mlp, x: mlp.fc2(mlp.fc1(x) ** 2)})
+    monkeypatch.setattr(Block, "mlp_class", own)
+    with pytest.raises(CheckpointError, match="CLIP is miniclip's class, but .* SquareMLP.*subcl"):
+        CLIP(TINY).save_pretrained(tmp_path)
+
+
 class BufferAttention(RopeAttention):
     """An attention that multiplies q by a buffer, which is not saved."""
 

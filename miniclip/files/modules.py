@@ -24,6 +24,9 @@ WRAPPERS = {  # class of a wrapper -> the attribute that holds the wrapped modul
 }
 
 
+_LIBRARIES = ("miniclip", "torch")
+
+
 def unwrapped(module: Any) -> Any:
     """The module inside the wrappers of torch.compile, DDP, activation checkpointing and PEFT."""
     for kind in type(module).__mro__:
@@ -80,6 +83,14 @@ def check_described(model: Any) -> None:
     if keeps_tensors(expected):
         with torch.random.fork_rng(devices=[]):  # meta tensors have no values to compare
             expected = kind(model.config).to(next(model.parameters()).dtype)
+    classes = {class_of(module) for _, module in named_modules(expected)}
+    own = {one.__name__ for one in classes if one.__module__.split(".")[0] not in _LIBRARIES}
+    if own and kind.__module__.split(".")[0] in _LIBRARIES:
+        raise ValueError(
+            f"{kind.__name__} is miniclip's class, but it builds {listed(sorted(own))}, and the "
+            "files cannot say so. Do not set an attribute of a class of miniclip, such as "
+            "Block.mlp_class. Write a subclass, and set the attribute there"
+        )
     odd = [*differences(model, expected)]
     patched = [one for one in odd if one.endswith("is patched")]
     if patched:
