@@ -661,6 +661,14 @@ def test_tokenizer_json_of_transformers_is_read(trained, tmp_path):
     assert different(tokenizer, tmp_path, texts(1000)) == []
 
 
+def test_tokenizer_json_comes_before_the_files_of_another_tokenizer(trained, tmp_path):
+    transformers_tokenizer(trained).save_pretrained(tmp_path)
+    Tokenizer.train(["two birds"], 516).save_pretrained(tmp_path / "other")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tmp_path / "other" / name, tmp_path)
+    assert different(Tokenizer.from_directory(tmp_path), tmp_path, texts(100)) == []
+
+
 def packed(folder: Path, lines: list[str]) -> Path:
     data = gzip.compress("\n".join(lines).encode() + b"\n", compresslevel=1)
     (folder / OPENAI_VOCABULARY).write_bytes(data)

@@ -176,7 +176,7 @@ class PretrainedTokenizer:
     def from_directory(
         cls: type[T], directory: str | PathLike[str], *, reference: str = "transformers"
     ) -> T:
-        """Read vocab.json and merges.txt, or tokenizer.json, or OpenAI's bpe_simple_vocab."""
+        """Read tokenizer.json, or vocab.json and merges.txt, or OpenAI's bpe_simple_vocab."""
         vocabulary = read_vocabulary(Path(directory))
         options = {"added": vocabulary.added, "context_length": vocabulary.context_length}
         options |= {"reference": reference, **vocabulary.special}
