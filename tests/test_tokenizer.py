@@ -669,6 +669,16 @@ def test_tokenizer_json_comes_before_the_files_of_another_tokenizer(trained, tmp
     assert different(Tokenizer.from_directory(tmp_path), tmp_path, texts(100)) == []
 
 
+def test_a_tokenizer_json_that_splits_texts_in_another_way_is_an_error(trained, tmp_path):
+    transformers_tokenizer(trained).save_pretrained(tmp_path)
+    write(tmp_path / "tokenizer_config.json", {"tokenizer_class": "TokenizersBackend"})
+    assert Tokenizer.from_directory(tmp_path).vocab_size == 1500  # its steps are CLIP's steps
+    whole = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    write(tmp_path / "tokenizer.json", whole | {"normalizer": None})
+    with pytest.raises(CheckpointError, match="TokenizersBackend.* by .'Split', 'ByteLevel'"):
+        Tokenizer.from_directory(tmp_path)
+
+
 def packed(folder: Path, lines: list[str]) -> Path:
     data = gzip.compress("\n".join(lines).encode() + b"\n", compresslevel=1)
     (folder / OPENAI_VOCABULARY).write_bytes(data)

@@ -160,6 +160,7 @@ def read_special_tokens(
 
     config = read("tokenizer_config.json")
     try:
+        _refuse_other_steps(directory / "tokenizer.json", config.get("tokenizer_class"), whole)
         found: Added = {}
         is_complete = "added_tokens_decoder" in config
         for id, token in config.get("added_tokens_decoder", {}).items():
@@ -200,6 +201,23 @@ def read_special_tokens(
         added | found,
         length if sane else 77,
     )
+
+
+def _refuse_other_steps(path: Path, name: Any, whole: dict[str, Any]) -> None:
+    """Raise CheckpointError if a tokenizer.json cleans or splits texts otherwise than CLIP's.
+
+    `name` is the class of the tokenizer. CLIPTokenizer does not use these steps of the file.
+    """
+    if not whole or name in (None, "CLIPTokenizer", "CLIPTokenizerFast"):
+        return
+    lists = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
+    parts = [(whole.get(part) or {}).get(key, []) for part, key in lists.items()]
+    steps = [step["type"] for part in parts for step in part]
+    if steps != (expected := ["NFC", "Replace", "Lowercase", "Split", "ByteLevel"]):
+        raise CheckpointError(
+            f"{path}: the tokenizer {shown(name)} cleans and splits a text by {shown(steps)}, and "
+            f"CLIP's by {expected}. Make the ids with transformers.AutoTokenizer"
+        )
 
 
 def _added_token(token: Any, id: int | None = None) -> Added:
