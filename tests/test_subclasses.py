@@ -533,6 +533,30 @@ def test_a_buffer_that_no_file_has_is_computed_on_loading(tmp_path):
     saved_and_loaded(redraw(clip_of(BufferAttention)(TINY)).double(), tmp_path)
 
 
+class NormVision(VisionTower):
+    """A tower with a BatchNorm, which counts its batches in a buffer of whole numbers."""
+
+    def __init__(self, config, embed_dim):
+        super().__init__(config, embed_dim)
+        self.norm = nn.BatchNorm1d(config.width)
+
+    def pool(self, x):
+        return self.norm(super().pool(x))
+
+
+class NormCLIP(CLIP):
+    vision_class = NormVision
+    tensor_names = {"vision.norm": "vision_model.norm"}
+
+
+@torch.no_grad()
+def test_a_buffer_of_whole_numbers_is_saved_and_loaded(tmp_path):
+    model = redraw(NormCLIP(TINY)).double()
+    model.vision.norm.num_batches_tracked.fill_(7)
+    again = saved_and_loaded(model, tmp_path)
+    assert again.vision.norm.num_batches_tracked.dtype == torch.int64
+
+
 class AttributeVision(VisionTower):
     """A tower with tensors that are neither parameters nor buffers."""
 

@@ -121,10 +121,10 @@ class Stored(NamedTuple):
         lists them, at most a thousand. Warns of NaN and infinity.
         """
         with blaming(self.path):
-            shapes = {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()}
-            places = {name: names.place(name, self.table) for name in shapes}
+            ours = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+            places = {name: names.place(name, self.table) for name in ours}
         self._check_depth(places)
-        self._check_fit(places, shapes, prefix)
+        self._check_fit(places, ours, prefix)
         state = {
             name.removeprefix(prefix): where.take(self.tensors[where.key]).to(self.device)
             for name, where in places.items()
@@ -151,7 +151,7 @@ class Stored(NamedTuple):
                 )
 
     def _check_fit(
-        self, places: dict[str, names.Place], shapes: dict[str, tuple[int, ...]], prefix: str
+        self, places: dict[str, names.Place], parameters: dict[str, Tensor], prefix: str
     ) -> None:
         tensors = self.tensors
         if prefix:  # the tensors of the other tower are not needed
@@ -163,7 +163,7 @@ class Stored(NamedTuple):
             tensors = {k: t for k, t in tensors.items() if k not in others and k not in on_top}
         stored: dict[str, tuple[tuple[int, ...], str]] = {}
         for ours, where in places.items():  # if q, k and v are one tensor, an error will name q
-            stored.setdefault(where.key, (where.stored_shape(shapes[ours]), ours))
+            stored.setdefault(where.key, (where.stored_shape(parameters[ours].shape), ours))
         missing, misshapen, mistyped = [], [], []
         for key, (shape, ours) in stored.items():
             tensor = tensors.get(key)
@@ -173,8 +173,10 @@ class Stored(NamedTuple):
             if tuple(tensor.shape) != shape:
                 found = shown(tuple(tensor.shape))
                 misshapen.append(f"wrong shape: {key} {found}, miniclip's {ours} {shape}")
-            if not tensor.is_floating_point():
-                found = f"holds {tensor.dtype}, expected floating point numbers"
+            is_float = parameters[ours].is_floating_point()  # False for some buffers of a fork
+            if tensor.is_floating_point() != is_float:
+                expected = "floating point numbers" if is_float else parameters[ours].dtype
+                found = f"holds {tensor.dtype}, expected {expected}"
                 mistyped.append(f"wrong type: {key} {found}")
         unexpected = [
             f"unexpected: {key:.200} {shown(tuple(tensor.shape))}"
