@@ -557,6 +557,50 @@ def test_a_buffer_of_whole_numbers_is_saved_and_loaded(tmp_path):
     assert again.vision.norm.num_batches_tracked.dtype == torch.int64
 
 
+class DoubledMLP(nn.Module):
+    """A part with the name that DistributedDataParallel gives to the wrapped model."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.module = MLP(*sizes)
+
+    def forward(self, x):
+        return 2 * self.module(x)
+
+
+class DoubledText(TextTower):
+    block_class = type("DoubledBlock", (Block,), {"mlp_class": DoubledMLP})
+
+
+class DoubledCLIP(CLIP):
+    text_class = DoubledText
+    tensor_names = {
+        f"text.blocks.{{}}.mlp.module.{name}": f"text_model.encoder.layers.{{}}.mlp.module.{name}"
+        for name in ("fc1", "fc2")
+    }
+
+
+@torch.no_grad()
+def test_a_forks_own_names_are_no_prefixes_of_wrappers(tmp_path):
+    model = redraw(DoubledCLIP(TINY)).double()
+    saved_and_loaded(model, tmp_path)
+    torch.save(model.state_dict(), tmp_path / "ours.pt")
+    again = DoubledCLIP.from_pretrained(tmp_path / "ours.pt", config=TINY, dtype=None)
+    assert torch.equal(again.text.pos_embed, model.text.pos_embed)
+
+
+def test_two_parameters_with_one_place_in_a_file_are_not_saved(tmp_path):
+    class GatesVision(VisionTower):
+        def __init__(self, config, embed_dim):
+            super().__init__(config, embed_dim)
+            self.gates = nn.ParameterList(torch.randn(4) for _ in range(2))
+
+    names = {"vision.gates.{}": "vision_model.gates"}
+    kind = type("GatesCLIP", (CLIP,), {"vision_class": GatesVision, "tensor_names": names})
+    with pytest.raises(CheckpointError, match="vision.gates.1 has the place vision_model.gates,"):
+        kind(TINY).save_pretrained(tmp_path)
+
+
 class AttributeVision(VisionTower):
     """A tower with tensors that are neither parameters nor buffers."""
 
