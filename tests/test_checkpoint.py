@@ -796,6 +796,13 @@ def test_a_tensor_in_no_shard_is_an_error(saved):
         CLIP.from_pretrained(saved)
 
 
+def test_a_warning_says_that_an_adapter_is_left_out(model, saved):
+    (saved / "adapter_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="the adapter that adapter_config.json .* merge_and_unl"):
+        assert_same_weights(CLIP.from_pretrained(saved), model)
+    CLIP.from_pretrained(saved / "model.safetensors")  # the file alone, so no warning
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "float16"])
 def test_the_dtype_of_weights_must_be_a_floating_point_type(saved, dtype):
     with pytest.raises(ValueError, match="dtype is .*; expected a floating point type"):

@@ -217,6 +217,11 @@ def open_model(
     weights = path if os.path.isfile(path) else hub.weights_in(directory)
     if weights is None:
         raise CheckpointError(f"{directory}: no weights; expected {' or '.join(hub.WEIGHTS[::2])}")
+    if weights != path and (directory / hub.ADAPTER).is_file():
+        warn(
+            f"{directory}: the adapter that {hub.ADAPTER} describes is left out. To include it, "
+            "load the model with PEFT, and save it after merge_and_unload"
+        )
     return _open(directory, weights, dtype, fork, device, given)
 
 

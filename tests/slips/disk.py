@@ -611,7 +611,7 @@ SLIPS = [
     ),
     Slip(
         "The shards of a repository are not downloaded.",
-        '        + ["model-*.safetensors"],',
+        '        + ["model-*.safetensors", ADAPTER],',
         "        + [],",
         "tests/test_hub.py -k every_form",
     ),
