@@ -5,7 +5,7 @@ import json
 import math
 import re
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ import miniclip
 from miniclip import (
     CLIP,
     CheckpointError,
+    CLIPConfig,
     ImageTransform,
     Loaded,
     TextTower,
@@ -531,6 +532,20 @@ class BufferAttention(RopeAttention):
 
 def test_a_buffer_that_no_file_has_is_computed_on_loading(tmp_path):
     saved_and_loaded(redraw(clip_of(BufferAttention)(TINY)).double(), tmp_path)
+
+
+@dataclass(frozen=True)
+class ScalesConfig(CLIPConfig):
+    scales: tuple[int, ...] = (1, 2)
+
+
+class ScalesCLIP(CLIP):
+    config_class = ScalesConfig
+
+
+def test_a_tuple_in_the_config_of_a_fork_is_loaded_as_a_tuple(tmp_path):
+    config = ScalesConfig(TINY.vision, TINY.text, TINY.embed_dim, scales=(1, 3))
+    saved_and_loaded(redraw(ScalesCLIP(config)).double(), tmp_path)
 
 
 class NormVision(VisionTower):

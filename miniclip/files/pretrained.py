@@ -21,11 +21,16 @@ M = TypeVar("M", bound="Pretrained")
 T = TypeVar("T", bound=Any)
 
 
+def _known(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The entries that are fields of a dataclass. JSON's lists become tuples."""
+    known = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+    return {name: tuple(v) if type(v) is list else v for name, v in known.items()}
+
+
 def tower_config(kind: Any, values: dict[str, Any]) -> Any:
     """A VisionConfig or TextConfig from a dictionary. Entries that are not fields are ignored."""
-    values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
     try:
-        return kind(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
+        return kind(**_known(kind, values))
     except ValueError as error:
         section = "vision_config" if hasattr(kind, "patch_size") else "text_config"
         raise ValueError(f"in {section}: {error}") from None
@@ -130,7 +135,7 @@ class PretrainedConfig:
     @classmethod
     def from_fields(cls: type[T], values: dict[str, Any]) -> T:
         """A config from nested dictionaries of fields. Entries that are not fields are ignored."""
-        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        known = _known(cls, values)
         return cls(**known | {n: tower_config(k, values[n]) for n, k in cls.tower_classes.items()})
 
     @classmethod
