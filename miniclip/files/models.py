@@ -133,8 +133,9 @@ class Stored(NamedTuple):
         # three times as fast as `aminmax`, but may overflow. So `aminmax` checks tensors with a
         # non-finite sum.
         real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
-        odd = [name for name, t in real.items() if not t.sum().isfinite()]
-        odd = [name for name in odd if not all(end.isfinite() for end in real[name].aminmax())]
+        odd = [name for name, t in real.items() if not _wide(t).sum().isfinite()]
+        ends = {name: _wide(real[name]).aminmax() for name in odd}
+        odd = [name for name in odd if not all(end.isfinite() for end in ends[name])]
         if odd:
             warn(f"{self.path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}")
         return state
@@ -188,6 +189,11 @@ class Stored(NamedTuple):
                 f"{self.path}: {len(complaints)} tensors do not fit the model that its config "
                 f"describes. The first is {complaints[0]}\n" + "\n".join(complaints[:1000])
             )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Convert float8 to float32, because float8 tensors have no sum."""
+    return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def open_model(
