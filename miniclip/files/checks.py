@@ -193,7 +193,7 @@ def check_token_vectors(x: Tensor, pos_embed: Tensor) -> None:
     if x.shape[1] > positions:
         raise ContextLengthError(
             f"the texts have {x.shape[1]} tokens; this text tower has {positions} positions. "
-            "Shorten the texts, or tokenize with truncate=True"
+            f"Shorten the texts, or tokenize with truncate=True, pad_to={positions}"
         )
 
 
