@@ -233,7 +233,7 @@ def open_model(
 
 def _given_fields(config: Any, fork: Fork) -> tuple[Path, Fields]:
     """Read the argument `config`. Returns its path or name, and its fields."""
-    if is_dataclass(config) and not isinstance(config, type):
+    if is_dataclass(config) and hasattr(config, "vision") and not isinstance(config, type):
         return Path("config="), asdict(config)
     if not isinstance(config, str | PathLike):
         raise wrong("config", config, "a CLIPConfig, a path or a name like 'ViT-L/14'")
