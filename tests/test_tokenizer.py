@@ -953,6 +953,7 @@ def test_damaged_openai_vocabulary_is_named(content, tmp_path):
 def test_from_pretrained_reads_a_directory(trained):
     tokenizer = Tokenizer.from_pretrained(trained, reference="openai")
     assert (tokenizer.reference, tokenizer.vocab_size) == ("openai", 1500)
+    assert Tokenizer.from_directory(directory=trained).vocab == tokenizer.vocab
 
 
 def test_from_pretrained_takes_the_options_of_load(trained, tmp_path):
