@@ -532,6 +532,8 @@ def test_an_error_of_bad_arguments_says_which_text(trained):
     for length in (1, 77.0, True):
         with pytest.raises(ValueError, match=f"context_length is {length}; expected 2 or more"):
             Tokenizer.train(["a"], 514, context_length=length)
+    with pytest.raises(ValueError, match="context_length is 100001; expected at most 100000"):
+        Tokenizer.train(["a"], 514, context_length=100_001)  # files with this number give 77
     assert tokenizer("", pad_to=2).shape == Tokenizer.train([], 514, context_length=2)("").shape
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from miniclip.errors import CheckpointError, blaming, shown
-from miniclip.files.checks import check_tokens
+from miniclip.files.checks import LONGEST_CONTEXT, check_tokens
 from miniclip.files.hub import OPENAI_VOCABULARY
 from miniclip.files.open_clip import context_of_open_clip
 from miniclip.files.reading import MOST_BYTES, read_json, read_json_if_there, read_lines
@@ -195,7 +195,7 @@ def read_special_tokens(
         ) from None
     special = ("bos_token", "eos_token", "unk_token", "pad_token")
     length: Any = config.get("model_max_length")
-    sane = type(length) is int and 2 <= length <= 100_000  # "no limit" is written as 1e30
+    sane = type(length) is int and 2 <= length <= LONGEST_CONTEXT
     return (
         {key: next(iter(contents[key])) for key in special},
         added | found,
