@@ -59,7 +59,7 @@ def load(
     if stored.has("tokenizer", name, **options):
         tokenizer = Tokenizer.from_pretrained(name, reference=reference, **options)
     if stored.has_openais_transform(name, **options):
-        transform = ImageTransform(stored.fields["vision"]["image_size"], reference=reference)
+        transform = ImageTransform(getattr(model, "vision", model).config.side, reference=reference)
     elif stored.has("transform", name, **options):
         transform = ImageTransform.from_pretrained(name, reference=reference, **options)
     check_fits(name, stored.fields, tokenizer, transform)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPModel, CLIPVisionModelWithProjection
-from twin import TINY, randomize, transformers_config, twins, write_shards
+from twin import TINY, randomize, tokenizer_of, transformers_config, twins, write_shards
 
 from miniclip import (
     CLIP,
@@ -365,7 +365,7 @@ def test_a_loaded_model_is_in_eval_mode_with_the_requested_device_and_dtype(save
 
 
 def test_each_option_of_load_reaches_its_part(model, tmp_path):
-    tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
+    tokenizer = tokenizer_of(TINY)
     save(tmp_path, model, tokenizer, ImageTransform(TINY.vision.image_size))
     loaded = load(tmp_path, device="meta", dtype=torch.bfloat16, reference="openai")
     assert not any(module.training for module in loaded.model.modules())
@@ -423,7 +423,7 @@ def test_position_ids_need_whole_numbers_and_a_tower(model, saved, name, ids, co
 
 
 def test_save_writes_what_load_needs_and_keeps_other_files(model, tmp_path):
-    tokenizer = Tokenizer.train(["a photo of a cat", "a photo of a dog"], TINY.text.vocab_size)
+    tokenizer = tokenizer_of(TINY)
     transform = ImageTransform(TINY.vision.image_size)
     (tmp_path / "notes.txt").write_text("mine")
     save(tmp_path, model, tokenizer, transform)
@@ -796,6 +796,13 @@ def test_a_tensor_in_no_shard_is_an_error(saved):
         CLIP.from_pretrained(saved)
 
 
+def test_a_warning_says_that_an_adapter_is_left_out(model, saved):
+    (saved / "adapter_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match="the adapter that adapter_config.json .* merge_and_unl"):
+        assert_same_weights(CLIP.from_pretrained(saved), model)
+    CLIP.from_pretrained(saved / "model.safetensors")  # the file alone, so no warning
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, "float16"])
 def test_the_dtype_of_weights_must_be_a_floating_point_type(saved, dtype):
     with pytest.raises(ValueError, match="dtype is .*; expected a floating point type"):
@@ -818,12 +825,27 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(model, tmp_path
     assert load(tmp_path).tokenizer.vocab_size == 600
 
 
+def test_a_tokenizer_with_another_end_token_than_the_models_is_an_error(model, tmp_path):
+    """Without the error, no text has an end token that the model knows."""
+    tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
+    says = f"ends a text with the id {tokenizer.eos_token_id}, but .* eos_token_id 599"
+    with pytest.raises(CheckpointError, match=f"not saved: the tokenizer {says}"):
+        save(tmp_path, model, tokenizer, None)
+    save(tmp_path, model, None, ImageTransform(TINY.vision.image_size))
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: the tokenizer {says}"):
+        load(tmp_path)
+    text = replace(TINY.text, eos_token_id=2)  # a text ends at its largest id
+    save(tmp_path, CLIP(replace(TINY, text=text)), tokenizer, ImageTransform(40))
+    assert load(tmp_path).tokenizer.eos_token_id == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("size, crop_size", [(13377, 13377), (32, 31), (64, 33), (1, 1)])
 def test_a_transform_of_another_size_than_the_model_is_an_error(
     model, tmp_path, capsys, size, crop_size
 ):
     side = TINY.vision.image_size
-    tokenizer = Tokenizer.train(["a cat"], 520)
+    tokenizer = tokenizer_of(TINY)
     wrong = ImageTransform(size, crop_size=crop_size)
     says = f"the transform makes images of {crop_size} x {crop_size} pixels and the model reads "
     with pytest.raises(CheckpointError, match=f"not saved: {says}{side} x {side}"):
@@ -848,7 +870,7 @@ def test_no_square_transform_fits_a_wide_model(tmp_path):
     config = replace(TINY, vision=replace(TINY.vision, image_size=(32, 64), patch_size=16))
     with pytest.raises(CheckpointError, match="32 x 32 pixels and the model reads 32 x 64"):
         save(tmp_path, CLIP(config), None, ImageTransform(32))
-    save(tmp_path, CLIP(config), Tokenizer.train(["a cat"], 520), None)
+    save(tmp_path, CLIP(config), tokenizer_of(TINY), None)
     ImageTransform(32).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="32 x 32 pixels and the model reads 32 x 64"):
         load(tmp_path)
@@ -887,7 +909,7 @@ def test_the_error_for_an_unknown_name_lists_the_known_names(name, read):
 
 
 def test_each_part_alone_is_loaded_by_every_kind_of_name(model, tmp_path, monkeypatch):
-    tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
+    tokenizer = tokenizer_of(TINY)
     save(tmp_path / "odd näme %s {}", model, tokenizer, ImageTransform(40))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from twin import tokenizer_of
 
 import miniclip
 from miniclip import (
@@ -156,7 +157,7 @@ def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     model = CLIP(CONFIG)
     randomize(model)
-    tokenizer = Tokenizer.train(["a photo of a cat and of a dog"], CONFIG.text.vocab_size)
+    tokenizer = tokenizer_of(CONFIG, "a photo of a cat and of a dog")
     miniclip.save(directory, model, tokenizer, ImageTransform(16))
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 

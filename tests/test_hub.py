@@ -23,7 +23,7 @@ from huggingface_hub import HfApi, file_download, snapshot_download
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
-from twin import TINY, twins, write_shards
+from twin import TINY, tokenizer_of, twins, write_shards
 
 import miniclip
 from miniclip import (
@@ -70,7 +70,7 @@ def contents(directory):
 @pytest.fixture(scope="module")
 def files(model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("files")
-    tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
+    tokenizer = tokenizer_of(TINY, "a photo of a cat")
     miniclip.save(directory, model, tokenizer, ImageTransform(TINY.vision.image_size))
     return contents(directory)
 
@@ -295,7 +295,7 @@ def test_a_transform_is_read_from_each_of_its_files(hub, model, tmp_path):
     files = contents(tmp_path / "files")
     settings = json.loads(files["preprocessor_config.json"])
     processor = json.dumps({"image_processor": settings}).encode()
-    tokenizer = Tokenizer.train(["a photo of a cat"], TINY.text.vocab_size)
+    tokenizer = tokenizer_of(TINY)
     miniclip.save(tmp_path / "open_clip", model, tokenizer, transform, layout="open_clip")
     open_clip = (tmp_path / "open_clip" / "open_clip_config.json").read_bytes()
     for files in (
@@ -769,7 +769,7 @@ def test_what_a_crashed_save_left_is_not_published(hub, files, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's code
 def test_a_saved_checkpoint_is_published_and_loaded_from_the_hub(hub, other, files, tmp_path):
-    tokenizer = Tokenizer.train(["a photo of a dog"], TINY.text.vocab_size)
+    tokenizer = tokenizer_of(TINY)
     miniclip.save(tmp_path / "mine", other, tokenizer, ImageTransform(TINY.vision.image_size))
     api = HfApi(token="hf_made_up")
     api.create_repo("made-up/mine", exist_ok=True)

@@ -437,6 +437,19 @@ def test_load_of_an_openai_file_knows_the_image_size(tmp_path):
     assert CLIPConfig.from_pretrained(tmp_path) == loaded.model.config
 
 
+def test_a_config_for_an_openai_file_may_leave_out_the_image_size(tmp_path):
+    tokenizer = Tokenizer.from_pretrained("shapes")
+    text = replace(OPENAI.text, vocab_size=tokenizer.vocab_size)
+    vision = replace(OPENAI.vision, image_size=224, patch_size=32)
+    config = replace(OPENAI, vision=vision, text=text)
+    CLIP(config).save_pretrained(tmp_path, layout="openai")
+    tokenizer.save_pretrained(tmp_path)
+    settings = config.to_dict()
+    del settings["vision_config"]["image_size"]
+    (tmp_path / "sizes.json").write_text(json.dumps(settings))
+    assert load(tmp_path, config=tmp_path / "sizes.json").transform == ImageTransform(224)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -1144,6 +1157,18 @@ def test_large_weights_whose_sum_overflows_give_no_warning(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = CLIP.from_pretrained(tmp_path, dtype=torch.float16)  # a warning fails the test
     assert torch.equal(loaded.vision.pos_embed, model.vision.pos_embed)
+
+
+def test_weights_in_float8_are_loaded_as_they_are_and_checked(tmp_path):
+    twins(TINY)[0].save_pretrained(tmp_path)
+    path, dtype = tmp_path / "model.safetensors", torch.float8_e4m3fn
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    assert {p.dtype for p in CLIP.from_pretrained(tmp_path, dtype=None).parameters()} == {dtype}
+    tensors["logit_scale"] = torch.tensor(torch.nan).to(dtype)
+    save_file(tensors, path)
+    with pytest.warns(UserWarning, match="NaN or infinity in 1 tensors: logit_scale"):
+        CLIP.from_pretrained(tmp_path, dtype=None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

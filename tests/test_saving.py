@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from torch import nn
+from twin import tokenizer_of
 
 import miniclip
 from miniclip import (
@@ -39,7 +40,7 @@ NEW = replace(OLD, vision=replace(VISION, act="gelu"), text=replace(TEXT, act="g
 
 
 def checkpoint(config, seed, words):
-    tokenizer = Tokenizer.train([words], config.text.vocab_size, context_length=10 + seed)
+    tokenizer = tokenizer_of(config, words, context_length=10 + seed)
     transform = ImageTransform(16 + seed, crop_size=16)
     model = CLIP(config).eval()
     randomize(model, seed)

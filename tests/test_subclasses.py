@@ -5,7 +5,7 @@ import json
 import math
 import re
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ import miniclip
 from miniclip import (
     CLIP,
     CheckpointError,
+    CLIPConfig,
     ImageTransform,
     Loaded,
     TextTower,
@@ -509,6 +510,14 @@ def test_a_parameter_without_a_tensor_name_is_an_error_on_save_and_on_load(tmp_p
         GatedCLIP.from_pretrained(tmp_path / "plain")
 
 
+def test_a_part_of_ones_own_in_a_class_of_miniclip_is_an_error_on_save(tmp_path, monkeypatch):
+    """A new process would load the files with miniclip's parts."""
+    own = type("SquareMLP", (MLP,), {"forward": lambda mlp, x: mlp.fc2(mlp.fc1(x) ** 2)})
+    monkeypatch.setattr(Block, "mlp_class", own)
+    with pytest.raises(CheckpointError, match="CLIP is miniclip's class, but .* SquareMLP.*subcl"):
+        CLIP(TINY).save_pretrained(tmp_path)
+
+
 class BufferAttention(RopeAttention):
     """An attention that multiplies q by a buffer, which is not saved."""
 
@@ -523,6 +532,118 @@ class BufferAttention(RopeAttention):
 
 def test_a_buffer_that_no_file_has_is_computed_on_loading(tmp_path):
     saved_and_loaded(redraw(clip_of(BufferAttention)(TINY)).double(), tmp_path)
+
+
+@dataclass(frozen=True)
+class ScalesConfig(CLIPConfig):
+    scales: tuple[int, ...] = (1, 2)
+
+
+class ScalesCLIP(CLIP):
+    config_class = ScalesConfig
+
+
+def test_a_tuple_in_the_config_of_a_fork_is_loaded_as_a_tuple(tmp_path):
+    config = ScalesConfig(TINY.vision, TINY.text, TINY.embed_dim, scales=(1, 3))
+    saved_and_loaded(redraw(ScalesCLIP(config)).double(), tmp_path)
+
+
+class NormVision(VisionTower):
+    """A tower with a BatchNorm, which counts its batches in a buffer of whole numbers."""
+
+    def __init__(self, config, embed_dim):
+        super().__init__(config, embed_dim)
+        self.norm = nn.BatchNorm1d(config.width)
+
+    def pool(self, x):
+        return self.norm(super().pool(x))
+
+
+class NormCLIP(CLIP):
+    vision_class = NormVision
+    tensor_names = {"vision.norm": "vision_model.norm"}
+
+
+@torch.no_grad()
+def test_a_buffer_of_whole_numbers_is_saved_and_loaded(tmp_path):
+    model = redraw(NormCLIP(TINY)).double()
+    model.vision.norm.num_batches_tracked.fill_(7)
+    again = saved_and_loaded(model, tmp_path)
+    assert again.vision.norm.num_batches_tracked.dtype == torch.int64
+
+
+class DoubledMLP(nn.Module):
+    """A part with the name that DistributedDataParallel gives to the wrapped model."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.module = MLP(*sizes)
+
+    def forward(self, x):
+        return 2 * self.module(x)
+
+
+class DoubledText(TextTower):
+    block_class = type("DoubledBlock", (Block,), {"mlp_class": DoubledMLP})
+
+
+class DoubledCLIP(CLIP):
+    text_class = DoubledText
+    tensor_names = {
+        f"text.blocks.{{}}.mlp.module.{name}": f"text_model.encoder.layers.{{}}.mlp.module.{name}"
+        for name in ("fc1", "fc2")
+    }
+
+
+@torch.no_grad()
+def test_a_forks_own_names_are_no_prefixes_of_wrappers(tmp_path):
+    model = redraw(DoubledCLIP(TINY)).double()
+    saved_and_loaded(model, tmp_path)
+    torch.save(model.state_dict(), tmp_path / "ours.pt")
+    again = DoubledCLIP.from_pretrained(tmp_path / "ours.pt", config=TINY, dtype=None)
+    assert torch.equal(again.text.pos_embed, model.text.pos_embed)
+
+
+def test_two_parameters_with_one_place_in_a_file_are_not_saved(tmp_path):
+    class GatesVision(VisionTower):
+        def __init__(self, config, embed_dim):
+            super().__init__(config, embed_dim)
+            self.gates = nn.ParameterList(torch.randn(4) for _ in range(2))
+
+    names = {"vision.gates.{}": "vision_model.gates"}
+    kind = type("GatesCLIP", (CLIP,), {"vision_class": GatesVision, "tensor_names": names})
+    with pytest.raises(CheckpointError, match="vision.gates.1 has the place vision_model.gates,"):
+        kind(TINY).save_pretrained(tmp_path)
+
+
+class AttributeVision(VisionTower):
+    """A tower with tensors that are neither parameters nor buffers."""
+
+    def __init__(self, config, embed_dim):
+        super().__init__(config, embed_dim)
+        self.gains = [torch.linspace(1, 2, config.width, dtype=torch.float64)]
+
+    def pool(self, x):
+        return super().pool(x) * self.gains[0]
+
+
+class NumberVision(VisionTower):
+    """A tower whose constructor reads numbers of a tensor, as for the rates of drop-path."""
+
+    def __init__(self, config, embed_dim):
+        super().__init__(config, embed_dim)
+        self.rates = torch.linspace(0.5, 1, config.layers).tolist()
+
+    def pool(self, x):
+        return super().pool(x) * self.rates[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vision", [AttributeVision, NumberVision])
+def test_a_class_may_read_and_keep_tensors(vision, tmp_path):
+    """The meta device has no values for these tensors, so the model is built on the CPU."""
+    kind = type("TensorCLIP", (CLIP,), {"vision_class": vision})
+    saved_and_loaded(redraw(kind(TINY).double()), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -532,6 +532,8 @@ def test_an_error_of_bad_arguments_says_which_text(trained):
     for length in (1, 77.0, True):
         with pytest.raises(ValueError, match=f"context_length is {length}; expected 2 or more"):
             Tokenizer.train(["a"], 514, context_length=length)
+    with pytest.raises(ValueError, match="context_length is 100001; expected at most 100000"):
+        Tokenizer.train(["a"], 514, context_length=100_001)  # files with this number give 77
     assert tokenizer("", pad_to=2).shape == Tokenizer.train([], 514, context_length=2)("").shape
 
 
@@ -659,6 +661,24 @@ def test_tokenizer_json_of_transformers_is_read(trained, tmp_path):
     tokenizer = Tokenizer.from_directory(tmp_path)
     assert tokenizer.merges == Tokenizer.from_directory(trained).merges
     assert different(tokenizer, tmp_path, texts(1000)) == []
+
+
+def test_tokenizer_json_comes_before_the_files_of_another_tokenizer(trained, tmp_path):
+    transformers_tokenizer(trained).save_pretrained(tmp_path)
+    Tokenizer.train(["two birds"], 516).save_pretrained(tmp_path / "other")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tmp_path / "other" / name, tmp_path)
+    assert different(Tokenizer.from_directory(tmp_path), tmp_path, texts(100)) == []
+
+
+def test_a_tokenizer_json_that_splits_texts_in_another_way_is_an_error(trained, tmp_path):
+    transformers_tokenizer(trained).save_pretrained(tmp_path)
+    write(tmp_path / "tokenizer_config.json", {"tokenizer_class": "TokenizersBackend"})
+    assert Tokenizer.from_directory(tmp_path).vocab_size == 1500  # its steps are CLIP's steps
+    whole = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    write(tmp_path / "tokenizer.json", whole | {"normalizer": None})
+    with pytest.raises(CheckpointError, match="TokenizersBackend.* by .'Split', 'ByteLevel'"):
+        Tokenizer.from_directory(tmp_path)
 
 
 def packed(folder: Path, lines: list[str]) -> Path:
@@ -935,6 +955,7 @@ def test_damaged_openai_vocabulary_is_named(content, tmp_path):
 def test_from_pretrained_reads_a_directory(trained):
     tokenizer = Tokenizer.from_pretrained(trained, reference="openai")
     assert (tokenizer.reference, tokenizer.vocab_size) == ("openai", 1500)
+    assert Tokenizer.from_directory(directory=trained).vocab == tokenizer.vocab
 
 
 def test_from_pretrained_takes_the_options_of_load(trained, tmp_path):

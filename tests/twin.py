@@ -16,12 +16,13 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from miniclip import CLIP, CLIPConfig, TextConfig, VisionConfig, model
+from miniclip import CLIP, CLIPConfig, TextConfig, Tokenizer, VisionConfig, model
 from miniclip.parity import copy_weights, random_inputs, randomize
 
 __all__ = [
     "TINY", "assert_close", "assert_far", "copy_weights", "exchanged", "fork", "fork_of",
-    "random_inputs", "randomize", "tiny_clip", "transformers_config", "twins", "write_shards",
+    "random_inputs", "randomize", "tiny_clip", "tokenizer_of", "transformers_config", "twins",
+    "write_shards",
 ]  # fmt: skip
 
 # The two towers differ in every size that may differ, so that a test notices swapped sizes.
@@ -35,6 +36,14 @@ TINY = CLIPConfig(
     ),
     embed_dim=36,
 )  # fmt: skip
+
+
+def tokenizer_of(config: CLIPConfig, *texts: str, context_length: int = 77) -> Tokenizer:
+    """Train a tokenizer with as many tokens as the model, so that both have the same end token."""
+    letters = "abcdefghij"
+    more = [" ".join(letters[i:] + letters[:j] for i in range(9)) for j in range(9)]
+    size = config.text.vocab_size
+    return Tokenizer.train([*texts * 99, *more], size, context_length=context_length)
 
 
 def twins(

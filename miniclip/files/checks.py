@@ -21,6 +21,9 @@ LEGACY_EOS = 2
 """The id of the end token in OpenAI's config files. It is wrong: the tokenizer ends a text with
 49407. If a config has this id, transformers and miniclip pool a text at its largest id."""
 
+LONGEST_CONTEXT = 100_000
+"""The largest context length of a tokenizer. transformers writes 1e30 if there is no limit."""
+
 # ------------------------------------------------------------------------------------------------
 # configs
 
@@ -193,7 +196,7 @@ def check_token_vectors(x: Tensor, pos_embed: Tensor) -> None:
     if x.shape[1] > positions:
         raise ContextLengthError(
             f"the texts have {x.shape[1]} tokens; this text tower has {positions} positions. "
-            "Shorten the texts, or tokenize with truncate=True"
+            f"Shorten the texts, or tokenize with truncate=True, pad_to={positions}"
         )
 
 
@@ -229,6 +232,9 @@ def check_context_length(length: Any) -> None:
     if type(length) is not int or length < 2:
         least = "2 or more, because every text has a start and an end token"
         raise wrong("context_length", length, least)
+    if length > LONGEST_CONTEXT:
+        most = f"at most {LONGEST_CONTEXT}, because a larger number in a file means no limit"
+        raise wrong("context_length", length, most)
 
 
 def check_vocab_size(vocab_size: int, least: int) -> None:

@@ -26,13 +26,14 @@ EMBEDDED = next(
 )
 
 CONFIGS = {"transformers": "config.json", "open_clip": "open_clip_config.json"}
+ADAPTER = "adapter_config.json"  # of PEFT
 OPENAI_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARIES = ("vocab.json", "tokenizer.json", OPENAI_VOCABULARY)
 HUB_FILES = {
     "config": ([*CONFIGS.values()],),
     "model": (
         [*CONFIGS.values(), "model.safetensors", "model.safetensors.index.json"]
-        + ["model-*.safetensors"],
+        + ["model-*.safetensors", ADAPTER],
         ["config.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"],
         ["open_clip_config.json", "open_clip_model.safetensors"],
         ["open_clip_config.json", "open_clip_pytorch_model.bin"],

@@ -5,12 +5,12 @@ same shape. Nothing is repaired, and no weight is changed.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from miniclip.files.published import Fields, fields_of_timm, published
 from miniclip.files.reading import read_json
 from miniclip.files.tensors import read_tensors
 
+M = TypeVar("M", bound=nn.Module)
 TOWERS = ("vision", "text")
 XLM_V = "facebook/xlm-v-base"  # the tokenizer of MetaCLIP 2
 
@@ -105,9 +106,9 @@ class Stored(NamedTuple):
 
     @contextmanager
     def skeleton(self) -> Iterator[None]:
-        """Inside this context, models are made without weights, and config errors name the file."""
+        """Inside this context, the errors of a model that is built name the config's file."""
         try:
-            with blaming(self.config_path), meta_device():
+            with blaming(self.config_path):
                 yield
         except RuntimeError as error:  # the number of bytes does not fit in 64 bits
             reason = f"no model can be so large: {error}"
@@ -120,10 +121,10 @@ class Stored(NamedTuple):
         lists them, at most a thousand. Warns of NaN and infinity.
         """
         with blaming(self.path):
-            shapes = {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()}
-            places = {name: names.place(name, self.table) for name in shapes}
+            ours = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+            places = {name: names.place(name, self.table) for name in ours}
         self._check_depth(places)
-        self._check_fit(places, shapes, prefix)
+        self._check_fit(places, ours, prefix)
         state = {
             name.removeprefix(prefix): where.take(self.tensors[where.key]).to(self.device)
             for name, where in places.items()
@@ -132,8 +133,9 @@ class Stored(NamedTuple):
         # three times as fast as `aminmax`, but may overflow. So `aminmax` checks tensors with a
         # non-finite sum.
         real = {name: t for name, t in state.items() if t.numel() and not t.is_meta}
-        odd = [name for name, t in real.items() if not t.sum().isfinite()]
-        odd = [name for name in odd if not all(end.isfinite() for end in real[name].aminmax())]
+        odd = [name for name, t in real.items() if not _wide(t).sum().isfinite()]
+        ends = {name: _wide(real[name]).aminmax() for name in odd}
+        odd = [name for name in odd if not all(end.isfinite() for end in ends[name])]
         if odd:
             warn(f"{self.path}: NaN or infinity in {len(odd)} tensors: {listed(odd)}")
         return state
@@ -150,7 +152,7 @@ class Stored(NamedTuple):
                 )
 
     def _check_fit(
-        self, places: dict[str, names.Place], shapes: dict[str, tuple[int, ...]], prefix: str
+        self, places: dict[str, names.Place], parameters: dict[str, Tensor], prefix: str
     ) -> None:
         tensors = self.tensors
         if prefix:  # the tensors of the other tower are not needed
@@ -162,7 +164,7 @@ class Stored(NamedTuple):
             tensors = {k: t for k, t in tensors.items() if k not in others and k not in on_top}
         stored: dict[str, tuple[tuple[int, ...], str]] = {}
         for ours, where in places.items():  # if q, k and v are one tensor, an error will name q
-            stored.setdefault(where.key, (where.stored_shape(shapes[ours]), ours))
+            stored.setdefault(where.key, (where.stored_shape(parameters[ours].shape), ours))
         missing, misshapen, mistyped = [], [], []
         for key, (shape, ours) in stored.items():
             tensor = tensors.get(key)
@@ -172,8 +174,10 @@ class Stored(NamedTuple):
             if tuple(tensor.shape) != shape:
                 found = shown(tuple(tensor.shape))
                 misshapen.append(f"wrong shape: {key} {found}, miniclip's {ours} {shape}")
-            if not tensor.is_floating_point():
-                found = f"holds {tensor.dtype}, expected floating point numbers"
+            is_float = parameters[ours].is_floating_point()  # False for some buffers of a fork
+            if tensor.is_floating_point() != is_float:
+                expected = "floating point numbers" if is_float else parameters[ours].dtype
+                found = f"holds {tensor.dtype}, expected {expected}"
                 mistyped.append(f"wrong type: {key} {found}")
         unexpected = [
             f"unexpected: {key:.200} {shown(tuple(tensor.shape))}"
@@ -185,6 +189,11 @@ class Stored(NamedTuple):
                 f"{self.path}: {len(complaints)} tensors do not fit the model that its config "
                 f"describes. The first is {complaints[0]}\n" + "\n".join(complaints[:1000])
             )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Convert float8 to float32, because float8 tensors have no sum."""
+    return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def open_model(
@@ -214,12 +223,17 @@ def open_model(
     weights = path if os.path.isfile(path) else hub.weights_in(directory)
     if weights is None:
         raise CheckpointError(f"{directory}: no weights; expected {' or '.join(hub.WEIGHTS[::2])}")
+    if weights != path and (directory / hub.ADAPTER).is_file():
+        warn(
+            f"{directory}: the adapter that {hub.ADAPTER} describes is left out. To include it, "
+            "load the model with PEFT, and save it after merge_and_unload"
+        )
     return _open(directory, weights, dtype, fork, device, given)
 
 
 def _given_fields(config: Any, fork: Fork) -> tuple[Path, Fields]:
     """Read the argument `config`. Returns its path or name, and its fields."""
-    if is_dataclass(config) and not isinstance(config, type):
+    if is_dataclass(config) and hasattr(config, "vision") and not isinstance(config, type):
         return Path("config="), asdict(config)
     if not isinstance(config, str | PathLike):
         raise wrong("config", config, "a CLIPConfig, a path or a name like 'ViT-L/14'")
@@ -337,6 +351,18 @@ def meta_device() -> Iterator[None]:
         yield
 
 
+def without_weights(build: Callable[[], M]) -> M:
+    """Build a model on the meta device, or on the CPU if its class reads the values of a tensor."""
+    try:
+        with meta_device():
+            return build()
+    except RuntimeError as error:  # such as "Tensor.item() cannot be called on meta tensors"
+        if "meta tensor" not in str(error):
+            raise
+    with torch.random.fork_rng(devices=[]):
+        return build()
+
+
 def check_device(device: str | torch.device) -> None:
     """Raise ValueError if tensors cannot be put on this device."""
     try:
@@ -375,8 +401,14 @@ def check_fits(name: Any, fields: Fields, tokenizer: Any, transform: Any) -> Non
             f"{name}: the tokenizer has {count} tokens, but the model embeds only {embedded}; both "
             "must come from the same checkpoint"
         )
-    end = tokenizer.eos_token_id
-    is_legacy = text.get("eos_token_id") == LEGACY_EOS and not text.get("literal_eos")
+    end, models_end = tokenizer.eos_token_id, text.get("eos_token_id", 49407)
+    is_legacy = models_end == LEGACY_EOS and not text.get("literal_eos")
+    if end != models_end and not is_legacy:
+        raise CheckpointError(
+            f"{name}: the tokenizer ends a text with the id {end}, but the model looks for its "
+            f"eos_token_id {models_end}. Take both from the same checkpoint, or set eos_token_id "
+            f"to {end}"
+        )
     if count > end + 1 and is_legacy:
         warn(
             f"{name}: its config has eos_token_id {LEGACY_EOS}, so transformers and miniclip read "

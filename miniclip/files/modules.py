@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from miniclip.errors import listed, shown
-from miniclip.files.models import meta_device
+from miniclip.files.models import without_weights
 
 WRAPPERS = {  # class of a wrapper -> the attribute that holds the wrapped module
     "OptimizedModule": "_orig_mod",  # torch.compile
@@ -21,6 +22,9 @@ WRAPPERS = {  # class of a wrapper -> the attribute that holds the wrapped modul
     "PeftModel": "base_model",
     "BaseTuner": "model",  # PEFT's, inside PeftModel
 }
+
+
+_LIBRARIES = ("miniclip", "torch")
 
 
 def unwrapped(module: Any) -> Any:
@@ -63,18 +67,30 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
 
 
+def keeps_tensors(model: nn.Module) -> bool:
+    """Whether a model has tensors that are not parameters: buffers, or tensors in attributes."""
+    own = (v for m in model.modules() for name, v in vars(m).items() if name not in OWN)
+    return any(isinstance(v, Tensor) for v in (*model.buffers(), *tree_leaves([*own])))
+
+
 def check_described(model: Any) -> None:
     """Raise ValueError if a model has other modules than its class builds from its config.
 
     Weights and hooks are not compared. Warns if a method of a module was patched.
     """
     kind = class_of(model)
-    with meta_device():
-        expected = kind(model.config)
-    parts = [module for _, module in named_modules(expected)]
-    if any(isinstance(v, Tensor) for m in parts for v in (*vars(m).values(), *m.buffers())):
+    expected = without_weights(lambda: kind(model.config))
+    if keeps_tensors(expected):
         with torch.random.fork_rng(devices=[]):  # meta tensors have no values to compare
             expected = kind(model.config).to(next(model.parameters()).dtype)
+    classes = {class_of(module) for _, module in named_modules(expected)}
+    own = {one.__name__ for one in classes if one.__module__.split(".")[0] not in _LIBRARIES}
+    if own and kind.__module__.split(".")[0] in _LIBRARIES:
+        raise ValueError(
+            f"{kind.__name__} is miniclip's class, but it builds {listed(sorted(own))}, and the "
+            "files cannot say so. Do not set an attribute of a class of miniclip, such as "
+            "Block.mlp_class. Write a subclass, and set the attribute there"
+        )
     odd = [*differences(model, expected)]
     patched = [one for one in odd if one.endswith("is patched")]
     if patched:

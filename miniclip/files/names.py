@@ -159,6 +159,11 @@ def pack(parameters: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in parameters.items():  # q, k and v come in this order
         key, form = place(name, layout)
+        if key in parts and form not in ("1", "2"):
+            raise ValueError(
+                f"the parameter {name} has the place {key}, where another parameter already is. "
+                "`tensor_names` must give each parameter a place of its own"
+            )
         parts.setdefault(key, []).append(parameter.T if form == "T" else parameter)
     return {
         key: (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).contiguous()
@@ -201,7 +206,8 @@ def recognize(
     `extra` names the tensors of a fork's own parameters. Raises ValueError for two models, and
     for parts that miniclip does not have, such as a ResNet.
     """
-    tensors = _renamed(tensors, lambda name: _WRAPPERS.sub("", name))
+    forks = names_of("", extra, tensors) | names_of("", {ours: ours for ours in extra}, tensors)
+    tensors = _renamed(tensors, lambda name: name if name in forks else _WRAPPERS.sub("", name))
     for key, found in _OTHERS.items():
         if key not in extra.values() and any(f".{key}" in f".{name}" for name in tensors):
             raise ValueError(f"has tensors {key}*: {found}, which miniclip does not have")

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from miniclip.errors import shown, warn, wrong
-from miniclip.files.checks import LEGACY_EOS
+from miniclip.files.checks import LEGACY_EOS, LONGEST_CONTEXT
 from miniclip.files.configs import refuse_inexpressible
 from miniclip.files.published import Fields, vision_of_timm
 
@@ -168,8 +168,9 @@ def context_of_open_clip(settings: dict[str, Any]) -> int:
             "and uses the vocabulary beside the weights"
         )
     length: Any = text.get("context_length", 77)
-    if type(length) is not int or length < 2:
-        raise wrong("text_cfg.context_length", length, "a whole number, 2 or more")
+    if type(length) is not int or not 2 <= length <= LONGEST_CONTEXT:
+        numbers = f"a whole number from 2 to {LONGEST_CONTEXT}"
+        raise wrong("text_cfg.context_length", length, numbers)
     return length
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol, TypeVar
@@ -11,8 +12,8 @@ from torch import nn
 from miniclip.errors import CheckpointError, blaming, listed, warn
 from miniclip.files import configs, images
 from miniclip.files.hub import resolve
-from miniclip.files.models import Fork, Stored, open_model, read_fields
-from miniclip.files.modules import check_described, class_of, state_of
+from miniclip.files.models import Fork, Stored, open_model, read_fields, without_weights
+from miniclip.files.modules import check_described, class_of, keeps_tensors, state_of
 from miniclip.files.saving import one_version, write_model
 from miniclip.files.vocabularies import Vocabulary, read_vocabulary, write_vocabulary
 
@@ -20,11 +21,16 @@ M = TypeVar("M", bound="Pretrained")
 T = TypeVar("T", bound=Any)
 
 
+def _known(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The entries that are fields of a dataclass. JSON's lists become tuples."""
+    known = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+    return {name: tuple(v) if type(v) is list else v for name, v in known.items()}
+
+
 def tower_config(kind: Any, values: dict[str, Any]) -> Any:
     """A VisionConfig or TextConfig from a dictionary. Entries that are not fields are ignored."""
-    values = {f.name: values[f.name] for f in fields(kind) if f.name in values}
     try:
-        return kind(**{name: tuple(v) if type(v) is list else v for name, v in values.items()})
+        return kind(**_known(kind, values))
     except ValueError as error:
         section = "vision_config" if hasattr(kind, "patch_size") else "text_config"
         raise ValueError(f"in {section}: {error}") from None
@@ -89,13 +95,14 @@ class Pretrained(nn.Module):
     def from_stored(cls: type[M], stored: Stored) -> M:
         """Build the model from the contents of a checkpoint's files."""
         stored.check_towers(cls.towers)
-        with stored.skeleton():  # shapes without weights
-            model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
+        build = partial(cls.build, stored.fields, stored.embed_dim(cls.towers[0]))
+        with stored.skeleton():
+            model = without_weights(build)
         prefix = f"{cls.towers[0]}." if len(cls.towers) == 1 else ""
         state = stored.state_dict(model, prefix)
-        if any(buffer.is_meta for buffer in model.buffers()):  # the file may lack this buffer
-            model = cls.build(stored.fields, stored.embed_dim(cls.towers[0]))
-            model.to(stored.device, next(iter(state.values())).dtype)
+        if keeps_tensors(model) or not next(model.parameters()).is_meta:
+            dtype = next(t.dtype for t in state.values() if t.is_floating_point())
+            model = build().to(stored.device, dtype)  # the file may lack some of these tensors
         model.load_state_dict(state, assign=True)
         return model.eval()
 
@@ -128,7 +135,7 @@ class PretrainedConfig:
     @classmethod
     def from_fields(cls: type[T], values: dict[str, Any]) -> T:
         """A config from nested dictionaries of fields. Entries that are not fields are ignored."""
-        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        known = _known(cls, values)
         return cls(**known | {n: tower_config(k, values[n]) for n, k in cls.tower_classes.items()})
 
     @classmethod
@@ -174,7 +181,7 @@ class PretrainedTokenizer:
     def from_directory(
         cls: type[T], directory: str | PathLike[str], *, reference: str = "transformers"
     ) -> T:
-        """Read vocab.json and merges.txt, or tokenizer.json, or OpenAI's bpe_simple_vocab."""
+        """Read tokenizer.json, or vocab.json and merges.txt, or OpenAI's bpe_simple_vocab."""
         vocabulary = read_vocabulary(Path(directory))
         options = {"added": vocabulary.added, "context_length": vocabulary.context_length}
         options |= {"reference": reference, **vocabulary.special}

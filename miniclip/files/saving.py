@@ -130,12 +130,13 @@ def refuse_other_files(directory: Path, layout: str, *more: str) -> None:
 def one_version(read: F) -> F:
     """Decorate the function `read`. If a save changes the files during a read, `read` is repeated.
 
-    `read` takes the name of a checkpoint as its last positional argument, or as `name`.
+    `read` takes the name of a checkpoint as its last positional argument, `name` or `directory`.
     """
 
     @wraps(read)
     def reading(*args: Any, **options: Any) -> Any:
-        name = Path(os.path.expanduser(options.get("name", args[-1] if args else "")))
+        given = options.get("name", options.get("directory", args[-1] if args else ""))
+        name = Path(os.path.expanduser(given))
         directory = name.parent if os.path.isfile(name) else name
         directory /= options.get("subfolder") or "."
         if not os.path.isdir(directory):

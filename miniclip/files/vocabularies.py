@@ -1,6 +1,6 @@
 """Read and write the vocabulary, the merges and the special tokens of a tokenizer.
 
-Three forms are read: vocab.json and merges.txt, tokenizer.json, and OpenAI's bpe_simple_vocab.
+Three forms are read: tokenizer.json, vocab.json and merges.txt, and OpenAI's bpe_simple_vocab.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from miniclip.errors import CheckpointError, blaming, shown
-from miniclip.files.checks import check_tokens
+from miniclip.files.checks import LONGEST_CONTEXT, check_tokens
 from miniclip.files.hub import OPENAI_VOCABULARY
 from miniclip.files.open_clip import context_of_open_clip
 from miniclip.files.reading import MOST_BYTES, read_json, read_json_if_there, read_lines
@@ -40,8 +40,9 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     if open_clip.is_file():  # read this file first: it may name another kind of tokenizer
         with blaming(open_clip):
             open_clip_length = context_of_open_clip(read_json(open_clip))
-    source, vocab, merges = _read_merges(directory)
-    special, added, context_length = read_special_tokens(directory)
+    whole = read_json_if_there(directory / "tokenizer.json", MOST_BYTES)
+    source, vocab, merges = _read_merges(directory, whole)
+    special, added, context_length = read_special_tokens(directory, whole)
     with blaming(source):
         check_tokens(vocab, merges, [])
         if not any(token.endswith(END_OF_WORD) for token in vocab):
@@ -110,19 +111,22 @@ def _check_all_made(vocab: Mapping[str, int], merges: list[Pair], special: Itera
         )
 
 
-def _read_merges(directory: Path) -> tuple[Path, dict[str, int], list[Pair]]:
-    """Return the path of the vocabulary's file, the vocabulary, and the merges."""
+def _read_merges(directory: Path, whole: dict[str, Any]) -> tuple[Path, dict[str, int], list[Pair]]:
+    """Return the path of the vocabulary's file, the vocabulary, and the merges.
+
+    `whole` is the contents of tokenizer.json. If this file is there, transformers reads no other.
+    """
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
-    whole, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
-    if vocab.is_file() and (merges.is_file() or not whole.is_file()):
-        lines = [line for line in read_lines(merges) if not line.startswith("#version")]
-        return vocab, read_json(vocab, MOST_BYTES), _pairs(merges, lines)
-    if whole.is_file():
-        model = read_json(whole, MOST_BYTES).get("model")
+    source, simple = directory / "tokenizer.json", directory / OPENAI_VOCABULARY
+    if source.is_file():
+        model = whole.get("model")
         found = model if isinstance(model, dict) else {}
         if not isinstance(found.get("vocab"), dict) or not isinstance(found.get("merges"), list):
-            raise CheckpointError(f"{whole}: expected a model with a vocab and merges (type BPE)")
-        return whole, found["vocab"], _pairs(whole, found["merges"])
+            raise CheckpointError(f"{source}: expected a model with a vocab and merges (type BPE)")
+        return source, found["vocab"], _pairs(source, found["merges"])
+    if vocab.is_file():
+        lines = [line for line in read_lines(merges) if not line.startswith("#version")]
+        return vocab, read_json(vocab, MOST_BYTES), _pairs(merges, lines)
     if simple.is_file():
         pairs = _pairs(simple, read_lines(simple)[1 : OPENAI_MERGES + 1])
         return simple, vocabulary_of(pairs), pairs
@@ -151,12 +155,15 @@ Added = dict[str, tuple[bool, int | None]]
 """For each added token: whether it is matched after cleaning the text, and its id or None."""
 
 
-def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
+def read_special_tokens(
+    directory: Path, whole: dict[str, Any]
+) -> tuple[dict[str, str], Added, int]:
     """Read the bos, eos, unk and pad tokens, the added tokens, and the context length.
 
     Different versions of transformers wrote tokens to four different files. These are read in
     transformers' order, and a later entry replaces an earlier entry. If tokenizer_config.json has
-    `added_tokens_decoder`, only this file is read. Raises CheckpointError.
+    `added_tokens_decoder`, only this file is read. `whole` is the contents of tokenizer.json.
+    Raises CheckpointError.
     """
 
     def read(name: str) -> dict[str, Any]:
@@ -164,6 +171,7 @@ def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
 
     config = read("tokenizer_config.json")
     try:
+        _refuse_other_steps(directory / "tokenizer.json", config.get("tokenizer_class"), whole)
         found: Added = {}
         is_complete = "added_tokens_decoder" in config
         for id, token in config.get("added_tokens_decoder", {}).items():
@@ -183,7 +191,7 @@ def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
         if not is_complete:
             for token, id in read("added_tokens.json").items():
                 found |= _added_token({"content": token, "special": token in added}, id)
-            for token in read("tokenizer.json").get("added_tokens") or []:
+            for token in whole.get("added_tokens") or []:
                 found |= _added_token(token, token["id"])
         if len(added | found) > MOST_ADDED:
             count = f"{len(added | found):,}"
@@ -198,12 +206,29 @@ def read_special_tokens(directory: Path) -> tuple[dict[str, str], Added, int]:
         ) from None
     special = ("bos_token", "eos_token", "unk_token", "pad_token")
     length: Any = config.get("model_max_length")
-    sane = type(length) is int and 2 <= length <= 100_000  # "no limit" is written as 1e30
+    sane = type(length) is int and 2 <= length <= LONGEST_CONTEXT
     return (
         {key: next(iter(contents[key])) for key in special},
         added | found,
         length if sane else 77,
     )
+
+
+def _refuse_other_steps(path: Path, name: Any, whole: dict[str, Any]) -> None:
+    """Raise CheckpointError if a tokenizer.json cleans or splits texts otherwise than CLIP's.
+
+    `name` is the class of the tokenizer. CLIPTokenizer does not use these steps of the file.
+    """
+    if not whole or name in (None, "CLIPTokenizer", "CLIPTokenizerFast"):
+        return
+    lists = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
+    parts = [(whole.get(part) or {}).get(key, []) for part, key in lists.items()]
+    steps = [step["type"] for part in parts for step in part]
+    if steps != (expected := ["NFC", "Replace", "Lowercase", "Split", "ByteLevel"]):
+        raise CheckpointError(
+            f"{path}: the tokenizer {shown(name)} cleans and splits a text by {shown(steps)}, and "
+            f"CLIP's by {expected}. Make the ids with transformers.AutoTokenizer"
+        )
 
 
 def _added_token(token: Any, id: int | None = None) -> Added:

@@ -1727,13 +1727,13 @@ TOKENIZER = [
     ),
     Slip(
         "A context length of 1 is accepted from a file.",
-        "sane = type(length) is int and 2 <= length <= 100_000",
-        "sane = type(length) is int and 1 <= length <= 100_000",
+        "sane = type(length) is int and 2 <= length <= LONGEST_CONTEXT",
+        "sane = type(length) is int and 1 <= length <= LONGEST_CONTEXT",
         "tests/test_tokenizer.py -k 'context'",
     ),
     Slip(
         "A context length of a million is accepted from a file.",
-        "sane = type(length) is int and 2 <= length <= 100_000",
+        "sane = type(length) is int and 2 <= length <= LONGEST_CONTEXT",
         "sane = type(length) is int and 2 <= length <= 1_000_000",
         "tests/test_tokenizer.py -k 'context'",
     ),
