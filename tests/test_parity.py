@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -828,8 +827,7 @@ def fork_files(tmp_path, monkeypatch, pair):
     original = "\n\noriginal = miniclip.CLIP.from_pretrained('original')\nnumber = 3\n"
     (tmp_path / "fork.py").write_text(build + original)
     (tmp_path / "names.json").write_text(json.dumps(own_names.NAMES))
-    yield tmp_path
-    sys.modules.pop("my_clip", None)
+    return tmp_path
 
 
 def test_the_command_reads_a_forks_code_and_its_names(fork_files, capsys, pair):
@@ -839,10 +837,20 @@ def test_the_command_reads_a_forks_code_and_its_names(fork_files, capsys, pair):
     assert f"gradients of {count} parameters, in float64: " in capsys.readouterr().out
     code = fork_files / "my_clip.py"
     code.write_text(code.read_text().replace("before_think(x))\n", "before_think(x)).detach()\n"))
-    del sys.modules["my_clip"]
     assert main(line) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "first at gradient.text.blocks.1.mlp.fc2.bias" in out
+
+
+def test_each_fork_imports_the_modules_of_its_own_folder(tmp_path):
+    for folder, width in (("v1", 2), ("v2", 3)):
+        (tmp_path / folder / "parts").mkdir(parents=True)
+        (tmp_path / folder / "parts" / "sizes.py").write_text(f"width = {width}\n")
+        (tmp_path / folder / "layers.py").write_text("from parts.sizes import width\n")
+        code = "import layers\nfrom torch import nn\n\nmodel = nn.Linear(1, layers.width)\n"
+        (tmp_path / folder / "fork.py").write_text(code)
+    made = parity.load_pair(tmp_path / "v1" / "fork.py", tmp_path / "v2" / "fork.py")
+    assert [loaded.model.out_features for loaded in made] == [2, 3]
 
 
 @pytest.mark.parametrize(
