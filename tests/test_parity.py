@@ -482,6 +482,16 @@ def test_merged_weights_may_differ_by_a_millionth(pair):
         assert (compare(merged, pair[0]).first is None) == within
 
 
+@torch.no_grad()
+def test_an_added_parameter_does_not_hide_a_small_fault_in_half_precision(pair):
+    """A merge changes other parameters. If none of them changed, float64 runs must agree."""
+    fork = copy.deepcopy(pair[0])
+    fork.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    assert compare(fork, pair[0], dtype=torch.bfloat16).first is None
+    fork.vision.ln_post.register_forward_hook(lambda norm, args, out: out * 1.0005)
+    assert compare(fork, pair[0], dtype=torch.bfloat16).first == "vision.pooled"
+
+
 def test_inputs_reach_each_position_and_both_end_tokens(pair):
     seen = []
     other = copy.deepcopy(pair[0])

@@ -145,7 +145,7 @@ def compare_models(
     # If a fork has its own table of names, a missing parameter need not be a merged parameter.
     is_complete = not any("tensor_names" in vars(model) for model in models)
     if _are_rounded_once_more(weights[0], weights[1], is_complete):
-        exact = ROUNDED if dtype in TOLERANCE else torch.inf
+        exact = ROUNDED if dtype in TOLERANCE or _only_adds(*weights) else torch.inf
     # OpenAI's code adds all position embeddings, so its texts must be as long as the context.
     shorter = 3 if all(is_theirs(m) or table_of(m) is OURS for m in models) else 0
     pixels, ids = _inputs(configs[0], configs[1], seed, shorter)
@@ -228,6 +228,12 @@ def _are_rounded_once_more(
         and ((one - other).abs() <= torch.finfo(one.dtype).eps * other.abs()).all()
         for one, other in pairs
     )
+
+
+def _only_adds(*weights: dict[str, Tensor]) -> bool:
+    """Return whether one model has all parameters of the other model, unchanged, and others."""
+    few, many = sorted(weights, key=len)
+    return all(name in many and torch.equal(w, many[name]) for name, w in few.items())
 
 
 def _difference(
