@@ -789,6 +789,21 @@ def test_a_fork_of_each_kind_is_compared_site_by_site(as_openai, kind):
     assert report.first == "vision.blocks.0.mlp_out" and "activation gelu" in report.cause, report
 
 
+class WithBias(openai_names.CLIP):
+    """open_clip's class for SigLIP, which returns the bias of the logits too."""
+
+    def forward(self, pixels, ids):
+        return *super().forward(pixels, ids), self.logit_bias
+
+
+def test_the_bias_of_open_clips_logits_is_compared(as_openai):
+    one, other = WithBias(as_openai, "custom_text"), WithBias(as_openai, "custom_text")
+    one.logit_bias = other.logit_bias = nn.Parameter(torch.tensor(0.5))
+    assert compare(one, other).first is None
+    other.logit_bias = nn.Parameter(torch.tensor(-10.0))
+    assert compare(one, other).first == "logits"
+
+
 def test_a_fault_in_the_keys_of_a_fused_matrix_is_named(as_openai):
     for kind, matrix in (
         ("openai", "visual.transformer.resblocks.1.attn.in_proj_bias"),
