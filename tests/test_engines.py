@@ -284,3 +284,4 @@ def test_parity_compares_an_engine_with_its_tolerances(name, status, pictures, m
     assert main(["parity", "shapes", "--engine", name]) == status
     assert "logits" in capsys.readouterr().out
     assert main(["parity", "shapes", "--engine", name, "--grad"]) == 2
+    assert main(["parity", "shapes", "--engine", name, "--dtype", "bfloat16"]) == 2

@@ -697,6 +697,12 @@ def test_the_gradients_of_the_same_model_are_equal(pair, against):
     assert max(row.float64 for row in rows) < 1e-10
 
 
+def test_models_without_a_common_gradient_are_an_error(pair):
+    frozen = copy.deepcopy(pair[0]).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no gradient can be compared: set requires_grad"):
+        compare(frozen, pair[0], gradients=True)
+
+
 @pytest.mark.slow
 def test_a_detach_or_another_backward_pass_is_found_at_its_place(pair):
     """Neither fault changes the forward pass, so only `gradients=True` finds the faults."""

@@ -78,7 +78,8 @@ def compare(
         gradients: if all sites are within tolerance, also compare the contrastive loss's gradients
             in float64. The report then has a row `gradient.NAME` for each parameter.
     Raises:
-        ValueError: the models have different depths, or a tower has no blocks.
+        ValueError: the models have different depths, a tower has no blocks, or there is no gradient
+            to compare.
 
     >>> from miniclip import load
     >>> report = compare(load("shapes"), load("shapes"))

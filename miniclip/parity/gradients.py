@@ -30,6 +30,7 @@ def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 
 
     Rows are in the order of the backward pass. The first row that differs is closest to the fault.
     A parameter that does not affect the loss has a gradient of 0. A frozen parameter has no row.
+    Raises ValueError if there is no row.
     """
     kind = next((type(m) for m in (ours, theirs) if isinstance(m, CLIP)), CLIP)
     config = config_of(ours, kind)
@@ -42,7 +43,12 @@ def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 
         for model in progress([ours, theirs], "backward pass")
     )
     names = [name for name in one if name in other]
-    largest = max((other[name].abs().max().item() for name in names), default=0.0)
+    if not names:
+        raise ValueError(
+            "no parameter requires gradients in both models, so no gradient can be compared: set "
+            "requires_grad for the parameters to compare"
+        )
+    largest = max(other[name].abs().max().item() for name in names)
     rows = []
     for name in sorted(
         names[::-1], key=lambda name: name.partition(".")[0]
