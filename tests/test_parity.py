@@ -24,6 +24,7 @@ from miniclip import (
     TextConfig,
     Tokenizer,
     parity,
+    surgery,
     tokenizer,
     transform,
 )
@@ -381,6 +382,14 @@ def test_another_shape_is_named_and_another_depth_is_an_error(pair):
     ours.text.blocks = ours.text.blocks[:1]
     with pytest.raises(ValueError, match="differ in their number of blocks"):
         compare(ours, theirs)
+
+
+def test_a_layer_without_heads_is_compared(pair):
+    ours, last = surgery.prune_heads(pair[0], "vision", {2: range(4)}), "vision.blocks.2"
+    report = compare(ours, copy.deepcopy(ours), gradients=True)
+    assert report.first is None
+    assert {f"gradient.{last}.attn.q_proj.bias", f"{last}.q"} <= {row.site for row in report.rows}
+    assert compare(ours, pair[0]).first == f"{last}.q"
 
 
 def test_absent_parts_are_left_out(pair):

@@ -23,6 +23,7 @@ from miniclip.parity.report import (
     Report,
     Stage,
     exact_difference,
+    largest,
     largest_difference,
 )
 from miniclip.parity.sites import (
@@ -191,7 +192,7 @@ def _cause(
     if failed.float64 <= _limit(site, TOLERANCE[torch.float64], tensors[-1][site]):
         return "rounding errors: the two models agree in float64"
     for name, one, exactly in zip(NAMES, tensors[::2], tensors[1::2], strict=True):
-        far = 0.01 * max(1.0, exactly[site].abs().max().item())
+        far = 0.01 * max(1.0, largest(exactly[site]))
         if dtype in TOLERANCE and far < largest_difference(one[site], exactly[site]) < torch.inf:
             return f"{name} gives different numbers in two runs: is dropout active in evaluation?"
     return cause_in_model(site, *sides)
@@ -253,7 +254,7 @@ def _difference(
     else:
         within = model_error <= HALF * other_error
     within &= float64 <= _limit(site, exact, theirs_64)
-    relative = absolute / max(theirs_64.abs().max().item(), 1e-30)
+    relative = absolute / max(largest(theirs_64), 1e-30)
     return Difference(site, absolute, relative, float64, model_error, other_error, within)
 
 
@@ -261,7 +262,7 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
     """Return the largest difference that is within tolerance at a site."""
     if site.startswith("logits") and tolerance != ROUNDED:
         return tolerance
-    return tolerance * max(1.0, truth.abs().max().item())
+    return tolerance * max(1.0, largest(truth))
 
 
 def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from miniclip.files.modules import named_modules
 from miniclip.model import CLIP
 from miniclip.parity.pairs import random_inputs
-from miniclip.parity.report import Difference, Stage
+from miniclip.parity.report import Difference, Stage, largest
 from miniclip.parity.sites import config_of, under_our_names
 from miniclip.parity.traces import Setting, running
 from miniclip.terminal import progress
@@ -48,15 +48,15 @@ def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 
             "no parameter requires gradients in both models, so no gradient can be compared: set "
             "requires_grad for the parameters to compare"
         )
-    largest = max(other[name].abs().max().item() for name in names)
+    most = max(largest(other[name]) for name in names)
     rows = []
     for name in sorted(
         names[::-1], key=lambda name: name.partition(".")[0]
     ):  # logit_scale is first
-        size, distance = other[name].abs().max().item(), torch.inf
+        size, distance = largest(other[name]), torch.inf
         if one[name].shape == other[name].shape:
-            distance = (one[name] - other[name]).abs().max().item()
-        within = distance <= RELATIVE * size + NOISE * largest
+            distance = largest(one[name] - other[name])
+        within = distance <= RELATIVE * size + NOISE * most
         numbers = (distance, distance / max(size, 1e-30), distance, distance, 0.0)
         rows.append(Difference(f"gradient.{name}", *numbers, within))
     if all(row.within_tolerance for row in rows):
