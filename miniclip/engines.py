@@ -50,6 +50,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -308,13 +309,17 @@ def encode_with(model: CLIP, name: str, encode: Encode) -> None:
     """Make `model.encode_image` call `encode`. Raise an error if the vision tower was replaced."""
     tower = model.vision
 
-    def encode_image(pixels: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(model: CLIP, pixels: Tensor, normalize: bool = False) -> Tensor:
         if model.vision is not tower:
-            raise ValueError("the vision tower was replaced since it was put on an engine")
+            raise ValueError(
+                "the vision tower was replaced or copied since it was put on an engine: call "
+                "use_engine again"
+            )
         return unit_norm(encode(pixels)) if normalize else encode(pixels)
 
     vars(encode_image)["engine"] = name
-    model.encode_image = encode_image  # type: ignore[method-assign]
+    # `deepcopy` binds a method to the copy. A copied function would still encode with this tower.
+    model.encode_image = MethodType(encode_image, model)  # type: ignore[method-assign]
 
 
 def engine_of(model: CLIP) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from twin import TINY, assert_far, random_inputs, twins
 
 import miniclip
-from miniclip import engines
+from miniclip import engines, surgery
 from miniclip.commands.main import main
 from miniclip.engines import ENGINES, Engine, engine_of, on_engine, use_engine, use_fastest
 from miniclip.errors import ContextLengthError
@@ -186,9 +186,13 @@ def test_a_model_on_an_engine_gives_the_same_logits(model):
     use_engine(model, "copy")
     assert engine_of(model) == "copy"
     assert torch.equal(model(PIXELS, IDS).logits_per_image, expected.logits_per_image)
-    model.vision = copy.deepcopy(model.vision)
-    with pytest.raises(ValueError, match="the vision tower was replaced"):
-        model.encode_image(PIXELS)
+    for other in (copy.deepcopy(model), surgery.prune_neurons(model, "vision", {0: [1]}), model):
+        if other is model:
+            model.vision = copy.deepcopy(model.vision)
+        with pytest.raises(ValueError, match="replaced or copied .*: call use_engine again"):
+            other.encode_image(PIXELS)
+        use_engine(other, "eager")
+        assert torch.equal(other.encode_image(PIXELS), other.vision(PIXELS))
 
 
 def test_a_fork_with_its_own_encode_image_is_an_error():
@@ -280,3 +284,4 @@ def test_parity_compares_an_engine_with_its_tolerances(name, status, pictures, m
     assert main(["parity", "shapes", "--engine", name]) == status
     assert "logits" in capsys.readouterr().out
     assert main(["parity", "shapes", "--engine", name, "--grad"]) == 2
+    assert main(["parity", "shapes", "--engine", name, "--dtype", "bfloat16"]) == 2

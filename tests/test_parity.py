@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -25,6 +24,7 @@ from miniclip import (
     TextConfig,
     Tokenizer,
     parity,
+    surgery,
     tokenizer,
     transform,
 )
@@ -384,6 +384,14 @@ def test_another_shape_is_named_and_another_depth_is_an_error(pair):
         compare(ours, theirs)
 
 
+def test_a_layer_without_heads_is_compared(pair):
+    ours, last = surgery.prune_heads(pair[0], "vision", {2: range(4)}), "vision.blocks.2"
+    report = compare(ours, copy.deepcopy(ours), gradients=True)
+    assert report.first is None
+    assert {f"gradient.{last}.attn.q_proj.bias", f"{last}.q"} <= {row.site for row in report.rows}
+    assert compare(ours, pair[0]).first == f"{last}.q"
+
+
 def test_absent_parts_are_left_out(pair):
     """A site is not compared if one model lacks it. Here, one model lacks the module `q`."""
     ours = copy.deepcopy(pair[0])
@@ -481,6 +489,16 @@ def test_merged_weights_may_differ_by_a_millionth(pair):
         merged.text.blocks[1].mlp.fc2.bias[3] += by
         merged.register_parameter("merged", nn.Parameter(torch.zeros(1)))
         assert (compare(merged, pair[0]).first is None) == within
+
+
+@torch.no_grad()
+def test_an_added_parameter_does_not_hide_a_small_fault_in_half_precision(pair):
+    """A merge changes other parameters. If none of them changed, float64 runs must agree."""
+    fork = copy.deepcopy(pair[0])
+    fork.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    assert compare(fork, pair[0], dtype=torch.bfloat16).first is None
+    fork.vision.ln_post.register_forward_hook(lambda norm, args, out: out * 1.0005)
+    assert compare(fork, pair[0], dtype=torch.bfloat16).first == "vision.pooled"
 
 
 def test_inputs_reach_each_position_and_both_end_tokens(pair):
@@ -688,6 +706,12 @@ def test_the_gradients_of_the_same_model_are_equal(pair, against):
     assert max(row.float64 for row in rows) < 1e-10
 
 
+def test_models_without_a_common_gradient_are_an_error(pair):
+    frozen = copy.deepcopy(pair[0]).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no gradient can be compared: set requires_grad"):
+        compare(frozen, pair[0], gradients=True)
+
+
 @pytest.mark.slow
 def test_a_detach_or_another_backward_pass_is_found_at_its_place(pair):
     """Neither fault changes the forward pass, so only `gradients=True` finds the faults."""
@@ -780,6 +804,21 @@ def test_a_fork_of_each_kind_is_compared_site_by_site(as_openai, kind):
     assert report.first == "vision.blocks.0.mlp_out" and "activation gelu" in report.cause, report
 
 
+class WithBias(openai_names.CLIP):
+    """open_clip's class for SigLIP, which returns the bias of the logits too."""
+
+    def forward(self, pixels, ids):
+        return *super().forward(pixels, ids), self.logit_bias
+
+
+def test_the_bias_of_open_clips_logits_is_compared(as_openai):
+    one, other = WithBias(as_openai, "custom_text"), WithBias(as_openai, "custom_text")
+    one.logit_bias = other.logit_bias = nn.Parameter(torch.tensor(0.5))
+    assert compare(one, other).first is None
+    other.logit_bias = nn.Parameter(torch.tensor(-10.0))
+    assert compare(one, other).first == "logits"
+
+
 def test_a_fault_in_the_keys_of_a_fused_matrix_is_named(as_openai):
     for kind, matrix in (
         ("openai", "visual.transformer.resblocks.1.attn.in_proj_bias"),
@@ -828,8 +867,7 @@ def fork_files(tmp_path, monkeypatch, pair):
     original = "\n\noriginal = miniclip.CLIP.from_pretrained('original')\nnumber = 3\n"
     (tmp_path / "fork.py").write_text(build + original)
     (tmp_path / "names.json").write_text(json.dumps(own_names.NAMES))
-    yield tmp_path
-    sys.modules.pop("my_clip", None)
+    return tmp_path
 
 
 def test_the_command_reads_a_forks_code_and_its_names(fork_files, capsys, pair):
@@ -839,10 +877,20 @@ def test_the_command_reads_a_forks_code_and_its_names(fork_files, capsys, pair):
     assert f"gradients of {count} parameters, in float64: " in capsys.readouterr().out
     code = fork_files / "my_clip.py"
     code.write_text(code.read_text().replace("before_think(x))\n", "before_think(x)).detach()\n"))
-    del sys.modules["my_clip"]
     assert main(line) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "first at gradient.text.blocks.1.mlp.fc2.bias" in out
+
+
+def test_each_fork_imports_the_modules_of_its_own_folder(tmp_path):
+    for folder, width in (("v1", 2), ("v2", 3)):
+        (tmp_path / folder / "parts").mkdir(parents=True)
+        (tmp_path / folder / "parts" / "sizes.py").write_text(f"width = {width}\n")
+        (tmp_path / folder / "layers.py").write_text("from parts.sizes import width\n")
+        code = "import layers\nfrom torch import nn\n\nmodel = nn.Linear(1, layers.width)\n"
+        (tmp_path / folder / "fork.py").write_text(code)
+    made = parity.load_pair(tmp_path / "v1" / "fork.py", tmp_path / "v2" / "fork.py")
+    assert [loaded.model.out_features for loaded in made] == [2, 3]
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,9 @@ def compare_engine(args: argparse.Namespace) -> int:
     from miniclip import CLIP, parity
     from miniclip.engines import differences
 
-    if args.against != "transformers" or args.grad or args.plot or args.names:
-        raise ValueError("with --engine, expected no --against, --grad, --plot or --names")
+    other = args.against != "transformers" or args.dtype != "float32"
+    if other or args.grad or args.plot or args.names:
+        raise ValueError("with --engine, expected no --against, --dtype, --grad, --plot or --names")
     name = args.random or args.model or DEFAULT_MODEL
     options = {"device": args.device, "revision": args.revision}
     model = parity.random_pair(name)[0] if args.random else CLIP.from_pretrained(name, **options)

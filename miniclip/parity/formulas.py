@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniclip.config import CLIPConfig, TextConfig
+from miniclip.parity.report import largest
 
 Named = Mapping[str, Tensor]
 Steps = Mapping[str, Any]
@@ -30,7 +31,7 @@ def is_near(one: Tensor | None, other: Tensor, tolerance: float = 1e-9) -> bool:
     """Return whether `one` and `other` differ by at most tolerance * max(1, largest |other|)."""
     if one is None or one.shape != other.shape:
         return False
-    return bool((one - other).abs().max() <= tolerance * max(1.0, other.abs().max().item()))
+    return largest(one - other) <= tolerance * max(1.0, largest(other))
 
 
 def softmax(

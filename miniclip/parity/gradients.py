@@ -13,7 +13,7 @@ from torch import Tensor
 from miniclip.files.modules import named_modules
 from miniclip.model import CLIP
 from miniclip.parity.pairs import random_inputs
-from miniclip.parity.report import Difference, Stage
+from miniclip.parity.report import Difference, Stage, largest
 from miniclip.parity.sites import config_of, under_our_names
 from miniclip.parity.traces import Setting, running
 from miniclip.terminal import progress
@@ -30,6 +30,7 @@ def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 
 
     Rows are in the order of the backward pass. The first row that differs is closest to the fault.
     A parameter that does not affect the loss has a gradient of 0. A frozen parameter has no row.
+    Raises ValueError if there is no row.
     """
     kind = next((type(m) for m in (ours, theirs) if isinstance(m, CLIP)), CLIP)
     config = config_of(ours, kind)
@@ -42,15 +43,20 @@ def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 
         for model in progress([ours, theirs], "backward pass")
     )
     names = [name for name in one if name in other]
-    largest = max((other[name].abs().max().item() for name in names), default=0.0)
+    if not names:
+        raise ValueError(
+            "no parameter requires gradients in both models, so no gradient can be compared: set "
+            "requires_grad for the parameters to compare"
+        )
+    most = max(largest(other[name]) for name in names)
     rows = []
     for name in sorted(
         names[::-1], key=lambda name: name.partition(".")[0]
     ):  # logit_scale is first
-        size, distance = other[name].abs().max().item(), torch.inf
+        size, distance = largest(other[name]), torch.inf
         if one[name].shape == other[name].shape:
-            distance = (one[name] - other[name]).abs().max().item()
-        within = distance <= RELATIVE * size + NOISE * largest
+            distance = largest(one[name] - other[name])
+        within = distance <= RELATIVE * size + NOISE * most
         numbers = (distance, distance / max(size, 1e-30), distance, distance, 0.0)
         rows.append(Difference(f"gradient.{name}", *numbers, within))
     if all(row.within_tolerance for row in rows):

@@ -105,6 +105,7 @@ def _made_by(file: Path, name: str) -> Loaded:
     """Return the model in a Python file, as a triple. The file can import from its own folder."""
     spec: Any = spec_from_file_location(f"fork_{file.stem}", file)
     module = sys.modules[spec.name] = module_from_spec(spec)
+    before = {*sys.modules}
     sys.path.insert(0, str(file.parent))
     try:
         spec.loader.exec_module(module)
@@ -114,6 +115,11 @@ def _made_by(file: Path, name: str) -> Loaded:
         raise ValueError(f"{file}: {name} {raises(error)}") from error
     finally:
         sys.path.remove(str(file.parent))
+        # Forget the folder's modules, because a second file may import others of the same names.
+        own = {path.name.partition(".")[0] for path in file.parent.glob("*")} - before
+        for new in {*sys.modules} - before:
+            if new.partition(".")[0] in own:
+                del sys.modules[new]
     made = Loaded(*made) if isinstance(made, tuple) else alone(made)
     if not isinstance(made.model, nn.Module):
         raise ValueError(f"{file}: {name} is a {type(made.model).__name__}; expected an nn.Module")

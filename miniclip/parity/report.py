@@ -46,11 +46,16 @@ class Report(NamedTuple):
         return f"{verdict}\nlikely cause: {self.cause}" if self.cause else verdict
 
 
+def largest(x: Tensor) -> float:
+    """Return the largest absolute number, or 0 for an empty tensor, as in a layer without heads."""
+    return x.abs().max().item() if x.numel() else 0.0
+
+
 def largest_difference(one: Tensor, other: Tensor) -> float:
     """Return the largest absolute difference, or infinity for different shapes and for NaN."""
     if one.shape != other.shape:
         return math.inf
-    distance = (one.double() - other.double()).abs().max().item()
+    distance = largest(one.double() - other.double())
     return math.inf if math.isnan(distance) else distance
 
 
@@ -60,7 +65,7 @@ def exact_difference(
     """Return a row for tensors that must be equal. A missing tensor gives infinity."""
     if one is None or other is None:
         return Difference._make([site, *[math.inf] * 5, False])
-    distance, size = largest_difference(one, other), max(other.abs().max().item(), 1e-30)
+    distance, size = largest_difference(one, other), max(largest(other), 1e-30)
     return Difference(site, distance, distance / size, distance, distance, 0.0, distance == 0)
 
 

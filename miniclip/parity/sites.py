@@ -201,8 +201,8 @@ def outputs_of(output: Any) -> Iterator[tuple[str, Tensor]]:
         output = output._asdict()
     elif isinstance(output, tuple):  # openai/CLIP returns a tuple
         if len(output) > 2 and output[2].numel() == 1:  # open_clip's third output is the scale
-            image_embeds, text_embeds, scale = output[:3]
-            logits = scale * image_embeds @ text_embeds.T  # (B, C)
+            image_embeds, text_embeds, scale, *bias = output[:4]
+            logits = scale * image_embeds @ text_embeds.T + sum(bias)  # (B, C); SigLIP has a bias
             output = (logits, logits.T, image_embeds, text_embeds)
         output = dict(zip(OUTPUTS.values(), output))
     elif is_dataclass(output) and not isinstance(output, dict):
