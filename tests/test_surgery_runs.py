@@ -477,6 +477,17 @@ def test_dense_features_at_another_size_copy_only_positions(model, method, monke
 
 
 @torch.no_grad()
+def test_dense_features_at_another_size_keep_a_position_embedding_that_is_a_buffer(model):
+    vision, large = model.vision, torch.randn(2, 3, 24, 56).to(model.logit_scale)
+    expected = dense_features(model, large, "sclip", "dino")
+    table = vision.pos_embed.detach()
+    del vision.pos_embed
+    vision.register_buffer("pos_embed", table, persistent=False)
+    assert torch.equal(dense_features(model, large, "sclip", "dino"), expected)
+    assert vision.pos_embed is table and "pos_embed" in vision._non_persistent_buffers_set
+
+
+@torch.no_grad()
 def test_each_image_uses_its_own_features_of_another_model(model):
     x, foreign = inputs(model, "vision"), torch.randn(3, 7, 4, 6).to(model.logit_scale)
     found = dense_features(model, x, proxyclip(foreign))
