@@ -453,9 +453,34 @@ def test_a_user_may_write_a_preset(model):
 def test_dense_features_run_only_the_blocks_that_they_need(model):
     runs = []
     for block in model.vision.blocks:
-        block.register_forward_hook(lambda module, *_: runs.append(module))
+        block.ln_1.register_forward_hook(lambda module, *_: runs.append(module))
     dense_features(model, inputs(model, "vision"), "gem")
-    assert runs == list(model.vision.blocks[:-1])
+    one, two, three = (block.ln_1 for block in model.vision.blocks)
+    assert runs == [one, one, two, two, three]  # GEM's path, and CLIP's path before the last block
+
+
+class Flip(nn.Module):
+    def forward(self, x):
+        return x + x.flip(-1)
+
+
+@torch.no_grad()
+def test_dense_features_run_a_module_in_a_sites_place_or_name_it(model):
+    x, last = inputs(model, "vision"), "vision.blocks.2"
+    for site in ("resid_mid", "attn.z", "attn.v"):
+        with splice(model, f"{last}.{site}", Flip()):
+            found = dense_features(model, x, "clip")
+            assert_close(found, clip(model, x))
+        assert_far(found, clip(model, x))
+    for site in (last, f"{last}.input", f"{last}.attn.scores", f"{last}.attn.pattern"):
+        words = f"does not run {site.removesuffix('.input')}, so it cannot follow the hook"
+        with splice(model, site, Flip()), pytest.raises(ValueError, match=words):
+            dense_features(model, x, "clip")
+    with splice(model, "vision.blocks.1", Flip()):  # sclip replays only the last block
+        assert_close(dense_features(model, x, "sclip"), sclip(model, x))
+    model.vision.blocks[2].attn.pattern = Flip()
+    with pytest.raises(ValueError, match=f"does not run {last}.attn.pattern"):
+        dense_features(model, x)
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from miniclip.files.modules import unwrapped
 from miniclip.follow import follow, patch_grid, patch_places, tower_for
-from miniclip.model import CLIP, Attention
+from miniclip.model import CLIP, Attention, VisionTower
 from miniclip.surgery.geometry import at_size
 
 
@@ -88,6 +89,7 @@ def dense_features(
     if resize:
         tower = at_size(tower, pixels.shape[-2:], resize)
     first = max(len(tower.blocks) - preset.depth, 0)
+    check_unused(tower, first)
     grid, places = patch_grid(tower, pixels), patch_places(tower, pixels)
     x = tower.blocks[:first](tower.embed_tokens(pixels))  # (B, 1 + R + P, W)
     dense = x if preset.residual else torch.zeros_like(x[:, :1])
@@ -95,12 +97,29 @@ def dense_features(
     for i, block in enumerate(tower.blocks[first:], first):
         seen = Seen(block.ln_1(x), grid, places)
         dense = dense + block.attn(seen.x, pattern=lambda q, k, v: preset.pattern(q, k, v, seen))
+        dense = block.resid_mid(dense)
         if preset.mlp:
             dense = dense + block.mlp(block.ln_2(dense))
         if i + 1 < len(tower.blocks):
             x = block(x)
     dense = dense if preset.grid else dense[:, places]
     return tower.proj(tower.ln_post(dense))  # (B, P, E)
+
+
+def check_unused(tower: VisionTower, first: int) -> None:
+    """Raise ValueError if a hook or a module is at a place that dense_features does not run: the
+    blocks from `first` as a whole, and their sites `scores` and `pattern`."""
+    block: Any  # a Block, or a wrapper of it
+    for i, block in enumerate([*tower.blocks][first:], first):
+        block, attn = unwrapped(block), unwrapped(block).attn
+        places = {"": block, ".attn.scores": attn.scores, ".attn.pattern": attn.pattern}
+        for name, part in places.items():
+            is_hooked = part._forward_hooks or part._forward_pre_hooks
+            if is_hooked or (name and type(part).forward is not nn.Identity.forward):
+                raise ValueError(
+                    f"dense_features does not run vision.blocks.{i}{name}, so it cannot follow the "
+                    "hook or the module there"
+                )
 
 
 def similar(x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
