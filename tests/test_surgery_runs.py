@@ -533,6 +533,19 @@ def test_each_image_uses_its_own_features_of_another_model(model):
     assert_close(dense_features(registered, x, proxyclip(foreign)), expected)
 
 
+@torch.no_grad()
+def test_similar_features_of_another_model_give_no_nan(model):
+    """If no cosine reaches 1.2 times the mean, each patch attends to itself alone."""
+    x, foreign = inputs(model, "vision", 2), torch.rand(2, 7, 5, 5).to(model.logit_scale)
+    found = dense_features(model, x, proxyclip(foreign + 9))
+    to_itself = Preset(lambda q, k, v, seen: torch.eye(26).to(v))
+    assert_close(found, dense_features(model, x, to_itself))
+    for features, images in ((foreign[:1], x), (foreign, x[:1])):
+        words = f"features of {len(features)} images, but dense_features got {len(images)} images"
+        with pytest.raises(ValueError, match=words):
+            dense_features(model, images, proxyclip(features))
+
+
 class PatchesFirst(VisionTower):
     def embed_tokens(self, pixels):
         return super().embed_tokens(pixels).roll(-1, 1)

@@ -161,7 +161,7 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
 
     Args:
         features: the same images' features from a model such as DINO, (B, C, rows, columns).
-        beta: cosines below `beta` times their mean are ignored.
+        beta: cosines below `beta` times their mean are ignored, except the largest of each patch.
         gamma: the remaining cosines are multiplied by `gamma` before the softmax.
 
     >>> from miniclip import CLIP
@@ -172,10 +172,17 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
     unit = F.normalize(features.flatten(2), dim=1)  # (B, C, P)
     cosines = unit.transpose(1, 2) @ unit  # (B, P, P)
     scores = (cosines - beta * cosines.mean((1, 2), keepdim=True)) * gamma
-    weights = scores.masked_fill(scores < 0, -torch.inf).softmax(-1)
+    # If all cosines are similar, every score is negative. The largest is kept, to avoid NaN.
+    is_ignored = (scores < 0) & (scores < scores.amax(-1, keepdim=True))
+    weights = scores.masked_fill(is_ignored, -torch.inf).softmax(-1)
     grid: tuple[int, int] = tuple(features.shape[2:])  # type: ignore[assignment]
 
     def pattern(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+        if len(v) != len(weights):
+            raise ValueError(
+                f"proxyclip has the features of {len(weights)} images, but dense_features got "
+                f"{len(v)} images; expected the same images"
+            )
         # Resize CLIP's values to the other model's grid. Resizing is linear, so a matrix can do it.
         own = torch.eye(seen.grid[0] * seen.grid[1], dtype=v.dtype, device=v.device)
         resized = F.interpolate(own.view(-1, 1, *seen.grid), grid, mode="bilinear").flatten(1)
