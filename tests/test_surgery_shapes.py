@@ -802,6 +802,20 @@ def test_impossible_surgery_is_an_error(name):
     assert_same_weights(model, tiny_clip())
 
 
+@pytest.mark.parametrize("part", ["", ".attn", ".mlp"])
+def test_a_part_of_two_blocks_is_not_pruned(part):
+    model = tiny_clip()
+    model.set_submodule(f"text.blocks.1{part}", model.get_submodule(f"text.blocks.0{part}"))
+    prunings = {".attn": prune_heads, ".mlp": prune_neurons}
+    for where, prune in prunings.items():
+        expected = f"text.blocks.0{where}: a module with several names.*share its parameters"
+        if part in ("", where):
+            with pytest.raises(ValueError, match=expected):
+                prune(model, "text", {0: [1]})
+        else:
+            prune(model, "text", {0: [1]})
+
+
 @pytest.mark.parametrize("make, words", [
     (lambda: VisionConfig(heads=(12,) * 11), "12 of them, one for each layer"),
     (lambda: VisionConfig(heads=(12,) * 11 + (6,)), "different numbers of heads need a head_width"),
