@@ -78,7 +78,15 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
         _cut(mlp.fc1, 0, kept)
         _cut(mlp.fc2, 1, kept)
         counts[layer] = len(kept)
-    return check_rebuilt("prune_neurons", reconfigure(new, tower, mlp_width=tuple(counts)))
+    reconfigure(new, tower, mlp_width=tuple(counts))
+
+    def silence(act: Tensor, name: str) -> Tensor:  # (B, T, mlp_width)
+        gone = [*neurons[int(name.split(".")[1])]]
+        return act.index_fill(-1, torch.tensor(gone, dtype=torch.long, device=act.device), 0)
+
+    silenced: dict[str, Edit] = {f"blocks.{layer}.mlp.act": silence for layer in neurons}
+    check_equal("prune_neurons", getattr(new, tower), getattr(model, tower), silenced)
+    return check_rebuilt("prune_neurons", new)
 
 
 def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
