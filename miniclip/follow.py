@@ -44,8 +44,8 @@ import torch
 from torch import Tensor, nn
 
 from miniclip.config import TextConfig
-from miniclip.files.modules import check_described, is_patched, unwrapped
-from miniclip.model import CLIP, MLP, Attention, Block, TextTower, VisionTower
+from miniclip.files.modules import check_described, class_of, is_patched, unwrapped
+from miniclip.model import CLIP, MLP, Attention, Block, QuickGELU, Site, TextTower, VisionTower
 from miniclip.sites import Edit, hooks
 from miniclip.tokenizer import Tokenizer
 
@@ -182,6 +182,11 @@ def check_rebuilt(who: str, model: Any) -> Any:
     return model
 
 
+PLAIN = {VisionTower, TextTower, Block, Attention, MLP, Site, QuickGELU, nn.GELU}
+PLAIN |= {nn.Conv2d, nn.Embedding, nn.Identity, nn.LayerNorm, nn.Linear, nn.Sequential}
+"""The classes of the modules in CLIP's towers."""
+
+
 @torch.no_grad()
 def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -> None:
     """Raise ValueError if surgery on a fork's tower gave a wrong embedding.
@@ -191,9 +196,8 @@ def check_equal(who: str, tower: Any, other: Any, edits: dict[str, Edit] = {}) -
     that surgery on them is exact.
     """
     own = ("__init__", "forward")
-    if not any(
-        own_method(tower, (*own, "embed_tokens", "pool"), own, (*own, "qkv", "attend"), own)
-    ):
+    has_own = own_method(tower, (*own, "embed_tokens", "pool"), own, (*own, "qkv", "attend"), own)
+    if not any(has_own) and {class_of(module) for module in tower.modules()} <= PLAIN:
         return
     towers = (tower, other)
     modes = [one.training for one in towers]

@@ -453,9 +453,34 @@ def test_a_user_may_write_a_preset(model):
 def test_dense_features_run_only_the_blocks_that_they_need(model):
     runs = []
     for block in model.vision.blocks:
-        block.register_forward_hook(lambda module, *_: runs.append(module))
+        block.ln_1.register_forward_hook(lambda module, *_: runs.append(module))
     dense_features(model, inputs(model, "vision"), "gem")
-    assert runs == list(model.vision.blocks[:-1])
+    one, two, three = (block.ln_1 for block in model.vision.blocks)
+    assert runs == [one, one, two, two, three]  # GEM's path, and CLIP's path before the last block
+
+
+class Flip(nn.Module):
+    def forward(self, x):
+        return x + x.flip(-1)
+
+
+@torch.no_grad()
+def test_dense_features_run_a_module_in_a_sites_place_or_name_it(model):
+    x, last = inputs(model, "vision"), "vision.blocks.2"
+    for site in ("resid_mid", "attn.z", "attn.v"):
+        with splice(model, f"{last}.{site}", Flip()):
+            found = dense_features(model, x, "clip")
+            assert_close(found, clip(model, x))
+        assert_far(found, clip(model, x))
+    for site in (last, f"{last}.input", f"{last}.attn.scores", f"{last}.attn.pattern"):
+        words = f"does not run {site.removesuffix('.input')}, so it cannot follow the hook"
+        with splice(model, site, Flip()), pytest.raises(ValueError, match=words):
+            dense_features(model, x, "clip")
+    with splice(model, "vision.blocks.1", Flip()):  # sclip replays only the last block
+        assert_close(dense_features(model, x, "sclip"), sclip(model, x))
+    model.vision.blocks[2].attn.pattern = Flip()
+    with pytest.raises(ValueError, match=f"does not run {last}.attn.pattern"):
+        dense_features(model, x)
 
 
 @torch.no_grad()
@@ -477,6 +502,17 @@ def test_dense_features_at_another_size_copy_only_positions(model, method, monke
 
 
 @torch.no_grad()
+def test_dense_features_at_another_size_keep_a_position_embedding_that_is_a_buffer(model):
+    vision, large = model.vision, torch.randn(2, 3, 24, 56).to(model.logit_scale)
+    expected = dense_features(model, large, "sclip", "dino")
+    table = vision.pos_embed.detach()
+    del vision.pos_embed
+    vision.register_buffer("pos_embed", table, persistent=False)
+    assert torch.equal(dense_features(model, large, "sclip", "dino"), expected)
+    assert vision.pos_embed is table and "pos_embed" in vision._non_persistent_buffers_set
+
+
+@torch.no_grad()
 def test_each_image_uses_its_own_features_of_another_model(model):
     x, foreign = inputs(model, "vision"), torch.randn(3, 7, 4, 6).to(model.logit_scale)
     found = dense_features(model, x, proxyclip(foreign))
@@ -495,6 +531,19 @@ def test_each_image_uses_its_own_features_of_another_model(model):
     read = weights / weights.sum(-1, keepdim=True) @ read
     expected = projected(registered, block.attn.out_proj(read))
     assert_close(dense_features(registered, x, proxyclip(foreign)), expected)
+
+
+@torch.no_grad()
+def test_similar_features_of_another_model_give_no_nan(model):
+    """If no cosine reaches 1.2 times the mean, each patch attends to itself alone."""
+    x, foreign = inputs(model, "vision", 2), torch.rand(2, 7, 5, 5).to(model.logit_scale)
+    found = dense_features(model, x, proxyclip(foreign + 9))
+    to_itself = Preset(lambda q, k, v, seen: torch.eye(26).to(v))
+    assert_close(found, dense_features(model, x, to_itself))
+    for features, images in ((foreign[:1], x), (foreign, x[:1])):
+        words = f"features of {len(features)} images, but dense_features got {len(images)} images"
+        with pytest.raises(ValueError, match=words):
+            dense_features(model, images, proxyclip(features))
 
 
 class PatchesFirst(VisionTower):

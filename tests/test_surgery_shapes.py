@@ -122,6 +122,31 @@ def test_pruning_neurons_equals_zeroing_their_activation(model, tower):
     )
 
 
+class Gate(nn.Module):
+    """A number for each head, chosen by the head's position: (B, T, H, D) -> (B, T, H, D)"""
+
+    def forward(self, z):
+        return z * torch.arange(1, 1 + z.shape[2])[:, None]
+
+
+def test_pruning_is_an_error_if_a_replaced_module_mixes_neurons_or_heads():
+    model = tiny_clip()
+    for block in model.vision.blocks:
+        block.mlp.act = nn.Sequential(block.mlp.act, nn.ReLU())
+    prune_neurons(model, "vision", {0: range(20), 1: []})  # ReLU acts on each neuron alone
+    act = model.vision.blocks[0].mlp.act
+    for mixing in (nn.Softmax(-1), nn.LayerNorm(100)):
+        act[1] = mixing
+        with pytest.raises(ValueError, match="prune_neurons cannot follow VisionTower or a part"):
+            prune_neurons(model, "vision", {0: range(60)})
+    act[1] = nn.ReLU()
+    prune_heads(model, "vision", {0: [0]})
+    model.vision.blocks[0].attn.z = Gate()
+    prune_heads(model, "vision", {0: [3]})
+    with pytest.raises(ValueError, match="prune_heads cannot follow VisionTower or a part of it"):
+        prune_heads(model, "vision", {0: [0]})
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("tower", TOWERS)
 def test_a_layer_that_lost_all_its_heads_and_neurons_adds_its_biases(model, tower, tmp_path):
@@ -800,6 +825,20 @@ def test_impossible_surgery_is_an_error(name):
     with pytest.raises(ValueError, match=re.escape(words)):
         operation(model)
     assert_same_weights(model, tiny_clip())
+
+
+@pytest.mark.parametrize("part", ["", ".attn", ".mlp"])
+def test_a_part_of_two_blocks_is_not_pruned(part):
+    model = tiny_clip()
+    model.set_submodule(f"text.blocks.1{part}", model.get_submodule(f"text.blocks.0{part}"))
+    prunings = {".attn": prune_heads, ".mlp": prune_neurons}
+    for where, prune in prunings.items():
+        expected = f"text.blocks.0{where}: a module with several names.*share its parameters"
+        if part in ("", where):
+            with pytest.raises(ValueError, match=expected):
+                prune(model, "text", {0: [1]})
+        else:
+            prune(model, "text", {0: [1]})
 
 
 @pytest.mark.parametrize("make, words", [

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from miniclip.files.modules import unwrapped
 from miniclip.follow import follow, patch_grid, patch_places, tower_for
-from miniclip.model import CLIP, Attention
+from miniclip.model import CLIP, Attention, VisionTower
 from miniclip.surgery.geometry import at_size
 
 
@@ -88,6 +89,7 @@ def dense_features(
     if resize:
         tower = at_size(tower, pixels.shape[-2:], resize)
     first = max(len(tower.blocks) - preset.depth, 0)
+    check_unused(tower, first)
     grid, places = patch_grid(tower, pixels), patch_places(tower, pixels)
     x = tower.blocks[:first](tower.embed_tokens(pixels))  # (B, 1 + R + P, W)
     dense = x if preset.residual else torch.zeros_like(x[:, :1])
@@ -95,12 +97,29 @@ def dense_features(
     for i, block in enumerate(tower.blocks[first:], first):
         seen = Seen(block.ln_1(x), grid, places)
         dense = dense + block.attn(seen.x, pattern=lambda q, k, v: preset.pattern(q, k, v, seen))
+        dense = block.resid_mid(dense)
         if preset.mlp:
             dense = dense + block.mlp(block.ln_2(dense))
         if i + 1 < len(tower.blocks):
             x = block(x)
     dense = dense if preset.grid else dense[:, places]
     return tower.proj(tower.ln_post(dense))  # (B, P, E)
+
+
+def check_unused(tower: VisionTower, first: int) -> None:
+    """Raise ValueError if a hook or a module is at a place that dense_features does not run: the
+    blocks from `first` as a whole, and their sites `scores` and `pattern`."""
+    block: Any  # a Block, or a wrapper of it
+    for i, block in enumerate([*tower.blocks][first:], first):
+        block, attn = unwrapped(block), unwrapped(block).attn
+        places = {"": block, ".attn.scores": attn.scores, ".attn.pattern": attn.pattern}
+        for name, part in places.items():
+            is_hooked = part._forward_hooks or part._forward_pre_hooks
+            if is_hooked or (name and type(part).forward is not nn.Identity.forward):
+                raise ValueError(
+                    f"dense_features does not run vision.blocks.{i}{name}, so it cannot follow the "
+                    "hook or the module there"
+                )
 
 
 def similar(x: Tensor, y: Tensor, bias: Tensor | float = 0.0) -> Tensor:
@@ -142,7 +161,7 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
 
     Args:
         features: the same images' features from a model such as DINO, (B, C, rows, columns).
-        beta: cosines below `beta` times their mean are ignored.
+        beta: cosines below `beta` times their mean are ignored, except the largest of each patch.
         gamma: the remaining cosines are multiplied by `gamma` before the softmax.
 
     >>> from miniclip import CLIP
@@ -153,10 +172,17 @@ def proxyclip(features: Tensor, beta: float = 1.2, gamma: float = 3.0) -> Preset
     unit = F.normalize(features.flatten(2), dim=1)  # (B, C, P)
     cosines = unit.transpose(1, 2) @ unit  # (B, P, P)
     scores = (cosines - beta * cosines.mean((1, 2), keepdim=True)) * gamma
-    weights = scores.masked_fill(scores < 0, -torch.inf).softmax(-1)
+    # If all cosines are similar, every score is negative. The largest is kept, to avoid NaN.
+    is_ignored = (scores < 0) & (scores < scores.amax(-1, keepdim=True))
+    weights = scores.masked_fill(is_ignored, -torch.inf).softmax(-1)
     grid: tuple[int, int] = tuple(features.shape[2:])  # type: ignore[assignment]
 
     def pattern(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+        if len(v) != len(weights):
+            raise ValueError(
+                f"proxyclip has the features of {len(weights)} images, but dense_features got "
+                f"{len(v)} images; expected the same images"
+            )
         # Resize CLIP's values to the other model's grid. Resizing is linear, so a matrix can do it.
         own = torch.eye(seen.grid[0] * seen.grid[1], dtype=v.dtype, device=v.device)
         resized = F.interpolate(own.view(-1, 1, *seen.grid), grid, mode="bilinear").flatten(1)

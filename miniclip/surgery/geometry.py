@@ -85,11 +85,14 @@ def at_size(tower: VisionTower, size: Sequence[int], method: str) -> VisionTower
         raise ValueError(f"resize is {method!r}; expected one of {', '.join(RESAMPLE)}")
     follow("resize", tower, ("embed_tokens",))
     new = copy(tower)
-    new._parameters = dict(tower._parameters)
+    new._parameters, new._buffers = dict(tower._parameters), dict(tower._buffers)
     new.config = replace(tower.config, image_size=tuple(size))
     if new.config.grid != tower.config.grid:
         table = resampled(tower.pos_embed, tower.config.grid, new.config.grid, method)
-        new.pos_embed = nn.Parameter(table, requires_grad=False)
+        if "pos_embed" in new._buffers:
+            new._buffers["pos_embed"] = table
+        else:
+            new.pos_embed = nn.Parameter(table, requires_grad=False)
     return new
 
 

@@ -17,7 +17,7 @@ from miniclip.errors import listed
 from miniclip.files.checks import numbers
 from miniclip.follow import check_equal, check_rebuilt, follow
 from miniclip.model import CLIP, Block
-from miniclip.sites import Edit
+from miniclip.sites import Edit, find
 from miniclip.surgery.weights import copied
 
 
@@ -37,7 +37,7 @@ def prune_heads(model: CLIP, tower: str, heads: Mapping[int, Collection[int]]) -
     follow("prune_heads", getattr(model, tower), attention=("forward", "attend"))
     new = copied(model)
     for layer, gone in heads.items():
-        attn = _block(new, tower, layer).attn
+        attn = _part(new, tower, layer, "attn")
         kept = _others(gone, counts[layer], f"{tower} layer {layer}", "heads")
         rows = (kept[:, None] * attn.head_width + torch.arange(attn.head_width)).flatten()
         for linear in (attn.q_proj, attn.k_proj, attn.v_proj):
@@ -73,12 +73,20 @@ def prune_neurons(model: CLIP, tower: str, neurons: Mapping[int, Collection[int]
     follow("prune_neurons", getattr(model, tower), mlp=("forward",))
     new = copied(model)
     for layer, gone in neurons.items():
-        mlp = _block(new, tower, layer).mlp
+        mlp = _part(new, tower, layer, "mlp")
         kept = _others(gone, counts[layer], f"{tower} layer {layer}", "neurons")
         _cut(mlp.fc1, 0, kept)
         _cut(mlp.fc2, 1, kept)
         counts[layer] = len(kept)
-    return check_rebuilt("prune_neurons", reconfigure(new, tower, mlp_width=tuple(counts)))
+    reconfigure(new, tower, mlp_width=tuple(counts))
+
+    def silence(act: Tensor, name: str) -> Tensor:  # (B, T, mlp_width)
+        gone = [*neurons[int(name.split(".")[1])]]
+        return act.index_fill(-1, torch.tensor(gone, dtype=torch.long, device=act.device), 0)
+
+    silenced: dict[str, Edit] = {f"blocks.{layer}.mlp.act": silence for layer in neurons}
+    check_equal("prune_neurons", getattr(new, tower), getattr(model, tower), silenced)
+    return check_rebuilt("prune_neurons", new)
 
 
 def keep_layers(model: CLIP, tower: str, layers: Sequence[int]) -> CLIP:
@@ -143,6 +151,13 @@ def _block(model: CLIP, tower: str, layer: int) -> Block:
     if layer not in range(len(blocks)):
         raise ValueError(f"no layer {layer} in the {tower} tower: expected 0 to {len(blocks) - 1}")
     return blocks[layer]
+
+
+def _part(model: CLIP, tower: str, layer: int, name: str) -> Any:
+    """A block's attention or MLP. A part of several blocks raises ValueError, because a cut in one
+    block would change the others."""
+    _block(model, tower, layer)
+    return find(model, f"{tower}.blocks.{layer}.{name}")[0][1]
 
 
 def _others(gone: Collection[int], count: int, where: str, kind: str) -> Tensor:
