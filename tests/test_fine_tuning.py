@@ -169,6 +169,24 @@ def test_a_crashed_run_ends_with_the_same_bits_for_each_option(name, tmp_path, m
     assert found == rows and [row[0] for row in rows] == [2, 3, 4, 6]
 
 
+@pytest.mark.parametrize("changed", ["tokenizer", "transform"])
+def test_a_run_is_not_continued_with_another_tokenizer_or_transform(changed, tmp_path, monkeypatch):
+    """A tokenizer that is learnt again from changed captions gives tokens other ids."""
+    model, tokenizer = new_model()
+    transform = TRANSFORM
+    monkeypatch.setattr(run_module, "SAVE_EVERY", 0)
+    restore = crash_in(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tokenizer, transform, Spots(), QUICK, tmp_path)
+    restore()
+    if changed == "tokenizer":
+        tokenizer.vocab["a"], tokenizer.vocab["b"] = tokenizer.vocab["b"], tokenizer.vocab["a"]
+    else:
+        transform = replace(TRANSFORM, squash=True)
+    with pytest.raises(ValueError, match=f"other values of {changed}; .*command and data, or"):
+        train(model, tokenizer, transform, Spots(), QUICK, tmp_path)
+
+
 @pytest.mark.slow
 def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     scores, seen = iter([0.2, 0.5, 0.5, 0.3]), []

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ def train(
     if loss is None and recipe.loss == "siglip":
         loss = SigmoidLoss().to(model.logit_scale.device)
 
-    run = Run(Path(out), model, recipe, loss, rank == 0, log)
+    # New captions can give a learnt tokenizer other ids, which the trained weights do not know.
+    tokens = repr((sorted(tokenizer.vocab.items()), tokenizer.merges)).encode()
+    inputs = {"tokenizer": sha256(tokens).hexdigest(), "transform": repr(transform)}
+    run = Run(Path(out), model, recipe, loss, rank == 0, log, inputs)
     whole_model, model = model, run.trained
     if run.step > steps:
         reason = f"already ran {run.step:,} steps, but a run on this data has {steps:,} steps"

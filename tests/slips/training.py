@@ -158,8 +158,8 @@ SLIPS = [
     ),
     Slip(
         "Every process writes the checkpoint.",
-        "Run(Path(out), model, recipe, loss, rank == 0, log)",
-        "Run(Path(out), model, recipe, loss, True, log)",
+        "Run(Path(out), model, recipe, loss, rank == 0, log, inputs)",
+        "Run(Path(out), model, recipe, loss, True, log, inputs)",
         RUNS,
     ),
     Slip(
