@@ -254,6 +254,18 @@ def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
         }
 
 
+def test_folders_of_splits_are_not_classes(tmp_path):
+    """A folder one level too high would teach "a photo of a train.", and score it."""
+    for name in ("all/train/cat", "all/train/dog", "all/test/cat", "all/test/dog", "one/cat"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    for read in (scorer, lambda root: open_data(root, TRANSFORM)):
+        with pytest.raises(ValueError, match="has images in .*If not, move the images into"):
+            read(str(tmp_path / "all"))
+        with pytest.raises(ValueError, match="has only the folder 'cat'"):
+            read(str(tmp_path / "one"))
+
+
 @pytest.mark.slow
 def test_sixteen_images_of_each_class_beat_zero_shot_on_held_out_images(tmp_path, capsys):
     """A user's commands train the model `shapes` on handwritten digits, which are new to it."""

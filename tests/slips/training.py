@@ -701,8 +701,8 @@ SLIPS = [
     ),
     Slip(
         "A single class folder is accepted.",
-        "labelled_images(root)\n    if (count := len(set(images.classes))) < 2:",
-        "labelled_images(root)\n    if (count := len(set(images.classes))) < 1:",
+        "    check_classes(images, root, named=False)\n    captions",
+        "    captions",
         DATA,
     ),
     Slip(
