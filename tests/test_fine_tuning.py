@@ -16,6 +16,7 @@ from torch import nn
 
 from miniclip import CLIP, ImageTransform, load
 from miniclip.commands.main import main
+from miniclip.engines import encode_with
 from miniclip.evaluation import scorer
 from miniclip.training import batches, from_scratch, open_data, train
 from miniclip.training import run as run_module
@@ -86,6 +87,15 @@ def test_freezing_an_absent_part_or_everything_is_an_error():
         trainable(new_model()[0], "text, visual")
     with pytest.raises(ValueError, match="nothing is left to train"):
         trainable(new_model()[0], "*")
+
+
+def test_a_vision_tower_on_an_engine_is_not_trained(tmp_path):
+    model, tokenizer = new_model()
+    encode_with(model, "onnxruntime", model.vision)
+    with pytest.raises(ValueError, match="engine onnxruntime, .* `del model.encode_image`"):
+        train(model, tokenizer, TRANSFORM, Spots(), QUICK, tmp_path)
+    del model.encode_image
+    train(model, tokenizer, TRANSFORM, Spots(), replace(QUICK, epochs=1), tmp_path)
 
 
 def test_weights_cannot_be_sharded_in_a_single_process(tmp_path):
