@@ -16,6 +16,7 @@ from torch import nn
 
 from miniclip import CLIP, ImageTransform, load
 from miniclip.commands.main import main
+from miniclip.engines import encode_with
 from miniclip.evaluation import scorer
 from miniclip.training import batches, from_scratch, open_data, train
 from miniclip.training import run as run_module
@@ -86,6 +87,15 @@ def test_freezing_an_absent_part_or_everything_is_an_error():
         trainable(new_model()[0], "text, visual")
     with pytest.raises(ValueError, match="nothing is left to train"):
         trainable(new_model()[0], "*")
+
+
+def test_a_vision_tower_on_an_engine_is_not_trained(tmp_path):
+    model, tokenizer = new_model()
+    encode_with(model, "onnxruntime", model.vision)
+    with pytest.raises(ValueError, match="engine onnxruntime, .* `del model.encode_image`"):
+        train(model, tokenizer, TRANSFORM, Spots(), QUICK, tmp_path)
+    del model.encode_image
+    train(model, tokenizer, TRANSFORM, Spots(), replace(QUICK, epochs=1), tmp_path)
 
 
 def test_weights_cannot_be_sharded_in_a_single_process(tmp_path):
@@ -169,6 +179,24 @@ def test_a_crashed_run_ends_with_the_same_bits_for_each_option(name, tmp_path, m
     assert found == rows and [row[0] for row in rows] == [2, 3, 4, 6]
 
 
+@pytest.mark.parametrize("changed", ["tokenizer", "transform"])
+def test_a_run_is_not_continued_with_another_tokenizer_or_transform(changed, tmp_path, monkeypatch):
+    """A tokenizer that is learnt again from changed captions gives tokens other ids."""
+    model, tokenizer = new_model()
+    transform = TRANSFORM
+    monkeypatch.setattr(run_module, "SAVE_EVERY", 0)
+    restore = crash_in(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tokenizer, transform, Spots(), QUICK, tmp_path)
+    restore()
+    if changed == "tokenizer":
+        tokenizer.vocab["a"], tokenizer.vocab["b"] = tokenizer.vocab["b"], tokenizer.vocab["a"]
+    else:
+        transform = replace(TRANSFORM, squash=True)
+    with pytest.raises(ValueError, match=f"other values of {changed}; .*command and data, or"):
+        train(model, tokenizer, transform, Spots(), QUICK, tmp_path)
+
+
 @pytest.mark.slow
 def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     scores, seen = iter([0.2, 0.5, 0.5, 0.3]), []
@@ -234,6 +262,18 @@ def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
             "image_to_text": of_images,
             "text_to_image": of_texts,
         }
+
+
+def test_folders_of_splits_are_not_classes(tmp_path):
+    """A folder one level too high would teach "a photo of a train.", and score it."""
+    for name in ("all/train/cat", "all/train/dog", "all/test/cat", "all/test/dog", "one/cat"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    for read in (scorer, lambda root: open_data(root, TRANSFORM)):
+        with pytest.raises(ValueError, match="has images in .*If not, move the images into"):
+            read(str(tmp_path / "all"))
+        with pytest.raises(ValueError, match="has only the folder 'cat'"):
+            read(str(tmp_path / "one"))
 
 
 @pytest.mark.slow

@@ -141,12 +141,18 @@ def _read_table(table: Path, columns: tuple[str, str]) -> tuple[list[Row], list[
 
 
 def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:  # Excel writes a BOM
             if table.suffix != ".jsonl":
                 delimiter = max(",\t;", key=file.readline().count)  # the most frequent in line 1
                 file.seek(0)
-                yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
+                rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+                for number, values in enumerate(rows, 1):
+                    if any(values.pop(None, ())):
+                        reason = f"more columns than line 1; quote a text that has {delimiter!r}"
+                        raise ValueError(f"row {number} has {reason}")
+                    yield number, values
                 return
             for number, line in enumerate(file, 1):
                 value = json.loads(line) if line.strip() else None
@@ -154,7 +160,10 @@ def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, value
                 elif value is not None:
                     raise ValueError(f"row {number} is not a JSON object")
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except csv.Error as error:
+        reason = f"{error}; in a quoted text, write each quote twice"
+        raise ValueError(f"{table}: row {number + 1} cannot be read: {reason}") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{table}: its rows cannot be read: {error}") from None
 
 

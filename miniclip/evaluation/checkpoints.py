@@ -12,7 +12,7 @@ from miniclip.evaluation.classification import Evaluation, evaluate
 from miniclip.evaluation.features import Features, picture_features
 from miniclip.evaluation.retrieval import recall, retrieval_ranks
 from miniclip.zeroshot.classifier import class_embeddings, embed_texts
-from miniclip.zeroshot.data import LabelledImages, labelled_images
+from miniclip.zeroshot.data import LabelledImages, check_classes, labelled_images
 
 
 def classify(
@@ -53,11 +53,12 @@ def scorer(data: str, columns: tuple[str, str] = COLUMNS) -> Callable[[Loaded], 
         first score to find the best checkpoint.
 
     Raises:
-        ValueError: `data` has no images with classes or captions.
+        ValueError: `data` has no images with captions, and `check_classes` refuses its folders.
     """
     root = Path(data).expanduser()
     if root.is_dir() and not any(root.glob("*.tar")) and not rows_with_captions(root, columns):
         images = labelled_images(root)
+        check_classes(images, root, named=False)
 
         def zero_shot(loaded: Loaded) -> dict[str, float]:
             text_embeds = class_embeddings(loaded.model, loaded.tokenizer, images.labels)

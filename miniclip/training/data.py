@@ -31,7 +31,7 @@ from miniclip.training.pairs import (
 )  # fmt: skip
 from miniclip.training.shards import Shards, is_address
 from miniclip.transform import ImageTransform
-from miniclip.zeroshot.data import labelled_images
+from miniclip.zeroshot.data import check_classes, labelled_images
 
 TEMPLATES = (
     "{}", "a {}", "the {}", "a photo of a {}.", "a photo of the {}.", "a blurry photo of a {}.",
@@ -122,7 +122,7 @@ def open_data(
         columns: the names of a metadata file's two columns, for image files and for captions.
 
     Raises:
-        ValueError: `name` has none of these forms, or fewer than two class folders have files.
+        ValueError: `name` has none of these forms, or `check_classes` refuses its folders.
     """
     if name == "shapes":
         from miniclip.training.drawn import Shapes
@@ -143,11 +143,7 @@ def open_data(
     if shards := list(map(str, root.glob("*.tar"))):
         return Shards(shards, transform)
     images = labelled_images(root)
-    if (count := len(set(images.classes))) < 2:
-        raise ValueError(
-            f"{root}: expected at least two folders of images, one for each class, because "
-            f"training compares classes; found {count}"
-        )
+    check_classes(images, root, named=False)
     captions = [class_captions(label) for label in images.labels]
     files = zip(images.paths, images.classes, strict=True)
     return Pictures([(path, captions[label], label) for path, label in files], transform)

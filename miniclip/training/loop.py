@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ def train(
 
     Raises:
         ValueError: `out` holds another checkpoint or run, the data is too small, the recipe does
-            not fit the model, or the loss is NaN or infinite.
+            not fit the model, a part would not be trained, or the loss is NaN or infinite.
     """
+    check_model(model)
     rank, world_size = rank_and_world_size()
     check_data(data, least=max(2, world_size))
     recipe = replace(recipe, batch=min(recipe.batch, len(data)))
@@ -78,7 +80,10 @@ def train(
     if loss is None and recipe.loss == "siglip":
         loss = SigmoidLoss().to(model.logit_scale.device)
 
-    run = Run(Path(out), model, recipe, loss, rank == 0, log)
+    # New captions can give a learnt tokenizer other ids, which the trained weights do not know.
+    tokens = repr((sorted(tokenizer.vocab.items()), tokenizer.merges)).encode()
+    inputs = {"tokenizer": sha256(tokens).hexdigest(), "transform": repr(transform)}
+    run = Run(Path(out), model, recipe, loss, rank == 0, log, inputs)
     whole_model, model = model, run.trained
     if run.step > steps:
         reason = f"already ran {run.step:,} steps, but a run on this data has {steps:,} steps"
@@ -161,6 +166,15 @@ def train(
         run.report(f"skipped images or shards: {len(skipped)}; they are named above")
     run.finish(tokenizer, transform)
     return whole_model.eval()
+
+
+def check_model(model: CLIP) -> None:
+    """Raise ValueError if training would silently leave out a part of the model."""
+    if engine := getattr(model.encode_image, "engine", ""):
+        raise ValueError(
+            f"encode_image runs on the engine {engine}, so the vision tower would not be trained; "
+            "first call `del model.encode_image`"
+        )
 
 
 def check_data(data: TrainingData, least: int) -> None:

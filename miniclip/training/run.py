@@ -36,11 +36,12 @@ class Run:
     """A run: the trained model, the optimizers, the step, the scores and the metrics.
 
     A `loss` with parameters is trained and saved too. Files are written only if `writes` is True.
+    `inputs` describes the tokenizer and the transform. With others, the run is not continued.
     """
 
     def __init__(
         self, out: Path, model: CLIP, recipe: Recipe, loss: Any = None, writes: bool = True,
-        log: str = "",
+        log: str = "", inputs: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.out, self.model, self.recipe, self.writes = out, model, recipe, writes
         if any(p.itemsize < 4 for p in model.parameters()):
@@ -64,7 +65,7 @@ class Run:
             {p: decay**layers for p, layers in above.items()},
         )
         config = model.config.to_dict() | {"class": type(model).__name__}
-        self.settings = {"recipe": asdict(recipe), "config": config}
+        self.settings = {"recipe": asdict(recipe), "config": config | (inputs or {})}
         self.step = 0
         self.losses: list[Any] = []  # losses after the newest row in `rows`; tensors or numbers
         self.loss = math.nan  # the newest loss that `read_losses` has read
@@ -122,7 +123,7 @@ class Run:
         if changed:
             raise ValueError(
                 f"{self.out}: holds an unfinished run with other values of {', '.join(changed)}; "
-                "continue that run with its own command, or choose another folder"
+                "continue that run with its own command and data, or choose another folder"
             )
         if self.writes:
             self.report(f"{self.out}: continued at step {self.step}")

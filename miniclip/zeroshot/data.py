@@ -123,7 +123,7 @@ def labelled_images(
 
 
 def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool) -> None:
-    """Raise ValueError if an accuracy on these images would be meaningless.
+    """Raise ValueError if training or an accuracy on these images would be meaningless.
 
     This is so if there is a single class, if a class has no files, or if the class folders are in
     other folders, such as train/. If the user named the classes (`named`), skip the last check.
@@ -134,7 +134,8 @@ def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool
             f"{root}: has only the folder {folders[0]!r}; expected a folder for each class. "
             f"Perhaps the class folders are in {root / folders[0]}"
         )
-    if empty := [folder for i, folder in enumerate(folders) if i not in {*images.classes}]:
+    used = {*images.classes}
+    if empty := [folder for i, folder in enumerate(folders) if i not in used]:
         raise ValueError(
             f"{root}: no files in {len(empty)} of its {len(folders)} folders, {listed(empty)}; "
             "expected images in the folder of each class"
@@ -145,8 +146,8 @@ def check_classes(images: LabelledImages, root: str | PathLike[str], named: bool
         return
     raise ValueError(
         f"{root}: has images in {listed(map(str, parents), 2)}; expected images in {root}/CLASS. "
-        f"Perhaps the class folders are in {parents[0].parent}. If not, name the {len(folders)} "
-        "classes with --labels"
+        f"Perhaps the class folders are in {parents[0].parent}. If not, move the images into "
+        f"{root}/CLASS. For eval, you can instead name the {len(folders)} classes with --labels"
     )
 
 

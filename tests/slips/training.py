@@ -158,8 +158,8 @@ SLIPS = [
     ),
     Slip(
         "Every process writes the checkpoint.",
-        "Run(Path(out), model, recipe, loss, rank == 0, log)",
-        "Run(Path(out), model, recipe, loss, True, log)",
+        "Run(Path(out), model, recipe, loss, rank == 0, log, inputs)",
+        "Run(Path(out), model, recipe, loss, True, log, inputs)",
         RUNS,
     ),
     Slip(
@@ -701,8 +701,8 @@ SLIPS = [
     ),
     Slip(
         "A single class folder is accepted.",
-        "labelled_images(root)\n    if (count := len(set(images.classes))) < 2:",
-        "labelled_images(root)\n    if (count := len(set(images.classes))) < 1:",
+        "    check_classes(images, root, named=False)\n    captions",
+        "    captions",
         DATA,
     ),
     Slip(
