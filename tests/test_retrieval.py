@@ -24,7 +24,7 @@ from test_hostile import cpu_seconds
 from twin import TINY, twins
 
 import miniclip
-from miniclip import ImageError, ImageTransform, retrieval
+from miniclip import CLIP, ImageError, ImageTransform, retrieval
 from miniclip.checkpoint import Loaded
 from miniclip.commands.main import main
 from miniclip.files import ahead
@@ -665,11 +665,28 @@ def test_the_fingerprint_depends_on_every_weight(loaded):
     assert fingerprint(model.half()) != fingerprint(model.bfloat16())
 
 
+def test_the_fingerprint_depends_on_what_uses_the_weights(loaded):
+    vision = loaded.model.config.vision
+    models = [
+        CLIP(replace(loaded.model.config, vision=replace(vision, **change)))
+        for change in ({}, {"act": "gelu"}, {"heads": vision.heads * 2}, {"ln_eps": 1e-6})
+    ]
+    for model in models:
+        model.load_state_dict(loaded.model.state_dict())
+    first, *others = map(fingerprint, models)
+    assert first == fingerprint(loaded.model) == fingerprint(torch.nn.DataParallel(loaded.model))
+    assert len({first, *others}) == 4
+    models[0].vision.blocks[1].mlp.act = torch.nn.GELU("tanh")
+    assert fingerprint(models[0]) not in (first, *others)
+
+
 def test_another_model_is_an_error_that_names_both(loaded):
     index = index_of(torch.eye(3), encoder=describe(loaded, "the first"))
     index.check(loaded)
     other = twins(loaded.model.config, seed=1)[0]
-    with pytest.raises(ValueError, match="by the first .weights .*not by the second .weights"):
+    with pytest.raises(
+        ValueError, match="by the first .fingerprint .*not by the second .fingerprint"
+    ):
         index.check(loaded._replace(model=other), "the second")
     with pytest.raises(ValueError, match="float32.*bfloat16"):
         model = twins(loaded.model.config)[0].bfloat16()
@@ -1104,7 +1121,7 @@ def test_the_same_command_continues_after_it_was_killed(loaded, tmp_path, monkey
     assert "continued, 2 of 3 parts were done" in err
     assert "miniclip: skipped 1 file; the index lists the reasons. The first: " in err
     assert "broken.png" in err
-    assert said.startswith(f"{out / 'i'}: 22 images, by {tmp_path / 'model'} (weights ")
+    assert said.startswith(f"{out / 'i'}: 22 images, by {tmp_path / 'model'} (fingerprint ")
     assert (out / "i").read_bytes() == (tmp_path / "whole").read_bytes()
     assert [path.name for path in out.iterdir()] == ["i"]
 

@@ -664,6 +664,25 @@ def test_questions_are_answered_one_at_a_time():
     assert answers == [(200, []), (200, [])] and not two.is_set()
 
 
+def test_questions_are_answered_one_at_a_time_after_a_timeout(monkeypatch):
+    """A timeout cannot stop the thread that computes the answer, so the next question waits."""
+    monkeypatch.setattr(serve, "MAX_SECONDS", 0.2)
+    inside, most, go = [], [], threading.Event()
+
+    def find(text):
+        inside.append(text)
+        most.append(len(inside))
+        go.wait(0.3)
+        inside.remove(text)
+        return []
+
+    app = create_app({}, find)
+    assert [ask(app, "search", {"text": text})[0] for text in "abc"] == [503, 503, 503]
+    go.set()
+    monkeypatch.setattr(serve, "MAX_SECONDS", 60)
+    assert ask(app, "search", {"text": "d"}) == (200, []) and max(most) == 1
+
+
 def test_a_question_that_nobody_waits_for_is_not_answered():
     asked = []
     gone = {"type": "http.disconnect"}

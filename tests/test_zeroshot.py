@@ -1,6 +1,7 @@
 """Test zero-shot classification: its prompts, scores and accuracy."""
 
 import hashlib
+import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from miniclip.files.ahead import read_ahead
 from miniclip.retrieval import embed_images, embed_query
 from miniclip.retrieval.building import encode_parts
 from miniclip.zeroshot.classifier import class_embeddings, embed_texts, find_templates
-from miniclip.zeroshot.data import folder_labels, labelled_images
+from miniclip.zeroshot.data import find_labels, folder_labels, labelled_images
 from miniclip.zeroshot.prompts import (
     CLASS_SETS,
     IMAGENET_CLASSES,
@@ -317,6 +318,15 @@ def test_labels_can_replace_the_names_of_the_folders(tmp_path):
     assert labelled_images(tmp_path, ["zero", "one"]).labels == ["zero", "one"]
     with pytest.raises(ValueError, match="3 labels for the 2 class folders"):
         labelled_images(tmp_path, ["zero", "one", "two"])
+
+
+@pytest.mark.parametrize("ids", [["0", "1", "10", "2"], ["n02", "n01"]])
+def test_ids_in_a_json_file_have_the_order_of_the_folders(tmp_path, ids):
+    (tmp_path / "labels.json").write_text(json.dumps({id: f"label of {id}" for id in ids}))
+    images = labelled_images(
+        make_folders(tmp_path, ids), find_labels(str(tmp_path / "labels.json"))
+    )
+    assert images.labels == [f"label of {folder}" for folder in images.folders]
 
 
 def test_hidden_files_are_not_images(tmp_path):

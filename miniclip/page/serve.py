@@ -11,6 +11,7 @@ import io
 import json
 import socket
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from miniclip.zeroshot.classifier import TEMPLATE, ZeroShotClassifier, find_temp
 try:
     import uvicorn
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import ClientDisconnect, Request
@@ -139,6 +139,7 @@ def create_app(
         ]
 
     one_at_a_time = asyncio.Lock()  # so that hooks never see the tensors of another question
+    one_thread = ThreadPoolExecutor(1)  # after a timeout, it may still compute the last answer
 
     waiting: set[asyncio.Task[Response]] = set()
 
@@ -150,7 +151,7 @@ def create_app(
             async with one_at_a_time:
                 if await request.is_disconnected():  # the page no longer waits for this answer
                     return Response()
-                return await run_in_threadpool(work, body)
+                return await asyncio.get_running_loop().run_in_executor(one_thread, work, body)
 
         async def endpoint(request: Request) -> Response:
             try:

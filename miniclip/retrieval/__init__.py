@@ -13,7 +13,7 @@ and counts the skipped files.
 `torchrun --nproc-per-node 8 -m miniclip embed ...` divides the work among processes.
 
 The index is one memory-mapped safetensors file. It holds unit vectors, names, a list of unreadable
-files, and a fingerprint of the weights. A search with any other model raises an error.
+files, and a fingerprint of the model. A search with any other model raises an error.
 
 ```python
 from miniclip.retrieval import Index, embed_query

@@ -20,6 +20,7 @@ from miniclip.checkpoint import Loaded, load
 from miniclip.errors import shown
 from miniclip.files.checks import as_list
 from miniclip.files.hub import commit_of, embedded_names, resolve
+from miniclip.files.modules import class_of, named_modules, state_of, unwrapped
 from miniclip.files.reading import open_regular
 from miniclip.files.tars import Member
 from miniclip.files.writing import replacing
@@ -31,6 +32,8 @@ from miniclip.transform import ImageTransform
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 BLOCK = 8192
 """How many rows a search compares at once. They take 16 MiB if each row has 512 numbers."""
+SETTINGS = ("head_width", "causal", "eps", "approximate", "stride")
+"""The settings of modules that change the output although the weights are the same."""
 TENSORS = {  # the tensors of an index file: dtype and number of dimensions
     "embeddings": (torch.float32, 2),
     "paths": (torch.uint8, 1),
@@ -46,13 +49,13 @@ class Encoder(NamedTuple):
 
     model: str
     revision: str | None  # the commit of a hub repository
-    fingerprint: str  # a hash of the weights
+    fingerprint: str  # a hash of the weights and of the modules' settings
     dtype: str  # the dtype of the weights
     transform: ImageTransform
 
     def __str__(self) -> str:
         commit = f" at {self.revision}" if self.revision else ""
-        return f"{self.model}{commit} (weights {self.fingerprint[:12]}, {self.dtype})"
+        return f"{self.model}{commit} (fingerprint {self.fingerprint[:12]}, {self.dtype})"
 
     def check(self, other: "Encoder", what: str, advice: str) -> None:
         """Raise ValueError unless `other` gives the same vectors. The error names both encoders."""
@@ -67,12 +70,18 @@ class Encoder(NamedTuple):
 def fingerprint(model: CLIP) -> str:
     """Return the SHA-256 of all weights with their names, shapes and dtypes, in hexadecimal.
 
-    The hash also covers the class of a fork, because a fork may use the same weights differently.
+    The hash also covers what uses the weights: the modules' classes and SETTINGS, and the class and
+    the config of a fork. Wrappers, such as the wrapper of `torch.compile`, do not change the hash.
     """
-    digest = sha256(b"" if model.model_type == "clip" else model.model_type.encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    model = unwrapped(model)
+    fork = "" if model.model_type == "clip" else f"{model.model_type} {model.config}"
+    digest = sha256(fork.encode())
+    for name, module in named_modules(model):
+        settings = [getattr(module, setting, None) for setting in SETTINGS]
+        digest.update(f"{name} {class_of(module).__name__} {settings}\n".encode())
+    for name, tensor in sorted(state_of(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

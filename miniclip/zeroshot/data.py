@@ -28,8 +28,8 @@ def find_labels(names: str | Iterable[str]) -> list[str]:
     """Return labels. `names` can be the labels, or the name of one data set, folder or file.
 
     A data set is a key of CLASS_SETS. A folder contains class folders. A text file has one label
-    on each line. A JSON file is a list of labels, {id: label} or {label: id}. Raises ValueError for
-    a file without labels.
+    on each line. A JSON file is a list of labels, {id: label} or {label: id}, where the ids decide
+    the order. Raises ValueError for a file without labels.
 
     >>> find_labels(["cat", "dog"]), len(find_labels("imagenet"))
     (['cat', 'dog'], 1000)
@@ -56,8 +56,10 @@ def _read_labels(path: Path) -> list[str]:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: expected labels, as lines or as a JSON list: {reason}") from None
     if isinstance(found, dict):
-        is_id_by_name = all(type(id) is int for id in found.values())
-        found = sorted(found, key=found.__getitem__) if is_id_by_name else [*found.values()]
+        if all(type(id) is int for id in found.values()):
+            found = sorted(found, key=found.__getitem__)
+        else:  # the ids are the names of the class folders, so they have the same order
+            found = [found[id] for id in _in_order(found)]
     if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
         raise ValueError(f"{path}: expected a list of labels, or an object {{id: label}}")
     if labels := [label.strip() for label in found if label.strip()]:
@@ -66,10 +68,13 @@ def _read_labels(path: Path) -> list[str]:
 
 
 def _folders_in(root: Path) -> list[str]:
-    found = [path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name)]
-    if all(name.isdecimal() for name in found):
-        return sorted(found, key=lambda name: (int(name), name))
-    return sorted(found)
+    names = [path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name)]
+    return _in_order(names)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    are_numbers = all(map(str.isdecimal, names))
+    return sorted(names, key=lambda name: (int(name) if are_numbers else 0, name))
 
 
 def class_folders(root: str | PathLike[str]) -> list[str]:

@@ -445,8 +445,8 @@ SLIPS = [
     ),
     Slip(
         "Questions are answered in parallel.",
-        "async with one_at_a_time:",
-        "async with asyncio.Lock():",
+        "one_thread = ThreadPoolExecutor(1)",
+        "one_thread = ThreadPoolExecutor(2)",
         f"{SERVE} -k one_at_a_time",
     ),
     Slip(
