@@ -25,7 +25,7 @@ from miniclip import (
     VisionConfig,
 )
 from miniclip.files import reading, writing
-from miniclip.files.writing import SAVED, finish_save, saving
+from miniclip.files.writing import PLACE, PREFIX, SAVED, finish_save, saving
 from miniclip.parity import randomize
 
 # Two checkpoints that differ in every file. Their weights have the same shapes, so a mixture of the
@@ -358,12 +358,13 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(saved, monkeypatch):
     assert len(set(numbers)) >= len([path for path in saved.iterdir()])
 
 
-def test_a_complete_save_is_finished_by_the_next_load(saved):
-    miniclip.save(saved / SAVED, *new())  # as if a save was killed before its last step
+@pytest.mark.parametrize("place", [SAVED, Path(SAVED).name])
+def test_a_complete_save_is_finished_by_the_next_load(saved, place):
+    miniclip.save(saved / place, *new())  # as if a save was killed before its last step
     (saved / "tokenizer.json").write_text("of another")
-    (saved / SAVED / "tokenizer.json").touch()
+    (saved / place / "tokenizer.json").touch()
     assert contents(miniclip.load(saved)) == contents(new())
-    assert not (saved / SAVED).exists() and not (saved / "tokenizer.json").exists()
+    assert not (saved / place).exists() and not (saved / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
@@ -399,7 +400,7 @@ def test_a_link_is_not_a_save_to_finish(saved, tmp_path):
 def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
     """A lock, not the age of the files, shows that a process is alive. The files are in
     .cache/huggingface, because upload_folder never uploads that folder."""
-    killed, alive = (saved / ".cache/huggingface" / f"miniclip-{name}" for name in ("old", "new"))
+    killed, alive = (saved / PLACE / f"{PREFIX}{name}" for name in ("old", "new"))
     for folder in (killed, alive):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
@@ -410,6 +411,33 @@ def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
     os.close(lock)
     miniclip.save(saved, *new())
     assert not [*saved.glob(".*")]
+
+
+@pytest.mark.parametrize("cache", ["folder", "mount", "link", "link to no folder"])
+def test_a_save_keeps_other_folders_wherever_the_cache_is(saved, tmp_path, monkeypatch, cache):
+    """`.cache` may be on another disk, where a rename fails, or a link to a disk that is gone."""
+    if "link" in cache:
+        (saved / ".cache").symlink_to(tmp_path / "disk")
+    if cache != "link to no folder":
+        (tmp_path / "disk").mkdir()
+        (saved / PLACE / "miniclip-runs").mkdir(parents=True)
+    (saved / "miniclip-runs").mkdir()
+    before = {path for path in saved.rglob("*")}
+
+    def between_disks(function):
+        def move(source, target):
+            if (PLACE in str(source)) != (PLACE in str(target)):
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            function(source, target)
+
+        return move
+
+    if cache in ("mount", "link"):
+        for function in (os.rename, os.replace):
+            monkeypatch.setattr(os, function.__name__, between_disks(function))
+    miniclip.save(saved, *new())
+    assert contents(miniclip.load(saved)) == contents(new())
+    assert {path for path in saved.rglob("*")} == before
 
 
 def test_each_save_writes_to_a_file_of_its_own(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 from miniclip.errors import CheckpointError, listed, shown
 from miniclip.files.published import openai_id
 from miniclip.files.reading import read_json
-from miniclip.files.writing import SAVED, finish_save
+from miniclip.files.writing import finish_save
 
 log = logging.getLogger("miniclip")  # the command prints this log; in Python it is off by default
 
@@ -94,8 +94,8 @@ def resolve(
             finish_save(directory)
         except OSError as error:
             raise CheckpointError(
-                f"{directory}: a save was interrupted here, and its files in {SAVED} cannot be "
-                f"moved into the directory: {error}"
+                f"{directory}: a save was interrupted here, and its files cannot be moved into the "
+                f"directory: {error}"
             ) from error
         return directory
     id = address["id"] if address else openai_id(str(name)) or str(name)

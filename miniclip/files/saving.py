@@ -23,7 +23,14 @@ from miniclip.files.open_clip import to_open_clip
 from miniclip.files.published import Fields
 from miniclip.files.reading import read_json_if_there
 from miniclip.files.vocabularies import STALE
-from miniclip.files.writing import SAVED, blaming_disk, finish_save, replacing, saving, write_json
+from miniclip.files.writing import (
+    blaming_disk,
+    complete_saves,
+    finish_save,
+    replacing,
+    saving,
+    write_json,
+)
 
 READ = (".json", ".txt", ".gz", ".safetensors", ".bin", ".pt")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -145,8 +152,7 @@ def one_version(read: F) -> F:
             with suppress(OSError):  # `read` calls `finish_save` again and reports its error
                 finish_save(directory)
             before = _state(directory)
-            # While SAVED exists, a save may have moved only some of its files.
-            is_whole = not os.path.isdir(directory / SAVED) or os.path.islink(directory / SAVED)
+            is_whole = not complete_saves(directory)  # a save may have moved only some of its files
             result, error = None, None
             try:
                 result = read(*args, **options)

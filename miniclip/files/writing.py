@@ -19,8 +19,9 @@ except ImportError:  # Windows
 
 PLACE = ".cache/huggingface"
 """Unfinished files are written here. huggingface_hub's `upload_folder` leaves this folder out."""
-SAVED = f"{PLACE}/miniclip.saved"
+SAVED = f"{PLACE}/.miniclip.saved"
 """The folder of a complete save. Its files still have to be moved to the checkpoint's directory."""
+PREFIX = ".miniclip-tmp-"  # a later save deletes such a folder, so no user may have this name
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -49,24 +50,28 @@ def replacing(path: Path) -> Iterator[Path]:
 def _private_folder(directory: Path) -> Iterator[Path]:
     """Yield a new folder inside `directory`, and remove it at the end.
 
+    The folder is in PLACE. If PLACE is behind a link, or if a rename from there would fail, because
+    PLACE is on another disk, the folder is in `directory` itself.
+
     A process locks its folder. A folder without a lock was left by a killed process, and is removed
     here. On a system without locks, such a folder stays.
     """
-    held = None
+    places, held = (directory / ".cache", directory / PLACE), None
     while held is None:  # another process may remove the folder or its parents before we lock it
-        os.stat(directory)  # raises if there is no such directory
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
+        if not any(map(os.path.islink, places)):
+            try:
+                for place in places:
+                    with suppress(FileExistsError):
+                        os.mkdir(place)
+                os.rename(folder, places[1] / folder.name)
+                folder = places[1] / folder.name
+            except FileNotFoundError:  # another process removed PLACE
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            except OSError:  # PLACE is on another disk, or cannot be written
+                pass
         with suppress(FileNotFoundError):
-            for place in (directory / ".cache", directory / PLACE):
-                with suppress(FileExistsError):
-                    os.mkdir(place)
-            base = directory / PLACE
-            if base.stat().st_dev != directory.stat().st_dev:  # a rename across devices fails
-                base = directory
-            for left in base.glob("miniclip-*"):
-                with suppress(OSError):
-                    os.close(lock(left))
-                    shutil.rmtree(left)
-            folder = Path(tempfile.mkdtemp(prefix="miniclip-", dir=base))
             try:
                 held = lock(folder)
             except BlockingIOError:
@@ -75,6 +80,10 @@ def _private_folder(directory: Path) -> Iterator[Path]:
                 held = -1
             held = held if folder.exists() else None
     try:
+        for left in {*folder.parent.glob(f"{PREFIX}*")} - {folder}:
+            with suppress(OSError):
+                os.close(lock(left))
+                shutil.rmtree(left)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -106,8 +115,9 @@ def saving(directory: Path) -> Iterator[Path]:
     """Yield a folder to write files to. At the end, either all files move to `directory` or none.
 
     An empty file in the folder means: delete the file with this name. To complete the save, the
-    folder is renamed to SAVED. If the process is killed before the rename, the directory keeps its
-    files. If it is killed later, the next reader calls `finish_save`. Raises CheckpointError.
+    folder is renamed to SAVED, or to the same name in `directory` if it is not in PLACE. If the
+    process is killed before the rename, the directory keeps its files. If it is killed later, the
+    next reader calls `finish_save`. Raises CheckpointError.
     """
     folder, is_new = directory, not directory.exists()
     try:
@@ -135,18 +145,28 @@ def _commit(folder: Path, directory: Path) -> None:
     while True:
         finish_save(directory)
         try:
-            return os.replace(folder, directory / SAVED)
+            return os.replace(folder, folder.parent / Path(SAVED).name)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process saved first
                 raise
 
 
+def complete_saves(directory: Path) -> list[Path]:
+    """The folders of complete saves in a directory. A link to a folder is left out."""
+    folders = (directory / SAVED, directory / Path(SAVED).name)
+    return [saved for saved in folders if os.path.isdir(saved) and not saved.is_symlink()]
+
+
 def finish_save(directory: Path) -> None:
-    """If the folder SAVED exists, move its files into `directory`."""
-    saved = directory / SAVED
+    """If a save is complete, move its files into `directory`."""
+    for saved in complete_saves(directory):
+        _finish(saved, directory)
+
+
+def _finish(saved: Path, directory: Path) -> None:
     try:
-        names = [] if saved.is_symlink() else os.listdir(saved)
-    except (FileNotFoundError, NotADirectoryError):
+        names = os.listdir(saved)
+    except FileNotFoundError:  # another process has finished
         return
     for name in names:
         with suppress(FileNotFoundError):  # another process may move the same files now
