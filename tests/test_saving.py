@@ -397,6 +397,13 @@ def test_a_link_is_not_a_save_to_finish(saved, tmp_path):
     assert contents(miniclip.load(tmp_path / "elsewhere")) == contents(new())
 
 
+def test_a_dead_link_in_a_complete_save_does_not_keep_it_unfinished(saved):
+    (saved / SAVED).mkdir(parents=True)
+    (saved / SAVED / "notes").symlink_to("nowhere")
+    assert contents(miniclip.load(saved)) == contents(old())
+    assert not (saved / SAVED).exists() and (saved / "notes").is_symlink()
+
+
 def test_files_of_killed_processes_are_removed_and_others_are_kept(saved):
     """A lock, not the age of the files, shows that a process is alive. The files are in
     .cache/huggingface, because upload_folder never uploads that folder."""

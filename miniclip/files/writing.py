@@ -170,7 +170,7 @@ def _finish(saved: Path, directory: Path) -> None:
         return
     for name in names:
         with suppress(FileNotFoundError):  # another process may move the same files now
-            if (saved / name).stat().st_size:
+            if (saved / name).lstat().st_size:
                 os.replace(saved / name, directory / name)
             else:
                 (directory / name).unlink(missing_ok=True)

@@ -239,7 +239,7 @@ SLIPS = [
     ),
     Slip(
         "An empty file replaces a file that should be deleted.",
-        "if (saved / name).stat().st_size:",
+        "if (saved / name).lstat().st_size:",
         "if True:",
         "tests/test_saving.py -k complete",
     ),
