@@ -25,6 +25,7 @@ from miniclip import (
     VisionConfig,
 )
 from miniclip.files import reading, writing
+from miniclip.files.saving import one_version
 from miniclip.files.writing import PLACE, PREFIX, SAVED, finish_save, saving
 from miniclip.parity import randomize
 
@@ -499,6 +500,27 @@ def test_a_load_during_a_save_has_one_version(saved, monkeypatch, read):
         if isinstance(found, tuple):
             assert contents(found) == contents(expected)
     assert saves[0] > 2
+
+
+@pytest.mark.parametrize(
+    "written, times",
+    [("train_log.txt", 1), ("metrics.json", 1), ("merges.txt", 2), ("my.pt", 2)]
+    + [("model-00001-of-00002.safetensors", 2), ("added_tokens.json", 2), ("other.pt", 1)],
+)
+def test_a_read_is_repeated_only_for_files_that_it_reads(tmp_path, written, times):
+    """Another program may write a log to the folder of a checkpoint all the time."""
+    reads = []
+
+    @one_version
+    def read(name):
+        reads.append(name)
+        if len(reads) < 2 or times == 1:
+            with open(tmp_path / written, "a") as file:
+                file.write("step\n")
+
+    (tmp_path / "my.pt").touch()
+    read(tmp_path / "my.pt")
+    assert len(reads) == times
 
 
 def test_a_folder_in_the_place_of_a_file_is_found_before_anything_moves(saved):

@@ -1,11 +1,14 @@
 """Save a model or a whole checkpoint. Read a directory while another process saves to it."""
 
+import fnmatch
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import wraps
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +35,8 @@ from miniclip.files.writing import (
     write_json,
 )
 
-READ = (".json", ".txt", ".gz", ".safetensors", ".bin", ".pt")
+FILES = chain(*chain(*HUB_FILES.values()))
+READ = re.compile("|".join(map(fnmatch.translate, FILES)))  # the names that `load` reads
 F = TypeVar("F", bound=Callable[..., Any])
 WRITTEN = dict.fromkeys(LAYOUTS, WEIGHTS[0]) | {"open_clip": "open_clip_model.safetensors"}
 
@@ -144,21 +148,21 @@ def one_version(read: F) -> F:
     def reading(*args: Any, **options: Any) -> Any:
         given = options.get("name", options.get("directory", args[-1] if args else ""))
         name = Path(os.path.expanduser(given))
-        directory = name.parent if os.path.isfile(name) else name
+        directory, file = (name.parent, name.name) if os.path.isfile(name) else (name, "")
         directory /= options.get("subfolder") or "."
         if not os.path.isdir(directory):
             return read(*args, **options)
         for _ in range(1000):
             with suppress(OSError):  # `read` calls `finish_save` again and reports its error
                 finish_save(directory)
-            before = _state(directory)
+            before = _state(directory, file)
             is_whole = not complete_saves(directory)  # a save may have moved only some of its files
             result, error = None, None
             try:
                 result = read(*args, **options)
             except (ValueError, OSError) as raised:
                 error = raised
-            if _state(directory) == before and (is_whole or error):
+            if _state(directory, file) == before and (is_whole or error):
                 if error:
                     raise error
                 return result
@@ -167,12 +171,13 @@ def one_version(read: F) -> F:
     return reading  # type: ignore[return-value]
 
 
-def _state(directory: Path) -> dict[str, tuple[int, int, int]]:
-    """The inode, time and size of each file. Each save changes at least one of these numbers."""
+def _state(directory: Path, weights: str) -> dict[str, tuple[int, int, int]]:
+    """The inode, time and size of the file `weights` and of each other file that `load` reads. Each
+    save changes at least one of these numbers."""
     state = {}
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            if entry.name.endswith(READ):
+            if entry.name == weights or READ.match(entry.name):
                 found = entry.stat()
                 state[entry.name] = (found.st_ino, found.st_mtime_ns, found.st_size)
     return state

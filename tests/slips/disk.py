@@ -227,7 +227,7 @@ SLIPS = [
     ),
     Slip(
         "A load may mix files of two saves.",
-        "_state(directory) == before and (is_whole or error)",
+        "_state(directory, file) == before and (is_whole or error)",
         "True",
         "tests/test_saving.py -k one_version",
     ),
