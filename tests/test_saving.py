@@ -295,6 +295,34 @@ def test_a_save_over_another_checkpoint_replaces_it_or_is_an_error(tmp_path, ear
             assert settings["preprocess_cfg"]["mean"] == [0.5] * 3
 
 
+# -------------------------------------------------------------------------- the name of a directory
+
+
+def savers():
+    """The four functions that save to a directory, given by its name."""
+    return [lambda name: miniclip.save(name, *old()), *(part.save_pretrained for part in old())]
+
+
+def test_a_tilde_is_the_home_folder_for_a_save_as_for_a_load(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for number, save in enumerate(savers()):
+        save(f"~/{min(number, 1)}")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert contents(miniclip.load("~/0")) == contents(miniclip.load("~/1")) == contents(old())
+    assert Tokenizer.from_directory("~/1").vocab == old()[1].vocab
+
+
+def test_a_save_under_the_name_of_an_embedded_checkpoint_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for save in savers():
+        with pytest.raises(CheckpointError, match="gives the embedded.*Save to './shapes'"):
+            save("shapes")
+        assert not (tmp_path / "shapes").exists()
+    miniclip.save("./shapes", *old())
+    assert contents(miniclip.load("./shapes")) == contents(old())
+
+
 # ---------------------------------------------------------------------------- the steps of a save
 
 

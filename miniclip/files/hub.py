@@ -124,6 +124,17 @@ def as_path(name: str | PathLike[str]) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def as_destination(directory: str | PathLike[str]) -> Path:
+    """The path of a directory that will be written. Raises CheckpointError for the name of an
+    embedded checkpoint, because `load` would read the embedded checkpoint."""
+    if directory in embedded_names():
+        raise CheckpointError(
+            f"{directory}: not saved, because `load({directory!r})` gives the embedded checkpoint. "
+            f"Save to './{directory}' or to another directory"
+        )
+    return as_path(directory)
+
+
 @cache
 def _say_once(message: str) -> None:
     log.info(message)

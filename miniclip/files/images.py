@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from miniclip.errors import CheckpointError, blaming, shown, wrong
-from miniclip.files.hub import CONFIGS
+from miniclip.files.hub import CONFIGS, as_destination
 from miniclip.files.open_clip import preprocessing_from_open_clip, preprocessing_to_open_clip
 from miniclip.files.reading import read_json, read_json_if_there
 from miniclip.files.writing import saving, write_json
@@ -107,7 +107,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def write_settings(directory: str | PathLike[str], fields: dict[str, Any]) -> None:
     """Write preprocessor_config.json, and update the other files that have the same settings."""
-    directory = Path(directory)
+    directory = as_destination(directory)
     settings = to_transformers(fields)
     with saving(directory) as folder:
         if saved := read_json_if_there(directory / CONFIGS["open_clip"]):

@@ -11,7 +11,7 @@ from torch import nn
 
 from miniclip.errors import CheckpointError, blaming, listed, warn
 from miniclip.files import configs, images
-from miniclip.files.hub import resolve
+from miniclip.files.hub import as_path, resolve
 from miniclip.files.models import Fork, Stored, open_model, read_fields, without_weights
 from miniclip.files.modules import check_described, class_of, keeps_tensors, state_of
 from miniclip.files.saving import one_version, write_model
@@ -182,7 +182,7 @@ class PretrainedTokenizer:
         cls: type[T], directory: str | PathLike[str], *, reference: str = "transformers"
     ) -> T:
         """Read tokenizer.json, or vocab.json and merges.txt, or OpenAI's bpe_simple_vocab."""
-        vocabulary = read_vocabulary(Path(directory))
+        vocabulary = read_vocabulary(as_path(directory))
         options = {"added": vocabulary.added, "context_length": vocabulary.context_length}
         options |= {"reference": reference, **vocabulary.special}
         return cls(vocabulary.vocab, vocabulary.merges, **options)

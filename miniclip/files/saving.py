@@ -19,7 +19,7 @@ from torch import Tensor
 
 from miniclip.errors import CheckpointError, blaming, listed, wrong
 from miniclip.files.configs import openai_numbers, refuse_inexpressible, to_transformers
-from miniclip.files.hub import CONFIGS, HUB_FILES, VOCABULARIES, WEIGHTS
+from miniclip.files.hub import CONFIGS, HUB_FILES, VOCABULARIES, WEIGHTS, as_destination
 from miniclip.files.models import PLAIN, Fork, check_fits
 from miniclip.files.names import LAYOUTS, pack
 from miniclip.files.open_clip import to_open_clip
@@ -54,7 +54,7 @@ def write_model(
     files cannot be written, if the layout cannot express the model, or if `load` would read other
     files in the directory instead of the saved files.
     """
-    directory = Path(directory)
+    directory = as_destination(directory)
     check_layout(layout)
     refuse_other_files(directory, layout)
     with blaming_disk(directory), blaming(directory):
@@ -100,7 +100,7 @@ def saving_checkpoint(
     if model, tokenizer and transform do not fit together, or if `load` would read other files in
     the directory instead of the saved files.
     """
-    directory = Path(directory)
+    directory = as_destination(directory)
     check_layout(layout)
     check_fits(f"{directory}: not saved", asdict(model.config), tokenizer, transform)
     absent: tuple[str, ...] = () if tokenizer else VOCABULARIES

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from miniclip.errors import CheckpointError, blaming, shown
 from miniclip.files.checks import LONGEST_CONTEXT, check_tokens
-from miniclip.files.hub import OPENAI_VOCABULARY
+from miniclip.files.hub import OPENAI_VOCABULARY, as_destination
 from miniclip.files.open_clip import context_of_open_clip
 from miniclip.files.reading import MOST_BYTES, read_json, read_json_if_there, read_lines
 from miniclip.files.writing import replacing, saving, write_json
@@ -84,7 +84,7 @@ def write_vocabulary(directory: str | PathLike[str], vocabulary: Vocabulary) -> 
     }
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, **special}
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
-    with saving(Path(directory)) as folder:
+    with saving(as_destination(directory)) as folder:
         write_json(folder / "vocab.json", vocab)
         with replacing(folder / "merges.txt") as temporary:
             temporary.write_text("\n".join(lines), encoding="utf-8", newline="\n")

@@ -6,7 +6,6 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ContextLengthError
+from miniclip.files.hub import as_destination
 from miniclip.follow import ids_for
 from miniclip.loss import clamp_logit_scale
 from miniclip.model import CLIP, attentions
@@ -83,7 +83,7 @@ def train(
     # New captions can give a learnt tokenizer other ids, which the trained weights do not know.
     tokens = repr((sorted(tokenizer.vocab.items()), tokenizer.merges)).encode()
     inputs = {"tokenizer": sha256(tokens).hexdigest(), "transform": repr(transform)}
-    run = Run(Path(out), model, recipe, loss, rank == 0, log, inputs)
+    run = Run(as_destination(out), model, recipe, loss, rank == 0, log, inputs)
     whole_model, model = model, run.trained
     if run.step > steps:
         reason = f"already ran {run.step:,} steps, but a run on this data has {steps:,} steps"

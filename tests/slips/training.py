@@ -158,8 +158,8 @@ SLIPS = [
     ),
     Slip(
         "Every process writes the checkpoint.",
-        "Run(Path(out), model, recipe, loss, rank == 0, log, inputs)",
-        "Run(Path(out), model, recipe, loss, True, log, inputs)",
+        "Run(as_destination(out), model, recipe, loss, rank == 0, log, inputs)",
+        "Run(as_destination(out), model, recipe, loss, True, log, inputs)",
         RUNS,
     ),
     Slip(
