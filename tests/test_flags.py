@@ -151,7 +151,7 @@ def test_an_index_stores_the_commit_that_was_loaded(run, output, monkeypatch, tm
     """The hub's client stores a model in a folder that has the commit's name."""
 
     def snapshot(repository, *, revision, **options):
-        folder = tmp_path / "snapshots" / f"commit-of-{revision}"
+        folder = tmp_path / "models--me--mine" / "snapshots" / f"commit-of-{revision}"
         if not folder.is_dir():
             miniclip.save(folder, *miniclip.load("everyday"))
         return str(folder)

@@ -709,7 +709,7 @@ def test_a_lasting_name_has_the_whole_path_or_the_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
     assert lasting_name("model") == (str(tmp_path / "model"), None)
-    snapshot = tmp_path / "snapshots" / "c0ffee"
+    snapshot = tmp_path / "models--openai--clip" / "snapshots" / "c0ffee"
     monkeypatch.setattr(retrieval.index, "resolve", lambda *args, **kwargs: snapshot)
     assert lasting_name("openai/clip", "main") == ("openai/clip", "c0ffee")
 

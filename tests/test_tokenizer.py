@@ -26,7 +26,7 @@ from miniclip import tokenizer as module
 from miniclip.config import TextConfig
 from miniclip.errors import CheckpointError, ContextLengthError
 from miniclip.files.checks import REFERENCES
-from miniclip.files.hub import OPENAI_VOCABULARY
+from miniclip.files.hub import OPENAI_VOCABULARY, commit_of
 from miniclip.text import unicode
 from miniclip.text.chunks import RememberedChunks
 from miniclip.text.merge import learn_merges
@@ -966,3 +966,13 @@ def test_from_pretrained_takes_the_options_of_load(trained, tmp_path):
     shutil.copytree(trained, repository / "snapshots" / commit)
     options = dict(revision="v2", cache_dir=tmp_path, local_files_only=True)
     assert Tokenizer.from_pretrained("a/b", **options).vocab_size == 1500
+
+
+@pytest.mark.parametrize(
+    "path, commit",
+    [("models--a--b/snapshots/c0ffee/model.bin", "c0ffee"), ("snapshots/mine/model.bin", None)],
+)
+def test_the_commit_of_a_path_is_read_only_from_the_hubs_cache(path, commit):
+    """A user's own folder may be called snapshots."""
+    assert commit_of(Path(path)) == commit
+    assert commit_of(Path("/data/snapshots") / path / "snapshots" / "1") == commit

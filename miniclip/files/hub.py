@@ -182,9 +182,9 @@ def _download(
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit in a path of the hub's cache, .../snapshots/COMMIT. None for any other path."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+    """The commit in a path of the hub's cache, or None for any other path."""
+    found = re.search(r"(?:^|/)models--[^/]+/snapshots/([^/]+)", path.as_posix())
+    return found[1] if found else None
 
 
 def _hashes_at(repository: str, commit: str, local_files_only: bool) -> dict[str, str]:
