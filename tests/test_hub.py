@@ -391,6 +391,13 @@ def test_a_pasted_address_says_which_revision_and_which_folder(hub, files, model
         CLIP.from_pretrained(f"https://huggingface.co/{NAME}/blob/main/model.safetensors")
 
 
+def test_a_pasted_address_may_have_a_slash_or_a_space_in_a_name(monkeypatch):
+    """The hub's page of a pull request has such an address."""
+    monkeypatch.setattr(hub_files, "_download", lambda *arguments: arguments)
+    asked = hub_files.resolve("https://hf.co/me/x/tree/refs%2Fpr%2F21/my%20files", "config")
+    assert asked[:4] == ("me/x", "config", "refs/pr/21", "my files")
+
+
 def test_the_command_prints_at_once_that_it_asks_the_hub(hub, capsys, monkeypatch):
     hub_files._say_once.cache_clear()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: 1 / 0)

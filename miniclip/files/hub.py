@@ -10,6 +10,7 @@ from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from miniclip.errors import CheckpointError, listed, shown
 from miniclip.files.published import openai_id
@@ -82,7 +83,8 @@ def resolve(
     """
     address = None if os.path.exists(as_path(name)) else ADDRESS.fullmatch(str(name))
     if address:
-        revision, subfolder = revision or address["revision"], subfolder or address["folder"]
+        said = {part: text and unquote(text) for part, text in address.groupdict().items()}
+        revision, subfolder = revision or said["revision"], subfolder or said["folder"]
     folder = subfolder or "."
     if os.path.isabs(folder) or ".." in Path(folder).parts:
         raise CheckpointError(f"subfolder is {shown(folder)}; expected a folder inside {name}")

@@ -1055,14 +1055,14 @@ SLIPS = [
     ),
     Slip(
         "The folder in a hub address overrides `subfolder`.",
-        'subfolder or address["folder"]',
-        'address["folder"] or subfolder',
+        'subfolder or said["folder"]',
+        'said["folder"] or subfolder',
         "tests/test_hub.py -k pasted_address",
     ),
     Slip(
         "The revision in a hub address overrides `revision`.",
-        'revision, subfolder = revision or address["revision"]',
-        'revision, subfolder = address["revision"] or revision',
+        'revision, subfolder = revision or said["revision"]',
+        'revision, subfolder = said["revision"] or revision',
         "tests/test_hub.py -k pasted_address",
     ),
     Slip(
