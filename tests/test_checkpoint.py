@@ -27,6 +27,7 @@ from twin import TINY, randomize, tokenizer_of, transformers_config, twins, writ
 from miniclip import (
     CLIP,
     CheckpointError,
+    CLIPConfig,
     TextConfig,
     TextTower,
     Tokenizer,
@@ -922,6 +923,18 @@ def test_each_part_alone_is_loaded_by_every_kind_of_name(model, tmp_path, monkey
         assert Tokenizer.from_pretrained(name, reference="openai").merges == tokenizer.merges
         assert ImageTransform.from_pretrained(name, revision="main").size == 40
     assert {type(part) for part in load(directory)} == {CLIP, Tokenizer, ImageTransform}
+
+
+@pytest.mark.parametrize("read", [load, CLIP, Tokenizer, ImageTransform, CLIPConfig])
+def test_a_revision_of_a_checkpoint_that_is_not_from_the_hub_is_an_error(read, tmp_path):
+    commit = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    shutil.copytree(resolve("shapes", "model"), commit)
+    read = getattr(read, "from_pretrained", read)
+    for name in ("shapes", commit, commit / "model.safetensors"):
+        with pytest.raises(CheckpointError, match="revision is 'v2', but only .* leave it out"):
+            read(name, revision="v2")
+    read("shapes", revision="main")
+    read(commit, revision="c0ffee")
 
 
 def test_an_embedded_name_wins_over_a_directory(saved, monkeypatch):

@@ -655,6 +655,8 @@ def test_each_part_is_loaded_from_the_given_place(monkeypatch):
     for name in ("one", "other"):
         assert [given for given in asked if given == (name, options)] == [(name, options)] * 3
         assert ("tokenizer", name, options) in asked and ("transform", name, options) in asked
+    parity.load_pair("one", "everyday", revision="v2")  # only "one" can have a revision
+    assert ("everyday", {"revision": None}) in asked and ("everyday", options) not in asked
 
 
 @pytest.mark.slow

@@ -92,6 +92,11 @@ def resolve(
     path = EMBEDDED / name if name in embedded else as_path(name)
     if str(name) and (os.path.isdir(path) or os.path.isfile(path)):
         directory = _inside(path if os.path.isdir(path) else path.parent, folder)
+        if revision not in (None, "main", commit_of(directory)):
+            raise CheckpointError(
+                f"{name}: revision is {shown(revision)}, but only a repository of the hub has "
+                "revisions; leave it out"
+            )
         try:
             finish_save(directory)
         except OSError as error:
@@ -135,6 +140,11 @@ def as_destination(directory: str | PathLike[str]) -> Path:
             f"Save to './{directory}' or to another directory"
         )
     return as_path(directory)
+
+
+def is_local(name: str | PathLike[str]) -> bool:
+    """Whether a name is an embedded checkpoint, a directory or a file, and not a hub repository."""
+    return name in embedded_names() or os.path.exists(as_path(name))
 
 
 @cache

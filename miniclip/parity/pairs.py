@@ -18,7 +18,7 @@ from miniclip.checkpoint import Loaded
 from miniclip.config import CLIPConfig
 from miniclip.errors import CheckpointError
 from miniclip.files.configs import beyond_transformers
-from miniclip.files.hub import has_files, resolve
+from miniclip.files.hub import has_files, is_local, resolve
 from miniclip.files.models import meta_device
 from miniclip.files.names import TRANSFORMERS, layout_name
 from miniclip.files.reading import read_json
@@ -87,6 +87,8 @@ def _load(name: Name, options: dict[str, Any]) -> Loaded:
     loaded, put a function in its place that raises the error. The comparison then reports it."""
     if code := CODE.fullmatch(str(name)):
         return _made_by(Path(code["file"]), code["name"] or "model")
+    if is_local(name):  # the revision belongs to the other model
+        options = options | {"revision": None}
     parts: dict[str, Any] = {"tokenizer": Tokenizer, "transform": ImageTransform}
     for part, kind in parts.items():
         try:

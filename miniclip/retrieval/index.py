@@ -19,7 +19,7 @@ from torch import Tensor
 from miniclip.checkpoint import Loaded, load
 from miniclip.errors import shown
 from miniclip.files.checks import as_list
-from miniclip.files.hub import commit_of, embedded_names, resolve
+from miniclip.files.hub import as_path, commit_of, embedded_names, is_local, resolve
 from miniclip.files.modules import class_of, named_modules, state_of, unwrapped
 from miniclip.files.reading import open_regular
 from miniclip.files.tars import Member
@@ -93,11 +93,12 @@ def describe(loaded: Loaded, name: str, revision: str | None = None) -> Encoder:
 
 def lasting_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
     """Return a name and a revision that load the same model from any folder, at any later time."""
+    directory = resolve(name, "model", revision=revision)
     if name in embedded_names():
         return name, None
-    if os.path.exists(name):
-        return os.path.abspath(name), None
-    return name, commit_of(resolve(name, "model", revision=revision))
+    if is_local(name):
+        return os.path.abspath(as_path(name)), None
+    return name, commit_of(directory)
 
 
 class Strings(Sequence[str]):
