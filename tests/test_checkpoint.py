@@ -909,6 +909,11 @@ def test_the_error_for_an_unknown_name_lists_the_known_names(name, read):
         read.from_pretrained(name)
 
 
+def test_a_path_is_not_the_name_of_an_embedded_checkpoint():
+    with pytest.raises(CheckpointError, match="no directory called 'everyday'.* give the string"):
+        load(Path("everyday"))
+
+
 def test_each_part_alone_is_loaded_by_every_kind_of_name(model, tmp_path, monkeypatch):
     tokenizer = tokenizer_of(TINY)
     save(tmp_path / "odd näme %s {}", model, tokenizer, ImageTransform(40))

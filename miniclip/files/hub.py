@@ -106,6 +106,11 @@ def resolve(
             ) from error
         return directory
     id = address["id"] if address else openai_id(str(name)) or str(name)
+    if id in embedded:
+        raise CheckpointError(
+            f"no directory called {id!r}, which a Path means; for the embedded checkpoint, give "
+            f"the string {id!r}"
+        )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", id) or Path(id).suffix in SUFFIXES:
         raise CheckpointError(
             f"no checkpoint called {shown(str(name))}: expected one of {', '.join(embedded)}, a "
