@@ -36,6 +36,7 @@ from miniclip import (
 )
 from miniclip.files.models import open_model
 from miniclip.files.names import LAYOUTS, pack
+from miniclip.files.published import fields_of_timm
 from miniclip.lens import decompose
 from miniclip.surgery import add_tokens
 from miniclip.training.data import open_data
@@ -526,6 +527,37 @@ def test_timms_vision_tower_is_read(tmp_path, xsmall):
         write(tmp_path / "config.json", settings | change)
         with pytest.raises(CheckpointError, match=said):
             VisionTower.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, act",  # timm, vision_transformer.py: "natively QuickGELU", or no such note
+    [
+        ("vit_base_patch32_clip_224.openai", "quick"),
+        ("vit_base_patch32_clip_quickgelu_224.openai", "quick_gelu"),
+        ("vit_base_patch16_clip_224.openai_ft_in1k", "gelu"),
+        ("vit_base_patch32_clip_224.laion400m_e31", "quick"),
+        ("vit_base_patch32_clip_224.laion400m_e32", "quick"),
+        ("vit_base_patch16_clip_224.laion400m_e32", "gelu"),
+        ("vit_base_patch16_clip_224.dfn2b", "gelu"),
+        ("vit_large_patch14_clip_224.dfn2b", "quick"),
+        ("vit_large_patch14_clip_224.dfn2b_s39b", "gelu"),
+        ("vit_huge_patch14_clip_378.dfn5b", "quick"),
+        ("vit_huge_patch14_clip_224.metaclip_altogether", "gelu"),
+        ("vit_huge_patch14_clip_224.metaclip2_worldwide", "quick"),
+        ("vit_huge_patch14_clip_378.metaclip2_worldwide", "gelu"),
+        ("vit_gigantic_patch14_clip_224.metaclip_2pt5b", "quick"),
+        ("vit_gigantic_patch14_clip_224.metaclip2_worldwide", "gelu"),
+    ],
+)
+def test_timms_weights_with_another_activation_than_their_architecture_are_an_error(name, act):
+    architecture, tag = name.split(".")
+    for architecture in (architecture, name):  # timm may write the tag twice
+        settings = {"architecture": architecture, "pretrained_cfg": {"tag": tag}}
+        if act == "quick":
+            with pytest.raises(ValueError, match="which has GELU, but .* trained with QuickGELU"):
+                fields_of_timm(settings)
+        else:
+            assert fields_of_timm(settings)["vision"]["act"] == act
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["head in the trunk", "head outside"])
