@@ -195,6 +195,21 @@ def test_a_vocabulary_of_ours_with_a_literal_end_token_is_kept(tmp_path):
     assert load(tmp_path).tokenizer.vocab == tokenizer.vocab
 
 
+def test_a_model_of_open_clips_that_pools_at_clips_end_token_has_a_tokenizer(tmp_path):
+    tokenizer = Tokenizer.train(["a photo of a cat"], 600, context_length=20)
+    text = replace(TINY.text, width=64, heads=1, eos_token_id=2)
+    vision = replace(TINY.vision, width=64, heads=1)
+    model = CLIP(replace(TINY, text=text, vision=vision))
+    model.save_pretrained(tmp_path, "open_clip")
+    ImageTransform(40).save_pretrained(tmp_path)
+    merges = [[*pair] for pair in tokenizer.merges]
+    write(tmp_path / "tokenizer.json", {"model": {"vocab": tokenizer.vocab, "merges": merges}})
+    settings = json.loads((tmp_path / "open_clip_config.json").read_text())
+    settings["model_cfg"]["text_cfg"] |= {"pool_type": "eos", "eos_id": tokenizer.eos_token_id}
+    write(tmp_path / "open_clip_config.json", settings)
+    assert load(tmp_path).tokenizer.vocab == tokenizer.vocab
+
+
 # --------------------------------------------------------------------------------------- subfolders
 
 
