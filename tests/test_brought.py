@@ -36,6 +36,7 @@ from miniclip import (
 )
 from miniclip.files.models import open_model
 from miniclip.files.names import LAYOUTS, pack
+from miniclip.files.published import fields_of_timm
 from miniclip.lens import decompose
 from miniclip.surgery import add_tokens
 from miniclip.training.data import open_data
@@ -191,6 +192,21 @@ def test_a_vocabulary_of_ours_with_a_literal_end_token_is_kept(tmp_path):
     tokenizer = Tokenizer(plain.vocab, plain.merges, added=plain.added, eos_token=end)
     text = replace(TINY.text, eos_token_id=2, literal_eos=True)
     save(tmp_path, CLIP(replace(TINY, text=text)), tokenizer, ImageTransform(40))
+    assert load(tmp_path).tokenizer.vocab == tokenizer.vocab
+
+
+def test_a_model_of_open_clips_that_pools_at_clips_end_token_has_a_tokenizer(tmp_path):
+    tokenizer = Tokenizer.train(["a photo of a cat"], 600, context_length=20)
+    text = replace(TINY.text, width=64, heads=1, eos_token_id=2)
+    vision = replace(TINY.vision, width=64, heads=1)
+    model = CLIP(replace(TINY, text=text, vision=vision))
+    model.save_pretrained(tmp_path, "open_clip")
+    ImageTransform(40).save_pretrained(tmp_path)
+    merges = [[*pair] for pair in tokenizer.merges]
+    write(tmp_path / "tokenizer.json", {"model": {"vocab": tokenizer.vocab, "merges": merges}})
+    settings = json.loads((tmp_path / "open_clip_config.json").read_text())
+    settings["model_cfg"]["text_cfg"] |= {"pool_type": "eos", "eos_id": tokenizer.eos_token_id}
+    write(tmp_path / "open_clip_config.json", settings)
     assert load(tmp_path).tokenizer.vocab == tokenizer.vocab
 
 
@@ -526,6 +542,37 @@ def test_timms_vision_tower_is_read(tmp_path, xsmall):
         write(tmp_path / "config.json", settings | change)
         with pytest.raises(CheckpointError, match=said):
             VisionTower.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, act",  # timm, vision_transformer.py: "natively QuickGELU", or no such note
+    [
+        ("vit_base_patch32_clip_224.openai", "quick"),
+        ("vit_base_patch32_clip_quickgelu_224.openai", "quick_gelu"),
+        ("vit_base_patch16_clip_224.openai_ft_in1k", "gelu"),
+        ("vit_base_patch32_clip_224.laion400m_e31", "quick"),
+        ("vit_base_patch32_clip_224.laion400m_e32", "quick"),
+        ("vit_base_patch16_clip_224.laion400m_e32", "gelu"),
+        ("vit_base_patch16_clip_224.dfn2b", "gelu"),
+        ("vit_large_patch14_clip_224.dfn2b", "quick"),
+        ("vit_large_patch14_clip_224.dfn2b_s39b", "gelu"),
+        ("vit_huge_patch14_clip_378.dfn5b", "quick"),
+        ("vit_huge_patch14_clip_224.metaclip_altogether", "gelu"),
+        ("vit_huge_patch14_clip_224.metaclip2_worldwide", "quick"),
+        ("vit_huge_patch14_clip_378.metaclip2_worldwide", "gelu"),
+        ("vit_gigantic_patch14_clip_224.metaclip_2pt5b", "quick"),
+        ("vit_gigantic_patch14_clip_224.metaclip2_worldwide", "gelu"),
+    ],
+)
+def test_timms_weights_with_another_activation_than_their_architecture_are_an_error(name, act):
+    architecture, tag = name.split(".")
+    for architecture in (architecture, name):  # timm may write the tag twice
+        settings = {"architecture": architecture, "pretrained_cfg": {"tag": tag}}
+        if act == "quick":
+            with pytest.raises(ValueError, match="which has GELU, but .* trained with QuickGELU"):
+                fields_of_timm(settings)
+        else:
+            assert fields_of_timm(settings)["vision"]["act"] == act
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["head in the trunk", "head outside"])

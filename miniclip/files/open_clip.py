@@ -82,7 +82,7 @@ def _text(settings: dict[str, Any]) -> Fields:
     return values | {
         "bos_token_id": max(values["vocab_size"] - 2, 0),
         "eos_token_id": eos_id if at_end else LEGACY_EOS,
-        "literal_eos": at_end,
+        "literal_eos": at_end and eos_id == LEGACY_EOS,
         "tokenizer": settings.get("hf_tokenizer_name"),
     }
 

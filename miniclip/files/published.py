@@ -124,6 +124,12 @@ _TIMM_SIZES = {
 }
 
 
+_QUICK_IN_TIMM = (  # timm's notes on these weights say "natively QuickGELU"
+    r"\.(openai|metaclip_400m|metaclip_2pt5b|dfn5b)$|_base_patch32_.*\.laion400m_e3[12]$|"
+    r"_large_.*\.dfn2b$|_huge_patch14_clip_224.*\.metaclip2_worldwide$"
+)
+
+
 def vision_of_timm(name: Any) -> Fields | None:
     """Return the config fields of a CLIP's vision tower, given the tower's name in timm.
 
@@ -149,7 +155,7 @@ def fields_of_timm(settings: dict[str, Any]) -> Fields:
     vision = vision_of_timm(name)
     if vision is None or settings.get("global_pool", "token") != "token":
         raise ValueError(f"architecture is {shown(name)}; expected timm's vit_*_patch*_clip_*")
-    if vision["act"] == "gelu" and re.fullmatch(r"openai|metaclip_(400m|2pt5b)|dfn5b", tag):
+    if vision["act"] == "gelu" and re.search(_QUICK_IN_TIMM, f"{name}.{tag}"):
         raise ValueError(
             f"architecture is {shown(name)}, which has GELU, but the weights {tag!r} were trained "
             "with QuickGELU. Choose a config, such as config='openai/clip-vit-base-patch32'"

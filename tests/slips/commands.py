@@ -862,8 +862,8 @@ SLIPS = [
     ),
     Slip(
         "A setting that turns on an unknown step is accepted.",
-        'field in _FIXED or field.startswith("do_")\n',
-        "field in _FIXED\n",
+        'field in _FIXED or field.startswith("do_") or',
+        "field in _FIXED or",
         f"{TRANSFORM} -k cannot_be_followed",
     ),
     Slip(
