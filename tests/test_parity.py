@@ -733,6 +733,14 @@ def test_parity_prints_the_difference_of_the_gradients(capsys):
 
 
 # ------------------------------------------------------------------------ modules with other names
+def test_gradients_of_another_vocabulary_and_context_are_compared(pair):
+    longer = surgery.add_tokens(pair[0], 7)
+    longer.text.pos_embed = nn.Parameter(torch.cat([longer.text.pos_embed, torch.zeros(5, 40)]))
+    surgery.reconfigure(longer, "text", context_length=25)
+    for models in ((longer, pair[0]), (pair[0], longer)):
+        assert compare(*models, gradients=True).first is None
+
+
 
 
 @pytest.fixture(scope="module")
