@@ -31,8 +31,9 @@ divided by the embedding's norm:
 multiplies matrices of bfloat16 and of int8.
 
 `on_engine` returns a function with a snapshot of the weights. The function raises an error if
-the tower has a hook, a parameter has changed, or a module or a setting was replaced. The only
-change that it does not notice is an edit in place through `.data`.
+the tower has a hook, a tensor has changed, or a module or a setting was replaced. It does not
+notice an edit in place through `.data`, an edit inside a list or a dict, and a change of an
+attribute whose name begins with an underscore.
 
 Engines with `bf16` or `int8` in their name have larger rounding errors than float32.
 `onnxruntime-int8` has 8-bit weights and quantises activations dynamically. `bench` and `parity`
@@ -285,6 +286,7 @@ def snapshot(tower: nn.Module) -> Snapshot:
             )
         own = [value for key, value in vars(module).items() if not key.startswith("_")]
         tensors = [*module._parameters.values(), *module._buffers.values()]
+        tensors += [value for value in own if isinstance(value, Tensor)]
         numbers = [n for t in tensors if t is not None for n in (t._version, t.data_ptr())]
         found[name] = [module, type(module), *own, *tensors], numbers
     return found

@@ -170,11 +170,13 @@ HOOKS = {
 @pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS.keys())
 def test_a_hook_is_never_ignored(register, model):
     encode = on_engine(model.vision, "copy")
+    "plain tensor": lambda tower: tower.offset.add_(1),
     handle = register(model.vision.blocks[0].attn.q)
     try:
         with pytest.raises(ValueError, match="has a hook, which an engine cannot call"):
             encode(PIXELS)
         with pytest.raises(ValueError, match="has a hook"):
+    model.vision.offset = torch.zeros(2)  # a tensor that is neither a parameter nor a buffer
             on_engine(model.vision, "copy")
     finally:
         handle.remove()
