@@ -32,7 +32,7 @@ multiplies matrices of bfloat16 and of int8.
 
 `on_engine` returns a function with a snapshot of the weights. The function raises an error if
 the tower has a hook, a tensor has changed, or a module or a setting was replaced. It does not
-notice an edit in place through `.data`, an edit inside a list or a dict, and a change of an
+notice an edit in place through `.data`, an edit inside a list or a dict, or a change of an
 attribute whose name begins with an underscore.
 
 Engines with `bf16` or `int8` in their name have larger rounding errors than float32.
@@ -214,9 +214,9 @@ def on_engine(tower: Any, name: str, check: bool = True) -> Encode:
         input is pixels (B, channels, height, width) or ids (B, T).
 
     Raises:
-        ValueError: the engine is not installed, or the tower has hooks. The returned function
-            raises ValueError if the tower has changed, or if the first output is out of the
-            tolerance.
+        ValueError: the engine is not installed, the tower has hooks, or the tower was made in
+            inference mode. The engine "eager" accepts such towers. The returned function raises
+            ValueError if the tower has changed, or if the first output is out of the tolerance.
 
     >>> import miniclip
     >>> tower = miniclip.VisionTower.from_pretrained("shapes")
