@@ -102,6 +102,30 @@ def test_an_engine_with_wrong_numbers_is_an_error_at_its_first_batch(model):
         on_engine(model.vision, "wrong")(PIXELS)
 
 
+def test_an_engine_in_half_precision_may_round_as_eager_does(model):
+    vision = model.vision.bfloat16()
+    ENGINES["copy"] = Engine(lambda tower: copied(tower, 2e-3))
+    assert on_engine(vision, "copy")(PIXELS).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="expected at most 6e-02"):
+        on_engine(vision, "wrong")(PIXELS)
+    with pytest.raises(ValueError, match="found torch.bfloat16: load the model in float32, or use"):
+        engines.write_onnx(vision, None)
+
+
+def test_an_engine_takes_an_empty_batch_and_still_checks_the_next(model):
+    encode = on_engine(model.vision, "wrong")
+    assert encode(PIXELS[:0]).shape == (0, 36)
+    with pytest.raises(ValueError, match="wrong differs from"):
+        encode(PIXELS)
+
+
+def test_a_tower_made_in_inference_mode_is_an_error(model):
+    with torch.inference_mode():
+        made = copy.deepcopy(model.vision)
+    with pytest.raises(ValueError, match=r"was made in inference mode.*outside torch.inference_m"):
+        on_engine(made, "copy")
+
+
 def test_an_engine_checks_its_inputs_as_the_tower_does(model):
     vision, text = on_engine(model.vision, "copy"), on_engine(model.text, "copy")
     with pytest.raises(ValueError, match="For one image, add the batch"):
@@ -146,11 +170,13 @@ CHANGES = {
     "patched forward": lambda tower: setattr(tower.ln_post, "forward", lambda x: x),
     "patched method": lambda tower: setattr(tower, "pool", lambda x: x[:, 1]),
     "training mode": lambda tower: tower.train(),
+    "plain tensor": lambda tower: tower.offset.add_(1),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_changed_tower_is_noticed(change, model):
+    model.vision.offset = torch.zeros(2)  # a tensor that is neither a parameter nor a buffer
     encode = on_engine(model.vision, "copy")
     assert torch.equal(encode(PIXELS), model.vision(PIXELS))
     change(model.vision)
@@ -204,6 +230,10 @@ def test_a_fork_with_its_own_encode_image_is_an_error():
         use_engine(Louder(TINY), "copy")
 
 
+def raise_own_error(tower):
+    raise Exception("not implemented")  # as ONNX Runtime's errors, not a RuntimeError
+
+
 def test_auto_takes_the_fastest_correct_engine(monkeypatch, model):
     monkeypatch.setattr(engines, "FLOAT32", ("eager", "wrong", "copy"))
     times = iter(itertools.accumulate(itertools.cycle([0.0, 3.0, 0.0, 1.5])))
@@ -211,6 +241,8 @@ def test_auto_takes_the_fastest_correct_engine(monkeypatch, model):
     about = use_fastest(model, [*PIXELS])
     assert about.startswith("engine copy, 2.00 times as fast as eager; left out: the engine wrong")
     assert engine_of(model) == "copy"
+    ENGINES["wrong"] = Engine(raise_own_error)
+    assert "left out: not implemented" in use_fastest(model, [*PIXELS])
     assert "no image could be read" in use_fastest(model, [])
 
 

@@ -30,7 +30,8 @@ from miniclip import (
 )
 from miniclip.commands.main import main
 from miniclip.files.names import OPENAI
-from miniclip.parity import Difference, assert_parity, compare, comparison, pairs, summarize
+from miniclip.parity import Difference, assert_parity, compare, comparison, pairs, pixels, summarize
+from miniclip.parity.tokens import compare_tokenizers
 from miniclip.published import PUBLISHED
 
 TORCH = f"torch {torch.__version__.partition('+')[0]}"
@@ -367,6 +368,32 @@ def test_a_transform_that_neither_library_can_read_is_not_compared(folders, tmp_
     (odd / "preprocessor_config.json").write_text('{"resample": 2}')
     assert main(["parity", str(odd), "--against", str(odd)]) == 2
     assert "resample is 2" in capsys.readouterr().err
+
+
+def raise_key_error(picture):
+    raise KeyError("mode")
+
+
+def test_any_function_can_be_a_transform():
+    """A cause is found with the settings of the other transform, in either order."""
+    one = ImageTransform(24)
+    for function, cause in (
+        (lambda picture: one(transform.to_rgb(picture).resize((24, 24), 3)), "has a resize to a"),
+        (raise_key_error, "raises KeyError: 'mode'"),
+        (lambda picture: picture, "raises "),
+    ):
+        for name, pair in (("model", (function, one)), ("other", (one, function))):
+            (row,), found = pixels.compare_transforms(*pair)
+            assert not row.within_tolerance and found.startswith(f"{name} {cause}")
+        assert pixels.cause_in_pixels(function, function, [], []) == ""
+    with pytest.raises(ValueError, match="model raises KeyError: 'mode'"):
+        pixels.compare_transforms(raise_key_error, raise_key_error)
+
+
+def test_a_tokenizer_without_truncate_is_a_difference():
+    known = Tokenizer.from_pretrained("shapes")
+    (row,), cause = compare_tokenizers(lambda texts: known(texts, truncate=True), known)
+    assert not row.within_tolerance and cause.startswith("model raises TypeError: ")
 
 
 # -------------------------------------------------------------------------- shapes and tolerances
@@ -706,6 +733,14 @@ def test_the_gradients_of_the_same_model_are_equal(pair, against):
     rows = [row for row in report.rows if row.site.startswith("gradient.")]
     assert {row.site for row in rows} == {f"gradient.{n}" for n, _ in ours.named_parameters()}
     assert max(row.float64 for row in rows) < 1e-10
+
+
+def test_gradients_of_another_vocabulary_and_context_are_compared(pair):
+    longer = surgery.add_tokens(pair[0], 7)
+    longer.text.pos_embed = nn.Parameter(torch.cat([longer.text.pos_embed, torch.zeros(5, 40)]))
+    surgery.reconfigure(longer, "text", context_length=25)
+    for models in ((longer, pair[0]), (pair[0], longer)):
+        assert compare(*models, gradients=True).first is None
 
 
 def test_models_without_a_common_gradient_are_an_error(pair):

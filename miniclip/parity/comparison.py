@@ -7,15 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from miniclip.checkpoint import Loaded
-from miniclip.config import CLIPConfig
 from miniclip.files.models import check_device
 from miniclip.files.modules import state_of, unwrapped
-from miniclip.follow import end_token
 from miniclip.model import CLIP
 from miniclip.parity.diagnosis import cause_in_model, differing_weights
 from miniclip.parity.formulas import Side
-from miniclip.parity.gradients import compare_gradients
-from miniclip.parity.pairs import alone, random_inputs
+from miniclip.parity.gradients import TABLES, compare_gradients
+from miniclip.parity.pairs import alone, common_inputs
 from miniclip.parity.pixels import compare_transforms
 from miniclip.parity.report import (
     NAMES,
@@ -150,7 +148,7 @@ def compare_models(
         exact = ROUNDED if dtype in TOLERANCE or _only_adds(*weights) else torch.inf
     # OpenAI's code adds all position embeddings, so its texts must be as long as the context.
     shorter = 3 if all(is_theirs(m) or table_of(m) is OURS for m in models) else 0
-    pixels, ids = _inputs(configs[0], configs[1], seed, shorter)
+    pixels, ids = common_inputs(configs[0], configs[1], seed, shorter)
     settings = [Setting(dtype, exactly, device, pixels, ids) for exactly in (False, True)]
     runs = [trace(*plan) for plan in progress([*product(models, settings)], "run")]
     batch = {"vision": len(pixels), "text": len(ids)}
@@ -202,7 +200,7 @@ def _compare_tables(
     site: str, exact: float, ours: dict[str, Tensor], theirs: dict[str, Tensor]
 ) -> Difference | None:
     """Return a `Difference` if the token or position embeddings differ by more than `exact`."""
-    for name in ("text.token_embed.weight", "text.pos_embed"):
+    for name in TABLES:
         one, other = ours.get(name), theirs.get(name)
         if one is None or other is None or one.shape[1:] != other.shape[1:]:
             continue
@@ -263,22 +261,3 @@ def _limit(site: str, tolerance: float, truth: Tensor) -> float:
     if site.startswith("logits") and tolerance != ROUNDED:
         return tolerance
     return tolerance * max(1.0, largest(truth))
-
-
-def _inputs(ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int) -> tuple[Tensor, Tensor]:
-    """Return two images and eight texts.
-
-    Each text contains both models' end tokens; their positions differ from text to text. A text has
-    the context length minus `shorter` tokens. A model that wrongly counts positions from the end of
-    the context differs only if `shorter` is above 0.
-    """
-    tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
-    pixels, ids = random_inputs(ours, images=2, texts=8, tokens=tokens, seed=seed)
-    ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # the vocabularies' sizes may differ
-    ids[:, 0] = ours.text.bos_token_id
-    ids[1, -1] = 0  # openai/CLIP pads with 0
-    ends = [end_token(text) for text in (ours.text, theirs.text)]
-    rows, position = torch.arange(8), torch.arange(8) * (tokens - 2) // 7
-    for i, end in enumerate(dict.fromkeys(ends)):
-        ids[rows, 1 + (position + i) % (tokens - 1)] = end
-    return pixels, ids

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from miniclip.files.modules import named_modules
 from miniclip.model import CLIP
-from miniclip.parity.pairs import random_inputs
+from miniclip.parity.pairs import common_inputs
 from miniclip.parity.report import Difference, Stage, largest
 from miniclip.parity.sites import config_of, under_our_names
 from miniclip.parity.traces import Setting, running
@@ -23,6 +23,8 @@ from miniclip.terminal import progress
 # gradient is 0 and its computed gradient is only rounding error.
 RELATIVE = 1e-8
 NOISE = 1e-12
+TABLES = ("text.token_embed.weight", "text.pos_embed")
+"""Only the common rows are compared, because a fork may have a larger vocabulary or context."""
 
 
 def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 0) -> Stage:
@@ -33,10 +35,8 @@ def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 
     Raises ValueError if there is no row.
     """
     kind = next((type(m) for m in (ours, theirs) if isinstance(m, CLIP)), CLIP)
-    config = config_of(ours, kind)
-    tokens = config.text.context_length
-    pixels, ids = random_inputs(config, images=4, texts=4, tokens=tokens, seed=seed)
-    ids[:, 0] = config.text.bos_token_id
+    configs = config_of(ours, kind), config_of(theirs, kind)
+    pixels, ids = common_inputs(*configs, seed, shorter=0, images=4, texts=4)
     setting = Setting(torch.float64, True, device, pixels, ids)
     one, other = (
         under_our_names(model, kind, _gradients(model, setting))
@@ -54,8 +54,12 @@ def compare_gradients(ours: Any, theirs: Any, device: torch.device, seed: int = 
         names[::-1], key=lambda name: name.partition(".")[0]
     ):  # logit_scale is first
         size, distance = largest(other[name]), torch.inf
-        if one[name].shape == other[name].shape:
-            distance = largest(one[name] - other[name])
+        mine, yours = one[name], other[name]
+        if name in TABLES:
+            common = min(len(mine), len(yours))
+            mine, yours = mine[:common], yours[:common]
+        if mine.shape == yours.shape:
+            distance = largest(mine - yours)
         within = distance <= RELATIVE * size + NOISE * most
         numbers = (distance, distance / max(size, 1e-30), distance, distance, 0.0)
         rows.append(Difference(f"gradient.{name}", *numbers, within))

@@ -234,3 +234,25 @@ def random_inputs(
     rows = torch.arange(texts)
     ids[rows, tokens - 1 - rows % (tokens - 1)] = end_token(text)
     return torch.randn(size, generator=generator), ids
+
+
+def common_inputs(
+    ours: CLIPConfig, theirs: CLIPConfig, seed: int, shorter: int, images: int = 2, texts: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Return random pixels and ids that both models can read.
+
+    Each text contains both models' end tokens; their positions differ from text to text. A text has
+    the context length minus `shorter` tokens. A model that wrongly counts positions from the end of
+    the context differs only if `shorter` is above 0.
+    """
+    tokens = max(2, min(ours.text.context_length, theirs.text.context_length) - shorter)
+    pixels, ids = random_inputs(ours, images=images, texts=texts, tokens=tokens, seed=seed)
+    ids %= min(ours.text.vocab_size, theirs.text.vocab_size)  # the vocabularies' sizes may differ
+    ids[:, 0] = ours.text.bos_token_id
+    ids[1, -1] = 0  # openai/CLIP pads with 0
+    ends = [end_token(text) for text in (ours.text, theirs.text)]
+    rows = torch.arange(texts)
+    position = rows * (tokens - 2) // (texts - 1)
+    for i, end in enumerate(dict.fromkeys(ends)):
+        ids[rows, 1 + (position + i) % (tokens - 1)] = end
+    return pixels, ids

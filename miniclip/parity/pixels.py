@@ -98,6 +98,8 @@ def divide_by(divisor: float, picture: Image.Image, *mean_and_std: Sequence[floa
 
 openai_crop = partial(center_crop, reference="openai")
 
+SETTINGS = ("size", "crop_size", "squash", "image_mean", "image_std", "reference")
+
 FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
     "a crop that rounds half to even, not down": {"crop": openai_crop},
     "a crop that rounds up, not down": {"crop": crop_rounded_up},
@@ -130,22 +132,26 @@ FAULTS_OF_PIXELS: dict[str, dict[str, Any]] = {
 def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tensor]) -> str:
     """Say why two transforms give different pixels.
 
-    `ours` is an ImageTransform, and `theirs` is any function. `one` and `other` are the pixels that
-    they give for `pictures(ours.size)`.
+    Both are ImageTransforms or any functions. `one` and `other` are the pixels that they give for
+    `pictures(size)`. Returns "" if neither function has the settings of an ImageTransform.
 
     >>> from miniclip import ImageTransform
     >>> cause_in_pixels(ImageTransform(64), ImageTransform(64, crop_size=60), [], [])
     'crop_size is 64 in model, 60 in other'
     """
-    for name in ("size", "crop_size", "squash", "image_mean", "image_std", "reference"):
-        a, b = getattr(ours, name), getattr(theirs, name, getattr(ours, name))
+    known = [t for t in (ours, theirs) if all(hasattr(t, name) for name in SETTINGS)]
+    if not known:
+        return ""
+    for name in SETTINGS:
+        a, b = getattr(known[0], name), getattr(known[-1], name)
         if a != b:
             return f"{name} is {a} in model, {b} in other"
-    resize = squash if ours.squash else resize_short_side
+    right = known[0]
+    resize = squash if right.squash else resize_short_side
     steps = TransformSteps(
-        ours.size, ours.crop_size, ours.image_mean, ours.image_std, resize=resize
+        right.size, right.crop_size, right.image_mean, right.image_std, resize=resize
     )
-    drawn = pictures(ours.size)
+    drawn = pictures(right.size)
     for fault, changed in FAULTS_OF_PIXELS.items():
         if steps._replace(**changed) == steps:  # the transform already has these steps
             continue
@@ -160,8 +166,12 @@ def cause_in_pixels(ours: Any, theirs: Any, one: list[Tensor], other: list[Tenso
 def compare_transforms(ours: ImageTransform, theirs: ImageTransform) -> Stage:
     """Return one row for the pixels of all images, and the cause if the pixels differ."""
     sizes = (getattr(transform, "size", None) for transform in (ours, theirs))
-    drawn = pictures(next(filter(None, sizes), ImageTransform.size))
-    found, raised = run_both(lambda transform: [*map(transform, drawn)], ours, theirs)
+    drawn = pictures(next((s for s in sizes if isinstance(s, int)), ImageTransform.size))
+
+    def pixels_of(transform: Callable[[Image.Image], Tensor]) -> list[Tensor]:
+        return [torch.as_tensor(transform(picture)) for picture in drawn]
+
+    found, raised = run_both(pixels_of, ours, theirs)
     if raised:
         return [exact_difference("pixels")], raised
     one, other = (torch.cat([pixels.flatten() for pixels in results]) for results in found)

@@ -78,16 +78,17 @@ def run_both(
     run: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> tuple[list[Any], str]:
     """Apply `run` to both functions. Return the results and an error message. The message is ""
-    unless one function raises a ValueError. If both raise a ValueError, raise the first error."""
+    unless one function raises an error. If both do, raise the first error as a ValueError."""
     found: list[Any] = []
-    errors: dict[str, ValueError] = {}
+    errors: dict[str, Exception] = {}
     for name, function in zip(NAMES, (ours, theirs)):
         try:
             found.append(run(function))
-        except ValueError as error:
+        except Exception as error:  # a user's function can raise any error
             errors[name] = error
     if len(errors) == 2:
-        raise errors["model"]
+        first = errors["model"]
+        raise first if isinstance(first, ValueError) else ValueError(f"model {raises(first)}")
     return found, "".join(f"{name} {raises(error)}" for name, error in errors.items())
 
 

@@ -429,8 +429,8 @@ SLIPS = [
     ),
     Slip(
         "The inputs ignore the seed.",
-        "_inputs(configs[0], configs[1], seed, shorter)",
-        "_inputs(configs[0], configs[1], 0, shorter)",
+        "common_inputs(configs[0], configs[1], seed, shorter)",
+        "common_inputs(configs[0], configs[1], 0, shorter)",
         f"{PARITY} -k inputs",
     ),
     Slip(
