@@ -765,6 +765,52 @@ def test_a_method_that_an_instrument_cannot_follow_is_named():
         surgery.layer_groups(EACH["two more tokens"](TINY).vision)
 
 
+class OwnForward(VisionTower):
+    def forward(self, pixels):
+        x = self.blocks(self.embed_tokens(pixels))
+        return self.proj(self.ln_post(x[:, 1:].mean(1)))
+
+
+@pytest.mark.parametrize("kind, method", [
+    (clip_of(vision=OwnForward), "VisionTower.forward"),
+    (MeanCLIP, "VisionTower.pool"),
+    (clip_of(RopeAttention), "Attention.qkv"),
+    (clip_of(OpaqueAttention), "Attention.forward"),
+])  # fmt: skip
+def test_new_tokens_of_an_image_are_an_error_if_a_fork_may_read_them(kind, method):
+    fork = kind(TINY)
+    with pytest.raises(ValueError, match=f"add_registers cannot follow .*, .* {method}"):
+        surgery.add_registers(fork, 2)
+    with pytest.raises(ValueError, match=f"move_to_registers cannot follow .*, .* {method}"):
+        with surgery.move_to_registers(fork, {0: [1]}):
+            pass
+
+
+class LargestEnds(TextTower):
+    def eos_positions(self, ids):
+        return ids.argmax(-1)
+
+
+def test_new_tokens_of_a_text_are_an_error_if_they_move_the_end_token():
+    with pytest.raises(ValueError, match="LargestEnds, which replaces TextTower.eos_positions"):
+        fork = CLIP(TINY)
+        fork.text = LargestEnds(TINY.text, TINY.embed_dim)
+        surgery.add_tokens(fork, 1)
+    assert surgery.add_tokens(Siglip(SMALL), 1).config.text.vocab_size == 601
+
+
+class ScaledText(CLIP):
+    def encode_text(self, ids, normalize=False):
+        return 2 * super().encode_text(ids, normalize)
+
+
+def test_prompt_vectors_are_an_error_if_a_fork_encodes_texts_in_its_own_way():
+    fork, vectors, eos = ScaledText(TINY), torch.zeros(1, 5, 40), torch.tensor([4])
+    with pytest.raises(ValueError, match="ScaledText has its own encode_text"):
+        surgery.encode_prompts(fork, vectors, eos)
+    surgery.encode_prompts(fork.text, vectors, eos)
+
+
 @pytest.mark.parametrize("block, words", [
     (NumberedBlock, "share is 1, expected 0"),
     (HiddenNumberBlock, "_share is 1, expected 0"),
