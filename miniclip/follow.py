@@ -97,13 +97,15 @@ def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None
 def tower_for(model: Any, x: Tensor) -> Any:
     """The tower for the input x (ids or pixels). If the model is a tower, return the model.
 
-    Raises ValueError for a fork with its own `encode_image` or `encode_text`.
+    Raises ValueError for a fork with its own `encode_image` or `encode_text`, and for a model on
+    which such a method was set. An engine's method is accepted: it gives the tower's output.
     """
     model = unwrapped(model)
     if hasattr(model, "blocks"):
         return model
     name, encode = ("vision", "encode_image") if x.is_floating_point() else ("text", "encode_text")
-    if getattr(type(model), encode, None) not in (CLIP.encode_image, CLIP.encode_text):
+    is_own = getattr(type(model), encode, None) not in (CLIP.encode_image, CLIP.encode_text)
+    if is_own or (is_patched(model, encode) and not hasattr(getattr(model, encode), "engine")):
         raise ValueError(
             f"{type(model).__name__} has its own {encode}, which may change the output of the "
             f"{name} tower; to inspect only the tower, give model.{name}"

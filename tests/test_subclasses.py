@@ -759,6 +759,12 @@ def test_a_method_that_an_instrument_cannot_follow_is_named():
         with pytest.raises(ValueError, match="AdaptedCLIP has its own encode_image"):
             instrument(adapted, pixels)
         instrument(adapted.vision, pixels)
+    patched = redraw(CLIP(TINY)).double()
+    patched.encode_image = lambda pixels, normalize=False: 2 * patched.vision(pixels)
+    with pytest.raises(ValueError, match="CLIP has its own encode_image"):
+        lens.decompose(patched, pixels)
+    patched.encode_image.engine = "compile"  # as `use_engine` marks its method
+    lens.decompose(patched, pixels)
     with pytest.raises(ValueError, match="does not give each patch one token, row by row"):
         surgery.dense_features(redraw(clip_of(vision=StemVision)(TINY)).double(), pixels)
     with pytest.raises(ValueError, match="has a parameter more"):
