@@ -116,8 +116,9 @@ def tower_for(model: Any, x: Tensor) -> Any:
 def sees_padding(tower: Any) -> bool:
     """Whether tokens after the end token may change a text's embedding, as in a fork without a
     causal mask. CLIP's text tower is causal, and its output is read at the end token."""
-    replayed = ("forward", "pool", "eos_positions"), ("forward",), ("forward", "attend")
-    method, _ = own_method(tower, *replayed)
+    of_tower = ("forward", "embed_tokens", "add_positions", "pool", "eos_positions")
+    own = ("forward",)
+    method, _ = own_method(tower, of_tower, own, (*own, "qkv", "attend"), own)
     return bool(method) or not all(block.attn.causal for block in tower.blocks)
 
 
