@@ -354,6 +354,17 @@ def test_an_edit_that_the_parts_leave_out_is_an_error(double):
         decompose(model, x, by="neuron")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_edit_in_half_precision_that_the_parts_leave_out_is_an_error(dtype):
+    model = tiny_clip().to(dtype)
+    x = random_inputs(TINY)[0].to(dtype)
+    for by in ("layer", "token"):
+        decompose(model, x, by)
+    with hooks(model, {"vision.blocks.1": lambda out, name: out.flip(-1)}):
+        with pytest.raises(ValueError, match="the sum of the parts differs from the embedding by"):
+            decompose(model, x)
+
+
 def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
     class Adapted(nn.Module):
         def __init__(self, linear):
@@ -379,14 +390,16 @@ def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
         assert distance(total(decompose(model, x, by)), after) < FLOAT64
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_sum_of_the_parts_may_differ_by_a_thousand_rounding_errors(dtype):
+@pytest.mark.parametrize("dtype, count", [
+    (torch.float64, 1000), (torch.float32, 1000), (torch.bfloat16, 16), (torch.float16, 16),
+])  # fmt: skip
+def test_the_sum_of_the_parts_may_differ_by_some_rounding_errors(dtype, count):
     """The limit grows with the total size of the parts (here 6), because parts may cancel."""
     parts = {
         "one": torch.tensor([[4.0, 0]]).to(dtype),
         "other": torch.tensor([[-2.0, 1]]).to(dtype),
     }
-    embedding, limit = torch.tensor([[2.0, 1]]).to(dtype), 6 * 1000 * torch.finfo(dtype).eps
+    embedding, limit = torch.tensor([[2.0, 1]]).to(dtype), 6 * count * torch.finfo(dtype).eps
     check_sum(parts, embedding)
     check_sum(parts, embedding + 0.95 * limit)
     for wrong in (1.05 * limit, torch.nan):

@@ -590,26 +590,26 @@ SITES = [
 LENS = [
     Slip(
         "The tolerance for the sum of the parts is a million times larger.",
-        "if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:",
+        "if not distance <= (1000 if eps < 1e-6 else 16) * eps * size:",
         "if not distance <= 1e9 * torch.finfo(embedding.dtype).eps * size:",
         "tests/test_lens.py -k 'parts or sum'",
     ),
     Slip(
         "The tolerance for the sum of the parts is four times larger.",
-        "if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:",
+        "if not distance <= (1000 if eps < 1e-6 else 16) * eps * size:",
         "if not distance <= 4000 * torch.finfo(embedding.dtype).eps * size:",
         "tests/test_lens.py -k 'parts or sum'",
     ),
     Slip(
         "The tolerance for the sum of the parts is four times smaller.",
-        "if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:",
+        "if not distance <= (1000 if eps < 1e-6 else 16) * eps * size:",
         "if not distance <= 250 * torch.finfo(embedding.dtype).eps * size:",
         "tests/test_lens.py -k 'parts or sum'",
     ),
     Slip(
         "A sum of parts that is NaN is accepted.",
-        "if not distance <= 1000 * torch.finfo(embedding.dtype).eps * size:",
-        "if distance > 1000 * torch.finfo(embedding.dtype).eps * size:",
+        "if not distance <= (1000 if eps < 1e-6 else 16) * eps * size:",
+        "if distance > (1000 if eps < 1e-6 else 16) * eps * size:",
         "tests/test_lens.py -k 'parts or sum'",
     ),
     Slip(
