@@ -439,6 +439,11 @@ def test_the_lens_after_all_blocks_is_the_embedding(double, tower):
         assert distance(lens[:, -1], encode(model, tower, x)) < FLOAT64
     with pytest.raises(ValueError, match="'recompute' or 'final'"):
         logit_lens(model, x, ln="cached")
+    name = "ln_post" if tower == "vision" else "ln_final"
+    with hooks(model, {f"{tower}.{name}": lambda out, name: out.flip(-1)}):
+        assert distance(logit_lens(model, x)[:, -1], encode(model, tower, x)) < FLOAT64
+        with pytest.raises(ValueError, match="differs from the embedding .*a hook"):
+            logit_lens(model, x, "final")
 
 
 @pytest.mark.parametrize("tower", TOWERS)
