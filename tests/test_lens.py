@@ -149,8 +149,9 @@ def test_relevance_of_a_pair_does_not_depend_on_its_batch(double):
     assert torch.allclose(both.text[1:], alone.text, rtol=1e-9)
     swapped = relevance(model, pixels, ids.flip(0))
     assert distance(swapped.image, both.image) > 1e-2  # a different text gives a different map
-    with pytest.raises(ValueError, match="2 images and 3 texts"):
-        relevance(model, pixels, inputs["text"])
+    for method in ("relevance", "gradcam", "occlusion"):
+        with pytest.raises(ValueError, match="2 images and 3 texts"):
+            METHODS[method](model, pixels, inputs["text"])
 
 
 def test_relevance_needs_no_gradients_of_the_caller(double):
@@ -176,6 +177,10 @@ def test_relevance_may_start_at_the_last_block(double):
     expected = (slope * acts[name]).clamp(min=0).mean(1)[:, 0].detach()
     expected[:, 0] += 1
     assert torch.allclose(last.image, expected, rtol=1e-9)
+    none = relevance(model, pixels, ids, start=2).text  # the text tower has only blocks 0 and 1
+    assert (
+        none.tolist() == nn.functional.one_hot(positions(model, "text", ids), ids.shape[1]).tolist()
+    )
 
 
 def test_a_layer_without_heads_mixes_nothing(double):
