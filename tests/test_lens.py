@@ -193,6 +193,8 @@ def test_a_layer_without_heads_mixes_nothing(double):
     attn.out_proj.weight = nn.Parameter(attn.out_proj.weight[:, :0])
     first, none, last = attention_maps(model, pixels)
     assert none.shape[1] == 0
+    headless = prune_heads(model, "vision", {2: range(4)})
+    assert METHODS["attention"](headless, pixels, ids).tolist() == torch.zeros(2, 5, 5).tolist()
     eye = torch.eye(26, dtype=torch.float64)
     expected = (last.mean(1) + eye) / 2 @ (first.mean(1) + eye) / 2
     assert distance(rollout(model, pixels), expected[:, 0]) < FLOAT64

@@ -19,9 +19,10 @@ from miniclip.transform import ImageTransform
 
 
 def last_attention(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """The class token's attention in the last block, averaged over the heads."""
+    """The class token's attention in the last block, averaged over the heads. 0 without heads."""
     follow("last_attention", model.vision, ("forward", "pool"))
-    return on_grid(model, pixels, attention_maps(model, pixels)[-1][:, :, 0].mean(1))
+    pattern = attention_maps(model, pixels)[-1][:, :, 0]  # (B, H, T)
+    return on_grid(model, pixels, pattern.sum(1) / max(pattern.shape[1], 1))
 
 
 def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:

@@ -790,14 +790,14 @@ LENS = [
     ),
     Slip(
         "The map of the last attention is transposed.",
-        "attention_maps(model, pixels)[-1][:, :, 0].mean(1))",
-        "attention_maps(model, pixels)[-1][:, :, :, 0].mean(1))",
+        "attention_maps(model, pixels)[-1][:, :, 0]  # (B, H, T)",
+        "attention_maps(model, pixels)[-1][:, :, :, 0]",
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
         "The map of the last attention shows the first block.",
-        "attention_maps(model, pixels)[-1][:, :, 0].mean(1))",
-        "attention_maps(model, pixels)[0][:, :, 0].mean(1))",
+        "attention_maps(model, pixels)[-1][:, :, 0]  # (B, H, T)",
+        "attention_maps(model, pixels)[0][:, :, 0]",
         "tests/test_lens.py -k 'method or definition'",
     ),
     Slip(
