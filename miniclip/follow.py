@@ -162,7 +162,8 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
     """Rows and columns of a vision tower's patches. Raises ValueError unless a Conv2d cuts the
     image into patches without overlap and without padding, as in every published CLIP."""
     conv: Any = unwrapped(tower.patch_embed)
-    if not isinstance(conv, nn.Conv2d) or conv.stride != conv.kernel_size or any(conv.padding):
+    is_conv = isinstance(conv, nn.Conv2d) and conv.stride == conv.kernel_size
+    if not is_conv or conv.padding not in ((0, 0), "valid"):
         raise ValueError(
             f"{type(tower).__name__}.patch_embed is {conv}; expected a Conv2d whose stride is the "
             "size of a patch, without padding"
