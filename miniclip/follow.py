@@ -97,13 +97,15 @@ def follow(who: str, tower: Any, of_tower: Methods = (), **methods: Any) -> None
 def tower_for(model: Any, x: Tensor) -> Any:
     """The tower for the input x (ids or pixels). If the model is a tower, return the model.
 
-    Raises ValueError for a fork with its own `encode_image` or `encode_text`.
+    Raises ValueError for a fork with its own `encode_image` or `encode_text`, and for a model on
+    which such a method was set. An engine's method is accepted: it gives the tower's output.
     """
     model = unwrapped(model)
     if hasattr(model, "blocks"):
         return model
     name, encode = ("vision", "encode_image") if x.is_floating_point() else ("text", "encode_text")
-    if getattr(type(model), encode, None) not in (CLIP.encode_image, CLIP.encode_text):
+    is_own = getattr(type(model), encode, None) not in (CLIP.encode_image, CLIP.encode_text)
+    if is_own or (is_patched(model, encode) and not hasattr(getattr(model, encode), "engine")):
         raise ValueError(
             f"{type(model).__name__} has its own {encode}, which may change the output of the "
             f"{name} tower; to inspect only the tower, give model.{name}"
@@ -114,8 +116,9 @@ def tower_for(model: Any, x: Tensor) -> Any:
 def sees_padding(tower: Any) -> bool:
     """Whether tokens after the end token may change a text's embedding, as in a fork without a
     causal mask. CLIP's text tower is causal, and its output is read at the end token."""
-    replayed = ("forward", "pool", "eos_positions"), ("forward",), ("forward", "attend")
-    method, _ = own_method(tower, *replayed)
+    of_tower = ("forward", "embed_tokens", "add_positions", "pool", "eos_positions")
+    own = ("forward",)
+    method, _ = own_method(tower, of_tower, own, (*own, "qkv", "attend"), own)
     return bool(method) or not all(block.attn.causal for block in tower.blocks)
 
 
@@ -159,7 +162,8 @@ def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
     """Rows and columns of a vision tower's patches. Raises ValueError unless a Conv2d cuts the
     image into patches without overlap and without padding, as in every published CLIP."""
     conv: Any = unwrapped(tower.patch_embed)
-    if not isinstance(conv, nn.Conv2d) or conv.stride != conv.kernel_size or any(conv.padding):
+    is_conv = isinstance(conv, nn.Conv2d) and conv.stride == conv.kernel_size
+    if not is_conv or conv.padding not in ((0, 0), "valid"):
         raise ValueError(
             f"{type(tower).__name__}.patch_embed is {conv}; expected a Conv2d whose stride is the "
             "size of a patch, without padding"

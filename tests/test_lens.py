@@ -149,8 +149,9 @@ def test_relevance_of_a_pair_does_not_depend_on_its_batch(double):
     assert torch.allclose(both.text[1:], alone.text, rtol=1e-9)
     swapped = relevance(model, pixels, ids.flip(0))
     assert distance(swapped.image, both.image) > 1e-2  # a different text gives a different map
-    with pytest.raises(ValueError, match="2 images and 3 texts"):
-        relevance(model, pixels, inputs["text"])
+    for method in ("relevance", "gradcam", "occlusion"):
+        with pytest.raises(ValueError, match="2 images and 3 texts"):
+            METHODS[method](model, pixels, inputs["text"])
 
 
 def test_relevance_needs_no_gradients_of_the_caller(double):
@@ -176,6 +177,10 @@ def test_relevance_may_start_at_the_last_block(double):
     expected = (slope * acts[name]).clamp(min=0).mean(1)[:, 0].detach()
     expected[:, 0] += 1
     assert torch.allclose(last.image, expected, rtol=1e-9)
+    none = relevance(model, pixels, ids, start=2).text  # the text tower has only blocks 0 and 1
+    assert (
+        none.tolist() == nn.functional.one_hot(positions(model, "text", ids), ids.shape[1]).tolist()
+    )
 
 
 def test_a_layer_without_heads_mixes_nothing(double):
@@ -188,6 +193,8 @@ def test_a_layer_without_heads_mixes_nothing(double):
     attn.out_proj.weight = nn.Parameter(attn.out_proj.weight[:, :0])
     first, none, last = attention_maps(model, pixels)
     assert none.shape[1] == 0
+    headless = prune_heads(model, "vision", {2: range(4)})
+    assert METHODS["attention"](headless, pixels, ids).tolist() == torch.zeros(2, 5, 5).tolist()
     eye = torch.eye(26, dtype=torch.float64)
     expected = (last.mean(1) + eye) / 2 @ (first.mean(1) + eye) / 2
     assert distance(rollout(model, pixels), expected[:, 0]) < FLOAT64
@@ -354,6 +361,17 @@ def test_an_edit_that_the_parts_leave_out_is_an_error(double):
         decompose(model, x, by="neuron")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_edit_in_half_precision_that_the_parts_leave_out_is_an_error(dtype):
+    model = tiny_clip().to(dtype)
+    x = random_inputs(TINY)[0].to(dtype)
+    for by in ("layer", "token"):
+        decompose(model, x, by)
+    with hooks(model, {"vision.blocks.1": lambda out, name: out.flip(-1)}):
+        with pytest.raises(ValueError, match="the sum of the parts differs from the embedding by"):
+            decompose(model, x)
+
+
 def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
     class Adapted(nn.Module):
         def __init__(self, linear):
@@ -379,14 +397,16 @@ def test_the_sum_is_right_if_an_adapter_replaces_a_linear(double):
         assert distance(total(decompose(model, x, by)), after) < FLOAT64
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_sum_of_the_parts_may_differ_by_a_thousand_rounding_errors(dtype):
+@pytest.mark.parametrize("dtype, count", [
+    (torch.float64, 1000), (torch.float32, 1000), (torch.bfloat16, 16), (torch.float16, 16),
+])  # fmt: skip
+def test_the_sum_of_the_parts_may_differ_by_some_rounding_errors(dtype, count):
     """The limit grows with the total size of the parts (here 6), because parts may cancel."""
     parts = {
         "one": torch.tensor([[4.0, 0]]).to(dtype),
         "other": torch.tensor([[-2.0, 1]]).to(dtype),
     }
-    embedding, limit = torch.tensor([[2.0, 1]]).to(dtype), 6 * 1000 * torch.finfo(dtype).eps
+    embedding, limit = torch.tensor([[2.0, 1]]).to(dtype), 6 * count * torch.finfo(dtype).eps
     check_sum(parts, embedding)
     check_sum(parts, embedding + 0.95 * limit)
     for wrong in (1.05 * limit, torch.nan):
@@ -426,6 +446,11 @@ def test_the_lens_after_all_blocks_is_the_embedding(double, tower):
         assert distance(lens[:, -1], encode(model, tower, x)) < FLOAT64
     with pytest.raises(ValueError, match="'recompute' or 'final'"):
         logit_lens(model, x, ln="cached")
+    name = "ln_post" if tower == "vision" else "ln_final"
+    with hooks(model, {f"{tower}.{name}": lambda out, name: out.flip(-1)}):
+        assert distance(logit_lens(model, x)[:, -1], encode(model, tower, x)) < FLOAT64
+        with pytest.raises(ValueError, match="differs from the embedding .*a hook"):
+            logit_lens(model, x, "final")
 
 
 @pytest.mark.parametrize("tower", TOWERS)

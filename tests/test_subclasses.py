@@ -759,10 +759,62 @@ def test_a_method_that_an_instrument_cannot_follow_is_named():
         with pytest.raises(ValueError, match="AdaptedCLIP has its own encode_image"):
             instrument(adapted, pixels)
         instrument(adapted.vision, pixels)
+    patched = redraw(CLIP(TINY)).double()
+    patched.encode_image = lambda pixels, normalize=False: 2 * patched.vision(pixels)
+    with pytest.raises(ValueError, match="CLIP has its own encode_image"):
+        lens.decompose(patched, pixels)
+    patched.encode_image.engine = "compile"  # as `use_engine` marks its method
+    lens.decompose(patched, pixels)
     with pytest.raises(ValueError, match="does not give each patch one token, row by row"):
         surgery.dense_features(redraw(clip_of(vision=StemVision)(TINY)).double(), pixels)
     with pytest.raises(ValueError, match="has a parameter more"):
         surgery.layer_groups(EACH["two more tokens"](TINY).vision)
+
+
+class OwnForward(VisionTower):
+    def forward(self, pixels):
+        x = self.blocks(self.embed_tokens(pixels))
+        return self.proj(self.ln_post(x[:, 1:].mean(1)))
+
+
+@pytest.mark.parametrize("kind, method", [
+    (clip_of(vision=OwnForward), "VisionTower.forward"),
+    (MeanCLIP, "VisionTower.pool"),
+    (clip_of(RopeAttention), "Attention.qkv"),
+    (clip_of(OpaqueAttention), "Attention.forward"),
+])  # fmt: skip
+def test_new_tokens_of_an_image_are_an_error_if_a_fork_may_read_them(kind, method):
+    fork = kind(TINY)
+    with pytest.raises(ValueError, match=f"add_registers cannot follow .*, .* {method}"):
+        surgery.add_registers(fork, 2)
+    with pytest.raises(ValueError, match=f"move_to_registers cannot follow .*, .* {method}"):
+        with surgery.move_to_registers(fork, {0: [1]}):
+            pass
+
+
+class LargestEnds(TextTower):
+    def eos_positions(self, ids):
+        return ids.argmax(-1)
+
+
+def test_new_tokens_of_a_text_are_an_error_if_they_move_the_end_token():
+    with pytest.raises(ValueError, match="LargestEnds, which replaces TextTower.eos_positions"):
+        fork = CLIP(TINY)
+        fork.text = LargestEnds(TINY.text, TINY.embed_dim)
+        surgery.add_tokens(fork, 1)
+    assert surgery.add_tokens(Siglip(SMALL), 1).config.text.vocab_size == 601
+
+
+class ScaledText(CLIP):
+    def encode_text(self, ids, normalize=False):
+        return 2 * super().encode_text(ids, normalize)
+
+
+def test_prompt_vectors_are_an_error_if_a_fork_encodes_texts_in_its_own_way():
+    fork, vectors, eos = ScaledText(TINY), torch.zeros(1, 5, 40), torch.tensor([4])
+    with pytest.raises(ValueError, match="ScaledText has its own encode_text"):
+        surgery.encode_prompts(fork, vectors, eos)
+    surgery.encode_prompts(fork.text, vectors, eos)
 
 
 @pytest.mark.parametrize("block, words", [
@@ -873,7 +925,28 @@ def fork_for(kind, tokenizer):
     return redraw(kind(replace(config, text=text)))
 
 
-@pytest.mark.parametrize("kind", [EACH["no causal mask"], Siglip, CLIP, GatedCLIP])
+class MixedTokens(TextTower):
+    def embed_tokens(self, ids):
+        x = super().embed_tokens(ids)
+        return x + x.mean(1, keepdim=True)
+
+
+class MixedQuery(Attention):
+    def qkv(self, x):
+        q, k, v = super().qkv(x)
+        return q + q.roll(-1, 2), k, v
+
+
+class MixedMLP(MLP):
+    def forward(self, x):
+        return super().forward(x + x.roll(-1, 1))
+
+
+MIXED = [clip_of(text=MixedTokens), clip_of(MixedQuery)]
+MIXED += [clip_of(block=type("MixedBlock", (Block,), {"mlp_class": MixedMLP}))]
+
+
+@pytest.mark.parametrize("kind", [EACH["no causal mask"], Siglip, CLIP, GatedCLIP, *MIXED])
 @torch.no_grad()
 def test_a_texts_embedding_does_not_depend_on_other_texts(kind, tokenizer):
     model = fork_for(kind, tokenizer)
@@ -887,7 +960,7 @@ def test_a_texts_embedding_does_not_depend_on_other_texts(kind, tokenizer):
 
 
 def test_recomputed_blocks_need_no_padding(tokenizer):
-    model = fork_for(GatedCLIP, tokenizer)
+    model = fork_for(CLIP, tokenizer)
     with recompute_blocks(model):
         assert ids_for(model.text, tokenizer, ["green"]).shape[1] < 20
 

@@ -242,6 +242,8 @@ def test_patches_that_overlap_have_no_grid(change):
         setattr(model.vision.patch_embed, name, value)
     with pytest.raises(ValueError, match="patch_embed is Conv2d.* expected .* size of a patch"):
         patch_grid(model.vision, torch.zeros(1, 3, 40, 40))
+    model.vision.patch_embed = nn.Conv2d(3, 48, 8, stride=8, padding="valid")
+    assert patch_grid(model.vision, torch.zeros(1, 3, 40, 48)) == (5, 6)
 
 
 # ------------------------------------------------------------------------------- other images

@@ -365,7 +365,12 @@ def test_lora_composes_with_other_surgery():
     for attempt in (lambda: prune_heads(model, "vision", {0: [1]}), lambda: add_lora(model, SITES)):
         with pytest.raises(ValueError, match="ParametrizedLinear"):
             attempt()
-    prune_heads(merge_lora(model), "vision", {0: [1]})
+    pruned = prune_heads(merge_lora(model), "vision", {0: [1]})
+    with pytest.raises(
+        ValueError, match=r"has shape \(36, 48\), but merge_lora made it \(48, 48\)"
+    ):
+        unmerge_lora(pruned)
+    assert_same_weights(unmerge_lora(merge_lora(model).float()), adapted()[1].float())
     twice = merge_lora(add_lora(merge_lora(model), SITES))
     assert torch.equal(logits(twice), logits(model))
 

@@ -84,11 +84,7 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
     >>> relevance(model, torch.zeros(1, 3, 64, 64), tokenizer(["a red circle"])).image.shape
     torch.Size([1, 65])
     """
-    if len(pixels) != len(ids):
-        raise ValueError(
-            f"{len(pixels)} images and {len(ids)} texts; expected pairs. For several texts of one "
-            "image, repeat the image: pixels.expand(len(ids), -1, -1, -1)"
-        )
+    check_pairs(pixels, ids)
     for tower in (model.vision, model.text):
         follow("relevance", tower, ("forward", "pool"), block=("forward",))
     acts, slopes = pair_gradients(model, pixels, ids, "*.blocks.*.attn.pattern")
@@ -104,9 +100,19 @@ def relevance(model: CLIP, pixels: Tensor, ids: Tensor, *, start: int = 0) -> Re
         paths = torch.eye(T, dtype=like.dtype, device=like.device)  # (T, T)
         for one in weighted[start:]:
             paths = paths + one @ paths  # (B, T, T)
+        paths = paths.expand(len(x), T, T)
         return take(paths, read_positions("relevance", getattr(model, tower), x)).detach()
 
     return Relevance(accumulate("vision", pixels), accumulate("text", ids))
+
+
+def check_pairs(pixels: Tensor, ids: Tensor) -> None:
+    """Raise ValueError unless there are as many images as texts."""
+    if len(pixels) != len(ids):
+        raise ValueError(
+            f"{len(pixels)} images and {len(ids)} texts; expected pairs. For several texts of one "
+            "image, repeat the image: pixels.expand(len(ids), -1, -1, -1)"
+        )
 
 
 def pair_gradients(
@@ -133,6 +139,7 @@ def gradcam(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     >>> gradcam(model, torch.zeros(1, 3, 64, 64), tokenizer(["a red circle"])).shape
     torch.Size([1, 65])
     """
+    check_pairs(pixels, ids)
     follow("gradcam", model.vision, block=("forward",))
     site = f"vision.blocks.{len(model.vision.blocks) - 1}.ln_1"
     acts, (slope,) = pair_gradients(model, pixels, ids, site)  # (B, T, W)

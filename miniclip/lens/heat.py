@@ -11,7 +11,7 @@ from miniclip.checkpoint import Loaded
 from miniclip.files.checks import as_list
 from miniclip.files.pictures import Picture
 from miniclip.follow import follow, ids_for, patch_grid
-from miniclip.lens.attention import attention_maps, gradcam, relevance, rollout
+from miniclip.lens.attention import attention_maps, check_pairs, gradcam, relevance, rollout
 from miniclip.lens.decompose import decompose
 from miniclip.lens.reading import on_grid
 from miniclip.model import CLIP
@@ -19,9 +19,10 @@ from miniclip.transform import ImageTransform
 
 
 def last_attention(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
-    """The class token's attention in the last block, averaged over the heads."""
+    """The class token's attention in the last block, averaged over the heads. 0 without heads."""
     follow("last_attention", model.vision, ("forward", "pool"))
-    return on_grid(model, pixels, attention_maps(model, pixels)[-1][:, :, 0].mean(1))
+    pattern = attention_maps(model, pixels)[-1][:, :, 0]  # (B, H, T)
+    return on_grid(model, pixels, pattern.sum(1) / max(pattern.shape[1], 1))
 
 
 def head_map(model: CLIP, pixels: Tensor, layer: int, head: int) -> Tensor:
@@ -58,6 +59,7 @@ def occlusion(model: CLIP, pixels: Tensor, ids: Tensor) -> Tensor:
     A grey window of two by two patches moves over the image. The value of a patch is the
     mean decrease of the cosine over all windows that cover the patch.
     """
+    check_pairs(pixels, ids)
     patch = model.vision.patch_embed.stride[0]
     rows, columns = patch_grid(model.vision, pixels)
     corners = [(i, j) for i in range(max(rows - 1, 1)) for j in range(max(columns - 1, 1))]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from miniclip.follow import follow, patch_grid, patch_places, tower_for
-from miniclip.lens.decompose import read_rows
+from miniclip.lens.decompose import check_sum, read_rows
 from miniclip.lens.reading import Tower, last_norm, read_positions, take
 from miniclip.model import CLIP, TextTower
 from miniclip.sites import norm_scale
@@ -25,6 +25,9 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
             same block, as if the tower ended there. "final": the stream after the last block.
             With "final", the difference of two entries is what the blocks between them add, as in
             `decompose`.
+    Raises:
+        ValueError: with "final", if the last entry is not the tower's output, for instance because
+            a hook edits the last LayerNorm.
 
     >>> from miniclip import CLIP
     >>> logit_lens(CLIP.from_pretrained("shapes"), torch.ones(2, 3, 64, 64)).shape
@@ -36,18 +39,21 @@ def logit_lens(model: CLIP | Tower, x: Tensor, ln: str = "recompute") -> Tensor:
     follow("logit_lens", tower, ("forward",))
     if ln == "recompute":
         eos = (tower.eos_positions(x),) if isinstance(tower, TextTower) else ()
-        return tower.proj(_after_each(tower, x, lambda stream: tower.pool(stream, *eos)))
+        return tower.proj(_after_each(tower, x, lambda stream: tower.pool(stream, *eos))[0])
     positions = read_positions("logit_lens", tower, x)
-    streams = _after_each(tower, x, lambda stream: take(stream, positions))
+    streams, embedding = _after_each(tower, x, lambda stream: take(stream, positions))
     _, norm = last_norm(tower)
     centred = streams - streams.mean(-1, keepdim=True)
-    return tower.proj(centred / norm_scale(norm, streams[:, -1:]) * norm.weight + norm.bias)
+    found = tower.proj(centred / norm_scale(norm, streams[:, -1:]) * norm.weight + norm.bias)
+    check_sum({"all": found[:, -1]}, embedding)
+    return found
 
 
-def _after_each(tower: Tower, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `read` to the stream before the first block and after each block: (B, 1 + L, W)."""
-    rows, _ = read_rows(tower, x, {"blocks.*": read}, read)
-    return torch.stack(list(rows.values()), dim=1)
+def _after_each(tower: Tower, x: Tensor, read: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Apply `read` to the stream before the first block and after each block: (B, 1 + L, W).
+    Also return the tower's output, (B, E)."""
+    rows, embedding = read_rows(tower, x, {"blocks.*": read}, read)
+    return torch.stack(list(rows.values()), dim=1), embedding
 
 
 def forward_intermediates(

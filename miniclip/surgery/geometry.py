@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniclip.follow import check_rebuilt, follow
+from miniclip.follow import check_rebuilt, follow, own_method, some_input
 from miniclip.model import CLIP, VisionTower
 from miniclip.surgery.structure import reconfigure
 from miniclip.surgery.weights import copied
@@ -231,6 +231,14 @@ def add_tokens(model: CLIP, tokens: int | Tensor) -> CLIP:
     rows = _rows(tokens, table, _precise(table).mean(0))
     fields = {"eos_token_id": old - 1} if model.config.text.ends_at_largest else {}
     reconfigure(new, "text", vocab_size=old + len(rows), **fields)
+    ids = some_input(model.text)  # (1, T)
+    with_new_id = ids.index_fill(1, torch.tensor([0], device=ids.device), old)
+    owner = own_method(model.text, ("eos_positions",))[1]
+    if owner and (new.text.eos_positions(with_new_id) != model.text.eos_positions(ids)).any():
+        raise ValueError(
+            f"add_tokens cannot follow {owner}, which replaces TextTower.eos_positions: a new id "
+            "changes the position of the end token"
+        )
     _assign(new.text.token_embed, "weight", torch.cat([table, rows]))
     new.text.token_embed.num_embeddings = old + len(rows)
     return check_rebuilt("add_tokens", new)
@@ -250,7 +258,8 @@ def add_registers(model: CLIP, registers: int | Tensor) -> CLIP:
     >>> add_registers(CLIP.from_pretrained("shapes"), 4).config.vision.registers
     4
     """
-    follow("add_registers", model.vision, ("embed_tokens", "pool"), attention=("forward", "qkv"))
+    own = ("forward", "embed_tokens", "pool")
+    follow("add_registers", model.vision, own, attention=("forward", "qkv"))
     new = copied(model)
     old = new.vision.register_embed
     table = new.vision.pos_embed

@@ -172,7 +172,8 @@ def move_to_registers(
     False
     """
     tower = model.vision
-    follow("move_to_registers", tower, ("forward", "embed_tokens"), mlp=("forward",))
+    own = ("forward", "embed_tokens", "pool")
+    follow("move_to_registers", tower, own, attention=("forward", "qkv"), mlp=("forward",))
     first = 1 + tower.config.registers
     patches = first + count
 

@@ -94,8 +94,8 @@ def merge_lora(model: CLIP) -> CLIP:
 def unmerge_lora(model: CLIP) -> CLIP:
     """The model as it was before `merge_lora`, bit for bit: weight, A and B are restored.
 
-    Later changes to the merged weights are lost. Raises ValueError for a model that does not come
-    from `merge_lora`.
+    Later changes to the values of the merged weights are lost. Raises ValueError for a model that
+    does not come from `merge_lora`, and if a merged Linear was pruned.
 
     >>> from miniclip import CLIP
     >>> model = add_lora(CLIP.from_pretrained("shapes"))
@@ -104,7 +104,13 @@ def unmerge_lora(model: CLIP) -> CLIP:
     """
     new = copied(model)
     for parent, name, plain in _children(new, lambda module: hasattr(module, "unmerged")):
-        setattr(parent, name, plain.unmerged.to(plain.weight.device))
+        found, merged = plain.weight.shape, plain.unmerged.weight.shape
+        if found != merged:
+            raise ValueError(
+                f"the weight of a {name} has shape {tuple(found)}, but merge_lora made it "
+                f"{tuple(merged)}; unmerge the model that you had before pruning"
+            )
+        setattr(parent, name, plain.unmerged.to(plain.weight))
     return new
 
 

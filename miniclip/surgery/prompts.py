@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from miniclip.follow import follow
+from miniclip.follow import follow, tower_for
 from miniclip.model import CLIP, unit_norm
 
 
@@ -23,7 +23,7 @@ def encode_prompts(model: CLIP, vectors: Tensor, eos: Tensor, *, normalize: bool
     >>> torch.equal(same, model.encode_text(ids))
     True
     """
-    tower = model.text
+    tower = tower_for(model, eos)
     follow("encode_prompts", tower, ("forward", "embed_tokens"))
     x = tower.proj(tower.pool(tower.blocks(tower.add_positions(vectors)), eos))  # (B, E)
     return unit_norm(x) if normalize else x
