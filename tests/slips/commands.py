@@ -620,8 +620,8 @@ SLIPS = [
     ),
     Slip(
         "Numbered folders are sorted as text.",
-        "sorted(found, key=lambda name: (int(name), name))",
-        "sorted(found)",
+        "are_numbers = all(map(str.isdecimal, names))",
+        "are_numbers = False",
         f"{ZEROSHOT} -k 'name_the_classes or sorted'",
     ),
     Slip(
