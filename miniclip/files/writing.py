@@ -82,8 +82,9 @@ def _private_folder(directory: Path) -> Iterator[Path]:
     try:
         for left in {*folder.parent.glob(f"{PREFIX}*")} - {folder}:
             with suppress(OSError):
-                os.close(lock(left))
-                shutil.rmtree(left)
+                descriptor = lock(left)
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(descriptor)  # not earlier: a process that has just made it may lock it
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

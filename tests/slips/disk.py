@@ -215,13 +215,13 @@ SLIPS = [
     ),
     Slip(
         "The temporary files of a live process are removed.",
-        "os.close(lock(left))",
-        "pass",
+        "descriptor = lock(left)",
+        "descriptor = os.open(left, os.O_RDONLY)",
         "tests/test_saving.py -k killed_processes",
     ),
     Slip(
         "The temporary files of a killed process stay.",
-        "shutil.rmtree(left)",
+        "shutil.rmtree(left, ignore_errors=True)",
         "pass",
         "tests/test_saving.py -k killed_processes",
     ),
