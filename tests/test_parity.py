@@ -881,7 +881,7 @@ def test_a_model_with_other_names_needs_a_correct_table(as_openai):
         with pytest.raises(ValueError, match=re.escape(words)):
             compare(fork, as_openai)
     fork.tensor_names = {n: own for n, own in own_names.NAMES.items() if n != "text.proj.weight"}
-    with pytest.raises(ValueError, match=r"lacks text\.proj\.weight; the config needs"):
+    with pytest.raises(ValueError, match=r"lacks text\.proj\.weight; their shapes give the config"):
         compare(fork, as_openai)
 
 
