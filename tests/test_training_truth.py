@@ -163,6 +163,21 @@ def test_columns_may_have_other_names_and_separators(between, suffix, tmp_path):
     assert list(data.captions()) == ["a cat, black; asleep"]
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("b.png,a dog, on grass", "rows cannot be read: row 2 has more columns .* in quotes"),
+        ('b.png,"a dog" barks', "row 2 cannot be read: .* write each quote twice"),
+        ('b.png,"a dog', "row 2 cannot be read: .* write each quote twice"),
+    ],
+)
+def test_a_caption_that_is_not_quoted_as_csv_asks_is_an_error(row, reason, tmp_path):
+    """Python's csv module would cut the caption, or join it with all rows below."""
+    (tmp_path / "x.csv").write_text(f"file_name,text\na.png,a cat,\n{row}\nc.png,a cow\n")
+    with pytest.raises(ValueError, match=f"x.csv.* {reason}"):
+        open_data(tmp_path / "x.csv", ImageTransform(32))
+
+
 def test_chunks_give_the_gradients_of_the_whole_batch():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (6,), generator=generator)

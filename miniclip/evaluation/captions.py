@@ -150,7 +150,7 @@ def _values_of(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 rows = csv.DictReader(file, delimiter=delimiter, strict=True)
                 for number, values in enumerate(rows, 1):
                     if any(values.pop(None, ())):
-                        reason = f"more columns than line 1; quote a text that has {delimiter!r}"
+                        reason = f"more columns than line 1; put texts with {delimiter!r} in quotes"
                         raise ValueError(f"row {number} has {reason}")
                     yield number, values
                 return
