@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from miniclip.files.hub import as_destination
 from miniclip.follow import ids_for
 from miniclip.loss import clamp_logit_scale
 from miniclip.model import CLIP, attentions
+from miniclip.retrieval.building import only_writer
 from miniclip.surgery.interventions import PatchDropout
 from miniclip.terminal import counted, delaying_interrupt, progress
 from miniclip.tokenizer import Tokenizer
@@ -30,7 +31,29 @@ from miniclip.training.recipe import Recipe
 from miniclip.training.run import Run
 from miniclip.transform import ImageTransform
 
+Train = TypeVar("Train", bound=Callable[..., CLIP])
 
+
+def alone(train: Train) -> Train:
+    """Lock `out` during a run, and restore afterwards which parameters need gradients."""
+
+    @wraps(train)
+    def locked(
+        model: CLIP, tokenizer: Any, transform: Any, data: Any, recipe: Any, out: Any,
+        *args: Any, **options: Any,
+    ) -> CLIP:  # fmt: skip
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            with only_writer(as_destination(out)):
+                return train(model, tokenizer, transform, data, recipe, out, *args, **options)
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
+    return cast(Train, locked)
+
+
+@alone
 def train(
     model: CLIP,
     tokenizer: Tokenizer,
@@ -65,8 +88,9 @@ def train(
         The trained model, in evaluation mode.
 
     Raises:
-        ValueError: `out` holds another checkpoint or run, the data is too small, the recipe does
-            not fit the model, a part would not be trained, or the loss is NaN or infinite.
+        ValueError: `out` holds another checkpoint or run, another process writes it, the data is
+            too small, the recipe does not fit the model, a part would not be trained, or the loss
+            is NaN or infinite.
     """
     check_model(model)
     rank, world_size = rank_and_world_size()
@@ -138,7 +162,7 @@ def train(
                 with run.objective.cast:
                     optimizer.step()
                 optimizer.zero_grad()
-            if loss is None:
+            if loss is None and model.logit_scale.requires_grad:
                 clamp_logit_scale(model)
             if run.average:
                 run.average.update_parameters(model)
