@@ -165,6 +165,15 @@ def test_recomputed_blocks_give_the_same_gradients():
     assert len(calls) == 3  # without recompute_blocks, a block is computed once
 
 
+def test_recomputing_a_block_keeps_a_forward_that_was_set_on_it():
+    model = twins(TINY)[0]
+    block = model.vision.blocks[0]
+    block.forward = own = lambda x: x + 1
+    with recompute_blocks(model):
+        assert block.forward is not own
+    assert block.forward is own and "forward" not in vars(model.vision.blocks[1])
+
+
 def test_gather_in_a_single_process_is_the_identity():
     x = torch.randn(3, 2)
     assert gather(x) is x

@@ -240,13 +240,16 @@ def tokenize_captions(captions: list[str], tokenizer: Tokenizer, run: Run) -> Te
 def recompute_blocks(model: CLIP) -> Iterator[None]:
     """Keep only the blocks' inputs in memory. The backward pass computes the blocks again."""
     blocks = (*model.vision.blocks, *model.text.blocks)
+    own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward  # remove the wrapper around the class's method
+            if forward is not None:
+                block.forward = forward
 
 
 @contextmanager
