@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from miniclip.checkpoint import Loaded
 from miniclip.errors import ContextLengthError
 from miniclip.files.hub import as_destination
+from miniclip.files.modules import class_of, is_patched, unwrapped
 from miniclip.follow import ids_for
 from miniclip.loss import clamp_logit_scale
 from miniclip.model import CLIP, attentions
@@ -79,7 +80,8 @@ def train(
         recipe: the settings of the run.
         out: the folder of the checkpoint.
         loss: a loss in place of the recipe's loss. The logit scale is then not clamped. If the
-            loss is an nn.Module, its parameters are trained and saved too.
+            loss is an nn.Module, its parameters are trained and saved too. A fork with its own
+            `score` needs such a loss.
         validate: a function from a checkpoint to a dict of scores on held-out data; see
             `evaluation.scorer`. `out`/best is the checkpoint with the highest first score.
         log: "tensorboard" also writes the metrics for TensorBoard.
@@ -92,7 +94,7 @@ def train(
             too small, the recipe does not fit the model, a part would not be trained, or the loss
             is NaN or infinite.
     """
-    check_model(model)
+    check_model(model, loss)
     rank, world_size = rank_and_world_size()
     check_data(data, least=max(2, world_size))
     recipe = replace(recipe, batch=min(recipe.batch, len(data)))
@@ -192,12 +194,18 @@ def train(
     return whole_model.eval()
 
 
-def check_model(model: CLIP) -> None:
+def check_model(model: CLIP, loss: Loss | None) -> None:
     """Raise ValueError if training would silently leave out a part of the model."""
     if engine := getattr(model.encode_image, "engine", ""):
         raise ValueError(
             f"encode_image runs on the engine {engine}, so the vision tower would not be trained; "
             "first call `del model.encode_image`"
+        )
+    kind = class_of(unwrapped(model))
+    if loss is None and (kind.score is not CLIP.score or is_patched(unwrapped(model), "score")):
+        raise ValueError(
+            f"{kind.__name__} has its own score, which the recipe's losses do not use; give train "
+            "a loss that calls model.score"
         )
 
 
