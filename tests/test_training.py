@@ -201,6 +201,14 @@ def test_muon_equals_torchs_muon_up_to_bfloat16(shape):
     assert (ours - theirs).abs().max() < 0.003
 
 
+def test_muon_skips_a_matrix_without_a_gradient_as_adamw_does():
+    used, unused = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    used.grad = torch.ones(3, 3)
+    optimizer = Muon([used, unused], lr=0.1)
+    optimizer.step()
+    assert (used != 1).all() and (unused == 1).all() and unused not in optimizer.state
+
+
 # ------------------------------------------------------------------------------------------------
 # patch dropout and augmentation
 
