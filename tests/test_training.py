@@ -46,6 +46,7 @@ from miniclip.training import shards as shards_module
 from miniclip.training.data import augment, class_captions
 from miniclip.training.loop import PatchDropout, normalize_pixels, recompute_blocks
 from miniclip.training.optim import Muon
+from miniclip.training.pairs import caption_label
 from miniclip.training.setup import SMALL, set_up
 from miniclip.zeroshot.classifier import ZeroShotClassifier
 
@@ -390,6 +391,17 @@ def test_training_reads_class_folders_as_eval_does(tmp_path):
     assert [label for _, _, label in data.entries] == [0, 0, 1]
     assert {"a photo of a tench.", "goldfish"} <= set(data.captions())
     assert {data[0, draw].caption for draw in range(200)} == set(class_captions("tench"))
+
+
+def test_captions_with_the_same_tokens_have_one_label(tmp_path):
+    """A caption of one image is then a true caption of the other image too."""
+    assert caption_label("A  dog\n") == caption_label("a dog") != caption_label("a cat")
+    for name in ("n03773504", "n04008634", "n01440764"):  # ImageNet has two classes "missile"
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").touch()
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert len(set(data.captions())) == 24
+    assert [label for _, _, label in data.entries] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # Excel writes a byte order mark first

@@ -145,8 +145,10 @@ def open_data(
     images = labelled_images(root)
     check_classes(images, root, named=False)
     captions = [class_captions(label) for label in images.labels]
+    names = [label.lower() for label in images.labels]
+    first = {name: i for i, name in reversed([*enumerate(names)])}  # names of classes can repeat
     files = zip(images.paths, images.classes, strict=True)
-    return Pictures([(path, captions[label], label) for path, label in files], transform)
+    return Pictures([(path, captions[i], first[names[i]]) for path, i in files], transform)
 
 
 def batches(
