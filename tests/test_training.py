@@ -27,6 +27,7 @@ from two_processes import gradients, step
 from miniclip import CLIP, ImageTransform, TextConfig, VisionConfig, load
 from miniclip.commands.main import main
 from miniclip.errors import CheckpointError
+from miniclip.evaluation import captioned_images
 from miniclip.files.pictures import open_image
 from miniclip.loss import contrastive_loss
 from miniclip.model import unit_norm
@@ -481,6 +482,24 @@ def test_each_seed_mixes_shards_and_their_samples_in_another_order(tmp_path, mon
     monkeypatch.setattr(shards_module.Shards, "BUFFER", 1)
     data = open_data(tmp_path, ImageTransform(SIZE))
     assert len({order(data, seed)[0][0] for seed in range(8)}) > 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_caption_that_is_not_utf8_is_left_out_and_reported(kind, tmp_path):
+    """Decoded with U+FFFD, it would be another caption."""
+    texts = ["a café table".encode("cp1252"), "a café table".encode()]
+    members = {f"{i}.txt": text for i, text in enumerate(texts)}
+    members |= {f"{i}.png": as_bytes(Image.new("RGB", (8, 8))) for i in range(2)}
+    members, name = dict(sorted(members.items())), tmp_path
+    if kind == "tar":
+        name = tmp_path / "x.tar"
+        tar_of(name, members)
+    for file, content in members.items() if kind == "folder" else ():
+        (tmp_path / file).write_bytes(content)
+    data = open_data(name, ImageTransform(SIZE))
+    assert list(data.captions()) == ["a café table"] and "UTF-8" in data.skipped[0]
+    found = captioned_images(name)
+    assert found.captions == [["a café table"]] and "UTF-8: 1" in found.skipped[0]
 
 
 def test_shards_without_their_library_are_an_error(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def captioned_images(
     if empty:
         skipped.append(f"{root}: empty captions left out: {empty:,}")
     if bare := [str(picture) for picture, texts in captions.items() if not texts]:
-        skipped.append(f"{root}: images without a caption: {len(bare):,}, {listed(bare)}")
+        skipped.append(f"{root}: images without a caption in UTF-8: {len(bare):,}, {listed(bare)}")
     captions = {picture: texts for picture, texts in captions.items() if texts}
     if not captions:
         raise ValueError(
@@ -104,15 +104,24 @@ def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
     rows: list[Row] = []
     caption = ""
     for path, text in texts.items():
-        caption = text.read_text("utf-8-sig", "replace").strip() if text.is_file() else ""
+        caption = caption_of(text.read_bytes()).strip() if text.is_file() else ""
         rows += [(str(path), (caption,))] * any(map(str.isalpha, caption))
     if not rows:
         raise ValueError(
-            f"{root}: no .txt beside an image contains a word; expected captions, not labels of "
-            f"object detection. The last .txt contains {shown(caption)}"
+            f"{root}: no .txt beside an image contains a word; expected captions in UTF-8, not "
+            f"labels of object detection. The last .txt contains {shown(caption)}"
         )
     missing = len(texts) - len(rows)
-    return rows, [f"{root}: images without a caption in a .txt: {missing:,}"] * bool(missing)
+    note = f"{root}: images without a .txt with a caption in UTF-8: {missing:,}"
+    return rows, [note] * bool(missing)
+
+
+def caption_of(data: bytes) -> str:
+    """Decode the bytes of a .txt. Return "" if they are not UTF-8, because a guess may be wrong."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return ""
 
 
 def _read_table(table: Path, columns: tuple[str, str]) -> tuple[list[Row], list[str]]:
@@ -202,7 +211,7 @@ def _read_shards(pictures: Sequence[Member]) -> Iterator[tuple[Member, list[str]
     for archive in dict.fromkeys(picture.archive for picture in pictures):
         for file in members(archive, []):  # damage is ignored here; `find_pictures` reports it
             if file.name.endswith(".txt"):
-                lines = file.read().decode("utf-8-sig", "replace").splitlines()
+                lines = caption_of(file.read()).splitlines()
                 texts[archive, key(file.name)] = lines
     for member in pictures:
         yield member, texts.get((member.archive, key(member.name)), [])

@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 
 from miniclip.errors import ImageError
-from miniclip.evaluation.captions import PICTURES
+from miniclip.evaluation.captions import PICTURES, caption_of
 from miniclip.files.pictures import open_image, with_name
 from miniclip.files.tars import members
 from miniclip.training.pairs import Pair, caption_label, note_once, shuffled, to_bytes
@@ -85,7 +85,7 @@ class Shards:
                     if {*PICTURES} & sample.keys() and _caption(sample).strip():
                         yield sample
                     else:
-                        missing = "expected an image and a .txt with its caption"
+                        missing = "expected an image and a .txt with its caption in UTF-8"
                         note_once(self.skipped, f"{_place(sample)}: {missing}")
             except Exception as error:  # a file system, a network or a command can raise any error
                 note(error)
@@ -128,7 +128,7 @@ def open_shard(path: str) -> Iterator[Any]:
 
 
 def _caption(sample: dict[str, Any]) -> str:
-    return sample.get("txt", b"").decode("utf-8-sig", "replace")
+    return caption_of(sample.get("txt", b""))
 
 
 def _place(sample: dict[str, Any]) -> str:
