@@ -502,6 +502,23 @@ def test_a_caption_that_is_not_utf8_is_left_out_and_reported(kind, tmp_path):
     assert found.captions == [["a café table"]] and "UTF-8: 1" in found.skipped[0]
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_images_with_captions_may_have_any_ending_that_pillow_reads(kind, tmp_path):
+    members = {}
+    for i, ending in enumerate(("bmp", "gif", "jpg", "tif")):
+        format = {"jpg": "jpeg", "tif": "tiff"}.get(ending, ending)
+        picture = as_bytes(Image.new("RGB", (8, 8), "red"), format)
+        members |= {f"{i}.{ending}": picture, f"{i}.txt": f"caption {i}".encode()}
+    if kind == "tar":
+        members["2.seg.png"] = members["2.JPEG"] = b""  # not the image of its sample
+        tar_of(tmp_path / "x.tar", dict(sorted(members.items())))
+    for file, content in members.items() if kind == "folder" else ():
+        (tmp_path / file).write_bytes(content)
+    data = open_data(tmp_path, ImageTransform(SIZE))
+    assert sorted(data.captions()) == [f"caption {i}" for i in range(4)]
+    assert all(data[item, 0].pixels[0].min() > 250 for item in data.items(0))
+
+
 def test_shards_without_their_library_are_an_error(tmp_path, monkeypatch):
     tar_of(tmp_path / "0.tar", {})
     monkeypatch.setattr(shards_module, "find_spec", lambda name: None)

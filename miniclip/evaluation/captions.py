@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from miniclip.errors import listed, shown
+from miniclip.files.pictures import is_picture
 from miniclip.files.reading import read_json
 from miniclip.files.tars import Member, members
 from miniclip.retrieval.pictures import find_pictures
@@ -16,7 +17,6 @@ from miniclip.zeroshot.data import visible_files
 MOST_JSON = 2**30  # bytes; the captions of COCO's training images need less than 2**27
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 COLUMNS = ("file_name", "text")
-PICTURES = ("jpg", "jpeg", "png", "webp")  # endings of images that may have a .txt
 
 Row = tuple[str | Member, Sequence[str]]
 """An image and its captions."""
@@ -97,8 +97,7 @@ def rows_with_captions(
 def _read_texts(root: Path) -> tuple[list[Row], list[str]] | None:
     """Read images that have a .txt of the same name. Returns None if no image has a .txt."""
     files = visible_files(root)
-    endings = {f".{ending}" for ending in PICTURES}
-    texts = {path: path.with_suffix(".txt") for path in files if path.suffix.lower() in endings}
+    texts = {path: path.with_suffix(".txt") for path in files if is_picture(path.name)}
     if not {*texts.values()} & {*files}:
         return None
     rows: list[Row] = []
