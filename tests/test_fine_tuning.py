@@ -292,6 +292,17 @@ def test_held_out_data_is_classified_or_retrieved(kind, tmp_path):
         }
 
 
+def test_a_folder_called_shapes_is_not_the_drawn_world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    open_data("shapes", TRANSFORM)
+    for name in ("circle", "square"):
+        (tmp_path / "shapes" / name).mkdir(parents=True)
+        (tmp_path / "shapes" / name / "a.png").touch()
+    with pytest.raises(ValueError, match="the drawn world, but .*: write ./shapes"):
+        open_data("shapes", TRANSFORM)
+    assert len(open_data("./shapes", TRANSFORM)) == 2
+
+
 def test_folders_of_splits_are_not_classes(tmp_path):
     """A folder one level too high would teach "a photo of a train.", and score it."""
     for name in ("all/train/cat", "all/train/dog", "all/test/cat", "all/test/dog", "one/cat"):

@@ -122,9 +122,15 @@ def open_data(
         columns: the names of a metadata file's two columns, for image files and for captions.
 
     Raises:
-        ValueError: `name` has none of these forms, or `check_classes` refuses its folders.
+        ValueError: `name` has none of these forms, `check_classes` refuses its folders, or it is
+            `shapes` and also a folder.
     """
     if name == "shapes":
+        if os.path.isdir("shapes"):
+            raise ValueError(
+                "shapes is the drawn world, but a folder here has the same name: write ./shapes "
+                "for the folder, or go to another folder for the drawn world"
+            )
         from miniclip.training.drawn import Shapes
 
         return Shapes()
