@@ -424,6 +424,9 @@ def test_a_command_that_fails_is_named_and_does_not_end_the_run(shards):
     data, found = captions_of(f"{name}::{shards}/gone.tar::memory://gone.tar", batch=4)
     assert 6 < len(data) < 12 and all(len(captions) == 4 for captions in found)
     assert any("head" in reason and "exit status 3" in reason for reason in data.skipped)
+    absent = open_data("file:///absent.tar", ImageTransform(SIZE))
+    assert len(absent) == 0
+    assert absent.skipped == ["file:///absent.tar: No such file or directory"]
     for name in ("absent.tar", "gone.tar", "memory://gone.tar"):
         assert any(reason.partition(": ")[0].endswith(name) or name in reason
                    for reason in data.skipped), name  # fmt: skip

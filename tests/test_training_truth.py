@@ -137,6 +137,13 @@ def test_the_captions_in_several_rows_of_an_image_are_true_of_it(kind, tmp_path)
         assert is_true[i].tolist() == [(pixel, text) in known for text in batch.captions]
 
 
+def test_half_of_a_surrogate_pair_is_named_with_its_row(tmp_path):
+    rows = '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "a \\ud83d"}\n'
+    (tmp_path / "metadata.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=r"metadata.jsonl, row 2: 'a \\ud83d' has half of a"):
+        open_data(tmp_path, ImageTransform(32))
+
+
 def test_empty_captions_are_counted_and_left_out(tmp_path):
     for i in range(5):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +141,9 @@ def _read_table(table: Path, columns: tuple[str, str]) -> tuple[list[Row], list[
         empty += [number] * (len(texts) - len(captions))
         if not isinstance(name, str) or not all(isinstance(each, str) for each in captions):
             raise ValueError(f"{table}, row {number}: expected text in {' and '.join(columns)}")
+        if broken := [each for each in captions if re.search(r"[\ud800-\udfff]", each)]:
+            reason = "has half of a surrogate pair, which no text may have"
+            raise ValueError(f"{table}, row {number}: {shown(broken[0])} {reason}")
         if captions:
             rows.append((str(table.parent / name), shared.setdefault(captions, captions)))
     if not rows:

@@ -68,7 +68,8 @@ class Shards:
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def note(error: Exception) -> bool:
-            reason = str(error.args[0] if error.args else error).partition(" @ ")[0]
+            text = getattr(error, "strerror", None) or (error.args[0] if error.args else error)
+            reason = str(text).partition(" @ ")[0]
             note_once(self.skipped, f"{path}: {reason}")
             return True
 
